@@ -1,0 +1,101 @@
+"""What the core needs from an array library beyond the Array API standard, and its argument checks."""
+
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import array_api_compat
+
+Array = Any  # any Array API array; the standard has no runtime type to name
+
+
+def namespace(x: Any) -> Any:
+    """The Array API namespace of an array.
+
+    Raises: TypeError: not an array of any known library.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(x, torch.Tensor):  # torch.compile cannot trace the cached look-up below
+        from array_api_compat import torch as torch_namespace
+
+        return torch_namespace
+    if not array_api_compat.is_array_api_obj(x):
+        raise TypeError(f"got a {type(x).__name__}; expected an array (numpy, torch, jax, mlx, ...)")
+    return array_api_compat.array_namespace(x)
+
+
+def stop_gradient(x: Array) -> Array:
+    """The same values, constant under differentiation. The standard has no such function."""
+    if hasattr(x, "detach"):  # torch
+        return x.detach()
+    if array_api_compat.is_jax_array(x):
+        return sys.modules["jax"].lax.stop_gradient(x)
+    xp = namespace(x)
+    return xp.stop_gradient(x) if hasattr(xp, "stop_gradient") else x  # mlx; the rest do not differentiate
+
+
+def concrete(x: Any) -> float | None:
+    """The value of a 0-d array, or None while a compiler traces it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.compiler.is_compiling():
+        return None
+    try:
+        return float(x)
+    except Exception:  # each library has its own tracing error, and none is importable here
+        return None
+
+
+def wide_dtype(xp: Any, *arrays: Array) -> Any:
+    """The dtype to compute in: the widest floating dtype among `arrays`, float32 at least."""
+    floats = [x.dtype for x in arrays if xp.isdtype(x.dtype, "real floating")]
+    dtype = floats[0]
+    for other in floats[1:]:
+        dtype = xp.result_type(dtype, other)
+    return xp.result_type(dtype, xp.float32)
+
+
+def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
+    """Checks 1-D arrays of one length and one library; returns their namespace.
+
+    Args:
+      floats: name -> (N,) array; the first must be floating, the others may also be integer or bool.
+      others: `group_ids` (integer) and `valid` (bool), each (N,) or None.
+    Raises: TypeError: not an array, another library, or a wrong dtype. ValueError: a wrong shape, N = 0, another device.
+    """
+    arrays = {**floats, **{name: x for name, x in others.items() if x is not None}}
+    first, *rest = arrays
+    spaces = {}
+    for name, x in arrays.items():
+        try:
+            spaces[name] = namespace(x)
+        except TypeError as e:
+            raise TypeError(f"{name}: {e}") from None
+    xp = spaces[first]
+    if not xp.isdtype(arrays[first].dtype, "real floating"):
+        raise TypeError(f"{first} has dtype {arrays[first].dtype}; expected a floating dtype")
+    if len(arrays[first].shape) != 1:
+        raise ValueError(f"{first} has shape {tuple(arrays[first].shape)}; expected (N,), one number a response")
+    if arrays[first].shape[0] == 0:
+        raise ValueError(f"{first} has shape (0,); expected at least one response")
+    for name in rest:
+        x = arrays[name]
+        if spaces[name] is not xp:
+            raise TypeError(f"{name} is an array of {spaces[name].__name__}; expected {xp.__name__}, as {first}")
+        if tuple(x.shape) != tuple(arrays[first].shape):
+            raise ValueError(
+                f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}"
+            )
+        if hasattr(x, "get_device") and x.device != arrays[first].device:  # torch
+            raise ValueError(f"{name} is on {x.device}; expected {arrays[first].device}, as {first}")
+        kind = {"group_ids": "integral", "valid": "bool"}.get(name, ("bool", "integral", "real floating"))
+        if not xp.isdtype(x.dtype, kind):
+            wanted = kind if isinstance(kind, str) else "a real dtype"
+            raise TypeError(f"{name} has dtype {x.dtype}; expected {wanted}")
+    return xp
+
+
+def check_beta(beta: Any, *, positive: bool = False) -> None:
+    """Raises ValueError unless beta >= 0 (> 0 with `positive`); a traced beta passes."""
+    value = concrete(beta)
+    if value is not None and not (value > 0 if positive else value >= 0):
+        raise ValueError(f"beta is {value}; expected {'> 0' if positive else '>= 0'}")

@@ -1,0 +1,128 @@
+"""Groups: labels to dense ids on the host, and sums and means of rows within groups on any device."""
+
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import numpy as np
+
+from gvpo_core._arrays import Array, concrete, namespace
+
+
+def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
+    """Numbers the groups 0..G-1 in order of first appearance.
+
+    Args:
+      labels: N labels, any hashable values (prompt ids, strings, tuples); rows of a group share one, in any order.
+    Returns: (group_ids, num_groups): (N,) int64 NumPy array and G.
+    Raises: TypeError: a label that cannot be hashed, or NaN, which equals nothing. ValueError: no labels.
+    """
+    rows = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    seen: dict[Hashable, int] = {}
+    ids = []
+    for i, label in enumerate(rows):
+        if label != label:
+            raise TypeError(f"labels[{i}] is NaN; NaN equals nothing, so it names no group")
+        try:
+            ids.append(seen.setdefault(label, len(seen)))
+        except TypeError as e:
+            raise TypeError(f"labels[{i}] is a {type(label).__name__}; expected a hashable label") from e
+    if not ids:
+        raise ValueError("labels is empty; expected one label a response")
+    return np.asarray(ids, dtype=np.int64), len(seen)
+
+
+def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
+    """G: `num_groups` as given, or one more than the largest id.
+
+    Raises: ValueError: num_groups is missing while a compiler traces, below 1, or ids lie outside 0..G-1.
+    """
+    low, high = concrete(xp.min(group_ids)), concrete(xp.max(group_ids))
+    if num_groups is None:
+        if high is None:
+            raise ValueError("num_groups is None under compilation; pass the number of groups as a static int")
+        num_groups = int(high) + 1
+    if num_groups < 1:
+        raise ValueError(f"num_groups is {num_groups}; expected at least 1")
+    if low is not None and high is not None and not (0 <= low and high < num_groups):
+        raise ValueError(
+            f"group_ids span {int(low)}..{int(high)}; expected 0..{num_groups - 1} for num_groups = {num_groups}"
+            " (dense_group_ids makes them from any labels)"
+        )
+    return num_groups
+
+
+def group_sum(values: Array, group_ids: Array, num_groups: int) -> Array:
+    """Sums rows by group in O(N), no N x G array, so that a NaN stays in its group.
+
+    The standard has no scatter-add: each library's own is used, and a segmented scan where there is none.
+
+    Args:
+      values: (N,) float; differentiated.
+      group_ids: (N,) integer in 0..num_groups-1.
+    Returns: (G,) in the dtype of `values`.
+    """
+    xp = namespace(values)
+    if hasattr(values, "new_zeros"):  # torch
+        return values.new_zeros(num_groups).index_add(0, group_ids.long(), values)
+    if hasattr(values, "at"):  # jax, mlx
+        return xp.zeros(num_groups, dtype=values.dtype).at[group_ids].add(values)
+    if hasattr(xp, "bincount"):  # numpy, cupy; sums in float64
+        ids = xp.astype(group_ids, xp.int64)
+        return xp.astype(xp.bincount(ids, weights=values, minlength=num_groups), values.dtype)
+    zero = xp.zeros(num_groups, dtype=values.dtype)
+    return _scan(xp, lambda a, b: a + b, values, group_ids, zero)
+
+
+def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
+    """(G,) largest value in each group; the lowest finite number where a group is empty. Not differentiated."""
+    xp = namespace(values)
+    lowest = float(xp.finfo(values.dtype).min)
+    if hasattr(values, "new_full"):  # torch
+        return values.new_full((num_groups,), lowest).index_reduce(0, group_ids.long(), values, "amax")
+    start = xp.full((num_groups,), lowest, dtype=values.dtype)
+    if hasattr(values, "at"):  # jax, mlx
+        at = start.at[group_ids]
+        return at.max(values) if hasattr(at, "max") else at.maximum(values)
+    if hasattr(xp.maximum, "at"):  # numpy, cupy
+        xp.maximum.at(start, group_ids, values)
+        return start
+    return _scan(xp, xp.maximum, values, group_ids, start)
+
+
+def group_mean_of_rows(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:
+    """(N,) mean over the counted rows of each row's group; 0 in a group without any."""
+    xp = namespace(values)
+    total = group_sum(values, group_ids, num_groups)
+    size = group_sum(xp.astype(counted, values.dtype), group_ids, num_groups)
+    return xp.take(total / xp.where(size > 0, size, xp.ones_like(size)), group_ids, axis=0)
+
+
+def center(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:
+    """D(v)_i = v_i - mean of v over the counted rows of i's group; 0 for rows that are not counted.
+
+    Centred twice: the second pass takes away what rounding left in the first mean.
+    """
+    xp = namespace(values)
+    zeros = xp.zeros_like(values)
+    values = xp.where(counted, values, zeros)
+    for _ in range(2):
+        mean = group_mean_of_rows(values, counted, group_ids, num_groups)
+        values = xp.where(counted, values - mean, zeros)
+    return values
+
+
+def _scan(xp: Any, combine: Any, values: Array, group_ids: Array, empty: Array) -> Array:
+    """Groups combined in the standard's own functions: sort, then a segmented inclusive scan of log2(N) steps."""
+    order = xp.argsort(group_ids, stable=True)
+    ids, scan = xp.take(group_ids, order), xp.take(values, order)
+    row = xp.arange(ids.shape[0], dtype=xp.int64)
+    step = 1
+    while step < ids.shape[0]:
+        back = xp.where(row >= step, row - step, xp.zeros_like(row))
+        same = (row >= step) & (xp.take(ids, back) == ids)
+        scan = xp.where(same, combine(scan, xp.take(scan, back)), scan)
+        step *= 2
+    wanted = xp.arange(empty.shape[0], dtype=ids.dtype)
+    last = xp.searchsorted(ids, wanted, side="right") - 1
+    last = xp.where(last >= 0, last, xp.zeros_like(last))
+    return xp.where(xp.take(ids, last) == wanted, xp.take(scan, last), empty)

@@ -1,0 +1,270 @@
+"""GVPO as functions of arrays: weights (Eq. 12), loss and its parts (Eq. 15-17), coefficients, regret.
+
+Notation: s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response's tokens, nats; R_i the reward;
+D(v)_i = v_i - mean of v over i's group; k the counted responses of a group; G the groups with k >= 2.
+A row is counted when `valid` and its reward is not NaN; the rest leave their group, and k is what remains (Cor. 3.4).
+Every function takes NumPy, torch, JAX, MLX, CuPy or any Array API arrays, eager or compiled, and computes in float32
+or wider: 16-bit inputs are upcast before any sum.
+"""
+
+from typing import Any, NamedTuple
+
+from gvpo_core._arrays import Array, check_beta, check_rows, namespace, stop_gradient, wide_dtype
+from gvpo_core.groups import center, check_group_ids, group_max, group_sum
+
+
+class GVPOLoss(NamedTuple):
+    """Eq. 16 and its split (Eq. 17): loss = implicit_variance + reward_variance - 2 covariance. Reward^2 units."""
+
+    loss: Array  # (), mean over the G groups with k >= 2; 0 without any
+    implicit_variance: Array  # (), of beta * s
+    reward_variance: Array  # (), of R
+    covariance: Array  # (), of beta * s and R
+    group_loss: Array  # (num_groups,), and likewise below; 0 in a group with k < 2
+    group_implicit_variance: Array
+    group_reward_variance: Array
+    group_covariance: Array
+    group_size: Array  # (num_groups,) float, k
+    counted_groups: Array  # () float, G
+
+
+class GVPORegret(NamedTuple):
+    """beta KL(pi_theta || pi*) = J(pi*) - J(pi_theta) for samples from pi_theta (J: Eq. 5). Reward units."""
+
+    second_order: Array  # (), loss / (2 beta)
+    series: Array  # (), mean over groups of beta log mean exp(w / beta)
+    group_second_order: Array  # (num_groups,)
+    group_series: Array  # (num_groups,)
+
+
+class _Rows(NamedTuple):
+    xp: Any
+    implicit: Array  # (N,) beta * D(s)
+    reward: Array  # (N,) D(R)
+    size: Array  # (num_groups,) k
+    scored: Array  # (num_groups,) bool, k >= 2
+    counted: Array  # (N,) bool, in a scored group
+    group_ids: Array
+    num_groups: int
+
+    def group_sum(self, values: Array) -> Array:
+        return group_sum(values, self.group_ids, self.num_groups)
+
+    def per_row(self, group_values: Array) -> Array:
+        return self.xp.take(group_values, self.group_ids, axis=0)
+
+    def mean_over_groups(self, group_values: Array) -> tuple[Array, Array]:
+        groups = self.xp.sum(self.xp.astype(self.scored, group_values.dtype))
+        return self.xp.sum(group_values) / self.xp.where(groups > 0, groups, self.xp.ones_like(groups)), groups
+
+
+def _rows(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    beta: float,
+    num_groups: int | None,
+    valid: Array | None,
+) -> _Rows:
+    xp = check_rows(
+        {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards}, group_ids=group_ids, valid=valid
+    )
+    check_beta(beta)
+    num_groups = check_group_ids(xp, group_ids, num_groups)
+    dtype = wide_dtype(xp, logprobs, ref_logprobs, rewards)
+    logprobs, ref_logprobs, rewards = (xp.astype(x, dtype) for x in (logprobs, ref_logprobs, rewards))
+    counted = ~xp.isnan(rewards) if valid is None else valid & ~xp.isnan(rewards)
+    size = group_sum(xp.astype(counted, dtype), group_ids, num_groups)
+    scored = size >= 2
+    counted = counted & xp.take(scored, group_ids, axis=0)
+    implicit = beta * center(logprobs - ref_logprobs, counted, group_ids, num_groups)
+    reward = center(rewards, counted, group_ids, num_groups)
+    return _Rows(xp, implicit, reward, size, scored, counted, group_ids, num_groups)
+
+
+def gvpo_weights(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    *,
+    beta: float,
+    num_groups: int | None = None,
+    valid: Array | None = None,
+) -> Array:
+    """The weight of each response's log-likelihood; sums to zero in each group.
+
+    w_i = D(R)_i - beta * D(s)_i
+
+    The result is constant under differentiation: a gradient through the weights would be another, wrong one.
+
+    Args:
+      logprobs: (N,) float, nats; log pi_theta of whole responses.
+      ref_logprobs: (N,) float, nats; log pi_ref.
+      rewards: (N,) real; NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: KL coefficient, reward units per nat, >= 0.
+      num_groups: static int; default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
+    Returns: (N,), reward units; 0 for rows not counted and in groups with fewer than two counted responses.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12. Departures: none.
+    """
+    rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
+    return stop_gradient(rows.reward - rows.implicit)
+
+
+def gvpo_coefficients(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    *,
+    beta: float,
+    num_groups: int | None = None,
+    valid: Array | None = None,
+) -> Array:
+    """The factor of each response's log-probability gradient in a GVPO step, at policy-gradient scale.
+
+    c_i = w_i / ((k - 1) G), so that -sum_i c_i grad log pi_i = grad(gvpo_loss) / (2 beta)
+
+    With beta = 0 this is REINFORCE with RLOO's baseline; learning rates carry over from there. Constant under
+    differentiation, like gvpo_weights.
+
+    Args: as gvpo_weights.
+    Returns: (N,), reward units; 0 where gvpo_weights is 0.
+    Raises: as gvpo_weights.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12 and 16. Departures: scale. The gradient of Eq. 16 is
+      2 beta times this one; the authors' released code steps along beta * w_i / (k - 1).
+    """
+    rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
+    return stop_gradient(_coefficients(rows))
+
+
+def _coefficients(rows: _Rows) -> Array:
+    one = rows.xp.ones_like(rows.size)
+    per_group = rows.xp.where(rows.scored, one, 0 * one) / rows.xp.where(rows.scored, rows.size - 1, one)
+    _, groups = rows.mean_over_groups(per_group)
+    groups = rows.xp.where(groups > 0, groups, rows.xp.ones_like(groups))
+    return (rows.reward - rows.implicit) * rows.per_row(per_group) / groups
+
+
+def gvpo_surrogate(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    *,
+    beta: float,
+    num_groups: int | None = None,
+    valid: Array | None = None,
+) -> Array:
+    """A scalar to differentiate: its gradient is a GVPO step at policy-gradient scale, for any beta, 0 too.
+
+    -sum_i c_i log pi_i with the coefficients constant. Its value means nothing; report gvpo_loss.
+
+    Args: as gvpo_weights; differentiated through logprobs alone.
+    Returns: (), nats times reward units.
+    Raises: as gvpo_weights.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12. Departures: scale, as gvpo_coefficients.
+    """
+    coefficients = gvpo_coefficients(
+        logprobs, ref_logprobs, rewards, group_ids, beta=beta, num_groups=num_groups, valid=valid
+    )
+    xp = namespace(logprobs)
+    logprobs = xp.astype(logprobs, coefficients.dtype)
+    logprobs = xp.where(coefficients != 0, logprobs, xp.zeros_like(logprobs))  # -inf in an uncounted row
+    return -xp.sum(coefficients * logprobs)
+
+
+def gvpo_loss(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    *,
+    beta: float,
+    num_groups: int | None = None,
+    valid: Array | None = None,
+) -> GVPOLoss:
+    """The unbiased estimate of the variance, within groups, of implicit minus actual reward.
+
+    loss = (1/G) sum_g 1/(k_g - 1) sum_{i in g} w_i^2
+
+    Args: as gvpo_weights; `loss` is differentiated through logprobs.
+    Returns: GVPOLoss; `loss` is (), mean over G, reward^2 units; its parts and their values per group.
+    Raises: as gvpo_weights.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 15, 16 (k differs by group), 17 (parts). Departures: none.
+    """
+    return _loss(_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid))
+
+
+def _loss(rows: _Rows) -> GVPOLoss:
+    xp = rows.xp
+    freedom = xp.where(rows.scored, rows.size - 1, xp.ones_like(rows.size))
+    weights = rows.reward - rows.implicit
+    products = (weights**2, rows.implicit**2, rows.reward**2, rows.implicit * rows.reward)
+    by_group = [rows.group_sum(product) / freedom for product in products]
+    means = [rows.mean_over_groups(x)[0] for x in by_group]
+    return GVPOLoss(*means, *by_group, rows.size, rows.mean_over_groups(freedom)[1])
+
+
+def gvpo_regret(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    *,
+    beta: float,
+    num_groups: int | None = None,
+    valid: Array | None = None,
+) -> GVPORegret:
+    """The regularised reward still to be gained, for responses sampled from pi_theta itself.
+
+    J(pi*) - J(pi_theta) = beta KL(pi_theta || pi*) = beta log E exp(w / beta), and to second order Var(w) / (2 beta)
+
+    `second_order` is unbiased for its limit; `series` estimates the log of a mean from k samples, so it is low by
+    O(1/k), and never more than max(w) of its group.
+
+    Args: as gvpo_weights, with beta > 0.
+    Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0 and not in the means.
+    Raises: as gvpo_weights; ValueError: beta = 0.
+    Reference: from Eq. 5 and 6 of Zhang et al., GVPO, arXiv 2504.19599; the paper does not state it.
+    """
+    check_beta(beta, positive=True)
+    rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
+    xp = rows.xp
+    loss = _loss(rows)
+    exponent = (rows.reward - rows.implicit) / beta
+    largest = stop_gradient(group_max(exponent, rows.group_ids, rows.num_groups))
+    terms = xp.where(rows.counted, xp.exp(exponent - rows.per_row(largest)), xp.zeros_like(exponent))
+    mean = rows.group_sum(terms) / xp.where(rows.scored, rows.size, xp.ones_like(rows.size))
+    log_mean = largest + xp.log(xp.where(rows.scored, mean, xp.ones_like(mean)))
+    series = beta * xp.where(rows.scored, log_mean, xp.zeros_like(mean))
+    return GVPORegret(
+        loss.loss / (2 * beta), rows.mean_over_groups(series)[0], loss.group_loss / (2 * beta), series
+    )
+
+
+def sequence_logprobs(token_logprobs: Array, mask: Array) -> Array:
+    """log pi(y|x) of each response: the sum of its tokens' log-probabilities.
+
+    Args:
+      token_logprobs: (N, T) float, nats; differentiated. What lies outside the mask is never read, NaN included.
+      mask: (N, T) bool; True = a response token, its end token included.
+    Returns: (N,) float32 or wider, nats. A sum, never a mean: GVPO's s is of whole responses.
+    Raises: TypeError, ValueError: an argument's type, dtype or shape, naming it.
+    Reference: the chain rule under log pi_theta(y|x), Section 2 of arXiv 2504.19599.
+    """
+    xp = namespace(token_logprobs)
+    if not xp.isdtype(token_logprobs.dtype, "real floating"):
+        raise TypeError(f"token_logprobs has dtype {token_logprobs.dtype}; expected a floating dtype")
+    if not xp.isdtype(mask.dtype, "bool"):
+        raise TypeError(f"mask has dtype {mask.dtype}; expected bool")
+    if len(token_logprobs.shape) != 2:
+        raise ValueError(f"token_logprobs has shape {tuple(token_logprobs.shape)}; expected (N, T)")
+    if tuple(mask.shape) != tuple(token_logprobs.shape):
+        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {tuple(token_logprobs.shape)}")
+    wide = xp.astype(token_logprobs, wide_dtype(xp, token_logprobs))
+    return xp.sum(xp.where(mask, wide, xp.zeros_like(wide)), axis=1)

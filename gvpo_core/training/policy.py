@@ -1,0 +1,120 @@
+"""What a backend provides: the `Policy` protocol, and the plain data that cross it.
+
+The loop owns everything without a tensor in it; a policy owns everything with one. Numbers cross as NumPy arrays and
+lists of token ids, so that one loop drives PyTorch, JAX, MLX and the NumPy table alike.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from gvpo_core.training.sampling import Sampling
+
+Prompt = str | Sequence[Mapping[str, Any]]  # text as it stands, or chat messages for the model's chat template
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """One sampled response."""
+
+    tokens: Tokens  # with the sampled end token, where there is one
+    finished: bool  # True: ended by an end token; False: cut at the token limit
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N responses with their prompts, one row each; rows of a group may lie anywhere, on any rank.
+
+    Lengths come from these lists, never from comparing ids with a padding id.
+    """
+
+    prompts: Sequence[Tokens]  # N; rows of one group share the same prompt
+    responses: Sequence[Tokens]  # N, each at least one token
+    groups: Sequence[int]  # N, the group's label: equal on every rank for the same group
+
+    def __post_init__(self) -> None:
+        if not len(self.prompts) == len(self.responses) == len(self.groups):
+            raise ValueError(
+                f"batch has {len(self.prompts)} prompts, {len(self.responses)} responses and {len(self.groups)} groups"
+            )
+        for i, (prompt, response) in enumerate(zip(self.prompts, self.responses, strict=True)):
+            if not prompt or not response:
+                raise ValueError(f"batch row {i} has an empty {'prompt' if not prompt else 'response'}")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def take(self, rows: Sequence[int]) -> "Batch":
+        """The batch of the given rows, in the given order."""
+        return Batch(
+            [self.prompts[i] for i in rows], [self.responses[i] for i in rows], [self.groups[i] for i in rows]
+        )
+
+
+Coefficients = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""(logprobs (n,), rows (n,)) -> c (n,): the factor of each row's log-probability gradient.
+
+`rows` index the batch given to `update` and must hold every row of each group that they touch."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step reports."""
+
+    logprobs: np.ndarray  # (N,) float, nats: log pi_theta of each row before the step
+    gradient_norm: float  # before clipping, over all parameters and ranks
+    learning_rate: float  # of this step
+    tokens: int  # computed in forward passes on this rank, prompt and padding included
+    peak_memory: int  # bytes, on this rank's device; resident memory of the process on CPU
+    details: Mapping[str, float] = field(default_factory=dict)  # a backend's own numbers, logged as they are
+
+
+class Policy(Protocol):
+    """A language model that can be sampled, scored, stepped and saved. A backend's `load` returns one."""
+
+    rank: int
+    world_size: int
+
+    def encode(self, prompt: Prompt) -> Tokens:
+        """Token ids of a prompt, with the generation prompt of the chat template for messages."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a response, special tokens left out."""
+
+    def generate(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Response]]:
+        """len(seeds[i]) responses to prompts[i]; a response depends on its prompt, its seed and the parameters alone.
+
+        The t-th token of a row is drawn with `sampling.uniforms`: the token at which the cumulative distribution, in
+        vocabulary order, first exceeds the t-th number. Temperature 0 takes the most likely token.
+        """
+
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        """(N,) float: log pi(y|x), nats, at temperature 1, of the policy or of the reference (Eq. 5's pi_ref)."""
+
+    def update(self, batch: Batch, coefficients: Coefficients) -> Update:
+        """One optimizer step along -sum_i c_i grad log pi_i, exact however the batch is split or sharded.
+
+        On several ranks each holds its own rows; the gradient is the sum over ranks. `coefficients` may communicate,
+        so every rank calls it exactly once, with all its rows, unless world_size is 1.
+        """
+
+    def save(self, directory: Path) -> None:
+        """Writes the whole state into an empty folder; every rank calls, the main rank may write alone."""
+
+    def restore(self, directory: Path) -> None:
+        """Reads what `save` wrote; training continues bit for bit."""
+
+    def export(self, directory: Path) -> None:
+        """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load."""
+
+    def describe(self) -> Mapping[str, Any]:
+        """Plain facts for the log and the run folder: backend, device, dtype, parameters, layout, library versions."""
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ. World size 1: `values`."""
