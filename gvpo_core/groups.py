@@ -78,7 +78,7 @@ def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
     xp = namespace(values)
     lowest = float(xp.finfo(values.dtype).min)
     if hasattr(values, "new_full"):  # torch
-        return values.new_full((num_groups,), lowest).index_reduce(0, group_ids.long(), values, "amax")
+        return values.new_full((num_groups,), lowest).scatter_reduce(0, group_ids.long(), values, "amax")
     start = xp.full((num_groups,), lowest, dtype=values.dtype)
     if hasattr(values, "at"):  # jax, mlx
         at = start.at[group_ids]
