@@ -74,7 +74,12 @@ class Update:
 
 
 class Policy(Protocol):
-    """A language model that can be sampled, scored, stepped and saved. A backend's `load` returns one."""
+    """A language model that can be sampled, scored, stepped and saved.
+
+    A backend's `policy.py` has `load(model, optimizer, *, updates, reference, seed) -> Policy`: the two config
+    sections, the optimizer steps of the whole run (for the schedule), whether `logprobs(reference=True)` will be
+    asked for, and the run's seed.
+    """
 
     rank: int
     world_size: int
@@ -97,11 +102,16 @@ class Policy(Protocol):
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float: log pi(y|x), nats, at temperature 1, of the policy or of the reference (Eq. 5's pi_ref)."""
 
-    def update(self, batch: Batch, coefficients: Coefficients) -> Update:
+    def update(
+        self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None
+    ) -> Update:
         """One optimizer step along -sum_i c_i grad log pi_i, exact however the batch is split or sharded.
 
-        On several ranks each holds its own rows; the gradient is the sum over ranks. `coefficients` may communicate,
-        so every rank calls it exactly once, with all its rows, unless world_size is 1.
+        On several ranks each holds its own rows, perhaps none; the gradient is the sum over ranks. `coefficients`
+        communicates there, so every rank calls it exactly once, with all its rows, unless world_size is 1.
+
+        Args:
+          scored: (N,) what `logprobs(batch)` gives with the present parameters, where known: saves that pass.
         """
 
     def save(self, directory: Path) -> None:
