@@ -1,0 +1,162 @@
+"""Prompts: rows from a file or a dataset, their order over the epochs, and the checks before a run starts."""
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.config import DataConfig
+from gvpo_core.training.policy import Policy, Prompt, Tokens
+
+Row = Mapping[str, Any]
+
+
+class DataError(ValueError):
+    """Data that cannot be trained on; the message names the file, the row and the column."""
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of a run, encoded; `columns` go to the rewards."""
+
+    prompts: Sequence[Prompt]
+    tokens: Sequence[Tokens]
+    columns: Sequence[Row]
+    dropped: int = 0  # rows left out for their length
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
+        """The rows of one step: the next `size` of an endless run of epochs, each in an order of its own.
+
+        It depends on its arguments alone, so a resumed run sees the same prompts.
+        """
+        rows = []
+        for position in range(step * size, (step + 1) * size):
+            epoch, offset = divmod(position, len(self))
+            rows.append(int(_order(len(self), seed, epoch)[offset]) if shuffle else offset)
+        return rows
+
+
+def _order(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(n)
+
+
+def load_rows(source: str | Path | Iterable[Row], name: str = "data") -> list[Row]:
+    """Rows of a .jsonl or .parquet file, a folder saved by `datasets`, or any iterable of mappings.
+
+    Raises: DataError: no such file, a line that is not a JSON object (with its number), or no rows.
+    """
+    if isinstance(source, str | Path):
+        path = Path(source)
+        if not path.exists():
+            raise DataError(f"{name} = {str(source)!r}: there is no such file or folder")
+        if path.is_dir():
+            rows = _from_datasets(path, name)
+        elif path.suffix == ".parquet":
+            rows = _from_parquet(path, name)
+        elif path.suffix in (".jsonl", ".json"):
+            rows = _from_jsonl(path)
+        else:
+            raise DataError(f"{name} = {str(source)!r}: expected .jsonl, .parquet or a folder saved by datasets")
+    else:
+        rows = list(source)
+    if not rows:
+        raise DataError(f"{name} = {str(source)[:80]!r} has no rows; expected at least one prompt")
+    return rows
+
+
+def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name: str = "data.train") -> Prompts:
+    """Checks and encodes the prompt of every row.
+
+    Raises: DataError: a missing column, a prompt of a wrong type, an empty one, or one over the limit.
+    """
+    prompts, tokens, columns = [], [], []
+    for i, row in enumerate(rows):
+        if config.prompt not in row:
+            close = difflib.get_close_matches(config.prompt, list(row), n=1)
+            hint = f"; did you mean data.prompt = {close[0]!r}?" if close else ""
+            raise DataError(f"{name} row {i} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
+        prompt = _checked(row[config.prompt], f"{name} row {i}, column {config.prompt!r}", config.system_prompt)
+        ids = tuple(policy.encode(prompt))
+        if not ids:
+            raise DataError(f"{name} row {i}, column {config.prompt!r}: the prompt is empty once tokenized")
+        if len(ids) > config.max_prompt_tokens:
+            if config.too_long == "drop":
+                continue
+            raise DataError(
+                f"{name} row {i}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens ="
+                f" {config.max_prompt_tokens}; raise it, or set data.too_long = 'drop'"
+            )
+        prompts.append(prompt)
+        tokens.append(ids)
+        columns.append({key: value for key, value in row.items() if key != config.prompt})
+    if not prompts:
+        raise DataError(
+            f"{name}: all {len(rows)} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens}"
+        )
+    return Prompts(prompts, tokens, columns, len(rows) - len(prompts))
+
+
+def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
+    if isinstance(prompt, str):
+        return prompt
+    if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
+        for m in prompt:
+            if not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
+                raise DataError(f"{where}: the chat message {dict(m)!r} needs a text role and a text content")
+        messages = [dict(m) for m in prompt]
+        if system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system_prompt})
+        return messages
+    raise DataError(f"{where} is a {type(prompt).__name__} ({prompt!r:.60}); expected text or a list of chat messages")
+
+
+def _from_jsonl(path: Path) -> list[Row]:
+    rows: list[Row] = []
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(f"{path} is not UTF-8 text: {e}") from e
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as e:
+            raise DataError(f"{path}:{number}: not JSON: {e}") from e
+        if not isinstance(row, dict):
+            raise DataError(f"{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{\"prompt\": ...}}")
+        rows.append(row)
+    return rows
+
+
+def _from_parquet(path: Path, name: str) -> list[Row]:
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as e:
+        raise DataError(f"{name} = {str(path)!r}: Parquet needs pyarrow: pip install pyarrow") from e
+    try:
+        rows: list[Row] = parquet.read_table(path).to_pylist()
+    except (ArrowException, OSError) as e:
+        raise DataError(f"{name} = {str(path)!r} is not a Parquet file: {e}") from e
+    return rows
+
+
+def _from_datasets(path: Path, name: str) -> list[Row]:
+    try:
+        from datasets import Dataset, load_from_disk
+    except ImportError as e:
+        raise DataError(f"{name} = {str(path)!r} is a folder, which needs datasets: pip install datasets") from e
+    try:
+        loaded = load_from_disk(str(path))
+    except (OSError, ValueError) as e:
+        raise DataError(f"{name} = {str(path)!r} is no dataset saved by datasets' save_to_disk: {e}") from e
+    if not isinstance(loaded, Dataset):
+        raise DataError(f"{name} = {str(path)!r} holds the splits {', '.join(loaded)}; point to one of them")
+    return list(loaded)
