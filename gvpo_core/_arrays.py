@@ -15,7 +15,9 @@ def namespace(x: Any) -> Any:
     Raises: TypeError: not an array of any known library.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(x, torch.Tensor):  # torch.compile cannot trace the cached look-up below
+    if torch is not None and isinstance(
+        x, torch.Tensor
+    ):  # torch.compile cannot trace the cached look-up below
         from array_api_compat import torch as torch_namespace
 
         return torch_namespace
@@ -60,7 +62,8 @@ def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
     Args:
       floats: name -> (N,) array; the first must be floating, the others may also be integer or bool.
       others: `group_ids` (integer) and `valid` (bool), each (N,) or None.
-    Raises: TypeError: not an array, another library, or a wrong dtype. ValueError: a wrong shape, N = 0, another device.
+    Raises: TypeError: not an array, another library, or a wrong dtype.
+      ValueError: a wrong shape, N = 0, another device.
     """
     arrays = {**floats, **{name: x for name, x in others.items() if x is not None}}
     first, *rest = arrays
@@ -74,13 +77,17 @@ def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
     if not xp.isdtype(arrays[first].dtype, "real floating"):
         raise TypeError(f"{first} has dtype {arrays[first].dtype}; expected a floating dtype")
     if len(arrays[first].shape) != 1:
-        raise ValueError(f"{first} has shape {tuple(arrays[first].shape)}; expected (N,), one number a response")
+        raise ValueError(
+            f"{first} has shape {tuple(arrays[first].shape)}; expected (N,), one number a response"
+        )
     if arrays[first].shape[0] == 0:
         raise ValueError(f"{first} has shape (0,); expected at least one response")
     for name in rest:
         x = arrays[name]
         if spaces[name] is not xp:
-            raise TypeError(f"{name} is an array of {spaces[name].__name__}; expected {xp.__name__}, as {first}")
+            raise TypeError(
+                f"{name} is an array of {spaces[name].__name__}; expected {xp.__name__}, as {first}"
+            )
         if tuple(x.shape) != tuple(arrays[first].shape):
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}"
@@ -95,7 +102,7 @@ def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
 
 
 def check_beta(beta: Any, *, positive: bool = False) -> None:
-    """Raises ValueError unless beta >= 0 (> 0 with `positive`); a traced beta passes."""
+    """Raises ValueError unless beta is finite and >= 0 (> 0 with `positive`); a traced beta passes."""
     value = concrete(beta)
-    if value is not None and not (value > 0 if positive else value >= 0):
+    if value is not None and not (0 <= value < float("inf") and (value > 0 or not positive)):
         raise ValueError(f"beta is {value}; expected {'> 0' if positive else '>= 0'}")

@@ -1,7 +1,7 @@
 """Groups: labels to dense ids on the host, and sums and means of rows within groups on any device."""
 
 from collections.abc import Hashable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,8 @@ def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
     """Numbers the groups 0..G-1 in order of first appearance.
 
     Args:
-      labels: N labels, any hashable values (prompt ids, strings, tuples); rows of a group share one, in any order.
+      labels: N labels, any hashable values (prompt ids, strings, tuples); rows of a group share one, in any
+        order.
     Returns: (group_ids, num_groups): (N,) int64 NumPy array and G.
     Raises: TypeError: a label that cannot be hashed, or NaN, which equals nothing. ValueError: no labels.
     """
@@ -39,14 +40,16 @@ def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
     low, high = concrete(xp.min(group_ids)), concrete(xp.max(group_ids))
     if num_groups is None:
         if high is None:
-            raise ValueError("num_groups is None under compilation; pass the number of groups as a static int")
+            raise ValueError(
+                "num_groups is None under compilation; pass the number of groups as a static int"
+            )
         num_groups = int(high) + 1
     if num_groups < 1:
         raise ValueError(f"num_groups is {num_groups}; expected at least 1")
-    if low is not None and high is not None and not (0 <= low and high < num_groups):
+    if low is not None and high is not None and (low < 0 or high >= num_groups):
         raise ValueError(
-            f"group_ids span {int(low)}..{int(high)}; expected 0..{num_groups - 1} for num_groups = {num_groups}"
-            " (dense_group_ids makes them from any labels)"
+            f"group_ids span {int(low)}..{int(high)}; expected 0..{num_groups - 1} for num_groups ="
+            f" {num_groups} (dense_group_ids makes them from any labels)"
         )
     return num_groups
 
@@ -74,7 +77,10 @@ def group_sum(values: Array, group_ids: Array, num_groups: int) -> Array:
 
 
 def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
-    """(G,) largest value in each group; the lowest finite number where a group is empty. Not differentiated."""
+    """(G,) largest value in each group; the lowest finite number where a group is empty.
+
+    Not to be differentiated: pass values through stop_gradient.
+    """
     xp = namespace(values)
     lowest = float(xp.finfo(values.dtype).min)
     if hasattr(values, "new_full"):  # torch
@@ -87,6 +93,66 @@ def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
         xp.maximum.at(start, group_ids, values)
         return start
     return _scan(xp, xp.maximum, values, group_ids, start)
+
+
+class Groups(NamedTuple):
+    """Which rows count, and in which group: valid, scored, and in a group with enough of them."""
+
+    xp: Any
+    group_ids: Array  # (N,) integer
+    num_groups: int
+    counted: Array  # (N,) bool
+    size: Array  # (num_groups,) float, scored rows, in groups that do not count too
+    kept: Array  # (num_groups,) bool, groups that count
+
+    def sum(self, values: Array) -> Array:
+        """(N,) -> (num_groups,)."""
+        return group_sum(values, self.group_ids, self.num_groups)
+
+    def max(self, values: Array) -> Array:
+        """(N,) -> (num_groups,) over counted rows; the lowest finite number where none counts."""
+        lowest = self.xp.full_like(values, float(self.xp.finfo(values.dtype).min))
+        return group_max(self.xp.where(self.counted, values, lowest), self.group_ids, self.num_groups)
+
+    def center(self, values: Array) -> Array:
+        """(N,) -> (N,) less the mean of the counted rows of the group; 0 for rows not counted."""
+        return center(values, self.counted, self.group_ids, self.num_groups)
+
+    def per_row(self, group_values: Array) -> Array:
+        """(num_groups,) -> (N,)."""
+        return self.xp.take(group_values, self.group_ids, axis=0)
+
+    def divisor(self, less: int = 0) -> Array:
+        """(num_groups,) k - less in groups that count, 1 elsewhere."""
+        return self.xp.where(self.kept, self.size - less, self.xp.ones_like(self.size))
+
+    def total(self) -> Array:
+        """() float: groups that count."""
+        return self.xp.sum(self.xp.astype(self.kept, self.size.dtype))
+
+    def total_divisor(self) -> Array:
+        """() float: groups that count, at least 1."""
+        total = self.total()
+        return self.xp.where(total > 0, total, self.xp.ones_like(total))
+
+    def mean(self, group_values: Array) -> Array:
+        """(num_groups,), 0 in groups that do not count -> () mean over those that do, 0 without any."""
+        return self.xp.sum(group_values) / self.total_divisor()
+
+
+def counted_groups(
+    xp: Any, rewards: Array, group_ids: Array, num_groups: int | None, valid: Array | None, *, smallest: int
+) -> Groups:
+    """The groups of checked arguments, in the dtype of `rewards`; NaN = no score.
+
+    A row that is not valid or not scored leaves its group, and k is what remains (Cor. 3.4); a group with fewer
+    than `smallest` does not count.
+    """
+    num_groups = check_group_ids(xp, group_ids, num_groups)
+    counted = ~xp.isnan(rewards) if valid is None else valid & ~xp.isnan(rewards)
+    size = group_sum(xp.astype(counted, rewards.dtype), group_ids, num_groups)
+    kept = size >= smallest
+    return Groups(xp, group_ids, num_groups, counted & xp.take(kept, group_ids, axis=0), size, kept)
 
 
 def group_mean_of_rows(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:
@@ -112,7 +178,7 @@ def center(values: Array, counted: Array, group_ids: Array, num_groups: int) -> 
 
 
 def _scan(xp: Any, combine: Any, values: Array, group_ids: Array, empty: Array) -> Array:
-    """Groups combined in the standard's own functions: sort, then a segmented inclusive scan of log2(N) steps."""
+    """Groups combined in the standard's own functions: sort, then a segmented scan of log2(N) steps."""
     order = xp.argsort(group_ids, stable=True)
     ids, scan = xp.take(group_ids, order), xp.take(values, order)
     row = xp.arange(ids.shape[0], dtype=xp.int64)

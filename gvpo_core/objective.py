@@ -1,20 +1,20 @@
 """GVPO as functions of arrays: weights (Eq. 12), loss and its parts (Eq. 15-17), coefficients, regret.
 
-Notation: s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response's tokens, nats; R_i the reward;
-D(v)_i = v_i - mean of v over i's group; k the counted responses of a group; G the groups with k >= 2.
-A row is counted when `valid` and its reward is not NaN; the rest leave their group, and k is what remains (Cor. 3.4).
-Every function takes NumPy, torch, JAX, MLX, CuPy or any Array API arrays, eager or compiled, and computes in float32
-or wider: 16-bit inputs are upcast before any sum.
+Notation: s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response's tokens, nats; R_i the
+reward; D(v)_i = v_i - mean of v over i's group; k the counted responses of a group; G the groups with k >= 2.
+A row is counted when `valid` and its reward is not NaN; the rest leave their group, and k is what remains
+(Cor. 3.4). Every function takes NumPy, torch, JAX, MLX, CuPy or any Array API arrays, eager or compiled, and
+computes in float32 or wider: 16-bit inputs are upcast before any sum.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gvpo_core._arrays import Array, check_beta, check_rows, namespace, stop_gradient, wide_dtype
-from gvpo_core.groups import center, check_group_ids, group_max, group_sum
+from gvpo_core.groups import Groups, counted_groups
 
 
 class GVPOLoss(NamedTuple):
-    """Eq. 16 and its split (Eq. 17): loss = implicit_variance + reward_variance - 2 covariance. Reward^2 units."""
+    """Eq. 16 and its parts (Eq. 17), reward^2: loss = implicit_variance + reward_variance - 2 covariance."""
 
     loss: Array  # (), mean over the G groups with k >= 2; 0 without any
     implicit_variance: Array  # (), of beta * s
@@ -38,24 +38,9 @@ class GVPORegret(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    xp: Any
+    groups: Groups
     implicit: Array  # (N,) beta * D(s)
     reward: Array  # (N,) D(R)
-    size: Array  # (num_groups,) k
-    scored: Array  # (num_groups,) bool, k >= 2
-    counted: Array  # (N,) bool, in a scored group
-    group_ids: Array
-    num_groups: int
-
-    def group_sum(self, values: Array) -> Array:
-        return group_sum(values, self.group_ids, self.num_groups)
-
-    def per_row(self, group_values: Array) -> Array:
-        return self.xp.take(group_values, self.group_ids, axis=0)
-
-    def mean_over_groups(self, group_values: Array) -> tuple[Array, Array]:
-        groups = self.xp.sum(self.xp.astype(self.scored, group_values.dtype))
-        return self.xp.sum(group_values) / self.xp.where(groups > 0, groups, self.xp.ones_like(groups)), groups
 
 
 def _rows(
@@ -67,20 +52,33 @@ def _rows(
     num_groups: int | None,
     valid: Array | None,
 ) -> _Rows:
-    xp = check_rows(
-        {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards}, group_ids=group_ids, valid=valid
-    )
     check_beta(beta)
-    num_groups = check_group_ids(xp, group_ids, num_groups)
+    groups, log_ratio, rewards = checked_groups(
+        logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
+    )
+    return _Rows(groups, beta * groups.center(log_ratio), groups.center(rewards))
+
+
+def checked_groups(
+    logprobs: Array,
+    ref_logprobs: Array,
+    rewards: Array,
+    group_ids: Array,
+    num_groups: int | None,
+    valid: Array | None,
+    *,
+    smallest: int,
+) -> tuple[Groups, Array, Array]:
+    """Checks the arguments of gvpo_weights; returns the groups of `smallest` or more, and (N,) s and R."""
+    xp = check_rows(
+        {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards},
+        group_ids=group_ids,
+        valid=valid,
+    )
     dtype = wide_dtype(xp, logprobs, ref_logprobs, rewards)
     logprobs, ref_logprobs, rewards = (xp.astype(x, dtype) for x in (logprobs, ref_logprobs, rewards))
-    counted = ~xp.isnan(rewards) if valid is None else valid & ~xp.isnan(rewards)
-    size = group_sum(xp.astype(counted, dtype), group_ids, num_groups)
-    scored = size >= 2
-    counted = counted & xp.take(scored, group_ids, axis=0)
-    implicit = beta * center(logprobs - ref_logprobs, counted, group_ids, num_groups)
-    reward = center(rewards, counted, group_ids, num_groups)
-    return _Rows(xp, implicit, reward, size, scored, counted, group_ids, num_groups)
+    groups = counted_groups(xp, rewards, group_ids, num_groups, valid, smallest=smallest)
+    return groups, logprobs - ref_logprobs, rewards
 
 
 def gvpo_weights(
@@ -135,19 +133,16 @@ def gvpo_coefficients(
     Args: as gvpo_weights.
     Returns: (N,), reward units; 0 where gvpo_weights is 0.
     Raises: as gvpo_weights.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12 and 16. Departures: scale. The gradient of Eq. 16 is
-      2 beta times this one; the authors' released code steps along beta * w_i / (k - 1).
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12 and 16. Departures: scale. The gradient of Eq. 16
+      is 2 beta times this one; the authors' released code steps along beta * w_i / (k - 1).
     """
     rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
     return stop_gradient(_coefficients(rows))
 
 
 def _coefficients(rows: _Rows) -> Array:
-    one = rows.xp.ones_like(rows.size)
-    per_group = rows.xp.where(rows.scored, one, 0 * one) / rows.xp.where(rows.scored, rows.size - 1, one)
-    _, groups = rows.mean_over_groups(per_group)
-    groups = rows.xp.where(groups > 0, groups, rows.xp.ones_like(groups))
-    return (rows.reward - rows.implicit) * rows.per_row(per_group) / groups
+    groups = rows.groups
+    return (rows.reward - rows.implicit) / groups.per_row(groups.divisor(less=1) * groups.total_divisor())
 
 
 def gvpo_surrogate(
@@ -195,19 +190,28 @@ def gvpo_loss(
     Args: as gvpo_weights; `loss` is differentiated through logprobs.
     Returns: GVPOLoss; `loss` is (), mean over G, reward^2 units; its parts and their values per group.
     Raises: as gvpo_weights.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 15, 16 (k differs by group), 17 (parts). Departures: none.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 15, 16 (ragged k), 17 (parts). Departures: none.
     """
     return _loss(_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid))
 
 
 def _loss(rows: _Rows) -> GVPOLoss:
-    xp = rows.xp
-    freedom = xp.where(rows.scored, rows.size - 1, xp.ones_like(rows.size))
+    groups = rows.groups
     weights = rows.reward - rows.implicit
     products = (weights**2, rows.implicit**2, rows.reward**2, rows.implicit * rows.reward)
-    by_group = [rows.group_sum(product) / freedom for product in products]
-    means = [rows.mean_over_groups(x)[0] for x in by_group]
-    return GVPOLoss(*means, *by_group, rows.size, rows.mean_over_groups(freedom)[1])
+    loss, implicit, reward, both = (groups.sum(product) / groups.divisor(less=1) for product in products)
+    return GVPOLoss(
+        loss=groups.mean(loss),
+        implicit_variance=groups.mean(implicit),
+        reward_variance=groups.mean(reward),
+        covariance=groups.mean(both),
+        group_loss=loss,
+        group_implicit_variance=implicit,
+        group_reward_variance=reward,
+        group_covariance=both,
+        group_size=groups.size,
+        counted_groups=groups.total(),
+    )
 
 
 def gvpo_regret(
@@ -222,36 +226,35 @@ def gvpo_regret(
 ) -> GVPORegret:
     """The regularised reward still to be gained, for responses sampled from pi_theta itself.
 
-    J(pi*) - J(pi_theta) = beta KL(pi_theta || pi*) = beta log E exp(w / beta), and to second order Var(w) / (2 beta)
+    J(pi*) - J(pi_theta) = beta KL(pi_theta || pi*) = beta log E exp(w / beta) = Var(w) / (2 beta) + O(w^3)
 
-    `second_order` is unbiased for its limit; `series` estimates the log of a mean from k samples, so it is low by
-    O(1/k), and never more than max(w) of its group.
+    `second_order` is unbiased for its limit; `series` estimates the log of a mean from k samples, so it is
+    low by O(1/k), and never more than max(w) of its group.
 
     Args: as gvpo_weights, with beta > 0.
-    Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0 and not in the means.
+    Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0, not in the means.
     Raises: as gvpo_weights; ValueError: beta = 0.
     Reference: from Eq. 5 and 6 of Zhang et al., GVPO, arXiv 2504.19599; the paper does not state it.
     """
     check_beta(beta, positive=True)
     rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
-    xp = rows.xp
-    loss = _loss(rows)
+    groups, loss = rows.groups, _loss(rows)
+    xp = groups.xp
     exponent = (rows.reward - rows.implicit) / beta
-    largest = stop_gradient(group_max(exponent, rows.group_ids, rows.num_groups))
-    terms = xp.where(rows.counted, xp.exp(exponent - rows.per_row(largest)), xp.zeros_like(exponent))
-    mean = rows.group_sum(terms) / xp.where(rows.scored, rows.size, xp.ones_like(rows.size))
-    log_mean = largest + xp.log(xp.where(rows.scored, mean, xp.ones_like(mean)))
-    series = beta * xp.where(rows.scored, log_mean, xp.zeros_like(mean))
-    return GVPORegret(
-        loss.loss / (2 * beta), rows.mean_over_groups(series)[0], loss.group_loss / (2 * beta), series
-    )
+    largest = groups.max(stop_gradient(exponent))
+    below = xp.where(groups.counted, exponent - groups.per_row(largest), xp.zeros_like(exponent))
+    terms = xp.where(groups.counted, xp.exp(below), xp.zeros_like(exponent))
+    mean = groups.sum(terms) / groups.divisor()
+    log_mean = largest + xp.log(xp.where(groups.kept, mean, xp.ones_like(mean)))
+    series = beta * xp.where(groups.kept, log_mean, xp.zeros_like(mean))
+    return GVPORegret(loss.loss / (2 * beta), groups.mean(series), loss.group_loss / (2 * beta), series)
 
 
 def sequence_logprobs(token_logprobs: Array, mask: Array) -> Array:
     """log pi(y|x) of each response: the sum of its tokens' log-probabilities.
 
     Args:
-      token_logprobs: (N, T) float, nats; differentiated. What lies outside the mask is never read, NaN included.
+      token_logprobs: (N, T) float, nats; differentiated. Outside the mask nothing is read, NaN included.
       mask: (N, T) bool; True = a response token, its end token included.
     Returns: (N,) float32 or wider, nats. A sum, never a mean: GVPO's s is of whole responses.
     Raises: TypeError, ValueError: an argument's type, dtype or shape, naming it.
