@@ -1,0 +1,366 @@
+"""Every number of a run: the dictionary of keys, and the arithmetic from one step's facts to one line of metrics.jsonl.
+
+A line is one JSON object with `kind` ("train", "eval" or "event"), `step` and `time`; numbers that are not finite stand
+as null. Pure NumPy, float64: the loop gathers the facts, this file does the sums, and nothing else invents a key.
+"""
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from gvpo_core.objective import gvpo_loss, gvpo_regret
+
+PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
+RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "spread", "min", "max"})
+"""Names a reward cannot have: reward/<name> would be another metric."""
+
+
+class Metric(NamedTuple):
+    """What a key of metrics.jsonl means."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "kind": Metric("text", "train: one step; eval: one evaluation; event: something that happened, in `event`."),
+    "step": Metric("steps", "Rollouts done, this one included. An evaluation at step n uses the policy after n."),
+    "time": Metric("seconds", "Unix time at which the line was written."),
+    "event": Metric("text", "Kind of event: start, resume, checkpoint, warning, stop."),
+    "message": Metric("text", "The event in words."),
+    "reward/mean": Metric("reward", "Mean total reward over the step's scored responses."),
+    "reward/half_width": Metric(
+        "reward", "Half the 95 % interval of reward/mean: Student's t over the group means; absent with one group."
+    ),
+    "reward/spread": Metric("reward", "Standard deviation (k - 1) within a group, mean over counted groups."),
+    "reward/min": Metric("reward", "Lowest total reward of the step."),
+    "reward/max": Metric("reward", "Highest total reward of the step."),
+    "reward/<name>": Metric("reward", "Mean of one reward, unweighted, over the responses it scored."),
+    "reward_errors/<name>/<kind>": Metric(
+        "responses", "Responses that one reward left without a score: error (raised), timeout, none (None or NaN)."
+    ),
+    "loss": Metric("reward^2", "GVPO loss (Eq. 16) before the update, mean over counted groups."),
+    "loss/implicit_variance": Metric("reward^2", "Variance of the implicit rewards beta s within groups (Eq. 17)."),
+    "loss/reward_variance": Metric("reward^2", "Variance of the rewards within groups (Eq. 17)."),
+    "loss/covariance": Metric(
+        "reward^2", "Covariance of implicit and actual reward within groups (Eq. 17); loss = sum - 2 x this."
+    ),
+    "regret/second_order": Metric(
+        "reward", "loss / (2 beta): regularised reward still to be gained, to second order. Absent when beta = 0."
+    ),
+    "regret/series": Metric(
+        "reward",
+        "beta log mean exp(w / beta): the same to all orders, low by O(1/k). Absent when beta = 0.",
+    ),
+    "kl": Metric(
+        "nats/response",
+        "Mean of s = log pi_theta - log pi_ref over counted responses. It estimates KL(pi_theta || pi_ref) (k1) only "
+        "where the responses were sampled from pi_theta at temperature 1; elsewhere it is the mean log-ratio.",
+    ),
+    "entropy": Metric(
+        "nats/token",
+        "Minus the mean log-probability of a sampled token: an estimate of the entropy, under the same condition.",
+    ),
+    "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
+    "gradient_norm/max": Metric("", "Largest of them."),
+    "learning_rate": Metric("", "Of the step's last update."),
+    "length/mean": Metric("tokens", "Mean response length, end token included."),
+    "length/max": Metric("tokens", "Longest response."),
+    "length/best": Metric(
+        "tokens", "Mean length of the responses with the step's highest reward; absent when all rewards are equal."
+    ),
+    "length/worst": Metric("tokens", "Mean length of the responses with the step's lowest reward; likewise."),
+    "truncated": Metric("share", "Responses cut at the token limit."),
+    "responses/total": Metric("responses", "Responses of the step."),
+    "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
+    "groups/total": Metric("groups", "Prompts of the step."),
+    "groups/counted": Metric("groups", "Groups with at least two scored responses: those in the loss."),
+    "groups/dropped_unscored": Metric("groups", "Groups with fewer than two scored responses."),
+    "groups/all_equal": Metric("groups", "Dead groups: counted, with all rewards equal. Only beta moves them."),
+    "groups/all_best": Metric("groups", "Dead groups at the highest reward seen so far: too easy."),
+    "groups/all_worst": Metric("groups", "Dead groups at the lowest reward seen so far: too hard."),
+    "tokens/sampled": Metric("tokens", "Response tokens drawn in the step, all ranks."),
+    "tokens/computed": Metric("tokens", "Tokens through forward passes of the update, prompt and padding included."),
+    "tokens_per_second": Metric("tokens/s", "Sampled tokens by the seconds of generate, reward, score and update."),
+    "seconds/<phase>": Metric("seconds", f"Time in one phase: {', '.join(PHASES)}; other: the rest of the step."),
+    "seconds/step": Metric("seconds", "Time of the whole step."),
+    "share/<phase>": Metric("share", "seconds/<phase> by seconds/step."),
+    "memory/peak": Metric("bytes", "Peak memory of the fullest rank: of its device, or of the process on CPU."),
+    "policy/<detail>": Metric("", "A backend's own number, as its `Update.details` gives it."),
+    "eval/reward": Metric("reward", "Mean total reward on held-out prompts: mean over prompts of their means."),
+    "eval/half_width": Metric(
+        "reward",
+        "Half the 95 % interval of eval/reward over prompts: Student's t, or Wilson's larger side where every prompt "
+        "scores 0 or 1; absent with one prompt.",
+    ),
+    "eval/reward/<name>": Metric("reward", "Mean of one reward on held-out prompts, unweighted."),
+    "eval/length": Metric("tokens", "Mean length of held-out responses."),
+    "eval/truncated": Metric("share", "Held-out responses cut at the token limit."),
+    "eval/prompts": Metric("prompts", "Held-out prompts with a score."),
+    "eval/unscored": Metric("responses", "Held-out responses without a score."),
+}
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """What one step left behind, gathered over ranks. N responses, `num_groups` groups."""
+
+    logprobs: np.ndarray  # (N,) float, nats: the policy before its update
+    ref_logprobs: np.ndarray  # (N,) float, nats
+    rewards: np.ndarray  # (N,) float, total; NaN = unscored
+    group_ids: np.ndarray  # (N,) int in 0..num_groups-1
+    num_groups: int
+    lengths: np.ndarray  # (N,) int, tokens
+    finished: np.ndarray  # (N,) bool
+    beta: float
+    gradient_norms: Sequence[float]  # one an update; empty: no update was made
+    learning_rate: float
+    seconds: Mapping[str, float]  # phase -> s; "step": wall time of the whole step, where measured
+    tokens_sampled: int
+    tokens_computed: int
+    peak_memory: int  # bytes
+    reward_parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> (N,), NaN = unscored
+    reward_errors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # name -> kind -> responses
+    policy_details: Mapping[str, float] = field(default_factory=dict)
+    reward_range: tuple[float, float] | None = None  # lowest and highest reward of earlier steps, where known
+
+
+def step_metrics(facts: StepFacts) -> dict[str, float]:
+    """The numbers of one training step, by the names in METRICS; keys that mean nothing for it are left out.
+
+    Raises: ValueError: arrays whose lengths differ, or a group id out of range, naming it.
+    """
+    rewards = np.asarray(facts.rewards, dtype=np.float64)
+    scored = ~np.isnan(rewards)
+    metrics: dict[str, float] = {"responses/total": rewards.size, "responses/unscored": int((~scored).sum())}
+    metrics |= _objective_metrics(facts, rewards)
+    metrics |= _group_metrics(facts, rewards, scored)
+    for name, values in facts.reward_parts.items():
+        metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
+    for name, kinds in facts.reward_errors.items():
+        metrics |= {f"reward_errors/{name}/{kind}": count for kind, count in kinds.items()}
+    if len(facts.gradient_norms):
+        metrics["gradient_norm"] = float(np.mean(facts.gradient_norms))
+        metrics["gradient_norm/max"] = float(np.max(facts.gradient_norms))
+    lengths = np.asarray(facts.lengths, dtype=np.float64)
+    metrics |= {
+        "learning_rate": facts.learning_rate,
+        "length/mean": float(lengths.mean()),
+        "length/max": int(lengths.max()),
+        "truncated": float(1 - np.mean(facts.finished)),
+        "tokens/sampled": facts.tokens_sampled,
+        "tokens/computed": facts.tokens_computed,
+        "memory/peak": facts.peak_memory,
+    }
+    if scored.any() and np.nanmax(rewards) > np.nanmin(rewards):
+        metrics["length/best"] = float(lengths[rewards == np.nanmax(rewards)].mean())
+        metrics["length/worst"] = float(lengths[rewards == np.nanmin(rewards)].mean())
+    metrics |= _time_metrics(facts.seconds, facts.tokens_sampled)
+    return metrics | {f"policy/{name}": value for name, value in facts.policy_details.items()}
+
+
+def evaluation_metrics(
+    rewards: np.ndarray,
+    prompt_ids: Sequence[int],
+    lengths: np.ndarray,
+    finished: np.ndarray,
+    *,
+    seconds: float,
+    reward_parts: Mapping[str, np.ndarray] | None = None,
+) -> dict[str, float]:
+    """The numbers of one evaluation. N held-out responses, any number a prompt.
+
+    Args:
+      rewards: (N,) float, total; NaN = unscored.
+      prompt_ids: N labels of the held-out prompts.
+      lengths: (N,) int, tokens.
+      finished: (N,) bool.
+      seconds: time of the evaluation.
+      reward_parts: name -> (N,).
+    """
+    rewards = np.asarray(rewards, dtype=np.float64)
+    means = _group_means(rewards, np.unique(np.asarray(prompt_ids), return_inverse=True)[1])
+    metrics = {
+        "eval/reward": _mean(means),
+        "eval/length": float(np.mean(lengths)),
+        "eval/truncated": float(1 - np.mean(finished)),
+        "eval/prompts": int(means.size),
+        "eval/unscored": int(np.isnan(rewards).sum()),
+        "seconds/evaluate": seconds,
+    }
+    if means.size > 1:
+        binary = bool(np.isin(means, (0.0, 1.0)).all())
+        metrics["eval/half_width"] = _wilson_half_width(means) if binary else mean_half_width(means)
+    for name, values in (reward_parts or {}).items():
+        metrics[f"eval/reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
+    return metrics
+
+
+def mean_half_width(values: np.ndarray) -> float:
+    """Half the 95 % confidence interval of the mean of independent values: Student's t; NaN for fewer than two."""
+    n = len(values)
+    return math.nan if n < 2 else student_t(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
+
+
+def student_t(freedom: int) -> float:
+    """The two-sided 95 % quantile of Student's t, to 1e-3."""
+    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+    if freedom <= len(exact):
+        return exact[freedom - 1]
+    z = 1.959964
+    terms = (  # Cornish-Fisher expansion in 1 / freedom
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return z + sum(term / freedom**power for power, term in enumerate(terms, 1))
+
+
+def _wilson_half_width(values: np.ndarray) -> float:
+    # Student's t would call 0 right of 24 certain; Wilson's interval does not.
+    n, p, z = len(values), float(np.mean(values)), 1.959964
+    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return max(middle + half - p, p - (middle - half))
+
+
+def _objective_metrics(facts: StepFacts, rewards: np.ndarray) -> dict[str, float]:
+    logprobs = np.asarray(facts.logprobs, dtype=np.float64)
+    reference = np.asarray(facts.ref_logprobs, dtype=np.float64)
+    groups = np.asarray(facts.group_ids)
+    loss = gvpo_loss(logprobs, reference, rewards, groups, beta=facts.beta, num_groups=facts.num_groups)
+    metrics = {
+        "loss": float(loss.loss),
+        "loss/implicit_variance": float(loss.implicit_variance),
+        "loss/reward_variance": float(loss.reward_variance),
+        "loss/covariance": float(loss.covariance),
+        "reward/spread": float(np.sqrt(loss.group_reward_variance).sum() / max(float(loss.counted_groups), 1)),
+        "groups/counted": int(loss.counted_groups),
+        "entropy": float(-logprobs.sum() / np.sum(facts.lengths)),
+    }
+    if facts.beta > 0:
+        regret = gvpo_regret(logprobs, reference, rewards, groups, beta=facts.beta, num_groups=facts.num_groups)
+        metrics["regret/second_order"] = float(regret.second_order)
+        metrics["regret/series"] = float(regret.series)
+    counted = ~np.isnan(rewards) & (loss.group_size[groups] >= 2)
+    if counted.any():
+        metrics["kl"] = float((logprobs - reference)[counted].mean())
+    return metrics
+
+
+def _group_metrics(facts: StepFacts, rewards: np.ndarray, scored: np.ndarray) -> dict[str, float]:
+    groups = np.asarray(facts.group_ids)
+    size = np.bincount(groups[scored], minlength=facts.num_groups)
+    low = np.full(facts.num_groups, np.inf)
+    high = np.full(facts.num_groups, -np.inf)
+    np.minimum.at(low, groups[scored], rewards[scored])
+    np.maximum.at(high, groups[scored], rewards[scored])
+    dead = (size >= 2) & (low == high)
+    metrics: dict[str, float] = {
+        "groups/total": facts.num_groups,
+        "groups/dropped_unscored": int((size < 2).sum()),
+        "groups/all_equal": int(dead.sum()),
+    }
+    if not scored.any():
+        return metrics
+    worst, best = float(low.min()), float(high.max())
+    metrics |= {"reward/mean": float(rewards[scored].mean()), "reward/min": worst, "reward/max": best}
+    if (size > 0).sum() > 1:
+        metrics["reward/half_width"] = mean_half_width(_group_means(rewards, groups))
+    if facts.reward_range is not None:
+        worst, best = min(worst, facts.reward_range[0]), max(best, facts.reward_range[1])
+    told_apart = best > worst  # one value so far: nobody can say whether it is the best or the worst
+    metrics["groups/all_best"] = int((dead & (high == best)).sum()) if told_apart else 0
+    metrics["groups/all_worst"] = int((dead & (low == worst)).sum()) if told_apart else 0
+    return metrics
+
+
+def _time_metrics(seconds: Mapping[str, float], tokens_sampled: int) -> dict[str, float]:
+    phases = {phase: value for phase, value in seconds.items() if phase != "step"}
+    total = seconds.get("step", sum(phases.values()))
+    if total - sum(phases.values()) > 0:
+        phases["other"] = total - sum(phases.values())
+    metrics = {f"seconds/{phase}": value for phase, value in phases.items()} | {"seconds/step": total}
+    if total > 0:
+        metrics |= {f"share/{phase}": value / total for phase, value in phases.items()}
+    working = sum(phases.get(phase, 0.0) for phase in PHASES[:4])
+    return metrics | ({"tokens_per_second": tokens_sampled / working} if working > 0 else {})
+
+
+def _group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Means over the scored rows of each group that has one."""
+    scored = ~np.isnan(values)
+    size = np.bincount(groups[scored])
+    total = np.bincount(groups[scored], weights=values[scored])
+    means: np.ndarray = total[size > 0] / size[size > 0]
+    return means
+
+
+def _mean(values: np.ndarray) -> float:
+    scored = values[~np.isnan(values)]
+    return float(scored.mean()) if scored.size else math.nan
+
+
+def make_record(kind: str, step: int, values: Mapping[str, Any], *, now: float | None = None) -> dict[str, Any]:
+    """One record of metrics.jsonl: `kind`, `step`, `time`, then the values; what is not finite becomes None."""
+    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+    return {"kind": kind, "step": int(step), "time": time.time() if now is None else now, **finite}
+
+
+def encode_record(record: Mapping[str, Any]) -> str:
+    """The record as one line, newline included.
+
+    Raises: ValueError: a number that is not finite (make_record turns those into None).
+    """
+    return json.dumps(record, allow_nan=False) + "\n"
+
+
+def read_records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file; lines that are no JSON object (a run was killed while writing) are passed over."""
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    names = {"<name>": ".+", "<detail>": ".+", "<kind>": "[a-z_]+", "<phase>": f"(?:{'|'.join(PHASES)}|other)"}
+    parts = re.split(r"(<\w+>)", key)
+    return re.compile("".join(names.get(part) or re.escape(part) for part in parts))
+
+
+_PATTERNS = [_pattern(key) for key in METRICS]
+
+
+def undocumented(record: Mapping[str, Any]) -> list[str]:
+    """The record's keys that METRICS does not explain."""
+    return [key for key in record if key not in METRICS and not any(pattern.fullmatch(key) for pattern in _PATTERNS)]
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: the dictionary as a page."""
+    lines = [
+        "# What metrics.jsonl holds",
+        "",
+        "One JSON object a line. `kind` says which: `train` has the keys below but `eval/`; `eval` has `eval/` and",
+        "`seconds/evaluate`; `event` has `event` and `message`. Numbers that are not finite stand as `null`.",
+        "Rewards are in the units of your reward functions. Written from `gvpo_core.training.metrics.METRICS`.",
+        "",
+        "| key | unit | meaning |",
+        "|---|---|---|",
+    ]
+    for key, metric in METRICS.items():
+        lines.append(f"| `{key}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |")
+    return "\n".join(lines) + "\n"
