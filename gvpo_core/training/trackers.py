@@ -1,0 +1,198 @@
+"""wandb, trackio and TensorBoard beside metrics.jsonl: the same numbers under the same names.
+
+A tracker is a convenience. One that is missing is an error before the run; one that fails during it is dropped with one
+warning, and the run goes on. Nothing here is imported until a tracker is asked for by name.
+"""
+
+import contextlib
+import difflib
+import importlib
+import json
+import os
+import secrets
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+Numbers = dict[str, float]
+
+
+class Tracker(Protocol):
+    """Where records of metrics.jsonl also go."""
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        """Sends the numbers of one record; events and nulls are left out."""
+
+    def close(self) -> None:
+        """Flushes and ends; further calls do nothing."""
+
+
+class _Backend(Protocol):
+    def send(self, numbers: Numbers, step: int, time: float) -> None: ...
+    def close(self) -> None: ...
+
+
+class _TensorBoard:
+    module, install = "tensorboard.summary", "tensorboard"
+
+    def __init__(self, module: Any, run: Path, identity: str, config: Mapping[str, Any]) -> None:
+        del identity, config  # a folder of event files is the run
+        self._writer = module.Writer(str(run / "tensorboard"))  # needs no framework, unlike torch.utils.tensorboard
+
+    def send(self, numbers: Numbers, step: int, time: float) -> None:
+        for name, value in numbers.items():
+            self._writer.add_scalar(name, value, step, wall_time=time)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _Wandb:
+    module, install = "wandb", "wandb"
+
+    def __init__(self, module: Any, run: Path, identity: str, config: Mapping[str, Any]) -> None:
+        self._run = module.init(
+            project=os.environ.get("WANDB_PROJECT", "gvpo"),
+            name=run.name,
+            id=identity,
+            resume="allow",
+            dir=str(run),
+            config=dict(config),
+            settings=module.Settings(console="off"),  # the console stays ours, and is not copied to their server
+        )
+        # wandb's own step may never repeat; evaluations share theirs with training, so ours is the axis.
+        self._run.define_metric("*", step_metric="step")
+
+    def send(self, numbers: Numbers, step: int, time: float) -> None:
+        self._run.log({**numbers, "step": step})
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+class _Trackio:
+    module, install = "trackio", "trackio"
+
+    def __init__(self, module: Any, run: Path, identity: str, config: Mapping[str, Any]) -> None:
+        self._run = module.init(
+            project=os.environ.get("TRACKIO_PROJECT", "gvpo"),
+            name=f"{run.name}-{identity[:8]}",
+            resume="allow",
+            config=dict(config),
+            embed=False,
+            auto_log_gpu=False,
+            auto_log_cpu=False,
+        )
+
+    def send(self, numbers: Numbers, step: int, time: float) -> None:
+        self._run.log(numbers, step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+_KINDS: dict[str, Any] = {"wandb": _Wandb, "trackio": _Trackio, "tensorboard": _TensorBoard}
+
+
+def open_trackers(
+    names: Sequence[str],
+    run: Path,
+    config: Mapping[str, Any],
+    *,
+    warn: Callable[[str], None] | None = None,
+) -> Tracker:
+    """One tracker that feeds all those named; it does nothing for no names.
+
+    Args:
+      names: of wandb, trackio, tensorboard.
+      run: the run folder. `trackers.json` there keeps the run's id and the last step sent, so that a resumed run
+        goes on in the same place and sends no step twice.
+      config: shown by the tracker beside the run.
+      warn: told once when a tracker fails; default: warnings.warn.
+    Raises: ValueError: an unknown name. ImportError: a package that is missing or broken, with the line that
+      installs it. RuntimeError: a tracker that does not start (no login, no network), before the run.
+    """
+    for name in names:
+        if name not in _KINDS:
+            close = difflib.get_close_matches(name.lower(), _KINDS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"trackers has {name!r}; expected {', '.join(_KINDS)}{hint}")
+    state = _State(run / "trackers.json") if names else None
+    backends: dict[str, _Backend] = {}
+    for name in dict.fromkeys(names):
+        kind = _KINDS[name]
+        try:
+            with _stdout_to_stderr():
+                module = importlib.import_module(kind.module)
+        except Exception as e:
+            raise ImportError(
+                f"tracker {name!r} cannot be imported ({type(e).__name__}: {e}): pip install {kind.install}"
+            ) from e
+        assert state is not None
+        try:
+            with _stdout_to_stderr():
+                backends[name] = kind(module, run, state.identity, config)
+        except Exception as e:
+            raise RuntimeError(
+                f"tracker {name!r} did not start ({type(e).__name__}: {e}); mend that or take it out of run.trackers"
+            ) from e
+    return _Trackers(backends, state, warn or (lambda message: warnings.warn(message, stacklevel=3)))
+
+
+class _Trackers:
+    def __init__(self, backends: dict[str, _Backend], state: "_State | None", warn: Callable[[str], None]) -> None:
+        self._backends, self._state, self._warn = backends, state, warn
+
+    def log(self, record: Mapping[str, Any]) -> None:
+        kind, step = record["kind"], record["step"]
+        if self._state is None or kind == "event" or step <= self._state.sent.get(kind, -1):
+            return
+        numbers = {
+            key: value
+            for key, value in record.items()
+            if key not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool)
+        }
+        for name, backend in list(self._backends.items()):
+            self._guard(name, partial(backend.send, dict(numbers), step, record["time"]))
+        self._state.mark(kind, step)
+
+    def close(self) -> None:
+        for name, backend in list(self._backends.items()):
+            self._guard(name, backend.close)
+        self._backends.clear()
+
+    def _guard(self, name: str, call: Callable[[], None]) -> None:
+        try:
+            with _stdout_to_stderr():
+                call()
+        except Exception as e:
+            self._backends.pop(name, None)
+            self._warn(f"tracker {name!r} failed and is off for the rest of the run: {type(e).__name__}: {e}")
+
+
+class _State:
+    """trackers.json: the id under which trackers know the run, and the last step sent of each kind of record."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.identity, self.sent = str(state["id"]), {k: int(v) for k, v in state["sent"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or cut by a kill
+            self.identity, self.sent = secrets.token_hex(8), {}
+
+    def mark(self, kind: str, step: int) -> None:
+        self.sent[kind] = step
+        aside = self._path.with_name(self._path.name + ".tmp")
+        with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+            aside.write_text(json.dumps({"id": self.identity, "sent": self.sent}), encoding="utf-8")
+            aside.replace(self._path)
+
+
+def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
+    # trackio greets on stdout, which is the run's own parsable output.
+    return contextlib.redirect_stdout(sys.stderr)
