@@ -1,0 +1,199 @@
+"""The console: what it prints is metrics.jsonl rounded, within 80 columns, inert, and parsable when piped."""
+
+import io
+import math
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+
+from gvpo_core.training import console as shown
+from gvpo_core.training.console import COLUMNS, Console, duration, fit, printable, row, titles
+
+RECORD = {
+    "kind": "train",
+    "step": 12,
+    "time": 0.0,
+    "reward/mean": 0.40625,
+    "reward/half_width": 0.21875,
+    "reward/spread": 0.353,
+    "groups/counted": 8,
+    "groups/all_equal": 3,
+    "truncated": 0.0625,
+    "length/mean": 9.875,
+    "kl": -0.00123,
+    "entropy": 0.812,
+    "gradient_norm": 12.75,
+    "regret/second_order": 0.0417,
+    "seconds/step": 8.25,
+    "tokens_per_second": 1234.5,
+}
+KEYS = {c.title: c.meaning for c in COLUMNS}
+
+
+def test_a_row_is_the_record_rounded():
+    record = dict(RECORD)
+    record["groups/all_equal by groups/counted"] = 3 / 8
+    fields = dict(zip(titles().split(), row(RECORD, "9m40s").split(), strict=True))
+    assert fields.pop("left") == "9m40s"
+    for title, text in fields.items():
+        value = record[KEYS[title]]
+        if text.endswith("%"):
+            assert abs(float(text[:-1]) / 100 - value) <= 0.005 + 1e-12
+        else:
+            places = len(text.partition(".")[2])
+            assert abs(float(text) - value) <= 0.5 * 10**-places + 1e-12, (title, text, value)
+
+
+def test_every_row_is_within_80_columns_and_splits_into_its_fields():
+    random.seed(0)
+    values = [0.0, 1.0, -1.0, math.nan, math.inf, None, 1e-9, -1e-9, 1e9, -1e9, 123456, 99999.5, 0.99999]
+    values += [10 ** random.uniform(-8, 8) * random.choice((-1, 1)) for _ in range(200)]
+    for value in values:
+        record = {"step": 99999} | {k: value for k in RECORD if k not in ("kind", "step", "time")}
+        record |= {"groups/counted": 8, "groups/all_equal": 8, "truncated": 1.0}
+        line = row(record, "2d04h")
+        assert len(line) <= 80, (value, line)
+        assert len(line.split()) == len(COLUMNS) + 1, line
+    assert len(titles()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "text"),
+    [(0.40625, 6, "0.406"), (0.40625, 4, "0.41"), (-0.00123, 6, "-0.001"), (1234.5, 5, "1234"), (0.0, 5, "0"),
+     (12, 5, "12"), (None, 4, "-"), (math.nan, 4, "-"), (-math.inf, 4, "-"), (1.2e-7, 6, "1.2e-7"),
+     (4.56e12, 6, "4.6e12"), (-1e-9, 4, "0"), (99.96, 4, "100"), (8.25, 4, "8.25"), (1e-9, 4, "1e-9")],
+)  # fmt: skip
+def test_fit(value, width, text):
+    assert fit(value, width) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (580, "9m40s"), (11100, "3h05m"), (36000, "10h"), (187200, "2d04h"), (9e6, "104d")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text and len(text) <= 5
+
+
+def test_titles_return_every_20_rows():
+    out = io.StringIO()
+    console = Console(45, stream=out)
+    for step in range(1, 46):
+        console.step(RECORD | {"step": step})
+    lines = out.getvalue().splitlines()
+    assert [i for i, line in enumerate(lines) if line == titles()] == [0, 21, 42]
+    assert len(lines) == 45 + 3
+
+
+def test_time_left_counts_from_the_resumed_step(monkeypatch):
+    clock = iter([100.0, 120.0])
+    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
+    out = io.StringIO()
+    Console(20, stream=out, first_step=10).step(RECORD | {"step": 12})
+    assert out.getvalue().split()[-1] == "1m20s"  # two steps in 20 s, eight to go
+
+
+def test_an_evaluation_shows_the_records_numbers_within_80_columns():
+    out = io.StringIO()
+    record = {"step": 10, "eval/reward": 0.8125, "eval/half_width": 0.14, "eval/length": 5.5, "eval/truncated": 0.25}
+    record |= {"eval/prompts": 32, "seconds/evaluate": 3.5} | {f"eval/reward/part{i}": 0.5 for i in range(9)}
+    Console(10, stream=out).evaluation(record)
+    text = out.getvalue()
+    assert "reward 0.812 " in text and "+- 0.140 " in text and "cut 25%" in text and "prompts 32" in text
+    assert text.count("0.500") == 9 and max(map(len, text.splitlines())) <= 80
+
+
+def group(*rewards, response="4"):
+    return [
+        {"prompt": "2+2?", "response": f"{response}#{i}", "tokens": 3, "finished": i > 0}
+        | {"reward": r, "rewards": {"r": r}}
+        for i, r in enumerate(rewards)
+    ]  # fmt: skip
+
+
+def test_a_sample_is_the_best_and_the_worst_of_its_group():
+    out = io.StringIO()
+    Console(10, stream=out).sample(group(0.0, None, 1.0, math.nan))
+    lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines == [
+        "prompt", "| 2+2?",
+        "best: reward 1.00 (r=1.00), 3 tokens", "| 4#2",
+        "worst: reward 0 (r=0), 3 tokens, cut", "| 4#0",
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(10, stream=out).sample(group(None, None))
+    assert out.getvalue() == ""
+
+
+def test_model_text_cannot_drive_the_terminal():
+    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31md\u202ee\u200b\ud800\tf\nsecond line" + "x" * 300
+    out = io.StringIO()
+    console = Console(10, stream=out)
+    console.header({"model": hostile})
+    console.sample(group(0.0, 1.0, response=hostile))
+    console.event(hostile)
+    console.close({"folder": hostile})
+    text = out.getvalue()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u200b\ud800]", text)
+    assert r"\x1b[2J" in text and r"\x9b31m" in text and r"\u202e" in text and r"\ud800" in text
+    assert "  | second line" in text
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("  |"))
+
+
+def test_printable_leaves_ordinary_text_alone():
+    text = "x² + 1 = π; 日本語, العربية, 👍"
+    assert printable(text) == text
+    assert printable("a\nb", keep="\n") == "a\nb" and printable("a\nb") == r"a\nb"
+
+
+def test_piped_output_has_no_ansi_and_survives_an_ascii_stream_and_a_closed_reader():
+    code = "from gvpo_core.training.console import Console\nc = Console(3)\nc.header({'model': 'π'})\n"
+    code += f"r = {RECORD!r}\nc.phase('generate')\n"
+    code += "[c.step(r | {'step': i}) for i in (1, 2, 3)]\nc.close({{'report': 'x'}})"
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path), "FORCE_COLOR": "1"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+    assert b"\x1b" not in out.stdout and rb"\u03c0" in out.stdout
+    rows = [line.split() for line in out.stdout.decode().splitlines()]
+    assert [r[0] for r in rows if len(r) == len(COLUMNS) + 1] == ["step", "1", "2", "3"]
+    closed = io.StringIO()
+    console = Console(3, stream=closed)
+    closed.close()
+    console.step(RECORD)
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_live_bar_and_the_same_rows(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    console = Console(20, stream=out)
+    console.phase("generate [bold]")
+    console.step(RECORD)
+    console.event("[red]not markup[/red]")
+    console.close({"report": "r.html"})
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "12/20" in text and "generate [bold]" in text
+    assert "\x1b[" in out.getvalue()
+    assert row(RECORD).rsplit(maxsplit=1)[0].strip() in text
+    assert "[red]not markup[/red]" in text
+
+
+def test_without_rich_a_terminal_gets_plain_lines(monkeypatch):
+    for name in [m for m in sys.modules if m == "rich" or m.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    out = Terminal()
+    console = Console(20, stream=out)
+    console.step(RECORD)
+    console.close()
+    assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 2
