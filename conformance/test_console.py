@@ -152,7 +152,7 @@ def test_printable_leaves_ordinary_text_alone():
 def test_piped_output_has_no_ansi_and_survives_an_ascii_stream_and_a_closed_reader():
     code = "from gvpo_core.training.console import Console\nc = Console(3)\nc.header({'model': 'π'})\n"
     code += f"r = {RECORD!r}\nc.phase('generate')\n"
-    code += "[c.step(r | {'step': i}) for i in (1, 2, 3)]\nc.close({{'report': 'x'}})"
+    code += "[c.step(r | {'step': i}) for i in (1, 2, 3)]\nc.close({'report': 'x'})"
     environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path), "FORCE_COLOR": "1"}
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
     assert b"\x1b" not in out.stdout and rb"\u03c0" in out.stdout
