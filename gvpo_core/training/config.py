@@ -16,8 +16,8 @@ class RunConfig:
 
     folder: str = "runs/gvpo"
     """Run folder: config, metrics, completions, checkpoints and report; an unfinished run there is resumed."""
-    backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
-    """Array framework of the policy; auto: the first installed of torch, jax, mlx."""
+    backend: Literal["auto", "torch", "table"] = "auto"
+    """What computes the policy: torch, or table, the NumPy reference (model.path/table.json); auto: torch."""
     steps: int = 100
     """Rollouts in the whole run."""
     seed: int = 0
@@ -28,6 +28,8 @@ class RunConfig:
     """Newest checkpoints kept; older ones go once a newer one is verified."""
     trackers: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl: wandb, trackio, tensorboard."""
+    allow_changes: bool = False
+    """Resume although the settings differ from those that the run folder was made with."""
     show_every: int = 10
     """Steps between samples printed to the console. 0: never."""
 
@@ -55,7 +57,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time."""
     layout: Literal["auto", "packed", "plain"] = "auto"
-    """Training rows. packed: a prompt once, its responses after it; plain: one row a response; auto: packed where exact."""
+    """Training rows. packed: a prompt once, then its responses; plain: a row a response; auto: packed where exact."""
     sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
     """How several processes share the model: a copy each, or parameters sharded (FSDP2)."""
 
@@ -147,7 +149,7 @@ class OptimizerConfig:
     micro_batch_responses: int = 0
     """Responses a forward-backward pass. 0: as many as the tokens allow."""
     strategy: Literal["group", "score"] = "group"
-    """group: whole groups in one pass, weights from that pass, wherever a group fits; score: a pass without gradient first."""
+    """group: weights from the pass that is stepped along, where whole groups fit; score: from a pass of their own."""
 
 
 @dataclass(frozen=True)

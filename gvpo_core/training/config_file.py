@@ -82,9 +82,7 @@ def check_config(config: Config, path: Path | None = None, lines: dict[str, int]
         if not reward.function:
             wrong.append((f"rewards.{name}", f"rewards.{name}.function is empty; expected a reward function"))
         if reward.timeout <= 0:
-            wrong.append(
-                (f"rewards.{name}.timeout", f"rewards.{name}.timeout = {reward.timeout}; expected > 0")
-            )
+            wrong.append((f"rewards.{name}.timeout", f"rewards.{name}.timeout = {reward.timeout}; expected > 0"))
     sampling = None if wrong else c.rollout.sampling
     if sampling and sampling.truncated_support and not c.rollout.allow_truncated_support:
         cut = ", ".join(f"rollout.{x}" for x in sampling.truncated_support)
@@ -152,11 +150,7 @@ def as_table(config: Any) -> dict[str, Any]:
 def differences(old: Config, new: Config) -> list[str]:
     """One line a setting that differs: `section.key: old -> new`."""
     a, b = _flat(as_table(old)), _flat(as_table(new))
-    return [
-        f"{k}: {a.get(k, 'unset')!r} -> {b.get(k, 'unset')!r}"
-        for k in sorted({*a, *b})
-        if a.get(k) != b.get(k)
-    ]
+    return [f"{k}: {a.get(k, 'unset')!r} -> {b.get(k, 'unset')!r}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -252,9 +246,7 @@ class _Reader:
                 return value
             close = difflib.get_close_matches(str(value), arguments, n=1)
             hint_text = f"; did you mean {close[0]!r}?" if close else ""
-            self.error(
-                name, f"{name} = {value!r}; expected one of {', '.join(map(repr, arguments))}{hint_text}"
-            )
+            self.error(name, f"{name} = {value!r}; expected one of {', '.join(map(repr, arguments))}{hint_text}")
             return arguments[0]
         if origin is dict:
             if isinstance(value, dict):

@@ -4,6 +4,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ class Prompts:
         return rows
 
 
+@lru_cache(maxsize=2)  # an epoch's order is asked for once a row
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(n)
 
@@ -131,7 +133,7 @@ def _from_jsonl(path: Path) -> list[Row]:
         except json.JSONDecodeError as e:
             raise DataError(f"{path}:{number}: not JSON: {e}") from e
         if not isinstance(row, dict):
-            raise DataError(f"{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{\"prompt\": ...}}")
+            raise DataError(f'{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{"prompt": ...}}')
         rows.append(row)
     return rows
 

@@ -50,9 +50,7 @@ class Batch:
 
     def take(self, rows: Sequence[int]) -> "Batch":
         """The batch of the given rows, in the given order."""
-        return Batch(
-            [self.prompts[i] for i in rows], [self.responses[i] for i in rows], [self.groups[i] for i in rows]
-        )
+        return Batch([self.prompts[i] for i in rows], [self.responses[i] for i in rows], [self.groups[i] for i in rows])
 
 
 Coefficients = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -102,9 +100,7 @@ class Policy(Protocol):
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float: log pi(y|x), nats, at temperature 1, of the policy or of the reference (Eq. 5's pi_ref)."""
 
-    def update(
-        self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None
-    ) -> Update:
+    def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         """One optimizer step along -sum_i c_i grad log pi_i, exact however the batch is split or sharded.
 
         On several ranks each holds its own rows, perhaps none; the gradient is the sum over ranks. `coefficients`

@@ -59,20 +59,18 @@ class Reward:
     options: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_rewards(config: Mapping[str, RewardConfig], base: Path | None = None) -> list[Reward]:
+def load_rewards(config: Mapping[str, RewardConfig]) -> list[Reward]:
     """Finds the configured functions.
 
-    Args:
-      base: folder that file paths are relative to.
     Raises: ConfigError: a module, file or function that is not there, or an import that fails, naming it.
     """
     return [
-        Reward(name, find_function(c.function, f"rewards.{name}.function", base), c.weight, c.timeout, dict(c.options))
+        Reward(name, find_function(c.function, f"rewards.{name}.function"), c.weight, c.timeout, dict(c.options))
         for name, c in config.items()
     ]
 
 
-def find_function(spec: str, name: str, base: Path | None = None) -> RewardFunction:
+def find_function(spec: str, name: str) -> RewardFunction:
     """A built-in by name, or `package.module:function`, or `path/to/file.py:function`."""
     if spec in BUILTIN:
         return BUILTIN[spec]
@@ -83,7 +81,7 @@ def find_function(spec: str, name: str, base: Path | None = None) -> RewardFunct
         )
     try:
         if where.endswith(".py"):
-            path = Path(where) if base is None else base / where
+            path = Path(where)
             if not path.is_file():
                 raise ConfigError(f"{name} = {spec!r}: there is no file {path}")
             found = importlib.util.spec_from_file_location(f"gvpo_reward_{path.stem}", path)
@@ -122,14 +120,14 @@ def score(
     ]
     n = len(completions)
     if n == 0:
-        return Scores(np.zeros(0), {r.name: np.zeros(0) for r in rewards})
+        return Scores(np.zeros(0), {r.name: np.zeros(0) for r in rewards}, {r.name: _no_errors() for r in rewards})
     with ThreadPoolExecutor(len(rewards)) as pool:
         outcomes = list(pool.map(lambda r: _score_one(r, prompts, completions, columns), rewards))
     parts = {r.name: values for r, (values, _, _) in zip(rewards, outcomes, strict=True)}
     total = np.sum([r.weight * parts[r.name] for r in rewards], axis=0, dtype=np.float64)
     errors: dict[str, dict[str, int]] = {}
     for reward, (_, failures, _) in zip(rewards, outcomes, strict=True):
-        counts = {"error": 0, "timeout": 0, "none": 0}
+        counts = _no_errors()
         for kind, _, _ in failures:
             counts[kind] += 1
         errors[reward.name] = counts
@@ -145,6 +143,10 @@ def score(
             )
     seconds = {r.name: s for r, (_, _, s) in zip(rewards, outcomes, strict=True)}
     return Scores(total, parts, errors, seconds)
+
+
+def _no_errors() -> dict[str, int]:
+    return {"error": 0, "timeout": 0, "none": 0}
 
 
 _Failure = tuple[str, int, str]  # kind, row, message

@@ -1,0 +1,163 @@
+"""The command line: gvpo train, eval, export, report, doctor."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+
+from gvpo_core import __version__
+from gvpo_core.training.config import Config, ConfigError
+
+_USAGE = """usage: gvpo COMMAND ...
+
+  gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
+  gvpo eval RUN [--checkpoint STEP|initial]     rewards of a run's policy on its held-out prompts
+  gvpo export RUN FOLDER [--checkpoint STEP]    write a run's policy as a Hugging Face folder
+  gvpo report RUN                               write RUN/report.html
+  gvpo doctor [--json]                          what is installed, and which devices
+
+gvpo train --help explains every setting. Relative paths are from the working directory.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"train": _train, "eval": _eval, "export": _export, "report": _report, "doctor": _doctor}
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    if command == "--version":
+        print(f"gvpo {__version__}")
+        return 0
+    if command not in commands:
+        print(f"gvpo: there is no command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
+        return 2
+    try:
+        return commands[command](arguments[1:])
+    except KeyboardInterrupt:
+        print("\ngvpo: left at once; the last checkpoint is what is saved", file=sys.stderr)
+        return 130
+    except ImportError as e:
+        if (e.name or "").partition(".")[0] in ("tyro", "tomli_w", "rich"):
+            print(f'gvpo: {e.name} is not installed: pip install "gvpo[train]"', file=sys.stderr)
+            return 2
+        raise
+    except (ValueError, RuntimeError, FloatingPointError) as e:
+        if not _expected(e):
+            raise
+        print(f"gvpo: {e}", file=sys.stderr)
+        return 2 if isinstance(e, ValueError) else 1
+
+
+def _expected(error: Exception) -> bool:
+    """Errors of ours, which say all that is to say; others keep their traceback."""
+    return type(error).__module__.startswith("gvpo_") or isinstance(error, FloatingPointError)
+
+
+def _train(arguments: list[str]) -> int:
+    from gvpo_core.training.backend import load_policy
+    from gvpo_core.training.config_file import parse_arguments
+    from gvpo_core.training.loop import train
+
+    _, config = parse_arguments(arguments)
+    _log_to_stderr()
+    return train(config, load_policy(config)).exit_status
+
+
+def _eval(arguments: list[str]) -> int:
+    from gvpo_core.training.loop import evaluate
+
+    parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on its held-out prompts.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--checkpoint", default="newest", help="a step, newest (default), or initial: the untrained model"
+    )
+    parser.add_argument("--prompts", type=int, default=0, help="held-out prompts used; 0: all (default)")
+    options = parser.parse_args(arguments)
+    _log_to_stderr()
+    config = _run_config(options.run)
+    policy = _restored(config, options.run, options.checkpoint)
+    metrics = evaluate(config, policy, prompts=options.prompts)
+    if policy.rank == 0:
+        print(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _export(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
+    parser.add_argument("--checkpoint", default="newest", help="a step, or newest (default)")
+    options = parser.parse_args(arguments)
+    _log_to_stderr()
+    if options.folder.exists() and any(options.folder.iterdir()):
+        raise ConfigError(f"{options.folder} is not empty; give a folder that is new")
+    policy = _restored(_run_config(options.run), options.run, options.checkpoint)
+    options.folder.mkdir(parents=True, exist_ok=True)
+    policy.export(options.folder)
+    if policy.rank == 0:
+        print(options.folder)
+    return 0
+
+
+def _report(arguments: list[str]) -> int:
+    from gvpo_core.training.report import write_report
+
+    parser = argparse.ArgumentParser(prog="gvpo report", description="Writes RUN/report.html.")
+    parser.add_argument("run", type=Path, help="run folder")
+    run = parser.parse_args(arguments).run
+    if not (run / "metrics.jsonl").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no metrics.jsonl")
+    print(write_report(run))
+    return 0
+
+
+def _doctor(arguments: list[str]) -> int:
+    from gvpo_core.training.doctor import doctor
+
+    parser = argparse.ArgumentParser(prog="gvpo doctor", description="What is installed, and which devices.")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    return doctor(json=parser.parse_args(arguments).json)
+
+
+def _run_config(run: Path) -> Config:
+    from gvpo_core.training.config_file import read_config
+
+    if not (run / "config.toml").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no config.toml")
+    return read_config(run / "config.toml")
+
+
+def _restored(config: Config, run: Path, checkpoint: str):  # type: ignore[no-untyped-def]
+    from gvpo_core.training.backend import load_policy
+    from gvpo_core.training.checkpoint import checkpoint_at, damage, steps_saved
+
+    folder = run / "checkpoints"
+    steps = steps_saved(folder)
+    if checkpoint != "initial":
+        if checkpoint == "newest" and steps:
+            checkpoint = str(steps[0])
+        if not checkpoint.isdigit() or int(checkpoint) not in steps:
+            saved = ", ".join(map(str, sorted(steps))) or "none"
+            raise ConfigError(f"{run} has no checkpoint {checkpoint!r}; saved steps: {saved}")
+        at = checkpoint_at(folder, int(checkpoint))
+        if reason := damage(at.directory):
+            raise ConfigError(f"the checkpoint is damaged: {reason}")
+    policy = load_policy(config)
+    if checkpoint != "initial":
+        policy.restore(at.policy)
+    return policy
+
+
+def _log_to_stderr() -> None:
+    """Warnings of gvpo and of the user's rewards, one line each; only the main process speaks."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("gvpo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

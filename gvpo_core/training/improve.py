@@ -1,0 +1,137 @@
+"""From a rollout to optimizer steps: which rows, which weights (Eq. 9), and what the policy is asked to do."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gvpo_core.baselines import objective_coefficients
+from gvpo_core.training.config import ObjectiveConfig
+from gvpo_core.training.policy import Coefficients, Policy, Update
+from gvpo_core.training.rollout import Rollout
+
+_RATIO = ("grpo", "dr_grpo", "rloo")  # weigh by pi_theta / pi_old (Eq. 19)
+_ALONE = ("sft", "reject_sampling")  # a group of one response is a group
+
+
+class NoSignalError(RuntimeError):
+    """A rollout in which no group can be learned from."""
+
+
+@dataclass
+class Improvement:
+    """What the updates of one rollout leave for the metrics. N rows over all ranks; NaN where a row has no score."""
+
+    logprobs: np.ndarray  # (N,) of the policy before each row's first update
+    ref_logprobs: np.ndarray  # (N,)
+    updates: list[Update] = field(default_factory=list)
+    score_seconds: float = 0.0
+
+
+def improve(
+    policy: Policy,
+    rollout: Rollout,
+    objective: ObjectiveConfig,
+    order: Callable[[int], np.ndarray],
+) -> Improvement:
+    """The optimizer steps that a rollout is good for: `epochs` passes of `minibatches` steps of whole groups.
+
+    Responses without a score leave here. While the policy has not moved since a pass scored it, that pass is used.
+
+    Args:
+      order: epoch -> permutation of the groups.
+    Raises: NoSignalError: no group has enough scored responses.
+    """
+    scored = ~np.isnan(rollout.rewards)
+    own = np.arange(rollout.start, rollout.start + len(rollout.batch))
+    need = 1 if objective.name in _ALONE else 2
+    sizes = np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
+    if not (sizes >= need).any():
+        raise NoSignalError(
+            f"no group has {need} scored responses: {int(scored.sum())} of the {len(scored)} responses in"
+            f" {rollout.num_groups} groups were scored; look at the reward's warnings"
+        )
+    start = time.perf_counter()
+    rows = own[scored[own]]  # this rank's scored rows, as places among all N
+    batch = rollout.batch.take([int(i) for i in rows - rollout.start])
+    ref = old = None
+    if objective.reference == "initial":
+        ref = _everywhere(policy, policy.logprobs(batch, reference=True), scored)
+    updates = objective.epochs * objective.minibatches
+    if updates > 1 and (objective.reference == "rollout" or objective.name in _RATIO):
+        old = _everywhere(policy, policy.logprobs(batch), scored)
+    score_seconds = time.perf_counter() - start
+
+    result = Improvement(np.full(len(scored), np.nan), np.full(len(scored), np.nan), [], score_seconds)
+    for epoch in range(objective.epochs):
+        for groups in np.array_split(order(epoch), objective.minibatches):
+            chosen = scored & np.isin(rollout.group_ids, groups)
+            if not (sizes[groups] >= need).any():
+                continue
+            coefficients = _coefficients(policy, rollout, objective, ref, old, chosen, rows)
+            mine = np.flatnonzero(chosen[rows])
+            part = batch.take([int(i) for i in mine])
+            first = not result.updates
+            known = old[rows[mine]] if old is not None and first else None
+            update = policy.update(part, coefficients, scored=known)
+            result.updates.append(update)
+            if epoch == 0:
+                result.logprobs[chosen] = policy.gather(np.asarray(update.logprobs, np.float64))
+    if old is not None:
+        result.logprobs = old
+    result.ref_logprobs = result.logprobs if ref is None else ref
+    return result
+
+
+def _coefficients(
+    policy: Policy,
+    rollout: Rollout,
+    objective: ObjectiveConfig,
+    ref: np.ndarray | None,
+    old: np.ndarray | None,
+    chosen: np.ndarray,
+    rows: np.ndarray,
+) -> Coefficients:
+    """The objective's weights for the chosen rows of this rank, in float64, whatever part of them a call brings.
+
+    A group's weights depend on its own rows and on how many groups there are, never on other groups' log-probs: on one
+    rank a call may bring some whole groups. On several ranks a group may lie on two,
+    so every rank brings all its rows and the log-probs are gathered.
+    """
+    mine = chosen[rows]
+    places = np.cumsum(chosen) - 1  # of each chosen row among the chosen
+    own = places[rows[mine]]
+    _, group_ids = np.unique(rollout.group_ids[chosen], return_inverse=True)
+    num_groups = int(group_ids.max()) + 1
+    known = ref if old is None else old  # stands in for the other groups: harmless numbers, of the right size
+
+    def coefficients(logprobs: np.ndarray, part: np.ndarray) -> np.ndarray:
+        logprobs = np.asarray(logprobs, np.float64)
+        if policy.world_size > 1:
+            full = policy.gather(logprobs)
+        else:
+            full = np.zeros(len(group_ids)) if known is None else known[chosen].copy()
+            full[part] = logprobs
+        before = full if old is None else old[chosen]
+        c = objective_coefficients(
+            objective.name,
+            full,
+            before if ref is None else ref[chosen],
+            before,
+            rollout.rewards[chosen],
+            group_ids,
+            beta=objective.beta,
+            num_groups=num_groups,
+            clip=objective.clip,
+        )
+        return np.asarray(c)[own[part]]
+
+    return coefficients
+
+
+def _everywhere(policy: Policy, logprobs: np.ndarray, scored: np.ndarray) -> np.ndarray:
+    """This rank's numbers of its scored rows -> (N,) of all ranks; NaN where a row has no score."""
+    result = np.full(len(scored), np.nan)
+    result[scored] = policy.gather(np.asarray(logprobs, np.float64))
+    return result

@@ -1,0 +1,381 @@
+"""The training loop, written once for every backend.
+
+    for each step: sample k responses a prompt -> rewards -> update(s) along the objective's weights -> metrics
+                   evaluate and checkpoint where due
+
+All randomness is a function of (seed, step, prompt, response), so a resumed run repeats an unbroken one.
+"""
+
+import json
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_core import __version__
+from gvpo_core.training.checkpoint import (
+    CheckpointError,
+    begin_checkpoint,
+    checkpoint_at,
+    commit_checkpoint,
+    newest_checkpoint,
+    partial_checkpoint,
+    save_failed,
+)
+from gvpo_core.training.config import Config
+from gvpo_core.training.config_file import as_table, check_config
+from gvpo_core.training.console import Console
+from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
+from gvpo_core.training.improve import improve
+from gvpo_core.training.metrics import StepFacts, evaluation_metrics, step_metrics
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.rewards import Reward, RewardFunction, load_rewards
+from gvpo_core.training.rollout import Rollout, agree, collect
+from gvpo_core.training.run_folder import RunFolder
+from gvpo_core.training.sampling import Sampling
+from gvpo_core.training.signals import StopRequest
+from gvpo_core.training.trackers import Tracker, open_trackers
+
+_log = logging.getLogger("gvpo")
+_TRAIN, _EVALUATE, _ORDER = 0, 1, 2  # first keys of the seeds, so that no two uses share a stream
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    step: int  # steps done
+    folder: Path
+    exit_status: int  # 0: all steps done; 130, 143: stopped by a signal, state saved
+
+
+def train(
+    config: Config,
+    policy: Policy,
+    *,
+    train_rows: Iterable[Row] | None = None,
+    evaluation_rows: Iterable[Row] | None = None,
+    rewards: Mapping[str, RewardFunction] | None = None,
+    sampler: Policy | None = None,
+    console: Console | None = None,
+) -> Result:
+    """Runs or resumes the run in `config.run.folder`.
+
+    Args:
+      policy: what a backend's `load` gave; on several ranks, each rank's own.
+      train_rows, evaluation_rows: rows in the place of the configured files.
+      rewards: functions by the names of `config.rewards`, in the place of the configured import paths.
+      sampler: draws the training responses in the policy's stead (an older copy, a teacher: Cor. 3.2).
+    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: what is wrong.
+    """
+    check_config(config)
+    prompts = encode_prompts(policy, load_rows(train_rows or config.data.train, "data.train"), config.data)
+    held_out = None
+    if evaluation_rows is not None or config.data.evaluation:
+        held_out = _held_out(config, policy, evaluation_rows)
+    chosen = _rewards(config, rewards or {})
+    folder = RunFolder(Path(config.run.folder))
+    error = None
+    try:
+        if policy.rank == 0:
+            folder.open(config)
+    except (OSError, ValueError, RuntimeError) as e:
+        error = e
+    agree(policy, error)
+    try:
+        return _Run(config, policy, prompts, held_out, chosen, sampler, folder, console).go()
+    finally:
+        folder.close()
+
+
+def evaluate(
+    config: Config,
+    policy: Policy,
+    *,
+    evaluation_rows: Iterable[Row] | None = None,
+    rewards: Mapping[str, RewardFunction] | None = None,
+) -> dict[str, float]:
+    """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as train."""
+    check_config(config)
+    held_out = _held_out(config, policy, evaluation_rows)
+    return _evaluation(config, policy, held_out, _rewards(config, rewards or {}))[0]
+
+
+def _held_out(config: Config, policy: Policy, given: Iterable[Row] | None) -> Prompts:
+    rows = load_rows(config.data.evaluation if given is None else given, "data.evaluation")
+    return encode_prompts(policy, rows[: config.evaluation.prompts or None], config.data, "data.evaluation")
+
+
+def _rewards(config: Config, given: Mapping[str, RewardFunction]) -> list[Reward]:
+    """The configured rewards; `given` functions take the place of their import paths."""
+    loaded = {r.name: r for r in load_rewards({n: c for n, c in config.rewards.items() if n not in given})}
+    return [
+        loaded[name] if name in loaded else Reward(name, given[name], c.weight, c.timeout, dict(c.options))
+        for name, c in config.rewards.items()
+    ]
+
+
+def _evaluation(
+    config: Config, policy: Policy, held_out: Prompts, rewards: Sequence[Reward]
+) -> tuple[dict[str, float], Rollout]:
+    clock = time.perf_counter()
+    rollout = collect(
+        policy,
+        held_out,
+        range(len(held_out)),
+        config.evaluation.responses,
+        Sampling(config.rollout.max_tokens, config.evaluation.temperature),
+        rewards,
+        (config.run.seed, _EVALUATE),  # the same numbers each time: a paired comparison
+    )
+    metrics = evaluation_metrics(
+        rollout.rewards,
+        [int(g) for g in rollout.group_ids],
+        rollout.lengths,
+        rollout.finished,
+        seconds=time.perf_counter() - clock,
+        reward_parts=rollout.parts,
+    )
+    return metrics, rollout
+
+
+class _Run:
+    """One process's part in a run."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: Policy,
+        prompts: Prompts,
+        held_out: Prompts | None,
+        rewards: Sequence[Reward],
+        sampler: Policy | None,
+        folder: RunFolder,
+        console: Console | None,
+    ) -> None:
+        self.config, self.policy, self.sampler, self.folder = config, policy, sampler, folder
+        self.prompts, self.held_out, self.rewards = prompts, held_out, rewards
+        self.main = policy.rank == 0
+        self.console = console
+        self.tracker: Tracker | None = None
+        self.reward_range: tuple[float, float] | None = None
+
+    def go(self) -> Result:
+        config, last = self.config, self.config.run.steps
+        start = self._resume()
+        self._open(start)
+        with StopRequest() as stop:
+            try:
+                if start == 0 and self.held_out:
+                    self._evaluate(0)
+                step = start
+                while step < last:
+                    step += 1
+                    facts = self._step(step)
+                    self._record("train", step, facts)
+                    due = config.evaluation.every and step % config.evaluation.every == 0
+                    if self.held_out and (due or step == last):
+                        self._evaluate(step)
+                    stopping = self._anyone(stop.signal)
+                    every = config.run.checkpoint_every
+                    if step == last or stopping or (every and step % every == 0):
+                        self._save(step)
+                    if stopping:
+                        self._event(step, "stop", f"stopped by signal {stopping} after step {step}; run again to go on")
+                        return Result(step, self.folder.path, 128 + stopping)
+                return Result(last, self.folder.path, 0)
+            finally:
+                self._close()
+
+    def _resume(self) -> int:
+        """Restores the newest good checkpoint and drops the records of later steps. Returns the steps done."""
+        found = np.asarray([-1])
+        error = None
+        try:
+            if self.main:
+                checkpoint = newest_checkpoint(self.folder.checkpoints)
+                found = np.asarray([checkpoint.step if checkpoint else -1])
+                self.folder.cut(checkpoint.step if checkpoint else None)
+        except (OSError, RuntimeError) as e:
+            error = e
+        agree(self.policy, error)
+        step = int(self.policy.gather(found).max())
+        if step < 0:
+            return 0
+        self.policy.restore(checkpoint_at(self.folder.checkpoints, step).policy)
+        self.reward_range = _reward_range(self.folder.metrics)
+        return step
+
+    def _open(self, start: int) -> None:
+        config, facts = self.config, dict(self.policy.describe())
+        if not self.main:
+            return
+        self.folder.write_environment(
+            {
+                "gvpo": __version__,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "ranks": self.policy.world_size,
+                "command": sys.argv,
+                "policy": facts,
+            }
+        )
+        self.tracker = open_trackers(config.run.trackers, self.folder.path, as_table(config), warn=_log.warning)
+        self.console = self.console or Console(config.run.steps, first_step=start)
+        self.console.header(
+            {
+                "objective": f"{config.objective.name}, beta {config.objective.beta:g}, reference"
+                f" {config.objective.reference}",
+                "step": f"{config.rollout.prompts} prompts x {config.rollout.responses} responses of at most"
+                f" {config.rollout.max_tokens} tokens",
+                "updates a step": str(config.objective.epochs * config.objective.minibatches),
+                "prompts": f"{len(self.prompts)} training"
+                + (f", {self.prompts.dropped} dropped as too long" if self.prompts.dropped else "")
+                + (f", {len(self.held_out)} held out" if self.held_out else ""),
+                "rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in self.rewards),
+                **{name: str(value) for name, value in facts.items()},
+                "run folder": str(self.folder.path),
+            }
+        )
+        if start:
+            self._event(start, "resume", f"resumed after step {start} of {config.run.steps}")
+
+    def _step(self, step: int) -> dict[str, float]:
+        config, policy, begin = self.config, self.policy, time.perf_counter()
+        run, place = config.run, step - 1
+        rows = self.prompts.batch(place, config.rollout.prompts, seed=run.seed, shuffle=config.data.shuffle)
+        self._phase("generate")
+        rollout = collect(
+            policy,
+            self.prompts,
+            rows,
+            config.rollout.responses,
+            config.rollout.sampling,
+            self.rewards,
+            (run.seed, _TRAIN, step),
+            sampler=self.sampler,
+        )
+
+        def order(epoch: int) -> np.ndarray:
+            if epoch == 0:  # the prompts come in a random order already
+                return np.arange(rollout.num_groups)
+            key = np.random.SeedSequence((run.seed, _ORDER, step, epoch))
+            return np.random.default_rng(key).permutation(rollout.num_groups)
+
+        self._phase("update")
+        clock = time.perf_counter()
+        done = improve(policy, rollout, config.objective, order)
+        update_seconds = time.perf_counter() - clock - done.score_seconds
+        if self.main:
+            self.folder.append(
+                self.folder.completions, [{"kind": "train", "step": step} | c for c in rollout.completions]
+            )
+            if self.console and run.show_every and step % run.show_every == 0:
+                self.console.sample(rollout.completions)
+        facts = StepFacts(
+            logprobs=done.logprobs,
+            ref_logprobs=done.ref_logprobs,
+            rewards=rollout.rewards,
+            group_ids=rollout.group_ids,
+            num_groups=rollout.num_groups,
+            lengths=rollout.lengths,
+            finished=rollout.finished,
+            beta=config.objective.beta,
+            gradient_norms=[u.gradient_norm for u in done.updates],
+            learning_rate=done.updates[-1].learning_rate,
+            seconds=rollout.seconds
+            | {"score": done.score_seconds, "update": update_seconds, "step": time.perf_counter() - begin},
+            tokens_sampled=int(rollout.lengths.sum()),
+            tokens_computed=int(policy.gather(np.asarray([sum(u.tokens for u in done.updates)])).sum()),
+            peak_memory=int(policy.gather(np.asarray([max(u.peak_memory for u in done.updates)])).max()),
+            reward_parts=rollout.parts,
+            reward_errors=rollout.errors,
+            policy_details=done.updates[-1].details,
+            reward_range=self.reward_range,
+        )
+        metrics = step_metrics(facts)
+        seen = (*(self.reward_range or ()), metrics["reward/min"], metrics["reward/max"])
+        self.reward_range = (min(seen), max(seen))
+        return metrics
+
+    def _evaluate(self, step: int) -> None:
+        assert self.held_out is not None
+        self._phase("evaluate")
+        metrics, rollout = _evaluation(self.config, self.policy, self.held_out, self.rewards)
+        if self.main:
+            self.folder.append(
+                self.folder.completions, [{"kind": "eval", "step": step} | c for c in rollout.completions]
+            )
+        self._record("eval", step, metrics)
+
+    def _save(self, step: int) -> None:
+        """Every rank calls Policy.save; the main rank opens the folder before and commits it after."""
+        folder, partial = self.folder.checkpoints, partial_checkpoint(self.folder.checkpoints, step)
+        self._phase("checkpoint")
+        self._saving(step, lambda: begin_checkpoint(folder, step), main_only=True)
+        self._saving(step, lambda: self.policy.save(partial.policy))
+        self._saving(step, lambda: commit_checkpoint(folder, step, self.config.run.keep_checkpoints), main_only=True)
+
+    def _saving(self, step: int, work: Callable[[], object], *, main_only: bool = False) -> None:
+        error = None
+        try:
+            if self.main or not main_only:
+                work()
+        except Exception as e:  # each framework's writer has its own error for a full disk
+            error = save_failed(self.folder.checkpoints, step, e)
+        agree(self.policy, error, CheckpointError)
+
+    def _record(self, kind: str, step: int, metrics: Mapping[str, Any]) -> None:
+        if not self.main:
+            return
+        record = {"kind": kind, "step": step, "time": time.time()} | dict(metrics)
+        self.folder.append(self.folder.metrics, [record])
+        if self.tracker:
+            self.tracker.log(record)
+        if self.console:
+            (self.console.step if kind == "train" else self.console.evaluation)(record)
+
+    def _event(self, step: int, event: str, message: str) -> None:
+        if self.main:
+            record = {"kind": "event", "step": step, "time": time.time(), "event": event, "message": message}
+            self.folder.append(self.folder.metrics, [record])
+            if self.console:
+                self.console.event(message)
+
+    def _phase(self, name: str) -> None:
+        if self.console:
+            self.console.phase(name)
+
+    def _anyone(self, value: int) -> int:
+        return int(self.policy.gather(np.asarray([value])).max())
+
+    def _close(self) -> None:
+        if not self.main:
+            return
+        if self.tracker:
+            self.tracker.close()
+        report = None
+        try:
+            from gvpo_core.training.report import write_report
+
+            report = write_report(self.folder.path)
+        except Exception:  # a report never costs a run
+            _log.exception("the report could not be written")
+        if self.console:
+            self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})
+
+
+def _reward_range(metrics: Path) -> tuple[float, float] | None:
+    seen: list[float] = []
+    if metrics.exists():
+        for line in metrics.read_text(encoding="utf-8").splitlines():
+            record = json.loads(line)
+            if record["kind"] == "train" and record.get("reward/min") is not None:
+                seen += [record["reward/min"], record["reward/max"]]
+    return (min(seen), max(seen)) if seen else None

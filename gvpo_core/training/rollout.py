@@ -1,0 +1,142 @@
+"""One rollout: responses of the step's prompts, shared out over ranks, with their rewards gathered from all of them."""
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy import Batch, Policy, Response
+from gvpo_core.training.rewards import Reward, RewardError, Scores, score
+from gvpo_core.training.sampling import Sampling, row_seed
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """N responses over all ranks, in rank order; `batch` holds this rank's, rows `start`..`start + len(batch)` of N."""
+
+    batch: Batch
+    start: int
+    group_ids: np.ndarray  # (N,) int64, 0..num_groups-1
+    num_groups: int
+    rewards: np.ndarray  # (N,) float64, total; NaN = unscored
+    parts: dict[str, np.ndarray]  # name -> (N,)
+    errors: dict[str, dict[str, int]]
+    lengths: np.ndarray  # (N,) int64, tokens
+    finished: np.ndarray  # (N,) bool
+    completions: list[dict[str, Any]]  # rows of completions.jsonl without kind and step; all N on every rank
+    seconds: dict[str, float]  # generate, reward
+
+
+def collect(
+    policy: Policy,
+    prompts: Prompts,
+    rows: Sequence[int],
+    responses: int,
+    sampling: Sampling,
+    rewards: Sequence[Reward],
+    seed_path: tuple[int, ...],
+    *,
+    sampler: Policy | None = None,
+) -> Rollout:
+    """Samples and scores `responses` responses to each prompt in `rows`.
+
+    The P x k responses are cut into equal runs over the ranks, so a group may lie on two. A response's seed comes from
+    `seed_path`, its prompt's place and its own, whatever rank draws it.
+
+    Args:
+      sampler: draws the responses in the policy's stead: an older copy, a teacher (Cor. 3.2).
+    Raises: RewardError: on every rank, where a reward of any rank cannot be used.
+    """
+    clock = time.perf_counter()
+    total = len(rows) * responses
+    start, stop = (total * r // policy.world_size for r in (policy.rank, policy.rank + 1))
+    own: dict[int, list[int]] = {}
+    for flat in range(start, stop):
+        own.setdefault(flat // responses, []).append(flat % responses)
+    drawn = (sampler or policy).generate(
+        [prompts.tokens[rows[group]] for group in own],
+        [[row_seed(*seed_path, group, i) for i in places] for group, places in own.items()],
+        sampling,
+    )
+    flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(own, drawn, strict=True) for r in many]
+    groups = [g for g, _ in flat_drawn]
+    batch = Batch([prompts.tokens[rows[g]] for g in groups], [r.tokens for _, r in flat_drawn], groups)
+    texts = [policy.decode(r.tokens) for _, r in flat_drawn]
+    generated = time.perf_counter()
+    scores = _score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
+    completions = [
+        {
+            "prompt": _plain_prompt(prompts.prompts[rows[g]]),
+            "group": g,
+            "row": rows[g],
+            "response": text,
+            "tokens": len(r.tokens),
+            "finished": r.finished,
+            "reward": float(scores.total[i]),
+            "rewards": {name: float(values[i]) for name, values in scores.parts.items()},
+        }
+        for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
+    ]
+    gather = policy.gather
+    return Rollout(
+        batch=batch,
+        start=start,
+        group_ids=gather(np.asarray(groups, np.int64)),
+        num_groups=len(rows),
+        rewards=gather(scores.total),
+        parts={name: gather(values) for name, values in scores.parts.items()},
+        errors={
+            name: {kind: int(gather(np.asarray([count])).sum()) for kind, count in counts.items()}
+            for name, counts in scores.errors.items()
+        },
+        lengths=gather(np.asarray([len(r.tokens) for _, r in flat_drawn], np.int64)),
+        finished=gather(np.asarray([r.finished for _, r in flat_drawn], bool)),
+        completions=_gather_objects(policy, completions),
+        seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
+    )
+
+
+def agree(policy: Policy, error: Exception | None, kind: type[Exception] = RuntimeError) -> None:
+    """Raises on every rank when any rank has an error, so that none waits for a rank that left."""
+    message = np.frombuffer((f"{error}\n" if error else "").encode(), np.uint8)
+    text = policy.gather(message).tobytes().decode().strip()
+    if error:
+        raise error
+    if text:
+        raise kind(text)
+
+
+def _score_everywhere(
+    policy: Policy, rewards: Sequence[Reward], prompts: Prompts, rows: list[int], texts: list[str], batch: Batch
+) -> Scores:
+    columns = _columns([prompts.columns[row] for row in rows]) | {"completion_ids": [list(r) for r in batch.responses]}
+    failed: Exception | None = None
+    scores = Scores(np.zeros(0), {})
+    try:
+        scores = score(rewards, [prompts.prompts[row] for row in rows], texts, columns)
+    except RewardError as e:
+        failed = e
+    agree(policy, failed, RewardError)
+    return scores
+
+
+def _columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _plain_prompt(prompt: Any) -> str:
+    """A prompt as text for people: chat messages one below the other."""
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+
+
+def _gather_objects(policy: Policy, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if policy.world_size == 1:
+        return objects
+    lines = "".join(json.dumps(o) + "\n" for o in objects).encode()
+    gathered = policy.gather(np.frombuffer(lines, np.uint8)).tobytes().decode()
+    return [json.loads(line) for line in gathered.splitlines()]
