@@ -1,0 +1,166 @@
+"""Sampling: one prefill a prompt, its cache shared out to the prompt's rows, then decoding step by step.
+
+A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
+response does not depend on the batch it was drawn in, up to float rounding.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gvpo_core.training.policy import Response, Tokens
+from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_torch.model import Scorer
+
+Forward = Callable[..., Tensor]
+UNIFORMS_AHEAD = 64  # random numbers made at once for each row
+
+
+def generate(
+    scorer: Scorer,
+    forward: Forward,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end: Sequence[int],
+    device: torch.device,
+    cache_tokens: int,
+) -> list[list[Response]]:
+    """len(seeds[i]) responses to prompts[i].
+
+    Args:
+      forward: `scorer`, or what must be called in its place.
+      end: ids that end a response.
+      cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
+    """
+    found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
+    for rows in _chunks(scorer, prompts, seeds, sampling, cache_tokens):
+        texts = _decode(scorer, forward, prompts, seeds, rows, sampling, set(end), device)
+        for (i, j), response in zip(rows, texts, strict=True):
+            found[i][j] = response
+    return found  # type: ignore[return-value]
+
+
+def _chunks(
+    scorer: Scorer,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    cache_tokens: int,
+) -> list[list[tuple[int, int]]]:
+    """Rows (prompt, response) to decode together: within the budget, prompts of like length."""
+    kinds = set(getattr(scorer.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    same_length = bool(kinds)  # a recurrent state would run through the padding
+    chunks: list[list[tuple[int, int]]] = []
+    width = 0
+    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True):
+        length = len(prompts[i])
+        for j in range(len(seeds[i])):
+            full = not chunks or (len(chunks[-1]) + 1) * (width + sampling.max_tokens) > cache_tokens
+            if full or (same_length and length != width):
+                chunks.append([])
+                width = length
+            chunks[-1].append((i, j))
+    return chunks
+
+
+def _decode(
+    scorer: Scorer,
+    forward: Forward,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    rows: Sequence[tuple[int, int]],
+    sampling: Sampling,
+    end: set[int],
+    device: torch.device,
+) -> list[Response]:
+    from transformers import DynamicCache
+
+    unique = sorted({i for i, _ in rows})
+    width = max(len(prompts[i]) for i in unique)
+    ids = np.zeros((len(unique), width), dtype=np.int64)
+    mask = np.zeros((len(unique), width), dtype=bool)
+    for b, i in enumerate(unique):
+        ids[b, width - len(prompts[i]) :] = prompts[i]
+        mask[b, width - len(prompts[i]) :] = True
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+
+    def put(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    cache = DynamicCache(config=scorer.config)
+    logits = forward(put(ids), put(positions), mask=put(mask), cache=cache)
+    owners = np.asarray([unique.index(i) for i, _ in rows])
+    shared = put(owners)
+    if len(rows) != len(unique) or not np.array_equal(owners, np.arange(len(unique))):
+        cache.reorder_cache(shared)
+        logits = logits.index_select(0, shared)
+    mask_on = put(mask).index_select(0, shared)
+    lengths = np.asarray([len(prompts[i]) for i, _ in rows])
+    drawn: list[list[int]] = [[] for _ in rows]
+    finished = [False] * len(rows)
+    held = np.arange(len(rows))  # row of each line of the cache
+    ended = np.zeros(len(rows), dtype=bool)  # of the held
+    numbers = np.empty((len(rows), 0))
+    for t in range(sampling.max_tokens):
+        if t % UNIFORMS_AHEAD == 0:
+            stop = min(t + UNIFORMS_AHEAD, sampling.max_tokens)
+            numbers = uniforms([seeds[rows[r][0]][rows[r][1]] for r in held], t, stop)
+        tokens = pick(logits, numbers[:, t % UNIFORMS_AHEAD], sampling)
+        for line in np.flatnonzero(~ended):
+            row = held[line]
+            drawn[row].append(int(tokens[line]))
+            if int(tokens[line]) in end:
+                finished[row] = ended[line] = True
+        if ended.all() or t + 1 == sampling.max_tokens:
+            break
+        if ended.mean() >= 0.5 or (t % 16 == 15 and ended.any()):  # dropping copies the cache: not at every end
+            keep = np.flatnonzero(~ended)
+            kept = put(keep)
+            cache.reorder_cache(kept)
+            mask_on = mask_on.index_select(0, kept)
+            held, tokens, numbers, ended = held[keep], tokens[keep], numbers[keep], ended[keep]
+        mask_on = torch.cat([mask_on, mask_on.new_ones(len(held), 1)], dim=1)
+        logits = forward(put(tokens[:, None]), put((lengths[held] + t)[:, None]), mask=mask_on, cache=cache)
+    return [Response(tuple(text), done) for text, done in zip(drawn, finished, strict=True)]
+
+
+def pick(logits: Tensor, numbers: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """(R,) int64: one token a row, by the inverse of the cumulative distribution in vocabulary order, in float64.
+
+    Args:
+      logits: (R, V) float.
+      numbers: (R,) float64 in [0, 1).
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(1).cpu().numpy()
+    if logits.device.type == "mps":  # has no float64
+        logits = logits.cpu()
+    z = logits.double()
+    z = z.sub_(z.amax(1, keepdim=True)).div_(sampling.temperature)
+    masses = truncate(z.exp_(), sampling)
+    cumulative = masses.cumsum(1)
+    wanted = torch.from_numpy(np.ascontiguousarray(numbers)).to(z.device) * cumulative[:, -1]
+    chosen = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
+    # Rounding of u * total may reach the total itself: then the last token with any mass.
+    last = cumulative.argmax(1)
+    return torch.minimum(chosen, last).cpu().numpy()
+
+
+def truncate(masses: Tensor, sampling: Sampling) -> Tensor:
+    """Zeroes the (R, V) masses that top-k, min-p and top-p cut, in this order; ties at the border stay."""
+    if sampling.top_k and sampling.top_k < masses.shape[1]:
+        border = masses.topk(sampling.top_k, 1).values[:, -1:]
+        masses = masses.masked_fill(masses < border, 0.0)
+    if sampling.min_p > 0:
+        masses = masses.masked_fill(masses < sampling.min_p * masses.amax(1, keepdim=True), 0.0)
+    if sampling.top_p < 1:
+        ordered = masses.sort(1, descending=True).values
+        before = ordered.cumsum(1) - ordered
+        kept = before < sampling.top_p * ordered.sum(1, keepdim=True)
+        border = ordered.gather(1, kept.sum(1, keepdim=True) - 1)
+        masses = masses.masked_fill(masses < border, 0.0)
+    return masses

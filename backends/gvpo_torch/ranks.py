@@ -1,0 +1,86 @@
+"""Processes and devices, through accelerate: which device, how many ranks, and what crosses between them."""
+
+import os
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+
+
+class Ranks:
+    """This process among the run's processes."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Joins the process group where `accelerate launch` or torchrun started several processes.
+
+        Raises: ConfigError: a device that is not there, or one named by index beside several processes.
+        """
+        self.accelerator = None
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+        if world_size > 1:
+            self.accelerator = _accelerator(config, on_cpu)
+            self.device = self.accelerator.device
+            self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+        else:
+            self.device = _one_device(config.device)
+            self.rank, self.world_size = 0, 1
+        self.sharded = self.world_size > 1 and config.sharding == "fsdp"
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
+        if self.world_size == 1:
+            return values
+        values = np.ascontiguousarray(values)
+        lengths = self._all(torch.tensor([len(values)], device=self.device))
+        longest = max(int(n) for n in lengths)
+        padded = torch.zeros((longest, *values.shape[1:]), dtype=torch.from_numpy(values).dtype, device=self.device)
+        padded[: len(values)] = torch.from_numpy(values).to(self.device)
+        parts = self._all(padded)
+        return np.concatenate([part[: int(n)].cpu().numpy() for part, n in zip(parts, lengths, strict=True)], axis=0)
+
+    def most(self, count: int) -> int:
+        """The largest of the ranks' counts."""
+        if self.world_size == 1:
+            return count
+        return max(int(n) for n in self._all(torch.tensor([count], device=self.device)))
+
+    def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, tensor)
+        return parts
+
+
+def _one_device(name: str) -> torch.device:
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return torch.device("cpu") if accelerator is None else torch.device(accelerator.type, 0)
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(f"model.device is {name!r}, which this machine does not have: use auto or cpu") from error
+    return device
+
+
+def _accelerator(config: ModelConfig, on_cpu: bool):  # noqa: ANN202 - the type is accelerate's
+    from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
+
+    if config.device not in ("auto", "cpu", "cuda", "xpu", "mps"):
+        raise ConfigError(f"model.device is {config.device!r} with several processes: use auto, one device a process")
+    plugin = None
+    if config.sharding == "fsdp":
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            cpu_ram_efficient_loading=False,
+            reshard_after_forward=True,
+        )
+    return Accelerator(
+        mixed_precision="no",
+        cpu=on_cpu,
+        fsdp_plugin=plugin,
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )

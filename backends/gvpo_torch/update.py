@@ -1,0 +1,183 @@
+"""One optimizer step along -sum_i c_i grad log pi_i, however the batch is split."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.policy import Batch, Coefficients
+from gvpo_torch import layout
+from gvpo_torch.layout import Row
+
+Score = Callable[[layout.Arrays], Tensor]
+
+
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+    """AdamW over the parameters that need gradients; weight decay on matrices alone."""
+    trained = [p for p in parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=config.betas,
+        eps=config.eps,
+        fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in trained),
+    )
+
+
+def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
+    """Of update number `step` (from 0) out of `updates`: linear warm-up, then the schedule, 0 after the last."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - config.warmup) / max(1, updates - config.warmup))
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How rows are laid out and split into micro-batches."""
+
+    packed: bool
+    tokens: int
+    responses: int
+    hidden_size: int
+
+    def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
+        """Micro-batches of the chosen responses (default all)."""
+        rows = layout.plan_rows(
+            batch,
+            packed=self.packed,
+            tokens=self.tokens,
+            responses=self.responses,
+            hidden_size=self.hidden_size,
+            rows=chosen,
+        )
+        return layout.micro_batches(rows, tokens=self.tokens, responses=self.responses)
+
+    def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:
+        """Micro-batches of whole groups, and the responses of groups that do not fit in one."""
+        return layout.whole_groups(
+            batch,
+            packed=self.packed,
+            tokens=self.tokens,
+            responses=self.responses,
+            hidden_size=self.hidden_size,
+        )
+
+
+class Backward:
+    """The backward passes of one step: sums gradients over micro-batches and ranks."""
+
+    def __init__(self, score: Score, trained: nn.Module, world_size: int) -> None:
+        """`trained` is the module as accelerate prepared it; ranks' gradients are averaged there, so losses are scaled up."""
+        self.score, self.trained, self.world_size = score, trained, world_size
+        self.tokens = 0
+
+    def known(self, batch: Batch, micro: Sequence[Sequence[Row]], weights: np.ndarray, passes: int) -> np.ndarray:
+        """Backward of -sum weights_i log pi_i in `passes` passes, the last ones empty where `micro` is shorter.
+
+        Returns: (N,) float64 log-probs of the rows in `micro`, NaN elsewhere.
+        """
+        logprobs = np.full(len(batch), np.nan)
+        for number in range(passes):
+            if number < len(micro):
+                arrays, factors = layout.arrays(batch, micro[number]), weights
+            else:
+                arrays, factors = EMPTY, np.zeros(1)
+            with self._synchronised(number == passes - 1):
+                values = self.forward(arrays)
+                if number < len(micro):
+                    logprobs[arrays.responses] = arrays.sums(values.detach().cpu().numpy())
+                self.backward(values, factors[arrays.responses], arrays)
+        return logprobs
+
+    def whole(self, batch: Batch, micro: Sequence[Sequence[Row]], coefficients: Coefficients) -> np.ndarray:
+        """Forward, coefficients, backward for micro-batches of whole groups, on one rank.
+
+        Returns: (N,) float64 log-probs of the rows in `micro`, NaN elsewhere.
+        """
+        logprobs = np.full(len(batch), np.nan)
+        for rows in micro:
+            arrays = layout.arrays(batch, rows)
+            values = self.forward(arrays)
+            sums = arrays.sums(values.detach().cpu().numpy())
+            logprobs[arrays.responses] = sums
+            self.backward(values, factors_of(coefficients, sums, arrays.responses), arrays)
+        return logprobs
+
+    def forward(self, arrays: layout.Arrays) -> Tensor:
+        self.tokens += arrays.ids.size
+        return self.score(arrays)
+
+    def backward(self, values: Tensor, factors: np.ndarray, arrays: layout.Arrays) -> None:
+        per_token = torch.from_numpy(np.repeat(factors, arrays.lengths) * -self.world_size)
+        # As the gradient of the output, not as a loss: no product is kept, and 0 factors give exact zeros.
+        values.backward(per_token.to(values))
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
+        # FSDP2 reduces at every pass: its gradients stay sharded, which is what it is used for.
+        is_copy = isinstance(self.trained, nn.parallel.DistributedDataParallel)
+        return self.trained.no_sync() if is_copy and not last else contextlib.nullcontext()
+
+
+EMPTY = layout.arrays(Batch([(0,)], [(0,)], [0]), [Row((0,), (0,), 1)])  # a pass that only keeps step with other ranks
+
+
+def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The coefficients of rows, checked.
+
+    Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
+      ValueError: a result of the wrong shape.
+    """
+    _finite("log-probabilities", logprobs, rows)
+    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)
+    if factors.shape != logprobs.shape:
+        raise ValueError(f"coefficients returned shape {factors.shape}; expected {logprobs.shape}")
+    _finite("coefficients", factors, rows)
+    return factors
+
+
+def _finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
+    bad = rows[~np.isfinite(values)]
+    if len(bad):
+        raise FloatingPointError(
+            f"{name} of {len(bad)} of {len(rows)} responses are not finite, the first at batch row {bad[0]}: "
+            "no step was taken"
+        )
+
+
+def clip(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> float:
+    """Scales gradients down to norm `limit` (0: never) and returns the norm before, over all parameters and ranks.
+
+    Raises: FloatingPointError: naming the parameters whose gradient is not finite.
+    """
+    named = [(name, p) for name, p in named if p.grad is not None]
+    total = torch.nn.utils.get_total_norm([p.grad for _, p in named])
+    norm = float(whole(total))
+    if not math.isfinite(norm):
+        # Each norm is a collective call where gradients are sharded: every rank takes them all.
+        bad = [name for name, p in named if not math.isfinite(float(whole(p.grad.norm())))]
+        raise FloatingPointError(
+            f"the gradient norm is {norm}: the gradients of {len(bad)} of {len(named)} parameters are not finite, "
+            f"the first {', '.join(bad[:3]) or 'none alone (their sum overflows)'}; no step was taken"
+        )
+    if limit > 0:
+        torch.nn.utils.clip_grads_with_norm_([p for _, p in named], limit, total)
+    return norm
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor in full, gathered from the ranks where it is sharded."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
