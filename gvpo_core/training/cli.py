@@ -5,10 +5,12 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.policy import Policy
 
 _USAGE = """usage: gvpo COMMAND ...
 
@@ -61,11 +63,16 @@ def _expected(error: Exception) -> bool:
 def _train(arguments: list[str]) -> int:
     from gvpo_core.training.backend import load_policy
     from gvpo_core.training.config_file import parse_arguments
+    from gvpo_core.training.data import load_rows
     from gvpo_core.training.loop import train
+    from gvpo_core.training.rewards import load_rewards
 
     _, config = parse_arguments(arguments)
     _log_to_stderr()
-    return train(config, load_policy(config)).exit_status
+    load_rewards(config.rewards)  # what can be wrong is found before minutes go into the model
+    rows = load_rows(config.data.train, "data.train")
+    held_out = load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else None
+    return train(config, load_policy(config), train_rows=rows, evaluation_rows=held_out).exit_status
 
 
 def _eval(arguments: list[str]) -> int:
@@ -80,8 +87,10 @@ def _eval(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     _log_to_stderr()
     config = _run_config(options.run)
+    if options.prompts:
+        config = replace(config, evaluation=replace(config.evaluation, prompts=options.prompts))
     policy = _restored(config, options.run, options.checkpoint)
-    metrics = evaluate(config, policy, prompts=options.prompts)
+    metrics = evaluate(config, policy)
     if policy.rank == 0:
         print(json.dumps(metrics, indent=1))
     return 0
@@ -132,7 +141,8 @@ def _run_config(run: Path) -> Config:
     return read_config(run / "config.toml")
 
 
-def _restored(config: Config, run: Path, checkpoint: str):  # type: ignore[no-untyped-def]
+def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
+    """The run's policy at a checkpoint."""
     from gvpo_core.training.backend import load_policy
     from gvpo_core.training.checkpoint import checkpoint_at, damage, steps_saved
 

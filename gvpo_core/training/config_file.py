@@ -179,9 +179,8 @@ def _field_names(config: Config) -> list[str]:
 
 
 def _suggest(name: str, known: Any) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1)
-    if not close:  # the right key in another section
-        close = [k for k in known if k.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]][:1]
+    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2])
+    close = elsewhere or difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -125,7 +125,8 @@ def _coefficients(
             num_groups=num_groups,
             clip=objective.clip,
         )
-        return np.asarray(c)[own[part]]
+        result: np.ndarray = np.asarray(c)[own[part]]
+        return result
 
     return coefficients
 

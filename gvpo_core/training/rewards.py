@@ -124,7 +124,7 @@ def score(
     with ThreadPoolExecutor(len(rewards)) as pool:
         outcomes = list(pool.map(lambda r: _score_one(r, prompts, completions, columns), rewards))
     parts = {r.name: values for r, (values, _, _) in zip(rewards, outcomes, strict=True)}
-    total = np.sum([r.weight * parts[r.name] for r in rewards], axis=0, dtype=np.float64)
+    total = np.asarray(sum(r.weight * parts[r.name] for r in rewards), dtype=np.float64)
     errors: dict[str, dict[str, int]] = {}
     for reward, (_, failures, _) in zip(rewards, outcomes, strict=True):
         counts = _no_errors()

@@ -82,10 +82,13 @@ class RunFolder:
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends records as JSON lines; NaN and infinities become null."""
         text = "".join(json.dumps(_finite(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
-        with path.open("a", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
+        try:
+            with path.open("a", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as e:
+            raise RunFolderError(f"cannot write {path}: {e.strerror or e}; the checkpoints are intact") from e
 
     def cut(self, step: int | None) -> None:
         """Drops the records after `step` (all, when None), and a last line that a kill left incomplete."""

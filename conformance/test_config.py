@@ -1,0 +1,168 @@
+"""Settings: reading, overriding, writing back, and the message of each mistake."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gvpo_core.training.config import Config, ConfigError, DataConfig, ModelConfig, RewardConfig
+from gvpo_core.training.config_file import check_config, differences, parse_arguments, read_config, write_config
+
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+GOOD = """
+[run]
+folder = "runs/a"
+seed = 3
+
+[model]
+path = "model"
+
+[data]
+train = "train.jsonl"
+
+[optimizer]
+learning_rate = 1  # an int where a float is wanted
+
+[rewards.correct]
+function = "exact_match"
+options = {column = "target"}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.toml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_reads_what_is_given_and_keeps_the_rest(file):
+    config = read_config(file(GOOD))
+    assert (config.run.folder, config.run.seed, config.optimizer.learning_rate) == ("runs/a", 3, 1.0)
+    assert isinstance(config.optimizer.learning_rate, float)
+    assert config.rewards == {"correct": RewardConfig("exact_match", options={"column": "target"})}
+    assert config.rollout == Config().rollout
+
+
+def test_written_settings_read_back_equal(file, tmp_path):
+    config = replace(read_config(file(GOOD)), model=ModelConfig(path="m", revision="abc", lora_targets=("q", "v")))
+    write_config(config, tmp_path / "again.toml")
+    assert read_config(tmp_path / "again.toml") == config
+
+
+def test_command_line_overrides_the_file(file):
+    path = file(GOOD)
+    _, config = parse_arguments(
+        [
+            str(path),
+            "--optimizer.learning-rate",
+            "2e-5",
+            "--run.trackers",
+            "wandb",
+            "trackio",
+            "--rewards.correct.weight=2",
+        ]
+    )
+    assert config.optimizer.learning_rate == 2e-5
+    assert config.run.trackers == ("wandb", "trackio")
+    assert config.rewards["correct"].weight == 2.0
+    assert config.run.seed == 3
+
+
+def test_an_override_can_mend_the_file(file):
+    broken = GOOD + "\n[rollout]\ntop_p = 0.9\n"
+    with pytest.raises(ConfigError, match="allow_truncated_support"):
+        read_config(file(broken))
+    _, config = parse_arguments([str(file(broken)), "--rollout.top_p", "1.0"])
+    assert config.rollout.top_p == 1.0
+
+
+def test_help_explains_every_field(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        parse_arguments(["--help"])
+    assert exit_.value.code == 0
+    text = re.sub(r"\s+", " ", capsys.readouterr().out.replace("│", " "))
+    for phrase in ("Peak learning rate.", "(default: 1e-06)", "reward units per nat", "Cuts the support that Cor. 3.2"):
+        assert phrase in text
+
+
+def test_every_mistake_is_reported_at_once_with_its_line(file):
+    text = '[run]\nstepz = 3\n[rollout]\nmax_tokens = "many"\nbeta = 0.5\n[objective]\nname = "gvp"\n[optimiser]\nwarmup = 1\n'
+    with pytest.raises(ConfigError) as caught:
+        read_config(file(text))
+    lines = str(caught.value).splitlines()
+    assert [re.search(r"config.toml:(\d+): (.*)", line).groups() for line in lines] == [
+        ("2", "unknown field run.stepz; did you mean run.steps?"),
+        ("4", "rollout.max_tokens = 'many'; expected int"),
+        ("5", "unknown field rollout.beta; did you mean objective.beta?"),
+        ("7", "objective.name = 'gvp'; expected one of 'gvpo', 'grpo', 'dr_grpo', 'rloo', 'reject_sampling', 'sft',"
+         " 'dpo'; did you mean 'gvpo'?"),
+        ("8", "unknown section optimiser; did you mean optimizer?"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("[rollout]\nprompts = 0", r"config.toml:\d+: rollout.prompts = 0; expected at least 1"),
+        ("[rollout]\nresponses = 1", r"rollout.responses = 1; expected at least 2 for gvpo"),
+        ("[objective]\nbeta = -0.1", r"objective.beta = -0.1; expected >= 0"),
+        ("[objective]\nbeta = nan", r"objective.beta = nan; expected >= 0"),
+        ("[objective]\nname = 'dpo'\nbeta = 0", r"objective.beta = 0.0; expected > 0 for dpo"),
+        ("[objective]\nminibatches = 9", r"objective.minibatches = 9; expected at most rollout.prompts = 8"),
+        ("[rollout]\ntop_k = 5", r"rollout.top_k = 5 gives some responses probability 0.*Cor. 3.2"),
+        ("[rollout]\ntemperature = 0", r"rollout.temperature = 0.0 gives some responses probability 0"),
+        ("[rollout]\nmin_p = 1.5", r"rollout.min_p = 1.5; expected in \[0, 1\)"),
+        ("[run]\nsteps = true", r"unknown|expected int|Cannot declare"),
+        ("[optimizer]\nbetas = [0.9]", r"expected a list|Cannot declare"),
+        ("[rewards.slow]\nfunction = 'exact_match'\ntimeout = 0", r"rewards.slow.timeout = 0.0; expected > 0"),
+        ("[rewards.empty]\nweight = 2", r"rewards.empty.function is empty"),
+    ],
+)
+def test_values_that_cannot_be(file, change, message):
+    with pytest.raises(ConfigError, match=message):
+        read_config(file(GOOD + "\n" + change + "\n"))
+
+
+def test_types_in_their_own_file(file):
+    with pytest.raises(ConfigError, match=r"config.toml:2: run.steps = True; expected int"):
+        read_config(file("[run]\nsteps = true\n"))
+    with pytest.raises(ConfigError, match=r"optimizer.betas = \[0.9\]; expected a list of float"):
+        read_config(file("[optimizer]\nbetas = [0.9]\n"))
+    with pytest.raises(ConfigError, match=r"run = 3; expected a section \[run\]"):
+        read_config(file("run = 3\n"))
+
+
+def test_no_reward_no_data_no_model():
+    with pytest.raises(ConfigError) as caught:
+        check_config(Config())
+    for part in ("data.train", "model.path", "no reward"):
+        assert part in str(caught.value)
+
+
+def test_a_missing_and_a_broken_file(tmp_path, file):
+    with pytest.raises(ConfigError, match=r"cannot read the config .*nowhere.toml"):
+        read_config(tmp_path / "nowhere.toml")
+    with pytest.raises(ConfigError, match=r"config.toml is not valid TOML: .*line 2"):
+        read_config(file("[run]\nsteps = = 3\n"))
+
+
+def test_an_unknown_option_gets_a_suggestion(file):
+    with pytest.raises(ConfigError, match=r"unknown option --optimizer.lr\b"):
+        parse_arguments([str(file(GOOD)), "--optimizer.lr", "1"])
+    with pytest.raises(
+        ConfigError, match=r"unknown option --optimizer.learing_rate; did you mean --optimizer.learning_rate"
+    ):
+        parse_arguments([str(file(GOOD)), "--optimizer.learing_rate=1"])
+
+
+def test_differences_name_old_and_new():
+    old = Config(data=DataConfig(train="a"))
+    new = replace(old, data=DataConfig(train="b"), rewards={"r": RewardConfig("exact_match")})
+    assert differences(old, new)[0] == "data.train: 'a' -> 'b'"
+    assert "rewards.r.function: 'unset' -> 'exact_match'" in differences(old, new)

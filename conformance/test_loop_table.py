@@ -1,0 +1,151 @@
+"""The real training loop on the NumPy table policy, where pi, pi* and KL are known exactly."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+
+from gvpo_core.training.config import (
+    Config,
+    DataConfig,
+    EvaluationConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from gvpo_core.training.loop import train
+from gvpo_core.training.table import TablePolicy
+
+BETA = 0.5
+PROMPTS = ("p0", "p1", "p2")
+RESPONSES = ("a", "b", "c", "d", "e")
+REFERENCE = np.array([[0.30, 0.25, 0.20, 0.15, 0.10], [0.2, 0.2, 0.2, 0.2, 0.2], [0.10, 0.15, 0.35, 0.25, 0.15]])
+REWARDS = np.array([[0.0, 0.3, 0.6, 0.1, 0.5], [1.0, 0.8, 0.6, 0.4, 0.7], [0.2, 0.2, 0.0, 0.4, 0.3]])
+OTHER = np.array([[0.1, 0.1, 0.2, 0.3, 0.3], [0.4, 0.1, 0.1, 0.2, 0.2], [0.3, 0.2, 0.2, 0.1, 0.2]])
+
+
+def table(probabilities: np.ndarray) -> dict[str, dict[str, float]]:
+    return {p: dict(zip(RESPONSES, row, strict=True)) for p, row in zip(PROMPTS, probabilities.tolist(), strict=True)}
+
+
+def reward(prompts, completions, **columns):
+    return [REWARDS[PROMPTS.index(p), RESPONSES.index(c)] for p, c in zip(prompts, completions, strict=True)]
+
+
+def optimum() -> np.ndarray:
+    """pi* of Eq. 6, written from the equation."""
+    unnormalised = REFERENCE * np.exp(REWARDS / BETA)
+    return unnormalised / unnormalised.sum(axis=1, keepdims=True)
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return (p * (np.log(p) - np.log(q))).sum(axis=1)
+
+
+def settings(folder: Path, **changes) -> Config:
+    config = Config(
+        run=RunConfig(folder=str(folder), backend="table", steps=250, checkpoint_every=0, show_every=0),
+        data=DataConfig(train="given"),
+        rollout=RolloutConfig(prompts=3, responses=16, max_tokens=2),
+        objective=ObjectiveConfig(beta=BETA),
+        optimizer=OptimizerConfig(learning_rate=12.0, max_gradient_norm=0.0),
+        rewards={"value": RewardConfig(function="given")},
+    )
+    return replace(config, **changes)
+
+
+def run(config: Config, policy: TablePolicy, sampler: TablePolicy | None = None):
+    rows = [{"prompt": p} for p in PROMPTS]
+    return train(config, policy, train_rows=rows, rewards={"value": reward}, sampler=sampler)
+
+
+def records(folder: Path, kind: str = "train") -> list[dict]:
+    return [
+        r for line in (folder / "metrics.jsonl").read_text().splitlines() if (r := json.loads(line))["kind"] == kind
+    ]
+
+
+@pytest.mark.parametrize("samples", ["on-policy", "reference", "third", "hot"])
+def test_reaches_the_optimum_from_any_samples(samples, tmp_path, capsys):
+    """Thm 3.1 and Cor. 3.2: KL(pi_theta || pi*) < 1e-10, whoever draws the responses."""
+    policy = TablePolicy(table(REFERENCE), settings(tmp_path).optimizer)
+    sampler = {"reference": TablePolicy(table(REFERENCE)), "third": TablePolicy(table(OTHER))}.get(samples)
+    config = settings(tmp_path)
+    if samples == "hot":
+        config = replace(config, rollout=replace(config.rollout, temperature=2.0))
+    before = kl(np.exp(policy.log_table()), optimum()).max()
+    run(config, policy, sampler)
+    after = kl(np.exp(policy.log_table()), optimum()).max()
+    assert before > 1e-2
+    assert after < 1e-10
+
+
+def test_regret_in_the_metrics_is_beta_kl(tmp_path, capsys):
+    """On-policy, both regrets of the step estimate beta KL(pi_theta || pi*), here averaged over 4,096 responses."""
+    config = settings(tmp_path, rollout=RolloutConfig(prompts=3, responses=4096, max_tokens=2))
+    config = replace(config, run=replace(config.run, steps=3), optimizer=OptimizerConfig(learning_rate=1.0))
+    policy = TablePolicy(table(REFERENCE), config.optimizer)
+    exact = [BETA * kl(np.exp(policy.log_table()), optimum()).mean()]
+    for step in range(1, 4):
+        run(replace(config, run=replace(config.run, steps=step)), policy)
+        exact.append(BETA * kl(np.exp(policy.log_table()), optimum()).mean())
+    for record, value in zip(records(tmp_path), exact[:3], strict=True):
+        assert record["regret/series"] == pytest.approx(value, rel=0.06)
+        assert record["regret/second_order"] == pytest.approx(value, rel=0.25)  # third order of a regret of 0.05
+
+
+@pytest.mark.parametrize("objective", ["gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo"])
+def test_every_objective_runs_and_only_sft_leaves_the_reward(objective, tmp_path, capsys):
+    config = settings(tmp_path, objective=ObjectiveConfig(name=objective, beta=0.05, epochs=2, minibatches=3))
+    config = replace(config, run=replace(config.run, steps=30), optimizer=OptimizerConfig(learning_rate=0.3))
+    policy = TablePolicy(table(REFERENCE), config.optimizer, updates=config.updates)
+    before = (np.exp(policy.log_table()) * REWARDS).sum(axis=1).mean()
+    run(config, policy)
+    gain = (np.exp(policy.log_table()) * REWARDS).sum(axis=1).mean() - before
+    assert policy.update_count == 30 * 2 * 3
+    assert abs(gain) < 0.05 if objective == "sft" else gain > 0.03
+
+
+def test_reference_rollout_leaves_the_first_reference_behind(tmp_path, capsys):
+    """With pi_ref refreshed at each rollout the optimum moves on, past pi* of the initial reference."""
+    config = settings(tmp_path, objective=ObjectiveConfig(beta=BETA, reference="rollout", epochs=4))
+    config = replace(config, run=replace(config.run, steps=60))
+    policy = TablePolicy(table(REFERENCE), config.optimizer)
+    run(config, policy)
+    value = (np.exp(policy.log_table()) * REWARDS).sum(axis=1)
+    assert (value > (optimum() * REWARDS).sum(axis=1) + 0.02).all()
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize("objective", ["gvpo", "grpo"])
+def test_ranks_take_the_step_of_one_process(world_size, objective, tmp_path, capsys):
+    """3 x 16 responses over 5 ranks: groups straddle ranks, and the parameters follow the one-process run."""
+    config = settings(tmp_path / "one", objective=ObjectiveConfig(name=objective, beta=BETA, epochs=2, minibatches=2))
+    config = replace(
+        config, run=replace(config.run, steps=4, checkpoint_every=2), optimizer=OptimizerConfig(learning_rate=1.0)
+    )
+    alone = TablePolicy(table(REFERENCE), config.optimizer)
+    run(config, alone)
+    config = replace(config, run=replace(config.run, folder=str(tmp_path / "many")))
+    policies = run_ranks(world_size, lambda p: run(config, p), table(REFERENCE), config.optimizer)
+    for policy in policies:
+        np.testing.assert_allclose(policy.logits, alone.logits, rtol=1e-12, atol=1e-13)
+    for one, many in zip(records(tmp_path / "one"), records(tmp_path / "many"), strict=True):
+        for key in ("reward/mean", "loss", "kl", "regret/series", "length/mean", "groups/counted", "responses/total"):
+            assert many[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
+    completions = [json.loads(x) for x in (tmp_path / "many" / "completions.jsonl").read_text().splitlines()]
+    assert len(completions) == 4 * 48
+
+
+def test_evaluation_at_both_ends_and_between(tmp_path, capsys):
+    config = settings(tmp_path, evaluation=EvaluationConfig(every=2, responses=2, temperature=1.0))
+    config = replace(config, run=replace(config.run, steps=5))
+    rows = [{"prompt": p} for p in PROMPTS]
+    policy = TablePolicy(table(REFERENCE), config.optimizer)
+    train(config, policy, train_rows=rows, evaluation_rows=rows, rewards={"value": reward})
+    assert [r["step"] for r in records(tmp_path, "eval")] == [0, 2, 4, 5]
