@@ -9,7 +9,10 @@ from gvpo_core.training import cli
 
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
-GOOD_REWARD = "def reward(prompts, completions, answer, **_):\n    scores = [float(c == a) for c, a in zip(completions, answer)]\n"
+GOOD_REWARD = """
+def reward(prompts, completions, answer, **_):
+    scores = [float(c == a) for c, a in zip(completions, answer)]
+"""
 
 
 def gvpo(capfd, *arguments) -> tuple[int, str, str]:
@@ -111,7 +114,7 @@ def test_rewards_that_cost_a_response_and_not_the_run(body, kind, tmp_path, capf
 
 
 def test_a_group_with_one_response_left_is_counted_out(tmp_path, capfd):
-    body = "scores = [s if p != 'p1' or i == prompts.index('p1') else None for i, (p, s) in enumerate(zip(prompts, scores))]"
+    body = "for i, p in enumerate(prompts):\n    if p == 'p1' and i != prompts.index('p1'): scores[i] = None"
     status, _, _ = gvpo(capfd, "train", with_reward(tmp_path, body, steps=4))
     assert status == 0
     dropped = [r["groups/dropped_unscored"] for r in records(tmp_path)]

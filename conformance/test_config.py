@@ -92,7 +92,8 @@ def test_help_explains_every_field(capsys):
 
 
 def test_every_mistake_is_reported_at_once_with_its_line(file):
-    text = '[run]\nstepz = 3\n[rollout]\nmax_tokens = "many"\nbeta = 0.5\n[objective]\nname = "gvp"\n[optimiser]\nwarmup = 1\n'
+    text = '[run]\nstepz = 3\n[rollout]\nmax_tokens = "many"\nbeta = 0.5\n[objective]\nname = "gvp"\n'
+    text += "[optimiser]\nwarmup = 1\n"
     with pytest.raises(ConfigError) as caught:
         read_config(file(text))
     lines = str(caught.value).splitlines()
