@@ -1,0 +1,137 @@
+"""The page's style sheet and its one script, as text: the report is a single file."""
+
+STYLE = """
+:root {
+  color-scheme: light dark;
+  --page: #f6f6f4; --card: #ffffff; --ink: #1b1d21; --soft: #5c616a; --line: #e3e3df; --grid: #ececea;
+  --c1: #2563c9; --c2: #d9580d; --c3: #15805a; --c4: #7a3fb3; --c5: #a87a00; --c6: #8a9099;
+  --warn: #9a4b00; --warn-bg: #fff4e6; --good: #15805a; --bad: #b3261e; --code: #f4f4f2;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --page: #131518; --card: #1b1e22; --ink: #e6e7e9; --soft: #a0a6b0; --line: #30343a; --grid: #2a2e33;
+    --c1: #6ea8ff; --c2: #ff9a5c; --c3: #4cc38a; --c4: #c093f2; --c5: #e0b63f; --c6: #868d97;
+    --warn: #ffb86b; --warn-bg: #2e2417; --good: #4cc38a; --bad: #ff8a80; --code: #16181b;
+  }
+}
+* { box-sizing: border-box; }
+body {
+  margin: 0; background: var(--page); color: var(--ink);
+  font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
+}
+main { max-width: 1240px; margin: 0 auto; padding: 28px 24px 64px; }
+h1 { font-size: 25px; line-height: 1.25; margin: 0 0 2px; letter-spacing: -0.01em; overflow-wrap: anywhere; }
+h2 { font-size: 18px; margin: 40px 0 12px; letter-spacing: -0.005em; }
+h3 { font-size: 14.5px; margin: 0; font-weight: 600; }
+p { margin: 0 0 8px; }
+.when, .unit, .reading, .small { color: var(--soft); }
+.when { font-size: 13.5px; margin-bottom: 18px; }
+.card, figure { background: var(--card); border: 1px solid var(--line); border-radius: 8px; }
+.card { padding: 18px 20px; }
+.words p { max-width: 96ch; }
+.words p:last-child { margin-bottom: 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin: 14px 0; }
+.figures .card { padding: 12px 16px; }
+.figures b { display: block; font-size: 23px; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }
+.figures .label { font-size: 13px; color: var(--soft); }
+.figures .small, .small { font-size: 12.5px; }
+.warnings, .notes { margin: 14px 0 0; padding: 12px 18px 12px 36px; border-radius: 8px; }
+.warnings { background: var(--warn-bg); border: 1px solid var(--warn); }
+.warnings li::marker { content: "!  "; color: var(--warn); font-weight: 700; }
+.notes { border: 1px solid var(--line); background: var(--card); color: var(--soft); font-size: 13.5px; }
+.charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
+@media (max-width: 960px) { .charts { grid-template-columns: minmax(0, 1fr); } }
+figure { margin: 0; padding: 14px 16px 12px; display: flex; flex-direction: column; }
+figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 18px; margin-bottom: 6px; }
+.unit { font-weight: 400; font-size: 13px; margin-left: 4px; }
+.legend { display: flex; flex-wrap: wrap; gap: 0 14px; margin: 0; padding: 0; list-style: none; font-size: 13px; }
+.legend i { display: inline-block; margin-right: 6px; vertical-align: middle; }
+.legend .bar { width: 14px; height: 3px; border-radius: 2px; }
+.legend .block { width: 10px; height: 10px; border-radius: 2px; opacity: 0.8; }
+.legend .dot { width: 8px; height: 8px; border-radius: 50%; }
+.reading { font-size: 13px; line-height: 1.45; margin: 6px 0 0; }
+svg { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
+svg .grid { stroke: var(--grid); }
+svg .tick { fill: var(--soft); font-size: 11.5px; font-variant-numeric: tabular-nums; }
+svg .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
+svg .thin { stroke-width: 1; opacity: 0.4; }
+svg .band { opacity: 0.16; }
+svg .area { opacity: 0.8; stroke: var(--card); stroke-width: 0.5; }
+svg .error { stroke-width: 1.5; fill: none; }
+svg .point { stroke: var(--card); stroke-width: 1.5; }
+svg .mark { stroke: var(--soft); stroke-dasharray: 3 3; }
+svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; pointer-events: none; }
+.s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
+.s4 { stroke: var(--c4); } .s5 { stroke: var(--c5); } .s6 { stroke: var(--c6); }
+.f1 { fill: var(--c1); } .f2 { fill: var(--c2); } .f3 { fill: var(--c3); }
+.f4 { fill: var(--c4); } .f5 { fill: var(--c5); } .f6 { fill: var(--c6); }
+.b1 { background: var(--c1); } .b2 { background: var(--c2); } .b3 { background: var(--c3); }
+.b4 { background: var(--c4); } .b5 { background: var(--c5); } .b6 { background: var(--c6); }
+#tip {
+  position: fixed; z-index: 2; visibility: hidden; pointer-events: none; padding: 7px 10px; font-size: 12.5px;
+  background: var(--card); border: 1px solid var(--line); border-radius: 6px; box-shadow: 0 2px 10px rgb(0 0 0 / 0.18);
+  font-variant-numeric: tabular-nums; white-space: pre;
+}
+#tip i { display: inline-block; width: 8px; height: 8px; border-radius: 50%; margin-right: 6px; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 13.5px; }
+th { text-align: left; font-weight: 600; color: var(--soft); padding: 6px 10px; border-bottom: 1px solid var(--line); }
+td { vertical-align: top; padding: 9px 10px; border-bottom: 1px solid var(--line); }
+tr:last-child td { border-bottom: 0; }
+.text {
+  font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
+  white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
+}
+.score { font-size: 12.5px; color: var(--soft); margin: 0 0 3px; font-variant-numeric: tabular-nums; }
+.score b { color: var(--ink); } .score b.up { color: var(--good); } .score b.down { color: var(--bad); }
+details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin-bottom: 8px; }
+summary { padding: 9px 16px; cursor: pointer; font-weight: 600; font-size: 14px; }
+summary .small { font-weight: 400; }
+details > div, details > pre { padding: 4px 16px 14px; margin: 0; }
+details pre { overflow-x: auto; white-space: pre; }
+.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 8px 20px; margin-bottom: 16px; }
+.pair .prompt { grid-column: 1 / -1; border-left: 3px solid var(--line); padding-left: 10px; }
+@media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
+@media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
+"""
+
+# Values under the pointer. Text goes in by textContent alone, so that nothing in it is ever markup.
+SCRIPT = """
+"use strict";
+const tip = document.getElementById("tip");
+const show = (n) => (n === null || n === undefined ? "?" : String(n));
+for (const svg of document.querySelectorAll("svg[data-series]")) {
+  const series = JSON.parse(svg.dataset.series).filter((s) => s.x.length);
+  const cursor = svg.querySelector(".cursor");
+  const hide = () => { tip.style.visibility = cursor.style.visibility = "hidden"; };
+  svg.addEventListener("pointerleave", hide);
+  svg.addEventListener("pointermove", (event) => {
+    const box = svg.getBoundingClientRect();
+    const at = ((event.clientX - box.left) / box.width) * svg.viewBox.baseVal.width;
+    const nearest = (xs) => {
+      let low = 0, high = xs.length - 1;
+      while (low < high) { const mid = (low + high) >> 1; if (xs[mid] < at) low = mid + 1; else high = mid; }
+      return low > 0 && at - xs[low - 1] < xs[low] - at ? low - 1 : low;
+    };
+    if (!series.length) return;
+    const found = series.map((s) => ({ s, i: nearest(s.x) }));
+    const close = found.reduce((a, b) => (Math.abs(b.s.x[b.i] - at) < Math.abs(a.s.x[a.i] - at) ? b : a));
+    tip.replaceChildren(document.createTextNode("step " + close.s.step[close.i]));
+    for (const { s, i } of found) {
+      const dot = document.createElement("i");
+      dot.className = "b" + s.colour;
+      const other = s.step[i] === close.s.step[close.i] ? "" : " (step " + s.step[i] + ")";
+      const half = s.half ? " \\u00b1 " + show(s.half[i]) : "";
+      const text = s.name + "  " + show(s.y[i]) + half + other;
+      tip.append(document.createTextNode("\\n"), dot, document.createTextNode(text));
+    }
+    const x = close.s.x[close.i];
+    cursor.setAttribute("x1", x);
+    cursor.setAttribute("x2", x);
+    cursor.style.visibility = tip.style.visibility = "visible";
+    const left = box.left + (x / svg.viewBox.baseVal.width) * box.width;
+    tip.style.left = (left + 14 + tip.offsetWidth > innerWidth ? left - 14 - tip.offsetWidth : left + 14) + "px";
+    tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + "px";
+  });
+}
+"""

@@ -1,0 +1,308 @@
+"""Inline SVG charts: lines with bands, points with error bars, stacked areas. The page gives the colours."""
+
+import html
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from gvpo_core.training.report.read import Series
+
+_Scale = Callable[[np.ndarray], np.ndarray]
+LIMIT = 500  # points drawn of a series
+_W, _H = 560, 240
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 10, 26
+_X0, _X1, _Y0, _Y1 = _LEFT, _W - _RIGHT, _H - _BOTTOM, _TOP
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve; `half` draws a band of value +- half around it."""
+
+    name: str
+    series: Series
+    colour: int  # 1..6
+    half: np.ndarray | None = None  # (n,), as series.values
+    smooth: bool = False  # the curve thin, a moving mean over it
+
+
+@dataclass(frozen=True)
+class Points:
+    """Marks with error bars, joined by a thin line."""
+
+    name: str
+    series: Series
+    colour: int
+    half: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One chart. `stack` are areas on top of each other over the same steps; it does not mix with lines."""
+
+    title: str
+    unit: str
+    reading: str
+    lines: Sequence[Line] = ()
+    points: Sequence[Points] = ()
+    stack: Sequence[Line] = ()
+    floor: float | None = None  # where the axis starts, in place of what the values say
+    marks: Sequence[float] = field(default=())  # steps with a vertical mark: the run was resumed there
+
+    @property
+    def drawn(self) -> list[Line | Points]:
+        """Everything on the chart."""
+        return [*self.stack, *self.lines, *self.points]
+
+    def __bool__(self) -> bool:
+        return any(bool(x.series) for x in self.drawn)
+
+
+def figure(chart: Chart) -> str:
+    """The chart as an HTML figure: title, unit, legend, SVG, how to read it."""
+    esc = html.escape
+    series = chart.drawn
+    legend = ""
+    if len(series) > 1:
+        items = (f'<li><i class="{_swatch(chart, s)} b{s.colour}"></i>{esc(s.name)}</li>' for s in series)
+        legend = f'<ul class="legend">{"".join(items)}</ul>'
+    unit = f' <span class="unit">{esc(chart.unit)}</span>' if chart.unit else ""
+    return (
+        f"<figure><figcaption><h3>{esc(chart.title)}{unit}</h3>{legend}</figcaption>{svg(chart)}"
+        f'<p class="reading">{esc(chart.reading)}</p></figure>'
+    )
+
+
+def _swatch(chart: Chart, drawn: Line | Points) -> str:
+    return "dot" if isinstance(drawn, Points) else "block" if chart.stack else "bar"
+
+
+def svg(chart: Chart) -> str:
+    """The drawing alone, with its data for the pointer in `data-series`."""
+    stacked = _stacked(chart.stack)
+    x_low, x_high = _x_range([s.series.steps for s in chart.drawn])
+    low, high, y_ticks = _y_axis(chart, stacked)
+
+    def px(steps: np.ndarray) -> np.ndarray:
+        return np.asarray(_X0 + (steps - x_low) / (x_high - x_low) * (_X1 - _X0))
+
+    def py(values: np.ndarray) -> np.ndarray:
+        return np.asarray(_Y0 + (values - low) / (high - low) * (_Y1 - _Y0))
+
+    parts, hover = [], []
+    for tick in y_ticks:
+        y = float(py(np.asarray(tick)))
+        parts.append(f'<line class="grid" x1="{_X0}" x2="{_X1}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{_X0 - 7}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
+    for tick in _ticks(x_low, x_high, 6, whole=True):
+        x = float(px(np.asarray(tick)))
+        parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y0 + 4}"/>')
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{_Y0 + 17}" text-anchor="middle">{label(tick)}</text>')
+    for step in chart.marks:
+        if x_low <= step <= x_high:
+            x = float(px(np.asarray(step)))
+            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y1}"/>')
+    if stacked is not None:
+        steps, values, tops = stacked
+        kept = downsample(values)
+        for i, area in enumerate(chart.stack):
+            bottom = tops[i - 1] if i else np.zeros_like(steps)
+            outline = _band(px(steps[kept]), py(bottom[kept]), py(tops[i][kept]))
+            parts.append(f'<path class="area f{area.colour}" d="{outline}"/>')
+            hover.append(_hover(area, px(steps[kept]), steps[kept], values[i][kept]))
+    for line in chart.lines:
+        parts.extend(_draw_line(line, px, py, hover))
+    for points in chart.points:
+        parts.extend(_draw_points(points, px, py, hover))
+    data = html.escape(json.dumps(hover, separators=(",", ":")), quote=True)
+    name = html.escape(f"{chart.title}, {chart.unit} by step" if chart.unit else f"{chart.title} by step")
+    return (
+        f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{name}" data-series="{data}">{"".join(parts)}'
+        f'<line class="cursor" y1="{_Y0}" y2="{_Y1}"/></svg>'
+    )
+
+
+def downsample(rows: Sequence[np.ndarray], limit: int = LIMIT) -> np.ndarray:
+    """At most `limit` indices of arrays of one length n, in order: the ends, and each bucket's lowest and highest.
+
+    A spike in any of the arrays stays, however long the run.
+    """
+    n = len(rows[0])
+    if n <= limit:
+        return np.arange(n)
+    buckets = max(1, (limit - 2) // (2 * len(rows)))
+    kept = {0, n - 1}
+    for part in np.array_split(np.arange(n), buckets):
+        for row in rows:
+            values = row[part]
+            if np.isfinite(values).any():
+                kept |= {int(part[np.nanargmin(values)]), int(part[np.nanargmax(values)])}
+            else:
+                kept.add(int(part[0]))  # a gap stays a gap
+    return np.asarray(sorted(kept))
+
+
+def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
+    """Centred mean over `window` values, fewer at the ends; NaN is passed over."""
+    finite = np.isfinite(values)
+    total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
+    count = np.concatenate([[0], np.cumsum(finite)])
+    low = np.maximum(np.arange(len(values)) - window // 2, 0)
+    high = np.minimum(np.arange(len(values)) + window // 2 + 1, len(values))
+    number = count[high] - count[low]
+    return np.asarray(np.where(number > 0, (total[high] - total[low]) / np.maximum(number, 1), np.nan))
+
+
+def label(value: float) -> str:
+    """A tick's number: short, k and M for thousands and millions, powers of ten for the very small."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    if size >= 1e6:
+        return f"{value / 1e6:.4g}M"
+    if size >= 1e4:
+        return f"{value / 1e3:.4g}k"
+    if size < 1e-3:
+        digits, _, power = f"{value:.2e}".partition("e")
+        return f"{float(digits):g}e{int(power)}"
+    return f"{value:.6g}"
+
+
+def _draw_line(line: Line, px: _Scale, py: _Scale, hover: list[dict[str, object]]) -> list[str]:
+    steps, values = line.series.steps, line.series.values
+    if not line.series:
+        return []
+    parts = []
+    kept = downsample([values] if line.half is None else [values, values - line.half, values + line.half])
+    x, y = px(steps[kept]), py(values[kept])
+    if line.half is not None:
+        half = np.nan_to_num(line.half[kept])
+        low, high = py(values[kept] - half), py(values[kept] + half)
+        low, high = np.clip(low, _Y1, _Y0), np.clip(high, _Y1, _Y0)
+        parts.append(f'<path class="band f{line.colour}" d="{_band(x, low, high)}"/>')
+    window = len(values) // 15
+    smooth = line.smooth and window >= 3
+    parts.append(f'<path class="line s{line.colour}{" thin" if smooth else ""}" d="{_path(x, y)}"/>')
+    parts.extend(f'<circle class="f{line.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2"/>' for i in _lonely(y))
+    if smooth:
+        mean = moving_mean(values, window)
+        kept_mean = downsample([mean])
+        drawn = _path(px(steps[kept_mean]), py(mean[kept_mean]))
+        parts.append(f'<path class="line s{line.colour}" d="{drawn}"/>')
+    hover.append(_hover(line, x, steps[kept], values[kept], line.half[kept] if line.half is not None else None))
+    return parts
+
+
+def _draw_points(points: Points, px: _Scale, py: _Scale, hover: list[dict[str, object]]) -> list[str]:
+    if not points.series:
+        return []
+    kept = downsample([points.series.values])
+    steps, values = points.series.steps[kept], points.series.values[kept]
+    x, y = px(steps), py(values)
+    half = points.half[kept] if points.half is not None else None
+    parts = [f'<path class="line s{points.colour}" d="{_path(x, y)}"/>']
+    for i in np.flatnonzero(np.isfinite(y)):
+        if half is not None and np.isfinite(half[i]):
+            ends = np.clip(py(np.asarray([values[i] - half[i], values[i] + half[i]])), _Y1, _Y0)
+            parts.append(f'<path class="error s{points.colour}" d="M{x[i]:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
+        parts.append(f'<circle class="point f{points.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="4"/>')
+    hover.append(_hover(points, x, steps, values, half))
+    return parts
+
+
+def _hover(
+    source: Line | Points, x: np.ndarray, steps: np.ndarray, values: np.ndarray, half: np.ndarray | None = None
+) -> dict[str, object]:
+    shown = np.flatnonzero(np.isfinite(values))
+    data: dict[str, object] = {
+        "name": source.name,
+        "colour": source.colour,
+        "x": [round(float(v), 1) for v in x[shown]],
+        "step": [int(v) for v in steps[shown]],
+        "y": [float(f"{v:.4g}") for v in values[shown]],
+    }
+    if half is not None:
+        data["half"] = [float(f"{v:.2g}") if math.isfinite(v) else None for v in half[shown]]
+    return data
+
+
+def _path(x: np.ndarray, y: np.ndarray) -> str:
+    """A polyline that breaks where y is not finite."""
+    parts, pen_up = [], True
+    for a, b in zip(x, y, strict=True):
+        if math.isfinite(b):
+            parts.append(f"{'M' if pen_up else 'L'}{a:.1f} {b:.1f}")
+        pen_up = not math.isfinite(b)
+    return "".join(parts)
+
+
+def _lonely(y: np.ndarray) -> list[int]:
+    """Points without a neighbour, which a line would not show."""
+    finite = np.concatenate([[False], np.isfinite(y), [False]])
+    return [int(i) for i in np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])]
+
+
+def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
+    good = np.isfinite(low) & np.isfinite(high)
+    shapes = []
+    for run in np.split(np.arange(len(x)), np.flatnonzero(~good)):
+        part = run[good[run]]
+        if len(part):
+            there = [f"{x[i]:.1f} {high[i]:.1f}" for i in part]
+            back = [f"{x[i]:.1f} {low[i]:.1f}" for i in part[::-1]]
+            shapes.append(f"M{'L'.join(there + back)}Z")
+    return "".join(shapes)
+
+
+def _stacked(stack: Sequence[Line]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
+    """(steps (n,), values of each area, their tops); a step that an area lacks counts as 0 there."""
+    if not stack:
+        return None
+    steps = np.unique(np.concatenate([area.series.steps for area in stack]))
+    values = []
+    for area in stack:
+        row = np.zeros(len(steps))
+        row[np.searchsorted(steps, area.series.steps)] = np.nan_to_num(area.series.values)
+        values.append(row)
+    return steps, values, np.cumsum(values, axis=0)
+
+
+def _x_range(steps: Sequence[np.ndarray]) -> tuple[float, float]:
+    known = np.concatenate([s for s in steps if len(s)] or [np.zeros(1)])
+    low, high = float(known.min()), float(known.max())
+    return (low, high) if high > low else (low - 1, high + 1)
+
+
+def _y_axis(
+    chart: Chart, stacked: tuple[np.ndarray, list[np.ndarray], np.ndarray] | None
+) -> tuple[float, float, list[float]]:
+    known = [np.zeros(1), stacked[2][-1]] if stacked is not None else []
+    for line in [] if stacked is not None else chart.drawn:
+        half = 0.0 if line.half is None else np.nan_to_num(line.half)
+        known += [line.series.values - half, line.series.values + half]
+    values = np.concatenate(known) if known else np.zeros(1)
+    values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
+    low, high = float(values.min()), float(values.max())
+    if 0 < low < 0.6 * high:
+        low = 0.0
+    if chart.floor is not None:
+        low = chart.floor
+    if high <= low:
+        pad = abs(high) * 0.1 or 1.0
+        low, high = (low if low == chart.floor else low - pad), high + pad
+    pad = 0.05 * (high - low)
+    low, high = (low if low in (0.0, chart.floor) else low - pad), high + pad
+    return low, high, [float(f"{t:.12g}") for t in _ticks(low, high, 5)]
+
+
+def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+    """Round numbers from low to high, about `count`."""
+    rough = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(rough))
+    spacing = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
+    if whole:
+        spacing = max(1.0, float(round(spacing)))
+    first = math.ceil(low / spacing - 1e-9)
+    return [i * spacing for i in range(first, math.floor(high / spacing + 1e-9) + 1)]

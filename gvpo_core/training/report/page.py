@@ -1,0 +1,168 @@
+"""The page: the reading, the charts, examples, settings. Everything that a model or a user wrote is escaped."""
+
+import base64
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.console import printable
+from gvpo_core.training.report.assets import SCRIPT, STYLE
+from gvpo_core.training.report.charts import Chart, figure
+from gvpo_core.training.report.read import Run, number
+from gvpo_core.training.report.reading import paired_differences, prompt_rewards, read_out
+from gvpo_core.training.report.sections import sections
+
+_PROMPTS = 12  # held-out prompts shown before and after
+_CUT = 1500  # characters of a text shown
+
+
+def page(run: Run) -> str:
+    """The report of a run as one HTML document that fetches nothing."""
+    reading = read_out(run)
+    cards = "".join(
+        f'<div class="card"><span class="label">{_esc(name)}</span><b>{_esc(value)}</b>'
+        f'<span class="small">{_esc(small)}</span></div>'
+        for name, value, small in reading.figures
+    )
+    body = [
+        f"<h1>{_esc(run.folder.resolve().name)}</h1>",
+        f'<p class="when">{_esc(_when(run))}</p>',
+        f'<section class="card words">{"".join(f"<p>{_esc(s)}</p>" for s in reading.sentences)}'
+        '<p class="small">± is half of a 95 % interval.</p></section>',
+        f'<div class="figures">{cards}</div>' if cards else "",
+        _list("warnings", reading.warnings),
+        _list("notes", reading.notes),
+        *(_section(title, charts) for title, charts in sections(run)),
+        _before_after(run),
+        _training_groups(run),
+        "<h2>Settings and environment</h2>",
+        _fold("config.toml", _verbatim(run.config_text)) if run.config_text else "",
+        _fold("Environment", _verbatim(json.dumps(run.environment, indent=1))) if run.environment else "",
+    ]
+    policy = f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; base-uri 'none'"
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_esc(run.folder.resolve().name)}: GVPO run</title><style>{STYLE}</style></head>\n"
+        f'<body><main>{"".join(part for part in body if part)}</main><div id="tip"></div>'
+        f"<script>{SCRIPT}</script></body></html>\n"
+    )
+
+
+def _section(title: str, charts: Iterable[Chart]) -> str:
+    return f'<section><h2>{_esc(title)}</h2><div class="charts">{"".join(figure(c) for c in charts)}</div></section>'
+
+
+def _before_after(run: Run) -> str:
+    """The same held-out prompts at the first and the last evaluation, in the data's order: nothing is picked."""
+    if len(run.held_out) < 2:
+        return ""
+    first, last = min(run.held_out), max(run.held_out)
+    before, after = _by_prompt(run.held_out[first]), _by_prompt(run.held_out[last])
+    shared = [key for key in before if key in after]
+    old, new = prompt_rewards(run.held_out[first]), prompt_rewards(run.held_out[last])
+    differences = paired_differences(run)
+    if differences is None or not shared:
+        return ""
+    better, worse = int((differences > 0).sum()), int((differences < 0).sum())
+    rows = []
+    for key in shared[:_PROMPTS]:
+        change = new.get(key, np.nan) - old.get(key, np.nan)
+        mark = "up" if change > 0 else "down" if change < 0 else ""
+        rows.append(
+            f'<tr><td><p class="text">{_text(key[1])}</p></td><td>{_response(before[key])}</td>'
+            f"<td>{_response(after[key], mark)}</td></tr>"
+        )
+    return (
+        f"<h2>Held-out prompts before and after</h2><p>Of {len(differences)} prompts {better} got better, "
+        f"{worse} worse, {len(differences) - better - worse} stayed. The first {len(rows)} in the data's order:</p>"
+        '<div class="card scroll"><table><thead><tr><th>Prompt</th>'
+        f"<th>Step {first}</th><th>Step {last}</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _training_groups(run: Run) -> str:
+    if not run.samples:
+        return ""
+    folds = []
+    for step, groups in run.samples.items():
+        pairs = []
+        for group in groups:
+            scored = [row for row in group if number(row.get("reward")) == number(row.get("reward"))] or group
+            pairs.append(
+                f'<div class="pair"><div class="prompt text">{_text(group[0]["prompt"])}</div>'
+                f"<div>{_response(scored[0], label='best')}</div>"
+                f"<div>{_response(scored[-1], label='worst')}</div></div>"
+            )
+        folds.append(_fold(f"Step {step}", "".join(pairs)))
+    return (
+        "<h2>Training groups</h2><p>At steps spread over the run, the groups whose rewards differed most: best and "
+        f"worst response.</p>{''.join(folds)}"
+    )
+
+
+def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
+    """The first response to each prompt."""
+    found: dict[Any, Mapping[str, Any]] = {}
+    for row in rows:
+        found.setdefault((row.get("group"), row["prompt"]), row)
+    return found
+
+
+def _response(row: Mapping[str, Any], mark: str = "", label: str = "") -> str:
+    reward = number(row.get("reward"))
+    parts = row.get("rewards")
+    parts = parts if isinstance(parts, dict) and len(parts) > 1 else {}
+    facts = [f"{name} {_number(number(value))}" for name, value in parts.items()]
+    facts += [f"{row['tokens']} tokens"] if "tokens" in row else []
+    facts += [] if row.get("finished", True) else ["cut"]
+    score = f'{label} <b class="{mark}">{_number(reward)}</b> <span>{_esc(" · ".join(facts))}</span>'
+    return f'<p class="score">{score}</p><p class="text">{_text(row["response"])}</p>'
+
+
+def _number(value: float) -> str:
+    return f"{value:.3g}" if value == value else "no score"
+
+
+def _when(run: Run) -> str:
+    times = [t for r in (*run.train, *run.evaluations, *run.events) if (t := number(r.get("time"))) == t]
+    if not times:
+        return "no records"
+    start, end = (datetime.fromtimestamp(t, UTC) for t in (min(times), max(times)))
+    same_day = start.date() == end.date()
+    return f"{start:%d %B %Y, %H:%M} to {end:{'%H:%M' if same_day else '%d %B %Y, %H:%M'}} UTC"
+
+
+def _list(kind: str, items: Iterable[str]) -> str:
+    lines = "".join(f"<li>{_esc(item)}</li>" for item in items)
+    return f'<ul class="{kind}">{lines}</ul>' if lines else ""
+
+
+def _fold(title: str, content: str) -> str:
+    return f"<details><summary>{_esc(title)}</summary><div>{content}</div></details>"
+
+
+def _text(text: str) -> str:
+    """Foreign text: control characters shown, markup inert, at most _CUT characters."""
+    more = len(text) - _CUT
+    shown = text[:_CUT] if more > 0 else text
+    return _esc(shown, keep="\n") + (f" … ({more:,} more characters)" if more > 0 else "")
+
+
+def _verbatim(text: str) -> str:
+    shown = _esc(text, keep="\n")
+    return f'<pre class="text">{shown}</pre>'
+
+
+def _esc(text: str, keep: str = "") -> str:
+    return html.escape(printable(str(text), keep=keep), quote=True)
+
+
+def _digest(text: str) -> str:
+    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

@@ -1,0 +1,181 @@
+"""From a run folder to plain data: series of numbers, and the few completions a page can show.
+
+Every file may be missing, cut or damaged: a report is most wanted of a run that crashed.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.metrics import read_records
+
+_SHOWN_STEPS = 12  # training steps whose groups are shown
+_SHOWN_GROUPS = 2  # groups shown of each
+_HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
+
+
+@dataclass
+class Series:
+    """One key over the records that have it."""
+
+    steps: np.ndarray  # (n,) float64, increasing
+    values: np.ndarray  # (n,) float64; NaN where null
+
+    def __bool__(self) -> bool:
+        return bool(np.isfinite(self.values).any())
+
+
+@dataclass
+class Run:
+    """What a run folder holds."""
+
+    folder: Path
+    config: dict[str, Any]
+    config_text: str
+    environment: dict[str, Any]
+    train: list[dict[str, Any]]  # one a step, in order
+    evaluations: list[dict[str, Any]]  # one a step, in order
+    events: list[dict[str, Any]]
+    held_out: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # first and last evaluated step -> rows
+    samples: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)  # step -> groups of rows
+    problems: list[str] = field(default_factory=list)  # files that could not be read, in words
+
+    def series(self, key: str, *, kind: str = "train") -> Series:
+        """The values of `key` in the train or eval records that have it; null as NaN."""
+        records = self.train if kind == "train" else self.evaluations
+        rows = [(r["step"], number(r[key])) for r in records if key in r]
+        steps, values = zip(*rows, strict=True) if rows else ((), ())
+        return Series(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
+
+    def keys(self, prefix: str, *, kind: str = "train") -> list[str]:
+        """The keys with a prefix, in order of first appearance."""
+        records = self.train if kind == "train" else self.evaluations
+        return list(dict.fromkeys(key for r in records for key in r if key.startswith(prefix)))
+
+    def setting(self, section: str, key: str, default: Any = None) -> Any:
+        """A value of config.toml, or the default."""
+        table = self.config.get(section)
+        return table.get(key, default) if isinstance(table, dict) else default
+
+
+def number(value: Any) -> float:
+    """A JSON number as float; NaN for null and for what is no number."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder, finished or not.
+
+    Raises: FileNotFoundError: no such folder, or neither config.toml nor metrics.jsonl in it.
+    """
+    if not (folder / "metrics.jsonl").exists() and not (folder / "config.toml").exists():
+        raise FileNotFoundError(
+            f"{folder} is not a run folder: it has neither metrics.jsonl nor config.toml; give the run.folder of a run"
+        )
+    problems: list[str] = []
+    text = _text(folder / "config.toml", problems)
+    try:
+        config = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as e:
+        config = {}
+        problems.append(f"config.toml is not TOML: {e}")
+    try:
+        environment = json.loads(_text(folder / "environment.json", problems) or "{}")
+    except ValueError as e:
+        environment = {}
+        problems.append(f"environment.json is not JSON: {e}")
+    train, evaluations, events = _records(folder / "metrics.jsonl", problems)
+    run = Run(folder, config, text, environment if isinstance(environment, dict) else {}, train, evaluations, events)
+    run.problems = problems
+    _read_completions(run, folder / "completions.jsonl")
+    return run
+
+
+def _text(path: Path, problems: list[str]) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        problems.append(f"{path.name} is missing")
+    except OSError as e:
+        problems.append(f"{path.name} cannot be read: {e}")
+    return ""
+
+
+def _records(
+    path: Path, problems: list[str]
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
+    events = []
+    try:
+        for record in read_records(path):
+            kind, step = record.get("kind"), record.get("step")
+            if not isinstance(step, int):
+                continue
+            if kind == "event":
+                events.append(record)
+            elif kind in by_kind:
+                by_kind[kind][step] = record  # a step run again after a crash counts once
+    except FileNotFoundError:
+        problems.append("metrics.jsonl is missing: the run ended before its first step")
+    train, evaluations = ([records[step] for step in sorted(records)] for records in by_kind.values())
+    return train, evaluations, events
+
+
+def _read_completions(run: Run, path: Path) -> None:
+    """Streams the file, which may be larger than memory, and parses only the lines that will be shown."""
+    steps = [r["step"] for r in run.train]
+    chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps))).astype(int)}
+    evaluated = [r["step"] for r in run.evaluations]
+    wanted = {("train", step) for step in chosen} | {("eval", step) for step in evaluated[:1] + evaluated[-1:]}
+    rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    if not path.exists():
+        run.problems.append("completions.jsonl is missing: no examples")
+        return
+    for key, row in _wanted_rows(path, wanted):
+        rows.setdefault(key, []).append(row)
+    for (kind, step), found in sorted(rows.items()):
+        if kind == "eval":
+            run.held_out[step] = found
+        else:
+            run.samples[step] = _groups(found)
+
+
+def _wanted_rows(path: Path, wanted: set[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:
+    with path.open("rb") as file:
+        for line in file:
+            head = _HEAD.match(line)
+            if head and (head[1].decode(), int(head[2])) not in wanted:
+                continue
+            try:
+                row = json.loads(line)
+                key = (row["kind"], row["step"])
+                usable = isinstance(row["prompt"], str) and isinstance(row["response"], str)
+            except (ValueError, KeyError, TypeError):
+                continue
+            if key in wanted and usable:
+                yield key, row
+
+
+def _groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The groups to show of one step: those whose rewards differ most, best response first."""
+    groups: dict[Any, list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row.get("group"), []).append(row)
+
+    def spread(group: list[Mapping[str, Any]]) -> float:
+        rewards = [number(row.get("reward")) for row in group]
+        known = [r for r in rewards if r == r]
+        return max(known) - min(known) if known else -1.0
+
+    def rank(row: Mapping[str, Any]) -> float:
+        reward = number(row.get("reward"))
+        return -reward if reward == reward else float("inf")
+
+    chosen = sorted(groups.values(), key=lambda g: -spread(list(g)))[:_SHOWN_GROUPS]
+    return [sorted(group, key=rank) for group in chosen]

@@ -1,0 +1,211 @@
+"""Which charts a report has, in which order, and how to read each."""
+
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.metrics import PHASES
+from gvpo_core.training.report.charts import Chart, Line, Points
+from gvpo_core.training.report.read import Run, Series
+
+
+def sections(run: Run) -> list[tuple[str, list[Chart]]]:
+    """The charts under their headings; those without a finite number are left out."""
+    marks = [e["step"] for e in run.events if e.get("event") == "resume"]
+
+    def line(name: str, key: str, colour: int, *, kind: str = "train", smooth: bool = True) -> Line:
+        return Line(name, run.series(key, kind=kind), colour, smooth=smooth)
+
+    def chart(title: str, unit: str, reading: str, *drawn: Line | Points, **more: Any) -> Chart:
+        lines = [x for x in drawn if isinstance(x, Line) and x.series]
+        points = [x for x in drawn if isinstance(x, Points) and x.series]
+        return Chart(title, unit, reading, lines, points, marks=marks, **more)
+
+    def stack(title: str, unit: str, reading: str, *areas: Line) -> Chart:
+        return Chart(title, unit, reading, stack=[a for a in areas if a.series], marks=marks)
+
+    reward, held_out = run.series("reward/mean"), run.series("eval/reward", kind="eval")
+    parts = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in _TOTALS]
+    errors = run.keys("reward_errors/")
+    result = [
+        (
+            "Is it getting better?",
+            [
+                chart(
+                    "Reward",
+                    "",
+                    "Points with bars are held-out prompts: trust those. The line is the training step; bands and "
+                    "bars are 95 % intervals.",
+                    Line("training", reward, 1, half=_along(run, reward, "reward/half_width"), smooth=True),
+                    Points("held-out", held_out, 2, half=_along(run, held_out, "eval/half_width", kind="eval")),
+                ),
+                chart(
+                    "Each reward",
+                    "unweighted",
+                    "One should not rise because another is being given up.",
+                    *(
+                        line(key.removeprefix("reward/"), key, 1 + i % 6)
+                        for i, key in enumerate(parts)
+                        if len(parts) > 1
+                    ),
+                ),
+                chart(
+                    "Spread of rewards inside a group",
+                    "standard deviation",
+                    "What there is to learn from. Near zero, the rewards have nothing more to say.",
+                    line("spread", "reward/spread", 3),
+                    floor=0.0,
+                ),
+                stack(
+                    "Groups by what they teach",
+                    "groups",
+                    "Only mixed groups carry the reward's signal. All right: too easy. All wrong: too hard.",
+                    Line("all right", run.series("groups/all_best"), 3),
+                    Line("all wrong", run.series("groups/all_worst"), 2),
+                    Line("all equal", _rest(run, "groups/all_equal", "groups/all_best", "groups/all_worst"), 5),
+                    Line("unscored", run.series("groups/dropped_unscored"), 6),
+                    Line("mixed", _rest(run, "groups/counted", "groups/all_equal"), 1),
+                ),
+            ],
+        ),
+        (
+            "What the objective sees",
+            [
+                chart(
+                    "Loss in its three parts",
+                    "reward²",
+                    "Loss = implicit + reward variance - 2 x covariance. It falls as beta s comes to equal the reward.",
+                    line("loss", "loss", 1),
+                    line("implicit variance", "loss/implicit_variance", 3),
+                    line("reward variance", "loss/reward_variance", 2),
+                    line("covariance", "loss/covariance", 4),
+                ),
+                chart(
+                    "Regret",
+                    "reward",
+                    "Regularised reward still to be gained: beta KL to the optimum. Zero is the end of training.",
+                    line("second order", "regret/second_order", 1),
+                    line("whole series", "regret/series", 2),
+                ),
+            ],
+        ),
+        (
+            "How far has the policy moved?",
+            [
+                chart(
+                    "KL to the reference",
+                    "nats a response",
+                    "A steady climb with the reward is the price of it; a jump is an accident.",
+                    line("kl", "kl", 1),
+                ),
+                chart(
+                    "Entropy",
+                    "nats a token",
+                    "How varied the samples are. A fall to zero ends exploration.",
+                    line("entropy", "entropy", 4),
+                    floor=0.0,
+                ),
+            ],
+        ),
+        (
+            "Responses",
+            [
+                chart(
+                    "Length",
+                    "tokens",
+                    "Best and worst are the means of the responses with the step's highest and lowest reward.",
+                    line("mean", "length/mean", 1),
+                    line("best", "length/best", 3),
+                    line("worst", "length/worst", 2),
+                    floor=0.0,
+                ),
+                chart(
+                    "Cut at the token limit",
+                    "share",
+                    "A cut answer is usually a wrong one: high values hide what the model can do.",
+                    line("training", "truncated", 2),
+                    Points("held-out", run.series("eval/truncated", kind="eval"), 1),
+                    floor=0.0,
+                ),
+                stack(
+                    "Responses without a score",
+                    "responses",
+                    "By reward and cause. They leave their group; they never count as zero.",
+                    *(
+                        Line(key.removeprefix("reward_errors/").replace("/", ": "), run.series(key), 1 + i % 6)
+                        for i, key in enumerate(errors)
+                        if np.nansum(run.series(key).values) > 0
+                    ),
+                ),
+            ],
+        ),
+        (
+            "Optimizer",
+            [
+                chart(
+                    "Gradient norm",
+                    "before clipping",
+                    "Spikes beside jumps of KL say that the learning rate is too high.",
+                    line("gradient norm", "gradient_norm", 1),
+                    floor=0.0,
+                ),
+                chart(
+                    "Learning rate",
+                    "",
+                    "As scheduled.",
+                    line("learning rate", "learning_rate", 3, smooth=False),
+                    floor=0.0,
+                ),
+            ],
+        ),
+        (
+            "Time and memory",
+            [
+                stack(
+                    "Where the time goes",
+                    "seconds a step",
+                    "The tallest band is what to make faster.",
+                    *(
+                        Line(phase, run.series(f"seconds/{phase}"), colour)
+                        for phase, colour in zip((*PHASES[:4], "other"), (1, 5, 3, 2, 6), strict=True)
+                    ),
+                ),
+                chart(
+                    "Tokens sampled",
+                    "tokens a second",
+                    "Over generation, rewards, scoring and update together.",
+                    line("tokens/s", "tokens_per_second", 1),
+                    floor=0.0,
+                ),
+                chart(
+                    "Peak memory",
+                    "GiB",
+                    "Of the fullest device, or of the process on CPU. It should be flat.",
+                    Line("memory", _scaled(run.series("memory/peak"), 2.0**-30), 4),
+                    floor=0.0,
+                ),
+            ],
+        ),
+    ]
+    kept = [(title, [c for c in charts if c]) for title, charts in result]
+    return [(title, charts) for title, charts in kept if charts]
+
+
+_TOTALS = ("mean", "half_width", "spread", "min", "max")
+
+
+def _along(run: Run, series: Series, key: str, *, kind: str = "train") -> np.ndarray:
+    """The values of `key` at the steps of another series; NaN where it has none."""
+    known = run.series(key, kind=kind)
+    by_step = dict(zip(known.steps, known.values, strict=True))
+    return np.asarray([by_step.get(step, np.nan) for step in series.steps])
+
+
+def _rest(run: Run, whole: str, *parts: str) -> Series:
+    series = run.series(whole)
+    taken = sum((np.nan_to_num(_along(run, series, part)) for part in parts), np.zeros(len(series.values)))
+    return Series(series.steps, np.maximum(series.values - taken, 0))
+
+
+def _scaled(series: Series, factor: float) -> Series:
+    return Series(series.steps, series.values * factor)
