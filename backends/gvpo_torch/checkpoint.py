@@ -126,7 +126,8 @@ def _check(
     for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
         if names:
             raise ConfigError(
-                f"the checkpoint {directory} does not fit the model: it {what} {len(names)} tensors, the first {names[0]}"
+                f"the checkpoint {directory} does not fit the model: "
+                f"it {what} {len(names)} tensors, the first {names[0]}"
             )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from gvpo_core.training.policy import Batch, Tokens
 
 PACKABLE = frozenset(
-    "llama qwen2 qwen3 qwen3_moe mistral phi3 olmo2 smollm3 granite".split()
+    ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "olmo2", "smollm3", "granite")
 )  # each shown exact in conformance/test_torch_layout.py
 
 

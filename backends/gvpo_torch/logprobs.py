@@ -21,7 +21,8 @@ def token_logprobs(
 ) -> Tensor:
     """Log-probability of each target under the head's softmax, in chunks of tokens.
 
-    logits = softcap * tanh(scale * (hidden @ head_weight.T + bias) / softcap);  result = logits[target] - logsumexp(logits)
+    logits = softcap * tanh(scale * (hidden @ head_weight.T + bias) / softcap)
+    result = logits[target] - logsumexp(logits)
 
     The backward pass computes each chunk's logits again; where the head is frozen the forward pass makes the gradient
     of `hidden` at once instead. The largest array beside the arguments and their gradients is one chunk.

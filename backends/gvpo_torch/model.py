@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -142,7 +143,9 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
     lm.eval().to(device)
     if config.gradient_checkpointing:
         base = lm.get_base_model() if config.lora_rank else lm
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # Renamed in transformers 5.2x, where the old name warns.
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     return Scorer(lm, compute), tokenizer
 
 
@@ -248,7 +251,12 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         lora_dropout=0.0,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(), _explained(f"adapters for {config.lora_targets}", config):
+    with (
+        torch.random.fork_rng(),
+        _explained(f"adapters for {config.lora_targets}", config),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
         torch.manual_seed(seed % 2**63)
         return get_peft_model(lm, adapters)
 

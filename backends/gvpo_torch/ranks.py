@@ -1,6 +1,7 @@
 """Processes and devices, through accelerate: which device, how many ranks, and what crosses between them."""
 
 import os
+from typing import Any
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ def _one_device(name: str) -> torch.device:
     return device
 
 
-def _accelerator(config: ModelConfig, on_cpu: bool):  # noqa: ANN202 - the type is accelerate's
+def _accelerator(config: ModelConfig, on_cpu: bool) -> Any:
     from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
 
     if config.device not in ("auto", "cpu", "cuda", "xpu", "mps"):

@@ -1,0 +1,116 @@
+"""Tiny random language models and a byte tokenizer, made offline and saved as Hugging Face folders."""
+
+from pathlib import Path
+from typing import Any
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>", "<|system|>")
+VOCABULARY = 96
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,  # equal to the end token on purpose
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+FULL_ATTENTION: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
+    "llama-tied-bias": {"model_type": "llama", "tie_word_embeddings": True, "attention_bias": True},
+    "qwen2": {},
+    "qwen3": {"head_dim": 8},
+    "qwen3_moe": {"head_dim": 8, **EXPERTS},
+    "mistral": {"sliding_window": None},
+    "phi3": {"sliding_window": None},
+    "olmo2": {},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "granite": {"logits_scaling": 3.0, "embedding_multiplier": 2.0, "attention_multiplier": 0.3},
+}
+"""Models whose packed rows are exact."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "mistral-window": {"model_type": "mistral", "sliding_window": 6},
+    "phi3-window": {"model_type": "phi3", "sliding_window": 6},
+    "qwen2-window": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "final_logit_softcapping": 2.0, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "cohere": {"logit_scale": 0.3},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "gpt_oss": {"head_dim": 8, "sliding_window": 6, **EXPERTS},
+    "qwen3_next": {
+        "head_dim": 8,
+        "layer_types": ["linear_attention", "full_attention"],
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "shared_expert_intermediate_size": 16,
+        **EXPERTS,
+    },
+}
+"""Models that must take plain rows."""
+
+
+def make_tokenizer() -> Any:
+    """A tokenizer of printable ASCII, one token a character, with four special tokens and a chat template."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\n", *(chr(c) for c in range(32, 127))][: VOCABULARY - len(SPECIAL)]
+    ids = {token: i for i, token in enumerate([*SPECIAL, *characters])}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=SPECIAL[0], pad_token=SPECIAL[0], unk_token="?"
+    )
+    fast.add_special_tokens({"additional_special_tokens": list(SPECIAL[1:])})
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
+
+
+def make_model(name: str, folder: Path, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> Path:
+    """Saves the tiny model of FULL_ATTENTION or OTHERS and its tokenizer; the folder, for `ModelConfig.path`.
+
+    Args:
+      spread: standard deviation of the weights: large enough that the next token depends on the ones before.
+      changes: settings of config.json in place of the family's own.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    own = (FULL_ATTENTION | OTHERS)[name]
+    settings = SMALL | {"model_type": name, "initializer_range": spread} | own | changes
+    config = AutoConfig.for_model(**settings)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim < 2:  # norms and biases away from one and zero, so that each one matters
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
