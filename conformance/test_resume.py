@@ -1,6 +1,5 @@
 """Killed at any moment, a run goes on from its last good checkpoint and ends where an unbroken run ends."""
 
-import json
 import signal
 import time
 from pathlib import Path
@@ -36,15 +35,15 @@ def final_table(folder: Path, steps: int) -> np.ndarray:
 def test_twenty_kills_change_nothing(tmp_path):
     killing.finish(table_run.make(tmp_path / "whole", steps=150))
     config = table_run.make(tmp_path / "killed", steps=150)
-    hit = killing.kill_and_resume(config, tmp_path / "killed" / "run", kills=20, seed=0, longest=0.3)
+    run = tmp_path / "killed" / "run"
+    hit = killing.kill_and_resume(config, run, killing.Spawned, kills=20, seed=0, longest=0.3)
     assert hit["saving"] >= 3, hit
     assert hit["running"] >= 3, hit
     whole, killed = (tmp_path / name / "run" for name in ("whole", "killed"))
     np.testing.assert_array_equal(final_table(killed, 150), final_table(whole, 150))
     assert killing.lasting(killed) == killing.lasting(whole)
     assert (killed / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
-    events = [r for x in (killed / "metrics.jsonl").read_text().splitlines() if (r := json.loads(x))["kind"] == "event"]
-    assert any(e["event"] == "resume" for e in events)
+    assert "resume" in killing.events(killed)
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -1,0 +1,188 @@
+"""The whole trainer on tiny real language models: it learns, it repeats itself, and kills change nothing."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch_policies
+
+torch_policies.require("torch", "transformers", "accelerate", "peft", "tyro")
+
+import killing
+import tiny_models
+from safetensors.numpy import load_file
+
+from gvpo_core.training import cli
+
+REWARD = """
+def vowels(prompts, completions, **_):
+    return [sum(c in "aeiou" for c in text) / max(1, len(text)) for text in completions]
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    return tiny_models.make_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def make(folder: Path, model: Path, *, steps: int, extra: str = "", model_extra: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"say {w}:"}) + "\n" for w in ("a", "bee", "code"))
+    )
+    (folder / "config.toml").write_text(
+        f"""
+[run]
+folder = "{folder / "run"}"
+backend = "torch"
+steps = {steps}
+checkpoint_every = 2
+show_every = 0
+[model]
+path = "{model}"
+device = "cpu"
+{model_extra}
+[data]
+train = "{folder / "train.jsonl"}"
+evaluation = "{folder / "train.jsonl"}"
+[evaluation]
+every = 5
+[rollout]
+prompts = 2
+responses = 6
+max_tokens = 8
+[objective]
+beta = 0.02
+{extra}
+[optimizer]
+learning_rate = 0.01
+[rewards.vowels]
+function = "{folder / "reward.py"}:vowels"
+"""
+    )
+    return folder / "config.toml"
+
+
+def records(folder: Path, kind: str = "train") -> list[dict]:
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [r for line in lines if (r := json.loads(line))["kind"] == kind]
+
+
+def final_state(folder: Path) -> dict[str, np.ndarray]:
+    newest = max((folder / "run" / "checkpoints").glob("step-*"))
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted((newest / "policy").rglob("*.safetensors")):
+        tensors |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+    assert tensors
+    return tensors
+
+
+@pytest.mark.parametrize(
+    ("extra", "model_extra"),
+    [
+        ("", ""),
+        ("", 'lora_rank = 4\nlayout = "plain"'),
+        ('name = "grpo"\nepochs = 2\nminibatches = 2', ""),
+        ('reference = "rollout"\nepochs = 2', 'dtype = "bfloat16"'),
+    ],
+    ids=["gvpo", "gvpo-lora-plain", "grpo-minibatches", "rollout-reference-bfloat16"],
+)
+def test_the_reward_rises(extra, model_extra, tmp_path, model, capfd):
+    config = make(tmp_path, model, steps=30, extra=extra, model_extra=model_extra)
+    assert cli.main(["train", str(config)]) == 0
+    rewards = [r["reward/mean"] for r in records(tmp_path)]
+    assert np.mean(rewards[-5:]) > np.mean(rewards[:5]) + 0.15
+    assert records(tmp_path, "eval")[-1]["eval/reward"] > records(tmp_path, "eval")[0]["eval/reward"]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
+def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, model, capfd):
+    for name in ("one", "two"):
+        assert cli.main(["train", str(make(tmp_path / name, model, steps=4))]) == 0
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(np.array_equal(one[name], two[name]) for name in one)
+    assert killing.lasting(tmp_path / "one" / "run") == killing.lasting(tmp_path / "two" / "run")
+    assert cli.main(["train", str(make(tmp_path / "other", model, steps=4)), "--run.seed", "1"]) == 0
+    other = final_state(tmp_path / "other")
+    assert any(not np.array_equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("model_extra", ["", "lora_rank = 4"], ids=["full", "lora"])
+def test_twenty_kills_change_nothing(model_extra, tmp_path, model, capfd, monkeypatch):
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    for name in ("whole", "killed"):
+        make(tmp_path / name, model, steps=60, model_extra=model_extra)
+    whole = killing.Forked(tmp_path / "whole" / "config.toml", tmp_path / "whole.txt")
+    whole.process.join(300)
+    assert whole.exit_status() == 0, whole.log.read_text()
+    run = tmp_path / "killed" / "run"
+    config = tmp_path / "killed" / "config.toml"
+    hit = killing.kill_and_resume(config, run, killing.Forked, kills=20, seed=1, longest=1.0)
+    assert hit["saving"] >= 3, hit
+    assert hit["running"] >= 3, hit
+    one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")
+    assert one.keys() == two.keys()
+    for name in one:
+        np.testing.assert_array_equal(two[name], one[name], err_msg=name)
+    assert killing.lasting(run) == killing.lasting(tmp_path / "whole" / "run")
+    assert (run / "completions.jsonl").read_bytes() == (tmp_path / "whole/run/completions.jsonl").read_bytes()
+    assert "resume" in killing.events(run)
+
+
+def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, model, capfd, caplog):
+    config = make(tmp_path, model, steps=4)
+    assert cli.main(["train", str(config)]) == 0
+    shutil.copytree(tmp_path / "run", tmp_path / "kept")
+    whole = final_state(tmp_path)
+    shutil.rmtree(tmp_path / "run")
+    assert cli.main(["train", str(config), "--run.steps", "4"]) == 0
+    victim = max((tmp_path / "run" / "checkpoints").glob("step-*/policy/*.safetensors"))
+    victim.write_bytes(victim.read_bytes()[:-100])
+    assert cli.main(["train", str(config)]) == 0
+    assert str(victim) in caplog.text
+    again = final_state(tmp_path)
+    assert all(np.array_equal(again[name], whole[name]) for name in whole)
+
+
+def test_export_and_eval_of_a_run(tmp_path, model, capfd):
+    from transformers import AutoModelForCausalLM
+
+    config = make(tmp_path, model, steps=2)
+    assert cli.main(["train", str(config)]) == 0
+    assert cli.main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert "rope_theta" in json.loads((tmp_path / "out" / "config.json").read_text())
+    capfd.readouterr()
+    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    printed = json.loads(capfd.readouterr().out)
+    assert printed["eval/reward"] == records(tmp_path, "eval")[-1]["eval/reward"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("tokenizer", None, "has no tokenizer"),
+        ("config.json", None, "has no config.json"),
+        ('device = "cpu"', 'device = "abacus"', "abacus"),
+        ("max_tokens = 8", "max_tokens = 8\ntop_p = 0.9", "allow_truncated_support"),
+        ('path = "', 'path = "/nowhere', "nowhere"),
+    ],
+)
+def test_bad_models_are_answered_in_one_line(old, new, message, tmp_path, model, capfd):
+    config = make(tmp_path, model, steps=1)
+    if new is None:
+        shutil.copytree(model, tmp_path / "model")
+        for path in (tmp_path / "model").glob(f"{old}*"):
+            path.unlink()
+        config.write_text(config.read_text().replace(str(model), str(tmp_path / "model")))
+    else:
+        config.write_text(config.read_text().replace(old, new))
+    assert cli.main(["train", str(config)]) == 2
+    err = capfd.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()
