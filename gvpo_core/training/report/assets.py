@@ -30,7 +30,7 @@ p { margin: 0 0 8px; }
 .card { padding: 18px 20px; }
 .words p { max-width: 96ch; }
 .words p:last-child { margin-bottom: 0; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 14px; margin: 14px 0; }
+.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 14px; margin: 14px 0; }
 .figures .card { padding: 12px 16px; }
 .figures b { display: block; font-size: 23px; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures .label { font-size: 13px; color: var(--soft); }
@@ -42,6 +42,7 @@ p { margin: 0 0 8px; }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
 @media (max-width: 960px) { .charts { grid-template-columns: minmax(0, 1fr); } }
 figure { margin: 0; padding: 14px 16px 12px; display: flex; flex-direction: column; }
+figure.wide { grid-column: 1 / -1; }
 figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap: 2px 18px; margin-bottom: 6px; }
 .unit { font-weight: 400; font-size: 13px; margin-left: 4px; }
 .legend { display: flex; flex-wrap: wrap; gap: 0 14px; margin: 0; padding: 0; list-style: none; font-size: 13px; }

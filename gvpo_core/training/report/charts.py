@@ -12,9 +12,8 @@ from gvpo_core.training.report.read import Series
 
 _Scale = Callable[[np.ndarray], np.ndarray]
 LIMIT = 500  # points drawn of a series
-_W, _H = 560, 240
-_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 10, 26
-_X0, _X1, _Y0, _Y1 = _LEFT, _W - _RIGHT, _H - _BOTTOM, _TOP
+_WIDTH, _WIDE, _HEIGHT = 560, 900, 240
+_X0, _Y0, _Y1 = 54, _HEIGHT - 26, 10  # the axes' corner, and the top
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Chart:
     points: Sequence[Points] = ()
     stack: Sequence[Line] = ()
     floor: float | None = None  # where the axis starts, in place of what the values say
+    wide: bool = False  # over the whole page
     marks: Sequence[float] = field(default=())  # steps with a vertical mark: the run was resumed there
 
     @property
@@ -69,8 +69,9 @@ def figure(chart: Chart) -> str:
         items = (f'<li><i class="{_swatch(chart, s)} b{s.colour}"></i>{esc(s.name)}</li>' for s in series)
         legend = f'<ul class="legend">{"".join(items)}</ul>'
     unit = f' <span class="unit">{esc(chart.unit)}</span>' if chart.unit else ""
+    start = '<figure class="wide">' if chart.wide else "<figure>"
     return (
-        f"<figure><figcaption><h3>{esc(chart.title)}{unit}</h3>{legend}</figcaption>{svg(chart)}"
+        f"{start}<figcaption><h3>{esc(chart.title)}{unit}</h3>{legend}</figcaption>{svg(chart)}"
         f'<p class="reading">{esc(chart.reading)}</p></figure>'
     )
 
@@ -84,9 +85,11 @@ def svg(chart: Chart) -> str:
     stacked = _stacked(chart.stack)
     x_low, x_high = _x_range([s.series.steps for s in chart.drawn])
     low, high, y_ticks = _y_axis(chart, stacked)
+    width = _WIDE if chart.wide else _WIDTH
+    right = width - 14
 
     def px(steps: np.ndarray) -> np.ndarray:
-        return np.asarray(_X0 + (steps - x_low) / (x_high - x_low) * (_X1 - _X0))
+        return np.asarray(_X0 + (steps - x_low) / (x_high - x_low) * (right - _X0))
 
     def py(values: np.ndarray) -> np.ndarray:
         return np.asarray(_Y0 + (values - low) / (high - low) * (_Y1 - _Y0))
@@ -94,12 +97,13 @@ def svg(chart: Chart) -> str:
     parts, hover = [], []
     for tick in y_ticks:
         y = float(py(np.asarray(tick)))
-        parts.append(f'<line class="grid" x1="{_X0}" x2="{_X1}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="grid" x1="{_X0}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_X0 - 7}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
     for tick in _ticks(x_low, x_high, 6, whole=True):
         x = float(px(np.asarray(tick)))
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y0 + 4}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{_Y0 + 17}" text-anchor="middle">{label(tick)}</text>')
+    parts.append(f'<text class="tick" x="{_X0 - 7}" y="{_Y0 + 17}" text-anchor="end">step</text>')
     for step in chart.marks:
         if x_low <= step <= x_high:
             x = float(px(np.asarray(step)))
@@ -119,7 +123,7 @@ def svg(chart: Chart) -> str:
     data = html.escape(json.dumps(hover, separators=(",", ":")), quote=True)
     name = html.escape(f"{chart.title}, {chart.unit} by step" if chart.unit else f"{chart.title} by step")
     return (
-        f'<svg viewBox="0 0 {_W} {_H}" role="img" aria-label="{name}" data-series="{data}">{"".join(parts)}'
+        f'<svg viewBox="0 0 {width} {_HEIGHT}" role="img" aria-label="{name}" data-series="{data}">{"".join(parts)}'
         f'<line class="cursor" y1="{_Y0}" y2="{_Y1}"/></svg>'
     )
 

@@ -50,12 +50,11 @@ def read_out(run: Run) -> Reading:
     if held_out is not None:
         prompts = run.evaluations[-1].get("eval/prompts", "?")
         sentences.append(_in_words("Held-out reward", held_out, f"over {prompts} prompts"))
-        small = f"± {_n(held_out.start_half)} → ± {_n(held_out.end_half)}, {prompts} prompts"
-        figures.append(("Held-out reward", f"{_n(held_out.start)} → {_n(held_out.end)}", small))
+        figures.append((f"Held-out reward, {prompts} prompts", _arrow(held_out), _halves(held_out)))
     elif run.evaluations:
         only = run.evaluations[0]
         sentences.append(
-            f"Held-out reward was {_n(number(only.get('eval/reward')))} ± {_n(number(only.get('eval/half_width')))}"
+            f"Held-out reward was {_pm(number(only.get('eval/reward')), number(only.get('eval/half_width')))}"
             f" at step {only['step']}; there is no second evaluation to compare with."
         )
     else:
@@ -64,10 +63,10 @@ def read_out(run: Run) -> Reading:
         window = _window(len(run.series("reward/mean").values))
         span = f"first and last {window} steps" if window > 1 else "first and last step"
         sentences.append(_in_words("Training reward", training, span))
-        figures.append(("Training reward", f"{_n(training.start)} → {_n(training.end)}", span))
+        figures.append((f"Training reward, {span}", _arrow(training), _halves(training)))
     kl = _ends(run.series("kl"))
     if kl is not None:
-        figures.append(("KL to reference", _n(kl[1]), "nats a response, at the end"))
+        figures.append(("KL to the reference, at the end", _n(kl[1]), "nats a response"))
     steps = run.setting("run", "steps", "?")
     if run.train:
         took = duration(float(np.nansum(run.series("seconds/step").values)))
@@ -167,13 +166,14 @@ def _state(run: Run) -> str:
 
 def _in_words(name: str, change: Change, where: str) -> str:
     verb = "rose" if change.difference > 0 else "fell" if change.difference < 0 else "stayed"
-    ends = f"from {_n(change.start)} ± {_n(change.start_half)} to {_n(change.end)} ± {_n(change.end_half)}"
+    ends = f"from {_pm(change.start, change.start_half)} to {_pm(change.end, change.end_half)}"
+    sign = "+" if change.difference > 0 else ""
     verdict = {
         True: "beyond noise",
         False: "within noise: this run does not show a change",
         None: "too little to tell from noise",
     }[change.beyond_noise]
-    return f"{name} {verb} {ends} ({where}); the change is {change.difference:+.3g} ± {_n(change.half)}, {verdict}."
+    return f"{name} {verb} {ends} ({where}); the change is {sign}{_pm(change.difference, change.half)}, {verdict}."
 
 
 def _warnings(run: Run, training: Change | None) -> list[str]:
@@ -276,6 +276,28 @@ def _ends(series: Series) -> tuple[float, float] | None:
 
 def _beyond(difference: float, half: float) -> bool | None:
     return abs(difference) > half if math.isfinite(half) and math.isfinite(difference) else None
+
+
+def _arrow(change: Change) -> str:
+    start, end = (_pm(*x).partition(" ")[0] for x in _both(change))
+    return f"{start} → {end}"
+
+
+def _halves(change: Change) -> str:
+    start, end = (_pm(*x).partition(" ")[2] for x in _both(change))
+    return f"{start} → {end}"
+
+
+def _both(change: Change) -> tuple[tuple[float, float], tuple[float, float]]:
+    return (change.start, change.start_half), (change.end, change.end_half)
+
+
+def _pm(value: float, half: float) -> str:
+    """A number and its half-width, both to the half-width's second digit."""
+    if not (math.isfinite(half) and half > 0 and math.isfinite(value)):
+        return f"{_n(value)} ± {_n(half)}"
+    places = max(0, 1 - math.floor(math.log10(half)))
+    return f"{value:.{places}f} ± {half:.{places}f}"
 
 
 def _n(value: float) -> str:

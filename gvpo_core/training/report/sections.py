@@ -21,8 +21,8 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
         points = [x for x in drawn if isinstance(x, Points) and x.series]
         return Chart(title, unit, reading, lines, points, marks=marks, **more)
 
-    def stack(title: str, unit: str, reading: str, *areas: Line) -> Chart:
-        return Chart(title, unit, reading, stack=[a for a in areas if a.series], marks=marks)
+    def stack(title: str, unit: str, reading: str, *areas: Line, **more: Any) -> Chart:
+        return Chart(title, unit, reading, stack=[a for a in areas if a.series], marks=marks, **more)
 
     reward, held_out = run.series("reward/mean"), run.series("eval/reward", kind="eval")
     parts = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in _TOTALS]
@@ -38,6 +38,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     "bars are 95 % intervals.",
                     Line("training", reward, 1, half=_along(run, reward, "reward/half_width"), smooth=True),
                     Points("held-out", held_out, 2, half=_along(run, held_out, "eval/half_width", kind="eval")),
+                    wide=len(parts) < 2,
                 ),
                 chart(
                     "Each reward",
@@ -48,23 +49,6 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                         for i, key in enumerate(parts)
                         if len(parts) > 1
                     ),
-                ),
-                chart(
-                    "Spread of rewards inside a group",
-                    "standard deviation",
-                    "What there is to learn from. Near zero, the rewards have nothing more to say.",
-                    line("spread", "reward/spread", 3),
-                    floor=0.0,
-                ),
-                stack(
-                    "Groups by what they teach",
-                    "groups",
-                    "Only mixed groups carry the reward's signal. All right: too easy. All wrong: too hard.",
-                    Line("all right", run.series("groups/all_best"), 3),
-                    Line("all wrong", run.series("groups/all_worst"), 2),
-                    Line("all equal", _rest(run, "groups/all_equal", "groups/all_best", "groups/all_worst"), 5),
-                    Line("unscored", run.series("groups/dropped_unscored"), 6),
-                    Line("mixed", _rest(run, "groups/counted", "groups/all_equal"), 1),
                 ),
             ],
         ),
@@ -87,6 +71,23 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     line("second order", "regret/second_order", 1),
                     line("whole series", "regret/series", 2),
                 ),
+                chart(
+                    "Spread of rewards inside a group",
+                    "standard deviation",
+                    "What there is to learn from. Near zero, the rewards have nothing more to say.",
+                    line("spread", "reward/spread", 3),
+                    floor=0.0,
+                ),
+                stack(
+                    "Groups by what they teach",
+                    "groups",
+                    "Only mixed groups carry the reward's signal. All right: too easy. All wrong: too hard.",
+                    Line("all right", run.series("groups/all_best"), 3),
+                    Line("all wrong", run.series("groups/all_worst"), 2),
+                    Line("all equal", _rest(run, "groups/all_equal", "groups/all_best", "groups/all_worst"), 5),
+                    Line("unscored", run.series("groups/dropped_unscored"), 6),
+                    Line("mixed", _rest(run, "groups/counted", "groups/all_equal"), 1),
+                ),
             ],
         ),
         (
@@ -103,6 +104,20 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     "nats a token",
                     "How varied the samples are. A fall to zero ends exploration.",
                     line("entropy", "entropy", 4),
+                    floor=0.0,
+                ),
+                chart(
+                    "Gradient norm",
+                    "before clipping",
+                    "Spikes beside jumps of KL say that the learning rate is too high.",
+                    line("gradient norm", "gradient_norm", 1),
+                    floor=0.0,
+                ),
+                chart(
+                    "Learning rate",
+                    "",
+                    "As scheduled.",
+                    line("learning rate", "learning_rate", 3, smooth=False),
                     floor=0.0,
                 ),
             ],
@@ -136,25 +151,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                         for i, key in enumerate(errors)
                         if np.nansum(run.series(key).values) > 0
                     ),
-                ),
-            ],
-        ),
-        (
-            "Optimizer",
-            [
-                chart(
-                    "Gradient norm",
-                    "before clipping",
-                    "Spikes beside jumps of KL say that the learning rate is too high.",
-                    line("gradient norm", "gradient_norm", 1),
-                    floor=0.0,
-                ),
-                chart(
-                    "Learning rate",
-                    "",
-                    "As scheduled.",
-                    line("learning rate", "learning_rate", 3, smooth=False),
-                    floor=0.0,
+                    wide=True,
                 ),
             ],
         ),
@@ -169,6 +166,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                         Line(phase, run.series(f"seconds/{phase}"), colour)
                         for phase, colour in zip((*PHASES[:4], "other"), (1, 5, 3, 2, 6), strict=True)
                     ),
+                    wide=True,
                 ),
                 chart(
                     "Tokens sampled",

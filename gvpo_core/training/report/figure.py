@@ -1,0 +1,55 @@
+"""The reward curve of a run as a PNG, for a README or a note. Needs matplotlib: the extra "demo"."""
+
+from pathlib import Path
+
+import numpy as np
+
+from gvpo_core.training.report.charts import moving_mean
+from gvpo_core.training.report.read import read_run
+
+
+def reward_curve_png(run: Path, out: Path) -> Path:
+    """Draws training reward with its 95 % band and held-out reward with error bars; returns `out`.
+
+    Raises: ImportError: no matplotlib. FileNotFoundError: not a run folder. ValueError: no step with a reward.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as e:
+        raise ImportError('the reward curve needs matplotlib: pip install "gvpo[demo]"') from e
+    data = read_run(run)
+    reward, half = data.series("reward/mean"), data.series("reward/half_width")
+    held_out = data.series("eval/reward", kind="eval")
+    if not reward:
+        raise ValueError(f"{run / 'metrics.jsonl'} has no step with a reward; run at least one step")
+    figure = Figure(figsize=(7.2, 3.8), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)  # a canvas of our own: no global backend is chosen, no window opened
+    axes = figure.add_subplot()
+    by_step = dict(zip(half.steps, half.values, strict=True))
+    halves = np.nan_to_num(np.asarray([by_step.get(step, 0.0) for step in reward.steps]))
+    window = max(1, len(reward.values) // 15)
+    axes.fill_between(
+        reward.steps, reward.values - halves, reward.values + halves, color="#2563c9", alpha=0.14, linewidth=0
+    )
+    axes.plot(reward.steps, reward.values, color="#2563c9", alpha=0.35, linewidth=0.8)
+    name = f"training, mean of {window} steps" if window > 1 else "training"
+    axes.plot(reward.steps, moving_mean(reward.values, window), color="#2563c9", linewidth=1.8, label=name)
+    if held_out:
+        bars = data.series("eval/half_width", kind="eval")
+        known = dict(zip(bars.steps, bars.values, strict=True))
+        errors = np.nan_to_num(np.asarray([known.get(step, 0.0) for step in held_out.steps]))
+        prompts = data.evaluations[-1].get("eval/prompts")
+        axes.errorbar(
+            held_out.steps, held_out.values, errors, color="#d9580d", fmt="o-", markersize=5, linewidth=1.4,
+            elinewidth=1.2, capsize=3, label=f"held out, {prompts} prompts" if prompts else "held out", zorder=3,
+        )  # fmt: skip
+    axes.set_xlabel("step")
+    axes.set_ylabel("mean reward")
+    axes.grid(axis="y", color="#e6e6e2", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, loc="best", title="bars and band: 95 % intervals", title_fontsize="small")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, metadata={"Software": None})
+    return out
