@@ -1,0 +1,323 @@
+"""The report: what it says is what the run did, nothing in it is live, and it opens whatever state the run is in."""
+
+import base64
+import hashlib
+import html
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from simulated_run import write_run
+
+from gvpo_core.training.metrics import encode_record
+from gvpo_core.training.report import write_report
+from gvpo_core.training.report.charts import LIMIT, Chart, Line, downsample, figure, label, moving_mean
+from gvpo_core.training.report.page import page
+from gvpo_core.training.report.read import Run, Series, read_run
+from gvpo_core.training.report.reading import held_out_change, read_out, signs_tell
+from gvpo_core.training.report.sections import sections
+
+HOSTILE = (
+    "</pre></textarea><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "<a href='https://example.com'>&amp;]]></a>\x1b[31m\u202e\x00"
+)
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Strict(HTMLParser):
+    """Parses a page and keeps its tags; raises where one is not closed in turn."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.stack, self.tags, self.text = [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.stack, f"not closed: {self.stack}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.stack.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.stack and self.stack[-1] == tag, f"</{tag}> closes {self.stack[-1:]}"
+        self.stack.pop()
+
+    def handle_data(self, data):
+        if self.stack[-1:] not in (["script"], ["style"]):
+            self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "sums"
+    write_run(folder, resumed_at=71)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "hostile"
+    write_run(folder, steps=20, hostile=HOSTILE)
+    text = (folder / "metrics.jsonl").read_text()
+    events = [{"kind": "event", "step": 3, "time": 0.0, "event": "warning", "message": HOSTILE}]
+    renamed = text.replace("reward/right", f"reward/{json.dumps(HOSTILE)[1:-1]}")
+    (folder / "metrics.jsonl").write_text(renamed + encode_record(events[0]), encoding="utf-8")
+    return folder
+
+
+def test_the_page_is_well_formed_and_fetches_nothing(run, hostile):
+    for folder in (run, hostile):
+        parsed = Strict(write_report(folder).read_text(encoding="utf-8"))
+        assert not [t for t, a in parsed.tags if {"src", "href", "srcset", "action", "style"} & set(a)]
+        assert not [a for _, a in parsed.tags if any(name.startswith("on") for name in a)]
+        tags = {t for t, _ in parsed.tags}
+        assert not tags & {"img", "link", "iframe", "object", "embed", "form", "a", "base", "use", "image"}
+        assert [t for t, _ in parsed.tags].count("script") == 1
+    style = re.search("<style>(.*?)</style>", page(read_run(run)), re.DOTALL)[1]
+    assert "url(" not in style and "@import" not in style
+
+
+def test_foreign_text_is_inert_and_shown(hostile):
+    text = write_report(hostile).read_text(encoding="utf-8")
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e]", text)
+    shown = "".join(Strict(text).text)
+    assert "<script>document.title='owned'</script>" in shown and r"\x1b[31m" in shown and r"\u202e\x00" in shown
+
+
+def test_the_reading_has_the_numbers_of_the_run(run):
+    data = read_run(run)
+    text = " ".join(read_out(data).sentences)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    means = [r["reward/mean"] for r in records if r["kind"] == "train"]
+    held_out = re.search(r"Held-out reward rose from (\S+) ± (\S+) to (\S+) ± (\S+) \(over 32 prompts\)", text)
+    wanted = [evaluations[i][key] for i in (0, -1) for key in ("eval/reward", "eval/half_width")]
+    assert [float(x) for x in held_out.groups()] == pytest.approx(wanted, abs=0.0051)
+    training = re.search(r"Training reward rose from (\S+) ± \S+ to (\S+) ±", text)
+    assert [float(x) for x in training.groups()] == pytest.approx(
+        [np.mean(means[:10]), np.mean(means[-10:])], abs=0.0051
+    )
+    assert text.count("beyond noise") == 2 and "It ran to its end, step 160." in text
+    change = held_out_change(data)
+    before, after = ({r["prompt"]: r["reward"] for r in rows} for rows in (data.held_out[0], data.held_out[160]))
+    differences = np.array([after[p] - before[p] for p in before])
+    assert change.difference == pytest.approx(differences.mean())
+    assert change.half == pytest.approx(2.0395 * differences.std(ddof=1) / np.sqrt(32), rel=1e-3)  # t of 31
+    assert read_out(data).notes == ["Step 70: resumed after step 70 of 160"]
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        (np.ones(6), True),
+        (np.ones(5), None),  # 2 of 2^5 outcomes: 6 %
+        (np.zeros(24), False),
+        (np.zeros(3), None),
+        (np.array([1.0] * 12 + [-1.0] * 10), False),
+        (np.array([1.0] * 20 + [-1.0] * 5 + [0.0] * 7), True),
+    ],
+)
+def test_what_counts_as_noise(differences, verdict):
+    assert signs_tell(differences) is verdict
+
+
+def run_of(*, config=None, evaluations=(), events=(), **series):
+    """A Run of made-up series: key (with __ for /) -> values, steps from 1."""
+    n = len(next(iter(series.values()))) if series else 0
+    train = [{"kind": "train", "step": i + 1, "time": i} for i in range(n)]
+    for key, values in series.items():
+        for record, value in zip(train, values, strict=True):
+            record[key.replace("__", "/")] = value
+    return Run(None, config or {}, "", {}, train, list(evaluations), list(events))
+
+
+def warned(**facts):
+    return " | ".join(read_out(run_of(**facts)).warnings)
+
+
+def test_each_trouble_has_its_warning_and_a_healthy_run_has_none():
+    rising = list(np.linspace(0.1, 0.9, 40))
+    healthy = {"reward__mean": rising, "reward__half_width": [0.05] * 40, "kl": list(np.linspace(0, 2, 40))}
+    healthy |= {"truncated": [0.02] * 40, "entropy": [0.8] * 40, "loss": [0.1] * 40, "gradient_norm": [1.0] * 40}
+    healthy |= {"groups__counted": [8] * 40, "groups__all_equal": [2] * 40, "responses__total": [64] * 40}
+    config = {"objective": {"beta": 0.05}, "rollout": {"max_tokens": 16}, "run": {"steps": 40}}
+    assert warned(config=config, **healthy) == ""
+
+    def with_(**changes):
+        return warned(config=config, **(healthy | changes))
+
+    assert "35% of the last responses were cut at the limit of 16 tokens" in with_(truncated=[0.0] * 20 + [0.35] * 20)
+    dead = {"groups__all_equal": [7] * 40, "groups__all_best": [0] * 40, "groups__all_worst": [6] * 40}
+    assert "88% of the last groups were dead" in with_(**dead) and "easier prompts" in with_(**dead)
+    flat = with_(reward__mean=[0.5] * 40)
+    assert "KL cost more than it bought: beta x KL grew by 0.0769" in flat
+    jump = list(np.linspace(0, 2, 40))
+    jump[30] = 20.0
+    assert "KL jumped to 20 nats a response at step 31" in with_(kl=jump)
+    assert "Entropy fell from 0.8 to 0.05" in with_(entropy=[0.8] * 20 + [0.05] * 20)
+    assert "loss was not a finite number in 2 steps, first at step 39" in with_(loss=[0.1] * 38 + [None] * 2)
+    timeouts = {"reward_errors__judge__timeout": [0] * 39 + [64]}
+    assert "Reward 'judge' ran out of time on 64 of 2,560 responses (2.5%)" in with_(**timeouts)
+
+
+def test_noise_is_called_noise_and_little_is_called_little():
+    evaluations = [
+        {"step": s, "eval/reward": r, "eval/half_width": 0.1, "eval/prompts": 20} for s, r in ((0, 0.5), (9, 0.55))
+    ]
+    said = " ".join(read_out(run_of(evaluations=evaluations)).sentences)
+    assert "within noise: this run does not show a change" in said
+    assert "no second evaluation" in " ".join(read_out(run_of(evaluations=evaluations[:1])).sentences)
+    assert "nothing here says how the model does on new prompts" in " ".join(read_out(run_of()).sentences)
+    alone = [e | {"eval/half_width": None} for e in evaluations]
+    assert "too little to tell" in " ".join(read_out(run_of(evaluations=alone)).sentences)
+
+
+def test_crashed_and_partial_folders(run, tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a run folder"):
+        write_report(tmp_path)
+    crashed = tmp_path / "crashed"
+    crashed.mkdir()
+    shutil.copy(run / "config.toml", crashed)
+    text = write_report(crashed).read_text(encoding="utf-8")
+    assert "No step is recorded" in text and "metrics.jsonl is missing" in text
+    (crashed / "environment.json").write_text('{"cut')
+    (crashed / "config.toml").write_text("[run")
+    lines = (run / "metrics.jsonl").read_bytes()
+    (crashed / "metrics.jsonl").write_bytes(lines[: len(lines) // 2] + b"\n\xff\xfe{]\n[3]\n" + lines[:200])
+    rows = (run / "completions.jsonl").read_bytes()
+    (crashed / "completions.jsonl").write_bytes(rows[: len(rows) // 2])
+    text = write_report(crashed).read_text(encoding="utf-8")
+    Strict(text)
+    assert "config.toml is not TOML" in text and "environment.json is not JSON" in text and "It ran to its" in text
+    for size in range(1, 4000, 271):  # cut anywhere
+        (crashed / "metrics.jsonl").write_bytes(lines[:size])
+        Strict(write_report(crashed).read_text(encoding="utf-8"))
+
+
+def test_a_run_that_stopped_says_so(tmp_path):
+    write_run(tmp_path / "r", steps=60, stop=25)
+    assert "It stands at step 25 of 60" in " ".join(read_out(read_run(tmp_path / "r")).sentences)
+
+
+def test_examples_are_those_of_the_run_in_the_datas_order(run):
+    data = read_run(run)
+    assert sorted(data.held_out) == [0, 160] and len(data.held_out[0]) == 32
+    assert len(data.samples) == 12 and min(data.samples) == 1 and max(data.samples) == 160
+    for groups in data.samples.values():
+        for group in groups:
+            rewards = [r["reward"] for r in group if r["reward"] is not None]
+            assert rewards == sorted(rewards, reverse=True) and len({r["prompt"] for r in group}) == 1
+    text = page(data)
+    body = text.split("<tbody>")[1].split("</tbody>")[0]
+    prompts = re.findall(r"What is \d \+ \d\?", body)
+    assert prompts == [r["prompt"] for r in data.held_out[0][:12]]
+
+
+def test_every_chart_has_a_title_a_unit_and_a_reading(run):
+    charts = [c for _, group in sections(read_run(run)) for c in group]
+    assert len(charts) >= 13 and all(c.title and c.reading for c in charts)
+    drawn = {s.name for c in charts for s in c.drawn}
+    assert {"training", "held-out", "implicit variance", "second order", "whole series", "kl", "all wrong"} <= drawn
+
+
+def test_downsampling_keeps_ends_and_spikes():
+    rng = np.random.default_rng(0)
+    rows = [rng.random(10_000) for _ in range(3)]
+    rows[0][4321], rows[1][77], rows[2][9000] = 50.0, -50.0, 50.0
+    kept = downsample(rows)
+    assert len(kept) <= LIMIT and {0, 9999, 4321, 77, 9000} <= set(kept) and (np.diff(kept) > 0).all()
+    assert list(downsample([np.full(1000, np.nan)])[:1]) == [0]
+    assert len(downsample([np.arange(LIMIT)])) == LIMIT
+
+
+def test_a_gap_breaks_the_line_and_a_lonely_point_is_drawn():
+    values = np.array([1.0, 2.0, np.nan, 3.0, np.nan, 1.0, 1.0])
+    drawn = figure(Chart("t", "u", "r", [Line("a", Series(np.arange(7.0), values), 1)]))
+    (path,) = re.findall('class="line s1" d="([^"]+)"', drawn)
+    assert path.count("M") == 3 and "nan" not in drawn
+    assert drawn.count("<circle") == 1
+
+
+def test_moving_mean_and_labels():
+    got = moving_mean(np.array([1.0, 2.0, 6.0, np.nan, 4.0]), 3)
+    assert got.tolist() == [1.5, 3.0, 4.0, 5.0, 4.0]
+    numbers = (0, 0.25, 1000, 12500, 2.5e6, 1e-6, 2.5e-6, -0.5)
+    assert [label(x) for x in numbers] == ["0", "0.25", "1000", "12.5k", "2.5M", "1e-6", "2.5e-6", "-0.5"]
+
+
+def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
+    folder = tmp_path / "long"
+    folder.mkdir()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [r for r in records if r["kind"] == "train"]
+    with (folder / "metrics.jsonl").open("w") as file:
+        for step in range(1, 10_001):
+            file.write(encode_record(train[step % len(train)] | {"step": step}))
+    start = time.process_time()
+    text = page(read_run(folder))
+    assert time.process_time() - start < 10
+    assert len(text) < 2_000_000
+    for points in re.findall(r'data-series="([^"]*)"', text):
+        assert all(len(s["x"]) <= LIMIT for s in json.loads(html.unescape(points)))
+
+
+def test_reward_curve(run, tmp_path):
+    pytest.importorskip("matplotlib")
+    from gvpo_core.training.report.figure import reward_curve_png
+
+    out = reward_curve_png(run, tmp_path / "figures" / "curve.png")
+    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
+    (tmp_path / "config.toml").write_text("")
+    with pytest.raises(ValueError, match="no step with a reward"):
+        reward_curve_png(tmp_path, tmp_path / "none.png")
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; the page is parsed strictly instead")
+
+
+def browse(path, profile):
+    """The page's DOM after its script ran, and what the browser's console said."""
+    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@needs_chromium
+def test_a_browser_opens_it_without_a_complaint_and_runs_no_foreign_script(hostile, tmp_path):
+    dom, console = browse(write_report(hostile), tmp_path)
+    assert console == []
+    assert "<title>hostile: GVPO run</title>" in dom and dom.count("<figure") >= 12
+
+
+@needs_chromium
+def test_the_pointer_shows_the_values_under_it(run, tmp_path):
+    text = write_report(run).read_text(encoding="utf-8")
+    driver = """
+const svg = document.querySelector("svg[data-series]"), box = svg.getBoundingClientRect();
+svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 2, clientY: box.top + 9, bubbles: true}));
+"""
+    digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
+    text = text.replace("script-src '", f"script-src 'sha256-{digest}' '")
+    text = text.replace("</body>", f"<script>{driver}</script></body>")
+    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
+    assert console == []
+    tip = re.sub("<[^>]+>", "", re.search(r'<div id="tip".*?</div>', dom, re.DOTALL)[0])
+    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2:]
+    training, held_out = last[0]["reward/mean"], last[1]["eval/reward"]
+    assert tip.startswith("step 160\n")
+    shown = dict(re.findall(r"(training|held-out)  (\S+) ±", tip))
+    assert {k: float(v) for k, v in shown.items()} == pytest.approx(
+        {"training": training, "held-out": held_out}, rel=1e-3
+    )
