@@ -211,7 +211,7 @@ def test_schedules() -> None:
 def test_coefficients_that_are_not_finite_leave_everything_as_it_was(folder, bad: float) -> None:
     of_policy = policy(folder)
     before = parameters(of_policy)
-    with pytest.raises(FloatingPointError, match=r"coefficients of 1 of .* responses are not finite.*no step was taken"):
+    with pytest.raises(FloatingPointError, match=r"coefficients of 1 of .* responses are not finite.*no step"):
         of_policy.update(OF, lambda logprobs, rows: np.where(np.arange(len(rows)) == 1, bad, 0.0))
     assert step_difference(before, parameters(of_policy)) == 0.0
 

@@ -32,10 +32,7 @@ class Scorer(nn.Module):
         self._no_split_modules = list(base._no_split_modules or ())
         head = base.get_output_embeddings()
         if not isinstance(head, nn.Linear):
-            raise ConfigError(
-                f"the head of {type(base).__name__} is {type(head).__name__}; expected a linear layer without "
-                "adapters: leave it out of model.lora_targets"
-            )
+            raise ConfigError(f"the head of {type(base).__name__} is {type(head).__name__}; expected a linear layer")
         if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
             raise ConfigError(f"{type(base).__name__} decodes without past_key_values, which is not supported")
         scale = getattr(self.config, "logit_scale", None) or 1.0
@@ -243,6 +240,14 @@ def _without_dropout(lm: nn.Module) -> None:
 def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
+    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
+    named = [name for name, module in lm.named_modules() if any(module is end for end in ends)]
+    for target in config.lora_targets:
+        if any(name == target or name.endswith(f".{target}") for name in named):
+            raise ConfigError(
+                f"model.lora_targets has {target!r}, the head or the embedding of {type(lm).__name__}, which may be "
+                "tied and are used without adapters: leave it out"
+            )
     targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
     adapters = LoraConfig(
         r=config.lora_rank,
@@ -257,6 +262,7 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
+        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # its own, for experts not adapted
         torch.manual_seed(seed % 2**63)
         return get_peft_model(lm, adapters)
 

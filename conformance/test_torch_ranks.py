@@ -1,0 +1,123 @@
+"""Two processes (gloo, CPU) take the step of one, with groups across ranks and with an idle rank."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from torch_policies import parameters, policy, require, step_difference
+
+require()
+
+import torch_rank_worker as worker
+
+CONFORMANCE = Path(__file__).parent
+SMOOTH = {"learning_rate": 0.02, "betas": [0.0, 0.0], "eps": 1.0, "micro_batch_responses": 2, "strategy": "score"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(size: int, folder: Path, out: Path, settings: dict[str, object]) -> dict[str, object]:
+    """Starts `size` workers and waits; what rank 0 wrote."""
+    out.mkdir()
+    path = os.pathsep.join([str(CONFORMANCE), *(p for p in sys.path if p)])
+    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if size > 1:
+        shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(CONFORMANCE / "torch_rank_worker.py"), str(folder), str(out), json.dumps(settings)]
+    logs = [open(out / f"rank{rank}.log", "w+") for rank in range(size)]  # noqa: SIM115 - closed below
+    workers = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(size)
+    ]
+    try:
+        statuses = [process.wait(timeout=240) for process in workers]
+    except subprocess.TimeoutExpired:
+        statuses = [process.poll() for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+    texts = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(size))
+    assert statuses == [0] * size, f"workers ended with {statuses}:\n{texts}"
+    read = lambda name: dict(np.load(out / f"{name}.npz"))
+    return {
+        "out": out,
+        "one": read("one"),
+        "two": read("two"),
+        "three": read("three"),
+        "found": read("found"),
+    } | json.loads((out / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.make_model("llama-tied-bias", tmp_path_factory.mktemp("llama"))
+
+
+KINDS = {
+    "full": {},
+    "lora": {"lora_rank": 2, "learning_rate": 0.2},
+    "checkpointing": {"gradient_checkpointing": True, "max_gradient_norm": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def one(folder, tmp_path_factory):
+    made: dict[str, dict[str, object]] = {}
+
+    def get(kind: str):
+        if kind not in made:
+            made[kind] = run(1, folder, tmp_path_factory.mktemp(kind) / "one", SMOOTH | KINDS[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("sharding", "kind"),
+    [
+        ("data_parallel", "full"),
+        ("data_parallel", "lora"),
+        ("fsdp", "full"),
+        ("fsdp", "lora"),
+        ("fsdp", "checkpointing"),
+    ],
+)
+def test_two_processes_take_the_step_of_one(sharding: str, kind: str, folder, one, tmp_path) -> None:
+    alone = one(kind)
+    both = run(2, folder, tmp_path / "two", SMOOTH | KINDS[kind] | {"sharding": sharding})
+    assert both["ranks"] == 2
+    assert both["sharding"] == sharding
+    assert both["parameters"] == alone["parameters"]
+    start = parameters(policy(folder, **(KINDS[kind])))
+    for name in ("one", "two", "three"):
+        moved = [{p: values[name][p] - start[p] for p in start} for values in (alone, both)]
+        assert step_difference(alone[name], both[name]) < 1e-5
+        assert step_difference(*moved) < 1e-4
+    for name, value in alone["found"].items():
+        np.testing.assert_allclose(both["found"][name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert both["tokens"] == alone["tokens"]
+    # A checkpoint is of no number of ranks: one process goes on from theirs.
+    of_policy = policy(folder, **(SMOOTH | KINDS[kind]))
+    of_policy.restore(both["out"] / "checkpoint")
+    worker.step(of_policy, [list(range(len(worker.OF)))])
+    assert step_difference(both["three"], parameters(of_policy)) < 1e-5
+    scored = policy(both["out"] / "export").logprobs(worker.OF)
+    np.testing.assert_allclose(scored, both["found"]["scoredFalse"], rtol=0, atol=1e-4)

@@ -1,0 +1,96 @@
+"""One of several processes that train the same tiny policy; started by test_torch_ranks.py with torchrun's variables.
+
+python torch_rank_worker.py FOLDER OUT SETTINGS_AS_JSON
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch_policies import batch, coefficients_of, policy
+
+from gvpo_core.training.sampling import Sampling, row_seed
+
+OF = batch((4, 3, 2, 5))
+CUT = 5  # rows 0..4 on rank 0: three groups lie on both ranks
+PROMPTS = [(5, 6, 7), tuple(range(20, 32)), (9,)]
+SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1, 2))]
+
+
+def whole_parameters(of_policy) -> dict[str, np.ndarray]:
+    from gvpo_torch.update import whole
+
+    return {name: whole(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
+
+
+def step(of_policy, rows: list[list[int]]) -> dict[str, object]:
+    """One update in which each rank holds its own rows of OF."""
+    mine, order = rows[of_policy.rank], [i for part in rows for i in part]
+    before = sum(len(part) for part in rows[: of_policy.rank])
+    calls = []
+
+    def coefficients(logprobs, chosen):
+        calls.append(len(chosen))
+        everything = of_policy.gather(np.asarray(logprobs))
+        assert len(everything) == len(OF)
+        factors = coefficients_of(OF)(everything[np.argsort(order)], np.arange(len(OF)))[order]
+        return factors[before : before + len(mine)]
+
+    update = of_policy.update(OF.take(mine), coefficients)
+    assert calls == [len(mine)]
+    return {"norm": update.gradient_norm, "logprobs": of_policy.gather(update.logprobs)[np.argsort(order)]}
+
+
+def main() -> None:
+    folder, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    of_policy = policy(folder, reference=True, **settings)
+    rank, size = of_policy.rank, of_policy.world_size
+    n = len(OF)
+    straddling = [list(range(CUT)), list(range(CUT, n))] if size == 2 else [list(range(n))]
+    one_idle = [list(range(n)), []][:size]
+    found: dict[str, object] = {}
+    np.testing.assert_array_equal(
+        of_policy.gather(np.arange(3 * rank, dtype=np.int64)), np.concatenate([np.arange(3 * r) for r in range(size)])
+    )
+    made = []
+    for number, rows in enumerate((straddling, one_idle)):
+        for name, value in step(of_policy, rows).items():
+            found[f"{name}{number}"] = value
+        made.append(whole_parameters(of_policy))
+    mine = one_idle[rank]  # scoring and sampling where one rank has nothing
+    for reference in (False, True):
+        found[f"scored{reference}"] = of_policy.gather(of_policy.logprobs(OF.take(mine), reference=reference))
+    prompts = (PROMPTS, [])[rank]
+    responses = of_policy.generate(prompts, SEEDS if prompts else [], Sampling(8))
+    one, two = made
+    (out / "checkpoint").mkdir(exist_ok=True)
+    of_policy.save(out / "checkpoint")
+    of_policy.export(out / "export")
+    found["norm2"] = step(of_policy, straddling)["norm"]
+    three = whole_parameters(of_policy)
+    if size > 1:
+        torch.distributed.barrier()
+    of_policy.restore(out / "checkpoint")
+    restored = whole_parameters(of_policy)
+    step(of_policy, straddling)
+    again = whole_parameters(of_policy)
+    for name in two:
+        np.testing.assert_array_equal(restored[name], two[name])
+        np.testing.assert_array_equal(again[name], three[name])
+    if rank == 0:
+        np.savez(out / "one.npz", **one)
+        np.savez(out / "two.npz", **two)
+        np.savez(out / "three.npz", **three)
+        np.savez(out / "found.npz", **found)
+        tokens = [[list(r.tokens) for r in row] for row in responses]
+        (out / "facts.json").write_text(json.dumps({"tokens": tokens, **of_policy.describe()}))
+    if size > 1:
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    main()
