@@ -108,7 +108,7 @@ def test_an_evaluation_shows_the_records_numbers_within_80_columns():
 
 def group(*rewards, response="4"):
     return [
-        {"prompt": "2+2?", "response": f"{response}#{i}", "tokens": 3, "finished": i > 0}
+        {"group": 0, "prompt": "2+2?", "response": f"{response}#{i}", "tokens": 3, "finished": i > 0}
         | {"reward": r, "rewards": {"r": r}}
         for i, r in enumerate(rewards)
     ]  # fmt: skip
@@ -116,7 +116,8 @@ def group(*rewards, response="4"):
 
 def test_a_sample_is_the_best_and_the_worst_of_its_group():
     out = io.StringIO()
-    Console(10, stream=out).sample(group(0.0, None, 1.0, math.nan))
+    dead = [r | {"group": 1, "prompt": "1+1?"} for r in group(1.0, 1.0)]
+    Console(10, stream=out).sample(dead + group(0.0, None, 1.0, math.nan))
     lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
     assert lines == [
         "prompt", "| 2+2?",

@@ -111,14 +111,19 @@ class Console:
         """One group: its prompt, and the best and the worst response with their rewards.
 
         Args:
-          rows: the group's rows of completions.jsonl; nothing is printed when none is scored.
+          rows: a step's rows of completions.jsonl. Its first group whose rewards differ is shown, else its first
+            with a score; nothing is printed when none is scored.
         """
-        scored = sorted((r for r in rows if r["reward"] is not None), key=lambda r: -r["reward"])
-        scored = [r for r in scored if not math.isnan(r["reward"])]
-        if not scored:
+        groups: dict[Any, list[Mapping[str, Any]]] = {}
+        for response in rows:
+            if response["reward"] is not None and not math.isnan(response["reward"]):
+                groups.setdefault(response["group"], []).append(response)
+        if not groups:
             return
+        ranked = [sorted(group, key=lambda r: -r["reward"]) for group in groups.values()]
+        scored = next((group for group in ranked if group[0]["reward"] > group[-1]["reward"]), ranked[0])
         self._print("")
-        self._quote("prompt", rows[0]["prompt"])
+        self._quote("prompt", scored[0]["prompt"])
         best, worst = scored[0], scored[-1]
         for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
             parts = " ".join(f"{part}={fit(value, 8)}" for part, value in response["rewards"].items())
