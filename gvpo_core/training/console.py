@@ -111,8 +111,8 @@ class Console:
         """One group: its prompt, and the best and the worst response with their rewards.
 
         Args:
-          rows: a step's rows of completions.jsonl. Its first group whose rewards differ is shown, else its first
-            with a score; nothing is printed when none is scored.
+          rows: a step's rows of completions.jsonl; the group whose rewards differ most is shown. Nothing is printed
+            when none is scored.
         """
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for response in rows:
@@ -121,7 +121,7 @@ class Console:
         if not groups:
             return
         ranked = [sorted(group, key=lambda r: -r["reward"]) for group in groups.values()]
-        scored = next((group for group in ranked if group[0]["reward"] > group[-1]["reward"]), ranked[0])
+        scored = max(ranked, key=lambda group: group[0]["reward"] - group[-1]["reward"])
         self._print("")
         self._quote("prompt", scored[0]["prompt"])
         best, worst = scored[0], scored[-1]
@@ -209,8 +209,9 @@ def row(record: Record, left: str = "-") -> str:
 
 
 def fit(value: float | None, width: int) -> str:
-    """A number in at most `width` characters, to three significant digits where they fit; "-" for none.
+    """A number in at most `width` characters; "-" for none.
 
+    Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
     Integers stand in full where they fit. Too small for any form: 0.
     """
     if value is None or not math.isfinite(value):
@@ -221,6 +222,8 @@ def fit(value: float | None, width: int) -> str:
         return "0"
     for digits in (3, 2, 1):
         places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        if abs(value) >= 0.01:
+            places = min(places, 3)
         text = f"{value:.{places}f}"
         if len(text) <= width:
             return text
