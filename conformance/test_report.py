@@ -19,7 +19,7 @@ from gvpo_core.training.report import write_report
 from gvpo_core.training.report.charts import LIMIT, Chart, Line, downsample, figure, label, moving_mean
 from gvpo_core.training.report.page import page
 from gvpo_core.training.report.read import Run, Series, read_run
-from gvpo_core.training.report.reading import held_out_change, read_out, signs_tell
+from gvpo_core.training.report.reading import held_out_change, plus_minus, read_out, signs_tell
 from gvpo_core.training.report.sections import sections
 
 HOSTILE = (
@@ -116,6 +116,15 @@ def test_the_reading_has_the_numbers_of_the_run(run):
 
 
 @pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [(0.0737, 0.0246, "0.074 ± 0.025"), (1.0, 0.107, "1.00 ± 0.11"), (0.00623, 0.000043, "0.00623 ± 0.00004"),
+     (1234.5, 56.7, "1234 ± 57"), (0.0, 0.138, "0.00 ± 0.14"), (0.5, 0.0, "0.5 ± 0"), (0.5, np.nan, "0.5 ± ?")],
+)  # fmt: skip
+def test_a_number_has_the_digits_of_its_half_width(value, half, text):
+    assert plus_minus(value, half) == text
+
+
+@pytest.mark.parametrize(
     ("differences", "verdict"),
     [
         (np.ones(6), True),
@@ -174,7 +183,7 @@ def test_noise_is_called_noise_and_little_is_called_little():
         {"step": s, "eval/reward": r, "eval/half_width": 0.1, "eval/prompts": 20} for s, r in ((0, 0.5), (9, 0.55))
     ]
     said = " ".join(read_out(run_of(evaluations=evaluations)).sentences)
-    assert "within noise: this run does not show a change" in said
+    assert "within noise: it does not show a change" in said
     assert "no second evaluation" in " ".join(read_out(run_of(evaluations=evaluations[:1])).sentences)
     assert "nothing here says how the model does on new prompts" in " ".join(read_out(run_of()).sentences)
     alone = [e | {"eval/half_width": None} for e in evaluations]

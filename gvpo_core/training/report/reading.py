@@ -54,7 +54,7 @@ def read_out(run: Run) -> Reading:
     elif run.evaluations:
         only = run.evaluations[0]
         sentences.append(
-            f"Held-out reward was {_pm(number(only.get('eval/reward')), number(only.get('eval/half_width')))}"
+            f"Held-out reward was {plus_minus(number(only.get('eval/reward')), number(only.get('eval/half_width')))}"
             f" at step {only['step']}; there is no second evaluation to compare with."
         )
     else:
@@ -166,14 +166,16 @@ def _state(run: Run) -> str:
 
 def _in_words(name: str, change: Change, where: str) -> str:
     verb = "rose" if change.difference > 0 else "fell" if change.difference < 0 else "stayed"
-    ends = f"from {_pm(change.start, change.start_half)} to {_pm(change.end, change.end_half)}"
+    ends = f"from {plus_minus(change.start, change.start_half)} to {plus_minus(change.end, change.end_half)}"
     sign = "+" if change.difference > 0 else ""
     verdict = {
         True: "beyond noise",
-        False: "within noise: this run does not show a change",
+        False: "within noise: it does not show a change",
         None: "too little to tell from noise",
     }[change.beyond_noise]
-    return f"{name} {verb} {ends} ({where}); the change is {sign}{_pm(change.difference, change.half)}, {verdict}."
+    return (
+        f"{name} {verb} {ends} ({where}); the change is {sign}{plus_minus(change.difference, change.half)}, {verdict}."
+    )
 
 
 def _warnings(run: Run, training: Change | None) -> list[str]:
@@ -279,12 +281,12 @@ def _beyond(difference: float, half: float) -> bool | None:
 
 
 def _arrow(change: Change) -> str:
-    start, end = (_pm(*x).partition(" ")[0] for x in _both(change))
+    start, end = (plus_minus(*x).partition(" ")[0] for x in _both(change))
     return f"{start} → {end}"
 
 
 def _halves(change: Change) -> str:
-    start, end = (_pm(*x).partition(" ")[2] for x in _both(change))
+    start, end = (plus_minus(*x).partition(" ")[2] for x in _both(change))
     return f"{start} → {end}"
 
 
@@ -292,11 +294,11 @@ def _both(change: Change) -> tuple[tuple[float, float], tuple[float, float]]:
     return (change.start, change.start_half), (change.end, change.end_half)
 
 
-def _pm(value: float, half: float) -> str:
-    """A number and its half-width, both to the half-width's second digit."""
+def plus_minus(value: float, half: float) -> str:
+    """A number and its half-width, both to the half-width's second digit, or the larger one's third."""
     if not (math.isfinite(half) and half > 0 and math.isfinite(value)):
         return f"{_n(value)} ± {_n(half)}"
-    places = max(0, 1 - math.floor(math.log10(half)))
+    places = max(0, min(1 - math.floor(math.log10(half)), 2 - math.floor(math.log10(max(abs(value), half)))))
     return f"{value:.{places}f} ± {half:.{places}f}"
 
 
