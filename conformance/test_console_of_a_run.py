@@ -1,0 +1,63 @@
+"""A real run of the loop: console, metrics.jsonl, dictionary and report tell the same numbers."""
+
+import io
+import json
+
+import pytest
+import table_run
+
+from gvpo_core.training.config_file import read_config
+from gvpo_core.training.console import COLUMNS, Console
+from gvpo_core.training.data import load_rows
+from gvpo_core.training.loop import train
+from gvpo_core.training.metrics import undocumented
+from gvpo_core.training.report.read import read_run
+from gvpo_core.training.table import TablePolicy
+
+pytest.importorskip("tomli_w")  # the run folder's config.toml is written with it
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("table")
+    config = read_config(table_run.make(folder))
+    policy = TablePolicy(json.loads((folder / "table.json").read_text()), config.optimizer, updates=config.updates)
+    out = io.StringIO()
+    rows = load_rows(str(folder / "train.jsonl"), "data.train")
+    result = train(config, policy, train_rows=rows, evaluation_rows=rows, console=Console(config.run.steps, stream=out))
+    records = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    return result.folder, records, out.getvalue()
+
+
+def test_every_key_of_a_run_is_documented(run):
+    _, records, _ = run
+    assert {r["kind"] for r in records} >= {"train", "eval"}
+    assert [key for r in records for key in undocumented(r)] == []
+
+
+def test_every_number_on_the_console_is_one_of_metrics_jsonl(run):
+    _, records, text = run
+    trained = {r["step"]: r for r in records if r["kind"] == "train"}
+    titles = [c.title for c in COLUMNS] + ["left"]
+    rows = [line.split() for line in text.splitlines() if len(line.split()) == len(titles)]
+    rows = [row for row in rows if row[0].isdigit()]
+    assert [int(row[0]) for row in rows] == sorted(trained) == list(range(1, 13))
+    for cells in rows:
+        record = trained[int(cells[0])]
+        record["groups/all_equal by groups/counted"] = record["groups/all_equal"] / record["groups/counted"]
+        for column, shown in zip(COLUMNS, cells[:-1], strict=True):
+            if shown == "-":
+                assert record.get(column.meaning) is None, (column.title, record["step"])
+            elif shown.endswith("%"):
+                assert abs(float(shown[:-1]) / 100 - record[column.meaning]) <= 0.005 + 1e-12
+            else:
+                digits, _, power = shown.partition("e")
+                places = len(digits.partition(".")[2]) - int(power or 0)
+                assert abs(float(shown) - record[column.meaning]) <= 0.5 * 10**-places * (1 + 1e-9), column.title
+
+
+def test_the_report_is_there_with_every_step(run):
+    folder, _, text = run
+    assert str(folder / "report.html") in text and (folder / "report.html").exists()
+    data = read_run(folder)
+    assert len(data.train) == 12 and sorted(data.held_out) == [0, 12] and data.problems == []
