@@ -49,11 +49,9 @@ def concrete(x: Any) -> float | None:
 
 def wide_dtype(xp: Any, *arrays: Array) -> Any:
     """The dtype to compute in: the widest floating dtype among `arrays`, float32 at least."""
+    # not result_type: torch.compile cannot trace it for 16-bit dtypes
     floats = [x.dtype for x in arrays if xp.isdtype(x.dtype, "real floating")]
-    dtype = floats[0]
-    for other in floats[1:]:
-        dtype = xp.result_type(dtype, other)
-    return xp.result_type(dtype, xp.float32)
+    return max([xp.float32, *floats], key=lambda dtype: xp.finfo(dtype).bits)
 
 
 def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:

@@ -160,8 +160,8 @@ def dpo_weights(
     groups, chosen, rejected, margin = _pairs(
         logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid
     )
-    sigmoid = groups.xp.exp(-_softplus(groups.xp, margin))
-    return stop_gradient(groups.per_row(sigmoid) * (chosen - rejected))
+    share, sigmoid = chosen - rejected, groups.per_row(groups.xp.exp(-_softplus(groups.xp, margin)))
+    return stop_gradient(groups.xp.where(share != 0, sigmoid * share, groups.xp.zeros_like(share)))
 
 
 def dpo_loss(

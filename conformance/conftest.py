@@ -1,0 +1,118 @@
+"""Settings (subject, dtype, mode) for every test that asks for one, and the results that docs/conformance.md shows.
+
+GVPO_SUBJECTS="torch,jax"       only these subjects, and a missing one is an error; without it a missing one is skipped
+GVPO_CONFORMANCE_RESULTS=DIR    writes DIR/<subject>.json: passed and failed checks by capability
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import subjects
+from settings import MODES, Setting
+
+MARKS = {
+    "dtypes(*names)": "run in these dtypes only; default: all of the subject",
+    "modes(*names)": "run in these modes only: eager, compiled; default: both",
+    "needs(feature)": "run on subjects that have it: grad",
+    "capability(name)": "the column of docs/conformance.md that the test counts in",
+    "core": "needs no subject but NumPy: runs where NumPy is among the subjects",
+}
+_required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x)
+_results: dict[str, dict[str, Counter[str]]] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for mark, meaning in MARKS.items():
+        config.addinivalue_line("markers", f"{mark}: {meaning}")
+    if unknown := set(_required) - set(subjects.DTYPES):
+        known = ", ".join(subjects.DTYPES)
+        raise pytest.UsageError(f"GVPO_SUBJECTS names {', '.join(sorted(unknown))}; expected some of {known}")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "setting" not in metafunc.fixturenames:
+        return
+    mark = lambda name, default: next((m.args for m in metafunc.definition.iter_markers(name)), default)
+    wanted = [
+        (subject, dtype, mode)
+        for subject in _required or subjects.DTYPES
+        for dtype in subjects.DTYPES[subject]
+        for mode in MODES
+        if dtype in mark("dtypes", (dtype,))
+        and mode in mark("modes", (mode,))
+        and (mode == "eager" or subject in subjects.COMPILED)
+        and ("grad" not in mark("needs", ()) or subject in subjects.DIFFERENTIABLE)
+    ]
+    metafunc.parametrize("setting", wanted, ids=["-".join(x) for x in wanted], indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not _required or "numpy" in _required:
+        return
+    left_out = [item for item in items if item.get_closest_marker("core")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
+
+
+@cache
+def _load(name: str) -> subjects.Subject | ImportError:
+    try:
+        return subjects.load(name)
+    except ImportError as e:
+        return e
+
+
+@pytest.fixture
+def setting(request: pytest.FixtureRequest) -> Iterator[Setting]:
+    name, dtype, mode = request.param
+    subject = _load(name)
+    if isinstance(subject, ImportError):
+        if name in _required:
+            raise subject
+        pytest.skip(f"{name}: {subject}")
+    with subject.context(dtype):
+        yield Setting(subject, dtype, mode)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(20250419)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
+    report = yield
+    params = getattr(item, "callspec", None)
+    if params and "setting" in params.params and (report.when == "call" or report.failed):
+        subject, dtype, mode = params.params["setting"]
+        for mark in item.iter_markers("capability"):
+            names = [mark.args[0] + (" compiled" if mode == "compiled" else ""), dtype]
+            for name in names:
+                of_subject = _results.setdefault(subject, {})
+                of_subject.setdefault(name, Counter())[report.outcome] += 1
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    directory = os.environ.get("GVPO_CONFORMANCE_RESULTS")
+    if not directory:
+        return
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    for name, result in _results.items():
+        loaded = _load(name)
+        version = getattr(getattr(loaded, "namespace", None), "__version__", None)
+        found = {"subject": name, "version": version or _version(name), "capabilities": result}
+        text = json.dumps(found, indent=1, sort_keys=True) + "\n"
+        (Path(directory) / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def _version(name: str) -> str:
+    from importlib.metadata import version
+
+    return version(name)

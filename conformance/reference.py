@@ -1,0 +1,180 @@
+"""What every subject is compared with: float64 and plain loops, written from the paper's equations, not from the core.
+
+`reference(case)` returns name -> expected array for each quantity of `quantities.CALLS`, and `gradients(case)` the
+derivative in logprobs of each scalar of `quantities.SCALARS`.
+"""
+
+import math
+
+import numpy as np
+from cases import Case
+
+
+def members(case: Case, *, least: int = 1) -> dict[int, list[int]]:
+    """Group -> its counted rows, of groups with `least` or more; valid rows whose reward is a number (Cor. 3.4)."""
+    found: dict[int, list[int]] = {g: [] for g in range(case.num_groups)}
+    for i, g in enumerate(case.group_ids):
+        if (case.valid is None or case.valid[i]) and not math.isnan(case.rewards[i]):
+            found[int(g)].append(i)
+    return {g: rows for g, rows in found.items() if len(rows) >= least}
+
+
+def centred(values: np.ndarray, rows: list[int]) -> list[float]:
+    mean = math.fsum(float(values[i]) for i in rows) / len(rows)
+    return [float(values[i]) - mean for i in rows]
+
+
+def exp(x: float) -> float:
+    return math.inf if x > 709.7 else math.exp(x)
+
+
+def softplus(x: float) -> float:
+    return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
+
+
+def gvpo(case: Case) -> dict[str, np.ndarray]:
+    """Eq. 12, 16, 17, and the regret of Eq. 5."""
+    n, beta = len(case.rewards), case.beta
+    groups = members(case, least=2)
+    s = case.logprobs - case.ref_logprobs
+    weights, coefficients = np.zeros(n), np.zeros(n)
+    names = ("loss", "implicit_variance", "reward_variance", "covariance")
+    parts = {name: np.zeros(case.num_groups) for name in names}
+    series = np.zeros(case.num_groups)
+    for g, rows in groups.items():
+        reward, implicit = centred(case.rewards, rows), [beta * d for d in centred(s, rows)]
+        k = len(rows)
+        w = [a - b for a, b in zip(reward, implicit, strict=True)]
+        for i, x in zip(rows, w, strict=True):
+            weights[i] = x
+            coefficients[i] = x / ((k - 1) * len(groups))
+        parts["loss"][g] = math.fsum(x * x for x in w) / (k - 1)
+        parts["implicit_variance"][g] = math.fsum(x * x for x in implicit) / (k - 1)
+        parts["reward_variance"][g] = math.fsum(x * x for x in reward) / (k - 1)
+        parts["covariance"][g] = math.fsum(a * b for a, b in zip(reward, implicit, strict=True)) / (k - 1)
+        top = max(w) if not any(map(math.isnan, w)) else math.nan
+        series[g] = top + beta * math.log(math.fsum(math.exp((x - top) / beta) for x in w) / k)
+    mean = lambda x: np.asarray(x.sum() / max(len(groups), 1))
+    out = {"gvpo_weights": weights, "gvpo_coefficients": coefficients}
+    for name, x in parts.items():
+        out[f"gvpo_loss.{name}"] = mean(x)
+        out["gvpo_loss.group_" + name] = x
+    sizes = {g: len(rows) for g, rows in members(case).items()}
+    out["gvpo_loss.group_size"] = np.array([sizes.get(g, 0) for g in range(case.num_groups)], float)
+    out["gvpo_loss.counted_groups"] = np.asarray(float(len(groups)))
+    out["gvpo_regret.second_order"] = mean(parts["loss"]) / (2 * beta)
+    out["gvpo_regret.group_second_order"] = parts["loss"] / (2 * beta)
+    out["gvpo_regret.series"] = mean(series)
+    out["gvpo_regret.group_series"] = series
+    return out
+
+
+def advantages(case: Case, name: str, beta: float) -> np.ndarray:
+    """Eq. 3 and its kin on R - beta (log pi_old - log pi_ref)."""
+    out = np.zeros(len(case.rewards))
+    penalised = case.rewards - (beta * (case.old_logprobs - case.ref_logprobs) if beta else 0.0)
+    for rows in members(case, least=2).values():
+        d = centred(penalised, rows)
+        k = len(rows)
+        # rewards that are equal have no spread, whatever rounding says
+        spread = math.sqrt(math.fsum(x * x for x in d) / (k - 1)) + 1e-4
+        factor = {"grpo": 1 / spread, "dr_grpo": 1.0, "rloo": k / (k - 1)}[name]
+        for i, x in zip(rows, d, strict=True):
+            out[i] = factor * x
+    return out
+
+
+def clipped(case: Case, adv: np.ndarray, clip: float = 0.2) -> np.ndarray:
+    """The derivative in log pi of min(rho A, clamp(rho) A), PPO's form of Eq. 19."""
+    out = np.zeros(len(adv))
+    for i, a in enumerate(adv):
+        if a == 0:
+            continue
+        rho = exp(case.logprobs[i] - case.old_logprobs[i])
+        bounded = min(max(rho, 1 - clip), 1 + clip) if rho == rho else rho
+        out[i] = 0.0 if rho != bounded and rho * a > bounded * a else rho * a
+    return out
+
+
+def pairs(case: Case) -> dict[int, tuple[list[int], list[int], float]]:
+    """Group -> best rows, worst rows, beta (s_best - s_worst); groups whose rewards are all equal have no pair."""
+    out = {}
+    s = case.logprobs - case.ref_logprobs
+    for g, rows in members(case, least=2).items():
+        rewards = [case.rewards[i] for i in rows]
+        best = [i for i in rows if case.rewards[i] == max(rewards)]
+        worst = [i for i in rows if case.rewards[i] == min(rewards)]
+        if max(rewards) > min(rewards):
+            margin = case.beta * (sum(s[i] for i in best) / len(best) - sum(s[i] for i in worst) / len(worst))
+            out[g] = (best, worst, margin)
+    return out
+
+
+def reference(case: Case) -> dict[str, np.ndarray]:
+    """Name -> expected value, for every quantity of the core."""
+    n = len(case.rewards)
+    out = gvpo(case)
+    valid = np.ones(n, bool) if case.valid is None else case.valid
+    out["sft_weights"] = valid.astype(float)
+    best, even = np.zeros(n), np.zeros(n)
+    for rows in members(case).values():
+        top = max(case.rewards[i] for i in rows)
+        winners = [i for i in rows if case.rewards[i] == top]
+        for i in rows:
+            best[i] = 1 / len(winners) if i in winners else 0
+            even[i] = 1 / len(rows)
+    out["reject_sampling_weights"] = best
+    groups, scored = max(len(members(case)), 1), members(case, least=2)
+    out["objective_coefficients.reject_sampling"] = best / groups
+    out["objective_coefficients.sft"] = even / groups
+    for name in ("grpo", "dr_grpo", "rloo"):
+        out[f"{name}_weights"] = advantages(case, name, 0.0)
+        penalised = advantages(case, name, case.beta)
+        out[f"{name}_weights.kl"] = penalised
+        coefficients = clipped(case, penalised)
+        for rows in scored.values():
+            for i in rows:
+                coefficients[i] /= len(rows) * len(scored)
+        out[f"objective_coefficients.{name}"] = coefficients
+    dpo, losses, of_groups = np.zeros(n), [], pairs(case)
+    for winners, losers, margin in of_groups.values():
+        weight = exp(-softplus(margin))
+        losses.append(softplus(-margin))
+        for i in winners:
+            dpo[i] = weight / len(winners)
+        for i in losers:
+            dpo[i] = -weight / len(losers)
+    out["dpo_weights"] = dpo
+    out["dpo_loss"] = np.asarray(sum(losses) / max(len(losses), 1))
+    out["objective_coefficients.dpo"] = case.beta * dpo / max(len(losses), 1)
+    out["objective_coefficients.gvpo"] = out["gvpo_coefficients"]
+    margins = [a - b for a, b, v in zip(case.rewards, case.ref_logprobs, valid, strict=True) if v]
+    losses = [softplus(-m) for m in margins if not math.isnan(m)]
+    out["bradley_terry_loss"] = np.asarray(sum(losses) / max(len(losses), 1))
+    out["importance_ratio"] = np.array([exp(d) for d in case.logprobs - case.old_logprobs])
+    finite = np.where(np.isfinite(case.rewards), case.rewards, 0.0)
+    out["clipped_ratio_weights"] = clipped(case, finite * valid)
+    return out
+
+
+def gradients(case: Case) -> dict[str, np.ndarray]:
+    """Name -> derivative in logprobs, worked out on paper: `test_objective_gradients` checks it by differences."""
+    values = reference(case)
+    c = values["gvpo_coefficients"]
+    series = np.zeros(len(c))
+    scored = members(case, least=2)
+    for rows in scored.values():
+        w = [values["gvpo_weights"][i] for i in rows]
+        top = math.nan if any(map(math.isnan, w)) else max(w)
+        terms = [math.exp((x - top) / case.beta) for x in w]
+        for i, t in zip(rows, terms, strict=True):
+            series[i] = case.beta * (1 / len(rows) - t / math.fsum(terms)) / len(scored)
+    return {
+        "gvpo_loss": -2 * case.beta * c,
+        "gvpo_surrogate": -c,
+        "gvpo_regret.second_order": -c,
+        "gvpo_regret.series": series,
+        "dpo_loss": -values["objective_coefficients.dpo"],
+        "importance_ratio": values["importance_ratio"],
+        "weights are constants": np.zeros(len(c)),
+    }

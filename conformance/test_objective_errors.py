@@ -1,0 +1,112 @@
+"""What cannot be is refused before anything is computed, with what was given and what was wanted."""
+
+import math
+import re
+
+import numpy as np
+import pytest
+from cases import CASES
+from settings import Setting
+
+import gvpo_core as core
+
+F, IDS = np.zeros(4), np.array([0, 0, 1, 1])
+
+BAD = {
+    "rewards of another shape": ({"rewards": np.zeros((4, 1))}, ValueError, "rewards has shape (4, 1); expected (4,)"),
+    "a matrix": ({"logprobs": np.zeros((2, 2))}, ValueError, "logprobs has shape (2, 2); expected (N,)"),
+    "no responses": (
+        {k: np.zeros(0) for k in ("logprobs", "ref_logprobs", "rewards")} | {"group_ids": np.zeros(0, int)},
+        ValueError,
+        "logprobs has shape (0,); expected at least one response",
+    ),
+    "integer log-probabilities": ({"logprobs": IDS}, TypeError, "; expected a floating dtype"),
+    "float ids": ({"group_ids": F}, TypeError, "; expected integral"),
+    "integer mask": ({"valid": IDS}, TypeError, "; expected bool"),
+    "mask of another length": ({"valid": np.ones(3, bool)}, ValueError, "valid has shape (3,); expected (4,)"),
+    "negative beta": ({"beta": -0.1}, ValueError, "beta is -0.1; expected >= 0"),
+    "NaN beta": ({"beta": math.nan}, ValueError, "beta is nan; expected >= 0"),
+    "infinite beta": ({"beta": math.inf}, ValueError, "beta is inf; expected >= 0"),
+    "id out of range": ({"num_groups": 1}, ValueError, "group_ids span 0..1; expected 0..0 for num_groups = 1"),
+    "negative id": ({"group_ids": IDS - 1}, ValueError, "group_ids span -1..0; expected 0..0"),
+    "no groups": ({"num_groups": 0}, ValueError, "num_groups is 0; expected at least 1"),
+}
+FUNCTIONS = (core.gvpo_weights, core.gvpo_coefficients, core.gvpo_surrogate, core.gvpo_loss, core.gvpo_regret)
+
+
+@pytest.mark.modes("eager")
+@pytest.mark.dtypes("float32")
+@pytest.mark.parametrize("bad", BAD, ids=lambda x: x.replace(" ", "-"))
+def test_arguments(setting: Setting, bad: str) -> None:
+    changed, error, message = BAD[bad]
+    arrays = {"logprobs": F, "ref_logprobs": F, "rewards": F, "group_ids": IDS} | {
+        k: v for k, v in changed.items() if isinstance(v, np.ndarray)
+    }
+    options = {"beta": 0.3} | {k: v for k, v in changed.items() if not isinstance(v, np.ndarray)}
+    given = {name: setting.array(x) for name, x in arrays.items()}
+    for function in (*FUNCTIONS, core.dpo_weights, core.dpo_loss):
+        with pytest.raises(error, match=re.escape(message).replace(r">=\ 0", "(>= 0|> 0)")):
+            function(**given, **options)
+
+
+@pytest.mark.core
+def test_not_an_array() -> None:
+    with pytest.raises(TypeError, match=r"rewards: got a list; expected an array \(numpy, torch, jax, mlx, ...\)"):
+        core.gvpo_loss(F, F, [0, 1, 0, 1], IDS, beta=0.1)
+
+
+@pytest.mark.core
+def test_another_library() -> None:
+    strict = pytest.importorskip("array_api_strict")
+    with pytest.raises(TypeError, match=r"rewards is an array of array_api_strict; expected .*numpy, as logprobs"):
+        core.gvpo_loss(F, F, strict.zeros(4), IDS, beta=0.1)
+
+
+@pytest.mark.core
+def test_regret_needs_beta() -> None:
+    with pytest.raises(ValueError, match=r"beta is 0.0; expected > 0"):
+        core.gvpo_regret(F, F, F, IDS, beta=0)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: core.grpo_weights(F, IDS, ddof=2), "ddof is 2; expected 0 or 1"),
+        (lambda: core.grpo_weights(F, IDS, eps=-1.0), "eps is -1.0; expected >= 0"),
+        (lambda: core.rloo_weights(F, IDS, beta=0.1), "beta is 0.1 without logprobs and ref_logprobs"),
+        (lambda: core.clipped_ratio_weights(F, F, F, clip=0.0), "clip is 0.0; expected > 0"),
+        (lambda: core.objective_coefficients("grppo", F, F, F, F, IDS, beta=0.1), "did you mean 'grpo'?"),
+        (lambda: core.objective_coefficients("ppo", F, F, F, F, IDS, beta=0.1), "objective is 'ppo'; expected one of"),
+        (lambda: core.objective_coefficients("grpo", F, F, None, F, IDS, beta=0.1), "old_logprobs is None; grpo needs"),
+        (lambda: core.dpo_loss(F, F, F, IDS, beta=0.0), "beta is 0.0; expected > 0"),
+        (lambda: core.bradley_terry_loss(F, F[:3]), "rejected_rewards has shape (3,); expected (4,)"),
+        (lambda: core.sequence_logprobs(F, F > 0), "token_logprobs has shape (4,); expected (N, T)"),
+        (lambda: core.sequence_logprobs(F[:, None], F > 0), "mask has shape (4,); expected (4, 1)"),
+    ],
+)
+def test_other_values(call, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call()
+
+
+@pytest.mark.modes("compiled")
+@pytest.mark.dtypes("float32")
+def test_compilation_needs_the_number_of_groups(setting: Setting) -> None:
+    a = setting.arrays(CASES[0])
+    function = setting.subject.compile(lambda *x: core.gvpo_loss(*x, beta=0.3).loss)
+    with pytest.raises(Exception, match="num_groups is None under compilation; pass the number of groups"):
+        function(a["logprobs"], a["ref_logprobs"], a["rewards"], a["group_ids"])
+
+
+@pytest.mark.capability("values")
+@pytest.mark.modes("eager")
+def test_sequence_logprobs(setting: Setting) -> None:
+    """A sum over the mask, in float32 or wider: 300 tokens of -1/8 are -37.5, which a 16-bit sum would miss."""
+    tokens = np.full((3, 300), -0.125)
+    mask = np.ones((3, 300), bool)
+    mask[1, 100:] = False
+    mask[2] = False
+    tokens[1, 100:], tokens[2] = np.nan, -np.inf
+    got = core.sequence_logprobs(setting.array(tokens), setting.array(mask))
+    setting.check("sum", got, [-37.5, -12.5, 0.0])
