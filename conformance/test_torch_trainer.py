@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +133,28 @@ def test_twenty_kills_change_nothing(model_extra, tmp_path, model, capfd, monkey
     assert killing.lasting(run) == killing.lasting(tmp_path / "whole" / "run")
     assert (run / "completions.jsonl").read_bytes() == (tmp_path / "whole/run/completions.jsonl").read_bytes()
     assert "resume" in killing.events(run)
+
+
+@pytest.mark.parametrize("sharding", ["data_parallel", "fsdp"])
+def test_two_processes_end_where_one_does(sharding, tmp_path, model, capfd, monkeypatch):
+    """One group of six over two processes, by the command line; parameters relative 1e-4 after three Adam steps."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    for name in ("one", "two"):
+        config = make(tmp_path / name, model, steps=3, model_extra=f'sharding = "{sharding}"')
+        config.write_text(config.read_text().replace("prompts = 2", "prompts = 1"))
+    assert cli.main(["train", str(tmp_path / "one" / "config.toml")]) == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "gvpo_core.training.cli", "train", str(tmp_path / "two" / "config.toml")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    one, two = final_state(tmp_path / "one"), final_state(tmp_path / "two")
+    for name in one:
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-4 * np.abs(one[name]).max(), err_msg=name)
+    first, second = (
+        json.loads((tmp_path / n / "run/metrics.jsonl").read_text().splitlines()[1]) for n in ("one", "two")
+    )
+    for key in ("reward/mean", "loss", "kl", "regret/series", "gradient_norm", "responses/total"):
+        assert second[key] == pytest.approx(first[key], rel=1e-5), key
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, model, capfd, caplog):
