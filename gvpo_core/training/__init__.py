@@ -1,0 +1,41 @@
+"""The training loop, for use from Python: `train(config, policy)` with any `Policy`."""
+
+from gvpo_core.training.backend import load_policy
+from gvpo_core.training.config import (
+    Config,
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from gvpo_core.training.loop import Result, evaluate, train
+from gvpo_core.training.policy import Batch, Coefficients, Policy, Response, Update
+from gvpo_core.training.sampling import Sampling
+
+__all__ = [
+    "Batch",
+    "Coefficients",
+    "Config",
+    "ConfigError",
+    "DataConfig",
+    "EvaluationConfig",
+    "ModelConfig",
+    "ObjectiveConfig",
+    "OptimizerConfig",
+    "Policy",
+    "Response",
+    "Result",
+    "RewardConfig",
+    "RolloutConfig",
+    "RunConfig",
+    "Sampling",
+    "Update",
+    "evaluate",
+    "load_policy",
+    "train",
+]

@@ -12,7 +12,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from gvpo_core.training.checkpoint import (
     partial_checkpoint,
     save_failed,
 )
-from gvpo_core.training.config import Config
+from gvpo_core.training.config import Config, RewardConfig
 from gvpo_core.training.config_file import as_table, check_config
 from gvpo_core.training.console import Console
 from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
@@ -42,6 +42,7 @@ from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.signals import StopRequest
 from gvpo_core.training.trackers import Tracker, open_trackers
 
+_GIVEN = "given in Python"
 _log = logging.getLogger("gvpo")
 _TRAIN, _EVALUATE, _ORDER = 0, 1, 2  # first keys of the seeds, so that no two uses share a stream
 
@@ -70,10 +71,11 @@ def train(
     Args:
       policy: what a backend's `load` gave; on several ranks, each rank's own.
       train_rows, evaluation_rows: rows in the place of the configured files.
-      rewards: functions by the names of `config.rewards`, in the place of the configured import paths.
+      rewards: functions by name, beside the configured ones or in the place of their import paths.
       sampler: draws the training responses in the policy's stead (an older copy, a teacher: Cor. 3.2).
     Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: what is wrong.
     """
+    config = _with_given(config, train_rows, rewards)
     check_config(config)
     prompts = encode_prompts(policy, load_rows(train_rows or config.data.train, "data.train"), config.data)
     held_out = None
@@ -102,9 +104,20 @@ def evaluate(
     rewards: Mapping[str, RewardFunction] | None = None,
 ) -> dict[str, float]:
     """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as train."""
+    config = _with_given(config, evaluation_rows, rewards)
     check_config(config)
     held_out = _held_out(config, policy, evaluation_rows)
     return _evaluation(config, policy, held_out, _rewards(config, rewards or {}))[0]
+
+
+def _with_given(
+    config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, RewardFunction] | None
+) -> Config:
+    """Says in the settings, which the run folder keeps, what was handed over as Python objects."""
+    if rows is not None and not config.data.train:
+        config = replace(config, data=replace(config.data, train=_GIVEN))
+    named = {name: RewardConfig(function=_GIVEN) for name in rewards or {}}
+    return replace(config, rewards=named | config.rewards)
 
 
 def _held_out(config: Config, policy: Policy, given: Iterable[Row] | None) -> Prompts:
