@@ -69,14 +69,22 @@ class _Head:
         self.mixed = self.product.itemsize < 4 and device == "cuda"
         self.softcap, self.scale = softcap, scale
 
-    def multiply(self, a: Tensor, b: Tensor) -> Tensor:
+    def space(self, rows: int, weight: Tensor) -> Tensor | None:
+        """Room for the logits of `rows` tokens, used again by every chunk; None where products are narrower."""
+        if self.product != self.wide:
+            return None
+        return torch.empty(rows, weight.shape[0], dtype=self.wide, device=weight.device)
+
+    def multiply(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b, accumulated and returned wide."""
         a, b = a.to(self.product), b.to(self.product)
+        if out is not None:
+            return torch.mm(a, b, out=out[: len(a)])
         return torch.mm(a, b, out_dtype=self.wide) if self.mixed else torch.mm(a, b).to(self.wide)
 
-    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """(t, V) wide, a fresh array."""
-        z = self.multiply(hidden, weight.t())
+    def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, space: Tensor | None) -> Tensor:
+        """(t, V) wide; in `space` where it is given."""
+        z = self.multiply(hidden, weight.t(), space)
         if bias is not None:
             z += bias.to(self.wide)
         if self.scale != 1.0:
@@ -115,9 +123,10 @@ class _TokenLogprobs(torch.autograd.Function):
         normalisers = torch.empty_like(logprobs)
         with torch.autocast(hidden.device.type, enabled=False):
             weight_used = weight.to(head.product)
+            space = head.space(min(rows, len(targets)), weight)
             for start in range(0, len(targets), rows):
                 part = slice(start, start + rows)
-                logits = head.logits(hidden[part], weight_used, bias)
+                logits = head.logits(hidden[part], weight_used, bias, space)
                 chosen = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1)
                 if ahead is None:
                     highest = logits.amax(1)
@@ -129,6 +138,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     ahead[part] = head.multiply(g, weight_used)
                 logprobs[part] = chosen - normaliser
                 normalisers[part] = normaliser
+                logits = g = None  # not held while the next chunk is made
         if ahead is not None:
             ctx.save_for_backward(ahead)
         else:
@@ -149,9 +159,10 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = torch.zeros_like(bias, dtype=head.wide) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             weight_used = weight.to(head.product)
+            space = head.space(min(ctx.rows, len(targets)), weight)
             for start in range(0, len(targets), ctx.rows):
                 part = slice(start, start + ctx.rows)
-                logits = head.logits(hidden[part], weight_used, bias)
+                logits = head.logits(hidden[part], weight_used, bias, space)
                 g = head.gradient(logits, normalisers[part], targets[part], head.slope(logits))
                 g *= factors[part].unsqueeze(1)
                 if grad_bias is not None:
@@ -163,6 +174,7 @@ class _TokenLogprobs(torch.autograd.Function):
                         grad_weight += head.multiply(g.t(), hidden[part])
                     else:
                         grad_weight.addmm_(g.t(), hidden[part].to(head.wide))
+                logits = g = None
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
