@@ -169,6 +169,7 @@ def test_each_trouble_has_its_warning_and_a_healthy_run_has_none():
     assert "88% of the last groups were dead" in with_(**dead) and "easier prompts" in with_(**dead)
     flat = with_(reward__mean=[0.5] * 40)
     assert "KL cost more than it bought: beta x KL grew by 0.0769" in flat
+    assert with_(kl=[None] * 40) == "" and with_(kl=[None] * 5 + [1.0] * 35) == ""
     jump = list(np.linspace(0, 2, 40))
     jump[30] = 20.0
     assert "KL jumped to 20 nats a response at step 31" in with_(kl=jump)
@@ -206,7 +207,8 @@ def test_crashed_and_partial_folders(run, tmp_path):
     (crashed / "completions.jsonl").write_bytes(rows[: len(rows) // 2])
     text = write_report(crashed).read_text(encoding="utf-8")
     Strict(text)
-    assert "config.toml is not TOML" in text and "environment.json is not JSON" in text and "It ran to its" in text
+    assert "config.toml is not TOML" in text and "environment.json is not JSON" in text
+    assert "Its settings are not known." in text and "Its last recorded step is" in text
     for size in range(1, 4000, 271):  # cut anywhere
         (crashed / "metrics.jsonl").write_bytes(lines[:size])
         Strict(write_report(crashed).read_text(encoding="utf-8"))

@@ -95,11 +95,12 @@ def _training_groups(run: Run) -> str:
         pairs = []
         for group in groups:
             scored = [row for row in group if number(row.get("reward")) == number(row.get("reward"))] or group
-            pairs.append(
-                f'<div class="pair"><div class="prompt text">{_text(group[0]["prompt"])}</div>'
-                f"<div>{_response(scored[0], label='best')}</div>"
-                f"<div>{_response(scored[-1], label='worst')}</div></div>"
-            )
+            shown = [_response(scored[0], label="best"), _response(scored[-1], label="worst")]
+            if scored[0].get("reward") == scored[-1].get("reward"):
+                shown = [_response(scored[0], label="all alike:")]
+            columns = "".join(f"<div>{response}</div>" for response in shown)
+            prompt = f'<div class="prompt text">{_text(group[0]["prompt"])}</div>'
+            pairs.append(f'<div class="pair">{prompt}{columns}</div>')
         folds.append(_fold(f"Step {step}", "".join(pairs)))
     return (
         "<h2>Training groups</h2><p>At steps spread over the run, the groups whose rewards differed most: best and "

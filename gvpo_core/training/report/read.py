@@ -45,18 +45,25 @@ class Run:
     held_out: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # first and last evaluated step -> rows
     samples: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)  # step -> groups of rows
     problems: list[str] = field(default_factory=list)  # files that could not be read, in words
+    _series: dict[tuple[str, str], Series] = field(default_factory=dict, repr=False)
+    _keys: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
     def series(self, key: str, *, kind: str = "train") -> Series:
         """The values of `key` in the train or eval records that have it; null as NaN."""
-        records = self.train if kind == "train" else self.evaluations
-        rows = [(r["step"], number(r[key])) for r in records if key in r]
-        steps, values = zip(*rows, strict=True) if rows else ((), ())
-        return Series(np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64))
+        if (kind, key) not in self._series:
+            rows = [(r["step"], number(r[key])) for r in self._of(kind) if key in r]
+            steps, values = zip(*rows, strict=True) if rows else ((), ())
+            self._series[kind, key] = Series(np.asarray(steps, np.float64), np.asarray(values, np.float64))
+        return self._series[kind, key]
 
     def keys(self, prefix: str, *, kind: str = "train") -> list[str]:
         """The keys with a prefix, in order of first appearance."""
-        records = self.train if kind == "train" else self.evaluations
-        return list(dict.fromkeys(key for r in records for key in r if key.startswith(prefix)))
+        if kind not in self._keys:
+            self._keys[kind] = list(dict.fromkeys(key for r in self._of(kind) for key in r))
+        return [key for key in self._keys[kind] if key.startswith(prefix)]
+
+    def _of(self, kind: str) -> list[dict[str, Any]]:
+        return self.train if kind == "train" else self.evaluations
 
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """A value of config.toml, or the default."""

@@ -138,6 +138,8 @@ def training_change(run: Run) -> Change | None:
 
 
 def _what(run: Run) -> str:
+    if not run.config:
+        return "Its settings are not known."
     name = run.setting("model", "path", "") or run.setting("run", "backend", "a policy")
     facts = run.environment.get("policy", run.environment)
     facts = facts if isinstance(facts, dict) else {}
@@ -157,7 +159,9 @@ def _state(run: Run) -> str:
     if not run.train:
         return "No step is recorded: the run stopped, or is still, before the end of its first."
     last = run.train[-1]["step"]
-    if steps is None or last >= steps:
+    if not isinstance(steps, int):
+        return f"Its last recorded step is {last}."
+    if last >= steps:
         return f"It ran to its end, step {last}."
     return (
         f"It stands at step {last} of {steps}: still running, stopped or killed. The same command goes on from there."
@@ -239,17 +243,20 @@ def _divergence(run: Run, training: Change | None) -> list[str]:
                 f"KL cost more than it bought: beta x KL grew by {_n(cost)}, the training reward by {_n(gain)}. "
                 "Raise beta, or lower the learning rate."
             )
-    for i in range(5, len(kl.values)):
-        before = np.abs(kl.values[max(0, i - 20) : i])
-        if not np.isfinite(before).any():
-            continue
-        usual = float(np.nanmedian(before))
-        if kl.values[i] > _SPIKE * usual and kl.values[i] > usual + 1:
+    if len(kl.values) > 5:
+        # Row i: the up to 20 steps before step i, NaN where there are fewer.
+        padded = np.concatenate([np.full(20, np.nan), np.abs(kl.values)])
+        before = np.lib.stride_tricks.sliding_window_view(padded, 20)[5 : len(kl.values)]
+        known = np.isfinite(before).any(axis=1)
+        usual = np.full(len(before), np.inf)
+        usual[known] = np.nanmedian(before[known], axis=1)
+        jumps = np.flatnonzero((kl.values[5:] > _SPIKE * usual) & (kl.values[5:] > usual + 1))
+        if len(jumps):
+            first = int(jumps[0])
             found.append(
-                f"KL jumped to {_n(kl.values[i])} nats a response at step {int(kl.steps[i])}, from about {_n(usual)}: "
-                "look at the gradient norm there, and lower the learning rate or the clip."
+                f"KL jumped to {_n(kl.values[first + 5])} nats a response at step {int(kl.steps[first + 5])}, "
+                f"from about {_n(usual[first])}: look at the gradient norm there, and lower the learning rate or the clip."
             )
-            break
     return found
 
 
