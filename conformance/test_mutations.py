@@ -38,7 +38,12 @@ MUTANTS = {
         VALUES,
     ),
     "valid ignored": ("groups.py", "else valid & ~xp.isnan(rewards)", "else ~xp.isnan(rewards)", VALUES),
-    "singletons counted in G": ("objective.py", "valid, smallest=2)", "valid, smallest=1)", VALUES),
+    "singletons counted in G": (
+        "objective.py",
+        "num_groups, valid, smallest=2",
+        "num_groups, valid, smallest=1",
+        VALUES,
+    ),
     "sign of the implicit reward": (
         "objective.py",
         "return groups, logprobs - ref_logprobs, rewards",
