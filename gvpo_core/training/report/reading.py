@@ -255,7 +255,7 @@ def _divergence(run: Run, training: Change | None) -> list[str]:
             first = int(jumps[0])
             found.append(
                 f"KL jumped to {_n(kl.values[first + 5])} nats a response at step {int(kl.steps[first + 5])}, "
-                f"from about {_n(usual[first])}: look at the gradient norm there, and lower the learning rate or the clip."
+                f"from about {_n(usual[first])}: look at the gradient norm there; lower the learning rate or the clip."
             )
     return found
 
