@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CPU_CHUNK_BYTES = 64 * 2**20
+CPU_CHUNK_BYTES = 48 * 2**20
 DEVICE_CHUNK_BYTES = 512 * 2**20
 
 
@@ -34,7 +34,7 @@ def token_logprobs(
       bias: (V,) float; differentiated where it requires a gradient.
       softcap: caps the logits as Gemma 2 does. Default: off.
       scale: factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-      chunk_bytes: size of one chunk of logits. Default: 64 MiB on CPU, 512 MiB on an accelerator.
+      chunk_bytes: size of one chunk of logits. Default: 48 MiB on CPU, 512 MiB on an accelerator.
     Returns: (T,) float32, nats; float64 for float64 arguments.
     Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
     """
