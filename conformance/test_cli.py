@@ -30,7 +30,7 @@ def with_reward(tmp_path, body: str, steps: int = 2, timeout: float = 5.0):
     )
     tmp_path.mkdir(exist_ok=True)
     (tmp_path / "mine.py").write_text(code)
-    reward = f'function = "{tmp_path / "mine.py"}:reward"\ntimeout = {timeout}'
+    reward = f'function = "{tmp_path / "mine.py"}:reward"\ntimeout = {timeout}\nmax_failures = 1.0'
     return table_run.make(tmp_path, steps=steps, reward=reward)
 
 

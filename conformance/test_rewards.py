@@ -9,14 +9,19 @@ import pytest
 
 from gvpo_core.training.builtin_rewards import exact_match, math_verify, regex_match
 from gvpo_core.training.config import ConfigError, RewardConfig
-from gvpo_core.training.rewards import Reward, RewardError, find_function, load_rewards, score
+from gvpo_core.training.reward_calls import Threads
+from gvpo_core.training.rewards import Reward, RewardError, close_rewards, load_rewards, score
 
 PROMPTS = ["p0", "p1", "p2", "p3"]
 TEXTS = ["0", "1", "2", "3"]
 
 
-def scores(function, timeout=5.0, weight=1.0, columns=None, prompts=PROMPTS, **options):
-    return score([Reward("r", function, weight, timeout, options)], prompts, TEXTS[: len(prompts)], columns or {})
+def given(name, function, weight=1.0, timeout=5.0, max_failures=1.0, failure_value=None, **options):
+    return Reward(name, Threads(function, options), weight, timeout, max_failures, failure_value)
+
+
+def scores(function, columns=None, prompts=PROMPTS, **settings):
+    return score([given("r", function, **settings)], prompts, TEXTS[: len(prompts)], columns or {})
 
 
 def test_plain_and_async_functions_with_weights_at_the_same_time():
@@ -29,7 +34,7 @@ def test_plain_and_async_functions_with_weights_at_the_same_time():
         return [b + (p == "p1") for p, b in zip(prompts, bonus, strict=True)]
 
     start = time.perf_counter()
-    got = score([Reward("a", slow, 2.0), Reward("b", plain, -1.0)], PROMPTS, TEXTS, {"bonus": [10, 20, 30, 40]})
+    got = score([given("a", slow, 2.0), given("b", plain, -1.0)], PROMPTS, TEXTS, {"bonus": [10, 20, 30, 40]})
     assert time.perf_counter() - start < 0.55  # both sleeps at once
     np.testing.assert_array_equal(got.parts["a"], [0, 1, 2, 3])
     np.testing.assert_array_equal(got.parts["b"], [10, 21, 30, 40])
@@ -131,14 +136,32 @@ def test_no_score_at_all_is_an_error_with_the_first_reason():
         scores(reward)
 
 
-def test_finding_functions(tmp_path):
+def test_too_many_failures_stop_with_the_first_traceback():
+    def reward(completions, **_):
+        return [1 / (int(c) % 2) for c in completions]
+
+    assert scores(reward, max_failures=0.5).errors["r"]["error"] == 2
+    with pytest.raises(RewardError, match=r"failed for 2 of 4 responses, above rewards.r.max_failures = 0.4") as caught:
+        scores(reward, max_failures=0.4)
+    assert "test_rewards.py" in str(caught.value)
+    assert "ZeroDivisionError" in str(caught.value)
+
+
+def test_a_failure_can_have_a_value_of_its_own():
+    got = scores(lambda completions, **_: [1 / int(c) for c in completions], failure_value=-1.0)
+    np.testing.assert_allclose(got.total, [-1, 1, 0.5, 1 / 3])
+    assert got.errors["r"]["error"] == 1
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_finding_functions(isolation, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text("def good(completions, **_):\n    return [1.0] * len(completions)\nnumber = 3\n")
     broken = tmp_path / "broken.py"
     broken.write_text("import nothing_of_that_name\n")
-    assert find_function(f"{file}:good", "n")(completions=["a"]) == [1.0]
-    assert find_function("math:sqrt", "n")(4) == 2
-    assert load_rewards({"a": RewardConfig("exact_match", 2.0, 3.0)})[0].weight == 2.0
+    loaded = load_rewards({"a": RewardConfig(f"{file}:good", 2.0, isolation=isolation)})
+    np.testing.assert_array_equal(score(loaded, PROMPTS, TEXTS, {}).total, [2.0] * 4)
+    close_rewards(loaded)
     for spec, message in (
         ("exact_mach", "expected one of exact_match"),
         (f"{file}:bad", "has no function bad"),
@@ -148,8 +171,25 @@ def test_finding_functions(tmp_path):
         ("no_such_package.x:f", "importing no_such_package.x failed"),
     ):
         with pytest.raises(ConfigError, match=message) as caught:
-            find_function(spec, "rewards.a.function")
+            load_rewards({"a": RewardConfig(spec, isolation=isolation)})
         assert "rewards.a.function" in str(caught.value)
+
+
+def test_a_module_beside_the_working_directory_is_found(tmp_path, monkeypatch):
+    (tmp_path / "my_rewards_here.py").write_text("def f(completions, **_):\n    return [2] * len(completions)\n")
+    monkeypatch.chdir(tmp_path)
+    loaded = load_rewards({"a": RewardConfig("my_rewards_here:f")})
+    assert score(loaded, PROMPTS, TEXTS, {}).total.tolist() == [2] * 4
+    close_rewards(loaded)
+
+
+def test_code_is_not_run_without_a_stated_sandbox(tmp_path):
+    file = tmp_path / "runs.py"
+    file.write_text("def f(completions, **_):\n    return [1] * len(completions)\nf.runs_code = True\n")
+    for isolation in ("process", "thread"):
+        with pytest.raises(ConfigError, match=r"runs code from responses.*rewards.a.sandbox"):
+            load_rewards({"a": RewardConfig(f"{file}:f", isolation=isolation)})
+    close_rewards(load_rewards({"a": RewardConfig(f"{file}:f", sandbox="a container without network")}))
 
 
 def test_built_in_rewards():
@@ -164,5 +204,5 @@ def test_built_in_rewards():
 def test_math_verify_away_from_the_main_thread():
     pytest.importorskip("math_verify", reason="the rewards extra is not installed")
     columns = {"answer": ["1/2", "2", r"$\frac{4}{2}$", "7"]}
-    got = score([Reward("m", math_verify)], PROMPTS, ["0.5", "it is 2", "$2$", "8"], columns)
+    got = score([given("m", math_verify)], PROMPTS, ["0.5", "it is 2", "$2$", "8"], columns)
     np.testing.assert_array_equal(got.total, [1, 1, 1, 0])

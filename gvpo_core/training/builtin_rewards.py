@@ -39,10 +39,7 @@ def regex_match(
 
 def math_verify(completions: Sequence[Any], *, column: str = "answer", **columns: Any) -> list[float]:
     """1 where math-verify finds the response's last expression equal to the answer."""
-    try:
-        from math_verify import parse, verify
-    except ImportError as e:
-        raise ImportError('the math_verify reward needs math-verify: pip install "gvpo[rewards]"') from e
+    parse, verify = _math_verify()
     answers = _answers(columns, column, len(completions))
     # Its own time limits use SIGALRM, which works in the main thread only; the caller's limit holds here.
     return [
@@ -55,6 +52,17 @@ def math_verify(completions: Sequence[Any], *, column: str = "answer", **columns
         )
         for completion, answer in zip(completions, answers, strict=True)
     ]
+
+
+def _math_verify() -> tuple[Any, Any]:
+    try:
+        from math_verify import parse, verify
+    except ImportError as e:
+        raise ImportError('the math_verify reward needs math-verify: pip install "gvpo[rewards]"') from e
+    return parse, verify
+
+
+math_verify.warm_up = _math_verify  # type: ignore[attr-defined]  # seconds of imports, before any time limit runs
 
 
 BUILTIN: dict[str, Callable[..., Any]] = {

@@ -65,11 +65,11 @@ def _train(arguments: list[str]) -> int:
     from gvpo_core.training.config_file import parse_arguments
     from gvpo_core.training.data import load_rows
     from gvpo_core.training.loop import train
-    from gvpo_core.training.rewards import load_rewards
+    from gvpo_core.training.rewards import close_rewards, load_rewards
 
     _, config = parse_arguments(arguments)
     _log_to_stderr()
-    load_rewards(config.rewards)  # what can be wrong is found before minutes go into the model
+    close_rewards(load_rewards(config.rewards))  # what can be wrong is found before minutes go into the model
     rows = load_rows(config.data.train, "data.train")
     held_out = load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else None
     return train(config, load_policy(config), train_rows=rows, evaluation_rows=held_out).exit_status

@@ -176,6 +176,18 @@ class RewardConfig:
     """Factor in the total reward."""
     timeout: float = 30.0
     """Seconds a call may take."""
+    isolation: Literal["process", "thread"] = "process"
+    """process: calls past their limit are killed; thread: they are given up, and may block the run."""
+    workers: int = 2
+    """Processes of this reward."""
+    memory: float = 8.0
+    """GiB of address space a process may take. 0: no limit, which CUDA needs."""
+    max_failures: float = 0.5
+    """Share of a step's responses that may raise or run out of time; above it the run stops."""
+    failure_value: float | None = None
+    """Score of a response that fails so. Unset: it has none, and leaves its group."""
+    sandbox: str = ""
+    """For a function that runs code from responses (its attribute runs_code is true): what contains that code."""
     options: dict[str, str] = field(default_factory=dict)
     """Keyword arguments handed to the function at every call."""
 

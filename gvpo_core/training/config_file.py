@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.metrics import RESERVED_REWARD_NAMES
 
 
 def read_config(path: Path) -> Config:
@@ -81,8 +82,17 @@ def check_config(config: Config, path: Path | None = None, lines: dict[str, int]
     for name, reward in c.rewards.items():
         if not reward.function:
             wrong.append((f"rewards.{name}", f"rewards.{name}.function is empty; expected a reward function"))
-        if reward.timeout <= 0:
-            wrong.append((f"rewards.{name}.timeout", f"rewards.{name}.timeout = {reward.timeout}; expected > 0"))
+        if name in RESERVED_REWARD_NAMES or not re.fullmatch(r"[\w.\-]+", name):
+            wrong.append((f"rewards.{name}", f"a reward cannot be named {name!r}; give it another name"))
+        for key, good, wanted in (
+            ("timeout", reward.timeout > 0, "> 0"),
+            ("workers", reward.workers >= 1, "at least 1"),
+            ("memory", reward.memory >= 0, ">= 0"),
+            ("max_failures", 0 <= reward.max_failures <= 1, "in [0, 1]"),
+        ):
+            if not good:
+                full = f"rewards.{name}.{key}"
+                wrong.append((full, f"{full} = {getattr(reward, key)!r}; expected {wanted}"))
     sampling = None if wrong else c.rollout.sampling
     if sampling and sampling.truncated_support and not c.rollout.allow_truncated_support:
         cut = ", ".join(f"rollout.{x}" for x in sampling.truncated_support)

@@ -35,7 +35,7 @@ from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
 from gvpo_core.training.improve import improve
 from gvpo_core.training.metrics import StepFacts, evaluation_metrics, step_metrics
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.rewards import Reward, RewardFunction, load_rewards
+from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
 from gvpo_core.training.rollout import Rollout, agree, collect
 from gvpo_core.training.run_folder import RunFolder
 from gvpo_core.training.sampling import Sampling
@@ -81,7 +81,6 @@ def train(
     held_out = None
     if evaluation_rows is not None or config.data.evaluation:
         held_out = _held_out(config, policy, evaluation_rows)
-    chosen = _rewards(config, rewards or {})
     folder = RunFolder(Path(config.run.folder))
     error = None
     try:
@@ -90,9 +89,12 @@ def train(
     except (OSError, ValueError, RuntimeError) as e:
         error = e
     agree(policy, error)
+    loaded: list[Reward] = []
     try:
-        return _Run(config, policy, prompts, held_out, chosen, sampler, folder, console).go()
+        loaded = load_rewards(config.rewards, rewards)
+        return _Run(config, policy, prompts, held_out, loaded, sampler, folder, console).go()
     finally:
+        close_rewards(loaded)
         folder.close()
 
 
@@ -107,12 +109,14 @@ def evaluate(
     config = _with_given(config, evaluation_rows, rewards)
     check_config(config)
     held_out = _held_out(config, policy, evaluation_rows)
-    return _evaluation(config, policy, held_out, _rewards(config, rewards or {}))[0]
+    loaded = load_rewards(config.rewards, rewards)
+    try:
+        return _evaluation(config, policy, held_out, loaded)[0]
+    finally:
+        close_rewards(loaded)
 
 
-def _with_given(
-    config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, RewardFunction] | None
-) -> Config:
+def _with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, RewardFunction] | None) -> Config:
     """Says in the settings, which the run folder keeps, what was handed over as Python objects."""
     if rows is not None and not config.data.train:
         config = replace(config, data=replace(config.data, train=_GIVEN))
@@ -123,15 +127,6 @@ def _with_given(
 def _held_out(config: Config, policy: Policy, given: Iterable[Row] | None) -> Prompts:
     rows = load_rows(config.data.evaluation if given is None else given, "data.evaluation")
     return encode_prompts(policy, rows[: config.evaluation.prompts or None], config.data, "data.evaluation")
-
-
-def _rewards(config: Config, given: Mapping[str, RewardFunction]) -> list[Reward]:
-    """The configured rewards; `given` functions take the place of their import paths."""
-    loaded = {r.name: r for r in load_rewards({n: c for n, c in config.rewards.items() if n not in given})}
-    return [
-        loaded[name] if name in loaded else Reward(name, given[name], c.weight, c.timeout, dict(c.options))
-        for name, c in config.rewards.items()
-    ]
 
 
 def _evaluation(

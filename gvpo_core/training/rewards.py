@@ -3,39 +3,31 @@
 A reward function follows TRL's convention: `reward(prompts, completions, **columns) -> list[float | None]`, plain or
 async. A completion is text, or a list of one assistant message where the prompt is chat messages. `columns` are the
 other columns of the data, one value a response, and `completion_ids`.
-
-Calls run in threads of their own: a call past its time limit is given up, not killed, and one that never releases the
-interpreter (a catastrophic regular expression) still blocks. Functions that execute code need a sandbox of their own.
 """
 
-import asyncio
-import importlib
-import importlib.util
-import inspect
 import logging
 import math
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.builtin_rewards import BUILTIN
 from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.policy import Prompt
+from gvpo_core.training.reward_calls import Caller, CallFailed, Processes, Threads, UnsendableError
+from gvpo_core.training.reward_worker import find_function
 
 RewardFunction = Callable[..., Any]
 
 _log = logging.getLogger("gvpo.rewards")
-_ISOLATED_CALLS = 64  # responses tried one by one at once, after a call for all of them failed
+_SHARES = 4  # of the time that is left for each response, that one of them may take when called alone
 
 
 class RewardError(RuntimeError):
-    """A reward function that cannot be used: a wrong count, a wrong type, or no response scored at all."""
+    """A reward that cannot be used: a wrong count, a wrong type, too many failures, or no response scored at all."""
 
 
 @dataclass(frozen=True)
@@ -50,55 +42,56 @@ class Scores:
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward function with its weight and time limit."""
+    """One reward function, how it is called, and what its results are worth."""
 
     name: str
-    function: RewardFunction
+    call: Caller
     weight: float = 1.0
     timeout: float = 30.0
-    options: Mapping[str, Any] = field(default_factory=dict)
+    max_failures: float = 0.5
+    failure_value: float | None = None
 
 
-def load_rewards(config: Mapping[str, RewardConfig]) -> list[Reward]:
-    """Finds the configured functions.
+def load_rewards(config: Mapping[str, RewardConfig], given: Mapping[str, RewardFunction] | None = None) -> list[Reward]:
+    """Finds the configured functions and starts their processes; close each `call` when done.
 
-    Raises: ConfigError: a module, file or function that is not there, or an import that fails, naming it.
+    Args:
+      given: functions by name that take the place of the configured ones; they are called in threads.
+    Raises: ConfigError: a module, file or function that is not there, an import that fails, or a function that runs
+      code while nothing is said to contain it; naming it.
     """
-    return [
-        Reward(name, find_function(c.function, f"rewards.{name}.function"), c.weight, c.timeout, dict(c.options))
-        for name, c in config.items()
-    ]
-
-
-def find_function(spec: str, name: str) -> RewardFunction:
-    """A built-in by name, or `package.module:function`, or `path/to/file.py:function`."""
-    if spec in BUILTIN:
-        return BUILTIN[spec]
-    where, colon, attribute = spec.rpartition(":")
-    if not colon or not where or not attribute:
-        raise ConfigError(
-            f"{name} = {spec!r}; expected one of {', '.join(BUILTIN)}, package.module:function or file.py:function"
-        )
+    rewards: list[Reward] = []
     try:
-        if where.endswith(".py"):
-            path = Path(where)
-            if not path.is_file():
-                raise ConfigError(f"{name} = {spec!r}: there is no file {path}")
-            found = importlib.util.spec_from_file_location(f"gvpo_reward_{path.stem}", path)
-            if found is None or found.loader is None:
-                raise ConfigError(f"{name} = {spec!r}: {path} cannot be imported")
-            module = importlib.util.module_from_spec(found)
-            found.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-    except ConfigError:
+        for name, c in config.items():
+            call = _caller(name, c, (given or {}).get(name))
+            rewards.append(Reward(name, call, c.weight, c.timeout, c.max_failures, c.failure_value))
+            if call.runs_code and not c.sandbox:
+                raise ConfigError(
+                    f"rewards.{name} = {c.function!r} runs code from responses, and gvpo's processes do not contain it:"
+                    f" run it in a sandbox (a container without network, say) and name that in rewards.{name}.sandbox"
+                )
+    except BaseException:
+        close_rewards(rewards)
         raise
-    except Exception as e:  # whatever the user's module raises on import
-        raise ConfigError(f"{name} = {spec!r}: importing {where} failed: {type(e).__name__}: {e}") from e
-    function = getattr(module, attribute, None)
-    if not callable(function):
-        raise ConfigError(f"{name} = {spec!r}: {where} has no function {attribute}")
-    return function  # type: ignore[no-any-return]
+    return rewards
+
+
+def close_rewards(rewards: Sequence[Reward]) -> None:
+    """Ends what the rewards hold."""
+    for reward in rewards:
+        reward.call.close()
+
+
+def _caller(name: str, config: RewardConfig, given: RewardFunction | None) -> Caller:
+    if given is not None:
+        return Threads(given, config.options)
+    try:
+        if config.isolation == "thread":
+            return Threads(find_function(config.function), config.options)
+        memory = int(config.memory * 2**30)
+        return Processes(config.function, config.options, width=config.workers, memory=memory)
+    except LookupError as e:
+        raise ConfigError(f"rewards.{name}.function = {config.function!r}: {e}") from e
 
 
 def score(
@@ -127,140 +120,132 @@ def score(
     total = np.asarray(sum(r.weight * parts[r.name] for r in rewards), dtype=np.float64)
     errors: dict[str, dict[str, int]] = {}
     for reward, (_, failures, _) in zip(rewards, outcomes, strict=True):
-        counts = _no_errors()
-        for kind, _, _ in failures:
-            counts[kind] += 1
-        errors[reward.name] = counts
-        for kind, row, message in failures[:3]:
-            _log.warning("reward %s: %s for the response to %r: %s", reward.name, kind, _start(prompts[row]), message)
-        if len(failures) > 3:
-            _log.warning("reward %s: %d more responses without a score", reward.name, len(failures) - 3)
-        if len(failures) == n:
-            kind, row, message = failures[0]
-            raise RewardError(
-                f"reward {reward.name} gave no score to any of {n} responses; the first ({kind}), to the prompt"
-                f" {_start(prompts[row])!r}: {message}"
-            )
+        errors[reward.name] = _no_errors()
+        for failure in failures:
+            errors[reward.name][failure.kind] += 1
+        _report(reward, failures, prompts)
     seconds = {r.name: s for r, (_, _, s) in zip(rewards, outcomes, strict=True)}
     return Scores(total, parts, errors, seconds)
+
+
+@dataclass(frozen=True)
+class _Failure:
+    kind: str  # error, timeout, none
+    row: int
+    message: str
+    traceback: str = ""
+
+
+def _report(reward: Reward, failures: Sequence[_Failure], prompts: Sequence[Prompt]) -> None:
+    """Logs failures, and raises RewardError where there are too many."""
+    if not failures:
+        return
+    for f in failures[:3]:
+        _log.warning("reward %s: %s for the response to %r: %s", reward.name, f.kind, _start(prompts[f.row]), f.message)
+    if len(failures) > 3:
+        _log.warning("reward %s: %d more responses without a score", reward.name, len(failures) - 3)
+    n, first = len(prompts), failures[0]
+    what = f"the first ({first.kind}), to the prompt {_start(prompts[first.row])!r}: {first.message}"
+    if len(failures) == n and (reward.failure_value is None or first.kind == "none"):
+        raise RewardError(
+            f"reward {reward.name} gave no score to any of {n} responses; {what}\n{first.traceback}".strip()
+        )
+    failed = [f for f in failures if f.kind != "none"]
+    if len(failed) > reward.max_failures * n:
+        raise RewardError(
+            f"reward {reward.name} failed for {len(failed)} of {n} responses, above rewards.{reward.name}.max_failures"
+            f" = {reward.max_failures:g}; {what}\n{first.traceback}".strip()
+        )
 
 
 def _no_errors() -> dict[str, int]:
     return {"error": 0, "timeout": 0, "none": 0}
 
 
-_Failure = tuple[str, int, str]  # kind, row, message
-
-
 def _score_one(
     reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> tuple[np.ndarray, list[_Failure], float]:
+    """(N,) rewards, failures, seconds: one call for all, and where that fails, one a response within the same time."""
     start = time.perf_counter()
     n = len(completions)
-    call = _accepted(reward, columns)
-    failures: list[_Failure] = []
     try:
-        values = _with_limit(call, prompts, completions, columns, reward.timeout)
-        result = _numbers(reward.name, values, n)
-    except RewardError:
-        raise
-    except Exception as first:  # anything the user's function raises
-        if n == 1:
-            failures.append(_failure(0, first, reward.timeout))
-            return np.full(1, np.nan), failures, time.perf_counter() - start
+        result = _numbers(reward.name, reward.call(prompts, completions, columns, reward.timeout), n)
+        failures: list[_Failure] = []
+    except UnsendableError as e:
+        raise RewardError(f"reward {reward.name}: {e}") from e
+    except (TimeoutError, CallFailed) as e:
         result = np.full(n, np.nan)
-
-        def one(row: int) -> float | BaseException:
-            own = {name: [values[row]] for name, values in columns.items()}
-            try:
-                alone = _with_limit(call, [prompts[row]], [completions[row]], own, reward.timeout)
-                return float(_numbers(reward.name, alone, 1)[0])
-            except Exception as e:
-                return e
-
-        with ThreadPoolExecutor(min(n, _ISOLATED_CALLS)) as pool:
-            for row, outcome in enumerate(pool.map(one, range(n))):
-                if isinstance(outcome, RewardError):
-                    raise outcome from first
-                if isinstance(outcome, BaseException):
-                    failures.append(_failure(row, outcome, reward.timeout))
-                else:
-                    result[row] = outcome
-    failed = {row for _, row, _ in failures}
-    failures += [("none", int(row), "None or NaN") for row in np.flatnonzero(np.isnan(result)) if row not in failed]
+        if n == 1:
+            failures = [_failure(0, e, reward.timeout)]
+        else:
+            failures = _one_by_one(reward, prompts, completions, columns, result)
+    if reward.failure_value is not None:
+        result[[f.row for f in failures]] = reward.failure_value
+    failed = {f.row for f in failures}
+    missing = [int(row) for row in np.flatnonzero(np.isnan(result)) if row not in failed]
+    failures += [_Failure("none", row, "None or NaN") for row in missing]
     return result, failures, time.perf_counter() - start
 
 
-def _failure(row: int, error: BaseException, limit: float) -> _Failure:
-    if isinstance(error, TimeoutError):
-        return "timeout", row, f"no result within {limit:g} s"
-    return "error", row, f"{type(error).__name__}: {error}"
+def _one_by_one(
+    reward: Reward,
+    prompts: Sequence[Prompt],
+    completions: Sequence[Any],
+    columns: Mapping[str, Sequence[Any]],
+    result: np.ndarray,
+) -> list[_Failure]:
+    """Fills `result` from a call a response; each may take a few shares of the time left, all together one limit."""
+    n, width = len(completions), min(reward.call.width, len(completions))
+    deadline = time.monotonic() + reward.timeout
+    waiting = n
 
-
-def _accepted(reward: Reward, columns: Mapping[str, Sequence[Any]]) -> RewardFunction:
-    """The function with its options, taking only the columns that its signature names (all with **kwargs)."""
-    parameters = inspect.signature(reward.function).parameters
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    names = [c for c in columns if (takes_all or c in parameters) and c not in reward.options]
-
-    def call(prompts: Sequence[Prompt], completions: Sequence[Any], values: Mapping[str, Sequence[Any]]) -> Any:
-        chosen = {name: list(values[name]) for name in names}
-        return reward.function(prompts=list(prompts), completions=list(completions), **chosen, **reward.options)
-
-    return call
-
-
-def _with_limit(call: RewardFunction, prompts: Any, completions: Any, columns: Any, limit: float) -> Any:
-    """The call's result, from a thread that dies with the process. Raises: TimeoutError, or what the call raised."""
-    outcome: list[Any] = []
-    done = threading.Event()
-
-    def work() -> None:
+    def one(row: int) -> float | Exception:
+        nonlocal waiting
+        left = deadline - time.monotonic()
+        limit = min(reward.timeout, max(0.0, left), _SHARES * max(0.0, left) * width / max(1, waiting))
+        waiting -= 1
+        if limit <= 0:
+            return TimeoutError()
+        own = {name: [values[row]] for name, values in columns.items()}
         try:
-            value = call(prompts, completions, columns)
-            if inspect.isawaitable(value):
-                value = asyncio.run(_await(value))
-            outcome.append((value, None))
-        except BaseException as e:  # SystemExit too: a reward must not end the run
-            outcome.append((None, e))
-        done.set()
+            alone = reward.call([prompts[row]], [completions[row]], own, limit)
+            return float(_numbers(reward.name, alone, 1)[0])
+        except (TimeoutError, CallFailed, RewardError) as e:
+            return e
 
-    threading.Thread(target=work, daemon=True, name="gvpo-reward").start()
-    if not done.wait(limit):
-        raise TimeoutError
-    value, error = outcome[0]
+    failures = []
+    with ThreadPoolExecutor(width) as pool:
+        for row, outcome in enumerate(pool.map(one, range(n))):
+            if isinstance(outcome, RewardError):
+                raise outcome
+            if isinstance(outcome, Exception):
+                failures.append(_failure(row, outcome, reward.timeout))
+            else:
+                result[row] = outcome
+    return failures
+
+
+def _failure(row: int, error: Exception, limit: float) -> _Failure:
     if isinstance(error, TimeoutError):
-        raise RuntimeError(f"TimeoutError inside the reward: {error}") from error
-    if isinstance(error, BaseException):
-        raise error if isinstance(error, Exception) else RuntimeError(f"{type(error).__name__}: {error}")
-    return value
-
-
-async def _await(value: Any) -> Any:
-    return await value
+        return _Failure("timeout", row, f"no result within {limit:g} s")
+    return _Failure("error", row, str(error), getattr(error, "traceback", ""))
 
 
 def _numbers(name: str, values: Any, n: int) -> np.ndarray:
-    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
-        raise RewardError(f"reward {name} returned {_start(values)!r}; expected a list of {n} numbers or None")
+    """(n,) float64 from what a caller gave. Raises: RewardError: not one finite number or None each."""
+    if not isinstance(values, list):
+        raise RewardError(f"reward {name} returned {_start(values['text'])!r}; expected a list of {n} numbers or None")
     if len(values) != n:
         raise RewardError(f"reward {name} returned {len(values)} values for {n} completions; expected one each")
-    out = np.full(n, np.nan)
     for i, value in enumerate(values):
-        if value is None:
-            continue
-        try:
-            if isinstance(value, str | bytes):
-                raise TypeError
-            out[i] = float(value)
-        except (TypeError, ValueError):
+        if isinstance(value, dict):
             raise RewardError(
-                f"reward {name} returned {_start(value)!r} ({type(value).__name__}) for completion {i};"
+                f"reward {name} returned {_start(value['text'])!r} ({value['type']}) for completion {i};"
                 " expected a number or None"
-            ) from None
-        if math.isinf(out[i]):
-            raise RewardError(f"reward {name} returned {out[i]} for completion {i}; expected a finite number or None")
-    return out
+            )
+        if value is not None and math.isinf(value):
+            raise RewardError(f"reward {name} returned {value} for completion {i}; expected a finite number or None")
+    return np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)
 
 
 def _start(value: Any, length: int = 80) -> str:

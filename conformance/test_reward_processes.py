@@ -1,0 +1,179 @@
+"""Rewards in processes of their own: nothing that one does keeps a step from ending, or is left behind."""
+
+import asyncio
+import os
+import signal
+import subprocess
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gvpo_core.training.config import RewardConfig
+from gvpo_core.training.rewards import RewardError, close_rewards, load_rewards, score
+
+PROMPTS = ["p"] * 6
+TEXTS = ["good", "1", "2", "bad", "3", "4"]
+
+HARM = {
+    "sleep": ("timeout", "time.sleep(600)"),
+    "regex": ("timeout", "re.match(r'(a+)+$', 'a' * 40 + 'b')"),
+    "c loop": ("timeout", "pow(3, 10**9)"),
+    "swallowed": ("timeout", "swallow()"),
+    "exit": ("error", "os._exit(3)"),
+    "sys.exit": ("error", "sys.exit(3)"),
+    "segfault": ("error", "ctypes.string_at(0)"),
+    "killed": ("error", "os.kill(os.getpid(), signal.SIGKILL)"),
+    "forked children": ("timeout", "fork(); time.sleep(600)"),
+    "forked, then gone": ("error", "fork(); os._exit(0)"),
+    "allocation": ("error", "bytearray(10 * 2**30)"),
+    "flood": ("timeout", "flood()"),
+    "recursion": ("error", "(lambda f: f(f))(lambda f: f(f))"),
+}
+CODE = """
+import ctypes, os, re, signal, sys, time
+
+def swallow():
+    while True:
+        try:
+            time.sleep(600)
+        except BaseException:
+            pass
+
+def fork():
+    for _ in range(3):
+        if os.fork() == 0:
+            time.sleep(600)
+            os._exit(0)
+
+def flood():
+    while True:
+        os.write(1, b"x" * 65536)
+        os.write(2, b"y" * 65536)
+
+def reward(prompts, completions, **_):
+    for text in completions:
+        if text == "bad":
+            HARM
+    return [float(len(text)) for text in completions]
+"""
+
+
+@pytest.fixture
+def rewards(tmp_path):
+    started = []
+
+    def start(harm: str, **settings):
+        file = tmp_path / "reward.py"
+        file.write_text(CODE.replace("HARM", harm))
+        loaded = load_rewards({"r": RewardConfig(f"{file}:reward", **({"timeout": 0.6, "memory": 2.0} | settings))})
+        started.extend(loaded)
+        return loaded
+
+    yield start
+    close_rewards(started)
+
+
+def children() -> set[int]:
+    """Processes of the session groups that this process started, living or zombie."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
+    return {int(pid) for pid, parent, command in rows if "reward_worker" in command or parent == str(os.getpid())} - {
+        int(pid) for pid, _, command in rows if command.startswith("ps ")
+    }
+
+
+@pytest.mark.parametrize("name", HARM)
+def test_harm_costs_its_response_alone_within_one_budget(name, rewards):
+    kind, harm = HARM[name]
+    before = children()
+    loaded = rewards(harm)
+    handler = signal.getsignal(signal.SIGALRM)
+    start = time.monotonic()
+    got = score(loaded, PROMPTS, TEXTS, {})
+    assert time.monotonic() - start < 10  # two limits of 0.6 s, and new processes on a busy machine
+    np.testing.assert_array_equal(got.total, [4, 1, 1, np.nan, 1, 1])
+    assert got.errors["r"][kind] == 1, got.errors
+    again = score(loaded, PROMPTS, ["fine"] * 6, {})  # the pool is whole again
+    np.testing.assert_array_equal(again.total, [4] * 6)
+    assert signal.getsignal(signal.SIGALRM) is handler
+    close_rewards(loaded)
+    assert children() <= before
+
+
+def test_the_same_from_a_thread_and_from_asyncio(rewards):
+    loaded = rewards("time.sleep(600)")
+    results = [score(loaded, PROMPTS, TEXTS, {}).total]
+    thread = threading.Thread(target=lambda: results.append(score(loaded, PROMPTS, TEXTS, {}).total))
+    thread.start()
+    thread.join()
+
+    async def inside() -> None:
+        results.append(score(loaded, PROMPTS, TEXTS, {}).total)
+        results.append(await asyncio.to_thread(lambda: score(loaded, PROMPTS, TEXTS, {}).total))
+
+    asyncio.run(inside())
+    for result in results:
+        np.testing.assert_array_equal(result, [4, 1, 1, np.nan, 1, 1])
+
+
+def test_many_timeouts_leave_nothing_behind(rewards):
+    """170 x (a call for all five, then five alone): 1,020 processes killed and replaced."""
+    before = children()
+    loaded = rewards("time.sleep(600)", timeout=0.02, workers=4, max_failures=1.0, failure_value=-1.0)
+    for _ in range(170):
+        got = score(loaded, ["p"] * 5, ["bad"] * 5, {})
+        np.testing.assert_array_equal(got.total, [-1] * 5)
+    close_rewards(loaded)
+    assert children() <= before
+    assert len(os.listdir("/proc/self/fd")) < 100
+
+
+def test_a_worker_does_not_outlive_a_killed_run(tmp_path):
+    """The watchdog in C ends a worker that holds its interpreter when nobody is left to kill it."""
+    file = tmp_path / "reward.py"
+    file.write_text(CODE.replace("HARM", "pow(3, 10**9)"))
+    script = (
+        "import os, signal, threading, time\n"
+        "from gvpo_core.training.config import RewardConfig\n"
+        "from gvpo_core.training.rewards import load_rewards, score\n"
+        f"loaded = load_rewards({{'r': RewardConfig({str(file) + ':reward'!r}, timeout=1.0)}})\n"
+        "threading.Thread(target=lambda: score(loaded, ['p'], ['bad'], {}), daemon=True).start()\n"
+        "time.sleep(0.5)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    import sys
+
+    subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+    deadline = time.monotonic() + 30
+    mine = [sys.executable, "-P"]
+    while time.monotonic() < deadline:
+        listing = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
+        orphans = [x for x in listing.splitlines() if " ".join(mine) in x and x.split()[0] == "1"]
+        if not orphans:
+            return
+        time.sleep(0.2)
+    raise AssertionError(orphans)
+
+
+def test_what_a_column_cannot_be_is_named(rewards):
+    loaded = rewards("pass")
+    with pytest.raises(RewardError, match=r"column 'when' .*JSON.*isolation = 'thread'"):
+        score(loaded, ["p"], ["a"], {"when": [time.gmtime, 3]})
+
+
+def test_options_columns_and_chats_arrive_as_in_a_thread(tmp_path):
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "def f(prompts, completions, answer, scale='1'):\n"
+        "    return [float(scale) * (c[0]['content'] == a) + (p[0]['role'] == 'user')\n"
+        "            for p, c, a in zip(prompts, completions, answer)]\n"
+    )
+    chat = [{"role": "user", "content": "é"}]
+    for isolation in ("process", "thread"):
+        config = {"r": RewardConfig(f"{file}:f", isolation=isolation, options={"scale": "3"})}
+        loaded = load_rewards(config)
+        got = score(loaded, [chat, chat], ["ü", "y"], {"answer": ["ü", "x"], "unused": [1, 2]})
+        assert got.total.tolist() == [4.0, 1.0]
+        close_rewards(loaded)
