@@ -15,9 +15,7 @@ def namespace(x: Any) -> Any:
     Raises: TypeError: not an array of any known library.
     """
     torch = sys.modules.get("torch")
-    if torch is not None and isinstance(
-        x, torch.Tensor
-    ):  # torch.compile cannot trace the cached look-up below
+    if torch is not None and isinstance(x, torch.Tensor):  # torch.compile cannot trace the cached look-up below
         from array_api_compat import torch as torch_namespace
 
         return torch_namespace
@@ -75,21 +73,15 @@ def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
     if not xp.isdtype(arrays[first].dtype, "real floating"):
         raise TypeError(f"{first} has dtype {arrays[first].dtype}; expected a floating dtype")
     if len(arrays[first].shape) != 1:
-        raise ValueError(
-            f"{first} has shape {tuple(arrays[first].shape)}; expected (N,), one number a response"
-        )
+        raise ValueError(f"{first} has shape {tuple(arrays[first].shape)}; expected (N,), one number a response")
     if arrays[first].shape[0] == 0:
         raise ValueError(f"{first} has shape (0,); expected at least one response")
     for name in rest:
         x = arrays[name]
         if spaces[name] is not xp:
-            raise TypeError(
-                f"{name} is an array of {spaces[name].__name__}; expected {xp.__name__}, as {first}"
-            )
+            raise TypeError(f"{name} is an array of {spaces[name].__name__}; expected {xp.__name__}, as {first}")
         if tuple(x.shape) != tuple(arrays[first].shape):
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}"
-            )
+            raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}")
         if hasattr(x, "get_device") and x.device != arrays[first].device:  # torch
             raise ValueError(f"{name} is on {x.device}; expected {arrays[first].device}, as {first}")
         kind = {"group_ids": "integral", "valid": "bool"}.get(name, ("bool", "integral", "real floating"))

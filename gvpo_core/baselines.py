@@ -157,9 +157,7 @@ def dpo_weights(
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8 and 9. Departures: tied best (worst) responses
       share the weight, and s is then their mean, so that the order of rows does not matter.
     """
-    groups, chosen, rejected, margin = _pairs(
-        logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid
-    )
+    groups, chosen, rejected, margin = _pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
     share, sigmoid = chosen - rejected, groups.per_row(groups.xp.exp(-_softplus(groups.xp, margin)))
     return stop_gradient(groups.xp.where(share != 0, sigmoid * share, groups.xp.zeros_like(share)))
 
@@ -185,14 +183,10 @@ def dpo_loss(
       dpo_weights.
     """
     groups, _, _, margin = _pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
-    return groups.mean(
-        groups.xp.where(groups.kept, _softplus(groups.xp, -margin), groups.xp.zeros_like(margin))
-    )
+    return groups.mean(groups.xp.where(groups.kept, _softplus(groups.xp, -margin), groups.xp.zeros_like(margin)))
 
 
-def bradley_terry_loss(
-    chosen_rewards: Array, rejected_rewards: Array, *, valid: Array | None = None
-) -> Array:
+def bradley_terry_loss(chosen_rewards: Array, rejected_rewards: Array, *, valid: Array | None = None) -> Array:
     """The reward model's loss on preference pairs.
 
     loss = -mean over pairs of log sigmoid(R_chosen - R_rejected)
@@ -323,9 +317,7 @@ def objective_coefficients(
     if name in _NEED_OLD:
         if old_logprobs is None:
             raise ValueError(f"old_logprobs is None; {name} needs the log-probabilities at sampling")
-        groups, advantages = _penalised(
-            rewards, group_ids, beta, old_logprobs, ref_logprobs, num_groups, valid
-        )
+        groups, advantages = _penalised(rewards, group_ids, beta, old_logprobs, ref_logprobs, num_groups, valid)
         if name == "grpo":
             advantages = _standardise(groups, advantages, 1, 1e-4)
         elif name == "rloo":
@@ -371,9 +363,7 @@ def _penalised(
 def _standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Array:
     xp = groups.xp
     scale = xp.sqrt(groups.sum(advantages**2) / groups.divisor(less=ddof)) + eps
-    equal = groups.max(advantages) == -groups.max(
-        -advantages
-    )  # with eps = 0 rounding would be all that is left
+    equal = groups.max(advantages) == -groups.max(-advantages)  # with eps = 0 rounding would be all that is left
     scale = groups.per_row(xp.where(equal | (scale == 0), xp.ones_like(scale), scale))
     return xp.where(groups.per_row(equal), xp.zeros_like(advantages), advantages / scale)
 

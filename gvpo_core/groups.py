@@ -40,9 +40,7 @@ def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
     low, high = concrete(xp.min(group_ids)), concrete(xp.max(group_ids))
     if num_groups is None:
         if high is None:
-            raise ValueError(
-                "num_groups is None under compilation; pass the number of groups as a static int"
-            )
+            raise ValueError("num_groups is None under compilation; pass the number of groups as a static int")
         num_groups = int(high) + 1
     if num_groups < 1:
         raise ValueError(f"num_groups is {num_groups}; expected at least 1")
