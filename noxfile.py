@@ -17,6 +17,7 @@ import nox
 
 nox.options.sessions = ["lint", "types", "conformance", "trl", "wheel", "total"]
 nox.options.reuse_existing_virtualenvs = True
+nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
 
 CONSTRAINTS = str(Path("constraints.txt").resolve())

@@ -2,10 +2,10 @@
 
     nox -s bench -- step_vs_trl
 
-Both train SmolLM2-135M-Instruct in float32 on the same prompts of the demo in the same order: 4 prompts x 8 responses of
-exactly 12 tokens (TRL: min_new_tokens suppresses the end token; gvpo: no token ends a response), one AdamW step at 1e-5
-with gradients clipped to 1, a reference model (beta 0.05) and the demo's reward, with as many threads as PyTorch takes by
-itself. Each lives in a process of its own, which waits while the other steps; steps alternate.
+Both train SmolLM2-135M-Instruct in float32 on the same prompts of the demo in the same order: 4 prompts x 8 responses
+of exactly 12 tokens (TRL: min_new_tokens suppresses the end token; gvpo: no token ends a response), one AdamW step at
+1e-5 with gradients clipped to 1, a reference model (beta 0.05) and the demo's reward, with as many threads as PyTorch
+takes by itself. Each lives in a process of its own, which waits while the other steps; steps alternate.
 
 TRL has the whole batch in one pass (per_device_train_batch_size = 32). Against its defaults it has no gradient
 checkpointing, which makes it faster, and no bfloat16, since the comparison is of float32. Peak memory is of the whole
