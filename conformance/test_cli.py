@@ -104,7 +104,7 @@ def test_rewards_that_stop_a_run(body, message, tmp_path, capfd):
     ],
 )
 def test_rewards_that_cost_a_response_and_not_the_run(body, kind, tmp_path, capfd, caplog):
-    status, _, _ = gvpo(capfd, "train", with_reward(tmp_path, body, timeout=0.3))
+    status, _, _ = gvpo(capfd, "train", with_reward(tmp_path, body, timeout=1.5))
     assert status == 0
     assert sum(r[f"reward_errors/right/{kind}"] for r in records(tmp_path)) > 0
     assert sum(r["responses/unscored"] for r in records(tmp_path)) > 0

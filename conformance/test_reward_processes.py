@@ -67,7 +67,7 @@ def rewards(tmp_path):
     def start(harm: str, **settings):
         file = tmp_path / "reward.py"
         file.write_text(CODE.replace("HARM", harm))
-        loaded = load_rewards({"r": RewardConfig(f"{file}:reward", **({"timeout": 0.6, "memory": 2.0} | settings))})
+        loaded = load_rewards({"r": RewardConfig(f"{file}:reward", **({"timeout": 1.0, "memory": 2.0} | settings))})
         started.extend(loaded)
         return loaded
 
@@ -92,7 +92,7 @@ def test_harm_costs_its_response_alone_within_one_budget(name, rewards):
     handler = signal.getsignal(signal.SIGALRM)
     start = time.monotonic()
     got = score(loaded, PROMPTS, TEXTS, {})
-    assert time.monotonic() - start < 10  # two limits of 0.6 s, and new processes on a busy machine
+    assert time.monotonic() - start < 10  # two limits of 1 s, and new processes on a busy machine
     np.testing.assert_array_equal(got.total, [4, 1, 1, np.nan, 1, 1])
     assert got.errors["r"][kind] == 1, got.errors
     again = score(loaded, PROMPTS, ["fine"] * 6, {})  # the pool is whole again

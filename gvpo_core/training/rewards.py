@@ -7,6 +7,7 @@ other columns of the data, one value a response, and `completion_ids`.
 
 import logging
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,6 @@ from gvpo_core.training.reward_worker import find_function
 RewardFunction = Callable[..., Any]
 
 _log = logging.getLogger("gvpo.rewards")
-_SHARES = 4  # of the time that is left for each response, that one of them may take when called alone
 
 
 class RewardError(RuntimeError):
@@ -194,24 +194,29 @@ def _one_by_one(
     columns: Mapping[str, Sequence[Any]],
     result: np.ndarray,
 ) -> list[_Failure]:
-    """Fills `result` from a call a response; each may take a few shares of the time left, all together one limit."""
+    """Fills `result` from a call a response.
+
+    All together they have one limit's time in each of the processes; a response has at least its equal share of it, and
+    what others leave, so that no number of hung ones costs the rest.
+    """
     n, width = len(completions), min(reward.call.width, len(completions))
-    deadline = time.monotonic() + reward.timeout
-    waiting = n
+    budget, waiting, lock = reward.timeout * width, n, threading.Lock()
 
     def one(row: int) -> float | Exception:
-        nonlocal waiting
-        left = deadline - time.monotonic()
-        limit = min(reward.timeout, max(0.0, left), _SHARES * max(0.0, left) * width / max(1, waiting))
-        waiting -= 1
-        if limit <= 0:
-            return TimeoutError()
+        nonlocal budget, waiting
+        with lock:
+            limit = min(reward.timeout, budget / waiting)
+            budget, waiting = budget - limit, waiting - 1
         own = {name: [values[row]] for name, values in columns.items()}
+        start = time.monotonic()
         try:
             alone = reward.call([prompts[row]], [completions[row]], own, limit)
             return float(_numbers(reward.name, alone, 1)[0])
         except (TimeoutError, CallFailed, RewardError) as e:
             return e
+        finally:
+            with lock:
+                budget += max(0.0, limit - (time.monotonic() - start))
 
     failures = []
     with ThreadPoolExecutor(width) as pool:
