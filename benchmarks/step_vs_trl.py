@@ -44,20 +44,21 @@ class Worker:
         # What libraries print must not be taken for an answer.
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
-        self.start = 0.0
+        self.start = self.cpu = 0.0
 
     def wait(self) -> None:
         """Returns when it is this process's turn; leaves at the end of the input."""
         if not sys.stdin.readline():
             os._exit(0)  # no checkpoint, no report: only steps are measured
-        self.start = time.perf_counter()
+        self.start, self.cpu = time.perf_counter(), time.process_time()
 
     def done(self, length: float) -> None:
-        """Answers with this step's seconds, mean response length, and the process's peak memory so far."""
-        seconds = time.perf_counter() - self.start
+        """Answers with this step's seconds (clock and CPUs), mean response length, and peak memory so far."""
+        seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
         unit = 1 if sys.platform == "darwin" else 1024
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        print(json.dumps({"seconds": seconds, "length": length, "memory": memory}), file=self.answers, flush=True)
+        answer = {"seconds": seconds, "cpu": cpu, "length": length, "memory": memory}
+        print(json.dumps(answer), file=self.answers, flush=True)
 
 
 def work_gvpo() -> None:
@@ -179,6 +180,11 @@ class Side:
         return [s["seconds"] for s in self.steps[WARM_UP:]]
 
     @property
+    def cpu(self) -> float:
+        """Median of the CPU seconds a step, which other programs on the machine change little."""
+        return statistics.median(s["cpu"] for s in self.steps[WARM_UP:])
+
+    @property
     def memory(self) -> float:
         return self.steps[-1]["memory"] / 2**30
 
@@ -205,14 +211,14 @@ def main() -> int:
     pairs = [a / b for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     ratio = statistics.median(ours.seconds) / statistics.median(theirs.seconds)
     memory = ours.memory / min(theirs.memory, default.memory)
-    print(f"\n{'':24} {'median s':>8} {'min':>6} {'max':>6} {'peak GiB':>9}")
+    print(f"\n{'':24} {'median s':>8} {'min':>6} {'max':>6} {'CPU s':>6} {'peak GiB':>9}")
     for title, side in (
         ("gvpo", ours),
         ("TRL GRPOTrainer", theirs),
         ("  gradient checkpointing", default),
     ):
         s = side.seconds
-        print(f"{title:24} {statistics.median(s):8.2f} {min(s):6.2f} {max(s):6.2f} {side.memory:9.2f}")
+        print(f"{title:24} {statistics.median(s):8.2f} {min(s):6.2f} {max(s):6.2f} {side.cpu:6.1f} {side.memory:9.2f}")
     print(f"\ntime    {ratio:.2f} of TRL's (pairs {min(pairs):.2f} to {max(pairs):.2f}), bound {TIME_BOUND}")
     print(f"memory  {memory:.2f} of TRL's lower peak, bound {MEMORY_BOUND}")
     return int(ratio > TIME_BOUND or memory > MEMORY_BOUND)
