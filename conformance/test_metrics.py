@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from gvpo_core.training import metrics
+from gvpo_core.training.alerts import Alerts
 from gvpo_core.training.metrics import METRICS, StepFacts, evaluation_metrics, step_metrics
 
 NAN = math.nan
@@ -36,6 +37,7 @@ def facts(**changes):
         "peak_memory": 2**20,
         "reward_parts": {"right": np.array([1.0, 0.0, 1.0, 1.0, NAN, 0.0]), "all lost": np.full(6, NAN)},
         "reward_errors": {"right": {"error": 0, "timeout": 1, "none": 0}},
+        "reward_seconds": {"right": 0.75},
         "policy_details": {"rows": 4.0},
     }
     return StepFacts(**values | changes)
@@ -52,6 +54,7 @@ EXPECTED = {
     "reward_errors/right/error": 0,
     "reward_errors/right/timeout": 1,
     "reward_errors/right/none": 0,
+    "reward_seconds/right": 0.75,
     "loss": (0.32 + 0.125) / 2,
     "loss/implicit_variance": (0.02 + 0.125) / 2,
     "loss/reward_variance": (0.5 + 0) / 2,
@@ -66,7 +69,8 @@ EXPECTED = {
     "length/mean": 17 / 6,
     "length/max": 5,
     "length/best": (2 + 1 + 4) / 3,
-    "length/worst": (3 + 5) / 2,
+    "length/worst": 3,  # the other was cut
+    "length/truncated": 5,
     "truncated": 1 / 6,
     "responses/total": 6,
     "responses/unscored": 1,
@@ -181,6 +185,8 @@ def test_student_t(freedom, want):
 
 def test_every_key_is_documented_and_every_documented_key_is_written():
     step = metrics.make_record("train", 1, step_metrics(facts(seconds=dict.fromkeys(metrics.PHASES, 1.0))))
+    alerts = Alerts.replay([step])
+    step |= alerts.annotate(step)
     evaluation = metrics.make_record(
         "eval",
         1,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core import __version__
+from gvpo_core.training.alerts import Alerts
 from gvpo_core.training.checkpoint import (
     CheckpointError,
     begin_checkpoint,
@@ -33,7 +34,7 @@ from gvpo_core.training.config_file import as_table, check_config
 from gvpo_core.training.console import Console
 from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
 from gvpo_core.training.improve import improve
-from gvpo_core.training.metrics import StepFacts, evaluation_metrics, step_metrics
+from gvpo_core.training.metrics import StepFacts, evaluation_metrics, read_records, step_metrics
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
 from gvpo_core.training.rollout import Rollout, agree, collect
@@ -174,6 +175,7 @@ class _Run:
         self.tracker: Tracker | None = None
         self.reward_range: tuple[float, float] | None = None
         self.all_dead = False
+        self.alerts = Alerts()
 
     def go(self) -> Result:
         config, last = self.config, self.config.run.steps
@@ -219,6 +221,8 @@ class _Run:
             return 0
         self.policy.restore(checkpoint_at(self.folder.checkpoints, step).policy)
         self.reward_range = _reward_range(self.folder.metrics)
+        if self.main:
+            self.alerts = Alerts.replay(read_records(self.folder.metrics))
         return step
 
     def _open(self, start: int) -> None:
@@ -248,7 +252,7 @@ class _Run:
                 + (f", {self.prompts.dropped} dropped as too long" if self.prompts.dropped else "")
                 + (f", {len(self.held_out)} held out" if self.held_out else ""),
                 "rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in self.rewards),
-                **{name: str(value) for name, value in facts.items()},
+                **facts,
                 "run folder": str(self.folder.path),
             }
         )
@@ -305,6 +309,7 @@ class _Run:
             peak_memory=int(policy.gather(np.asarray([max(u.peak_memory for u in done.updates)])).max()),
             reward_parts=rollout.parts,
             reward_errors=rollout.errors,
+            reward_seconds=rollout.reward_seconds,
             policy_details=done.updates[-1].details,
             reward_range=self.reward_range,
         )
@@ -352,6 +357,8 @@ class _Run:
         if not self.main:
             return
         record = {"kind": kind, "step": step, "time": time.time()} | dict(metrics)
+        if kind == "train":
+            record |= self.alerts.annotate(record)
         self.folder.append(self.folder.metrics, [record])
         if self.tracker:
             self.tracker.log(record)

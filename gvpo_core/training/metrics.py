@@ -18,7 +18,7 @@ import numpy as np
 from gvpo_core.objective import gvpo_loss, gvpo_regret
 
 PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
-RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "spread", "min", "max"})
+RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
 """Names a reward cannot have: reward/<name> would be another metric."""
 
 
@@ -39,6 +39,9 @@ METRICS: dict[str, Metric] = {
     "reward/half_width": Metric(
         "reward", "Half the 95 % interval of reward/mean: Student's t over the group means; absent with one group."
     ),
+    "reward/trend": Metric(
+        "reward", "reward/mean minus the mean of the up to 10 steps before; absent in the first step."
+    ),
     "reward/spread": Metric("reward", "Standard deviation (k - 1) within a group, mean over counted groups."),
     "reward/min": Metric("reward", "Lowest total reward of the step."),
     "reward/max": Metric("reward", "Highest total reward of the step."),
@@ -46,6 +49,7 @@ METRICS: dict[str, Metric] = {
     "reward_errors/<name>/<kind>": Metric(
         "responses", "Responses that one reward left without a score: error (raised), timeout, none (None or NaN)."
     ),
+    "reward_seconds/<name>": Metric("seconds", "Time that one reward took, all responses; of the slowest rank."),
     "loss": Metric("reward^2", "GVPO loss (Eq. 16) before the update, mean over counted groups."),
     "loss/implicit_variance": Metric("reward^2", "Variance of the implicit rewards beta s within groups (Eq. 17)."),
     "loss/reward_variance": Metric("reward^2", "Variance of the rewards within groups (Eq. 17)."),
@@ -74,9 +78,12 @@ METRICS: dict[str, Metric] = {
     "length/mean": Metric("tokens", "Mean response length, end token included."),
     "length/max": Metric("tokens", "Longest response."),
     "length/best": Metric(
-        "tokens", "Mean length of the responses with the step's highest reward; absent when all rewards are equal."
+        "tokens",
+        "Mean length of the finished responses with the step's highest reward (right ones, where rewards are 0 and 1); "
+        "absent without one, and when all rewards are equal.",
     ),
-    "length/worst": Metric("tokens", "Mean length of the responses with the step's lowest reward; likewise."),
+    "length/worst": Metric("tokens", "Mean length of the finished ones with its lowest reward (wrong); likewise."),
+    "length/truncated": Metric("tokens", "Mean length of the responses cut at the token limit; absent without one."),
     "truncated": Metric("share", "Responses cut at the token limit."),
     "responses/total": Metric("responses", "Responses of the step."),
     "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
@@ -93,6 +100,12 @@ METRICS: dict[str, Metric] = {
     "seconds/step": Metric("seconds", "Time of the whole step."),
     "share/<phase>": Metric("share", "seconds/<phase> by seconds/step."),
     "memory/peak": Metric("bytes", "Peak memory of the fullest rank: of its device, or of the process on CPU."),
+    "verdict": Metric("text", "OK, WATCH or BAD: the worst level of `alerts`. The same in a resumed run."),
+    "alerts": Metric(
+        "list", "What is wrong with the training: key, level, seen (in numbers), advice."
+    ),
+    "machine/verdict": Metric("text", "OK or WATCH: the worst level of `machine/alerts`."),
+    "machine/alerts": Metric("list", "What is wrong with speed or memory, as `alerts`; equal runs may differ in it."),
     "policy/<detail>": Metric("", "A backend's own number, as its `Update.details` gives it."),
     "eval/reward": Metric("reward", "Mean total reward on held-out prompts: mean over prompts of their means."),
     "eval/half_width": Metric(
@@ -128,6 +141,7 @@ class StepFacts:
     peak_memory: int  # bytes
     reward_parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> (N,), NaN = unscored
     reward_errors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # name -> kind -> responses
+    reward_seconds: Mapping[str, float] = field(default_factory=dict)  # name -> s
     policy_details: Mapping[str, float] = field(default_factory=dict)
     reward_range: tuple[float, float] | None = None  # lowest and highest reward of earlier steps, where known
 
@@ -146,6 +160,7 @@ def step_metrics(facts: StepFacts) -> dict[str, float]:
         metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
     for name, kinds in facts.reward_errors.items():
         metrics |= {f"reward_errors/{name}/{kind}": count for kind, count in kinds.items()}
+    metrics |= {f"reward_seconds/{name}": taken for name, taken in facts.reward_seconds.items()}
     if len(facts.gradient_norms):
         metrics["gradient_norm"] = float(np.mean(facts.gradient_norms))
         metrics["gradient_norm/max"] = float(np.max(facts.gradient_norms))
@@ -159,9 +174,13 @@ def step_metrics(facts: StepFacts) -> dict[str, float]:
         "tokens/computed": facts.tokens_computed,
         "memory/peak": facts.peak_memory,
     }
+    finished = np.asarray(facts.finished, dtype=bool)
+    if not finished.all():
+        metrics["length/truncated"] = float(lengths[~finished].mean())
     if scored.any() and np.nanmax(rewards) > np.nanmin(rewards):
-        metrics["length/best"] = float(lengths[rewards == np.nanmax(rewards)].mean())
-        metrics["length/worst"] = float(lengths[rewards == np.nanmin(rewards)].mean())
+        for name, reward in (("best", np.nanmax(rewards)), ("worst", np.nanmin(rewards))):
+            if (chosen := finished & (rewards == reward)).any():
+                metrics[f"length/{name}"] = float(lengths[chosen].mean())
     metrics |= _time_metrics(facts.seconds, facts.tokens_sampled)
     return metrics | {f"policy/{name}": value for name, value in facts.policy_details.items()}
 

@@ -29,6 +29,7 @@ class Rollout:
     finished: np.ndarray  # (N,) bool
     completions: list[dict[str, Any]]  # rows of completions.jsonl without kind and step; all N on every rank
     seconds: dict[str, float]  # generate, reward
+    reward_seconds: dict[str, float]  # name -> s, of the slowest rank
 
 
 def collect(
@@ -97,6 +98,7 @@ def collect(
         finished=gather(np.asarray([r.finished for _, r in flat_drawn], bool)),
         completions=_gather_objects(policy, completions),
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
+        reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
     )
 
 
