@@ -7,6 +7,8 @@ import table_run
 
 from gvpo_core.training import cli
 
+pytestmark = pytest.mark.core
+
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 GOOD_REWARD = """

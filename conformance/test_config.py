@@ -9,6 +9,8 @@ import pytest
 from gvpo_core.training.config import Config, ConfigError, DataConfig, ModelConfig, RewardConfig
 from gvpo_core.training.config_file import check_config, differences, parse_arguments, read_config, write_config
 
+pytestmark = pytest.mark.core
+
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 GOOD = """
@@ -122,6 +124,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(file):
         ("[run]\nsteps = true", r"unknown|expected int|Cannot declare"),
         ("[optimizer]\nbetas = [0.9]", r"expected a list|Cannot declare"),
         ("[rewards.slow]\nfunction = 'exact_match'\ntimeout = 0", r"rewards.slow.timeout = 0.0; expected > 0"),
+        ("[rewards.mean]\nfunction = 'exact_match'", r"a reward cannot be named 'mean'"),
         ("[rewards.empty]\nweight = 2", r"rewards.empty.function is empty"),
     ],
 )
@@ -167,3 +170,10 @@ def test_differences_name_old_and_new():
     new = replace(old, data=DataConfig(train="b"), rewards={"r": RewardConfig("exact_match")})
     assert differences(old, new)[0] == "data.train: 'a' -> 'b'"
     assert "rewards.r.function: 'unset' -> 'exact_match'" in differences(old, new)
+
+
+def test_remote_code_needs_a_revision(file):
+    text = GOOD.replace('path = "model"', 'path = "someone/model"\ntrust_remote_code = true')
+    with pytest.raises(ConfigError, match=r"model.trust_remote_code = True; expected a model.revision"):
+        read_config(file(text))
+    assert read_config(file(text.replace("[data]", 'revision = "0a1b"\n[data]'))).model.trust_remote_code

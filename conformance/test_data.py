@@ -8,6 +8,8 @@ import pytest
 from gvpo_core.training.config import DataConfig
 from gvpo_core.training.data import DataError, Prompts, encode_prompts, load_rows
 
+pytestmark = pytest.mark.core
+
 
 class Words:
     """A policy that encodes words; all that this file needs of one."""

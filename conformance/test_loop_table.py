@@ -21,6 +21,8 @@ from gvpo_core.training.config import (
 from gvpo_core.training.loop import train
 from gvpo_core.training.table import TablePolicy
 
+pytestmark = pytest.mark.core
+
 BETA = 0.5
 PROMPTS = ("p0", "p1", "p2")
 RESPONSES = ("a", "b", "c", "d", "e")

@@ -19,6 +19,8 @@ from gvpo_core.training.checkpoint import (
     steps_saved,
 )
 
+pytestmark = pytest.mark.core
+
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 
@@ -59,7 +61,7 @@ def test_ctrl_c_saves_and_leaves(number, status, tmp_path):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == status, output
     assert "stopping after this step" in output
-    assert "run again to go on" in output
+    assert f"go on with: cli.py train {config}" in output
     assert "Traceback" not in output
     assert len(steps_saved(tmp_path / "run" / "checkpoints")) == 1
 

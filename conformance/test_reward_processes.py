@@ -13,6 +13,8 @@ import pytest
 from gvpo_core.training.config import RewardConfig
 from gvpo_core.training.rewards import RewardError, close_rewards, load_rewards, score
 
+pytestmark = pytest.mark.core
+
 PROMPTS = ["p"] * 6
 TEXTS = ["good", "1", "2", "bad", "3", "4"]
 

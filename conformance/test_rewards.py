@@ -12,6 +12,8 @@ from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.reward_calls import Threads
 from gvpo_core.training.rewards import Reward, RewardError, close_rewards, load_rewards, score
 
+pytestmark = pytest.mark.core
+
 PROMPTS = ["p0", "p1", "p2", "p3"]
 TEXTS = ["0", "1", "2", "3"]
 

@@ -74,7 +74,9 @@ def commit_checkpoint(folder: Path, step: int, keep: int) -> Checkpoint:
     if reason:
         raise CheckpointError(f"the checkpoint just written does not verify: {reason}")
     for old in steps_saved(folder)[keep:]:
-        shutil.rmtree(folder / _name(old))
+        leaving = folder / f"{_PARTIAL}old-{_name(old)}"  # a kill half way leaves no half checkpoint under its name
+        (folder / _name(old)).rename(leaving)
+        shutil.rmtree(leaving)
     return Checkpoint(step, final)
 
 

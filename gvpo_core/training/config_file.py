@@ -68,6 +68,11 @@ def check_config(config: Config, path: Path | None = None, lines: dict[str, int]
     need(all(0 <= b < 1 for b in c.optimizer.betas), "optimizer.betas", "two numbers in [0, 1)")
     need(bool(c.data.train), "data.train", "a file of training prompts")
     need(bool(c.model.path) or c.run.backend == "table", "model.path", "a model folder or name")
+    need(
+        not c.model.trust_remote_code or bool(c.model.revision) or Path(c.model.path).is_dir(),
+        "model.trust_remote_code",
+        "a model.revision (a commit) beside it, so that the code that was read is the code that runs",
+    )
     compares = c.objective.name not in ("sft", "reject_sampling")
     need(c.rollout.responses >= 2 or not compares, "rollout.responses", f"at least 2 for {c.objective.name}")
     if c.objective.name == "dpo":

@@ -9,6 +9,7 @@ All randomness is a function of (seed, step, prompt, response), so a resumed run
 import json
 import logging
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -38,7 +39,7 @@ from gvpo_core.training.metrics import StepFacts, evaluation_metrics, read_recor
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
 from gvpo_core.training.rollout import Rollout, agree, collect
-from gvpo_core.training.run_folder import RunFolder
+from gvpo_core.training.run_folder import RunFolder, without_secrets
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.signals import StopRequest
 from gvpo_core.training.trackers import Tracker, open_trackers
@@ -198,7 +199,9 @@ class _Run:
                     if step == last or stopping or (every and step % every == 0):
                         self._save(step)
                     if stopping:
-                        self._event(step, "stop", f"stopped by signal {stopping} after step {step}; run again to go on")
+                        self._event(
+                            step, "stop", f"stopped by signal {stopping} after step {step}; go on with: {_command()}"
+                        )
                         return Result(step, self.folder.path, 128 + stopping)
                 return Result(last, self.folder.path, 0)
             finally:
@@ -235,7 +238,7 @@ class _Run:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "ranks": self.policy.world_size,
-                "command": sys.argv,
+                "command": without_secrets(sys.argv),
                 "policy": facts,
             }
         )
@@ -393,6 +396,11 @@ class _Run:
             _log.exception("the report could not be written")
         if self.console:
             self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})
+
+
+def _command() -> str:
+    """This process's command line, to be run again."""
+    return shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])])
 
 
 def _reward_range(metrics: Path) -> tuple[float, float] | None:

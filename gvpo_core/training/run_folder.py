@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -102,6 +103,22 @@ class RunFolder:
                         if step is not None and json.loads(line)["step"] <= step and line.endswith("\n"):
                             kept.append(line)
             write_synced(path, "".join(kept).encode())
+
+
+_SECRET = re.compile(r"(token|secret|passw|api[_-]?key|credential)", re.IGNORECASE)
+
+
+def without_secrets(command: list[str]) -> list[str]:
+    """A command line with the values of options named like secrets, and passwords in URLs, left out."""
+    kept: list[str] = []
+    for word in command:
+        name, equals, _ = word.partition("=")
+        if kept and kept[-1].startswith("-") and "=" not in kept[-1] and _SECRET.search(kept[-1]):
+            word = "***"
+        elif equals and name.startswith("-") and _SECRET.search(name):
+            word = f"{name}=***"
+        kept.append(re.sub(r"(?<=://)[^/@\s]+@", "***@", word))
+    return kept
 
 
 def _finite(value: Any) -> Any:

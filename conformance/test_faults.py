@@ -1,0 +1,89 @@
+"""Killed at each file call and at each start of a phase, a run goes on and ends as an unbroken one does."""
+
+import shutil
+import signal
+
+import faults
+import killing
+import numpy as np
+import pytest
+import table_run
+
+from gvpo_core.training.checkpoint import damage, steps_saved
+
+pytestmark = pytest.mark.core
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+STEPS = 3
+
+
+def make(folder):
+    config = table_run.make(folder, steps=STEPS)
+    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 1"))
+    return config
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An unbroken run, that the others must equal."""
+    config = make(tmp_path_factory.mktemp("whole"))
+    assert faults.run(config) == 0
+    return config.parent / "run"
+
+
+def same(run, whole) -> None:
+    name = f"checkpoints/step-{STEPS:08d}/policy/table.npz"
+    with np.load(run / name) as a, np.load(whole / name) as b:
+        assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
+    assert killing.lasting(run) == killing.lasting(whole)
+    assert (run / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("fault", ["call", "write", *faults.PHASES])
+def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
+    for at in range(1, 1000):
+        folder = tmp_path / str(at)
+        config = make(folder)
+        status = faults.run(config, fault, at)
+        if status == 0:  # fewer events than that in the whole run
+            assert at > (15 if fault in ("call", "write") else 2), "the run had no such events"
+            break
+        assert status == -signal.SIGKILL, (folder / "output.txt").read_text()
+        checkpoints = folder / "run" / "checkpoints"
+        if checkpoints.exists():
+            assert all(damage(checkpoints / f"step-{s:08d}") is None for s in steps_saved(checkpoints))
+        assert faults.run(config) == 0, (folder / "output.txt").read_text()
+        same(folder / "run", whole)
+        shutil.rmtree(folder)
+    else:
+        raise AssertionError("the run never ended")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("phase", list(faults.PHASES))
+def test_a_signal_in_each_phase_saves_and_leaves(phase, number, status, tmp_path, whole):
+    config = make(tmp_path)
+    first = 1 if phase in ("reward", "generate", "evaluate") else 2  # the first three come with the first evaluation
+    assert faults.run(config, phase, first + 1, number) in (status, 0)
+    output = (tmp_path / "output.txt").read_text()
+    assert "stopping after this step" in output
+    assert "Traceback" not in output
+    assert steps_saved(tmp_path / "run" / "checkpoints")
+    assert faults.run(config) == 0
+    same(tmp_path / "run", whole)
+
+
+def test_every_byte_counts(tmp_path, whole):
+    """One byte flipped in any file of the newest checkpoint: found and named, and the one before used."""
+    names = [p.relative_to(whole) for p in (whole / f"checkpoints/step-{STEPS:08d}").rglob("*") if p.is_file()]
+    assert len(names) >= 2
+    for i, name in enumerate(names):
+        config = make(tmp_path / str(i))
+        assert faults.run(config) == 0
+        victim = tmp_path / str(i) / "run" / name
+        content = bytearray(victim.read_bytes())
+        content[len(content) // 2] ^= 0x10
+        victim.write_bytes(content)
+        assert faults.run(config) == 0
+        assert f"damaged checkpoint, not used: {victim}" in (tmp_path / str(i) / "output.txt").read_text()
+        same(tmp_path / str(i) / "run", whole)
