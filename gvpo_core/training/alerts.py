@@ -141,7 +141,7 @@ class Alerts:
         counted = self._sum("groups/counted")
         dead, right, wrong = (self._sum(f"groups/all_{x}") for x in ("equal", "best", "worst"))
         # The lower end of a 95 % interval: two dead groups of two say little.
-        if len(self._last) < WINDOW or dead < 0.8 * counted or wilson(dead, counted)[0] < 0.6:
+        if len(self._last) < WINDOW or dead < 0.85 * counted or wilson(dead, counted)[0] < 0.6:
             return None
         share = dead / counted
         seen = (
