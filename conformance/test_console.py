@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from gvpo_core.training import console as shown
+from gvpo_core.training.alerts import LEVELS
 from gvpo_core.training.console import COLUMNS, Console, duration, fit, printable, row, titles
 
 RECORD = {
@@ -18,9 +19,12 @@ RECORD = {
     "time": 0.0,
     "reward/mean": 0.40625,
     "reward/half_width": 0.21875,
+    "reward/trend": -0.0625,
     "reward/spread": 0.353,
     "groups/counted": 8,
     "groups/all_equal": 3,
+    "groups/all_best": 2,
+    "groups/all_worst": 1,
     "truncated": 0.0625,
     "length/mean": 9.875,
     "kl": -0.00123,
@@ -29,22 +33,46 @@ RECORD = {
     "regret/second_order": 0.0417,
     "seconds/step": 8.25,
     "tokens_per_second": 1234.5,
+    "verdict": "OK",
 }
-KEYS = {c.title: c.meaning for c in COLUMNS}
+ALERT = {"key": "kl", "level": "WATCH", "seen": "KL 9 nats a response, usually 1", "advice": "lower the learning rate"}
+
+
+def shown_as(text):
+    """(value, largest error of rounding) of a field."""
+    scale = {"k": 1e3, "M": 1e6}.get(text[-1], 1.0)
+    digits, _, power = text.rstrip("kM").partition("e")
+    unit = scale * 10.0 ** int(power or 0)
+    return float(digits) * unit, 0.5 * unit * 10.0 ** -len(digits.partition(".")[2])
+
+
+def check_row(cells, record):
+    """Every field but the time left is a number of the record, rounded."""
+    assert len(cells) == len(COLUMNS) + 2
+    for column, text in zip(COLUMNS, cells, strict=False):
+        values = [record.get(key) for key in column.meaning.split(" ")]
+        if column.title == "dead%":
+            best, worst = (record[f"groups/all_{x}"] for x in ("best", "worst"))
+            dead, counted = record["groups/all_equal"], record["groups/counted"]
+            values = [best, worst] if best + worst == dead else [dead]
+            assert [float(x) for x in text.split("/")] == [pytest.approx(100 * v / counted, abs=0.5) for v in values]
+        elif text == "-":
+            assert values[0] is None or not math.isfinite(values[0]), (column.title, record["step"])
+        else:
+            value, error = shown_as(text)
+            want = values[0] * (100 if column.title == "cut" else 1)
+            assert abs(value - want) <= error * (1 + 1e-9), (column.title, text, want)
+    verdicts = [record[key] for key in ("verdict", "machine/verdict") if key in record]
+    assert cells[-1] == max(verdicts, key=LEVELS.index, default="-")
 
 
 def test_a_row_is_the_record_rounded():
-    record = dict(RECORD)
-    record["groups/all_equal by groups/counted"] = 3 / 8
     fields = dict(zip(titles().split(), row(RECORD, "9m40s").split(), strict=True))
-    assert fields.pop("left") == "9m40s"
-    for title, text in fields.items():
-        value = record[KEYS[title]]
-        if text.endswith("%"):
-            assert abs(float(text[:-1]) / 100 - value) <= 0.005 + 1e-12
-        else:
-            places = len(text.partition(".")[2])
-            assert abs(float(text) - value) <= 0.5 * 10**-places + 1e-12, (title, text, value)
+    assert fields["left"] == "9m40s" and fields["trnd"] == "-.06" and fields["dead%"] == "25/12"
+    check_row(list(fields.values()), RECORD)
+    check_row(row(RECORD | {"groups/all_best": 0}).split(), RECORD | {"groups/all_best": 0})
+    check_row(row(RECORD | {"machine/verdict": "WATCH"}).split(), RECORD | {"machine/verdict": "WATCH"})
+    assert row(RECORD | {"groups/all_best": 0}).split()[5] == "38"  # alike, but neither best nor worst
 
 
 def test_every_row_is_within_80_columns_and_splits_into_its_fields():
@@ -53,16 +81,20 @@ def test_every_row_is_within_80_columns_and_splits_into_its_fields():
     values += [10 ** random.uniform(-8, 8) * random.choice((-1, 1)) for _ in range(200)]
     for value in values:
         record = {"step": 99999} | {k: value for k in RECORD if k not in ("kind", "step", "time")}
-        record |= {"groups/counted": 8, "groups/all_equal": 8, "truncated": 1.0}
+        record |= {"groups/counted": 8, "groups/all_equal": 8, "groups/all_best": 8, "groups/all_worst": 0}
+        record |= {"truncated": 1.0, "verdict": "WATCH"}
         line = row(record, "2d04h")
         assert len(line) <= 80, (value, line)
-        assert len(line.split()) == len(COLUMNS) + 1, line
+        assert len(line.split()) == len(COLUMNS) + 2, line
     assert len(titles()) <= 80
 
 
 @pytest.mark.parametrize(
     ("value", "width", "text"),
-    [(0.40625, 6, "0.406"), (0.40625, 4, "0.41"), (-0.00123, 6, "-0.001"), (1234.5, 5, "1234"), (0.0, 5, "0"),
+    [(0.40625, 6, "0.406"), (0.40625, 4, ".406"), (-0.40625, 4, "-.41"), (12345, 4, "12k"), (1234.5, 3, "1k"),
+     (1.25e6, 4, "1.2M"),
+     (0.05, 3, ".05"), (0.0012, 4, ".001"), (1e100, 4, "****"), (-0.00123, 6, "-.0012"),
+     (1234.5, 5, "1234"), (0.0, 5, "0"),
      (12, 5, "12"), (None, 4, "-"), (math.nan, 4, "-"), (-math.inf, 4, "-"), (1.2e-7, 6, "1.2e-7"),
      (4.56e12, 6, "4.6e12"), (-1e-9, 4, "0"), (99.96, 4, "100"), (8.25, 4, "8.25"), (1e-9, 4, "1e-9"),
      (0.0896, 6, "0.090"), (0.09998, 6, "0.100")],
@@ -89,12 +121,64 @@ def test_titles_return_every_20_rows():
     assert len(lines) == 45 + 3
 
 
+def test_the_seconds_by_phase_stand_below_every_tenth_row():
+    out = io.StringIO()
+    console = Console(45, stream=out)
+    phases = {"seconds/generate": 4.5, "seconds/reward": 0.25, "seconds/score": 1.0, "seconds/update": 2.0}
+    for step in range(1, 22):
+        console.step(RECORD | phases | {"step": step, "memory/peak": 3 * 2**30})
+    lines = out.getvalue().splitlines()
+    said = [(i, line) for i, line in enumerate(lines) if line.startswith("    seconds: ")]
+    assert [lines[i - 1].split()[0] for i, _ in said] == ["1", "11", "21"]
+    assert said[0][1].strip() == "seconds: generate 4.50, reward .250, score 1.00, update 2.00, memory 3.00 GiB"
+
+
+def test_a_reason_stands_below_the_row_once_and_again_when_it_is_worse_or_long_ago():
+    out = io.StringIO()
+    console = Console(200, stream=out)
+    bad = ALERT | {"level": "BAD", "advice": "stop \x1b[31m" + "and look " * 12}
+    for step in range(1, 101):
+        alerts = [ALERT] if 10 <= step < 30 else [bad] if step >= 30 else []
+        level = alerts[0]["level"] if alerts else "OK"
+        console.step(RECORD | {"step": step, "verdict": level, "alerts": alerts})
+    lines = out.getvalue().splitlines()
+    at = {line: lines[i - 1].split()[0] for i, line in enumerate(lines) if "!" in line}
+    said = [(lines[i - 1].split()[0], line[6:].split()[0]) for i, line in enumerate(lines) if line.startswith("    !")]
+    assert said == [("10", "WATCH"), ("30", "BAD"), ("80", "BAD")]
+    assert "    ! WATCH KL 9 nats a response, usually 1: lower the learning rate" in at
+    assert max(map(len, lines)) <= 80 and "\x1b" not in out.getvalue() and "\\x1b[31m" in out.getvalue()
+    machine = io.StringIO()
+    Console(9, stream=machine).step(RECORD | {"machine/verdict": "WATCH", "machine/alerts": [ALERT]})
+    assert "! WATCH KL 9" in machine.getvalue() and machine.getvalue().splitlines()[1].endswith(" WATCH")
+
+
+def test_facts_are_text_that_a_person_reads():
+    out = io.StringIO()
+    facts = {"versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "trainable_parameters": 134515008}
+    facts |= {
+        "estimated memory": int(5.25 * 2**30),
+        "compiled": True,
+        "devices": ["cpu", "cuda:0"],
+        "layout": "x " * 60,
+    }
+    Console(9, stream=out).header(facts)
+    lines = out.getvalue().splitlines()
+    assert lines[:5] == [
+        "versions              torch 2.13.0, transformers 5.23.0",
+        "trainable parameters  134,515,008",
+        "estimated memory      5.25 GiB",
+        "compiled              yes",
+        "devices               cpu, cuda:0",
+    ]
+    assert max(map(len, lines)) <= 80 and lines[6].startswith(" " * 22 + "x x")
+
+
 def test_time_left_counts_from_the_resumed_step(monkeypatch):
     clock = iter([100.0, 120.0])
     monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
     out = io.StringIO()
     Console(20, stream=out, first_step=10).step(RECORD | {"step": 12})
-    assert out.getvalue().split()[-1] == "1m20s"  # two steps in 20 s, eight to go
+    assert out.getvalue().split()[-2] == "1m20s"  # two steps in 20 s, eight to go
 
 
 def test_an_evaluation_shows_the_records_numbers_within_80_columns():
@@ -159,7 +243,7 @@ def test_piped_output_has_no_ansi_and_survives_an_ascii_stream_and_a_closed_read
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
     assert b"\x1b" not in out.stdout and rb"\u03c0" in out.stdout
     rows = [line.split() for line in out.stdout.decode().splitlines()]
-    assert [r[0] for r in rows if len(r) == len(COLUMNS) + 1] == ["step", "1", "2", "3"]
+    assert [r[0] for r in rows if len(r) == len(COLUMNS) + 2] == ["step", "1", "2", "3"]
     closed = io.StringIO()
     console = Console(3, stream=closed)
     closed.close()
@@ -180,13 +264,15 @@ def test_a_terminal_has_a_live_bar_and_the_same_rows(monkeypatch):
     out = Terminal()
     console = Console(20, stream=out)
     console.phase("generate [bold]")
-    console.step(RECORD)
+    console.step(RECORD | {"seconds/update": 2.0})
+    console.step(RECORD | {"verdict": "WATCH", "alerts": [ALERT]})
     console.event("[red]not markup[/red]")
     console.close({"report": "r.html"})
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "12/20" in text and "generate [bold]" in text
     assert "\x1b[" in out.getvalue()
-    assert row(RECORD).rsplit(maxsplit=1)[0].strip() in text
+    assert row(RECORD).rsplit(maxsplit=2)[0].strip() in text
+    assert "\x1b[1;33mWATCH" in out.getvalue() and "\x1b[2m" in out.getvalue()  # coloured verdict, dim phases
     assert "[red]not markup[/red]" in text
 
 

@@ -2,9 +2,11 @@
 
 import io
 import json
+import re
 
 import pytest
 import table_run
+from test_console import check_row, shown_as
 
 from gvpo_core.training.config_file import read_config
 from gvpo_core.training.console import COLUMNS, Console
@@ -38,22 +40,17 @@ def test_every_key_of_a_run_is_documented(run):
 def test_every_number_on_the_console_is_one_of_metrics_jsonl(run):
     _, records, text = run
     trained = {r["step"]: r for r in records if r["kind"] == "train"}
-    titles = [c.title for c in COLUMNS] + ["left"]
+    titles = [c.title for c in COLUMNS] + ["left", "state"]
     rows = [line.split() for line in text.splitlines() if len(line.split()) == len(titles)]
     rows = [row for row in rows if row[0].isdigit()]
     assert [int(row[0]) for row in rows] == sorted(trained) == list(range(1, 13))
     for cells in rows:
-        record = trained[int(cells[0])]
-        record["groups/all_equal by groups/counted"] = record["groups/all_equal"] / record["groups/counted"]
-        for column, shown in zip(COLUMNS, cells[:-1], strict=True):
-            if shown == "-":
-                assert record.get(column.meaning) is None, (column.title, record["step"])
-            elif shown.endswith("%"):
-                assert abs(float(shown[:-1]) / 100 - record[column.meaning]) <= 0.005 + 1e-12
-            else:
-                digits, _, power = shown.partition("e")
-                places = len(digits.partition(".")[2]) - int(power or 0)
-                assert abs(float(shown) - record[column.meaning]) <= 0.5 * 10**-places * (1 + 1e-9), column.title
+        check_row(cells, trained[int(cells[0])])
+    phases = re.findall(r"^    seconds: (.*), memory", text, re.MULTILINE)
+    for step, line in zip((1, 11), phases, strict=True):
+        for phase, shown in re.findall(r"(\w+) ([^\s,]+)", line):
+            value, error = shown_as(shown)
+            assert abs(value - trained[step][f"seconds/{phase}"]) <= error * (1 + 1e-9)
 
 
 def test_the_report_is_there_with_every_step(run):

@@ -1,16 +1,21 @@
 """What a person sees while a run goes on: a header, one row a step within 80 columns, evaluations, samples, the end.
 
 On a terminal a live bar stands below the rows (rich); anywhere else the output is plain lines without ANSI, in which a
-row's fields are split by spaces and a missing number is "-". Every number is one of metrics.jsonl, rounded.
+row's fields are split by spaces and a missing number is "-". Every number is one of metrics.jsonl, rounded. A row ends
+with its verdict; why it is not OK, and what to do, stands below the row once, not at every step.
 """
 
 import contextlib
 import math
 import re
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
+
+from gvpo_core.training.alerts import BAD, LEVELS, OK, WATCH
+from gvpo_core.training.metrics import PHASES
 
 WIDTH = 80
 Record = Mapping[str, Any]
@@ -21,37 +26,62 @@ class Column(NamedTuple):
 
     title: str
     width: int
-    value: Callable[[Record], float | None]
-    meaning: str
-    percent: bool = False
+    text: Callable[[Record, int], str]  # of a record, in at most `width` characters
+    meaning: str  # the key of metrics.jsonl, or how it is made of keys
 
 
-def _key(name: str) -> Callable[[Record], float | None]:
-    return lambda record: record.get(name)
+def _number(title: str, width: int, key: str) -> Column:
+    return Column(title, width, lambda record, width: fit(record.get(key), width), key)
 
 
-def _dead(record: Record) -> float | None:
-    counted = record.get("groups/counted")
-    return record.get("groups/all_equal", 0) / counted if counted else None
+def _signed(record: Record, width: int) -> str:
+    value = record.get("reward/trend")
+    if value is None:
+        return "-"
+    text = fit(abs(value), width - 1)
+    return text if text in ("-", "0") else f"{'-' if value < 0 else '+'}{text}"
+
+
+def _dead(record: Record, width: int) -> str:
+    counted, dead = record.get("groups/counted"), record.get("groups/all_equal", 0)
+    best, worst = record.get("groups/all_best", 0), record.get("groups/all_worst", 0)
+    if not counted:
+        return "-"
+    if best + worst < dead:  # alike in between, or nothing to tell best from worst by
+        return f"{100 * dead / counted:.0f}"
+    return f"{100 * best / counted:.0f}/{100 * worst / counted:.0f}"
+
+
+def _cut(record: Record, width: int) -> str:
+    return _percent(record.get("truncated")).rstrip("%")
 
 
 COLUMNS = (
-    Column("step", 5, _key("step"), "step"),
-    Column("reward", 6, _key("reward/mean"), "reward/mean"),
-    Column("+-", 4, _key("reward/half_width"), "reward/half_width"),
-    Column("sprd", 4, _key("reward/spread"), "reward/spread"),
-    Column("dead", 4, _dead, "groups/all_equal by groups/counted", percent=True),
-    Column("cut", 4, _key("truncated"), "truncated", percent=True),
-    Column("len", 4, _key("length/mean"), "length/mean"),
-    Column("kl", 6, _key("kl"), "kl"),
-    Column("entr", 4, _key("entropy"), "entropy"),
-    Column("grad", 5, _key("gradient_norm"), "gradient_norm"),
-    Column("regret", 6, _key("regret/second_order"), "regret/second_order"),
-    Column("sec", 4, _key("seconds/step"), "seconds/step"),
-    Column("tok/s", 5, _key("tokens_per_second"), "tokens_per_second"),
+    _number("step", 5, "step"),
+    _number("rewrd", 5, "reward/mean"),
+    Column("trnd", 4, _signed, "reward/trend"),
+    _number("+-", 3, "reward/half_width"),
+    _number("spr", 3, "reward/spread"),
+    Column("dead%", 5, _dead, "groups/all_best / groups/all_worst by groups/counted"),
+    Column("cut", 3, _cut, "truncated"),
+    _number("len", 4, "length/mean"),
+    _number("kl", 4, "kl"),
+    _number("entr", 4, "entropy"),
+    _number("grad", 4, "gradient_norm"),
+    _number("regr", 4, "regret/second_order"),
+    _number("sec", 3, "seconds/step"),
+    _number("tk/s", 4, "tokens_per_second"),
+)
+LEGEND = (
+    "trnd: reward against the 10 steps before; +-: half of its 95 % interval",
+    "spr: spread inside groups; dead%: groups all right/all wrong (one number: alike",
+    "otherwise); cut: % at the token limit; regr: reward still to be gained",
 )
 _LEFT = 5  # columns of the time left, after the last field
 _TITLES_EVERY = 20
+_PHASES_EVERY = 10
+_ALERTS = ("alerts", "machine/alerts")
+_REMIND = 50  # steps after which a reason that still holds is said again
 
 
 class Console:
@@ -66,6 +96,8 @@ class Console:
         """
         self._steps, self._stream = steps, stream or sys.stdout
         self._rows = 0
+        self._since_phases = 0
+        self._said: dict[str, tuple[str, int]] = {}  # alert -> its level and step when last said
         self._first, self._started = first_step, time.monotonic()
         self._bar: Any = None
         self._task: Any = None
@@ -75,7 +107,10 @@ class Console:
         """The run's facts, one a line: name, value."""
         width = max((len(name) for name in facts), default=0)
         for name, value in facts.items():
-            self._print(f"{name:<{width}}  {_text(value)}")
+            self._fact(name, value, width)
+        self._print("")
+        for line in LEGEND:
+            self._print(line, style="dim")
         self._print("")
 
     def phase(self, name: str) -> None:
@@ -84,11 +119,17 @@ class Console:
             self._bar.update(self._task, phase=name)
 
     def step(self, record: Record) -> None:
-        """One row: the numbers of a train record of metrics.jsonl."""
+        """One row: the numbers of a train record. Below it, where due: what is wrong, and the seconds by phase."""
         if self._rows % _TITLES_EVERY == 0:
-            self._print(titles())
+            self._print(titles(), style="bold")
         self._rows += 1
-        self._print(row(record, self._left(int(record["step"]))))
+        line = row(record, self._left(int(record["step"])))
+        said = verdict(record)
+        self._print(line, mark=(len(line) - len(said), {WATCH: "bold yellow", BAD: "bold red"}.get(said, "")))
+        self._reasons(record)
+        if self._since_phases == 0 and (phases := phase_line(record)):
+            self._print(phases, style="dim")
+        self._since_phases = (self._since_phases + 1) % _PHASES_EVERY
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
 
@@ -146,7 +187,28 @@ class Console:
             self._print("")
             width = max(len(name) for name in facts)
             for name, value in facts.items():
-                self._print(f"{name:<{width}}  {_text(value)}")
+                self._fact(name, value, width)
+
+    def _fact(self, name: str, value: Any, width: int) -> None:
+        text = f"{printable(name).replace('_', ' '):<{width}}  {_text(value, name)}"
+        # Whole words, and whole paths, however long.
+        lines = textwrap.wrap(
+            text, WIDTH, subsequent_indent=" " * (width + 2), break_long_words=False, break_on_hyphens=False
+        )
+        for line in lines:
+            self._print(line)
+
+    def _reasons(self, record: Record) -> None:
+        """What is wrong and what to do, where it is new, worse than before, or was said long ago."""
+        step, now = int(record["step"]), {a["key"]: a for key in _ALERTS for a in record.get(key, ())}
+        self._said = {key: said for key, said in self._said.items() if key in now or step - said[1] < _REMIND}
+        for key, alert in now.items():
+            level, since = self._said.get(key, (OK, step - _REMIND))
+            if LEVELS.index(alert["level"]) > LEVELS.index(level) or step - since >= _REMIND:
+                self._said[key] = (alert["level"], step)
+                text = printable(f"{alert['level']} {alert['seen']}: {alert['advice']}")
+                for line in textwrap.wrap(text, WIDTH, initial_indent="    ! ", subsequent_indent="      "):
+                    self._print(line, style="yellow" if alert["level"] == WATCH else "red")
 
     def _left(self, step: int) -> str:
         done = step - self._first
@@ -164,13 +226,18 @@ class Console:
         if len(shown) > 8:
             self._print(f"  | ... {len(shown) - 8} more lines")
 
-    def _print(self, line: str) -> None:
+    def _print(self, line: str, *, style: str = "", mark: tuple[int, str] = (0, "")) -> None:
+        """Prints a line; on a terminal in a style, and from a place on in another."""
         line = line.rstrip()
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = line.encode(encoding, "backslashreplace").decode(encoding)
         with contextlib.suppress(BrokenPipeError, ValueError):  # the reader went away, or closed the stream
             if self._live is not None:
-                self._live.console.print(line, markup=False, highlight=False, soft_wrap=True, emoji=False)
+                from rich.text import Text
+
+                text = Text(line, style=style, end="")
+                text.stylize(mark[1], mark[0])
+                self._live.console.print(text, highlight=False, soft_wrap=True)
             else:
                 self._stream.write(line + "\n")
                 self._stream.flush()
@@ -196,23 +263,35 @@ class Console:
 
 def titles() -> str:
     """The line above the rows."""
-    return " ".join(f"{c.title:>{c.width}}" for c in COLUMNS) + f" {'left':>{_LEFT}}"
+    return " ".join(f"{c.title:>{c.width}}" for c in COLUMNS) + f" {'left':>{_LEFT}} state"
 
 
 def row(record: Record, left: str = "-") -> str:
     """One step as a line of fixed width."""
-    cells = []
-    for column in COLUMNS:
-        value = column.value(record)
-        cells.append(f"{_percent(value) if column.percent else fit(value, column.width):>{column.width}}")
-    return " ".join(cells) + f" {left:>{_LEFT}}"
+    cells = [f"{column.text(record, column.width):>{column.width}}" for column in COLUMNS]
+    return f"{' '.join(cells)} {left:>{_LEFT}} {verdict(record)}"
+
+
+def verdict(record: Record) -> str:
+    """The worse of the record's two verdicts, on the training and on the machine; "-" without one."""
+    found = [record[key] for key in ("verdict", "machine/verdict") if key in record]
+    return max(found, key=LEVELS.index, default="-")
+
+
+def phase_line(record: Record) -> str:
+    """The seconds of a step by phase and its peak memory, as a line; empty where a record has none."""
+    parts = [f"{p} {fit(record[key], 4)}" for p in (*PHASES, "other") if (key := f"seconds/{p}") in record]
+    if record.get("memory/peak"):
+        parts.append(f"memory {_bytes(record['memory/peak'])}")
+    return f"    seconds: {', '.join(parts)}" if parts else ""
 
 
 def fit(value: float | None, width: int) -> str:
     """A number in at most `width` characters; "-" for none.
 
     Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
-    Integers stand in full where they fit. Too small for any form: 0.
+    Integers stand in full where they fit; where only that makes it fit, .5 stands for 0.5, and 12k for 12345. Too small
+    for any form: 0; too large: asterisks.
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -225,13 +304,19 @@ def fit(value: float | None, width: int) -> str:
         if abs(value) >= 0.01:
             places = min(places, 3)
         text = f"{value:.{places}f}"
-        if len(text) <= width:
-            return text
+        for form in (text, text.replace("0.", ".", 1)) if abs(value) < 1 else (text,):
+            if len(form) <= width:
+                return form
+    for unit, name in ((1e3, "k"), (1e6, "M")):
+        for places in (1, 0):
+            text = f"{value / unit:.{places}f}{name}"
+            if len(text) <= width and abs(value) >= unit:
+                return text
     for digits in (2, 1, 0):
         text = re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].strip("+") + m[2], f"{value:.{digits}e}")
         if len(text) <= width:
             return text
-    return "0" if abs(value) < 1 else text
+    return "0" if abs(value) < 1 else "*" * width
 
 
 def duration(seconds: float) -> str:
@@ -270,10 +355,26 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or not math.isfinite(value) else f"{100 * value:.0f}%"
 
 
-def _text(value: Any) -> str:
+def _text(value: Any, name: str = "") -> str:
+    """A fact as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int | float) and "memory" in name:
+        return _bytes(value)
     if isinstance(value, float):
         return fit(value, 8)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{printable(str(key))} {_text(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(_text(item) for item in value)
     return printable(str(value))
+
+
+def _bytes(count: float) -> str:
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{fit(count / unit, 5)} {name}"
 
 
 def _wrap(parts: Sequence[str]) -> list[str]:
