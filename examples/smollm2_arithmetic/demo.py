@@ -1,6 +1,6 @@
 """The demo from end to end: makes the model and the problems, trains, and says what came of it.
 
-    python examples/smollm2_arithmetic/demo.py [--steps N]
+    python examples/smollm2_arithmetic/demo.py [--steps N] [--held-out N]
 
 A demo that was stopped goes on where it was; a finished one makes way for a new one.
 """
@@ -28,10 +28,11 @@ def main() -> int:
     steps = read_config(CONFIG).run.steps
     parser = argparse.ArgumentParser(description="GVPO teaches SmolLM2-135M-Instruct sums.")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps; default {steps}")
+    parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default all")
     options = parser.parse_args()
-    if options.steps < 1:
-        parser.error(f"--steps {options.steps}; expected at least 1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if options.steps < 1 or options.held_out < 0:
+        parser.error(f"--steps {options.steps} --held-out {options.held_out}; expected at least 1 and at least 0")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries while the model loads; the run has its own
     start = time.monotonic()
     run = Path("runs/demo" if options.steps == steps else f"runs/demo-{options.steps}-steps")
     if len(evaluations(run)) >= 2:
@@ -40,6 +41,7 @@ def main() -> int:
     prepare()
     print()
     arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.steps", str(options.steps)]
+    arguments += ["--evaluation.prompts", str(options.held_out)]
     if status := cli.main(arguments):
         return status
     print(f"reward curve  {reward_curve_png(run, run / 'reward.png')}\n")
