@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
+from gvpo_torch.model import without_bars
 from gvpo_torch.update import whole
 
 SHARD_BYTES = 2**30
@@ -157,7 +158,8 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
     for twin, original in (base.all_tied_weights_keys or {}).items():
         if original in tensors:
             tensors[twin] = tensors[original]
-    base.save_pretrained(directory, state_dict=tensors)
+    with without_bars(directory):
+        base.save_pretrained(directory, state_dict=tensors)
     tokenizer.save_pretrained(directory)
     path = Path(directory) / "config.json"
     config = json.loads(path.read_text())

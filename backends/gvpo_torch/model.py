@@ -176,6 +176,21 @@ def _source(config: ModelConfig) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
+def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Without transformers' progress bars for a local folder, which takes seconds; downloads keep theirs."""
+    from transformers.utils import logging as bars
+
+    hide = os.path.isdir(path) and bars.is_progress_bar_enabled()
+    if hide:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            bars.enable_progress_bar()
+
+
+@contextlib.contextmanager
 def _explained(what: str, config: ModelConfig) -> Iterator[None]:
     try:
         yield
@@ -207,7 +222,7 @@ def _pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
     source = _source(config)
     options = {**source, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with _explained("the model", config):
+    with _explained("the model", config), without_bars(source["pretrained_model_name_or_path"]):
         try:
             lm, info = AutoModelForCausalLM.from_pretrained(**options, attn_implementation="sdpa")
         except ValueError as error:
