@@ -8,15 +8,18 @@ import re
 import shutil
 import subprocess
 import time
+from datetime import UTC, datetime
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
 from simulated_run import write_run
 
+from gvpo_core.training.alerts import Alerts
 from gvpo_core.training.metrics import encode_record
 from gvpo_core.training.report import write_report
 from gvpo_core.training.report.charts import LIMIT, Chart, Line, downsample, figure, label, moving_mean
+from gvpo_core.training.report.history import episodes, verdict
 from gvpo_core.training.report.page import page
 from gvpo_core.training.report.read import Run, Series, read_run
 from gvpo_core.training.report.reading import held_out_change, plus_minus, read_out, signs_tell
@@ -82,6 +85,7 @@ def test_the_page_is_well_formed_and_fetches_nothing(run, hostile):
         tags = {t for t, _ in parsed.tags}
         assert not tags & {"img", "link", "iframe", "object", "embed", "form", "a", "base", "use", "image"}
         assert [t for t, _ in parsed.tags].count("script") == 1
+        assert "browse" in [a.get("id") for _, a in parsed.tags]
     style = re.search("<style>(.*?)</style>", page(read_run(run)), re.DOTALL)[1]
     assert "url(" not in style and "@import" not in style
 
@@ -228,7 +232,7 @@ def test_examples_are_those_of_the_run_in_the_datas_order(run):
             rewards = [r["reward"] for r in group if r["reward"] is not None]
             assert rewards == sorted(rewards, reverse=True) and len({r["prompt"] for r in group}) == 1
     text = page(data)
-    body = text.split("<tbody>")[1].split("</tbody>")[0]
+    body = text.split("before and after")[1].split("<tbody>")[1].split("</tbody>")[0]
     prompts = re.findall(r"What is \d \+ \d\?", body)
     assert prompts == [r["prompt"] for r in data.held_out[0][:12]]
 
@@ -238,6 +242,88 @@ def test_every_chart_has_a_title_a_unit_and_a_reading(run):
     assert len(charts) >= 13 and all(c.title and c.reading for c in charts)
     drawn = {s.name for c in charts for s in c.drawn}
     assert {"training", "held-out", "implicit variance", "second order", "whole series", "kl", "all wrong"} <= drawn
+
+
+def judged(folder):
+    """The folder's records with the verdicts that the loop writes."""
+    alerts, lines = Alerts(), []
+    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        lines.append(encode_record(record | alerts.annotate(record)) if record["kind"] == "train" else line + "\n")
+    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A run that falls apart near its end."""
+    folder = tmp_path_factory.mktemp("runs") / "broken"
+    write_run(folder, steps=160, prompts=4, seed=1)
+    return folder
+
+
+def test_the_verdict_and_dated_alerts_stand_at_the_top(run, broken, tmp_path):
+    known = read_run(broken)
+    anew = episodes(known)
+    judged(broken)
+    written = episodes(read_run(broken))
+    assert written == anew and verdict(written) == "BAD" and all(e.first <= e.last for e in written)
+    text = write_report(broken).read_text(encoding="utf-8")
+    top = "".join(Strict(text.split('<section class="card words">')[0] + "</main></body></html>").text)
+    for episode in written:
+        assert episode.seen in top and episode.advice in top and f"step{'s' * (episode.last > episode.first)} " in top
+        assert f"{datetime.fromtimestamp(episode.begun, UTC):%d %b %Y, %H:%M} UTC" in top
+        records = [r for r in known.train if r["step"] == episode.first]
+        assert episode.begun == records[0]["time"]
+    calm = run_of(reward__mean=[0.5] * 30)
+    calm.folder = tmp_path
+    assert '<b class="level OK">OK</b> no alert in 30 steps' in page(calm)
+
+
+def test_an_episode_ends_after_a_gap_and_keeps_its_worst():
+    def alert(level, seen):
+        return {"key": "kl", "level": level, "seen": seen, "advice": "a"}
+
+    alerts = [[]] * 2 + [[alert("WATCH", "one")], [], [alert("BAD", "two")], [alert("WATCH", "three")]] + [[]] * 8
+    alerts += [[alert("WATCH", "later")], [{"key": "kl"}, 3]]
+    found = episodes(run_of(verdict=["OK"] * 16, alerts=alerts))
+    assert [(e.level, e.first, e.last, e.seen, e.open) for e in found] == [
+        ("BAD", 3, 6, "two", False), ("WATCH", 15, 15, "later", False),
+    ]  # fmt: skip
+    assert verdict(found) == "OK"
+
+
+def test_seeds_versions_and_resumes_are_said(run):
+    text = "".join(Strict(page(read_run(run))).text)
+    assert "Resumed after step" in text and "gvpo 0.1.0, Python 3.11" in text
+    data = read_run(run)
+    data.config["run"]["seed"] = 7
+    assert "Seed7; a sample" in "".join(Strict(page(data)).text)
+
+
+def rows_of(text):
+    return json.loads(html.unescape(re.search("data-rows='([^']*)'", text)[1]))
+
+
+def test_the_browser_has_the_responses_of_the_run(run, broken, hostile):
+    steps = rows_of(page(read_run(run)))
+    assert len(steps) >= 60 and steps[0]["step"] == 1 and steps[-1]["step"] == 160
+    written = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    for step in steps[:: len(steps) - 1]:
+        mine = [r for r in written if r["kind"] == "train" and r["step"] == step["step"]]
+        assert step["of"] == len(step["groups"]) == 8
+        for group in step["groups"]:
+            own = [r for r in mine if str(r["group"]) == group["group"]]
+            assert group["prompt"] == own[0]["prompt"] and group["of"] == len(own)
+            shown = [(r, n, f, t) for r, n, f, t, _ in group["rows"]]
+            assert sorted(map(str, shown)) == sorted(
+                str((r["reward"], r["tokens"], r["finished"], r["response"])) for r in own
+            )
+            rewards = [r for r, *_ in shown if r is not None]
+            assert rewards == sorted(rewards, reverse=True)
+    judged(broken)
+    browsed = {step["step"] for step in rows_of(page(read_run(broken)))}
+    assert {e.first for e in episodes(read_run(broken))} <= browsed  # where something happened
+    assert r"\x1b[31m" in rows_of(page(read_run(hostile)))[0]["groups"][0]["rows"][0][3]
 
 
 def test_downsampling_keeps_ends_and_spikes():
@@ -270,13 +356,20 @@ def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
     folder.mkdir()
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     train = [r for r in records if r["kind"] == "train"]
-    with (folder / "metrics.jsonl").open("w") as file:
+    alerts = Alerts()
+    with (folder / "metrics.jsonl").open("w") as file, (folder / "completions.jsonl").open("w") as rows:
         for step in range(1, 10_001):
-            file.write(encode_record(train[step % len(train)] | {"step": step}))
+            record = train[step % len(train)] | {"step": step}
+            file.write(encode_record(record | alerts.annotate(record)))
+            for i in range(16):
+                row = {"kind": "train", "step": step, "prompt": "p" * 300, "group": i // 8, "response": "r" * 900}
+                row |= {"reward": float(i % 2), "rewards": {"right": float(i % 2)}, "tokens": 200, "finished": True}
+                rows.write(json.dumps(row) + "\n")
     start = time.process_time()
     text = page(read_run(folder))
     assert time.process_time() - start < 10
-    assert len(text) < 2_000_000
+    assert len(text) < 3_500_000
+    assert len(rows_of(text)) >= 60
     for points in re.findall(r'data-series="([^"]*)"', text):
         assert all(len(s["x"]) <= LIMIT for s in json.loads(html.unescape(points)))
 
@@ -294,6 +387,14 @@ def test_reward_curve(run, tmp_path):
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; the page is parsed strictly instead")
+
+
+def driven(text, driver):
+    """The page with a script of the test's own, which its policy then allows."""
+    digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
+    return text.replace("script-src '", f"script-src 'sha256-{digest}' '").replace(
+        "</body>", f"<script>{driver}</script></body>"
+    )
 
 
 def browse(path, profile):
@@ -318,10 +419,7 @@ def test_the_pointer_shows_the_values_under_it(run, tmp_path):
 const svg = document.querySelector("svg[data-series]"), box = svg.getBoundingClientRect();
 svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 2, clientY: box.top + 9, bubbles: true}));
 """
-    digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
-    text = text.replace("script-src '", f"script-src 'sha256-{digest}' '")
-    text = text.replace("</body>", f"<script>{driver}</script></body>")
-    (tmp_path / "page.html").write_text(text, encoding="utf-8")
+    (tmp_path / "page.html").write_text(driven(text, driver), encoding="utf-8")
     dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
     assert console == []
     tip = re.sub("<[^>]+>", "", re.search(r'<div id="tip".*?</div>', dom, re.DOTALL)[0])
@@ -332,3 +430,31 @@ svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 2, clien
     assert {k: float(v) for k, v in shown.items()} == pytest.approx(
         {"training": training, "held-out": held_out}, rel=1e-3
     )
+
+
+@needs_chromium
+def test_responses_are_filtered_by_step_group_and_rank(hostile, tmp_path):
+    text = write_report(hostile).read_text(encoding="utf-8")
+    driver = """
+const set = (id, value) => {
+  const select = document.getElementById(id);
+  select.value = value;
+  select.dispatchEvent(new Event("change"));
+};
+set("at-step", "4"); set("at-group", "2"); set("which", "all");
+const all = document.querySelectorAll("#responses .answers > div").length;
+set("which", "best");
+document.getElementById("later").click();
+document.body.dataset.said = [all, document.getElementById("at-step").selectedIndex].join(" ");
+"""
+    (tmp_path / "page.html").write_text(driven(text, driver), encoding="utf-8")
+    dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
+    assert console == [] and "<title>hostile: GVPO run</title>" in dom  # no foreign script ran
+    assert 'data-said="8 5"' in dom
+    written = [json.loads(line) for line in (hostile / "completions.jsonl").read_text().splitlines()]
+    own = [r for r in written if (r["kind"], r["step"], r["group"]) == ("train", 6, 2)]
+    best = max(own, key=lambda r: r["reward"] if r["reward"] is not None else -1)
+    place = dom.split('<div id="responses">')[1].split('<div id="rows"')[0]
+    assert place.count('<p class="score"><b>') == 1 and f"<b>{best['reward']:g}</b>" in place
+    shown = html.unescape(re.search('<p class="text">(.*?)</p></div>', place, re.DOTALL)[1])
+    assert HOSTILE[:-8].replace("\x1b", r"\x1b") in shown and r"\u202e\x00" in shown

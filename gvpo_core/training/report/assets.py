@@ -75,6 +75,27 @@ svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; pointer-
 }
 #tip i { display: inline-block; width: 8px; height: 8px; border-radius: 50%; margin-right: 6px; }
 .scroll { overflow-x: auto; }
+.level { display: inline-block; padding: 1px 9px; border-radius: 5px; font-size: 13px; letter-spacing: 0.02em; }
+.level.OK { color: var(--good); background: color-mix(in srgb, var(--good) 13%, transparent); }
+.level.WATCH { color: var(--warn); background: color-mix(in srgb, var(--warn) 15%, transparent); }
+.level.BAD { color: var(--bad); background: color-mix(in srgb, var(--bad) 14%, transparent); }
+.verdict { margin-bottom: 14px; } .verdict > p { margin: 0; font-size: 16px; }
+.verdict > p .level { font-size: 18px; font-weight: 700; margin-right: 8px; }
+.verdict .scroll { margin-top: 10px; }
+.alerts th:nth-child(1) { width: 110px; } .alerts th:nth-child(2) { width: 190px; }
+.facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 18px; margin: 0 0 10px; }
+.facts dt { color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; }
+.controls { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; margin: 0 0 12px; font-size: 13.5px; }
+.controls select, .controls button {
+  font: inherit; color: inherit; background: var(--card); border: 1px solid var(--line); border-radius: 6px;
+  padding: 3px 8px;
+}
+.controls button:disabled { opacity: 0.45; }
+main > .small { margin-top: 14px; }
+#responses .card { margin-bottom: 10px; padding: 12px 16px; }
+#responses .prompt { border-left: 3px solid var(--line); padding-left: 10px; margin-bottom: 10px; }
+#responses .answers { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 10px 20px; }
+@media (max-width: 760px) { #responses .answers { grid-template-columns: minmax(0, 1fr); } }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; font-size: 13.5px; }
 th { text-align: left; font-weight: 600; color: var(--soft); padding: 6px 10px; border-bottom: 1px solid var(--line); }
 td { vertical-align: top; padding: 9px 10px; border-bottom: 1px solid var(--line); }
@@ -134,5 +155,71 @@ for (const svg of document.querySelectorAll("svg[data-series]")) {
     tip.style.left = (left + 14 + tip.offsetWidth > innerWidth ? left - 14 - tip.offsetWidth : left + 14) + "px";
     tip.style.top = Math.min(event.clientY + 14, innerHeight - tip.offsetHeight - 8) + "px";
   });
+}
+
+const store = document.getElementById("rows");
+if (store) {
+  const steps = JSON.parse(store.dataset.rows), by = (id) => document.getElementById(id);
+  const atStep = by("at-step"), atGroup = by("at-group"), which = by("which");
+  const earlier = by("earlier"), later = by("later");
+  const add = (parent, tag, name, text) => {
+    const node = document.createElement(tag);
+    if (name) node.className = name;
+    if (text !== undefined) node.textContent = text;
+    parent.append(node);
+    return node;
+  };
+  const option = (select, value, text) => { add(select, "option", "", text).value = value; };
+  steps.forEach((s, i) => option(atStep, i, s.step));
+  const chosen = (rows) => {
+    const scored = rows.filter((r) => r[0] !== null);
+    const ends = scored.length ? [scored[0], scored[scored.length - 1]] : [];
+    return {
+      all: rows, best: ends.slice(0, 1), worst: ends.slice(1), ends: scored.length > 1 ? ends : ends.slice(1),
+      cut: rows.filter((r) => !r[2]), unscored: rows.filter((r) => r[0] === null),
+    }[which.value];
+  };
+  const draw = () => {
+    const step = steps[atStep.value], place = by("responses");
+    place.replaceChildren();
+    let count = 0;
+    for (const group of step.groups) {
+      if (atGroup.value !== "" && atGroup.value !== group.group) continue;
+      const rows = chosen(group.rows);
+      if (!rows.length && atGroup.value === "") continue;
+      const card = add(place, "div", "card");
+      add(card, "p", "score", "group " + group.group + " \\u00b7 " + group.of + " responses");
+      add(card, "div", "prompt text", group.prompt);
+      const answers = add(card, "div", "answers");
+      for (const [reward, tokens, finished, text, parts] of rows) {
+        const cell = add(answers, "div"), score = add(cell, "p", "score");
+        add(score, "b", "", reward === null ? "no score" : String(reward));
+        const facts = [parts, tokens === null ? "" : tokens + " tokens", finished ? "" : "cut"].filter((f) => f);
+        add(score, "span", "", " " + facts.join(" \\u00b7 "));
+        add(cell, "p", "text", text);
+        count += 1;
+      }
+    }
+    const left = step.of - step.groups.length;
+    by("shown").textContent = count + " shown" + (left ? ", " + left + " more groups in completions.jsonl" : "");
+    earlier.disabled = atStep.selectedIndex === 0;
+    later.disabled = atStep.selectedIndex === steps.length - 1;
+  };
+  const groups = () => {
+    const kept = atGroup.value;
+    atGroup.replaceChildren();
+    option(atGroup, "", "all");
+    for (const g of steps[atStep.value].groups) option(atGroup, g.group, g.group);
+    atGroup.value = [...atGroup.options].some((o) => o.value === kept) ? kept : "";
+    draw();
+  };
+  const move = (places) => { atStep.selectedIndex += places; groups(); };
+  atStep.addEventListener("change", groups);
+  atGroup.addEventListener("change", draw);
+  which.addEventListener("change", draw);
+  earlier.addEventListener("click", () => move(-1));
+  later.addEventListener("click", () => move(1));
+  atStep.selectedIndex = steps.length - 1;
+  groups();
 }
 """

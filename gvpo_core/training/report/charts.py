@@ -107,7 +107,8 @@ def svg(chart: Chart) -> str:
     for step in chart.marks:
         if x_low <= step <= x_high:
             x = float(px(np.asarray(step)))
-            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y1}"/>')
+            said = f"<title>resumed after step {int(step)}</title>"
+            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y1}">{said}</line>')
     if stacked is not None:
         steps, values, tops = stacked
         kept = downsample(values)

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -12,18 +12,22 @@ import numpy as np
 
 from gvpo_core.training.console import printable
 from gvpo_core.training.report.assets import SCRIPT, STYLE
+from gvpo_core.training.report.browser import browser
 from gvpo_core.training.report.charts import Chart, figure
+from gvpo_core.training.report.history import Episode, episodes, verdict
 from gvpo_core.training.report.read import Run, number
 from gvpo_core.training.report.reading import paired_differences, prompt_rewards, read_out
 from gvpo_core.training.report.sections import sections
 
 _PROMPTS = 12  # held-out prompts shown before and after
+_RESUMED = '<p class="small">A dashed line in a chart: the run was resumed there.</p>'
+_EPISODES = 30  # alerts shown
 _CUT = 1500  # characters of a text shown
 
 
 def page(run: Run) -> str:
     """The report of a run as one HTML document that fetches nothing."""
-    reading = read_out(run)
+    reading, found = read_out(run), episodes(run)
     cards = "".join(
         f'<div class="card"><span class="label">{_esc(name)}</span><b>{_esc(value)}</b>'
         f'<span class="small">{_esc(small)}</span></div>'
@@ -32,15 +36,19 @@ def page(run: Run) -> str:
     body = [
         f"<h1>{_esc(run.folder.resolve().name)}</h1>",
         f'<p class="when">{_esc(_when(run))}</p>',
+        _alerts(run, found),
         f'<section class="card words">{"".join(f"<p>{_esc(s)}</p>" for s in reading.sentences)}'
         '<p class="small">± is half of a 95 % interval.</p></section>',
         f'<div class="figures">{cards}</div>' if cards else "",
         _list("warnings", reading.warnings),
         _list("notes", reading.notes),
+        _RESUMED if any(e.get("event") == "resume" for e in run.events) else "",
         *(_section(title, charts) for title, charts in sections(run)),
         _before_after(run),
-        _training_groups(run),
+        browser(run),
+        f"<noscript>{_training_groups(run)}</noscript>" if run.samples else "",
         "<h2>Settings and environment</h2>",
+        _facts(run),
         _fold("config.toml", _verbatim(run.config_text)) if run.config_text else "",
         _fold("Environment", _verbatim(json.dumps(run.environment, indent=1))) if run.environment else "",
     ]
@@ -53,6 +61,56 @@ def page(run: Run) -> str:
         f'<body><main>{"".join(part for part in body if part)}</main><div id="tip"></div>'
         f"<script>{SCRIPT}</script></body></html>\n"
     )
+
+
+def _alerts(run: Run, found: Sequence[Episode]) -> str:
+    """The verdict, and every alert with its date."""
+    if not run.train:
+        return ""
+    level, held = verdict(found), sum(e.open for e in found)
+    count = len(run.train)
+    if not found:
+        said = f"no alert in {count:,} step{'s' * (count != 1)}"
+    else:
+        holding = f"{held or 'none'} hold{'s' * (held == 1)} at the last"
+        said = f"{len(found)} alert{'s' * (len(found) != 1)} in {count:,} steps; {holding}"
+    rows = []
+    for e in found[:_EPISODES]:
+        date = f"{datetime.fromtimestamp(e.begun, UTC):%d %b %Y, %H:%M} UTC" if e.begun == e.begun else ""
+        steps = f"step {e.first}" if e.first == e.last else f"steps {e.first} to {e.last}"
+        rows.append(
+            f'<tr><td><b class="level {e.level}">{e.level}</b>{" still" if e.open else ""}</td>'
+            f'<td>{steps}<br><span class="small">{date}</span></td>'
+            f"<td>{_esc(e.seen)}</td><td>{_esc(e.advice)}</td></tr>"
+        )
+    more = f'<p class="small">{len(found) - _EPISODES} more in metrics.jsonl.</p>' if len(found) > _EPISODES else ""
+    head = "<thead><tr><th></th><th>When</th><th>What</th><th>What to do</th></tr></thead>"
+    table = f'<div class="scroll"><table class="alerts">{head}<tbody>{"".join(rows)}</tbody></table></div>{more}'
+    return (
+        f'<section class="card verdict"><p><b class="level {level}">{level}</b> {said}</p>{table if rows else ""}'
+        "</section>"
+    )
+
+
+def _facts(run: Run) -> str:
+    """Seed, versions, command and resumes: what it takes to run it again."""
+    seed, environment = run.setting("run", "seed"), run.environment
+    policy = environment.get("policy")
+    libraries = policy.get("versions") if isinstance(policy, dict) else None
+    versions = {"gvpo": environment.get("gvpo"), "Python": environment.get("python")}
+    versions |= libraries if isinstance(libraries, dict) else {}
+    command = environment.get("command")
+    resumes = [str(e["step"]) for e in run.events if e.get("event") == "resume"]
+    facts = {
+        "Seed": "" if seed is None else f"{seed}; a sample's own comes from it, the step, the prompt and its number",
+        "Versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
+        "Platform": environment.get("platform", ""),
+        "Ranks": environment.get("ranks", ""),
+        "Command": " ".join(map(str, command)) if isinstance(command, list) else "",
+        "Resumed after step": ", ".join(resumes),
+    }
+    rows = "".join(f"<dt>{name}</dt><dd>{_esc(value)}</dd>" for name, value in facts.items() if str(value))
+    return f'<dl class="card facts">{rows}</dl>' if rows else ""
 
 
 def _section(title: str, charts: Iterable[Chart]) -> str:

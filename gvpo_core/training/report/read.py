@@ -17,6 +17,8 @@ from gvpo_core.training.metrics import read_records
 
 _SHOWN_STEPS = 12  # training steps whose groups are shown
 _SHOWN_GROUPS = 2  # groups shown of each
+_BROWSED_STEPS = 60  # steps whose responses can be looked through
+_ALERTED_STEPS = 20  # and as many at most at which an alert was raised
 _HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
 
 
@@ -44,6 +46,7 @@ class Run:
     events: list[dict[str, Any]]
     held_out: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # first and last evaluated step -> rows
     samples: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)  # step -> groups of rows
+    browsed: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # step -> all its rows
     problems: list[str] = field(default_factory=list)  # files that could not be read, in words
     _series: dict[tuple[str, str], Series] = field(default_factory=dict, repr=False)
     _keys: dict[str, list[str]] = field(default_factory=dict, repr=False)
@@ -139,7 +142,9 @@ def _read_completions(run: Run, path: Path) -> None:
     steps = [r["step"] for r in run.train]
     chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps))).astype(int)}
     evaluated = [r["step"] for r in run.evaluations]
-    wanted = {("train", step) for step in chosen} | {("eval", step) for step in evaluated[:1] + evaluated[-1:]}
+    browsed = {steps[i] for i in np.linspace(0, len(steps) - 1, min(_BROWSED_STEPS, len(steps))).astype(int)}
+    browsed |= chosen | _alerted(run.train)
+    wanted = {("train", step) for step in browsed} | {("eval", step) for step in evaluated[:1] + evaluated[-1:]}
     rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     if not path.exists():
         run.problems.append("completions.jsonl is missing: no examples")
@@ -150,7 +155,22 @@ def _read_completions(run: Run, path: Path) -> None:
         if kind == "eval":
             run.held_out[step] = found
         else:
-            run.samples[step] = _groups(found)
+            run.browsed[step] = found
+            if step in chosen:
+                run.samples[step] = _groups(found)
+
+
+def _alerted(train: list[dict[str, Any]]) -> set[int]:
+    """The first steps at which an alert was raised that the step before had not."""
+    found: list[int] = []
+    before: set[str] = set()
+    for record in train:
+        written = [a for key in ("alerts", "machine/alerts") for a in record.get(key) or ()]
+        now = {str(a.get("key")) for a in written if isinstance(a, dict)}
+        if now - before:
+            found.append(record["step"])
+        before = now
+    return set(found[:_ALERTED_STEPS])
 
 
 def _wanted_rows(path: Path, wanted: set[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:

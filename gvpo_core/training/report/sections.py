@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.metrics import PHASES
+from gvpo_core.training.metrics import PHASES, RESERVED_REWARD_NAMES
 from gvpo_core.training.report.charts import Chart, Line, Points
 from gvpo_core.training.report.read import Run, Series
 
@@ -25,6 +25,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
         return Chart(title, unit, reading, stack=[a for a in areas if a.series], marks=marks, **more)
 
     reward, held_out = run.series("reward/mean"), run.series("eval/reward", kind="eval")
+    latencies = run.keys("reward_seconds/")
     parts = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in _TOTALS]
     errors = run.keys("reward_errors/")
     result = [
@@ -128,10 +129,12 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Length",
                     "tokens",
-                    "Best and worst are the means of the responses with the step's highest and lowest reward.",
-                    line("mean", "length/mean", 1),
-                    line("best", "length/best", 3),
-                    line("worst", "length/worst", 2),
+                    "Right and wrong: finished responses with the step's highest and lowest reward. Cut ones apart: "
+                    "they would make the wrong ones look long.",
+                    line("all", "length/mean", 1),
+                    line("right", "length/best", 3),
+                    line("wrong", "length/worst", 2),
+                    line("cut", "length/truncated", 6),
                     floor=0.0,
                 ),
                 chart(
@@ -151,7 +154,13 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                         for i, key in enumerate(errors)
                         if np.nansum(run.series(key).values) > 0
                     ),
-                    wide=True,
+                ),
+                chart(
+                    "Time that a reward takes",
+                    "seconds a step",
+                    "All its responses. The slowest sets the pace; near its limit, it begins to lose responses.",
+                    *(line(key.removeprefix("reward_seconds/"), key, 1 + i % 6) for i, key in enumerate(latencies)),
+                    floor=0.0,
                 ),
             ],
         ),
@@ -189,7 +198,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
     return [(title, charts) for title, charts in kept if charts]
 
 
-_TOTALS = ("mean", "half_width", "spread", "min", "max")
+_TOTALS = RESERVED_REWARD_NAMES
 
 
 def _along(run: Run, series: Series, key: str, *, kind: str = "train") -> np.ndarray:

@@ -1,0 +1,99 @@
+"""The responses of many steps, to be filtered by step, group and rank; drawn by the page's script from inert data."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gvpo_core.training.console import printable
+from gvpo_core.training.report.read import Run, number
+
+_BUDGET = 1_500_000  # characters of all texts, so that a page of any run opens at once
+_CUT = 700  # characters of a text
+_ROWS = 24  # responses of a group: the best and the worst
+
+_CONTROLS = """
+<div class="controls"><button type="button" id="earlier">earlier</button>
+<label>Step <select id="at-step"></select></label><button type="button" id="later">later</button>
+<label>Group <select id="at-group"></select></label>
+<label>Show <select id="which"><option value="ends">best and worst</option><option value="all">all</option>
+<option value="best">best</option><option value="worst">worst</option><option value="cut">cut at the limit</option>
+<option value="unscored">without a score</option></select></label>
+<span class="small" id="shown"></span></div>"""
+
+
+def browser(run: Run) -> str:
+    """The section; empty where the run has no responses."""
+    steps = _data(run)
+    if not steps:
+        return ""
+    rows = sum(len(group["rows"]) for step in steps for group in step["groups"])
+    # Characters that end an attribute or an element stand as entities; all else is ASCII by JSON.
+    data = json.dumps(steps, separators=(",", ":"))
+    data = data.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;")
+    return (
+        f'<section id="browse"><h2>Responses across steps</h2><p>{rows:,} responses of {len(steps)} of '
+        f"{len(run.train)} steps: steps spread over the run, and those at which an alert was raised. All of them stand "
+        f'in completions.jsonl.</p>{_CONTROLS}<div id="responses"></div><div id="rows" hidden data-rows=\'{data}\'>'
+        "</div></section>"
+    )
+
+
+def _data(run: Run) -> list[dict[str, Any]]:
+    if not run.browsed:
+        return []
+    share = _BUDGET // len(run.browsed)
+    found = []
+    for step, rows in sorted(run.browsed.items()):
+        groups: dict[Any, list[Mapping[str, Any]]] = {}
+        for row in rows:
+            groups.setdefault(row.get("group"), []).append(row)
+        kept: list[dict[str, Any]] = []
+        size = 0
+        for name, group in groups.items():
+            shown = _group(name, group)
+            size += len(shown["prompt"]) + sum(len(r[3]) + 40 for r in shown["rows"])
+            if kept and size > share:
+                break
+            kept.append(shown)
+        found.append({"step": step, "of": len(groups), "groups": kept})
+    return found
+
+
+def _group(name: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def rank(row: Mapping[str, Any]) -> float:
+        reward = number(row.get("reward"))
+        return -reward if reward == reward else float("inf")
+
+    ordered = sorted(rows, key=rank)
+    if len(ordered) > _ROWS:
+        ordered = ordered[: _ROWS // 2] + ordered[-_ROWS // 2 :]
+    return {
+        "group": _text(str(name)),
+        "of": len(rows),
+        "prompt": _text(rows[0]["prompt"]),
+        "rows": list(map(_row, ordered)),
+    }
+
+
+def _row(row: Mapping[str, Any]) -> list[Any]:
+    """[reward or null, tokens or null, finished, response, its rewards in words]"""
+    reward, tokens, parts = number(row.get("reward")), number(row.get("tokens")), row.get("rewards")
+    said = ""
+    if isinstance(parts, dict) and len(parts) > 1:
+        said = " · ".join(f"{_text(str(k))} {_short(number(v))}" for k, v in parts.items())
+    return [
+        float(f"{reward:.4g}") if reward == reward else None,
+        int(tokens) if tokens == tokens else None,
+        bool(row.get("finished", True)),
+        _text(row["response"]),
+        said,
+    ]
+
+
+def _short(value: float) -> str:
+    return f"{value:.3g}" if value == value else "no score"
+
+
+def _text(text: str) -> str:
+    more = len(text) - _CUT
+    return printable(text[:_CUT], keep="\n") + (f" … ({more:,} more characters)" if more > 0 else "")

@@ -1,0 +1,71 @@
+"""The alerts of a run as episodes with dates: from the records, or judged anew where they hold no verdict."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gvpo_core.training.alerts import BAD, LEVELS, OK, WATCH, Alert, Alerts
+from gvpo_core.training.report.read import Run, number
+
+_GAP = 5  # steps without an alert that do not end its episode
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One alert from the step at which it was raised to the last at which it held."""
+
+    key: str
+    level: str  # the worst
+    first: int
+    last: int
+    begun: float  # Unix time, NaN: unknown
+    seen: str  # at the worst
+    advice: str
+    open: bool = False  # it holds at the run's last step
+
+
+def episodes(run: Run) -> list[Episode]:
+    """All of them: those that still hold first, then the worst, then the latest."""
+    current: dict[str, Episode] = {}
+    done: list[Episode] = []
+    for record, alerts in _judged(run):
+        step = record["step"]
+        for alert in alerts:
+            known = current.get(alert.key)
+            if known is not None and step - known.last <= _GAP:
+                if LEVELS.index(alert.level) > LEVELS.index(known.level):
+                    known = replace(known, level=alert.level, seen=alert.seen, advice=alert.advice)
+                current[known.key] = replace(known, last=step)
+                continue
+            if known is not None:
+                done.append(known)
+            begun = number(record.get("time"))
+            current[alert.key] = Episode(alert.key, alert.level, step, step, begun, alert.seen, alert.advice)
+    end = run.train[-1]["step"] if run.train else 0
+    found = done + [replace(e, open=e.last == end) for e in current.values()]
+    return sorted(found, key=lambda e: (not e.open, -LEVELS.index(e.level), -e.first))
+
+
+def verdict(found: Sequence[Episode]) -> str:
+    """The run's verdict as it stands: the worst level of the episodes that still hold."""
+    return max((e.level for e in found if e.open), key=LEVELS.index, default=OK)
+
+
+def _judged(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:
+    if any("verdict" in r for r in run.train):
+        for record in run.train:
+            written = [a for key in ("alerts", "machine/alerts") for a in _list(record.get(key))]
+            yield record, [Alert(**{k: str(a[k]) for k in Alert._fields}) for a in written if _usable(a)]
+        return
+    alerts = Alerts()  # an older run
+    for record in run.train:
+        numbers = {k: v for k, v in record.items() if v is None or isinstance(v, int | float)}
+        yield record, alerts.update(numbers).reasons
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _usable(alert: Any) -> bool:
+    return isinstance(alert, Mapping) and set(Alert._fields) <= set(alert) and alert["level"] in (WATCH, BAD)
