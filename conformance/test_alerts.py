@@ -1,8 +1,10 @@
 """The verdict of a step: an injected trouble is named within five steps, a healthy run is left in peace."""
 
+import inspect
 import io
 import json
 import math
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +13,8 @@ import table_run
 from simulated_run import write_run
 from test_loop_table import PROMPTS, REFERENCE, reward, settings, table
 
-from gvpo_core.training.alerts import BAD, OK, WATCH, Alerts
+from gvpo_core.training import alerts as alerts_module
+from gvpo_core.training.alerts import ALERTS, BAD, OK, WATCH, Alerts
 from gvpo_core.training.config_file import read_config
 from gvpo_core.training.console import Console
 from gvpo_core.training.data import load_rows
@@ -262,6 +265,15 @@ def test_state_is_rebuilt_from_the_file(healthy):
     for k in range(len(changed)):
         resumed = Alerts.replay(json.loads(encode_record(r)) for r in [{"kind": "eval"}, *changed[:k]])
         assert resumed.annotate(changed[k]) == whole[k]
+
+
+def test_every_alert_is_documented_and_every_documented_one_is_tried():
+    tried = set(CHANGES) | {"reward", "throughput", "memory"}
+    patterns = {re.escape(k).replace("<kind>", "(error|timeout|none)").replace("<name>", ".+") for k in ALERTS}
+    assert not [key for key in tried if not any(re.fullmatch(p, key) for p in patterns)]
+    assert not [p for p in patterns if not any(re.fullmatch(p, key) for key in tried)]
+    source = inspect.getsource(alerts_module)
+    assert set(re.findall(r'Alert\(\s*f?"([^"{/]+)', source)) <= {k.partition("_<")[0] for k in ALERTS} | {"reward_"}
 
 
 def test_null_and_nan_are_the_same_and_records_may_lack_anything(healthy):

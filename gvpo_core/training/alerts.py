@@ -18,6 +18,23 @@ from gvpo_core.training.usual import USUAL, WINDOW, Usual, mean, median, wilson
 Record = Mapping[str, Any]
 
 OK, WATCH, BAD = LEVELS = ("OK", "WATCH", "BAD")
+ALERTS = {
+    "not_finite": "A number of the step, but a single reward's mean, is NaN or infinite.",
+    "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and enough groups to be sure of 60 %.",
+    "entropy": "Entropy below half of the usual twice in a row, or below a tenth of the start for 5 steps, while the "
+    "reward is no higher.",
+    "kl": "KL beyond 2.5 times the largest of the steps before, by at least 0.5 nats a response and 8 deviations.",
+    "gradient": "Gradient norm beyond 5 times the largest of the steps before, and 8 deviations.",
+    "truncation": "Of 5 steps' responses 20 points more are cut than in the first steps, or half of them.",
+    "length": "Twice the usual length twice in a row, or three times the start's while the reward is no higher.",
+    "reward_<kind>/<name>": "One reward left at least 5 % of 5 steps' responses without a score: error, timeout, none.",
+    "unscored": "At least 5 % of 5 steps' responses have no reward, for no cause that the step knows of.",
+    "reward": "The mean of 10 steps lies below the best of 20 by 2.5 deviations and 5 % of all rewards' range.",
+    "throughput": "Half the usual tokens a second and half as long again a step, over 5 steps.",
+    "memory": "Peak memory rose in 20 of 50 steps, by 5 %, while responses grew no longer.",
+}
+"""When each alert is raised. Usual: the median of up to 20 earlier steps without the outliers among them. An outlier
+that stays is BAD after three steps (kl, gradient), and is the usual after ten."""
 MACHINE = frozenset({"throughput", "memory"})
 """Keys of alerts about the machine, which two equal runs need not share."""
 
@@ -53,6 +70,7 @@ class Alerts:
 
     def __init__(self) -> None:
         self._last: deque[Record] = deque(maxlen=WINDOW)
+        self._bad: deque[list[str]] = deque(maxlen=WINDOW)  # keys without a finite number
         self._count = 0
         self._kl, self._gradient, self._entropy, self._length = (Usual() for _ in range(4))
         self._machine: deque[tuple[float, float]] = deque(maxlen=USUAL + WINDOW)  # tokens/s, seconds
@@ -93,6 +111,7 @@ class Alerts:
           record: a train record of metrics.jsonl, or of what will be one: null and NaN are the same.
         """
         self._last.append(record)
+        self._bad.append([k for k, v in record.items() if not _finite(v) and _is_number_key(k)])
         self._count += 1
         self._remember(record)
         checks: tuple[Callable[[], Alert | None], ...] = (
@@ -127,8 +146,7 @@ class Alerts:
     # What is wrong at once.
 
     def _not_finite(self) -> Alert | None:
-        for record in reversed(self._last):
-            bad = [k for k, v in record.items() if _is_number_key(k) and not _finite(v)]
+        for record, bad in zip(reversed(self._last), reversed(self._bad), strict=True):
             if bad:
                 names = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
                 seen = f"{names}: no finite number at step {record.get('step', '?')}"

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gvpo_core.objective import gvpo_loss, gvpo_regret
+from gvpo_core.training.alerts import ALERTS
 
 PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
 RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
@@ -101,9 +102,7 @@ METRICS: dict[str, Metric] = {
     "share/<phase>": Metric("share", "seconds/<phase> by seconds/step."),
     "memory/peak": Metric("bytes", "Peak memory of the fullest rank: of its device, or of the process on CPU."),
     "verdict": Metric("text", "OK, WATCH or BAD: the worst level of `alerts`. The same in a resumed run."),
-    "alerts": Metric(
-        "list", "What is wrong with the training: key, level, seen (in numbers), advice."
-    ),
+    "alerts": Metric("list", "What is wrong with the training: key, level, seen (in numbers), advice."),
     "machine/verdict": Metric("text", "OK or WATCH: the worst level of `machine/alerts`."),
     "machine/alerts": Metric("list", "What is wrong with speed or memory, as `alerts`; equal runs may differ in it."),
     "policy/<detail>": Metric("", "A backend's own number, as its `Update.details` gives it."),
@@ -382,4 +381,16 @@ def metrics_page() -> str:
     ]
     for key, metric in METRICS.items():
         lines.append(f"| `{key}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |")
+    lines += [
+        "",
+        "# What the alerts mean",
+        "",
+        "An alert compares a step with the run's own first and usual numbers: `usual` is the median of up to 20 steps",
+        "before, without the outliers among them. KL and gradient outliers are WATCH, BAD where three of five steps are,",
+        "and the usual after ten. `throughput` and `memory` stand in `machine/alerts`, the others in `alerts`.",
+        "",
+        "| key | is raised when |",
+        "|---|---|",
+        *(f"| `{key}` | {meaning} |" for key, meaning in ALERTS.items()),
+    ]
     return "\n".join(lines) + "\n"

@@ -191,8 +191,10 @@ if (store) {
       add(card, "p", "score", "group " + group.group + " \\u00b7 " + group.of + " responses");
       add(card, "div", "prompt text", group.prompt);
       const answers = add(card, "div", "answers");
-      for (const [reward, tokens, finished, text, parts] of rows) {
+      const differ = which.value === "ends" && rows.length > 1 && rows[0][0] !== rows[1][0];
+      for (const [i, [reward, tokens, finished, text, parts]] of rows.entries()) {
         const cell = add(answers, "div"), score = add(cell, "p", "score");
+        if (differ) add(score, "span", "", i ? "worst " : "best ");
         add(score, "b", "", reward === null ? "no score" : String(reward));
         const facts = [parts, tokens === null ? "" : tokens + " tokens", finished ? "" : "cut"].filter((f) => f);
         add(score, "span", "", " " + facts.join(" \\u00b7 "));
