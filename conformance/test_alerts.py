@@ -60,6 +60,32 @@ def test_a_run_that_really_falls_apart_is_called_bad(tmp_path):
     assert {(a.key, a.level) for _, a in raised(records)} >= {("reward", BAD), ("dead_groups", BAD)}
 
 
+def noise(seed, *, groups=8, k=8, steps=300):
+    """Records as noisy as a language model's: heavy tails, prompts of all difficulties, slow and healthy trends."""
+    draw = np.random.default_rng(seed)
+    for t in range(steps):
+        p = 0.15 + 0.6 * (1 - np.exp(-t / 150))
+        right = draw.binomial(k, draw.beta(1.2 * p, 1.2 * (1 - p), size=groups))
+        best, worst = int((right == k).sum()), int((right == 0).sum())
+        bell = draw.standard_normal(5)
+        yield {
+            "kind": "train", "step": t + 1, "reward/mean": right.mean() / k, "reward/min": 0.0, "reward/max": 1.0,
+            "groups/counted": groups, "groups/all_equal": best + worst, "groups/all_best": best,
+            "groups/all_worst": worst, "entropy": 0.9 * np.exp(-t / 200 + 0.15 * bell[0]) + 0.03,
+            "kl": 4 * (1 - np.exp(-t / 80)) + 0.3 * bell[1] * (t > 0),
+            "gradient_norm": np.exp(0.6 * bell[2]) * (1 - (best + worst) / groups + 0.02),
+            "length/mean": 200 * (1 + t / 150) * np.exp(0.12 * bell[3]), "responses/total": groups * k,
+            "truncated": draw.binomial(groups * k, 0.08) / groups / k, "memory/peak": 2**34 + draw.integers(2**30),
+            "responses/unscored": int(draw.binomial(groups * k, 0.005)), "seconds/step": 14 * np.exp(0.2 * bell[4]),
+            "tokens_per_second": 900 * np.exp(-0.2 * bell[4]),
+        }  # fmt: skip
+
+
+@pytest.mark.parametrize("groups", [8, 64])
+def test_noise_is_no_alarm(groups):
+    assert [found for seed in range(10) for found in raised(noise(seed, groups=groups))] == []
+
+
 class Watched(TablePolicy):
     """A table policy that `spoil`s itself and its responses from an update on: counted in what checkpoints keep."""
 

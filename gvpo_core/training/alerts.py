@@ -171,7 +171,7 @@ class Alerts:
             return Alert("dead_groups", BAD, seen, advice)
         if right >= 0.5 * dead:
             return Alert("dead_groups", WATCH, seen, "these prompts are solved: take harder ones, or stop here")
-        level = BAD if share >= 0.95 else WATCH
+        level = BAD if share >= 0.95 and wilson(dead, counted)[0] >= 0.75 else WATCH
         if wrong >= 0.5 * dead:
             advice = "raise the temperature or the responses a prompt, or take easier prompts"
         else:
@@ -343,8 +343,9 @@ class Alerts:
         return bool(before) and mean(values[-WINDOW:]) - mean(before) > self._noise()
 
     def _above_start(self) -> bool:
-        values = list(self._rewards)[-_START:]
-        return bool(values) and mean(values) - mean(self._start["reward/mean"]) > 1.3 * self._noise()
+        """Whether the reward has risen since the first steps. The mean of 10 of them is off by a third of the noise."""
+        values = list(self._rewards)[-50:]
+        return bool(values) and mean(values) - mean(self._start["reward/mean"]) > 0.4 * self._noise()
 
 
 def _is_number_key(key: str) -> bool:
