@@ -138,8 +138,9 @@ class Console:
         parts = [f"eval {record['step']:>5}", f"reward {fit(record.get('eval/reward'), 6)}"]
         if "eval/half_width" in record:
             parts.append(f"+- {fit(record['eval/half_width'], 6)}")
-        for key, value in record.items():
-            if key.startswith("eval/reward/"):
+        rewards = {key: value for key, value in record.items() if key.startswith("eval/reward/")}
+        if len(rewards) > 1 or record.get("eval/reward") not in rewards.values():  # one, unweighted, says no more
+            for key, value in rewards.items():
                 parts.append(f"{key.removeprefix('eval/reward/')} {fit(value, 6)}")
         parts.append(f"len {fit(record.get('eval/length'), 5)}")
         parts.append(f"cut {_percent(record.get('eval/truncated'))}")

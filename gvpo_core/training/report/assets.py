@@ -83,6 +83,12 @@ svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; pointer-
 .verdict > p .level { font-size: 18px; font-weight: 700; margin-right: 8px; }
 .verdict .scroll { margin-top: 10px; }
 .alerts th:nth-child(1) { width: 110px; } .alerts th:nth-child(2) { width: 190px; }
+@media (max-width: 760px) {
+  .alerts thead { display: none; }
+  .alerts tr { display: block; padding: 8px 0; border-bottom: 1px solid var(--line); }
+  .alerts tr:last-child { border-bottom: 0; }
+  .alerts td { display: block; padding: 2px 0; border: 0; }
+}
 .facts { display: grid; grid-template-columns: max-content minmax(0, 1fr); gap: 3px 18px; margin: 0 0 10px; }
 .facts dt { color: var(--soft); } .facts dd { margin: 0; overflow-wrap: anywhere; }
 .controls { display: flex; flex-wrap: wrap; gap: 8px 14px; align-items: center; margin: 0 0 12px; font-size: 13.5px; }

@@ -165,8 +165,8 @@ def _alerted(train: list[dict[str, Any]]) -> set[int]:
     found: list[int] = []
     before: set[str] = set()
     for record in train:
-        written = [a for key in ("alerts", "machine/alerts") for a in record.get(key) or ()]
-        now = {str(a.get("key")) for a in written if isinstance(a, dict)}
+        lists = [record[k] for k in ("alerts", "machine/alerts") if isinstance(record.get(k), list)]
+        now = {str(a.get("key")) for some in lists for a in some if isinstance(a, dict)}
         if now - before:
             found.append(record["step"])
         before = now
