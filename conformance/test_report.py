@@ -370,6 +370,10 @@ def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
     assert time.process_time() - start < 10
     assert len(text) < 3_500_000
     assert len(rows_of(text)) >= 60
+    if CHROMIUM:
+        (tmp_path / "page.html").write_text(text, encoding="utf-8")
+        dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
+        assert console == [] and dom.count('<p class="score"><') == 4  # best and worst of the last step's two groups
     for points in re.findall(r'data-series="([^"]*)"', text):
         assert all(len(s["x"]) <= LIMIT for s in json.loads(html.unescape(points)))
 
