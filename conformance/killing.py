@@ -11,8 +11,16 @@ import time
 from pathlib import Path
 from typing import Any
 
-_TIMED = ("time", "seconds/", "share/", "tokens_per_second", "memory/", "machine/", "reward_seconds/",
-          "policy/")  # what differs between equal runs
+_TIMED = (
+    "time",
+    "seconds/",
+    "share/",
+    "tokens_per_second",
+    "memory/",
+    "machine/",
+    "reward_seconds/",
+    "policy/",
+)  # what differs between equal runs
 
 
 def start(config: Path, *options: str) -> "subprocess.Popen[str]":
