@@ -7,11 +7,11 @@ from torch_policies import policy, require
 
 require()
 
-import torch  # noqa: E402
-from gvpo_torch.generate import pick, truncate  # noqa: E402
+import torch
+from gvpo_torch.generate import pick, truncate
 
-from gvpo_core.training.policy import Batch  # noqa: E402
-from gvpo_core.training.sampling import Sampling, row_seed, uniforms  # noqa: E402
+from gvpo_core.training.policy import Batch
+from gvpo_core.training.sampling import Sampling, row_seed, uniforms
 
 MODELS = ("llama", "mistral-window", "gemma3_text", "gpt_oss", "qwen3_next", "qwen3_moe", "gpt2")
 PROMPTS = [(5, 6, 7), tuple(range(20, 32)), (9,), tuple(range(40, 47))]

@@ -9,11 +9,11 @@ from torch_policies import batch, coefficients_of, policy, require
 
 require()
 
-import torch  # noqa: E402
-from gvpo_torch import layout, model  # noqa: E402
+import torch
+from gvpo_torch import layout, model
 
-from gvpo_core.training.config import ConfigError  # noqa: E402
-from gvpo_core.training.policy import Batch  # noqa: E402
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy import Batch
 
 
 @pytest.fixture(scope="module")

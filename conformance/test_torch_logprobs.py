@@ -7,8 +7,8 @@ from torch_policies import require
 
 require("torch")
 
-import torch  # noqa: E402
-from gvpo_torch.logprobs import token_logprobs  # noqa: E402
+import torch
+from gvpo_torch.logprobs import token_logprobs
 
 T, H, V = 13, 8, 50
 HEADS = {

@@ -9,10 +9,10 @@ from torch_policies import batch, coefficients_of, parameters, policy, require, 
 
 require()
 
-import torch  # noqa: E402
-from gvpo_torch.update import learning_rate  # noqa: E402
+import torch
+from gvpo_torch.update import learning_rate
 
-from gvpo_core.training.config import OptimizerConfig  # noqa: E402
+from gvpo_core.training.config import OptimizerConfig
 
 # With these AdamW's step is lr * g / (|g| + 1), smooth in the gradient: no sign of a rounding error decides it.
 SMOOTH = {"learning_rate": 0.5, "betas": (0.0, 0.0), "eps": 1.0}

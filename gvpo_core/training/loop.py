@@ -175,7 +175,6 @@ class _Run:
         self.console = console
         self.tracker: Tracker | None = None
         self.reward_range: tuple[float, float] | None = None
-        self.all_dead = False
         self.alerts = Alerts()
 
     def go(self) -> Result:
@@ -317,14 +316,6 @@ class _Run:
             reward_range=self.reward_range,
         )
         metrics = step_metrics(facts)
-        dead = metrics["groups/all_equal"] == metrics["groups/counted"]
-        if dead and not self.all_dead:
-            _log.warning(
-                "step %d: every group has equal rewards, so only beta moves the policy; try a higher temperature,"
-                " more responses a prompt, or prompts that are neither too easy nor too hard",
-                step,
-            )
-        self.all_dead = dead
         seen = (*(self.reward_range or ()), metrics["reward/min"], metrics["reward/max"])
         self.reward_range = (min(seen), max(seen))
         return metrics
