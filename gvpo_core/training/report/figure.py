@@ -28,13 +28,14 @@ def reward_curve_png(run: Path, out: Path) -> Path:
     axes = figure.add_subplot()
     by_step = dict(zip(half.steps, half.values, strict=True))
     halves = np.nan_to_num(np.asarray([by_step.get(step, 0.0) for step in reward.steps]))
-    window = max(1, len(reward.values) // 15)
-    axes.fill_between(
-        reward.steps, reward.values - halves, reward.values + halves, color="#2563c9", alpha=0.14, linewidth=0
-    )
+    window = max(1, len(reward.values) // 15) | 1  # odd: moving_mean is centred
+    smooth, place = moving_mean(reward.values, window), np.arange(len(halves))
+    averaged = np.minimum(place + window // 2 + 1, len(halves)) - np.maximum(place - window // 2, 0)
+    band = np.sqrt(moving_mean(halves**2, window) / averaged)  # of the mean that the line shows
+    axes.fill_between(reward.steps, smooth - band, smooth + band, color="#2563c9", alpha=0.14, linewidth=0)
     axes.plot(reward.steps, reward.values, color="#2563c9", alpha=0.35, linewidth=0.8)
     name = f"training, mean of {window} steps" if window > 1 else "training"
-    axes.plot(reward.steps, moving_mean(reward.values, window), color="#2563c9", linewidth=1.8, label=name)
+    axes.plot(reward.steps, smooth, color="#2563c9", linewidth=1.8, label=name)
     if held_out:
         bars = data.series("eval/half_width", kind="eval")
         known = dict(zip(bars.steps, bars.values, strict=True))
