@@ -131,14 +131,13 @@ def test_no_group_with_two_scored_responses(tmp_path, capfd):
     assert "no group has 2 scored responses: 2 of the 12 responses in 2 groups were scored" in err
 
 
-def test_groups_without_signal_are_said_and_beta_still_moves(tmp_path, capfd):
+def test_groups_without_signal_are_said_once_with_advice(tmp_path, capfd):
     config = with_reward(tmp_path, "scores = [0.5] * len(scores)", steps=6)
     status, out, _ = gvpo(capfd, "train", config)
     assert status == 0
     assert out.count("dead groups") == 1
     assert "every reward so far is the same" in " ".join(out.split())
     assert all(r["groups/all_equal"] == 2 for r in records(tmp_path))
-    assert any(r["gradient_norm"] > 1e-6 for r in records(tmp_path))
 
 
 def change(config, old, new):
