@@ -22,6 +22,8 @@ from gvpo_core.training.loop import train
 from gvpo_core.training.metrics import encode_record, make_record
 from gvpo_core.training.table import TablePolicy
 
+pytestmark = pytest.mark.core
+
 HEALTHY = 110  # steps of the simulated run in which it learns; after about 140 it has solved its prompts
 
 

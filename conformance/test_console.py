@@ -13,6 +13,8 @@ from gvpo_core.training import console as shown
 from gvpo_core.training.alerts import LEVELS
 from gvpo_core.training.console import COLUMNS, Console, duration, fit, printable, row, titles
 
+pytestmark = pytest.mark.core
+
 RECORD = {
     "kind": "train",
     "step": 12,

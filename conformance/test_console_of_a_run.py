@@ -16,6 +16,8 @@ from gvpo_core.training.metrics import undocumented
 from gvpo_core.training.report.read import read_run
 from gvpo_core.training.table import TablePolicy
 
+pytestmark = pytest.mark.core
+
 pytest.importorskip("tomli_w")  # the run folder's config.toml is written with it
 
 

@@ -14,6 +14,8 @@ import pytest
 from gvpo_core import __version__
 from gvpo_core.training import doctor
 
+pytestmark = pytest.mark.core
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -11,6 +11,8 @@ from gvpo_core.training import metrics
 from gvpo_core.training.alerts import Alerts
 from gvpo_core.training.metrics import METRICS, StepFacts, evaluation_metrics, step_metrics
 
+pytestmark = pytest.mark.core
+
 NAN = math.nan
 
 

@@ -25,6 +25,8 @@ from gvpo_core.training.report.read import Run, Series, read_run
 from gvpo_core.training.report.reading import held_out_change, plus_minus, read_out, signs_tell
 from gvpo_core.training.report.sections import sections
 
+pytestmark = pytest.mark.core
+
 HOSTILE = (
     "</pre></textarea><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
     "<a href='https://example.com'>&amp;]]></a>\x1b[31m\u202e\x00"

@@ -12,6 +12,8 @@ import pytest
 from gvpo_core.training import trackers
 from gvpo_core.training.trackers import open_trackers
 
+pytestmark = pytest.mark.core
+
 TRAIN = {"kind": "train", "step": 3, "time": 1000.0, "reward/mean": 0.5, "kl": None, "memory/peak": 2**33}
 EVALUATION = {"kind": "eval", "step": 3, "time": 1001.0, "eval/reward": 0.25}
 EVENT = {"kind": "event", "step": 3, "time": 1002.0, "event": "resume", "message": "from step 2"}
