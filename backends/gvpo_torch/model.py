@@ -5,6 +5,7 @@ import inspect
 import logging
 import os
 import warnings
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -279,7 +280,10 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
         warnings.filterwarnings("ignore", "The following rank_pattern keys")  # its own, for experts not adapted
         torch.manual_seed(seed % 2**63)
-        return get_peft_model(lm, adapters)
+        with warnings.catch_warnings():
+            # peft 0.21 scales fused experts by a pattern of its own, and warns where no expert is adapted.
+            warnings.filterwarnings("ignore", "The following alpha_pattern keys", RuntimeWarning)
+            return get_peft_model(lm, adapters)
 
 
 def check_batch(vocabulary: int) -> Batch:
