@@ -174,23 +174,29 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
 
 def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The model's own tensors under their own names; the model itself stays as it is, to the bit."""
-    layers = {name: module for name, module in base.named_modules() if hasattr(module, "get_delta_weight")}
+    adapted: dict[
+        str, Any
+    ] = {}  # tensor -> the layer that adds to it; fused experts have two, nested
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            adapted[f"{_own(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
     for name, tensor in base.state_dict().items():
-        owner, _, leaf = name.rpartition(".base_layer.")
-        if not owner:
-            if not any(name.startswith(f"{layer}.lora_") for layer in layers):
-                yield name, tensor
+        if ".lora_" in name:
             continue
-        if leaf == "weight":
-            adapted = layers[owner]
-            delta = _delta(adapted)
-            tensor = whole(tensor).float() + delta if delta is not None else tensor
-        yield f"{owner}.{leaf}", tensor
+        own = _own(name)
+        delta = _delta(adapted[own]) if own in adapted else None
+        yield own, tensor if delta is None else whole(tensor).float() + delta
+
+
+def _own(name: str) -> str:
+    return name.replace(".base_layer", "")
 
 
 def _delta(layer: Any) -> Tensor | None:
     name = layer.active_adapters[0]
     if name not in layer.lora_A:
         return None
+    if hasattr(layer, "parameter_name"):
+        return layer.get_delta_weight(name).detach().float()
     a, b = whole(layer.lora_A[name].weight.detach()), whole(layer.lora_B[name].weight.detach())
     return (b.float() @ a.float()) * layer.scaling[name]

@@ -5,7 +5,6 @@ import inspect
 import logging
 import os
 import warnings
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -278,12 +277,9 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
-        warnings.filterwarnings("ignore", "The following rank_pattern keys")  # its own, for experts not adapted
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted
         torch.manual_seed(seed % 2**63)
-        with warnings.catch_warnings():
-            # peft 0.21 scales fused experts by a pattern of its own, and warns where no expert is adapted.
-            warnings.filterwarnings("ignore", "The following alpha_pattern keys", RuntimeWarning)
-            return get_peft_model(lm, adapters)
+        return get_peft_model(lm, adapters)
 
 
 def check_batch(vocabulary: int) -> Batch:
