@@ -174,9 +174,7 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
 
 def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """The model's own tensors under their own names; the model itself stays as it is, to the bit."""
-    adapted: dict[
-        str, Any
-    ] = {}  # tensor -> the layer that adds to it; fused experts have two, nested
+    adapted: dict[str, Any] = {}  # tensor -> the layer that adds to it; fused experts have two, nested
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
             adapted[f"{_own(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
