@@ -19,6 +19,7 @@ MODEL = Path(".cache/smollm2")
 TRAIN, HELD_OUT = CACHE / "train.jsonl", CACHE / "held_out.jsonl"
 HELD_OUT_PROBLEMS = 240
 LARGEST = 30  # summand; the model is right about a quarter of the time to begin with
+ASK = "Answer with the number only."  # without it most responses are cut before their end
 PROBLEMS: dict[str, Any] = {
     "min_terms": 2,
     "max_terms": 2,
@@ -47,7 +48,7 @@ def save_problems() -> None:
     for problem in load_reasoning_gym().create_dataset("basic_arithmetic", **PROBLEMS):
         question, summands = problem["question"], problem["metadata"]["expression"].split(" + ")
         if question.startswith("What is") and max(map(int, summands)) <= LARGEST:
-            row = {"prompt": [{"role": "user", "content": question}], "answer": problem["answer"]}
+            row = {"prompt": [{"role": "user", "content": f"{question} {ASK}"}], "answer": problem["answer"]}
             pairs.setdefault(frozenset(summands), {}).setdefault(question, row)
     rows = [list(pair.values()) for pair in pairs.values()]
     held_out = [pair[0] for pair in rows[:HELD_OUT_PROBLEMS]]
