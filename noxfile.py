@@ -111,7 +111,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """GVPO teaches SmolLM2-135M-Instruct sums: under ten minutes on 2 CPU cores; a GPU is taken where there is one.
+    """GVPO teaches SmolLM2-135M-Instruct sums in minutes on 2 CPU cores; a GPU is taken where there is one.
 
     nox -s demo
     nox -s demo -- --steps 5
