@@ -20,9 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from gvpo_torch import layout, model
+from gvpo_torch import model
 from gvpo_torch.ranks import Ranks
 
+from gvpo_core.training import layout
 from gvpo_core.training.config import ModelConfig
 from gvpo_core.training.policy import Batch
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,14 @@ class Forked:
 
     context = multiprocessing.get_context("forkserver")
 
+    @classmethod
+    def of(cls, preload: Sequence[str]) -> "Callable[[Path, Path], Forked]":
+        """What starts runs from a server that has imported these modules."""
+        cls.context.set_forkserver_preload(list(preload))
+        return cls
+
     def __init__(self, config: Path, log: Path) -> None:
         log.write_text("")
-        self.context.set_forkserver_preload(["gvpo_torch.policy", "transformers.models.llama.modeling_llama"])
         self.log = log
         self.process = self.context.Process(target=_train, args=(str(config), str(log)))
         self.process.start()
@@ -90,7 +96,13 @@ def _train(config: str, log: str) -> None:
 
 
 def kill_and_resume(
-    config: Path, folder: Path, launch: type[Forked] | type[Spawned], *, kills: int, seed: int, longest: float
+    config: Path,
+    folder: Path,
+    launch: "Callable[[Path, Path], Forked | Spawned]",
+    *,
+    kills: int,
+    seed: int,
+    longest: float,
 ) -> dict[str, int]:
     """SIGKILLs the run `kills` times, then lets it finish; returns how often each kind of moment was hit.
 

@@ -10,8 +10,9 @@ from torch_policies import batch, coefficients_of, policy, require
 require()
 
 import torch
-from gvpo_torch import layout, model
+from gvpo_torch import model
 
+from gvpo_core.training import layout
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Batch
 

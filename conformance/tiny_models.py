@@ -72,6 +72,88 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Models that must take plain rows."""
 
 
+DECODERS: dict[str, dict[str, Any]] = {
+    "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
+    "llama3": {
+        "model_type": "llama",
+        "hidden_size": 48,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "head_dim": 10,
+        "tie_word_embeddings": False,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
+    "mistral": {"sliding_window": None, "head_dim": 12},
+    "qwen2": {"num_attention_heads": 6, "num_key_value_heads": 1, "hidden_size": 48},
+    "qwen3": {"head_dim": 8, "tie_word_embeddings": True},
+}
+"""Plain decoders, with unusual settings, that `write_model` makes without PyTorch."""
+
+
+def write_model(name: str, folder: Path, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> Path:
+    """Saves the tiny model of DECODERS and its tokenizer without PyTorch; the folder, for `ModelConfig.path`.
+
+    Args:
+      spread: standard deviation of the weights: large enough that the next token depends on the ones before.
+      changes: settings of config.json in place of the family's own.
+    """
+    import json
+
+    import numpy as np
+    from safetensors.numpy import save_file
+    from transformers import AutoConfig
+
+    c = AutoConfig.for_model(**(SMALL | {"model_type": name, "architectures": [None]} | DECODERS[name] | changes))
+    family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[c.model_type]
+    c.architectures = [f"{family}ForCausalLM"]
+    draw = np.random.default_rng(seed)
+    width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+    queries, keys = c.num_attention_heads * width, c.num_key_value_heads * width
+
+    def matrix(*shape: int) -> "np.ndarray":
+        return (spread * draw.standard_normal(shape)).astype(np.float32)
+
+    def near(value: float, size: int) -> "np.ndarray":  # norms and biases away from one and zero: each one matters
+        return (value + 0.1 * draw.standard_normal(size)).astype(np.float32)
+
+    tensors = {"model.embed_tokens.weight": matrix(c.vocab_size, c.hidden_size)}
+    for i in range(c.num_hidden_layers):
+        layer = f"model.layers.{i}."
+        sizes = {"q": (queries, c.hidden_size), "k": (keys, c.hidden_size), "v": (keys, c.hidden_size)}
+        for which, shape in (sizes | {"o": (c.hidden_size, queries)}).items():
+            tensors[f"{layer}self_attn.{which}_proj.weight"] = matrix(*shape)
+            biased = getattr(c, "attention_bias", False) or (c.model_type == "qwen2" and which != "o")
+            if biased:
+                tensors[f"{layer}self_attn.{which}_proj.bias"] = near(0.0, shape[0])
+        if c.model_type == "qwen3":
+            tensors |= {f"{layer}self_attn.{which}_norm.weight": near(1.0, width) for which in "qk"}
+        for which, shape in {
+            "gate": (c.intermediate_size, c.hidden_size),
+            "up": (c.intermediate_size, c.hidden_size),
+            "down": (c.hidden_size, c.intermediate_size),
+        }.items():
+            tensors[f"{layer}mlp.{which}_proj.weight"] = matrix(*shape)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{layer}{norm}.weight"] = near(1.0, c.hidden_size)
+    tensors["model.norm.weight"] = near(1.0, c.hidden_size)
+    if not c.tie_word_embeddings:
+        tensors["lm_head.weight"] = matrix(c.vocab_size, c.hidden_size)
+    folder.mkdir(parents=True, exist_ok=True)
+    c.save_pretrained(folder)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 0, "pad_token_id": 0}))
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def make_tokenizer() -> Any:
     """A tokenizer of printable ASCII, one token a character, with four special tokens and a chat template."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.hugging_face import portable_config
 from gvpo_torch.model import without_bars
 from gvpo_torch.update import whole
 
@@ -162,13 +163,7 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
         base.save_pretrained(directory, state_dict=tensors)
     tokenizer.save_pretrained(directory)
     path = Path(directory) / "config.json"
-    config = json.loads(path.read_text())
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:  # older readers, mlx-lm among them, look for it here alone
-        config["rope_theta"] = rope["rope_theta"]
-        if rope.get("rope_type", "default") != "default":
-            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config = portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch."))
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 

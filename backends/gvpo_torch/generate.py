@@ -4,11 +4,13 @@ A row's t-th token is where the cumulative distribution first exceeds the t-th n
 response does not depend on the batch it was drawn in, up to float rounding.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
@@ -37,11 +39,39 @@ def generate(
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
     """
     found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
-    for rows in _chunks(scorer, prompts, seeds, sampling, cache_tokens):
-        texts = _decode(scorer, forward, prompts, seeds, rows, sampling, set(end), device)
-        for (i, j), response in zip(rows, texts, strict=True):
-            found[i][j] = response
+    products = _skinny_products(scorer) if device.type == "cpu" else contextlib.nullcontext()
+    with products:
+        for rows in _chunks(scorer, prompts, seeds, sampling, cache_tokens):
+            texts = _decode(scorer, forward, prompts, seeds, rows, sampling, set(end), device)
+            for (i, j), response in zip(rows, texts, strict=True):
+                found[i][j] = response
     return found  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def _skinny_products(lm: nn.Module) -> Iterator[None]:
+    """Linear layers as (W x^T)^T where a step has 16 to 48 rows: twice as fast as x W^T on x86 CPUs.
+
+    The results stay transposed in memory, so that the next layer's x^T needs no copy.
+    """
+    layers = [m for m in lm.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
+    for layer in layers:
+        layer.forward = functools.partial(_linear, layer)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    rows = x.numel() // x.shape[-1]
+    if not 16 <= rows <= 48 or x.dtype != torch.float32:
+        return nn.functional.linear(x, layer.weight, layer.bias)
+    product = torch.mm(layer.weight, x.reshape(rows, -1).t().contiguous()).t()
+    if layer.bias is not None:
+        product = product + layer.bias
+    return product.unflatten(0, x.shape[:-1])
 
 
 def _chunks(

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gvpo_core.training import layout
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.hugging_face import explained, load_tokenizer, source
 from gvpo_core.training.policy import Batch
-from gvpo_torch import layout
 from gvpo_torch.logprobs import token_logprobs
 
 log = logging.getLogger("gvpo.torch")
@@ -129,7 +130,7 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
     Raises: ConfigError: no such folder, no config.json, no safetensors, no tokenizer, an unknown architecture,
       weights missing from the files, adapter targets that match nothing.
     """
-    tokenizer = _tokenizer(config)
+    tokenizer = load_tokenizer(config)
     # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
     compute = getattr(torch, config.dtype)
     stored = compute if config.lora_rank else torch.float32
@@ -159,22 +160,6 @@ def load_reference(config: ModelConfig, device: torch.device) -> Scorer:
     return Scorer(lm, compute)
 
 
-def _source(config: ModelConfig) -> dict[str, Any]:
-    path = os.path.expanduser(config.path)
-    if not path:
-        raise ConfigError("model.path is empty: give a Hugging Face folder or hub name")
-    if os.path.isdir(path):
-        if not os.path.isfile(os.path.join(path, "config.json")):
-            raise ConfigError(f"model.path {config.path!r} has no config.json: expected a Hugging Face model folder")
-    elif os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
-        raise ConfigError(f"model.path {config.path!r} is not a folder")
-    return {
-        "pretrained_model_name_or_path": path,
-        "revision": config.revision,
-        "trust_remote_code": config.trust_remote_code,
-    }
-
-
 @contextlib.contextmanager
 def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
     """Without transformers' progress bars for a local folder, which takes seconds; downloads keep theirs."""
@@ -190,39 +175,12 @@ def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-@contextlib.contextmanager
-def _explained(what: str, config: ModelConfig) -> Iterator[None]:
-    try:
-        yield
-    except ConfigError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}: {reason}"
-        ) from error
-
-
-def _tokenizer(config: ModelConfig) -> Any:
-    from transformers import AutoTokenizer
-
-    source = _source(config)
-    folder = source["pretrained_model_name_or_path"]
-    names = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in names):
-        raise ConfigError(
-            f"model.path {config.path!r} has no tokenizer: expected one of {', '.join(names)} in the folder"
-        )
-    with _explained("the tokenizer", config):
-        return AutoTokenizer.from_pretrained(**source)
-
-
 def _pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
-    source = _source(config)
-    options = {**source, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with _explained("the model", config), without_bars(source["pretrained_model_name_or_path"]):
+    where = source(config)
+    options = {**where, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+    with explained("the model", config), without_bars(where["pretrained_model_name_or_path"]):
         try:
             lm, info = AutoModelForCausalLM.from_pretrained(**options, attn_implementation="sdpa")
         except ValueError as error:
@@ -273,21 +231,13 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
     )
     with (
         torch.random.fork_rng(),
-        _explained(f"adapters for {config.lora_targets}", config),
+        explained(f"adapters for {config.lora_targets}", config),
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted
         torch.manual_seed(seed % 2**63)
         return get_peft_model(lm, adapters)
-
-
-def check_batch(vocabulary: int) -> Batch:
-    """A short synthetic batch: two prompts of different lengths, five responses of different lengths."""
-    draw = np.random.default_rng(0)
-    prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (5, 8)]
-    responses = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (4, 1, 6, 3, 5)]
-    return Batch([prompts[0]] * 3 + [prompts[1]] * 2, responses, [0, 0, 0, 1, 1])
 
 
 @torch.no_grad()
@@ -298,7 +248,7 @@ def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bo
     Raises: ConfigError: the log-probs disagree, or the layout asked for is not exact.
     """
     name = type(scorer.base).__name__
-    batch = check_batch(scorer.base.get_output_embeddings().weight.shape[0])
+    batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
     worst, typical = _tolerance(scorer)
     plain = _by_response(scorer, batch, False, device)
     own = []

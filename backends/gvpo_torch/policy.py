@@ -12,12 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
+from gvpo_core.training import hugging_face, layout
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.layout import Splitting
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import checkpoint, generate, layout, model
+from gvpo_core.training.step import factors_of, learning_rate
+from gvpo_torch import checkpoint, generate, model
 from gvpo_torch.ranks import Ranks
-from gvpo_torch.update import EMPTY, Backward, Splitting, clip, factors_of, learning_rate, make_optimizer
+from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
@@ -60,7 +63,8 @@ class TorchPolicy:
             getattr(self.scorer.config, "hidden_size", 0) or 0,
         )
         self._step = 0
-        self._end = _end_tokens(self.scorer.base, self.tokenizer)
+        given = getattr(self.scorer.base.generation_config, "eos_token_id", None)
+        self._end = hugging_face.end_tokens(given, self.tokenizer)
 
     def _prepare(self) -> None:
         accelerator = self._ranks.accelerator
@@ -78,25 +82,12 @@ class TorchPolicy:
     # -- text
 
     def encode(self, prompt: Prompt) -> Tokens:
-        """Token ids of a text, or of chat messages through the chat template, with its generation prompt.
-
-        Raises: ConfigError: messages for a tokenizer without a chat template.
-        """
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer(prompt)["input_ids"])
-        if not self.tokenizer.chat_template:
-            raise ConfigError(
-                f"the prompt is chat messages, and the tokenizer of {self.config.path!r} has no chat template: "
-                "give prompts as text, or a model with a chat template"
-            )
-        ids = self.tokenizer.apply_chat_template(
-            [dict(message) for message in prompt], add_generation_prompt=True, tokenize=True, return_dict=True
-        )
-        return tuple(ids["input_ids"])
+        """Token ids of a text, or of chat messages through the chat template; see `hugging_face.encode`."""
+        return hugging_face.encode(self.tokenizer, prompt, self.config)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a response, special tokens left out."""
-        return self.tokenizer.decode(list(tokens), skip_special_tokens=True)
+        return hugging_face.decode(self.tokenizer, tokens)
 
     # -- sampling and scoring
 
@@ -270,10 +261,3 @@ class TorchPolicy:
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
         return self._ranks.gather(values)
-
-
-def _end_tokens(base: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the generation settings' and the tokenizer's."""
-    given = getattr(base.generation_config, "eos_token_id", None)
-    ids = set(given if isinstance(given, Sequence) else [given]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)

@@ -3,16 +3,16 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from gvpo_core.training import layout
 from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.layout import Row
 from gvpo_core.training.policy import Batch, Coefficients
-from gvpo_torch import layout
-from gvpo_torch.layout import Row
+from gvpo_core.training.step import factors_of
 
 Score = Callable[[layout.Arrays], Tensor]
 
@@ -31,50 +31,6 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
         eps=config.eps,
         fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in trained),
     )
-
-
-def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
-    """Of update number `step` (from 0) out of `updates`: linear warm-up, then the schedule, 0 after the last."""
-    if step < config.warmup:
-        return config.learning_rate * (step + 1) / config.warmup
-    if config.schedule == "constant":
-        return config.learning_rate
-    progress = min(1.0, (step - config.warmup) / max(1, updates - config.warmup))
-    if config.schedule == "linear":
-        return config.learning_rate * (1.0 - progress)
-    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-@dataclass(frozen=True)
-class Splitting:
-    """How rows are laid out and split into micro-batches."""
-
-    packed: bool
-    tokens: int
-    responses: int
-    hidden_size: int
-
-    def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
-        """Micro-batches of the chosen responses (default all)."""
-        rows = layout.plan_rows(
-            batch,
-            packed=self.packed,
-            tokens=self.tokens,
-            responses=self.responses,
-            hidden_size=self.hidden_size,
-            rows=chosen,
-        )
-        return layout.micro_batches(rows, tokens=self.tokens, responses=self.responses)
-
-    def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:
-        """Micro-batches of whole groups, and the responses of groups that do not fit in one."""
-        return layout.whole_groups(
-            batch,
-            packed=self.packed,
-            tokens=self.tokens,
-            responses=self.responses,
-            hidden_size=self.hidden_size,
-        )
 
 
 class Backward:
@@ -133,29 +89,6 @@ class Backward:
 
 
 EMPTY = layout.arrays(Batch([(0,)], [(0,)], [0]), [Row((0,), (0,), 1)])  # a pass that only keeps step with other ranks
-
-
-def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The coefficients of rows, checked.
-
-    Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
-      ValueError: a result of the wrong shape.
-    """
-    _finite("log-probabilities", logprobs, rows)
-    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)
-    if factors.shape != logprobs.shape:
-        raise ValueError(f"coefficients returned shape {factors.shape}; expected {logprobs.shape}")
-    _finite("coefficients", factors, rows)
-    return factors
-
-
-def _finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
-    bad = rows[~np.isfinite(values)]
-    if len(bad):
-        raise FloatingPointError(
-            f"{name} of {len(bad)} of {len(rows)} responses are not finite, the first at batch row {bad[0]}: "
-            "no step was taken"
-        )
 
 
 def clip(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> float:

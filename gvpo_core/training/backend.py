@@ -1,11 +1,31 @@
 """Finds the backend of a run and loads its policy."""
 
 import importlib
+from importlib.util import find_spec
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.policy import Policy
 
-_MODULES = {"torch": "gvpo_torch.policy", "table": "gvpo_core.training.table"}
+_MODULES = {
+    "torch": "gvpo_torch.policy",
+    "jax": "gvpo_jax.policy",
+    "mlx": "gvpo_mlx.policy",
+    "table": "gvpo_core.training.table",
+}
+_NEEDED = {"torch": ("torch", "transformers"), "jax": ("jax", "flax"), "mlx": ("mlx", "mlx_lm")}
+
+
+def backend_of(config: Config) -> str:
+    """The backend that the settings ask for; for "auto" the first that is installed.
+
+    Raises: ConfigError: "auto" where none is installed.
+    """
+    if config.run.backend != "auto":
+        return config.run.backend
+    for name, modules in _NEEDED.items():
+        if all(find_spec(module) for module in modules):
+            return name
+    raise ConfigError('no backend is installed: pip install "gvpo[torch]", "gvpo[jax]" or "gvpo[mlx]"')
 
 
 def load_policy(config: Config) -> Policy:
@@ -13,7 +33,7 @@ def load_policy(config: Config) -> Policy:
 
     Raises: ConfigError: the backend is not installed, with the line that installs it; or what the backend's load says.
     """
-    name = "torch" if config.run.backend == "auto" else config.run.backend
+    name = backend_of(config)
     try:
         module = importlib.import_module(_MODULES[name])
     except ImportError as e:

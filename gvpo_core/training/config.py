@@ -16,8 +16,9 @@ class RunConfig:
 
     folder: str = "runs/gvpo"
     """Run folder: config, metrics, completions, checkpoints and report; an unfinished run there is resumed."""
-    backend: Literal["auto", "torch", "table"] = "auto"
-    """What computes the policy: torch, or table, the NumPy reference (model.path/table.json); auto: torch."""
+    backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
+    """What computes the policy; table: the NumPy reference (model.path/table.json); auto: the first that is installed
+    of torch, jax, mlx."""
     steps: int = 100
     """Rollouts in the whole run."""
     seed: int = 0
@@ -59,7 +60,11 @@ class ModelConfig:
     layout: Literal["auto", "packed", "plain"] = "auto"
     """Training rows. packed: a prompt once, then its responses; plain: a row a response; auto: packed where exact."""
     sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
-    """How several processes share the model: a copy each, or parameters sharded (FSDP2)."""
+    """How several processes of torch share the model: a copy each, or parameters sharded (FSDP2)."""
+    mesh_fsdp: int = 1
+    """Devices of jax over which parameters, optimizer state and batch are sharded."""
+    mesh_tensor: int = 1
+    """Devices of jax over which each layer is split; what fsdp and tensor leave is the mesh's data axis."""
 
 
 @dataclass(frozen=True)

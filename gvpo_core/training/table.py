@@ -14,6 +14,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_core.training.step import learning_rate
 
 
 class TablePolicy:
@@ -101,18 +102,10 @@ class TablePolicy:
             raise FloatingPointError("the gradient is not finite; parameters are unchanged")
         limit = self.optimizer.max_gradient_norm
         scale = limit / norm if limit and norm > limit else 1.0
-        rate = self.learning_rate()
+        rate = learning_rate(self.optimizer, self.update_count, self.updates)
         self.logits = self.logits - rate * scale * gradient
         self.update_count += 1
         return Update(logprobs, norm, rate, 3 * len(batch), self.logits.nbytes)
-
-    def learning_rate(self) -> float:
-        o, done = self.optimizer, self.update_count
-        warm = min(1.0, (done + 1) / o.warmup) if o.warmup else 1.0
-        rest = max(0, self.updates - o.warmup)
-        progress = min(1.0, max(0, done - o.warmup) / rest) if rest else 0.0
-        decay = {"constant": 1.0, "linear": 1 - progress, "cosine": (1 + np.cos(np.pi * progress)) / 2}
-        return float(o.learning_rate * warm * decay[o.schedule])
 
     def save(self, directory: Path) -> None:
         np.savez(directory / "table.npz", logits=self.logits, update_count=self.update_count)

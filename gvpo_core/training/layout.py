@@ -28,6 +28,34 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Splitting:
+    """How a batch is laid out in rows and split into micro-batches."""
+
+    packed: bool
+    tokens: int  # budget of a micro-batch, padding included
+    responses: int  # of a micro-batch at most; 0: no limit
+    hidden_size: int  # the model's; see `plan_rows`
+
+    def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
+        """Micro-batches of the chosen responses (default all)."""
+        rows = plan_rows(
+            batch,
+            packed=self.packed,
+            tokens=self.tokens,
+            responses=self.responses,
+            hidden_size=self.hidden_size,
+            rows=chosen,
+        )
+        return micro_batches(rows, tokens=self.tokens, responses=self.responses)
+
+    def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:
+        """Micro-batches of whole groups, and the responses of groups that do not fit in one."""
+        return whole_groups(
+            batch, packed=self.packed, tokens=self.tokens, responses=self.responses, hidden_size=self.hidden_size
+        )
+
+
+@dataclass(frozen=True)
 class Arrays:
     """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens."""
 
@@ -42,7 +70,8 @@ class Arrays:
     def sums(self, values: np.ndarray) -> np.ndarray:
         """(r,) float64: sum of `values` (n,) over each response's tokens."""
         starts = np.cumsum(self.lengths) - self.lengths
-        return np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
+        sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
+        return sums
 
 
 def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
@@ -190,3 +219,11 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
         np.asarray(members, dtype=np.int64),
         np.asarray(lengths, dtype=np.int64),
     )
+
+
+def check_batch(vocabulary: int) -> Batch:
+    """A short synthetic batch to check a model with: 2 prompts and 5 responses of different lengths."""
+    draw = np.random.default_rng(0)
+    prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (5, 8)]
+    responses = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (4, 1, 6, 3, 5)]
+    return Batch([prompts[0]] * 3 + [prompts[1]] * 2, responses, [0, 0, 0, 1, 1])

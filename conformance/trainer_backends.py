@@ -1,0 +1,58 @@
+"""The backends that the trainer tests run over, one entry each: a new backend adds an entry, not tests."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+
+def _safetensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+    return tensors
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the tests need to know of a backend beside its name in `run.backend`."""
+
+    name: str
+    modules: tuple[str, ...]  # what must be installed
+    preload: tuple[str, ...]  # imported once before processes are forked to be killed
+    two_processes: Callable[[Path], list[str]] | None  # config -> command that trains in two processes
+    shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
+    state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
+
+
+def _torchrun(config: Path) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "torch",
+            ("torch", "transformers", "accelerate", "peft", "tyro"),
+            ("gvpo_torch.policy", "transformers.models.llama.modeling_llama"),
+            _torchrun,
+            ("data_parallel", "fsdp"),
+        ),
+    )
+}
+
+
+def present() -> list[Backend]:
+    """The backends that GVPO_SUBJECTS asks for, installed or not; where it is not set, those that are installed."""
+    asked = [x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x]
+    if asked:
+        return [BACKENDS[name] for name in BACKENDS if name in asked]
+    return [b for b in BACKENDS.values() if all(importlib.util.find_spec(module) for module in b.modules)]

@@ -1,0 +1,148 @@
+"""Hugging Face folders as every backend reads and writes them: where they lie, their tokenizer, their config.json."""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import Prompt, Tokens
+
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja")
+
+
+def source(config: ModelConfig) -> dict[str, Any]:
+    """What transformers' `from_pretrained` needs to find the model.
+
+    Raises: ConfigError: an empty path, a folder that is not there or has no config.json.
+    """
+    path = os.path.expanduser(config.path)
+    if not path:
+        raise ConfigError("model.path is empty: give a Hugging Face folder or hub name")
+    if os.path.isdir(path):
+        if not os.path.isfile(os.path.join(path, "config.json")):
+            raise ConfigError(f"model.path {config.path!r} has no config.json: expected a Hugging Face model folder")
+    elif os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
+        raise ConfigError(f"model.path {config.path!r} is not a folder")
+    return {
+        "pretrained_model_name_or_path": path,
+        "revision": config.revision,
+        "trust_remote_code": config.trust_remote_code,
+    }
+
+
+def local_folder(config: ModelConfig) -> Path:
+    """The model's folder, downloaded first where `model.path` is a hub name.
+
+    Raises: ConfigError: as `source`, or a name that cannot be downloaded.
+    """
+    path = Path(source(config)["pretrained_model_name_or_path"])
+    if path.is_dir():
+        return path
+    from huggingface_hub import snapshot_download
+
+    with explained("the files", config):
+        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(_WANTED)))
+
+
+@contextlib.contextmanager
+def explained(what: str, config: ModelConfig) -> Iterator[None]:
+    """Turns an error of the library that loads `what` into one line that names the model."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """transformers' tokenizer of the model.
+
+    Raises: ConfigError: no tokenizer there, or one that cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    where = source(config)
+    folder = where["pretrained_model_name_or_path"]
+    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZERS):
+        raise ConfigError(
+            f"model.path {config.path!r} has no tokenizer: expected one of {', '.join(_TOKENIZERS)} in the folder"
+        )
+    with explained("the tokenizer", config):
+        return AutoTokenizer.from_pretrained(**where)
+
+
+def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
+    """Token ids of a text, or of chat messages through the chat template, with its generation prompt.
+
+    Raises: ConfigError: messages for a tokenizer without a chat template.
+    """
+    if isinstance(prompt, str):
+        return tuple(tokenizer(prompt)["input_ids"])
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the prompt is chat messages, and the tokenizer of {config.path!r} has no chat template: "
+            "give prompts as text, or a model with a chat template"
+        )
+    messages = [dict(message) for message in prompt]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
+    return tuple(ids["input_ids"])
+
+
+def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """Text of a response, special tokens left out."""
+    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
+    return text
+
+
+def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    """Ids that end a response: the generation settings' and the tokenizer's."""
+    ids = set(generation_eos if isinstance(generation_eos, Sequence) else [generation_eos]) | {tokenizer.eos_token_id}
+    return sorted(i for i in ids if i is not None)
+
+
+def generation_eos(folder: Path) -> int | list[int] | None:
+    """The end tokens that generation_config.json names, else those of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            ids: int | list[int] | None = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return ids
+    return None
+
+
+def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """RoPE's settings from wherever config.json keeps them: rope_type, rope_theta and what the type needs.
+
+    transformers 5 writes `rope_parameters`; before it there were a top-level `rope_theta` and `rope_scaling`.
+
+    Raises: ConfigError: no rope_theta in either place, or two that differ.
+    """
+    rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
+    rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
+    thetas = {float(t) for t in (rope.get("rope_theta"), config.get("rope_theta")) if t is not None}
+    if len(thetas) != 1:
+        raise ConfigError(
+            f"config.json of {config.get('model_type')} has {sorted(thetas) or 'no'} rope_theta in rope_parameters and"
+            " at its top level; expected one value"
+        )
+    return rope | {"rope_theta": thetas.pop()}
+
+
+def portable_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """config.json for an export: with RoPE's settings where older readers, mlx-lm among them, look for them alone."""
+    result = dict(config) | {"dtype": dtype}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        result["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            result["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return result
