@@ -23,8 +23,9 @@ MARKS = {
     "capability(name)": "the column of docs/conformance.md that the test counts in",
     "core": "needs no subject but NumPy: runs where NumPy is among the subjects",
 }
-# trl is a host, not a subject: test_torch_trl.py alone asks for it.
-_required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x and x != "trl")
+# Not subjects: test files of their own ask for them.
+ELSEWHERE = ("trl", "verl", "tunix", "mlx_lm", "parity", "gpu")
+_required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x and x not in ELSEWHERE)
 _results: dict[str, dict[str, Counter[str]]] = {}
 
 
