@@ -1,9 +1,9 @@
-"""Peak memory of response log-probs, forward and backward: the chunked head beside log_softmax over full logits.
+"""Peak memory of response log-probs, forward and backward: the tiled head beside log_softmax over full logits.
 
     python benchmarks/logprob_memory.py [--tokens 4096 --vocabulary 151936 --hidden 1024]
 
 Each variant runs in a process of its own. Memory is the process's peak resident size on CPU, interpreter and PyTorch
-included, and the allocator's peak on CUDA. Exits with an error where the chunked head takes more than --bound of the
+included, and the allocator's peak on CUDA. Exits with an error where the tiled head takes more than --bound of the
 memory of the full logits.
 """
 
@@ -25,7 +25,7 @@ def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int, device
     weight = torch.empty(vocabulary, hidden_size, device=device).normal_(0, 0.05, generator=generator).requires_grad_()
     targets = torch.randint(0, vocabulary, (tokens,), generator=generator, device=device)
     start = time.perf_counter()
-    if variant == "chunked":
+    if variant == "tiled":
         logprobs = token_logprobs(hidden, weight, targets)
     else:
         logprobs = (hidden @ weight.t()).log_softmax(-1).gather(1, targets.unsqueeze(1)).squeeze(1)
@@ -57,7 +57,7 @@ def main() -> None:
     worst = 0.0
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
         found = {}
-        for variant in ("full logits", "chunked"):
+        for variant in ("full logits", "tiled"):
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", variant, device]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
@@ -65,15 +65,15 @@ def main() -> None:
             found[variant] = json.loads(result.stdout)
             peak, seconds = found[variant]["peak"] / 2**20, found[variant]["seconds"]
             print(f"  {device:5} {variant:12} {peak:10,.0f} MiB {seconds:8.2f} s", flush=True)
-        full, chunked = found["full logits"], found["chunked"]
+        full, tiled = found["full logits"], found["tiled"]
         for name in ("mean", "norm"):
-            if abs(full[name] - chunked[name]) > 1e-3 * abs(full[name]):
-                sys.exit(f"results differ: {name} {full[name]} and {chunked[name]}")
-        ratio = chunked["peak"] / full["peak"]
+            if abs(full[name] - tiled[name]) > 1e-3 * abs(full[name]):
+                sys.exit(f"results differ: {name} {full[name]} and {tiled[name]}")
+        ratio = tiled["peak"] / full["peak"]
         worst = max(worst, ratio)
         print(f"  {device:5} ratio {ratio:.3f} (bound {options.bound})")
     if worst > options.bound:
-        sys.exit(f"the chunked head takes {worst:.3f} of the memory of full logits; at most {options.bound} is wanted")
+        sys.exit(f"the tiled head takes {worst:.3f} of the memory of full logits; at most {options.bound} is wanted")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The chunked head against log_softmax over full logits: values, gradients, memory shape."""
+"""The tiled head against log_softmax over full logits: values, gradients, memory shape."""
 
 import itertools
 
@@ -8,6 +8,7 @@ from torch_policies import require
 require("torch")
 
 import torch
+from gvpo_torch import logprobs
 from gvpo_torch.logprobs import token_logprobs
 
 T, H, V = 13, 8, 50
@@ -33,13 +34,14 @@ def plainly(hidden, weight, targets, bias=None, softcap=None, scale=1.0):
 
 
 @pytest.mark.parametrize("trained", ["hidden", "head", "both"])
-@pytest.mark.parametrize("chunk", [1, 3, 100])
+@pytest.mark.parametrize("tile", [(1, 1), (3, V), (T, 7), (5, 20), (100, 100)], ids=lambda tile: f"{tile[0]}x{tile[1]}")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("head", HEADS)
-def test_values_and_gradients(head: str, bias: bool, chunk: int, trained: str) -> None:
+def test_values_and_gradients(head: str, bias: bool, tile: tuple[int, int], trained: str, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "WIDTH_WANTED", tile[1])
     hidden, weight, targets, offset = arguments(torch.float64, bias)
     found = []
-    for compute in (plainly, lambda *a, **k: token_logprobs(*a, chunk_bytes=chunk * V * 8, **k)):
+    for compute in (plainly, lambda *a, **k: token_logprobs(*a, tile_bytes=tile[0] * tile[1] * 8, **k)):
         h = hidden.clone().requires_grad_(trained != "head")
         w = weight.clone().requires_grad_(trained != "hidden")
         b = offset.clone().requires_grad_(trained != "hidden") if bias else None
@@ -51,7 +53,8 @@ def test_values_and_gradients(head: str, bias: bool, chunk: int, trained: str) -
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_gradcheck(head: str) -> None:
+def test_gradcheck(head: str, monkeypatch) -> None:
+    monkeypatch.setattr(logprobs, "WIDTH_WANTED", 20)
     hidden, weight, targets, bias = arguments(torch.float64, True)
     for h, w, b in itertools.product((True, False), repeat=3):
         if h or w or b:
@@ -60,7 +63,7 @@ def test_gradcheck(head: str) -> None:
                 weight.clone().requires_grad_(w),
                 bias.clone().requires_grad_(b),
             )
-            compute = lambda h, w, b: token_logprobs(h, w, targets, bias=b, chunk_bytes=4 * V * 8, **HEADS[head])
+            compute = lambda h, w, b: token_logprobs(h, w, targets, bias=b, tile_bytes=4 * 20 * 8, **HEADS[head])
             assert torch.autograd.gradcheck(compute, inputs)
 
 
@@ -86,32 +89,35 @@ def test_wide_head_under_narrow_hidden_stays_wide() -> None:
 
 def test_large_logits_do_not_overflow() -> None:
     hidden, weight, targets, _ = arguments(torch.float32, False)
-    h = (hidden * 1e4).requires_grad_()
-    values = token_logprobs(h, weight, targets)
-    values.sum().backward()
-    assert torch.isfinite(values).all()
-    assert torch.isfinite(h.grad).all()
+    for trains_head in (True, False):
+        h, w = (hidden * 1e4).requires_grad_(), weight.clone().requires_grad_(trains_head)
+        values = token_logprobs(h, w, targets)
+        values.sum().backward()
+        assert torch.isfinite(values).all()
+        assert torch.isfinite(h.grad).all()
 
 
-def test_no_array_of_tokens_by_vocabulary_is_made() -> None:
+@pytest.mark.parametrize("trains_head", [True, False])
+def test_no_array_of_tokens_by_vocabulary_is_made(trains_head: bool, monkeypatch) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    largest = 0
+    monkeypatch.setattr(logprobs, "WIDTH_WANTED", 10)
+    tile, largest = 60, 0  # of T * V = 650
 
     class Watch(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             nonlocal largest
             result = function(*args, **(kwargs or {}))
             for x in torch.utils._pytree.tree_leaves(result):
-                if isinstance(x, torch.Tensor) and V in x.shape:
-                    largest = max(largest, x.numel() // V)
+                if isinstance(x, torch.Tensor) and H not in x.shape:  # not of tokens by hidden, nor vocabulary by it
+                    largest = max(largest, x.numel())
             return result
 
     hidden, weight, targets, _ = arguments(torch.float32, False)
-    weight = torch.nn.Parameter(weight)
+    weight = torch.nn.Parameter(weight, requires_grad=trains_head)
     with Watch():
-        token_logprobs(hidden.requires_grad_(), weight, targets, chunk_bytes=2 * V * 4).sum().backward()
-    assert max(2, H) >= largest >= 2  # H: the weight itself
+        token_logprobs(hidden.requires_grad_(), weight, targets, tile_bytes=tile * 4).sum().backward()
+    assert largest == tile
 
 
 @pytest.mark.parametrize(
@@ -120,7 +126,7 @@ def test_no_array_of_tokens_by_vocabulary_is_made() -> None:
         ({"hidden": torch.zeros(T, H + 1)}, r"hidden has shape \(13, 9\) and head_weight \(50, 8\)"),
         ({"targets": torch.zeros(T + 1, dtype=torch.long)}, r"targets has shape \(14,\); expected \(13,\)"),
         ({"bias": torch.zeros(H)}, r"bias has shape \(8,\); expected \(50,\)"),
-        ({"chunk_bytes": 0}, "chunk_bytes is 0; expected at least 1"),
+        ({"tile_bytes": 0}, "tile_bytes is 0; expected at least 1"),
     ],
 )
 def test_arguments_that_do_not_fit_are_named(change, message) -> None:

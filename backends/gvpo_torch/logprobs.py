@@ -1,12 +1,15 @@
 """Log-probabilities of given tokens from hidden states, without ever holding a [tokens, vocabulary] array."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CPU_CHUNK_BYTES = 48 * 2**20
-DEVICE_CHUNK_BYTES = 512 * 2**20
+CPU_TILE_BYTES = 32 * 2**20
+DEVICE_TILE_BYTES = 512 * 2**20
+LONGEST_TILE = 4096  # tokens
+WIDTH_WANTED = 512  # vocabulary entries of a tile at least, where its bytes allow: narrower products are slow
 
 
 def token_logprobs(
@@ -17,15 +20,17 @@ def token_logprobs(
     bias: Tensor | None = None,
     softcap: float | None = None,
     scale: float = 1.0,
-    chunk_bytes: int | None = None,
+    tile_bytes: int | None = None,
 ) -> Tensor:
-    """Log-probability of each target under the head's softmax, in chunks of tokens.
+    """Log-probability of each target under the head's softmax, in tiles of tokens by vocabulary.
 
     logits = softcap * tanh(scale * (hidden @ head_weight.T + bias) / softcap)
     result = logits[target] - logsumexp(logits)
 
-    The backward pass computes each chunk's logits again; where the head is frozen the forward pass makes the gradient
-    of `hidden` at once instead. The largest array beside the arguments and their gradients is one chunk.
+    The normaliser is summed over the tiles of a row as they come, with the highest logit so far taken out. The
+    backward pass computes each tile again; where the head is frozen the forward pass makes the gradient of `hidden` at
+    once instead, summed in the same way. The largest array beside the arguments and their gradients is one tile, and
+    each slice of the head's gradient is one product, written once.
 
     Args:
       hidden: (T, H) float; differentiated.
@@ -34,9 +39,9 @@ def token_logprobs(
       bias: (V,) float; differentiated where it requires a gradient.
       softcap: caps the logits as Gemma 2 does. Default: off.
       scale: factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-      chunk_bytes: size of one chunk of logits. Default: 48 MiB on CPU, 512 MiB on an accelerator.
+      tile_bytes: size of one tile of logits. Default: 32 MiB on CPU, 512 MiB on an accelerator.
     Returns: (T,) float32, nats; float64 for float64 arguments.
-    Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
+    Raises: ValueError: shapes that do not fit, or tile_bytes < 1.
     """
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(
@@ -47,17 +52,19 @@ def token_logprobs(
         raise ValueError(f"targets has shape {tuple(targets.shape)}; expected {tuple(hidden.shape[:1])}")
     if bias is not None and bias.shape != head_weight.shape[:1]:
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected {tuple(head_weight.shape[:1])}")
-    if chunk_bytes is None:
-        chunk_bytes = CPU_CHUNK_BYTES if hidden.device.type == "cpu" else DEVICE_CHUNK_BYTES
-    if chunk_bytes < 1:
-        raise ValueError(f"chunk_bytes is {chunk_bytes}; expected at least 1")
+    if tile_bytes is None:
+        tile_bytes = CPU_TILE_BYTES if hidden.device.type == "cpu" else DEVICE_TILE_BYTES
+    if tile_bytes < 1:
+        raise ValueError(f"tile_bytes is {tile_bytes}; expected at least 1")
     head = _Head(head_weight.dtype, hidden.dtype, hidden.device.type, softcap, scale)
-    rows = max(1, chunk_bytes // (head_weight.shape[0] * head.wide.itemsize))
-    return _TokenLogprobs.apply(hidden, head_weight, bias, targets, head, rows)
+    elements = max(1, tile_bytes // head.wide.itemsize)
+    rows = max(1, min(len(targets), LONGEST_TILE, elements // WIDTH_WANTED))
+    columns = max(1, min(head_weight.shape[0], elements // rows))
+    return _TokenLogprobs.apply(hidden, head_weight, bias, targets, head, rows, columns)
 
 
 class _Head:
-    """The head's arithmetic on one chunk: products in the narrower of the two dtypes, all else in float32 or wider."""
+    """The head's arithmetic on one tile: products in the narrower of the two dtypes, all else in float32 or wider."""
 
     def __init__(
         self, weight: torch.dtype, hidden: torch.dtype, device: str, softcap: float | None, scale: float
@@ -69,21 +76,21 @@ class _Head:
         self.mixed = self.product.itemsize < 4 and device == "cuda"
         self.softcap, self.scale = softcap, scale
 
-    def space(self, rows: int, weight: Tensor) -> Tensor | None:
-        """Room for the logits of `rows` tokens, used again by every chunk; None where products are narrower."""
+    def space(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
+        """Room for one tile of logits, used again by every tile; None where products are narrower."""
         if self.product != self.wide:
             return None
-        return torch.empty(rows, weight.shape[0], dtype=self.wide, device=weight.device)
+        return torch.empty(rows * columns, dtype=self.wide, device=device)
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
         """a @ b, accumulated and returned wide."""
         a, b = a.to(self.product), b.to(self.product)
         if out is not None:
-            return torch.mm(a, b, out=out[: len(a)])
+            return torch.mm(a, b, out=out[: len(a) * b.shape[1]].view(len(a), b.shape[1]))
         return torch.mm(a, b, out_dtype=self.wide) if self.mixed else torch.mm(a, b).to(self.wide)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, space: Tensor | None) -> Tensor:
-        """(t, V) wide; in `space` where it is given."""
+        """(t, v) wide; in `space` where it is given."""
         z = self.multiply(hidden, weight.t(), space)
         if bias is not None:
             z += bias.to(self.wide)
@@ -94,51 +101,53 @@ class _Head:
         return z
 
     def slope(self, logits: Tensor) -> Tensor | None:
-        """d logits / d(hidden @ weight.T + bias), before `logits` is overwritten; None where it is `scale` alone."""
-        if self.softcap is None:
-            return None
-        return (logits / self.softcap).square_().neg_().add_(1.0)
+        """d logits / d(hidden @ weight.T + bias) over `scale`, before `logits` is overwritten; None where it is 1."""
+        return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
-    def gradient(self, logits: Tensor, normaliser: Tensor, targets: Tensor, slope: Tensor | None) -> Tensor:
-        """d logprob / d(hidden @ weight.T + bias) in place of the logits."""
-        g = logits.sub_(normaliser.unsqueeze(1)).exp_().neg_()
-        rows = torch.arange(len(g), device=g.device)
-        g[rows, targets] += 1.0
+    def sloped(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
+        """The gradient times slope and scale, in place."""
         if slope is not None:
-            g *= slope
-        if self.scale != 1.0:
-            g *= self.scale
-        return g
+            gradient *= slope
+        return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
+
+
+def _tiles(count: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def _places(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+    """(t, 1) each: where in a slice of the vocabulary a target lies, and whether it does. No wait for the device."""
+    places = targets.sub(part.start).unsqueeze(1)
+    inside = (places >= 0) & (places < part.stop - part.start)
+    return places.clamp_(0, part.stop - part.start - 1), inside
 
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, head: _Head, rows: int
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        rows: int,
+        columns: int,
     ) -> Tensor:
-        ctx.head, ctx.rows = head, rows
+        ctx.head, ctx.rows, ctx.columns = head, rows, columns
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
         ahead = hidden.new_empty(hidden.shape) if ctx.needs_input_grad[0] and not trains_head else None
         logprobs = torch.empty(len(targets), dtype=head.wide, device=hidden.device)
         normalisers = torch.empty_like(logprobs)
         with torch.autocast(hidden.device.type, enabled=False):
-            weight_used = weight.to(head.product)
-            space = head.space(min(rows, len(targets)), weight)
-            for start in range(0, len(targets), rows):
-                part = slice(start, start + rows)
-                logits = head.logits(hidden[part], weight_used, bias, space)
-                chosen = logits.gather(1, targets[part].unsqueeze(1)).squeeze(1)
-                if ahead is None:
-                    highest = logits.amax(1)
-                    total = logits.sub_(highest.unsqueeze(1)).exp_().sum(1)
-                    normaliser = total.log_().add_(highest)
-                else:
-                    normaliser = torch.logsumexp(logits, 1)
-                    g = head.gradient(logits, normaliser, targets[part], head.slope(logits))
-                    ahead[part] = head.multiply(g, weight_used)
-                logprobs[part] = chosen - normaliser
-                normalisers[part] = normaliser
-                logits = g = None  # not held while the next chunk is made
+            space = head.space(rows, columns, hidden.device)
+            for part in _tiles(len(targets), rows):
+                chosen, normaliser, gradient = _forward(
+                    hidden[part], weight, bias, targets[part], head, columns, space, ahead is not None
+                )
+                logprobs[part], normalisers[part] = chosen - normaliser, normaliser
+                if ahead is not None:
+                    ahead[part] = gradient
         if ahead is not None:
             ctx.save_for_backward(ahead)
         else:
@@ -148,35 +157,76 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor | None, ...]:
-        head = ctx.head
+        head, rows, columns = ctx.head, ctx.rows, ctx.columns
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         if not (wants_weight or wants_bias):
             (ahead,) = ctx.saved_tensors
-            return (ahead * factors.unsqueeze(1)).to(ahead.dtype), None, None, None, None, None
+            return (ahead * factors.unsqueeze(1)).to(ahead.dtype), *(None,) * 6
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=head.wide) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.wide) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
-            weight_used = weight.to(head.product)
-            space = head.space(min(ctx.rows, len(targets)), weight)
-            for start in range(0, len(targets), ctx.rows):
-                part = slice(start, start + ctx.rows)
-                logits = head.logits(hidden[part], weight_used, bias, space)
-                g = head.gradient(logits, normalisers[part], targets[part], head.slope(logits))
-                g *= factors[part].unsqueeze(1)
-                if grad_bias is not None:
-                    grad_bias += g.sum(0)
-                if grad_hidden is not None:
-                    grad_hidden[part] = head.multiply(g, weight_used)
-                if grad_weight is not None:
-                    if head.mixed:
-                        grad_weight += head.multiply(g.t(), hidden[part])
-                    else:
-                        grad_weight.addmm_(g.t(), hidden[part].to(head.wide))
-                logits = g = None
+            space = head.space(rows, columns, hidden.device)
+            for part in _tiles(len(targets), rows):
+                for words in _tiles(len(weight), columns):
+                    bias_used = None if bias is None else bias[words]
+                    logits = head.logits(hidden[part], weight[words], bias_used, space)
+                    slope = head.slope(logits)
+                    g = logits.sub_(normalisers[part].unsqueeze(1)).exp_().neg_()
+                    places, inside = _places(targets[part], words)
+                    g.scatter_add_(1, places, inside.to(g.dtype))
+                    g = head.sloped(g, slope).mul_(factors[part].unsqueeze(1))
+                    if grad_bias is not None:
+                        grad_bias[words] += g.sum(0)
+                    if grad_hidden is not None:
+                        grad_hidden[part] += head.multiply(g, weight[words])
+                    if grad_weight is not None and head.mixed:
+                        grad_weight[words] += head.multiply(g.t(), hidden[part])
+                    elif grad_weight is not None:
+                        grad_weight[words].addmm_(g.t(), hidden[part].to(head.wide))
+                    logits = g = slope = None  # not held while the next tile is made
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden.to(hidden.dtype)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         if grad_bias is not None:
             grad_bias = grad_bias.to(bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+        return grad_hidden, grad_weight, grad_bias, *(None,) * 4
+
+
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    head: _Head,
+    columns: int,
+    space: Tensor | None,
+    wants_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Of some tokens: (t,) the targets' logits, (t,) logsumexp of all logits, (t, H) d logprob / d hidden if wanted."""
+    highest = torch.full((len(targets), 1), -torch.inf, dtype=head.wide, device=hidden.device)
+    total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
+    others = hidden.new_zeros(hidden.shape, dtype=head.wide) if wants_gradient else None
+    for words in _tiles(len(weight), columns):
+        logits = head.logits(hidden, weight[words], None if bias is None else bias[words], space)
+        places, inside = _places(targets, words)
+        chosen = torch.where(inside, logits.gather(1, places), chosen)
+        slope = head.slope(logits) if wants_gradient else None
+        higher = torch.maximum(highest, logits.amax(1, keepdim=True))
+        shrink = (highest - higher).exp_()
+        masses = logits.sub_(higher).exp_()
+        total = total * shrink + masses.sum(1, keepdim=True)
+        highest = higher
+        if others is not None:
+            # The target's own part is 1 - p, which a narrow p would spoil where p is near 1: left out, added below.
+            masses.scatter_(1, places, masses.gather(1, places).masked_fill_(inside, 0.0))
+            others = others.mul_(shrink).add_(head.multiply(head.sloped(masses, slope), weight[words]))
+        logits = masses = slope = None  # not held while the next tile is made
+    normaliser = total.log() + highest
+    gradient = None
+    if others is not None:
+        own = head.sloped(torch.expm1(chosen - normaliser).neg_(), head.slope(chosen))
+        gradient = others.div_(total).neg_().addcmul_(own, weight[targets].to(head.wide))
+    return chosen.squeeze(1), normaliser.squeeze(1), gradient
