@@ -88,12 +88,13 @@ def conformance(session: nox.Session, subject: str) -> None:
 
 @nox.session
 def trl(session: nox.Session) -> None:
-    """The same gradient as TRL's RLOOTrainer, on the same tensors.
+    """GVPO in TRL (gvpo_trl): exact steps, refused settings, a run; and the same gradient as TRL's RLOOTrainer.
 
     nox -s trl
     """
-    install(session, "-e", ".[torch,dev]", "trl")
-    pytest(session, "trl", "conformance/test_torch_trl.py", GVPO_SUBJECTS="torch,trl")
+    install(session, "-e", ".[torch,trl,dev]")
+    files = [f"conformance/test_{name}.py" for name in ("trl_steps", "trl_settings", "torch_trl")]
+    pytest(session, "trl", *files, GVPO_SUBJECTS="torch,trl")
 
 
 @nox.session

@@ -16,6 +16,9 @@ import pytest
 DIST = os.environ.get("GVPO_DIST")
 pytestmark = pytest.mark.skipif(DIST is None, reason="no built wheel: nox -s wheel")
 ROOT = Path(__file__).parent.parent
+PACKAGES = [ROOT / "gvpo_core"] + [
+    path.parent for folder in ("backends", "adapters") for path in ROOT.glob(f"{folder}/gvpo_*/__init__.py")
+]
 
 
 def built(pattern: str) -> Path:
@@ -52,19 +55,19 @@ def test_only_gvpo_names(names):
     top = {name.split("/")[0] for name in names}
     info = {name for name in top if name.endswith(".dist-info")}
     assert len(info) == 1
-    assert top - info == {"gvpo_core", "gvpo_torch"}
+    assert top - info == {package.name for package in PACKAGES}
 
 
 def test_typed_and_licensed(names):
-    assert {"gvpo_core/py.typed", "gvpo_torch/py.typed"} <= set(names)
+    assert {f"{package.name}/py.typed" for package in PACKAGES} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_every_source_file_is_in_it(names):
     sources = {
-        str(path.relative_to(base))
-        for base, package in ((ROOT, "gvpo_core"), (ROOT / "backends", "gvpo_torch"))
-        for path in (base / package).rglob("*")
+        str(path.relative_to(package.parent))
+        for package in PACKAGES
+        for path in package.rglob("*")
         if path.is_file() and "__pycache__" not in path.parts
     }
     assert sources - set(names) == set()

@@ -1,0 +1,170 @@
+"""TRL's settings with GVPO's defaults, and the settings that GVPO cannot be exact under."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from trl import GRPOConfig
+
+
+@dataclass
+class GVPOConfig(GRPOConfig):
+    """`GRPOConfig` for `GVPOTrainer`. What differs: the defaults below, and what `check` refuses.
+
+    `temperature` is that of sampling alone: log-probabilities are scored at temperature 1. `epsilon` has no effect.
+    """
+
+    beta: float = field(
+        default=0.1,
+        metadata={"help": "KL coefficient of GVPO, reward units per nat of a whole response; 0: no reference model."},
+    )
+    loss_type: str = field(
+        default="dr_grpo", metadata={"help": "Token sums by a constant: what carries GVPO's weights."}
+    )
+    scale_rewards: str = field(default="none", metadata={"help": "GVPO's rewards keep their scale."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Weights and gradient are of the same model."})
+    router_aux_loss_coef: float | None = field(
+        default=0.0, metadata={"help": "Load-balancing loss of mixture-of-experts models: another gradient."}
+    )
+    vllm_importance_sampling_correction: bool = field(
+        default=False, metadata={"help": "GVPO takes samples from anywhere without importance weights (Cor. 3.2)."}
+    )
+    allow_truncated_support: bool = field(
+        default=False, metadata={"help": "Accept sampling that leaves responses out, and give up Cor. 3.2's guarantee."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
+
+    def check(self) -> None:
+        """Raises: ValueError: naming every setting under which a step would not be GVPO's, and what to set."""
+        wrong = [
+            f"{rule.name} is {value!r}; set it to {rule.wanted}: {rule.reason}"
+            for rule in RULES
+            if not rule.fits(value := getattr(self, rule.name))
+        ]
+        if self.steps_per_generation % self.gradient_accumulation_steps:
+            wrong.append(
+                f"steps_per_generation is {self.steps_per_generation}; set it to a multiple of"
+                f" gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step would hold"
+                " responses of two generations, the second not yet drawn when it is weighed"
+            )
+        rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
+        if self.steps_per_generation > self.gradient_accumulation_steps and rows % self.num_generations:
+            wrong.append(
+                f"num_generations is {self.num_generations} and a process holds {rows} responses an optimizer step"
+                " (per_device_train_batch_size x gradient_accumulation_steps); set them so that num_generations"
+                " divides it, or steps_per_generation to gradient_accumulation_steps: groups would be cut between"
+                " the optimizer steps of a generation"
+            )
+        if not self.allow_truncated_support:
+            sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
+            wrong += cuts_support(sampling | (self.generation_kwargs or {}))
+            if self.vllm_structured_outputs_regex is not None:
+                wrong.append(f"vllm_structured_outputs_regex is {self.vllm_structured_outputs_regex!r}; {_CUT}")
+        if wrong:
+            raise ValueError("GVPOConfig cannot train exactly with these settings:\n" + "\n".join(wrong))
+
+
+class Rule(NamedTuple):
+    """A setting, when it fits, and what to say when it does not."""
+
+    name: str
+    fits: Callable[[Any], bool]
+    wanted: str
+    reason: str
+
+
+def _is(value: Any) -> Callable[[Any], bool]:
+    return lambda given: bool(given == value)
+
+
+_CLIP = "GVPO has no ratio to clip"
+_OTHER = "it adds a gradient of its own"
+_MASK = "it leaves tokens out of a response's log-probability"
+
+RULES = (
+    Rule("beta", lambda beta: beta >= 0, "0 or more", "it is the KL coefficient"),
+    Rule("temperature", lambda t: t > 0, "more than 0", "greedy responses of a prompt are all the same one"),
+    Rule("max_completion_length", lambda n: bool(n), "a number of tokens", "the loss is divided by it"),
+    Rule("loss_type", _is("dr_grpo"), '"dr_grpo"', "the others divide by a response's or a batch's tokens"),
+    Rule("scale_rewards", _is("none"), '"none"', "a group's standard deviation is no part of GVPO"),
+    Rule(
+        "multi_objective_aggregation",
+        _is("sum_then_normalize"),
+        '"sum_then_normalize"',
+        "each reward would be divided by its standard deviation",
+    ),
+    Rule("importance_sampling_level", _is("token"), '"token"', "a mean over tokens would divide by the length"),
+    Rule(
+        "vllm_importance_sampling_correction",
+        _is(False),
+        "False",
+        "GVPO needs no importance weights (Cor. 3.2), and they would multiply its own",
+    ),
+    Rule("epsilon", _is(0.2), "0.2, its default", _CLIP),
+    Rule("epsilon_high", _is(None), "None", _CLIP),
+    Rule("delta", _is(None), "None", _CLIP),
+    Rule("off_policy_mask_threshold", _is(None), "None", "masked responses would stay in their group's mean"),
+    Rule("top_entropy_quantile", _is(1.0), "1.0", _MASK),
+    Rule("entropy_coef", _is(0.0), "0.0", _OTHER),
+    Rule("use_adaptive_entropy", _is(False), "False", _OTHER),
+    Rule("router_aux_loss_coef", _is(0.0), "0.0", _OTHER),
+    Rule("disable_dropout", _is(True), "True", "weights and gradient would be of two different sub-networks"),
+    Rule("neftune_noise_alpha", _is(None), "None", "weights and gradient would be of two different models"),
+    Rule(
+        "optim",
+        lambda name: not any(x in str(getattr(name, "value", name)) for x in ("lomo", "layerwise")),
+        "an optimizer that steps once a batch",
+        "parameters would move between the micro-batches of a step",
+    ),
+)
+
+_CUT = (
+    "it leaves responses out of the samples that Cor. 3.2 needs; unset it, or set allow_truncated_support=True"
+    " to give up the corollary's guarantee"
+)
+
+# What may stand in generation_kwargs or in a model's generation_config, and the values that cut nothing.
+_SUPPORT: dict[str, Callable[[Any], bool]] = {
+    "top_p": lambda x: x is None or x >= 1,
+    "top_k": lambda x: x is None or x <= 0,
+    "min_p": lambda x: not x,
+    "top_h": lambda x: not x,
+    "typical_p": lambda x: x is None or x >= 1,
+    "epsilon_cutoff": lambda x: not x,
+    "eta_cutoff": lambda x: not x,
+    "do_sample": lambda x: x is None or bool(x),
+    "num_beams": lambda x: x is None or x == 1,
+    **dict.fromkeys(
+        (
+            "penalty_alpha",
+            "no_repeat_ngram_size",
+            "encoder_no_repeat_ngram_size",
+            "bad_words_ids",
+            "bad_words",
+            "force_words_ids",
+            "constraints",
+            "suppress_tokens",
+            "begin_suppress_tokens",
+            "forced_bos_token_id",
+            "forced_eos_token_id",
+            "min_length",
+            "min_new_tokens",
+            "min_tokens",
+            "allowed_token_ids",
+            "structured_outputs",
+        ),
+        lambda x: not x,
+    ),
+}
+
+
+def cuts_support(sampling: Mapping[str, Any]) -> list[str]:
+    """What is wrong with sampling settings: those under which some response of the model has probability 0."""
+    return [
+        f"{name} is {sampling[name]!r}; {_CUT}"
+        for name, harmless in _SUPPORT.items()
+        if name in sampling and not harmless(sampling[name])
+    ]

@@ -1,0 +1,227 @@
+"""GVPO in TRL's GRPOTrainer: TRL samples, rewards, shuffles and steps; here are the weights.
+
+Before each optimizer step all its responses are scored without gradient, gathered over the processes and weighed by
+`gvpo_core.gvpo_coefficients`; the coefficients take the place of TRL's advantages, times what its loss divides by. With
+the old log-probabilities left out TRL's ratio is 1, so that its loss has the gradient -sum_i c_i grad log pi_i.
+"""
+
+import copy
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from packaging.version import Version
+from torch import Tensor
+from transformers import ProcessorMixin
+from trl import GRPOTrainer
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import split_tensor_dict
+
+from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logprobs
+from gvpo_trl.config import GVPOConfig, cuts_support
+
+TRIED = ("1.16", "1.17")  # from, below
+
+
+class GVPOTrainer(GRPOTrainer):
+    """`trl.GRPOTrainer` with GVPO's objective; the same arguments, with a `GVPOConfig`.
+
+    The column `loss` of the log is GVPO's loss (Eq. 16), reward^2; `gvpo/...` has its parts.
+
+    Raises: TypeError, ValueError, RuntimeError: a configuration, model or version of TRL that it cannot be exact with.
+    """
+
+    _tag_names = ["trl", "gvpo"]  # noqa: RUF012 - as in the host
+    _name = "GVPO"
+    _paper = {  # noqa: RUF012
+        "title": "GVPO: Group Variance Policy Optimization for Large Language Model Post-Training",
+        "id": "2504.19599",
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: GVPOConfig | None = None, *rest: Any, **named: Any):
+        check_version(version("trl"))
+        if args is None:
+            args = GVPOConfig(f"{str(getattr(model, 'name_or_path', model)).split('/')[-1]}-GVPO")
+        if not isinstance(args, GVPOConfig):
+            raise TypeError(f"args is a {type(args).__name__}; expected a gvpo_trl.GVPOConfig")
+        args.check()
+        temperature = args.temperature
+        args = copy.copy(args)
+        # TRL divides logits by its temperature wherever it scores: it is told 1, and the sampler the real one.
+        args.temperature = 1.0
+        args.generation_kwargs = {"temperature": temperature, **(args.generation_kwargs or {})}
+        super().__init__(model, reward_funcs, args, *rest, **named)
+        self.args.temperature = self.temperature = temperature
+        self._gvpo_rewards = torch.empty(0)
+        self._gvpo_groups = 0
+        self._check_model()
+
+    def _check_model(self) -> None:
+        if isinstance(self.processing_class, ProcessorMixin):
+            raise ValueError(
+                f"the processing class is a {type(self.processing_class).__name__}; GVPOTrainer takes text alone: pass"
+                " a model and a tokenizer of text"
+            )
+        active = {
+            f"{type(module).__name__}.{name} = {value}"
+            for module in self.model.modules()
+            for name, value in vars(module).items()
+            if "drop" in name and isinstance(value, float) and value > 0
+        }
+        if active:
+            raise ValueError(
+                f"the model drops activations at random, and disable_dropout leaves {', '.join(sorted(active))}:"
+                " load it with these set to 0, or weights and gradient are of two different sub-networks"
+            )
+        wrong = cuts_support(self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {}))
+        own = {"top_p", "top_k", "min_p"}  # which TRL overrides with its own
+        wrong = [line for line in wrong if line.split()[0] not in own]
+        if wrong and not self.args.allow_truncated_support:
+            raise ValueError("the model's generation_config does not fit GVPO:\n" + "\n".join(wrong))
+
+    def _calculate_rewards(self, *args: Any, **named: Any) -> Tensor:
+        rewards = super()._calculate_rewards(*args, **named)
+        total = (rewards * self.reward_weights.to(rewards)).nansum(dim=1)
+        self._gvpo_rewards = total.masked_fill(rewards.isnan().all(dim=1), float("nan"))
+        return rewards
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        rewards, start = self._gvpo_rewards, self.accelerator.process_index * len(inputs)
+        ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own grouping, of the gathered rows
+        self._gvpo_groups = len(rewards) // size
+        own = slice(start, start + len(inputs))
+        # A completion that TRL masks whole (mask_truncated_completions) leaves its group (Cor. 3.4).
+        output["rewards"] = rewards[own].masked_fill(~output["completion_mask"].any(dim=1), float("nan"))
+        output["group_ids"] = ids[own]
+        scored = ~self.accelerator.gather(output["rewards"]).isnan()
+        if self.model.training and not bool((torch.bincount(ids[scored]) >= 2).any()):
+            raise RuntimeError(
+                f"no group has 2 scored completions: {int(scored.sum())} of {len(scored)} have a reward and are not"
+                " masked; look at the reward functions' warnings and at mask_truncated_completions"
+            )
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
+        before = self._buffered_inputs
+        inputs = super()._prepare_inputs(generation_batch)
+        if not self.model.training:
+            self._weigh([inputs])
+            return inputs
+        if self._buffered_inputs is not before:
+            draw = torch.Generator().manual_seed(self.args.seed + self._step)  # the same in all processes
+            order = torch.randperm(self._gvpo_groups, generator=draw)
+            self._buffered_inputs = whole_groups(self._buffered_inputs, order)
+            for batch in self._buffered_inputs[self.args.gradient_accumulation_steps :]:
+                batch.pop("old_per_token_logps", None)  # the policy will have moved
+        window, place = self.args.gradient_accumulation_steps, self._step % self.args.steps_per_generation
+        if place % window == 0:
+            if self.current_gradient_accumulation_steps != window:
+                raise RuntimeError(
+                    f"an optimizer step has {self.current_gradient_accumulation_steps} micro-batches; expected"
+                    f" gradient_accumulation_steps = {window}: the weights of a step need all of them"
+                )
+            self._weigh(self._buffered_inputs[place : place + window])
+        return self._buffered_inputs[place]
+
+    @torch.no_grad()
+    def _weigh(self, batches: list[dict[str, Any]]) -> None:
+        """Puts the coefficients of one optimizer step where TRL's loss reads advantages."""
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            logprobs = torch.cat([self._gvpo_logprobs(batch) for batch in batches])
+        if self.beta:
+            ref = torch.cat([sequence_logprobs(batch["ref_per_token_logps"], mask_of(batch)) for batch in batches])
+        else:
+            ref = logprobs
+        rewards, ids = (torch.cat([batch[name] for batch in batches]) for name in ("rewards", "group_ids"))
+        # The processes hold equally many rows, in rank order.
+        logprobs, ref, rewards = self.accelerator.gather(torch.stack([logprobs, ref, rewards.to(ref)], dim=1)).unbind(1)
+        rows = (logprobs, ref, rewards, self.accelerator.gather(ids))
+        coefficients = gvpo_coefficients(*rows, beta=self.beta)
+        if not bool(coefficients.isfinite().all()):
+            raise FloatingPointError("log-probabilities or rewards of this step are not finite: no step was taken")
+        loss = self._log_gvpo(*rows)
+        own = coefficients.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        start = 0
+        for batch in batches:
+            size = len(batch["rewards"])
+            # TRL's dr_grpo divides by these; data-parallel gradients are means over processes.
+            scale = size * self.max_completion_length * len(batches) * self.accelerator.num_processes
+            batch["advantages"] = own[start : start + size] * scale
+            batch["gvpo_loss"] = loss / len(batches)
+            start += size
+
+    def _gvpo_logprobs(self, batch: dict[str, Any]) -> Tensor:
+        """(B,) log pi of whole responses; what TRL scored after generation, where it did, serves once."""
+        mask = mask_of(batch)
+        known = batch.pop("old_per_token_logps", None)
+        if known is None:
+            ids, length = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1), mask.shape[1]
+            attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
+            known, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, attention, length)
+        return sequence_logprobs(known, mask)
+
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
+        beta, self.beta = self.beta, 0.0  # GVPO's KL is in its weights: TRL adds none
+        try:
+            loss = super()._compute_loss(model, inputs)
+        finally:
+            self.beta = beta
+        return loss - loss.detach() + inputs["gvpo_loss"]
+
+    def _log_gvpo(self, logprobs: Tensor, ref: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
+        """GVPO's numbers of one optimizer step into TRL's log; returns the loss, ()."""
+        parts = gvpo_loss(logprobs, ref, rewards, ids, beta=self.beta)
+        counted = ~rewards.isnan()
+        present = int(torch.bincount(ids).gt(0).sum())
+        found = {
+            "implicit_variance": parts.implicit_variance,
+            "reward_variance": parts.reward_variance,
+            "covariance": parts.covariance,
+            "groups/counted": parts.counted_groups,
+            "groups/dropped": present - float(parts.counted_groups),
+            "responses/unscored": float((~counted).sum()),
+        }
+        if self.beta:
+            regret = gvpo_regret(logprobs, ref, rewards, ids, beta=self.beta)
+            found |= {"kl": (logprobs - ref)[counted].mean(), "regret": regret.second_order}
+            found["regret/series"] = regret.series
+        log = self._metrics["train" if self.model.training else "eval"]
+        for name, value in found.items():
+            log[f"gvpo/{name}"].append(float(value))
+        return parts.loss
+
+
+def mask_of(batch: dict[str, Any]) -> Tensor:
+    """(B, T) bool: the tokens that the model itself has written."""
+    mask = batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
+    return mask.bool()
+
+
+def whole_groups(batches: list[dict[str, Any]], order: Tensor) -> list[dict[str, Any]]:
+    """The rows of one generation, dealt to its micro-batches again, one group after the other.
+
+    TRL shuffles rows before it deals them, which spreads a group over the optimizer steps of a generation.
+
+    Args:
+      batches: of one process, equally many rows in each.
+      order: (num_groups,) place of each group, the same in all processes.
+    """
+    rows = {
+        name: torch.cat([batch[name] for batch in batches]) if value.ndim else value
+        for name, value in batches[0].items()
+    }
+    ids = rows["group_ids"]
+    chosen = torch.argsort(order.to(ids.device)[ids], stable=True)
+    return split_tensor_dict({name: v[chosen] if v.ndim else v for name, v in rows.items()}, len(batches))
+
+
+def check_version(found: str) -> None:
+    """Raises: RuntimeError: a TRL that this adapter was not tried with."""
+    low, high = TRIED
+    if not Version(low) <= Version(found) < Version(high):
+        raise RuntimeError(
+            f"TRL {found} is installed; gvpo_trl was tried with >={low},<{high} and overrides methods that others may"
+            f' not have: pip install "trl>={low},<{high}"'
+        )
