@@ -16,7 +16,7 @@ PHASES = {
     "generate": ("gvpo_core.training.table", "TablePolicy.generate"),
     "reward": ("gvpo_core.training.rollout", "score"),
     "update": ("gvpo_core.training.table", "TablePolicy.update"),
-    "evaluate": ("gvpo_core.training.loop", "_evaluation"),
+    "evaluate": ("gvpo_core.training.loop", "evaluated"),
     "save": ("gvpo_core.training.table", "TablePolicy.save"),
 }
 

@@ -56,7 +56,7 @@ class Forked:
         self.process.start()
 
     def has_spoken(self) -> bool:
-        return self.log.stat().st_size > 0
+        return "run folder" in self.log.read_text()  # the end of the header: steps follow
 
     def exit_status(self) -> int | None:
         return self.process.exitcode
@@ -76,7 +76,7 @@ class Spawned:
             self.process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
 
     def has_spoken(self) -> bool:
-        return self.log.stat().st_size > 0
+        return "run folder" in self.log.read_text()  # the end of the header: steps follow
 
     def exit_status(self) -> int | None:
         return self.process.poll()
@@ -107,7 +107,7 @@ def kill_and_resume(
     """SIGKILLs the run `kills` times, then lets it finish; returns how often each kind of moment was hit.
 
     Half of the kills wait for a checkpoint being written and fall inside it; the others come at a random time up to
-    `longest` seconds after the run has said its first word.
+    `longest` seconds after the run has printed its header.
     """
     chance = random.Random(seed)
     hit = {"saving": 0, "running": 0}

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from gvpo_core.training import cli
 from gvpo_core.training.config import Config, ConfigError, DataConfig, ModelConfig, RewardConfig
-from gvpo_core.training.config_file import check_config, differences, parse_arguments, read_config, write_config
+from gvpo_core.training.config_check import check_config
+from gvpo_core.training.config_file import differences, parse_arguments, read_config, write_config
 
 pytestmark = pytest.mark.core
 
@@ -99,7 +101,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(file):
     with pytest.raises(ConfigError) as caught:
         read_config(file(text))
     lines = str(caught.value).splitlines()
-    assert [re.search(r"config.toml:(\d+): (.*)", line).groups() for line in lines] == [
+    assert [re.search(r"config.toml:(\d+): (.*)", line).groups() for line in lines[:5]] == [
         ("2", "unknown field run.stepz; did you mean run.steps?"),
         ("4", "rollout.max_tokens = 'many'; expected int"),
         ("5", "unknown field rollout.beta; did you mean objective.beta?"),
@@ -107,6 +109,34 @@ def test_every_mistake_is_reported_at_once_with_its_line(file):
          " 'dpo'; did you mean 'gvpo'?"),
         ("8", "unknown section optimiser; did you mean optimizer?"),
     ]  # fmt: skip
+    # What is missing has no line, and comes last.
+    assert [line.partition("config.toml: ")[2].partition(" ")[0] for line in lines[5:]] == [
+        "data.train", "model.path", "no",
+    ]  # fmt: skip
+
+
+def test_mistakes_of_every_level_are_reported_together(file, tmp_path):
+    """Names, types, ranges, combinations, and the files and functions that the settings name."""
+    (tmp_path / "mine.py").write_text("import nowhere_at_all")
+    text = '[run]\nstepz = 3\nseed = "one"\nkeep_checkpoints = 0\ntrackers = ["wandbb"]\n'
+    text += '[objective]\nminibatches = 9\n[model]\npath = "model"\n'
+    text += f'[data]\ntrain = "none.jsonl"\n[rewards.mine]\nfunction = "{tmp_path}/mine.py:f"\n'
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([str(file(text))], lambda config: cli._wrong_inputs(config, {}))
+    said = str(caught.value).splitlines()
+    assert len(said) == 7, said
+    for i, part in enumerate(
+        ("config.toml:2: unknown field run.stepz", "config.toml:3: run.seed = 'one'; expected int",
+         "config.toml:4: run.keep_checkpoints = 0", "config.toml:7: objective.minibatches = 9",
+         "No module named 'nowhere_at_all'", "none.jsonl", "did you mean wandb?")
+    ):  # fmt: skip
+        assert part in said[i], said[i]
+
+
+def test_no_mistake_is_told_twice(file):
+    with pytest.raises(ConfigError) as caught:
+        read_config(file(GOOD.replace('"exact_match"', "3") + "\n[rollout]\nprompts = 'x'\n"))
+    assert len(str(caught.value).splitlines()) == 2, caught.value
 
 
 @pytest.mark.parametrize(
@@ -176,4 +206,8 @@ def test_remote_code_needs_a_revision(file):
     text = GOOD.replace('path = "model"', 'path = "someone/model"\ntrust_remote_code = true')
     with pytest.raises(ConfigError, match=r"model.trust_remote_code = True; expected a model.revision"):
         read_config(file(text))
-    assert read_config(file(text.replace("[data]", 'revision = "0a1b"\n[data]'))).model.trust_remote_code
+    for moving in ("main", "v1.0", "0a1b", "0" * 39):
+        with pytest.raises(ConfigError, match="a whole commit hash"):
+            read_config(file(text.replace("[data]", f'revision = "{moving}"\n[data]')))
+    pinned = read_config(file(text.replace("[data]", f'revision = "{"0a1b" * 10}"\n[data]')))
+    assert pinned.model.trust_remote_code

@@ -80,7 +80,7 @@ def test_secrets_of_the_environment_are_in_no_file(tmp_path, monkeypatch):
 
 
 def test_secrets_on_the_command_line_are_not_kept(tmp_path, monkeypatch):
-    from gvpo_core.training.run_folder import without_secrets
+    from gvpo_core.training.redaction import hide_command
 
     command = [
         "gvpo",
@@ -92,7 +92,7 @@ def test_secrets_on_the_command_line_are_not_kept(tmp_path, monkeypatch):
         "--token",
         "canary3",
     ]
-    kept = json.dumps(without_secrets(command))
+    kept = json.dumps(hide_command(command))
     assert "canary" not in kept
     assert "c.toml" in kept
     assert os.environ  # the environment itself is never written

@@ -124,6 +124,26 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
     return scorer(**on)
 
 
+def shape(scorer: Scorer) -> dict[str, int] | None:
+    """The model's sizes under the names of `Policy.describe`; None where its configuration has other names."""
+    c = scorer.config
+    try:
+        heads = c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // heads
+        experts = getattr(c, "num_experts_per_tok", None)
+        return {
+            "layers": c.num_hidden_layers,
+            "hidden": c.hidden_size,
+            "intermediate": experts * c.moe_intermediate_size if experts else c.intermediate_size,
+            "heads": heads,
+            "kv_heads": getattr(c, "num_key_value_heads", None) or heads,
+            "head_dim": width,
+            "vocabulary": c.vocab_size,
+        }
+    except AttributeError:
+        return None
+
+
 def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[Scorer, Any]:
     """Model and tokenizer of a folder or hub name, on the device, without dropout, in evaluation mode.
 

@@ -19,8 +19,11 @@ from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tok
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.step import factors_of, learning_rate
 from gvpo_torch import checkpoint, generate, model
+from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer
+
+CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
@@ -156,7 +159,7 @@ class TorchPolicy:
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
         token = 2 * c.num_hidden_layers * heads * width * self.scorer.dtype.itemsize
-        free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else 2**30
+        free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
         return max(1, free // (2 * token))  # growing a cache holds a layer twice, dropping rows as well
 
     # -- training
@@ -256,7 +259,19 @@ class TorchPolicy:
             "layout": "packed" if self.packed else "plain",
             "layout_reason": self.layout_reason,
             "versions": {package: version(package) for package in names},
+            **self._memory_facts(),
         }
+
+    def _memory_facts(self) -> dict[str, Any]:
+        """What the estimate of memory needs; see the protocol. Nothing for a model whose shape has other names."""
+        shape = model.shape(self.scorer)
+        if shape is None:
+            return {}
+        facts: dict[str, Any] = {"shape": shape}  # head_memory: a tile of logprobs.py
+        if self.device.type == "cuda":
+            facts["device_memory"] = torch.cuda.get_device_properties(self.device).total_memory
+            return facts | {"head_memory": DEVICE_TILE_BYTES}
+        return facts | {"head_memory": CPU_TILE_BYTES, "cache_memory": CPU_CACHE_BYTES // 2}
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""

@@ -13,7 +13,8 @@ from gvpo_core.training.config import (
     RolloutConfig,
     RunConfig,
 )
-from gvpo_core.training.loop import Result, evaluate, train
+from gvpo_core.training.evaluation import evaluate
+from gvpo_core.training.loop import Result, train
 from gvpo_core.training.policy import Batch, Coefficients, Policy, Response, Update
 from gvpo_core.training.sampling import Sampling
 

@@ -5,16 +5,20 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.redaction import Hiding, hide, secrets_of, traceback_of
 
 _USAGE = """usage: gvpo COMMAND ...
 
   gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
+  gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
   gvpo eval RUN [--checkpoint STEP|initial]     rewards of a run's policy on its held-out prompts
   gvpo export RUN FOLDER [--checkpoint STEP]    write a run's policy as a Hugging Face folder
   gvpo report RUN                               write RUN/report.html
@@ -38,21 +42,28 @@ def main(arguments: list[str] | None = None) -> int:
     if command not in commands:
         print(f"gvpo: there is no command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
+    secrets = set(secrets_of())
     try:
-        return commands[command](arguments[1:])
+        return commands[command](arguments[1:], secrets)
     except KeyboardInterrupt:
         print("\ngvpo: left at once; the last checkpoint is what is saved", file=sys.stderr)
         return 130
     except ImportError as e:
-        if (e.name or "").partition(".")[0] in ("tyro", "tomli_w", "rich"):
-            print(f'gvpo: {e.name} is not installed: pip install "gvpo[train]"', file=sys.stderr)
-            return 2
-        raise
-    except (ValueError, RuntimeError, FloatingPointError) as e:
-        if not _expected(e):
-            raise
-        print(f"gvpo: {e}", file=sys.stderr)
-        return 2 if isinstance(e, ValueError) else 1
+        if (e.name or "").partition(".")[0] not in ("tyro", "tomli_w", "rich"):
+            return _failed(e, secrets)
+        print(f'gvpo: {e.name} is not installed: pip install "gvpo[train]"', file=sys.stderr)
+        return 2
+    except Exception as e:  # printed here, so that no secret is
+        return _failed(e, secrets)
+
+
+def _failed(error: Exception, secrets: set[str]) -> int:
+    """Says what went wrong without the secrets known of; the exit status."""
+    if not _expected(error):
+        print(traceback_of(error, secrets), end="", file=sys.stderr)
+        return 1
+    print(f"gvpo: {hide(str(error), secrets)}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
 
 
 def _expected(error: Exception) -> bool:
@@ -60,23 +71,56 @@ def _expected(error: Exception) -> bool:
     return type(error).__module__.startswith("gvpo_") or isinstance(error, FloatingPointError)
 
 
-def _train(arguments: list[str]) -> int:
+def _train(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.backend import load_policy
-    from gvpo_core.training.config_file import parse_arguments
-    from gvpo_core.training.data import load_rows
+    from gvpo_core.training.config_file import as_table, parse_arguments
+    from gvpo_core.training.data import Row
     from gvpo_core.training.loop import train
+    from gvpo_core.training.preview import preview
+
+    dry = [a for a in arguments if a in ("--dry-run", "--dry_run")]
+    rows: dict[str, list[Row]] = {}
+    _, config = parse_arguments([a for a in arguments if a not in dry], lambda config: _wrong_inputs(config, rows))
+    secrets |= secrets_of(as_table(config))
+    _log_to_stderr(secrets)
+    logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
+    policy = load_policy(config)
+    if dry:
+        preview(config, policy, train_rows=rows["train"], evaluation_rows=rows.get("evaluation"))
+        return 0
+    return train(config, policy, train_rows=rows["train"], evaluation_rows=rows.get("evaluation")).exit_status
+
+
+def _wrong_inputs(config: Config, rows: dict[str, list[Any]]) -> list[str]:
+    """What is wrong with the files and functions that settings name: found before minutes go into the model.
+
+    Args:
+      rows: takes the rows of data.train and data.evaluation.
+    """
+    from gvpo_core.training.config_check import wrong_values
+    from gvpo_core.training.data import load_rows
     from gvpo_core.training.rewards import close_rewards, load_rewards
+    from gvpo_core.training.trackers import check_names
 
-    _, config = parse_arguments(arguments)
-    _log_to_stderr()
-    close_rewards(load_rewards(config.rewards))  # what can be wrong is found before minutes go into the model
-    rows = load_rows(config.data.train, "data.train")
-    held_out = load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else None
-    return train(config, load_policy(config), train_rows=rows, evaluation_rows=held_out).exit_status
+    wrong = []
+
+    def attempt(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except ValueError as e:
+            wrong.append(str(e))
+
+    if not any(name.startswith("rewards") for name, _ in wrong_values(config)):
+        attempt(lambda: close_rewards(load_rewards(config.rewards)))
+    for name in ("train", "evaluation"):
+        if source := getattr(config.data, name):
+            attempt(lambda source=source, name=name: rows.update({name: load_rows(source, f"data.{name}")}))  # type: ignore[misc]
+    attempt(lambda: check_names(config.run.trackers))
+    return wrong
 
 
-def _eval(arguments: list[str]) -> int:
-    from gvpo_core.training.loop import evaluate
+def _eval(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.evaluation import evaluate
 
     parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on its held-out prompts.")
     parser.add_argument("run", type=Path, help="run folder")
@@ -85,7 +129,7 @@ def _eval(arguments: list[str]) -> int:
     )
     parser.add_argument("--prompts", type=int, default=0, help="held-out prompts used; 0: all (default)")
     options = parser.parse_args(arguments)
-    _log_to_stderr()
+    _log_to_stderr(secrets)
     config = _run_config(options.run)
     if options.prompts:
         config = replace(config, evaluation=replace(config.evaluation, prompts=options.prompts))
@@ -96,13 +140,13 @@ def _eval(arguments: list[str]) -> int:
     return 0
 
 
-def _export(arguments: list[str]) -> int:
+def _export(arguments: list[str], secrets: set[str]) -> int:
     parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
     parser.add_argument("--checkpoint", default="newest", help="a step, or newest (default)")
     options = parser.parse_args(arguments)
-    _log_to_stderr()
+    _log_to_stderr(secrets)
     if options.folder.exists() and any(options.folder.iterdir()):
         raise ConfigError(f"{options.folder} is not empty; give a folder that is new")
     policy = _restored(_run_config(options.run), options.run, options.checkpoint)
@@ -113,7 +157,7 @@ def _export(arguments: list[str]) -> int:
     return 0
 
 
-def _report(arguments: list[str]) -> int:
+def _report(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.report import write_report
 
     parser = argparse.ArgumentParser(prog="gvpo report", description="Writes RUN/report.html.")
@@ -125,7 +169,7 @@ def _report(arguments: list[str]) -> int:
     return 0
 
 
-def _doctor(arguments: list[str]) -> int:
+def _doctor(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.doctor import doctor
 
     parser = argparse.ArgumentParser(prog="gvpo doctor", description="What is installed, and which devices.")
@@ -163,9 +207,11 @@ def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
     return policy
 
 
-def _log_to_stderr() -> None:
+def _log_to_stderr(secrets: set[str]) -> None:
     """Warnings of gvpo and of the user's rewards, one line each; only the main process speaks."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Hiding("%(levelname)s %(name)s: %(message)s", secrets))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("gvpo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
 
 

@@ -103,15 +103,16 @@ class Console:
         self._task: Any = None
         self._live = self._open_bar() if self._stream.isatty() else None
 
-    def header(self, facts: Mapping[str, Any]) -> None:
-        """The run's facts, one a line: name, value."""
+    def header(self, facts: Mapping[str, Any], *, legend: bool = True) -> None:
+        """The run's facts, one a line: name, value; then what the columns of a row mean."""
         width = max((len(name) for name in facts), default=0)
         for name, value in facts.items():
             self._fact(name, value, width)
         self._print("")
-        for line in LEGEND:
-            self._print(line, style="dim")
-        self._print("")
+        if legend:
+            for line in LEGEND:
+                self._print(line, style="dim")
+            self._print("")
 
     def phase(self, name: str) -> None:
         """Says on the live bar what is being done; prints nothing elsewhere."""

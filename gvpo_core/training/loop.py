@@ -13,7 +13,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,23 +30,24 @@ from gvpo_core.training.checkpoint import (
     partial_checkpoint,
     save_failed,
 )
-from gvpo_core.training.config import Config, RewardConfig
-from gvpo_core.training.config_file import as_table, check_config
+from gvpo_core.training.config import Config
+from gvpo_core.training.config_check import check_config
+from gvpo_core.training.config_file import as_table
 from gvpo_core.training.console import Console
 from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
+from gvpo_core.training.evaluation import ORDER, TRAIN, evaluated, held_out, with_given
+from gvpo_core.training.header import header
 from gvpo_core.training.improve import improve
-from gvpo_core.training.metrics import StepFacts, evaluation_metrics, read_records, step_metrics
+from gvpo_core.training.metrics import StepFacts, read_records, step_metrics
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.redaction import hide_command, hide_settings
 from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
-from gvpo_core.training.rollout import Rollout, agree, collect
-from gvpo_core.training.run_folder import RunFolder, without_secrets
-from gvpo_core.training.sampling import Sampling
+from gvpo_core.training.rollout import agree, collect
+from gvpo_core.training.run_folder import RunFolder
 from gvpo_core.training.signals import StopRequest
 from gvpo_core.training.trackers import Tracker, open_trackers
 
-_GIVEN = "given in Python"
 _log = logging.getLogger("gvpo")
-_TRAIN, _EVALUATE, _ORDER = 0, 1, 2  # first keys of the seeds, so that no two uses share a stream
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,11 @@ def train(
       sampler: draws the training responses in the policy's stead (an older copy, a teacher: Cor. 3.2).
     Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: what is wrong.
     """
-    config = _with_given(config, train_rows, rewards)
+    config = with_given(config, train_rows, rewards)
     check_config(config)
     prompts = encode_prompts(policy, load_rows(train_rows or config.data.train, "data.train"), config.data)
-    held_out = None
-    if evaluation_rows is not None or config.data.evaluation:
-        held_out = _held_out(config, policy, evaluation_rows)
+    evaluates = evaluation_rows is not None or config.data.evaluation
+    unseen = held_out(config, policy, evaluation_rows) if evaluates else None
     folder = RunFolder(Path(config.run.folder))
     error = None
     try:
@@ -94,65 +94,10 @@ def train(
     loaded: list[Reward] = []
     try:
         loaded = load_rewards(config.rewards, rewards)
-        return _Run(config, policy, prompts, held_out, loaded, sampler, folder, console).go()
+        return _Run(config, policy, prompts, unseen, loaded, sampler, folder, console).go()
     finally:
         close_rewards(loaded)
         folder.close()
-
-
-def evaluate(
-    config: Config,
-    policy: Policy,
-    *,
-    evaluation_rows: Iterable[Row] | None = None,
-    rewards: Mapping[str, RewardFunction] | None = None,
-) -> dict[str, float]:
-    """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as train."""
-    config = _with_given(config, evaluation_rows, rewards)
-    check_config(config)
-    held_out = _held_out(config, policy, evaluation_rows)
-    loaded = load_rewards(config.rewards, rewards)
-    try:
-        return _evaluation(config, policy, held_out, loaded)[0]
-    finally:
-        close_rewards(loaded)
-
-
-def _with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, RewardFunction] | None) -> Config:
-    """Says in the settings, which the run folder keeps, what was handed over as Python objects."""
-    if rows is not None and not config.data.train:
-        config = replace(config, data=replace(config.data, train=_GIVEN))
-    named = {name: RewardConfig(function=_GIVEN) for name in rewards or {}}
-    return replace(config, rewards=named | config.rewards)
-
-
-def _held_out(config: Config, policy: Policy, given: Iterable[Row] | None) -> Prompts:
-    rows = load_rows(config.data.evaluation if given is None else given, "data.evaluation")
-    return encode_prompts(policy, rows[: config.evaluation.prompts or None], config.data, "data.evaluation")
-
-
-def _evaluation(
-    config: Config, policy: Policy, held_out: Prompts, rewards: Sequence[Reward]
-) -> tuple[dict[str, float], Rollout]:
-    clock = time.perf_counter()
-    rollout = collect(
-        policy,
-        held_out,
-        range(len(held_out)),
-        config.evaluation.responses,
-        Sampling(config.rollout.max_tokens, config.evaluation.temperature),
-        rewards,
-        (config.run.seed, _EVALUATE),  # the same numbers each time: a paired comparison
-    )
-    metrics = evaluation_metrics(
-        rollout.rewards,
-        [int(g) for g in rollout.group_ids],
-        rollout.lengths,
-        rollout.finished,
-        seconds=time.perf_counter() - clock,
-        reward_parts=rollout.parts,
-    )
-    return metrics, rollout
 
 
 class _Run:
@@ -176,6 +121,7 @@ class _Run:
         self.tracker: Tracker | None = None
         self.reward_range: tuple[float, float] | None = None
         self.alerts = Alerts()
+        self.shown: list[dict[str, Any]] = []  # the step's responses, where they are due on the console
 
     def go(self) -> Result:
         config, last = self.config, self.config.run.steps
@@ -190,6 +136,8 @@ class _Run:
                     step += 1
                     facts = self._step(step)
                     self._record("train", step, facts)
+                    if self.console and self.shown:
+                        self.console.sample(self.shown)
                     due = config.evaluation.every and step % config.evaluation.every == 0
                     if self.held_out and (due or step == last):
                         self._evaluate(step)
@@ -237,27 +185,15 @@ class _Run:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "ranks": self.policy.world_size,
-                "command": without_secrets(sys.argv),
+                "command": hide_command(sys.argv),
                 "policy": facts,
             }
         )
-        self.tracker = open_trackers(config.run.trackers, self.folder.path, as_table(config), warn=_log.warning)
-        self.console = self.console or Console(config.run.steps, first_step=start)
-        self.console.header(
-            {
-                "objective": f"{config.objective.name}, beta {config.objective.beta:g}, reference"
-                f" {config.objective.reference}",
-                "step": f"{config.rollout.prompts} prompts x {config.rollout.responses} responses of at most"
-                f" {config.rollout.max_tokens} tokens",
-                "updates a step": str(config.objective.epochs * config.objective.minibatches),
-                "prompts": f"{len(self.prompts)} training"
-                + (f", {self.prompts.dropped} dropped as too long" if self.prompts.dropped else "")
-                + (f", {len(self.held_out)} held out" if self.held_out else ""),
-                "rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in self.rewards),
-                **facts,
-                "run folder": str(self.folder.path),
-            }
+        self.tracker = open_trackers(
+            config.run.trackers, self.folder.path, hide_settings(as_table(config)), warn=_log.warning
         )
+        self.console = self.console or Console(config.run.steps, first_step=start)
+        self.console.header(header(config, facts, self.prompts, self.held_out, self.rewards))
         if start:
             self._event(start, "resume", f"resumed after step {start} of {config.run.steps}")
 
@@ -273,14 +209,14 @@ class _Run:
             config.rollout.responses,
             config.rollout.sampling,
             self.rewards,
-            (run.seed, _TRAIN, step),
+            (run.seed, TRAIN, step),
             sampler=self.sampler,
         )
 
         def order(epoch: int) -> np.ndarray:
             if epoch == 0:  # the prompts come in a random order already
                 return np.arange(rollout.num_groups)
-            key = np.random.SeedSequence((run.seed, _ORDER, step, epoch))
+            key = np.random.SeedSequence((run.seed, ORDER, step, epoch))
             return np.random.default_rng(key).permutation(rollout.num_groups)
 
         self._phase("update")
@@ -291,8 +227,7 @@ class _Run:
             self.folder.append(
                 self.folder.completions, [{"kind": "train", "step": step} | c for c in rollout.completions]
             )
-            if self.console and run.show_every and step % run.show_every == 0:
-                self.console.sample(rollout.completions)
+            self.shown = rollout.completions if run.show_every and step % run.show_every == 0 else []
         facts = StepFacts(
             logprobs=done.logprobs,
             ref_logprobs=done.ref_logprobs,
@@ -323,7 +258,7 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         assert self.held_out is not None
         self._phase("evaluate")
-        metrics, rollout = _evaluation(self.config, self.policy, self.held_out, self.rewards)
+        metrics, rollout = evaluated(self.config, self.policy, self.held_out, self.rewards)
         if self.main:
             self.folder.append(
                 self.folder.completions, [{"kind": "eval", "step": step} | c for c in rollout.completions]
@@ -383,15 +318,22 @@ class _Run:
             from gvpo_core.training.report import write_report
 
             report = write_report(self.folder.path)
-        except Exception:  # a report never costs a run
-            _log.exception("the report could not be written")
+        except Exception as e:  # a report never costs a run
+            _log.warning(
+                "the report could not be written: %s: %s", type(e).__name__, e, exc_info=not isinstance(e, OSError)
+            )
         if self.console:
             self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})
 
 
 def _command() -> str:
     """This process's command line, to be run again."""
-    return shlex.join([Path(sys.argv[0]).name, *without_secrets(sys.argv[1:])])
+    program = Path(sys.argv[0])
+    if program.name == "cli.py":
+        begin = [sys.executable, "-m", "gvpo_core.training.cli"]
+    else:
+        begin = [sys.executable, sys.argv[0]] if program.suffix == ".py" else [program.name]
+    return shlex.join([*begin, *hide_command(sys.argv[1:])])
 
 
 def _reward_range(metrics: Path) -> tuple[float, float] | None:

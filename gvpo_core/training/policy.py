@@ -120,7 +120,18 @@ class Policy(Protocol):
         """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load."""
 
     def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the log and the run folder: backend, device, dtype, parameters, layout, library versions."""
+        """Plain facts for the header and the run folder, by name.
+
+        backend, architecture, device, device_name, dtype, ranks, sharding, layout, layout_reason: text and counts;
+        parameters, trainable_parameters: counts over all ranks; versions: library -> version.
+
+        The estimate of memory (memory.py) is made from these, and left out without `shape`:
+        shape: {layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary}; intermediate is what one token
+        passes, of all its experts. All of the rest may be missing, in bytes: device_memory: what the device has, where
+        it is not the machine's own; framework_memory: of the process before a model; head_memory: a chunk of logits;
+        cache_memory: the most that generation takes for keys and values; block_memory: what one token of one layer
+        keeps for the backward pass, where that is not what a Llama block of PyTorch keeps.
+        """
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ. World size 1: `values`."""

@@ -103,7 +103,11 @@ class Processes:
         self.width = width
         self._setup = {"function": function, "options": dict(options), "memory": memory, "path": list(sys.path)}
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
-        first = _Worker(self._setup)
+        try:
+            first = _Worker(self._setup)
+        except (CallFailed, TimeoutError) as e:
+            reason = str(e) or f"nothing was heard of it for {_START_LIMIT:g} s"
+            raise LookupError(f"importing {function} failed: {reason}") from e
         self.runs_code, self._takes = first.runs_code, first.takes
         for _ in range(width - 1):
             self._idle.put(None)
@@ -119,7 +123,7 @@ class Processes:
             if worker is None or not worker.alive:
                 worker = _Worker(self._setup)
             answer = worker.ask(request, limit)
-        except BaseException as e:
+        except BaseException as e:  # Ctrl-C too: a worker that was interrupted is of no more use
             if worker is not None:
                 worker.kill()
             worker = None
@@ -173,7 +177,7 @@ class _Worker:
             os.close(answers)
         try:
             ready = self.ask(setup, _START_LIMIT)
-        except BaseException:
+        except BaseException:  # Ctrl-C too: no process stays behind
             self.kill()
             raise
         if "missing" in ready:

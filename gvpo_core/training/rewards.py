@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.policy import Prompt
+from gvpo_core.training.redaction import resolved
 from gvpo_core.training.reward_calls import Caller, CallFailed, Processes, Threads, UnsendableError
 from gvpo_core.training.reward_worker import find_function
 
@@ -63,6 +64,7 @@ def load_rewards(config: Mapping[str, RewardConfig], given: Mapping[str, RewardF
     rewards: list[Reward] = []
     try:
         for name, c in config.items():
+            c = replace(c, options=resolved(c.options, f"rewards.{name}.options"))
             call = _caller(name, c, (given or {}).get(name))
             rewards.append(Reward(name, call, c.weight, c.timeout, c.max_failures, c.failure_value))
             if call.runs_code and not c.sandbox:
@@ -70,7 +72,7 @@ def load_rewards(config: Mapping[str, RewardConfig], given: Mapping[str, RewardF
                     f"rewards.{name} = {c.function!r} runs code from responses, and gvpo's processes do not contain it:"
                     f" run it in a sandbox (a container without network, say) and name that in rewards.{name}.sandbox"
                 )
-    except BaseException:
+    except BaseException:  # Ctrl-C too: no process stays behind
         close_rewards(rewards)
         raise
     return rewards

@@ -4,8 +4,7 @@ import contextlib
 import json
 import math
 import os
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -37,11 +36,9 @@ class RunFolder:
 
         Raises: RunFolderError: another process has it, or it cannot be written. ConfigError: its settings differ.
         """
-        try:
+        with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
             self._lock = (self.path / "lock").open("a")
-        except OSError as e:
-            raise RunFolderError(f"cannot write the run folder {self.path}: {e}") from e
         self._take_lock()
         saved = self.path / "config.toml"
         if saved.exists() and not config.run.allow_changes:
@@ -56,14 +53,22 @@ class RunFolder:
                     + "\n  ".join(changed)
                     + "\ngive another run.folder, or run.allow_changes = true to go on with the new settings"
                 )
-        aside = self.path / ".config.toml.new"
-        write_config(config, aside)
-        aside.rename(saved)
+        with self._writing():
+            aside = self.path / ".config.toml.new"
+            write_config(config, aside)
+            aside.rename(saved)
 
     def close(self) -> None:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise RunFolderError(f"cannot write the run folder {self.path}: {e}") from e
 
     def _take_lock(self) -> None:
         try:
@@ -78,7 +83,8 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
 
     def write_environment(self, facts: Mapping[str, Any]) -> None:
-        write_synced(self.path / "environment.json", json.dumps(facts, indent=1, default=str).encode())
+        with self._writing():
+            write_synced(self.path / "environment.json", json.dumps(facts, indent=1, default=str).encode())
 
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends records as JSON lines; NaN and infinities become null."""
@@ -97,28 +103,13 @@ class RunFolder:
             if not path.exists():
                 continue
             kept = []
-            with path.open(encoding="utf-8", errors="replace") as f:
-                for line in f:
-                    with contextlib.suppress(ValueError):
-                        if step is not None and json.loads(line)["step"] <= step and line.endswith("\n"):
-                            kept.append(line)
-            write_synced(path, "".join(kept).encode())
-
-
-_SECRET = re.compile(r"(token|secret|passw|api[_-]?key|credential)", re.IGNORECASE)
-
-
-def without_secrets(command: list[str]) -> list[str]:
-    """A command line with the values of options named like secrets, and passwords in URLs, left out."""
-    kept: list[str] = []
-    for word in command:
-        name, equals, _ = word.partition("=")
-        if kept and kept[-1].startswith("-") and "=" not in kept[-1] and _SECRET.search(kept[-1]):
-            word = "***"
-        elif equals and name.startswith("-") and _SECRET.search(name):
-            word = f"{name}=***"
-        kept.append(re.sub(r"(?<=://)[^/@\s]+@", "***@", word))
-    return kept
+            with self._writing():
+                with path.open(encoding="utf-8", errors="replace") as f:
+                    for line in f:
+                        with contextlib.suppress(ValueError):
+                            if step is not None and json.loads(line)["step"] <= step and line.endswith("\n"):
+                                kept.append(line)
+                write_synced(path, "".join(kept).encode())
 
 
 def _finite(value: Any) -> Any:

@@ -116,11 +116,7 @@ def open_trackers(
     Raises: ValueError: an unknown name. ImportError: a package that is missing or broken, with the line that
       installs it. RuntimeError: a tracker that does not start (no login, no network), before the run.
     """
-    for name in names:
-        if name not in _KINDS:
-            close = difflib.get_close_matches(name.lower(), _KINDS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"trackers has {name!r}; expected {', '.join(_KINDS)}{hint}")
+    check_names(names)
     state = _State(run / "trackers.json") if names else None
     backends: dict[str, _Backend] = {}
     for name in dict.fromkeys(names):
@@ -141,6 +137,15 @@ def open_trackers(
                 f"tracker {name!r} did not start ({type(e).__name__}: {e}); mend that or take it out of run.trackers"
             ) from e
     return _Trackers(backends, state, warn or (lambda message: warnings.warn(message, stacklevel=3)))
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raises ValueError for a tracker that is not known."""
+    for name in names:
+        if name not in _KINDS:
+            close = difflib.get_close_matches(name.lower(), _KINDS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"trackers has {name!r}; expected {', '.join(_KINDS)}{hint}")
 
 
 class _Trackers:
