@@ -67,6 +67,15 @@ def test_gradcheck(head: str, monkeypatch) -> None:
             assert torch.autograd.gradcheck(compute, inputs)
 
 
+def test_no_tokens_give_no_logprobs_and_zero_gradients() -> None:
+    hidden, weight, targets, _ = arguments(torch.float32, False)
+    weight.requires_grad_()
+    values = token_logprobs(hidden[:0], weight, targets[:0])
+    values.sum().backward()
+    assert values.shape == (0,)
+    assert not weight.grad.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_against_float64_on_the_rounded_inputs(dtype: torch.dtype) -> None:
     hidden, weight, targets, _ = arguments(dtype, False)

@@ -164,7 +164,8 @@ class _TokenLogprobs(torch.autograd.Function):
             return (ahead * factors.unsqueeze(1)).to(ahead.dtype), *(None,) * 6
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=head.wide) if wants_weight else None
+        make = torch.empty_like if len(targets) else torch.zeros_like  # the first tiles of tokens write all of it
+        grad_weight = make(weight, dtype=head.wide) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.wide) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
             space = head.space(rows, columns, hidden.device)
@@ -181,10 +182,13 @@ class _TokenLogprobs(torch.autograd.Function):
                         grad_bias[words] += g.sum(0)
                     if grad_hidden is not None:
                         grad_hidden[part] += head.multiply(g, weight[words])
-                    if grad_weight is not None and head.mixed:
-                        grad_weight[words] += head.multiply(g.t(), hidden[part])
-                    elif grad_weight is not None:
-                        grad_weight[words].addmm_(g.t(), hidden[part].to(head.wide))
+                    if grad_weight is not None:
+                        before, is_first = grad_weight[words], part.start == 0
+                        if head.mixed:
+                            new = head.multiply(g.t(), hidden[part])
+                            grad_weight[words] = new if is_first else new.add_(before)
+                        else:
+                            before.addmm_(g.t(), hidden[part].to(head.wide), beta=0 if is_first else 1)
                     logits = g = slope = None  # not held while the next tile is made
         if grad_hidden is not None:
             grad_hidden = grad_hidden.to(hidden.dtype)
