@@ -14,8 +14,8 @@ def choose(monkeypatch: pytest.MonkeyPatch, *installed: str, name: str = "auto")
 
 
 def test_auto_takes_the_first_backend_that_is_installed_whole(monkeypatch) -> None:
-    assert choose(monkeypatch, "torch", "transformers", "jax", "flax") == "torch"
-    assert choose(monkeypatch, "torch", "jax", "flax") == "jax"  # torch alone is not the extra
+    assert choose(monkeypatch, "torch", "transformers", "jax", "optax", "orbax") == "torch"
+    assert choose(monkeypatch, "torch", "jax", "optax", "orbax") == "jax"  # torch alone is not the extra
     assert choose(monkeypatch, "mlx", "mlx_lm", "transformers") == "mlx"
     assert choose(monkeypatch, "torch", "transformers", name="table") == "table"
     with pytest.raises(ConfigError, match=r'no backend is installed: pip install "gvpo\[torch\]"'):

@@ -38,7 +38,7 @@ def model(tmp_path_factory) -> Path:
 @pytest.fixture
 def make(backend, model):
     def make(folder: Path, *, steps: int, extra: str = "", model_extra: str = "") -> Path:
-        return write_run(folder, backend, steps=steps, extra=extra, model_extra=model_extra)
+        return write_run(folder, backend, model, steps=steps, extra=extra, model_extra=model_extra)
 
     return make
 

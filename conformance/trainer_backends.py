@@ -36,6 +36,17 @@ def _torchrun(config: Path) -> list[str]:
     return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
 
 
+def _jax_processes(config: Path) -> list[str]:
+    launch = [sys.executable, str(Path(__file__).parent / "jax_processes.py"), "2", sys.executable]
+    return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
+def _orbax(folder: Path) -> dict[str, np.ndarray]:
+    from gvpo_jax.checkpoint import read_arrays
+
+    return read_arrays(folder)
+
+
 BACKENDS = {
     backend.name: backend
     for backend in (
@@ -45,6 +56,13 @@ BACKENDS = {
             ("gvpo_torch.policy", "transformers.models.llama.modeling_llama"),
             _torchrun,
             ("data_parallel", "fsdp"),
+        ),
+        Backend(
+            "jax",
+            ("jax", "optax", "orbax", "transformers", "tyro"),
+            ("gvpo_jax.policy", "gvpo_jax.checkpoint"),
+            _jax_processes,
+            state=_orbax,
         ),
     )
 }

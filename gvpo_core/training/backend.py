@@ -12,7 +12,7 @@ _MODULES = {
     "mlx": "gvpo_mlx.policy",
     "table": "gvpo_core.training.table",
 }
-_NEEDED = {"torch": ("torch", "transformers"), "jax": ("jax", "flax"), "mlx": ("mlx", "mlx_lm")}
+_NEEDED = {"torch": ("torch", "transformers"), "jax": ("jax", "optax", "orbax"), "mlx": ("mlx", "mlx_lm")}
 
 
 def backend_of(config: Config) -> str:

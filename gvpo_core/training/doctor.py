@@ -30,7 +30,14 @@ REQUIRED: dict[str, dict[str, str]] = {
         "peft": ">=0.19,<1",
         "safetensors": ">=0.6",
     },
-    "jax": {"jax": ">=0.10"},
+    "jax": {
+        "jax": ">=0.10",
+        "optax": ">=0.2.8",
+        "orbax-checkpoint": ">=0.12",
+        "safetensors": ">=0.6",
+        "transformers": ">=5.10,<6",
+        "jinja2": ">=3.1",
+    },
     "mlx": {"mlx": ">=0.32.3"},
     "rewards": {"math-verify": ">=0.9,<1"},
 }

@@ -1,0 +1,330 @@
+"""Sampling: one prefill a prompt, whose cache its k responses share as it stands, then decoding until all have ended.
+
+A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
+response does not depend on the batch it was drawn in, up to float rounding. The cumulative sums are float32, within
+blocks of the vocabulary and over them: a token's probability is met to about 1e-6.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from gvpo_core.training.policy import Response, Tokens
+from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_jax import mesh as meshes
+from gvpo_jax.logprobs import product
+from gvpo_jax.model import (
+    NORM,
+    Parameters,
+    Setup,
+    block,
+    embed,
+    head_weight,
+    norm,
+    over_batch,
+    rotation,
+    stacked,
+    weighted,
+)
+from gvpo_jax.programs import Programs
+from gvpo_jax.update import bucket, rows_bucket
+
+BLOCK = 256  # tokens of the vocabulary summed at once
+_ADVICE = "lower rollout.responses or rollout.max_tokens, or raise model.mesh_fsdp"
+_FILTERS = ("top_k", "min_p", "top_p")
+Unit = tuple[int, list[int]]  # a prompt's place, and places of its seeds
+
+
+def generate(
+    setup: Setup,
+    programs: Programs,
+    parameters: Parameters,
+    adapters: Parameters,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end: Sequence[int],
+    cache_tokens: int,
+) -> tuple[list[list[Response]], list[list[float]]]:
+    """len(seeds[i]) responses to prompts[i], and the log-prob at temperature 1 of each as the sampler saw it.
+
+    Args:
+      end: ids that end a response.
+      cache_tokens: tokens of cache held at once on this process's devices; sets how many rows are decoded together.
+    """
+    found: list[list[Any]] = [[None] * len(row) for row in seeds]
+    logprobs = [[0.0] * len(row) for row in seeds]
+    room = bucket(sampling.max_tokens)
+    chunks = _chunks(prompts, seeds, room, cache_tokens)
+    shards = meshes.batch_shards(setup.mesh)
+    for number in range(meshes.most(len(chunks))[0]):
+        units = chunks[number] if number < len(chunks) else []
+        shape = meshes.most(
+            rows_bucket(len(units), shards),
+            rows_bucket(max((len(places) for _, places in units), default=1), 1),
+            bucket(max((len(prompts[i]) for i, _ in units), default=1)),
+        )
+        texts, scores = _decode(setup, programs, parameters, adapters, prompts, seeds, units, shape, sampling, end)
+        for (i, places), text, score in zip(units, texts, scores, strict=True):
+            for j, response, value in zip(places, text, score, strict=True):
+                found[i][j], logprobs[i][j] = response, value
+    return found, logprobs
+
+
+def _chunks(
+    prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], room: int, cache_tokens: int
+) -> list[list[Unit]]:
+    """Units to decode together: within the budget as padded, of like prompt lengths and numbers of responses."""
+    units: list[Unit] = []
+    for i in range(len(prompts)):
+        most = max(1, (cache_tokens - bucket(len(prompts[i]))) // room)
+        units += [(i, list(range(j, min(j + most, len(seeds[i]))))) for j in range(0, len(seeds[i]), most)]
+    units.sort(key=lambda unit: (len(unit[1]), len(prompts[unit[0]])), reverse=True)
+    chunks: list[list[Unit]] = []
+    width = 0
+    for unit in units:
+        own = bucket(len(prompts[unit[0]])) + rows_bucket(len(unit[1]), 1) * room
+        alike = chunks and len(unit[1]) * 2 > len(chunks[-1][0][1])
+        if not alike or (len(chunks[-1]) + 1) * max(width, own) > cache_tokens:
+            chunks.append([])
+            width = 0
+        chunks[-1].append(unit)
+        width = max(width, own)
+    return chunks
+
+
+def _decode(
+    setup: Setup,
+    programs: Programs,
+    parameters: Parameters,
+    adapters: Parameters,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    units: Sequence[Unit],
+    shape: tuple[int, ...],
+    sampling: Sampling,
+    end: Sequence[int],
+) -> tuple[list[list[Response]], list[list[float]]]:
+    groups, k, width = shape
+    ids, lengths = np.zeros((groups, width), np.int32), np.ones(groups, np.int32)
+    wanted = np.zeros((groups, k), bool)
+    numbers = np.zeros((groups, k, bucket(sampling.max_tokens)), np.float32)
+    for g, (i, places) in enumerate(units):
+        ids[g, : len(prompts[i])] = prompts[i]
+        lengths[g] = len(prompts[i])
+        wanted[g, : len(places)] = True
+        drawn = uniforms([seeds[i][j] for j in places], 0, sampling.max_tokens)
+        numbers[g, : len(places), : sampling.max_tokens] = np.minimum(drawn, 1 - 2.0**-24)
+    filters = tuple(name for name in _FILTERS if getattr(sampling, name) != getattr(Sampling(1), name))
+    settings = {
+        "temperature": sampling.temperature or 1.0,
+        "limit": sampling.max_tokens,
+        "top_k": min(sampling.top_k, setup.spec.vocabulary),
+        "min_p": sampling.min_p,
+        "top_p": sampling.top_p,
+    }
+    put = lambda values: meshes.put(values, setup.mesh)
+    everywhere = {
+        name: meshes.put(np.asarray(value, np.int32 if name in ("limit", "top_k") else np.float32), setup.mesh, None)
+        for name, value in settings.items()
+    }
+    call = lambda function, static, *given: programs.call(function, static, *given, advice=_ADVICE)
+    start = call(prefill, (setup,), parameters, adapters, put(ids), put(lengths))
+    static = (setup, sampling.temperature == 0, filters, tuple(end))
+    result = call(decode, static, parameters, adapters, *start, put(lengths), put(wanted), put(numbers), everywhere)
+    tokens, sums = (meshes.local(array) for array in result)
+    texts, scores = [], []
+    for g, (_, places) in enumerate(units):
+        texts.append([_response(tokens[g, j, : sampling.max_tokens], end) for j in range(len(places))])
+        scores.append([float(sums[g, j]) for j in range(len(places))])
+    return texts, scores
+
+
+def _response(tokens: np.ndarray, end: Sequence[int]) -> Response:
+    at = np.flatnonzero(np.isin(tokens, end))
+    return Response(tuple(tokens[: at[0] + 1].tolist() if len(at) else tokens.tolist()), bool(len(at)))
+
+
+# -- programs; the first arguments are compiled in
+
+
+def prefill(
+    setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, lengths: Array
+) -> tuple[Array, Array, Array]:
+    """The prompts' caches and what comes after them.
+
+    Args:
+      ids: (G, S) int32, right-padded; lengths: (G,).
+    Returns: keys and values (layers, G, S, key heads, width), logits (G, V) float32 after each prompt's last token.
+    """
+    width = ids.shape[1]
+    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), ids.shape)
+    turned = rotation(setup.spec, positions)
+    order = jnp.arange(width)
+
+    def layer(x: Array, inputs: tuple[Parameters, Array]) -> tuple[Array, tuple[Array, Array]]:
+        own, window = inputs
+        back = order[:, None] - order[None, :]
+        sees = jnp.broadcast_to((back >= 0) & (back < window), (ids.shape[0], width, width))
+        x, k, v = block(setup, own, x, turned, lambda q, k, v: weighted(q, [(k, v, sees)]))
+        return x, (over_batch(setup, k), over_batch(setup, v))
+
+    x = embed(setup, parameters, ids)
+    x, (keys, values) = lax.scan(layer, x, (stacked(parameters, adapters), _windows(setup)))
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return keys, values, _logits(setup, parameters, last)
+
+
+def decode(
+    setup: Setup,
+    greedy: bool,
+    filters: tuple[str, ...],
+    end: tuple[int, ...],
+    parameters: Parameters,
+    adapters: Parameters,
+    keys: Array,
+    values: Array,
+    logits: Array,
+    lengths: Array,
+    wanted: Array,
+    numbers: Array,
+    settings: Mapping[str, Array],
+) -> tuple[Array, Array]:
+    """Draws tokens until every wanted row has ended or `settings["limit"]` is reached.
+
+    Args:
+      keys, values, logits: of `prefill`, G prompts.
+      lengths: (G,) of the prompts; wanted: (G, K) bool; numbers: (G, K, R) float32 in [0, 1).
+    Returns: tokens (G, K, R) int32, and (G, K) float32 sums of their log-probs at temperature 1.
+    """
+    spec = setup.spec
+    groups, k, room = numbers.shape
+    layers = stacked(parameters, adapters)
+    windows = _windows(setup)
+    prompt_order, own_order = jnp.arange(keys.shape[2]), jnp.arange(room)
+    cache = jnp.zeros((spec.layers, groups, k, room, spec.key_heads, spec.width), keys.dtype)
+    ends = jnp.asarray(end, jnp.int32)
+
+    def forward(tokens: Array, t: Array, caches: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+        """One token of every row, at place t of its response, whose keys and values go into the caches."""
+        positions = lengths[:, None] + t
+        turned = rotation(spec, positions)
+
+        def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
+            x, own_keys, own_values = carry
+            number, own, prompt_keys, prompt_values, window = inputs
+            held = [own_keys, own_values]
+
+            def attend(q: Array, k_new: Array, v_new: Array) -> Array:
+                for n, new in enumerate((k_new, v_new)):
+                    at = (number, 0, 0, t, 0, 0)
+                    held[n] = lax.dynamic_update_slice(held[n], new[None, :, :, None].astype(cache.dtype), at)
+                mine = [lax.dynamic_index_in_dim(c, number, 0, keepdims=False) for c in held]
+                # One query a row: of its prompt, all rows of which lie together, and of its own tokens so far.
+                past = (prompt_order < lengths[:, None]) & (positions - prompt_order < window)
+                since = (own_order <= t) & (t - own_order < window)
+                return _attend(q, prompt_keys, prompt_values, past, mine[0], mine[1], since)
+
+            x, _, _ = block(setup, own, x, turned, attend)
+            return (x, *held), None
+
+        x = embed(setup, parameters, tokens)
+        inputs = (jnp.arange(spec.layers), layers, keys, values, windows)
+        (x, *caches), _ = lax.scan(layer, (x, *caches), inputs)
+        return _logits(setup, parameters, x.reshape(groups * k, -1)).reshape(groups, k, -1), tuple(caches)
+
+    def draw(z: Array, t: Array, ended: Array, drawn: Array, sums: Array) -> tuple[Array, Array, Array, Array]:
+        number = lax.dynamic_index_in_dim(numbers, t, 2, keepdims=False)
+        flat = z.reshape(groups * k, -1)
+        picked = pick(flat, number.reshape(-1), settings, greedy, filters).reshape(groups, k)
+        value = jnp.take_along_axis(z, picked[..., None], -1)[..., 0] - jax.nn.logsumexp(z, -1)
+        sums = sums + jnp.where(ended, 0.0, value)
+        drawn = lax.dynamic_update_index_in_dim(drawn, picked, t, 2)
+        return picked, ended | jnp.any(picked[..., None] == ends, -1), drawn, sums
+
+    def going(carry: Any) -> Array:
+        t, (_, ended, _, _), _ = carry
+        return (t + 1 < settings["limit"]) & ~jnp.all(ended)
+
+    def one(carry: Any) -> Any:
+        t, (picked, ended, drawn, sums), caches = carry
+        z, caches = forward(picked, t, caches)
+        return t + 1, draw(z, t + 1, ended, drawn, sums), caches
+
+    first = jnp.broadcast_to(logits[:, None], (groups, k, logits.shape[-1]))
+    start = draw(first, jnp.int32(0), ~wanted, jnp.zeros(numbers.shape, jnp.int32), jnp.zeros((groups, k)))
+    _, (_, _, drawn, sums), _ = lax.while_loop(going, one, (jnp.int32(0), start, (cache, cache)))
+    return over_batch(setup, drawn), over_batch(setup, sums)
+
+
+def _attend(
+    q: Array, prompt_keys: Array, prompt_values: Array, past: Array, keys: Array, values: Array, since: Array
+) -> Array:
+    """q (G, K, heads, width) over the prompt's (G, S, ...) and the rows' own (G, K, R, ...) -> like q."""
+    groups, k, heads, width = q.shape
+    grouped = q.reshape(groups, k, keys.shape[-2], -1, width)
+    scale = width**-0.5
+    at_prompt = product("gkhqd,gshd->gkhqs", grouped, prompt_keys, wide=jnp.float32) * scale
+    at_own = product("gkhqd,gkrhd->gkhqr", grouped, keys, wide=jnp.float32) * scale
+    at_prompt = jnp.where(past[:, None, None, None], at_prompt, -jnp.inf)
+    at_own = jnp.where(since, at_own, -jnp.inf)
+    shares = jax.nn.softmax(jnp.concatenate([at_prompt, at_own], -1), -1).astype(q.dtype)
+    cut = prompt_keys.shape[1]
+    mixed = product("gkhqs,gshd->gkhqd", shares[..., :cut], prompt_values)
+    mixed = mixed + product("gkhqr,gkrhd->gkhqd", shares[..., cut:], values)
+    return mixed.reshape(groups, k, heads, width)
+
+
+def _windows(setup: Setup) -> Array:
+    return jnp.asarray(setup.spec.windows, jnp.int32)
+
+
+def _logits(setup: Setup, parameters: Parameters, x: Array) -> Array:
+    states = norm(setup, x, parameters[NORM])
+    return product("nh,vh->nv", states, head_weight(setup, parameters), wide=jnp.float32)
+
+
+def pick(logits: Array, numbers: Array, settings: Mapping[str, Array], greedy: bool, filters: tuple[str, ...]) -> Array:
+    """(R,) int32: one token a row, by the inverse of the cumulative distribution in vocabulary order.
+
+    Args:
+      logits: (R, V) float32; numbers: (R,) float32 in [0, 1).
+      settings: temperature and what `filters` need, as scalars.
+    """
+    if greedy:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+    z = logits.astype(jnp.float32)
+    masses = truncate(jnp.exp((z - z.max(-1, keepdims=True)) / settings["temperature"]), settings, filters)
+    rows, size = masses.shape
+    blocks = jnp.pad(masses, [(0, 0), (0, -size % BLOCK)]).reshape(rows, -1, BLOCK)
+    within = jnp.cumsum(blocks, -1)
+    over = jnp.cumsum(within[..., -1], -1)
+    wanted = numbers * over[:, -1]
+    # Rounding of u * total may reach the total itself: then the last block, and in it the last token, with any mass.
+    block_ = jnp.minimum(jnp.sum(over <= wanted[:, None], -1), jnp.argmax(over, -1))
+    before = jnp.where(block_ > 0, jnp.take_along_axis(over, jnp.maximum(block_ - 1, 0)[:, None], 1)[:, 0], 0.0)
+    inner = jnp.take_along_axis(within, block_[:, None, None], 1)[:, 0]
+    at = jnp.minimum(jnp.sum(inner <= (wanted - before)[:, None], -1), jnp.argmax(inner, -1))
+    return (block_ * BLOCK + at).astype(jnp.int32)
+
+
+def truncate(masses: Array, settings: Mapping[str, Array], filters: tuple[str, ...]) -> Array:
+    """Zeroes the (R, V) masses that top-k, min-p and top-p cut, in this order; ties at the border stay."""
+    if "top_k" in filters:
+        ordered = -jnp.sort(-masses, -1)
+        last = jnp.clip(settings["top_k"] - 1, 0, masses.shape[1] - 1)
+        masses = jnp.where(masses < lax.dynamic_slice_in_dim(ordered, last, 1, 1), 0.0, masses)
+    if "min_p" in filters:
+        masses = jnp.where(masses < settings["min_p"] * masses.max(-1, keepdims=True), 0.0, masses)
+    if "top_p" in filters:
+        ordered = -jnp.sort(-masses, -1)
+        before = jnp.cumsum(ordered, -1) - ordered
+        kept = before < settings["top_p"] * ordered.sum(-1, keepdims=True)
+        border = jnp.take_along_axis(ordered, kept.sum(-1, keepdims=True) - 1, 1)
+        masses = jnp.where(masses < border, 0.0, masses)
+    return masses

@@ -1,0 +1,140 @@
+"""Log-probabilities of given tokens from hidden states, without ever holding a [tokens, vocabulary] array."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+CHUNK_BYTES = {"cpu": 48 * 2**20}
+DEVICE_CHUNK_BYTES = 256 * 2**20
+
+
+def token_logprobs(
+    hidden: Array, head_weight: Array, targets: Array, *, chunk_bytes: int | None = None, frozen: bool = False
+) -> Array:
+    """Log-probability of each target under the head's softmax, in chunks of tokens.
+
+    logits = hidden @ head_weight.T
+    result = logits[target] - logsumexp(logits)
+
+    The backward pass computes each chunk's logits again; where the head is frozen the forward pass makes the gradient
+    of `hidden` at once instead. Works under jit, grad and shardings of either argument.
+
+    Args:
+      hidden: (..., T, H) float; differentiated. Chunks are cut along T.
+      head_weight: (V, H) float; differentiated unless `frozen`.
+      targets: (..., T) integer ids in [0, V).
+      chunk_bytes: size of one chunk of logits over all leading axes. Default: 48 MiB where CPU is JAX's default
+        backend, else 256 MiB.
+      frozen: head_weight needs no gradient, and gets none.
+    Returns: (..., T) float32, nats; float64 for float64 arguments.
+    Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
+    """
+    if hidden.ndim < 2 or head_weight.ndim != 2 or hidden.shape[-1] != head_weight.shape[1]:
+        raise ValueError(
+            f"hidden has shape {hidden.shape} and head_weight {head_weight.shape}; expected (..., T, H) and (V, H)"
+        )
+    if targets.shape != hidden.shape[:-1]:
+        raise ValueError(f"targets has shape {targets.shape}; expected {hidden.shape[:-1]}")
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES.get(jax.default_backend(), DEVICE_CHUNK_BYTES)
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}; expected at least 1")
+    wide = jnp.promote_types(jnp.promote_types(hidden.dtype, head_weight.dtype), jnp.float32)
+    length = targets.shape[-1]
+    token = math.prod(targets.shape[:-1]) * head_weight.shape[0] * np.dtype(wide).itemsize
+    rows = max(1, min(length, chunk_bytes // max(1, token)))
+    parts = -(-length // rows)
+    rows = -(-length // parts)  # even chunks: less padding
+    padding = parts * rows - length
+    if padding:
+        hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, padding), (0, 0)])
+        targets = jnp.pad(targets, [(0, 0)] * (targets.ndim - 1) + [(0, padding)])
+    chunked = lambda x: jnp.moveaxis(x.reshape(*targets.shape[:-1], parts, rows, *x.shape[targets.ndim :]), -3, 0)
+    head = _Head(np.dtype(wide).name, frozen)
+    found = _chunks(head, chunked(hidden), head_weight, chunked(targets[..., None])[..., 0])
+    return jnp.moveaxis(found, 0, -2).reshape(targets.shape)[..., :length]
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The head's arithmetic on one chunk: products in the arguments' dtype, all else in float32 or wider."""
+
+    wide: str
+    frozen: bool
+
+    def product(self, spec: str, a: Array, b: Array) -> Array:
+        return product(spec, a, b, wide=jnp.dtype(self.wide))
+
+    def logits(self, hidden: Array, weight: Array) -> Array:
+        return self.product("...h,vh->...v", hidden, weight)
+
+    def chosen(self, logits: Array, targets: Array) -> Array:
+        # A comparison instead of a gather: it fuses, and it stays local where the vocabulary is sharded.
+        return jnp.sum(jnp.where(self._is(logits, targets), logits, 0.0), -1)
+
+    def gradient(self, logits: Array, normaliser: Array, targets: Array) -> Array:
+        """d logprob / d logits."""
+        return jnp.where(self._is(logits, targets), 1.0, 0.0) - jnp.exp(logits - normaliser[..., None])
+
+    @staticmethod
+    def _is(logits: Array, targets: Array) -> Array:
+        return lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def product(spec: str, a: Array, b: Array, *, wide: Any = None) -> Array:
+    """einsum in the narrower of the two dtypes; float32 products are float32 on every platform."""
+    narrow = min(a.dtype, b.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize)
+    precision = lax.Precision.HIGHEST if jnp.dtype(narrow).itemsize >= 4 else lax.Precision.DEFAULT
+    return jnp.einsum(spec, a.astype(narrow), b.astype(narrow), precision=precision, preferred_element_type=wide)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _chunks(head: _Head, hidden: Array, weight: Array, targets: Array) -> Array:
+    """(parts, ..., t, H), (V, H), (parts, ..., t) -> (parts, ..., t)."""
+
+    def one(carry: None, x: tuple[Array, Array]) -> tuple[None, Array]:
+        logits = head.logits(x[0], weight)
+        return carry, head.chosen(logits, x[1]) - jax.nn.logsumexp(logits, -1)
+
+    return lax.scan(one, None, (hidden, targets))[1]
+
+
+def _forward(head: _Head, hidden: Array, weight: Array, targets: Array) -> tuple[Array, Any]:
+    def one(carry: None, x: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        logits = head.logits(x[0], weight)
+        normaliser = jax.nn.logsumexp(logits, -1)
+        kept = normaliser
+        if head.frozen:
+            g = head.gradient(logits, normaliser, x[1]).astype(weight.dtype)
+            kept = head.product("...v,vh->...h", g, weight).astype(hidden.dtype)
+        return carry, (head.chosen(logits, x[1]) - normaliser, kept)
+
+    found, kept = lax.scan(one, None, (hidden, targets))[1]
+    return found, (kept, weight, None, None) if head.frozen else (hidden, weight, targets, kept)
+
+
+def _backward(head: _Head, saved: Any, factors: Array) -> tuple[Array, Array, None]:
+    hidden, weight, targets, normalisers = saved
+    if head.frozen:
+        return (hidden * factors[..., None]).astype(hidden.dtype), jnp.zeros_like(weight), None
+
+    def one(total: Array, x: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
+        states, wanted, normaliser, factor = x
+        g = head.gradient(head.logits(states, weight), normaliser, wanted) * factor[..., None]
+        g = g.astype(min(states.dtype, weight.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize))
+        flat = lambda x: x.reshape(-1, x.shape[-1])
+        total = total + head.product("nv,nh->vh", flat(g), flat(states))
+        return total, head.product("...v,vh->...h", g, weight).astype(hidden.dtype)
+
+    total = jnp.zeros(weight.shape, factors.dtype)
+    total, grad = lax.scan(one, total, (hidden, targets, normalisers, factors))
+    return grad, total.astype(weight.dtype), None
+
+
+_chunks.defvjp(_forward, _backward)

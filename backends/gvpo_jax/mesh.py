@@ -1,0 +1,156 @@
+"""Devices and processes: the mesh with axes data, fsdp and tensor, how arrays lie on it, and what crosses processes."""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+
+AXES = ("data", "fsdp", "tensor")
+BATCH = ("data", "fsdp")  # rows are sharded over both
+_PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
+
+
+def join_processes() -> None:
+    """Joins the other processes where the environment names them; once, before any device is used.
+
+    JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, as they are set for each process;
+    with the address alone the cluster that jax.distributed finds. A TPU slice of several hosts needs none of them.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and not os.environ.get("TPU_SKIP_MDS_QUERY")
+    if not (address or pod) or jax.distributed.is_initialized():
+        return
+    count, number = os.environ.get("JAX_NUM_PROCESSES"), os.environ.get("JAX_PROCESS_ID")
+    jax.distributed.initialize(address, None if count is None else int(count), None if number is None else int(number))
+
+
+def find_devices(name: str) -> list[Any]:
+    """The devices of `model.device`: auto, a platform (cpu, gpu, tpu), or one device of it (gpu:1).
+
+    Raises: ConfigError: a platform or number that is not there.
+    """
+    platform, _, number = name.partition(":")
+    try:
+        found = jax.devices() if name == "auto" else jax.devices(_PLATFORMS.get(platform, platform))
+        return found if not number else [found[int(number)]]
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise ConfigError(f"model.device is {name!r}, which JAX does not have here: use auto or cpu") from error
+
+
+def make_mesh(config: ModelConfig) -> Mesh:
+    """All devices of the platform as data x fsdp x tensor.
+
+    Raises: ConfigError: no such device, axes that do not divide the devices, layers split over processes.
+    """
+    devices = find_devices(config.device)
+    count, fsdp, tensor = len(devices), config.mesh_fsdp, config.mesh_tensor
+    if fsdp < 1 or tensor < 1 or count % (fsdp * tensor):
+        raise ConfigError(
+            f"model.mesh_fsdp {fsdp} x model.mesh_tensor {tensor} does not divide the {count} "
+            f"{devices[0].platform} devices: the product must be one of {_divisors(count)}"
+        )
+    local = len([d for d in devices if d.process_index == jax.process_index()])
+    if local % tensor:
+        raise ConfigError(
+            f"model.mesh_tensor is {tensor}, and each process has {local} devices: a layer is split inside a process"
+        )
+    shape = (count // (fsdp * tensor), fsdp, tensor)
+    if jax.process_count() > 1 or count == 1:  # rows of the mesh must be whole processes, in their order
+        grid = np.asarray(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
+        return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def _divisors(count: int) -> str:
+    return ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Parts that the rows of one process are cut into."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"]) // processes(mesh)
+
+
+def processes(mesh: Mesh) -> int:
+    return len({d.process_index for d in mesh.devices.flat})
+
+
+def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
+    """Where a parameter, an adapter or a moment of it lies: its matrix over fsdp and tensor, vectors everywhere.
+
+    Columns of the head and of q, k, v, gate and up are split over tensor, rows of o and down; what an axis does not
+    divide stays whole along it.
+    """
+    if len(shape) < 2 or ("*" in name and len(shape) < 3):
+        return replicated(mesh)
+    inwards = any(part in name for part in ("o_proj", "down_proj"))
+    wanted = ["fsdp", "tensor"] if inwards else ["tensor", "fsdp"]
+    if name.endswith("lora_A"):
+        wanted[0] = None
+    if name.endswith("lora_B"):
+        wanted[1] = None
+    matrix = [a if a and size % mesh.shape[a] == 0 else None for a, size in zip(wanted, shape[-2:], strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *matrix))
+
+
+def parameter_shardings(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
+    return {name: parameter_sharding(mesh, name, shape) for name, shape in shapes.items()}
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Rows, along `axis`, over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(*(None,) * axis, BATCH))
+
+
+def put(values: np.ndarray, mesh: Mesh, axis: int | None = 0) -> jax.Array:
+    """This process's rows as its part of one array over the mesh; `axis` None: the same everywhere."""
+    sharding = replicated(mesh) if axis is None else batch_sharding(mesh, axis)
+    if processes(mesh) == 1:
+        return jax.device_put(values, sharding)
+    return jax.make_array_from_process_local_data(sharding, values)
+
+
+def local(array: jax.Array, axis: int = 0) -> np.ndarray:
+    """This process's rows of an array that is sharded along `axis` over data and fsdp."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    parts = {}
+    for shard in array.addressable_shards:
+        parts.setdefault(shard.index[axis].start or 0, shard.data)  # the same rows lie once a tensor part
+    return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)
+
+
+def gather(values: np.ndarray) -> np.ndarray:
+    """Concatenates the processes' arrays in their order along axis 0; lengths may differ. Bytes cross, not numbers:
+    JAX would round float64."""
+    if jax.process_count() == 1:
+        return values
+    values = np.ascontiguousarray(values)
+    from jax.experimental import multihost_utils
+
+    row = int(np.prod(values.shape[1:], dtype=np.int64)) * values.itemsize
+    lengths = np.asarray(multihost_utils.process_allgather(np.asarray([len(values)], np.int32))).ravel()
+    longest = int(lengths.max())
+    if longest == 0:
+        return values
+    padded = np.zeros(longest * row, np.uint8)
+    padded[: values.nbytes] = np.frombuffer(values.tobytes(), np.uint8)
+    parts = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(lengths), -1)
+    joined = [np.frombuffer(p.tobytes()[: n * row], values.dtype) for p, n in zip(parts, lengths, strict=True)]
+    return np.concatenate(joined).reshape(-1, *values.shape[1:])
+
+
+def most(*counts: int) -> tuple[int, ...]:
+    """The largest of the processes' counts, each."""
+    if jax.process_count() == 1:
+        return counts
+    gathered = gather(np.asarray([counts], np.int64))
+    return tuple(int(n) for n in gathered.max(0))

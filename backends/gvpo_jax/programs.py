@@ -1,0 +1,72 @@
+"""Compiled programs: each is compiled once for its arguments' shapes, kept, counted, and called without tracing."""
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+
+_kept: dict[Hashable, Any] = {}  # shared by the policies of this process: equal programs are compiled once
+
+
+class OutOfMemoryError(RuntimeError):
+    """The device's memory does not hold a program; the message says what to lower."""
+
+
+class Programs:
+    """The programs of one policy."""
+
+    def __init__(self) -> None:
+        self.used: dict[Hashable, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def call(
+        self,
+        function: Callable[..., Any],
+        static: tuple[Hashable, ...],
+        *arguments: Any,
+        donate: Sequence[int] = (),
+        out: Any = None,
+        advice: str = "",
+    ) -> Any:
+        """function(*static, *arguments), compiled.
+
+        Args:
+          function: a module's function, so that it is the same object at every call.
+          donate: places among `arguments` whose buffers the result may take.
+          out: shardings of the result, as jax.jit takes them. Default: the compiler's choice.
+          advice: what to lower where memory runs out.
+        """
+        leaves, tree = jax.tree.flatten(arguments)
+        key = (function, static, tree, tuple((x.shape, x.dtype, x.weak_type, x.sharding) for x in leaves))
+        try:
+            if key not in self.used:
+                if key not in _kept:
+                    _kept[key] = compile_program(function, static, *arguments, donate=donate, out=out)
+                self.used[key] = _kept[key]
+            return self.used[key](*arguments)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            reason = str(error).strip().splitlines()[0][:300]
+            raise OutOfMemoryError(f"out of memory in {function.__name__}: {advice or _ADVICE} ({reason})") from error
+
+
+_ADVICE = "lower optimizer.micro_batch_tokens, set model.gradient_checkpointing, or raise model.mesh_fsdp"
+
+
+def compile_program(
+    function: Callable[..., Any],
+    static: tuple[Hashable, ...],
+    *arguments: Any,
+    donate: Sequence[int] = (),
+    out: Any = None,
+) -> Any:
+    """function(*static, *arguments) ahead of time, for arrays or their `jax.ShapeDtypeStruct`."""
+
+    def program(*given: Any) -> Any:
+        return function(*static, *given)
+
+    program.__name__ = function.__name__
+    return jax.jit(program, donate_argnums=tuple(donate), out_shardings=out).lower(*arguments).compile()

@@ -1,0 +1,214 @@
+"""One optimizer step along -sum_i c_i grad log pi_i, however the batch is split: rows of few shapes, and the programs
+that score them, sum their gradients and step."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from gvpo_core.training import layout
+from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.policy import Batch
+from gvpo_jax import mesh as meshes
+from gvpo_jax.model import Parameters, Setup, score
+
+SMALLEST = 16  # tokens of a row at least
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch as padded arrays: few different shapes, so that a run compiles few programs."""
+
+    arrays: dict[str, np.ndarray]  # ids, positions, segments (B, T), predict, targets (B, P), int32
+    source: layout.Arrays | None  # None: rows that only keep step with other processes
+    places: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.int64),) * 2)  # (n,) row and slot of targets
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self.arrays["ids"].shape, self.arrays["targets"].shape[1])
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """(r,) float64: the log-prob of each response, from the (B, P) values."""
+        assert self.source is not None
+        return self.source.sums(values[self.places])
+
+    def spread(self, factors: np.ndarray) -> np.ndarray:
+        """(B, P) float32: each response's factor at each of its tokens, 0 elsewhere."""
+        found = np.zeros(self.arrays["targets"].shape, np.float32)
+        if self.source is not None:
+            found[self.places] = np.repeat(factors, self.source.lengths)
+        return found
+
+
+def bucket(n: int) -> int:
+    """The next of 16, 24, 32, 48, 64, 96, ...: at most half of a row is padding, a third on average of the worst."""
+    size = SMALLEST
+    while size < n:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return size
+
+
+def rows_bucket(n: int, shards: int) -> int:
+    """The next power of two of rows for each of the shards."""
+    return shards * (1 << max(0, math.ceil(math.log2(max(1, -(-n // shards))))))
+
+
+def shape_of(arrays: layout.Arrays, shards: int) -> tuple[int, int, int]:
+    """(B, T, P) that a micro-batch is padded to."""
+    per_row = np.bincount(arrays.predict // arrays.ids.shape[1], minlength=len(arrays.ids)).max()
+    return rows_bucket(len(arrays.ids), shards), bucket(arrays.ids.shape[1]), bucket(int(per_row))
+
+
+def pad_rows(arrays: layout.Arrays | None, shape: tuple[int, int, int]) -> Rows:
+    """A micro-batch padded to (B, T, P); padding rows and tokens predict nothing and see themselves alone."""
+    b, t, p = shape
+    padded = {name: np.zeros((b, t), np.int32) for name in ("ids", "positions")}
+    padded["segments"] = np.full((b, t), -1, np.int32)
+    padded |= {name: np.zeros((b, p), np.int32) for name in ("predict", "targets")}
+    padded["positions"][:] = np.arange(t)
+    if arrays is None:
+        return Rows(padded, None)
+    rows, width = arrays.ids.shape
+    for name in ("ids", "segments"):
+        padded[name][:rows, :width] = getattr(arrays, name)
+    padded["positions"][:rows, :width] = arrays.positions
+    padded["positions"][:rows, width:] = arrays.positions[:, -1:] + 1 + np.arange(t - width)
+    owner, at = arrays.predict // width, arrays.predict % width
+    counts = np.bincount(owner, minlength=rows)
+    slot = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
+    padded["predict"][owner, slot] = at
+    padded["targets"][owner, slot] = arrays.targets
+    return Rows(padded, arrays, (owner, slot))
+
+
+def plan(batch: Batch, micro: Sequence[Sequence[layout.Row]], mesh: Mesh) -> list[list[Rows]]:
+    """Micro-batches by shape, the same shapes and as many of each on every process."""
+    shards = meshes.batch_shards(mesh)
+    arrays = [layout.arrays(batch, rows) for rows in micro]
+    count = meshes.most(len(arrays))[0]
+    planned: dict[tuple[int, int, int], list[Rows]] = {}
+    for number in range(count):
+        own = arrays[number] if number < len(arrays) else None
+        needed = (shards, SMALLEST, SMALLEST) if own is None else shape_of(own, shards)
+        shape = meshes.most(*needed)
+        planned.setdefault(shape, []).append(pad_rows(own, shape))  # type: ignore[arg-type]
+    return list(planned.values())
+
+
+# -- programs; the first argument is compiled in
+
+
+def score_rows(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]) -> Array:
+    """(B, P) float32 token log-probs."""
+    return score(setup, parameters, adapters, rows)
+
+
+def no_gradient(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
+    return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
+
+
+def forward(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array]) -> tuple[Array, Any]:
+    """(B, P) token log-probs, and what the backward pass of `backward` needs."""
+    return jax.vjp(lambda t: _score(setup, t, frozen, rows), trained)
+
+
+def backward(total: Parameters, saved: Any, factors: Array) -> dict[str, Array]:
+    """total - the gradient of sum factors * log pi."""
+    (found,) = saved(-factors)
+    return {name: total[name] + found[name].astype(jnp.float32) for name in total}
+
+
+def accumulate(
+    setup: Setup,
+    total: Parameters,
+    trained: Parameters,
+    frozen: Parameters,
+    rows: Mapping[str, Array],
+    factors: Array,
+    count: Array,
+) -> tuple[dict[str, Array], Array]:
+    """total - the gradients of sum factors * log pi over the first `count` of M equally shaped micro-batches.
+
+    A loop whose length is an argument rather than `lax.scan`, which would compile once for each number of them.
+
+    Args:
+      rows: arrays of (M, B, ...); factors: (M, B, P).
+    Returns: the sum, and (M, B, P) token log-probs, 0 past `count`.
+    """
+
+    def one(i: Array, carry: tuple[dict[str, Array], Array]) -> tuple[dict[str, Array], Array]:
+        sums, found = carry
+        mine = {name: lax.dynamic_index_in_dim(a, i, 0, keepdims=False) for name, a in rows.items()}
+        values, pull = jax.vjp(lambda t: _score(setup, t, frozen, mine), trained)
+        (gradient,) = pull(-lax.dynamic_index_in_dim(factors, i, 0, keepdims=False))
+        sums = {name: sums[name] + gradient[name].astype(jnp.float32) for name in sums}
+        return sums, lax.dynamic_update_index_in_dim(found, values, i, 0)
+
+    return lax.fori_loop(0, count, one, (dict(total), jnp.zeros_like(factors)))
+
+
+def _score(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array]) -> Array:
+    return score(setup, frozen, trained, rows) if setup.scale else score(setup, trained, {}, rows)
+
+
+def norms(total: Parameters) -> tuple[Array, dict[str, Array]]:
+    """The gradient's norm, and each parameter's own, (L,) for the layers' stacked ones."""
+    squares = {}
+    for name, g in total.items():
+        by_row = jnp.sum(g * g, -1)  # in steps: one long float32 sum would lose digits
+        squares[name] = jnp.sum(by_row.reshape(g.shape[0] if "*" in name else 1, -1), -1)
+    whole = sum(jnp.sum(s) for s in squares.values())
+    return jnp.sqrt(whole), {name: jnp.sqrt(s) for name, s in squares.items()}
+
+
+def step(
+    config: OptimizerConfig, trained: Parameters, state: Any, total: Parameters, scale: Array, rate: Array
+) -> tuple[dict[str, Array], Any]:
+    """AdamW with the gradient times `scale`, at this learning rate."""
+    scaled = {name: g * scale for name, g in total.items()}
+    updates, state = make_optimizer(config).update(scaled, state, trained)
+    return {name: p - rate * updates[name] for name, p in trained.items()}, state
+
+
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """AdamW before the learning rate; weight decay on matrices alone."""
+    b1, b2 = config.betas
+    return optax.chain(
+        optax.scale_by_adam(b1, b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=_matrices),
+    )
+
+
+def _matrices(trained: Parameters) -> dict[str, bool]:
+    return {name: p.ndim - ("*" in name) >= 2 for name, p in trained.items()}
+
+
+def clip_scale(total_norm: float, own: Mapping[str, np.ndarray], limit: float) -> float:
+    """The factor that brings a gradient down to norm `limit` (0: never).
+
+    Args:
+      own: each parameter's norm, as `norms` gives them.
+    Raises: FloatingPointError: naming the parameters whose gradient is not finite.
+    """
+    if not math.isfinite(total_norm):
+        each = {
+            name.replace("*", str(i)): norm for name, layers in own.items() for i, norm in enumerate(np.asarray(layers))
+        }
+        bad = sorted((name for name, norm in each.items() if not math.isfinite(norm)), key=_by_layer)
+        raise FloatingPointError(
+            f"the gradient norm is {total_norm}: the gradients of {len(bad)} of {len(each)} parameters are not finite, "
+            f"the first {', '.join(bad[:3]) or 'none alone (their sum overflows)'}; no step was taken"
+        )
+    return min(1.0, limit / (total_norm + 1e-6)) if limit > 0 else 1.0
+
+
+def _by_layer(name: str) -> tuple[int, str]:
+    number = name.removeprefix("model.layers.").partition(".")[0]
+    return (int(number) if number.isdigit() else -1, name)

@@ -1,0 +1,209 @@
+"""Safetensors files straight onto the mesh and back: no device's part is read that it does not hold, and the host never
+holds more than one stacked parameter."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import save_file
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.hugging_face import portable_config
+from gvpo_jax import mesh as meshes
+from gvpo_jax.model import HEAD, LAYER, Parameters, Spec
+
+SHARD_BYTES = 2**32
+_DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
+_INDEX = "model.safetensors.index.json"
+
+
+class Files:
+    """The tensors of a folder's safetensors files, mapped into memory and read where they are asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises: ConfigError: no safetensors there, a file that cannot be read, a dtype that is not a float's."""
+        self.folder = folder
+        self._mapped: dict[str, np.ndarray] = {}
+        index = folder / _INDEX
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+            paths = [folder / Path(name).name for name in names]
+        else:
+            paths = sorted(folder.glob("*.safetensors"))
+        if not paths:
+            raise ConfigError(f"{folder} has no *.safetensors: gvpo_jax reads no other weights")
+        for path in paths:
+            try:
+                self._map(path)
+            except (OSError, ValueError, KeyError, IndexError) as error:
+                raise ConfigError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
+
+    def _map(self, path: Path) -> None:
+        raw = np.memmap(path, np.uint8, "r")
+        size = int(raw[:8].view("<u8")[0])
+        for name, entry in json.loads(raw[8 : 8 + size].tobytes()).items():
+            if name == "__metadata__":
+                continue
+            if entry["dtype"] not in _DTYPES:
+                raise ValueError(f"{name} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
+            start, stop = entry["data_offsets"]
+            data = raw[8 + size + start : 8 + size + stop]
+            if data.nbytes != stop - start:
+                raise ValueError(f"the file ends inside {name}")
+            self._mapped[name] = data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._mapped
+
+    def names(self) -> set[str]:
+        return set(self._mapped)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._mapped[name]
+
+
+def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
+    """The model's parameters on the mesh, in `dtype`.
+
+    Raises: ConfigError: weights that are missing, have another shape, or are unknown to this model.
+    """
+    shapes = spec.shapes()
+    wanted: dict[str, tuple[int, ...]] = {}
+    for name, shape in shapes.items():
+        for i in range(spec.layers) if "*" in name else (0,):
+            wanted[name.replace("*", str(i))] = shape[1:] if "*" in name else shape
+    missing = sorted(wanted.keys() - files.names())
+    known = wanted.keys() | ({HEAD} if spec.tied else set())
+    foreign = sorted(n for n in files.names() - known if not n.endswith(("rotary_emb.inv_freq", ".masked_bias")))
+    unlike = sorted(n for n in wanted if n in files and files[n].shape != wanted[n])
+    for what, names in (("lacks", missing), ("has, unknown to this architecture,", foreign)):
+        if names:
+            raise ConfigError(f"{files.folder} {what} {len(names)} weights, the first {names[0]}")
+    if unlike:
+        name = unlike[0]
+        raise ConfigError(f"{name} in {files.folder} has shape {files[name].shape}; config.json says {wanted[name]}")
+    return {name: _read(files, name, shape, mesh, dtype) for name, shape in shapes.items()}
+
+
+def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: Any) -> jax.Array:
+    def part(index: tuple[slice, ...]) -> np.ndarray:
+        if "*" not in name:
+            return np.asarray(files[name][index]).astype(dtype)
+        layers = range(*index[0].indices(shape[0]))
+        found = np.empty([len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True)], dtype)
+        for at, i in enumerate(layers):
+            found[at] = files[name.replace("*", str(i))][index[1:]]
+        return found
+
+    return jax.make_array_from_callback(shape, meshes.parameter_sharding(mesh, name, shape), part)
+
+
+def make_adapters(config: ModelConfig, spec: Spec, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
+    """LoRA's matrices for the target layers: A uniform within 1 / sqrt(inputs), B zero, float32.
+
+    Raises: ConfigError: targets that match no linear layer.
+    """
+    shapes = {}
+    matched: set[str] = set()
+    for name, shape in spec.shapes().items():
+        if not name.startswith(LAYER) or not name.endswith("_proj.weight"):
+            continue
+        module = name.removesuffix(".weight")
+        hits = [t for t in config.lora_targets if t == "all-linear" or module == t or module.endswith(f".{t}")]
+        matched.update(hits)
+        if hits:
+            shapes[f"{module}.lora_A"] = (shape[0], config.lora_rank, shape[2])
+            shapes[f"{module}.lora_B"] = (shape[0], shape[1], config.lora_rank)
+    unused = [t for t in config.lora_targets if t not in matched]
+    if unused or not shapes:
+        known = sorted({n.split(".")[-2] for n in spec.shapes() if n.endswith("_proj.weight")})
+        raise ConfigError(
+            f"model.lora_targets has {', '.join(map(repr, unused)) or 'nothing'}, which match no linear layer: "
+            f"use all-linear or some of {', '.join(known)}"
+        )
+    made = {}
+    for number, (name, shape) in enumerate(shapes.items()):
+        value = np.zeros(shape, np.float32)
+        if name.endswith("lora_A"):
+            draw = np.random.default_rng((seed, number))
+            value = draw.uniform(-1, 1, shape).astype(np.float32) / np.sqrt(np.float32(shape[-1]))
+        sharding = meshes.parameter_sharding(mesh, name, shape)
+        made[name] = jax.make_array_from_callback(shape, sharding, lambda index, value=value: value[index])
+    return made
+
+
+def export(
+    directory: Path,
+    spec: Spec,
+    parameters: Parameters,
+    adapters: Parameters,
+    scale: float,
+    dtype: str,
+    config: Mapping[str, Any],
+    tokenizer: Any,
+    whole: Callable[[jax.Array], np.ndarray],
+    main: bool,
+) -> None:
+    """Writes a Hugging Face folder, adapters merged; every process calls, the main one writes.
+
+    Args:
+      whole: an array of the mesh, or a layer of one, as NumPy on this process.
+    """
+    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
+    names: dict[str, str] = {}
+    part: dict[str, np.ndarray] = {}
+    files: list[dict[str, np.ndarray]] = []
+    size = total = 0
+
+    def flush() -> None:
+        nonlocal part, size
+        if part and main:
+            path = directory / f"model-{len(files) + 1:05d}.safetensors"
+            save_file({n: np.ascontiguousarray(a) for n, a in part.items()}, path, metadata={"format": "pt"})
+            files.append(dict.fromkeys(part))  # type: ignore[arg-type]
+            names.update(dict.fromkeys(part, path.name))
+        part, size = {}, 0
+
+    for name, array in parameters.items():
+        module = name.removesuffix(".weight")
+        for i in range(spec.layers) if "*" in name else (None,):
+            cut = lambda a: whole(a if i is None else a[i])  # noqa: B023 - called at once
+            value = cut(array)
+            if f"{module}.lora_A" in adapters:
+                a, b = cut(adapters[f"{module}.lora_A"]), cut(adapters[f"{module}.lora_B"])
+                value = value.astype(np.float32) + (b @ a) * np.float32(scale)
+            if not main:
+                continue
+            value = value.astype(target)
+            if size and size + value.nbytes > SHARD_BYTES:
+                flush()
+            part[name if i is None else name.replace("*", str(i))] = value
+            size += value.nbytes
+            total += value.nbytes
+    flush()
+    if not main:
+        return
+    if len(files) == 1:
+        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
+    else:
+        index = {"metadata": {"total_size": total}, "weight_map": names}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    tokenizer.save_pretrained(directory)
+    settings = portable_config(config, dtype)
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def copy_settings(source: Path, directory: Path, end: Sequence[int]) -> None:
+    """generation_config.json of the model the run began with; made anew where it has none."""
+    given = source / "generation_config.json"
+    settings = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else {"eos_token_id": list(end)}
+    (directory / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())
