@@ -56,7 +56,7 @@ class Forked:
         self.process.start()
 
     def has_spoken(self) -> bool:
-        return "run folder" in self.log.read_text()  # the end of the header: steps follow
+        return "left state" in self.log.read_text()  # the titles above the first row
 
     def exit_status(self) -> int | None:
         return self.process.exitcode
@@ -76,7 +76,7 @@ class Spawned:
             self.process = subprocess.Popen(command, stdout=f, stderr=subprocess.STDOUT)
 
     def has_spoken(self) -> bool:
-        return "run folder" in self.log.read_text()  # the end of the header: steps follow
+        return "left state" in self.log.read_text()  # the titles above the first row
 
     def exit_status(self) -> int | None:
         return self.process.poll()
@@ -106,8 +106,9 @@ def kill_and_resume(
 ) -> dict[str, int]:
     """SIGKILLs the run `kills` times, then lets it finish; returns how often each kind of moment was hit.
 
-    Half of the kills wait for a checkpoint being written and fall inside it; the others come at a random time up to
-    `longest` seconds after the run has printed its header.
+    Half of the kills wait for a checkpoint being written, the first or the second of the process (so that the run comes
+    forward on a slow machine too), and fall inside it; the others come at a random time up to `longest` seconds after
+    its first row.
     """
     chance = random.Random(seed)
     hit = {"saving": 0, "running": 0}
@@ -118,10 +119,12 @@ def kill_and_resume(
             time.sleep(0.001)
         in_save = i % 2 == 1
         stop = time.monotonic() + (60 if in_save else chance.uniform(0, longest))
-        saving = False
+        saving, first, wanted = False, None, chance.choice((1, 2))
         while process.exit_status() is None and time.monotonic() < stop and not saving:
             if in_save:
-                saving = any((folder / "checkpoints").glob(".partial-*"))
+                names = {p.name for p in (folder / "checkpoints").glob(".partial-step-*")}
+                first = first or names
+                saving = bool(names if wanted == 1 else names - first)
             else:
                 time.sleep(0.001)
         if saving:

@@ -1,6 +1,8 @@
 """Killed at any moment, a run goes on from its last good checkpoint and ends where an unbroken run ends."""
 
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,7 +63,7 @@ def test_ctrl_c_saves_and_leaves(number, status, tmp_path):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == status, output
     assert "stopping after this step" in output
-    assert f"go on with: cli.py train {config}" in output
+    assert f"go on with: {sys.executable} -m gvpo_core.training.cli train {config}" in output
     assert "Traceback" not in output
     assert len(steps_saved(tmp_path / "run" / "checkpoints")) == 1
 
@@ -166,9 +168,6 @@ def test_disk_full_while_saving_leaves_the_last_one_and_says_so(tmp_path, monkey
         "table.TablePolicy.save = save\n"
         "sys.exit(cli.main(['train', sys.argv[1]]))\n"
     )
-    import subprocess
-    import sys
-
     done = subprocess.run([sys.executable, script, config], capture_output=True, text=True, timeout=60)
     assert done.returncode == 1
     assert "the disk is full; free space and run again" in done.stderr
