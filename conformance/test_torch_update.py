@@ -10,9 +10,9 @@ from torch_policies import batch, coefficients_of, parameters, policy, require, 
 require()
 
 import torch
-from gvpo_torch.update import learning_rate
 
 from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.step import learning_rate
 
 # With these AdamW's step is lr * g / (|g| + 1), smooth in the gradient: no sign of a rounding error decides it.
 SMOOTH = {"learning_rate": 0.5, "betas": (0.0, 0.0), "eps": 1.0}
