@@ -16,7 +16,7 @@ from pathlib import Path
 import nox
 from nox.command import CommandFailed
 
-nox.options.sessions = ["lint", "types", "conformance", "trl", "wheel", "total"]
+nox.options.sessions = ["lint", "types", "conformance", "trl", "mlx_lm", "wheel", "total"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
@@ -95,6 +95,17 @@ def trl(session: nox.Session) -> None:
     install(session, "-e", ".[torch,trl,dev]")
     files = [f"conformance/test_{name}.py" for name in ("trl_steps", "trl_settings", "torch_trl")]
     pytest(session, "trl", *files, GVPO_SUBJECTS="torch,trl")
+
+
+@nox.session
+def mlx_lm(session: nox.Session) -> None:
+    """GVPO in mlx-lm's LoRA trainer (gvpo_mlx_lm): exact steps on one and two processes, refused settings, a run.
+
+    nox -s mlx_lm
+    """
+    install(session, "-e", ".[mlx-lm,dev]")
+    files = [f"conformance/test_mlx_lm_{name}.py" for name in ("trainer", "groups")]
+    pytest(session, "mlx_lm", *files, GVPO_SUBJECTS="mlx_lm")
 
 
 @nox.session

@@ -1,0 +1,104 @@
+"""`python -m gvpo_mlx_lm`: mlx_lm.lora for scored responses, with the same flags and YAML file.
+
+Its own settings are `beta` (0.1) and `groups_per_step`; `data` is a folder with train.jsonl and, where there is one,
+valid.jsonl. mlx-lm's `train_model` runs as it is: with our `train` in the place of its trainer's.
+"""
+
+import argparse
+import os
+import sys
+import types
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+from mlx_lm import lora
+from mlx_lm.tuner.callbacks import get_reporting_callbacks
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.data import DataError
+from gvpo_mlx_lm import ModelError, SettingsError, load, load_groups, train
+
+_OURS = {"beta": 0.1, "groups_per_step": None}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Trains; 0, or 2 with one line where a setting, the data or the model cannot be used."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        run(settings(arguments))
+    except (ConfigError, DataError, ModelError, SettingsError) as error:
+        print(f"gvpo_mlx_lm: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line over the YAML file over mlx-lm's defaults, as mlx_lm.lora resolves them.
+
+    Raises: SettingsError: a setting that GVPO cannot do, or a name in the file that nobody knows.
+    """
+    parser = lora.build_parser()
+    parser.prog, parser.description = "gvpo_mlx_lm", "GVPO on scored responses, through mlx-lm's LoRA trainer."
+    parser.add_argument("--beta", type=float, help="KL coefficient, reward units per nat. Default 0.1.")
+    parser.add_argument("--groups-per-step", type=int, help="Prompts of an optimizer step; default: what fits.")
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    known = lora.CONFIG_DEFAULTS | _OURS
+    if given.get("config"):
+        from_file = yaml.load(Path(given["config"]).read_text(encoding="utf-8"), lora.yaml_loader) or {}
+        if unknown := sorted(from_file.keys() - known.keys()):
+            raise SettingsError(
+                f"{given['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
+            )
+        given = from_file | given
+    args = argparse.Namespace(**(known | given))
+    if args.test:
+        raise SettingsError("test: only training is done here; remove it, and give valid.jsonl for a held-out loss")
+    if args.resume_adapter_file is not None and args.fine_tune_type == "full":
+        raise SettingsError(
+            "resume_adapter_file with fine_tune_type full: the weights to resume from would become the reference; use"
+            " lora or dora, whose reference is the base model"
+        )
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Loads, scores the reference, and hands over to mlx-lm."""
+    model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": args.trust_remote_code})
+    files = {name: Path(args.data) / f"{name}.jsonl" for name in ("train", "valid")}
+    sets = {
+        name: load_groups(path, tokenizer, max_seq_length=args.max_seq_length, name=str(path))
+        for name, path in files.items()
+        if name == "train" or path.exists()
+    }
+    callback = get_reporting_callbacks(
+        args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
+    )
+    train_model = types.FunctionType(
+        lora.train_model.__code__,
+        vars(lora) | {"train": partial(_train, of=args), "CacheDataset": lambda groups: groups},
+        argdefs=lora.train_model.__defaults__,
+    )
+    train_model(args, model, sets["train"], sets.get("valid"), callback)
+
+
+def _train(
+    *, of: argparse.Namespace, model: Any, optimizer: Any, train_dataset: Any, val_dataset: Any, **rest: Any
+) -> None:
+    train(
+        model,
+        optimizer,
+        train_dataset,
+        val_dataset,
+        model_path=of.model,
+        beta=of.beta,
+        groups_per_step=of.groups_per_step,
+        seed=of.seed,
+        **rest,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

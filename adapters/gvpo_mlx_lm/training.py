@@ -1,0 +1,289 @@
+"""GVPO in mlx-lm's trainer: the `loss` and `iterate_batches` that its `train` takes, and the checks before it starts.
+
+mlx-lm adds up the gradients of `grad_accumulation_steps` micro-batches on each of its processes and divides by their
+number M, whatever is in them. The loss of each micro-batch is therefore M times its share of the step's, so that the
+step is exact: along -sum_i c_i grad log pi_i over all responses of the step, with `gvpo_coefficients` c. Where every
+group fits a micro-batch, c is computed inside the loss; else all responses of the step are scored first, without
+gradient, and c is constant in the micro-batches.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.tuner import trainer
+from mlx_lm.tuner.callbacks import TrainingCallback
+
+from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_surrogate
+from gvpo_mlx_lm import batches
+from gvpo_mlx_lm.batches import Row
+from gvpo_mlx_lm.groups import Group
+from gvpo_mlx_lm.models import adapters_off, check_rope, dropouts
+
+_BLOCK = 32  # lengths are padded to multiples of it, so that few shapes are compiled
+
+
+class SettingsError(ValueError):
+    """A setting of mlx-lm's under which GVPO would not be exact; the message names it and what to set."""
+
+
+def train(
+    model: nn.Module,
+    optimizer: Any,
+    train_groups: Sequence[Group],
+    val_groups: Sequence[Group] | None = None,
+    *,
+    args: trainer.TrainingArgs,
+    model_path: str | Path,
+    beta: float = 0.1,
+    groups_per_step: int | None = None,
+    seed: int = 0,
+    training_callback: TrainingCallback | None = None,
+) -> "GVPO":
+    """Runs mlx-lm's own trainer on scored responses.
+
+    The reference is the model with its adapters off, or, in full fine-tuning, as it is handed over.
+
+    Args:
+      model: as mlx-lm loads it, frozen and with its LoRA or DoRA layers, as `mlx_lm.lora` makes them.
+      args: mlx-lm's. `batch_size` is the most responses that go through the model together, over all processes;
+        `iters` counts micro-batches, `grad_accumulation_steps` of which make an optimizer step.
+      model_path: the folder or hub name that `model` was loaded from, to check its RoPE against config.json.
+      beta: KL coefficient, reward units per nat.
+      groups_per_step: prompts of an optimizer step; default: as many as surely fit.
+    Raises: SettingsError: a setting that would break exactness. DataError: groups that do not fit.
+    """
+    gvpo = GVPO(model, args, model_path, beta=beta, groups_per_step=groups_per_step, seed=seed)
+    scored = gvpo.with_reference(train_groups)
+    trainer.train(
+        model=model,
+        optimizer=optimizer,
+        train_dataset=scored,
+        val_dataset=None if val_groups is None else gvpo.with_reference(val_groups),
+        args=args,
+        loss=gvpo.loss,
+        iterate_batches=gvpo.iterate_batches,
+        training_callback=training_callback,
+    )
+    return gvpo
+
+
+class GVPO:
+    """What mlx-lm's `train` needs for GVPO: a dataset by `with_reference`, `loss` and `iterate_batches`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: trainer.TrainingArgs,
+        model_path: str | Path,
+        *,
+        beta: float = 0.1,
+        groups_per_step: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Checks the settings; see `train`."""
+        self.model, self.args, self.beta, self.groups_per_step, self.seed = model, args, beta, groups_per_step, seed
+        self.world = mx.distributed.init()
+        check_rope(model, model_path)
+        self._check()
+
+    def _check(self) -> None:
+        args, size = self.args, self.world.size()
+        if not (isinstance(self.beta, int | float) and 0 <= self.beta < float("inf")):
+            raise SettingsError(f"beta is {self.beta!r}; expected a number of at least 0, reward units per nat")
+        if args.batch_size < 1 or args.batch_size % size:
+            raise SettingsError(
+                f"batch_size = {args.batch_size} over {size} processes; expected a positive multiple of {size}"
+            )
+        if args.iters % args.grad_accumulation_steps:
+            raise SettingsError(
+                f"iters = {args.iters} is no multiple of grad_accumulation_steps = {args.grad_accumulation_steps}:"
+                " mlx-lm would compute the last micro-batches and throw them away; set a multiple"
+            )
+        if found := dropouts(self.model):
+            raise SettingsError(
+                f"dropout of {found[0][1]:g} in {found[0][0]}: GVPO's weights hold for the log-probabilities of the"
+                " model itself; set lora_parameters: {dropout: 0.0}"
+            )
+
+    # -- data
+
+    def with_reference(self, groups: Sequence[Group]) -> list[Group]:
+        """The groups with the log-probs of the reference, which the trainer never computes again."""
+        rows = [(group.prompt, response) for group in groups for response in group.responses]
+        with adapters_off(self.model):
+            scores = iter(self._score(rows).tolist())
+        return [replace(group, ref_logprobs=tuple(islice(scores, len(group)))) for group in groups]
+
+    def iterate_batches(
+        self, dataset: Sequence[Group], batch_size: int, max_seq_length: int, loop: bool = False, comm_group: Any = None
+    ) -> Iterator[tuple[Any, ...]]:
+        """The micro-batches of this process, in the place of mlx-lm's `iterate_batches`: whole steps, endlessly, with
+        `loop`; else the dataset once.
+
+        Raises: SettingsError, DataError: see `train`.
+        """
+        world = comm_group or self.world
+        if any(group.ref_logprobs is None for group in dataset):
+            raise SettingsError("the dataset has no reference log-probs; hand over GVPO.with_reference(groups)")
+        if not loop:
+            yield from self._evaluation(dataset, batch_size // world.size(), world)
+            return
+        per_process, rows = self.args.grad_accumulation_steps, batch_size // world.size()
+        micro_batches = per_process * world.size()
+        per_step = self._groups_per_step(dataset, micro_batches * rows)
+        for chosen in batches.epochs(len(dataset), per_step, self.seed):
+            groups = [dataset[g] for g in chosen]
+            parts = batches.whole_groups(groups, micro_batches, rows)
+            if parts is not None:
+                for part in parts[world.rank() :: world.size()]:
+                    share = micro_batches * len({row.group for row in part}) / len(groups)
+                    yield self._arrays(groups, part, share=share)
+                continue
+            parts = batches.split_groups(groups, micro_batches)
+            value, coefficients = self._scored(groups, parts, world)
+            for part in parts[world.rank() :: world.size()]:
+                c = [micro_batches * coefficients[row] for row in part]
+                yield self._arrays(groups, part, share=1.0, known=(value, c))
+
+    def _groups_per_step(self, dataset: Sequence[Group], capacity: int) -> int:
+        largest = max(map(len, dataset))
+        wanted = self.groups_per_step or max(1, min(capacity // largest, len(dataset)))
+        most = sum(sorted(map(len, dataset), reverse=True)[:wanted])
+        if not 1 <= wanted <= len(dataset):
+            raise SettingsError(f"groups_per_step = {wanted}; expected 1 to {len(dataset)}, the groups there are")
+        if most > capacity:
+            raise SettingsError(
+                f"{wanted} groups of up to {largest} responses may be {most} responses, and batch_size ="
+                f" {self.args.batch_size} times grad_accumulation_steps = {self.args.grad_accumulation_steps} holds"
+                f" {capacity}: raise grad_accumulation_steps, which costs no memory, or batch_size"
+            )
+        return wanted
+
+    def _evaluation(self, dataset: Sequence[Group], rows: int, world: Any) -> Iterator[tuple[Any, ...]]:
+        """Weighted by mlx-lm with what the loss counts: groups, so that its mean is `gvpo_loss` over the dataset."""
+        for group in dataset[world.rank() :: world.size()]:
+            whole = [Row(0, i) for i in range(len(group))]
+            known = None
+            if len(group) > rows:
+                logprobs = self._score([(group.prompt, response) for response in group.responses])
+                known, whole = (self._value([group], logprobs), [0.0] * rows), whole[:rows]
+            ids, lengths, *rest, _ = self._arrays([group], whole, share=1.0, known=known)
+            yield ids, lengths, *rest, mx.array(1)
+
+    def _scored(self, groups: Sequence[Group], parts: list[list[Row]], world: Any) -> tuple[float, dict[Row, float]]:
+        """The step's loss and the coefficient of each response; each process scores its own rows."""
+        everything = [row for part in parts for row in part]
+        places = {row: i for i, row in enumerate(everything)}
+        mine = [row for part in parts[world.rank() :: world.size()] for row in part]
+        logprobs = np.zeros(len(everything), dtype=np.float32)
+        own = self._score([(groups[row.group].prompt, groups[row.group].responses[row.response]) for row in mine])
+        logprobs[[places[row] for row in mine]] = own
+        logprobs = np.array(mx.distributed.all_sum(mx.array(logprobs), group=world), dtype=np.float64)
+        ref = np.array([groups[row.group].ref_logprobs[row.response] for row in everything])
+        rewards = np.array([groups[row.group].rewards[row.response] for row in everything])
+        ids = np.array([row.group for row in everything])
+        c = gvpo_coefficients(logprobs, ref, rewards, ids, beta=self.beta)
+        loss = gvpo_loss(logprobs, ref, rewards, ids, beta=self.beta).loss
+        return float(loss), dict(zip(everything, c.tolist(), strict=True))
+
+    def _value(self, groups: Sequence[Group], logprobs: np.ndarray) -> float:
+        ids = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+        ref, rewards = (np.concatenate([getattr(g, x) for g in groups]) for x in ("ref_logprobs", "rewards"))
+        return float(gvpo_loss(logprobs.astype(np.float64), ref, rewards, ids, beta=self.beta).loss)
+
+    def _score(self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
+        """(N,) float32 log-probs of the responses, nats, without gradient, at most `batch_size` rows at once."""
+        size = max(1, self.args.batch_size // self.world.size())
+        order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
+        found = np.zeros(len(rows), dtype=np.float32)
+        training = self.model.training
+        self.model.eval()
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            found[chosen] = np.array(response_logprobs(self.model, *_padded([rows[i] for i in chosen])))
+        self.model.train(training)
+        return found
+
+    # -- loss
+
+    def loss(
+        self,
+        model: nn.Module,
+        ids: mx.array,
+        lengths: mx.array,
+        ref_logprobs: mx.array,
+        rewards: mx.array,
+        group_ids: mx.array,
+        share: mx.array,
+        value: mx.array | None,
+        coefficients: mx.array | None,
+        count: mx.array,
+    ) -> tuple[mx.array, mx.array]:
+        """(loss, count) of one micro-batch: GVPO's loss in value, the step at policy-gradient scale in gradient."""
+        logprobs = response_logprobs(model, ids, lengths)
+        if coefficients is None:
+            rows = (logprobs, ref_logprobs, rewards, group_ids)
+            surrogate = gvpo_surrogate(*rows, beta=self.beta, num_groups=ids.shape[0])
+            value = mx.stop_gradient(gvpo_loss(*rows, beta=self.beta, num_groups=ids.shape[0]).loss)
+        else:
+            surrogate = -mx.sum(coefficients * logprobs)
+        return share * (value + surrogate - mx.stop_gradient(surrogate)), count
+
+    def _arrays(
+        self,
+        groups: Sequence[Group],
+        part: list[Row],
+        *,
+        share: float,
+        known: tuple[float, list[float]] | None = None,
+    ) -> tuple[Any, ...]:
+        """The arguments of `loss` after the model. A micro-batch without rows gets one that counts for nothing."""
+        nothing = not part
+        part = part or [Row(0, 0)]
+        of = [(groups[row.group], row.response) for row in part]
+        ids, lengths = _padded([(group.prompt, group.responses[i]) for group, i in of])
+        rewards = [float("nan") if nothing else group.rewards[i] for group, i in of]
+        count = 0 if nothing else sum(len(group.responses[i]) for group, i in of)
+        value = coefficients = None
+        if known is not None:
+            value, coefficients = mx.array(known[0]), mx.array([0.0] if nothing else known[1])
+        return (
+            ids,
+            lengths,
+            mx.array([group.ref_logprobs[i] for group, i in of]),
+            mx.array(rewards),
+            mx.array(np.unique([row.group for row in part], return_inverse=True)[1].astype(np.int32)),
+            mx.array(share),
+            value,
+            coefficients,
+            mx.array(count),
+        )
+
+
+def response_logprobs(model: nn.Module, ids: mx.array, lengths: mx.array) -> mx.array:
+    """(N,) float32, nats, at temperature 1: sums over each row's response tokens, its end token included.
+
+    Args:
+      ids: (N, T) prompt and response, padded behind.
+      lengths: (N, 2) tokens of the prompt, and of both.
+    """
+    logits = model(ids[:, :-1]).astype(mx.float32)
+    targets = ids[:, 1:]
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - mx.logsumexp(logits, axis=-1)
+    place = mx.arange(1, ids.shape[1])
+    inside = (place >= lengths[:, :1]) & (place < lengths[:, 1:])
+    return mx.where(inside, chosen, 0.0).sum(axis=1)
+
+
+def _padded(rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> tuple[mx.array, mx.array]:
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    ids = np.zeros((len(rows), 1 + _BLOCK * -(-(longest - 1) // _BLOCK)), dtype=np.int32)
+    for place, (prompt, response) in zip(ids, rows, strict=True):
+        place[: len(prompt) + len(response)] = prompt + response
+    return mx.array(ids), mx.array([(len(prompt), len(prompt) + len(response)) for prompt, response in rows])

@@ -1,0 +1,68 @@
+"""Offline groups for mlx-lm: what a row becomes, and what is refused."""
+
+import pytest
+import tiny_models
+from torch_policies import require
+
+require("mlx_lm", "mlx.core", subject="mlx_lm")
+
+from gvpo_mlx_lm import load_groups
+
+from gvpo_core.training.data import DataError
+
+END = 0
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return tiny_models.make_tokenizer()
+
+
+def row(**changes):
+    return {"prompt": "ab", "responses": ["c", "dd"], "rewards": [1, 0.5]} | changes
+
+
+def test_texts_get_the_end_token_where_they_are_finished(tokenizer):
+    (group,) = load_groups(
+        [row(responses=["c", "dd", [7, 8]], rewards=[1, 2, 3], finished=[True, False, True])], tokenizer
+    )
+    ids = {c: tokenizer.convert_tokens_to_ids(c) for c in "abcd"}
+    assert group.prompt == (ids["a"], ids["b"])
+    assert group.responses == ((ids["c"], END), (ids["d"], ids["d"]), (7, 8))
+    assert group.rewards == (1.0, 2.0, 3.0)
+
+
+def test_chat_messages_go_through_the_template(tokenizer):
+    (group,) = load_groups([row(prompt=[{"role": "user", "content": "a"}])], tokenizer)
+    assert tokenizer.decode(group.prompt) == "<|user|>a<|end|><|assistant|>"
+
+
+def test_unscored_responses_leave_their_group(tokenizer):
+    rows = [row(), row(responses=["a", "b", ""], rewards=[None, 1.0, float("nan")])]
+    assert [group.rewards for group in load_groups(rows, tokenizer)] == [(1.0, 0.5)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rewards": [1.0]}, "2 responses and 1 rewards; expected as many"),
+        ({"finished": [True]}, "2 responses and 1 finished"),
+        ({"responses": "dd"}, "column 'responses' is a str; expected a list"),
+        ({"responses": [1, 2]}, "response 0 is a int; expected text or a list of token ids"),
+        ({"responses": ["a", []]}, "response 1 has no tokens"),
+        ({"rewards": [1.0, "high"]}, "reward 1 is a str; expected a number or None"),
+        ({"rewards": [1.0, float("inf")]}, "reward 1 is inf; expected a finite number"),
+        ({"prompt": 3}, "column 'prompt' is a int; expected text or chat messages"),
+        ({"prompt": ""}, "the prompt is empty once tokenized"),
+        ({"prompt": "a" * 40}, r"40 \+ 2 tokens, more than max_seq_length = 41"),
+        ({"rewards": [None, 1.0]}, "none of 1 groups has two scored responses"),
+    ],
+)
+def test_a_bad_row_is_named(changes, message, tokenizer):
+    with pytest.raises(DataError, match=message):
+        load_groups([row(**changes)], tokenizer, max_seq_length=41)
+
+
+def test_a_missing_column_is_named(tokenizer):
+    with pytest.raises(DataError, match="train row 1 has no column 'rewards'; it has prompt, responses"):
+        load_groups([row(), {"prompt": "a", "responses": ["b", "c"]}], tokenizer)

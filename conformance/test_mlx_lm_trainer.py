@@ -1,0 +1,363 @@
+"""GVPO through mlx-lm's own trainer: exact however it batches, and what it refuses."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from torch_policies import require
+
+require("mlx_lm", "mlx.core", subject="mlx_lm")
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm
+from gvpo_mlx_lm import GVPO, ModelError, SettingsError, check_rope, load, load_groups, train
+from gvpo_mlx_lm.__main__ import main
+from gvpo_mlx_lm.batches import epochs
+from gvpo_mlx_lm.models import mended
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx_lm.tuner.trainer import TrainingArgs
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from gvpo_core import gvpo_loss
+
+BETA, RATE = 0.3, 0.02
+SIZES = (4, 2, 5, 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True)
+def eager():
+    """MLX compiles by a C++ compiler on CPU, which takes seconds a step: one test compiles, the others need not."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.fixture(scope="module")
+def groups(folder):
+    return load_groups(scored_rows(), load(folder)[1])
+
+
+def scored_rows() -> list[dict]:
+    draw = np.random.default_rng(4)
+    return [
+        {
+            "prompt": "say " + "abcdefghij"[: int(draw.integers(1, 10))],
+            "responses": ["".join(draw.choice(list("xyz aeiou"), int(draw.integers(0, 9)))) for _ in range(k)],
+            "rewards": draw.normal(size=k).tolist(),
+        }
+        for k in SIZES
+    ]
+
+
+def adapted(folder: Path, *, kind: str = "lora", seed: int = 1, spread: float = 0.05, **parameters: float) -> nn.Module:
+    """The tiny model with adapters that have moved from zero, as those of a resumed run have."""
+    model, _ = load(folder)
+    model.freeze()
+    mx.random.seed(seed)
+    if kind == "full":
+        model.unfreeze()
+    else:
+        settings = {"rank": 3, "scale": 2.0, "dropout": 0.0} | parameters
+        linear_to_lora_layers(model, 2, settings, use_dora=kind == "dora")
+    draw = np.random.default_rng(seed)
+    noisy = lambda x: x + spread * mx.array(draw.normal(size=x.shape).astype(np.float32))
+    if kind != "full":
+        model.update(tree_map(noisy, model.trainable_parameters()))
+    mx.eval(model.parameters())
+    return model
+
+
+def logprob(model: nn.Module, prompt: tuple[int, ...], response: tuple[int, ...]) -> mx.array:
+    """One response alone, without padding."""
+    scores = nn.log_softmax(model(mx.array([prompt + response])).astype(mx.float32), axis=-1)[0]
+    return sum(scores[len(prompt) + t - 1, token] for t, token in enumerate(response))
+
+
+def whole_batch(model, groups):
+    return mx.stack([logprob(model, g.prompt, r) for g in groups for r in g.responses])
+
+
+def reference_step(model: nn.Module, base: nn.Module, groups) -> dict[str, np.ndarray]:
+    """The change of parameters by SGD along the whole batch's GVPO gradient, by way of the loss itself."""
+    ids = mx.array(np.repeat(np.arange(len(groups)), [len(g) for g in groups]).astype(np.int32))
+    rewards = mx.array([r for g in groups for r in g.rewards])
+    ref = whole_batch(base, groups)
+    loss = lambda m: gvpo_loss(whole_batch(m, groups), ref, rewards, ids, beta=BETA).loss / (2 * BETA)
+    _, gradient = nn.value_and_grad(model, loss)(model)
+    return {name: -RATE * np.array(g) for name, g in tree_flatten(gradient)}
+
+
+def parameters(model: nn.Module) -> dict[str, np.ndarray]:
+    return {name: np.array(p) for name, p in tree_flatten(model.trainable_parameters())}
+
+
+def apart(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> float:
+    """Norm of the difference over the norm of the second."""
+    assert a.keys() == b.keys()
+    norm = lambda x: sum(float((v.astype(np.float64) ** 2).sum()) for v in x.values()) ** 0.5
+    return norm({name: a[name] - b[name] for name in a}) / norm(b)
+
+
+def arguments(tmp_path: Path, **settings) -> TrainingArgs:
+    usual = {
+        "iters": 1,
+        "batch_size": 14,
+        "steps_per_report": 1,
+        "adapter_file": str(tmp_path / "adapters.safetensors"),
+    }
+    return TrainingArgs(**(usual | settings))
+
+
+class Report:
+    """mlx-lm's callback."""
+
+    def __init__(self) -> None:
+        self.train: list[dict] = []
+        self.val: list[dict] = []
+
+    def on_train_loss_report(self, info: dict) -> None:
+        self.train.append(info)
+
+    def on_val_loss_report(self, info: dict) -> None:
+        self.val.append(info)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "kind"),
+    [
+        *((14, 1, "lora"), (7, 2, "lora"), (5, 4, "lora"), (5, 5, "lora"), (4, 4, "lora"), (1, 14, "lora")),
+        *((7, 2, "dora"), (2, 7, "dora"), (7, 2, "full"), (2, 7, "full")),
+    ],
+)
+def test_a_step_is_the_whole_batchs(batch_size, accumulation, kind, folder, groups, tmp_path, capfd):
+    """Whole groups in a micro-batch where they fit (5 rows), else split ones; the loss reported is Eq. 16's."""
+    model, base = adapted(folder, kind=kind), load(folder)[0]
+    before, expected = parameters(model), reference_step(model, base, groups)
+    ids = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    scores = [np.array(whole_batch(m, groups)) for m in (model, base)]
+    loss = float(gvpo_loss(*scores, np.array([r for g in groups for r in g.rewards]), ids, beta=BETA).loss)
+    report = Report()
+    train(
+        model,
+        optim.SGD(learning_rate=RATE),
+        groups,
+        groups,
+        args=arguments(tmp_path, batch_size=batch_size, grad_accumulation_steps=accumulation, iters=accumulation),
+        model_path=folder,
+        beta=BETA,
+        groups_per_step=len(groups),
+        training_callback=report,
+    )
+    change = {name: value - before[name] for name, value in parameters(model).items()}
+    assert apart(change, expected) < 1e-5
+    assert np.mean([r["train_loss"] for r in report.train]) == pytest.approx(loss, rel=1e-5)
+    assert report.val[0]["val_loss"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_steps_follow_each_other_through_shuffled_epochs(folder, groups, tmp_path, capfd):
+    """Three steps of two of the four groups: each group once in two steps, each step exact."""
+    order = list(islice(epochs(len(groups), 2, seed=5), 3))
+    assert sorted(order[0] + order[1]) == [0, 1, 2, 3]
+    model, base = adapted(folder), load(folder)[0]
+    train(
+        model,
+        optim.SGD(learning_rate=RATE),
+        groups,
+        args=arguments(tmp_path, batch_size=5, grad_accumulation_steps=2, iters=6),
+        model_path=folder,
+        beta=BETA,
+        groups_per_step=2,
+        seed=5,
+    )
+    expected = adapted(folder)
+    start = parameters(expected)
+    for step in order:
+        change = reference_step(expected, base, [groups[g] for g in step])
+        names = dict(tree_flatten(expected.trainable_parameters()))
+        expected.update(tree_unflatten([(name, names[name] + mx.array(change[name])) for name in names]))
+    moved = {name: value - start[name] for name, value in parameters(expected).items()}
+    assert apart({name: value - start[name] for name, value in parameters(model).items()}, moved) < 1e-5
+
+
+def test_the_compiled_step_is_the_same(folder, groups, tmp_path, capfd):
+    changes = []
+    for compiled in (False, True):
+        (mx.enable_compile if compiled else mx.disable_compile)()
+        model = adapted(folder)
+        before = parameters(model)
+        settings = arguments(tmp_path, batch_size=7, grad_accumulation_steps=2, iters=4)
+        train(model, optim.SGD(learning_rate=RATE), groups, args=settings, model_path=folder, beta=BETA)
+        changes.append({name: value - before[name] for name, value in parameters(model).items()})
+    assert apart(*changes) < 1e-5
+
+
+def test_the_expected_reward_over_the_groups_rises(folder, groups, tmp_path, capfd):
+    """To that of Eq. 6's optimum over the scored responses, pi* ~ pi_ref exp(R / beta), as the loss goes to 0."""
+
+    def expected(model, tilt: float = 0.0) -> float:
+        logprobs = iter(np.array(whole_batch(model, groups), dtype=np.float64).tolist())
+        means = []
+        for group in groups:
+            s = np.array([next(logprobs) for _ in group.responses]) + tilt * np.array(group.rewards)
+            p = np.exp(s - s.max())
+            means.append(float((p * group.rewards).sum() / p.sum()))
+        return float(np.mean(means))
+
+    model, report = adapted(folder, spread=0.0), Report()
+    before, optimum = expected(model), expected(model, tilt=1 / 0.1)
+    train(
+        model,
+        optim.Adam(learning_rate=0.003),
+        groups,
+        args=arguments(tmp_path, batch_size=7, grad_accumulation_steps=2, iters=80),
+        model_path=folder,
+        beta=0.1,
+        groups_per_step=4,
+        training_callback=report,
+    )
+    assert optimum > before + 0.2
+    assert expected(model) == pytest.approx(optimum, abs=0.05)
+    losses = [r["train_loss"] for r in report.train]
+    assert np.mean(losses[-4:]) < 0.02 * np.mean(losses[:4])
+
+
+def test_the_reference_is_the_base_and_the_model_comes_back(folder, groups):
+    for kind in ("lora", "dora"):
+        model, base = adapted(folder, kind=kind), load(folder)[0]
+        before = {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+        scored = GVPO(model, TrainingArgs(batch_size=3), folder).with_reference(groups)
+        reference, moved = (np.array(whole_batch(m, groups)) for m in (base, model))
+        np.testing.assert_allclose([x for g in scored for x in g.ref_logprobs], reference, rtol=1e-5)
+        assert np.abs(moved - reference).mean() > 0.1
+        after = {name: np.array(p) for name, p in tree_flatten(model.parameters())}
+        assert before.keys() == after.keys()
+        assert all(np.array_equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "message"),
+    [
+        ({"batch_size": 0}, {}, "batch_size = 0"),
+        ({"iters": 3, "grad_accumulation_steps": 2}, {}, "iters = 3 is no multiple of grad_accumulation_steps = 2"),
+        ({"batch_size": 4}, {}, "4 groups of up to 5 responses may be 14 .* raise grad_accumulation_steps"),
+        ({"batch_size": 4}, {"groups_per_step": None}, "1 groups of up to 5 responses may be 5"),
+        ({}, {"groups_per_step": 5}, "groups_per_step = 5; expected 1 to 4"),
+        ({}, {"beta": -1.0}, "beta is -1.0"),
+    ],
+)
+def test_refused_settings(settings, options, message, folder, groups, tmp_path, capfd):
+    options = {"beta": BETA, "groups_per_step": 4} | options
+    with pytest.raises(SettingsError, match=message):
+        train(
+            adapted(folder),
+            optim.SGD(learning_rate=RATE),
+            groups,
+            args=arguments(tmp_path, **settings),
+            model_path=folder,
+            **options,
+        )
+
+
+def test_dropout_is_refused(folder, groups, tmp_path):
+    with pytest.raises(SettingsError, match=r"dropout of 0.25 in .*dropout: 0.0"):
+        GVPO(adapted(folder, dropout=0.25), arguments(tmp_path), folder)
+
+
+def test_groups_without_reference_are_refused(folder, groups, tmp_path):
+    gvpo = GVPO(adapted(folder), arguments(tmp_path), folder)
+    with pytest.raises(SettingsError, match="with_reference"):
+        next(gvpo.iterate_batches(groups, 14, 2048, loop=True))
+
+
+@pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
+def test_rope_is_the_folders(name, tmp_path):
+    """As transformers 5 saves it, in rope_parameters: mlx_lm.load takes another theta for some, which is refused."""
+    theta = {"llama3": 500000.0}.get(name, 700.0)
+    parameters = tiny_models.DECODERS[name].get("rope_parameters", {"rope_type": "default"}) | {"rope_theta": theta}
+    folder = tiny_models.write_model(name, tmp_path / "model", rope_parameters=parameters)
+    assert "rope_theta" not in json.loads((folder / "config.json").read_text())
+    model, _ = load(folder)
+    check_rope(model, folder)
+    plain, _ = mlx_lm.load(str(folder))
+    reads_it = name == "qwen3"
+    with contextlib.nullcontext() if reads_it else pytest.raises(ModelError, match=r"load it with gvpo_mlx_lm\.load"):
+        check_rope(plain, folder)
+    if name != "llama3":
+        assert model.layers[0].self_attn.rope.base == theta
+    ids = mx.array([list(range(1, 60))])
+    assert reads_it == (float(mx.abs(model(ids) - plain(ids)).max()) < 1e-6)
+
+
+def test_rope_that_mlx_lm_cannot_do_is_refused(tmp_path):
+    config = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0}
+    with pytest.raises(ModelError, match="phi has no RoPE scaling"):
+        mended({"model_type": "phi", "rope_parameters": config})
+    with pytest.raises(ModelError, match="by layer type, full_attention"):
+        mended({"model_type": "llama", "rope_parameters": {"full_attention": config}})
+
+
+def test_the_command_line(folder, groups, tmp_path, capfd):
+    """From mlx-lm's YAML file to adapters that mlx-lm loads, and one line for what cannot be used."""
+    data = tmp_path / "data"
+    data.mkdir()
+    row = {"prompt": "say a:", "responses": ["a", "bb", "ccc"], "rewards": [1.0, None, 0.0], "finished": [True] * 3}
+    for name in ("train", "valid"):
+        (data / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "lora.yaml").write_text(
+        f"model: {folder}\ndata: {data}\nnum_layers: 2\niters: 4\nbatch_size: 1\ngrad_accumulation_steps: 2\n"
+        f"adapter_path: {tmp_path / 'adapters'}\nbeta: 0.2\nlearning_rate: 0.01\n"
+        "lora_parameters: {rank: 2, dropout: 0.0, scale: 4.0}\n"
+    )
+    command = ["--config", str(tmp_path / "lora.yaml"), "--train"]
+    assert main(command) == 0
+    trained, _ = mlx_lm.load(str(folder), model_config={"rope_theta": 700.0}, adapter_path=str(tmp_path / "adapters"))
+    assert float(mx.abs(trained.layers[0].self_attn.q_proj.lora_b).max()) > 0
+    capfd.readouterr()
+    for bad, message in (
+        (["--test"], "only training"),
+        (["--resume-adapter-file", "x", "--fine-tune-type", "full"], "would become the reference"),
+        (["--data", str(tmp_path)], "no such file"),
+        (["--max-seq-length", "5"], "max_seq_length = 5"),
+    ):
+        assert main(command + bad) == 2
+        assert message in capfd.readouterr().err
+    (tmp_path / "lora.yaml").write_text("betta: 1\n")
+    assert main(command) == 2
+    assert "betta" in capfd.readouterr().err
+
+
+def test_two_processes_take_the_step_of_one(folder, tmp_path):
+    """mlx.launch over its ring: groups whole on a process, groups split over both, and a process without rows."""
+    script = Path(__file__).parent / "mlx_lm_worker.py"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MLX_DISABLE_COMPILE": "1"}
+    launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--env", f"PYTHONPATH={env['PYTHONPATH']}"]
+    one, two = tmp_path / "one.npz", tmp_path / "two.npz"
+    for command, out in (([sys.executable], one), ([*launch, "--env", "MLX_DISABLE_COMPILE=1", "--"], two)):
+        python = [] if out == one else [sys.executable]
+        done = subprocess.run(
+            [*command, *python, str(script), str(folder), str(out)],
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    first, second = np.load(one), np.load(two)
+    assert int(second["world"]) == 2 and int(first["world"]) == 1
+    for case in ("whole", "split", "idle"):
+        a, b = ({k: v for k, v in x.items() if k.startswith(case)} for x in (second, first))
+        assert apart(a, b) < 1e-5, case
