@@ -25,6 +25,14 @@ def read_config(path: Path) -> Config:
     return config
 
 
+def read_saved(path: Path) -> Config:
+    """The settings of a run folder as they stand, to be compared with: secrets were left out when they were saved.
+
+    Raises: ConfigError: the file is missing or not TOML.
+    """
+    return _read(path)[0]
+
+
 def _read(path: Path) -> "tuple[Config, _Reader]":
     """The settings, with defaults in the place of what is wrong, and the reader that knows what is."""
     try:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.config import DataConfig
+from gvpo_core.training.config import ConfigError, DataConfig
 from gvpo_core.training.policy import Policy, Prompt, Tokens
 
 Row = Mapping[str, Any]
@@ -85,7 +85,13 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name
             hint = f"; did you mean data.prompt = {close[0]!r}?" if close else ""
             raise DataError(f"{name} row {i} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
         prompt = _checked(row[config.prompt], f"{name} row {i}, column {config.prompt!r}", config.system_prompt)
-        ids = tuple(policy.encode(prompt))
+        try:
+            ids = tuple(policy.encode(prompt))
+        except ConfigError:
+            raise
+        except Exception as e:  # a model's chat template and tokenizer raise what they like
+            reason = f"{type(e).__name__}: {e}".splitlines()[0]
+            raise DataError(f"{name} row {i}, column {config.prompt!r} cannot be encoded: {reason}") from e
         if not ids:
             raise DataError(f"{name} row {i}, column {config.prompt!r}: the prompt is empty once tokenized")
         if len(ids) > config.max_prompt_tokens:
@@ -107,16 +113,26 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name
 
 def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
     if isinstance(prompt, str):
-        return prompt
+        return _encodable(prompt, where)
     if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
         for m in prompt:
             if not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
-                raise DataError(f"{where}: the chat message {dict(m)!r} needs a text role and a text content")
+                raise DataError(f"{where}: the chat message {dict(m)!r:.200} needs a text role and a text content")
+            _encodable(m["role"] + m["content"], where)
         messages = [dict(m) for m in prompt]
         if system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system_prompt})
         return messages
     raise DataError(f"{where} is a {type(prompt).__name__} ({prompt!r:.60}); expected text or a list of chat messages")
+
+
+def _encodable(text: str, where: str) -> str:
+    """The text. Raises: DataError: half of a surrogate pair in it, which no tokenizer and no file takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        raise DataError(f"{where} is not valid Unicode: {e.reason} at character {e.start}") from e
+    return text
 
 
 def _from_jsonl(path: Path) -> list[Row]:
@@ -125,12 +141,14 @@ def _from_jsonl(path: Path) -> list[Row]:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as e:
         raise DataError(f"{path} is not UTF-8 text: {e}") from e
+    except OSError as e:
+        raise DataError(f"{path} cannot be read: {e.strerror or e}") from e
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as e:
+        except (ValueError, RecursionError) as e:
             raise DataError(f"{path}:{number}: not JSON: {e}") from e
         if not isinstance(row, dict):
             raise DataError(f'{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{"prompt": ...}}')

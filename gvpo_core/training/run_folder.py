@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from gvpo_core.training.checkpoint import write_synced
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.config_file import differences, read_config, write_config
+from gvpo_core.training.config_file import differences, read_saved, write_config
 
 # Settings that change nothing about the numbers of the steps still to come.
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.show_every",
@@ -44,7 +44,7 @@ class RunFolder:
         if saved.exists() and not config.run.allow_changes:
             changed = [
                 d
-                for d in differences(read_config(saved), config)
+                for d in differences(read_saved(saved), config)
                 if not d.startswith(_FREE) or (d.startswith("run.steps:") and config.optimizer.schedule != "constant")
             ]
             if changed:
