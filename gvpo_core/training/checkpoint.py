@@ -85,8 +85,13 @@ def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
     shutil.rmtree(partial_checkpoint(folder, step).directory, ignore_errors=True)
     steps = steps_saved(folder)
     left = f"the checkpoint of step {steps[0]} is intact" if steps else "there is no earlier checkpoint"
-    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    what = "the disk is full; free space and run again" if full else f"{type(error).__name__}: {error}"
+    number, said = getattr(error, "errno", None), str(error)  # writers in other languages give the text alone
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or "Disk quota exceeded" in said:
+        what = "the disk is full; free space and run again"
+    elif number == errno.EFBIG or "File too large" in said:
+        what = "a file may not grow this large here: look at ulimit -f and at the file system, then run again"
+    else:
+        what = f"{type(error).__name__}: {said}"
     return CheckpointError(f"could not save step {step} in {folder} ({left}): {what}")
 
 
