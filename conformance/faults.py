@@ -7,27 +7,29 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 CONTEXT = multiprocessing.get_context("forkserver")
-PHASES = {
-    "generate": ("gvpo_core.training.table", "TablePolicy.generate"),
+PHASES = ("generate", "reward", "update", "evaluate", "save")
+_FUNCTIONS = {
     "reward": ("gvpo_core.training.rollout", "score"),
-    "update": ("gvpo_core.training.table", "TablePolicy.update"),
     "evaluate": ("gvpo_core.training.loop", "evaluated"),
-    "save": ("gvpo_core.training.table", "TablePolicy.save"),
-}
+}  # the other phases are methods of the policy, whatever backend it is of
+PRELOAD = ("gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w")
 
 
-def run(config: Path, fault: str = "", at: int = 0, number: int = signal.SIGKILL) -> int:
+def run(
+    config: Path, fault: str = "", at: int = 0, number: int = signal.SIGKILL, *, preload: Sequence[str] = ()
+) -> int:
     """The exit status of a run in which event number `at` (from 1) of kind `fault` sends it the signal `number`.
 
     Args:
       fault: "" for none, "call" (sync, rename, make, remove), "write" (which is left half done), or one of PHASES.
+      preload: modules imported once before runs are forked, beside the command line's own.
     """
-    CONTEXT.set_forkserver_preload(["gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w"])
+    CONTEXT.set_forkserver_preload([*PRELOAD, *preload])
     process = CONTEXT.Process(target=_run, args=(str(config), fault, at, int(number)))
     process.start()
     process.join(120)
@@ -50,14 +52,36 @@ def _run(config: str, fault: str, at: int, number: int) -> None:
             first()
             os.kill(os.getpid(), number)
 
-    if fault in PHASES:
-        _before(*PHASES[fault], event)
+    if fault in _FUNCTIONS:
+        _before(*_FUNCTIONS[fault], event)
+    elif fault in PHASES:
+        _in_policy(fault, event)
     elif fault == "call":
         for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
             _before("os", name, event)
     elif fault == "write":
         _writes(event)
     sys.exit(main(["train", config]))
+
+
+def _in_policy(name: str, event: Callable[[], None]) -> None:
+    """Makes a method of the policy that the run loads an event."""
+    from gvpo_core.training import backend
+
+    real_load = backend.load_policy
+
+    def load(config: Any) -> Any:
+        policy = real_load(config)
+        real = getattr(policy, name)
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            event()
+            return real(*args, **options)
+
+        setattr(policy, name, wrapped)
+        return policy
+
+    backend.load_policy = load
 
 
 def _before(module: str, name: str, event: Callable[[], None]) -> None:

@@ -60,7 +60,7 @@ def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("phase", list(faults.PHASES))
+@pytest.mark.parametrize("phase", faults.PHASES)
 def test_a_signal_in_each_phase_saves_and_leaves(phase, number, status, tmp_path, whole):
     config = make(tmp_path)
     first = 1 if phase in ("reward", "generate", "evaluate") else 2  # the first three come with the first evaluation

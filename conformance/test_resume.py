@@ -98,6 +98,18 @@ def saved(folder: Path, step: int, text: str = "x" * 100) -> Path:
     return commit_checkpoint(folder, step, keep=2).directory
 
 
+def test_any_byte_of_a_manifest_is_found(tmp_path):
+    manifest = saved(tmp_path, 1) / "manifest.json"
+    content = manifest.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        manifest.write_bytes(changed)
+        assert str(manifest) in damage(manifest.parent), place
+    manifest.write_bytes(content)
+    assert damage(manifest.parent) is None
+
+
 @pytest.mark.parametrize("harm", ["flip", "cut", "missing", "manifest"])
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(harm, tmp_path, caplog):
     saved(tmp_path, 1)

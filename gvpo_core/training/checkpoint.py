@@ -1,6 +1,6 @@
 """Checkpoints: written aside, checksummed, synced and renamed, so that a kill at any moment leaves a good one.
 
-checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of every other file
+checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of every other file, and its own
                           policy/...       what `Policy.save` wrote
 """
 
@@ -62,7 +62,7 @@ def commit_checkpoint(folder: Path, step: int, keep: int) -> Checkpoint:
         with path.open("rb") as f:
             os.fsync(f.fileno())
         entries[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    write_synced(partial / _MANIFEST, json.dumps({"step": step, "files": entries}, indent=1).encode())
+    write_synced(partial / _MANIFEST, _manifest({"step": step, "files": entries}))
     for directory in {p.parent for p in files} | {partial}:
         sync_folder(directory)
     final = folder / _name(step)
@@ -123,8 +123,11 @@ def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is whole."""
     manifest = directory / _MANIFEST
     try:
-        entries: dict[str, Any] = json.loads(manifest.read_text())["files"]
-        for name, entry in entries.items():
+        content = manifest.read_bytes()
+        said: dict[str, Any] = json.loads(content)
+        if content != _manifest({"step": said["step"], "files": said["files"]}):
+            return f"{manifest} does not have the SHA-256 that it says of itself"
+        for name, entry in said["files"].items():
             path = directory / name
             if not path.is_file():
                 return f"{path} is missing"
@@ -135,6 +138,12 @@ def damage(directory: Path) -> str | None:
     except (OSError, ValueError, KeyError, TypeError) as e:
         return f"{manifest} cannot be read ({type(e).__name__}: {e})"
     return None
+
+
+def _manifest(facts: dict[str, Any]) -> bytes:
+    """A manifest with its own checksum, so that a byte changed in it is known as well."""
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json.dumps(facts | {"sha256": digest}, indent=1).encode()
 
 
 def write_synced(path: Path, content: bytes) -> None:
