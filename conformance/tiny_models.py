@@ -111,7 +111,7 @@ def write_model(name: str, folder: Path, *, seed: int = 0, spread: float = 0.3, 
     from safetensors.numpy import save_file
     from transformers import AutoConfig
 
-    c = AutoConfig.for_model(**(SMALL | {"model_type": name, "architectures": [None]} | DECODERS[name] | changes))
+    c = AutoConfig.for_model(**(SMALL | {"model_type": name} | DECODERS[name] | changes))
     family = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}[c.model_type]
     c.architectures = [f"{family}ForCausalLM"]
     draw = np.random.default_rng(seed)

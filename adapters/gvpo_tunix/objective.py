@@ -1,0 +1,111 @@
+"""What Tunix's registry gets: GVPO's loss, its advantages, and a reward manager that knows of missing scores."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tunix.rl import common, function_registry
+from tunix.rl.reward_manager import SequenceRewardManager
+
+from gvpo_core import gvpo_loss, gvpo_surrogate, gvpo_weights, sequence_logprobs
+
+
+@flax.struct.dataclass(frozen=True)
+class TrainExample(common.TrainExample):
+    """Tunix's, of whole groups in contiguous rows; `advantages` are D(R), NaN where a response has no score."""
+
+    share: jax.Array | None = None  # (B,) the same number: of this micro-batch in its step, times their number
+
+
+@function_registry.register_policy_loss_fn("gvpo")
+def gvpo_policy_loss(
+    model: nnx.Module, train_example: TrainExample, algo_config: Any, pad_id: int, eos_id: int, **_: Any
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """GVPO's loss of a micro-batch in value, the step at policy-gradient scale in gradient; and its parts.
+
+    Log-probs are of the present parameters at temperature 1, token sums over each response with its end token. There is
+    no ratio to older ones.
+    """
+    graphdef, state = nnx.split(model)
+    per_token = common.compute_per_token_logps(
+        graphdef,
+        state,
+        prompt_tokens=train_example.prompt_ids,
+        completion_tokens=train_example.completion_ids,
+        pad_id=pad_id,
+        eos_id=eos_id,
+        stop_gradient=False,
+        return_logits=False,
+        temperature=1.0,
+    )
+    mask = train_example.completion_mask.astype(bool)
+    logprobs = sequence_logprobs(per_token, mask)
+    if train_example.ref_per_token_logps is None:  # beta is 0
+        ref_logprobs = jax.lax.stop_gradient(logprobs)
+    else:
+        ref_logprobs = sequence_logprobs(train_example.ref_per_token_logps, mask)
+    k = algo_config.num_generations
+    num_groups, rest = divmod(len(logprobs), k)
+    if rest:
+        raise ValueError(f"a micro-batch has {len(logprobs)} rows, which are no whole groups of {k}")
+    rows = (logprobs, ref_logprobs, train_example.advantages, jnp.arange(len(logprobs)) // k)
+    options = {"beta": algo_config.beta, "num_groups": num_groups}
+    surrogate, parts = gvpo_surrogate(*rows, **options), gvpo_loss(*rows, **options)
+    parts = jax.tree.map(jax.lax.stop_gradient, parts)
+    scored = ~jnp.isnan(train_example.advantages)
+    log_ratio = jax.lax.stop_gradient(logprobs - ref_logprobs)
+    aux = {
+        "kl": jnp.where(scored, log_ratio, 0.0).sum() / jnp.maximum(scored.sum(), 1),
+        "gvpo/implicit_variance": parts.implicit_variance,
+        "gvpo/reward_variance": parts.reward_variance,
+        "gvpo/covariance": parts.covariance,
+        "gvpo/groups": parts.counted_groups,
+    }
+    share = train_example.share.mean()
+    return share * (parts.loss + surrogate - jax.lax.stop_gradient(surrogate)), aux
+
+
+METRICS = ("kl", "gvpo/implicit_variance", "gvpo/reward_variance", "gvpo/covariance", "gvpo/groups")
+
+
+@function_registry.register_advantage_estimator("gvpo")
+def centred_rewards(rewards: np.ndarray, num_generations: int, **_: Any) -> np.ndarray:
+    """(N,) D(R), reward units; NaN where a response has no score. Rows of a group are contiguous."""
+    rewards = np.asarray(rewards, dtype=np.float64)
+    zeros, ids = np.zeros(len(rewards)), np.arange(len(rewards)) // num_generations
+    return np.where(np.isnan(rewards), np.nan, gvpo_weights(zeros, zeros, rewards, ids, beta=0.0))
+
+
+@function_registry.register_reward_manager("gvpo")
+class GVPORewardManager(SequenceRewardManager):
+    """Tunix's sum of rewards; NaN where a reward is None or NaN, which Tunix would add as 0."""
+
+    def __init__(self, reward_fns: Any, algo_config: Any, **options: Any) -> None:
+        given = list(reward_fns) if isinstance(reward_fns, Sequence) else [reward_fns]
+        self._unscored: np.ndarray | None = None
+        super().__init__([self._noting(function) for function in given], algo_config, **options)
+
+    def _noting(self, function: Callable[..., Any]) -> Callable[..., list[float]]:
+        @functools.wraps(function)
+        def noting(*, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+            given = function(prompts=prompts, completions=completions, **columns)
+            scores = np.array([np.nan if score is None else float(score) for score in given])
+            if len(scores) != len(prompts):
+                raise ValueError(f"{function.__name__} gave {len(scores)} rewards for {len(prompts)} responses")
+            missing = np.isnan(scores)
+            self._unscored = missing if self._unscored is None else self._unscored | missing
+            stand_in = scores[~missing].mean() if not missing.all() else 0.0  # Tunix's log keeps the mean of the scored
+            return np.where(missing, stand_in, scores).tolist()
+
+        return noting
+
+    def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> dict[str, Any]:
+        """Tunix's {"rewards": (N,), "log_metrics": ...}."""
+        self._unscored = None
+        found = super().__call__(prompts, completions, **columns)
+        return found | {"rewards": np.where(self._unscored, np.nan, found["rewards"])}
