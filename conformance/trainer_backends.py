@@ -41,6 +41,13 @@ def _jax_processes(config: Path) -> list[str]:
     return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
 
 
+def _mlx_launch(config: Path) -> list[str]:
+    launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring"]
+    path = os.environ.get("PYTHONPATH")
+    launch += ["--env", f"PYTHONPATH={path}"] if path else []
+    return [*launch, "--", sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
 def _orbax(folder: Path) -> dict[str, np.ndarray]:
     from gvpo_jax.checkpoint import read_arrays
 
@@ -63,6 +70,13 @@ BACKENDS = {
             ("gvpo_jax.policy", "gvpo_jax.checkpoint"),
             _jax_processes,
             state=_orbax,
+        ),
+        # MLX starts threads when its layers are imported: nothing of them before the fork.
+        Backend(
+            "mlx",
+            ("mlx", "mlx_lm", "transformers", "tyro"),
+            ("mlx.core", "transformers.models.auto.tokenization_auto", "gvpo_core.training.loop"),
+            _mlx_launch,
         ),
     )
 }

@@ -53,6 +53,8 @@ class ModelConfig:
     """Rank of LoRA adapters. 0: full fine-tuning."""
     lora_alpha: float = 0.0
     """LoRA scale numerator (scale = alpha / rank). 0: twice the rank."""
+    lora_kind: Literal["lora", "dora"] = "lora"
+    """dora: adapters with a trained magnitude for each output beside them (torch and mlx)."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Module names that get adapters; all-linear: every linear layer but the head."""
     gradient_checkpointing: bool = False

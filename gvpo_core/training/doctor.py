@@ -38,7 +38,13 @@ REQUIRED: dict[str, dict[str, str]] = {
         "transformers": ">=5.10,<6",
         "jinja2": ">=3.1",
     },
-    "mlx": {"mlx": ">=0.32.3"},
+    "mlx": {
+        "mlx": ">=0.32.3",
+        "mlx-lm": ">=0.32,<0.33",
+        "safetensors": ">=0.6",
+        "transformers": ">=5.10,<6",
+        "jinja2": ">=3.1",
+    },
     "rewards": {"math-verify": ">=0.9,<1"},
 }
 """Extra -> distribution -> versions, as in pyproject.toml (a test compares)."""

@@ -1,0 +1,93 @@
+"""LoRA and DoRA on mlx-lm's layers: made from a seed, switched off for the reference, merged for an export."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_unflatten
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+
+
+def add_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Freezes the model and puts adapters around the linear layers that `model.lora_targets` names.
+
+    lora_a is uniform in +-1/sqrt(inputs) from the seed, lora_b zero, as peft and mlx-lm have them.
+
+    Raises: ConfigError: targets that match nothing, or a kind of layer that takes no such adapter.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    lm.freeze()
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    names = {name for layer in lm.layers for name, module in layer.named_modules() if isinstance(module, kinds)}
+    keys = names
+    if config.lora_targets != ("all-linear",):
+        keys = {name for name in names for t in config.lora_targets if name == t or name.endswith(f".{t}")}
+        for target in config.lora_targets:
+            if not any(name == target or name.endswith(f".{target}") for name in keys):
+                raise ConfigError(
+                    f"model.lora_targets has {target!r}, which is no linear layer in the layers of {config.path!r}; it "
+                    f"has {', '.join(sorted(names))}"
+                )
+    alpha = config.lora_alpha or 2 * config.lora_rank
+    settings = {"rank": config.lora_rank, "scale": alpha / config.lora_rank, "dropout": 0.0, "keys": keys}
+    try:
+        linear_to_lora_layers(lm, len(lm.layers), settings, use_dora=config.lora_kind == "dora")
+    except ValueError as error:
+        raise ConfigError(f"model.lora_kind = {config.lora_kind} cannot adapt {config.path!r}: {error}") from error
+    key = mx.random.key(seed % 2**63)
+    for _, module in adapted(lm):
+        key, own = mx.random.split(key)
+        inputs = module.lora_a.shape[-1] if module.lora_a.ndim == 3 else module.lora_a.shape[0]
+        bound = 1 / math.sqrt(inputs)
+        module.lora_a = mx.random.uniform(-bound, bound, module.lora_a.shape, key=own)
+
+
+def adapted(lm: nn.Module) -> list[tuple[str, Any]]:
+    """The layers with an adapter, by name, in a fixed order."""
+    return sorted((name, module) for name, module in lm.named_modules() if "lora_a" in module)
+
+
+@contextlib.contextmanager
+def switched_off(lm: nn.Module) -> Iterator[None]:
+    """The model without its adapters."""
+    layers = adapted(lm)
+    lm.update_modules(tree_unflatten([(name, module.linear) for name, module in layers]))
+    try:
+        yield
+    finally:
+        lm.update_modules(tree_unflatten(layers))
+
+
+def merged(lm: nn.Module) -> Iterator[tuple[str, mx.array]]:
+    """The model's own tensors by their own names, adapters merged in, quantized ones unpacked; it stays as it is."""
+    for name, module in lm.named_modules():
+        own = name.removesuffix(".linear")
+        if own != name and "lora_a" in _at(lm, own):
+            continue
+        if "lora_a" in module:
+            fused = module.fuse(dequantize=True)
+            yield from ((f"{name}.{key}", fused[key]) for key in ("weight", "bias") if key in fused)
+            continue
+        for key, value in module.items():
+            if not isinstance(value, mx.array) or key.startswith("_"):
+                continue
+            quantized = "scales" in module
+            if quantized and key in ("scales", "biases"):
+                continue
+            if quantized and key == "weight":
+                options = (module.group_size, module.bits, module.mode)
+                value = mx.dequantize(value, module.scales, module.get("biases"), *options)
+            yield f"{name}.{key}" if name else key, value
+
+
+def _at(lm: nn.Module, path: str) -> Any:
+    module: Any = lm
+    for part in path.split("."):
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return module

@@ -1,0 +1,32 @@
+"""Shapes of micro-batches rounded up, so that few programs are compiled."""
+
+import numpy as np
+
+from gvpo_core.training.layout import Arrays
+
+
+def bucket(size: int) -> int:
+    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four an octave, at most a quarter more."""
+    step = max(8, 1 << max(0, (size - 1).bit_length() - 3))
+    return -(-size // step) * step
+
+
+def padded(arrays: Arrays, budget: int) -> Arrays:
+    """The same micro-batch with its tokens and targets padded to bucket sizes; tokens within the budget, where it fits.
+
+    What is added is padding to the layout, and predicts token 0 from the first hidden state: to be given factor 0.
+    """
+    b, t = arrays.ids.shape
+    width = max(t, min(bucket(t), budget // b))
+    count = bucket(len(arrays.targets))
+    ids, segments = (
+        np.pad(a, ((0, 0), (0, width - t)), constant_values=v) for a, v in ((arrays.ids, 0), (arrays.segments, -1))
+    )
+    added = np.arange(1, width - t + 1) + arrays.positions[:, -1:]
+    positions = np.concatenate([arrays.positions, added], axis=1)
+    row, place = arrays.predict // t, arrays.predict % t
+    predict = np.zeros(count, dtype=np.int64)
+    predict[: len(arrays.predict)] = row * width + place
+    targets = np.zeros(count, dtype=np.int64)
+    targets[: len(arrays.targets)] = arrays.targets
+    return Arrays(ids, positions, segments, predict, targets, arrays.responses, arrays.lengths)

@@ -1,0 +1,184 @@
+"""The policy on disk: its whole state for training to go on, and an export for others. safetensors and JSON alone."""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.hugging_face import local_folder, portable_config
+from gvpo_mlx.adapters import adapted, merged
+from gvpo_mlx.model import Scorer
+from gvpo_mlx.update import AdamW
+
+log = logging.getLogger("gvpo.mlx")
+SHARD_BYTES = 2**30
+MOMENTS = ("exp_avg", "exp_avg_sq")
+FORMAT = 1
+
+
+def save(directory: Path, scorer: Scorer, optimizer: AdamW, facts: Mapping[str, Any]) -> None:
+    """Writes parameters, moments and `facts` into a folder, a gibibyte a file."""
+
+    def tensors() -> Iterator[tuple[str, mx.array]]:
+        for i, (name, value) in enumerate(zip(scorer.names, scorer.parameters, strict=True)):
+            yield f"parameter.{name}", value
+            for moment, held in zip(MOMENTS, optimizer.moments[i] if optimizer.moments else (), strict=False):
+                yield f"{moment}.{name}", held
+
+    files = _write(directory, tensors(), "state-{:05d}.safetensors", {})
+    state = {"format": FORMAT, **facts, "optimizer_steps": optimizer.steps, "files": files}
+    (directory / "state.json").write_text(json.dumps(state, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(
+    directory: Path, tensors: Iterable[tuple[str, mx.array]], pattern: str, metadata: dict[str, str]
+) -> list[str]:
+    files: list[str] = []
+    part: dict[str, mx.array] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal part, size
+        if part:
+            files.append(pattern.format(len(files) + 1))
+            mx.save_safetensors(str(directory / files[-1]), part, metadata)
+        part, size = {}, 0
+
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        part[name] = tensor
+        size += tensor.nbytes
+    flush()
+    return files
+
+
+def restore(directory: Path, scorer: Scorer, optimizer: AdamW, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads what `save` wrote into model and optimizer; `facts` it must agree with are checked first.
+
+    Returns: the saved facts.
+    Raises: ConfigError: a folder without state, or the state of another model or kind of training.
+    """
+    path = directory / "state.json"
+    if not path.is_file():
+        raise ConfigError(f"{directory} has no state.json: not a checkpoint of this backend")
+    state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    if state.get("format") != FORMAT:
+        raise ConfigError(f"{path} has format {state.get('format')}; this version reads {FORMAT}")
+    for name, value in facts.items():
+        if state.get(name) != value:
+            raise ConfigError(f"the checkpoint {directory} has {name} = {state.get(name)}; this run has {value}")
+    found: dict[str, mx.array] = {}
+    for file in state["files"]:
+        if os.path.basename(file) != file or not (directory / file).is_file():
+            raise ConfigError(f"the checkpoint {directory} lacks its file {file}")
+        found |= mx.load(str(directory / file))
+    kinds = ("parameter", *(MOMENTS if state["optimizer_steps"] else ()))
+    own = dict(zip(scorer.names, scorer.parameters, strict=True))
+    _check(directory, {f"{kind}.{name}": value.shape for kind in kinds for name, value in own.items()}, found)
+    values = [found[f"parameter.{name}"].astype(value.dtype) for name, value in own.items()]
+    moments = [tuple(found[f"{m}.{name}"] for m in MOMENTS) for name in own] if len(kinds) > 1 else []
+    mx.eval(values, moments)
+    scorer.parameters = values
+    optimizer.moments = moments  # type: ignore[assignment]
+    optimizer.steps = int(state["optimizer_steps"])
+    return state
+
+
+def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, mx.array]) -> None:
+    lacking, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    unlike = sorted(name for name in wanted.keys() & found.keys() if tuple(wanted[name]) != tuple(found[name].shape))
+    for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
+        if names:
+            raise ConfigError(
+                f"the checkpoint {directory} does not fit the model: "
+                f"it {what} {len(names)} tensors, the first {names[0]}"
+            )
+
+
+def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any) -> None:
+    """Writes a Hugging Face folder: weights with adapters merged in and unpacked, config, tokenizer; under `adapters`,
+    where there are any, the adapters alone as mlx-lm loads them onto the model that they were trained on.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    folder = local_folder(config)
+    dtype = scorer.dtype
+    tensors = {
+        name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+        for name, value in _hugging_face_names(merged(scorer.lm))
+    }
+    _warn_of_names(tensors, folder, config)
+    head = "lm_head.weight"
+    if head not in tensors and "lm_head" not in scorer.lm and scorer.config.get("tie_word_embeddings") is False:
+        tensors[head] = tensors[next(n for n in tensors if n.endswith("embed_tokens.weight"))]
+    files = _write(directory, tensors.items(), "model-{:05d}.safetensors", {"format": "pt"})
+    _index(directory, files, tensors)
+    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    settings = {k: v for k, v in settings.items() if k not in ("quantization", "quantization_config", "torch_dtype")}
+    settings = portable_config(settings, config.dtype)
+    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        (directory / generation.name).write_bytes(generation.read_bytes())
+    tokenizer.save_pretrained(directory)
+    if scorer.adapted:
+        _export_adapters(directory / "adapters", scorer, config)
+
+
+def _hugging_face_names(tensors: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
+    """mlx-lm stacks a layer's experts in one tensor; transformers' files have each for itself."""
+    for name, value in tensors:
+        stacked = re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", name)
+        if stacked is None:
+            yield name, value
+        else:
+            yield from ((f"{stacked[1]}.experts.{e}.{stacked[2]}.weight", value[e]) for e in range(value.shape[0]))
+
+
+def _warn_of_names(tensors: Mapping[str, mx.array], folder: Path, config: ModelConfig) -> None:
+    known = set()
+    for path in folder.glob("model*.safetensors"):
+        known |= set(mx.load(str(path)))
+    foreign = sorted(tensors.keys() - known)
+    if foreign:
+        log.warning(
+            "%d tensors of the export, the first %s, are not named as in %s: mlx-lm reads them, transformers may not",
+            len(foreign),
+            foreign[0],
+            config.path,
+        )
+
+
+def _index(directory: Path, files: list[str], tensors: Mapping[str, mx.array]) -> None:
+    if len(files) == 1:  # the name that every reader knows
+        (directory / files[0]).rename(directory / "model.safetensors")
+        return
+    names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
+    where = {}
+    for file, name in zip(files, names, strict=True):
+        where |= dict.fromkeys(mx.load(str(directory / file)), name)
+        (directory / file).rename(directory / name)
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+
+
+def _export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
+    directory.mkdir(exist_ok=True)
+    layers = adapted(scorer.lm)
+    tensors = dict(tree_flatten(scorer.lm.trainable_parameters()))
+    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
+    inside = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name, _ in layers})
+    settings = {
+        "model": config.path,
+        "fine_tune_type": config.lora_kind,
+        "num_layers": len(scorer.lm.layers),
+        "lora_parameters": {"rank": config.lora_rank, "scale": layers[0][1].scale, "dropout": 0.0, "keys": inside},
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")

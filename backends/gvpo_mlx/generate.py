@@ -1,0 +1,237 @@
+"""Sampling: one prefill a prompt, its cache shared out to the prompt's rows, then decoding step by step.
+
+A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
+response does not depend on the batch it was drawn in, up to float rounding. Rows that ended make room for waiting ones.
+mlx-lm's BatchGenerator is not used: it asks a sampler once for every row and token, and prefills each row's prompt.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gvpo_core.training.policy import Response, Tokens
+from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_mlx.model import Scorer
+
+UNIFORMS_AHEAD = 64  # random numbers made at once for each row
+BLOCK = 256  # tokens of the vocabulary whose mass is summed on the device
+
+
+@dataclass
+class _Line:
+    """One row being decoded."""
+
+    prompt: int
+    place: int
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+    numbers: np.ndarray = field(default_factory=lambda: np.empty(0))
+
+    def number(self, most: int) -> float:
+        t = len(self.tokens)
+        if t % UNIFORMS_AHEAD == 0:
+            self.numbers = uniforms([self.seed], t, min(t + UNIFORMS_AHEAD, most))[0]
+        return float(self.numbers[t % UNIFORMS_AHEAD])
+
+
+def generate(
+    scorer: Scorer,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    end: Sequence[int],
+    cache_tokens: int,
+) -> list[list[Response]]:
+    """len(seeds[i]) responses to prompts[i].
+
+    Args:
+      end: ids that end a response.
+      cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
+    """
+    found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
+    longest = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    waiting = deque(_Line(i, j, seed) for i in longest for j, seed in enumerate(seeds[i]))
+    decoding = _Decoding(scorer, prompts, sampling.max_tokens, cache_tokens)
+    for line in waiting:
+        scorer.check_length(len(prompts[line.prompt]) + sampling.max_tokens)
+    lines: list[_Line] = []
+    logits = None
+    while waiting or lines:
+        fresh = decoding.admit(waiting)
+        if fresh:
+            new = decoding.prefill(fresh)
+            logits = new if logits is None else mx.concatenate([logits, new])
+            lines += fresh
+        assert logits is not None
+        chosen = pick(logits, np.asarray([line.number(sampling.max_tokens) for line in lines]), sampling)
+        for line, token in zip(lines, chosen, strict=True):
+            if line.ended:
+                line.tokens.append(-1)  # keeps its place in the stream of numbers until it is dropped
+                continue
+            line.tokens.append(int(token))
+            finished = int(token) in end
+            if finished or len(line.tokens) == sampling.max_tokens:
+                line.ended = True
+                found[line.prompt][line.place] = Response(tuple(line.tokens), finished)
+        ended = sum(line.ended for line in lines)
+        if ended == len(lines) or ended * 4 >= len(lines) or (ended and waiting):  # dropping copies the cache
+            keep = [n for n, line in enumerate(lines) if not line.ended]
+            decoding.keep(keep)
+            lines, chosen = [lines[n] for n in keep], chosen[keep]
+        logits = decoding.step(chosen) if lines else None
+    return found  # type: ignore[return-value]
+
+
+class _Decoding:
+    """The cache of the rows that are being decoded, and the forward passes through it."""
+
+    def __init__(self, scorer: Scorer, prompts: Sequence[Tokens], most: int, budget: int) -> None:
+        self.scorer, self.prompts, self.most, self.budget = scorer, prompts, most, budget
+        self.cache: list[Any] | None = None
+        self.rows = self.width = 0
+        self.same_length = not _takes_padding(scorer)
+
+    def admit(self, waiting: deque[_Line]) -> list[_Line]:
+        """Waiting rows for which there is room, at least one where nothing is being decoded."""
+        fresh: list[_Line] = []
+        if self.same_length and self.rows:
+            return fresh
+        while waiting:
+            length = len(self.prompts[waiting[0].prompt])
+            if self.same_length and fresh and length != len(self.prompts[fresh[0].prompt]):
+                break
+            rows = self.rows + len(fresh)
+            width = max([self.width, *(len(self.prompts[line.prompt]) for line in fresh), length])
+            if rows and (rows + 1) * (width + self.most) > self.budget:
+                break
+            fresh.append(waiting.popleft())
+        return fresh
+
+    def prefill(self, lines: Sequence[_Line]) -> mx.array:
+        """(R, V) logits after the prompts of new rows, which join the cache."""
+        unique = sorted({line.prompt for line in lines})
+        width = max(len(self.prompts[i]) for i in unique)
+        padding = [width - len(self.prompts[i]) for i in unique]
+        ids = np.zeros((len(unique), width), dtype=np.int32)
+        for b, i in enumerate(unique):
+            ids[b, padding[b] :] = self.prompts[i]
+        cache = _cache(self.scorer, padding)
+        logits = self.scorer.logits(self.scorer.decoder(mx.array(ids), cache=cache)[:, -1])
+        owners = mx.array([unique.index(line.prompt) for line in lines])
+        for c in cache:
+            c.filter(owners)
+        logits = logits[owners]
+        if self.cache is None:
+            self.cache = cache
+        else:
+            for c, other in zip(self.cache, cache, strict=True):
+                c.extend(other)
+        mx.eval(logits, [c.state for c in self.cache])
+        self.rows += len(lines)
+        self.width = max(self.width, width)
+        return logits
+
+    def keep(self, rows: Sequence[int]) -> None:
+        """Drops the other rows."""
+        self.rows = len(rows)
+        if not rows:
+            self.cache, self.width = None, 0
+            return
+        assert self.cache is not None
+        for c in self.cache:
+            c.filter(mx.array(rows))
+
+    def step(self, tokens: np.ndarray) -> mx.array:
+        """(R, V) logits after one more token a row."""
+        hidden = self.scorer.decoder(mx.array(tokens[:, None].astype(np.int32)), cache=self.cache)
+        self.width += 1
+        logits = self.scorer.logits(hidden[:, -1])
+        mx.eval(logits, [c.state for c in self.cache or []])
+        return logits
+
+
+def _cache(scorer: Scorer, padding: Sequence[int]) -> list[Any]:
+    """mlx-lm's caches for a batch of rows, padded on the left."""
+    from mlx_lm.models.cache import (
+        ArraysCache,
+        BatchKVCache,
+        BatchRotatingKVCache,
+        KVCache,
+        RotatingKVCache,
+        make_prompt_cache,
+    )
+
+    made: list[Any] = []
+    for c in make_prompt_cache(scorer.lm):
+        if type(c) is KVCache:
+            made.append(BatchKVCache(list(padding)))
+        elif type(c) is RotatingKVCache and not c.keep:
+            made.append(BatchRotatingKVCache(c.max_size, list(padding)))
+        elif isinstance(c, ArraysCache):
+            made.append(ArraysCache(len(c.cache)))
+        else:
+            raise ValueError(f"{scorer.name} decodes with a {type(c).__name__}, which takes no batch of rows")
+    return made
+
+
+def _takes_padding(scorer: Scorer) -> bool:
+    """Whether prompts of different lengths decode together: a recurrent state would run through the padding."""
+    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
+
+    return all(type(c) in (KVCache, RotatingKVCache) for c in make_prompt_cache(scorer.lm))
+
+
+def pick(logits: mx.array, numbers: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """(R,) int64: one token a row, by the inverse of the cumulative distribution in vocabulary order.
+
+    Masses are float32, as are their sums over blocks of 256 tokens; what is cumulative is float64, on the host: first
+    over the blocks, then within the one that the number falls in. Settings that cut the support take all masses there.
+
+    Args:
+      logits: (R, V) float32. numbers: (R,) float64 in [0, 1).
+    """
+    if sampling.temperature == 0:
+        return np.array(mx.argmax(logits, 1)).astype(np.int64)
+    masses = mx.exp((logits - logits.max(1, keepdims=True)) / sampling.temperature)
+    if sampling.truncated_support:
+        cut = truncate(np.array(masses).astype(np.float64), sampling)
+        return _first(cut.cumsum(1), numbers * cut.sum(1))
+    rows, vocabulary = masses.shape
+    blocks = -(-vocabulary // BLOCK)
+    masses = mx.pad(masses, ((0, 0), (0, blocks * BLOCK - vocabulary))).reshape(rows, blocks, BLOCK)
+    sums = np.array(masses.sum(2)).astype(np.float64)
+    cumulative = sums.cumsum(1)
+    wanted = numbers * cumulative[:, -1]
+    block = _first(cumulative, wanted)
+    inside = np.array(masses[mx.arange(rows), mx.array(block)]).astype(np.float64)
+    here = np.arange(rows)
+    below = cumulative[here, block] - sums[here, block]
+    return block * BLOCK + _first(inside.cumsum(1), wanted - below)
+
+
+def _first(cumulative: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Where each row first exceeds what is wanted; where rounding keeps it from that, the last place with mass."""
+    chosen = (cumulative <= wanted[:, None]).sum(1)
+    return np.minimum(chosen, cumulative.argmax(1))
+
+
+def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """The (R, V) masses with those zero that top-k, min-p and top-p cut, in this order; ties at the border stay."""
+    if sampling.top_k and sampling.top_k < masses.shape[1]:
+        border = np.partition(masses, -sampling.top_k, 1)[:, -sampling.top_k, None]
+        masses = np.where(masses < border, 0.0, masses)
+    if sampling.min_p > 0:
+        masses = np.where(masses < sampling.min_p * masses.max(1, keepdims=True), 0.0, masses)
+    if sampling.top_p < 1:
+        ordered = -np.sort(-masses, 1)
+        before = ordered.cumsum(1) - ordered
+        kept = before < sampling.top_p * ordered.sum(1, keepdims=True)
+        border = np.take_along_axis(ordered, kept.sum(1, keepdims=True) - 1, 1)
+        masses = np.where(masses < border, 0.0, masses)
+    return masses

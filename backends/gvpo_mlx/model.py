@@ -1,0 +1,347 @@
+"""A model of mlx-lm as one function that scores response tokens, checked when it is loaded."""
+
+import contextlib
+import copy
+import json
+import logging
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from gvpo_core.training import layout
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.hugging_face import explained, load_tokenizer, local_folder
+from gvpo_core.training.policy import Batch
+from gvpo_mlx import rope
+from gvpo_mlx.adapters import adapted, add_adapters, switched_off
+from gvpo_mlx.logprobs import Quantized, token_logprobs
+from gvpo_mlx.packed import Packed, take_positions
+
+log = logging.getLogger("gvpo.mlx")
+
+
+class Scorer:
+    """The language model; its trainable parameters go in as a list, so that gradients and compilation see them."""
+
+    def __init__(self, lm: nn.Module, config: Mapping[str, Any], dtype: mx.Dtype) -> None:
+        self.lm, self.config, self.dtype = lm, config, dtype
+        self.decoder = getattr(lm, "model", None)
+        if self.decoder is None or not hasattr(lm, "layers"):
+            raise ConfigError(f"{self.name} of mlx-lm has no decoder `model` with `layers`, which is not supported")
+        self.names = [name for name, _ in tree_flatten(lm.trainable_parameters())]
+        self.head = _head_of(lm, self.decoder, self.name)
+        self.trains_head = bool(tree_flatten(self.head.trainable_parameters()))
+        scale = config.get("logit_scale") or 1.0
+        scale /= config.get("logits_scaling") or 1.0
+        self.head_options = {"softcap": config.get("final_logit_softcapping"), "scale": float(scale)}
+        self.window = _ignored_window(lm, config)
+
+    @property
+    def name(self) -> str:
+        return f"{type(self.lm).__module__.rpartition('.')[2]}.{type(self.lm).__name__}"
+
+    @property
+    def adapted(self) -> bool:
+        return bool(adapted(self.lm))
+
+    @property
+    def parameters(self) -> list[mx.array]:
+        """The trainable parameters, in the order of `names`."""
+        return [value for _, value in tree_flatten(self.lm.trainable_parameters())]
+
+    @parameters.setter
+    def parameters(self, values: Sequence[mx.array]) -> None:
+        self.lm.update(tree_unflatten(list(zip(self.names, values, strict=True))))
+
+    @contextlib.contextmanager
+    def using(self, values: Sequence[mx.array]) -> Iterator[None]:
+        """The model with other parameters, in the compute dtype; afterwards it has its own again."""
+        own = self.parameters
+        adapters = self.adapted
+        # Adapters stay float32: their products are added in the dtype of the layer.
+        self.parameters = [v if adapters or v.dtype == self.dtype else v.astype(self.dtype) for v in values]
+        try:
+            yield
+        finally:
+            self.parameters = own
+
+    def score(
+        self,
+        values: Sequence[mx.array],
+        ids: mx.array,
+        positions: mx.array,
+        segments: mx.array,
+        predict: mx.array,
+        targets: mx.array,
+        packed: bool,
+    ) -> mx.array:
+        """(n,) float32 log-probability of each target under parameters `values`; arrays as in `layout.Arrays`."""
+        wide = values[self.names.index(name)] if (name := self._head_name()) in self.names else None
+        with self.using(values):
+            cache = [Packed(positions, segments)] * len(self.lm.layers) if packed else None
+            hidden = self.decoder(ids, cache=cache)
+            hidden = hidden.reshape(-1, hidden.shape[-1])[predict]
+            return self._token_logprobs(hidden, targets, wide)
+
+    def _head_name(self) -> str:
+        return next((n for n, m in self.lm.named_modules() if m is self.head), "") + ".weight"
+
+    def _token_logprobs(self, hidden: mx.array, targets: mx.array, wide: mx.array | None) -> mx.array:
+        head = self.head
+        packed = None
+        if "scales" in head:
+            packed = Quantized(head.scales, head.get("biases"), head.group_size, head.bits, head.mode)
+        # The float32 parameter itself, where it is trained in bfloat16: logits rounded to 16 bits are off by 0.05 nat.
+        weight = head.weight if wide is None else wide
+        if wide is not None:
+            hidden = hidden.astype(wide.dtype)
+        return token_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=head.get("bias"),
+            quantized=packed,
+            trained=self.trains_head,
+            **self.head_options,
+        )
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """(..., V) float32."""
+        z = self.head.as_linear(hidden) if hasattr(self.head, "as_linear") else self.head(hidden)
+        z = z.astype(mx.float32) * self.head_options["scale"]
+        cap = self.head_options["softcap"]
+        return z if cap is None else mx.tanh(z / cap) * cap
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError: a row longer than a window that mlx-lm's model leaves out."""
+        if self.window is not None and length > self.window:
+            raise ValueError(
+                f"a row has {length} tokens; {self.name} has a sliding window of {self.window}, which mlx-lm leaves "
+                "out, so its log-probs are right up to that length only. Take shorter prompts or responses"
+            )
+
+
+def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
+    tied = getattr(getattr(lm, "args", None), "tie_word_embeddings", False)
+    head = lm.get("lm_head") if not tied else None
+    if head is None:
+        embeddings = (nn.Embedding, nn.QuantizedEmbedding)
+        found = [m for m in decoder.children().values() if isinstance(m, embeddings)]
+        head = max(found, key=lambda m: m.weight.shape[0], default=None)
+    if head is None or not isinstance(head, (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)):
+        raise ConfigError(f"the head of {name} is {type(head).__name__}; expected a linear layer or a tied embedding")
+    return head
+
+
+def _ignored_window(lm: nn.Module, config: Mapping[str, Any]) -> int | None:
+    """The sliding window of the configuration, where mlx-lm's model does not apply it to the layers that have it."""
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    caches = make_prompt_cache(lm)
+    kinds = config.get("layer_types") or ["sliding_attention"] * len(caches)
+    wanted = [kind == "sliding_attention" for kind in kinds]
+    if not any(wanted):
+        return None
+    return None if [isinstance(c, RotatingKVCache) for c in caches] == wanted else int(window)
+
+
+@contextlib.contextmanager
+def _global_state_kept() -> Iterator[None]:
+    # mlx-lm lowers the limit of open files when it is imported, and new layers draw from MLX's global stream.
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    key = np.array(mx.random.state[0])
+    set_limit = resource.setrlimit
+    resource.setrlimit = lambda *_: None
+    try:
+        import mlx_lm.models.cache
+        import mlx_lm.tuner.utils
+        import mlx_lm.utils  # noqa: F401
+    finally:
+        resource.setrlimit = set_limit
+    try:
+        yield
+    finally:
+        state = mx.random.state[0]
+        state[:] = mx.array(key)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json with transformers' defaults for what it leaves out, where transformers knows the model."""
+    from transformers import AutoConfig
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "model_type" not in config:
+        raise ConfigError(f"{folder / 'config.json'} has no model_type")
+    try:
+        known = AutoConfig.from_pretrained(folder).to_dict()
+    except (ValueError, KeyError, OSError, TypeError, AttributeError):
+        return config
+    rope_alone = {k: known[k] for k in ("rope_parameters", "layer_types", "sliding_window") if known.get(k) is not None}
+    given = {k: config[k] for k in ("rope_theta", "rope_scaling") if k in config}
+    if "rope_parameters" in rope_alone and given:  # an older file: transformers has read these into the new form
+        given = {}
+    return {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")} | given | rope_alone
+
+
+def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
+    """Model and tokenizer of a folder or hub name.
+
+    Raises: ConfigError: no such folder, no config.json, no safetensors, no tokenizer, an unknown architecture, RoPE
+      that mlx-lm computes otherwise, weights missing from the files, a quantized model to be trained in full,
+      adapter targets that match nothing.
+    """
+    folder = local_folder(config)
+    tokenizer = load_tokenizer(config)
+    with _global_state_kept():
+        lm, settings = _pretrained(config, folder)
+        compute = getattr(mx, config.dtype)
+        # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
+        lm.set_dtype(compute if config.lora_rank else mx.float32)
+        if config.lora_rank:
+            add_adapters(lm, config, seed)
+        elif any("scales" in module for module in lm.modules()):
+            raise ConfigError(
+                f"model.path {config.path!r} is quantized, and its quantized weights cannot be trained: set "
+                "model.lora_rank, or take the model without quantization"
+            )
+    take_positions(lm)
+    if config.gradient_checkpointing:
+        for layer in lm.layers:
+            _recompute(layer)
+    _evaluate(lm)
+    return Scorer(lm, settings, compute), tokenizer
+
+
+def load_reference(config: ModelConfig) -> Scorer:
+    """The initial model, frozen, in the compute dtype; its head stays float32, as the trained one's."""
+    with _global_state_kept():
+        lm, settings = _pretrained(config, local_folder(config))
+    lm.set_dtype(mx.float32)
+    lm.freeze()
+    scorer = Scorer(lm, settings, getattr(mx, config.dtype))
+    if scorer.dtype != mx.float32:
+        wide = copy.copy(scorer.head)  # its weight, before the model's is cast
+        lm.set_dtype(scorer.dtype)
+        scorer.head = wide
+    take_positions(lm)
+    _evaluate(lm)
+    return scorer
+
+
+def _pretrained(config: ModelConfig, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
+    from mlx_lm.utils import MODEL_REMAPPING, load_model
+
+    settings = read_config(folder)
+    kind = settings["model_type"]
+    if not list(folder.glob("model*.safetensors")):
+        raise ConfigError(f"model.path {config.path!r} has no model*.safetensors")
+    with explained("the model", config):
+        arguments = _arguments(MODEL_REMAPPING.get(kind, kind), config)
+        given = rope.settings_for(arguments, settings)
+        override = {k: settings[k] for k in ("layer_types",) if k in settings} | given
+        lm, _ = load_model(folder, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
+    rope.check(lm, given, settings)
+    return lm, settings
+
+
+def _arguments(kind: str, config: ModelConfig) -> type:
+    import importlib
+
+    try:
+        found: type = importlib.import_module(f"mlx_lm.models.{kind}").ModelArgs
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.path {config.path!r} is of type {kind!r}, which mlx-lm does not have") from error
+    return found
+
+
+def _evaluate(lm: nn.Module) -> None:
+    """Everything lazy in the model, tables of RoPE included, which `parameters()` leaves out."""
+    mx.eval([v for module in lm.modules() for v in module.values() if isinstance(v, mx.array)])
+
+
+def _recompute(layer: nn.Module) -> None:
+    """This layer's activations are computed again in the backward pass; mlx-lm's own way changes its whole class."""
+    plain = type(layer)
+
+    def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None, **options: Any) -> mx.array:
+        def inner(parameters: dict[str, Any], x: mx.array) -> mx.array:
+            self.update(parameters)
+            result: mx.array = plain.__call__(self, x, mask, cache, **options)
+            return result
+
+        own = self.trainable_parameters()
+        result: mx.array = mx.checkpoint(inner)(own, x)
+        self.update(own)
+        return result
+
+    layer.__class__ = type(plain.__name__, (plain,), {"__call__": call})
+
+
+def inputs(arrays: layout.Arrays) -> dict[str, mx.array]:
+    """The arrays of a micro-batch on MLX's device."""
+    names = ("ids", "positions", "segments", "predict", "targets")
+    return {name: mx.array(getattr(arrays, name).astype(np.int32)) for name in names}
+
+
+def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
+    """Compares our log-probs with the model's own, and packed rows with plain ones; chooses the layout.
+
+    Returns: whether rows are packed, and why.
+    Raises: ConfigError: the log-probs disagree, or the layout asked for is not exact.
+    """
+    batch = layout.check_batch(scorer.head.weight.shape[0])
+    # With 16-bit parameters the mean decides, as a router may send a token elsewhere.
+    worst, typical = (2e-3, 5e-4) if scorer.dtype == mx.float32 else (float("inf"), 0.1)
+    plain = _by_response(scorer, batch, False)
+    own = []
+    with scorer.using(scorer.parameters):
+        for prompt, response in zip(batch.prompts, batch.responses, strict=True):
+            logits = scorer.lm(mx.array([prompt + response]))[0, len(prompt) - 1 : -1].astype(mx.float32)
+            logits = logits - mx.logsumexp(logits, -1, keepdims=True)
+            own.append(np.array(mx.take_along_axis(logits, mx.array(response)[:, None], 1).squeeze(1)))
+    difference = np.abs(np.concatenate(own) - np.concatenate(plain))
+    if not (difference.max() <= worst and difference.mean() <= typical):
+        raise ConfigError(
+            f"log-probs of {scorer.name} differ from its own forward pass by up to {difference.max():.3g} nat a token: "
+            "it does something to its logits that is not known here, and cannot be trained exactly"
+        )
+    exact, reason = layout.packing(_without_ignored_window(scorer))
+    if config.layout == "plain":
+        exact, reason = False, "model.layout = plain"
+    elif exact:
+        try:
+            difference = np.abs(np.concatenate(_by_response(scorer, batch, True)) - np.concatenate(plain))
+        except (AttributeError, TypeError, ValueError) as error:
+            exact, reason = False, f"mlx-lm's model takes no packed rows: {error}"
+        else:
+            if not (difference.max() <= worst and difference.mean() <= typical):
+                exact, reason = False, f"packed log-probs differ by up to {difference.max():.3g} nat at load"
+    if config.layout == "packed" and not exact:
+        raise ConfigError(f"model.layout is packed, which is not exact for {scorer.name}: {reason}. Use auto or plain")
+    log.info("%s: %s rows (%s)", scorer.name, "packed" if exact else "plain", reason)
+    return exact, reason
+
+
+def _without_ignored_window(scorer: Scorer) -> dict[str, Any]:
+    # Rows within the window see all of themselves; longer ones are refused, packed or plain.
+    return dict(scorer.config)
+
+
+def _by_response(scorer: Scorer, batch: Batch, packed: bool) -> list[np.ndarray]:
+    arrays = layout.arrays(batch, layout.plan_rows(batch, packed=packed, tokens=1 << 30))
+    values = np.array(scorer.score(scorer.parameters, **inputs(arrays), packed=packed))
+    parts = np.split(values, np.cumsum(arrays.lengths)[:-1])
+    return [parts[i] for i in np.argsort(arrays.responses)]
+
+
+__all__ = ["Scorer", "check", "inputs", "load_reference", "load_scorer", "switched_off"]

@@ -1,0 +1,56 @@
+"""Packed rows through mlx-lm's models, which know neither masks nor positions from outside: by way of their cache.
+
+Their attention asks the cache for the mask, for RoPE's offset, and to add keys and values to it. `Packed` answers with
+the mask of the rows, with a position for every token, and with the keys and values themselves.
+"""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+class Packed:
+    """In the place of a layer's cache: rows of a prompt and its responses, each response blind to the others."""
+
+    def __init__(self, positions: mx.array, segments: mx.array) -> None:
+        """positions, segments: (B, T) integers, as `layout.Arrays` has them."""
+        self.offset = positions
+        own = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+        place = mx.arange(segments.shape[1])
+        # Padding sees itself: a row of the mask that is all False gives NaN.
+        self.mask = (own & (place[:, None] >= place[None]))[:, None]
+
+    def make_mask(self, length: int, *, window_size: int | None = None, **_: Any) -> mx.array:
+        """(B, 1, T, T) bool, True = seen."""
+        if window_size is not None:
+            raise ValueError(f"a sliding window of {window_size} would count other responses' tokens")
+        return self.mask
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Nothing was before."""
+        return keys, values
+
+
+class _Positions(nn.Module):
+    """A RoPE module that takes a position for every token, where mlx-lm's take one for every row."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def __call__(self, x: mx.array, offset: Any = 0, **options: Any) -> mx.array:
+        if not isinstance(offset, mx.array) or offset.ndim < 2:
+            return self.inner(x, offset=offset, **options)
+        b, h, t, d = x.shape
+        alone = x.transpose(0, 2, 1, 3).reshape(b * t, h, 1, d)
+        turned = self.inner(alone, offset=offset.reshape(-1), **options)
+        return turned.reshape(b, t, h, d).transpose(0, 2, 1, 3)
+
+
+def take_positions(lm: nn.Module) -> None:
+    """Wraps the `rope` of every attention layer; other models are packed nowhere."""
+    for module in lm.modules():
+        inner = module.get("rope") if isinstance(module, dict) else None
+        if isinstance(inner, nn.Module) and not isinstance(inner, _Positions):
+            module.rope = _Positions(inner)

@@ -1,0 +1,129 @@
+"""RoPE's settings, handed to mlx-lm where it looks for them, and checked in the model that it builds.
+
+transformers 5 keeps them in `rope_parameters`; many models of mlx-lm read only a top-level `rope_theta` and
+`rope_scaling`, and take a default in silence otherwise: log-probs are then off by a nat or more.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.nn as nn
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.hugging_face import rope_settings
+
+_YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+_MODULES = {
+    "default": "RoPE",
+    "linear": "RoPE",
+    "llama3": "Llama3RoPE",
+    "yarn": "YarnRoPE",
+    "proportional": "ProportionalRoPE",
+    "mrope": "RoPE",
+}
+"""rope_type -> the class of mlx-lm that computes it as transformers does.
+
+Not longrope: mlx-lm takes the long factors at every length, transformers only beyond the original one. Not dynamic: it
+depends on the length of the row, so that a cached key and a new one disagree."""
+
+
+def settings_for(arguments: type, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What must stand in config.json so that mlx-lm's model arguments get RoPE's settings.
+
+    Args:
+      arguments: the `ModelArgs` of the architecture.
+      config: config.json, with transformers' defaults filled in where it knows the model.
+    Raises: ConfigError: settings that mlx-lm computes otherwise or that this architecture cannot be given.
+    """
+    known = inspect.signature(arguments).parameters
+    nested = config.get("rope_parameters")
+    by_layer = isinstance(nested, Mapping) and nested and all(isinstance(v, Mapping) for v in nested.values())
+    if by_layer and "rope_parameters" in known:
+        return {}
+    name = config.get("model_type")
+    if by_layer:
+        if not {"rope_theta", "rope_local_base_freq"} <= set(known) or set(nested) != {
+            "full_attention",
+            "sliding_attention",
+        }:
+            raise ConfigError(
+                f"RoPE of {name} has settings by kind of layer ({', '.join(nested)}), and mlx-lm's {name} reads only "
+                "one: its log-probs would be wrong"
+            )
+        local = _one(name, {"rope_parameters": nested["sliding_attention"]})
+        if local["rope_type"] != "default":
+            raise ConfigError(f"rope_type {local['rope_type']} of sliding layers is not read by mlx-lm's {name}")
+        return _given(known, name, _one(name, {"rope_parameters": nested["full_attention"]}), config) | {
+            "rope_local_base_freq": local["rope_theta"]
+        }
+    if nested is None and config.get("rope_theta") is None and config.get("rope_scaling") is None:
+        return {}  # a model without RoPE, or one whose settings only mlx-lm knows: `check` asks for the first
+    return _given(known, name, _one(name, config), config)
+
+
+def _one(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    rope = rope_settings(dict(config) | {"model_type": name})
+    if rope["rope_type"] not in _MODULES:
+        raise ConfigError(
+            f"rope_type {rope['rope_type']!r} of {name} is not computed by mlx-lm as transformers does; supported: "
+            f"{', '.join(_MODULES)}"
+        )
+    if rope["rope_type"] == "yarn":
+        unknown = sorted(
+            k for k, v in rope.items() if k not in (*_YARN, "rope_type", "rope_theta", "partial_rotary_factor") and v
+        )
+        if unknown:
+            raise ConfigError(f"yarn RoPE of {name} has {', '.join(unknown)}, which mlx-lm does not read")
+    return rope
+
+
+def _given(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    if "rope_theta" not in known and "rope_parameters" not in known:
+        raise ConfigError(
+            f"mlx-lm's {name} takes no rope_theta, and the model asks for {rope['rope_theta']:g}: what it would use "
+            "instead cannot be known"
+        )
+    given: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    partial = rope.get("partial_rotary_factor")
+    if partial is not None and partial != 1.0 and config.get("partial_rotary_factor") is None:
+        if "partial_rotary_factor" not in known and "rope_parameters" not in known:
+            raise ConfigError(f"mlx-lm's {name} takes no partial_rotary_factor, and the model asks for {partial:g}")
+        given["partial_rotary_factor"] = partial
+    if rope["rope_type"] == "default":
+        return given | {"rope_scaling": None}
+    if "rope_scaling" not in known and "rope_parameters" not in known:
+        raise ConfigError(f"mlx-lm's {name} takes no rope_scaling, and the model asks for {rope['rope_type']}")
+    scaling = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None} | {"type": rope["rope_type"]}
+    if rope["rope_type"] == "yarn":
+        scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+    return given | {"rope_scaling": scaling}
+
+
+def check(lm: nn.Module, given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Looks at the RoPE modules of a loaded model.
+
+    Raises: ConfigError: one of another kind or base than was asked for.
+    """
+    if not given:
+        return
+    bases = {float(given[name]) for name in ("rope_theta", "rope_local_base_freq") if given.get(name) is not None}
+    kind = (given.get("rope_scaling") or {}).get("rope_type", "default")
+    factor = (given.get("rope_scaling") or {}).get("factor", 1.0)
+    for module in lm.modules():
+        found = type(module).__name__
+        if found == "RoPE":
+            right = float(module.base) in bases
+            if kind == "linear" and len(bases) == 1:
+                right = right and abs(module.scale * factor - 1.0) < 1e-6
+            elif kind not in ("default", "linear", "mrope") and len(bases) == 1:
+                right = False
+        elif found.endswith("RoPE"):
+            right = found == _MODULES[kind]
+        else:
+            continue
+        if not right:
+            raise ConfigError(
+                f"mlx-lm built {found} with base {getattr(module, 'base', 'unknown')} for {config.get('model_type')}; "
+                f"the model asks for {kind} RoPE with theta {', '.join(f'{b:g}' for b in sorted(bases))}"
+            )

@@ -1,0 +1,154 @@
+"""One optimizer step along -sum_i c_i grad log pi_i, however the batch is split."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from gvpo_core.training import layout
+from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.layout import Row
+from gvpo_core.training.policy import Batch, Coefficients
+from gvpo_core.training.step import factors_of
+from gvpo_mlx import buckets
+from gvpo_mlx.model import Scorer, inputs
+
+
+class Passes:
+    """Forward and backward passes over micro-batches; compiled ones where `compiled`, one program a shape."""
+
+    def __init__(self, scorer: Scorer, packed: bool, tokens: int, compiled: bool) -> None:
+        self.scorer, self.packed, self.budget, self.compiled = scorer, packed, tokens, compiled
+        self.shapes: set[tuple[Any, ...]] = set()  # a program was compiled for each
+        self._score = self._compile(self._plain_score)
+        self._backward = self._compile(self._plain_backward)
+
+    def _compile(self, function: Any) -> Any:
+        return mx.compile(function) if self.compiled else function
+
+    def _plain_score(self, values: Sequence[mx.array], on: dict[str, mx.array]) -> mx.array:
+        return self.scorer.score(values, **on, packed=self.packed)
+
+    def _plain_backward(
+        self, values: list[mx.array], on: dict[str, mx.array], factors: mx.array
+    ) -> tuple[mx.array, list[mx.array]]:
+        scores, gradients = mx.vjp(lambda *v: self.scorer.score(v, **on, packed=self.packed), values, [factors])
+        return scores[0], gradients
+
+    def prepare(self, batch: Batch, rows: Sequence[Row], name: str) -> tuple[layout.Arrays, dict[str, mx.array]]:
+        """The micro-batch, padded to a shape that few programs serve; `arrays.targets` are its first ones."""
+        arrays = layout.arrays(batch, rows)
+        self.scorer.check_length(int(arrays.positions[arrays.segments >= 0].max()) + 1)
+        padded = buckets.padded(arrays, self.budget) if self.compiled else arrays
+        if self.compiled:
+            self.shapes.add((name, padded.ids.shape, padded.targets.shape))
+        return arrays, inputs(padded)
+
+    def score(self, batch: Batch, rows: Sequence[Row]) -> tuple[layout.Arrays, np.ndarray, int]:
+        """The micro-batch, the log-probability of each of its response tokens, and the tokens computed."""
+        arrays, on = self.prepare(batch, rows, "score")
+        values = self._score(self.scorer.parameters, on)
+        return arrays, np.array(values)[: len(arrays.targets)], on["ids"].size
+
+    def known(
+        self, batch: Batch, rows: Sequence[Row], factors: np.ndarray
+    ) -> tuple[layout.Arrays, np.ndarray, list[mx.array], int]:
+        """As `score`, with the gradients of sum factors_i log pi_i; `factors` of every row of the batch."""
+        arrays, on = self.prepare(batch, rows, "backward")
+        per_token = np.zeros(on["targets"].shape, dtype=np.float32)
+        per_token[: len(arrays.targets)] = np.repeat(factors[arrays.responses], arrays.lengths)
+        values, gradients = self._backward(self.scorer.parameters, on, mx.array(per_token))
+        mx.eval(gradients, values)
+        return arrays, np.array(values)[: len(arrays.targets)], gradients, on["ids"].size
+
+    def whole(
+        self, batch: Batch, rows: Sequence[Row], coefficients: Coefficients
+    ) -> tuple[layout.Arrays, np.ndarray, list[mx.array], int]:
+        """As `known`, with factors that need the log-probs of this very pass, for micro-batches of whole groups.
+
+        The backward pass is laid out with factors whose memory is written after the forward pass was evaluated and
+        before anything of the backward pass is: an array shares its memory with a NumPy view of it. Never compiled,
+        since compilation may compute parts of both passes at once.
+        """
+        arrays = layout.arrays(batch, rows)
+        self.scorer.check_length(int(arrays.positions[arrays.segments >= 0].max()) + 1)
+        on = inputs(arrays)
+        factors = mx.zeros(len(arrays.targets))
+        mx.eval(factors)
+        values, gradients = self._plain_backward(self.scorer.parameters, on, factors)
+        mx.eval(values)
+        sums = arrays.sums(np.array(values))
+        found = factors_of(coefficients, sums, arrays.responses)
+        np.array(factors, copy=False)[:] = np.repeat(-found, arrays.lengths)
+        mx.eval(gradients)
+        return arrays, np.array(values), gradients, on["ids"].size
+
+
+class Gradients:
+    """Gradients summed over micro-batches and ranks, in float32."""
+
+    def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
+        self.names = names
+        self.sums = [mx.zeros(shape) for shape in shapes]
+
+    def add(self, gradients: Sequence[mx.array]) -> None:
+        for i, gradient in enumerate(gradients):
+            self.sums[i] = self.sums[i] + gradient
+        mx.eval(self.sums)
+
+    def clipped(self, limit: float) -> tuple[list[mx.array], float]:
+        """The gradients scaled down to norm `limit` (0: never), and their norm before.
+
+        Raises: FloatingPointError: naming the parameters whose gradient is not finite.
+        """
+        squares = [mx.square(g).sum() for g in self.sums]
+        norm = math.sqrt(float(np.array(mx.stack(squares), dtype=np.float64).sum()))
+        if not math.isfinite(norm):
+            bad = [n for n, square in zip(self.names, squares, strict=True) if not math.isfinite(float(square))]
+            raise FloatingPointError(
+                f"the gradient norm is {norm}: the gradients of {len(bad)} of {len(self.names)} parameters are not "
+                f"finite, the first {', '.join(bad[:3]) or 'none alone (their sum overflows)'}; no step was taken"
+            )
+        if limit <= 0 or norm <= limit:
+            return self.sums, norm
+        factor = limit / (norm + 1e-6)
+        return [g * factor for g in self.sums], norm
+
+
+class AdamW:
+    """AdamW as PyTorch has it, weight decay on matrices alone.
+
+    mlx.optimizers.AdamW computes the bias corrections in float32, where 1 - 0.999 is off by 1e-5 of itself and more;
+    here they come from the host in float64.
+    """
+
+    def __init__(self, config: OptimizerConfig, compiled: bool) -> None:
+        self.config = config
+        self.moments: list[tuple[mx.array, mx.array]] = []
+        self.steps = 0
+        self._one = mx.compile(self._plain) if compiled else self._plain
+
+    def step(self, values: Sequence[mx.array], gradients: Sequence[mx.array], rate: float) -> list[mx.array]:
+        """The new parameters, not yet evaluated; `moments` with them."""
+        if not self.moments:
+            self.moments = [(mx.zeros(v.shape), mx.zeros(v.shape)) for v in values]
+        self.steps += 1
+        first, second = self.config.betas
+        size = mx.array(rate / (1.0 - first**self.steps), dtype=mx.float32)
+        root = mx.array(math.sqrt(1.0 - second**self.steps), dtype=mx.float32)
+        result = []
+        for i, (value, gradient) in enumerate(zip(values, gradients, strict=True)):
+            decay = 1.0 - rate * (self.config.weight_decay if value.ndim >= 2 else 0.0)
+            keep = mx.array(decay, dtype=mx.float32)
+            value, *moments = self._one(value, gradient, *self.moments[i], size, root, keep)
+            self.moments[i] = (moments[0], moments[1])
+            result.append(value)
+        return result
+
+    def _plain(self, value: Any, gradient: Any, m: Any, v: Any, size: Any, root: Any, keep: Any) -> tuple[Any, ...]:
+        first, second = self.config.betas
+        m = m + (1.0 - first) * (gradient - m)
+        v = second * v + (1.0 - second) * mx.square(gradient)
+        return value * keep - size * m / (mx.sqrt(v) / root + self.config.eps), m, v
