@@ -172,7 +172,7 @@ def test_two_processes_end_where_one_does(sharding, tmp_path, make, final_state,
         json.loads((tmp_path / n / "run/metrics.jsonl").read_text().splitlines()[1]) for n in ("one", "two")
     )
     for key in ("reward/mean", "loss", "kl", "regret/series", "gradient_norm", "responses/total"):
-        assert second[key] == pytest.approx(first[key], rel=1e-5), key
+        assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-5), key  # kl is 0 but for rounding
 
 
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, make, final_state, capfd, caplog):

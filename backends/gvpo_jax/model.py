@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.hugging_face import rope_settings
-from gvpo_jax.logprobs import product, token_logprobs
+from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, product, token_logprobs
 from gvpo_jax.mesh import BATCH
 
 Parameters = Mapping[str, Array]
@@ -32,7 +32,6 @@ EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_he
 LAYER = "model.layers.*."
 NO_WINDOW = 2**30
 ATTENTION_BYTES = 128 * 2**20  # of scores computed at once
-KNOWN = frozenset(("silu", "swish"))
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
     if config.get("quantization_config"):
         raise ConfigError(f"the weights of {named} are quantised ({config['quantization_config'].get('quant_method')})")
     activation = config.get("hidden_act", "silu")
-    if activation not in KNOWN:
+    if activation not in ("silu", "swish"):
         raise ConfigError(f"hidden_act of {named} is {activation!r}; gvpo_jax knows silu")
     heads = config["num_attention_heads"]
     width = config.get("head_dim") or config["hidden_size"] // heads
@@ -170,8 +169,8 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
     states = hidden_states(setup, parameters, adapters, rows["ids"], rows["positions"], rows["segments"])
     chosen = jnp.take_along_axis(states, rows["predict"][..., None], axis=1)
     head = head_weight(setup, parameters)
-    platform = setup.mesh.devices.flat[0].platform
-    chunk = (48 if platform == "cpu" else 256) * 2**20 * setup.mesh.size  # logits are sharded over the whole mesh
+    a_device = CHUNK_BYTES.get(setup.mesh.devices.flat[0].platform, DEVICE_CHUNK_BYTES)
+    chunk = a_device * setup.mesh.size  # logits are sharded over the whole mesh
     return token_logprobs(chosen, head, rows["targets"], chunk_bytes=chunk, frozen=bool(adapters))
 
 
