@@ -108,6 +108,22 @@ def mlx_lm(session: nox.Session) -> None:
     pytest(session, "mlx_lm", *files, GVPO_SUBJECTS="mlx_lm")
 
 
+# What verl imports beside what it declares.
+VERL_IMPORTS = ("TransferQueue", "aiohttp", "cachetools", "fastapi", "msgspec", "prometheus-client", "pyzmq", "uvicorn")
+
+
+@nox.session
+def verl(session: nox.Session) -> None:
+    """GVPO in verl (gvpo_verl) on CPU: its settings, its functions, its actor worker. Not in the default run.
+
+    nox -s verl
+    """
+    versions = ("--constraint", "constraints-verl.txt")
+    session.install(*versions, "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
+    files = [f"conformance/test_verl_{name}.py" for name in ("settings", "steps")]
+    pytest(session, "verl", *files, GVPO_SUBJECTS="verl")
+
+
 @nox.session
 def wheel(session: nox.Session) -> None:
     """Builds sdist and wheel, installs the wheel alone, and looks at it from outside the repository.

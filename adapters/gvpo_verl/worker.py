@@ -1,0 +1,109 @@
+"""The actor's training worker: weighs each mini-batch as a whole before verl takes its step.
+
+Every mini-batch is scored without gradient, its scalars are gathered over the data-parallel ranks, and
+`gvpo_core.gvpo_coefficients` are put where verl's loss reads advantages, times the number of rows that it divides by.
+Rows of a group may lie on any rank and in any micro-batch, fixed or dynamic; groups may differ in size.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from tensordict import TensorDict
+from verl.utils import tensordict_utils as tu
+from verl.workers.engine_workers import TrainingWorker
+from verl.workers.utils.padding import response_from_nested
+
+from gvpo_core import dense_group_ids, gvpo_coefficients, gvpo_loss, gvpo_regret
+
+BETA = "gvpo_beta"  # the key under which the trainer sends beta along with a batch
+
+
+class GVPOWorker(TrainingWorker):
+    """verl's `TrainingWorker`; batches that carry a beta are weighed by GVPO, others are left alone."""
+
+    _as_scored = False  # whether the policy is still the one that made old_log_probs
+
+    def train_mini_batch(self, data: TensorDict) -> Any:
+        """As the host's; `old_log_probs` were made by this policy and serve for the first mini-batch."""
+        self._as_scored = True
+        return super().train_mini_batch(data)
+
+    def train_batch(self, data: TensorDict) -> Any:
+        """One optimizer step. Raises: KeyError, FloatingPointError: nothing was changed."""
+        beta = tu.get(data, BETA)
+        if beta is None:
+            return super().train_batch(data)
+        metrics = self._weigh(data, beta)
+        self._as_scored = False
+        output = super().train_batch(data)
+        if output is not None:
+            tu.get(output, "metrics").update(metrics)
+        return output
+
+    def _weigh(self, data: TensorDict, beta: float) -> dict[str, float]:
+        needed = ["rm_scores", "uid", "response_mask", *(["ref_log_prob"] if beta else [])]
+        if missing := [name for name in needed if name not in data]:
+            raise KeyError(f"the actor's batch lacks {', '.join(missing)}: GVPO's weights are made of them")
+        mask = data["response_mask"]
+        logprobs = _sums(data["old_log_probs"] if self._as_scored else self._score(data), mask)
+        ref = _sums(data["ref_log_prob"], mask) if beta else logprobs
+        rewards = _sums(data["rm_scores"], torch.ones_like(mask))
+        rewards[_sums(mask, mask) == 0] = np.nan  # padding, and responses that verl masks whole, leave their group
+        uids = [str(uid) for uid in tu.get(data, "uid")]
+        group = self.engine.get_data_parallel_group()
+        rank, parts = self.engine.get_data_parallel_rank(), [None] * self.engine.get_data_parallel_size()
+        torch.distributed.all_gather_object(parts, (uids, logprobs, ref, rewards), group=group)
+        ids, num_groups = dense_group_ids(uid for part in parts for uid in part[0])
+        rows = [np.concatenate([part[i] for part in parts]) for i in (1, 2, 3)]
+        coefficients = gvpo_coefficients(*rows, ids, beta=beta, num_groups=num_groups)
+        if not np.isfinite(coefficients).all():
+            raise FloatingPointError("log-probabilities or scores of this mini-batch are not finite: no step was taken")
+        start = sum(len(part[0]) for part in parts[:rank])
+        own = torch.from_numpy(coefficients[start : start + len(uids)]).float()
+        # seq-mean-token-sum divides by global_batch_size; the ranks' gradients are then means of dp_size times theirs.
+        per_row = (own * tu.get(data, "global_batch_size")).to(mask.values().device)
+        per_token = per_row.repeat_interleave(mask.offsets().diff())
+        data["advantages"] = torch.nested.nested_tensor_from_jagged(per_token, mask.offsets())
+        return _metrics(rows, ids, num_groups, beta)
+
+    def _score(self, data: TensorDict) -> torch.Tensor:
+        """(B, T) nested token log-probabilities of the responses, by the same passes as the step's."""
+        batch = data.copy()
+        settings = {
+            "use_remove_padding": self.model_config.get("use_remove_padding", False),
+            "use_dynamic_bsz": self.engine_config.use_dynamic_bsz,
+            "max_token_len_per_gpu": self.engine_config.max_token_len_per_gpu,
+            "micro_batch_size_per_gpu": self.engine_config.micro_batch_size_per_gpu,
+            "use_fused_kernels": self.engine_config.use_fused_kernels,
+        }
+        missing = {name: value for name, value in settings.items() if name not in batch}
+        tu.assign_non_tensor(batch, **missing, calculate_entropy=False, distillation_use_topk=False)
+        with self.engine.eval_mode(disable_auto_offload=tu.get(data, "disable_auto_offload", default=False)):
+            output = self.engine.infer_batch(batch)
+        return response_from_nested(output["model_output"]["log_probs"], data["response_mask"])
+
+
+def _sums(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+    """(B,) float64 sums of (B, T) nested values where the mask, of the same rows, counts."""
+    kept = values.values().double().cpu() * mask.values().cpu().bool()
+    rows = torch.arange(values.size(0)).repeat_interleave(mask.offsets().diff().cpu())
+    return torch.zeros(values.size(0), dtype=torch.float64).index_add(0, rows, kept).numpy()
+
+
+def _metrics(rows: list[np.ndarray], ids: np.ndarray, num_groups: int, beta: float) -> dict[str, float]:
+    logprobs, ref, rewards = rows
+    parts = gvpo_loss(*rows, ids, beta=beta, num_groups=num_groups)
+    scored = ~np.isnan(rewards)
+    found = {
+        "loss": parts.loss,
+        "implicit_variance": parts.implicit_variance,
+        "reward_variance": parts.reward_variance,
+        "covariance": parts.covariance,
+        "groups/counted": parts.counted_groups,
+        "groups/dropped": len(set(ids[scored].tolist())) - parts.counted_groups,
+    }
+    if beta and scored.any():
+        regret = gvpo_regret(*rows, ids, beta=beta, num_groups=num_groups)
+        found |= {"kl": (logprobs - ref)[scored].mean(), "regret": regret.second_order, "regret/series": regret.series}
+    return {f"gvpo/{name}": float(value) for name, value in found.items()}
