@@ -6,7 +6,7 @@ from gvpo_core.training.layout import Arrays
 
 
 def bucket(size: int) -> int:
-    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four an octave, at most a quarter more."""
+    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four an octave."""
     step = max(8, 1 << max(0, (size - 1).bit_length() - 3))
     return -(-size // step) * step
 
