@@ -207,7 +207,7 @@ def test_a_sample_is_the_best_and_the_worst_of_its_group():
     Console(10, stream=out).sample(dead + group(0.0, None, 1.0, math.nan))
     lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
     assert lines == [
-        "prompt", "| 2+2?",
+        "prompt", "| 2+2?", "its 4 responses: rewards 1.00 0 - -",
         "best: reward 1.00 (r=1.00), 3 tokens", "| 4#2",
         "worst: reward 0 (r=0), 3 tokens, cut", "| 4#0",
     ]  # fmt: skip

@@ -14,15 +14,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from simulated_run import write_run
+from test_report_reading import run_of
 
 from gvpo_core.training.alerts import Alerts
 from gvpo_core.training.metrics import encode_record
 from gvpo_core.training.report import write_report
-from gvpo_core.training.report.charts import LIMIT, Chart, Line, downsample, figure, label, moving_mean
+from gvpo_core.training.report.charts import LIMIT
 from gvpo_core.training.report.history import episodes, verdict
 from gvpo_core.training.report.page import page
-from gvpo_core.training.report.read import Run, Series, read_run
-from gvpo_core.training.report.reading import held_out_change, plus_minus, read_out, signs_tell
+from gvpo_core.training.report.read import read_run
+from gvpo_core.training.report.reading import held_out_change, read_out
 from gvpo_core.training.report.sections import sections
 
 pytestmark = pytest.mark.core
@@ -119,82 +120,6 @@ def test_the_reading_has_the_numbers_of_the_run(run):
     assert change.difference == pytest.approx(differences.mean())
     assert change.half == pytest.approx(2.0395 * differences.std(ddof=1) / np.sqrt(32), rel=1e-3)  # t of 31
     assert read_out(data).notes == ["Step 70: resumed after step 70 of 160"]
-
-
-@pytest.mark.parametrize(
-    ("value", "half", "text"),
-    [(0.0737, 0.0246, "0.074 ± 0.025"), (1.0, 0.107, "1.00 ± 0.11"), (0.00623, 0.000043, "0.00623 ± 0.00004"),
-     (1234.5, 56.7, "1234 ± 57"), (0.0, 0.138, "0.00 ± 0.14"), (0.5, 0.0, "0.5 ± 0"), (0.5, np.nan, "0.5 ± ?")],
-)  # fmt: skip
-def test_a_number_has_the_digits_of_its_half_width(value, half, text):
-    assert plus_minus(value, half) == text
-
-
-@pytest.mark.parametrize(
-    ("differences", "verdict"),
-    [
-        (np.ones(6), True),
-        (np.ones(5), None),  # 2 of 2^5 outcomes: 6 %
-        (np.zeros(24), False),
-        (np.zeros(3), None),
-        (np.array([1.0] * 12 + [-1.0] * 10), False),
-        (np.array([1.0] * 20 + [-1.0] * 5 + [0.0] * 7), True),
-    ],
-)
-def test_what_counts_as_noise(differences, verdict):
-    assert signs_tell(differences) is verdict
-
-
-def run_of(*, config=None, evaluations=(), events=(), **series):
-    """A Run of made-up series: key (with __ for /) -> values, steps from 1."""
-    n = len(next(iter(series.values()))) if series else 0
-    train = [{"kind": "train", "step": i + 1, "time": i} for i in range(n)]
-    for key, values in series.items():
-        for record, value in zip(train, values, strict=True):
-            record[key.replace("__", "/")] = value
-    return Run(None, config or {}, "", {}, train, list(evaluations), list(events))
-
-
-def warned(**facts):
-    return " | ".join(read_out(run_of(**facts)).warnings)
-
-
-def test_each_trouble_has_its_warning_and_a_healthy_run_has_none():
-    rising = list(np.linspace(0.1, 0.9, 40))
-    healthy = {"reward__mean": rising, "reward__half_width": [0.05] * 40, "kl": list(np.linspace(0, 2, 40))}
-    healthy |= {"truncated": [0.02] * 40, "entropy": [0.8] * 40, "loss": [0.1] * 40, "gradient_norm": [1.0] * 40}
-    healthy |= {"groups__counted": [8] * 40, "groups__all_equal": [2] * 40, "responses__total": [64] * 40}
-    config = {"objective": {"beta": 0.05}, "rollout": {"max_tokens": 16}, "run": {"steps": 40}}
-    assert warned(config=config, **healthy) == ""
-
-    def with_(**changes):
-        return warned(config=config, **(healthy | changes))
-
-    assert "35% of the last responses were cut at the limit of 16 tokens" in with_(truncated=[0.0] * 20 + [0.35] * 20)
-    dead = {"groups__all_equal": [7] * 40, "groups__all_best": [0] * 40, "groups__all_worst": [6] * 40}
-    assert "88% of the last groups were dead" in with_(**dead) and "easier prompts" in with_(**dead)
-    flat = with_(reward__mean=[0.5] * 40)
-    assert "KL cost more than it bought: beta x KL grew by 0.0769" in flat
-    assert with_(kl=[None] * 40) == "" and with_(kl=[None] * 5 + [1.0] * 35) == ""
-    jump = list(np.linspace(0, 2, 40))
-    jump[30] = 20.0
-    assert "KL jumped to 20 nats a response at step 31" in with_(kl=jump)
-    assert "Entropy fell from 0.8 to 0.05" in with_(entropy=[0.8] * 20 + [0.05] * 20)
-    assert "loss was not a finite number in 2 steps, first at step 39" in with_(loss=[0.1] * 38 + [None] * 2)
-    timeouts = {"reward_errors__judge__timeout": [0] * 39 + [64]}
-    assert "Reward 'judge' ran out of time on 64 of 2,560 responses (2.5%)" in with_(**timeouts)
-
-
-def test_noise_is_called_noise_and_little_is_called_little():
-    evaluations = [
-        {"step": s, "eval/reward": r, "eval/half_width": 0.1, "eval/prompts": 20} for s, r in ((0, 0.5), (9, 0.55))
-    ]
-    said = " ".join(read_out(run_of(evaluations=evaluations)).sentences)
-    assert "within noise: it does not show a change" in said
-    assert "no second evaluation" in " ".join(read_out(run_of(evaluations=evaluations[:1])).sentences)
-    assert "nothing here says how the model does on new prompts" in " ".join(read_out(run_of()).sentences)
-    alone = [e | {"eval/half_width": None} for e in evaluations]
-    assert "too little to tell" in " ".join(read_out(run_of(evaluations=alone)).sentences)
 
 
 def test_crashed_and_partial_folders(run, tmp_path):
@@ -328,31 +253,6 @@ def test_the_browser_has_the_responses_of_the_run(run, broken, hostile):
     assert r"\x1b[31m" in rows_of(page(read_run(hostile)))[0]["groups"][0]["rows"][0][3]
 
 
-def test_downsampling_keeps_ends_and_spikes():
-    rng = np.random.default_rng(0)
-    rows = [rng.random(10_000) for _ in range(3)]
-    rows[0][4321], rows[1][77], rows[2][9000] = 50.0, -50.0, 50.0
-    kept = downsample(rows)
-    assert len(kept) <= LIMIT and {0, 9999, 4321, 77, 9000} <= set(kept) and (np.diff(kept) > 0).all()
-    assert list(downsample([np.full(1000, np.nan)])[:1]) == [0]
-    assert len(downsample([np.arange(LIMIT)])) == LIMIT
-
-
-def test_a_gap_breaks_the_line_and_a_lonely_point_is_drawn():
-    values = np.array([1.0, 2.0, np.nan, 3.0, np.nan, 1.0, 1.0])
-    drawn = figure(Chart("t", "u", "r", [Line("a", Series(np.arange(7.0), values), 1)]))
-    (path,) = re.findall('class="line s1" d="([^"]+)"', drawn)
-    assert path.count("M") == 3 and "nan" not in drawn
-    assert drawn.count("<circle") == 1
-
-
-def test_moving_mean_and_labels():
-    got = moving_mean(np.array([1.0, 2.0, 6.0, np.nan, 4.0]), 3)
-    assert got.tolist() == [1.5, 3.0, 4.0, 5.0, 4.0]
-    numbers = (0, 0.25, 1000, 12500, 2.5e6, 1e-6, 2.5e-6, -0.5)
-    assert [label(x) for x in numbers] == ["0", "0.25", "1000", "12.5k", "2.5M", "1e-6", "2.5e-6", "-0.5"]
-
-
 def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
     folder = tmp_path / "long"
     folder.mkdir()
@@ -378,17 +278,6 @@ def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
         assert console == [] and dom.count('<p class="score"><') == 4  # best and worst of the last step's two groups
     for points in re.findall(r'data-series="([^"]*)"', text):
         assert all(len(s["x"]) <= LIMIT for s in json.loads(html.unescape(points)))
-
-
-def test_reward_curve(run, tmp_path):
-    pytest.importorskip("matplotlib")
-    from gvpo_core.training.report.figure import reward_curve_png
-
-    out = reward_curve_png(run, tmp_path / "figures" / "curve.png")
-    assert out.read_bytes().startswith(b"\x89PNG") and out.stat().st_size > 20_000
-    (tmp_path / "config.toml").write_text("")
-    with pytest.raises(ValueError, match="no step with a reward"):
-        reward_curve_png(tmp_path, tmp_path / "none.png")
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -151,7 +151,7 @@ class Console:
             self._print(line)
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One group: its prompt, and the best and the worst response with their rewards.
+        """One group: its prompt, the rewards of all its responses, and the best and the worst of them.
 
         Args:
           rows: a step's rows of completions.jsonl; the group whose rewards differ most is shown. Nothing is printed
@@ -159,14 +159,19 @@ class Console:
         """
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for response in rows:
-            if response["reward"] is not None and not math.isnan(response["reward"]):
-                groups.setdefault(response["group"], []).append(response)
-        if not groups:
+            groups.setdefault(response["group"], []).append(response)
+        known = [[r for r in group if _scored(r)] for group in groups.values()]
+        ranked = [sorted(group, key=lambda r: -r["reward"]) for group in known if group]
+        if not ranked:
             return
-        ranked = [sorted(group, key=lambda r: -r["reward"]) for group in groups.values()]
         scored = max(ranked, key=lambda group: group[0]["reward"] - group[-1]["reward"])
         self._print("")
         self._quote("prompt", scored[0]["prompt"])
+        rewards = [fit(r["reward"], 8) for r in scored]
+        rewards += ["-"] * (len(groups[scored[0]["group"]]) - len(scored))
+        said = f"its {len(rewards)} responses: rewards {' '.join(rewards)}"
+        for line in textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    "):
+            self._print(line)
         best, worst = scored[0], scored[-1]
         for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
             parts = " ".join(f"{part}={fit(value, 8)}" for part, value in response["rewards"].items())
@@ -261,6 +266,10 @@ class Console:
         self._task = self._bar.add_task("", total=self._steps, completed=self._first, phase="")
         self._bar.start()
         return self._bar
+
+
+def _scored(response: Mapping[str, Any]) -> bool:
+    return response["reward"] is not None and not math.isnan(response["reward"])
 
 
 def titles() -> str:

@@ -62,6 +62,8 @@ svg .error { stroke-width: 1.5; fill: none; }
 svg .point { stroke: var(--card); stroke-width: 1.5; }
 svg .mark { stroke: var(--soft); stroke-dasharray: 3 3; }
 svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; pointer-events: none; }
+.narrow { display: none; }
+@media (max-width: 760px) { .broad { display: none; } .narrow { display: block; } svg .tick { font-size: 16px; } }
 .s1 { stroke: var(--c1); } .s2 { stroke: var(--c2); } .s3 { stroke: var(--c3); }
 .s4 { stroke: var(--c4); } .s5 { stroke: var(--c5); } .s6 { stroke: var(--c6); }
 .f1 { fill: var(--c1); } .f2 { fill: var(--c2); } .f3 { fill: var(--c3); }

@@ -4,7 +4,7 @@ import html
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -12,6 +12,7 @@ from gvpo_core.training.report.read import Series
 
 _Scale = Callable[[np.ndarray], np.ndarray]
 LIMIT = 500  # points drawn of a series
+_SMOOTHEST = 5  # steps that a smoothed line is the mean of, at least
 _WIDTH, _WIDE, _HEIGHT = 560, 900, 240
 _X0, _Y0, _Y1 = 54, _HEIGHT - 26, 10  # the axes' corner, and the top
 
@@ -25,6 +26,7 @@ class Line:
     colour: int  # 1..6
     half: np.ndarray | None = None  # (n,), as series.values
     smooth: bool = False  # the curve thin, a moving mean over it
+    limits: tuple[float, float] = (-math.inf, math.inf)  # that no value can pass, whatever a band says
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Points:
     series: Series
     colour: int
     half: np.ndarray | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,21 @@ def figure(chart: Chart) -> str:
         legend = f'<ul class="legend">{"".join(items)}</ul>'
     unit = f' <span class="unit">{esc(chart.unit)}</span>' if chart.unit else ""
     start = '<figure class="wide">' if chart.wide else "<figure>"
+    drawn = svg(chart)
+    if chart.wide:  # on a narrow screen the same at a shape that can be read there
+        drawn = f'<div class="broad">{drawn}</div><div class="narrow">{svg(replace(chart, wide=False))}</div>'
     return (
-        f"{start}<figcaption><h3>{esc(chart.title)}{unit}</h3>{legend}</figcaption>{svg(chart)}"
+        f"{start}<figcaption><h3>{esc(chart.title)}{unit}</h3>{legend}</figcaption>{drawn}"
         f'<p class="reading">{esc(chart.reading)}</p></figure>'
     )
+
+
+def _ends(drawn: Line | Points, kept: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """Where the band or the bars end, within the limits."""
+    values = drawn.series.values[kept]
+    half = np.zeros_like(values) if drawn.half is None else np.nan_to_num(drawn.half[kept])
+    low, high = drawn.limits
+    return np.clip(values - half, low, high), np.clip(values + half, low, high)
 
 
 def _swatch(chart: Chart, drawn: Line | Points) -> str:
@@ -103,7 +117,7 @@ def svg(chart: Chart) -> str:
         x = float(px(np.asarray(tick)))
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y0 + 4}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{_Y0 + 17}" text-anchor="middle">{label(tick)}</text>')
-    parts.append(f'<text class="tick" x="{_X0 - 7}" y="{_Y0 + 17}" text-anchor="end">step</text>')
+    parts.append(f'<text class="tick" x="{_X0 - 16}" y="{_Y0 + 17}" text-anchor="end">step</text>')
     for step in chart.marks:
         if x_low <= step <= x_high:
             x = float(px(np.asarray(step)))
@@ -180,15 +194,13 @@ def _draw_line(line: Line, px: _Scale, py: _Scale, hover: list[dict[str, object]
     if not line.series:
         return []
     parts = []
-    kept = downsample([values] if line.half is None else [values, values - line.half, values + line.half])
+    kept = downsample([values] if line.half is None else [values, *_ends(line)])
     x, y = px(steps[kept]), py(values[kept])
     if line.half is not None:
-        half = np.nan_to_num(line.half[kept])
-        low, high = py(values[kept] - half), py(values[kept] + half)
-        low, high = np.clip(low, _Y1, _Y0), np.clip(high, _Y1, _Y0)
+        low, high = (np.clip(py(end), _Y1, _Y0) for end in _ends(line, kept))
         parts.append(f'<path class="band f{line.colour}" d="{_band(x, low, high)}"/>')
-    window = len(values) // 15
-    smooth = line.smooth and window >= 3
+    window = max(_SMOOTHEST, len(values) // 15)
+    smooth = line.smooth and len(values) >= 20
     parts.append(f'<path class="line s{line.colour}{" thin" if smooth else ""}" d="{_path(x, y)}"/>')
     parts.extend(f'<circle class="f{line.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2"/>' for i in _lonely(y))
     if smooth:
@@ -207,10 +219,11 @@ def _draw_points(points: Points, px: _Scale, py: _Scale, hover: list[dict[str, o
     steps, values = points.series.steps[kept], points.series.values[kept]
     x, y = px(steps), py(values)
     half = points.half[kept] if points.half is not None else None
+    low, high = _ends(points, kept)
     parts = [f'<path class="line s{points.colour}" d="{_path(x, y)}"/>']
     for i in np.flatnonzero(np.isfinite(y)):
         if half is not None and np.isfinite(half[i]):
-            ends = np.clip(py(np.asarray([values[i] - half[i], values[i] + half[i]])), _Y1, _Y0)
+            ends = np.clip(py(np.asarray([low[i], high[i]])), _Y1, _Y0)
             parts.append(f'<path class="error s{points.colour}" d="M{x[i]:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
         parts.append(f'<circle class="point f{points.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="4"/>')
     hover.append(_hover(points, x, steps, values, half))
@@ -285,8 +298,7 @@ def _y_axis(
 ) -> tuple[float, float, list[float]]:
     known = [np.zeros(1), stacked[2][-1]] if stacked is not None else []
     for line in [] if stacked is not None else chart.drawn:
-        half = 0.0 if line.half is None else np.nan_to_num(line.half)
-        known += [line.series.values - half, line.series.values + half]
+        known += _ends(line)
     values = np.concatenate(known) if known else np.zeros(1)
     values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     low, high = float(values.min()), float(values.max())

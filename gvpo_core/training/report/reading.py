@@ -12,7 +12,7 @@ from gvpo_core.training.console import duration
 from gvpo_core.training.metrics import mean_half_width
 from gvpo_core.training.report.read import Run, Series, number
 
-_TRUNCATED = 0.1  # share of cut responses worth a word
+_TRUNCATED = 0.2  # share of cut responses worth a word
 _DEAD = 0.5  # share of dead groups
 _SPIKE = 5.0  # times the median of the 20 steps before
 _COLLAPSE = 0.2  # of the entropy at the start

@@ -25,6 +25,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
         return Chart(title, unit, reading, stack=[a for a in areas if a.series], marks=marks, **more)
 
     reward, held_out = run.series("reward/mean"), run.series("eval/reward", kind="eval")
+    limits = _range(run, held_out)
     latencies = run.keys("reward_seconds/")
     parts = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in _TOTALS]
     errors = run.keys("reward_errors/")
@@ -35,10 +36,10 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Reward",
                     "",
-                    "Points with bars are held-out prompts: trust those. The line is the training step; bands and "
-                    "bars are 95 % intervals.",
-                    Line("training", reward, 1, half=_along(run, reward, "reward/half_width"), smooth=True),
-                    Points("held-out", held_out, 2, half=_along(run, held_out, "eval/half_width", kind="eval")),
+                    "Points with bars are held-out prompts: trust those. The thin line is one training step, the thick "
+                    "one the mean of the steps around it; bands and bars are 95 % intervals.",
+                    Line("training", reward, 1, _along(run, reward, "reward/half_width"), True, limits),
+                    Points("held-out", held_out, 2, _along(run, held_out, "eval/half_width", kind="eval"), limits),
                     wide=len(parts) < 2,
                 ),
                 chart(
@@ -199,6 +200,15 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
 
 
 _TOTALS = RESERVED_REWARD_NAMES
+
+
+def _range(run: Run, held_out: Series) -> tuple[float, float]:
+    """The lowest and the highest reward of any response: no mean lies beyond, whatever its interval says."""
+    low, high = run.series("reward/min").values, run.series("reward/max").values
+    if not (np.isfinite(low).any() and np.isfinite(high).any()):
+        return -np.inf, np.inf
+    known = held_out.values[np.isfinite(held_out.values)]
+    return float(min([np.nanmin(low), *known])), float(max([np.nanmax(high), *known]))
 
 
 def _along(run: Run, series: Series, key: str, *, kind: str = "train") -> np.ndarray:
