@@ -70,6 +70,11 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         """Whole groups, scored: what Tunix's learners are asked to make of prompts that are repeated k times."""
         columns = {name: values for name, values in training_input.items() if name != "prompts"}
         prompts = list(training_input["prompts"])
+        if not all(isinstance(prompt, str) for prompt in prompts):
+            raise SettingsError(
+                f"a prompt is a {type(prompts[0]).__name__}; expected text: Tunix takes batches as NumPy arrays,"
+                ' {"prompts": np.array([...])}, and makes arrays of the texts of a list'
+            )
         with self._sampling:
             samples = self._sample(prompts, mode)
             ref = self._reference(samples) if self.algo_config.beta > 0 else None
