@@ -35,6 +35,22 @@ def test_the_loop_learns(name):
     assert rewards[-1] > 0.8
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_accelerate_loop_learns(processes):
+    if not installed("accelerate"):
+        pytest.skip("accelerate is for the environment of torch")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    env["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    command.append(str(ROOT / "examples" / "accelerate_loop.py"))
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert result.returncode == 0, result.stderr[-3000:]
+    rewards = [float(x) for x in re.findall(r"reward ([\d.]+)", result.stdout)]
+    assert len(rewards) == 3, "the first process alone says it"
+    assert rewards[0] < 0.2
+    assert rewards[-1] > 0.8
+
+
 @pytest.fixture
 def demo(tmp_path, monkeypatch) -> Path:
     """A working directory as the repository is to the demo, with its modules importable."""
