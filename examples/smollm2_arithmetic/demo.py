@@ -1,6 +1,6 @@
 """The demo from end to end: makes the model and the problems, trains, and says what came of it.
 
-    python examples/smollm2_arithmetic/demo.py [--steps N] [--held-out N]
+    python examples/smollm2_arithmetic/demo.py [--backend torch|jax|mlx] [--steps N] [--held-out N]
 
 A demo that was stopped goes on where it was; a finished one makes way for a new one.
 """
@@ -27,6 +27,7 @@ CONFIG = Path(__file__).parent / "config.toml"
 def main() -> int:
     steps = read_config(CONFIG).run.steps
     parser = argparse.ArgumentParser(description="GVPO teaches SmolLM2-135M-Instruct sums.")
+    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps; default {steps}")
     parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default all")
     options = parser.parse_args()
@@ -34,14 +35,15 @@ def main() -> int:
         parser.error(f"--steps {options.steps} --held-out {options.held_out}; expected at least 1 and at least 0")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries while the model loads; the run has its own
     start = time.monotonic()
-    run = Path("runs/demo" if options.steps == steps else f"runs/demo-{options.steps}-steps")
+    name = "demo" if options.backend == "torch" else f"demo-{options.backend}"
+    run = Path(f"runs/{name}" if options.steps == steps else f"runs/{name}-{options.steps}-steps")
     if len(evaluations(run)) >= 2:
         print(f"{run} holds a finished demo: it makes way for this one")
         shutil.rmtree(run)
     prepare()
     print()
     arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.steps", str(options.steps)]
-    arguments += ["--evaluation.prompts", str(options.held_out)]
+    arguments += ["--run.backend", options.backend, "--evaluation.prompts", str(options.held_out)]
     if status := cli.main(arguments):
         return status
     print(f"reward curve  {reward_curve_png(run, run / 'reward.png')}\n")
