@@ -25,7 +25,9 @@ BETA, RATE = 0.2, 0.05
 SMOOTH: dict[str, Any] = {"betas": (0.0, 0.0), "override_optimizer_config": {"eps": 1.0}}  # near gradient descent
 
 
-def make_worker(folder: Path, *, dynamic: bool = False, micro: int = 2, smooth: bool = True, rate: float = RATE) -> Any:
+def make_worker(
+    folder: Path, *, dynamic: bool = False, micro: int = 2, smooth: bool = True, rate: float = RATE, clip: float = 1e9
+) -> Any:
     from gvpo_verl import GVPOWorker
 
     verl_cpu.register_engine()
@@ -48,7 +50,7 @@ def make_worker(folder: Path, *, dynamic: bool = False, micro: int = 2, smooth: 
         micro_batch_size_per_gpu=micro,
         infer_micro_batch_size_per_gpu=micro,
     )
-    optim = FSDPOptimizerConfig(lr=rate, weight_decay=0.0, clip_grad=1e9, total_training_steps=100, **optimizer)
+    optim = FSDPOptimizerConfig(lr=rate, weight_decay=0.0, clip_grad=clip, total_training_steps=100, **optimizer)
     worker = GVPOWorker(
         TrainingWorkerConfig(
             model_type="language_model", model_config=model, engine_config=engine, optimizer_config=optim
@@ -116,11 +118,13 @@ def logprobs(model: Any, row: dict[str, Any]) -> torch.Tensor:
     return logits.log_softmax(-1).gather(1, torch.tensor(row["response"])[:, None])[:, 0]
 
 
-def train(worker: Any, rows: list[dict[str, Any]], initial: Any, *, mini: int, epochs: int, beta: float = BETA) -> Any:
-    """verl's `train_mini_batch` of this rank's rows; the metrics it returns."""
+def train(
+    worker: Any, rows: list[dict[str, Any]], current: Any, initial: Any, *, mini: int, epochs: int, beta: float = BETA
+) -> Any:
+    """verl's `train_mini_batch` of this rank's rows, scored by the current and the initial model; its metrics."""
     with torch.no_grad():
-        ref = [logprobs(initial, row) for row in rows]
-    batch = tensors(rows, [x.clone() for x in ref], ref)
+        old, ref = ([logprobs(model, row) for row in rows] for model in (current, initial))
+    batch = tensors(rows, old, ref)
     tu.assign_non_tensor(
         batch, gvpo_beta=beta, mini_batch_size=mini, global_batch_size=mini, epochs=epochs, calculate_entropy=False
     )
@@ -169,7 +173,7 @@ def learn(folder: Path, out: Path, steps: int = 14) -> None:
         for row in rows:
             row["reward"] = sum(20 <= token < 58 for token in row["response"]) / 6
         found.append(float(np.mean([row["reward"] for row in rows])))
-        train(worker, rows, initial, mini=32, epochs=1, beta=0.02)
+        train(worker, rows, sampler, initial, mini=32, epochs=1, beta=0.02)
     (out / "learned.json").write_text(json.dumps(found))
 
 
@@ -183,7 +187,7 @@ def main() -> None:
         worker = make_worker(folder, **settings)
         rows = np.array_split(np.array(rollout(tuple(groups)), dtype=object), size)[rank].tolist()
         start = parameters(worker)
-        metrics = train(worker, rows, initial, mini=mini, epochs=epochs)
+        metrics = train(worker, rows, initial, initial, mini=mini, epochs=epochs)
         end = parameters(worker)
         if rank == 0:
             np.savez(out / f"{name} start.npz", **start)
