@@ -136,6 +136,21 @@ def verl(session: nox.Session) -> None:
 
 
 @nox.session
+def tunix(session: nox.Session) -> None:
+    """GVPO in Tunix's GRPOLearner (gvpo_tunix) on CPU: exact steps, what is mended, what is refused, a run. Not in the
+    default run.
+
+    nox -s tunix
+    """
+    versions = ("--constraint", "constraints-tunix.txt")
+    session.install(*versions, "-e", ".[tunix]", "pytest")
+    files = [f"conformance/test_tunix_{name}.py" for name in ("steps", "guards")]
+    # The programs are tiny and many: compiling them is what takes the time.
+    env = {"GVPO_SUBJECTS": "tunix", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    pytest(session, "tunix", *files, **env)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Builds sdist and wheel, installs the wheel alone, and looks at it from outside the repository.
 
