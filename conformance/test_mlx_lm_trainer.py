@@ -13,6 +13,8 @@ import pytest
 import tiny_models
 from torch_policies import require
 
+if (asked := os.environ.get("GVPO_SUBJECTS")) and "mlx_lm" not in asked.split(","):
+    pytest.skip("nox -s mlx_lm runs these", allow_module_level=True)  # mlx-lm is in the MLX backend's environment too
 require("mlx_lm", "mlx.core", subject="mlx_lm")
 
 import mlx.core as mx
@@ -306,6 +308,11 @@ def test_rope_that_mlx_lm_cannot_do_is_refused(tmp_path):
     config = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0}
     with pytest.raises(ModelError, match="phi has no RoPE scaling"):
         mended({"model_type": "phi", "rope_parameters": config})
+    with pytest.raises(ModelError, match="rope_type 'longrope': mlx-lm takes the long factors"):
+        mended({"model_type": "phi3", "rope_scaling": {"type": "longrope"}})
+    with pytest.raises(ModelError, match="qwen2 names no rope_theta"):
+        mended({"model_type": "qwen2"})
+    assert mended({"model_type": "gpt2"}) == {}
     with pytest.raises(ModelError, match="by layer type, full_attention"):
         mended({"model_type": "llama", "rope_parameters": {"full_attention": config}})
 

@@ -19,6 +19,11 @@ from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
 from gvpo_core.training.hugging_face import rope_settings
 
+_OTHERWISE = {
+    "longrope": "mlx-lm takes the long factors at every length, transformers beyond the original one alone",
+    "su": "mlx-lm takes the long factors at every length, transformers beyond the original one alone",
+    "dynamic": "its frequencies depend on the length of a row, padding included",
+}
 _ADAPTERS = (LoRALinear, LoRAEmbedding, LoRASwitchLinear, DoRALinear, DoRAEmbedding)
 
 
@@ -68,8 +73,16 @@ def mended(config: dict[str, Any]) -> dict[str, Any]:
         found["text_config"] = config["text_config"] | mended(
             {"model_type": config.get("model_type")} | config["text_config"]
         )
-    rope = config.get("rope_parameters")
+    rope = config.get("rope_parameters") or {}
+    scaling = config.get("rope_scaling") or {}
+    for kind in {rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")} & _OTHERWISE.keys():
+        raise ModelError(f"config.json asks for rope_type {kind!r}: {_OTHERWISE[kind]}; log-probs would not be its own")
     if not rope:
+        if "text_config" not in found and config.get("rope_theta") is None and _reads(config, "rope_theta"):
+            raise ModelError(
+                f"config.json of {config.get('model_type')} names no rope_theta, at its top level or in"
+                " rope_parameters; mlx-lm would take a default of its own: add the model's"
+            )
         return found
     if any(isinstance(value, dict) for value in rope.values()):
         return found | _by_layer_type(config, rope)
