@@ -120,9 +120,9 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any)
         tensors[head] = tensors[next(n for n in tensors if n.endswith("embed_tokens.weight"))]
     files = _write(directory, tensors.items(), "model-{:05d}.safetensors", {"format": "pt"})
     _index(directory, files, tensors)
-    settings = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    settings = {k: v for k, v in settings.items() if k not in ("quantization", "quantization_config", "torch_dtype")}
-    settings = portable_config(settings, config.dtype)
+    # The completed settings: mlx-lm asks for some by names that transformers 5 no longer writes.
+    dropped = ("quantization", "quantization_config", "torch_dtype")
+    settings = portable_config({k: v for k, v in scorer.config.items() if k not in dropped}, config.dtype)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     generation = folder / "generation_config.json"
     if generation.is_file():

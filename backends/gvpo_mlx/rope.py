@@ -4,7 +4,6 @@ transformers 5 keeps them in `rope_parameters`; many models of mlx-lm read only 
 `rope_scaling`, and take a default in silence otherwise: log-probs are then off by a nat or more.
 """
 
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,15 +27,14 @@ Not longrope: mlx-lm takes the long factors at every length, transformers only b
 depends on the length of the row, so that a cached key and a new one disagree."""
 
 
-def settings_for(arguments: type, config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_for(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """What must stand in config.json so that mlx-lm's model arguments get RoPE's settings.
 
     Args:
-      arguments: the `ModelArgs` of the architecture.
+      known: the names of what the architecture's `ModelArgs` takes.
       config: config.json, with transformers' defaults filled in where it knows the model.
     Raises: ConfigError: settings that mlx-lm computes otherwise or that this architecture cannot be given.
     """
-    known = inspect.signature(arguments).parameters
     nested = config.get("rope_parameters")
     by_layer = isinstance(nested, Mapping) and nested and all(isinstance(v, Mapping) for v in nested.values())
     if by_layer and "rope_parameters" in known:

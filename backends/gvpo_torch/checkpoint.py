@@ -192,4 +192,10 @@ def _delta(layer: Any) -> Tensor | None:
     if hasattr(layer, "parameter_name"):
         return layer.get_delta_weight(name).detach().float()
     a, b = whole(layer.lora_A[name].weight.detach()), whole(layer.lora_B[name].weight.detach())
-    return (b.float() @ a.float()) * layer.scaling[name]
+    delta = (b.float() @ a.float()) * layer.scaling[name]
+    if name not in layer.lora_magnitude_vector:
+        return delta
+    weight = whole(layer.get_base_layer().weight.detach()).float()
+    magnitude = whole(layer.lora_magnitude_vector[name].weight.detach()).float()
+    moved = weight + delta
+    return moved * (magnitude / moved.norm(dim=1)).unsqueeze(1) - weight

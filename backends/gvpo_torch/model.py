@@ -247,6 +247,7 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         target_modules=targets,
         lora_dropout=0.0,
+        use_dora=config.lora_kind == "dora",
         task_type="CAUSAL_LM",
     )
     with (
