@@ -79,7 +79,7 @@ def test_the_steps_of_one_process(name: str, folder, tmp_path) -> None:
     found = trl_runs.run(folder, tmp_path, CASES[name])
     check(folder, found, CASES[name])
     for rows in found["seen"]:  # whole groups, however they were shuffled
-        prompts = [tuple(prompt) for prompt, _ in rows]
+        prompts = [tuple(prompt) for prompt, *_ in rows]
         assert {prompts.count(prompt) for prompt in prompts} == {trl_runs.K}
     loss = [line for line in found["log"] if "loss" in line]
     assert len(loss) == len(found["steps"])
@@ -88,6 +88,13 @@ def test_the_steps_of_one_process(name: str, folder, tmp_path) -> None:
         assert line["loss"] == pytest.approx(parts, rel=1e-3)
         assert line["gvpo/groups/counted"] + line["gvpo/groups/dropped"] == len(found["seen"][0]) / trl_runs.K
         assert ("gvpo/kl" in line) == ("gvpo/regret" in line) == (CASES[name].get("beta") != 0.0)
+
+
+def test_the_steps_of_responses_that_hold_tokens_of_tools(folder, tmp_path) -> None:
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    found = trl_runs.run(folder, tmp_path, settings, rollout_func=trl_runs.tool_calls)
+    assert all(own[:3] == [1, 0, 0] for rows in found["seen"] for _, _, own in rows)
+    check(folder, found, settings)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +129,7 @@ def test_the_steps_of_two_processes(settings: dict, folder, tmp_path) -> None:
             steps.append({})
         steps[int(step)][name_of] = torch.from_numpy(first[name])
     both = [a + b for a, b in zip(*seen, strict=True)]
-    counts = [{tuple(p) for p, _ in rows} for rows in (seen[0][0], seen[1][0])]
+    counts = [{tuple(p) for p, *_ in rows} for rows in (seen[0][0], seen[1][0])]
     assert bool(counts[0] & counts[1]) == (settings["per_device_train_batch_size"] == 3)
     check(folder, {"start": start, "steps": steps, "seen": both}, settings)
     line = next(line for line in json.loads((tmp_path / "log.json").read_text()) if "loss" in line)

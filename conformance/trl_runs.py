@@ -87,9 +87,10 @@ def make_trainer(
     )
 
 
-def run(folder: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Trains; the (prompt, completion) tokens that each step saw of this process, and the parameters after it."""
+def run(folder: Path, out: Path, settings: dict[str, Any], rollout_func: Any = None) -> dict[str, Any]:
+    """Trains; the prompt, completion and mask that each step saw of this process, and the parameters after it."""
     trainer = make_trainer(folder, out, **settings)
+    trainer.rollout_func = rollout_func
     start, steps, seen = trained(trainer.model), Steps(), []
     trainer.add_callback(steps)
     theirs, window = trainer._compute_loss, trainer.args.gradient_accumulation_steps
@@ -98,10 +99,10 @@ def run(folder: Path, out: Path, settings: dict[str, Any]) -> dict[str, Any]:
         if len(seen) * window == trainer._step:
             seen.append([])
         for row in range(len(inputs["prompt_ids"])):
-            texts = [
-                inputs[f"{part}_ids"][row][inputs[f"{part}_mask"][row].bool()] for part in ("prompt", "completion")
-            ]
-            seen[-1].append([text.tolist() for text in texts])
+            kept = [inputs[f"{part}_mask"][row].bool() for part in ("prompt", "completion")]
+            texts = [inputs["prompt_ids"][row][kept[0]], inputs["completion_ids"][row][kept[1]]]
+            own = inputs["tool_mask"][row][kept[1]] if "tool_mask" in inputs else torch.ones_like(texts[1])
+            seen[-1].append([text.tolist() for text in (*texts, own)])
         return theirs(model, inputs)
 
     trainer._compute_loss = compute_loss
@@ -127,10 +128,10 @@ def reference(
     optimizer = torch.optim.SGD(parameters.values(), lr=RATE)
     made = []
     for rows in seen:
-        ids, groups = dense_group_ids(tuple(prompt) for prompt, _ in rows)
-        given = [reward(completion) for _, completion in rows]
+        ids, groups = dense_group_ids(tuple(prompt) for prompt, _, _ in rows)
+        given = [reward(completion) for _, completion, _ in rows]
         scores = torch.tensor([float("nan") if x is None else x for x in given], dtype=torch.float64)
-        scores[[not completion for _, completion in rows]] = float("nan")  # masked by TRL
+        scores[[not completion for _, completion, _ in rows]] = float("nan")  # masked by TRL
         logprobs = torch.stack([logprob(model, *row) for row in rows])
         with torch.no_grad():
             ref = torch.stack([logprob(initial, *row) for row in rows])
@@ -141,11 +142,21 @@ def reference(
     return made
 
 
-def logprob(model: Any, prompt: list[int], completion: list[int]) -> torch.Tensor:
-    """() sum of a completion's token log-probabilities at temperature 1, one sequence alone."""
+def logprob(model: Any, prompt: list[int], completion: list[int], own: list[int]) -> torch.Tensor:
+    """() sum of the log-probabilities at temperature 1 of a completion's own tokens, one sequence alone."""
     logits = model(torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1]
     tokens = torch.tensor(completion, dtype=torch.int64)
-    return logits[: len(completion)].log_softmax(-1).gather(1, tokens[:, None]).sum()
+    per_token = logits[: len(completion)].log_softmax(-1).gather(1, tokens[:, None])[:, 0]
+    return (per_token * torch.tensor(own)).sum()
+
+
+def tool_calls(prompts: list[Any], trainer: Any) -> dict[str, Any]:
+    """A rollout in which the environment has written the second and third token of each completion."""
+    draw = np.random.default_rng(trainer.state.global_step)
+    tokens = [[7 + PROMPTS.index(prompt)] for prompt in prompts]
+    completions = [draw.integers(1, 96, int(draw.integers(4, 7))).tolist() for _ in prompts]
+    masks = [[1, 0, 0, *[1] * (len(completion) - 3)] for completion in completions]
+    return {"prompt_ids": tokens, "completion_ids": completions, "logprobs": None, "env_mask": masks}
 
 
 def main() -> None:
