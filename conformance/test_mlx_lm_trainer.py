@@ -195,13 +195,14 @@ def test_steps_follow_each_other_through_shuffled_epochs(folder, groups, tmp_pat
     assert apart({name: value - start[name] for name, value in parameters(model).items()}, moved) < 1e-5
 
 
-def test_the_compiled_step_is_the_same(folder, groups, tmp_path, capfd):
+@pytest.mark.parametrize("batch_size", [7, 4], ids=["whole groups", "split groups"])
+def test_the_compiled_step_is_the_same(batch_size, folder, groups, tmp_path, capfd):
     changes = []
     for compiled in (False, True):
         (mx.enable_compile if compiled else mx.disable_compile)()
         model = adapted(folder)
         before = parameters(model)
-        settings = arguments(tmp_path, batch_size=7, grad_accumulation_steps=2, iters=4)
+        settings = arguments(tmp_path, batch_size=batch_size, grad_accumulation_steps=14 // batch_size, iters=6)
         train(model, optim.SGD(learning_rate=RATE), groups, args=settings, model_path=folder, beta=BETA)
         changes.append({name: value - before[name] for name, value in parameters(model).items()})
     assert apart(*changes) < 1e-5
@@ -302,6 +303,13 @@ def test_rope_is_the_folders(name, tmp_path):
         assert model.layers[0].self_attn.rope.base == theta
     ids = mx.array([list(range(1, 60))])
     assert reads_it == (float(mx.abs(model(ids) - plain(ids)).max()) < 1e-6)
+
+
+def test_a_top_level_theta_is_enough(tmp_path):
+    folder = tiny_models.write_model("llama", tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 700}
+    (folder / "config.json").write_text(json.dumps(config))
+    check_rope(mlx_lm.load(str(folder))[0], folder)
 
 
 def test_rope_that_mlx_lm_cannot_do_is_refused(tmp_path):

@@ -26,19 +26,19 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("training", "shuffle"),
+    ("training", "shuffle", "beta"),
     [
-        ({}, None),
-        ({"mini_batch_size": 4, "train_micro_batch_size": 1}, 3),
-        ({"mini_batch_size": 4, "train_micro_batch_size": 2, "rollout_micro_batch_size": 4}, 5),
+        ({}, None, 0.0),
+        ({"mini_batch_size": 4, "train_micro_batch_size": 1}, 3, BETA),
+        ({"mini_batch_size": 4, "train_micro_batch_size": 2, "rollout_micro_batch_size": 4}, 5, BETA),
     ],
-    ids=["one-micro-batch", "four-shuffled", "two-of-one-rollout"],
+    ids=["one-micro-batch-beta-0", "four-shuffled", "two-of-one-rollout"],
 )
-def test_a_step_is_the_whole_batchs(training, shuffle, folder):
+def test_a_step_is_the_whole_batchs(training, shuffle, beta, folder):
     """At sampling temperature 1.3, from a policy that has moved from the reference."""
-    ran = runs.run(folder, k=K, beta=BETA, training=training, shuffle=shuffle)
+    ran = runs.run(folder, k=K, beta=beta, training=training, shuffle=shuffle)
     assert sum(len(rollout.responses) for rollout in ran.rollouts) == 12
-    expected = runs.whole_step(folder, ran.before, ran.rollouts, k=K, beta=BETA)
+    expected = runs.whole_step(folder, ran.before, ran.rollouts, k=K, beta=beta)
     assert runs.apart(ran.after, expected, ran.before) < 1e-5
 
 

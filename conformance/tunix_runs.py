@@ -16,7 +16,7 @@ from tunix.models.llama3 import params
 from tunix.rl import rl_cluster
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
-from gvpo_core import gvpo_loss
+from gvpo_core import gvpo_loss, gvpo_surrogate
 
 THETA = 700.0  # of tiny_models' llama
 PROMPTS = ("say a:", "say bee:", "e", "code the")
@@ -152,7 +152,7 @@ def logprobs(model: Any, prompts: list[tuple[int, ...]], responses: list[tuple[i
 
 
 def whole_step(folder: Path, at: Any, rollouts: list[Rollout], *, k: int, beta: float, rate: float = 0.02) -> Any:
-    """Parameters after one SGD step at `at` along the GVPO gradient of all the rows at once."""
+    """Parameters after one SGD step at `at` along the gradient of GVPO's loss over all the rows, by 2 beta."""
     model, base = load(folder), load(folder)
     nnx.update(model, jax.tree.map(jnp.asarray, at))
     prompts = [p for rollout in rollouts for p in rollout.prompts]
@@ -162,7 +162,9 @@ def whole_step(folder: Path, at: Any, rollouts: list[Rollout], *, k: int, beta: 
     ref = nnx.jit(lambda of: logprobs(of, prompts, responses))(base)
 
     def loss(of: Any) -> jax.Array:
-        return gvpo_loss(logprobs(of, prompts, responses), ref, rewards, ids, beta=beta).loss / (2 * beta)
+        rows = (logprobs(of, prompts, responses), ref, rewards, ids)
+        options = {"beta": beta, "num_groups": len(prompts) // k}
+        return gvpo_loss(*rows, **options).loss / (2 * beta) if beta else gvpo_surrogate(*rows, **options)
 
     gradient = nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model))
     return jax.tree.map(lambda p, g: p - rate * np.asarray(g), at, gradient)

@@ -66,7 +66,8 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     """Loads, scores the reference, and hands over to mlx-lm."""
-    model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": args.trust_remote_code})
+    trust = args.trust_remote_code
+    model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
     files = {name: Path(args.data) / f"{name}.jsonl" for name in ("train", "valid")}
     sets = {
         name: load_groups(path, tokenizer, max_seq_length=args.max_seq_length, name=str(path))

@@ -134,7 +134,7 @@ def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
         return False
     arrays = lambda a, b: isinstance(a, mx.array) and isinstance(b, mx.array)
     return all(
-        (a.shape == b.shape and mx.allclose(a, b).item()) if arrays(a, b) else type(a) is type(b) and a == b
+        (a.shape == b.shape and mx.allclose(a, b).item()) if arrays(a, b) else a == b
         for a, b in ((one[key], other[key]) for key in one)
     )
 
