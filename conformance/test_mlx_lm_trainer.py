@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from itertools import islice
@@ -355,11 +356,23 @@ def test_the_command_line(folder, groups, tmp_path, capfd):
     assert "betta" in capfd.readouterr().err
 
 
+def free_ports() -> int:
+    """The first of two neighbouring ports that nobody listens on."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            with contextlib.suppress(OSError, OverflowError):
+                second.bind(("127.0.0.1", port + 1))
+                return port
+
+
 def test_two_processes_take_the_step_of_one(folder, tmp_path):
     """mlx.launch over its ring: groups whole on a process, groups split over both, and a process without rows."""
     script = Path(__file__).parent / "mlx_lm_worker.py"
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "MLX_DISABLE_COMPILE": "1"}
     launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--env", f"PYTHONPATH={env['PYTHONPATH']}"]
+    launch += ["--starting-port", str(free_ports())]
     one, two = tmp_path / "one.npz", tmp_path / "two.npz"
     for command, out in (([sys.executable], one), ([*launch, "--env", "MLX_DISABLE_COMPILE=1", "--"], two)):
         python = [] if out == one else [sys.executable]

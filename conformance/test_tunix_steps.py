@@ -42,6 +42,14 @@ def test_a_step_is_the_whole_batchs(training, shuffle, beta, folder):
     assert runs.apart(ran.after, expected, ran.before) < 1e-5
 
 
+def test_a_step_of_lora_is_the_whole_batchs(folder):
+    """Adapters that have moved; the reference is the model without them."""
+    training = {"mini_batch_size": 4, "train_micro_batch_size": 2}
+    ran = runs.run(folder, k=K, beta=BETA, training=training, lora=True)
+    expected = runs.whole_step(folder, ran.before, ran.rollouts, k=K, beta=BETA, lora=True)
+    assert runs.apart(ran.after, expected, ran.before) < 1e-5
+
+
 def test_missing_scores_leave_their_groups(folder):
     """One group with a response less, one with a single score: it does not count, in a micro-batch of its own too."""
 

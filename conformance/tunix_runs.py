@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import qwix
 import tiny_models
 from flax import nnx
 from gvpo_tunix import GVPOConfig, GVPOLearner
@@ -51,7 +52,20 @@ def mesh() -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()).reshape(-1, 1), ("fsdp", "tp"))
 
 
-def cluster(folder: Path, *, optimizer: Any, training: dict[str, Any], rollout: dict[str, Any]) -> Any:
+def adapted(folder: Path) -> Any:
+    """The folder's model with LoRA, whose adapters have moved from zero."""
+    base = load(folder)
+    provider = qwix.LoraProvider(module_path=".*q_proj|.*gate_proj", rank=4, alpha=8.0)
+    model = qwix.apply_lora_to_model(base, provider, **base.get_model_input())
+    draw = np.random.default_rng(7)
+    state = nnx.state(model, nnx.LoRAParam)
+    nnx.update(model, jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype(np.float32), state))
+    return model
+
+
+def cluster(
+    folder: Path, *, optimizer: Any, training: dict[str, Any], rollout: dict[str, Any], lora: bool = False
+) -> Any:
     roles = dict.fromkeys((Role.ACTOR, Role.REFERENCE, Role.ROLLOUT), mesh())
     usual = {"max_tokens_to_generate": 6, "max_prompt_length": 8, "kv_cache_size": 32, "temperature": 1.3}
     config = rl_cluster.ClusterConfig(
@@ -62,7 +76,7 @@ def cluster(folder: Path, *, optimizer: Any, training: dict[str, Any], rollout: 
         rollout_config=RolloutConfig(**(usual | rollout)),
     )
     tokenizer = tiny_models.make_tokenizer()
-    actor = load(folder, noise=0.05)
+    actor = adapted(folder) if lora else load(folder, noise=0.05)
     return rl_cluster.RLCluster(actor=actor, reference=load(folder), tokenizer=tokenizer, cluster_config=config)
 
 
@@ -101,9 +115,11 @@ def run(
     prompts: tuple[str, ...] = PROMPTS,
     training: dict[str, Any] | None = None,
     rollout: dict[str, Any] | None = None,
+    lora: bool = False,
 ) -> Recorded:
     """Trains on `batches` batches of the prompts; what was sampled is read off the cluster, not off the adapter."""
-    made = cluster(folder, optimizer=optimizer or optax.sgd(0.02), training=training or {}, rollout=rollout or {})
+    optimizer = optimizer or optax.sgd(0.02)
+    made = cluster(folder, optimizer=optimizer, training=training or {}, rollout=rollout or {}, lora=lora)
     limit = made.get_rollout_config(rl_cluster.Mode.TRAIN).max_tokens_to_generate
     outputs: list[Any] = []
     generate = made.generate
@@ -113,7 +129,8 @@ def run(
         return outputs[-1]
 
     made.generate = recording
-    recorded = Recorded(parameters(made.actor_trainer.model), None)
+    kind = nnx.LoRAParam if lora else nnx.Param
+    recorded = Recorded(parameters(made.actor_trainer.model, kind), None)
 
     def rewarding(prompts: list[str], completions: list[str], **columns: Any) -> list[float | None]:
         rewards = reward(prompts, completions, **columns)
@@ -128,12 +145,12 @@ def run(
     settings = GVPOConfig(num_generations=k, num_iterations=iterations, beta=beta)
     learner = GVPOLearner(made, settings, rewarding, data_shuffle_seed=shuffle, model_path=folder)
     learner.train([{"prompts": np.array(prompts)}] * batches)
-    recorded.after = parameters(made.actor_trainer.model)
+    recorded.after = parameters(made.actor_trainer.model, kind)
     return recorded
 
 
-def parameters(model: Any) -> Any:
-    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+def parameters(model: Any, kind: Any = nnx.Param) -> Any:
+    return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(model, kind)))
 
 
 def logprobs(model: Any, prompts: list[tuple[int, ...]], responses: list[tuple[int, ...]]) -> jax.Array:
@@ -151,9 +168,12 @@ def logprobs(model: Any, prompts: list[tuple[int, ...]], responses: list[tuple[i
     return jnp.where(inside, chosen, 0.0).sum(axis=1)
 
 
-def whole_step(folder: Path, at: Any, rollouts: list[Rollout], *, k: int, beta: float, rate: float = 0.02) -> Any:
+def whole_step(
+    folder: Path, at: Any, rollouts: list[Rollout], *, k: int, beta: float, rate: float = 0.02, lora: bool = False
+) -> Any:
     """Parameters after one SGD step at `at` along the gradient of GVPO's loss over all the rows, by 2 beta."""
-    model, base = load(folder), load(folder)
+    model, base = adapted(folder) if lora else load(folder), load(folder)
+    wanted = nnx.DiffState(0, nnx.LoRAParam) if lora else 0
     nnx.update(model, jax.tree.map(jnp.asarray, at))
     prompts = [p for rollout in rollouts for p in rollout.prompts]
     responses = [r for rollout in rollouts for r in rollout.responses]
@@ -166,7 +186,7 @@ def whole_step(folder: Path, at: Any, rollouts: list[Rollout], *, k: int, beta: 
         options = {"beta": beta, "num_groups": len(prompts) // k}
         return gvpo_loss(*rows, **options).loss / (2 * beta) if beta else gvpo_surrogate(*rows, **options)
 
-    gradient = nnx.to_pure_dict(nnx.jit(nnx.grad(loss))(model))
+    gradient = nnx.to_pure_dict(nnx.jit(nnx.grad(loss, argnums=wanted))(model))
     return jax.tree.map(lambda p, g: p - rate * np.asarray(g), at, gradient)
 
 
