@@ -179,3 +179,20 @@ def test_options_columns_and_chats_arrive_as_in_a_thread(tmp_path):
         got = score(loaded, [chat, chat], ["ü", "y"], {"answer": ["ü", "x"], "unused": [1, 2]})
         assert got.total.tolist() == [4.0, 1.0]
         close_rewards(loaded)
+
+
+def test_math_verify_that_does_not_end_costs_its_response_alone():
+    """A power tower that its parser evaluates: past the limit the process is killed, and the others are scored."""
+    pytest.importorskip("math_verify", reason="the rewards extra is not installed")
+    before = children()
+    loaded = load_rewards({"m": RewardConfig("math_verify", timeout=4.0)})
+    handler = signal.getsignal(signal.SIGALRM)
+    texts = ["$\\frac{1}{2}$", "$" + "9^{" * 4 + "9" + "}" * 4 + "$", "it is $3$"]
+    start = time.monotonic()
+    got = score(loaded, ["p"] * 3, texts, {"answer": ["0.5", "$" + "8^{" * 4 + "8" + "}" * 4 + "$", "3"]})
+    assert time.monotonic() - start < 60
+    assert got.total[0] == 1 and got.total[2] == 1, got
+    assert sum(got.errors["m"].values()) <= 1 and got.total[1] != 1, got
+    assert signal.getsignal(signal.SIGALRM) is handler
+    close_rewards(loaded)
+    assert children() <= before

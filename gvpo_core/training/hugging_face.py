@@ -27,11 +27,13 @@ def source(config: ModelConfig) -> dict[str, Any]:
             raise ConfigError(f"model.path {config.path!r} has no config.json: expected a Hugging Face model folder")
     elif os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
         raise ConfigError(f"model.path {config.path!r} is not a folder")
-    return {
+    found = {
         "pretrained_model_name_or_path": path,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
+    # Code may lie in another repository than the weights: without this it would come from that one's newest commit.
+    return found | {"code_revision": config.revision} if config.trust_remote_code and config.revision else found
 
 
 def local_folder(config: ModelConfig) -> Path:
@@ -56,6 +58,11 @@ def explained(what: str, config: ModelConfig) -> Iterator[None]:
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+        if "trust_remote_code" in str(error) and not config.trust_remote_code:
+            raise ConfigError(
+                f"{what} of model.path {config.path!r} asks for code that comes with it: read that code, then set"
+                " model.trust_remote_code = true, for a hub name with the commit that was read in model.revision"
+            ) from error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ConfigError(
             f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}: {reason}"
