@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -389,3 +390,13 @@ def test_two_processes_take_the_step_of_one(folder, tmp_path):
     for case in ("whole", "split", "idle"):
         a, b = ({k: v for k, v in x.items() if k.startswith(case)} for x in (second, first))
         assert apart(a, b) < 1e-5, case
+
+
+def test_the_loop_of_the_docs_runs(folder, tmp_path, monkeypatch, capfd):
+    text = (Path(__file__).parent.parent / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(import mlx\.optimizers.*?)```", text, re.DOTALL)
+    (row,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text(row * 2)
+    exec(code.replace("path/to/model", str(folder)).replace("iters=400", "iters=4"), {})
+    assert (tmp_path / "adapters.safetensors").stat().st_size > 0
