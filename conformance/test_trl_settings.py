@@ -127,6 +127,15 @@ def test_evaluation_weighs_too(folder, tmp_path) -> None:
     assert parts - 2 * found["eval_gvpo/covariance"] == pytest.approx(found["eval_loss"], rel=1e-3)
 
 
+def test_a_run_goes_on_from_a_checkpoint_amid_a_generation(folder, tmp_path) -> None:
+    settings = SIZES | {"steps_per_generation": 4, "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
+    trl_runs.make_trainer(folder, tmp_path, **settings).train()
+    again = trl_runs.make_trainer(folder, tmp_path, **settings)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert [line["step"] for line in again.state.log_history if "gvpo/kl" in line] == [1, 2, 3, 4, 5]
+    assert "GVPO" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
 def test_the_reward_rises(folder, tmp_path) -> None:
     wanted = set(range(20, 58))
     share = lambda completion_ids, **_: [sum(t in wanted for t in ids) / len(ids) for ids in completion_ids]
