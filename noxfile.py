@@ -187,6 +187,20 @@ def demo_jax(session: nox.Session) -> None:
 
 
 @nox.session
+def demo_mlx(session: nox.Session) -> None:
+    """The same demo, trained by MLX: as it is on a Mac; elsewhere, where MLX's products are slow, two small steps.
+
+    nox -s demo_mlx
+    nox -s demo_mlx -- --steps 5
+    """
+    install(session, "-e", ".[demo,mlx]", without_dependencies=WITHOUT_DEPENDENCIES)
+    small = ("--steps", "2", "--held-out", "4", "--rollout.prompts", "2", "--rollout.responses", "4")
+    small += ("--rollout.max-tokens", "4", "--model.lora-rank", "8", "--optimizer.learning-rate", "1e-3")
+    sizes = () if sys.platform == "darwin" else small
+    session.run("python", "examples/smollm2_arithmetic/demo.py", "--backend", "mlx", *sizes, *session.posargs)
+
+
+@nox.session
 def tpu_compile(session: nox.Session) -> None:
     """Compiles the JAX trainer for TPUs without one, and fails where a program takes more of their memory than bounds.
 
@@ -199,14 +213,14 @@ def tpu_compile(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time and memory beside TRL's GRPOTrainer and beside plain PyTorch; fails beyond the stated bounds.
+    """Time and memory beside TRL's GRPOTrainer and beside plain PyTorch and MLX; fails beyond the stated bounds.
 
     nox -s bench
-    nox -s bench -- step_vs_trl             one of step_vs_trl, packed_speed, logprob_memory
+    nox -s bench -- step_vs_trl             one of step_vs_trl, packed_speed, logprob_memory, mlx_logprob_memory
     """
-    install(session, "-e", ".[demo]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
+    install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
     failed = []
-    for name in session.posargs or ("step_vs_trl", "packed_speed", "logprob_memory"):
+    for name in session.posargs or ("step_vs_trl", "packed_speed", "logprob_memory", "mlx_logprob_memory"):
         try:
             session.run("python", f"benchmarks/{name}.py")
         except CommandFailed:  # the others are measured all the same

@@ -3,7 +3,7 @@
 import pytest
 
 from gvpo_core.training import backend
-from gvpo_core.training.config import Config, ConfigError, RunConfig
+from gvpo_core.training.config import Config, ConfigError, ModelConfig, RunConfig
 
 pytestmark = pytest.mark.core
 
@@ -26,3 +26,8 @@ def test_a_backend_that_is_not_there_says_what_installs_it(monkeypatch) -> None:
     monkeypatch.setitem(backend._MODULES, "mlx", "gvpo_of_no_such_name")
     with pytest.raises(ConfigError, match=r'gvpo_mlx cannot be imported.*pip install "gvpo\[mlx\]"'):
         backend.load_policy(Config(run=RunConfig(backend="mlx")))
+
+
+def test_dora_is_refused_where_it_would_be_lora() -> None:
+    with pytest.raises(ConfigError, match="dora, which gvpo_jax does not have"):
+        backend.load_policy(Config(run=RunConfig(backend="jax"), model=ModelConfig(lora_rank=2, lora_kind="dora")))

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -218,3 +219,12 @@ def test_the_wired_limit_is_raised_on_metal_alone(monkeypatch) -> None:
     monkeypatch.setattr(mx, "device_info", lambda device: {"max_recommended_working_set_size": 7.0})
     memory.allow_wired(mx.Device(mx.gpu, 0))
     assert calls == [7]
+
+
+def test_the_laptop_config_is_one() -> None:
+    from gvpo_core.training.config_check import check_config
+    from gvpo_core.training.config_file import read_config
+
+    config = read_config(Path(__file__).parent.parent / "examples" / "mlx_laptop.toml")
+    check_config(config)
+    assert config.run.backend == "mlx" and config.model.lora_rank and "4bit" in config.model.path

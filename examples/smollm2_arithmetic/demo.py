@@ -2,7 +2,8 @@
 
     python examples/smollm2_arithmetic/demo.py [--backend torch|jax|mlx] [--steps N] [--held-out N]
 
-A demo that was stopped goes on where it was; a finished one makes way for a new one.
+Other options are those of `gvpo train`. A demo that was stopped goes on where it was; a finished one makes way for a
+new one.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def main() -> int:
     parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
     parser.add_argument("--steps", type=int, default=steps, help=f"training steps; default {steps}")
     parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default all")
-    options = parser.parse_args()
+    options, others = parser.parse_known_args()
     if options.steps < 1 or options.held_out < 0:
         parser.error(f"--steps {options.steps} --held-out {options.held_out}; expected at least 1 and at least 0")
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries while the model loads; the run has its own
@@ -43,7 +44,7 @@ def main() -> int:
     prepare()
     print()
     arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.steps", str(options.steps)]
-    arguments += ["--run.backend", options.backend, "--evaluation.prompts", str(options.held_out)]
+    arguments += ["--run.backend", options.backend, "--evaluation.prompts", str(options.held_out), *others]
     if status := cli.main(arguments):
         return status
     print(f"reward curve  {reward_curve_png(run, run / 'reward.png')}\n")

@@ -34,6 +34,10 @@ def load_policy(config: Config) -> Policy:
     Raises: ConfigError: the backend is not installed, with the line that installs it; or what the backend's load says.
     """
     name = backend_of(config)
+    if config.model.lora_kind == "dora" and name not in ("torch", "mlx"):
+        raise ConfigError(
+            f"model.lora_kind is dora, which gvpo_{name} does not have: use lora, or backend torch or mlx"
+        )
     try:
         module = importlib.import_module(_MODULES[name])
     except ImportError as e:
