@@ -68,6 +68,7 @@ class JaxPolicy:
         self._reference: Parameters | None = None
         if reference and not config.lora_rank:
             self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
+        self._adamw = (*optimizer.betas, optimizer.eps, optimizer.weight_decay)
         self._shapes = {name: a.shape for name, a in self._trained.items()}
         self._shardings = mesh.parameter_shardings(self.mesh, self._shapes)
         self._state = self._empty_state()
@@ -88,7 +89,7 @@ class JaxPolicy:
 
     def _empty_state(self) -> Any:
         """AdamW's moments, sharded as the parameters."""
-        optimizer = update.make_optimizer(self.optimizer_config)
+        optimizer = update.adamw(*self._adamw)
         shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in self._shapes.items()}
         shardings = optax.tree_map_params(
             optimizer,
@@ -235,7 +236,7 @@ class JaxPolicy:
                 if logprobs.shape != (len(batch),):
                     raise ValueError(f"scored has shape {logprobs.shape}; expected ({len(batch)},)")
             factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
-        total = self._call(update.no_gradient, (tuple(self._shapes.items()),), out=self._shardings)
+        total = self._call(update.no_gradient, (self.mesh, tuple(self._shapes.items())), out=self._shardings)
         for rows in (r for alike in update.plan(batch, whole, self.mesh) for r in alike):
             total, sums = self._whole(total, rows, coefficients)
             assert rows.source is not None
@@ -295,7 +296,7 @@ class JaxPolicy:
         shardings = jax.tree.map(lambda a: a.sharding, self._state)
         trained, self._state = self._call(
             update.step,
-            (self.optimizer_config,),
+            self._adamw,
             self._trained,
             self._state,
             total,

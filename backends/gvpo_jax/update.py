@@ -14,7 +14,6 @@ from jax import Array, lax
 from jax.sharding import Mesh
 
 from gvpo_core.training import layout
-from gvpo_core.training.config import OptimizerConfig
 from gvpo_core.training.policy import Batch
 from gvpo_jax import mesh as meshes
 from gvpo_jax.model import Parameters, Setup, score
@@ -110,7 +109,8 @@ def score_rows(setup: Setup, parameters: Parameters, adapters: Parameters, rows:
     return score(setup, parameters, adapters, rows)
 
 
-def no_gradient(shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
+def no_gradient(mesh: Mesh, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
+    """Zeros to add to; the mesh only tells the program from another's."""
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
 
 
@@ -169,21 +169,25 @@ def norms(total: Parameters) -> tuple[Array, dict[str, Array]]:
 
 
 def step(
-    config: OptimizerConfig, trained: Parameters, state: Any, total: Parameters, scale: Array, rate: Array
+    b1: float,
+    b2: float,
+    eps: float,
+    decay: float,
+    trained: Parameters,
+    state: Any,
+    total: Parameters,
+    scale: Array,
+    rate: Array,
 ) -> tuple[dict[str, Array], Any]:
     """AdamW with the gradient times `scale`, at this learning rate."""
     scaled = {name: g * scale for name, g in total.items()}
-    updates, state = make_optimizer(config).update(scaled, state, trained)
+    updates, state = adamw(b1, b2, eps, decay).update(scaled, state, trained)
     return {name: p - rate * updates[name] for name, p in trained.items()}, state
 
 
-def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+def adamw(b1: float, b2: float, eps: float, decay: float) -> optax.GradientTransformation:
     """AdamW before the learning rate; weight decay on matrices alone."""
-    b1, b2 = config.betas
-    return optax.chain(
-        optax.scale_by_adam(b1, b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=_matrices),
-    )
+    return optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay, mask=_matrices))
 
 
 def _matrices(trained: Parameters) -> dict[str, bool]:
