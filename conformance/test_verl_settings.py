@@ -22,6 +22,7 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's, at import
     from transfer_queue import KVBatchMeta
     from verl.trainer.ppo import core_algos
     from verl.trainer.ppo.ray_trainer import apply_kl_penalty
+    from verl.trainer.ppo.v1 import PPOTrainerSync
     from verl.workers.config import ActorConfig
     from verl.workers.config.actor import PolicyLossConfig
 
@@ -180,3 +181,20 @@ def test_the_trainer_reorders_the_balanced_batch() -> None:
     for step in range(3):  # mini-batches of 2 prompts x 4 responses, half of them on each of 2 ranks
         rows = [key for rank in (0, 12) for key in batch.keys[rank + 4 * step : rank + 4 * step + 4]]
         assert len({key.split("_")[0] for key in rows}) == 2
+
+
+@pytest.mark.parametrize("loaded", [True, False])
+def test_workers_without_gvpo_stop_the_run(loaded: bool, monkeypatch) -> None:
+    def update(self: Any, batch: Any, metrics: dict[str, float]) -> Any:
+        metrics.update({"actor/gvpo/loss": 0.1} if loaded else {"actor/pg_loss": 0.1})
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_update_actor", update)
+    trainer = object.__new__(GVPOTrainer)
+    trainer.gvpo_beta = 0.1
+    batch = SimpleNamespace(extra_info={})
+    if loaded:
+        assert trainer._update_actor(batch, {}).extra_info == {"gvpo_beta": 0.1}
+        return
+    with pytest.raises(RuntimeError, match=r"not imported in their processes; set VERL_USE_EXTERNAL_MODULES"):
+        trainer._update_actor(batch, {})

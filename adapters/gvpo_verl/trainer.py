@@ -14,7 +14,7 @@ from gvpo_verl.worker import BETA
 class GVPOTrainer(PPOTrainerSync):
     """`trainer.v1.trainer_mode=gvpo`: verl's `sync` trainer, its batches weighed by `GVPOWorker`.
 
-    Raises: ValueError: settings under which a step would not be GVPO's.
+    Raises: ValueError: settings under which a step would not be GVPO's. RuntimeError: workers without GVPO.
     """
 
     def __init__(self, config: Any) -> None:
@@ -35,7 +35,13 @@ class GVPOTrainer(PPOTrainerSync):
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
         batch.extra_info[BETA] = self.gvpo_beta
-        return super()._update_actor(batch, metrics)
+        batch = super()._update_actor(batch, metrics)
+        if "actor/gvpo/loss" not in metrics:
+            raise RuntimeError(
+                "the actor's workers took a step without GVPO: gvpo_verl was not imported in their processes; set"
+                " VERL_USE_EXTERNAL_MODULES=gvpo_verl there (ray_kwargs.ray_init.runtime_env.env_vars)"
+            )
+        return batch
 
 
 def whole_groups(uids: Sequence[str], lengths: Sequence[int], mini_batch: int, ranks: int) -> list[int]:
