@@ -200,3 +200,42 @@ def test_no_prompts_and_no_seeds(policies) -> None:
     assert of_policy.generate([(5,)], [[]], Sampling(3)) == [[]]
     with pytest.raises(ValueError, match="1 prompts and 2 rows of seeds"):
         of_policy.generate([(5,)], [[1], [2]], Sampling(3))
+
+
+def test_prompts_of_one_length_alone_are_decoded_together_where_padding_is_not_exact(policies, monkeypatch) -> None:
+    from gvpo_mlx import generate
+
+    of_policy = policies("llama")
+    whole = of_policy.generate(PROMPTS, SEEDS, Sampling(max_tokens=12))
+    monkeypatch.setattr(of_policy, "_same_length", True)
+    shapes = []
+    plain = generate._Decoding.prefill
+    monkeypatch.setattr(generate._Decoding, "prefill", lambda self, lines: shapes.append(lines) or plain(self, lines))
+    assert of_policy.generate(PROMPTS, SEEDS, Sampling(max_tokens=12)) == whole
+    assert [{len(PROMPTS[line.prompt]) for line in lines} for lines in shapes] == [{12}, {7}, {3}, {1}]
+
+
+def test_a_model_that_decodes_wrongly_is_found_at_load(policies, monkeypatch) -> None:
+    from gvpo_mlx import generate
+    from mlx_lm.models.cache import BatchKVCache
+
+    from gvpo_core.training.config import ConfigError
+
+    scorer = policies("llama").scorer
+    assert generate.check(scorer)
+    unpadded = BatchKVCache.make_mask
+    with monkeypatch.context() as patch:  # the padding is seen
+        patch.setattr(
+            BatchKVCache, "make_mask", lambda self, n, **_: mx.tril(mx.ones((n, self._idx + n), mx.bool_), self._idx)
+        )
+        assert not generate.check(scorer)
+    assert BatchKVCache.make_mask is unpadded
+    with monkeypatch.context() as patch:  # every token stands at the first position
+        patch.setattr(
+            BatchKVCache,
+            "offset",
+            property(lambda self: mx.zeros(len(self.left_padding), mx.int32), lambda *_: None),
+            raising=False,
+        )
+        with pytest.raises(ConfigError, match="decodes with its cache otherwise than without"):
+            generate.check(scorer)

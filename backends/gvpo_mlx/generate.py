@@ -13,6 +13,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_mlx.model import Scorer
@@ -39,6 +40,35 @@ class _Line:
         return float(self.numbers[t % UNIFORMS_AHEAD])
 
 
+def check(scorer: Scorer) -> bool:
+    """Decodes two prompts of different lengths together and compares with the model's own forward pass.
+
+    Returns: whether such prompts may be decoded together; where not, only prompts of one length are.
+    Raises: ConfigError: a cache that holds no batch of rows, or logits that differ for prompts of one length too.
+    """
+    if _padded_differs(scorer, ((1, 2, 3), (5, 6, 7))):
+        raise ConfigError(
+            f"{scorer.name} of mlx-lm decodes with its cache otherwise than without: it cannot be sampled"
+        )
+    return _takes_padding(scorer) and not _padded_differs(scorer, ((1, 2), (3, 4, 5, 6)))
+
+
+def _padded_differs(scorer: Scorer, prompts: Sequence[Tokens]) -> bool:
+    worst = 2e-3 if scorer.dtype == mx.float32 else 1.0
+    try:
+        decoding = _Decoding(scorer, prompts, 2, 1 << 30, same_length=False)
+        found = [decoding.prefill([_Line(i, 0, 0) for i in range(len(prompts))]), decoding.step(np.asarray([8, 9]))]
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{scorer.name} of mlx-lm takes no batch of rows: {type(error).__name__}: {error}") from error
+    for t, logits in enumerate(found):
+        for row, prompt in enumerate(prompts):
+            ids = mx.array([(*prompt, 8 + row)[: len(prompt) + t]])
+            own = scorer.logits(scorer.decoder(ids, cache=None)[0, -1])
+            if not float(mx.abs(own - logits[row]).max()) <= worst:
+                return True
+    return False
+
+
 def generate(
     scorer: Scorer,
     prompts: Sequence[Tokens],
@@ -47,17 +77,19 @@ def generate(
     *,
     end: Sequence[int],
     cache_tokens: int,
+    same_length: bool,
 ) -> list[list[Response]]:
     """len(seeds[i]) responses to prompts[i].
 
     Args:
       end: ids that end a response.
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
+      same_length: decode only prompts of one length together.
     """
     found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     longest = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     waiting = deque(_Line(i, j, seed) for i in longest for j, seed in enumerate(seeds[i]))
-    decoding = _Decoding(scorer, prompts, sampling.max_tokens, cache_tokens)
+    decoding = _Decoding(scorer, prompts, sampling.max_tokens, cache_tokens, same_length=same_length)
     for line in waiting:
         scorer.check_length(len(prompts[line.prompt]) + sampling.max_tokens)
     lines: list[_Line] = []
@@ -91,11 +123,11 @@ def generate(
 class _Decoding:
     """The cache of the rows that are being decoded, and the forward passes through it."""
 
-    def __init__(self, scorer: Scorer, prompts: Sequence[Tokens], most: int, budget: int) -> None:
+    def __init__(self, scorer: Scorer, prompts: Sequence[Tokens], most: int, budget: int, *, same_length: bool) -> None:
         self.scorer, self.prompts, self.most, self.budget = scorer, prompts, most, budget
         self.cache: list[Any] | None = None
         self.rows = self.width = 0
-        self.same_length = not _takes_padding(scorer)
+        self.same_length = same_length
 
     def admit(self, waiting: deque[_Line]) -> list[_Line]:
         """Waiting rows for which there is room, at least one where nothing is being decoded."""

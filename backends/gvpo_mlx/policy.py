@@ -54,6 +54,8 @@ class MLXPolicy:
             memory.allow_wired(self.device)
             self.scorer, self.tokenizer = model.load_scorer(config, seed)
             self.packed, self.layout_reason = model.check(self.scorer, config)
+            with self.scorer.using(self.scorer.parameters):
+                self._same_length = not generate.check(self.scorer)
             self._reference = model.load_reference(config) if reference and not config.lora_rank else None
         self._optimizer = AdamW(optimizer, self.compiled)
         self._splitting = Splitting(
@@ -92,7 +94,13 @@ class MLXPolicy:
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected as many")
         with mx.stream(self.device), self.scorer.using(self.scorer.parameters):
             return generate.generate(
-                self.scorer, prompts, seeds, sampling, end=self._end, cache_tokens=self._cache_tokens()
+                self.scorer,
+                prompts,
+                seeds,
+                sampling,
+                end=self._end,
+                cache_tokens=self._cache_tokens(),
+                same_length=self._same_length,
             )
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
