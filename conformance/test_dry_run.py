@@ -127,6 +127,9 @@ def test_what_changes_the_estimate_and_how():
     assert again.activations == 60 * (2 * 64 * 4 + (4 * 64 * 4 + 960 * 4))
     assert estimate_memory(FACTS, with_("optimizer", micro_batch_tokens=20), 11).activations == base.activations // 3
     assert estimate_memory(FACTS, with_("optimizer", micro_batch_responses=1), 11).activations == base.activations // 3
+    assert base.gradients == 4_000_000
+    alone = estimate_memory(FACTS | {"allocator": 2.0}, with_("optimizer", micro_batch_tokens=240), 11)
+    assert alone.activations == 8 * base.activations and alone.gradients == max(0, 4_000_000 - alone.activations)
     packed = estimate_memory(FACTS | {"layout": "packed"}, CONFIG, 11)  # a row of 11 + 3 x 9 tokens, and its mask
     assert packed.activations == 38 * (base.activations // 60) + 2 * 38**2 * 4
     assert estimate_memory(FACTS | {"cache_memory": 1}, CONFIG, 11).sampling == base.sampling // 12

@@ -55,7 +55,7 @@ def _merged(facts: dict[str, Any]) -> dict[str, Any]:
         facts.pop("sharding", None)
     if facts.get("trainable_parameters") == facts.get("parameters"):
         facts.pop("trainable_parameters", None)
-    for name in [name for name in facts if name == "shape" or name.endswith("_memory")]:
+    for name in [name for name in facts if name in ("shape", "allocator") or name.endswith("_memory")]:
         del facts[name]  # in the estimate of memory already
     return facts
 

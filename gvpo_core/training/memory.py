@@ -25,8 +25,8 @@ class Memory(NamedTuple):
     parameters: int
     reference: int
     optimizer: int
-    gradients: int
-    activations: int  # of the largest micro-batch
+    gradients: int  # beside the activations; a step of one micro-batch makes them as those go
+    activations: int  # of the largest micro-batch, with what the allocator keeps back
     head: int  # a chunk of logits, and the gradient of the head's and embedding's weights
     sampling: int  # keys, values and logits of the rows that are decoded together
 
@@ -53,17 +53,19 @@ def estimate_memory(facts: Mapping[str, Any], config: Config, prompt_tokens: int
     frozen = total - trained
     split = ranks if config.model.sharding == "fsdp" else 1
     separate = config.objective.reference == "initial" and not config.model.lora_rank
-    tokens, attention = _largest(facts, config, prompt_tokens, ranks)
+    tokens, attention, single = _largest(facts, config, prompt_tokens, ranks)
     hidden, vocabulary = shape["hidden"], shape["vocabulary"]
     embedding = 0 if config.model.lora_rank else vocabulary * hidden * _WIDE
+    kept = int((tokens * _per_token(facts, config, narrow) + attention * narrow) * facts.get("allocator", 1.0))
+    gradients = trained * _WIDE // split
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
     return Memory(
         framework=facts.get("framework_memory", _FRAMEWORK),
         parameters=(trained * _WIDE + frozen * narrow) // split,
         reference=(total * narrow + 2 * vocabulary * hidden * (_WIDE - narrow)) // split if separate else 0,
         optimizer=2 * trained * _WIDE // split,
-        gradients=trained * _WIDE // split,
-        activations=tokens * _per_token(facts, config, narrow) + attention * narrow + casts,
+        gradients=max(0, gradients - kept) if single else gradients,
+        activations=kept + casts,
         head=facts.get("head_memory", 0) + 2 * embedding,
         sampling=_sampling(facts, config, prompt_tokens, ranks, narrow),
     )
@@ -82,13 +84,16 @@ def _per_token(facts: Mapping[str, Any], config: Config, narrow: int) -> int:
     return kept
 
 
-def _largest(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks: int) -> tuple[int, int]:
-    """(tokens, entries of attention masks over all layers) of the largest micro-batch, planned as the backend does."""
+def _largest(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks: int) -> tuple[int, int, bool]:
+    """(tokens, entries of attention masks over all layers) of the largest micro-batch, and whether it is the only one.
+
+    Planned as the backends do, with rows as long as they can be.
+    """
     rollout, optimizer, shape = config.rollout, config.optimizer, facts["shape"]
     prompts = max(1, rollout.prompts // config.objective.minibatches // ranks)
-    # Groups beyond those of one micro-batch change nothing; equal rows stand for the longest that may come.
+    # Beyond those of one micro-batch groups change nothing but that there are more.
     row = prompt_tokens + rollout.max_tokens - 1
-    prompts = min(prompts, optimizer.micro_batch_tokens // row + 1)
+    prompts = min(prompts, optimizer.micro_batch_tokens // row + 2)
     prompt, response = (0,) * prompt_tokens, (0,) * rollout.max_tokens
     count = prompts * rollout.responses
     batch = Batch([prompt] * count, [response] * count, [i // rollout.responses for i in range(count)])
@@ -99,7 +104,8 @@ def _largest(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks
     sizes = [(len(rows), rows[0].length) for rows in whole + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
     layers = 1 if config.model.gradient_checkpointing else shape["layers"]
-    return tokens, layers * max(rows * width**2 for rows, width in sizes) if packed else 0
+    masks = layers * max(rows * width**2 for rows, width in sizes) if packed else 0
+    return tokens, masks, len(sizes) == 1
 
 
 def _sampling(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks: int, narrow: int) -> int:

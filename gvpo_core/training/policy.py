@@ -130,7 +130,8 @@ class Policy(Protocol):
         passes, of all its experts. All of the rest may be missing, in bytes: device_memory: what the device has, where
         it is not the machine's own; framework_memory: of the process before a model; head_memory: a chunk of logits;
         cache_memory: the most that generation takes for keys and values; block_memory: what one token of one layer
-        keeps for the backward pass, where that is not what a Llama block of PyTorch keeps.
+        keeps for the backward pass, where that is not what a Llama block of PyTorch keeps. And allocator: by how many
+        times what is kept for the backward pass the process grows; 1 where nothing is held back.
         """
 
     def gather(self, values: np.ndarray) -> np.ndarray:
