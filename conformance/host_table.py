@@ -4,6 +4,8 @@ Each host writes its steps where it is installed; the last call prints the table
 
 python conformance/host_table.py gvpo_torch FOLDER      in the environment of `nox -s trl`, and then trl
 python conformance/host_table.py verl FOLDER            in that of `nox -s verl`, and then verl-functions
+python conformance/host_table.py mlx-lm FOLDER          in that of `nox -s mlx_lm`
+python conformance/host_table.py tunix FOLDER           in that of `nox -s tunix`
 python conformance/host_table.py table FOLDER
 """
 
@@ -22,6 +24,8 @@ HOSTS = {
     "trl": "TRL, `GVPOTrainer`",
     "verl": "verl, `GVPOWorker`",
     "verl-functions": "verl's functions, settings alone",
+    "mlx-lm": "mlx-lm, `gvpo_mlx_lm`",
+    "tunix": "Tunix, `GVPOLearner`",
 }
 
 
@@ -151,6 +155,119 @@ def verl_functions(model: Path) -> tuple[list[dict[str, float]], dict[str, np.nd
         optimizer.step()
         found.append({"gradient": norm})
     return found, {name: p.detach().double().numpy() for name, p in policy.named_parameters()}
+
+
+def mlx_lm(model: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    import mlx.core as mx
+    import mlx.optimizers as optim
+    from gvpo_mlx_lm import GVPO, Group, load
+    from mlx.utils import tree_flatten
+    from mlx_lm.tuner import trainer
+
+    mx.disable_compile()
+    policy, found = load(str(model))[0], []
+    policy.unfreeze()
+
+    class Clipped(optim.AdamW):  # mlx-lm's trainer clips nothing itself
+        def update(self, of: Any, gradients: Any) -> None:
+            gradients, norm = optim.clip_grad_norm(gradients, 1.0)
+            found.append({"gradient": norm.item()})
+            super().update(of, gradients)
+
+    class Report:
+        def on_train_loss_report(self, info: dict[str, float]) -> None:
+            found[-1]["loss"] = info["train_loss"]
+
+        def on_val_loss_report(self, info: dict[str, float]) -> None: ...
+
+    args = trainer.TrainingArgs(
+        batch_size=2,
+        grad_accumulation_steps=8,
+        iters=8,
+        steps_per_report=8,
+        adapter_file=str(model.parent / "mlx.safetensors"),
+    )
+    gvpo, steps = GVPO(policy, args, model, beta=BETA, groups_per_step=4), []
+    for step in range(STEPS):
+        rows = rows_of(step)
+        parts = [rows[i : i + K] for i in range(0, len(rows), K)]
+        steps.append(
+            gvpo.with_reference(
+                [
+                    Group(tuple(p[0]["prompt"]), tuple(tuple(r["response"]) for r in p), tuple(r["reward"] for r in p))
+                    for p in parts
+                ]
+            )
+        )
+    optimizer = Clipped(learning_rate=RATE, weight_decay=0.0, bias_correction=True)
+    for groups in steps:
+        trainer.train(
+            policy,
+            optimizer,
+            groups,
+            args=args,
+            loss=gvpo.loss,
+            iterate_batches=gvpo.iterate_batches,
+            training_callback=Report(),
+        )
+    return found, {name: np.array(p, dtype=np.float64) for name, p in tree_flatten(policy.parameters())}
+
+
+def tunix(model: Path) -> tuple[list[dict[str, float]], dict[str, np.ndarray]]:
+    from types import SimpleNamespace
+
+    import jax
+    import optax
+    import tunix_runs
+    from gvpo_tunix import GVPOConfig, GVPOLearner
+
+    norms: list[float] = []
+    losses: list[float] = []
+    drawn, now = iter(range(STEPS)), []
+
+    def note(updates: Any, state: Any, of: Any = None) -> tuple[Any, Any]:
+        jax.debug.callback(lambda norm: norms.append(float(norm)), optax.tree.norm(updates), ordered=True)
+        return updates, state
+
+    optimizer = optax.chain(
+        optax.GradientTransformation(lambda of: optax.EmptyState(), note),
+        optax.clip_by_global_norm(1.0),
+        optax.adamw(RATE, weight_decay=0.0),
+    )
+    training = {"mini_batch_size": 4, "train_micro_batch_size": 1, "rollout_micro_batch_size": 4, "max_steps": STEPS}
+    made = tunix_runs.cluster(
+        model, optimizer=optimizer, training=training, rollout={"max_tokens_to_generate": 8}, noise=0.0
+    )
+
+    def given(**_: Any) -> SimpleNamespace:
+        now[:] = rows_of(next(drawn))
+        tokens = [np.asarray(row["response"][:-1]) for row in now]  # as Tunix's samples come
+        prompts = np.asarray([row["prompt"] for row in now])
+        return SimpleNamespace(text=[""] * len(now), tokens=tokens, left_padded_prompt_tokens=prompts)
+
+    made.generate = given
+    trainer = made.actor_trainer
+    buffer = trainer._buffer_metrics
+    trainer._buffer_metrics = lambda *a, loss, **k: losses.append(float(loss)) or buffer(*a, loss=loss, **k)
+    settings = GVPOConfig(num_generations=K, beta=BETA)
+    learner = GVPOLearner(made, settings, lambda **_: [row["reward"] for row in now], model_path=model)
+    learner.train([{"prompts": np.array(list("0123"))}] * STEPS)
+    of = tunix_runs.parameters(trainer.model)
+    flat = lambda w, last: w.reshape(-1, w.shape[-1]).T if last else w.reshape(w.shape[0], -1).T
+    end = {
+        "model.embed_tokens.weight": of["embedder"]["input_embedding"],
+        "model.norm.weight": of["final_norm"]["w"],
+        "lm_head.weight": of["lm_head"]["w"].T,
+    }
+    for i, layer in of["layers"].items():
+        at = f"model.layers.{i}."
+        end |= {f"{at}self_attn.{n}_proj.weight": flat(layer["attn"][f"{n}_proj"]["w"], n == "o") for n in "qkvo"}
+        end |= {f"{at}mlp.{n}_proj.weight": layer["mlp"][f"{n}_proj"]["kernel"].T for n in ("gate", "up", "down")}
+        end |= {f"{at}{n}.weight": layer[n]["w"] for n in ("input_layernorm", "post_attention_layernorm")}
+    # optax computes the optimizer's part after every micro-batch, and takes that of the last.
+    jax.effects_barrier()
+    found = [{"loss": float(np.mean(losses[i - 3 : i + 1])), "gradient": norms[i]} for i in range(3, 4 * STEPS, 4)]
+    return found, {name: value.astype(np.float64) for name, value in end.items()}
 
 
 def table(folder: Path) -> str:

@@ -1,5 +1,6 @@
 """Tiny Tunix clusters, runs that are recorded, and the step that they should have taken."""
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ def write_model(folder: Path) -> Path:
 def load(folder: Path, *, theta: float = THETA, noise: float = 0.0) -> llama.Llama3:
     """Tunix's model of the folder, on all devices; with noise its parameters have moved."""
     config = llama.ModelConfig(
-        num_layers=1,
+        num_layers=json.loads((folder / "config.json").read_text())["num_hidden_layers"],
         vocab_size=tiny_models.VOCABULARY,
         embed_dim=32,
         hidden_dim=48,
@@ -64,7 +65,13 @@ def adapted(folder: Path) -> Any:
 
 
 def cluster(
-    folder: Path, *, optimizer: Any, training: dict[str, Any], rollout: dict[str, Any], lora: bool = False
+    folder: Path,
+    *,
+    optimizer: Any,
+    training: dict[str, Any],
+    rollout: dict[str, Any],
+    lora: bool = False,
+    noise: float = 0.05,
 ) -> Any:
     roles = dict.fromkeys((Role.ACTOR, Role.REFERENCE, Role.ROLLOUT), mesh())
     usual = {"max_tokens_to_generate": 6, "max_prompt_length": 8, "kv_cache_size": 32, "temperature": 1.3}
@@ -76,7 +83,7 @@ def cluster(
         rollout_config=RolloutConfig(**(usual | rollout)),
     )
     tokenizer = tiny_models.make_tokenizer()
-    actor = adapted(folder) if lora else load(folder, noise=0.05)
+    actor = adapted(folder) if lora else load(folder, noise=noise)
     return rl_cluster.RLCluster(actor=actor, reference=load(folder), tokenizer=tokenizer, cluster_config=config)
 
 
