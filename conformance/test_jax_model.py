@@ -99,6 +99,14 @@ def test_adapters_that_match_nothing(tmp_path) -> None:
     assert {name.split(".")[-2] for name in of_policy._adapters} == {"q_proj", "up_proj"}
 
 
+def test_settings_of_other_backends_are_refused(tmp_path) -> None:
+    folder = tiny_models.write_model("llama", tmp_path)
+    with pytest.raises(ConfigError, match="lora_kind is 'dora'; gvpo_jax has lora alone"):
+        policy(folder, lora_rank=2, lora_kind="dora")
+    with pytest.raises(ConfigError, match=r"sharding is 'fsdp', a setting of torch; in jax it is model.mesh_fsdp"):
+        policy(folder, sharding="fsdp")
+
+
 def test_a_layout_that_is_not_exact(tmp_path) -> None:
     folder = tiny_models.write_model("mistral", tmp_path, sliding_window=6)
     with pytest.raises(

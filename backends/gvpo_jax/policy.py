@@ -21,10 +21,12 @@ from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tok
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.step import factors_of, learning_rate
 from gvpo_jax import checkpoint, generate, mesh, update, weights
+from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from gvpo_jax.model import FAMILIES, Parameters, Setup, read_spec
 from gvpo_jax.programs import Programs
 from gvpo_jax.update import Rows
 
+CPU_CACHE_BYTES = 2**30  # of keys and values
 log = logging.getLogger("gvpo.jax")
 
 
@@ -42,6 +44,13 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
     return JaxPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 
 
+def _refuse_settings_of_others(config: ModelConfig) -> None:
+    if config.lora_rank and config.lora_kind != "lora":
+        raise ConfigError(f"model.lora_kind is {config.lora_kind!r}; gvpo_jax has lora alone")
+    if config.sharding != "data_parallel":
+        raise ConfigError(f"model.sharding is {config.sharding!r}, a setting of torch; in jax it is model.mesh_fsdp")
+
+
 class JaxPolicy:
     """See `gvpo_core.training.policy.Policy`."""
 
@@ -49,6 +58,7 @@ class JaxPolicy:
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
         self.config, self.optimizer_config, self.updates = config, optimizer, updates
+        _refuse_settings_of_others(config)
         mesh.join_processes()
         self.mesh = mesh.make_mesh(config)
         self.rank, self.world_size = jax.process_index(), mesh.processes(self.mesh)
@@ -209,7 +219,7 @@ class JaxPolicy:
             facts = device.memory_stats() or {}
             free += (facts.get("bytes_limit", 0) - facts.get("bytes_in_use", 0)) // 2
         tensor = self.mesh.shape["tensor"] if spec.key_heads % self.mesh.shape["tensor"] else 1
-        return max(1, (free or 2**30) // (token * tensor))
+        return max(1, (free or CPU_CACHE_BYTES) // (token * tensor))
 
     # -- training
 
@@ -390,7 +400,24 @@ class JaxPolicy:
             "versions": {
                 name: version(name) for name in ("jax", "jaxlib", "optax", "orbax-checkpoint", "transformers")
             },
+            **self._memory_facts(),
         }
+
+    def _memory_facts(self) -> dict[str, Any]:
+        """What the estimate of memory needs; see the protocol."""
+        spec, first = self.setup.spec, self.mesh.local_devices[0]
+        shape = {
+            "layers": spec.layers,
+            "hidden": spec.hidden,
+            "intermediate": spec.intermediate,
+            "heads": spec.heads,
+            "kv_heads": spec.key_heads,
+            "head_dim": spec.width,
+            "vocabulary": spec.vocabulary,
+        }
+        facts: dict[str, Any] = {"shape": shape, "head_memory": CHUNK_BYTES.get(first.platform, DEVICE_CHUNK_BYTES)}
+        limit = (first.memory_stats() or {}).get("bytes_limit")
+        return facts | ({"device_memory": limit} if limit else {"cache_memory": CPU_CACHE_BYTES})
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the processes' arrays in their order along axis 0; lengths may differ."""
