@@ -23,10 +23,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import mlx_lm
-from gvpo_mlx_lm import GVPO, ModelError, SettingsError, check_rope, load, load_groups, train
+from gvpo_mlx_lm import GVPO, SettingsError, load, load_groups, train
 from gvpo_mlx_lm.__main__ import main
 from gvpo_mlx_lm.batches import epochs
-from gvpo_mlx_lm.models import mended
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -286,45 +285,6 @@ def test_groups_without_reference_are_refused(folder, groups, tmp_path):
     gvpo = GVPO(adapted(folder), arguments(tmp_path), folder)
     with pytest.raises(SettingsError, match="with_reference"):
         next(gvpo.iterate_batches(groups, 14, 2048, loop=True))
-
-
-@pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
-def test_rope_is_the_folders(name, tmp_path):
-    """As transformers 5 saves it, in rope_parameters: mlx_lm.load takes another theta for some, which is refused."""
-    theta = {"llama3": 500000.0}.get(name, 700.0)
-    parameters = tiny_models.DECODERS[name].get("rope_parameters", {"rope_type": "default"}) | {"rope_theta": theta}
-    folder = tiny_models.write_model(name, tmp_path / "model", rope_parameters=parameters)
-    assert "rope_theta" not in json.loads((folder / "config.json").read_text())
-    model, _ = load(folder)
-    check_rope(model, folder)
-    plain, _ = mlx_lm.load(str(folder))
-    reads_it = name == "qwen3"
-    with contextlib.nullcontext() if reads_it else pytest.raises(ModelError, match=r"load it with gvpo_mlx_lm\.load"):
-        check_rope(plain, folder)
-    if name != "llama3":
-        assert model.layers[0].self_attn.rope.base == theta
-    ids = mx.array([list(range(1, 60))])
-    assert reads_it == (float(mx.abs(model(ids) - plain(ids)).max()) < 1e-6)
-
-
-def test_a_top_level_theta_is_enough(tmp_path):
-    folder = tiny_models.write_model("llama", tmp_path / "model")
-    config = json.loads((folder / "config.json").read_text()) | {"rope_theta": 700}
-    (folder / "config.json").write_text(json.dumps(config))
-    check_rope(mlx_lm.load(str(folder))[0], folder)
-
-
-def test_rope_that_mlx_lm_cannot_do_is_refused(tmp_path):
-    config = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0}
-    with pytest.raises(ModelError, match="phi has no RoPE scaling"):
-        mended({"model_type": "phi", "rope_parameters": config})
-    with pytest.raises(ModelError, match="rope_type 'longrope': mlx-lm takes the long factors"):
-        mended({"model_type": "phi3", "rope_scaling": {"type": "longrope"}})
-    with pytest.raises(ModelError, match="qwen2 names no rope_theta"):
-        mended({"model_type": "qwen2"})
-    assert mended({"model_type": "gpt2"}) == {}
-    with pytest.raises(ModelError, match="by layer type, full_attention"):
-        mended({"model_type": "llama", "rope_parameters": {"full_attention": config}})
 
 
 def test_the_command_line(folder, groups, tmp_path, capfd):

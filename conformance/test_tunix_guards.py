@@ -11,6 +11,7 @@ from torch_policies import require
 
 require("tunix", subject="tunix")
 
+import gvpo_tunix
 import jax
 import jax.numpy as jnp
 import optax
@@ -265,3 +266,10 @@ def test_the_learner_asks_for_the_folder(learner):
     assert dataclasses.is_dataclass(learner.algo_config)
     with pytest.raises(TypeError, match="model_path"):
         GVPOLearner(learner.rl_cluster, learner.algo_config, runs.vowels)
+
+
+@pytest.mark.parametrize("found", ["0.1.6", "0.1.8"])
+def test_other_versions_are_refused(found, monkeypatch):
+    monkeypatch.setattr(gvpo_tunix, "version", lambda _: found)
+    with pytest.raises(ImportError, match=f"tried with google-tunix >= 0.1.7, < 0.1.8, and {found} is installed"):
+        gvpo_tunix._check_host()
