@@ -187,3 +187,21 @@ def test_disk_full_while_saving_leaves_the_last_one_and_says_so(tmp_path, monkey
     folder = tmp_path / "run" / "checkpoints"
     assert newest_checkpoint(folder).step == 2
     assert not list(folder.glob(".partial-*"))
+
+
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    """In the middle of a step that would take a minute."""
+    (tmp_path / "slow.py").write_text("import time\ndef f(completions, **_):\n    time.sleep(60)\n    return [1.0]\n")
+    config = table_run.make(tmp_path, reward=f'function = "{tmp_path / "slow.py"}:f"\ntimeout = 600.0')
+    process = killing.start(config)
+    while "run folder" not in process.stdout.readline():  # the header's last line: the first evaluation follows
+        assert process.poll() is None
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)
+    begin = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - begin < 20
+    assert process.returncode == 130, output
+    assert "once more to leave at once" in output and "left at once" in output and "Traceback" not in output

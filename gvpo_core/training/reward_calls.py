@@ -59,6 +59,7 @@ class Threads:
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
         self._function, self._options = function, options
+        self._closed = False
         self.runs_code = bool(getattr(function, "runs_code", False))
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float) -> Any:
@@ -75,15 +76,20 @@ class Threads:
             done.set()
 
         threading.Thread(target=work, daemon=True, name="gvpo-reward").start()
-        if not done.wait(limit):
-            raise TimeoutError
+        deadline = time.monotonic() + limit
+        while not done.wait(max(0.0, min(_POLL, deadline - time.monotonic()))):
+            if self._closed:
+                raise CallFailed("the run is leaving")
+            if time.monotonic() >= deadline:
+                raise TimeoutError
         value, error = outcome[0]
         if error is not None:
             raise CallFailed(f"{type(error).__name__}: {error}", "".join(format_exception(error)[-3:])) from error
         return value
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Gives up the calls that are under way."""
+        self._closed = True
 
 
 class Processes:
@@ -103,6 +109,8 @@ class Processes:
         self.width = width
         self._setup = {"function": function, "options": dict(options), "memory": memory, "path": list(sys.path)}
         self._idle: queue.LifoQueue[_Worker | None] = queue.LifoQueue()
+        self._busy: set[_Worker] = set()
+        self._closed = False
         try:
             first = _Worker(self._setup)
         except (CallFailed, TimeoutError) as e:
@@ -122,22 +130,31 @@ class Processes:
         try:
             if worker is None or not worker.alive:
                 worker = _Worker(self._setup)
+            self._busy.add(worker)
+            if self._closed:
+                raise CallFailed("the run is leaving")
             answer = worker.ask(request, limit)
         except BaseException as e:  # Ctrl-C too: a worker that was interrupted is of no more use
             if worker is not None:
+                self._busy.discard(worker)
                 worker.kill()
             worker = None
             if isinstance(e, LookupError):
                 raise CallFailed(str(e)) from e
             raise
         finally:
+            if worker is not None:
+                self._busy.discard(worker)
             self._idle.put(worker)
         if "error" in answer:
             raise CallFailed(answer["error"], answer["traceback"])
         return answer["values"]
 
     def close(self) -> None:
-        """Ends the processes."""
+        """Ends the processes; a call that is under way fails."""
+        self._closed = True
+        for worker in list(self._busy):
+            worker.end()  # its call lets go of the rest
         for _ in range(self.width):
             with contextlib.suppress(queue.Empty):
                 worker = self._idle.get_nowait()
@@ -223,10 +240,14 @@ class _Worker:
             return f"the reward's process died of {signal.Signals(-status).name}"
         return f"the reward's process left with status {status}"
 
-    def kill(self) -> None:
-        """Ends the process, whatever it started in its group, and the pipes; leaves no zombie."""
+    def end(self) -> None:
+        """Ends the process and whatever it started in its group."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Ends the process, its group, and the pipes; leaves no zombie."""
+        self.end()
         self._process.wait()
         for descriptor in (self._to, self._from):
             with contextlib.suppress(OSError):

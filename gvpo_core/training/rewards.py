@@ -117,7 +117,11 @@ def score(
     if n == 0:
         return Scores(np.zeros(0), {r.name: np.zeros(0) for r in rewards}, {r.name: _no_errors() for r in rewards})
     with ThreadPoolExecutor(len(rewards)) as pool:
-        outcomes = list(pool.map(lambda r: _score_one(r, prompts, completions, columns), rewards))
+        try:
+            outcomes = list(pool.map(lambda r: _score_one(r, prompts, completions, columns), rewards))
+        except (KeyboardInterrupt, SystemExit):
+            close_rewards(rewards)  # else the pool would wait for them to the end of their limits
+            raise
     parts = {r.name: values for r, (values, _, _) in zip(rewards, outcomes, strict=True)}
     total = np.asarray(sum(r.weight * parts[r.name] for r in rewards), dtype=np.float64)
     errors: dict[str, dict[str, int]] = {}
