@@ -188,14 +188,14 @@ def demo_jax(session: nox.Session) -> None:
 
 @nox.session
 def demo_mlx(session: nox.Session) -> None:
-    """The same demo, trained by MLX: as it is on a Mac; elsewhere, where MLX's products are slow, two small steps.
+    """The same demo, trained by MLX: as it is on a Mac; elsewhere, where MLX's products are slow, three small steps.
 
     nox -s demo_mlx
     nox -s demo_mlx -- --steps 5
     """
     install(session, "-e", ".[demo,mlx]", without_dependencies=WITHOUT_DEPENDENCIES)
-    small = ("--steps", "2", "--held-out", "4", "--rollout.prompts", "2", "--rollout.responses", "4")
-    small += ("--rollout.max-tokens", "4", "--model.lora-rank", "8", "--optimizer.learning-rate", "1e-3")
+    small = ("--steps", "3", "--held-out", "6", "--rollout.prompts", "2", "--rollout.responses", "4")
+    small += ("--rollout.max-tokens", "8", "--model.lora-rank", "8", "--optimizer.learning-rate", "1e-3")
     sizes = () if sys.platform == "darwin" else small
     session.run("python", "examples/smollm2_arithmetic/demo.py", "--backend", "mlx", *sizes, *session.posargs)
 
