@@ -9,7 +9,7 @@ from torch_policies import batch, coefficients_of, require, step_difference
 require(*MODULES, subject="jax")
 
 import jax
-from gvpo_jax import update
+from gvpo_jax import model, update
 from test_jax_logprobs import arrays_with
 
 from gvpo_core.training import layout
@@ -190,22 +190,23 @@ def test_results_of_the_wrong_shape_are_named(folder) -> None:
         of_policy.update(OF, coefficients_of(OF), scored=np.zeros(2))
 
 
-def test_no_program_of_a_step_holds_logits_of_a_batch(tmp_path) -> None:
-    """The update's own programs: nothing has more of the vocabulary's rows than the head or one chunk."""
-    vocabulary = 1031  # a prime, so that only the vocabulary has this size
-    made = tiny_models.write_model("llama", tmp_path, vocab_size=vocabulary)
-    of_policy = policy(made, micro_batch_responses=7)
+def test_no_program_of_a_step_holds_logits_of_a_batch(tmp_path, monkeypatch) -> None:
+    """The update's own programs: nothing has more rows of the vocabulary's size than the head or one chunk."""
+    vocabulary, chunk = 1031, 32  # a prime, so that only the vocabulary has this size
+    monkeypatch.setitem(model.CHUNK_BYTES, "cpu", 4 * vocabulary * chunk)
+    of_policy = policy(tiny_models.write_model("llama", tmp_path, vocab_size=vocabulary), micro_batch_responses=3)
     of_policy.update(OF, coefficients_of(OF))
-    from gvpo_jax import model
-
-    model_chunk = model.CHUNK_BYTES
-    assert model_chunk["cpu"] == 48 * 2**20
-    texts = {key[0].__name__: program.as_text() for key, program in of_policy.programs.used.items()}
+    texts: dict[str, list[str]] = {}
+    for key, program in of_policy.programs.used.items():
+        texts.setdefault(key[0].__name__, []).append(program.as_text())
     assert {"forward", "backward", "accumulate", "score_rows"} <= set(texts)
-    chunk = model_chunk["cpu"] // (4 * vocabulary)
+    seen = 0
     for name, text in texts.items():
-        for shape in arrays_with(vocabulary, text):
-            assert np.prod(shape) / vocabulary <= max(of_policy.setup.spec.hidden, chunk), (name, shape)
+        for shape in arrays_with(vocabulary, "".join(text)):
+            tokens = np.prod(shape) // vocabulary
+            seen = max(seen, tokens)
+            assert tokens <= max(of_policy.setup.spec.hidden, chunk), (name, shape)
+    assert seen == chunk
 
 
 def test_packed_rows_cost_less(folder) -> None:

@@ -18,7 +18,7 @@ from gvpo_core.training.policy import Batch
 from gvpo_jax import mesh as meshes
 from gvpo_jax.model import Parameters, Setup, score
 
-SMALLEST = 16  # tokens of a row at least
+SMALLEST = 32  # tokens of a row at least
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,9 @@ class Rows:
 
 
 def bucket(n: int) -> int:
-    """The next of 16, 24, 32, 48, 64, 96, ...: at most half of a row is padding, a third on average of the worst."""
-    size = SMALLEST
-    while size < n:
-        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-    return size
+    """The next of 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...: past 128 at most a fifth is padding."""
+    step = max(SMALLEST, (1 << max(0, n - 1).bit_length()) // 8)
+    return max(SMALLEST, -(-n // step) * step)
 
 
 def rows_bucket(n: int, shards: int) -> int:
