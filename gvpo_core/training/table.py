@@ -67,7 +67,7 @@ class TablePolicy:
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
         if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
-            raise ValueError("the table samples whole distributions; top_p, top_k and min_p are not for it")
+            raise ConfigError("the table samples whole distributions; rollout.top_p, top_k and min_p are not for it")
         log_pi = self.log_table()
         result = []
         for (x,), row_seeds in zip(prompts, seeds, strict=True):
