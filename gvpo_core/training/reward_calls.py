@@ -153,8 +153,8 @@ class Processes:
     def close(self) -> None:
         """Ends the processes; a call that is under way fails."""
         self._closed = True
-        for worker in list(self._busy):
-            worker.end()  # its call lets go of the rest
+        for busy in list(self._busy):
+            busy.end()  # its call lets go of the rest
         for _ in range(self.width):
             with contextlib.suppress(queue.Empty):
                 worker = self._idle.get_nowait()
