@@ -1,0 +1,90 @@
+"""Trains the same tiny policy over meshes of 8 simulated devices, or as one of several processes, and writes what came
+of it; started by test_jax_mesh.py, since the number of devices is fixed when JAX starts.
+
+python jax_mesh_worker.py FOLDER OUT SETTINGS_AS_JSON...    each settings: {"name": ..., a config field: value, ...}
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax_policies import policy
+from torch_policies import batch, coefficients_of
+
+from gvpo_core.training.sampling import Sampling, row_seed
+
+OF = batch((4, 3, 2, 5))
+CUT = 5  # rows 0..4 on the first process: three groups lie on both
+PROMPTS = [(5, 6, 7), tuple(range(20, 32)), (9,)]
+SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1, 2))]
+
+
+def whole(of_policy) -> dict[str, np.ndarray]:
+    from gvpo_jax import mesh
+
+    everywhere = mesh.replicated(of_policy.mesh)
+    return {n: np.asarray(jax.device_put(a, everywhere).addressable_data(0)) for n, a in of_policy._trained.items()}
+
+
+def step(of_policy, rows: list[list[int]]) -> dict[str, np.ndarray]:
+    """One update in which each process holds its own rows of OF."""
+    mine, order = rows[of_policy.rank], [i for part in rows for i in part]
+    before = sum(len(part) for part in rows[: of_policy.rank])
+
+    def coefficients(logprobs, chosen):
+        if of_policy.world_size == 1:
+            return coefficients_of(OF)(logprobs, chosen)
+        everything = of_policy.gather(np.asarray(logprobs))
+        factors = coefficients_of(OF)(everything[np.argsort(order)], np.arange(len(OF)))[order]
+        return factors[before : before + len(mine)]
+
+    done = of_policy.update(OF.take(mine), coefficients)
+    return {"norm": np.asarray(done.gradient_norm), "logprobs": of_policy.gather(done.logprobs)[np.argsort(order)]}
+
+
+def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> None:
+    of_policy = policy(folder, reference=True, **settings)
+    rank, size, n = of_policy.rank, of_policy.world_size, len(OF)
+    halves = [list(range(CUT)), list(range(CUT, n))] if size == 2 else [list(range(n))]
+    one_idle = [list(range(n)), []][:size]
+    counts = of_policy.gather(np.arange(3 * rank, dtype=np.float64) + 1e-12)
+    np.testing.assert_array_equal(counts, np.concatenate([np.arange(3 * r) for r in range(size)]) + 1e-12)
+    found: dict[str, np.ndarray] = {}
+    for number, rows in enumerate((halves, one_idle)):
+        found |= {f"{key}{number}": value for key, value in step(of_policy, rows).items()}
+        found |= {f"after{number}/{key}": value for key, value in whole(of_policy).items()}
+    mine = one_idle[rank]
+    for reference in (False, True):
+        found[f"scored{reference}"] = of_policy.gather(of_policy.logprobs(OF.take(mine), reference=reference))
+    prompts = (PROMPTS, [])[rank]
+    responses = of_policy.generate(prompts, SEEDS if prompts else [], Sampling(8))
+    for place in ("checkpoint", "export"):
+        (out / f"{name}-{place}").mkdir(exist_ok=True)
+    of_policy.save(out / f"{name}-checkpoint")
+    of_policy.export(out / f"{name}-export")
+    step(of_policy, halves)
+    third = whole(of_policy)
+    of_policy.restore(out / f"{name}-checkpoint")
+    for key, value in whole(of_policy).items():
+        np.testing.assert_array_equal(value, found[f"after1/{key}"])
+    step(of_policy, halves)
+    for key, value in whole(of_policy).items():
+        np.testing.assert_array_equal(value, third[key])
+    if rank == 0:
+        np.savez(out / f"{name}.npz", **found)
+        tokens = [[list(r.tokens) for r in row] for row in responses]
+        shares = {n: a.addressable_shards[0].data.size / a.size for n, a in of_policy._parameters.items()}
+        (out / f"{name}.json").write_text(json.dumps({"tokens": tokens, "shares": shares, **of_policy.describe()}))
+
+
+def main() -> None:
+    folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+    for text in sys.argv[3:]:
+        settings = json.loads(text)
+        train(folder, out, settings.pop("name"), settings)
+
+
+if __name__ == "__main__":
+    main()
