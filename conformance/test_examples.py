@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import trainer_backends
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "smollm2_arithmetic"
@@ -33,6 +34,23 @@ def test_the_loop_learns(name):
     assert len(rewards) == 3
     assert rewards[0] < 0.2
     assert rewards[-1] > 0.8
+
+
+@pytest.mark.parametrize("backend", trainer_backends.present(), ids=lambda backend: backend.name)
+def test_the_letters_demo_learns(backend, tmp_path):
+    command = [sys.executable, "examples/ascending_letters/demo.py", "--backend", backend.name, "--steps", "25"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [*command, "--run", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    before, after = map(float, re.findall(r"(-?[\d.]+) \+-", run.stdout.splitlines()[-2]))
+    assert before < 0.1
+    assert after > before + 0.15  # four times the half-width of its 95 % interval
 
 
 @pytest.mark.parametrize("processes", [1, 2])
