@@ -30,14 +30,17 @@ def run(
       preload: modules imported once before runs are forked, beside the command line's own.
     """
     CONTEXT.set_forkserver_preload([*PRELOAD, *preload])
-    process = CONTEXT.Process(target=_run, args=(str(config), fault, at, int(number)))
+    # The server that forks may be of an earlier test, and have that one's environment.
+    process = CONTEXT.Process(target=_run, args=(str(config), fault, at, int(number), dict(os.environ)))
     process.start()
     process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
 
 
-def _run(config: str, fault: str, at: int, number: int) -> None:
+def _run(config: str, fault: str, at: int, number: int, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
     from gvpo_core.training.cli import main
 
     with open(Path(config).parent / "output.txt", "a") as log:

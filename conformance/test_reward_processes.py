@@ -62,8 +62,12 @@ def reward(prompts, completions, **_):
 """
 
 
+MARK = f"GVPO_TEST_OF_REWARDS={os.getpid()}"
+
+
 @pytest.fixture
-def rewards(tmp_path):
+def rewards(tmp_path, monkeypatch):
+    monkeypatch.setenv(*MARK.split("="))
     started = []
 
     def start(harm: str, **settings):
@@ -78,10 +82,10 @@ def rewards(tmp_path):
 
 
 def children() -> set[int]:
-    """Processes of the session groups that this process started, living or zombie."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    """Processes that this one started, and theirs, living or zombie: told from others by a mark in the environment."""
+    listing = subprocess.run(["ps", "axeww", "-o", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
     rows = [line.split(None, 2) for line in listing.splitlines()[1:]]
-    return {int(pid) for pid, parent, command in rows if "reward_worker" in command or parent == str(os.getpid())} - {
+    return {int(pid) for pid, parent, command in rows if MARK in command or parent == str(os.getpid())} - {
         int(pid) for pid, _, command in rows if command.startswith("ps ")
     }
 

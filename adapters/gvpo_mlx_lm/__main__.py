@@ -46,8 +46,8 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups-per-step", type=int, help="Prompts of an optimizer step; default: what fits.")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     known = lora.CONFIG_DEFAULTS | _OURS
-    if given.get("config"):
-        from_file = yaml.load(Path(given["config"]).read_text(encoding="utf-8"), lora.yaml_loader) or {}
+    if given.get("config"):  # mlx_lm.lora has taught the safe loader its floats
+        from_file = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")) or {}
         if unknown := sorted(from_file.keys() - known.keys()):
             raise SettingsError(
                 f"{given['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
