@@ -65,6 +65,7 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
+JAX_RUNS = ("test_trainer.py", "test_trainer_faults.py", "test_jax_mesh.py")
 SUBJECTS = {"numpy": "numpy,array-api-strict", "torch": "torch", "jax": "jax", "mlx": "mlx"}
 
 
@@ -83,7 +84,19 @@ def conformance(session: nox.Session, subject: str) -> None:
         install(session, "-e", f".[{extras}]", without_dependencies=extra)
     counts = str(Path("conformance/results").resolve())  # python conformance/table.py writes README's table from it
     env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": counts}
-    pytest(session, f"conformance-{subject}", "conformance", **env)
+    # Each start of a JAX process compiles anew: runs that are killed and started again have a session of their own.
+    elsewhere = [f"--ignore=conformance/{name}" for name in JAX_RUNS] if subject == "jax" else []
+    pytest(session, f"conformance-{subject}", "conformance", *elsewhere, **env)
+
+
+@nox.session
+def jax_runs(session: nox.Session) -> None:
+    """Whole runs of the JAX trainer, killed, signalled and resumed. Not in the default run: it takes a quarter of an hour.
+
+    nox -s jax_runs
+    """
+    install(session, "-e", ".[jax,dev]")
+    pytest(session, "jax-runs", *(f"conformance/{name}" for name in JAX_RUNS), GVPO_SUBJECTS="jax")
 
 
 @nox.session
