@@ -91,7 +91,7 @@ def conformance(session: nox.Session, subject: str) -> None:
 
 @nox.session
 def jax_runs(session: nox.Session) -> None:
-    """Whole runs of the JAX trainer, killed, signalled and resumed. Not in the default run: it takes a quarter of an hour.
+    """Whole runs of the JAX trainer: killed, signalled, resumed, over meshes. Slow, so not in the default run.
 
     nox -s jax_runs
     """
