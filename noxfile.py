@@ -8,6 +8,7 @@ nox -s demo                         GVPO improves a real language model, in minu
 nox -R -s lint                      reuse an environment as it is, without installing anything
 """
 
+import shutil
 import sys
 import xml.etree.ElementTree as xml
 from datetime import datetime
@@ -89,6 +90,14 @@ def conformance(session: nox.Session, subject: str) -> None:
     pytest(session, f"conformance-{subject}", "conformance", *elsewhere, **env)
 
 
+# Each start of a JAX process compiles its programs, unless it finds them compiled by another.
+QUICKLY_COMPILED = {
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+    "XLA_FLAGS": "--xla_backend_optimization_level=0",
+}
+
+
 @nox.session
 def jax_runs(session: nox.Session) -> None:
     """Whole runs of the JAX trainer: killed, signalled, resumed, over meshes. Slow, so not in the default run.
@@ -96,7 +105,10 @@ def jax_runs(session: nox.Session) -> None:
     nox -s jax_runs
     """
     install(session, "-e", ".[jax,dev]")
-    pytest(session, "jax-runs", *(f"conformance/{name}" for name in JAX_RUNS), GVPO_SUBJECTS="jax")
+    compiled = Path(session.create_tmp()).resolve() / "compiled"
+    shutil.rmtree(compiled, ignore_errors=True)
+    env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
+    pytest(session, "jax-runs", *(f"conformance/{name}" for name in JAX_RUNS), **env)
 
 
 @nox.session

@@ -25,7 +25,9 @@ def whole(of_policy) -> dict[str, np.ndarray]:
     from gvpo_jax import mesh
 
     everywhere = mesh.replicated(of_policy.mesh)
-    return {n: np.asarray(jax.device_put(a, everywhere).addressable_data(0)) for n, a in of_policy._trained.items()}
+    return {
+        n: np.asarray(jax.device_put(a, everywhere).addressable_data(0)) for n, a in of_policy.learner.trained.items()
+    }
 
 
 def step(of_policy, rows: list[list[int]]) -> dict[str, np.ndarray]:
@@ -75,7 +77,7 @@ def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> No
     if rank == 0:
         np.savez(out / f"{name}.npz", **found)
         tokens = [[list(r.tokens) for r in row] for row in responses]
-        shares = {n: a.addressable_shards[0].data.size / a.size for n, a in of_policy._parameters.items()}
+        shares = {n: a.addressable_shards[0].data.size / a.size for n, a in of_policy.learner.parameters.items()}
         (out / f"{name}.json").write_text(json.dumps({"tokens": tokens, "shares": shares, **of_policy.describe()}))
 
 

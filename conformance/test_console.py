@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from gvpo_core.training import console as shown
+from gvpo_core.training import time_left
 from gvpo_core.training.alerts import LEVELS
 from gvpo_core.training.console import COLUMNS, Console, duration, fit, printable, row, titles
 
@@ -175,12 +175,25 @@ def test_facts_are_text_that_a_person_reads():
     assert max(map(len, lines)) <= 80 and lines[6].startswith(" " * 22 + "x x")
 
 
-def test_time_left_counts_from_the_resumed_step(monkeypatch):
-    clock = iter([100.0, 120.0])
-    monkeypatch.setattr(shown.time, "monotonic", lambda: next(clock))
+def test_time_left_is_that_of_the_last_steps_and_evaluations(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time_left.time, "monotonic", lambda: clock[0])
     out = io.StringIO()
-    Console(20, stream=out, first_step=10).step(RECORD | {"step": 12})
-    assert out.getvalue().split()[-2] == "1m20s"  # two steps in 20 s, eight to go
+    console = Console(20, stream=out, evaluations=[0, 15, 20])
+
+    def after(seconds: float, step: int) -> str:
+        clock[0] += seconds
+        console.step(RECORD | {"step": step})
+        return out.getvalue().splitlines()[-1].split()[-2]
+
+    clock[0] += 30.0
+    console.evaluation({"step": 0, "seconds/evaluate": 30.0})
+    assert after(40.0, 11) == "7m00s"  # nine steps as this one, two evaluations: a resumed run counts from where it is
+    assert after(10.0, 12) == "2m20s"  # the first step compiled
+    assert after(10.0, 15) == "1m50s"  # the evaluation of this step is still to come
+    clock[0] += 20.0
+    console.evaluation({"step": 15, "seconds/evaluate": 20.0})
+    assert after(13.0, 16) == "1m04s"  # (10 + 10 + 13) / 3 a step
 
 
 def test_an_evaluation_shows_the_records_numbers_within_80_columns():

@@ -42,13 +42,18 @@ def environment():
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
 
 
+def of_devices(environment: dict[str, str], count: int) -> dict[str, str]:
+    flags = [environment.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
+    return environment | {"XLA_FLAGS": " ".join(flags).strip()}
+
+
 @pytest.fixture(scope="module")
 def out(folder, environment, tmp_path_factory) -> Path:
     """Every mesh over 8 simulated devices, and one of them alone."""
     out = tmp_path_factory.mktemp("out")
     runs = {"one": {"device": "cpu:0"}, "one-lora": {"device": "cpu:0", **LORA}}
     runs |= {name: {"device": "cpu", **settings} for name, settings in MESHES.items()}
-    environment = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    environment = of_devices(environment, 8)
     done = subprocess.run(arguments(folder, out, runs), env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr[-5000:]
     return out
@@ -88,7 +93,7 @@ def test_the_export_of_a_mesh_is_whole(out: Path) -> None:
 
 
 def test_two_processes_take_the_step_of_one(folder, environment, out, tmp_path) -> None:
-    environment = environment | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = of_devices(environment, 2)
     runs = {"two": {"device": "cpu", "mesh_fsdp": 2}}
     command = [sys.executable, str(CONFORMANCE / "jax_processes.py"), "2", *arguments(folder, tmp_path, runs)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
@@ -102,7 +107,7 @@ def test_two_processes_take_the_step_of_one(folder, environment, out, tmp_path) 
     of_policy = policy(folder, **SMOOTH)
     of_policy.restore(tmp_path / "two-checkpoint")
     alone = np.load(out / "one.npz")
-    for name, value in of_policy._trained.items():
+    for name, value in of_policy.learner.trained.items():
         wanted = alone[f"after1/{name}"]
         np.testing.assert_allclose(np.asarray(value), wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
 

@@ -96,7 +96,7 @@ def test_adapters_that_match_nothing(tmp_path) -> None:
     with pytest.raises(ConfigError, match="'wqkv', which match no linear layer: use all-linear or some of down_proj, "):
         policy(folder, lora_rank=2, lora_targets=("q_proj", "wqkv"))
     of_policy = policy(folder, lora_rank=2, lora_targets=("q_proj", "mlp.up_proj"))
-    assert {name.split(".")[-2] for name in of_policy._adapters} == {"q_proj", "up_proj"}
+    assert {name.split(".")[-2] for name in of_policy.learner.adapters} == {"q_proj", "up_proj"}
 
 
 def test_settings_of_other_backends_are_refused(tmp_path) -> None:

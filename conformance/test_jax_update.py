@@ -120,7 +120,7 @@ def test_bfloat16_keeps_float32_parameters_and_a_reference_equal_to_the_policy(f
     of_policy = policy(folder, dtype="bfloat16", learning_rate=1e-6, reference=True)
     np.testing.assert_allclose(of_policy.logprobs(OF, reference=True), of_policy.logprobs(OF), rtol=0, atol=1e-5)
     before = parameters(of_policy)
-    assert {a.dtype for a in of_policy._trained.values()} == {np.dtype(np.float32)}
+    assert {a.dtype for a in of_policy.learner.trained.values()} == {np.dtype(np.float32)}
     of_policy.update(OF, coefficients_of(OF))
     after = parameters(of_policy)
     changed = [np.mean(after[name] != before[name]) for name in after if "proj.weight" in name]
@@ -144,7 +144,7 @@ def test_clipping(folder) -> None:
     clipped = policy(folder, max_gradient_norm=norm / 4, **settings)
     assert clipped.update(OF, coefficients_of(OF)).gradient_norm == pytest.approx(norm)  # before clipping
     free, clipped = (
-        sum(float((np.asarray(m, np.float64) ** 2).sum()) for m in p._state[0].mu.values()) ** 0.5
+        sum(float((np.asarray(m, np.float64) ** 2).sum()) for m in p.learner.arrays()["exp_avg"].values()) ** 0.5
         for p in (free, clipped)
     )
     assert clipped == pytest.approx(free / 4, rel=1e-4)
@@ -163,21 +163,20 @@ def test_coefficients_that_are_not_finite_leave_everything_as_it_was(folder, bad
 def test_gradients_that_are_not_finite_name_their_parameter(folder, monkeypatch) -> None:
     of_policy = policy(folder)
     before = parameters(of_policy)
-    name, whole = "model.layers.*.mlp.up_proj.weight", of_policy._apply
+    name, whole = "model.layers.*.mlp.up_proj.weight", of_policy.learner.step
     spoil = lambda total: whole(total | {name: total[name].at[1, 0, 0].set(np.nan)})
-    monkeypatch.setattr(of_policy, "_apply", spoil)
+    monkeypatch.setattr(of_policy.learner, "step", spoil)
     named = "model.layers.1.mlp.up_proj.weight"
     with pytest.raises(FloatingPointError, match=f"gradients of 1 of 28 .* the first {named}; no step was taken"):
         of_policy.update(OF, coefficients_of(OF))
     assert step_difference(before, parameters(of_policy)) == 0.0
-    assert int(of_policy._state[0].count) == 0
+    assert int(of_policy.learner.arrays()["count"]) == 0
 
 
 def test_logprobs_that_are_not_finite(folder) -> None:
     of_policy = policy(folder)
-    of_policy._parameters = of_policy._parameters | {
-        "model.norm.weight": of_policy._parameters["model.norm.weight"] * np.float32(np.inf)
-    }
+    norm = of_policy.learner.parameters["model.norm.weight"]
+    of_policy.learner.parameters |= {"model.norm.weight": norm * np.float32(np.inf)}
     with pytest.raises(FloatingPointError, match=r"log-probabilities of .* responses are not finite"):
         of_policy.update(OF, coefficients_of(OF))
 

@@ -81,8 +81,8 @@ def test_one_update_is_that_of_gvpo_torch(family: str, kind: str, tmp_path) -> N
         import jax
 
         given = adapters_of_torch(of_torch)
-        assert given.keys() == of_jax._adapters.keys()
-        of_jax._adapters = {n: jax.device_put(v, of_jax._adapters[n].sharding) for n, v in given.items()}
+        assert given.keys() == of_jax.learner.adapters.keys()
+        of_jax.learner.adapters = {n: jax.device_put(v, of_jax.learner.adapters[n].sharding) for n, v in given.items()}
     start = parameters(of_jax)
     one, two = (p.update(OF, coefficients_of(OF)) for p in (of_torch, of_jax))
     np.testing.assert_allclose(two.logprobs, one.logprobs, rtol=0, atol=1e-4)

@@ -132,8 +132,6 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, make, final_state,
 @pytest.mark.parametrize("model_extra", ["", "lora_rank = 4"], ids=["full", "lora"])
 def test_twenty_kills_change_nothing(model_extra, tmp_path, make, final_state, backend, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    for name, value in backend.restarts(tmp_path).items():
-        monkeypatch.setenv(name, value)
     for name in ("whole", "killed"):
         make(tmp_path / name, steps=60, model_extra=model_extra)
     launch = killing.Forked.of(backend.preload)

@@ -1,11 +1,13 @@
 """The backends that the trainer tests run over, one entry each: a new backend adds an entry, not tests."""
 
+import importlib
 import importlib.util
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
@@ -29,7 +31,18 @@ class Backend:
     two_processes: Callable[[Path], list[str]] | None  # config -> command that trains in two processes
     shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
     state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
-    restarts: Callable[[Path], dict[str, str]] = lambda folder: {}  # a folder -> environment that makes starts quick
+    suffixes: frozenset[str] = frozenset((".safetensors", ".json"))  # of the files of a checkpoint
+    lora_kinds: tuple[str, ...] = ("lora", "dora")  # model.lora_kind settings
+    decoders: tuple[str, ...] = ("llama", "qwen2", "qwen3")  # tiny models that are sampled; the first is the usual one
+
+    @property
+    def policies(self) -> ModuleType:
+        """The backend's helper module: `<name>_policies.py` makes tiny policies, reads them and spoils them.
+
+        policy(folder, **settings): of either config section. Of a policy: parameters, dtypes, first_moments, logits,
+        sample, fill and spoiled_gradient. Of the backend: global_settings, pick, truncate. Imports the framework.
+        """
+        return importlib.import_module(f"{self.name}_policies")
 
 
 def _torchrun(config: Path) -> list[str]:
@@ -49,14 +62,6 @@ def _mlx_launch(config: Path) -> list[str]:
     return [*launch, "--", sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
 
 
-def _compiled_once(folder: Path) -> dict[str, str]:
-    return {
-        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-    }
-
-
 def _orbax(folder: Path) -> dict[str, np.ndarray]:
     from gvpo_jax.checkpoint import read_arrays
 
@@ -72,6 +77,7 @@ BACKENDS = {
             ("gvpo_torch.policy", "transformers.models.llama.modeling_llama"),
             _torchrun,
             ("data_parallel", "fsdp"),
+            decoders=("llama", "mistral-window", "gemma3_text", "gpt_oss", "qwen3_next", "qwen3_moe", "gpt2"),
         ),
         Backend(
             "jax",
@@ -79,7 +85,9 @@ BACKENDS = {
             ("gvpo_jax.policy", "gvpo_jax.checkpoint"),
             _jax_processes,
             state=_orbax,
-            restarts=_compiled_once,
+            suffixes=frozenset(("", ".json", ".ocdbt")),
+            lora_kinds=("lora",),
+            decoders=("llama", "mistral-window"),
         ),
         # MLX starts threads when its layers are imported: nothing of them before the fork.
         Backend(

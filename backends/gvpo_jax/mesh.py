@@ -118,6 +118,10 @@ def put(values: np.ndarray, mesh: Mesh, axis: int | None = 0) -> jax.Array:
     return jax.make_array_from_process_local_data(sharding, values)
 
 
+def put_all(arrays: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, jax.Array]:
+    return {name: put(a, mesh, axis) for name, a in arrays.items()}
+
+
 def local(array: jax.Array, axis: int = 0) -> np.ndarray:
     """This process's rows of an array that is sharded along `axis` over data and fsdp."""
     if array.is_fully_addressable:

@@ -11,16 +11,15 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
-from jax import Array
 
 from gvpo_core.training import hugging_face, layout
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.layout import Splitting
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import factors_of, learning_rate
+from gvpo_core.training.step import factors_of
 from gvpo_jax import checkpoint, generate, mesh, update, weights
+from gvpo_jax.learner import Learner
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from gvpo_jax.model import FAMILIES, Parameters, Setup, read_spec
 from gvpo_jax.programs import Programs
@@ -57,7 +56,7 @@ class JaxPolicy:
     def __init__(
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
-        self.config, self.optimizer_config, self.updates = config, optimizer, updates
+        self.config, self.optimizer_config = config, optimizer
         _refuse_settings_of_others(config)
         mesh.join_processes()
         self.mesh = mesh.make_mesh(config)
@@ -71,44 +70,17 @@ class JaxPolicy:
         self.programs = Programs()
         files = weights.Files(self.folder)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-        self._parameters: Parameters = weights.load(
-            spec, files, self.mesh, self.setup.compute if config.lora_rank else np.float32
-        )
-        self._adapters: Parameters = weights.make_adapters(config, spec, self.mesh, seed) if config.lora_rank else {}
+        parameters = weights.load(spec, files, self.mesh, self.setup.compute if config.lora_rank else np.float32)
+        adapters = weights.make_adapters(config, spec, self.mesh, seed) if config.lora_rank else {}
+        self.learner = Learner(self.setup, self.programs, optimizer, updates, parameters, adapters)
         self._reference: Parameters | None = None
         if reference and not config.lora_rank:
             self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
-        self._adamw = (*optimizer.betas, optimizer.eps, optimizer.weight_decay)
-        self._shapes = {name: a.shape for name, a in self._trained.items()}
-        self._shardings = mesh.parameter_shardings(self.mesh, self._shapes)
-        self._state = self._empty_state()
-        self._step = 0
         self.packed, self.layout_reason = self._check()
         self._splitting = Splitting(
             self.packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, spec.hidden
         )
         self._end = hugging_face.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
-
-    @property
-    def _trained(self) -> Parameters:
-        return self._adapters or self._parameters
-
-    @property
-    def _frozen(self) -> Parameters:
-        return self._parameters if self._adapters else {}
-
-    def _empty_state(self) -> Any:
-        """AdamW's moments, sharded as the parameters."""
-        optimizer = update.adamw(*self._adamw)
-        shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in self._shapes.items()}
-        shardings = optax.tree_map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(optimizer.init, shapes),
-            self._shardings,
-            transform_non_params=lambda _: mesh.replicated(self.mesh),
-        )
-        return jax.jit(optimizer.init, out_shardings=shardings)(self._trained)
 
     def _check(self) -> tuple[bool, str]:
         """Chooses the layout, and compares packed rows with plain ones before trusting them."""
@@ -134,7 +106,7 @@ class JaxPolicy:
     def _by_response(self, rows: Rows) -> np.ndarray:
         """Token log-probs in the order of responses."""
         assert rows.source is not None
-        values = self._values(rows, self._parameters, self._adapters)[rows.places]
+        values = self._values(rows, self.learner.parameters, self.learner.adapters)[rows.places]
         parts = np.split(values, np.cumsum(rows.source.lengths)[:-1])
         return np.concatenate([parts[i] for i in np.argsort(rows.source.responses)])
 
@@ -165,8 +137,8 @@ class JaxPolicy:
         return generate.generate(
             self.setup,
             self.programs,
-            self._parameters,
-            self._adapters,
+            self.learner.parameters,
+            self.learner.adapters,
             prompts,
             seeds,
             sampling,
@@ -182,7 +154,7 @@ class JaxPolicy:
         return self._logprobs(batch, reference)[0]
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        parameters, adapters = self._parameters, self._adapters
+        parameters, adapters = self.learner.parameters, self.learner.adapters
         if reference and self.config.lora_rank:
             adapters = {}
         elif reference:
@@ -203,12 +175,9 @@ class JaxPolicy:
 
     def _values(self, rows: Rows, parameters: Parameters, adapters: Parameters) -> np.ndarray:
         """(B, P) token log-probs of this process's rows."""
-        given = self._put(rows.arrays)
+        given = mesh.put_all(rows.arrays, self.mesh)
         out = mesh.batch_sharding(self.mesh)
         return mesh.local(self.programs.call(update.score_rows, (self.setup,), parameters, adapters, given, out=out))
-
-    def _put(self, arrays: Mapping[str, np.ndarray], axis: int = 0) -> dict[str, Array]:
-        return {name: mesh.put(a, self.mesh, axis) for name, a in arrays.items()}
 
     def _cache_tokens(self) -> int:
         """Tokens of key-value cache that half of this process's free device memory holds (a gibibyte on CPU)."""
@@ -246,82 +215,18 @@ class JaxPolicy:
                 if logprobs.shape != (len(batch),):
                     raise ValueError(f"scored has shape {logprobs.shape}; expected ({len(batch)},)")
             factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
-        total = self._call(update.no_gradient, (self.mesh, tuple(self._shapes.items())), out=self._shardings)
+        total = self.learner.no_gradient()
         for rows in (r for alike in update.plan(batch, whole, self.mesh) for r in alike):
-            total, sums = self._whole(total, rows, coefficients)
+            total, sums = self.learner.whole(total, rows, coefficients)
             assert rows.source is not None
             logprobs[rows.source.responses] = sums
             tokens += rows.arrays["ids"].size
         for alike in self._plan(batch, rest):
-            total = self._known(total, alike, factors)
+            total = self.learner.known(total, alike, factors)
             tokens += sum(rows.arrays["ids"].size for rows in alike if rows.source is not None)
-        norm = self._apply(total)
-        rate = learning_rate(self.optimizer_config, self._step, self.updates)
-        self._step += 1
+        norm, rate = self.learner.step(total)
         details = {"compiled_programs": float(len(self.programs))}
         return Update(logprobs, norm, rate, tokens, self._peak_memory(), details)
-
-    def _call(self, function: Any, static: tuple[Any, ...], *arguments: Any, **options: Any) -> Any:
-        return self.programs.call(function, static, *arguments, **options)
-
-    def _whole(self, total: Any, rows: Rows, coefficients: Coefficients) -> tuple[Any, np.ndarray]:
-        """Forward, coefficients, backward of a micro-batch of whole groups."""
-        values, saved = self._call(update.forward, (self.setup,), self._trained, self._frozen, self._put(rows.arrays))
-        assert rows.source is not None
-        sums = rows.sums(mesh.local(values))
-        factors = factors_of(coefficients, sums, rows.source.responses)
-        given = mesh.put(rows.spread(factors), self.mesh)
-        return self._call(update.backward, (), total, saved, given, donate=(0,), out=self._shardings), sums
-
-    def _known(self, total: Any, alike: Sequence[Rows], factors: np.ndarray) -> Any:
-        """Backward of equally shaped micro-batches whose factors are known, in one call."""
-        room = 1 << (len(alike) - 1).bit_length()
-        filled = [*alike, *[alike[-1]] * (room - len(alike))]
-        stacked = {name: np.stack([rows.arrays[name] for rows in filled]) for name in alike[0].arrays}
-        spread = [
-            rows.spread(factors[rows.source.responses]) if rows.source else rows.spread(np.zeros(0)) for rows in filled
-        ]
-        total, _ = self._call(
-            update.accumulate,
-            (self.setup,),
-            total,
-            self._trained,
-            self._frozen,
-            self._put(stacked, 1),
-            mesh.put(np.stack(spread), self.mesh, 1),
-            mesh.put(np.asarray(len(alike), np.int32), self.mesh, None),
-            donate=(0,),
-            out=(self._shardings, mesh.batch_sharding(self.mesh, 1)),
-        )
-        return total
-
-    def _apply(self, total: Any) -> float:
-        """Clips and steps; the norm before clipping, over all parameters and processes."""
-        out = mesh.replicated(self.mesh)
-        found, own = self._call(update.norms, (), total, out=out)
-        norm = float(found)
-        scale = update.clip_scale(norm, own, self.optimizer_config.max_gradient_norm)
-        rate = learning_rate(self.optimizer_config, self._step, self.updates)
-        numbers = [mesh.put(np.asarray(x, np.float32), self.mesh, None) for x in (scale, rate)]
-        shardings = jax.tree.map(lambda a: a.sharding, self._state)
-        trained, self._state = self._call(
-            update.step,
-            self._adamw,
-            self._trained,
-            self._state,
-            total,
-            *numbers,
-            donate=(0, 1),  # the gradient has no array of the result to become
-            out=(self._shardings, shardings),
-        )
-        self._set_trained(trained)
-        return norm
-
-    def _set_trained(self, trained: Parameters) -> None:
-        if self._adapters:
-            self._adapters = trained
-        else:
-            self._parameters = trained
 
     def _peak_memory(self) -> int:
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in self.mesh.local_devices]
@@ -334,22 +239,16 @@ class JaxPolicy:
 
     def save(self, directory: Path) -> None:
         """Writes parameters or adapters, AdamW's moments and the step into an empty folder; every process calls."""
-        checkpoint.save(Path(directory), self._on_disk(), {**self._facts(), "step": self._step}, self.rank == 0)
+        facts = {**self._facts(), "step": self.learner.steps_taken}
+        checkpoint.save(Path(directory), self.learner.arrays(), facts, self.rank == 0)
 
     def restore(self, directory: Path) -> None:
         """Reads what `save` wrote, from any mesh and number of processes.
 
         Raises: ConfigError: a checkpoint that does not fit, and where.
         """
-        found, facts = checkpoint.restore(Path(directory), self._on_disk(), self._facts())
-        adam = self._state[0]._replace(count=found["count"], mu=found["exp_avg"], nu=found["exp_avg_sq"])
-        self._state = (adam, *self._state[1:])
-        self._set_trained(found["parameter"])
-        self._step = facts["step"]
-
-    def _on_disk(self) -> dict[str, Any]:
-        adam = self._state[0]
-        return {"parameter": dict(self._trained), "exp_avg": adam.mu, "exp_avg_sq": adam.nu, "count": adam.count}
+        found, facts = checkpoint.restore(Path(directory), self.learner.arrays(), self._facts())
+        self.learner.take(found, facts["step"])
 
     def _facts(self) -> dict[str, Any]:
         c = self.config
@@ -365,8 +264,8 @@ class JaxPolicy:
         weights.export(
             directory,
             self.setup.spec,
-            self._parameters,
-            self._adapters,
+            self.learner.parameters,
+            self.learner.adapters,
             self.setup.scale,
             self.config.dtype,
             self.model_config,
@@ -383,7 +282,7 @@ class JaxPolicy:
         """Plain facts for the log and the run folder."""
         spec, first = self.setup.spec, self.mesh.devices.flat[0]
         model = weights.count(spec.shapes())
-        trainable = weights.count(self._shapes)
+        trainable = weights.count(self.learner.shapes)
         return {
             "backend": "jax",
             "architecture": FAMILIES[spec.family],
@@ -393,7 +292,7 @@ class JaxPolicy:
             "mesh": ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
             "ranks": self.world_size,
             "dtype": self.config.dtype,
-            "parameters": model + (trainable if self._adapters else 0),
+            "parameters": model + (trainable if self.learner.adapters else 0),
             "trainable_parameters": trainable,
             "layout": "packed" if self.packed else "plain",
             "layout_reason": self.layout_reason,

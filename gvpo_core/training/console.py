@@ -10,12 +10,12 @@ import math
 import re
 import sys
 import textwrap
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO
 
 from gvpo_core.training.alerts import BAD, LEVELS, OK, WATCH
 from gvpo_core.training.metrics import PHASES
+from gvpo_core.training.time_left import TimeLeft
 
 WIDTH = 80
 Record = Mapping[str, Any]
@@ -87,21 +87,24 @@ _REMIND = 50  # steps after which a reason that still holds is said again
 class Console:
     """Prints a run. Never raises because a terminal cannot show a character, or because its reader went away."""
 
-    def __init__(self, steps: int, *, stream: TextIO | None = None, first_step: int = 0) -> None:
+    def __init__(
+        self, steps: int, *, stream: TextIO | None = None, first_step: int = 0, evaluations: Sequence[int] = ()
+    ) -> None:
         """
         Args:
           steps: steps in the whole run.
           stream: default: standard output.
           first_step: steps already done, in a resumed run.
+          evaluations: steps after which the run evaluates.
         """
         self._steps, self._stream = steps, stream or sys.stdout
         self._rows = 0
         self._since_phases = 0
         self._said: dict[str, tuple[str, int]] = {}  # alert -> its level and step when last said
-        self._first, self._started = first_step, time.monotonic()
+        self._time_left = TimeLeft(steps, evaluations)
         self._bar: Any = None
         self._task: Any = None
-        self._live = self._open_bar() if self._stream.isatty() else None
+        self._live = self._open_bar(first_step) if self._stream.isatty() else None
 
     def header(self, facts: Mapping[str, Any], *, legend: bool = True) -> None:
         """The run's facts, one a line: name, value; then what the columns of a row mean."""
@@ -124,7 +127,7 @@ class Console:
         if self._rows % _TITLES_EVERY == 0:
             self._print(titles(), style="bold")
         self._rows += 1
-        line = row(record, self._left(int(record["step"])))
+        line = row(record, duration(self._time_left.stepped(int(record["step"]))))
         said = verdict(record)
         self._print(line, mark=(len(line) - len(said), {WATCH: "bold yellow", BAD: "bold red"}.get(said, "")))
         self._reasons(record)
@@ -136,6 +139,7 @@ class Console:
 
     def evaluation(self, record: Record) -> None:
         """One line: the numbers of an eval record."""
+        self._time_left.evaluated(record.get("seconds/evaluate", 0.0))
         parts = [f"eval {record['step']:>5}", f"reward {fit(record.get('eval/reward'), 6)}"]
         if "eval/half_width" in record:
             parts.append(f"+- {fit(record['eval/half_width'], 6)}")
@@ -217,12 +221,6 @@ class Console:
                 for line in textwrap.wrap(text, WIDTH, initial_indent="    ! ", subsequent_indent="      "):
                     self._print(line, style="yellow" if alert["level"] == WATCH else "red")
 
-    def _left(self, step: int) -> str:
-        done = step - self._first
-        if done < 1:
-            return "-"
-        return duration((time.monotonic() - self._started) / done * (self._steps - step))
-
     def _quote(self, title: str, text: str) -> None:
         self._print(f"  {printable(title)}")
         lines = printable(text, keep="\n").split("\n")
@@ -249,7 +247,7 @@ class Console:
                 self._stream.write(line + "\n")
                 self._stream.flush()
 
-    def _open_bar(self) -> Any:
+    def _open_bar(self, done: int) -> Any:
         try:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -263,7 +261,7 @@ class Console:
             console=RichConsole(file=self._stream),
             transient=True,
         )
-        self._task = self._bar.add_task("", total=self._steps, completed=self._first, phase="")
+        self._task = self._bar.add_task("", total=self._steps, completed=done, phase="")
         self._bar.start()
         return self._bar
 

@@ -125,11 +125,11 @@ class _Run:
 
     def go(self) -> Result:
         config, last = self.config, self.config.run.steps
-        start = self._resume()
+        start, evaluations = self._resume(), self._evaluations()
         self._open(start)
         with StopRequest() as stop:
             try:
-                if start == 0 and self.held_out:
+                if start == 0 and 0 in evaluations:
                     self._evaluate(0)
                 step = start
                 while step < last:
@@ -138,8 +138,7 @@ class _Run:
                     self._record("train", step, facts)
                     if self.console and self.shown:
                         self.console.sample(self.shown)
-                    due = config.evaluation.every and step % config.evaluation.every == 0
-                    if self.held_out and (due or step == last):
+                    if step in evaluations:
                         self._evaluate(step)
                     stopping = self._anyone(stop.signal)
                     every = config.run.checkpoint_every
@@ -192,10 +191,15 @@ class _Run:
         self.tracker = open_trackers(
             config.run.trackers, self.folder.path, hide_settings(as_table(config)), warn=_log.warning
         )
-        self.console = self.console or Console(config.run.steps, first_step=start)
+        self.console = self.console or Console(config.run.steps, first_step=start, evaluations=self._evaluations())
         self.console.header(header(config, facts, self.prompts, self.held_out, self.rewards))
         if start:
             self._event(start, "resume", f"resumed after step {start} of {config.run.steps}")
+
+    def _evaluations(self) -> list[int]:
+        """The steps after which the held-out prompts are answered: none, every n-th, and both ends."""
+        every, last = self.config.evaluation.every, self.config.run.steps
+        return sorted({*range(0, last, every or last), last}) if self.held_out else []
 
     def _step(self, step: int) -> dict[str, float]:
         config, policy, begin = self.config, self.policy, time.perf_counter()

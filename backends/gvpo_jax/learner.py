@@ -1,0 +1,139 @@
+"""What a run trains: parameters or adapters with AdamW's moments, and the parts of an exact step over a mesh."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.policy import Coefficients
+from gvpo_core.training.step import factors_of, learning_rate
+from gvpo_jax import mesh, update
+from gvpo_jax.model import Parameters, Setup
+from gvpo_jax.programs import Programs
+from gvpo_jax.update import Rows
+
+
+class Learner:
+    """Holds what a checkpoint holds. A step: `no_gradient`, then `whole` and `known` for its rows, then `step`."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        programs: Programs,
+        config: OptimizerConfig,
+        updates: int,
+        parameters: Parameters,
+        adapters: Parameters,
+    ) -> None:
+        self.setup, self.programs, self.config, self.updates = setup, programs, config, updates
+        self.mesh = setup.mesh
+        self.parameters, self.adapters = parameters, adapters
+        self.shapes = {name: a.shape for name, a in self.trained.items()}
+        self.steps_taken = 0
+        self._adamw = (*config.betas, config.eps, config.weight_decay)
+        self._shardings = mesh.parameter_shardings(self.mesh, self.shapes)
+        self._state = self._empty_state()
+
+    @property
+    def trained(self) -> Parameters:
+        """The adapters where there are any, else all parameters."""
+        return self.adapters or self.parameters
+
+    @property
+    def _frozen(self) -> Parameters:
+        return self.parameters if self.adapters else {}
+
+    def _empty_state(self) -> Any:
+        """AdamW's moments, sharded as the parameters."""
+        optimizer = update.adamw(*self._adamw)
+        shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in self.shapes.items()}
+        shardings = optax.tree_map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            jax.eval_shape(optimizer.init, shapes),
+            self._shardings,
+            transform_non_params=lambda _: mesh.replicated(self.mesh),
+        )
+        return jax.jit(optimizer.init, out_shardings=shardings)(self.trained)
+
+    def no_gradient(self) -> Parameters:
+        """Zeros, to which the gradients of a step are added."""
+        static = (self.mesh, tuple(self.shapes.items()))
+        return self.programs.call(update.no_gradient, static, out=self._shardings)  # type: ignore[no-any-return]
+
+    def whole(self, total: Parameters, rows: Rows, coefficients: Coefficients) -> tuple[Parameters, np.ndarray]:
+        """Forward, coefficients, backward of a micro-batch of whole groups: the sum so far, (r,) log-probs."""
+        given = mesh.put_all(rows.arrays, self.mesh)
+        values, saved = self.programs.call(update.forward, (self.setup,), self.trained, self._frozen, given)
+        assert rows.source is not None
+        sums = rows.sums(mesh.local(values))
+        factors = rows.spread(factors_of(coefficients, sums, rows.source.responses))
+        arguments = (total, saved, mesh.put(factors, self.mesh))
+        return self.programs.call(update.backward, (), *arguments, donate=(0,), out=self._shardings), sums
+
+    def known(self, total: Parameters, alike: Sequence[Rows], factors: np.ndarray) -> Parameters:
+        """Backward of equally shaped micro-batches whose factors are known, in one call: the sum so far."""
+        room = 1 << (len(alike) - 1).bit_length()
+        filled = [*alike, *[alike[-1]] * (room - len(alike))]
+        stacked = {name: np.stack([rows.arrays[name] for rows in filled]) for name in alike[0].arrays}
+        spread = [
+            rows.spread(factors[rows.source.responses]) if rows.source else rows.spread(np.zeros(0)) for rows in filled
+        ]
+        total, _ = self.programs.call(
+            update.accumulate,
+            (self.setup,),
+            total,
+            self.trained,
+            self._frozen,
+            mesh.put_all(stacked, self.mesh, 1),
+            mesh.put(np.stack(spread), self.mesh, 1),
+            mesh.put(np.asarray(len(alike), np.int32), self.mesh, None),
+            donate=(0,),
+            out=(self._shardings, mesh.batch_sharding(self.mesh, 1)),
+        )
+        return total
+
+    def step(self, total: Parameters) -> tuple[float, float]:
+        """Clips and steps: the norm before clipping, over all parameters and processes, and the learning rate.
+
+        Raises: FloatingPointError: a gradient that is not finite; nothing was changed.
+        """
+        found, own = self.programs.call(update.norms, (), total, out=mesh.replicated(self.mesh))
+        norm = float(found)
+        scale = update.clip_scale(norm, own, self.config.max_gradient_norm)
+        rate = learning_rate(self.config, self.steps_taken, self.updates)
+        numbers = [mesh.put(np.asarray(x, np.float32), self.mesh, None) for x in (scale, rate)]
+        trained, self._state = self.programs.call(
+            update.step,
+            self._adamw,
+            self.trained,
+            self._state,
+            total,
+            *numbers,
+            donate=(0, 1),  # the gradient has no array of the result to become
+            out=(self._shardings, jax.tree.map(lambda a: a.sharding, self._state)),
+        )
+        self._set_trained(trained)
+        self.steps_taken += 1
+        return norm, rate
+
+    def _set_trained(self, trained: Parameters) -> None:
+        if self.adapters:
+            self.adapters = trained
+        else:
+            self.parameters = trained
+
+    def arrays(self) -> dict[str, Any]:
+        """What a checkpoint keeps as arrays, sharded as they are."""
+        adam = self._state[0]
+        return {"parameter": dict(self.trained), "exp_avg": adam.mu, "exp_avg_sq": adam.nu, "count": adam.count}
+
+    def take(self, arrays: Mapping[str, Any], steps_taken: int) -> None:
+        """Goes on from a checkpoint's arrays, shaped and sharded as `arrays` gives them."""
+        adam = self._state[0]._replace(count=arrays["count"], mu=arrays["exp_avg"], nu=arrays["exp_avg_sq"])
+        self._state = (adam, *self._state[1:])
+        self._set_trained(arrays["parameter"])
+        self.steps_taken = steps_taken
