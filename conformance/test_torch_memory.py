@@ -15,10 +15,10 @@ RUN = """
 import io, json, resource, sys
 from pathlib import Path
 
-import torch, gvpo_torch
+import accelerate, gvpo_torch.policy, peft, torch, tyro
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # with the framework alone
+held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # with the libraries alone
 
 from gvpo_core.training.backend import load_policy
 from gvpo_core.training.config import Config, ModelConfig, RolloutConfig, RunConfig
@@ -30,11 +30,11 @@ model, folder, rank = sys.argv[1:]
 config = Config(
     run=RunConfig(folder=folder, backend="torch", steps=2, checkpoint_every=0, show_every=0),
     model=ModelConfig(path=model, device="cpu", lora_rank=int(rank)),
-    rollout=RolloutConfig(prompts=4, responses=8, max_tokens=24),
+    rollout=RolloutConfig(prompts=8, responses=8, max_tokens=24),
 )
 policy = load_policy(config)
 memory = estimate_memory(policy.describe(), config, 40)
-rows = [{"prompt": letter * 40} for letter in "abcd"]
+rows = [{"prompt": letter * 40} for letter in "abcdefgh"]
 rewards = {"r": lambda completions, **_: [float(len(c) % 5) for c in completions]}
 train(config, policy, train_rows=rows, rewards=rewards, console=Console(2, stream=io.StringIO()))
 lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
@@ -58,6 +58,7 @@ def test_a_run_takes_about_what_was_estimated(rank, tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # What is measured also has what the allocator keeps back and the libraries that a first step brings in.
+    # What is measured also has what the allocator keeps back and the pages of libraries that a first step touches:
+    # some 100 MB, more on some machines than on others, so the run is to be of many times that.
     assert found["measured"] == pytest.approx(found["estimated"], rel=0.25), found
     assert found["held"] < 1.5 * found["framework"], found
