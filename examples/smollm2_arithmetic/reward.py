@@ -11,8 +11,8 @@ from typing import Any
 
 def load_reasoning_gym() -> Any:
     """The module `reasoning_gym`, without its one dependency that needs a C compiler, which arithmetic never calls."""
-    if importlib.util.find_spec("pycosat") is None:
-        sys.modules.setdefault("pycosat", types.ModuleType("pycosat"))
+    if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
+        sys.modules["pycosat"] = types.ModuleType("pycosat")
     import reasoning_gym
 
     return reasoning_gym
