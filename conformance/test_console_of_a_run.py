@@ -6,7 +6,7 @@ import re
 
 import pytest
 import table_run
-from test_console import check_row, shown_as
+from test_console import check_number, check_row
 
 from gvpo_core.training.config_file import read_config
 from gvpo_core.training.console import COLUMNS, Console
@@ -51,8 +51,7 @@ def test_every_number_on_the_console_is_one_of_metrics_jsonl(run):
     phases = re.findall(r"^    seconds: (.*), memory", text, re.MULTILINE)
     for step, line in zip((1, 11), phases, strict=True):
         for phase, shown in re.findall(r"(\w+) ([^\s,]+)", line):
-            value, error = shown_as(shown)
-            assert abs(value - trained[step][f"seconds/{phase}"]) <= error * (1 + 1e-9)
+            check_number(shown, trained[step][f"seconds/{phase}"], phase)
 
 
 def test_the_report_is_there_with_every_step(run):

@@ -48,12 +48,8 @@ def _dead(record: Record, width: int) -> str:
     if not counted:
         return "-"
     if best + worst < dead:  # alike in between, or nothing to tell best from worst by
-        return f"{100 * dead / counted:.0f}"
-    return f"{100 * best / counted:.0f}/{100 * worst / counted:.0f}"
-
-
-def _cut(record: Record, width: int) -> str:
-    return _percent(record.get("truncated")).rstrip("%")
+        return _percent(dead / counted)
+    return f"{_percent(best / counted)}/{_percent(worst / counted)}"
 
 
 COLUMNS = (
@@ -63,7 +59,7 @@ COLUMNS = (
     _number("+-", 3, "reward/half_width"),
     _number("spr", 3, "reward/spread"),
     Column("dead%", 5, _dead, "groups/all_best / groups/all_worst by groups/counted"),
-    Column("cut", 3, _cut, "truncated"),
+    Column("cut", 3, lambda record, width: _percent(record.get("truncated")), "truncated"),
     _number("len", 4, "length/mean"),
     _number("kl", 4, "kl"),
     _number("entr", 4, "entropy"),
@@ -75,7 +71,7 @@ COLUMNS = (
 LEGEND = (
     "trnd: reward against the 10 steps before; +-: half of its 95 % interval",
     "spr: spread inside groups; dead%: groups all right/all wrong (one number: alike",
-    "otherwise); cut: % at the token limit; regr: reward still to be gained",
+    "otherwise); cut: % at the token limit; regr: reward to be gained; ~0: nearly 0",
 )
 _LEFT = 5  # columns of the time left, after the last field
 _TITLES_EVERY = 20
@@ -148,7 +144,7 @@ class Console:
             for key, value in rewards.items():
                 parts.append(f"{key.removeprefix('eval/reward/')} {fit(value, 6)}")
         parts.append(f"len {fit(record.get('eval/length'), 5)}")
-        parts.append(f"cut {_percent(record.get('eval/truncated'))}")
+        parts.append(f"cut {_percent(record.get('eval/truncated'), '%')}")
         parts.append(f"prompts {record.get('eval/prompts', '-')}")
         parts.append(f"sec {fit(record.get('seconds/evaluate'), 5)}")
         for line in _wrap(parts):
@@ -299,8 +295,8 @@ def fit(value: float | None, width: int) -> str:
     """A number in at most `width` characters; "-" for none.
 
     Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
-    Integers stand in full where they fit; where only that makes it fit, .5 stands for 0.5, and 12k for 12345. Too small
-    for any form: 0; too large: asterisks.
+    Integers stand in full where they fit; where only that makes it fit, .5 stands for 0.5, and 12k for 12345. 0 is
+    exactly 0; too small for any form: ~0, with its sign; too large: asterisks.
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -325,7 +321,10 @@ def fit(value: float | None, width: int) -> str:
         text = re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].strip("+") + m[2], f"{value:.{digits}e}")
         if len(text) <= width:
             return text
-    return "0" if abs(value) < 1 else "*" * width
+    text = f"{value:.{max(0, width - 1 - (value < 0))}f}".replace("0.", ".", 1)  # one digit, but not the first
+    if len(text) <= width and re.search("[1-9]", text):
+        return text
+    return "*" * width if abs(value) >= 1 else "-~0" if value < 0 and width > 2 else "~0"
 
 
 def duration(seconds: float) -> str:
@@ -360,8 +359,13 @@ def printable(text: str, *, keep: str = "") -> str:
     return _HIDDEN.sub(escape, text)
 
 
-def _percent(value: float | None) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.0f}%"
+def _percent(share: float | None, unit: str = "") -> str:
+    """0 and 100 stand for none and all, never for nearly so."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    percent = round(100 * share)
+    nearly = {0: "~0", 100: "99"}.get(percent, "") if 0 < share < 1 else ""
+    return f"{nearly or percent}{unit}"
 
 
 def _text(value: Any, name: str = "") -> str:
