@@ -76,13 +76,13 @@ MUTANTS = {
         VALUES,
     ),
     "the first of tied winners": (
-        "baselines.py",
-        "return chosen / groups.per_row(",
-        "return chosen + 0 * groups.per_row(",
+        "groups.py",
+        "return chosen / self.per_row(",
+        "return chosen + 0 * self.per_row(",
         VALUES,
     ),
     "DPO's pair turned round": (
-        "baselines.py",
+        "preferences.py",
         "share, sigmoid = chosen - rejected,",
         "share, sigmoid = rejected - chosen,",
         VALUES,

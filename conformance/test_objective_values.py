@@ -133,3 +133,27 @@ def test_large(setting: Setting) -> None:
     if setting.mode == "eager":
         largest = setting.subject.largest(_large(case.beta, case.num_groups), a)
         assert largest < 48 * 2**20, f"{setting.subject.name}: {largest / 2**20:.0f} MiB"
+
+
+@pytest.mark.capability("values")
+@pytest.mark.modes("eager")
+@pytest.mark.dtypes("float32")
+@pytest.mark.parametrize("name", core.OBJECTIVES)
+def test_rewards_may_be_integers_and_bools(setting: Setting, name: str) -> None:
+    logprobs, ids = setting.array(np.array([-3.0, -1.5, -2.0, -0.25, -4.0])), setting.array(np.array([0, 0, 1, 1, 1]))
+    given = np.array([1, 0, 0, 1, 1])
+    of = lambda rewards: core.objective_coefficients(
+        name, logprobs, 2 * logprobs, logprobs, setting.array(rewards), ids, beta=0.3
+    )
+    for kind in (int, bool):
+        setting.check(name, of(given.astype(kind)), setting.numpy(of(given.astype(float))))
+    weights = {
+        "grpo": core.grpo_weights,
+        "dr_grpo": core.dr_grpo_weights,
+        "rloo": core.rloo_weights,
+        "reject_sampling": core.reject_sampling_weights,
+    }
+    if name in weights:
+        expected = setting.numpy(weights[name](setting.array(given.astype(float)), ids))
+        for kind in (int, bool):
+            setting.check(name, weights[name](setting.array(given.astype(kind)), ids), expected)

@@ -157,18 +157,18 @@ def test_eq_6_and_7_weights_vanish_at_the_optimum() -> None:
 
 # Eq. 10-13: the gradient
 
+ROWS = np.array([0, 1, 1, 3])
+
 
 def test_eq_10_the_reference_does_not_move_the_gradient() -> None:
-    rows = np.array([0, 1, 1, 3])
-    weights = core.gvpo_weights(*group(rows, THETA), beta=BETA)
-    plain = differences(lambda t: -(weights * log_policy(t)[rows]).sum(), THETA)
-    ratio = differences(lambda t: -(weights * (log_policy(t) - np.log(REF))[rows]).sum(), THETA)
+    weights = core.gvpo_weights(*group(ROWS, THETA), beta=BETA)
+    plain = differences(lambda t: -(weights * log_policy(t)[ROWS]).sum(), THETA)
+    ratio = differences(lambda t: -(weights * (log_policy(t) - np.log(REF))[ROWS]).sum(), THETA)
     close(plain, ratio, 1e-8)
 
 
 def test_eq_11_the_partition_function_cancels() -> None:
-    rows = np.array([0, 1, 1, 3])
-    arguments = group(rows, THETA)
+    arguments = group(ROWS, THETA)
     weights = core.gvpo_weights(*arguments, beta=BETA)
     close(weights.sum(), 0)
     shifted = (arguments[0], arguments[1] - 12.5, *arguments[2:])  # beta log Z, the same for the whole group
@@ -176,28 +176,24 @@ def test_eq_11_the_partition_function_cancels() -> None:
 
 
 def test_eq_12_weights() -> None:
-    rows = np.array([0, 1, 1, 3])
-    s = (log_policy(THETA) - np.log(REF))[rows]
-    reward = REWARD[rows]
+    s, reward = (log_policy(THETA) - np.log(REF))[ROWS], REWARD[ROWS]
     expected = [(r - sum(reward) / 4) - BETA * (x - sum(s) / 4) for r, x in zip(reward, s, strict=True)]
-    close(core.gvpo_weights(*group(rows, THETA), beta=BETA), expected)
+    close(core.gvpo_weights(*group(ROWS, THETA), beta=BETA), expected)
 
 
 def test_eq_13_is_the_gradient_of_a_mean_squared_error() -> None:
-    rows = np.array([0, 1, 1, 3])
 
     def squares(theta: np.ndarray) -> float:
-        implicit = BETA * (log_policy(theta) - np.log(REF))[rows]
-        return float((((implicit - implicit.mean()) - (REWARD[rows] - REWARD[rows].mean())) ** 2).sum())
+        implicit = BETA * (log_policy(theta) - np.log(REF))[ROWS]
+        return float((((implicit - implicit.mean()) - (REWARD[ROWS] - REWARD[ROWS].mean())) ** 2).sum())
 
-    weights = core.gvpo_weights(*group(rows, THETA), beta=BETA)
-    close(-weights @ jacobian(THETA)[rows], differences(squares, THETA) / (2 * BETA), 1e-8)
+    weights = core.gvpo_weights(*group(ROWS, THETA), beta=BETA)
+    close(-weights @ jacobian(THETA)[ROWS], differences(squares, THETA) / (2 * BETA), 1e-8)
 
 
 def test_eq_13_differentiating_through_the_weights_is_wrong() -> None:
-    rows = np.array([0, 1, 1, 3])
-    right = -core.gvpo_weights(*group(rows, THETA), beta=BETA) @ jacobian(THETA)[rows]
-    through = differences(lambda t: -(core.gvpo_weights(*group(rows, t), beta=BETA) * log_policy(t)[rows]).sum(), THETA)
+    right = -core.gvpo_weights(*group(ROWS, THETA), beta=BETA) @ jacobian(THETA)[ROWS]
+    through = differences(lambda t: -(core.gvpo_weights(*group(ROWS, t), beta=BETA) * log_policy(t)[ROWS]).sum(), THETA)
     assert np.abs(right - through).max() > 0.1
 
 
@@ -367,8 +363,8 @@ def test_eq_19_importance_sampling() -> None:
 
 def test_eq_19_clip_is_the_gradient_of_ppos_objective() -> None:
     rng = np.random.default_rng(5)
-    old, advantage, now = rng.normal(-5, 1, 64), rng.normal(0, 1, 64), np.empty(64)
-    now[:] = old + rng.normal(0, 0.5, 64)
+    old, advantage = rng.normal(-5, 1, 64), rng.normal(0, 1, 64)
+    now = old + rng.normal(0, 0.5, 64)
 
     def ppo(x: np.ndarray) -> np.ndarray:
         rho = np.exp(x - old)
@@ -389,19 +385,16 @@ def test_eq_20_a_baseline_changes_nothing() -> None:
 
 def test_eq_21_gvpo_on_policy_is_the_policy_gradient() -> None:
     rows = rows_of(COUNTS)
-    c = core.gvpo_coefficients(*group(rows, POLICY), beta=1.0)
+    now, ref, rewards, ids = group(rows, POLICY)
+    c = core.gvpo_coefficients(now, ref, rewards, ids, beta=1.0)
     close(c @ jacobian(POLICY)[rows] * 7 / 8, differences(j_of, POLICY), 1e-8)
-    rloo = core.objective_coefficients(
-        "rloo", POLICY[rows], np.log(REF)[rows], POLICY[rows], REWARD[rows], np.zeros(8, int), beta=1.0
-    )
-    close(rloo, c)
+    close(core.objective_coefficients("rloo", now, ref, now, rewards, ids, beta=1.0), c)
 
 
 def test_the_authors_scale() -> None:
     """Their released loss is half of Eq. 15: its gradient is -sum beta w/(k-1) grad log pi, beta times our step."""
-    rows = np.array([0, 1, 1, 3])
-    released = differences(lambda t: 0.5 * float(core.gvpo_loss(*group(rows, t), beta=BETA).loss), THETA)
-    weights = core.gvpo_weights(*group(rows, THETA), beta=BETA)
-    ours = core.gvpo_coefficients(*group(rows, THETA), beta=BETA)
-    close(-BETA * weights / 3 @ jacobian(THETA)[rows], released, 1e-8)
+    released = differences(lambda t: 0.5 * float(core.gvpo_loss(*group(ROWS, t), beta=BETA).loss), THETA)
+    weights = core.gvpo_weights(*group(ROWS, THETA), beta=BETA)
+    ours = core.gvpo_coefficients(*group(ROWS, THETA), beta=BETA)
+    close(-BETA * weights / 3 @ jacobian(THETA)[ROWS], released, 1e-8)
     close(BETA * weights / 3, BETA * ours)

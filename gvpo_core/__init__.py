@@ -2,10 +2,7 @@
 
 from gvpo_core.baselines import (
     OBJECTIVES,
-    bradley_terry_loss,
     clipped_ratio_weights,
-    dpo_loss,
-    dpo_weights,
     dr_grpo_weights,
     grpo_weights,
     importance_ratio,
@@ -25,6 +22,7 @@ from gvpo_core.objective import (
     gvpo_weights,
     sequence_logprobs,
 )
+from gvpo_core.preferences import bradley_terry_loss, dpo_loss, dpo_weights
 
 __all__ = [
     "OBJECTIVES",

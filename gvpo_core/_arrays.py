@@ -52,16 +52,23 @@ def wide_dtype(xp: Any, *arrays: Array) -> Any:
     return max([xp.float32, *floats], key=lambda dtype: xp.finfo(dtype).bits)
 
 
-def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
-    """Checks 1-D arrays of one length and one library; returns their namespace.
+_KINDS = {"group_ids": "integral", "valid": "bool", "mask": "bool"}
+_REAL = ("bool", "integral", "real floating")
+
+
+def check_rows(
+    rows: Mapping[str, Array], *, floating: bool = True, tokens: bool = False, **others: Array | None
+) -> Any:
+    """Checks arrays of one shape and one library; returns their namespace.
 
     Args:
-      floats: name -> (N,) array; the first must be floating, the others may also be integer or bool.
-      others: `group_ids` (integer) and `valid` (bool), each (N,) or None.
+      rows: name -> (N,) real array; the first must be floating, unless `floating` is False.
+      tokens: the arrays are (N, T), and N may be 0.
+      others: `group_ids` (integer), `mask` (bool) and `valid` (bool, or None), of the same shape.
     Raises: TypeError: not an array, another library, or a wrong dtype.
       ValueError: a wrong shape, N = 0, another device.
     """
-    arrays = {**floats, **{name: x for name, x in others.items() if x is not None}}
+    arrays = {**rows, **{name: x for name, x in others.items() if name != "valid" or x is not None}}
     first, *rest = arrays
     spaces = {}
     for name, x in arrays.items():
@@ -70,11 +77,14 @@ def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
         except TypeError as e:
             raise TypeError(f"{name}: {e}") from None
     xp = spaces[first]
-    if not xp.isdtype(arrays[first].dtype, "real floating"):
-        raise TypeError(f"{first} has dtype {arrays[first].dtype}; expected a floating dtype")
-    if len(arrays[first].shape) != 1:
-        raise ValueError(f"{first} has shape {tuple(arrays[first].shape)}; expected (N,), one number a response")
-    if arrays[first].shape[0] == 0:
+    if not xp.isdtype(arrays[first].dtype, "real floating" if floating else _REAL):
+        raise TypeError(
+            f"{first} has dtype {arrays[first].dtype}; expected a {'floating' if floating else 'real'} dtype"
+        )
+    if len(arrays[first].shape) != (2 if tokens else 1):
+        wanted = "(N, T)" if tokens else "(N,), one number a response"
+        raise ValueError(f"{first} has shape {tuple(arrays[first].shape)}; expected {wanted}")
+    if arrays[first].shape[0] == 0 and not tokens:
         raise ValueError(f"{first} has shape (0,); expected at least one response")
     for name in rest:
         x = arrays[name]
@@ -84,15 +94,35 @@ def check_rows(floats: Mapping[str, Array], **others: Array | None) -> Any:
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}")
         if hasattr(x, "get_device") and x.device != arrays[first].device:  # torch
             raise ValueError(f"{name} is on {x.device}; expected {arrays[first].device}, as {first}")
-        kind = {"group_ids": "integral", "valid": "bool"}.get(name, ("bool", "integral", "real floating"))
+        kind = _KINDS.get(name, _REAL)
         if not xp.isdtype(x.dtype, kind):
             wanted = kind if isinstance(kind, str) else "a real dtype"
             raise TypeError(f"{name} has dtype {x.dtype}; expected {wanted}")
     return xp
 
 
+def check_number(name: str, value: Any, *, positive: bool = False, finite: bool = True) -> None:
+    """Checks one real number, >= 0 (> 0 with `positive`), finite unless `finite` is False; a traced one passes.
+
+    Raises: TypeError: not a real number. ValueError: an array of several, or out of range.
+    """
+    wanted = f"a {'finite ' if finite else ''}number {'> 0' if positive else '>= 0'}"
+    if not isinstance(value, int | float):
+        try:
+            xp = namespace(value)
+        except TypeError:
+            raise TypeError(f"{name} is {value!r}; expected {wanted}") from None
+        if tuple(value.shape) != ():
+            raise ValueError(f"{name} has shape {tuple(value.shape)}; expected {wanted}")
+        if not xp.isdtype(value.dtype, _REAL):
+            raise TypeError(f"{name} has dtype {value.dtype}; expected {wanted}")
+    number = concrete(value)
+    if number is None:
+        return
+    if not (number > 0 or (number == 0 and not positive)) or (finite and number == float("inf")):
+        raise ValueError(f"{name} is {number}; expected {wanted}")
+
+
 def check_beta(beta: Any, *, positive: bool = False) -> None:
-    """Raises ValueError unless beta is finite and >= 0 (> 0 with `positive`); a traced beta passes."""
-    value = concrete(beta)
-    if value is not None and not (0 <= value < float("inf") and (value > 0 or not positive)):
-        raise ValueError(f"beta is {value}; expected {'> 0' if positive else '>= 0'}")
+    """check_number of the KL coefficient."""
+    check_number("beta", beta, positive=positive)

@@ -8,9 +8,10 @@ All ratios and log-probabilities are of whole responses, as in the paper, not of
 from difflib import get_close_matches
 from typing import Any
 
-from gvpo_core._arrays import Array, check_beta, check_rows, stop_gradient, wide_dtype
+from gvpo_core._arrays import Array, check_beta, check_number, check_rows, stop_gradient, wide_dtype
 from gvpo_core.groups import Groups, counted_groups
 from gvpo_core.objective import checked_groups, gvpo_coefficients
+from gvpo_core.preferences import dpo_weights, pairs
 
 OBJECTIVES = ("gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo")
 _NEED_OLD = ("grpo", "dr_grpo", "rloo")
@@ -41,7 +42,7 @@ def reject_sampling_weights(
     w_i = 1/m if R_i is the largest reward of i's group, reached by m responses; else 0
 
     Args:
-      rewards: (N,) float; NaN = no score, the response leaves its group.
+      rewards: (N,) real; NaN = no score, the response leaves its group.
       group_ids, num_groups, valid: as gvpo_weights.
     Returns: (N,), sums to 1 in each group with a counted response.
     Raises: as gvpo_weights.
@@ -49,7 +50,7 @@ def reject_sampling_weights(
       weight, so that the order of rows does not matter; Eq. 2's argmax leaves open which of them is taken.
     """
     groups, rewards = _scored(rewards, group_ids, num_groups, valid, smallest=1)
-    return stop_gradient(_share(groups, _at_the_top(groups, rewards)))
+    return stop_gradient(groups.share(groups.at_the_top(rewards)))
 
 
 def grpo_weights(
@@ -69,22 +70,21 @@ def grpo_weights(
     w_i = D(R')_i / (std(R') + eps), R' = R - beta * s, std over i's group with k - ddof degrees of freedom
 
     Args:
-      rewards: (N,) float; NaN = no score, the response leaves its group.
+      rewards: (N,) real; NaN = no score, the response leaves its group.
       group_ids, num_groups, valid: as gvpo_weights.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
       logprobs, ref_logprobs: (N,) float, nats, of the policy at sampling and of the reference; wanted with
         beta > 0. A NaN in one spoils its group, not only its row, as in GVPO.
       ddof: 1 for the sample's standard deviation, as in TRL; 0 for the population's.
-      eps: added to the standard deviation, reward units, >= 0.
+      eps: added to the standard deviation, reward units, finite, >= 0.
     Returns: (N,); 0 in groups with fewer than two counted responses, and where all of R' are equal.
-    Raises: as gvpo_weights; ValueError: eps < 0, ddof not 0 or 1, beta > 0 without log-probabilities.
+    Raises: as gvpo_weights; ValueError: ddof not 0 or 1, beta > 0 without log-probabilities.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 3 and 9; R' from Eq. 18. Departures: eps, and ddof,
       which Eq. 3 leaves open.
     """
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}; expected 0 or 1")
-    if not eps >= 0:
-        raise ValueError(f"eps is {eps}; expected >= 0")
+    check_number("eps", eps)
     groups, advantages = _penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
     return stop_gradient(_standardise(groups, advantages, ddof, eps))
 
@@ -135,80 +135,6 @@ def rloo_weights(
     return stop_gradient(_leave_one_out(groups, advantages))
 
 
-def dpo_weights(
-    logprobs: Array,
-    ref_logprobs: Array,
-    rewards: Array,
-    group_ids: Array,
-    *,
-    beta: float,
-    num_groups: int | None = None,
-    valid: Array | None = None,
-) -> Array:
-    """DPO in the unified framework: the best response of a group against the worst.
-
-    w = sigmoid(beta s_worst - beta s_best) for the best, -w for the worst, 0 for the others
-
-    These are Eq. 9's weights; the gradient of Eq. 8 is -beta sum_i w_i grad log pi_i, beta times as long.
-
-    Args: as gvpo_weights, with beta > 0; `rewards` only order the responses.
-    Returns: (N,); sums to zero in each group; 0 where all rewards are equal or fewer than two count.
-    Raises: as gvpo_weights; ValueError: beta = 0.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8 and 9. Departures: tied best (worst) responses
-      share the weight, and s is then their mean, so that the order of rows does not matter.
-    """
-    groups, chosen, rejected, margin = _pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
-    share, sigmoid = chosen - rejected, groups.per_row(groups.xp.exp(-_softplus(groups.xp, margin)))
-    return stop_gradient(groups.xp.where(share != 0, sigmoid * share, groups.xp.zeros_like(share)))
-
-
-def dpo_loss(
-    logprobs: Array,
-    ref_logprobs: Array,
-    rewards: Array,
-    group_ids: Array,
-    *,
-    beta: float,
-    num_groups: int | None = None,
-    valid: Array | None = None,
-) -> Array:
-    """DPO's loss with the best response of each group as chosen and the worst as rejected.
-
-    loss = -mean over groups of log sigmoid(beta s_best - beta s_worst)
-
-    Args: as dpo_weights; differentiated through logprobs.
-    Returns: (), nats; mean over the groups whose rewards are not all equal, 0 without any.
-    Raises: as dpo_weights.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8. Departures: the mean, for Eq. 8's sum; ties as
-      dpo_weights.
-    """
-    groups, _, _, margin = _pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
-    return groups.mean(groups.xp.where(groups.kept, _softplus(groups.xp, -margin), groups.xp.zeros_like(margin)))
-
-
-def bradley_terry_loss(chosen_rewards: Array, rejected_rewards: Array, *, valid: Array | None = None) -> Array:
-    """The reward model's loss on preference pairs.
-
-    loss = -mean over pairs of log sigmoid(R_chosen - R_rejected)
-
-    Args:
-      chosen_rewards, rejected_rewards: (M,) float, a reward model's scores; differentiated. A pair with a NaN
-        leaves.
-      valid: (M,) bool; True = counted. Default: all.
-    Returns: (), nats; mean over the counted pairs, 0 without any.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 4. Departures: the mean, for Eq. 4's sum.
-    """
-    xp = check_rows({"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}, valid=valid)
-    dtype = wide_dtype(xp, chosen_rewards, rejected_rewards)
-    margin = xp.astype(chosen_rewards, dtype) - xp.astype(rejected_rewards, dtype)
-    counted = ~xp.isnan(margin) if valid is None else valid & ~xp.isnan(margin)
-    zeros = xp.zeros_like(margin)
-    losses = xp.where(counted, _softplus(xp, -xp.where(counted, margin, zeros)), zeros)
-    count = xp.sum(xp.astype(counted, dtype))
-    return xp.sum(losses) / xp.where(count > 0, count, xp.ones_like(count))
-
-
 def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
     """How much likelier a response is now than when it was sampled.
 
@@ -245,8 +171,7 @@ def clipped_ratio_weights(
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 19, and for the clip Schulman et al., arXiv
       1707.06347, Eq. 7. Departures: the ratio is of whole responses, as Eq. 19's, where PPO's is of tokens.
     """
-    if not clip > 0:
-        raise ValueError(f"clip is {clip}; expected > 0")
+    check_number("clip", clip, positive=True, finite=False)
     rows = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}
     xp = check_rows(rows, valid=valid)
     ratio = importance_ratio(logprobs, old_logprobs)
@@ -305,9 +230,9 @@ def objective_coefficients(
     if name == "gvpo":
         return gvpo_coefficients(logprobs, ref_logprobs, rewards, group_ids, beta=beta, **options)
     if name == "dpo":
-        pairs = _pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)[0]
+        groups = pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)[0]
         weights = dpo_weights(logprobs, ref_logprobs, rewards, group_ids, beta=beta, **options)
-        return beta * weights / pairs.total_divisor()
+        return beta * weights / groups.total_divisor()
     xp = check_rows(
         {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards},
         group_ids=group_ids,
@@ -326,14 +251,14 @@ def objective_coefficients(
         return weights / groups.per_row(groups.divisor() * groups.total_divisor())
     groups, wide = _scored(rewards, group_ids, num_groups, valid, smallest=1)
     if name == "reject_sampling":
-        return stop_gradient(_share(groups, _at_the_top(groups, wide)) / groups.total_divisor())
+        return stop_gradient(groups.share(groups.at_the_top(wide)) / groups.total_divisor())
     return xp.astype(groups.counted, wide.dtype) / groups.per_row(groups.divisor() * groups.total_divisor())
 
 
 def _scored(
     rewards: Array, group_ids: Array, num_groups: int | None, valid: Array | None, *, smallest: int
 ) -> tuple[Groups, Array]:
-    xp = check_rows({"rewards": rewards}, group_ids=group_ids, valid=valid)
+    xp = check_rows({"rewards": rewards}, floating=False, group_ids=group_ids, valid=valid)
     rewards = xp.astype(rewards, wide_dtype(xp, rewards))
     return counted_groups(xp, rewards, group_ids, num_groups, valid, smallest=smallest), rewards
 
@@ -370,43 +295,3 @@ def _standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Ar
 
 def _leave_one_out(groups: Groups, advantages: Array) -> Array:
     return advantages * groups.per_row(groups.divisor() / groups.divisor(less=1))
-
-
-def _at_the_top(groups: Groups, values: Array) -> Array:
-    """(N,) bool: counted rows that reach the largest value of their group."""
-    return groups.counted & (values == groups.per_row(groups.max(stop_gradient(values))))
-
-
-def _share(groups: Groups, chosen: Array) -> Array:
-    """(N,) one over the number of chosen rows in the group, 0 for the others."""
-    chosen = groups.xp.astype(chosen, groups.size.dtype)
-    number = groups.sum(chosen)
-    return chosen / groups.per_row(groups.xp.where(number > 0, number, groups.xp.ones_like(number)))
-
-
-def _pairs(
-    logprobs: Array,
-    ref_logprobs: Array,
-    rewards: Array,
-    group_ids: Array,
-    beta: float,
-    num_groups: int | None,
-    valid: Array | None,
-) -> tuple[Groups, Array, Array, Array]:
-    """Groups with two rewards; each row's share of the best, of the worst; (num_groups,) beta (s+ - s-)."""
-    check_beta(beta, positive=True)
-    groups, log_ratio, rewards = checked_groups(
-        logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
-    )
-    best, worst = _at_the_top(groups, rewards), _at_the_top(groups, -rewards)
-    differ = groups.kept & (groups.sum(groups.xp.astype(best & worst, groups.size.dtype)) == 0)
-    groups = groups._replace(kept=differ, counted=groups.counted & groups.per_row(differ))
-    chosen, rejected = _share(groups, best & groups.counted), _share(groups, worst & groups.counted)
-    of_pair = (chosen > 0) | (rejected > 0)
-    paired = groups.xp.where(of_pair, log_ratio, groups.xp.zeros_like(log_ratio))
-    return groups, chosen, rejected, beta * groups.sum((chosen - rejected) * paired)
-
-
-def _softplus(xp: Any, x: Array) -> Array:
-    """log(1 + exp(x)) without overflow: -log sigmoid(-x)."""
-    return xp.logaddexp(x, xp.zeros_like(x))

@@ -1,26 +1,33 @@
 """Groups: labels to dense ids on the host, and sums and means of rows within groups on any device."""
 
+import operator
 from collections.abc import Hashable, Iterable
 from typing import Any, NamedTuple
 
+import array_api_compat
 import numpy as np
 
-from gvpo_core._arrays import Array, concrete, namespace
+from gvpo_core._arrays import Array, concrete, namespace, stop_gradient
 
 
 def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
     """Numbers the groups 0..G-1 in order of first appearance.
 
     Args:
-      labels: N labels, any hashable values (prompt ids, strings, tuples); rows of a group share one, in any
-        order.
+      labels: N labels, any hashable values (prompt ids, strings, tuples, 0-d arrays); rows of a group share
+        one, in any order.
     Returns: (group_ids, num_groups): (N,) int64 NumPy array and G.
-    Raises: TypeError: a label that cannot be hashed, or NaN, which equals nothing. ValueError: no labels.
+    Raises: TypeError: no iterable, a label that cannot be hashed or is an array of several numbers, or NaN,
+      which equals nothing. ValueError: no labels.
     """
-    rows = labels.tolist() if hasattr(labels, "tolist") else list(labels)
+    try:
+        rows = iter(labels.tolist() if hasattr(labels, "tolist") else labels)
+    except TypeError:
+        raise TypeError(f"labels is a {type(labels).__name__}; expected one label a response, in a list") from None
     seen: dict[Hashable, int] = {}
     ids = []
-    for i, label in enumerate(rows):
+    for i, given in enumerate(rows):
+        label = _label(given, f"labels[{i}]")
         if label != label:
             raise TypeError(f"labels[{i}] is NaN; NaN equals nothing, so it names no group")
         try:
@@ -32,11 +39,30 @@ def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
     return np.asarray(ids, dtype=np.int64), len(seen)
 
 
+def _label(given: Any, where: str) -> Any:
+    """The label with the values of 0-d arrays in their place: torch's and MLX's hash by identity, not by value."""
+    if isinstance(given, tuple):
+        return tuple(_label(part, where) for part in given)
+    if not array_api_compat.is_array_api_obj(given):
+        return given
+    if tuple(given.shape) != ():
+        raise TypeError(f"{where} is an array of shape {tuple(given.shape)}; expected a hashable label")
+    if hasattr(given, "item"):
+        return given.item()
+    return float(given) if namespace(given).isdtype(given.dtype, "real floating") else int(given)
+
+
 def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
     """G: `num_groups` as given, or one more than the largest id.
 
-    Raises: ValueError: num_groups is missing while a compiler traces, below 1, or ids lie outside 0..G-1.
+    Raises: TypeError: num_groups is no integer. ValueError: it is missing while a compiler traces, below 1, or ids
+      lie outside 0..G-1.
     """
+    if num_groups is not None and not isinstance(num_groups, int):
+        try:
+            num_groups = operator.index(num_groups)
+        except TypeError:
+            raise TypeError(f"num_groups is {num_groups!r}; expected a static int of at least 1") from None
     low, high = concrete(xp.min(group_ids)), concrete(xp.max(group_ids))
     if num_groups is None:
         if high is None:
@@ -137,6 +163,16 @@ class Groups(NamedTuple):
         """(num_groups,), 0 in groups that do not count -> () mean over those that do, 0 without any."""
         return self.xp.sum(group_values) / self.total_divisor()
 
+    def at_the_top(self, values: Array) -> Array:
+        """(N,) bool: counted rows that reach the largest value of their group."""
+        return self.counted & (values == self.per_row(self.max(stop_gradient(values))))
+
+    def share(self, chosen: Array) -> Array:
+        """(N,) one over the number of chosen rows in the group, 0 for the others."""
+        chosen = self.xp.astype(chosen, self.size.dtype)
+        number = self.sum(chosen)
+        return chosen / self.per_row(self.xp.where(number > 0, number, self.xp.ones_like(number)))
+
 
 def counted_groups(
     xp: Any, rewards: Array, group_ids: Array, num_groups: int | None, valid: Array | None, *, smallest: int
@@ -146,11 +182,21 @@ def counted_groups(
     A row that is not valid or not scored leaves its group, and k is what remains (Cor. 3.4); a group with fewer
     than `smallest` does not count.
     """
+    group_ids = _indices(xp, group_ids)
     num_groups = check_group_ids(xp, group_ids, num_groups)
     counted = ~xp.isnan(rewards) if valid is None else valid & ~xp.isnan(rewards)
     size = group_sum(xp.astype(counted, rewards.dtype), group_ids, num_groups)
     kept = size >= smallest
     return Groups(xp, group_ids, num_groups, counted & xp.take(kept, group_ids, axis=0), size, kept)
+
+
+def _indices(xp: Any, group_ids: Array) -> Array:
+    """The ids in a dtype that every library indexes with, and that can hold any number of groups."""
+    if hasattr(group_ids, "long"):  # torch
+        return group_ids.long()
+    if array_api_compat.is_jax_array(group_ids):  # which has int64 with x64 alone
+        return group_ids if group_ids.dtype.itemsize >= 4 else xp.astype(group_ids, xp.int32)
+    return xp.astype(group_ids, xp.int64)
 
 
 def group_mean_of_rows(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:

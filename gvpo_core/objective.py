@@ -102,7 +102,7 @@ def gvpo_weights(
       ref_logprobs: (N,) float, nats; log pi_ref.
       rewards: (N,) real; NaN = no score, the response leaves its group.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
-      beta: KL coefficient, reward units per nat, >= 0.
+      beta: KL coefficient, reward units per nat, one finite number >= 0.
       num_groups: static int; default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), reward units; 0 for rows not counted and in groups with fewer than two counted responses.
@@ -257,17 +257,9 @@ def sequence_logprobs(token_logprobs: Array, mask: Array) -> Array:
       token_logprobs: (N, T) float, nats; differentiated. Outside the mask nothing is read, NaN included.
       mask: (N, T) bool; True = a response token, its end token included.
     Returns: (N,) float32 or wider, nats. A sum, never a mean: GVPO's s is of whole responses.
-    Raises: TypeError, ValueError: an argument's type, dtype or shape, naming it.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
     Reference: the chain rule under log pi_theta(y|x), Section 2 of arXiv 2504.19599.
     """
-    xp = namespace(token_logprobs)
-    if not xp.isdtype(token_logprobs.dtype, "real floating"):
-        raise TypeError(f"token_logprobs has dtype {token_logprobs.dtype}; expected a floating dtype")
-    if not xp.isdtype(mask.dtype, "bool"):
-        raise TypeError(f"mask has dtype {mask.dtype}; expected bool")
-    if len(token_logprobs.shape) != 2:
-        raise ValueError(f"token_logprobs has shape {tuple(token_logprobs.shape)}; expected (N, T)")
-    if tuple(mask.shape) != tuple(token_logprobs.shape):
-        raise ValueError(f"mask has shape {tuple(mask.shape)}; expected {tuple(token_logprobs.shape)}")
+    xp = check_rows({"token_logprobs": token_logprobs}, tokens=True, mask=mask)
     wide = xp.astype(token_logprobs, wide_dtype(xp, token_logprobs))
     return xp.sum(xp.where(mask, wide, xp.zeros_like(wide)), axis=1)
