@@ -82,7 +82,7 @@ BACKENDS = {
         Backend(
             "jax",
             ("jax", "optax", "orbax", "transformers", "tyro"),
-            ("gvpo_jax.policy", "gvpo_jax.checkpoint"),
+            ("gvpo_jax.policy", "gvpo_jax.checkpoint", "transformers.models.auto.tokenization_auto"),
             _jax_processes,
             state=_orbax,
             suffixes=frozenset(("", ".json", ".ocdbt")),
