@@ -58,6 +58,7 @@ class GVPOConfig(GRPOConfig):
                 " divides it, or steps_per_generation to gradient_accumulation_steps: groups would be cut between"
                 " the optimizer steps of a generation"
             )
+        wrong += cannot_sample(self.generation_kwargs or {})
         if not self.allow_truncated_support:
             sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
             wrong += cuts_support(sampling | (self.generation_kwargs or {}))
@@ -87,6 +88,12 @@ _MASK = "it leaves tokens out of a response's log-probability"
 RULES = (
     Rule("beta", lambda beta: beta >= 0, "0 or more", "it is the KL coefficient"),
     Rule("temperature", lambda t: t > 0, "more than 0", "greedy responses of a prompt are all the same one"),
+    Rule(
+        "num_generations_eval",
+        lambda n: n is None or n >= 2,
+        "2 or more, or None for num_generations",
+        "a response alone has no variance: every evaluation's loss would be 0",
+    ),
     Rule("max_completion_length", lambda n: bool(n), "a number of tokens", "the loss is divided by it"),
     Rule("loss_type", _is("dr_grpo"), '"dr_grpo"', "the others divide by a response's or a batch's tokens"),
     Rule("scale_rewards", _is("none"), '"none"', "a group's standard deviation is no part of GVPO"),
@@ -159,6 +166,17 @@ _SUPPORT: dict[str, Callable[[Any], bool]] = {
         lambda x: not x,
     ),
 }
+
+
+def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
+    """What is wrong with sampling settings under which groups would hold no samples, or not num_generations of them."""
+    wrong = []
+    temperature, sequences = sampling.get("temperature"), sampling.get("num_return_sequences")
+    if temperature is not None and not temperature > 0:
+        wrong.append(f"temperature is {temperature!r}; set it to more than 0: greedy responses of a prompt are all one")
+    if sequences not in (None, 1):
+        wrong.append(f"num_return_sequences is {sequences!r}; unset it: num_generations is the number of responses")
+    return wrong
 
 
 def cuts_support(sampling: Mapping[str, Any]) -> list[str]:

@@ -6,10 +6,12 @@ the old log-probabilities left out TRL's ratio is 1, so that its loss has the gr
 """
 
 import copy
+import warnings
 from importlib.metadata import version
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from packaging.version import Version
 from torch import Tensor
 from transformers import ProcessorMixin
@@ -18,9 +20,14 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logprobs
-from gvpo_trl.config import GVPOConfig, cuts_support
+from gvpo_trl.config import GVPOConfig, cannot_sample, cuts_support
 
 TRIED = ("1.16", "1.17")  # from, below
+_WHOLE = (
+    DistributedType.NO,
+    DistributedType.MULTI_CPU,
+    DistributedType.MULTI_GPU,
+)  # no process has parts of parameters
 
 
 class GVPOTrainer(GRPOTrainer):
@@ -55,6 +62,8 @@ class GVPOTrainer(GRPOTrainer):
         self._gvpo_rewards = torch.empty(0)
         self._gvpo_groups = 0
         self._check_model()
+        if self.ref_model is not None and self.accelerator.distributed_type in _WHOLE:
+            self._compare_with_reference()
 
     def _check_model(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
@@ -73,21 +82,37 @@ class GVPOTrainer(GRPOTrainer):
                 f"the model drops activations at random, and disable_dropout leaves {', '.join(sorted(active))}:"
                 " load it with these set to 0, or weights and gradient are of two different sub-networks"
             )
-        wrong = cuts_support(self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {}))
+        sampling = self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {})
+        wrong = [] if self.args.allow_truncated_support else cuts_support(sampling)
         own = {"top_p", "top_k", "min_p"}  # which TRL overrides with its own
-        wrong = [line for line in wrong if line.split()[0] not in own]
-        if wrong and not self.args.allow_truncated_support:
+        wrong = [line for line in wrong if line.split()[0] not in own] + cannot_sample(sampling)
+        if wrong:
             raise ValueError("the model's generation_config does not fit GVPO:\n" + "\n".join(wrong))
+
+    def _compare_with_reference(self) -> None:
+        reference = dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
+        for name, p in self.model.named_parameters():
+            if name in reference and not torch.equal(p, reference[name].to(p)):
+                warnings.warn(
+                    f"the model is not the one in {self.model.config._name_or_path!r}, from which TRL has loaded the"
+                    f" reference ({name} differs): KL starts away from 0. If the model as it is shall be the reference,"
+                    " save it and hand over its folder",
+                    stacklevel=4,
+                )
+                return
 
     def _calculate_rewards(self, *args: Any, **named: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **named)
-        total = (rewards * self.reward_weights.to(rewards)).nansum(dim=1)
-        self._gvpo_rewards = total.masked_fill(rewards.isnan().all(dim=1), float("nan"))
+        self._gvpo_rewards = total_rewards(rewards, self.reward_weights.to(rewards), self._group_size)
         return rewards
+
+    @property
+    def _group_size(self) -> int:
+        return int(self.num_generations if self.model.training else self.num_generations_eval)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        size = self.num_generations if self.model.training else self.num_generations_eval
+        size = self._group_size
         rewards, start = self._gvpo_rewards, self.accelerator.process_index * len(inputs)
         ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own grouping, of the gathered rows
         self._gvpo_groups = len(rewards) // size
@@ -191,6 +216,22 @@ class GVPOTrainer(GRPOTrainer):
         for name, value in found.items():
             log[f"gvpo/{name}"].append(float(value))
         return parts.loss
+
+
+def total_rewards(rewards: Tensor, weights: Tensor, size: int) -> Tensor:
+    """(N,) weighted sums over the reward functions; NaN: no score.
+
+    A response that a function has left without a score has none, for the others' sum is another reward than its
+    siblings'. A function that scored nothing of a group is no part of its reward: so TRL has several tasks in one run.
+
+    Args:
+      rewards: (N, F), in groups of `size` contiguous rows; NaN where a function gave none.
+      weights: (F,).
+    """
+    missing = rewards.isnan().view(-1, size, len(weights))
+    elsewhere = missing.all(dim=1, keepdim=True)
+    unscored = (missing & ~elsewhere).any(dim=2) | missing.all(dim=2)
+    return (rewards * weights).nansum(dim=1).masked_fill(unscored.flatten(), float("nan"))
 
 
 def mask_of(batch: dict[str, Any]) -> Tensor:
