@@ -17,7 +17,7 @@ from pathlib import Path
 import nox
 from nox.command import CommandFailed
 
-nox.options.sessions = ["lint", "types", "conformance", "parity", "trl", "mlx_lm", "wheel", "total"]
+nox.options.sessions = ["lint", "types", "conformance", "jax_runs", "parity", "trl", "mlx_lm", "wheel", "total"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
@@ -89,7 +89,7 @@ def conformance(session: nox.Session, subject: str) -> None:
         install(session, "-e", f".[{extras}]", without_dependencies=extra)
     counts = str(Path("conformance/results").resolve())  # python conformance/table.py writes README's table from it
     env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": counts}
-    # Each start of a JAX process compiles anew: runs that are killed and started again have a session of their own.
+    # Runs that are killed and started again have a session of their own, in which compiled programs are kept.
     elsewhere = [f"--ignore=conformance/{name}" for name in JAX_RUNS] if subject == "jax" else []
     pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
 
@@ -104,7 +104,7 @@ QUICKLY_COMPILED = {
 
 @nox.session
 def jax_runs(session: nox.Session) -> None:
-    """Whole runs of the JAX trainer: killed, signalled, resumed, over meshes. Slow, so not in the default run.
+    """Whole runs of the JAX trainer: killed, signalled, resumed, over meshes.
 
     nox -s jax_runs
     """
