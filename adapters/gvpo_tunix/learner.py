@@ -21,6 +21,7 @@ from tunix.rl.grpo.grpo_learner import GRPOLearner
 
 from gvpo_core.training.improve import NoSignalError
 from gvpo_tunix.config import GVPOConfig, SettingsError, check_cluster
+from gvpo_tunix.folder import check_files
 from gvpo_tunix.objective import METRICS, TrainExample, centred_rewards
 from gvpo_tunix.rope import mend_and_check
 
@@ -42,8 +43,8 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
     """In the place of GRPOLearner. Args and `train` are its own, and:
 
     Args:
-      model_path: the Hugging Face folder that the actor was loaded from, whose config.json its RoPE is compared with;
-        None: there is none.
+      model_path: the Hugging Face folder that the actor was loaded from, whose config.json its RoPE is compared with
+        and which must hold no other safetensors; None: there is none.
     Raises: SettingsError: a setting under which steps would not be exact.
     """
 
@@ -58,6 +59,8 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         model_path: str | Path | None,
     ) -> None:
         check_cluster(rl_cluster, algo_config)
+        if model_path is not None:
+            check_files(model_path)
         mend_and_check(rl_cluster.actor_trainer.model, model_path)
         self._sampling = threading.Lock()  # evaluation may run while the next batch is sampled
         self._calls = 0

@@ -95,8 +95,14 @@ class GVPORewardManager(SequenceRewardManager):
         def noting(*, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
             given = function(prompts=prompts, completions=completions, **columns)
             scores = np.array([np.nan if score is None else float(score) for score in given])
+            name = getattr(function, "__name__", repr(function))
             if len(scores) != len(prompts):
-                raise ValueError(f"{function.__name__} gave {len(scores)} rewards for {len(prompts)} responses")
+                raise ValueError(f"{name} gave {len(scores)} rewards for {len(prompts)} responses")
+            if np.isinf(scores).any():
+                i = int(np.isinf(scores).argmax())
+                raise ValueError(
+                    f"{name} gave {scores[i]} for {completions[i][:60]!r}; expected a finite reward, or None"
+                )
             missing = np.isnan(scores)
             self._unscored = missing if self._unscored is None else self._unscored | missing
             stand_in = scores[~missing].mean() if not missing.all() else 0.0  # Tunix's log keeps the mean of the scored
