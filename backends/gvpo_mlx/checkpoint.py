@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,9 +103,12 @@ def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mappin
             )
 
 
-def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any) -> None:
+def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any, end: Sequence[int]) -> None:
     """Writes a Hugging Face folder: weights with adapters merged in and unpacked, config, tokenizer; under `adapters`,
     where there are any, the adapters alone as mlx-lm loads them onto the model that they were trained on.
+
+    Args:
+      end: the tokens that ended responses; for generation_config.json where the model that was trained names none.
     """
     directory.mkdir(parents=True, exist_ok=True)
     folder = local_folder(config)
@@ -125,8 +128,10 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any)
     settings = portable_config({k: v for k, v in scorer.config.items() if k not in dropped}, config.dtype)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     generation = folder / "generation_config.json"
-    if generation.is_file():
-        (directory / generation.name).write_bytes(generation.read_bytes())
+    known = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
+    if known.get("eos_token_id") is None:
+        known["eos_token_id"] = list(end)
+    (directory / generation.name).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
     tokenizer.save_pretrained(directory)
     if scorer.adapted:
         _export_adapters(directory / "adapters", scorer, config)

@@ -2,8 +2,10 @@
 
 import contextlib
 import copy
+import functools
 import importlib
 import inspect
+import io
 import json
 import logging
 import resource
@@ -20,7 +22,7 @@ from gvpo_core.training import layout
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.hugging_face import explained, load_tokenizer, local_folder
 from gvpo_core.training.policy import Batch
-from gvpo_mlx import rope
+from gvpo_mlx import rope, settings
 from gvpo_mlx.adapters import adapted, add_adapters, switched_off
 from gvpo_mlx.logprobs import Quantized, token_logprobs
 from gvpo_mlx.packed import Packed, take_positions
@@ -42,7 +44,7 @@ class Scorer:
         scale = config.get("logit_scale") or 1.0
         scale /= config.get("logits_scaling") or 1.0
         self.head_options = {"softcap": config.get("final_logit_softcapping"), "scale": float(scale)}
-        self.window = _ignored_window(lm, config)
+        self.window = settings.ignored_window(lm, config, self.name)
 
     @property
     def name(self) -> str:
@@ -141,21 +143,6 @@ def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
     return head
 
 
-def _ignored_window(lm: nn.Module, config: Mapping[str, Any]) -> int | None:
-    """The sliding window of the configuration, where mlx-lm's model does not apply it to the layers that have it."""
-    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
-
-    window = config.get("sliding_window")
-    if window is None or config.get("use_sliding_window") is False:
-        return None
-    caches = make_prompt_cache(lm)
-    kinds = config.get("layer_types") or ["sliding_attention"] * len(caches)
-    wanted = [kind == "sliding_attention" for kind in kinds]
-    if not any(wanted):
-        return None
-    return None if [isinstance(c, RotatingKVCache) for c in caches] == wanted else int(window)
-
-
 @contextlib.contextmanager
 def _global_state_kept() -> Iterator[None]:
     # mlx-lm lowers the limit of open files when it is imported, and new layers draw from MLX's global stream.
@@ -210,13 +197,13 @@ def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
     """Model and tokenizer of a folder or hub name.
 
     Raises: ConfigError: no such folder, no config.json, no safetensors, no tokenizer, an unknown architecture, RoPE
-      that mlx-lm computes otherwise, weights missing from the files, a quantized model to be trained in full,
-      adapter targets that match nothing.
+      or another setting that mlx-lm computes otherwise, weights missing from the files, a quantized model to be
+      trained in full, adapter targets that match nothing.
     """
     folder = local_folder(config)
     tokenizer = load_tokenizer(config)
     with _global_state_kept():
-        lm, settings = _pretrained(config, folder)
+        lm, completed = _pretrained(config, folder)
         compute = getattr(mx, config.dtype)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
         lm.set_dtype(compute if config.lora_rank else mx.float32)
@@ -232,16 +219,16 @@ def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
         for layer in lm.layers:
             _recompute(layer)
     _evaluate(lm)
-    return Scorer(lm, settings, compute), tokenizer
+    return Scorer(lm, completed, compute), tokenizer
 
 
 def load_reference(config: ModelConfig) -> Scorer:
     """The initial model, frozen, in the compute dtype; its head stays float32, as the trained one's."""
     with _global_state_kept():
-        lm, settings = _pretrained(config, local_folder(config))
+        lm, completed = _pretrained(config, local_folder(config))
     lm.set_dtype(mx.float32)
     lm.freeze()
-    scorer = Scorer(lm, settings, getattr(mx, config.dtype))
+    scorer = Scorer(lm, completed, getattr(mx, config.dtype))
     if scorer.dtype != mx.float32:
         wide = copy.copy(scorer.head)  # its weight, before the model's is cast
         lm.set_dtype(scorer.dtype)
@@ -252,24 +239,42 @@ def load_reference(config: ModelConfig) -> Scorer:
 
 
 def _pretrained(config: ModelConfig, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    from mlx_lm.utils import MODEL_REMAPPING, load_model
+    from mlx_lm.utils import load_model
 
-    def arguments(kind: str) -> Mapping[str, Any]:
-        name = f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}"
-        try:
-            return inspect.signature(importlib.import_module(name).ModelArgs).parameters
-        except (ImportError, AttributeError) as error:
-            raise ConfigError(f"model.path {config.path!r} is of type {kind!r}, which mlx-lm does not have") from error
-
-    settings = read_config(folder, arguments)
+    arguments = functools.partial(_arguments, path=config.path)
+    completed = read_config(folder, arguments)
     if not list(folder.glob("model*.safetensors")):
         raise ConfigError(f"model.path {config.path!r} has no model*.safetensors")
+    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    known = arguments(completed["model_type"])
     with explained("the model", config):
-        given = rope.settings_for(arguments(settings["model_type"]), settings)
-        override = {k: v for k, v in settings.items() if k != "rope_parameters"} | given
+        settings.check_dropped(written, known)
+        given = rope.settings_for(known, completed)
+        override = {k: v for k, v in completed.items() if k != "rope_parameters"} | given
+        override |= settings.pattern_of_layers(known, completed)
         lm, _ = load_model(folder, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
-    rope.check(lm, given, settings)
-    return lm, settings
+    settings.check_activation(lm, written)
+    settings.check_head(lm, folder)
+    rope.check(lm, given, completed)
+    return lm, completed
+
+
+def _arguments(kind: str, *, path: str) -> Mapping[str, Any]:
+    """The settings that mlx-lm's model of this type reads, by name."""
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(said):
+            module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
+        return inspect.signature(module.ModelArgs).parameters
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.path {path!r} is of type {kind!r}, which mlx-lm does not have") from error
+    except SystemExit as error:  # as its olmo does where a package is missing
+        raise ConfigError(
+            f"model.path {path!r} is of type {kind!r}, which mlx-lm cannot load here: "
+            f"{said.getvalue().strip() or 'it exits without a word'}"
+        ) from error
 
 
 def _evaluate(lm: nn.Module) -> None:

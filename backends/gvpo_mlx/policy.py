@@ -218,7 +218,7 @@ class MLXPolicy:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
         if self.rank == 0:
             with mx.stream(self.device):
-                checkpoint.export(Path(directory), self.scorer, self.config, self.tokenizer)
+                checkpoint.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end)
 
     # -- facts and ranks
 

@@ -105,17 +105,25 @@ def check(lm: nn.Module, given: Mapping[str, Any], config: Mapping[str, Any]) ->
     """
     if not given:
         return
-    bases = {float(given[name]) for name in ("rope_theta", "rope_local_base_freq") if given.get(name) is not None}
-    kind = (given.get("rope_scaling") or {}).get("rope_type", "default")
-    factor = (given.get("rope_scaling") or {}).get("factor", 1.0)
-    for module in lm.modules():
+    scaling = given.get("rope_scaling") or {}
+    kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
+    local = given.get("rope_local_base_freq")
+    if local is None:
+        _check(lm, config, kind, given.get("rope_theta"), factor)
+        return
+    for layer, which in zip(lm.layers, config["layer_types"], strict=True):
+        if which == "sliding_attention":
+            _check(layer, config, "default", local, 1.0)
+        else:
+            _check(layer, config, kind, given["rope_theta"], factor)
+
+
+def _check(part: nn.Module, config: Mapping[str, Any], kind: str, theta: Any, factor: float) -> None:
+    for module in part.modules():
         found = type(module).__name__
         if found == "RoPE":
-            right = float(module.base) in bases
-            if kind == "linear" and len(bases) == 1:
-                right = right and abs(module.scale * factor - 1.0) < 1e-6
-            elif kind not in ("default", "linear", "mrope") and len(bases) == 1:
-                right = False
+            right = float(module.base) == float(theta) and _MODULES[kind] == "RoPE"
+            right = right and (kind != "linear" or abs(module.scale * factor - 1.0) < 1e-6)
         elif found.endswith("RoPE"):
             right = found == _MODULES[kind]
         else:
@@ -123,5 +131,5 @@ def check(lm: nn.Module, given: Mapping[str, Any], config: Mapping[str, Any]) ->
         if not right:
             raise ConfigError(
                 f"mlx-lm built {found} with base {getattr(module, 'base', 'unknown')} for {config.get('model_type')}; "
-                f"the model asks for {kind} RoPE with theta {', '.join(f'{b:g}' for b in sorted(bases))}"
+                f"the model asks for {kind} RoPE with theta {theta:g}"
             )

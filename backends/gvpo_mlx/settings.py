@@ -1,0 +1,258 @@
+"""What config.json asks of a model, held against what mlx-lm's model of that name computes.
+
+mlx-lm takes from config.json what its `ModelArgs` names and drops the rest in silence: an activation, a pattern of
+layers, a separate head. What it drops is refused here by name, unless it changes no log-prob or is what the model
+computes anyway.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from gvpo_core.training.config import ConfigError
+
+_ELSEWHERE = frozenset(
+    (
+        *("model_type", "tie_word_embeddings", "max_position_embeddings", "n_positions"),
+        *("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq"),
+        *("layer_types", "sliding_window_pattern", "_sliding_window_pattern"),
+        *("sliding_window", "use_sliding_window", "max_window_layers"),
+        *("hidden_act", "hidden_activation", "activation_function"),
+    )
+)
+"""Settings that rope.py and the other functions here look at."""
+
+_HARMLESS = re.compile(
+    r"dropout|pdrop|initializer|^summary_|_jitter_|aux_loss|router_logits|token_(id|index)$|use_cache|pretraining_tp"
+    r"|(num_nextn|^mtp_)|num_logits_to_keep|time_step_(min|max|floor|init_scheme)|rescale_prenorm|kernels$|mambapy"
+    r"|associative_scan|^(mamba_)?chunk_size$|num_(local_)?experts$|in_fp32$|upcast_attn|_dtype$|(classifier|is_decoder|add_cross_attention)"
+)
+"""Settings of training, initialisation, precision, of parts that a language model's log-probs do not pass,
+and numbers of experts, which the shapes of the weights say."""
+
+
+def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """The pattern of sliding layers in the words of an architecture of mlx-lm that asks for one.
+
+    transformers 5 saves `layer_types` alone, and mlx-lm would take the pattern of the first model of that name: another
+    RoPE then falls to a layer, log-probs off by a nat.
+
+    Args:
+      known: the names of what the architecture's `ModelArgs` takes.
+    Raises: ConfigError: a pattern that cannot be said so.
+    """
+    kinds = config.get("layer_types")
+    if not kinds or "sliding_window_pattern" not in known or "layer_types" in known:
+        return {}
+    full = [kind == "full_attention" for kind in kinds]
+    if config["model_type"] == "exaone4":
+        return {"sliding_window_pattern": None if all(full) else "".join("LG"[f] for f in full)}
+    every = full.index(True) + 1 if any(full) else len(full) + 1
+    if not any(full) or full != [(i + 1) % every == 0 for i in range(len(full))]:
+        raise ConfigError(
+            f"layer_types of {config['model_type']} is {', '.join(kinds)}; mlx-lm's model knows patterns alone whose "
+            "every n-th layer is full_attention: its log-probs would be wrong"
+        )
+    return {"sliding_window_pattern": every}
+
+
+def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int | None:
+    """The sliding window of the configuration, where mlx-lm's model applies it to no layer.
+
+    Raises: ConfigError: the model applies it to other layers than the configuration says.
+    """
+    from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+    window = config.get("sliding_window")
+    if window is None or config.get("use_sliding_window") is False:
+        return None
+    found = [isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(lm)]
+    kinds = config.get("layer_types") or ["sliding_attention"] * len(found)
+    wanted = [kind == "sliding_attention" for kind in kinds]
+    if not any(wanted) or found == wanted:
+        return None
+    if any(found):
+        raise ConfigError(
+            f"{name} of mlx-lm has its window in layers {_numbers(found)}, and layer_types has it in {_numbers(wanted)}"
+        )
+    return int(window)
+
+
+def _numbers(chosen: list[bool]) -> str:
+    return ", ".join(str(i) for i, is_one in enumerate(chosen) if is_one) or "none"
+
+
+def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    """Looks for settings that transformers' model reads and mlx-lm's does not.
+
+    Args:
+      given: config.json as it stands in the folder.
+      known: the names of what the architecture's `ModelArgs` takes.
+    Raises: ConfigError: one that is not what transformers takes where the file leaves it out.
+    """
+    from transformers import AutoConfig, PretrainedConfig
+
+    anywhere = PretrainedConfig().to_dict().keys()
+    told = {k: v for k, v in given.items() if k not in anywhere or k in ("model_type", "tie_word_embeddings")}
+    for name in sorted(told.keys() - known.keys() - _ELSEWHERE):
+        if _HARMLESS.search(name):
+            continue
+        try:
+            default = getattr(AutoConfig.for_model(**{k: v for k, v in told.items() if k != name}), name)
+            value = getattr(AutoConfig.for_model(**told), name)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # not known to transformers, so read by no model of its
+        if default != value:
+            raise ConfigError(
+                f"config.json has {name} = {_short(value)}, which mlx-lm's {given['model_type']} does not read: it "
+                f"computes as with {_short(default)}. gvpo_torch takes it"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
+
+
+_SAME = {
+    "silu": ("swish",),
+    "gelu": ("gelu_python",),
+    "gelu_pytorch_tanh": ("gelu_new", "gelu_fast", "gelu_python_tanh", "gelu_accurate"),
+    "quick_gelu": (),
+    "relu": (),
+    "relu2": (),
+}
+_NAMES = {other: name for name, others in _SAME.items() for other in (name, *others)}
+
+
+def _values(name: str, x: np.ndarray) -> np.ndarray:
+    if name == "gelu":
+        return x * np.array([0.5 * (1 + math.erf(v / math.sqrt(2))) for v in x])
+    if name == "gelu_pytorch_tanh":
+        return 0.5 * x * (1 + np.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    if name.startswith("relu"):
+        return np.maximum(x, 0) ** (2 if name == "relu2" else 1)
+    return x / (1 + np.exp(-x * (1.702 if name == "quick_gelu" else 1.0)))
+
+
+_GATED = ("gate_proj", "up_proj", "down_proj")
+_LAYERS = (
+    _GATED,
+    ("gate_up_proj", "down_proj"),
+    *(("fc1", "fc2"), ("fc_in", "fc_out"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h")),
+    ("up_proj", "down_proj"),
+)
+"""The linear layers of a feed-forward module, by name: with the gate first, with both in one, or without a gate."""
+
+
+def check_activation(lm: nn.Module, given: Mapping[str, Any]) -> None:
+    """Holds the activation that config.json names against what the feed-forward modules of a loaded model compute.
+
+    They are called with stand-ins for their linear layers, so that what comes out is the activation itself.
+
+    Args:
+      given: config.json as it stands in the folder.
+    Raises: ConfigError: a module computes another one.
+    """
+    kind = given["model_type"]
+    wanted, usual = _activation(given)
+    if wanted is None or kind == "gpt_oss":  # whose experts have an activation of their own, in transformers too
+        return
+    computed = {type(module): _computed(module) for module in lm.modules()}  # a class applies one
+    found = {name for name in computed.values() if name is not None}
+    if found - {_NAMES.get(wanted)} or (not found and wanted != usual):
+        raise ConfigError(
+            f"the activation of {kind} is {wanted!r} by config.json; mlx-lm's model does not read that and computes "
+            f"{' and '.join(sorted(found)) or usual}: its log-probs would be wrong. gvpo_torch takes it"
+        )
+
+
+def _activation(given: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """What transformers applies, and what it applies where the file says nothing; None: not known."""
+    from transformers import AutoConfig
+
+    try:
+        usual = AutoConfig.for_model(given["model_type"])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return given.get("hidden_act"), None
+    for name in ("hidden_activation", "hidden_act", "activation_function"):
+        default = getattr(usual, name, None)
+        if isinstance(default, str):
+            return given.get(name) or default, default
+    return None, None
+
+
+def _computed(module: nn.Module) -> str | None:
+    """The activation that a feed-forward module applies; None: it is none, or it does more than that."""
+    from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
+
+    x = np.linspace(-5, 5, 64)
+    grid, factor = mx.array(x.astype(np.float32))[None, None], 1.5
+    linear = next((names for names in _LAYERS if all(isinstance(module.get(n), nn.Module) for n in names)), None)
+    if linear is None:
+        return None
+    parts = dict.fromkeys(linear, lambda _: grid) | {linear[-1]: lambda h: h}
+    if linear == _GATED:
+        parts["up_proj"] = lambda _: mx.full(grid.shape, factor)
+    elif linear[0] == "gate_up_proj":
+        parts[linear[0]] = lambda _: mx.concatenate([grid, mx.full(grid.shape, factor)], axis=-1)
+    try:
+        if isinstance(module, SwitchGLU):
+            result = module.activation(mx.full(grid.shape, factor), grid)
+        elif isinstance(module, SwitchMLP):
+            result = module.activation(grid)
+        else:
+            result = _called_with(module, parts, grid)
+        values = np.array(result.astype(mx.float32)).reshape(x.shape).astype(np.float64)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return None
+    gated = linear == _GATED or linear[0] == "gate_up_proj"
+    expected = {name: _values(name, x) * (factor if gated else 1.0) for name in _SAME}
+    return next((name for name, right in expected.items() if np.abs(values - right).max() < 5e-5), None)
+
+
+def _called_with(module: nn.Module, parts: Mapping[str, Callable[[mx.array], mx.array]], x: mx.array) -> mx.array:
+    own = {name: module[name] for name in parts}
+    try:
+        for name, part in parts.items():
+            dict.__setitem__(module, name, part)
+        result: mx.array = module(x)
+        mx.eval(result)
+        return result
+    finally:
+        for name, part in own.items():
+            dict.__setitem__(module, name, part)
+
+
+def check_head(lm: nn.Module, folder: Path) -> None:
+    """Looks for a head in the files that mlx-lm leaves out because the configuration ties it to the embedding.
+
+    Raises: ConfigError: one that is not the embedding: transformers takes it.
+    """
+    if "lm_head" in lm:
+        return
+    tensors = {name: value for path in sorted(folder.glob("model*.safetensors")) for name, value in _lazy(path)}
+    for name, head in tensors.items():
+        part = re.fullmatch(r"(?:.*\.)?lm_head\.(\w+)", name)
+        if part is None:
+            continue
+        embedding = next(
+            (t for n, t in tensors.items() if re.search(rf"embed\w*\.{part[1]}$|\bwte\.{part[1]}$", n)), None
+        )
+        same = embedding is not None and head.shape == embedding.shape and bool(mx.array_equal(head, embedding))
+        if not same:
+            raise ConfigError(
+                f"{folder} ties its head to the embedding (tie_word_embeddings) and has {name} besides, which differs: "
+                "transformers takes that head and mlx-lm drops it. Set tie_word_embeddings = false in config.json to "
+                "train with it, or remove it from the file"
+            )
+
+
+def _lazy(path: Path) -> list[tuple[str, mx.array]]:
+    return list(mx.load(str(path)).items())
