@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -111,11 +112,15 @@ class TablePolicy:
         np.savez(directory / "table.npz", logits=self.logits, update_count=self.update_count)
 
     def restore(self, directory: Path) -> None:
-        with np.load(directory / "table.npz", allow_pickle=False) as saved:
-            if saved["logits"].shape != self.logits.shape:
-                raise ValueError(f"{directory} holds a table {saved['logits'].shape}; expected {self.logits.shape}")
-            self.logits = saved["logits"]
-            self.update_count = int(saved["update_count"])
+        path = directory / "table.npz"
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                logits, update_count = saved["logits"], int(saved["update_count"])
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
+            raise ConfigError(f"{path} holds no table of numbers: {type(e).__name__}: {e}") from e
+        if logits.shape != self.logits.shape:
+            raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")
+        self.logits, self.update_count = logits, update_count
 
     def export(self, directory: Path) -> None:
         """Writes table.json, which `load` reads: the table has no Hugging Face form."""
