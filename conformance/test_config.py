@@ -171,7 +171,7 @@ def merged(change: str) -> str:
 def test_values_that_cannot_be(file, change, message):
     with pytest.raises(ConfigError, match=message) as caught:
         read_config(file(merged(change)))
-    assert len(str(caught.value).splitlines()) == 1
+    assert "Cannot" not in str(caught.value)  # a section declared twice is another mistake
 
 
 def test_a_value_in_the_place_of_a_section(file):
