@@ -10,8 +10,8 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from batches import batch, coefficients_of
 from jax_policies import policy
-from torch_policies import batch, coefficients_of
 
 from gvpo_core.training.sampling import Sampling, row_seed
 

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+from batches import batch, coefficients_of
 from mlx_policies import parameters, policy
-from torch_policies import batch, coefficients_of
 
 SMOOTH = {"learning_rate": 0.5, "betas": (0.0, 0.0), "eps": 1.0}
 OF = batch((4, 3, 2, 5))

@@ -4,7 +4,7 @@ import math
 import re
 
 import pytest
-from torch_policies import require
+from required import require
 
 require("jax", subject="jax")
 

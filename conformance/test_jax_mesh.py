@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from jax_policies import MODULES, policy
-from torch_policies import require, step_difference
+from batches import step_difference
+from jax_policies import policy
+from required import require
 
-require(*MODULES, subject="jax")
+require(subject="jax")
 
 from gvpo_core.training.config import ConfigError
 

@@ -4,7 +4,7 @@ import os
 
 import pytest
 import tiny_models
-from torch_policies import require
+from required import require
 
 if (asked := os.environ.get("GVPO_SUBJECTS")) and "mlx_lm" not in asked.split(","):
     pytest.skip("nox -s mlx_lm runs these", allow_module_level=True)  # mlx-lm is in the MLX backend's environment too

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-from mlx_policies import require
+from required import require
 
-require("mlx.core")
+require("mlx.core", subject="mlx")
 
 import mlx.core as mx
 from gvpo_mlx.logprobs import Quantized, token_logprobs

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from mlx_policies import parameters, policy, require
-from torch_policies import batch, coefficients_of
+from batches import batch, coefficients_of
+from mlx_policies import parameters, policy
+from required import require
 
-require()
+require(subject="mlx")
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from mlx_policies import parameters, policy, require
-from torch_policies import step_difference
+from batches import step_difference
+from mlx_policies import parameters, policy
+from required import require
 
-require()
+require(subject="mlx")
 
 from mlx_rank_worker import CUTS, KINDS, OF, SMOOTH, step
 

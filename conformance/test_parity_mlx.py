@@ -8,7 +8,8 @@ import tiny_models
 import torch_policies
 from mlx_policies import parameters, policy
 from smollm2 import smollm2_dir  # noqa: F401 - a fixture
-from torch_policies import batch, coefficients_of, require, step_difference
+from batches import batch, coefficients_of, step_difference
+from required import require
 
 require("mlx.core", "mlx_lm", "torch", "peft", "transformers", subject="parity")
 

@@ -3,11 +3,13 @@
 import numpy as np
 import pytest
 import tiny_models
+from batches import batch, coefficients_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch_policies import batch, coefficients_of, policy, require
+from required import require
+from torch_policies import policy
 
-require()
+require(subject="torch")
 
 import torch
 from gvpo_torch import model

@@ -3,9 +3,9 @@
 import itertools
 
 import pytest
-from torch_policies import require
+from required import require
 
-require("torch")
+require("torch", subject="torch")
 
 import torch
 from gvpo_torch import logprobs

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 import tiny_models
-from torch_policies import require
+from required import require
 
-require()
+require(subject="torch")
 
 RUN = """
 import io, json, resource, sys

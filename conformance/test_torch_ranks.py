@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from torch_policies import parameters, policy, require, step_difference
+from batches import step_difference
+from required import require
+from torch_policies import parameters, policy
 
-require()
+require(subject="torch")
 
 import torch_rank_worker as worker
 

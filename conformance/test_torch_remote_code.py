@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import tiny_models
-from torch_policies import require
+from required import require
 
-require()
+require(subject="torch")
 
 from test_trainer import write_run
 from trainer_backends import BACKENDS

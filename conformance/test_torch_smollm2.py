@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from required import require
 from smollm2 import smollm2_dir  # noqa: F401 - a fixture
-from torch_policies import policy, require
+from torch_policies import policy
 
-require()
+require(subject="torch")
 
 import torch
 

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
-from torch_policies import policy, require
+from required import require
+from torch_policies import policy
 
 require("trl", "datasets", subject="trl")
 

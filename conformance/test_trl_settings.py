@@ -2,7 +2,7 @@
 
 import pytest
 import tiny_models
-from torch_policies import require
+from required import require
 
 require("trl", "datasets", "peft", subject="trl")
 

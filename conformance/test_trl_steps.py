@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-from torch_policies import require
+from required import require
 
 require("trl", "datasets", "peft", subject="trl")
 

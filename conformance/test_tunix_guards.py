@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from torch_policies import require
+from required import require
 
 require("tunix", subject="tunix")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from torch_policies import require
+from required import require
 
 require("tunix", subject="tunix")
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch_policies import require
+from required import require
 
 with warnings.catch_warnings(action="ignore"):
     require("verl", "transformers", subject="verl")

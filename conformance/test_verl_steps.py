@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_models
-from torch_policies import require
+from required import require
 
 with warnings.catch_warnings(action="ignore"):  # of verl's, at import
     require("verl", "transformers", subject="verl")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch_policies import batch, coefficients_of, policy
+from batches import batch, coefficients_of
+from torch_policies import policy
 
 from gvpo_core.training.sampling import Sampling, row_seed
 

@@ -85,7 +85,7 @@ BACKENDS = {
             ("gvpo_jax.policy", "gvpo_jax.checkpoint", "transformers.models.auto.tokenization_auto"),
             _jax_processes,
             state=_orbax,
-            suffixes=frozenset(("", ".json", ".ocdbt")),
+            suffixes=frozenset(("", ".json", ".ocdbt", ".txt")),
             lora_kinds=("lora",),
             decoders=("llama", "mistral-window"),
         ),

@@ -40,12 +40,35 @@ def restore(directory: Path, state: Any, facts: Mapping[str, Any]) -> tuple[Any,
             raise ConfigError(f"the checkpoint {directory} has {name} = {saved.get(name)}; this run has {value}")
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
     with ocp.PyTreeCheckpointer() as reader:
+        held = reader.metadata(directory.resolve() / _ARRAYS).item_metadata.tree
+        _check(directory, _shapes(wanted), _shapes(held))
         try:
             arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
             found = reader.restore(directory.resolve() / _ARRAYS, item=wanted, restore_args=arguments)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the checkpoint {directory} does not fit the model: {error}") from error
     return found, saved
+
+
+def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Of the parameters, each layer's for itself."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name, array in state["parameter"].items():
+        shape = tuple(array.shape)
+        layers = [(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])] if "*" in name else [(name, shape)]
+        found |= {f"parameter.{layer}": size for layer, size in layers}
+    return found
+
+
+def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    lacking, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    unlike = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
+    for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
+        if names:
+            raise ConfigError(
+                f"the checkpoint {directory} does not fit the model: "
+                f"it {what} {len(names)} tensors, the first {names[0]}"
+            )
 
 
 def read_arrays(directory: Path) -> dict[str, Any]:

@@ -154,6 +154,7 @@ def export(
     Args:
       whole: an array of the mesh, or a layer of one, as NumPy on this process.
     """
+    directory.mkdir(parents=True, exist_ok=True)
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     names: dict[str, str] = {}
     part: dict[str, np.ndarray] = {}

@@ -124,7 +124,7 @@ def _check(
     for moment in MOMENTS:
         wanted |= {f"{moment}.{name}": tuple(p.shape) for name, p in named.items() if name in steps}
     lacking, foreign = sorted(wanted.keys() - where.keys()), sorted(where.keys() - wanted.keys())
-    unlike = [name for name in wanted.keys() & where.keys() if wanted[name] != where[name][1]]
+    unlike = sorted(name for name in wanted.keys() & where.keys() if wanted[name] != where[name][1])
     for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
         if names:
             raise ConfigError(

@@ -242,6 +242,12 @@ def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
                 "tied and are used without adapters: leave it out"
             )
     targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
+    for target in () if targets == "all-linear" else targets:  # peft passes over one of several that match nothing
+        if not any(name == target or name.endswith(f".{target}") for name, _ in lm.named_modules()):
+            raise ConfigError(
+                f"model.lora_targets has {target!r}, which is no layer of {type(lm).__name__}: use all-linear, or "
+                "names of its layers such as q_proj"
+            )
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,

@@ -232,8 +232,8 @@ class TorchPolicy:
         c = self.config
         facts: dict[str, Any] = {"architecture": type(self.scorer.base).__name__, "lora_rank": c.lora_rank}
         if c.lora_rank:
-            facts |= {"lora_alpha": c.lora_alpha or 2 * c.lora_rank, "lora_targets": list(c.lora_targets)}
-            facts |= {"lora_kind": c.lora_kind} if c.lora_kind != "lora" else {}
+            facts |= {"lora_kind": c.lora_kind, "lora_alpha": c.lora_alpha or 2 * c.lora_rank}
+            facts |= {"lora_targets": list(c.lora_targets)}
         return facts
 
     def export(self, directory: Path) -> None:
