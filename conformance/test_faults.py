@@ -59,16 +59,24 @@ def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
         raise AssertionError("the run never ended")
 
 
+# (phase, which of its starts, the step that is finished and saved). Of these phases the first three come with the first
+# evaluation already, and a step has two updates.
+SIGNALS = [
+    ("generate", 1, 1), ("generate", 2, 1), ("reward", 2, 1), ("update", 3, 2), ("evaluate", 1, 1), ("evaluate", 2, 3),
+    ("save", 1, 2), ("save", 2, 3), ("save", 3, 3),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("phase", faults.PHASES)
-def test_a_signal_in_each_phase_saves_and_leaves(phase, number, status, tmp_path, whole):
+@pytest.mark.parametrize(("phase", "at", "last"), SIGNALS)
+def test_a_signal_in_each_phase_saves_and_leaves(phase, at, last, number, status, tmp_path, whole):
     config = make(tmp_path)
-    first = 1 if phase in ("reward", "generate", "evaluate") else 2  # the first three come with the first evaluation
-    assert faults.run(config, phase, first + 1, number) in (status, 0)
+    ended = (phase, at) == ("save", STEPS)  # in the run's last save all is done: there is nothing to go on with
+    assert faults.run(config, phase, at, number) == (0 if ended else status)
     output = (tmp_path / "output.txt").read_text()
-    assert "stopping after this step" in output
-    assert "Traceback" not in output
-    assert steps_saved(tmp_path / "run" / "checkpoints")
+    assert "stopping after this step" in output and "Traceback" not in output
+    assert ("go on with: " in output) == ("stop" in killing.events(tmp_path / "run")) == (not ended)
+    assert steps_saved(tmp_path / "run" / "checkpoints")[0] == last
     assert faults.run(config) == 0
     same(tmp_path / "run", whole)
 
