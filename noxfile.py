@@ -144,7 +144,7 @@ def mlx_lm(session: nox.Session) -> None:
     nox -s mlx_lm
     """
     install(session, "-e", ".[mlx-lm,dev]")
-    files = [f"conformance/test_mlx_lm_{name}.py" for name in ("trainer", "models", "groups")]
+    files = [f"conformance/test_mlx_lm_{name}.py" for name in ("trainer", "command", "models", "groups")]
     pytest(session, "mlx_lm", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="mlx_lm")
 
 

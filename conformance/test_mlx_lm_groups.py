@@ -41,6 +41,33 @@ def test_chat_messages_go_through_the_template(tokenizer):
     assert tokenizer.decode(group.prompt) == "<|user|>a<|end|><|assistant|>"
 
 
+CLOSING = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}CLOSE{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("close", "end"), [("<|system|>\n", 3), (" <|system|>", 3), ("<|end|>", END), ("\n", END), ("", END)]
+)
+def test_a_finished_answer_ends_as_the_template_closes_a_turn(close, end):
+    """Gemma's template closes a turn with <end_of_turn>, and its tokenizer's end token is <eos>."""
+    tokenizer = tiny_models.make_tokenizer()
+    assert tokenizer.convert_tokens_to_ids("<|system|>") == 3
+    tokenizer.chat_template = CLOSING.replace("CLOSE", close)
+    chat = row(prompt=[{"role": "user", "content": "a"}], responses=["c", "d", [7, 8]], rewards=[1, 2, 3])
+    (group,) = load_groups([chat | {"finished": [True, False, True]}], tokenizer)
+    assert [len(response) for response in group.responses] == [2, 1, 2]
+    assert group.responses[0][-1] == end
+    assert group.responses[2] == (7, 8)
+    (text,) = load_groups([row()], tokenizer)
+    assert text.responses[0][-1] == END
+
+
+def test_a_template_that_takes_no_answer_is_refused():
+    tokenizer = tiny_models.make_tokenizer()
+    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}a"
+    with pytest.raises(DataError, match=r"does not take an answer after the prompt \(one turn\).* as token ids"):
+        load_groups([row(prompt=[{"role": "user", "content": "a"}])], tokenizer)
+
+
 def test_unscored_responses_leave_their_group(tokenizer):
     rows = [row(), row(responses=["a", "b", ""], rewards=[None, 1.0, float("nan")])]
     assert [group.rewards for group in load_groups(rows, tokenizer)] == [(1.0, 0.5)]

@@ -1,7 +1,6 @@
 """GVPO through mlx-lm's own trainer: exact however it batches, and what it refuses."""
 
 import contextlib
-import json
 import os
 import re
 import socket
@@ -22,9 +21,7 @@ require("mlx_lm", "mlx.core", subject="mlx_lm")
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import mlx_lm
 from gvpo_mlx_lm import GVPO, SettingsError, load, load_groups, train
-from gvpo_mlx_lm.__main__ import main
 from gvpo_mlx_lm.batches import epochs
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.trainer import TrainingArgs
@@ -256,6 +253,7 @@ def test_the_reference_is_the_base_and_the_model_comes_back(folder, groups):
     ("settings", "options", "message"),
     [
         ({"batch_size": 0}, {}, "batch_size = 0"),
+        ({"grad_accumulation_steps": 0}, {}, "grad_accumulation_steps = 0; expected at least 1"),
         ({"iters": 3, "grad_accumulation_steps": 2}, {}, "iters = 3 is no multiple of grad_accumulation_steps = 2"),
         ({"batch_size": 4}, {}, "4 groups of up to 5 responses may be 14 .* raise grad_accumulation_steps"),
         ({"batch_size": 4}, {"groups_per_step": None}, "1 groups of up to 5 responses may be 5"),
@@ -285,36 +283,6 @@ def test_groups_without_reference_are_refused(folder, groups, tmp_path):
     gvpo = GVPO(adapted(folder), arguments(tmp_path), folder)
     with pytest.raises(SettingsError, match="with_reference"):
         next(gvpo.iterate_batches(groups, 14, 2048, loop=True))
-
-
-def test_the_command_line(folder, groups, tmp_path, capfd):
-    """From mlx-lm's YAML file to adapters that mlx-lm loads, and one line for what cannot be used."""
-    data = tmp_path / "data"
-    data.mkdir()
-    row = {"prompt": "say a:", "responses": ["a", "bb", "ccc"], "rewards": [1.0, None, 0.0], "finished": [True] * 3}
-    for name in ("train", "valid"):
-        (data / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
-    (tmp_path / "lora.yaml").write_text(
-        f"model: {folder}\ndata: {data}\nnum_layers: 2\niters: 4\nbatch_size: 1\ngrad_accumulation_steps: 2\n"
-        f"adapter_path: {tmp_path / 'adapters'}\nbeta: 0.2\nlearning_rate: 0.01\n"
-        "lora_parameters: {rank: 2, dropout: 0.0, scale: 4.0}\n"
-    )
-    command = ["--config", str(tmp_path / "lora.yaml"), "--train"]
-    assert main(command) == 0
-    trained, _ = mlx_lm.load(str(folder), model_config={"rope_theta": 700.0}, adapter_path=str(tmp_path / "adapters"))
-    assert float(mx.abs(trained.layers[0].self_attn.q_proj.lora_b).max()) > 0
-    capfd.readouterr()
-    for bad, message in (
-        (["--test"], "only training"),
-        (["--resume-adapter-file", "x", "--fine-tune-type", "full"], "would become the reference"),
-        (["--data", str(tmp_path)], "no such file"),
-        (["--max-seq-length", "5"], "max_seq_length = 5"),
-    ):
-        assert main(command + bad) == 2
-        assert message in capfd.readouterr().err
-    (tmp_path / "lora.yaml").write_text("betta: 1\n")
-    assert main(command) == 2
-    assert "betta" in capfd.readouterr().err
 
 
 def free_ports() -> int:

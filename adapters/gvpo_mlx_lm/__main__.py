@@ -20,8 +20,16 @@ from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import DataError
 from gvpo_mlx_lm import ModelError, SettingsError, load, load_groups, train
+from gvpo_mlx_lm.training import check_beta
 
 _OURS = {"beta": 0.1, "groups_per_step": None}
+_COUNTS = {  # name -> the least it may be
+    **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"), 1),
+    **dict.fromkeys(("save_every", "max_seq_length", "groups_per_step"), 1),
+    "val_batches": -1,
+    "num_layers": -1,
+    "seed": 0,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,14 +54,16 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--groups-per-step", type=int, help="Prompts of an optimizer step; default: what fits.")
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     known = lora.CONFIG_DEFAULTS | _OURS
-    if given.get("config"):  # mlx_lm.lora has taught the safe loader its floats
-        from_file = yaml.safe_load(Path(given["config"]).read_text(encoding="utf-8")) or {}
+    if given.get("config"):
+        from_file = _read(given["config"])
         if unknown := sorted(from_file.keys() - known.keys()):
             raise SettingsError(
                 f"{given['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
             )
         given = from_file | given
     args = argparse.Namespace(**(known | given))
+    if "model" not in given:  # mlx-lm's default would be downloaded
+        raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
     if args.test:
         raise SettingsError("test: only training is done here; remove it, and give valid.jsonl for a held-out loss")
     if args.resume_adapter_file is not None and args.fine_tune_type == "full":
@@ -61,13 +71,50 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
             "resume_adapter_file with fine_tune_type full: the weights to resume from would become the reference; use"
             " lora or dora, whose reference is the base model"
         )
+    _check(args)
     return args
+
+
+def _read(file: str) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # mlx_lm.lora has taught the loader its floats
+    except OSError as error:
+        raise SettingsError(f"config = {file!r} cannot be read: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"config = {file!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict | None):
+        raise SettingsError(f"config = {file!r} holds a {type(found).__name__}; expected settings, `name: value`")
+    return found or {}
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be checked before a model is loaded, and would end in a traceback after."""
+    check_beta(args.beta)
+    for name, least in _COUNTS.items():
+        value = getattr(args, name)
+        if value is None and name == "groups_per_step":
+            continue
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise SettingsError(f"{name} = {value!r}; expected an integer of at least {least}")
+    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", args.optimizer_config)):
+        if str(getattr(args, name)).lower() not in choices:
+            raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
+    if not isinstance(args.learning_rate, int | float):
+        raise SettingsError(f"learning_rate = {args.learning_rate!r}; expected a number")
+    if args.fine_tune_type != "full":
+        given = args.lora_parameters if isinstance(args.lora_parameters, dict) else {}
+        if missing := {"rank", "dropout", "scale"} - given.keys():
+            raise SettingsError(f"lora_parameters = {args.lora_parameters!r} has no {', '.join(sorted(missing))}")
+    if args.resume_adapter_file is not None and not Path(args.resume_adapter_file).is_file():
+        raise SettingsError(f"resume_adapter_file = {args.resume_adapter_file!r}: there is no such file")
 
 
 def run(args: argparse.Namespace) -> None:
     """Loads, scores the reference, and hands over to mlx-lm."""
     trust = args.trust_remote_code
     model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
+    if args.num_layers > len(model.layers):
+        raise SettingsError(f"num_layers = {args.num_layers}, and the model has {len(model.layers)}; -1 takes all")
     files = {name: Path(args.data) / f"{name}.jsonl" for name in ("train", "valid")}
     sets = {
         name: load_groups(path, tokenizer, max_seq_length=args.max_seq_length, name=str(path))

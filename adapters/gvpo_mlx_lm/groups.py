@@ -31,8 +31,9 @@ def load_groups(
 
     A row has `prompt`, text or chat messages; `responses`, each text or token ids; `rewards`, a number each, or None
     where there is no score; and may have `finished`, a bool each. A text that is finished, as all are by default, gets
-    the tokenizer's end token, for the policy's log-probability of a response is that of ending there too. Token ids are
-    taken as they are. A response without a score leaves its group (Cor. 3.4), a group with fewer than two is left out.
+    an end token, for the policy's log-probability of a response is that of ending there too: after chat messages the
+    one with which the chat template closes an assistant's turn, else the tokenizer's. Token ids are taken as they are.
+    A response without a score leaves its group (Cor. 3.4), a group with fewer than two is left out.
 
     Args:
       tokenizer: mlx-lm's, or any of transformers.
@@ -60,12 +61,13 @@ def _group(row: Row, tokenizer: Any, longest: int, where: str) -> Group:
         if len(values) != len(responses):
             raise DataError(f"{where} has {len(responses)} responses and {len(values)} {column}; expected as many")
     prompt = _prompt(row["prompt"], tokenizer, where)
+    end = _end(row["prompt"], tokenizer, where)
     tokens, scores = [], []
     for j, (response, reward, ended) in enumerate(zip(responses, rewards, finished, strict=True)):
         score = _reward(reward, f"{where}, reward {j}")
         if math.isnan(score):
             continue
-        ids = _response(response, bool(ended), tokenizer, f"{where}, response {j}")
+        ids = _response(response, end if ended else None, tokenizer, f"{where}, response {j}")
         if len(prompt) + len(ids) > longest:
             raise DataError(
                 f"{where}, response {j}: prompt and response have {len(prompt)} + {len(ids)} tokens, more than"
@@ -96,10 +98,28 @@ def _prompt(prompt: Any, tokenizer: Any, where: str) -> tuple[int, ...]:
     return tuple(int(i) for i in ids)
 
 
-def _response(response: Any, finished: bool, tokenizer: Any, where: str) -> tuple[int, ...]:
+def _end(prompt: Any, tokenizer: Any, where: str) -> int:
+    """The token with which a finished response ends: many templates close a turn with another one than eos."""
+    if isinstance(prompt, str):
+        return int(tokenizer.eos_token_id)
+    content = "response"
+    messages = [*(dict(m) for m in prompt), {"role": "assistant", "content": content}]
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # what a template raises is its own
+        raise DataError(
+            f"{where}: the chat template does not take an answer after the prompt ({error}), so it does not say with"
+            " which token one ends; give responses as token ids"
+        ) from error
+    after = tokenizer.encode(text.rpartition(content)[2].lstrip(), add_special_tokens=False)
+    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
+    return int(after[0] if after and after[0] in special else tokenizer.eos_token_id)
+
+
+def _response(response: Any, end: int | None, tokenizer: Any, where: str) -> tuple[int, ...]:
     if isinstance(response, str):
         ids = list(tokenizer.encode(response, add_special_tokens=False))
-        ids += [tokenizer.eos_token_id] if finished else []
+        ids += [] if end is None else [end]
     elif isinstance(response, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in response):
         ids = list(response)
     else:

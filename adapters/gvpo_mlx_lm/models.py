@@ -38,11 +38,26 @@ def load(path: str, **options: Any) -> Any:
       path: a folder or hub name.
       options: mlx_lm.load's.
     Returns: as mlx_lm.load: (model, tokenizer).
-    Raises: ModelError: RoPE settings that mlx-lm cannot be given.
+    Raises: ModelError: no such model, one that mlx-lm cannot load, or RoPE settings that it cannot be given.
     """
-    folder = utils._download(str(path), revision=options.get("revision"))
-    options["model_config"] = mended(utils.load_config(folder)) | (options.get("model_config") or {})
-    return mlx_lm.load(str(path), **options)
+    folder = _folder(path, options.get("revision"))
+    try:
+        options["model_config"] = mended(utils.load_config(folder)) | (options.get("model_config") or {})
+        return mlx_lm.load(str(path), **options)
+    except ModelError:
+        raise
+    except (OSError, ValueError) as error:  # no weights, a file that is no JSON, an unknown model type
+        raise ModelError(f"mlx-lm cannot load {str(path)!r}: {error}") from error
+
+
+def _folder(path: str | Path, revision: str | None = None) -> Path:
+    text = str(path)
+    if not Path(text).exists() and (text.count("/") != 1 or text.startswith((".", "~", "/"))):
+        raise ModelError(f"model = {text!r}: there is no such folder, and names of the hub are like org/name")
+    try:
+        return Path(utils._download(text, revision=revision))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model = {text!r}: there is no such folder, and the hub gave none: {error}") from error
 
 
 def check_rope(model: nn.Module, path: str | Path) -> None:
@@ -50,7 +65,7 @@ def check_rope(model: nn.Module, path: str | Path) -> None:
 
     Raises: ModelError: they differ, or config.json asks for what mlx-lm cannot do.
     """
-    config = utils.load_config(utils._download(str(path)))
+    config = utils.load_config(_folder(path))
     config |= mended(config)
     kind, arguments = utils._get_classes(config)
     expected = _ropes(kind(arguments.from_dict(config)))  # lazy: no weight of it is ever made

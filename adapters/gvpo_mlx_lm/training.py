@@ -32,6 +32,12 @@ class SettingsError(ValueError):
     """A setting of mlx-lm's under which GVPO would not be exact; the message names it and what to set."""
 
 
+def check_beta(beta: Any) -> None:
+    """Raises: SettingsError: no finite number of at least 0."""
+    if not (isinstance(beta, int | float) and 0 <= beta < float("inf")):
+        raise SettingsError(f"beta is {beta!r}; expected a finite number of at least 0, reward units per nat")
+
+
 def train(
     model: nn.Module,
     optimizer: Any,
@@ -94,12 +100,13 @@ class GVPO:
 
     def _check(self) -> None:
         args, size = self.args, self.world.size()
-        if not (isinstance(self.beta, int | float) and 0 <= self.beta < float("inf")):
-            raise SettingsError(f"beta is {self.beta!r}; expected a number of at least 0, reward units per nat")
+        check_beta(self.beta)
         if args.batch_size < 1 or args.batch_size % size:
             raise SettingsError(
                 f"batch_size = {args.batch_size} over {size} processes; expected a positive multiple of {size}"
             )
+        if args.grad_accumulation_steps < 1:
+            raise SettingsError(f"grad_accumulation_steps = {args.grad_accumulation_steps}; expected at least 1")
         if args.iters % args.grad_accumulation_steps:
             raise SettingsError(
                 f"iters = {args.iters} is no multiple of grad_accumulation_steps = {args.grad_accumulation_steps}:"
