@@ -1,14 +1,16 @@
 """What GVPOTrainer refuses at its start, each with its name and what to set, and a short run that learns."""
 
+import numpy as np
 import pytest
 import tiny_models
 from required import require
 
 require("trl", "datasets", "peft", subject="trl")
 
+import torch
 import trl_runs
 from gvpo_trl import GVPOConfig
-from gvpo_trl.trainer import check_version
+from gvpo_trl.trainer import check_version, total_rewards
 from trl import GRPOConfig
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL and transformers warn about each other's names
@@ -18,6 +20,7 @@ SIZES = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "nu
 REFUSED = {
     "beta": -0.1,
     "temperature": 0.0,
+    "num_generations_eval": 1,
     "max_completion_length": None,
     "loss_type": "dapo",
     "scale_rewards": "group",
@@ -72,6 +75,53 @@ def test_sampling_that_cuts_the_support_is_refused_wherever_it_is_set(name, valu
         GVPOConfig(str(tmp_path), **given)
     assert GVPOConfig(str(tmp_path), **given, allow_truncated_support=True).generation_kwargs == {name: value}
     GVPOConfig(str(tmp_path), **(given | {"generation_kwargs": {"repetition_penalty": 1.1}}))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("temperature", 0, "temperature is 0; set it to more than 0"),
+        ("temperature", 0.0, "temperature is 0.0; set it to more than 0"),
+        ("num_return_sequences", 2, "num_return_sequences is 2; unset it"),
+    ],
+)
+def test_generation_that_gives_no_group_is_refused(name, value, message, folder, tmp_path) -> None:
+    given = ON_CPU | SIZES | {"allow_truncated_support": True}
+    with pytest.raises(ValueError, match=rf"settings:\n{message}"):
+        GVPOConfig(str(tmp_path), **given, generation_kwargs={name: value})
+    GVPOConfig(str(tmp_path), **given, generation_kwargs={"temperature": 0.7, "num_return_sequences": 1})
+
+
+def test_a_models_own_number_of_responses_is_refused(folder, tmp_path) -> None:
+    with pytest.raises(ValueError, match="generation_config does not fit GVPO:\nnum_return_sequences is 2; unset it"):
+        trl_runs.make_trainer(folder, tmp_path, generation={"num_return_sequences": 2}, **SIZES)
+
+
+@pytest.mark.parametrize("moved", [0.0, 0.1])
+def test_a_model_that_differs_from_its_reference_is_warned_of(moved, folder, tmp_path, recwarn) -> None:
+    trainer = trl_runs.make_trainer(folder, tmp_path, moved=moved, max_steps=1, **SIZES)
+    found = [str(w.message) for w in recwarn if "from which TRL has loaded the reference" in str(w.message)]
+    assert len(found) == (moved > 0)
+    assert all(str(folder) in text and "model.norm.weight differs" in text for text in found)
+    if moved:
+        trainer.train()
+        assert abs(trainer.state.log_history[0]["gvpo/kl"]) > 1e-3
+
+
+def test_a_response_that_one_of_several_functions_did_not_score_leaves_its_group() -> None:
+    none = float("nan")
+    rewards = torch.tensor([[1.0, 5], [2, none], [3, 5], [4, 5], [1, none], [2, none], [none, none], [3, none]])
+    total = total_rewards(rewards, torch.tensor([1.0, 2.0]), 4)
+    np.testing.assert_array_equal(total, [11, none, 13, 14, 1, 2, none, 3])
+
+
+def test_a_run_counts_the_responses_without_one_of_two_scores(folder, tmp_path) -> None:
+    ones = lambda completions, **_: [float(i) for i in range(len(completions))]
+    fives = lambda completions, **_: [None if i == 1 else 5.0 for i in range(len(completions))]
+    trainer = trl_runs.make_trainer(folder, tmp_path, reward_funcs=[ones, fives], max_steps=1, **SIZES)
+    trainer.train()
+    np.testing.assert_array_equal(trainer._gvpo_rewards, [5, float("nan"), *range(7, 13)])
+    assert trainer.state.log_history[0]["gvpo/responses/unscored"] == 1
 
 
 def test_groups_cut_between_the_steps_of_a_generation_are_refused(tmp_path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +19,10 @@ import optax
 import tunix_runs as runs
 from gvpo_tunix import GVPOConfig, GVPOLearner, SettingsError, check_rope, mend_llama, rope
 from gvpo_tunix.config import check_cluster
+from gvpo_tunix.folder import check_files
 from gvpo_tunix.learner import _WholeSteps
 from gvpo_tunix.objective import GVPORewardManager, centred_rewards
+from safetensors.numpy import load_file, save_file
 from tunix.models.llama3 import model as llama
 from tunix.rl import rl_cluster
 from tunix.rl.rollout.base_rollout import RolloutConfig
@@ -126,6 +129,43 @@ def test_missing_rewards_are_no_zeros():
     np.testing.assert_allclose(centred_rewards(np.array([1.0, np.nan, 3.0]), 3), [-1.0, np.nan, 1.0])
     with pytest.raises(ValueError, match="gave 1 rewards for 2 responses"):
         GVPORewardManager(lambda **_: [1.0], GVPOConfig())(prompts=["a"] * 2, completions=["b"] * 2)
+
+
+@pytest.mark.parametrize("reward", [float("inf"), -float("inf")])
+def test_an_infinite_reward_is_refused(reward):
+    """It would leave no finite mean in its group, which would then leave the step."""
+
+    def vast(prompts, completions, **_):
+        return [1.0, reward, None]
+
+    with pytest.raises(ValueError, match=rf"vast gave {reward} for 'c'; expected a finite reward, or None"):
+        GVPORewardManager([vast], GVPOConfig())(prompts=["a"] * 3, completions=["b", "c", "d"])
+
+
+def test_weights_that_are_not_the_models_are_refused(learner, folder, tmp_path):
+    """Tunix takes tensors from every *.safetensors of a folder, in the order in which the file system has them."""
+    shutil.copytree(folder, tmp_path / "model")
+    check_files(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    other = tensors.pop("model.norm.weight") + 1
+    save_file(tensors, tmp_path / "model" / "model.safetensors")
+    save_file({"model.norm.weight": other}, tmp_path / "model" / "other.safetensors")
+    found = np.asarray(runs.load(tmp_path / "model").final_norm.w[...])
+    np.testing.assert_array_equal(found, other, "Tunix leaves others alone: the check can go")
+    with pytest.raises(SettingsError, match=r"has other\.safetensors beside model\.safetensors: Tunix reads all"):
+        GVPOLearner(learner.rl_cluster, learner.algo_config, runs.vowels, model_path=tmp_path / "model")
+
+
+def test_an_index_says_which_files_are_the_models(tmp_path):
+    for name in ("model-1-of-2", "model-2-of-2", "adapter_model"):
+        save_file({"x": np.zeros(1, np.float32)}, tmp_path / f"{name}.safetensors")
+    check_files(tmp_path)  # nothing to compare with
+    weights = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    with pytest.raises(SettingsError, match=r"has adapter_model\.safetensors beside what model\.safetensors\.index"):
+        check_files(tmp_path)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    check_files(tmp_path)
 
 
 def test_a_mini_batch_without_signal_is_an_error_that_ends_the_queue():

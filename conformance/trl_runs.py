@@ -50,8 +50,10 @@ def make_trainer(
     lora: bool = False,
     reward_funcs: Any = rewards,
     generation: dict[str, Any] | None = None,
+    moved: float = 0.0,
     **settings: Any,
 ) -> Any:
+    """`moved`: what is added to a parameter of the model in memory, which its folder does not know of."""
     from datasets import Dataset
     from gvpo_trl import GVPOConfig, GVPOTrainer
     from peft import LoraConfig
@@ -74,6 +76,7 @@ def make_trainer(
         "max_steps": 3,
     }
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.model.norm.weight.data += moved
     model.generation_config.eos_token_id = [0, *range(50, 70)]  # so that some completions end
     for name, value in (generation or {}).items():
         setattr(model.generation_config, name, value)
