@@ -1,11 +1,16 @@
 """`gvpo` as a person meets it: what works, and what each bad input is answered with."""
 
 import json
+import os
+import subprocess
+import sys
+import types
 
 import pytest
 import table_run
 
 from gvpo_core.training import cli
+from gvpo_core.training.output import Forgiving
 
 pytestmark = pytest.mark.core
 
@@ -111,6 +116,8 @@ def test_rewards_that_cost_a_response_and_not_the_run(body, kind, tmp_path, capf
     assert status == 0
     assert sum(r[f"reward_errors/right/{kind}"] for r in records(tmp_path)) > 0
     assert sum(r["responses/unscored"] for r in records(tmp_path)) > 0
+    assert all(value is not None for r in records(tmp_path) for key, value in r.items())
+    assert "not_finite" not in {a["key"] for r in records(tmp_path) for a in r["alerts"]}
     assert "reward right" in caplog.text
     completions = [json.loads(x) for x in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
     assert all((c["reward"] is None) == (c["response"] == "b") for c in completions)
@@ -199,3 +206,126 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capfd):
     status, _, err = gvpo(capfd, "train", config)
     assert status == 1
     assert "cannot write the run folder" in err
+
+
+def run_into(stdout, *arguments) -> tuple[int, str]:
+    """The status and standard error of `gvpo`, in a process of its own, with its standard output there."""
+    command = [sys.executable, "-m", "gvpo_core.training.cli", *map(str, arguments)]
+    done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
+    return done.returncode, done.stderr
+
+
+@pytest.fixture
+def unread():
+    """The end of a pipe that nobody reads any more."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.fixture
+def full():
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    with open("/dev/full", "w") as stream:
+        yield stream
+
+
+@pytest.mark.parametrize("name", ["unread", "full"])
+def test_a_run_ends_well_when_nobody_can_read_it(name, tmp_path, request):
+    status, said = run_into(request.getfixturevalue(name), "train", table_run.make(tmp_path, steps=2))
+    assert (status, "rror" in said, len(records(tmp_path))) == (0, False, 2), said
+
+
+@pytest.mark.parametrize(("name", "number"), [("unread", 2), ("unread", 15), ("full", 15)])
+def test_a_signal_saves_and_leaves_when_nobody_can_read_it(name, number, tmp_path, request):
+    mark = tmp_path / "sent"  # once: the second would end the run at once
+    body = f"import os\nif not os.path.exists({str(mark)!r}):\n    open({str(mark)!r}, 'x').close()"
+    config = with_reward(tmp_path, f"{body}\n    os.kill(os.getppid(), {number})", steps=50)
+    status, said = run_into(request.getfixturevalue(name), "train", config)
+    assert status == 128 + number, said
+    assert "rror" not in said
+    assert [r["step"] for r in records(tmp_path)] == [1]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+def test_a_result_that_cannot_be_printed_is_an_error_in_a_line(tmp_path, capfd, full):
+    gvpo(capfd, "train", table_run.make(tmp_path, steps=2))
+    status, said = run_into(full, "report", tmp_path / "run")
+    assert (status, said) == (1, "gvpo: cannot write to standard output: No space left on device\n")
+
+
+class Fails:
+    """A stream on which everything fails."""
+
+    encoding = "utf-8"
+
+    def __init__(self, error):
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+    def flush(self):
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(5, "a terminal that is gone"), ValueError("closed"), RuntimeError("reentrant")]
+)
+def test_a_stream_that_fails_costs_its_text_alone(error):
+    stream = Forgiving(Fails(error))
+    assert (stream.write("text"), stream.flush(), stream.encoding) == (4, None, "utf-8")
+
+
+def test_a_second_signal_is_not_forgiven():
+    with pytest.raises(KeyboardInterrupt):
+        Forgiving(Fails(KeyboardInterrupt())).write("text")
+
+
+def test_a_tracker_that_is_not_installed_is_named_before_the_model_loads(tmp_path, capfd, monkeypatch):
+    from gvpo_core.training import backend
+
+    config = table_run.make(tmp_path)
+    change(config, "steps = 12", 'steps = 12\ntrackers = ["wandb"]')
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setattr(backend, "load_policy", lambda config: pytest.fail("the model was loaded"))
+    status, _, err = gvpo(capfd, "train", config)
+    assert (status, "Traceback" in err) == (2, False), err
+    assert "tracker 'wandb' cannot be imported" in err and "pip install wandb" in err
+
+
+def test_a_tracker_that_does_not_start_is_an_error_in_a_line(tmp_path, capfd, monkeypatch):
+    config = table_run.make(tmp_path)
+    change(config, "steps = 12", 'steps = 12\ntrackers = ["wandb"]')
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # it has no init
+    status, _, err = gvpo(capfd, "train", config)
+    assert (status, "Traceback" in err) == (1, False), err
+    assert "gvpo: tracker 'wandb' did not start (AttributeError" in err
+
+
+def test_places_that_cannot_be_written_to(tmp_path, capfd):
+    gvpo(capfd, "train", table_run.make(tmp_path, steps=2))
+    run, file = tmp_path / "run", tmp_path / "file"
+    file.write_text("mine")
+    for target in (file, file / "below"):
+        status, _, err = gvpo(capfd, "export", run, target)
+        assert (status, "Traceback" in err) == (2, False), err
+        assert f"{target} cannot be the folder to export to" in err
+    (run / "report.html").unlink()
+    (run / "report.html").mkdir()
+    status, _, err = gvpo(capfd, "report", run)
+    assert (status, "Traceback" in err) == (1, False), err
+    assert f"gvpo: cannot write {run / 'report.html'}: " in err
+
+
+def test_lines_that_are_no_records_do_not_stop_a_resume(tmp_path, capfd):
+    config = table_run.make(tmp_path, steps=4)
+    gvpo(capfd, "train", config, "--run.steps", "2", "--optimizer.schedule", "constant")
+    for line in ('{"kind": "train"}', "[1]", '{"step": "2"}', "7", "null"):
+        with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+            file.write(line + "\n")
+    status, _, err = gvpo(capfd, "train", config, "--optimizer.schedule", "constant")
+    assert status == 0, err
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]

@@ -10,6 +10,7 @@ import types
 import pytest
 
 from gvpo_core.training import trackers
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.trackers import open_trackers
 
 pytestmark = pytest.mark.core
@@ -165,13 +166,13 @@ def test_no_names_no_file(tmp_path):
 
 
 def test_bad_names_and_missing_packages(tmp_path, fake, monkeypatch):
-    with pytest.raises(ValueError, match=r"'tensorbord'; expected .*; did you mean tensorboard\?"):
+    with pytest.raises(ConfigError, match=r"'tensorbord'; expected .*; did you mean tensorboard\?"):
         open_trackers(["tensorbord"], tmp_path, {})
-    with pytest.raises(ValueError, match=r"trackers has 'mlflow'; expected wandb, trackio, tensorboard"):
+    with pytest.raises(ConfigError, match=r"trackers has 'mlflow'; expected wandb, trackio, tensorboard"):
         open_trackers(["mlflow"], tmp_path, {})
     fake.fail_to_start = True
-    with pytest.raises(RuntimeError, match=r"tracker 'fake' did not start \(OSError: no login\)"):
+    with pytest.raises(trackers.TrackerError, match=r"tracker 'fake' did not start \(OSError: no login\)"):
         open_trackers(["fake"], tmp_path, {})
     monkeypatch.setitem(sys.modules, "fake_tracker", None)  # Python's own mark of a module that cannot be imported
-    with pytest.raises(ImportError, match="pip install fake"):
+    with pytest.raises(ConfigError, match="pip install fake"):
         open_trackers(["fake"], tmp_path, {})

@@ -12,6 +12,7 @@ from typing import Any
 
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.output import OutputError, let_go, say
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.redaction import Hiding, hide, secrets_of, traceback_of
 
@@ -30,7 +31,13 @@ gvpo train --help explains every setting. Relative paths are from the working di
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        let_go()
+
+
+def _run(arguments: list[str]) -> int:
     commands = {"train": _train, "eval": _eval, "export": _export, "report": _report, "doctor": _doctor}
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
@@ -100,7 +107,7 @@ def _wrong_inputs(config: Config, rows: dict[str, list[Any]]) -> list[str]:
     from gvpo_core.training.config_check import wrong_values
     from gvpo_core.training.data import load_rows
     from gvpo_core.training.rewards import close_rewards, load_rewards
-    from gvpo_core.training.trackers import check_names
+    from gvpo_core.training.trackers import check_trackers
 
     wrong = []
 
@@ -115,7 +122,7 @@ def _wrong_inputs(config: Config, rows: dict[str, list[Any]]) -> list[str]:
     for name in ("train", "evaluation"):
         if source := getattr(config.data, name):
             attempt(lambda source=source, name=name: rows.update({name: load_rows(source, f"data.{name}")}))  # type: ignore[misc]
-    attempt(lambda: check_names(config.run.trackers))
+    attempt(lambda: check_trackers(config.run.trackers))
     return wrong
 
 
@@ -136,7 +143,7 @@ def _eval(arguments: list[str], secrets: set[str]) -> int:
     policy = _restored(config, options.run, options.checkpoint)
     metrics = evaluate(config, policy)
     if policy.rank == 0:
-        print(json.dumps(metrics, indent=1))
+        say(json.dumps(metrics, indent=1))
     return 0
 
 
@@ -147,13 +154,18 @@ def _export(arguments: list[str], secrets: set[str]) -> int:
     parser.add_argument("--checkpoint", default="newest", help="a step, or newest (default)")
     options = parser.parse_args(arguments)
     _log_to_stderr(secrets)
-    if options.folder.exists() and any(options.folder.iterdir()):
-        raise ConfigError(f"{options.folder} is not empty; give a folder that is new")
-    policy = _restored(_run_config(options.run), options.run, options.checkpoint)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    policy.export(options.folder)
+    config, folder = _run_config(options.run), options.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds = any(folder.iterdir())
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be the folder to export to: {e.strerror or e}; give one that is new") from e
+    if holds:
+        raise ConfigError(f"{folder} is not empty; give a folder that is new")
+    policy = _restored(config, options.run, options.checkpoint)
+    policy.export(folder)
     if policy.rank == 0:
-        print(options.folder)
+        say(options.folder)
     return 0
 
 
@@ -165,7 +177,11 @@ def _report(arguments: list[str], secrets: set[str]) -> int:
     run = parser.parse_args(arguments).run
     if not (run / "metrics.jsonl").is_file():
         raise ConfigError(f"{run} is no run folder: it has no metrics.jsonl")
-    print(write_report(run))
+    try:
+        report = write_report(run)
+    except OSError as e:
+        raise OutputError(f"cannot write {run / 'report.html'}: {e.strerror or e}") from e
+    say(report)
     return 0
 
 

@@ -5,16 +5,16 @@ row's fields are split by spaces and a missing number is "-". Every number is on
 with its verdict; why it is not OK, and what to do, stands below the row once, not at every step.
 """
 
-import contextlib
 import math
 import re
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO
+from typing import Any, NamedTuple, TextIO, cast
 
 from gvpo_core.training.alerts import BAD, LEVELS, OK, WATCH
 from gvpo_core.training.metrics import PHASES
+from gvpo_core.training.output import Forgiving
 from gvpo_core.training.time_left import TimeLeft
 
 WIDTH = 80
@@ -93,7 +93,7 @@ class Console:
           first_step: steps already done, in a resumed run.
           evaluations: steps after which the run evaluates.
         """
-        self._steps, self._stream = steps, stream or sys.stdout
+        self._steps, self._stream = steps, Forgiving(stream or sys.stdout)
         self._rows = 0
         self._since_phases = 0
         self._said: dict[str, tuple[str, int]] = {}  # alert -> its level and step when last said
@@ -232,16 +232,15 @@ class Console:
         line = line.rstrip()
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         line = line.encode(encoding, "backslashreplace").decode(encoding)
-        with contextlib.suppress(BrokenPipeError, ValueError):  # the reader went away, or closed the stream
-            if self._live is not None:
-                from rich.text import Text
+        if self._live is not None:
+            from rich.text import Text
 
-                text = Text(line, style=style, end="")
-                text.stylize(mark[1], mark[0])
-                self._live.console.print(text, highlight=False, soft_wrap=True)
-            else:
-                self._stream.write(line + "\n")
-                self._stream.flush()
+            text = Text(line, style=style, end="")
+            text.stylize(mark[1], mark[0])
+            self._live.console.print(text, highlight=False, soft_wrap=True)
+        else:
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
     def _open_bar(self, done: int) -> Any:
         try:
@@ -254,7 +253,7 @@ class Console:
             MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[phase]}", markup=False),
-            console=RichConsole(file=self._stream),
+            console=RichConsole(file=cast(TextIO, self._stream)),
             transient=True,
         )
         self._task = self._bar.add_task("", total=self._steps, completed=done, phase="")

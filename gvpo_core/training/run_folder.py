@@ -106,7 +106,7 @@ class RunFolder:
             with self._writing():
                 with path.open(encoding="utf-8", errors="replace") as f:
                     for line in f:
-                        with contextlib.suppress(ValueError):
+                        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill, or not ours
                             if step is not None and json.loads(line)["step"] <= step and line.endswith("\n"):
                                 kept.append(line)
                 write_synced(path, "".join(kept).encode())

@@ -1,9 +1,12 @@
 """Ctrl-C and SIGTERM: asked once, a run finishes its step, saves and leaves; asked twice, it leaves at once."""
 
 import signal
+import sys
 import threading
 from types import FrameType, TracebackType
 from typing import Any
+
+from gvpo_core.training.output import Forgiving
 
 
 class StopRequest:
@@ -32,4 +35,5 @@ class StopRequest:
         if self.signal:
             raise KeyboardInterrupt
         self.signal = number
-        print("\nstopping after this step, then saving; once more to leave at once", flush=True)
+        said = "\nstopping after this step, then saving; once more to leave at once"
+        print(said, file=Forgiving(sys.stdout), flush=True)

@@ -17,7 +17,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from gvpo_core.training.config import ConfigError
+
 Numbers = dict[str, float]
+
+
+class TrackerError(RuntimeError):
+    """A tracker that does not start."""
 
 
 class Tracker(Protocol):
@@ -113,39 +119,46 @@ def open_trackers(
         goes on in the same place and sends no step twice.
       config: shown by the tracker beside the run.
       warn: told once when a tracker fails; default: warnings.warn.
-    Raises: ValueError: an unknown name. ImportError: a package that is missing or broken, with the line that
-      installs it. RuntimeError: a tracker that does not start (no login, no network), before the run.
+    Raises: ConfigError: as check_trackers. TrackerError: a tracker that does not start (no login, no network), before
+      the run.
     """
-    check_names(names)
+    modules = check_trackers(names)
     state = _State(run / "trackers.json") if names else None
     backends: dict[str, _Backend] = {}
     for name in dict.fromkeys(names):
-        kind = _KINDS[name]
-        try:
-            with _stdout_to_stderr():
-                module = importlib.import_module(kind.module)
-        except Exception as e:
-            raise ImportError(
-                f"tracker {name!r} cannot be imported ({type(e).__name__}: {e}): pip install {kind.install}"
-            ) from e
         assert state is not None
         try:
             with _stdout_to_stderr():
-                backends[name] = kind(module, run, state.identity, config)
+                backends[name] = _KINDS[name](modules[name], run, state.identity, config)
         except Exception as e:
-            raise RuntimeError(
+            raise TrackerError(
                 f"tracker {name!r} did not start ({type(e).__name__}: {e}); mend that or take it out of run.trackers"
             ) from e
     return _Trackers(backends, state, warn or (lambda message: warnings.warn(message, stacklevel=3)))
 
 
-def check_names(names: Sequence[str]) -> None:
-    """Raises ValueError for a tracker that is not known."""
+def check_trackers(names: Sequence[str]) -> dict[str, Any]:
+    """The trackers' packages, imported.
+
+    Raises: ConfigError: a tracker that is not known, or a package that is missing or broken, with the line that
+      installs it.
+    """
     for name in names:
         if name not in _KINDS:
             close = difflib.get_close_matches(name.lower(), _KINDS, n=1)
             hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"trackers has {name!r}; expected {', '.join(_KINDS)}{hint}")
+            raise ConfigError(f"run.trackers has {name!r}; expected {', '.join(_KINDS)}{hint}")
+    modules = {}
+    for name in dict.fromkeys(names):
+        kind = _KINDS[name]
+        try:
+            with _stdout_to_stderr():
+                modules[name] = importlib.import_module(kind.module)
+        except Exception as e:
+            raise ConfigError(
+                f"tracker {name!r} cannot be imported ({type(e).__name__}: {e}): pip install {kind.install}"
+            ) from e
+    return modules
 
 
 class _Trackers:

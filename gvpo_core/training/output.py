@@ -1,0 +1,57 @@
+"""Standard output whose reader may go away, a full disk behind it, or a terminal that is closed: no reason to stop."""
+
+import contextlib
+import os
+import sys
+from typing import Any
+
+
+class Forgiving:
+    """A text stream that drops what it cannot write; everything else is the stream's own."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """See TextIO.write."""
+        with _forgiven():
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        """See TextIO.flush."""
+        with _forgiven():
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+def _forgiven() -> contextlib.suppress:
+    # RuntimeError: a signal's handler writes while the stream is being written. ValueError: the stream was closed.
+    return contextlib.suppress(OSError, ValueError, RuntimeError)
+
+
+class OutputError(RuntimeError):
+    """A result that could not be printed."""
+
+
+def say(text: object) -> None:
+    """Prints a command's result. Raises: OutputError: standard output cannot be written."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        raise OutputError(f"cannot write to standard output: {e.strerror or e}") from e
+
+
+def let_go() -> None:
+    """Drops what standard output holds and cannot write: else Python, at its exit, would fail with a status of its own."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, sys.stdout.fileno())
+            os.close(nowhere)
+    except (ValueError, AttributeError):  # closed, or never there
+        pass
