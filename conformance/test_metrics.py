@@ -23,8 +23,8 @@ def facts(**changes):
     group 1: R 1, 1; s 1, 0: D(R) 0; beta D(s) .25, -.25; w -.25, .25
     """
     values = {
-        "logprobs": np.array([-1.8, -2.2, -1.0, -3.0, -4.0, -5.0]),
-        "ref_logprobs": np.array([-2.0, -2.0, -2.0, -3.0, -4.0, -4.0]),
+        "logprobs": np.array([-1.8, -2.2, -1.0, -3.0, NAN, -5.0]),  # the loop scores no row without a reward
+        "ref_logprobs": np.array([-2.0, -2.0, -2.0, -3.0, NAN, -4.0]),
         "rewards": np.array([1.0, 0.0, 1.0, 1.0, NAN, 0.0]),
         "group_ids": np.array([0, 0, 1, 1, 2, 2]),
         "num_groups": 3,
@@ -64,7 +64,7 @@ EXPECTED = {
     "regret/second_order": 0.2225,  # loss / (2 x 1/2)
     "regret/series": 0.5 * (math.log(math.cosh(0.8)) + math.log(math.cosh(0.5))) / 2,
     "kl": (0.2 - 0.2 + 1 + 0) / 4,  # the third group is not counted
-    "entropy": 17 / 17,
+    "entropy": 13 / 15,
     "gradient_norm": 2.5,
     "gradient_norm/max": 4,
     "learning_rate": 1e-3,
@@ -108,6 +108,20 @@ def test_every_number_of_a_step_is_the_hand_worked_one():
     assert set(got) == set(EXPECTED)
     for key, value in EXPECTED.items():
         assert got[key] == pytest.approx(value, rel=1e-12, abs=1e-12, nan_ok=True), key
+
+
+def test_a_nan_in_what_the_loss_counts_is_not_hidden():
+    logprobs = np.array([-1.8, NAN, -1.0, -3.0, NAN, -5.0])
+    got = step_metrics(facts(logprobs=logprobs))
+    assert all(math.isnan(got[key]) for key in ("entropy", "kl", "loss", "regret/second_order"))
+
+
+def test_rows_that_no_update_scored_leave_the_rest_finite():
+    """A group with one score, alone in its mini-batch, never meets the policy."""
+    none = np.array([-1.8, -2.2, -1.0, -3.0, NAN, NAN])
+    got = step_metrics(facts(logprobs=none, ref_logprobs=np.where(np.isnan(none), NAN, -2.0)))
+    assert got["entropy"] == pytest.approx(8 / 10)
+    assert [key for key, value in got.items() if not math.isfinite(value)] == ["reward/all lost"]
 
 
 def test_row_order_does_not_matter():

@@ -71,7 +71,8 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy": Metric(
         "nats/token",
-        "Minus the mean log-probability of a sampled token: an estimate of the entropy, under the same condition.",
+        "Minus the mean log-probability of a sampled token, over the responses that the policy scored: an estimate of the "
+        "entropy, under the same condition.",
     ),
     "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
     "gradient_norm/max": Metric("", "Largest of them."),
@@ -124,8 +125,8 @@ METRICS: dict[str, Metric] = {
 class StepFacts:
     """What one step left behind, gathered over ranks. N responses, `num_groups` groups."""
 
-    logprobs: np.ndarray  # (N,) float, nats: the policy before its update
-    ref_logprobs: np.ndarray  # (N,) float, nats
+    logprobs: np.ndarray  # (N,) float, nats: the policy before its update; NaN where it scored no such row
+    ref_logprobs: np.ndarray  # (N,) float, nats; likewise
     rewards: np.ndarray  # (N,) float, total; NaN = unscored
     group_ids: np.ndarray  # (N,) int in 0..num_groups-1
     num_groups: int
@@ -261,13 +262,17 @@ def _objective_metrics(facts: StepFacts, rewards: np.ndarray) -> dict[str, float
         "loss/covariance": float(loss.covariance),
         "reward/spread": float(np.sqrt(loss.group_reward_variance).sum() / max(float(loss.counted_groups), 1)),
         "groups/counted": int(loss.counted_groups),
-        "entropy": float(-logprobs.sum() / np.sum(facts.lengths)),
     }
     if facts.beta > 0:
-        regret = gvpo_regret(logprobs, reference, rewards, groups, beta=facts.beta, num_groups=facts.num_groups)
+        with np.errstate(invalid="ignore"):  # a NaN is for the alerts to tell of
+            regret = gvpo_regret(logprobs, reference, rewards, groups, beta=facts.beta, num_groups=facts.num_groups)
         metrics["regret/second_order"] = float(regret.second_order)
         metrics["regret/series"] = float(regret.series)
     counted = ~np.isnan(rewards) & (loss.group_size[groups] >= 2)
+    # Rows outside the loss may have met no policy, and their NaN says nothing; one inside it must be seen.
+    met = counted | ~np.isnan(logprobs)
+    if met.any():
+        metrics["entropy"] = float(-logprobs[met].sum() / np.sum(np.asarray(facts.lengths)[met]))
     if counted.any():
         metrics["kl"] = float((logprobs - reference)[counted].mean())
     return metrics
