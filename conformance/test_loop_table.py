@@ -10,6 +10,7 @@ from ranks import run_ranks
 
 from gvpo_core.training.config import (
     Config,
+    ConfigError,
     DataConfig,
     EvaluationConfig,
     ObjectiveConfig,
@@ -18,7 +19,9 @@ from gvpo_core.training.config import (
     RolloutConfig,
     RunConfig,
 )
+from gvpo_core.training.data import DataError
 from gvpo_core.training.loop import train
+from gvpo_core.training.preview import preview
 from gvpo_core.training.table import TablePolicy
 
 pytestmark = pytest.mark.core
@@ -151,3 +154,27 @@ def test_evaluation_at_both_ends_and_between(tmp_path, capsys):
     policy = TablePolicy(table(REFERENCE), config.optimizer)
     train(config, policy, train_rows=rows, evaluation_rows=rows, rewards={"value": reward})
     assert [r["step"] for r in records(tmp_path, "eval")] == [0, 2, 4, 5]
+
+
+def test_rows_given_in_python_are_taken_as_they_are(tmp_path, capsys):
+    """An empty list is not "none given": the configured file is not trained on in its place."""
+    (tmp_path / "file.jsonl").write_text('{"prompt": "p0"}\n')
+    config = settings(tmp_path / "run", data=DataConfig(train=str(tmp_path / "file.jsonl")))
+    policy = TablePolicy(table(REFERENCE), config.optimizer)
+    for run_or_preview in (train, preview):
+        with pytest.raises(DataError, match=r"train_rows = '\[\]' has no rows; expected at least one prompt"):
+            run_or_preview(config, policy, train_rows=[], rewards={"value": reward})
+        with pytest.raises(DataError, match=r"evaluation_rows = '\[\]' has no rows"):
+            run_or_preview(config, policy, evaluation_rows=[], rewards={"value": reward})
+
+
+def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
+    """As in a notebook: the wrong cell, then the right one."""
+    config = settings(tmp_path)
+    config = replace(config, run=replace(config.run, steps=2))
+    policy = TablePolicy(table(REFERENCE), config.optimizer)
+    run(config, policy)
+    with pytest.raises(ConfigError, match=r"objective.beta: 0.5 -> 0.25") as refused:
+        run(replace(config, objective=ObjectiveConfig(beta=0.25)), policy)
+    assert refused.value.__traceback__ is not None  # held, as a notebook holds it: its frames keep the folder alive
+    assert run(replace(config, run=replace(config.run, steps=3)), policy).step == 3

@@ -60,9 +60,19 @@ def evaluated(
     return metrics, rollout
 
 
+def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
+    """The rows handed over as `train_rows`, else those of the configured file. Raises: DataError: there are none."""
+    if given is None:
+        return load_rows(config.data.train, "data.train")
+    return load_rows(given, "train_rows")
+
+
 def held_out(config: Config, policy: Policy, given: Iterable[Row] | None) -> Prompts:
     """The held-out prompts that an evaluation uses, encoded."""
-    rows = load_rows(config.data.evaluation if given is None else given, "data.evaluation")
+    if given is None:
+        rows = load_rows(config.data.evaluation, "data.evaluation")
+    else:
+        rows = load_rows(given, "evaluation_rows")
     return encode_prompts(policy, rows[: config.evaluation.prompts or None], config.data, "data.evaluation")
 
 

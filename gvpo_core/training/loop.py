@@ -34,13 +34,13 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.config_check import check_config
 from gvpo_core.training.config_file import as_table
 from gvpo_core.training.console import Console
-from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
-from gvpo_core.training.evaluation import ORDER, TRAIN, evaluated, held_out, with_given
+from gvpo_core.training.data import Prompts, Row, encode_prompts
+from gvpo_core.training.evaluation import ORDER, TRAIN, evaluated, held_out, training_rows, with_given
 from gvpo_core.training.header import header
 from gvpo_core.training.improve import improve
 from gvpo_core.training.metrics import StepFacts, read_records, step_metrics
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.redaction import hide_command, hide_settings
+from gvpo_core.training.redaction import hide_command, hide_settings, secrets_of
 from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
 from gvpo_core.training.rollout import agree, collect
 from gvpo_core.training.run_folder import RunFolder
@@ -80,19 +80,19 @@ def train(
     """
     config = with_given(config, train_rows, rewards)
     check_config(config)
-    prompts = encode_prompts(policy, load_rows(train_rows or config.data.train, "data.train"), config.data)
+    prompts = encode_prompts(policy, training_rows(config, train_rows), config.data)
     evaluates = evaluation_rows is not None or config.data.evaluation
     unseen = held_out(config, policy, evaluation_rows) if evaluates else None
     folder = RunFolder(Path(config.run.folder))
-    error = None
-    try:
-        if policy.rank == 0:
-            folder.open(config)
-    except (OSError, ValueError, RuntimeError) as e:
-        error = e
-    agree(policy, error)
     loaded: list[Reward] = []
     try:
+        error = None
+        try:
+            if policy.rank == 0:
+                folder.open(config)
+        except (OSError, ValueError, RuntimeError) as e:
+            error = e
+        agree(policy, error)
         loaded = load_rewards(config.rewards, rewards)
         return _Run(config, policy, prompts, unseen, loaded, sampler, folder, console).go()
     finally:
@@ -146,7 +146,9 @@ class _Run:
                         self._save(step)
                     if stopping:
                         self._event(
-                            step, "stop", f"stopped by signal {stopping} after step {step}; go on with: {_command()}"
+                            step,
+                            "stop",
+                            f"stopped by signal {stopping} after step {step}; go on with: {_command(config)}",
                         )
                         return Result(step, self.folder.path, 128 + stopping)
                 return Result(last, self.folder.path, 0)
@@ -184,7 +186,7 @@ class _Run:
                 "python": platform.python_version(),
                 "platform": platform.platform(),
                 "ranks": self.policy.world_size,
-                "command": hide_command(sys.argv),
+                "command": hide_command(sys.argv, secrets_of(as_table(config))),
                 "policy": facts,
             }
         )
@@ -330,14 +332,14 @@ class _Run:
             self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})
 
 
-def _command() -> str:
-    """This process's command line, to be run again."""
+def _command(config: Config) -> str:
+    """This process's command line, to be run again; without the secrets that stand in it."""
     program = Path(sys.argv[0])
     if program.name == "cli.py":
         begin = [sys.executable, "-m", "gvpo_core.training.cli"]
     else:
         begin = [sys.executable, sys.argv[0]] if program.suffix == ".py" else [program.name]
-    return shlex.join([*begin, *hide_command(sys.argv[1:])])
+    return shlex.join([*begin, *hide_command(sys.argv[1:], secrets_of(as_table(config)))])
 
 
 def _reward_range(metrics: Path) -> tuple[float, float] | None:

@@ -71,8 +71,8 @@ METRICS: dict[str, Metric] = {
     ),
     "entropy": Metric(
         "nats/token",
-        "Minus the mean log-probability of a sampled token, over the responses that the policy scored: an estimate of the "
-        "entropy, under the same condition.",
+        "Minus the mean log-probability of a sampled token, over the responses that the policy scored: an estimate of "
+        "the entropy, under the same condition.",
     ),
     "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
     "gradient_norm/max": Metric("", "Largest of them."),

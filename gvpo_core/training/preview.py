@@ -5,10 +5,9 @@ from collections.abc import Iterable, Mapping
 from gvpo_core.training.config import Config
 from gvpo_core.training.config_check import check_config
 from gvpo_core.training.console import Console, duration
-from gvpo_core.training.data import Prompts, Row, encode_prompts, load_rows
-from gvpo_core.training.evaluation import TRAIN, held_out, with_given
+from gvpo_core.training.data import Prompts, Row, encode_prompts
+from gvpo_core.training.evaluation import TRAIN, held_out, training_rows, with_given
 from gvpo_core.training.header import header
-from gvpo_core.training.memory import estimate_memory, gib, machine_memory
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import RewardFunction, close_rewards, load_rewards
 from gvpo_core.training.rollout import Rollout, collect
@@ -34,7 +33,7 @@ def preview(
     """
     config = with_given(config, train_rows, rewards)
     check_config(config)
-    prompts = encode_prompts(policy, load_rows(train_rows or config.data.train, "data.train"), config.data)
+    prompts = encode_prompts(policy, training_rows(config, train_rows), config.data)
     evaluates = evaluation_rows is not None or config.data.evaluation
     unseen = held_out(config, policy, evaluation_rows) if evaluates else None
     loaded = load_rewards(config.rewards, rewards)
@@ -58,11 +57,11 @@ def preview(
     if policy.rank == 0 and console is not None:
         for group in range(len(rows)):
             console.sample([c for c in rollout.completions if c["group"] == group])
-        console.close(_expected(config, policy, prompts, rollout))
+        console.close(_expected(config, prompts, rollout))
     return rollout
 
 
-def _expected(config: Config, policy: Policy, prompts: Prompts, rollout: Rollout) -> dict[str, str]:
+def _expected(config: Config, prompts: Prompts, rollout: Rollout) -> dict[str, str]:
     """What the whole run will take, from the two prompts."""
     steps, a_step = config.run.steps, config.rollout.prompts
     share = a_step / rollout.num_groups
@@ -74,13 +73,5 @@ def _expected(config: Config, policy: Policy, prompts: Prompts, rollout: Rollout
         "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",
         "rewards": f"at most {duration(scoring)} a step, {duration(steps * scoring)} in all",
     }
-    longest = max(len(tokens) for tokens in prompts.tokens)
-    facts = policy.describe()
-    memory, have = estimate_memory(facts, config, longest), machine_memory(facts)
-    if memory and have and memory.peak > have:
-        said["too much memory"] = (
-            f"{gib(memory.peak)} GiB estimated, {gib(have)} GiB there: lower optimizer.micro_batch_tokens"
-            f" ({config.optimizer.micro_batch_tokens}), set model.gradient_checkpointing or model.lora_rank"
-        )
     said["nothing was written"] = f"run it: gvpo train CONFIG; run folder {config.run.folder}"
     return said
