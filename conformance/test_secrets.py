@@ -117,6 +117,26 @@ def test_options_are_read_from_the_environment_and_saved_as_written(run, tmp_pat
     assert read_config_text(tmp_path)["rewards"]["right"]["options"]["api_key"] == "$JUDGE_TOKEN"
 
 
+@pytest.mark.parametrize("body", ["pass", RAISE], ids=["finished", "quoted"])
+def test_a_variable_is_a_secret_by_the_option_that_reads_it(run, monkeypatch, body):
+    monkeypatch.setenv("JUDGE", f"{CANARY}-judge")  # a name that says nothing
+    status, text = run(body, change=lambda text: text.replace(f'"{CANARY}-option"', '"$JUDGE"'))
+    assert status == (1 if body == RAISE else 0), text
+    assert ("401 for https://***@judge.example" in text and "with *** and ***" in text) is (body == RAISE)
+    assert CANARY not in text
+
+
+def test_options_of_the_command_line_are_not_kept(run, monkeypatch, tmp_path):
+    options = ["--rewards.right.options", "api_key", f"{CANARY}-word", "endpoint", "the-password-judge.example"]
+    monkeypatch.setattr("sys.argv", ["gvpo", "train", "config.toml", *options])
+    status, text = run("pass", *options, change=lambda text: text.replace(OPTIONS, ""))
+    assert status == 0, text
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"][-4:] == [
+        "api_key", "***", "endpoint", "the-password-judge.example",
+    ]  # fmt: skip
+    assert CANARY not in text
+
+
 def read_config_text(tmp_path):
     import tomllib
 
@@ -153,12 +173,22 @@ def test_commands_and_texts():
     assert hide_command(command) == [
         "gvpo", "train", "c.toml", "--rollout.max_tokens", "8", "--api_key=***", "--token", "***", "s3://***@h/p",
     ]  # fmt: skip
+    command = ["c.toml", "--rewards.a.options", "api_key", "x1", "n", "2", "token=x2", "--seed", "3", "secret", "x4"]
+    assert hide_command(command) == [
+        "c.toml", "--rewards.a.options", "api_key", "***", "n", "2", "token=***", "--seed", "3", "secret", "x4",
+    ]  # fmt: skip
+    assert hide_command(["--a.options", "api_key", "$KEY", "b", "known!", "c=known!"], ["known!"]) == [
+        "--a.options", "api_key", "$KEY", "b", "***", "c=***",
+    ]  # fmt: skip
     url = "see https://h/x?a=1&token=abc&b=2#top and http://h/y?api_key=q'"
     assert hide(url) == "see https://h/x?a=1&token=***&b=2#top and http://h/y?api_key=***'"
     assert hide("mail me@host.org about 3 tokens") == "mail me@host.org about 3 tokens"
     assert secrets_of({"a": {"secret": "long-enough"}}, {"X_TOKEN": "short", "Y_TOKEN": "seven77"}) == {
         "long-enough", "seven77",
     }  # fmt: skip
+    assert secrets_of({"api_key": "$JUDGE", "model": "$OTHER"}, {"JUDGE": "seven77", "OTHER": "eight888"}) == {
+        "seven77"
+    }
     assert hide_settings({"options": {"api_key": "$KEY", "token": "x", "n": 3}}) == {
         "options": {"api_key": "$KEY", "token": "***", "n": 3}
     }

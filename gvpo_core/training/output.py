@@ -45,7 +45,7 @@ def say(text: object) -> None:
 
 
 def let_go() -> None:
-    """Drops what standard output holds and cannot write: else Python, at its exit, would fail with a status of its own."""
+    """Drops what standard output holds and cannot write: else Python would fail at its exit, with its own status."""
     try:
         sys.stdout.flush()
     except OSError:

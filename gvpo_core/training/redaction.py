@@ -49,17 +49,29 @@ def hide_settings(value: Any, name: str = "") -> Any:
     return HIDDEN if is_secret(name) and value and not _FROM_ENVIRONMENT.fullmatch(value) else hide(value)
 
 
-def hide_command(command: Iterable[str]) -> list[str]:
-    """A command line without the values of options named like secrets, and secrets in URLs."""
+def hide_command(command: Iterable[str], known: Iterable[str] = ()) -> list[str]:
+    """A command line without the values of options named like secrets, secrets in URLs, and the `known` secrets.
+
+    An option may also be a key and a value after `--rewards.NAME.options`: a key named like a secret hides the next
+    word, as an option does.
+    """
     kept: list[str] = []
+    known, within = list(known), False  # within: after an option that takes keys and values
     for word in command:
-        name, equals, _ = word.partition("=")
-        if kept and kept[-1].startswith("-") and "=" not in kept[-1] and is_secret(kept[-1]):
+        name, equals, value = word.partition("=")
+        before = kept[-1] if kept else ""
+        if "=" not in before and (within or before.startswith("-")) and is_secret(before) and not _refers(word):
             word = HIDDEN
-        elif equals and name.startswith("-") and is_secret(name):
+        elif equals and (within or name.startswith("-")) and is_secret(name) and not _refers(value):
             word = f"{name}={HIDDEN}"
-        kept.append(hide(word))
+        within = name.endswith(".options") if word.startswith("-") else within
+        kept.append(hide(word, known))
     return kept
+
+
+def _refers(value: str) -> bool:
+    """Whether a value is "$NAME": the name of the variable is no secret."""
+    return _FROM_ENVIRONMENT.fullmatch(value) is not None
 
 
 def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = None) -> frozenset[str]:
@@ -67,20 +79,21 @@ def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = Non
     environment = os.environ if environment is None else environment
     found = {value for name, value in environment.items() if is_secret(name)}
     if settings is not None:
-        _collect(settings, "", found)
+        _collect(settings, "", found, environment)
     return frozenset(secret for secret in found if len(secret) >= _SHORTEST)
 
 
-def _collect(value: Any, name: str, found: set[str]) -> None:
+def _collect(value: Any, name: str, found: set[str], environment: Mapping[str, str]) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _collect(item, str(key), found)
+            _collect(item, str(key), found, environment)
     elif isinstance(value, list | tuple):
         for item in value:
-            _collect(item, name, found)
+            _collect(item, name, found, environment)
     elif isinstance(value, str):
-        if is_secret(name) and not _FROM_ENVIRONMENT.fullmatch(value):
-            found.add(value)
+        if is_secret(name):
+            reference = _FROM_ENVIRONMENT.fullmatch(value)
+            found.add(environment.get(reference[1], "") if reference else value)
         for user in _IN_URL.findall(value):
             found |= {user, user.rpartition(":")[2]}
         found |= {m[0].partition("=")[2] for m in _IN_QUERY.finditer(value)}
