@@ -134,6 +134,17 @@ def test_a_setting_is_refused_with_its_name(path: str) -> None:
     assert str(caught.value).count("\n") == 1, "one setting, one line"
 
 
+def test_a_beta_that_is_no_finite_number_is_refused() -> None:
+    settings = config("algorithm.use_kl_in_reward=False")
+    for given in (None, "0.1", float("inf"), float("nan"), -0.1):
+        settings.algorithm.kl_ctrl.kl_coef = given
+        with pytest.raises(
+            ValueError, match=rf"kl_coef is {given!r}; set it to a finite number of at least 0"
+        ) as caught:
+            check_settings(settings)
+        assert str(caught.value).count("\n") == 1, "one setting, one line"
+
+
 def test_every_rule_has_a_refused_value() -> None:
     assert {rule.path for rule in RULES} == REFUSED.keys()
 

@@ -18,6 +18,10 @@ class Rule(NamedTuple):
     reason: str
 
 
+def _is_beta(given: Any) -> bool:
+    return isinstance(given, int | float) and 0 <= given < float("inf")
+
+
 def _in(*values: Any) -> Callable[[Any], bool]:
     return lambda given: any(given == value for value in values)
 
@@ -31,7 +35,7 @@ RULES = (
     Rule("trainer.use_v1", _in(True), "True", "the trainer gvpo is one of verl's v1 trainers"),
     Rule("algorithm.adv_estimator", _in("rloo"), "rloo", "it needs no critic; its values are replaced by GVPO's"),
     Rule("algorithm.kl_ctrl.type", _in("fixed"), "fixed", "kl_coef is GVPO's beta, a constant"),
-    Rule("algorithm.kl_ctrl.kl_coef", lambda x: x >= 0, "0 or more", "it is GVPO's beta"),
+    Rule("algorithm.kl_ctrl.kl_coef", _is_beta, "a finite number of at least 0", "it is GVPO's beta"),
     Rule("algorithm.rollout_correction.rollout_is", _in(None), "null", _RATIO),
     Rule("algorithm.rollout_correction.rollout_rs", _in(None), "null", "rejected tokens leave a response's sum"),
     Rule("algorithm.rollout_correction.bypass_mode", _in(None, False), "false", "weights need the policy's scores"),
@@ -60,7 +64,7 @@ def check_settings(config: Mapping[str, Any]) -> float:
         if not rule.fits(value := _at(config, rule.path))
     ]
     beta = _at(config, "algorithm.kl_ctrl.kl_coef")
-    if beta and not _at(config, "algorithm.use_kl_in_reward"):
+    if _is_beta(beta) and beta > 0 and not _at(config, "algorithm.use_kl_in_reward"):
         wrong.append(
             f"algorithm.use_kl_in_reward is False and algorithm.kl_ctrl.kl_coef, GVPO's beta, is {beta}; set the first"
             " to True, which brings the reference policy, or the second to 0"
