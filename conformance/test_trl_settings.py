@@ -58,6 +58,12 @@ def test_a_setting_is_refused_with_its_name(name: str, tmp_path) -> None:
     assert str(caught.value).count("\n") == 1, "one setting, one line"
 
 
+@pytest.mark.parametrize("beta", [None, "0.1", float("inf"), float("nan")])
+def test_a_beta_that_is_no_finite_number_is_refused(beta, tmp_path) -> None:
+    with pytest.raises(ValueError, match=rf"\nbeta is {beta!r}; set it to a finite number of at least 0"):
+        GVPOConfig(str(tmp_path), **ON_CPU, **SIZES, beta=beta)
+
+
 def test_every_rule_has_a_refused_value() -> None:
     from gvpo_trl.config import RULES
 

@@ -249,6 +249,8 @@ def test_a_model_without_theta_is_refused(folder):
         ({"num_generations": 1}, "num_generations = 1"),
         ({"num_iterations": 0}, "num_iterations = 0"),
         ({"beta": -0.1}, "beta = -0.1"),
+        ({"beta": "0.1"}, "beta = '0.1'; expected a finite number"),
+        ({"beta": None}, "beta = None; expected a finite number"),
     ],
 )
 def test_refused_algorithm_settings(settings, message):

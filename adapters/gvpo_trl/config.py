@@ -81,13 +81,24 @@ def _is(value: Any) -> Callable[[Any], bool]:
     return lambda given: bool(given == value)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
+
+
 _CLIP = "GVPO has no ratio to clip"
 _OTHER = "it adds a gradient of its own"
 _MASK = "it leaves tokens out of a response's log-probability"
 
 RULES = (
-    Rule("beta", lambda beta: beta >= 0, "0 or more", "it is the KL coefficient"),
-    Rule("temperature", lambda t: t > 0, "more than 0", "greedy responses of a prompt are all the same one"),
+    Rule(
+        "beta", lambda x: _is_number(x) and 0 <= x < float("inf"), "a finite number of at least 0", "it is GVPO's beta"
+    ),
+    Rule(
+        "temperature",
+        lambda x: _is_number(x) and x > 0,
+        "more than 0",
+        "greedy responses of a prompt are all the same one",
+    ),
     Rule(
         "num_generations_eval",
         lambda n: n is None or n >= 2,
@@ -172,7 +183,7 @@ def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
     """What is wrong with sampling settings under which groups would hold no samples, or not num_generations of them."""
     wrong = []
     temperature, sequences = sampling.get("temperature"), sampling.get("num_return_sequences")
-    if temperature is not None and not temperature > 0:
+    if temperature is not None and not (_is_number(temperature) and temperature > 0):
         wrong.append(f"temperature is {temperature!r}; set it to more than 0: greedy responses of a prompt are all one")
     if sequences not in (None, 1):
         wrong.append(f"num_return_sequences is {sequences!r}; unset it: num_generations is the number of responses")

@@ -52,8 +52,8 @@ class GVPOConfig(GRPOConfig):
             )
         if self.num_iterations < 1:
             raise SettingsError(f"num_iterations = {self.num_iterations}; expected at least 1")
-        if not 0 <= self.beta < float("inf"):
-            raise SettingsError(f"beta = {self.beta}; expected a number of at least 0, reward units per nat")
+        if not (isinstance(self.beta, int | float) and 0 <= self.beta < float("inf")):
+            raise SettingsError(f"beta = {self.beta!r}; expected a finite number of at least 0, reward units per nat")
 
 
 def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None:
