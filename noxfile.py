@@ -194,6 +194,28 @@ def wheel(session: nox.Session) -> None:
 
 
 @nox.session
+def browser(session: nox.Session) -> None:
+    """The report in headless Chromium; fails where there is none. Not in the default run, which parses it strictly.
+
+    nox -s browser
+    """
+    install(session, "-e", ".[dev]")
+    pytest(session, "browser", "conformance/test_report_browser.py", GVPO_SUBJECTS="browser")
+
+
+@nox.session
+def full_disk(session: nox.Session) -> None:
+    """A disk that is really full, in a namespace of the test's own; fails where the kernel gives none to users.
+
+    Not in the default run, where a limit on the size of files does what it can.
+
+    nox -s full_disk
+    """
+    install(session, "-e", ".[dev]")
+    pytest(session, "full-disk", "conformance/test_full_disk.py", GVPO_SUBJECTS="full_disk")
+
+
+@nox.session
 def demo(session: nox.Session) -> None:
     """GVPO teaches SmolLM2-135M-Instruct sums in minutes on 2 CPU cores; a GPU is taken where there is one.
 

@@ -24,7 +24,7 @@ MARKS = {
     "core": "needs no subject but NumPy: runs where NumPy is among the subjects",
 }
 # Not subjects: test files of their own ask for them.
-ELSEWHERE = ("trl", "verl", "tunix", "mlx_lm", "parity", "gpu")
+ELSEWHERE = ("trl", "verl", "tunix", "mlx_lm", "parity", "gpu", "browser", "full_disk")
 _required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x and x not in ELSEWHERE)
 _results: dict[str, dict[str, Counter[str]]] = {}
 

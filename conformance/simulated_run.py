@@ -10,9 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from gvpo_core import gvpo_coefficients
+from gvpo_core.training.alerts import Alerts
 from gvpo_core.training.metrics import StepFacts, encode_record, evaluation_metrics, make_record, step_metrics
 
 ANSWERS, MANNERS, LIMIT, START = 19, 3, 16, 1_790_000_000.0
+HOSTILE = (
+    "</pre></textarea><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
+    "<a href='https://example.com'>&amp;]]></a>\x1b[31m\u202e\x00"
+)
 CONFIG = """[run]
 folder = "runs/sums"
 steps = {steps}
@@ -138,3 +143,29 @@ def completions(kind, step, groups, a, b, y, m, reward, tokens, hostile):
         }
         for i in range(len(y))
     ]  # fmt: skip
+
+
+def write_hostile_run(folder: Path) -> None:
+    """A run whose texts, names and events all try to become part of the page."""
+    write_run(folder, steps=20, hostile=HOSTILE)
+    text = (folder / "metrics.jsonl").read_text()
+    event = {"kind": "event", "step": 3, "time": 0.0, "event": "warning", "message": HOSTILE}
+    renamed = text.replace("reward/right", f"reward/{json.dumps(HOSTILE)[1:-1]}")
+    (folder / "metrics.jsonl").write_text(renamed + encode_record(event), encoding="utf-8")
+
+
+def write_long_run(folder: Path, run: Path) -> Path:
+    """10,000 steps made of those of `run`, with 16 long responses each, in two groups."""
+    folder.mkdir()
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    train = [r for r in records if r["kind"] == "train"]
+    alerts = Alerts()
+    with (folder / "metrics.jsonl").open("w") as file, (folder / "completions.jsonl").open("w") as rows:
+        for step in range(1, 10_001):
+            record = train[step % len(train)] | {"step": step}
+            file.write(encode_record(record | alerts.annotate(record)))
+            for i in range(16):
+                row = {"kind": "train", "step": step, "prompt": "p" * 300, "group": i // 8, "response": "r" * 900}
+                row |= {"reward": float(i % 2), "rewards": {"right": float(i % 2)}, "tokens": 200, "finished": True}
+                rows.write(json.dumps(row) + "\n")
+    return folder

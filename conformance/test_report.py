@@ -1,19 +1,19 @@
-"""The report: what it says is what the run did, nothing in it is live, and it opens whatever state the run is in."""
+"""The report: what it says is what the run did, nothing in it is live, and it opens whatever state the run is in.
 
-import base64
-import hashlib
+Here a strict parser reads the page; test_report_browser.py opens it in a browser.
+"""
+
 import html
 import json
 import re
 import shutil
-import subprocess
 import time
 from datetime import UTC, datetime
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from simulated_run import write_run
+from simulated_run import write_hostile_run, write_long_run, write_run
 from test_report_reading import run_of
 
 from gvpo_core.training.alerts import Alerts
@@ -28,10 +28,6 @@ from gvpo_core.training.report.sections import sections
 
 pytestmark = pytest.mark.core
 
-HOSTILE = (
-    "</pre></textarea><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\">"
-    "<a href='https://example.com'>&amp;]]></a>\x1b[31m\u202e\x00"
-)
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -72,11 +68,7 @@ def run(tmp_path_factory):
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "hostile"
-    write_run(folder, steps=20, hostile=HOSTILE)
-    text = (folder / "metrics.jsonl").read_text()
-    events = [{"kind": "event", "step": 3, "time": 0.0, "event": "warning", "message": HOSTILE}]
-    renamed = text.replace("reward/right", f"reward/{json.dumps(HOSTILE)[1:-1]}")
-    (folder / "metrics.jsonl").write_text(renamed + encode_record(events[0]), encoding="utf-8")
+    write_hostile_run(folder)
     return folder
 
 
@@ -254,102 +246,11 @@ def test_the_browser_has_the_responses_of_the_run(run, broken, hostile):
 
 
 def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
-    folder = tmp_path / "long"
-    folder.mkdir()
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    train = [r for r in records if r["kind"] == "train"]
-    alerts = Alerts()
-    with (folder / "metrics.jsonl").open("w") as file, (folder / "completions.jsonl").open("w") as rows:
-        for step in range(1, 10_001):
-            record = train[step % len(train)] | {"step": step}
-            file.write(encode_record(record | alerts.annotate(record)))
-            for i in range(16):
-                row = {"kind": "train", "step": step, "prompt": "p" * 300, "group": i // 8, "response": "r" * 900}
-                row |= {"reward": float(i % 2), "rewards": {"right": float(i % 2)}, "tokens": 200, "finished": True}
-                rows.write(json.dumps(row) + "\n")
+    folder = write_long_run(tmp_path / "long", run)
     start = time.process_time()
     text = page(read_run(folder))
     assert time.process_time() - start < 10
     assert len(text) < 3_500_000
     assert len(rows_of(text)) >= 60
-    if CHROMIUM:
-        (tmp_path / "page.html").write_text(text, encoding="utf-8")
-        dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
-        assert console == [] and dom.count('<p class="score"><') == 4  # best and worst of the last step's two groups
     for points in re.findall(r'data-series="([^"]*)"', text):
         assert all(len(s["x"]) <= LIMIT for s in json.loads(html.unescape(points)))
-
-
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH; the page is parsed strictly instead")
-
-
-def driven(text, driver):
-    """The page with a script of the test's own, which its policy then allows."""
-    digest = base64.b64encode(hashlib.sha256(driver.encode()).digest()).decode()
-    return text.replace("script-src '", f"script-src 'sha256-{digest}' '").replace(
-        "</body>", f"<script>{driver}</script></body>"
-    )
-
-
-def browse(path, profile):
-    """The page's DOM after its script ran, and what the browser's console said."""
-    command = [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
-    command += ["--enable-logging=stderr", "--virtual-time-budget=2000", "--dump-dom", path.as_uri()]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@needs_chromium
-def test_a_browser_opens_it_without_a_complaint_and_runs_no_foreign_script(hostile, tmp_path):
-    dom, console = browse(write_report(hostile), tmp_path)
-    assert console == []
-    assert "<title>hostile: GVPO run</title>" in dom and dom.count("<figure") >= 12
-
-
-@needs_chromium
-def test_the_pointer_shows_the_values_under_it(run, tmp_path):
-    text = write_report(run).read_text(encoding="utf-8")
-    driver = """
-const svg = document.querySelector("svg[data-series]"), box = svg.getBoundingClientRect();
-svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.right - 2, clientY: box.top + 9, bubbles: true}));
-"""
-    (tmp_path / "page.html").write_text(driven(text, driver), encoding="utf-8")
-    dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
-    assert console == []
-    tip = re.sub("<[^>]+>", "", re.search(r'<div id="tip".*?</div>', dom, re.DOTALL)[0])
-    last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][-2:]
-    training, held_out = last[0]["reward/mean"], last[1]["eval/reward"]
-    assert tip.startswith("step 160\n")
-    shown = dict(re.findall(r"(training|held-out)  (\S+) ±", tip))
-    assert {k: float(v) for k, v in shown.items()} == pytest.approx(
-        {"training": training, "held-out": held_out}, rel=1e-3
-    )
-
-
-@needs_chromium
-def test_responses_are_filtered_by_step_group_and_rank(hostile, tmp_path):
-    text = write_report(hostile).read_text(encoding="utf-8")
-    driver = """
-const set = (id, value) => {
-  const select = document.getElementById(id);
-  select.value = value;
-  select.dispatchEvent(new Event("change"));
-};
-set("at-step", "4"); set("at-group", "2"); set("which", "all");
-const all = document.querySelectorAll("#responses .answers > div").length;
-set("which", "best");
-document.getElementById("later").click();
-document.body.dataset.said = [all, document.getElementById("at-step").selectedIndex].join(" ");
-"""
-    (tmp_path / "page.html").write_text(driven(text, driver), encoding="utf-8")
-    dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
-    assert console == [] and "<title>hostile: GVPO run</title>" in dom  # no foreign script ran
-    assert 'data-said="8 5"' in dom
-    written = [json.loads(line) for line in (hostile / "completions.jsonl").read_text().splitlines()]
-    own = [r for r in written if (r["kind"], r["step"], r["group"]) == ("train", 6, 2)]
-    best = max(own, key=lambda r: r["reward"] if r["reward"] is not None else -1)
-    place = dom.split('<div id="responses">')[1].split('<div id="rows"')[0]
-    assert place.count('<p class="score"><b>') == 1 and f"<b>{best['reward']:g}</b>" in place
-    shown = html.unescape(re.search('<p class="text">(.*?)</p></div>', place, re.DOTALL)[1])
-    assert HOSTILE[:-8].replace("\x1b", r"\x1b") in shown and r"\u202e\x00" in shown
