@@ -202,6 +202,60 @@ def test_an_unknown_option_gets_a_suggestion(file):
         parse_arguments([str(file(GOOD)), "--optimizer.learing_rate=1"])
 
 
+def test_mistakes_of_options_are_reported_with_those_of_the_file(file, capsys):
+    text = GOOD.replace("seed = 3", "sead = 3").replace("[optimizer]", "[optimizer]\nbetas = [2, 0]")
+    options = [
+        "--run.stepz",
+        "3",
+        "--run.steps",
+        "abc",
+        "--optimizer.lr=1",
+        "--run.backend",
+        "tabel",
+        "--run.seed",
+        "x",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([str(file(text)), *options, "--optimizer.eps", "0.5", "--run.keep-checkpoints", "0"])
+    said = str(caught.value).splitlines()
+    for part in (
+        "unknown option --run.stepz; did you mean --run.steps?", "unknown option --optimizer.lr",
+        "options: Error parsing --run.steps: invalid literal for int() with base 10: 'abc'",
+        "options: invalid choice 'tabel' for argument '--run.backend'. Expected one of",
+        "options: Error parsing --run.seed: ", "config.toml:4: unknown field run.sead",
+        "betas", "run.keep_checkpoints = 0; expected at least 1",
+    ):  # fmt: skip
+        assert sum(part in line for line in said) == 1, (part, said)
+    assert len(said) == 8, said
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_word_too_many_or_too_few_is_named(file):
+    for options, message in (
+        (["stray", "--run.steps", "3"], "Unrecognized options: stray"),
+        (["--run.steps=4", "5"], "Unrecognized options: 5"),
+        (["--run.steps"], "Missing value for argument '--run.steps'"),
+        (["--rewards.correct.options", "a"], "--rewards.correct.options"),
+    ):
+        with pytest.raises(ConfigError, match=f"options: .*{re.escape(message)}") as caught:
+            parse_arguments([str(file(GOOD)), *options])
+        assert "│" not in str(caught.value) and "╰" not in str(caught.value)
+
+
+def test_neither_help_nor_a_refused_option_says_a_secret(file, capsys):
+    secret = "canary-4711"
+    text = GOOD.replace('options = {column = "target"}', f'options = {{api_key = "{secret}", n = "1"}}')
+    with pytest.raises(SystemExit):
+        parse_arguments([str(file(text)), "--help"])
+    said = capsys.readouterr().out
+    assert "--rewards.correct.options.api-key" in said and "***" in said and secret not in said
+    option = "--rewards.correct.options"
+    for options in ([option, "n", "2"], [f"{option}.api-key", "x", f"{secret}2"], [f"{option}.api_key"]):
+        with pytest.raises(ConfigError, match="options: ") as caught:
+            parse_arguments([str(file(text)), *options])
+        assert secret not in str(caught.value)
+
+
 def test_differences_name_old_and_new():
     old = Config(data=DataConfig(train="a"))
     new = replace(old, data=DataConfig(train="b"), rewards={"r": RewardConfig("exact_match")})

@@ -1,17 +1,19 @@
 """Reads a run's settings from TOML, with every mistake reported at once by field and line, and writes them back."""
 
+import contextlib
 import dataclasses
 import difflib
+import io
 import re
 import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config_check import wrong_values
-from gvpo_core.training.redaction import HIDDEN, hide_settings, is_secret
+from gvpo_core.training.redaction import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
 
 
 def read_config(path: Path) -> Config:
@@ -66,32 +68,92 @@ def parse_arguments(
     files = [a for a in arguments[:1] if not a.startswith("-")]
     path = Path(files[0]) if files else None
     default, reader = _read(path) if path else (Config(), None)
-    known = {f"--{name}" for name in _field_names(default)}
-    for argument in arguments[len(files) :]:
-        name = argument.split("=")[0].replace("-", "_").replace("__", "--", 1)
-        if argument.startswith("--") and name not in known and argument not in ("--help",):
-            raise ConfigError(f"unknown option {argument.split('=')[0]}{_suggest(name, known)}")
-    config = _overridden(default, arguments[len(files) :]) if arguments[len(files) :] else default
+    options = arguments[len(files) :]
+    if {"-h", "--help"} & {*options}:
+        _overridden(_without_secrets(default), options)
     if path is None or reader is None:
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
-    _refuse(reader.wrong(config) + also(config))
+    config, wrong = _all_overridden(default, options)
+    _refuse(wrong + reader.wrong(config) + also(config))
     return path, config
 
 
+def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[str]]:
+    """The settings with every option that can be taken, and what is wrong with the others."""
+    wrong: list[str] = []
+    taken: list[list[str]] = []  # an option and its values each
+    known, secrets = {f"--{name}" for name in _field_names(default)}, secrets_of(as_table(default))
+    for one in _each(options):
+        name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if one[0].startswith("--") and name not in known:
+            wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
+        else:
+            taken.append(one)
+    try:
+        return (_overridden(default, [word for one in taken for word in one]) if taken else default), wrong
+    except _RefusedError as e:
+        whole = str(e)
+    config, before = default, len(wrong)
+    for one in taken:  # one by one, so that each mistake is told
+        try:
+            config = _overridden(config, one)
+        except _RefusedError as e:
+            shown = str(e) if hide_command(one, secrets) == one else f"{one[0].split('=')[0]} = {HIDDEN} cannot be read"
+            wrong.append(f"options: {hide(shown, secrets)}")
+    if len(wrong) == before:  # each by itself is good
+        wrong.append(f"options: {hide(whole, secrets)}")
+    return config, wrong
+
+
+def _each(options: list[str]) -> list[list[str]]:
+    """The options, each with the words up to the next."""
+    each: list[list[str]] = []
+    for word in options:
+        if word.startswith("--") or not each:
+            each.append([word])
+        else:
+            each[-1].append(word)
+    return each
+
+
+class _RefusedError(Exception):
+    """Options that do not fit the settings' types; the message says why."""
+
+
 def _overridden(default: Config, options: list[str]) -> Config:
+    """The settings with the options taken; `--help` prints and leaves. Raises: _RefusedError."""
     try:
         import tyro
     except ImportError as e:
         raise ConfigError('options beside the config need tyro: pip install "gvpo[train]"') from e
-    config: Config = tyro.cli(
-        Config,
-        prog="gvpo train CONFIG",
-        description="Trains a policy. CONFIG is a TOML file; options override it.",
-        default=default,
-        args=options,
-        config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
-    )
+    said = io.StringIO()  # a refusal comes in a box, with the settings' values in it
+    try:
+        with contextlib.redirect_stderr(said):
+            config: Config = tyro.cli(
+                Config,
+                prog="gvpo train CONFIG",
+                description="Trains a policy. CONFIG is a TOML file; options override it.",
+                default=default,
+                args=options,
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            )
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise _RefusedError(_out_of_the_box(said.getvalue()) or " ".join(options)) from e
     return config
+
+
+def _out_of_the_box(text: str) -> str:
+    """The words of a refusal: those between the first two rules of its frame, which may be of ASCII."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+    rules = [number for number, line in enumerate(lines) if re.search("─{3}|-{3}", line)]
+    between = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(word for line in between for word in line.strip("│| ").split())
+
+
+def _without_secrets(config: Config) -> Config:
+    return cast(Config, _Reader(Path(), {}).build(Config, hide_settings(as_table(config)), ""))
 
 
 def write_config(config: Config, path: Path) -> None:
