@@ -133,6 +133,12 @@ def test_what_changes_the_estimate_and_how():
     packed = estimate_memory(FACTS | {"layout": "packed"}, CONFIG, 11)  # a row of 11 + 3 x 9 tokens, and its mask
     assert packed.activations == 38 * (base.activations // 60) + 2 * 38**2 * 4
     assert estimate_memory(FACTS | {"cache_memory": 1}, CONFIG, 11).sampling == base.sampling // 12
+    grown = estimate_memory(FACTS | {"cache_step": 32}, CONFIG, 11)  # 21 tokens a row take 32
+    assert grown.sampling - base.sampling == 12 * 11 * 2 * 2 * 2 * 16 * 4
+    held = estimate_memory(
+        FACTS | {"trainable_parameters": 10_000, "frozen_memory": 5}, with_("model", lora_rank=4), 11
+    )
+    assert held.parameters == 40_000 + 5
     sharded = estimate_memory(FACTS | {"ranks": 2}, with_("model", sharding="fsdp"), 11)
     assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
 

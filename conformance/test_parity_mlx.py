@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import tiny_models
 import torch_policies
-from mlx_policies import parameters, policy
-from smollm2 import smollm2_dir  # noqa: F401 - a fixture
 from batches import batch, coefficients_of, step_difference
+from mlx_policies import parameters, policy
 from required import require
+from smollm2 import smollm2_dir  # noqa: F401 - a fixture
 
 require("mlx.core", "mlx_lm", "torch", "peft", "transformers", subject="parity")
 
@@ -59,6 +59,22 @@ def test_logprobs_are_transformers_own(name: str, tmp_path) -> None:
     made = policy(folder)
     assert made.packed == (kind not in PLAIN)
     np.testing.assert_allclose(made.logprobs(OF), own_logprobs(folder, OF), rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("kinds", ["SFSF", "SSSF", "FF", "SSFSSF"])
+def test_layers_in_another_pattern_are_transformers_own(kinds: str, tmp_path) -> None:
+    """Local and global RoPE by `layer_types`, which is all that transformers 5 saves of the pattern; and the window."""
+    layers = [{"S": "sliding_attention", "F": "full_attention"}[kind] for kind in kinds]
+    bases = {"sliding_attention": 30.0, "full_attention": 700.0}
+    folder = tiny_models.make_model(
+        "gemma3_text",
+        tmp_path / "model",
+        num_hidden_layers=len(kinds),
+        layer_types=layers,
+        rope_parameters={kind: {"rope_type": "default", "rope_theta": base} for kind, base in bases.items()},
+    )
+    # mlx-lm rounds the factor of Gemma's embeddings to bfloat16 in float32 too: 1e-3; a wrong base is 0.3 nat and more.
+    np.testing.assert_allclose(policy(folder).logprobs(OF), own_logprobs(folder, OF), rtol=0, atol=3e-3)
 
 
 def mlx_name(name: str) -> str:

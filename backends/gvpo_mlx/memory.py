@@ -1,17 +1,22 @@
-"""What a run will take of memory, reckoned before it starts, and what the device has."""
+"""What a model takes of memory, for the core's estimate of a run, and what the device has."""
 
-import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-if TYPE_CHECKING:
-    from gvpo_mlx.policy import MLXPolicy
+from gvpo_core.training.config import ModelConfig
 
-log = logging.getLogger("gvpo.mlx")
+if TYPE_CHECKING:
+    from gvpo_mlx.model import Scorer
+
 GIB = 2**30
+FRAMEWORK = 300 * 2**20  # a process that has imported MLX, mlx-lm and transformers
+KEPT, RECOMPUTED = (20, 6), (48, 10)
+"""Numbers that a layer holds for each token, in its width and its inner width: kept from the forward to the backward
+pass, and at most while a layer is recomputed. Measured on tiny Llamas on CPU (conformance/test_mlx_memory.py)."""
+CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 
 
 def count(lm: nn.Module) -> int:
@@ -50,54 +55,40 @@ def allow_wired(device: mx.Device) -> None:
         mx.set_wired_limit(int(mx.device_info(device)["max_recommended_working_set_size"]))
 
 
-def estimate(policy: "MLXPolicy") -> dict[str, int]:
-    """Bytes by purpose.
+def facts(scorer: "Scorer", config: ModelConfig, tokens: int, device: mx.Device) -> dict[str, Any]:
+    """What the core's estimate of memory needs; see the protocol. Nothing for a model whose shape has other names.
 
-    A layer takes about 32 arrays of its width and 6 of its inner width for each token of a micro-batch, forward and
-    backward (measured on a tiny Llama on CPU, conformance/test_mlx_models.py); where layers are recomputed, one of them
-    takes that at a time, the others one array each. The head's chunk counts ten times (logprobs.py says why).
+    Args:
+      tokens: of a micro-batch.
     """
     from gvpo_mlx.logprobs import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES
 
-    scorer, c = policy.scorer, policy.scorer.config
-    width, layers = c.get("hidden_size") or 0, len(scorer.lm.layers)
-    inner = c.get("intermediate_size") or 4 * width
-    a_layer = 32 * width + 6 * inner
-    kept = layers * width + a_layer if policy.config.gradient_checkpointing else layers * a_layer
-    chunk = DEVICE_CHUNK_BYTES if policy.device.type == mx.gpu else CPU_CHUNK_BYTES
-    trained = sum(p.nbytes for p in scorer.parameters)
-    return {
-        "model": held(scorer.lm),
-        "reference": held(policy._reference.lm) if policy._reference else 0,
-        "gradients": trained,
-        "optimizer": 2 * trained,
-        "activations": policy.optimizer_config.micro_batch_tokens * kept * scorer.dtype.size,
-        "head": 10 * chunk,
+    c, lm, narrow = scorer.config, scorer.lm, scorer.dtype.size
+    hidden, heads, vocabulary = c.get("hidden_size"), c.get("num_attention_heads"), c.get("vocab_size")
+    inner = (c.get("moe_intermediate_size") or 0) * (c.get("num_experts_per_tok") or 0) or c.get("intermediate_size")
+    if not (hidden and heads and vocabulary and inner):
+        return {}
+    shape = {
+        "layers": len(lm.layers),
+        "hidden": hidden,
+        "intermediate": inner,
+        "heads": heads,
+        "kv_heads": c.get("num_key_value_heads") or heads,
+        "head_dim": c.get("head_dim") or hidden // heads,
+        "vocabulary": vocabulary,
     }
-
-
-def report(policy: "MLXPolicy") -> None:
-    """Logs the estimate; a warning with advice where the device has less."""
-    parts = estimate(policy)
-    total, has = sum(parts.values()), available(policy.device)
-    text = ", ".join(f"{name} {_size(size)}" for name, size in parts.items() if size)
-    log.info("on %s; memory by estimate: %s (%s), of %s", policy.device, _size(total), text, _size(has))
-    if has and total > has:
-        log.warning(
-            "the run is estimated to take %s and the device has %s: %s", _size(total), _size(has), _advice(policy)
-        )
-
-
-def _advice(policy: "MLXPolicy") -> str:
-    advice: list[Any] = [f"lower optimizer.micro_batch_tokens ({policy.optimizer_config.micro_batch_tokens})"]
-    if not policy.config.gradient_checkpointing:
-        advice.append("set model.gradient_checkpointing = true")
-    if not policy.config.lora_rank:
-        advice.append("set model.lora_rank (adapters need no second copy of the model)")
-    if not any("scales" in module for module in policy.scorer.lm.modules()):
-        advice.append("take a model quantized to 4 bits, with model.lora_rank")
-    return "; ".join(advice)
-
-
-def _size(size: float) -> str:
-    return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"
+    of_hidden, of_inner = RECOMPUTED if config.gradient_checkpointing else KEPT
+    chunk = DEVICE_CHUNK_BYTES if device.type == mx.gpu else CPU_CHUNK_BYTES
+    quantized = any("scales" in module for module in lm.modules())
+    return {
+        "shape": shape,
+        "framework_memory": FRAMEWORK,
+        # Some ten chunks are in flight, or all that one of a few tokens takes; logprobs.py says why.
+        "head_memory": min(10 * chunk, 3 * tokens * vocabulary * 4),
+        "cache_memory": for_cache(device) // 2,
+        "cache_step": CACHE_STEP,
+        "block_memory": (of_hidden * hidden + of_inner * inner) * narrow,
+        "frozen_memory": held(lm) - sum(p.nbytes for p in scorer.parameters),
+        **({"device_memory": available(device)} if device.type == mx.gpu else {}),
+        **({} if quantized else {"advice_memory": "take a model quantized to 4 bits, with model.lora_rank"}),
+    }

@@ -1,6 +1,7 @@
 """The MLX policy: what `gvpo_core.training` trains, on Apple silicon or a CPU, in one process or several."""
 
 import contextlib
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,8 @@ from gvpo_core.training.step import factors_of, learning_rate
 from gvpo_mlx import checkpoint, generate, memory, model
 from gvpo_mlx.ranks import Ranks
 from gvpo_mlx.update import AdamW, Gradients, Passes
+
+log = logging.getLogger("gvpo.mlx")
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "MLXPolicy":
@@ -69,7 +72,7 @@ class MLXPolicy:
         self._step = 0
         folder = hugging_face.local_folder(config)
         self._end = hugging_face.end_tokens(hugging_face.generation_eos(folder), self.tokenizer)
-        memory.report(self)
+        log.info("MLX runs on %s", self.device)
 
     def _passes_of(self, scorer: model.Scorer) -> Passes:
         return Passes(scorer, self.packed, self.optimizer_config.micro_batch_tokens, self.compiled)
@@ -237,6 +240,7 @@ class MLXPolicy:
             "layout_reason": self.layout_reason,
             "compiled": self.compiled,
             "versions": {package: version(package) for package in ("mlx", "mlx-lm", "transformers")},
+            **memory.facts(self.scorer, self.config, self.optimizer_config.micro_batch_tokens, self.device),
         }
 
     def gather(self, values: np.ndarray) -> np.ndarray:

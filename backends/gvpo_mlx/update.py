@@ -91,12 +91,16 @@ class Gradients:
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
         self.names = names
-        self.sums = [mx.zeros(shape) for shape in shapes]
+        self.sums = [mx.zeros(shape) for shape in shapes]  # lazy: they take nothing until they are asked for
+        self._empty = True
 
-    def add(self, gradients: Sequence[mx.array]) -> None:
-        for i, gradient in enumerate(gradients):
-            self.sums[i] = self.sums[i] + gradient
-        mx.eval(self.sums)
+    def add(self, gradients: list[mx.array]) -> None:
+        """Takes the gradients out of the list, so that none is held twice."""
+        for i in reversed(range(len(self.sums))):
+            gradient = gradients.pop().astype(mx.float32)
+            self.sums[i] = gradient if self._empty else self.sums[i] + gradient
+            mx.eval(self.sums[i])
+        self._empty = False
 
     def clipped(self, limit: float) -> tuple[list[mx.array], float]:
         """The gradients scaled down to norm `limit` (0: never), and their norm before.

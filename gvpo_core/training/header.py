@@ -5,7 +5,7 @@ from typing import Any
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.memory import estimate_memory, in_words, machine_memory
+from gvpo_core.training.memory import advice, estimate_memory, gib, in_words, machine_memory
 from gvpo_core.training.redaction import hide
 from gvpo_core.training.rewards import Reward
 
@@ -55,12 +55,17 @@ def _merged(facts: dict[str, Any]) -> dict[str, Any]:
         facts.pop("sharding", None)
     if facts.get("trainable_parameters") == facts.get("parameters"):
         facts.pop("trainable_parameters", None)
-    for name in [name for name in facts if name in ("shape", "allocator") or name.endswith("_memory")]:
+    for name in [name for name in facts if name in ("shape", "allocator", "cache_step") or name.endswith("_memory")]:
         del facts[name]  # in the estimate of memory already
     return facts
 
 
 def _memory(config: Config, facts: Mapping[str, Any], prompts: Prompts) -> dict[str, str]:
     longest = max(len(tokens) for tokens in prompts.tokens)
-    memory = estimate_memory(facts, config, longest)
-    return {"estimated memory": in_words(memory, machine_memory(facts), facts.get("ranks", 1))} if memory else {}
+    memory, have = estimate_memory(facts, config, longest), machine_memory(facts)
+    if memory is None:
+        return {}
+    said = {"estimated memory": in_words(memory, have, facts.get("ranks", 1))}
+    if have and memory.peak > have:
+        said["too much memory"] = f"{gib(memory.peak)} GiB estimated, {gib(have)} GiB there: {advice(facts, config)}"
+    return said

@@ -61,7 +61,7 @@ def estimate_memory(facts: Mapping[str, Any], config: Config, prompt_tokens: int
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
     return Memory(
         framework=facts.get("framework_memory", _FRAMEWORK),
-        parameters=(trained * _WIDE + frozen * narrow) // split,
+        parameters=(trained * _WIDE + facts.get("frozen_memory", frozen * narrow)) // split,
         reference=(total * narrow + 2 * vocabulary * hidden * (_WIDE - narrow)) // split if separate else 0,
         optimizer=2 * trained * _WIDE // split,
         gradients=max(0, gradients - kept) if single else gradients,
@@ -111,7 +111,9 @@ def _largest(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks
 def _sampling(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks: int, narrow: int) -> int:
     shape, rollout = facts["shape"], config.rollout
     rows = -(-rollout.prompts * rollout.responses // ranks)
-    row = (prompt_tokens + rollout.max_tokens) * 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * narrow
+    step = facts.get("cache_step", 1)
+    length = -(-(prompt_tokens + rollout.max_tokens) // step) * step
+    row = length * 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * narrow
     limit = facts.get("cache_memory")
     if limit is not None:
         rows = max(1, min(rows, limit // row))
@@ -134,6 +136,15 @@ def machine_memory(facts: Mapping[str, Any]) -> int | None:
         except (OSError, ValueError):  # no such control group, or "max"
             continue
     return min(known, default=None)
+
+
+def advice(facts: Mapping[str, Any], config: Config) -> str:
+    """What makes a run take less, of the settings that are not taken yet."""
+    said = [f"lower optimizer.micro_batch_tokens ({config.optimizer.micro_batch_tokens})"]
+    said += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing = true"]
+    said += [] if config.model.lora_rank else ["set model.lora_rank (the reference is then no second copy)"]
+    said += [facts["advice_memory"]] if facts.get("advice_memory") else []
+    return "; ".join(said)
 
 
 def in_words(memory: Memory, available: int | None, ranks: int = 1) -> str:

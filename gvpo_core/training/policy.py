@@ -129,9 +129,12 @@ class Policy(Protocol):
         shape: {layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary}; intermediate is what one token
         passes, of all its experts. All of the rest may be missing, in bytes: device_memory: what the device has, where
         it is not the machine's own; framework_memory: of the process before a model; head_memory: a chunk of logits;
-        cache_memory: the most that generation takes for keys and values; block_memory: what one token of one layer
-        keeps for the backward pass, where that is not what a Llama block of PyTorch keeps. And allocator: by how many
-        times what is kept for the backward pass the process grows; 1 where nothing is held back.
+        cache_memory: the most that generation takes for keys and values; cache_step: tokens in which it grows, no
+        bytes; block_memory: what one token of one layer
+        keeps for the backward pass, where that is not what a Llama block of PyTorch keeps; frozen_memory: of the
+        parameters that are not trained, where they are not in `model.dtype`, as quantized ones are. And allocator: by
+        how many times what is kept for the backward pass the process grows; 1 where nothing is held back;
+        advice_memory: what else makes a run of this backend take less, in words.
         """
 
     def gather(self, values: np.ndarray) -> np.ndarray:
