@@ -3,14 +3,18 @@
     python benchmarks/tpu_compile.py [CASE ...]
 
 Proves that the programs compile for the chip and fit its memory beside their arguments. Says nothing of speed or of
-numbers. The programs are those of a training step (scores, forward and backward in one loop, AdamW) and of generation.
+numbers. The programs are those of a training step (scores; forward and backward of whole groups; both in one loop where
+the scores are known; AdamW) and of generation. What a run holds beside a program's arguments counts as well: AdamW's
+moments, the gradient's sum during `forward`, the reference, and what `forward` keeps for `backward`.
 Exit status 1 where a program is beyond its bound.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,15 +75,18 @@ class Case:
     responses: int  # a prompt
     prompt: int  # tokens
     new: int  # tokens
-    bound: float  # GiB: arguments and temporaries of the largest program, a chip
+    bound: float  # GiB a chip: of the largest program, with all that is held beside it
+    lora_rank: int = 0
 
 
 CASES = {
     "smollm2-v5e-1x1": Case(SMOLLM2, "v5e", "v5e:1x1", 1, 1, 16, 512, 384, 8, 8, 128, 256, 8.0),
+    "smollm2-lora-v5e-1x1": Case(SMOLLM2, "v5e", "v5e:1x1", 1, 1, 16, 512, 384, 8, 8, 128, 256, 8.0, lora_rank=16),
     "smollm2-v5e-2x2": Case(SMOLLM2, "v5e", "v5e:2x2", 2, 1, 16, 512, 384, 8, 8, 128, 256, 4.0),
     "qwen2.5-7b-v5e-4x4": Case(QWEN_7B, "v5e", "v5e:4x4", 16, 1, 16, 1024, 768, 16, 8, 256, 512, 15.5),
 }
-BFLOAT16_ADAM = (0.9, 0.999, 1e-8, 0.0)
+ADAM = (0.9, 0.999, 1e-8)
+LORA_SCALE = 2.0
 
 
 def make_mesh(case: Case) -> Mesh:
@@ -89,70 +96,90 @@ def make_mesh(case: Case) -> Mesh:
     return Mesh(devices.reshape(shape), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def abstract(spec: Spec, on: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract(shapes: Mapping[str, tuple[int, ...]], on: Mesh, dtype: Any) -> dict[str, jax.ShapeDtypeStruct]:
     return {
-        name: jax.ShapeDtypeStruct(shape, jnp.float32, sharding=mesh.parameter_sharding(on, name, shape))
-        for name, shape in spec.shapes().items()
+        name: jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.parameter_sharding(on, name, shape))
+        for name, shape in shapes.items()
     }
+
+
+def adapter_shapes(spec: Spec, rank: int) -> dict[str, tuple[int, ...]]:
+    """LoRA on every linear layer; see `weights.make_adapters`."""
+    found = {}
+    for name, (layers, outputs, inputs) in ((n, s) for n, s in spec.shapes().items() if n.endswith("_proj.weight")):
+        module = name.removesuffix(".weight")
+        found |= {f"{module}.lora_A": (layers, rank, inputs), f"{module}.lora_B": (layers, outputs, rank)}
+    return found
+
+
+def held(*trees: Any) -> int:
+    """Bytes a chip."""
+    return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(trees))
 
 
 def of_batch(on: Mesh, shape: tuple[int, ...], dtype: Any = jnp.int32, axis: int = 0) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype, sharding=mesh.batch_sharding(on, axis))
 
 
-def programs(case: Case) -> dict[str, Any]:
-    """Every program of a training step and of generation, compiled."""
+def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
+    """Every program of a training step and of generation: its name, compiled, and the bytes a chip held beside it."""
     on, spec = make_mesh(case), read_spec(case.model)
-    setup = Setup(spec, on, "bfloat16", remat=True)
-    trained = abstract(spec, on)
+    setup = Setup(spec, on, "bfloat16", remat=True, scale=LORA_SCALE if case.lora_rank else 0.0)
+    parameters = abstract(spec.shapes(), on, jnp.bfloat16 if case.lora_rank else jnp.float32)
+    adapters = abstract(adapter_shapes(spec, case.lora_rank), on, jnp.float32) if case.lora_rank else {}
+    trained, frozen = (adapters, parameters) if case.lora_rank else (parameters, {})
+    reference = {} if case.lora_rank else abstract(spec.shapes(), on, jnp.bfloat16)
     shardings = {name: a.sharding for name, a in trained.items()}
     single = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=mesh.replicated(on))
     b, t, p = case.rows, case.length, case.predicted
     arrays = dict.fromkeys(("ids", "positions", "segments"), (b, t)) | dict.fromkeys(("predict", "targets"), (b, p))
     rows = {name: of_batch(on, shape) for name, shape in arrays.items()}
     many = {name: of_batch(on, (1, *shape), axis=1) for name, shape in arrays.items()}
-    state = jax.eval_shape(update.adamw(*BFLOAT16_ADAM).init, trained)
-    adam = state[0]._replace(count=single(jnp.int32), mu=trained, nu=trained)
-    state = (adam, *state[1:])
+    state = jax.eval_shape(update.no_moments, trained)._replace(count=single(jnp.int32), mu=trained, nu=trained)
     state_out = jax.tree.map(lambda a: a.sharding, state)
     g, k, s = case.groups, case.responses, case.prompt
-    found = {
-        "score_rows": compile_program(update.score_rows, (setup,), trained, {}, rows, out=mesh.batch_sharding(on)),
-        "accumulate": compile_program(
-            update.accumulate,
-            (setup,),
-            trained,
-            trained,
-            {},
-            many,
-            of_batch(on, (1, b, p), jnp.float32, 1),
-            single(jnp.int32),
-            donate=(0,),
-            out=(shardings, mesh.batch_sharding(on, 1)),
-        ),
-        "step": compile_program(
-            update.step,
-            BFLOAT16_ADAM,
-            trained,
-            state,
-            trained,
-            single(jnp.float32),
-            single(jnp.float32),
-            donate=(0, 1),
-            out=(shardings, state_out),
-        ),
-        "prefill": compile_program(generate.prefill, (setup,), trained, {}, of_batch(on, (g, s)), of_batch(on, (g,))),
-    }
+    beside = held(state, reference)
+    scored = compile_program(update.score_rows, (setup,), parameters, adapters, rows, out=mesh.batch_sharding(on))
+    yield "score_rows", scored, beside
+    forward = compile_program(update.forward, (setup,), trained, frozen, rows)
+    yield "forward", forward, beside + held(trained)
+    _, saved = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        forward.out_info,
+        forward.output_shardings,
+    )
+    arguments = (trained, saved, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
+    yield "backward", compile_program(update.backward, (), *arguments, donate=(0,), out=shardings), beside
+    accumulate = compile_program(
+        update.accumulate,
+        (setup,),
+        trained,
+        trained,
+        frozen,
+        many,
+        of_batch(on, (1, b, p), jnp.float32, 1),
+        single(jnp.int32),
+        donate=(0,),
+        out=(shardings, mesh.batch_sharding(on, 1)),
+    )
+    yield "accumulate", accumulate, beside
+    numbers = dict.fromkeys(update.adamw_numbers(0.9, 0.9, 0.0, 1.0, 1.0, 0), single(jnp.float32))
+    step = compile_program(
+        update.step, ADAM, trained, state, trained, numbers, donate=(0, 1), out=(shardings, state_out)
+    )
+    yield "step", step, held(reference, frozen)
+    prompts = (of_batch(on, (g, s)), of_batch(on, (g,)))
+    yield "prefill", compile_program(generate.prefill, (setup,), parameters, adapters, *prompts), beside
     caches = [of_batch(on, (spec.layers, g, s, spec.key_heads, spec.width), jnp.bfloat16, 1)] * 2
     settings = {
         name: single(jnp.int32 if name in ("limit", "top_k") else jnp.float32)
         for name in ("temperature", "limit", "top_k", "min_p", "top_p")
     }
-    found["decode"] = compile_program(
+    decode = compile_program(
         generate.decode,
         (setup, False, (), (0,)),
-        trained,
-        {},
+        parameters,
+        adapters,
         *caches,
         of_batch(on, (g, spec.vocabulary), jnp.float32),
         of_batch(on, (g,)),
@@ -160,31 +187,33 @@ def programs(case: Case) -> dict[str, Any]:
         of_batch(on, (g, k, case.new), jnp.float32),
         settings,
     )
-    return found
+    yield "decode", decode, beside
 
 
 def examine(name: str, case: Case) -> bool:
     """Prints the case's table; whether every program is within its bound."""
     start = time.monotonic()
-    compiled = programs(case)
     chips = make_mesh(case).size
-    print(f"\n{name}: {chips} x {case.chip}, {case.rows} rows of {case.length} tokens, bfloat16, remat")
-    print(f"{'program':<12} {'arguments':>10} {'temporary':>10} {'together':>10} {'of a chip':>10}  GiB a chip")
-    good = True
-    for program, of in compiled.items():
+    what = f"LoRA of rank {case.lora_rank}" if case.lora_rank else "full fine-tuning"
+    print(f"\n{name}: {chips} x {case.chip}, {what}, {case.rows} rows of {case.length} tokens, bfloat16, remat")
+    columns = ("arguments", "output", "temporary", "beside", "together", "of a chip")
+    print(f"{'program':<12} {' '.join(f'{column:>10}' for column in columns)}  GiB a chip", flush=True)
+    good, temporary = True, {}
+    for program, of, beside in programs(case):
         m = of.memory_analysis()
-        # What is donated becomes output in place; other output is new.
-        together = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
-        numbers = [m.argument_size_in_bytes, m.temp_size_in_bytes, together]
+        output = m.output_size_in_bytes - m.alias_size_in_bytes  # what is donated becomes output in place
+        numbers = [m.argument_size_in_bytes, output, m.temp_size_in_bytes, beside]
+        temporary[program] = m.temp_size_in_bytes
+        together = sum(numbers)
         fits = together <= min(case.bound * 2**30, MEMORY[case.chip])
         good &= fits
-        shown = " ".join(f"{n / 2**30:>10.2f}" for n in numbers)
-        print(f"{program:<12} {shown} {together / MEMORY[case.chip]:>9.0%}{'' if fits else '  BEYOND ITS BOUND'}")
+        shown = " ".join(f"{n / 2**30:>10.2f}" for n in (*numbers, together))
+        end = "" if fits else "  BEYOND ITS BOUND"
+        print(f"{program:<12} {shown} {together / MEMORY[case.chip]:>10.0%}{end}", flush=True)
     full = case.rows * case.predicted * case.model["vocab_size"] * 4 / chips
-    temporary = compiled["accumulate"].memory_analysis().temp_size_in_bytes
     print(f"full logits of the micro-batch would be {full / 2**30:.2f} GiB a chip, and their gradient as much again;")
-    print(f"all temporaries of forward and backward are {temporary / 2**30:.2f}")
-    print(f"{len(compiled)} programs, bound {case.bound} GiB, {time.monotonic() - start:.0f} s")
+    print(f"all temporaries of forward and backward in one loop are {temporary['accumulate'] / 2**30:.2f}")
+    print(f"{len(temporary)} programs, bound {case.bound} GiB, {time.monotonic() - start:.0f} s", flush=True)
     return good
 
 

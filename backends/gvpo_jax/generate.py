@@ -21,6 +21,7 @@ from gvpo_jax.model import (
     NORM,
     Parameters,
     Setup,
+    attention,
     block,
     embed,
     head_weight,
@@ -28,7 +29,6 @@ from gvpo_jax.model import (
     over_batch,
     rotation,
     stacked,
-    weighted,
 )
 from gvpo_jax.programs import Programs
 from gvpo_jax.update import bucket, rows_bucket
@@ -60,8 +60,8 @@ def generate(
     found: list[list[Any]] = [[None] * len(row) for row in seeds]
     logprobs = [[0.0] * len(row) for row in seeds]
     room = bucket(sampling.max_tokens)
-    chunks = _chunks(prompts, seeds, room, cache_tokens)
     shards = meshes.batch_shards(setup.mesh)
+    chunks = chunks_of(prompts, seeds, room, cache_tokens, shards)
     for number in range(meshes.most(len(chunks))[0]):
         units = chunks[number] if number < len(chunks) else []
         shape = meshes.most(
@@ -76,25 +76,29 @@ def generate(
     return found, logprobs
 
 
-def _chunks(
-    prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], room: int, cache_tokens: int
+def chunks_of(
+    prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], room: int, cache_tokens: int, shards: int
 ) -> list[list[Unit]]:
     """Units to decode together: within the budget as padded, of like prompt lengths and numbers of responses."""
     units: list[Unit] = []
     for i in range(len(prompts)):
-        most = max(1, (cache_tokens - bucket(len(prompts[i]))) // room)
+        fit = max(1, (cache_tokens // shards - bucket(len(prompts[i]))) // room)
+        most = 1 << (fit.bit_length() - 1)  # padded to a power of two
         units += [(i, list(range(j, min(j + most, len(seeds[i]))))) for j in range(0, len(seeds[i]), most)]
     units.sort(key=lambda unit: (len(unit[1]), len(prompts[unit[0]])), reverse=True)
     chunks: list[list[Unit]] = []
-    width = 0
+    longest = 0
     for unit in units:
-        own = bucket(len(prompts[unit[0]])) + rows_bucket(len(unit[1]), 1) * room
-        alike = chunks and len(unit[1]) * 2 > len(chunks[-1][0][1])
-        if not alike or (len(chunks[-1]) + 1) * max(width, own) > cache_tokens:
+        own = len(prompts[unit[0]])
+        if chunks:
+            most = len(chunks[-1][0][1])  # sorted: the first has the most responses
+            a_prompt = bucket(max(longest, own)) + rows_bucket(most, 1) * room
+            alike = len(unit[1]) * 2 > most
+        if not chunks or not alike or rows_bucket(len(chunks[-1]) + 1, shards) * a_prompt > cache_tokens:
             chunks.append([])
-            width = 0
+            longest = 0
         chunks[-1].append(unit)
-        width = max(width, own)
+        longest = max(longest, own)
     return chunks
 
 
@@ -165,13 +169,12 @@ def prefill(
     width = ids.shape[1]
     positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), ids.shape)
     turned = rotation(setup.spec, positions)
-    order = jnp.arange(width)
+    one_segment = jnp.zeros_like(positions)
 
     def layer(x: Array, inputs: tuple[Parameters, Array]) -> tuple[Array, tuple[Array, Array]]:
         own, window = inputs
-        back = order[:, None] - order[None, :]
-        sees = jnp.broadcast_to((back >= 0) & (back < window), (ids.shape[0], width, width))
-        x, k, v = block(setup, own, x, turned, lambda q, k, v: weighted(q, [(k, v, sees)]))
+        attend = lambda q, k, v: attention(setup, q, k, v, positions, one_segment, window)
+        x, k, v = block(setup, own, x, turned, attend)
         return x, (over_batch(setup, k), over_batch(setup, v))
 
     x = embed(setup, parameters, ids)

@@ -12,7 +12,7 @@ from gvpo_core.training.policy import Coefficients
 from gvpo_core.training.step import factors_of, learning_rate
 from gvpo_jax import mesh, update
 from gvpo_jax.model import Parameters, Setup
-from gvpo_jax.programs import Programs
+from gvpo_jax.programs import Programs, out_of_memory
 from gvpo_jax.update import Rows
 
 
@@ -33,7 +33,6 @@ class Learner:
         self.parameters, self.adapters = parameters, adapters
         self.shapes = {name: a.shape for name, a in self.trained.items()}
         self.steps_taken = 0
-        self._adamw = (*config.betas, config.eps, config.weight_decay)
         self._shardings = mesh.parameter_shardings(self.mesh, self.shapes)
         self._state = self._empty_state()
 
@@ -48,16 +47,9 @@ class Learner:
 
     def _empty_state(self) -> Any:
         """AdamW's moments, sharded as the parameters."""
-        optimizer = update.adamw(*self._adamw)
-        shapes = {name: jax.ShapeDtypeStruct(shape, np.float32) for name, shape in self.shapes.items()}
-        shardings = optax.tree_map_params(
-            optimizer,
-            lambda _, sharding: sharding,
-            jax.eval_shape(optimizer.init, shapes),
-            self._shardings,
-            transform_non_params=lambda _: mesh.replicated(self.mesh),
-        )
-        return jax.jit(optimizer.init, out_shardings=shardings)(self.trained)
+        out = optax.ScaleByAdamState(mesh.replicated(self.mesh), self._shardings, self._shardings)
+        with out_of_memory("AdamW's moments"):
+            return jax.jit(update.no_moments, out_shardings=out)(self.trained)
 
     def no_gradient(self) -> Parameters:
         """Zeros, to which the gradients of a step are added."""
@@ -71,7 +63,7 @@ class Learner:
         assert rows.source is not None
         sums = rows.sums(mesh.local(values))
         factors = rows.spread(factors_of(coefficients, sums, rows.source.responses))
-        arguments = (total, saved, mesh.put(factors, self.mesh))
+        arguments = (total, saved, self.trained, self._frozen, given, mesh.put(factors, self.mesh))
         return self.programs.call(update.backward, (), *arguments, donate=(0,), out=self._shardings), sums
 
     def known(self, total: Parameters, alike: Sequence[Rows], factors: np.ndarray) -> Parameters:
@@ -105,14 +97,15 @@ class Learner:
         norm = float(found)
         scale = update.clip_scale(norm, own, self.config.max_gradient_norm)
         rate = learning_rate(self.config, self.steps_taken, self.updates)
-        numbers = [mesh.put(np.asarray(x, np.float32), self.mesh, None) for x in (scale, rate)]
+        b1, b2 = self.config.betas
+        numbers = update.adamw_numbers(b1, b2, self.config.weight_decay, rate, scale, self.steps_taken)
         trained, self._state = self.programs.call(
             update.step,
-            self._adamw,
+            (b1, b2, self.config.eps),
             self.trained,
             self._state,
             total,
-            *numbers,
+            {name: mesh.put(value, self.mesh, None) for name, value in numbers.items()},
             donate=(0, 1),  # the gradient has no array of the result to become
             out=(self._shardings, jax.tree.map(lambda a: a.sharding, self._state)),
         )
@@ -128,12 +121,11 @@ class Learner:
 
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint keeps as arrays, sharded as they are."""
-        adam = self._state[0]
+        adam = self._state
         return {"parameter": dict(self.trained), "exp_avg": adam.mu, "exp_avg_sq": adam.nu, "count": adam.count}
 
     def take(self, arrays: Mapping[str, Any], steps_taken: int) -> None:
         """Goes on from a checkpoint's arrays, shaped and sharded as `arrays` gives them."""
-        adam = self._state[0]._replace(count=arrays["count"], mu=arrays["exp_avg"], nu=arrays["exp_avg_sq"])
-        self._state = (adam, *self._state[1:])
+        self._state = optax.ScaleByAdamState(arrays["count"], arrays["exp_avg"], arrays["exp_avg_sq"])
         self._set_trained(arrays["parameter"])
         self.steps_taken = steps_taken

@@ -27,6 +27,23 @@ FAMILIES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+SETTINGS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "use_sliding_window",
+    "max_window_layers",
+)
+"""What `read_spec` reads, RoPE and the layers' kinds apart."""
 ROPE_TYPES = ("default", "linear", "llama3")
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 LAYER = "model.layers.*."
@@ -87,7 +104,7 @@ class Setup:
 
 
 def read_spec(config: Mapping[str, Any]) -> Spec:
-    """The model that config.json describes.
+    """The model that config.json describes, completed as `hugging_face.read_config` does.
 
     Raises: ConfigError: an architecture, RoPE type, activation or quantisation that is not known here, by name.
     """
@@ -188,7 +205,7 @@ def hidden_states(
         own, window = inputs
 
         def attend(q: Array, k: Array, v: Array) -> Array:
-            return _attention(setup, q, k, v, positions, segments, window)
+            return attention(setup, q, k, v, positions, segments, window)
 
         return block(setup, own, x, turned, attend)[0], None
 
@@ -238,7 +255,7 @@ def linear(setup: Setup, layer: Parameters, name: str, x: Array) -> Array:
     """x @ weight.T + bias, with the adapter's part."""
     y = product("...i,oi->...o", x, layer[f"{name}.weight"].astype(setup.compute))
     if f"{name}.bias" in layer:
-        y = y + layer[f"{name}.bias"].astype(y.dtype)
+        y = (_wide(y) + _wide(layer[f"{name}.bias"].astype(y.dtype))).astype(y.dtype)
     if f"{name}.lora_A" in layer:
         inner = product("...i,ri->...r", x, layer[f"{name}.lora_A"].astype(setup.compute))
         y = y + product("...r,or->...o", inner, layer[f"{name}.lora_B"].astype(setup.compute)) * setup.scale
@@ -249,7 +266,12 @@ def norm(setup: Setup, x: Array, weight: Array) -> Array:
     """RMSNorm over the last axis, in float32."""
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + setup.spec.eps)
-    return weight.astype(setup.compute) * wide.astype(setup.compute)
+    return (_wide(weight.astype(setup.compute)) * _wide(wide.astype(setup.compute))).astype(setup.compute)
+
+
+def _wide(x: Array) -> Array:
+    """float32: the gradient of a vector that meets every token is summed over them in the dtype they meet in."""
+    return x.astype(jnp.float32)
 
 
 def rotation(spec: Spec, positions: Array) -> tuple[Array, Array]:
@@ -265,7 +287,7 @@ def rotate(x: Array, turned: tuple[Array, Array]) -> Array:
     return x * cos + jnp.concatenate([-second, first], -1) * sin
 
 
-def _attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
+def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
     """Attention in blocks of queries whose scores are computed again in the backward pass, never kept."""
     rows, length = segments.shape
     shards = math.prod(setup.mesh.shape[axis] for axis in BATCH)

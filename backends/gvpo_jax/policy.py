@@ -1,6 +1,5 @@
 """The JAX policy: what `gvpo_core.training` trains, on one device or over a mesh of many."""
 
-import json
 import logging
 import resource
 import sys
@@ -21,8 +20,8 @@ from gvpo_core.training.step import factors_of
 from gvpo_jax import checkpoint, generate, mesh, update, weights
 from gvpo_jax.learner import Learner
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
-from gvpo_jax.model import FAMILIES, Parameters, Setup, read_spec
-from gvpo_jax.programs import Programs
+from gvpo_jax.model import FAMILIES, SETTINGS, Parameters, Setup, read_spec
+from gvpo_jax.programs import Programs, out_of_memory
 from gvpo_jax.update import Rows
 
 CPU_CACHE_BYTES = 2**30  # of keys and values
@@ -63,19 +62,22 @@ class JaxPolicy:
         self.rank, self.world_size = jax.process_index(), mesh.processes(self.mesh)
         self.tokenizer = hugging_face.load_tokenizer(config)
         self.folder = hugging_face.local_folder(config)
-        self.model_config = json.loads((self.folder / "config.json").read_text(encoding="utf-8"))
+        self.model_config = hugging_face.read_config(self.folder, lambda _: SETTINGS)
         spec = read_spec(self.model_config)
         scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
         self.setup = Setup(spec, self.mesh, config.dtype, config.gradient_checkpointing, scale)
         self.programs = Programs()
         files = weights.Files(self.folder)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-        parameters = weights.load(spec, files, self.mesh, self.setup.compute if config.lora_rank else np.float32)
+        held = self.setup.compute if config.lora_rank else np.float32
+        with out_of_memory("the model's parameters"):
+            parameters = weights.load(spec, files, self.mesh, held)
         adapters = weights.make_adapters(config, spec, self.mesh, seed) if config.lora_rank else {}
         self.learner = Learner(self.setup, self.programs, optimizer, updates, parameters, adapters)
         self._reference: Parameters | None = None
         if reference and not config.lora_rank:
-            self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
+            with out_of_memory("the reference model"):
+                self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
         self.packed, self.layout_reason = self._check()
         self._splitting = Splitting(
             self.packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, spec.hidden

@@ -1,15 +1,34 @@
 """Compiled programs: each is compiled once for its arguments' shapes, kept, counted, and called without tracing."""
 
-from collections.abc import Callable, Hashable, Sequence
+import contextlib
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import jax
 
+_ADVICE = "lower optimizer.micro_batch_tokens, set model.gradient_checkpointing, or raise model.mesh_fsdp"
+_HOLDING = "raise model.mesh_fsdp or model.mesh_tensor, or train adapters with model.lora_rank"
 _kept: dict[Hashable, Any] = {}  # shared by the policies of this process: equal programs are compiled once
 
 
 class OutOfMemoryError(RuntimeError):
     """The device's memory does not hold a program; the message says what to lower."""
+
+
+@contextlib.contextmanager
+def out_of_memory(what: str, advice: str = _HOLDING) -> Iterator[None]:
+    """Turns the device's error into one line that names `what` did not fit, and what to do.
+
+    Args:
+      advice: default: that for arrays a run holds from its start to its end.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().splitlines()[0][:300]
+        raise OutOfMemoryError(f"out of memory in {what}: {advice} ({reason})") from error
 
 
 class Programs:
@@ -40,20 +59,12 @@ class Programs:
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, static, tree, tuple((x.shape, x.dtype, x.weak_type, x.sharding) for x in leaves))
-        try:
+        with out_of_memory(function.__name__, advice or _ADVICE):
             if key not in self.used:
                 if key not in _kept:
                     _kept[key] = compile_program(function, static, *arguments, donate=donate, out=out)
                 self.used[key] = _kept[key]
             return self.used[key](*arguments)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            reason = str(error).strip().splitlines()[0][:300]
-            raise OutOfMemoryError(f"out of memory in {function.__name__}: {advice or _ADVICE} ({reason})") from error
-
-
-_ADVICE = "lower optimizer.micro_batch_tokens, set model.gradient_checkpointing, or raise model.mesh_fsdp"
 
 
 def compile_program(

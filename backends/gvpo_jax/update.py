@@ -4,6 +4,7 @@ that score them, sum their gradients and step."""
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
@@ -112,14 +113,32 @@ def no_gradient(mesh: Mesh, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> 
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
 
 
-def forward(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array]) -> tuple[Array, Any]:
+@partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["tree", "given"])
+@dataclass(frozen=True)
+class Saved:
+    """What a backward pass needs beside the arguments of its forward pass, which would else be copied."""
+
+    arrays: list[Array]
+    tree: Any  # of the backward pass
+    given: tuple[int | None, ...]  # of each of its leaves, which argument it is; None: it is of `arrays`
+
+
+def forward(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array]) -> tuple[Array, Saved]:
     """(B, P) token log-probs, and what the backward pass of `backward` needs."""
-    return jax.vjp(lambda t: _score(setup, t, frozen, rows), trained)
+    values, pull = jax.vjp(lambda t: _score(setup, t, frozen, rows), trained)
+    places = {id(a): i for i, a in enumerate(jax.tree.leaves((trained, frozen, rows)))}
+    leaves, tree = jax.tree.flatten(pull)
+    given = tuple(places.get(id(leaf)) for leaf in leaves)
+    return values, Saved([leaf for leaf, at in zip(leaves, given, strict=True) if at is None], tree, given)
 
 
-def backward(total: Parameters, saved: Any, factors: Array) -> dict[str, Array]:
-    """total - the gradient of sum factors * log pi."""
-    (found,) = saved(-factors)
+def backward(
+    total: Parameters, saved: Saved, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array], factors: Array
+) -> dict[str, Array]:
+    """total - the gradient of sum factors * log pi, at the arguments of the `forward` that gave `saved`."""
+    arguments, own = jax.tree.leaves((trained, frozen, rows)), iter(saved.arrays)
+    leaves = [next(own) if at is None else arguments[at] for at in saved.given]
+    (found,) = jax.tree.unflatten(saved.tree, leaves)(-factors)
     return {name: total[name] + found[name].astype(jnp.float32) for name in total}
 
 
@@ -170,26 +189,46 @@ def step(
     b1: float,
     b2: float,
     eps: float,
-    decay: float,
     trained: Parameters,
-    state: Any,
+    state: optax.ScaleByAdamState,
     total: Parameters,
-    scale: Array,
-    rate: Array,
-) -> tuple[dict[str, Array], Any]:
-    """AdamW with the gradient times `scale`, at this learning rate."""
-    scaled = {name: g * scale for name, g in total.items()}
-    updates, state = adamw(b1, b2, eps, decay).update(scaled, state, trained)
-    return {name: p - rate * updates[name] for name, p in trained.items()}, state
+    numbers: Mapping[str, Array],
+) -> tuple[dict[str, Array], optax.ScaleByAdamState]:
+    """AdamW as PyTorch has it, weight decay on matrices alone.
+
+    Args:
+      numbers: of `adamw_numbers`; the gradient is `total` times its clip.
+    """
+    scaled = {name: g * numbers["clip"] for name, g in total.items()}
+    mu = {name: b1 * state.mu[name] + (1 - b1) * g for name, g in scaled.items()}
+    nu = {name: b2 * state.nu[name] + (1 - b2) * g * g for name, g in scaled.items()}
+
+    def moved(name: str, p: Array) -> Array:
+        kept = p * numbers["keep"] if p.ndim - ("*" in name) >= 2 else p
+        return kept - numbers["size"] * mu[name] / (jnp.sqrt(nu[name]) / numbers["root"] + eps)
+
+    state = optax.ScaleByAdamState(state.count + 1, mu, nu)
+    return {name: moved(name, p) for name, p in trained.items()}, state
 
 
-def adamw(b1: float, b2: float, eps: float, decay: float) -> optax.GradientTransformation:
-    """AdamW before the learning rate; weight decay on matrices alone."""
-    return optax.chain(optax.scale_by_adam(b1, b2, eps), optax.add_decayed_weights(decay, mask=_matrices))
+def adamw_numbers(
+    b1: float, b2: float, decay: float, rate: float, clip: float, steps_taken: int
+) -> dict[str, np.ndarray]:
+    """What `step` takes beside arrays, from float64: in float32 1 - 0.9999 is off by 1e-4 of itself."""
+    t = steps_taken + 1
+    found = {
+        "clip": clip,
+        "size": rate / (1 - b1**t),
+        "root": math.sqrt(1 - b2**t),
+        "keep": 1 - rate * decay,
+    }
+    return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
-def _matrices(trained: Parameters) -> dict[str, bool]:
-    return {name: p.ndim - ("*" in name) >= 2 for name, p in trained.items()}
+def no_moments(trained: Parameters) -> optax.ScaleByAdamState:
+    """AdamW's state before the first step."""
+    zeros = lambda: {name: jnp.zeros(p.shape, jnp.float32) for name, p in trained.items()}
+    return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
 
 def clip_scale(total_norm: float, own: Mapping[str, np.ndarray], limit: float) -> float:

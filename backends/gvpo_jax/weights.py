@@ -15,9 +15,10 @@ from safetensors.numpy import save_file
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.hugging_face import portable_config
 from gvpo_jax import mesh as meshes
-from gvpo_jax.model import HEAD, LAYER, Parameters, Spec
+from gvpo_jax.model import EMBEDDING, HEAD, LAYER, Parameters, Spec
 
 SHARD_BYTES = 2**32
+ROWS = 4096  # compared at once
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 _INDEX = "model.safetensors.index.json"
 
@@ -87,7 +88,19 @@ def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Arra
     if unlike:
         name = unlike[0]
         raise ConfigError(f"{name} in {files.folder} has shape {files[name].shape}; config.json says {wanted[name]}")
+    if spec.tied and HEAD in files and not _same(files[EMBEDDING], files[HEAD]):
+        raise ConfigError(
+            f"config.json in {files.folder} has tie_word_embeddings = true, and {HEAD} is another matrix than "
+            f"{EMBEDDING}: set tie_word_embeddings = false where the head is the model's own, or take it out of the file"
+        )
     return {name: _read(files, name, shape, mesh, dtype) for name, shape in shapes.items()}
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    cuts = [slice(start, start + ROWS) for start in range(0, len(one), ROWS)]
+    return one.shape == other.shape and all(
+        np.array_equal(one[cut].astype(np.float32), other[cut].astype(np.float32)) for cut in cuts
+    )
 
 
 def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: Any) -> jax.Array:

@@ -9,7 +9,7 @@ import io
 import json
 import logging
 import resource
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gvpo_core.training import layout
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.hugging_face import explained, load_tokenizer, local_folder
+from gvpo_core.training.hugging_face import explained, load_tokenizer, local_folder, read_config
 from gvpo_core.training.policy import Batch
 from gvpo_mlx import rope, settings
 from gvpo_mlx.adapters import adapted, add_adapters, switched_off
@@ -162,35 +162,6 @@ def _global_state_kept() -> Iterator[None]:
         state = mx.random.state[0]
         state[:] = mx.array(key)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
-
-
-def read_config(folder: Path, arguments: Callable[[str], Mapping[str, Any]]) -> dict[str, Any]:
-    """config.json, completed by transformers where it knows the model.
-
-    mlx-lm's defaults for what a file leaves out, and its names for it, need not be transformers'.
-
-    Args:
-      arguments: model type -> the settings that mlx-lm reads.
-    """
-    from transformers import AutoConfig
-
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    if "model_type" not in config:
-        raise ConfigError(f"{folder / 'config.json'} has no model_type")
-    wanted = arguments(config["model_type"])
-    try:
-        known = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, OSError, TypeError, AttributeError):
-        return config
-    for name in {*wanted, "layer_types", "sliding_window"} - config.keys():
-        value = getattr(known, name, None)
-        if isinstance(value, (bool, int, float, str, list)) and not name.startswith("rope"):
-            config[name] = value
-    rope = getattr(known, "rope_parameters", None)
-    if rope:  # transformers has read older forms into this one
-        config = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}
-        config["rope_parameters"] = dict(rope)
-    return config
 
 
 def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,44 @@ def generation_eos(folder: Path) -> int | list[int] | None:
     return None
 
 
+def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[str, Any]:
+    """config.json, completed by transformers where it knows the model.
+
+    A file leaves out what is its family's default in transformers, a sliding window of 4096 or a RoPE base of 10000
+    among them; and older files have other names for it.
+
+    Args:
+      wanted: model type -> names of the settings to complete, those of RoPE apart, which always are.
+    Raises: ConfigError: a file that is not JSON, names no model type, or has a value that its family cannot have.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if "model_type" not in config:
+        raise ConfigError(f"{path} has no model_type")
+    names = {*wanted(config["model_type"]), "layer_types", "sliding_window"}
+    try:
+        known = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except StrictDataclassError as error:
+        raise ConfigError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
+    except (ValueError, KeyError, OSError, TypeError, AttributeError):
+        return config
+    for name in names - config.keys():
+        value = getattr(known, name, None)
+        if isinstance(value, (bool, int, float, str, list)) and not name.startswith("rope"):
+            config[name] = value
+    rope = getattr(known, "rope_parameters", None)
+    if rope:  # transformers has read older forms into this one
+        config = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}
+        config["rope_parameters"] = dict(rope)
+    return config
+
+
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """RoPE's settings from wherever config.json keeps them: rope_type, rope_theta and what the type needs.
 
@@ -146,7 +184,7 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def portable_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for an export: with RoPE's settings where older readers, mlx-lm among them, look for them alone."""
-    result = dict(config) | {"dtype": dtype}
+    result = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": dtype}
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         result["rope_theta"] = rope["rope_theta"]
