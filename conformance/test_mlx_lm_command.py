@@ -39,7 +39,7 @@ def test_the_command_line(folder, tmp_path, capfd):
         (data / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
     (tmp_path / "lora.yaml").write_text(
         f"model: {folder}\ndata: {data}\nnum_layers: 2\niters: 4\nbatch_size: 1\ngrad_accumulation_steps: 2\n"
-        f"adapter_path: {tmp_path / 'adapters'}\nbeta: 0.2\nlearning_rate: 0.01\n"
+        f"adapter_path: {tmp_path / 'adapters'}\nbeta: 0.2\nlearning_rate: 0.01\noptimizer_config: {{adamw: {{}}}}\n"
         "lora_parameters: {rank: 2, dropout: 0.0, scale: 4.0}\n"
     )
     command = ["--config", str(tmp_path / "lora.yaml"), "--train"]
@@ -71,6 +71,8 @@ def test_the_command_line(folder, tmp_path, capfd):
         ("[", "is not YAML: while parsing"),
         ("- beta: 1\n", "holds a list; expected settings, `name: value`"),
         ("betta: 1\n", "has betta; expected settings"),
+        ("{model: null}", "model is not given"),
+        ("{model: here, data: null}", "data = None; expected a path"),
         ("{model: here, beta: high}", "beta is 'high'"),
         ("{model: here, iters: 1.5}", "iters = 1.5; expected an integer"),
         ("{model: here, learning_rate: fast}", "learning_rate = 'fast'"),

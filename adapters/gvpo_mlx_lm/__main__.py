@@ -56,13 +56,13 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     known = lora.CONFIG_DEFAULTS | _OURS
     if given.get("config"):
         from_file = _read(given["config"])
-        if unknown := sorted(from_file.keys() - known.keys()):
+        if unknown := sorted(map(str, from_file.keys() - known.keys())):
             raise SettingsError(
                 f"{given['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
             )
         given = from_file | given
     args = argparse.Namespace(**(known | given))
-    if "model" not in given:  # mlx-lm's default would be downloaded
+    if not given.get("model"):  # mlx-lm's default would be downloaded
         raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
     if args.test:
         raise SettingsError("test: only training is done here; remove it, and give valid.jsonl for a held-out loss")
@@ -96,8 +96,12 @@ def _check(args: argparse.Namespace) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise SettingsError(f"{name} = {value!r}; expected an integer of at least {least}")
-    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", args.optimizer_config)):
-        if str(getattr(args, name)).lower() not in choices:
+    for name in ("model", "data", "adapter_path"):
+        if not isinstance(getattr(args, name), str):
+            raise SettingsError(f"{name} = {getattr(args, name)!r}; expected a path")
+    optimizers = lora.CONFIG_DEFAULTS["optimizer_config"]
+    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", optimizers)):
+        if getattr(args, name) not in choices:
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
     if not isinstance(args.learning_rate, int | float):
         raise SettingsError(f"learning_rate = {args.learning_rate!r}; expected a number")
