@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 
+from gvpo_core.training import rewards as rewards_module
 from gvpo_core.training.config import RewardConfig
 from gvpo_core.training.rewards import RewardError, close_rewards, load_rewards, score
 
@@ -134,6 +135,88 @@ def test_many_timeouts_leave_nothing_behind(rewards):
     close_rewards(loaded)
     assert children() <= before
     assert len(os.listdir("/proc/self/fd")) < 100
+
+
+SLOW = """
+import os, time
+open(os.path.join(os.path.dirname(__file__), f"start-{os.getpid()}"), "x").close()
+time.sleep(IMPORT)
+
+def reward(prompts, completions, **_):
+    if "bad" in completions:
+        time.sleep(600)
+    return [1.0 for _ in completions]
+"""
+
+
+@pytest.fixture
+def slow(tmp_path):
+    """A reward that takes its time to import; every start leaves a file."""
+    started = []
+
+    def start(seconds: float, **settings):
+        file = tmp_path / "slow.py"
+        file.write_text(SLOW.replace("IMPORT", str(seconds)))
+        started.extend(load_rewards({"r": RewardConfig(f"{file}:reward", max_failures=1.0, **settings)}))
+        return started
+
+    yield start
+    close_rewards(started)
+
+
+def test_processes_that_start_anew_do_not_lengthen_a_step_without_bound(slow, tmp_path, monkeypatch):
+    """32 hung responses would start 32 processes of 1.5 s, two at a time: 24 s and more beside the two limits."""
+    monkeypatch.setattr(rewards_module, "_STARTS", 0.0)
+    loaded = slow(1.5, timeout=0.5, failure_value=-1.0)
+    bound = 2 * 0.5 + 2 * loaded[0].call.start
+    begin = time.monotonic()
+    got = score(loaded, ["p"] * 32, ["bad"] * 32, {})
+    taken = time.monotonic() - begin
+    assert taken < bound + 5, (taken, bound)
+    assert got.errors["r"] == {"error": 0, "timeout": 32, "none": 0}
+    assert len(list(tmp_path.glob("start-*"))) < 16  # what came too late was not tried
+    again = score(loaded, ["p"] * 4, ["good"] * 4, {})  # the processes that were starting are of use
+    np.testing.assert_array_equal(again.total, [1] * 4)
+
+
+def test_a_process_that_starts_anew_does_so_beside_the_rest(slow, tmp_path):
+    """After a call past its limit the next process is there without being asked for."""
+    loaded = slow(0.1, timeout=0.5, workers=1, failure_value=-1.0)
+    score(loaded, ["p"], ["bad"], {})
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.glob("start-*"))) < 2:
+        assert time.monotonic() < deadline, "no process started"
+        time.sleep(0.05)
+
+
+def test_a_slow_start_costs_no_good_response(slow):
+    """One hung response among eight; a start takes four limits."""
+    loaded = slow(2.0, timeout=0.5, workers=2, failure_value=-1.0)
+    got = score(loaded, ["p"] * 8, ["bad"] + ["good"] * 7, {})
+    np.testing.assert_array_equal(got.total, [-1] + [1] * 7)
+
+
+def test_a_worker_that_does_not_read_holds_up_no_step(tmp_path):
+    """A thread of the reward keeps the interpreter, so that a request beyond the pipe's room is never read."""
+    file = tmp_path / "reward.py"
+    file.write_text(
+        "import re, threading, time\n"
+        "def reward(prompts, completions, **_):\n"
+        "    if completions[0] == 'bad':\n"
+        "        threading.Thread(target=lambda: (time.sleep(0.2), re.match(r'(a+)+$', 'a' * 60 + 'b'))).start()\n"
+        "    return [1.0 for _ in completions]\n"
+    )
+    loaded = load_rewards({"r": RewardConfig(f"{file}:reward", timeout=1.0, workers=1, failure_value=-1.0)})
+    assert score(loaded, ["p"], ["bad"], {}).total == [1]
+    time.sleep(1.0)  # the thread has it by now
+    got = []
+    large = ["x" * 2**20] * 2
+    thread = threading.Thread(target=lambda: got.append(score(loaded, ["p"] * 2, large, {})), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert got, "the step hangs"
+    np.testing.assert_array_equal(got[0].total, [1, 1])  # by the process that took its place
+    close_rewards(loaded)
 
 
 def test_a_worker_does_not_outlive_a_killed_run(tmp_path):

@@ -112,9 +112,14 @@ def read_message(descriptor: int) -> Any:
     return json.loads(_read(descriptor, size))
 
 
-def write_message(descriptor: int, message: Any) -> None:
+def message_bytes(message: Any) -> bytes:
+    """A message as it stands in a pipe."""
     body = json.dumps(message).encode()
-    rest = memoryview(struct.pack("<Q", len(body)) + body)
+    return struct.pack("<Q", len(body)) + body
+
+
+def write_message(descriptor: int, message: Any) -> None:
+    rest = memoryview(message_bytes(message))
     while rest:
         rest = rest[os.write(descriptor, rest) :]
 

@@ -25,6 +25,7 @@ from gvpo_core.training.reward_worker import find_function
 RewardFunction = Callable[..., Any]
 
 _log = logging.getLogger("gvpo.rewards")
+_STARTS = 5.0  # seconds; the least that a step waits for processes to start anew
 
 
 class RewardError(RuntimeError):
@@ -149,7 +150,9 @@ def _report(reward: Reward, failures: Sequence[_Failure], prompts: Sequence[Prom
     for f in failures[:3]:
         _log.warning("reward %s: %s for the response to %r: %s", reward.name, f.kind, _start(prompts[f.row]), f.message)
     if len(failures) > 3:
-        _log.warning("reward %s: %d more responses without a score", reward.name, len(failures) - 3)
+        _log.warning("reward %s: failed on %d more responses", reward.name, len(failures) - 3)
+    if reward.failure_value is not None and any(f.kind != "none" for f in failures):
+        _log.warning("reward %s: errors and timeouts count as %g, its failure_value", reward.name, reward.failure_value)
     n, first = len(prompts), failures[0]
     what = f"the first ({first.kind}), to the prompt {_start(prompts[first.row])!r}: {first.message}"
     if len(failures) == n and (reward.failure_value is None or first.kind == "none"):
@@ -171,11 +174,15 @@ def _no_errors() -> dict[str, int]:
 def _score_one(
     reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> tuple[np.ndarray, list[_Failure], float]:
-    """(N,) rewards, failures, seconds: one call for all, and where that fails, one a response within the same time."""
-    start = time.perf_counter()
-    n = len(completions)
+    """(N,) rewards, failures, seconds: one call for all, and where that fails, one a response within the same time.
+
+    Processes that start anew have a limit's time beside that, or twice what the first took, or 5 s, whichever is most;
+    what has no score when all of it has passed is given up.
+    """
+    start, n = time.perf_counter(), len(completions)
+    until = time.monotonic() + 2 * reward.timeout + max(reward.timeout, 2 * reward.call.start, _STARTS)
     try:
-        result = _numbers(reward.name, reward.call(prompts, completions, columns, reward.timeout), n)
+        result = _numbers(reward.name, reward.call(prompts, completions, columns, reward.timeout, until), n)
         failures: list[_Failure] = []
     except UnsendableError as e:
         raise RewardError(f"reward {reward.name}: {e}") from e
@@ -184,7 +191,7 @@ def _score_one(
         if n == 1:
             failures = [_failure(0, e, reward.timeout)]
         else:
-            failures = _one_by_one(reward, prompts, completions, columns, result)
+            failures = _one_by_one(reward, prompts, completions, columns, result, until)
     if reward.failure_value is not None:
         result[[f.row for f in failures]] = reward.failure_value
     failed = {f.row for f in failures}
@@ -199,6 +206,7 @@ def _one_by_one(
     completions: Sequence[Any],
     columns: Mapping[str, Sequence[Any]],
     result: np.ndarray,
+    until: float,
 ) -> list[_Failure]:
     """Fills `result` from a call a response.
 
@@ -216,7 +224,7 @@ def _one_by_one(
         own = {name: [values[row]] for name, values in columns.items()}
         start = time.monotonic()
         try:
-            alone = reward.call([prompts[row]], [completions[row]], own, limit)
+            alone = reward.call([prompts[row]], [completions[row]], own, limit, until)
             return float(_numbers(reward.name, alone, 1)[0])
         except (TimeoutError, CallFailed, RewardError) as e:
             return e
