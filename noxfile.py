@@ -71,7 +71,7 @@ def types(session: nox.Session) -> None:
 
 
 JAX_RUNS = ("test_trainer.py", "test_trainer_faults.py", "test_jax_mesh.py")
-SUBJECTS = {"numpy": "numpy,array-api-strict", "torch": "torch", "jax": "jax", "mlx": "mlx"}
+SUBJECTS = {"numpy": "numpy,array-api-strict,core", "torch": "torch", "jax": "jax", "mlx": "mlx"}
 
 
 @nox.session

@@ -4,6 +4,7 @@ GVPO_SUBJECTS="torch,jax"       only these subjects, and a missing one is an err
 GVPO_CONFORMANCE_RESULTS=DIR    writes DIR/<subject>.json: passed and failed checks by capability
 """
 
+import importlib.util
 import json
 import os
 from collections import Counter
@@ -23,8 +24,10 @@ MARKS = {
     "capability(name)": "the column of docs/conformance.md that the test counts in",
     "core": "needs no subject but NumPy: runs where NumPy is among the subjects",
 }
+# What tests of the core are skipped without: missing is an error where GVPO_SUBJECTS names "core".
+CORE = ("tyro", "tomli_w", "rich", "hypothesis", "math_verify", "datasets", "matplotlib", "tensorboard", "trackio")
 # Not subjects: test files of their own ask for them.
-ELSEWHERE = ("trl", "verl", "tunix", "mlx_lm", "parity", "gpu", "browser", "full_disk")
+ELSEWHERE = ("core", "trl", "verl", "tunix", "mlx_lm", "parity", "gpu", "browser", "full_disk")
 _required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x and x not in ELSEWHERE)
 _results: dict[str, dict[str, Counter[str]]] = {}
 
@@ -35,6 +38,9 @@ def pytest_configure(config: pytest.Config) -> None:
     if unknown := set(_required) - set(subjects.DTYPES):
         known = ", ".join(subjects.DTYPES)
         raise pytest.UsageError(f"GVPO_SUBJECTS names {', '.join(sorted(unknown))}; expected some of {known}")
+    missing = [name for name in CORE if importlib.util.find_spec(name) is None]
+    if missing and "core" in os.environ.get("GVPO_SUBJECTS", "").split(","):
+        raise pytest.UsageError(f"GVPO_SUBJECTS names core, which needs {', '.join(missing)}: not installed")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

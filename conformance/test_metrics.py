@@ -227,7 +227,7 @@ def test_lines_hold_no_nan_and_a_cut_line_is_passed_over(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(metrics.encode_record(record) + '[1]\n{"kind": "tra', encoding="utf-8")
     assert list(metrics.read_records(path)) == [record]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         metrics.encode_record({"loss": NAN})
 
 

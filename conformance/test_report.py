@@ -252,5 +252,7 @@ def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
     assert time.process_time() - start < 10
     assert len(text) < 3_500_000
     assert len(rows_of(text)) >= 60
-    for points in re.findall(r'data-series="([^"]*)"', text):
+    series = re.findall(r'data-series="([^"]*)"', text)
+    assert len(series) >= 12 and all(json.loads(html.unescape(points)) for points in series)
+    for points in series:
         assert all(len(s["x"]) <= LIMIT for s in json.loads(html.unescape(points)))

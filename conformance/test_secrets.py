@@ -66,13 +66,13 @@ def test_a_finished_run_keeps_none(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "body",
-    [RAISE, f"if completions[0] == 'a': {RAISE}", "import sys; sys.exit(endpoint)"],
+    ("body", "ends"),
+    [(RAISE, 1), (f"if completions[0] == 'a': {RAISE}", 0), ("import sys; sys.exit(endpoint)", 1)],
     ids=["always", "sometimes", "exit"],
 )
-def test_a_reward_that_says_them_in_its_error_is_not_quoted(run, body):
+def test_a_reward_that_says_them_in_its_error_is_not_quoted(run, body, ends):
     status, text = run(body)
-    assert status in (0, 1), text
+    assert status == ends, text
     assert "reward right" in text and "***" in text
     assert CANARY not in text
 
