@@ -99,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("model", "data", "adapter_path"):
         if not isinstance(getattr(args, name), str):
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected a path")
-    optimizers = lora.CONFIG_DEFAULTS["optimizer_config"]
+    optimizers = tuple(lora.CONFIG_DEFAULTS["optimizer_config"])
     for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", optimizers)):
         if getattr(args, name) not in choices:
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
