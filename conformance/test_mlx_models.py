@@ -191,6 +191,19 @@ def test_the_log_says_what_runs_where(llama, caplog) -> None:
     assert facts["versions"]["mlx-lm"]
 
 
+def test_factors_that_do_not_arrive_are_noticed(llama, monkeypatch) -> None:
+    """strategy = "group" writes them into MLX's memory: where that were a copy, the step would be zero."""
+    from types import SimpleNamespace
+
+    from gvpo_mlx import update
+
+    made = policy(llama)
+    copying = SimpleNamespace(**(vars(np) | {"array": lambda a, copy=True: np.asarray(a).copy()}))
+    monkeypatch.setattr(update, "np", copying)
+    with pytest.raises(RuntimeError, match=r'shares? an array.*strategy = "score"'):
+        made.update(OF, coefficients_of(OF))
+
+
 def test_the_wired_limit_is_raised_on_metal_alone(monkeypatch) -> None:
     calls = []
     monkeypatch.setattr(mx, "set_wired_limit", calls.append)

@@ -70,7 +70,11 @@ class Passes:
 
         The backward pass is laid out with factors whose memory is written after the forward pass was evaluated and
         before anything of the backward pass is: an array shares its memory with a NumPy view of it. Never compiled,
-        since compilation may compute parts of both passes at once.
+        since compilation may compute parts of both passes at once. A custom function whose backward pass evaluates the
+        forward one would need no such writing, but MLX then keeps every array of it: 1.4 times the memory, 2.3 times
+        where layers are recomputed.
+
+        Raises: RuntimeError: the view shares nothing.
         """
         arrays = layout.arrays(batch, rows)
         self.scorer.check_length(int(arrays.positions[arrays.segments >= 0].max()) + 1)
@@ -81,7 +85,12 @@ class Passes:
         mx.eval(values)
         sums = arrays.sums(np.array(values))
         found = factors_of(coefficients, sums, arrays.responses)
-        np.array(factors, copy=False)[:] = np.repeat(-found, arrays.lengths)
+        view = np.array(factors, copy=False)
+        view[:] = np.repeat(-found, arrays.lengths)
+        if not np.array_equal(np.array(factors), view):
+            raise RuntimeError(
+                'MLX does not share an array\'s memory with NumPy on this device: set optimizer.strategy = "score"'
+            )
         mx.eval(gradients)
         return arrays, np.array(values), gradients, on["ids"].size
 

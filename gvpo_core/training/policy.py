@@ -127,14 +127,14 @@ class Policy(Protocol):
 
         The estimate of memory (memory.py) is made from these, and left out without `shape`:
         shape: {layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary}; intermediate is what one token
-        passes, of all its experts. All of the rest may be missing, in bytes: device_memory: what the device has, where
+        passes, of all its experts. All of the rest may be missing. In bytes: device_memory: what the device has, where
         it is not the machine's own; framework_memory: of the process before a model; head_memory: a chunk of logits;
-        cache_memory: the most that generation takes for keys and values; cache_step: tokens in which it grows, no
-        bytes; block_memory: what one token of one layer
+        cache_memory: the most that generation takes for keys and values; block_memory: what one token of one layer
         keeps for the backward pass, where that is not what a Llama block of PyTorch keeps; frozen_memory: of the
-        parameters that are not trained, where they are not in `model.dtype`, as quantized ones are. And allocator: by
-        how many times what is kept for the backward pass the process grows; 1 where nothing is held back;
-        advice_memory: what else makes a run of this backend take less, in words.
+        parameters that are not trained, where they are not all in `model.dtype`, as quantized ones are. And allocator:
+        by how many times what is kept for the backward pass the process grows, 1 where nothing is held back;
+        cache_step: tokens by which a row's keys and values grow; advice_memory: in words, what else makes a run of
+        this backend take less.
         """
 
     def gather(self, values: np.ndarray) -> np.ndarray:
