@@ -123,6 +123,19 @@ def test_rewards_that_cost_a_response_and_not_the_run(body, kind, tmp_path, capf
     assert all((c["reward"] is None) == (c["response"] == "b") for c in completions)
 
 
+def test_failures_under_a_failure_value_are_told_as_counted(tmp_path, capfd, caplog):
+    config = with_reward(tmp_path, "if 'b' in completions: raise ValueError('no b')")
+    change(config, "max_failures = 1.0", "max_failures = 1.0\nfailure_value = 0.0")
+    assert gvpo(capfd, "train", config)[0] == 0
+    assert sum(r["reward_errors/right/error"] for r in records(tmp_path)) > 0
+    assert sum(r["responses/unscored"] for r in records(tmp_path)) == 0
+    assert "errors and timeouts count as 0, its failure_value" in caplog.text
+    assert "without a score" not in caplog.text
+    report = (tmp_path / "run" / "report.html").read_text()
+    assert "they counted as 0, its failure_value" in report and "count as the failure_value: 0 (right)" in report
+    assert "left their groups" not in report and "never count as zero" not in report
+
+
 def test_a_group_with_one_response_left_is_counted_out(tmp_path, capfd):
     body = "for i, p in enumerate(prompts):\n    if p == 'p1' and i != prompts.index('p1'): scores[i] = None"
     status, _, _ = gvpo(capfd, "train", with_reward(tmp_path, body, steps=4))

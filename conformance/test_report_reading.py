@@ -5,6 +5,7 @@ import pytest
 
 from gvpo_core.training.report.read import Run
 from gvpo_core.training.report.reading import plus_minus, read_out, signs_tell
+from gvpo_core.training.report.sections import sections
 
 pytestmark = pytest.mark.core
 
@@ -71,6 +72,22 @@ def test_each_trouble_has_its_warning_and_a_healthy_run_has_none():
     assert "loss was not a finite number in 2 steps, first at step 39" in with_(loss=[0.1] * 38 + [None] * 2)
     timeouts = {"reward_errors__judge__timeout": [0] * 39 + [64]}
     assert "Reward 'judge' ran out of time on 64 of 2,560 responses (2.5%)" in with_(**timeouts)
+
+
+@pytest.mark.parametrize(("value", "said"), [(None, "left their groups"), (0.0, "counted as 0, its failure_value")])
+def test_what_became_of_a_failed_response_is_said_as_it_was(value, said):
+    config = {"rewards": {"judge": {"failure_value": value} if value is not None else {}, "other": {}}}
+    facts = {"reward_errors__judge__error": [17], "reward_errors__judge__none": [0], "responses__total": [48]}
+    run = run_of(config=config, **facts)
+    (warning,) = read_out(run).warnings
+    assert warning == f"Reward 'judge' raised an error on 17 of 48 responses (35.4%); they {said}."
+    (chart,) = [c for _, charts in sections(run) for c in charts if "failed" in c.title]
+    if value is None:
+        assert "They leave their group; they never count as zero." in chart.reading
+    else:
+        assert "count as the failure_value: 0 (judge); others leave their group." in chart.reading
+    unscored = warned(config=config, **facts | {"reward_errors__judge__error": [0], "reward_errors__judge__none": [3]})
+    assert unscored == "Reward 'judge' gave no score to 3 of 48 responses (6.2%); they left their groups."
 
 
 def test_noise_is_called_noise_and_little_is_called_little():

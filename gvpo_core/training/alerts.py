@@ -19,7 +19,8 @@ Record = Mapping[str, Any]
 
 OK, WATCH, BAD = LEVELS = ("OK", "WATCH", "BAD")
 ALERTS = {
-    "not_finite": "A number of the step, but a single reward's mean, is NaN or infinite.",
+    "not_finite": "A number of the step, but a single reward's mean, is NaN or infinite. Where no step can be taken "
+    "for it, the run ends, and the alert stands in an event `failed`.",
     "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and enough groups to be sure of 60 %.",
     "entropy": "Entropy below half of the usual twice in a row, or below a tenth of the start for 5 steps, while the "
     "reward is no higher.",
@@ -27,7 +28,7 @@ ALERTS = {
     "gradient": "Gradient norm beyond 5 times the largest of the steps before, and 8 deviations.",
     "truncation": "Of 5 steps' responses 20 points more are cut than in the first steps, or half of them.",
     "length": "Twice the usual length twice in a row, or three times the start's while the reward is no higher.",
-    "reward_<kind>/<name>": "One reward left at least 5 % of 5 steps' responses without a score: error, timeout, none.",
+    "reward_<kind>/<name>": "One reward failed on at least 5 % of 5 steps' responses: error, timeout, none.",
     "unscored": "At least 5 % of 5 steps' responses have no reward, for no cause that the step knows of.",
     "reward": "The mean of 10 steps lies below the best of 20 by 2.5 deviations and 5 % of all rewards' range.",
     "throughput": "Half the usual tokens a second and half as long again a step, over 5 steps.",
@@ -63,6 +64,15 @@ def verdict_of(reasons: Iterable[Alert]) -> Verdict:
     """The verdict that these reasons make, worst first."""
     ordered = tuple(sorted(reasons, key=lambda a: -LEVELS.index(a.level)))
     return Verdict(ordered[0].level if ordered else OK, ordered)
+
+
+def failed_step(step: int, reason: str) -> Alert:
+    """The alert of a step that was not taken since its log-probabilities, weights or gradient are not finite."""
+    advice = (
+        "lower optimizer.learning_rate or optimizer.max_gradient_norm, and go on from the last checkpoint with"
+        " run.allow_changes = true, or from one further back"
+    )
+    return Alert("not_finite", BAD, f"step {step} failed: {reason}", advice)
 
 
 class Alerts:

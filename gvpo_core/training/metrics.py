@@ -34,7 +34,7 @@ METRICS: dict[str, Metric] = {
     "kind": Metric("text", "train: one step; eval: one evaluation; event: something that happened, in `event`."),
     "step": Metric("steps", "Rollouts done, this one included. An evaluation at step n uses the policy after n."),
     "time": Metric("seconds", "Unix time at which the line was written."),
-    "event": Metric("text", "Kind of event: start, resume, checkpoint, warning, stop."),
+    "event": Metric("text", "Kind of event: resume, stop, failed (a step that was not taken), warning."),
     "message": Metric("text", "The event in words."),
     "reward/mean": Metric("reward", "Mean total reward over the step's scored responses."),
     "reward/half_width": Metric(
@@ -48,7 +48,9 @@ METRICS: dict[str, Metric] = {
     "reward/max": Metric("reward", "Highest total reward of the step."),
     "reward/<name>": Metric("reward", "Mean of one reward, unweighted, over the responses it scored."),
     "reward_errors/<name>/<kind>": Metric(
-        "responses", "Responses that one reward left without a score: error (raised), timeout, none (None or NaN)."
+        "responses",
+        "Responses on which one reward failed: error (raised), timeout, none (None or NaN). They leave their group; "
+        "where the reward has a failure_value, errors and timeouts count as that instead.",
     ),
     "reward_seconds/<name>": Metric("seconds", "Time that one reward took, all responses; of the slowest rank."),
     "loss": Metric("reward^2", "GVPO loss (Eq. 16) before the update, mean over counted groups."),
@@ -102,7 +104,9 @@ METRICS: dict[str, Metric] = {
     "seconds/step": Metric("seconds", "Time of the whole step."),
     "share/<phase>": Metric("share", "seconds/<phase> by seconds/step."),
     "memory/peak": Metric("bytes", "Peak memory of the fullest rank: of its device, or of the process on CPU."),
-    "verdict": Metric("text", "OK, WATCH or BAD: the worst level of `alerts`. The same in a resumed run."),
+    "verdict": Metric(
+        "text", "OK, WATCH or BAD: the worst level of `alerts`. The same in a resumed run. In an event `failed` too."
+    ),
     "alerts": Metric("list", "What is wrong with the training: key, level, seen (in numbers), advice."),
     "machine/verdict": Metric("text", "OK or WATCH: the worst level of `machine/alerts`."),
     "machine/alerts": Metric("list", "What is wrong with speed or memory, as `alerts`; equal runs may differ in it."),

@@ -41,7 +41,9 @@ def episodes(run: Run) -> list[Episode]:
                 done.append(known)
             begun = number(record.get("time"))
             current[alert.key] = Episode(alert.key, alert.level, step, step, begun, alert.seen, alert.advice)
-    end = run.train[-1]["step"] if run.train else 0
+    end = max(
+        [run.train[-1]["step"] if run.train else 0, *(e["step"] for e in run.events if e.get("event") == "failed")]
+    )
     found = done + [replace(e, open=e.last == end) for e in current.values()]
     return sorted(found, key=lambda e: (not e.open, -LEVELS.index(e.level), -e.first))
 
@@ -52,15 +54,27 @@ def verdict(found: Sequence[Episode]) -> str:
 
 
 def _judged(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:
+    """The records with their alerts, by step: those of the steps taken, then of the one that failed."""
+    yield from _steps(run)
+    for event in run.events:
+        if event.get("event") == "failed":
+            yield event, _written(event, "alerts")
+
+
+def _steps(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:
     if any("verdict" in r for r in run.train):
         for record in run.train:
-            written = [a for key in ("alerts", "machine/alerts") for a in _list(record.get(key))]
-            yield record, [Alert(**{k: str(a[k]) for k in Alert._fields}) for a in written if _usable(a)]
+            yield record, _written(record, "alerts", "machine/alerts")
         return
     alerts = Alerts()  # an older run
     for record in run.train:
         numbers = {k: v for k, v in record.items() if v is None or isinstance(v, int | float)}
         yield record, alerts.update(numbers).reasons
+
+
+def _written(record: Mapping[str, Any], *keys: str) -> list[Alert]:
+    written = [a for key in keys for a in _list(record.get(key))]
+    return [Alert(**{k: str(a[k]) for k in Alert._fields}) for a in written if _usable(a)]
 
 
 def _list(value: Any) -> list[Any]:

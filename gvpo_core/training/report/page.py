@@ -65,7 +65,7 @@ def page(run: Run) -> str:
 
 def _alerts(run: Run, found: Sequence[Episode]) -> str:
     """The verdict, and every alert with its date."""
-    if not run.train:
+    if not run.train and not found:
         return ""
     level, held = verdict(found), sum(e.open for e in found)
     count = len(run.train)

@@ -68,6 +68,12 @@ class Run:
     def _of(self, kind: str) -> list[dict[str, Any]]:
         return self.train if kind == "train" else self.evaluations
 
+    def failure_value(self, reward: str) -> float | None:
+        """What an error or a timeout of a reward counts as; None: its response leaves the group."""
+        settings = self.setting("rewards", reward)
+        value = number(settings.get("failure_value")) if isinstance(settings, dict) else float("nan")
+        return value if value == value else None
+
     def setting(self, section: str, key: str, default: Any = None) -> Any:
         """A value of config.toml, or the default."""
         table = self.config.get(section)

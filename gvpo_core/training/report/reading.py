@@ -156,6 +156,9 @@ def _what(run: Run) -> str:
 
 def _state(run: Run) -> str:
     steps = run.setting("run", "steps")
+    failed = [e for e in run.events if e.get("event") == "failed"]
+    if failed:
+        return f"It failed in step {failed[-1]['step']} of {steps or '?'}, which was not taken: the alert says why."
     if not run.train:
         return "No step is recorded: the run stopped, or is still, before the end of its first."
     last = run.train[-1]["step"]
@@ -209,10 +212,12 @@ def _warnings(run: Run, training: Change | None) -> list[str]:
         count = int(np.nansum(run.series(key).values))
         if count:
             name, kind = key.removeprefix("reward_errors/").rsplit("/", 1)
+            value = None if kind == "none" else run.failure_value(name)
             words = {"error": "raised an error on", "timeout": "ran out of time on", "none": "gave no score to"}
             found.append(
                 f"Reward {name!r} {words.get(kind, kind + ':')} {count:,} of {responses:,.0f} responses"
-                f"{f' ({count / responses:.1%})' if responses else ''}; they left their groups."
+                f"{f' ({count / responses:.1%})' if responses else ''}; "
+                + ("they left their groups." if value is None else f"they counted as {value:g}, its failure_value.")
             )
     return found
 

@@ -1,5 +1,6 @@
 """Which charts a report has, in which order, and how to read each."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -147,9 +148,9 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     floor=0.0,
                 ),
                 stack(
-                    "Responses without a score",
+                    "Responses on which a reward failed",
                     "responses",
-                    "By reward and cause. They leave their group; they never count as zero.",
+                    _failures(run, errors),
                     *(
                         Line(key.removeprefix("reward_errors/").replace("/", ": "), run.series(key), 1 + i % 6)
                         for i, key in enumerate(errors)
@@ -200,6 +201,15 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
 
 
 _TOTALS = RESERVED_REWARD_NAMES
+
+
+def _failures(run: Run, keys: Sequence[str]) -> str:
+    names = dict.fromkeys(key.removeprefix("reward_errors/").rpartition("/")[0] for key in keys)
+    values = [(name, value) for name in names if (value := run.failure_value(name)) is not None]
+    if not values:
+        return "By reward and cause. They leave their group; they never count as zero."
+    counted = ", ".join(f"{value:g} ({name})" for name, value in values)
+    return f"By reward and cause. Errors and timeouts count as the failure_value: {counted}; others leave their group."
 
 
 def _range(run: Run, held_out: Series) -> tuple[float, float]:
