@@ -59,10 +59,10 @@ def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
         raise AssertionError("the run never ended")
 
 
-# (phase, which of its starts, the step that is finished and saved). Of these phases the first three come with the first
-# evaluation already, and a step has two updates.
+# (phase, which of its starts, the step that is finished and saved). Of these phases three come with the first
+# evaluation already (the test below), and a step has two updates.
 SIGNALS = [
-    ("generate", 1, 1), ("generate", 2, 1), ("reward", 2, 1), ("update", 3, 2), ("evaluate", 1, 1), ("evaluate", 2, 3),
+    ("generate", 2, 1), ("reward", 2, 1), ("update", 3, 2), ("evaluate", 2, 3),
     ("save", 1, 2), ("save", 2, 3), ("save", 3, 3),
 ]  # fmt: skip
 
@@ -77,6 +77,20 @@ def test_a_signal_in_each_phase_saves_and_leaves(phase, at, last, number, status
     assert "stopping after this step" in output and "Traceback" not in output
     assert ("go on with: " in output) == ("stop" in killing.events(tmp_path / "run")) == (not ended)
     assert steps_saved(tmp_path / "run" / "checkpoints")[0] == last
+    assert faults.run(config) == 0
+    same(tmp_path / "run", whole)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("phase", ["generate", "reward", "evaluate"])
+def test_a_signal_in_the_first_evaluation_leaves_before_a_step(phase, number, status, tmp_path, whole):
+    config = make(tmp_path)
+    assert faults.run(config, phase, 1, number) == status
+    output = (tmp_path / "output.txt").read_text()
+    assert f"stopped by signal {int(number)} before the first step, nothing to save; go on with: " in output
+    assert "Traceback" not in output
+    assert not [r for r in killing.lasting(tmp_path / "run") if r["kind"] == "train"]
+    assert not steps_saved(tmp_path / "run" / "checkpoints")
     assert faults.run(config) == 0
     same(tmp_path / "run", whole)
 

@@ -21,7 +21,9 @@ from gvpo_core.training.config import (
 )
 from gvpo_core.training.data import DataError
 from gvpo_core.training.loop import train
+from gvpo_core.training.metrics import undocumented
 from gvpo_core.training.preview import preview
+from gvpo_core.training.step import factors_of
 from gvpo_core.training.table import TablePolicy
 
 pytestmark = pytest.mark.core
@@ -178,3 +180,35 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
         run(replace(config, objective=ObjectiveConfig(beta=0.25)), policy)
     assert refused.value.__traceback__ is not None  # held, as a notebook holds it: its frames keep the folder alive
     assert run(replace(config, run=replace(config.run, steps=3)), policy).step == 3
+
+
+class Spoilt(TablePolicy):
+    """Its parameters turn to NaN after two updates, as those of a run that went too far."""
+
+    def update(self, batch, coefficients, *, scored=None):
+        if self.update_count == 2:
+            self.logits = np.full_like(self.logits, np.nan)
+            factors_of(coefficients, self.logprobs(batch), np.arange(len(batch)))  # what every backend does first
+        return super().update(batch, coefficients, scored=scored)
+
+
+def test_a_step_of_nan_leaves_its_alert_in_metrics_console_and_report(tmp_path, capsys):
+    config = settings(tmp_path)
+    config = replace(config, run=replace(config.run, steps=6, checkpoint_every=2), optimizer=OptimizerConfig(0.1))
+    with pytest.raises(FloatingPointError, match="log-probabilities of 48 of 48 responses are not finite"):
+        run(config, Spoilt(table(REFERENCE), config.optimizer))
+    *_, event = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert (event["kind"], event["event"], event["step"], event["verdict"]) == ("event", "failed", 3, "BAD")
+    assert undocumented(event) == []
+    (alert,) = event["alerts"]
+    assert alert["key"] == "not_finite" and "step 3 failed: log-probabilities of 48 of 48" in alert["seen"]
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"BAD: {alert['seen']}; {alert['advice']}" in printed
+    report = (tmp_path / "report.html").read_text()
+    assert '<b class="level BAD">BAD</b> 1 alert in 2 steps; 1 holds at the last' in report
+    assert alert["seen"] in report and alert["advice"] in report
+    assert "It failed in step 3 of 6" in report
+    run(config, TablePolicy(table(REFERENCE), config.optimizer))  # mended: the alert goes with the step
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert "failed" not in {e["event"] for e in records(tmp_path, "event")}
+    assert "It ran to its end, step 6." in (tmp_path / "report.html").read_text()

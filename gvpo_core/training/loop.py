@@ -9,7 +9,6 @@ All randomness is a function of (seed, step, prompt, response), so a resumed run
 import json
 import logging
 import platform
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core import __version__
-from gvpo_core.training.alerts import Alerts
+from gvpo_core.training.alerts import Alerts, failed_step
 from gvpo_core.training.checkpoint import (
     CheckpointError,
     begin_checkpoint,
@@ -30,6 +29,7 @@ from gvpo_core.training.checkpoint import (
     partial_checkpoint,
     save_failed,
 )
+from gvpo_core.training.command import resume_command
 from gvpo_core.training.config import Config
 from gvpo_core.training.config_check import check_config
 from gvpo_core.training.config_file import as_table
@@ -131,10 +131,13 @@ class _Run:
             try:
                 if start == 0 and 0 in evaluations:
                     self._evaluate(0)
+                if stopping := self._anyone(stop.signal):
+                    done = "before the first step, nothing to save" if start == 0 else f"after step {start}"
+                    return self._stopped(start, stopping, done)
                 step = start
                 while step < last:
                     step += 1
-                    facts = self._step(step)
+                    facts = self._trying(step)
                     self._record("train", step, facts)
                     if self.console and self.shown:
                         self.console.sample(self.shown)
@@ -145,12 +148,7 @@ class _Run:
                     if step == last or stopping or (every and step % every == 0):
                         self._save(step)
                     if stopping:
-                        self._event(
-                            step,
-                            "stop",
-                            f"stopped by signal {stopping} after step {step}; go on with: {_command(config)}",
-                        )
-                        return Result(step, self.folder.path, 128 + stopping)
+                        return self._stopped(step, stopping, f"after step {step}")
                 return Result(last, self.folder.path, 0)
             finally:
                 self._close()
@@ -198,10 +196,25 @@ class _Run:
         if start:
             self._event(start, "resume", f"resumed after step {start} of {config.run.steps}")
 
+    def _stopped(self, step: int, number: int, done: str) -> Result:
+        command = resume_command(self.policy.world_size, secrets_of(as_table(self.config)))
+        self._event(step, "stop", f"stopped by signal {number} {done}; go on with: {command}")
+        return Result(step, self.folder.path, 128 + number)
+
     def _evaluations(self) -> list[int]:
         """The steps after which the held-out prompts are answered: none, every n-th, and both ends."""
         every, last = self.config.evaluation.every, self.config.run.steps
         return sorted({*range(0, last, every or last), last}) if self.held_out else []
+
+    def _trying(self, step: int) -> dict[str, float]:
+        """A step; one whose numbers are not finite leaves a BAD event, which has no train record, and its error."""
+        try:
+            return self._step(step)
+        except FloatingPointError as e:
+            alert = failed_step(step, str(e))
+            told = {"verdict": alert.level, "alerts": [alert._asdict()]}
+            self._event(step, "failed", f"{alert.level}: {alert.seen}; {alert.advice}", **told)
+            raise
 
     def _step(self, step: int) -> dict[str, float]:
         config, policy, begin = self.config, self.policy, time.perf_counter()
@@ -300,10 +313,10 @@ class _Run:
         if self.console:
             (self.console.step if kind == "train" else self.console.evaluation)(record)
 
-    def _event(self, step: int, event: str, message: str) -> None:
+    def _event(self, step: int, event: str, message: str, **more: Any) -> None:
         if self.main:
             record = {"kind": "event", "step": step, "time": time.time(), "event": event, "message": message}
-            self.folder.append(self.folder.metrics, [record])
+            self.folder.append(self.folder.metrics, [record | more])
             if self.console:
                 self.console.event(message)
 
@@ -330,16 +343,6 @@ class _Run:
             )
         if self.console:
             self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})
-
-
-def _command(config: Config) -> str:
-    """This process's command line, to be run again; without the secrets that stand in it."""
-    program = Path(sys.argv[0])
-    if program.name == "cli.py":
-        begin = [sys.executable, "-m", "gvpo_core.training.cli"]
-    else:
-        begin = [sys.executable, sys.argv[0]] if program.suffix == ".py" else [program.name]
-    return shlex.join([*begin, *hide_command(sys.argv[1:], secrets_of(as_table(config)))])
 
 
 def _reward_range(metrics: Path) -> tuple[float, float] | None:
