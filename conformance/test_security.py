@@ -14,7 +14,11 @@ from gvpo_core.training.checkpoint import begin_checkpoint, commit_checkpoint, d
 
 pytestmark = pytest.mark.core
 ROOT = Path(__file__).parent.parent
-SOURCES = [p for folder in ("gvpo_core", "backends", "adapters", "examples") for p in (ROOT / folder).rglob("*.py")]
+SOURCES = [
+    p
+    for folder in ("gvpo_core", "backends", "adapters", "examples", "benchmarks")
+    for p in (ROOT / folder).rglob("*.py")
+]
 
 
 def test_nothing_unpickles_or_evaluates():
