@@ -110,6 +110,18 @@ def test_a_setting_that_is_not_read_is_refused(kind, name, value, default) -> No
     settings.check_dropped({"model_type": kind, **harmless}, known)
 
 
+def test_sizes_infinite_numbers_and_other_parts_are_no_settings() -> None:
+    """As transformers saves mamba2 and Mixtral: what it derives from other settings stands in the file too."""
+    text = json.dumps({"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}], "chunk_size": 8})
+    written = json.loads(text, object_hook=settings.special_floats)
+    assert written["time_step_limit"] == [0.0, float("inf")]
+    settings.check_dropped(written, _arguments("mamba2", path="model"))
+    with pytest.raises(ConfigError, match="time_step_limit"):
+        settings.check_dropped(written | {"time_step_limit": [0.1, 0.2]}, {})
+    mixtral = {"model_type": "mixtral", "hidden_size": 64, "num_attention_heads": 4, "head_dim": 16}
+    settings.check_dropped(mixtral, _arguments("mixtral", path="model"))
+
+
 @pytest.mark.parametrize("name", sorted(tiny_models.FULL_ATTENTION | tiny_models.OTHERS))
 def test_what_transformers_saves_is_taken(name: str, tmp_path) -> None:
     """A whole config.json, with every default in it, asks for nothing that is not read."""

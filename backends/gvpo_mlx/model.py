@@ -216,7 +216,8 @@ def _pretrained(config: ModelConfig, folder: Path) -> tuple[nn.Module, dict[str,
     completed = read_config(folder, arguments)
     if not list(folder.glob("model*.safetensors")):
         raise ConfigError(f"model.path {config.path!r} has no model*.safetensors")
-    written = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    written = json.loads(text, object_hook=settings.special_floats)
     known = arguments(completed["model_type"])
     with explained("the model", config):
         settings.check_dropped(written, known)

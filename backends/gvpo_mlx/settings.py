@@ -29,12 +29,13 @@ _ELSEWHERE = frozenset(
 """Settings that rope.py and the other functions here look at."""
 
 _HARMLESS = re.compile(
-    r"dropout|pdrop|initializer|^summary_|_jitter_|aux_loss|router_logits|token_(id|index)$|use_cache|pretraining_tp"
-    r"|(num_nextn|^mtp_)|num_logits_to_keep|time_step_(min|max|floor|init_scheme)|rescale_prenorm|kernels$|mambapy"
-    r"|associative_scan|^(mamba_)?chunk_size$|num_(local_)?experts$|in_fp32$|upcast_attn|_dtype$|(classifier|is_decoder|add_cross_attention)"
+    r"dropout|pdrop|initializer|time_step_(min|max|floor|init_scheme)|rescale_prenorm|_jitter_|aux_loss|router_logits"
+    r"|token_(id|index)$|use_cache|pretraining_tp|kernels$|mambapy|associative_scan|^(mamba_)?chunk_size$|in_fp32$"
+    r"|upcast_attn|_dtype$|^summary_|num_nextn|^mtp_|num_logits_to_keep|classifier|is_decoder|add_cross_attention"
+    r"|_config$|num_(local_)?experts$|num_key_value_heads$|head_dim$|n_inner$|intermediate_size$"
 )
-"""Settings of training, initialisation, precision, of parts that a language model's log-probs do not pass,
-and numbers of experts, which the shapes of the weights say."""
+"""Settings of training, initialisation and precision, of parts that the log-probs do not pass, and sizes, which mlx-lm
+holds against those of the weights."""
 
 
 def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
@@ -88,6 +89,11 @@ def _numbers(chosen: list[bool]) -> str:
     return ", ".join(str(i) for i, is_one in enumerate(chosen) if is_one) or "none"
 
 
+def special_floats(entry: dict[str, Any]) -> Any:
+    """`object_hook` for a config.json of transformers, which writes an infinite number as {"__float__": "Infinity"}."""
+    return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
+
+
 def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Looks for settings that transformers' model reads and mlx-lm's does not.
 
@@ -96,6 +102,7 @@ def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
       known: the names of what the architecture's `ModelArgs` takes.
     Raises: ConfigError: one that is not what transformers takes where the file leaves it out.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PretrainedConfig
 
     anywhere = PretrainedConfig().to_dict().keys()
@@ -106,7 +113,7 @@ def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
         try:
             default = getattr(AutoConfig.for_model(**{k: v for k, v in told.items() if k != name}), name)
             value = getattr(AutoConfig.for_model(**told), name)
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
             continue  # not known to transformers, so read by no model of its
         if default != value:
             raise ConfigError(
@@ -164,9 +171,9 @@ def check_activation(lm: nn.Module, given: Mapping[str, Any]) -> None:
     wanted, usual = _activation(given)
     if wanted is None or kind == "gpt_oss":  # whose experts have an activation of their own, in transformers too
         return
-    computed = {type(module): _computed(module) for module in lm.modules()}  # a class applies one
-    found = {name for name in computed.values() if name is not None}
-    if found - {_NAMES.get(wanted)} or (not found and wanted != usual):
+    one_of_each = {type(module): module for module in lm.modules()}  # a class applies one
+    found = {name for name in map(_computed, one_of_each.values()) if name is not None}
+    if found - {_NAMES.get(wanted)} or (not found and usual is not None and wanted != usual):
         raise ConfigError(
             f"the activation of {kind} is {wanted!r} by config.json; mlx-lm's model does not read that and computes "
             f"{' and '.join(sorted(found)) or usual}: its log-probs would be wrong. gvpo_torch takes it"
