@@ -1,5 +1,6 @@
 """Killed at any moment, a run goes on from its last good checkpoint and ends where an unbroken run ends."""
 
+import json
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import table_run
 
+from gvpo_core.training import cli
 from gvpo_core.training.checkpoint import (
     CheckpointError,
     begin_checkpoint,
@@ -90,6 +92,33 @@ def test_other_settings_are_refused_with_the_difference_unless_told(tmp_path):
     assert "optimizer.learning_rate: 1.0 -> 0.5" in output
     assert "run.allow_changes" in output
     killing.finish(config, "--optimizer.learning_rate", "0.5", "--run.allow_changes", "True", "--run.steps", "6")
+    assert killing.lasting(tmp_path / "run")[-1]["step"] == 6
+
+
+@pytest.mark.parametrize("name", ["train", "evaluation"])
+def test_other_data_are_refused_with_what_changed_unless_told(name, tmp_path, capfd):
+    """The same path and settings, another file: its prompts would come in another order."""
+    config = table_run.make(tmp_path, steps=2)
+    config.write_text(config.read_text().replace('"cosine"', '"constant"'))
+    if name == "evaluation":
+        text = config.read_text()
+        config.write_text(
+            text.replace(f'evaluation = "{tmp_path / "train.jsonl"}"', f'evaluation = "{tmp_path}/e.jsonl"')
+        )
+        (tmp_path / "e.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    assert cli.main(["train", str(config)]) == 0
+    rows = tmp_path / ("train.jsonl" if name == "train" else "e.jsonl")
+    before = rows.read_text()
+    rows.write_text(before + '{"prompt": "p0", "answer": "d"}\n')
+    assert cli.main(["train", str(config), "--run.steps", "4"]) == 2
+    said = capfd.readouterr().err
+    assert "holds a run on other data" in said and "run.allow_changes" in said
+    assert f"data.{name}: 3 rows, SHA-256 " in said and " -> 4 rows, SHA-256 " in said
+    rows.write_text(before.replace("{", "{ "))  # written differently, the same rows
+    assert cli.main(["train", str(config), "--run.steps", "4"]) == 0
+    rows.write_text(before + '{"prompt": "p0", "answer": "d"}\n')
+    assert cli.main(["train", str(config), "--run.steps", "6", "--run.allow_changes", "True"]) == 0
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["data"][name]["rows"] == 4
     assert killing.lasting(tmp_path / "run")[-1]["step"] == 6
 
 

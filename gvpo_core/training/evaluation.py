@@ -27,7 +27,8 @@ def evaluate(
     """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as loop.train."""
     config = with_given(config, evaluation_rows, rewards)
     check_config(config)
-    prompts = held_out(config, policy, evaluation_rows)
+    rows = held_out_rows(config, evaluation_rows) or load_rows(config.data.evaluation, "data.evaluation")
+    prompts = held_out(config, policy, rows)
     loaded = load_rewards(config.rewards, rewards)
     try:
         return evaluated(config, policy, prompts, loaded)[0]
@@ -67,12 +68,18 @@ def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
     return load_rows(given, "train_rows")
 
 
-def held_out(config: Config, policy: Policy, given: Iterable[Row] | None) -> Prompts:
-    """The held-out prompts that an evaluation uses, encoded."""
+def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
+    """All rows handed over as `evaluation_rows`, else those of the configured file; none where there is neither.
+
+    Raises: DataError: one of them is named and has no rows.
+    """
     if given is None:
-        rows = load_rows(config.data.evaluation, "data.evaluation")
-    else:
-        rows = load_rows(given, "evaluation_rows")
+        return load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else []
+    return load_rows(given, "evaluation_rows")
+
+
+def held_out(config: Config, policy: Policy, rows: Sequence[Row]) -> Prompts:
+    """The held-out prompts that an evaluation uses of these rows, encoded."""
     return encode_prompts(policy, rows[: config.evaluation.prompts or None], config.data, "data.evaluation")
 
 

@@ -35,7 +35,8 @@ from gvpo_core.training.config_check import check_config
 from gvpo_core.training.config_file import as_table
 from gvpo_core.training.console import Console
 from gvpo_core.training.data import Prompts, Row, encode_prompts
-from gvpo_core.training.evaluation import ORDER, TRAIN, evaluated, held_out, training_rows, with_given
+from gvpo_core.training.evaluation import ORDER, TRAIN, evaluated, held_out, held_out_rows, training_rows, with_given
+from gvpo_core.training.fingerprint import fingerprint
 from gvpo_core.training.header import header
 from gvpo_core.training.improve import improve
 from gvpo_core.training.metrics import StepFacts, read_records, step_metrics
@@ -80,21 +81,22 @@ def train(
     """
     config = with_given(config, train_rows, rewards)
     check_config(config)
-    prompts = encode_prompts(policy, training_rows(config, train_rows), config.data)
-    evaluates = evaluation_rows is not None or config.data.evaluation
-    unseen = held_out(config, policy, evaluation_rows) if evaluates else None
+    rows, unseen_rows = training_rows(config, train_rows), held_out_rows(config, evaluation_rows)
+    prompts = encode_prompts(policy, rows, config.data)
+    unseen = held_out(config, policy, unseen_rows) if unseen_rows else None
+    data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(unseen_rows)} if unseen_rows else {})
     folder = RunFolder(Path(config.run.folder))
     loaded: list[Reward] = []
     try:
         error = None
         try:
             if policy.rank == 0:
-                folder.open(config)
+                folder.open(config, data)
         except (OSError, ValueError, RuntimeError) as e:
             error = e
         agree(policy, error)
         loaded = load_rewards(config.rewards, rewards)
-        return _Run(config, policy, prompts, unseen, loaded, sampler, folder, console).go()
+        return _Run(config, policy, prompts, unseen, loaded, sampler, folder, console, data).go()
     finally:
         close_rewards(loaded)
         folder.close()
@@ -113,11 +115,12 @@ class _Run:
         sampler: Policy | None,
         folder: RunFolder,
         console: Console | None,
+        data: Mapping[str, Mapping[str, Any]],
     ) -> None:
         self.config, self.policy, self.sampler, self.folder = config, policy, sampler, folder
         self.prompts, self.held_out, self.rewards = prompts, held_out, rewards
         self.main = policy.rank == 0
-        self.console = console
+        self.console, self.data = console, data
         self.tracker: Tracker | None = None
         self.reward_range: tuple[float, float] | None = None
         self.alerts = Alerts()
@@ -185,6 +188,7 @@ class _Run:
                 "platform": platform.platform(),
                 "ranks": self.policy.world_size,
                 "command": hide_command(sys.argv, secrets_of(as_table(config))),
+                "data": self.data,
                 "policy": facts,
             }
         )

@@ -6,7 +6,7 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.config_check import check_config
 from gvpo_core.training.console import Console, duration
 from gvpo_core.training.data import Prompts, Row, encode_prompts
-from gvpo_core.training.evaluation import TRAIN, held_out, training_rows, with_given
+from gvpo_core.training.evaluation import TRAIN, held_out, held_out_rows, training_rows, with_given
 from gvpo_core.training.header import header
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import RewardFunction, close_rewards, load_rewards
@@ -34,8 +34,8 @@ def preview(
     config = with_given(config, train_rows, rewards)
     check_config(config)
     prompts = encode_prompts(policy, training_rows(config, train_rows), config.data)
-    evaluates = evaluation_rows is not None or config.data.evaluation
-    unseen = held_out(config, policy, evaluation_rows) if evaluates else None
+    unseen_rows = held_out_rows(config, evaluation_rows)
+    unseen = held_out(config, policy, unseen_rows) if unseen_rows else None
     loaded = load_rewards(config.rewards, rewards)
     try:
         rows = prompts.batch(0, config.rollout.prompts, seed=config.run.seed, shuffle=config.data.shuffle)[:_PROMPTS]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from gvpo_core.training.checkpoint import write_synced
+from gvpo_core.training.checkpoint import steps_saved, write_synced
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config_file import differences, read_saved, write_config
 
@@ -31,10 +31,13 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self._lock: IO[str] | None = None
 
-    def open(self, config: Config) -> None:
+    def open(self, config: Config, data: Mapping[str, Mapping[str, Any]] | None = None) -> None:
         """Creates or continues the folder for `config`.
 
-        Raises: RunFolderError: another process has it, or it cannot be written. ConfigError: its settings differ.
+        Args:
+          data: "train" and "evaluation" -> fingerprint of the rows, which are to be those of the steps done.
+        Raises: RunFolderError: another process has it, or it cannot be written. ConfigError: its settings or its data
+          differ.
         """
         with self._writing():
             self.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -53,10 +56,29 @@ class RunFolder:
                     + "\n  ".join(changed)
                     + "\ngive another run.folder, or run.allow_changes = true to go on with the new settings"
                 )
+        if data is not None and not config.run.allow_changes and steps_saved(self.checkpoints):
+            self._same_data(data)
         with self._writing():
             aside = self.path / ".config.toml.new"
             write_config(config, aside)
             aside.rename(saved)
+
+    def _same_data(self, data: Mapping[str, Mapping[str, Any]]) -> None:
+        try:
+            known = json.loads((self.path / "environment.json").read_bytes())["data"]
+            changed = [
+                f"data.{name}: {_told(known.get(name))} -> {_told(data.get(name))}"
+                for name in ("train", "evaluation")
+                if known.get(name) != data.get(name)
+            ]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return  # a run of before they were kept, or the file is gone: nothing to compare with
+        if changed:
+            raise ConfigError(
+                f"{self.path} holds a run on other data:\n  "
+                + "\n  ".join(changed)
+                + "\ngive the data as it was, another run.folder, or run.allow_changes = true to go on with this one"
+            )
 
     def close(self) -> None:
         if self._lock is not None:
@@ -110,6 +132,10 @@ class RunFolder:
                             if step is not None and json.loads(line)["step"] <= step and line.endswith("\n"):
                                 kept.append(line)
                 write_synced(path, "".join(kept).encode())
+
+
+def _told(data: Mapping[str, Any] | None) -> str:
+    return f"{data['rows']:,} rows, SHA-256 {data['sha256'][:12]}" if data else "none"
 
 
 def _finite(value: Any) -> Any:
