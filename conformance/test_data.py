@@ -18,6 +18,9 @@ class Words:
         text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt)
         return tuple(len(word) for word in text.split())
 
+    def describe(self):
+        return {"shape": {"vocabulary": 20}}
+
 
 def encode(rows, **settings):
     return encode_prompts(Words(), rows, replace(DataConfig(), **settings))
@@ -109,3 +112,9 @@ def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own():
     assert prompts.batch(4, 3, seed=1, shuffle=True) == seen[12:15]  # no state: a resumed run asks for step 4 alone
     assert prompts.batch(2, 3, seed=1, shuffle=False) == [6, 0, 1]
     assert [prompts.batch(s, 7, seed=2, shuffle=True) for s in (0, 1)] != epochs[:2]
+
+
+def test_a_token_that_the_model_does_not_have_is_named():
+    assert encode([{"prompt": "x" * 19}]).tokens == [(19,)]
+    with pytest.raises(DataError, match=r"row 1, column 'prompt' has the token id 20, .* vocabulary ends at 19"):
+        encode([{"prompt": "x"}, {"prompt": "a " + "x" * 20}])

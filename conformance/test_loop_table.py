@@ -19,10 +19,11 @@ from gvpo_core.training.config import (
     RolloutConfig,
     RunConfig,
 )
-from gvpo_core.training.data import DataError
+from gvpo_core.training.data import DataError, Prompts
 from gvpo_core.training.loop import train
 from gvpo_core.training.metrics import undocumented
 from gvpo_core.training.preview import preview
+from gvpo_core.training.rollout import collect
 from gvpo_core.training.step import factors_of
 from gvpo_core.training.table import TablePolicy
 
@@ -90,6 +91,25 @@ def test_reaches_the_optimum_from_any_samples(samples, tmp_path, capsys):
     after = kl(np.exp(policy.log_table()), optimum()).max()
     assert before > 1e-2
     assert after < 1e-10
+
+
+def test_a_sampler_with_tokens_that_the_policy_lacks_is_refused(tmp_path):
+    class Small(TablePolicy):
+        def describe(self):
+            return {**super().describe(), "shape": {"vocabulary": 1}}
+
+    policy, sampler = Small(table(REFERENCE), settings(tmp_path).optimizer), TablePolicy(table(OTHER))
+    with pytest.raises(ConfigError, match=r"the sampler drew the token id \d+, and the policy's vocabulary ends at 0"):
+        collect(
+            policy,
+            Prompts(list(PROMPTS), [policy.encode(p) for p in PROMPTS], [{} for _ in PROMPTS], 0),
+            [0, 1],
+            16,
+            settings(tmp_path).rollout.sampling,
+            [],
+            (0,),
+            sampler=sampler,
+        )
 
 
 def test_regret_in_the_metrics_is_beta_kl(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -76,9 +77,11 @@ def load_rows(source: str | Path | Iterable[Row], name: str = "data") -> list[Ro
 def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name: str = "data.train") -> Prompts:
     """Checks and encodes the prompt of every row.
 
-    Raises: DataError: a missing column, a prompt of a wrong type, an empty one, or one over the limit.
+    Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit, or one with a token
+      that the model does not have.
     """
     prompts, tokens, columns = [], [], []
+    vocabulary = policy.describe().get("shape", {}).get("vocabulary", math.inf)
     for i, row in enumerate(rows):
         if config.prompt not in row:
             close = difflib.get_close_matches(config.prompt, list(row), n=1)
@@ -94,6 +97,12 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name
             raise DataError(f"{name} row {i}, column {config.prompt!r} cannot be encoded: {reason}") from e
         if not ids:
             raise DataError(f"{name} row {i}, column {config.prompt!r}: the prompt is empty once tokenized")
+        if max(ids) >= vocabulary:
+            raise DataError(
+                f"{name} row {i}, column {config.prompt!r} has the token id {max(ids)}, and the model's vocabulary ends"
+                f" at {vocabulary - 1}: the tokenizer has tokens that the model was never resized for; resize its"
+                " embeddings and save it anew, or take the tokenizer that belongs to it"
+            )
         if len(ids) > config.max_prompt_tokens:
             if config.too_long == "drop":
                 continue

@@ -1,6 +1,7 @@
 """One rollout: responses of the step's prompts, shared out over ranks, with their rewards gathered from all of them."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, Response
 from gvpo_core.training.rewards import Reward, RewardError, Scores, score
@@ -64,6 +66,8 @@ def collect(
         sampling,
     )
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(own, drawn, strict=True) for r in many]
+    if sampler is not None:
+        agree(policy, _foreign(policy, [r for _, r in flat_drawn]), ConfigError)
     groups = [g for g, _ in flat_drawn]
     batch = Batch([prompts.tokens[rows[g]] for g in groups], [r.tokens for _, r in flat_drawn], groups)
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
@@ -99,6 +103,18 @@ def collect(
         completions=_gather_objects(policy, completions),
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
+    )
+
+
+def _foreign(policy: Policy, responses: Sequence[Response]) -> ConfigError | None:
+    """What is wrong where a sampler drew tokens that the policy does not have."""
+    vocabulary = policy.describe().get("shape", {}).get("vocabulary", math.inf)
+    largest = max((max(r.tokens) for r in responses if r.tokens), default=-1)
+    if largest < vocabulary:
+        return None
+    return ConfigError(
+        f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: give a sampler"
+        " with the policy's own tokenizer"
     )
 
 
