@@ -91,7 +91,7 @@ def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Arra
     if spec.tied and HEAD in files and not _same(files[EMBEDDING], files[HEAD]):
         raise ConfigError(
             f"config.json in {files.folder} has tie_word_embeddings = true, and {HEAD} is another matrix than "
-            f"{EMBEDDING}: set tie_word_embeddings = false where the head is the model's own, or take it out of the file"
+            f"{EMBEDDING}: set tie_word_embeddings = false where the head is the model's own, or take it out"
         )
     return {name: _read(files, name, shape, mesh, dtype) for name, shape in shapes.items()}
 
