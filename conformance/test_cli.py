@@ -253,8 +253,8 @@ def test_a_run_ends_well_when_nobody_can_read_it(name, tmp_path, request):
 
 @pytest.mark.parametrize(("name", "number"), [("unread", 2), ("unread", 15), ("full", 15)])
 def test_a_signal_saves_and_leaves_when_nobody_can_read_it(name, number, tmp_path, request):
-    mark = tmp_path / "sent"  # once: the second would end the run at once
-    body = f"import os\nif not os.path.exists({str(mark)!r}):\n    open({str(mark)!r}, 'x').close()"
+    mark = tmp_path / "sent"  # once, in the first step: the second would end the run at once
+    body = f"import os\nif len(completions) == 12 and not os.path.exists({str(mark)!r}):\n    open({str(mark)!r}, 'x').close()"
     config = with_reward(tmp_path, f"{body}\n    os.kill(os.getppid(), {number})", steps=50)
     status, said = run_into(request.getfixturevalue(name), "train", config)
     assert status == 128 + number, said
