@@ -254,8 +254,9 @@ def test_a_run_ends_well_when_nobody_can_read_it(name, tmp_path, request):
 @pytest.mark.parametrize(("name", "number"), [("unread", 2), ("unread", 15), ("full", 15)])
 def test_a_signal_saves_and_leaves_when_nobody_can_read_it(name, number, tmp_path, request):
     mark = tmp_path / "sent"  # once, in the first step: the second would end the run at once
-    body = f"import os\nif len(completions) == 12 and not os.path.exists({str(mark)!r}):\n    open({str(mark)!r}, 'x').close()"
-    config = with_reward(tmp_path, f"{body}\n    os.kill(os.getppid(), {number})", steps=50)
+    first = f"if len(completions) == 12 and not os.path.exists({str(mark)!r}):"
+    body = f"import os\n{first}\n    open({str(mark)!r}, 'x').close()\n    os.kill(os.getppid(), {number})"
+    config = with_reward(tmp_path, body, steps=50)
     status, said = run_into(request.getfixturevalue(name), "train", config)
     assert status == 128 + number, said
     assert "rror" not in said
