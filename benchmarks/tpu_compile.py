@@ -79,7 +79,7 @@ class Case:
     lora_rank: int = 0
 
 
-# Bounds: 1.15 times what was measured for smollm2-v5e-1x1 and -2x2; the others were not compiled yet, theirs are guesses.
+# Bounds: 1.15 times what was measured for smollm2-v5e-1x1 and -2x2; the others were not compiled yet: guesses.
 CASES = {
     "smollm2-v5e-1x1": Case(SMOLLM2, "v5e", "v5e:1x1", 1, 1, 16, 512, 384, 8, 8, 128, 256, 4.1),
     "smollm2-lora-v5e-1x1": Case(SMOLLM2, "v5e", "v5e:1x1", 1, 1, 16, 512, 384, 8, 8, 128, 256, 8.0, lora_rank=16),

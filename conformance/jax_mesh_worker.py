@@ -4,8 +4,10 @@ of it; started by test_jax_mesh.py, since the number of devices is fixed when JA
 python jax_mesh_worker.py FOLDER OUT SETTINGS_AS_JSON...    each settings: {"name": ..., a config field: value, ...}
 """
 
+import contextlib
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -46,8 +48,29 @@ def step(of_policy, rows: list[list[int]]) -> dict[str, np.ndarray]:
     return {"norm": np.asarray(done.gradient_norm), "logprobs": of_policy.gather(done.logprobs)[np.argsort(order)]}
 
 
+@contextlib.contextmanager
+def counted_reads() -> Iterator[list[int]]:
+    """Bytes of each part that is made on the host for a device."""
+    sizes, plain = [], jax.make_array_from_callback
+
+    def counted(shape, sharding, part):
+        def noted(index):
+            made = part(index)
+            sizes.append(made.nbytes)
+            return made
+
+        return plain(shape, sharding, noted)
+
+    jax.make_array_from_callback = counted
+    try:
+        yield sizes
+    finally:
+        jax.make_array_from_callback = plain
+
+
 def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> None:
-    of_policy = policy(folder, reference=True, **settings)
+    with counted_reads() as sizes:
+        of_policy = policy(folder, reference=True, **settings)
     rank, size, n = of_policy.rank, of_policy.world_size, len(OF)
     halves = [list(range(CUT)), list(range(CUT, n))] if size == 2 else [list(range(n))]
     one_idle = [list(range(n)), []][:size]
@@ -78,7 +101,8 @@ def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> No
         np.savez(out / f"{name}.npz", **found)
         tokens = [[list(r.tokens) for r in row] for row in responses]
         shares = {n: a.addressable_shards[0].data.size / a.size for n, a in of_policy.learner.parameters.items()}
-        (out / f"{name}.json").write_text(json.dumps({"tokens": tokens, "shares": shares, **of_policy.describe()}))
+        facts = {"tokens": tokens, "shares": shares, "largest_read": max(sizes), **of_policy.describe()}
+        (out / f"{name}.json").write_text(json.dumps(facts))
 
 
 def main() -> None:

@@ -83,6 +83,7 @@ def test_a_mesh_takes_the_step_of_one_device(name: str, out: Path) -> None:
     matrix = "model.layers.*.mlp.up_proj.weight"
     parts = {"fsdp": 8, "all": 4, "all-lora": 4}[name]
     assert many["shares"][matrix] == pytest.approx(1 / parts)
+    assert many["largest_read"] * parts == one["largest_read"]  # the host makes a device's part, never the whole
 
 
 def test_the_export_of_a_mesh_is_whole(out: Path) -> None:
