@@ -70,7 +70,9 @@ def types(session: nox.Session) -> None:
     session.run("mypy")
 
 
-JAX_RUNS = ("test_trainer.py", "test_trainer_faults.py", "test_jax_mesh.py")
+# Of JAX: many programs of tiny models, run once each.
+JAX_RUNS = [f"test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh")]
+JAX_RUNS += [f"test_policy_{name}.py" for name in ("update", "disk", "generate")]
 SUBJECTS = {"numpy": "numpy,array-api-strict,core", "torch": "torch", "jax": "jax", "mlx": "mlx"}
 
 
@@ -89,7 +91,7 @@ def conformance(session: nox.Session, subject: str) -> None:
         install(session, "-e", f".[{extras}]", without_dependencies=extra)
     counts = str(Path("conformance/results").resolve())  # python conformance/table.py writes README's table from it
     env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": counts}
-    # Runs that are killed and started again have a session of their own, in which compiled programs are kept.
+    # What compiles most and computes little has a session of its own, in which compiled programs are kept.
     elsewhere = [f"--ignore=conformance/{name}" for name in JAX_RUNS] if subject == "jax" else []
     pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
 
@@ -104,7 +106,7 @@ QUICKLY_COMPILED = {
 
 @nox.session
 def jax_runs(session: nox.Session) -> None:
-    """Whole runs of the JAX trainer: killed, signalled, resumed, over meshes.
+    """What every backend's policy must do, and whole runs, killed and resumed, over meshes: of JAX.
 
     nox -s jax_runs
     """

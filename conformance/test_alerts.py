@@ -150,7 +150,9 @@ def cut(policy, drawn):
 
 
 @pytest.mark.parametrize(
-    ("spoil", "key"), [(cut, "truncation"), (moved_away, "kl"), (sharpened, "entropy")], ids=lambda x: str(x)
+    ("spoil", "key"),
+    [(cut, "truncation"), (moved_away, "kl"), (sharpened, "entropy")],
+    ids=["truncation", "kl", "entropy"],
 )
 def test_a_trouble_put_into_the_real_loop_is_named_within_five_steps(spoil, key, tmp_path):
     config = table_config(tmp_path / "run", steps=25)

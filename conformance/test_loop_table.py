@@ -1,6 +1,7 @@
 """The real training loop on the NumPy table policy, where pi, pi* and KL are known exactly."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -167,6 +168,24 @@ def test_ranks_take_the_step_of_one_process(world_size, objective, tmp_path, cap
             assert many[key] == pytest.approx(one[key], rel=1e-9, abs=1e-12), key
     completions = [json.loads(x) for x in (tmp_path / "many" / "completions.jsonl").read_text().splitlines()]
     assert len(completions) == 4 * 48
+
+
+def test_what_one_rank_must_refuse_all_refuse(tmp_path, capsys):
+    """A rank that stopped alone would leave the others waiting for its numbers."""
+    config = settings(tmp_path)
+    refused = []
+
+    def work(policy):
+        plain = policy.logprobs
+        policy.logprobs = lambda batch, **options: plain(batch, **options) * (np.nan if policy.rank else 1.0)
+        try:
+            run(config, policy)
+        except FloatingPointError as error:
+            refused.append(str(error))
+
+    run_ranks(2, work, table(REFERENCE), config.optimizer)
+    assert len(refused) == 2 and refused[0] == refused[1]
+    assert re.search(r"log-probabilities of \d+ of \d+ responses are not finite", refused[0])
 
 
 def test_evaluation_at_both_ends_and_between(tmp_path, capsys):

@@ -10,6 +10,7 @@ from gvpo_core.baselines import objective_coefficients
 from gvpo_core.training.config import ObjectiveConfig
 from gvpo_core.training.policy import Coefficients, Policy, Update
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.step import check_finite
 
 _RATIO = ("grpo", "dr_grpo", "rloo")  # weigh by pi_theta / pi_old (Eq. 19)
 _ALONE = ("sft", "reject_sampling")  # a group of one response is a group
@@ -125,7 +126,11 @@ def _coefficients(
             num_groups=num_groups,
             clip=objective.clip,
         )
-        result: np.ndarray = np.asarray(c)[own[part]]
+        factors = np.asarray(c)
+        if policy.world_size > 1:  # what one rank must refuse, all refuse: none is left waiting for it
+            check_finite("log-probabilities", full, np.flatnonzero(chosen))
+            check_finite("coefficients", factors, np.flatnonzero(chosen))
+        result: np.ndarray = factors[own[part]]
         return result
 
     return coefficients

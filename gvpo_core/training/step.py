@@ -26,15 +26,16 @@ def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarra
     Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
       ValueError: a result of the wrong shape.
     """
-    _finite("log-probabilities", logprobs, rows)
-    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)
+    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)  # before any check: here ranks meet
     if factors.shape != logprobs.shape:
         raise ValueError(f"coefficients returned shape {factors.shape}; expected {logprobs.shape}")
-    _finite("coefficients", factors, rows)
+    check_finite("log-probabilities", logprobs, rows)
+    check_finite("coefficients", factors, rows)
     return factors
 
 
-def _finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
+def check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
+    """Raises: FloatingPointError: how many values are not finite, and the row of the first."""
     bad = rows[~np.isfinite(values)]
     if len(bad):
         raise FloatingPointError(
