@@ -12,7 +12,7 @@ from gvpo_core.training.config_file import read_config
 from gvpo_core.training.console import COLUMNS, Console
 from gvpo_core.training.data import load_rows
 from gvpo_core.training.loop import train
-from gvpo_core.training.metrics import undocumented
+from gvpo_core.training.metric_names import undocumented
 from gvpo_core.training.report.read import read_run
 from gvpo_core.training.table import TablePolicy
 

@@ -7,6 +7,7 @@ import pytest
 
 from gvpo_core.training.config import DataConfig
 from gvpo_core.training.data import DataError, Prompts, encode_prompts, load_rows
+from gvpo_core.training.hugging_face import context
 
 pytestmark = pytest.mark.core
 
@@ -19,11 +20,11 @@ class Words:
         return tuple(len(word) for word in text.split())
 
     def describe(self):
-        return {"shape": {"vocabulary": 20}}
+        return {"shape": {"vocabulary": 20}, "context": 9}
 
 
-def encode(rows, **settings):
-    return encode_prompts(Words(), rows, replace(DataConfig(), **settings))
+def encode(rows, max_tokens=0, **settings):
+    return encode_prompts(Words(), rows, replace(DataConfig(), **settings), max_tokens=max_tokens)
 
 
 def test_rows_from_jsonl_and_iterables(tmp_path):
@@ -118,3 +119,28 @@ def test_a_token_that_the_model_does_not_have_is_named():
     assert encode([{"prompt": "x" * 19}]).tokens == [(19,)]
     with pytest.raises(DataError, match=r"row 1, column 'prompt' has the token id 20, .* vocabulary ends at 19"):
         encode([{"prompt": "x"}, {"prompt": "a " + "x" * 20}])
+
+
+def test_a_prompt_and_its_response_are_within_the_models_context():
+    rows = [{"prompt": "a b c"}, {"prompt": "a b c d"}]
+    assert len(encode(rows, max_tokens=5)) == 2
+    said = r"data.train row 1: the prompt's 4 tokens and rollout.max_tokens = 6 are more than the 9 positions"
+    with pytest.raises(DataError, match=said):
+        encode(rows, max_tokens=6)
+    assert len(encode(rows, max_tokens=6, max_prompt_tokens=3, too_long="drop")) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "positions"),
+    [
+        ({"max_position_embeddings": 64}, 64),
+        ({"n_positions": 64}, 64),
+        ({"max_position_embeddings": 64, "rope_scaling": {"type": "linear", "factor": 2.5}}, 160),
+        ({"max_position_embeddings": 64, "rope_parameters": {"rope_type": "default"}}, 64),
+        ({"max_position_embeddings": 64, "rope_parameters": {"sliding": {}, "full": {"factor": 8.0}}}, 512),
+        ({"max_position_embeddings": 64, "rope_scaling": None}, 64),
+        ({}, None),
+    ],
+)
+def test_the_context_of_a_config(config, positions):
+    assert context(config) == positions

@@ -22,7 +22,7 @@ from gvpo_core.training.config import (
 )
 from gvpo_core.training.data import DataError, Prompts
 from gvpo_core.training.loop import train
-from gvpo_core.training.metrics import undocumented
+from gvpo_core.training.metric_names import undocumented
 from gvpo_core.training.preview import preview
 from gvpo_core.training.rollout import collect
 from gvpo_core.training.step import factors_of

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gvpo_core.training import metrics
+from gvpo_core.training import metric_names, metrics
 from gvpo_core.training.alerts import Alerts
-from gvpo_core.training.metrics import METRICS, StepFacts, evaluation_metrics, step_metrics
+from gvpo_core.training.metric_names import METRICS
+from gvpo_core.training.metrics import StepFacts, evaluation_metrics, step_metrics
 
 pytestmark = pytest.mark.core
 
@@ -200,7 +201,7 @@ def test_student_t(freedom, want):
 
 
 def test_every_key_is_documented_and_every_documented_key_is_written():
-    step = metrics.make_record("train", 1, step_metrics(facts(seconds=dict.fromkeys(metrics.PHASES, 1.0))))
+    step = metrics.make_record("train", 1, step_metrics(facts(seconds=dict.fromkeys(metric_names.PHASES, 1.0))))
     alerts = Alerts.replay([step])
     step |= alerts.annotate(step)
     evaluation = metrics.make_record(
@@ -210,15 +211,15 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
     )
     event = metrics.make_record("event", 1, {"event": "resume", "message": "from step 1"})
     written = {**step, **evaluation, **event}
-    assert metrics.undocumented(written) == []
-    for key, pattern in zip(METRICS, metrics._PATTERNS, strict=True):
+    assert metric_names.undocumented(written) == []
+    for key, pattern in zip(METRICS, metric_names._PATTERNS, strict=True):
         assert any(pattern.fullmatch(k) for k in written), f"{key} is documented and never written"
-    assert metrics.undocumented({"reward/a/b": 1, "lose": 1, "seconds/lunch": 1}) == ["lose", "seconds/lunch"]
+    assert metric_names.undocumented({"reward/a/b": 1, "lose": 1, "seconds/lunch": 1}) == ["lose", "seconds/lunch"]
 
 
 def test_reserved_names_are_those_that_would_collide():
     keys = {m[1] for key in METRICS if (m := re.fullmatch(r"reward/(\w+)", key))}
-    assert keys == metrics.RESERVED_REWARD_NAMES
+    assert keys == metric_names.RESERVED_REWARD_NAMES
 
 
 def test_lines_hold_no_nan_and_a_cut_line_is_passed_over(tmp_path: Path):
@@ -233,6 +234,7 @@ def test_lines_hold_no_nan_and_a_cut_line_is_passed_over(tmp_path: Path):
 
 def test_the_page_in_docs_is_the_dictionary():
     page = Path(__file__).parents[1] / "docs" / "metrics.md"
-    assert page.read_text(encoding="utf-8") == metrics.metrics_page(), (
-        'python -c "from gvpo_core.training.metrics import metrics_page as p; print(p(), end=str())" > docs/metrics.md'
+    assert page.read_text(encoding="utf-8") == metric_names.metrics_page(), (
+        'python -c "from gvpo_core.training.metric_names import metrics_page as p; print(p(), end=str())"'
+        " > docs/metrics.md"
     )

@@ -294,6 +294,7 @@ class JaxPolicy:
             "mesh": ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
             "ranks": self.world_size,
             "dtype": self.config.dtype,
+            "context": hugging_face.context(self.model_config),
             "parameters": model + (trainable if self.learner.adapters else 0),
             "trainable_parameters": trainable,
             "layout": "packed" if self.packed else "plain",

@@ -234,6 +234,7 @@ class MLXPolicy:
             "device_name": str(mx.device_info(self.device).get("device_name", "unknown")),
             "ranks": self.world_size,
             "dtype": self.config.dtype,
+            "context": hugging_face.context(self.scorer.config),
             "parameters": memory.count(self.scorer.lm),
             "trainable_parameters": sum(p.size for p in self.scorer.parameters),
             "layout": "packed" if self.packed else "plain",

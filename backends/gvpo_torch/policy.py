@@ -255,6 +255,7 @@ class TorchPolicy:
             "ranks": self.world_size,
             "sharding": self.config.sharding if self.world_size > 1 else "none",
             "dtype": self.config.dtype,
+            "context": hugging_face.context(self.scorer.config.to_dict()),
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,
             "layout": "packed" if self.packed else "plain",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.metrics import RESERVED_REWARD_NAMES
+from gvpo_core.training.metric_names import RESERVED_REWARD_NAMES
 from gvpo_core.training.redaction import HIDDEN
 
 _LARGEST = 2**53  # beyond it numbers are no longer exact in JSON

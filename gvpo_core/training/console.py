@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TextIO, cast
 
 from gvpo_core.training.alerts import BAD, LEVELS, OK, WATCH
-from gvpo_core.training.metrics import PHASES
+from gvpo_core.training.metric_names import PHASES
 from gvpo_core.training.output import Forgiving
 from gvpo_core.training.time_left import TimeLeft
 

@@ -74,14 +74,20 @@ def load_rows(source: str | Path | Iterable[Row], name: str = "data") -> list[Ro
     return rows
 
 
-def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name: str = "data.train") -> Prompts:
+def encode_prompts(
+    policy: Policy, rows: Sequence[Row], config: DataConfig, name: str = "data.train", *, max_tokens: int = 0
+) -> Prompts:
     """Checks and encodes the prompt of every row.
 
-    Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit, or one with a token
-      that the model does not have.
+    Args:
+      max_tokens: of a response, which the model's context must hold after the prompt.
+
+    Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit or beyond the
+      model's context, or one with a token that the model does not have.
     """
     prompts, tokens, columns = [], [], []
-    vocabulary = policy.describe().get("shape", {}).get("vocabulary", math.inf)
+    facts = policy.describe()
+    vocabulary, context = facts.get("shape", {}).get("vocabulary", math.inf), facts.get("context") or math.inf
     for i, row in enumerate(rows):
         if config.prompt not in row:
             close = difflib.get_close_matches(config.prompt, list(row), n=1)
@@ -109,6 +115,12 @@ def encode_prompts(policy: Policy, rows: Sequence[Row], config: DataConfig, name
             raise DataError(
                 f"{name} row {i}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens ="
                 f" {config.max_prompt_tokens}; raise it, or set data.too_long = 'drop'"
+            )
+        if len(ids) + max_tokens > context:
+            raise DataError(
+                f"{name} row {i}: the prompt's {len(ids)} tokens and rollout.max_tokens = {max_tokens} are more than"
+                f" the {context} positions that the model is made for; lower rollout.max_tokens, or leave long prompts"
+                " out with data.max_prompt_tokens and data.too_long = 'drop'"
             )
         prompts.append(prompt)
         tokens.append(ids)

@@ -80,7 +80,8 @@ def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
 
 def held_out(config: Config, policy: Policy, rows: Sequence[Row]) -> Prompts:
     """The held-out prompts that an evaluation uses of these rows, encoded."""
-    return encode_prompts(policy, rows[: config.evaluation.prompts or None], config.data, "data.evaluation")
+    chosen, limit = rows[: config.evaluation.prompts or None], config.rollout.max_tokens
+    return encode_prompts(policy, chosen, config.data, "data.evaluation", max_tokens=limit)
 
 
 def with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, RewardFunction] | None) -> Config:

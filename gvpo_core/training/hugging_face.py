@@ -126,6 +126,16 @@ def generation_eos(folder: Path) -> int | list[int] | None:
     return None
 
 
+def context(config: Mapping[str, Any]) -> int | None:
+    """Positions that a model is made for, RoPE scaling included; None where its config.json does not say."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    if not isinstance(positions, int):
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    each = [rope, *(v for v in rope.values() if isinstance(v, Mapping))]  # one for all layers, or one a kind of layer
+    return int(positions * max(1.0, *(float(r.get("factor") or 1.0) for r in each)))
+
+
 def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[str, Any]:
     """config.json, completed by transformers where it knows the model.
 

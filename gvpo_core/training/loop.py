@@ -82,7 +82,7 @@ def train(
     config = with_given(config, train_rows, rewards)
     check_config(config)
     rows, unseen_rows = training_rows(config, train_rows), held_out_rows(config, evaluation_rows)
-    prompts = encode_prompts(policy, rows, config.data)
+    prompts = encode_prompts(policy, rows, config.data, max_tokens=config.rollout.max_tokens)
     unseen = held_out(config, policy, unseen_rows) if unseen_rows else None
     data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(unseen_rows)} if unseen_rows else {})
     folder = RunFolder(Path(config.run.folder))

@@ -123,7 +123,8 @@ class Policy(Protocol):
         """Plain facts for the header and the run folder, by name.
 
         backend, architecture, device, device_name, dtype, ranks, sharding, layout, layout_reason: text and counts;
-        parameters, trainable_parameters: counts over all ranks; versions: library -> version.
+        parameters, trainable_parameters: counts over all ranks; versions: library -> version; context: positions that
+        the model is made for, where it says.
 
         The estimate of memory (memory.py) is made from these, and left out without `shape`:
         shape: {layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary}; intermediate is what one token

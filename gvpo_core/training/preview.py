@@ -33,7 +33,9 @@ def preview(
     """
     config = with_given(config, train_rows, rewards)
     check_config(config)
-    prompts = encode_prompts(policy, training_rows(config, train_rows), config.data)
+    prompts = encode_prompts(
+        policy, training_rows(config, train_rows), config.data, max_tokens=config.rollout.max_tokens
+    )
     unseen_rows = held_out_rows(config, evaluation_rows)
     unseen = held_out(config, policy, unseen_rows) if unseen_rows else None
     loaded = load_rewards(config.rewards, rewards)
