@@ -2,7 +2,7 @@
 
     python benchmarks/packed_speed.py [--model FOLDER] [--rounds 3]
 
-2 prompts of 45 tokens with 16 responses of 6 to 12 tokens each, float32, three ways:
+4 prompts of 45 tokens with 16 responses of 6 to 12 tokens each, float32, three ways:
 
     packed  a prompt once with its responses after it; the head on response positions alone
     plain   one padded row a response; the head on response positions alone
@@ -60,7 +60,7 @@ def main() -> None:
     scorer, _ = model.load_scorer(config, device, 0)
     draw = np.random.default_rng(0)
     rows = []
-    for group in range(2):
+    for group in range(4):
         prompt = tuple(draw.integers(5, 1000, 45).tolist())
         rows += [(prompt, tuple(draw.integers(5, 1000, int(draw.integers(6, 13))).tolist()), group) for _ in range(16)]
     batch = Batch(*(list(x) for x in zip(*rows, strict=True)))

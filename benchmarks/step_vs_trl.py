@@ -2,7 +2,7 @@
 
     nox -s bench -- step_vs_trl
 
-Both train SmolLM2-135M-Instruct in float32 on the same prompts of the demo in the same order: 2 prompts x 16 responses
+Both train SmolLM2-135M-Instruct in float32 on the same prompts of the demo in the same order: 4 prompts x 16 responses
 of exactly 12 tokens (TRL: min_new_tokens suppresses the end token; gvpo: no token ends a response), one AdamW step at
 1e-5 with gradients clipped to 1, a reference model (beta 0.05) and the demo's reward, with as many threads as PyTorch
 takes by itself. Each lives in a process of its own, which waits while the other steps; steps alternate.
@@ -32,7 +32,7 @@ from prepare import MODEL, TRAIN, prepare  # noqa: E402  (the demo is a folder o
 from reward import reward  # noqa: E402
 
 TIME_BOUND, MEMORY_BOUND = 0.4, 1.0  # of TRL's
-PROMPTS, RESPONSES, TOKENS = 2, 16, 12
+PROMPTS, RESPONSES, TOKENS = 4, 16, 12
 BETA, LEARNING_RATE = 0.05, 1e-5
 WARM_UP, STEPS = 1, 5
 
