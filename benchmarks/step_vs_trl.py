@@ -7,7 +7,7 @@ of exactly 12 tokens (TRL: min_new_tokens suppresses the end token; gvpo: no tok
 1e-5 with gradients clipped to 1, a reference model (beta 0.05) and the demo's reward, with as many threads as PyTorch
 takes by itself. Each lives in a process of its own, which waits while the other steps; steps alternate.
 
-TRL has the whole batch in one pass (per_device_train_batch_size = 32), and not bfloat16, its default, since the
+TRL has the whole batch in one pass (per_device_train_batch_size = 64), and not bfloat16, its default, since the
 comparison is of float32. Gradient checkpointing is on, its default; afterwards it is measured without, and the bounds
 are of the faster and of the smaller of the two. Peak memory is of the whole process (ru_maxrss).
 
