@@ -83,13 +83,13 @@ def test_a_kill_at_every_start_of_a_phase(phase, run, same, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("phase", "number", "status"),
-    [("generate", signal.SIGINT, 130), ("reward", signal.SIGTERM, 143), ("update", signal.SIGINT, 130),
-     ("evaluate", signal.SIGTERM, 143), ("save", signal.SIGTERM, 143)],
+    ("phase", "at", "number", "status"),
+    [("generate", 4, signal.SIGINT, 130), ("reward", 4, signal.SIGTERM, 143), ("update", 2, signal.SIGINT, 130),
+     ("evaluate", 2, signal.SIGTERM, 143), ("save", 2, signal.SIGTERM, 143)],
 )  # fmt: skip
-def test_a_signal_in_each_phase_saves_and_leaves(phase, number, status, run, same, tmp_path):
+def test_a_signal_in_each_phase_saves_and_leaves(phase, at, number, status, run, same, tmp_path):
     folder = tmp_path / "one"
-    assert run(folder, phase, EVENTS[phase] - 1, number) == status, (folder / "output.txt").read_text()
+    assert run(folder, phase, at, number) == status, (folder / "output.txt").read_text()
     output = (folder / "output.txt").read_text()
     assert "stopping after this step" in output and "go on with: " in output
     assert "Traceback" not in output
