@@ -1,5 +1,6 @@
 """Batches, coefficients, settings and the comparison of steps, for tiny policies of every backend."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,3 +112,13 @@ def sample_watched(
             responses[-1] += of.generate([prompt], [[seed]], sampling)[0]
             sums.append(sum(seen))
     return responses, np.asarray(sums)
+
+
+def train(of_policy: Any, steps: Iterable[int]) -> list[object]:
+    """One update for each number, on a batch of its own: what each of them gave."""
+    found = []
+    for step in steps:
+        of = batch((4, 3), seed=step)
+        update = of_policy.update(of, coefficients_of(of))
+        found.append((update.logprobs.tolist(), update.gradient_norm, update.learning_rate))
+    return found

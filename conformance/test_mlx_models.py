@@ -26,15 +26,6 @@ OF = batch((3, 2))
 ROPE = {"rope_type": "default", "rope_theta": 700.0}
 
 
-def changed(folder, tmp_path, **settings):
-    """A copy of the folder with other settings in config.json; None takes one out."""
-    copy = tmp_path / "changed"
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text()) | settings
-    (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return copy
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("llama"))
@@ -66,10 +57,10 @@ def quantize(folder, bits: int = 4):
 def test_rope_is_read_wherever_it_stands(family: str, tmp_path) -> None:
     folder = tiny_models.write_model(family, tmp_path / "model", rope_parameters=ROPE)
     nested = policy(folder).logprobs(OF)
-    top = changed(folder, tmp_path, rope_parameters=None, rope_theta=700.0)
+    top = tiny_models.changed(folder, tmp_path, rope_parameters=None, rope_theta=700.0)
     np.testing.assert_array_equal(policy(top).logprobs(OF), nested)
     shutil.rmtree(top)
-    other = changed(folder, tmp_path, rope_parameters=ROPE | {"rope_theta": 9000.0})
+    other = tiny_models.changed(folder, tmp_path, rope_parameters=ROPE | {"rope_theta": 9000.0})
     assert np.abs(policy(other).logprobs(OF) - nested).max() > 0.01
 
 
@@ -121,11 +112,11 @@ def test_rope_that_a_model_of_mlx_lm_cannot_be_given_is_refused() -> None:
 )
 def test_what_is_not_a_model_of_mlx_lm_is_named(settings, message, llama, tmp_path) -> None:
     with pytest.raises(ConfigError, match=message):
-        policy(changed(llama, tmp_path, **settings))
+        policy(tiny_models.changed(llama, tmp_path, **settings))
 
 
 def test_no_weights_and_no_such_layout(llama, tmp_path) -> None:
-    folder = changed(llama, tmp_path)
+    folder = tiny_models.changed(llama, tmp_path)
     (folder / "model.safetensors").unlink()
     with pytest.raises(ConfigError, match=r"has no model\*.safetensors"):
         policy(folder)

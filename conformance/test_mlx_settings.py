@@ -23,15 +23,6 @@ OF = batch((2,), longest=4)
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def changed(folder, tmp_path, **given):
-    """A copy of the folder with other settings in config.json; None takes one out."""
-    copy = tmp_path / "changed"
-    shutil.copytree(folder, copy)
-    config = json.loads((copy / "config.json").read_text()) | given
-    (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
-    return copy
-
-
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory):
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("llama"))
@@ -52,13 +43,13 @@ def built(kind: str, **given):
 @pytest.mark.parametrize("activation", ["gelu", "relu", "gelu_pytorch_tanh", "tanh"])
 def test_another_activation_is_refused(activation: str, llama, tmp_path) -> None:
     with pytest.raises(ConfigError, match=f"activation of llama is '{activation}' by .* and computes silu"):
-        policy(changed(llama, tmp_path, hidden_act=activation))
+        policy(tiny_models.changed(llama, tmp_path, hidden_act=activation))
 
 
 def test_silu_by_another_name_or_by_none(llama, tmp_path) -> None:
     right = policy(llama).logprobs(OF)
     for name in ("swish", None):
-        folder = changed(llama, tmp_path, hidden_act=name)
+        folder = tiny_models.changed(llama, tmp_path, hidden_act=name)
         np.testing.assert_array_equal(policy(folder).logprobs(OF), right)
         shutil.rmtree(folder)
 
@@ -190,7 +181,7 @@ def test_a_head_beside_a_tied_one_is_compared(tmp_path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"has lm_head\.weight besides, which differs.* tie_word_embeddings = false"):
         policy(folder)
-    untied = policy(changed(folder, tmp_path, tie_word_embeddings=False))
+    untied = policy(tiny_models.changed(folder, tmp_path, tie_word_embeddings=False))
     assert np.abs(untied.logprobs(OF) - right).max() > 1e-3
     np.testing.assert_array_equal(mlx_policies.parameters(untied)["lm_head.weight"], tensors["lm_head.weight"])
 
@@ -200,12 +191,12 @@ def test_a_model_of_mlx_lm_that_exits(llama, tmp_path, capsys) -> None:
     with pytest.raises(
         ConfigError, match="of type 'olmo', which mlx-lm cannot load here: To run olmo install ai2-olmo"
     ):
-        policy(changed(llama, tmp_path, model_type="olmo"))
+        policy(tiny_models.changed(llama, tmp_path, model_type="olmo"))
     assert capsys.readouterr().out == ""
 
 
 def test_an_export_names_the_end_tokens(llama, tmp_path) -> None:
-    folder = changed(llama, tmp_path, eos_token_id=5)
+    folder = tiny_models.changed(llama, tmp_path, eos_token_id=5)
     (folder / "generation_config.json").unlink()
     made = policy(folder)
     made.export(tmp_path / "out")

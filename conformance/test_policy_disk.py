@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
-from batches import batch, coefficients_of, step_difference
+from batches import batch, step_difference, train
 from trainer_backends import Backend
 
 from gvpo_core.training.config import ConfigError
@@ -61,15 +61,6 @@ def parameters(backend):
 def state(tmp_path):
     (tmp_path / "state").mkdir()
     return tmp_path / "state"
-
-
-def train(of_policy, steps) -> list[object]:
-    found = []
-    for step in steps:
-        of = batch((4, 3), seed=step)
-        update = of_policy.update(of, coefficients_of(of))
-        found.append((update.logprobs.tolist(), update.gradient_norm, update.learning_rate))
-    return found
 
 
 @kinds("full", "lora", "dora", "bfloat16")

@@ -6,7 +6,7 @@ import logging
 import numpy as np
 import pytest
 import tiny_models
-from batches import batch, coefficients_of, step_difference
+from batches import batch, step_difference, train
 from required import require
 from torch_policies import parameters, policy
 
@@ -22,15 +22,6 @@ SETTINGS = {"learning_rate": 1e-3, "warmup": 2, "schedule": "cosine"}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_models.make_model("llama-tied-bias", tmp_path_factory.mktemp("llama"))
-
-
-def train(of_policy, steps) -> list[object]:
-    found = []
-    for step in steps:
-        of = batch((4, 3), seed=step)
-        update = of_policy.update(of, coefficients_of(of))
-        found.append((update.logprobs.tolist(), update.gradient_norm, update.learning_rate))
-    return found
 
 
 def test_a_checkpoint_larger_than_a_shard_is_split(folder, tmp_path, monkeypatch) -> None:

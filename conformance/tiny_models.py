@@ -1,5 +1,7 @@
 """Tiny random language models and a byte tokenizer, made offline and saved as Hugging Face folders."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +198,12 @@ def make_model(name: str, folder: Path, *, seed: int = 0, spread: float = 0.3, *
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def changed(folder: Path, tmp_path: Path, **settings: Any) -> Path:
+    """A copy of a model's folder with other settings in config.json; None takes one out."""
+    copy = tmp_path / "changed"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text()) | settings
+    (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    return copy
