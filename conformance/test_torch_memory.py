@@ -11,6 +11,10 @@ from required import require
 
 require(subject="torch")
 
+# What glibc keeps back for later differs from machine to machine by a third of the run: here it keeps nothing back, and
+# `allocator`, the factor that stands for it in the estimate, is 1.
+PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+
 RUN = """
 import io, json, resource, sys
 from pathlib import Path
@@ -33,7 +37,7 @@ config = Config(
     rollout=RolloutConfig(prompts=8, responses=8, max_tokens=24),
 )
 policy = load_policy(config)
-memory = estimate_memory(policy.describe(), config, 40)
+memory = estimate_memory(policy.describe() | {"allocator": 1.0}, config, 40)
 rows = [{"prompt": letter * 40} for letter in "abcdefgh"]
 rewards = {"r": lambda completions, **_: [float(len(c) % 5) for c in completions]}
 train(config, policy, train_rows=rows, rewards=rewards, console=Console(2, stream=io.StringIO()))
@@ -54,11 +58,10 @@ def test_a_run_takes_about_what_was_estimated(rank, tmp_path):
     (tmp_path / "run.py").write_text(RUN)
     done = subprocess.run(
         [sys.executable, tmp_path / "run.py", model, tmp_path / "run", str(rank)],
-        capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=300, env=os.environ | PLAIN,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    # What is measured also has what the allocator keeps back and the pages of libraries that a first step touches:
-    # some 100 MB, more on some machines than on others, so the run is to be of many times that.
+    # What is measured also has the pages of libraries that a first step touches, more on some machines than on others.
     assert found["measured"] == pytest.approx(found["estimated"], rel=0.25), found
     assert found["held"] < 1.5 * found["framework"], found

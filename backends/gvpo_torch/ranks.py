@@ -1,6 +1,10 @@
 """Processes and devices, through accelerate: which device, how many ranks, and what crosses between them."""
 
+import atexit
 import os
+import time
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -8,6 +12,8 @@ import torch
 import torch.distributed as dist
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+
+_LET_GO_SECONDS = 5.0  # that the end of a process waits, at most, for the threads of its process group
 
 
 class Ranks:
@@ -19,12 +25,14 @@ class Ranks:
         Raises: ConfigError: a device that is not there, or one named by index beside several processes.
         """
         self.accelerator = None
+        self._last: Sequence[weakref.ref[torch.Tensor]] = ()  # tensors of the last collective
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
         if world_size > 1:
             self.accelerator = _accelerator(config, on_cpu)
             self.device = self.accelerator.device
             self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+            atexit.register(self._wait_for_threads)
         else:
             self.device = _one_device(config.device)
             self.rank, self.world_size = 0, 1
@@ -51,7 +59,19 @@ class Ranks:
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
+        self._last = [weakref.ref(t) for t in (tensor, *parts)]
         return parts
+
+    def _wait_for_threads(self) -> None:
+        """Waits until the process group's threads hold no tensor of the last collective.
+
+        A thread that gives back such a tensor asks for Python's lock. Where Python ends meanwhile, the process aborts
+        with "terminate called without an active exception" (pytorch/pytorch#190489), and torchrun calls a run that has
+        saved everything a failed one. Destroying the group does not end its threads while DDP or a mesh refers to it.
+        """
+        until = time.monotonic() + _LET_GO_SECONDS
+        while time.monotonic() < until and any(ref() is not None for ref in self._last):
+            time.sleep(0.001)
 
 
 def _one_device(name: str) -> torch.device:
