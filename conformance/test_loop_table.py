@@ -24,6 +24,7 @@ from gvpo_core.training.data import DataError, Prompts
 from gvpo_core.training.loop import train
 from gvpo_core.training.metric_names import undocumented
 from gvpo_core.training.preview import preview
+from gvpo_core.training.rewards import RewardError
 from gvpo_core.training.rollout import collect
 from gvpo_core.training.step import factors_of
 from gvpo_core.training.table import TablePolicy
@@ -221,6 +222,39 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
     assert run(replace(config, run=replace(config.run, steps=3)), policy).step == 3
 
 
+@pytest.mark.parametrize("step", [0, 3], ids=["first evaluation", "step"])
+def test_what_ends_a_run_stands_in_its_records_and_report(step, tmp_path, monkeypatch):
+    monkeypatch.setenv("SERVICE_API_KEY", "canary-Hq83nXw0")
+    config = settings(tmp_path)
+    config = replace(config, run=replace(config.run, steps=6, checkpoint_every=2), evaluation=EvaluationConfig(every=6))
+    calls = []
+
+    def failing(prompts, completions, **_):
+        calls.append(1)
+        if len(calls) > step:
+            raise ConnectionError("refused\nwith canary-Hq83nXw0")
+        return [float(len(c)) for c in completions]
+
+    rows = [{"prompt": p} for p in PROMPTS]
+    evaluated = {"evaluation_rows": rows} if step == 0 else {}
+    policy = TablePolicy(table(REFERENCE), config.optimizer)
+    with pytest.raises(RewardError, match="reward value gave no score"):
+        train(config, policy, train_rows=rows, rewards={"value": failing}, **evaluated)
+    *_, event = records(tmp_path, "event")
+    at = step + 1 if step else 0
+    assert (event["event"], event["step"], event["verdict"]) == ("failed", at, "BAD")
+    (alert,) = event["alerts"]
+    assert alert["key"] == "error"
+    assert alert["seen"].startswith(f"step {at} failed: reward value gave no score to any of")
+    assert "ConnectionError: refused" in alert["seen"]
+    report = (tmp_path / "report.html").read_text()
+    assert f"It failed at step {at} of 6" in report
+    for file in tmp_path.rglob("*"):
+        assert file.is_dir() or b"canary-Hq83nXw0" not in file.read_bytes(), file
+    run(config, TablePolicy(table(REFERENCE), config.optimizer))  # mended: the alert goes with the step
+    assert "failed" not in {e["event"] for e in records(tmp_path, "event")}
+
+
 class Spoilt(TablePolicy):
     """Its parameters turn to NaN after two updates, as those of a run that went too far."""
 
@@ -246,7 +280,7 @@ def test_a_step_of_nan_leaves_its_alert_in_metrics_console_and_report(tmp_path, 
     report = (tmp_path / "report.html").read_text()
     assert '<b class="level BAD">BAD</b> 1 alert in 2 steps; 1 holds at the last' in report
     assert alert["seen"] in report and alert["advice"] in report
-    assert "It failed in step 3 of 6" in report
+    assert "It failed at step 3 of 6" in report
     run(config, TablePolicy(table(REFERENCE), config.optimizer))  # mended: the alert goes with the step
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert "failed" not in {e["event"] for e in records(tmp_path, "event")}

@@ -22,6 +22,14 @@ def folder(tmp_path_factory) -> Path:
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))
 
 
+def scored_responses(data: Path) -> Path:
+    data.mkdir()
+    row = {"prompt": "say a:", "responses": ["a", "bb", "ccc"], "rewards": [1.0, None, 0.0], "finished": [True] * 3}
+    for name in ("train", "valid"):
+        (data / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    return data
+
+
 @pytest.fixture(autouse=True)
 def eager():
     """MLX compiles by a C++ compiler on CPU, which takes seconds a step."""
@@ -32,11 +40,7 @@ def eager():
 
 def test_the_command_line(folder, tmp_path, capfd):
     """From mlx-lm's YAML file to adapters that mlx-lm loads, and one line for what cannot be used."""
-    data = tmp_path / "data"
-    data.mkdir()
-    row = {"prompt": "say a:", "responses": ["a", "bb", "ccc"], "rewards": [1.0, None, 0.0], "finished": [True] * 3}
-    for name in ("train", "valid"):
-        (data / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    data = scored_responses(tmp_path / "data")
     (tmp_path / "lora.yaml").write_text(
         f"model: {folder}\ndata: {data}\nnum_layers: 2\niters: 4\nbatch_size: 1\ngrad_accumulation_steps: 2\n"
         f"adapter_path: {tmp_path / 'adapters'}\nbeta: 0.2\nlearning_rate: 0.01\noptimizer_config: {{adamw: {{}}}}\n"
@@ -79,12 +83,17 @@ def test_the_command_line(folder, tmp_path, capfd):
         ("{model: here, fine_tune_type: loro}", "fine_tune_type = 'loro'; expected one of lora, dora, full"),
         ("{model: here, optimizer: adamm}", "optimizer = 'adamm'; expected one of adam, adamw"),
         ("{model: here, lora_parameters: {rank: 2}}", "has no dropout, scale"),
+        ("{model: here, lr_schedule: {name: cosine}}", "is none of mlx.optimizers: AttributeError: "),
+        ("{model: here, lr_schedule: {name: cosine_decay}}", "is none of mlx.optimizers: KeyError: 'arguments'"),
+        ("{model: here, lr_schedule: {name: cosine_decay, arguments: [1, 2, 3, 4]}}", "optimizers: TypeError: "),
+        ("{model: here, data: scored, num_layers: 2, report_to: it}", "report_to = 'it': it callback doesn't exist"),
     ],
 )
 def test_what_the_command_line_cannot_use_is_one_line(arguments, message, folder, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").symlink_to(folder)
     (tmp_path / "empty").mkdir()
+    scored_responses(tmp_path / "scored")
     if isinstance(arguments, str):
         (tmp_path / "lora.yaml").write_text(arguments)
         arguments = ["--config", "lora.yaml"]

@@ -4,6 +4,7 @@ import asyncio
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -221,29 +222,27 @@ def test_a_worker_that_does_not_read_holds_up_no_step(tmp_path):
 
 def test_a_worker_does_not_outlive_a_killed_run(tmp_path):
     """The watchdog in C ends a worker that holds its interpreter when nobody is left to kill it."""
-    file = tmp_path / "reward.py"
-    file.write_text(CODE.replace("HARM", "pow(3, 10**9)"))
+    file, at = tmp_path / "reward.py", tmp_path / "worker"
+    file.write_text(CODE.replace("HARM", f"open({str(at)!r}, 'w').write(str(os.getpid())); pow(3, 10**9)"))
     script = (
         "import os, signal, threading, time\n"
+        "from pathlib import Path\n"
         "from gvpo_core.training.config import RewardConfig\n"
         "from gvpo_core.training.rewards import load_rewards, score\n"
-        f"loaded = load_rewards({{'r': RewardConfig({str(file) + ':reward'!r}, timeout=1.0)}})\n"
+        f"loaded = load_rewards({{'r': RewardConfig({str(file) + ':reward'!r}, timeout=3.0)}})\n"
         "threading.Thread(target=lambda: score(loaded, ['p'], ['bad'], {}), daemon=True).start()\n"
-        "time.sleep(0.5)\n"
+        f"at = Path({str(at)!r})\n"
+        "while not (at.exists() and at.read_text()):\n"
+        "    time.sleep(0.01)\n"
+        "os.kill(int(at.read_text()), 0)\n"  # an error if it is not alive
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    import sys
-
-    subprocess.run([sys.executable, "-c", script], check=False, timeout=60)
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=60).returncode == -signal.SIGKILL
     deadline = time.monotonic() + 30
-    mine = [sys.executable, "-P"]
-    while time.monotonic() < deadline:
-        listing = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True, check=True).stdout
-        orphans = [x for x in listing.splitlines() if " ".join(mine) in x and x.split()[0] == "1"]
-        if not orphans:
-            return
-        time.sleep(0.2)
-    raise AssertionError(orphans)
+    command = ["ps", "-o", "stat=", "-p", at.read_text()]
+    while (state := subprocess.run(command, capture_output=True, text=True).stdout.strip()) and state[0] != "Z":
+        assert time.monotonic() < deadline, f"the worker still stands in state {state}"
+        time.sleep(0.1)
 
 
 def test_what_a_column_cannot_be_is_named(rewards):

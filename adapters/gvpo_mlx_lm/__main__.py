@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from mlx_lm import lora
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.utils import build_schedule
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import DataError
@@ -105,6 +106,12 @@ def _check(args: argparse.Namespace) -> None:
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
     if not isinstance(args.learning_rate, int | float):
         raise SettingsError(f"learning_rate = {args.learning_rate!r}; expected a number")
+    if args.lr_schedule:
+        try:
+            build_schedule(args.lr_schedule)
+        except Exception as error:  # whatever the schedule's function raises at these arguments
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is none of mlx.optimizers: {what}") from error
     if args.fine_tune_type != "full":
         given = args.lora_parameters if isinstance(args.lora_parameters, dict) else {}
         if missing := {"rank", "dropout", "scale"} - given.keys():
@@ -125,9 +132,12 @@ def run(args: argparse.Namespace) -> None:
         for name, path in files.items()
         if name == "train" or path.exists()
     }
-    callback = get_reporting_callbacks(
-        args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
-    )
+    try:
+        callback = get_reporting_callbacks(
+            args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
+        )
+    except (ImportError, ValueError) as error:
+        raise SettingsError(f"report_to = {args.report_to!r}: {error}") from error
     train_model = types.FunctionType(
         lora.train_model.__code__,
         vars(lora) | {"train": partial(_train, of=args), "CacheDataset": lambda groups: groups},

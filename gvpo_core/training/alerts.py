@@ -21,6 +21,7 @@ OK, WATCH, BAD = LEVELS = ("OK", "WATCH", "BAD")
 ALERTS = {
     "not_finite": "A number of the step, but a single reward's mean, is NaN or infinite. Where no step can be taken "
     "for it, the run ends, and the alert stands in an event `failed`.",
+    "error": "The run ended by an error in this step, or in the evaluation or save after it: an event `failed`.",
     "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and enough groups to be sure of 60 %.",
     "entropy": "Entropy below half of the usual twice in a row, or below a tenth of the start for 5 steps, while the "
     "reward is no higher.",
@@ -66,13 +67,19 @@ def verdict_of(reasons: Iterable[Alert]) -> Verdict:
     return Verdict(ordered[0].level if ordered else OK, ordered)
 
 
-def failed_step(step: int, reason: str) -> Alert:
-    """The alert of a step that was not taken since its log-probabilities, weights or gradient are not finite."""
-    advice = (
-        "lower optimizer.learning_rate or optimizer.max_gradient_norm, and go on from the last checkpoint with"
-        " run.allow_changes = true, or from one further back"
-    )
-    return Alert("not_finite", BAD, f"step {step} failed: {reason}", advice)
+def failed(step: int, error: Exception) -> Alert:
+    """The alert of a run that this error ended at `step`."""
+    if isinstance(error, FloatingPointError):
+        advice = (
+            "lower optimizer.learning_rate or optimizer.max_gradient_norm, and go on from the last checkpoint with"
+            " run.allow_changes = true, or from one further back"
+        )
+        return Alert("not_finite", BAD, f"step {step} failed: {error}", advice)
+    said = str(error).strip().partition("\n")[0]
+    if not type(error).__module__.startswith("gvpo_"):
+        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    advice = "mend it, and give the same command: it goes on from the last checkpoint; all of the error is in the log"
+    return Alert("error", BAD, f"step {step} failed: {said}", advice)
 
 
 class Alerts:

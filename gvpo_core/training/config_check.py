@@ -23,9 +23,10 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     """Every value or combination that cannot run: (field, what it is and what was wanted)."""
     c = config
     wrong = _of_no_use(config)
+    told = {name for name, _ in wrong}
 
     def need(good: bool, name: str, wanted: str) -> None:
-        if not good:
+        if not good and name not in told:
             section, _, key = name.partition(".")
             wrong.append((name, f"{name} = {getattr(getattr(c, section), key)!r}; expected {wanted}"))
 

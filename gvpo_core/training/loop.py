@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core import __version__
-from gvpo_core.training.alerts import Alerts, failed_step
+from gvpo_core.training.alerts import Alerts, failed
 from gvpo_core.training.checkpoint import (
     CheckpointError,
     begin_checkpoint,
@@ -41,7 +41,7 @@ from gvpo_core.training.header import header
 from gvpo_core.training.improve import improve
 from gvpo_core.training.metrics import StepFacts, read_records, step_metrics
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.redaction import hide_command, hide_settings, secrets_of
+from gvpo_core.training.redaction import hide, hide_command, hide_settings, secrets_of
 from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
 from gvpo_core.training.rollout import agree, collect
 from gvpo_core.training.run_folder import RunFolder
@@ -130,6 +130,7 @@ class _Run:
         config, last = self.config, self.config.run.steps
         start, evaluations = self._resume(), self._evaluations()
         self._open(start)
+        step = start
         with StopRequest() as stop:
             try:
                 if start == 0 and 0 in evaluations:
@@ -137,11 +138,9 @@ class _Run:
                 if stopping := self._anyone(stop.signal):
                     done = "before the first step, nothing to save" if start == 0 else f"after step {start}"
                     return self._stopped(start, stopping, done)
-                step = start
                 while step < last:
                     step += 1
-                    facts = self._trying(step)
-                    self._record("train", step, facts)
+                    self._record("train", step, self._step(step))
                     if self.console and self.shown:
                         self.console.sample(self.shown)
                     if step in evaluations:
@@ -153,6 +152,9 @@ class _Run:
                     if stopping:
                         return self._stopped(step, stopping, f"after step {step}")
                 return Result(last, self.folder.path, 0)
+            except Exception as e:
+                self._failed(step, e)
+                raise
             finally:
                 self._close()
 
@@ -210,15 +212,15 @@ class _Run:
         every, last = self.config.evaluation.every, self.config.run.steps
         return sorted({*range(0, last, every or last), last}) if self.held_out else []
 
-    def _trying(self, step: int) -> dict[str, float]:
-        """A step; one whose numbers are not finite leaves a BAD event, which has no train record, and its error."""
+    def _failed(self, step: int, error: Exception) -> None:
+        """Leaves a BAD event of the error that ends the run, for who reads the folder and not the log."""
+        alert = failed(step, error)
+        alert = alert._replace(seen=hide(alert.seen, secrets_of(as_table(self.config))))
         try:
-            return self._step(step)
-        except FloatingPointError as e:
-            alert = failed_step(step, str(e))
             told = {"verdict": alert.level, "alerts": [alert._asdict()]}
             self._event(step, "failed", f"{alert.level}: {alert.seen}; {alert.advice}", **told)
-            raise
+        except Exception as e:  # a full disk, say: the error itself is what is raised
+            _log.warning("the error that ended the run stands in no event: %s", e)
 
     def _step(self, step: int) -> dict[str, float]:
         config, policy, begin = self.config, self.policy, time.perf_counter()

@@ -158,7 +158,7 @@ def _state(run: Run) -> str:
     steps = run.setting("run", "steps")
     failed = [e for e in run.events if e.get("event") == "failed"]
     if failed:
-        return f"It failed in step {failed[-1]['step']} of {steps or '?'}, which was not taken: the alert says why."
+        return f"It failed at step {failed[-1]['step']} of {steps or '?'}: the alert says why."
     if not run.train:
         return "No step is recorded: the run stopped, or is still, before the end of its first."
     last = run.train[-1]["step"]
