@@ -16,7 +16,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.layout import Splitting
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import factors_of
+from gvpo_core.training.step import plan_step
 from gvpo_jax import checkpoint, generate, mesh, update, weights
 from gvpo_jax.learner import Learner
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
@@ -203,20 +203,10 @@ class JaxPolicy:
 
         Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
         """
-        tokens, everything = 0, np.arange(len(batch))
-        whole, rest = [], everything.tolist()
-        if self.world_size == 1 and self.optimizer_config.strategy == "group" and scored is None:
-            whole, rest = self._splitting.groups(batch)
-        factors, logprobs = np.zeros(len(batch)), np.zeros(len(batch))
-        if rest or not whole:
-            chosen = np.asarray(rest, dtype=np.int64)
-            if scored is None:
-                logprobs[chosen], tokens = self._logprobs(batch.take(rest))
-            else:
-                logprobs = np.asarray(scored, dtype=np.float64)
-                if logprobs.shape != (len(batch),):
-                    raise ValueError(f"scored has shape {logprobs.shape}; expected ({len(batch)},)")
-            factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
+        together = self.world_size == 1 and self.optimizer_config.strategy == "group"
+        whole, rest, logprobs, factors, tokens = plan_step(
+            batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs
+        )
         total = self.learner.no_gradient()
         for rows in (r for alike in update.plan(batch, whole, self.mesh) for r in alike):
             total, sums = self.learner.whole(total, rows, coefficients)

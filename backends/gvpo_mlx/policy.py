@@ -15,7 +15,7 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.layout import Splitting
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import factors_of, learning_rate
+from gvpo_core.training.step import learning_rate, plan_step
 from gvpo_mlx import checkpoint, generate, memory, model
 from gvpo_mlx.ranks import Ranks
 from gvpo_mlx.update import AdamW, Gradients, Passes
@@ -157,20 +157,10 @@ class MLXPolicy:
             return self._update(batch, coefficients, scored)
 
     def _update(self, batch: Batch, coefficients: Coefficients, scored: np.ndarray | None) -> Update:
-        tokens, everything = 0, np.arange(len(batch))
-        whole, rest = [], everything.tolist()
-        if self.world_size == 1 and self.optimizer_config.strategy == "group" and scored is None:
-            whole, rest = self._splitting.groups(batch)
-        factors, logprobs = np.zeros(len(batch)), np.zeros(len(batch))
-        if rest or not whole:
-            chosen = np.asarray(rest, dtype=np.int64)
-            if scored is None:
-                logprobs[chosen], tokens = self._logprobs(batch.take(rest))
-            else:
-                logprobs = np.asarray(scored, dtype=np.float64)
-                if logprobs.shape != (len(batch),):
-                    raise ValueError(f"scored has shape {logprobs.shape}; expected ({len(batch)},)")
-            factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
+        together = self.world_size == 1 and self.optimizer_config.strategy == "group"
+        whole, rest, logprobs, factors, tokens = plan_step(
+            batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs
+        )
         gradients = Gradients(self.scorer.names, [p.shape for p in self.scorer.parameters])
         for rows in whole:
             arrays, values, found, computed = self._passes.whole(batch, rows, coefficients)

@@ -17,7 +17,7 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.layout import Splitting
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import factors_of, learning_rate
+from gvpo_core.training.step import learning_rate, plan_step
 from gvpo_torch import checkpoint, generate, model
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.ranks import Ranks
@@ -171,20 +171,10 @@ class TorchPolicy:
         """
         optimizer = self._optimizer
         optimizer.zero_grad(set_to_none=True)
-        tokens, everything = 0, np.arange(len(batch))
-        whole, rest = [], everything.tolist()
-        if self.world_size == 1 and self.optimizer_config.strategy == "group" and scored is None:
-            whole, rest = self._splitting.groups(batch)
-        factors, logprobs = np.zeros(len(batch)), np.zeros(len(batch))
-        if rest or not whole:
-            chosen = np.asarray(rest, dtype=np.int64)
-            if scored is None:
-                logprobs[chosen], tokens = self._logprobs(batch.take(rest))
-            else:
-                logprobs = np.asarray(scored, dtype=np.float64)
-                if logprobs.shape != (len(batch),):
-                    raise ValueError(f"scored has shape {logprobs.shape}; expected ({len(batch)},)")
-            factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
+        together = self.world_size == 1 and self.optimizer_config.strategy == "group"
+        whole, rest, logprobs, factors, tokens = plan_step(
+            batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs
+        )
         if self.config.gradient_checkpointing:
             self._trained.train()  # transformers recomputes in training mode only; dropout is 0
         backward = Backward(self._score_autocast, self._trained, self.world_size)

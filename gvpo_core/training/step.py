@@ -1,11 +1,56 @@
-"""What every backend's optimizer step shares: the learning rate, and coefficients that are checked before use."""
+"""What every backend's optimizer step shares: which rows are scored first, coefficients checked, the learning rate."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import numpy as np
 
 from gvpo_core.training.config import OptimizerConfig
-from gvpo_core.training.policy import Coefficients
+from gvpo_core.training.layout import Row, Splitting
+from gvpo_core.training.policy import Batch, Coefficients
+
+
+class StepPlan(NamedTuple):
+    """How a step goes over its N responses: whole groups in one pass, the rest scored before it is stepped along."""
+
+    whole: list[list[Row]]  # micro-batches of whole groups: one forward pass serves coefficients and gradient
+    rest: list[int]  # all other responses
+    logprobs: np.ndarray  # (N,) float64, nats: of the rest, 0 elsewhere
+    factors: np.ndarray  # (N,) float64: coefficients of the rest, 0 elsewhere
+    tokens: int  # computed to score the rest
+
+
+def plan_step(
+    batch: Batch,
+    splitting: Splitting,
+    coefficients: Coefficients,
+    *,
+    together: bool,
+    scored: np.ndarray | None,
+    score: Callable[[Batch], tuple[np.ndarray, int]],
+) -> StepPlan:
+    """Scores what does not go through the step as whole groups, and gives it its coefficients.
+
+    Args:
+      together: whole groups may go in one pass: strategy "group" on one rank.
+      scored: (N,) the log-probabilities of all rows, where they are known; then no pass is needed for them.
+      score: gives a batch's log-probabilities (n,), nats, and the tokens computed.
+    Raises: FloatingPointError, ValueError: see `factors_of`.
+    """
+    count = len(batch)
+    whole, rest = splitting.groups(batch) if together and scored is None else ([], list(range(count)))
+    logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
+    if rest or not whole:  # a rank without rows calls too: there ranks meet
+        chosen = np.asarray(rest, dtype=np.int64)
+        if scored is None:
+            logprobs[chosen], tokens = score(batch.take(rest))
+        else:
+            logprobs = np.asarray(scored, dtype=np.float64)
+            if logprobs.shape != (count,):
+                raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
+        factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
+    return StepPlan(whole, rest, logprobs, factors, tokens)
 
 
 def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
