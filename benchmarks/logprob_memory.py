@@ -9,7 +9,6 @@ memory of the full logits.
 
 import argparse
 import json
-import resource
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int, device
     """One forward and backward; peak bytes, seconds, and two numbers to compare results by."""
     import torch
     from gvpo_torch import token_logprobs
+
+    from gvpo_core.training.memory import peak_memory
 
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator, device=device).requires_grad_()
@@ -35,7 +36,7 @@ def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int, device
     if device == "cuda":
         peak = torch.cuda.max_memory_allocated()
     else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = peak_memory()
     return {"peak": peak, "seconds": seconds, "mean": mean, "norm": norm}
 
 

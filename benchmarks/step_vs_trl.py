@@ -9,14 +9,13 @@ takes by itself. Each lives in a process of its own, which waits while the other
 
 TRL has the whole batch in one pass (per_device_train_batch_size = 64), and not bfloat16, its default, since the
 comparison is of float32. Gradient checkpointing is on, its default; afterwards it is measured without, and the bounds
-are of the faster and of the smaller of the two. Peak memory is of the whole process (ru_maxrss).
+are of the faster and of the smaller of the two. Peak memory is of the whole process.
 
 Exit status: 0 within the bounds, 1 beyond.
 """
 
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,6 +29,8 @@ sys.path.insert(0, str(DEMO))
 
 from prepare import MODEL, TRAIN, prepare  # noqa: E402  (the demo is a folder of scripts, not a package)
 from reward import reward  # noqa: E402
+
+from gvpo_core.training.memory import peak_memory  # noqa: E402
 
 TIME_BOUND, MEMORY_BOUND = 0.4, 1.0  # of TRL's
 PROMPTS, RESPONSES, TOKENS = 4, 16, 12
@@ -55,9 +56,7 @@ class Worker:
     def done(self, length: float) -> None:
         """Answers with this step's seconds (clock and CPUs), mean response length, and peak memory so far."""
         seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
-        unit = 1 if sys.platform == "darwin" else 1024
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        answer = {"seconds": seconds, "cpu": cpu, "length": length, "memory": memory}
+        answer = {"seconds": seconds, "cpu": cpu, "length": length, "memory": peak_memory()}
         print(json.dumps(answer), file=self.answers, flush=True)
 
 

@@ -2,8 +2,11 @@
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import table_run
 
@@ -11,7 +14,7 @@ from gvpo_core.training import cli
 from gvpo_core.training.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from gvpo_core.training.config_file import read_config
 from gvpo_core.training.console import Console
-from gvpo_core.training.memory import Memory, estimate_memory, in_words, machine_memory
+from gvpo_core.training.memory import Memory, estimate_memory, in_words, machine_memory, peak_memory
 from gvpo_core.training.preview import preview
 from gvpo_core.training.table import TablePolicy
 
@@ -157,6 +160,21 @@ def test_the_estimate_in_words_and_what_there_is():
 class Large(TablePolicy):
     def describe(self):
         return FACTS | {"device_memory": 2**20}
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """Not of the process that started it: a notebook with a model in it, say."""
+    held = np.ones(2**28 // 8)  # 256 MiB
+    assert peak_memory() > held.nbytes
+    program = (
+        "from gvpo_core.training.memory import peak_memory\n"
+        "before = peak_memory()\n"
+        "held = b'x' * 2**26\n"
+        "print(before, peak_memory() - before)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, grown = map(int, found.split())
+    assert before < held.nbytes and 0.9 * 2**26 < grown < 1.2 * 2**26
 
 
 def test_a_model_that_is_too_large_is_said_to_be(tmp_path):

@@ -1,8 +1,6 @@
 """The JAX policy: what `gvpo_core.training` trains, on one device or over a mesh of many."""
 
 import logging
-import resource
-import sys
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -14,6 +12,7 @@ import numpy as np
 from gvpo_core.training import hugging_face, layout
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.layout import Splitting
+from gvpo_core.training.memory import peak_memory
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.step import plan_step
@@ -224,8 +223,7 @@ class JaxPolicy:
         peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in self.mesh.local_devices]
         if any(peaks):
             return int(max(peaks))
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak_memory()
 
     # -- on disk
 

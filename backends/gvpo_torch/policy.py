@@ -1,8 +1,6 @@
 """The PyTorch policy: what `gvpo_core.training` trains, on one device or several."""
 
 import contextlib
-import resource
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +13,7 @@ from torch import Tensor
 from gvpo_core.training import hugging_face, layout
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.layout import Splitting
+from gvpo_core.training.memory import peak_memory
 from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.step import learning_rate, plan_step
@@ -201,8 +200,7 @@ class TorchPolicy:
             peak = torch.cuda.max_memory_allocated(self.device)
             torch.cuda.reset_peak_memory_stats(self.device)
             return peak
-        unit = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+        return peak_memory()
 
     # -- on disk
 

@@ -28,7 +28,7 @@ PROBLEMS: dict[str, Any] = {
     "operators": ["+"],
     "allow_parentheses": False,
     "format_style": "natural",
-    "seed": 2504,
+    "seed": 19599,  # not the split on which the settings of config.toml were chosen
     "size": 200_000,
 }
 

@@ -6,6 +6,8 @@ docs/training.md says how near this comes to what was measured.
 """
 
 import os
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +122,22 @@ def _sampling(facts: Mapping[str, Any], config: Config, prompt_tokens: int, rank
     logits = shape["vocabulary"] * 28  # in float32, and in float64 thrice while a token is drawn
     held: int = rows * (row + logits)
     return held
+
+
+def peak_memory() -> int:
+    """Bytes that this process has had in memory at most.
+
+    On Linux from /proc: there `ru_maxrss` of a process begins with what the one that started it had.
+    """
+    try:
+        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    except OSError:  # not Linux
+        found = None
+    if found:
+        return int(found[1]) * 1024
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def machine_memory(facts: Mapping[str, Any]) -> int | None:
