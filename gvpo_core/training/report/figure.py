@@ -19,27 +19,27 @@ def reward_curve_png(run: Path, out: Path) -> Path:
     except ImportError as e:
         raise ImportError('the reward curve needs matplotlib: pip install "gvpo[demo]"') from e
     data = read_run(run)
-    reward, half = data.series("reward/mean"), data.series("reward/half_width")
+    reward, limits = data.series("reward/mean"), data.reward_range()
     held_out = data.series("eval/reward", kind="eval")
     if not reward:
         raise ValueError(f"{run / 'metrics.jsonl'} has no step with a reward; run at least one step")
     figure = Figure(figsize=(7.2, 3.8), dpi=200, layout="constrained")
     FigureCanvasAgg(figure)  # a canvas of our own: no global backend is chosen, no window opened
     axes = figure.add_subplot()
-    by_step = dict(zip(half.steps, half.values, strict=True))
-    halves = np.nan_to_num(np.asarray([by_step.get(step, 0.0) for step in reward.steps]))
+    halves = np.nan_to_num(data.along(reward, "reward/half_width"))
     window = max(1, len(reward.values) // 15) | 1  # odd: moving_mean is centred
     smooth, place = moving_mean(reward.values, window), np.arange(len(halves))
     averaged = np.minimum(place + window // 2 + 1, len(halves)) - np.maximum(place - window // 2, 0)
     band = np.sqrt(moving_mean(halves**2, window) / averaged)  # of the mean that the line shows
-    axes.fill_between(reward.steps, smooth - band, smooth + band, color="#2563c9", alpha=0.14, linewidth=0)
+    low, high = np.clip(smooth - band, *limits), np.clip(smooth + band, *limits)
+    axes.fill_between(reward.steps, low, high, color="#2563c9", alpha=0.14, linewidth=0)
     axes.plot(reward.steps, reward.values, color="#2563c9", alpha=0.35, linewidth=0.8)
     name = f"training, mean of {window} steps" if window > 1 else "training"
     axes.plot(reward.steps, smooth, color="#2563c9", linewidth=1.8, label=name)
     if held_out:
-        bars = data.series("eval/half_width", kind="eval")
-        known = dict(zip(bars.steps, bars.values, strict=True))
-        errors = np.nan_to_num(np.asarray([known.get(step, 0.0) for step in held_out.steps]))
+        half = np.nan_to_num(data.along(held_out, "eval/half_width", kind="eval"))
+        ends = np.clip([held_out.values - half, held_out.values + half], *limits)
+        errors = np.abs(ends - held_out.values)
         prompts = data.evaluations[-1].get("eval/prompts")
         axes.errorbar(
             held_out.steps, held_out.values, errors, color="#d9580d", fmt="o-", markersize=5, linewidth=1.4,

@@ -59,6 +59,21 @@ class Run:
             self._series[kind, key] = Series(np.asarray(steps, np.float64), np.asarray(values, np.float64))
         return self._series[kind, key]
 
+    def along(self, series: Series, key: str, *, kind: str = "train") -> np.ndarray:
+        """The values of `key` at the steps of another series; NaN where it has none."""
+        known = self.series(key, kind=kind)
+        by_step = dict(zip(known.steps, known.values, strict=True))
+        return np.asarray([by_step.get(step, np.nan) for step in series.steps])
+
+    def reward_range(self) -> tuple[float, float]:
+        """The lowest and the highest reward of any response: no mean lies beyond, whatever its interval says."""
+        low, high = self.series("reward/min").values, self.series("reward/max").values
+        if not (np.isfinite(low).any() and np.isfinite(high).any()):
+            return -np.inf, np.inf
+        held_out = self.series("eval/reward", kind="eval").values
+        known = held_out[np.isfinite(held_out)]
+        return float(min([np.nanmin(low), *known])), float(max([np.nanmax(high), *known]))
+
     def keys(self, prefix: str, *, kind: str = "train") -> list[str]:
         """The keys with a prefix, in order of first appearance."""
         if kind not in self._keys:

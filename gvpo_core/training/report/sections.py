@@ -26,7 +26,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
         return Chart(title, unit, reading, stack=[a for a in areas if a.series], marks=marks, **more)
 
     reward, held_out = run.series("reward/mean"), run.series("eval/reward", kind="eval")
-    limits = _range(run, held_out)
+    limits = run.reward_range()
     latencies = run.keys("reward_seconds/")
     parts = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in _TOTALS]
     errors = run.keys("reward_errors/")
@@ -39,8 +39,8 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     "",
                     "Points with bars are held-out prompts: trust those. The thin line is one training step, the thick "
                     "one the mean of the steps around it; bands and bars are 95 % intervals.",
-                    Line("training", reward, 1, _along(run, reward, "reward/half_width"), True, limits),
-                    Points("held-out", held_out, 2, _along(run, held_out, "eval/half_width", kind="eval"), limits),
+                    Line("training", reward, 1, run.along(reward, "reward/half_width"), True, limits),
+                    Points("held-out", held_out, 2, run.along(held_out, "eval/half_width", kind="eval"), limits),
                     wide=len(parts) < 2,
                 ),
                 chart(
@@ -212,25 +212,9 @@ def _failures(run: Run, keys: Sequence[str]) -> str:
     return f"By reward and cause. Errors and timeouts count as the failure_value: {counted}; others leave their group."
 
 
-def _range(run: Run, held_out: Series) -> tuple[float, float]:
-    """The lowest and the highest reward of any response: no mean lies beyond, whatever its interval says."""
-    low, high = run.series("reward/min").values, run.series("reward/max").values
-    if not (np.isfinite(low).any() and np.isfinite(high).any()):
-        return -np.inf, np.inf
-    known = held_out.values[np.isfinite(held_out.values)]
-    return float(min([np.nanmin(low), *known])), float(max([np.nanmax(high), *known]))
-
-
-def _along(run: Run, series: Series, key: str, *, kind: str = "train") -> np.ndarray:
-    """The values of `key` at the steps of another series; NaN where it has none."""
-    known = run.series(key, kind=kind)
-    by_step = dict(zip(known.steps, known.values, strict=True))
-    return np.asarray([by_step.get(step, np.nan) for step in series.steps])
-
-
 def _rest(run: Run, whole: str, *parts: str) -> Series:
     series = run.series(whole)
-    taken = sum((np.nan_to_num(_along(run, series, part)) for part in parts), np.zeros(len(series.values)))
+    taken = sum((np.nan_to_num(run.along(series, part)) for part in parts), np.zeros(len(series.values)))
     return Series(series.steps, np.maximum(series.values - taken, 0))
 
 
