@@ -100,3 +100,12 @@ def test_noise_is_called_noise_and_little_is_called_little():
     assert "nothing here says how the model does on new prompts" in " ".join(read_out(run_of()).sentences)
     alone = [e | {"eval/half_width": None} for e in evaluations]
     assert "too little to tell" in " ".join(read_out(run_of(evaluations=alone)).sentences)
+
+
+def test_a_run_that_failed_says_so_until_it_is_resumed():
+    failed, resumed = ({"kind": "event", "step": step, "event": kind} for step, kind in ((3, "failed"), (2, "resume")))
+    said = lambda *events: " ".join(
+        read_out(run_of(config={"run": {"steps": 9}}, events=events, reward__mean=[0.1, 0.2])).sentences
+    )
+    assert "It failed at step 3 of 9" in said(failed)
+    assert "It failed" not in said(failed, resumed) and "It stands at step 2 of 9" in said(failed, resumed)

@@ -156,9 +156,8 @@ def _what(run: Run) -> str:
 
 def _state(run: Run) -> str:
     steps = run.setting("run", "steps")
-    failed = [e for e in run.events if e.get("event") == "failed"]
-    if failed:
-        return f"It failed at step {failed[-1]['step']} of {steps or '?'}: the alert says why."
+    if run.events and run.events[-1].get("event") == "failed":  # not resumed since
+        return f"It failed at step {run.events[-1]['step']} of {steps or '?'}: the alert says why."
     if not run.train:
         return "No step is recorded: the run stopped, or is still, before the end of its first."
     last = run.train[-1]["step"]
