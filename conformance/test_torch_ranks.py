@@ -123,3 +123,48 @@ def test_two_processes_take_the_step_of_one(sharding: str, kind: str, folder, on
     assert step_difference(both["three"], parameters(of_policy)) < 1e-5
     scored = policy(both["out"] / "export").logprobs(worker.OF)
     np.testing.assert_allclose(scored, both["found"]["scoredFalse"], rtol=0, atol=1e-4)
+
+
+ENDS = """
+import os, sys
+import numpy as np
+from gvpo_core.training.config import ModelConfig
+from gvpo_torch.ranks import Ranks
+
+sys.setswitchinterval(100)  # no thread gets Python's lock but where the main one waits
+
+def pair(port):
+    os.environ["MASTER_PORT"] = port
+    started = []
+    for rank in ("0", "1"):
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(os.fork())
+        if not started[-1]:
+            return None
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+
+for port in sys.argv[1:]:
+    statuses = pair(port)
+    if statuses is None:
+        ranks = Ranks(ModelConfig(device="cpu"))
+        for _ in range(50):
+            ranks.gather(np.arange(3.0))
+        break
+    print(*statuses, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot put two processes on one core")
+def test_processes_end_in_peace(tmp_path) -> None:
+    """pytorch/pytorch#190489: without a wait one in five of these pairs aborts while Python ends."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    cores = os.sched_getaffinity(0)
+    env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, str(tmp_path / "ends.py"), *(str(free_port()) for _ in range(10))]
+    with subprocess.Popen(
+        command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        os.sched_setaffinity(started.pid, [min(cores)])
+        out, error = started.communicate(timeout=300)
+    assert out.split() == ["0"] * 20, f"{out}\n{error}"

@@ -4,7 +4,6 @@ import atexit
 import os
 import time
 import weakref
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch.distributed as dist
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 
-_LET_GO_SECONDS = 5.0  # that the end of a process waits, at most, for the threads of its process group
+_REST_SECONDS, _LET_GO_SECONDS = 0.1, 5.0  # that the end of a process waits for the threads of its process group
 
 
 class Ranks:
@@ -25,7 +24,7 @@ class Ranks:
         Raises: ConfigError: a device that is not there, or one named by index beside several processes.
         """
         self.accelerator = None
-        self._last: Sequence[weakref.ref[torch.Tensor]] = ()  # tensors of the last collective
+        self._lent: list[weakref.ref[torch.Tensor]] = []  # tensors that a thread of the process group may still hold
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
         if world_size > 1:
@@ -59,18 +58,20 @@ class Ranks:
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
-        self._last = [weakref.ref(t) for t in (tensor, *parts)]
+        self._lent = [ref for ref in self._lent if ref() is not None]
+        self._lent += [weakref.ref(t) for t in (tensor, *parts)]
         return parts
 
     def _wait_for_threads(self) -> None:
-        """Waits until the process group's threads hold no tensor of the last collective.
+        """Waits until the process group's threads hold no tensor of a collective.
 
         A thread that gives back such a tensor asks for Python's lock. Where Python ends meanwhile, the process aborts
         with "terminate called without an active exception" (pytorch/pytorch#190489), and torchrun calls a run that has
         saved everything a failed one. Destroying the group does not end its threads while DDP or a mesh refers to it.
         """
+        time.sleep(_REST_SECONDS)  # here a thread with a tensor of DDP or FSDP, which nobody counts, gets the lock
         until = time.monotonic() + _LET_GO_SECONDS
-        while time.monotonic() < until and any(ref() is not None for ref in self._last):
+        while time.monotonic() < until and any(ref() is not None for ref in self._lent):
             time.sleep(0.001)
 
 
