@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 trl_runs.py FOLDER OUT SETTINGS_AS_JSON       one of
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,7 @@ def main() -> None:
         np.savez(out / "start.npz", **{name: p.numpy() for name, p in found["start"].items()})
         (out / "log.json").write_text(json.dumps(found["log"]))
     torch.distributed.destroy_process_group()
+    time.sleep(0.2)  # the group's threads give their tensors back: see test_processes_end_in_peace
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ torchrun --nproc-per-node 2 verl_runs.py FOLDER OUT SETTINGS_AS_JSON      one of
 
 import json
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,7 @@ def main() -> None:
     if size == 1:
         learn(folder, out)
     torch.distributed.destroy_process_group()
+    time.sleep(0.2)  # the group's threads give their tensors back: see test_processes_end_in_peace
 
 
 if __name__ == "__main__":
