@@ -11,8 +11,8 @@ from required import require
 
 require(subject="torch")
 
-# What glibc keeps back for later differs from machine to machine by a third of the run: here it keeps nothing back, and
-# `allocator`, the factor that stands for it in the estimate, is 1.
+# By itself glibc keeps half as much again back for later (with LoRA 764 MB instead of 488). Here it keeps nothing back,
+# and `allocator`, the factor that stands for it in the estimate, is 1.
 PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
 
 RUN = """
