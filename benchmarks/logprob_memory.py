@@ -19,7 +19,7 @@ def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int, device
     import torch
     from gvpo_torch import token_logprobs
 
-    from gvpo_core.training.memory import peak_memory
+    from gvpo_core.training.policy.memory import peak_memory
 
     generator = torch.Generator(device).manual_seed(0)
     hidden = torch.randn(tokens, hidden_size, generator=generator, device=device).requires_grad_()

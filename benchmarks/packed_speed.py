@@ -23,9 +23,8 @@ import torch
 from gvpo_torch import model
 from gvpo_torch.ranks import Ranks
 
-from gvpo_core.training import layout
 from gvpo_core.training.config import ModelConfig
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, layout
 
 
 def demo_model() -> Path:

@@ -30,7 +30,7 @@ sys.path.insert(0, str(DEMO))
 from prepare import MODEL, TRAIN, prepare  # noqa: E402  (the demo is a folder of scripts, not a package)
 from reward import reward  # noqa: E402
 
-from gvpo_core.training.memory import peak_memory  # noqa: E402
+from gvpo_core.training.policy.memory import peak_memory  # noqa: E402
 
 TIME_BOUND, MEMORY_BOUND = 0.4, 1.0  # of TRL's
 PROMPTS, RESPONSES, TOKENS = 4, 16, 12
@@ -62,11 +62,11 @@ class Worker:
 
 def work_gvpo() -> None:
     """The real loop, its records and all; the console's calls are the clock."""
-    from gvpo_core.training.backend import load_policy
     from gvpo_core.training.config import Config
-    from gvpo_core.training.config_file import read_config
-    from gvpo_core.training.console import Console
+    from gvpo_core.training.config.file import read_config
     from gvpo_core.training.loop import train
+    from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.watch.console import Console
 
     worker = Worker()
 

@@ -22,6 +22,7 @@ MARKS = {
     "modes(*names)": "run in these modes only: eager, compiled; default: both",
     "needs(feature)": "run on subjects that have it: grad",
     "capability(name)": "the column of docs/conformance.md that the test counts in",
+    "slow": "takes many seconds: `nox` leaves it out, `nox -s full` runs it",
     "core": "needs no subject but NumPy: runs where NumPy is among the subjects",
 }
 # What tests of the core are skipped without: missing is an error where GVPO_SUBJECTS names "core".

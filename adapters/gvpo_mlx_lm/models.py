@@ -17,7 +17,7 @@ from mlx_lm import utils
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-from gvpo_core.training.hugging_face import rope_settings
+from gvpo_core.training.policy.hugging_face import rope_settings
 
 _OTHERWISE = {
     "longrope": "mlx-lm takes the long factors at every length, transformers beyond the original one alone",

@@ -9,7 +9,7 @@ import optax
 
 from gvpo_core.training.config import OptimizerConfig
 from gvpo_core.training.policy import Coefficients
-from gvpo_core.training.step import factors_of, learning_rate
+from gvpo_core.training.policy.step import factors_of, learning_rate
 from gvpo_jax import mesh, update
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs, out_of_memory

@@ -16,7 +16,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.hugging_face import rope_settings
+from gvpo_core.training.policy.hugging_face import rope_settings
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, product, token_logprobs
 from gvpo_jax.mesh import BATCH
 

@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from gvpo_core.training import hugging_face, layout
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.layout import Splitting
-from gvpo_core.training.memory import peak_memory
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout
+from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.memory import peak_memory
+from gvpo_core.training.policy.step import plan_step
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import plan_step
 from gvpo_jax import checkpoint, generate, mesh, update, weights
 from gvpo_jax.learner import Learner
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES

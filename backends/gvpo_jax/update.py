@@ -14,8 +14,7 @@ import optax
 from jax import Array, lax
 from jax.sharding import Mesh
 
-from gvpo_core.training import layout
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, layout
 from gvpo_jax import mesh as meshes
 from gvpo_jax.model import Parameters, Setup, score
 

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.hugging_face import portable_config
+from gvpo_core.training.policy.hugging_face import portable_config
 from gvpo_jax import mesh as meshes
 from gvpo_jax.model import EMBEDDING, HEAD, LAYER, Parameters, Spec
 

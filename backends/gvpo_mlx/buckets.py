@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gvpo_core.training.layout import Arrays
+from gvpo_core.training.policy.layout import Arrays
 
 
 def bucket(size: int) -> int:

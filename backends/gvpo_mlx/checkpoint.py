@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.hugging_face import local_folder, portable_config
+from gvpo_core.training.policy.hugging_face import local_folder, portable_config
 from gvpo_mlx.adapters import adapted, merged
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.update import AdamW

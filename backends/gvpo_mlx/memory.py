@@ -15,7 +15,7 @@ GIB = 2**30
 FRAMEWORK = 150 * 2**20  # a process that has imported MLX, mlx-lm and transformers, measured at 100 on CPU
 KEPT, RECOMPUTED = (20, 6), (48, 10)
 """Numbers that a layer holds for each token, in its width and its inner width: kept from the forward to the backward
-pass, and at most while a layer is recomputed. Measured on tiny Llamas on CPU (conformance/test_mlx_memory.py)."""
+pass, and at most while a layer is recomputed. Measured on tiny Llamas (conformance/backends/test_mlx_memory.py)."""
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 
 

@@ -18,10 +18,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
-from gvpo_core.training import layout
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.hugging_face import explained, load_tokenizer, local_folder, read_config
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.policy.hugging_face import explained, load_tokenizer, local_folder, read_config
 from gvpo_mlx import rope, settings
 from gvpo_mlx.adapters import adapted, add_adapters, switched_off
 from gvpo_mlx.logprobs import Quantized, token_logprobs

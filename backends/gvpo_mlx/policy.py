@@ -10,12 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from gvpo_core.training import hugging_face
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.layout import Splitting
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face
+from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.step import learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import learning_rate, plan_step
 from gvpo_mlx import checkpoint, generate, memory, model
 from gvpo_mlx.ranks import Ranks
 from gvpo_mlx.update import AdamW, Gradients, Passes

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.nn as nn
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.hugging_face import rope_settings
+from gvpo_core.training.policy.hugging_face import rope_settings
 
 _YARN = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
 _MODULES = {

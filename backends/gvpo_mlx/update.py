@@ -7,11 +7,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from gvpo_core.training import layout
 from gvpo_core.training.config import OptimizerConfig
-from gvpo_core.training.layout import Row
-from gvpo_core.training.policy import Batch, Coefficients
-from gvpo_core.training.step import factors_of
+from gvpo_core.training.policy import Batch, Coefficients, layout
+from gvpo_core.training.policy.layout import Row
+from gvpo_core.training.policy.step import factors_of
 from gvpo_mlx import buckets
 from gvpo_mlx.model import Scorer, inputs
 

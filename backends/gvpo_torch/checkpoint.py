@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.hugging_face import portable_config
+from gvpo_core.training.policy.hugging_face import portable_config
 from gvpo_torch.model import without_bars
 from gvpo_torch.update import whole
 

@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gvpo_core.training import layout
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.hugging_face import explained, load_tokenizer, source
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.policy.hugging_face import explained, load_tokenizer, source
 from gvpo_torch.logprobs import token_logprobs
 
 log = logging.getLogger("gvpo.torch")

@@ -10,13 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gvpo_core.training import hugging_face, layout
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.layout import Splitting
-from gvpo_core.training.memory import peak_memory
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout
+from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.memory import peak_memory
+from gvpo_core.training.policy.step import learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
-from gvpo_core.training.step import learning_rate, plan_step
 from gvpo_torch import checkpoint, generate, model
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.ranks import Ranks

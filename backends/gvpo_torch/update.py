@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gvpo_core.training import layout
 from gvpo_core.training.config import OptimizerConfig
-from gvpo_core.training.layout import Row
-from gvpo_core.training.policy import Batch, Coefficients
-from gvpo_core.training.step import factors_of
+from gvpo_core.training.policy import Batch, Coefficients, layout
+from gvpo_core.training.policy.layout import Row
+from gvpo_core.training.policy.step import factors_of
 
 Score = Callable[[layout.Arrays], Tensor]
 

@@ -18,7 +18,7 @@ from typing import Any
 from prepare import prepare
 
 from gvpo_core.training import cli
-from gvpo_core.training.config_file import read_config
+from gvpo_core.training.config.file import read_config
 from gvpo_core.training.report.figure import reward_curve_png
 
 CONFIG = Path(__file__).parent / "config.toml"

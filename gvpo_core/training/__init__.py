@@ -1,6 +1,5 @@
 """The training loop, for use from Python: `train(config, policy)` with any `Policy`."""
 
-from gvpo_core.training.backend import load_policy
 from gvpo_core.training.config import (
     Config,
     ConfigError,
@@ -16,6 +15,7 @@ from gvpo_core.training.config import (
 from gvpo_core.training.evaluation import evaluate
 from gvpo_core.training.loop import Result, train
 from gvpo_core.training.policy import Batch, Coefficients, Policy, Response, Update
+from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.sampling import Sampling
 
 __all__ = [

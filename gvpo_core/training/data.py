@@ -3,18 +3,19 @@
 import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.config import ConfigError, DataConfig
+from gvpo_core.training.config import Config, ConfigError, DataConfig, RewardConfig
 from gvpo_core.training.policy import Policy, Prompt, Tokens
 
 Row = Mapping[str, Any]
+_GIVEN = "given in Python"
 
 
 class DataError(ValueError):
@@ -201,3 +202,34 @@ def _from_datasets(path: Path, name: str) -> list[Row]:
     if not isinstance(loaded, Dataset):
         raise DataError(f"{name} = {str(path)!r} holds the splits {', '.join(loaded)}; point to one of them")
     return list(loaded)
+
+
+def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
+    """The rows handed over as `train_rows`, else those of the configured file. Raises: DataError: there are none."""
+    if given is None:
+        return load_rows(config.data.train, "data.train")
+    return load_rows(given, "train_rows")
+
+
+def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
+    """All rows handed over as `evaluation_rows`, else those of the configured file; none where there is neither.
+
+    Raises: DataError: one of them is named and has no rows.
+    """
+    if given is None:
+        return load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else []
+    return load_rows(given, "evaluation_rows")
+
+
+def held_out(config: Config, policy: Policy, rows: Sequence[Row]) -> Prompts:
+    """The held-out prompts that an evaluation uses of these rows, encoded."""
+    chosen, limit = rows[: config.evaluation.prompts or None], config.rollout.max_tokens
+    return encode_prompts(policy, chosen, config.data, "data.evaluation", max_tokens=limit)
+
+
+def with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, Callable[..., Any]] | None) -> Config:
+    """Says in the settings, which the run folder keeps, what was handed over as Python objects."""
+    if rows is not None and not config.data.train:
+        config = replace(config, data=replace(config.data, train=_GIVEN))
+    named = {name: RewardConfig(function=_GIVEN) for name in rewards or {}}
+    return replace(config, rewards=named | config.rewards)

@@ -9,8 +9,8 @@ import numpy as np
 from gvpo_core.baselines import objective_coefficients
 from gvpo_core.training.config import ObjectiveConfig
 from gvpo_core.training.policy import Coefficients, Policy, Update
+from gvpo_core.training.policy.step import check_finite
 from gvpo_core.training.rollout import Rollout
-from gvpo_core.training.step import check_finite
 
 _RATIO = ("grpo", "dr_grpo", "rloo")  # weigh by pi_theta / pi_old (Eq. 19)
 _ALONE = ("sft", "reject_sampling")  # a group of one response is a group

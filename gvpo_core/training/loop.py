@@ -19,8 +19,19 @@ from typing import Any
 import numpy as np
 
 from gvpo_core import __version__
-from gvpo_core.training.alerts import Alerts, failed
-from gvpo_core.training.checkpoint import (
+from gvpo_core.training.config import Config
+from gvpo_core.training.config.check import check_config
+from gvpo_core.training.config.file import as_table
+from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
+from gvpo_core.training.data import Prompts, Row, encode_prompts, held_out, held_out_rows, training_rows, with_given
+from gvpo_core.training.evaluation import evaluated
+from gvpo_core.training.improve import improve
+from gvpo_core.training.metrics import StepFacts, read_records, step_metrics
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.ranks import agree
+from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
+from gvpo_core.training.rollout import collect
+from gvpo_core.training.run.checkpoint import (
     CheckpointError,
     begin_checkpoint,
     checkpoint_at,
@@ -29,24 +40,15 @@ from gvpo_core.training.checkpoint import (
     partial_checkpoint,
     save_failed,
 )
-from gvpo_core.training.command import resume_command
-from gvpo_core.training.config import Config
-from gvpo_core.training.config_check import check_config
-from gvpo_core.training.config_file import as_table
-from gvpo_core.training.console import Console
-from gvpo_core.training.data import Prompts, Row, encode_prompts
-from gvpo_core.training.evaluation import ORDER, TRAIN, evaluated, held_out, held_out_rows, training_rows, with_given
-from gvpo_core.training.fingerprint import fingerprint
-from gvpo_core.training.header import header
-from gvpo_core.training.improve import improve
-from gvpo_core.training.metrics import StepFacts, read_records, step_metrics
-from gvpo_core.training.policy import Policy
-from gvpo_core.training.redaction import hide, hide_command, hide_settings, secrets_of
-from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
-from gvpo_core.training.rollout import agree, collect
-from gvpo_core.training.run_folder import RunFolder
-from gvpo_core.training.signals import StopRequest
-from gvpo_core.training.trackers import Tracker, open_trackers
+from gvpo_core.training.run.fingerprint import fingerprint
+from gvpo_core.training.run.folder import RunFolder
+from gvpo_core.training.run.resume import resume_command
+from gvpo_core.training.run.signals import StopRequest
+from gvpo_core.training.sampling import ORDER, TRAIN
+from gvpo_core.training.watch.alerts import Alerts, failed
+from gvpo_core.training.watch.console import Console
+from gvpo_core.training.watch.header import header
+from gvpo_core.training.watch.trackers import Tracker, open_trackers
 
 _log = logging.getLogger("gvpo")
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.objective import gvpo_loss, gvpo_regret
-from gvpo_core.training.metric_names import PHASES
+from gvpo_core.training.watch.metric_names import PHASES
 
 
 @dataclass(frozen=True)

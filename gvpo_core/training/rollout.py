@@ -12,6 +12,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, Response
+from gvpo_core.training.policy.ranks import agree
 from gvpo_core.training.rewards import Reward, RewardError, Scores, score
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -116,16 +117,6 @@ def _foreign(policy: Policy, responses: Sequence[Response]) -> ConfigError | Non
         f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: give a sampler"
         " with the policy's own tokenizer"
     )
-
-
-def agree(policy: Policy, error: Exception | None, kind: type[Exception] = RuntimeError) -> None:
-    """Raises on every rank when any rank has an error, so that none waits for a rank that left."""
-    message = np.frombuffer((f"{error}\n" if error else "").encode(), np.uint8)
-    text = policy.gather(message).tobytes().decode().strip()
-    if error:
-        raise error
-    if text:
-        raise kind(text)
 
 
 def _score_everywhere(

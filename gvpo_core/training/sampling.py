@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+TRAIN, EVALUATE, ORDER = 0, 1, 2  # second keys of the seeds, so that no two uses share a stream
+
 
 @dataclass(frozen=True)
 class Sampling:

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gvpo_core.training.alerts import BAD, LEVELS, OK, WATCH, Alert, Alerts
 from gvpo_core.training.report.read import Run, number
+from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH, Alert, Alerts
 
 _GAP = 5  # steps without an alert that do not end its episode
 

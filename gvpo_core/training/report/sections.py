@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.metric_names import PHASES, RESERVED_REWARD_NAMES
 from gvpo_core.training.report.charts import Chart, Line, Points
 from gvpo_core.training.report.read import Run, Series
+from gvpo_core.training.watch.metric_names import PHASES, RESERVED_REWARD_NAMES
 
 
 def sections(run: Run) -> list[tuple[str, list[Chart]]]:

@@ -1,0 +1,170 @@
+"""Two processes (gloo, CPU) take the step of one, with groups across ranks and with an idle rank."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+from batches import step_difference
+from places import SUPPORT
+from required import require
+from torch_policies import parameters, policy
+
+require(subject="torch")
+
+import torch_rank_worker as worker
+
+SMOOTH = {"learning_rate": 0.02, "betas": [0.0, 0.0], "eps": 1.0, "micro_batch_responses": 2, "strategy": "score"}
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run(size: int, folder: Path, out: Path, settings: dict[str, object]) -> dict[str, object]:
+    """Starts `size` workers and waits; what rank 0 wrote."""
+    out.mkdir()
+    path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
+    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    if size > 1:
+        shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, str(SUPPORT / "torch_rank_worker.py"), str(folder), str(out), json.dumps(settings)]
+    logs = [open(out / f"rank{rank}.log", "w+") for rank in range(size)]  # noqa: SIM115 - closed below
+    workers = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=logs[rank],
+            stderr=subprocess.STDOUT,
+        )
+        for rank in range(size)
+    ]
+    try:
+        statuses = [process.wait(timeout=240) for process in workers]
+    except subprocess.TimeoutExpired:
+        statuses = [process.poll() for process in workers]
+    finally:
+        for process in workers:
+            process.kill()
+            process.wait()
+        for log in logs:
+            log.close()
+    texts = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(size))
+    assert statuses == [0] * size, f"workers ended with {statuses}:\n{texts}"
+    read = lambda name: dict(np.load(out / f"{name}.npz"))
+    return {
+        "out": out,
+        "one": read("one"),
+        "two": read("two"),
+        "three": read("three"),
+        "found": read("found"),
+    } | json.loads((out / "facts.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tiny_models.make_model("llama-tied-bias", tmp_path_factory.mktemp("llama"))
+
+
+KINDS = {
+    "full": {},
+    "lora": {"lora_rank": 2, "learning_rate": 0.2},
+    "checkpointing": {"gradient_checkpointing": True, "max_gradient_norm": 0.5},
+}
+
+
+@pytest.fixture(scope="module")
+def one(folder, tmp_path_factory):
+    made: dict[str, dict[str, object]] = {}
+
+    def get(kind: str):
+        if kind not in made:
+            made[kind] = run(1, folder, tmp_path_factory.mktemp(kind) / "one", SMOOTH | KINDS[kind])
+        return made[kind]
+
+    return get
+
+
+@pytest.mark.parametrize(
+    ("sharding", "kind"),
+    [
+        ("data_parallel", "full"),
+        ("data_parallel", "lora"),
+        ("fsdp", "full"),
+        ("fsdp", "lora"),
+        ("fsdp", "checkpointing"),
+    ],
+)
+def test_two_processes_take_the_step_of_one(sharding: str, kind: str, folder, one, tmp_path) -> None:
+    alone = one(kind)
+    both = run(2, folder, tmp_path / "two", SMOOTH | KINDS[kind] | {"sharding": sharding})
+    assert both["ranks"] == 2
+    assert both["sharding"] == sharding
+    assert both["parameters"] == alone["parameters"]
+    start = parameters(policy(folder, **(KINDS[kind])))
+    for name in ("one", "two", "three"):
+        moved = [{p: values[name][p] - start[p] for p in start} for values in (alone, both)]
+        assert step_difference(alone[name], both[name]) < 1e-5
+        assert step_difference(*moved) < 1e-4
+    for name, value in alone["found"].items():
+        np.testing.assert_allclose(both["found"][name], value, rtol=1e-4, atol=1e-4, err_msg=name)
+    assert both["tokens"] == alone["tokens"]
+    # A checkpoint is of no number of ranks: one process goes on from theirs.
+    of_policy = policy(folder, **(SMOOTH | KINDS[kind]))
+    of_policy.restore(both["out"] / "checkpoint")
+    worker.step(of_policy, [list(range(len(worker.OF)))])
+    assert step_difference(both["three"], parameters(of_policy)) < 1e-5
+    scored = policy(both["out"] / "export").logprobs(worker.OF)
+    np.testing.assert_allclose(scored, both["found"]["scoredFalse"], rtol=0, atol=1e-4)
+
+
+ENDS = """
+import os, sys
+import numpy as np
+from gvpo_core.training.config import ModelConfig
+from gvpo_torch.ranks import Ranks
+
+sys.setswitchinterval(100)  # no thread gets Python's lock but where the main one waits
+
+def pair(port):
+    os.environ["MASTER_PORT"] = port
+    started = []
+    for rank in ("0", "1"):
+        os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
+        started.append(os.fork())
+        if not started[-1]:
+            return None
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
+
+for port in sys.argv[1:]:
+    statuses = pair(port)
+    if statuses is None:
+        ranks = Ranks(ModelConfig(device="cpu"))
+        for _ in range(50):
+            ranks.gather(np.arange(3.0))
+        break
+    print(*statuses, flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot put two processes on one core")
+def test_processes_end_in_peace(tmp_path) -> None:
+    """pytorch/pytorch#190489: without a wait one in five of these pairs aborts while Python ends."""
+    (tmp_path / "ends.py").write_text(ENDS)
+    cores = os.sched_getaffinity(0)
+    env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    command = [sys.executable, str(tmp_path / "ends.py"), *(str(free_port()) for _ in range(10))]
+    with subprocess.Popen(
+        command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as started:
+        os.sched_setaffinity(started.pid, [min(cores)])
+        out, error = started.communicate(timeout=300)
+    assert out.split() == ["0"] * 20, f"{out}\n{error}"

@@ -1,0 +1,140 @@
+"""Runs `gvpo train` in a forked process that kills itself at the n-th chosen event: a file call, or a phase's start."""
+
+import builtins
+import importlib
+import io
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CONTEXT = multiprocessing.get_context("forkserver")
+PHASES = ("generate", "reward", "update", "evaluate", "save")
+_FUNCTIONS = {
+    "reward": ("gvpo_core.training.rollout", "score"),
+    "evaluate": ("gvpo_core.training.loop", "evaluated"),
+}  # the other phases are methods of the policy, whatever backend it is of
+PRELOAD = ("gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w")
+
+
+def run(
+    config: Path, fault: str = "", at: int = 0, number: int = signal.SIGKILL, *, preload: Sequence[str] = ()
+) -> int:
+    """The exit status of a run in which event number `at` (from 1) of kind `fault` sends it the signal `number`.
+
+    Args:
+      fault: "" for none, "call" (sync, rename, make, remove), "write" (which is left half done), or one of PHASES.
+      preload: modules imported once before runs are forked, beside the command line's own.
+    """
+    CONTEXT.set_forkserver_preload([*PRELOAD, *preload])
+    # The server that forks may be of an earlier test, and have that one's environment.
+    process = CONTEXT.Process(target=_run, args=(str(config), fault, at, int(number), dict(os.environ)))
+    process.start()
+    process.join(120)
+    assert process.exitcode is not None, "the run hangs"
+    return process.exitcode
+
+
+def _run(config: str, fault: str, at: int, number: int, environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    from gvpo_core.training.cli import main
+
+    with open(Path(config).parent / "output.txt", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    count = 0
+
+    def event(first: Callable[[], Any] = lambda: None) -> None:
+        nonlocal count
+        count += 1
+        if count == at:
+            first()
+            os.kill(os.getpid(), number)
+
+    if fault in _FUNCTIONS:
+        _before(*_FUNCTIONS[fault], event)
+    elif fault in PHASES:
+        _in_policy(fault, event)
+    elif fault == "call":
+        for name in ("fsync", "rename", "mkdir", "unlink", "rmdir"):
+            _before("os", name, event)
+    elif fault == "write":
+        _writes(event)
+    sys.exit(main(["train", config]))
+
+
+def _in_policy(name: str, event: Callable[[], None]) -> None:
+    """Makes a method of the policy that the run loads an event."""
+    from gvpo_core.training.policy import load as backend
+
+    real_load = backend.load_policy
+
+    def load(config: Any) -> Any:
+        policy = real_load(config)
+        real = getattr(policy, name)
+
+        def wrapped(*args: Any, **options: Any) -> Any:
+            event()
+            return real(*args, **options)
+
+        setattr(policy, name, wrapped)
+        return policy
+
+    backend.load_policy = load
+
+
+def _before(module: str, name: str, event: Callable[[], None]) -> None:
+    owner: Any = importlib.import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    real = getattr(owner, last)
+
+    def wrapped(*args: Any, **options: Any) -> Any:
+        event()
+        return real(*args, **options)
+
+    setattr(owner, last, wrapped)
+
+
+def _writes(event: Callable[..., None]) -> None:
+    """Counts writes made from Python."""
+    real_open = io.open
+
+    def opened(file: Any, mode: str = "r", *args: Any, **options: Any) -> Any:
+        stream = real_open(file, mode, *args, **options)
+        writes = any(letter in mode for letter in "wax+") and str(file) != os.devnull
+        return _Counted(stream, event) if writes and not isinstance(file, int) else stream
+
+    io.open = builtins.open = opened  # type: ignore[assignment]
+
+
+class _Counted:
+    """A file whose writes are events."""
+
+    def __init__(self, stream: Any, event: Callable[..., None]) -> None:
+        self._stream, self._event = stream, event
+
+    def write(self, data: Any) -> Any:
+        def half() -> None:
+            self._stream.write(data[: len(data) // 2])
+            self._stream.flush()
+
+        self._event(half)
+        return self._stream.write(data)
+
+    def __enter__(self) -> "_Counted":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stream.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Any:
+        return iter(self._stream)

@@ -1,0 +1,109 @@
+"""The backends that the trainer tests run over, one entry each: a new backend adds an entry, not tests."""
+
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+from places import SUPPORT
+
+
+def _safetensors(folder: Path) -> dict[str, np.ndarray]:
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for path in sorted(folder.rglob("*.safetensors")):
+        tensors |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
+    return tensors
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What the tests need to know of a backend beside its name in `run.backend`."""
+
+    name: str
+    modules: tuple[str, ...]  # what must be installed
+    preload: tuple[str, ...]  # imported once before processes are forked to be killed
+    two_processes: Callable[[Path], list[str]] | None  # config -> command that trains in two processes
+    shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
+    state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
+    suffixes: frozenset[str] = frozenset((".safetensors", ".json"))  # of the files of a checkpoint
+    lora_kinds: tuple[str, ...] = ("lora", "dora")  # model.lora_kind settings
+    decoders: tuple[str, ...] = ("llama", "qwen2", "qwen3")  # tiny models that are sampled; the first is the usual one
+
+    @property
+    def policies(self) -> ModuleType:
+        """The backend's helper module: `<name>_policies.py` makes tiny policies, reads them and spoils them.
+
+        policy(folder, **settings): of either config section. Of a policy: parameters, dtypes, first_moments, logits,
+        sample, fill and spoiled_gradient. Of the backend: global_settings, pick, truncate. Imports the framework.
+        """
+        return importlib.import_module(f"{self.name}_policies")
+
+
+def _torchrun(config: Path) -> list[str]:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
+def _jax_processes(config: Path) -> list[str]:
+    launch = [sys.executable, str(SUPPORT / "jax_processes.py"), "2", sys.executable]
+    return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
+def _mlx_launch(config: Path) -> list[str]:
+    launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring"]
+    path = os.environ.get("PYTHONPATH")
+    launch += ["--env", f"PYTHONPATH={path}"] if path else []
+    return [*launch, "--", sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
+
+
+def _orbax(folder: Path) -> dict[str, np.ndarray]:
+    from gvpo_jax.checkpoint import read_arrays
+
+    return read_arrays(folder)
+
+
+BACKENDS = {
+    backend.name: backend
+    for backend in (
+        Backend(
+            "torch",
+            ("torch", "transformers", "accelerate", "peft", "tyro"),
+            ("gvpo_torch.policy", "transformers.models.llama.modeling_llama"),
+            _torchrun,
+            ("data_parallel", "fsdp"),
+            decoders=("llama", "mistral-window", "gemma3_text", "gpt_oss", "qwen3_next", "qwen3_moe", "gpt2"),
+        ),
+        Backend(
+            "jax",
+            ("jax", "optax", "orbax", "transformers", "tyro"),
+            ("gvpo_jax.policy", "gvpo_jax.checkpoint", "transformers.models.auto.tokenization_auto"),
+            _jax_processes,
+            state=_orbax,
+            suffixes=frozenset(("", ".json", ".ocdbt", ".txt")),
+            lora_kinds=("lora",),
+            decoders=("llama", "mistral-window"),
+        ),
+        # MLX starts threads when its layers are imported: nothing of them before the fork.
+        Backend(
+            "mlx",
+            ("mlx", "mlx_lm", "transformers", "tyro"),
+            ("mlx.core", "transformers.models.auto.tokenization_auto", "gvpo_core.training.loop"),
+            _mlx_launch,
+        ),
+    )
+}
+
+
+def present() -> list[Backend]:
+    """The backends that GVPO_SUBJECTS asks for, installed or not; where it is not set, those that are installed."""
+    asked = [x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x]
+    if asked:
+        return [BACKENDS[name] for name in BACKENDS if name in asked]
+    return [b for b in BACKENDS.values() if all(importlib.util.find_spec(module) for module in b.modules)]

@@ -1,0 +1,298 @@
+"""The console: what it prints is metrics.jsonl rounded, within 80 columns, inert, and parsable when piped."""
+
+import io
+import math
+import random
+import re
+import subprocess
+import sys
+
+import pytest
+from console_rows import check_row
+
+from gvpo_core.training.watch import time_left
+from gvpo_core.training.watch.console import COLUMNS, Console, duration, fit, printable, row, titles
+
+pytestmark = pytest.mark.core
+
+RECORD = {
+    "kind": "train",
+    "step": 12,
+    "time": 0.0,
+    "reward/mean": 0.40625,
+    "reward/half_width": 0.21875,
+    "reward/trend": -0.0625,
+    "reward/spread": 0.353,
+    "groups/counted": 8,
+    "groups/all_equal": 3,
+    "groups/all_best": 2,
+    "groups/all_worst": 1,
+    "truncated": 0.0625,
+    "length/mean": 9.875,
+    "kl": -0.00123,
+    "entropy": 0.812,
+    "gradient_norm": 12.75,
+    "regret/second_order": 0.0417,
+    "seconds/step": 8.25,
+    "tokens_per_second": 1234.5,
+    "verdict": "OK",
+}
+ALERT = {"key": "kl", "level": "WATCH", "seen": "KL 9 nats a response, usually 1", "advice": "lower the learning rate"}
+
+
+def test_a_row_is_the_record_rounded():
+    fields = dict(zip(titles().split(), row(RECORD, "9m40s").split(), strict=True))
+    assert fields["left"] == "9m40s" and fields["trnd"] == "-.06" and fields["dead%"] == "25/12"
+    check_row(list(fields.values()), RECORD)
+    check_row(row(RECORD | {"groups/all_best": 0}).split(), RECORD | {"groups/all_best": 0})
+    check_row(row(RECORD | {"machine/verdict": "WATCH"}).split(), RECORD | {"machine/verdict": "WATCH"})
+    assert row(RECORD | {"groups/all_best": 0}).split()[5] == "38"  # alike, but neither best nor worst
+
+
+@pytest.mark.parametrize("wrong", ["0", "~0", "-~0", "-", "7", "0/0"])
+def test_a_wrong_field_of_a_row_is_seen(wrong):
+    cells = row(RECORD).split()
+    for i in range(len(cells)):
+        if i != len(COLUMNS) and cells[i] != wrong:  # the time left is no number of the record
+            with pytest.raises((AssertionError, ValueError)):
+                check_row([*cells[:i], wrong, *cells[i + 1 :]], RECORD)
+
+
+def test_no_field_is_0_or_100_percent_unless_it_is():
+    random.seed(1)
+    values = [0.009, 0.004, 1e-9, -0.0004, 0.995, 0.9999] + [10 ** random.uniform(-6, 0) for _ in range(200)]
+    for value in values:
+        record = {k: value for k in RECORD if k not in ("kind", "step", "time", "verdict")}
+        record |= {"step": 3, "groups/counted": 1000, "groups/all_best": 1, "groups/all_worst": 999}
+        record |= {"groups/all_equal": 1000, "truncated": abs(value), "verdict": "OK"}
+        check_row(row(record).split(), record)
+        between = record | {"groups/all_worst": 0, "groups/all_equal": 2}
+        check_row(row(between).split(), between)
+        assert "~0/99" in row(record)
+
+
+def test_every_row_is_within_80_columns_and_splits_into_its_fields():
+    random.seed(0)
+    values = [0.0, 1.0, -1.0, math.nan, math.inf, None, 1e-9, -1e-9, 1e9, -1e9, 123456, 99999.5, 0.99999]
+    values += [10 ** random.uniform(-8, 8) * random.choice((-1, 1)) for _ in range(200)]
+    for value in values:
+        record = {"step": 99999} | {k: value for k in RECORD if k not in ("kind", "step", "time")}
+        record |= {"groups/counted": 8, "groups/all_equal": 8, "groups/all_best": 8, "groups/all_worst": 0}
+        record |= {"truncated": 1.0, "verdict": "WATCH"}
+        line = row(record, "2d04h")
+        assert len(line) <= 80, (value, line)
+        assert len(line.split()) == len(COLUMNS) + 2, line
+    assert len(titles()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("value", "width", "text"),
+    [(0.40625, 6, "0.406"), (0.40625, 4, ".406"), (-0.40625, 4, "-.41"), (12345, 4, "12k"), (1234.5, 3, "1k"),
+     (1.25e6, 4, "1.2M"),
+     (0.05, 3, ".05"), (0.0012, 4, ".001"), (1e100, 4, "****"), (-0.00123, 6, "-.0012"),
+     (1234.5, 5, "1234"), (0.0, 5, "0"),
+     (12, 5, "12"), (None, 4, "-"), (math.nan, 4, "-"), (-math.inf, 4, "-"), (1.2e-7, 6, "1.2e-7"),
+     (4.56e12, 6, "4.6e12"), (-1e-9, 4, "-~0"),
+     (0.009, 3, ".01"), (-0.009, 4, "-.01"), (0.004, 3, "~0"), (0.1, 1, "~0"), (-0.1, 2, "~0"),
+     (99.96, 4, "100"), (8.25, 4, "8.25"), (1e-9, 4, "1e-9"),
+     (0.0896, 6, "0.090"), (0.09998, 6, "0.100")],
+)  # fmt: skip
+def test_fit(value, width, text):
+    assert fit(value, width) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.6, "1m00s"), (580, "9m40s"), (11100, "3h05m"), (36000, "10h"), (187200, "2d04h"), (9e6, "104d")],
+)
+def test_duration(seconds, text):
+    assert duration(seconds) == text and len(text) <= 5
+
+
+def test_titles_return_every_20_rows():
+    out = io.StringIO()
+    console = Console(45, stream=out)
+    for step in range(1, 46):
+        console.step(RECORD | {"step": step})
+    lines = out.getvalue().splitlines()
+    assert [i for i, line in enumerate(lines) if line == titles()] == [0, 21, 42]
+    assert len(lines) == 45 + 3
+
+
+def test_the_seconds_by_phase_stand_below_every_tenth_row():
+    out = io.StringIO()
+    console = Console(45, stream=out)
+    phases = {"seconds/generate": 4.5, "seconds/reward": 0.25, "seconds/score": 1.0, "seconds/update": 2.0}
+    for step in range(1, 22):
+        console.step(RECORD | phases | {"step": step, "memory/peak": 3 * 2**30})
+    lines = out.getvalue().splitlines()
+    said = [(i, line) for i, line in enumerate(lines) if line.startswith("    seconds: ")]
+    assert [lines[i - 1].split()[0] for i, _ in said] == ["1", "11", "21"]
+    assert said[0][1].strip() == "seconds: generate 4.50, reward .250, score 1.00, update 2.00, memory 3.00 GiB"
+
+
+def test_a_reason_stands_below_the_row_once_and_again_when_it_is_worse_or_long_ago():
+    out = io.StringIO()
+    console = Console(200, stream=out)
+    bad = ALERT | {"level": "BAD", "advice": "stop \x1b[31m" + "and look " * 12}
+    for step in range(1, 101):
+        alerts = [ALERT] if 10 <= step < 30 else [bad] if step >= 30 else []
+        level = alerts[0]["level"] if alerts else "OK"
+        console.step(RECORD | {"step": step, "verdict": level, "alerts": alerts})
+    lines = out.getvalue().splitlines()
+    at = {line: lines[i - 1].split()[0] for i, line in enumerate(lines) if "!" in line}
+    said = [(lines[i - 1].split()[0], line[6:].split()[0]) for i, line in enumerate(lines) if line.startswith("    !")]
+    assert said == [("10", "WATCH"), ("30", "BAD"), ("80", "BAD")]
+    assert "    ! WATCH KL 9 nats a response, usually 1: lower the learning rate" in at
+    assert max(map(len, lines)) <= 80 and "\x1b" not in out.getvalue() and "\\x1b[31m" in out.getvalue()
+    machine = io.StringIO()
+    Console(9, stream=machine).step(RECORD | {"machine/verdict": "WATCH", "machine/alerts": [ALERT]})
+    assert "! WATCH KL 9" in machine.getvalue() and machine.getvalue().splitlines()[1].endswith(" WATCH")
+
+
+def test_facts_are_text_that_a_person_reads():
+    out = io.StringIO()
+    facts = {"versions": {"torch": "2.13.0", "transformers": "5.23.0"}, "trainable_parameters": 134515008}
+    facts |= {
+        "estimated memory": int(5.25 * 2**30),
+        "compiled": True,
+        "devices": ["cpu", "cuda:0"],
+        "layout": "x " * 60,
+    }
+    Console(9, stream=out).header(facts)
+    lines = out.getvalue().splitlines()
+    assert lines[:5] == [
+        "versions              torch 2.13.0, transformers 5.23.0",
+        "trainable parameters  134,515,008",
+        "estimated memory      5.25 GiB",
+        "compiled              yes",
+        "devices               cpu, cuda:0",
+    ]
+    assert max(map(len, lines)) <= 80 and lines[6].startswith(" " * 22 + "x x")
+
+
+def test_time_left_is_that_of_the_last_steps_and_evaluations(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(time_left.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    console = Console(20, stream=out, evaluations=[0, 15, 20])
+
+    def after(seconds: float, step: int) -> str:
+        clock[0] += seconds
+        console.step(RECORD | {"step": step})
+        return out.getvalue().splitlines()[-1].split()[-2]
+
+    clock[0] += 30.0
+    console.evaluation({"step": 0, "seconds/evaluate": 30.0})
+    assert after(40.0, 11) == "7m00s"  # nine steps as this one, two evaluations: a resumed run counts from where it is
+    assert after(10.0, 12) == "2m20s"  # the first step compiled
+    assert after(10.0, 15) == "1m50s"  # the evaluation of this step is still to come
+    clock[0] += 20.0
+    console.evaluation({"step": 15, "seconds/evaluate": 20.0})
+    assert after(13.0, 16) == "1m04s"  # (10 + 10 + 13) / 3 a step
+
+
+def test_an_evaluation_shows_the_records_numbers_within_80_columns():
+    out = io.StringIO()
+    record = {"step": 10, "eval/reward": 0.8125, "eval/half_width": 0.14, "eval/length": 5.5, "eval/truncated": 0.25}
+    record |= {"eval/prompts": 32, "seconds/evaluate": 3.5} | {f"eval/reward/part{i}": 0.5 for i in range(9)}
+    Console(10, stream=out).evaluation(record)
+    text = out.getvalue()
+    assert "reward 0.812 " in text and "+- 0.140 " in text and "cut 25%" in text and "prompts 32" in text
+    assert text.count("0.500") == 9 and max(map(len, text.splitlines())) <= 80
+
+
+def group(*rewards, response="4"):
+    return [
+        {"group": 0, "prompt": "2+2?", "response": f"{response}#{i}", "tokens": 3, "finished": i > 0}
+        | {"reward": r, "rewards": {"r": r}}
+        for i, r in enumerate(rewards)
+    ]  # fmt: skip
+
+
+def test_a_sample_is_the_best_and_the_worst_of_its_group():
+    out = io.StringIO()
+    dead = [r | {"group": 1, "prompt": "1+1?"} for r in group(1.0, 1.0)]
+    Console(10, stream=out).sample(dead + group(0.0, None, 1.0, math.nan))
+    lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines == [
+        "prompt", "| 2+2?", "its 4 responses: rewards 1.00 0 - -",
+        "best: reward 1.00 (r=1.00), 3 tokens", "| 4#2",
+        "worst: reward 0 (r=0), 3 tokens, cut", "| 4#0",
+    ]  # fmt: skip
+    out = io.StringIO()
+    Console(10, stream=out).sample(group(None, None))
+    assert out.getvalue() == ""
+
+
+def test_model_text_cannot_drive_the_terminal():
+    hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31md\u202ee\u200b\ud800\tf\nsecond line" + "x" * 300
+    out = io.StringIO()
+    console = Console(10, stream=out)
+    console.header({"model": hostile})
+    console.sample(group(0.0, 1.0, response=hostile))
+    console.event(hostile)
+    console.close({"folder": hostile})
+    text = out.getvalue()
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202e\u200b\ud800]", text)
+    assert r"\x1b[2J" in text and r"\x9b31m" in text and r"\u202e" in text and r"\ud800" in text
+    assert "  | second line" in text
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith("  |"))
+
+
+def test_printable_leaves_ordinary_text_alone():
+    text = "x² + 1 = π; 日本語, العربية, 👍"
+    assert printable(text) == text
+    assert printable("a\nb", keep="\n") == "a\nb" and printable("a\nb") == r"a\nb"
+
+
+def test_piped_output_has_no_ansi_and_survives_an_ascii_stream_and_a_closed_reader():
+    code = "from gvpo_core.training.watch.console import Console\nc = Console(3)\nc.header({'model': 'π'})\n"
+    code += f"r = {RECORD!r}\nc.phase('generate')\n"
+    code += "[c.step(r | {'step': i}) for i in (1, 2, 3)]\nc.close({'report': 'x'})"
+    environment = {"PYTHONIOENCODING": "ascii", "PYTHONPATH": ":".join(sys.path), "FORCE_COLOR": "1"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
+    assert b"\x1b" not in out.stdout and rb"\u03c0" in out.stdout
+    rows = [line.split() for line in out.stdout.decode().splitlines()]
+    assert [r[0] for r in rows if len(r) == len(COLUMNS) + 2] == ["step", "1", "2", "3"]
+    closed = io.StringIO()
+    console = Console(3, stream=closed)
+    closed.close()
+    console.step(RECORD)
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_a_terminal_has_a_live_bar_and_the_same_rows(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "100")
+    out = Terminal()
+    console = Console(20, stream=out)
+    console.phase("generate [bold]")
+    console.step(RECORD | {"seconds/update": 2.0})
+    console.step(RECORD | {"verdict": "WATCH", "alerts": [ALERT]})
+    console.event("[red]not markup[/red]")
+    console.close({"report": "r.html"})
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
+    assert "12/20" in text and "generate [bold]" in text
+    assert "\x1b[" in out.getvalue()
+    assert row(RECORD).rsplit(maxsplit=2)[0].strip() in text
+    assert "\x1b[1;33mWATCH" in out.getvalue() and "\x1b[2m" in out.getvalue()  # coloured verdict, dim phases
+    assert "[red]not markup[/red]" in text
+
+
+def test_without_rich_a_terminal_gets_plain_lines(monkeypatch):
+    for name in [m for m in sys.modules if m == "rich" or m.startswith("rich.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)
+    out = Terminal()
+    console = Console(20, stream=out)
+    console.step(RECORD)
+    console.close()
+    assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 2

@@ -1,0 +1,187 @@
+"""`gvpo train --dry-run`: the real samples and rewards of the first step, what to expect, and nothing written."""
+
+import io
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import table_run
+
+from gvpo_core.training import cli
+from gvpo_core.training.cli.dry_run import preview
+from gvpo_core.training.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
+from gvpo_core.training.config.file import read_config
+from gvpo_core.training.policy.memory import Memory, estimate_memory, in_words, machine_memory, peak_memory
+from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.watch.console import Console
+
+pytestmark = pytest.mark.core
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+
+def listing(folder):
+    return {p: p.stat().st_mtime_ns for p in folder.rglob("*")}
+
+
+def test_it_shows_what_the_first_step_would_sample_and_writes_nothing(tmp_path, capfd):
+    config = table_run.make(tmp_path, steps=4)
+    before = listing(tmp_path)
+    assert cli.main(["train", str(config), "--dry-run"]) == 0
+    out = capfd.readouterr().out
+    assert listing(tmp_path) == before and not (tmp_path / "run").exists()
+    assert cli.main(["train", str(config)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    first = [r for r in rows if r["kind"] == "train" and r["step"] == 1]
+    for prompt in {r["prompt"] for r in first}:
+        rewards = sorted((r["reward"] for r in first if r["prompt"] == prompt), reverse=True)
+        said = " ".join("0" if r == 0 else f"{r:.2f}" for r in rewards)
+        assert f"  | {prompt}\n  its 6 responses: rewards {said}\n  best: reward" in out
+    assert "4 of 2 prompts: 2.67 passes over 3 prompts, 48 responses" in " ".join(out.split())
+    assert "(right=" in out and "\x1b" not in out
+
+
+def test_an_existing_run_stays_as_it_is(tmp_path, capfd):
+    config = table_run.make(tmp_path, steps=2)
+    assert cli.main(["train", str(config)]) == 0
+    before = listing(tmp_path)
+    assert cli.main(["train", "--dry-run", str(config)]) == 0
+    assert listing(tmp_path) == before
+
+
+def test_no_parameter_changes(tmp_path):
+    config = read_config(table_run.make(tmp_path))
+    policy = TablePolicy(json.loads((tmp_path / "table.json").read_text()), config.optimizer, updates=config.updates)
+    before = policy.logits.copy()
+    rollout = preview(config, policy, console=Console(1, stream=io.StringIO()))
+    assert (policy.logits == before).all() and policy.update_count == 0
+    assert rollout.num_groups == 2 and len(rollout.completions) == 12
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "status", "message"),
+    [
+        ("beta = 0.5", "betta = 0.5", 2, "did you mean objective.beta?"),
+        ("train.jsonl", "none.jsonl", 2, "there is no such file"),
+        ('"exact_match"', '"exact_match"\noptions = {column = "wrong"}', 1, "the data has no column 'wrong'"),
+    ],
+)
+def test_what_would_stop_the_run_stops_it(old, new, status, message, tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    config.write_text(config.read_text().replace(old, new))
+    assert cli.main(["train", str(config), "--dry-run"]) == status
+    err = capfd.readouterr().err
+    assert message in err and "Traceback" not in err
+    assert not (tmp_path / "run").exists()
+
+
+# A made-up model: 2 layers, 64 wide, of 1e6 parameters, so that every term can be worked out by hand.
+FACTS = {
+    "parameters": 1_000_000,
+    "trainable_parameters": 1_000_000,
+    "layout": "plain",
+    "framework_memory": 7,
+    "head_memory": 11,
+    "shape": {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16,
+              "vocabulary": 500},
+}  # fmt: skip
+CONFIG = Config(
+    model=ModelConfig(path="m"),
+    rollout=RolloutConfig(prompts=4, responses=3, max_tokens=10),
+    optimizer=OptimizerConfig(micro_batch_tokens=60),
+)
+
+
+def test_every_part_of_the_estimate_by_hand():
+    # 12 rows of 11 + 10 - 1 = 20 tokens; 60 tokens a micro-batch take 3 of them.
+    # A block: 4 x 64 floats of norms, and 2 x 64 + 5 x 4 x 16 + 4 x 128 = 960 numbers.
+    block = 4 * 64 * 4 + 960 * 4
+    want = Memory(
+        framework=7,
+        parameters=4_000_000,
+        reference=4_000_000,
+        optimizer=8_000_000,
+        gradients=4_000_000,
+        activations=60 * 2 * block,
+        head=11 + 2 * 500 * 64 * 4,
+        sampling=12 * (21 * 2 * 2 * 2 * 16 * 4 + 500 * 28),
+    )
+    assert estimate_memory(FACTS, CONFIG, 11) == want
+    assert want.peak == sum(want) - want.sampling
+    assert want._replace(sampling=10**9).peak == 16_000_007 + 10**9
+
+
+def with_(section, **changes):
+    return replace(CONFIG, **{section: replace(getattr(CONFIG, section), **changes)})
+
+
+def test_what_changes_the_estimate_and_how():
+    base = estimate_memory(FACTS, CONFIG, 11)
+    assert estimate_memory({k: v for k, v in FACTS.items() if k != "shape"}, CONFIG, 11) is None
+    rollout = replace(CONFIG, objective=ObjectiveConfig(reference="rollout"))
+    assert estimate_memory(FACTS, rollout, 11).reference == 0
+    narrow = estimate_memory(FACTS, with_("model", dtype="bfloat16"), 11)
+    assert narrow.parameters == base.parameters and narrow.reference < base.reference  # float32 masters
+    lora = estimate_memory(FACTS | {"trainable_parameters": 10_000}, with_("model", lora_rank=4, dtype="bfloat16"), 11)
+    assert lora.reference == 0 and lora.optimizer == 80_000 and lora.parameters == 990_000 * 2 + 40_000
+    again = estimate_memory(FACTS, with_("model", gradient_checkpointing=True), 11)
+    assert again.activations == 60 * (2 * 64 * 4 + (4 * 64 * 4 + 960 * 4))
+    assert estimate_memory(FACTS, with_("optimizer", micro_batch_tokens=20), 11).activations == base.activations // 3
+    assert estimate_memory(FACTS, with_("optimizer", micro_batch_responses=1), 11).activations == base.activations // 3
+    assert base.gradients == 4_000_000
+    alone = estimate_memory(FACTS | {"allocator": 2.0}, with_("optimizer", micro_batch_tokens=240), 11)
+    assert alone.activations == 8 * base.activations and alone.gradients == max(0, 4_000_000 - alone.activations)
+    packed = estimate_memory(FACTS | {"layout": "packed"}, CONFIG, 11)  # a row of 11 + 3 x 9 tokens, and its mask
+    assert packed.activations == 38 * (base.activations // 60) + 2 * 38**2 * 4
+    assert estimate_memory(FACTS | {"cache_memory": 1}, CONFIG, 11).sampling == base.sampling // 12
+    grown = estimate_memory(FACTS | {"cache_step": 32}, CONFIG, 11)  # 21 tokens a row take 32
+    assert grown.sampling - base.sampling == 12 * 11 * 2 * 2 * 2 * 16 * 4
+    held = estimate_memory(
+        FACTS | {"trainable_parameters": 10_000, "frozen_memory": 5}, with_("model", lora_rank=4), 11
+    )
+    assert held.parameters == 40_000 + 5
+    sharded = estimate_memory(FACTS | {"ranks": 2}, with_("model", sharding="fsdp"), 11)
+    assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
+
+
+def test_the_estimate_in_words_and_what_there_is():
+    memory = Memory(0, 2**30, 0, 2 * 2**30, 2**30, 2**29, 0, 2**28)
+    assert in_words(memory, 8 * 2**30) == (
+        "4.50 of 8.00 GiB: parameters 1.00, optimizer 2.00, gradients 1.00, activations 0.50"
+    )
+    sampling = memory._replace(sampling=3 * 2**30)
+    assert in_words(sampling, None, 2) == "6.00 GiB a rank, 2 ranks: parameters 1.00, optimizer 2.00, sampling 3.00"
+    assert machine_memory({"device_memory": 5}) == 5
+    assert machine_memory({}) > 2**28
+
+
+class Large(TablePolicy):
+    def describe(self):
+        return FACTS | {"device_memory": 2**20}
+
+
+def test_peak_memory_is_of_this_process_alone():
+    """Not of the process that started it: a notebook with a model in it, say."""
+    held = np.ones(2**28 // 8)  # 256 MiB
+    assert peak_memory() > held.nbytes
+    program = (
+        "from gvpo_core.training.policy.memory import peak_memory\n"
+        "before = peak_memory()\n"
+        "held = b'x' * 2**26\n"
+        "print(before, peak_memory() - before)"
+    )
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    before, grown = map(int, found.split())
+    assert before < held.nbytes and 0.9 * 2**26 < grown < 1.2 * 2**26
+
+
+def test_a_model_that_is_too_large_is_said_to_be(tmp_path):
+    config = read_config(table_run.make(tmp_path))
+    policy = Large(json.loads((tmp_path / "table.json").read_text()))
+    out = io.StringIO()
+    preview(config, policy, console=Console(1, stream=out))
+    text = " ".join(out.getvalue().split())
+    assert "estimated memory 0.02 of 0.00 GiB: framework 0.00, parameters 0.00" in text
+    assert "too much memory 0.02 GiB estimated, 0.00 GiB there: lower optimizer.micro_batch_tokens (8192)" in text

@@ -1,0 +1,210 @@
+"""Canary secrets in the environment, in settings and in URLs appear in no file, log, report or traceback of a run."""
+
+import json
+
+import pytest
+import table_run
+
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+import faults
+
+from gvpo_core.training import cli
+from gvpo_core.training.config.file import read_config, write_config
+from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, is_secret, secrets_of
+
+pytestmark = pytest.mark.core
+
+CANARY = "canary-4711"
+OPTIONS = f"""
+[rewards.right.options]
+api_key = "{CANARY}-option"
+endpoint = "https://user:{CANARY}-password@judge.example/v1?model=x&token={CANARY}-query"
+"""
+REWARD = """
+import os
+
+def reward(prompts, completions, answer, api_key, endpoint, **_):
+    assert api_key.startswith("canary") and "password" in endpoint and os.environ["JUDGE_TOKEN"].startswith("canary")
+    print(api_key)
+    BODY
+    return [float(c == a) for c, a in zip(completions, answer)]
+"""
+RAISE = "raise RuntimeError(f'401 for {endpoint} with {api_key} and ' + os.environ['JUDGE_TOKEN'])"
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capfd, caplog):
+    """Runs the command line with secrets everywhere; returns its status and everything it wrote and said."""
+    monkeypatch.setenv("JUDGE_TOKEN", f"{CANARY}-environment")
+    monkeypatch.setenv("WANDB_API_KEY", f"{CANARY}-wandb")
+
+    def run(body="pass", *arguments, change=lambda text: text):
+        (tmp_path / "mine.py").write_text(REWARD.replace("BODY", body))
+        reward = f'function = "{tmp_path / "mine.py"}:reward"\nmax_failures = 1.0'
+        config = table_run.make(tmp_path, steps=2, reward=reward, extra=OPTIONS)
+        config.write_text(change(config.read_text()))
+        # In a process of its own: logging is set up as a person has it.
+        status = faults.run(config) if not arguments else cli.main(["train", str(config), *arguments])
+        files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
+        text = b"".join(p.read_bytes() for p in files).decode("utf-8", "replace")
+        said = capfd.readouterr()
+        text += said.out + said.err
+        if (tmp_path / "output.txt").exists():
+            text += (tmp_path / "output.txt").read_text()
+        return status, text
+
+    return run
+
+
+def test_a_finished_run_keeps_none(run, tmp_path):
+    status, text = run()
+    assert status == 0, text
+    assert "judge.example" in text and "api_key" in text  # what is no secret is kept
+    assert CANARY not in text
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "run" / "environment.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("body", "ends"),
+    [(RAISE, 1), (f"if completions[0] == 'a': {RAISE}", 0), ("import sys; sys.exit(endpoint)", 1)],
+    ids=["always", "sometimes", "exit"],
+)
+def test_a_reward_that_says_them_in_its_error_is_not_quoted(run, body, ends):
+    status, text = run(body)
+    assert status == ends, text
+    assert "reward right" in text and "***" in text
+    assert CANARY not in text
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "part"),
+    [
+        ('backend = "table"', 'backend = "torch"', "gvpo: "),
+        ("train.jsonl", f"https://me:{CANARY}@host/x.jsonl", "there is no such file"),
+        ("[rewards.right.options]", f'[rewards.right.options]\nsecret = ["{CANARY}"]', "expected str"),
+        ('endpoint = "', f'endpoint = "https://me:{CANARY}@x"\n"', "is not valid TOML"),
+    ],
+    ids=["model", "data", "type", "toml"],
+)
+def test_a_refused_run_names_none(run, old, new, part, tmp_path):
+    def change(text):
+        assert old in text
+        text = text.replace(f'path = "{tmp_path}"', f'path = "hub/{CANARY}?token={CANARY}"') if "torch" in new else text
+        return text.replace(old, new)
+
+    status, text = run(change=change)
+    assert status in (1, 2) and part in text, text
+    assert CANARY not in text
+
+
+def test_an_error_of_ours_that_nobody_foresaw_hides_them_too(run, monkeypatch, capfd):
+    from gvpo_core.training import loop
+
+    def broken(*args, **options):
+        raise LookupError(f"{CANARY}-option in https://user:{CANARY}@host")
+
+    monkeypatch.setattr(loop, "improve", broken)
+    status, text = run("pass", "--run.seed", "0")
+    assert status == 1 and "Traceback" in text and "LookupError: *** in https://***@host" in text
+    assert CANARY not in text
+
+
+def test_options_are_read_from_the_environment_and_saved_as_written(run, tmp_path):
+    status, text = run(change=lambda text: text.replace(f'"{CANARY}-option"', '"$JUDGE_TOKEN"'))
+    assert status == 0, text
+    assert CANARY not in text
+    assert read_config_text(tmp_path)["rewards"]["right"]["options"]["api_key"] == "$JUDGE_TOKEN"
+
+
+@pytest.mark.parametrize("body", ["pass", RAISE], ids=["finished", "quoted"])
+def test_a_variable_is_a_secret_by_the_option_that_reads_it(run, monkeypatch, body):
+    monkeypatch.setenv("JUDGE", f"{CANARY}-judge")  # a name that says nothing
+    status, text = run(body, change=lambda text: text.replace(f'"{CANARY}-option"', '"$JUDGE"'))
+    assert status == (1 if body == RAISE else 0), text
+    assert ("401 for https://***@judge.example" in text and "with *** and ***" in text) is (body == RAISE)
+    assert CANARY not in text
+
+
+def test_options_of_the_command_line_are_not_kept(run, monkeypatch, tmp_path):
+    options = ["--rewards.right.options", "api_key", f"{CANARY}-word", "endpoint", "the-password-judge.example"]
+    monkeypatch.setattr("sys.argv", ["gvpo", "train", "config.toml", *options])
+    status, text = run("pass", *options, change=lambda text: text.replace(OPTIONS, ""))
+    assert status == 0, text
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["command"][-4:] == [
+        "api_key", "***", "endpoint", "the-password-judge.example",
+    ]  # fmt: skip
+    assert CANARY not in text
+
+
+def read_config_text(tmp_path):
+    import tomllib
+
+    return tomllib.loads((tmp_path / "run" / "config.toml").read_text())
+
+
+def test_a_variable_that_is_not_set_and_a_secret_that_was_left_out_are_named(run, tmp_path, capfd):
+    status, text = run(change=lambda text: text.replace(f'"{CANARY}-option"', '"$NOT_THERE"'))
+    assert status == 2 and "the environment has no variable NOT_THERE" in text
+    assert run()[0] == 0
+    assert cli.main(["train", str(tmp_path / "run" / "config.toml")]) == 2
+    said = capfd.readouterr().err
+    assert "rewards.right.options.api_key was left out of these settings" in said and "'$NAME'" in said
+
+
+def test_a_run_with_secrets_is_resumed_with_the_config_that_has_them(run, tmp_path):
+    assert run()[0] == 0
+    assert faults.run(tmp_path / "config.toml") == 0
+    assert "other settings" not in (tmp_path / "output.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [("api_key", True), ("HF_TOKEN", True), ("rewards.judge.options.password", True), ("max_tokens", False),
+     ("rollout.max_tokens", False), ("optimizer.micro_batch_tokens", False), ("tokenizer", False), ("path", False),
+     ("AWS_SECRET_ACCESS_KEY", True), ("accessKey", True)],
+)  # fmt: skip
+def test_what_is_secret_by_its_name(name, secret):
+    assert is_secret(name) is secret
+
+
+def test_commands_and_texts():
+    command = ["gvpo", "train", "c.toml", "--rollout.max_tokens", "8", "--api_key=x1", "--token", "x2", "s3://u:x3@h/p"]
+    assert hide_command(command) == [
+        "gvpo", "train", "c.toml", "--rollout.max_tokens", "8", "--api_key=***", "--token", "***", "s3://***@h/p",
+    ]  # fmt: skip
+    command = ["c.toml", "--rewards.a.options", "api_key", "x1", "n", "2", "token=x2", "--seed", "3", "secret", "x4"]
+    assert hide_command(command) == [
+        "c.toml", "--rewards.a.options", "api_key", "***", "n", "2", "token=***", "--seed", "3", "secret", "x4",
+    ]  # fmt: skip
+    assert hide_command(["--a.options", "api_key", "$KEY", "b", "known!", "c=known!"], ["known!"]) == [
+        "--a.options", "api_key", "$KEY", "b", "***", "c=***",
+    ]  # fmt: skip
+    url = "see https://h/x?a=1&token=abc&b=2#top and http://h/y?api_key=q'"
+    assert hide(url) == "see https://h/x?a=1&token=***&b=2#top and http://h/y?api_key=***'"
+    assert hide("mail me@host.org about 3 tokens") == "mail me@host.org about 3 tokens"
+    assert secrets_of({"a": {"secret": "long-enough"}}, {"X_TOKEN": "short", "Y_TOKEN": "seven77"}) == {
+        "long-enough", "seven77",
+    }  # fmt: skip
+    assert secrets_of({"api_key": "$JUDGE", "model": "$OTHER"}, {"JUDGE": "seven77", "OTHER": "eight888"}) == {
+        "seven77"
+    }
+    assert hide_settings({"options": {"api_key": "$KEY", "token": "x", "n": 3}}) == {
+        "options": {"api_key": "$KEY", "token": "***", "n": 3}
+    }
+
+
+def test_trackers_get_none(run, monkeypatch, tmp_path):
+    from gvpo_core.training import loop
+
+    shown = {}
+    monkeypatch.setattr(loop, "open_trackers", lambda names, folder, config, warn: shown.update(config))
+    status, _ = run("pass", "--run.seed", "0")
+    assert status == 0 and shown["rewards"]["right"]["options"]["api_key"] == "***"
+    assert CANARY not in json.dumps(shown)
+
+
+def test_settings_written_back_say_what_is_left_out(tmp_path):
+    config = read_config(table_run.make(tmp_path, extra=OPTIONS))
+    write_config(config, tmp_path / "again.toml")
+    assert CANARY not in (tmp_path / "again.toml").read_text()

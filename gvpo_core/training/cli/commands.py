@@ -1,0 +1,231 @@
+"""The command line: gvpo train, eval, export, report, doctor."""
+
+import argparse
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from gvpo_core import __version__
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.watch.output import OutputError, let_go, say
+
+_USAGE = """usage: gvpo COMMAND ...
+
+  gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
+  gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
+  gvpo eval RUN [--checkpoint STEP|initial]     rewards of a run's policy on its held-out prompts
+  gvpo export RUN FOLDER [--checkpoint STEP]    write a run's policy as a Hugging Face folder
+  gvpo report RUN                               write RUN/report.html
+  gvpo doctor [--json]                          what is installed, and which devices
+
+gvpo train --help explains every setting. Relative paths are from the working directory.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    finally:
+        let_go()
+
+
+def _run(arguments: list[str]) -> int:
+    commands = {"train": _train, "eval": _eval, "export": _export, "report": _report, "doctor": _doctor}
+    command = arguments[0] if arguments else "--help"
+    if command in ("-h", "--help", "help"):
+        print(_USAGE, end="")
+        return 0 if arguments else 2
+    if command == "--version":
+        print(f"gvpo {__version__}")
+        return 0
+    if command not in commands:
+        print(f"gvpo: there is no command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
+        return 2
+    secrets = set(secrets_of())
+    try:
+        return commands[command](arguments[1:], secrets)
+    except KeyboardInterrupt:
+        print("\ngvpo: left at once; the last checkpoint is what is saved", file=sys.stderr)
+        return 130
+    except ImportError as e:
+        if (e.name or "").partition(".")[0] not in ("tyro", "tomli_w", "rich"):
+            return _failed(e, secrets)
+        print(f'gvpo: {e.name} is not installed: pip install "gvpo[train]"', file=sys.stderr)
+        return 2
+    except Exception as e:  # printed here, so that no secret is
+        return _failed(e, secrets)
+
+
+def _failed(error: Exception, secrets: set[str]) -> int:
+    """Says what went wrong without the secrets known of; the exit status."""
+    if not _expected(error):
+        print(traceback_of(error, secrets), end="", file=sys.stderr)
+        return 1
+    print(f"gvpo: {hide(str(error), secrets)}", file=sys.stderr)
+    return 2 if isinstance(error, ValueError) else 1
+
+
+def _expected(error: Exception) -> bool:
+    """Errors of ours, which say all that is to say; others keep their traceback."""
+    return type(error).__module__.startswith("gvpo_") or isinstance(error, FloatingPointError)
+
+
+def _train(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.cli.dry_run import preview
+    from gvpo_core.training.config.file import as_table, parse_arguments
+    from gvpo_core.training.data import Row
+    from gvpo_core.training.loop import train
+    from gvpo_core.training.policy.load import load_policy
+
+    dry = [a for a in arguments if a in ("--dry-run", "--dry_run")]
+    rows: dict[str, list[Row]] = {}
+    _, config = parse_arguments([a for a in arguments if a not in dry], lambda config: _wrong_inputs(config, rows))
+    secrets |= secrets_of(as_table(config))
+    _log_to_stderr(secrets)
+    logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
+    policy = load_policy(config)
+    if dry:
+        preview(config, policy, train_rows=rows["train"], evaluation_rows=rows.get("evaluation"))
+        return 0
+    return train(config, policy, train_rows=rows["train"], evaluation_rows=rows.get("evaluation")).exit_status
+
+
+def _wrong_inputs(config: Config, rows: dict[str, list[Any]]) -> list[str]:
+    """What is wrong with the files and functions that settings name: found before minutes go into the model.
+
+    Args:
+      rows: takes the rows of data.train and data.evaluation.
+    """
+    from gvpo_core.training.config.check import wrong_values
+    from gvpo_core.training.data import load_rows
+    from gvpo_core.training.rewards import close_rewards, load_rewards
+    from gvpo_core.training.watch.trackers import check_trackers
+
+    wrong = []
+
+    def attempt(work: Callable[[], object]) -> None:
+        try:
+            work()
+        except ValueError as e:
+            wrong.append(str(e))
+
+    if not any(name.startswith("rewards") for name, _ in wrong_values(config)):
+        attempt(lambda: close_rewards(load_rewards(config.rewards)))
+    for name in ("train", "evaluation"):
+        if source := getattr(config.data, name):
+            attempt(lambda source=source, name=name: rows.update({name: load_rows(source, f"data.{name}")}))  # type: ignore[misc]
+    attempt(lambda: check_trackers(config.run.trackers))
+    return wrong
+
+
+def _eval(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.evaluation import evaluate
+
+    parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on its held-out prompts.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument(
+        "--checkpoint", default="newest", help="a step, newest (default), or initial: the untrained model"
+    )
+    parser.add_argument("--prompts", type=int, default=0, help="held-out prompts used; 0: all (default)")
+    options = parser.parse_args(arguments)
+    _log_to_stderr(secrets)
+    config = _run_config(options.run)
+    if options.prompts:
+        config = replace(config, evaluation=replace(config.evaluation, prompts=options.prompts))
+    policy = _restored(config, options.run, options.checkpoint)
+    metrics = evaluate(config, policy)
+    if policy.rank == 0:
+        say(json.dumps(metrics, indent=1))
+    return 0
+
+
+def _export(arguments: list[str], secrets: set[str]) -> int:
+    parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
+    parser.add_argument("--checkpoint", default="newest", help="a step, or newest (default)")
+    options = parser.parse_args(arguments)
+    _log_to_stderr(secrets)
+    config, folder = _run_config(options.run), options.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds = any(folder.iterdir())
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be the folder to export to: {e.strerror or e}; give one that is new") from e
+    if holds:
+        raise ConfigError(f"{folder} is not empty; give a folder that is new")
+    policy = _restored(config, options.run, options.checkpoint)
+    policy.export(folder)
+    if policy.rank == 0:
+        say(options.folder)
+    return 0
+
+
+def _report(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.report import write_report
+
+    parser = argparse.ArgumentParser(prog="gvpo report", description="Writes RUN/report.html.")
+    parser.add_argument("run", type=Path, help="run folder")
+    run = parser.parse_args(arguments).run
+    if not (run / "metrics.jsonl").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no metrics.jsonl")
+    try:
+        report = write_report(run)
+    except OSError as e:
+        raise OutputError(f"cannot write {run / 'report.html'}: {e.strerror or e}") from e
+    say(report)
+    return 0
+
+
+def _doctor(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.cli.doctor import doctor
+
+    parser = argparse.ArgumentParser(prog="gvpo doctor", description="What is installed, and which devices.")
+    parser.add_argument("--json", action="store_true", help="machine-readable")
+    return doctor(json=parser.parse_args(arguments).json)
+
+
+def _run_config(run: Path) -> Config:
+    from gvpo_core.training.config.file import read_config
+
+    if not (run / "config.toml").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no config.toml")
+    return read_config(run / "config.toml")
+
+
+def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
+    """The run's policy at a checkpoint."""
+    from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.run.checkpoint import checkpoint_at, damage, steps_saved
+
+    folder = run / "checkpoints"
+    steps = steps_saved(folder)
+    if checkpoint != "initial":
+        if checkpoint == "newest" and steps:
+            checkpoint = str(steps[0])
+        if not checkpoint.isdigit() or int(checkpoint) not in steps:
+            saved = ", ".join(map(str, sorted(steps))) or "none"
+            raise ConfigError(f"{run} has no checkpoint {checkpoint!r}; saved steps: {saved}")
+        at = checkpoint_at(folder, int(checkpoint))
+        if reason := damage(at.directory):
+            raise ConfigError(f"the checkpoint is damaged: {reason}")
+    policy = load_policy(config)
+    if checkpoint != "initial":
+        policy.restore(at.policy)
+    return policy
+
+
+def _log_to_stderr(secrets: set[str]) -> None:
+    """Warnings of gvpo and of the user's rewards, one line each; only the main process speaks."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Hiding("%(levelname)s %(name)s: %(message)s", secrets))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.getLogger("gvpo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

@@ -1,0 +1,79 @@
+"""`gvpo train --dry-run`: everything that a run does before its first update, for two prompts, writing nothing."""
+
+from collections.abc import Iterable, Mapping
+
+from gvpo_core.training.config import Config
+from gvpo_core.training.config.check import check_config
+from gvpo_core.training.data import Prompts, Row, encode_prompts, held_out, held_out_rows, training_rows, with_given
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.rewards import RewardFunction, close_rewards, load_rewards
+from gvpo_core.training.rollout import Rollout, collect
+from gvpo_core.training.sampling import TRAIN
+from gvpo_core.training.watch.console import Console, duration
+from gvpo_core.training.watch.header import header
+
+_PROMPTS = 2
+
+
+def preview(
+    config: Config,
+    policy: Policy,
+    *,
+    train_rows: Iterable[Row] | None = None,
+    evaluation_rows: Iterable[Row] | None = None,
+    rewards: Mapping[str, RewardFunction] | None = None,
+    console: Console | None = None,
+) -> Rollout:
+    """Samples and scores the first two prompts of the run as its first step would, and prints what to expect of it.
+
+    No parameter changes, and no file is written.
+
+    Returns: the two prompts' responses with their rewards.
+    Raises: as loop.train.
+    """
+    config = with_given(config, train_rows, rewards)
+    check_config(config)
+    prompts = encode_prompts(
+        policy, training_rows(config, train_rows), config.data, max_tokens=config.rollout.max_tokens
+    )
+    unseen_rows = held_out_rows(config, evaluation_rows)
+    unseen = held_out(config, policy, unseen_rows) if unseen_rows else None
+    loaded = load_rewards(config.rewards, rewards)
+    try:
+        rows = prompts.batch(0, config.rollout.prompts, seed=config.run.seed, shuffle=config.data.shuffle)[:_PROMPTS]
+        if policy.rank == 0:
+            console = console or Console(config.run.steps)
+            console.header(header(config, policy.describe(), prompts, unseen, loaded), legend=False)
+            console.phase("generate")
+        rollout = collect(
+            policy,
+            prompts,
+            rows,
+            config.rollout.responses,
+            config.rollout.sampling,
+            loaded,
+            (config.run.seed, TRAIN, 1),
+        )
+    finally:
+        close_rewards(loaded)
+    if policy.rank == 0 and console is not None:
+        for group in range(len(rows)):
+            console.sample([c for c in rollout.completions if c["group"] == group])
+        console.close(_expected(config, prompts, rollout))
+    return rollout
+
+
+def _expected(config: Config, prompts: Prompts, rollout: Rollout) -> dict[str, str]:
+    """What the whole run will take, from the two prompts."""
+    steps, a_step = config.run.steps, config.rollout.prompts
+    share = a_step / rollout.num_groups
+    sampling = rollout.seconds["generate"] * share
+    scoring = rollout.seconds["reward"] * share
+    said = {
+        "steps": f"{steps:,} of {a_step} prompts: {steps * a_step / len(prompts):.3g} passes over {len(prompts):,}"
+        f" prompts, {steps * a_step * config.rollout.responses:,} responses",
+        "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",
+        "rewards": f"at most {duration(scoring)} a step, {duration(steps * scoring)} in all",
+    }
+    said["nothing was written"] = f"run it: gvpo train CONFIG; run folder {config.run.folder}"
+    return said

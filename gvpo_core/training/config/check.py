@@ -1,0 +1,132 @@
+"""Which settings cannot run, alone or together: all that can be said before a file is opened or a model loaded."""
+
+import dataclasses
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.secrets import HIDDEN
+from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
+
+_LARGEST = 2**53  # beyond it numbers are no longer exact in JSON
+
+
+def check_config(config: Config) -> None:
+    """Raises ConfigError listing every value or combination that cannot run."""
+    if wrong := wrong_values(config):
+        raise ConfigError("\n".join(message for _, message in wrong))
+
+
+def wrong_values(config: Config) -> list[tuple[str, str]]:
+    """Every value or combination that cannot run: (field, what it is and what was wanted)."""
+    c = config
+    wrong = _of_no_use(config)
+    told = {name for name, _ in wrong}
+
+    def need(good: bool, name: str, wanted: str) -> None:
+        if not good and name not in told:
+            section, _, key = name.partition(".")
+            wrong.append((name, f"{name} = {getattr(getattr(c, section), key)!r}; expected {wanted}"))
+
+    for name in (
+        "run.steps", "rollout.prompts", "rollout.responses", "rollout.max_tokens", "data.max_prompt_tokens",
+        "objective.epochs", "objective.minibatches", "optimizer.micro_batch_tokens", "evaluation.responses",
+        "run.keep_checkpoints",
+    ):  # fmt: skip
+        need(_get(c, name) >= 1, name, "at least 1")
+    for name in (
+        "run.seed", "run.checkpoint_every", "run.show_every", "model.lora_rank", "model.lora_alpha",
+        "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup", "optimizer.max_gradient_norm",
+        "optimizer.micro_batch_responses", "optimizer.eps", "evaluation.every", "evaluation.prompts",
+        "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
+    ):  # fmt: skip
+        need(_get(c, name) >= 0, name, ">= 0")
+    need(0 < c.rollout.top_p <= 1, "rollout.top_p", "in (0, 1]")
+    need(0 <= c.rollout.min_p < 1, "rollout.min_p", "in [0, 1)")
+    need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
+    need(all(0 <= b < 1 for b in c.optimizer.betas), "optimizer.betas", "two numbers in [0, 1)")
+    need(bool(c.data.train), "data.train", "a file of training prompts")
+    need(bool(c.model.path) or c.run.backend == "table", "model.path", "a model folder or name")
+    need(
+        not c.model.trust_remote_code or _is_commit(c.model.revision) or Path(c.model.path).is_dir(),
+        "model.trust_remote_code",
+        "a model.revision beside it that is a whole commit hash (40 hex digits; a branch or tag may move), so that the"
+        " code that was read is the code that runs",
+    )
+    compares = c.objective.name not in ("sft", "reject_sampling")
+    need(c.rollout.responses >= 2 or not compares, "rollout.responses", f"at least 2 for {c.objective.name}")
+    if c.objective.name == "dpo":
+        need(c.objective.beta > 0, "objective.beta", "> 0 for dpo")
+    need(
+        c.objective.minibatches <= c.rollout.prompts,
+        "objective.minibatches",
+        f"at most rollout.prompts = {c.rollout.prompts}",
+    )
+    if not c.rewards:
+        wrong.append(("rewards", "no reward: add a [rewards.NAME] section with function = ..."))
+    for name, reward in c.rewards.items():
+        if not reward.function:
+            wrong.append((f"rewards.{name}", f"rewards.{name}.function is empty; expected a reward function"))
+        if name in RESERVED_REWARD_NAMES or not re.fullmatch(r"[\w.\-]+", name):
+            wrong.append((f"rewards.{name}", f"a reward cannot be named {name!r}; give it another name"))
+        for key, good, wanted in (
+            ("timeout", reward.timeout > 0, "> 0"),
+            ("workers", reward.workers >= 1, "at least 1"),
+            ("memory", reward.memory >= 0, ">= 0"),
+            ("max_failures", 0 <= reward.max_failures <= 1, "in [0, 1]"),
+        ):
+            if not good:
+                full = f"rewards.{name}.{key}"
+                wrong.append((full, f"{full} = {getattr(reward, key)!r}; expected {wanted}"))
+    sampling = None if wrong else c.rollout.sampling
+    if sampling and sampling.truncated_support and not c.rollout.allow_truncated_support:
+        cut = ", ".join(f"rollout.{x}" for x in sampling.truncated_support)
+        wrong.append(
+            (
+                "rollout." + sampling.truncated_support[0].split(" ")[0],
+                f"{cut} gives some responses probability 0, and GVPO's optimum needs them all (Cor. 3.2);"
+                " remove it, or set rollout.allow_truncated_support = true",
+            )
+        )
+    return wrong
+
+
+def _get(config: Config, name: str) -> Any:
+    section, _, key = name.partition(".")
+    return getattr(getattr(config, section), key)
+
+
+def _is_commit(revision: str | None) -> bool:
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
+def _of_no_use(config: Config) -> list[tuple[str, str]]:
+    """Numbers that are not finite or too large, and what was hidden when the settings were saved."""
+    wrong: list[tuple[str, str]] = []
+
+    def look(value: Any, name: str) -> None:
+        if dataclasses.is_dataclass(value):
+            for field in dataclasses.fields(value):
+                look(getattr(value, field.name), f"{name}.{field.name}" if name else field.name)
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                look(item, f"{name}.{key}")
+        elif isinstance(value, tuple):
+            for item in value:
+                look(item, name)
+        elif isinstance(value, float) and not math.isfinite(value):
+            wrong.append((name, f"{name} = {value}; expected a finite number"))
+        elif isinstance(value, int) and abs(value) > _LARGEST:
+            wrong.append((name, f"{name} = {value}; expected a number within 2^53"))
+        elif isinstance(value, str) and "\0" in value:
+            wrong.append((name, f"{name} = {value!r}; expected text without a null character"))
+        elif isinstance(value, str) and (value == HIDDEN or f"//{HIDDEN}@" in value):
+            wrong.append((name, f"{name} was left out of these settings when they were saved, being a secret: {_MEND}"))
+
+    look(config, "")
+    return wrong
+
+
+_MEND = "give it anew; a reward's option can be '$NAME', which is read from the environment variable NAME"

@@ -1,0 +1,305 @@
+"""Reads a run's settings from TOML, with every mistake reported at once by field and line, and writes them back."""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import re
+import tomllib
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.check import wrong_values
+from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
+
+
+def read_config(path: Path) -> Config:
+    """The settings in a TOML file; what it leaves out keeps its default.
+
+    Raises: ConfigError: the file is missing or not TOML, or fields are unknown, of a wrong type or out of range;
+      every one is listed, with its line and a suggestion.
+    """
+    config, reader = _read(path)
+    _refuse(reader.wrong(config))
+    return config
+
+
+def read_saved(path: Path) -> Config:
+    """The settings of a run folder as they stand, to be compared with: secrets were left out when they were saved.
+
+    Raises: ConfigError: the file is missing or not TOML.
+    """
+    return _read(path)[0]
+
+
+def _read(path: Path) -> "tuple[Config, _Reader]":
+    """The settings, with defaults in the place of what is wrong, and the reader that knows what is."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise ConfigError(f"cannot read the config {path}: {e}") from e
+    try:
+        table = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
+        raise ConfigError(f"{path} is not valid TOML: {e}") from e
+    reader = _Reader(path, _line_numbers(text))
+    return reader.build(Config, table, ""), reader
+
+
+def _refuse(messages: list[str]) -> None:
+    if messages:
+        raise ConfigError("\n".join(messages))
+
+
+def parse_arguments(
+    arguments: list[str], also: Callable[[Config], list[str]] = lambda config: []
+) -> tuple[Path, Config]:
+    """`CONFIG --section.key value ...` -> the file's path and its settings with the overrides.
+
+    `--help` explains every field and leaves.
+
+    Args:
+      also: what else is wrong with the settings: one text each, reported with the rest.
+    Raises: ConfigError: as read_config, and for bad overrides.
+    """
+    files = [a for a in arguments[:1] if not a.startswith("-")]
+    path = Path(files[0]) if files else None
+    default, reader = _read(path) if path else (Config(), None)
+    options = arguments[len(files) :]
+    if {"-h", "--help"} & {*options}:
+        _overridden(_without_secrets(default), options)
+    if path is None or reader is None:
+        raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
+    config, wrong = _all_overridden(default, options)
+    _refuse(wrong + reader.wrong(config) + also(config))
+    return path, config
+
+
+def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[str]]:
+    """The settings with every option that can be taken, and what is wrong with the others."""
+    wrong: list[str] = []
+    taken: list[list[str]] = []  # an option and its values each
+    known, secrets = {f"--{name}" for name in _field_names(default)}, secrets_of(as_table(default))
+    for one in _each(options):
+        name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if one[0].startswith("--") and name not in known:
+            wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
+        else:
+            taken.append(one)
+    try:
+        return (_overridden(default, [word for one in taken for word in one]) if taken else default), wrong
+    except _RefusedError as e:
+        whole = str(e)
+    config, before = default, len(wrong)
+    for one in taken:  # one by one, so that each mistake is told
+        try:
+            config = _overridden(config, one)
+        except _RefusedError as e:
+            shown = str(e) if hide_command(one, secrets) == one else f"{one[0].split('=')[0]} = {HIDDEN} cannot be read"
+            wrong.append(f"options: {hide(shown, secrets)}")
+    if len(wrong) == before:  # each by itself is good
+        wrong.append(f"options: {hide(whole, secrets)}")
+    return config, wrong
+
+
+def _each(options: list[str]) -> list[list[str]]:
+    """The options, each with the words up to the next."""
+    each: list[list[str]] = []
+    for word in options:
+        if word.startswith("--") or not each:
+            each.append([word])
+        else:
+            each[-1].append(word)
+    return each
+
+
+class _RefusedError(Exception):
+    """Options that do not fit the settings' types; the message says why."""
+
+
+def _overridden(default: Config, options: list[str]) -> Config:
+    """The settings with the options taken; `--help` prints and leaves. Raises: _RefusedError."""
+    try:
+        import tyro
+    except ImportError as e:
+        raise ConfigError('options beside the config need tyro: pip install "gvpo[train]"') from e
+    said = io.StringIO()  # a refusal comes in a box, with the settings' values in it
+    try:
+        with contextlib.redirect_stderr(said):
+            config: Config = tyro.cli(
+                Config,
+                prog="gvpo train CONFIG",
+                description="Trains a policy. CONFIG is a TOML file; options override it.",
+                default=default,
+                args=options,
+                config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+            )
+    except SystemExit as e:
+        if not e.code:
+            raise
+        raise _RefusedError(_out_of_the_box(said.getvalue()) or " ".join(options)) from e
+    return config
+
+
+def _out_of_the_box(text: str) -> str:
+    """The words of a refusal: those between the first two rules of its frame, which may be of ASCII."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
+    rules = [number for number, line in enumerate(lines) if re.search("─{3}|-{3}", line)]
+    between = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
+    return " ".join(word for line in between for word in line.strip("│| ").split())
+
+
+def _without_secrets(config: Config) -> Config:
+    return cast(Config, _Reader(Path(), {}).build(Config, hide_settings(as_table(config)), ""))
+
+
+def write_config(config: Config, path: Path) -> None:
+    """Writes the resolved settings as TOML that read_config reads back equal, but for secrets, which are left out."""
+    import tomli_w
+
+    path.write_text(tomli_w.dumps(hide_settings(as_table(config))), encoding="utf-8")
+
+
+def as_table(config: Any) -> dict[str, Any]:
+    """The settings as plain TOML values; None is left out."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: plain(v) for k, v in value.items() if v is not None}
+        return [plain(v) for v in value] if isinstance(value, list | tuple) else value
+
+    table: dict[str, Any] = plain(dataclasses.asdict(config))
+    return table
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """One line a setting that differs: `section.key: old -> new`. Secrets, which are not kept, are not compared."""
+    a, b = (_flat(hide_settings(as_table(config))) for config in (old, new))
+    names = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k) and HIDDEN not in (a.get(k), b.get(k))]
+    return [f"{k}: {a.get(k, 'unset')!r} -> {b.get(k, 'unset')!r}" for k in names]
+
+
+def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for key, value in table.items():
+        out |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return out
+
+
+def _field_names(config: Config) -> list[str]:
+    names = []
+    for section in dataclasses.fields(Config):
+        value = getattr(config, section.name)
+        if isinstance(value, dict):
+            for name, item in value.items():
+                names += [f"{section.name}.{name}.{f.name}" for f in dataclasses.fields(item)]
+                names += [f"{section.name}.{name}.options.{key}" for key in item.options]
+        else:
+            names += [f"{section.name}.{f.name}" for f in dataclasses.fields(value)]
+    return names
+
+
+def _suggest(name: str, known: Any) -> str:
+    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2])
+    close = elsewhere or difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _line_numbers(text: str) -> dict[str, int]:
+    """Dotted key -> line, for tables and `key = value` lines; enough to point at a mistake."""
+    lines: dict[str, int] = {}
+    section = ""
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
+            section = re.sub(r"[\s\"']", "", header[1])
+            lines.setdefault(section, number)
+        elif key := re.match(r"\s*([\w\-.\"']+)\s*=", line):
+            name = re.sub(r"[\"']", "", key[1])
+            lines.setdefault(f"{section}.{name}" if section else name, number)
+    return lines
+
+
+class _Reader:
+    """Builds dataclasses from a TOML table, collecting every error; what is wrong keeps its default."""
+
+    def __init__(self, path: Path, lines: dict[str, int]) -> None:
+        self.path, self.lines = path, lines
+        self.errors: list[tuple[str, str]] = []  # field, message
+
+    def error(self, name: str, message: str) -> None:
+        self.errors.append((name, message))
+
+    def wrong(self, config: Config) -> list[str]:
+        """All that is wrong with the file and with the settings that came of it, by line."""
+        known = {name for name, _ in self.errors}
+        values = [(name, text) for name, text in wrong_values(config) if not _covered(name, known)]
+        found = [(self._line(name), message) for name, message in self.errors + values]
+        found.sort(key=lambda pair: pair[0] or len(self.lines) + 10**6)
+        return [f"{self.path}:{line}: {message}" if line else f"{self.path}: {message}" for line, message in found]
+
+    def _line(self, name: str) -> int:
+        while name and name not in self.lines:
+            name = name.rpartition(".")[0]
+        return self.lines.get(name, 0)
+
+    def build(self, cls: Any, table: Any, prefix: str) -> Any:
+        if not isinstance(table, dict):
+            section = prefix.rstrip(".")
+            self.error(section, f"{section} = {table!r}; expected a section [{section}]")
+            return cls()
+        hints = get_type_hints(cls)
+        values = {}
+        for key, value in table.items():
+            name = prefix + key
+            if key not in hints:
+                known = {prefix + k for k in hints} | set(_field_names(Config()))
+                self.error(name, f"unknown {'field' if prefix else 'section'} {name}{_suggest(name, known)}")
+                continue
+            before = len(self.errors)
+            read = self.value(hints[key], value, name)
+            if len(self.errors) == before or isinstance(read, dict) or dataclasses.is_dataclass(read):
+                values[key] = read
+        return cls(**values)
+
+    def value(self, hint: Any, value: Any, name: str) -> Any:
+        """The value as the type says; None, and an error, where it does not fit."""
+        origin, arguments = get_origin(hint), get_args(hint)
+        if dataclasses.is_dataclass(hint):
+            return self.build(hint, value, name + ".")
+        if origin in (Union, types.UnionType):  # X | None; TOML has no None
+            return self.value(next(a for a in arguments if a is not type(None)), value, name)
+        shown = repr(HIDDEN if is_secret(name) else value)
+        if origin is Literal:
+            if value in arguments:
+                return value
+            close = difflib.get_close_matches(str(value), arguments, n=1)
+            hint_text = f"; did you mean {close[0]!r}?" if close else ""
+            self.error(name, f"{name} = {shown}; expected one of {', '.join(map(repr, arguments))}{hint_text}")
+        elif origin is dict:
+            if isinstance(value, dict):
+                read = {k: self.value(arguments[1], v, f"{name}.{k}") for k, v in value.items()}
+                return {k: v for k, v in read.items() if v is not None}
+            self.error(name, f"{name} = {shown}; expected a table")
+        elif origin is tuple:
+            if isinstance(value, list) and (arguments[-1] is ... or len(value) == len(arguments)):
+                kinds = [arguments[0]] * len(value) if arguments[-1] is ... else arguments
+                return tuple(self.value(k, v, name) for k, v in zip(kinds, value, strict=True))
+            self.error(name, f"{name} = {shown}; expected a list of {arguments[0].__name__}")
+        elif hint is float and isinstance(value, int) and not isinstance(value, bool):
+            try:
+                return float(value)
+            except OverflowError:
+                self.error(name, f"{name} = {shown}; expected a number within 1e308")
+        elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+            return value
+        else:
+            self.error(name, f"{name} = {shown}; expected {hint.__name__}")
+        return None
+
+
+def _covered(name: str, known: set[str]) -> bool:
+    """Whether an error of this field, or of a part of it, is told already."""
+    return any(k == name or k.startswith(f"{name}.") or name.startswith(f"{k}.") for k in known)

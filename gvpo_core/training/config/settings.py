@@ -1,0 +1,219 @@
+"""The settings of a run: one tree of typed dataclasses. `file.py` reads it from TOML and the command line."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from gvpo_core.training.sampling import Sampling
+
+
+class ConfigError(ValueError):
+    """Settings that cannot be run; the message names each with what was wanted."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where, how long, and what is kept."""
+
+    folder: str = "runs/gvpo"
+    """Run folder: config, metrics, completions, checkpoints and report; an unfinished run there is resumed."""
+    backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
+    """What computes the policy; table: the NumPy reference (model.path/table.json); auto: the first that is installed
+    of torch, jax, mlx."""
+    steps: int = 100
+    """Rollouts in the whole run."""
+    seed: int = 0
+    """Seed of the data order, the samples and any newly made parameters."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints; the last step always has one. 0: only the last."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept; older ones go once a newer one is verified."""
+    trackers: tuple[str, ...] = ()
+    """Trackers beside metrics.jsonl: wandb, trackio, tensorboard."""
+    allow_changes: bool = False
+    """Resume although the settings differ from those that the run folder was made with."""
+    show_every: int = 10
+    """Steps between samples printed to the console. 0: never."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The policy's parameters and how they are computed with."""
+
+    path: str = ""
+    """Local Hugging Face folder, or hub name where the framework downloads."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    trust_remote_code: bool = False
+    """Run model code shipped in the model's repository."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype. bfloat16 keeps float32 master parameters in full fine-tuning, and a bfloat16 base under LoRA."""
+    device: str = "auto"
+    """Device; auto: the accelerator where there is one, else CPU."""
+    lora_rank: int = 0
+    """Rank of LoRA adapters. 0: full fine-tuning."""
+    lora_alpha: float = 0.0
+    """LoRA scale numerator (scale = alpha / rank). 0: twice the rank."""
+    lora_kind: Literal["lora", "dora"] = "lora"
+    """dora: adapters with a trained magnitude for each output beside them (torch and mlx)."""
+    lora_targets: tuple[str, ...] = ("all-linear",)
+    """Module names that get adapters; all-linear: every linear layer but the head."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    layout: Literal["auto", "packed", "plain"] = "auto"
+    """Training rows. packed: a prompt once, then its responses; plain: a row a response; auto: packed where exact."""
+    sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
+    """How several processes of torch share the model: a copy each, or parameters sharded (FSDP2)."""
+    mesh_fsdp: int = 1
+    """Devices of jax over which parameters, optimizer state and batch are sharded."""
+    mesh_tensor: int = 1
+    """Devices of jax over which each layer is split; what fsdp and tensor leave is the mesh's data axis."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts."""
+
+    train: str = ""
+    """Training prompts: a .jsonl or .parquet file, or a `datasets` folder saved to disk."""
+    evaluation: str = ""
+    """Held-out prompts in the same forms. Empty: no evaluation."""
+    prompt: str = "prompt"
+    """Column of the prompt: text, or chat messages (role, content). Other columns go to the rewards."""
+    system_prompt: str = ""
+    """System message put before chat messages that have none. Empty: none."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, tokens."""
+    too_long: Literal["error", "drop"] = "error"
+    """What to do with a longer prompt."""
+    shuffle: bool = True
+    """A new order of the prompts every epoch, from the run's seed."""
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    """One step's samples."""
+
+    prompts: int = 8
+    """Prompts a step (G)."""
+    responses: int = 8
+    """Responses a prompt (k), at least 2 for objectives that compare within groups."""
+    max_tokens: int = 256
+    """Longest response, tokens, end token included."""
+    temperature: float = 1.0
+    """Sampling temperature; log-probabilities are always scored at temperature 1."""
+    top_p: float = 1.0
+    """Nucleus sampling. 1: off. Cuts the support that Cor. 3.2 needs."""
+    top_k: int = 0
+    """Top-k sampling. 0: off. Cuts the support that Cor. 3.2 needs."""
+    min_p: float = 0.0
+    """Min-p sampling. 0: off. Cuts the support that Cor. 3.2 needs."""
+    allow_truncated_support: bool = False
+    """Accept top_p, top_k, min_p or temperature 0 in training, and give up Cor. 3.2's guarantee."""
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k, self.min_p)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """What is optimised."""
+
+    name: Literal["gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo"] = "gvpo"
+    """Weights of Eq. 9's unified framework."""
+    beta: float = 0.1
+    """KL coefficient, reward units per nat. grpo, dr_grpo, rloo: of the KL term in the reward."""
+    reference: Literal["initial", "rollout"] = "initial"
+    """pi_ref: the initial model (Eq. 5), or the policy that sampled the rollout (the authors' code)."""
+    epochs: int = 1
+    """Passes over each rollout."""
+    minibatches: int = 1
+    """Optimizer steps a pass; each takes whole groups."""
+    clip: float = 0.2
+    """Clip range of the importance ratio (Eq. 19); grpo, dr_grpo, rloo only."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and how a batch is split. Splitting never changes the step."""
+
+    learning_rate: float = 1e-6
+    """Peak learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's moment decays."""
+    eps: float = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, of matrices only."""
+    warmup: int = 0
+    """Updates of linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Learning rate after warm-up; linear and cosine end at 0."""
+    max_gradient_norm: float = 1.0
+    """Gradients are scaled down to this norm. 0: off."""
+    micro_batch_tokens: int = 8192
+    """Tokens a forward-backward pass, padding included; what sets peak memory."""
+    micro_batch_responses: int = 0
+    """Responses a forward-backward pass. 0: as many as the tokens allow."""
+    strategy: Literal["group", "score"] = "group"
+    """group: weights from the pass that is stepped along, where whole groups fit; score: from a pass of their own."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Held-out accuracy: the rewards of fresh responses to data.evaluation."""
+
+    every: int = 0
+    """Steps between evaluations; the first and last step always have one. 0: only those."""
+    prompts: int = 0
+    """Held-out prompts used. 0: all."""
+    responses: int = 1
+    """Responses a prompt."""
+    temperature: float = 0.0
+    """Sampling temperature. 0: the most likely token."""
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """One reward function."""
+
+    function: str = ""
+    """exact_match, regex_match, math_verify, or an import path: package.module:function or path/to/file.py:function."""
+    weight: float = 1.0
+    """Factor in the total reward."""
+    timeout: float = 30.0
+    """Seconds a call may take."""
+    isolation: Literal["process", "thread"] = "process"
+    """process: calls past their limit are killed; thread: they are given up, and may block the run."""
+    workers: int = 2
+    """Processes of this reward."""
+    memory: float = 8.0
+    """GiB of address space a process may take. 0: no limit, which CUDA needs."""
+    max_failures: float = 0.5
+    """Share of a step's responses that may raise or run out of time; above it the run stops."""
+    failure_value: float | None = None
+    """Score of a response that fails so. Unset: it has none, and leaves its group."""
+    sandbox: str = ""
+    """For a function that runs code from responses (its attribute runs_code is true): what contains that code."""
+    options: dict[str, str] = field(default_factory=dict)
+    """Keyword arguments handed to the function at every call."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A training run."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    rewards: dict[str, RewardConfig] = field(default_factory=dict)
+    """Named rewards, summed with their weights; [rewards.NAME] in the file."""
+
+    @property
+    def updates(self) -> int:
+        """Optimizer steps in the whole run."""
+        return self.run.steps * self.objective.epochs * self.objective.minibatches

@@ -1,0 +1,13 @@
+"""What a backend implements, and what it may import to do so."""
+
+from gvpo_core.training.policy.protocol import Batch, Coefficients, Policy, Prompt, Response, Tokens, Update
+
+__all__ = [
+    "Batch",
+    "Coefficients",
+    "Policy",
+    "Prompt",
+    "Response",
+    "Tokens",
+    "Update",
+]

@@ -1,0 +1,229 @@
+"""How responses are laid out in rows, and rows in micro-batches: plain data, no framework.
+
+A packed row holds a prompt once and its responses after it; each response sees the prompt and itself, and its positions
+go on from the prompt's. A plain row is a packed row of one response. The last token of a response is never an input.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.policy import Batch, Tokens
+
+PACKABLE = frozenset(
+    ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "olmo2", "smollm3", "granite")
+)  # each shown exact in conformance/backends/test_torch_layout.py
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt and one or more of its responses."""
+
+    prompt: Tokens
+    responses: tuple[int, ...]  # rows of the batch
+    length: int  # tokens
+
+
+@dataclass(frozen=True)
+class Splitting:
+    """How a batch is laid out in rows and split into micro-batches."""
+
+    packed: bool
+    tokens: int  # budget of a micro-batch, padding included
+    responses: int  # of a micro-batch at most; 0: no limit
+    hidden_size: int  # the model's; see `plan_rows`
+
+    def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
+        """Micro-batches of the chosen responses (default all)."""
+        rows = plan_rows(
+            batch,
+            packed=self.packed,
+            tokens=self.tokens,
+            responses=self.responses,
+            hidden_size=self.hidden_size,
+            rows=chosen,
+        )
+        return micro_batches(rows, tokens=self.tokens, responses=self.responses)
+
+    def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:
+        """Micro-batches of whole groups, and the responses of groups that do not fit in one."""
+        return whole_groups(
+            batch, packed=self.packed, tokens=self.tokens, responses=self.responses, hidden_size=self.hidden_size
+        )
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens."""
+
+    ids: np.ndarray  # (B, T) int64; padding is id 0, told apart by `segments` alone
+    positions: np.ndarray  # (B, T) int64
+    segments: np.ndarray  # (B, T) int64: 0 prompt, 1.. its responses, -1 padding
+    predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state predicts
+    targets: np.ndarray  # (n,) int64: the response token predicted
+    responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `targets`
+    lengths: np.ndarray  # (r,) int64: tokens of each response
+
+    def sums(self, values: np.ndarray) -> np.ndarray:
+        """(r,) float64: sum of `values` (n,) over each response's tokens."""
+        starts = np.cumsum(self.lengths) - self.lengths
+        sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
+        return sums
+
+
+def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
+    """Whether packed rows are exact for a model of this configuration (config.json as a mapping), and why."""
+    kind = config.get("model_type")
+    if kind not in PACKABLE:
+        return False, f"packing is not verified for model type {kind}"
+    window = config.get("sliding_window")
+    if window is not None and config.get("use_sliding_window", True):
+        return False, f"sliding_window = {window}: the window would count other responses' tokens"
+    others = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
+    if others:
+        return False, f"layers of type {', '.join(others)}"
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
+    if kind_of_rope in ("longrope", "dynamic"):
+        return False, f"rope_type {kind_of_rope} depends on the length of the row"
+    return True, f"every layer of {kind} is full attention"
+
+
+def plan_rows(
+    batch: Batch,
+    *,
+    packed: bool,
+    tokens: int,
+    responses: int = 0,
+    hidden_size: int = 0,
+    rows: Sequence[int] | None = None,
+) -> list[Row]:
+    """Rows for the given responses (default all) of a batch, longest first.
+
+    Responses share a row when their prompt tokens and group label are equal.
+
+    Args:
+      packed: False: one response a row.
+      tokens: token budget of a row; only a row of a single response may exceed it.
+      responses: responses a row at most. 0: no limit.
+      hidden_size: the model's, to weigh attention (quadratic in the row) against sharing the prompt. 0: share always.
+    """
+    together: dict[tuple[int, Tokens], list[int]] = {}
+    for i in range(len(batch)) if rows is None else rows:
+        together.setdefault((batch.groups[i], batch.prompts[i]), []).append(i)
+    planned = []
+    for (_, prompt), members in together.items():
+        members.sort(key=lambda i: len(batch.responses[i]), reverse=True)
+        extra = [len(batch.responses[i]) - 1 for i in members]
+        limit = _responses_a_row(len(prompt), extra, hidden_size) if packed else 1
+        limit = min(limit, responses) if responses else limit
+        row: list[int] = []
+        length = len(prompt)
+        for i, added in zip(members, extra, strict=True):
+            if row and (len(row) == limit or length + added > tokens):
+                planned.append(Row(prompt, tuple(row), length))
+                row, length = [], len(prompt)
+            row.append(i)
+            length += added
+        planned.append(Row(prompt, tuple(row), length))
+    return sorted(planned, key=lambda row: row.length, reverse=True)
+
+
+def _responses_a_row(prompt: int, extra: Sequence[int], hidden_size: int) -> int:
+    # A token costs about 24 H^2 operations a layer outside attention, and 4 H for every token of its row inside.
+    n = len(extra)
+    if not hidden_size:
+        return n
+    mean = sum(extra) / n
+
+    def cost(size: int) -> float:
+        length = prompt + size * mean
+        return math.ceil(n / size) * (length + length**2 / (6 * hidden_size))
+
+    return min(range(n, 0, -1), key=cost)
+
+
+def micro_batches(rows: Sequence[Row], *, tokens: int, responses: int = 0) -> list[list[Row]]:
+    """Fills micro-batches with rows, longest first, so that rows times the longest stays within the token budget."""
+    return _fill([[row] for row in rows], tokens, responses)
+
+
+def whole_groups(
+    batch: Batch, *, packed: bool, tokens: int, responses: int = 0, hidden_size: int = 0
+) -> tuple[list[list[Row]], list[int]]:
+    """Micro-batches that hold whole groups, and the responses of groups that do not fit in one."""
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(batch.groups):
+        members.setdefault(label, []).append(i)
+    fitting, rest = [], []
+    for group in members.values():
+        rows = plan_rows(batch, packed=packed, tokens=tokens, hidden_size=hidden_size, rows=group)
+        fits = len(rows) * rows[0].length <= tokens and (not responses or len(group) <= responses)
+        if fits:
+            fitting.append(rows)
+        else:
+            rest.extend(group)
+    return _fill(fitting, tokens, responses), rest
+
+
+def _fill(units: list[list[Row]], tokens: int, responses: int) -> list[list[Row]]:
+    filled: list[list[Row]] = []
+    width = count = 0
+    for unit in sorted(units, key=lambda unit: unit[0].length, reverse=True):
+        added = sum(len(row.responses) for row in unit)
+        fits = filled and (len(filled[-1]) + len(unit)) * width <= tokens
+        if fits and (not responses or count + added <= responses):
+            filled[-1].extend(unit)
+            count += added
+        else:
+            filled.append(list(unit))
+            width, count = unit[0].length, added
+    return filled
+
+
+def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
+    """The micro-batch as arrays."""
+    width = max(row.length for row in rows)
+    ids = np.zeros((len(rows), width), dtype=np.int64)
+    positions = np.zeros((len(rows), width), dtype=np.int64)
+    segments = np.full((len(rows), width), -1, dtype=np.int64)
+    predict, targets, members, lengths = [], [], [], []
+    for b, row in enumerate(rows):
+        start = len(row.prompt)
+        ids[b, :start] = row.prompt
+        positions[b, :start] = np.arange(start)
+        segments[b, :start] = 0
+        end = start
+        for s, i in enumerate(row.responses, 1):
+            response = batch.responses[i]
+            inputs = slice(end, end + len(response) - 1)
+            ids[b, inputs] = response[:-1]
+            positions[b, inputs] = np.arange(start, start + len(response) - 1)
+            segments[b, inputs] = s
+            predict.append([b * width + start - 1, *range(b * width + end, b * width + inputs.stop)])
+            targets.append(response)
+            members.append(i)
+            lengths.append(len(response))
+            end = inputs.stop
+        # Padding goes on counting, so that nothing takes it for the start of another sequence.
+        positions[b, end:] = np.arange(width - end) + (positions[b, end - 1] + 1)
+    return Arrays(
+        ids,
+        positions,
+        segments,
+        np.concatenate(predict).astype(np.int64),
+        np.concatenate(targets).astype(np.int64),
+        np.asarray(members, dtype=np.int64),
+        np.asarray(lengths, dtype=np.int64),
+    )
+
+
+def check_batch(vocabulary: int) -> Batch:
+    """A short synthetic batch to check a model with: 2 prompts and 5 responses of different lengths."""
+    draw = np.random.default_rng(0)
+    prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (5, 8)]
+    responses = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (4, 1, 6, 3, 5)]
+    return Batch([prompts[0]] * 3 + [prompts[1]] * 2, responses, [0, 0, 0, 1, 1])

@@ -1,0 +1,52 @@
+"""Finds the backend of a run and loads its policy."""
+
+import importlib
+from importlib.util import find_spec
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.policy import Policy
+
+_MODULES = {
+    "torch": "gvpo_torch.policy",
+    "jax": "gvpo_jax.policy",
+    "mlx": "gvpo_mlx.policy",
+    "table": "gvpo_core.training.policy.table",
+}
+_NEEDED = {"torch": ("torch", "transformers"), "jax": ("jax", "optax", "orbax"), "mlx": ("mlx", "mlx_lm")}
+
+
+def backend_of(config: Config) -> str:
+    """The backend that the settings ask for; for "auto" the first that is installed.
+
+    Raises: ConfigError: "auto" where none is installed.
+    """
+    if config.run.backend != "auto":
+        return config.run.backend
+    for name, modules in _NEEDED.items():
+        if all(find_spec(module) for module in modules):
+            return name
+    raise ConfigError('no backend is installed: pip install "gvpo[torch]", "gvpo[jax]" or "gvpo[mlx]"')
+
+
+def load_policy(config: Config) -> Policy:
+    """The configured model as a policy, ready to be trained or restored.
+
+    Raises: ConfigError: the backend is not installed, with the line that installs it; or what the backend's load says.
+    """
+    name = backend_of(config)
+    if config.model.lora_kind == "dora" and name not in ("torch", "mlx"):
+        raise ConfigError(
+            f"model.lora_kind is dora, which gvpo_{name} does not have: use lora, or backend torch or mlx"
+        )
+    try:
+        module = importlib.import_module(_MODULES[name])
+    except ImportError as e:
+        raise ConfigError(f'gvpo_{name} cannot be imported ({e}): pip install "gvpo[{name}]"') from e
+    policy: Policy = module.load(
+        config.model,
+        config.optimizer,
+        updates=config.updates,
+        reference=config.objective.reference == "initial",
+        seed=config.run.seed,
+    )
+    return policy

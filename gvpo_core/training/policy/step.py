@@ -1,0 +1,89 @@
+"""What every backend's optimizer step shares: which rows are scored first, coefficients checked, the learning rate."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.policy import Batch, Coefficients
+from gvpo_core.training.policy.layout import Row, Splitting
+
+
+class StepPlan(NamedTuple):
+    """How a step goes over its N responses: whole groups in one pass, the rest scored before it is stepped along."""
+
+    whole: list[list[Row]]  # micro-batches of whole groups: one forward pass serves coefficients and gradient
+    rest: list[int]  # all other responses
+    logprobs: np.ndarray  # (N,) float64, nats: of the rest, 0 elsewhere
+    factors: np.ndarray  # (N,) float64: coefficients of the rest, 0 elsewhere
+    tokens: int  # computed to score the rest
+
+
+def plan_step(
+    batch: Batch,
+    splitting: Splitting,
+    coefficients: Coefficients,
+    *,
+    together: bool,
+    scored: np.ndarray | None,
+    score: Callable[[Batch], tuple[np.ndarray, int]],
+) -> StepPlan:
+    """Scores what does not go through the step as whole groups, and gives it its coefficients.
+
+    Args:
+      together: whole groups may go in one pass: strategy "group" on one rank.
+      scored: (N,) the log-probabilities of all rows, where they are known; then no pass is needed for them.
+      score: gives a batch's log-probabilities (n,), nats, and the tokens computed.
+    Raises: FloatingPointError, ValueError: see `factors_of`.
+    """
+    count = len(batch)
+    whole, rest = splitting.groups(batch) if together and scored is None else ([], list(range(count)))
+    logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
+    if rest or not whole:  # a rank without rows calls too: there ranks meet
+        chosen = np.asarray(rest, dtype=np.int64)
+        if scored is None:
+            logprobs[chosen], tokens = score(batch.take(rest))
+        else:
+            logprobs = np.asarray(scored, dtype=np.float64)
+            if logprobs.shape != (count,):
+                raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
+        factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
+    return StepPlan(whole, rest, logprobs, factors, tokens)
+
+
+def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
+    """Of update number `step` (from 0) out of `updates`: linear warm-up, then the schedule, 0 after the last."""
+    if step < config.warmup:
+        return config.learning_rate * (step + 1) / config.warmup
+    if config.schedule == "constant":
+        return config.learning_rate
+    progress = min(1.0, (step - config.warmup) / max(1, updates - config.warmup))
+    if config.schedule == "linear":
+        return config.learning_rate * (1.0 - progress)
+    return config.learning_rate * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """The coefficients of rows, checked.
+
+    Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
+      ValueError: a result of the wrong shape.
+    """
+    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)  # before any check: here ranks meet
+    if factors.shape != logprobs.shape:
+        raise ValueError(f"coefficients returned shape {factors.shape}; expected {logprobs.shape}")
+    check_finite("log-probabilities", logprobs, rows)
+    check_finite("coefficients", factors, rows)
+    return factors
+
+
+def check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
+    """Raises: FloatingPointError: how many values are not finite, and the row of the first."""
+    bad = rows[~np.isfinite(values)]
+    if len(bad):
+        raise FloatingPointError(
+            f"{name} of {len(bad)} of {len(rows)} responses are not finite, the first at batch row {bad[0]}: "
+            "no step was taken"
+        )

@@ -1,0 +1,157 @@
+"""The reference policy: a NumPy softmax table over enumerable responses, exact in float64, small enough to read.
+
+Every claim about the training loop is checked on it first, since pi, KL and pi* are known exactly. A prompt is one
+token, its index; a response is two: 1 + its index among all responses, then the end token 0.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+
+from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy.step import learning_rate
+from gvpo_core.training.sampling import Sampling, uniforms
+
+
+class TablePolicy:
+    """pi(y|x) = softmax(logits[x])_y over the responses listed for prompt x. Steps by plain gradient descent."""
+
+    rank = 0
+    world_size = 1
+
+    def __init__(
+        self,
+        table: Mapping[str, Mapping[str, float]],
+        optimizer: OptimizerConfig | None = None,
+        *,
+        updates: int = 0,
+    ) -> None:
+        """Args:
+        table: prompt -> response -> initial probability, each > 0; normalised for each prompt.
+        updates: optimizer steps of the whole run, for the schedule.
+        """
+        self.prompts = list(table)
+        self.responses = list(dict.fromkeys(response for row in table.values() for response in row))
+        self.logits = np.full((len(self.prompts), len(self.responses)), -np.inf)
+        for x, row in enumerate(table.values()):
+            p = np.asarray(list(row.values()), dtype=np.float64)
+            if not (p > 0).all():
+                raise ValueError(f"the table gives {self.prompts[x]!r} a probability that is not > 0")
+            self.logits[x, [self.responses.index(response) for response in row]] = np.log(p / p.sum())
+        self.reference = self.log_table()
+        self.optimizer = optimizer or OptimizerConfig()
+        self.updates = updates
+        self.update_count = 0
+
+    def log_table(self) -> np.ndarray:
+        """(P, Y) float64: log pi(y|x); -inf where prompt x has no such response."""
+        largest = self.logits.max(axis=1, keepdims=True)
+        shifted = self.logits - largest
+        result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+        return result
+
+    def encode(self, prompt: Prompt) -> Tokens:
+        text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
+        if text not in self.prompts:
+            raise ValueError(f"the table has no prompt {text!r}; it has {len(self.prompts)} others")
+        return (self.prompts.index(text),)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.responses[tokens[0] - 1]
+
+    def generate(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Response]]:
+        if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
+            raise ConfigError("the table samples whole distributions; rollout.top_p, top_k and min_p are not for it")
+        log_pi = self.log_table()
+        result = []
+        for (x,), row_seeds in zip(prompts, seeds, strict=True):
+            if sampling.temperature == 0:
+                choices = [int(log_pi[x].argmax())] * len(row_seeds)
+            else:
+                tilted = np.exp((log_pi[x] - log_pi[x].max()) / sampling.temperature)
+                cumulative = np.cumsum(tilted)
+                choices = [
+                    int(np.searchsorted(cumulative, u * cumulative[-1], side="right"))
+                    for u in uniforms(row_seeds, 0, 1)[:, 0]
+                ]
+            full = sampling.max_tokens >= 2
+            result.append([Response((1 + y, 0) if full else (1 + y,), full) for y in choices])
+        return result
+
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        table = self.reference if reference else self.log_table()
+        x, y = _cells(batch)
+        result: np.ndarray = table[x, y]
+        return result
+
+    def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
+        logprobs = self.logprobs(batch) if scored is None else scored
+        c = coefficients(logprobs, np.arange(len(batch)))
+        x, y = _cells(batch)
+        gradient = np.zeros_like(self.logits)
+        np.add.at(gradient, (x, y), -c)
+        gradient += np.exp(self.log_table()) * np.bincount(x, weights=c, minlength=len(self.prompts))[:, None]
+        norm = float(np.sqrt((gradient**2).sum()))
+        if not np.isfinite(norm):
+            raise FloatingPointError("the gradient is not finite; parameters are unchanged")
+        limit = self.optimizer.max_gradient_norm
+        scale = limit / norm if limit and norm > limit else 1.0
+        rate = learning_rate(self.optimizer, self.update_count, self.updates)
+        self.logits = self.logits - rate * scale * gradient
+        self.update_count += 1
+        return Update(logprobs, norm, rate, 3 * len(batch), self.logits.nbytes)
+
+    def save(self, directory: Path) -> None:
+        np.savez(directory / "table.npz", logits=self.logits, update_count=self.update_count)
+
+    def restore(self, directory: Path) -> None:
+        path = directory / "table.npz"
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                logits, update_count = saved["logits"], int(saved["update_count"])
+        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
+            raise ConfigError(f"{path} holds no table of numbers: {type(e).__name__}: {e}") from e
+        if logits.shape != self.logits.shape:
+            raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")
+        self.logits, self.update_count = logits, update_count
+
+    def export(self, directory: Path) -> None:
+        """Writes table.json, which `load` reads: the table has no Hugging Face form."""
+        pi = np.exp(self.log_table())
+        table = {
+            p: {r: float(pi[x, y]) for y, r in enumerate(self.responses) if pi[x, y] > 0}
+            for x, p in enumerate(self.prompts)
+        }
+        (directory / "table.json").write_text(json.dumps(table, indent=1))
+
+    def describe(self) -> Mapping[str, Any]:
+        return {
+            "backend": "table",
+            "device": "cpu",
+            "dtype": "float64",
+            "parameters": int(np.isfinite(self.logits).sum()),
+        }
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+
+def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> TablePolicy:
+    """The table in `model.path`/table.json: prompt -> response -> probability under the initial policy."""
+    path = Path(model.path) / "table.json"
+    try:
+        table = json.loads(path.read_text())
+        return TablePolicy(table, optimizer, updates=updates)
+    except (OSError, ValueError, AttributeError, TypeError) as e:
+        raise ConfigError(f"model.path = {model.path!r}: no table can be read from {path}: {e}") from e
+
+
+def _cells(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    return np.asarray([p[0] for p in batch.prompts], int), np.asarray([r[0] - 1 for r in batch.responses], int)

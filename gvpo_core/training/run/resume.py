@@ -1,0 +1,85 @@
+"""The command line that goes on with a run, as exactly as a process can know it: interpreter, module, launcher."""
+
+import multiprocessing
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from gvpo_core.training.config.secrets import hide_command
+
+_LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "mlx.launch", "mpirun",
+              "mpiexec", "srun", "horovodrun", "deepspeed")  # fmt: skip
+_AS_BEFORE = "what you started it with"
+
+
+def resume_command(processes: int, secrets: Iterable[str] = ()) -> str:
+    """What to type to go on with the run that this process is in, without the secrets that stand in it.
+
+    Args:
+      processes: in the whole run. Of several, the launcher's command line is given where a parent process is a known
+        launcher; else the command of one process, and that each is to be started as before.
+      secrets: to be left out, beside those known by their form.
+    """
+    launcher = _launcher() if processes > 1 else []
+    if launcher:
+        on = " (on every machine, as before)" if _machines() > 1 else ""
+        return shlex.join(hide_command(launcher, secrets)) + on
+    command = _own(sys.orig_argv, sys.argv)
+    said = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
+    return said if processes == 1 else f"{said} (in each of the {processes} processes, started as before)"
+
+
+def _own(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """This process's own command; empty where it was not typed: a notebook, a prompt, a worker of another program.
+
+    Args:
+      original: sys.orig_argv, the interpreter's options and -m or -c with it.
+      arguments: sys.argv.
+    """
+    if hasattr(sys, "ps1") or "ipykernel" in sys.modules or multiprocessing.parent_process() is not None:
+        return []
+    if not arguments or arguments[0] in ("", "-") or len(original) < 2:
+        return []
+    program = Path(arguments[0])
+    if program.name == "gvpo":  # the installed command: its interpreter says nothing more
+        return [program.name, *arguments[1:]]
+    if "-c" in original and arguments[0] != "-c":
+        return []  # a program that put other arguments in the place of its own
+    return [sys.executable, *original[1:]]
+
+
+def _launcher() -> list[str]:
+    """The command line of the nearest parent that starts processes; empty: none is known, or this system hides it."""
+    process = os.getppid()
+    for _ in range(4):  # a shell or an agent may stand between
+        try:
+            words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
+            status = Path(f"/proc/{process}/status").read_text()
+        except OSError:
+            return []
+        if starts_processes(words):
+            return words
+        process = int(status.partition("PPid:")[2].split()[0])
+    return []
+
+
+def starts_processes(words: Sequence[str]) -> bool:
+    """Whether a command line is that of a known launcher, itself or as a Python script or module."""
+    if not words:
+        return False
+    if Path(words[0]).name in _LAUNCHERS:
+        return True
+    if not Path(words[0]).name.startswith("python"):
+        return False
+    names = [Path(word).name for word in words[1:4] if not word.startswith("-")]
+    return bool(names) and names[0] in _LAUNCHERS
+
+
+def _machines() -> int:
+    """Machines of the run, where the launcher tells its processes."""
+    for name in ("GROUP_WORLD_SIZE", "SLURM_NNODES"):
+        if os.environ.get(name, "").isdigit():
+            return int(os.environ[name])
+    return 1

@@ -1,0 +1,156 @@
+"""The keys of metrics.jsonl: the dictionary that docs/metrics.md is made of, and what is not in it."""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from gvpo_core.training.watch.alerts import ALERTS
+
+PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
+RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
+"""Names a reward cannot have: reward/<name> would be another metric."""
+
+
+class Metric(NamedTuple):
+    """What a key of metrics.jsonl means."""
+
+    unit: str
+    meaning: str
+
+
+METRICS: dict[str, Metric] = {
+    "kind": Metric("text", "train: one step; eval: one evaluation; event: something that happened, in `event`."),
+    "step": Metric("steps", "Rollouts done, this one included. An evaluation at step n uses the policy after n."),
+    "time": Metric("seconds", "Unix time at which the line was written."),
+    "event": Metric("text", "Kind of event: resume, stop, failed (what ended the run), warning."),
+    "message": Metric("text", "The event in words."),
+    "reward/mean": Metric("reward", "Mean total reward over the step's scored responses."),
+    "reward/half_width": Metric(
+        "reward", "Half the 95 % interval of reward/mean: Student's t over the group means; absent with one group."
+    ),
+    "reward/trend": Metric(
+        "reward", "reward/mean minus the mean of the up to 10 steps before; absent in the first step."
+    ),
+    "reward/spread": Metric("reward", "Standard deviation (k - 1) within a group, mean over counted groups."),
+    "reward/min": Metric("reward", "Lowest total reward of the step."),
+    "reward/max": Metric("reward", "Highest total reward of the step."),
+    "reward/<name>": Metric("reward", "Mean of one reward, unweighted, over the responses it scored."),
+    "reward_errors/<name>/<kind>": Metric(
+        "responses",
+        "Responses on which one reward failed: error (raised), timeout, none (None or NaN). They leave their group; "
+        "where the reward has a failure_value, errors and timeouts count as that instead.",
+    ),
+    "reward_seconds/<name>": Metric("seconds", "Time that one reward took, all responses; of the slowest rank."),
+    "loss": Metric("reward^2", "GVPO loss (Eq. 16) before the update, mean over counted groups."),
+    "loss/implicit_variance": Metric("reward^2", "Variance of the implicit rewards beta s within groups (Eq. 17)."),
+    "loss/reward_variance": Metric("reward^2", "Variance of the rewards within groups (Eq. 17)."),
+    "loss/covariance": Metric(
+        "reward^2", "Covariance of implicit and actual reward within groups (Eq. 17); loss = sum - 2 x this."
+    ),
+    "regret/second_order": Metric(
+        "reward", "loss / (2 beta): regularised reward still to be gained, to second order. Absent when beta = 0."
+    ),
+    "regret/series": Metric(
+        "reward",
+        "beta log mean exp(w / beta): the same to all orders, low by O(1/k). Absent when beta = 0.",
+    ),
+    "kl": Metric(
+        "nats/response",
+        "Mean of s = log pi_theta - log pi_ref over counted responses. It estimates KL(pi_theta || pi_ref) (k1) only "
+        "where the responses were sampled from pi_theta at temperature 1; elsewhere it is the mean log-ratio.",
+    ),
+    "entropy": Metric(
+        "nats/token",
+        "Minus the mean log-probability of a sampled token, over the responses that the policy scored: an estimate of "
+        "the entropy, under the same condition.",
+    ),
+    "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
+    "gradient_norm/max": Metric("", "Largest of them."),
+    "learning_rate": Metric("", "Of the step's last update."),
+    "length/mean": Metric("tokens", "Mean response length, end token included."),
+    "length/max": Metric("tokens", "Longest response."),
+    "length/best": Metric(
+        "tokens",
+        "Mean length of the finished responses with the step's highest reward (right ones, where rewards are 0 and 1); "
+        "absent without one, and when all rewards are equal.",
+    ),
+    "length/worst": Metric("tokens", "Mean length of the finished ones with its lowest reward (wrong); likewise."),
+    "length/truncated": Metric("tokens", "Mean length of the responses cut at the token limit; absent without one."),
+    "truncated": Metric("share", "Responses cut at the token limit."),
+    "responses/total": Metric("responses", "Responses of the step."),
+    "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
+    "groups/total": Metric("groups", "Prompts of the step."),
+    "groups/counted": Metric("groups", "Groups with at least two scored responses: those in the loss."),
+    "groups/dropped_unscored": Metric("groups", "Groups with fewer than two scored responses."),
+    "groups/all_equal": Metric("groups", "Dead groups: counted, with all rewards equal. Only beta moves them."),
+    "groups/all_best": Metric("groups", "Dead groups at the highest reward seen so far: too easy."),
+    "groups/all_worst": Metric("groups", "Dead groups at the lowest reward seen so far: too hard."),
+    "tokens/sampled": Metric("tokens", "Response tokens drawn in the step, all ranks."),
+    "tokens/computed": Metric("tokens", "Tokens through forward passes of the update, prompt and padding included."),
+    "tokens_per_second": Metric("tokens/s", "Sampled tokens by the seconds of generate, reward, score and update."),
+    "seconds/<phase>": Metric("seconds", f"Time in one phase: {', '.join(PHASES)}; other: the rest of the step."),
+    "seconds/step": Metric("seconds", "Time of the whole step."),
+    "share/<phase>": Metric("share", "seconds/<phase> by seconds/step."),
+    "memory/peak": Metric("bytes", "Peak memory of the fullest rank: of its device, or of the process on CPU."),
+    "verdict": Metric(
+        "text", "OK, WATCH or BAD: the worst level of `alerts`. The same in a resumed run. In an event `failed` too."
+    ),
+    "alerts": Metric("list", "What is wrong with the training: key, level, seen (in numbers), advice."),
+    "machine/verdict": Metric("text", "OK or WATCH: the worst level of `machine/alerts`."),
+    "machine/alerts": Metric("list", "What is wrong with speed or memory, as `alerts`; equal runs may differ in it."),
+    "policy/<detail>": Metric("", "A backend's own number, as its `Update.details` gives it."),
+    "eval/reward": Metric("reward", "Mean total reward on held-out prompts: mean over prompts of their means."),
+    "eval/half_width": Metric(
+        "reward",
+        "Half the 95 % interval of eval/reward over prompts: Student's t, or Wilson's larger side where every prompt "
+        "scores 0 or 1; absent with one prompt.",
+    ),
+    "eval/reward/<name>": Metric("reward", "Mean of one reward on held-out prompts, unweighted."),
+    "eval/length": Metric("tokens", "Mean length of held-out responses."),
+    "eval/truncated": Metric("share", "Held-out responses cut at the token limit."),
+    "eval/prompts": Metric("prompts", "Held-out prompts with a score."),
+    "eval/unscored": Metric("responses", "Held-out responses without a score."),
+}
+
+
+def _pattern(key: str) -> re.Pattern[str]:
+    names = {"<name>": ".+", "<detail>": ".+", "<kind>": "[a-z_]+", "<phase>": f"(?:{'|'.join(PHASES)}|other)"}
+    parts = re.split(r"(<\w+>)", key)
+    return re.compile("".join(names.get(part) or re.escape(part) for part in parts))
+
+
+_PATTERNS = [_pattern(key) for key in METRICS]
+
+
+def undocumented(record: Mapping[str, Any]) -> list[str]:
+    """The record's keys that METRICS does not explain."""
+    return [key for key in record if key not in METRICS and not any(pattern.fullmatch(key) for pattern in _PATTERNS)]
+
+
+def metrics_page() -> str:
+    """docs/metrics.md: the dictionary as a page."""
+    lines = [
+        "# What metrics.jsonl holds",
+        "",
+        "One JSON object a line. `kind` says which: `train` has the keys below but `eval/`; `eval` has `eval/` and",
+        "`seconds/evaluate`; `event` has `event` and `message`. Numbers that are not finite stand as `null`.",
+        "Rewards are in the units of your reward functions. Source: `gvpo_core.training.watch.metric_names.METRICS`.",
+        "",
+        "| key | unit | meaning |",
+        "|---|---|---|",
+    ]
+    for key, metric in METRICS.items():
+        lines.append(f"| `{key}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |")
+    lines += [
+        "",
+        "# What the alerts mean",
+        "",
+        "An alert compares a step with the run's own first and usual numbers: `usual` is the median of up to 20 steps",
+        "before, without the outliers among them. KL and gradient outliers are WATCH, BAD where three of five steps",
+        "are, and the usual after ten. `throughput` and `memory` stand in `machine/alerts`, the others in `alerts`.",
+        "",
+        "| key | is raised when |",
+        "|---|---|",
+        *(f"| `{key}` | {meaning} |" for key, meaning in ALERTS.items()),
+    ]
+    return "\n".join(lines) + "\n"
