@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.hugging_face import rope_settings
+from gvpo_core.training.policy.weight_files import refuse_quantization
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, product, token_logprobs
 from gvpo_jax.mesh import BATCH
 
@@ -115,8 +116,7 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
             f"gvpo_jax does not know the architecture {named} (model_type {family}); it knows "
             f"{', '.join(FAMILIES.values())}. gvpo_torch takes any model of transformers"
         )
-    if config.get("quantization_config"):
-        raise ConfigError(f"the weights of {named} are quantised ({config['quantization_config'].get('quant_method')})")
+    refuse_quantization(config, "gvpo_jax")
     activation = config.get("hidden_act", "silu")
     if activation not in ("silu", "swish"):
         raise ConfigError(f"hidden_act of {named} is {activation!r}; gvpo_jax knows silu")

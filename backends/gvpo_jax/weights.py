@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import weight_files
 from gvpo_core.training.policy.hugging_face import portable_config
 from gvpo_jax import mesh as meshes
 from gvpo_jax.model import EMBEDDING, HEAD, LAYER, Parameters, Spec
@@ -20,7 +21,6 @@ from gvpo_jax.model import EMBEDDING, HEAD, LAYER, Parameters, Spec
 SHARD_BYTES = 2**32
 ROWS = 4096  # compared at once
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
-_INDEX = "model.safetensors.index.json"
 
 
 class Files:
@@ -29,43 +29,22 @@ class Files:
     def __init__(self, folder: Path) -> None:
         """Raises: ConfigError: no safetensors there, a file that cannot be read, a dtype that is not a float's."""
         self.folder = folder
-        self._mapped: dict[str, np.ndarray] = {}
-        index = folder / _INDEX
-        if index.is_file():
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-            paths = [folder / Path(name).name for name in names]
-        else:
-            paths = sorted(folder.glob("*.safetensors"))
-        if not paths:
-            raise ConfigError(f"{folder} has no *.safetensors: gvpo_jax reads no other weights")
-        for path in paths:
-            try:
-                self._map(path)
-            except (OSError, ValueError, KeyError, IndexError) as error:
-                raise ConfigError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
-
-    def _map(self, path: Path) -> None:
-        raw = np.memmap(path, np.uint8, "r")
-        size = int(raw[:8].view("<u8")[0])
-        for name, entry in json.loads(raw[8 : 8 + size].tobytes()).items():
-            if name == "__metadata__":
-                continue
-            if entry["dtype"] not in _DTYPES:
-                raise ValueError(f"{name} is {entry['dtype']}; expected one of {', '.join(_DTYPES)}")
-            start, stop = entry["data_offsets"]
-            data = raw[8 + size + start : 8 + size + stop]
-            if data.nbytes != stop - start:
-                raise ValueError(f"the file ends inside {name}")
-            self._mapped[name] = data.view(_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        self._found = weight_files.tensors(folder)
+        weight_files.refuse_integers(self._found)
+        self._raw = {path: np.memmap(path, np.uint8, "r") for path in {t.path for t in self._found.values()}}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._mapped
+        return name in self._found
 
     def names(self) -> set[str]:
-        return set(self._mapped)
+        return set(self._found)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._found[name].shape
 
     def __getitem__(self, name: str) -> np.ndarray:
-        return self._mapped[name]
+        where = self._found[name]
+        return self._raw[where.path][where.start : where.stop].view(_DTYPES[where.dtype]).reshape(where.shape)
 
 
 def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
@@ -81,13 +60,13 @@ def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Arra
     missing = sorted(wanted.keys() - files.names())
     known = wanted.keys() | ({HEAD} if spec.tied else set())
     foreign = sorted(n for n in files.names() - known if not n.endswith(("rotary_emb.inv_freq", ".masked_bias")))
-    unlike = sorted(n for n in wanted if n in files and files[n].shape != wanted[n])
+    unlike = sorted(n for n in wanted if n in files and files.shape(n) != wanted[n])
     for what, names in (("lacks", missing), ("has, unknown to this architecture,", foreign)):
         if names:
             raise ConfigError(f"{files.folder} {what} {len(names)} weights, the first {names[0]}")
     if unlike:
         name = unlike[0]
-        raise ConfigError(f"{name} in {files.folder} has shape {files[name].shape}; config.json says {wanted[name]}")
+        raise ConfigError(f"{name} in {files.folder} has shape {files.shape(name)}; config.json says {wanted[name]}")
     if spec.tied and HEAD in files and not _same(files[EMBEDDING], files[HEAD]):
         raise ConfigError(
             f"config.json in {files.folder} has tie_word_embeddings = true, and {HEAD} is another matrix than "
@@ -206,7 +185,7 @@ def export(
         (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
     else:
         index = {"metadata": {"total_size": total}, "weight_map": names}
-        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (directory / weight_files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
     tokenizer.save_pretrained(directory)
     settings = portable_config(config, dtype)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")

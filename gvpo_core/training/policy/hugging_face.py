@@ -9,6 +9,7 @@ from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Prompt, Tokens
+from gvpo_core.training.policy.weight_files import refuse_adapter
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _WANTED = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja")
@@ -17,12 +18,13 @@ _WANTED = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.tx
 def source(config: ModelConfig) -> dict[str, Any]:
     """What transformers' `from_pretrained` needs to find the model.
 
-    Raises: ConfigError: an empty path, a folder that is not there or has no config.json.
+    Raises: ConfigError: an empty path, a folder that is not there, has no config.json or holds an adapter.
     """
     path = os.path.expanduser(config.path)
     if not path:
         raise ConfigError("model.path is empty: give a Hugging Face folder or hub name")
     if os.path.isdir(path):
+        refuse_adapter(Path(path))
         if not os.path.isfile(os.path.join(path, "config.json")):
             raise ConfigError(f"model.path {config.path!r} has no config.json: expected a Hugging Face model folder")
     elif os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
@@ -47,7 +49,9 @@ def local_folder(config: ModelConfig) -> Path:
     from huggingface_hub import snapshot_download
 
     with explained("the files", config):
-        return Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(_WANTED)))
+        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(_WANTED)))
+    refuse_adapter(folder)
+    return folder
 
 
 @contextlib.contextmanager

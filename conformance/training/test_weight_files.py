@@ -1,0 +1,116 @@
+"""Which safetensors files of a folder are read, and what is refused before any weight is."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import hugging_face, weight_files
+
+
+def write(path, **dtypes: str) -> None:
+    """A safetensors file of tensors with 2 x 2 numbers, from the format's own description."""
+    sizes = {"F32": 4, "BF16": 2, "I8": 1, "U8": 1, "F8_E4M3": 1, "BOOL": 1, "I64": 8}
+    header, start = {}, 0
+    for name, dtype in dtypes.items():
+        stop = start + 4 * sizes[dtype]
+        header[name] = {"dtype": dtype, "shape": [2, 2], "data_offsets": [start, stop]}
+        start = stop
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(start)))
+
+
+def write_index(folder, **where: str) -> None:
+    (folder / weight_files.INDEX).write_text(json.dumps({"weight_map": where}))
+
+
+def test_model_safetensors_is_read_alone(tmp_path) -> None:
+    for name in ("model.safetensors", "model_old.safetensors", "old.safetensors", "adapter_model.safetensors"):
+        write(tmp_path / name, **{name: "F32"})
+    write_index(tmp_path, other="old.safetensors")  # transformers prefers the single file
+    assert set(weight_files.tensors(tmp_path)) == {"model.safetensors"}
+
+
+def test_the_files_of_the_index_are_read_and_no_others(tmp_path) -> None:
+    for name in ("a", "b", "old"):
+        write(tmp_path / f"{name}.safetensors", **{name: "BF16"})
+    write_index(tmp_path, a="a.safetensors", b="b.safetensors")
+    found = weight_files.tensors(tmp_path)
+    assert set(found) == {"a", "b"}
+    where = found["b"]
+    raw = np.fromfile(where.path, np.uint8)[where.start : where.stop]
+    assert (where.dtype, where.shape, raw.tolist()) == ("BF16", (2, 2), list(range(8)))
+
+
+@pytest.mark.parametrize(
+    ("names", "index", "message"),
+    [
+        ((), None, "has no model.safetensors and no model.safetensors.index.json: expected"),
+        (("old.safetensors",), None, "old.safetensors is not a name that transformers reads"),
+        (("a.safetensors",), {"a": "a.safetensors", "b": "b.safetensors"}, "names b.safetensors, which is not in"),
+        ((), [], "index.json cannot be read: TypeError"),
+    ],
+)
+def test_files_that_are_missing_are_named(tmp_path, names, index, message) -> None:
+    for name in names:
+        write(tmp_path / name, a="F32")
+    if index is not None:
+        (tmp_path / weight_files.INDEX).write_text(json.dumps({"weight_map": index} if index else index))
+    with pytest.raises(ConfigError, match=message):
+        weight_files.weight_files(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "Git LFS pointer"),
+        (b"", "has 0 bytes and ends inside its header"),
+        ((1 << 40).to_bytes(8, "little") + b"{}", "ends inside its header"),
+        ((6).to_bytes(8, "little") + b"{odd: ", "cannot be read as safetensors"),
+    ],
+)
+def test_files_that_are_no_safetensors_are_named(tmp_path, content, message) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ConfigError, match=message):
+        weight_files.tensors(tmp_path)
+
+
+def test_a_file_cut_short_is_named(tmp_path) -> None:
+    path = tmp_path / "model.safetensors"
+    write(path, first="F32", second="F32")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match="the file ends inside second"):
+        weight_files.tensors(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "U8", "F8_E4M3"])
+def test_weights_that_need_scales_are_refused(tmp_path, dtype) -> None:
+    write(tmp_path / "model.safetensors", **{"a.weight": "F32", "b.weight": dtype, "mask": "BOOL"})
+    found = weight_files.tensors(tmp_path)
+    with pytest.raises(ConfigError, match=f"b.weight is {dtype}, and so are 1 weights in all"):
+        weight_files.refuse_integers(found)
+    weight_files.refuse_integers(found, quantized=["b.weight"])
+
+
+@pytest.mark.parametrize(
+    ("config", "method"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "fp8"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config"),
+        ({"text_config": {"quantization_config": {"quant_method": "bitsandbytes"}}}, "bitsandbytes"),
+        ({"quantization": {"bits": 4, "group_size": 64}}, "quantization"),
+    ],
+)
+def test_quantization_settings_are_refused_by_name(config, method) -> None:
+    with pytest.raises(ConfigError, match=rf"quantised \({method}\), which gvpo_x does not read"):
+        weight_files.refuse_quantization(config, "gvpo_x")
+    weight_files.refuse_quantization({"model_type": "llama", "quantization_config": None}, "gvpo_x")
+
+
+@pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.safetensors")])
+def test_a_folder_with_an_adapter_is_refused(tmp_path, beside) -> None:
+    for name in ("adapter_config.json", *beside):
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ConfigError, match=r"holds an adapter \(adapter_config.json\): merge it"):
+        hugging_face.source(ModelConfig(path=str(tmp_path)))

@@ -1,0 +1,135 @@
+"""Safetensors files of a Hugging Face folder: which ones transformers reads, what they hold, and what is refused."""
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gvpo_core.training.config import ConfigError
+
+INDEX = "model.safetensors.index.json"
+_ONE = "model.safetensors"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_LFS = b"version https://git-lfs"
+
+
+class Tensor(NamedTuple):
+    """Where one tensor lies."""
+
+    path: Path
+    dtype: str  # as safetensors names it: F32, BF16, I8, F8_E4M3, ...
+    shape: tuple[int, ...]
+    start: int  # bytes from the beginning of the file
+    stop: int
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files that transformers reads: `model.safetensors`, or else those that the index names. No others.
+
+    Raises: ConfigError: neither is there, the index cannot be read, or names a file that is missing.
+    """
+    if (folder / _ONE).is_file():
+        return [folder / _ONE]
+    index = folder / INDEX
+    if not index.is_file():
+        others = sorted(path.name for path in folder.glob("*.safetensors"))
+        also = f"; {', '.join(others[:3])} is not a name that transformers reads" if others else ""
+        raise ConfigError(f"{folder} has no {_ONE} and no {INDEX}{also}: expected safetensors weights")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        paths = [folder / Path(name).name for name in names]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        raise ConfigError(f"{index} names {missing[0]}, which is not in the folder ({len(missing)} files are missing)")
+    return paths
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """Name -> where it lies, of every tensor in `weight_files`, from the files' headers alone.
+
+    Raises: ConfigError: as `weight_files`; a file that is no safetensors file, is cut short or is a Git LFS pointer.
+    """
+    found: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            found |= _header(path)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
+    return found
+
+
+def _header(path: Path) -> dict[str, Tensor]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(24)
+        if start.startswith(_LFS):
+            raise ValueError("it is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > size - 8:
+            raise ValueError(f"the file has {size} bytes and ends inside its header")
+        file.seek(8)
+        header = json.loads(file.read(length))
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        first, last = (8 + length + int(offset) for offset in entry["data_offsets"])
+        if last > size:
+            raise ValueError(f"the file ends inside {name}")
+        found[name] = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
+    return found
+
+
+def refuse_integers(found: Mapping[str, Tensor], quantized: Iterable[str] = ()) -> None:
+    """Refuses weights that are integers or 8-bit floats: without their scales their values are wrong.
+
+    Masks (BOOL), single numbers and `position_ids` are not weights.
+
+    Args:
+      quantized: names that the backend reads together with their scales.
+    Raises: ConfigError: naming the first such weight.
+    """
+    allowed = set(quantized)
+    doubtful = {name: t for name, t in found.items() if t.dtype not in (*_FLOATS, "BOOL") and t.shape != ()}
+    bad = sorted(name for name in doubtful if name not in allowed and not name.endswith("position_ids"))
+    if bad:
+        first = found[bad[0]]
+        raise ConfigError(
+            f"{first.path}: {bad[0]} is {first.dtype}, and so are {len(bad)} weights in all; expected one of "
+            f"{', '.join(_FLOATS)}. Quantised weights cannot be trained: give the model before it was quantised"
+        )
+
+
+def quantization(config: Mapping[str, Any]) -> str | None:
+    """The method that config.json says the weights are quantised with (gptq, awq, fp8, ...), or None."""
+    for part in (config, config.get("text_config") or {}):
+        for name in ("quantization_config", "compression_config", "quantization"):
+            settings = part.get(name)
+            if settings:
+                method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+                return str(method or name)
+    return None
+
+
+def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
+    """Raises ConfigError where config.json says that the weights are quantised, naming the method."""
+    method = quantization(config)
+    if method:
+        raise ConfigError(
+            f"config.json says that the weights are quantised ({method}), which {backend} does not read: give the "
+            "model before it was quantised"
+        )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises ConfigError where the folder holds an adapter, with or without the model it belongs to.
+
+    transformers loads the adapter on top of the model, other readers the model alone: neither is what the path says.
+    """
+    if (folder / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"{folder} holds an adapter (adapter_config.json): merge it into its model first (in peft: "
+            "`merge_and_unload()`, then `save_pretrained`), or take the adapter's files out of the folder"
+        )
