@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import array_api_compat
+import numpy as np
 
 Array = Any  # any Array API array; the standard has no runtime type to name
 
@@ -12,15 +13,21 @@ Array = Any  # any Array API array; the standard has no runtime type to name
 def namespace(x: Any) -> Any:
     """The Array API namespace of an array.
 
-    Raises: TypeError: not an array of any known library.
+    Raises: TypeError: not an array of any known library, or a masked array.
     """
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(x, torch.Tensor):  # torch.compile cannot trace the cached look-up below
+        if isinstance(x, torch.masked.MaskedTensor):
+            raise TypeError("got a MaskedTensor; expected a tensor without a mask: pass `valid`, or NaN as the reward")
         from array_api_compat import torch as torch_namespace
 
         return torch_namespace
     if not array_api_compat.is_array_api_obj(x):
         raise TypeError(f"got a {type(x).__name__}; expected an array (numpy, torch, jax, mlx, ...)")
+    if isinstance(x, np.ma.MaskedArray):  # array functions drop the mask and read what is under it
+        raise TypeError(
+            "got a numpy masked array; expected an array without a mask: pass `valid`, or NaN as the reward"
+        )
     return array_api_compat.array_namespace(x)
 
 
@@ -32,6 +39,11 @@ def stop_gradient(x: Array) -> Array:
         return sys.modules["jax"].lax.stop_gradient(x)
     xp = namespace(x)
     return xp.stop_gradient(x) if hasattr(xp, "stop_gradient") else x  # mlx; the rest do not differentiate
+
+
+def constant(number: Any) -> Any:
+    """A number as it is; a 0-d array without its gradient."""
+    return number if isinstance(number, int | float) else stop_gradient(number)
 
 
 def concrete(x: Any) -> float | None:

@@ -8,7 +8,7 @@ All ratios and log-probabilities are of whole responses, as in the paper, not of
 from difflib import get_close_matches
 from typing import Any
 
-from gvpo_core._arrays import Array, check_beta, check_number, check_rows, stop_gradient, wide_dtype
+from gvpo_core._arrays import Array, check_beta, check_number, check_rows, constant, stop_gradient, wide_dtype
 from gvpo_core.groups import Groups, counted_groups
 from gvpo_core.objective import checked_groups, gvpo_coefficients
 from gvpo_core.preferences import dpo_weights, pairs
@@ -142,14 +142,14 @@ def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
 
     Args:
       logprobs: (N,) float, nats; differentiated.
-      old_logprobs: (N,) float, nats, of the policy that sampled.
+      old_logprobs: (N,) float, nats, of the policy that sampled; a constant.
     Returns: (N,) float32 or wider; inf where the difference exceeds 88 nats in float32, 709 in float64.
     Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 19, of whole responses. Departures: none.
     """
     xp = check_rows({"logprobs": logprobs, "old_logprobs": old_logprobs})
     dtype = wide_dtype(xp, logprobs, old_logprobs)
-    return xp.exp(xp.astype(logprobs, dtype) - xp.astype(old_logprobs, dtype))
+    return xp.exp(xp.astype(logprobs, dtype) - stop_gradient(xp.astype(old_logprobs, dtype)))
 
 
 def clipped_ratio_weights(
@@ -232,7 +232,7 @@ def objective_coefficients(
     if name == "dpo":
         groups = pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)[0]
         weights = dpo_weights(logprobs, ref_logprobs, rewards, group_ids, beta=beta, **options)
-        return beta * weights / groups.total_divisor()
+        return constant(beta) * weights / groups.total_divisor()
     xp = check_rows(
         {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards},
         group_ids=group_ids,

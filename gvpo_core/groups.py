@@ -18,8 +18,10 @@ def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
         one, in any order.
     Returns: (group_ids, num_groups): (N,) int64 NumPy array and G.
     Raises: TypeError: no iterable, a label that cannot be hashed or is an array of several numbers, or NaN,
-      which equals nothing. ValueError: no labels.
+      which equals nothing, or a masked array. ValueError: no labels.
     """
+    if isinstance(labels, np.ma.MaskedArray):
+        raise TypeError("labels is a numpy masked array; expected a label for each response, without a mask")
     try:
         rows = iter(labels.tolist() if hasattr(labels, "tolist") else labels)
     except TypeError:
@@ -43,6 +45,8 @@ def _label(given: Any, where: str) -> Any:
     """The label with the values of 0-d arrays in their place: torch's and MLX's hash by identity, not by value."""
     if isinstance(given, tuple):
         return tuple(_label(part, where) for part in given)
+    if isinstance(given, np.ma.MaskedArray):
+        raise TypeError(f"{where} is masked; expected a label")
     if not array_api_compat.is_array_api_obj(given):
         return given
     if tuple(given.shape) != ():

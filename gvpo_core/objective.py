@@ -7,9 +7,9 @@ A row is counted when `valid` and its reward is not NaN; the rest leave their gr
 computes in float32 or wider: 16-bit inputs are upcast before any sum.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
-from gvpo_core._arrays import Array, check_beta, check_rows, namespace, stop_gradient, wide_dtype
+from gvpo_core._arrays import Array, check_beta, check_rows, constant, namespace, stop_gradient, wide_dtype
 from gvpo_core.groups import Groups, counted_groups
 
 
@@ -26,6 +26,12 @@ class GVPOLoss(NamedTuple):
     group_covariance: Array
     group_size: Array  # (num_groups,) float, k
     counted_groups: Array  # () float, G
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"GVPOLoss has no {name!r}; the scalar to differentiate is .loss: gvpo_loss(...).loss")
+
+    def __float__(self) -> NoReturn:
+        raise TypeError("GVPOLoss is a tuple of the loss and its parts; take .loss: float(gvpo_loss(...).loss)")
 
 
 class GVPORegret(NamedTuple):
@@ -56,7 +62,7 @@ def _rows(
     groups, log_ratio, rewards = checked_groups(
         logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
     )
-    return _Rows(groups, beta * groups.center(log_ratio), groups.center(rewards))
+    return _Rows(groups, constant(beta) * groups.center(log_ratio), groups.center(rewards))
 
 
 def checked_groups(
@@ -69,7 +75,10 @@ def checked_groups(
     *,
     smallest: int,
 ) -> tuple[Groups, Array, Array]:
-    """Checks the arguments of gvpo_weights; returns the groups of `smallest` or more, and (N,) s and R."""
+    """Checks the arguments of gvpo_weights; returns the groups of `smallest` or more, and (N,) s and R.
+
+    `s` is differentiated through logprobs alone; the reference and the rewards are constants.
+    """
     xp = check_rows(
         {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards},
         group_ids=group_ids,
@@ -77,6 +86,7 @@ def checked_groups(
     )
     dtype = wide_dtype(xp, logprobs, ref_logprobs, rewards)
     logprobs, ref_logprobs, rewards = (xp.astype(x, dtype) for x in (logprobs, ref_logprobs, rewards))
+    ref_logprobs, rewards = stop_gradient(ref_logprobs), stop_gradient(rewards)
     groups = counted_groups(xp, rewards, group_ids, num_groups, valid, smallest=smallest)
     return groups, logprobs - ref_logprobs, rewards
 
@@ -187,8 +197,9 @@ def gvpo_loss(
 
     loss = (1/G) sum_g 1/(k_g - 1) sum_{i in g} w_i^2
 
-    Args: as gvpo_weights; `loss` is differentiated through logprobs.
-    Returns: GVPOLoss; `loss` is (), mean over G, reward^2 units; its parts and their values per group.
+    Args: as gvpo_weights; `loss` is differentiated through logprobs alone.
+    Returns: GVPOLoss; its field `loss`, (), mean over G, reward^2 units, is the scalar to differentiate:
+      gvpo_loss(...).loss. The other fields are the loss's parts and their values per group.
     Raises: as gvpo_weights.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 15, 16 (ragged k), 17 (parts). Departures: none.
     """
@@ -231,13 +242,14 @@ def gvpo_regret(
     `second_order` is unbiased for its limit; `series` estimates the log of a mean from k samples, so it is
     low by O(1/k), and never more than max(w) of its group.
 
-    Args: as gvpo_weights, with beta > 0.
+    Args: as gvpo_weights, with beta > 0; differentiated through logprobs alone.
     Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0, not in the means.
     Raises: as gvpo_weights; ValueError: beta = 0.
     Reference: from Eq. 5 and 6 of Zhang et al., GVPO, arXiv 2504.19599; the paper does not state it.
     """
     check_beta(beta, positive=True)
     rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
+    beta = constant(beta)
     groups, loss = rows.groups, _loss(rows)
     xp = groups.xp
     exponent = (rows.reward - rows.implicit) / beta

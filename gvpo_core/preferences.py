@@ -5,7 +5,7 @@ Notation and conventions are those of `objective` and `baselines`.
 
 from typing import Any
 
-from gvpo_core._arrays import Array, check_beta, check_rows, stop_gradient, wide_dtype
+from gvpo_core._arrays import Array, check_beta, check_rows, constant, stop_gradient, wide_dtype
 from gvpo_core.groups import Groups
 from gvpo_core.objective import checked_groups
 
@@ -51,7 +51,7 @@ def dpo_loss(
 
     loss = -mean over groups of log sigmoid(beta s_best - beta s_worst)
 
-    Args: as dpo_weights; differentiated through logprobs.
+    Args: as dpo_weights; differentiated through logprobs alone.
     Returns: (), nats; mean over the groups whose rewards are not all equal, 0 without any.
     Raises: as dpo_weights.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8. Departures: the mean, for Eq. 8's sum; ties as
@@ -104,7 +104,7 @@ def pairs(
     chosen, rejected = groups.share(best & groups.counted), groups.share(worst & groups.counted)
     of_pair = (chosen > 0) | (rejected > 0)
     paired = groups.xp.where(of_pair, log_ratio, groups.xp.zeros_like(log_ratio))
-    return groups, chosen, rejected, beta * groups.sum((chosen - rejected) * paired)
+    return groups, chosen, rejected, constant(beta) * groups.sum((chosen - rejected) * paired)
 
 
 def _softplus(xp: Any, x: Array) -> Array:
