@@ -8,9 +8,10 @@ import json
 from pathlib import Path
 
 import numpy as np
+from measured_step import encode_record, make_record, metrics_of
 
 from gvpo_core import gvpo_coefficients
-from gvpo_core.training.metrics import StepFacts, encode_record, evaluation_metrics, make_record, step_metrics
+from gvpo_core.training.metrics import evaluation_metrics
 from gvpo_core.training.watch.alerts import Alerts
 
 ANSWERS, MANNERS, LIMIT, START = 19, 3, 16, 1_790_000_000.0
@@ -108,15 +109,14 @@ def write_run(
         now, before = policy.score(a, b, y, m), reference.score(a, b, y, m)
         weights = gvpo_coefficients(now, before, reward, groups, beta=beta, num_groups=prompts)
         generate = 0.02 * tokens.sum() / 8 + 0.4 * rng.random()
-        facts = StepFacts(
+        numbers = metrics_of(
             logprobs=now, ref_logprobs=before, rewards=reward, group_ids=groups, num_groups=prompts, lengths=tokens,
             finished=m < 2, beta=beta, gradient_norms=[policy.step(a, b, y, m, weights, rate)], learning_rate=rate,
             seconds={"generate": generate, "reward": 0.05, "score": 0.3, "update": 1.1 + 0.2 * rng.random()},
-            tokens_sampled=int(tokens.sum()), tokens_computed=int(tokens.sum()) + 90 * prompts,
+            tokens_computed=int(tokens.sum()) + 90 * prompts,
             peak_memory=int(2**30 * (1.1 + 0.1 * (step > 3))), reward_parts={"right": reward}, reward_range=seen,
             reward_errors={"right": {"error": int(np.isnan(reward).sum()), "timeout": 0, "none": 0}},
         )  # fmt: skip
-        numbers = step_metrics(facts)
         seen = (0.0, 1.0)
         clock += numbers["seconds/step"]
         lines.append(make_record("train", step, numbers, now=clock))

@@ -10,13 +10,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import table_run
+from measured_step import encode_record, make_record
 from simulated_run import write_run
 from table_problem import PROMPTS, REFERENCE, reward, settings, table
 
 from gvpo_core.training.config.file import read_config
 from gvpo_core.training.data import load_rows
 from gvpo_core.training.loop import train
-from gvpo_core.training.metrics import encode_record, make_record
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.watch import alerts as alerts_module
 from gvpo_core.training.watch.alerts import ALERTS, BAD, OK, WATCH, Alerts

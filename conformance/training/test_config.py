@@ -122,7 +122,7 @@ def test_mistakes_of_every_level_are_reported_together(file, tmp_path):
     text += '[objective]\nminibatches = 9\n[model]\npath = "model"\n'
     text += f'[data]\ntrain = "none.jsonl"\n[rewards.mine]\nfunction = "{tmp_path}/mine.py:f"\n'
     with pytest.raises(ConfigError) as caught:
-        parse_arguments([str(file(text))], lambda config: commands._wrong_inputs(config, {}))
+        parse_arguments([str(file(text))], lambda config: commands._opened(config)[1])
     said = str(caught.value).splitlines()
     assert len(said) == 7, said
     for i, part in enumerate(

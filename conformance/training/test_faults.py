@@ -75,7 +75,7 @@ def test_a_signal_in_each_phase_saves_and_leaves(phase, at, last, number, status
     assert faults.run(config, phase, at, number) == (0 if ended else status)
     output = (tmp_path / "output.txt").read_text()
     assert "stopping after this step" in output and "Traceback" not in output
-    assert ("go on with: " in output) == ("stop" in killing.events(tmp_path / "run")) == (not ended)
+    assert ("resume with: " in output) == ("stop" in killing.events(tmp_path / "run")) == (not ended)
     assert steps_saved(tmp_path / "run" / "checkpoints")[0] == last
     assert faults.run(config) == 0
     same(tmp_path / "run", whole)
@@ -87,7 +87,7 @@ def test_a_signal_in_the_first_evaluation_leaves_before_a_step(phase, number, st
     config = make(tmp_path)
     assert faults.run(config, phase, 1, number) == status
     output = (tmp_path / "output.txt").read_text()
-    assert f"stopped by signal {int(number)} before the first step, nothing to save; go on with: " in output
+    assert f"stopped by signal {int(number)} before the first step, nothing to save; resume with: " in output
     assert "Traceback" not in output
     assert not [r for r in killing.lasting(tmp_path / "run") if r["kind"] == "train"]
     assert not steps_saved(tmp_path / "run" / "checkpoints")

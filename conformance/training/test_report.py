@@ -14,9 +14,9 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from made_up_run import run_of
+from measured_step import encode_record
 from simulated_run import write_hostile_run, write_long_run, write_run
 
-from gvpo_core.training.metrics import encode_record
 from gvpo_core.training.report import write_report
 from gvpo_core.training.report.charts import LIMIT
 from gvpo_core.training.report.history import episodes, verdict

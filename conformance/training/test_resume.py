@@ -64,7 +64,7 @@ def test_ctrl_c_saves_and_leaves(number, status, tmp_path):
     output, _ = process.communicate(timeout=30)
     assert process.returncode == status, output
     assert "stopping after this step" in output
-    assert f"go on with: {sys.executable} -m gvpo_core.training.cli train {config}" in output
+    assert f"resume with: {sys.executable} -m gvpo_core.training.cli train {config}" in output
     assert "Traceback" not in output
     assert len(steps_saved(tmp_path / "run" / "checkpoints")) == 1
 

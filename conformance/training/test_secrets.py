@@ -195,10 +195,10 @@ def test_commands_and_texts():
 
 
 def test_trackers_get_none(run, monkeypatch, tmp_path):
-    from gvpo_core.training import loop
+    from gvpo_core.training.run import journal
 
     shown = {}
-    monkeypatch.setattr(loop, "open_trackers", lambda names, folder, config, warn: shown.update(config))
+    monkeypatch.setattr(journal, "open_trackers", lambda names, folder, config, warn: shown.update(config))
     status, _ = run("pass", "--run.seed", "0")
     assert status == 0 and shown["rewards"]["right"]["options"]["api_key"] == "***"
     assert CANARY not in json.dumps(shown)

@@ -3,12 +3,12 @@
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from gvpo_core.training.config import Config
-from gvpo_core.training.config.check import check_config
-from gvpo_core.training.data import Prompts, Row, held_out, held_out_rows, load_rows, with_given
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.data import Prompts, Row
+from gvpo_core.training.inputs import open_inputs
 from gvpo_core.training.metrics import evaluation_metrics
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
+from gvpo_core.training.rewards import Reward, RewardFunction
 from gvpo_core.training.rollout import Rollout, collect
 from gvpo_core.training.sampling import EVALUATE, Sampling
 
@@ -21,15 +21,17 @@ def evaluate(
     rewards: Mapping[str, RewardFunction] | None = None,
 ) -> dict[str, float]:
     """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as loop.train."""
-    config = with_given(config, evaluation_rows, rewards)
-    check_config(config)
-    rows = held_out_rows(config, evaluation_rows) or load_rows(config.data.evaluation, "data.evaluation")
-    prompts = held_out(config, policy, rows)
-    loaded = load_rewards(config.rewards, rewards)
-    try:
-        return evaluated(config, policy, prompts, loaded)[0]
-    finally:
-        close_rewards(loaded)
+    with open_inputs(config, evaluation_rows=evaluation_rows, rewards=rewards, training=False) as inputs:
+        prompts = inputs.held_out(policy)
+        if prompts is None:
+            raise ConfigError("data.evaluation is empty: name a file of held-out prompts, or give evaluation_rows")
+        return evaluated(inputs.config, policy, prompts, inputs.rewards)[0]
+
+
+def evaluation_steps(config: Config) -> list[int]:
+    """The steps after which the held-out prompts are answered: both ends and, where asked, every n-th."""
+    every, last = config.evaluation.every, config.run.steps
+    return sorted({*range(0, last, every or last), last})
 
 
 def evaluated(

@@ -1,7 +1,6 @@
 """From a rollout to optimizer steps: which rows, which weights (Eq. 9), and what the policy is asked to do."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,22 +25,26 @@ class Improvement:
 
     logprobs: np.ndarray  # (N,) of the policy before each row's first update
     ref_logprobs: np.ndarray  # (N,)
-    updates: list[Update] = field(default_factory=list)
+    updates: list[Update] = field(default_factory=list)  # of this rank
     score_seconds: float = 0.0
+    update_seconds: float = 0.0
+    tokens: int = 0  # computed in the updates, over all ranks
+    peak_memory: int = 0  # bytes, of the rank that took most
 
 
 def improve(
     policy: Policy,
     rollout: Rollout,
     objective: ObjectiveConfig,
-    order: Callable[[int], np.ndarray],
+    *,
+    seed: tuple[int, ...],
 ) -> Improvement:
     """The optimizer steps that a rollout is good for: `epochs` passes of `minibatches` steps of whole groups.
 
     Responses without a score leave here. While the policy has not moved since a pass scored it, that pass is used.
 
     Args:
-      order: epoch -> permutation of the groups.
+      seed: of the order of the groups in epochs after the first.
     Raises: NoSignalError: no group has enough scored responses.
     """
     scored = ~np.isnan(rollout.rewards)
@@ -62,11 +65,11 @@ def improve(
     updates = objective.epochs * objective.minibatches
     if updates > 1 and (objective.reference == "rollout" or objective.name in _RATIO):
         old = _everywhere(policy, policy.logprobs(batch), scored)
-    score_seconds = time.perf_counter() - start
+    clock = time.perf_counter()
 
-    result = Improvement(np.full(len(scored), np.nan), np.full(len(scored), np.nan), [], score_seconds)
+    result = Improvement(np.full(len(scored), np.nan), np.full(len(scored), np.nan), score_seconds=clock - start)
     for epoch in range(objective.epochs):
-        for groups in np.array_split(order(epoch), objective.minibatches):
+        for groups in np.array_split(_order(rollout.num_groups, seed, epoch), objective.minibatches):
             chosen = scored & np.isin(rollout.group_ids, groups)
             if not (sizes[groups] >= need).any():
                 continue
@@ -82,7 +85,17 @@ def improve(
     if old is not None:
         result.logprobs = old
     result.ref_logprobs = result.logprobs if ref is None else ref
+    result.update_seconds = time.perf_counter() - clock
+    result.tokens = int(policy.gather(np.asarray([sum(u.tokens for u in result.updates)])).sum())
+    result.peak_memory = int(policy.gather(np.asarray([max(u.peak_memory for u in result.updates)])).max())
     return result
+
+
+def _order(groups: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
+    """A permutation of the groups. The first epoch needs none: the prompts come in a random order already."""
+    if epoch == 0:
+        return np.arange(groups)
+    return np.random.default_rng(np.random.SeedSequence((*seed, epoch))).permutation(groups)
 
 
 def _coefficients(

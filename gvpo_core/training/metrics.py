@@ -1,85 +1,73 @@
-"""Every number of a run: the arithmetic from one step's facts to one line of metrics.jsonl.
+"""Every number of a run: from one step's rollout and improvement to one line of metrics.jsonl.
 
 A line is one JSON object with `kind` ("train", "eval" or "event"), `step` and `time`; numbers that are not finite stand
-as null. Pure NumPy, float64: the loop gathers the facts, this file does the sums, and nothing else invents a key.
+as null. Pure NumPy, float64. No other file makes a key.
 """
 
 import json
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gvpo_core.objective import gvpo_loss, gvpo_regret
+from gvpo_core.training.improve import Improvement
+from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.watch.metric_names import PHASES
 
 
-@dataclass(frozen=True)
-class StepFacts:
-    """What one step left behind, gathered over ranks. N responses, `num_groups` groups."""
-
-    logprobs: np.ndarray  # (N,) float, nats: the policy before its update; NaN where it scored no such row
-    ref_logprobs: np.ndarray  # (N,) float, nats; likewise
-    rewards: np.ndarray  # (N,) float, total; NaN = unscored
-    group_ids: np.ndarray  # (N,) int in 0..num_groups-1
-    num_groups: int
-    lengths: np.ndarray  # (N,) int, tokens
-    finished: np.ndarray  # (N,) bool
-    beta: float
-    gradient_norms: Sequence[float]  # one an update; empty: no update was made
-    learning_rate: float
-    seconds: Mapping[str, float]  # phase -> s; "step": wall time of the whole step, where measured
-    tokens_sampled: int
-    tokens_computed: int
-    peak_memory: int  # bytes
-    reward_parts: Mapping[str, np.ndarray] = field(default_factory=dict)  # name -> (N,), NaN = unscored
-    reward_errors: Mapping[str, Mapping[str, int]] = field(default_factory=dict)  # name -> kind -> responses
-    reward_seconds: Mapping[str, float] = field(default_factory=dict)  # name -> s
-    policy_details: Mapping[str, float] = field(default_factory=dict)
-    reward_range: tuple[float, float] | None = None  # lowest and highest reward of earlier steps, where known
-
-
-def step_metrics(facts: StepFacts) -> dict[str, float]:
+def step_metrics(
+    rollout: Rollout,
+    improvement: Improvement,
+    *,
+    beta: float,
+    seconds: float | None = None,
+    reward_range: tuple[float, float] | None = None,
+) -> dict[str, float]:
     """The numbers of one training step, by the names in METRICS; keys that mean nothing for it are left out.
 
+    Args:
+      beta: of the objective.
+      seconds: wall time of the whole step. Default: the sum of its phases.
+      reward_range: lowest and highest reward of earlier steps, where known.
     Raises: ValueError: arrays whose lengths differ, or a group id out of range, naming it.
     """
-    rewards = np.asarray(facts.rewards, dtype=np.float64)
+    rewards = np.asarray(rollout.rewards, dtype=np.float64)
     scored = ~np.isnan(rewards)
     metrics: dict[str, float] = {"responses/total": rewards.size, "responses/unscored": int((~scored).sum())}
-    metrics |= _objective_metrics(facts, rewards)
-    metrics |= _group_metrics(facts, rewards, scored)
-    for name, values in facts.reward_parts.items():
+    metrics |= _objective_metrics(rollout, improvement, beta)
+    metrics |= _group_metrics(rollout, rewards, scored, reward_range)
+    for name, values in rollout.parts.items():
         metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
-    for name, kinds in facts.reward_errors.items():
+    for name, kinds in rollout.errors.items():
         metrics |= {f"reward_errors/{name}/{kind}": count for kind, count in kinds.items()}
-    metrics |= {f"reward_seconds/{name}": taken for name, taken in facts.reward_seconds.items()}
-    if len(facts.gradient_norms):
-        metrics["gradient_norm"] = float(np.mean(facts.gradient_norms))
-        metrics["gradient_norm/max"] = float(np.max(facts.gradient_norms))
-    lengths = np.asarray(facts.lengths, dtype=np.float64)
+    metrics |= {f"reward_seconds/{name}": taken for name, taken in rollout.reward_seconds.items()}
+    updates = improvement.updates
+    if updates:
+        norms = [update.gradient_norm for update in updates]
+        metrics["gradient_norm"], metrics["gradient_norm/max"] = float(np.mean(norms)), float(np.max(norms))
+        metrics["learning_rate"] = updates[-1].learning_rate
+    lengths = np.asarray(rollout.lengths, dtype=np.float64)
     metrics |= {
-        "learning_rate": facts.learning_rate,
         "length/mean": float(lengths.mean()),
         "length/max": int(lengths.max()),
-        "truncated": float(1 - np.mean(facts.finished)),
-        "tokens/sampled": facts.tokens_sampled,
-        "tokens/computed": facts.tokens_computed,
-        "memory/peak": facts.peak_memory,
+        "truncated": float(1 - np.mean(rollout.finished)),
+        "tokens/sampled": int(lengths.sum()),
+        "tokens/computed": improvement.tokens,
+        "memory/peak": improvement.peak_memory,
     }
-    finished = np.asarray(facts.finished, dtype=bool)
+    finished = np.asarray(rollout.finished, dtype=bool)
     if not finished.all():
         metrics["length/truncated"] = float(lengths[~finished].mean())
     if scored.any() and np.nanmax(rewards) > np.nanmin(rewards):
         for name, reward in (("best", np.nanmax(rewards)), ("worst", np.nanmin(rewards))):
             if (chosen := finished & (rewards == reward)).any():
                 metrics[f"length/{name}"] = float(lengths[chosen].mean())
-    metrics |= _time_metrics(facts.seconds, facts.tokens_sampled)
-    return metrics | {f"policy/{name}": value for name, value in facts.policy_details.items()}
+    phases = {**rollout.seconds, "score": improvement.score_seconds, "update": improvement.update_seconds}
+    metrics |= _time_metrics(phases, seconds, int(lengths.sum()))
+    return metrics | {f"policy/{name}": value for update in updates[-1:] for name, value in update.details.items()}
 
 
 def evaluation_metrics(
@@ -147,11 +135,11 @@ def _wilson_half_width(values: np.ndarray) -> float:
     return max(middle + half - p, p - (middle - half))
 
 
-def _objective_metrics(facts: StepFacts, rewards: np.ndarray) -> dict[str, float]:
-    logprobs = np.asarray(facts.logprobs, dtype=np.float64)
-    reference = np.asarray(facts.ref_logprobs, dtype=np.float64)
-    groups = np.asarray(facts.group_ids)
-    loss = gvpo_loss(logprobs, reference, rewards, groups, beta=facts.beta, num_groups=facts.num_groups)
+def _objective_metrics(rollout: Rollout, improvement: Improvement, beta: float) -> dict[str, float]:
+    logprobs = np.asarray(improvement.logprobs, dtype=np.float64)
+    reference = np.asarray(improvement.ref_logprobs, dtype=np.float64)
+    rewards, groups = np.asarray(rollout.rewards, dtype=np.float64), np.asarray(rollout.group_ids)
+    loss = gvpo_loss(logprobs, reference, rewards, groups, beta=beta, num_groups=rollout.num_groups)
     metrics = {
         "loss": float(loss.loss),
         "loss/implicit_variance": float(loss.implicit_variance),
@@ -160,31 +148,33 @@ def _objective_metrics(facts: StepFacts, rewards: np.ndarray) -> dict[str, float
         "reward/spread": float(np.sqrt(loss.group_reward_variance).sum() / max(float(loss.counted_groups), 1)),
         "groups/counted": int(loss.counted_groups),
     }
-    if facts.beta > 0:
+    if beta > 0:
         with np.errstate(invalid="ignore"):  # a NaN is for the alerts to tell of
-            regret = gvpo_regret(logprobs, reference, rewards, groups, beta=facts.beta, num_groups=facts.num_groups)
+            regret = gvpo_regret(logprobs, reference, rewards, groups, beta=beta, num_groups=rollout.num_groups)
         metrics["regret/second_order"] = float(regret.second_order)
         metrics["regret/series"] = float(regret.series)
     counted = ~np.isnan(rewards) & (loss.group_size[groups] >= 2)
     # Rows outside the loss may have met no policy, and their NaN says nothing; one inside it must be seen.
     met = counted | ~np.isnan(logprobs)
     if met.any():
-        metrics["entropy"] = float(-logprobs[met].sum() / np.sum(np.asarray(facts.lengths)[met]))
+        metrics["entropy"] = float(-logprobs[met].sum() / np.sum(np.asarray(rollout.lengths)[met]))
     if counted.any():
         metrics["kl"] = float((logprobs - reference)[counted].mean())
     return metrics
 
 
-def _group_metrics(facts: StepFacts, rewards: np.ndarray, scored: np.ndarray) -> dict[str, float]:
-    groups = np.asarray(facts.group_ids)
-    size = np.bincount(groups[scored], minlength=facts.num_groups)
-    low = np.full(facts.num_groups, np.inf)
-    high = np.full(facts.num_groups, -np.inf)
+def _group_metrics(
+    rollout: Rollout, rewards: np.ndarray, scored: np.ndarray, reward_range: tuple[float, float] | None
+) -> dict[str, float]:
+    groups = np.asarray(rollout.group_ids)
+    size = np.bincount(groups[scored], minlength=rollout.num_groups)
+    low = np.full(rollout.num_groups, np.inf)
+    high = np.full(rollout.num_groups, -np.inf)
     np.minimum.at(low, groups[scored], rewards[scored])
     np.maximum.at(high, groups[scored], rewards[scored])
     dead = (size >= 2) & (low == high)
     metrics: dict[str, float] = {
-        "groups/total": facts.num_groups,
+        "groups/total": rollout.num_groups,
         "groups/dropped_unscored": int((size < 2).sum()),
         "groups/all_equal": int(dead.sum()),
     }
@@ -194,17 +184,16 @@ def _group_metrics(facts: StepFacts, rewards: np.ndarray, scored: np.ndarray) ->
     metrics |= {"reward/mean": float(rewards[scored].mean()), "reward/min": worst, "reward/max": best}
     if (size > 0).sum() > 1:
         metrics["reward/half_width"] = mean_half_width(_group_means(rewards, groups))
-    if facts.reward_range is not None:
-        worst, best = min(worst, facts.reward_range[0]), max(best, facts.reward_range[1])
+    if reward_range is not None:
+        worst, best = min(worst, reward_range[0]), max(best, reward_range[1])
     told_apart = best > worst  # one value so far: nobody can say whether it is the best or the worst
     metrics["groups/all_best"] = int((dead & (high == best)).sum()) if told_apart else 0
     metrics["groups/all_worst"] = int((dead & (low == worst)).sum()) if told_apart else 0
     return metrics
 
 
-def _time_metrics(seconds: Mapping[str, float], tokens_sampled: int) -> dict[str, float]:
-    phases = {phase: value for phase, value in seconds.items() if phase != "step"}
-    total = seconds.get("step", sum(phases.values()))
+def _time_metrics(phases: dict[str, float], whole: float | None, tokens_sampled: int) -> dict[str, float]:
+    total = sum(phases.values()) if whole is None else whole
     if total - sum(phases.values()) > 0:
         phases["other"] = total - sum(phases.values())
     metrics = {f"seconds/{phase}": value for phase, value in phases.items()} | {"seconds/step": total}
@@ -226,21 +215,6 @@ def _group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
 def _mean(values: np.ndarray) -> float:
     scored = values[~np.isnan(values)]
     return float(scored.mean()) if scored.size else math.nan
-
-
-def make_record(kind: str, step: int, values: Mapping[str, Any], *, now: float | None = None) -> dict[str, Any]:
-    """One record of metrics.jsonl: `kind`, `step`, `time`, then the values; what is not finite becomes None."""
-    plain = {key: value.item() if isinstance(value, np.generic) else value for key, value in values.items()}
-    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
-    return {"kind": kind, "step": int(step), "time": time.time() if now is None else now, **finite}
-
-
-def encode_record(record: Mapping[str, Any]) -> str:
-    """The record as one line, newline included.
-
-    Raises: ValueError: a number that is not finite (make_record turns those into None).
-    """
-    return json.dumps(record, allow_nan=False) + "\n"
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,7 +12,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, Response
-from gvpo_core.training.policy.ranks import agree
+from gvpo_core.training.policy.ranks import attempt
 from gvpo_core.training.rewards import Reward, RewardError, Scores, score
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -68,7 +68,7 @@ def collect(
     )
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(own, drawn, strict=True) for r in many]
     if sampler is not None:
-        agree(policy, _foreign(policy, [r for _, r in flat_drawn]), ConfigError)
+        attempt(policy, lambda: _check_tokens(policy, [r for _, r in flat_drawn]), kind=ConfigError)
     groups = [g for g, _ in flat_drawn]
     batch = Batch([prompts.tokens[rows[g]] for g in groups], [r.tokens for _, r in flat_drawn], groups)
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
@@ -107,29 +107,28 @@ def collect(
     )
 
 
-def _foreign(policy: Policy, responses: Sequence[Response]) -> ConfigError | None:
-    """What is wrong where a sampler drew tokens that the policy does not have."""
+def _check_tokens(policy: Policy, responses: Sequence[Response]) -> None:
+    """Raises: ConfigError: a sampler drew tokens that the policy does not have."""
     vocabulary = policy.describe().get("shape", {}).get("vocabulary", math.inf)
     largest = max((max(r.tokens) for r in responses if r.tokens), default=-1)
-    if largest < vocabulary:
-        return None
-    return ConfigError(
-        f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: give a sampler"
-        " with the policy's own tokenizer"
-    )
+    if largest >= vocabulary:
+        raise ConfigError(
+            f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: give a"
+            " sampler with the policy's own tokenizer"
+        )
 
 
 def _score_everywhere(
     policy: Policy, rewards: Sequence[Reward], prompts: Prompts, rows: list[int], texts: list[str], batch: Batch
 ) -> Scores:
     columns = _columns([prompts.columns[row] for row in rows]) | {"completion_ids": [list(r) for r in batch.responses]}
-    failed: Exception | None = None
-    scores = Scores(np.zeros(0), {})
-    try:
-        scores = score(rewards, [prompts.prompts[row] for row in rows], texts, columns)
-    except RewardError as e:
-        failed = e
-    agree(policy, failed, RewardError)
+    scores = attempt(
+        policy,
+        lambda: score(rewards, [prompts.prompts[row] for row in rows], texts, columns),
+        catch=(RewardError,),
+        kind=RewardError,
+    )
+    assert scores is not None  # every rank scores its own rows
     return scores
 
 

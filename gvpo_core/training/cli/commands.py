@@ -5,16 +5,19 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.watch.output import OutputError, let_go, say
+
+if TYPE_CHECKING:
+    from gvpo_core.training.inputs import Inputs
 
 _USAGE = """usage: gvpo COMMAND ...
 
@@ -79,51 +82,47 @@ def _expected(error: Exception) -> bool:
 
 
 def _train(arguments: list[str], secrets: set[str]) -> int:
-    from gvpo_core.training.cli.dry_run import preview
+    from gvpo_core.training.cli.dry_run import preview_inputs
     from gvpo_core.training.config.file import as_table, parse_arguments
-    from gvpo_core.training.data import Row
-    from gvpo_core.training.loop import train
+    from gvpo_core.training.inputs import Inputs
+    from gvpo_core.training.loop import run
     from gvpo_core.training.policy.load import load_policy
 
     dry = [a for a in arguments if a in ("--dry-run", "--dry_run")]
-    rows: dict[str, list[Row]] = {}
-    _, config = parse_arguments([a for a in arguments if a not in dry], lambda config: _wrong_inputs(config, rows))
-    secrets |= secrets_of(as_table(config))
-    _log_to_stderr(secrets)
-    logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
-    policy = load_policy(config)
-    if dry:
-        preview(config, policy, train_rows=rows["train"], evaluation_rows=rows.get("evaluation"))
-        return 0
-    return train(config, policy, train_rows=rows["train"], evaluation_rows=rows.get("evaluation")).exit_status
+    with ExitStack() as stack:
+        opened: list[Inputs] = []
+
+        def wrong(config: Config) -> list[str]:
+            inputs, messages = _opened(config)
+            opened.append(stack.enter_context(inputs))
+            return messages
+
+        _, config = parse_arguments([a for a in arguments if a not in dry], wrong)
+        secrets |= secrets_of(as_table(config))
+        _log_to_stderr(secrets)
+        logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
+        policy = load_policy(config)
+        if dry:
+            preview_inputs(opened[0], policy)
+            return 0
+        return run(opened[0], policy).exit_status
 
 
-def _wrong_inputs(config: Config, rows: dict[str, list[Any]]) -> list[str]:
-    """What is wrong with the files and functions that settings name: found before minutes go into the model.
-
-    Args:
-      rows: takes the rows of data.train and data.evaluation.
-    """
+def _opened(config: Config) -> "tuple[Inputs, list[str]]":
+    """The files and functions that settings name, opened before minutes go into the model, and what is wrong with
+    them."""
     from gvpo_core.training.config.check import wrong_values
-    from gvpo_core.training.data import load_rows
-    from gvpo_core.training.rewards import close_rewards, load_rewards
+    from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.watch.trackers import check_trackers
 
-    wrong = []
-
-    def attempt(work: Callable[[], object]) -> None:
-        try:
-            work()
-        except ValueError as e:
-            wrong.append(str(e))
-
-    if not any(name.startswith("rewards") for name, _ in wrong_values(config)):
-        attempt(lambda: close_rewards(load_rewards(config.rewards)))
-    for name in ("train", "evaluation"):
-        if source := getattr(config.data, name):
-            attempt(lambda source=source, name=name: rows.update({name: load_rows(source, f"data.{name}")}))  # type: ignore[misc]
-    attempt(lambda: check_trackers(config.run.trackers))
-    return wrong
+    named = {name.partition(".")[0] for name, _ in wrong_values(config)}
+    inputs = Inputs(config).open(training=bool(config.data.train), scoring="rewards" not in named)
+    wrong = [str(e) for e in inputs.errors]
+    try:
+        check_trackers(config.run.trackers)
+    except ValueError as e:
+        wrong.append(str(e))
+    return inputs, wrong
 
 
 def _eval(arguments: list[str], secrets: set[str]) -> int:

@@ -3,10 +3,10 @@
 from collections.abc import Iterable, Mapping
 
 from gvpo_core.training.config import Config
-from gvpo_core.training.config.check import check_config
-from gvpo_core.training.data import Prompts, Row, encode_prompts, held_out, held_out_rows, training_rows, with_given
+from gvpo_core.training.data import Prompts, Row
+from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.rewards import RewardFunction, close_rewards, load_rewards
+from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.rollout import Rollout, collect
 from gvpo_core.training.sampling import TRAIN
 from gvpo_core.training.watch.console import Console, duration
@@ -31,31 +31,28 @@ def preview(
     Returns: the two prompts' responses with their rewards.
     Raises: as loop.train.
     """
-    config = with_given(config, train_rows, rewards)
-    check_config(config)
-    prompts = encode_prompts(
-        policy, training_rows(config, train_rows), config.data, max_tokens=config.rollout.max_tokens
+    with open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards) as inputs:
+        return preview_inputs(inputs, policy, console=console)
+
+
+def preview_inputs(inputs: Inputs, policy: Policy, *, console: Console | None = None) -> Rollout:
+    """`preview` on inputs that are open."""
+    config = inputs.config
+    prompts, held_out = inputs.prompts(policy), inputs.held_out(policy)
+    rows = prompts.batch(0, config.rollout.prompts, seed=config.run.seed, shuffle=config.data.shuffle)[:_PROMPTS]
+    if policy.rank == 0:
+        console = console or Console(config.run.steps)
+        console.header(header(config, policy.describe(), prompts, held_out, inputs.rewards), legend=False)
+        console.phase("generate")
+    rollout = collect(
+        policy,
+        prompts,
+        rows,
+        config.rollout.responses,
+        config.rollout.sampling,
+        inputs.rewards,
+        (config.run.seed, TRAIN, 1),
     )
-    unseen_rows = held_out_rows(config, evaluation_rows)
-    unseen = held_out(config, policy, unseen_rows) if unseen_rows else None
-    loaded = load_rewards(config.rewards, rewards)
-    try:
-        rows = prompts.batch(0, config.rollout.prompts, seed=config.run.seed, shuffle=config.data.shuffle)[:_PROMPTS]
-        if policy.rank == 0:
-            console = console or Console(config.run.steps)
-            console.header(header(config, policy.describe(), prompts, unseen, loaded), legend=False)
-            console.phase("generate")
-        rollout = collect(
-            policy,
-            prompts,
-            rows,
-            config.rollout.responses,
-            config.rollout.sampling,
-            loaded,
-            (config.run.seed, TRAIN, 1),
-        )
-    finally:
-        close_rewards(loaded)
     if policy.rank == 0 and console is not None:
         for group in range(len(rows)):
             console.sample([c for c in rollout.completions if c["group"] == group])

@@ -1,15 +1,56 @@
 """What the ranks of a run do together."""
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import numpy as np
 
 from gvpo_core.training.policy.protocol import Policy
 
+T = TypeVar("T")
+
 
 def agree(policy: Policy, error: Exception | None, kind: type[Exception] = RuntimeError) -> None:
-    """Raises on every rank when any rank has an error, so that none waits for a rank that left."""
+    """Raises on every rank when any rank has an error, so that no rank waits for one that stopped.
+
+    Args:
+      kind: raised, with the same message, on the ranks that have no error of their own.
+    """
     message = np.frombuffer((f"{error}\n" if error else "").encode(), np.uint8)
     text = policy.gather(message).tobytes().decode().strip()
     if error:
         raise error
     if text:
         raise kind(text)
+
+
+def attempt(
+    policy: Policy,
+    work: Callable[[], T],
+    *,
+    main_only: bool = False,
+    catch: tuple[type[Exception], ...] = (OSError, ValueError, RuntimeError),
+    kind: type[Exception] = RuntimeError,
+    explain: Callable[[Exception], Exception] = lambda error: error,
+) -> T | None:
+    """Does `work` on every rank, or on the main rank alone, and raises on every rank if it raised on any.
+
+    Args:
+      catch: errors that are shared; others are raised where they occur.
+      kind: as in `agree`.
+      explain: turns an error into the one to raise.
+    Returns: what `work` gave; None on a rank that did not do it.
+    """
+    result, error = None, None
+    if policy.rank == 0 or not main_only:
+        try:
+            result = work()
+        except catch as e:
+            error = explain(e)
+    agree(policy, error, kind)
+    return result
+
+
+def highest(policy: Policy, value: int) -> int:
+    """The largest value of any rank."""
+    return int(policy.gather(np.asarray([value])).max())

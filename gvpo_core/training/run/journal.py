@@ -1,0 +1,236 @@
+"""The record of a run: its folder, metrics, checkpoints, alerts, trackers and console. The main rank writes it."""
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from gvpo_core import __version__
+from gvpo_core.training.config.file import as_table
+from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.improve import Improvement
+from gvpo_core.training.inputs import Inputs
+from gvpo_core.training.metrics import read_records, step_metrics
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.ranks import attempt, highest
+from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.run.checkpoint import (
+    CheckpointError,
+    begin_checkpoint,
+    checkpoint_at,
+    commit_checkpoint,
+    newest_checkpoint,
+    partial_checkpoint,
+    save_failed,
+)
+from gvpo_core.training.run.folder import RunFolder
+from gvpo_core.training.run.resume import resume_command
+from gvpo_core.training.watch.alerts import Alerts, failed
+from gvpo_core.training.watch.console import Console
+from gvpo_core.training.watch.header import header
+from gvpo_core.training.watch.trackers import Tracker, open_trackers
+
+_log = logging.getLogger("gvpo")
+
+
+class Journal:
+    """One rank's part in the record of a run. Every rank calls every method.
+
+    Inside `with`, the folder is locked; an error that leaves it is recorded as the event `failed`.
+    """
+
+    def __init__(self, inputs: Inputs, policy: Policy, evaluations: Sequence[int], console: Console | None) -> None:
+        """
+        Args:
+          evaluations: steps after which an evaluation is due.
+        """
+        self.config, self.policy, self.inputs = inputs.config, policy, inputs
+        self.folder = RunFolder(Path(self.config.run.folder))
+        self.evaluations, self.console = evaluations, console
+        self._main = policy.rank == 0
+        self._secrets = secrets_of(as_table(self.config))
+        self._tracker: Tracker | None = None
+        self._alerts = Alerts()
+        self._reward_range: tuple[float, float] | None = None  # lowest and highest reward of the steps so far
+        self._started = False
+        self._step, self._begun = 0, time.perf_counter()
+
+    def __enter__(self) -> "Journal":
+        try:
+            attempt(self.policy, lambda: self.folder.open(self.config, self.inputs.fingerprints()), main_only=True)
+        except BaseException:
+            self.folder.close()
+            raise
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        try:
+            if self._started and self._main:
+                if isinstance(error, Exception):
+                    self._failed(error)
+                self._finish()
+        finally:
+            self.folder.close()
+
+    def start(self, prompts: Prompts, held_out: Prompts | None) -> int:
+        """Restores the newest good checkpoint and drops the records of later steps. Returns the steps done."""
+        found = attempt(self.policy, self._drop_later_steps, main_only=True)
+        step = highest(self.policy, -1 if found is None else found)
+        if step >= 0:
+            self.policy.restore(checkpoint_at(self.folder.checkpoints, step).policy)
+        self._step = max(step, 0)
+        if self._main:
+            self._open(prompts, held_out)
+        self._started = True
+        if self._step:
+            self.event("resume", f"resumed after step {step} of {self.config.run.steps}")
+        return self._step
+
+    def _drop_later_steps(self) -> int:
+        checkpoint = newest_checkpoint(self.folder.checkpoints)
+        self.folder.cut(checkpoint.step if checkpoint else None)
+        if checkpoint is None:
+            return -1
+        for record in read_records(self.folder.metrics):
+            if record.get("kind") == "train":
+                self._alerts.update(record)
+                self._widen_range(record)
+        return checkpoint.step
+
+    def _open(self, prompts: Prompts, held_out: Prompts | None) -> None:
+        config, facts = self.config, dict(self.policy.describe())
+        self.folder.write_environment(
+            {
+                "gvpo": __version__,
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "ranks": self.policy.world_size,
+                "command": hide_command(sys.argv, self._secrets),
+                "data": self.inputs.fingerprints(),
+                "policy": facts,
+            }
+        )
+        settings = hide_settings(as_table(config))
+        self._tracker = open_trackers(config.run.trackers, self.folder.path, settings, warn=_log.warning)
+        self.console = self.console or Console(config.run.steps, first_step=self._step, evaluations=self.evaluations)
+        self.console.header(header(config, facts, prompts, held_out, self.inputs.rewards))
+
+    def begin(self, step: int) -> None:
+        """Step `step` begins, with its sampling."""
+        self._step, self._begun = step, time.perf_counter()
+        self.phase("generate")
+
+    def phase(self, name: str) -> None:
+        """What the run does now, for the console."""
+        if self.console:
+            self.console.phase(name)
+
+    def step(self, rollout: Rollout, improvement: Improvement) -> None:
+        """Records a training step: its responses, its metrics and the verdict on them."""
+        if not self._main:
+            return
+        run = self.config.run
+        self._responses("train", rollout)
+        metrics = step_metrics(
+            rollout,
+            improvement,
+            beta=self.config.objective.beta,
+            seconds=time.perf_counter() - self._begun,
+            reward_range=self._reward_range,
+        )
+        self._widen_range(metrics)
+        record = self._record("train", metrics)
+        record |= self._alerts.annotate(record)
+        self._write(record)
+        if self.console:
+            self.console.step(record)
+            if run.show_every and self._step % run.show_every == 0 and rollout.completions:
+                self.console.sample(rollout.completions)
+
+    def evaluation(self, metrics: Mapping[str, float], rollout: Rollout) -> None:
+        """Records an evaluation after the present step."""
+        if not self._main:
+            return
+        self._responses("eval", rollout)
+        record = self._record("eval", metrics)
+        self._write(record)
+        if self.console:
+            self.console.evaluation(record)
+
+    def event(self, name: str, message: str, **more: Any) -> None:
+        """Records something that happened to the run."""
+        if self._main:
+            self.folder.append(self.folder.metrics, [self._record("event", {"event": name, "message": message} | more)])
+            if self.console:
+                self.console.event(message)
+
+    def stopped(self, signal: int) -> None:
+        """Records that a signal stopped the run, and the command that resumes it."""
+        done = f"after step {self._step}" if self._step else "before the first step, nothing to save"
+        command = resume_command(self.policy.world_size, self._secrets)
+        self.event("stop", f"stopped by signal {signal} {done}; resume with: {command}")
+
+    def save(self) -> None:
+        """Saves a checkpoint: every rank calls Policy.save; the main rank begins the folder and commits it after."""
+        folder, step = self.folder.checkpoints, self._step
+        self.phase("checkpoint")
+        self._saving(lambda: begin_checkpoint(folder, step), main_only=True)
+        self._saving(lambda: self.policy.save(partial_checkpoint(folder, step).policy))
+        self._saving(lambda: commit_checkpoint(folder, step, self.config.run.keep_checkpoints), main_only=True)
+
+    def _saving(self, work: Callable[[], object], *, main_only: bool = False) -> None:
+        attempt(
+            self.policy,
+            work,
+            main_only=main_only,
+            catch=(Exception,),  # each framework's writer has its own error for a full disk
+            kind=CheckpointError,
+            explain=lambda error: save_failed(self.folder.checkpoints, self._step, error),
+        )
+
+    def _record(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        return {"kind": kind, "step": self._step, "time": time.time()} | dict(values)
+
+    def _write(self, record: Mapping[str, Any]) -> None:
+        self.folder.append(self.folder.metrics, [record])
+        if self._tracker:
+            self._tracker.log(record)
+
+    def _responses(self, kind: str, rollout: Rollout) -> None:
+        rows = [{"kind": kind, "step": self._step} | completion for completion in rollout.completions]
+        self.folder.append(self.folder.completions, rows)
+
+    def _widen_range(self, metrics: Mapping[str, Any]) -> None:
+        if metrics.get("reward/min") is not None:
+            seen = (*(self._reward_range or ()), metrics["reward/min"], metrics["reward/max"])
+            self._reward_range = (min(seen), max(seen))
+
+    def _failed(self, error: Exception) -> None:
+        """Records the error that ends the run as a BAD event, for readers of the folder who do not have the log."""
+        alert = failed(self._step, error)
+        alert = alert._replace(seen=hide(alert.seen, self._secrets))
+        try:
+            verdict = {"verdict": alert.level, "alerts": [alert._asdict()]}
+            self.event("failed", f"{alert.level}: {alert.seen}; {alert.advice}", **verdict)
+        except Exception as e:  # a full disk, say: the error itself is what is raised
+            _log.warning("the error that ended the run could not be recorded: %s", e)
+
+    def _finish(self) -> None:
+        if self._tracker:
+            self._tracker.close()
+        report = None
+        try:
+            from gvpo_core.training.report import write_report
+
+            report = write_report(self.folder.path)
+        except Exception as e:  # a report never costs a run
+            _log.warning(
+                "the report could not be written: %s: %s", type(e).__name__, e, exc_info=not isinstance(e, OSError)
+            )
+        if self.console:
+            self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})

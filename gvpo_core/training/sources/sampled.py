@@ -1,0 +1,36 @@
+"""Groups that are sampled for the step: prompts, a sampler, rewards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from gvpo_core.training.config import Config
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.rewards import Reward
+from gvpo_core.training.rollout import Rollout, collect
+from gvpo_core.training.sampling import TRAIN
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """The next prompts of the data, answered by the policy or by `sampler` in its place (Cor. 3.2)."""
+
+    config: Config
+    prompts: Prompts
+    rewards: Sequence[Reward]
+    sampler: Policy | None = None
+
+    def groups(self, policy: Policy, step: int) -> Rollout:
+        """`rollout.prompts` prompts with `rollout.responses` scored responses each."""
+        rollout, seed = self.config.rollout, self.config.run.seed
+        rows = self.prompts.batch(step - 1, rollout.prompts, seed=seed, shuffle=self.config.data.shuffle)
+        return collect(
+            policy,
+            self.prompts,
+            rows,
+            rollout.responses,
+            rollout.sampling,
+            self.rewards,
+            (seed, TRAIN, step),
+            sampler=self.sampler,
+        )
