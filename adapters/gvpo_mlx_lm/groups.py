@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.data import DataError, Row, load_rows
+from gvpo_core.training.policy.text import ASSISTANT, chat_tokens, text_tokens, turn_end
 
 _PER_RESPONSE = ("rewards", "finished")
 
@@ -86,34 +87,34 @@ def _list(value: Any, where: str) -> list[Any]:
 
 def _prompt(prompt: Any, tokenizer: Any, where: str) -> tuple[int, ...]:
     if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
+        ids = text_tokens(tokenizer, prompt)
     elif isinstance(prompt, Sequence) and prompt and all(isinstance(m, dict) and "content" in m for m in prompt):
         if getattr(tokenizer, "chat_template", None) is None:
             raise DataError(f"{where}: the prompt is chat messages, and the tokenizer has no chat template")
-        ids = tokenizer.apply_chat_template([dict(m) for m in prompt], add_generation_prompt=True, return_dict=False)
+        ids = chat_tokens(tokenizer, prompt)
     else:
         raise DataError(f"{where}, column 'prompt' is a {type(prompt).__name__}; expected text or chat messages")
     if not ids:
         raise DataError(f"{where}, column 'prompt': the prompt is empty once tokenized")
-    return tuple(int(i) for i in ids)
+    return ids
 
 
 def _end(prompt: Any, tokenizer: Any, where: str) -> int:
     """The token with which a finished response ends: many templates close a turn with another one than eos."""
-    if isinstance(prompt, str):
-        return int(tokenizer.eos_token_id)
-    content = "response"
-    messages = [*(dict(m) for m in prompt), {"role": "assistant", "content": content}]
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # what a template raises is its own
-        raise DataError(
-            f"{where}: the chat template does not take an answer after the prompt ({error}), so it does not say with"
-            " which token one ends; give responses as token ids"
-        ) from error
-    after = tokenizer.encode(text.rpartition(content)[2].lstrip(), add_special_tokens=False)
-    special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
-    return int(after[0] if after and after[0] in special else tokenizer.eos_token_id)
+    closing = None
+    if not isinstance(prompt, str):
+        before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # a last answer is being continued
+        try:
+            closing = turn_end(tokenizer, before)
+        except Exception as error:  # what a template raises is its own
+            raise DataError(
+                f"{where}: the chat template does not take an answer after the prompt ({error}), so it does not say"
+                " with which token one ends; give responses as token ids"
+            ) from error
+    end = tokenizer.eos_token_id if closing is None else closing
+    if end is None:
+        raise DataError(f"{where}: the tokenizer names no end token; set its eos_token, or give responses as token ids")
+    return int(end)
 
 
 def _response(response: Any, end: int | None, tokenizer: Any, where: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout, text
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_core.training.policy.step import plan_step
@@ -80,7 +80,7 @@ class JaxPolicy:
         self._splitting = Splitting(
             self.packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, spec.hidden
         )
-        self._end = hugging_face.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
+        self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
 
     def _check(self) -> tuple[bool, str]:
         """Chooses the layout, and compares packed rows with plain ones before trusting them."""
@@ -113,12 +113,12 @@ class JaxPolicy:
     # -- text
 
     def encode(self, prompt: Prompt) -> Tokens:
-        """Token ids of a text, or of chat messages through the chat template; see `hugging_face.encode`."""
-        return hugging_face.encode(self.tokenizer, prompt, self.config)
+        """Token ids of a text, or of chat messages through the chat template; see `policy.text`."""
+        return text.encode(self.tokenizer, prompt, self.config)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return hugging_face.decode(self.tokenizer, tokens)
+        """Text of a response without its end token; see `policy.text`."""
+        return text.decode(self.tokenizer, tokens, self._end)
 
     # -- sampling and scoring
 
@@ -281,6 +281,7 @@ class JaxPolicy:
             "mesh": ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
             "ranks": self.world_size,
             "dtype": self.config.dtype,
+            "end_tokens": text.told_end_tokens(self.tokenizer, self._end),
             "context": hugging_face.context(self.model_config),
             "parameters": model + (trainable if self.learner.adapters else 0),
             "trainable_parameters": trainable,

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
-from gvpo_core.training.policy.hugging_face import portable_config
+from gvpo_core.training.policy.hugging_face import generation_settings, portable_config
 from gvpo_jax import mesh as meshes
 from gvpo_jax.model import EMBEDDING, HEAD, LAYER, Parameters, Spec
 
@@ -192,10 +192,9 @@ def export(
 
 
 def copy_settings(source: Path, directory: Path, end: Sequence[int]) -> None:
-    """generation_config.json of the model the run began with; made anew where it has none."""
-    given = source / "generation_config.json"
-    settings = json.loads(given.read_text(encoding="utf-8")) if given.is_file() else {"eos_token_id": list(end)}
-    (directory / "generation_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    """generation_config.json of the model the run began with, whose eos_token_id has all tokens of `end`."""
+    text = json.dumps(generation_settings(source, end), indent=2) + "\n"
+    (directory / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -12,7 +12,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy.hugging_face import local_folder, portable_config
+from gvpo_core.training.policy.hugging_face import generation_settings, local_folder, portable_config
 from gvpo_mlx.adapters import adapted, merged
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.update import AdamW
@@ -108,7 +108,7 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
     where there are any, the adapters alone as mlx-lm loads them onto the model that they were trained on.
 
     Args:
-      end: the tokens that ended responses; for generation_config.json where the model that was trained names none.
+      end: the tokens that ended responses; all of them are in generation_config.json.
     """
     directory.mkdir(parents=True, exist_ok=True)
     folder = local_folder(config)
@@ -127,11 +127,8 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
     dropped = ("quantization", "quantization_config", "torch_dtype")
     settings = portable_config({k: v for k, v in scorer.config.items() if k not in dropped}, config.dtype)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-    generation = folder / "generation_config.json"
-    known = json.loads(generation.read_text(encoding="utf-8")) if generation.is_file() else {}
-    if known.get("eos_token_id") is None:
-        known["eos_token_id"] = list(end)
-    (directory / generation.name).write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")
+    generation = json.dumps(generation_settings(folder, end), indent=2) + "\n"
+    (directory / "generation_config.json").write_text(generation, encoding="utf-8")
     tokenizer.save_pretrained(directory)
     if scorer.adapted:
         _export_adapters(directory / "adapters", scorer, config)

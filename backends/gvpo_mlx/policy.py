@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, text
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.step import learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
@@ -70,7 +70,7 @@ class MLXPolicy:
         self._reference_passes = self._passes_of(self._reference or self.scorer)
         self._step = 0
         folder = hugging_face.local_folder(config)
-        self._end = hugging_face.end_tokens(hugging_face.generation_eos(folder), self.tokenizer)
+        self._end = text.end_tokens(hugging_face.generation_eos(folder), self.tokenizer)
         log.info("MLX runs on %s", self.device)
 
     def _passes_of(self, scorer: model.Scorer) -> Passes:
@@ -79,12 +79,12 @@ class MLXPolicy:
     # -- text
 
     def encode(self, prompt: Prompt) -> Tokens:
-        """Token ids of a text, or of chat messages through the chat template; see `hugging_face.encode`."""
-        return hugging_face.encode(self.tokenizer, prompt, self.config)
+        """Token ids of a text, or of chat messages through the chat template; see `policy.text`."""
+        return text.encode(self.tokenizer, prompt, self.config)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return hugging_face.decode(self.tokenizer, tokens)
+        """Text of a response without its end token; see `policy.text`."""
+        return text.decode(self.tokenizer, tokens, self._end)
 
     # -- sampling and scoring
 
@@ -223,6 +223,7 @@ class MLXPolicy:
             "device_name": str(mx.device_info(self.device).get("device_name", "unknown")),
             "ranks": self.world_size,
             "dtype": self.config.dtype,
+            "end_tokens": text.told_end_tokens(self.tokenizer, self._end),
             "context": hugging_face.context(self.scorer.config),
             "parameters": memory.count(self.scorer.lm),
             "trainable_parameters": sum(p.size for p in self.scorer.parameters),

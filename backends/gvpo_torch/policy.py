@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout
+from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout, text
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_core.training.policy.step import learning_rate, plan_step
@@ -64,8 +64,11 @@ class TorchPolicy:
             getattr(self.scorer.config, "hidden_size", 0) or 0,
         )
         self._step = 0
-        given = getattr(self.scorer.base.generation_config, "eos_token_id", None)
-        self._end = hugging_face.end_tokens(given, self.tokenizer)
+        generation = self.scorer.base.generation_config
+        given = getattr(generation, "eos_token_id", None)
+        self._end = text.end_tokens(given, self.tokenizer)
+        if generation is not None:
+            generation.eos_token_id = text.exported_eos(given, self._end)
 
     def _prepare(self) -> None:
         accelerator = self._ranks.accelerator
@@ -83,12 +86,12 @@ class TorchPolicy:
     # -- text
 
     def encode(self, prompt: Prompt) -> Tokens:
-        """Token ids of a text, or of chat messages through the chat template; see `hugging_face.encode`."""
-        return hugging_face.encode(self.tokenizer, prompt, self.config)
+        """Token ids of a text, or of chat messages through the chat template; see `policy.text`."""
+        return text.encode(self.tokenizer, prompt, self.config)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
-        return hugging_face.decode(self.tokenizer, tokens)
+        """Text of a response without its end token; see `policy.text`."""
+        return text.decode(self.tokenizer, tokens, self._end)
 
     # -- sampling and scoring
 
@@ -242,6 +245,7 @@ class TorchPolicy:
             "ranks": self.world_size,
             "sharding": self.config.sharding if self.world_size > 1 else "none",
             "dtype": self.config.dtype,
+            "end_tokens": text.told_end_tokens(self.tokenizer, self._end),
             "context": hugging_face.context(self.scorer.config.to_dict()),
             "parameters": self.parameters,
             "trainable_parameters": self.trainable,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import Prompt, Tokens
+from gvpo_core.training.policy.text import exported_eos
 from gvpo_core.training.policy.weight_files import refuse_adapter
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -90,44 +90,39 @@ def load_tokenizer(config: ModelConfig) -> Any:
         return AutoTokenizer.from_pretrained(**where)
 
 
-def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
-    """Token ids of a text, or of chat messages through the chat template, with its generation prompt.
-
-    Raises: ConfigError: messages for a tokenizer without a chat template.
-    """
-    if isinstance(prompt, str):
-        return tuple(tokenizer(prompt)["input_ids"])
-    if not tokenizer.chat_template:
-        raise ConfigError(
-            f"the prompt is chat messages, and the tokenizer of {config.path!r} has no chat template: "
-            "give prompts as text, or a model with a chat template"
-        )
-    messages = [dict(message) for message in prompt]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=True)
-    return tuple(ids["input_ids"])
-
-
-def decode(tokenizer: Any, tokens: Sequence[int]) -> str:
-    """Text of a response, special tokens left out."""
-    text: str = tokenizer.decode(list(tokens), skip_special_tokens=True)
-    return text
-
-
-def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the generation settings' and the tokenizer's."""
-    ids = set(generation_eos if isinstance(generation_eos, Sequence) else [generation_eos]) | {tokenizer.eos_token_id}
-    return sorted(i for i in ids if i is not None)
-
-
 def generation_eos(folder: Path) -> int | list[int] | None:
-    """The end tokens that generation_config.json names, else those of config.json."""
+    """The end tokens that generation_config.json names, else those of config.json.
+
+    Raises: ConfigError: a file that is not a JSON object.
+    """
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if path.is_file():
-            ids: int | list[int] | None = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return ids
+        ids: int | list[int] | None = _read_json(folder / name).get("eos_token_id")
+        if ids is not None:
+            return ids
     return None
+
+
+def generation_settings(folder: Path, end: Sequence[int]) -> dict[str, Any]:
+    """generation_config.json for an export of the model in `folder`.
+
+    Args:
+      end: the tokens that ended responses; all of them are in its eos_token_id.
+    """
+    settings = _read_json(folder / "generation_config.json")
+    return settings | {"eos_token_id": exported_eos(generation_eos(folder), end)}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A file's object; empty where there is no file. Raises: ConfigError: not a JSON object."""
+    if not path.is_file():
+        return {}
+    try:
+        read = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(read, dict):
+        raise ConfigError(f"{path} holds a {type(read).__name__}; expected a JSON object")
+    return read
 
 
 def context(config: Mapping[str, Any]) -> int | None:
@@ -154,11 +149,8 @@ def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[st
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if "model_type" not in config:
+    config = _read_json(path)
+    if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{path} has no model_type")
     names = {*wanted(config["model_type"]), "layer_types", "sliding_window"}
     try:

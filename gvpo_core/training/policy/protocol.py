@@ -86,7 +86,7 @@ class Policy(Protocol):
         """Token ids of a prompt, with the generation prompt of the chat template for messages."""
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a response, special tokens left out."""
+        """Text of a response, without the tokens that end it; other special tokens stay."""
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
@@ -122,7 +122,8 @@ class Policy(Protocol):
     def describe(self) -> Mapping[str, Any]:
         """Plain facts for the header and the run folder, by name.
 
-        backend, architecture, device, device_name, dtype, ranks, sharding, layout, layout_reason: text and counts;
+        backend, architecture, device, device_name, dtype, ranks, sharding, layout, layout_reason, end_tokens: text and
+        counts;
         parameters, trainable_parameters: counts over all ranks; versions: library -> version; context: positions that
         the model is made for, where it says.
 

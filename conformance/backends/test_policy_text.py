@@ -1,0 +1,201 @@
+"""Prompts to tokens and responses to text, as every backend does it, with tokenizers in the styles of released models.
+
+The reference for a chat is transformers' own rendering, and token ids looked up one by one.
+"""
+
+import json
+import logging
+
+import chat_tokenizers
+import pytest
+import tiny_models
+import trainer_backends
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import text
+from gvpo_core.training.policy.hugging_face import generation_settings
+from gvpo_core.training.sampling import Sampling, row_seed
+
+MODEL = ModelConfig(path="of/this-test")
+CHATS = chat_tokenizers.STYLES
+QUESTION = [{"role": "user", "content": "Ünïcödé 你好 😀, 2 + 3?"}]
+
+
+def encode(tokenizer, prompt):
+    return list(text.encode(tokenizer, prompt, MODEL))
+
+
+def rendered(tokenizer, messages, **options):
+    return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+
+
+@pytest.fixture(params=CHATS, ids=str)
+def style(request):
+    return CHATS[request.param]
+
+
+def test_templated_text_has_the_tokens_of_its_messages(style):
+    tokenizer = chat_tokenizers.make(style)
+    templated = rendered(tokenizer, QUESTION, add_generation_prompt=True)
+    chat = encode(tokenizer, QUESTION)
+    assert encode(tokenizer, templated) == chat
+    if style.bos:
+        assert tokenizer(templated)["input_ids"][:2] == [tokenizer.bos_token_id] * 2  # what the tokenizer alone gives
+        assert chat.count(tokenizer.bos_token_id) == 1
+
+
+def test_plain_text_has_the_tokenizers_leading_tokens_once(style):
+    tokenizer = chat_tokenizers.make(style)
+    ids = encode(tokenizer, "2 + 3?")
+    assert ids == ([tokenizer.bos_token_id] if style.bos else []) + tokenizer.encode("2 + 3?", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "2 + 3?"
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["bos-eos", "eos"])
+def test_a_tokenizer_that_adds_an_end_token_does_not_end_the_prompt(style, first):
+    bos = (style.bos,) if style.bos and first else ()
+    tokenizer = chat_tokenizers.make(style, first=bos, last=(style.eos,))
+    assert tokenizer("2 + 3?")["input_ids"][-1] == tokenizer.eos_token_id
+    plain = tokenizer.encode("2 + 3?", add_special_tokens=False)
+    assert encode(tokenizer, "2 + 3?") == [tokenizer.convert_tokens_to_ids(t) for t in bos] + plain
+    templated = rendered(tokenizer, QUESTION, add_generation_prompt=True)
+    assert encode(tokenizer, templated) == encode(tokenizer, QUESTION)
+    ended = "2 + 3?" + style.eos  # the user's own end token stays
+    assert encode(tokenizer, ended)[-1] == tokenizer.eos_token_id
+
+
+def test_several_leading_tokens_are_added_once():
+    """GLM's tokenizer puts [gMASK]<sop> before a text, and its template writes both."""
+    tokenizer = chat_tokenizers.make(CHATS["glm"], first=("[gMASK]", "<sop>"))
+    mask, sop = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    plain = tokenizer.encode("hi", add_special_tokens=False)
+    assert [encode(tokenizer, begun + "hi") for begun in ("", "<sop>", "[gMASK]<sop>")] == [[mask, sop, *plain]] * 3
+
+
+def test_an_empty_text_has_the_leading_tokens_alone(style):
+    tokenizer = chat_tokenizers.make(style)
+    assert encode(tokenizer, "") == ([tokenizer.bos_token_id] if style.bos else [])
+
+
+@pytest.mark.parametrize("begun", ["<think>\n2", "The answer is", "The answer is ", "你"])
+def test_a_last_assistant_message_is_left_open(style, begun):
+    tokenizer = chat_tokenizers.make(style)
+    messages = [*QUESTION, {"role": "assistant", "content": begun}]
+    ids = encode(tokenizer, messages)
+    want = rendered(tokenizer, messages, continue_final_message=True)
+    assert ids == tokenizer.encode(want, add_special_tokens=False)
+    assert tokenizer.decode(ids).endswith(begun.strip()) or tokenizer.decode(ids).endswith(begun)
+    closing = tokenizer.convert_tokens_to_ids(style.closes) if style.closes else None
+    assert closing is None or closing not in ids[-len(begun) :]
+
+
+def test_messages_that_end_with_a_tool_or_a_system_message_open_the_assistants_turn():
+    tokenizer = chat_tokenizers.make(CHATS["qwen3"])
+    for role in ("tool", "system", "user"):
+        messages = [*QUESTION, {"role": role, "content": "5"}]
+        want = rendered(tokenizer, messages, add_generation_prompt=True)
+        assert want.endswith("<|im_start|>assistant\n")
+        assert encode(tokenizer, messages) == tokenizer.encode(want, add_special_tokens=False)
+
+
+def test_messages_without_a_template_are_refused():
+    tokenizer = chat_tokenizers.make(CHATS["llama3"])
+    tokenizer.chat_template = None
+    with pytest.raises(ConfigError, match="tokenizer of 'of/this-test' has no chat template"):
+        encode(tokenizer, QUESTION)
+
+
+def test_a_tokenizer_without_tokens_of_the_text_itself_is_refused():
+    class Odd:
+        def encode(self, given, add_special_tokens):
+            return [1, 2] if add_special_tokens else [3]
+
+    with pytest.raises(ConfigError, match="gives a text other tokens when it adds special tokens"):
+        encode(Odd(), "a")
+
+
+def test_responses_end_where_the_template_closes_a_turn(style):
+    tokenizer = chat_tokenizers.make(style)
+    eos = tokenizer.eos_token_id
+    closing = {tokenizer.convert_tokens_to_ids(style.closes)} if style.closes else set()
+    assert text.turn_end(tokenizer) == next(iter(closing), None)
+    assert text.end_tokens(None, tokenizer) == sorted({eos} | closing)
+    assert text.end_tokens([7, eos], tokenizer) == sorted({7, eos} | closing)
+
+
+def test_a_template_that_takes_no_answer_leaves_the_other_end_tokens():
+    tokenizer = chat_tokenizers.make(CHATS["llama3"])
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    assert text.end_tokens(4, tokenizer) == sorted({4, tokenizer.eos_token_id})
+
+
+def test_no_end_token_anywhere_is_said(caplog):
+    tokenizer = chat_tokenizers.make(CHATS["glm"])
+    tokenizer.eos_token = None
+    with caplog.at_level(logging.WARNING):
+        assert text.end_tokens(None, tokenizer) == []
+    assert "no end token" in caplog.text and "every response runs to rollout.max_tokens" in caplog.text
+    assert text.told_end_tokens(tokenizer, []).startswith("none")
+    assert text.told_end_tokens(tokenizer, [0, 4]) == "<|endoftext|>, <|assistant|>"
+
+
+@pytest.mark.parametrize("given", ["</s>", [1, "</s>"], True, 1.5])
+def test_an_end_token_that_is_no_id_is_refused(given):
+    with pytest.raises(ConfigError, match=r"eos_token_id = .*; expected token ids"):
+        text.end_tokens(given, chat_tokenizers.make(CHATS["llama3"]))
+
+
+def test_a_response_keeps_special_tokens_that_do_not_end_it():
+    tokenizer = chat_tokenizers.make(CHATS["qwen3"])
+    said = "<think>2 + 3</think>5"
+    ids = tokenizer.encode(said + "<|im_end|>", add_special_tokens=False)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "2 + 35"  # what transformers leaves
+    assert text.decode(tokenizer, ids, text.end_tokens(None, tokenizer)) == said
+    padded = [*ids, tokenizer.pad_token_id, tokenizer.eos_token_id]
+    assert text.decode(tokenizer, padded, text.end_tokens(None, tokenizer)) == said
+
+
+def test_a_plain_response_reads_as_transformers_decodes_it(style):
+    tokenizer = chat_tokenizers.make(style)
+    said = "Ünïcödé 你好 😀, it is 5."
+    ids = tokenizer.encode(said, add_special_tokens=False)
+    assert text.decode(tokenizer, [*ids, tokenizer.eos_token_id], []) == tokenizer.decode(ids) == said
+
+
+def test_an_export_names_every_end_token(tmp_path):
+    for given, end, want in ((None, [1, 2], [1, 2]), (2, [2], 2), ([2, 9], [2], [2, 9]), (2, [1, 2], [1, 2])):
+        (tmp_path / "config.json").write_text("{}")
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": given, "temperature": 0.6}))
+        assert generation_settings(tmp_path, end) == {"eos_token_id": want, "temperature": 0.6}
+
+
+def test_the_letters_tokenizer_keeps_its_unknown_token():
+    tokenizer = tiny_models.make_tokenizer()
+    ids = tokenizer.encode("what? ", add_special_tokens=False)
+    assert tokenizer.unk_token == "?"
+    assert text.decode(tokenizer, [*ids, 0], [0]) == "what? "
+
+
+@pytest.mark.parametrize("backend", trainer_backends.present(), ids=lambda backend: backend.name)
+def test_every_backend_reads_and_ends_text_by_these_rules(backend, tmp_path):
+    style = CHATS["llama3"]
+    tokenizer = chat_tokenizers.make(style)
+    folder = tiny_models.write_model("llama", tmp_path / "model", spread=0.05, vocab_size=len(tokenizer))
+    tokenizer.save_pretrained(folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": tokenizer.eos_token_id}))
+    policy = backend.policies.policy(folder)
+    bos, eos, closing = tokenizer.convert_tokens_to_ids([style.bos, style.eos, style.closes])
+    prompt = policy.encode(rendered(tokenizer, QUESTION, add_generation_prompt=True))
+    assert prompt == policy.encode(QUESTION) and prompt.count(bos) == 1
+    assert policy.describe()["end_tokens"] == f"{style.eos}, {style.closes}"
+    seeds = [row_seed(0, i) for i in range(256)]
+    responses = policy.generate([prompt], [seeds], Sampling(max_tokens=12))[0]
+    last = [r.tokens[-1] for r in responses]
+    assert closing in last and all(closing not in r.tokens[:-1] for r in responses)
+    assert all(r.finished == (r.tokens[-1] in (eos, closing)) for r in responses)
+    start = tokenizer.convert_tokens_to_ids("<|start_header_id|>")
+    assert policy.decode([start, *tokenizer.encode("hi", add_special_tokens=False), closing]) == "<|start_header_id|>hi"
+    policy.export(tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [eos, closing]

@@ -1,0 +1,137 @@
+"""Text to tokens and back, through a model's tokenizer: one rule for all backends and adapters.
+
+text prompt    its tokens as they stand; the tokenizer's leading special tokens at most once; no end token
+chat messages  the chat template; a last message of the assistant's is continued, else the next turn is opened
+response       ends at the model's end tokens, or at the token that closes an assistant's turn in the template
+"""
+
+import contextlib
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import Prompt, Tokens
+
+ASSISTANT = ("assistant", "model")  # roles whose turns the model writes
+_PROBE = "zqxj"  # a response that no template contains
+_QUESTION = ({"role": "user", "content": "hello"},)
+
+log = logging.getLogger("gvpo.text")
+
+
+def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
+    """Token ids of a text, or of chat messages through the chat template.
+
+    A text may have been through a chat template: the special tokens that the tokenizer puts first (BOS) are left out
+    where the text begins with them. Those that it puts last (EOS) are always left out. Messages get the template's
+    generation prompt; where the assistant speaks last, that message is left open to be continued.
+
+    Raises: ConfigError: messages for a tokenizer without a chat template, or a tokenizer that changes a text's tokens
+      when it adds special tokens.
+    """
+    if isinstance(prompt, str):
+        return text_tokens(tokenizer, prompt, config.path)
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the prompt is chat messages, and the tokenizer of {config.path!r} has no chat template: "
+            "give prompts as text, or a model with a chat template"
+        )
+    return chat_tokens(tokenizer, prompt)
+
+
+def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
+    """Token ids of a text prompt; see `encode`."""
+    plain, first = _plain_tokens(tokenizer, text), _leading_tokens(tokenizer, name)
+    shared = next(n for n in range(len(first), -1, -1) if plain[:n] == first[len(first) - n :])
+    return tuple(first[: len(first) - shared] + plain)
+
+
+def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Tokens:
+    """Token ids of chat messages; see `encode`. Raises: what the template raises."""
+    open_turn = messages[-1].get("role") in ASSISTANT
+    ids = tokenizer.apply_chat_template(
+        [dict(message) for message in messages],
+        add_generation_prompt=not open_turn,
+        continue_final_message=open_turn,
+        tokenize=True,
+        return_dict=False,
+    )
+    return tuple(int(i) for i in ids)
+
+
+def _plain_tokens(tokenizer: Any, text: str) -> list[int]:
+    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]
+
+
+def _leading_tokens(tokenizer: Any, name: str) -> list[int]:
+    """The special tokens that the tokenizer puts before a text."""
+    plain = _plain_tokens(tokenizer, _PROBE)
+    whole = [int(i) for i in tokenizer.encode(_PROBE, add_special_tokens=True)]
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start]
+    raise ConfigError(
+        f"the tokenizer of {name!r} gives a text other tokens when it adds special tokens, so a text prompt has no"
+        " tokens of its own: give chat messages, or another tokenizer"
+    )
+
+
+def decode(tokenizer: Any, tokens: Sequence[int], end: Sequence[int] = ()) -> str:
+    """Text of a response without BOS, EOS, padding and the tokens of `end`.
+
+    Other special tokens stay, <think> and tool calls among them: they are what the model said.
+    """
+    left_out = {*end, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
+    text: str = tokenizer.decode([i for i in tokens if i not in left_out], skip_special_tokens=False)
+    return text
+
+
+def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
+    """Ids that end a response: the generation settings', the tokenizer's and the chat template's own.
+
+    Warns where there is none.
+
+    Raises: ConfigError: generation settings whose eos_token_id is no token id.
+    """
+    given = list(generation_eos) if isinstance(generation_eos, list | tuple) else [generation_eos]
+    for i in given:
+        if i is not None and (isinstance(i, bool) or not isinstance(i, int)):
+            raise ConfigError(f"eos_token_id = {generation_eos!r} in the model's settings; expected token ids")
+    closing = None
+    if getattr(tokenizer, "chat_template", None):
+        with contextlib.suppress(Exception):  # a template raises what it likes where it does not take the probe
+            closing = turn_end(tokenizer)
+    ids = sorted({i for i in (*given, tokenizer.eos_token_id, closing) if i is not None})
+    if not ids:
+        log.warning(
+            "no end token: neither the generation settings, the tokenizer nor a chat template names one, so every"
+            " response runs to rollout.max_tokens; set eos_token in tokenizer_config.json"
+        )
+    return ids
+
+
+def turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]] = _QUESTION) -> int | None:
+    """The special token that follows an assistant's answer to `messages` in the chat template; None: no such token.
+
+    Raises: what the template raises at an answer there.
+    """
+    answered = [*(dict(m) for m in messages), {"role": "assistant", "content": _PROBE}]
+    text = tokenizer.apply_chat_template(answered, tokenize=False)
+    _, found, after = text.rpartition(_PROBE)
+    ids = _plain_tokens(tokenizer, after.lstrip()) if found else []
+    while ids and not tokenizer.decode(ids[:1], skip_special_tokens=False).strip():
+        ids = ids[1:]  # some tokenizers put a space first
+    return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else None
+
+
+def exported_eos(generation_eos: int | Sequence[int] | None, end: Sequence[int]) -> int | list[int] | None:
+    """eos_token_id of an exported model: what it was given, or, where that lacks one, all tokens of `end`."""
+    if generation_eos is None or isinstance(generation_eos, int):
+        return generation_eos if {*end} <= {generation_eos} else list(end)
+    return list(generation_eos) if {*end} <= {*generation_eos} else list(end)
+
+
+def told_end_tokens(tokenizer: Any, end: Sequence[int]) -> str:
+    """The end tokens in words, for `Policy.describe`."""
+    return ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(end)))) or "none: responses run to max_tokens"
