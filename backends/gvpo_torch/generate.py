@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_torch.cache import keep_rows, new_cache
 from gvpo_torch.model import Scorer
 
 Forward = Callable[..., Tensor]
@@ -107,8 +108,6 @@ def _decode(
     end: set[int],
     device: torch.device,
 ) -> list[Response]:
-    from transformers import DynamicCache
-
     unique = sorted({i for i, _ in rows})
     width = max(len(prompts[i]) for i in unique)
     ids = np.zeros((len(unique), width), dtype=np.int64)
@@ -121,12 +120,12 @@ def _decode(
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
-    cache = DynamicCache(config=scorer.config)
+    cache = new_cache(scorer.decoder, scorer.config)
     logits = forward(put(ids), put(positions), mask=put(mask), cache=cache)
     owners = np.asarray([unique.index(i) for i, _ in rows])
     shared = put(owners)
     if len(rows) != len(unique) or not np.array_equal(owners, np.arange(len(unique))):
-        cache.reorder_cache(shared)
+        keep_rows(cache, shared)
         logits = logits.index_select(0, shared)
     mask_on = put(mask).index_select(0, shared)
     lengths = np.asarray([len(prompts[i]) for i, _ in rows])
@@ -150,7 +149,7 @@ def _decode(
         if ended.mean() >= 0.5 or (t % 16 == 15 and ended.any()):  # dropping copies the cache: not at every end
             keep = np.flatnonzero(~ended)
             kept = put(keep)
-            cache.reorder_cache(kept)
+            keep_rows(cache, kept)
             mask_on = mask_on.index_select(0, kept)
             held, tokens, numbers, ended = held[keep], tokens[keep], numbers[keep], ended[keep]
         mask_on = torch.cat([mask_on, mask_on.new_ones(len(held), 1)], dim=1)

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.policy.hugging_face import explained, load_tokenizer, source
+from gvpo_torch.cache import cache_argument
 from gvpo_torch.logprobs import token_logprobs
 
 log = logging.getLogger("gvpo.torch")
+
+_DROPPING = ("dropout", "pdrop", "layerdrop", "drop_path")  # in names of settings and of modules' attributes
 
 
 class Scorer(nn.Module):
@@ -33,8 +36,7 @@ class Scorer(nn.Module):
         head = base.get_output_embeddings()
         if not isinstance(head, nn.Linear):
             raise ConfigError(f"the head of {type(base).__name__} is {type(head).__name__}; expected a linear layer")
-        if "past_key_values" not in inspect.signature(self.decoder.forward).parameters:
-            raise ConfigError(f"{type(base).__name__} decodes without past_key_values, which is not supported")
+        self.cache_argument = cache_argument(self.decoder, self.config)
         scale = getattr(self.config, "logit_scale", None) or 1.0
         scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.head_options = {
@@ -50,7 +52,9 @@ class Scorer(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         """The transformers model without its head."""
-        return self.base.get_decoder()
+        decoder = self.base.get_decoder()
+        # Llama4ForCausalLM names no base model, and transformers then returns the model with its head.
+        return decoder if decoder is not self.base else self.base.model
 
     @property
     def adapted(self) -> bool:
@@ -86,8 +90,8 @@ class Scorer(nn.Module):
                 input_ids=ids,
                 position_ids=positions,
                 attention_mask=mask,
-                past_key_values=cache,
                 use_cache=True,
+                **{self.cache_argument: cache},
             ).last_hidden_state[:, -1]
             return self._logits(hidden)
         hidden = self.decoder(
@@ -154,7 +158,7 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
     compute = getattr(torch, config.dtype)
     stored = compute if config.lora_rank else torch.float32
     lm = _pretrained(config, stored)
-    _without_dropout(lm)
+    _exact(lm)
     if config.lora_rank:
         lm = _with_adapters(lm, config, seed)
     lm.eval().to(device)
@@ -170,7 +174,7 @@ def load_reference(config: ModelConfig, device: torch.device) -> Scorer:
     """The initial model, frozen; its linear layers are kept in the compute dtype, in which they are used anyway."""
     compute = getattr(torch, config.dtype)
     lm = _pretrained(config, torch.float32)
-    _without_dropout(lm)
+    _exact(lm)
     lm.requires_grad_(False).eval().to(device)
     head = lm.get_output_embeddings()
     for module in lm.modules():
@@ -216,16 +220,23 @@ def _pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     return lm
 
 
-def _without_dropout(lm: nn.Module) -> None:
-    # Scoring and update must see the same function, also where checkpointing needs train().
+def _exact(lm: nn.Module) -> None:
+    """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
+
+    Dropout counts although the model stays in evaluation mode: `checkpointing` puts single layers in training mode.
+    """
     for module in lm.modules():
+        if isinstance(module, nn.Embedding):
+            # transformers sets it to pad_token_id, and its row then gets no gradient. Lengths tell padding here, and
+            # that id is an input as any other: often it ends each message of a chat.
+            module.padding_idx = None
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
+            if any(word in name for word in _DROPPING) and isinstance(value, float):
                 setattr(module, name, 0.0)
     for name, value in lm.config.to_dict().items():
-        if ("dropout" in name or name.endswith(("_pdrop", "layerdrop"))) and isinstance(value, float):
+        if any(word in name for word in _DROPPING) and isinstance(value, float):
             setattr(lm.config, name, 0.0)
 
 

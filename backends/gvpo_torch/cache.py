@@ -1,0 +1,66 @@
+"""The cache of keys, values and states that a decoder of transformers takes: its name, its class, its rows."""
+
+import inspect
+import typing
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_core.training.config import ConfigError
+
+NAMES = ("cache", "past_key_values", "cache_params")  # transformers 5.24 renamed the others to the first
+
+
+def cache_argument(decoder: nn.Module, config: Any) -> str:
+    """Name of the argument of `decoder.forward` that takes the cache.
+
+    The signature says so. A decorator may hide it behind `**kwargs`: then one token is decoded under each name, and the
+    name that fills the cache is taken.
+
+    Raises: ConfigError: a decoder that takes no cache.
+    """
+    parameters = inspect.signature(decoder.forward).parameters
+    for name in NAMES:
+        if name in parameters:
+            return name
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        for name in NAMES:
+            if _fills(decoder, config, name):
+                return name
+    raise ConfigError(
+        f"{type(decoder).__name__} takes no cache ({', '.join(NAMES)}), which sampling needs: it is not supported"
+    )
+
+
+@torch.no_grad()
+def _fills(decoder: nn.Module, config: Any, name: str) -> bool:
+    cache = new_cache(decoder, config)
+    device = next(decoder.parameters()).device
+    try:
+        decoder(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=True, **{name: cache})
+        return int(cache.get_seq_length()) == 1
+    except (TypeError, ValueError, AttributeError, RuntimeError):
+        return False
+
+
+def new_cache(decoder: nn.Module, config: Any) -> Any:
+    """An empty cache: transformers' DynamicCache, or the class of its own that the decoder's signature names."""
+    from transformers import DynamicCache
+
+    parameters = inspect.signature(decoder.forward).parameters
+    for name in NAMES:
+        for kind in typing.get_args(parameters[name].annotation) if name in parameters else ():
+            if inspect.isclass(kind) and issubclass(kind, DynamicCache) and kind is not DynamicCache:
+                return kind()
+    return DynamicCache(config=config)
+
+
+def keep_rows(cache: Any, rows: Tensor) -> None:
+    """Keeps the given rows of a cache, (n,) int64, in the given order; a row may be taken more than once."""
+    from transformers import Cache
+
+    if type(cache).batch_select_indices is not Cache.batch_select_indices:  # MiniMax reorders its states there alone
+        cache.batch_select_indices(rows)
+    else:
+        cache.reorder_cache(rows)
