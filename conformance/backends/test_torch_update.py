@@ -1,4 +1,4 @@
-"""What only gvpo_torch's step has: dropout to switch off, memory that the system reports."""
+"""What only gvpo_torch's step has: dropout and padding rows to switch off, exact norms on CPU, reported memory."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,11 @@ from required import require
 from torch_policies import policy
 
 require(subject="torch")
+
+import torch
+from gvpo_torch import update
+
+from gvpo_core.training.policy import Batch
 
 OF = batch((4, 3, 1, 5))
 
@@ -22,9 +27,71 @@ def test_dropout_is_off(tmp_path) -> None:
     made = tiny_models.make_model("gpt2", tmp_path, attn_pdrop=0.5, resid_pdrop=0.5, embd_pdrop=0.5)
     of_policy = policy(made, gradient_checkpointing=True, **SMOOTH)
     before = of_policy.logprobs(OF)
-    update = of_policy.update(OF, coefficients_of(OF))
-    np.testing.assert_allclose(update.logprobs, before, rtol=0, atol=1e-4)
+    stepped = of_policy.update(OF, coefficients_of(OF))
+    np.testing.assert_allclose(stepped.logprobs, before, rtol=0, atol=1e-4)
 
 
 def test_peak_memory_is_in_bytes(folder) -> None:
     assert moved(torch_policies, folder, OF)[1].peak_memory > 50e6  # of the whole process
+
+
+def test_norm_of_a_large_gradient_is_right() -> None:
+    parameter = torch.nn.Parameter(torch.empty(49_152, 576))
+    row = torch.randn(1000, 576, generator=torch.Generator().manual_seed(0))
+    parameter.grad = row.repeat(50, 1)[:49_152].contiguous()
+    exact = float(np.sqrt(sum(float((part.double() ** 2).sum()) for part in parameter.grad.split(1000))))
+    assert abs(float(torch.linalg.vector_norm(parameter.grad)) / exact - 1) > 1e-3, "torch's own is right here"
+    norm = update.clip([("large", parameter)], 0.5)
+    assert norm == pytest.approx(exact, rel=1e-6)
+    left = np.sqrt(sum(float((part.double() ** 2).sum()) for part in parameter.grad.split(1000)))
+    assert left == pytest.approx(0.5, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (1024,), (1030, 3)])
+def test_norm_of_any_shape_is_right(shape, dtype) -> None:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    (found,) = update.sums_of_squares([values])
+    assert found == pytest.approx(float((values.double() ** 2).sum()), rel=1e-6)
+
+
+def test_gradient_within_the_limit_stays_as_it_is() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.tensor([0.3, 0.0, 0.4])
+    assert update.clip([("small", parameter)], 0.6) == pytest.approx(0.5)
+    assert parameter.grad.tolist() == torch.tensor([0.3, 0.0, 0.4]).tolist()
+
+
+def reference_gradients(folder, of: Batch, factors: np.ndarray) -> dict[str, np.ndarray]:
+    """Gradients of -sum factors_i log pi_i by transformers alone, one row at a time, in float64;
+    every row of the embedding counts."""
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+    for module in lm.modules():
+        if hasattr(module, "padding_idx"):
+            module.padding_idx = None
+    for prompt, response, factor in zip(of.prompts, of.responses, factors, strict=True):
+        logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        (-factor * logits.gather(1, torch.tensor(response)[:, None]).sum()).backward()
+    return {name: p.grad.numpy() for name, p in lm.named_parameters()}
+
+
+@pytest.mark.parametrize("pad", [0, 5])
+@pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt"])
+def test_padding_ids_embedding_is_trained_as_any_other(name: str, pad: int, tmp_path) -> None:
+    if name == "opt":
+        settings = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
+        tiny_models.OTHERS.setdefault("opt", settings)
+    made = tiny_models.make_model(name, tmp_path, pad_token_id=pad, tie_word_embeddings=False)
+    of = batch((3, 2))
+    of = Batch([(*prompt, pad, 7) for prompt in of.prompts], of.responses, of.groups)  # the id as an ordinary input
+    factors = np.random.default_rng(3).normal(size=len(of))
+    of_policy = policy(made, reference=True)
+    for scorer in (of_policy.scorer, of_policy._reference):
+        assert not [m for m in scorer.modules() if getattr(m, "padding_idx", None) is not None and hasattr(m, "weight")]
+    norm = of_policy.update(of, lambda logprobs, rows: factors[rows]).gradient_norm
+    exact = reference_gradients(made, of, factors)
+    embedding = next(value for key, value in exact.items() if "embed_tokens" in key)
+    assert np.linalg.norm(embedding[pad]) > 0.01 * np.linalg.norm(embedding)
+    assert norm == pytest.approx(np.sqrt(sum(float((g**2).sum()) for g in exact.values())), rel=1e-4)
