@@ -1,7 +1,6 @@
 """A transformers model as one module that scores response tokens and decodes, checked when it is loaded."""
 
 import contextlib
-import inspect
 import logging
 import os
 import warnings
