@@ -16,7 +16,7 @@ from places import ROOT
 
 DIST = os.environ.get("GVPO_DIST")
 pytestmark = pytest.mark.skipif(DIST is None, reason="no built wheel: nox -s wheel")
-PACKAGES = [ROOT / "gvpo_core"] + [
+PACKAGES = [ROOT / "gvpo", ROOT / "gvpo_core"] + [
     path.parent for folder in ("backends", "adapters") for path in ROOT.glob(f"{folder}/gvpo_*/__init__.py")
 ]
 
@@ -98,6 +98,12 @@ print(gvpo_weights(zeros, zeros, np.asarray([0.0, 1.0, 5.0]), np.asarray([0, 0, 
 """
     result = run(installed, "python", "-c", code)
     assert (result.stdout, result.stderr) == ("[-0.5, 0.5, 0.0]\n", "")
+
+
+def test_the_face_computes_and_knows_the_trainer(installed):
+    code = "import gvpo; print(gvpo.gvpo_loss.__name__, gvpo.train.__module__, gvpo.__version__)"
+    result = run(installed, "python", "-c", code)
+    assert (result.stdout, result.stderr) == ("gvpo_loss gvpo_core.training.loop 0.1.0\n", "")
 
 
 @pytest.mark.parametrize("module", ["gvpo_core.objective", "gvpo_core.training.loop", "gvpo_core.training.cli"])

@@ -1,0 +1,26 @@
+# gvpo with the PyTorch backend for NVIDIA GPUs.
+#
+#   docker build -t gvpo .
+#   docker run --gpus all --shm-size 8g -v "$PWD":/work gvpo train config.toml
+#
+# Not tried on a GPU yet. CUDA itself comes with the torch wheel; the base image needs nothing but Python.
+FROM python:3.12-slim-bookworm
+
+ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
+
+COPY constraints.txt /src/
+# torch alone first: the largest layer, and the one that changes least.
+RUN grep -E '^torch==' /src/constraints.txt > /src/torch.txt && pip install -r /src/torch.txt
+
+COPY pyproject.toml README.md LICENSE /src/
+COPY gvpo /src/gvpo
+COPY gvpo_core /src/gvpo_core
+COPY backends /src/backends
+COPY adapters /src/adapters
+RUN pip install -c /src/constraints.txt "/src[torch,rewards]" && python -c "import gvpo, gvpo_torch"
+
+RUN useradd --create-home --uid 1000 gvpo
+USER gvpo
+WORKDIR /work
+ENTRYPOINT ["gvpo"]
+CMD ["doctor"]

@@ -1,0 +1,8 @@
+"""`python -m gvpo`: the command `gvpo`."""
+
+import sys
+
+from gvpo_core.training.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
