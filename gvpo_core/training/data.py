@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The columns that any row has, in the order of their first appearance."""
+        return column_names(self.columns)
+
+    def columns_of(self, rows: Sequence[int]) -> dict[str, list[Any]]:
+        """Every column's values in these rows; None where a row has none, so that a step's columns never differ."""
+        return {name: [self.columns[row].get(name) for row in rows] for name in self.names}
+
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
         """The rows of one step: the next `size` of an endless run of epochs, each in an order of its own.
 
@@ -44,6 +53,11 @@ class Prompts:
             epoch, offset = divmod(position, len(self))
             rows.append(int(_order(len(self), seed, epoch)[offset]) if shuffle else offset)
         return rows
+
+
+def column_names(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The columns that any row has, in the order of their first appearance."""
+    return tuple(dict.fromkeys(name for row in rows for name in row))
 
 
 @lru_cache(maxsize=2)  # an epoch's order is asked for once a row

@@ -6,9 +6,18 @@ from typing import Any
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.config.check import check_config
-from gvpo_core.training.data import Prompts, Row, encode_prompts, held_out, held_out_rows, training_rows, with_given
+from gvpo_core.training.data import (
+    Prompts,
+    Row,
+    column_names,
+    encode_prompts,
+    held_out,
+    held_out_rows,
+    training_rows,
+    with_given,
+)
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.rewards import Reward, RewardFunction, close_rewards, load_rewards
+from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.run.fingerprint import fingerprint
 
 
@@ -20,6 +29,7 @@ class Inputs:
         self.rows: list[Row] = []  # of data.train
         self.held_out_rows: list[Row] = []  # of data.evaluation
         self.rewards: list[Reward] = []
+        self.reward_log = RewardLog(config.rewards)
         self.errors: list[ValueError] = []  # what could not be opened, in order
 
     def open(
@@ -39,15 +49,25 @@ class Inputs:
           scoring: whether the rewards are needed.
         """
         if scoring:
-            self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards))
+            self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
         if training:
             self._attempt("rows", lambda: training_rows(self.config, train_rows))
         self._attempt("held_out_rows", lambda: held_out_rows(self.config, evaluation_rows))
+        for name, rows in (("the training data", self.rows), ("the held-out data", self.held_out_rows)):
+            if rows:
+                columns = {*column_names(rows)} - {self.config.data.prompt}
+                self._check(lambda columns=columns, name=name: check_columns(self.rewards, columns, name))  # type: ignore[misc]
         return self
 
     def _attempt(self, name: str, work: Callable[[], Any]) -> None:
         try:
             setattr(self, name, work())
+        except ValueError as e:
+            self.errors.append(e)
+
+    def _check(self, work: Callable[[], None]) -> None:
+        try:
+            work()
         except ValueError as e:
             self.errors.append(e)
 
@@ -69,6 +89,7 @@ class Inputs:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         close_rewards(self.rewards)
+        self.reward_log.close()
 
 
 def open_inputs(

@@ -12,8 +12,11 @@ import numpy as np
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, Response
-from gvpo_core.training.policy.ranks import attempt
-from gvpo_core.training.rewards import Reward, RewardError, Scores, score
+from gvpo_core.training.policy.ranks import agree, attempt
+from gvpo_core.training.rewards import Reward, RewardError, Scores
+from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
+from gvpo_core.training.rewards.scores import call_rewards, stacked
+from gvpo_core.training.rewards.total import members, total_rewards
 from gvpo_core.training.sampling import Sampling, row_seed
 
 
@@ -74,6 +77,7 @@ def collect(
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
     generated = time.perf_counter()
     scores = _score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
+    own_rewards = scores.total[start : start + len(batch)]
     completions = [
         {
             "prompt": _plain_prompt(prompts.prompts[rows[g]]),
@@ -82,8 +86,8 @@ def collect(
             "response": text,
             "tokens": len(r.tokens),
             "finished": r.finished,
-            "reward": float(scores.total[i]),
-            "rewards": {name: float(values[i]) for name, values in scores.parts.items()},
+            "reward": float(own_rewards[i]),
+            "rewards": {name: float(values[start + i]) for name, values in scores.parts.items()},
         }
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
@@ -93,12 +97,9 @@ def collect(
         start=start,
         group_ids=gather(np.asarray(groups, np.int64)),
         num_groups=len(rows),
-        rewards=gather(scores.total),
-        parts={name: gather(values) for name, values in scores.parts.items()},
-        errors={
-            name: {kind: int(gather(np.asarray([count])).sum()) for kind, count in counts.items()}
-            for name, counts in scores.errors.items()
-        },
+        rewards=scores.total,
+        parts=scores.parts,
+        errors=scores.errors,
         lengths=gather(np.asarray([len(r.tokens) for _, r in flat_drawn], np.int64)),
         finished=gather(np.asarray([r.finished for _, r in flat_drawn], bool)),
         completions=_gather_objects(policy, completions),
@@ -121,20 +122,30 @@ def _check_tokens(policy: Policy, responses: Sequence[Response]) -> None:
 def _score_everywhere(
     policy: Policy, rewards: Sequence[Reward], prompts: Prompts, rows: list[int], texts: list[str], batch: Batch
 ) -> Scores:
-    columns = _columns([prompts.columns[row] for row in rows]) | {"completion_ids": [list(r) for r in batch.responses]}
-    scores = attempt(
-        policy,
-        lambda: score(rewards, [prompts.prompts[row] for row in rows], texts, columns),
-        catch=(RewardError,),
-        kind=RewardError,
+    """The rewards of all ranks' responses. A group may lie on two ranks, so totals are made of what all of them have.
+
+    Raises: RewardError: on every rank.
+    """
+    columns = prompts.columns_of(rows) | {"completion_ids": [list(r) for r in batch.responses]}
+    asked, gather = [prompts.prompts[row] for row in rows], policy.gather
+    calls = attempt(
+        policy, lambda: call_rewards(rewards, asked, texts, columns), catch=(RewardError,), kind=RewardError
     )
-    assert scores is not None  # every rank scores its own rows
-    return scores
-
-
-def _columns(rows: Sequence[Any]) -> dict[str, list[Any]]:
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    return {name: [row.get(name) for row in rows] for name in names}
+    assert calls is not None  # every rank scores its own rows
+    parts, failed = (np.stack([gather(x) for x in values]) for values in stacked(rewards, calls, len(texts)))
+    group_ids = gather(np.asarray(batch.groups, np.int64))
+    total = total_rewards(parts, failed, [r.weight for r in rewards], group_ids)
+    start = int(gather(np.asarray([len(texts)]))[: policy.rank].sum())
+    part_of = members(parts, failed, group_ids)[:, start : start + len(texts)]
+    failures = counted_failures(rewards, calls.failures, part_of)
+    report(rewards, failures, asked, texts)
+    if np.isnan(total).all():
+        agree(policy, no_score(failures, asked, len(total)), RewardError)
+    errors = {
+        name: {kind: int(gather(np.asarray([count])).sum()) for kind, count in counts.items()}
+        for name, counts in count_errors(failures).items()
+    }
+    return Scores(total, dict(zip(calls.parts, parts, strict=True)), errors, calls.seconds)
 
 
 def _plain_prompt(prompt: Any) -> str:

@@ -1,20 +1,17 @@
 """Reward functions: how they are found, called and turned into scores."""
 
-from gvpo_core.training.rewards.scores import (
-    Reward,
-    RewardError,
-    RewardFunction,
-    Scores,
-    close_rewards,
-    load_rewards,
-    score,
-)
+from gvpo_core.training.rewards.failures import RewardError
+from gvpo_core.training.rewards.load import Reward, RewardFunction, check_columns, close_rewards, load_rewards
+from gvpo_core.training.rewards.log import RewardLog
+from gvpo_core.training.rewards.scores import Scores, score
 
 __all__ = [
     "Reward",
     "RewardError",
     "RewardFunction",
+    "RewardLog",
     "Scores",
+    "check_columns",
     "close_rewards",
     "load_rewards",
     "score",

@@ -1,44 +1,31 @@
 """Calls of one reward function with a time limit: in processes that can be killed, or in threads of this one."""
 
+import asyncio
 import contextlib
-import json
-import os
-import select
-import signal
-import struct
-import subprocess
+import functools
 import sys
 import threading
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from concurrent.futures import Future
 from traceback import format_exception
 from typing import Any, Protocol
 
-from gvpo_core.training.rewards import worker as worker_script
-from gvpo_core.training.rewards.worker import message_bytes, plain
+from gvpo_core.training.rewards.clock import POLL, now
+from gvpo_core.training.rewards.log import RewardLog
+from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker
+from gvpo_core.training.rewards.worker import functions
+from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
+from gvpo_core.training.rewards.worker.functions import Signature, plain, signature_of, wanted_columns, wrong_arguments
 
 Columns = Mapping[str, Sequence[Any]]
-_START_LIMIT = 120.0  # seconds for a worker to import the user's module
-_POLL = 0.05
-
-
-class CallFailed(Exception):
-    """A call that gave no result: the reward raised, or its process died."""
-
-    def __init__(self, message: str, traceback: str = "") -> None:
-        super().__init__(message)
-        self.traceback = traceback
-
-
-class UnsendableError(ValueError):
-    """Data that cannot be sent to a process."""
+_REACTION = 1.0  # seconds that a shared event loop may take to notice a cancelled call
 
 
 class Caller(Protocol):
     """How a reward is called; `width` calls may run at once."""
 
     width: int
-    runs_code: bool
+    signature: Signature
     start: float  # seconds that it takes to be ready again after a call past its limit
 
     def __call__(
@@ -48,55 +35,130 @@ class Caller(Protocol):
 
         Args:
           limit: seconds for the function itself.
-          until: when to give up by `time.monotonic`, also where the call has yet to begin.
-        Raises: TimeoutError, CallFailed.
+          until: when to give up by `clock.now`, also where the call has yet to begin.
+        Raises: TimeoutError, CallFailed, UnsendableError.
         """
+
+    def wrong_columns(self, columns: Collection[str] | None) -> str | None:
+        """Why the function cannot be called with data of these columns (None: not known), or None."""
 
     def close(self) -> None:
         """Lets go of what calls need."""
 
 
+class EventLoop:
+    """The event loop of all async rewards in this process: clients and locks that they keep belong to one loop."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def submit(self, value: Awaitable[Any]) -> "Future[Any]":
+        """Begins to await a value on the loop."""
+
+        async def awaited() -> Any:
+            try:
+                return await value
+            except (SystemExit, KeyboardInterrupt) as e:  # else the loop would end with them
+                raise CallFailed(f"{type(e).__name__}: {e}") from e
+
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=_run_forever, args=(self._loop,), daemon=True, name="gvpo-reward-loop").start()
+            return asyncio.run_coroutine_threadsafe(awaited(), self._loop)
+
+    def cancel(self, future: "Future[Any]") -> None:
+        """Cancels what `submit` began. A loop that does not react, because a reward blocks it, is replaced."""
+        with self._lock:
+            loop = self._loop
+        if loop is None:
+            return
+        reacted = threading.Event()
+        future.cancel()
+        loop.call_soon_threadsafe(reacted.set)
+        if not reacted.wait(_REACTION):
+            with self._lock:
+                if self._loop is loop:
+                    self._loop = None
+            loop.call_soon_threadsafe(loop.stop)
+
+
+def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
+    stopped = False
+    while not stopped:
+        try:
+            loop.run_forever()
+            stopped = True
+        except (SystemExit, KeyboardInterrupt):  # of a task that a reward started beside its own
+            pass
+    loop.close()
+
+
+_LOOP = EventLoop()
+
+
 class Threads:
     """A function of this process, each call in a thread that is given up past its limit.
 
-    What such a call may still do is its own business: it is not killed, and one that never releases the interpreter
-    blocks. For functions that exist as Python objects only.
+    An async function runs on an event loop that all calls share, and is cancelled past its limit. Other calls are not
+    killed, and one that never releases the interpreter blocks the run. For functions that exist as Python objects only.
     """
 
     width = 64
     start = 0.0
 
     def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
+        """Raises: LookupError: the function's signature cannot be read."""
         self._function, self._options = function, options
         self._closed = False
-        self.runs_code = bool(getattr(function, "runs_code", False))
+        self.signature = signature_of(function)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
         """See Caller."""
         outcome: list[Any] = []
-        done = threading.Event()
+        futures: list[Future[Any]] = []
+        done, given_up = threading.Event(), threading.Event()
+
+        def run(value: Awaitable[Any]) -> Any:
+            if given_up.is_set():
+                raise TimeoutError
+            futures.append(_LOOP.submit(value))
+            return futures[0].result()
 
         def work() -> None:
             try:
-                value = worker_script.call(self._function, prompts, completions, columns, self._options)
-                outcome.append((plain(value), None))
+                value = functions.call(self._function, prompts, completions, columns, self._options, run)
+                outcome.append((plain(value, len(completions)), None))
             except BaseException as e:  # SystemExit too: a reward must not end the run
                 outcome.append((None, e))
             done.set()
 
         threading.Thread(target=work, daemon=True, name="gvpo-reward").start()
-        deadline = min(time.monotonic() + limit, until)
-        while not done.wait(max(0.0, min(_POLL, deadline - time.monotonic()))):
-            if self._closed:
-                raise CallFailed("the run is leaving")
-            if time.monotonic() >= deadline:
-                raise TimeoutError
+        deadline = min(now() + limit, until)
+        try:
+            while not done.wait(max(0.0, min(POLL, deadline - now()))):
+                if self._closed:
+                    raise CallFailed("the run is leaving")
+                if now() >= deadline:
+                    raise TimeoutError
+        except BaseException:
+            given_up.set()
+            for future in futures:
+                _LOOP.cancel(future)
+            raise
         value, error = outcome[0]
+        if isinstance(error, CallFailed):
+            raise error
         if error is not None:
             raise CallFailed(f"{type(error).__name__}: {error}", "".join(format_exception(error)[-3:])) from error
         return value
+
+    def wrong_columns(self, columns: Collection[str] | None) -> str | None:
+        """See Caller."""
+        return wrong_arguments(self.signature, columns, self._options)
 
     def close(self) -> None:
         """Gives up the calls that are under way."""
@@ -106,50 +168,65 @@ class Threads:
 class Processes:
     """A function found by its import path, in `width` processes of their own, started when first needed.
 
-    A process past its limit is killed with its whole process group; another starts in its place at once, beside
-    whatever else is done. It runs with the user's rights: it is kept from hanging or crashing the run, not from reading
-    files or the network.
+    A process past its limit is ended with all that it started; another starts in its place at once, beside whatever
+    else is done. It runs with the user's rights: it is kept from hanging or crashing the run, not from reading files or
+    the network.
     """
 
-    def __init__(self, function: str, options: Mapping[str, Any], *, width: int, memory: int) -> None:
+    def __init__(
+        self, name: str, function: str, options: Mapping[str, Any], *, width: int, memory: int, log: RewardLog
+    ) -> None:
         """
         Args:
-          function: as worker.find_function takes it.
+          name: of the reward, for its lines in `log`.
+          function: as functions.find_function takes it.
           memory: bytes of address space a process may take; 0: no limit.
         Raises: LookupError: the function cannot be found or imported.
         """
         self.width = width
-        self._setup = {"function": function, "options": dict(options), "memory": memory, "path": list(sys.path)}
-        self._busy: set[_Worker] = set()
+        self._options, self._sink = options, functools.partial(log.output, name)
+        self._setup = {"function": function, "options": encode(dict(options)), "memory": memory, "path": list(sys.path)}
+        self._busy: set[Worker] = set()
         self._closed = False
-        begin = time.monotonic()
+        begin = now()
         try:
-            first = _Worker(self._setup)
+            first = Worker(self._setup, self._sink)
         except OSError as e:
             raise LookupError(f"its process cannot be started: {e}") from e
         try:
-            self.runs_code, self._takes = first.ready(begin + 2 * _START_LIMIT)
+            self.signature = first.ready(begin + 2 * START_LIMIT)
         except BaseException as e:  # Ctrl-C too: no process stays behind
             first.kill()
             if isinstance(e, CallFailed):
                 raise LookupError(f"importing {function} failed: {e}") from e
             raise
-        self.start = time.monotonic() - begin
-        self._idle: list[_Worker | None] = [*[None] * (width - 1), first]  # None: to be started
+        self.start = now() - begin
+        self._idle: list[Worker | None] = [*[None] * (width - 1), first]  # None: to be started
         self._changed = threading.Condition()
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
-        """See Caller."""
-        sent = {name: list(values) for name, values in columns.items() if self._takes is None or name in self._takes}
-        _check_columns(sent)
+        """See Caller. A call whose process died of a signal (the system was short of memory, say) has one more try."""
+        sent = {name: columns[name] for name in wanted_columns(self.signature, columns, self._options)}
+        request = {"prompts": _encoded("the prompt", prompts), "completions": encode(list(completions))}
+        request["columns"] = {"dict": [[name, _encoded(f"column {name!r}", values)] for name, values in sent.items()]}
+        begin = now()
+        try:
+            return self._call(request, limit, until)
+        except CallFailed as e:
+            left = limit - (now() - begin)
+            if not e.by_signal or left <= 0 or self._closed:
+                raise
+            return self._call(request, left, until)
+
+    def _call(self, request: Mapping[str, Any], limit: float, until: float) -> Any:
         worker = self._take(until)
         try:
             if self._closed:
                 raise CallFailed("the run is leaving")
             worker.ready(until)
-            limit = min(limit, until - time.monotonic())
+            limit = min(limit, until - now())
             if limit <= 0:
                 raise TimeoutError
         except TimeoutError:  # it goes on starting, for the next call
@@ -160,7 +237,6 @@ class Processes:
             if isinstance(e, LookupError):
                 raise CallFailed(str(e)) from e
             raise
-        request = {"prompts": list(prompts), "completions": list(completions), "columns": sent, "limit": limit}
         try:
             answer = worker.ask(request, limit)
         except BaseException:  # Ctrl-C too: a worker that was interrupted is of no more use
@@ -170,6 +246,10 @@ class Processes:
         if "error" in answer:
             raise CallFailed(answer["error"], answer["traceback"])
         return answer["values"]
+
+    def wrong_columns(self, columns: Collection[str] | None) -> str | None:
+        """See Caller."""
+        return wrong_arguments(self.signature, columns, self._options)
 
     def close(self) -> None:
         """Ends the processes; a call that is under way fails."""
@@ -182,24 +262,26 @@ class Processes:
                     idle.kill()
             self._idle = [None] * len(self._idle)
 
-    def _take(self, until: float) -> "_Worker":
+    def _take(self, until: float) -> Worker:
         """One that waits for work: rather one that is ready than one that is starting, or is to be started."""
         with self._changed:
-            if not self._changed.wait_for(lambda: self._idle, max(0.0, until - time.monotonic())):
-                raise TimeoutError
+            while not self._idle:
+                if now() >= until:
+                    raise TimeoutError
+                self._changed.wait(POLL)
             worker = self._idle.pop(max(range(len(self._idle)), key=lambda i: _readiness(self._idle[i])))
             try:
                 if worker is None or not worker.alive:
                     if worker is not None:
                         worker.kill()
-                    worker = _Worker(self._setup)
+                    worker = Worker(self._setup, self._sink)
             except OSError as e:
                 self._idle.append(None)
                 raise CallFailed(f"its process cannot be started: {e}") from e
             self._busy.add(worker)
             return worker
 
-    def _give(self, worker: "_Worker") -> None:
+    def _give(self, worker: Worker) -> None:
         with self._changed:
             self._busy.discard(worker)
             if self._closed:
@@ -207,149 +289,31 @@ class Processes:
             self._idle.append(None if self._closed else worker)
             self._changed.notify()
 
-    def _end(self, worker: "_Worker", *, again: bool) -> None:
+    def _end(self, worker: Worker, *, again: bool) -> None:
         """Ends a worker; where `again`, another begins to start in its place."""
         worker.kill()
         with self._changed:
             self._busy.discard(worker)
             another = None
             with contextlib.suppress(OSError):  # the next call tells
-                another = _Worker(self._setup) if again and not self._closed else None
+                another = Worker(self._setup, self._sink) if again and not self._closed else None
             self._idle.append(another)
             self._changed.notify()
 
 
-def _readiness(worker: "_Worker | None") -> int:
+def _readiness(worker: Worker | None) -> int:
     return 0 if worker is None else 2 if worker.heard_of else 1
 
 
-def _check_columns(columns: Columns) -> None:
-    for name, values in columns.items():
+def _encoded(what: str, values: Sequence[Any]) -> Any:
+    """Values for a process. Raises: UnsendableError: one would not arrive equal; naming it."""
+    encoded = encode(list(values)) if all(type(v) in (str, int, float, bool) for v in values) else []
+    for row, value in enumerate(values[len(encoded) :]):
         try:
-            json.dumps(values)
-        except (TypeError, ValueError) as e:
+            encoded.append(encode(value))
+        except (UnsendableError, RecursionError) as e:
             raise UnsendableError(
-                f"column {name!r} cannot be sent to a reward's process as JSON ({e}); give the data plain values,"
-                " or set isolation = 'thread'"
+                f"{what} of response {row} cannot be sent to a reward's process as JSON and arrive equal: {e}; give"
+                " the data plain values, leave it out of the function's arguments, or set isolation = 'thread'"
             ) from e
-
-
-class _Worker:
-    """One process."""
-
-    def __init__(self, setup: Mapping[str, Any]) -> None:
-        requests, self._to = os.pipe()
-        self._from, answers = os.pipe()
-        command = [sys.executable, "-P", worker_script.__file__, str(requests), str(answers)]
-        try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=(requests, answers),
-                start_new_session=True,  # a process group of its own, and no Ctrl-C meant for the run
-            )
-        finally:
-            os.close(requests)
-            os.close(answers)
-        os.set_blocking(self._to, False)
-        self._begun, self._unsent = time.monotonic(), memoryview(message_bytes(setup))
-        self._ready: tuple[bool, list[str] | None] | None = None
-        self._head, self._body = bytearray(), bytearray()  # of an answer that is being received
-        with contextlib.suppress(TimeoutError, CallFailed):  # what is sent later, or told, when it is asked
-            self._send(0.0)
-
-    def ready(self, until: float) -> tuple[bool, list[str] | None]:
-        """Waits until the function is imported: whether it runs code, and the columns that it takes (None: all).
-
-        Raises: TimeoutError: it is not yet. CallFailed: the process died, or is not heard of for too long. LookupError:
-          the function cannot be found or imported.
-        """
-        if self._ready is None:
-            late = self._begun + _START_LIMIT
-            try:
-                self._send(min(until, late))
-                answer = self._answer(min(until, late))
-            except TimeoutError:
-                if time.monotonic() < late:
-                    raise
-                raise CallFailed(f"nothing was heard of its process for {_START_LIMIT:g} s") from None
-            if "missing" in answer:
-                raise LookupError(answer["missing"])
-            self._ready = answer["runs_code"], answer["takes"]
-        return self._ready
-
-    @property
-    def heard_of(self) -> bool:
-        """Whether it is ready, or has said something by now."""
-        return self._ready is not None or bool(select.select([self._from], [], [], 0)[0])
-
-    @property
-    def alive(self) -> bool:
-        return self._process.poll() is None
-
-    def ask(self, message: Mapping[str, Any], limit: float) -> Any:
-        """The answer, within `limit` seconds. Raises: TimeoutError, CallFailed: the process died."""
-        deadline = time.monotonic() + limit
-        self._unsent = memoryview(message_bytes(message))
-        self._send(deadline)
-        return self._answer(deadline)
-
-    def _send(self, deadline: float) -> None:
-        """Writes what is unsent. A reward of which a thread holds the interpreter does not read, so this may wait."""
-        while self._unsent:
-            if select.select([], [self._to], [], max(0.0, min(_POLL, deadline - time.monotonic())))[1]:
-                try:
-                    self._unsent = self._unsent[os.write(self._to, self._unsent) :]
-                except BlockingIOError:  # less room than a page
-                    time.sleep(0.001)
-                except BrokenPipeError as e:
-                    raise CallFailed(self._end()) from e
-            elif not self.alive:
-                raise CallFailed(self._end())
-            elif time.monotonic() >= deadline:
-                raise TimeoutError
-
-    def _answer(self, deadline: float) -> Any:
-        if len(self._head) < 8:
-            self._receive(self._head, 8, deadline)
-        (size,) = struct.unpack("<Q", self._head)
-        self._receive(self._body, size, deadline)
-        answer = json.loads(self._body)
-        self._head, self._body = bytearray(), bytearray()
-        return answer
-
-    def _receive(self, into: bytearray, size: int, deadline: float) -> None:
-        """Fills `into` to its size; a later call goes on where one ran out of time."""
-        while len(into) < size:
-            if select.select([self._from], [], [], max(0.0, min(_POLL, deadline - time.monotonic())))[0]:
-                part = os.read(self._from, min(size - len(into), 1 << 20))
-                if not part:
-                    raise CallFailed(self._end())
-                into += part
-            elif not self.alive and not select.select([self._from], [], [], 0)[0]:
-                raise CallFailed(self._end())  # its children may hold the pipe open, so there is no end to read
-            elif time.monotonic() >= deadline:
-                raise TimeoutError
-
-    def _end(self) -> str:
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(1)
-        status = self._process.returncode
-        if status is not None and status < 0:
-            return f"the reward's process died of {signal.Signals(-status).name}"
-        return f"the reward's process left with status {status}"
-
-    def end(self) -> None:
-        """Ends the process and whatever it started in its group."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-
-    def kill(self) -> None:
-        """Ends the process, its group, and the pipes; leaves no zombie."""
-        self.end()
-        self._process.wait()
-        for descriptor in (self._to, self._from):
-            with contextlib.suppress(OSError):
-                os.close(descriptor)
+    return encoded

@@ -66,6 +66,7 @@ class Journal:
         except BaseException:
             self.folder.close()
             raise
+        self.inputs.reward_log.open(self.folder.path)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:

@@ -1,0 +1,31 @@
+"""The clock of time limits: it stands still while this process is paused."""
+
+import threading
+import time
+
+POLL = 0.05  # seconds; whoever waits for a deadline reads the clock at least this often
+_PAUSE = 1.0  # seconds between two readings that only a pause explains
+
+
+class Clock:
+    """Seconds in which this process ran.
+
+    A paused machine, container or process group (SIGSTOP, a snapshot) pauses rewards too, while the system's clock may
+    go on: without this, every call that was under way would be late on return.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._last = time.monotonic()
+        self._paused = 0.0
+
+    def __call__(self) -> float:
+        with self._lock:
+            now = time.monotonic()
+            if now - self._last > _PAUSE:
+                self._paused += now - self._last
+            self._last = now
+            return now - self._paused
+
+
+now = Clock()

@@ -1,0 +1,92 @@
+"""Finds the configured reward functions, checks their arguments, and starts their processes."""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from gvpo_core.training.config import ConfigError, RewardConfig
+from gvpo_core.training.config.secrets import resolved
+from gvpo_core.training.rewards.calls import Caller, Processes, Threads
+from gvpo_core.training.rewards.log import RewardLog
+from gvpo_core.training.rewards.worker.encoding import UnsendableError
+from gvpo_core.training.rewards.worker.functions import find_function
+
+RewardFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Reward:
+    """One reward function, how it is called, and what its results are worth."""
+
+    name: str
+    call: Caller
+    weight: float = 1.0
+    timeout: float = 30.0
+    max_failures: float = 0.5
+    failure_value: float | None = None
+    log: RewardLog = field(default_factory=RewardLog)
+
+
+def load_rewards(
+    config: Mapping[str, RewardConfig],
+    given: Mapping[str, RewardFunction] | None = None,
+    *,
+    log: RewardLog | None = None,
+) -> list[Reward]:
+    """Finds the configured functions and starts their processes; `close_rewards` ends them.
+
+    Args:
+      given: functions by name that take the place of the configured ones; they are called in threads.
+      log: takes what the rewards print and their errors. Default: both are dropped.
+    Raises: ConfigError: a module, file or function that is not there, an import that fails, arguments that the function
+      does not take or that nobody gives, or a function that runs code while nothing is said to contain it; naming it.
+    """
+    rewards: list[Reward] = []
+    log = log or RewardLog()
+    try:
+        for name, c in config.items():
+            c = replace(c, options=resolved(c.options, f"rewards.{name}.options"))
+            call = _caller(name, c, (given or {}).get(name), log)
+            rewards.append(Reward(name, call, c.weight, c.timeout, c.max_failures, c.failure_value, log))
+            if wrong := call.wrong_columns(None):
+                raise ConfigError(
+                    f"rewards.{name}.{wrong}" if wrong.startswith("options") else f"rewards.{name}: {wrong}"
+                )
+            if call.signature.runs_code and not c.sandbox:
+                raise ConfigError(
+                    f"rewards.{name} = {c.function!r} runs code from responses, and gvpo's processes do not contain it:"
+                    f" run it in a sandbox (a container without network, say) and name that in rewards.{name}.sandbox"
+                )
+    except BaseException:  # Ctrl-C too: no process stays behind
+        close_rewards(rewards)
+        raise
+    return rewards
+
+
+def check_columns(rewards: Sequence[Reward], columns: Collection[str], name: str) -> None:
+    """Raises ConfigError where a reward cannot be called with the data `name`, which has these columns."""
+    for reward in rewards:
+        if wrong := reward.call.wrong_columns({*columns, "completion_ids"}):
+            raise ConfigError(f"rewards.{reward.name}: with {name}, {wrong}")
+
+
+def close_rewards(rewards: Sequence[Reward]) -> None:
+    """Ends what the rewards hold."""
+    for reward in rewards:
+        reward.call.close()
+
+
+def _caller(name: str, config: RewardConfig, given: RewardFunction | None, log: RewardLog) -> Caller:
+    try:
+        if given is not None:
+            return Threads(given, config.options)
+        if config.isolation == "thread":
+            return Threads(find_function(config.function), config.options)
+        memory = int(config.memory * 2**30)
+        return Processes(name, config.function, config.options, width=config.workers, memory=memory, log=log)
+    except UnsendableError as e:
+        raise ConfigError(
+            f"rewards.{name}.options cannot be sent to a reward's process as JSON and arrive equal: {e}"
+        ) from e
+    except LookupError as e:
+        raise ConfigError(f"rewards.{name}.function = {config.function!r}: {e}") from e

@@ -1,0 +1,146 @@
+"""What rewards say: their output in rewards.log, their errors with tracebacks in run.log, both in the run's folder."""
+
+import collections
+import contextlib
+import datetime
+import logging
+import os
+import select
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import IO
+
+from gvpo_core.training.config import RewardConfig
+from gvpo_core.training.config.secrets import hide, secrets_of
+
+LARGEST_LOG = 64 * 2**20  # bytes of rewards.log; a run may last for weeks
+_RATE = 4 * 2**20  # bytes a second that are read of one worker's output; a flood waits
+_WAITING = 2**20  # bytes of output that are kept until there is a folder
+_LONGEST_LINE = 8192
+_LAST_LINES = 20
+
+_log = logging.getLogger("gvpo.rewards")
+
+
+class RewardLog:
+    """Writes rewards.log and run.log, without the secrets known of. A log that cannot be written never stops a run."""
+
+    def __init__(self, config: Mapping[str, RewardConfig] | None = None) -> None:
+        """
+        Args:
+          config: of the rewards, for the secrets among their options.
+        """
+        self.secrets = secrets_of({name: {"options": c.options} for name, c in (config or {}).items()})
+        self._lock = threading.Lock()
+        self._folder: Path | None = None
+        self._waiting: list[bytes] = []  # output of before there was a folder
+        self._output: IO[bytes] | None = None
+        self._room = LARGEST_LOG
+        self._failed = False
+
+    def open(self, folder: Path) -> None:
+        """Begins to write, into this folder."""
+        with self._lock, self._written("rewards.log"):
+            self._folder = folder
+            waiting, self._waiting = b"".join(self._waiting), []
+            self._write(waiting)
+
+    def output(self, name: str, lines: Iterable[str]) -> None:
+        """Appends lines that the reward `name` wrote to its standard output or error."""
+        if self._room <= 0 or self._failed:
+            return
+        data = "".join(f"{name}: {hide(line, self.secrets)}\n" for line in lines).encode("utf-8", "backslashreplace")
+        with self._lock, self._written("rewards.log"):
+            if self._folder is not None:
+                self._write(data)
+            elif sum(map(len, self._waiting)) < _WAITING:
+                self._waiting.append(data)
+
+    def _write(self, data: bytes) -> None:
+        if not data or self._folder is None:
+            return
+        if self._output is None:
+            self._output = (self._folder / "rewards.log").open("ab", buffering=0)
+            self._room = LARGEST_LOG - self._output.tell()
+        if len(data) > self._room:
+            data, self._room = f"(output beyond {LARGEST_LOG >> 20} MiB is left out)\n".encode(), 0
+        else:
+            self._room -= len(data)
+        self._output.write(data)
+
+    def error(self, text: str) -> None:
+        """Appends an error, with the time, to run.log."""
+        if self._folder is None or self._failed:
+            return
+        at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        with self._lock, self._written("run.log"), (self._folder / "run.log").open("ab") as file:
+            file.write(f"{at} {hide(text, self.secrets).strip()}\n".encode("utf-8", "backslashreplace"))
+
+    @contextlib.contextmanager
+    def _written(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            self._failed = True
+            _log.warning("%s cannot be written: %s", name, e.strerror or e)
+
+    def close(self) -> None:
+        """Closes the file of the output."""
+        with self._lock:
+            if self._output is not None:
+                self._output.close()
+                self._output = None
+
+
+class Output:
+    """Reads a worker's standard output and error in a thread, until both are closed."""
+
+    def __init__(self, out: int, err: int, sink: Callable[[Iterable[str]], None]) -> None:
+        self._sink = sink
+        self._last: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self._stop = False
+        self._thread = threading.Thread(target=self._read, args=(out, err), daemon=True, name="gvpo-reward-output")
+        self._thread.start()
+
+    def last_lines(self, wait: float) -> list[str]:
+        """The last lines of standard error, after at most `wait` seconds for it to be closed."""
+        self._thread.join(wait)
+        return list(self._last)
+
+    def stop(self) -> None:
+        """Lets go of the descriptors, which a process that escaped may hold open at the other end."""
+        self._stop = True
+
+    def _read(self, out: int, err: int) -> None:
+        rest = {out: b"", err: b""}
+        begin, amount = time.monotonic(), 0
+        while rest:
+            ready = select.select(list(rest), [], [], 0.1)[0]
+            if self._stop and not ready:
+                break
+            for descriptor in ready:
+                with contextlib.suppress(OSError):
+                    data = os.read(descriptor, 1 << 16)
+                lines = (rest[descriptor] + data).split(b"\n")
+                rest[descriptor] = lines.pop()
+                if len(rest[descriptor]) > _LONGEST_LINE or not data:
+                    lines += [rest[descriptor]] if rest[descriptor] else []
+                    rest[descriptor] = b""
+                texts = [line.decode("utf-8", "backslashreplace")[:_LONGEST_LINE] for line in lines]
+                if descriptor == err:
+                    self._last.extend(text for text in texts if text.strip())
+                if texts:
+                    self._sink(texts)
+                amount += len(data)
+                if not data:
+                    os.close(descriptor)
+                    del rest[descriptor]
+            passed = time.monotonic() - begin
+            if passed >= 1.0:
+                begin, amount = time.monotonic(), 0
+            elif amount > _RATE and not self._stop:
+                time.sleep(1.0 - passed)
+        for descriptor in rest:
+            os.close(descriptor)

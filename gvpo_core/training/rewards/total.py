@@ -1,0 +1,35 @@
+"""The total reward of responses that several functions score, not all of them every response."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def members(parts: np.ndarray, failed: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
+    """(F, N) bool: whether a function is part of the reward of a response's group.
+
+    It is none where it gave None or NaN for every response of the group, as in one run on several tasks. A function
+    that failed on a response (it raised or ran out of time) is part of the reward.
+
+    Args:
+      parts: (F, N) float; NaN = no score.
+      failed: (F, N) bool: no score because the function failed.
+      group_ids: (N,) int, any labels.
+    """
+    _, groups = np.unique(group_ids, return_inverse=True)
+    count = int(groups.max()) + 1 if groups.size else 0
+    spoke = np.zeros((len(parts), count), bool)
+    for function, known in enumerate(~np.isnan(parts) | failed):
+        spoke[function, groups[known]] = True
+    return spoke[:, groups]
+
+
+def total_rewards(parts: np.ndarray, failed: np.ndarray, weights: Sequence[float], group_ids: np.ndarray) -> np.ndarray:
+    """(N,) float64: the weighted sum over the functions that are part of the group's reward; NaN = no reward.
+
+    A response that such a function left without a score has no reward: the others' sum is another reward than that of
+    the rest of its group. A group of which no function scored anything has none. Args: see `members`.
+    """
+    part_of = members(parts, failed, group_ids)
+    total = (np.asarray(weights, np.float64)[:, None] * np.where(part_of, parts, 0.0)).sum(axis=0)
+    return np.where(part_of.any(axis=0), total, np.nan)

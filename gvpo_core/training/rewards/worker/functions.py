@@ -1,0 +1,249 @@
+"""Reward functions: found by name or path, asked for their arguments, and called."""
+
+import functools
+import importlib
+import importlib.util
+import inspect
+import os
+import site
+import sys
+import sysconfig
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+BUILTIN_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "builtin.py")
+BUILTIN = ("exact_match", "regex_match", "math_verify")
+OWN = ("prompts", "completions", "completion_ids")  # arguments that gvpo makes; a data column of the name is not passed
+_loaded: dict[str, tuple[tuple[int, int], Any]] = {}  # path -> (time of change, size), module
+
+
+@dataclass(frozen=True)
+class Signature:
+    """What a reward function takes."""
+
+    names: list[str]  # parameters by name
+    required: list[str]  # those without a default
+    any: bool  # has **kwargs
+    bound: list[str]  # names that no keyword can have: `self` of a bound method
+    answer_option: str | None = None  # a built-in reward: the option that names its column, passed as `answer`
+    runs_code: bool = False
+
+
+def find_function(spec: str) -> Callable[..., Any]:
+    """A built-in by name, or `package.module:function`, or `path/to/file.py:function`.
+
+    Raises: LookupError: no such file, module or function, or its import failed, with the reason.
+    """
+    if spec in BUILTIN:
+        spec = f"{BUILTIN_FILE}:{spec}"
+    where, colon, attribute = spec.rpartition(":")
+    if not colon or not where or not attribute:
+        raise LookupError(f"expected one of {', '.join(BUILTIN)}, package.module:function or file.py:function")
+    try:
+        module = _from_file(where) if where.endswith(".py") else _from_name(where)
+    except LookupError as e:
+        if type(e) is LookupError:
+            raise
+        raise LookupError(f"importing {where} failed: {type(e).__name__}: {e}") from e
+    except Exception as e:  # whatever the user's module raises on import
+        raise LookupError(f"importing {where} failed: {type(e).__name__}: {e}") from e
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise LookupError(f"{where} has no function {attribute}")
+    return function  # type: ignore[no-any-return]
+
+
+def _from_file(path: str) -> Any:
+    """The module of a file, which other modules and processes can import by its name.
+
+    Its folder is on the path, as a script's would be. A file that changed since is loaded anew.
+    """
+    if not os.path.isfile(path):
+        raise LookupError(f"there is no file {path}")
+    path = os.path.abspath(path)
+    facts = os.stat(path)
+    version = (facts.st_mtime_ns, facts.st_size)
+    if path in _loaded and _loaded[path][0] == version:
+        return _loaded[path][1]
+    name = os.path.splitext(os.path.basename(path))[0]
+    if name in sys.stdlib_module_names or _is_another(sys.modules.get(name), path):
+        name = f"{name}_{zlib.crc32(path.encode()):08x}"  # the plain name belongs to another module
+    found = importlib.util.spec_from_file_location(name, path)
+    assert found is not None
+    assert found.loader is not None
+    module = importlib.util.module_from_spec(found)
+    if path != BUILTIN_FILE:
+        _onto_path(os.path.dirname(path))
+    before = sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        found.loader.exec_module(module)
+    except BaseException:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
+        raise
+    _loaded[path] = (version, module)
+    return module
+
+
+def _is_another(module: Any, path: str) -> bool:
+    return module is not None and os.path.abspath(getattr(module, "__file__", None) or "") != path
+
+
+def _from_name(name: str) -> Any:
+    _onto_path(os.getcwd())  # a console script does not have it, and users keep rewards beside the config
+    return importlib.import_module(name)
+
+
+def _onto_path(folder: str) -> None:
+    """Puts a folder before the installed packages and after the standard library, which its files must not replace."""
+    if folder in sys.path:
+        return
+    paths = sysconfig.get_paths()
+    installed = {*site.getsitepackages(), site.getusersitepackages(), paths["purelib"], paths["platlib"]}
+    first = next((i for i, entry in enumerate(sys.path) if entry in installed), len(sys.path))
+    sys.path.insert(first, folder)
+    importlib.invalidate_caches()
+
+
+def signature_of(function: Callable[..., Any]) -> Signature:
+    """The function's signature. Raises: LookupError: it cannot be read."""
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError) as e:
+        raise LookupError(f"the arguments that it takes cannot be read ({e}); wrap it in a function of your own") from e
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return Signature(
+        names=[p.name for p in named],
+        required=[p.name for p in named if p.default is p.empty],
+        any=any(p.kind is p.VAR_KEYWORD for p in parameters),
+        bound=list(_bound(function)),
+        answer_option=getattr(function, "answer_option", None),
+        runs_code=bool(getattr(function, "runs_code", False)),
+    )
+
+
+def _bound(function: Any) -> Iterator[str]:
+    """Parameters that are filled before the call, by an instance or by functools.partial."""
+    if isinstance(function, functools.partial):
+        yield from list(inspect.signature(function.func).parameters)[: len(function.args)]
+        yield from _bound(function.func)
+    elif inspect.ismethod(function):
+        yield from list(inspect.signature(function.__func__).parameters)[:1]
+    elif inspect.isclass(function):
+        yield "self"
+    elif not inspect.isroutine(function):
+        yield from _bound(function.__call__)
+
+
+def wanted_columns(signature: Signature, columns: Collection[str], options: Mapping[str, Any]) -> list[str]:
+    """The columns that the function is given: those that it names, with **kwargs all; none that options set."""
+    if signature.answer_option:
+        return [name for name in (_answer_column(signature, options),) if name in columns]
+    taken = {*options, *OWN[:2]}
+    named = {*signature.names}
+    return [c for c in columns if c not in taken and (c in named or (signature.any and c not in signature.bound))]
+
+
+def _answer_column(signature: Signature, options: Mapping[str, Any]) -> str:
+    assert signature.answer_option is not None
+    return str(options.get(signature.answer_option, "answer"))
+
+
+def wrong_arguments(signature: Signature, columns: Collection[str] | None, options: Mapping[str, Any]) -> str | None:
+    """Why a call would fail, or None.
+
+    Args:
+      columns: names of the data's columns; None: not known, and not checked.
+    """
+    names = [n for n in signature.names if n not in OWN]
+    for option in options:
+        if option in OWN:
+            return f"options.{option}: gvpo passes {option} itself; give the option another name"
+        if option in signature.bound or not (signature.any or option in signature.names):
+            takes = ", ".join(names) or "none besides prompts and completions"
+            return f"options.{option}: the function takes no argument {option} (it takes: {takes})"
+    has = ", ".join(sorted(set(columns or ()) - {*OWN})) or "none"
+    if signature.answer_option:
+        column = _answer_column(signature, options)
+        if columns is not None and column not in columns:
+            return f"the data has no column {column!r} (it has: {has}); set options.{signature.answer_option}"
+        return None
+    if not (signature.any or {"completions", "completion_ids"} & {*signature.names}):
+        return (
+            f"the function takes ({', '.join(signature.names)}) and no responses; expected reward(prompts, completions,"
+            " **columns), of which it may leave out what it does not use"
+        )
+    if columns is not None:
+        for name in signature.required:
+            if name not in (*OWN, *columns, *options):
+                return (
+                    f"the function needs an argument {name!r}, and the data has no column of that name (it has: {has});"
+                    " rename the argument or the column, give it a default, or set it in options"
+                )
+    return None
+
+
+def call(
+    function: Callable[..., Any],
+    prompts: Any,
+    completions: Any,
+    columns: Mapping[str, Any],
+    options: Mapping[str, Any],
+    run: Callable[[Any], Any],
+) -> Any:
+    """The function's result for one batch.
+
+    Args:
+      run: waits for an awaitable, on the event loop that all calls share.
+    """
+    signature = signature_of(function)
+    if wrong := wrong_arguments(signature, columns, options):
+        raise TypeError(wrong)
+    if signature.answer_option:
+        columns = {"answer": columns[_answer_column(signature, options)]}
+        options = {name: value for name, value in options.items() if name != signature.answer_option}
+        value = function(list(completions), **columns, **options)
+        return run(value) if inspect.isawaitable(value) else value
+    values = {name: list(columns[name]) for name in wanted_columns(signature, columns, options)}
+    values |= {"prompts": list(prompts), "completions": list(completions), **options}
+    by_place = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in values:
+            by_place.append(values.pop(parameter.name))
+    chosen = {k: v for k, v in values.items() if k in signature.names or (signature.any and k not in signature.bound)}
+    value = function(*by_place, **chosen)
+    return run(value) if inspect.isawaitable(value) else value
+
+
+def plain(values: Any, count: int) -> Any:
+    """A result as JSON: numbers and None as they are, anything else as {"text", "type"} for the error message.
+
+    A result of a wrong length is {"count": its length}, so that the answer's size stays within bounds.
+    """
+    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
+        return _described(values)
+    if len(values) != count:
+        return {"count": len(values)}
+    return [_number(v) for v in values]
+
+
+def _number(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return float(value)
+    except OverflowError:
+        return float("inf")
+    except (TypeError, ValueError):
+        return _described(value)
+
+
+def _described(value: Any) -> dict[str, str]:
+    return {"text": str(value)[:200], "type": type(value).__name__[:80]}

@@ -1,0 +1,81 @@
+"""The guard of a worker: a small process beside it that ends all that the worker started, once the worker is to end.
+
+The worker stays a child of the run. Its guard is a child of neither, and waits for the worker's death, and for the
+run's. On Linux it then finds what the worker started by a mark in the environment, in sessions of their own too;
+elsewhere it ends the worker's process group.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import time
+
+MARK = "GVPO_REWARD_WORKER"  # environment variable, unique to a worker, inherited by what it starts
+_PATIENCE = 5.0  # seconds for killed processes to be gone; one in the kernel's hands may never be
+
+
+def start_guard(closed: tuple[int, ...]) -> None:
+    """Starts the guard of this process. It acts when this process is gone, and when the run says so or is gone.
+
+    Standard input is how the run speaks to the guard: data, or its end. The guard keeps the standard error open while
+    it works: who reads that sees its end when everything is gone.
+
+    Args:
+      closed: descriptors that the guard does not keep.
+    """
+    worker = os.getpid()
+    between = os.fork()
+    if between:
+        os.waitpid(between, 0)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        os.dup2(nothing, 0)
+        os.close(nothing)
+        return
+    if os.fork():
+        os._exit(0)
+    try:
+        os.setsid()
+        for descriptor in (1, *closed):
+            os.close(descriptor)
+        _wait(worker)
+        _end_all(worker)
+    finally:
+        os._exit(0)
+
+
+def _wait(worker: int) -> None:
+    watched = [0]
+    with contextlib.suppress(AttributeError, OSError):  # not on every system
+        watched.append(os.pidfd_open(worker))
+    while not select.select(watched, [], [], 60.0 if len(watched) > 1 else 0.1)[0]:
+        try:
+            os.kill(worker, 0)
+        except ProcessLookupError:
+            return
+
+
+def _end_all(worker: int) -> None:
+    deadline = time.monotonic() + _PATIENCE
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(worker, signal.SIGKILL)
+    if sys.platform != "linux":
+        return
+    mark = f"{MARK}={os.environ[MARK]}".encode()
+    while (living := _marked(mark)) and time.monotonic() < deadline:
+        for process in living:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(0.002)
+
+
+def _marked(mark: bytes) -> list[int]:
+    """Processes with this mark, besides this one. A zombie has no environment any more."""
+    found, own = [], os.getpid()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and int(entry) != own:
+            with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
+                if mark in file.read().split(b"\0"):
+                    found.append(int(entry))
+    return found

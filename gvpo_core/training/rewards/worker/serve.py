@@ -1,0 +1,96 @@
+"""Answers requests: one reward function, one process, one event loop for all of its calls.
+
+What a reward prints goes to the run's log, and requests and answers have pipes of their own. The run reads numbers and
+text alone: nothing that a reward returns is ever executed.
+"""
+
+import asyncio
+import contextlib
+import dataclasses
+import faulthandler
+import os
+import sys
+import traceback
+from typing import Any
+
+from .encoding import decode
+from .functions import call, find_function, plain, signature_of
+from .guard import start_guard
+from .messages import read_message, write_message
+
+
+def main(requests: int, answers: int) -> None:
+    """The whole life of a worker, from the set-up to the end of the requests."""
+    start_guard((requests, answers))
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale; whole lines survive a crash
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable()
+    setup = read_message(requests)
+    sys.path[:] = setup["path"]
+    try:
+        _limit_memory(setup["memory"])
+        function = find_function(setup["function"])
+        getattr(function, "warm_up", lambda: None)()
+        write_message(answers, {"signature": dataclasses.asdict(signature_of(function))})
+    except (LookupError, ImportError) as e:
+        write_message(answers, {"missing": str(e)})
+        return
+    _serve(requests, answers, function, decode(setup["options"]))
+
+
+def _limit_memory(size: int) -> None:
+    """Limits the address space, within the hard limit that the system has set. Raises: LookupError: it cannot be."""
+    if not size:
+        return
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    if hard != resource.RLIM_INFINITY:
+        size = min(size, hard)
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (size, size))
+    except (OSError, ValueError) as e:
+        raise LookupError(f"its memory cannot be limited on this system ({e}); set memory = 0") from e
+
+
+def _serve(requests: int, answers: int, function: Any, options: Any) -> None:
+    own = os.getpid()
+    with asyncio.Runner() as runner:
+
+        async def awaited(value: Any) -> Any:
+            return await value
+
+        def run(value: Any) -> Any:
+            return runner.run(awaited(value))
+
+        while True:
+            try:
+                request = read_message(requests)
+            except EOFError:
+                return
+            answer: dict[str, Any]
+            try:
+                prompts, completions, columns = (decode(request[k]) for k in ("prompts", "completions", "columns"))
+                values = call(function, prompts, completions, columns, options, run)
+                answer = {"values": plain(values, len(completions))}
+            except BaseException as e:  # SystemExit too: a reward must not end the run
+                answer = _error(e)
+            if os.getpid() != own:  # a child that the function forked and that returned from it
+                os._exit(0)
+            _flush()
+            write_message(answers, {"id": request["id"]} | answer)
+
+
+def _error(error: BaseException) -> dict[str, str]:
+    try:
+        text = str(error)
+    except Exception:  # an error of the user's that cannot print itself
+        text = "(its text cannot be read)"
+    last = traceback.format_exception(error)[-3:]
+    return {"error": f"{type(error).__name__}: {text}"[:2000], "traceback": "".join(last)[-4000:]}
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the function has closed or replaced it
+            stream.flush()
