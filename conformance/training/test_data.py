@@ -144,3 +144,17 @@ def test_a_prompt_and_its_response_are_within_the_models_context():
 )
 def test_the_context_of_a_config(config, positions):
     assert context(config) == positions
+
+
+def test_dpo_with_preference_pairs_says_what_to_do() -> None:
+    from gvpo_core.training import Config, ObjectiveConfig
+    from gvpo_core.training.data import training_rows
+
+    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
+    config = Config(objective=ObjectiveConfig(name="dpo"))
+    with pytest.raises(DataError, match=r"train_rows has the columns 'chosen' and 'rejected', .*TRL's DPOTrainer"):
+        training_rows(config, pairs)
+    with pytest.raises(DataError, match="train_rows has the columns 'chosen'"):
+        training_rows(config, [{"chosen": [{"role": "user", "content": "a"}], "rejected": []}])
+    assert training_rows(Config(), pairs) == pairs, "other objectives pass the columns to the rewards"
+    assert training_rows(config, [{"prompt": "a", "chosen": "b"}])

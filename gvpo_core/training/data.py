@@ -219,10 +219,20 @@ def _from_datasets(path: Path, name: str) -> list[Row]:
 
 
 def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
-    """The rows handed over as `train_rows`, else those of the configured file. Raises: DataError: there are none."""
-    if given is None:
-        return load_rows(config.data.train, "data.train")
-    return load_rows(given, "train_rows")
+    """The rows handed over as `train_rows`, else those of the configured file.
+
+    Raises: DataError: there are none, or they hold preference pairs, which the dpo objective does not read.
+    """
+    name = "data.train" if given is None else "train_rows"
+    rows = load_rows(config.data.train if given is None else given, name)
+    if config.objective.name == "dpo" and {"chosen", "rejected"} <= {*column_names(rows)}:
+        raise DataError(
+            f"{name} has the columns 'chosen' and 'rejected', and objective.name = \"dpo\" does not read them: it draws"
+            " rollout.responses responses a prompt and compares the best with the worst by their reward. To train on"
+            " the pairs themselves, use TRL's DPOTrainer, or gvpo_mlx_lm with responses = [chosen, rejected] and"
+            " rewards = [1, 0]; to train on drawn responses, remove one of the columns"
+        )
+    return rows
 
 
 def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
