@@ -18,10 +18,10 @@ from mlx_lm import lora
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.utils import build_schedule
 
+from gvpo_core.hosts import SettingsError, check_beta
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import DataError
-from gvpo_mlx_lm import ModelError, SettingsError, load, load_groups, train
-from gvpo_mlx_lm.training import check_beta
+from gvpo_mlx_lm import ModelError, load, load_groups, train
 
 _OURS = {"beta": 0.1, "groups_per_step": None}
 _COUNTS = {  # name -> the least it may be

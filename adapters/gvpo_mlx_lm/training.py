@@ -20,22 +20,13 @@ from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_surrogate
+from gvpo_core.hosts import SettingsError, check_beta
 from gvpo_mlx_lm import batches
 from gvpo_mlx_lm.batches import Row
 from gvpo_mlx_lm.groups import Group
 from gvpo_mlx_lm.models import adapters_off, check_rope, dropouts
 
 _BLOCK = 32  # lengths are padded to multiples of it, so that few shapes are compiled
-
-
-class SettingsError(ValueError):
-    """A setting of mlx-lm's under which GVPO would not be exact; the message names it and what to set."""
-
-
-def check_beta(beta: Any) -> None:
-    """Raises: SettingsError: no finite number of at least 0."""
-    if not (isinstance(beta, int | float) and 0 <= beta < float("inf")):
-        raise SettingsError(f"beta is {beta!r}; expected a finite number of at least 0, reward units per nat")
 
 
 def train(

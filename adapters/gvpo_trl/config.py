@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from trl import GRPOConfig
+
+from gvpo_core.hosts import Rule, SettingsError, equals, is_beta, is_number, refused
 
 
 @dataclass
@@ -38,12 +40,8 @@ class GVPOConfig(GRPOConfig):
         self.check()
 
     def check(self) -> None:
-        """Raises: ValueError: naming every setting under which a step would not be GVPO's, and what to set."""
-        wrong = [
-            f"{rule.name} is {value!r}; set it to {rule.wanted}: {rule.reason}"
-            for rule in RULES
-            if not rule.fits(value := getattr(self, rule.name))
-        ]
+        """Raises: SettingsError: naming every setting under which a step would not be GVPO's, and what to set."""
+        wrong = refused(RULES, lambda name: getattr(self, name))
         if self.steps_per_generation % self.gradient_accumulation_steps:
             wrong.append(
                 f"steps_per_generation is {self.steps_per_generation}; set it to a multiple of"
@@ -65,24 +63,7 @@ class GVPOConfig(GRPOConfig):
             if self.vllm_structured_outputs_regex is not None:
                 wrong.append(f"vllm_structured_outputs_regex is {self.vllm_structured_outputs_regex!r}; {_CUT}")
         if wrong:
-            raise ValueError("GVPOConfig cannot train exactly with these settings:\n" + "\n".join(wrong))
-
-
-class Rule(NamedTuple):
-    """A setting, when it fits, and what to say when it does not."""
-
-    name: str
-    fits: Callable[[Any], bool]
-    wanted: str
-    reason: str
-
-
-def _is(value: Any) -> Callable[[Any], bool]:
-    return lambda given: bool(given == value)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+            raise SettingsError("GVPOConfig cannot train exactly with these settings:\n" + "\n".join(wrong))
 
 
 _CLIP = "GVPO has no ratio to clip"
@@ -90,12 +71,10 @@ _OTHER = "it adds a gradient of its own"
 _MASK = "it leaves tokens out of a response's log-probability"
 
 RULES = (
-    Rule(
-        "beta", lambda x: _is_number(x) and 0 <= x < float("inf"), "a finite number of at least 0", "it is GVPO's beta"
-    ),
+    Rule("beta", is_beta, "a finite number of at least 0", "it is GVPO's beta"),
     Rule(
         "temperature",
-        lambda x: _is_number(x) and x > 0,
+        lambda x: is_number(x) and x > 0,
         "more than 0",
         "greedy responses of a prompt are all the same one",
     ),
@@ -106,31 +85,31 @@ RULES = (
         "a response alone has no variance: every evaluation's loss would be 0",
     ),
     Rule("max_completion_length", lambda n: bool(n), "a number of tokens", "the loss is divided by it"),
-    Rule("loss_type", _is("dr_grpo"), '"dr_grpo"', "the others divide by a response's or a batch's tokens"),
-    Rule("scale_rewards", _is("none"), '"none"', "a group's standard deviation is no part of GVPO"),
+    Rule("loss_type", equals("dr_grpo"), '"dr_grpo"', "the others divide by a response's or a batch's tokens"),
+    Rule("scale_rewards", equals("none"), '"none"', "a group's standard deviation is no part of GVPO"),
     Rule(
         "multi_objective_aggregation",
-        _is("sum_then_normalize"),
+        equals("sum_then_normalize"),
         '"sum_then_normalize"',
         "each reward would be divided by its standard deviation",
     ),
-    Rule("importance_sampling_level", _is("token"), '"token"', "a mean over tokens would divide by the length"),
+    Rule("importance_sampling_level", equals("token"), '"token"', "a mean over tokens would divide by the length"),
     Rule(
         "vllm_importance_sampling_correction",
-        _is(False),
+        equals(False),
         "False",
         "GVPO needs no importance weights (Cor. 3.2), and they would multiply its own",
     ),
-    Rule("epsilon", _is(0.2), "0.2, its default", _CLIP),
-    Rule("epsilon_high", _is(None), "None", _CLIP),
-    Rule("delta", _is(None), "None", _CLIP),
-    Rule("off_policy_mask_threshold", _is(None), "None", "masked responses would stay in their group's mean"),
-    Rule("top_entropy_quantile", _is(1.0), "1.0", _MASK),
-    Rule("entropy_coef", _is(0.0), "0.0", _OTHER),
-    Rule("use_adaptive_entropy", _is(False), "False", _OTHER),
-    Rule("router_aux_loss_coef", _is(0.0), "0.0", _OTHER),
-    Rule("disable_dropout", _is(True), "True", "weights and gradient would be of two different sub-networks"),
-    Rule("neftune_noise_alpha", _is(None), "None", "weights and gradient would be of two different models"),
+    Rule("epsilon", equals(0.2), "0.2, its default", _CLIP),
+    Rule("epsilon_high", equals(None), "None", _CLIP),
+    Rule("delta", equals(None), "None", _CLIP),
+    Rule("off_policy_mask_threshold", equals(None), "None", "masked responses would stay in their group's mean"),
+    Rule("top_entropy_quantile", equals(1.0), "1.0", _MASK),
+    Rule("entropy_coef", equals(0.0), "0.0", _OTHER),
+    Rule("use_adaptive_entropy", equals(False), "False", _OTHER),
+    Rule("router_aux_loss_coef", equals(0.0), "0.0", _OTHER),
+    Rule("disable_dropout", equals(True), "True", "weights and gradient would be of two different sub-networks"),
+    Rule("neftune_noise_alpha", equals(None), "None", "weights and gradient would be of two different models"),
     Rule(
         "optim",
         lambda name: not any(x in str(getattr(name, "value", name)) for x in ("lomo", "layerwise")),
@@ -183,7 +162,7 @@ def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
     """What is wrong with sampling settings under which groups would hold no samples, or not num_generations of them."""
     wrong = []
     temperature, sequences = sampling.get("temperature"), sampling.get("num_return_sequences")
-    if temperature is not None and not (_is_number(temperature) and temperature > 0):
+    if temperature is not None and not (is_number(temperature) and temperature > 0):
         wrong.append(f"temperature is {temperature!r}; set it to more than 0: greedy responses of a prompt are all one")
     if sequences not in (None, 1):
         wrong.append(f"num_return_sequences is {sequences!r}; unset it: num_generations is the number of responses")

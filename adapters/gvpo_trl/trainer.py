@@ -7,12 +7,11 @@ the old log-probabilities left out TRL's ratio is 1, so that its loss has the gr
 
 import copy
 import warnings
-from importlib.metadata import version
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import DistributedType
-from packaging.version import Version
 from torch import Tensor
 from transformers import ProcessorMixin
 from trl import GRPOTrainer
@@ -20,9 +19,10 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logprobs
+from gvpo_core.training.rewards import total as scores
 from gvpo_trl.config import GVPOConfig, cannot_sample, cuts_support
+from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_by_length
 
-TRIED = ("1.16", "1.17")  # from, below
 _WHOLE = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
@@ -35,7 +35,7 @@ class GVPOTrainer(GRPOTrainer):
 
     The column `loss` of the log is GVPO's loss (Eq. 16), reward^2; `gvpo/...` has its parts.
 
-    Raises: TypeError, ValueError, RuntimeError: a configuration, model or version of TRL that it cannot be exact with.
+    Raises: TypeError, ValueError, RuntimeError: a configuration or model that it cannot be exact with.
     """
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 - as in the host
@@ -46,7 +46,6 @@ class GVPOTrainer(GRPOTrainer):
     }
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: GVPOConfig | None = None, *rest: Any, **named: Any):
-        check_version(version("trl"))
         if args is None:
             args = GVPOConfig(f"{str(getattr(model, 'name_or_path', model)).split('/')[-1]}-GVPO")
         if not isinstance(args, GVPOConfig):
@@ -62,6 +61,13 @@ class GVPOTrainer(GRPOTrainer):
         self._gvpo_rewards = torch.empty(0)
         self._gvpo_groups = 0
         self._check_model()
+        for model in (self.model, self.ref_model):
+            if model is not None:
+                count_positions_from_the_mask(model)
+        self._rope = rope_by_length(self.model.config)
+        self._scores_checked = self.accelerator.distributed_type in _WHOLE
+        if self._scores_checked:
+            check_scores(self)
         if self.ref_model is not None and self.accelerator.distributed_type in _WHOLE:
             self._compare_with_reference()
 
@@ -75,12 +81,13 @@ class GVPOTrainer(GRPOTrainer):
             f"{type(module).__name__}.{name} = {value}"
             for module in self.model.modules()
             for name, value in vars(module).items()
-            if "drop" in name and isinstance(value, float) and value > 0
+            if any(word in name for word in ("drop", "jitter", "noise")) and isinstance(value, float) and value > 0
         }
         if active:
             raise ValueError(
-                f"the model drops activations at random, and disable_dropout leaves {', '.join(sorted(active))}:"
-                " load it with these set to 0, or weights and gradient are of two different sub-networks"
+                f"the model changes activations at random while it trains, and disable_dropout leaves"
+                f" {', '.join(sorted(active))}: load it with these set to 0, or weights and gradient are of two"
+                " different sub-networks"
             )
         sampling = self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {})
         wrong = [] if self.args.allow_truncated_support else cuts_support(sampling)
@@ -150,9 +157,19 @@ class GVPOTrainer(GRPOTrainer):
             self._weigh(self._buffered_inputs[place : place + window])
         return self._buffered_inputs[place]
 
+    def _get_per_token_logps_and_entropies(
+        self, model: Any, input_ids: Tensor, attention_mask: Tensor, *args: Any, **named: Any
+    ) -> Any:
+        if self._rope is not None:
+            check_lengths(self._rope, attention_mask)
+        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **named)
+
     @torch.no_grad()
     def _weigh(self, batches: list[dict[str, Any]]) -> None:
         """Puts the coefficients of one optimizer step where TRL's loss reads advantages."""
+        if not self._scores_checked:  # parameters in parts: only a model that is prepared computes
+            self._scores_checked = True
+            check_scores(self)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             logprobs = torch.cat([self._gvpo_logprobs(batch) for batch in batches])
         if self.beta:
@@ -221,17 +238,17 @@ class GVPOTrainer(GRPOTrainer):
 def total_rewards(rewards: Tensor, weights: Tensor, size: int) -> Tensor:
     """(N,) weighted sums over the reward functions; NaN: no score.
 
-    A response that a function has left without a score has none, for the others' sum is another reward than its
-    siblings'. A function that scored nothing of a group is no part of its reward: so TRL has several tasks in one run.
+    The rule is gvpo_core's: a response that a function has left without a score has none, and a function that scored
+    nothing of a group is no part of its reward, so that one run can have several tasks.
 
     Args:
       rewards: (N, F), in groups of `size` contiguous rows; NaN where a function gave none.
       weights: (F,).
     """
-    missing = rewards.isnan().view(-1, size, len(weights))
-    elsewhere = missing.all(dim=1, keepdim=True)
-    unscored = (missing & ~elsewhere).any(dim=2) | missing.all(dim=2)
-    return (rewards * weights).nansum(dim=1).masked_fill(unscored.flatten(), float("nan"))
+    parts = rewards.T.double().cpu().numpy()
+    groups = np.arange(len(rewards)) // size
+    total = scores.total_rewards(parts, np.zeros(parts.shape, bool), weights.tolist(), groups)
+    return torch.from_numpy(total).to(rewards)
 
 
 def mask_of(batch: dict[str, Any]) -> Tensor:
@@ -256,13 +273,3 @@ def whole_groups(batches: list[dict[str, Any]], order: Tensor) -> list[dict[str,
     ids = rows["group_ids"]
     chosen = torch.argsort(order.to(ids.device)[ids], stable=True)
     return split_tensor_dict({name: v[chosen] if v.ndim else v for name, v in rows.items()}, len(batches))
-
-
-def check_version(found: str) -> None:
-    """Raises: RuntimeError: a TRL that this adapter was not tried with."""
-    low, high = TRIED
-    if not Version(low) <= Version(found) < Version(high):
-        raise RuntimeError(
-            f"TRL {found} is installed; gvpo_trl was tried with >={low},<{high} and overrides methods that others may"
-            f' not have: pip install "trl>={low},<{high}"'
-        )

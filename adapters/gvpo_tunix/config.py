@@ -7,12 +7,10 @@ from typing import Any
 from tunix.rl import rl_cluster as rl_cluster_lib
 from tunix.rl.grpo.grpo_learner import GRPOConfig
 
+from gvpo_core.hosts import SettingsError, check_beta
+
 _log = logging.getLogger("gvpo")
 _UNUSED = ("epsilon", "loss_agg_mode", "loss_algo", "kl_loss_mode", "kl_clamp_value")  # GRPO's own
-
-
-class SettingsError(ValueError):
-    """A setting of Tunix's under which GVPO would not be exact; the message names it and what to set."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -52,8 +50,7 @@ class GVPOConfig(GRPOConfig):
             )
         if self.num_iterations < 1:
             raise SettingsError(f"num_iterations = {self.num_iterations}; expected at least 1")
-        if not (isinstance(self.beta, int | float) and 0 <= self.beta < float("inf")):
-            raise SettingsError(f"beta = {self.beta!r}; expected a finite number of at least 0, reward units per nat")
+        check_beta(self.beta)
 
 
 def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None:

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from gvpo_tunix.config import SettingsError
+from gvpo_core.hosts import SettingsError
 
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 

@@ -19,8 +19,9 @@ import numpy as np
 from tunix.rl import rl_cluster as rl_cluster_lib
 from tunix.rl.grpo.grpo_learner import GRPOLearner
 
+from gvpo_core.hosts import SettingsError
 from gvpo_core.training.improve import NoSignalError
-from gvpo_tunix.config import GVPOConfig, SettingsError, check_cluster
+from gvpo_tunix.config import GVPOConfig, check_cluster
 from gvpo_tunix.folder import check_files
 from gvpo_tunix.objective import METRICS, TrainExample, centred_rewards
 from gvpo_tunix.rope import mend_and_check

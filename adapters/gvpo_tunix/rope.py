@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from tunix.models.llama3 import model as llama
 
+from gvpo_core.hosts import SettingsError
 from gvpo_core.training.policy.hugging_face import rope_settings
-from gvpo_tunix.config import SettingsError
 
 _block = llama.Attention.block
 _mending = threading.Lock()

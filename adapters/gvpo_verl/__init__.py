@@ -6,19 +6,20 @@ Importing it registers the trainer `gvpo` and sets the class of the actor's trai
 trainer's batches alone. Where every step is on-policy, verl's own settings are enough: docs/adapters.md.
 """
 
+from gvpo_core.hosts import Host
+
+HOST = Host("gvpo_verl", "verl", "verl", "0.9", "0.10", "lack the methods that it overrides")
+HOST.check()
 try:
     import verl  # noqa: F401
 except ImportError as error:
-    raise ImportError('gvpo_verl needs verl: pip install "gvpo[verl]"') from error
+    raise HOST.missing(error) from error
 
-from gvpo_verl.settings import check_settings, check_version
+from verl.workers.engine_workers import ActorRolloutRefWorker
+
+from gvpo_verl.settings import check_settings
+from gvpo_verl.trainer import GVPOTrainer
 from gvpo_verl.worker import GVPOWorker
-
-check_version()
-
-from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
-
-from gvpo_verl.trainer import GVPOTrainer  # noqa: E402
 
 ActorRolloutRefWorker.actor_worker_cls = GVPOWorker
 

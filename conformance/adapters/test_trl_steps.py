@@ -16,6 +16,7 @@ require("trl", "datasets", "peft", subject="trl")
 
 import torch
 import trl_runs
+from trl_checks import check_steps
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL and transformers warn about each other's names
 
@@ -60,24 +61,10 @@ def folder(tmp_path_factory) -> Path:
     return tiny_models.make_model("llama", tmp_path_factory.mktemp("llama"))
 
 
-def check(folder: Path, found: dict, settings: dict) -> None:
-    """Every step moved the parameters, and as the reference did."""
-    beta = settings.get("beta", 0.1)
-    wanted = trl_runs.reference(folder, found["start"], found["seen"], beta=beta, lora=settings.get("lora", False))
-    assert len(wanted) == len(found["steps"]) == settings.get("max_steps", 3)
-    for step, (ours, theirs) in enumerate(zip(wanted, found["steps"], strict=True)):
-        moved = sum(float(((ours[name] - p) ** 2).sum()) for name, p in found["start"].items()) ** 0.5
-        apart = sum(float(((ours[name] - theirs[name]) ** 2).sum()) for name in ours) ** 0.5
-        size = sum(float((p**2).sum()) for p in ours.values()) ** 0.5
-        assert moved > 1e-3 * size, f"step {step} has hardly moved"
-        assert apart < 1e-5 * size, f"step {step}: apart by {apart / size:.1e}"
-        assert apart < 2e-4 * moved, f"step {step}: apart by {apart / moved:.1e} of the way"
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_steps_of_one_process(name: str, folder, tmp_path) -> None:
     found = trl_runs.run(folder, tmp_path, CASES[name])
-    check(folder, found, CASES[name])
+    check_steps(folder, found, CASES[name])
     for rows in found["seen"]:  # whole groups, however they were shuffled
         prompts = [tuple(prompt) for prompt, *_ in rows]
         assert {prompts.count(prompt) for prompt in prompts} == {trl_runs.K}
@@ -94,7 +81,7 @@ def test_the_steps_of_responses_that_hold_tokens_of_tools(folder, tmp_path) -> N
     settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     found = trl_runs.run(folder, tmp_path, settings, rollout_func=trl_runs.tool_calls)
     assert all(own[:3] == [1, 0, 0] for rows in found["seen"] for _, _, own in rows)
-    check(folder, found, settings)
+    check_steps(folder, found, settings)
 
 
 @pytest.mark.parametrize(
@@ -131,7 +118,7 @@ def test_the_steps_of_two_processes(settings: dict, folder, tmp_path) -> None:
     both = [a + b for a, b in zip(*seen, strict=True)]
     counts = [{tuple(p) for p, *_ in rows} for rows in (seen[0][0], seen[1][0])]
     assert bool(counts[0] & counts[1]) == (settings["per_device_train_batch_size"] == 3)
-    check(folder, {"start": start, "steps": steps, "seen": both}, settings)
+    check_steps(folder, {"start": start, "steps": steps, "seen": both}, settings)
     line = next(line for line in json.loads((tmp_path / "log.json").read_text()) if "loss" in line)
     parts = line["gvpo/implicit_variance"] + line["gvpo/reward_variance"] - 2 * line["gvpo/covariance"]
     assert line["loss"] == pytest.approx(parts, rel=1e-3)

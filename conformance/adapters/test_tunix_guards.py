@@ -248,9 +248,9 @@ def test_a_model_without_theta_is_refused(folder):
         ({"policy_loss_fn": "grpo"}, "policy_loss_fn = 'grpo'"),
         ({"num_generations": 1}, "num_generations = 1"),
         ({"num_iterations": 0}, "num_iterations = 0"),
-        ({"beta": -0.1}, "beta = -0.1"),
-        ({"beta": "0.1"}, "beta = '0.1'; expected a finite number"),
-        ({"beta": None}, "beta = None; expected a finite number"),
+        ({"beta": -0.1}, "beta is -0.1"),
+        ({"beta": "0.1"}, "beta is '0.1'; expected a finite number"),
+        ({"beta": None}, "beta is None; expected a finite number"),
     ],
 )
 def test_refused_algorithm_settings(settings, message):
@@ -311,7 +311,6 @@ def test_the_learner_asks_for_the_folder(learner):
 
 
 @pytest.mark.parametrize("found", ["0.1.6", "0.1.8"])
-def test_other_versions_are_refused(found, monkeypatch):
-    monkeypatch.setattr(gvpo_tunix, "version", lambda _: found)
-    with pytest.raises(ImportError, match=f"tried with google-tunix >= 0.1.7, < 0.1.8, and {found} is installed"):
-        gvpo_tunix._check_host()
+def test_other_versions_are_refused(found):
+    with pytest.raises(ImportError, match=f"google-tunix {found} is installed; gvpo_tunix was tried with >=0.1.7,<0.1"):
+        gvpo_tunix.HOST.check(found)

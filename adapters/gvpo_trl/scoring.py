@@ -1,0 +1,147 @@
+"""Whether TRL's padded batches score responses as the model itself does, one sequence alone.
+
+TRL pads prompts on the left and hands over no positions, projects hidden states to log-probabilities by a head of its
+own, and scores in training mode. Each can change a response's log-probability, and with it the step.
+"""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from trl.models.utils import disable_gradient_checkpointing
+
+_PROMPTS, _COMPLETIONS = ([5], [17, 3, 11]), ([7, 2, 13], [19, 23])  # of different lengths; ids modulo the vocabulary
+
+
+class RopeByLength(NamedTuple):
+    """RoPE whose frequencies depend on the longest sequence of a forward pass, beyond `original` tokens."""
+
+    kind: str  # longrope: one other set of frequencies; dynamic: others at each length, kept for later batches
+    original: int
+
+
+def rope_by_length(config: Any) -> RopeByLength | None:
+    """The RoPE of a transformers configuration where it depends on the length of a row, else None."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    for settings in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
+        kind = settings.get("rope_type")
+        if kind == "dynamic":
+            return RopeByLength(kind, int(text.max_position_embeddings))
+        if kind == "longrope":
+            original = settings.get("original_max_position_embeddings")
+            return RopeByLength(kind, int(original or text.max_position_embeddings))
+    return None
+
+
+def check_lengths(rope: RopeByLength, attention_mask: Tensor) -> None:
+    """Looks for a row whose RoPE depends on another row of the batch, or on an earlier batch.
+
+    Args:
+      attention_mask: (B, T); T is the padded length, which TRL's positions count.
+    Raises: RuntimeError: there is one.
+    """
+    width, lengths = attention_mask.shape[1], attention_mask.sum(dim=1)
+    if width <= rope.original or (rope.kind == "longrope" and bool((lengths > rope.original).all())):
+        return
+    raise RuntimeError(
+        f"rope_type is {rope.kind!r} and a batch is padded to {width} tokens: beyond {rope.original} tokens its"
+        " frequencies depend on the longest row, so the others' log-probabilities would not be their own. Leave out"
+        f" prompts so long that prompt and max_completion_length exceed {rope.original} tokens"
+    )
+
+
+def count_positions_from_the_mask(model: Any) -> None:
+    """Makes forward passes without a cache take positions that count a row's own tokens, as `generate` does.
+
+    Without them a model with learned positions gives a prompt that is padded on the left the positions of a later one.
+    A model that takes no positions is left as it is.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if "position_ids" not in inspect.signature(type(base).forward).parameters:
+        return
+
+    def positions(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is None or mask is None or mask.shape != ids.shape or kwargs.get("position_ids") is not None:
+            return None
+        return args, kwargs | {"position_ids": (mask.long().cumsum(dim=1) - 1).clamp(min=0)}
+
+    model.register_forward_pre_hook(positions, with_kwargs=True)
+
+
+def check_scores(trainer: Any) -> None:
+    """Scores two short rows as TRL does, in training mode and padded, and alone as the model itself does.
+
+    Raises: ValueError: the model draws random numbers while it trains, or the log-probabilities differ.
+    """
+    name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+    modes = {module: module.training for module in trainer.model.modules()}
+    checkpointing = trainer.args.gradient_checkpointing_kwargs
+    with torch.no_grad(), disable_gradient_checkpointing(trainer.model, checkpointing), trainer.accelerator.autocast():
+        try:
+            trainer.model.train()
+            before = _random_states(trainer.model)
+            scores = _padded_scores(trainer, trainer.model)
+            if not all(torch.equal(a, b) for a, b in zip(before, _random_states(trainer.model), strict=True)):
+                raise ValueError(
+                    f"{name} draws random numbers in training mode: its weights and gradient would be of two different"
+                    " sub-networks. Load it with router noise, stochastic depth and the like set to 0"
+                )
+            trainer.model.eval()
+            _compare(name, scores, trainer, trainer.model)
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        if trainer.ref_model is not None:
+            scores = _padded_scores(trainer, trainer.ref_model)
+            _compare(f"the reference, {name},", scores, trainer, trainer.ref_model)
+
+
+def _random_states(model: Any) -> list[Tensor]:
+    device = next(model.parameters()).device
+    states = [torch.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def _rows(trainer: Any) -> list[tuple[list[int], list[int]]]:
+    size = trainer.accelerator.unwrap_model(trainer.model).config.get_text_config().vocab_size
+    return [([i % size for i in p], [i % size for i in c]) for p, c in zip(_PROMPTS, _COMPLETIONS, strict=True)]
+
+
+def _padded_scores(trainer: Any, model: Any) -> list[Tensor]:
+    """The log-probabilities of the rows' completions, padded: once as a batch, and once each row in a batch of one."""
+    rows = _rows(trainer)
+    device = next(model.parameters()).device
+    left, right = (max(len(row[part]) for row in rows) for part in (0, 1))
+    ids = torch.zeros(len(rows), left + right, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, (prompt, completion) in enumerate(rows):
+        place = slice(left - len(prompt), left + len(completion))
+        ids[row, place], mask[row, place] = torch.tensor(prompt + completion), 1
+    ids, mask = ids.to(device), mask.to(device)
+    score = trainer._get_per_token_logps_and_entropies
+    batches = [slice(0, len(rows)), *(slice(row, row + 1) for row in range(len(rows)))]
+    found = torch.cat([score(model, ids[part], mask[part], right)[0] for part in batches])
+    lengths = 2 * [len(completion) for _, completion in rows]
+    return [values[:length].float() for values, length in zip(found, lengths, strict=True)]
+
+
+def _compare(name: str, padded: list[Tensor], trainer: Any, model: Any) -> None:
+    alone = []
+    for prompt, completion in _rows(trainer):
+        ids = torch.tensor([prompt + completion], device=padded[0].device)
+        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        alone.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
+    apart = (torch.cat(padded) - torch.cat(alone + alone)).abs()
+    rounds = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype.itemsize < 4
+    if not (apart.mean() <= 0.1 if rounds else apart.max() <= 2e-3):  # 16-bit numbers: a mean decides
+        raise ValueError(
+            f"{name} scores tokens otherwise in TRL's padded batches than alone, by up to {float(apart.max()):.2g} nat"
+            " each: it does not mask padding, or does something to its logits that TRL's head leaves out. GVPO cannot"
+            " be exact with it in TRL"
+        )

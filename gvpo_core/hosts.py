@@ -1,0 +1,94 @@
+"""What every adapter asks of its host: a version that was tried, and settings under which a step is GVPO's."""
+
+import re
+from collections.abc import Callable, Iterable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, NamedTuple
+
+
+class HostError(ImportError, RuntimeError):
+    """The host is missing, or of a version that the adapter was not tried with."""
+
+
+class Host(NamedTuple):
+    """A trainer of others, and the releases of it that an adapter was tried with."""
+
+    adapter: str  # import name, as gvpo_trl
+    extra: str  # of the package gvpo, as trl
+    distribution: str  # on the package index, as trl
+    low: str  # the first release
+    high: str  # below this one
+    why: str  # what another release may do otherwise
+
+    def check(self, found: str | None = None) -> None:
+        """Compares the installed release, or `found`, with those that were tried.
+
+        Raises: HostError: none installed, or another one; it says what to install.
+        """
+        if found is None:
+            try:
+                found = version(self.distribution)
+            except PackageNotFoundError as error:
+                raise self.missing(error) from error
+        if not _release(self.low) <= _release(found) < _release(self.high):
+            window = f">={self.low},<{self.high}"
+            raise HostError(
+                f"{self.distribution} {found} is installed; {self.adapter} was tried with {window}, and another release"
+                f' may {self.why}: pip install "{self.distribution}{window}"'
+            )
+
+    def missing(self, error: Exception) -> HostError:
+        """The error to raise where the host is not installed or cannot be imported."""
+        return HostError(f'{self.adapter} needs {self.distribution} ({error}): pip install "gvpo[{self.extra}]"')
+
+
+def _release(text: str) -> tuple[int, ...]:
+    match = re.match(r"\d+(\.\d+)*", text)
+    return tuple(int(number) for number in match[0].split(".")) if match else ()
+
+
+class SettingsError(ValueError):
+    """Settings of a host under which a step would not be GVPO's; the message names each and what to set."""
+
+
+class Rule(NamedTuple):
+    """A setting's name, when it fits, what to set it to, and why."""
+
+    name: str
+    fits: Callable[[Any], bool]
+    wanted: str
+    reason: str
+
+
+def refused(rules: Iterable[Rule], value_of: Callable[[str], Any]) -> list[str]:
+    """One line for each rule that its setting breaks.
+
+    Args:
+      value_of: name of a setting -> its value.
+    """
+    return [
+        f"{rule.name} is {value!r}; set it to {rule.wanted}: {rule.reason}"
+        for rule in rules
+        if not rule.fits(value := value_of(rule.name))
+    ]
+
+
+def equals(*values: Any) -> Callable[[Any], bool]:
+    """Whether a setting is one of `values`."""
+    return lambda given: any(given == value for value in values)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_beta(value: Any) -> bool:
+    """Whether it is a KL coefficient: a finite number of at least 0, reward units per nat."""
+    return is_number(value) and 0 <= value < float("inf")
+
+
+def check_beta(beta: Any) -> None:
+    """Raises: SettingsError: no finite number of at least 0."""
+    if not is_beta(beta):
+        raise SettingsError(f"beta is {beta!r}; expected a finite number of at least 0, reward units per nat")
