@@ -58,9 +58,8 @@ def new_cache(decoder: nn.Module, config: Any) -> Any:
 
 def keep_rows(cache: Any, rows: Tensor) -> None:
     """Keeps the given rows of a cache, (n,) int64, in the given order; a row may be taken more than once."""
-    from transformers import Cache
-
-    if type(cache).batch_select_indices is not Cache.batch_select_indices:  # MiniMax reorders its states there alone
-        cache.batch_select_indices(rows)
-    else:
-        cache.reorder_cache(rows)
+    cache.reorder_cache(rows)
+    for name, states in vars(cache).items():  # MiniMax's class holds its states beside the layers, and leaves them
+        if name != "layers" and isinstance(states, list):
+            kept = [state.index_select(0, rows) if isinstance(state, Tensor) else state for state in states]
+            setattr(cache, name, kept)

@@ -18,6 +18,7 @@ from gvpo_torch.cache import keep_rows, new_cache
 from gvpo_torch.model import Scorer
 
 Forward = Callable[..., Tensor]
+Choose = Callable[[Tensor, Sequence[tuple[int, int]], int], np.ndarray]
 UNIFORMS_AHEAD = 64  # random numbers made at once for each row
 
 
@@ -31,6 +32,7 @@ def generate(
     end: Sequence[int],
     device: torch.device,
     cache_tokens: int,
+    choose: Choose | None = None,
 ) -> list[list[Response]]:
     """len(seeds[i]) responses to prompts[i].
 
@@ -38,12 +40,13 @@ def generate(
       forward: `scorer`, or what must be called in its place.
       end: ids that end a response.
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
+      choose: (logits (R, V), R rows (prompt, response), t) -> (R,) int64, their t-th tokens, in place of drawing.
     """
     found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     products = _skinny_products(scorer) if device.type == "cpu" else contextlib.nullcontext()
     with products:
         for rows in _chunks(scorer, prompts, seeds, sampling, cache_tokens):
-            texts = _decode(scorer, forward, prompts, seeds, rows, sampling, set(end), device)
+            texts = _decode(scorer, forward, prompts, seeds, rows, sampling, set(end), device, choose)
             for (i, j), response in zip(rows, texts, strict=True):
                 found[i][j] = response
     return found  # type: ignore[return-value]
@@ -83,8 +86,9 @@ def _chunks(
     cache_tokens: int,
 ) -> list[list[tuple[int, int]]]:
     """Rows (prompt, response) to decode together: within the budget, prompts of like length."""
-    kinds = set(getattr(scorer.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    same_length = bool(kinds)  # a recurrent state would run through the padding
+    longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_tokens
+    # Beyond RoPE's original length its frequencies are those of the longest row: all rows must be as long.
+    same_length = scorer.same_length or (scorer.rope is not None and longest > scorer.rope.original)
     chunks: list[list[tuple[int, int]]] = []
     width = 0
     for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True):
@@ -107,6 +111,7 @@ def _decode(
     sampling: Sampling,
     end: set[int],
     device: torch.device,
+    choose: Choose | None = None,
 ) -> list[Response]:
     unique = sorted({i for i, _ in rows})
     width = max(len(prompts[i]) for i in unique)
@@ -121,13 +126,15 @@ def _decode(
         return torch.from_numpy(values).to(device)
 
     cache = new_cache(scorer.decoder, scorer.config)
-    logits = forward(put(ids), put(positions), mask=put(mask), cache=cache)
+    # No mask where no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
+    mask_on = None if mask.all() else put(mask)
+    logits = forward(put(ids), put(positions), mask=mask_on, cache=cache)
     owners = np.asarray([unique.index(i) for i, _ in rows])
     shared = put(owners)
     if len(rows) != len(unique) or not np.array_equal(owners, np.arange(len(unique))):
         keep_rows(cache, shared)
         logits = logits.index_select(0, shared)
-    mask_on = put(mask).index_select(0, shared)
+    mask_on = None if mask_on is None else mask_on.index_select(0, shared)
     lengths = np.asarray([len(prompts[i]) for i, _ in rows])
     drawn: list[list[int]] = [[] for _ in rows]
     finished = [False] * len(rows)
@@ -138,7 +145,10 @@ def _decode(
         if t % UNIFORMS_AHEAD == 0:
             stop = min(t + UNIFORMS_AHEAD, sampling.max_tokens)
             numbers = uniforms([seeds[rows[r][0]][rows[r][1]] for r in held], t, stop)
-        tokens = pick(logits, numbers[:, t % UNIFORMS_AHEAD], sampling)
+        if choose is None:
+            tokens = pick(logits, numbers[:, t % UNIFORMS_AHEAD], sampling)
+        else:
+            tokens = choose(logits, [rows[r] for r in held], t)
         for line in np.flatnonzero(~ended):
             row = held[line]
             drawn[row].append(int(tokens[line]))
@@ -146,14 +156,23 @@ def _decode(
                 finished[row] = ended[line] = True
         if ended.all() or t + 1 == sampling.max_tokens:
             break
-        if ended.mean() >= 0.5 or (t % 16 == 15 and ended.any()):  # dropping copies the cache: not at every end
+        afresh = scorer.recomputes(width + t + 1)
+        if ended.mean() >= 0.5 or (
+            (afresh or t % 16 == 15) and ended.any()
+        ):  # dropping copies the cache: not each time
             keep = np.flatnonzero(~ended)
             kept = put(keep)
             keep_rows(cache, kept)
-            mask_on = mask_on.index_select(0, kept)
+            mask_on = None if mask_on is None else mask_on.index_select(0, kept)
             held, tokens, numbers, ended = held[keep], tokens[keep], numbers[keep], ended[keep]
-        mask_on = torch.cat([mask_on, mask_on.new_ones(len(held), 1)], dim=1)
-        logits = forward(put(tokens[:, None]), put((lengths[held] + t)[:, None]), mask=mask_on, cache=cache)
+        mask_on = None if mask_on is None else torch.cat([mask_on, mask_on.new_ones(len(held), 1)], dim=1)
+        if afresh:  # the cached keys were turned by other frequencies; here all rows are as long
+            cache = new_cache(scorer.decoder, scorer.config)
+            ids = np.asarray([[*prompts[rows[r][0]], *drawn[r]] for r in held], dtype=np.int64)
+            positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
+            logits = forward(put(ids), put(positions.copy()), mask=mask_on, cache=cache)
+        else:
+            logits = forward(put(tokens[:, None]), put((lengths[held] + t)[:, None]), mask=mask_on, cache=cache)
     return [Response(tuple(text), done) for text, done in zip(drawn, finished, strict=True)]
 
 

@@ -3,17 +3,18 @@
 import contextlib
 import logging
 import os
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.policy import layout
 from gvpo_core.training.policy.hugging_face import explained, load_tokenizer, source
+from gvpo_torch import rope
+from gvpo_torch.adapters import with_adapters
 from gvpo_torch.cache import cache_argument
 from gvpo_torch.logprobs import token_logprobs
 
@@ -36,6 +37,9 @@ class Scorer(nn.Module):
         if not isinstance(head, nn.Linear):
             raise ConfigError(f"the head of {type(base).__name__} is {type(head).__name__}; expected a linear layer")
         self.cache_argument = cache_argument(self.decoder, self.config)
+        self.rope = rope.by_length(self.decoder, self.config)
+        kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
         scale = getattr(self.config, "logit_scale", None) or 1.0
         scale /= getattr(self.config, "logits_scaling", None) or 1.0
         self.head_options = {
@@ -58,6 +62,10 @@ class Scorer(nn.Module):
     @property
     def adapted(self) -> bool:
         return hasattr(self.lm, "peft_config")
+
+    def recomputes(self, tokens: int) -> bool:
+        """Whether a sequence of `tokens` tokens takes other RoPE frequencies than one of a token less."""
+        return self.rope is not None and self.rope.frequencies(tokens) != self.rope.frequencies(tokens - 1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in `dtype` over wider parameters, where the two differ."""
@@ -84,6 +92,8 @@ class Scorer(nn.Module):
           mask: (B, S) bool over the cache and `ids`; with `cache`, transformers' cache, which is extended.
         Returns: (n,) float32 log-probability of each target, or (B, V) float32 logits after the last token.
         """
+        if self.rope is not None:
+            rope.reset(self.decoder)
         if targets is None:
             hidden = self.decoder(
                 input_ids=ids,
@@ -93,9 +103,13 @@ class Scorer(nn.Module):
                 **{self.cache_argument: cache},
             ).last_hidden_state[:, -1]
             return self._logits(hidden)
+        width = ids.shape[1]
+        if self.rope is not None:  # a response's last token is no input, and counts in the length of its sequence
+            ids, segments = F.pad(ids, (0, 1)), F.pad(segments, (0, 1), value=-1)
+            positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
         hidden = self.decoder(
             input_ids=ids, position_ids=positions, attention_mask=_attention(segments), use_cache=False
-        ).last_hidden_state
+        ).last_hidden_state[:, :width]
         hidden = hidden.flatten(0, 1).index_select(0, predict)
         head = self.base.get_output_embeddings()
         if torch.is_autocast_enabled(hidden.device.type) and hidden.device.type != "cpu":
@@ -159,13 +173,14 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
     lm = _pretrained(config, stored)
     _exact(lm)
     if config.lora_rank:
-        lm = _with_adapters(lm, config, seed)
+        lm = with_adapters(lm, config, seed)
     lm.eval().to(device)
     if config.gradient_checkpointing:
         base = lm.get_base_model() if config.lora_rank else lm
         # Renamed in transformers 5.2x, where the old name warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        with explained("gradient checkpointing", config):
+            enable({"use_reentrant": False})
     return Scorer(lm, compute), tokenizer
 
 
@@ -180,6 +195,25 @@ def load_reference(config: ModelConfig, device: torch.device) -> Scorer:
         if isinstance(module, nn.Linear) and module is not head:
             module.to(compute)
     return Scorer(lm, compute)
+
+
+@contextlib.contextmanager
+def checkpointing(scorer: Scorer) -> Iterator[None]:
+    """Puts the layers that checkpoint into training mode, which transformers asks for, and nothing else.
+
+    In training mode the parts of a layer do more: routers of PhiMoE, Mixtral, DBRX and MiniMax draw noise.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    able = [module for module in scorer.modules() if getattr(module, "gradient_checkpointing", False) is True]
+    layers = [module for module in able if isinstance(module, GradientCheckpointingLayer)] or able
+    for layer in layers:
+        layer.training = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.training = False
 
 
 @contextlib.contextmanager
@@ -237,93 +271,3 @@ def _exact(lm: nn.Module) -> None:
     for name, value in lm.config.to_dict().items():
         if any(word in name for word in _DROPPING) and isinstance(value, float):
             setattr(lm.config, name, 0.0)
-
-
-def _with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
-    ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
-    named = [name for name, module in lm.named_modules() if any(module is end for end in ends)]
-    for target in config.lora_targets:
-        if any(name == target or name.endswith(f".{target}") for name in named):
-            raise ConfigError(
-                f"model.lora_targets has {target!r}, the head or the embedding of {type(lm).__name__}, which may be "
-                "tied and are used without adapters: leave it out"
-            )
-    targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
-    for target in () if targets == "all-linear" else targets:  # peft passes over one of several that match nothing
-        if not any(name == target or name.endswith(f".{target}") for name, _ in lm.named_modules()):
-            raise ConfigError(
-                f"model.lora_targets has {target!r}, which is no layer of {type(lm).__name__}: use all-linear, or "
-                "names of its layers such as q_proj"
-            )
-    adapters = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-        target_modules=targets,
-        lora_dropout=0.0,
-        use_dora=config.lora_kind == "dora",
-        task_type="CAUSAL_LM",
-    )
-    with (
-        torch.random.fork_rng(),
-        explained(f"adapters for {config.lora_targets}", config),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted
-        torch.manual_seed(seed % 2**63)
-        return get_peft_model(lm, adapters)
-
-
-@torch.no_grad()
-def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
-    """Compares our log-probs with the model's own, and packed rows with plain ones; chooses the layout.
-
-    Returns: whether rows are packed, and why.
-    Raises: ConfigError: the log-probs disagree, or the layout asked for is not exact.
-    """
-    name = type(scorer.base).__name__
-    batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
-    worst, typical = _tolerance(scorer)
-    plain = _by_response(scorer, batch, False, device)
-    own = []
-    for prompt, response in zip(batch.prompts, batch.responses, strict=True):
-        ids = torch.tensor([prompt + response], device=device)
-        logits = scorer.base(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
-        chosen = torch.tensor(response, device=device).unsqueeze(1)
-        own.append(logits.log_softmax(-1).gather(1, chosen).squeeze(1).cpu().numpy())
-    difference = np.abs(np.concatenate(own) - np.concatenate(plain))
-    if not (difference.max() <= worst and difference.mean() <= typical):
-        raise ConfigError(
-            f"log-probs of {name} differ from its own forward pass by up to {difference.max():.3g} nat a token: "
-            "it does something to its logits that is not known here, and cannot be trained exactly"
-        )
-    exact, reason = layout.packing(scorer.config.to_dict())
-    if config.layout == "plain":
-        exact, reason = False, "model.layout = plain"
-    elif exact:
-        difference = np.abs(np.concatenate(_by_response(scorer, batch, True, device)) - np.concatenate(plain))
-        if not (difference.max() <= worst and difference.mean() <= typical):
-            exact, reason = False, f"packed log-probs differ by up to {difference.max():.3g} nat at load"
-    if config.layout == "packed" and not exact:
-        raise ConfigError(f"model.layout is packed, which is not exact for {name}: {reason}. Use auto or plain")
-    log.info("%s: %s rows (%s)", name, "packed" if exact else "plain", reason)
-    return exact, reason
-
-
-def _tolerance(scorer: Scorer) -> tuple[float, float]:
-    # Largest and mean difference a token, nat. Without autocast, so full fine-tuning is checked in float32 always;
-    # in 16 bits a router may send a token elsewhere, so the mean decides there.
-    if scorer.base.get_output_embeddings().weight.dtype == torch.float32:
-        strict = torch.get_float32_matmul_precision() == "highest"
-        return (2e-3, 5e-4) if strict else (0.1, 0.02)
-    return float("inf"), 0.1
-
-
-def _by_response(scorer: Scorer, batch: Batch, packed: bool, device: torch.device) -> list[np.ndarray]:
-    rows = layout.plan_rows(batch, packed=packed, tokens=1 << 30)
-    arrays = layout.arrays(batch, rows)
-    values = score(scorer, arrays, device).cpu().numpy()
-    parts = np.split(values, np.cumsum(arrays.lengths)[:-1])
-    return [parts[i] for i in np.argsort(arrays.responses)]

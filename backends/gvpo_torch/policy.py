@@ -16,7 +16,7 @@ from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_core.training.policy.step import learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import checkpoint, generate, model
+from gvpo_torch import check, checkpoint, generate, model
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer
@@ -46,7 +46,7 @@ class TorchPolicy:
         self._ranks = Ranks(config)
         self.rank, self.world_size, self.device = self._ranks.rank, self._ranks.world_size, self._ranks.device
         self.scorer, self.tokenizer = model.load_scorer(config, self.device, seed)
-        self.packed, self.layout_reason = model.check(self.scorer, config, self.device)
+        self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
         counts = {True: 0, False: 0}
         for p in self.scorer.parameters():
             counts[p.requires_grad] += p.numel()
@@ -62,6 +62,7 @@ class TorchPolicy:
             optimizer.micro_batch_tokens,
             optimizer.micro_batch_responses,
             getattr(self.scorer.config, "hidden_size", 0) or 0,
+            self.scorer.rope,
         )
         self._step = 0
         generation = self.scorer.base.generation_config
@@ -176,14 +177,13 @@ class TorchPolicy:
         whole, rest, logprobs, factors, tokens = plan_step(
             batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs
         )
-        if self.config.gradient_checkpointing:
-            self._trained.train()  # transformers recomputes in training mode only; dropout is 0
         backward = Backward(self._score_autocast, self._trained, self.world_size)
-        if whole:
-            fresh = backward.whole(batch, whole, coefficients)
-            logprobs = np.where(np.isnan(fresh), logprobs, fresh)
-        micro = self._splitting.rows(batch, rest)
-        backward.known(batch, micro, factors, self._ranks.most(len(micro)))
+        with model.checkpointing(self.scorer):
+            if whole:
+                fresh = backward.whole(batch, whole, coefficients)
+                logprobs = np.where(np.isnan(fresh), logprobs, fresh)
+            micro = self._splitting.rows(batch, rest)
+            backward.known(batch, micro, factors, self._ranks.most(len(micro)))
         norm = clip(self._named.items(), self.optimizer_config.max_gradient_norm)
         rate = learning_rate(self.optimizer_config, self._step, self.updates)
         for group in optimizer.param_groups:

@@ -6,7 +6,7 @@ import tiny_models
 import torch_policies
 from batches import SMOOTH, batch, coefficients_of, moved
 from required import require
-from torch_policies import policy
+from torch_policies import policy, reference_gradients
 
 require(subject="torch")
 
@@ -62,27 +62,9 @@ def test_gradient_within_the_limit_stays_as_it_is() -> None:
     assert parameter.grad.tolist() == torch.tensor([0.3, 0.0, 0.4]).tolist()
 
 
-def reference_gradients(folder, of: Batch, factors: np.ndarray) -> dict[str, np.ndarray]:
-    """Gradients of -sum factors_i log pi_i by transformers alone, one row at a time, in float64;
-    every row of the embedding counts."""
-    from transformers import AutoModelForCausalLM
-
-    lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
-    for module in lm.modules():
-        if hasattr(module, "padding_idx"):
-            module.padding_idx = None
-    for prompt, response, factor in zip(of.prompts, of.responses, factors, strict=True):
-        logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        (-factor * logits.gather(1, torch.tensor(response)[:, None]).sum()).backward()
-    return {name: p.grad.numpy() for name, p in lm.named_parameters()}
-
-
 @pytest.mark.parametrize("pad", [0, 5])
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "opt"])
 def test_padding_ids_embedding_is_trained_as_any_other(name: str, pad: int, tmp_path) -> None:
-    if name == "opt":
-        settings = {"model_type": "opt", "ffn_dim": 48, "word_embed_proj_dim": 32}
-        tiny_models.OTHERS.setdefault("opt", settings)
     made = tiny_models.make_model(name, tmp_path, pad_token_id=pad, tie_word_embeddings=False)
     of = batch((3, 2))
     of = Batch([(*prompt, pad, 7) for prompt in of.prompts], of.responses, of.groups)  # the id as an ordinary input

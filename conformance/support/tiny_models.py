@@ -73,6 +73,71 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 """Models that must take plain rows."""
 
+_MAMBA = {"state_size": 8, "chunk_size": 4}
+_DBRX = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32, "ffn_act_fn": {"name": "silu"}}
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "mamba": _MAMBA,
+    "mamba2": _MAMBA | {"head_dim": 16, "num_heads": 4, "expand": 2, "n_groups": 2},
+    "falcon_mamba": _MAMBA,
+    "falcon_h1": {
+        "head_dim": 8,
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 8,
+        "mamba_chunk_size": 4,
+    },
+    "phimoe": {"sliding_window": None, "router_jitter_noise": 0.2, "input_jitter_noise": 0.1, **EXPERTS},
+    "mixtral": {"sliding_window": None, "router_jitter_noise": 0.1, **EXPERTS},
+    "minimax": {
+        "head_dim": 8,
+        "block_size": 4,
+        "router_jitter_noise": 0.1,
+        "layer_types": ["linear_attention", "full_attention"],
+        **EXPERTS,
+    },
+    "minimax_m2": {"head_dim": 8, "rotary_dim": 4, "router_jitter_noise": 0.1, **EXPERTS},
+    "dbrx": {
+        "d_model": 32,
+        "n_heads": 4,
+        "n_layers": 2,
+        "max_seq_len": 128,
+        "resid_pdrop": 0.3,
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4, "attn_pdrop": 0.3},
+        "ffn_config": {"moe_jitter_eps": 0.2, **_DBRX},
+    },
+    "llama4_text": {
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+        "interleave_moe_layer_step": 1,
+        "attention_chunk_size": 64,
+        "no_rope_layers": [1, 0],
+        **EXPERTS,
+    },
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32, "layerdrop": 0.3},
+    "biogpt": {"layerdrop": 0.3},
+    "falcon": {},
+    "dynamic": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "dynamic", "rope_theta": 700.0, "factor": 4.0},
+        "max_position_embeddings": 16,
+    },
+    "longrope": {
+        "model_type": "phi3",
+        "sliding_window": None,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 700.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [1.5, 2.0, 3.0, 4.0],
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+"""Models that PyTorch alone takes: states beside keys and values, noise in training, RoPE by length."""
+
 
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {"rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
@@ -175,7 +240,7 @@ def make_tokenizer() -> Any:
 
 
 def make_model(name: str, folder: Path, *, seed: int = 0, spread: float = 0.3, **changes: Any) -> Path:
-    """Saves the tiny model of FULL_ATTENTION or OTHERS and its tokenizer; the folder, for `ModelConfig.path`.
+    """Saves the tiny model of FULL_ATTENTION, OTHERS or UNUSUAL and its tokenizer; the folder, for `ModelConfig.path`.
 
     Args:
       spread: standard deviation of the weights: large enough that the next token depends on the ones before.
@@ -184,7 +249,7 @@ def make_model(name: str, folder: Path, *, seed: int = 0, spread: float = 0.3, *
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    own = (FULL_ATTENTION | OTHERS)[name]
+    own = (FULL_ATTENTION | OTHERS | UNUSUAL)[name]
     settings = SMALL | {"model_type": name, "initializer_range": spread} | own | changes
     config = AutoConfig.for_model(**settings)
     with torch.random.fork_rng():

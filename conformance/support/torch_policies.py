@@ -8,7 +8,7 @@ from typing import Any
 import batches
 import numpy as np
 
-from gvpo_core.training.policy import Response
+from gvpo_core.training.policy import Batch, Response
 from gvpo_core.training.sampling import Sampling
 
 
@@ -98,3 +98,32 @@ def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
     from gvpo_torch import generate
 
     return generate.truncate(torch.from_numpy(masses.copy()), sampling).numpy()
+
+
+def reference_gradients(folder: Path, of: Batch, factors: np.ndarray, *, afresh: bool = False) -> dict[str, np.ndarray]:
+    """Gradients of -sum factors_i log pi_i by transformers alone, one row at a time, in float64;
+    every row of the embedding counts.
+
+    Args:
+      afresh: a fresh model for each row: some keep what depends on the rows before.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    def load() -> Any:
+        lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, attn_implementation="eager").eval()
+        for module in lm.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.padding_idx = None
+        return lm
+
+    lm, total = load(), {}
+    for prompt, response, factor in zip(of.prompts, of.responses, factors, strict=True):
+        lm = load() if afresh else lm
+        lm.zero_grad()
+        logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        (-factor * logits.gather(1, torch.tensor(response)[:, None]).sum()).backward()
+        for name, p in lm.named_parameters():
+            if p.grad is not None:  # an expert that no token reaches has none
+                total[name] = total.get(name, 0.0) + p.grad.numpy()
+    return total

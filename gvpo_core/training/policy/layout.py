@@ -35,6 +35,7 @@ class Splitting:
     tokens: int  # budget of a micro-batch, padding included
     responses: int  # of a micro-batch at most; 0: no limit
     hidden_size: int  # the model's; see `plan_rows`
+    rope: "RopeByLength | None" = None  # None: no row's numbers depend on the length of another
 
     def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
         """Micro-batches of the chosen responses (default all)."""
@@ -46,12 +47,17 @@ class Splitting:
             hidden_size=self.hidden_size,
             rows=chosen,
         )
-        return micro_batches(rows, tokens=self.tokens, responses=self.responses)
+        return micro_batches(rows, tokens=self.tokens, responses=self.responses, rope=self.rope)
 
     def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:
         """Micro-batches of whole groups, and the responses of groups that do not fit in one."""
         return whole_groups(
-            batch, packed=self.packed, tokens=self.tokens, responses=self.responses, hidden_size=self.hidden_size
+            batch,
+            packed=self.packed,
+            tokens=self.tokens,
+            responses=self.responses,
+            hidden_size=self.hidden_size,
+            rope=self.rope,
         )
 
 
@@ -74,6 +80,43 @@ class Arrays:
         return sums
 
 
+@dataclass(frozen=True)
+class RopeByLength:
+    """RoPE whose frequencies depend on the longest sequence of a forward pass, beyond `original` tokens."""
+
+    kind: str  # dynamic: other frequencies at every length; longrope: one other set
+    original: int  # tokens
+
+    def frequencies(self, tokens: int) -> int:
+        """Number of the set of frequencies that a sequence of `tokens` tokens takes; 0 up to the original length."""
+        if tokens <= self.original:
+            return 0
+        return 1 if self.kind == "longrope" else tokens
+
+    def of_row(self, row: "Row") -> int:
+        """Number of the frequencies of a row of one response, whose last token is no input but counts."""
+        return self.frequencies(row.length + 1)
+
+
+def rope_by_length(config: Mapping[str, Any]) -> RopeByLength | None:
+    """The RoPE of a configuration (config.json as a mapping) where it depends on the length of a row, else None."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    by_length = []
+    for settings in (
+        rope,
+        *(v for v in rope.values() if isinstance(v, Mapping)),
+    ):  # for all layers, or by kind of layer
+        kind = str(settings.get("rope_type", settings.get("type", "default")))
+        if kind == "longrope":
+            names = (settings.get("original_max_position_embeddings"), config.get("original_max_position_embeddings"))
+            by_length.append(RopeByLength(kind, int(next((n for n in names if n), 0))))
+        elif "dynamic" in kind:
+            by_length.append(RopeByLength("dynamic", int(config.get("max_position_embeddings") or 0)))
+    if len(set(by_length)) > 1:  # several lengths at which something changes: none is shared beyond the first
+        return RopeByLength("dynamic", min(rope.original for rope in by_length))
+    return by_length[0] if by_length else None
+
+
 def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether packed rows are exact for a model of this configuration (config.json as a mapping), and why."""
     kind = config.get("model_type")
@@ -85,10 +128,9 @@ def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
     others = sorted(set(config.get("layer_types") or ()) - {"full_attention"})
     if others:
         return False, f"layers of type {', '.join(others)}"
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind_of_rope = rope.get("rope_type", rope.get("type", "default"))
-    if kind_of_rope in ("longrope", "dynamic"):
-        return False, f"rope_type {kind_of_rope} depends on the length of the row"
+    rope = rope_by_length(config)
+    if rope is not None:
+        return False, f"rope_type {rope.kind} depends on the length of the row"
     return True, f"every layer of {kind} is full attention"
 
 
@@ -146,13 +188,25 @@ def _responses_a_row(prompt: int, extra: Sequence[int], hidden_size: int) -> int
     return min(range(n, 0, -1), key=cost)
 
 
-def micro_batches(rows: Sequence[Row], *, tokens: int, responses: int = 0) -> list[list[Row]]:
-    """Fills micro-batches with rows, longest first, so that rows times the longest stays within the token budget."""
-    return _fill([[row] for row in rows], tokens, responses)
+def micro_batches(
+    rows: Sequence[Row], *, tokens: int, responses: int = 0, rope: RopeByLength | None = None
+) -> list[list[Row]]:
+    """Fills micro-batches with rows, longest first, so that rows times the longest stays within the token budget.
+
+    Args:
+      rope: rows that take different frequencies go into different micro-batches.
+    """
+    return _fill([[row] for row in rows], tokens, responses, rope)
 
 
 def whole_groups(
-    batch: Batch, *, packed: bool, tokens: int, responses: int = 0, hidden_size: int = 0
+    batch: Batch,
+    *,
+    packed: bool,
+    tokens: int,
+    responses: int = 0,
+    hidden_size: int = 0,
+    rope: RopeByLength | None = None,
 ) -> tuple[list[list[Row]], list[int]]:
     """Micro-batches that hold whole groups, and the responses of groups that do not fit in one."""
     members: dict[int, list[int]] = {}
@@ -162,19 +216,23 @@ def whole_groups(
     for group in members.values():
         rows = plan_rows(batch, packed=packed, tokens=tokens, hidden_size=hidden_size, rows=group)
         fits = len(rows) * rows[0].length <= tokens and (not responses or len(group) <= responses)
+        if rope is not None:
+            fits = fits and len({rope.of_row(row) for row in rows}) == 1
         if fits:
             fitting.append(rows)
         else:
             rest.extend(group)
-    return _fill(fitting, tokens, responses), rest
+    return _fill(fitting, tokens, responses, rope), rest
 
 
-def _fill(units: list[list[Row]], tokens: int, responses: int) -> list[list[Row]]:
+def _fill(units: list[list[Row]], tokens: int, responses: int, rope: RopeByLength | None) -> list[list[Row]]:
     filled: list[list[Row]] = []
     width = count = 0
     for unit in sorted(units, key=lambda unit: unit[0].length, reverse=True):
         added = sum(len(row.responses) for row in unit)
         fits = filled and (len(filled[-1]) + len(unit)) * width <= tokens
+        if filled and rope is not None:
+            fits = fits and rope.of_row(filled[-1][0]) == rope.of_row(unit[0])
         if fits and (not responses or count + added <= responses):
             filled[-1].extend(unit)
             count += added

@@ -1,0 +1,193 @@
+"""Checks at load: what the policy computes is what the model computes, scored, packed, checkpointed and decoded."""
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.sampling import Sampling
+from gvpo_torch import rope
+from gvpo_torch.generate import generate
+from gvpo_torch.model import Scorer, checkpointing, score
+
+log = logging.getLogger("gvpo.torch")
+
+_FAILS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    NotImplementedError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
+    """Compares log-probs with the model's own, packed rows with plain ones, sampling with scoring; chooses the layout.
+
+    Sets `scorer.same_length` where prompts of different lengths cannot be decoded together.
+
+    Returns: whether rows are packed, and why.
+    Raises: ConfigError: log-probs or samples that disagree, a model that cannot be run, a layout that is not exact.
+    """
+    name = type(scorer.base).__name__
+    batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
+    with torch.no_grad():
+        with _explained(f"{name} cannot be scored"):
+            plain = _by_response(scorer, batch, False, device)
+            own = _own(scorer, batch, device)
+        difference = _differ(scorer, own, plain)
+        if difference is not None:
+            raise ConfigError(
+                f"log-probs of {name} differ from its own forward pass by up to {difference:.3g} nat a token: "
+                "it does something to its logits that is not known here, and cannot be trained exactly"
+            )
+        _check_decoding(scorer, name, batch, plain, device)
+    if config.gradient_checkpointing:
+        _check_checkpointing(scorer, name, batch, plain, device)
+    exact, reason = layout.packing(scorer.config.to_dict())
+    if config.layout == "plain":
+        exact, reason = False, "model.layout = plain"
+    elif exact:
+        with torch.no_grad():
+            difference = _differ(scorer, _by_response(scorer, batch, True, device), plain)
+        if difference is not None:
+            exact, reason = False, f"packed log-probs differ by up to {difference:.3g} nat at load"
+    if config.layout == "packed" and not exact:
+        raise ConfigError(f"model.layout is packed, which is not exact for {name}: {reason}. Use auto or plain")
+    log.info("%s: %s rows (%s)", name, "packed" if exact else "plain", reason)
+    return exact, reason
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ConfigError, torch.OutOfMemoryError):
+        raise
+    except _FAILS as error:
+        lines = str(error).strip().splitlines()
+        raise ConfigError(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}") from error
+
+
+def _own(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
+    """Log-probs of each response's tokens by the model's own forward pass, one row at a time."""
+    own = []
+    for prompt, response in zip(batch.prompts, batch.responses, strict=True):
+        if scorer.rope is not None:
+            rope.reset(scorer.decoder)
+        ids = torch.tensor([prompt + response], device=device)
+        logits = scorer.base(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        chosen = torch.tensor(response, device=device).unsqueeze(1)
+        own.append(logits.log_softmax(-1).gather(1, chosen).squeeze(1).cpu().numpy())
+    return own
+
+
+def _check_checkpointing(
+    scorer: Scorer, name: str, batch: Batch, plain: list[np.ndarray], device: torch.device
+) -> None:
+    with checkpointing(scorer), _explained(f"{name} cannot be trained with gradient checkpointing"):
+        trained = _by_response(scorer, batch, False, device)
+    difference = _differ(scorer, trained, plain)
+    if difference is not None:
+        raise ConfigError(
+            f"log-probs of {name} with gradient checkpointing differ by up to {difference:.3g} nat a token from those "
+            "without: set model.gradient_checkpointing = false"
+        )
+
+
+def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndarray], device: torch.device) -> None:
+    """Compares decoding with a cache, prompts padded to one length or not, with scoring.
+
+    A response's last token is drawn only, so another one may stand in its place: a token that no response has inside,
+    which ends it.
+    """
+    if scorer.rope is not None and max(map(len, batch.prompts)) + max(map(len, batch.responses)) > scorer.rope.original:
+        log.info("%s: decoding is not checked, as RoPE of length %d depends on the row", name, scorer.rope.original)
+        return
+    differences: list[float] = []
+    for same_length in (False, True):
+        if scorer.same_length and not same_length:
+            continue
+        scorer.same_length = same_length
+        with _explained(f"{name} cannot be sampled with a cache") if same_length else contextlib.nullcontext():
+            try:
+                decoded = _decoded(scorer, batch, device)
+            except _FAILS:
+                if same_length:
+                    raise
+                continue
+        difference = _differ(scorer, decoded, plain)
+        if difference is None:
+            return
+        differences.append(difference)
+    raise ConfigError(
+        f"{name} decodes with a cache otherwise than it scores: log-probs differ by up to {differences[-1]:.3g} nat a "
+        "token. It cannot be sampled exactly"
+    )
+
+
+def _decoded(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
+    """Log-probs of each response's tokens as the sampler sees them, where it is given these tokens."""
+    prompts = sorted(set(batch.prompts), key=len)
+    members = [[i for i, prompt in enumerate(batch.prompts) if prompt == own] for own in prompts]
+    end = next(token for token in range(10**9) if not any(token in response[:-1] for response in batch.responses))
+    found: list[list[float]] = [[] for _ in batch.responses]
+
+    def choose(logits: Tensor, rows: list[tuple[int, int]], t: int) -> np.ndarray:
+        logprobs = logits.float().log_softmax(-1).cpu().numpy()
+        chosen = []
+        for line, (prompt, number) in enumerate(rows):
+            i = members[prompt][number]
+            response = batch.responses[i]
+            if t < len(response):  # else a row that has ended, and is decoded on beside the others
+                found[i].append(logprobs[line, response[t]])
+            chosen.append(response[t] if t < len(response) - 1 else end)
+        return np.asarray(chosen, dtype=np.int64)
+
+    generate(
+        scorer,
+        scorer,
+        prompts,
+        [[0] * len(own) for own in members],
+        Sampling(max_tokens=max(map(len, batch.responses))),
+        end=[end],
+        device=device,
+        cache_tokens=1 << 30,
+        choose=choose,
+    )
+    return [np.asarray(values) for values in found]
+
+
+def _differ(scorer: Scorer, values: list[np.ndarray], plain: list[np.ndarray]) -> float | None:
+    """The largest difference a token, nat, where it is more than rounding; else None."""
+    difference = np.abs(np.concatenate(values) - np.concatenate(plain))
+    worst, typical = _tolerance(scorer)
+    return None if difference.max() <= worst and difference.mean() <= typical else float(difference.max())
+
+
+def _tolerance(scorer: Scorer) -> tuple[float, float]:
+    # Largest and mean difference a token, nat. Without autocast, so full fine-tuning is checked in float32 always;
+    # in 16 bits a router may send a token elsewhere, so the mean decides there.
+    if scorer.base.get_output_embeddings().weight.dtype == torch.float32:
+        strict = torch.get_float32_matmul_precision() == "highest"
+        return (2e-3, 5e-4) if strict else (0.1, 0.02)
+    return float("inf"), 0.1
+
+
+def _by_response(scorer: Scorer, batch: Batch, packed: bool, device: torch.device) -> list[np.ndarray]:
+    splitting = layout.Splitting(packed, 1 << 30, 0, 0, scorer.rope)
+    found = {}
+    for rows in splitting.rows(batch):
+        arrays = layout.arrays(batch, rows)
+        values = score(scorer, arrays, device).detach().cpu().numpy()
+        parts = np.split(values, np.cumsum(arrays.lengths)[:-1])
+        found |= dict(zip(arrays.responses.tolist(), parts, strict=True))
+    return [found[i] for i in range(len(batch))]
