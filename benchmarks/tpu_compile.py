@@ -29,8 +29,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gvpo_jax import generate, mesh, update
-from gvpo_jax.model import Setup, Spec, read_spec
+from gvpo_jax.families import read_spec
+from gvpo_jax.model import Setup
 from gvpo_jax.programs import compile_program
+from gvpo_jax.spec import Spec, is_linear
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
@@ -107,7 +109,7 @@ def abstract(shapes: Mapping[str, tuple[int, ...]], on: Mesh, dtype: Any) -> dic
 def adapter_shapes(spec: Spec, rank: int) -> dict[str, tuple[int, ...]]:
     """LoRA on every linear layer; see `weights.make_adapters`."""
     found = {}
-    for name, (layers, outputs, inputs) in ((n, s) for n, s in spec.shapes().items() if n.endswith("_proj.weight")):
+    for name, (layers, outputs, inputs) in ((n, s) for n, s in spec.shapes().items() if is_linear(n)):
         module = name.removesuffix(".weight")
         found |= {f"{module}.lora_A": (layers, rank, inputs), f"{module}.lora_B": (layers, outputs, rank)}
     return found
@@ -171,7 +173,8 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     yield "step", step, held(reference, frozen)
     prompts = (of_batch(on, (g, s)), of_batch(on, (g,)))
     yield "prefill", compile_program(generate.prefill, (setup,), parameters, adapters, *prompts), beside
-    caches = [of_batch(on, (spec.layers, g, s, spec.key_heads, spec.width), jnp.bfloat16, 1)] * 2
+    layer = spec.each[0]
+    caches = [of_batch(on, (spec.layers, g, s, layer.key_heads, layer.width), jnp.bfloat16, 1)] * 2
     settings = {
         name: single(jnp.int32 if name in ("limit", "top_k") else jnp.float32)
         for name in ("temperature", "limit", "top_k", "min_p", "top_p")
@@ -181,7 +184,7 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
         (setup, False, (), (0,)),
         parameters,
         adapters,
-        *caches,
+        [tuple(caches)],
         of_batch(on, (g, spec.vocabulary), jnp.float32),
         of_batch(on, (g,)),
         of_batch(on, (g, k), jnp.bool_),

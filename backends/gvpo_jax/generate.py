@@ -16,27 +16,28 @@ from jax import Array, lax
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_jax import mesh as meshes
-from gvpo_jax.logprobs import product
+from gvpo_jax.logprobs import capped, product
 from gvpo_jax.model import (
-    NORM,
     Parameters,
     Setup,
-    attention,
     block,
     embed,
-    head_weight,
+    logits,
     norm,
     over_batch,
-    rotation,
-    stacked,
+    stacks,
+    tables_of,
+    through_layers,
 )
 from gvpo_jax.programs import Programs
+from gvpo_jax.spec import NORM, Spec
 from gvpo_jax.update import bucket, rows_bucket
 
 BLOCK = 256  # tokens of the vocabulary summed at once
 _ADVICE = "lower rollout.responses or rollout.max_tokens, or raise model.mesh_fsdp"
 _FILTERS = ("top_k", "min_p", "top_p")
 Unit = tuple[int, list[int]]  # a prompt's place, and places of its seeds
+Caches = list[tuple[Array, Array] | None]  # keys and values of each stack of layers
 
 
 def generate(
@@ -159,28 +160,19 @@ def _response(tokens: np.ndarray, end: Sequence[int]) -> Response:
 
 def prefill(
     setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, lengths: Array
-) -> tuple[Array, Array, Array]:
+) -> tuple[Caches, Array]:
     """The prompts' caches and what comes after them.
 
     Args:
       ids: (G, S) int32, right-padded; lengths: (G,).
-    Returns: keys and values (layers, G, S, key heads, width), logits (G, V) float32 after each prompt's last token.
+    Returns: keys and values of each stack of layers, (members, G, S, key heads, width), None where it reads another's;
+      logits (G, V) float32 after each prompt's last token.
     """
-    width = ids.shape[1]
-    positions = jnp.broadcast_to(jnp.arange(width, dtype=jnp.int32), ids.shape)
-    turned = rotation(setup.spec, positions)
+    positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     one_segment = jnp.zeros_like(positions)
-
-    def layer(x: Array, inputs: tuple[Parameters, Array]) -> tuple[Array, tuple[Array, Array]]:
-        own, window = inputs
-        attend = lambda q, k, v: attention(setup, q, k, v, positions, one_segment, window)
-        x, k, v = block(setup, own, x, turned, attend)
-        return x, (over_batch(setup, k), over_batch(setup, v))
-
-    x = embed(setup, parameters, ids)
-    x, (keys, values) = lax.scan(layer, x, (stacked(parameters, adapters), _windows(setup)))
+    x, kept = through_layers(setup, parameters, adapters, ids, positions, one_segment, keep=True)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return keys, values, _logits(setup, parameters, last)
+    return kept, _logits(setup, parameters, last)
 
 
 def decode(
@@ -190,9 +182,8 @@ def decode(
     end: tuple[int, ...],
     parameters: Parameters,
     adapters: Parameters,
-    keys: Array,
-    values: Array,
-    logits: Array,
+    prompt: Caches,
+    after: Array,
     lengths: Array,
     wanted: Array,
     numbers: Array,
@@ -201,45 +192,58 @@ def decode(
     """Draws tokens until every wanted row has ended or `settings["limit"]` is reached.
 
     Args:
-      keys, values, logits: of `prefill`, G prompts.
+      prompt, after: keys, values and logits of `prefill`, G prompts.
       lengths: (G,) of the prompts; wanted: (G, K) bool; numbers: (G, K, R) float32 in [0, 1).
     Returns: tokens (G, K, R) int32, and (G, K) float32 sums of their log-probs at temperature 1.
     """
     spec = setup.spec
     groups, k, room = numbers.shape
-    layers = stacked(parameters, adapters)
-    windows = _windows(setup)
-    prompt_order, own_order = jnp.arange(keys.shape[2]), jnp.arange(room)
-    cache = jnp.zeros((spec.layers, groups, k, room, spec.key_heads, spec.width), keys.dtype)
+    layers = stacks(spec, parameters, adapters)
+    own_order = jnp.arange(room)
+    empty = [_empty_cache(kept, groups, k, room) for kept in prompt]
     ends = jnp.asarray(end, jnp.int32)
 
-    def forward(tokens: Array, t: Array, caches: tuple[Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+    def forward(tokens: Array, t: Array, caches: Caches) -> tuple[Array, Caches]:
         """One token of every row, at place t of its response, whose keys and values go into the caches."""
         positions = lengths[:, None] + t
-        turned = rotation(spec, positions)
-
-        def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
-            x, own_keys, own_values = carry
-            number, own, prompt_keys, prompt_values, window = inputs
-            held = [own_keys, own_values]
-
-            def attend(q: Array, k_new: Array, v_new: Array) -> Array:
-                for n, new in enumerate((k_new, v_new)):
-                    at = (number, 0, 0, t, 0, 0)
-                    held[n] = lax.dynamic_update_slice(held[n], new[None, :, :, None].astype(cache.dtype), at)
-                mine = [lax.dynamic_index_in_dim(c, number, 0, keepdims=False) for c in held]
-                # One query a row: of its prompt, all rows of which lie together, and of its own tokens so far.
-                past = (prompt_order < lengths[:, None]) & (positions - prompt_order < window)
-                since = (own_order <= t) & (t - own_order < window)
-                return _attend(q, prompt_keys, prompt_values, past, mine[0], mine[1], since)
-
-            x, _, _ = block(setup, own, x, turned, attend)
-            return (x, *held), None
-
         x = embed(setup, parameters, tokens)
-        inputs = (jnp.arange(spec.layers), layers, keys, values, windows)
-        (x, *caches), _ = lax.scan(layer, (x, *caches), inputs)
-        return _logits(setup, parameters, x.reshape(groups * k, -1)).reshape(groups, k, -1), tuple(caches)
+        tables = tables_of(setup, parameters, adapters, tokens, x, positions)
+        caches = list(caches)
+
+        def over(q: Array, prompt_keys: Array, prompt_values: Array, mine: list[Array], window: Array) -> Array:
+            # One query a row: of its prompt, all rows of which lie together, and of its own tokens so far.
+            order = jnp.arange(prompt_keys.shape[1])
+            past = (order < lengths[:, None]) & (positions - order < window)
+            since = (own_order <= t) & (t - own_order < window)
+            return _attend(spec, q, prompt_keys, prompt_values, past, mine[0], mine[1], since)
+
+        for number, stack in enumerate(layers):
+            kind = stack.layer
+            scanned = tables.scanned(spec, stack.members)
+            at = number if kind.source is None else kind.source
+
+            def layer(carry: Any, inputs: Any, kind: Any = kind) -> tuple[Any, None]:
+                x, own_keys, own_values = carry
+                place, own, prompt_keys, prompt_values, facts = inputs
+                held = [own_keys, own_values]
+
+                def attend(q: Array, k_new: Array | None, v_new: Array | None) -> Array:
+                    if kind.source is None:
+                        for n, new in enumerate((k_new, v_new)):
+                            start = (place, 0, 0, t, 0, 0)
+                            new = new[None, :, :, None].astype(held[n].dtype)  # type: ignore[index]
+                            held[n] = lax.dynamic_update_slice(held[n], new, start)
+                    mine = [lax.dynamic_index_in_dim(c, place, 0, keepdims=False) for c in held]
+                    return over(q, prompt_keys, prompt_values, mine, facts["window"])
+
+                x, _, _ = block(setup, kind, own, x, tables.of(kind, facts), attend, facts.get("inputs"))
+                return (x, *held), None
+
+            members = jnp.arange(len(stack.members))
+            inputs = (members, stack.arrays, *prompt[at], scanned)  # type: ignore[misc]
+            (x, *made), _ = lax.scan(layer, (x, *caches[at]), inputs)  # type: ignore[misc]
+            caches[at] = (made[0], made[1])
+        return _logits(setup, parameters, x.reshape(groups * k, -1)).reshape(groups, k, -1), caches
 
     def draw(z: Array, t: Array, ended: Array, drawn: Array, sums: Array) -> tuple[Array, Array, Array, Array]:
         number = lax.dynamic_index_in_dim(numbers, t, 2, keepdims=False)
@@ -259,21 +263,37 @@ def decode(
         z, caches = forward(picked, t, caches)
         return t + 1, draw(z, t + 1, ended, drawn, sums), caches
 
-    first = jnp.broadcast_to(logits[:, None], (groups, k, logits.shape[-1]))
+    first = jnp.broadcast_to(after[:, None], (groups, k, after.shape[-1]))
     start = draw(first, jnp.int32(0), ~wanted, jnp.zeros(numbers.shape, jnp.int32), jnp.zeros((groups, k)))
-    _, (_, _, drawn, sums), _ = lax.while_loop(going, one, (jnp.int32(0), start, (cache, cache)))
+    _, (_, _, drawn, sums), _ = lax.while_loop(going, one, (jnp.int32(0), start, empty))
     return over_batch(setup, drawn), over_batch(setup, sums)
 
 
+def _empty_cache(kept: tuple[Array, Array] | None, groups: int, k: int, room: int) -> tuple[Array, Array] | None:
+    """Room for a stack's keys and values of the responses, shaped after those of the prompts."""
+    if kept is None:
+        return None
+    members, _, _, heads, width = kept[0].shape
+    empty = jnp.zeros((members, groups, k, room, heads, width), kept[0].dtype)
+    return empty, empty
+
+
 def _attend(
-    q: Array, prompt_keys: Array, prompt_values: Array, past: Array, keys: Array, values: Array, since: Array
+    spec: Spec,
+    q: Array,
+    prompt_keys: Array,
+    prompt_values: Array,
+    past: Array,
+    keys: Array,
+    values: Array,
+    since: Array,
 ) -> Array:
     """q (G, K, heads, width) over the prompt's (G, S, ...) and the rows' own (G, K, R, ...) -> like q."""
     groups, k, heads, width = q.shape
     grouped = q.reshape(groups, k, keys.shape[-2], -1, width)
-    scale = width**-0.5
-    at_prompt = product("gkhqd,gshd->gkhqs", grouped, prompt_keys, wide=jnp.float32) * scale
-    at_own = product("gkhqd,gkrhd->gkhqr", grouped, keys, wide=jnp.float32) * scale
+    scored = lambda found: capped(found * spec.attention_scale, spec.attention_cap)
+    at_prompt = scored(product("gkhqd,gshd->gkhqs", grouped, prompt_keys, wide=jnp.float32))
+    at_own = scored(product("gkhqd,gkrhd->gkhqr", grouped, keys, wide=jnp.float32))
     at_prompt = jnp.where(past[:, None, None, None], at_prompt, -jnp.inf)
     at_own = jnp.where(since, at_own, -jnp.inf)
     shares = jax.nn.softmax(jnp.concatenate([at_prompt, at_own], -1), -1).astype(q.dtype)
@@ -283,25 +303,20 @@ def _attend(
     return mixed.reshape(groups, k, heads, width)
 
 
-def _windows(setup: Setup) -> Array:
-    return jnp.asarray(setup.spec.windows, jnp.int32)
-
-
 def _logits(setup: Setup, parameters: Parameters, x: Array) -> Array:
-    states = norm(setup, x, parameters[NORM])
-    return product("nh,vh->nv", states, head_weight(setup, parameters), wide=jnp.float32)
+    return logits(setup, parameters, norm(setup, x, parameters[NORM]))
 
 
-def pick(logits: Array, numbers: Array, settings: Mapping[str, Array], greedy: bool, filters: tuple[str, ...]) -> Array:
+def pick(z: Array, numbers: Array, settings: Mapping[str, Array], greedy: bool, filters: tuple[str, ...]) -> Array:
     """(R,) int32: one token a row, by the inverse of the cumulative distribution in vocabulary order.
 
     Args:
-      logits: (R, V) float32; numbers: (R,) float32 in [0, 1).
+      z: (R, V) float32 logits; numbers: (R,) float32 in [0, 1).
       settings: temperature and what `filters` need, as scalars.
     """
     if greedy:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
-    z = logits.astype(jnp.float32)
+        return jnp.argmax(z, -1).astype(jnp.int32)
+    z = z.astype(jnp.float32)
     masses = truncate(jnp.exp((z - z.max(-1, keepdims=True)) / settings["temperature"]), settings, filters)
     rows, size = masses.shape
     blocks = jnp.pad(masses, [(0, 0), (0, -size % BLOCK)]).reshape(rows, -1, BLOCK)

@@ -15,11 +15,18 @@ DEVICE_CHUNK_BYTES = 256 * 2**20
 
 
 def token_logprobs(
-    hidden: Array, head_weight: Array, targets: Array, *, chunk_bytes: int | None = None, frozen: bool = False
+    hidden: Array,
+    head_weight: Array,
+    targets: Array,
+    *,
+    chunk_bytes: int | None = None,
+    frozen: bool = False,
+    scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Array:
     """Log-probability of each target under the head's softmax, in chunks of tokens.
 
-    logits = hidden @ head_weight.T
+    logits = hidden @ head_weight.T * scale, then softcap * tanh(logits / softcap) where there is one
     result = logits[target] - logsumexp(logits)
 
     The backward pass computes each chunk's logits again; where the head is frozen the forward pass makes the gradient
@@ -32,6 +39,7 @@ def token_logprobs(
       chunk_bytes: size of one chunk of logits over all leading axes. Default: 48 MiB where CPU is JAX's default
         backend, else 256 MiB.
       frozen: head_weight needs no gradient, and gets none.
+      scale, softcap: of the logits; None: no cap.
     Returns: (..., T) float32, nats; float64 for float64 arguments.
     Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
     """
@@ -56,7 +64,7 @@ def token_logprobs(
         hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, padding), (0, 0)])
         targets = jnp.pad(targets, [(0, 0)] * (targets.ndim - 1) + [(0, padding)])
     chunked = lambda x: jnp.moveaxis(x.reshape(*targets.shape[:-1], parts, rows, *x.shape[targets.ndim :]), -3, 0)
-    head = _Head(np.dtype(wide).name, frozen)
+    head = _Head(np.dtype(wide).name, frozen, scale, softcap)
     found = _chunks(head, chunked(hidden), head_weight, chunked(targets[..., None])[..., 0])
     return jnp.moveaxis(found, 0, -2).reshape(targets.shape)[..., :length]
 
@@ -67,24 +75,35 @@ class _Head:
 
     wide: str
     frozen: bool
+    scale: float
+    softcap: float | None
 
     def product(self, spec: str, a: Array, b: Array) -> Array:
         return product(spec, a, b, wide=jnp.dtype(self.wide))
 
     def logits(self, hidden: Array, weight: Array) -> Array:
-        return self.product("...h,vh->...v", hidden, weight)
+        found = self.product("...h,vh->...v", hidden, weight)
+        return capped(found if self.scale == 1.0 else found * self.scale, self.softcap)
 
     def chosen(self, logits: Array, targets: Array) -> Array:
         # A comparison instead of a gather: it fuses, and it stays local where the vocabulary is sharded.
         return jnp.sum(jnp.where(self._is(logits, targets), logits, 0.0), -1)
 
     def gradient(self, logits: Array, normaliser: Array, targets: Array) -> Array:
-        """d logprob / d logits."""
-        return jnp.where(self._is(logits, targets), 1.0, 0.0) - jnp.exp(logits - normaliser[..., None])
+        """d logprob / d (hidden @ weight.T)."""
+        found = jnp.where(self._is(logits, targets), 1.0, 0.0) - jnp.exp(logits - normaliser[..., None])
+        if self.softcap is not None:
+            found = found * (1.0 - (logits / self.softcap) ** 2)
+        return found if self.scale == 1.0 else found * self.scale
 
     @staticmethod
     def _is(logits: Array, targets: Array) -> Array:
         return lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1) == targets[..., None]
+
+
+def capped(logits: Array, cap: float | None) -> Array:
+    """cap * tanh(logits / cap); None: as they are."""
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def product(spec: str, a: Array, b: Array, *, wide: Any = None) -> Array:

@@ -1,92 +1,28 @@
-"""A compact decoder read from config.json: Llama, Mistral, Qwen2 and Qwen3, with every setting honoured or refused.
+"""The decoder that a `Spec` describes, as functions of its parameters.
 
-Parameters are a flat mapping from transformers' names to arrays; the layers' arrays are stacked, with `*` in the place
-of the layer's number, and run through `lax.scan`: one layer is compiled, however many there are.
+Parameters are a flat mapping from transformers' names to arrays. Where all layers are alike, theirs are stacked, with
+`*` in the place of the layer's number, and run through `lax.scan`: one layer is compiled, however many there are.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy.hugging_face import rope_settings
-from gvpo_core.training.policy.weight_files import refuse_quantization
-from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, product, token_logprobs
+from gvpo_jax.experts import mixture
+from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, capped, product, token_logprobs
 from gvpo_jax.mesh import BATCH
+from gvpo_jax.rope import rotate, rotation
+from gvpo_jax.spec import EMBEDDING, HEAD, LAYER, LAYERS, NORM, Layer, Spec
 
 Parameters = Mapping[str, Array]
-FAMILIES = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
-SETTINGS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "hidden_act",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "attention_bias",
-    "mlp_bias",
-    "use_sliding_window",
-    "max_window_layers",
-)
-"""What `read_spec` reads, RoPE and the layers' kinds apart."""
-ROPE_TYPES = ("default", "linear", "llama3")
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-LAYER = "model.layers.*."
-NO_WINDOW = 2**30
+Turned = tuple[Array, Array]  # cos and sin
 ATTENTION_BYTES = 128 * 2**20  # of scores computed at once
-
-
-@dataclass(frozen=True)
-class Spec:
-    """A model's shape and settings; hashable, so that programs are compiled for it once."""
-
-    family: str
-    vocabulary: int
-    hidden: int
-    intermediate: int
-    layers: int
-    heads: int
-    key_heads: int
-    width: int  # of a head
-    eps: float
-    tied: bool
-    attention_bias: tuple[str, ...]  # of q, k, v, o
-    mlp_bias: bool
-    windows: tuple[int, ...]  # tokens that each layer sees back; NO_WINDOW: all
-    frequencies: tuple[float, ...]  # RoPE, radians a position, width / 2 of them
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape, layers stacked."""
-        h, queries, keys, m = self.hidden, self.heads * self.width, self.key_heads * self.width, self.intermediate
-        layer: dict[str, tuple[int, ...]] = {"input_layernorm.weight": (h,), "post_attention_layernorm.weight": (h,)}
-        for which, shape in {"q": (queries, h), "k": (keys, h), "v": (keys, h), "o": (h, queries)}.items():
-            layer[f"self_attn.{which}_proj.weight"] = shape
-            if which in self.attention_bias:
-                layer[f"self_attn.{which}_proj.bias"] = shape[:1]
-        if self.family == "qwen3":
-            layer |= {f"self_attn.{which}_norm.weight": (self.width,) for which in "qk"}
-        for which, shape in {"gate": (m, h), "up": (m, h), "down": (h, m)}.items():
-            layer[f"mlp.{which}_proj.weight"] = shape
-            if self.mlp_bias:
-                layer[f"mlp.{which}_proj.bias"] = shape[:1]
-        top = {EMBEDDING: (self.vocabulary, h), NORM: (h,)} | ({} if self.tied else {HEAD: (self.vocabulary, h)})
-        return top | {LAYER + name: (self.layers, *shape) for name, shape in layer.items()}
 
 
 @dataclass(frozen=True)
@@ -104,77 +40,35 @@ class Setup:
         return jnp.dtype(self.dtype)
 
 
-def read_spec(config: Mapping[str, Any]) -> Spec:
-    """The model that config.json describes, completed as `hugging_face.read_config` does.
+@dataclass(frozen=True)
+class Stack:
+    """Layers that `lax.scan` goes through: all of a model whose layers are alike, else one."""
 
-    Raises: ConfigError: an architecture, RoPE type, activation or quantisation that is not known here, by name.
-    """
-    family = config.get("model_type")
-    named = (config.get("architectures") or [FAMILIES.get(str(family))])[0]
-    if family not in FAMILIES or named != FAMILIES[family]:
-        raise ConfigError(
-            f"gvpo_jax does not know the architecture {named} (model_type {family}); it knows "
-            f"{', '.join(FAMILIES.values())}. gvpo_torch takes any model of transformers"
-        )
-    refuse_quantization(config, "gvpo_jax")
-    activation = config.get("hidden_act", "silu")
-    if activation not in ("silu", "swish"):
-        raise ConfigError(f"hidden_act of {named} is {activation!r}; gvpo_jax knows silu")
-    heads = config["num_attention_heads"]
-    width = config.get("head_dim") or config["hidden_size"] // heads
-    if family == "qwen2":
-        bias: tuple[str, ...] = ("q", "k", "v")
-    else:
-        bias = ("q", "k", "v", "o") if config.get("attention_bias") else ()
-    return Spec(
-        family=family,
-        vocabulary=config["vocab_size"],
-        hidden=config["hidden_size"],
-        intermediate=config["intermediate_size"],
-        layers=config["num_hidden_layers"],
-        heads=heads,
-        key_heads=config.get("num_key_value_heads") or heads,
-        width=width,
-        eps=float(config.get("rms_norm_eps", 1e-6)),
-        tied=bool(config.get("tie_word_embeddings", False)),
-        attention_bias=bias,
-        mlp_bias=family == "llama" and bool(config.get("mlp_bias")),
-        windows=_windows(config),
-        frequencies=tuple(float(f) for f in _frequencies(rope_settings(config), width)),
-    )
+    layer: Layer  # what has no array in it; its window and rope are of the first
+    members: range
+    arrays: dict[str, Array]  # with a leading axis of the members
 
 
-def _windows(config: Mapping[str, Any]) -> tuple[int, ...]:
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    if config["model_type"] == "llama" or window is None:
-        return (NO_WINDOW,) * layers
-    if config["model_type"] == "mistral":
-        return (int(window),) * layers
-    if not config.get("use_sliding_window", False):
-        return (NO_WINDOW,) * layers
-    kinds = config.get("layer_types") or [
-        "sliding_attention" if i >= config.get("max_window_layers", 28) else "full_attention" for i in range(layers)
-    ]
-    return tuple(int(window) if kind == "sliding_attention" else NO_WINDOW for kind in kinds)
+@dataclass(frozen=True)
+class Tables:
+    """What the layers take beside their parameters, of the tokens at hand."""
 
+    turned: tuple[Turned, ...]  # by Layer.rope
+    inputs: Array | None  # (B, T, layers, size): Gemma 4's own embedding of each token in each layer
 
-def _frequencies(rope: Mapping[str, Any], width: int) -> np.ndarray:
-    """(width / 2,) float64, radians a position."""
-    kind = rope["rope_type"]
-    if kind not in ROPE_TYPES:
-        raise ConfigError(f"gvpo_jax does not know rope_type {kind!r}; it knows {', '.join(ROPE_TYPES)}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"partial_rotary_factor is {rope['partial_rotary_factor']}; gvpo_jax turns whole heads only")
-    plain = rope["rope_theta"] ** -(np.arange(0, width, 2, dtype=np.float64) / width)
-    if kind == "default":
-        return plain
-    if kind == "linear":
-        return plain / rope["factor"]
-    # llama3: long waves are slowed down by `factor`, short ones kept, those between blended.
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * plain / (2 * math.pi)
-    share = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1 - share) * plain / rope["factor"] + share * plain
+    def scanned(self, spec: Spec, members: range) -> dict[str, Any]:
+        """Arrays of a stack that `lax.scan` cuts into layers."""
+        own = [spec.each[i] for i in members]
+        found: dict[str, Any] = {"window": jnp.asarray([layer.window for layer in own], jnp.int32)}
+        if len(members) > 1 and len(self.turned) > 1:
+            found["turned"] = tuple(jnp.stack([self.turned[layer.rope][which] for layer in own]) for which in range(2))
+        if self.inputs is not None:
+            found["inputs"] = jnp.moveaxis(self.inputs[:, :, members.start : members.stop], 2, 0)
+        return found
+
+    def of(self, layer: Layer, scanned: Mapping[str, Any]) -> Turned:
+        found: Turned = scanned.get("turned") or self.turned[layer.rope]
+        return found
 
 
 def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]) -> Array:
@@ -188,40 +82,114 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
     head = head_weight(setup, parameters)
     a_device = CHUNK_BYTES.get(setup.mesh.devices.flat[0].platform, DEVICE_CHUNK_BYTES)
     chunk = a_device * setup.mesh.size  # logits are sharded over the whole mesh
-    return token_logprobs(chosen, head, rows["targets"], chunk_bytes=chunk, frozen=bool(adapters))
+    return token_logprobs(
+        chosen,
+        head,
+        rows["targets"],
+        chunk_bytes=chunk,
+        frozen=bool(adapters),
+        scale=setup.spec.logit_scale,
+        softcap=setup.spec.logit_cap,
+    )
 
 
 def head_weight(setup: Setup, parameters: Parameters) -> Array:
     return parameters[EMBEDDING if setup.spec.tied else HEAD].astype(setup.compute)
 
 
+def logits(setup: Setup, parameters: Parameters, states: Array) -> Array:
+    """(..., V) float32 of states after the last norm."""
+    found = product("...h,vh->...v", states, head_weight(setup, parameters), wide=jnp.float32)
+    return capped(found * setup.spec.logit_scale, setup.spec.logit_cap)
+
+
 def hidden_states(
     setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, positions: Array, segments: Array
 ) -> Array:
     """(B, T, H) after the last norm, in the compute dtype. A token sees its own segment and the prompt (segment 0)."""
-    turned = rotation(setup.spec, positions)
-
-    def layer(x: Array, inputs: tuple[Parameters, Array]) -> tuple[Array, tuple[Array, Array]]:
-        own, window = inputs
-
-        def attend(q: Array, k: Array, v: Array) -> Array:
-            return attention(setup, q, k, v, positions, segments, window)
-
-        return block(setup, own, x, turned, attend)[0], None
-
-    body = jax.checkpoint(layer) if setup.remat else layer
-    x = embed(setup, parameters, ids)
-    x, _ = lax.scan(body, x, (stacked(parameters, adapters), jnp.asarray(setup.spec.windows, jnp.int32)))
+    x, _ = through_layers(setup, parameters, adapters, ids, positions, segments, keep=False)
     return norm(setup, x, parameters[NORM])
 
 
-def stacked(parameters: Parameters, adapters: Parameters) -> dict[str, Array]:
-    """What `lax.scan` cuts into layers."""
-    return {name.removeprefix(LAYER): a for name, a in {**parameters, **adapters}.items() if name.startswith(LAYER)}
+def through_layers(
+    setup: Setup,
+    parameters: Parameters,
+    adapters: Parameters,
+    ids: Array,
+    positions: Array,
+    segments: Array,
+    *,
+    keep: bool,
+) -> tuple[Array, list[tuple[Array, Array] | None]]:
+    """(B, T, H) before the last norm, and keys and values of each stack: (members, B, T, key heads, width) each.
+
+    Args:
+      keep: whether all keys and values are wanted; else those that other layers read are kept alone.
+    """
+    spec = setup.spec
+    wanted = {layer.source for layer in spec.each}
+    x = embed(setup, parameters, ids)
+    tables = tables_of(setup, parameters, adapters, ids, x, positions)
+    kept: list[tuple[Array, Array] | None] = []
+    for stack in stacks(spec, parameters, adapters):
+        source = stack.layer.source
+        lent = None if source is None else kept[source]
+        kept_here = source is None and (keep or stack.members.start in wanted)
+
+        def layer(
+            x: Array, inputs: Any, stack: Stack = stack, lent: Any = lent, kept_here: bool = kept_here
+        ) -> tuple[Array, Any]:
+            own, scanned = inputs
+
+            def attend(q: Array, k: Array | None, v: Array | None) -> Array:
+                keys, values = (k, v) if lent is None else (lent[0][0], lent[1][0])
+                return attention(setup, q, keys, values, positions, segments, scanned["window"])
+
+            x, k, v = block(setup, stack.layer, own, x, tables.of(stack.layer, scanned), attend, scanned.get("inputs"))
+            return x, (over_batch(setup, k), over_batch(setup, v)) if kept_here else None
+
+        body = jax.checkpoint(layer) if setup.remat else layer
+        x, made = lax.scan(body, x, (stack.arrays, tables.scanned(spec, stack.members)))
+        kept.append(made)
+    return x, kept
+
+
+def stacks(spec: Spec, parameters: Parameters, adapters: Parameters) -> list[Stack]:
+    """The layers, as `lax.scan` goes through them."""
+    named = {**parameters, **adapters}
+    if spec.uniform:
+        arrays = {name.removeprefix(LAYER): a for name, a in named.items() if name.startswith(LAYER)}
+        return [Stack(spec.each[0], range(spec.layers), arrays)]
+    found = []
+    for i, layer in enumerate(spec.each):
+        start = f"{LAYERS}{i}."
+        own = {name.removeprefix(start): a[None] for name, a in named.items() if name.startswith(start)}
+        found.append(Stack(layer, range(i, i + 1), own))
+    return found
 
 
 def embed(setup: Setup, parameters: Parameters, ids: Array) -> Array:
-    return over_batch(setup, parameters[EMBEDDING][ids].astype(setup.compute))
+    found = parameters[EMBEDDING][ids].astype(setup.compute)
+    if setup.spec.embedding_scale != 1.0:
+        found = found * jnp.asarray(setup.spec.embedding_scale, setup.compute)
+    return over_batch(setup, found)
+
+
+def tables_of(
+    setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, embedded: Array, positions: Array
+) -> Tables:
+    """What the layers need of these tokens."""
+    spec = setup.spec
+    turned = tuple(rotation(rope, positions) for rope in spec.ropes)
+    if not spec.inputs:
+        return Tables(turned, None)
+    of_token = parameters["model.embed_tokens_per_layer.weight"][ids].astype(setup.compute)
+    of_token = of_token * jnp.asarray(spec.inputs**0.5, setup.compute)
+    named = {**parameters, **adapters}
+    of_context = linear(setup, named, "model.per_layer_model_projection", embedded) * spec.hidden**-0.5
+    split = lambda x: x.reshape(*ids.shape, spec.layers, spec.inputs)
+    of_context = norm(setup, split(of_context), parameters["model.per_layer_projection_norm.weight"])
+    return Tables(turned, (of_context + split(of_token)) * 2.0**-0.5)
 
 
 def over_batch(setup: Setup, x: Array) -> Array:
@@ -230,25 +198,94 @@ def over_batch(setup: Setup, x: Array) -> Array:
     return lax.with_sharding_constraint(x, NamedSharding(setup.mesh, spec))
 
 
-def block(setup: Setup, layer: Parameters, x: Array, turned: tuple[Array, Array], attend: Any) -> Any:
+def block(
+    setup: Setup,
+    kind: Layer,
+    layer: Parameters,
+    x: Array,
+    turned: Turned,
+    attend: Callable[..., Array],
+    inputs: Array | None = None,
+) -> tuple[Array, Any, Any]:
     """One layer on (B, T, H).
 
     Args:
-      attend: (q (B, T, heads, width), k, v (B, T, key heads, width)) -> (B, T, heads, width).
+      attend: (q (B, T, heads, width), k, v (B, T, key heads, width)) -> (B, T, heads, width); k and v are None where
+        the layer reads another's.
+      inputs: (B, T, size) this layer's own embedding of each token.
     Returns: (B, T, H), and the layer's k and v.
     """
-    spec = setup.spec
-    h = norm(setup, x, layer["input_layernorm.weight"])
-    q, k, v = (linear(setup, layer, f"self_attn.{name}_proj", h) for name in "qkv")
-    q, k, v = (y.reshape(*y.shape[:-1], -1, spec.width) for y in (q, k, v))
-    if spec.family == "qwen3":
-        q, k = norm(setup, q, layer["self_attn.q_norm.weight"]), norm(setup, k, layer["self_attn.k_norm.weight"])
-    q, k = rotate(q, turned), rotate(k, turned)
+    family = setup.spec.family
+    before, after, before_mlp, after_mlp = family.norms
+    normed = lambda x, name: norm(setup, x, layer[f"{name}.weight"]) if name else x
+    q, k, v = queries_keys_values(setup, kind, layer, normed(x, before))
+    q = rotate(q, turned, family.interleaved)
+    if k is not None:
+        k = rotate(k, turned, family.interleaved)
     mixed = attend(q, k, v)
-    x = x + linear(setup, layer, "self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
-    h = norm(setup, x, layer["post_attention_layernorm.weight"])
-    h = jax.nn.silu(linear(setup, layer, "mlp.gate_proj", h)) * linear(setup, layer, "mlp.up_proj", h)
-    return over_batch(setup, x + linear(setup, layer, "mlp.down_proj", h)), k, v
+    found = linear(setup, layer, "self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
+    x = added(setup, x, normed(found, after))
+    h = feed_forward(setup, kind, layer, normed(x, before_mlp))
+    x = added(setup, x, normed(h, after_mlp))
+    if inputs is not None:
+        h = activate(setup, linear(setup, layer, "per_layer_input_gate", x)) * inputs
+        x = x + norm(setup, linear(setup, layer, "per_layer_projection", h), layer["post_per_layer_input_norm.weight"])
+    if family.layer_scalar:  # a constant of the model: not trained
+        x = x * lax.stop_gradient(layer["layer_scalar"]).astype(setup.compute)
+    return over_batch(setup, x), k, v
+
+
+def added(setup: Setup, x: Array, part: Array) -> Array:
+    scale = setup.spec.residual_scale
+    return x + (part if scale == 1.0 else part * scale)
+
+
+def queries_keys_values(setup: Setup, kind: Layer, layer: Parameters, h: Array) -> tuple[Array, Any, Any]:
+    """q, k, v (B, T, heads, width) before RoPE; k and v are None where the layer reads another's."""
+    family = setup.spec.family
+    heads = lambda y: y.reshape(*y.shape[:-1], -1, kind.width)
+    parts: dict[str, Array]
+    if family.fused:
+        whole = linear(setup, layer, "self_attn.qkv_proj", h)
+        cut = setup.spec.heads * kind.width
+        parts = dict(zip("qkv", jnp.split(whole, [cut, cut + kind.key_heads * kind.width], -1), strict=True))
+    else:
+        own = "q" if kind.source is not None else "qkv" if kind.values else "qk"
+        parts = {name: linear(setup, layer, f"self_attn.{name}_proj", h) for name in own}
+        if kind.source is None and not kind.values:
+            parts["v"] = parts["k"]
+    if family.qk_norms == "row":
+        parts |= {n: norm(setup, parts[n], layer[f"self_attn.{n}_norm.weight"]) for n in "qk"}
+    split = {name: heads(y) for name, y in parts.items()}
+    if family.qk_norms == "head":
+        split |= {n: norm(setup, split[n], layer[f"self_attn.{n}_norm.weight"]) for n in "qk" if n in split}
+    if family.value_norm and "v" in split:
+        split["v"] = norm(setup, split["v"], None)
+    return split["q"], split.get("k"), split.get("v")
+
+
+def feed_forward(setup: Setup, kind: Layer, layer: Parameters, h: Array) -> Array:
+    spec = setup.spec
+    if kind.sparse:
+        return mixture(
+            layer,
+            h,
+            count=spec.experts_a_token,
+            normalised=spec.experts_normalised,
+            activate=lambda x: activate(setup, x),
+            compute=setup.compute,
+        )
+    if spec.family.fused_mlp:
+        gate, up = jnp.split(linear(setup, layer, "mlp.gate_up_proj", h), 2, -1)
+    else:
+        gate, up = (linear(setup, layer, f"mlp.{name}_proj", h) for name in ("gate", "up"))
+    return linear(setup, layer, "mlp.down_proj", activate(setup, gate) * up)
+
+
+def activate(setup: Setup, x: Array) -> Array:
+    if setup.spec.activation in ("silu", "swish"):
+        return jax.nn.silu(x)
+    return jax.nn.gelu(x, approximate=setup.spec.activation != "gelu")
 
 
 def linear(setup: Setup, layer: Parameters, name: str, x: Array) -> Array:
@@ -262,29 +299,20 @@ def linear(setup: Setup, layer: Parameters, name: str, x: Array) -> Array:
     return y
 
 
-def norm(setup: Setup, x: Array, weight: Array) -> Array:
-    """RMSNorm over the last axis, in float32."""
+def norm(setup: Setup, x: Array, weight: Array | None) -> Array:
+    """RMSNorm over the last axis, in float32; without a weight, its scale alone."""
+    family = setup.spec.family
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + setup.spec.eps)
-    return (_wide(weight.astype(setup.compute)) * _wide(wide.astype(setup.compute))).astype(setup.compute)
+    if weight is None:
+        return wide.astype(setup.compute)
+    factor = _wide(weight.astype(setup.compute)) + (1.0 if family.offset else 0.0)
+    return (factor * (wide if family.wide_norms else _wide(wide.astype(setup.compute)))).astype(setup.compute)
 
 
 def _wide(x: Array) -> Array:
     """float32: the gradient of a vector that meets every token is summed over them in the dtype they meet in."""
     return x.astype(jnp.float32)
-
-
-def rotation(spec: Spec, positions: Array) -> tuple[Array, Array]:
-    """cos and sin of RoPE's angles, (B, T, 1, width) float32."""
-    angles = positions[..., None].astype(jnp.float32) * jnp.asarray(spec.frequencies, jnp.float32)
-    angles = jnp.concatenate([angles, angles], -1)[..., None, :]
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Array, turned: tuple[Array, Array]) -> Array:
-    cos, sin = (t.astype(x.dtype) for t in turned)
-    first, second = jnp.split(x, 2, -1)
-    return x * cos + jnp.concatenate([-second, first], -1) * sin
 
 
 def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
@@ -304,7 +332,7 @@ def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segm
         sees = (mine == segments[:, None, :]) | (segments[:, None, :] == 0)
         sees &= order[None, None, :] <= (start + jnp.arange(size))[None, :, None]
         sees &= at - positions[:, None, :] < window
-        return weighted(cut(q), [(k, v, sees)])
+        return weighted(setup.spec, cut(q), [(k, v, sees)])
 
     if size == length:
         return one(jnp.int32(0))
@@ -312,7 +340,7 @@ def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segm
     return jnp.moveaxis(parts, 0, 1).reshape(q.shape)
 
 
-def weighted(q: Array, sources: list[tuple[Array, Array, Array]]) -> Array:
+def weighted(spec: Spec, q: Array, sources: list[tuple[Array, Array, Array]]) -> Array:
     """Softmax-weighted values over several sources of keys, whose softmax is one.
 
     Args:
@@ -324,8 +352,8 @@ def weighted(q: Array, sources: list[tuple[Array, Array, Array]]) -> Array:
     scores = []
     for k, _, sees in sources:
         grouped = q.reshape(batch, queries, k.shape[2], -1, width)
-        found = product("bqkgd,bskd->bkgqs", grouped, k, wide=jnp.float32) * width**-0.5
-        scores.append(jnp.where(sees[:, None, None], found, -jnp.inf))
+        found = product("bqkgd,bskd->bkgqs", grouped, k, wide=jnp.float32) * spec.attention_scale
+        scores.append(jnp.where(sees[:, None, None], capped(found, spec.attention_cap), -jnp.inf))
     shares = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(q.dtype)
     mixed, start = None, 0
     for _, v, sees in sources:

@@ -16,13 +16,15 @@ from gvpo_core.training.policy.memory import peak_memory
 from gvpo_core.training.policy.step import plan_step
 from gvpo_core.training.sampling import Sampling
 from gvpo_jax import checkpoint, generate, mesh, update, weights
+from gvpo_jax.families import SETTINGS, TEXT_OF, read_spec, text_config
 from gvpo_jax.learner import Learner
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
-from gvpo_jax.model import FAMILIES, SETTINGS, Parameters, Setup, read_spec
+from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs, out_of_memory
 from gvpo_jax.update import Rows
 
 CPU_CACHE_BYTES = 2**30  # of keys and values
+CHECKED_TOKENS = 8  # sampled at load, to compare the sampler with the forward pass
 log = logging.getLogger("gvpo.jax")
 
 
@@ -60,12 +62,13 @@ class JaxPolicy:
         self.rank, self.world_size = jax.process_index(), mesh.processes(self.mesh)
         self.tokenizer = hugging_face.load_tokenizer(config)
         self.folder = hugging_face.local_folder(config)
-        self.model_config = hugging_face.read_config(self.folder, lambda _: SETTINGS)
+        config_of_all = hugging_face.read_config(self.folder, lambda _: SETTINGS)
+        self.model_config = text_config(config_of_all)
         spec = read_spec(self.model_config)
         scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
         self.setup = Setup(spec, self.mesh, config.dtype, config.gradient_checkpointing, scale)
         self.programs = Programs()
-        files = weights.Files(self.folder)
+        files = weights.Files(self.folder, text_of_more=config_of_all.get("model_type") in TEXT_OF)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
         held = self.setup.compute if config.lora_rank else np.float32
         with out_of_memory("the model's parameters"):
@@ -81,10 +84,11 @@ class JaxPolicy:
             self.packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, spec.hidden
         )
         self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
+        self._check_decoding()
 
     def _check(self) -> tuple[bool, str]:
         """Chooses the layout, and compares packed rows with plain ones before trusting them."""
-        name = FAMILIES[self.setup.spec.family]
+        name = self.setup.spec.family.architecture
         exact, reason = layout.packing(self.model_config)
         if self.config.layout == "plain":
             exact, reason = False, "model.layout = plain"
@@ -102,6 +106,36 @@ class JaxPolicy:
             raise ConfigError(f"model.layout is packed, which is not exact for {name}: {reason}. Use auto or plain")
         log.info("%s: %s rows (%s)", name, "packed" if exact else "plain", reason)
         return exact, reason
+
+    def _check_decoding(self) -> None:
+        """Compares what the sampler says of a few responses with their log-probs by the forward pass.
+
+        Raises: ConfigError: they differ, so that the sampler is not the policy that is trained.
+        """
+        prompts = list(dict.fromkeys(layout.check_batch(self.setup.spec.vocabulary).prompts))[:2]
+        programs, self.programs = self.programs, Programs()  # its shapes are not the run's
+        seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
+        responses, sums = self.sample(prompts, seeds, Sampling(CHECKED_TOKENS))
+        drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
+        scored = self.logprobs(Batch(*(list(column) for column in zip(*drawn, strict=True))))
+        self.programs = programs
+        lengths = [len(tokens) for _, tokens, _ in drawn]
+        apart = mesh.gather(np.abs(scored - np.concatenate(sums)) / lengths)
+        worst, typical = (2e-3, 5e-4) if self.config.dtype == "float32" else (1.0, 0.1)
+        if not (apart.max() <= worst and apart.mean() <= typical):
+            raise ConfigError(
+                f"the sampler of {self.setup.spec.family.architecture} differs from its forward pass by up to "
+                f"{apart.max():.3g} nat a token: gvpo_jax cannot sample from this model exactly"
+            )
+
+    def _check_length(self, tokens: int) -> None:
+        longest = self.setup.spec.longest
+        if longest and tokens > longest:
+            raise ConfigError(
+                f"a row has {tokens} tokens; the rotary embedding of {self.setup.spec.family.architecture} changes in "
+                f"rows past {longest} tokens, which gvpo_jax does not compute: take shorter prompts or responses "
+                "(rollout.max_tokens)"
+            )
 
     def _by_response(self, rows: Rows) -> np.ndarray:
         """Token log-probs in the order of responses."""
@@ -134,6 +168,7 @@ class JaxPolicy:
         """As `generate`, with each response's log-prob at temperature 1 as the sampler saw it."""
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected as many")
+        self._check_length(max(map(len, prompts), default=0) + sampling.max_tokens)
         return generate.generate(
             self.setup,
             self.programs,
@@ -149,11 +184,13 @@ class JaxPolicy:
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float64 sums of float32 token log-probs, nats, at temperature 1.
 
-        Raises: RuntimeError: the reference, where `load` was told that it is not needed.
+        Raises: ConfigError: a row past the length at which the rotary embedding changes.
+          RuntimeError: the reference, where `load` was told that it is not needed.
         """
         return self._logprobs(batch, reference)[0]
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
+        self._check_lengths(batch)
         parameters, adapters = self.learner.parameters, self.learner.adapters
         if reference and self.config.lora_rank:
             adapters = {}
@@ -170,6 +207,11 @@ class JaxPolicy:
                     tokens += rows.arrays["ids"].size
         return found, tokens
 
+    def _check_lengths(self, batch: Batch) -> None:
+        self._check_length(
+            max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)), default=0)
+        )
+
     def _plan(self, batch: Batch, chosen: Sequence[int]) -> list[list[Rows]]:
         return update.plan(batch, self._splitting.rows(batch, chosen), self.mesh)
 
@@ -182,12 +224,13 @@ class JaxPolicy:
     def _cache_tokens(self) -> int:
         """Tokens of key-value cache that half of this process's free device memory holds (a gibibyte on CPU)."""
         spec = self.setup.spec
-        token = 2 * spec.layers * spec.key_heads * spec.width * self.setup.compute.itemsize
+        token = spec.cache_numbers * self.setup.compute.itemsize
         free = 0
         for device in self.mesh.local_devices:
             facts = device.memory_stats() or {}
             free += (facts.get("bytes_limit", 0) - facts.get("bytes_in_use", 0)) // 2
-        tensor = self.mesh.shape["tensor"] if spec.key_heads % self.mesh.shape["tensor"] else 1
+        tensor = self.mesh.shape["tensor"]
+        tensor = tensor if any(layer.key_heads % tensor for layer in spec.each) else 1
         return max(1, (free or CPU_CACHE_BYTES) // (token * tensor))
 
     # -- training
@@ -201,6 +244,7 @@ class JaxPolicy:
 
         Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
         """
+        self._check_lengths(batch)
         together = self.world_size == 1 and self.optimizer_config.strategy == "group"
         whole, rest, logprobs, factors, tokens = plan_step(
             batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs
@@ -241,7 +285,7 @@ class JaxPolicy:
 
     def _facts(self) -> dict[str, Any]:
         c = self.config
-        facts: dict[str, Any] = {"architecture": FAMILIES[self.setup.spec.family], "lora_rank": c.lora_rank}
+        facts: dict[str, Any] = {"architecture": self.setup.spec.family.architecture, "lora_rank": c.lora_rank}
         if c.lora_rank:
             facts |= {"lora_alpha": c.lora_alpha or 2 * c.lora_rank, "lora_targets": list(c.lora_targets)}
         return facts
@@ -274,7 +318,7 @@ class JaxPolicy:
         trainable = weights.count(self.learner.shapes)
         return {
             "backend": "jax",
-            "architecture": FAMILIES[spec.family],
+            "architecture": spec.family.architecture,
             "device": str(first.platform),
             "device_name": first.device_kind,
             "devices": self.mesh.size,
@@ -299,10 +343,10 @@ class JaxPolicy:
         shape = {
             "layers": spec.layers,
             "hidden": spec.hidden,
-            "intermediate": spec.intermediate,
+            "intermediate": max(layer.intermediate for layer in spec.each),
             "heads": spec.heads,
-            "kv_heads": spec.key_heads,
-            "head_dim": spec.width,
+            "kv_heads": max(layer.key_heads for layer in spec.each),
+            "head_dim": max(layer.width for layer in spec.each),
             "vocabulary": spec.vocabulary,
         }
         facts: dict[str, Any] = {"shape": shape, "head_memory": CHUNK_BYTES.get(first.platform, DEVICE_CHUNK_BYTES)}

@@ -1,6 +1,7 @@
 """Safetensors files straight onto the mesh and back: no device's part is read that it does not hold, and the host never
 holds more than one stacked parameter."""
 
+import itertools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,9 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
 from gvpo_core.training.policy.hugging_face import generation_settings, portable_config
 from gvpo_jax import mesh as meshes
-from gvpo_jax.model import EMBEDDING, HEAD, LAYER, Parameters, Spec
+from gvpo_jax.families import OTHER_MODALITIES
+from gvpo_jax.model import Parameters
+from gvpo_jax.spec import EMBEDDING, HEAD, LAYERS, Spec, file_names, fill, is_linear, leading
 
 SHARD_BYTES = 2**32
 ROWS = 4096  # compared at once
@@ -26,11 +29,19 @@ _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F6
 class Files:
     """The tensors of a folder's safetensors files, mapped into memory and read where they are asked for."""
 
-    def __init__(self, folder: Path) -> None:
-        """Raises: ConfigError: no safetensors there, a file that cannot be read, a dtype that is not a float's."""
+    def __init__(self, folder: Path, *, text_of_more: bool = False) -> None:
+        """Maps the files.
+
+        Args:
+          text_of_more: the model has other modalities too: their weights are left out, the text's renamed.
+        Raises: ConfigError: no safetensors there, a file that cannot be read, a dtype that is not a float's.
+        """
         self.folder = folder
         self._found = weight_files.tensors(folder)
         weight_files.refuse_integers(self._found)
+        if text_of_more:
+            named = {_text_name(name): where for name, where in self._found.items()}
+            self._found = {name: where for name, where in named.items() if name}
         self._raw = {path: np.memmap(path, np.uint8, "r") for path in {t.path for t in self._found.values()}}
 
     def __contains__(self, name: str) -> bool:
@@ -47,18 +58,26 @@ class Files:
         return self._raw[where.path][where.start : where.stop].view(_DTYPES[where.dtype]).reshape(where.shape)
 
 
+def _text_name(name: str) -> str:
+    """The name that the model for text alone has for a weight; empty for those of other modalities."""
+    own = name.removeprefix("model.")
+    if own.startswith(OTHER_MODALITIES):
+        return ""
+    for prefix, instead in (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")):
+        if own.startswith(prefix):
+            return instead + own.removeprefix(prefix)
+    return "model." + own.removeprefix("language_model.") if own.startswith("language_model.") else name
+
+
 def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
     """The model's parameters on the mesh, in `dtype`.
 
     Raises: ConfigError: weights that are missing, have another shape, or are unknown to this model.
     """
     shapes = spec.shapes()
-    wanted: dict[str, tuple[int, ...]] = {}
-    for name, shape in shapes.items():
-        for i in range(spec.layers) if "*" in name else (0,):
-            wanted[name.replace("*", str(i))] = shape[1:] if "*" in name else shape
+    wanted = {own: shape[leading(name) :] for name, shape in shapes.items() for own in file_names(name, shape)}
     missing = sorted(wanted.keys() - files.names())
-    known = wanted.keys() | ({HEAD} if spec.tied else set())
+    known = wanted.keys() | ({HEAD} if spec.tied else set()) | _unread(spec)
     foreign = sorted(n for n in files.names() - known if not n.endswith(("rotary_emb.inv_freq", ".masked_bias")))
     unlike = sorted(n for n in wanted if n in files and files.shape(n) != wanted[n])
     for what, names in (("lacks", missing), ("has, unknown to this architecture,", foreign)):
@@ -82,14 +101,24 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     )
 
 
+def _unread(spec: Spec) -> set[str]:
+    """Weights that a file may hold and the model does not use: of layers that read another's keys and values."""
+    shared = [i for i, layer in enumerate(spec.each) if layer.source is not None]
+    own = ("k_proj", "v_proj", "k_norm", "v_norm")
+    return {f"{LAYERS}{i}.self_attn.{name}.weight" for i in shared for name in own}
+
+
 def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: Any) -> jax.Array:
+    axes = leading(name)
+
     def part(index: tuple[slice, ...]) -> np.ndarray:
-        if "*" not in name:
+        if not axes:
             return np.asarray(files[name][index]).astype(dtype)
-        layers = range(*index[0].indices(shape[0]))
-        found = np.empty([len(range(*cut.indices(n))) for cut, n in zip(index, shape, strict=True)], dtype)
-        for at, i in enumerate(layers):
-            found[at] = files[name.replace("*", str(i))][index[1:]]
+        places = [range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]
+        found = np.empty([len(of_axis) for of_axis in places], dtype)
+        for at in itertools.product(*(range(len(of_axis)) for of_axis in places[:axes])):
+            own = fill(name, tuple(of_axis[i] for of_axis, i in zip(places, at, strict=False)))
+            found[at] = files[own][index[axes:]]
         return found
 
     return jax.make_array_from_callback(shape, meshes.parameter_sharding(mesh, name, shape), part)
@@ -103,17 +132,17 @@ def make_adapters(config: ModelConfig, spec: Spec, mesh: Mesh, seed: int) -> dic
     shapes = {}
     matched: set[str] = set()
     for name, shape in spec.shapes().items():
-        if not name.startswith(LAYER) or not name.endswith("_proj.weight"):
+        if not is_linear(name):
             continue
         module = name.removesuffix(".weight")
         hits = [t for t in config.lora_targets if t == "all-linear" or module == t or module.endswith(f".{t}")]
         matched.update(hits)
         if hits:
-            shapes[f"{module}.lora_A"] = (shape[0], config.lora_rank, shape[2])
-            shapes[f"{module}.lora_B"] = (shape[0], shape[1], config.lora_rank)
+            shapes[f"{module}.lora_A"] = (*shape[:-2], config.lora_rank, shape[-1])
+            shapes[f"{module}.lora_B"] = (*shape[:-1], config.lora_rank)
     unused = [t for t in config.lora_targets if t not in matched]
     if unused or not shapes:
-        known = sorted({n.split(".")[-2] for n in spec.shapes() if n.endswith("_proj.weight")})
+        known = sorted({n.split(".")[-2] for n in spec.shapes() if is_linear(n)})
         raise ConfigError(
             f"model.lora_targets has {', '.join(map(repr, unused)) or 'nothing'}, which match no linear layer: "
             f"use all-linear or some of {', '.join(known)}"
@@ -166,6 +195,7 @@ def export(
         module = name.removesuffix(".weight")
         for i in range(spec.layers) if "*" in name else (None,):
             cut = lambda a: whole(a if i is None else a[i])  # noqa: B023 - called at once
+            own = name if i is None else name.replace("*", str(i))
             value = cut(array)
             if f"{module}.lora_A" in adapters:
                 a, b = cut(adapters[f"{module}.lora_A"]), cut(adapters[f"{module}.lora_B"])
@@ -175,7 +205,8 @@ def export(
             value = value.astype(target)
             if size and size + value.nbytes > SHARD_BYTES:
                 flush()
-            part[name if i is None else name.replace("*", str(i))] = value
+            experts = "#" in own
+            part |= {fill(own, (e,)): v for e, v in enumerate(value)} if experts else {own: value}
             size += value.nbytes
             total += value.nbytes
     flush()

@@ -76,7 +76,7 @@ def test_a_tied_model_with_a_head_of_its_own_is_refused(tmp_path) -> None:
 def test_what_config_json_leaves_out_is_transformers_default(tmp_path) -> None:
     import json
 
-    from gvpo_jax.model import SETTINGS, read_spec
+    from gvpo_jax.families import SETTINGS, read_spec
 
     from gvpo_core.training.policy.hugging_face import read_config
 
@@ -88,9 +88,9 @@ def test_what_config_json_leaves_out_is_transformers_default(tmp_path) -> None:
         return read_spec(read_config(folder, lambda _: SETTINGS))
 
     assert spec("mistral", "sliding_window").windows == (4096, 4096)
-    theta = spec("llama", "rope_theta", "rope_parameters").frequencies
+    theta = spec("llama", "rope_theta", "rope_parameters").ropes[0].frequencies
     np.testing.assert_allclose(theta, 10000.0 ** (-np.arange(4) / 4), rtol=1e-12)
-    assert spec("qwen3", "head_dim").width == 128
+    assert spec("qwen3", "head_dim").each[0].width == 128
 
 
 def test_an_export_names_its_dtype_once() -> None:

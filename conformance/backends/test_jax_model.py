@@ -11,7 +11,7 @@ from required import require
 require(subject="jax")
 
 from gvpo_jax import programs
-from gvpo_jax.model import read_spec
+from gvpo_jax.families import read_spec
 from safetensors.numpy import load_file, save_file
 
 from gvpo_core.training.config import ConfigError
@@ -31,19 +31,28 @@ CONFIG = {
 def test_rope_theta_is_read_from_both_places() -> None:
     for given in ({}, {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}}):
         spec = read_spec(CONFIG | given)
-        np.testing.assert_allclose(spec.frequencies, 700.0 ** (-np.arange(4) / 4), rtol=1e-12)
+        np.testing.assert_allclose(spec.ropes[0].frequencies, 700.0 ** (-np.arange(4) / 4), rtol=1e-12)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}, "architecture GPT2LMHeadModel"),
-        ({"model_type": "gemma2", "architectures": None}, r"model_type gemma2\); it knows LlamaForCausalLM"),
+        (
+            {"model_type": "mamba", "architectures": None},
+            r"model_type mamba\); it knows LlamaForCausalLM.*docs/models.md",
+        ),
         ({"architectures": ["LlamaForSequenceClassification"]}, "architecture LlamaForSequenceClassification"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'; it knows default, linear, llama3"),
+        (
+            {"rope_scaling": {"rope_type": "odd", "factor": 4.0}},
+            "rope_type 'odd'; it knows default, linear, llama3, yarn",
+        ),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_type llama3 lack or spoil 'low_freq_factor'"),
+        ({"layer_types": ["linear_attention", "full_attention"]}, "has layers of type linear_attention"),
+        ({"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping, which transformers ignores"),
         ({"rope_theta": None}, "has no rope_theta"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0, "rope_theta": 1.0}}, r"\[1.0, 700.0\] rope_theta"),
-        ({"hidden_act": "gelu"}, "hidden_act of LlamaForCausalLM is 'gelu'"),
+        ({"hidden_act": "relu2"}, "hidden_act of LlamaForCausalLM is 'relu2'"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\), which gvpo_jax does not read"),
         ({"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
     ],

@@ -89,7 +89,7 @@ def logits(of: Any, ids: tuple[int, ...]) -> np.ndarray:
 def _forward(setup: Any, parameters: Any, adapters: Any, *given: Any) -> Any:
     from gvpo_jax import model
 
-    return model.hidden_states(setup, parameters, adapters, *given)[0] @ model.head_weight(setup, parameters).T
+    return model.logits(setup, parameters, model.hidden_states(setup, parameters, adapters, *given)[0])
 
 
 def sample(

@@ -1,0 +1,202 @@
+"""A decoder's shape and settings as plain data: what a program is compiled for, and the names of its parameters."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+LAYERS = "model.layers."
+LAYER = LAYERS + "*."
+NO_WINDOW = 2**30
+_LAYER, _EXPERT = "*", "#"
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the models of one type of transformers are built, where that is not a setting of config.json."""
+
+    architecture: str
+    norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
+    """Before attention, after it, before the MLP, after it."""
+    offset: bool = False  # norms multiply by 1 + weight
+    wide_norms: bool = False  # norms multiply in float32, before they round
+    qk_norms: str = ""  # of queries and keys: "head" one head at a time, "row" all heads together
+    value_norm: bool = False  # values have a norm without a weight
+    biases: str = ""  # of q, k, v, o, where `attention_bias` is set
+    fixed_biases: str = ""  # the same, always
+    mlp_bias: bool = False  # `mlp_bias` is read
+    fused: bool = False  # q, k, v are one projection
+    fused_mlp: bool = False  # gate and up are one projection
+    windows: str = ""  # which layers have a window: "" none, "all", "switched" by use_sliding_window, "types" by type
+    activation: str = "hidden_act"  # the setting's name
+    attention_scale: str = "width"  # or "one", or a setting: query_pre_attn_scalar, attention_multiplier
+    embedding_scale: str = ""  # "root" of the hidden size, or a setting
+    attention_cap: bool = False  # `attn_logit_softcapping` is read
+    logit_cap: bool = False  # `final_logit_softcapping` is read
+    partial: bool = False  # `partial_rotary_factor` is read
+    interleaved: bool = False  # RoPE turns neighbouring numbers of a head, not its two halves
+    sparse: bool = False  # layers with experts
+    layer_scalar: bool = False  # each layer ends with a constant factor
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary embedding of some of the layers."""
+
+    frequencies: tuple[float, ...]  # radians a position; half of the numbers of a head that turn
+    scale: float = 1.0  # of cos and sin
+    limit: int = 0  # tokens of a row up to which these frequencies hold; 0: any
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What may differ from layer to layer."""
+
+    width: int  # of a head
+    key_heads: int
+    intermediate: int
+    window: int = NO_WINDOW  # tokens that it sees back
+    rope: int = 0  # place in Spec.ropes
+    sparse: bool = False  # a mixture of experts
+    values: bool = True  # False: the values are the keys, before norm and RoPE
+    source: int | None = None  # the layer whose keys and values it reads, in place of its own
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A model's shape and settings; hashable, so that programs are compiled for it once."""
+
+    family: Family
+    vocabulary: int
+    hidden: int
+    heads: int
+    eps: float
+    tied: bool
+    each: tuple[Layer, ...]
+    ropes: tuple[Rope, ...]
+    biases: str = ""  # of q, k, v, o
+    mlp_bias: bool = False
+    activation: str = "silu"
+    attention_scale: float = 1.0
+    attention_cap: float | None = None
+    logit_cap: float | None = None
+    logit_scale: float = 1.0
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    experts: int = 0
+    experts_a_token: int = 0
+    expert_width: int = 0
+    experts_normalised: bool = False
+    inputs: int = 0  # numbers of a layer's own embedding of each token (Gemma 4); 0: none
+    inputs_vocabulary: int = 0
+
+    @property
+    def layers(self) -> int:
+        return len(self.each)
+
+    @property
+    def uniform(self) -> bool:
+        """All layers have the same parameters: they are stacked, and one is compiled however many there are."""
+        alike = {replace(layer, window=0, rope=0) for layer in self.each}
+        turning = {len(rope.frequencies) for rope in self.ropes}
+        return len(alike) == 1 and len(turning) == 1 and self.each[0].source is None
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        return tuple(layer.window for layer in self.each)
+
+    @property
+    def cache_numbers(self) -> int:
+        """Keys and values of one token, in all layers that have their own."""
+        return sum(2 * layer.key_heads * layer.width for layer in self.each if layer.source is None)
+
+    @property
+    def longest(self) -> int:
+        """Tokens of a row at most, where RoPE changes past them; 0: any."""
+        return min((rope.limit for rope in self.ropes if rope.limit), default=0)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Parameter name -> shape; `*` stands for a layer's number and `#` for an expert's, each a leading axis."""
+        found: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.hidden), NORM: (self.hidden,)}
+        if not self.tied:
+            found[HEAD] = (self.vocabulary, self.hidden)
+        if self.inputs:
+            wide = self.layers * self.inputs
+            found["model.embed_tokens_per_layer.weight"] = (self.inputs_vocabulary, wide)
+            found["model.per_layer_model_projection.weight"] = (wide, self.hidden)
+            found["model.per_layer_projection_norm.weight"] = (self.inputs,)
+        if self.uniform:
+            layer = self.layer_shapes(self.each[0])
+            return found | {LAYER + name: (self.layers, *shape) for name, shape in layer.items()}
+        for i, kind in enumerate(self.each):
+            found |= {f"{LAYERS}{i}.{name}": shape for name, shape in self.layer_shapes(kind).items()}
+        return found
+
+    def layer_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        """Of one layer."""
+        h, family = self.hidden, self.family
+        queries, keys = self.heads * layer.width, layer.key_heads * layer.width
+        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (h,) for name in family.norms if name}
+        if family.fused:
+            found["self_attn.qkv_proj.weight"] = (queries + 2 * keys, h)
+            found["self_attn.o_proj.weight"] = (h, queries)
+        else:
+            own = "qkvo" if layer.values else "qko"
+            for which in own if layer.source is None else "qo":
+                size = queries if which in "qo" else keys
+                found[f"self_attn.{which}_proj.weight"] = (h, size) if which == "o" else (size, h)
+                if which in self.biases:
+                    found[f"self_attn.{which}_proj.bias"] = (h if which == "o" else size,)
+        if family.qk_norms:
+            sizes = {"q": queries, "k": keys} if family.qk_norms == "row" else dict.fromkeys("qk", layer.width)
+            for which in "qk" if layer.source is None else "q":
+                found[f"self_attn.{which}_norm.weight"] = (sizes[which],)
+        if self.inputs:
+            found["per_layer_input_gate.weight"] = (self.inputs, h)
+            found["per_layer_projection.weight"] = (h, self.inputs)
+            found["post_per_layer_input_norm.weight"] = (h,)
+        if family.layer_scalar:
+            found["layer_scalar"] = (1,)
+        return found | self._mlp_shapes(layer)
+
+    def _mlp_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
+        h, m = self.hidden, layer.intermediate
+        if layer.sparse:
+            found: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (self.experts, h)}
+            m = self.expert_width
+            for which, shape in {"gate": (m, h), "up": (m, h), "down": (h, m)}.items():
+                found[f"mlp.experts.#.{which}_proj.weight"] = (self.experts, *shape)
+            return found
+        if self.family.fused_mlp:
+            return {"mlp.gate_up_proj.weight": (2 * m, h), "mlp.down_proj.weight": (h, m)}
+        found = {}
+        for which, shape in {"gate": (m, h), "up": (m, h), "down": (h, m)}.items():
+            found[f"mlp.{which}_proj.weight"] = shape
+            if self.mlp_bias:
+                found[f"mlp.{which}_proj.bias"] = shape[:1]
+        return found
+
+
+def leading(name: str) -> int:
+    """Leading axes of a parameter that stand for layers and experts."""
+    return (_LAYER in name) + (_EXPERT in name)
+
+
+def fill(name: str, place: tuple[int, ...]) -> str:
+    """The name in the files of one matrix or vector of a parameter, at a place of its leading axes."""
+    for mark, number in zip([m for m in (_LAYER, _EXPERT) if m in name], place, strict=True):
+        name = name.replace(mark, str(number))
+    return name
+
+
+def file_names(name: str, shape: tuple[int, ...]) -> Iterator[str]:
+    """All names in the files that a parameter is made of."""
+    for place in itertools.product(*(range(size) for size in shape[: leading(name)])):
+        yield fill(name, place)
+
+
+def is_linear(name: str) -> bool:
+    """Whether a parameter is the matrix of a linear layer, as LoRA means it: no embedding, head, router or expert."""
+    if not name.endswith(".weight") or "norm" in name or "embed_tokens" in name or name == HEAD:
+        return False
+    return "experts" not in name and not name.endswith("mlp.gate.weight")
