@@ -41,6 +41,36 @@ def stop_gradient(x: Array) -> Array:
     return xp.stop_gradient(x) if hasattr(xp, "stop_gradient") else x  # mlx; the rest do not differentiate
 
 
+def explicit_mesh(x: Array) -> Any:
+    """The mesh of a JAX array whose axes are Explicit, the default of jax.make_mesh; None for every other array.
+
+    On such a mesh the results of gathers and scatters need a sharding that the caller names.
+    """
+    if not array_api_compat.is_jax_array(x):
+        return None
+    jax = sys.modules["jax"]
+    if not hasattr(jax, "typeof"):  # before the types of arrays told their shardings
+        return None
+    mesh = jax.typeof(x).sharding.mesh
+    return mesh if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types) else None
+
+
+def take_rows(values: Array, ids: Array) -> Array:
+    """values[ids] along axis 0; on an Explicit mesh sharded as `ids`."""
+    if explicit_mesh(ids) is not None:
+        return values.at[ids].get(out_sharding=sys.modules["jax"].typeof(ids).sharding)
+    return namespace(values).take(values, ids, axis=0)
+
+
+def scatter_options(values: Array) -> dict[str, Any]:
+    """Arguments of a JAX scatter of rows into groups: on an Explicit mesh the groups are whole on every device."""
+    mesh = explicit_mesh(values)
+    if mesh is None:
+        return {}
+    sharding = sys.modules["jax"].sharding
+    return {"out_sharding": sharding.NamedSharding(mesh, sharding.PartitionSpec())}
+
+
 def constant(number: Any) -> Any:
     """A number as it is; a 0-d array without its gradient."""
     return number if isinstance(number, int | float) else stop_gradient(number)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from gvpo_core._arrays import Array, concrete, namespace, stop_gradient
+from gvpo_core._arrays import Array, concrete, namespace, scatter_options, stop_gradient, take_rows
 
 
 def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
@@ -96,7 +96,8 @@ def group_sum(values: Array, group_ids: Array, num_groups: int) -> Array:
     if hasattr(values, "new_zeros"):  # torch
         return values.new_zeros(num_groups).index_add(0, group_ids.long(), values)
     if hasattr(values, "at"):  # jax, mlx
-        return xp.zeros(num_groups, dtype=values.dtype).at[group_ids].add(values)
+        zeros = xp.zeros(num_groups, dtype=values.dtype)
+        return zeros.at[group_ids].add(values, **scatter_options(values))
     if hasattr(xp, "bincount"):  # numpy, cupy; sums in float64
         ids = xp.astype(group_ids, xp.int64)
         return xp.astype(xp.bincount(ids, weights=values, minlength=num_groups), values.dtype)
@@ -116,7 +117,7 @@ def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
     start = xp.full((num_groups,), lowest, dtype=values.dtype)
     if hasattr(values, "at"):  # jax, mlx
         at = start.at[group_ids]
-        return at.max(values) if hasattr(at, "max") else at.maximum(values)
+        return at.max(values, **scatter_options(values)) if hasattr(at, "max") else at.maximum(values)
     if hasattr(xp.maximum, "at"):  # numpy, cupy
         xp.maximum.at(start, group_ids, values)
         return start
@@ -148,7 +149,7 @@ class Groups(NamedTuple):
 
     def per_row(self, group_values: Array) -> Array:
         """(num_groups,) -> (N,)."""
-        return self.xp.take(group_values, self.group_ids, axis=0)
+        return take_rows(group_values, self.group_ids)
 
     def divisor(self, less: int = 0) -> Array:
         """(num_groups,) k - less in groups that count, 1 elsewhere."""
@@ -191,7 +192,7 @@ def counted_groups(
     counted = ~xp.isnan(rewards) if valid is None else valid & ~xp.isnan(rewards)
     size = group_sum(xp.astype(counted, rewards.dtype), group_ids, num_groups)
     kept = size >= smallest
-    return Groups(xp, group_ids, num_groups, counted & xp.take(kept, group_ids, axis=0), size, kept)
+    return Groups(xp, group_ids, num_groups, counted & take_rows(kept, group_ids), size, kept)
 
 
 def _indices(xp: Any, group_ids: Array) -> Array:
@@ -208,7 +209,7 @@ def group_mean_of_rows(values: Array, counted: Array, group_ids: Array, num_grou
     xp = namespace(values)
     total = group_sum(values, group_ids, num_groups)
     size = group_sum(xp.astype(counted, values.dtype), group_ids, num_groups)
-    return xp.take(total / xp.where(size > 0, size, xp.ones_like(size)), group_ids, axis=0)
+    return take_rows(total / xp.where(size > 0, size, xp.ones_like(size)), group_ids)
 
 
 def center(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:

@@ -1,4 +1,4 @@
-"""GVPO's JAX backend: plain decoders (Llama, Mistral, Qwen2, Qwen3) as policies on TPU, GPU or CPU, over a mesh.
+"""GVPO's JAX backend: decoders of the families in `families.py` as policies on TPU, GPU or CPU, over a mesh.
 
 `load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` stands alone.
 """

@@ -101,3 +101,26 @@ def test_arguments_that_do_not_fit_are_named(change, message) -> None:
     hidden, weight, targets = arguments()
     with pytest.raises(ValueError, match=message):
         token_logprobs(**({"hidden": hidden, "head_weight": weight, "targets": targets} | change))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_scaled_and_capped_logits_are_those_of_float64(frozen: bool) -> None:
+    draw = np.random.default_rng(0)
+    hidden, weight = draw.normal(size=(2, 5, 8)), draw.normal(size=(33, 8))
+    targets, factors = draw.integers(0, 33, (2, 5)), draw.normal(size=(2, 5))
+
+    def plain(h, w):
+        z = 2.0 * jnp.tanh(h @ w.T * 0.7 / 2.0)
+        chosen = jnp.take_along_axis(z, jnp.asarray(targets)[..., None], -1)[..., 0]
+        return jnp.sum((chosen - jax.nn.logsumexp(z, -1)) * factors)
+
+    def chunked(h, w):
+        options = {"chunk_bytes": 33 * 8 * 4, "frozen": frozen, "scale": 0.7, "softcap": 2.0}
+        return jnp.sum(token_logprobs(h, w, jnp.asarray(targets), **options) * factors)
+
+    with jax.enable_x64(True):
+        arguments = jnp.asarray(hidden), jnp.asarray(weight)
+        (one, wanted), (two, found) = (jax.value_and_grad(f, (0, 1))(*arguments) for f in (plain, chunked))
+        np.testing.assert_allclose(two, one, rtol=1e-12)
+        np.testing.assert_allclose(found[0], wanted[0], rtol=0, atol=1e-12)
+        np.testing.assert_allclose(found[1], np.zeros_like(weight) if frozen else wanted[1], rtol=0, atol=1e-12)

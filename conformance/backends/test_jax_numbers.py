@@ -68,3 +68,22 @@ def test_ten_steps_of_adamw_are_those_of_float64(b2: float, tmp_path) -> None:
         # Of the whole way, not of each number: float32 parameters near 1 round a step of 0.01 to 1e-6 of it.
         way = (moved[name] - (wanted - start[name])).mean() / (wanted - start[name]).mean()
         assert abs(way) < 2e-6, name
+
+
+def test_sums_over_a_large_vocabulary_keep_their_digits() -> None:
+    """The gradient norm of an embedding and the normaliser of logits, both over 151,936 numbers in float32."""
+    import jax
+    from gvpo_jax.logprobs import token_logprobs
+
+    vocabulary, draw = 151_936, np.random.default_rng(0)
+    gradient = draw.normal(1.0, 0.2, (vocabulary, 24)).astype(np.float32)
+    norm, own = jax.jit(update.norms)({"model.embed_tokens.weight": jnp.asarray(gradient)})
+    wanted = np.linalg.norm(gradient.astype(np.float64))
+    assert float(norm) == pytest.approx(wanted, rel=1e-6)
+    assert float(own["model.embed_tokens.weight"][0]) == pytest.approx(wanted, rel=1e-6)
+    hidden, head = (draw.normal(0, 0.3, shape).astype(np.float32) for shape in ((1, 8, 24), (vocabulary, 24)))
+    targets = draw.integers(0, vocabulary, (1, 8))
+    logits = hidden[0].astype(np.float64) @ head.astype(np.float64).T
+    wanted_logprobs = logits[np.arange(8), targets[0]] - np.log(np.exp(logits).sum(-1))
+    found = token_logprobs(*(jnp.asarray(a) for a in (hidden, head, targets)))
+    np.testing.assert_allclose(np.asarray(found)[0], wanted_logprobs, rtol=0, atol=5e-6)

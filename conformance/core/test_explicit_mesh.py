@@ -1,0 +1,50 @@
+"""The core on JAX arrays that lie on a mesh with Explicit axes, the default of jax.make_mesh."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from places import SUPPORT
+from required import require
+
+require("jax", subject="jax")
+
+from gvpo_core import gvpo_loss, gvpo_weights
+
+RESULTS = ("loss", "gradient", "surrogate_gradient", "weights", "coefficients", "regret")
+OTHERS = ("grpo", "rloo", "reject_sampling", "sft", "dpo")
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    draw = np.random.default_rng(0)
+    rows = {name: draw.normal(size=16).astype(np.float32) for name in ("logprobs", "ref_logprobs", "rewards")}
+    ids = draw.permutation(np.repeat(np.arange(4), 4))
+    return rows | {"group_ids": ids, "valid": np.arange(16) != 5}
+
+
+@pytest.fixture(scope="module")
+def results(inputs, tmp_path_factory):
+    path = tmp_path_factory.mktemp("mesh") / "inputs.json"
+    path.write_text(json.dumps({name: a.tolist() for name, a in inputs.items()}))
+    worker = [sys.executable, str(SUPPORT / "explicit_mesh_worker.py"), str(path)]
+    done = subprocess.run(worker, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", [*RESULTS, *OTHERS])
+def test_results_are_those_without_a_mesh(name, results) -> None:
+    for where in ("alone-eager", "set-eager", "set-jit") if "gradient" not in name else ("set-eager", "set-jit"):
+        found, wanted = results[f"{name}-{where}"], results[f"{name}-plain-eager"]
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6, err_msg=where)
+
+
+def test_values_are_those_of_float64_numpy(inputs, results) -> None:
+    wide = {n: a.astype(np.float64) if a.dtype == np.float32 else a for n, a in inputs.items()}
+    rows = [wide[name] for name in ("logprobs", "ref_logprobs", "rewards", "group_ids")]
+    options = {"beta": 0.5, "valid": wide["valid"]}
+    np.testing.assert_allclose(results["loss-set-jit"], gvpo_loss(*rows, **options).loss, rtol=1e-5)
+    np.testing.assert_allclose(results["weights-set-jit"], gvpo_weights(*rows, **options), rtol=1e-5, atol=1e-6)

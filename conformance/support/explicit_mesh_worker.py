@@ -1,0 +1,66 @@
+"""Calls gvpo_core on a mesh of four devices as jax.make_mesh makes it by default; prints the results as JSON.
+
+Usage: explicit_mesh_worker.py INPUTS: a JSON file of logprobs, ref_logprobs, rewards, group_ids and valid.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+import gvpo_core
+
+GROUPS = 4
+
+
+def coefficients(name, lp, ref, rewards, ids):
+    return gvpo_core.objective_coefficients(name, lp, ref, lp, rewards, ids, beta=0.5, num_groups=GROUPS)
+
+
+def functions(valid):
+    options = {"beta": 0.5, "num_groups": GROUPS, "valid": valid}
+    found = {
+        "loss": lambda lp, *rest: gvpo_core.gvpo_loss(lp, *rest, **options).loss,
+        "gradient": jax.grad(lambda lp, *rest: gvpo_core.gvpo_loss(lp, *rest, **options).loss),
+        "surrogate_gradient": jax.grad(lambda lp, *rest: gvpo_core.gvpo_surrogate(lp, *rest, **options)),
+        "weights": lambda *rows: gvpo_core.gvpo_weights(*rows, **options),
+        "coefficients": lambda *rows: gvpo_core.gvpo_coefficients(*rows, **options),
+        "regret": lambda *rows: gvpo_core.gvpo_regret(*rows, **options).series,
+    }
+    for name in ("grpo", "rloo", "reject_sampling", "sft", "dpo"):
+        found[name] = lambda *rows, name=name: coefficients(name, *rows)
+    return found
+
+
+def main():
+    inputs = json.loads(Path(sys.argv[1]).read_text())
+    mesh = jax.make_mesh((4,), ("data",))
+    assert mesh.axis_types == (AxisType.Explicit,) and len(jax.devices()) == 4
+    dtypes = {"group_ids": jnp.int32, "valid": bool}
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    plain = {name: jnp.asarray(v, dtypes.get(name, jnp.float32)) for name, v in inputs.items()}
+    sharded = {name: jax.device_put(a, sharding) for name, a in plain.items()}
+    results = {}
+    for where, arrays in {"plain": plain, "alone": sharded, "set": sharded}.items():
+        rows = [arrays[name] for name in ("logprobs", "ref_logprobs", "rewards", "group_ids")]
+        for name, function in functions(arrays["valid"]).items():
+            for how, called in {"eager": function, "jit": jax.jit(function)}.items():
+                if where == "alone" and (how == "jit" or "gradient" in name):
+                    continue  # JAX itself refuses jnp.zeros_like there: "enter your jit into a mesh context"
+                if where == "set":
+                    with jax.set_mesh(mesh):
+                        found = called(*rows)
+                else:
+                    found = called(*rows)
+                results[f"{name}-{where}-{how}"] = jnp.asarray(found).tolist()
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
