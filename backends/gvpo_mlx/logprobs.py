@@ -74,6 +74,20 @@ def token_logprobs(
     return _frozen(head, targets, rows, head_weight, bias)(hidden)
 
 
+def logsumexp(logits: mx.array) -> mx.array:
+    """(..., V) float32 -> (...): log sum exp over the last axis, in pieces of at most 512.
+
+    MLX's own adds float32 one after another on CPU: 2.6e-4 too low for 152,000 logits.
+    """
+    vocabulary = logits.shape[-1]
+    size = next((n for n in range(512, 31, -1) if vocabulary % n == 0), 0)
+    if not size:
+        size = 256
+        added = -vocabulary % size
+        logits = mx.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, added)], constant_values=-mx.inf)
+    return mx.logsumexp(mx.logsumexp(logits.reshape(*logits.shape[:-1], -1, size), -1), -1)
+
+
 class _Head:
     """The head's arithmetic on one chunk."""
 
@@ -117,7 +131,7 @@ def _logprobs(
             part = mx.depends(part, parts[-1])
         logits = head.logits(part, weight, bias)
         chosen = mx.take_along_axis(logits, targets[start : start + rows, None], 1).squeeze(1)
-        parts.append(chosen - mx.logsumexp(logits, 1))
+        parts.append(chosen - logsumexp(logits))
     return mx.concatenate(parts) if parts else mx.zeros((0,))
 
 

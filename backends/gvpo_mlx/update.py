@@ -14,6 +14,8 @@ from gvpo_core.training.policy.step import factors_of
 from gvpo_mlx import buckets
 from gvpo_mlx.model import Scorer, inputs
 
+PIECE = 256  # numbers that are summed one after another in float32
+
 
 class Passes:
     """Forward and backward passes over micro-batches; compiled ones where `compiled`, one program a shape."""
@@ -115,10 +117,10 @@ class Gradients:
 
         Raises: FloatingPointError: naming the parameters whose gradient is not finite.
         """
-        squares = [mx.square(g).sum() for g in self.sums]
-        norm = math.sqrt(float(np.array(mx.stack(squares), dtype=np.float64).sum()))
+        squares = [square_sum(g) for g in self.sums]
+        norm = math.sqrt(sum(squares))
         if not math.isfinite(norm):
-            bad = [n for n, square in zip(self.names, squares, strict=True) if not math.isfinite(float(square))]
+            bad = [n for n, square in zip(self.names, squares, strict=True) if not math.isfinite(square)]
             raise FloatingPointError(
                 f"the gradient norm is {norm}: the gradients of {len(bad)} of {len(self.names)} parameters are not "
                 f"finite, the first {', '.join(bad[:3]) or 'none alone (their sum overflows)'}; no step was taken"
@@ -127,6 +129,17 @@ class Gradients:
             return self.sums, norm
         factor = limit / (norm + 1e-6)
         return [g * factor for g in self.sums], norm
+
+
+def square_sum(x: mx.array) -> float:
+    """Sum of squares: pieces of 256 in float32, their sum in float64 on the host.
+
+    MLX adds float32 one after another on CPU: 20 % too low for 136 million numbers.
+    """
+    flat = mx.square(x.astype(mx.float32)).reshape(-1)
+    whole = flat.size // PIECE * PIECE
+    pieces = np.array(flat[:whole].reshape(-1, PIECE).sum(1)).astype(np.float64)
+    return float(pieces.sum() + np.array(flat[whole:]).astype(np.float64).sum())
 
 
 class AdamW:
