@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy.hugging_face import generation_settings, local_folder, portable_config
 from gvpo_mlx.adapters import adapted, merged
-from gvpo_mlx.model import Scorer
+from gvpo_mlx.model import Scorer, read_back
 from gvpo_mlx.update import AdamW
+from gvpo_mlx.weights import constants
 
 log = logging.getLogger("gvpo.mlx")
 SHARD_BYTES = 2**30
@@ -104,64 +105,53 @@ def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mappin
 
 
 def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any, end: Sequence[int]) -> None:
-    """Writes a Hugging Face folder: weights with adapters merged in and unpacked, config, tokenizer; under `adapters`,
-    where there are any, the adapters alone as mlx-lm loads them onto the model that they were trained on.
+    """Writes a Hugging Face folder: weights with adapters merged in and unpacked, by the names and shapes of the folder
+    that was trained; config, tokenizer; under `adapters`, where there are any, the adapters alone as mlx-lm loads them
+    onto the model that they were trained on. The folder is then read back and scored.
 
     Args:
       end: the tokens that ended responses; all of them are in generation_config.json.
+    Raises: ConfigError: the folder does not score as the model that was trained; its weights are removed.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    folder = local_folder(config)
+    folder, loaded = local_folder(config), scorer.loaded
     dtype = scorer.dtype
-    tensors = {
-        name: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
-        for name, value in _hugging_face_names(merged(scorer.lm))
-    }
-    _warn_of_names(tensors, folder, config)
+    constant = constants(str(loaded.config.get("model_type")))
+    tensors = {}
+    for name, value in loaded.origin.tensors(dict(merged(scorer.lm))).items():
+        if name.rpartition(".")[2] in constant and not loaded.origin.mlx_format:
+            value = loaded.origin.stored(name)  # never trained: some are float32 in a folder of 16 bits
+        elif mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+        tensors[name] = value
+    if loaded.origin.mlx_format and any(".switch_mlp." in name for name in tensors):
+        log.warning(
+            "%s is in MLX's own format, and so is its export: mlx-lm reads it, transformers may not", config.path
+        )
     head = "lm_head.weight"
-    if head not in tensors and "lm_head" not in scorer.lm and scorer.config.get("tie_word_embeddings") is False:
+    if head not in tensors and "lm_head" not in scorer.language and loaded.written.get("tie_word_embeddings") is False:
         tensors[head] = tensors[next(n for n in tensors if n.endswith("embed_tokens.weight"))]
     files = _write(directory, tensors.items(), "model-{:05d}.safetensors", {"format": "pt"})
-    _index(directory, files, tensors)
+    written = _index(directory, files, tensors)
     # The completed settings: mlx-lm asks for some by names that transformers 5 no longer writes.
-    dropped = ("quantization", "quantization_config", "torch_dtype")
-    settings = portable_config({k: v for k, v in scorer.config.items() if k not in dropped}, config.dtype)
+    settings = portable_config(loaded.written, config.dtype)
     (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     generation = json.dumps(generation_settings(folder, end), indent=2) + "\n"
     (directory / "generation_config.json").write_text(generation, encoding="utf-8")
     tokenizer.save_pretrained(directory)
+    try:
+        read_back(directory, scorer, config)
+    except ConfigError:
+        for path in written:
+            path.unlink()
+        raise
     if scorer.adapted:
         _export_adapters(directory / "adapters", scorer, config)
 
 
-def _hugging_face_names(tensors: Iterable[tuple[str, mx.array]]) -> Iterator[tuple[str, mx.array]]:
-    """mlx-lm stacks a layer's experts in one tensor; transformers' files have each for itself."""
-    for name, value in tensors:
-        stacked = re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", name)
-        if stacked is None:
-            yield name, value
-        else:
-            yield from ((f"{stacked[1]}.experts.{e}.{stacked[2]}.weight", value[e]) for e in range(value.shape[0]))
-
-
-def _warn_of_names(tensors: Mapping[str, mx.array], folder: Path, config: ModelConfig) -> None:
-    known = set()
-    for path in folder.glob("model*.safetensors"):
-        known |= set(mx.load(str(path)))
-    foreign = sorted(tensors.keys() - known)
-    if foreign:
-        log.warning(
-            "%d tensors of the export, the first %s, are not named as in %s: mlx-lm reads them, transformers may not",
-            len(foreign),
-            foreign[0],
-            config.path,
-        )
-
-
-def _index(directory: Path, files: list[str], tensors: Mapping[str, mx.array]) -> None:
+def _index(directory: Path, files: list[str], tensors: Mapping[str, mx.array]) -> list[Path]:
     if len(files) == 1:  # the name that every reader knows
-        (directory / files[0]).rename(directory / "model.safetensors")
-        return
+        return [(directory / files[0]).rename(directory / "model.safetensors")]
     names = [f"model-{i + 1:05d}-of-{len(files):05d}.safetensors" for i in range(len(files))]
     where = {}
     for file, name in zip(files, names, strict=True):
@@ -169,6 +159,7 @@ def _index(directory: Path, files: list[str], tensors: Mapping[str, mx.array]) -
         (directory / file).rename(directory / name)
     index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": where}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    return [directory / name for name in names]
 
 
 def _export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:

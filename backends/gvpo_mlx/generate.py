@@ -16,6 +16,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_mlx.corrections import window_of
 from gvpo_mlx.model import Scorer
 
 UNIFORMS_AHEAD = 64  # random numbers made at once for each row
@@ -200,8 +201,11 @@ def _cache(scorer: Scorer, padding: Sequence[int]) -> list[Any]:
     )
 
     made: list[Any] = []
-    for c in make_prompt_cache(scorer.lm):
-        if type(c) is KVCache:
+    for layer, c in zip(scorer.lm.layers, make_prompt_cache(scorer.lm), strict=False):
+        window = window_of(layer)
+        if window is not None:
+            made.append(BatchRotatingKVCache(window, list(padding)))
+        elif type(c) is KVCache:
             made.append(BatchKVCache(list(padding)))
         elif type(c) is RotatingKVCache and not c.keep:
             made.append(BatchRotatingKVCache(c.max_size, list(padding)))

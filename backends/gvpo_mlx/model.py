@@ -2,14 +2,10 @@
 
 import contextlib
 import copy
-import functools
-import importlib
-import inspect
-import io
-import json
+import dataclasses
 import logging
 import resource
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +16,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
-from gvpo_core.training.policy.hugging_face import explained, load_tokenizer, local_folder, read_config
-from gvpo_mlx import rope, settings
+from gvpo_core.training.policy.hugging_face import load_tokenizer, local_folder
 from gvpo_mlx.adapters import adapted, add_adapters, switched_off
-from gvpo_mlx.logprobs import Quantized, token_logprobs
+from gvpo_mlx.logprobs import Quantized, logsumexp, token_logprobs
 from gvpo_mlx.packed import Packed, take_positions
+from gvpo_mlx.read import Loaded, language_model, pretrained
 
 log = logging.getLogger("gvpo.mlx")
 
@@ -32,18 +28,20 @@ log = logging.getLogger("gvpo.mlx")
 class Scorer:
     """The language model; its trainable parameters go in as a list, so that gradients and compilation see them."""
 
-    def __init__(self, lm: nn.Module, config: Mapping[str, Any], dtype: mx.Dtype) -> None:
-        self.lm, self.config, self.dtype = lm, config, dtype
-        self.decoder = getattr(lm, "model", None)
+    def __init__(self, loaded: Loaded, dtype: mx.Dtype) -> None:
+        lm, config = loaded.lm, loaded.config
+        self.lm, self.loaded, self.config, self.dtype = lm, loaded, config, dtype
+        self.language = language_model(lm)
+        self.decoder = getattr(self.language, "model", None)
         if self.decoder is None or not hasattr(lm, "layers"):
             raise ConfigError(f"{self.name} of mlx-lm has no decoder `model` with `layers`, which is not supported")
         self.names = [name for name, _ in tree_flatten(lm.trainable_parameters())]
-        self.head = _head_of(lm, self.decoder, self.name)
+        self.head = _head_of(self.language, self.decoder, self.name)
         self.trains_head = bool(tree_flatten(self.head.trainable_parameters()))
         scale = config.get("logit_scale") or 1.0
         scale /= config.get("logits_scaling") or 1.0
         self.head_options = {"softcap": config.get("final_logit_softcapping"), "scale": float(scale)}
-        self.window = settings.ignored_window(lm, config, self.name)
+        self.window = loaded.window
 
     @property
     def name(self) -> str:
@@ -122,9 +120,9 @@ class Scorer:
         return z if cap is None else mx.tanh(z / cap) * cap
 
     def check_length(self, length: int) -> None:
-        """Raises ValueError: a row longer than a window that mlx-lm's model leaves out."""
+        """Raises ConfigError: a row longer than a window that mlx-lm's model leaves out."""
         if self.window is not None and length > self.window:
-            raise ValueError(
+            raise ConfigError(
                 f"a row has {length} tokens; {self.name} has a sliding window of {self.window}, which mlx-lm leaves "
                 "out, so its log-probs are right up to that length only. Take shorter prompts or responses"
             )
@@ -173,7 +171,8 @@ def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
     folder = local_folder(config)
     tokenizer = load_tokenizer(config)
     with _global_state_kept():
-        lm, completed = _pretrained(config, folder)
+        loaded = pretrained(config, folder)
+        lm = loaded.lm
         compute = getattr(mx, config.dtype)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
         lm.set_dtype(compute if config.lora_rank else mx.float32)
@@ -189,16 +188,17 @@ def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
         for layer in lm.layers:
             _recompute(layer)
     _evaluate(lm)
-    return Scorer(lm, completed, compute), tokenizer
+    return Scorer(loaded, compute), tokenizer
 
 
 def load_reference(config: ModelConfig) -> Scorer:
     """The initial model, frozen, in the compute dtype; its head stays float32, as the trained one's."""
     with _global_state_kept():
-        lm, completed = _pretrained(config, local_folder(config))
+        loaded = pretrained(config, local_folder(config))
+    lm = loaded.lm
     lm.set_dtype(mx.float32)
     lm.freeze()
-    scorer = Scorer(lm, completed, getattr(mx, config.dtype))
+    scorer = Scorer(loaded, getattr(mx, config.dtype))
     if scorer.dtype != mx.float32:
         wide = copy.copy(scorer.head)  # its weight, before the model's is cast
         lm.set_dtype(scorer.dtype)
@@ -206,46 +206,6 @@ def load_reference(config: ModelConfig) -> Scorer:
     take_positions(lm)
     _evaluate(lm)
     return scorer
-
-
-def _pretrained(config: ModelConfig, folder: Path) -> tuple[nn.Module, dict[str, Any]]:
-    from mlx_lm.utils import load_model
-
-    arguments = functools.partial(_arguments, path=config.path)
-    completed = read_config(folder, arguments)
-    if not list(folder.glob("model*.safetensors")):
-        raise ConfigError(f"model.path {config.path!r} has no model*.safetensors")
-    text = (folder / "config.json").read_text(encoding="utf-8")
-    written = json.loads(text, object_hook=settings.special_floats)
-    known = arguments(completed["model_type"])
-    with explained("the model", config):
-        settings.check_dropped(written, known)
-        given = rope.settings_for(known, completed)
-        override = {k: v for k, v in completed.items() if k != "rope_parameters"} | given
-        override |= settings.pattern_of_layers(known, completed)
-        lm, _ = load_model(folder, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
-    settings.check_activation(lm, written)
-    settings.check_head(lm, folder)
-    rope.check(lm, given, completed)
-    return lm, completed
-
-
-def _arguments(kind: str, *, path: str) -> Mapping[str, Any]:
-    """The settings that mlx-lm's model of this type reads, by name."""
-    from mlx_lm.utils import MODEL_REMAPPING
-
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stdout(said):
-            module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
-        return inspect.signature(module.ModelArgs).parameters
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"model.path {path!r} is of type {kind!r}, which mlx-lm does not have") from error
-    except SystemExit as error:  # as its olmo does where a package is missing
-        raise ConfigError(
-            f"model.path {path!r} is of type {kind!r}, which mlx-lm cannot load here: "
-            f"{said.getvalue().strip() or 'it exits without a word'}"
-        ) from error
 
 
 def _evaluate(lm: nn.Module) -> None:
@@ -283,7 +243,7 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
     Returns: whether rows are packed, and why.
     Raises: ConfigError: the log-probs disagree, or the layout asked for is not exact.
     """
-    batch = layout.check_batch(scorer.head.weight.shape[0]).take([0, 1, 3])  # fewer: MLX is slow on CPU
+    batch = _check_batch(scorer)
     # With 16-bit parameters the mean decides, as a router may send a token elsewhere.
     worst, typical = (2e-3, 5e-4) if scorer.dtype == mx.float32 else (float("inf"), 0.1)
     try:
@@ -296,7 +256,7 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
     with scorer.using(scorer.parameters):
         for prompt, response in zip(batch.prompts, batch.responses, strict=True):
             logits = scorer.lm(mx.array([prompt + response]))[0, len(prompt) - 1 : -1].astype(mx.float32)
-            logits = logits - mx.logsumexp(logits, -1, keepdims=True)
+            logits = logits - logsumexp(logits)[:, None]
             own.append(np.array(mx.take_along_axis(logits, mx.array(response)[:, None], 1).squeeze(1)))
     difference = np.abs(np.concatenate(own) - np.concatenate(plain))
     if not (difference.max() <= worst and difference.mean() <= typical):
@@ -304,6 +264,7 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
             f"log-probs of {scorer.name} differ from its own forward pass by up to {difference.max():.3g} nat a token: "
             "it does something to its logits that is not known here, and cannot be trained exactly"
         )
+    _check_head(scorer)
     exact, reason = layout.packing(scorer.config)
     if config.layout == "plain":
         exact, reason = False, "model.layout = plain"
@@ -321,6 +282,71 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
     return exact, reason
 
 
+def read_back(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
+    """Loads an exported folder and compares its log-probs with those of the model that was exported.
+
+    Raises: ConfigError: it cannot be loaded, or scores otherwise.
+    """
+    other = load_reference(dataclasses.replace(config, path=str(directory), revision=None))
+    batch = _check_batch(scorer)
+    ours, theirs = (np.concatenate(_by_response(s, batch, False)) for s in (scorer, other))
+    difference = np.abs(ours - theirs)
+    worst, typical = (2e-3, 5e-4) if scorer.dtype == mx.float32 else (float("inf"), 0.1)
+    if not (difference.max() <= worst and difference.mean() <= typical):
+        raise ConfigError(
+            f"the export in {directory}, read back, differs from the trained {scorer.name} by up to "
+            f"{difference.max():.3g} nat a token: mlx-lm cannot write this model; the checkpoint is as it was"
+        )
+
+
+def _check_batch(scorer: Scorer) -> Batch:
+    return layout.check_batch(scorer.head.weight.shape[0]).take([0, 1, 3])  # fewer: MLX is slow on CPU
+
+
+def _check_head(scorer: Scorer) -> None:
+    """Compares the head's logits with the model's own on the same hidden states, scaled until a cap would show.
+
+    In 16 bits too, where log-probs of two forward passes differ by more than a cap changes them.
+
+    Raises: ConfigError: they differ.
+    """
+    language, decoder = scorer.language, scorer.decoder
+    with scorer.using(scorer.parameters):
+        hidden = decoder(mx.array([[1, 2, 3]]), cache=None)
+        size = float(mx.abs(scorer.logits(hidden)).max())
+        for factor in (1.0, 100.0 / max(size, 1e-3)):
+            stub = _Given(decoder, hidden * factor)
+            try:
+                dict.__setitem__(language, "model", stub)
+                own = scorer.lm(mx.array([[1, 2, 3]])).astype(mx.float32)
+            finally:
+                dict.__setitem__(language, "model", decoder)
+            if not stub.called:
+                return
+            found = scorer.logits(stub.hidden)
+            worst = (1e-4 if scorer.dtype == mx.float32 else 2e-2) * float(mx.abs(found).max())
+            difference = float(mx.abs(found - own).max())
+            if not difference <= worst:
+                raise ConfigError(
+                    f"logits of {scorer.name} differ from the model's own by up to {difference:.3g}: it does something "
+                    "to its logits that is not known here, and cannot be trained exactly"
+                )
+
+
+class _Given:
+    """In the place of a decoder: gives hidden states that were made elsewhere."""
+
+    def __init__(self, decoder: nn.Module, hidden: mx.array) -> None:
+        self.decoder, self.hidden, self.called = decoder, hidden, False
+
+    def __call__(self, *_: Any, **__: Any) -> mx.array:
+        self.called = True
+        return self.hidden
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.decoder, name)
+
+
 def _by_response(scorer: Scorer, batch: Batch, packed: bool) -> list[np.ndarray]:
     arrays = layout.arrays(batch, layout.plan_rows(batch, packed=packed, tokens=1 << 30))
     values = np.array(scorer.score(scorer.parameters, **inputs(arrays), packed=packed))
@@ -328,4 +354,4 @@ def _by_response(scorer: Scorer, batch: Batch, packed: bool) -> list[np.ndarray]
     return [parts[i] for i in np.argsort(arrays.responses)]
 
 
-__all__ = ["Scorer", "check", "inputs", "load_reference", "load_scorer", "switched_off"]
+__all__ = ["Scorer", "check", "inputs", "load_reference", "load_scorer", "read_back", "switched_off"]

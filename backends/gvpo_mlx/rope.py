@@ -68,11 +68,13 @@ def _one(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(_MODULES)}"
         )
     if rope["rope_type"] == "yarn":
-        unknown = sorted(
-            k for k, v in rope.items() if k not in (*_YARN, "rope_type", "rope_theta", "partial_rotary_factor") and v
-        )
+        known = (*_YARN, "rope_type", "rope_theta", "partial_rotary_factor")
+        unread = {k: v for k, v in rope.items() if k not in known and v is not None}
+        unknown = sorted(k for k, v in unread.items() if (k, v) != ("truncate", True))  # true: what mlx-lm computes
         if unknown:
-            raise ConfigError(f"yarn RoPE of {name} has {', '.join(unknown)}, which mlx-lm does not read")
+            raise ConfigError(
+                f"yarn RoPE of {name} has {', '.join(f'{k} = {rope[k]}' for k in unknown)}, which mlx-lm does not read"
+            )
     return rope
 
 
@@ -95,6 +97,10 @@ def _given(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config: Ma
     scaling = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None} | {"type": rope["rope_type"]}
     if rope["rope_type"] == "yarn":
         scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
+        # transformers takes its defaults for zeros, and for both of mscale where one is missing or zero.
+        together = scaling.get("mscale") and scaling.get("mscale_all_dim")
+        unset = [k for k in _YARN[2:] if not scaling.get(k) or ("mscale" in k and not together)]
+        scaling = {k: v for k, v in scaling.items() if k not in unset}
     return given | {"rope_scaling": scaling}
 
 

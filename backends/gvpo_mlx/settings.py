@@ -16,6 +16,7 @@ import mlx.nn as nn
 import numpy as np
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy import weight_files
 
 _ELSEWHERE = frozenset(
     (
@@ -38,6 +39,49 @@ _HARMLESS = re.compile(
 holds against those of the weights."""
 
 
+QUANTIZATION = ("quantization", "quantization_config", "compression_config", "torch_dtype")
+"""What an export's config.json has no more, since its weights are unpacked."""
+
+
+def check_quantization(written: Mapping[str, Any], folder: Path) -> None:
+    """Refuses weights that are packed in another way than MLX's own; gpt-oss's mxfp4 is read as it is.
+
+    Raises: ConfigError: naming the method.
+    """
+    method = weight_files.quantization(written)
+    if (folder / "hf_quant_config.json").is_file():
+        method = method or "modelopt"
+    own = written.get("quantization")
+    if method is None or method == "mxfp4" or (isinstance(own, Mapping) and {"bits", "group_size"} <= own.keys()):
+        return
+    raise ConfigError(
+        f"{folder} says that its weights are quantised ({method}); gvpo_mlx reads MLX's own quantisation. Quantise the "
+        "original model with mlx_lm.convert -q, or give the model before it was quantised"
+    )
+
+
+def packed_names(lm: nn.Module, found: Mapping[str, Any]) -> list[str]:
+    """The tensors of the files that may be integers: all where each integer weight of the model has its scales."""
+    bare = quantized = False
+    for module in lm.modules():
+        quantized |= "scales" in module
+        weight = module.get("weight")
+        bare |= isinstance(weight, mx.array) and not mx.issubdtype(weight.dtype, mx.floating) and "scales" not in module
+    return list(found) if quantized and not bare else []
+
+
+def other_words(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of GraniteMoeHybrid by mlx-lm's names of them: kinds of layers, and RoPE for "rope" alone."""
+    if config["model_type"] != "granitemoehybrid":
+        return {}
+    words = {"full_attention": "attention", "linear_attention": "mamba"}
+    rope = config.get("position_embedding_type") == "rope"
+    return {
+        "layer_types": [words.get(kind, kind) for kind in config.get("layer_types") or []],
+        "position_embedding_type": "rope" if rope else "nope",
+    }
+
+
 def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     """The pattern of sliding layers in the words of an architecture of mlx-lm that asks for one.
 
@@ -49,7 +93,8 @@ def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> di
     Raises: ConfigError: a pattern that cannot be said so.
     """
     kinds = config.get("layer_types")
-    if not kinds or "sliding_window_pattern" not in known or "layer_types" in known:
+    name = next((n for n in ("sliding_window_pattern", "full_attention_interval") if n in known), None)
+    if not kinds or name is None or "layer_types" in known:
         return {}
     full = [kind == "full_attention" for kind in kinds]
     if config["model_type"] == "exaone4":
@@ -60,7 +105,7 @@ def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> di
             f"layer_types of {config['model_type']} is {', '.join(kinds)}; mlx-lm's model knows patterns alone whose "
             "every n-th layer is full_attention: its log-probs would be wrong"
         )
-    return {"sliding_window_pattern": every}
+    return {name: every}
 
 
 def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int | None:
@@ -244,7 +289,7 @@ def check_head(lm: nn.Module, folder: Path) -> None:
     """
     if "lm_head" in lm:
         return
-    tensors = {name: value for path in sorted(folder.glob("model*.safetensors")) for name, value in _lazy(path)}
+    tensors = {name: value for path in weight_files.weight_files(folder) for name, value in _lazy(path)}
     for name, head in tensors.items():
         part = re.fullmatch(r"(?:.*\.)?lm_head\.(\w+)", name)
         if part is None:

@@ -20,7 +20,6 @@ from gvpo_mlx import memory, rope
 from gvpo_mlx.model import load_scorer
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.sampling import Sampling
 
 OF = batch((3, 2))
 ROPE = {"rope_type": "default", "rope_theta": 700.0}
@@ -79,6 +78,7 @@ def test_mlx_lm_alone_ignores_it(llama) -> None:
         ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
         ({"rope_type": "spiral"}, "'spiral'"),
         ({"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}, "attention_factor"),
+        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate = False"),
     ],
 )
 def test_rope_that_mlx_lm_computes_otherwise_is_refused(settings, message) -> None:
@@ -86,6 +86,18 @@ def test_rope_that_mlx_lm_computes_otherwise_is_refused(settings, message) -> No
     config = {"model_type": "llama", "rope_parameters": {"rope_theta": 700.0} | settings}
     with pytest.raises(ConfigError, match=message):
         rope.settings_for(known, config)
+
+
+def test_zeros_of_yarn_are_what_transformers_takes_for_them() -> None:
+    """Its defaults for a beta of 0, and for both of mscale where one is 0 or missing; mlx-lm computes with each."""
+    known = dict.fromkeys(("rope_theta", "rope_scaling"))
+    yarn = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0, "original_max_position_embeddings": 32}
+    odd = {"truncate": True, "attention_factor": None, "beta_fast": 0, "mscale": 0.5, "mscale_all_dim": 0}
+    given = rope.settings_for(known, {"model_type": "llama", "rope_parameters": yarn | odd})["rope_scaling"]
+    assert not {"beta_fast", "mscale", "mscale_all_dim"} & given.keys() and given["factor"] == 2.0
+    both = {"mscale": 0.5, "mscale_all_dim": 0.7}
+    given = rope.settings_for(known, {"model_type": "llama", "rope_parameters": yarn | both})["rope_scaling"]
+    assert (given["mscale"], given["mscale_all_dim"]) == (0.5, 0.7)
 
 
 def test_rope_that_a_model_of_mlx_lm_cannot_be_given_is_refused() -> None:
@@ -118,23 +130,10 @@ def test_what_is_not_a_model_of_mlx_lm_is_named(settings, message, llama, tmp_pa
 def test_no_weights_and_no_such_layout(llama, tmp_path) -> None:
     folder = tiny_models.changed(llama, tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ConfigError, match=r"has no model\*.safetensors"):
+    with pytest.raises(ConfigError, match=r"has no model\.safetensors and no model\.safetensors\.index\.json"):
         policy(folder)
     with pytest.raises(ConfigError, match="sharding is 'fsdp'"):
         policy(llama, sharding="fsdp")
-
-
-def test_a_window_that_mlx_lm_leaves_out_limits_the_rows(llama, tmp_path) -> None:
-    folder = tiny_models.write_model("mistral", tmp_path / "model", sliding_window=16)
-    made = policy(folder)
-    assert made.scorer.window == 16 and not made.packed
-    short = batch((2,), longest=3)
-    made.logprobs(short)
-    made.update(short, coefficients_of(short))
-    long = [(tuple(range(1, 15)), 8)]
-    with pytest.raises(ValueError, match="sliding window of 16, which mlx-lm leaves out"):
-        made.generate([prompt for prompt, _ in long], [[1]], Sampling(8))
-    assert policy(tiny_models.write_model("mistral", tmp_path / "none", sliding_window=None)).scorer.window is None
 
 
 def test_a_quantized_model_is_not_trained_in_full(quantized) -> None:

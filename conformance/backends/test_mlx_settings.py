@@ -13,7 +13,7 @@ from required import require
 require(subject="mlx")
 
 from gvpo_mlx import rope, settings
-from gvpo_mlx.model import _arguments
+from gvpo_mlx.read import arguments as _arguments
 from mlx_policies import policy
 from safetensors.numpy import load_file, save_file
 

@@ -19,7 +19,6 @@ from gvpo_core.training.data import (
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.run.fingerprint import fingerprint
-from gvpo_core.training.watch.output import open_standard_descriptors
 
 
 class Inputs:
@@ -49,7 +48,6 @@ class Inputs:
           training: whether the training rows are needed; an evaluation does without.
           scoring: whether the rewards are needed.
         """
-        open_standard_descriptors()  # before the rewards' pipes
         if scoring:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
         if training:

@@ -1,0 +1,157 @@
+"""A model of mlx-lm from a Hugging Face folder: completed settings, the right files, and what both must agree on."""
+
+import contextlib
+import functools
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.nn as nn
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import weight_files
+from gvpo_core.training.policy.hugging_face import explained, read_config
+from gvpo_mlx import corrections, rope, settings, weights
+from gvpo_mlx.twin import compare
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model, lazy: nothing of its weights is in memory yet."""
+
+    lm: nn.Module
+    config: Mapping[str, Any]  # of the language model, completed; a multimodal model's is its `text_config`
+    written: Mapping[str, Any]  # config.json as an export writes it, quantization apart
+    origin: weights.Origin
+    window: int | None  # a sliding window that is not applied
+    compared: str  # what was compared with transformers, or why nothing was
+
+
+def pretrained(config: ModelConfig, folder: Path, *, twin: bool = True) -> Loaded:
+    """Builds the model and checks that it computes what config.json and the files say.
+
+    Args:
+      twin: compare a tiny model of the same settings with transformers, where PyTorch is installed.
+
+    Raises: ConfigError: an unknown architecture; settings, files or tensors that mlx-lm reads otherwise.
+    """
+    from mlx_lm.utils import load_model
+
+    found = weight_files.tensors(folder)
+    text = (folder / "config.json").read_text(encoding="utf-8")
+    arguments_of = functools.partial(arguments, path=config.path)
+    completed = read_config(folder, arguments_of)
+    written = json.loads(text, object_hook=settings.special_floats)
+    settings.check_quantization(written, folder)
+    known = arguments_of(completed["model_type"])
+    part, own = completed, written
+    nested = "text_config" in known and isinstance(completed.get("text_config"), Mapping)
+    if nested:
+        part, own = _text_config(folder, completed), written["text_config"]
+        own = {"model_type": part["model_type"]} | own
+        known = _text_arguments(completed["model_type"], part["model_type"], config.path)
+    with explained("the model", config):
+        settings.check_dropped(own, known)
+        given = rope.settings_for(known, part)
+        override = {k: v for k, v in part.items() if k != "rope_parameters" or (nested and k in known)}
+        override |= given | settings.pattern_of_layers(known, part)
+        if nested:
+            outer = {k: v for k, v in completed.items() if k != "rope_parameters"}
+            override = outer | {"text_config": override, "vocab_size": part["vocab_size"]}
+        override["model_type"] = _mlx_kind(completed["model_type"])
+        override |= settings.other_words(part)
+        with weights.alone(folder) as files:
+            try:
+                lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
+            except ValueError as error:  # a list of tensors, one a line
+                raise ValueError(" ".join(str(error).split())[:300]) from error
+    weight_files.refuse_integers(found, settings.packed_names(lm, found))
+    origin = weights.Origin(lm, folder)
+    with explained("the weights", config):
+        origin.check(part)
+    language = language_model(lm)
+    settings.check_activation(language, own)
+    settings.check_head(language, folder)
+    rope.check(language, given, part)
+    weights.freeze_constants(lm, part["model_type"])
+    window = corrections.apply_window(language, part)
+    corrections.scale_embedding_exactly(language)
+    compared = compare(own, config.path) if twin and not origin.quantized else "not compared with transformers"
+    export = {k: v for k, v in (written if nested else completed).items() if k not in settings.QUANTIZATION}
+    return Loaded(lm, part, export, origin, window, compared)
+
+
+def language_model(lm: nn.Module) -> nn.Module:
+    """The part of a multimodal model that reads and writes text; any other model itself."""
+    inner = lm.get("language_model") if isinstance(lm, dict) else None
+    return inner if isinstance(inner, nn.Module) else lm
+
+
+def arguments(kind: str, *, path: str) -> Mapping[str, Any]:
+    """The settings that mlx-lm's model of this type reads, by name."""
+    module = _module(kind, path)
+    if _mlx_kind(kind) != kind:
+        return _text_arguments(kind, kind, path)
+    return inspect.signature(module.ModelArgs).parameters
+
+
+def _module(kind: str, path: str) -> Any:
+    from mlx_lm.utils import MODEL_REMAPPING
+
+    said = io.StringIO()
+    kind = _mlx_kind(kind)
+    try:
+        with contextlib.redirect_stdout(said):
+            module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
+        module.ModelArgs  # noqa: B018 - other modules of mlx-lm have none
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(f"model.path {path!r} is of type {kind!r}, which mlx-lm does not have") from error
+    except SystemExit as error:  # as its olmo does where a package is missing
+        raise ConfigError(
+            f"model.path {path!r} is of type {kind!r}, which mlx-lm cannot load here: "
+            f"{said.getvalue().strip() or 'it exits without a word'}"
+        ) from error
+    return module
+
+
+def _mlx_kind(kind: str) -> str:
+    """mlx-lm's name of a model type: the language model alone of Qwen3.5 is read by the multimodal one's class."""
+    short = kind.removesuffix("_text")
+    lacks = importlib.util.find_spec(f"mlx_lm.models.{kind}") is None
+    return short if lacks and importlib.util.find_spec(f"mlx_lm.models.{short}") is not None else kind
+
+
+def _text_arguments(kind: str, text_kind: str, path: str) -> Mapping[str, Any]:
+    for base in _module(kind, path).Model.__mro__:
+        module = sys.modules[base.__module__]
+        for name in ("TextModelArgs", "TextArgs", "TextConfig"):
+            if hasattr(module, name):
+                return inspect.signature(getattr(module, name)).parameters
+    return inspect.signature(_module(text_kind, path).ModelArgs).parameters
+
+
+def _text_config(folder: Path, completed: Mapping[str, Any]) -> dict[str, Any]:
+    """`text_config` with every default of transformers filled in: a file of Gemma 3 names five of its thirty."""
+    from transformers import AutoConfig
+
+    own = dict(completed["text_config"])
+    try:
+        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        known = whole.get_text_config().to_dict()
+    except (ValueError, KeyError, OSError, TypeError, AttributeError):
+        return {"model_type": completed["model_type"]} | own
+    simple = {k: v for k, v in known.items() if isinstance(v, (bool, int, float, str, list))}
+    text = simple | {k: v for k, v in own.items() if v is not None}
+    # The whole model's setting ties its head, whatever its language model's says.
+    text |= {"model_type": known["model_type"], "tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    if known.get("rope_parameters"):
+        text = {k: v for k, v in text.items() if k not in ("rope_theta", "rope_scaling")}
+        text["rope_parameters"] = known["rope_parameters"]
+    return text

@@ -1,0 +1,200 @@
+"""The tensors of a model's folder: which files hold them, what mlx-lm makes of them, and the way back for an export.
+
+mlx-lm renames, stacks, splits and shifts tensors when it loads them (`sanitize`). `Origin` follows that map with
+`mx.vjp`: it finds the tensors that mlx-lm drops, and turns trained weights back into the names and shapes of the files.
+"""
+
+import ast
+import contextlib
+import functools
+import importlib.util
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy import weight_files
+
+_UNUSED = re.compile(
+    r"rotary_emb\.|inv_freq$|\.(attn|attention)\.(masked_)?bias$|position_ids$|(^|[._])mtp([._]|$)|mtp_|eh_proj|\.enorm|\.hnorm"
+    r"|(^|\.)(vision|visual|audio|multi_modal|embed_vision|embed_audio|image_newline|vpm|sound)"
+)
+"""Tensors that no text model of transformers reads: tables, masks, heads that predict further tokens, other senses."""
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[Path]:
+    """A temporary folder with config.json, code and the weights that transformers reads; mlx-lm reads every model*."""
+    with tempfile.TemporaryDirectory(prefix="gvpo-mlx-") as temporary:
+        links = {path.name: path for path in (folder / "config.json", *folder.glob("*.py"))} | {
+            f"model-{i:05d}.safetensors": path for i, path in enumerate(weight_files.weight_files(folder))
+        }
+        for name, target in links.items():
+            (Path(temporary) / name).symlink_to(target.resolve())
+        yield Path(temporary)
+
+
+class Origin:
+    """How the weights of mlx-lm's model come from the tensors of the files."""
+
+    def __init__(self, lm: nn.Module, folder: Path) -> None:
+        """lm: as `load_model` made it, before anything else changed it."""
+        self._fresh = functools.partial(type(lm), lm.args)
+        self._files = weight_files.tensors(folder)
+        paths = {tensor.path for tensor in self._files.values()}
+        formats = {mx.load(str(path), return_metadata=True)[1].get("format") for path in paths}
+        self.quantized = any("scales" in module for module in lm.modules())
+        self.mlx_format = self.quantized or formats == {"mlx"}
+        # Shapes of what is differentiated; masks and position ids stay out.
+        self._template = {n: t.shape for n, t in self._files.items() if t.dtype in ("F64", "F32", "F16", "BF16")}
+
+    def _map(self, template: Mapping[str, tuple[int, ...]], values: Sequence[mx.array]) -> dict[str, mx.array]:
+        model, tensors = self._fresh(), dict(zip(template, values, strict=True))
+        made: dict[str, mx.array] = model.sanitize(tensors) if hasattr(model, "sanitize") else tensors
+        return made
+
+    def used(self) -> dict[str, tuple[float, float]]:
+        """How often an element of each tensor of the files is read, lowest and highest; 1 and 1 where all are once."""
+        zeros = [mx.zeros(shape) for shape in self._template.values()]
+        names = list(self._map(self._template, zeros))
+
+        def made(*values: mx.array) -> list[mx.array]:
+            found = self._map(self._template, values)
+            return [found[name] for name in names]
+
+        ones = [mx.broadcast_to(mx.array(1.0), value.shape) for value in made(*zeros)]
+        _, counts = mx.vjp(made, zeros, ones)
+        return {
+            name: (float(count.min()), float(count.max()))
+            for name, count in zip(self._template, counts, strict=True)
+            if count.size
+        }
+
+    def check(self, config: Mapping[str, Any]) -> None:
+        """Refuses a folder of which mlx-lm's model reads less, or reads otherwise, than transformers does.
+
+        Raises: ConfigError: naming the first tensor that is dropped, multiplied or read twice.
+        """
+        if self.quantized:
+            return  # MLX's own format, which only mlx-lm reads: there is nothing to compare with
+        layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1 << 30)
+        tied = bool(config.get("tie_word_embeddings"))
+        for name, (least, most) in self.used().items():
+            layer = re.search(r"(?:layers|\bh)\.(\d+)\.", name)
+            beyond = layer is not None and int(layer[1]) >= layers
+            if (least, most) == (1.0, 1.0):
+                continue
+            if most == 0.0 and (_UNUSED.search(name) or beyond or (tied and "lm_head" in name)):
+                continue  # `settings.check_head` compares a head beside a tied one
+            kind = config.get("model_type")
+            if most == 0.0:
+                raise ConfigError(
+                    f"mlx-lm's {kind} drops {name}, which transformers reads. gvpo_torch takes this model"
+                )
+            what = "drops a part of" if least == 0.0 else f"multiplies by {most:g} or reads {most:g} times"
+            raise ConfigError(
+                f"mlx-lm's {kind} {what} {name} when it loads the file: a step of it is not a step of the model. "
+                "gvpo_torch takes this model"
+            )
+
+    def tensors(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        """The weights by the names and shapes of the files, lazy; tensors that mlx-lm does not read are the file's own.
+
+        mlx-lm's map is y = A x + b, where A picks elements: x = A^T (y - b) is its inverse where each is read once.
+
+        Args:
+          weights: by mlx-lm's names, unpacked; of those of the model, others are left out.
+        Raises: ConfigError: weights that these names cannot hold.
+        """
+        if self.mlx_format:
+            return self._split_experts(dict(weights))
+        zeros = [mx.zeros(shape) for shape in self._template.values()]
+        shift = self._map(self._template, zeros)
+        names = list(shift)
+        lacking = sorted(set(names) - weights.keys())
+        if lacking:
+            raise ConfigError(f"the export has no {lacking[0]}, which mlx-lm reads")
+
+        def made(*values: mx.array) -> list[mx.array]:
+            found = self._map(self._template, values)
+            return [found[name] for name in names]
+
+        differences = [weights[name].astype(mx.float32) - shift[name] for name in names]
+        _, back = mx.vjp(made, zeros, differences)
+        found = dict(zip(self._template, back, strict=True))
+        counts = self.used()
+        for name in self._files:
+            if name not in found or counts.get(name, (1.0, 1.0))[1] == 0.0:
+                found[name] = self.stored(name)
+        return found
+
+    def _split_experts(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        """From MLX's own format: experts one by one, where mlx-lm reads those back to the same weights."""
+        split: dict[str, mx.array] = {}
+        for name, value in weights.items():
+            stacked = re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", name)
+            if stacked is None:
+                split[name] = value
+            else:
+                split |= {f"{stacked[1]}.experts.{e}.{stacked[2]}.weight": value[e] for e in range(value.shape[0])}
+        if len(split) == len(weights):
+            return weights
+        shapes = {name: value.shape for name, value in split.items()}
+        try:
+            made = self._map(shapes, list(split.values()))
+            same = made.keys() == weights.keys() and all(
+                value.shape == weights[name].shape and bool(mx.array_equal(value, weights[name]))
+                for name, value in made.items()
+            )
+        except (KeyError, ValueError, TypeError):
+            same = False
+        return split if same else weights
+
+    def stored(self, name: str) -> mx.array:
+        """A tensor of the files as it stands there."""
+        return mx.load(str(self._files[name].path))[name]
+
+
+def freeze_constants(lm: nn.Module, kind: str) -> None:
+    """Freezes what transformers has as a buffer or a parameter without gradient, and mlx-lm as one with it."""
+    names = constants(kind)
+    for module in lm.modules():
+        if not type(module).__module__.startswith("mlx_lm"):
+            continue
+        keys = [key for key, value in module.items() if key in names and isinstance(value, mx.array)]
+        if keys:
+            module.freeze(recurse=False, keys=keys)
+
+
+@functools.cache
+def constants(kind: str) -> frozenset[str]:
+    """Names of the buffers and of the parameters without gradient in transformers' source of this model type.
+
+    The source is read as text, since PyTorch may be missing; `weight` and `bias` are left out.
+    """
+    package = importlib.util.find_spec("transformers")
+    assert package is not None and package.origin is not None
+    root = Path(package.origin).parent
+    name = kind.replace("-", "_")
+    found: set[str] = set()
+    for path in (root / "activations.py", *sorted((root / "models" / name).glob("modeling_*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+                function = node.value.func
+                made = function.attr if isinstance(function, ast.Attribute) else ""
+                untrained = any(
+                    k.arg == "requires_grad" and isinstance(k.value, ast.Constant) and k.value.value is False
+                    for k in node.value.keywords
+                )
+                if made == "Buffer" or (made == "Parameter" and untrained):
+                    found |= {t.attr for t in node.targets if isinstance(t, ast.Attribute)}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                first = node.args[0] if node.args else None
+                if node.func.attr == "register_buffer" and isinstance(first, ast.Constant):
+                    found.add(str(first.value))
+    return frozenset(found - {"weight", "bias"})
