@@ -82,10 +82,9 @@ def test_a_reward_that_says_them_in_its_error_is_not_quoted(run, body, ends):
     [
         ('backend = "table"', 'backend = "torch"', "gvpo: "),
         ("train.jsonl", f"https://me:{CANARY}@host/x.jsonl", "there is no such file"),
-        ("[rewards.right.options]", f'[rewards.right.options]\nsecret = ["{CANARY}"]', "expected str"),
         ('endpoint = "', f'endpoint = "https://me:{CANARY}@x"\n"', "is not valid TOML"),
     ],
-    ids=["model", "data", "type", "toml"],
+    ids=["model", "data", "toml"],
 )
 def test_a_refused_run_names_none(run, old, new, part, tmp_path):
     def change(text):

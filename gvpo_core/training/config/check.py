@@ -1,6 +1,7 @@
 """Which settings cannot run, alone or together: all that can be said before a file is opened or a model loaded."""
 
 import dataclasses
+import datetime
 import math
 import re
 from pathlib import Path
@@ -113,7 +114,7 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
         elif isinstance(value, dict):
             for key, item in value.items():
                 look(item, f"{name}.{key}")
-        elif isinstance(value, tuple):
+        elif isinstance(value, list | tuple):
             for item in value:
                 look(item, name)
         elif isinstance(value, float) and not math.isfinite(value):
@@ -125,8 +126,15 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
         elif isinstance(value, str) and (value == HIDDEN or f"//{HIDDEN}@" in value):
             wrong.append((name, f"{name} was left out of these settings when they were saved, being a secret: {_MEND}"))
 
+        elif not isinstance(value, _TOML):
+            kind = type(value).__name__
+            wrong.append((name, f"{name} is a {kind}; expected a value that TOML has: text, a number, a list, a table"))
+
     look(config, "")
     return wrong
+
+
+_TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 
 _MEND = "give it anew; a reward's option can be '$NAME', which is read from the environment variable NAME"

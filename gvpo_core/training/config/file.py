@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.check import wrong_values
+from gvpo_core.training.config.reward_options import with_reward_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
 
 
@@ -87,8 +88,16 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
         name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
         if one[0].startswith("--") and name not in known:
             wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
-        else:
+            continue
+        try:
+            changed = with_reward_option(default, one)
+        except ValueError as e:
+            wrong.append(f"options: {e}")
+            continue
+        if changed is None:
             taken.append(one)
+        else:
+            default = changed
     try:
         return (_overridden(default, [word for one in taken for word in one]) if taken else default), wrong
     except _RefusedError as e:
@@ -267,6 +276,8 @@ class _Reader:
     def value(self, hint: Any, value: Any, name: str) -> Any:
         """The value as the type says; None, and an error, where it does not fit."""
         origin, arguments = get_origin(hint), get_args(hint)
+        if hint is Any:
+            return value
         if dataclasses.is_dataclass(hint):
             return self.build(hint, value, name + ".")
         if origin in (Union, types.UnionType):  # X | None; TOML has no None

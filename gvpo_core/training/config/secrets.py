@@ -99,23 +99,30 @@ def _collect(value: Any, name: str, found: set[str], environment: Mapping[str, s
         found |= {m[0].partition("=")[2] for m in _IN_QUERY.finditer(value)}
 
 
-def resolved(options: Mapping[str, str], where: str) -> dict[str, str]:
-    """A reward's options with every "$NAME" read from the environment.
+def resolved(options: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A reward's options with every "$NAME" read from the environment, within lists and tables too.
 
     Raises: ConfigError: a variable that is not set, or a value that was hidden when the settings were saved.
     """
-    found = {}
-    for name, value in options.items():
-        reference = _FROM_ENVIRONMENT.fullmatch(value)
-        if reference and reference[1] not in os.environ:
-            raise ConfigError(f"{where}.{name} = {value!r}: the environment has no variable {reference[1]}; set it")
-        if value == HIDDEN:
-            raise ConfigError(
-                f"{where}.{name} was left out of the saved settings, being a secret: write it as '$NAME', which is"
-                " read from the environment variable NAME"
-            )
-        found[name] = os.environ[reference[1]] if reference else value
-    return found
+    return {name: _resolved(value, f"{where}.{name}") for name, value in options.items()}
+
+
+def _resolved(value: Any, where: str) -> Any:
+    if isinstance(value, Mapping):
+        return resolved(value, where)
+    if isinstance(value, list | tuple):
+        return [_resolved(item, where) for item in value]
+    if not isinstance(value, str):
+        return value
+    if value == HIDDEN:
+        raise ConfigError(
+            f"{where} was left out of the saved settings, being a secret: write it as '$NAME', which is"
+            " read from the environment variable NAME"
+        )
+    reference = _FROM_ENVIRONMENT.fullmatch(value)
+    if reference and reference[1] not in os.environ:
+        raise ConfigError(f"{where} = {value!r}: the environment has no variable {reference[1]}; set it")
+    return os.environ[reference[1]] if reference else value
 
 
 class Hiding(logging.Formatter):

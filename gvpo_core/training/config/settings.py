@@ -1,7 +1,7 @@
 """The settings of a run: one tree of typed dataclasses. `file.py` reads it from TOML and the command line."""
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from gvpo_core.training.sampling import Sampling
 
@@ -195,8 +195,8 @@ class RewardConfig:
     """Score of a response that fails so. Unset: it has none, and leaves its group."""
     sandbox: str = ""
     """For a function that runs code from responses (its attribute runs_code is true): what contains that code."""
-    options: dict[str, str] = field(default_factory=dict)
-    """Keyword arguments handed to the function at every call."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of every call, of any TOML type."""
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-BUILTIN_FILE = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "builtin.py")
-BUILTIN = ("exact_match", "regex_match", "math_verify")
+from .builtin import BUILTIN
+
 OWN = ("prompts", "completions", "completion_ids")  # arguments that gvpo makes; a data column of the name is not passed
 _loaded: dict[str, tuple[tuple[int, int], Any]] = {}  # path -> (time of change, size), module
 
@@ -37,7 +37,7 @@ def find_function(spec: str) -> Callable[..., Any]:
     Raises: LookupError: no such file, module or function, or its import failed, with the reason.
     """
     if spec in BUILTIN:
-        spec = f"{BUILTIN_FILE}:{spec}"
+        return BUILTIN[spec]
     where, colon, attribute = spec.rpartition(":")
     if not colon or not where or not attribute:
         raise LookupError(f"expected one of {', '.join(BUILTIN)}, package.module:function or file.py:function")
@@ -74,8 +74,7 @@ def _from_file(path: str) -> Any:
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    if path != BUILTIN_FILE:
-        _onto_path(os.path.dirname(path))
+    _onto_path(os.path.dirname(path))
     before = sys.modules.get(name)
     sys.modules[name] = module
     try:

@@ -1,0 +1,56 @@
+"""Options of rewards on the command line.
+
+`--rewards.NAME.options.KEY VALUE` sets one that the file has, `--rewards.NAME.options KEY VALUE ...` gives some to a
+reward that has none.
+"""
+
+import re
+import tomllib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from gvpo_core.training.config.settings import Config
+
+_NAME = re.compile(r"--rewards\.([\w.\-]+?)\.options(?:\.([^=]+))?")
+
+
+def with_reward_option(config: Config, words: list[str]) -> Config | None:
+    """The settings with one option of a reward set; None where the words are another option.
+
+    A value takes the type of a TOML value (50, true, [1, 2]), and is text otherwise; it stays text where the file has
+    text for the same key.
+
+    Raises: ValueError: the words are not keys and values; saying so.
+    """
+    head, equals, value = words[0].partition("=")
+    match = _NAME.fullmatch(head)
+    name, key = match.groups() if match else ("", None)
+    name = _spelled(name, config.rewards)
+    if name not in config.rewards:
+        return None
+    if key is None and config.rewards[name].options:
+        raise ValueError(f"{head}: the file sets options of this reward; set each as {head}.KEY VALUE, or in the file")
+    words = [*([value] if equals else []), *words[1:]]
+    if key is None and (not words or len(words) % 2):
+        raise ValueError(f"{head} expects keys and values: {head} KEY VALUE ...")
+    if key is not None and len(words) != 1:
+        raise ValueError(f"{head} expects one value")
+    reward = config.rewards[name]
+    options = dict(reward.options)
+    for k, v in [(key, words[0])] if key is not None else zip(words[::2], words[1::2], strict=True):
+        k = _spelled(k, options)
+        options[k] = v if isinstance(options.get(k), str) else _typed(v)
+    return replace(config, rewards=config.rewards | {name: replace(reward, options=options)})
+
+
+def _spelled(name: str, known: Mapping[str, Any]) -> str:
+    """A name as it is known: on the command line a dash stands for an underscore too."""
+    return next((k for k in known if k.replace("-", "_") == name.replace("-", "_")), name)
+
+
+def _typed(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
+    except tomllib.TOMLDecodeError:
+        return text

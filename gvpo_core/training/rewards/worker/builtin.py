@@ -1,0 +1,103 @@
+"""Rewards that come with gvpo: 1 for a right response, 0 for a wrong one, against one column of the data.
+
+A row whose answer is missing (None or NaN) is not scored: its reward is None.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from typing import Any
+
+from .math_answers import judge, library
+
+_NUMBER = re.compile(r"[+\-\u2212]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?")
+_LAST_NUMBER = r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?(?:[eE][+-]?\d+)?|-?\.\d+(?:[eE][+-]?\d+)?"
+
+
+def text_of(completion: Any) -> str:
+    """The text of a completion, which is a string or a list of chat messages."""
+    return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
+
+
+def number_in(text: str) -> Decimal | None:
+    """The number that a text is: 5, 5.0, -1,234.5, 1e-3; None for any other text, and for digits like 007."""
+    text = text.strip()
+    return Decimal(text.replace(",", "").replace("\u2212", "-")) if _NUMBER.fullmatch(text) else None
+
+
+def _same(text: str, answer: str) -> bool:
+    """Whether two texts are equal, as numbers where both are numbers; white space at their ends does not count."""
+    if text.strip() == answer.strip():
+        return True
+    found, wanted = number_in(text), number_in(answer)
+    return found is not None and found == wanted
+
+
+def _texts(columns: dict[str, Any], column: str, n: int) -> list[str | None]:
+    """The answers as text; None for a missing one. Raises: KeyError, TypeError: what is wrong with the column."""
+    if column not in columns:
+        known = ", ".join(sorted(set(columns) - {"prompts", "completion_ids"})) or "none"
+        raise KeyError(f"the data has no column {column!r} (it has: {known}); set options.column")
+    answers: Sequence[Any] = columns[column]
+    if len(answers) != n:
+        raise ValueError(f"column {column!r} has {len(answers)} answers for {n} responses")
+    return [_text(answer, column) for answer in answers]
+
+
+def _text(answer: Any, column: str) -> str | None:
+    if answer is None or answer != answer:
+        return None
+    if isinstance(answer, list | tuple | dict | set | bytes):
+        kind = type(answer).__name__
+        raise TypeError(f"column {column!r} holds a {kind} ({answer!r:.60}); expected text or a number as the answer")
+    return str(answer)
+
+
+def exact_match(completions: Sequence[Any], *, column: str = "answer", **columns: Any) -> list[float | None]:
+    """1 where the response is the answer, white space at its ends aside. Numbers are compared as numbers."""
+    answers = _texts(columns, column, len(completions))
+    return [
+        None if answer is None else float(_same(text_of(c), answer))
+        for c, answer in zip(completions, answers, strict=True)
+    ]
+
+
+def regex_match(
+    completions: Sequence[Any], *, pattern: str = _LAST_NUMBER, column: str = "answer", **columns: Any
+) -> list[float | None]:
+    """1 where the last match of `pattern` in the response (its first group, where it has one) is the answer.
+
+    Numbers are compared as numbers. Default pattern: a number.
+    """
+    compiled = re.compile(pattern)
+    answers = _texts(columns, column, len(completions))
+    scores: list[float | None] = []
+    for completion, answer in zip(completions, answers, strict=True):
+        found = [m.group(1) if compiled.groups else m.group() for m in compiled.finditer(text_of(completion))]
+        scores.append(None if answer is None else float(bool(found) and _same(found[-1] or "", answer)))
+    return scores
+
+
+def math_verify(completions: Sequence[Any], *, column: str = "answer", **columns: Any) -> list[float | None]:
+    """1 where math-verify finds the response's final answer equal to the answer, which may be LaTeX without delimiters.
+
+    None where the answer cannot be read: the row is not scored.
+    """
+    answers = _texts(columns, column, len(completions))
+    return [
+        None if answer is None else judge(text_of(completion), answer)
+        for completion, answer in zip(completions, answers, strict=True)
+    ]
+
+
+# The option that names the one column that is passed, as `answer`.
+exact_match.answer_option = "column"  # type: ignore[attr-defined]
+regex_match.answer_option = "column"  # type: ignore[attr-defined]
+math_verify.answer_option = "column"  # type: ignore[attr-defined]
+math_verify.warm_up = library  # type: ignore[attr-defined]  # seconds of imports, before any time limit runs
+
+BUILTIN: dict[str, Callable[..., Any]] = {
+    "exact_match": exact_match,
+    "regex_match": regex_match,
+    "math_verify": math_verify,
+}
