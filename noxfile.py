@@ -182,6 +182,18 @@ def tunix(session: nox.Session) -> None:
 
 
 @nox.session
+def models(session: nox.Session) -> None:
+    """Tries every family of transformers with every backend and writes docs/models.md. Not in the default run.
+
+    nox -s models
+    nox -s models -- llama gemma3      these again; the results of the others are kept in .nox/models
+    """
+    install(session, "-e", ".[torch,jax,mlx,dev]")
+    env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    session.run("python", "conformance/support/family_trial.py", "--out", ".nox/models", *session.posargs, env=env)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Builds sdist and wheel, installs the wheel alone, and looks at it from outside the repository.
 

@@ -1,4 +1,4 @@
-"""GVPO's PyTorch backend: any causal language model of transformers as a policy.
+"""GVPO's PyTorch backend: a language model of transformers as a policy; docs/models.md lists the families.
 
 `load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` stands alone.
 """

@@ -1,5 +1,9 @@
-"""Adapters of peft: which layers take them."""
+"""LoRA and DoRA adapters by peft: which layers take them."""
 
+import collections
+import functools
+import inspect
+import re
 import warnings
 
 import torch
@@ -7,45 +11,47 @@ from torch import nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy.hugging_face import explained
-
-# Their fused kernels use the weight of `out_proj` alone; peft refuses it.
-_MAMBA = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")
+from gvpo_torch.weights import decoder_of
 
 
 def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
-    """The model with LoRA or DoRA on its linear layers, as `model.lora_*` say.
+    """The model with new LoRA or DoRA adapters on its text layers, the rest frozen.
 
-    Raises: ConfigError: targets that match nothing, the head or the embedding, or a layer that takes no adapter.
+    Raises: ConfigError: `lora_targets` that are no layers, or layers on which an adapter would not always be used.
     """
     from peft import LoraConfig, get_peft_model
 
     ends = (lm.get_input_embeddings(), lm.get_output_embeddings())
     named = [name for name, module in lm.named_modules() if any(module is end for end in ends)]
+    text = {id(module) for module in decoder_of(lm).modules()}
+    outside = [name for name, module in lm.named_modules() if hasattr(module, "weight") and id(module) not in text]
+    unfit = _unfit(lm)
     for target in config.lora_targets:
-        if any(name == target or name.endswith(f".{target}") for name in named):
+        if any(_is_called(name, target) for name in named):
             raise ConfigError(
                 f"model.lora_targets has {target!r}, the head or the embedding of {type(lm).__name__}, which may be "
                 "tied and are used without adapters: leave it out"
             )
-    targets = "all-linear" if config.lora_targets == ("all-linear",) else list(config.lora_targets)
-    for target in () if targets == "all-linear" else targets:  # peft passes over one of several that match nothing
-        if not any(name == target or name.endswith(f".{target}") for name, _ in lm.named_modules()):
+    everywhere = config.lora_targets == ("all-linear",)
+    for target in () if everywhere else config.lora_targets:  # peft passes over one of several that match nothing
+        called = {name: module for name, module in lm.named_modules() if _is_called(name, target)}
+        matching = [name for name, module in called.items() if id(module) in text]
+        if not matching:
             raise ConfigError(
                 f"model.lora_targets has {target!r}, which is no layer of {type(lm).__name__}: use all-linear, or "
                 "names of its layers such as q_proj"
             )
-    unfit = _unfit(lm)
-    for target in () if targets == "all-linear" else targets:
-        if any(name == target or name.endswith(f".{target}") for name in unfit):
+        why = next((unfit[name] for name in matching if name in unfit), None)
+        if why:
             raise ConfigError(
-                f"model.lora_targets has {target!r}, a layer of {type(lm).__name__} that takes no adapter: a router, "
-                "or a layer whose weight is used outside of it. Leave it out"
+                f"model.lora_targets has {target!r}, a layer of {type(lm).__name__} that takes no adapter: {why}. "
+                "Leave it out"
             )
     adapters = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
-        target_modules=targets,
-        exclude_modules=unfit or None,
+        target_modules="all-linear" if everywhere else list(config.lora_targets),
+        exclude_modules=[*outside, *unfit] or None,
         lora_dropout=0.0,
         use_dora=config.lora_kind == "dora",
         task_type="CAUSAL_LM",
@@ -57,28 +63,48 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
     ):
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # it sets what GPT-2's layers need
         torch.manual_seed(seed % 2**63)
         return get_peft_model(lm, adapters)
 
 
-def _unfit(lm: nn.Module) -> list[str]:
-    """Linear layers that peft would take for plain ones, or refuses."""
-    mamba = getattr(lm.config, "model_type", None) in _MAMBA
-    return [
-        name
-        for name, module in lm.named_modules()
-        if isinstance(module, nn.Linear) and (not _is_linear(module) or (mamba and name.endswith(".out_proj")))
-    ]
+def _is_called(name: str, target: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _unfit(lm: nn.Module) -> dict[str, str]:
+    """Names of the text model's linear layers on which an adapter would not be used, or not always, and why."""
+    modules = dict(lm.named_modules())
+    text = {id(module) for module in decoder_of(lm).modules()}
+    users = collections.Counter(id(p) for _, p in lm.named_parameters(remove_duplicate=False))
+    found = {}
+    for name, module in modules.items():
+        if not isinstance(module, nn.Linear) or id(module) not in text:
+            continue
+        parent, _, own = name.rpartition(".")
+        if not _is_linear(module):
+            found[name] = f"{type(module).__name__} is a router, or computes something else than x W^T"
+        elif users[id(module.weight)] > 1:
+            found[name] = f"{own} shares its weight with another layer"
+        elif re.search(rf"\bself\.{own}\.weight(?!\.dtype|\.device)", _source(type(modules[parent]))):
+            found[name] = f"{type(modules[parent]).__name__} uses the weight of {own} outside of it"
+    return found
 
 
 @torch.no_grad()
-def _is_linear(layer: nn.Linear) -> bool:
-    """Whether a linear layer computes what its class says: a router of PhiMoE or Llama 4 returns a tuple."""
-    if type(layer).forward is nn.Linear.forward:
+def _is_linear(module: nn.Linear) -> bool:
+    if type(module).forward is nn.Linear.forward:
         return True
-    x = torch.linspace(-1, 1, layer.in_features, dtype=layer.weight.dtype, device=layer.weight.device).unsqueeze(0)
+    x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)
     try:
-        found = layer(x)
-    except (RuntimeError, TypeError, ValueError, IndexError):
+        return bool(torch.equal(module(x), nn.functional.linear(x, module.weight, module.bias)))
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError):
         return False
-    return isinstance(found, torch.Tensor) and torch.allclose(found, nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@functools.cache
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):
+        return ""

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.hugging_face import portable_config
-from gvpo_torch.model import without_bars
 from gvpo_torch.update import whole
+from gvpo_torch.weights import without_bars
 
 SHARD_BYTES = 2**30
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -193,9 +193,10 @@ def _delta(layer: Any) -> Tensor | None:
         return layer.get_delta_weight(name).detach().float()
     a, b = whole(layer.lora_A[name].weight.detach()), whole(layer.lora_B[name].weight.detach())
     delta = (b.float() @ a.float()) * layer.scaling[name]
-    if name not in layer.lora_magnitude_vector:
-        return delta
-    weight = whole(layer.get_base_layer().weight.detach()).float()
-    magnitude = whole(layer.lora_magnitude_vector[name].weight.detach()).float()
-    moved = weight + delta
-    return moved * (magnitude / moved.norm(dim=1)).unsqueeze(1) - weight
+    if name in layer.lora_magnitude_vector:
+        weight = whole(layer.get_base_layer().weight.detach()).float()
+        weight = weight.t() if layer.fan_in_fan_out else weight
+        magnitude = whole(layer.lora_magnitude_vector[name].weight.detach()).float()
+        moved = weight + delta
+        delta = moved * (magnitude / moved.norm(dim=1)).unsqueeze(1) - weight
+    return delta.t() if layer.fan_in_fan_out else delta  # GPT-2 keeps its weights transposed

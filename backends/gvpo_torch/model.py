@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,11 +11,13 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import layout
-from gvpo_core.training.policy.hugging_face import explained, load_tokenizer, source
+from gvpo_core.training.policy.hugging_face import explained, load_tokenizer
 from gvpo_torch import rope
 from gvpo_torch.adapters import with_adapters
 from gvpo_torch.cache import cache_argument
+from gvpo_torch.head import head_options, logits_of
 from gvpo_torch.logprobs import token_logprobs
+from gvpo_torch.weights import decoder_of, pretrained
 
 log = logging.getLogger("gvpo.torch")
 
@@ -31,7 +32,7 @@ class Scorer(nn.Module):
         self.lm = lm
         self.dtype = dtype  # of products; parameters may be wider
         base = self.base
-        self.config = base.config
+        self.config = base.config.get_text_config(decoder=True)
         self._no_split_modules = list(base._no_split_modules or ())
         head = base.get_output_embeddings()
         if not isinstance(head, nn.Linear):
@@ -40,12 +41,8 @@ class Scorer(nn.Module):
         self.rope = rope.by_length(self.decoder, self.config)
         kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
-        scale = getattr(self.config, "logit_scale", None) or 1.0
-        scale /= getattr(self.config, "logits_scaling", None) or 1.0
-        self.head_options = {
-            "softcap": getattr(self.config, "final_logit_softcapping", None),
-            "scale": float(scale),
-        }
+        with self.autocast():
+            self.head_options = head_options(base, self.decoder, self.config)
 
     @property
     def base(self) -> nn.Module:
@@ -55,9 +52,7 @@ class Scorer(nn.Module):
     @property
     def decoder(self) -> nn.Module:
         """The transformers model without its head."""
-        decoder = self.base.get_decoder()
-        # Llama4ForCausalLM names no base model, and transformers then returns the model with its head.
-        return decoder if decoder is not self.base else self.base.model
+        return decoder_of(self.base)
 
     @property
     def adapted(self) -> bool:
@@ -117,9 +112,7 @@ class Scorer(nn.Module):
         return token_logprobs(hidden, head.weight, targets, bias=head.bias, **self.head_options)
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        logits = self.base.get_output_embeddings()(hidden).float() * self.head_options["scale"]
-        cap = self.head_options["softcap"]
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits_of(self.base.get_output_embeddings()(hidden), **self.head_options)
 
 
 def _attention(segments: Tensor) -> Tensor | None:
@@ -141,23 +134,31 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
 
 
 def shape(scorer: Scorer) -> dict[str, int] | None:
-    """The model's sizes under the names of `Policy.describe`; None where its configuration has other names."""
-    c = scorer.config
+    """The model's sizes under the names of `Policy.describe`; None where its configuration has other names.
+
+    Of layers of different sizes the largest counts.
+    """
     try:
-        heads = c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // heads
-        experts = getattr(c, "num_experts_per_tok", None)
-        return {
-            "layers": c.num_hidden_layers,
-            "hidden": c.hidden_size,
-            "intermediate": experts * c.moe_intermediate_size if experts else c.intermediate_size,
-            "heads": heads,
-            "kv_heads": getattr(c, "num_key_value_heads", None) or heads,
-            "head_dim": width,
-            "vocabulary": c.vocab_size,
-        }
-    except AttributeError:
+        layers = [_layer_shape(layer) for layer in getattr(scorer.config, "per_layer_config", None) or [scorer.config]]
+        found = {name: max(layer[name] for layer in layers) for name in layers[0]}
+        own = {"layers": scorer.config.num_hidden_layers, "vocabulary": scorer.config.vocab_size}
+    except (AttributeError, TypeError, IndexError):
         return None
+    return own | found
+
+
+def _layer_shape(c: Any) -> dict[str, int]:
+    heads = c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or heads
+    if getattr(c, "kv_lora_rank", None):  # the cache of latent attention holds keys and values of all heads
+        width, kv_heads = c.qk_nope_head_dim + c.qk_rope_head_dim, heads
+    experts = getattr(c, "num_experts_per_tok", None)
+    inner = getattr(c, "moe_intermediate_size", None) if experts else None
+    inner = experts * inner if inner else c.intermediate_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner
+    sizes = {"hidden": c.hidden_size, "intermediate": inner}
+    return sizes | {"heads": heads, "kv_heads": kv_heads, "head_dim": width}
 
 
 def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[Scorer, Any]:
@@ -170,7 +171,7 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
     # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
     compute = getattr(torch, config.dtype)
     stored = compute if config.lora_rank else torch.float32
-    lm = _pretrained(config, stored)
+    lm = pretrained(config, stored)
     _exact(lm)
     if config.lora_rank:
         lm = with_adapters(lm, config, seed)
@@ -187,7 +188,7 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
 def load_reference(config: ModelConfig, device: torch.device) -> Scorer:
     """The initial model, frozen; its linear layers are kept in the compute dtype, in which they are used anyway."""
     compute = getattr(torch, config.dtype)
-    lm = _pretrained(config, torch.float32)
+    lm = pretrained(config, torch.float32)
     _exact(lm)
     lm.requires_grad_(False).eval().to(device)
     head = lm.get_output_embeddings()
@@ -216,43 +217,6 @@ def checkpointing(scorer: Scorer) -> Iterator[None]:
             layer.training = False
 
 
-@contextlib.contextmanager
-def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Without transformers' progress bars for a local folder, which takes seconds; downloads keep theirs."""
-    from transformers.utils import logging as bars
-
-    hide = os.path.isdir(path) and bars.is_progress_bar_enabled()
-    if hide:
-        bars.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if hide:
-            bars.enable_progress_bar()
-
-
-def _pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    from transformers import AutoModelForCausalLM
-
-    where = source(config)
-    options = {**where, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-    with explained("the model", config), without_bars(where["pretrained_model_name_or_path"]):
-        try:
-            lm, info = AutoModelForCausalLM.from_pretrained(**options, attn_implementation="sdpa")
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            log.info("%s has no SDPA attention: eager is used", config.path)
-            lm, info = AutoModelForCausalLM.from_pretrained(**options, attn_implementation="eager")
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ConfigError(
-            f"model.path {config.path!r} lacks {len(missing)} weights of {type(lm).__name__}, "
-            f"the first {missing[0]}: they would start random"
-        )
-    return lm
-
-
 def _exact(lm: nn.Module) -> None:
     """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
 
@@ -268,6 +232,7 @@ def _exact(lm: nn.Module) -> None:
         for name, value in vars(module).items():
             if any(word in name for word in _DROPPING) and isinstance(value, float):
                 setattr(module, name, 0.0)
-    for name, value in lm.config.to_dict().items():
-        if any(word in name for word in _DROPPING) and isinstance(value, float):
-            setattr(lm.config, name, 0.0)
+    for config in (lm.config, lm.config.get_text_config(decoder=True)):
+        for name, value in config.to_dict().items():
+            if any(word in name for word in _DROPPING) and isinstance(value, float):
+                setattr(config, name, 0.0)

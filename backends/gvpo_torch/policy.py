@@ -157,10 +157,8 @@ class TorchPolicy:
 
     def _cache_tokens(self) -> int:
         """Tokens of key-value cache that half of the free device memory holds (a gibibyte on CPU)."""
-        c = self.scorer.config
-        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        token = 2 * c.num_hidden_layers * heads * width * self.scorer.dtype.itemsize
+        sizes = model.shape(self.scorer) or {"layers": 32, "kv_heads": 1, "head_dim": 4096}
+        token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * self.scorer.dtype.itemsize
         free = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
         return max(1, free // (2 * token))  # growing a cache holds a layer twice, dropping rows as well
 

@@ -95,8 +95,9 @@ def generation_eos(folder: Path) -> int | list[int] | None:
 
     Raises: ConfigError: a file that is not a JSON object.
     """
-    for name in ("generation_config.json", "config.json"):
-        ids: int | list[int] | None = _read_json(folder / name).get("eos_token_id")
+    config = _read_json(folder / "config.json")
+    for found in (_read_json(folder / "generation_config.json"), config, text_config(config)):
+        ids: int | list[int] | None = found.get("eos_token_id")
         if ids is not None:
             return ids
     return None
@@ -125,8 +126,15 @@ def _read_json(path: Path) -> dict[str, Any]:
     return read
 
 
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of the text model: config.json itself, or its `text_config` where the model reads images too."""
+    inner = config.get("text_config")
+    return inner if isinstance(inner, Mapping) else config
+
+
 def context(config: Mapping[str, Any]) -> int | None:
     """Positions that a model is made for, RoPE scaling included; None where its config.json does not say."""
+    config = text_config(config)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(positions, int):
         return None
@@ -191,6 +199,8 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def portable_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """config.json for an export: with RoPE's settings where older readers, mlx-lm among them, look for them alone."""
     result = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": dtype}
+    if isinstance(config.get("text_config"), Mapping):
+        result["text_config"] = portable_config(config["text_config"], dtype)
     rope = config.get("rope_parameters") or {}
     if "rope_theta" in rope:
         result["rope_theta"] = rope["rope_theta"]

@@ -1,0 +1,178 @@
+"""A model of transformers from its files: the class that reads them, and what is refused as it would be misread."""
+
+import contextlib
+import logging
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import weight_files
+from gvpo_core.training.policy.hugging_face import explained, source
+
+log = logging.getLogger("gvpo.torch")
+
+DEQUANTIZED = ("fp8", "mxfp4")  # transformers unpacks these exactly into floats
+# Not part of the text model, or computed again from config.json.
+UNUSED = re.compile(r"vision|visual|image|audio|video|speech|projector|multi_modal|mtp|nextn|inv_freq|masked_bias")
+
+
+@contextlib.contextmanager
+def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Without transformers' progress bars for a local folder, which takes seconds; downloads keep theirs."""
+    from transformers.utils import logging as bars
+
+    hide = os.path.isdir(path) and bars.is_progress_bar_enabled()
+    if hide:
+        bars.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hide:
+            bars.enable_progress_bar()
+
+
+def pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """The model of a folder or hub name, in `dtype`; what text never reaches is frozen.
+
+    A checkpoint of a model of images and text is read by its own class, and trained on text.
+
+    Raises: ConfigError: weights that are missing, quantised or not those of the model; an adapter beside the model;
+      an unknown architecture.
+    """
+    where = source(config)
+    with explained("the model", config), without_bars(where["pretrained_model_name_or_path"]):
+        from transformers import AutoConfig
+
+        settings = AutoConfig.from_pretrained(**where)
+        options = {**where, "config": settings, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        unpacked = _dequantized(settings)
+        options |= unpacked
+        make = _auto_class(settings, config).from_pretrained
+        try:
+            lm, info = make(**options, attn_implementation="sdpa")
+        except ValueError as error:
+            if "scaled_dot_product_attention" not in str(error):
+                raise
+            log.info("%s has no SDPA attention: eager is used", config.path)
+            lm, info = make(**options, attn_implementation="eager")
+    _check(lm, info, config, bool(unpacked))
+    _forget_quantization(lm.config)
+    _say_whether_tied(lm)
+    text = {
+        id(p) for part in (decoder_of(lm), lm.get_output_embeddings()) if part is not None for p in part.parameters()
+    }
+    for p in lm.parameters():
+        p.requires_grad_(p.requires_grad and id(p) in text)
+    return lm
+
+
+def decoder_of(base: nn.Module) -> nn.Module:
+    """The part of a transformers model that turns tokens into the hidden states that its head takes.
+
+    Raises: ConfigError: no such part can be found.
+    """
+    found = base
+    while getattr(found, "lm_head", None) is not None or found is base:  # some wrap another model with a head
+        inner = found.get_decoder()
+        found = inner if inner is not found else getattr(found, "model", None)
+        if found is None:
+            raise ConfigError(f"{type(base).__name__} has no decoder apart from its head, which is not supported")
+    return found
+
+
+def _auto_class(settings: Any, config: ModelConfig) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    remote = config.trust_remote_code and "AutoModelForCausalLM" in (getattr(settings, "auto_map", None) or {})
+    if remote or type(settings) in AutoModelForCausalLM._model_mapping:
+        return AutoModelForCausalLM
+    if type(settings) in AutoModelForImageTextToText._model_mapping:
+        return AutoModelForImageTextToText
+    raise ConfigError(
+        f"model.path {config.path!r} is of type {settings.model_type!r}, which has no causal language model in "
+        "transformers: give a model that generates text from text"
+    )
+
+
+def _dequantized(settings: Any) -> dict[str, Any]:
+    """What unpacks quantised weights, where transformers does so exactly.
+
+    Raises: ConfigError: quantised by another method.
+    """
+    import transformers
+
+    values = settings.to_dict()
+    method = weight_files.quantization(values)
+    if method not in DEQUANTIZED:
+        weight_files.refuse_quantization(values, "gvpo_torch")
+        return {}
+    given = getattr(settings, "quantization_config", None) or settings.get_text_config().quantization_config
+    given = given if isinstance(given, dict) else given.to_dict()
+    kind = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}[method]
+    rest = {name: value for name, value in given.items() if name not in ("quant_method", "dequantize")}
+    return {"quantization_config": getattr(transformers, kind)(**rest, dequantize=True)}
+
+
+def _forget_quantization(settings: Any) -> None:
+    for part in (settings, settings.get_text_config()):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+
+
+def _say_whether_tied(lm: nn.Module) -> None:
+    """Sets `tie_word_embeddings` to what the model is: files with a head of its own are not tied, whatever they say."""
+    head = lm.get_output_embeddings()
+    if head is None or getattr(head, "weight", None) is None:
+        return
+    tied = head.weight is lm.get_input_embeddings().weight
+    for part in (lm.config, lm.config.get_text_config(decoder=True)):
+        if getattr(part, "tie_word_embeddings", tied) != tied:
+            part.tie_word_embeddings = tied
+
+
+def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, unpacked: bool) -> None:
+    if getattr(lm, "_hf_peft_config_loaded", False):
+        raise ConfigError(f"model.path {config.path!r} holds an adapter: merge it into its model first")
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ConfigError(
+            f"model.path {config.path!r} lacks {len(missing)} weights of {type(lm).__name__}, "
+            f"the first {missing[0]}: they would start random"
+        )
+    unlike = sorted(info.get("mismatched_keys") or ())
+    if unlike:
+        raise ConfigError(f"model.path {config.path!r} has {unlike[0][0]} in another shape than {type(lm).__name__}")
+    unknown = sorted(name for name in info["unexpected_keys"] if not UNUSED.search(name))
+    if unknown:
+        raise ConfigError(
+            f"model.path {config.path!r} has {len(unknown)} weights that {type(lm).__name__} does not use, "
+            f"the first {unknown[0]}: the files belong to another model, or to a quantised one"
+        )
+    _refuse_integers(lm, info, config, unpacked)
+
+
+def _refuse_integers(lm: nn.Module, info: dict[str, Any], config: ModelConfig, unpacked: bool) -> None:
+    """Integers in the place of floats are taken as they are by transformers: quantised weights without scales."""
+    from transformers.utils import cached_file
+
+    path = cached_file(os.path.expanduser(config.path), "config.json", revision=config.revision)
+    folder = Path(path).parent
+    if not ((folder / weight_files.INDEX).is_file() or (folder / "model.safetensors").is_file()):
+        return
+    found = weight_files.tensors(folder)
+    tables = {name.rpartition(".")[2] for name, b in lm.named_buffers() if not b.is_floating_point()}
+    tables |= {name.rpartition(".")[2] for name in info["unexpected_keys"]}
+    ignored = [re.compile(pattern) for pattern in lm._keys_to_ignore_on_load_unexpected or ()]
+    allowed = {n for n in found if n.rpartition(".")[2] in tables or any(p.search(n) for p in ignored)}
+    if unpacked:  # with the scales that transformers looks for
+        allowed |= {n for n in found if any(f"{n}{end}" in found for end in ("_scale_inv", "_scale"))}
+        allowed |= {n for n in found if f"{n.removesuffix('weight')}scale" in found}
+        packs = {n.removesuffix("_blocks") for n in found if n.endswith("_blocks")}
+        allowed |= {f"{n}{end}" for n in packs if f"{n}_scales" in found for end in ("_blocks", "_scales")}
+    weight_files.refuse_integers(found, allowed)
