@@ -10,7 +10,18 @@ import jax
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout, text
+from gvpo_core.training.policy import (
+    Batch,
+    Coefficients,
+    PolicySettings,
+    Prompt,
+    Response,
+    Tokens,
+    Update,
+    hugging_face,
+    layout,
+    text,
+)
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_core.training.policy.step import plan_step
@@ -55,6 +66,7 @@ class JaxPolicy:
     def __init__(
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
+        self.settings = PolicySettings(optimizer, updates, reference, seed, config)
         self.config, self.optimizer_config = config, optimizer
         _refuse_settings_of_others(config)
         mesh.join_processes()
@@ -68,23 +80,37 @@ class JaxPolicy:
         scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
         self.setup = Setup(spec, self.mesh, config.dtype, config.gradient_checkpointing, scale)
         self.programs = Programs()
-        files = weights.Files(self.folder, text_of_more=config_of_all.get("model_type") in TEXT_OF)
-        # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-        held = self.setup.compute if config.lora_rank else np.float32
-        with out_of_memory("the model's parameters"):
-            parameters = weights.load(spec, files, self.mesh, held)
-        adapters = weights.make_adapters(config, spec, self.mesh, seed) if config.lora_rank else {}
-        self.learner = Learner(self.setup, self.programs, optimizer, updates, parameters, adapters)
-        self._reference: Parameters | None = None
-        if reference and not config.lora_rank:
-            with out_of_memory("the reference model"):
-                self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
+        self._files = weights.Files(self.folder, text_of_more=config_of_all.get("model_type") in TEXT_OF)
+        self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
+        self._load()
         self.packed, self.layout_reason = self._check()
         self._splitting = Splitting(
             self.packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, spec.hidden
         )
-        self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
         self._check_decoding()
+
+    def _load(self) -> None:
+        config, settings, spec, files = self.config, self.settings, self.setup.spec, self._files
+        # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
+        held = self.setup.compute if config.lora_rank else np.float32
+        with out_of_memory("the model's parameters"):
+            parameters = weights.load(spec, files, self.mesh, held)
+        adapters = weights.make_adapters(config, spec, self.mesh, settings.seed) if config.lora_rank else {}
+        self.learner = Learner(self.setup, self.programs, settings.optimizer, settings.updates, parameters, adapters)
+        self._reference: Parameters | None = None
+        if settings.reference and not config.lora_rank:
+            with out_of_memory("the reference model"):
+                self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps taken."""
+        return self.learner.steps_taken
+
+    def reset(self) -> None:
+        """Loads the initial model again, without optimizer state; every process calls."""
+        del self.learner, self._reference
+        self._load()
 
     def _check(self) -> tuple[bool, str]:
         """Chooses the layout, and compares packed rows with plain ones before trusting them."""

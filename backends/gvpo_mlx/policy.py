@@ -11,7 +11,17 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, text
+from gvpo_core.training.policy import (
+    Batch,
+    Coefficients,
+    PolicySettings,
+    Prompt,
+    Response,
+    Tokens,
+    Update,
+    hugging_face,
+    text,
+)
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.step import learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
@@ -48,17 +58,25 @@ class MLXPolicy:
         compiled: bool | None = None,
     ) -> None:
         """`compiled`: whether passes are compiled. Default: on a GPU; on CPU each program costs seconds of g++."""
+        self.settings = PolicySettings(optimizer, updates, reference, seed, config)
         self.config, self.optimizer_config, self.updates = config, optimizer, updates
         self._ranks = Ranks(config)
         self.rank, self.world_size, self.device = self._ranks.rank, self._ranks.world_size, self._ranks.device
         self.compiled = self.device.type == mx.gpu if compiled is None else compiled
+        self._load()
+        folder = hugging_face.local_folder(config)
+        self._end = text.end_tokens(hugging_face.generation_eos(folder), self.tokenizer)
+        log.info("MLX runs on %s", self.device)
+
+    def _load(self) -> None:
+        config, optimizer = self.config, self.optimizer_config
         with mx.stream(self.device):
             memory.allow_wired(self.device)
-            self.scorer, self.tokenizer = model.load_scorer(config, seed)
+            self.scorer, self.tokenizer = model.load_scorer(config, self.settings.seed)
             self.packed, self.layout_reason = model.check(self.scorer, config)
             with self.scorer.using(self.scorer.parameters):
                 self._same_length = not generate.check(self.scorer)
-            self._reference = model.load_reference(config) if reference and not config.lora_rank else None
+            self._reference = model.load_reference(config) if self.settings.reference and not config.lora_rank else None
         self._optimizer = AdamW(optimizer, self.compiled)
         self._splitting = Splitting(
             self.packed,
@@ -69,9 +87,16 @@ class MLXPolicy:
         self._passes = self._passes_of(self.scorer)
         self._reference_passes = self._passes_of(self._reference or self.scorer)
         self._step = 0
-        folder = hugging_face.local_folder(config)
-        self._end = text.end_tokens(hugging_face.generation_eos(folder), self.tokenizer)
-        log.info("MLX runs on %s", self.device)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps taken."""
+        return self._step
+
+    def reset(self) -> None:
+        """Loads the initial model again, without optimizer state; every rank calls."""
+        del self.scorer, self._reference, self._optimizer, self._passes, self._reference_passes
+        self._load()
 
     def _passes_of(self, scorer: model.Scorer) -> Passes:
         return Passes(scorer, self.packed, self.optimizer_config.micro_batch_tokens, self.compiled)

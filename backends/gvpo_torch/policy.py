@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update, hugging_face, layout, text
+from gvpo_core.training.policy import (
+    Batch,
+    Coefficients,
+    PolicySettings,
+    Prompt,
+    Response,
+    Tokens,
+    Update,
+    hugging_face,
+    layout,
+    text,
+)
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_core.training.policy.step import learning_rate, plan_step
@@ -42,9 +53,19 @@ class TorchPolicy:
     def __init__(
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
+        self.settings = PolicySettings(optimizer, updates, reference, seed, config)
         self.config, self.optimizer_config, self.updates = config, optimizer, updates
         self._ranks = Ranks(config)
         self.rank, self.world_size, self.device = self._ranks.rank, self._ranks.world_size, self._ranks.device
+        self._load()
+
+    def _load(self) -> None:
+        config, optimizer, reference, seed = (
+            self.config,
+            self.optimizer_config,
+            self.settings.reference,
+            self.settings.seed,
+        )
         self.scorer, self.tokenizer = model.load_scorer(config, self.device, seed)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
         counts = {True: 0, False: 0}
@@ -70,6 +91,18 @@ class TorchPolicy:
         self._end = text.end_tokens(given, self.tokenizer)
         if generation is not None:
             generation.eos_token_id = text.exported_eos(given, self._end)
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps taken."""
+        return self._step
+
+    def reset(self) -> None:
+        """Loads the initial model again, without optimizer state; every rank calls."""
+        del self.scorer, self._trained, self._optimizer, self._named, self._reference
+        if self._ranks.accelerator is not None:
+            self._ranks.accelerator.free_memory()
+        self._load()
 
     def _prepare(self) -> None:
         accelerator = self._ranks.accelerator

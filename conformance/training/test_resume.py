@@ -54,7 +54,7 @@ def test_twenty_kills_change_nothing(tmp_path):
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_saves_and_leaves(number, status, tmp_path):
     config = table_run.make(tmp_path, steps=100_000)
-    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 0"))
+    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 0\nkeep_best = false"))
     process = killing.start(config)
     time.sleep(0.2)
     for line in process.stdout:

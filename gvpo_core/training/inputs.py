@@ -18,7 +18,7 @@ from gvpo_core.training.data import (
 )
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
-from gvpo_core.training.run.fingerprint import fingerprint
+from gvpo_core.training.run.fingerprint import run_inputs
 
 
 class Inputs:
@@ -31,6 +31,7 @@ class Inputs:
         self.rewards: list[Reward] = []
         self.reward_log = RewardLog(config.rewards)
         self.errors: list[ValueError] = []  # what could not be opened, in order
+        self._functions: Mapping[str, RewardFunction] = {}  # rewards given in Python
 
     def open(
         self,
@@ -48,6 +49,7 @@ class Inputs:
           training: whether the training rows are needed; an evaluation does without.
           scoring: whether the rewards are needed.
         """
+        self._functions = rewards or {}
         if scoring:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
         if training:
@@ -80,9 +82,8 @@ class Inputs:
         return held_out(self.config, policy, self.held_out_rows) if self.held_out_rows else None
 
     def fingerprints(self) -> dict[str, Mapping[str, Any]]:
-        """ "train" and "evaluation" -> fingerprint of the rows."""
-        rows = {"train": self.rows, "evaluation": self.held_out_rows}
-        return {name: fingerprint(of) for name, of in rows.items() if of}
+        """ "data", "model" and "rewards" -> name -> fingerprint; see run/fingerprint.py."""
+        return run_inputs(self.config, self.rows, self.held_out_rows, self._functions)
 
     def __enter__(self) -> "Inputs":
         return self

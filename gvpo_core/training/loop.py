@@ -17,6 +17,7 @@ from gvpo_core.training.evaluation import evaluated, evaluation_steps
 from gvpo_core.training.improve import improve
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.load import check_policy
 from gvpo_core.training.policy.ranks import highest
 from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
@@ -44,6 +45,7 @@ def train(
     rewards: Mapping[str, RewardFunction] | None = None,
     sampler: Policy | None = None,
     console: Console | None = None,
+    from_step: int | None = None,
 ) -> Result:
     """Runs or resumes the run in `config.run.folder`.
 
@@ -53,15 +55,24 @@ def train(
       rewards: functions by name, added to the configured ones or used instead of their import paths.
       sampler: draws the training responses instead of the policy (an older copy, a teacher: Cor. 3.2).
       console: where progress is shown. Default: standard output.
+      from_step: goes back to the checkpoint of this step and drops what came later; 0: to the beginning.
     Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: what is wrong.
     """
     with open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards) as inputs:
-        return run(inputs, policy, sampler=sampler, console=console)
+        return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)
 
 
-def run(inputs: Inputs, policy: Policy, *, sampler: Policy | None = None, console: Console | None = None) -> Result:
+def run(
+    inputs: Inputs,
+    policy: Policy,
+    *,
+    sampler: Policy | None = None,
+    console: Console | None = None,
+    from_step: int | None = None,
+) -> Result:
     """`train` on inputs that are open."""
     config, last = inputs.config, inputs.config.run.steps
+    check_policy(policy, config)
     prompts, held_out = inputs.prompts(policy), inputs.held_out(policy)
     source: Source = Sampled(config, prompts, inputs.rewards, sampler)
     evaluations = evaluation_steps(config) if held_out else []
@@ -71,24 +82,24 @@ def run(inputs: Inputs, policy: Policy, *, sampler: Policy | None = None, consol
             journal.phase("evaluate")
             journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards))
 
-    with Journal(inputs, policy, evaluations, console) as journal:
-        step = journal.start(prompts, held_out)
-        with StopRequest() as stop:
-            if step == 0:
-                evaluate()
-            stopping = highest(policy, stop.signal)
-            while step < last and not stopping:
-                step += 1
-                journal.begin(step)
-                rollout = source.groups(policy, step)
-                journal.phase("update")
-                improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
-                journal.step(rollout, improvement)
-                evaluate()
-                stopping = highest(policy, stop.signal)
-                every = config.run.checkpoint_every
-                if step == last or stopping or (every and step % every == 0):
-                    journal.save()
-            if stopping:
-                journal.stopped(stopping)
-            return Result(step, journal.folder.path, 128 + stopping if stopping else 0)
+    with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
+        step = journal.start(prompts, held_out, from_step)
+        if step == 0:
+            evaluate()
+        stopping, early = highest(policy, stop.signal), journal.out_of_patience()
+        while step < last and not stopping and not early:
+            step += 1
+            journal.begin(step)
+            rollout = source.groups(policy, step)
+            journal.phase("update")
+            improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
+            journal.step(rollout, improvement)
+            evaluate()
+            stopping, early = highest(policy, stop.signal), journal.out_of_patience()
+            if stopping or early or journal.save_due():
+                journal.save()
+        if stopping:
+            journal.stopped(stopping)
+        elif early and step < last:
+            journal.stopped_early()
+        return Result(step, journal.folder.path, 128 + stopping if stopping else 0)

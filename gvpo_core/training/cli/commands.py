@@ -22,9 +22,12 @@ if TYPE_CHECKING:
 _USAGE = """usage: gvpo COMMAND ...
 
   gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
+  gvpo train CONFIG --from-step N ...           go back to the checkpoint of step N, and train from there
   gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
-  gvpo eval RUN [--checkpoint STEP|initial]     rewards of a run's policy on its held-out prompts
-  gvpo export RUN FOLDER [--checkpoint STEP]    write a run's policy as a Hugging Face folder
+  gvpo eval RUN [--checkpoint STEP|best|initial]
+                                                rewards of a run's policy on its held-out prompts
+  gvpo export RUN FOLDER [--checkpoint STEP|best]
+                                                write a run's policy as a Hugging Face folder
   gvpo report RUN                               write RUN/report.html
   gvpo doctor [--json]                          what is installed, and which devices
 
@@ -87,25 +90,41 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.loop import run
     from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.run.resume import in_its_folder, without_from_step
+    from gvpo_core.training.run.signals import without_hang_up
 
     dry = [a for a in arguments if a in ("--dry-run", "--dry_run")]
+    arguments, step = without_from_step([a for a in arguments if a not in dry])
+    from_step = _step_number(step)
     with ExitStack() as stack:
+        stack.enter_context(without_hang_up())
         opened: list[Inputs] = []
 
         def wrong(config: Config) -> list[str]:
-            inputs, messages = _opened(config)
+            inputs, messages = _opened(in_its_folder(arguments, config))
             opened.append(stack.enter_context(inputs))
             return messages
 
-        _, config = parse_arguments([a for a in arguments if a not in dry], wrong)
+        _, settings = parse_arguments(arguments, wrong)
+        config = opened[0].config
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
-        logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
+        log, was = logging.getLogger("gvpo"), settings.run.folder
+        if config.run.folder != was:
+            log.warning("%s holds the run that was begun in %s: it goes on where it is now", config.run.folder, was)
+        log.info("loading %s", hide(config.model.path))
         policy = load_policy(config)
         if dry:
             preview_inputs(opened[0], policy)
             return 0
-        return run(opened[0], policy).exit_status
+        return run(opened[0], policy, from_step=from_step).exit_status
+
+
+def _step_number(text: str | None) -> int | None:
+    """The number after `--from-step`. Raises: ConfigError: it is none."""
+    if text is not None and not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"--from-step {text}: expected the step of a saved checkpoint, or 0 for the beginning")
+    return None if text is None else int(text)
 
 
 def _opened(config: Config) -> "tuple[Inputs, list[str]]":
@@ -131,7 +150,9 @@ def _eval(arguments: list[str], secrets: set[str]) -> int:
     parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on its held-out prompts.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument(
-        "--checkpoint", default="newest", help="a step, newest (default), or initial: the untrained model"
+        "--checkpoint",
+        default="newest",
+        help="a step, newest (default), best (highest held-out reward), or initial: the untrained model",
     )
     parser.add_argument("--prompts", type=int, default=0, help="held-out prompts used; 0: all (default)")
     options = parser.parse_args(arguments)
@@ -150,7 +171,7 @@ def _export(arguments: list[str], secrets: set[str]) -> int:
     parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
-    parser.add_argument("--checkpoint", default="newest", help="a step, or newest (default)")
+    parser.add_argument("--checkpoint", default="newest", help="a step, newest (default) or best: highest reward")
     options = parser.parse_args(arguments)
     _log_to_stderr(secrets)
     config, folder = _run_config(options.run), options.folder
@@ -201,24 +222,15 @@ def _run_config(run: Path) -> Config:
 
 
 def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
-    """The run's policy at a checkpoint."""
+    """The run's policy at a checkpoint, which stays while it is read although the run goes on."""
     from gvpo_core.training.policy.load import load_policy
-    from gvpo_core.training.run.checkpoint import checkpoint_at, damage, steps_saved
+    from gvpo_core.training.run.chosen import chosen
 
-    folder = run / "checkpoints"
-    steps = steps_saved(folder)
-    if checkpoint != "initial":
-        if checkpoint == "newest" and steps:
-            checkpoint = str(steps[0])
-        if not checkpoint.isdigit() or int(checkpoint) not in steps:
-            saved = ", ".join(map(str, sorted(steps))) or "none"
-            raise ConfigError(f"{run} has no checkpoint {checkpoint!r}; saved steps: {saved}")
-        at = checkpoint_at(folder, int(checkpoint))
-        if reason := damage(at.directory):
-            raise ConfigError(f"the checkpoint is damaged: {reason}")
-    policy = load_policy(config)
-    if checkpoint != "initial":
-        policy.restore(at.policy)
+    with chosen(run, checkpoint) as found:
+        policy = load_policy(config)
+        if found is not None:
+            policy.restore(found.policy)
+            logging.getLogger("gvpo").info("restored the checkpoint of step %d", found.step)
     return policy
 
 

@@ -41,7 +41,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "run.seed", "run.checkpoint_every", "run.show_every", "model.lora_rank", "model.lora_alpha",
         "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup", "optimizer.max_gradient_norm",
         "optimizer.micro_batch_responses", "optimizer.eps", "evaluation.every", "evaluation.prompts",
-        "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
+        "evaluation.patience", "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
     ):  # fmt: skip
         need(_get(c, name) >= 0, name, ">= 0")
     need(0 < c.rollout.top_p <= 1, "rollout.top_p", "in (0, 1]")

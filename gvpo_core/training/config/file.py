@@ -167,9 +167,14 @@ def _without_secrets(config: Config) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """Writes the resolved settings as TOML that read_config reads back equal, but for secrets, which are left out."""
+    path.write_text(config_text(config), encoding="utf-8")
+
+
+def config_text(config: Config) -> str:
+    """What `write_config` writes."""
     import tomli_w
 
-    path.write_text(tomli_w.dumps(hide_settings(as_table(config))), encoding="utf-8")
+    return tomli_w.dumps(hide_settings(as_table(config)))
 
 
 def as_table(config: Any) -> dict[str, Any]:
@@ -221,7 +226,7 @@ def _line_numbers(text: str) -> dict[str, int]:
     """Dotted key -> line, for tables and `key = value` lines; enough to point at a mistake."""
     lines: dict[str, int] = {}
     section = ""
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]", line):
             section = re.sub(r"[\s\"']", "", header[1])
             lines.setdefault(section, number)

@@ -27,6 +27,8 @@ class RunConfig:
     """Steps between checkpoints; the last step always has one. 0: only the last."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; older ones go once a newer one is verified."""
+    keep_best: bool = True
+    """Save after an evaluation that is the best so far, and keep that checkpoint beside the newest."""
     trackers: tuple[str, ...] = ()
     """Trackers beside metrics.jsonl: wandb, trackio, tensorboard."""
     allow_changes: bool = False
@@ -171,6 +173,8 @@ class EvaluationConfig:
     """Responses a prompt."""
     temperature: float = 0.0
     """Sampling temperature. 0: the most likely token."""
+    patience: int = 0
+    """Stop early after this many evaluations in a row without a higher reward. 0: never."""
 
 
 @dataclass(frozen=True)

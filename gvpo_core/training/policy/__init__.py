@@ -1,11 +1,21 @@
 """What a backend implements, and what it may import to do so."""
 
-from gvpo_core.training.policy.protocol import Batch, Coefficients, Policy, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy.protocol import (
+    Batch,
+    Coefficients,
+    Policy,
+    PolicySettings,
+    Prompt,
+    Response,
+    Tokens,
+    Update,
+)
 
 __all__ = [
     "Batch",
     "Coefficients",
     "Policy",
+    "PolicySettings",
     "Prompt",
     "Response",
     "Tokens",

@@ -1,7 +1,10 @@
 """Finds the backend of a run and loads its policy."""
 
+import dataclasses
 import importlib
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.policy import Policy
@@ -50,3 +53,31 @@ def load_policy(config: Config) -> Policy:
         seed=config.run.seed,
     )
     return policy
+
+
+def check_policy(policy: Policy, config: Config) -> None:
+    """Raises ConfigError: the policy was loaded with other settings than the run's, which it would train with."""
+    loaded = policy.settings
+    different = _differences("optimizer", loaded.optimizer, config.optimizer)
+    if loaded.model is not None:
+        different += _differences("model", loaded.model, config.model)
+    if config.optimizer.schedule != "constant" and loaded.updates != config.updates:
+        different.append(f"the schedule ends after {loaded.updates} updates, and the run has {config.updates}")
+    if config.objective.reference == "initial" and not loaded.reference:
+        different.append("it has no reference, and objective.reference is 'initial'")
+    if config.model.lora_rank and loaded.seed != config.run.seed:
+        different.append(f"run.seed is {loaded.seed}, and the run has {config.run.seed}")
+    if different:
+        raise ConfigError(
+            f"the policy was loaded with other settings than this run's: {'; '.join(different)}. Load one for this run:"
+            " load_policy(config)"
+        )
+
+
+def _differences(section: str, loaded: Any, wanted: Any) -> list[str]:
+    different = []
+    for field in dataclasses.fields(wanted):
+        a, b = getattr(loaded, field.name), getattr(wanted, field.name)
+        if a != b and not (field.name == "path" and Path(a).absolute() == Path(b).absolute()):
+            different.append(f"{section}.{field.name} is {a!r}, and the run has {b!r}")
+    return different

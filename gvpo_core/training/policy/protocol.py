@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.sampling import Sampling
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text as it stands, or chat messages for the model's chat template
@@ -71,6 +72,17 @@ class Update:
     details: Mapping[str, float] = field(default_factory=dict)  # a backend's own numbers, logged as they are
 
 
+@dataclass(frozen=True)
+class PolicySettings:
+    """What a policy was loaded with: the arguments of a backend's `load`."""
+
+    optimizer: OptimizerConfig
+    updates: int
+    reference: bool
+    seed: int
+    model: ModelConfig | None = None  # None: made in Python from something else than a model's folder
+
+
 class Policy(Protocol):
     """A language model that can be sampled, scored, stepped and saved.
 
@@ -81,6 +93,14 @@ class Policy(Protocol):
 
     rank: int
     world_size: int
+    settings: PolicySettings
+
+    @property
+    def steps_taken(self) -> int:
+        """Optimizer steps taken since `load`, those before a restored checkpoint included."""
+
+    def reset(self) -> None:
+        """Returns to the state that `load` gave: initial parameters, no optimizer state; every rank calls."""
 
     def encode(self, prompt: Prompt) -> Tokens:
         """Token ids of a prompt, with the generation prompt of the chat template for messages."""

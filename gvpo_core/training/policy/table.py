@@ -13,7 +13,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy import Batch, Coefficients, PolicySettings, Prompt, Response, Tokens, Update
 from gvpo_core.training.policy.step import learning_rate
 from gvpo_core.training.sampling import Sampling, uniforms
 
@@ -30,10 +30,12 @@ class TablePolicy:
         optimizer: OptimizerConfig | None = None,
         *,
         updates: int = 0,
+        model: ModelConfig | None = None,
     ) -> None:
         """Args:
         table: prompt -> response -> initial probability, each > 0; normalised for each prompt.
         updates: optimizer steps of the whole run, for the schedule.
+        model: where the table was read, if it was.
         """
         self.prompts = list(table)
         self.responses = list(dict.fromkeys(response for row in table.values() for response in row))
@@ -43,10 +45,18 @@ class TablePolicy:
             if not (p > 0).all():
                 raise ValueError(f"the table gives {self.prompts[x]!r} a probability that is not > 0")
             self.logits[x, [self.responses.index(response) for response in row]] = np.log(p / p.sum())
-        self.reference = self.log_table()
+        self.initial, self.reference = self.logits, self.log_table()
         self.optimizer = optimizer or OptimizerConfig()
         self.updates = updates
         self.update_count = 0
+        self.settings = PolicySettings(self.optimizer, updates, reference=True, seed=0, model=model)
+
+    @property
+    def steps_taken(self) -> int:
+        return self.update_count
+
+    def reset(self) -> None:
+        self.logits, self.update_count = self.initial, 0
 
     def log_table(self) -> np.ndarray:
         """(P, Y) float64: log pi(y|x); -inf where prompt x has no such response."""
@@ -148,7 +158,7 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
     path = Path(model.path) / "table.json"
     try:
         table = json.loads(path.read_text())
-        return TablePolicy(table, optimizer, updates=updates)
+        return TablePolicy(table, optimizer, updates=updates, model=model)
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ConfigError(f"model.path = {model.path!r}: no table can be read from {path}: {e}") from e
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from gvpo_core.training.report.page import page
 from gvpo_core.training.report.read import read_run
+from gvpo_core.training.run.disk import write_synced
 
 __all__ = ["write_report"]
 
@@ -14,7 +15,5 @@ def write_report(run: Path) -> Path:
     Raises: FileNotFoundError: not a run folder. OSError: the page cannot be written.
     """
     path = run / "report.html"
-    aside = run / ".report.html.new"
-    aside.write_text(page(read_run(run)), encoding="utf-8")
-    aside.replace(path)
+    write_synced(path, page(read_run(run)).encode("utf-8", "replace"))
     return path

@@ -4,21 +4,29 @@ checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of every othe
                           policy/...       what `Policy.save` wrote
 """
 
+import contextlib
 import errno
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
+import stat
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from gvpo_core.training.run.disk import is_folder, names_in, retried, sync_folder, write_synced
 
 _log = logging.getLogger("gvpo.checkpoint")
 _MANIFEST = "manifest.json"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 _DAMAGED = "damaged-"
+_OURS = re.compile(rf"{_PREFIX}([0-9]{{8,}})")
+_LEFT_OVER = re.compile(rf"{re.escape(_PARTIAL)}(old-)?{_PREFIX}[0-9]{{8,}}")
 
 
 class CheckpointError(RuntimeError):
@@ -50,9 +58,12 @@ def begin_checkpoint(folder: Path, step: int) -> Checkpoint:
     return partial
 
 
-def commit_checkpoint(folder: Path, step: int, keep: int) -> Checkpoint:
-    """Checksums, syncs and renames what `begin_checkpoint` opened; then drops all but the newest `keep`.
+def commit_checkpoint(folder: Path, step: int, keep: int, also: Collection[int] = ()) -> Checkpoint:
+    """Checksums, syncs and renames what `begin_checkpoint` opened; then removes old checkpoints.
 
+    Args:
+      keep: newest checkpoints kept.
+      also: steps kept beside them. One that `gvpo eval` or `gvpo export` is reading stays as well, for now.
     Raises: OSError: the disk is full, say; nothing saved before is touched.
     """
     partial = partial_checkpoint(folder, step).directory
@@ -63,10 +74,10 @@ def commit_checkpoint(folder: Path, step: int, keep: int) -> Checkpoint:
             os.fsync(f.fileno())
         entries[path.relative_to(partial).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_synced(partial / _MANIFEST, _manifest({"step": step, "files": entries}))
-    for directory in {p.parent for p in files} | {partial}:
+    for directory in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
         sync_folder(directory)
     final = folder / _name(step)
-    if final.exists():  # an older, damaged one; a good one would have been resumed from
+    if is_folder(final):  # an older, damaged one; a good one would have been resumed from
         _set_aside(final)
     partial.rename(final)
     sync_folder(folder)
@@ -74,9 +85,8 @@ def commit_checkpoint(folder: Path, step: int, keep: int) -> Checkpoint:
     if reason:
         raise CheckpointError(f"the checkpoint just written does not verify: {reason}")
     for old in steps_saved(folder)[keep:]:
-        leaving = folder / f"{_PARTIAL}old-{_name(old)}"  # a kill half way leaves no half checkpoint under its name
-        (folder / _name(old)).rename(leaving)
-        shutil.rmtree(leaving)
+        if old not in also and not _is_read(folder / _name(old)):
+            _remove(folder, old)
     return Checkpoint(step, final)
 
 
@@ -95,74 +105,145 @@ def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
     return CheckpointError(f"could not save step {step} in {folder} ({left}): {what}")
 
 
-def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that verifies; damaged ones are named in the log and set aside. None: nothing saved yet.
+def newest_checkpoint(folder: Path, at: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint that verifies. None: nothing saved yet.
 
-    Raises: CheckpointError: there are checkpoints, and every one is damaged.
+    Damaged ones are named in the log and set aside, but only once a good one is found: an error leaves all as it is.
+
+    Args:
+      at: the step whose checkpoint is wanted instead of the newest.
+    Raises: CheckpointError: every checkpoint is damaged, one cannot be read, or there is none of step `at`.
     """
-    for left_over in folder.glob(f"{_PARTIAL}*"):
-        shutil.rmtree(left_over)
-    reasons = []
-    for step in steps_saved(folder):
-        directory = folder / _name(step)
-        reason = damage(directory)
+    try:
+        return _newest(folder, at)
+    except OSError as e:
+        raise unreadable(folder, e) from e
+
+
+def unreadable(folder: Path, error: OSError) -> CheckpointError:
+    """The error of a checkpoint that cannot be read now, which says nothing about its content."""
+    where = error.filename or folder
+    return CheckpointError(
+        f"{where} cannot be read now ({error.strerror or error}); nothing in {folder} was changed. Run again when the"
+        " file system answers. If that file is lost for good, move its checkpoint away to go on from the one before"
+    )
+
+
+def _newest(folder: Path, at: int | None) -> Checkpoint | None:
+    found: int | None = None
+    damaged: dict[Path, str] = {}
+    steps = steps_saved(folder)
+    if at is not None and at not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {at}; saved steps: {_listed(steps)}")
+    for step in [at] if at is not None else steps:
+        reason = damage(folder / _name(step))
         if reason is None:
-            return Checkpoint(step, directory)
+            found = step
+            break
+        damaged[folder / _name(step)] = reason
+    if found is None:
+        old = [name for name in names_in(folder) if name.startswith(_DAMAGED)]
+        if damaged or old:
+            why = "; ".join(damaged.values()) or "all were set aside as damaged"
+            which = f"no checkpoint in {folder} verifies" if at is None else f"the checkpoint of step {at} is damaged"
+            raise CheckpointError(
+                f"{which}: {why}. "
+                + ("Move the run folder away to start over." if at is None else f"Saved steps: {_listed(steps)}")
+            )
+    for directory, reason in damaged.items():
         _log.warning("damaged checkpoint, not used: %s", reason)
-        reasons.append(reason)
         _set_aside(directory)
-    if reasons or any(folder.glob(f"{_DAMAGED}*")):
-        raise CheckpointError(
-            f"no checkpoint in {folder} verifies: {'; '.join(reasons) or 'all were set aside as damaged'}."
-            " Move the run folder away to start over."
-        )
-    return None
+    _clean(folder)
+    return None if found is None else checkpoint_at(folder, found)
+
+
+def _clean(folder: Path) -> None:
+    """Removes what a kill left half written or half removed, and names what is not ours."""
+    for name in names_in(folder):
+        path = folder / name
+        if _LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
+            try:
+                shutil.rmtree(path)
+            except OSError as e:  # a file that somebody holds open on NFS, say
+                _log.warning("%s, left by a kill, cannot be removed: %s", path, e.strerror or e)
+        elif name.startswith((_PREFIX, _PARTIAL)) and (_step_of(name) is None or not is_folder(path)):
+            _log.warning("%s is no checkpoint of this run (expected a folder %s): not used", path, _name(0))
+
+
+def go_back(folder: Path, step: int) -> list[int]:
+    """Removes the checkpoints of later steps, the newest first; returns their steps."""
+    later = [s for s in steps_saved(folder) if s > step]
+    for s in later:
+        _remove(folder, s)
+    return later
 
 
 def damage(directory: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is whole."""
+    """What is wrong with a checkpoint for sure, naming the file; None if it is whole.
+
+    Raises: OSError: a file that is there and cannot be read: it may be whole all the same.
+    """
     manifest = directory / _MANIFEST
     try:
-        content = manifest.read_bytes()
+        content = retried(manifest.read_bytes)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
+        return f"{manifest} is missing ({e.strerror})"
+    try:
         said: dict[str, Any] = json.loads(content)
         if content != _manifest({"step": said["step"], "files": said["files"]}):
             return f"{manifest} does not have the SHA-256 that it says of itself"
-        for name, entry in said["files"].items():
-            path = directory / name
-            if not path.is_file():
-                return f"{path} is missing"
-            if path.stat().st_size != entry["bytes"]:
-                return f"{path} has {path.stat().st_size} bytes instead of {entry['bytes']}"
-            if _sha256(path) != entry["sha256"]:
-                return f"{path} does not have the SHA-256 of its manifest"
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"{manifest} cannot be read ({type(e).__name__}: {e})"
+    if _step_of(directory.name) not in (None, said["step"]):
+        return f"{manifest} is that of step {said['step']}"
+    for name, (size, digest) in entries.items():
+        path = directory / name
+        try:
+            known = retried(lambda path=path: os.stat(path))  # type: ignore[misc]
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{path} is missing"
+        if not stat.S_ISREG(known.st_mode):
+            return f"{path} is no file"
+        if known.st_size != size:
+            return f"{path} has {known.st_size} bytes instead of {size}"
+        if retried(lambda path=path: _sha256(path)) != digest:  # type: ignore[misc]
+            return f"{path} does not have the SHA-256 of its manifest"
     return None
+
+
+@contextlib.contextmanager
+def reading(checkpoint: Checkpoint) -> Iterator[None]:
+    """Inside `with`, a run that goes on does not remove this checkpoint.
+
+    Raises: FileNotFoundError: it has been removed.
+    """
+    with (checkpoint.directory / _MANIFEST).open("rb") as manifest:
+        with contextlib.suppress(ImportError, OSError):  # no locks here: it may be removed, which restore then says
+            import fcntl
+
+            fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        os.stat(checkpoint.directory / _MANIFEST)  # renamed to be removed, between open and lock
+        yield
+
+
+def _is_read(directory: Path) -> bool:
+    try:
+        import fcntl
+
+        with (directory / _MANIFEST).open("r+b") as manifest:  # NFS gives LOCK_EX to writers alone
+            fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except (ImportError, OSError):
+        return False
+    return False
 
 
 def _manifest(facts: dict[str, Any]) -> bytes:
     """A manifest with its own checksum, so that a byte changed in it is known as well."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return json.dumps(facts | {"sha256": digest}, indent=1).encode()
-
-
-def write_synced(path: Path, content: bytes) -> None:
-    """Replaces a file in one move: written aside, synced, renamed."""
-    aside = path.with_name(f".{path.name}.aside")
-    with aside.open("wb") as f:
-        f.write(content)
-        f.flush()
-        os.fsync(f.fileno())
-    aside.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def partial_checkpoint(folder: Path, step: int) -> Checkpoint:
@@ -175,15 +256,33 @@ def _name(step: int) -> str:
 
 
 def steps_saved(folder: Path) -> list[int]:
-    """Steps that have a checkpoint folder, newest first."""
-    names = (p.name.removeprefix(_PREFIX) for p in folder.glob(f"{_PREFIX}*"))
-    return sorted((int(n) for n in names if n.isdigit()), reverse=True)
+    """Steps that have a checkpoint folder, newest first. Raises: OSError: the folder cannot be listed."""
+    found = (_step_of(name) for name in names_in(folder))
+    return sorted((step for step in found if step is not None and is_folder(folder / _name(step))), reverse=True)
+
+
+def _step_of(name: str) -> int | None:
+    """The step of a checkpoint's folder by its name; None: the name is not one that this module gives."""
+    match = _OURS.fullmatch(name)
+    return int(match[1]) if match and name == _name(int(match[1])) else None
+
+
+def _listed(steps: Collection[int]) -> str:
+    return ", ".join(map(str, sorted(steps))) or "none"
+
+
+def _remove(folder: Path, step: int) -> None:
+    leaving = folder / f"{_PARTIAL}old-{_name(step)}"  # a kill half way leaves no half checkpoint under its name
+    (folder / _name(step)).rename(leaving)
+    sync_folder(folder)
+    shutil.rmtree(leaving)
 
 
 def _set_aside(directory: Path) -> None:
     target = directory.with_name(_DAMAGED + directory.name)
     shutil.rmtree(target, ignore_errors=True)
     directory.rename(target)
+    sync_folder(directory.parent)
 
 
 def _sha256(path: Path) -> str:

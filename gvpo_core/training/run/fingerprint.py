@@ -1,11 +1,45 @@
-"""What a run was trained on, small enough to keep: a later start can tell whether it is given the same rows."""
+"""What a run was trained on and with, small enough to keep: a later start can tell whether it is given the same."""
 
 import hashlib
+import importlib.util
+import inspect
 import json
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
+
+from gvpo_core.training.config import Config, ModelConfig, RewardConfig
+from gvpo_core.training.run.disk import names_in, retried
+
+_log = logging.getLogger("gvpo")
+_WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts
+_PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spaced, its first and last bytes among them
+_TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
+_MODEL = ("config.json", "generation_config.json", "table.json")
+_BUILTIN = Path(__file__).parent.parent / "rewards" / "builtin.py"
+_MACHINE = ("gvpo", "python", "platform", "ranks")
+
+
+def run_inputs(
+    config: Config,
+    rows: Sequence[Mapping[str, Any]],
+    held_out: Sequence[Mapping[str, Any]],
+    rewards: Mapping[str, Callable[..., Any]] | None = None,
+) -> dict[str, Mapping[str, Any]]:
+    """What a run is made from, for environment.json: "data", "model" and "rewards" -> name -> fingerprint.
+
+    Args:
+      held_out: rows of the evaluation; none where there is none.
+      rewards: functions given in Python.
+    """
+    data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(held_out)} if held_out else {})
+    code = reward_fingerprints(config.rewards, rewards)
+    return {"data": data, "model": model_fingerprint(config.model), "rewards": code}
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -30,3 +64,137 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bytes | date | time | Decimal):
         return str(value)
     return type(value).__qualname__
+
+
+def model_fingerprint(config: ModelConfig) -> dict[str, dict[str, str]]:
+    """ "weights" and "tokenizer" -> SHA-256 of the names and contents of the files in `model.path`.
+
+    weights: settings, safetensors and code; tokenizer: its files and chat template. Of a file beyond 64 MiB its size
+    and 16 pieces of 1 MiB count. Empty where the model is no folder and in no cache of the hub.
+    """
+    folder = _model_folder(config)
+    if folder is None:
+        return {}
+    parts: dict[str, list[str]] = {"weights": [], "tokenizer": []}
+    try:
+        for name in names_in(folder):
+            if name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken", ".jinja")):
+                parts["tokenizer"].append(name)
+            elif name in _MODEL or name.endswith((".safetensors", ".safetensors.index.json", ".py")):
+                parts["weights"].append(name)
+        return {part: {"sha256": _of_files(folder / name for name in names)} for part, names in parts.items() if names}
+    except OSError as e:
+        _log.warning("the model's files cannot be read (%s): a later start cannot tell whether they changed", e)
+        return {}
+
+
+def _model_folder(config: ModelConfig) -> Path | None:
+    path = Path(os.path.expanduser(config.path))
+    if not config.path or path.is_dir():
+        return path if config.path else None
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+    except (ImportError, ValueError):
+        return None
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def _of_files(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0{retried(lambda path=path: _of_file(path))}\n".encode())  # type: ignore[misc]
+    return digest.hexdigest()
+
+
+def _of_file(path: Path) -> str:
+    with path.open("rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        if size <= _WHOLE:
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(_PIECES):
+            f.seek((size - _PIECE) * i // (_PIECES - 1))
+            digest.update(f.read(_PIECE))
+        return digest.hexdigest()
+
+
+def reward_fingerprints(
+    rewards: Mapping[str, RewardConfig], given: Mapping[str, Callable[..., Any]] | None = None
+) -> dict[str, dict[str, str]]:
+    """Reward -> SHA-256 of the file that its function stands in, or of a given function's source.
+
+    What that file imports does not count. A reward whose source nobody can find is left out.
+    """
+    found = {}
+    for name, reward in rewards.items():
+        try:
+            function = (given or {}).get(name)
+            code = _source(function) if function is not None else retried(_file_of(reward.function).read_bytes)
+        except (OSError, TypeError, ValueError, ImportError):
+            continue
+        found[name] = {"sha256": hashlib.sha256(code).hexdigest()}
+    return found
+
+
+def _source(function: Callable[..., Any]) -> bytes:
+    code = function if inspect.isroutine(function) or inspect.isclass(function) else type(function)
+    return inspect.getsource(code).encode()
+
+
+def _file_of(spec: str) -> Path:
+    """Where a reward's code stands; no module of the user's is imported. Raises: OSError, ImportError, ValueError."""
+    where, colon, _ = spec.rpartition(":")
+    if not colon:
+        return _BUILTIN
+    if where.endswith(".py"):
+        return Path(where)
+    package, *inner = where.split(".")
+    beside = Path(os.getcwd(), *where.split(".")).with_suffix(".py")  # beside the config, where workers look as well
+    if os.getcwd() not in sys.path and beside.is_file():
+        return beside
+    spec_of = importlib.util.find_spec(package)
+    if spec_of is None or spec_of.origin is None:
+        raise ImportError(where)
+    if not inner:
+        return Path(spec_of.origin)
+    path = Path(spec_of.origin).parent.joinpath(*inner)
+    return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """What differs between two environments of a run, one line each: (what may, what must not).
+
+    Data and model must not. Rewards, versions, the machine and the number of ranks may: the steps to come are then
+    not those of an unbroken run. What one of the two does not know is not compared, but for the data.
+    """
+    noted: list[str] = []
+    refused: list[str] = []
+    for section in ("data", "model", "rewards"):
+        a, b = _table(old.get(section)), _table(new.get(section))
+        for name in dict.fromkeys((*a, *b)):
+            both = (name in a and name in b) or (section == "data" and a and b)  # an evaluation may come or go
+            if both and a.get(name) != b.get(name):
+                line = f"{section}.{name}: {_told(a.get(name))} -> {_told(b.get(name))}"
+                (noted if section == "rewards" else refused).append(line)
+    a, b = _machine(old), _machine(new)
+    noted += [f"{name}: {a[name]} -> {b[name]}" for name in a if name in b and a[name] != b[name]]
+    return noted, refused
+
+
+def _machine(environment: Mapping[str, Any]) -> dict[str, Any]:
+    policy = _table(environment.get("policy"))
+    facts = {name: environment[name] for name in _MACHINE if name in environment}
+    facts |= {name: policy[name] for name in ("device_name",) if name in policy}
+    return facts | _table(policy.get("versions"))
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return dict(value) if isinstance(value, Mapping) else {}
+
+
+def _told(value: Any) -> str:
+    value = _table(value)
+    rows = f"{value['rows']:,} rows, " if isinstance(value.get("rows"), int) else ""
+    return f"{rows}SHA-256 {str(value['sha256'])[:12]}" if "sha256" in value else "none"

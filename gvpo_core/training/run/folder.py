@@ -1,20 +1,27 @@
 """The folder of a run: settings, environment, metrics, completions, and the lock that keeps it to one process."""
 
 import contextlib
+import errno
 import json
-import math
+import logging
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.config.file import differences, read_saved, write_config
-from gvpo_core.training.run.checkpoint import steps_saved, write_synced
+from gvpo_core.training.config.file import config_text, differences, read_saved
+from gvpo_core.training.run.checkpoint import steps_saved
+from gvpo_core.training.run.disk import is_folder, make_synced, retried, write_synced
+from gvpo_core.training.run.fingerprint import changes
+from gvpo_core.training.run.records import Kept, append_synced, cut, encoded
 
+_log = logging.getLogger("gvpo")
 # Settings that change nothing about the numbers of the steps still to come.
-_FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.trackers", "run.show_every",
-         "run.allow_changes", "evaluation.")  # fmt: skip
+_FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
+         "run.show_every", "run.allow_changes", "evaluation.")  # fmt: skip
+_ALLOW = "another run.folder, or run.allow_changes = true to go on with"
 
 
 class RunFolderError(RuntimeError):
@@ -29,55 +36,129 @@ class RunFolder:
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
         self.checkpoints = path / "checkpoints"
+        self._settings = path / "config.toml"
+        self._environment = path / "environment.json"
         self._lock: IO[str] | None = None
+        self._changed: list[str] = []
 
-    def open(self, config: Config, data: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Creates or continues the folder for `config`.
+    def open(self, config: Config, inputs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
+        """Takes the folder for `config`, and compares it with the run that is there. Changes no file of that run.
 
         Args:
-          data: "train" and "evaluation" -> fingerprint of the rows, which are to be those of the steps done.
-        Raises: RunFolderError: another process has it, or it cannot be written. ConfigError: its settings or its data
-          differ.
+          inputs: "data", "model" and "rewards" -> name -> fingerprint: see fingerprint.py.
+        Raises: RunFolderError: another process has it, or it cannot be read or written. ConfigError: it holds a run
+          with other settings, data or model.
         """
+        with self._reading():
+            there = is_folder(self.checkpoints)
         with self._writing():
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            if not there:
+                make_synced(self.checkpoints)
             self._lock = (self.path / "lock").open("a")
         self._take_lock()
-        saved = self.path / "config.toml"
-        if saved.exists() and not config.run.allow_changes:
-            changed = [
-                d
-                for d in differences(read_saved(saved), config)
-                if not d.startswith(_FREE) or (d.startswith("run.steps:") and config.optimizer.schedule != "constant")
-            ]
-            if changed:
-                raise ConfigError(
-                    f"{self.path} holds a run with other settings:\n  "
-                    + "\n  ".join(changed)
-                    + "\ngive another run.folder, or run.allow_changes = true to go on with the new settings"
-                )
-        if data is not None and not config.run.allow_changes and steps_saved(self.checkpoints):
-            self._same_data(data)
-        with self._writing():
-            aside = self.path / ".config.toml.new"
-            write_config(config, aside)
-            aside.rename(saved)
-
-    def _same_data(self, data: Mapping[str, Mapping[str, Any]]) -> None:
-        try:
-            known = json.loads((self.path / "environment.json").read_bytes())["data"]
-            changed = [
-                f"data.{name}: {_told(known.get(name))} -> {_told(data.get(name))}"
-                for name in ("train", "evaluation")
-                if known.get(name) != data.get(name)
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return  # a run of before they were kept, or the file is gone: nothing to compare with
-        if changed:
+        self.confirm()
+        with self._reading():
+            begun = bool(steps_saved(self.checkpoints))
+            known = self._known(begun, config.run.allow_changes)
+            self._same_settings(config, begun)
+        changed, refused = changes(known, dict(inputs or {}))
+        if begun and refused and not config.run.allow_changes:
             raise ConfigError(
-                f"{self.path} holds a run on other data:\n  "
-                + "\n  ".join(changed)
-                + "\ngive the data as it was, another run.folder, or run.allow_changes = true to go on with this one"
+                f"{self.path} holds a run on other data or another model:\n  "
+                + "\n  ".join(refused)
+                + f"\ngive them as they were, {_ALLOW} these"
+            )
+        self._changed += refused + changed if begun else []
+
+    def _same_settings(self, config: Config, begun: bool) -> None:
+        allowed = config.run.allow_changes
+        try:
+            content = retried(self._settings.read_bytes)
+            if not content.strip(b"\0\r\n\t "):
+                raise ConfigError(f"{self._settings} is empty, as a power loss leaves a file: its settings are lost")
+            saved = read_saved(self._settings)
+        except FileNotFoundError:
+            if begun and not allowed:
+                raise ConfigError(
+                    f"{self._settings} is missing, and the run has checkpoints. {_mend(self.path)}"
+                ) from None
+            return
+        except ConfigError as e:
+            if begun and not allowed:
+                raise ConfigError(f"{e}. {_mend(self.path)}") from e
+            _log.warning("%s; written anew", e)
+            return
+        found = differences(saved, config)
+        fixed = [d for d in found if not d.startswith(_FREE) or _ends_elsewhere(d, config)]
+        if fixed and not allowed:
+            raise ConfigError(
+                f"{self.path} holds a run with other settings:\n  "
+                + "\n  ".join(fixed)
+                + f"\ngive {_ALLOW} the new settings"
+            )
+        self._changed += found
+
+    def _known(self, begun: bool, allowed: bool) -> dict[str, Any]:
+        """What environment.json says; empty where there is none."""
+        try:
+            known = json.loads(retried(self._environment.read_bytes))
+            if not isinstance(known, dict):
+                raise ValueError("no JSON object")
+        except FileNotFoundError:
+            if begun:
+                _log.warning(
+                    "%s is missing: nobody can say whether data, model and rewards are those of the steps done",
+                    self._environment,
+                )
+            return {}
+        except (ValueError, RecursionError) as e:
+            damaged = f"{self._environment} is damaged ({e}): it says on which data and model the run was begun"
+            if begun and not allowed:
+                raise ConfigError(f"{damaged}. {_mend(self.path)}") from e
+            _log.warning("%s; written anew", damaged)
+            return {}
+        return known
+
+    def begin(self, config: Config, facts: Mapping[str, Any], step: int) -> list[str]:
+        """Saves the settings and the environment of this start, once nothing can refuse it any more.
+
+        Args:
+          facts: for environment.json, with the inputs given to `open`.
+          step: steps done.
+        Returns: what changed since the start before, one line each.
+        """
+        self.confirm()
+        known = self._known(begun=False, allowed=True)
+        before = {k: v for k, v in known.items() if k not in ("data", "model", "rewards")}
+        noted = self._changed + (changes(before, facts)[0] if step > 0 else [])
+        starts = known.get("starts")
+        start = {"time": time.time(), "step": step, "changed": noted}
+        start |= {k: facts[k] for k in ("command", "gvpo", "python", "platform", "ranks") if k in facts}
+        policy = facts.get("policy")
+        start |= {k: policy[k] for k in ("versions", "device_name") if isinstance(policy, Mapping) and k in policy}
+        history = [*(starts if isinstance(starts, list) else []), start]
+        with self._writing():
+            write_synced(self._settings, config_text(config).encode())
+            text = json.dumps({**facts, "starts": history}, indent=1, default=str)
+            write_synced(self._environment, text.encode("utf-8", "backslashreplace"))
+        return noted
+
+    def confirm(self) -> None:
+        """Raises RunFolderError: the folder at this path is no longer the one that `open` took."""
+        if self._lock is None:
+            return
+        ours = os.fstat(self._lock.fileno())
+        try:
+            there = retried(lambda: os.stat(self.path / "lock"))
+        except (FileNotFoundError, NotADirectoryError):
+            there = None
+        except OSError as e:
+            raise RunFolderError(f"cannot read the run folder {self.path}: {e}; the checkpoints are intact") from e
+        if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+            raise RunFolderError(
+                f"the run folder {self.path} was moved or replaced while the run went on (another lock file);"
+                " the run stops and writes nothing more. Go on from where the folder is now: gvpo train"
+                " MOVED/config.toml"
             )
 
     def close(self) -> None:
@@ -92,6 +173,16 @@ class RunFolder:
         except OSError as e:
             raise RunFolderError(f"cannot write the run folder {self.path}: {e}") from e
 
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as e:
+            raise RunFolderError(
+                f"cannot read the run folder {self.path} now: {e}; nothing in it was changed. Run again when the file"
+                " system answers"
+            ) from e
+
     def _take_lock(self) -> None:
         try:
             import fcntl
@@ -102,47 +193,48 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             self.close()
-            raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
-
-    def write_environment(self, facts: Mapping[str, Any]) -> None:
-        with self._writing():
-            write_synced(self.path / "environment.json", json.dumps(facts, indent=1, default=str).encode())
+            if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
+            raise RunFolderError(
+                f"{self.path} is on a file system without file locks (flock: {e.strerror or e}), so that a second"
+                " process could write to it unnoticed; mount it with locks (Lustre: -o flock; NFS: lock service), or"
+                " give a run.folder on another disk"
+            ) from e
 
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends records as JSON lines; NaN and infinities become null."""
-        text = "".join(json.dumps(_finite(r), ensure_ascii=False, allow_nan=False) + "\n" for r in records)
+        self.confirm()
         try:
-            with path.open("a", encoding="utf-8") as f:
-                f.write(text)
-                f.flush()
-                os.fsync(f.fileno())
+            append_synced(path, encoded(records))
         except OSError as e:
             raise RunFolderError(f"cannot write {path}: {e.strerror or e}; the checkpoints are intact") from e
 
-    def cut(self, step: int | None) -> None:
-        """Drops the records after `step` (all, when None), and a last line that a kill left incomplete."""
-        for path in (self.metrics, self.completions):
-            if not path.exists():
-                continue
-            kept = []
-            with self._writing():
-                with path.open(encoding="utf-8", errors="replace") as f:
-                    for line in f:
-                        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut by a kill, or not ours
-                            if step is not None and json.loads(line)["step"] <= step and line.endswith("\n"):
-                                kept.append(line)
-                write_synced(path, "".join(kept).encode())
+    def cut(self, step: int) -> int:
+        """Drops the records after `step` (-1: all), and says what else is odd about the files, one warning each.
+
+        Returns: the last step that had a record.
+        """
+        self.confirm()
+        last = 0
+        for path, whole in ((self.metrics, True), (self.completions, False)):
+            try:
+                with self._reading():
+                    kept = cut(path, step, whole=whole)
+            except RunFolderError as e:
+                if not isinstance(e.__cause__, FileNotFoundError):
+                    raise
+                lost = "verdicts begin anew, and the report lacks them" if whole else "the report shows none of them"
+                kept = Kept(odd=[f"{path} is missing, and {step} steps are done: {lost}"] if step > 0 else [])
+            last = max(last, kept.last)
+            for text in kept.odd:
+                _log.warning("%s", text)
+        return last
 
 
-def _told(data: Mapping[str, Any] | None) -> str:
-    return f"{data['rows']:,} rows, SHA-256 {data['sha256'][:12]}" if data else "none"
+def _ends_elsewhere(difference: str, config: Config) -> bool:
+    """Whether a difference changes learning rates: their schedule ends at the last step."""
+    return difference.startswith("run.steps:") and config.optimizer.schedule != "constant"
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
-    if hasattr(value, "item") and not isinstance(value, str):
-        value = value.item()
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def _mend(path: Path) -> str:
+    return f"Restore it, or set run.allow_changes = true to go on in {path} with the settings and data given now"

@@ -15,20 +15,25 @@ from gvpo_core.training.config.secrets import hide, hide_command, hide_settings,
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.inputs import Inputs
-from gvpo_core.training.metrics import read_records, step_metrics
+from gvpo_core.training.metrics import step_metrics
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.run.best import Best
 from gvpo_core.training.run.checkpoint import (
+    Checkpoint,
     CheckpointError,
     begin_checkpoint,
     checkpoint_at,
     commit_checkpoint,
+    go_back,
     newest_checkpoint,
     partial_checkpoint,
     save_failed,
+    unreadable,
 )
-from gvpo_core.training.run.folder import RunFolder
+from gvpo_core.training.run.folder import RunFolder, RunFolderError
+from gvpo_core.training.run.records import records
 from gvpo_core.training.run.resume import resume_command
 from gvpo_core.training.watch.alerts import Alerts, failed
 from gvpo_core.training.watch.console import Console
@@ -58,11 +63,13 @@ class Journal:
         self._alerts = Alerts()
         self._reward_range: tuple[float, float] | None = None  # lowest and highest reward of the steps so far
         self._started = False
+        self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
+        self._fingerprints: dict[str, Mapping[str, Any]] = {}
         self._step, self._begun = 0, time.perf_counter()
 
     def __enter__(self) -> "Journal":
         try:
-            attempt(self.policy, lambda: self.folder.open(self.config, self.inputs.fingerprints()), main_only=True)
+            attempt(self.policy, self._take_folder, main_only=True)
         except BaseException:
             self.folder.close()
             raise
@@ -78,44 +85,71 @@ class Journal:
         finally:
             self.folder.close()
 
-    def start(self, prompts: Prompts, held_out: Prompts | None) -> int:
-        """Restores the newest good checkpoint and drops the records of later steps. Returns the steps done."""
-        found = attempt(self.policy, self._drop_later_steps, main_only=True)
-        step = highest(self.policy, -1 if found is None else found)
+    def _take_folder(self) -> None:
+        self._fingerprints = self.inputs.fingerprints()
+        self.folder.open(self.config, self._fingerprints)
+
+    def start(self, prompts: Prompts, held_out: Prompts | None, from_step: int | None = None) -> int:
+        """Restores the newest good checkpoint and drops the records of later steps. Returns the steps done.
+
+        A policy that was trained before, in a run that is not this one, is reset to its initial state.
+
+        Args:
+          from_step: restore the checkpoint of this step instead (0: the initial policy), and drop the later ones.
+        """
+        folder = self.folder.checkpoints
+        found = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
+        step = highest(self.policy, found.step if found else -1)
+        used = highest(self.policy, self.policy.steps_taken)
         if step >= 0:
-            self.policy.restore(checkpoint_at(self.folder.checkpoints, step).policy)
+            restore = lambda: self.policy.restore(checkpoint_at(folder, step).policy)
+            attempt(self.policy, restore, explain=lambda e: unreadable(folder, e) if isinstance(e, OSError) else e)
+        elif used:
+            self.policy.reset()
         self._step = max(step, 0)
+        last = attempt(self.policy, lambda: self._drop_later_steps(step, from_step), main_only=True)
+        self._best.share(self.policy)
         if self._main:
             self._open(prompts, held_out)
         self._started = True
+        if from_step is not None:
+            self.event(
+                "back", f"went back from step {last} to step {from_step}: all later records and checkpoints dropped"
+            )
         if self._step:
             self.event("resume", f"resumed after step {step} of {self.config.run.steps}")
+        elif used:
+            self.event("reset", f"the policy had taken {used} optimizer steps before: reset to its initial state")
         return self._step
 
-    def _drop_later_steps(self) -> int:
-        checkpoint = newest_checkpoint(self.folder.checkpoints)
-        self.folder.cut(checkpoint.step if checkpoint else None)
-        if checkpoint is None:
-            return -1
-        for record in read_records(self.folder.metrics):
-            if record.get("kind") == "train":
+    def _checkpoint(self, from_step: int | None) -> Checkpoint | None:
+        return None if from_step == 0 else newest_checkpoint(self.folder.checkpoints, from_step)
+
+    def _drop_later_steps(self, step: int, from_step: int | None) -> int:
+        """Returns the last step that had a record or a checkpoint."""
+        later = [] if from_step is None else go_back(self.folder.checkpoints, from_step)
+        last = self.folder.cut(step)
+        for record in records(self.folder.metrics) if step >= 0 else ():
+            if record["kind"] == "train":
                 self._alerts.update(record)
                 self._widen_range(record)
-        return checkpoint.step
+            elif record["kind"] == "eval":
+                self._best.see(record["step"], record)
+        return max(last, *later, 0)
 
     def _open(self, prompts: Prompts, held_out: Prompts | None) -> None:
         config, facts = self.config, dict(self.policy.describe())
-        self.folder.write_environment(
-            {
-                "gvpo": __version__,
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                "ranks": self.policy.world_size,
-                "command": hide_command(sys.argv, self._secrets),
-                "data": self.inputs.fingerprints(),
-                "policy": facts,
-            }
-        )
+        environment = {
+            "gvpo": __version__,
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "ranks": self.policy.world_size,
+            "command": hide_command(sys.argv, self._secrets),
+            **self._fingerprints,
+            "policy": facts,
+        }
+        for changed in self.folder.begin(config, environment, self._step):
+            _log.warning("changed since the start before: %s", changed)
         settings = hide_settings(as_table(config))
         self._tracker = open_trackers(config.run.trackers, self.folder.path, settings, warn=_log.warning)
         self.console = self.console or Console(config.run.steps, first_step=self._step, evaluations=self.evaluations)
@@ -123,7 +157,7 @@ class Journal:
 
     def begin(self, step: int) -> None:
         """Step `step` begins, with its sampling."""
-        self._step, self._begun = step, time.perf_counter()
+        self._step, self._begun, self._better = step, time.perf_counter(), False
         self.phase("generate")
 
     def phase(self, name: str) -> None:
@@ -155,6 +189,7 @@ class Journal:
 
     def evaluation(self, metrics: Mapping[str, float], rollout: Rollout) -> None:
         """Records an evaluation after the present step."""
+        self._better = self._best.see(self._step, metrics)
         if not self._main:
             return
         self._responses("eval", rollout)
@@ -176,13 +211,43 @@ class Journal:
         command = resume_command(self.policy.world_size, self._secrets)
         self.event("stop", f"stopped by signal {signal} {done}; resume with: {command}")
 
+    def out_of_patience(self) -> bool:
+        """Whether `evaluation.patience` evaluations in a row were no better than the best before."""
+        patience = self.config.evaluation.patience
+        return bool(patience) and self._best.since >= patience
+
+    def stopped_early(self) -> None:
+        """Records that the run ended for want of a better evaluation."""
+        self.event(
+            "early",
+            f"stopped early after step {self._step}: {self._best.since} evaluations without a held-out reward above"
+            f" the {self._best.reward:.4g} of step {self._best.step}"
+            f" (evaluation.patience = {self.config.evaluation.patience})",
+        )
+
+    def save_due(self) -> bool:
+        """Whether the settings ask for a checkpoint of the present step."""
+        run = self.config.run
+        periodic = run.checkpoint_every and self._step % run.checkpoint_every == 0
+        return self._step == run.steps or bool(periodic) or (self._better and run.keep_best)
+
     def save(self) -> None:
         """Saves a checkpoint: every rank calls Policy.save; the main rank begins the folder and commits it after."""
-        folder, step = self.folder.checkpoints, self._step
+        run, folder, step = self.config.run, self.folder.checkpoints, self._step
+        best = (self._best.step,) if run.keep_best else ()
+
+        def begin() -> None:
+            self.folder.confirm()
+            begin_checkpoint(folder, step)
+
+        def commit() -> None:
+            self.folder.confirm()
+            commit_checkpoint(folder, step, run.keep_checkpoints, best)
+
         self.phase("checkpoint")
-        self._saving(lambda: begin_checkpoint(folder, step), main_only=True)
+        self._saving(begin, main_only=True)
         self._saving(lambda: self.policy.save(partial_checkpoint(folder, step).policy))
-        self._saving(lambda: commit_checkpoint(folder, step, self.config.run.keep_checkpoints), main_only=True)
+        self._saving(commit, main_only=True)
 
     def _saving(self, work: Callable[[], object], *, main_only: bool = False) -> None:
         attempt(
@@ -191,8 +256,17 @@ class Journal:
             main_only=main_only,
             catch=(Exception,),  # each framework's writer has its own error for a full disk
             kind=CheckpointError,
-            explain=lambda error: save_failed(self.folder.checkpoints, self._step, error),
+            explain=self._unsaved,
         )
+
+    def _unsaved(self, error: Exception) -> Exception:
+        if isinstance(error, RunFolderError):
+            return error
+        try:
+            self.folder.confirm()
+        except RunFolderError as moved:  # the reason that the save failed
+            return moved
+        return save_failed(self.folder.checkpoints, self._step, error)
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": kind, "step": self._step, "time": time.time()} | dict(values)
@@ -228,10 +302,10 @@ class Journal:
         try:
             from gvpo_core.training.report import write_report
 
+            self.folder.confirm()
             report = write_report(self.folder.path)
         except Exception as e:  # a report never costs a run
-            _log.warning(
-                "the report could not be written: %s: %s", type(e).__name__, e, exc_info=not isinstance(e, OSError)
-            )
+            known = isinstance(e, OSError | RunFolderError)
+            _log.warning("the report could not be written: %s: %s", type(e).__name__, e, exc_info=not known)
         if self.console:
             self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})

@@ -5,8 +5,10 @@ import os
 import shlex
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from gvpo_core.training.config import Config
 from gvpo_core.training.config.secrets import hide_command
 
 _LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "mlx.launch", "mpirun",
@@ -25,10 +27,40 @@ def resume_command(processes: int, secrets: Iterable[str] = ()) -> str:
     launcher = _launcher() if processes > 1 else []
     if launcher:
         on = " (on every machine, as before)" if _machines() > 1 else ""
-        return shlex.join(hide_command(launcher, secrets)) + on
-    command = _own(sys.orig_argv, sys.argv)
+        return shlex.join(hide_command(without_from_step(launcher)[0], secrets)) + on
+    command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # given again, it would go back again
     said = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
     return said if processes == 1 else f"{said} (in each of the {processes} processes, started as before)"
+
+
+def without_from_step(words: Sequence[str]) -> tuple[list[str], str | None]:
+    """A command line without `--from-step N`, and N as it was typed; None: it is not there."""
+    kept: list[str] = []
+    found: str | None = None
+    rest = iter(words)
+    for word in rest:
+        name, equals, value = word.partition("=")
+        if name in ("--from-step", "--from_step"):
+            found = value if equals else next(rest, "")
+        else:
+            kept.append(word)
+    return kept, found
+
+
+def in_its_folder(arguments: Sequence[str], config: Config) -> Config:
+    """The settings of `gvpo train RUN/config.toml`: of a run folder that was moved or copied, with the folder's own
+    place as run.folder, unless an option names another.
+
+    Args:
+      arguments: after `gvpo train`.
+    """
+    path = Path(arguments[0]) if arguments else Path()
+    folder = path.parent
+    named = any(word.partition("=")[0] == "--run.folder" for word in arguments)
+    saved = path.name == "config.toml" and (folder / "lock").is_file() and (folder / "checkpoints").is_dir()
+    if named or not saved or folder.resolve() == Path(config.run.folder).resolve():
+        return config
+    return replace(config, run=replace(config.run, folder=str(folder)))
 
 
 def _own(original: Sequence[str], arguments: Sequence[str]) -> list[str]:

@@ -1,16 +1,39 @@
-"""Ctrl-C and SIGTERM: asked once, a run finishes its step, saves and leaves; asked twice, it leaves at once."""
+"""Signals of a run: asked to stop, it finishes its step, saves and leaves.
 
+SIGINT (Ctrl-C), SIGTERM, SIGQUIT                  finish the step, save, leave; Ctrl-C or SIGQUIT once more: at once
+SIGUSR1, SIGUSR2, SIGXCPU                          the same, however often: warnings of a job's end, as SLURM sends
+SIGHUP                                             nothing: the terminal is gone, and the run goes on
+"""
+
+import contextlib
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
 from gvpo_core.training.watch.output import Forgiving
 
+_ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run takes them whoever else does
+_WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # SIGXCPU comes every second until the hard limit
+_AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher passes on the one that it got, beside the scheduler's own
+
+
+def _numbers(names: tuple[str, ...]) -> set[int]:
+    return {int(getattr(signal, name)) for name in names if hasattr(signal, name)}
+
+
+def in_main_thread() -> bool:
+    """Whether signals can be handled from here."""
+    return threading.current_thread() is threading.main_thread()
+
 
 class StopRequest:
-    """Inside `with`, `signal` is the number of the first SIGINT or SIGTERM, 0 until then."""
+    """Inside `with`, `signal` is the number of the first signal that asks the run to stop, 0 until then.
+
+    A handler that the program has set for a warning or SIGHUP, or that it ignores them, stays.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -18,13 +41,17 @@ class StopRequest:
 
     @property
     def exit_status(self) -> int:
-        """The shell's convention: 130 for Ctrl-C, 143 for SIGTERM, 0 without a request."""
+        """The shell's convention, 128 + number: 130 Ctrl-C, 143 SIGTERM, 131 SIGQUIT, 138 SIGUSR1, 152 SIGXCPU."""
         return 128 + self.signal if self.signal else 0
 
     def __enter__(self) -> "StopRequest":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
+        if in_main_thread():
+            for number in _numbers(_ASKS):
                 self._before[number] = signal.signal(number, self._handle)
+            for number in _numbers((*_WARNINGS, "SIGHUP")):
+                if signal.getsignal(number) is signal.SIG_DFL:
+                    handler = _hung_up if number == getattr(signal, "SIGHUP", None) else self._handle
+                    self._before[number] = signal.signal(number, handler)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -32,8 +59,28 @@ class StopRequest:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal:
+        if self.signal and number in _numbers(_AT_ONCE):
             raise KeyboardInterrupt
+        if self.signal:
+            return
         self.signal = number
-        said = "\nstopping after this step, then saving; once more to leave at once"
+        once_more = "once more" if number in _numbers(_AT_ONCE) else "Ctrl-C"
+        said = f"\nstopping after this step, then saving; {once_more} to leave at once"
         print(said, file=Forgiving(sys.stdout), flush=True)
+
+
+def _hung_up(number: int, frame: FrameType | None) -> None:
+    """The terminal is gone: what is still printed goes nowhere, and the run goes on."""
+
+
+@contextlib.contextmanager
+def without_hang_up() -> Iterator[None]:
+    """Inside `with`, a terminal that is gone ends nothing, unless the program handles SIGHUP itself."""
+    if not hasattr(signal, "SIGHUP") or not in_main_thread() or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
+        yield
+        return
+    signal.signal(signal.SIGHUP, _hung_up)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)

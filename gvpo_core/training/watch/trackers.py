@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.run.disk import write_synced
 
 Numbers = dict[str, float]
 
@@ -205,10 +206,8 @@ class _State:
 
     def mark(self, kind: str, step: int) -> None:
         self.sent[kind] = step
-        aside = self._path.with_name(self._path.name + ".tmp")
         with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
-            aside.write_text(json.dumps({"id": self.identity, "sent": self.sent}), encoding="utf-8")
-            aside.replace(self._path)
+            write_synced(self._path, json.dumps({"id": self.identity, "sent": self.sent}).encode())
 
 
 def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:

@@ -1,0 +1,209 @@
+"""A run folder is left alone by whatever cannot read it, lock it or find it, and by a resume that is refused."""
+
+import errno
+import fcntl
+import io
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import killing
+import numpy as np
+import pytest
+import run_folders
+from table_problem import PROMPTS, reward
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.run import disk
+from gvpo_core.training.run.checkpoint import CheckpointError, newest_checkpoint, steps_saved
+from gvpo_core.training.run.folder import RunFolderError
+
+pytestmark = pytest.mark.core
+pytest.importorskip("tomli_w", reason="the command line's extra is not installed")
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch, capsys):
+    monkeypatch.setattr(disk, "RETRY_SECONDS", (0.0, 0.0))
+
+
+def failing(monkeypatch, part: str, number: int, times: int) -> list[str]:
+    """Makes the next `times` opens, stats and listings of a path with `part` in it fail; the paths are listed."""
+    failed: list[str] = []
+
+    def wrapped(real):
+        def call(path, *args, **options):
+            if not isinstance(path, int) and part in str(path) and len(failed) < times:
+                failed.append(str(path))
+                raise OSError(number, os.strerror(number), str(path))
+            return real(path, *args, **options)
+
+        return call
+
+    for module, name in ((io, "open"), (os, "open"), (os, "stat"), (os, "listdir"), (os, "scandir")):
+        monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
+    return failed
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize(
+    "part", ["00000003/manifest.json", "00000003/policy/table.npz", "step-00000003", "checkpoints"]
+)
+def test_a_read_that_fails_once_is_tried_again(part, number, tmp_path, monkeypatch):
+    run_folders.go(run_folders.config(tmp_path))
+    before = run_folders.content(tmp_path)
+    with monkeypatch.context() as patched:
+        failed = failing(patched, part, number, 1)
+        assert newest_checkpoint(tmp_path / "checkpoints").step == 3
+    assert len(failed) == 1 and run_folders.content(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+@pytest.mark.parametrize("part", ["00000003/manifest.json", "00000003/policy/table.npz", "checkpoints", "config.toml"])
+def test_a_read_that_keeps_failing_stops_the_start_and_changes_nothing(part, number, tmp_path, monkeypatch):
+    """A manifest that could not be read was called damaged and set aside; a folder that could not be listed was new."""
+    run_folders.go(run_folders.config(tmp_path))
+    before = run_folders.content(tmp_path)
+    with monkeypatch.context() as patched:
+        failed = failing(patched, part, number, 10**6)
+        with pytest.raises((CheckpointError, RunFolderError), match=r"cannot (be )?read") as caught:
+            run_folders.go(run_folders.config(tmp_path, steps=4))
+    assert failed and os.strerror(number) in str(caught.value) and "changed" in str(caught.value)
+    assert run_folders.content(tmp_path) == before
+    assert run_folders.go(run_folders.config(tmp_path, steps=4))[0].step == 4
+
+
+def test_when_every_checkpoint_is_damaged_none_is_moved(tmp_path):
+    run_folders.go(run_folders.config(tmp_path))
+    for path in (tmp_path / "checkpoints").glob("*/policy/table.npz"):
+        path.write_bytes(path.read_bytes()[:-1])
+    before = run_folders.content(tmp_path)
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies: .*00000003.*00000002"):
+            run_folders.go(run_folders.config(tmp_path, steps=4))
+    assert run_folders.content(tmp_path) == before
+
+
+@pytest.mark.parametrize("then", ["a second run", "nothing", "a removed lock"])
+def test_a_run_whose_folder_is_moved_stops_and_writes_nothing_more(then, tmp_path):
+    """The same command started anew: the first run wrote into the second's files, at the same path."""
+    folder, moved = tmp_path / "run", tmp_path / "moved"
+    seen: dict[str, dict[str, bytes]] = {}
+    calls = []
+
+    def moving(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == 2:  # in the second step
+            if then == "a removed lock":
+                (folder / "lock").unlink()
+            else:
+                folder.rename(moved)
+            if then == "a second run":
+                run_folders.go(run_folders.config(folder))
+            seen.update({str(p): run_folders.content(p) for p in (folder, moved) if p.exists()})
+        return reward(prompts, completions, **columns)
+
+    with pytest.raises(RunFolderError, match="was moved or replaced while the run went on"):
+        run_folders.go(run_folders.config(folder), rewards={"value": moving})
+    assert {str(p): run_folders.content(p) for p in (folder, moved) if p.exists()} == seen
+    if then == "a second run":
+        assert [r["step"] for r in killing.lasting(folder)] == [1, 2, 3]
+    if then != "a removed lock":
+        assert run_folders.go(run_folders.config(moved))[0].step == 3
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch):
+    def flock(descriptor, operation):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", flock)
+        with pytest.raises(RunFolderError, match="without file locks") as caught:
+            run_folders.go(run_folders.config(tmp_path))
+    assert os.strerror(number) in str(caught.value) and "in use" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 512, b"\xff\xfe", b"[run\n"])
+def test_an_empty_or_unreadable_saved_config_is_named(content, tmp_path):
+    run_folders.go(run_folders.config(tmp_path))
+    (tmp_path / "config.toml").write_bytes(content)
+    before = run_folders.content(tmp_path)
+    with pytest.raises(ConfigError, match=r"run\.allow_changes = true") as caught:
+        run_folders.go(run_folders.config(tmp_path, steps=4))
+    assert str(tmp_path / "config.toml") in str(caught.value) and "\n" not in str(caught.value).strip()
+    assert run_folders.content(tmp_path) == before
+    assert run_folders.go(run_folders.config(tmp_path, steps=4, allow_changes=True))[0].step == 4
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b"[]", b'{"data": 3'])
+def test_a_damaged_environment_is_named(content, tmp_path):
+    run_folders.go(run_folders.config(tmp_path))
+    (tmp_path / "environment.json").write_bytes(content)
+    before = run_folders.content(tmp_path)
+    with pytest.raises(ConfigError, match=r"environment.json is damaged .*run.allow_changes = true"):
+        run_folders.go(run_folders.config(tmp_path, steps=4))
+    assert run_folders.content(tmp_path) == before
+
+
+@pytest.mark.parametrize("missing", ["config.toml", "environment.json"])
+def test_a_missing_file_of_a_run_with_checkpoints_is_named(missing, tmp_path, caplog):
+    run_folders.go(run_folders.config(tmp_path))
+    (tmp_path / missing).unlink()
+    if missing == "config.toml":
+        with pytest.raises(ConfigError, match=r"config\.toml is missing"):
+            run_folders.go(run_folders.config(tmp_path, steps=4))
+    else:
+        run_folders.go(run_folders.config(tmp_path, steps=4))
+        assert "environment.json is missing" in caplog.text
+
+
+@pytest.mark.parametrize("why", ["settings", "data", "damaged", "reward", "policy"])
+def test_a_refused_resume_leaves_the_folder_as_it_was(why, tmp_path):
+    """With settings that were changed with leave, too: they are saved once the run has really begun with them."""
+    run_folders.go(run_folders.config(tmp_path))
+    if why == "damaged":
+        for path in (tmp_path / "checkpoints").glob("*/policy/table.npz"):
+            path.write_bytes(path.read_bytes()[:-1])
+    before = run_folders.content(tmp_path)
+    config, given = run_folders.config(tmp_path, steps=4), {}
+    if why != "data":
+        config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.25))
+    if why not in ("data", "settings"):
+        config = replace(config, run=replace(config.run, allow_changes=True))
+    if why == "data":
+        given = {"train_rows": run_folders.ROWS[::-1]}
+    if why == "reward":
+        config = replace(config, rewards={"value": replace(config.rewards["value"], function="nowhere.py:f")})
+        given = {"rewards": None}
+    if why == "policy":
+        from gvpo_core.training.policy.table import TablePolicy
+
+        given = {"policy": TablePolicy({p: {"a": 0.5, "b": 0.5} for p in PROMPTS}, config.optimizer)}
+    with pytest.raises((ConfigError, CheckpointError, ValueError)):
+        run_folders.go(config, **given)
+    assert run_folders.content(tmp_path) == before
+
+
+def test_the_lock_file_of_a_copied_folder_is_its_own(tmp_path):
+    run_folders.go(run_folders.config(tmp_path / "a", steps=2))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    ends = [run_folders.go(run_folders.config(tmp_path / x, steps=4))[1].logits for x in ("a", "b")]
+    np.testing.assert_array_equal(*ends)
+    assert steps_saved(tmp_path / "b" / "checkpoints") == [4, 3]
+
+
+def test_starts_are_kept_with_what_changed(tmp_path):
+    run_folders.go(run_folders.config(tmp_path, steps=2))
+    path = tmp_path / "environment.json"
+    known = json.loads(path.read_text())
+    assert [s["step"] for s in known["starts"]] == [0] and known["starts"][0]["changed"] == []
+    path.write_text(json.dumps(known | {"gvpo": "0.0.1"}))
+    run_folders.go(run_folders.config(tmp_path, steps=3))
+    first, second = json.loads(path.read_text())["starts"]
+    assert first == known["starts"][0] and second["step"] == 2
+    assert any(line.startswith("gvpo: 0.0.1 -> ") for line in second["changed"])
+    assert "run.steps: 2 -> 3" in second["changed"]
+    assert Path(tmp_path / "config.toml").read_text().count("steps = 3") == 1

@@ -1,0 +1,113 @@
+"""Signals of terminals and schedulers: a run saves and leaves, or goes on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import killing
+import pytest
+import run_folders
+import table_run
+from table_problem import reward
+
+from gvpo_core.training.run.checkpoint import steps_saved
+from gvpo_core.training.run.signals import StopRequest
+
+pytestmark = pytest.mark.core
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+STOPS = {"SIGUSR1": 138, "SIGUSR2": 140, "SIGXCPU": 152, "SIGQUIT": 131, "SIGTERM": 143, "SIGINT": 130}
+
+
+def signalled(folder, numbers, steps=50):
+    """A run that sends itself signals in its second step."""
+    calls = []
+
+    def sending(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == 2:
+            for number in numbers:
+                os.kill(os.getpid(), number)
+                time.sleep(0.1)  # handled one by one: signals that wait together are taken by their numbers
+        return reward(prompts, completions)
+
+    config = run_folders.config(folder, steps=steps, checkpoint_every=0)
+    return run_folders.go(config, rewards={"value": sending})[0]
+
+
+@pytest.mark.parametrize("name", STOPS)
+def test_a_signal_finishes_the_step_saves_and_leaves(name, tmp_path, capsys):
+    before = signal.getsignal(getattr(signal, name))
+    result = signalled(tmp_path, [getattr(signal, name)])
+    assert (result.step, result.exit_status) == (2, STOPS[name])
+    assert steps_saved(tmp_path / "checkpoints") == [2] and "stop" in killing.events(tmp_path)
+    assert signal.getsignal(getattr(signal, name)) is before
+    assert "stopping after this step, then saving" in capsys.readouterr().out
+
+
+def test_a_hang_up_ends_nothing(tmp_path, capsys):
+    result = signalled(tmp_path, [signal.SIGHUP], steps=4)
+    assert (result.step, result.exit_status) == (4, 0)
+
+
+@pytest.mark.parametrize("second", ["SIGUSR1", "SIGXCPU", "SIGTERM", "SIGHUP"])
+def test_a_warning_that_comes_again_does_not_cost_the_step(second, tmp_path, capsys):
+    """The kernel sends SIGXCPU every second, SLURM SIGTERM after its warning, a launcher SIGTERM once more."""
+    for first in ("SIGXCPU", "SIGTERM"):
+        folder = tmp_path / first
+        result = signalled(folder, [getattr(signal, first), *[getattr(signal, second)] * 3])
+        assert (result.step, result.exit_status) == (2, STOPS[first])
+        assert steps_saved(folder / "checkpoints") == [2]
+
+
+@pytest.mark.parametrize("second", ["SIGINT", "SIGQUIT"])
+def test_ctrl_c_after_another_request_leaves_at_once(second, tmp_path, capsys):
+    with pytest.raises(KeyboardInterrupt):
+        signalled(tmp_path, [signal.SIGTERM, getattr(signal, second)])
+    assert not steps_saved(tmp_path / "checkpoints")
+
+
+def test_a_handler_that_the_program_has_for_a_warning_stays():
+    calls = []
+    own = lambda number, frame: calls.append(number)
+    before = signal.signal(signal.SIGUSR1, own), signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopRequest() as stop:
+            assert signal.getsignal(signal.SIGUSR1) is own and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+            os.kill(os.getpid(), signal.SIGUSR1)
+            assert calls == [signal.SIGUSR1] and stop.signal == 0
+    finally:
+        signal.signal(signal.SIGUSR1, before[0])
+        signal.signal(signal.SIGHUP, before[1])
+
+
+def test_the_command_line_saves_on_usr1_and_outlives_its_terminal(tmp_path):
+    """SIGHUP while the model loads already; SIGUSR1 as `sbatch --signal=USR1@120` sends it to the job's steps."""
+    config = table_run.make(tmp_path, steps=100_000)
+    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 0\nkeep_best = false"))
+    script = tmp_path / "run.py"
+    script.write_text(
+        "import os, signal, sys\n"
+        "from gvpo_core.training import cli\n"
+        "from gvpo_core.training.policy import load\n"
+        "real = load.load_policy\n"
+        "def loading(config):\n"
+        "    os.kill(os.getpid(), signal.SIGHUP)\n"
+        "    return real(config)\n"
+        "load.load_policy = loading\n"
+        "sys.exit(cli.main(['train', sys.argv[1]]))\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-u", script, config], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    for line in process.stdout:
+        if line.split()[:1] == ["3"]:
+            break
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGUSR1)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 138, output
+    assert "stopped by signal 10" in output and "resume with: " in output and "Traceback" not in output
+    assert len(steps_saved(tmp_path / "run" / "checkpoints")) == 1

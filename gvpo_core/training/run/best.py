@@ -1,0 +1,52 @@
+"""The best evaluation of a run so far: whose checkpoint is kept, and when a run stops early."""
+
+import math
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.run.records import records
+
+_KEY = "eval/reward"
+
+
+class Best:
+    """The evaluation with the highest held-out reward; of equal ones the first."""
+
+    def __init__(self) -> None:
+        self.step = -1  # -1: no evaluation yet
+        self.reward = -math.inf
+        self.since = 0  # evaluations after it, none of them better
+
+    def see(self, step: int, metrics: Mapping[str, Any]) -> bool:
+        """Takes in the evaluation after `step`; whether it is the best so far."""
+        reward = _reward(metrics)
+        if reward > self.reward:
+            self.step, self.reward, self.since = step, reward, 0
+            return True
+        self.since += 1
+        return False
+
+    def share(self, policy: Policy) -> None:
+        """Gives every rank what the main rank knows; every rank calls."""
+        own = np.asarray([self.step, self.reward, self.since], np.float64) if policy.rank == 0 else np.zeros(0)
+        shared = policy.gather(np.frombuffer(own.tobytes(), np.uint8)).tobytes()  # bytes: no rank rounds them
+        step, self.reward, since = np.frombuffer(shared, np.float64).tolist()
+        self.step, self.since = int(step), int(since)
+
+
+def best_saved(metrics: Path, steps: Collection[int]) -> int | None:
+    """The step of `steps` whose evaluation had the highest held-out reward. None: none of them has one."""
+    best = Best()
+    for record in records(metrics):
+        if record["kind"] == "eval" and record["step"] in steps and math.isfinite(_reward(record)):
+            best.see(record["step"], record)
+    return best.step if best.step >= 0 else None
+
+
+def _reward(metrics: Mapping[str, Any]) -> float:
+    value = metrics.get(_KEY)
+    return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf

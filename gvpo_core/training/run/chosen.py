@@ -1,0 +1,63 @@
+"""The policy of a run at a checkpoint, for `gvpo eval` and `gvpo export`: of a run that goes on, too."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.run.best import best_saved
+from gvpo_core.training.run.checkpoint import Checkpoint, checkpoint_at, damage, reading, steps_saved, unreadable
+
+_TRIES = 5  # a run that goes on may remove the checkpoint that was just chosen
+NAMED = ("newest", "best", "initial")
+
+
+@contextlib.contextmanager
+def chosen(run: Path, name: str) -> Iterator[Checkpoint | None]:
+    """The checkpoint of a run folder; inside `with`, the run that may be going on does not remove it.
+
+    Args:
+      name: a step, "newest", "best" (of the saved steps the one with the highest held-out reward), or "initial".
+    Yields: None for "initial", the model that the run began with.
+    Raises: ConfigError: there is no such checkpoint, or it is damaged. CheckpointError: it cannot be read now.
+    """
+    with contextlib.ExitStack() as stack:
+        found = None if name == "initial" else _held(run, name, stack)
+        if found is not None:
+            try:
+                reason = damage(found.directory)
+            except OSError as e:
+                raise unreadable(found.directory.parent, e) from e
+            if reason:
+                raise ConfigError(f"the checkpoint is damaged: {reason}")
+        yield found
+
+
+def _held(run: Path, name: str, stack: contextlib.ExitStack) -> Checkpoint:
+    for _ in range(_TRIES):
+        found = checkpoint_at(run / "checkpoints", _step(run, name))
+        try:
+            stack.enter_context(reading(found))
+        except FileNotFoundError:
+            continue
+        return found
+    return found  # without a manifest: damaged, which is said of it
+
+
+def _step(run: Path, name: str) -> int:
+    try:
+        steps = steps_saved(run / "checkpoints")
+    except OSError as e:
+        raise unreadable(run / "checkpoints", e) from e
+    step: int | None = None
+    if name == "newest":
+        step = steps[0] if steps else None
+    elif name == "best":
+        step = best_saved(run / "metrics.jsonl", steps)
+    elif name.isascii() and name.isdigit():
+        step = int(name)
+    if step is None or step not in steps:
+        saved = ", ".join(map(str, sorted(steps))) or "none"
+        why = " with an evaluation" if name == "best" and steps else ""
+        raise ConfigError(f"{run} has no checkpoint {name!r}{why}; saved steps: {saved}")
+    return step

@@ -1,0 +1,77 @@
+"""Writes that survive a power loss, and reads that are tried again where a file system fails for a moment."""
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+RETRY_SECONDS = (0.1, 0.5, 2.0)
+"""Waits before a failed read is tried again: a network file system answers ESTALE or EIO for a moment."""
+_ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # no failures: nothing to retry
+
+
+def retried(read: Callable[[], T]) -> T:
+    """What `read` returns, tried again after each of RETRY_SECONDS.
+
+    Raises: OSError: the file is not there or may not be read, or the last try failed.
+    """
+    for seconds in RETRY_SECONDS:
+        try:
+            return read()
+        except _ANSWERS:
+            raise
+        except OSError:
+            time.sleep(seconds)
+    return read()
+
+
+def is_folder(path: Path) -> bool:
+    """Whether a folder is there. Raises: OSError: nobody can say, which `Path.is_dir` calls no."""
+    try:
+        return stat.S_ISDIR(retried(lambda: os.stat(path)).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def names_in(folder: Path) -> list[str]:
+    """The sorted names in a folder; none where there is no folder. Raises: OSError: it cannot be listed."""
+    try:
+        return sorted(retried(lambda: os.listdir(folder)))
+    except FileNotFoundError:
+        return []
+
+
+def write_synced(path: Path, content: bytes) -> None:
+    """Replaces a file in one move: written aside, synced, renamed. After a power loss it is the old or the new one."""
+    aside = path.with_name(f".{path.name}.aside")
+    with aside.open("wb") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    aside.rename(path)
+    sync_folder(path.parent)
+
+
+def make_synced(folder: Path) -> None:
+    """Makes a folder and those above it that are missing, so that they outlive a power loss."""
+    if is_folder(folder):
+        return
+    make_synced(folder.parent)
+    folder.mkdir(exist_ok=True)
+    sync_folder(folder.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes the names in a folder durable; nothing where the file system has no sync of folders."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,157 @@
+"""Files of one JSON record a line that grow with a run: appended to, and cut back to a step, a line at a time.
+
+A run of 100,000 steps leaves gigabytes, so nothing here holds more than a line.
+"""
+
+import contextlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gvpo_core.training.run.disk import retried, sync_folder
+
+_HEAD = re.compile(rb'\{"kind": ?"(train|eval|event)", ?"step": ?(\d{1,15}), ?"')
+_LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})  # str.splitlines breaks lines there
+_NAMED = 5  # line numbers that a message lists
+
+
+@dataclass
+class Kept:
+    """What `cut` left of a file, and what is odd about it, in words."""
+
+    trained: int = 0  # steps that have a train record
+    last: int = 0  # the largest step that the file had before
+    odd: list[str] = field(default_factory=list)
+
+
+def encoded(records: Iterable[Mapping[str, Any]]) -> bytes:
+    """Records as JSON lines; NaN and infinities become null, characters that no UTF-8 has become escapes."""
+    lines = (json.dumps(_finite(r), ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS) for r in records)
+    return "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+
+
+def append_synced(path: Path, content: bytes) -> None:
+    """Appends to a file, which after a power loss holds all of `content` once this has returned."""
+    new = not path.exists()
+    with path.open("ab") as f:
+        f.write(content)
+        f.flush()
+        os.fsync(f.fileno())
+    if new:
+        sync_folder(path.parent)
+
+
+def cut(path: Path, step: int, *, whole: bool) -> Kept:
+    """Drops the records after `step` (-1: all), and a last line that a kill or a power loss left incomplete.
+
+    Lines that are no records and stand between those kept stay in the file; `odd` names them.
+
+    Args:
+      whole: parse every line; else those that begin as a record are believed.
+    Raises: OSError. FileNotFoundError: no such file.
+    """
+    kept, steps = Kept(), bytearray(step + 1)
+    end = position = dropped = 0
+    bad: list[int] = []  # line numbers, of lines that stay
+    after: list[int] = []  # of lines behind the last record kept
+    straight, passed = True, False
+    with retried(lambda: path.open("rb")) as f:
+        for number, line in enumerate(f, 1):
+            position += len(line)
+            kind, of = _kind_and_step(line, whole)
+            if of is None:
+                after.append(number)
+                continue
+            kept.last = max(kept.last, of)
+            if of > step:
+                passed, dropped = True, dropped + 1
+                continue
+            straight = straight and not passed
+            bad, after, end = bad + after, [], position
+            if kind == "train":
+                steps[of] = min(2, steps[of] + 1)
+    if not straight:
+        _filtered(path, step, whole, end)
+    elif end < position:
+        with path.open("r+b") as out:
+            out.truncate(end)
+            os.fsync(out.fileno())
+    kept.trained = sum(map(bool, steps[1:]))
+    if bad:
+        kept.odd.append(f"{path}: {_lines(bad)} no record (edited, or damaged); kept, and not used")
+    if after:
+        kept.odd.append(f"{path}: {_lines(after)} no whole record (cut by a kill or a power loss); dropped")
+    if not straight:
+        kept.odd.append(f"{path}: its steps are out of order (edited); {dropped} records after step {step} dropped")
+    if whole and (twice := [s for s, times in enumerate(steps) if times > 1 and s]):
+        kept.odd.append(f"{path}: {len(twice)} steps have more than one record, the first is step {twice[0]} (edited)")
+    if whole and kept.trained < step:
+        lacking = next(s for s in range(1, step + 1) if not steps[s])
+        kept.odd.append(
+            f"{path}: {step - kept.trained} of the {step} steps done have no record, the first is step {lacking}: the"
+            " report and the verdicts do without"
+        )
+    return kept
+
+
+def _lines(numbers: list[int]) -> str:
+    listed = ", ".join(map(str, numbers[:_NAMED])) + (f" and {len(numbers) - _NAMED} more" if numbers[_NAMED:] else "")
+    return f"line {listed} is" if len(numbers) == 1 else f"lines {listed} are"
+
+
+def _filtered(path: Path, step: int, whole: bool, end: int) -> None:
+    """Replaces the file by its lines up to the byte `end`, without the records after `step`."""
+    aside, position = path.with_name(f".{path.name}.aside"), 0
+    with path.open("rb") as lines, aside.open("wb") as out:
+        for line in lines:
+            position += len(line)
+            of = _kind_and_step(line, whole)[1]
+            if position <= end and (of is None or of <= step):
+                out.write(line)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.rename(path)
+    sync_folder(path.parent)
+
+
+def _kind_and_step(line: bytes, whole: bool) -> tuple[str, int | None]:
+    """The kind and the step of a record; the step is None where the line is no whole record."""
+    if not line.endswith(b"}\n"):
+        return "", None
+    if not whole and (head := _HEAD.match(line)):
+        return head[1].decode(), (int(head[2]) if b"\0" not in line else None)
+    record = parsed(line)
+    return (str(record["kind"]), record["step"]) if record else ("", None)
+
+
+def parsed(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is none: no JSON object, or without a kind and a step."""
+    try:
+        record = json.loads(line)
+        good = isinstance(record["kind"], str) and type(record["step"]) is int and record["step"] >= 0
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return None
+    return record if good else None
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a file, one at a time; other lines, or a missing file, are passed over, since `cut` names them."""
+    with contextlib.suppress(FileNotFoundError), retried(lambda: path.open("rb")) as f:
+        for line in f:
+            if record := parsed(line):
+                yield record
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, str):
+        value = value.item()
+    return None if isinstance(value, float) and not math.isfinite(value) else value
