@@ -9,6 +9,7 @@ nox -R -s lint                      reuse an environment as it is, without insta
 """
 
 import shutil
+import subprocess
 import sys
 import xml.etree.ElementTree as xml
 from datetime import datetime
@@ -115,6 +116,41 @@ def jax_runs(session: nox.Session) -> None:
     shutil.rmtree(compiled, ignore_errors=True)
     env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
     pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **env)
+
+
+def find_python(wanted: str) -> str | None:
+    """The path of a CPython of this version: on PATH, or among pyenv's; None where there is none that starts."""
+    named = [path for path in (shutil.which(f"python{wanted}"),) if path]
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{wanted}*/bin/python"))
+    for path in [*named, *map(str, pyenv)]:
+        check = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
+        try:
+            found = subprocess.run(check, capture_output=True, text=True, timeout=60).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            continue
+        if found == wanted:
+            return path
+    return None
+
+
+JAX_NEXT_PYTHON = find_python("3.13")
+
+
+@nox.session(python=JAX_NEXT_PYTHON)
+def jax_next(session: nox.Session) -> None:
+    """The core and gvpo_jax on CPython 3.13 with JAX 0.12, whose versions are in constraints-jax-next.txt.
+
+    Skipped where no Python 3.13 is found; an error if the session was asked for by name.
+
+    nox -s jax_next
+    """
+    if JAX_NEXT_PYTHON is None:
+        reason = "no python3.13 on PATH or in ~/.pyenv/versions"
+        session.error(reason) if "jax_next" in sys.argv else session.skip(reason)
+    session.install("--constraint", "constraints-jax-next.txt", "-e", ".[jax]", "pytest", "pytest-xdist", "hypothesis")
+    files = [f"conformance/backends/test_jax_{name}.py" for name in ("logprobs", "model", "generate", "numbers")]
+    env = {"GVPO_SUBJECTS": "jax"} | {"XLA_FLAGS": QUICKLY_COMPILED["XLA_FLAGS"]}
+    pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env)
 
 
 @nox.session
