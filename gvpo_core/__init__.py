@@ -1,12 +1,10 @@
 """GVPO (Group Variance Policy Optimization, arXiv 2504.19599) on the arrays you already hold."""
 
 from gvpo_core.baselines import (
-    OBJECTIVES,
     clipped_ratio_weights,
     dr_grpo_weights,
     grpo_weights,
     importance_ratio,
-    objective_coefficients,
     reject_sampling_weights,
     rloo_weights,
     sft_weights,
@@ -22,6 +20,7 @@ from gvpo_core.objective import (
     gvpo_weights,
     sequence_logprobs,
 )
+from gvpo_core.objectives import OBJECTIVES, objective_coefficients
 from gvpo_core.preferences import bradley_terry_loss, dpo_loss, dpo_weights
 
 __all__ = [

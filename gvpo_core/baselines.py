@@ -5,16 +5,9 @@ weights constant under differentiation, and a row that is not `valid` or whose r
 All ratios and log-probabilities are of whole responses, as in the paper, not of tokens.
 """
 
-from difflib import get_close_matches
-from typing import Any
-
-from gvpo_core._arrays import Array, check_beta, check_number, check_rows, constant, stop_gradient, wide_dtype
+from gvpo_core._arrays import Array, check_beta, check_number, check_rows, stop_gradient, wide_dtype
 from gvpo_core.groups import Groups, counted_groups
-from gvpo_core.objective import checked_groups, gvpo_coefficients
-from gvpo_core.preferences import dpo_weights, pairs
-
-OBJECTIVES = ("gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo")
-_NEED_OLD = ("grpo", "dr_grpo", "rloo")
+from gvpo_core.objective import checked_groups
 
 
 def sft_weights(logprobs: Array, *, valid: Array | None = None) -> Array:
@@ -49,7 +42,7 @@ def reject_sampling_weights(
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 2 and 9. Departures: tied best responses share the
       weight, so that the order of rows does not matter; Eq. 2's argmax leaves open which of them is taken.
     """
-    groups, rewards = _scored(rewards, group_ids, num_groups, valid, smallest=1)
+    groups, rewards = scored(rewards, group_ids, num_groups, valid, smallest=1)
     return stop_gradient(groups.share(groups.at_the_top(rewards)))
 
 
@@ -85,8 +78,8 @@ def grpo_weights(
     if ddof not in (0, 1):
         raise ValueError(f"ddof is {ddof}; expected 0 or 1")
     check_number("eps", eps)
-    groups, advantages = _penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
-    return stop_gradient(_standardise(groups, advantages, ddof, eps))
+    groups, advantages = penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
+    return stop_gradient(standardise(groups, advantages, ddof, eps))
 
 
 def dr_grpo_weights(
@@ -109,7 +102,7 @@ def dr_grpo_weights(
     Reference: Liu et al., arXiv 2503.20783; Eq. 9 and 18 of arXiv 2504.19599. Departures: none; its other
       change, no division by response length, holds for every objective here.
     """
-    return stop_gradient(_penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)[1])
+    return stop_gradient(penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)[1])
 
 
 def rloo_weights(
@@ -131,8 +124,8 @@ def rloo_weights(
     Raises: as grpo_weights.
     Reference: Ahmadian et al., arXiv 2402.14740; Eq. 9 and 18 of arXiv 2504.19599. Departures: none.
     """
-    groups, advantages = _penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
-    return stop_gradient(_leave_one_out(groups, advantages))
+    groups, advantages = penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
+    return stop_gradient(leave_one_out(groups, advantages))
 
 
 def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
@@ -181,89 +174,16 @@ def clipped_ratio_weights(
     return stop_gradient(xp.where(left, xp.zeros_like(advantages), ratio * advantages))
 
 
-def objective_coefficients(
-    name: str,
-    logprobs: Array,
-    ref_logprobs: Array,
-    old_logprobs: Array | None,
-    rewards: Array,
-    group_ids: Array,
-    *,
-    beta: float,
-    num_groups: int | None = None,
-    valid: Array | None = None,
-    clip: float = 0.2,
-) -> Array:
-    """The factor of each response's log-probability gradient in one step of the named objective.
-
-    -sum_i c_i grad log pi_i is the gradient of a mean over the G groups that count, of
-
-      gvpo             1/(2 beta) 1/(k-1) sum w^2, Eq. 16                          k >= 2   c = w / ((k-1) G)
-      grpo             -1/k sum min(rho A, clamp(rho) A), A = grpo_weights         k >= 2   c = w_clip / (k G)
-      dr_grpo          the same, A = dr_grpo_weights                               k >= 2   c = w_clip / (k G)
-      rloo             the same, A = rloo_weights                                  k >= 2   c = w_clip / (k G)
-      reject_sampling  -log pi of the best response                                k >= 1   c = w / G
-      sft              -1/k sum log pi                                             k >= 1   c = w / (k G)
-      dpo              -log sigmoid(beta s_best - beta s_worst), Eq. 8     two rewards      c = beta w / G
-
-    with w that objective's weights and w_clip = clipped_ratio_weights(A). In grpo, dr_grpo and rloo beta is
-    the coefficient of the KL penalty (k1) in the reward, taken at old_logprobs and constant (Eq. 18). At
-    logprobs = old_logprobs the coefficients of rloo are those of gvpo.
-
-    Args:
-      name: one of OBJECTIVES.
-      logprobs, ref_logprobs, rewards, group_ids, num_groups, valid: as gvpo_weights; rows without a reward
-        leave in every objective, sft too.
-      old_logprobs: (N,) float, nats, of the policy that sampled; grpo, dr_grpo and rloo read it, for the
-        others it may be None.
-      beta: reward units per nat (dpo: per nat), >= 0, for dpo > 0; unused by reject_sampling and sft.
-      clip: as clipped_ratio_weights; used by grpo, dr_grpo and rloo.
-    Returns: (N,), constant under differentiation; 0 for rows and groups that do not count.
-    Raises: as gvpo_weights; ValueError: unknown name, or old_logprobs missing where it is read.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 9, 12, 18 and 19.
-    """
-    if name not in OBJECTIVES:
-        close = get_close_matches(str(name), OBJECTIVES, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"objective is {name!r}; expected one of {', '.join(OBJECTIVES)}{hint}")
-    options: dict[str, Any] = {"num_groups": num_groups, "valid": valid}
-    if name == "gvpo":
-        return gvpo_coefficients(logprobs, ref_logprobs, rewards, group_ids, beta=beta, **options)
-    if name == "dpo":
-        groups = pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)[0]
-        weights = dpo_weights(logprobs, ref_logprobs, rewards, group_ids, beta=beta, **options)
-        return constant(beta) * weights / groups.total_divisor()
-    xp = check_rows(
-        {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards},
-        group_ids=group_ids,
-        valid=valid,
-    )
-    check_beta(beta)
-    if name in _NEED_OLD:
-        if old_logprobs is None:
-            raise ValueError(f"old_logprobs is None; {name} needs the log-probabilities at sampling")
-        groups, advantages = _penalised(rewards, group_ids, beta, old_logprobs, ref_logprobs, num_groups, valid)
-        if name == "grpo":
-            advantages = _standardise(groups, advantages, 1, 1e-4)
-        elif name == "rloo":
-            advantages = _leave_one_out(groups, advantages)
-        weights = clipped_ratio_weights(logprobs, old_logprobs, advantages, clip=clip, valid=groups.counted)
-        return weights / groups.per_row(groups.divisor() * groups.total_divisor())
-    groups, wide = _scored(rewards, group_ids, num_groups, valid, smallest=1)
-    if name == "reject_sampling":
-        return stop_gradient(groups.share(groups.at_the_top(wide)) / groups.total_divisor())
-    return xp.astype(groups.counted, wide.dtype) / groups.per_row(groups.divisor() * groups.total_divisor())
-
-
-def _scored(
+def scored(
     rewards: Array, group_ids: Array, num_groups: int | None, valid: Array | None, *, smallest: int
 ) -> tuple[Groups, Array]:
+    """Groups of `smallest` and more, and (N,) R in float32 or wider."""
     xp = check_rows({"rewards": rewards}, floating=False, group_ids=group_ids, valid=valid)
     rewards = xp.astype(rewards, wide_dtype(xp, rewards))
     return counted_groups(xp, rewards, group_ids, num_groups, valid, smallest=smallest), rewards
 
 
-def _penalised(
+def penalised(
     rewards: Array,
     group_ids: Array,
     beta: float,
@@ -277,7 +197,7 @@ def _penalised(
     if logprobs is None or ref_logprobs is None:
         if not (isinstance(beta, int | float) and beta == 0):
             raise ValueError(f"beta is {beta} without logprobs and ref_logprobs; the KL penalty needs both")
-        groups, rewards = _scored(rewards, group_ids, num_groups, valid, smallest=2)
+        groups, rewards = scored(rewards, group_ids, num_groups, valid, smallest=2)
         return groups, groups.center(rewards)
     groups, log_ratio, rewards = checked_groups(
         logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
@@ -285,7 +205,8 @@ def _penalised(
     return groups, groups.center(rewards) - beta * groups.center(log_ratio)
 
 
-def _standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Array:
+def standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Array:
+    """(N,) centred rewards over their group's standard deviation plus eps; 0 where all are equal."""
     xp = groups.xp
     scale = xp.sqrt(groups.sum(advantages**2) / groups.divisor(less=ddof)) + eps
     equal = groups.max(advantages) == -groups.max(-advantages)  # with eps = 0 rounding would be all that is left
@@ -293,5 +214,6 @@ def _standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Ar
     return xp.where(groups.per_row(equal), xp.zeros_like(advantages), advantages / scale)
 
 
-def _leave_one_out(groups: Groups, advantages: Array) -> Array:
+def leave_one_out(groups: Groups, advantages: Array) -> Array:
+    """(N,) centred rewards as the difference to the mean of the others."""
     return advantages * groups.per_row(groups.divisor() / groups.divisor(less=1))

@@ -5,35 +5,20 @@ own, and scores in training mode. Each can change a response's log-probability, 
 """
 
 import inspect
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from trl.models.utils import disable_gradient_checkpointing
 
+from gvpo_core.training.policy.layout import RopeByLength, rope_by_length
+
 _PROMPTS, _COMPLETIONS = ([5], [17, 3, 11]), ([7, 2, 13], [19, 23])  # of different lengths; ids modulo the vocabulary
 
 
-class RopeByLength(NamedTuple):
-    """RoPE whose frequencies depend on the longest sequence of a forward pass, beyond `original` tokens."""
-
-    kind: str  # longrope: one other set of frequencies; dynamic: others at each length, kept for later batches
-    original: int
-
-
-def rope_by_length(config: Any) -> RopeByLength | None:
-    """The RoPE of a transformers configuration where it depends on the length of a row, else None."""
-    text = config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    for settings in (rope, *(value for value in rope.values() if isinstance(value, Mapping))):
-        kind = settings.get("rope_type")
-        if kind == "dynamic":
-            return RopeByLength(kind, int(text.max_position_embeddings))
-        if kind == "longrope":
-            original = settings.get("original_max_position_embeddings")
-            return RopeByLength(kind, int(original or text.max_position_embeddings))
-    return None
+def rope_of(model: Any) -> RopeByLength | None:
+    """The RoPE of a transformers model where it depends on the length of a row, else None."""
+    return rope_by_length(model.config.get_text_config().to_dict())
 
 
 def check_lengths(rope: RopeByLength, attention_mask: Tensor) -> None:

@@ -21,7 +21,7 @@ from trl.trainer.utils import split_tensor_dict
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logprobs
 from gvpo_core.training.rewards import total as scores
 from gvpo_trl.config import GVPOConfig, cannot_sample, cuts_support
-from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_by_length
+from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_of
 
 _WHOLE = (
     DistributedType.NO,
@@ -64,7 +64,7 @@ class GVPOTrainer(GRPOTrainer):
         for model in (self.model, self.ref_model):
             if model is not None:
                 count_positions_from_the_mask(model)
-        self._rope = rope_by_length(self.model.config)
+        self._rope = rope_of(self.model)
         self._scores_checked = self.accelerator.distributed_type in _WHOLE
         if self._scores_checked:
             check_scores(self)

@@ -13,6 +13,7 @@ from tunix.rl import common, function_registry
 from tunix.rl.reward_manager import SequenceRewardManager
 
 from gvpo_core import gvpo_loss, gvpo_surrogate, gvpo_weights, sequence_logprobs
+from gvpo_core.training.rewards.total import total_rewards
 
 
 @flax.struct.dataclass(frozen=True)
@@ -83,11 +84,15 @@ def centred_rewards(rewards: np.ndarray, num_generations: int, **_: Any) -> np.n
 
 @function_registry.register_reward_manager("gvpo")
 class GVPORewardManager(SequenceRewardManager):
-    """Tunix's sum of rewards; NaN where a reward is None or NaN, which Tunix would add as 0."""
+    """Tunix's sum of rewards, in which it would add None and NaN as 0.
+
+    A response that a function left without a score has none. A function that scored nothing of a group is no part of
+    its reward, so that one run can have several tasks, each with its function.
+    """
 
     def __init__(self, reward_fns: Any, algo_config: Any, **options: Any) -> None:
         given = list(reward_fns) if isinstance(reward_fns, Sequence) else [reward_fns]
-        self._unscored: np.ndarray | None = None
+        self._scores: list[np.ndarray] = []  # of each function, NaN: none
         super().__init__([self._noting(function) for function in given], algo_config, **options)
 
     def _noting(self, function: Callable[..., Any]) -> Callable[..., list[float]]:
@@ -104,7 +109,7 @@ class GVPORewardManager(SequenceRewardManager):
                     f"{name} gave {scores[i]} for {completions[i][:60]!r}; expected a finite reward, or None"
                 )
             missing = np.isnan(scores)
-            self._unscored = missing if self._unscored is None else self._unscored | missing
+            self._scores.append(scores)
             stand_in = scores[~missing].mean() if not missing.all() else 0.0  # Tunix's log keeps the mean of the scored
             return np.where(missing, stand_in, scores).tolist()
 
@@ -112,6 +117,9 @@ class GVPORewardManager(SequenceRewardManager):
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> dict[str, Any]:
         """Tunix's {"rewards": (N,), "log_metrics": ...}."""
-        self._unscored = None
+        self._scores = []
         found = super().__call__(prompts, completions, **columns)
-        return found | {"rewards": np.where(self._unscored, np.nan, found["rewards"])}
+        parts = np.stack(self._scores)
+        groups = np.arange(len(prompts)) // self.algo_config.num_generations
+        total = total_rewards(parts, np.zeros(parts.shape, bool), [1.0] * len(parts), groups)
+        return found | {"rewards": total}

@@ -10,9 +10,11 @@ require("trl", "datasets", "peft", subject="trl")
 
 import torch
 import trl_runs
-from gvpo_trl.scoring import check_scores, rope_by_length
+from gvpo_trl.scoring import check_scores, rope_of
 from transformers import AutoConfig
 from trl_checks import check_steps
+
+from gvpo_core.training.policy.layout import RopeByLength
 
 pytestmark = pytest.mark.filterwarnings("default")  # TRL and transformers warn about each other's names
 
@@ -52,9 +54,8 @@ def test_a_batch_beyond_the_original_length_of_its_rope_is_rejected(kind: str, t
         "max_position_embeddings": 8,
     }
     folder = tiny_models.make_model("llama", tmp_path / "model", **(long_rope(8) if kind == "longrope" else dynamic))
-    rope = rope_by_length(AutoConfig.from_pretrained(folder))
-    assert rope is not None and rope == (kind, 8)
     trainer = trl_runs.make_trainer(folder, tmp_path / "out", **SIZES)
+    assert rope_of(trainer.model) == RopeByLength(kind, 8)
     before = trl_runs.trained(trainer.model)
     with pytest.raises(RuntimeError, match=rf"rope_type is '{kind}' and a batch is padded to \d+ tokens: beyond 8"):
         trainer.train()

@@ -314,3 +314,16 @@ def test_the_learner_asks_for_the_folder(learner):
 def test_other_versions_are_refused(found):
     with pytest.raises(ImportError, match=f"google-tunix {found} is installed; gvpo_tunix was tried with >=0.1.7,<0.1"):
         gvpo_tunix.HOST.check(found)
+
+
+def test_a_function_that_scored_nothing_of_a_group_is_no_part_of_its_reward():
+    """Several tasks in one run, each with its function, which gives None on the others' prompts."""
+    nan = float("nan")
+    add = lambda prompts, completions, **_: [1.0, 0.0, None, None, 2.0, None]
+    spell = lambda prompts, completions, **_: [None, None, 0.5, 0.25, 1.0, 1.0]
+    manager = GVPORewardManager([add, spell], GVPOConfig(num_generations=2))
+    found = manager(prompts=["1+1"] * 2 + ["cat"] * 2 + ["both"] * 2, completions=["b"] * 6)["rewards"]
+    np.testing.assert_array_equal(found, [1.0, 0.0, 0.5, 0.25, 3.0, nan])
+    none = lambda prompts, completions, **_: [None] * 6
+    found = GVPORewardManager([none], GVPOConfig(num_generations=2))(prompts=["a"] * 6, completions=["b"] * 6)
+    assert np.isnan(found["rewards"]).all()
