@@ -106,7 +106,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(file):
         ("4", "rollout.max_tokens = 'many'; expected int"),
         ("5", "unknown field rollout.beta; did you mean objective.beta?"),
         ("7", "objective.name = 'gvp'; expected one of 'gvpo', 'grpo', 'dr_grpo', 'rloo', 'reject_sampling', 'sft',"
-         " 'dpo'; did you mean 'gvpo'?"),
+         " 'dpo' or file.py:function; did you mean 'gvpo'?"),
         ("8", "unknown section optimiser; did you mean optimizer?"),
     ]  # fmt: skip
     # What is missing has no line, and comes last.

@@ -5,14 +5,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gvpo_core.baselines import objective_coefficients
 from gvpo_core.training.config import ObjectiveConfig
+from gvpo_core.training.objective import ObjectiveError, TrainingObjective, find_objective
 from gvpo_core.training.policy import Coefficients, Policy, Update
 from gvpo_core.training.policy.step import check_finite
 from gvpo_core.training.rollout import Rollout
-
-_RATIO = ("grpo", "dr_grpo", "rloo")  # weigh by pi_theta / pi_old (Eq. 19)
-_ALONE = ("sft", "reject_sampling")  # a group of one response is a group
 
 
 class NoSignalError(RuntimeError):
@@ -35,7 +32,7 @@ class Improvement:
 def improve(
     policy: Policy,
     rollout: Rollout,
-    objective: ObjectiveConfig,
+    config: ObjectiveConfig,
     *,
     seed: tuple[int, ...],
 ) -> Improvement:
@@ -45,11 +42,12 @@ def improve(
 
     Args:
       seed: of the order of the groups in epochs after the first.
-    Raises: NoSignalError: no group has enough scored responses.
+    Raises: NoSignalError: no group has enough scored responses. ObjectiveError: a user's objective failed.
     """
+    objective = find_objective(config)
     scored = ~np.isnan(rollout.rewards)
     own = np.arange(rollout.start, rollout.start + len(rollout.batch))
-    need = 1 if objective.name in _ALONE else 2
+    need = objective.smallest
     sizes = np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
     if not (sizes >= need).any():
         raise NoSignalError(
@@ -60,16 +58,16 @@ def improve(
     rows = own[scored[own]]  # this rank's scored rows, as places among all N
     batch = rollout.batch.take([int(i) for i in rows - rollout.start])
     ref = old = None
-    if objective.reference == "initial":
+    if config.reference == "initial":
         ref = _everywhere(policy, policy.logprobs(batch, reference=True), scored)
-    updates = objective.epochs * objective.minibatches
-    if updates > 1 and (objective.reference == "rollout" or objective.name in _RATIO):
+    updates = config.epochs * config.minibatches
+    if updates > 1 and (config.reference == "rollout" or objective.needs_old):
         old = _everywhere(policy, policy.logprobs(batch), scored)
     clock = time.perf_counter()
 
     result = Improvement(np.full(len(scored), np.nan), np.full(len(scored), np.nan), score_seconds=clock - start)
-    for epoch in range(objective.epochs):
-        for groups in np.array_split(_order(rollout.num_groups, seed, epoch), objective.minibatches):
+    for epoch in range(config.epochs):
+        for groups in np.array_split(_order(rollout.num_groups, seed, epoch), config.minibatches):
             chosen = scored & np.isin(rollout.group_ids, groups)
             if not (sizes[groups] >= need).any():
                 continue
@@ -101,7 +99,7 @@ def _order(groups: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
 def _coefficients(
     policy: Policy,
     rollout: Rollout,
-    objective: ObjectiveConfig,
+    objective: TrainingObjective,
     ref: np.ndarray | None,
     old: np.ndarray | None,
     chosen: np.ndarray,
@@ -127,24 +125,29 @@ def _coefficients(
         else:
             full = np.zeros(len(group_ids)) if known is None else known[chosen].copy()
             full[part] = logprobs
-        before = full if old is None else old[chosen]
-        c = objective_coefficients(
-            objective.name,
-            full,
-            before if ref is None else ref[chosen],
-            before,
-            rollout.rewards[chosen],
-            group_ids,
-            beta=objective.beta,
-            num_groups=num_groups,
-            clip=objective.clip,
-        )
-        factors = np.asarray(c)
+        factors = factors_at(full)
         if policy.world_size > 1:  # what one rank must refuse, all refuse: none is left waiting for it
             check_finite("log-probabilities", full, np.flatnonzero(chosen))
             check_finite("coefficients", factors, np.flatnonzero(chosen))
+        elif objective.own is not None and len(part) < len(group_ids):
+            check_own_group(full, factors, part)
         result: np.ndarray = factors[own[part]]
         return result
+
+    def factors_at(full: np.ndarray) -> np.ndarray:
+        before = full if old is None else old[chosen]
+        reference = before if ref is None else ref[chosen]
+        return objective.coefficients(full, reference, before, rollout.rewards[chosen], group_ids, num_groups)
+
+    def check_own_group(full: np.ndarray, factors: np.ndarray, part: np.ndarray) -> None:
+        others = np.setdiff1d(np.arange(len(full)), part)
+        moved = full.copy()
+        moved[others] += 1.0
+        if not np.allclose(factors_at(moved)[part], factors[part], rtol=1e-9, atol=0, equal_nan=True):
+            raise ObjectiveError(
+                f"objective.name = {objective.name!r} gives a response another coefficient when the log-probs of other"
+                " groups change; expected one that depends on its own group: micro-batches hold some groups of a step"
+            )
 
     return coefficients
 

@@ -16,6 +16,7 @@ from gvpo_core.training.data import (
     training_rows,
     with_given,
 )
+from gvpo_core.training.objective import check_objective
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.run.fingerprint import run_inputs
@@ -54,6 +55,7 @@ class Inputs:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
         if training:
             self._attempt("rows", lambda: training_rows(self.config, train_rows))
+            self._check(lambda: check_objective(self.config))
         self._attempt("held_out_rows", lambda: held_out_rows(self.config, evaluation_rows))
         for name, rows in (("the training data", self.rows), ("the held-out data", self.held_out_rows)):
             if rows:

@@ -4,9 +4,11 @@ import dataclasses
 import datetime
 import math
 import re
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from gvpo_core.objectives import OBJECTIVES, TABLE
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import HIDDEN
 from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
@@ -56,8 +58,11 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "a model.revision beside it that is a whole commit hash (40 hex digits; a branch or tag may move), so that the"
         " code that was read is the code that runs",
     )
-    compares = c.objective.name not in ("sft", "reject_sampling")
-    need(c.rollout.responses >= 2 or not compares, "rollout.responses", f"at least 2 for {c.objective.name}")
+    if unknown := wrong_objective(c.objective.name):
+        wrong.append(("objective.name", unknown))
+    elif c.objective.name in TABLE:
+        smallest = TABLE[c.objective.name].smallest
+        need(c.rollout.responses >= smallest, "rollout.responses", f"at least {smallest} for {c.objective.name}")
     if c.objective.name == "dpo":
         need(c.objective.beta > 0, "objective.beta", "> 0 for dpo")
     need(
@@ -92,6 +97,15 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
             )
         )
     return wrong
+
+
+def wrong_objective(name: str) -> str | None:
+    """What is wrong with an objective's name, as far as can be said without looking for its function."""
+    if name in TABLE or (":" in name and all(name.rpartition(":")[::2])):
+        return None
+    close = get_close_matches(name, OBJECTIVES, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return f"objective.name = {name!r}; expected one of {', '.join(map(repr, OBJECTIVES))} or file.py:function{hint}"
 
 
 def _get(config: Config, name: str) -> Any:

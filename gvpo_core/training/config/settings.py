@@ -121,8 +121,9 @@ class RolloutConfig:
 class ObjectiveConfig:
     """What is optimised."""
 
-    name: Literal["gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo"] = "gvpo"
-    """Weights of Eq. 9's unified framework."""
+    name: str = "gvpo"
+    """Weights of Eq. 9's unified framework: gvpo, grpo, dr_grpo, rloo, reject_sampling, sft, dpo; or a function of
+    your own, as file.py:function or package.module:function."""
     beta: float = 0.1
     """KL coefficient, reward units per nat. grpo, dr_grpo, rloo: of the KL term in the reward."""
     reference: Literal["initial", "rollout"] = "initial"

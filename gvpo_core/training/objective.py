@@ -1,0 +1,115 @@
+"""The configured objective: a row of the table of objectives, or a function of the user's own."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.objectives import TABLE, objective_coefficients
+from gvpo_core.training.config import Config, ConfigError, ObjectiveConfig
+from gvpo_core.training.config.check import wrong_objective
+from gvpo_core.training.rewards.worker.functions import find_function
+
+_ARRAYS = ("logprobs", "ref_logprobs", "old_logprobs", "rewards", "group_ids")
+_OPTIONS = ("beta", "num_groups", "clip")
+
+
+class ObjectiveError(RuntimeError):
+    """A user's objective that raised, or gave what no step can be made of; the message names it."""
+
+
+@dataclass(frozen=True)
+class TrainingObjective:
+    """What the trainer asks of an objective."""
+
+    name: str
+    smallest: int  # scored responses that a group needs
+    needs_old: bool  # reads the policy's log-probabilities before the rollout's first step
+    own: Callable[..., Any] | None  # the user's function; None: the table's
+    options: dict[str, Any]  # beta, clip
+
+    def coefficients(
+        self,
+        logprobs: np.ndarray,
+        ref_logprobs: np.ndarray,
+        old_logprobs: np.ndarray,
+        rewards: np.ndarray,
+        group_ids: np.ndarray,
+        num_groups: int,
+    ) -> np.ndarray:
+        """(N,) float64, the factor of each response's log-probability gradient; arrays (N,).
+
+        Raises: ObjectiveError: the user's function raised, or gave no N numbers.
+        """
+        arrays = (logprobs, ref_logprobs, old_logprobs, rewards, group_ids)
+        options = self.options | {"num_groups": num_groups}
+        if self.own is None:
+            return np.asarray(objective_coefficients(self.name, *arrays, **options))
+        taken = _taken(self.own)
+        copies = [np.array(array) for array in arrays]  # what the function changes in place changes nothing here
+        try:
+            given = self.own(*copies, **{name: value for name, value in options.items() if name in taken})
+            result = np.array(given, np.float64)
+        except Exception as error:  # the function's own
+            raise ObjectiveError(f"objective.name = {self.name!r} raised {type(error).__name__}: {error}") from error
+        if result.shape != logprobs.shape:
+            raise ObjectiveError(
+                f"objective.name = {self.name!r} gave an array of shape {result.shape}; expected {logprobs.shape}, one"
+                " coefficient a response"
+            )
+        return result
+
+
+def find_objective(config: ObjectiveConfig) -> TrainingObjective:
+    """The objective that `objective.name` names.
+
+    A user's function is `file.py:function` or `package.module:function`. It takes (N,) NumPy arrays by position,
+    logprobs, ref_logprobs, old_logprobs, rewards and group_ids, and by name those of beta, num_groups and clip that it
+    has parameters for. Every row has a reward. It returns (N,) coefficients c of a step along sum_i c_i grad log pi_i.
+    A row's coefficient must depend on its own group alone, and on how many groups there are. Its attribute `smallest`
+    (default 2) is the number of scored responses that a group needs.
+
+    Raises: ConfigError: an unknown name, a function that is not there, or one with other arguments.
+    """
+    options = {"beta": config.beta, "clip": config.clip}
+    if config.name in TABLE:
+        row = TABLE[config.name]
+        return TrainingObjective(config.name, row.smallest, row.needs_old, None, options)
+    if wrong := wrong_objective(config.name):
+        raise ConfigError(wrong)
+    try:
+        own = find_function(config.name)
+    except LookupError as error:
+        raise ConfigError(f"objective.name = {config.name!r}: {error}") from error
+    try:
+        signature = inspect.signature(own)
+        signature.bind(*_ARRAYS, **{name: None for name in _OPTIONS if name in _taken(own)})
+    except TypeError as error:
+        raise ConfigError(
+            f"objective.name = {config.name!r} has other arguments ({error}); expected"
+            f" {own.__name__}({', '.join(_ARRAYS)}), and by name any of {', '.join(_OPTIONS)}"
+        ) from error
+    smallest = getattr(own, "smallest", 2)
+    if not isinstance(smallest, int) or smallest < 1:
+        raise ConfigError(f"objective.name = {config.name!r} has smallest = {smallest!r}; expected 1 or more responses")
+    return TrainingObjective(config.name, smallest, True, own, options)
+
+
+def check_objective(config: Config) -> None:
+    """Raises ConfigError where the objective cannot be found, or compares more responses than a prompt has."""
+    objective = find_objective(config.objective)
+    if config.rollout.responses < objective.smallest:
+        raise ConfigError(
+            f"rollout.responses = {config.rollout.responses}; expected at least {objective.smallest} for"
+            f" objective.name = {config.objective.name!r}"
+        )
+
+
+def _taken(function: Callable[..., Any]) -> set[str]:
+    """The options that a function has parameters for."""
+    parameters = inspect.signature(function).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        return set(_OPTIONS)
+    return {p.name for p in parameters if p.kind is not p.POSITIONAL_ONLY} & set(_OPTIONS)
