@@ -7,7 +7,7 @@ import numpy as np
 
 
 def leave_one_out(logprobs, ref_logprobs, old_logprobs, rewards, group_ids, *, num_groups):
-    """(N,) coefficients c of one step along sum_i c_i grad log pi_i."""
+    """(N,) coefficients c; the loss has the gradient -sum_i c_i grad log pi_i."""
     size = np.bincount(group_ids, minlength=num_groups)[group_ids]
     others = (np.bincount(group_ids, rewards, num_groups)[group_ids] - rewards) / np.maximum(size - 1, 1)
     advantages = np.where(size > 1, rewards - others, 0.0)

@@ -13,7 +13,7 @@ from places import ROOT
 pytestmark = pytest.mark.core
 
 VALUES = ["test_objective_values.py", "test_groups.py", "test_paper.py"]
-GRADIENTS = ["test_objective_gradients.py"]
+GRADIENTS = ["test_objective_gradients.py", "test_objective_constants.py"]
 ERRORS = ["test_objective_errors.py"]
 
 # mistake -> file, text, text in its place, tests that must fail
@@ -52,7 +52,7 @@ MUTANTS = {
     ),
     "beta forgotten": (
         "objective.py",
-        "beta * groups.center(log_ratio)",
+        "constant(beta) * groups.center(log_ratio)",
         "groups.center(log_ratio)",
         VALUES,
     ),
@@ -103,6 +103,12 @@ MUTANTS = {
         "_arrays.py",
         'if hasattr(x, "detach"):  # torch\n        return x.detach()',
         'if hasattr(x, "detach"):  # torch\n        return x',
+        GRADIENTS,
+    ),
+    "the reference differentiated": (
+        "objective.py",
+        "ref_logprobs, rewards = stop_gradient(ref_logprobs), stop_gradient(rewards)",
+        "rewards = stop_gradient(rewards)",
         GRADIENTS,
     ),
 }

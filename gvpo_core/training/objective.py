@@ -67,9 +67,9 @@ def find_objective(config: ObjectiveConfig) -> TrainingObjective:
 
     A user's function is `file.py:function` or `package.module:function`. It takes (N,) NumPy arrays by position,
     logprobs, ref_logprobs, old_logprobs, rewards and group_ids, and by name those of beta, num_groups and clip that it
-    has parameters for. Every row has a reward. It returns (N,) coefficients c of a step along sum_i c_i grad log pi_i.
-    A row's coefficient must depend on its own group alone, and on how many groups there are. Its attribute `smallest`
-    (default 2) is the number of scored responses that a group needs.
+    has parameters for. Every row has a reward. It returns (N,) coefficients c: the loss has the gradient
+    -sum_i c_i grad log pi_i. A row's coefficient must depend on its own group alone, and on how many groups there are.
+    Its attribute `smallest` (default 2) is the number of scored responses that a group needs.
 
     Raises: ConfigError: an unknown name, a function that is not there, or one with other arguments.
     """
