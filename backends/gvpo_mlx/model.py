@@ -278,6 +278,7 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
                 exact, reason = False, f"packed log-probs differ by up to {difference.max():.3g} nat at load"
     if config.layout == "packed" and not exact:
         raise ConfigError(f"model.layout is packed, which is not exact for {scorer.name}: {reason}. Use auto or plain")
+    log.info("%s: %s", scorer.name, scorer.loaded.compared)
     log.info("%s: %s rows (%s)", scorer.name, "packed" if exact else "plain", reason)
     return exact, reason
 
