@@ -42,6 +42,11 @@ def pretrained(config: ModelConfig, folder: Path, *, twin: bool = True) -> Loade
 
     Raises: ConfigError: an unknown architecture; settings, files or tensors that mlx-lm reads otherwise.
     """
+    with explained("the model", config):
+        return _pretrained(config, folder, twin)
+
+
+def _pretrained(config: ModelConfig, folder: Path, twin: bool) -> Loaded:
     from mlx_lm.utils import load_model
 
     found = weight_files.tensors(folder)
@@ -57,25 +62,23 @@ def pretrained(config: ModelConfig, folder: Path, *, twin: bool = True) -> Loade
         part, own = _text_config(folder, completed), written["text_config"]
         own = {"model_type": part["model_type"]} | own
         known = _text_arguments(completed["model_type"], part["model_type"], config.path)
-    with explained("the model", config):
-        settings.check_dropped(own, known)
-        given = rope.settings_for(known, part)
-        override = {k: v for k, v in part.items() if k != "rope_parameters" or (nested and k in known)}
-        override |= given | settings.pattern_of_layers(known, part)
-        if nested:
-            outer = {k: v for k, v in completed.items() if k != "rope_parameters"}
-            override = outer | {"text_config": override, "vocab_size": part["vocab_size"]}
-        override["model_type"] = _mlx_kind(completed["model_type"])
-        override |= settings.other_words(part)
-        with weights.alone(folder) as files:
-            try:
-                lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
-            except ValueError as error:  # a list of tensors, one a line
-                raise ValueError(" ".join(str(error).split())[:300]) from error
+    settings.check_dropped(own, known)
+    given = rope.settings_for(known, part)
+    override = {k: v for k, v in part.items() if k != "rope_parameters" or (nested and k in known)}
+    override |= given | settings.pattern_of_layers(known, part)
+    if nested:
+        outer = {k: v for k, v in completed.items() if k != "rope_parameters"}
+        override = outer | {"text_config": override, "vocab_size": part["vocab_size"]}
+    override["model_type"] = _mlx_kind(completed["model_type"])
+    override |= settings.other_words(part)
+    with weights.alone(folder) as files:
+        try:
+            lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
+        except ValueError as error:  # a list of tensors, one a line
+            raise ValueError(" ".join(str(error).split())[:300]) from error
     weight_files.refuse_integers(found, settings.packed_names(lm, found))
     origin = weights.Origin(lm, folder)
-    with explained("the weights", config):
-        origin.check(part)
+    origin.check(part)
     language = language_model(lm)
     settings.check_activation(language, own)
     settings.check_head(language, folder)
@@ -83,7 +86,7 @@ def pretrained(config: ModelConfig, folder: Path, *, twin: bool = True) -> Loade
     weights.freeze_constants(lm, part["model_type"])
     window = corrections.apply_window(language, part)
     corrections.scale_embedding_exactly(language)
-    compared = compare(own, config.path) if twin and not origin.quantized else "not compared with transformers"
+    compared = compare(own, config.path) if twin else "not compared with transformers"
     export = {k: v for k, v in (written if nested else completed).items() if k not in settings.QUANTIZATION}
     return Loaded(lm, part, export, origin, window, compared)
 

@@ -118,6 +118,8 @@ def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int |
     window = config.get("sliding_window")
     if window is None or config.get("use_sliding_window") is False:
         return None
+    if not isinstance(window, int) or window < 1:
+        raise ConfigError(f"sliding_window of {name} is {window!r}; expected at least 1, or null for none")
     found = [isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(lm)]
     kinds = config.get("layer_types") or ["sliding_attention"] * len(found)
     wanted = [kind == "sliding_attention" for kind in kinds]

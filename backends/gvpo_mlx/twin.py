@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_mlx.settings import QUANTIZATION
 
 log = logging.getLogger("gvpo.mlx")
 
@@ -45,7 +46,7 @@ def compare(written: Mapping[str, Any], path: str) -> str:
     """
     if importlib.util.find_spec("torch") is None:
         return "not compared with transformers: PyTorch is not installed"
-    unread = ("architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path")
+    unread = ("architectures", "dtype", "transformers_version", "_name_or_path", *QUANTIZATION)
     text = json.dumps({k: v for k, v in written.items() if k not in unread}, sort_keys=True, default=str)
     difference, reason = _difference(text)
     if difference is None:

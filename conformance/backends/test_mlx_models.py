@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 from batches import batch, coefficients_of
-from mlx_policies import parameters, policy
+from mlx_policies import parameters, policy, quantize
 from places import ROOT
 from required import require
 
@@ -17,9 +17,8 @@ require(subject="mlx")
 import mlx.core as mx
 import mlx.nn as nn
 from gvpo_mlx import memory, rope
-from gvpo_mlx.model import load_scorer
 
-from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.config import ConfigError
 
 OF = batch((3, 2))
 ROPE = {"rope_type": "default", "rope_theta": 700.0}
@@ -34,22 +33,6 @@ def llama(tmp_path_factory):
 def quantized(tmp_path_factory, llama):
     """The same model as mlx-lm's own converter quantizes it."""
     return quantize(tiny_models.write_model("llama", tmp_path_factory.mktemp("wide"), hidden_size=64, head_dim=16))
-
-
-def quantize(folder, bits: int = 4):
-    from mlx_lm.utils import quantize_model
-
-    scorer, _ = load_scorer(ModelConfig(path=str(folder)), 0)
-    for module in scorer.lm.modules():
-        if "rope" in module:
-            module.rope = module.rope.inner
-    config = json.loads((folder / "config.json").read_text())
-    lm, config = quantize_model(scorer.lm, config, group_size=32, bits=bits)
-    from mlx.utils import tree_flatten
-
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(lm.parameters())), {"format": "mlx"})
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral"])

@@ -223,6 +223,23 @@ def test_a_layer_that_takes_no_mask_limits_the_rows(tmp_path, monkeypatch) -> No
         made.generate([tuple(range(1, 15))], [[1]], Sampling(8))
 
 
+@pytest.mark.parametrize("window", [0, -3, "7", 2.5, [4]])
+def test_a_window_that_is_none_is_refused_in_one_line(window: object, tmp_path) -> None:
+    folder = tiny_models.write_model("mistral", tmp_path / "model")
+    odd = tiny_models.changed(folder, tmp_path, sliding_window=window)
+    with pytest.raises(ConfigError, match="sliding_window") as error:
+        policy(odd)
+    assert "\n" not in str(error.value)
+
+
+def test_kinds_of_layers_that_do_not_fit_are_refused_in_one_line(tmp_path) -> None:
+    folder = tiny_models.write_model("qwen2", tmp_path / "model", use_sliding_window=True, sliding_window=6)
+    odd = tiny_models.changed(folder, tmp_path, layer_types=["sliding_attention"] * 5)
+    with pytest.raises(ConfigError, match="layer_types") as error:
+        policy(odd)
+    assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("vocabulary", [96, 1000, 50257, 151936])
 def test_logsumexp_of_a_large_vocabulary_is_exact(vocabulary: int) -> None:
     """mx.logsumexp on CPU: 3e-5 here, 2.6e-4 for equal logits."""

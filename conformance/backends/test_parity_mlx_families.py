@@ -2,6 +2,7 @@
 
 import json
 
+import mlx_policies
 import numpy as np
 import pytest
 import tiny_models
@@ -76,8 +77,6 @@ def test_a_family_is_loaded_trained_and_exported_as_transformers_has_it(name: st
 
 @pytest.mark.parametrize("name", ["mistral-window", "gemma2", "qwen2-window", "gemma3_text"])
 def test_samples_beyond_a_window_are_scored_as_they_were_drawn(name: str, tmp_path, monkeypatch) -> None:
-    import mlx_policies
-
     model = made(tiny(name, EXACT[name]), AutoModelForCausalLM, tmp_path / "model")
     prompts = [(5, 6, 7), tuple(range(20, 32))]
     drawn, sums = mlx_policies.sample(
@@ -120,6 +119,26 @@ def test_the_text_of_a_multimodal_model_is_trained(name: str, tmp_path) -> None:
     for parameter, value in exported.named_parameters():
         if "vision" in parameter:
             torch.testing.assert_close(value, before[parameter], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("name", "readable"), [("qwen3_moe", True), ("mixtral", False)])
+def test_quantized_experts_are_exported_unpacked(name: str, readable: bool, tmp_path, caplog) -> None:
+    """From MLX's own format: one by one where mlx-lm reads those back, and otherwise in that format, with a word."""
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 32, "head_dim": 16}
+    made(tiny(name, tiny_models.EXPERTS | sizes), AutoModelForCausalLM, tmp_path / "model")
+    mlx_policies.quantize(tmp_path / "model")
+    ours = policy(tmp_path / "model", lora_rank=2, lora_targets=("q_proj",), **(SMOOTH | {"learning_rate": 3.0}))
+    assert ours.scorer.loaded.compared.startswith("a tiny twin agrees")
+    assert any(str(m.weight.dtype) == "mlx.core.uint32" for m in ours.scorer.lm.modules() if "weight" in m)
+    start = ours.logprobs(OF)
+    ours.update(OF, coefficients_of(OF))
+    assert np.abs(ours.logprobs(OF) - start).max() > 1e-3
+    ours.export(tmp_path / "out")
+    np.testing.assert_allclose(policy(tmp_path / "out").logprobs(OF), ours.logprobs(OF), rtol=0, atol=1e-3)
+    assert ("MLX's own format" in caplog.text) != readable
+    if readable:
+        exported = read(AutoModelForCausalLM, tmp_path / "out")
+        np.testing.assert_allclose(scores(exported), ours.logprobs(OF), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -29,6 +29,28 @@ def policy(
     return MLXPolicy(*given, updates=updates, reference=reference, seed=seed, compiled=compiled)
 
 
+def quantize(folder: Path, bits: int = 4) -> Path:
+    """The folder's model quantized in place, as mlx-lm's own converter does it."""
+    import json
+
+    import mlx.core as mx
+    from gvpo_mlx.model import load_scorer
+    from mlx.utils import tree_flatten
+    from mlx_lm.utils import quantize_model
+
+    from gvpo_core.training.config import ModelConfig
+
+    scorer, _ = load_scorer(ModelConfig(path=str(folder)), 0)
+    for module in scorer.lm.modules():
+        if "rope" in module and "inner" in module.rope:
+            module.rope = module.rope.inner
+    config = json.loads((folder / "config.json").read_text())
+    lm, config = quantize_model(scorer.lm, config, group_size=32, bits=bits)
+    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(lm.parameters())), {"format": "mlx"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def parameters(of: Any) -> dict[str, np.ndarray]:
     """The trained parameters, float64."""
     return {n: np.array(p).astype(np.float64) for n, p in zip(of.scorer.names, of.scorer.parameters, strict=True)}

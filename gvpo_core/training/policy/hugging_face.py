@@ -61,13 +61,17 @@ def explained(what: str, config: ModelConfig) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError) as error:
+    except Exception as error:
+        known = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError)
+        if not isinstance(error, known) and type(error).__module__ != "huggingface_hub.errors":
+            raise
         if "trust_remote_code" in str(error) and not config.trust_remote_code:
             raise ConfigError(
                 f"{what} of model.path {config.path!r} asks for code that comes with it: read that code, then set"
                 " model.trust_remote_code = true, for a hub name with the commit that was read in model.revision"
             ) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = " ".join(" ".join(lines).split())[:300] if lines[0].endswith(":") else lines[0]
         raise ConfigError(
             f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}: {reason}"
         ) from error
