@@ -243,6 +243,29 @@ def wheel(session: nox.Session) -> None:
     pytest(session, "wheel", "conformance/core/test_wheel.py", GVPO_DIST=str(dist))
 
 
+@nox.session(reuse_venv=False)
+@nox.parametrize("backend", ["torch", "jax", "mlx"], ids=["torch", "jax", "mlx"])
+def unconstrained(session: nox.Session, backend: str) -> None:
+    """The newest releases that `pip install "gvpo[...]"` brings: trains, exports and reloads tiny families.
+
+    The wheel is built and installed into a new environment, without constraints; fails when a new release breaks us.
+
+    nox -s unconstrained
+    nox -s "unconstrained(torch)"
+    """
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), ".")
+    (wheel,) = dist.glob("gvpo-*.whl")
+    if backend == "torch":
+        session.install("torch==2.13.0")  # the CPU build of torch: a plain `torch` may bring gigabytes for a GPU
+    session.install(f"gvpo[{backend}] @ {wheel.as_uri()}")
+    session.run("python", "-m", "pip", "check")
+    script = Path("conformance/support/unconstrained.py").resolve()
+    session.chdir(session.create_tmp())  # nothing of the checkout can be imported by accident
+    session.run("python", str(script), backend, *session.posargs, env={"PYTHONPATH": None, "OMP_NUM_THREADS": "2"})
+
+
 @nox.session
 def browser(session: nox.Session) -> None:
     """The report in headless Chromium; fails where there is none. Not in the default run, which parses it strictly.

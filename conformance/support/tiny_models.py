@@ -74,7 +74,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 """Models that must take plain rows."""
 
 _MAMBA = {"state_size": 8, "chunk_size": 4}
-_DBRX = {"ffn_hidden_size": 16, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32, "ffn_act_fn": {"name": "silu"}}
+_DBRX = {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2, "hidden_size": 32, "ffn_act_fn": {"name": "silu"}}
 UNUSUAL: dict[str, dict[str, Any]] = {
     "mamba": _MAMBA,
     "mamba2": _MAMBA | {"head_dim": 16, "num_heads": 4, "expand": 2, "n_groups": 2},
