@@ -75,11 +75,14 @@ def score(
     gives None for all responses of a group is no part of that group's total (see total.total_rewards).
 
     Args:
-      group_ids: (N,) labels. Default: all responses are one group.
+      group_ids: (N,) labels. Default: responses to equal prompts are a group.
     Raises: RewardError: a wrong number of rewards, something that is not a number, or no response scored.
     """
     calls = call_rewards(rewards, prompts, responses, columns)
-    groups = np.zeros(len(responses), np.int64) if group_ids is None else np.asarray(group_ids)
+    if group_ids is None:
+        texts = [repr(prompt) for prompt in prompts]
+        group_ids = [texts.index(text) for text in texts]
+    groups = np.asarray(group_ids, np.int64)
     parts, failed = stacked(rewards, calls, len(responses))
     total = total_rewards(parts, failed, [r.weight for r in rewards], groups)
     counted = counted_failures(rewards, calls.failures, members(parts, failed, groups))

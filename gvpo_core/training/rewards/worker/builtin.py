@@ -41,15 +41,12 @@ def _texts(columns: dict[str, Any], column: str, n: int) -> list[str | None]:
     answers: Sequence[Any] = columns[column]
     if len(answers) != n:
         raise ValueError(f"column {column!r} has {len(answers)} answers for {n} responses")
-    return [_text(answer, column) for answer in answers]
+    return [_text(answer) for answer in answers]
 
 
-def _text(answer: Any, column: str) -> str | None:
-    if answer is None or answer != answer:
+def _text(answer: Any) -> str | None:
+    if answer is None or (isinstance(answer, float | Decimal) and answer != answer):
         return None
-    if isinstance(answer, list | tuple | dict | set | bytes):
-        kind = type(answer).__name__
-        raise TypeError(f"column {column!r} holds a {kind} ({answer!r:.60}); expected text or a number as the answer")
     return str(answer)
 
 
@@ -84,6 +81,10 @@ def math_verify(completions: Sequence[Any], *, column: str = "answer", **columns
     None where the answer cannot be read: the row is not scored.
     """
     answers = _texts(columns, column, len(completions))
+    for answer in columns[column]:
+        if isinstance(answer, list | tuple | dict | set | bytes):
+            kind = type(answer).__name__
+            raise TypeError(f"column {column!r} holds a {kind} ({answer!r:.60}); expected text or a number")
     return [
         None if answer is None else judge(text_of(completion), answer)
         for completion, answer in zip(completions, answers, strict=True)
