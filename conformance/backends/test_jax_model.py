@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import tiny_models
+from batches import batch
 from jax_policies import policy
 from required import require
 
@@ -100,6 +101,32 @@ def test_files_that_are_cut_or_missing(tmp_path) -> None:
         policy(folder)
     path.unlink()
     with pytest.raises(ConfigError, match=r"has no model.safetensors and no"):
+        policy(folder)
+
+
+def test_a_second_file_of_weights_is_not_read(tmp_path) -> None:
+    folder = tiny_models.write_model("llama", tmp_path)
+    of = batch((2,))
+    wanted = policy(folder).logprobs(of)
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model_old.safetensors", "old.safetensors"):
+        save_file({n: a + 1 for n, a in tensors.items()}, folder / name, metadata={"format": "pt"})
+    np.testing.assert_array_equal(policy(folder).logprobs(of), wanted)
+
+
+def test_a_sampler_that_differs_from_the_forward_pass_is_refused(tmp_path, monkeypatch) -> None:
+    from gvpo_jax import generate
+
+    plain = generate.generate
+
+    def off(*arguments, **options):
+        responses, sums = plain(*arguments, **options)
+        return responses, [[value + 0.1 for value in row] for row in sums]
+
+    folder = tiny_models.write_model("llama", tmp_path)
+    policy(folder)
+    monkeypatch.setattr(generate, "generate", off)
+    with pytest.raises(ConfigError, match="the sampler of LlamaForCausalLM differs from its forward pass by up to 0"):
         policy(folder)
 
 
