@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from gvpo_torch.weights import without_bars
 SHARD_BYTES = 2**30
 MOMENTS = ("exp_avg", "exp_avg_sq")
 FORMAT = 1
+# What a model of images and text needs beside its tokenizer; copied as they are.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 
 
 def save(
@@ -148,6 +152,8 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
 
     Every rank calls; the main rank writes.
     """
+    from transformers.utils import cached_file
+
     base = lm.get_base_model() if hasattr(lm, "peft_config") else lm
     tensors: dict[str, Tensor] = {}
     for name, tensor in _merged(base):
@@ -165,6 +171,11 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
     path = Path(directory) / "config.json"
     config = portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch."))
     path.write_text(json.dumps(config, indent=2) + "\n")
+    where = {"revision": getattr(base.config, "_commit_hash", None), "local_files_only": True}
+    for name in PROCESSORS:
+        found = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
+        if found:
+            shutil.copyfile(found, Path(directory) / name)
 
 
 def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -30,6 +30,14 @@ def test_only_the_text_model_is_trained(tmp_path) -> None:
         assert facts["trainable_parameters"] == sum(p.size for p in parameters(of_policy).values())
 
 
+def test_the_image_processor_is_exported_with_the_model(tmp_path) -> None:
+    folder = families.make("gemma3", tmp_path / "made")
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    policy(folder).export(tmp_path / "out")
+    assert (tmp_path / "out/preprocessor_config.json").read_text() == '{"image_mean": [0.5]}'
+    assert not (tmp_path / "out/processor_config.json").exists()
+
+
 def test_sizes_and_context_are_those_of_the_text_model(tmp_path) -> None:
     facts = policy(families.make("gemma3", tmp_path)).describe()
     assert facts["context"] == 128

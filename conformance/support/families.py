@@ -91,6 +91,7 @@ TEXT: dict[str, Any] = tiny_models.SMALL | {
     "use_cache": True,
     "is_decoder": True,
 }
+OWN = ("sliding_window", "final_logit_softcapping")  # not set where the family has none
 VISION: dict[str, Any] = {
     "hidden_size": 16,
     "embed_dim": 16,
@@ -178,6 +179,7 @@ def _settings(cls: Any, name: str) -> dict[str, Any]:
 
 def _of_fields(cls: Any, values: dict[str, Any]) -> dict[str, Any]:
     fields = {field.name for field in dataclasses.fields(cls)}
+    fields -= {field.name for field in dataclasses.fields(cls) if field.name in OWN and field.default is None}
     alias = getattr(cls, "attribute_map", {}) or {}
     return {alias.get(k, k): v for k, v in values.items() if alias.get(k, k) in fields}
 

@@ -5,6 +5,7 @@ from typing import Any
 VOCABULARY = 96
 THREE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}  # positions of text, height, width
 SETTINGS: dict[str, dict[str, Any]] = {
+    "apertus": {"post_norm": False, "qk_norm": True, "mlp_bias": False},  # released config.json files have them
     "bamba": {"attn_layer_indices": [1]},
     "codegen": {"rotary_dim": 8},
     "dbrx": {
@@ -13,9 +14,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "dots3_note_text": {"num_key_value_heads": 4},
     "ernie4_5_vl_moe_text": {"moe_intermediate_size": [16, 16]},
+    "exaone4": {"head_dim": 8},
     "gemma3": {"vocab_size": VOCABULARY},  # mlx-lm reads it there
     "glm4v_text": {"rope_parameters": THREE},
     "glm4v_moe_text": {"rope_parameters": THREE | {"mrope_section": [1, 1, 0]}},
+    "gpt2": {"n_ctx": 128},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 6},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "inkling2_text": {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8},
@@ -23,6 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "mamba2": {"num_heads": 8, "head_dim": 8, "n_groups": 2},
+    "nanochat": {"final_logit_softcapping": 15.0},
     "qwen2_vl_text": {"rope_parameters": THREE},
     "qwen2_5_vl_text": {"rope_parameters": THREE},
     "qwen3_vl_text": {"rope_parameters": THREE | {"mrope_interleaved": True}},

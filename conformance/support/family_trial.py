@@ -29,7 +29,7 @@ import trainer_backends
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.sampling import Sampling, uniforms
 
-SECONDS = 150  # for one family with one backend
+SECONDS = 600  # of the clock, for one family with one backend
 WITHIN = 2e-3  # nat a response: float32 beside float64
 DRAWN_WITHIN = 1e-3  # of the cumulative distribution
 NORM_WITHIN = 2e-3  # of the gradient's norm
@@ -198,7 +198,9 @@ def _import(backends: list[str]) -> None:
     if "torch" in backends:
         import gvpo_torch.policy  # noqa: F401
         import peft  # noqa: F401
-    if "jax" in backends:
+    if "jax" in backends:  # many programs, each run a few times
+        os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
         import gvpo_jax.policy  # noqa: F401
     if "mlx" in backends:
         import mlx.core  # noqa: F401
