@@ -15,7 +15,7 @@ except ImportError as error:
     raise HOST.missing(error) from error
 
 from gvpo_mlx_lm.groups import Group, load_groups
-from gvpo_mlx_lm.models import ModelError, check_rope, load
+from gvpo_mlx_lm.models import ModelError, check_model, check_rope, load
 from gvpo_mlx_lm.training import GVPO, response_logprobs, train
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Group",
     "ModelError",
     "SettingsError",
+    "check_model",
     "check_rope",
     "load",
     "load_groups",

@@ -1,7 +1,8 @@
-"""Models as mlx-lm has them: loaded with the RoPE that their folder names, with adapters off, without dropout.
+"""Models as mlx-lm has them, checked against their folder: loaded exactly or rejected, adapters off, without dropout.
 
-transformers 5 writes RoPE's settings into `rope_parameters`; most families of mlx-lm 0.32 read them at config.json's
-top level alone, and fall back to a default without a word. Log-probs are then off by more than a nat.
+mlx-lm takes from config.json what its class for the model type names, and drops the rest in silence: RoPE that
+transformers 5 writes into `rope_parameters`, an activation, a window. Log-probs are then off by more than a nat. The
+checks and corrections are gvpo_mlx's.
 """
 
 import contextlib
@@ -11,43 +12,65 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
+from gvpo_mlx import weights
+from gvpo_mlx.read import Loaded, pretrained
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
 from mlx_lm.tuner.lora import LoRAEmbedding, LoRALinear, LoRASwitchLinear
 
-from gvpo_core.training.policy.hugging_face import rope_settings
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy.hugging_face import local_folder
 
-_OTHERWISE = {
-    "longrope": "mlx-lm takes the long factors at every length, transformers beyond the original one alone",
-    "su": "mlx-lm takes the long factors at every length, transformers beyond the original one alone",
-    "dynamic": "its frequencies depend on the length of a row, padding included",
-}
 _ADAPTERS = (LoRALinear, LoRAEmbedding, LoRASwitchLinear, DoRALinear, DoRAEmbedding)
+_OF_TRAINING = ("_no_grad", "_training")
 
 
 class ModelError(ValueError):
     """A model that mlx-lm would compute otherwise than its folder says; the message says what to do."""
 
 
-def load(path: str, **options: Any) -> Any:
-    """`mlx_lm.load`, with RoPE's settings where mlx-lm reads them.
+def load(
+    path: str | Path,
+    tokenizer_config: dict[str, Any] | None = None,
+    *,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """`mlx_lm.load`, of a model that computes what its folder says.
 
     Args:
       path: a folder or hub name.
-      options: mlx_lm.load's.
-    Returns: as mlx_lm.load: (model, tokenizer).
-    Raises: ModelError: no such model, one that mlx-lm cannot load, or RoPE settings that it cannot be given.
+      tokenizer_config, adapter_path, lazy, return_config, revision, trust_remote_code: as mlx_lm.load's.
+    Returns: as mlx_lm.load: (model, tokenizer), and the config with `return_config`.
+    Raises: ModelError: no such model, one that mlx-lm cannot load, or one that it computes otherwise than transformers.
     """
-    folder = _folder(path, options.get("revision"))
+    folder = _folder(path, revision)
+    loaded = _pretrained(path, folder, trust_remote_code)
+    model = loaded.lm
+    if not lazy:
+        mx.eval(model.parameters())
+    if adapter_path is not None:
+        model = utils.load_adapters(model, adapter_path)
+    model.eval()
+    config = utils.load_config(folder)
     try:
-        options["model_config"] = mended(utils.load_config(folder)) | (options.get("model_config") or {})
-        return mlx_lm.load(str(path), **options)
-    except ModelError:
-        raise
-    except (OSError, ValueError) as error:  # no weights, a file that is no JSON, an unknown model type
+        tokenizer = utils.load_tokenizer(folder, tokenizer_config, eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError) as error:
         raise ModelError(f"mlx-lm cannot load {str(path)!r}: {error}") from error
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def _pretrained(path: str | Path, folder: Path, trust_remote_code: bool, *, twin: bool = True) -> Loaded:
+    config = ModelConfig(path=str(folder), trust_remote_code=trust_remote_code)
+    try:
+        return pretrained(config, local_folder(config), twin=twin)
+    except (ConfigError, OSError, ValueError) as error:  # no weights, a file that is no JSON, an unknown model type
+        text = " ".join(str(error).replace("model.path ", "").split())
+        raise ModelError(f"mlx-lm cannot load {str(path)!r}: {text}") from error
 
 
 def _folder(path: str | Path, revision: str | None = None) -> Path:
@@ -60,105 +83,63 @@ def _folder(path: str | Path, revision: str | None = None) -> Path:
         raise ModelError(f"model = {text!r}: there is no such folder, and the hub gave none: {error}") from error
 
 
-def check_rope(model: nn.Module, path: str | Path) -> None:
-    """Compares the model's rotary embeddings with those that config.json asks for.
+def check_model(model: nn.Module, path: str | Path) -> int | None:
+    """Compares what the model's modules compute with what its folder asks for; leaves constants out of training.
 
-    Raises: ModelError: they differ, or config.json asks for what mlx-lm cannot do.
+    Returns: the longest row in tokens that the model scores as transformers does; None: any.
+    Raises: ModelError: the model computes something else.
     """
-    config = utils.load_config(_folder(path))
-    config |= mended(config)
-    kind, arguments = utils._get_classes(config)
-    expected = _ropes(kind(arguments.from_dict(config)))  # lazy: no weight of it is ever made
-    found = _ropes(model)
-    for name, values in expected.items():
-        if name not in found or not _same(found[name], values):
+    expected = _pretrained(path, _folder(path), False, twin=False)
+    with adapters_off(model):
+        found = _computed(model)
+    for name, wanted in _computed(expected.lm).items():
+        given = found.get(name)
+        if given is None or not _same(given, wanted):
+            asked = _shown(wanted, given or {}).removeprefix("has ")
             raise ModelError(
-                f"{name} of the model has {_shown(found.get(name))}, and {path}/config.json asks for {_shown(values)}:"
-                " mlx-lm does not read rope_parameters for this model type; load it with gvpo_mlx_lm.load"
+                f"{name or 'the model'} {_shown(given, wanted)}, and {path}/config.json asks for {asked}: mlx_lm.load"
+                " does not read all that the file says for this model type; load it with gvpo_mlx_lm.load"
             )
+    weights.freeze_constants(model, str(expected.config["model_type"]))
+    return expected.window
 
 
-def mended(config: dict[str, Any]) -> dict[str, Any]:
-    """The settings of RoPE that config.json keeps in `rope_parameters`, by the names that mlx-lm reads.
+check_rope = check_model
 
-    Raises: ModelError: settings that mlx-lm's class for the model type has no place for.
-    """
-    found: dict[str, Any] = {}
-    if isinstance(config.get("text_config"), dict):
-        found["text_config"] = config["text_config"] | mended(
-            {"model_type": config.get("model_type")} | config["text_config"]
-        )
-    rope = config.get("rope_parameters") or {}
-    scaling = config.get("rope_scaling") or {}
-    for kind in {rope.get("rope_type"), scaling.get("rope_type"), scaling.get("type")} & _OTHERWISE.keys():
-        raise ModelError(f"config.json asks for rope_type {kind!r}: {_OTHERWISE[kind]}; log-probs would not be its own")
-    if not rope:
-        if "text_config" not in found and config.get("rope_theta") is None and _reads(config, "rope_theta"):
-            raise ModelError(
-                f"config.json of {config.get('model_type')} names no rope_theta, at its top level or in"
-                " rope_parameters; mlx-lm would take a default of its own: add the model's"
-            )
-        return found
-    if any(isinstance(value, dict) for value in rope.values()):
-        return found | _by_layer_type(config, rope)
-    settings = rope_settings(config)
-    found["rope_theta"] = settings["rope_theta"]
-    if "partial_rotary_factor" in settings:
-        found["partial_rotary_factor"] = settings["partial_rotary_factor"]
-    if settings["rope_type"] != "default":
-        if not _reads(config, "rope_scaling", "rope_parameters"):
-            raise ModelError(
-                f"config.json asks for rope_type {settings['rope_type']!r}, and mlx-lm's {config.get('model_type')} has"
-                " no RoPE scaling: its log-probs would be of another model"
-            )
-        found["rope_scaling"] = settings | {"type": settings["rope_type"]}
+
+def _computed(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """What each module computes with, by its name: its classes, its numbers, and the tables of rotary embeddings."""
+    found = {}
+    for name, module in model.named_modules():
+        plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
+        facts = {k: v for k, v in plain.items() if k not in _OF_TRAINING}
+        if type(module).__name__.lower().endswith(("rope", "rotaryembedding")):
+            facts |= {k: v for k, v in {**vars(module), **module}.items() if isinstance(v, mx.array)}
+        # gvpo_mlx corrects a module by a subclass of the same name
+        found[name] = facts | {"class": " of ".join(c.__name__ for c in type(module).__mro__[:2])}
+        found[name] |= {"window": getattr(module, "applied_window", None)}
     return found
 
 
-def _by_layer_type(config: dict[str, Any], rope: dict[str, Any]) -> dict[str, Any]:
-    if config.get("model_type") in ("gemma3_text", "gemma3"):
-        whole, local = rope["full_attention"], rope["sliding_attention"]
-        found = {"rope_theta": whole["rope_theta"], "rope_local_base_freq": local["rope_theta"]}
-        if whole.get("rope_type", "default") != "default":
-            found["rope_scaling"] = whole | {"type": whole["rope_type"]}
-        return found
-    if _reads(config, "rope_parameters"):
-        return {}
-    raise ModelError(
-        f"config.json of {config.get('model_type')} has rope_parameters by layer type, {', '.join(rope)}, which mlx-lm"
-        " does not read for it"
-    )
-
-
-def _reads(config: dict[str, Any], *names: str) -> bool:
-    fields = utils._get_classes(config)[1].__dataclass_fields__
-    return any(name in fields for name in names)
-
-
-def _ropes(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What each rotary embedding of a model computes with, by the module's name."""
-    return {
-        name: {key: value for key, value in {**vars(module), **module}.items() if key not in ("_no_grad", "_training")}
-        for name, module in model.named_modules()
-        if type(module).__name__.lower().endswith(("rope", "rotaryembedding"))
-    }
-
-
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    if one.keys() != other.keys():
-        return False
-    arrays = lambda a, b: isinstance(a, mx.array) and isinstance(b, mx.array)
-    return all(
-        (a.shape == b.shape and mx.allclose(a, b).item()) if arrays(a, b) else a == b
-        for a, b in ((one[key], other[key]) for key in one)
-    )
+    return one.keys() == other.keys() and all(_equal(one[key], other[key]) for key in one)
 
 
-def _shown(values: dict[str, Any] | None) -> str:
+def _equal(a: Any, b: Any) -> bool:
+    if isinstance(a, mx.array) and isinstance(b, mx.array):
+        return a.shape == b.shape and bool(mx.allclose(a, b).item())
+    return not isinstance(a, mx.array) and not isinstance(b, mx.array) and bool(a == b)
+
+
+def _shown(values: dict[str, Any] | None, other: dict[str, Any]) -> str:
+    """The entries in which two modules differ."""
     if values is None:
-        return "no such rotary embedding"
-    parts = (f"{key.lstrip('_')} {value}" for key, value in values.items() if not isinstance(value, mx.array))
-    return ", ".join(parts) + (", other frequencies" if any(isinstance(v, mx.array) for v in values.values()) else "")
+        return "is not there"
+    different = {k: v for k, v in values.items() if k not in other or not _equal(v, other[k])}
+    parts = [f"{k.lstrip('_')} {v}" for k, v in different.items() if not isinstance(v, mx.array)]
+    if any(isinstance(v, mx.array) for v in different.values()):
+        parts.append("other frequencies")
+    return "has " + (", ".join(parts) or "fewer settings")
 
 
 @contextlib.contextmanager

@@ -24,7 +24,7 @@ from gvpo_core.hosts import SettingsError, check_beta
 from gvpo_mlx_lm import batches
 from gvpo_mlx_lm.batches import Row
 from gvpo_mlx_lm.groups import Group
-from gvpo_mlx_lm.models import adapters_off, check_rope, dropouts
+from gvpo_mlx_lm.models import adapters_off, check_model, dropouts
 
 _BLOCK = 32  # lengths are padded to multiples of it, so that few shapes are compiled
 
@@ -50,7 +50,7 @@ def train(
       model: as mlx-lm loads it, frozen and with its LoRA or DoRA layers, as `mlx_lm.lora` makes them.
       args: mlx-lm's. `batch_size` is the most responses that go through the model together, over all processes;
         `iters` counts micro-batches, `grad_accumulation_steps` of which make an optimizer step.
-      model_path: the folder or hub name that `model` was loaded from, to check its RoPE against config.json.
+      model_path: the folder or hub name that `model` was loaded from, to check what it computes against its files.
       beta: KL coefficient, reward units per nat.
       groups_per_step: prompts of an optimizer step; default: as many as surely fit.
     Raises: SettingsError: a setting that would break exactness. DataError: groups that do not fit.
@@ -86,7 +86,7 @@ class GVPO:
         """Checks the settings; see `train`."""
         self.model, self.args, self.beta, self.groups_per_step, self.seed = model, args, beta, groups_per_step, seed
         self.world = mx.distributed.init()
-        check_rope(model, model_path)
+        self.longest = check_model(model, model_path)
         self._check()
 
     def _check(self) -> None:
@@ -114,6 +114,12 @@ class GVPO:
     def with_reference(self, groups: Sequence[Group]) -> list[Group]:
         """The groups with the log-probs of the reference, which the trainer never computes again."""
         rows = [(group.prompt, response) for group in groups for response in group.responses]
+        tokens = max((len(prompt) + len(response) for prompt, response in rows), default=0)
+        if self.longest is not None and tokens > self.longest:
+            raise SettingsError(
+                f"a prompt and its response have {tokens} tokens, and mlx-lm leaves out the model's sliding window of"
+                f" {self.longest}: log-probs are right up to that length only; set max_seq_length = {self.longest}"
+            )
         with adapters_off(self.model):
             scores = iter(self._score(rows).tolist())
         return [replace(group, ref_logprobs=tuple(islice(scores, len(group)))) for group in groups]

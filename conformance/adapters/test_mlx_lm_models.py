@@ -15,8 +15,9 @@ require("mlx_lm", "mlx.core", subject="mlx_lm")
 import gvpo_mlx_lm
 import mlx.core as mx
 import mlx_lm
-from gvpo_mlx_lm import ModelError, check_rope, load
-from gvpo_mlx_lm.models import mended
+import numpy as np
+from gvpo_mlx_lm import ModelError, check_model, check_rope, load
+from mlx_lm.tuner.utils import linear_to_lora_layers
 
 
 @pytest.mark.parametrize("name", ["llama", "llama3", "mistral", "qwen2", "qwen3"])
@@ -45,17 +46,76 @@ def test_a_top_level_theta_is_enough(tmp_path):
     check_rope(mlx_lm.load(str(folder))[0], folder)
 
 
-def test_rope_that_mlx_lm_cannot_do_is_refused(tmp_path):
-    config = {"rope_type": "yarn", "rope_theta": 700.0, "factor": 2.0}
-    with pytest.raises(ModelError, match="phi has no RoPE scaling"):
-        mended({"model_type": "phi", "rope_parameters": config})
-    with pytest.raises(ModelError, match="rope_type 'longrope': mlx-lm takes the long factors"):
-        mended({"model_type": "phi3", "rope_scaling": {"type": "longrope"}})
-    with pytest.raises(ModelError, match="qwen2 names no rope_theta"):
-        mended({"model_type": "qwen2"})
-    assert mended({"model_type": "gpt2"}) == {}
-    with pytest.raises(ModelError, match="by layer type, full_attention"):
-        mended({"model_type": "llama", "rope_parameters": {"full_attention": config}})
+BEYOND = {
+    "yarn that truncates otherwise": (
+        "qwen3",
+        {
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 700.0,
+                "factor": 4.0,
+                "original_max_position_embeddings": 32,
+                "truncate": False,
+            }
+        },
+        "yarn RoPE of qwen3 has truncate = False",
+    ),
+    "longrope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "longrope", "rope_theta": 700.0}},
+        "'longrope' of llama is not computed by mlx-lm as transformers does",
+    ),
+    "dynamic": (
+        "llama",
+        {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 700.0, "factor": 2.0}},
+        "'dynamic' of llama is not computed by mlx-lm as transformers does",
+    ),
+    "another activation": ("llama", {"hidden_act": "gelu"}, "the activation of llama is 'gelu' by config.json"),
+}
+
+
+@pytest.mark.parametrize("name", BEYOND)
+def test_a_setting_that_mlx_lm_reads_otherwise_is_rejected_by_name(name, tmp_path):
+    family, settings, message = BEYOND[name]
+    folder = tiny_models.write_model(family, tmp_path / "model")
+    plain, _ = mlx_lm.load(str(folder))
+    config = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=message):
+        load(folder)
+    with pytest.raises(ModelError, match=message):
+        check_model(plain, folder)
+
+
+def test_rows_beyond_a_window_score_as_with_the_window(tmp_path):
+    """mlx-lm leaves Mistral's window out: by hand, a token sees the `window` tokens up to itself in each layer."""
+    folder = tiny_models.write_model("mistral", tmp_path / "model", sliding_window=4)
+    ids = mx.array([list(range(1, 25))])
+    model, _ = load(folder)
+    plain, _ = mlx_lm.load(str(folder), model_config={"rope_theta": model.layers[0].self_attn.rope.base})
+    whole, windowed = plain(ids), model(ids)
+    assert float(mx.abs(whole - windowed).max()) > 0.1, "the window counts"
+    np.testing.assert_allclose(np.array(whole[:, :4]), np.array(windowed[:, :4]), atol=1e-4)
+    layers = len(model.layers)
+    reach = layers * (4 - 1)  # tokens before the last that can reach it through all layers
+    changed = mx.array([[90] * (24 - reach - 1) + list(range(24 - reach, 25))])
+    np.testing.assert_allclose(np.array(model(changed)[:, -1]), np.array(windowed[:, -1]), atol=1e-4)
+    with pytest.raises(ModelError, match=r"window.*load it with gvpo_mlx_lm\.load"):
+        check_model(plain, folder)
+    assert check_model(model, folder) is None
+
+
+def test_a_model_with_adapters_is_compared_without_them(tmp_path):
+    folder = tiny_models.write_model("llama", tmp_path / "model")
+    model, _ = load(folder)
+    model.freeze()
+    linear_to_lora_layers(model, 2, {"rank": 3, "scale": 2.0, "dropout": 0.0})
+    assert check_model(model, folder) is None
+    model.layers[1].self_attn.scale *= 2
+    with pytest.raises(
+        ModelError, match=r"model\.layers\.1\.self_attn has scale .*, and .*config\.json asks for scale"
+    ):
+        check_model(model, folder)
 
 
 @pytest.mark.parametrize("found", ["0.31.9", "0.33.0"])
