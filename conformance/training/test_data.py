@@ -1,12 +1,14 @@
-"""Prompts: where they come from, their order, and the message of each mistake."""
+"""Prompts: what the model reads of a row, their order, and the message of each mistake."""
 
 import json
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from gvpo_core.training.config import DataConfig
-from gvpo_core.training.data import DataError, Prompts, encode_prompts, load_rows
+from gvpo_core.training.data import DataError, Prompts, _checked, encode_prompts
 from gvpo_core.training.policy.hugging_face import context
 
 pytestmark = pytest.mark.core
@@ -16,7 +18,7 @@ class Words:
     """A policy that encodes words; all that this file needs of one."""
 
     def encode(self, prompt):
-        text = prompt if isinstance(prompt, str) else " ".join(m["content"] for m in prompt)
+        text = prompt if isinstance(prompt, str) else " ".join(m.get("content", "") for m in prompt)
         return tuple(len(word) for word in text.split())
 
     def describe(self):
@@ -25,52 +27,6 @@ class Words:
 
 def encode(rows, max_tokens=0, **settings):
     return encode_prompts(Words(), rows, replace(DataConfig(), **settings), max_tokens=max_tokens)
-
-
-def test_rows_from_jsonl_and_iterables(tmp_path):
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"prompt": "é one"}\n\n{"prompt": "two", "answer": 3}\n')
-    assert load_rows(file) == [{"prompt": "é one"}, {"prompt": "two", "answer": 3}]
-    assert load_rows(iter([{"prompt": "x"}])) == [{"prompt": "x"}]
-
-
-def test_rows_from_parquet_and_datasets(tmp_path):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    rows = [{"prompt": "one", "answer": 1}, {"prompt": "two", "answer": 2}]
-    made = datasets.Dataset.from_list(rows)
-    made.to_parquet(tmp_path / "a.parquet")
-    made.save_to_disk(tmp_path / "saved")
-    assert load_rows(tmp_path / "a.parquet") == rows
-    assert load_rows(tmp_path / "saved") == rows
-    assert load_rows(made) == rows
-    datasets.DatasetDict(train=made).save_to_disk(tmp_path / "split")
-    with pytest.raises(DataError, match="holds the splits train"):
-        load_rows(tmp_path / "split")
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("empty.jsonl", "", "has no rows; expected at least one prompt"),
-        ("bad.jsonl", '{"prompt": "a"}\n{oops}\n', r"bad.jsonl:2: not JSON"),
-        ("list.jsonl", "[1]\n", r"list.jsonl:1: a list; expected a JSON object"),
-        ("data.csv", "prompt\n", "expected .jsonl, .parquet or a folder"),
-    ],
-)
-def test_files_that_cannot_be_read(tmp_path, name, content, message):
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
-        load_rows(tmp_path / name, "data.train")
-
-
-def test_missing_and_binary_files(tmp_path):
-    with pytest.raises(DataError, match=r"data.train = .*nowhere.jsonl': there is no such file"):
-        load_rows(tmp_path / "nowhere.jsonl", "data.train")
-    (tmp_path / "b.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not UTF-8"):
-        load_rows(tmp_path / "b.jsonl")
-    with pytest.raises(DataError, match="has no rows"):
-        load_rows([])
 
 
 @pytest.mark.parametrize(
@@ -98,10 +54,80 @@ def test_long_prompts_can_be_dropped_but_not_all():
 
 def test_a_system_prompt_goes_before_chats_that_have_none():
     chat = [{"role": "user", "content": "hi"}]
-    with_own = [{"role": "system", "content": "own"}, *chat]
-    got = encode([{"prompt": chat}, {"prompt": with_own}, {"prompt": "text"}], system_prompt="be brief")
-    assert got.prompts == [[{"role": "system", "content": "be brief"}, *chat], with_own, "text"]
+    own = [
+        [{"role": role, "content": text}, *chat]
+        for role, text in (("system", "own"), ("system", ""), ("developer", "x"))
+    ]
+    got = encode([{"prompt": chat}, *({"prompt": p} for p in own)], system_prompt="be brief")
+    assert got.prompts == [[{"role": "system", "content": "be brief"}, *chat], *own]
     assert json.dumps(chat) == '[{"role": "user", "content": "hi"}]'  # the user's rows are not changed
+
+
+def test_a_system_prompt_with_text_prompts_is_refused():
+    said = r"row 1, column 'prompt' is text, and data.system_prompt is a message before chat messages"
+    with pytest.raises(DataError, match=said):
+        encode([{"prompt": [{"role": "user", "content": "hi"}]}, {"prompt": "text"}], system_prompt="be brief")
+
+
+def test_recorded_responses_are_not_ignored():
+    rows = [{"prompt": "a", "responses": None, "rewards": None}, {"prompt": "b", "responses": ["c"], "rewards": [1.0]}]
+    with pytest.raises(DataError, match=r"data.train row 1 has the columns 'responses' and 'rewards': recorded"):
+        encode(rows)
+    assert len(encode(rows[:1])) == 1
+    assert len(encode([{"prompt": "a", "responses": ["b"]}])) == 1  # a column for a reward
+
+
+def test_contents_of_text_parts_are_their_text():
+    parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "image": None}]
+    chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
+    assert encode([{"prompt": chat}]).prompts == [
+        [{"role": "user", "content": "one two"}, {"role": "assistant", "content": "x"}]
+    ]
+    assert chat[0]["content"] is parts
+
+
+@pytest.mark.parametrize(
+    ("part", "named"),
+    [
+        ({"type": "image"}, "of type 'image'"),
+        ({"type": "image_url", "image_url": {"url": "x"}}, "of type 'image_url'"),
+        ({"type": "text"}, "of type 'text'"),
+        ({"text": "no type"}, "{'text': 'no type'}"),
+        ("bare", "'bare'"),
+    ],
+)
+def test_a_content_part_that_is_not_text_is_named(part, named):
+    chat = [{"role": "user", "content": [{"type": "text", "text": "look:"}, part]}]
+    with pytest.raises(DataError, match=re.escape(f"row 0, column 'prompt': a content part {named}; expected text")):
+        encode([{"prompt": chat}])
+
+
+def test_tool_messages_pass_and_keys_without_a_value_are_left_out():
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {}}}]}
+    chat = [
+        {"role": "user", "content": "2 + 3?", "tool_calls": None, "name": None},
+        call,
+        {"role": "tool", "content": "5", "name": "add"},
+    ]
+    assert _checked(chat, "here", "") == [
+        {"role": "user", "content": "2 + 3?"},
+        {"role": "assistant", "tool_calls": call["tool_calls"]},
+        {"role": "tool", "content": "5", "name": "add"},
+    ]
+    with pytest.raises(DataError, match="needs a text role and a text content"):
+        _checked([{"role": "assistant", "content": None}], "here", "")
+
+
+def test_messages_in_arrays_are_messages():
+    chat = np.array([{"role": "user", "content": np.array([{"type": "text", "text": "hi"}])}])
+    assert encode([{"prompt": chat}]).prompts == [[{"role": "user", "content": "hi"}]]
+
+
+def test_prompts_know_their_row_of_the_data_where_others_are_dropped():
+    rows = [{"prompt": p} for p in ("a b c d", "a", "a b c d", "b")]
+    got = encode(rows, max_prompt_tokens=3, too_long="drop")
+    assert [got.row(i) for i in range(len(got))] == [1, 3]
+    assert Prompts(["a"], [(1,)], [{}]).row(0) == 0
 
 
 def test_every_epoch_sees_every_prompt_once_in_an_order_of_its_own():

@@ -1,25 +1,31 @@
-"""Prompts: rows from a file or a dataset, their order over the epochs, and the checks before a run starts."""
+"""Prompts: the rows of the data as the model reads them, their order over the epochs, and the checks before a run."""
 
 import difflib
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gvpo_core.training.config import Config, ConfigError, DataConfig, RewardConfig
 from gvpo_core.training.policy import Policy, Prompt, Tokens
+from gvpo_core.training.rows import DataError, Row, load_rows
 
-Row = Mapping[str, Any]
+__all__ = [
+    "DataError",
+    "Prompts",
+    "Row",
+    "encode_prompts",
+    "held_out",
+    "held_out_rows",
+    "load_rows",
+    "training_rows",
+    "with_given",
+]
+
 _GIVEN = "given in Python"
-
-
-class DataError(ValueError):
-    """Data that cannot be trained on; the message names the file, the row and the column."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,7 @@ class Prompts:
     tokens: Sequence[Tokens]
     columns: Sequence[Row]
     dropped: int = 0  # rows left out for their length
+    rows: Sequence[int] | None = None  # of the data, one a prompt; None: all, in order
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -43,16 +50,20 @@ class Prompts:
         """Every column's values in these rows; None where a row has none, so that a step's columns never differ."""
         return {name: [self.columns[row].get(name) for row in rows] for name in self.names}
 
+    def row(self, i: int) -> int:
+        """The row of the data that prompt `i` comes from."""
+        return i if self.rows is None else self.rows[i]
+
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
-        """The rows of one step: the next `size` of an endless run of epochs, each in an order of its own.
+        """The prompts of one step, by number: the next `size` of an endless run of epochs, each in an order of its own.
 
         It depends on its arguments alone, so a resumed run sees the same prompts.
         """
-        rows = []
+        chosen = []
         for position in range(step * size, (step + 1) * size):
             epoch, offset = divmod(position, len(self))
-            rows.append(int(_order(len(self), seed, epoch)[offset]) if shuffle else offset)
-        return rows
+            chosen.append(int(_order(len(self), seed, epoch)[offset]) if shuffle else offset)
+        return chosen
 
 
 def column_names(rows: Iterable[Row]) -> tuple[str, ...]:
@@ -63,30 +74,6 @@ def column_names(rows: Iterable[Row]) -> tuple[str, ...]:
 @lru_cache(maxsize=2)  # an epoch's order is asked for once a row
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(n)
-
-
-def load_rows(source: str | Path | Iterable[Row], name: str = "data") -> list[Row]:
-    """Rows of a .jsonl or .parquet file, a folder saved by `datasets`, or any iterable of mappings.
-
-    Raises: DataError: no such file, a line that is not a JSON object (with its number), or no rows.
-    """
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.exists():
-            raise DataError(f"{name} = {str(source)!r}: there is no such file or folder")
-        if path.is_dir():
-            rows = _from_datasets(path, name)
-        elif path.suffix == ".parquet":
-            rows = _from_parquet(path, name)
-        elif path.suffix in (".jsonl", ".json"):
-            rows = _from_jsonl(path)
-        else:
-            raise DataError(f"{name} = {str(source)!r}: expected .jsonl, .parquet or a folder saved by datasets")
-    else:
-        rows = list(source)
-    if not rows:
-        raise DataError(f"{name} = {str(source)[:80]!r} has no rows; expected at least one prompt")
-    return rows
 
 
 def encode_prompts(
@@ -100,10 +87,11 @@ def encode_prompts(
     Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit or beyond the
       model's context, or one with a token that the model does not have.
     """
-    prompts, tokens, columns = [], [], []
+    prompts, tokens, columns, kept = [], [], [], []
     facts = policy.describe()
     vocabulary, context = facts.get("shape", {}).get("vocabulary", math.inf), facts.get("context") or math.inf
     for i, row in enumerate(rows):
+        _refuse_recorded(row, f"{name} row {i}")
         if config.prompt not in row:
             close = difflib.get_close_matches(config.prompt, list(row), n=1)
             hint = f"; did you mean data.prompt = {close[0]!r}?" if close else ""
@@ -139,27 +127,63 @@ def encode_prompts(
             )
         prompts.append(prompt)
         tokens.append(ids)
+        kept.append(i)
         columns.append({key: value for key, value in row.items() if key != config.prompt})
     if not prompts:
         raise DataError(
             f"{name}: all {len(rows)} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens}"
         )
-    return Prompts(prompts, tokens, columns, len(rows) - len(prompts))
+    return Prompts(prompts, tokens, columns, len(rows) - len(prompts), kept)
+
+
+def _refuse_recorded(row: Row, where: str) -> None:
+    if row.get("responses") is not None and row.get("rewards") is not None:
+        raise DataError(
+            f"{where} has the columns 'responses' and 'rewards': recorded responses, which this trainer would ignore,"
+            " since it samples its own. Train on them with gvpo_mlx_lm or gvpo_core.gvpo_loss, or rename the columns"
+        )
 
 
 def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
+    """The prompt as the model reads it: text, or messages with text contents. Raises: DataError: neither."""
     if isinstance(prompt, str):
+        if system_prompt:
+            raise DataError(
+                f"{where} is text, and data.system_prompt is a message before chat messages; write it into the text, or"
+                " give chat messages"
+            )
         return _encodable(prompt, where)
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array, as pandas reads lists
     if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
-        for m in prompt:
-            if not isinstance(m.get("role"), str) or not isinstance(m.get("content"), str):
-                raise DataError(f"{where}: the chat message {dict(m)!r:.200} needs a text role and a text content")
-            _encodable(m["role"] + m["content"], where)
-        messages = [dict(m) for m in prompt]
-        if system_prompt and messages[0]["role"] != "system":
+        messages = [_message(m, where) for m in prompt]
+        if system_prompt and messages[0]["role"] not in ("system", "developer"):
             messages.insert(0, {"role": "system", "content": system_prompt})
         return messages
     raise DataError(f"{where} is a {type(prompt).__name__} ({prompt!r:.60}); expected text or a list of chat messages")
+
+
+def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A chat message whose content is text. `datasets` gives every message the keys of all, as None: those are left
+    out, since templates ask for them by their presence."""
+    message = {key: value for key, value in given.items() if value is not None}
+    content: Any = message.get("content")
+    if isinstance(content, list | tuple) or hasattr(content, "tolist"):
+        content = message["content"] = "".join(_part(part, where) for part in content)
+    calls_tools = content is None and message.get("tool_calls")
+    if not isinstance(message.get("role"), str) or not (isinstance(content, str) or calls_tools):
+        raise DataError(f"{where}: the chat message {dict(given)!r:.200} needs a text role and a text content")
+    _encodable(message["role"] + (content or ""), where)
+    return message
+
+
+def _part(part: Any, where: str) -> str:
+    """The text of one part of a message's content."""
+    kind = part.get("type") if isinstance(part, Mapping) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        text: str = part["text"]
+        return text
+    what = f"of type {kind!r}" if kind else f"{part!r:.60}"
+    raise DataError(f'{where}: a content part {what}; expected text alone, as {{"type": "text", "text": ...}}')
 
 
 def _encodable(text: str, where: str) -> str:
@@ -169,53 +193,6 @@ def _encodable(text: str, where: str) -> str:
     except UnicodeEncodeError as e:
         raise DataError(f"{where} is not valid Unicode: {e.reason} at character {e.start}") from e
     return text
-
-
-def _from_jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as e:
-        raise DataError(f"{path} is not UTF-8 text: {e}") from e
-    except OSError as e:
-        raise DataError(f"{path} cannot be read: {e.strerror or e}") from e
-    for number, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as e:
-            raise DataError(f"{path}:{number}: not JSON: {e}") from e
-        if not isinstance(row, dict):
-            raise DataError(f'{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{"prompt": ...}}')
-        rows.append(row)
-    return rows
-
-
-def _from_parquet(path: Path, name: str) -> list[Row]:
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError as e:
-        raise DataError(f"{name} = {str(path)!r}: Parquet needs pyarrow: pip install pyarrow") from e
-    try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except (ArrowException, OSError) as e:
-        raise DataError(f"{name} = {str(path)!r} is not a Parquet file: {e}") from e
-    return rows
-
-
-def _from_datasets(path: Path, name: str) -> list[Row]:
-    try:
-        from datasets import Dataset, load_from_disk
-    except ImportError as e:
-        raise DataError(f"{name} = {str(path)!r} is a folder, which needs datasets: pip install datasets") from e
-    try:
-        loaded = load_from_disk(str(path))
-    except (OSError, ValueError) as e:
-        raise DataError(f"{name} = {str(path)!r} is no dataset saved by datasets' save_to_disk: {e}") from e
-    if not isinstance(loaded, Dataset):
-        raise DataError(f"{name} = {str(path)!r} holds the splits {', '.join(loaded)}; point to one of them")
-    return list(loaded)
 
 
 def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:

@@ -20,6 +20,7 @@ from gvpo_core.training.objective import check_objective
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.run.fingerprint import run_inputs
+from gvpo_core.training.watch.output import open_standard_descriptors
 
 
 class Inputs:
@@ -51,6 +52,7 @@ class Inputs:
           scoring: whether the rewards are needed.
         """
         self._functions = rewards or {}
+        open_standard_descriptors()  # before the rewards' pipes
         if scoring:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
         if training:

@@ -82,7 +82,7 @@ def collect(
         {
             "prompt": _plain_prompt(prompts.prompts[rows[g]]),
             "group": g,
-            "row": rows[g],
+            "row": prompts.row(rows[g]),
             "response": text,
             "tokens": len(r.tokens),
             "finished": r.finished,
@@ -150,7 +150,7 @@ def _score_everywhere(
 
 def _plain_prompt(prompt: Any) -> str:
     """A prompt as text for people: chat messages one below the other."""
-    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m['content']}" for m in prompt)
+    return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
 
 
 def _gather_objects(policy: Policy, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:

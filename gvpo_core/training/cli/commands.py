@@ -14,7 +14,7 @@ from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.watch.output import OutputError, let_go, say
+from gvpo_core.training.watch.output import OutputError, let_go, open_standard_descriptors, say
 
 if TYPE_CHECKING:
     from gvpo_core.training.inputs import Inputs
@@ -37,6 +37,7 @@ gvpo train --help explains every setting. Relative paths are from the working di
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    open_standard_descriptors()
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
     finally:

@@ -6,8 +6,25 @@ import sys
 from typing import Any
 
 
+def open_standard_descriptors() -> None:
+    """Opens the descriptors 0, 1 and 2 on the null device where they are closed.
+
+    Otherwise the next file or pipe that is opened gets the number of a standard stream: prints go into it, and a
+    process that starts with it has it closed.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
 class Forgiving:
-    """A text stream that drops what it cannot write; everything else is the stream's own."""
+    """A text stream that drops what it cannot write; everything else is the stream's own.
+
+    Args:
+      stream: anything with `write`, or None: a program without standard output.
+    """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -23,13 +40,20 @@ class Forgiving:
         with _forgiven():
             self._stream.flush()
 
+    def isatty(self) -> bool:
+        """See TextIO.isatty. False for a stream that does not say."""
+        with _forgiven():
+            return bool(self._stream.isatty())
+        return False
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
 
 def _forgiven() -> contextlib.suppress:
     # RuntimeError: a signal's handler writes while the stream is being written. ValueError: the stream was closed.
-    return contextlib.suppress(OSError, ValueError, RuntimeError)
+    # AttributeError: a stream with few methods, or none.
+    return contextlib.suppress(AttributeError, OSError, ValueError, RuntimeError)
 
 
 class OutputError(RuntimeError):

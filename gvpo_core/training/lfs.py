@@ -1,0 +1,19 @@
+"""Git LFS pointers: the small text files that a clone without git-lfs has in the place of large ones."""
+
+from pathlib import Path
+
+_BEGINS = b"version https://git-lfs.github.com/spec/"
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is a Git LFS pointer. False for what cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_BEGINS)) == _BEGINS
+    except OSError:
+        return False
+
+
+def pointer_message(path: Path) -> str:
+    """What such a file is, and what to do."""
+    return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}, or download it"
