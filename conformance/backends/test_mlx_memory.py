@@ -46,6 +46,7 @@ def folder(tmp_path_factory):
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("llama"), spread=0.02, **sizes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", list(RUNS))
 def test_a_run_holds_about_what_was_estimated(kind: str, folder, tmp_path) -> None:
     config = configured(folder, tmp_path / "run", *RUNS[kind])

@@ -48,6 +48,7 @@ print(json.dumps({"measured": peak - held, "estimated": memory.peak - memory.fra
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
 @pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
 def test_a_run_takes_about_what_was_estimated(rank, tmp_path):

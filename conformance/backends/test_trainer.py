@@ -86,6 +86,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, make, final_state,
     assert any(not np.array_equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_extra", ["", "lora_rank = 4"], ids=["full", "lora"])
 def test_twenty_kills_change_nothing(model_extra, tmp_path, make, final_state, backend, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")

@@ -71,7 +71,10 @@ def same(backend, whole):
     return same
 
 
-@pytest.mark.parametrize("phase", faults.PHASES)
+SLOW = [pytest.param(phase, marks=pytest.mark.slow) for phase in faults.PHASES if phase != "update"]
+
+
+@pytest.mark.parametrize("phase", ["update", *SLOW])
 def test_a_kill_at_every_start_of_a_phase(phase, run, same, tmp_path):
     for at in range(1, EVENTS[phase] + 1):
         folder = tmp_path / str(at)

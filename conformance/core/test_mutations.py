@@ -148,7 +148,12 @@ def test_green_without_a_mutant(copy: Path, tests: list[str]) -> None:
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
 
 
-@pytest.mark.parametrize("name", MUTANTS, ids=lambda x: x.replace(" ", "-"))
+# Three that `nox` runs: of the values, of the groups and of the gradients.
+FAST = ("1/k for 1/(k-1)", "mean over the batch, not the group", "weights differentiated through")
+NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MUTANTS]
+
+
+@pytest.mark.parametrize("name", NAMES, ids=lambda x: x.replace(" ", "-"))
 def test_red_with_a_mutant(copy: Path, name: str) -> None:
     file, text, broken, tests = MUTANTS[name]
     _need_torch(tests)

@@ -3,7 +3,7 @@
 import math
 
 from gvpo_core.training.watch.alerts import LEVELS
-from gvpo_core.training.watch.console import COLUMNS
+from gvpo_core.training.watch.columns import COLUMNS
 
 
 def check_number(text, want, name=""):
@@ -26,10 +26,10 @@ def check_percent(text, want, name=""):
         assert abs(int(text) - want) <= 0.5 or (text == "99" and 99.5 < want < 100), (name, text, want)
 
 
-def check_row(cells, record):
+def check_row(cells, record, columns=COLUMNS):
     """Every field but the time left is a number of the record, rounded."""
-    assert len(cells) == len(COLUMNS) + 2
-    for column, text in zip(COLUMNS, cells, strict=False):
+    assert len(cells) == len(columns) + 2
+    for column, text in zip(columns, cells, strict=False):
         values = [record.get(key) for key in column.meaning.split(" ")]
         if column.title == "dead%":
             best, worst = (record[f"groups/all_{x}"] for x in ("best", "worst"))
@@ -39,7 +39,7 @@ def check_row(cells, record):
                 check_percent(x, 100 * v / counted, column.title)
         elif text == "-":
             assert values[0] is None or not math.isfinite(values[0]), (column.title, record["step"])
-        elif column.title == "cut":
+        elif column.title == "cut%":
             check_percent(text, 100 * values[0], column.title)
         else:
             check_number(text, values[0], column.title)

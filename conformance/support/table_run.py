@@ -7,7 +7,11 @@ PROMPTS = ("p0", "p1", "p2")
 RESPONSES = ("a", "b", "c", "d")
 
 
-def make(folder: Path, *, steps: int = 12, extra: str = "", reward: str = 'function = "exact_match"') -> Path:
+# In a thread: a process a run is what most of a run's time would go into. Tests of processes name another.
+REWARD = 'function = "exact_match"\nisolation = "thread"'
+
+
+def make(folder: Path, *, steps: int = 12, extra: str = "", reward: str = REWARD) -> Path:
     """Writes table.json, train.jsonl and config.toml; returns the config. The run folder is folder/run."""
     folder.mkdir(parents=True, exist_ok=True)
     table = {p: {r: float(1 + (i + j) % 3) for j, r in enumerate(RESPONSES)} for i, p in enumerate(PROMPTS)}

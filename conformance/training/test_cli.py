@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import types
@@ -343,3 +344,15 @@ def test_lines_that_are_no_records_do_not_stop_a_resume(tmp_path, capfd):
     status, _, err = gvpo(capfd, "train", config, "--optimizer.schedule", "constant")
     assert status == 0, err
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_run_with_closed_standard_descriptors_ends_well(closed, tmp_path):
+    """Else the pipes of a reward's process would take the numbers 0 to 2."""
+    config = table_run.make(tmp_path, steps=2, reward='function = "exact_match"')
+    command = shlex.join([sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)])
+    done = subprocess.run(["sh", "-c", f"{command} {closed}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]
+    assert all(r["responses/unscored"] == 0 for r in records if r["kind"] == "train")

@@ -1,6 +1,7 @@
 """The console: what it prints is metrics.jsonl rounded, within 80 columns, inert, and parsable when piped."""
 
 import io
+import itertools
 import math
 import random
 import re
@@ -11,7 +12,9 @@ import pytest
 from console_rows import check_row
 
 from gvpo_core.training.watch import time_left
-from gvpo_core.training.watch.console import COLUMNS, Console, duration, fit, printable, row, titles
+from gvpo_core.training.watch.columns import COLUMNS, LEGEND, row, titles
+from gvpo_core.training.watch.console import Console
+from gvpo_core.training.watch.text import columns, duration, fit, pieces, printable
 
 pytestmark = pytest.mark.core
 
@@ -29,7 +32,7 @@ RECORD = {
     "groups/all_worst": 1,
     "truncated": 0.0625,
     "length/mean": 9.875,
-    "kl": -0.00123,
+    "kl": -0.0123,
     "entropy": 0.812,
     "gradient_norm": 12.75,
     "regret/second_order": 0.0417,
@@ -42,11 +45,11 @@ ALERT = {"key": "kl", "level": "WATCH", "seen": "KL 9 nats a response, usually 1
 
 def test_a_row_is_the_record_rounded():
     fields = dict(zip(titles().split(), row(RECORD, "9m40s").split(), strict=True))
-    assert fields["left"] == "9m40s" and fields["trnd"] == "-.06" and fields["dead%"] == "25/12"
+    assert fields["left"] == "9m40s" and fields["trend"] == "-.062" and fields["dead%"] == "25/12"
     check_row(list(fields.values()), RECORD)
     check_row(row(RECORD | {"groups/all_best": 0}).split(), RECORD | {"groups/all_best": 0})
     check_row(row(RECORD | {"machine/verdict": "WATCH"}).split(), RECORD | {"machine/verdict": "WATCH"})
-    assert row(RECORD | {"groups/all_best": 0}).split()[5] == "38"  # alike, but neither best nor worst
+    assert row(RECORD | {"groups/all_best": 0}).split()[4] == "38"  # alike, but neither best nor worst
 
 
 @pytest.mark.parametrize("wrong", ["0", "~0", "-~0", "-", "7", "0/0"])
@@ -254,7 +257,7 @@ def test_piped_output_has_no_ansi_and_survives_an_ascii_stream_and_a_closed_read
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, env=environment)
     assert b"\x1b" not in out.stdout and rb"\u03c0" in out.stdout
     rows = [line.split() for line in out.stdout.decode().splitlines()]
-    assert [r[0] for r in rows if len(r) == len(COLUMNS) + 2] == ["step", "1", "2", "3"]
+    assert [r[0] for r in rows if len(r) == len(COLUMNS) + 2 and r[-1] in ("state", "OK")] == ["step", "1", "2", "3"]
     closed = io.StringIO()
     console = Console(3, stream=closed)
     closed.close()
@@ -296,3 +299,35 @@ def test_without_rich_a_terminal_gets_plain_lines(monkeypatch):
     console.step(RECORD)
     console.close()
     assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 2
+
+
+def test_at_120_columns_a_row_has_every_field_and_the_rewards_by_name():
+    record = RECORD | {"reward/right": 0.25, "reward/format": 0.5, "regret/series": 0.58, "regret/second_order": 1.87}
+    out = io.StringIO()
+    console = Console(20, stream=out, width=120)
+    console.header({"model": "m"})
+    console.step(record)
+    lines = out.getvalue().splitlines()
+    head, cells = next((a.split(), b.split()) for a, b in itertools.pairwise(lines) if a.lstrip().startswith("step"))
+    shown = dict(zip(head, cells, strict=True))
+    assert {"entropy", "gradient", "length", "+-"} <= set(head)
+    assert (shown["right"], shown["format"], shown["regret"]) == ("0.250", "0.500", "0.580")
+    assert max(map(len, lines)) <= 120
+    narrow = row(record)
+    assert "0.58" not in narrow and "1.87" not in narrow and len(narrow) <= 80
+
+
+def test_lines_of_the_legend_are_cut_at_words():
+    out = io.StringIO()
+    Console(20, stream=out).header({"model": "m"})
+    legend = [line for line in out.getvalue().splitlines() if line][1:]
+    assert all(len(line) <= 80 for line in legend) and " ".join(legend) == LEGEND
+
+
+def test_wide_characters_are_cut_by_the_columns_they_take():
+    assert (columns("日本語"), columns("e\u0301"), columns("ab")) == (6, 1, 2)
+    assert pieces("日本語ab", 4) == ["日本", "語ab"] and pieces("", 4) == [""]
+    out = io.StringIO()
+    Console(10, stream=out).sample(group(0.0, 1.0, response="汉" * 200))
+    quoted = [line for line in out.getvalue().splitlines() if line.startswith("  | 汉")]
+    assert quoted and max(map(columns, quoted)) <= 80 and columns(quoted[0]) == 80

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from collections import Counter
 
 import pytest
 import table_run
@@ -13,7 +14,9 @@ from gvpo_core.training.data import load_rows
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.report.read import read_run
-from gvpo_core.training.watch.console import COLUMNS, Console
+from gvpo_core.training.watch.alerts import LEVELS
+from gvpo_core.training.watch.columns import COLUMNS
+from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.metric_names import undocumented
 
 pytestmark = pytest.mark.core
@@ -59,3 +62,15 @@ def test_the_report_is_there_with_every_step(run):
     assert str(folder / "report.html") in text and (folder / "report.html").exists()
     data = read_run(folder)
     assert len(data.train) == 12 and sorted(data.held_out) == [0, 12] and data.problems == []
+
+
+def test_the_end_tells_what_was_achieved_and_how_to_go_on(run):
+    folder, records, text = run
+    end = text[text.index("\nheld-out reward") :]
+    evaluations = [r for r in records if r["kind"] == "eval"]
+    first, last = re.findall(r"(\S+) \+- \S+", end)[:2]
+    check_number(first, evaluations[0]["eval/reward"])
+    check_number(last, evaluations[-1]["eval/reward"])
+    verdicts = Counter(max((r["verdict"], r["machine/verdict"]), key=LEVELS.index) for r in records if "verdict" in r)
+    assert {level: int(n) for n, level in re.findall(r"(\d+) (OK|WATCH|BAD)", end)} == dict(verdicts)
+    assert f"gvpo eval {folder}" in end and f"gvpo export {folder}" in end

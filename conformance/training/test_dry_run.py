@@ -162,6 +162,7 @@ class Large(TablePolicy):
         return FACTS | {"device_memory": 2**20}
 
 
+@pytest.mark.slow
 def test_peak_memory_is_of_this_process_alone():
     """Not of the process that started it: a notebook with a model in it, say."""
     held = np.ones(2**28 // 8)  # 256 MiB

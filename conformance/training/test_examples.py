@@ -130,6 +130,7 @@ for n, right in ((240, 0), (240, 240), (240, 120), (1, 1)):
     assert in_demo(demo, code).splitlines()[-4:] == ["0.000 +- 0.016", "1.000 +- 0.016", "0.500 +- 0.063", "1.000"]
 
 
+@pytest.mark.slow
 def test_the_demo_runs_from_end_to_end(demo):
     script = "examples/smollm2_arithmetic/demo.py"
     command = [sys.executable, script, "--steps", "1", "--held-out", "8"]

@@ -39,7 +39,10 @@ def same(run, whole) -> None:
     assert (run / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
 
 
-@pytest.mark.parametrize("fault", ["call", "write", *faults.PHASES])
+SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("call", "write")]
+
+
+@pytest.mark.parametrize("fault", [*SLOW, *faults.PHASES])
 def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
     for at in range(1, 1000):
         folder = tmp_path / str(at)

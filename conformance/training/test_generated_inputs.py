@@ -31,7 +31,9 @@ from gvpo_core.training.rewards import RewardError, close_rewards, load_rewards,
 
 pytestmark = pytest.mark.core
 
-CONFIGS, DATASETS, REWARDS = 2500, 1500, 6000
+CONFIGS, DATASETS, REWARDS = 250, 150, 600
+# Generated inputs: 1,000, or 10,000 in the full run.
+more = pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 
 
 def cases(count: int):
@@ -133,11 +135,12 @@ def answered(place, config: Path) -> str:
     return errors
 
 
-def test_generated_settings(place):
+@more
+def test_generated_settings(place, times):
     clean = refused = 0
 
     @given(st.lists(changes(), min_size=1, max_size=3))
-    @cases(CONFIGS)
+    @cases(CONFIGS * times)
     def check(changed):
         nonlocal clean, refused
         table = json.loads(json.dumps(BASE))
@@ -183,7 +186,8 @@ def files(draw):
     return content[: draw(st.sampled_from((len(content), len(content), len(content) // 2)))] + ending
 
 
-def test_generated_datasets(place):
+@more
+def test_generated_datasets(place, times):
     clean = refused = 0
     config = place / "data.toml"
     table = json.loads(json.dumps(BASE))
@@ -192,7 +196,7 @@ def test_generated_datasets(place):
     config.write_text(tomli_w.dumps(table))
 
     @given(files())
-    @cases(DATASETS)
+    @cases(DATASETS * times)
     def check(content):
         nonlocal clean, refused
         (place / "generated.jsonl").write_bytes(content)
@@ -245,11 +249,12 @@ def returns(draw):
     return draw(st.sampled_from((values, tuple(values)))), False
 
 
-def test_generated_reward_returns():
+@more
+def test_generated_reward_returns(times):
     seen = {"scored": 0, "refused": 0}
 
     @given(st.lists(returns(), min_size=1, max_size=2), st.sampled_from((None, None, -1.0)))
-    @cases(REWARDS)
+    @cases(REWARDS * times)
     def check(given_back, failure_value):
         def reward_of(value, raises):
             def reward(prompts, completions, **columns):

@@ -245,6 +245,7 @@ def test_the_browser_has_the_responses_of_the_run(run, broken, hostile):
     assert r"\x1b[31m" in rows_of(page(read_run(hostile)))[0]["groups"][0]["rows"][0][3]
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_make_a_small_page_quickly(run, tmp_path):
     folder = write_long_run(tmp_path / "long", run)
     start = time.process_time()

@@ -37,6 +37,7 @@ def final_table(folder: Path, steps: int) -> np.ndarray:
         return saved["logits"]
 
 
+@pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path):
     killing.finish(table_run.make(tmp_path / "whole", steps=150))
     config = table_run.make(tmp_path / "killed", steps=150)

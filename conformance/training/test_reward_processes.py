@@ -126,6 +126,7 @@ def test_the_same_from_a_thread_and_from_asyncio(rewards):
         np.testing.assert_array_equal(result, [4, 1, 1, np.nan, 1, 1])
 
 
+@pytest.mark.slow
 def test_many_timeouts_leave_nothing_behind(rewards):
     """170 x (a call for all five, then five alone): 1,020 processes killed and replaced."""
     before = children()

@@ -1,9 +1,13 @@
 """Canary secrets in the environment, in settings and in URLs appear in no file, log, report or traceback of a run."""
 
+import base64
+import html
 import json
+import urllib.parse
 
 import pytest
 import table_run
+from places import ROOT
 
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
@@ -11,7 +15,7 @@ import faults
 
 from gvpo_core.training import cli
 from gvpo_core.training.config.file import read_config, write_config
-from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, is_secret, secrets_of
+from gvpo_core.training.config.secrets import SHORTEST, hide, hide_command, hide_settings, is_secret, secrets_of
 
 pytestmark = pytest.mark.core
 
@@ -207,3 +211,79 @@ def test_settings_written_back_say_what_is_left_out(tmp_path):
     config = read_config(table_run.make(tmp_path, extra=OPTIONS))
     write_config(config, tmp_path / "again.toml")
     assert CANARY not in (tmp_path / "again.toml").read_text()
+
+
+SECRET = "k3y\"/+ü with spaces'&more"
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        str, repr, json.dumps, lambda s: json.dumps(s, ensure_ascii=False), html.escape, urllib.parse.quote,
+        urllib.parse.quote_plus, lambda s: urllib.parse.quote(s, safe=""),
+        lambda s: base64.b64encode(s.encode()).decode(),
+        lambda s: base64.b64encode(f"u:{s}".encode()).decode(), lambda s: base64.b64encode(f"me:{s}".encode()).decode(),
+        lambda s: base64.urlsafe_b64encode(s.encode()).decode(),
+    ],
+    ids=["plain", "repr", "json", "json-utf8", "html", "url", "form", "path", "base64", "basic", "basic-1", "b64-url"],
+)  # fmt: skip
+def test_a_secret_is_hidden_in_every_form_that_programs_write(form):
+    written = form(SECRET)
+    left = hide(f"before {written} after", {SECRET})
+    assert "***" in left and left.startswith("before ") and left.endswith(" after")
+    kept = [part for part in left.split() if part not in ("before", "after")]
+    assert sum(len(part.replace("***", "")) for part in kept) <= 8, left  # quotes, and "u:" in base64
+
+
+def test_a_secret_cut_in_the_middle_is_hidden():
+    secret = "sk-4711-0123456789abcdef"
+    for n in range(8, len(secret)):
+        assert hide(f"key {secret[:n]}...", {secret}) == "key ***..."
+    assert hide("the password is wrong", {"password-of-mine"}) == "the password is wrong"
+
+
+def test_the_shortest_hidden_value_is_documented():
+    page = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    assert f"{SHORTEST} characters" in page
+    assert secrets_of(None, {"A_TOKEN": "x" * SHORTEST, "B_TOKEN": "y" * (SHORTEST - 1)}) == {"x" * SHORTEST}
+
+
+@pytest.mark.parametrize(
+    ("name", "secret"),
+    [(n, True) for n in ("DB_PASS", "DB_PWD", "SSH_PASSPHRASE", "SIGNING_KEY", "API_TOKENS", "SESSION_COOKIE",
+                         "hf_tokens", "judge_key", "GH_TOKEN", "x.password")]
+    + [(n, False) for n in ("PWD", "OLDPWD", "max_tokens", "MAX_TOKENS", "micro_batch_tokens", "monkey",
+                            "answer_key", "compass", "tokenizer", "keyboard")],
+)  # fmt: skip
+def test_names_of_secrets(name, secret):
+    assert is_secret(name) is secret
+
+
+@pytest.mark.parametrize(
+    ("url", "left"),
+    [
+        ("postgres://me:p@ss/w0rd@db.example:5432/x", "postgres://***@db.example:5432/x"),
+        ("https://me:a/b@host", "https://***@host"),
+        ("redis://:pw@host/0", "redis://***@host/0"),
+        ("https://token@host/x", "https://***@host/x"),
+        ("https://host:8080/users/@me/", "https://host:8080/users/@me/"),
+        ("https://host/a@b", "https://host/a@b"),
+        ("mailto:me@host", "mailto:me@host"),
+    ],
+)
+def test_passwords_in_urls_may_hold_any_character(url, left):
+    assert hide(f"see {url}, or not") == f"see {left}, or not"
+
+
+def test_a_secret_inside_another_option_is_in_no_file(run, tmp_path):
+    """`header = "Bearer ..."` holds the value of a variable that is a secret by its name."""
+    status, text = run(change=lambda text: text + f'header = "Bearer {CANARY}-environment"\n')
+    assert status == 0, text
+    assert read_config_text(tmp_path)["rewards"]["right"]["options"]["header"] == "Bearer ***"
+    assert CANARY not in text
+
+
+def test_what_a_reward_raises_cannot_drive_the_terminal(run):
+    status, text = run("raise RuntimeError('\\x1b]52;c;aGk=\\x07' + completions[0])")
+    assert status == 1 and r"\x1b]52" in text
+    assert "\x1b" not in text and "\x07" not in text

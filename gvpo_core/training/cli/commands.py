@@ -15,6 +15,7 @@ from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.watch.output import OutputError, let_go, open_standard_descriptors, say
+from gvpo_core.training.watch.text import printable
 
 if TYPE_CHECKING:
     from gvpo_core.training.inputs import Inputs
@@ -76,7 +77,7 @@ def _failed(error: Exception, secrets: set[str]) -> int:
     if not _expected(error):
         print(traceback_of(error, secrets), end="", file=sys.stderr)
         return 1
-    print(f"gvpo: {hide(str(error), secrets)}", file=sys.stderr)
+    print(f"gvpo: {printable(hide(str(error), secrets), keep=chr(10))}", file=sys.stderr)
     return 2 if isinstance(error, ValueError) else 1
 
 
@@ -235,9 +236,18 @@ def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
     return policy
 
 
+class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
+    """Writes to what standard error is when a record comes: a live bar takes it over, so as not to be torn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        self.stream = sys.stderr
+        super().emit(record)
+
+
 def _log_to_stderr(secrets: set[str]) -> None:
     """Warnings of gvpo and of the user's rewards, one line each; only the main process speaks."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Stderr()
     handler.setFormatter(Hiding("%(levelname)s %(name)s: %(message)s", secrets))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("gvpo").setLevel(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)

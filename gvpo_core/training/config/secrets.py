@@ -1,52 +1,123 @@
 """Keeps secrets out of what a run writes and prints: settings, command lines, logs and tracebacks.
 
-What counts as secret: the values of settings, options and environment variables that are named like secrets, passwords
-in URLs, and query parameters named like secrets. A reward's option is best written "$NAME": it is then read from the
-environment when the run starts, and stands in no file.
+A secret is the value of a setting, option or environment variable that is named like one, a password in a URL, or a
+query parameter named like one. It is looked for in every text, also in the forms that repr, JSON, HTML, URLs and base64
+give it, and where the text was cut in the middle of it. Write a reward's option as "$NAME" to read it from the
+environment when the run starts; it is then in no file.
 """
 
+import base64
+import html
+import json
 import logging
 import os
 import re
 import traceback
-from collections.abc import Iterable, Mapping
+import urllib.parse
+from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 from typing import Any
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.watch.text import printable
 
 HIDDEN = "***"
+SHORTEST = 6
+"""Characters of the shortest value that is looked for in text: a shorter one would be found in ordinary words."""
 _NAMED = re.compile(
-    r"(token(?!s|iz)|secret|passw|api[_-]?key|access[_-]?key|private[_-]?key|credential|authorization)", re.IGNORECASE
+    r"(token(?!s|iz)|secret|passw|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|credential|authorization|cookie"
+    r"|(?<![a-z])(api|access|auth|bearer|refresh|id|hf|github|bot)[_-]tokens$|[_-](pass|pwd)$"
+    r"|(?<!answer)(?<!sort)(?<!primary)(?<!foreign)(?<!partition)[_-]key$)",
+    re.IGNORECASE,
 )
-_IN_URL = re.compile(r"(?<=://)[^/@\s'\"]+(?=@)")
+_VARIABLE = re.compile(r"(?!(?:MAX|MIN|NUM|N)_)[A-Z0-9_]*_TOKENS")  # of the environment; a setting max_tokens is none
+# A password may hold @ and /, though a URL should not: all up to the last @ before a host. Digits alone are a port.
+_IN_URL = re.compile(
+    r"(?<=://)(?:[^/@:\s'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"<>]+(?=@[\w.\-\[\]]+(?::\d+)?(?:[/?#\s'\",;)]|$))"
+    r"|[^/@\s'\"]+(?=@))"
+)
 _IN_QUERY = re.compile(
     r"(?<=[?&])([\w.\-]*(?:token|secret|passw|key|credential|signature|sig|auth)[\w.\-]*=)[^&\s'\"#]+", re.IGNORECASE
 )
 _FROM_ENVIRONMENT = re.compile(r"\$([A-Za-z_]\w*)")
-_SHORTEST = 6  # characters of a value that is looked for in text: a shorter one stands in too many words
+_CUT_AT_LEAST = 8  # characters of the beginning of a secret, where a text was cut in it
+_LONG = 12  # characters of a secret whose beginning is looked for
 
 
 def is_secret(name: str) -> bool:
     """Whether a setting, option or variable of this name holds a secret; `max_tokens` does not."""
-    return bool(_NAMED.search(name.rpartition(".")[2]))
+    name = name.rpartition(".")[2]
+    return bool(_NAMED.search(name) or _VARIABLE.fullmatch(name))
 
 
 def hide(text: str, known: Iterable[str] = ()) -> str:
-    """Text without passwords in URLs, query parameters named like secrets, and the `known` secrets."""
-    for secret in sorted(known, key=len, reverse=True):
-        text = text.replace(secret, HIDDEN)
+    """Text without passwords in URLs, query parameters named like secrets, and the `known` secrets.
+
+    Call it before the text is cut.
+    """
+    forms = _all_forms(frozenset(known))
+    for form in forms:
+        text = text.replace(form, HIDDEN)
+    for form in forms:
+        text = _without_beginning(text, form)
     return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(HIDDEN, text))
 
 
-def hide_settings(value: Any, name: str = "") -> Any:
-    """Settings as plain values, without their secrets; a reference to the environment stays."""
+@lru_cache(maxsize=64)
+def _all_forms(known: frozenset[str]) -> tuple[str, ...]:
+    return tuple(sorted({form for secret in known for form in _forms(secret)}, key=len, reverse=True))
+
+
+def _forms(secret: str) -> Iterator[str]:
+    """A secret as programs write it; its lines alone too, where it has several."""
+    for text in (secret, *(line for line in secret.splitlines() if len(line) >= 16)):
+        yield text
+        yield repr(text)[1:-1]
+        yield json.dumps(text)[1:-1]
+        yield json.dumps(text, ensure_ascii=False)[1:-1]
+        yield html.escape(text)
+        yield urllib.parse.quote(text)
+        yield urllib.parse.quote(text, safe="")
+        yield urllib.parse.quote_plus(text)
+        encoded = text.encode("utf-8", "surrogateescape")
+        for before in range(3):  # a form of base64 for each place in a group of three bytes
+            whole = (before + len(encoded)) // 3 * 4  # characters that depend on nothing behind the secret
+            for encode in (base64.b64encode, base64.urlsafe_b64encode):
+                code = encode(b"\0" * before + encoded).decode()[-(-before * 8 // 6) : whole]
+                if len(code) >= _CUT_AT_LEAST:
+                    yield code
+
+
+def _without_beginning(text: str, secret: str) -> str:
+    """Text that was cut in the middle of a secret, without the part that is left of it."""
+    head = _CUT_AT_LEAST
+    while head < len(secret) and secret[:head].isalpha():  # a word alone is not yet a secret
+        head += 1
+    if len(secret) < _LONG or head == len(secret):
+        return text
+    at = text.find(secret[:head])
+    while at >= 0:
+        end = at + head
+        while end < len(text) and end - at < len(secret) and text[end] == secret[end - at]:
+            end += 1
+        text = text[:at] + HIDDEN + text[end:]
+        at = text.find(secret[:head], at + len(HIDDEN))
+    return text
+
+
+def hide_settings(settings: Any) -> Any:
+    """Settings as plain values, without the secrets that they or the environment hold; references to it stay."""
+    return _hidden(settings, "", secrets_of(settings))
+
+
+def _hidden(value: Any, name: str, known: frozenset[str]) -> Any:
     if isinstance(value, Mapping):
-        return {key: hide_settings(item, str(key)) for key, item in value.items()}
+        return {key: _hidden(item, str(key), known) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [hide_settings(item, name) for item in value]
-    if not isinstance(value, str):
+        return [_hidden(item, name, known) for item in value]
+    if not isinstance(value, str) or _FROM_ENVIRONMENT.fullmatch(value):
         return value
-    return HIDDEN if is_secret(name) and value and not _FROM_ENVIRONMENT.fullmatch(value) else hide(value)
+    return HIDDEN if is_secret(name) and value else hide(value, known)
 
 
 def hide_command(command: Iterable[str], known: Iterable[str] = ()) -> list[str]:
@@ -80,7 +151,7 @@ def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = Non
     found = {value for name, value in environment.items() if is_secret(name)}
     if settings is not None:
         _collect(settings, "", found, environment)
-    return frozenset(secret for secret in found if len(secret) >= _SHORTEST)
+    return frozenset(secret for secret in found if len(secret) >= SHORTEST)
 
 
 def _collect(value: Any, name: str, found: set[str], environment: Mapping[str, str]) -> None:
@@ -95,7 +166,7 @@ def _collect(value: Any, name: str, found: set[str], environment: Mapping[str, s
             reference = _FROM_ENVIRONMENT.fullmatch(value)
             found.add(environment.get(reference[1], "") if reference else value)
         for user in _IN_URL.findall(value):
-            found |= {user, user.rpartition(":")[2]}
+            found |= {user, user.partition(":")[2]}
         found |= {m[0].partition("=")[2] for m in _IN_QUERY.finditer(value)}
 
 
@@ -114,7 +185,7 @@ def _resolved(value: Any, where: str) -> Any:
         return [_resolved(item, where) for item in value]
     if not isinstance(value, str):
         return value
-    if value == HIDDEN:
+    if HIDDEN in value:
         raise ConfigError(
             f"{where} was left out of the saved settings, being a secret: write it as '$NAME', which is"
             " read from the environment variable NAME"
@@ -126,7 +197,7 @@ def _resolved(value: Any, where: str) -> Any:
 
 
 class Hiding(logging.Formatter):
-    """Formats log records, tracebacks included, without secrets."""
+    """Formats log records, tracebacks included, without secrets and without characters that command a terminal."""
 
     def __init__(self, form: str, known: Iterable[str]) -> None:
         super().__init__(form)
@@ -134,9 +205,9 @@ class Hiding(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """See logging.Formatter."""
-        return hide(super().format(record), self.known)
+        return printable(hide(super().format(record), self.known), keep="\n\t")
 
 
 def traceback_of(error: BaseException, known: Iterable[str]) -> str:
-    """The traceback that Python would print, without secrets."""
-    return hide("".join(traceback.format_exception(error)), known)
+    """The traceback that Python would print, without secrets and without characters that command a terminal."""
+    return printable(hide("".join(traceback.format_exception(error)), known), keep="\n\t")

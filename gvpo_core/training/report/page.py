@@ -17,7 +17,7 @@ from gvpo_core.training.report.history import Episode, episodes, verdict
 from gvpo_core.training.report.read import Run, number
 from gvpo_core.training.report.reading import paired_differences, prompt_rewards, read_out
 from gvpo_core.training.report.sections import sections
-from gvpo_core.training.watch.console import printable
+from gvpo_core.training.watch.text import printable
 
 _PROMPTS = 12  # held-out prompts shown before and after
 _RESUMED = '<p class="small">A dashed line in a chart: the run was resumed there.</p>'

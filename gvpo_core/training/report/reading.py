@@ -10,7 +10,7 @@ import numpy as np
 
 from gvpo_core.training.metrics import mean_half_width
 from gvpo_core.training.report.read import Run, Series, number
-from gvpo_core.training.watch.console import duration
+from gvpo_core.training.watch.text import duration
 
 _TRUNCATED = 0.2  # share of cut responses worth a word
 _DEAD = 0.5  # share of dead groups

@@ -14,6 +14,7 @@ from typing import IO
 
 from gvpo_core.training.config import RewardConfig
 from gvpo_core.training.config.secrets import hide, secrets_of
+from gvpo_core.training.watch.text import printable
 
 LARGEST_LOG = 64 * 2**20  # bytes of rewards.log; a run may last for weeks
 _RATE = 4 * 2**20  # bytes a second that are read of one worker's output; a flood waits
@@ -51,7 +52,7 @@ class RewardLog:
         """Appends lines that the reward `name` wrote to its standard output or error."""
         if self._room <= 0 or self._failed:
             return
-        data = "".join(f"{name}: {hide(line, self.secrets)}\n" for line in lines).encode("utf-8", "backslashreplace")
+        data = "".join(f"{name}: {self._safe(line)}\n" for line in lines).encode("utf-8", "backslashreplace")
         with self._lock, self._written("rewards.log"):
             if self._folder is not None:
                 self._write(data)
@@ -76,7 +77,11 @@ class RewardLog:
             return
         at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
         with self._lock, self._written("run.log"), (self._folder / "run.log").open("ab") as file:
-            file.write(f"{at} {hide(text, self.secrets).strip()}\n".encode("utf-8", "backslashreplace"))
+            file.write(f"{at} {self._safe(text).strip()}\n".encode("utf-8", "backslashreplace"))
+
+    def _safe(self, text: str) -> str:
+        """Text without secrets and without characters that command a terminal: people print log files."""
+        return printable(hide(text, self.secrets), keep="\n\t")
 
     @contextlib.contextmanager
     def _written(self, name: str) -> Iterator[None]:

@@ -2,8 +2,10 @@
 
 import logging
 import platform
+import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -30,14 +32,17 @@ from gvpo_core.training.run.checkpoint import (
     newest_checkpoint,
     partial_checkpoint,
     save_failed,
+    steps_saved,
     unreadable,
 )
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.records import records
 from gvpo_core.training.run.resume import resume_command
-from gvpo_core.training.watch.alerts import Alerts, failed
+from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
+from gvpo_core.training.watch.columns import verdict
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
+from gvpo_core.training.watch.text import fit
 from gvpo_core.training.watch.trackers import Tracker, open_trackers
 
 _log = logging.getLogger("gvpo")
@@ -62,6 +67,8 @@ class Journal:
         self._tracker: Tracker | None = None
         self._alerts = Alerts()
         self._reward_range: tuple[float, float] | None = None  # lowest and highest reward of the steps so far
+        self._verdicts: Counter[str] = Counter()
+        self._evaluated: list[Mapping[str, Any]] = []  # the first and the last evaluation
         self._started = False
         self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
@@ -132,9 +139,9 @@ class Journal:
         for record in records(self.folder.metrics) if step >= 0 else ():
             if record["kind"] == "train":
                 self._alerts.update(record)
-                self._widen_range(record)
             elif record["kind"] == "eval":
                 self._best.see(record["step"], record)
+            self._remember(record)
         return max(last, *later, 0)
 
     def _open(self, prompts: Prompts, held_out: Prompts | None) -> None:
@@ -178,9 +185,9 @@ class Journal:
             seconds=time.perf_counter() - self._begun,
             reward_range=self._reward_range,
         )
-        self._widen_range(metrics)
         record = self._record("train", metrics)
         record |= self._alerts.annotate(record)
+        self._remember(record)
         self._write(record)
         if self.console:
             self.console.step(record)
@@ -194,6 +201,7 @@ class Journal:
             return
         self._responses("eval", rollout)
         record = self._record("eval", metrics)
+        self._remember(record)
         self._write(record)
         if self.console:
             self.console.evaluation(record)
@@ -280,9 +288,15 @@ class Journal:
         rows = [{"kind": kind, "step": self._step} | completion for completion in rollout.completions]
         self.folder.append(self.folder.completions, rows)
 
-    def _widen_range(self, metrics: Mapping[str, Any]) -> None:
-        if metrics.get("reward/min") is not None:
-            seen = (*(self._reward_range or ()), metrics["reward/min"], metrics["reward/max"])
+    def _remember(self, record: Mapping[str, Any]) -> None:
+        """Keeps what the end of the run and later steps need of a record."""
+        if record.get("kind") == "eval":
+            self._evaluated = [*self._evaluated[:1], record]
+        if record.get("kind") != "train":
+            return
+        self._verdicts[verdict(record)] += 1
+        if record.get("reward/min") is not None:
+            seen = (*(self._reward_range or ()), record["reward/min"], record["reward/max"])
             self._reward_range = (min(seen), max(seen))
 
     def _failed(self, error: Exception) -> None:
@@ -308,4 +322,22 @@ class Journal:
             known = isinstance(e, OSError | RunFolderError)
             _log.warning("the report could not be written: %s: %s", type(e).__name__, e, exc_info=not known)
         if self.console:
-            self.console.close({"metrics": self.folder.metrics, "report": report or "not written"})
+            self.console.close(self._summary(report))
+
+    def _summary(self, report: Path | None) -> dict[str, Any]:
+        """What the run achieved, and the commands that go on from it."""
+        facts: dict[str, Any] = {}
+        if self._evaluated:
+            facts["held-out reward"] = " -> ".join(
+                f"{fit(record.get('eval/reward'), 6)} +- {fit(record.get('eval/half_width'), 5)}"
+                for record in self._evaluated
+            )
+        if self._verdicts:
+            facts["verdicts"] = ", ".join(
+                f"{self._verdicts[level]} {level}" for level in LEVELS if self._verdicts[level]
+            )
+        folder = shlex.quote(str(self.folder.path))
+        facts |= {"metrics": self.folder.metrics, "report": report or "not written"}
+        if steps_saved(self.folder.checkpoints):
+            facts |= {"evaluate": f"gvpo eval {folder}", "export": f"gvpo export {folder} NEW_FOLDER"}
+        return facts

@@ -1,79 +1,25 @@
-"""What a person sees while a run goes on: a header, one row a step within 80 columns, evaluations, samples, the end.
+"""What a person sees of a run: a header, one row a step, evaluations, samples, the end.
 
-On a terminal a live bar stands below the rows (rich); anywhere else the output is plain lines without ANSI, in which a
-row's fields are split by spaces and a missing number is "-". Every number is one of metrics.jsonl, rounded. A row ends
-with its verdict; why it is not OK, and what to do, stands below the row once, not at every step.
+On a terminal a live bar (rich) is below the rows. Elsewhere the output is plain lines of at most 80 columns without
+ANSI: spaces separate the fields of a row, a missing number is "-". Every number is one of metrics.jsonl, rounded. A row
+ends with its verdict; the reasons and what to do are printed below it once, not at every step.
 """
 
 import math
-import re
+import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TextIO, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, TextIO, cast
 
 from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH
+from gvpo_core.training.watch.columns import ALL_LEGEND, LEGEND, NARROW, WIDE, Column, columns_for, row, titles, verdict
 from gvpo_core.training.watch.metric_names import PHASES
 from gvpo_core.training.watch.output import Forgiving
+from gvpo_core.training.watch.text import columns, duration, fact, fit, percent, pieces, printable, size
 from gvpo_core.training.watch.time_left import TimeLeft
 
-WIDTH = 80
 Record = Mapping[str, Any]
-
-
-class Column(NamedTuple):
-    """One field of a row."""
-
-    title: str
-    width: int
-    text: Callable[[Record, int], str]  # of a record, in at most `width` characters
-    meaning: str  # the key of metrics.jsonl, or how it is made of keys
-
-
-def _number(title: str, width: int, key: str) -> Column:
-    return Column(title, width, lambda record, width: fit(record.get(key), width), key)
-
-
-def _signed(record: Record, width: int) -> str:
-    value = record.get("reward/trend")
-    if value is None:
-        return "-"
-    text = fit(abs(value), width - 1)
-    return text if text in ("-", "0") else f"{'-' if value < 0 else '+'}{text}"
-
-
-def _dead(record: Record, width: int) -> str:
-    counted, dead = record.get("groups/counted"), record.get("groups/all_equal", 0)
-    best, worst = record.get("groups/all_best", 0), record.get("groups/all_worst", 0)
-    if not counted:
-        return "-"
-    if best + worst < dead:  # alike in between, or nothing to tell best from worst by
-        return _percent(dead / counted)
-    return f"{_percent(best / counted)}/{_percent(worst / counted)}"
-
-
-COLUMNS = (
-    _number("step", 5, "step"),
-    _number("rewrd", 5, "reward/mean"),
-    Column("trnd", 4, _signed, "reward/trend"),
-    _number("+-", 3, "reward/half_width"),
-    _number("spr", 3, "reward/spread"),
-    Column("dead%", 5, _dead, "groups/all_best / groups/all_worst by groups/counted"),
-    Column("cut", 3, lambda record, width: _percent(record.get("truncated")), "truncated"),
-    _number("len", 4, "length/mean"),
-    _number("kl", 4, "kl"),
-    _number("entr", 4, "entropy"),
-    _number("grad", 4, "gradient_norm"),
-    _number("regr", 4, "regret/second_order"),
-    _number("sec", 3, "seconds/step"),
-    _number("tk/s", 4, "tokens_per_second"),
-)
-LEGEND = (
-    "trnd: reward against the 10 steps before; +-: half of its 95 % interval",
-    "spr: spread inside groups; dead%: groups all right/all wrong (one number: alike",
-    "otherwise); cut: % at the token limit; regr: reward to be gained; ~0: nearly 0",
-)
-_LEFT = 5  # columns of the time left, after the last field
 _TITLES_EVERY = 20
 _PHASES_EVERY = 10
 _ALERTS = ("alerts", "machine/alerts")
@@ -84,7 +30,13 @@ class Console:
     """Prints a run. Never raises because a terminal cannot show a character, or because its reader went away."""
 
     def __init__(
-        self, steps: int, *, stream: TextIO | None = None, first_step: int = 0, evaluations: Sequence[int] = ()
+        self,
+        steps: int,
+        *,
+        stream: TextIO | None = None,
+        first_step: int = 0,
+        evaluations: Sequence[int] = (),
+        width: int | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +44,7 @@ class Console:
           stream: default: standard output.
           first_step: steps already done, in a resumed run.
           evaluations: steps after which the run evaluates.
+          width: columns; at 120 and more rows have all their fields. Default: the terminal's, 80 elsewhere.
         """
         self._steps, self._stream = steps, Forgiving(stream or sys.stdout)
         self._rows = 0
@@ -100,7 +53,10 @@ class Console:
         self._time_left = TimeLeft(steps, evaluations)
         self._bar: Any = None
         self._task: Any = None
-        self._live = self._open_bar(first_step) if self._stream.isatty() else None
+        terminal = self._stream.isatty()
+        self._width = width or (max(NARROW, shutil.get_terminal_size().columns) if terminal else NARROW)
+        self._columns: tuple[Column, ...] = ()  # chosen at the first row, which names the rewards
+        self._live = self._open_bar(first_step) if terminal else None
 
     def header(self, facts: Mapping[str, Any], *, legend: bool = True) -> None:
         """The run's facts, one a line: name, value; then what the columns of a row mean."""
@@ -109,7 +65,7 @@ class Console:
             self._fact(name, value, width)
         self._print("")
         if legend:
-            for line in LEGEND:
+            for line in textwrap.wrap(ALL_LEGEND if self._width >= WIDE else LEGEND, self._width):
                 self._print(line, style="dim")
             self._print("")
 
@@ -120,10 +76,11 @@ class Console:
 
     def step(self, record: Record) -> None:
         """One row: the numbers of a train record. Below it, where due: what is wrong, and the seconds by phase."""
+        self._columns = self._columns or columns_for(self._width, record)
         if self._rows % _TITLES_EVERY == 0:
-            self._print(titles(), style="bold")
+            self._print(titles(self._columns), style="bold")
         self._rows += 1
-        line = row(record, duration(self._time_left.stepped(int(record["step"]))))
+        line = row(record, duration(self._time_left.stepped(int(record["step"]))), self._columns)
         said = verdict(record)
         self._print(line, mark=(len(line) - len(said), {WATCH: "bold yellow", BAD: "bold red"}.get(said, "")))
         self._reasons(record)
@@ -142,12 +99,12 @@ class Console:
         rewards = {key: value for key, value in record.items() if key.startswith("eval/reward/")}
         if len(rewards) > 1 or record.get("eval/reward") not in rewards.values():  # one, unweighted, says no more
             for key, value in rewards.items():
-                parts.append(f"{key.removeprefix('eval/reward/')} {fit(value, 6)}")
+                parts.append(f"{printable(key.removeprefix('eval/reward/'))} {fit(value, 6)}")
         parts.append(f"len {fit(record.get('eval/length'), 5)}")
-        parts.append(f"cut {_percent(record.get('eval/truncated'), '%')}")
+        parts.append(f"cut {percent(record.get('eval/truncated'), '%')}")
         parts.append(f"prompts {record.get('eval/prompts', '-')}")
         parts.append(f"sec {fit(record.get('seconds/evaluate'), 5)}")
-        for line in _wrap(parts):
+        for line in _wrap(parts, self._width):
             self._print(line)
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -170,7 +127,7 @@ class Console:
         rewards = [fit(r["reward"], 8) for r in scored]
         rewards += ["-"] * (len(groups[scored[0]["group"]]) - len(scored))
         said = f"its {len(rewards)} responses: rewards {' '.join(rewards)}"
-        for line in textwrap.wrap(said, WIDTH, initial_indent="  ", subsequent_indent="    "):
+        for line in textwrap.wrap(said, self._width, initial_indent="  ", subsequent_indent="    "):
             self._print(line)
         best, worst = scored[0], scored[-1]
         for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
@@ -197,10 +154,10 @@ class Console:
                 self._fact(name, value, width)
 
     def _fact(self, name: str, value: Any, width: int) -> None:
-        text = f"{printable(name).replace('_', ' '):<{width}}  {_text(value, name)}"
+        text = f"{printable(name).replace('_', ' '):<{width}}  {fact(value, name)}"
         # Whole words, and whole paths, however long.
         lines = textwrap.wrap(
-            text, WIDTH, subsequent_indent=" " * (width + 2), break_long_words=False, break_on_hyphens=False
+            text, self._width, subsequent_indent=" " * (width + 2), break_long_words=False, break_on_hyphens=False
         )
         for line in lines:
             self._print(line)
@@ -214,14 +171,14 @@ class Console:
             if LEVELS.index(alert["level"]) > LEVELS.index(level) or step - since >= _REMIND:
                 self._said[key] = (alert["level"], step)
                 text = printable(f"{alert['level']} {alert['seen']}: {alert['advice']}")
-                for line in textwrap.wrap(text, WIDTH, initial_indent="    ! ", subsequent_indent="      "):
+                for line in textwrap.wrap(text, self._width, initial_indent="    ! ", subsequent_indent="      "):
                     self._print(line, style="yellow" if alert["level"] == WATCH else "red")
 
     def _quote(self, title: str, text: str) -> None:
         self._print(f"  {printable(title)}")
         lines = printable(text, keep="\n").split("\n")
-        room = WIDTH - 4
-        shown = [line[i : i + room] for line in lines for i in range(0, max(len(line), 1), room)]
+        room = self._width - 4
+        shown = [piece for line in lines for piece in pieces(line, room)]
         for line in shown[:8]:
             self._print(f"  | {line}")
         if len(shown) > 8:
@@ -255,6 +212,7 @@ class Console:
             TextColumn("{task.fields[phase]}", markup=False),
             console=RichConsole(file=cast(TextIO, self._stream)),
             transient=True,
+            redirect_stderr=sys.stderr is not None and sys.stderr.isatty(),  # a warning would tear the bar
         )
         self._task = self._bar.add_task("", total=self._steps, completed=done, phase="")
         self._bar.start()
@@ -265,134 +223,18 @@ def _scored(response: Mapping[str, Any]) -> bool:
     return response["reward"] is not None and not math.isnan(response["reward"])
 
 
-def titles() -> str:
-    """The line above the rows."""
-    return " ".join(f"{c.title:>{c.width}}" for c in COLUMNS) + f" {'left':>{_LEFT}} state"
-
-
-def row(record: Record, left: str = "-") -> str:
-    """One step as a line of fixed width."""
-    cells = [f"{column.text(record, column.width):>{column.width}}" for column in COLUMNS]
-    return f"{' '.join(cells)} {left:>{_LEFT}} {verdict(record)}"
-
-
-def verdict(record: Record) -> str:
-    """The worse of the record's two verdicts, on the training and on the machine; "-" without one."""
-    found = [record[key] for key in ("verdict", "machine/verdict") if key in record]
-    return max(found, key=LEVELS.index, default="-")
-
-
 def phase_line(record: Record) -> str:
     """The seconds of a step by phase and its peak memory, as a line; empty where a record has none."""
     parts = [f"{p} {fit(record[key], 4)}" for p in (*PHASES, "other") if (key := f"seconds/{p}") in record]
     if record.get("memory/peak"):
-        parts.append(f"memory {_bytes(record['memory/peak'])}")
+        parts.append(f"memory {size(record['memory/peak'])}")
     return f"    seconds: {', '.join(parts)}" if parts else ""
 
 
-def fit(value: float | None, width: int) -> str:
-    """A number in at most `width` characters; "-" for none.
-
-    Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
-    Integers stand in full where they fit; where only that makes it fit, .5 stands for 0.5, and 12k for 12345. 0 is
-    exactly 0; too small for any form: ~0, with its sign; too large: asterisks.
-    """
-    if value is None or not math.isfinite(value):
-        return "-"
-    if isinstance(value, int) and len(str(value)) <= width:
-        return str(value)
-    if value == 0:
-        return "0"
-    for digits in (3, 2, 1):
-        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
-        if abs(value) >= 0.01:
-            places = min(places, 3)
-        text = f"{value:.{places}f}"
-        for form in (text, text.replace("0.", ".", 1)) if abs(value) < 1 else (text,):
-            if len(form) <= width:
-                return form
-    for unit, name in ((1e3, "k"), (1e6, "M")):
-        for places in (1, 0):
-            text = f"{value / unit:.{places}f}{name}"
-            if len(text) <= width and abs(value) >= unit:
-                return text
-    for digits in (2, 1, 0):
-        text = re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].strip("+") + m[2], f"{value:.{digits}e}")
-        if len(text) <= width:
-            return text
-    text = f"{value:.{max(0, width - 1 - (value < 0))}f}".replace("0.", ".", 1)  # one digit, but not the first
-    if len(text) <= width and re.search("[1-9]", text):
-        return text
-    return "*" * width if abs(value) >= 1 else "-~0" if value < 0 and width > 2 else "~0"
-
-
-def duration(seconds: float) -> str:
-    """Seconds in at most five characters: 42s, 9m40s, 3h05m, 2d04h."""
-    whole = round(seconds)
-    for big, big_name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= big:
-            text = f"{whole // big}{big_name}{whole % big // small:02d}{small_name}"
-            return text if len(text) <= _LEFT else f"{whole // big}{big_name}"
-    return f"{whole}s"
-
-
-_HIDDEN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff]"
-)
-
-
-def printable(text: str, *, keep: str = "") -> str:
-    r"""Text with every control, direction-changing and invisible character written as an escape, as \x1b.
-
-    Args:
-      keep: characters left as they are, as a newline.
-    """
-
-    def escape(match: re.Match[str]) -> str:
-        char = match[0]
-        if char in keep:
-            return char
-        short = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
-        return short.get(char) or (f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}")
-
-    return _HIDDEN.sub(escape, text)
-
-
-def _percent(share: float | None, unit: str = "") -> str:
-    """0 and 100 stand for none and all, never for nearly so."""
-    if share is None or not math.isfinite(share):
-        return "-"
-    percent = round(100 * share)
-    nearly = {0: "~0", 100: "99"}.get(percent, "") if 0 < share < 1 else ""
-    return f"{nearly or percent}{unit}"
-
-
-def _text(value: Any, name: str = "") -> str:
-    """A fact as a person reads it."""
-    if isinstance(value, bool) or value is None:
-        return {True: "yes", False: "no", None: "none"}[value]
-    if isinstance(value, int | float) and "memory" in name:
-        return _bytes(value)
-    if isinstance(value, float):
-        return fit(value, 8)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{printable(str(key))} {_text(item)}" for key, item in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(_text(item) for item in value)
-    return printable(str(value))
-
-
-def _bytes(count: float) -> str:
-    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
-    return f"{fit(count / unit, 5)} {name}"
-
-
-def _wrap(parts: Sequence[str]) -> list[str]:
+def _wrap(parts: Sequence[str], width: int) -> list[str]:
     lines = [parts[0]]
     for part in parts[1:]:
-        if len(lines[-1]) + 2 + len(part) > WIDTH:
+        if columns(lines[-1]) + 2 + columns(part) > width:
             lines.append("          " + part)
         else:
             lines[-1] += "  " + part

@@ -1,0 +1,117 @@
+"""The columns of the console's rows: what fits a terminal of 80 columns, and all of it at 120 and more."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from gvpo_core.training.watch.alerts import LEVELS
+from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
+from gvpo_core.training.watch.text import LEFT, fit, percent, printable
+from gvpo_core.training.watch.text import columns as width_of
+
+NARROW, WIDE = 80, 120  # columns of the terminal
+Record = Mapping[str, Any]
+
+
+class Column(NamedTuple):
+    """One field of a row."""
+
+    title: str
+    width: int
+    text: Callable[[Record, int], str]  # of a record, in at most `width` characters
+    meaning: str  # the key of metrics.jsonl, or how it is made of keys
+
+
+def _number(title: str, width: int, key: str) -> Column:
+    return Column(title, width, lambda record, width: fit(record.get(key), width), key)
+
+
+def _signed(record: Record, width: int) -> str:
+    value = record.get("reward/trend")
+    if value is None:
+        return "-"
+    text = fit(abs(value), width - 1)
+    return text if text in ("-", "0") else f"{'-' if value < 0 else '+'}{text}"
+
+
+def _dead(record: Record, width: int) -> str:
+    counted, dead = record.get("groups/counted"), record.get("groups/all_equal", 0)
+    best, worst = record.get("groups/all_best", 0), record.get("groups/all_worst", 0)
+    if not counted:
+        return "-"
+    if best + worst < dead:  # alike in between, or nothing to tell best from worst by
+        return percent(dead / counted)
+    return f"{percent(best / counted)}/{percent(worst / counted)}"
+
+
+_DEAD = "groups/all_best / groups/all_worst by groups/counted"
+COLUMNS = (
+    _number("step", 5, "step"),
+    _number("reward", 6, "reward/mean"),
+    Column("trend", 5, _signed, "reward/trend"),
+    _number("spread", 6, "reward/spread"),
+    Column("dead%", 6, _dead, _DEAD),
+    Column("cut%", 4, lambda record, width: percent(record.get("truncated")), "truncated"),
+    _number("len", 5, "length/mean"),
+    _number("kl", 5, "kl"),
+    _number("entr", 5, "entropy"),
+    _number("sec", 4, "seconds/step"),
+    _number("tok/s", 5, "tokens_per_second"),
+)
+ALL_COLUMNS = (
+    *COLUMNS[:2],
+    _number("+-", 5, "reward/half_width"),
+    *COLUMNS[2:6],
+    _number("length", 6, "length/mean"),
+    COLUMNS[7],
+    _number("entropy", 7, "entropy"),
+    _number("gradient", 8, "gradient_norm"),
+    _number("regret", 6, "regret/series"),
+    *COLUMNS[9:],
+)
+LEGEND = (
+    "trend: reward against the 10 steps before. spread: of the rewards inside groups. dead%: groups with all responses"
+    " best/worst (one number: equal otherwise). cut%: responses cut at the token limit. ~0: nearly 0."
+)
+ALL_LEGEND = (
+    f"{LEGEND} +-: half of the 95 % interval of reward. regret: reward still to be gained at this KL penalty. A column"
+    " with a reward's name: its mean."
+)
+
+
+def columns_for(width: int, record: Record) -> tuple[Column, ...]:
+    """The columns of rows in a terminal of `width` columns; where there is room, one for each of several rewards.
+
+    Args:
+      record: a train record, which has the names of the rewards.
+    """
+    if width < WIDE:
+        return COLUMNS
+    names = [key.removeprefix("reward/") for key in record if key.startswith("reward/")]
+    names = [name for name in names if name not in RESERVED_REWARD_NAMES]
+    extra: list[Column] = []
+    room = width - width_of(titles(ALL_COLUMNS))
+    for name in names if len(names) > 1 else ():
+        title = printable(name)
+        taken = max(6, width_of(title))
+        if taken + 1 <= room:
+            extra.append(_number(title, taken, f"reward/{name}"))
+            room -= taken + 1
+    return (*ALL_COLUMNS[:2], *extra, *ALL_COLUMNS[2:])
+
+
+def titles(columns: Sequence[Column] = COLUMNS) -> str:
+    """The line above the rows."""
+    cells = [" " * (column.width - width_of(column.title)) + column.title for column in columns]
+    return f"{' '.join(cells)} {'left':>{LEFT}} state"
+
+
+def row(record: Record, left: str = "-", columns: Sequence[Column] = COLUMNS) -> str:
+    """One step as a line of fixed width."""
+    cells = [f"{column.text(record, column.width):>{column.width}}" for column in columns]
+    return f"{' '.join(cells)} {left:>{LEFT}} {verdict(record)}"
+
+
+def verdict(record: Record) -> str:
+    """The worse of the record's two verdicts, on the training and on the machine; "-" without one."""
+    found = [record[key] for key in ("verdict", "machine/verdict") if key in record]
+    return max(found, key=LEVELS.index, default="-")

@@ -1,0 +1,133 @@
+"""Numbers and text as a person reads them on a terminal: short, in few columns, and with nothing that commands it."""
+
+import math
+import re
+import unicodedata
+from collections.abc import Mapping
+from typing import Any
+
+LEFT = 5  # columns of a duration
+
+
+def fit(value: float | None, width: int) -> str:
+    """A number in at most `width` characters; "-" for none.
+
+    Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
+    Integers stand in full where they fit; where only that makes it fit, .5 stands for 0.5, and 12k for 12345. 0 is
+    exactly 0; too small for any form: ~0, with its sign; too large: asterisks.
+    """
+    if value is None or not math.isfinite(value):
+        return "-"
+    if isinstance(value, int) and len(str(value)) <= width:
+        return str(value)
+    if value == 0:
+        return "0"
+    for digits in (3, 2, 1):
+        places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+        if abs(value) >= 0.01:
+            places = min(places, 3)
+        text = f"{value:.{places}f}"
+        for form in (text, text.replace("0.", ".", 1)) if abs(value) < 1 else (text,):
+            if len(form) <= width:
+                return form
+    for unit, name in ((1e3, "k"), (1e6, "M")):
+        for places in (1, 0):
+            text = f"{value / unit:.{places}f}{name}"
+            if len(text) <= width and abs(value) >= unit:
+                return text
+    for digits in (2, 1, 0):
+        text = re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].strip("+") + m[2], f"{value:.{digits}e}")
+        if len(text) <= width:
+            return text
+    text = f"{value:.{max(0, width - 1 - (value < 0))}f}".replace("0.", ".", 1)  # one digit, but not the first
+    if len(text) <= width and re.search("[1-9]", text):
+        return text
+    return "*" * width if abs(value) >= 1 else "-~0" if value < 0 and width > 2 else "~0"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in at most five characters: 42s, 9m40s, 3h05m, 2d04h."""
+    whole = round(seconds)
+    for big, big_name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= big:
+            text = f"{whole // big}{big_name}{whole % big // small:02d}{small_name}"
+            return text if len(text) <= LEFT else f"{whole // big}{big_name}"
+    return f"{whole}s"
+
+
+_HIDDEN = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    "\U000e0000-\U000e007f]"
+)
+
+
+def printable(text: str, *, keep: str = "") -> str:
+    r"""Text with every control, direction-changing and invisible character written as an escape, as \x1b.
+
+    Args:
+      keep: characters left as they are, as a newline.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        char = match[0]
+        if char in keep:
+            return char
+        short = {"\n": "\\n", "\t": "\\t", "\r": "\\r"}
+        return short.get(char) or (f"\\x{ord(char):02x}" if ord(char) < 256 else f"\\u{ord(char):04x}")
+
+    return _HIDDEN.sub(escape, text)
+
+
+def columns(text: str) -> int:
+    """Columns of a terminal that printable text takes: two for a wide character, none for a combining one."""
+    return sum(map(_columns, text)) if not text.isascii() else len(text)
+
+
+def _columns(char: str) -> int:
+    if unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
+
+
+def pieces(line: str, room: int) -> list[str]:
+    """A line of printable text cut into pieces of at most `room` columns; one piece at least."""
+    found, start, used = [], 0, 0
+    for i, char in enumerate(line):
+        width = _columns(char)
+        if used + width > room:
+            found.append(line[start:i])
+            start, used = i, 0
+        used += width
+    return [*found, line[start:]]
+
+
+def percent(share: float | None, unit: str = "") -> str:
+    """0 and 100 stand for none and all, never for nearly so."""
+    if share is None or not math.isfinite(share):
+        return "-"
+    percent = round(100 * share)
+    nearly = {0: "~0", 100: "99"}.get(percent, "") if 0 < share < 1 else ""
+    return f"{nearly or percent}{unit}"
+
+
+def fact(value: Any, name: str = "") -> str:
+    """A fact as a person reads it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "yes", False: "no", None: "none"}[value]
+    if isinstance(value, int | float) and "memory" in name:
+        return size(value)
+    if isinstance(value, float):
+        return fit(value, 8)
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{printable(str(key))} {fact(item)}" for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(fact(item) for item in value)
+    return printable(str(value))
+
+
+def size(count: float) -> str:
+    """Bytes in MiB or GiB."""
+    unit, name = (2**30, "GiB") if count >= 2**30 else (2**20, "MiB")
+    return f"{fit(count / unit, 5)} {name}"
