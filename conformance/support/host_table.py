@@ -2,7 +2,7 @@
 
 Each host writes its steps where it is installed; the last call prints the table from what it finds.
 
-python conformance/support/host_table.py gvpo_torch FOLDER   in the environment of `nox -s "conformance(torch)"`, then trl
+python conformance/support/host_table.py gvpo_torch FOLDER   in that of `nox -s "conformance(torch)"`, then trl
 python conformance/support/host_table.py verl FOLDER         in that of `nox -s verl`, and then verl-functions
 python conformance/support/host_table.py mlx-lm FOLDER       in that of `nox -s "conformance(mlx)"`
 python conformance/support/host_table.py tunix FOLDER           in that of `nox -s tunix`
