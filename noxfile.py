@@ -167,7 +167,10 @@ def jax_next(session: nox.Session) -> None:
 
 
 DEFAULT = ["checks", *(f"conformance({subject})" for subject in ENVIRONMENTS)]
-NEWEST = ["jax_next", *(f"unconstrained({backend})" for backend in ("torch", "jax", "mlx"))]  # sessions of newest releases: part of the full run
+NEWEST = [
+    "jax_next",
+    *(f"unconstrained({backend})" for backend in ("torch", "jax", "mlx")),
+]  # sessions of newest releases: part of the full run
 
 
 @nox.session(venv_backend="none")
