@@ -87,7 +87,7 @@ class TorchPolicy:
         )
         self._step = 0
         generation = self.scorer.base.generation_config
-        given = getattr(generation, "eos_token_id", None)
+        given = hugging_face.generation_eos(hugging_face.local_folder(config))
         self._end = text.end_tokens(given, self.tokenizer)
         if generation is not None:
             generation.eos_token_id = text.exported_eos(given, self._end)

@@ -13,7 +13,7 @@ from torch import nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
-from gvpo_core.training.policy.hugging_face import explained, source
+from gvpo_core.training.policy.hugging_face import explained, local_folder, located, read_json
 
 log = logging.getLogger("gvpo.torch")
 
@@ -45,7 +45,8 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     Raises: ConfigError: weights that are missing, quantised or not those of the model; an adapter beside the model;
       an unknown architecture.
     """
-    where = source(config)
+    where, folder = located(config), local_folder(config)
+    weight_files.check_settings(read_json(folder / "config.json"), folder)  # damaged files are named here
     with explained("the model", config), without_bars(where["pretrained_model_name_or_path"]):
         from transformers import AutoConfig
 

@@ -4,15 +4,18 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.lfs import is_pointer, pointer_message
 from gvpo_core.training.policy.text import exported_eos
-from gvpo_core.training.policy.weight_files import refuse_adapter
+from gvpo_core.training.policy.weight_files import check_settings, refuse_adapter
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-_WANTED = ("*.json", "*.safetensors", "tokenizer.model", "vocab.txt", "merges.txt", "*.jinja")
+_WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
+_UNUSED = ["consolidated*", "original/*", "onnx/*"]  # second copies of the weights
 
 
 def source(config: ModelConfig) -> dict[str, Any]:
@@ -38,20 +41,59 @@ def source(config: ModelConfig) -> dict[str, Any]:
     return found | {"code_revision": config.revision} if config.trust_remote_code and config.revision else found
 
 
+def located(config: ModelConfig) -> dict[str, Any]:
+    """`source`, with the downloaded folder in the place of a hub name, so that the hub is asked once.
+
+    Code that was asked for keeps the name: transformers looks for it there. Raises: ConfigError: as `local_folder`.
+    """
+    where, folder = source(config), local_folder(config)
+    return where if config.trust_remote_code else where | {"pretrained_model_name_or_path": str(folder)}
+
+
 def local_folder(config: ModelConfig) -> Path:
     """The model's folder, downloaded first where `model.path` is a hub name.
 
     Raises: ConfigError: as `source`, or a name that cannot be downloaded.
     """
     path = Path(source(config)["pretrained_model_name_or_path"])
-    if path.is_dir():
-        return path
-    from huggingface_hub import snapshot_download
-
-    with explained("the files", config):
-        folder = Path(snapshot_download(config.path, revision=config.revision, allow_patterns=list(_WANTED)))
+    folder = path if path.is_dir() else _downloaded(config.path, config.revision)
     refuse_adapter(folder)
     return folder
+
+
+@lru_cache(maxsize=8)  # one answer of the hub a process: tokenizer, model and reference are of the same commit
+def _downloaded(name: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    at = f" at revision {revision!r}" if revision else ""
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNUSED))
+    except LocalEntryNotFoundError as error:  # of the other errors' kinds too
+        offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
+        why = (
+            "HF_HUB_OFFLINE is set"
+            if offline
+            else f"the hub cannot be reached: {_first_line(error.__cause__ or error)}"
+        )
+        raise ConfigError(
+            f"model.path {name!r} is no folder here, was not downloaded before{at}, and {why}; give a folder, or"
+            f" download the model where there is a network: hf download {name}"
+        ) from error
+    except (RepositoryNotFoundError, RevisionNotFoundError) as error:
+        raise ConfigError(
+            f"model.path {name!r} is no folder here, and the hub has no such model{at} or does not show it: check the"
+            " name and model.revision; a private or gated model needs HF_TOKEN"
+        ) from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.path {name!r} is no folder here and cannot be downloaded: {type(error).__name__}:"
+            f" {_first_line(error)}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 @contextlib.contextmanager
@@ -61,19 +103,15 @@ def explained(what: str, config: ModelConfig) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except Exception as error:
-        known = (OSError, ValueError, KeyError, TypeError, RuntimeError, AttributeError, ImportError)
-        if not isinstance(error, known) and type(error).__module__ != "huggingface_hub.errors":
-            raise
+    except Exception as error:  # a damaged file ends in whatever the library's code does with it
         if "trust_remote_code" in str(error) and not config.trust_remote_code:
             raise ConfigError(
                 f"{what} of model.path {config.path!r} asks for code that comes with it: read that code, then set"
                 " model.trust_remote_code = true, for a hub name with the commit that was read in model.revision"
             ) from error
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason = " ".join(" ".join(lines).split())[:300] if lines[0].endswith(":") else lines[0]
         raise ConfigError(
-            f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}: {reason}"
+            f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}:"
+            f" {' '.join(str(error).split())[:300]}"
         ) from error
 
 
@@ -84,14 +122,17 @@ def load_tokenizer(config: ModelConfig) -> Any:
     """
     from transformers import AutoTokenizer
 
-    where = source(config)
-    folder = where["pretrained_model_name_or_path"]
-    if os.path.isdir(folder) and not any(os.path.isfile(os.path.join(folder, name)) for name in _TOKENIZERS):
+    folder = local_folder(config)
+    files = [folder / name for name in _TOKENIZERS if (folder / name).is_file()]
+    if not files:
         raise ConfigError(
             f"model.path {config.path!r} has no tokenizer: expected one of {', '.join(_TOKENIZERS)} in the folder"
         )
+    for file in [*files, folder / "config.json"]:
+        if is_pointer(file):
+            raise ConfigError(pointer_message(file))
     with explained("the tokenizer", config):
-        return AutoTokenizer.from_pretrained(**where)
+        return AutoTokenizer.from_pretrained(**located(config))
 
 
 def generation_eos(folder: Path) -> int | list[int] | None:
@@ -99,8 +140,8 @@ def generation_eos(folder: Path) -> int | list[int] | None:
 
     Raises: ConfigError: a file that is not a JSON object.
     """
-    config = _read_json(folder / "config.json")
-    for found in (_read_json(folder / "generation_config.json"), config, text_config(config)):
+    config = read_json(folder / "config.json")
+    for found in (read_json(folder / "generation_config.json"), config, text_config(config)):
         ids: int | list[int] | None = found.get("eos_token_id")
         if ids is not None:
             return ids
@@ -113,14 +154,16 @@ def generation_settings(folder: Path, end: Sequence[int]) -> dict[str, Any]:
     Args:
       end: the tokens that ended responses; all of them are in its eos_token_id.
     """
-    settings = _read_json(folder / "generation_config.json")
+    settings = read_json(folder / "generation_config.json")
     return settings | {"eos_token_id": exported_eos(generation_eos(folder), end)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A file's object; empty where there is no file. Raises: ConfigError: not a JSON object."""
     if not path.is_file():
         return {}
+    if is_pointer(path):
+        raise ConfigError(pointer_message(path))
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, OSError, RecursionError) as error:
@@ -161,9 +204,10 @@ def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[st
     from transformers import AutoConfig
 
     path = folder / "config.json"
-    config = _read_json(path)
+    config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise ConfigError(f"{path} has no model_type")
+    check_settings(config, folder)
     names = {*wanted(config["model_type"]), "layer_types", "sliding_window"}
     try:
         known = AutoConfig.from_pretrained(folder, trust_remote_code=False)

@@ -1,16 +1,18 @@
 """Safetensors files of a Hugging Face folder: which ones transformers reads, what they hold, and what is refused."""
 
 import json
+import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.lfs import is_pointer, pointer_message
 
 INDEX = "model.safetensors.index.json"
 _ONE = "model.safetensors"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-_LFS = b"version https://git-lfs"
 
 
 class Tensor(NamedTuple):
@@ -55,18 +57,19 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     for path in weight_files(folder):
         try:
             found |= _header(path)
+        except ConfigError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
     return found
 
 
 def _header(path: Path) -> dict[str, Tensor]:
+    if is_pointer(path):
+        raise ConfigError(pointer_message(path))
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(24)
-        if start.startswith(_LFS):
-            raise ValueError("it is a Git LFS pointer, not the weights: fetch them with `git lfs pull`")
-        length = int.from_bytes(start[:8], "little")
+        length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             raise ValueError(f"the file has {size} bytes and ends inside its header")
         file.seek(8)
@@ -80,6 +83,32 @@ def _header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"the file ends inside {name}")
         found[name] = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
     return found
+
+
+def check_settings(config: Mapping[str, Any], folder: Path) -> None:
+    """Refuses sizes in config.json that the weight files cannot hold: building such a model takes all memory, or hours.
+
+    Raises: ConfigError: more layers than tensors, a size larger than all weights together, architectures that are no
+      names; as `tensors`.
+    """
+    named = config.get("architectures") or []
+    if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
+        raise ConfigError(f"config.json has architectures = {named!r}; expected a list of class names")
+    found = tensors(folder)
+    weights = sum(math.prod(tensor.shape) for tensor in found.values())
+    for part in (config, *(v for v in config.values() if isinstance(v, Mapping))):
+        for name, value in part.items():
+            if isinstance(value, bool) or not isinstance(value, int) or not _is_size(name):
+                continue
+            if value > (len(found) if "layer" in name else 32 * weights):  # 4-bit weights are eight to a number
+                holds = f"{len(found)} tensors" if "layer" in name else f"{weights} numbers"
+                raise ConfigError(f"config.json has {name} = {value}, and the weight files hold {holds}")
+
+
+def _is_size(name: str) -> bool:
+    return name in ("head_dim", "n_embd", "n_head", "n_layer") or bool(
+        re.fullmatch(r"(?!sliding|chunk).*(hidden|intermediate|vocab)_size|num_\w*(heads|layers|experts)", name)
+    )
 
 
 def refuse_integers(found: Mapping[str, Tensor], quantized: Iterable[str] = ()) -> None:

@@ -1,0 +1,127 @@
+"""Damaged and impossible model folders, and hub names without a network: one line from every backend, and soon."""
+
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import tiny_models
+import trainer_backends
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import hugging_face
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory) -> Path:
+    return tiny_models.write_model("llama", tmp_path_factory.mktemp("sound"))
+
+
+@pytest.fixture(scope="module", params=trainer_backends.present(), ids=lambda backend: backend.name)
+def backend(request):
+    return request.param
+
+
+@pytest.fixture
+def refused(backend, sound, tmp_path):
+    """(file, what becomes of its bytes) -> the message of the refusal."""
+
+    def refused(file, change) -> str:
+        folder = tmp_path / "model"
+        shutil.copytree(sound, folder)
+        (folder / file).write_bytes(change((folder / file).read_bytes()))
+        with pytest.raises(ConfigError) as raised:
+            backend.policies.policy(folder)
+        assert "\n" not in str(raised.value) and len(str(raised.value)) < 600
+        return str(raised.value)
+
+    return refused
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json", "generation_config.json"])
+def test_a_git_lfs_pointer_is_named(file, refused):
+    assert f"{file} is a Git LFS pointer, not the file itself: run `git lfs pull`" in refused(file, lambda _: POINTER)
+
+
+@pytest.mark.parametrize("kept", [0, 4, 300, -100])
+def test_weights_that_are_cut_are_named(kept, refused):
+    assert "model.safetensors cannot be read as safetensors" in refused("model.safetensors", lambda data: data[:kept])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"model_type": 3}', '{"model_type": "no-such-model"}', "\xff"])
+def test_a_config_that_is_no_models_is_refused(text, refused):
+    refused("config.json", lambda _: text.encode("latin-1"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_hidden_layers", 10**9),
+        ("vocab_size", 10**15),
+        ("hidden_size", 10**15),
+        ("intermediate_size", -1),
+        ("num_attention_heads", 0),
+        ("num_attention_heads", "4"),
+        ("hidden_size", None),
+        ("architectures", 3),
+        ("eos_token_id", "</s>"),
+        ("rope_parameters", 3),
+    ],
+)
+def test_settings_of_a_wrong_type_or_size_are_refused_at_once(name, value, sound, refused):
+    def changed(data):
+        return json.dumps(json.loads(data) | {name: value}).encode()
+
+    begin = time.monotonic()
+    if name == "eos_token_id":
+        assert "eos_token_id = '</s>'" in refused("generation_config.json", changed)
+    else:
+        assert refused("config.json", changed)
+    assert time.monotonic() - begin < 20
+
+
+def test_a_hub_name_without_a_network_fails_once(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    asked = []
+
+    def nothing(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", nothing)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for offline, said in ((False, "and the hub cannot be reached: "), (True, "and HF_HUB_OFFLINE is set")):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+        monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
+        for load in (hugging_face.load_tokenizer, hugging_face.located, hugging_face.local_folder):
+            begin = time.monotonic()
+            with pytest.raises(ConfigError) as raised:
+                load(ModelConfig(path="someone/some-model"))
+            assert f"model.path 'someone/some-model' is no folder here, was not downloaded before, {said}" in str(
+                raised.value
+            )
+            assert "\n" not in str(raised.value) and time.monotonic() - begin < 5
+
+
+def test_a_hub_name_is_looked_up_once_a_process(monkeypatch, sound):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options["revision"]))
+        return str(sound)
+
+    hugging_face._downloaded.cache_clear()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    config = ModelConfig(path="someone/some-model", revision="main")
+    assert hugging_face.load_tokenizer(config).eos_token_id == 0
+    assert hugging_face.located(config)["pretrained_model_name_or_path"] == str(sound)
+    assert hugging_face.local_folder(config) == sound
+    hugging_face._downloaded.cache_clear()
+    assert asked == [("someone/some-model", "main")]
