@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import DistributedType
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import GRPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
@@ -61,6 +61,10 @@ class GVPOTrainer(GRPOTrainer):
         self._gvpo_rewards = torch.empty(0)
         self._gvpo_groups = 0
         self._check_model()
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding):
+                # transformers sets it to pad_token_id, whose row then gets no gradient; often it ends each message.
+                module.padding_idx = None
         for model in (self.model, self.ref_model):
             if model is not None:
                 count_positions_from_the_mask(model)

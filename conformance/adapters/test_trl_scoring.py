@@ -41,6 +41,17 @@ def test_learned_positions_are_those_of_a_row_alone(settings: dict, tmp_path: Pa
     check_steps(folder, found, settings | {"max_steps": 2})
 
 
+def test_padding_ids_embedding_is_trained_as_any_other(tmp_path: Path) -> None:
+    space = tiny_models.make_tokenizer()(" ")["input_ids"][0]
+    assert any(" " in prompt for prompt in trl_runs.PROMPTS)
+    folder = tiny_models.make_model("llama", tmp_path / "model", pad_token_id=space, tie_word_embeddings=False)
+    found = trl_runs.run(folder, tmp_path / "out", SIZES | {"max_steps": 1})
+    check_steps(folder, found, SIZES | {"max_steps": 1})
+    (step,) = found["steps"]
+    name = next(name for name in step if "embed_tokens" in name)
+    assert not torch.equal(step[name][space], found["start"][name][space])
+
+
 def test_longrope_within_its_original_length_is_exact(tmp_path: Path) -> None:
     folder = tiny_models.make_model("llama", tmp_path / "model", **long_rope(64))
     found = trl_runs.run(folder, tmp_path / "out", SIZES | {"max_steps": 1})

@@ -123,6 +123,9 @@ def reference(
 
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model, initial = load(), load()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # the id is an input as any other
     if lora:
         model = get_peft_model(model, LoraConfig(**LORA), autocast_adapter_dtype=False)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
