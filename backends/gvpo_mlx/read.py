@@ -83,6 +83,7 @@ def _pretrained(config: ModelConfig, folder: Path, twin: bool) -> Loaded:
     settings.check_activation(language, own)
     settings.check_head(language, folder)
     rope.check(language, given, part)
+    rope.correct_yarn(language, given)
     weights.freeze_constants(lm, part["model_type"])
     window = corrections.apply_window(language, part)
     corrections.scale_embedding_exactly(language)

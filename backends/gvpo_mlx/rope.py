@@ -7,7 +7,9 @@ transformers 5 keeps them in `rope_parameters`; many models of mlx-lm read only 
 from collections.abc import Mapping
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.hugging_face import rope_settings
@@ -68,9 +70,8 @@ def _one(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
             f"{', '.join(_MODULES)}"
         )
     if rope["rope_type"] == "yarn":
-        known = (*_YARN, "rope_type", "rope_theta", "partial_rotary_factor")
-        unread = {k: v for k, v in rope.items() if k not in known and v is not None}
-        unknown = sorted(k for k, v in unread.items() if (k, v) != ("truncate", True))  # true: what mlx-lm computes
+        known = (*_YARN, "rope_type", "rope_theta", "partial_rotary_factor", "truncate", "attention_factor")
+        unknown = sorted(k for k, v in rope.items() if k not in known and v is not None)
         if unknown:
             raise ConfigError(
                 f"yarn RoPE of {name} has {', '.join(f'{k} = {rope[k]}' for k in unknown)}, which mlx-lm does not read"
@@ -122,6 +123,31 @@ def check(lm: nn.Module, given: Mapping[str, Any], config: Mapping[str, Any]) ->
             _check(layer, config, "default", local, 1.0)
         else:
             _check(layer, config, kind, given["rope_theta"], factor)
+
+
+def correct_yarn(lm: nn.Module, given: Mapping[str, Any]) -> None:
+    """Gives the model's yarn RoPE what mlx-lm does not read: `truncate = false` and `attention_factor`.
+
+    With it the bounds of the ramp between the two kinds of frequencies are not rounded to whole dimensions.
+    """
+    scaling = given.get("rope_scaling") or {}
+    if scaling.get("rope_type") != "yarn":
+        return
+    for module in lm.modules():
+        if type(module).__name__ != "YarnRoPE":
+            continue
+        if scaling.get("attention_factor") is not None:
+            module.mscale = float(scaling["attention_factor"])
+        if scaling.get("truncate", True):
+            continue
+        base, dims = float(given["rope_theta"]), module.dims
+        turns = np.asarray([scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1], dtype=np.float64)
+        bounds = dims * np.log(scaling["original_max_position_embeddings"] / (turns * 2 * np.pi)) / (2 * np.log(base))
+        low, high = max(bounds[0], 0), min(bounds[1], dims - 1)
+        ramp = np.clip((np.arange(dims // 2) - low) / (high - low or 0.001), 0, 1)
+        inverse = base ** (-np.arange(0, dims, 2) / dims)
+        inverse = inverse / scaling["factor"] * ramp + inverse * (1 - ramp)
+        module._freqs = mx.array((1 / inverse).astype(np.float32))
 
 
 def _check(part: nn.Module, config: Mapping[str, Any], kind: str, theta: Any, factor: float) -> None:

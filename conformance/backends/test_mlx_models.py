@@ -60,8 +60,7 @@ def test_mlx_lm_alone_ignores_it(llama) -> None:
         ({"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, "'longrope'"),
         ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic'"),
         ({"rope_type": "spiral"}, "'spiral'"),
-        ({"rope_type": "yarn", "factor": 2.0, "attention_factor": 1.5}, "attention_factor"),
-        ({"rope_type": "yarn", "factor": 2.0, "truncate": False}, "truncate = False"),
+        ({"rope_type": "yarn", "factor": 2.0, "stretched": False}, "stretched = False"),
     ],
 )
 def test_rope_that_mlx_lm_computes_otherwise_is_refused(settings, message) -> None:

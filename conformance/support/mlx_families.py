@@ -74,6 +74,18 @@ EXACT: dict[str, dict[str, Any]] = {
     "olmoe": EXPERTS,
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 16},
     "stablelm": {},
+    "llama-yarn": {
+        "model_type": "llama",
+        "head_dim": 64,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 700.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 300,
+            "truncate": False,
+            "attention_factor": 1.3,
+        },
+    },
     "gemma2": OTHERS["gemma2"],
     "gemma3_text": OTHERS["gemma3_text"] | {"num_hidden_layers": 6},
     "mistral-window": OTHERS["mistral-window"],
@@ -135,7 +147,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
         "drops .*e_score_correction_bias, which transformers reads",
     ),
-    "gpt_oss": (OTHERS["gpt_oss"], "truncate = False, which mlx-lm does not read"),
+    "gpt_oss": (OTHERS["gpt_oss"], "parameters not in model: model.layers.0.mlp.experts"),
     "mamba2": ({"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}, "no decoder `model`"),
 }
 """Refused by name: what mlx-lm drops or does not read."""
