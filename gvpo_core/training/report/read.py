@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.metrics import read_records
+from gvpo_core.training.report.columns import Columns
 
 _SHOWN_STEPS = 12  # training steps whose groups are shown
 _SHOWN_GROUPS = 2  # groups shown of each
 _BROWSED_STEPS = 60  # steps whose responses can be looked through
 _ALERTED_STEPS = 20  # and as many at most at which an alert was raised
+_KEPT = ("step", "time")
 _HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
 
 
@@ -41,9 +43,10 @@ class Run:
     config: dict[str, Any]
     config_text: str
     environment: dict[str, Any]
-    train: list[dict[str, Any]]  # one a step, in order
+    train: list[dict[str, Any]]  # one a step, in order, without the numbers where there is a verdict
     evaluations: list[dict[str, Any]]  # one a step, in order
     events: list[dict[str, Any]]
+    numbers: Columns = field(default_factory=Columns)  # of the train records
     held_out: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # first and last evaluated step -> rows
     samples: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)  # step -> groups of rows
     browsed: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # step -> all its rows
@@ -51,10 +54,16 @@ class Run:
     _series: dict[tuple[str, str], Series] = field(default_factory=dict, repr=False)
     _keys: dict[str, list[str]] = field(default_factory=dict, repr=False)
 
+    def __post_init__(self) -> None:
+        for record in self.train:
+            self.numbers.put(record["step"], _numbers(record))
+
     def series(self, key: str, *, kind: str = "train") -> Series:
         """The values of `key` in the train or eval records that have it; null as NaN."""
-        if (kind, key) not in self._series:
-            rows = [(r["step"], number(r[key])) for r in self._of(kind) if key in r]
+        if (kind, key) not in self._series and kind == "train":
+            self._series[kind, key] = Series(*self.numbers.series(key))
+        elif (kind, key) not in self._series:
+            rows = [(r["step"], number(r[key])) for r in self.evaluations if key in r]
             steps, values = zip(*rows, strict=True) if rows else ((), ())
             self._series[kind, key] = Series(np.asarray(steps, np.float64), np.asarray(values, np.float64))
         return self._series[kind, key]
@@ -62,6 +71,8 @@ class Run:
     def along(self, series: Series, key: str, *, kind: str = "train") -> np.ndarray:
         """The values of `key` at the steps of another series; NaN where it has none."""
         known = self.series(key, kind=kind)
+        if np.array_equal(known.steps, series.steps):
+            return known.values
         by_step = dict(zip(known.steps, known.values, strict=True))
         return np.asarray([by_step.get(step, np.nan) for step in series.steps])
 
@@ -77,11 +88,9 @@ class Run:
     def keys(self, prefix: str, *, kind: str = "train") -> list[str]:
         """The keys with a prefix, in order of first appearance."""
         if kind not in self._keys:
-            self._keys[kind] = list(dict.fromkeys(key for r in self._of(kind) for key in r))
+            of = self.numbers.keys() if kind == "train" else dict.fromkeys(key for r in self.evaluations for key in r)
+            self._keys[kind] = list(of)
         return [key for key in self._keys[kind] if key.startswith(prefix)]
-
-    def _of(self, kind: str) -> list[dict[str, Any]]:
-        return self.train if kind == "train" else self.evaluations
 
     def failure_value(self, reward: str) -> float | None:
         """What an error or a timeout of a reward counts as; None: its response leaves the group."""
@@ -121,9 +130,9 @@ def read_run(folder: Path) -> Run:
     except ValueError as e:
         environment = {}
         problems.append(f"environment.json is not JSON: {e}")
-    train, evaluations, events = _records(folder / "metrics.jsonl", problems)
-    run = Run(folder, config, text, environment if isinstance(environment, dict) else {}, train, evaluations, events)
+    run = Run(folder, config, text, environment if isinstance(environment, dict) else {}, [], [], [])
     run.problems = problems
+    _read_records(run, folder / "metrics.jsonl")
     _read_completions(run, folder / "completions.jsonl")
     return run
 
@@ -138,24 +147,31 @@ def _text(path: Path, problems: list[str]) -> str:
     return ""
 
 
-def _records(
-    path: Path, problems: list[str]
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "eval": {}}
-    events = []
+def _read_records(run: Run, path: Path) -> None:
+    """Streams the file, whose numbers go into `run.numbers`. A step run again after a crash counts once."""
+    train: dict[int, dict[str, Any]] = {}
+    evaluations: dict[int, dict[str, Any]] = {}
     try:
         for record in read_records(path):
             kind, step = record.get("kind"), record.get("step")
-            if not isinstance(step, int):
+            if type(step) is not int:
                 continue
             if kind == "event":
-                events.append(record)
-            elif kind in by_kind:
-                by_kind[kind][step] = record  # a step run again after a crash counts once
+                run.events.append(record)
+            elif kind == "eval":
+                evaluations[step] = record
+            elif kind == "train":
+                numbers = _numbers(record)
+                run.numbers.put(step, numbers)
+                judged = "verdict" in record
+                train[step] = {k: v for k, v in record.items() if k in _KEPT or not judged or k not in numbers}
     except FileNotFoundError:
-        problems.append("metrics.jsonl is missing: the run ended before its first step")
-    train, evaluations = ([records[step] for step in sorted(records)] for records in by_kind.values())
-    return train, evaluations, events
+        run.problems.append("metrics.jsonl is missing: the run ended before its first step")
+    run.train, run.evaluations = ([of[step] for step in sorted(of)] for of in (train, evaluations))
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in record.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
 
 
 def _read_completions(run: Run, path: Path) -> None:

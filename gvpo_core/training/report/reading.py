@@ -222,13 +222,13 @@ def _warnings(run: Run, training: Change | None) -> list[str]:
 
 
 def _dead_groups(run: Run) -> list[str]:
-    last = run.train[-_window(len(run.train)) :] if run.train else []
-    counted = sum(r.get("groups/counted") or 0 for r in last)
-    dead = sum(r.get("groups/all_equal") or 0 for r in last)
+    window = _window(len(run.train)) if run.train else 0
+    counted, dead, best, worst = (
+        int(np.nansum(run.series(f"groups/{name}").values[-window:] if window else 0))
+        for name in ("counted", "all_equal", "all_best", "all_worst")
+    )
     if not counted or dead <= _DEAD * counted:
         return []
-    best = sum(r.get("groups/all_best") or 0 for r in last)
-    worst = sum(r.get("groups/all_worst") or 0 for r in last)
     advice = "harder prompts" if best > worst else "easier prompts" if worst > best else "a finer reward"
     return [
         f"{dead / counted:.0%} of the last groups were dead: all their rewards equal ({best} at the best, {worst} at "

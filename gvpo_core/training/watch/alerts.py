@@ -88,6 +88,7 @@ class Alerts:
     def __init__(self) -> None:
         self._last: deque[Record] = deque(maxlen=WINDOW)
         self._bad: deque[list[str]] = deque(maxlen=WINDOW)  # keys without a finite number
+        self._failing: deque[list[str]] = deque(maxlen=WINDOW)  # keys of rewards that failed
         self._count = 0
         self._kl, self._gradient, self._entropy, self._length = (Usual() for _ in range(4))
         self._machine: deque[tuple[float, float]] = deque(maxlen=USUAL + WINDOW)  # tokens/s, seconds
@@ -129,6 +130,7 @@ class Alerts:
         """
         self._last.append(record)
         self._bad.append([k for k, v in record.items() if not _finite(v) and _is_number_key(k)])
+        self._failing.append([k for k, v in record.items() if v and k.startswith("reward_errors/")])
         self._count += 1
         self._remember(record)
         checks: tuple[Callable[[], Alert | None], ...] = (
@@ -286,8 +288,9 @@ class Alerts:
 
     def _unscored(self) -> Alert | None:
         unscored, total = self._sum("responses/unscored"), self._sum("responses/total")
-        told = any(k.startswith("reward_errors/") and v for r in self._last for k, v in r.items())
-        if told or unscored < 4 or unscored < 0.05 * total:  # with a cause known, that is the better alert
+        if (
+            any(self._failing) or unscored < 4 or unscored < 0.05 * total
+        ):  # with a cause known, that is the better alert
             return None
         seen = f"{unscored:.0f} of {total:.0f} responses of {len(self._last)} steps have no reward"
         level = BAD if unscored >= 0.25 * total else WATCH
@@ -295,7 +298,7 @@ class Alerts:
 
     def _reward_failures(self) -> list[Alert]:
         total, found = self._sum("responses/total"), []
-        keys = sorted({k for r in self._last for k, v in r.items() if k.startswith("reward_errors/") and v})
+        keys = sorted({key for keys in self._failing for key in keys})
         for key in keys:
             failed = self._sum(key)
             if failed < 4 or failed < 0.05 * total:
