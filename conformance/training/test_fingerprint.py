@@ -1,9 +1,15 @@
 """What a run remembers of its data is the same in every process, and another for other data."""
 
+import json
+
 import numpy as np
 import pytest
+import table_run
 
-from gvpo_core.training.run.fingerprint import fingerprint
+from gvpo_core.training import cli
+from gvpo_core.training.config import ModelConfig, RewardConfig
+from gvpo_core.training.run import fingerprint as module
+from gvpo_core.training.run.fingerprint import changes, fingerprint, model_fingerprint, reward_fingerprints
 
 pytestmark = pytest.mark.core
 
@@ -17,3 +23,95 @@ def test_a_fingerprint_is_of_the_values_in_order():
     arrays, objects = ([{"prompt": "a", "x": value}] for value in (np.arange(3), object()))
     assert fingerprint(arrays) == fingerprint([{"prompt": "a", "x": [0, 1, 2]}])
     assert fingerprint(objects) == fingerprint([{"prompt": "a", "x": object()}])
+
+
+def test_a_models_fingerprint_is_of_its_files_wherever_they_lie(tmp_path):
+    names = ("config.json", "model.safetensors", "tokenizer.json", "chat_template.jinja", "notes.txt")
+
+    def written(folder, **changed):
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text(changed.get(name.partition(".")[0], "same"))
+        return model_fingerprint(ModelConfig(path=str(tmp_path / folder)))
+
+    known = written("a")
+    assert known.keys() == {"weights", "tokenizer"} and written("b") == written("c", notes="other") == known
+    for name in ("config", "model"):
+        other = written(f"other-{name}", **{name: "othr"})
+        assert other["weights"] != known["weights"] and other["tokenizer"] == known["tokenizer"]
+    for name in ("tokenizer", "chat_template"):
+        other = written(f"other-{name}", **{name: "othr"})
+        assert other["weights"] == known["weights"] and other["tokenizer"] != known["tokenizer"]
+    assert model_fingerprint(ModelConfig()) == model_fingerprint(ModelConfig(path="nobody/nothing")) == {}
+
+
+def test_of_a_large_file_size_and_pieces_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_WHOLE", 1000)
+    monkeypatch.setattr(module, "_PIECE", 64)
+    path, config = tmp_path / "model.safetensors", ModelConfig(path=str(tmp_path))
+    rng = np.random.default_rng(0)
+    content = bytearray(rng.bytes(5000))
+    path.write_bytes(content)
+    known = model_fingerprint(config)
+    for change in (0, 4999):  # its first and its last byte
+        other = content.copy()
+        other[change] ^= 1
+        path.write_bytes(other)
+        assert model_fingerprint(config) != known
+    path.write_bytes(content + b"x")
+    assert model_fingerprint(config) != known
+    path.write_bytes(rng.bytes(5000))  # trained on: all of it is another
+    assert model_fingerprint(config) != known
+
+
+def test_a_rewards_fingerprint_is_of_its_own_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text("def f(completions): return [1.0]")
+    rewards = {"file": "mine.py:f", "module": "mine:f", "built": "exact_match", "lost": "nowhere.py:f", "std": "json:x"}
+    rewards = {name: RewardConfig(function=function) for name, function in rewards.items()}
+    known = reward_fingerprints(rewards)
+    assert known.keys() == {"file", "module", "built", "std"} and known["file"] == known["module"] != known["built"]
+    (tmp_path / "mine.py").write_text("def f(completions): return [2.0]")
+    new = reward_fingerprints(rewards)
+    assert {name for name in known if known[name] != new[name]} == {"file", "module"}
+    one, two = (lambda completions: [1.0]), (lambda completions: [2.0 + 0])
+    given = [reward_fingerprints({"g": RewardConfig(function="given in Python")}, {"g": f}) for f in (one, one, two)]
+    assert given[0] == given[1] and given[0]["g"]["sha256"]
+
+
+def test_what_changed_is_refused_noted_or_unknown():
+    old = {"data": {"train": {"rows": 3, "sha256": "a" * 64}}, "model": {"weights": {"sha256": "b" * 64}}, "gvpo": "1"}
+    old |= {"policy": {"versions": {"torch": "2.12"}, "device_name": "CPU"}, "rewards": {"r": {"sha256": "c" * 64}}}
+    assert changes(old, json.loads(json.dumps(old))) == ([], [])
+    new = {"data": {"train": {"rows": 4, "sha256": "d" * 64}}, "model": {"weights": {"sha256": "e" * 64}}, "gvpo": "2"}
+    new |= {"policy": {"versions": {"torch": "2.13"}, "device_name": "CPU"}, "rewards": {"r": {"sha256": "f" * 64}}}
+    noted, refused = changes(old, new)
+    assert refused == [
+        "data.train: 3 rows, SHA-256 aaaaaaaaaaaa -> 4 rows, SHA-256 dddddddddddd",
+        "model.weights: SHA-256 bbbbbbbbbbbb -> SHA-256 eeeeeeeeeeee",
+    ]
+    assert noted == ["rewards.r: SHA-256 cccccccccccc -> SHA-256 ffffffffffff", "gvpo: 1 -> 2", "torch: 2.12 -> 2.13"]
+    assert changes({"gvpo": "1"}, new) == (["gvpo: 1 -> 2"], [])  # a run of before they were kept
+
+
+@pytest.mark.parametrize("what", ["model", "reward"])
+def test_a_run_refuses_another_model_and_notes_another_reward(what, tmp_path, caplog, capfd):
+    """Under LoRA the checkpoint's adapters were put on another base model without a word."""
+    pytest.importorskip("tyro", reason="the command line's extra is not installed")
+    (tmp_path / "mine.py").write_text("def f(completions): return [float(len(c)) for c in completions]")
+    config = table_run.make(tmp_path, steps=2, reward=f'function = "{tmp_path / "mine.py"}:f"')
+    config.write_text(config.read_text().replace('"cosine"', '"constant"'))
+    assert cli.main(["train", str(config)]) == 0
+    if what == "model":
+        table = json.loads((tmp_path / "table.json").read_text())
+        (tmp_path / "table.json").write_text(json.dumps(table | {"p0": {"a": 0.9, "b": 0.1}}))
+        assert cli.main(["train", str(config), "--run.steps", "4"]) == 2
+        said = capfd.readouterr().err
+        assert "holds a run on other data or another model" in said and "model.weights: SHA-256 " in said
+        return
+    with (tmp_path / "mine.py").open("a") as code:
+        code.write("  # mended")
+    assert cli.main(["train", str(config), "--run.steps", "4"]) == 0
+    assert "changed since the start before: rewards.right: SHA-256 " in caplog.text
+    starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
+    assert [s["step"] for s in starts] == [0, 2] and any("rewards.right: " in x for x in starts[1]["changed"])

@@ -12,6 +12,7 @@ import run_folders
 import table_run
 from table_problem import reward
 
+from gvpo_core.training import cli
 from gvpo_core.training.run.checkpoint import steps_saved
 from gvpo_core.training.run.signals import StopRequest
 
@@ -81,6 +82,28 @@ def test_a_handler_that_the_program_has_for_a_warning_stays():
     finally:
         signal.signal(signal.SIGUSR1, before[0])
         signal.signal(signal.SIGHUP, before[1])
+
+
+def test_reward_processes_outlive_the_signals_of_a_job(tmp_path):
+    """SLURM sends them to all processes of a step: a dead worker cost the rewards of the step that was to be saved."""
+    (tmp_path / "mine.py").write_text(
+        "import os, signal, subprocess, sys\n"
+        "def reward(prompts, completions, **_):\n"
+        "    for name in ('SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGHUP', 'SIGTERM', 'SIGQUIT', 'SIGINT'):\n"
+        "        os.kill(os.getpid(), getattr(signal, name))\n"
+        "    code = 'import signal, sys; sys.exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)'\n"
+        "    assert subprocess.run([sys.executable, '-c', code]).returncode == 0\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os._exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)\n"
+        "    assert os.waitpid(child, 0)[1] == 0\n"
+        "    return [1.0] * len(completions)\n"
+    )
+    config = table_run.make(tmp_path, steps=2, reward=f'function = "{tmp_path / "mine.py"}:reward"')
+    assert cli.main(["train", str(config)]) == 0
+    trained = [r for r in killing.lasting(tmp_path / "run") if r["kind"] == "train"]
+    assert [r["responses/unscored"] for r in trained] == [0, 0]
+    assert not any(value for r in trained for key, value in r.items() if key.startswith("reward_errors/"))
 
 
 def test_the_command_line_saves_on_usr1_and_outlives_its_terminal(tmp_path):

@@ -69,18 +69,19 @@ def _plain(value: Any) -> Any:
 def model_fingerprint(config: ModelConfig) -> dict[str, dict[str, str]]:
     """ "weights" and "tokenizer" -> SHA-256 of the names and contents of the files in `model.path`.
 
-    weights: settings, safetensors and code; tokenizer: its files and chat template. Of a file beyond 64 MiB its size
-    and 16 pieces of 1 MiB count. Empty where the model is no folder and in no cache of the hub.
+    weights: settings, safetensors, and code where it is run; tokenizer: its files and chat template. Of a file beyond
+    64 MiB its size and 16 pieces of 1 MiB count. Empty where the model is no folder and in no cache of the hub.
     """
     folder = _model_folder(config)
     if folder is None:
         return {}
+    endings = (".safetensors", ".safetensors.index.json", *((".py",) if config.trust_remote_code else ()))
     parts: dict[str, list[str]] = {"weights": [], "tokenizer": []}
     try:
         for name in names_in(folder):
             if name.startswith(_TOKENIZER) or name.endswith((".model", ".tiktoken", ".jinja")):
                 parts["tokenizer"].append(name)
-            elif name in _MODEL or name.endswith((".safetensors", ".safetensors.index.json", ".py")):
+            elif name in _MODEL or name.endswith(endings):
                 parts["weights"].append(name)
         return {part: {"sha256": _of_files(folder / name for name in names)} for part, names in parts.items() if names}
     except OSError as e:

@@ -71,8 +71,8 @@ def failed(step: int, error: Exception) -> Alert:
     """The alert of a run that this error ended at `step`."""
     if isinstance(error, FloatingPointError):
         advice = (
-            "lower optimizer.learning_rate or optimizer.max_gradient_norm, and go on from the last checkpoint with"
-            " run.allow_changes = true, or from one further back"
+            "lower optimizer.learning_rate or optimizer.max_gradient_norm, and resume the last checkpoint with"
+            " run.allow_changes = true, or an earlier one with --from-step N as well"
         )
         return Alert("not_finite", BAD, f"step {step} failed: {error}", advice)
     said = str(error).strip().partition("\n")[0]
@@ -169,7 +169,12 @@ class Alerts:
             if bad:
                 names = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
                 seen = f"{names}: no finite number at step {record.get('step', '?')}"
-                return Alert("not_finite", BAD, seen, "stop, lower the learning rate, go on from a checkpoint before")
+                return Alert(
+                    "not_finite",
+                    BAD,
+                    seen,
+                    "stop, lower the learning rate, resume an earlier checkpoint: --from-step N",
+                )
         return None
 
     # What is wrong when it lasts.
@@ -283,7 +288,7 @@ class Alerts:
             return None
         start = mean(self._start["reward/mean"])
         seen = f"reward {now:.3g} over {_START} steps, {self._best:.3g} at its best, {start:.3g} at the start"
-        advice = "go back to an earlier checkpoint; lower the learning rate or raise beta"
+        advice = "resume an earlier checkpoint (--from-step N) with a lower learning rate or a higher beta"
         return Alert("reward", BAD if now <= start else WATCH, seen, advice)
 
     def _unscored(self) -> Alert | None:

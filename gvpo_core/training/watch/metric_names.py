@@ -22,7 +22,11 @@ METRICS: dict[str, Metric] = {
     "kind": Metric("text", "train: one step; eval: one evaluation; event: something that happened, in `event`."),
     "step": Metric("steps", "Rollouts done, this one included. An evaluation at step n uses the policy after n."),
     "time": Metric("seconds", "Unix time at which the line was written."),
-    "event": Metric("text", "Kind of event: resume, stop, failed (what ended the run), warning."),
+    "event": Metric(
+        "text",
+        "Kind of event: resume, stop, failed (what ended the run), early (evaluation.patience), back (--from-step), "
+        "reset (of a used policy), warning.",
+    ),
     "message": Metric("text", "The event in words."),
     "reward/mean": Metric("reward", "Mean total reward over the step's scored responses."),
     "reward/half_width": Metric(

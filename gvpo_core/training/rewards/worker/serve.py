@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import faulthandler
 import os
+import signal
 import sys
 import traceback
 from typing import Any
@@ -21,7 +22,9 @@ from .messages import read_message, write_message
 
 def main(requests: int, answers: int) -> None:
     """The whole life of a worker, from the set-up to the end of the requests."""
+    _outlive_signals_of_the_job()
     start_guard((requests, answers))
+    os.register_at_fork(after_in_child=_restore_signals)  # what the reward starts can be ended as usual
     for stream in (sys.stdout, sys.stderr):  # whatever the locale; whole lines survive a crash
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
@@ -36,6 +39,27 @@ def main(requests: int, answers: int) -> None:
         write_message(answers, {"missing": str(e)})
         return
     _serve(requests, answers, function, decode(setup["options"]))
+
+
+_OF_THE_JOB = [
+    getattr(signal, name)
+    for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    if hasattr(signal, name)
+]
+
+
+def _outlive_signals_of_the_job() -> None:
+    """Does nothing on signals that a scheduler sends to all processes of a job: the run finishes its step with them.
+
+    Handlers, and not SIG_IGN, which programs that the reward starts would inherit.
+    """
+    for number in _OF_THE_JOB:
+        signal.signal(number, lambda number, frame: None)
+
+
+def _restore_signals() -> None:
+    for number in _OF_THE_JOB:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _limit_memory(size: int) -> None:
