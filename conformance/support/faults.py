@@ -14,7 +14,7 @@ from typing import Any
 CONTEXT = multiprocessing.get_context("forkserver")
 PHASES = ("generate", "reward", "update", "evaluate", "save")
 _FUNCTIONS = {
-    "reward": ("gvpo_core.training.rollout", "score"),
+    "reward": ("gvpo_core.training.rollout", "call_rewards"),
     "evaluate": ("gvpo_core.training.loop", "evaluated"),
 }  # the other phases are methods of the policy, whatever backend it is of
 PRELOAD = ("gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w")
