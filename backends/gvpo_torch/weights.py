@@ -81,7 +81,9 @@ def decoder_of(base: nn.Module) -> nn.Module:
     found = base
     while getattr(found, "lm_head", None) is not None or found is base:  # some wrap another model with a head
         inner = found.get_decoder()
-        found = inner if inner is not found else getattr(found, "model", None)
+        if inner is found or not hasattr(inner, "get_input_embeddings"):  # not found, or the head by the name "decoder"
+            inner = getattr(found, "model", None)
+        found = inner
         if found is None:
             raise ConfigError(f"{type(base).__name__} has no decoder apart from its head, which is not supported")
     return found

@@ -47,7 +47,7 @@ NOT_TRIED = (
 )
 INTRODUCTION = """# Models
 
-Which families of transformers each backend trains, as tried by `nox -s models` with {versions}.
+Which families of transformers each backend trains, as tried by `nox -s models`. Versions: {versions}.
 For each family a model of two layers is made from the configuration class of transformers, with random weights and with
 every setting that is easily missed: windows, caps, multipliers, norms away from one. No released checkpoint was used.
 
@@ -143,9 +143,13 @@ class _Reasons:
 
     def number(self, backend: str, reason: str) -> int:
         """The number of a reason, new where it is new."""
-        reason = re.sub(r"(of )?model\.path '[^']*'|/tmp/\S+?(?=[:,\s]|$)", "the model", reason).replace("|", "/")
+        reason = re.sub(r"(the model of |of )?model\.path '[^']*'|/tmp/\S+?(?=[:,\s]|$)", "the model", reason).replace(
+            "|", "/"
+        )
         reason = re.sub(r"\s+", " ", reason)
-        kind = re.sub(r"[A-Z]\w+|'[^']*'|[\d.e-]*\d|[a-z0-9]+_[a-z0-9_]+|model\.\S+", "*", reason)
+        kind = re.sub(
+            r"[A-Z]\w+|'[^']*'|[\d.e-]*\d|[a-z0-9]+_[a-z0-9_]+|model\.\S+", "*", re.sub(r"\([^)]*\)", "", reason)
+        )
         key = (backend, kind[:70])
         if key not in self.numbers:
             self.numbers[key] = len(self.numbers) + 1

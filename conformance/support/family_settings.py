@@ -45,6 +45,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "hc_lowrank": 8,
     },
     "recurrent_gemma": {"block_types": ("recurrent", "attention"), "attention_window_size": 6, "lru_width": 32},
+    "youtu": {"pad_token_id": None},  # its padding row is zero when loaded, where a norm's slope is 1e3
     "zamba2": {"layers_block_type": ["linear_attention", "hybrid"] * 2, "num_hidden_layers": 4},
     "zaya": {"num_experts_per_tok": 1},
 }
