@@ -25,7 +25,7 @@ class Ranks:
         """
         self.accelerator = None
         self._lent: list[weakref.ref[torch.Tensor]] = []  # tensors that a thread of the process group may still hold
-        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        world_size = _world_size()
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
         if world_size > 1:
             self.accelerator = _accelerator(config, on_cpu)
@@ -73,6 +73,21 @@ class Ranks:
         until = time.monotonic() + _LET_GO_SECONDS
         while time.monotonic() < until and any(ref() is not None for ref in self._lent):
             time.sleep(0.001)
+
+
+def _world_size() -> int:
+    """Processes that a launcher started. Raises: ConfigError: WORLD_SIZE without what a launcher sets beside it."""
+    given = os.environ.get("WORLD_SIZE", "1") or "1"
+    if not given.isdigit():
+        raise ConfigError(f"the environment has WORLD_SIZE = {given!r}; expected a number of processes: unset it")
+    needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in needed if not os.environ.get(name)]
+    if int(given) > 1 and missing:
+        raise ConfigError(
+            f"the environment has WORLD_SIZE = {given} without {', '.join(missing)}: unset it to train in one process,"
+            " or start the processes with torchrun or accelerate launch"
+        )
+    return int(given)
 
 
 def _one_device(name: str) -> torch.device:

@@ -1,6 +1,7 @@
 """Damaged and impossible model folders, and hub names without a network: one line from every backend, and soon."""
 
 import json
+import re
 import shutil
 import socket
 import time
@@ -125,3 +126,21 @@ def test_a_hub_name_is_looked_up_once_a_process(monkeypatch, sound):
     assert hugging_face.local_folder(config) == sound
     hugging_face._downloaded.cache_clear()
     assert asked == [("someone/some-model", "main")]
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ("4", "WORLD_SIZE = 4 without RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT: unset it to train in one process"),
+        ("many", "WORLD_SIZE = 'many'; expected a number of processes"),
+    ],
+)
+def test_a_stray_world_size_is_refused_by_torch_and_nothing_to_the_others(value, said, backend, sound, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", value)
+    if backend.name != "torch":
+        assert backend.policies.policy(sound).world_size == 1
+        return
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        backend.policies.policy(sound)

@@ -298,7 +298,7 @@ def test_state_is_rebuilt_from_the_file(healthy):
 
 
 def test_every_alert_is_documented_and_every_documented_one_is_tried():
-    tried = set(CHANGES) | {"reward", "throughput", "memory", "error"}  # error: test_loop_table.py
+    tried = set(CHANGES) | {"reward", "throughput", "memory", "no_update", "error"}  # error: test_loop_table.py
     patterns = {re.escape(k).replace("<kind>", "(error|timeout|none)").replace("<name>", ".+") for k in ALERTS}
     assert not [key for key in tried if not any(re.fullmatch(p, key) for p in patterns)]
     assert not [p for p in patterns if not any(re.fullmatch(p, key) for key in tried)]
@@ -322,3 +322,28 @@ def test_trend_is_the_change_against_the_steps_before(healthy):
     assert "reward/trend" not in notes[0]
     assert notes[2]["reward/trend"] == pytest.approx(means[2] - np.mean(means[:2]))
     assert notes[14]["reward/trend"] == pytest.approx(means[14] - np.mean(means[4:14]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "seen"),
+    [
+        ({"gradient_norm": 0.0}, "gradient exactly 0, and rewards differ in 3 groups"),
+        ({"learning_rate": 0.0}, "learning rate 0: the step changed no parameter"),
+        ({"gradient_norm": 0.0, "groups/all_equal": 4}, None),  # dead groups at their optimum have no gradient
+    ],
+)
+def test_a_step_that_changes_nothing_is_bad_at_once(changes, seen):
+    record = {"step": 1, "gradient_norm": 0.5, "learning_rate": 1e-6, "groups/counted": 4, "groups/all_equal": 1}
+    assert Alerts().update(record).level == OK
+    verdict = Alerts().update(record | changes)
+    assert [(a.key, a.level, a.seen) for a in verdict.reasons] == ([("no_update", BAD, seen)] if seen else [])
+
+
+def test_a_run_at_learning_rate_zero_is_called_bad(tmp_path):
+    config = settings(tmp_path / "run")
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.0), run=replace(config.run, steps=1))
+    rows = [{"prompt": p} for p in PROMPTS]
+    train(config, TablePolicy(table(REFERENCE), config.optimizer), train_rows=rows, rewards={"value": reward})
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n") if line]
+    (record,) = [r for r in lines if r["kind"] == "train"]
+    assert (record["verdict"], record["alerts"][0]["key"]) == (BAD, "no_update")

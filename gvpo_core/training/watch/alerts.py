@@ -21,6 +21,7 @@ OK, WATCH, BAD = LEVELS = ("OK", "WATCH", "BAD")
 ALERTS = {
     "not_finite": "A number of the step, but a single reward's mean, is NaN or infinite. Where no step can be taken "
     "for it, the run ends, and the alert stands in an event `failed`.",
+    "no_update": "The gradient or the learning rate is exactly 0, though rewards differ within groups.",
     "error": "The run ended by an error in this step, or in the evaluation or save after it: an event `failed`.",
     "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and enough groups to be sure of 60 %.",
     "entropy": "Entropy below half of the usual twice in a row, or below a tenth of the start for 5 steps, while the "
@@ -135,6 +136,7 @@ class Alerts:
         self._remember(record)
         checks: tuple[Callable[[], Alert | None], ...] = (
             self._not_finite,
+            self._no_update,
             self._dead_groups,
             self._entropy_drop,
             self._kl_spike,
@@ -175,6 +177,19 @@ class Alerts:
                     seen,
                     "stop, lower the learning rate, resume an earlier checkpoint: --from-step N",
                 )
+        return None
+
+    def _no_update(self) -> Alert | None:
+        record = self._last[-1]
+        mixed = record.get("groups/counted", 0) - record.get("groups/all_equal", 0)
+        if mixed <= 0:
+            return None
+        if _number(record, "gradient_norm") == 0:
+            advice = "the model is beyond repair: go back to a checkpoint before, with a lower learning rate"
+            return Alert("no_update", BAD, f"gradient exactly 0, and rewards differ in {mixed} groups", advice)
+        if _number(record, "learning_rate") == 0:
+            advice = "raise optimizer.learning_rate, or give the schedule as many steps as the run has"
+            return Alert("no_update", BAD, "learning rate 0: the step changed no parameter", advice)
         return None
 
     # What is wrong when it lasts.
