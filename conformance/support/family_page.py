@@ -47,7 +47,8 @@ NOT_TRIED = (
 )
 INTRODUCTION = """# Models
 
-Which families of transformers each backend trains, as tried by `nox -s models`. Versions: {versions}.
+Which families of transformers each backend trains, as tried by `nox -s models`. Versions:
+{versions}.
 For each family a model of two layers is made from the configuration class of transformers, with random weights and with
 every setting that is easily missed: windows, caps, multipliers, norms away from one. No released checkpoint was used.
 
@@ -98,7 +99,7 @@ def text_of(results: dict[str, dict[str, Any]], limits: dict[str, float]) -> str
     lines += [
         "## Encoders, and decoders of translation and speech",
         "",
-        "In transformers' list, but not made for chat.",
+        "In the same list, but not made for chat.",
         "",
     ]
     lines += _joined(results, [name for name in results if name in OTHER], reasons)
