@@ -22,7 +22,7 @@ LIMIT = 2.0  # seconds for all imports together
 
 REQUIRED: dict[str, dict[str, str]] = {
     "core": {"numpy": ">=2.0", "array-api-compat": ">=1.12"},
-    "train": {"tyro": ">=1.0,<2", "tomli-w": ">=1.2,<2", "rich": ">=14"},
+    "train": {"tyro": ">=1.0.17,<2", "tomli-w": ">=1.2,<2", "rich": ">=14"},
     "torch": {
         "torch": ">=2.9",
         "transformers": ">=5.10,<6",
