@@ -163,7 +163,7 @@ def test_export_and_eval_of_a_run(tmp_path, make, model, backend, capfd):
     assert records(tmp_path / "again", "eval")[0]["eval/reward"] == records(tmp_path, "eval")[-1]["eval/reward"]
     assert "rope_theta" in json.loads((tmp_path / "out" / "config.json").read_text())
     capfd.readouterr()
-    assert cli.main(["eval", str(tmp_path / "run")]) == 0
+    assert cli.main(["eval", str(tmp_path / "run"), "--json"]) == 0
     printed = json.loads(capfd.readouterr().out)
     assert printed["eval/reward"] == records(tmp_path, "eval")[-1]["eval/reward"]
 

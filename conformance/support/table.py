@@ -1,4 +1,4 @@
-"""Merges the results of the subject sessions into one table, subject x capability, in docs and README.
+"""Merges the results of the subject sessions into one table, subject x capability, in docs/conformance.md.
 
     GVPO_CONFORMANCE_RESULTS=conformance/results pytest conformance   # in each subject's environment
     python conformance/support/table.py
@@ -63,17 +63,14 @@ def insert(text: str, content: str) -> str:
 
 
 def main(root: Path = ROOT) -> int:
-    """Writes the table into docs/conformance.md and README.md; returns the exit status."""
+    """Writes the table into docs/conformance.md; returns the exit status."""
     files = sorted((root / "conformance" / "results").glob("*.json"))
     if not files:
         print("conformance/results holds no results; run the subject sessions first", file=sys.stderr)
         return 1
     content = table([json.loads(path.read_text(encoding="utf-8")) for path in files])
-    for path in (root / "docs" / "conformance.md", root / "README.md"):
-        try:
-            path.write_text(insert(path.read_text(encoding="utf-8"), content), encoding="utf-8")
-        except (FileNotFoundError, ValueError) as e:
-            print(f"{path.name}: not written: {e}", file=sys.stderr)
+    page = root / "docs" / "conformance.md"
+    page.write_text(insert(page.read_text(encoding="utf-8"), content), encoding="utf-8")
     print(content)
     return 0
 

@@ -121,7 +121,7 @@ def test_the_command_line_goes_back_and_reads_the_best(tmp_path, capfd):
     held_out = {r["step"]: r["eval/reward"] for r in killing.lasting(run) if r["kind"] == "eval"}
     best = max((s for s in held_out if s), key=held_out.__getitem__)
     for name, step in (("best", best), ("3", 3), ("newest", 6)):
-        assert cli.main(["eval", str(run), "--checkpoint", name]) == 0
+        assert cli.main(["eval", str(run), "--checkpoint", name, "--json"]) == 0
         assert json.loads(capfd.readouterr().out)["eval/reward"] == held_out[step]
     assert cli.main(["export", str(run), str(tmp_path / "out"), "--checkpoint", "best"]) == 0
     assert cli.main(["eval", str(run), "--checkpoint", "44"]) == 2

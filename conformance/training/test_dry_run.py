@@ -65,7 +65,7 @@ def test_no_parameter_changes(tmp_path):
     [
         ("beta = 0.5", "betta = 0.5", 2, "did you mean objective.beta?"),
         ("train.jsonl", "none.jsonl", 2, "there is no such file"),
-        ('"exact_match"', '"exact_match"\noptions = {column = "wrong"}', 1, "the data has no column 'wrong'"),
+        ('"exact_match"', '"exact_match"\noptions = {column = "wrong"}', 2, "the data has no column 'wrong'"),
     ],
 )
 def test_what_would_stop_the_run_stops_it(old, new, status, message, tmp_path, capfd):

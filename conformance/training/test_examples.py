@@ -1,6 +1,7 @@
-"""The examples learn, and README quotes them and its own commands word for word."""
+"""The examples learn, the documents quote them, and what README shows runs."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 import trainer_backends
 from places import ROOT
+
+from gvpo_core.training import cli
 
 DEMO = ROOT / "examples" / "smollm2_arithmetic"
 ASKED = os.environ.get("GVPO_SUBJECTS", "").split(",")
@@ -147,9 +150,55 @@ def test_the_demo_runs_from_end_to_end(demo):
 
 @pytest.mark.core
 @pytest.mark.parametrize("name", MODULES)
-def test_readme_quotes_the_loop(name):
+def test_the_page_of_loops_quotes_the_example(name):
     code = (ROOT / "examples" / f"{name}_loop.py").read_text(encoding="utf-8").split('"""', 2)[2].strip()
-    assert f"```python\n{code}\n```" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"```python\n{code}\n```" in (ROOT / "docs" / "loops.md").read_text(encoding="utf-8")
+
+
+def readme_blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.core
+def test_the_config_and_the_reward_of_readme_train(tmp_path, monkeypatch, capsys):
+    """With the table policy in the place of a model."""
+    import table_run
+
+    (config,) = readme_blocks("toml")
+    reward = next(block for block in readme_blocks("python") if block.startswith("def reward"))
+    table_run.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reward.py").write_text(reward)
+    (tmp_path / "held_out.jsonl").write_text((tmp_path / "train.jsonl").read_text())
+    (tmp_path / "config.toml").write_text(config.replace("path/to/a/huggingface/folder", str(tmp_path)))
+    assert cli.main(["train", "config.toml", "--run.backend", "table", "--run.steps", "2"]) == 0
+    records = [json.loads(line) for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in records if r["kind"] == "train"] == [1, 2]
+    assert all(0 <= r["reward/right"] <= 1 for r in records if r["kind"] == "train")
+
+
+@pytest.mark.core
+def test_train_from_python_as_readme_does(tmp_path, monkeypatch, capsys):
+    """With the table policy in the place of a model, and two steps."""
+    import table_run
+
+    code = next(block for block in readme_blocks("python") if "gvpo.train(" in block)
+    table_run.make(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    code = code.replace("path/to/a/huggingface/folder", str(tmp_path))
+    code = code.replace('folder="runs/short", steps=100', 'folder="runs/short", steps=2, backend="table"')
+    code = code.replace("Write one line about the sea.", "p0").replace("Write one line about snow.", "p1")
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "runs/short/report.html").exists()
+
+
+def test_the_loss_of_readme_has_a_gradient():
+    torch = pytest.importorskip("torch")
+    code = next(block for block in readme_blocks("python") if "gvpo_loss" in block)
+    names: dict = {}
+    exec(compile(code, "README.md", "exec"), names)
+    assert torch.isfinite(names["logprobs"].grad).all() and names["logprobs"].grad.abs().max() > 0
+    assert abs(float(names["logprobs"].grad.sum())) < 1e-6
 
 
 @pytest.mark.core

@@ -1,19 +1,16 @@
 """The command line: gvpo train, eval, export, report, doctor."""
 
 import argparse
-import json
 import logging
 import os
 import sys
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
-from gvpo_core.training.policy import Policy
 from gvpo_core.training.watch.output import OutputError, let_go, open_standard_descriptors, say
 from gvpo_core.training.watch.text import printable
 
@@ -25,8 +22,8 @@ _USAGE = """usage: gvpo COMMAND ...
   gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
   gvpo train CONFIG --from-step N ...           go back to the checkpoint of step N, and train from there
   gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
-  gvpo eval RUN [--checkpoint STEP|best|initial]
-                                                rewards of a run's policy on its held-out prompts
+  gvpo eval RUN [--checkpoint STEP|best|initial] [--data FILE] [--compare STEP|best|initial] [--json]
+                                                rewards of a run's policy on held-out prompts
   gvpo export RUN FOLDER [--checkpoint STEP|best]
                                                 write a run's policy as a Hugging Face folder
   gvpo report RUN                               write RUN/report.html
@@ -92,6 +89,7 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.loop import run
     from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.run.folder import RunFolder
     from gvpo_core.training.run.resume import in_its_folder, without_from_step
     from gvpo_core.training.run.signals import without_hang_up
 
@@ -109,6 +107,7 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
 
         _, settings = parse_arguments(arguments, wrong)
         config = opened[0].config
+        RunFolder(Path(config.run.folder)).refuse_changes(config)  # before minutes go into the model
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
         log, was = logging.getLogger("gvpo"), settings.run.folder
@@ -147,48 +146,17 @@ def _opened(config: Config) -> "tuple[Inputs, list[str]]":
 
 
 def _eval(arguments: list[str], secrets: set[str]) -> int:
-    from gvpo_core.training.evaluation import evaluate
+    from gvpo_core.training.cli.saved import evaluate_run
 
-    parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on its held-out prompts.")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument(
-        "--checkpoint",
-        default="newest",
-        help="a step, newest (default), best (highest held-out reward), or initial: the untrained model",
-    )
-    parser.add_argument("--prompts", type=int, default=0, help="held-out prompts used; 0: all (default)")
-    options = parser.parse_args(arguments)
     _log_to_stderr(secrets)
-    config = _run_config(options.run)
-    if options.prompts:
-        config = replace(config, evaluation=replace(config.evaluation, prompts=options.prompts))
-    policy = _restored(config, options.run, options.checkpoint)
-    metrics = evaluate(config, policy)
-    if policy.rank == 0:
-        say(json.dumps(metrics, indent=1))
-    return 0
+    return evaluate_run(arguments)
 
 
 def _export(arguments: list[str], secrets: set[str]) -> int:
-    parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
-    parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
-    parser.add_argument("--checkpoint", default="newest", help="a step, newest (default) or best: highest reward")
-    options = parser.parse_args(arguments)
+    from gvpo_core.training.cli.saved import export_run
+
     _log_to_stderr(secrets)
-    config, folder = _run_config(options.run), options.folder
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        holds = any(folder.iterdir())
-    except OSError as e:
-        raise ConfigError(f"{folder} cannot be the folder to export to: {e.strerror or e}; give one that is new") from e
-    if holds:
-        raise ConfigError(f"{folder} is not empty; give a folder that is new")
-    policy = _restored(config, options.run, options.checkpoint)
-    policy.export(folder)
-    if policy.rank == 0:
-        say(options.folder)
-    return 0
+    return export_run(arguments)
 
 
 def _report(arguments: list[str], secrets: set[str]) -> int:
@@ -213,27 +181,6 @@ def _doctor(arguments: list[str], secrets: set[str]) -> int:
     parser = argparse.ArgumentParser(prog="gvpo doctor", description="What is installed, and which devices.")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     return doctor(json=parser.parse_args(arguments).json)
-
-
-def _run_config(run: Path) -> Config:
-    from gvpo_core.training.config.file import read_config
-
-    if not (run / "config.toml").is_file():
-        raise ConfigError(f"{run} is no run folder: it has no config.toml")
-    return read_config(run / "config.toml")
-
-
-def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
-    """The run's policy at a checkpoint, which stays while it is read although the run goes on."""
-    from gvpo_core.training.policy.load import load_policy
-    from gvpo_core.training.run.chosen import chosen
-
-    with chosen(run, checkpoint) as found:
-        policy = load_policy(config)
-        if found is not None:
-            policy.restore(found.policy)
-            logging.getLogger("gvpo").info("restored the checkpoint of step %d", found.step)
-    return policy
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]

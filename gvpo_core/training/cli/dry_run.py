@@ -1,5 +1,6 @@
 """`gvpo train --dry-run`: everything that a run does before its first update, for two prompts, writing nothing."""
 
+import time
 from collections.abc import Iterable, Mapping
 
 from gvpo_core.training.config import Config
@@ -54,15 +55,22 @@ def preview_inputs(inputs: Inputs, policy: Policy, *, console: Console | None = 
         inputs.rewards,
         (config.run.seed, TRAIN, 1),
     )
+    clock = time.perf_counter()
+    policy.logprobs(rollout.batch)
+    score_seconds = time.perf_counter() - clock
     if policy.rank == 0 and console is not None:
         for group in range(len(rows)):
             console.sample([c for c in rollout.completions if c["group"] == group])
-        console.close(_expected(config, prompts, rollout))
+        console.close(_expected(config, prompts, rollout, score_seconds))
     return rollout
 
 
-def _expected(config: Config, prompts: Prompts, rollout: Rollout) -> dict[str, str]:
-    """What the whole run will take, from the two prompts."""
+def _expected(config: Config, prompts: Prompts, rollout: Rollout, score_seconds: float) -> dict[str, str]:
+    """What the whole run will take, from the two prompts.
+
+    Args:
+      score_seconds: of one forward pass over them. An update takes about three, the reference one.
+    """
     steps, a_step = config.run.steps, config.rollout.prompts
     share = a_step / rollout.num_groups
     sampling = rollout.seconds["generate"] * share
@@ -73,5 +81,10 @@ def _expected(config: Config, prompts: Prompts, rollout: Rollout) -> dict[str, s
         "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",
         "rewards": f"at most {duration(scoring)} a step, {duration(steps * scoring)} in all",
     }
+    passes = 3 * config.objective.epochs + (config.objective.reference == "initial")
+    updating = passes * score_seconds * share
+    step = sampling + scoring + updating
+    said["updates"] = f"about {duration(updating)} a step: the time of {passes} forward passes"
+    said["together"] = f"about {duration(step)} a step, {duration(steps * step)} in all, without evaluations"
     said["nothing was written"] = f"run it: gvpo train CONFIG; run folder {config.run.folder}"
     return said

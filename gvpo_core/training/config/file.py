@@ -7,11 +7,11 @@ import io
 import re
 import tomllib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from pathlib import Path
 from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
-from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import wrong_values
 from gvpo_core.training.config.reward_options import with_reward_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
@@ -71,11 +71,13 @@ def parse_arguments(
     default, reader = _read(path) if path else (Config(), None)
     options = arguments[len(files) :]
     if {"-h", "--help"} & {*options}:
-        _overridden(_without_secrets(default), options)
+        rewards = default.rewards or {"NAME": RewardConfig(function="reward.py:reward")}  # help lists their settings
+        _overridden(_without_secrets(dataclasses.replace(default, rewards=rewards)), options)
     if path is None or reader is None:
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
     config, wrong = _all_overridden(default, options)
-    _refuse(wrong + reader.wrong(config) + also(config))
+    given = {one[0].split("=")[0].replace("-", "_").lstrip("_") for one in _each(options)}
+    _refuse(wrong + reader.wrong(config, given) + also(config))
     return path, config
 
 
@@ -216,9 +218,41 @@ def _field_names(config: Config) -> list[str]:
     return names
 
 
+# What TRL, verl and transformers call these settings.
+_ELSEWHERE = {
+    "run.folder": ("output_dir", "default_local_dir"),
+    "run.steps": ("max_steps", "total_training_steps", "num_steps", "iters"),
+    "run.checkpoint_every": ("save_steps", "save_freq", "save_every"),
+    "run.keep_checkpoints": ("save_total_limit", "max_ckpt_to_keep"),
+    "run.trackers": ("report_to", "logger"),
+    "model.path": ("model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
+    "model.lora_rank": ("lora_r", "r"),
+    "model.gradient_checkpointing": ("enable_gradient_checkpointing", "grad_checkpoint"),
+    "data.train": ("train_files", "dataset_name", "train_dataset", "train_file"),
+    "data.evaluation": ("val_files", "eval_dataset", "validation_file"),
+    "data.max_prompt_tokens": ("max_prompt_length",),
+    "rollout.prompts": ("batch_size", "train_batch_size", "generation_batch_size", "num_prompts"),
+    "rollout.responses": ("num_generations", "n", "group_size", "rollout_n", "num_samples"),
+    "rollout.max_tokens": ("max_completion_length", "max_new_tokens", "max_response_length", "response_length"),
+    "objective.beta": ("kl_coef", "init_kl_coef", "kl_loss_coef"),
+    "objective.epochs": ("num_iterations", "ppo_epochs"),
+    "objective.minibatches": ("ppo_mini_batch_size", "num_mini_batches", "steps_per_generation"),
+    "optimizer.learning_rate": ("lr", "actor_lr"),
+    "optimizer.warmup": ("warmup_steps", "lr_warmup_steps"),
+    "optimizer.schedule": ("lr_scheduler_type", "lr_scheduler"),
+    "optimizer.max_gradient_norm": ("max_grad_norm", "grad_clip", "clip_grad"),
+    "optimizer.micro_batch_responses": ("per_device_train_batch_size", "micro_batch_size", "ppo_micro_batch_size"),
+    "evaluation.every": ("eval_steps", "test_freq", "eval_every"),
+}
+
+
 def _suggest(name: str, known: Any) -> str:
-    elsewhere = sorted(k for k in known if k.rpartition(".")[2] == name.rpartition(".")[2])
-    close = elsewhere or difflib.get_close_matches(name, list(known), n=1)
+    """ "; did you mean ...?": the setting by its name in another section or another trainer, else one spelt alike."""
+    last = name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()
+    close = sorted(k for k in known if k.rpartition(".")[2] == last)
+    ours = next((ours for ours, theirs in _ELSEWHERE.items() if last in theirs), None)
+    close = close or [k for k in known if ours is not None and k.lstrip("-") == ours]
+    close = close or difflib.get_close_matches(name, list(known), n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 
@@ -246,13 +280,19 @@ class _Reader:
     def error(self, name: str, message: str) -> None:
         self.errors.append((name, message))
 
-    def wrong(self, config: Config) -> list[str]:
-        """All that is wrong with the file and with the settings that came of it, by line."""
+    def wrong(self, config: Config, given: Set[str] = frozenset()) -> list[str]:
+        """All that is wrong with the file and with the settings that came of it, by line.
+
+        Args:
+          given: names of the settings that options of the command line gave: the file is not to blame for them.
+        """
         known = {name for name, _ in self.errors}
         values = [(name, text) for name, text in wrong_values(config) if not _covered(name, known)]
-        found = [(self._line(name), message) for name, message in self.errors + values]
+        found = [(self._line(name), message) for name, message in self.errors]
+        found += [(self._line(name), message) for name, message in values if name not in given]
         found.sort(key=lambda pair: pair[0] or len(self.lines) + 10**6)
-        return [f"{self.path}:{line}: {message}" if line else f"{self.path}: {message}" for line, message in found]
+        shown = [f"{self.path}:{line}: {message}" if line else f"{self.path}: {message}" for line, message in found]
+        return shown + [f"options: {message}" for name, message in values if name in given]
 
     def _line(self, name: str) -> int:
         while name and name not in self.lines:

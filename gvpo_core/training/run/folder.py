@@ -70,6 +70,15 @@ class RunFolder:
             )
         self._changed += refused + changed if begun else []
 
+    def refuse_changes(self, config: Config) -> None:
+        """Compares the settings with those of the run that is there; `open` does so again, with the folder locked.
+
+        Raises: ConfigError: they differ. RunFolderError: the folder cannot be read.
+        """
+        with self._reading():
+            if is_folder(self.checkpoints):
+                self._same_settings(config, bool(steps_saved(self.checkpoints)))
+
     def _same_settings(self, config: Config, begun: bool) -> None:
         allowed = config.run.allow_changes
         try:

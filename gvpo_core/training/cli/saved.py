@@ -1,0 +1,148 @@
+"""`gvpo eval` and `gvpo export`: what is done with the policy of a run folder."""
+
+import argparse
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.evaluation import evaluated
+from gvpo_core.training.inputs import Inputs, open_inputs
+from gvpo_core.training.metrics import mean_half_width
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.watch.output import say
+from gvpo_core.training.watch.text import fit, percent
+
+_CHECKPOINT = "a step, newest, best (highest held-out reward) or initial (the untrained model)"
+
+
+def evaluate_run(arguments: list[str]) -> int:
+    """`gvpo eval`: prints the rewards of a run's policy on held-out prompts; returns the exit status.
+
+    Raises: ConfigError, DataError: a folder, checkpoint or file that cannot be used.
+    """
+    parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on held-out prompts.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
+    parser.add_argument("--compare", metavar="CHECKPOINT", help=f"evaluate this too, and the difference: {_CHECKPOINT}")
+    parser.add_argument("--data", metavar="FILE", help="rows to evaluate on. Default: the run's data.evaluation")
+    parser.add_argument("--prompts", type=int, default=0, help="number of held-out prompts used. Default: 0, all")
+    parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
+    options = parser.parse_args(arguments)
+    config = _run_config(options.run)
+    if options.prompts:
+        config = replace(config, evaluation=replace(config.evaluation, prompts=options.prompts))
+    if options.data:
+        config = replace(config, data=replace(config.data, evaluation=options.data))
+    names = [options.checkpoint, *([options.compare] if options.compare else [])]
+    with open_inputs(config, training=False) as inputs:
+        found = {name: _evaluated(inputs, options.run, name) for name in dict.fromkeys(names)}
+    if found[options.checkpoint][2] != 0:
+        return 0
+    metrics = {name: values for name, (values, _, _) in found.items()}
+    difference = None
+    if options.compare:
+        change = found[options.checkpoint][1] - found[options.compare][1]
+        change = change[~np.isnan(change)]  # prompts with a score in both
+        difference = (float(change.mean()) if change.size else math.nan, mean_half_width(change))
+    if options.json:
+        say(json.dumps(_as_json(metrics, options.checkpoint, options.compare, difference), indent=1))
+        return 0
+    for name in found:
+        say(f"{name}: {_sentence(metrics[name])}")
+    if difference is not None:
+        say(
+            f"{options.checkpoint} - {options.compare}: {fit(difference[0], 8)} +- {fit(difference[1], 6)}"
+            " (95 %, paired by prompt)"
+        )
+    return 0
+
+
+def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, float], np.ndarray, int]:
+    """The metrics of a checkpoint, the (P,) mean reward of each prompt (NaN: unscored), the rank of this process."""
+    policy = _restored(inputs.config, run, checkpoint)
+    prompts = inputs.held_out(policy)
+    if prompts is None:
+        raise ConfigError("the run has no data.evaluation: name a file of held-out prompts with --data")
+    metrics, rollout = evaluated(inputs.config, policy, prompts, inputs.rewards)
+    scored = ~np.isnan(rollout.rewards)
+    sums = np.bincount(rollout.group_ids[scored], rollout.rewards[scored], minlength=rollout.num_groups)
+    with np.errstate(invalid="ignore"):
+        means = sums / np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
+    return metrics, means, policy.rank
+
+
+def _sentence(metrics: Mapping[str, float]) -> str:
+    parts = [f"reward {fit(metrics['eval/reward'], 8)}"]
+    if "eval/half_width" in metrics:
+        parts[0] += f" +- {fit(metrics['eval/half_width'], 6)} (95 %)"
+    parts[0] += f" on {metrics['eval/prompts']:,} prompts"
+    names = [key for key in metrics if key.startswith("eval/reward/")]
+    if len(names) > 1:
+        parts += [f"{key.removeprefix('eval/reward/')} {fit(metrics[key], 8)}" for key in names]
+    if metrics["eval/unscored"]:
+        parts.append(f"{metrics['eval/unscored']:,} responses without a score")
+    parts += [f"length {fit(metrics['eval/length'], 6)} tokens", f"{percent(metrics['eval/truncated'], ' %')} cut"]
+    return ", ".join(parts)
+
+
+def _as_json(
+    metrics: Mapping[str, dict[str, float]], name: str, other: str | None, difference: tuple[float, float] | None
+) -> dict[str, object]:
+    if other is None or difference is None:
+        return dict(metrics[name])
+    return {**metrics[name], "compared": {**metrics[other], "checkpoint": other}} | {
+        "difference": difference[0],
+        "difference/half_width": difference[1],
+    }
+
+
+def export_run(arguments: list[str]) -> int:
+    """`gvpo export`: writes a run's policy as a Hugging Face folder; returns the exit status.
+
+    Raises: ConfigError: a folder or checkpoint that cannot be used.
+    """
+    parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
+    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
+    parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
+    options = parser.parse_args(arguments)
+    config, folder = _run_config(options.run), options.folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        holds = any(folder.iterdir())
+    except OSError as e:
+        raise ConfigError(f"{folder} cannot be the folder to export to: {e.strerror or e}; give one that is new") from e
+    if holds:
+        raise ConfigError(f"{folder} is not empty; give a folder that is new")
+    policy = _restored(config, options.run, options.checkpoint)
+    policy.export(folder)
+    if policy.rank == 0:
+        say(options.folder)
+    return 0
+
+
+def _run_config(run: Path) -> Config:
+    from gvpo_core.training.config.file import read_config
+
+    if not (run / "config.toml").is_file():
+        raise ConfigError(f"{run} is no run folder: it has no config.toml")
+    return read_config(run / "config.toml")
+
+
+def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
+    """The run's policy at a checkpoint, which stays while it is read although the run goes on."""
+    from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.run.chosen import chosen
+
+    with chosen(run, checkpoint) as found:
+        policy = load_policy(config)
+        if found is not None:
+            policy.restore(found.policy)
+            logging.getLogger("gvpo").info("restored the checkpoint of step %d", found.step)
+    return policy
