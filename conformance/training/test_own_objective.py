@@ -174,3 +174,23 @@ def test_the_table_is_what_the_trainer_asks() -> None:
         assert (found.smallest, found.needs_old, found.own) == (row.smallest, row.needs_old, None)
     assert {name for name, row in TABLE.items() if row.smallest == 1} == {"sft", "reject_sampling"}
     assert {name for name, row in TABLE.items() if row.needs_old} == {"grpo", "dr_grpo", "rloo"}
+
+
+def test_a_file_with_the_name_of_a_package_does_not_take_its_place(file) -> None:
+    """The user's gvpo.py or wave.py is loaded, and `import` still gives the package of that name."""
+    import importlib
+    import sys
+
+    from gvpo_core.training.rewards.worker.functions import find_function
+
+    for name in ("wave", "pyproject_hooks", "packaging"):
+        was = sys.modules.pop(name, None)
+        try:
+            path = file(GVPO, name).rpartition(":")[0]
+            function = find_function(f"{path}:gvpo")
+            assert function.__code__.co_filename == path
+            if importlib.util.find_spec(name) is not None:
+                assert importlib.import_module(name).__file__ != path
+        finally:
+            if was is not None:
+                sys.modules[name] = was

@@ -68,7 +68,7 @@ def _from_file(path: str) -> Any:
     if path in _loaded and _loaded[path][0] == version:
         return _loaded[path][1]
     name = os.path.splitext(os.path.basename(path))[0]
-    if name in sys.stdlib_module_names or _is_another(sys.modules.get(name), path):
+    if name in sys.stdlib_module_names or _is_taken(name, path):
         name = f"{name}_{zlib.crc32(path.encode()):08x}"  # the plain name belongs to another module
     found = importlib.util.spec_from_file_location(name, path)
     assert found is not None
@@ -89,8 +89,15 @@ def _from_file(path: str) -> Any:
     return module
 
 
-def _is_another(module: Any, path: str) -> bool:
-    return module is not None and os.path.abspath(getattr(module, "__file__", None) or "") != path
+def _is_taken(name: str, path: str) -> bool:
+    """Whether `import name` gives another file: a module that is imported already, or an installed package."""
+    if name in sys.modules:
+        return os.path.abspath(getattr(sys.modules[name], "__file__", None) or "") != path
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):  # a name that is none, or a finder that fails
+        return True
+    return found is not None and os.path.abspath(found.origin or "") != path
 
 
 def _from_name(name: str) -> Any:

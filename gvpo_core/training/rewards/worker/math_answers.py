@@ -262,7 +262,7 @@ def _verified(wanted: Any, found: Any) -> bool:
 
 def _same_decimals(wanted: Any, found: Any) -> bool:
     """Whether two numbers are equal with their decimals taken exactly: 6.02 * 10^23 has more digits than a float."""
-    import sympy  # type: ignore[import-untyped]
+    import sympy
 
     values = []
     for value in (wanted, found):
