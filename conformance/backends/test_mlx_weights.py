@@ -10,7 +10,6 @@ import tiny_models
 from batches import batch, coefficients_of
 from mlx_policies import policy
 from required import require
-from safetensors.numpy import load_file, save_file
 
 require(subject="mlx")
 
@@ -19,6 +18,7 @@ import mlx.nn as nn
 from gvpo_mlx import weights
 from gvpo_mlx.logprobs import logsumexp
 from gvpo_mlx.update import square_sum
+from safetensors.numpy import load_file, save_file
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.sampling import Sampling

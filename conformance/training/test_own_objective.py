@@ -76,7 +76,7 @@ def test_the_documentation_shows_the_example() -> None:
 
 @pytest.mark.parametrize("splits", [{}, {"epochs": 2, "minibatches": 3}, {"epochs": 2, "reference": "rollout"}])
 def test_gvpo_as_a_function_takes_the_steps_of_gvpo(splits: dict, file, tmp_path: Path) -> None:
-    path = file(GVPO, "gvpo")
+    path = file(GVPO, "gvpo_of_mine").replace(":gvpo_of_mine", ":gvpo")
     own, named = (trained(tmp_path / n, name=name, **splits) for n, name in (("a", path), ("b", "gvpo")))
     assert np.abs(own - REFERENCE).max() > 0.01
     np.testing.assert_allclose(own, named, rtol=1e-10)
@@ -176,21 +176,20 @@ def test_the_table_is_what_the_trainer_asks() -> None:
     assert {name for name, row in TABLE.items() if row.needs_old} == {"grpo", "dr_grpo", "rloo"}
 
 
-def test_a_file_with_the_name_of_a_package_does_not_take_its_place(file) -> None:
-    """The user's gvpo.py or wave.py is loaded, and `import` still gives the package of that name."""
-    import importlib
+@pytest.mark.parametrize("name", ["wave", "numpy", "iniconfig"])
+def test_a_file_with_the_name_of_a_package_does_not_take_its_place(name: str, file) -> None:
+    """A module that is installed and not imported yet keeps its name, too."""
     import sys
 
     from gvpo_core.training.rewards.worker.functions import find_function
 
-    for name in ("wave", "pyproject_hooks", "packaging"):
-        was = sys.modules.pop(name, None)
-        try:
-            path = file(GVPO, name).rpartition(":")[0]
-            function = find_function(f"{path}:gvpo")
-            assert function.__code__.co_filename == path
-            if importlib.util.find_spec(name) is not None:
-                assert importlib.import_module(name).__file__ != path
-        finally:
-            if was is not None:
-                sys.modules[name] = was
+    was = sys.modules.pop(name, None) if name == "iniconfig" else sys.modules.get(name)
+    try:
+        path = file(GVPO, name).rpartition(":")[0]
+        function = find_function(f"{path}:gvpo")
+        assert function.__code__.co_filename == path
+        assert function.__module__ != name and sys.modules[function.__module__].gvpo is function
+        assert getattr(sys.modules.get(name), "__file__", None) != path
+    finally:
+        if was is not None:
+            sys.modules[name] = was

@@ -1,6 +1,7 @@
 """A run of 100,000 steps and 2,000,000 responses is resumed within 0.5 GB of memory and 30 s of one core."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -52,7 +53,10 @@ def test_a_long_run_is_resumed_in_bounded_memory_and_time(steps, memory, tmp_pat
     command = [sys.executable, str(tmp_path / "resume.py"), str(tmp_path / "run"), str(steps + 1)]
     script = f"import resource, subprocess, sys; r = subprocess.run({command!r}, capture_output=True, text=True)\n"
     script += "print(r.returncode, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, r.stderr.split('CPU ')[-1])"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=True)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=600, check=True, env=env
+    )
     status, peak, seconds = done.stdout.split()[:3]
     assert status == "0", done.stdout
     assert int(peak) / 1024 < memory

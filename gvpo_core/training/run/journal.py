@@ -42,7 +42,7 @@ from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
 from gvpo_core.training.watch.columns import verdict
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
-from gvpo_core.training.watch.text import fit
+from gvpo_core.training.watch.text import Command, fit
 from gvpo_core.training.watch.trackers import Tracker, open_trackers
 
 _log = logging.getLogger("gvpo")
@@ -339,5 +339,6 @@ class Journal:
         folder = shlex.quote(str(self.folder.path))
         facts |= {"metrics": self.folder.metrics, "report": report or "not written"}
         if steps_saved(self.folder.checkpoints):
-            facts |= {"evaluate": f"gvpo eval {folder}", "export": f"gvpo export {folder} NEW_FOLDER"}
+            facts |= {"evaluate": Command(f"gvpo eval {folder}")}
+            facts |= {"export": Command(f"gvpo export {folder} NEW_FOLDER")}
         return facts

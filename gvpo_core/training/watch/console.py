@@ -16,7 +16,7 @@ from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH
 from gvpo_core.training.watch.columns import ALL_LEGEND, LEGEND, NARROW, WIDE, Column, columns_for, row, titles, verdict
 from gvpo_core.training.watch.metric_names import PHASES
 from gvpo_core.training.watch.output import Forgiving
-from gvpo_core.training.watch.text import columns, duration, fact, fit, percent, pieces, printable, size
+from gvpo_core.training.watch.text import Command, columns, duration, fact, fit, percent, pieces, printable, size
 from gvpo_core.training.watch.time_left import TimeLeft
 
 Record = Mapping[str, Any]
@@ -156,9 +156,12 @@ class Console:
     def _fact(self, name: str, value: Any, width: int) -> None:
         text = f"{printable(name).replace('_', ' '):<{width}}  {fact(value, name)}"
         # Whole words, and whole paths, however long.
-        lines = textwrap.wrap(
-            text, self._width, subsequent_indent=" " * (width + 2), break_long_words=False, break_on_hyphens=False
-        )
+        lines = [text]
+        if not isinstance(value, Command):
+            indent = " " * (width + 2)
+            lines = textwrap.wrap(
+                text, self._width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+            )
         for line in lines:
             self._print(line)
 

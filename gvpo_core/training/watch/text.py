@@ -9,6 +9,10 @@ from typing import Any
 LEFT = 5  # columns of a duration
 
 
+class Command(str):
+    """A command to copy: it is printed on one line, however long."""
+
+
 def fit(value: float | None, width: int) -> str:
     """A number in at most `width` characters; "-" for none.
 
