@@ -31,11 +31,16 @@ def namespace(x: Any) -> Any:
     return array_api_compat.array_namespace(x)
 
 
+def is_jax_array(x: Any) -> bool:
+    """Whether x is a JAX array. Tensors are told first: torch.compile cannot trace array_api_compat's cached look-up."""
+    return not hasattr(x, "detach") and array_api_compat.is_jax_array(x)
+
+
 def stop_gradient(x: Array) -> Array:
     """The same values, constant under differentiation. The standard has no such function."""
     if hasattr(x, "detach"):  # torch
         return x.detach()
-    if array_api_compat.is_jax_array(x):
+    if is_jax_array(x):
         return sys.modules["jax"].lax.stop_gradient(x)
     xp = namespace(x)
     return xp.stop_gradient(x) if hasattr(xp, "stop_gradient") else x  # mlx; the rest do not differentiate
@@ -46,7 +51,7 @@ def explicit_mesh(x: Array) -> Any:
 
     On such a mesh the results of gathers and scatters need a sharding that the caller names.
     """
-    if not array_api_compat.is_jax_array(x):
+    if not is_jax_array(x):
         return None
     jax = sys.modules["jax"]
     if not hasattr(jax, "typeof"):  # before the types of arrays told their shardings

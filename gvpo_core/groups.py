@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import array_api_compat
 import numpy as np
 
-from gvpo_core._arrays import Array, concrete, namespace, scatter_options, stop_gradient, take_rows
+from gvpo_core._arrays import Array, concrete, is_jax_array, namespace, scatter_options, stop_gradient, take_rows
 
 
 def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
@@ -199,7 +199,7 @@ def _indices(xp: Any, group_ids: Array) -> Array:
     """The ids in a dtype that every library indexes with, and that can hold any number of groups."""
     if hasattr(group_ids, "long"):  # torch
         return group_ids.long()
-    if array_api_compat.is_jax_array(group_ids):  # which has int64 with x64 alone
+    if is_jax_array(group_ids):  # which has int64 with x64 alone
         return group_ids if group_ids.dtype.itemsize >= 4 else xp.astype(group_ids, xp.int32)
     return xp.astype(group_ids, xp.int64)
 
