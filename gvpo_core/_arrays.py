@@ -32,7 +32,7 @@ def namespace(x: Any) -> Any:
 
 
 def is_jax_array(x: Any) -> bool:
-    """Whether x is a JAX array. Tensors are told first: torch.compile cannot trace array_api_compat's cached look-up."""
+    """Whether x is a JAX array. Tensors are told first: torch.compile cannot trace the cached look-up."""
     return not hasattr(x, "detach") and array_api_compat.is_jax_array(x)
 
 
