@@ -1,0 +1,98 @@
+"""What the commands say and take: evaluations, help, suggestions, mistakes on the command line."""
+
+import json
+
+import pytest
+import table_run
+
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+from gvpo_core.training import cli
+from gvpo_core.training.watch.text import fit
+
+pytestmark = pytest.mark.core
+
+
+def gvpo(capfd, *arguments):
+    status = cli.main([str(a) for a in arguments])
+    said = capfd.readouterr()
+    return status, said.out, said.err
+
+
+def records(folder, kind):
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    return [r for r in map(json.loads, lines) if r["kind"] == kind]
+
+
+def test_eval_prints_a_line_takes_another_file_and_compares_with_the_start(tmp_path, capfd):
+    config = table_run.make(tmp_path, steps=6)
+    assert gvpo(capfd, "train", config)[0] == 0
+    run = tmp_path / "run"
+    last = records(tmp_path, "eval")[-1]
+    status, out, _ = gvpo(capfd, "eval", run)
+    assert status == 0 and out.startswith(f"newest: reward {fit(last['eval/reward'], 8)} +- ")
+    assert "on 3 prompts" in out and len(out.splitlines()) == 1
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "p0", "answer": "b"}\n')
+    status, out, _ = gvpo(capfd, "eval", run, "--data", other, "--json")
+    assert status == 0 and json.loads(out)["eval/prompts"] == 1
+    status, out, _ = gvpo(capfd, "eval", run, "--compare", "initial", "--json")
+    found = json.loads(out)
+    assert found["compared"]["checkpoint"] == "initial"
+    assert found["compared"]["eval/reward"] == records(tmp_path, "eval")[0]["eval/reward"]
+    assert found["difference"] == pytest.approx(found["eval/reward"] - found["compared"]["eval/reward"])
+    status, out, _ = gvpo(capfd, "eval", run, "--compare", "initial")
+    assert [line.split(":")[0] for line in out.splitlines()] == ["newest", "initial", "newest - initial"]
+    assert gvpo(capfd, "eval", run, "--data", tmp_path / "none.jsonl")[0] == 2
+
+
+def test_changed_settings_are_refused_before_a_model_is_loaded(tmp_path, capfd, monkeypatch):
+    from gvpo_core.training.policy import load
+
+    config = table_run.make(tmp_path, steps=2)
+    assert gvpo(capfd, "train", config)[0] == 0
+    monkeypatch.setattr(load, "load_policy", lambda config: pytest.fail("the model was loaded"))
+    status, _, err = gvpo(capfd, "train", config, "--objective.beta", "0.25")
+    assert status == 2 and "objective.beta: 0.5 -> 0.25" in err
+
+
+def test_help_lists_the_settings_of_a_reward(tmp_path, capfd):
+    config = tmp_path / "config.toml"
+    config.write_text("")
+    with pytest.raises(SystemExit) as left:
+        cli.main(["train", str(config), "--help"])
+    assert left.value.code == 0
+    out = capfd.readouterr().out
+    assert "--rewards.NAME.function" in out and "--rewards.NAME.timeout" in out
+
+
+def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    status, _, err = gvpo(capfd, "train", config, "--rollout.responses", "1", "--data.prompt", "")
+    assert status == 2 and "options: rollout.responses = 1; expected at least 2" in err
+    assert f"{config}:" not in err
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("lr", "optimizer.learning_rate"),
+        ("num_generations", "rollout.responses"),
+        ("max_completion_length", "rollout.max_tokens"),
+        ("batch_size", "rollout.prompts"),
+        ("output_dir", "run.folder"),
+        ("optimizer.lr", "optimizer.learning_rate"),
+        ("kl_coef", "objective.beta"),
+    ],
+)
+def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    status, _, err = gvpo(capfd, "train", config, f"--{given}", "1")
+    assert status == 2 and f"unknown option --{given}; did you mean --{meant}?" in err
+    section, _, key = given.rpartition(".")
+    text = config.read_text()
+    table = f"[{section}]" if section else ""
+    new = text.replace(table, f"{table}\n{key} = 1") if section else f"{key} = 1\n{text}"
+    config.write_text(new)
+    status, _, err = gvpo(capfd, "train", config)
+    assert status == 2 and f"{given}; did you mean {meant}?" in err
