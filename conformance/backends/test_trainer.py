@@ -59,9 +59,9 @@ def records(folder: Path, kind: str = "train") -> list[dict]:
     ("extra", "model_extra"),
     [
         ("", ""),
-        ("", 'lora_rank = 4\nlayout = "plain"'),
-        ('name = "grpo"\nepochs = 2\nminibatches = 2', ""),
-        ('reference = "rollout"\nepochs = 2', 'dtype = "bfloat16"'),
+        pytest.param("", 'lora_rank = 4\nlayout = "plain"', marks=pytest.mark.slow),
+        pytest.param('name = "grpo"\nepochs = 2\nminibatches = 2', "", marks=pytest.mark.slow),
+        pytest.param('reference = "rollout"\nepochs = 2', 'dtype = "bfloat16"', marks=pytest.mark.slow),
     ],
     ids=["gvpo", "gvpo-lora-plain", "grpo-minibatches", "rollout-reference-bfloat16"],
 )

@@ -87,9 +87,14 @@ def test_a_kill_at_every_start_of_a_phase(phase, run, same, tmp_path):
 
 @pytest.mark.parametrize(
     ("phase", "at", "number", "status"),
-    [("generate", 4, signal.SIGINT, 130), ("reward", 4, signal.SIGTERM, 143), ("update", 2, signal.SIGINT, 130),
-     ("evaluate", 2, signal.SIGTERM, 143), ("save", 2, signal.SIGTERM, 143)],
-)  # fmt: skip
+    [
+        ("update", 2, signal.SIGINT, 130),
+        pytest.param("generate", 4, signal.SIGINT, 130, marks=pytest.mark.slow),
+        pytest.param("reward", 4, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("evaluate", 2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+        pytest.param("save", 2, signal.SIGTERM, 143, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_in_each_phase_saves_and_leaves(phase, at, number, status, run, same, tmp_path):
     folder = tmp_path / "one"
     assert run(folder, phase, at, number) == status, (folder / "output.txt").read_text()
@@ -101,6 +106,7 @@ def test_a_signal_in_each_phase_saves_and_leaves(phase, at, number, status, run,
     same(folder / "run")
 
 
+@pytest.mark.slow
 def test_one_byte_flipped_in_any_file_of_a_checkpoint_is_found(run, same, tmp_path):
     folder, kept = tmp_path / "one", tmp_path / "kept"
     assert run(folder) == 0

@@ -39,7 +39,14 @@ def test_the_loop_learns(name):
     assert rewards[-1] > 0.8
 
 
-@pytest.mark.parametrize("backend", trainer_backends.present(), ids=lambda backend: backend.name)
+# A minute of compilation with JAX.
+DEMOS = [
+    pytest.param(backend, marks=pytest.mark.slow if backend.name == "jax" else ())
+    for backend in trainer_backends.present()
+]
+
+
+@pytest.mark.parametrize("backend", DEMOS, ids=lambda backend: backend.name)
 def test_the_letters_demo_learns(backend, tmp_path):
     command = [sys.executable, "examples/ascending_letters/demo.py", "--backend", backend.name, "--steps", "25"]
     path = os.pathsep.join(path for path in sys.path if path)
