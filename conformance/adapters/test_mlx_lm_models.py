@@ -49,19 +49,6 @@ def test_a_top_level_theta_is_enough(tmp_path):
 
 
 BEYOND = {
-    "yarn that truncates otherwise": (
-        "qwen3",
-        {
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "rope_theta": 700.0,
-                "factor": 4.0,
-                "original_max_position_embeddings": 32,
-                "truncate": False,
-            }
-        },
-        "yarn RoPE of qwen3 has truncate = False",
-    ),
     "longrope": (
         "llama",
         {"rope_parameters": {"rope_type": "longrope", "rope_theta": 700.0}},
@@ -86,6 +73,20 @@ def test_a_setting_that_mlx_lm_reads_otherwise_is_rejected_by_name(name, tmp_pat
     with pytest.raises(ModelError, match=message):
         load(folder)
     with pytest.raises(ModelError, match=message):
+        check_model(plain, folder)
+
+
+def test_yarn_without_truncation_is_computed_as_the_folder_says(tmp_path):
+    """mlx-lm drops `truncate = false`: transformers' logits differ from its by up to 8 in this model."""
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 8.0, "original_max_position_embeddings": 16}
+    rope |= {"truncate": False, "beta_fast": 4.0, "beta_slow": 1.0}
+    folder = tiny_models.write_model("llama", tmp_path / "model", head_dim=32, rope_parameters=rope)
+    plain, _ = mlx_lm.load(str(folder))
+    model, _ = load(folder)
+    ids = mx.array([list(range(1, 60))])
+    assert float(mx.abs(model(ids) - plain(ids)).max()) > 1
+    check_model(model, folder)
+    with pytest.raises(ModelError, match="RoPE"):
         check_model(plain, folder)
 
 
