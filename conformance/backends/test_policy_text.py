@@ -91,6 +91,13 @@ def test_a_last_assistant_message_is_left_open(style, begun):
     assert closing is None or closing not in ids[-len(begun) :]
 
 
+@pytest.mark.parametrize("content", ["", " \n"])
+def test_a_last_assistant_message_without_text_is_refused(style, content):
+    """transformers strips the white space behind the turn's header too, which other tokens would follow."""
+    with pytest.raises(ValueError, match="has no text to continue; leave that message out"):
+        encode(chat_tokenizers.make(style), [*QUESTION, {"role": "assistant", "content": content}])
+
+
 def test_messages_that_end_with_a_tool_or_a_system_message_open_the_assistants_turn():
     tokenizer = chat_tokenizers.make(CHATS["qwen3"])
     for role in ("tool", "system", "user"):

@@ -78,6 +78,14 @@ def test_command_line_overrides_the_file(file):
     assert config.run.seed == 3
 
 
+def test_switches_of_the_command_line_are_written_as_in_the_file(file):
+    path = str(file(GOOD))
+    for words in (["--run.allow_changes", "true"], ["--run.allow-changes=true"], ["--run.allow-changes", "True"]):
+        assert parse_arguments([path, *words])[1].run.allow_changes is True
+    assert parse_arguments([path, "--run.keep_best", "false"])[1].run.keep_best is False
+    assert parse_arguments([path, "--run.folder", "true"])[1].run.folder == "true"
+
+
 def test_an_override_can_mend_the_file(file):
     broken = GOOD + "\n[rollout]\ntop_p = 0.9\n"
     with pytest.raises(ConfigError, match="allow_truncated_support"):
@@ -134,9 +142,17 @@ def test_mistakes_of_every_level_are_reported_together(file, tmp_path):
 
 
 def test_no_mistake_is_told_twice(file):
+    def opened(config: Config) -> list[str]:
+        inputs, messages = commands._opened(config)
+        with inputs:
+            return messages
+
     with pytest.raises(ConfigError) as caught:
         read_config(file(GOOD.replace('"exact_match"', "3") + "\n[rollout]\nprompts = 'x'\n"))
     assert len(str(caught.value).splitlines()) == 2, caught.value
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([str(file(GOOD)), "--rollout.responses", "1"], opened)
+    assert str(caught.value).count("rollout.responses = 1") == 1, caught.value
 
 
 def merged(change: str) -> str:

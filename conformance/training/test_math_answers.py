@@ -46,6 +46,9 @@ def test_a_gold_answer_that_cannot_be_read_is_not_scored(gold, library):
         (r"\boxed{", "5", 0), ("The answer is Evelyn.", r"\text{Evelyn}", 1), ("The answer is -5", "5", 0),
         ("The answer is \u22125", "-5", 1), ("The answer is 2√3", "2", 0), ("The answer is 3i", "3", 0),
         ("answer: sqrt(2)", r"\sqrt{2}", 1), ("The answer is 1/(n+1).", r"\frac{1}{n+1}", 1), ("= 5!", "120", 1),
+        ("<think>it is 71</think> 72", "72", 1), ("<think>it is 72</think> 71", "72", 0),
+        (r"<think>\boxed{72}</think> so $71$", "72", 0), (r"\boxed{x^2}", "x²", 1), (r"\boxed{2x}", "x²", 0),
+        (r"\boxed{10^{-3}}", "10⁻³", 1),
     ],
 )  # fmt: skip
 def test_the_final_answer_of_a_response_is_read_whole(response, gold, wanted, library):

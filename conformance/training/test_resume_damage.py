@@ -1,6 +1,7 @@
 """Resuming next to files that were edited, damaged, lost or put there by somebody: a clear line each, nothing lost."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -167,3 +168,22 @@ def test_a_long_run_is_cut_without_being_held(tmp_path):
     tracemalloc.stop()
     assert not kept.odd and kept.last == 10_000 and peak < 2e6
     assert sum(1 for _ in records(path)) == 20 * 9_000
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
+def test_records_with_line_ends_of_windows_are_kept(name, tmp_path, caplog, unbroken):
+    run_folders.go(run_folders.config(tmp_path))
+    before = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(before.replace(b"\n", b"\r\n"))
+    said, policy = resumed(tmp_path, caplog)
+    assert not [text for text in said if name in text]
+    assert (tmp_path / name).read_bytes().startswith(before.replace(b"\n", b"\r\n"))
+    np.testing.assert_array_equal(policy.logits, unbroken)
+
+
+def test_a_run_without_checkpoints_says_that_it_begins_anew(tmp_path, caplog, unbroken):
+    run_folders.go(run_folders.config(tmp_path))
+    shutil.rmtree(tmp_path / "checkpoints")
+    said, policy = resumed(tmp_path, caplog)
+    assert [text for text in said if "begins anew; the records of its 3 steps are dropped" in text]
+    np.testing.assert_array_equal(policy.logits, unbroken)

@@ -142,6 +142,7 @@ def test_arrow_tables_name_the_column_that_python_cannot_hold(tmp_path):
         ([*ROWS, None], "row 2 is a NoneType"),
         (3, "is a int; expected a path, or rows: a list of mappings"),
         (b"bytes", "row 0 is a int"),
+        ([{"prompt": "a", 3: "b"}], "row 0 has a column named 3 (int); expected text"),
     ],
     ids=str,
 )

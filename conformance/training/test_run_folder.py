@@ -16,6 +16,7 @@ import run_folders
 from table_problem import PROMPTS, reward
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.rewards import RewardError
 from gvpo_core.training.run import disk
 from gvpo_core.training.run.checkpoint import CheckpointError, newest_checkpoint, steps_saved
 from gvpo_core.training.run.folder import RunFolderError
@@ -207,3 +208,34 @@ def test_starts_are_kept_with_what_changed(tmp_path):
     assert any(line.startswith("gvpo: 0.0.1 -> ") for line in second["changed"])
     assert "run.steps: 2 -> 3" in second["changed"]
     assert Path(tmp_path / "config.toml").read_text().count("steps = 3") == 1
+
+
+@pytest.mark.parametrize("what", ["file", "link to nothing", "below a file", "long name", "empty", "folder as metrics"])
+def test_a_path_that_can_be_no_run_folder_is_named_without_advice_to_wait(what, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x")
+    path = {
+        "link to nothing": tmp_path / "link", "below a file": tmp_path / "file" / "run",
+        "long name": tmp_path / ("a" * 300), "folder as metrics": tmp_path / "run",
+    }.get(what, tmp_path / "file")  # fmt: skip
+    config = run_folders.config(path, steps=1)
+    if what == "folder as metrics":
+        run_folders.go(config)
+        (path / "metrics.jsonl").unlink()
+        (path / "metrics.jsonl").mkdir()
+        config = run_folders.config(path, steps=2)
+    if what == "empty":
+        config = replace(config, run=replace(config.run, folder=""))
+    with pytest.raises((RunFolderError, ConfigError)) as error:
+        run_folders.go(config)
+    assert ("metrics.jsonl is a folder" if what == "folder as metrics" else "run.folder = ") in str(error.value)
+    assert "Errno" not in str(error.value) and "Run again" not in str(error.value)
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_an_error_that_quotes_text_that_is_no_unicode_is_told_as_itself(tmp_path):
+    def bad(completions):
+        raise ValueError("no \ud800 here")
+
+    with pytest.raises(RewardError, match="gave no score"):
+        run_folders.go(run_folders.config(tmp_path), rewards={"value": bad})

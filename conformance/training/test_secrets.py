@@ -185,6 +185,7 @@ def test_commands_and_texts():
     ]  # fmt: skip
     url = "see https://h/x?a=1&token=abc&b=2#top and http://h/y?api_key=q'"
     assert hide(url) == "see https://h/x?a=1&token=***&b=2#top and http://h/y?api_key=***'"
+    assert hide("https://host/p#access_token=abc123 is") == "https://host/p#access_token=*** is"
     assert hide("mail me@host.org about 3 tokens") == "mail me@host.org about 3 tokens"
     assert secrets_of({"a": {"secret": "long-enough"}}, {"X_TOKEN": "short", "Y_TOKEN": "seven77"}) == {
         "long-enough", "seven77",
@@ -224,8 +225,10 @@ SECRET = "k3y\"/+ü with spaces'&more"
         lambda s: base64.b64encode(s.encode()).decode(),
         lambda s: base64.b64encode(f"u:{s}".encode()).decode(), lambda s: base64.b64encode(f"me:{s}".encode()).decode(),
         lambda s: base64.urlsafe_b64encode(s.encode()).decode(),
+        ascii, lambda s: repr(s.encode()), lambda s: s.encode().hex(),
     ],
-    ids=["plain", "repr", "json", "json-utf8", "html", "url", "form", "path", "base64", "basic", "basic-1", "b64-url"],
+    ids=["plain", "repr", "json", "json-utf8", "html", "url", "form", "path", "base64", "basic", "basic-1", "b64-url",
+         "ascii", "bytes", "hex"],
 )  # fmt: skip
 def test_a_secret_is_hidden_in_every_form_that_programs_write(form):
     written = form(SECRET)
@@ -251,9 +254,11 @@ def test_the_shortest_hidden_value_is_documented():
 @pytest.mark.parametrize(
     ("name", "secret"),
     [(n, True) for n in ("DB_PASS", "DB_PWD", "SSH_PASSPHRASE", "SIGNING_KEY", "API_TOKENS", "SESSION_COOKIE",
-                         "hf_tokens", "judge_key", "GH_TOKEN", "x.password")]
+                         "hf_tokens", "judge_key", "GH_TOKEN", "x.password", "pwd", "pass", "dbPass", "jwt", "auth",
+                         "auth_header", "bearer", "DB_CREDS", "passcode", "OPENAI_KEYS", "judge_token")]
     + [(n, False) for n in ("PWD", "OLDPWD", "max_tokens", "MAX_TOKENS", "micro_batch_tokens", "monkey",
-                            "answer_key", "compass", "tokenizer", "keyboard")],
+                            "answer_key", "compass", "tokenizer", "keyboard", "eos_token", "end_token", "stop_token",
+                            "pad_token_id", "token_count", "label_keys", "bypass")],
 )  # fmt: skip
 def test_names_of_secrets(name, secret):
     assert is_secret(name) is secret

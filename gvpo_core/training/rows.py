@@ -35,6 +35,11 @@ def load_rows(source: Any, name: str = "data") -> list[Row]:
             raise DataError(
                 f'{name} row {i} is a {type(row).__name__} ({row!r:.60}); expected a mapping, as {{"prompt": ...}}'
             )
+        for column in row:
+            if not isinstance(column, str):
+                raise DataError(
+                    f"{name} row {i} has a column named {column!r} ({type(column).__name__}); expected text"
+                )
     return rows
 
 

@@ -50,6 +50,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(0 <= c.rollout.min_p < 1, "rollout.min_p", "in [0, 1)")
     need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
     need(all(0 <= b < 1 for b in c.optimizer.betas), "optimizer.betas", "two numbers in [0, 1)")
+    need(bool(c.run.folder.strip()), "run.folder", "a folder for the run's files")
     need(bool(c.data.train), "data.train", "a file of training prompts")
     need(bool(c.model.path) or c.run.backend == "table", "model.path", "a model folder or name")
     need(

@@ -86,8 +86,11 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
     wrong: list[str] = []
     taken: list[list[str]] = []  # an option and its values each
     known, secrets = {f"--{name}" for name in _field_names(default)}, secrets_of(as_table(default))
+    switches = {f"--{name}" for name, value in _flat(as_table(default)).items() if isinstance(value, bool)}
     for one in _each(options):
         name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+        if name in switches:
+            one = [re.sub(r"(^|=)(true|false)$", lambda m: m[1] + m[2].capitalize(), word) for word in one]
         if one[0].startswith("--") and name not in known:
             wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
             continue

@@ -25,19 +25,23 @@ HIDDEN = "***"
 SHORTEST = 6
 """Characters of the shortest value that is looked for in text: a shorter one would be found in ordinary words."""
 _NAMED = re.compile(
-    r"(token(?!s|iz)|secret|passw|passphrase|api[_-]?key|access[_-]?key|private[_-]?key|credential|authorization|cookie"
+    r"((?<!eos_)(?<!bos_)(?<!pad_)(?<!end_)(?<!stop_)(?<!start_)(?<!mask_)(?<!image_)(?<!special_)"
+    r"token(?!s|iz|_(?:counts?|ids?|types?|limit|budget|weights?|penalty)\b)"
+    r"|secret|passw|passphrase|passcode|api[_-]?key|access[_-]?key|private[_-]?key|credential|authorization|cookie"
+    r"|(?:^|[_-])(?:jwt|bearer|creds|auth|auth_header)$|^(?-i:pass|pwd)$|(?-i:[a-z](?:Pass|Pwd))$"
     r"|(?<![a-z])(api|access|auth|bearer|refresh|id|hf|github|bot)[_-]tokens$|[_-](pass|pwd)$"
     r"|(?<!answer)(?<!sort)(?<!primary)(?<!foreign)(?<!partition)[_-]key$)",
     re.IGNORECASE,
 )
-_VARIABLE = re.compile(r"(?!(?:MAX|MIN|NUM|N)_)[A-Z0-9_]*_TOKENS")  # of the environment; a setting max_tokens is none
+# Of the environment; a setting max_tokens or label_keys is none.
+_VARIABLE = re.compile(r"(?!(?:MAX|MIN|NUM|N)_)[A-Z0-9_]*_(?:TOKENS|KEYS)")
 # A password may hold @ and /, though a URL should not: all up to the last @ before a host. Digits alone are a port.
 _IN_URL = re.compile(
     r"(?<=://)(?:[^/@:\s'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"<>]+(?=@[\w.\-\[\]]+(?::\d+)?(?:[/?#\s'\",;)]|$))"
     r"|[^/@\s'\"]+(?=@))"
 )
 _IN_QUERY = re.compile(
-    r"(?<=[?&])([\w.\-]*(?:token|secret|passw|key|credential|signature|sig|auth)[\w.\-]*=)[^&\s'\"#]+", re.IGNORECASE
+    r"(?<=[?&#])([\w.\-]*(?:token|secret|passw|key|credential|signature|sig|auth)[\w.\-]*=)[^&\s'\"#]+", re.IGNORECASE
 )
 _FROM_ENVIRONMENT = re.compile(r"\$([A-Za-z_]\w*)")
 _CUT_AT_LEAST = 8  # characters of the beginning of a secret, where a text was cut in it
@@ -75,11 +79,14 @@ def _forms(secret: str) -> Iterator[str]:
         yield repr(text)[1:-1]
         yield json.dumps(text)[1:-1]
         yield json.dumps(text, ensure_ascii=False)[1:-1]
+        yield ascii(text)[1:-1]
         yield html.escape(text)
         yield urllib.parse.quote(text)
         yield urllib.parse.quote(text, safe="")
         yield urllib.parse.quote_plus(text)
         encoded = text.encode("utf-8", "surrogateescape")
+        yield repr(encoded)[2:-1]
+        yield encoded.hex()
         for before in range(3):  # a form of base64 for each place in a group of three bytes
             whole = (before + len(encoded)) // 3 * 4  # characters that depend on nothing behind the secret
             for encode in (base64.b64encode, base64.urlsafe_b64encode):

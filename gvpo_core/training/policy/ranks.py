@@ -16,7 +16,7 @@ def agree(policy: Policy, error: Exception | None, kind: type[Exception] = Runti
     Args:
       kind: raised, with the same message, on the ranks that have no error of their own.
     """
-    message = np.frombuffer((f"{error}\n" if error else "").encode(), np.uint8)
+    message = np.frombuffer((f"{error}\n" if error else "").encode("utf-8", "backslashreplace"), np.uint8)
     text = policy.gather(message).tobytes().decode().strip()
     if error:
         raise error

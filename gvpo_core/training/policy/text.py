@@ -48,8 +48,13 @@ def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Tokens:
-    """Token ids of chat messages; see `encode`. Raises: what the template raises."""
+    """Token ids of chat messages; see `encode`.
+
+    Raises: ValueError: the last message is the assistant's and empty. What the template raises.
+    """
     open_turn = messages[-1].get("role") in ASSISTANT
+    if open_turn and not str(messages[-1].get("content")).strip():  # transformers would strip the turn's header too
+        raise ValueError("the last chat message is the assistant's and has no text to continue; leave that message out")
     ids = tokenizer.apply_chat_template(
         [dict(message) for message in messages],
         add_generation_prompt=not open_turn,

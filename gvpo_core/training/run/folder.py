@@ -21,6 +21,7 @@ _log = logging.getLogger("gvpo")
 # Settings that change nothing about the numbers of the steps still to come.
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
          "run.show_every", "run.allow_changes", "evaluation.")  # fmt: skip
+_NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # a path that waiting does not mend
 _ALLOW = "another run.folder, or run.allow_changes = true to go on with"
 
 
@@ -179,14 +180,22 @@ class RunFolder:
     def _writing(self) -> Iterator[None]:
         try:
             yield
+        except FileExistsError as e:
+            raise RunFolderError(f"run.folder = {str(self.path)!r}: {e.filename} is not a folder; give another") from e
         except OSError as e:
-            raise RunFolderError(f"cannot write the run folder {self.path}: {e}") from e
+            raise RunFolderError(f"cannot write the run folder {self.path}: {e.strerror or e}") from e
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
         try:
             yield
         except OSError as e:
+            if e.errno in _NO_FOLDER:
+                raise RunFolderError(f"run.folder = {str(self.path)!r} cannot be used: {e.strerror}") from e
+            if isinstance(e, IsADirectoryError):
+                raise RunFolderError(
+                    f"{e.filename} is a folder; expected a file of the run. Nothing was changed"
+                ) from e
             raise RunFolderError(
                 f"cannot read the run folder {self.path} now: {e}; nothing in it was changed. Run again when the file"
                 " system answers"
@@ -234,6 +243,11 @@ class RunFolder:
                     raise
                 lost = "verdicts begin anew, and the report lacks them" if whole else "the report shows none of them"
                 kept = Kept(odd=[f"{path} is missing, and {step} steps are done: {lost}"] if step > 0 else [])
+            if step < 0 and kept.last > 0 and whole:
+                kept.odd.append(
+                    f"{path}: no checkpoint is left to go on from, so the run begins anew; the records of its"
+                    f" {kept.last} steps are dropped"
+                )
             last = max(last, kept.last)
             for text in kept.odd:
                 _log.warning("%s", text)

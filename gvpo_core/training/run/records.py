@@ -121,7 +121,7 @@ def _filtered(path: Path, step: int, whole: bool, end: int) -> None:
 
 def _kind_and_step(line: bytes, whole: bool) -> tuple[str, int | None]:
     """The kind and the step of a record; the step is None where the line is no whole record."""
-    if not line.endswith(b"}\n"):
+    if not line.endswith((b"}\n", b"}\r\n")):  # the second: a copy through Windows or git
         return "", None
     if not whole and (head := _HEAD.match(line)):
         return head[1].decode(), (int(head[2]) if b"\0" not in line else None)

@@ -22,6 +22,8 @@ _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}")
 _MIXED = re.compile(r"(-?)(\d+)\s+(\d+)\s*/\s*(\d+)")
 _ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[{(]?\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)")
 _BASE = re.compile(r"^\(?[0-9A-Z]+\)?_\{?(\d+)\}?$")
+_RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
+_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _UNITS = {
     unit: number
     for number, units in enumerate(
@@ -52,6 +54,9 @@ def library() -> tuple[Any, Any, Any]:
 
 def judge(response: str, gold: str) -> float | None:
     """1.0 where the response's final answer equals the gold answer, 0.0 where not; None where the gold is not read."""
+    thought, _, said = response.rpartition("</think>")
+    if thought and said.strip():
+        response = said
     if tagged := re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL):
         response = tagged[-1]
     answer = _undelimited(gold.rpartition("####")[2] if "####" in gold else gold)
@@ -197,6 +202,7 @@ def _read(answer: str) -> Any:
     """The expression that an answer is as a whole; None where it cannot be parsed."""
     answer = re.sub(r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", answer)
     answer = answer.replace(r"\$", "").replace("$", "").replace("π", r"\pi ").replace("√", r"\sqrt ")
+    answer = _RAISED.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", answer)
     answer = answer.replace("\u2212", "-").replace("×", r"\times ").replace("∞", r"\infty ").replace("°", r"^\circ")
     answer = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))", "", answer).replace(r"\varnothing", r"\emptyset")
     answer = _ANGLE.sub(r"\1\\frac{\2\\pi}{180}", answer).strip()
