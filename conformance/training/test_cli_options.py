@@ -96,3 +96,21 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
     config.write_text(new)
     status, _, err = gvpo(capfd, "train", config)
     assert status == 2 and f"{given}; did you mean {meant}?" in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rollout.prompts", 10**12),
+        ("rollout.responses", 10**12),
+        ("rollout.max_tokens", 10**12),
+        ("run.steps", 10**15),
+        ("objective.epochs", 10**9),
+        ("rewards.right.workers", 10**6),
+        ("evaluation.responses", 10**12),
+    ],
+)
+def test_absurd_sizes_are_refused_in_one_line(name, value, tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    status, _, err = gvpo(capfd, "train", config, f"--{name}", value)
+    assert status == 2 and f"{name} = {value}; expected" in err and len(err.splitlines()) == 1, err

@@ -193,3 +193,17 @@ def test_a_file_with_the_name_of_a_package_does_not_take_its_place(name: str, fi
     finally:
         if was is not None:
             sys.modules[name] = was
+
+
+def test_a_changed_objective_file_is_noted_like_a_changed_reward(file, tmp_path: Path) -> None:
+    from gvpo_core.training.config import Config
+    from gvpo_core.training.config import ObjectiveConfig as Objective
+    from gvpo_core.training.run.fingerprint import changes, run_inputs
+
+    spec = file(GVPO, "mine").replace(":mine", ":gvpo")
+    config = Config(objective=Objective(name=spec))
+    before = run_inputs(config, [{"prompt": "p"}], [])
+    assert before["objective"]["name"]["sha256"] and run_inputs(Config(), [], [])["objective"] == {}
+    Path(spec.rpartition(":")[0]).write_text(GVPO + "\n# changed\n")
+    noted, refused = changes(before, run_inputs(config, [{"prompt": "p"}], []))
+    assert [line.split(":")[0] for line in noted] == ["objective.name"] and not refused

@@ -14,6 +14,13 @@ from gvpo_core.training.config.secrets import HIDDEN
 from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
 
 _LARGEST = 2**53  # beyond it numbers are no longer exact in JSON
+# More than any run has: beyond these a step or its plan would not fit in memory, and the start would seem to hang.
+_AT_MOST = {
+    "run.steps": 10**8, "rollout.prompts": 2**20, "rollout.responses": 2**20, "rollout.max_tokens": 2**24,
+    "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
+    "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
+    "evaluation.prompts": 2**24,
+}  # fmt: skip
 
 
 def check_config(config: Config) -> None:
@@ -46,6 +53,16 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "evaluation.patience", "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
     ):  # fmt: skip
         need(_get(c, name) >= 0, name, ">= 0")
+    for name, most in _AT_MOST.items():
+        need(_get(c, name) <= most, name, f"at most {most:,}")
+    need(
+        c.rollout.prompts * c.rollout.responses <= 2**24 or c.rollout.prompts > 2**20 or c.rollout.responses > 2**20,
+        "rollout.prompts",
+        f"at most {2**24:,} responses a step, and rollout.responses = {c.rollout.responses}",
+    )
+    every = c.evaluation.every
+    few = not every or c.run.steps > 10**8 or c.run.steps // max(every, 1) <= 10**6
+    need(few, "evaluation.every", "at most 1,000,000 evaluations a run")
     need(0 < c.rollout.top_p <= 1, "rollout.top_p", "in (0, 1]")
     need(0 <= c.rollout.min_p < 1, "rollout.min_p", "in [0, 1)")
     need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
@@ -80,7 +97,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
             wrong.append((f"rewards.{name}", f"a reward cannot be named {name!r}; give it another name"))
         for key, good, wanted in (
             ("timeout", reward.timeout > 0, "> 0"),
-            ("workers", reward.workers >= 1, "at least 1"),
+            ("workers", 1 <= reward.workers <= 1024, "1 to 1,024"),
             ("memory", reward.memory >= 0, ">= 0"),
             ("max_failures", 0 <= reward.max_failures <= 1, "in [0, 1]"),
         ):

@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
+from gvpo_core.objectives import TABLE
 from gvpo_core.training.config import Config, ModelConfig, RewardConfig
 from gvpo_core.training.run.disk import names_in, retried
 
@@ -31,7 +32,7 @@ def run_inputs(
     held_out: Sequence[Mapping[str, Any]],
     rewards: Mapping[str, Callable[..., Any]] | None = None,
 ) -> dict[str, Mapping[str, Any]]:
-    """What a run is made from, for environment.json: "data", "model" and "rewards" -> name -> fingerprint.
+    """What a run is made from, for environment.json: "data", "model", "rewards", "objective" -> name -> fingerprint.
 
     Args:
       held_out: rows of the evaluation; none where there is none.
@@ -39,7 +40,9 @@ def run_inputs(
     """
     data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(held_out)} if held_out else {})
     code = reward_fingerprints(config.rewards, rewards)
-    return {"data": data, "model": model_fingerprint(config.model), "rewards": code}
+    own = config.objective.name not in TABLE
+    objective = reward_fingerprints({"name": RewardConfig(function=config.objective.name)}) if own else {}
+    return {"data": data, "model": model_fingerprint(config.model), "rewards": code, "objective": objective}
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -172,13 +175,13 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
     """
     noted: list[str] = []
     refused: list[str] = []
-    for section in ("data", "model", "rewards"):
+    for section in ("data", "model", "rewards", "objective"):
         a, b = _table(old.get(section)), _table(new.get(section))
         for name in dict.fromkeys((*a, *b)):
             both = (name in a and name in b) or (section == "data" and a and b)  # an evaluation may come or go
             if both and a.get(name) != b.get(name):
                 line = f"{section}.{name}: {_told(a.get(name))} -> {_told(b.get(name))}"
-                (noted if section == "rewards" else refused).append(line)
+                (noted if section in ("rewards", "objective") else refused).append(line)
     a, b = _machine(old), _machine(new)
     noted += [f"{name}: {a[name]} -> {b[name]}" for name in a if name in b and a[name] != b[name]]
     return noted, refused

@@ -46,7 +46,7 @@ class RunFolder:
         """Takes the folder for `config`, and compares it with the run that is there. Changes no file of that run.
 
         Args:
-          inputs: "data", "model" and "rewards" -> name -> fingerprint: see fingerprint.py.
+          inputs: "data", "model", "rewards", "objective" -> name -> fingerprint: see fingerprint.py.
         Raises: RunFolderError: another process has it, or it cannot be read or written. ConfigError: it holds a run
           with other settings, data or model.
         """
@@ -139,7 +139,7 @@ class RunFolder:
         """
         self.confirm()
         known = self._known(begun=False, allowed=True)
-        before = {k: v for k, v in known.items() if k not in ("data", "model", "rewards")}
+        before = {k: v for k, v in known.items() if k not in ("data", "model", "rewards", "objective")}
         noted = self._changed + (changes(before, facts)[0] if step > 0 else [])
         starts = known.get("starts")
         start = {"time": time.time(), "step": step, "changed": noted}
@@ -148,7 +148,7 @@ class RunFolder:
         start |= {k: policy[k] for k in ("versions", "device_name") if isinstance(policy, Mapping) and k in policy}
         history = [*(starts if isinstance(starts, list) else []), start]
         with self._writing():
-            write_synced(self._settings, config_text(config).encode())
+            write_synced(self._settings, config_text(config).encode("utf-8", "backslashreplace"))
             text = json.dumps({**facts, "starts": history}, indent=1, default=str)
             write_synced(self._environment, text.encode("utf-8", "backslashreplace"))
         return noted
