@@ -219,7 +219,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capfd):
     (tmp_path / "run").write_text("a file stands here")
     status, _, err = gvpo(capfd, "train", config)
     assert status == 1
-    assert "cannot write the run folder" in err
+    assert "is not a folder; give another" in err
 
 
 def run_into(stdout, *arguments) -> tuple[int, str]:
