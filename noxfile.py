@@ -166,11 +166,22 @@ def jax_next(session: nox.Session) -> None:
     pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Builds the docs site into .nox/site; a broken link is an error.
+
+    nox -s docs
+    """
+    install(session, "numpy", "array-api-compat", "mkdocs-material", "mkdocstrings[python]")
+    session.run("mkdocs", "build", "--strict")
+
+
 DEFAULT = ["checks", *(f"conformance({subject})" for subject in ENVIRONMENTS)]
 NEWEST = [
+    "docs",
     "jax_next",
     *(f"unconstrained({backend})" for backend in ("torch", "jax", "mlx")),
-]  # sessions of newest releases: part of the full run
+]  # the docs site and the newest releases: part of the full run
 
 
 @nox.session(venv_backend="none")
