@@ -16,9 +16,7 @@ from places import ROOT, SUPPORT
 from required import require
 
 if (asked := os.environ.get("GVPO_SUBJECTS")) and "mlx_lm" not in asked.split(","):
-    pytest.skip(
-        "nox -s 'conformance(mlx)' runs these", allow_module_level=True
-    )  # mlx-lm is in the MLX backend's environment too
+    pytest.skip("GVPO_SUBJECTS does not name mlx_lm: nox -s 'conformance(mlx)' runs these", allow_module_level=True)
 require("mlx_lm", "mlx.core", subject="mlx_lm")
 
 import mlx.core as mx

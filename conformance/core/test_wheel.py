@@ -1,6 +1,6 @@
 """The built wheel, installed alone in an environment outside the repository: what is in it, and what it asks for.
 
-GVPO_DIST names the folder with the built sdist and wheel (`nox -s wheel`); without it these tests are skipped.
+GVPO_DIST names the folder with the built sdist and wheel (`nox -s checks`); without it these tests are skipped.
 """
 
 import os
@@ -15,7 +15,7 @@ import pytest
 from places import ROOT
 
 DIST = os.environ.get("GVPO_DIST")
-pytestmark = pytest.mark.skipif(DIST is None, reason="no built wheel: nox -s wheel")
+pytestmark = pytest.mark.skipif(DIST is None, reason="no built wheel: nox -s checks")
 PACKAGES = [ROOT / "gvpo", ROOT / "gvpo_core"] + [
     path.parent for folder in ("backends", "adapters") for path in ROOT.glob(f"{folder}/gvpo_*/__init__.py")
 ]
