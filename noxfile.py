@@ -349,11 +349,17 @@ def bench(session: nox.Session) -> None:
     """Time and memory beside TRL's GRPOTrainer and beside plain PyTorch and MLX; fails beyond the stated bounds.
 
     nox -s bench
-    nox -s bench -- step_vs_trl             one of step_vs_trl, packed_speed, logprob_memory, mlx_logprob_memory
+    nox -s bench -- step_vs_trl             one of the files of benchmarks/
     """
     install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
     failed = []
-    for name in session.posargs or ("step_vs_trl", "packed_speed", "logprob_memory", "mlx_logprob_memory"):
+    for name in session.posargs or (
+        "step_vs_trl",
+        "packed_speed",
+        "logprob_memory",
+        "mlx_logprob_memory",
+        "long_resume",
+    ):
         try:
             session.run("python", f"benchmarks/{name}.py")
         except CommandFailed:  # the others are measured all the same

@@ -4,7 +4,6 @@ import json
 import re
 import shutil
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -79,12 +78,10 @@ def test_settings_of_a_wrong_type_or_size_are_refused_at_once(name, value, sound
     def changed(data):
         return json.dumps(json.loads(data) | {name: value}).encode()
 
-    begin = time.monotonic()
     if name == "eos_token_id":
         assert "eos_token_id = '</s>'" in refused("generation_config.json", changed)
     else:
         assert refused("config.json", changed)
-    assert time.monotonic() - begin < 20
 
 
 def test_a_hub_name_without_a_network_fails_once(monkeypatch, tmp_path):
@@ -102,13 +99,12 @@ def test_a_hub_name_without_a_network_fails_once(monkeypatch, tmp_path):
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
         monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
         for load in (hugging_face.load_tokenizer, hugging_face.located, hugging_face.local_folder):
-            begin = time.monotonic()
             with pytest.raises(ConfigError) as raised:
                 load(ModelConfig(path="someone/some-model"))
             assert f"model.path 'someone/some-model' is no folder here, was not downloaded before, {said}" in str(
                 raised.value
             )
-            assert "\n" not in str(raised.value) and time.monotonic() - begin < 5
+            assert "\n" not in str(raised.value)
 
 
 def test_a_hub_name_is_looked_up_once_a_process(monkeypatch, sound):
