@@ -12,16 +12,15 @@ from gvpo_core.baselines import (
 from gvpo_core.groups import dense_group_ids
 from gvpo_core.objective import (
     GVPOLoss,
-    GVPORegret,
     gvpo_coefficients,
     gvpo_loss,
-    gvpo_regret,
     gvpo_surrogate,
     gvpo_weights,
     sequence_logprobs,
 )
 from gvpo_core.objectives import OBJECTIVES, objective_coefficients
 from gvpo_core.preferences import bradley_terry_loss, dpo_loss, dpo_weights
+from gvpo_core.regret import GVPORegret, gvpo_regret
 
 __all__ = [
     "OBJECTIVES",

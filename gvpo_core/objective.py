@@ -1,15 +1,25 @@
-"""GVPO as functions of arrays: weights (Eq. 12), loss and its parts (Eq. 15-17), coefficients, regret.
+"""GVPO as functions of arrays: weights (Eq. 12), loss and its parts (Eq. 15-17), coefficients.
 
 Notation: s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response's tokens, nats; R_i the
 reward; D(v)_i = v_i - mean of v over i's group; k the counted responses of a group; G the groups with k >= 2.
 A row is counted when `valid` and its reward is not NaN; the rest leave their group, and k is what remains
-(Cor. 3.4). Every function takes NumPy, torch, JAX, MLX, CuPy or any Array API arrays, eager or compiled, and
+(Cor. 3.4). f_i is the response's weight inside the implicit reward, 1 unless `response_weights` is given (GVPO++).
+Every function takes NumPy, torch, JAX, MLX, CuPy or any Array API arrays, eager or compiled, and
 computes in float32 or wider: 16-bit inputs are upcast before any sum.
 """
 
 from typing import NamedTuple, NoReturn
 
-from gvpo_core._arrays import Array, check_beta, check_rows, constant, namespace, stop_gradient, wide_dtype
+from gvpo_core._arrays import (
+    Array,
+    check_beta,
+    check_rows,
+    concrete,
+    constant,
+    namespace,
+    stop_gradient,
+    wide_dtype,
+)
 from gvpo_core.groups import Groups, counted_groups
 
 
@@ -17,9 +27,9 @@ class GVPOLoss(NamedTuple):
     """Eq. 16 and its parts (Eq. 17), reward^2: loss = implicit_variance + reward_variance - 2 covariance."""
 
     loss: Array  # (), mean over the G groups with k >= 2; 0 without any
-    implicit_variance: Array  # (), of beta * s
+    implicit_variance: Array  # (), of beta * f * s
     reward_variance: Array  # (), of R
-    covariance: Array  # (), of beta * s and R
+    covariance: Array  # (), of beta * f * s and R
     group_loss: Array  # (num_groups,), and likewise below; 0 in a group with k < 2
     group_implicit_variance: Array
     group_reward_variance: Array
@@ -34,22 +44,24 @@ class GVPOLoss(NamedTuple):
         raise TypeError("GVPOLoss is a tuple of the loss and its parts; take .loss: float(gvpo_loss(...).loss)")
 
 
-class GVPORegret(NamedTuple):
-    """beta KL(pi_theta || pi*) = J(pi*) - J(pi_theta) for samples from pi_theta (J: Eq. 5). Reward units."""
+class CentredRows(NamedTuple):
+    """The two sides of w = D(R) - beta * D(f * s)."""
 
-    second_order: Array  # (), loss / (2 beta)
-    series: Array  # (), mean over groups of beta log mean exp(w / beta)
-    group_second_order: Array  # (num_groups,)
-    group_series: Array  # (num_groups,)
-
-
-class _Rows(NamedTuple):
     groups: Groups
-    implicit: Array  # (N,) beta * D(s)
+    implicit: Array  # (N,) beta * D(f * s)
     reward: Array  # (N,) D(R)
+    factors: Array | None  # (N,) f, 1 in rows not counted; None: all 1
+
+    def weights(self) -> Array:
+        """(N,) w."""
+        return self.reward - self.implicit
+
+    def gradient_weights(self) -> Array:
+        """(N,) f * w, the factor of grad log pi."""
+        return self.weights() if self.factors is None else self.factors * self.weights()
 
 
-def _rows(
+def centred_rows(
     logprobs: Array,
     ref_logprobs: Array,
     rewards: Array,
@@ -57,12 +69,29 @@ def _rows(
     beta: float,
     num_groups: int | None,
     valid: Array | None,
-) -> _Rows:
+    response_weights: Array | None,
+) -> CentredRows:
+    """Checks the arguments of gvpo_weights and centres both kinds of reward."""
     check_beta(beta)
     groups, log_ratio, rewards = checked_groups(
         logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
     )
-    return _Rows(groups, constant(beta) * groups.center(log_ratio), groups.center(rewards))
+    factors = None
+    if response_weights is not None:
+        factors = _factors(groups, rewards, response_weights)
+        log_ratio = factors * log_ratio
+    return CentredRows(groups, constant(beta) * groups.center(log_ratio), groups.center(rewards), factors)
+
+
+def _factors(groups: Groups, rewards: Array, response_weights: Array) -> Array:
+    """(N,) f, checked to be finite and > 0 in counted rows; 1 in the others."""
+    xp = check_rows({"rewards": rewards, "response_weights": response_weights})
+    factors = stop_gradient(xp.astype(response_weights, rewards.dtype))
+    factors = xp.where(groups.counted, factors, xp.ones_like(factors))
+    low, high = concrete(xp.min(factors)), concrete(xp.max(factors))
+    if low is not None and high is not None and not 0 < low <= high < float("inf"):
+        raise ValueError(f"response_weights span {low}..{high} in counted rows; expected finite numbers > 0")
+    return factors
 
 
 def checked_groups(
@@ -100,12 +129,15 @@ def gvpo_weights(
     beta: float,
     num_groups: int | None = None,
     valid: Array | None = None,
+    response_weights: Array | None = None,
 ) -> Array:
     """The weight of each response's log-likelihood; sums to zero in each group.
 
-    w_i = D(R)_i - beta * D(s)_i
+    w_i = D(R)_i - beta * D(f * s)_i, with f = 1 unless response_weights is given
 
-    The result is constant under differentiation: a gradient through the weights would be another, wrong one.
+    With response weights the optimum is pi_ref exp((R + c) / (beta f)), where c(x) makes it sum to 1, and the
+    factor of grad log pi_i is f_i w_i. The result is constant under differentiation: a gradient through the
+    weights would be another, wrong one.
 
     Args:
       logprobs: (N,) float, nats; log pi_theta of whole responses.
@@ -115,12 +147,13 @@ def gvpo_weights(
       beta: KL coefficient, reward units per nat, one finite number >= 0.
       num_groups: static int; default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
+      response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: (N,), reward units; 0 for rows not counted and in groups with fewer than two counted responses.
     Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12. Departures: none.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12; f: GVPO++, arXiv 2609.21432. Departures: none.
     """
-    rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
-    return stop_gradient(rows.reward - rows.implicit)
+    rows = centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights)
+    return stop_gradient(rows.weights())
 
 
 def gvpo_coefficients(
@@ -132,27 +165,36 @@ def gvpo_coefficients(
     beta: float,
     num_groups: int | None = None,
     valid: Array | None = None,
+    response_weights: Array | None = None,
 ) -> Array:
     """The factor of each response's log-probability gradient in a GVPO step, at policy-gradient scale.
 
-    c_i = w_i / ((k - 1) G), so that -sum_i c_i grad log pi_i = grad(gvpo_loss) / (2 beta)
+    c_i = f_i w_i / ((k - 1) G), so that -sum_i c_i grad log pi_i = grad(gvpo_loss) / (2 beta)
 
     With beta = 0 this is REINFORCE with RLOO's baseline; learning rates carry over from there. Constant under
     differentiation, like gvpo_weights.
 
-    Args: as gvpo_weights.
+    Args:
+      logprobs: (N,) float, nats; log pi_theta of whole responses.
+      ref_logprobs: (N,) float, nats; log pi_ref.
+      rewards: (N,) real; NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: KL coefficient, reward units per nat, one finite number >= 0.
+      num_groups: static int; default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
+      response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: (N,), reward units; 0 where gvpo_weights is 0.
-    Raises: as gvpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12 and 16. Departures: scale. The gradient of Eq. 16
       is 2 beta times this one; the authors' released code steps along beta * w_i / (k - 1).
     """
-    rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
+    rows = centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights)
     return stop_gradient(_coefficients(rows))
 
 
-def _coefficients(rows: _Rows) -> Array:
+def _coefficients(rows: CentredRows) -> Array:
     groups = rows.groups
-    return (rows.reward - rows.implicit) / groups.per_row(groups.divisor(less=1) * groups.total_divisor())
+    return rows.gradient_weights() / groups.per_row(groups.divisor(less=1) * groups.total_divisor())
 
 
 def gvpo_surrogate(
@@ -164,18 +206,34 @@ def gvpo_surrogate(
     beta: float,
     num_groups: int | None = None,
     valid: Array | None = None,
+    response_weights: Array | None = None,
 ) -> Array:
     """A scalar to differentiate: its gradient is a GVPO step at policy-gradient scale, for any beta, 0 too.
 
     -sum_i c_i log pi_i with the coefficients constant. Its value means nothing; report gvpo_loss.
 
-    Args: as gvpo_weights; differentiated through logprobs alone.
+    Args:
+      logprobs: (N,) float, nats; log pi_theta of whole responses; differentiated.
+      ref_logprobs: (N,) float, nats; log pi_ref.
+      rewards: (N,) real; NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: KL coefficient, reward units per nat, one finite number >= 0.
+      num_groups: static int; default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
+      response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: (), nats times reward units.
-    Raises: as gvpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12. Departures: scale, as gvpo_coefficients.
     """
     coefficients = gvpo_coefficients(
-        logprobs, ref_logprobs, rewards, group_ids, beta=beta, num_groups=num_groups, valid=valid
+        logprobs,
+        ref_logprobs,
+        rewards,
+        group_ids,
+        beta=beta,
+        num_groups=num_groups,
+        valid=valid,
+        response_weights=response_weights,
     )
     xp = namespace(logprobs)
     logprobs = xp.astype(logprobs, coefficients.dtype)
@@ -192,23 +250,33 @@ def gvpo_loss(
     beta: float,
     num_groups: int | None = None,
     valid: Array | None = None,
+    response_weights: Array | None = None,
 ) -> GVPOLoss:
     """The unbiased estimate of the variance, within groups, of implicit minus actual reward.
 
-    loss = (1/G) sum_g 1/(k_g - 1) sum_{i in g} w_i^2
+    loss = (1/G) sum_g 1/(k_g - 1) sum_{i in g} w_i^2, w = gvpo_weights
 
-    Args: as gvpo_weights; `loss` is differentiated through logprobs alone.
+    Args:
+      logprobs: (N,) float, nats; log pi_theta of whole responses; differentiated.
+      ref_logprobs: (N,) float, nats; log pi_ref.
+      rewards: (N,) real; NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: KL coefficient, reward units per nat, one finite number >= 0.
+      num_groups: static int; default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
+      response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: GVPOLoss; its field `loss`, (), mean over G, reward^2 units, is the scalar to differentiate:
       gvpo_loss(...).loss. The other fields are the loss's parts and their values per group.
-    Raises: as gvpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 15, 16 (ragged k), 17 (parts). Departures: none.
     """
-    return _loss(_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid))
+    return loss_of(centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights))
 
 
-def _loss(rows: _Rows) -> GVPOLoss:
+def loss_of(rows: CentredRows) -> GVPOLoss:
+    """gvpo_loss of checked arguments."""
     groups = rows.groups
-    weights = rows.reward - rows.implicit
+    weights = rows.weights()
     products = (weights**2, rows.implicit**2, rows.reward**2, rows.implicit * rows.reward)
     loss, implicit, reward, both = (groups.sum(product) / groups.divisor(less=1) for product in products)
     return GVPOLoss(
@@ -223,43 +291,6 @@ def _loss(rows: _Rows) -> GVPOLoss:
         group_size=groups.size,
         counted_groups=groups.total(),
     )
-
-
-def gvpo_regret(
-    logprobs: Array,
-    ref_logprobs: Array,
-    rewards: Array,
-    group_ids: Array,
-    *,
-    beta: float,
-    num_groups: int | None = None,
-    valid: Array | None = None,
-) -> GVPORegret:
-    """The regularised reward still to be gained, for responses sampled from pi_theta itself.
-
-    J(pi*) - J(pi_theta) = beta KL(pi_theta || pi*) = beta log E exp(w / beta) = Var(w) / (2 beta) + O(w^3)
-
-    `second_order` is unbiased for its limit; `series` estimates the log of a mean from k samples, so it is
-    low by O(1/k), and never more than max(w) of its group.
-
-    Args: as gvpo_weights, with beta > 0; differentiated through logprobs alone.
-    Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0, not in the means.
-    Raises: as gvpo_weights; ValueError: beta = 0.
-    Reference: from Eq. 5 and 6 of Zhang et al., GVPO, arXiv 2504.19599; the paper does not state it.
-    """
-    check_beta(beta, positive=True)
-    rows = _rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
-    beta = constant(beta)
-    groups, loss = rows.groups, _loss(rows)
-    xp = groups.xp
-    exponent = (rows.reward - rows.implicit) / beta
-    largest = groups.max(stop_gradient(exponent))
-    below = xp.where(groups.counted, exponent - groups.per_row(largest), xp.zeros_like(exponent))
-    terms = xp.where(groups.counted, xp.exp(below), xp.zeros_like(exponent))
-    mean = groups.sum(terms) / groups.divisor()
-    log_mean = largest + xp.log(xp.where(groups.kept, mean, xp.ones_like(mean)))
-    series = beta * xp.where(groups.kept, log_mean, xp.zeros_like(mean))
-    return GVPORegret(loss.loss / (2 * beta), groups.mean(series), loss.group_loss / (2 * beta), series)
 
 
 def sequence_logprobs(token_logprobs: Array, mask: Array) -> Array:

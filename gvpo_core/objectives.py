@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gvpo_core._arrays import Array, check_beta, check_rows, constant, stop_gradient
 from gvpo_core.baselines import clipped_ratio_weights, leave_one_out, penalised, scored, standardise
 from gvpo_core.groups import Groups
+from gvpo_core.objective import centred_rows
 from gvpo_core.preferences import dpo_weights, pairs
 
 
@@ -22,6 +23,7 @@ class Scores(NamedTuple):
     num_groups: int | None
     valid: Array | None
     clip: Any
+    response_weights: Array | None
 
 
 class Objective(NamedTuple):
@@ -34,7 +36,9 @@ class Objective(NamedTuple):
 
 
 def _gvpo(x: Scores) -> tuple[Groups, Array]:
-    return penalised(x.rewards, x.group_ids, x.beta, x.logprobs, x.ref_logprobs, x.num_groups, x.valid)
+    scores = (x.logprobs, x.ref_logprobs, x.rewards, x.group_ids)
+    rows = centred_rows(*scores, x.beta, x.num_groups, x.valid, x.response_weights)
+    return rows.groups, rows.gradient_weights()
 
 
 def _clipped(advantages_of: Callable[[Groups, Array], Array]) -> Callable[[Scores], tuple[Groups, Array]]:
@@ -98,12 +102,13 @@ def objective_coefficients(
     num_groups: int | None = None,
     valid: Array | None = None,
     clip: float = 0.2,
+    response_weights: Array | None = None,
 ) -> Array:
     """The factor of each response's log-probability gradient in one step of the named objective.
 
     -sum_i c_i grad log pi_i is the gradient of a mean over the G groups that count, of
 
-      gvpo             1/(2 beta) 1/(k-1) sum w^2, Eq. 16                          k >= 2   c = w / ((k-1) G)
+      gvpo             1/(2 beta) 1/(k-1) sum w^2, Eq. 16                          k >= 2   c = f w / ((k-1) G)
       grpo             -1/k sum min(rho A, clamp(rho) A), A = grpo_weights         k >= 2   c = w_clip / (k G)
       dr_grpo          the same, A = dr_grpo_weights                               k >= 2   c = w_clip / (k G)
       rloo             the same, A = rloo_weights                                  k >= 2   c = w_clip / (k G)
@@ -117,15 +122,21 @@ def objective_coefficients(
 
     Args:
       name: one of OBJECTIVES.
-      logprobs, ref_logprobs, rewards, group_ids, num_groups, valid: as gvpo_weights; rows without a reward
-        leave in every objective, sft too.
+      logprobs: (N,) float, nats; log pi_theta of whole responses.
+      ref_logprobs: (N,) float, nats; log pi_ref.
       old_logprobs: (N,) float, nats, of the policy that sampled; grpo, dr_grpo and rloo read it, for the
         others it may be None.
+      rewards: (N,) real; NaN = no score, the response leaves its group in every objective, sft too.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
       beta: reward units per nat (dpo: per nat), >= 0, for dpo > 0; unused by reject_sampling and sft.
-      clip: as clipped_ratio_weights; used by grpo, dr_grpo and rloo.
+      num_groups: static int; default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
+      clip: > 0, the bound of the ratio's distance from 1; used by grpo, dr_grpo and rloo.
+      response_weights: (N,) float > 0, f of GVPO++, for gvpo alone. Default: 1.
     Returns: (N,), constant under differentiation; 0 for rows and groups that do not count.
-    Raises: as gvpo_weights; ValueError: unknown name, or old_logprobs missing where it is read.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 9, 12, 18 and 19.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; an unknown name;
+      old_logprobs missing where it is read; response_weights with another objective than gvpo.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 9, 12, 18 and 19; f: GVPO++, arXiv 2609.21432.
     """
     if name not in TABLE:
         close = get_close_matches(str(name), OBJECTIVES, n=1)
@@ -138,6 +149,8 @@ def objective_coefficients(
     objective = TABLE[name]
     if objective.needs_old and old_logprobs is None:
         raise ValueError(f"old_logprobs is None; {name} needs the log-probabilities at sampling")
+    if response_weights is not None and name != "gvpo":
+        raise ValueError(f"response_weights was given; {name} has none, only gvpo does")
     arguments = (logprobs, ref_logprobs, old_logprobs, rewards, group_ids, constant(beta), num_groups, valid, clip)
-    groups, weights = objective.weights(Scores(*arguments))
+    groups, weights = objective.weights(Scores(*arguments, response_weights))
     return stop_gradient(weights / groups.per_row(objective.scale(groups, constant(beta))))

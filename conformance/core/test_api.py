@@ -9,6 +9,7 @@ import gvpo_core
 pytestmark = pytest.mark.core
 
 SCORES = "logprobs, ref_logprobs, rewards, group_ids, *, beta, num_groups=None, valid=None"
+WEIGHTED = f"{SCORES}, response_weights=None"
 PENALTY = "rewards, group_ids, *, beta=0.0, logprobs=None, ref_logprobs=None"
 SIGNATURES = {
     "bradley_terry_loss": "chosen_rewards, rejected_rewards, *, valid=None",
@@ -18,14 +19,14 @@ SIGNATURES = {
     "dpo_weights": SCORES,
     "dr_grpo_weights": f"{PENALTY}, num_groups=None, valid=None",
     "grpo_weights": f"{PENALTY}, ddof=1, eps=0.0001, num_groups=None, valid=None",
-    "gvpo_coefficients": SCORES,
-    "gvpo_loss": SCORES,
-    "gvpo_regret": SCORES,
-    "gvpo_surrogate": SCORES,
-    "gvpo_weights": SCORES,
+    "gvpo_coefficients": WEIGHTED,
+    "gvpo_loss": WEIGHTED,
+    "gvpo_regret": WEIGHTED,
+    "gvpo_surrogate": WEIGHTED,
+    "gvpo_weights": WEIGHTED,
     "importance_ratio": "logprobs, old_logprobs",
     "objective_coefficients": "name, logprobs, ref_logprobs, old_logprobs, rewards, group_ids, *, beta, "
-    "num_groups=None, valid=None, clip=0.2",
+    "num_groups=None, valid=None, clip=0.2, response_weights=None",
     "reject_sampling_weights": "rewards, group_ids, *, num_groups=None, valid=None",
     "rloo_weights": f"{PENALTY}, num_groups=None, valid=None",
     "sequence_logprobs": "token_logprobs, mask",

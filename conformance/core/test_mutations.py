@@ -12,7 +12,7 @@ from places import ROOT
 
 pytestmark = pytest.mark.core
 
-VALUES = ["test_objective_values.py", "test_groups.py", "test_paper.py"]
+VALUES = ["test_objective_values.py", "test_groups.py", "test_paper.py", "test_response_weights.py"]
 GRADIENTS = ["test_objective_gradients.py", "test_objective_constants.py"]
 ERRORS = ["test_objective_errors.py"]
 
@@ -56,6 +56,25 @@ MUTANTS = {
         "groups.center(log_ratio)",
         VALUES,
     ),
+    "response weights left out of the step": (
+        "objective.py",
+        "return self.weights() if self.factors is None else self.factors * self.weights()",
+        "return self.weights()",
+        VALUES,
+    ),
+    "response weights left out of the implicit reward": (
+        "objective.py",
+        "log_ratio = factors * log_ratio",
+        "log_ratio = 1 * log_ratio",
+        VALUES,
+    ),
+    "response weights divide": (
+        "objective.py",
+        "log_ratio = factors * log_ratio",
+        "log_ratio = log_ratio / factors",
+        VALUES,
+    ),
+    "one Newton step": ("regret.py", "NEWTON_STEPS = 12", "NEWTON_STEPS = 1", VALUES),
     "ratio not clipped": (
         "baselines.py",
         "left = clipped | (advantages == 0) if",

@@ -1,6 +1,7 @@
 """Only what is documented as differentiated has a gradient; arrays with a mask are rejected."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,8 @@ from settings import Setting
 import gvpo_core as core
 
 EVEN = next(case for case in CASES if case.name == "even")
-CONSTANTS = ("ref_logprobs", "rewards", "old_logprobs")  # and beta
+EVEN = replace(EVEN, response_weights=np.linspace(0.5, 2.0, len(EVEN.logprobs)))
+CONSTANTS = ("ref_logprobs", "rewards", "old_logprobs", "response_weights")  # and beta
 DIFFERENTIATED = ("gvpo_loss.loss", "gvpo_surrogate", "gvpo_regret.series", "dpo_loss", "importance_ratio")
 
 
@@ -22,14 +24,17 @@ def _functions() -> dict[str, Callable[[dict[str, Any]], Any]]:
     def of(function: Callable[..., Any], part: Callable[[Any], Any] = lambda x: x) -> Callable[[dict[str, Any]], Any]:
         def call(a: dict[str, Any]) -> Any:
             scores = (a["logprobs"], a["ref_logprobs"], a["rewards"], a["group_ids"])
-            return part(function(*scores, beta=a["beta"], num_groups=EVEN.num_groups)).sum()
+            options = {} if "dpo" in function.__name__ else {"response_weights": a["response_weights"]}
+            return part(function(*scores, beta=a["beta"], num_groups=EVEN.num_groups, **options)).sum()
 
         return call
 
     def coefficients(name: str) -> Callable[[dict[str, Any]], Any]:
         def call(a: dict[str, Any]) -> Any:
             scores = (a["logprobs"], a["ref_logprobs"], a["old_logprobs"], a["rewards"], a["group_ids"])
-            return core.objective_coefficients(name, *scores, beta=a["beta"], num_groups=EVEN.num_groups).sum()
+            options = {"response_weights": a["response_weights"]} if name == "gvpo" else {}
+            options |= {"beta": a["beta"], "num_groups": EVEN.num_groups}
+            return core.objective_coefficients(name, *scores, **options).sum()
 
         return call
 
@@ -65,13 +70,13 @@ _REGRET = core.GVPORegret._fields
 
 
 def _gradients(setting: Setting, a: dict[str, Any]) -> dict[str, Any]:
-    """Name of a function -> its gradient in all constants, which are parts of one array: (3 N + 1,)."""
+    """Name of a function -> its gradient in all constants, which are parts of one array: (4 N + 1,)."""
     n, functions, of = len(EVEN.logprobs), _functions(), setting.subject.value_and_grad
     assert of is not None
 
     def unpacked(x: Any) -> dict[str, Any]:
         parts = {name: x[i * n : (i + 1) * n] for i, name in enumerate(CONSTANTS)}
-        return a | parts | {"beta": x[3 * n]}
+        return a | parts | {"beta": x[len(CONSTANTS) * n]}
 
     x = setting.array(np.concatenate([getattr(EVEN, name) for name in CONSTANTS] + [[EVEN.beta]]))
     if setting.mode == "compiled" and setting.subject.name == "torch":
@@ -99,9 +104,7 @@ def test_reference_rewards_old_logprobs_and_beta_have_no_gradient(setting: Setti
 @pytest.mark.dtypes("float32")
 def test_the_policy_as_its_own_reference_has_the_gradient_of_a_constant_reference(setting: Setting) -> None:
     """gvpo_loss(x, x, ...): with the reference differentiated too the gradient would be 0."""
-    from dataclasses import replace
-
-    case = replace(EVEN, ref_logprobs=EVEN.logprobs)
+    case = replace(EVEN, ref_logprobs=EVEN.logprobs, response_weights=None)
     a = setting.arrays(case)
 
     def loss(x: Any) -> Any:

@@ -110,6 +110,32 @@ def test_other_values(call, message: str) -> None:
         call()
 
 
+FACTORS = {
+    "a weight of 0": (np.array([1.0, 0, 1, 1]), ValueError, "response_weights span 0.0..1.0 in counted rows; expected"),
+    "a negative weight": (np.array([1.0, 1, -2, 1]), ValueError, "response_weights span -2.0..1.0 in counted rows"),
+    "an infinite weight": (np.array([1.0, np.inf, 1, 1]), ValueError, "response_weights span 1.0..inf in counted rows"),
+    "a NaN weight": (np.array([1.0, np.nan, 1, 1]), ValueError, "response_weights span nan..nan in counted rows"),
+    "weights of another shape": (np.ones((4, 1)), ValueError, "response_weights has shape (4, 1); expected (4,)"),
+    "weights as text": ("1", TypeError, "response_weights: got a str; expected an array"),
+}
+
+
+@pytest.mark.modes("eager")
+@pytest.mark.dtypes("float32")
+@pytest.mark.parametrize("bad", FACTORS, ids=lambda x: x.replace(" ", "-"))
+def test_response_weights(setting: Setting, bad: str) -> None:
+    value, error, message = FACTORS[bad]
+    f, ids = setting.array(F), setting.array(IDS)
+    value = setting.array(value) if isinstance(value, np.ndarray) else value
+    for function in FUNCTIONS:
+        with pytest.raises(error, match=re.escape(message)):
+            function(f, f, f, ids, beta=0.3, response_weights=value)
+    for name in core.OBJECTIVES:
+        expected = (error, message) if name == "gvpo" else (ValueError, f"response_weights was given; {name} has none")
+        with pytest.raises(expected[0], match=re.escape(expected[1])):
+            core.objective_coefficients(name, f, f, f, f, ids, beta=0.3, response_weights=value)
+
+
 SEVERAL = np.full(4, 0.2)
 NUMBERS = {
     "clip as text": ("clip", "x", TypeError, "clip is 'x'; expected a number > 0"),

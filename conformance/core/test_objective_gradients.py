@@ -60,14 +60,14 @@ def test_gradients(setting: Setting, case: Case) -> None:
 @pytest.mark.dtypes("float64")
 def test_differentiating_through_the_weights_is_another_gradient(setting: Setting) -> None:
     """-sum w log pi with w not constant: its gradient differs from GVPO's, so the weights must be constants."""
-    from gvpo_core.objective import _rows
+    from gvpo_core.objective import centred_rows
 
     case = CASES[0]
     a = setting.arrays(case)
 
     def wrong(x: Any) -> Any:
-        rows = _rows(x, a["ref_logprobs"], a["rewards"], a["group_ids"], case.beta, case.num_groups, None)
-        return -((rows.reward - rows.implicit) / 3 / 3 * x).sum()
+        rows = centred_rows(x, a["ref_logprobs"], a["rewards"], a["group_ids"], case.beta, case.num_groups, None, None)
+        return -(rows.weights() / 3 / 3 * x).sum()
 
     got = setting.numpy(setting.subject.value_and_grad(wrong)(a["logprobs"])[1])
     right = gradients(setting.rounded(case))["gvpo_surrogate"]
@@ -75,7 +75,9 @@ def test_differentiating_through_the_weights_is_another_gradient(setting: Settin
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("case", [c for c in CASES if c.name in ("even", "ragged", "ties", "unscored")], ids=str)
+@pytest.mark.parametrize(
+    "case", [c for c in CASES if c.name in ("even", "ragged", "ties", "unscored", "response weights")], ids=str
+)
 def test_the_derivatives_on_paper_by_differences(case: Case) -> None:
     """The reference's gradients are those of the reference's values: central differences in float64."""
     values = {"gvpo_loss": "gvpo_loss.loss"}

@@ -18,6 +18,7 @@ COLUMN = {
     "padding": "padding",
     "NaN in one group": "NaN stays in its group",
     "unscored": "unscored rows leave",
+    "response weights": "response weights (GVPO++)",
 }
 
 

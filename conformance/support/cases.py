@@ -20,6 +20,7 @@ class Case:
     rewards: np.ndarray
     group_ids: np.ndarray
     valid: np.ndarray | None = None
+    response_weights: np.ndarray | None = None
     beta: float = 0.3
     num_groups: int = G
 
@@ -27,6 +28,8 @@ class Case:
     def arrays(self) -> dict[str, np.ndarray]:
         """What is turned into arrays of a subject."""
         floats = {"logprobs", "ref_logprobs", "old_logprobs", "rewards"}
+        if self.response_weights is not None:
+            floats.add("response_weights")
         return {name: getattr(self, name) for name in sorted(floats)}
 
 
@@ -101,6 +104,13 @@ def _drawn() -> list[Case]:
     alone = replace(alone, **{k: np.resize(v, N) for k, v in alone.arrays.items()}, group_ids=np.arange(N) % G)
     alone = replace(alone, valid=np.arange(N) < G)
     nothing = replace(draw("nothing valid", (6, 6), seed=12), valid=np.zeros(N, bool))
+    lengths = np.array([3, 1, 40, 7, 512, 2, 2, 9, 100, 1, 30, 5])
+    weighted = replace(draw("response weights", (5, 2, 1, 4), seed=15), response_weights=lengths**-0.5)
+    bare = replace(  # what is not counted may have any weight
+        padding,
+        name="response weights and padding",
+        response_weights=_at(lengths**-1.0, {2: NAN, 5: 0.0, 6: -1.0, 11: INF}),
+    )
     return [
         even,
         ragged,
@@ -114,6 +124,8 @@ def _drawn() -> list[Case]:
         stale,
         alone,
         nothing,
+        weighted,
+        bare,
     ]
 
 
@@ -132,12 +144,15 @@ class Worked:
     group_ids: list[int]
     beta: float
     expected: dict[str, list[float] | float] = field(default_factory=dict)
+    response_weights: list[float] | None = None
 
     @property
     def case(self) -> Case:
         lp, ref, rewards = (np.array(x, float) for x in (self.logprobs, self.ref_logprobs, self.rewards))
         ids = np.array(self.group_ids)
-        return Case(self.name, lp, ref, lp, rewards, ids, beta=self.beta, num_groups=max(self.group_ids) + 1)
+        case = Case(self.name, lp, ref, lp, rewards, ids, beta=self.beta, num_groups=max(self.group_ids) + 1)
+        factors = self.response_weights
+        return case if factors is None else replace(case, response_weights=np.array(factors))
 
 
 WORKED = [
@@ -198,6 +213,28 @@ WORKED = [
             "objective_coefficients.dr_grpo": [-1 / 3, 0, 1 / 3, 0],
             "objective_coefficients.reject_sampling": [0, 0, 0.5, 0.5],
             "objective_coefficients.sft": [1 / 6, 1 / 6, 1 / 6, 1 / 2],
+        },
+    ),
+    Worked(
+        "a pair with response weights",
+        "As the first pair, with f = (1/2, 2): f s = (1/2, 0), beta D(f s) = (1/8, -1/8), w = (3/8, -3/8), loss = "
+        "2 * 9/64. c = f w / (1 * 1). Regret: w/f = (3/4, -3/16), 1/f = (2, 1/2): the weighted mean of w is "
+        "(9/16) / (5/2) = 9/40; (3/20)^2 * 2 + (3/5)^2 / 2 = 9/40, over 1 * 2 beta = 1.",
+        logprobs=[-1, -2],
+        ref_logprobs=[-2, -2],
+        rewards=[1, 0],
+        group_ids=[0, 0],
+        beta=0.5,
+        response_weights=[0.5, 2],
+        expected={
+            "gvpo_weights": [0.375, -0.375],
+            "gvpo_coefficients": [0.1875, -0.75],
+            "gvpo_loss.loss": 0.28125,
+            "gvpo_loss.implicit_variance": 0.03125,
+            "gvpo_loss.covariance": 0.125,
+            "gvpo_regret.second_order": 0.225,
+            "objective_coefficients.gvpo": [0.1875, -0.75],
+            "rloo_weights": [1, -1],
         },
     ),
     Worked(

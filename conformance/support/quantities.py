@@ -12,10 +12,11 @@ def everything(a: Arrays, *, beta: float, num_groups: int) -> dict[str, Any]:
     """Name -> array, for all public functions of arrays at once: one compilation covers them all."""
     scores = (a["logprobs"], a["ref_logprobs"], a["rewards"], a["group_ids"])
     options = {"num_groups": num_groups, "valid": a["valid"]}
+    factors = {"response_weights": a.get("response_weights")}
     penalty = {"beta": beta, "logprobs": a["old_logprobs"], "ref_logprobs": a["ref_logprobs"]}
     out = {
-        "gvpo_weights": core.gvpo_weights(*scores, beta=beta, **options),
-        "gvpo_coefficients": core.gvpo_coefficients(*scores, beta=beta, **options),
+        "gvpo_weights": core.gvpo_weights(*scores, beta=beta, **options, **factors),
+        "gvpo_coefficients": core.gvpo_coefficients(*scores, beta=beta, **options, **factors),
         "sft_weights": core.sft_weights(a["logprobs"], valid=a["valid"]),
         "reject_sampling_weights": core.reject_sampling_weights(a["rewards"], a["group_ids"], **options),
         "dpo_weights": core.dpo_weights(*scores, beta=beta, **options),
@@ -26,9 +27,9 @@ def everything(a: Arrays, *, beta: float, num_groups: int) -> dict[str, Any]:
             a["logprobs"], a["old_logprobs"], a["finite_rewards"], valid=a["valid"]
         ),
     }
-    for name, value in core.gvpo_loss(*scores, beta=beta, **options)._asdict().items():
+    for name, value in core.gvpo_loss(*scores, beta=beta, **options, **factors)._asdict().items():
         out[f"gvpo_loss.{name}"] = value
-    for name, value in core.gvpo_regret(*scores, beta=beta, **options)._asdict().items():
+    for name, value in core.gvpo_regret(*scores, beta=beta, **options, **factors)._asdict().items():
         out[f"gvpo_regret.{name}"] = value
     for name in ("grpo", "dr_grpo", "rloo"):
         weights = getattr(core, f"{name}_weights")
@@ -36,7 +37,14 @@ def everything(a: Arrays, *, beta: float, num_groups: int) -> dict[str, Any]:
         out[f"{name}_weights.kl"] = weights(a["rewards"], a["group_ids"], **penalty, **options)
     for name in core.OBJECTIVES:
         out[f"objective_coefficients.{name}"] = core.objective_coefficients(
-            name, scores[0], scores[1], a["old_logprobs"], *scores[2:], beta=beta, **options
+            name,
+            scores[0],
+            scores[1],
+            a["old_logprobs"],
+            *scores[2:],
+            beta=beta,
+            **options,
+            **(factors if name == "gvpo" else {}),
         )
     return out
 
@@ -47,7 +55,8 @@ def scalars(beta: float, num_groups: int) -> dict[str, Callable[[Any, Arrays], A
     def of(function: Callable[..., Any]) -> Callable[[Any, Arrays], Any]:
         def call(logprobs: Any, a: Arrays) -> Any:
             scores = (logprobs, a["ref_logprobs"], a["rewards"], a["group_ids"])
-            return function(*scores, beta=beta, num_groups=num_groups, valid=a["valid"])
+            options = {} if function is core.dpo_loss else {"response_weights": a.get("response_weights")}
+            return function(*scores, beta=beta, num_groups=num_groups, valid=a["valid"], **options)
 
         return call
 

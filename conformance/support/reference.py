@@ -32,28 +32,53 @@ def softplus(x: float) -> float:
     return x + math.log1p(math.exp(-x)) if x > 0 else math.log1p(math.exp(x))
 
 
+def shift(w: list[float], f: list[float], beta: float) -> float:
+    """c with mean exp((w - c) / (beta f)) = 1, by bisection."""
+    if any(map(math.isnan, w)):
+        return math.nan
+    low, high = min(w), max(w)
+    for _ in range(200):
+        middle = (low + high) / 2
+        mean = math.fsum(exp((x - middle) / (beta * y)) for x, y in zip(w, f, strict=True)) / len(w)
+        low, high = (middle, high) if mean > 1 else (low, middle)
+    return (low + high) / 2
+
+
+def regret(w: list[float], f: list[float], beta: float) -> tuple[float, float]:
+    """Second order and series: half a variance of w weighted by 1/f, and beta E f (exp(u) - 1 - u)."""
+    k, inverse = len(w), [1 / y for y in f]
+    middle = math.fsum(x * y for x, y in zip(w, inverse, strict=True)) / math.fsum(inverse)
+    second = math.fsum((x - middle) ** 2 * y for x, y in zip(w, inverse, strict=True)) / (k - 1) / (2 * beta)
+    c = shift(w, f, beta)
+    u = [(x - c) / (beta * y) for x, y in zip(w, f, strict=True)]
+    return second, beta * math.fsum(y * (exp(x) - 1 - x) for x, y in zip(u, f, strict=True)) / k
+
+
 def gvpo(case: Case) -> dict[str, np.ndarray]:
-    """Eq. 12, 16, 17, and the regret of Eq. 5."""
+    """Eq. 12, 16, 17, and the regret of Eq. 5; with response weights those of GVPO++, arXiv 2609.21432."""
     n, beta = len(case.rewards), case.beta
     groups = members(case, least=2)
-    s = case.logprobs - case.ref_logprobs
+    f = np.ones(n)
+    if case.response_weights is not None:
+        for rows in groups.values():
+            f[rows] = case.response_weights[rows]
+    s = f * (case.logprobs - case.ref_logprobs)
     weights, coefficients = np.zeros(n), np.zeros(n)
     names = ("loss", "implicit_variance", "reward_variance", "covariance")
     parts = {name: np.zeros(case.num_groups) for name in names}
-    series = np.zeros(case.num_groups)
+    second, series = np.zeros(case.num_groups), np.zeros(case.num_groups)
     for g, rows in groups.items():
         reward, implicit = centred(case.rewards, rows), [beta * d for d in centred(s, rows)]
         k = len(rows)
         w = [a - b for a, b in zip(reward, implicit, strict=True)]
         for i, x in zip(rows, w, strict=True):
             weights[i] = x
-            coefficients[i] = x / ((k - 1) * len(groups))
+            coefficients[i] = f[i] * x / ((k - 1) * len(groups))
         parts["loss"][g] = math.fsum(x * x for x in w) / (k - 1)
         parts["implicit_variance"][g] = math.fsum(x * x for x in implicit) / (k - 1)
         parts["reward_variance"][g] = math.fsum(x * x for x in reward) / (k - 1)
         parts["covariance"][g] = math.fsum(a * b for a, b in zip(reward, implicit, strict=True)) / (k - 1)
-        top = max(w) if not any(map(math.isnan, w)) else math.nan
-        series[g] = top + beta * math.log(math.fsum(math.exp((x - top) / beta) for x in w) / k)
+        second[g], series[g] = regret(w, [float(f[i]) for i in rows], beta)
     mean = lambda x: np.asarray(x.sum() / max(len(groups), 1))
     out = {"gvpo_weights": weights, "gvpo_coefficients": coefficients}
     for name, x in parts.items():
@@ -62,8 +87,8 @@ def gvpo(case: Case) -> dict[str, np.ndarray]:
     sizes = {g: len(rows) for g, rows in members(case).items()}
     out["gvpo_loss.group_size"] = np.array([sizes.get(g, 0) for g in range(case.num_groups)], float)
     out["gvpo_loss.counted_groups"] = np.asarray(float(len(groups)))
-    out["gvpo_regret.second_order"] = mean(parts["loss"]) / (2 * beta)
-    out["gvpo_regret.group_second_order"] = parts["loss"] / (2 * beta)
+    out["gvpo_regret.second_order"] = mean(second)
+    out["gvpo_regret.group_second_order"] = second
     out["gvpo_regret.series"] = mean(series)
     out["gvpo_regret.group_series"] = series
     return out
@@ -161,18 +186,25 @@ def gradients(case: Case) -> dict[str, np.ndarray]:
     """Name -> derivative in logprobs, worked out on paper: `test_objective_gradients` checks it by differences."""
     values = reference(case)
     c = values["gvpo_coefficients"]
-    series = np.zeros(len(c))
+    series, second = np.zeros(len(c)), np.zeros(len(c))
     scored = members(case, least=2)
     for rows in scored.values():
-        w = [values["gvpo_weights"][i] for i in rows]
-        top = math.nan if any(map(math.isnan, w)) else max(w)
-        terms = [math.exp((x - top) / case.beta) for x in w]
-        for i, t in zip(rows, terms, strict=True):
-            series[i] = case.beta * (1 / len(rows) - t / math.fsum(terms)) / len(scored)
+        w = [float(values["gvpo_weights"][i]) for i in rows]
+        f = [1.0 if case.response_weights is None else float(case.response_weights[i]) for i in rows]
+        k, beta = len(rows), case.beta
+        # d series / d w_i = (exp(u_i) - 1) / k, as the derivative in c is 0; w_i = ... - beta (f_i s_i - mean)
+        at = shift(w, f, beta)
+        of_series = [(exp((x - at) / (beta * y)) - 1) / k for x, y in zip(w, f, strict=True)]
+        middle = math.fsum(x / y for x, y in zip(w, f, strict=True)) / math.fsum(1 / y for y in f)
+        of_second = [(x - middle) / y / (k - 1) / beta for x, y in zip(w, f, strict=True)]
+        for target, of_w in ((series, of_series), (second, of_second)):
+            total = math.fsum(of_w) / k
+            for i, y, d in zip(rows, f, of_w, strict=True):
+                target[i] = -beta * y * (d - total) / len(scored)
     return {
         "gvpo_loss": -2 * case.beta * c,
         "gvpo_surrogate": -c,
-        "gvpo_regret.second_order": -c,
+        "gvpo_regret.second_order": second,
         "gvpo_regret.series": series,
         "dpo_loss": -values["objective_coefficients.dpo"],
         "importance_ratio": values["importance_ratio"],

@@ -26,6 +26,7 @@ COLUMNS = (
     "ragged groups",
     "padding",
     "unscored rows leave",
+    "response weights (GVPO++)",
     "NaN stays in its group",
     "N = 65,536",
     "properties",

@@ -128,7 +128,7 @@ def test_the_function_cannot_change_what_the_trainer_holds(file) -> None:
         "def own(logprobs, ref_logprobs, old_logprobs, rewards, group_ids):\n    rewards += 1\n    return rewards"
     )
     arrays = [np.zeros(4), np.zeros(4), np.zeros(4), np.arange(4.0), np.array([0, 0, 1, 1])]
-    find_objective(ObjectiveConfig(name=path)).coefficients(*arrays, 2)
+    find_objective(ObjectiveConfig(name=path)).coefficients(*arrays, 2, np.ones(4, int))
     np.testing.assert_array_equal(arrays[3], np.arange(4.0))
 
 
@@ -138,7 +138,7 @@ def test_a_function_that_reads_other_groups_is_rejected(whole_batch: bool, file)
     value = "rewards - logprobs.mean()" if whole_batch else "rewards - logprobs"
     path = file(f"def own(logprobs, ref_logprobs, old_logprobs, rewards, group_ids):\n    return {value}")
     groups, scores = np.array([0, 0, 1, 1]), np.arange(4.0)
-    rollout = SimpleNamespace(group_ids=groups, rewards=scores)
+    rollout = SimpleNamespace(group_ids=groups, rewards=scores, lengths=np.ones(4, int))
     policy = SimpleNamespace(world_size=1)
     chosen, rows = np.ones(4, bool), np.arange(4)
     coefficients = _coefficients(policy, rollout, find_objective(ObjectiveConfig(name=path)), None, None, chosen, rows)

@@ -137,7 +137,8 @@ def _coefficients(
     def factors_at(full: np.ndarray) -> np.ndarray:
         before = full if old is None else old[chosen]
         reference = before if ref is None else ref[chosen]
-        return objective.coefficients(full, reference, before, rollout.rewards[chosen], group_ids, num_groups)
+        rewards, lengths = rollout.rewards[chosen], rollout.lengths[chosen]
+        return objective.coefficients(full, reference, before, rewards, group_ids, num_groups, lengths)
 
     def check_own_group(full: np.ndarray, factors: np.ndarray, part: np.ndarray) -> None:
         others = np.setdiff1d(np.arange(len(full)), part)

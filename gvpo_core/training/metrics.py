@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.objective import gvpo_loss, gvpo_regret
+from gvpo_core.objective import gvpo_loss
+from gvpo_core.regret import gvpo_regret
 from gvpo_core.training.improve import Improvement
+from gvpo_core.training.objective import response_weights
 from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.watch.metric_names import PHASES
 
@@ -23,6 +25,7 @@ def step_metrics(
     improvement: Improvement,
     *,
     beta: float,
+    length_exponent: float = 0.0,
     seconds: float | None = None,
     reward_range: tuple[float, float] | None = None,
 ) -> dict[str, float]:
@@ -30,6 +33,7 @@ def step_metrics(
 
     Args:
       beta: of the objective.
+      length_exponent: of the objective (GVPO++); 0: responses weigh the same.
       seconds: wall time of the whole step. Default: the sum of its phases.
       reward_range: lowest and highest reward of earlier steps, where known.
     Raises: ValueError: arrays whose lengths differ, or a group id out of range, naming it.
@@ -37,7 +41,7 @@ def step_metrics(
     rewards = np.asarray(rollout.rewards, dtype=np.float64)
     scored = ~np.isnan(rewards)
     metrics: dict[str, float] = {"responses/total": rewards.size, "responses/unscored": int((~scored).sum())}
-    metrics |= _objective_metrics(rollout, improvement, beta)
+    metrics |= _objective_metrics(rollout, improvement, beta, length_exponent)
     metrics |= _group_metrics(rollout, rewards, scored, reward_range)
     for name, values in rollout.parts.items():
         metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
@@ -135,11 +139,15 @@ def _wilson_half_width(values: np.ndarray) -> float:
     return max(middle + half - p, p - (middle - half))
 
 
-def _objective_metrics(rollout: Rollout, improvement: Improvement, beta: float) -> dict[str, float]:
+def _objective_metrics(
+    rollout: Rollout, improvement: Improvement, beta: float, length_exponent: float
+) -> dict[str, float]:
     logprobs = np.asarray(improvement.logprobs, dtype=np.float64)
     reference = np.asarray(improvement.ref_logprobs, dtype=np.float64)
     rewards, groups = np.asarray(rollout.rewards, dtype=np.float64), np.asarray(rollout.group_ids)
-    loss = gvpo_loss(logprobs, reference, rewards, groups, beta=beta, num_groups=rollout.num_groups)
+    options: dict[str, Any] = {"beta": beta, "num_groups": rollout.num_groups}
+    options["response_weights"] = response_weights(rollout.lengths, length_exponent)
+    loss = gvpo_loss(logprobs, reference, rewards, groups, **options)
     metrics = {
         "loss": float(loss.loss),
         "loss/implicit_variance": float(loss.implicit_variance),
@@ -150,7 +158,7 @@ def _objective_metrics(rollout: Rollout, improvement: Improvement, beta: float) 
     }
     if beta > 0:
         with np.errstate(invalid="ignore"):  # a NaN is for the alerts to tell of
-            regret = gvpo_regret(logprobs, reference, rewards, groups, beta=beta, num_groups=rollout.num_groups)
+            regret = gvpo_regret(logprobs, reference, rewards, groups, **options)
         metrics["regret/second_order"] = float(regret.second_order)
         metrics["regret/series"] = float(regret.series)
     counted = ~np.isnan(rewards) & (loss.group_size[groups] >= 2)

@@ -13,7 +13,7 @@ from gvpo_core.training.config.check import wrong_objective
 from gvpo_core.training.rewards.worker.functions import find_function
 
 _ARRAYS = ("logprobs", "ref_logprobs", "old_logprobs", "rewards", "group_ids")
-_OPTIONS = ("beta", "num_groups", "clip")
+_OPTIONS = ("beta", "num_groups", "clip", "lengths")
 
 
 class ObjectiveError(RuntimeError):
@@ -29,6 +29,7 @@ class TrainingObjective:
     needs_old: bool  # reads the policy's log-probabilities before the rollout's first step
     own: Callable[..., Any] | None  # the user's function; None: the table's
     options: dict[str, Any]  # beta, clip
+    length_exponent: float = 0.0
 
     def coefficients(
         self,
@@ -38,16 +39,19 @@ class TrainingObjective:
         rewards: np.ndarray,
         group_ids: np.ndarray,
         num_groups: int,
+        lengths: np.ndarray,
     ) -> np.ndarray:
-        """(N,) float64, the factor of each response's log-probability gradient; arrays (N,).
+        """(N,) float64, the factor of each response's log-probability gradient; arrays (N,), `lengths` in tokens.
 
         Raises: ObjectiveError: the user's function raised, or gave no N numbers.
         """
         arrays = (logprobs, ref_logprobs, old_logprobs, rewards, group_ids)
         options = self.options | {"num_groups": num_groups}
         if self.own is None:
-            return np.asarray(objective_coefficients(self.name, *arrays, **options))
+            factors = response_weights(lengths, self.length_exponent)
+            return np.asarray(objective_coefficients(self.name, *arrays, **options, response_weights=factors))
         taken = _taken(self.own)
+        options["lengths"] = np.array(lengths)
         copies = [np.array(array) for array in arrays]  # what the function changes in place changes nothing here
         try:
             given = self.own(*copies, **{name: value for name, value in options.items() if name in taken})
@@ -62,12 +66,20 @@ class TrainingObjective:
         return result
 
 
+def response_weights(lengths: np.ndarray, exponent: float) -> np.ndarray | None:
+    """(N,) f = |y|^-exponent of responses of `lengths` tokens (GVPO++, arXiv 2609.21432); None where all are 1."""
+    if not exponent:
+        return None
+    weights: np.ndarray = np.maximum(np.asarray(lengths, np.float64), 1.0) ** -exponent
+    return weights
+
+
 def find_objective(config: ObjectiveConfig) -> TrainingObjective:
     """The objective that `objective.name` names.
 
     A user's function is `file.py:function` or `package.module:function`. It takes (N,) NumPy arrays by position,
-    logprobs, ref_logprobs, old_logprobs, rewards and group_ids, and by name those of beta, num_groups and clip that it
-    has parameters for. Every row has a reward. It returns (N,) coefficients c: the loss has the gradient
+    logprobs, ref_logprobs, old_logprobs, rewards and group_ids, and by name those of beta, num_groups, clip and lengths
+    (N,) that it has parameters for. Every row has a reward. It returns (N,) coefficients c: the loss has the gradient
     -sum_i c_i grad log pi_i. A row's coefficient must depend on its own group alone, and on how many groups there are.
     Its attribute `smallest` (default 2) is the number of scored responses that a group needs.
 
@@ -76,7 +88,7 @@ def find_objective(config: ObjectiveConfig) -> TrainingObjective:
     options = {"beta": config.beta, "clip": config.clip}
     if config.name in TABLE:
         row = TABLE[config.name]
-        return TrainingObjective(config.name, row.smallest, row.needs_old, None, options)
+        return TrainingObjective(config.name, row.smallest, row.needs_old, None, options, config.length_exponent)
     if wrong := wrong_objective(config.name):
         raise ConfigError(wrong)
     try:

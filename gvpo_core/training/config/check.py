@@ -19,7 +19,7 @@ _AT_MOST = {
     "run.steps": 10**8, "rollout.prompts": 2**20, "rollout.responses": 2**20, "rollout.max_tokens": 2**24,
     "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
-    "evaluation.prompts": 2**24,
+    "evaluation.prompts": 2**24, "objective.length_exponent": 8,
 }  # fmt: skip
 
 
@@ -51,6 +51,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup", "optimizer.max_gradient_norm",
         "optimizer.micro_batch_responses", "optimizer.eps", "evaluation.every", "evaluation.prompts",
         "evaluation.patience", "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
+        "objective.length_exponent",
     ):  # fmt: skip
         need(_get(c, name) >= 0, name, ">= 0")
     for name, most in _AT_MOST.items():
@@ -81,6 +82,11 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     elif c.objective.name in TABLE:
         smallest = TABLE[c.objective.name].smallest
         need(c.rollout.responses >= smallest, "rollout.responses", f"at least {smallest} for {c.objective.name}")
+    need(
+        c.objective.length_exponent == 0 or c.objective.name == "gvpo",
+        "objective.length_exponent",
+        f"0 for objective.name = {c.objective.name!r}; only gvpo weighs responses by length",
+    )
     if c.objective.name == "dpo":
         need(c.objective.beta > 0, "objective.beta", "> 0 for dpo")
     need(

@@ -134,6 +134,8 @@ class ObjectiveConfig:
     """Optimizer steps a pass; each takes whole groups."""
     clip: float = 0.2
     """Clip range of the importance ratio (Eq. 19); grpo, dr_grpo, rloo only."""
+    length_exponent: float = 0.0
+    """GVPO++: a response of n tokens weighs n^-length_exponent in the implicit reward. 0: GVPO. gvpo only."""
 
 
 @dataclass(frozen=True)

@@ -182,6 +182,7 @@ class Journal:
             rollout,
             improvement,
             beta=self.config.objective.beta,
+            length_exponent=self.config.objective.length_exponent,
             seconds=time.perf_counter() - self._begun,
             reward_range=self._reward_range,
         )
