@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     config = ModelConfig(path=options.model or str(demo_model()))
     device = Ranks(config).device
-    scorer, _ = model.load_scorer(config, device, 0)
+    scorer = model.load_scorer(config, device, 0)
     draw = np.random.default_rng(0)
     rows = []
     for group in range(4):

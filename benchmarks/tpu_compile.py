@@ -107,7 +107,7 @@ def abstract(shapes: Mapping[str, tuple[int, ...]], on: Mesh, dtype: Any) -> dic
 
 
 def adapter_shapes(spec: Spec, rank: int) -> dict[str, tuple[int, ...]]:
-    """LoRA on every linear layer; see `weights.make_adapters`."""
+    """LoRA on every linear layer; see `adapters.make_adapters`."""
     found = {}
     for name, (layers, outputs, inputs) in ((n, s) for n, s in spec.shapes().items() if is_linear(n)):
         module = name.removesuffix(".weight")

@@ -12,8 +12,8 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from gvpo_mlx import weights
-from gvpo_mlx.read import Loaded, pretrained
+from gvpo_mlx import read, twin, weights
+from gvpo_mlx.read import Loaded
 from mlx.utils import tree_unflatten
 from mlx_lm import utils
 from mlx_lm.tuner.dora import DoRAEmbedding, DoRALinear
@@ -64,10 +64,10 @@ def load(
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
-def _pretrained(path: str | Path, folder: Path, trust_remote_code: bool, *, twin: bool = True) -> Loaded:
+def _pretrained(path: str | Path, folder: Path, trust_remote_code: bool, *, compare: bool = True) -> Loaded:
     config = ModelConfig(path=str(folder), trust_remote_code=trust_remote_code)
     try:
-        return pretrained(config, local_folder(config), twin=twin)
+        return (twin if compare else read).pretrained(config, local_folder(config))
     except (ConfigError, OSError, ValueError) as error:  # no weights, a file that is no JSON, an unknown model type
         text = " ".join(str(error).replace("model.path ", "").split())
         raise ModelError(f"mlx-lm cannot load {str(path)!r}: {text}") from error
@@ -89,7 +89,7 @@ def check_model(model: nn.Module, path: str | Path) -> int | None:
     Returns: the longest row in tokens that the model scores as transformers does; None: any.
     Raises: ModelError: the model computes something else.
     """
-    expected = _pretrained(path, _folder(path), False, twin=False)
+    expected = _pretrained(path, _folder(path), False, compare=False)
     with adapters_off(model):
         found = _computed(model)
     for name, wanted in _computed(expected.lm).items():

@@ -1,6 +1,5 @@
 """The policy's whole state on disk, through orbax: each process writes its part; all is there when `save` returns."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,44 +9,35 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy.checkpoint import check_files, check_tensors, write_header
 
-FORMAT = 1
 _ARRAYS = "arrays"
 
 
-def save(directory: Path, state: Any, facts: Mapping[str, Any], main: bool) -> None:
-    """Writes the arrays of `state` and `facts` into a folder; every process calls."""
+def save(directory: Path, state: Any, header: Mapping[str, Any], main: bool) -> None:
+    """Writes the arrays of `state` and `header` into a folder; every process calls."""
     with ocp.PyTreeCheckpointer() as writer:
         writer.save(directory.resolve() / _ARRAYS, state)
     if main:
-        (directory / "state.json").write_text(json.dumps({"format": FORMAT, **facts}, indent=1) + "\n")
+        write_header(directory, header)
 
 
-def restore(directory: Path, state: Any, facts: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Reads what `save` wrote, onto the shardings of `state`; `facts` it must agree with are checked first.
+def restore(directory: Path, state: Any) -> Any:
+    """Reads what `save` wrote, onto the shardings of `state`.
 
-    Returns: a state like `state`, and the saved facts.
-    Raises: ConfigError: a folder without state, or the state of another model or kind of training.
+    Returns: a state like `state`.
+    Raises: ConfigError: files or tensors that do not fit the model.
     """
-    path = directory / "state.json"
-    if not path.is_file() or not (directory / _ARRAYS).is_dir():
-        raise ConfigError(f"{directory} has no state.json and {_ARRAYS}: not a checkpoint of this backend")
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    if saved.get("format") != FORMAT:
-        raise ConfigError(f"{path} has format {saved.get('format')}; this version reads {FORMAT}")
-    for name, value in facts.items():
-        if saved.get(name) != value:
-            raise ConfigError(f"the checkpoint {directory} has {name} = {saved.get(name)}; this run has {value}")
+    check_files(directory, [_ARRAYS])
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
     with ocp.PyTreeCheckpointer() as reader:
         held = reader.metadata(directory.resolve() / _ARRAYS).item_metadata.tree
-        _check(directory, _shapes(wanted), _shapes(held))
+        check_tensors(directory, _shapes(wanted), _shapes(held))
         try:
             arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-            found = reader.restore(directory.resolve() / _ARRAYS, item=wanted, restore_args=arguments)
+            return reader.restore(directory.resolve() / _ARRAYS, item=wanted, restore_args=arguments)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the checkpoint {directory} does not fit the model: {error}") from error
-    return found, saved
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -58,17 +48,6 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         layers = [(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])] if "*" in name else [(name, shape)]
         found |= {f"parameter.{layer}": size for layer, size in layers}
     return found
-
-
-def _check(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
-    lacking, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    unlike = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
-        if names:
-            raise ConfigError(
-                f"the checkpoint {directory} does not fit the model: "
-                f"it {what} {len(names)} tensors, the first {names[0]}"
-            )
 
 
 def read_arrays(directory: Path) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from jax import Array, lax
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_jax import mesh as meshes
+from gvpo_jax import ranks
 from gvpo_jax.logprobs import capped, product
 from gvpo_jax.model import (
     Parameters,
@@ -63,9 +64,9 @@ def generate(
     room = bucket(sampling.max_tokens)
     shards = meshes.batch_shards(setup.mesh)
     chunks = chunks_of(prompts, seeds, room, cache_tokens, shards)
-    for number in range(meshes.most(len(chunks))[0]):
+    for number in range(ranks.most(len(chunks))[0]):
         units = chunks[number] if number < len(chunks) else []
-        shape = meshes.most(
+        shape = ranks.most(
             rows_bucket(len(units), shards),
             rows_bucket(max((len(places) for _, places in units), default=1), 1),
             bucket(max((len(prompts[i]) for i, _ in units), default=1)),

@@ -9,7 +9,7 @@ import optax
 
 from gvpo_core.training.config import OptimizerConfig
 from gvpo_core.training.policy import Coefficients
-from gvpo_core.training.policy.step import factors_of, learning_rate
+from gvpo_core.training.policy.step import factors_of
 from gvpo_jax import mesh, update
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs, out_of_memory
@@ -24,15 +24,13 @@ class Learner:
         setup: Setup,
         programs: Programs,
         config: OptimizerConfig,
-        updates: int,
         parameters: Parameters,
         adapters: Parameters,
     ) -> None:
-        self.setup, self.programs, self.config, self.updates = setup, programs, config, updates
+        self.setup, self.programs, self.config = setup, programs, config
         self.mesh = setup.mesh
         self.parameters, self.adapters = parameters, adapters
         self.shapes = {name: a.shape for name, a in self.trained.items()}
-        self.steps_taken = 0
         self._shardings = mesh.parameter_shardings(self.mesh, self.shapes)
         self._state = self._empty_state()
 
@@ -88,17 +86,16 @@ class Learner:
         )
         return total
 
-    def step(self, total: Parameters) -> tuple[float, float]:
-        """Clips and steps: the norm before clipping, over all parameters and processes, and the learning rate.
+    def step(self, total: Parameters, rate: float, steps_taken: int) -> float:
+        """Clips and steps: the norm before clipping, over all parameters and processes.
 
         Raises: FloatingPointError: a gradient that is not finite; nothing was changed.
         """
         found, own = self.programs.call(update.norms, (), total, out=mesh.replicated(self.mesh))
         norm = float(found)
         scale = update.clip_scale(norm, own, self.config.max_gradient_norm)
-        rate = learning_rate(self.config, self.steps_taken, self.updates)
         b1, b2 = self.config.betas
-        numbers = update.adamw_numbers(b1, b2, self.config.weight_decay, rate, scale, self.steps_taken)
+        numbers = update.adamw_numbers(b1, b2, self.config.weight_decay, rate, scale, steps_taken)
         trained, self._state = self.programs.call(
             update.step,
             (b1, b2, self.config.eps),
@@ -110,8 +107,7 @@ class Learner:
             out=(self._shardings, jax.tree.map(lambda a: a.sharding, self._state)),
         )
         self._set_trained(trained)
-        self.steps_taken += 1
-        return norm, rate
+        return norm
 
     def _set_trained(self, trained: Parameters) -> None:
         if self.adapters:
@@ -124,8 +120,7 @@ class Learner:
         adam = self._state
         return {"parameter": dict(self.trained), "exp_avg": adam.mu, "exp_avg_sq": adam.nu, "count": adam.count}
 
-    def take(self, arrays: Mapping[str, Any], steps_taken: int) -> None:
+    def take(self, arrays: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's arrays, shaped and sharded as `arrays` gives them."""
         self._state = optax.ScaleByAdamState(arrays["count"], arrays["exp_avg"], arrays["exp_avg_sq"])
         self._set_trained(arrays["parameter"])
-        self.steps_taken = steps_taken

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from gvpo_core.training.policy import Batch, layout
 from gvpo_jax import mesh as meshes
+from gvpo_jax import ranks
 from gvpo_jax.model import Parameters, Setup, score
 
 SMALLEST = 32  # tokens of a row at least
@@ -89,12 +90,12 @@ def plan(batch: Batch, micro: Sequence[Sequence[layout.Row]], mesh: Mesh) -> lis
     """Micro-batches by shape, the same shapes and as many of each on every process."""
     shards = meshes.batch_shards(mesh)
     arrays = [layout.arrays(batch, rows) for rows in micro]
-    count = meshes.most(len(arrays))[0]
+    count = ranks.most(len(arrays))[0]
     planned: dict[tuple[int, int, int], list[Rows]] = {}
     for number in range(count):
         own = arrays[number] if number < len(arrays) else None
         needed = (shards, SMALLEST, SMALLEST) if own is None else shape_of(own, shards)
-        shape = meshes.most(*needed)
+        shape = ranks.most(*needed)
         planned.setdefault(shape, []).append(pad_rows(own, shape))  # type: ignore[arg-type]
     return list(planned.values())
 

@@ -1,9 +1,7 @@
-"""Safetensors files straight onto the mesh and back: no device's part is read that it does not hold, and the host never
-holds more than one stacked parameter."""
+"""Safetensors files straight onto the mesh: no device's part is read that it does not hold."""
 
 import itertools
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +9,13 @@ import jax
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh
-from safetensors.numpy import save_file
 
-from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import weight_files
-from gvpo_core.training.policy.hugging_face import generation_settings, portable_config
 from gvpo_jax import mesh as meshes
 from gvpo_jax.families import OTHER_MODALITIES
-from gvpo_jax.model import Parameters
-from gvpo_jax.spec import EMBEDDING, HEAD, LAYERS, Spec, file_names, fill, is_linear, leading
+from gvpo_jax.spec import EMBEDDING, HEAD, LAYERS, Spec, file_names, fill, leading
 
-SHARD_BYTES = 2**32
 ROWS = 4096  # compared at once
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
@@ -122,110 +116,6 @@ def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: An
         return found
 
     return jax.make_array_from_callback(shape, meshes.parameter_sharding(mesh, name, shape), part)
-
-
-def make_adapters(config: ModelConfig, spec: Spec, mesh: Mesh, seed: int) -> dict[str, jax.Array]:
-    """LoRA's matrices for the target layers: A uniform within 1 / sqrt(inputs), B zero, float32.
-
-    Raises: ConfigError: targets that match no linear layer.
-    """
-    shapes = {}
-    matched: set[str] = set()
-    for name, shape in spec.shapes().items():
-        if not is_linear(name):
-            continue
-        module = name.removesuffix(".weight")
-        hits = [t for t in config.lora_targets if t == "all-linear" or module == t or module.endswith(f".{t}")]
-        matched.update(hits)
-        if hits:
-            shapes[f"{module}.lora_A"] = (*shape[:-2], config.lora_rank, shape[-1])
-            shapes[f"{module}.lora_B"] = (*shape[:-1], config.lora_rank)
-    unused = [t for t in config.lora_targets if t not in matched]
-    if unused or not shapes:
-        known = sorted({n.split(".")[-2] for n in spec.shapes() if is_linear(n)})
-        raise ConfigError(
-            f"model.lora_targets has {', '.join(map(repr, unused)) or 'nothing'}, which match no linear layer: "
-            f"use all-linear or some of {', '.join(known)}"
-        )
-    made = {}
-    for number, (name, shape) in enumerate(shapes.items()):
-        value = np.zeros(shape, np.float32)
-        if name.endswith("lora_A"):
-            draw = np.random.default_rng((seed, number))
-            value = draw.uniform(-1, 1, shape).astype(np.float32) / np.sqrt(np.float32(shape[-1]))
-        sharding = meshes.parameter_sharding(mesh, name, shape)
-        made[name] = jax.make_array_from_callback(shape, sharding, lambda index, value=value: value[index])
-    return made
-
-
-def export(
-    directory: Path,
-    spec: Spec,
-    parameters: Parameters,
-    adapters: Parameters,
-    scale: float,
-    dtype: str,
-    config: Mapping[str, Any],
-    tokenizer: Any,
-    whole: Callable[[jax.Array], np.ndarray],
-    main: bool,
-) -> None:
-    """Writes a Hugging Face folder, adapters merged; every process calls, the main one writes.
-
-    Args:
-      whole: an array of the mesh, or a layer of one, as NumPy on this process.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
-    names: dict[str, str] = {}
-    part: dict[str, np.ndarray] = {}
-    files: list[dict[str, np.ndarray]] = []
-    size = total = 0
-
-    def flush() -> None:
-        nonlocal part, size
-        if part and main:
-            path = directory / f"model-{len(files) + 1:05d}.safetensors"
-            save_file({n: np.ascontiguousarray(a) for n, a in part.items()}, path, metadata={"format": "pt"})
-            files.append(dict.fromkeys(part))  # type: ignore[arg-type]
-            names.update(dict.fromkeys(part, path.name))
-        part, size = {}, 0
-
-    for name, array in parameters.items():
-        module = name.removesuffix(".weight")
-        for i in range(spec.layers) if "*" in name else (None,):
-            cut = lambda a: whole(a if i is None else a[i])  # noqa: B023 - called at once
-            own = name if i is None else name.replace("*", str(i))
-            value = cut(array)
-            if f"{module}.lora_A" in adapters:
-                a, b = cut(adapters[f"{module}.lora_A"]), cut(adapters[f"{module}.lora_B"])
-                value = value.astype(np.float32) + (b @ a) * np.float32(scale)
-            if not main:
-                continue
-            value = value.astype(target)
-            if size and size + value.nbytes > SHARD_BYTES:
-                flush()
-            experts = "#" in own
-            part |= {fill(own, (e,)): v for e, v in enumerate(value)} if experts else {own: value}
-            size += value.nbytes
-            total += value.nbytes
-    flush()
-    if not main:
-        return
-    if len(files) == 1:
-        (directory / "model-00001.safetensors").rename(directory / "model.safetensors")
-    else:
-        index = {"metadata": {"total_size": total}, "weight_map": names}
-        (directory / weight_files.INDEX).write_text(json.dumps(index, indent=2) + "\n")
-    tokenizer.save_pretrained(directory)
-    settings = portable_config(config, dtype)
-    (directory / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-
-
-def copy_settings(source: Path, directory: Path, end: Sequence[int]) -> None:
-    """generation_config.json of the model the run began with, whose eos_token_id has all tokens of `end`."""
-    text = json.dumps(generation_settings(source, end), indent=2) + "\n"
-    (directory / "generation_config.json").write_text(text, encoding="utf-8")
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -49,6 +49,22 @@ def for_cache(device: mx.Device) -> int:
     return max(0, free) if device.type == mx.gpu else max(0, min(GIB, free))
 
 
+def cache_tokens(scorer: "Scorer", device: mx.Device) -> int:
+    """Tokens of key-value cache that a quarter of the free memory holds, at most a gibibyte on CPU."""
+    c = scorer.config
+    heads = c.get("num_key_value_heads") or c.get("num_attention_heads") or 1
+    width = c.get("head_dim") or (c.get("hidden_size") or 1) // (c.get("num_attention_heads") or 1)
+    token = 2 * len(scorer.lm.layers) * heads * width * scorer.dtype.size
+    return max(1, for_cache(device) // (2 * token))  # growing a cache holds a layer twice
+
+
+def peak() -> int:
+    """Bytes held at most since the last call."""
+    most = mx.get_peak_memory()
+    mx.reset_peak_memory()
+    return most
+
+
 def allow_wired(device: mx.Device) -> None:
     """On Metal, lets the model stay resident up to the recommended working set; elsewhere there is no such limit."""
     if device.type == mx.gpu and mx.metal.is_available():

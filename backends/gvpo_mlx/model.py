@@ -2,11 +2,9 @@
 
 import contextlib
 import copy
-import dataclasses
 import logging
 import resource
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -15,12 +13,13 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import Batch, layout
-from gvpo_core.training.policy.hugging_face import load_tokenizer, local_folder
-from gvpo_mlx.adapters import adapted, add_adapters, switched_off
-from gvpo_mlx.logprobs import Quantized, logsumexp, token_logprobs
+from gvpo_core.training.policy import layout
+from gvpo_core.training.policy.hugging_face import local_folder
+from gvpo_mlx.adapters import adapted, add_adapters
+from gvpo_mlx.logprobs import Quantized, token_logprobs
 from gvpo_mlx.packed import Packed, take_positions
-from gvpo_mlx.read import Loaded, language_model, pretrained
+from gvpo_mlx.read import Loaded, language_model
+from gvpo_mlx.twin import pretrained
 
 log = logging.getLogger("gvpo.mlx")
 
@@ -161,15 +160,14 @@ def _global_state_kept() -> Iterator[None]:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
 
 
-def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
-    """Model and tokenizer of a folder or hub name.
+def load_scorer(config: ModelConfig, seed: int) -> Scorer:
+    """The model of a folder or hub name, compared with transformers where PyTorch is installed.
 
-    Raises: ConfigError: no such folder, no config.json, no safetensors, no tokenizer, an unknown architecture, RoPE
-      or another setting that mlx-lm computes otherwise, weights missing from the files, a quantized model to be
-      trained in full, adapter targets that match nothing.
+    Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, RoPE or another
+      setting that mlx-lm computes otherwise, weights missing from the files, a quantized model to be trained in full,
+      adapter targets that match nothing.
     """
     folder = local_folder(config)
-    tokenizer = load_tokenizer(config)
     with _global_state_kept():
         loaded = pretrained(config, folder)
         lm = loaded.lm
@@ -188,7 +186,7 @@ def load_scorer(config: ModelConfig, seed: int) -> tuple[Scorer, Any]:
         for layer in lm.layers:
             _recompute(layer)
     _evaluate(lm)
-    return Scorer(loaded, compute), tokenizer
+    return Scorer(loaded, compute)
 
 
 def load_reference(config: ModelConfig) -> Scorer:
@@ -235,124 +233,3 @@ def inputs(arrays: layout.Arrays) -> dict[str, mx.array]:
     """The arrays of a micro-batch on MLX's device."""
     names = ("ids", "positions", "segments", "predict", "targets")
     return {name: mx.array(getattr(arrays, name).astype(np.int32)) for name in names}
-
-
-def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
-    """Compares our log-probs with the model's own, and packed rows with plain ones; chooses the layout.
-
-    Returns: whether rows are packed, and why.
-    Raises: ConfigError: the log-probs disagree, or the layout asked for is not exact.
-    """
-    batch = _check_batch(scorer)
-    # With 16-bit parameters the mean decides, as a router may send a token elsewhere.
-    worst, typical = (2e-3, 5e-4) if scorer.dtype == mx.float32 else (float("inf"), 0.1)
-    try:
-        plain = _by_response(scorer, batch, False)
-    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"{scorer.name} of mlx-lm cannot compute model.path {config.path!r}: {type(error).__name__}: {error}"
-        ) from error
-    own = []
-    with scorer.using(scorer.parameters):
-        for prompt, response in zip(batch.prompts, batch.responses, strict=True):
-            logits = scorer.lm(mx.array([prompt + response]))[0, len(prompt) - 1 : -1].astype(mx.float32)
-            logits = logits - logsumexp(logits)[:, None]
-            own.append(np.array(mx.take_along_axis(logits, mx.array(response)[:, None], 1).squeeze(1)))
-    difference = np.abs(np.concatenate(own) - np.concatenate(plain))
-    if not (difference.max() <= worst and difference.mean() <= typical):
-        raise ConfigError(
-            f"log-probs of {scorer.name} differ from its own forward pass by up to {difference.max():.3g} nat a token: "
-            "it does something to its logits that is not known here, and cannot be trained exactly"
-        )
-    _check_head(scorer)
-    exact, reason = layout.packing(scorer.config)
-    if config.layout == "plain":
-        exact, reason = False, "model.layout = plain"
-    elif exact:
-        try:
-            difference = np.abs(np.concatenate(_by_response(scorer, batch, True)) - np.concatenate(plain))
-        except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
-            exact, reason = False, f"mlx-lm's model takes no packed rows: {error}"
-        else:
-            if not (difference.max() <= worst and difference.mean() <= typical):
-                exact, reason = False, f"packed log-probs differ by up to {difference.max():.3g} nat at load"
-    if config.layout == "packed" and not exact:
-        raise ConfigError(f"model.layout is packed, which is not exact for {scorer.name}: {reason}. Use auto or plain")
-    log.info("%s: %s", scorer.name, scorer.loaded.compared)
-    log.info("%s: %s rows (%s)", scorer.name, "packed" if exact else "plain", reason)
-    return exact, reason
-
-
-def read_back(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
-    """Loads an exported folder and compares its log-probs with those of the model that was exported.
-
-    Raises: ConfigError: it cannot be loaded, or scores otherwise.
-    """
-    other = load_reference(dataclasses.replace(config, path=str(directory), revision=None))
-    batch = _check_batch(scorer)
-    ours, theirs = (np.concatenate(_by_response(s, batch, False)) for s in (scorer, other))
-    difference = np.abs(ours - theirs)
-    worst, typical = (2e-3, 5e-4) if scorer.dtype == mx.float32 else (float("inf"), 0.1)
-    if not (difference.max() <= worst and difference.mean() <= typical):
-        raise ConfigError(
-            f"the export in {directory}, read back, differs from the trained {scorer.name} by up to "
-            f"{difference.max():.3g} nat a token: mlx-lm cannot write this model; the checkpoint is as it was"
-        )
-
-
-def _check_batch(scorer: Scorer) -> Batch:
-    return layout.check_batch(scorer.head.weight.shape[0]).take([0, 1, 3])  # fewer: MLX is slow on CPU
-
-
-def _check_head(scorer: Scorer) -> None:
-    """Compares the head's logits with the model's own on the same hidden states, scaled until a cap would show.
-
-    In 16 bits too, where log-probs of two forward passes differ by more than a cap changes them.
-
-    Raises: ConfigError: they differ.
-    """
-    language, decoder = scorer.language, scorer.decoder
-    with scorer.using(scorer.parameters):
-        hidden = decoder(mx.array([[1, 2, 3]]), cache=None)
-        size = float(mx.abs(scorer.logits(hidden)).max())
-        for factor in (1.0, 100.0 / max(size, 1e-3)):
-            stub = _Given(decoder, hidden * factor)
-            try:
-                dict.__setitem__(language, "model", stub)
-                own = scorer.lm(mx.array([[1, 2, 3]])).astype(mx.float32)
-            finally:
-                dict.__setitem__(language, "model", decoder)
-            if not stub.called:
-                return
-            found = scorer.logits(stub.hidden)
-            worst = (1e-4 if scorer.dtype == mx.float32 else 2e-2) * float(mx.abs(found).max())
-            difference = float(mx.abs(found - own).max())
-            if not difference <= worst:
-                raise ConfigError(
-                    f"logits of {scorer.name} differ from the model's own by up to {difference:.3g}: it does something "
-                    "to its logits that is not known here, and cannot be trained exactly"
-                )
-
-
-class _Given:
-    """In the place of a decoder: gives hidden states that were made elsewhere."""
-
-    def __init__(self, decoder: nn.Module, hidden: mx.array) -> None:
-        self.decoder, self.hidden, self.called = decoder, hidden, False
-
-    def __call__(self, *_: Any, **__: Any) -> mx.array:
-        self.called = True
-        return self.hidden
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.decoder, name)
-
-
-def _by_response(scorer: Scorer, batch: Batch, packed: bool) -> list[np.ndarray]:
-    arrays = layout.arrays(batch, layout.plan_rows(batch, packed=packed, tokens=1 << 30))
-    values = np.array(scorer.score(scorer.parameters, **inputs(arrays), packed=packed))
-    parts = np.split(values, np.cumsum(arrays.lengths)[:-1])
-    return [parts[i] for i in np.argsort(arrays.responses)]
-
-
-__all__ = ["Scorer", "check", "inputs", "load_reference", "load_scorer", "read_back", "switched_off"]

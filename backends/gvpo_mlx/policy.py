@@ -11,21 +11,11 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import (
-    Batch,
-    Coefficients,
-    PolicySettings,
-    Prompt,
-    Response,
-    Tokens,
-    Update,
-    hugging_face,
-    text,
-)
-from gvpo_core.training.policy.layout import Splitting
-from gvpo_core.training.policy.step import learning_rate, plan_step
+from gvpo_core.training.policy import Batch, Coefficients, Response, Tokens, Update, hugging_face, text
+from gvpo_core.training.policy.base import LanguageModelPolicy
+from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
-from gvpo_mlx import checkpoint, generate, memory, model
+from gvpo_mlx import adapters, check, checkpoint, export, generate, memory, model
 from gvpo_mlx.ranks import Ranks
 from gvpo_mlx.update import AdamW, Gradients, Passes
 
@@ -44,8 +34,11 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
     return MLXPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 
 
-class MLXPolicy:
+class MLXPolicy(LanguageModelPolicy):
     """See `gvpo_core.training.policy.Policy`."""
+
+    backend = "mlx"
+    _ranks: Ranks
 
     def __init__(
         self,
@@ -58,67 +51,43 @@ class MLXPolicy:
         compiled: bool | None = None,
     ) -> None:
         """`compiled`: whether passes are compiled. Default: on a GPU; on CPU each program costs seconds of g++."""
-        self.settings = PolicySettings(optimizer, updates, reference, seed, config)
-        self.config, self.optimizer_config, self.updates = config, optimizer, updates
-        self._ranks = Ranks(config)
-        self.rank, self.world_size, self.device = self._ranks.rank, self._ranks.world_size, self._ranks.device
+        super().__init__(config, optimizer, Ranks, updates=updates, reference=reference, seed=seed)
+        self.device = self._ranks.device
         self.compiled = self.device.type == mx.gpu if compiled is None else compiled
         self._load()
-        folder = hugging_face.local_folder(config)
-        self._end = text.end_tokens(hugging_face.generation_eos(folder), self.tokenizer)
         log.info("MLX runs on %s", self.device)
 
+    @property
+    def architecture(self) -> str:
+        return self.scorer.name
+
     def _load(self) -> None:
-        config, optimizer = self.config, self.optimizer_config
+        config = self.config
         with mx.stream(self.device):
             memory.allow_wired(self.device)
-            self.scorer, self.tokenizer = model.load_scorer(config, self.settings.seed)
-            self.packed, self.layout_reason = model.check(self.scorer, config)
+            self.scorer = model.load_scorer(config, self.settings.seed)
+            self.packed, self.layout_reason = check.check(self.scorer, config)
             with self.scorer.using(self.scorer.parameters):
                 self._same_length = not generate.check(self.scorer)
-            self._reference = model.load_reference(config) if self.settings.reference and not config.lora_rank else None
-        self._optimizer = AdamW(optimizer, self.compiled)
-        self._splitting = Splitting(
-            self.packed,
-            optimizer.micro_batch_tokens,
-            optimizer.micro_batch_responses,
-            self.scorer.config.get("hidden_size") or 0,
-        )
+            self._splitting = self._split(self.scorer.config.get("hidden_size") or 0)
+            self._reference = None
+            if self.settings.reference and not config.lora_rank:
+                self._reference = model.load_reference(config)
+        self._optimizer = AdamW(self.optimizer_config, self.compiled)
         self._passes = self._passes_of(self.scorer)
         self._reference_passes = self._passes_of(self._reference or self.scorer)
-        self._step = 0
 
-    @property
-    def steps_taken(self) -> int:
-        """Optimizer steps taken."""
-        return self._step
-
-    def reset(self) -> None:
-        """Loads the initial model again, without optimizer state; every rank calls."""
+    def _unload(self) -> None:
         del self.scorer, self._reference, self._optimizer, self._passes, self._reference_passes
-        self._load()
 
     def _passes_of(self, scorer: model.Scorer) -> Passes:
         return Passes(scorer, self.packed, self.optimizer_config.micro_batch_tokens, self.compiled)
 
-    # -- text
-
-    def encode(self, prompt: Prompt) -> Tokens:
-        """Token ids of a text, or of chat messages through the chat template; see `policy.text`."""
-        return text.encode(self.tokenizer, prompt, self.config)
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a response without its end token; see `policy.text`."""
-        return text.decode(self.tokenizer, tokens, self._end)
-
     # -- sampling and scoring
 
-    def generate(
+    def _generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
-        """len(seeds[i]) responses to prompts[i]; see the protocol."""
-        if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected as many")
         with mx.stream(self.device), self.scorer.using(self.scorer.parameters):
             return generate.generate(
                 self.scorer,
@@ -130,20 +99,12 @@ class MLXPolicy:
                 same_length=self._same_length,
             )
 
-    def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        """(N,) float64 sums of float32 token log-probs, nats, at temperature 1.
-
-        Raises: RuntimeError: the reference, where `load` was told that it is not needed.
-        """
-        return self._logprobs(batch, reference)[0]
-
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        switched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        passes, switched = self._passes, contextlib.nullcontext()
         if reference and self.scorer.adapted:
             switched = self._without_adapters()
-        elif reference and self._reference is None:
-            raise RuntimeError("the reference was not loaded: load(..., reference=True)")
-        passes = self._reference_passes if reference else self._passes
+        if reference:
+            passes = self._reference_passes
         found, tokens = np.zeros(len(batch)), 0
         with mx.stream(self.device), switched:
             for rows in self._splitting.rows(batch):
@@ -155,7 +116,7 @@ class MLXPolicy:
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:
         names = self.scorer.names
-        with model.switched_off(self.scorer.lm):
+        with adapters.switched_off(self.scorer.lm):
             self.scorer.names = []
             try:
                 yield
@@ -163,81 +124,45 @@ class MLXPolicy:
                 self.scorer.names = names
 
     def _cache_tokens(self) -> int:
-        """Tokens of key-value cache that a quarter of the free memory holds, at most a gibibyte on CPU."""
-        c = self.scorer.config
-        heads = c.get("num_key_value_heads") or c.get("num_attention_heads") or 1
-        width = c.get("head_dim") or (c.get("hidden_size") or 1) // (c.get("num_attention_heads") or 1)
-        token = 2 * len(self.scorer.lm.layers) * heads * width * self.scorer.dtype.size
-        return max(1, memory.for_cache(self.device) // (2 * token))  # growing a cache holds a layer twice
+        return memory.cache_tokens(self.scorer, self.device)
 
     # -- training
 
-    def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
-        """One AdamW step along -sum_i c_i grad log pi_i; see the protocol.
-
-        Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
-        """
+    def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
+        logprobs, tokens = plan.logprobs, plan.tokens
         with mx.stream(self.device):
-            return self._update(batch, coefficients, scored)
-
-    def _update(self, batch: Batch, coefficients: Coefficients, scored: np.ndarray | None) -> Update:
-        together = self.world_size == 1 and self.optimizer_config.strategy == "group"
-        whole, rest, logprobs, factors, tokens = plan_step(
-            batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs
-        )
-        gradients = Gradients(self.scorer.names, [p.shape for p in self.scorer.parameters])
-        for rows in whole:
-            arrays, values, found, computed = self._passes.whole(batch, rows, coefficients)
-            logprobs[arrays.responses] = arrays.sums(values)
-            gradients.add(found)
-            tokens += computed
-        for rows in self._splitting.rows(batch, rest):
-            *_, found, computed = self._passes.known(batch, rows, -factors)
-            gradients.add(found)
-            tokens += computed
-        gradients.sums = self._ranks.sum(gradients.sums)
-        clipped, norm = gradients.clipped(self.optimizer_config.max_gradient_norm)
-        rate = learning_rate(self.optimizer_config, self._step, self.updates)
-        self.scorer.parameters = self._optimizer.step(self.scorer.parameters, clipped, rate)
-        mx.eval(self.scorer.parameters, self._optimizer.moments)
-        self._step += 1
-        peak = mx.get_peak_memory()
-        mx.reset_peak_memory()
-        return Update(logprobs, norm, rate, tokens, peak)
+            gradients = Gradients(self.scorer.names, [p.shape for p in self.scorer.parameters])
+            for rows in plan.whole:
+                arrays, values, found, computed = self._passes.whole(batch, rows, coefficients)
+                logprobs[arrays.responses] = arrays.sums(values)
+                gradients.add(found)
+                tokens += computed
+            for rows in self._splitting.rows(batch, plan.rest):
+                *_, found, computed = self._passes.known(batch, rows, -plan.factors)
+                gradients.add(found)
+                tokens += computed
+            gradients.sums = self._ranks.sum(gradients.sums)
+            clipped, norm = gradients.clipped(self.optimizer_config.max_gradient_norm)
+            self.scorer.parameters = self._optimizer.step(self.scorer.parameters, clipped, rate)
+            mx.eval(self.scorer.parameters, self._optimizer.moments)
+        return Update(logprobs, norm, rate, tokens, memory.peak())
 
     # -- on disk
 
-    def save(self, directory: Path) -> None:
-        """Writes parameters or adapters, AdamW's moments and the step into an empty folder; every rank calls."""
+    def _save(self, directory: Path, header: dict[str, Any]) -> None:
         if self.rank == 0:
-            checkpoint.save(Path(directory), self.scorer, self._optimizer, {**self._facts(), "step": self._step})
+            checkpoint.save(directory, self.scorer, self._optimizer, header)
 
-    def restore(self, directory: Path) -> None:
-        """Reads what `save` wrote, from any number of ranks.
-
-        Raises: ConfigError: a checkpoint that does not fit, and where.
-        """
-        state = checkpoint.restore(Path(directory), self.scorer, self._optimizer, self._facts())
-        self._step = state["step"]
-
-    def _facts(self) -> dict[str, Any]:
-        c = self.config
-        facts: dict[str, Any] = {"architecture": self.scorer.name, "lora_rank": c.lora_rank}
-        if c.lora_rank:
-            facts |= {
-                "lora_kind": c.lora_kind,
-                "lora_alpha": c.lora_alpha or 2 * c.lora_rank,
-                "lora_targets": list(c.lora_targets),
-            }
-        return facts
+    def _restore(self, directory: Path, header: dict[str, Any]) -> None:
+        checkpoint.restore(directory, self.scorer, self._optimizer, header)
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
         if self.rank == 0:
             with mx.stream(self.device):
-                checkpoint.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end)
+                export.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end)
 
-    # -- facts and ranks
+    # -- facts
 
     def describe(self) -> Mapping[str, Any]:
         """Plain facts for the log and the run folder."""
@@ -258,7 +183,3 @@ class MLXPolicy:
             "versions": {package: version(package) for package in ("mlx", "mlx-lm", "transformers")},
             **memory.facts(self.scorer, self.config, self.optimizer_config.micro_batch_tokens, self.device),
         }
-
-    def gather(self, values: np.ndarray) -> np.ndarray:
-        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
-        return self._ranks.gather(values)

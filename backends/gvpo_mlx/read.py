@@ -19,7 +19,6 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
 from gvpo_core.training.policy.hugging_face import explained, read_config
 from gvpo_mlx import corrections, rope, settings, weights
-from gvpo_mlx.twin import compare
 
 
 @dataclass(frozen=True)
@@ -31,22 +30,20 @@ class Loaded:
     written: Mapping[str, Any]  # config.json as an export writes it, quantization apart
     origin: weights.Origin
     window: int | None  # a sliding window that is not applied
-    compared: str  # what was compared with transformers, or why nothing was
+    own: Mapping[str, Any]  # config.json of the language model, as it stands in the folder
+    compared: str = "not compared with transformers"  # what was, or why nothing was; see twin.py
 
 
-def pretrained(config: ModelConfig, folder: Path, *, twin: bool = True) -> Loaded:
-    """Builds the model and checks that it computes what config.json and the files say.
-
-    Args:
-      twin: compare a tiny model of the same settings with transformers, where PyTorch is installed.
+def pretrained(config: ModelConfig, folder: Path) -> Loaded:
+    """Builds the model and checks that its settings, files and tensors are read as they stand.
 
     Raises: ConfigError: an unknown architecture; settings, files or tensors that mlx-lm reads otherwise.
     """
     with explained("the model", config):
-        return _pretrained(config, folder, twin)
+        return _pretrained(config, folder)
 
 
-def _pretrained(config: ModelConfig, folder: Path, twin: bool) -> Loaded:
+def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     from mlx_lm.utils import load_model
 
     found = weight_files.tensors(folder)
@@ -87,9 +84,8 @@ def _pretrained(config: ModelConfig, folder: Path, twin: bool) -> Loaded:
     weights.freeze_constants(lm, part["model_type"])
     window = corrections.apply_window(language, part)
     corrections.scale_embedding_exactly(language)
-    compared = compare(own, config.path) if twin else "not compared with transformers"
     export = {k: v for k, v in (written if nested else completed).items() if k not in settings.QUANTIZATION}
-    return Loaded(lm, part, export, origin, window, compared)
+    return Loaded(lm, part, export, origin, window, own)
 
 
 def language_model(lm: nn.Module) -> nn.Module:

@@ -5,6 +5,7 @@ and few, small layers with random weights: a setting that mlx-lm reads otherwise
 installed, in about a second, once for each configuration.
 """
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -20,6 +21,8 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_mlx import read
+from gvpo_mlx.read import Loaded
 from gvpo_mlx.settings import QUANTIZATION
 
 log = logging.getLogger("gvpo.mlx")
@@ -33,6 +36,15 @@ WORST = 2e-3
 _INNER = re.compile(r"(intermediate|ffn|n_inner|inner)\w*(size|dim)$|^n_inner$|^ffn_hidden_size$|^block_ff_dim$")
 _EXPERTS = re.compile(r"^(num_(local_)?experts|n_routed_experts|moe_num_experts)$")
 _CHOSEN = re.compile(r"^(num_experts_per_tok|moe_k|top_k_experts)$")
+
+
+def pretrained(config: ModelConfig, folder: Path) -> Loaded:
+    """`read.pretrained`, compared with transformers where PyTorch is installed.
+
+    Raises: ConfigError: as `read.pretrained`, and `compare`.
+    """
+    loaded = read.pretrained(config, folder)
+    return dataclasses.replace(loaded, compared=compare(loaded.own, config.path))
 
 
 def compare(written: Mapping[str, Any], path: str) -> str:
@@ -62,8 +74,6 @@ def compare(written: Mapping[str, Any], path: str) -> str:
 @functools.lru_cache(maxsize=256)
 def _difference(text: str) -> tuple[float | None, str]:
     """Nats a token at most, or None and why there is no number."""
-    from gvpo_mlx.read import pretrained
-
     with tempfile.TemporaryDirectory(prefix="gvpo-twin-") as folder:
         try:
             ids, right = _made(json.loads(text), Path(folder))
@@ -71,7 +81,7 @@ def _difference(text: str) -> tuple[float | None, str]:
             log.debug("no twin", exc_info=True)
             return None, f"no tiny twin ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         try:
-            loaded = pretrained(ModelConfig(path=folder), Path(folder), twin=False)
+            loaded = read.pretrained(ModelConfig(path=folder), Path(folder))
             logits = loaded.lm(mx.array([ids]))[0].astype(mx.float32)
             found = np.array(logits).astype(np.float64)
         except (ConfigError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:

@@ -52,18 +52,12 @@ def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bo
         _check_decoding(scorer, name, batch, plain, device)
     if config.gradient_checkpointing:
         _check_checkpointing(scorer, name, batch, plain, device)
-    exact, reason = layout.packing(scorer.config.to_dict())
-    if config.layout == "plain":
-        exact, reason = False, "model.layout = plain"
-    elif exact:
+
+    def packed_difference() -> float | None:
         with torch.no_grad():
-            difference = _differ(scorer, _by_response(scorer, batch, True, device), plain)
-        if difference is not None:
-            exact, reason = False, f"packed log-probs differ by up to {difference:.3g} nat at load"
-    if config.layout == "packed" and not exact:
-        raise ConfigError(f"model.layout is packed, which is not exact for {name}: {reason}. Use auto or plain")
-    log.info("%s: %s rows (%s)", name, "packed" if exact else "plain", reason)
-    return exact, reason
+            return _differ(scorer, _by_response(scorer, batch, True, device), plain)
+
+    return layout.choose(scorer.config.to_dict(), config.layout, name, packed_difference, log)
 
 
 @contextlib.contextmanager
@@ -168,9 +162,7 @@ def _decoded(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndar
 
 def _differ(scorer: Scorer, values: list[np.ndarray], plain: list[np.ndarray]) -> float | None:
     """The largest difference a token, nat, where it is more than rounding; else None."""
-    difference = np.abs(np.concatenate(values) - np.concatenate(plain))
-    worst, typical = _tolerance(scorer)
-    return None if difference.max() <= worst and difference.mean() <= typical else float(difference.max())
+    return layout.largest_difference(values, plain, _tolerance(scorer))
 
 
 def _tolerance(scorer: Scorer) -> tuple[float, float]:
@@ -188,6 +180,5 @@ def _by_response(scorer: Scorer, batch: Batch, packed: bool, device: torch.devic
     for rows in splitting.rows(batch):
         arrays = layout.arrays(batch, rows)
         values = score(scorer, arrays, device).detach().cpu().numpy()
-        parts = np.split(values, np.cumsum(arrays.lengths)[:-1])
-        found |= dict(zip(arrays.responses.tolist(), parts, strict=True))
+        found |= dict(zip(sorted(arrays.responses.tolist()), arrays.split(values), strict=True))
     return [found[i] for i in range(len(batch))]

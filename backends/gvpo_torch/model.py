@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import layout
-from gvpo_core.training.policy.hugging_face import explained, load_tokenizer
+from gvpo_core.training.policy.hugging_face import explained
 from gvpo_torch import rope
 from gvpo_torch.adapters import with_adapters
 from gvpo_torch.cache import cache_argument
@@ -133,41 +133,12 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
     return scorer(**on)
 
 
-def shape(scorer: Scorer) -> dict[str, int] | None:
-    """The model's sizes under the names of `Policy.describe`; None where its configuration has other names.
+def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> Scorer:
+    """The model of a folder or hub name, on the device, without dropout, in evaluation mode.
 
-    Of layers of different sizes the largest counts.
+    Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, weights missing from
+      the files, adapter targets that match nothing.
     """
-    try:
-        layers = [_layer_shape(layer) for layer in getattr(scorer.config, "per_layer_config", None) or [scorer.config]]
-        found = {name: max(layer[name] for layer in layers) for name in layers[0]}
-        own = {"layers": scorer.config.num_hidden_layers, "vocabulary": scorer.config.vocab_size}
-    except (AttributeError, TypeError, IndexError):
-        return None
-    return own | found
-
-
-def _layer_shape(c: Any) -> dict[str, int]:
-    heads = c.num_attention_heads
-    width = getattr(c, "head_dim", None) or c.hidden_size // heads
-    kv_heads = getattr(c, "num_key_value_heads", None) or heads
-    if getattr(c, "kv_lora_rank", None):  # the cache of latent attention holds keys and values of all heads
-        width, kv_heads = c.qk_nope_head_dim + c.qk_rope_head_dim, heads
-    experts = getattr(c, "num_experts_per_tok", None)
-    inner = getattr(c, "moe_intermediate_size", None) if experts else None
-    inner = experts * inner if inner else c.intermediate_size
-    inner = max(inner) if isinstance(inner, (list, tuple)) else inner
-    sizes = {"hidden": c.hidden_size, "intermediate": inner}
-    return sizes | {"heads": heads, "kv_heads": kv_heads, "head_dim": width}
-
-
-def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[Scorer, Any]:
-    """Model and tokenizer of a folder or hub name, on the device, without dropout, in evaluation mode.
-
-    Raises: ConfigError: no such folder, no config.json, no safetensors, no tokenizer, an unknown architecture,
-      weights missing from the files, adapter targets that match nothing.
-    """
-    tokenizer = load_tokenizer(config)
     # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
     compute = getattr(torch, config.dtype)
     stored = compute if config.lora_rank else torch.float32
@@ -182,7 +153,7 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> tuple[S
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         with explained("gradient checkpointing", config):
             enable({"use_reentrant": False})
-    return Scorer(lm, compute), tokenizer
+    return Scorer(lm, compute)
 
 
 def load_reference(config: ModelConfig, device: torch.device) -> Scorer:

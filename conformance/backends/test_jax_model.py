@@ -174,7 +174,8 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch) -> None:
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.\nmore")
 
-    of_policy = policy(tiny_models.write_model("llama", tmp_path))
+    of, of_policy = batch((3, 3)), policy(tiny_models.write_model("llama", tmp_path))
+    of_policy.logprobs(of)
     monkeypatch.setattr(of_policy.programs, "used", dict.fromkeys(of_policy.programs.used, full))
     with pytest.raises(programs.OutOfMemoryError, match=r"lower optimizer.micro_batch_tokens.*allocating 123 bytes"):
-        of_policy._check()
+        of_policy.logprobs(of)

@@ -55,7 +55,8 @@ def test_ten_steps_of_adamw_are_those_of_float64(b2: float, tmp_path) -> None:
     m, v = ({name: np.zeros(a.shape) for name, a in value.items()} for _ in range(2))
     for t in range(1, updates + 1):
         g = {name: draw.normal(1.0, 0.2, a.shape).astype(np.float32) for name, a in value.items()}
-        _, rate = learner.step({name: jnp.asarray(a) for name, a in g.items()})
+        rate = of.optimizer_config.learning_rate
+        learner.step({name: jnp.asarray(a) for name, a in g.items()}, rate, t - 1)
         for name in value:
             m[name] = betas[0] * m[name] + (1 - betas[0]) * g[name].astype(np.float64)
             v[name] = b2 * v[name] + (1 - b2) * g[name].astype(np.float64) ** 2

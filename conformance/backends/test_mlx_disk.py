@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def test_a_checkpoint_larger_than_a_shard_is_split(folder, tmp_path, monkeypatch) -> None:
-    from gvpo_mlx import checkpoint
+    from gvpo_core.training.policy import checkpoint
 
     monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
     of_policy = policy(folder)

@@ -69,7 +69,7 @@ def test_a_quantized_base_is_counted_as_it_lies(tmp_path) -> None:
     from mlx_lm.utils import quantize_model
 
     made = tiny_models.write_model("llama", tmp_path / "model", hidden_size=64, head_dim=16)
-    scorer, _ = load_scorer(ModelConfig(path=str(made)), 0)
+    scorer = load_scorer(ModelConfig(path=str(made)), 0)
     whole = memory.held(scorer.lm)
     for layer in scorer.lm.layers:
         layer.self_attn.rope = layer.self_attn.rope.inner

@@ -186,7 +186,7 @@ def test_a_cap_that_is_not_known_is_found_in_every_dtype(dtype: str, llama, monk
         return mx.tanh(plain(self, *arguments, **options) / 30.0) * 30.0
 
     monkeypatch.setattr(mlx_llama.Model, "__call__", capped)
-    monkeypatch.setattr("gvpo_mlx.read.compare", lambda *_: "not compared")
+    monkeypatch.setattr("gvpo_mlx.twin.compare", lambda *_: "not compared")
     with pytest.raises(ConfigError, match="it does something to its logits"):
         policy(llama, dtype=dtype, lora_rank=2)
 

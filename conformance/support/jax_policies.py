@@ -60,8 +60,8 @@ def spoiled_gradient(of: Any, name: str) -> Iterator[None]:
     layer = next(part for part in parts if part.isdigit())
     stacked, plain = ".".join("*" if part == layer else part for part in parts), of.learner.step
 
-    def step(total: Any) -> Any:
-        return plain(total | {stacked: total[stacked].at[int(layer), 0, 0].set(np.nan)})
+    def step(total: Any, *numbers: Any) -> Any:
+        return plain(total | {stacked: total[stacked].at[int(layer), 0, 0].set(np.nan)}, *numbers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(of.learner, "step", step)

@@ -40,7 +40,7 @@ def quantize(folder: Path, bits: int = 4) -> Path:
 
     from gvpo_core.training.config import ModelConfig
 
-    scorer, _ = load_scorer(ModelConfig(path=str(folder)), 0)
+    scorer = load_scorer(ModelConfig(path=str(folder)), 0)
     for module in scorer.lm.modules():
         if "rope" in module and "inner" in module.rope:
             module.rope = module.rope.inner

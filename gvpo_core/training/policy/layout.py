@@ -4,13 +4,15 @@ A packed row holds a prompt once and its responses after it; each response sees 
 go on from the prompt's. A plain row is a packed row of one response. The last token of a response is never an input.
 """
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Batch, Tokens
 
 PACKABLE = frozenset(
@@ -79,6 +81,11 @@ class Arrays:
         sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
         return sums
 
+    def split(self, values: np.ndarray) -> list[np.ndarray]:
+        """`values` (n,) cut into the tokens of each response, in the order of the batch."""
+        parts = np.split(values, np.cumsum(self.lengths)[:-1])
+        return [parts[i] for i in np.argsort(self.responses)]
+
 
 @dataclass(frozen=True)
 class RopeByLength:
@@ -132,6 +139,54 @@ def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
     if rope is not None:
         return False, f"rope_type {rope.kind} depends on the length of the row"
     return True, f"every layer of {kind} is full attention"
+
+
+class NotPackable(Exception):
+    """The model takes no packed rows; the message says why."""
+
+
+def choose(
+    config: Mapping[str, Any], wanted: str, name: str, difference: Callable[[], float | None], log: logging.Logger
+) -> tuple[bool, str]:
+    """Whether rows are packed, and why: where that is exact by the configuration and by a comparison at load.
+
+    Args:
+      config: config.json of the language model.
+      wanted: model.layout.
+      name: of the model, for messages.
+      difference: compares packed with plain rows; see `largest_difference`. May raise NotPackable.
+    Raises: ConfigError: packed rows were asked for and are not exact.
+    """
+    exact, reason = packing(config)
+    if wanted == "plain":
+        exact, reason = False, "model.layout = plain"
+    elif exact:
+        try:
+            apart = difference()
+        except NotPackable as error:
+            exact, reason = False, str(error)
+        else:
+            if apart is not None:
+                exact, reason = False, f"packed log-probs differ by up to {apart:.3g} nat at load"
+    if wanted == "packed" and not exact:
+        raise ConfigError(f"model.layout is packed, which is not exact for {name}: {reason}. Use auto or plain")
+    log.info("%s: %s rows (%s)", name, "packed" if exact else "plain", reason)
+    return exact, reason
+
+
+def largest_difference(
+    values: Sequence[np.ndarray], others: Sequence[np.ndarray], tolerance: tuple[float, float]
+) -> float | None:
+    """The largest difference of two computations of the same log-probs, nat a token; None where it is rounding.
+
+    Args:
+      values, others: by response, (tokens,) each.
+      tolerance: the largest and the mean difference that rounding explains. In 16 bits the mean decides, as a router
+        may send a token elsewhere.
+    """
+    difference = np.abs(np.concatenate(values) - np.concatenate(others))
+    worst, typical = tolerance
+    return None if difference.max() <= worst and difference.mean() <= typical else float(difference.max())
 
 
 def plan_rows(

@@ -1,0 +1,77 @@
+"""Checks at load: what the policy samples is what it scores, and packed rows are plain ones."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.sampling import Sampling
+from gvpo_jax import mesh, ranks, update
+from gvpo_jax.model import Parameters
+from gvpo_jax.programs import Programs
+from gvpo_jax.scorer import Scorer
+
+log = logging.getLogger("gvpo.jax")
+
+SAMPLED_TOKENS = 8  # to compare the sampler with the forward pass
+
+
+def check_layout(
+    scorer: Scorer, parameters: Parameters, adapters: Parameters, config: ModelConfig, settings: Mapping[str, Any]
+) -> tuple[bool, str]:
+    """Compares packed rows with plain ones; chooses the layout.
+
+    Args:
+      settings: config.json of the language model.
+    Returns: whether rows are packed, and why.
+    Raises: ConfigError: a layout that is not exact.
+    """
+    spec, shards = scorer.setup.spec, mesh.batch_shards(scorer.mesh)
+    batch = layout.check_batch(spec.vocabulary)
+
+    def packed_difference() -> float | None:
+        both = [layout.arrays(batch, layout.plan_rows(batch, packed=p, tokens=1 << 30)) for p in (True, False)]
+        widest = tuple(max(sizes) for sizes in zip(*(update.shape_of(a, shards) for a in both), strict=True))
+        packed, plain = (
+            arrays.split(scorer.values(rows, parameters, adapters)[rows.places])
+            for arrays, rows in ((a, update.pad_rows(a, widest)) for a in both)
+        )
+        tolerance = (2e-3, 5e-4) if config.dtype == "float32" else (float("inf"), 0.1)
+        return layout.largest_difference(packed, plain, tolerance)
+
+    return layout.choose(settings, config.layout, spec.family.architecture, packed_difference, log)
+
+
+def check_decoding(
+    scorer: Scorer,
+    parameters: Parameters,
+    adapters: Parameters,
+    splitting: layout.Splitting,
+    *,
+    dtype: str,
+    end: Sequence[int],
+    cache_tokens: int,
+) -> None:
+    """Compares what the sampler says of a few responses with their log-probs by the forward pass.
+
+    Raises: ConfigError: they differ, so that the sampler is not the policy that is trained.
+    """
+    scorer = Scorer(scorer.setup, Programs())  # these shapes are not the run's
+    prompts = list(dict.fromkeys(layout.check_batch(scorer.setup.spec.vocabulary).prompts))[:2]
+    seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
+    given = (prompts, seeds, Sampling(SAMPLED_TOKENS))
+    responses, sums = scorer.sample(parameters, adapters, *given, end=end, cache_tokens=cache_tokens)
+    drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
+    batch = Batch(*(list(column) for column in zip(*drawn, strict=True)))
+    scored, _ = scorer.logprobs(batch, splitting.rows(batch), parameters, adapters)
+    apart = ranks.gather(np.abs(scored - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn])
+    tolerance = (2e-3, 5e-4) if dtype == "float32" else (1.0, 0.1)
+    difference = layout.largest_difference([apart], [np.zeros_like(apart)], tolerance)
+    if difference is not None:
+        raise ConfigError(
+            f"the sampler of {scorer.setup.spec.family.architecture} differs from its forward pass by up to "
+            f"{difference:.3g} nat a token: gvpo_jax cannot sample from this model exactly"
+        )

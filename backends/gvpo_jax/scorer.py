@@ -1,0 +1,74 @@
+"""A model that scores and samples with the parameters it is given, over the mesh."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy import Batch, Response, Tokens
+from gvpo_core.training.policy.layout import Row
+from gvpo_core.training.sampling import Sampling
+from gvpo_jax import generate, mesh, update
+from gvpo_jax.model import Parameters, Setup
+from gvpo_jax.programs import Programs
+from gvpo_jax.update import Rows
+
+
+class Scorer:
+    """The model's programs; parameters and adapters are arguments, as they change at every step."""
+
+    def __init__(self, setup: Setup, programs: Programs) -> None:
+        self.setup, self.programs, self.mesh = setup, programs, setup.mesh
+
+    def check_lengths(self, batch: Batch) -> None:
+        """Raises ConfigError: a row past the length at which the rotary embedding changes."""
+        self._check_length(
+            max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)), default=0)
+        )
+
+    def _check_length(self, tokens: int) -> None:
+        longest = self.setup.spec.longest
+        if longest and tokens > longest:
+            raise ConfigError(
+                f"a row has {tokens} tokens; the rotary embedding of {self.setup.spec.family.architecture} changes in "
+                f"rows past {longest} tokens, which gvpo_jax does not compute: take shorter prompts or responses "
+                "(rollout.max_tokens)"
+            )
+
+    def values(self, rows: Rows, parameters: Parameters, adapters: Parameters) -> np.ndarray:
+        """(B, P) token log-probs of this process's rows."""
+        given = mesh.put_all(rows.arrays, self.mesh)
+        out = mesh.batch_sharding(self.mesh)
+        return mesh.local(self.programs.call(update.score_rows, (self.setup,), parameters, adapters, given, out=out))
+
+    def logprobs(
+        self, batch: Batch, micro: Sequence[Sequence[Row]], parameters: Parameters, adapters: Parameters
+    ) -> tuple[np.ndarray, int]:
+        """(N,) float64 sums of token log-probs, and the tokens computed.
+
+        Raises: ConfigError: see `check_lengths`.
+        """
+        self.check_lengths(batch)
+        found, tokens = np.zeros(len(batch)), 0
+        for rows in (rows for alike in update.plan(batch, micro, self.mesh) for rows in alike):
+            values = self.values(rows, parameters, adapters)
+            if rows.source is not None:
+                found[rows.source.responses] = rows.sums(values)
+                tokens += rows.arrays["ids"].size
+        return found, tokens
+
+    def sample(
+        self,
+        parameters: Parameters,
+        adapters: Parameters,
+        prompts: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        end: Sequence[int],
+        cache_tokens: int,
+    ) -> tuple[list[list[Response]], list[list[float]]]:
+        """len(seeds[i]) responses to prompts[i], and each one's log-prob at temperature 1 as the sampler saw it."""
+        self._check_length(max(map(len, prompts), default=0) + sampling.max_tokens)
+        given = (parameters, adapters, prompts, seeds, sampling)
+        return generate.generate(self.setup, self.programs, *given, end=end, cache_tokens=cache_tokens)

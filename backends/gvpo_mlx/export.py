@@ -1,0 +1,78 @@
+"""An export for others: a Hugging Face folder with adapters merged in, and the adapters alone. Read back and scored."""
+
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy.export import write_json, write_settings, write_weights
+from gvpo_core.training.policy.hugging_face import local_folder
+from gvpo_mlx.adapters import adapted, merged
+from gvpo_mlx.check import read_back
+from gvpo_mlx.model import Scorer
+from gvpo_mlx.weights import constants
+
+log = logging.getLogger("gvpo.mlx")
+
+
+def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any, end: Sequence[int]) -> None:
+    """Writes a Hugging Face folder: weights with adapters merged in and unpacked, by the names and shapes of the folder
+    that was trained; config, tokenizer; under `adapters`, where there are any, the adapters alone as mlx-lm loads them
+    onto the model that they were trained on. The folder is then read back and scored.
+
+    Args:
+      end: the tokens that ended responses; all of them are in generation_config.json.
+    Raises: ConfigError: the folder does not score as the model that was trained; its weights are removed.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    loaded, dtype = scorer.loaded, scorer.dtype
+    constant = constants(str(loaded.config.get("model_type")))
+    tensors = {}
+    for name, value in loaded.origin.tensors(dict(merged(scorer.lm))).items():
+        if name.rpartition(".")[2] in constant and not loaded.origin.mlx_format:
+            value = loaded.origin.stored(name)  # never trained: some are float32 in a folder of 16 bits
+        elif mx.issubdtype(value.dtype, mx.floating):
+            value = value.astype(dtype)
+        tensors[name] = value
+    if loaded.origin.mlx_format and any(".switch_mlp." in name for name in tensors):
+        log.warning(
+            "%s is in MLX's own format, and so is its export: mlx-lm reads it, transformers may not", config.path
+        )
+    head = "lm_head.weight"
+    if head not in tensors and "lm_head" not in scorer.language and loaded.written.get("tie_word_embeddings") is False:
+        tensors[head] = tensors[next(n for n in tensors if n.endswith("embed_tokens.weight"))]
+
+    def write(part: dict[str, mx.array], path: str) -> None:
+        mx.save_safetensors(path, part, {"format": "pt"})
+
+    written = write_weights(directory, tensors.items(), write)
+    # The completed settings: mlx-lm asks for some by names that transformers 5 no longer writes.
+    write_settings(directory, loaded.written, config.dtype, local_folder(config), end, tokenizer)
+    try:
+        read_back(directory, scorer, config)
+    except ConfigError:
+        for path in written:
+            path.unlink()
+        raise
+    if scorer.adapted:
+        _export_adapters(directory / "adapters", scorer, config)
+
+
+def _export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
+    directory.mkdir(exist_ok=True)
+    layers = adapted(scorer.lm)
+    tensors = dict(tree_flatten(scorer.lm.trainable_parameters()))
+    mx.save_safetensors(str(directory / "adapters.safetensors"), tensors)
+    inside = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name, _ in layers})
+    settings = {
+        "model": config.path,
+        "fine_tune_type": config.lora_kind,
+        "num_layers": len(scorer.lm.layers),
+        "lora_parameters": {"rank": config.lora_rank, "scale": layers[0][1].scale, "dropout": 0.0, "keys": inside},
+    }
+    write_json(directory / "adapter_config.json", settings)

@@ -1,0 +1,84 @@
+"""An export for others: a Hugging Face folder with adapters merged in."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_core.training.policy.export import write_json
+from gvpo_core.training.policy.hugging_face import portable_config
+from gvpo_torch.update import whole
+from gvpo_torch.weights import without_bars
+
+# What a model of images and text needs beside its tokenizer; copied as they are.
+PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+
+
+def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, main: bool) -> None:
+    """Writes a Hugging Face folder: weights with adapters merged in, config, tokenizer, generation settings.
+
+    Every rank calls; the main rank writes.
+    """
+    from transformers.utils import cached_file
+
+    base = lm.get_base_model() if hasattr(lm, "peft_config") else lm
+    tensors: dict[str, Tensor] = {}
+    for name, tensor in _merged(base):
+        tensor = whole(tensor.detach())
+        if main:
+            tensors[name] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+    if not main:
+        return
+    for twin, original in (base.all_tied_weights_keys or {}).items():
+        if original in tensors:
+            tensors[twin] = tensors[original]
+    with without_bars(directory):
+        base.save_pretrained(directory, state_dict=tensors)
+    tokenizer.save_pretrained(directory)
+    path = directory / "config.json"
+    write_json(path, portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch.")))
+    where = {"revision": getattr(base.config, "_commit_hash", None), "local_files_only": True}
+    for name in PROCESSORS:
+        found = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
+        if found:
+            shutil.copyfile(found, directory / name)
+
+
+def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The model's own tensors under their own names; the model itself stays as it is, to the bit."""
+    adapted: dict[str, Any] = {}  # tensor -> the layer that adds to it; fused experts have two, nested
+    for name, module in base.named_modules():
+        if hasattr(module, "get_delta_weight"):
+            adapted[f"{_own(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
+    for name, tensor in base.state_dict().items():
+        if ".lora_" in name:
+            continue
+        own = _own(name)
+        delta = _delta(adapted[own]) if own in adapted else None
+        yield own, tensor if delta is None else whole(tensor).float() + delta
+
+
+def _own(name: str) -> str:
+    return name.replace(".base_layer", "")
+
+
+def _delta(layer: Any) -> Tensor | None:
+    name = layer.active_adapters[0]
+    if name not in layer.lora_A:
+        return None
+    if hasattr(layer, "parameter_name"):
+        return layer.get_delta_weight(name).detach().float()
+    a, b = whole(layer.lora_A[name].weight.detach()), whole(layer.lora_B[name].weight.detach())
+    delta = (b.float() @ a.float()) * layer.scaling[name]
+    if name in layer.lora_magnitude_vector:
+        weight = whole(layer.get_base_layer().weight.detach()).float()
+        weight = weight.t() if layer.fan_in_fan_out else weight
+        magnitude = whole(layer.lora_magnitude_vector[name].weight.detach()).float()
+        moved = weight + delta
+        delta = moved * (magnitude / moved.norm(dim=1)).unsqueeze(1) - weight
+    return delta.t() if layer.fan_in_fan_out else delta  # GPT-2 keeps its weights transposed

@@ -1,0 +1,69 @@
+"""What a model takes of memory, for the core's estimate of a run, and what the device has."""
+
+from typing import Any
+
+import torch
+
+from gvpo_core.training.policy.memory import peak_memory
+from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
+from gvpo_torch.model import Scorer
+
+CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
+
+
+def facts(scorer: Scorer, device: torch.device) -> dict[str, Any]:
+    """What the core's estimate of memory needs; see the protocol. Nothing for a model whose shape has other names."""
+    sizes = shape(scorer)
+    if sizes is None:
+        return {}
+    found: dict[str, Any] = {"shape": sizes}  # head_memory: a tile of logprobs.py
+    if device.type == "cuda":
+        found["device_memory"] = torch.cuda.get_device_properties(device).total_memory
+        return found | {"head_memory": DEVICE_TILE_BYTES}
+    # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
+    return found | {"head_memory": CPU_TILE_BYTES, "cache_memory": CPU_CACHE_BYTES // 2, "allocator": 1.7}
+
+
+def cache_tokens(scorer: Scorer, device: torch.device) -> int:
+    """Tokens of key-value cache that half of the free device memory holds (a gibibyte on CPU)."""
+    sizes = shape(scorer) or {"layers": 32, "kv_heads": 1, "head_dim": 4096}
+    token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * scorer.dtype.itemsize
+    free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_CACHE_BYTES
+    return max(1, free // (2 * token))  # growing a cache holds a layer twice, dropping rows as well
+
+
+def peak(device: torch.device) -> int:
+    """Bytes held at most since the last call; on CPU by the process since its start."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+    return peak_memory()
+
+
+def shape(scorer: Scorer) -> dict[str, int] | None:
+    """The model's sizes under the names of `Policy.describe`; None where its configuration has other names.
+
+    Of layers of different sizes the largest counts.
+    """
+    try:
+        layers = [_layer_shape(layer) for layer in getattr(scorer.config, "per_layer_config", None) or [scorer.config]]
+        found = {name: max(layer[name] for layer in layers) for name in layers[0]}
+        own = {"layers": scorer.config.num_hidden_layers, "vocabulary": scorer.config.vocab_size}
+    except (AttributeError, TypeError, IndexError):
+        return None
+    return own | found
+
+
+def _layer_shape(c: Any) -> dict[str, int]:
+    heads = c.num_attention_heads
+    width = getattr(c, "head_dim", None) or c.hidden_size // heads
+    kv_heads = getattr(c, "num_key_value_heads", None) or heads
+    if getattr(c, "kv_lora_rank", None):  # the cache of latent attention holds keys and values of all heads
+        width, kv_heads = c.qk_nope_head_dim + c.qk_rope_head_dim, heads
+    experts = getattr(c, "num_experts_per_tok", None)
+    inner = getattr(c, "moe_intermediate_size", None) if experts else None
+    inner = experts * inner if inner else c.intermediate_size
+    inner = max(inner) if isinstance(inner, (list, tuple)) else inner
+    sizes = {"hidden": c.hidden_size, "intermediate": inner}
+    return sizes | {"heads": heads, "kv_heads": kv_heads, "head_dim": width}

@@ -1,0 +1,166 @@
+"""`LanguageModelPolicy`: the part of a language model's policy that has no tensor in it.
+
+A backend subclasses it and adds what its framework computes; docs/new_backend.md lists what that is.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy import checkpoint, hugging_face, text
+from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.protocol import Batch, Coefficients, PolicySettings, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy.step import StepPlan, learning_rate, plan_step
+from gvpo_core.training.sampling import Sampling
+
+
+class RanksOfBackend(Protocol):
+    """This process among the run's processes."""
+
+    rank: int
+    world_size: int
+
+    def gather(self, values: np.ndarray) -> np.ndarray: ...
+
+
+class LanguageModelPolicy(abc.ABC):
+    """See `gvpo_core.training.policy.Policy`; methods with a leading underscore are the backend's."""
+
+    backend: ClassVar[str]  # as in run.backend
+
+    packed: bool  # set by `_load`: rows hold a prompt once, then its responses
+    layout_reason: str
+    _splitting: Splitting
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        optimizer: OptimizerConfig,
+        ranks: Callable[[ModelConfig], RanksOfBackend],
+        *,
+        updates: int,
+        reference: bool,
+        seed: int,
+    ) -> None:
+        """Joins the ranks and reads the tokenizer; the subclass then calls `_load`.
+
+        Raises: ConfigError: settings, a device or a folder that cannot be used.
+        """
+        self.settings = PolicySettings(optimizer, updates, reference, seed, config)
+        self.config, self.optimizer_config = config, optimizer
+        self._ranks = ranks(config)
+        self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
+        self.folder = hugging_face.local_folder(config)
+        self.tokenizer = hugging_face.load_tokenizer(config)
+        self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
+        self.steps_taken = 0
+
+    # -- what a backend gives
+
+    @property
+    @abc.abstractmethod
+    def architecture(self) -> str:
+        """The model's class, as checkpoints and the log name it."""
+
+    @abc.abstractmethod
+    def _load(self) -> None:
+        """Loads model, reference and optimizer, and sets `packed`, `layout_reason` and `_splitting`."""
+
+    @abc.abstractmethod
+    def _unload(self) -> None:
+        """Frees what `_load` made."""
+
+    @abc.abstractmethod
+    def _generate(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Response]]:
+        """See `Policy.generate`."""
+
+    @abc.abstractmethod
+    def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
+        """(N,) float64 log-probabilities, nats, and the tokens computed, padding included."""
+
+    @abc.abstractmethod
+    def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
+        """The gradient of a planned step, clipped, and AdamW's step at learning rate `rate`."""
+
+    @abc.abstractmethod
+    def _save(self, directory: Path, header: dict[str, Any]) -> None:
+        """Writes parameters and moments, then `header`."""
+
+    @abc.abstractmethod
+    def _restore(self, directory: Path, header: dict[str, Any]) -> None:
+        """Reads what `_save` wrote; checks all of it before it changes anything."""
+
+    # -- the protocol
+
+    def reset(self) -> None:
+        """Loads the initial model again, without optimizer state; every rank calls."""
+        self._unload()
+        self._load()
+        self.steps_taken = 0
+
+    def encode(self, prompt: Prompt) -> Tokens:
+        """Token ids of a text, or of chat messages through the chat template; see `policy.text`."""
+        return text.encode(self.tokenizer, prompt, self.config)
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of a response without its end token; see `policy.text`."""
+        return text.decode(self.tokenizer, tokens, self._end)
+
+    def generate(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Response]]:
+        """len(seeds[i]) responses to prompts[i]; see the protocol."""
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected as many")
+        return self._generate(prompts, seeds, sampling)
+
+    def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        """(N,) float64 sums of float32 token log-probs, nats, at temperature 1.
+
+        Raises: RuntimeError: the reference, where `load` was told that it is not needed.
+        """
+        if reference and not self.settings.reference and not self.config.lora_rank:
+            raise RuntimeError("the reference was not loaded: load(..., reference=True)")
+        return self._logprobs(batch, reference)[0]
+
+    def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
+        """One AdamW step along -sum_i c_i grad log pi_i; see the protocol.
+
+        Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
+        """
+        together = self.world_size == 1 and self.optimizer_config.strategy == "group"
+        plan = plan_step(batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs)
+        rate = learning_rate(self.optimizer_config, self.steps_taken, self.settings.updates)
+        update = self._update(batch, plan, coefficients, rate)
+        self.steps_taken += 1
+        return update
+
+    def save(self, directory: Path) -> None:
+        """Writes parameters or adapters, AdamW's moments and the step into an empty folder; every rank calls."""
+        header = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
+        self._save(Path(directory), header)
+
+    def restore(self, directory: Path) -> None:
+        """Reads what `save` wrote, from any number of ranks.
+
+        Raises: ConfigError: a checkpoint that does not fit, and where.
+        """
+        header = checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
+        self._restore(Path(directory), header)
+        self.steps_taken = int(header["step"])
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
+        return self._ranks.gather(values)
+
+    # -- for the backend
+
+    def _split(self, hidden: int, rope: Any = None) -> Splitting:
+        c = self.optimizer_config
+        return Splitting(self.packed, c.micro_batch_tokens, c.micro_batch_responses, hidden, rope)

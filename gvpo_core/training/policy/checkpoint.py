@@ -1,0 +1,113 @@
+"""What every backend's checkpoint shares: the header `state.json` and its checks, tensors cut into files.
+
+A backend's `checkpoint.py` writes and reads the arrays; docs/new_backend.md says how.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+
+FORMAT = 1
+SHARD_BYTES = 2**30  # of a file; a larger tensor has a file of its own
+HEADER = "state.json"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+T = TypeVar("T", bound=_Sized)
+
+
+def identity(config: ModelConfig, architecture: str) -> dict[str, Any]:
+    """What a checkpoint and the run that restores it must agree on."""
+    facts: dict[str, Any] = {"architecture": architecture, "lora_rank": config.lora_rank}
+    if config.lora_rank:
+        facts |= {"lora_kind": config.lora_kind, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
+        facts |= {"lora_targets": list(config.lora_targets)}
+    return facts
+
+
+def write_header(directory: Path, facts: Mapping[str, Any]) -> None:
+    """Writes `facts` as state.json; the main rank calls, once the arrays are written."""
+    text = json.dumps({"format": FORMAT, **facts}, indent=1) + "\n"
+    (directory / HEADER).write_text(text, encoding="utf-8")
+
+
+def read_header(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What `write_header` wrote.
+
+    Args:
+      facts: `identity` of the run; the header must have the same values.
+    Raises: ConfigError: no header, one of another format, or the state of another model or kind of training.
+    """
+    path = directory / HEADER
+    if not path.is_file():
+        raise ConfigError(f"{directory} has no {HEADER}: not a checkpoint of this backend")
+    saved: dict[str, Any] = {"lora_kind": "lora"} | json.loads(path.read_text(encoding="utf-8"))  # gvpo_jax left it out
+    if saved.get("format") != FORMAT:
+        raise ConfigError(f"{path} has format {saved.get('format')}; this version reads {FORMAT}")
+    for name, value in facts.items():
+        if saved.get(name) != value:
+            raise ConfigError(f"the checkpoint {directory} has {name} = {saved.get(name)}; this run has {value}")
+    return saved
+
+
+def check_files(directory: Path, names: Iterable[str]) -> None:
+    """Raises ConfigError: a file or folder that the header names is not in the checkpoint, or lies outside it."""
+    for name in names:
+        if os.path.basename(name) != name or not (directory / name).exists():
+            raise ConfigError(f"the checkpoint {directory} lacks its file {name}")
+
+
+def check_tensors(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares names and shapes; call it before anything is changed.
+
+    Raises: ConfigError: tensors that are missing, unknown or of another shape, with the first one's name.
+    """
+    lacking, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    unlike = sorted(name for name in wanted.keys() & found.keys() if tuple(wanted[name]) != tuple(found[name]))
+    for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
+        if names:
+            raise ConfigError(
+                f"the checkpoint {directory} does not fit the model: "
+                f"it {what} {len(names)} tensors, the first {names[0]}"
+            )
+
+
+def write_shards(
+    directory: Path, tensors: Iterable[tuple[str, T]], pattern: str, save: Callable[[dict[str, T], str], None]
+) -> dict[str, list[str]]:
+    """Writes tensors as they come, `SHARD_BYTES` a file, so that few are in memory together.
+
+    Args:
+      tensors: names and tensors. On ranks that only help to gather them it yields nothing.
+      pattern: of the files' names, as "state-{:05d}.safetensors"; counted from 1.
+      save: writes one file: its tensors by name, its path.
+    Returns: file name -> names of its tensors.
+    """
+    files: dict[str, list[str]] = {}
+    part: dict[str, T] = {}
+    size = 0
+
+    def flush() -> None:
+        nonlocal part, size
+        if part:
+            name = pattern.format(len(files) + 1)
+            save(part, str(directory / name))
+            files[name] = list(part)
+        part, size = {}, 0
+
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        part[name] = tensor
+        size += tensor.nbytes
+    flush()
+    return files
