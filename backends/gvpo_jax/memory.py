@@ -1,9 +1,8 @@
 """What a model takes of memory, for the core's estimate of a run, and what the devices have."""
 
-from typing import Any
-
 from jax.sharding import Mesh
 
+from gvpo_core.training.policy import MemoryFacts
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
 from gvpo_jax.model import Setup
@@ -12,13 +11,21 @@ from gvpo_jax.spec import Spec
 CPU_CACHE_BYTES = 2**30  # of keys and values
 
 
-def facts(spec: Spec, mesh: Mesh) -> dict[str, Any]:
-    """What the core's estimate of memory needs; see the protocol."""
+def facts(spec: Spec, mesh: Mesh) -> MemoryFacts:
+    """What the core's estimate of memory needs; of layers of different sizes the largest counts."""
     first = mesh.local_devices[0]
-    found: dict[str, Any] = {"shape": shape(spec)}
-    found["head_memory"] = CHUNK_BYTES.get(first.platform, DEVICE_CHUNK_BYTES)
     limit = (first.memory_stats() or {}).get("bytes_limit")
-    return found | ({"device_memory": limit} if limit else {"cache_memory": CPU_CACHE_BYTES})
+    return MemoryFacts(
+        layers=spec.layers,
+        hidden=spec.hidden,
+        intermediate=max(layer.intermediate for layer in spec.each),
+        heads=spec.heads,
+        kv_heads=max(layer.key_heads for layer in spec.each),
+        head_dim=max(layer.width for layer in spec.each),
+        device=limit,
+        head=CHUNK_BYTES.get(first.platform, DEVICE_CHUNK_BYTES),
+        cache=None if limit else CPU_CACHE_BYTES,
+    )
 
 
 def cache_tokens(setup: Setup) -> int:
@@ -37,16 +44,3 @@ def peak(mesh: Mesh) -> int:
     """Bytes held at most on a device since the start; on CPU by the process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices]
     return int(max(peaks)) if any(peaks) else peak_memory()
-
-
-def shape(spec: Spec) -> dict[str, int]:
-    """The model's sizes under the names of `Policy.describe`; of layers of different sizes the largest counts."""
-    return {
-        "layers": spec.layers,
-        "hidden": spec.hidden,
-        "intermediate": max(layer.intermediate for layer in spec.each),
-        "heads": spec.heads,
-        "kv_heads": max(layer.key_heads for layer in spec.each),
-        "head_dim": max(layer.width for layer in spec.each),
-        "vocabulary": spec.vocabulary,
-    }

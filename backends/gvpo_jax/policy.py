@@ -1,14 +1,13 @@
 """The JAX policy: what `gvpo_core.training` trains, on one device or over a mesh of many."""
 
-from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Response, Tokens, Update, hugging_face, text
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, hugging_face
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
@@ -46,12 +45,6 @@ class JaxPolicy(LanguageModelPolicy):
     def __init__(
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
-        if config.lora_rank and config.lora_kind != "lora":
-            raise ConfigError(f"model.lora_kind is {config.lora_kind!r}; gvpo_jax has lora alone")
-        if config.sharding != "data_parallel":
-            raise ConfigError(
-                f"model.sharding is {config.sharding!r}, a setting of torch; in jax it is model.mesh_fsdp"
-            )
         super().__init__(config, optimizer, Ranks, updates=updates, reference=reference, seed=seed)
         self.mesh = self._ranks.mesh
         config_of_all = hugging_face.read_config(self.folder, lambda _: SETTINGS)
@@ -155,28 +148,19 @@ class JaxPolicy(LanguageModelPolicy):
 
     # -- facts
 
-    def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the log and the run folder."""
+    def describe(self) -> PolicyFacts:
+        """Facts for the log and the run folder."""
         spec, first = self.setup.spec, self.mesh.devices.flat[0]
-        model = weights.count(spec.shapes())
         trainable = weights.count(self.learner.shapes)
-        return {
-            "backend": "jax",
-            "architecture": spec.family.architecture,
-            "device": str(first.platform),
-            "device_name": first.device_kind,
-            "devices": self.mesh.size,
-            "mesh": ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
-            "ranks": self.world_size,
-            "dtype": self.config.dtype,
-            "end_tokens": text.told_end_tokens(self.tokenizer, self._end),
-            "context": hugging_face.context(self.model_config),
-            "parameters": model + (trainable if self.learner.adapters else 0),
-            "trainable_parameters": trainable,
-            "layout": "packed" if self.packed else "plain",
-            "layout_reason": self.layout_reason,
-            "versions": {
-                name: version(name) for name in ("jax", "jaxlib", "optax", "orbax-checkpoint", "transformers")
-            },
-            **memory.facts(spec, self.mesh),
-        }
+        return self._describe(
+            device=str(first.platform),
+            device_name=first.device_kind,
+            model=self.model_config,
+            vocabulary=spec.vocabulary,
+            parameters=weights.count(spec.shapes()) + (trainable if self.learner.adapters else 0),
+            trainable_parameters=trainable,
+            packages=("jax", "jaxlib", "optax", "orbax-checkpoint", "transformers"),
+            memory=memory.facts(spec, self.mesh),
+            devices=self.mesh.size,
+            mesh=", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
+        )

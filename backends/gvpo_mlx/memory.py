@@ -1,12 +1,13 @@
 """What a model takes of memory, for the core's estimate of a run, and what the device has."""
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from gvpo_core.training.config import ModelConfig
+from gvpo_core.training.policy import MemoryFacts
 
 if TYPE_CHECKING:
     from gvpo_mlx.model import Scorer
@@ -71,8 +72,8 @@ def allow_wired(device: mx.Device) -> None:
         mx.set_wired_limit(int(mx.device_info(device)["max_recommended_working_set_size"]))
 
 
-def facts(scorer: "Scorer", config: ModelConfig, tokens: int, device: mx.Device) -> dict[str, Any]:
-    """What the core's estimate of memory needs; see the protocol. Nothing for a model whose shape has other names.
+def facts(scorer: "Scorer", config: ModelConfig, tokens: int, device: mx.Device) -> MemoryFacts | None:
+    """What the core's estimate of memory needs; None for a model whose sizes have other names.
 
     Args:
       tokens: of a micro-batch.
@@ -83,28 +84,23 @@ def facts(scorer: "Scorer", config: ModelConfig, tokens: int, device: mx.Device)
     hidden, heads, vocabulary = c.get("hidden_size"), c.get("num_attention_heads"), c.get("vocab_size")
     inner = (c.get("moe_intermediate_size") or 0) * (c.get("num_experts_per_tok") or 0) or c.get("intermediate_size")
     if not (hidden and heads and vocabulary and inner):
-        return {}
-    shape = {
-        "layers": len(lm.layers),
-        "hidden": hidden,
-        "intermediate": inner,
-        "heads": heads,
-        "kv_heads": c.get("num_key_value_heads") or heads,
-        "head_dim": c.get("head_dim") or hidden // heads,
-        "vocabulary": vocabulary,
-    }
+        return None
     of_hidden, of_inner = RECOMPUTED if config.gradient_checkpointing else KEPT
-    chunk = DEVICE_CHUNK_BYTES if device.type == mx.gpu else CPU_CHUNK_BYTES
-    quantized = any("scales" in module for module in lm.modules())
-    return {
-        "shape": shape,
-        "framework_memory": FRAMEWORK,
+    on_gpu, quantized = device.type == mx.gpu, any("scales" in module for module in lm.modules())
+    return MemoryFacts(
+        layers=len(lm.layers),
+        hidden=hidden,
+        intermediate=inner,
+        heads=heads,
+        kv_heads=c.get("num_key_value_heads") or heads,
+        head_dim=c.get("head_dim") or hidden // heads,
+        device=available(device) if on_gpu else None,
+        framework=FRAMEWORK,
         # Some ten chunks are in flight, or all that one of a few tokens takes; logprobs.py says why.
-        "head_memory": min(10 * chunk, 3 * tokens * vocabulary * 4),
-        "cache_memory": for_cache(device) // 2,
-        "cache_step": CACHE_STEP,
-        "block_memory": (of_hidden * hidden + of_inner * inner) * narrow,
-        "frozen_memory": held(lm) - sum(p.nbytes for p in scorer.parameters),
-        **({"device_memory": available(device)} if device.type == mx.gpu else {}),
-        **({} if quantized else {"advice_memory": "take a model quantized to 4 bits, with model.lora_rank"}),
-    }
+        head=min(10 * (DEVICE_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES), 3 * tokens * vocabulary * 4),
+        cache=for_cache(device) // 2,
+        cache_step=CACHE_STEP,
+        block=(of_hidden * hidden + of_inner * inner) * narrow,
+        frozen=held(lm) - sum(p.nbytes for p in scorer.parameters),
+        advice="" if quantized else "take a model quantized to 4 bits, with model.lora_rank",
+    )

@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Response, Tokens, Update, hugging_face, text
+from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
@@ -164,22 +163,16 @@ class MLXPolicy(LanguageModelPolicy):
 
     # -- facts
 
-    def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the log and the run folder."""
-        return {
-            "backend": "mlx",
-            "architecture": self.scorer.name,
-            "device": "gpu" if self.device.type == mx.gpu else "cpu",
-            "device_name": str(mx.device_info(self.device).get("device_name", "unknown")),
-            "ranks": self.world_size,
-            "dtype": self.config.dtype,
-            "end_tokens": text.told_end_tokens(self.tokenizer, self._end),
-            "context": hugging_face.context(self.scorer.config),
-            "parameters": memory.count(self.scorer.lm),
-            "trainable_parameters": sum(p.size for p in self.scorer.parameters),
-            "layout": "packed" if self.packed else "plain",
-            "layout_reason": self.layout_reason,
-            "compiled": self.compiled,
-            "versions": {package: version(package) for package in ("mlx", "mlx-lm", "transformers")},
-            **memory.facts(self.scorer, self.config, self.optimizer_config.micro_batch_tokens, self.device),
-        }
+    def describe(self) -> PolicyFacts:
+        """Facts for the log and the run folder."""
+        return self._describe(
+            device="gpu" if self.device.type == mx.gpu else "cpu",
+            device_name=str(mx.device_info(self.device).get("device_name", "unknown")),
+            model=self.scorer.config,
+            vocabulary=self.scorer.config.get("vocab_size"),
+            parameters=memory.count(self.scorer.lm),
+            trainable_parameters=sum(p.size for p in self.scorer.parameters),
+            packages=("mlx", "mlx-lm", "transformers"),
+            memory=memory.facts(self.scorer, self.config, self.optimizer_config.micro_batch_tokens, self.device),
+            compiled=self.compiled,
+        )

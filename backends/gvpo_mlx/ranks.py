@@ -23,8 +23,6 @@ class Ranks:
         """
         self.device = _device(config.device)
         self.rank, self.world_size, self._group = 0, 1, None
-        if config.sharding != "data_parallel":
-            raise ConfigError(f"model.sharding is {config.sharding!r}, which gvpo_mlx does not have: use data_parallel")
         if any(name in os.environ for name in _LAUNCHED):
             try:
                 self._group = mx.distributed.init(strict=True)

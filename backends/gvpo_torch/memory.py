@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 
+from gvpo_core.training.policy import MemoryFacts
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.model import Scorer
@@ -11,17 +12,16 @@ from gvpo_torch.model import Scorer
 CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
 
 
-def facts(scorer: Scorer, device: torch.device) -> dict[str, Any]:
-    """What the core's estimate of memory needs; see the protocol. Nothing for a model whose shape has other names."""
+def facts(scorer: Scorer, device: torch.device) -> MemoryFacts | None:
+    """What the core's estimate of memory needs; None for a model whose sizes have other names."""
     sizes = shape(scorer)
     if sizes is None:
-        return {}
-    found: dict[str, Any] = {"shape": sizes}  # head_memory: a tile of logprobs.py
-    if device.type == "cuda":
-        found["device_memory"] = torch.cuda.get_device_properties(device).total_memory
-        return found | {"head_memory": DEVICE_TILE_BYTES}
+        return None
+    if device.type == "cuda":  # head: a tile of logprobs.py
+        total = torch.cuda.get_device_properties(device).total_memory
+        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES)
     # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
-    return found | {"head_memory": CPU_TILE_BYTES, "cache_memory": CPU_CACHE_BYTES // 2, "allocator": 1.7}
+    return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7)
 
 
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:
@@ -42,17 +42,16 @@ def peak(device: torch.device) -> int:
 
 
 def shape(scorer: Scorer) -> dict[str, int] | None:
-    """The model's sizes under the names of `Policy.describe`; None where its configuration has other names.
+    """The model's sizes under the names of `MemoryFacts`; None where its configuration has other names.
 
     Of layers of different sizes the largest counts.
     """
     try:
         layers = [_layer_shape(layer) for layer in getattr(scorer.config, "per_layer_config", None) or [scorer.config]]
         found = {name: max(layer[name] for layer in layers) for name in layers[0]}
-        own = {"layers": scorer.config.num_hidden_layers, "vocabulary": scorer.config.vocab_size}
+        return {"layers": scorer.config.num_hidden_layers} | found
     except (AttributeError, TypeError, IndexError):
         return None
-    return own | found
 
 
 def _layer_shape(c: Any) -> dict[str, int]:

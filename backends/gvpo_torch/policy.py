@@ -1,8 +1,7 @@
 """The PyTorch policy: what `gvpo_core.training` trains, on one device or several."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from importlib.metadata import version
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,17 @@ import torch
 from torch import Tensor
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, Response, Tokens, Update, hugging_face, layout, text
+from gvpo_core.training.policy import (
+    Batch,
+    Coefficients,
+    PolicyFacts,
+    Response,
+    Tokens,
+    Update,
+    hugging_face,
+    layout,
+    text,
+)
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
@@ -178,24 +187,17 @@ class TorchPolicy(LanguageModelPolicy):
 
     # -- facts
 
-    def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the log and the run folder."""
-        names = ("torch", "transformers", "accelerate", *(("peft",) if self.config.lora_rank else ()))
-        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
-        return {
-            "backend": "torch",
-            "architecture": type(self.scorer.base).__name__,
-            "device": str(self.device),
-            "device_name": name,
-            "ranks": self.world_size,
-            "sharding": self.config.sharding if self.world_size > 1 else "none",
-            "dtype": self.config.dtype,
-            "end_tokens": text.told_end_tokens(self.tokenizer, self._end),
-            "context": hugging_face.context(self.scorer.config.to_dict()),
-            "parameters": self.parameters,
-            "trainable_parameters": self.trainable,
-            "layout": "packed" if self.packed else "plain",
-            "layout_reason": self.layout_reason,
-            "versions": {package: version(package) for package in names},
-            **memory.facts(self.scorer, self.device),
-        }
+    def describe(self) -> PolicyFacts:
+        """Facts for the log and the run folder."""
+        on_cuda, settings = self.device.type == "cuda", self.scorer.config
+        return self._describe(
+            device=str(self.device),
+            device_name=torch.cuda.get_device_name(self.device) if on_cuda else "CPU",
+            sharding=self.config.sharding if self.world_size > 1 else "none",
+            model=settings.to_dict(),
+            vocabulary=getattr(settings, "vocab_size", None),
+            parameters=self.parameters,
+            trainable_parameters=self.trainable,
+            packages=("torch", "transformers", "accelerate", *(("peft",) if self.config.lora_rank else ())),
+            memory=memory.facts(self.scorer, self.device),
+        )

@@ -128,7 +128,7 @@ def test_adapters_on_a_quantized_model(kind: str, quantized, tmp_path) -> None:
     made = policy(quantized, lora_rank=4, lora_kind=kind, learning_rate=0.05)
     packed = {n: np.array(m.weight) for n, m in made.scorer.lm.named_modules() if "scales" in m}
     assert packed and all(w.dtype == np.uint32 for w in packed.values())
-    assert made.describe()["parameters"] > 2 * sum(w.size for w in packed.values())
+    assert made.describe().parameters > 2 * sum(w.size for w in packed.values())
     first = made.logprobs(OF)
     np.testing.assert_allclose(made.logprobs(OF, reference=True), first, rtol=0, atol=1e-4)
     signs = np.where(np.arange(len(OF)) % 2, 1.0, -1.0)
@@ -159,8 +159,8 @@ def test_the_log_says_what_runs_where(llama, caplog) -> None:
         made = policy(llama, reference=True)
     assert "MLX runs on Device(cpu, 0)" in caplog.text and "packed rows" in caplog.text
     facts = made.describe()
-    assert facts["device"] == "cpu" and facts["parameters"] == facts["trainable_parameters"] > 0
-    assert facts["versions"]["mlx-lm"]
+    assert facts.device == "cpu" and facts.parameters == facts.trainable_parameters > 0
+    assert facts.versions["mlx-lm"]
 
 
 def test_factors_that_do_not_arrive_are_noticed(llama, monkeypatch) -> None:

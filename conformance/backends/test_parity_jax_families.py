@@ -67,7 +67,7 @@ each = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) fo
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logprobs_are_transformers_own(name: str, folders) -> None:
     of_jax, model = policy(folders(name)), load(folders(name))
-    assert of_jax.describe()["architecture"] == type(model).__name__
+    assert of_jax.describe().architecture == type(model).__name__
     with torch.no_grad():
         np.testing.assert_allclose(of_jax.logprobs(OF), logprobs(model, OF).numpy(), rtol=0, atol=1e-4)
 

@@ -110,7 +110,7 @@ def test_the_text_of_a_multimodal_model_is_trained(name: str, tmp_path) -> None:
     ours = policy(tmp_path / "model", **SMOOTH)
     np.testing.assert_allclose(ours.logprobs(OF), right, rtol=0, atol=1e-4)
     assert not any("vision" in parameter for parameter in ours.scorer.names)
-    assert ours.describe()["context"] == 128
+    assert ours.describe().context == 128
     ours.update(OF, coefficients_of(OF))
     ours.export(tmp_path / "out")
     exported = read(AutoModelForImageTextToText, tmp_path / "out")

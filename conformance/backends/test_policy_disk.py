@@ -13,6 +13,7 @@ from batches import batch, step_difference, train
 from trainer_backends import Backend
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.config.backends import BACKENDS
 from gvpo_core.training.sampling import Sampling
 
 PRESENT = trainer_backends.present()
@@ -282,10 +283,19 @@ def test_a_device_that_is_not_there(load, folder) -> None:
         load(folder, device="cuda:77")
 
 
+@pytest.mark.parametrize(("field", "value"), [("sharding", "fsdp"), ("mesh_fsdp", 2), ("mesh_tensor", 2)])
+def test_a_setting_of_another_backend_is_refused(field: str, value, backend, load, folder) -> None:
+    if field in BACKENDS[backend.name].settings:
+        pytest.skip(f"{backend.name} has model.{field}")
+    with pytest.raises(ConfigError, match=rf"model\.{field} is .*that {backend.name} does not have"):
+        load(folder, **{field: value})
+
+
 def test_describe_is_plain(load, folder) -> None:
     facts = load(folder, lora_rank=2).describe()
-    assert json.loads(json.dumps(facts)) == facts
+    plain = facts.as_dict()
+    assert json.loads(json.dumps(plain)) == plain
     named = "architecture device device_name dtype layout layout_reason ranks parameters trainable_parameters versions"
-    assert not set(named.split()) - facts.keys()
-    assert 0 < facts["trainable_parameters"] < facts["parameters"]
-    assert facts["ranks"] == 1 and "transformers" in facts["versions"]
+    assert not set(named.split()) - plain.keys()
+    assert 0 < facts.trainable_parameters < facts.parameters
+    assert facts.ranks == 1 and "transformers" in facts.versions

@@ -196,7 +196,7 @@ def test_every_backend_reads_and_ends_text_by_these_rules(backend, tmp_path):
     bos, eos, closing = tokenizer.convert_tokens_to_ids([style.bos, style.eos, style.closes])
     prompt = policy.encode(rendered(tokenizer, QUESTION, add_generation_prompt=True))
     assert prompt == policy.encode(QUESTION) and prompt.count(bos) == 1
-    assert policy.describe()["end_tokens"] == f"{style.eos}, {style.closes}"
+    assert policy.describe().end_tokens == f"{style.eos}, {style.closes}"
     seeds = [row_seed(0, i) for i in range(256)]
     responses = policy.generate([prompt], [seeds], Sampling(max_tokens=12))[0]
     last = [r.tokens[-1] for r in responses]

@@ -260,7 +260,7 @@ def test_loading_and_stepping_change_no_global_setting(backend, make, caplog) ->
         of_policy.update(OF, coefficients_of(OF))
     assert backend.policies.global_settings() == before
     facts = of_policy.describe()
-    assert f"{facts['architecture']}: packed rows (every layer of llama is full attention)" in caplog.text
+    assert f"{facts.architecture}: packed rows (every layer of llama is full attention)" in caplog.text
 
 
 def test_adapters_follow_the_seed(make, parameters) -> None:

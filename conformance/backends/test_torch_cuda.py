@@ -70,6 +70,6 @@ def test_samples_are_the_cpus(folder):
 
 def test_memory_is_the_devices(folder):
     policy = made(folder, "auto")
-    assert policy.describe()["device"].startswith("cuda")
+    assert policy.describe().device.startswith("cuda")
     done = policy.update(OF, coefficients_of(OF))
     assert 0 < done.peak_memory <= torch.cuda.get_device_properties(0).total_memory

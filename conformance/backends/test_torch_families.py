@@ -1,5 +1,7 @@
 """Families of transformers, made tiny from their own classes, with gvpo_torch; docs/models.md lists all of them."""
 
+import dataclasses
+
 import families
 import family_trial
 import numpy as np
@@ -27,7 +29,7 @@ def test_only_the_text_model_is_trained(tmp_path) -> None:
         assert "vision" in str(list(of_policy.scorer.base.state_dict()))
         assert all("language_model" in name for name in parameters(of_policy))
         facts = of_policy.describe()
-        assert facts["trainable_parameters"] == sum(p.size for p in parameters(of_policy).values())
+        assert facts.trainable_parameters == sum(p.size for p in parameters(of_policy).values())
 
 
 def test_the_image_processor_is_exported_with_the_model(tmp_path) -> None:
@@ -40,15 +42,16 @@ def test_the_image_processor_is_exported_with_the_model(tmp_path) -> None:
 
 def test_sizes_and_context_are_those_of_the_text_model(tmp_path) -> None:
     facts = policy(families.make("gemma3", tmp_path)).describe()
-    assert facts["context"] == 128
-    sizes = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "vocabulary": 96, "intermediate": 48}
-    assert facts["shape"] == sizes
+    assert facts.context == 128
+    sizes = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "head_dim": 8, "intermediate": 48}
+    assert facts.vocabulary == 96
+    assert sizes.items() <= dataclasses.asdict(facts.memory).items()
 
 
 def test_layers_of_several_sizes_count_as_the_largest(tmp_path) -> None:
-    shape = policy(families.make("gemma4_text", tmp_path)).describe()["shape"]
-    assert shape["layers"] == 2
-    assert shape["head_dim"] > 8  # Gemma 4's full-attention layers are wider than its others
+    shape = policy(families.make("gemma4_text", tmp_path)).describe().memory
+    assert shape.layers == 2
+    assert shape.head_dim > 8  # Gemma 4's full-attention layers are wider than its others
 
 
 def test_the_trial_notices_a_wrong_model(tmp_path, monkeypatch) -> None:

@@ -123,7 +123,7 @@ def test_packed_rows_are_exact(name: str, folders) -> None:
 def test_other_models_take_plain_rows_and_say_why(name: str, folders) -> None:
     of_policy = policy(folders(name))
     assert not of_policy.packed
-    assert of_policy.describe()["layout_reason"]
+    assert of_policy.describe().layout_reason
     with pytest.raises(ConfigError, match=r"model.layout is packed, which is not exact for \w+: .+ Use auto or plain"):
         policy(folders(name), layout="packed")
 

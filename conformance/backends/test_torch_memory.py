@@ -17,6 +17,7 @@ PLAIN = {"OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_AREN
 
 RUN = """
 import io, json, resource, sys
+from dataclasses import replace
 from pathlib import Path
 
 import accelerate, gvpo_torch.policy, peft, torch, tyro
@@ -37,7 +38,8 @@ config = Config(
     rollout=RolloutConfig(prompts=8, responses=8, max_tokens=24),
 )
 policy = load_policy(config)
-memory = estimate_memory(policy.describe() | {"allocator": 1.0}, config, 40)
+facts = policy.describe()
+memory = estimate_memory(replace(facts, memory=replace(facts.memory, allocator=1.0)), config, 40)
 rows = [{"prompt": letter * 40} for letter in "abcdefgh"]
 rewards = {"r": lambda completions, **_: [float(len(c) % 5) for c in completions]}
 train(config, policy, train_rows=rows, rewards=rewards, console=Console(2, stream=io.StringIO()))

@@ -86,7 +86,7 @@ def try_backend(backend: str, folder: Path, made: dict[str, Any], lora_rank: int
     of, coefficients = families.trial_batch()
     settings = {"lora_rank": lora_rank} if lora_rank else {}
     policy = policies.policy(folder, learning_rate=1e-3, **settings)
-    found = {"layout": policy.describe().get("layout")}
+    found = {"layout": policy.describe().layout}
 
     apart = float(np.abs(policy.logprobs(of) - np.asarray(made["logprobs"])).max())
     if not apart <= WITHIN:

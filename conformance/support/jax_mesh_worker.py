@@ -101,7 +101,7 @@ def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> No
         np.savez(out / f"{name}.npz", **found)
         tokens = [[list(r.tokens) for r in row] for row in responses]
         shares = {n: a.addressable_shards[0].data.size / a.size for n, a in of_policy.learner.parameters.items()}
-        facts = {"tokens": tokens, "shares": shares, "largest_read": max(sizes), **of_policy.describe()}
+        facts = {"tokens": tokens, "shares": shares, "largest_read": max(sizes), **of_policy.describe().as_dict()}
         (out / f"{name}.json").write_text(json.dumps(facts))
 
 

@@ -40,7 +40,7 @@ def main(folder: str, out: str) -> None:
             assert of_policy.world_size == 2
             rows = [list(range(cut)), list(range(cut, len(OF)))][of_policy.rank]
             facts, after = step(of_policy, rows)
-            facts["ranks"] = of_policy.describe()["ranks"]
+            facts["ranks"] = of_policy.describe().ranks
             here = Path(out) / f"{kind}, {name}, {of_policy.rank}"
             here.with_suffix(".json").write_text(json.dumps(facts))
             np.savez(here.with_suffix(".npz"), **after)

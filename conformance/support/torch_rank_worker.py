@@ -87,7 +87,7 @@ def main() -> None:
         np.savez(out / "three.npz", **three)
         np.savez(out / "found.npz", **found)
         tokens = [[list(r.tokens) for r in row] for row in responses]
-        (out / "facts.json").write_text(json.dumps({"tokens": tokens, **of_policy.describe()}))
+        (out / "facts.json").write_text(json.dumps({"tokens": tokens, **of_policy.describe().as_dict()}))
     if size > 1:
         torch.distributed.destroy_process_group()
 

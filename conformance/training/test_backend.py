@@ -1,9 +1,15 @@
 """Which backend a run takes, and what a missing one says."""
 
+import re
+from dataclasses import replace
+from typing import get_args, get_type_hints
+
 import pytest
 
-from gvpo_core.training.config import Config, ConfigError, ModelConfig, RunConfig
+from gvpo_core.training.config import Config, ConfigError, ModelConfig, OptimizerConfig, RunConfig
+from gvpo_core.training.config.backends import BACKENDS, refuse_settings
 from gvpo_core.training.policy import load as backend
+from gvpo_core.training.policy import table
 
 pytestmark = pytest.mark.core
 
@@ -23,11 +29,44 @@ def test_auto_takes_the_first_backend_that_is_installed_whole(monkeypatch) -> No
 
 
 def test_a_backend_that_is_not_there_says_what_installs_it(monkeypatch) -> None:
-    monkeypatch.setitem(backend._MODULES, "mlx", "gvpo_of_no_such_name")
+    monkeypatch.setitem(BACKENDS, "mlx", replace(BACKENDS["mlx"], module="gvpo_of_no_such_name"))
     with pytest.raises(ConfigError, match=r'gvpo_mlx cannot be imported.*pip install "gvpo\[mlx\]"'):
         backend.load_policy(Config(run=RunConfig(backend="mlx")))
 
 
-def test_dora_is_refused_where_it_would_be_lora() -> None:
-    with pytest.raises(ConfigError, match="dora, which gvpo_jax does not have"):
-        backend.load_policy(Config(run=RunConfig(backend="jax"), model=ModelConfig(lora_rank=2, lora_kind="dora")))
+def test_the_settings_list_every_backend_of_the_table() -> None:
+    assert get_args(get_type_hints(RunConfig)["backend"]) == ("auto", *BACKENDS)
+
+
+FOREIGN = [
+    ("sharding", "fsdp", ("torch",)),
+    ("mesh_fsdp", 2, ("jax",)),
+    ("mesh_tensor", 2, ("jax",)),
+    ("lora_kind", "dora", ("torch", "mlx")),
+    ("lora_rank", 4, ("torch", "jax", "mlx")),
+    ("dtype", "bfloat16", ("torch", "jax", "mlx")),
+    ("gradient_checkpointing", True, ("torch", "jax", "mlx")),
+    ("layout", "packed", ("torch", "jax", "mlx")),
+]
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+@pytest.mark.parametrize(("field", "value", "owners"), FOREIGN, ids=[case[0] for case in FOREIGN])
+def test_a_setting_of_another_backend_is_refused_by_name(name: str, field: str, value: object, owners) -> None:
+    config = Config(run=RunConfig(backend=name), model=replace(ModelConfig(path="nowhere"), **{field: value}))
+    if name in owners:
+        refuse_settings(config.model, name)
+        return
+    message = f"model.{field} is {value!r}, a setting of {' and '.join(owners)} that {name} does not have"
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        backend.load_policy(config)
+
+
+def test_the_table_refuses_them_too_when_it_is_loaded_directly(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="mesh_fsdp is 2, a setting of jax"):
+        table.load(ModelConfig(str(tmp_path), mesh_fsdp=2), OptimizerConfig(), updates=1, reference=True, seed=0)
+
+
+def test_only_settings_of_the_model_section_are_owned() -> None:
+    known = set(ModelConfig.__dataclass_fields__)
+    assert all(b.settings <= known for b in BACKENDS.values())

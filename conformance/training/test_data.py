@@ -9,6 +9,7 @@ import pytest
 
 from gvpo_core.training.config import DataConfig
 from gvpo_core.training.data import DataError, Prompts, _checked, encode_prompts
+from gvpo_core.training.policy import PolicyFacts
 from gvpo_core.training.policy.hugging_face import context
 
 pytestmark = pytest.mark.core
@@ -22,7 +23,7 @@ class Words:
         return tuple(len(word) for word in text.split())
 
     def describe(self):
-        return {"shape": {"vocabulary": 20}, "context": 9}
+        return PolicyFacts(backend="words", vocabulary=20, context=9)
 
 
 def encode(rows, max_tokens=0, **settings):

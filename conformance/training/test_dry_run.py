@@ -14,6 +14,7 @@ from gvpo_core.training import cli
 from gvpo_core.training.cli.dry_run import preview
 from gvpo_core.training.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from gvpo_core.training.config.file import read_config
+from gvpo_core.training.policy import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.memory import Memory, estimate_memory, in_words, machine_memory, peak_memory
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.watch.console import Console
@@ -78,15 +79,20 @@ def test_what_would_stop_the_run_stops_it(old, new, status, message, tmp_path, c
 
 
 # A made-up model: 2 layers, 64 wide, of 1e6 parameters, so that every term can be worked out by hand.
-FACTS = {
-    "parameters": 1_000_000,
-    "trainable_parameters": 1_000_000,
-    "layout": "plain",
-    "framework_memory": 7,
-    "head_memory": 11,
-    "shape": {"layers": 2, "hidden": 64, "intermediate": 128, "heads": 4, "kv_heads": 2, "head_dim": 16,
-              "vocabulary": 500},
-}  # fmt: skip
+FACTS = PolicyFacts(
+    backend="made up",
+    parameters=1_000_000,
+    trainable_parameters=1_000_000,
+    layout="plain",
+    vocabulary=500,
+    memory=MemoryFacts(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, head_dim=16, framework=7, head=11),
+)
+
+
+def facts(**memory):
+    return replace(FACTS, memory=replace(FACTS.memory, **memory))
+
+
 CONFIG = Config(
     model=ModelConfig(path="m"),
     rollout=RolloutConfig(prompts=4, responses=3, max_tokens=10),
@@ -119,30 +125,29 @@ def with_(section, **changes):
 
 def test_what_changes_the_estimate_and_how():
     base = estimate_memory(FACTS, CONFIG, 11)
-    assert estimate_memory({k: v for k, v in FACTS.items() if k != "shape"}, CONFIG, 11) is None
+    assert estimate_memory(replace(FACTS, memory=None), CONFIG, 11) is None
     rollout = replace(CONFIG, objective=ObjectiveConfig(reference="rollout"))
     assert estimate_memory(FACTS, rollout, 11).reference == 0
     narrow = estimate_memory(FACTS, with_("model", dtype="bfloat16"), 11)
     assert narrow.parameters == base.parameters and narrow.reference < base.reference  # float32 masters
-    lora = estimate_memory(FACTS | {"trainable_parameters": 10_000}, with_("model", lora_rank=4, dtype="bfloat16"), 11)
+    few = replace(FACTS, trainable_parameters=10_000)
+    lora = estimate_memory(few, with_("model", lora_rank=4, dtype="bfloat16"), 11)
     assert lora.reference == 0 and lora.optimizer == 80_000 and lora.parameters == 990_000 * 2 + 40_000
     again = estimate_memory(FACTS, with_("model", gradient_checkpointing=True), 11)
     assert again.activations == 60 * (2 * 64 * 4 + (4 * 64 * 4 + 960 * 4))
     assert estimate_memory(FACTS, with_("optimizer", micro_batch_tokens=20), 11).activations == base.activations // 3
     assert estimate_memory(FACTS, with_("optimizer", micro_batch_responses=1), 11).activations == base.activations // 3
     assert base.gradients == 4_000_000
-    alone = estimate_memory(FACTS | {"allocator": 2.0}, with_("optimizer", micro_batch_tokens=240), 11)
+    alone = estimate_memory(facts(allocator=2.0), with_("optimizer", micro_batch_tokens=240), 11)
     assert alone.activations == 8 * base.activations and alone.gradients == max(0, 4_000_000 - alone.activations)
-    packed = estimate_memory(FACTS | {"layout": "packed"}, CONFIG, 11)  # a row of 11 + 3 x 9 tokens, and its mask
+    packed = estimate_memory(replace(FACTS, layout="packed"), CONFIG, 11)  # a row of 11 + 3 x 9 tokens, and its mask
     assert packed.activations == 38 * (base.activations // 60) + 2 * 38**2 * 4
-    assert estimate_memory(FACTS | {"cache_memory": 1}, CONFIG, 11).sampling == base.sampling // 12
-    grown = estimate_memory(FACTS | {"cache_step": 32}, CONFIG, 11)  # 21 tokens a row take 32
+    assert estimate_memory(facts(cache=1), CONFIG, 11).sampling == base.sampling // 12
+    grown = estimate_memory(facts(cache_step=32), CONFIG, 11)  # 21 tokens a row take 32
     assert grown.sampling - base.sampling == 12 * 11 * 2 * 2 * 2 * 16 * 4
-    held = estimate_memory(
-        FACTS | {"trainable_parameters": 10_000, "frozen_memory": 5}, with_("model", lora_rank=4), 11
-    )
+    held = estimate_memory(replace(facts(frozen=5), trainable_parameters=10_000), with_("model", lora_rank=4), 11)
     assert held.parameters == 40_000 + 5
-    sharded = estimate_memory(FACTS | {"ranks": 2}, with_("model", sharding="fsdp"), 11)
+    sharded = estimate_memory(replace(FACTS, ranks=2), with_("model", sharding="fsdp"), 11)
     assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
 
 
@@ -153,13 +158,13 @@ def test_the_estimate_in_words_and_what_there_is():
     )
     sampling = memory._replace(sampling=3 * 2**30)
     assert in_words(sampling, None, 2) == "6.00 GiB a rank, 2 ranks: parameters 1.00, optimizer 2.00, sampling 3.00"
-    assert machine_memory({"device_memory": 5}) == 5
-    assert machine_memory({}) > 2**28
+    assert machine_memory(facts(device=5)) == 5
+    assert machine_memory(FACTS) > 2**28
 
 
 class Large(TablePolicy):
     def describe(self):
-        return FACTS | {"device_memory": 2**20}
+        return facts(device=2**20)
 
 
 @pytest.mark.slow

@@ -72,7 +72,7 @@ def test_reaches_the_optimum_from_any_samples(samples, tmp_path, capsys):
 def test_a_sampler_with_tokens_that_the_policy_lacks_is_refused(tmp_path):
     class Small(TablePolicy):
         def describe(self):
-            return {**super().describe(), "shape": {"vocabulary": 1}}
+            return replace(super().describe(), vocabulary=1)
 
     policy, sampler = Small(table(REFERENCE), settings(tmp_path).optimizer), TablePolicy(table(OTHER))
     with pytest.raises(ConfigError, match=r"the sampler drew the token id \d+, and the policy's vocabulary ends at 0"):

@@ -89,7 +89,7 @@ def encode_prompts(
     """
     prompts, tokens, columns, kept = [], [], [], []
     facts = policy.describe()
-    vocabulary, context = facts.get("shape", {}).get("vocabulary", math.inf), facts.get("context") or math.inf
+    vocabulary, context = facts.vocabulary or math.inf, facts.context or math.inf
     for i, row in enumerate(rows):
         _refuse_recorded(row, f"{name} row {i}")
         if config.prompt not in row:

@@ -110,7 +110,7 @@ def collect(
 
 def _check_tokens(policy: Policy, responses: Sequence[Response]) -> None:
     """Raises: ConfigError: a sampler drew tokens that the policy does not have."""
-    vocabulary = policy.describe().get("shape", {}).get("vocabulary", math.inf)
+    vocabulary = policy.describe().vocabulary or math.inf
     largest = max((max(r.tokens) for r in responses if r.tokens), default=-1)
     if largest >= vocabulary:
         raise ConfigError(

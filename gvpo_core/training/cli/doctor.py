@@ -17,34 +17,14 @@ from json import dumps, loads
 from typing import Any, Literal, NamedTuple
 
 from gvpo_core import __version__
+from gvpo_core.training.config.backends import install_line, installable
 
 LIMIT = 2.0  # seconds for all imports together
 
 REQUIRED: dict[str, dict[str, str]] = {
     "core": {"numpy": ">=2.0", "array-api-compat": ">=1.12"},
     "train": {"tyro": ">=1.0.17,<2", "tomli-w": ">=1.2,<2", "rich": ">=14"},
-    "torch": {
-        "torch": ">=2.9",
-        "transformers": ">=5.10,<6",
-        "accelerate": ">=1.12,<2",
-        "peft": ">=0.19,<1",
-        "safetensors": ">=0.6",
-    },
-    "jax": {
-        "jax": ">=0.10",
-        "optax": ">=0.2.8",
-        "orbax-checkpoint": ">=0.12",
-        "safetensors": ">=0.6",
-        "transformers": ">=5.10,<6",
-        "jinja2": ">=3.1",
-    },
-    "mlx": {
-        "mlx": ">=0.32.3",
-        "mlx-lm": ">=0.32,<0.33",
-        "safetensors": ">=0.6",
-        "transformers": ">=5.10,<6",
-        "jinja2": ">=3.1",
-    },
+    **{backend.name: dict(backend.versions) for backend in installable()},
     "rewards": {"math-verify": ">=0.9,<1"},
 }
 """Extra -> distribution -> versions, as in pyproject.toml (a test compares)."""
@@ -117,11 +97,7 @@ def examine() -> list[Finding]:
         else:
             findings.append(Finding("ok", name, f'not installed; pip install "gvpo[{name}]" adds it'))
     if not probes:
-        findings.append(
-            Finding(
-                "warning", "backend", "no array framework, so no training", 'pip install "gvpo[torch]" (or jax, mlx)'
-            )
-        )
+        findings.append(Finding("warning", "backend", "no array framework, so no training", install_line()))
     for name, wanted in REQUIRED["train"].items():
         findings += _package(name, wanted, "train", needed=bool(probes))
     for name, wanted in REQUIRED["rewards"].items():

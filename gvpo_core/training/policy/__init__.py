@@ -1,5 +1,6 @@
 """What a backend implements, and what it may import to do so."""
 
+from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.protocol import (
     Batch,
     Coefficients,
@@ -14,7 +15,9 @@ from gvpo_core.training.policy.protocol import (
 __all__ = [
     "Batch",
     "Coefficients",
+    "MemoryFacts",
     "Policy",
+    "PolicyFacts",
     "PolicySettings",
     "Prompt",
     "Response",

@@ -4,14 +4,17 @@ A backend subclasses it and adds what its framework computes; docs/new_backend.m
 """
 
 import abc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.config.backends import refuse_settings
 from gvpo_core.training.policy import checkpoint, hugging_face, text
+from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.protocol import Batch, Coefficients, PolicySettings, Prompt, Response, Tokens, Update
 from gvpo_core.training.policy.step import StepPlan, learning_rate, plan_step
@@ -50,6 +53,7 @@ class LanguageModelPolicy(abc.ABC):
 
         Raises: ConfigError: settings, a device or a folder that cannot be used.
         """
+        refuse_settings(config, self.backend)
         self.settings = PolicySettings(optimizer, updates, reference, seed, config)
         self.config, self.optimizer_config = config, optimizer
         self._ranks = ranks(config)
@@ -160,6 +164,47 @@ class LanguageModelPolicy(abc.ABC):
         return self._ranks.gather(values)
 
     # -- for the backend
+
+    def _describe(
+        self,
+        *,
+        device: str,
+        device_name: str,
+        model: Mapping[str, Any],
+        vocabulary: int | None,
+        parameters: int,
+        trainable_parameters: int,
+        packages: Sequence[str],
+        memory: MemoryFacts | None,
+        sharding: str = "",
+        **details: Any,
+    ) -> PolicyFacts:
+        """The facts of `describe`, completed.
+
+        Args:
+          model: config.json of the language model.
+          packages: distributions whose versions are logged.
+          details: a backend's own facts.
+        """
+        return PolicyFacts(
+            backend=self.backend,
+            architecture=self.architecture,
+            device=device,
+            device_name=device_name,
+            details=details,
+            ranks=self.world_size,
+            sharding=sharding,
+            dtype=self.config.dtype,
+            end_tokens=text.told_end_tokens(self.tokenizer, self._end),
+            context=hugging_face.context(model),
+            parameters=parameters,
+            trainable_parameters=trainable_parameters,
+            layout="packed" if self.packed else "plain",
+            layout_reason=self.layout_reason,
+            vocabulary=vocabulary,
+            versions={package: version(package) for package in packages},
+            memory=memory,
+        )
 
     def _split(self, hidden: int, rope: Any = None) -> Splitting:
         c = self.optimizer_config

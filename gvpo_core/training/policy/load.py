@@ -7,15 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.backends import BACKENDS, install_line, installable, refuse_settings
 from gvpo_core.training.policy import Policy
-
-_MODULES = {
-    "torch": "gvpo_torch.policy",
-    "jax": "gvpo_jax.policy",
-    "mlx": "gvpo_mlx.policy",
-    "table": "gvpo_core.training.policy.table",
-}
-_NEEDED = {"torch": ("torch", "transformers"), "jax": ("jax", "optax", "orbax"), "mlx": ("mlx", "mlx_lm")}
 
 
 def backend_of(config: Config) -> str:
@@ -25,24 +18,22 @@ def backend_of(config: Config) -> str:
     """
     if config.run.backend != "auto":
         return config.run.backend
-    for name, modules in _NEEDED.items():
-        if all(find_spec(module) for module in modules):
-            return name
-    raise ConfigError('no backend is installed: pip install "gvpo[torch]", "gvpo[jax]" or "gvpo[mlx]"')
+    for backend in installable():
+        if all(find_spec(module) for module in backend.needs):
+            return backend.name
+    raise ConfigError(f"no backend is installed: {install_line()}")
 
 
 def load_policy(config: Config) -> Policy:
     """The configured model as a policy, ready to be trained or restored.
 
-    Raises: ConfigError: the backend is not installed, with the line that installs it; or what the backend's load says.
+    Raises: ConfigError: a setting of another backend; a backend that is not installed, with the line that installs it;
+      or what the backend's load says.
     """
     name = backend_of(config)
-    if config.model.lora_kind == "dora" and name not in ("torch", "mlx"):
-        raise ConfigError(
-            f"model.lora_kind is dora, which gvpo_{name} does not have: use lora, or backend torch or mlx"
-        )
+    refuse_settings(config.model, name)
     try:
-        module = importlib.import_module(_MODULES[name])
+        module = importlib.import_module(BACKENDS[name].module)
     except ImportError as e:
         raise ConfigError(f'gvpo_{name} cannot be imported ({e}): pip install "gvpo[{name}]"') from e
     policy: Policy = module.load(

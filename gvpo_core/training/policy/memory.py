@@ -8,15 +8,14 @@ docs/training.md says how near this comes to what was measured.
 import os
 import re
 import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting
 
-_FRAMEWORK = 450 * 2**20  # a process that has imported a framework, or a CUDA context with its libraries
 _WIDE = 4  # bytes of a float32
 
 
@@ -39,59 +38,55 @@ class Memory(NamedTuple):
         return self.framework + self.parameters + self.reference + self.optimizer + max(learning, self.sampling)
 
 
-def estimate_memory(facts: Mapping[str, Any], config: Config, prompt_tokens: int) -> Memory | None:
+def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> Memory | None:
     """The memory of one rank's device.
 
     Args:
-      facts: what `Policy.describe` gives; see there for the keys.
+      facts: what `Policy.describe` gives.
       prompt_tokens: length of the longest prompt.
-    Returns: None where the facts say nothing of the model's shape.
+    Returns: None where the facts say nothing of the model's sizes.
     """
-    shape = facts.get("shape")
-    if not shape:
+    if facts.memory is None or facts.vocabulary is None:
         return None
-    ranks, total, trained = facts.get("ranks", 1), facts["parameters"], facts["trainable_parameters"]
+    m, vocabulary = facts.memory, facts.vocabulary
+    ranks, total, trained = facts.ranks, facts.parameters, facts.trainable_parameters
     narrow = 2 if config.model.dtype == "bfloat16" else _WIDE
     frozen = total - trained
     split = ranks if config.model.sharding == "fsdp" else 1
     separate = config.objective.reference == "initial" and not config.model.lora_rank
-    tokens, attention, single = _largest(facts, config, prompt_tokens, ranks)
-    hidden, vocabulary = shape["hidden"], shape["vocabulary"]
-    embedding = 0 if config.model.lora_rank else vocabulary * hidden * _WIDE
-    kept = int((tokens * _per_token(facts, config, narrow) + attention * narrow) * facts.get("allocator", 1.0))
+    tokens, attention, single = _largest(m, facts.layout == "packed", config, prompt_tokens, ranks)
+    embedding = 0 if config.model.lora_rank else vocabulary * m.hidden * _WIDE
+    kept = int((tokens * _per_token(m, config, narrow) + attention * narrow) * m.allocator)
     gradients = trained * _WIDE // split
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
     return Memory(
-        framework=facts.get("framework_memory", _FRAMEWORK),
-        parameters=(trained * _WIDE + facts.get("frozen_memory", frozen * narrow)) // split,
-        reference=(total * narrow + 2 * vocabulary * hidden * (_WIDE - narrow)) // split if separate else 0,
+        framework=m.framework,
+        parameters=(trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)) // split,
+        reference=(total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) // split if separate else 0,
         optimizer=2 * trained * _WIDE // split,
         gradients=max(0, gradients - kept) if single else gradients,
         activations=kept + casts,
-        head=facts.get("head_memory", 0) + 2 * embedding,
-        sampling=_sampling(facts, config, prompt_tokens, ranks, narrow),
+        head=m.head + 2 * embedding,
+        sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow),
     )
 
 
-def _per_token(facts: Mapping[str, Any], config: Config, narrow: int) -> int:
+def _per_token(m: MemoryFacts, config: Config, narrow: int) -> int:
     """Bytes that a token's forward pass keeps for its backward pass: what a Llama block saves, times the blocks."""
-    shape = facts["shape"]
-    layers, hidden = shape["layers"], shape["hidden"]
-    queries = shape["heads"] * shape["head_dim"]
+    queries = m.heads * m.head_dim
     # Two norms keep their input and its normalised form in float32 and hand on a third; attention keeps queries, keys
     # and values (repeated to as many heads) and its result twice; the feed-forward part keeps four of its width.
-    block = 4 * hidden * _WIDE + (2 * hidden + 5 * queries + 4 * shape["intermediate"]) * narrow
-    block = facts.get("block_memory", block)
-    kept: int = layers * hidden * _WIDE + block if config.model.gradient_checkpointing else layers * block
-    return kept
+    block = 4 * m.hidden * _WIDE + (2 * m.hidden + 5 * queries + 4 * m.intermediate) * narrow
+    block = block if m.block is None else m.block
+    return m.layers * m.hidden * _WIDE + block if config.model.gradient_checkpointing else m.layers * block
 
 
-def _largest(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks: int) -> tuple[int, int, bool]:
+def _largest(m: MemoryFacts, packed: bool, config: Config, prompt_tokens: int, ranks: int) -> tuple[int, int, bool]:
     """(tokens, entries of attention masks over all layers) of the largest micro-batch, and whether it is the only one.
 
     Planned as the backends do, with rows as long as they can be.
     """
-    rollout, optimizer, shape = config.rollout, config.optimizer, facts["shape"]
+    rollout, optimizer = config.rollout, config.optimizer
     prompts = max(1, rollout.prompts // config.objective.minibatches // ranks)
     # Beyond those of one micro-batch groups change nothing but that there are more.
     row = prompt_tokens + rollout.max_tokens - 1
@@ -99,29 +94,25 @@ def _largest(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks
     prompt, response = (0,) * prompt_tokens, (0,) * rollout.max_tokens
     count = prompts * rollout.responses
     batch = Batch([prompt] * count, [response] * count, [i // rollout.responses for i in range(count)])
-    packed = facts.get("layout") == "packed"
-    splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, shape["hidden"])
+    splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, m.hidden)
     together = ranks == 1 and optimizer.strategy == "group"
     whole, rest = splitting.groups(batch) if together else ([], list(range(count)))
     sizes = [(len(rows), rows[0].length) for rows in whole + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
-    layers = 1 if config.model.gradient_checkpointing else shape["layers"]
+    layers = 1 if config.model.gradient_checkpointing else m.layers
     masks = layers * max(rows * width**2 for rows, width in sizes) if packed else 0
     return tokens, masks, len(sizes) == 1
 
 
-def _sampling(facts: Mapping[str, Any], config: Config, prompt_tokens: int, ranks: int, narrow: int) -> int:
-    shape, rollout = facts["shape"], config.rollout
+def _sampling(m: MemoryFacts, vocabulary: int, config: Config, prompt_tokens: int, ranks: int, narrow: int) -> int:
+    rollout = config.rollout
     rows = -(-rollout.prompts * rollout.responses // ranks)
-    step = facts.get("cache_step", 1)
-    length = -(-(prompt_tokens + rollout.max_tokens) // step) * step
-    row = length * 2 * shape["layers"] * shape["kv_heads"] * shape["head_dim"] * narrow
-    limit = facts.get("cache_memory")
-    if limit is not None:
-        rows = max(1, min(rows, limit // row))
-    logits = shape["vocabulary"] * 28  # in float32, and in float64 thrice while a token is drawn
-    held: int = rows * (row + logits)
-    return held
+    length = -(-(prompt_tokens + rollout.max_tokens) // m.cache_step) * m.cache_step
+    row = length * 2 * m.layers * m.kv_heads * m.head_dim * narrow
+    if m.cache is not None:
+        rows = max(1, min(rows, m.cache // row))
+    logits = vocabulary * 28  # in float32, and in float64 thrice while a token is drawn
+    return rows * (row + logits)
 
 
 def peak_memory() -> int:
@@ -140,10 +131,10 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def machine_memory(facts: Mapping[str, Any]) -> int | None:
+def machine_memory(facts: PolicyFacts) -> int | None:
     """Bytes that the device has, or a process of the machine may take; None: not known."""
-    if facts.get("device_memory"):
-        return int(facts["device_memory"])
+    if facts.memory is not None and facts.memory.device:
+        return facts.memory.device
     try:
         known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError, AttributeError):  # not on every system
@@ -156,12 +147,12 @@ def machine_memory(facts: Mapping[str, Any]) -> int | None:
     return min(known, default=None)
 
 
-def advice(facts: Mapping[str, Any], config: Config) -> str:
+def advice(facts: PolicyFacts, config: Config) -> str:
     """What makes a run take less, of the settings that are not taken yet."""
     said = [f"lower optimizer.micro_batch_tokens ({config.optimizer.micro_batch_tokens})"]
     said += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing = true"]
     said += [] if config.model.lora_rank else ["set model.lora_rank (the reference is then no second copy)"]
-    said += [facts["advice_memory"]] if facts.get("advice_memory") else []
+    said += [facts.memory.advice] if facts.memory is not None and facts.memory.advice else []
     return "; ".join(said)
 
 

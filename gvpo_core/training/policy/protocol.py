@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy.facts import PolicyFacts
 from gvpo_core.training.sampling import Sampling
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text as it stands, or chat messages for the model's chat template
@@ -139,25 +140,8 @@ class Policy(Protocol):
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load."""
 
-    def describe(self) -> Mapping[str, Any]:
-        """Plain facts for the header and the run folder, by name.
-
-        backend, architecture, device, device_name, dtype, ranks, sharding, layout, layout_reason, end_tokens: text and
-        counts;
-        parameters, trainable_parameters: counts over all ranks; versions: library -> version; context: positions that
-        the model is made for, where it says.
-
-        The estimate of memory (memory.py) is made from these, and left out without `shape`:
-        shape: {layers, hidden, intermediate, heads, kv_heads, head_dim, vocabulary}; intermediate is what one token
-        passes, of all its experts. All of the rest may be missing. In bytes: device_memory: what the device has, where
-        it is not the machine's own; framework_memory: of the process before a model; head_memory: a chunk of logits;
-        cache_memory: the most that generation takes for keys and values; block_memory: what one token of one layer
-        keeps for the backward pass, where that is not what a Llama block of PyTorch keeps; frozen_memory: of the
-        parameters that are not trained, where they are not all in `model.dtype`, as quantized ones are. And allocator:
-        by how many times what is kept for the backward pass the process grows, 1 where nothing is held back;
-        cache_step: tokens by which a row's keys and values grow; advice_memory: in words, what else makes a run of
-        this backend take less.
-        """
+    def describe(self) -> PolicyFacts:
+        """Facts for the header, the run folder and the estimate of memory."""
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ. World size 1: `values`."""

@@ -7,13 +7,13 @@ token, its index; a response is two: 1 + its index among all responses, then the
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, PolicySettings, Prompt, Response, Tokens, Update
+from gvpo_core.training.config.backends import refuse_settings
+from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, PolicySettings, Prompt, Response, Tokens, Update
 from gvpo_core.training.policy.step import learning_rate
 from gvpo_core.training.sampling import Sampling, uniforms
 
@@ -141,20 +141,20 @@ class TablePolicy:
         }
         (directory / "table.json").write_text(json.dumps(table, indent=1))
 
-    def describe(self) -> Mapping[str, Any]:
-        return {
-            "backend": "table",
-            "device": "cpu",
-            "dtype": "float64",
-            "parameters": int(np.isfinite(self.logits).sum()),
-        }
+    def describe(self) -> PolicyFacts:
+        count = int(np.isfinite(self.logits).sum())
+        return PolicyFacts(backend="table", device="cpu", dtype="float64", parameters=count, trainable_parameters=count)
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         return values
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> TablePolicy:
-    """The table in `model.path`/table.json: prompt -> response -> probability under the initial policy."""
+    """The table in `model.path`/table.json: prompt -> response -> probability under the initial policy.
+
+    Raises: ConfigError: settings of another backend, or a file that is no table.
+    """
+    refuse_settings(model, "table")
     path = Path(model.path) / "table.json"
     try:
         table = json.loads(path.read_text())

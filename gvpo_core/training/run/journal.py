@@ -145,7 +145,7 @@ class Journal:
         return max(last, *later, 0)
 
     def _open(self, prompts: Prompts, held_out: Prompts | None) -> None:
-        config, facts = self.config, dict(self.policy.describe())
+        config, facts = self.config, self.policy.describe()
         environment = {
             "gvpo": __version__,
             "python": platform.python_version(),
@@ -153,7 +153,7 @@ class Journal:
             "ranks": self.policy.world_size,
             "command": hide_command(sys.argv, self._secrets),
             **self._fingerprints,
-            "policy": facts,
+            "policy": facts.as_dict(),
         }
         for changed in self.folder.begin(config, environment, self._step):
             _log.warning("changed since the start before: %s", changed)

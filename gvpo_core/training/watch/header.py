@@ -1,24 +1,25 @@
 """What a run says of itself before its first step."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.config.secrets import hide
 from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy.facts import PolicyFacts
 from gvpo_core.training.policy.memory import advice, estimate_memory, gib, in_words, machine_memory
 from gvpo_core.training.rewards import Reward
 
 
 def header(
-    config: Config, facts: Mapping[str, Any], prompts: Prompts, held_out: Prompts | None, rewards: Sequence[Reward]
+    config: Config, facts: PolicyFacts, prompts: Prompts, held_out: Prompts | None, rewards: Sequence[Reward]
 ) -> dict[str, Any]:
     """The facts of a run, by name, in the order in which the console prints them.
 
     Args:
       facts: what `Policy.describe` gives.
     """
-    own, rollout = dict(facts), config.rollout
+    own, rollout = facts.as_dict(), config.rollout
     counted = ", ".join(
         text
         for text in (
@@ -55,17 +56,15 @@ def _merged(facts: dict[str, Any]) -> dict[str, Any]:
         facts.pop("sharding", None)
     if facts.get("trainable_parameters") == facts.get("parameters"):
         facts.pop("trainable_parameters", None)
-    for name in [name for name in facts if name in ("shape", "allocator", "cache_step") or name.endswith("_memory")]:
-        del facts[name]  # in the estimate of memory already
-    return facts
+    return {name: value for name, value in facts.items() if name not in ("memory", "vocabulary")}
 
 
-def _memory(config: Config, facts: Mapping[str, Any], prompts: Prompts) -> dict[str, str]:
+def _memory(config: Config, facts: PolicyFacts, prompts: Prompts) -> dict[str, str]:
     longest = max(len(tokens) for tokens in prompts.tokens)
     memory, have = estimate_memory(facts, config, longest), machine_memory(facts)
     if memory is None:
         return {}
-    said = {"estimated memory": in_words(memory, have, facts.get("ranks", 1))}
+    said = {"estimated memory": in_words(memory, have, facts.ranks)}
     if have and memory.peak > have:
         said["too much memory"] = f"{gib(memory.peak)} GiB estimated, {gib(have)} GiB there: {advice(facts, config)}"
     return said

@@ -1,0 +1,116 @@
+"""The one table of backends: where each lies, what it needs, and which settings it has."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from gvpo_core.training.config.settings import ConfigError, ModelConfig
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One backend; its module has `load`."""
+
+    name: str  # in run.backend; its extra has the same name
+    module: str
+    needs: tuple[str, ...]  # modules that its extra installs; "auto" takes it where all are found
+    versions: Mapping[str, str]  # distribution -> versions, as pyproject.toml has them
+    devices: str  # what model.device may be, beside auto
+    settings: frozenset[str]  # of those in `_OWNED`, the ones it has
+
+
+_OWNED = {
+    "sharding": "fsdp is torch's; in jax it is model.mesh_fsdp",
+    "mesh_fsdp": "in torch it is model.sharding = 'fsdp'",
+    "mesh_tensor": "leave it at 1",
+    "lora_rank": "leave it at 0",
+    "lora_kind": "use lora",
+    "dtype": "leave it at float32",
+    "gradient_checkpointing": "leave it out",
+    "layout": "leave it out",
+}
+"""Settings of [model] that not every backend has, and what to do about one in the wrong place."""
+
+_LANGUAGE_MODEL = frozenset(("lora_rank", "dtype", "gradient_checkpointing", "layout"))
+
+BACKENDS: dict[str, Backend] = {
+    b.name: b
+    for b in (
+        Backend(
+            "torch",
+            "gvpo_torch.policy",
+            ("torch", "transformers"),
+            {
+                "torch": ">=2.9",
+                "transformers": ">=5.10,<6",
+                "accelerate": ">=1.12,<2",
+                "peft": ">=0.19,<1",
+                "safetensors": ">=0.6",
+            },
+            "cpu, cuda, cuda:1, mps, xpu",
+            _LANGUAGE_MODEL | {"sharding", "lora_kind"},
+        ),
+        Backend(
+            "jax",
+            "gvpo_jax.policy",
+            ("jax", "optax", "orbax"),
+            {
+                "jax": ">=0.10",
+                "optax": ">=0.2.8",
+                "orbax-checkpoint": ">=0.12",
+                "safetensors": ">=0.6",
+                "transformers": ">=5.10,<6",
+                "jinja2": ">=3.1",
+            },
+            "cpu, gpu, tpu, or one of them: gpu:1",
+            _LANGUAGE_MODEL | {"mesh_fsdp", "mesh_tensor"},
+        ),
+        Backend(
+            "mlx",
+            "gvpo_mlx.policy",
+            ("mlx", "mlx_lm"),
+            {
+                "mlx": ">=0.32.3",
+                "mlx-lm": ">=0.32,<0.33",
+                "safetensors": ">=0.6",
+                "transformers": ">=5.10,<6",
+                "jinja2": ">=3.1",
+            },
+            "cpu, gpu",
+            _LANGUAGE_MODEL | {"lora_kind"},
+        ),
+        Backend("table", "gvpo_core.training.policy.table", (), {}, "cpu", frozenset()),
+    )
+}
+"""Name -> backend, in the order in which "auto" looks for one; one that needs nothing is taken by name alone."""
+
+
+def installable() -> list[Backend]:
+    """The backends that have an extra."""
+    return [backend for backend in BACKENDS.values() if backend.needs]
+
+
+def install_line() -> str:
+    """How to install any of them."""
+    *others, last = (f'"gvpo[{backend.name}]"' for backend in installable())
+    return f"pip install {', '.join(others)} or {last}"
+
+
+def refuse_settings(config: ModelConfig, name: str) -> None:
+    """Refuses settings of another backend, which this one would pass over.
+
+    A setting is refused where its value is not the default's. A backend that is not in the table has all of them.
+
+    Raises: ConfigError: naming the setting, its value and the backends that have it.
+    """
+    backend = BACKENDS.get(name)
+    if backend is None:
+        return
+    default = ModelConfig()
+    for setting, advice in _OWNED.items():
+        value = getattr(config, setting)
+        if setting in backend.settings or value == getattr(default, setting):
+            continue
+        others = [b.name for b in BACKENDS.values() if setting in b.settings]
+        raise ConfigError(
+            f"model.{setting} is {value!r}, a setting of {' and '.join(others)} that {name} does not have: {advice}"
+        )
