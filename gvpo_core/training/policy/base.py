@@ -30,11 +30,26 @@ class RanksOfBackend(Protocol):
     def gather(self, values: np.ndarray) -> np.ndarray: ...
 
 
+class OneRank:
+    """The only process of a run, for a backend that has no more."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self, config: ModelConfig) -> None:
+        """Takes any device."""
+
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        return values
+
+
 class LanguageModelPolicy(abc.ABC):
-    """See `gvpo_core.training.policy.Policy`; methods with a leading underscore are the backend's."""
+    """See `gvpo_core.training.policy.Policy`. A subclass adds the abstract members."""
 
     backend: ClassVar[str]  # as in run.backend
 
+    folder: Path  # of the model
+    tokenizer: Any
+    _end: list[int]  # ids that end a response
     packed: bool  # set by `_load`: rows hold a prompt once, then its responses
     layout_reason: str
     _splitting: Splitting
@@ -58,9 +73,7 @@ class LanguageModelPolicy(abc.ABC):
         self.config, self.optimizer_config = config, optimizer
         self._ranks = ranks(config)
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
-        self.folder = hugging_face.local_folder(config)
-        self.tokenizer = hugging_face.load_tokenizer(config)
-        self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
+        self._read_tokenizer()
         self.steps_taken = 0
 
     # -- what a backend gives
@@ -93,12 +106,26 @@ class LanguageModelPolicy(abc.ABC):
         """The gradient of a planned step, clipped, and AdamW's step at learning rate `rate`."""
 
     @abc.abstractmethod
+    def export(self, directory: Path) -> None:
+        """See `Policy.export`; creates the folder."""
+
+    @abc.abstractmethod
+    def describe(self) -> PolicyFacts:
+        """See `Policy.describe`; `_describe` completes what the backend knows."""
+
+    @abc.abstractmethod
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
         """Writes parameters and moments, then `header`."""
 
     @abc.abstractmethod
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
         """Reads what `_save` wrote; checks all of it before it changes anything."""
+
+    def _read_tokenizer(self) -> None:
+        """Sets `folder`, `tokenizer` and `_end`, of a Hugging Face folder or hub name; override it for another form."""
+        self.folder = hugging_face.local_folder(self.config)
+        self.tokenizer = hugging_face.load_tokenizer(self.config)
+        self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
 
     # -- the protocol
 
