@@ -14,7 +14,7 @@ import trainer_backends
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import text
+from gvpo_core.training.policy import ResponseError, text
 from gvpo_core.training.policy.hugging_face import generation_settings
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -206,3 +206,46 @@ def test_every_backend_reads_and_ends_text_by_these_rules(backend, tmp_path):
     assert policy.decode([start, *tokenizer.encode("hi", add_special_tokens=False), closing]) == "<|start_header_id|>hi"
     policy.export(tmp_path / "out")
     assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"] == [eos, closing]
+
+
+def test_a_finished_text_ends_with_the_token_that_closes_the_turn(style):
+    tokenizer = chat_tokenizers.make(style)
+    end = text.end_tokens(tokenizer.eos_token_id, tokenizer)
+    said = style.closes or style.eos  # a template that closes no turn
+    closes = tokenizer.convert_tokens_to_ids(said)
+    plain = tokenizer.encode("5 apples", add_special_tokens=False)
+    answers = ["5 apples", "5 apples", f"5 apples{said}", f"5 apples{said} \n", [*plain, closes], plain]
+    finished = [None, False, None, True, None, None]
+    encoded = text.encode_responses(tokenizer, QUESTION, answers, finished, end)
+    whole, cut = ((*plain, closes), True), (tuple(plain), False)
+    assert [(r.tokens, r.finished) for r in encoded] == [whole, cut, whole, whole, whole, cut]
+    [after_text] = text.encode_responses(tokenizer, "2 + 3?", ["5 apples"], [True], end)
+    assert after_text.tokens == (*plain, tokenizer.eos_token_id)
+
+
+@pytest.mark.parametrize(
+    ("answer", "finished", "said"),
+    [
+        ("five{end} six", None, "has the end token .* before its end"),
+        ("five{end}", False, "finished is false, and its last token .* is an end token"),
+        ([5, 6], True, "finished is true, and its last token 6 is no end token"),
+        ([], None, "has no tokens"),
+        ("", False, "has no tokens"),
+    ],
+    ids=["end-within", "end-and-cut", "ids-without-end", "no-ids", "nothing-cut"],
+)
+def test_recorded_responses_that_no_policy_draws(answer, finished, said):
+    style = CHATS["llama3"]
+    tokenizer = chat_tokenizers.make(style)
+    end = text.end_tokens(tokenizer.eos_token_id, tokenizer)
+    answer = answer.format(end=style.closes) if isinstance(answer, str) else answer
+    with pytest.raises(ResponseError, match=said) as caught:
+        text.encode_responses(tokenizer, QUESTION, ["fine", answer], [None, finished], end)
+    assert caught.value.number == 1
+
+
+def test_an_empty_answer_is_its_end_token():
+    tokenizer = chat_tokenizers.make(CHATS["qwen3"])
+    end = text.end_tokens(tokenizer.eos_token_id, tokenizer)
+    [empty] = text.encode_responses(tokenizer, QUESTION, [""], [True], end)
+    assert empty.tokens == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)

@@ -70,14 +70,6 @@ def test_a_system_prompt_with_text_prompts_is_refused():
         encode([{"prompt": [{"role": "user", "content": "hi"}]}, {"prompt": "text"}], system_prompt="be brief")
 
 
-def test_recorded_responses_are_not_ignored():
-    rows = [{"prompt": "a", "responses": None, "rewards": None}, {"prompt": "b", "responses": ["c"], "rewards": [1.0]}]
-    with pytest.raises(DataError, match=r"data.train row 1 has the columns 'responses' and 'rewards': recorded"):
-        encode(rows)
-    assert len(encode(rows[:1])) == 1
-    assert len(encode([{"prompt": "a", "responses": ["b"]}])) == 1  # a column for a reward
-
-
 def test_contents_of_text_parts_are_their_text():
     parts = [{"type": "text", "text": "one "}, {"type": "text", "text": "two", "image": None}]
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "content": "x"}]
@@ -171,17 +163,3 @@ def test_a_prompt_and_its_response_are_within_the_models_context():
 )
 def test_the_context_of_a_config(config, positions):
     assert context(config) == positions
-
-
-def test_dpo_with_preference_pairs_says_what_to_do() -> None:
-    from gvpo_core.training import Config, ObjectiveConfig
-    from gvpo_core.training.data import training_rows
-
-    pairs = [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-    config = Config(objective=ObjectiveConfig(name="dpo"))
-    with pytest.raises(DataError, match=r"train_rows has the columns 'chosen' and 'rejected', .*TRL's DPOTrainer"):
-        training_rows(config, pairs)
-    with pytest.raises(DataError, match="train_rows has the columns 'chosen'"):
-        training_rows(config, [{"chosen": [{"role": "user", "content": "a"}], "rejected": []}])
-    assert training_rows(Config(), pairs) == pairs, "other objectives pass the columns to the rewards"
-    assert training_rows(config, [{"prompt": "a", "chosen": "b"}])

@@ -17,8 +17,9 @@ __all__ = [
     "DataError",
     "Prompts",
     "Row",
+    "column_names",
+    "encodable",
     "encode_prompts",
-    "held_out",
     "held_out_rows",
     "load_rows",
     "training_rows",
@@ -77,13 +78,19 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def encode_prompts(
-    policy: Policy, rows: Sequence[Row], config: DataConfig, name: str = "data.train", *, max_tokens: int = 0
+    policy: Policy,
+    rows: Sequence[Row],
+    config: DataConfig,
+    name: str = "data.train",
+    *,
+    max_tokens: int = 0,
+    wheres: Sequence[str] | None = None,
 ) -> Prompts:
     """Checks and encodes the prompt of every row.
 
     Args:
-      max_tokens: of a response, which the model's context must hold after the prompt.
-
+      max_tokens: of a response, which the model's context must hold after the prompt. 0: not checked.
+      wheres: of each row, for messages. Default: its number.
     Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit or beyond the
       model's context, or one with a token that the model does not have.
     """
@@ -91,24 +98,24 @@ def encode_prompts(
     facts = policy.describe()
     vocabulary, context = facts.vocabulary or math.inf, facts.context or math.inf
     for i, row in enumerate(rows):
-        _refuse_recorded(row, f"{name} row {i}")
+        where = wheres[i] if wheres else f"{name} row {i}"
         if config.prompt not in row:
             close = difflib.get_close_matches(config.prompt, list(row), n=1)
             hint = f"; did you mean data.prompt = {close[0]!r}?" if close else ""
-            raise DataError(f"{name} row {i} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
-        prompt = _checked(row[config.prompt], f"{name} row {i}, column {config.prompt!r}", config.system_prompt)
+            raise DataError(f"{where} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
+        prompt = _checked(row[config.prompt], f"{where}, column {config.prompt!r}", config.system_prompt)
         try:
             ids = tuple(policy.encode(prompt))
         except ConfigError:
             raise
         except Exception as e:  # a model's chat template and tokenizer raise what they like
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
-            raise DataError(f"{name} row {i}, column {config.prompt!r} cannot be encoded: {reason}") from e
+            raise DataError(f"{where}, column {config.prompt!r} cannot be encoded: {reason}") from e
         if not ids:
-            raise DataError(f"{name} row {i}, column {config.prompt!r}: the prompt is empty once tokenized")
+            raise DataError(f"{where}, column {config.prompt!r}: the prompt is empty once tokenized")
         if max(ids) >= vocabulary:
             raise DataError(
-                f"{name} row {i}, column {config.prompt!r} has the token id {max(ids)}, and the model's vocabulary ends"
+                f"{where}, column {config.prompt!r} has the token id {max(ids)}, and the model's vocabulary ends"
                 f" at {vocabulary - 1}: the tokenizer has tokens that the model was never resized for; resize its"
                 " embeddings and save it anew, or take the tokenizer that belongs to it"
             )
@@ -116,12 +123,12 @@ def encode_prompts(
             if config.too_long == "drop":
                 continue
             raise DataError(
-                f"{name} row {i}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens ="
+                f"{where}: the prompt has {len(ids)} tokens, more than data.max_prompt_tokens ="
                 f" {config.max_prompt_tokens}; raise it, or set data.too_long = 'drop'"
             )
-        if len(ids) + max_tokens > context:
+        if max_tokens and len(ids) + max_tokens > context:
             raise DataError(
-                f"{name} row {i}: the prompt's {len(ids)} tokens and rollout.max_tokens = {max_tokens} are more than"
+                f"{where}: the prompt's {len(ids)} tokens and rollout.max_tokens = {max_tokens} are more than"
                 f" the {context} positions that the model is made for; lower rollout.max_tokens, or leave long prompts"
                 " out with data.max_prompt_tokens and data.too_long = 'drop'"
             )
@@ -136,14 +143,6 @@ def encode_prompts(
     return Prompts(prompts, tokens, columns, len(rows) - len(prompts), kept)
 
 
-def _refuse_recorded(row: Row, where: str) -> None:
-    if row.get("responses") is not None and row.get("rewards") is not None:
-        raise DataError(
-            f"{where} has the columns 'responses' and 'rewards': recorded responses, which this trainer would ignore,"
-            " since it samples its own. Train on them with gvpo_mlx_lm or gvpo_core.gvpo_loss, or rename the columns"
-        )
-
-
 def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
     """The prompt as the model reads it: text, or messages with text contents. Raises: DataError: neither."""
     if isinstance(prompt, str):
@@ -152,7 +151,7 @@ def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
                 f"{where} is text, and data.system_prompt is a message before chat messages; write it into the text, or"
                 " give chat messages"
             )
-        return _encodable(prompt, where)
+        return encodable(prompt, where)
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array, as pandas reads lists
     if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
         messages = [_message(m, where) for m in prompt]
@@ -172,7 +171,7 @@ def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     calls_tools = content is None and message.get("tool_calls")
     if not isinstance(message.get("role"), str) or not (isinstance(content, str) or calls_tools):
         raise DataError(f"{where}: the chat message {dict(given)!r:.200} needs a text role and a text content")
-    _encodable(message["role"] + (content or ""), where)
+    encodable(message["role"] + (content or ""), where)
     return message
 
 
@@ -186,7 +185,7 @@ def _part(part: Any, where: str) -> str:
     raise DataError(f'{where}: a content part {what}; expected text alone, as {{"type": "text", "text": ...}}')
 
 
-def _encodable(text: str, where: str) -> str:
+def encodable(text: str, where: str) -> str:
     """The text. Raises: DataError: half of a surrogate pair in it, which no tokenizer and no file takes."""
     try:
         text.encode()
@@ -196,20 +195,8 @@ def _encodable(text: str, where: str) -> str:
 
 
 def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
-    """The rows handed over as `train_rows`, else those of the configured file.
-
-    Raises: DataError: there are none, or they hold preference pairs, which the dpo objective does not read.
-    """
-    name = "data.train" if given is None else "train_rows"
-    rows = load_rows(config.data.train if given is None else given, name)
-    if config.objective.name == "dpo" and {"chosen", "rejected"} <= {*column_names(rows)}:
-        raise DataError(
-            f"{name} has the columns 'chosen' and 'rejected', and objective.name = \"dpo\" does not read them: it draws"
-            " rollout.responses responses a prompt and compares the best with the worst by their reward. To train on"
-            " the pairs themselves, use TRL's DPOTrainer, or gvpo_mlx_lm with responses = [chosen, rejected] and"
-            " rewards = [1, 0]; to train on drawn responses, remove one of the columns"
-        )
-    return rows
+    """The rows handed over as `train_rows`, else those of the configured file. Raises: DataError: there are none."""
+    return load_rows(config.data.train if given is None else given, "data.train" if given is None else "train_rows")
 
 
 def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
@@ -220,12 +207,6 @@ def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
     if given is None:
         return load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else []
     return load_rows(given, "evaluation_rows")
-
-
-def held_out(config: Config, policy: Policy, rows: Sequence[Row]) -> Prompts:
-    """The held-out prompts that an evaluation uses of these rows, encoded."""
-    chosen, limit = rows[: config.evaluation.prompts or None], config.rollout.max_tokens
-    return encode_prompts(policy, chosen, config.data, "data.evaluation", max_tokens=limit)
 
 
 def with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, Callable[..., Any]] | None) -> Config:

@@ -1,16 +1,21 @@
-"""Held-out evaluation: the rewards of fresh responses to prompts that are not trained on."""
+"""Held-out evaluation: rewards of fresh responses to prompts that are not trained on, and the loss of recorded ones."""
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
+import numpy as np
+
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.data import Prompts, Row
-from gvpo_core.training.inputs import open_inputs
+from gvpo_core.training.inputs import HeldOut, open_inputs
 from gvpo_core.training.metrics import evaluation_metrics
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.recorded import Groups, ReferenceScores
+from gvpo_core.training.recorded.loss import loss_metrics
 from gvpo_core.training.rewards import Reward, RewardFunction
 from gvpo_core.training.rollout import Rollout, collect
 from gvpo_core.training.sampling import EVALUATE, Sampling
+from gvpo_core.training.sources import recorded_rollout
 
 
 def evaluate(
@@ -22,10 +27,10 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as loop.train."""
     with open_inputs(config, evaluation_rows=evaluation_rows, rewards=rewards, training=False) as inputs:
-        prompts = inputs.held_out(policy)
-        if prompts is None:
+        held_out = inputs.held_out(policy)
+        if held_out is None:
             raise ConfigError("data.evaluation is empty: name a file of held-out prompts, or give evaluation_rows")
-        return evaluated(inputs.config, policy, prompts, inputs.rewards)[0]
+        return evaluated(inputs.config, policy, held_out, inputs.rewards)[0]
 
 
 def evaluation_steps(config: Config) -> list[int]:
@@ -35,11 +40,30 @@ def evaluation_steps(config: Config) -> list[int]:
 
 
 def evaluated(
-    config: Config, policy: Policy, prompts: Prompts, rewards: Sequence[Reward]
-) -> tuple[dict[str, float], Rollout]:
-    """Samples and scores all of `prompts`: the metrics, and the responses behind them."""
-    clock = time.perf_counter()
-    rollout = collect(
+    config: Config, policy: Policy, held_out: HeldOut, rewards: Sequence[Reward]
+) -> tuple[dict[str, float], Rollout | None]:
+    """The metrics of the held-out data, and the fresh responses behind them.
+
+    Prompts are answered and scored; recorded groups give the loss. Of both, where the data and the settings have both.
+    """
+    clock, metrics, rollout = time.perf_counter(), {}, None
+    if held_out.groups is not None:
+        metrics = _losses(config, policy, held_out.groups, held_out.reference)
+    if held_out.prompts is not None:
+        rollout = _answers(config, policy, held_out.prompts, rewards)
+        metrics |= evaluation_metrics(
+            rollout.rewards,
+            [int(g) for g in rollout.group_ids],
+            rollout.lengths,
+            rollout.finished,
+            seconds=time.perf_counter() - clock,
+            reward_parts=rollout.parts,
+        )
+    return metrics | {"seconds/evaluate": time.perf_counter() - clock}, rollout
+
+
+def _answers(config: Config, policy: Policy, prompts: Prompts, rewards: Sequence[Reward]) -> Rollout:
+    return collect(
         policy,
         prompts,
         range(len(prompts)),
@@ -48,12 +72,13 @@ def evaluated(
         rewards,
         (config.run.seed, EVALUATE),  # the same numbers each time: a paired comparison
     )
-    metrics = evaluation_metrics(
-        rollout.rewards,
-        [int(g) for g in rollout.group_ids],
-        rollout.lengths,
-        rollout.finished,
-        seconds=time.perf_counter() - clock,
-        reward_parts=rollout.parts,
-    )
-    return metrics, rollout
+
+
+def _losses(config: Config, policy: Policy, groups: Groups, reference: ReferenceScores | None) -> dict[str, float]:
+    rollout = recorded_rollout(policy, groups, range(len(groups)), reference, keep=False)
+    own = slice(rollout.start, rollout.start + len(rollout.batch))
+    scored = np.flatnonzero(~np.isnan(rollout.rewards[own]))
+    logprobs = np.full(len(rollout.rewards), np.nan)
+    scores = policy.logprobs(rollout.batch.take([int(i) for i in scored]))
+    logprobs[~np.isnan(rollout.rewards)] = policy.gather(np.asarray(scores, np.float64))
+    return loss_metrics(rollout, logprobs, config.objective)

@@ -58,7 +58,9 @@ def improve(
     rows = own[scored[own]]  # this rank's scored rows, as places among all N
     batch = rollout.batch.take([int(i) for i in rows - rollout.start])
     ref = old = None
-    if config.reference == "initial":
+    if rollout.ref_logprobs is not None:
+        ref = rollout.ref_logprobs
+    elif config.reference == "initial":
         ref = _everywhere(policy, policy.logprobs(batch, reference=True), scored)
     updates = config.epochs * config.minibatches
     if updates > 1 and (config.reference == "rollout" or objective.needs_old):

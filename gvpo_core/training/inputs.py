@@ -1,26 +1,54 @@
 """What a run is fed: settings, rows and reward functions, opened once for training, evaluation and the dry run."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from gvpo_core.training.config import Config
+from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.check import check_config
 from gvpo_core.training.data import (
     Prompts,
     Row,
     column_names,
     encode_prompts,
-    held_out,
     held_out_rows,
     training_rows,
     with_given,
 )
-from gvpo_core.training.objective import check_objective
+from gvpo_core.training.objective import check_objective, find_objective
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.recorded import (
+    Groups,
+    Recorded,
+    ReferenceScores,
+    encode_groups,
+    recorded_evaluation,
+    recorded_training,
+    reference_file,
+)
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.run.fingerprint import run_inputs
+from gvpo_core.training.sources import Recorded as RecordedSource
+from gvpo_core.training.sources import Sampled, Source
 from gvpo_core.training.watch.output import open_standard_descriptors
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation uses."""
+
+    prompts: Prompts | None  # to be answered and scored by the rewards
+    groups: Groups | None  # recorded responses, for the loss
+    reference: ReferenceScores | None = None  # of the groups
+
+    def said(self) -> str:
+        """What it is, for the header."""
+        parts = (
+            f"{len(self.prompts)} held out" if self.prompts else "",
+            f"{len(self.groups)} recorded groups held out" if self.groups else "",
+        )
+        return ", ".join(part for part in parts if part)
 
 
 class Inputs:
@@ -30,6 +58,8 @@ class Inputs:
         self.config = config
         self.rows: list[Row] = []  # of data.train
         self.held_out_rows: list[Row] = []  # of data.evaluation
+        self.recorded: Recorded | None = None  # the training rows, where they hold responses to train on
+        self.held_out_recorded: Recorded | None = None
         self.rewards: list[Reward] = []
         self.reward_log = RewardLog(config.rewards)
         self.errors: list[ValueError] = []  # what could not be opened, in order
@@ -59,11 +89,21 @@ class Inputs:
             self._attempt("rows", lambda: training_rows(self.config, train_rows))
             self._check(lambda: check_objective(self.config))
         self._attempt("held_out_rows", lambda: held_out_rows(self.config, evaluation_rows))
-        for name, rows in (("the training data", self.rows), ("the held-out data", self.held_out_rows)):
-            if rows:
-                columns = {*column_names(rows)} - {self.config.data.prompt}
-                self._check(lambda columns=columns, name=name: check_columns(self.rewards, columns, name))  # type: ignore[misc]
+        if self.rows:
+            name = "data.train" if train_rows is None else "train_rows"
+            self._attempt("recorded", lambda: recorded_training(self.config, self.rows, name))
+        if self.held_out_rows:
+            name = "data.evaluation" if evaluation_rows is None else "evaluation_rows"
+            self._attempt("held_out_recorded", lambda: recorded_evaluation(self.config, self.held_out_rows, name))
+        if self.rows and not self.recorded:
+            self._check_columns(self.rows, "the training data")
+        if self.held_out_rows:
+            self._check_columns(self.held_out_rows, "the held-out data")
         return self
+
+    def _check_columns(self, rows: Sequence[Row], name: str) -> None:
+        columns = {*column_names(rows)} - {self.config.data.prompt}
+        self._check(lambda: check_columns(self.rewards, columns, name))
 
     def _attempt(self, name: str, work: Callable[[], Any]) -> None:
         try:
@@ -77,13 +117,49 @@ class Inputs:
         except ValueError as e:
             self.errors.append(e)
 
-    def prompts(self, policy: Policy) -> Prompts:
-        """The training prompts, encoded. Raises: DataError: see `encode_prompts`."""
-        return encode_prompts(policy, self.rows, self.config.data, max_tokens=self.config.rollout.max_tokens)
+    def source(self, policy: Policy, sampler: Policy | None = None, *, cached: bool = True) -> Source:
+        """Where the groups of the training steps come from.
 
-    def held_out(self, policy: Policy) -> Prompts | None:
-        """The held-out prompts that an evaluation uses, encoded; None without held-out rows."""
-        return held_out(self.config, policy, self.held_out_rows) if self.held_out_rows else None
+        Args:
+          sampler: draws the responses instead of the policy.
+          cached: keep reference scores on disk.
+        Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler, and recorded responses.
+        """
+        config = self.config
+        if self.recorded is None:
+            prompts = encode_prompts(policy, self.rows, config.data, max_tokens=config.rollout.max_tokens)
+            return Sampled(config, prompts, self.rewards, sampler)
+        if sampler is not None:
+            raise ConfigError(
+                "a sampler is given, and the training data holds recorded responses: leave the sampler out, or set"
+                " rollout.source = 'sampled'"
+            )
+        groups = encode_groups(policy, self.recorded, config, smallest=find_objective(config.objective).smallest)
+        return RecordedSource(config, groups, self._reference(policy, config.run.folder if cached else None))
+
+    def held_out(self, policy: Policy, *, folder: str | None = None) -> HeldOut | None:
+        """What an evaluation uses of the held-out rows, encoded; None without held-out rows.
+
+        Args:
+          folder: of the reference scores, where data.reference_cache names none.
+        """
+        config, rows, recorded = self.config, self.held_out_rows, self.held_out_recorded
+        if not rows:
+            return None
+        limit, name = config.evaluation.prompts or None, "data.evaluation"
+        if recorded is None:
+            prompts = encode_prompts(policy, rows[:limit], config.data, name, max_tokens=config.rollout.max_tokens)
+            return HeldOut(prompts, None)
+        chosen = replace(recorded, rows=recorded.rows[:limit])
+        smallest = find_objective(config.objective).smallest
+        groups = encode_groups(policy, chosen, config, name, smallest=smallest)
+        reference = self._reference(policy, folder)
+        return HeldOut(groups.prompts if self.rewards else None, groups, reference)
+
+    def _reference(self, policy: Policy, folder: str | None) -> ReferenceScores | None:
+        if self.config.objective.reference != "initial":
+            return None
+        return ReferenceScores(self.config, policy, reference_file(self.config, folder))
 
     def fingerprints(self) -> dict[str, Mapping[str, Any]]:
         """ "data", "model" and "rewards" -> name -> fingerprint; see run/fingerprint.py."""

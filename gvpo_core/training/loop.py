@@ -23,7 +23,6 @@ from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.sampling import ORDER
-from gvpo_core.training.sources import Sampled, Source
 from gvpo_core.training.watch.console import Console
 
 
@@ -73,8 +72,7 @@ def run(
     """`train` on inputs that are open."""
     config, last = inputs.config, inputs.config.run.steps
     check_policy(policy, config)
-    prompts, held_out = inputs.prompts(policy), inputs.held_out(policy)
-    source: Source = Sampled(config, prompts, inputs.rewards, sampler)
+    source, held_out = inputs.source(policy, sampler), inputs.held_out(policy, folder=config.run.folder)
     evaluations = evaluation_steps(config) if held_out else []
 
     def evaluate() -> None:
@@ -83,7 +81,7 @@ def run(
             journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards))
 
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
-        step = journal.start(prompts, held_out, from_step)
+        step = journal.start(source, held_out, from_step)
         if step == 0:
             evaluate()
         stopping, early = highest(policy, stop.signal), journal.out_of_patience()

@@ -58,7 +58,7 @@ def step_metrics(
         "length/mean": float(lengths.mean()),
         "length/max": int(lengths.max()),
         "truncated": float(1 - np.mean(rollout.finished)),
-        "tokens/sampled": int(lengths.sum()),
+        "tokens/sampled": int(lengths.sum()) if rollout.drawn else 0,
         "tokens/computed": improvement.tokens,
         "memory/peak": improvement.peak_memory,
     }
@@ -69,8 +69,9 @@ def step_metrics(
         for name, reward in (("best", np.nanmax(rewards)), ("worst", np.nanmin(rewards))):
             if (chosen := finished & (rewards == reward)).any():
                 metrics[f"length/{name}"] = float(lengths[chosen].mean())
-    phases = {**rollout.seconds, "score": improvement.score_seconds, "update": improvement.update_seconds}
-    metrics |= _time_metrics(phases, seconds, int(lengths.sum()))
+    scoring = rollout.seconds.get("score", 0.0) + improvement.score_seconds
+    phases = {**rollout.seconds, "score": scoring, "update": improvement.update_seconds}
+    metrics |= _time_metrics(phases, seconds, int(lengths.sum())) | rollout.details
     return metrics | {f"policy/{name}": value for update in updates[-1:] for name, value in update.details.items()}
 
 
@@ -165,9 +166,11 @@ def _objective_metrics(
     # Rows outside the loss may have met no policy, and their NaN says nothing; one inside it must be seen.
     met = counted | ~np.isnan(logprobs)
     if met.any():
-        metrics["entropy"] = float(-logprobs[met].sum() / np.sum(np.asarray(rollout.lengths)[met]))
+        metrics["entropy" if rollout.drawn else "nll"] = float(
+            -logprobs[met].sum() / np.sum(np.asarray(rollout.lengths)[met])
+        )
     if counted.any():
-        metrics["kl"] = float((logprobs - reference)[counted].mean())
+        metrics["kl" if rollout.drawn else "log_ratio"] = float((logprobs - reference)[counted].mean())
     return metrics
 
 

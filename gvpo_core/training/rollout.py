@@ -4,14 +4,14 @@ import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Batch, Policy, Response
+from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens
 from gvpo_core.training.policy.ranks import agree, attempt
 from gvpo_core.training.rewards import Reward, RewardError, Scores
 from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
@@ -36,6 +36,9 @@ class Rollout:
     completions: list[dict[str, Any]]  # rows of completions.jsonl without kind and step; all N on every rank
     seconds: dict[str, float]  # generate, reward
     reward_seconds: dict[str, float]  # name -> s, of the slowest rank
+    ref_logprobs: np.ndarray | None = None  # (N,) nats, of pi_ref, where the source has them; NaN = unscored
+    drawn: bool = True  # by the policy or a sampler for this step; False: recorded
+    details: dict[str, float] = field(default_factory=dict)  # metrics of the source
 
 
 def collect(
@@ -78,9 +81,9 @@ def collect(
     generated = time.perf_counter()
     scores = _score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
     own_rewards = scores.total[start : start + len(batch)]
-    completions = [
+    completions: list[dict[str, Any]] = [
         {
-            "prompt": _plain_prompt(prompts.prompts[rows[g]]),
+            "prompt": plain_prompt(prompts.prompts[rows[g]]),
             "group": g,
             "row": prompts.row(rows[g]),
             "response": text,
@@ -91,6 +94,14 @@ def collect(
         }
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
+    row = 0
+    for (g, places), of_group in zip(own.items(), drawn, strict=True):
+        prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
+        if places[0] == 0:  # once a group: what a later run needs to train on it
+            completions[row]["messages"] = None if isinstance(prompt, str) else prompt
+        for completion, ids in zip(completions[rest], odd_ids(policy, prompt, of_group, texts[rest]), strict=True):
+            completion |= {"response_ids": ids} if ids is not None else {}
+        row += len(of_group)
     gather = policy.gather
     return Rollout(
         batch=batch,
@@ -148,7 +159,18 @@ def _score_everywhere(
     return Scores(total, dict(zip(calls.parts, parts, strict=True)), errors, calls.seconds)
 
 
-def _plain_prompt(prompt: Any) -> str:
+def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
+    """The token ids of the responses whose text does not tokenize back to them; None of the others."""
+    try:
+        again = policy.encode_responses(prompt, texts, [r.finished for r in responses])
+        return [None if a == r else r.tokens for a, r in zip(again, responses, strict=True)]
+    except (ResponseError, AttributeError):  # one of them, or a policy that reads no recorded responses
+        if len(responses) == 1 or not hasattr(policy, "encode_responses"):
+            return [r.tokens for r in responses]
+    return [odd_ids(policy, prompt, [r], [text])[0] for r, text in zip(responses, texts, strict=True)]
+
+
+def plain_prompt(prompt: Any) -> str:
     """A prompt as text for people: chat messages one below the other."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
 

@@ -4,12 +4,11 @@ import time
 from collections.abc import Iterable, Mapping
 
 from gvpo_core.training.config import Config
-from gvpo_core.training.data import Prompts, Row
+from gvpo_core.training.data import Row
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import RewardFunction
-from gvpo_core.training.rollout import Rollout, collect
-from gvpo_core.training.sampling import TRAIN
+from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
 from gvpo_core.training.watch.text import duration
@@ -26,7 +25,7 @@ def preview(
     rewards: Mapping[str, RewardFunction] | None = None,
     console: Console | None = None,
 ) -> Rollout:
-    """Samples and scores the first two prompts of the run as its first step would, and prints what to expect of it.
+    """Takes the first two groups of the run as its first step would, and prints what to expect of it.
 
     No parameter changes, and no file is written.
 
@@ -40,32 +39,23 @@ def preview(
 def preview_inputs(inputs: Inputs, policy: Policy, *, console: Console | None = None) -> Rollout:
     """`preview` on inputs that are open."""
     config = inputs.config
-    prompts, held_out = inputs.prompts(policy), inputs.held_out(policy)
-    rows = prompts.batch(0, config.rollout.prompts, seed=config.run.seed, shuffle=config.data.shuffle)[:_PROMPTS]
+    source, held_out = inputs.source(policy, cached=False), inputs.held_out(policy)
     if policy.rank == 0:
         console = console or Console(config.run.steps)
-        console.header(header(config, policy.describe(), prompts, held_out, inputs.rewards), legend=False)
+        console.header(header(config, policy.describe(), source, held_out, inputs.rewards), legend=False)
         console.phase("generate")
-    rollout = collect(
-        policy,
-        prompts,
-        rows,
-        config.rollout.responses,
-        config.rollout.sampling,
-        inputs.rewards,
-        (config.run.seed, TRAIN, 1),
-    )
+    rollout = source.groups(policy, 1, size=min(_PROMPTS, config.rollout.prompts))
     clock = time.perf_counter()
     policy.logprobs(rollout.batch)
     score_seconds = time.perf_counter() - clock
     if policy.rank == 0 and console is not None:
-        for group in range(len(rows)):
+        for group in range(rollout.num_groups):
             console.sample([c for c in rollout.completions if c["group"] == group])
-        console.close(_expected(config, prompts, rollout, score_seconds))
+        console.close(_expected(config, len(source.prompts), rollout, score_seconds))
     return rollout
 
 
-def _expected(config: Config, prompts: Prompts, rollout: Rollout, score_seconds: float) -> dict[str, str]:
+def _expected(config: Config, prompts: int, rollout: Rollout, score_seconds: float) -> dict[str, str]:
     """What the whole run will take, from the two prompts.
 
     Args:
@@ -73,14 +63,16 @@ def _expected(config: Config, prompts: Prompts, rollout: Rollout, score_seconds:
     """
     steps, a_step = config.run.steps, config.rollout.prompts
     share = a_step / rollout.num_groups
-    sampling = rollout.seconds["generate"] * share
-    scoring = rollout.seconds["reward"] * share
-    said = {
-        "steps": f"{steps:,} of {a_step} prompts: {steps * a_step / len(prompts):.3g} passes over {len(prompts):,}"
-        f" prompts, {steps * a_step * config.rollout.responses:,} responses",
-        "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",
-        "rewards": f"at most {duration(scoring)} a step, {duration(steps * scoring)} in all",
-    }
+    sampling = rollout.seconds.get("generate", 0.0) * share
+    scoring = rollout.seconds.get("reward", 0.0) * share
+    passed = f"{steps:,} of {a_step} prompts: {steps * a_step / prompts:.3g} passes over {prompts:,} prompts"
+    said = {"steps": passed}
+    if rollout.drawn:
+        said = {
+            "steps": f"{passed}, {steps * a_step * config.rollout.responses:,} responses",
+            "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",
+            "rewards": f"at most {duration(scoring)} a step, {duration(steps * scoring)} in all",
+        }
     passes = 3 * config.objective.epochs + (config.objective.reference == "initial")
     updating = passes * score_seconds * share
     step = sampling + scoring + updating

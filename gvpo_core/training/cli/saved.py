@@ -15,6 +15,7 @@ from gvpo_core.training.evaluation import evaluated
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.metrics import mean_half_width
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.watch.metric_names import LOSSES
 from gvpo_core.training.watch.output import say
 from gvpo_core.training.watch.text import fit, percent
 
@@ -47,6 +48,8 @@ def evaluate_run(arguments: list[str]) -> int:
     metrics = {name: values for name, (values, _, _) in found.items()}
     difference = None
     if options.compare:
+        if "eval/reward" not in metrics[options.checkpoint]:
+            raise ConfigError("--compare needs rewards: the held-out rows are recorded groups, and there is no reward")
         change = found[options.checkpoint][1] - found[options.compare][1]
         change = change[~np.isnan(change)]  # prompts with a score in both
         difference = (float(change.mean()) if change.size else math.nan, mean_half_width(change))
@@ -66,10 +69,12 @@ def evaluate_run(arguments: list[str]) -> int:
 def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, float], np.ndarray, int]:
     """The metrics of a checkpoint, the (P,) mean reward of each prompt (NaN: unscored), the rank of this process."""
     policy = _restored(inputs.config, run, checkpoint)
-    prompts = inputs.held_out(policy)
-    if prompts is None:
+    held_out = inputs.held_out(policy)
+    if held_out is None:
         raise ConfigError("the run has no data.evaluation: name a file of held-out prompts with --data")
-    metrics, rollout = evaluated(inputs.config, policy, prompts, inputs.rewards)
+    metrics, rollout = evaluated(inputs.config, policy, held_out, inputs.rewards)
+    if rollout is None:  # recorded groups: no prompt has a reward
+        return metrics, np.zeros(0), policy.rank
     scored = ~np.isnan(rollout.rewards)
     sums = np.bincount(rollout.group_ids[scored], rollout.rewards[scored], minlength=rollout.num_groups)
     with np.errstate(invalid="ignore"):
@@ -78,6 +83,10 @@ def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, fl
 
 
 def _sentence(metrics: Mapping[str, float]) -> str:
+    loss = [f"{key.removeprefix('eval/')} {fit(metrics[key], 8)}" for key in LOSSES if key in metrics]
+    loss += [f"on {metrics['eval/groups']:,} recorded groups"] if loss else []
+    if "eval/reward" not in metrics:
+        return ", ".join(loss)
     parts = [f"reward {fit(metrics['eval/reward'], 8)}"]
     if "eval/half_width" in metrics:
         parts[0] += f" +- {fit(metrics['eval/half_width'], 6)} (95 %)"
@@ -88,7 +97,7 @@ def _sentence(metrics: Mapping[str, float]) -> str:
     if metrics["eval/unscored"]:
         parts.append(f"{metrics['eval/unscored']:,} responses without a score")
     parts += [f"length {fit(metrics['eval/length'], 6)} tokens", f"{percent(metrics['eval/truncated'], ' %')} cut"]
-    return ", ".join(parts)
+    return ", ".join(parts + loss)
 
 
 def _as_json(

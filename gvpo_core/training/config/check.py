@@ -13,13 +13,14 @@ from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import HIDDEN
 from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
 
+NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
 _LARGEST = 2**53  # beyond it numbers are no longer exact in JSON
 # More than any run has: beyond these a step or its plan would not fit in memory, and the start would seem to hang.
 _AT_MOST = {
     "run.steps": 10**8, "rollout.prompts": 2**20, "rollout.responses": 2**20, "rollout.max_tokens": 2**24,
     "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
-    "evaluation.prompts": 2**24, "objective.length_exponent": 8,
+    "evaluation.prompts": 2**24, "objective.length_exponent": 8, "data.reference_cache_size": 2**24,
 }  # fmt: skip
 
 
@@ -49,7 +50,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     for name in (
         "run.seed", "run.checkpoint_every", "run.show_every", "model.lora_rank", "model.lora_alpha",
         "optimizer.learning_rate", "optimizer.weight_decay", "optimizer.warmup", "optimizer.max_gradient_norm",
-        "optimizer.micro_batch_responses", "optimizer.eps", "evaluation.every", "evaluation.prompts",
+        "optimizer.micro_batch_responses", "optimizer.eps",
+        "data.reference_cache_size", "evaluation.every", "evaluation.prompts",
         "evaluation.patience", "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
         "objective.length_exponent",
     ):  # fmt: skip
@@ -94,8 +96,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "objective.minibatches",
         f"at most rollout.prompts = {c.rollout.prompts}",
     )
-    if not c.rewards:
-        wrong.append(("rewards", "no reward: add a [rewards.NAME] section with function = ..."))
+    if not c.rewards and (c.rollout.source == "sampled" or not (c.data.train or c.rollout.source == "recorded")):
+        wrong.append(("rewards", NO_REWARD))
     for name, reward in c.rewards.items():
         if not reward.function:
             wrong.append((f"rewards.{name}", f"rewards.{name}.function is empty; expected a reward function"))

@@ -76,7 +76,8 @@ class DataConfig:
     """Prompts."""
 
     train: str = ""
-    """Training prompts: a .jsonl or .parquet file, or a `datasets` folder saved to disk."""
+    """Training rows: a .jsonl or .parquet file, a `datasets` folder saved to disk, or a dataset of the hub. Prompts,
+    or prompts with recorded responses (docs/data.md)."""
     evaluation: str = ""
     """Held-out prompts in the same forms. Empty: no evaluation."""
     prompt: str = "prompt"
@@ -86,15 +87,22 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     """Longest prompt, tokens."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt."""
+    """What to do with a longer prompt, or with a recorded response beyond rollout.max_tokens."""
     shuffle: bool = True
     """A new order of the prompts every epoch, from the run's seed."""
+    reference_cache: str = ""
+    """Folder of the reference's scores of recorded responses, shared by runs. Empty: the run folder."""
+    reference_cache_size: int = 256
+    """Largest size of that file, MiB; the oldest scores leave. 0: no limit."""
 
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """One step's samples."""
+    """One step's groups."""
 
+    source: Literal["auto", "sampled", "recorded"] = "auto"
+    """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
+    auto: recorded where the data's columns hold them."""
     prompts: int = 8
     """Prompts a step (G)."""
     responses: int = 8

@@ -8,6 +8,7 @@ from gvpo_core.training.policy.protocol import (
     PolicySettings,
     Prompt,
     Response,
+    ResponseError,
     Tokens,
     Update,
 )
@@ -21,6 +22,7 @@ __all__ = [
     "PolicySettings",
     "Prompt",
     "Response",
+    "ResponseError",
     "Tokens",
     "Update",
 ]

@@ -143,6 +143,12 @@ class LanguageModelPolicy(abc.ABC):
         """Text of a response without its end token; see `policy.text`."""
         return text.decode(self.tokenizer, tokens, self._end)
 
+    def encode_responses(
+        self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
+    ) -> list[Response]:
+        """Recorded responses, each as text or token ids; see `policy.text`."""
+        return text.encode_responses(self.tokenizer, prompt, responses, finished, self._end)
+
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:

@@ -27,6 +27,14 @@ class Response:
     finished: bool  # True: ended by an end token; False: cut at the token limit
 
 
+class ResponseError(ValueError):
+    """A recorded response that the policy cannot score; `number` is its place among those given."""
+
+    def __init__(self, message: str, number: int = 0) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 @dataclass(frozen=True)
 class Batch:
     """N responses with their prompts, one row each; rows of a group may lie anywhere, on any rank.
@@ -108,6 +116,14 @@ class Policy(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a response, without the tokens that end it; other special tokens stay."""
+
+    def encode_responses(
+        self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
+    ) -> list[Response]:
+        """Recorded responses to a prompt, each as text or token ids, by the rule of `text.encode_responses`.
+
+        Raises: ResponseError: one of them cannot be a response of this policy.
+        """
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling

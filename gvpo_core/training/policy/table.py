@@ -13,8 +13,19 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import refuse_settings
-from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, PolicySettings, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy import (
+    Batch,
+    Coefficients,
+    PolicyFacts,
+    PolicySettings,
+    Prompt,
+    Response,
+    ResponseError,
+    Tokens,
+    Update,
+)
 from gvpo_core.training.policy.step import learning_rate
+from gvpo_core.training.policy.text import checked_response
 from gvpo_core.training.sampling import Sampling, uniforms
 
 
@@ -73,6 +84,25 @@ class TablePolicy:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self.responses[tokens[0] - 1]
+
+    def encode_responses(
+        self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
+    ) -> list[Response]:
+        encoded = []
+        for number, (response, ended) in enumerate(zip(responses, finished, strict=True)):
+            try:
+                if isinstance(response, str) and response not in self.responses:
+                    raise ValueError(f"the table has no response {response!r}; it has {len(self.responses)} others")
+                if isinstance(response, str):
+                    tokens = [1 + self.responses.index(response), *([] if ended is False else [0])]
+                else:
+                    tokens = [int(i) for i in response]
+                    if tokens and (not 0 < tokens[0] <= len(self.responses) or len(tokens) > 2):
+                        raise ValueError(f"the token ids {tokens} are no response of the table")
+                encoded.append(checked_response(tokens, ended, (0,)))
+            except ValueError as error:
+                raise ResponseError(str(error), number) from error
+        return encoded
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling

@@ -3,6 +3,7 @@
 text prompt    its tokens as they stand; the tokenizer's leading special tokens at most once; no end token
 chat messages  the chat template; a last message of the assistant's is continued, else the next turn is opened
 response       ends at the model's end tokens, or at the token that closes an assistant's turn in the template
+recorded       a text's tokens as they stand, then the end token where the response is finished; token ids as they are
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import Prompt, Tokens
+from gvpo_core.training.policy import Prompt, Response, ResponseError, Tokens
 
 ASSISTANT = ("assistant", "model")  # roles whose turns the model writes
 _PROBE = "zqxj"  # a response that no template contains
@@ -90,6 +91,80 @@ def decode(tokenizer: Any, tokens: Sequence[int], end: Sequence[int] = ()) -> st
     left_out = {*end, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     text: str = tokenizer.decode([i for i in tokens if i not in left_out], skip_special_tokens=False)
     return text
+
+
+def encode_responses(
+    tokenizer: Any,
+    prompt: Prompt,
+    responses: Sequence[str | Sequence[int]],
+    finished: Sequence[bool | None],
+    end: Sequence[int],
+) -> list[Response]:
+    """Recorded responses to a prompt as the model would have drawn them.
+
+    A finished text gets an end token: after chat messages the one that closes an assistant's turn in the template,
+    else the tokenizer's EOS. It gets none where it ends with an end token already; white space after that is left out.
+    Token ids are taken as they are.
+
+    Args:
+      finished: of each response; None: a text is finished, token ids are where they end with an end token.
+      end: ids that end a response.
+    Raises: ResponseError: an end token before the end, or one that contradicts `finished`; no tokens; a finished text
+      where no end token is known.
+    """
+    encoded: list[Response] = []
+    for number, (response, ended) in enumerate(zip(responses, finished, strict=True)):
+        try:
+            if isinstance(response, str):
+                tokens = _up_to_end(tokenizer, _plain_tokens(tokenizer, response), end)
+                if ended in (True, None) and not (tokens and tokens[-1] in end):
+                    tokens.append(_closing(tokenizer, prompt, end))
+                    ended = True
+            else:
+                tokens = [int(i) for i in response]
+            encoded.append(checked_response(tokens, ended, end))
+        except ValueError as error:
+            raise ResponseError(str(error), number) from error
+    return encoded
+
+
+def checked_response(tokens: Sequence[int], finished: bool | None, end: Sequence[int]) -> Response:
+    """The response of these tokens. Raises: ValueError: see `encode_responses`."""
+    if not tokens:
+        raise ValueError("it has no tokens; expected at least its end token")
+    early = [i for i in tokens[:-1] if i in end]
+    if early:
+        raise ValueError(f"it has the end token {early[0]} before its end; the policy draws nothing after an end token")
+    ended = tokens[-1] in end
+    if finished is not None and finished != ended:
+        is_end = "an" if ended else "no"
+        raise ValueError(
+            f"finished is {str(finished).lower()}, and its last token {tokens[-1]} is {is_end} end token"
+            f" ({', '.join(map(str, end)) or 'there is none'})"
+        )
+    return Response(tuple(tokens), ended)
+
+
+def _up_to_end(tokenizer: Any, tokens: list[int], end: Sequence[int]) -> list[int]:
+    """The tokens without white space behind the first end token."""
+    first = next((place for place, i in enumerate(tokens) if i in end), len(tokens))
+    after = tokens[first + 1 :]
+    return tokens if after and tokenizer.decode(after, skip_special_tokens=False).strip() else tokens[: first + 1]
+
+
+def _closing(tokenizer: Any, prompt: Prompt, end: Sequence[int]) -> int:
+    """The end token of a finished answer to `prompt`. Raises: ValueError: nobody says which one it is."""
+    closing = None
+    if not isinstance(prompt, str):
+        before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # a last answer is being continued
+        with contextlib.suppress(Exception):  # a template raises what it likes; then the tokenizer says
+            closing = turn_end(tokenizer, before)
+    closing = tokenizer.eos_token_id if closing is None else closing
+    if closing is None or closing not in end:
+        closing = end[0] if end else None
+    if closing is None:
+        raise ValueError("it is finished, and the model has no end token; set the tokenizer's eos_token")
+    return int(closing)
 
 
 def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:

@@ -10,25 +10,30 @@ import numpy as np
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.run.records import records
 
-_KEY = "eval/reward"
-
 
 class Best:
-    """The evaluation with the highest held-out reward; of equal ones the first."""
+    """The evaluation with the highest held-out reward, or the lowest loss; of equal ones the first."""
 
     def __init__(self) -> None:
         self.step = -1  # -1: no evaluation yet
         self.reward = -math.inf
         self.since = 0  # evaluations after it, none of them better
+        self._by_loss = False
 
     def see(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Takes in the evaluation after `step`; whether it is the best so far."""
-        reward = _reward(metrics)
+        reward, self._by_loss = _reward(metrics), "eval/reward" not in metrics and "eval/loss" in metrics
         if reward > self.reward:
             self.step, self.reward, self.since = step, reward, 0
             return True
         self.since += 1
         return False
+
+    def said(self) -> str:
+        """What would have been better, in words."""
+        if self._by_loss:
+            return f"a held-out loss below the {-self.reward:.4g} of step {self.step}"
+        return f"a held-out reward above the {self.reward:.4g} of step {self.step}"
 
     def share(self, policy: Policy) -> None:
         """Gives every rank what the main rank knows; every rank calls."""
@@ -39,7 +44,7 @@ class Best:
 
 
 def best_saved(metrics: Path, steps: Collection[int]) -> int | None:
-    """The step of `steps` whose evaluation had the highest held-out reward. None: none of them has one."""
+    """The step of `steps` whose evaluation was the best. None: none of them has one."""
     best = Best()
     for record in records(metrics):
         if record["kind"] == "eval" and record["step"] in steps and math.isfinite(_reward(record)):
@@ -48,5 +53,7 @@ def best_saved(metrics: Path, steps: Collection[int]) -> int | None:
 
 
 def _reward(metrics: Mapping[str, Any]) -> float:
-    value = metrics.get(_KEY)
-    return float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf
+    """The held-out reward, or minus the held-out loss where no reward was asked for."""
+    key, sign = ("eval/reward", 1.0) if "eval/reward" in metrics else ("eval/loss", -1.0)
+    value = metrics.get(key)
+    return sign * float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf

@@ -20,7 +20,7 @@ from gvpo_core.training.run.records import Kept, append_synced, cut, encoded
 _log = logging.getLogger("gvpo")
 # Settings that change nothing about the numbers of the steps still to come.
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
-         "run.show_every", "run.allow_changes", "evaluation.")  # fmt: skip
+         "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache")  # fmt: skip
 _NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # a path that waiting does not mend
 _ALLOW = "another run.folder, or run.allow_changes = true to go on with"
 

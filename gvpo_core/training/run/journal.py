@@ -14,9 +14,8 @@ from typing import Any
 from gvpo_core import __version__
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
-from gvpo_core.training.data import Prompts
 from gvpo_core.training.improve import Improvement
-from gvpo_core.training.inputs import Inputs
+from gvpo_core.training.inputs import HeldOut, Inputs
 from gvpo_core.training.metrics import step_metrics
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.ranks import attempt, highest
@@ -38,6 +37,7 @@ from gvpo_core.training.run.checkpoint import (
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.records import records
 from gvpo_core.training.run.resume import resume_command
+from gvpo_core.training.sources import Source
 from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
 from gvpo_core.training.watch.columns import verdict
 from gvpo_core.training.watch.console import Console
@@ -96,7 +96,7 @@ class Journal:
         self._fingerprints = self.inputs.fingerprints()
         self.folder.open(self.config, self._fingerprints)
 
-    def start(self, prompts: Prompts, held_out: Prompts | None, from_step: int | None = None) -> int:
+    def start(self, source: Source, held_out: HeldOut | None, from_step: int | None = None) -> int:
         """Restores the newest good checkpoint and drops the records of later steps. Returns the steps done.
 
         A policy that was trained before, in a run that is not this one, is reset to its initial state.
@@ -117,7 +117,7 @@ class Journal:
         last = attempt(self.policy, lambda: self._drop_later_steps(step, from_step), main_only=True)
         self._best.share(self.policy)
         if self._main:
-            self._open(prompts, held_out)
+            self._open(source, held_out)
         self._started = True
         if from_step is not None:
             self.event(
@@ -144,7 +144,7 @@ class Journal:
             self._remember(record)
         return max(last, *later, 0)
 
-    def _open(self, prompts: Prompts, held_out: Prompts | None) -> None:
+    def _open(self, source: Source, held_out: HeldOut | None) -> None:
         config, facts = self.config, self.policy.describe()
         environment = {
             "gvpo": __version__,
@@ -160,7 +160,7 @@ class Journal:
         settings = hide_settings(as_table(config))
         self._tracker = open_trackers(config.run.trackers, self.folder.path, settings, warn=_log.warning)
         self.console = self.console or Console(config.run.steps, first_step=self._step, evaluations=self.evaluations)
-        self.console.header(header(config, facts, prompts, held_out, self.inputs.rewards))
+        self.console.header(header(config, facts, source, held_out, self.inputs.rewards))
 
     def begin(self, step: int) -> None:
         """Step `step` begins, with its sampling."""
@@ -195,12 +195,13 @@ class Journal:
             if run.show_every and self._step % run.show_every == 0 and rollout.completions:
                 self.console.sample(rollout.completions)
 
-    def evaluation(self, metrics: Mapping[str, float], rollout: Rollout) -> None:
+    def evaluation(self, metrics: Mapping[str, float], rollout: Rollout | None) -> None:
         """Records an evaluation after the present step."""
         self._better = self._best.see(self._step, metrics)
         if not self._main:
             return
-        self._responses("eval", rollout)
+        if rollout is not None:
+            self._responses("eval", rollout)
         record = self._record("eval", metrics)
         self._remember(record)
         self._write(record)
@@ -229,8 +230,7 @@ class Journal:
         """Records that the run ended for want of a better evaluation."""
         self.event(
             "early",
-            f"stopped early after step {self._step}: {self._best.since} evaluations without a held-out reward above"
-            f" the {self._best.reward:.4g} of step {self._best.step}"
+            f"stopped early after step {self._step}: {self._best.since} evaluations without {self._best.said()}"
             f" (evaluation.patience = {self.config.evaluation.patience})",
         )
 
@@ -329,10 +329,13 @@ class Journal:
         """What the run achieved, and the commands that go on from it."""
         facts: dict[str, Any] = {}
         if self._evaluated:
-            facts["held-out reward"] = " -> ".join(
-                f"{fit(record.get('eval/reward'), 6)} +- {fit(record.get('eval/half_width'), 5)}"
-                for record in self._evaluated
-            )
+            if "eval/reward" in self._evaluated[0]:
+                facts["held-out reward"] = " -> ".join(
+                    f"{fit(record.get('eval/reward'), 6)} +- {fit(record.get('eval/half_width'), 5)}"
+                    for record in self._evaluated
+                )
+            if "eval/loss" in self._evaluated[0]:
+                facts["held-out loss"] = " -> ".join(fit(record.get("eval/loss"), 8) for record in self._evaluated)
         if self._verdicts:
             facts["verdicts"] = ", ".join(
                 f"{self._verdicts[level]} {level}" for level in LEVELS if self._verdicts[level]

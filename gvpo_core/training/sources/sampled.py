@@ -20,10 +20,22 @@ class Sampled:
     rewards: Sequence[Reward]
     sampler: Policy | None = None
 
-    def groups(self, policy: Policy, step: int) -> Rollout:
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Responses of a group, tokens of the longest response."""
+        return self.config.rollout.responses, self.config.rollout.max_tokens
+
+    def said(self) -> dict[str, str]:
+        """For the header: what a step draws."""
+        rollout = self.config.rollout
+        return {
+            "step": f"{rollout.prompts} prompts x {rollout.responses} responses of at most {rollout.max_tokens} tokens"
+        }
+
+    def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` prompts with `rollout.responses` scored responses each."""
         rollout, seed = self.config.rollout, self.config.run.seed
-        rows = self.prompts.batch(step - 1, rollout.prompts, seed=seed, shuffle=self.config.data.shuffle)
+        rows = self.prompts.batch(step - 1, size or rollout.prompts, seed=seed, shuffle=self.config.data.shuffle)
         return collect(
             policy,
             self.prompts,

@@ -14,7 +14,7 @@ from typing import Any, TextIO, cast
 
 from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH
 from gvpo_core.training.watch.columns import ALL_LEGEND, LEGEND, NARROW, WIDE, Column, columns_for, row, titles, verdict
-from gvpo_core.training.watch.metric_names import PHASES
+from gvpo_core.training.watch.metric_names import LOSSES, PHASES
 from gvpo_core.training.watch.output import Forgiving
 from gvpo_core.training.watch.text import Command, columns, duration, fact, fit, percent, pieces, printable, size
 from gvpo_core.training.watch.time_left import TimeLeft
@@ -93,7 +93,17 @@ class Console:
     def evaluation(self, record: Record) -> None:
         """One line: the numbers of an eval record."""
         self._time_left.evaluated(record.get("seconds/evaluate", 0.0))
-        parts = [f"eval {record['step']:>5}", f"reward {fit(record.get('eval/reward'), 6)}"]
+        parts = [f"eval {record['step']:>5}"]
+        parts += [f"{key.removeprefix('eval/')} {fit(record[key], 6)}" for key in LOSSES if key in record]
+        if "eval/reward" in record or len(parts) == 1:
+            parts += self._answers(record)
+        parts.append(f"sec {fit(record.get('seconds/evaluate'), 5)}")
+        for line in _wrap(parts, self._width):
+            self._print(line)
+
+    def _answers(self, record: Record) -> list[str]:
+        """The part of an evaluation that tells of fresh responses."""
+        parts = [f"reward {fit(record.get('eval/reward'), 6)}"]
         if "eval/half_width" in record:
             parts.append(f"+- {fit(record['eval/half_width'], 6)}")
         rewards = {key: value for key, value in record.items() if key.startswith("eval/reward/")}
@@ -103,9 +113,7 @@ class Console:
         parts.append(f"len {fit(record.get('eval/length'), 5)}")
         parts.append(f"cut {percent(record.get('eval/truncated'), '%')}")
         parts.append(f"prompts {record.get('eval/prompts', '-')}")
-        parts.append(f"sec {fit(record.get('seconds/evaluate'), 5)}")
-        for line in _wrap(parts, self._width):
-            self._print(line)
+        return parts
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> None:
         """One group: its prompt, the rewards of all its responses, and the best and the worst of them.

@@ -1,31 +1,33 @@
 """What a run says of itself before its first step."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.config.secrets import hide
-from gvpo_core.training.data import Prompts
+from gvpo_core.training.inputs import HeldOut
 from gvpo_core.training.policy.facts import PolicyFacts
 from gvpo_core.training.policy.memory import advice, estimate_memory, gib, in_words, machine_memory
 from gvpo_core.training.rewards import Reward
+from gvpo_core.training.sources import Source
 
 
 def header(
-    config: Config, facts: PolicyFacts, prompts: Prompts, held_out: Prompts | None, rewards: Sequence[Reward]
+    config: Config, facts: PolicyFacts, source: Source, held_out: HeldOut | None, rewards: Sequence[Reward]
 ) -> dict[str, Any]:
     """The facts of a run, by name, in the order in which the console prints them.
 
     Args:
       facts: what `Policy.describe` gives.
     """
-    own, rollout = facts.as_dict(), config.rollout
+    own, prompts = facts.as_dict(), source.prompts
     counted = ", ".join(
         text
         for text in (
             f"{len(prompts)} training",
             f"{prompts.dropped} dropped as too long" if prompts.dropped else "",
-            f"{len(held_out)} held out" if held_out else "",
+            held_out.said() if held_out else "",
         )
         if text
     )
@@ -35,11 +37,11 @@ def header(
         **code,
         **_merged(own),
         "objective": f"{config.objective.name}, beta {config.objective.beta:g}, reference {config.objective.reference}",
-        "step": f"{rollout.prompts} prompts x {rollout.responses} responses of at most {rollout.max_tokens} tokens",
+        **source.said(),
         "updates a step": str(config.objective.epochs * config.objective.minibatches),
         "prompts": counted,
-        "rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in rewards),
-        **_memory(config, facts, prompts),
+        **({"rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in rewards)} if rewards else {}),
+        **_memory(config, facts, source),
         "run folder": config.run.folder,
     }
 
@@ -59,8 +61,10 @@ def _merged(facts: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if name not in ("memory", "vocabulary")}
 
 
-def _memory(config: Config, facts: PolicyFacts, prompts: Prompts) -> dict[str, str]:
-    longest = max(len(tokens) for tokens in prompts.tokens)
+def _memory(config: Config, facts: PolicyFacts, source: Source) -> dict[str, str]:
+    longest = max(len(tokens) for tokens in source.prompts.tokens)
+    responses, tokens = source.largest
+    config = replace(config, rollout=replace(config.rollout, responses=responses, max_tokens=tokens))
     memory, have = estimate_memory(facts, config, longest), machine_memory(facts)
     if memory is None:
         return {}

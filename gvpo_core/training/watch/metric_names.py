@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from gvpo_core.training.watch.alerts import ALERTS
 
 PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
+LOSSES = ("eval/loss", "eval/accuracy", "eval/nll")  # of an evaluation on recorded groups
 RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
 """Names a reward cannot have: reward/<name> would be another metric."""
 
@@ -68,6 +69,11 @@ METRICS: dict[str, Metric] = {
         "Minus the mean log-probability of a sampled token, over the responses that the policy scored: an estimate of "
         "the entropy, under the same condition.",
     ),
+    "log_ratio": Metric("nats/response", "In the place of kl where the responses were recorded."),
+    "nll": Metric(
+        "nats/token",
+        "In the place of entropy where the responses were recorded: minus their mean log-probability.",
+    ),
     "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
     "gradient_norm/max": Metric("", "Largest of them."),
     "learning_rate": Metric("", "Of the step's last update."),
@@ -89,9 +95,16 @@ METRICS: dict[str, Metric] = {
     "groups/all_equal": Metric("groups", "Dead groups: counted, with all rewards equal. Only beta moves them."),
     "groups/all_best": Metric("groups", "Dead groups at the highest reward seen so far: too easy."),
     "groups/all_worst": Metric("groups", "Dead groups at the lowest reward seen so far: too hard."),
-    "tokens/sampled": Metric("tokens", "Response tokens drawn in the step, all ranks."),
+    "groups/skipped": Metric(
+        "groups", "Groups of recorded data that no step takes: too few scored responses. Absent without one."
+    ),
+    "machine/reference_cached": Metric("responses", "Recorded responses of the step whose reference score was known."),
+    "machine/reference_scored": Metric("responses", "Recorded responses of the step that the reference scored anew."),
+    "tokens/sampled": Metric("tokens", "Response tokens drawn in the step, all ranks; 0 where they were recorded."),
     "tokens/computed": Metric("tokens", "Tokens through forward passes of the update, prompt and padding included."),
-    "tokens_per_second": Metric("tokens/s", "Sampled tokens by the seconds of generate, reward, score and update."),
+    "tokens_per_second": Metric(
+        "tokens/s", "Response tokens of the step by the seconds of generate, reward, score and update."
+    ),
     "seconds/<phase>": Metric("seconds", f"Time in one phase: {', '.join(PHASES)}; other: the rest of the step."),
     "seconds/step": Metric("seconds", "Time of the whole step."),
     "share/<phase>": Metric("share", "seconds/<phase> by seconds/step."),
@@ -112,6 +125,18 @@ METRICS: dict[str, Metric] = {
     "eval/reward/<name>": Metric("reward", "Mean of one reward on held-out prompts, unweighted."),
     "eval/length": Metric("tokens", "Mean length of held-out responses."),
     "eval/truncated": Metric("share", "Held-out responses cut at the token limit."),
+    "eval/loss": Metric(
+        "",
+        "Loss of the objective on held-out recorded groups: Eq. 16 of gvpo and of an objective of your own, Eq. 8 of "
+        "dpo; of the others nats a response, the best of each group (reject_sampling) or all (sft).",
+    ),
+    "eval/accuracy": Metric(
+        "share",
+        "Pairs of held-out responses with different rewards that log pi_theta - log pi_ref puts in the same order, "
+        "ties half; mean over groups. Absent without such a pair, and where objective.reference is rollout.",
+    ),
+    "eval/nll": Metric("nats/token", "Minus the mean log-probability of a token of held-out recorded responses."),
+    "eval/groups": Metric("groups", "Held-out recorded groups with enough scored responses."),
     "eval/prompts": Metric("prompts", "Held-out prompts with a score."),
     "eval/unscored": Metric("responses", "Held-out responses without a score."),
 }

@@ -1,0 +1,21 @@
+"""Recorded groups: prompts with responses that somebody scored, for training and evaluation without sampling."""
+
+from gvpo_core.training.recorded.choice import recorded_evaluation, recorded_training
+from gvpo_core.training.recorded.groups import Group, Groups, encode_groups
+from gvpo_core.training.recorded.reference import ReferenceScores, reference_file
+from gvpo_core.training.recorded.rows import Recorded, RecordedRow, recorded_rows
+from gvpo_core.training.recorded.shapes import shape_of
+
+__all__ = [
+    "Group",
+    "Groups",
+    "Recorded",
+    "RecordedRow",
+    "ReferenceScores",
+    "encode_groups",
+    "recorded_evaluation",
+    "recorded_rows",
+    "recorded_training",
+    "reference_file",
+    "shape_of",
+]

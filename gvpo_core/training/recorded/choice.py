@@ -1,0 +1,77 @@
+"""Whether a run trains on recorded responses, and with which objectives it may."""
+
+from collections.abc import Sequence
+
+from gvpo_core.objectives import TABLE
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.check import NO_REWARD
+from gvpo_core.training.data import column_names
+from gvpo_core.training.recorded.rows import Recorded, recorded_rows
+from gvpo_core.training.recorded.shapes import GROUPS, RUN, SHAPES, UNSCORED, Shape, shape_of
+from gvpo_core.training.rows import DataError, Row
+
+
+def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorded | None:
+    """The training rows as recorded responses; None: they are prompts, to be answered by sampling.
+
+    Raises: DataError: a row that cannot be used. ConfigError: settings that leave open which of the two is meant, or
+      an objective that recorded responses do not serve.
+    """
+    shape, columns = shape_of(column_names(rows)), column_names(rows)
+    source = config.rollout.source
+    if source == "recorded" and shape is None:
+        known = "; ".join(" and ".join(shape.needs) for shape in SHAPES if shape is not RUN)
+        raise DataError(
+            f"{name} has no recorded responses, which rollout.source = 'recorded' needs: its columns are"
+            f" {', '.join(columns)}; expected one of: {known}"
+        )
+    if source == "auto" and shape is not None and shape not in (RUN, GROUPS) and config.rewards:
+        if shape in UNSCORED:  # no scores: the rewards are to give them
+            return None
+        raise ConfigError(
+            f"{name} holds {shape.said}, and rewards are configured: set rollout.source = 'recorded' to train on these"
+            " responses and use the rewards in evaluations only, or 'sampled' to draw and score new ones"
+        )
+    if source == "sampled" or shape is None:
+        if not config.rewards:
+            raise ConfigError(NO_REWARD)
+        return None
+    _check_objective(config, shape, name)
+    return recorded_rows(rows, shape, name, prompt=config.data.prompt)
+
+
+def recorded_evaluation(config: Config, rows: Sequence[Row], name: str) -> Recorded | None:
+    """The held-out rows as recorded responses; None: they are prompts alone.
+
+    Raises: DataError: a row that cannot be used. ConfigError: prompts alone, and no reward for answers to them.
+    """
+    shape, source = shape_of(column_names(rows)), config.rollout.source
+    if source != "sampled" and shape in UNSCORED and config.objective.name != "sft":
+        shape = None
+    if shape is not None and (
+        source == "recorded" or (source == "auto" and (shape in (RUN, GROUPS) or not config.rewards))
+    ):
+        return recorded_rows(rows, shape, name, prompt=config.data.prompt)
+    if not config.rewards:
+        raise ConfigError(f"{name} holds prompts without scored responses, and there is {NO_REWARD}")
+    return None
+
+
+def _check_objective(config: Config, shape: Shape, name: str) -> None:
+    objective = config.objective.name
+    if objective in TABLE and TABLE[objective].needs_old:
+        raise ConfigError(
+            f"objective.name = {objective!r} weighs a response by how much likelier it became since the policy drew"
+            f" it, and {name} holds responses that others drew ({shape.said}); use gvpo, which needs no such ratio, or"
+            " dpo, reject_sampling or sft"
+        )
+    if objective == "sft" and shape.compares:
+        raise ConfigError(
+            f"objective.name = 'sft' imitates every scored response, the rejected too, and {name} holds {shape.said};"
+            " use reject_sampling, which imitates the best of each group, or gvpo or dpo"
+        )
+    if objective != "sft" and shape in UNSCORED:
+        raise ConfigError(
+            f"{name} holds {shape.said}, and objective.name = {objective!r} compares rewards: give rewards, a column"
+            " beside 'responses', or set objective.name = 'sft'"
+        )

@@ -1,0 +1,102 @@
+"""A prompt and its responses out of text, token ids and message lists, explicit and implicit prompts among them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from gvpo_core.training.policy.text import ASSISTANT
+from gvpo_core.training.rows import DataError
+
+
+def plain_list(value: Any, where: str) -> list[Any]:
+    """A list, also of an array. Raises: DataError: it is none."""
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
+        raise DataError(f"{where} is a {type(value).__name__} ({value!r:.40}); expected a list, one entry a response")
+    return [item.tolist() if hasattr(item, "tolist") else item for item in value]
+
+
+def answers(prompt: Any, given: Sequence[Any], where: str, columns: Sequence[str]) -> tuple[Any, list[Any]]:
+    """The prompt, and the responses as text or token ids.
+
+    A response is text, token ids, or messages of which the last is the assistant's. Messages before it are the end of
+    the prompt, or the whole of it (an implicit prompt). Texts without a prompt share their beginning, up to a space.
+
+    Args:
+      prompt: text, messages, or None where it is implicit.
+      columns: of each response, for messages.
+    Raises: DataError: responses to different prompts, or none that fits the prompt.
+    """
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    whole = prompt
+    responses: list[Any] = []
+    for j, (response, column) in enumerate(zip(given, columns, strict=True)):
+        at = f"{where}, column {column!r}" + (f", entry {j}" if columns.count(column) > 1 else "")
+        response = [response] if isinstance(response, Mapping) else response
+        response = response.tolist() if hasattr(response, "tolist") else response
+        if _is_messages(response):
+            before, answer = _last(response, at)
+            asked = _whole_prompt(prompt, before, at)
+            if j and responses and asked != whole:
+                raise DataError(f"{at} answers another conversation than the response before it; expected one prompt")
+            whole, response = asked, answer
+        elif not isinstance(response, str) and not _is_ids(response):
+            raise DataError(
+                f"{at} is a {type(response).__name__} ({response!r:.40}); expected text, token ids or messages"
+            )
+        responses.append(response)
+    if whole is None and len(responses) > 1 and all(isinstance(r, str) for r in responses):
+        whole, responses = _shared_beginning(responses, where)
+    return whole, responses
+
+
+def _is_messages(value: Any) -> bool:
+    return isinstance(value, Sequence) and bool(value) and all(isinstance(m, Mapping) for m in value)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, Sequence) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+
+
+def _last(messages: Sequence[Mapping[str, Any]], where: str) -> tuple[list[Mapping[str, Any]], str]:
+    last = messages[-1]
+    if last.get("role") not in ASSISTANT or not isinstance(last.get("content"), str):
+        raise DataError(
+            f"{where} ends with a message of role {last.get('role')!r}; expected the assistant's, with text as content"
+        )
+    return [_without_none(m) for m in messages[:-1]], last["content"]
+
+
+def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def _whole_prompt(prompt: Any, before: list[Mapping[str, Any]], where: str) -> Any:
+    """The prompt of a response that came as messages, `before` those in front of the answer."""
+    if prompt is None:
+        return before or None
+    if isinstance(prompt, str):
+        if not before:
+            return [{"role": "user", "content": prompt}]
+        if any(message.get("content") == prompt for message in before):
+            return before
+        raise DataError(f"{where} does not answer the prompt {prompt!r:.60}: none of its messages is that text")
+    asked = [_without_none(m) for m in prompt] if _is_messages(prompt) else prompt
+    if not before or before == asked:
+        return asked
+    if before[: len(asked)] == asked:
+        return before
+    raise DataError(f"{where} begins with other messages than the prompt; expected the same, or the answer alone")
+
+
+def _shared_beginning(responses: list[str], where: str) -> tuple[str, list[str]]:
+    shared = 0
+    for letters in zip(*responses, strict=False):
+        if len({*letters}) > 1:
+            break
+        shared += 1
+    while shared and not responses[0][:shared][-1].isspace():
+        shared -= 1
+    beginning = responses[0][:shared].rstrip()
+    if not beginning:
+        raise DataError(f"{where} has no prompt, and its responses do not begin alike; expected a column 'prompt'")
+    return beginning, [response[len(beginning) :] for response in responses]

@@ -1,0 +1,157 @@
+"""Recorded rows as a policy reads them: prompts and responses as tokens, within the limits of the settings."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.data import Prompts, encodable, encode_prompts
+from gvpo_core.training.policy import Policy, Response, ResponseError, Tokens
+from gvpo_core.training.recorded.rows import Recorded, RecordedRow
+from gvpo_core.training.rows import DataError
+
+
+@dataclass(frozen=True)
+class Group:
+    """A prompt and its k responses."""
+
+    prompt: Tokens
+    responses: tuple[Response, ...]
+    rewards: np.ndarray  # (k,) float64; NaN: unscored
+    parts: Sequence[Mapping[str, float]] = ()  # k, or none
+
+    @property
+    def scored(self) -> list[int]:
+        """Places of the scored responses."""
+        return [i for i, reward in enumerate(self.rewards) if not math.isnan(reward)]
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of recorded data, encoded; `prompts` are theirs, in the same order."""
+
+    prompts: Prompts
+    groups: Sequence[Group]
+    recorded: Recorded
+    skipped: int = 0  # groups without enough scored responses
+    dropped_responses: int = 0  # too long
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    @cached_property
+    def sizes(self) -> list[int]:
+        """Responses of each group."""
+        return [len(group.responses) for group in self.groups]
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest response."""
+        return max(len(response.tokens) for group in self.groups for response in group.responses)
+
+    def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
+        """The groups of one step (from 0), as `Prompts.batch`. What a run wrote comes in its order at first."""
+        if not self.recorded.in_order or not shuffle:
+            return self.prompts.batch(step, size, seed=seed, shuffle=shuffle)
+        first = range(step * size, min((step + 1) * size, len(self)))
+        later = self.prompts.batch(step, size, seed=seed, shuffle=True)
+        return [*first, *later[len(first) :]]
+
+    def said(self) -> str:
+        """What was read, in one line."""
+        sizes, count = self.sizes, sum(self.sizes)
+        each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+        unscored = count - sum(len(group.scored) for group in self.groups)
+        parts = [
+            f"{self.recorded.shape.said}; rewards: {self.recorded.scores}",
+            f"{len(self):,} groups of {each} responses",
+            f"{unscored:,} responses unscored" if unscored else "",
+            f"{self.skipped:,} groups skipped: too few scored responses" if self.skipped else "",
+            f"{self.dropped_responses:,} responses dropped as too long" if self.dropped_responses else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+def encode_groups(
+    policy: Policy, recorded: Recorded, config: Config, name: str = "data.train", *, smallest: int = 2
+) -> Groups:
+    """Encodes every prompt and response.
+
+    A prompt or response over its limit is an error, or leaves with data.too_long = "drop"; nothing is cut. A group
+    with fewer than `smallest` scored responses is skipped, but in what a run wrote, where it keeps its place in its
+    step and the objective leaves it out.
+
+    Raises: DataError: see `encode_prompts`; a response that cannot be one of this policy, with its row; no group left.
+    """
+    if not hasattr(policy, "encode_responses"):
+        raise ConfigError(f"{type(policy).__name__} has no encode_responses, which recorded responses need")
+    column = config.data.prompt
+    rows = [{column: row.prompt, **{k: v for k, v in row.columns.items() if k != column}} for row in recorded.rows]
+    wheres = [row.where for row in recorded.rows]
+    prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres)
+    groups: list[Group] = []
+    kept: list[int] = []
+    dropped = 0
+    for place in range(len(prompts)):
+        row = recorded.rows[prompts.row(place)]
+        group, too_long = _group(policy, prompts, place, row, config)
+        dropped += too_long
+        if len(group.scored) >= smallest or (recorded.in_order and group.responses):
+            groups.append(group)
+            kept.append(place)
+    if not any(len(group.scored) >= smallest for group in groups):
+        needed = "a scored response" if smallest == 1 else f"{smallest} scored responses"
+        raise DataError(
+            f"{name}: none of its {len(recorded)} groups has {needed}, which objective.name ="
+            f" {config.objective.name!r} needs" + (f"; {dropped} responses were dropped as too long" if dropped else "")
+        )
+    chosen = replace(
+        prompts,
+        prompts=[prompts.prompts[i] for i in kept],
+        tokens=[prompts.tokens[i] for i in kept],
+        columns=[prompts.columns[i] for i in kept],
+        rows=[recorded.rows[prompts.row(i)].row for i in kept],
+    )
+    return Groups(chosen, groups, recorded, len(prompts) - len(kept), dropped)
+
+
+def _group(policy: Policy, prompts: Prompts, place: int, row: RecordedRow, config: Config) -> tuple[Group, int]:
+    """The group of one row, and how many of its responses were dropped as too long."""
+    facts = policy.describe()
+    vocabulary, context = facts.vocabulary or math.inf, facts.context or math.inf
+    asked = prompts.tokens[place]
+    for j, response in enumerate(row.responses):
+        if isinstance(response, str):
+            encodable(response, f"{row.where}, response {j}")
+        elif any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocabulary for i in response):
+            raise DataError(
+                f"{row.where}, response {j} holds {next(i for i in response if _no_id(i, vocabulary))!r}, which is no"
+                f" token id of the model (0 to {vocabulary - 1})"
+            )
+    try:
+        responses = policy.encode_responses(prompts.prompts[place], row.responses, row.finished)
+    except ResponseError as e:
+        raise DataError(f"{row.where}, response {e.number} cannot be used: {e}") from e
+    kept = []
+    for j, response in enumerate(responses):
+        count, limit = len(response.tokens), min(config.rollout.max_tokens, context - len(asked))
+        if count <= limit:
+            kept.append(j)
+        elif config.data.too_long == "error":
+            of = f"rollout.max_tokens = {config.rollout.max_tokens}"
+            if limit < config.rollout.max_tokens:
+                of = f"the {limit} that the prompt leaves of the model's {context} positions"
+            raise DataError(
+                f"{row.where}, response {j} has {count} tokens, more than {of}; raise rollout.max_tokens where the"
+                " model has room, or leave such responses out with data.too_long = 'drop'"
+            )
+    rewards = np.asarray([row.rewards[j] for j in kept], np.float64)
+    parts = [row.parts[j] for j in kept] if row.parts else ()
+    return Group(asked, tuple(responses[j] for j in kept), rewards, parts), len(responses) - len(kept)
+
+
+def _no_id(i: object, vocabulary: float) -> bool:
+    return isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocabulary

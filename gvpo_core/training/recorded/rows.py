@@ -1,0 +1,234 @@
+"""Rows of recorded data in one form, whatever shape they came in. No model is needed: mistakes show before it loads."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from gvpo_core.training.data import column_names
+from gvpo_core.training.recorded.conversation import answers, plain_list
+from gvpo_core.training.recorded.shapes import COMPLETIONS, GROUPS, LABELS, PAIRS, RUN, SCORES, UNSCORED, Shape
+from gvpo_core.training.rows import DataError, Row
+
+_SCORE_NAMES = ("score", "reward", "overall_score", "fine-grained_score")  # of one of UltraFeedback's completions
+_OURS = ("finished", "response_ids", "reward_parts")
+
+
+@dataclass(frozen=True)
+class RecordedRow:
+    """One prompt and k >= 0 responses."""
+
+    where: str  # "data.train row 3", for messages
+    prompt: Any  # as in the data
+    responses: Sequence[Any]  # k, text or token ids
+    rewards: Sequence[float]  # k; NaN: unscored
+    finished: Sequence[bool | None]  # k; None: the data does not say
+    parts: Sequence[Mapping[str, float]] = ()  # k; single rewards by name, or nothing
+    columns: Row = field(default_factory=dict)  # the rest of the row
+    row: int = 0  # of the data
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """Recorded data."""
+
+    shape: Shape
+    scores: str  # where the rewards come from, in words
+    rows: Sequence[RecordedRow]
+    in_order: bool = False  # a run wrote it: the first pass keeps the order of its steps
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def recorded_rows(rows: Sequence[Row], shape: Shape, name: str = "data.train", *, prompt: str = "prompt") -> Recorded:
+    """The rows as prompts with responses and rewards.
+
+    Args:
+      shape: of the rows; see `shape_of`.
+      name: of the data, for messages.
+      prompt: column of the prompt.
+    Raises: DataError: a value that cannot be used, with its row and column, or a row of another kind than the others.
+    """
+    for i, row in enumerate(rows):
+        missing = [column for column in shape.needs if column not in row or (row[column] is None and shape is not RUN)]
+        if missing and not (shape is RUN and row.get("kind") not in (None, "train")):
+            raise DataError(
+                f"{name} row {i} has no value in the column {missing[0]!r}, and other rows have recorded responses"
+                f" ({shape.said}); expected all rows with responses, or none: split the data"
+            )
+    columns = column_names(rows)
+    if shape is RUN:
+        return _of_run(rows, name)
+    if shape is LABELS:
+        return Recorded(shape, "label: 1 or 0", _labelled(rows, name, prompt))
+    scores, made = "", []
+    for i, row in enumerate(rows):
+        scores, one = _one(row, shape, columns, f"{name} row {i}", prompt, i)
+        made.append(one)
+    in_order = shape is GROUPS and {"kind", "step", "group"} <= {*columns}
+    return Recorded(shape, scores, made, in_order=in_order)
+
+
+def _one(
+    row: Row, shape: Shape, columns: Sequence[str], where: str, prompt_column: str, number: int
+) -> tuple[str, RecordedRow]:
+    rest = {k: v for k, v in row.items() if k not in (*shape.needs, prompt_column, *_OURS)}
+    prompt = row.get(prompt_column)
+    finished: Any = None
+    parts: Sequence[Mapping[str, float]] = ()
+    if shape is PAIRS:
+        prompt, given = answers(prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"))
+        scores, rewards = _pair_rewards(row, columns, where)
+    elif shape is COMPLETIONS:
+        prompt = row.get("instruction") if prompt is None else prompt
+        given, rewards, scores = _scored_completions(row["completions"], where)
+        prompt, given = answers(prompt, given, where, ("completions",) * len(given))
+    elif shape in UNSCORED:
+        column = shape.needs[0]
+        values = plain_list(row[column], f"{where}, column {column!r}") if column == "responses" else [row[column]]
+        prompt, given = answers(prompt, values, where, (column,) * len(values))
+        scores, rewards = "none: every response counts alike", [1.0] * len(given)
+    else:
+        values = plain_list(row["responses"], f"{where}, column 'responses'")
+        prompt, given = answers(prompt, values, where, ("responses",) * len(values))
+        rewards = plain_list(row["rewards"], f"{where}, column 'rewards'")
+        scores = "rewards"
+        given = _with_ids(given, row, where)
+        parts = _parts(row.get("reward_parts"), len(given))
+    if prompt is None:
+        raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
+    finished = row.get("finished")
+    finished = [None] * len(given) if finished is None else plain_list(finished, f"{where}, column 'finished'")
+    for column, of_each in (("rewards", rewards), ("finished", finished)):
+        if len(of_each) != len(given):
+            raise DataError(f"{where} has {len(given)} responses and {len(of_each)} {column}; expected as many")
+    checked = [_reward(r, f"{where}, column 'rewards', entry {j}") for j, r in enumerate(rewards)]
+    for j, (response, ended) in enumerate(zip(given, finished, strict=True)):
+        if response is None:
+            raise DataError(f"{where}, response {j} is None; expected text or token ids")
+        if ended is not None and not isinstance(ended, bool):
+            raise DataError(f"{where}, column 'finished', entry {j} is {ended!r:.40}; expected true, false or null")
+    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number)
+
+
+def _pair_rewards(row: Row, columns: Sequence[str], where: str) -> tuple[str, list[Any]]:
+    for chosen, rejected in SCORES:
+        if chosen in columns and rejected in columns:
+            values = [row.get(chosen), row.get(rejected)]
+            for column, value in zip((chosen, rejected), values, strict=True):
+                _reward(value, f"{where}, column {column!r}")
+            return f"{chosen}, {rejected}", values
+    if "margin" in columns:
+        margin = _reward(row.get("margin"), f"{where}, column 'margin'")
+        if not margin > 0:
+            raise DataError(f"{where}, column 'margin' is {row.get('margin')!r}; expected a number above 0")
+        return "margin and 0", [margin, 0.0]
+    return "1 and 0", [1.0, 0.0]
+
+
+def _scored_completions(completions: Any, where: str) -> tuple[list[Any], list[Any], str]:
+    """The responses of UltraFeedback's column, their scores, and the name of the scores."""
+    column = f"{where}, column 'completions'"
+    if isinstance(completions, Mapping):  # a list of records as `datasets` may store it: a record of lists
+        keys, values = list(completions), [plain_list(v, column) for v in completions.values()]
+        completions = [dict(zip(keys, record, strict=False)) for record in zip(*values, strict=False)]
+    completions = plain_list(completions, column)
+    found: str | None = None
+    responses, scores = [], []
+    for j, completion in enumerate(completions):
+        if not isinstance(completion, Mapping) or completion.get("response") is None:
+            raise DataError(f"{column}, entry {j} has no response; expected {{'response': ..., 'score': ...}}")
+        found = found or next((name for name in _SCORE_NAMES if name in completion), None)
+        if found is None:
+            raise DataError(f"{column}, entry {j} has no score; expected one of {', '.join(_SCORE_NAMES)}")
+        responses.append(completion["response"])
+        scores.append(completion.get(found))
+    return responses, scores, f"completions' {found}" if found else "none"
+
+
+def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[RecordedRow]:
+    """TRL's unpaired preferences: the rows of one prompt are its group."""
+    groups: dict[str, list[tuple[int, Any, Any, float]]] = {}
+    for i, row in enumerate(rows):
+        where = f"{name} row {i}"
+        if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
+            raise DataError(f"{where}, column 'label' is {row['label']!r:.40}; expected true or false")
+        prompt, given = answers(row.get(prompt_column), (row["completion"],), where, ("completion",))
+        if prompt is None:
+            raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
+        groups.setdefault(repr(prompt), []).append((i, prompt, given[0], float(row["label"])))
+    left_out = (prompt_column, "completion", "label")
+    return [
+        RecordedRow(
+            f"{name} row {members[0][0]}",
+            members[0][1],
+            [response for _, _, response, _ in members],
+            [reward for _, _, _, reward in members],
+            [None] * len(members),
+            columns={k: v for k, v in rows[members[0][0]].items() if k not in left_out},
+            row=members[0][0],
+        )
+        for members in groups.values()
+    ]
+
+
+def _of_run(rows: Sequence[Row], name: str) -> Recorded:
+    """A run's completions.jsonl: a line a response, in the order of the steps."""
+    groups: dict[tuple[int, int], list[tuple[int, Row]]] = {}
+    for i, row in enumerate(rows):
+        if row.get("kind") == "train":
+            groups.setdefault((row["step"], row["group"]), []).append((i, row))
+    if not groups:
+        raise DataError(f"{name} holds no responses of training steps (kind = 'train')")
+    made = []
+    for members in groups.values():
+        (first, head), where = members[0], f"{name} row {members[0][0]}"
+        if not any("messages" in row for _, row in members):
+            raise DataError(
+                f"{where} does not say whether its prompt was chat messages: an older version of gvpo wrote it. Record"
+                " the responses again with gvpo collect, or give rows with prompt, responses and rewards"
+            )
+        messages = next((row["messages"] for _, row in members if row.get("messages")), None)
+        made.append(
+            RecordedRow(
+                where,
+                messages or head.get("prompt"),
+                [row.get("response_ids") or row["response"] for _, row in members],
+                [_reward(row["reward"], f"{name} row {i}, column 'reward'") for i, row in members],
+                [row.get("finished") for _, row in members],
+                _parts([row.get("rewards") or {} for _, row in members], len(members)),
+                row=first,
+            )
+        )
+    return Recorded(RUN, "the run's own rewards", made, in_order=True)
+
+
+def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
+    """The responses, with their token ids in the place of a text that does not tokenize back to them."""
+    if row.get("response_ids") is None:
+        return responses
+    ids = plain_list(row["response_ids"], f"{where}, column 'response_ids'")
+    if len(ids) != len(responses):
+        raise DataError(f"{where} has {len(responses)} responses and {len(ids)} response_ids; expected as many")
+    return [response if tokens is None else tokens for response, tokens in zip(responses, ids, strict=True)]
+
+
+def _parts(given: Any, count: int) -> Sequence[Mapping[str, float]]:
+    if not isinstance(given, Sequence) or len(given) != count:
+        return ()
+    return [{k: math.nan if v is None else float(v) for k, v in part.items()} for part in given]
+
+
+def _reward(reward: Any, where: str) -> float:
+    """NaN: no score."""
+    if reward is None:
+        return math.nan
+    if isinstance(reward, str | bytes) or not hasattr(reward, "__float__"):
+        raise DataError(
+            f"{where} is a {type(reward).__name__} ({reward!r:.40}); expected a number, or null for no score"
+        )
+    value = float(reward)
+    if math.isinf(value):
+        raise DataError(f"{where} is {value}; expected a finite number, or null for no score")
+    return value

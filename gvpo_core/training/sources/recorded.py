@@ -1,0 +1,137 @@
+"""Groups that were recorded: no sampling, and no reward is called (Cor. 3.2 and 3.4)."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.config import Config
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy import Batch, Policy
+from gvpo_core.training.recorded import Group, Groups, ReferenceScores
+from gvpo_core.training.rollout import Rollout, odd_ids, plain_prompt
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """The next groups of the data, whoever drew their responses."""
+
+    config: Config
+    recorded: Groups
+    reference: ReferenceScores | None  # None: objective.reference is the policy at the start of the step
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of all groups."""
+        return self.recorded.prompts
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Responses of the largest group, tokens of the longest response."""
+        return max(self.recorded.sizes), self.recorded.longest
+
+    def said(self) -> dict[str, str]:
+        """For the header: what the groups are, and what a step takes of them."""
+        each = f"{self.config.rollout.prompts} recorded groups, nothing is sampled"
+        return {"source": self.recorded.said(), "step": each}
+
+    def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
+        """`rollout.prompts` groups with all their responses."""
+        size, seed = size or self.config.rollout.prompts, self.config.run.seed
+        rows = self.recorded.batch(step - 1, size, seed=seed, shuffle=self.config.data.shuffle)
+        return recorded_rollout(policy, self.recorded, rows, self.reference)
+
+
+def recorded_rollout(
+    policy: Policy, recorded: Groups, rows: Sequence[int], reference: ReferenceScores | None, *, keep: bool = True
+) -> Rollout:
+    """These groups as a rollout, their N responses cut into equal runs over the ranks; a group may lie on two.
+
+    Args:
+      keep: make the rows of completions.jsonl, on the main rank.
+    """
+    clock = time.perf_counter()
+    groups = [recorded.groups[row] for row in rows]
+    every = [(g, i) for g, group in enumerate(groups) for i in range(len(group.responses))]
+    start, stop = (len(every) * r // policy.world_size for r in (policy.rank, policy.rank + 1))
+    own = every[start:stop]
+    batch = Batch(
+        [groups[g].prompt for g, _ in own], [groups[g].responses[i].tokens for g, i in own], [g for g, _ in own]
+    )
+    details: dict[str, float] = {}
+    ref = None
+    if reference is not None:
+        hits, misses = reference.hits, reference.misses
+        ref = _reference(reference, groups)
+        details = {
+            "machine/reference_cached": reference.hits - hits,
+            "machine/reference_scored": reference.misses - misses,
+        }
+    if recorded.skipped:
+        details["groups/skipped"] = recorded.skipped
+    names = dict.fromkeys(name for group in groups for part in group.parts for name in part)
+    return Rollout(
+        batch=batch,
+        start=start,
+        group_ids=np.asarray([g for g, _ in every], np.int64),
+        num_groups=len(groups),
+        rewards=np.concatenate([group.rewards for group in groups]),
+        parts={name: np.asarray([_part(groups[g], i, name) for g, i in every]) for name in names},
+        errors={},
+        lengths=np.asarray([len(groups[g].responses[i].tokens) for g, i in every], np.int64),
+        finished=np.asarray([groups[g].responses[i].finished for g, i in every], bool),
+        completions=_completions(policy, recorded, rows) if keep and policy.rank == 0 else [],
+        seconds={"score": time.perf_counter() - clock},
+        reward_seconds={},
+        ref_logprobs=ref,
+        drawn=False,
+        details=details,
+    )
+
+
+def _reference(reference: ReferenceScores, groups: Sequence[Group]) -> np.ndarray:
+    """(N,) of the scored responses; NaN of the others, which leave their group."""
+    scored = [group.scored for group in groups]
+    found = reference.of(
+        [
+            (group.prompt, tuple(group.responses[i].tokens for i in places))
+            for group, places in zip(groups, scored, strict=True)
+            if places
+        ]
+    )
+    scores, result = iter(found), []
+    for group, places in zip(groups, scored, strict=True):
+        row = np.full(len(group.responses), np.nan)
+        if places:
+            row[places] = next(scores)
+        result.append(row)
+    return np.concatenate(result)
+
+
+def _part(group: Group, i: int, name: str) -> float:
+    return float(group.parts[i].get(name, np.nan)) if group.parts else float("nan")
+
+
+def _completions(policy: Policy, recorded: Groups, rows: Sequence[int]) -> list[dict[str, Any]]:
+    """Rows of completions.jsonl; see `rollout.collect`."""
+    completions: list[dict[str, Any]] = []
+    for g, row in enumerate(rows):
+        group, prompt = recorded.groups[row], recorded.prompts.prompts[row]
+        texts = [policy.decode(response.tokens) for response in group.responses]
+        ids = odd_ids(policy, prompt, group.responses, texts)
+        for i, response in enumerate(group.responses):
+            completion = {
+                "prompt": plain_prompt(prompt),
+                "group": g,
+                "row": recorded.prompts.row(row),
+                "response": texts[i],
+                "tokens": len(response.tokens),
+                "finished": response.finished,
+                "reward": float(group.rewards[i]),
+                "rewards": dict(group.parts[i]) if group.parts else {},
+            }
+            completion |= {"messages": None if isinstance(prompt, str) else prompt} if i == 0 else {}
+            completions.append(completion | ({} if ids[i] is None else {"response_ids": ids[i]}))
+    return completions
