@@ -82,7 +82,7 @@ def write_run(
     rng = np.random.default_rng(seed)
     sums = rng.permutation(100)
     held_out, pool, policy, reference = sums[:32], sums[32:], Policy(), Policy()
-    lines, rows, clock, seen = [], [], START, None
+    lines, rows, clock, seen, alerts = [], [], START, None, Alerts()
 
     def evaluate(step):
         nonlocal clock
@@ -119,7 +119,8 @@ def write_run(
         )  # fmt: skip
         seen = (0.0, 1.0)
         clock += numbers["seconds/step"]
-        lines.append(make_record("train", step, numbers, now=clock))
+        record = make_record("train", step, numbers, now=clock)
+        lines.append(record | alerts.annotate(record))
         rows += completions("train", step, groups, a, b, y, m, reward, tokens, hostile)
         if step % 20 == 0 or step == steps:
             evaluate(step)

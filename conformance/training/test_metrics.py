@@ -10,6 +10,7 @@ from measured_step import encode_record, make_record, metrics_of
 from places import ROOT
 
 from gvpo_core.training import metrics
+from gvpo_core.training.intervals import student_t
 from gvpo_core.training.metrics import evaluation_metrics
 from gvpo_core.training.watch import metric_names
 from gvpo_core.training.watch.alerts import Alerts
@@ -200,7 +201,7 @@ def test_zero_right_of_24_is_not_called_certain():
 
 @pytest.mark.parametrize(("freedom", "want"), [(1, 12.706), (10, 2.228), (11, 2.201), (30, 2.042), (1000, 1.962)])
 def test_student_t(freedom, want):
-    assert metrics.student_t(freedom) == pytest.approx(want, abs=1e-3)
+    assert student_t(freedom) == pytest.approx(want, abs=1e-3)
 
 
 def test_every_key_is_documented_and_every_documented_key_is_written():

@@ -13,17 +13,16 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from made_up_run import run_of
-from measured_step import encode_record
 from simulated_run import write_hostile_run, write_long_run, write_run
 
 from gvpo_core.training.report import write_report
+from gvpo_core.training.report.changes import held_out_change
 from gvpo_core.training.report.charts import LIMIT
 from gvpo_core.training.report.history import episodes, verdict
 from gvpo_core.training.report.page import page
 from gvpo_core.training.report.read import read_run
-from gvpo_core.training.report.reading import held_out_change, read_out
+from gvpo_core.training.report.reading import read_out
 from gvpo_core.training.report.sections import sections
-from gvpo_core.training.watch.alerts import Alerts
 
 pytestmark = pytest.mark.core
 
@@ -138,17 +137,12 @@ def test_crashed_and_partial_folders(run, tmp_path):
 
 def test_a_run_that_stopped_says_so(tmp_path):
     write_run(tmp_path / "r", steps=60, stop=25)
-    assert "It stands at step 25 of 60" in " ".join(read_out(read_run(tmp_path / "r")).sentences)
+    assert "It is at step 25 of 60" in " ".join(read_out(read_run(tmp_path / "r")).sentences)
 
 
 def test_examples_are_those_of_the_run_in_the_datas_order(run):
     data = read_run(run)
     assert sorted(data.held_out) == [0, 160] and len(data.held_out[0]) == 32
-    assert len(data.samples) == 12 and min(data.samples) == 1 and max(data.samples) == 160
-    for groups in data.samples.values():
-        for group in groups:
-            rewards = [r["reward"] for r in group if r["reward"] is not None]
-            assert rewards == sorted(rewards, reverse=True) and len({r["prompt"] for r in group}) == 1
     text = page(data)
     body = text.split("before and after")[1].split("<tbody>")[1].split("</tbody>")[0]
     prompts = re.findall(r"What is \d \+ \d\?", body)
@@ -162,15 +156,6 @@ def test_every_chart_has_a_title_a_unit_and_a_reading(run):
     assert {"training", "held-out", "implicit variance", "second order", "whole series", "kl", "all wrong"} <= drawn
 
 
-def judged(folder):
-    """The folder's records with the verdicts that the loop writes."""
-    alerts, lines = Alerts(), []
-    for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        lines.append(encode_record(record | alerts.annotate(record)) if record["kind"] == "train" else line + "\n")
-    (folder / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
-
-
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory):
     """A run that falls apart near its end."""
@@ -179,22 +164,45 @@ def broken(tmp_path_factory):
     return folder
 
 
-def test_the_verdict_and_dated_alerts_stand_at_the_top(run, broken, tmp_path):
-    known = read_run(broken)
-    anew = episodes(known)
-    judged(broken)
-    written = episodes(read_run(broken))
-    assert written == anew and verdict(written) == "BAD" and all(e.first <= e.last for e in written)
-    text = write_report(broken).read_text(encoding="utf-8")
-    top = "".join(Strict(text.split('<section class="card words">')[0] + "</main></body></html>").text)
-    for episode in written:
-        assert episode.seen in top and episode.advice in top and f"step{'s' * (episode.last > episode.first)} " in top
-        assert f"{datetime.fromtimestamp(episode.begun, UTC):%d %b %Y, %H:%M} UTC" in top
-        records = [r for r in known.train if r["step"] == episode.first]
-        assert episode.begun == records[0]["time"]
+def shown(text):
+    return "".join(Strict(text).text)
+
+
+def test_alerts_are_listed_with_dates_levels_and_advice(broken, tmp_path):
+    data = read_run(broken)
+    found = episodes(data)
+    assert verdict(found) == "BAD" and {e.key for e in found} >= {"reward", "dead_groups"}
+    (alerts,) = re.findall('<section class="card verdict">.*?</section>', page(data), re.DOTALL)
+    for episode in found:
+        assert episode.first <= episode.last
+        assert f"{datetime.fromtimestamp(episode.begun, UTC):%d %b %Y, %H:%M} UTC" in alerts
+        assert f"step{'s' * (episode.last > episode.first)} {episode.first}" in shown(alerts)
+        assert episode.seen in shown(alerts) and episode.advice in shown(alerts)
+        assert episode.begun == next(r["time"] for r in data.train if r["step"] == episode.first)
     calm = run_of(reward__mean=[0.5] * 30)
     calm.folder = tmp_path
     assert '<b class="level OK">OK</b> no alert in 30 steps' in page(calm)
+
+
+def test_the_result_and_its_chart_stand_above_the_alerts(broken):
+    text = page(read_run(broken))
+    places = [
+        text.index(x) for x in ("Held-out reward", "<h2>Is it getting better?", 'class="card verdict"', "<h2>What")
+    ]
+    assert places == sorted(places)
+
+
+def test_troubles_are_listed_once(broken):
+    text = shown(page(read_run(broken)))
+    for episode in episodes(read_run(broken)):
+        assert text.count(episode.seen) == 1
+    assert 'class="warnings"' not in page(read_run(broken))
+
+
+def test_prompts_of_training_are_in_the_page_once(run):
+    text = page(read_run(run))
+    (noscript,) = re.findall("<noscript>(.*?)</noscript>", text)
+    assert "completions.jsonl" in text and "What is" not in noscript
 
 
 def test_an_episode_ends_after_a_gap_and_keeps_its_worst():
@@ -238,7 +246,6 @@ def test_the_browser_has_the_responses_of_the_run(run, broken, hostile):
             )
             rewards = [r for r, *_ in shown if r is not None]
             assert rewards == sorted(rewards, reverse=True)
-    judged(broken)
     browsed = {step["step"] for step in rows_of(page(read_run(broken)))}
     assert {e.first for e in episodes(read_run(broken))} <= browsed  # where something happened
     assert r"\x1b[31m" in rows_of(page(read_run(hostile)))[0]["groups"][0]["rows"][0][3]

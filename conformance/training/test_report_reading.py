@@ -1,10 +1,11 @@
-"""What the report says in words: noise is called noise, each trouble has its warning, a healthy run has none."""
+"""What the report says in words: noise is called noise, and a change is one of the same prompts."""
 
 import numpy as np
 import pytest
 from made_up_run import run_of
 
-from gvpo_core.training.report.reading import plus_minus, read_out, signs_tell
+from gvpo_core.training.report.changes import held_out_change, plus_minus, signs_tell
+from gvpo_core.training.report.reading import read_out
 from gvpo_core.training.report.sections import sections
 
 pytestmark = pytest.mark.core
@@ -34,50 +35,67 @@ def test_what_counts_as_noise(differences, verdict):
     assert signs_tell(differences) is verdict
 
 
-def warned(**facts):
-    return " | ".join(read_out(run_of(**facts)).warnings)
-
-
-def test_each_trouble_has_its_warning_and_a_healthy_run_has_none():
-    rising = list(np.linspace(0.1, 0.9, 40))
-    healthy = {"reward__mean": rising, "reward__half_width": [0.05] * 40, "kl": list(np.linspace(0, 2, 40))}
-    healthy |= {"truncated": [0.02] * 40, "entropy": [0.8] * 40, "loss": [0.1] * 40, "gradient_norm": [1.0] * 40}
-    healthy |= {"groups__counted": [8] * 40, "groups__all_equal": [2] * 40, "responses__total": [64] * 40}
-    config = {"objective": {"beta": 0.05}, "rollout": {"max_tokens": 16}, "run": {"steps": 40}}
-    assert warned(config=config, **healthy) == ""
-
-    def with_(**changes):
-        return warned(config=config, **(healthy | changes))
-
-    assert "35% of the last responses were cut at the limit of 16 tokens" in with_(truncated=[0.0] * 20 + [0.35] * 20)
-    dead = {"groups__all_equal": [7] * 40, "groups__all_best": [0] * 40, "groups__all_worst": [6] * 40}
-    assert "88% of the last groups were dead" in with_(**dead) and "easier prompts" in with_(**dead)
-    flat = with_(reward__mean=[0.5] * 40)
-    assert "KL cost more than it bought: beta x KL grew by 0.0769" in flat
-    assert with_(kl=[None] * 40) == "" and with_(kl=[None] * 5 + [1.0] * 35) == ""
-    jump = list(np.linspace(0, 2, 40))
-    jump[30] = 20.0
-    assert "KL jumped to 20 nats a response at step 31" in with_(kl=jump)
-    assert "Entropy fell from 0.8 to 0.05" in with_(entropy=[0.8] * 20 + [0.05] * 20)
-    assert "loss was not a finite number in 2 steps, first at step 39" in with_(loss=[0.1] * 38 + [None] * 2)
-    timeouts = {"reward_errors__judge__timeout": [0] * 39 + [64]}
-    assert "Reward 'judge' ran out of time on 64 of 2,560 responses (2.5%)" in with_(**timeouts)
-
-
-@pytest.mark.parametrize(("value", "said"), [(None, "left their groups"), (0.0, "counted as 0, its failure_value")])
-def test_what_became_of_a_failed_response_is_said_as_it_was(value, said):
+@pytest.mark.parametrize("value", [None, 0.0])
+def test_the_chart_of_failed_responses_says_what_became_of_them(value):
     config = {"rewards": {"judge": {"failure_value": value} if value is not None else {}, "other": {}}}
-    facts = {"reward_errors__judge__error": [17], "reward_errors__judge__none": [0], "responses__total": [48]}
-    run = run_of(config=config, **facts)
-    (warning,) = read_out(run).warnings
-    assert warning == f"Reward 'judge' raised an error on 17 of 48 responses (35.4%); they {said}."
+    run = run_of(config=config, reward_errors__judge__error=[17], reward_errors__judge__none=[0], responses__total=[48])
     (chart,) = [c for _, charts in sections(run) for c in charts if "failed" in c.title]
     if value is None:
         assert "They leave their group; they never count as zero." in chart.reading
     else:
         assert "count as the failure_value: 0 (judge); others leave their group." in chart.reading
-    unscored = warned(config=config, **facts | {"reward_errors__judge__error": [0], "reward_errors__judge__none": [3]})
-    assert unscored == "Reward 'judge' gave no score to 3 of 48 responses (6.2%); they left their groups."
+
+
+def evaluated_run(before, after):
+    """A run whose held-out prompts scored these rewards first and last; None: unscored."""
+    rows = [
+        [{"group": i, "prompt": f"p{i}", "response": "", "reward": reward} for i, reward in enumerate(rewards)]
+        for rewards in (before, after)
+    ]
+    evaluations = [
+        {"step": step, "eval/reward": float(np.mean([r for r in rewards if r is not None])), "eval/half_width": 0.1}
+        for step, rewards in ((0, before), (9, after))
+    ]
+    run = run_of(evaluations=[e | {"eval/prompts": len(before)} for e in evaluations])
+    run.held_out = dict(zip((0, 9), rows, strict=True))
+    return run
+
+
+def test_a_paired_change_is_told_by_the_means_of_the_same_prompts():
+    # Over all scored prompts the mean rises by 0.6; over the prompts scored both times it falls by 0.5.
+    before, after = [1.0, *np.linspace(1, 2, 9), -9.0], [0.5, *(np.linspace(1, 2, 9) - 0.5), None]
+    run = evaluated_run(before, after)
+    rises = run.evaluations[1]["eval/reward"] - run.evaluations[0]["eval/reward"]
+    assert rises > 0.4  # the unpaired means would be told the other way round
+    change = held_out_change(run)
+    assert (change.start, change.end, change.paired) == (pytest.approx(1.45), pytest.approx(0.95), 10)
+    assert change.end - change.start == pytest.approx(change.difference)
+    said = read_out(run).sentences[0]
+    assert "fell from 1.45 ± 0.26 to 0.95 ± 0.26 (over 10 prompts)" in said and "-0.5 ± 0, paired by prompt" in said
+
+
+@pytest.mark.parametrize(
+    ("differences", "said"),
+    [
+        (np.full(40, 0.001), "was -1.98 ± 0.40 at first and -1.98 ± 0.40 at last"),  # real, not in the digits
+        (np.linspace(-1, 1.1, 40), "within noise"),
+        (np.array([0.1] * 5), "too little to tell"),
+        (np.array([1e-3] * 30 + [40.0]), "within noise"),  # the interval includes 0, though all signs agree
+        (np.full(40, -1.0), "fell from"),
+        (np.full(40, 1.0), "rose from"),
+    ],
+)
+def test_rose_and_fell_are_said_only_where_digits_and_interval_show_it(differences, said):
+    before = np.linspace(-1.98 - 2.1, -1.98 + 2.1, len(differences))
+    sentence = read_out(evaluated_run(list(before), list(before + differences))).sentences[0]
+    assert said in sentence
+    assert (" rose " in sentence or " fell " in sentence) == ("from" in said)
+
+
+def test_a_share_of_right_prompts_has_wilsons_interval_in_the_words_too():
+    change = held_out_change(evaluated_run([0.0] * 20, [1.0] * 20))
+    assert change.start_half == pytest.approx(0.16113, abs=1e-4) == change.end_half  # Wilson, 0 of 20: (0, 0.16113)
+    assert change.difference == 1.0 and change.beyond_noise is True
 
 
 def test_noise_is_called_noise_and_little_is_called_little():
@@ -98,4 +116,4 @@ def test_a_run_that_failed_says_so_until_it_is_resumed():
         read_out(run_of(config={"run": {"steps": 9}}, events=events, reward__mean=[0.1, 0.2])).sentences
     )
     assert "It failed at step 3 of 9" in said(failed)
-    assert "It failed" not in said(failed, resumed) and "It stands at step 2 of 9" in said(failed, resumed)
+    assert "It failed" not in said(failed, resumed) and "It is at step 2 of 9" in said(failed, resumed)

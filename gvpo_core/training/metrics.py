@@ -15,6 +15,7 @@ import numpy as np
 from gvpo_core.objective import gvpo_loss
 from gvpo_core.regret import gvpo_regret
 from gvpo_core.training.improve import Improvement
+from gvpo_core.training.intervals import mean_half_width, prompts_half_width
 from gvpo_core.training.objective import response_weights
 from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.watch.metric_names import PHASES
@@ -105,39 +106,10 @@ def evaluation_metrics(
         "seconds/evaluate": seconds,
     }
     if means.size > 1:
-        binary = bool(np.isin(means, (0.0, 1.0)).all())
-        metrics["eval/half_width"] = _wilson_half_width(means) if binary else mean_half_width(means)
+        metrics["eval/half_width"] = prompts_half_width(means)
     for name, values in (reward_parts or {}).items():
         metrics[f"eval/reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
     return metrics
-
-
-def mean_half_width(values: np.ndarray) -> float:
-    """Half the 95 % confidence interval of the mean of independent values: Student's t; NaN for fewer than two."""
-    n = len(values)
-    return math.nan if n < 2 else student_t(n - 1) * float(np.std(values, ddof=1)) / math.sqrt(n)
-
-
-def student_t(freedom: int) -> float:
-    """The two-sided 95 % quantile of Student's t, to 1e-3."""
-    exact = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-    if freedom <= len(exact):
-        return exact[freedom - 1]
-    z = 1.959964
-    terms = (  # Cornish-Fisher expansion in 1 / freedom
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
-    )
-    return z + sum((term / math.pow(freedom, power) for power, term in enumerate(terms, 1)), 0.0)
-
-
-def _wilson_half_width(values: np.ndarray) -> float:
-    # Student's t would call 0 right of 24 certain; Wilson's interval does not.
-    n, p, z = len(values), float(np.mean(values)), 1.959964
-    middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return max(middle + half - p, p - (middle - half))
 
 
 def _objective_metrics(

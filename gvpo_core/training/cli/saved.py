@@ -13,7 +13,7 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
 from gvpo_core.training.inputs import Inputs, open_inputs
-from gvpo_core.training.metrics import mean_half_width
+from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.watch.metric_names import LOSSES
 from gvpo_core.training.watch.output import say

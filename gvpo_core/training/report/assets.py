@@ -5,13 +5,13 @@ STYLE = """
   color-scheme: light dark;
   --page: #f6f6f4; --card: #ffffff; --ink: #1b1d21; --soft: #5c616a; --line: #e3e3df; --grid: #ececea;
   --c1: #2563c9; --c2: #d9580d; --c3: #15805a; --c4: #7a3fb3; --c5: #a87a00; --c6: #8a9099;
-  --warn: #9a4b00; --warn-bg: #fff4e6; --good: #15805a; --bad: #b3261e; --code: #f4f4f2;
+  --warn: #9a4b00; --good: #15805a; --bad: #b3261e; --code: #f4f4f2;
 }
 @media (prefers-color-scheme: dark) {
   :root {
     --page: #131518; --card: #1b1e22; --ink: #e6e7e9; --soft: #a0a6b0; --line: #30343a; --grid: #2a2e33;
     --c1: #6ea8ff; --c2: #ff9a5c; --c3: #4cc38a; --c4: #c093f2; --c5: #e0b63f; --c6: #868d97;
-    --warn: #ffb86b; --warn-bg: #2e2417; --good: #4cc38a; --bad: #ff8a80; --code: #16181b;
+    --warn: #ffb86b; --good: #4cc38a; --bad: #ff8a80; --code: #16181b;
   }
 }
 * { box-sizing: border-box; }
@@ -35,9 +35,7 @@ p { margin: 0 0 8px; }
 .figures b { display: block; font-size: 23px; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }
 .figures .label { font-size: 13px; color: var(--soft); }
 .figures .small, .small { font-size: 12.5px; }
-.warnings, .notes { margin: 14px 0 0; padding: 12px 18px 12px 36px; border-radius: 8px; }
-.warnings { background: var(--warn-bg); border: 1px solid var(--warn); }
-.warnings li::marker { content: "!  "; color: var(--warn); font-weight: 700; }
+.notes { margin: 14px 0 0; padding: 12px 18px 12px 36px; border-radius: 8px; }
 .notes { border: 1px solid var(--line); background: var(--card); color: var(--soft); font-size: 13.5px; }
 .charts { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 14px; }
 @media (max-width: 960px) { .charts { grid-template-columns: minmax(0, 1fr); } }
@@ -81,7 +79,7 @@ svg .cursor { stroke: var(--soft); stroke-width: 1; visibility: hidden; pointer-
 .level.OK { color: var(--good); background: color-mix(in srgb, var(--good) 13%, transparent); }
 .level.WATCH { color: var(--warn); background: color-mix(in srgb, var(--warn) 15%, transparent); }
 .level.BAD { color: var(--bad); background: color-mix(in srgb, var(--bad) 14%, transparent); }
-.verdict { margin-bottom: 14px; } .verdict > p { margin: 0; font-size: 16px; }
+.verdict { margin-top: 26px; } .verdict > p { margin: 0; font-size: 16px; }
 .verdict > p .level { font-size: 18px; font-weight: 700; margin-right: 8px; }
 .verdict .scroll { margin-top: 10px; }
 .alerts th:nth-child(1) { width: 110px; } .alerts th:nth-child(2) { width: 190px; }
@@ -119,8 +117,6 @@ summary { padding: 9px 16px; cursor: pointer; font-weight: 600; font-size: 14px;
 summary .small { font-weight: 400; }
 details > div, details > pre { padding: 4px 16px 14px; margin: 0; }
 details pre { overflow-x: auto; white-space: pre; }
-.pair { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1fr); gap: 8px 20px; margin-bottom: 16px; }
-.pair .prompt { grid-column: 1 / -1; border-left: 3px solid var(--line); padding-left: 10px; }
 @media (prefers-reduced-motion: no-preference) { html { scroll-behavior: smooth; } }
 @media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
 """

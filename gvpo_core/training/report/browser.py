@@ -32,8 +32,9 @@ def browser(run: Run) -> str:
     data = data.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;")
     return (
         f'<section id="browse"><h2>Responses across steps</h2><p>{rows:,} responses of {len(steps)} of '
-        f"{len(run.train)} steps: steps spread over the run, and those at which an alert was raised. All of them stand "
-        f'in completions.jsonl.</p>{_CONTROLS}<div id="responses"></div><div id="rows" hidden data-rows=\'{data}\'>'
+        f"{len(run.train)} steps: steps spread over the run, and those at which an alert was raised. All of them are "
+        "in completions.jsonl.</p><noscript><p>The page's script shows them; without it, read that file.</p></noscript>"
+        f'{_CONTROLS}<div id="responses"></div><div id="rows" hidden data-rows=\'{data}\'>'
         "</div></section>"
     )
 

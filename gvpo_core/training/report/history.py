@@ -1,11 +1,11 @@
-"""The alerts of a run as episodes with dates: from the records, or judged anew where they hold no verdict."""
+"""The alerts of a run as episodes with dates: from the verdicts that the run recorded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from gvpo_core.training.report.read import Run, number
-from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH, Alert, Alerts
+from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH, Alert
 
 _GAP = 5  # steps without an alert that do not end its episode
 
@@ -55,21 +55,11 @@ def verdict(found: Sequence[Episode]) -> str:
 
 def _judged(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:
     """The records with their alerts, by step: those of the steps taken, then of the one that failed."""
-    yield from _steps(run)
+    for record in run.train:
+        yield record, _written(record, "alerts", "machine/alerts")
     for event in run.events:
         if event.get("event") == "failed":
             yield event, _written(event, "alerts")
-
-
-def _steps(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:
-    if any("verdict" in r for r in run.train):
-        for record in run.train:
-            yield record, _written(record, "alerts", "machine/alerts")
-        return
-    alerts = Alerts()  # an older run
-    for record in run.train:
-        numbers = {k: v for k, v in record.items() if v is None or isinstance(v, int | float)}
-        yield record, alerts.update(numbers).reasons
 
 
 def _written(record: Mapping[str, Any], *keys: str) -> list[Alert]:

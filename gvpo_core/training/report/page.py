@@ -1,4 +1,4 @@
-"""The page: the reading, the charts, examples, settings. Everything that a model or a user wrote is escaped."""
+"""The page: result, alerts, charts, examples, settings. Everything that a model or a user wrote is escaped."""
 
 import base64
 import hashlib
@@ -12,11 +12,12 @@ import numpy as np
 
 from gvpo_core.training.report.assets import SCRIPT, STYLE
 from gvpo_core.training.report.browser import browser
+from gvpo_core.training.report.changes import paired_rewards, prompt_rewards
 from gvpo_core.training.report.charts import Chart, figure
 from gvpo_core.training.report.history import Episode, episodes, verdict
 from gvpo_core.training.report.read import Run, number
-from gvpo_core.training.report.reading import paired_differences, prompt_rewards, read_out
-from gvpo_core.training.report.sections import sections
+from gvpo_core.training.report.reading import read_out
+from gvpo_core.training.report.sections import RESULT, sections
 from gvpo_core.training.watch.text import printable
 
 _PROMPTS = 12  # held-out prompts shown before and after
@@ -27,7 +28,7 @@ _CUT = 1500  # characters of a text shown
 
 def page(run: Run) -> str:
     """The report of a run as one HTML document that fetches nothing."""
-    reading, found = read_out(run), episodes(run)
+    reading, found, drawn = read_out(run), episodes(run), sections(run)
     cards = "".join(
         f'<div class="card"><span class="label">{_esc(name)}</span><b>{_esc(value)}</b>'
         f'<span class="small">{_esc(small)}</span></div>'
@@ -36,17 +37,16 @@ def page(run: Run) -> str:
     body = [
         f"<h1>{_esc(run.folder.resolve().name)}</h1>",
         f'<p class="when">{_esc(_when(run))}</p>',
-        _alerts(run, found),
+        f'<div class="figures">{cards}</div>' if cards else "",
         f'<section class="card words">{"".join(f"<p>{_esc(s)}</p>" for s in reading.sentences)}'
         '<p class="small">± is half of a 95 % interval.</p></section>',
-        f'<div class="figures">{cards}</div>' if cards else "",
-        _list("warnings", reading.warnings),
+        *(_section(title, charts) for title, charts in drawn if title == RESULT),
+        _alerts(run, found),
         _list("notes", reading.notes),
         _RESUMED if any(e.get("event") == "resume" for e in run.events) else "",
-        *(_section(title, charts) for title, charts in sections(run)),
+        *(_section(title, charts) for title, charts in drawn if title != RESULT),
         _before_after(run),
         browser(run),
-        f"<noscript>{_training_groups(run)}</noscript>" if run.samples else "",
         "<h2>Settings and environment</h2>",
         _facts(run),
         _fold("config.toml", _verbatim(run.config_text)) if run.config_text else "",
@@ -125,9 +125,10 @@ def _before_after(run: Run) -> str:
     before, after = _by_prompt(run.held_out[first]), _by_prompt(run.held_out[last])
     shared = [key for key in before if key in after]
     old, new = prompt_rewards(run.held_out[first]), prompt_rewards(run.held_out[last])
-    differences = paired_differences(run)
-    if differences is None or not shared:
+    pair = paired_rewards(run)
+    if pair is None or not shared:
         return ""
+    differences = pair[1] - pair[0]
     better, worse = int((differences > 0).sum()), int((differences < 0).sum())
     rows = []
     for key in shared[:_PROMPTS]:
@@ -145,27 +146,6 @@ def _before_after(run: Run) -> str:
     )
 
 
-def _training_groups(run: Run) -> str:
-    if not run.samples:
-        return ""
-    folds = []
-    for step, groups in run.samples.items():
-        pairs = []
-        for group in groups:
-            scored = [row for row in group if number(row.get("reward")) == number(row.get("reward"))] or group
-            shown = [_response(scored[0], label="best"), _response(scored[-1], label="worst")]
-            if scored[0].get("reward") == scored[-1].get("reward"):
-                shown = [_response(scored[0], label="all alike:")]
-            columns = "".join(f"<div>{response}</div>" for response in shown)
-            prompt = f'<div class="prompt text">{_text(group[0]["prompt"])}</div>'
-            pairs.append(f'<div class="pair">{prompt}{columns}</div>')
-        folds.append(_fold(f"Step {step}", "".join(pairs)))
-    return (
-        "<h2>Training groups</h2><p>At steps spread over the run, the groups whose rewards differed most: best and "
-        f"worst response.</p>{''.join(folds)}"
-    )
-
-
 def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
     """The first response to each prompt."""
     found: dict[Any, Mapping[str, Any]] = {}
@@ -174,14 +154,14 @@ def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]
     return found
 
 
-def _response(row: Mapping[str, Any], mark: str = "", label: str = "") -> str:
+def _response(row: Mapping[str, Any], mark: str = "") -> str:
     reward = number(row.get("reward"))
     parts = row.get("rewards")
     parts = parts if isinstance(parts, dict) and len(parts) > 1 else {}
     facts = [f"{name} {_number(number(value))}" for name, value in parts.items()]
     facts += [f"{row['tokens']} tokens"] if "tokens" in row else []
     facts += [] if row.get("finished", True) else ["cut"]
-    score = f'{label} <b class="{mark}">{_number(reward)}</b> <span>{_esc(" · ".join(facts))}</span>'
+    score = f'<b class="{mark}">{_number(reward)}</b> <span>{_esc(" · ".join(facts))}</span>'
     return f'<p class="score">{score}</p><p class="text">{_text(row["response"])}</p>'
 
 

@@ -16,11 +16,9 @@ import numpy as np
 from gvpo_core.training.metrics import read_records
 from gvpo_core.training.report.columns import Columns
 
-_SHOWN_STEPS = 12  # training steps whose groups are shown
-_SHOWN_GROUPS = 2  # groups shown of each
 _BROWSED_STEPS = 60  # steps whose responses can be looked through
 _ALERTED_STEPS = 20  # and as many at most at which an alert was raised
-_KEPT = ("step", "time")
+_KEPT = ("step", "time")  # of a train record, beside what is no number
 _HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
 
 
@@ -43,12 +41,11 @@ class Run:
     config: dict[str, Any]
     config_text: str
     environment: dict[str, Any]
-    train: list[dict[str, Any]]  # one a step, in order, without the numbers where there is a verdict
+    train: list[dict[str, Any]]  # one a step, in order; their numbers are in `numbers`
     evaluations: list[dict[str, Any]]  # one a step, in order
     events: list[dict[str, Any]]
     numbers: Columns = field(default_factory=Columns)  # of the train records
     held_out: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # first and last evaluated step -> rows
-    samples: dict[int, list[list[dict[str, Any]]]] = field(default_factory=dict)  # step -> groups of rows
     browsed: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # step -> all its rows
     problems: list[str] = field(default_factory=list)  # files that could not be read, in words
     _series: dict[tuple[str, str], Series] = field(default_factory=dict, repr=False)
@@ -163,8 +160,7 @@ def _read_records(run: Run, path: Path) -> None:
             elif kind == "train":
                 numbers = _numbers(record)
                 run.numbers.put(step, numbers)
-                judged = "verdict" in record
-                train[step] = {k: v for k, v in record.items() if k in _KEPT or not judged or k not in numbers}
+                train[step] = {k: v for k, v in record.items() if k in _KEPT or k not in numbers}
     except FileNotFoundError:
         run.problems.append("metrics.jsonl is missing: the run ended before its first step")
     run.train, run.evaluations = ([of[step] for step in sorted(of)] for of in (train, evaluations))
@@ -177,10 +173,9 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
 def _read_completions(run: Run, path: Path) -> None:
     """Streams the file, which may be larger than memory, and parses only the lines that will be shown."""
     steps = [r["step"] for r in run.train]
-    chosen = {steps[i] for i in np.linspace(0, len(steps) - 1, min(_SHOWN_STEPS, len(steps))).astype(int)}
     evaluated = [r["step"] for r in run.evaluations]
     browsed = {steps[i] for i in np.linspace(0, len(steps) - 1, min(_BROWSED_STEPS, len(steps))).astype(int)}
-    browsed |= chosen | _alerted(run.train)
+    browsed |= _alerted(run.train)
     wanted = {("train", step) for step in browsed} | {("eval", step) for step in evaluated[:1] + evaluated[-1:]}
     rows: dict[tuple[str, int], list[dict[str, Any]]] = {}
     if not path.exists():
@@ -193,8 +188,6 @@ def _read_completions(run: Run, path: Path) -> None:
             run.held_out[step] = found
         else:
             run.browsed[step] = found
-            if step in chosen:
-                run.samples[step] = _groups(found)
 
 
 def _alerted(train: list[dict[str, Any]]) -> set[int]:
@@ -224,22 +217,3 @@ def _wanted_rows(path: Path, wanted: set[tuple[str, int]]) -> Iterator[tuple[tup
                 continue
             if key in wanted and usable:
                 yield key, row
-
-
-def _groups(rows: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The groups to show of one step: those whose rewards differ most, best response first."""
-    groups: dict[Any, list[dict[str, Any]]] = {}
-    for row in rows:
-        groups.setdefault(row.get("group"), []).append(row)
-
-    def spread(group: list[Mapping[str, Any]]) -> float:
-        rewards = [number(row.get("reward")) for row in group]
-        known = [r for r in rewards if r == r]
-        return max(known) - min(known) if known else -1.0
-
-    def rank(row: Mapping[str, Any]) -> float:
-        reward = number(row.get("reward"))
-        return -reward if reward == reward else float("inf")
-
-    chosen = sorted(groups.values(), key=lambda g: -spread(list(g)))[:_SHOWN_GROUPS]
-    return [sorted(group, key=rank) for group in chosen]

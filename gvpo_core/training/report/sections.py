@@ -9,6 +9,9 @@ from gvpo_core.training.report.charts import Chart, Line, Points
 from gvpo_core.training.report.read import Run, Series
 from gvpo_core.training.watch.metric_names import PHASES, RESERVED_REWARD_NAMES
 
+RESULT = "Is it getting better?"
+"""The section whose charts show the result."""
+
 
 def sections(run: Run) -> list[tuple[str, list[Chart]]]:
     """The charts under their headings; those without a finite number are left out."""
@@ -32,7 +35,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
     errors = run.keys("reward_errors/")
     result = [
         (
-            "Is it getting better?",
+            RESULT,
             [
                 chart(
                     "Reward",

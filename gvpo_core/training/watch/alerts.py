@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Mapping
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from gvpo_core.training.watch.usual import USUAL, WINDOW, Usual, mean, median, wilson
+from gvpo_core.training.intervals import wilson
+from gvpo_core.training.watch.usual import USUAL, WINDOW, Usual, mean, median
 
 Record = Mapping[str, Any]
 

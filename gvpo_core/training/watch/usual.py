@@ -84,13 +84,3 @@ def median(values: list[float]) -> float:
         return 0.0
     ordered, middle = sorted(values), len(values) // 2
     return ordered[middle] if len(values) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
-
-
-def wilson(hits: float, total: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; (0, 1) of nothing."""
-    if total <= 0:
-        return 0.0, 1.0
-    z, p = 1.959964, hits / total
-    middle = p + z**2 / (2 * total)
-    half = z * math.sqrt(p * (1 - p) / total + z**2 / (4 * total**2))
-    return (middle - half) / (1 + z**2 / total), (middle + half) / (1 + z**2 / total)
