@@ -1,4 +1,4 @@
-"""The command line: gvpo train, eval, export, report, doctor."""
+"""The command line: gvpo train, collect, eval, export, report, doctor."""
 
 import argparse
 import logging
@@ -22,6 +22,8 @@ _USAGE = """usage: gvpo COMMAND ...
   gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
   gvpo train CONFIG --from-step N ...           go back to the checkpoint of step N, and train from there
   gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
+  gvpo collect CONFIG OUT.jsonl [--section.key value ...]
+                                                sample and score run.steps steps; gvpo train reads the file
   gvpo eval RUN [--checkpoint STEP|best|initial] [--data FILE] [--compare STEP|best|initial] [--json]
                                                 rewards of a run's policy on held-out prompts
   gvpo export RUN FOLDER [--checkpoint STEP|best]
@@ -43,7 +45,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    commands = {"train": _train, "eval": _eval, "export": _export, "report": _report, "doctor": _doctor}
+    commands = {
+        "train": _train,
+        "collect": _collect,
+        "eval": _eval,
+        "export": _export,
+        "report": _report,
+        "doctor": _doctor,
+    }
     command = arguments[0] if arguments else "--help"
     if command in ("-h", "--help", "help"):
         print(_USAGE, end="")
@@ -119,6 +128,32 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
             preview_inputs(opened[0], policy)
             return 0
         return run(opened[0], policy, from_step=from_step).exit_status
+
+
+def _collect(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.cli.collect import collect, for_collecting
+    from gvpo_core.training.config.file import as_table, parse_arguments
+    from gvpo_core.training.inputs import Inputs
+    from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.run.signals import without_hang_up
+
+    if arguments[:1] in ([], ["-h"], ["--help"]) or len(arguments) < 2 or arguments[1].startswith("-"):
+        print("usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]; gvpo train --help explains the settings")
+        return 0 if {"-h", "--help"} & {*arguments} else 2
+    with ExitStack() as stack:
+        stack.enter_context(without_hang_up())
+        opened: list[Inputs] = []
+
+        def wrong(config: Config) -> list[str]:
+            inputs, messages = _opened(for_collecting(config))
+            opened.append(stack.enter_context(inputs))
+            return messages
+
+        _, config = parse_arguments([arguments[0], *arguments[2:]], wrong)
+        secrets |= secrets_of(as_table(config))
+        _log_to_stderr(secrets)
+        logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
+        return collect(opened[0], load_policy(opened[0].config), Path(arguments[1]))
 
 
 def _step_number(text: str | None) -> int | None:

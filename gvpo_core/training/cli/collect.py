@@ -1,0 +1,179 @@
+"""`gvpo collect`: draws and scores the responses of a run's steps, without an update; `gvpo train` trains on the file.
+
+The file is `OUT.jsonl.partial` until its last step, and grows by whole steps: a kill costs the step at hand.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import numpy as np
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.file import as_table
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.inputs import Inputs
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.ranks import attempt, highest
+from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.run.disk import sync_folder
+from gvpo_core.training.run.records import append_synced, cut, encoded, records
+from gvpo_core.training.run.signals import StopRequest
+from gvpo_core.training.watch.output import say
+from gvpo_core.training.watch.text import fit
+
+_log = logging.getLogger("gvpo")
+_DRAWN_WITH = ("model", "data", "rollout", "rewards")  # sections that the responses and rewards depend on
+
+
+class CollectError(RuntimeError):
+    """A file that cannot be collected into."""
+
+
+def for_collecting(config: Config) -> Config:
+    """The settings as a collection needs them: no held-out data, and no reference of the policy."""
+    data, objective = replace(config.data, evaluation=""), replace(config.objective, reference="rollout")
+    return replace(config, data=data, objective=objective)
+
+
+def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
+    """Draws and scores `run.steps` steps of groups into `out`, or goes on with them; returns the exit status.
+
+    Step t has the prompts and the seeds of step t of the run. Every rank calls.
+
+    Raises: ConfigError: `out` is there, or was begun with other settings. CollectError: it cannot be written.
+    """
+    if inputs.recorded is not None:
+        raise ConfigError(
+            "the training data holds recorded responses, and gvpo collect draws new ones: set rollout.source ="
+            " 'sampled'"
+        )
+    source, last = inputs.source(policy), inputs.config.run.steps
+    with StopRequest() as stop, _Growing(out, inputs) as file:
+        step = highest(policy, attempt(policy, file.open, main_only=True) or 0)
+        stopping = highest(policy, stop.signal)
+        while step < last and not stopping:
+            step += 1
+            write = partial(file.append, step, source.groups(policy, step), source.prompts)
+            attempt(policy, write, main_only=True)
+            stopping = highest(policy, stop.signal)
+        attempt(policy, partial(file.end, step), main_only=True)
+    return 128 + stopping if step < last else 0
+
+
+def _groups(
+    step: int, rollout: Rollout, prompts: Prompts, rows: Sequence[Mapping[str, Any]], settings: str
+) -> Iterator[dict[str, Any]]:
+    """One record a group, in the form of recorded groups."""
+    for group, members in groupby(rollout.completions, key=lambda c: c["group"]):
+        responses = list(members)
+        first = responses[0]
+        ids = [response.get("response_ids") for response in responses]
+        record = {"kind": "train", "step": step, "group": group, "row": first["row"], "settings": settings}
+        record |= {
+            "prompt": first["messages"] or first["prompt"],
+            "responses": [response["response"] for response in responses],
+            "rewards": [response["reward"] for response in responses],
+            "finished": [response["finished"] for response in responses],
+            "reward_parts": [response["rewards"] for response in responses],
+        }
+        record |= {"response_ids": ids} if any(i is not None for i in ids) else {}
+        columns = {k: v for k, v in rows[first["row"]].items() if k in prompts.names and k not in record and _plain(v)}
+        yield record | columns
+
+
+def _plain(value: Any) -> bool:
+    """Whether JSON has this value."""
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError):
+        return False
+    return True
+
+
+class _Growing:
+    """The file; the main rank alone calls its methods."""
+
+    def __init__(self, out: Path, inputs: Inputs) -> None:
+        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self._rows, self._steps, self._prompts = inputs.rows, inputs.config.run.steps, inputs.config.rollout.prompts
+        self._lock: IO[bytes] | None = None
+        table = as_table(inputs.config)
+        drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
+        told = json.dumps([drawn, inputs.fingerprints()], sort_keys=True, default=str)
+        self.settings = hashlib.sha256(told.encode()).hexdigest()[:16]
+
+    def open(self) -> int:
+        """Takes the file; the steps that it holds whole."""
+        if self.out.suffix not in (".jsonl", ".json"):
+            raise ConfigError(f"{self.out}: expected a name that ends with .jsonl")
+        if self.out.exists():
+            raise ConfigError(f"{self.out} is there already; remove it, or give another name")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = self.partial.open("ab")
+            self._take_lock()
+            return self._whole_steps()
+        except OSError as e:
+            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}") from e
+
+    def _take_lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # no advisory locks on this system
+            return
+        assert self._lock is not None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            raise CollectError(f"{self.partial} is in use by another process") from e
+
+    def _whole_steps(self) -> int:
+        counts: dict[int, int] = {}
+        for record in records(self.partial):
+            if record.get("settings") != self.settings:
+                raise ConfigError(
+                    f"{self.partial} was begun with other settings, data, model or rewards; give them as they were, or"
+                    " remove it"
+                )
+            counts[record["step"]] = counts.get(record["step"], 0) + 1
+        whole = 0
+        while counts.get(whole + 1, 0) == self._prompts:
+            whole += 1
+        cut(self.partial, whole, whole=False)
+        if whole:
+            _log.info("%s holds %d steps: going on", self.partial, whole)
+        return whole
+
+    def append(self, step: int, rollout: Rollout, prompts: Prompts) -> None:
+        """Appends a step, synced."""
+        groups = _groups(step, rollout, prompts, self._rows, self.settings)
+        try:
+            append_synced(self.partial, encoded(groups))
+        except OSError as e:
+            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}; its whole steps are kept") from e
+        mean = fit(float(np.nanmean(rollout.rewards)), 6)
+        say(f"step {step} of {self._steps}: {len(rollout.rewards)} responses, mean reward {mean}")
+
+    def end(self, step: int) -> None:
+        """Gives the file its name, once it is whole."""
+        if step < self._steps:
+            say(f"stopped after step {step} of {self._steps}; the same command goes on")
+            return
+        self.partial.rename(self.out)
+        sync_folder(self.out.parent)
+        say(self.out)
+
+    def __enter__(self) -> "_Growing":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._lock is not None:
+            self._lock.close()
