@@ -9,6 +9,13 @@ from places import ROOT
 
 pytestmark = pytest.mark.core
 
+# Rooms and files of gvpo_core/training, lowest first: each imports only from those before it.
+# Of a run: its settings, the model, rewards, groups, what is shown of it, its record, the loop, the commands.
+TRAINING = [
+    "intervals", "terminal", "sampling", "config", "files", "policy", "rewards", "rows", "data", "objective", "rollout",
+    "improve", "recorded", "sources", "inputs", "watch", "metrics", "evaluation", "report", "run", "loop", "cli",
+]  # fmt: skip
+FACES = {"__init__", "builtin_rewards", "console"}  # names for users: they re-export, and nothing imports them
 PACKAGES = {path.name: path for folder in (".", "backends", "adapters") for path in (ROOT / folder).glob("gvpo*/")}
 
 
@@ -81,3 +88,39 @@ def test_imports_make_no_circle(name: str) -> None:
     graph = import_graph(PACKAGES[name])
     assert graph
     assert circle(graph) == []
+
+
+def room(module: str) -> str:
+    """The folder or file of gvpo_core/training that a module is in."""
+    return [*module.split("."), "__init__"][2]
+
+
+def upward_imports(graph: dict[str, set[str]]) -> list[str]:
+    """Imports of a room of the trainer from a later one, or from a face, as "module -> module"."""
+    level = {name: i for i, name in enumerate(TRAINING)}
+    return [
+        f"{name} -> {target}"
+        for name, targets in sorted(graph.items())
+        for target in sorted(targets)
+        if target.startswith("gvpo_core.training") and room(name) not in FACES and room(name) != room(target)
+        if room(target) in FACES or level[room(target)] > level[room(name)]
+    ]
+
+
+def test_an_upward_import_is_found() -> None:
+    graph = {
+        "gvpo_core.training.config.check": {"gvpo_core.training.watch.text", "gvpo_core.training.config"},
+        "gvpo_core.training.watch.console": {"gvpo_core.training.config.check", "gvpo_core.objective"},
+        "gvpo_core.training.loop": {"gvpo_core.training"},
+        "gvpo_core.training": {"gvpo_core.training.loop"},
+    }
+    assert upward_imports(graph) == [
+        "gvpo_core.training.config.check -> gvpo_core.training.watch.text",
+        "gvpo_core.training.loop -> gvpo_core.training",
+    ]
+
+
+def test_rooms_of_the_trainer_import_downwards() -> None:
+    graph = {name: of for name, of in import_graph(PACKAGES["gvpo_core"]).items() if name.startswith("gvpo_core.train")}
+    assert {room(name) for name in graph} == {*TRAINING, *FACES}
+    assert upward_imports(graph) == []

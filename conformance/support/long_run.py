@@ -12,8 +12,8 @@ from pathlib import Path
 
 import run_folders
 
+from gvpo_core.training.files.records import encoded
 from gvpo_core.training.run.checkpoint import begin_checkpoint, commit_checkpoint
-from gvpo_core.training.run.records import encoded
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import pytest
 import table_run
 
 from gvpo_core.training import cli
-from gvpo_core.training.watch.output import Forgiving
+from gvpo_core.training.terminal.output import Forgiving
 
 pytestmark = pytest.mark.core
 

@@ -8,7 +8,7 @@ import table_run
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 from gvpo_core.training import cli
-from gvpo_core.training.watch.text import fit
+from gvpo_core.training.terminal.text import fit
 
 pytestmark = pytest.mark.core
 

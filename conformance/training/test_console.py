@@ -11,10 +11,10 @@ import sys
 import pytest
 from console_rows import check_row
 
+from gvpo_core.training.terminal.text import columns, duration, fit, pieces, printable
 from gvpo_core.training.watch import time_left
 from gvpo_core.training.watch.columns import COLUMNS, LEGEND, row, titles
 from gvpo_core.training.watch.console import Console
-from gvpo_core.training.watch.text import columns, duration, fit, pieces, printable
 
 pytestmark = pytest.mark.core
 

@@ -10,6 +10,7 @@ from measured_step import encode_record, make_record, metrics_of
 from places import ROOT
 
 from gvpo_core.training import metrics
+from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
 from gvpo_core.training.intervals import student_t
 from gvpo_core.training.metrics import evaluation_metrics
 from gvpo_core.training.watch import metric_names
@@ -225,7 +226,7 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
 
 def test_reserved_names_are_those_that_would_collide():
     keys = {m[1] for key in METRICS if (m := re.fullmatch(r"reward/(\w+)", key))}
-    assert keys == metric_names.RESERVED_REWARD_NAMES
+    assert keys == RESERVED_REWARD_NAMES
 
 
 def test_records_are_read_and_a_cut_line_is_passed_over(tmp_path: Path):

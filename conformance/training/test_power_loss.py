@@ -9,9 +9,9 @@ import pytest
 import table_problem as problem
 
 from gvpo_core.training import train
+from gvpo_core.training.files.disk import write_synced
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.run.checkpoint import damage, steps_saved
-from gvpo_core.training.run.disk import write_synced
 
 pytestmark = pytest.mark.core
 pytest.importorskip("tomli_w", reason="the command line's extra is not installed")

@@ -9,8 +9,8 @@ import pytest
 import run_folders
 from table_problem import reward
 
+from gvpo_core.training.files.records import append_synced, cut, encoded, records
 from gvpo_core.training.run.checkpoint import steps_saved
-from gvpo_core.training.run.records import append_synced, cut, encoded, records
 
 pytestmark = pytest.mark.core
 pytest.importorskip("tomli_w", reason="the command line's extra is not installed")

@@ -16,8 +16,8 @@ import run_folders
 from table_problem import PROMPTS, reward
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.files import disk
 from gvpo_core.training.rewards import RewardError
-from gvpo_core.training.run import disk
 from gvpo_core.training.run.checkpoint import CheckpointError, newest_checkpoint, steps_saved
 from gvpo_core.training.run.folder import RunFolderError
 

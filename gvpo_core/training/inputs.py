@@ -16,6 +16,7 @@ from gvpo_core.training.data import (
     training_rows,
     with_given,
 )
+from gvpo_core.training.files.fingerprint import run_inputs
 from gvpo_core.training.objective import check_objective, find_objective
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.recorded import (
@@ -28,10 +29,9 @@ from gvpo_core.training.recorded import (
     reference_file,
 )
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
-from gvpo_core.training.run.fingerprint import run_inputs
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.sources import Sampled, Source
-from gvpo_core.training.watch.output import open_standard_descriptors
+from gvpo_core.training.terminal.output import open_standard_descriptors
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ class Inputs:
         return ReferenceScores(self.config, policy, reference_file(self.config, folder))
 
     def fingerprints(self) -> dict[str, Mapping[str, Any]]:
-        """ "data", "model" and "rewards" -> name -> fingerprint; see run/fingerprint.py."""
+        """ "data", "model" and "rewards" -> name -> fingerprint; see files/fingerprint.py."""
         return run_inputs(self.config, self.rows, self.held_out_rows, self._functions)
 
     def __enter__(self) -> "Inputs":

@@ -6,7 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from gvpo_core.training.lfs import is_pointer, pointer_message
+from gvpo_core.training.files.lfs import is_pointer, pointer_message
 
 Row = Mapping[str, Any]
 _LONGEST_STREAM = 20_000  # rows of an iterable that does not tell its length: it may never end

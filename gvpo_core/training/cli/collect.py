@@ -19,15 +19,15 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
+from gvpo_core.training.files.disk import sync_folder
+from gvpo_core.training.files.records import append_synced, cut, encoded, records
 from gvpo_core.training.inputs import Inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.rollout import Rollout
-from gvpo_core.training.run.disk import sync_folder
-from gvpo_core.training.run.records import append_synced, cut, encoded, records
 from gvpo_core.training.run.signals import StopRequest
-from gvpo_core.training.watch.output import say
-from gvpo_core.training.watch.text import fit
+from gvpo_core.training.terminal.output import say
+from gvpo_core.training.terminal.text import fit
 
 _log = logging.getLogger("gvpo")
 _DRAWN_WITH = ("model", "data", "rollout", "rewards")  # sections that the responses and rewards depend on

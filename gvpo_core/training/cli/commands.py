@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
-from gvpo_core.training.watch.output import OutputError, let_go, open_standard_descriptors, say
-from gvpo_core.training.watch.text import printable
+from gvpo_core.training.terminal.output import OutputError, let_go, open_standard_descriptors, say
+from gvpo_core.training.terminal.text import printable
 
 if TYPE_CHECKING:
     from gvpo_core.training.inputs import Inputs

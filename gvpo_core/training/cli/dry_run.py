@@ -9,9 +9,9 @@ from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.terminal.text import duration
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
-from gvpo_core.training.watch.text import duration
 
 _PROMPTS = 2
 

@@ -15,9 +15,9 @@ from gvpo_core.training.evaluation import evaluated
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.terminal.output import say
+from gvpo_core.training.terminal.text import fit, percent
 from gvpo_core.training.watch.metric_names import LOSSES
-from gvpo_core.training.watch.output import say
-from gvpo_core.training.watch.text import fit, percent
 
 _CHECKPOINT = "a step, newest, best (highest held-out reward) or initial (the untrained model)"
 

@@ -11,9 +11,10 @@ from typing import Any
 from gvpo_core.objectives import OBJECTIVES, TABLE
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import HIDDEN
-from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
 
 NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
+RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
+"""Names that a reward cannot have: reward/<name> is another metric."""
 _LARGEST = 2**53  # beyond it numbers are no longer exact in JSON
 # More than any run has: beyond these a step or its plan would not fit in memory, and the start would seem to hang.
 _AT_MOST = {

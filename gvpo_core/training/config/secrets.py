@@ -19,7 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.watch.text import printable
+from gvpo_core.training.terminal.text import printable
 
 HIDDEN = "***"
 SHORTEST = 6

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.lfs import is_pointer, pointer_message
+from gvpo_core.training.files.lfs import is_pointer, pointer_message
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_core.training.policy.weight_files import check_settings, refuse_adapter
 

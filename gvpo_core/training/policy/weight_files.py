@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.lfs import is_pointer, pointer_message
+from gvpo_core.training.files.lfs import is_pointer, pointer_message
 
 INDEX = "model.safetensors.index.json"
 _ONE = "model.safetensors"

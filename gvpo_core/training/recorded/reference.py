@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from gvpo_core.training.config import Config
+from gvpo_core.training.files.disk import write_synced
+from gvpo_core.training.files.fingerprint import model_fingerprint
+from gvpo_core.training.files.records import append_synced
 from gvpo_core.training.policy import Batch, Policy, Tokens
-from gvpo_core.training.run.disk import write_synced
-from gvpo_core.training.run.fingerprint import model_fingerprint
-from gvpo_core.training.run.records import append_synced
 
 _log = logging.getLogger("gvpo")
 _FACTS = ("backend", "architecture", "device", "device_name", "dtype", "sharding", "mesh", "layout", "versions")

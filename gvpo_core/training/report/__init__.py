@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+from gvpo_core.training.files.disk import write_synced
 from gvpo_core.training.report.page import page
 from gvpo_core.training.report.read import read_run
-from gvpo_core.training.run.disk import write_synced
 
 __all__ = ["write_report"]
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gvpo_core.training.report.read import Run, number
-from gvpo_core.training.watch.text import printable
+from gvpo_core.training.terminal.text import printable
 
 _BUDGET = 1_500_000  # characters of all texts, so that a page of any run opens at once
 _CUT = 700  # characters of a text

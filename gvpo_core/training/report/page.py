@@ -18,7 +18,7 @@ from gvpo_core.training.report.history import Episode, episodes, verdict
 from gvpo_core.training.report.read import Run, number
 from gvpo_core.training.report.reading import read_out
 from gvpo_core.training.report.sections import RESULT, sections
-from gvpo_core.training.watch.text import printable
+from gvpo_core.training.terminal.text import printable
 
 _PROMPTS = 12  # held-out prompts shown before and after
 _RESUMED = '<p class="small">A dashed line in a chart: the run was resumed there.</p>'

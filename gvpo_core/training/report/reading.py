@@ -16,7 +16,7 @@ from gvpo_core.training.report.changes import (
     window,
 )
 from gvpo_core.training.report.read import Run, Series, number
-from gvpo_core.training.watch.text import duration
+from gvpo_core.training.terminal.text import duration
 
 _MARKED = ("resume", "stop")
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
 from gvpo_core.training.report.charts import Chart, Line, Points
 from gvpo_core.training.report.read import Run, Series
-from gvpo_core.training.watch.metric_names import PHASES, RESERVED_REWARD_NAMES
+from gvpo_core.training.watch.metric_names import PHASES
 
 RESULT = "Is it getting better?"
 """The section whose charts show the result."""

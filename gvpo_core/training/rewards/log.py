@@ -14,7 +14,7 @@ from typing import IO
 
 from gvpo_core.training.config import RewardConfig
 from gvpo_core.training.config.secrets import hide, secrets_of
-from gvpo_core.training.watch.text import printable
+from gvpo_core.training.terminal.text import printable
 
 LARGEST_LOG = 64 * 2**20  # bytes of rewards.log; a run may last for weeks
 _RATE = 4 * 2**20  # bytes a second that are read of one worker's output; a flood waits

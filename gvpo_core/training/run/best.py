@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.files.records import records
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.run.records import records
 
 
 class Best:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gvpo_core.training.run.disk import is_folder, names_in, retried, sync_folder, write_synced
+from gvpo_core.training.files.disk import is_folder, names_in, retried, sync_folder, write_synced
 
 _log = logging.getLogger("gvpo.checkpoint")
 _MANIFEST = "manifest.json"

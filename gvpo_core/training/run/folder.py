@@ -12,10 +12,10 @@ from typing import IO, Any
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
+from gvpo_core.training.files.disk import is_folder, make_synced, retried, write_synced
+from gvpo_core.training.files.fingerprint import changes
+from gvpo_core.training.files.records import Kept, append_synced, cut, encoded
 from gvpo_core.training.run.checkpoint import steps_saved
-from gvpo_core.training.run.disk import is_folder, make_synced, retried, write_synced
-from gvpo_core.training.run.fingerprint import changes
-from gvpo_core.training.run.records import Kept, append_synced, cut, encoded
 
 _log = logging.getLogger("gvpo")
 # Settings that change nothing about the numbers of the steps still to come.

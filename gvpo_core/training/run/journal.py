@@ -14,6 +14,7 @@ from typing import Any
 from gvpo_core import __version__
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
+from gvpo_core.training.files.records import records
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.inputs import HeldOut, Inputs
 from gvpo_core.training.metrics import step_metrics
@@ -35,14 +36,13 @@ from gvpo_core.training.run.checkpoint import (
     unreadable,
 )
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
-from gvpo_core.training.run.records import records
 from gvpo_core.training.run.resume import resume_command
 from gvpo_core.training.sources import Source
+from gvpo_core.training.terminal.text import Command, fit
 from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
 from gvpo_core.training.watch.columns import verdict
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
-from gvpo_core.training.watch.text import Command, fit
 from gvpo_core.training.watch.trackers import Tracker, open_trackers
 
 _log = logging.getLogger("gvpo")

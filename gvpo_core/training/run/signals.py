@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from gvpo_core.training.watch.output import Forgiving
+from gvpo_core.training.terminal.output import Forgiving
 
 _ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run takes them whoever else does
 _WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # SIGXCPU comes every second until the hard limit

@@ -3,10 +3,10 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
+from gvpo_core.training.terminal.text import LEFT, fit, percent, printable
+from gvpo_core.training.terminal.text import columns as width_of
 from gvpo_core.training.watch.alerts import LEVELS
-from gvpo_core.training.watch.metric_names import RESERVED_REWARD_NAMES
-from gvpo_core.training.watch.text import LEFT, fit, percent, printable
-from gvpo_core.training.watch.text import columns as width_of
 
 NARROW, WIDE = 80, 120  # columns of the terminal
 Record = Mapping[str, Any]

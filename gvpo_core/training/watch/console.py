@@ -12,11 +12,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
 
+from gvpo_core.training.terminal.output import Forgiving
+from gvpo_core.training.terminal.text import Command, columns, duration, fact, fit, percent, pieces, printable, size
 from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH
 from gvpo_core.training.watch.columns import ALL_LEGEND, LEGEND, NARROW, WIDE, Column, columns_for, row, titles, verdict
 from gvpo_core.training.watch.metric_names import LOSSES, PHASES
-from gvpo_core.training.watch.output import Forgiving
-from gvpo_core.training.watch.text import Command, columns, duration, fact, fit, percent, pieces, printable, size
 from gvpo_core.training.watch.time_left import TimeLeft
 
 Record = Mapping[str, Any]

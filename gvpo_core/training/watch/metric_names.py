@@ -8,8 +8,6 @@ from gvpo_core.training.watch.alerts import ALERTS
 
 PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
 LOSSES = ("eval/loss", "eval/accuracy", "eval/nll")  # of an evaluation on recorded groups
-RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
-"""Names a reward cannot have: reward/<name> would be another metric."""
 
 
 class Metric(NamedTuple):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.run.disk import write_synced
+from gvpo_core.training.files.disk import write_synced
 
 Numbers = dict[str, float]
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from gvpo_core.objectives import TABLE
 from gvpo_core.training.config import Config, ModelConfig, RewardConfig
-from gvpo_core.training.run.disk import names_in, retried
+from gvpo_core.training.files.disk import names_in, retried
 
 _log = logging.getLogger("gvpo")
 _WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts

@@ -1,0 +1,1 @@
+"""Text for a terminal: short numbers, printable text, output that may be closed."""
