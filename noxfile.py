@@ -168,7 +168,7 @@ def jax_next(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Builds the docs site into .nox/site; a broken link is an error.
+    """Builds the docs site into .nox/site; a broken link or a docstring that cannot be parsed is an error.
 
     nox -s docs
     """

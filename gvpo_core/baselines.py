@@ -36,9 +36,11 @@ def reject_sampling_weights(
 
     Args:
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids, num_groups, valid: as gvpo_weights.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      num_groups: static int. Default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), sums to 1 in each group with a counted response.
-    Raises: as gvpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 2 and 9. Departures: tied best responses share the
       weight, so that the order of rows does not matter; Eq. 2's argmax leaves open which of them is taken.
     """
@@ -64,14 +66,17 @@ def grpo_weights(
 
     Args:
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids, num_groups, valid: as gvpo_weights.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
-      logprobs, ref_logprobs: (N,) float, nats, of the policy at sampling and of the reference; wanted with
-        beta > 0. A NaN in one spoils its group, not only its row, as in GVPO.
+      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
+      ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
       ddof: 1 for the sample's standard deviation, as in TRL; 0 for the population's.
       eps: added to the standard deviation, reward units, finite, >= 0.
+      num_groups: static int. Default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
     Returns: (N,); 0 in groups with fewer than two counted responses, and where all of R' are equal.
-    Raises: as gvpo_weights; ValueError: ddof not 0 or 1, beta > 0 without log-probabilities.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; beta > 0 without
+      log-probabilities.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 3 and 9; R' from Eq. 18. Departures: eps, and ddof,
       which Eq. 3 leaves open.
     """
@@ -96,9 +101,17 @@ def dr_grpo_weights(
 
     w_i = D(R')_i, R' = R - beta * s
 
-    Args: as grpo_weights.
+    Args:
+      rewards: (N,) real; NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
+      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
+      ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
+      num_groups: static int. Default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), reward units; 0 in groups with fewer than two counted responses.
-    Raises: as grpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; beta > 0 without
+      log-probabilities.
     Reference: Liu et al., arXiv 2503.20783; Eq. 9 and 18 of arXiv 2504.19599. Departures: none; its other
       change, no division by response length, holds for every objective here.
     """
@@ -119,9 +132,17 @@ def rloo_weights(
 
     w_i = R'_i - mean of R' over the group without i = k/(k - 1) D(R')_i, R' = R - beta * s
 
-    Args: as grpo_weights.
+    Args:
+      rewards: (N,) real; NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
+      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
+      ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
+      num_groups: static int. Default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), reward units; 0 in groups with fewer than two counted responses.
-    Raises: as grpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; beta > 0 without
+      log-probabilities.
     Reference: Ahmadian et al., arXiv 2402.14740; Eq. 9 and 18 of arXiv 2504.19599. Departures: none.
     """
     groups, advantages = penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
@@ -155,7 +176,8 @@ def clipped_ratio_weights(
     This is the gradient of min(rho A, clamp(rho, 1 - clip, 1 + clip) A) in log pi.
 
     Args:
-      logprobs, old_logprobs: (N,) float, nats; of the policy now and when it sampled.
+      logprobs: (N,) float, nats; of the policy now.
+      old_logprobs: (N,) float, nats; of the policy when it sampled.
       advantages: (N,) float, reward units; taken as constants.
       clip: > 0; float("inf") never clips and gives Eq. 19 itself.
       valid: (N,) bool; True = counted. Default: all.

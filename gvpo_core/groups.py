@@ -59,8 +59,7 @@ def _label(given: Any, where: str) -> Any:
 def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
     """G: `num_groups` as given, or one more than the largest id.
 
-    Raises: TypeError: num_groups is no integer. ValueError: it is missing while a compiler traces, below 1, or ids
-      lie outside 0..G-1.
+    Raises: TypeError, ValueError: num_groups is not an integer, < 1 or missing under compilation; an id outside 0..G-1.
     """
     if num_groups is not None and not isinstance(num_groups, int):
         try:

@@ -26,9 +26,16 @@ def dpo_weights(
 
     These are Eq. 9's weights; the gradient of Eq. 8 is -beta sum_i w_i grad log pi_i, beta times as long.
 
-    Args: as gvpo_weights, with beta > 0; `rewards` only order the responses.
+    Args:
+      logprobs: (N,) float, nats; log pi_theta of complete responses.
+      ref_logprobs: (N,) float, nats; log pi_ref.
+      rewards: (N,) real; they only order the responses. NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: per nat, one finite number > 0.
+      num_groups: static int. Default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
     Returns: (N,); sums to zero in each group; 0 where all rewards are equal or fewer than two count.
-    Raises: as gvpo_weights; ValueError: beta = 0.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8 and 9. Departures: tied best (worst) responses
       share the weight, and s is then their mean, so that the order of rows does not matter.
     """
@@ -51,9 +58,16 @@ def dpo_loss(
 
     loss = -mean over groups of log sigmoid(beta s_best - beta s_worst)
 
-    Args: as dpo_weights; differentiated through logprobs alone.
+    Args:
+      logprobs: (N,) float, nats; log pi_theta of complete responses; differentiated.
+      ref_logprobs: (N,) float, nats; log pi_ref.
+      rewards: (N,) real; they only order the responses. NaN = no score, the response leaves its group.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      beta: per nat, one finite number > 0.
+      num_groups: static int. Default: largest id + 1. Required under compilation.
+      valid: (N,) bool; True = counted. Default: all.
     Returns: (), nats; mean over the groups whose rewards are not all equal, 0 without any.
-    Raises: as dpo_weights.
+    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8. Departures: the mean, for Eq. 8's sum; ties as
       dpo_weights.
     """
@@ -67,8 +81,8 @@ def bradley_terry_loss(chosen_rewards: Array, rejected_rewards: Array, *, valid:
     loss = -mean over pairs of log sigmoid(R_chosen - R_rejected)
 
     Args:
-      chosen_rewards, rejected_rewards: (M,) float, a reward model's scores; differentiated. A pair with a NaN
-        leaves.
+      chosen_rewards: (M,) float, a reward model's scores; differentiated. A pair with a NaN is dropped.
+      rejected_rewards: (M,) float, likewise.
       valid: (M,) bool; True = counted. Default: all.
     Returns: (), nats; mean over the counted pairs, 0 without any.
     Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.

@@ -3,7 +3,7 @@
 VERL_USE_EXTERNAL_MODULES=gvpo_verl python -m verl.trainer.main_ppo trainer.v1.trainer_mode=gvpo ...
 
 Importing it registers the trainer `gvpo` and sets the class of the actor's training worker, which acts on that
-trainer's batches alone. Where every step is on-policy, verl's own settings are enough: docs/adapters.md.
+trainer's batches alone. Where every step is on-policy, verl's own settings are enough: docs/verl.md.
 """
 
 from gvpo_core.hosts import Host

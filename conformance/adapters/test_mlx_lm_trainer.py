@@ -285,7 +285,7 @@ def test_two_processes_take_the_step_of_one(folder, tmp_path):
 
 
 def test_the_loop_of_the_docs_runs(folder, tmp_path, monkeypatch, capfd):
-    text = (ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "mlx_lm.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(import mlx\.optimizers.*?)```", text, re.DOTALL)
     (row,) = re.findall(r"```json\n(.*?)```", text, re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -29,7 +29,7 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's, at import
 
 from gvpo_core import gvpo_coefficients
 
-SETTINGS = [  # those of docs/adapters.md
+SETTINGS = [  # those of docs/verl.md
     "algorithm.adv_estimator=rloo",
     "algorithm.use_kl_in_reward=True",
     "algorithm.kl_penalty=kl",

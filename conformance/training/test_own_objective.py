@@ -71,7 +71,7 @@ def test_the_documented_example_is_rloo(tmp_path: Path) -> None:
 
 def test_the_documentation_shows_the_example() -> None:
     code = (ROOT / "examples/own_objective.py").read_text(encoding="utf-8").partition("import numpy")[2]
-    assert f"```python\nimport numpy{code}```" in (ROOT / "docs/training.md").read_text(encoding="utf-8")
+    assert f"```python\nimport numpy{code}```" in (ROOT / "docs/objectives.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("splits", [{}, {"epochs": 2, "minibatches": 3}, {"epochs": 2, "reference": "rollout"}])

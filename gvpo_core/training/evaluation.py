@@ -25,7 +25,14 @@ def evaluate(
     evaluation_rows: Iterable[Row] | None = None,
     rewards: Mapping[str, RewardFunction] | None = None,
 ) -> dict[str, float]:
-    """The metrics of one evaluation, by the names of metrics.jsonl. Args and Raises: as loop.train."""
+    """Evaluates a policy on the held-out rows.
+
+    Args:
+      evaluation_rows: held-out rows, instead of data.evaluation.
+      rewards: functions by name, added to the configured ones or used instead of their import paths.
+    Returns: metrics by their names in metrics.jsonl, as `eval/reward`.
+    Raises: ConfigError, DataError, RewardError: settings, rows or rewards that cannot be used.
+    """
     with open_inputs(config, evaluation_rows=evaluation_rows, rewards=rewards, training=False) as inputs:
         held_out = inputs.held_out(policy)
         if held_out is None:

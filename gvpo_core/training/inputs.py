@@ -77,7 +77,9 @@ class Inputs:
         """Reads the rows and starts the rewards; what fails goes into `errors`, so that all of it is reported at once.
 
         Args:
-          train_rows, evaluation_rows, rewards: as in `loop.train`.
+          train_rows: rows to train on, instead of data.train.
+          evaluation_rows: held-out rows, instead of data.evaluation.
+          rewards: functions by name, added to the configured ones or used instead of their import paths.
           training: whether the training rows are needed; an evaluation does without.
           scoring: whether the rewards are needed.
         """

@@ -50,7 +50,8 @@ def train(
 
     Args:
       policy: from a backend's `load`; on several ranks, each rank's own.
-      train_rows, evaluation_rows: rows, used instead of the configured files.
+      train_rows: rows to train on, instead of data.train.
+      evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
       sampler: draws the training responses instead of the policy (an older copy, a teacher: Cor. 3.2).
       console: where progress is shown. Default: standard output.

@@ -29,8 +29,13 @@ def preview(
 
     No parameter changes, and no file is written.
 
+    Args:
+      train_rows: rows to train on, instead of data.train.
+      evaluation_rows: held-out rows, instead of data.evaluation.
+      rewards: functions by name, added to the configured ones or used instead of their import paths.
+      console: where the facts are shown. Default: standard output.
     Returns: the two prompts' responses with their rewards.
-    Raises: as loop.train.
+    Raises: ConfigError, DataError, RewardError: settings, rows or rewards that cannot be used.
     """
     with open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards) as inputs:
         return preview_inputs(inputs, policy, console=console)

@@ -27,8 +27,7 @@ def backend_of(config: Config) -> str:
 def load_policy(config: Config) -> Policy:
     """The configured model as a policy, ready to be trained or restored.
 
-    Raises: ConfigError: a setting of another backend; a backend that is not installed, with the line that installs it;
-      or what the backend's load says.
+    Raises: ConfigError: a setting of another backend, a backend that is not installed, a model that cannot be used.
     """
     name = backend_of(config)
     refuse_settings(config.model, name)
