@@ -26,6 +26,7 @@ from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import check, checkpoint, export, generate, memory, model
 from gvpo_torch.ranks import Ranks
+from gvpo_torch.sharding import distribute, gathered, is_sharded, shard
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer
 
 
@@ -71,9 +72,12 @@ class TorchPolicy(LanguageModelPolicy):
         if self.settings.reference and not config.lora_rank:
             self._reference = model.load_reference(config, self.device)
         self._trained: torch.nn.Module = self.scorer
+        if self.world_size > 1:
+            self._trained = distribute(self.scorer, self.device, config.sharding)
+            if config.sharding == "fsdp" and self._reference is not None:
+                shard(self._reference, self.device)
+        self._sharded = is_sharded(self._trained)
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
-        if self._ranks.accelerator is not None:
-            self._prepare()
         self._named = {name.removeprefix("lm."): p for name, p in self.scorer.named_parameters() if p.requires_grad}
         generation = self.scorer.base.generation_config
         if generation is not None:
@@ -81,21 +85,6 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _unload(self) -> None:
         del self.scorer, self._trained, self._optimizer, self._named, self._reference
-        if self._ranks.accelerator is not None:
-            self._ranks.accelerator.free_memory()
-
-    def _prepare(self) -> None:
-        accelerator = self._ranks.accelerator
-        self._trained, prepared = accelerator.prepare(self.scorer, self._optimizer)
-        self._optimizer = prepared.optimizer
-        if self._ranks.sharded and self._reference is not None:
-            from torch.distributed.fsdp import fully_shard
-
-            kinds = set(self._reference._no_split_modules)
-            for module in self._reference.modules():
-                if type(module).__name__ in kinds:
-                    fully_shard(module)
-            fully_shard(self._reference)
 
     # -- sampling and scoring
 
@@ -103,10 +92,10 @@ class TorchPolicy(LanguageModelPolicy):
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
         self._trained.eval()
-        with torch.inference_mode(), self.scorer.autocast(), self._in_step(self.scorer) as forward:
+        with self._no_gradients(), self.scorer.autocast(), gathered(self._trained):
             return generate.generate(
                 self.scorer,
-                forward,
+                self.scorer,
                 prompts,
                 seeds,
                 sampling,
@@ -123,7 +112,7 @@ class TorchPolicy(LanguageModelPolicy):
             scorer = self._reference
         found, tokens = np.zeros(len(batch)), 0
         self._trained.eval()
-        with torch.inference_mode(), switched, scorer.autocast(), self._in_step(scorer) as forward:
+        with self._no_gradients(), switched, scorer.autocast(), self._in_step(scorer) as forward:
             for rows in self._splitting.rows(batch):
                 arrays = layout.arrays(batch, rows)
                 values = model.score(forward, arrays, self.device)
@@ -134,7 +123,7 @@ class TorchPolicy(LanguageModelPolicy):
     @contextlib.contextmanager
     def _in_step(self, scorer: model.Scorer) -> Iterator[Any]:
         """The scorer to call without gradients. Sharded, every rank must call it as often: some for nothing."""
-        if not self._ranks.sharded:
+        if not self._sharded:
             yield scorer
             return
 
@@ -145,6 +134,10 @@ class TorchPolicy(LanguageModelPolicy):
         yield forward
         while self._ranks.most(0):
             model.score(scorer, EMPTY, self.device)
+
+    def _no_gradients(self) -> contextlib.AbstractContextManager[Any]:
+        """FSDP2 keeps the parameters that it gathers, and those of inference mode cannot be trained on."""
+        return torch.no_grad() if self._sharded else torch.inference_mode()
 
     def _cache_tokens(self) -> int:
         return memory.cache_tokens(self.scorer, self.device)
@@ -193,11 +186,11 @@ class TorchPolicy(LanguageModelPolicy):
         return self._describe(
             device=str(self.device),
             device_name=torch.cuda.get_device_name(self.device) if on_cuda else "CPU",
-            sharding=self.config.sharding if self.world_size > 1 else "none",
+            sharding="none" if self.world_size == 1 else "fsdp" if self._sharded else "data_parallel",
             model=settings.to_dict(),
             vocabulary=getattr(settings, "vocab_size", None),
             parameters=self.parameters,
             trainable_parameters=self.trainable,
-            packages=("torch", "transformers", "accelerate", *(("peft",) if self.config.lora_rank else ())),
+            packages=("torch", "transformers", *(("peft",) if self.config.lora_rank else ())),
             memory=memory.facts(self.scorer, self.device),
         )

@@ -1,10 +1,9 @@
-"""Processes and devices, through accelerate: which device, how many ranks, and what crosses between them."""
+"""Processes and devices: which device, how many ranks, and what crosses between them."""
 
 import atexit
 import os
 import time
 import weakref
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,43 +18,44 @@ class Ranks:
     """This process among the run's processes."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Joins the process group where `accelerate launch` or torchrun started several processes.
+        """Joins the process group where torchrun or another launcher started several processes.
 
         Raises: ConfigError: a device that is not there, or one named by index beside several processes.
         """
-        self.accelerator = None
         self._lent: list[weakref.ref[torch.Tensor]] = []  # tensors that a thread of the process group may still hold
         world_size = _world_size()
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
         if world_size > 1:
-            self.accelerator = _accelerator(config, on_cpu)
-            self.device = self.accelerator.device
-            self.rank, self.world_size = self.accelerator.process_index, self.accelerator.num_processes
+            self.device = _device_of_rank(config.device, on_cpu)
+            if not dist.is_initialized():
+                backend = dist.get_default_backend_for_device(self.device)
+                dist.init_process_group("gloo" if on_cpu else f"cpu:gloo,{self.device.type}:{backend}")
+            self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
             atexit.register(self._wait_for_threads)
         else:
             self.device = _one_device(config.device)
             self.rank, self.world_size = 0, 1
-        self.sharded = self.world_size > 1 and config.sharding == "fsdp"
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
         if self.world_size == 1:
             return values
         values = np.ascontiguousarray(values)
-        lengths = self._all(torch.tensor([len(values)], device=self.device))
+        lengths = self._all(torch.tensor([len(values)]))
         longest = max(int(n) for n in lengths)
-        padded = torch.zeros((longest, *values.shape[1:]), dtype=torch.from_numpy(values).dtype, device=self.device)
-        padded[: len(values)] = torch.from_numpy(values).to(self.device)
+        padded = torch.zeros((longest, *values.shape[1:]), dtype=torch.from_numpy(values).dtype)
+        padded[: len(values)] = torch.from_numpy(values)
         parts = self._all(padded)
-        return np.concatenate([part[: int(n)].cpu().numpy() for part, n in zip(parts, lengths, strict=True)], axis=0)
+        return np.concatenate([part[: int(n)].numpy() for part, n in zip(parts, lengths, strict=True)], axis=0)
 
     def most(self, count: int) -> int:
         """The largest of the ranks' counts."""
         if self.world_size == 1:
             return count
-        return max(int(n) for n in self._all(torch.tensor([count], device=self.device)))
+        return max(int(n) for n in self._all(torch.tensor([count])))
 
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        """Of tensors on the CPU, by gloo: a rank that waits holds no device, and NCCL's time limit does not count."""
         parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, tensor)
         self._lent = [ref for ref in self._lent if ref() is not None]
@@ -102,22 +102,15 @@ def _one_device(name: str) -> torch.device:
     return device
 
 
-def _accelerator(config: ModelConfig, on_cpu: bool) -> Any:
-    from accelerate import Accelerator, DistributedDataParallelKwargs, FullyShardedDataParallelPlugin
-
-    if config.device not in ("auto", "cpu", "cuda", "xpu", "mps"):
-        raise ConfigError(f"model.device is {config.device!r} with several processes: use auto, one device a process")
-    plugin = None
-    if config.sharding == "fsdp":
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            cpu_ram_efficient_loading=False,
-            reshard_after_forward=True,
-        )
-    return Accelerator(
-        mixed_precision="no",
-        cpu=on_cpu,
-        fsdp_plugin=plugin,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
+def _device_of_rank(name: str, on_cpu: bool) -> torch.device:
+    """The device of this process among several, by its place on the machine."""
+    if name not in ("auto", "cpu", "cuda", "xpu", "mps"):
+        raise ConfigError(f"model.device is {name!r} with several processes: use auto, one device a process")
+    if on_cpu:
+        return torch.device("cpu")
+    kind = _one_device(name).type
+    here, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
+    if here >= count:
+        raise ConfigError(f"process {here} of this machine has no device: start at most {count}, one a {kind} device")
+    torch.accelerator.set_device_index(here)
+    return torch.device(kind, here)

@@ -39,7 +39,7 @@ class Backward:
     """The backward passes of one step: sums gradients over micro-batches and ranks."""
 
     def __init__(self, score: Score, trained: nn.Module, world_size: int) -> None:
-        """`trained`: the module as accelerate prepared it; it averages over ranks, so losses are scaled up."""
+        """`trained`: the module that DDP or FSDP2 prepared; it averages over ranks, so losses are scaled up."""
         self.score, self.trained, self.world_size = score, trained, world_size
         self.tokens = 0
 

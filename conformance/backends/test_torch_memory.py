@@ -20,7 +20,7 @@ import io, json, resource, sys
 from dataclasses import replace
 from pathlib import Path
 
-import accelerate, gvpo_torch.policy, peft, torch, tyro
+import gvpo_torch.policy, peft, torch, tyro
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 held = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()  # with the libraries alone

@@ -27,6 +27,40 @@ def whole_parameters(of_policy) -> dict[str, np.ndarray]:
     return {name: whole(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
 
 
+def assert_is_what_runs(of_policy, sharding: str) -> None:
+    """The trained module is FSDP2's or DDP's, and under FSDP2 every parameter is sharded over the ranks."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
+
+    of = of_policy._trained
+    assert isinstance(of, torch.nn.parallel.DistributedDataParallel) == (sharding == "data_parallel")
+    assert isinstance(of, FSDPModule) == (sharding == "fsdp")
+    if sharding == "fsdp":
+        modules = [of, of_policy._reference] if of_policy._reference is not None else [of]
+        for p in [p for module in modules for p in module.parameters()]:
+            assert isinstance(p, DTensor) and p.placements[0].is_shard()
+            assert p.to_local().numel() <= -(-p.shape[0] // of_policy.world_size) * max(1, p[0].numel())
+        held = [p for group in of_policy._optimizer.param_groups for p in group["params"]]
+        assert held and all(isinstance(p, DTensor) for p in held), "the optimizer steps other tensors"
+
+
+def counted(call) -> tuple[object, dict[str, int]]:
+    """What `call` returns, and how often each collective ran in it."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    counts: dict[str, int] = {}
+
+    class Counter(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), options=None):
+            if "c10d" in operation.namespace:
+                counts[str(operation)] = counts.get(str(operation), 0) + 1
+            return operation(*args, **(options or {}))
+
+    with Counter():
+        result = call()
+    return result, counts
+
+
 def step(of_policy, rows: list[list[int]]) -> dict[str, object]:
     """One update in which each rank holds its own rows of OF."""
     mine, order = rows[of_policy.rank], [i for part in rows for i in part]
@@ -49,9 +83,12 @@ def main() -> None:
     folder, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     of_policy = policy(folder, reference=True, **settings)
     rank, size = of_policy.rank, of_policy.world_size
+    if size > 1:
+        assert_is_what_runs(of_policy, settings["sharding"])
     n = len(OF)
-    straddling = [list(range(CUT)), list(range(CUT, n))] if size == 2 else [list(range(n))]
-    one_idle = [list(range(n)), []][:size]
+    cuts = {1: [], 2: [CUT], 4: [1, CUT, 8]}[size]  # groups of 4, 3, 2 and 5 rows lie on several ranks
+    straddling = [part.tolist() for part in np.split(np.arange(n), cuts)]
+    one_idle = [list(range(n)), [], [], []][:size]
     found: dict[str, object] = {}
     np.testing.assert_array_equal(
         of_policy.gather(np.arange(3 * rank, dtype=np.int64)), np.concatenate([np.arange(3 * r) for r in range(size)])
@@ -64,8 +101,12 @@ def main() -> None:
     mine = one_idle[rank]  # scoring and sampling where one rank has nothing
     for reference in (False, True):
         found[f"scored{reference}"] = of_policy.gather(of_policy.logprobs(OF.take(mine), reference=reference))
-    prompts = (PROMPTS, [])[rank]
-    responses = of_policy.generate(prompts, SEEDS if prompts else [], Sampling(8))
+    prompts = PROMPTS if rank == 0 else []
+    seeds = SEEDS if prompts else []
+    of_policy.generate(prompts, seeds, Sampling(1))  # before it a last scoring pass has left some parameters gathered
+    responses, collectives = counted(lambda: of_policy.generate(prompts, seeds, Sampling(8)))
+    fewer = counted(lambda: of_policy.generate(prompts, seeds, Sampling(2)))[1]
+    assert fewer == collectives, f"a collective a token: {fewer} for 2 tokens, {collectives} for 8"
     one, two = made
     (out / "checkpoint").mkdir(exist_ok=True)
     of_policy.save(out / "checkpoint")
@@ -87,7 +128,8 @@ def main() -> None:
         np.savez(out / "three.npz", **three)
         np.savez(out / "found.npz", **found)
         tokens = [[list(r.tokens) for r in row] for row in responses]
-        (out / "facts.json").write_text(json.dumps({"tokens": tokens, **of_policy.describe().as_dict()}))
+        facts = {"tokens": tokens, "collectives": collectives, **of_policy.describe().as_dict()}
+        (out / "facts.json").write_text(json.dumps(facts))
     if size > 1:
         torch.distributed.destroy_process_group()
 

@@ -74,7 +74,7 @@ BACKENDS = {
     for backend in (
         Backend(
             "torch",
-            ("torch", "transformers", "accelerate", "peft", "tyro"),
+            ("torch", "transformers", "peft", "tyro"),
             ("gvpo_torch.policy", "transformers.models.llama.modeling_llama"),
             _torchrun,
             ("data_parallel", "fsdp"),

@@ -29,7 +29,7 @@ FAMILIES = {
     "mlx": ("llama", "mistral", "qwen2", "qwen3"),
 }
 PACKAGES = {
-    "torch": ("torch", "transformers", "accelerate", "peft"),
+    "torch": ("torch", "transformers", "peft"),
     "jax": ("jax", "optax", "orbax-checkpoint", "transformers"),
     "mlx": ("mlx", "mlx-lm", "transformers"),
 }

@@ -42,7 +42,6 @@ BACKENDS: dict[str, Backend] = {
             {
                 "torch": ">=2.9",
                 "transformers": ">=5.10,<6",
-                "accelerate": ">=1.12,<2",
                 "peft": ">=0.19,<1",
                 "safetensors": ">=0.6",
             },
