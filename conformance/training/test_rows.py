@@ -74,11 +74,15 @@ def test_sources_of_datasets(tmp_path):
         assert load_rows(made.with_format(form)) == ROWS
     assert load_rows(made.to_iterable_dataset()) == ROWS
     both = datasets.DatasetDict(train=made, test=made)
-    assert "is a DatasetDict with the splits train, test; give one of them" in refused(both)
+    assert "is a DatasetDict with the splits train, test; name one of them: data.split" in refused(both)
+    assert load_rows(both, split="test") == load_rows(both["test"])
+    with pytest.raises(DataError, match="splits train, test; it has none that is named 'dev'"):
+        load_rows(both, split="dev")
     streams = datasets.IterableDatasetDict(train=made.to_iterable_dataset())
-    assert "is a IterableDatasetDict with the splits train; give one" in refused(streams)
+    assert load_rows(streams) == ROWS  # the only split
     both.save_to_disk(tmp_path / "split")
-    assert "holds the splits train, test" in refused(tmp_path / "split")
+    assert "is a folder with the splits train, test; name one of them" in refused(tmp_path / "split")
+    assert load_rows(tmp_path / "split", split="train") == ROWS
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     arrow.write_text(POINTER)
     assert "is a Git LFS pointer" in refused(tmp_path / "saved")
@@ -134,8 +138,12 @@ def test_arrow_tables_name_the_column_that_python_cannot_hold(tmp_path):
 @pytest.mark.parametrize(
     ("source", "said"),
     [
-        ({"prompt": ["a", "b"], "answer": [1, 2]}, "is one mapping (dict with prompt, answer); expected rows"),
-        ({"prompt": "a"}, "is one mapping (dict with prompt); expected rows: a list of mappings"),
+        (
+            {"prompt": ["a", "b"], "answer": [1, 2, 3]},
+            "a mapping of columns of different lengths ('prompt' 2, 'answer'",
+        ),
+        ({"prompt": ["a", "b"], "answer": 1}, "'answer' is no list"),
+        ({"prompt": "a"}, "is one mapping (dict with prompt); expected rows, a list of mappings, or columns"),
         ({}, "is one mapping (dict with no keys)"),
         (["a", "b"], "row 0 is a str ('a'); expected a mapping"),
         ([[{"role": "user", "content": "a"}]], "row 0 is a list"),
@@ -174,3 +182,41 @@ def test_an_endless_stream_of_datasets_is_refused():
             yield from ROWS
 
     assert "IterableDataset of unknown length" in refused(datasets.IterableDataset.from_generator(endless))
+
+
+def test_columns_are_rows():
+    assert load_rows({"prompt": ["one", "two"], "answer": [1, 2]}) == ROWS
+    assert load_rows({"prompt": np.array(["one", "two"]), "answer": (1, 2)}) == ROWS
+
+
+@pytest.mark.parametrize("name", ["openai/gsm8k", "hf://openai/gsm8k", "hf://datasets/openai/gsm8k"])
+def test_a_hub_name_is_asked_for_with_its_subset_and_split(name, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    asked = []
+
+    def load_dataset(path, subset=None, *, split=None, data_files=None):
+        asked.append((path, subset, split, data_files))
+        made = datasets.Dataset.from_list(ROWS)
+        return made if split else datasets.DatasetDict(train=made, test=made)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert load_rows(name, split="train", subset="main") == ROWS
+    assert "with the splits train, test; name one of them: data.split" in refused(name)
+    assert load_rows("hf://datasets/me/mine/deep/rows.jsonl") == ROWS
+    assert asked == [
+        ("openai/gsm8k", "main", "train", None),
+        ("openai/gsm8k", None, None, None),
+        ("json", None, "train", "hf://datasets/me/mine/deep/rows.jsonl"),
+    ]
+
+
+def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    said = refused("nobody/nothing-of-this-name")
+    assert "is no file here, and as a dataset of the hub it cannot be read (" in said
+    assert "names no dataset; expected owner/name" in refused("hf://gsm8k")
+    (tmp_path / "owner").mkdir()
+    (tmp_path / "owner" / "name").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert "expected .jsonl, .parquet" in refused("owner/name"), "what is here comes first"

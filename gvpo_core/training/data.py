@@ -196,7 +196,8 @@ def encodable(text: str, where: str) -> str:
 
 def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
     """The rows handed over as `train_rows`, else those of the configured file. Raises: DataError: there are none."""
-    return load_rows(config.data.train if given is None else given, "data.train" if given is None else "train_rows")
+    name, data = "data.train" if given is None else "train_rows", config.data
+    return load_rows(data.train if given is None else given, name, split=data.split, subset=data.subset)
 
 
 def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
@@ -204,9 +205,11 @@ def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
 
     Raises: DataError: one of them is named and has no rows.
     """
-    if given is None:
-        return load_rows(config.data.evaluation, "data.evaluation") if config.data.evaluation else []
-    return load_rows(given, "evaluation_rows")
+    data, name = config.data, "data.evaluation" if given is None else "evaluation_rows"
+    if given is None and not data.evaluation:
+        return []
+    source = data.evaluation if given is None else given
+    return load_rows(source, name, split=data.evaluation_split, subset=data.subset)
 
 
 def with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, Callable[..., Any]] | None) -> Config:

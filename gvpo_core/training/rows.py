@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gvpo_core.training.files.hub import HubError, hub_dataset, is_hub_name
 from gvpo_core.training.files.lfs import is_pointer, pointer_message
 
 Row = Mapping[str, Any]
@@ -17,17 +18,23 @@ class DataError(ValueError):
     """Data that cannot be trained on; the message names the file, the row and the column."""
 
 
-def load_rows(source: Any, name: str = "data") -> list[Row]:
-    """Rows of a .jsonl or .parquet file, a folder saved by `datasets`, or rows given in Python.
+def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str = "") -> list[Row]:
+    """Rows of a .jsonl or .parquet file, a folder saved by `datasets`, a dataset of the hub, or rows given in Python.
 
     Args:
-      source: a path; or a Dataset or IterableDataset of `datasets`, a DataFrame of pandas or polars, a table of
-        pyarrow, or any iterable of mappings. Missing values of a DataFrame become None.
+      source: a path or the hub's owner/name; or a Dataset, DatasetDict or IterableDataset of `datasets`, a DataFrame of
+        pandas or polars, a table of pyarrow, a mapping of columns, or any iterable of mappings. Missing values of a
+        DataFrame become None.
       name: of the data, for messages.
+      split, subset: of a source that has several.
     Raises: DataError: no such file, a line that is not a JSON object (with its number), no rows, a row that is not a
-      mapping, or a source that has no rows of its own: a mapping, splits, a stream without end.
+      mapping, or a source that has no rows of its own: splits without a name, columns of unequal lengths, a stream
+      without end.
     """
-    rows = _from_file(Path(source), name) if isinstance(source, str | Path) else _given(source, name)
+    if isinstance(source, str | Path):
+        rows = _from_file(Path(source), name, split, subset)
+    else:
+        rows = _given(source, name, split)
     if not rows:
         raise DataError(f"{name} = {str(source)[:80]!r} has no rows; expected at least one prompt")
     for i, row in enumerate(rows):
@@ -43,16 +50,13 @@ def load_rows(source: Any, name: str = "data") -> list[Row]:
     return rows
 
 
-def _given(source: Any, name: str) -> list[Any]:
+def _given(source: Any, name: str, split: str = "") -> list[Any]:
     """Rows handed over in Python."""
     kind = type(source).__name__
     if isinstance(source, Mapping):
         if source and all(hasattr(value, "column_names") for value in source.values()):
-            raise DataError(f"{name} is a {kind} with the splits {', '.join(map(str, source))}; give one of them")
-        raise DataError(
-            f"{name} is one mapping ({kind} with {', '.join(map(str, source))[:80] or 'no keys'}); expected rows: a"
-            " list of mappings; datasets.Dataset.from_dict makes rows of columns"
-        )
+            return _given(_split_of(source, split, f"{name} is a {kind}"), name)
+        return _of_columns(source, name)
     if hasattr(source, "collect"):
         raise DataError(f"{name} is a {kind}, whose rows are not computed yet; give {kind}.collect()")
     if hasattr(source, "to_dicts"):  # polars
@@ -80,6 +84,39 @@ def _given(source: Any, name: str) -> list[Any]:
     return found
 
 
+def _split_of(splits: Mapping[str, Any], split: str, what: str) -> Any:
+    """The split of that name; without a name the only one. Raises: DataError: it is not clear which."""
+    if split in splits:
+        return splits[split]
+    if not split and len(splits) == 1:
+        return next(iter(splits.values()))
+    has = f"{what} with the splits {', '.join(map(str, splits))}"
+    if split:
+        raise DataError(f"{has}; it has none that is named {split!r}")
+    raise DataError(f"{has}; name one of them: data.split, or data.evaluation_split for held-out rows")
+
+
+def _of_columns(columns: Mapping[Any, Any], name: str) -> list[Any]:
+    """Rows of a mapping from columns to their values."""
+    lists = {
+        column: list(values)
+        for column, values in columns.items()
+        if not isinstance(values, str | bytes | Mapping) and hasattr(values, "__len__") and hasattr(values, "__iter__")
+    }
+    if not columns or len(lists) < len(columns):
+        other = [column for column in columns if column not in lists]
+        keys = ", ".join(map(str, columns))[:80] or "no keys"
+        raise DataError(
+            f"{name} is one mapping ({type(columns).__name__} with {keys}); expected rows, a list of mappings, or"
+            " columns, a mapping of lists" + (f": {other[0]!r} is no list" if other else "")
+        )
+    lengths = {column: len(values) for column, values in lists.items()}
+    if len({*lengths.values()}) > 1:
+        told = ", ".join(f"{column!r} {length}" for column, length in lengths.items())
+        raise DataError(f"{name} is a mapping of columns of different lengths ({told:.120}); expected as many values")
+    return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
+
+
 def _plain(value: Any) -> Any:
     """Lists in the place of arrays, at any depth."""
     if isinstance(value, Mapping):
@@ -95,15 +132,22 @@ def _check_unique(columns: list[Any], name: str) -> None:
             raise DataError(f"{name} has {columns.count(column)} columns named {column!r}; rename them")
 
 
-def _from_file(path: Path, name: str) -> list[Any]:
+def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
     where = f"{name} = {str(path)!r}"
+    named = str(path).replace("hf:/", "hf://", 1) if str(path).startswith("hf:/") else str(path)  # Path drops a slash
+    if not path.exists() and is_hub_name(named):
+        try:
+            loaded = hub_dataset(named, f"{name} = {named!r}", split=split, subset=subset)
+        except HubError as e:
+            raise DataError(str(e)) from e
+        return _given(loaded, f"{name} = {named!r}", split)
     if not path.exists():
         raise DataError(f"{where}: there is no such file or folder")
     for file in [*path.glob("*.arrow")] if path.is_dir() else [path]:
         if is_pointer(file):
             raise DataError(f"{where}: {pointer_message(file)}")
     if path.is_dir():
-        return _from_datasets(path, where)
+        return _from_datasets(path, where, split)
     if path.suffix == ".parquet":
         return _from_parquet(path, where)
     if path.suffix in (".jsonl", ".json"):
@@ -157,18 +201,20 @@ def _of_table(table: Any, where: str) -> list[Any]:
     return [dict(zip(table.schema.names, values, strict=True)) for values in zip(*columns, strict=True)]
 
 
-def _from_datasets(path: Path, where: str) -> list[Any]:
+def _from_datasets(path: Path, where: str, split: str) -> list[Any]:
     try:
         from datasets import Dataset, load_from_disk
     except ImportError as e:
         raise DataError(f"{where} is a folder, which needs datasets: pip install datasets") from e
     try:
         loaded = load_from_disk(str(path))
-        if isinstance(loaded, Dataset):
-            return list(loaded.with_format(None))
+        if not isinstance(loaded, Dataset):
+            loaded = _split_of(loaded, split, f"{where} is a folder")
+        return list(loaded.with_format(None))
+    except DataError:
+        raise
     except _UNREADABLE as e:
         raise DataError(f"{where} is no dataset saved by datasets' save_to_disk: {_reason(e)}") from e
-    raise DataError(f"{where} holds the splits {', '.join(loaded)}; point to one of them")
 
 
 def _reason(error: Exception) -> str:

@@ -15,15 +15,18 @@ def plain_list(value: Any, where: str) -> list[Any]:
     return [item.tolist() if hasattr(item, "tolist") else item for item in value]
 
 
-def answers(prompt: Any, given: Sequence[Any], where: str, columns: Sequence[str]) -> tuple[Any, list[Any]]:
+def answers(
+    prompt: Any, given: Sequence[Any], where: str, columns: Sequence[str], *, implicit: bool = False
+) -> tuple[Any, list[Any]]:
     """The prompt, and the responses as text or token ids.
 
     A response is text, token ids, or messages of which the last is the assistant's. Messages before it are the end of
-    the prompt, or the whole of it (an implicit prompt). Texts without a prompt share their beginning, up to a space.
+    the prompt, or the whole of it (an implicit prompt).
 
     Args:
       prompt: text, messages, or None where it is implicit.
       columns: of each response, for messages.
+      implicit: without a prompt, what texts share at their beginning is it, up to a space.
     Raises: DataError: responses to different prompts, or none that fits the prompt.
     """
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
@@ -44,7 +47,7 @@ def answers(prompt: Any, given: Sequence[Any], where: str, columns: Sequence[str
                 f"{at} is a {type(response).__name__} ({response!r:.40}); expected text, token ids or messages"
             )
         responses.append(response)
-    if whole is None and len(responses) > 1 and all(isinstance(r, str) for r in responses):
+    if implicit and whole is None and all(isinstance(r, str) for r in responses):
         whole, responses = _shared_beginning(responses, where)
     return whole, responses
 

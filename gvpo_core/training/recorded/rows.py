@@ -78,7 +78,7 @@ def _one(
     finished: Any = None
     parts: Sequence[Mapping[str, float]] = ()
     if shape is PAIRS:
-        prompt, given = answers(prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"))
+        prompt, given = answers(prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"), implicit=True)
         scores, rewards = _pair_rewards(row, columns, where)
     elif shape is COMPLETIONS:
         prompt = row.get("instruction") if prompt is None else prompt

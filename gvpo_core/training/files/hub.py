@@ -1,0 +1,53 @@
+"""Rows of a dataset that is named on the Hugging Face hub, through `datasets`."""
+
+import re
+from typing import Any
+
+_PREFIX = re.compile(r"hf://(datasets/)?")
+_NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+
+class HubError(ValueError):
+    """A dataset of the hub that cannot be read."""
+
+
+def is_hub_name(source: str) -> bool:
+    """Whether a text that is no path here may name a dataset of the hub: `hf://...` or `owner/name`."""
+    if source.startswith("hf://"):
+        return True
+    return bool(_NAME.fullmatch(source)) and not source.endswith((*_FORMATS, ".arrow", ".txt"))
+
+
+def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -> Any:
+    """A dataset, or all its splits where none is named.
+
+    Args:
+      source: `owner/name`, `hf://owner/name`, `hf://datasets/owner/name`, or a file in one of the latter.
+      where: for messages.
+      subset: the dataset's configuration. Empty: its only or default one.
+    Raises: HubError: `datasets` is missing, or the dataset cannot be read, in one line.
+    """
+    try:
+        from datasets import load_dataset
+    except ImportError as e:
+        raise HubError(f"{where}: a dataset of the hub needs datasets: pip install datasets") from e
+    path = _PREFIX.sub("", source).rstrip("/")
+    name, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
+    if not _NAME.fullmatch(name):
+        raise HubError(f"{where} names no dataset; expected owner/name, as openai/gsm8k")
+    try:
+        if not file:
+            return load_dataset(name, subset or None, split=split or None)
+        kind = next((kind for ending, kind in _FORMATS.items() if file.endswith(ending)), None)
+        if kind is None:
+            raise HubError(f"{where}: expected a file that ends with {', '.join(_FORMATS)}")
+        return load_dataset(kind, data_files=f"hf://datasets/{name}/{file}", split="train")
+    except HubError:
+        raise
+    except Exception as e:  # datasets, huggingface_hub and their HTTP client raise what they like
+        reason = f"{type(e).__name__}: {e}".strip().partition("\n")[0]
+        raise HubError(
+            f"{where} is no file here, and as a dataset of the hub it cannot be read ({reason:.300}); give a file or a"
+            " folder, or check the name, data.subset, data.split and the network"
+        ) from e
