@@ -1,15 +1,16 @@
-"""An export for others: a Hugging Face folder with adapters merged in. The host holds a layer and a file at a time."""
+"""An export for others: a Hugging Face folder, a layer and a file at a time, or the adapters alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
-from gvpo_core.training.policy.export import write_settings, write_weights
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy.export import write_json, write_settings, write_weights
 from gvpo_jax import mesh as meshes
 from gvpo_jax.learner import Learner
 from gvpo_jax.model import Setup
@@ -47,12 +48,7 @@ def _save(tensors: dict[str, np.ndarray], path: str) -> None:
 def _tensors(setup: Setup, learner: Learner, dtype: str, main: bool) -> Iterator[tuple[str, np.ndarray]]:
     """The model's tensors, adapters merged, layer by layer, gathered by all processes; nothing but on the main one."""
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
-    everywhere, adapters = meshes.replicated(setup.mesh), learner.adapters
-
-    def whole(a: jax.Array, layer: int | None) -> np.ndarray:
-        a = a if layer is None else a[layer]
-        return np.asarray(jax.device_put(a, everywhere).addressable_data(0))
-
+    whole, adapters = _gathering(setup), learner.adapters
     for name, array in learner.parameters.items():
         module = name.removesuffix(".weight")
         for i in range(setup.spec.layers) if "*" in name else (None,):
@@ -67,3 +63,57 @@ def _tensors(setup: Setup, learner: Learner, dtype: str, main: bool) -> Iterator
                 yield from ((fill(own, (e,)), expert) for e, expert in enumerate(value))
             else:
                 yield own, value
+
+
+def _gathering(setup: Setup) -> Callable[[jax.Array, int | None], np.ndarray]:
+    """A function of an array and a layer of it (None: it has none), which all processes call and get in full."""
+    everywhere = meshes.replicated(setup.mesh)
+
+    def whole(a: jax.Array, layer: int | None) -> np.ndarray:
+        a = a if layer is None else a[layer]
+        return np.asarray(jax.device_put(a, everywhere).addressable_data(0))
+
+    return whole
+
+
+def export_adapters(directory: Path, setup: Setup, learner: Learner, config: ModelConfig, main: bool) -> None:
+    """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors.
+
+    Every process calls; the main one writes, and reads the file back.
+
+    Raises: ConfigError: adapters of experts, which peft keeps in another form; a file that reads otherwise.
+    """
+    experts = sorted(name for name in learner.adapters if "#" in name)
+    if experts:
+        raise ConfigError(
+            f"gvpo_jax cannot write adapters of experts ({experts[0]}) as peft reads them: export the merged model "
+            "instead (without --adapters)"
+        )
+    whole, tensors = _gathering(setup), {}
+    for name, array in learner.adapters.items():
+        for i in range(setup.spec.layers) if "*" in name else (None,):
+            own = name if i is None else name.replace("*", str(i))
+            tensors[f"base_model.model.{own}.weight"] = whole(array, i)
+    if not main:
+        return
+    modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": config.path,
+        "revision": config.revision,
+        "r": config.lora_rank,
+        "lora_alpha": config.lora_alpha or 2 * config.lora_rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "target_modules": sorted(modules),
+    }
+    path = directory / "adapter_model.safetensors"
+    _save(tensors, str(path))
+    write_json(directory / "adapter_config.json", settings)
+    found = load_file(path)
+    wrong = sorted(found.keys() ^ tensors.keys()) or [n for n in tensors if not np.array_equal(found[n], tensors[n])]
+    if wrong:
+        raise ConfigError(f"{path}, read back, differs in {len(wrong)} adapters, the first {wrong[0]}")

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, hugging_face
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
@@ -54,7 +54,8 @@ class JaxPolicy(LanguageModelPolicy):
         self.setup = Setup(spec, self.mesh, config.dtype, config.gradient_checkpointing, scale)
         self.programs = Programs()
         self.scorer = Scorer(self.setup, self.programs)
-        self._files = weights.Files(self.folder, text_of_more=config_of_all.get("model_type") in TEXT_OF)
+        self._text_of_more = config_of_all.get("model_type") in TEXT_OF
+        self._files = weights.Files(self.folder, text_of_more=self._text_of_more)
         self._load()
         given = (self.scorer, self.learner.parameters, self.learner.adapters)
         self.packed, self.layout_reason = check_layout(*given, config, self.model_config)
@@ -145,6 +146,15 @@ class JaxPolicy(LanguageModelPolicy):
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
         given = (self.config.dtype, self.model_config, self.folder, self._end, self.tokenizer)
         export.export(Path(directory), self.setup, self.learner, *given, self.rank == 0)
+
+    def export_adapters(self, directory: Path) -> None:
+        """Writes the adapters alone, as peft loads them; every rank calls."""
+        if self._text_of_more:
+            raise ConfigError(
+                f"gvpo_jax trains the part for text of {self.config.path!r}, whose layers have other names in the "
+                "whole model: export the merged model instead (without --adapters)"
+            )
+        export.export_adapters(Path(directory), self.setup, self.learner, self.config, self.rank == 0)
 
     # -- facts
 

@@ -11,8 +11,11 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.policy.hugging_face import local_folder
+from gvpo_mlx.adapters import adapted
 from gvpo_mlx.logprobs import logsumexp
-from gvpo_mlx.model import Scorer, inputs, load_reference
+from gvpo_mlx.model import Scorer, global_state_kept, inputs, load_reference
+from gvpo_mlx.read import pretrained
 
 log = logging.getLogger("gvpo.mlx")
 
@@ -74,6 +77,30 @@ def read_back(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
         raise ConfigError(
             f"the export in {directory}, read back, differs from the trained {scorer.name} by up to "
             f"{difference:.3g} nat a token: mlx-lm cannot write this model; the checkpoint is as it was"
+        )
+
+
+def read_back_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
+    """Loads exported adapters with mlx-lm onto the base model, whose weights stay on disk, and compares them.
+
+    Raises: ConfigError: other layers got adapters, or they have other numbers.
+    """
+    from mlx_lm.tuner.utils import load_adapters
+
+    with global_state_kept():
+        base = pretrained(config, local_folder(config)).lm
+        load_adapters(base, str(directory))
+    ours, theirs = dict(adapted(scorer.lm)), dict(adapted(base))
+    wrong = sorted(ours.keys() ^ theirs.keys()) or [
+        name
+        for name, layer in ours.items()
+        if layer.scale != theirs[name].scale
+        or not all(mx.array_equal(layer[key], theirs[name][key]) for key in ("lora_a", "lora_b", "m") if key in layer)
+    ]
+    if wrong:
+        raise ConfigError(
+            f"the adapters in {directory}, read back by mlx-lm, are not those of {scorer.name}: {len(wrong)} layers "
+            f"differ, the first {wrong[0]}; export the merged model instead (without --adapters)"
         )
 
 

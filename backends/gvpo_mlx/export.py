@@ -13,7 +13,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy.export import write_json, write_settings, write_weights
 from gvpo_core.training.policy.hugging_face import local_folder
 from gvpo_mlx.adapters import adapted, merged
-from gvpo_mlx.check import read_back
+from gvpo_mlx.check import read_back, read_back_adapters
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.weights import constants
 
@@ -60,10 +60,14 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
             path.unlink()
         raise
     if scorer.adapted:
-        _export_adapters(directory / "adapters", scorer, config)
+        export_adapters(directory / "adapters", scorer, config)
 
 
-def _export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
+def export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
+    """Writes the adapters as mlx-lm loads them, and reads them back with it onto the base model.
+
+    Raises: ConfigError: other layers got adapters, or they have other numbers.
+    """
     directory.mkdir(exist_ok=True)
     layers = adapted(scorer.lm)
     tensors = dict(tree_flatten(scorer.lm.trainable_parameters()))
@@ -76,3 +80,4 @@ def _export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> No
         "lora_parameters": {"rank": config.lora_rank, "scale": layers[0][1].scale, "dropout": 0.0, "keys": inside},
     }
     write_json(directory / "adapter_config.json", settings)
+    read_back_adapters(directory, scorer, config)

@@ -140,7 +140,7 @@ def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _global_state_kept() -> Iterator[None]:
+def global_state_kept() -> Iterator[None]:
     # mlx-lm lowers the limit of open files when it is imported, and new layers draw from MLX's global stream.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     key = np.array(mx.random.state[0])
@@ -168,7 +168,7 @@ def load_scorer(config: ModelConfig, seed: int) -> Scorer:
       adapter targets that match nothing.
     """
     folder = local_folder(config)
-    with _global_state_kept():
+    with global_state_kept():
         loaded = pretrained(config, folder)
         lm = loaded.lm
         compute = getattr(mx, config.dtype)
@@ -191,7 +191,7 @@ def load_scorer(config: ModelConfig, seed: int) -> Scorer:
 
 def load_reference(config: ModelConfig) -> Scorer:
     """The initial model, frozen, in the compute dtype; its head stays float32, as the trained one's."""
-    with _global_state_kept():
+    with global_state_kept():
         loaded = pretrained(config, local_folder(config))
     lm = loaded.lm
     lm.set_dtype(mx.float32)

@@ -161,6 +161,12 @@ class MLXPolicy(LanguageModelPolicy):
             with mx.stream(self.device):
                 export.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end)
 
+    def export_adapters(self, directory: Path) -> None:
+        """Writes the adapters alone, as mlx-lm loads them; every rank calls."""
+        if self.rank == 0:
+            with mx.stream(self.device):
+                export.export_adapters(Path(directory), self.scorer, self.config)
+
     # -- facts
 
     def describe(self) -> PolicyFacts:

@@ -1,10 +1,12 @@
 """LoRA and DoRA adapters by peft: which layers take them."""
 
 import collections
+import contextlib
 import functools
 import inspect
 import re
 import warnings
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -59,13 +61,19 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
     with (
         torch.random.fork_rng(),
         explained(f"adapters for {config.lora_targets}", config),
-        warnings.catch_warnings(),
+        without_peft_warnings(),
     ):
+        torch.manual_seed(seed % 2**63)
+        return get_peft_model(lm, adapters)
+
+
+@contextlib.contextmanager
+def without_peft_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # it sets what GPT-2's layers need
-        torch.manual_seed(seed % 2**63)
-        return get_peft_model(lm, adapters)
+        yield
 
 
 def _is_called(name: str, target: str) -> bool:

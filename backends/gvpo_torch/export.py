@@ -1,5 +1,6 @@
-"""An export for others: a Hugging Face folder with adapters merged in."""
+"""An export for others: a Hugging Face folder with adapters merged in, or the adapters alone."""
 
+import copy
 import json
 import shutil
 from collections.abc import Iterator
@@ -7,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.export import write_json
 from gvpo_core.training.policy.hugging_face import portable_config
+from gvpo_torch.adapters import without_peft_warnings
 from gvpo_torch.update import whole
 from gvpo_torch.weights import without_bars
 
@@ -82,3 +86,60 @@ def _delta(layer: Any) -> Tensor | None:
         moved = weight + delta
         delta = moved * (magnitude / moved.norm(dim=1)).unsqueeze(1) - weight
     return delta.t() if layer.fan_in_fan_out else delta  # GPT-2 keeps its weights transposed
+
+
+def export_adapters(directory: Path, lm: nn.Module, path: str, main: bool) -> None:
+    """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors.
+
+    Every rank calls; the main rank writes, and reads the folder back with peft.
+
+    Args:
+      path: model.path, the base model that the adapters belong to.
+    Raises: ConfigError: the folder, read back, holds other adapters.
+    """
+    from peft import get_peft_model_state_dict
+
+    tensors = {name: whole(tensor.detach()) for name, tensor in lm.state_dict().items() if ".lora_" in name}
+    if not main:
+        return
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    (name,) = lm.peft_config
+    written = copy.copy(lm.peft_config[name])
+    written.inference_mode, written.base_model_name_or_path = True, path
+    written.save_pretrained(directory)
+    named = get_peft_model_state_dict(lm, state_dict=dict(tensors), adapter_name=name, save_embedding_layers=False)
+    save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
+    _read_back(directory, lm, named, name)
+
+
+def _read_back(directory: Path, lm: nn.Module, named: dict[str, Tensor], name: str) -> None:
+    """Reads the file, and loads the folder onto the base model without its weights: the same layers must get adapters.
+
+    Raises: ConfigError: other layers get them, with another scale, or the file has other numbers.
+    """
+    from peft import PeftModel
+
+    base = lm.get_base_model()
+    with torch.device("meta"):
+        empty = type(base)(copy.deepcopy(base.config))
+    with without_peft_warnings():
+        loaded = PeftModel.from_pretrained(empty, directory, name, torch_device="cpu", low_cpu_mem_usage=True)
+    ours, theirs = (
+        _scales(of, name) | {key: tuple(tensor.shape) for key, tensor in of.state_dict().items() if ".lora_" in key}
+        for of in (lm, loaded)
+    )
+    found = load_file(directory / "adapter_model.safetensors")
+    wrong = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
+    wrong += sorted(found.keys() ^ named.keys())
+    wrong = wrong or [key for key, tensor in named.items() if not torch.equal(found[key], tensor)]
+    if wrong:
+        raise ConfigError(
+            f"the adapters in {directory}, read back by peft, are not those of {type(base).__name__}: {len(wrong)} "
+            f"differ, the first {wrong[0]}; export the merged model instead (without --adapters)"
+        )
+
+
+def _scales(lm: nn.Module, name: str) -> dict[str, float]:
+    """alpha / rank of each layer's adapter; the `scaling` of an attention layer is another thing."""
+    found = {key: getattr(module, "scaling", None) for key, module in lm.named_modules()}
+    return {key: scaling[name] for key, scaling in found.items() if isinstance(scaling, dict)}

@@ -178,6 +178,10 @@ class TorchPolicy(LanguageModelPolicy):
         dtype = getattr(torch, self.config.dtype)
         export.export(Path(directory), self.scorer.lm, self.tokenizer, dtype, self.rank == 0)
 
+    def export_adapters(self, directory: Path) -> None:
+        """Writes the adapters alone, as peft loads them; every rank calls."""
+        export.export_adapters(Path(directory), self.scorer.lm, self.config.path, self.rank == 0)
+
     # -- facts
 
     def describe(self) -> PolicyFacts:

@@ -26,8 +26,8 @@ _USAGE = """usage: gvpo COMMAND ...
                                                 sample and score run.steps steps; gvpo train reads the file
   gvpo eval RUN [--checkpoint STEP|best|initial] [--data FILE] [--compare STEP|best|initial] [--json]
                                                 rewards of a run's policy on held-out prompts
-  gvpo export RUN FOLDER [--checkpoint STEP|best]
-                                                write a run's policy as a Hugging Face folder
+  gvpo export RUN FOLDER [--checkpoint STEP|best] [--adapters]
+                                                write a run's policy as a Hugging Face folder, or its adapters alone
   gvpo report RUN                               write RUN/report.html
   gvpo doctor [--json]                          what is installed, and which devices
 

@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -120,8 +121,15 @@ def export_run(arguments: list[str]) -> int:
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
+    parser.add_argument("--adapters", action="store_true", help="write the LoRA or DoRA adapters alone")
     options = parser.parse_args(arguments)
     config, folder = _run_config(options.run), options.folder
+    if options.adapters and not config.model.lora_rank:
+        raise ConfigError(
+            f"{options.run} trains all parameters (model.lora_rank = 0) and has no adapters: leave --adapters out"
+        )
+    if options.adapters and options.checkpoint == "initial":
+        raise ConfigError("--adapters with --checkpoint initial: the untrained model has no adapters to write")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holds = any(folder.iterdir())
@@ -130,7 +138,13 @@ def export_run(arguments: list[str]) -> int:
     if holds:
         raise ConfigError(f"{folder} is not empty; give a folder that is new")
     policy = _restored(config, options.run, options.checkpoint)
-    policy.export(folder)
+    try:
+        (policy.export_adapters if options.adapters else policy.export)(folder)
+    except ConfigError:  # what does not read back is not left to be taken for the policy
+        if policy.rank == 0:
+            for path in folder.iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
     if policy.rank == 0:
         say(options.folder)
     return 0

@@ -156,6 +156,14 @@ class Policy(Protocol):
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load."""
 
+    def export_adapters(self, directory: Path) -> None:
+        """Writes the LoRA or DoRA adapters alone into an empty folder, in the form of peft or of mlx-lm.
+
+        Called only where `model.lora_rank` > 0; every rank calls.
+
+        Raises: ConfigError: adapters that the form cannot hold, or that read back otherwise.
+        """
+
     def describe(self) -> PolicyFacts:
         """Facts for the header, the run folder and the estimate of memory."""
 

@@ -171,6 +171,9 @@ class TablePolicy:
         }
         (directory / "table.json").write_text(json.dumps(table, indent=1))
 
+    def export_adapters(self, directory: Path) -> None:
+        raise ConfigError("a table has no adapters")
+
     def describe(self) -> PolicyFacts:
         count = int(np.isfinite(self.logits).sum())
         return PolicyFacts(backend="table", device="cpu", dtype="float64", parameters=count, trainable_parameters=count)
