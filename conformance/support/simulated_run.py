@@ -82,7 +82,7 @@ def write_run(
     rng = np.random.default_rng(seed)
     sums = rng.permutation(100)
     held_out, pool, policy, reference = sums[:32], sums[32:], Policy(), Policy()
-    lines, rows, clock, seen, alerts = [], [], START, None, Alerts()
+    lines, rows, clock, seen, alerts = [], [], START, None, Alerts(beta)
 
     def evaluate(step):
         nonlocal clock

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,12 +19,14 @@ from gvpo_core.training.config.file import read_config
 from gvpo_core.training.data import load_rows
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
-from gvpo_core.training.watch import alerts as alerts_module
+from gvpo_core.training.run import journal
+from gvpo_core.training.watch import checks
 from gvpo_core.training.watch.alerts import ALERTS, BAD, OK, WATCH, Alerts
 from gvpo_core.training.watch.console import Console
 
 pytestmark = pytest.mark.core
 
+ROWS = [{"prompt": p} for p in PROMPTS]
 HEALTHY = 110  # steps of the simulated run in which it learns; after about 140 it has solved its prompts
 
 
@@ -38,9 +41,9 @@ def healthy(tmp_path_factory):
     return simulated(tmp_path_factory.mktemp("runs") / "healthy")
 
 
-def raised(records):
-    """(step, alert) of every alert, in order."""
-    alerts = Alerts()
+def raised(records, beta=0.05):
+    """(step, alert) of every alert, in order; the simulated run has this beta."""
+    alerts = Alerts(beta)
     return [(r["step"], a) for r in records for a in alerts.update(r).reasons]
 
 
@@ -108,9 +111,8 @@ def table_config(folder, *, seed=0, steps=60):
 
 def run_table(config, policy, rewards=reward):
     """The run's train records, with the verdicts that the loop wrote."""
-    rows = [{"prompt": p} for p in PROMPTS]
     console = Console(config.run.steps, stream=io.StringIO())
-    folder = train(config, policy, train_rows=rows, rewards={"value": rewards}, console=console).folder
+    folder = train(config, policy, train_rows=ROWS, rewards={"value": rewards}, console=console).folder
     records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [r for r in records if r["kind"] == "train"]
 
@@ -257,15 +259,43 @@ def test_reward_that_falls_is_named(healthy):
     assert found and found[0][0] <= 90 + 10
 
 
+def test_kl_that_costs_more_than_it_brings_is_named_where_beta_is_known(healthy):
+    flat = [r | {"reward/mean": 0.2 + 0.01 * (i % 3), "kl": 0.06 * i} for i, r in enumerate(healthy)]
+    found = raised(flat)
+    assert {(a.key, a.level) for _, a in found} == {("kl_cost", WATCH)} and 30 <= found[0][0] <= 50
+    cost = 0.05 * 0.06 * (np.mean(range(len(flat) - 10, len(flat))) - 4.5)
+    assert found[-1][1].seen.startswith(f"beta x KL grew by {cost:.3g} since the start, the reward by ")
+    assert raised(flat, beta=None) == []  # another sampler: the record's kl is no KL
+    assert raised(flat, beta=0.001) == []  # cheap
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [({}, True), ({"temperature": 0.7}, False), ({"sampler": True}, False), ({"length_exponent": 0.5}, False)],
+)
+def test_the_run_prices_kl_only_where_its_own_policy_draws_at_temperature_1(changes, known, tmp_path, monkeypatch):
+    prices = []
+    monkeypatch.setattr(journal, "Alerts", lambda beta=None: prices.append(beta) or Alerts(beta))
+    config = table_config(tmp_path / "run", steps=1)
+    if "temperature" in changes:
+        config = replace(config, rollout=replace(config.rollout, temperature=0.7))
+    if "length_exponent" in changes:
+        config = replace(config, objective=replace(config.objective, length_exponent=0.5))
+    sampler = TablePolicy(table(REFERENCE)) if "sampler" in changes else None
+    policy = TablePolicy(table(REFERENCE), config.optimizer, updates=config.updates)
+    train(config, policy, train_rows=ROWS, rewards={"value": reward}, sampler=sampler)
+    assert prices[-1] == (config.objective.beta if known else None)
+
+
 def test_slow_troubles(healthy):
     grown = [dict(r) for r in healthy]
     for i, record in enumerate(grown):
         record["truncated"] = min(1.0, record["truncated"] + max(0, i - 30) / 100)  # a creep, never a jump
     assert "truncation" in {a.key for _, a in raised(grown)}
     longer = [r | {"reward/mean": 0.2 + 0.01 * (i % 3), "length/mean": 5 * 1.02**i} for i, r in enumerate(healthy)]
-    assert {a.key for _, a in raised(longer)} == {"length"}
+    assert {a.key for _, a in raised(longer, beta=None)} == {"length"}
     flat = [r | {"reward/mean": 0.2 + 0.01 * (i % 3), "entropy": 0.8 * 0.96**i} for i, r in enumerate(healthy)]
-    assert {a.key for _, a in raised(flat)} == {"entropy"}
+    assert {a.key for _, a in raised(flat, beta=None)} == {"entropy"}
 
 
 def test_the_machine_is_judged_apart(healthy):
@@ -298,11 +328,14 @@ def test_state_is_rebuilt_from_the_file(healthy):
 
 
 def test_every_alert_is_documented_and_every_documented_one_is_tried():
-    tried = set(CHANGES) | {"reward", "throughput", "memory", "no_update", "error"}  # error: test_loop_table.py
+    tried = set(CHANGES) | {"reward", "kl_cost", "throughput", "memory", "no_update"}
+    tried |= {"error"}  # by test_loop_table.py
     patterns = {re.escape(k).replace("<kind>", "(error|timeout|none)").replace("<name>", ".+") for k in ALERTS}
     assert not [key for key in tried if not any(re.fullmatch(p, key) for p in patterns)]
     assert not [p for p in patterns if not any(re.fullmatch(p, key) for key in tried)]
-    source = inspect.getsource(alerts_module)
+    files = [Path(inspect.getfile(Alerts)), *Path(checks.__file__).parent.glob("*.py")]
+    source = "".join(path.read_text(encoding="utf-8") for path in files)
+    assert source.count("Alert(") >= 15
     assert set(re.findall(r'Alert\(\s*f?"([^"{/]+)', source)) <= {k.partition("_<")[0] for k in ALERTS} | {"reward_"}
 
 
@@ -342,8 +375,7 @@ def test_a_step_that_changes_nothing_is_bad_at_once(changes, seen):
 def test_a_run_at_learning_rate_zero_is_called_bad(tmp_path):
     config = settings(tmp_path / "run")
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=0.0), run=replace(config.run, steps=1))
-    rows = [{"prompt": p} for p in PROMPTS]
-    train(config, TablePolicy(table(REFERENCE), config.optimizer), train_rows=rows, rewards={"value": reward})
+    train(config, TablePolicy(table(REFERENCE), config.optimizer), train_rows=ROWS, rewards={"value": reward})
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n") if line]
     (record,) = [r for r in lines if r["kind"] == "train"]
     assert (record["verdict"], record["alerts"][0]["key"]) == (BAD, "no_update")

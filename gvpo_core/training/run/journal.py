@@ -37,7 +37,7 @@ from gvpo_core.training.run.checkpoint import (
 )
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.resume import resume_command
-from gvpo_core.training.sources import Source
+from gvpo_core.training.sources import Sampled, Source
 from gvpo_core.training.terminal.text import Command, fit
 from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
 from gvpo_core.training.watch.columns import verdict
@@ -105,6 +105,7 @@ class Journal:
           from_step: restore the checkpoint of this step instead (0: the initial policy), and drop the later ones.
         """
         folder = self.folder.checkpoints
+        self._alerts = Alerts(self._price_of_kl(source))
         found = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
         step = highest(self.policy, found.step if found else -1)
         used = highest(self.policy, self.policy.steps_taken)
@@ -128,6 +129,12 @@ class Journal:
         elif used:
             self.event("reset", f"the policy had taken {used} optimizer steps before: reset to its initial state")
         return self._step
+
+    def _price_of_kl(self, source: Source) -> float | None:
+        """beta, where the metric `kl` is the KL to the reference and costs beta a nat; else None."""
+        objective, rollout = self.config.objective, self.config.rollout
+        drawn = isinstance(source, Sampled) and source.sampler is None and rollout.sampling.temperature == 1
+        return objective.beta if drawn and objective.length_exponent == 0 else None
 
     def _checkpoint(self, from_step: int | None) -> Checkpoint | None:
         return None if from_step == 0 else newest_checkpoint(self.folder.checkpoints, from_step)

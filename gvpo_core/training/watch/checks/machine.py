@@ -1,0 +1,54 @@
+"""Speed and memory, which two equal runs need not share."""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+
+from gvpo_core.training.watch.checks.recent import START, Recent, number
+from gvpo_core.training.watch.usual import USUAL, WINDOW, median
+from gvpo_core.training.watch.verdict import WATCH, Alert
+
+
+class MachineChecks:
+    """Alerts `throughput` and `memory`."""
+
+    def __init__(self) -> None:
+        self._machine: deque[tuple[float, float]] = deque(maxlen=USUAL + WINDOW)  # tokens/s, seconds
+        self._memory: deque[tuple[float, float, int]] = deque(maxlen=50)  # highest so far, tokens, 1 where it rose
+
+    def alerts(self, recent: Recent) -> Iterator[Alert]:
+        """What is wrong after the last step of `recent`."""
+        for check in (self._throughput, self._memory_growth):
+            if alert := check(recent):
+                yield alert
+
+    def _throughput(self, recent: Recent) -> Alert | None:
+        record = recent.last[-1]
+        speed, seconds = number(record, "tokens_per_second"), number(record, "seconds/step")
+        if math.isfinite(speed) and math.isfinite(seconds):
+            self._machine.append((speed, seconds))
+        if len(self._machine) < START + WINDOW:
+            return None
+        rows = list(self._machine)
+        (speed, took), (usual, usually) = (
+            (median([s for s, _ in part]), median([t for _, t in part])) for part in (rows[-WINDOW:], rows[:-WINDOW])
+        )
+        if speed >= 0.5 * usual or took < 1.5 * usually + 0.5:  # a step of milliseconds varies by itself
+            return None
+        seen = f"{speed:.3g} tokens/s, usually {usual:.3g}; {took:.3g} s a step, usually {usually:.3g}"
+        advice = "look at the seconds by phase: something else on the machine, a slow reward, swapping?"
+        return Alert("throughput", WATCH, seen, advice)
+
+    def _memory_growth(self, recent: Recent) -> Alert | None:
+        record, size = recent.last[-1], recent.now("memory/peak")
+        if not math.isfinite(size):
+            return None
+        highest = self._memory[-1][0] if self._memory else size
+        length = number(record, "length/mean")
+        self._memory.append((max(highest, size), length, int(size > highest)))
+        (first, short, _), (last, long, _), rises = self._memory[0], self._memory[-1], sum(m[2] for m in self._memory)
+        # Peaks of a healthy run are beaten ever more rarely; longer responses take more.
+        if len(self._memory) < 50 or rises < 20 or last < 1.05 * first or long > 1.1 * short:
+            return None
+        seen = f"peak memory grew from {first / 2**30:.3g} to {last / 2**30:.3g} GiB, in {rises} of the last 50 steps"
+        return Alert("memory", WATCH, seen, "something keeps memory (a reward, a cache): it may run out overnight")

@@ -1,0 +1,79 @@
+"""The responses: dead groups, cut ones, long ones."""
+
+import math
+from collections.abc import Iterator
+
+from gvpo_core.training.intervals import wilson
+from gvpo_core.training.watch.checks.recent import START, Recent, number
+from gvpo_core.training.watch.usual import WINDOW, Usual, mean
+from gvpo_core.training.watch.verdict import BAD, WATCH, Alert
+
+
+class ResponseChecks:
+    """Alerts `dead_groups`, `truncation` and `length`."""
+
+    def __init__(self) -> None:
+        self._length = Usual()
+
+    def alerts(self, recent: Recent) -> Iterator[Alert]:
+        """What is wrong after the last step of `recent`."""
+        for check in (self._dead_groups, self._truncation, self._length_blow_up):
+            if alert := check(recent):
+                yield alert
+
+    def _dead_groups(self, recent: Recent) -> Alert | None:
+        counted = recent.sum("groups/counted")
+        dead, right, wrong = (recent.sum(f"groups/all_{x}") for x in ("equal", "best", "worst"))
+        # The lower end of a 95 % interval: two dead groups of two say little.
+        if len(recent.last) < WINDOW or dead < 0.85 * counted or wilson(dead, counted)[0] < 0.6:
+            return None
+        share = dead / counted
+        seen = (
+            f"dead groups {share:.0%} for {WINDOW} steps ({right / counted:.0%} all right,"
+            f" {wrong / counted:.0%} all wrong)"
+        )
+        if recent.range[0] == recent.range[1]:
+            advice = "every reward so far is the same: look at responses and at the reward function"
+            return Alert("dead_groups", BAD, seen, advice)
+        if right >= 0.5 * dead:
+            return Alert("dead_groups", WATCH, seen, "these prompts are solved: take harder ones, or stop here")
+        level = BAD if share >= 0.95 and wilson(dead, counted)[0] >= 0.75 else WATCH
+        if wrong >= 0.5 * dead:
+            advice = "raise the temperature or the responses a prompt, or take easier prompts"
+        else:
+            advice = "a reward between best and worst for all alike: raise the temperature, or use a finer reward"
+        return Alert("dead_groups", level, seen, advice)
+
+    def _truncation(self, recent: Recent) -> Alert | None:
+        if recent.count < 3:
+            return None
+        cut = sum(number(r, "truncated") * r.get("responses/total", 1) for r in recent.last)
+        total = recent.sum("responses/total") or len(recent.last)
+        if not math.isfinite(cut):
+            return None
+        share, began = cut / total, mean(recent.start["truncated"])
+        first = recent.count <= START  # the steps judged are the ones the run began with
+        noise = 5 * math.sqrt(max(began * (1 - began), 0.01) / total)
+        if not (share > began + max(0.2, noise) and not first) and not (share >= 0.5 and recent.count >= WINDOW):
+            return None
+        seen = f"{share:.0%} of the responses of {len(recent.last)} steps are cut at the token limit"
+        seen += "" if first else f", {began:.0%} in the first steps"
+        return Alert(
+            "truncation", BAD if share >= 0.8 else WATCH, seen, "raise rollout.max_tokens, or reward short answers"
+        )
+
+    def _length_blow_up(self, recent: Recent) -> Alert | None:
+        values = [number(r, "length/mean") for r in recent.last]
+        value, usual = values[-1], self._length
+        jumped = usual.ready and value > max(2 * usual.median, usual.median + 6 * usual.sigma)
+        usual.add(value, outlier=jumped)
+        start = recent.start["length/mean"]
+        grown = recent.count > 3 * START and min(values) > 3 * mean(start) and not recent.above_start()
+        if usual.outliers >= 2 and math.isfinite(value):
+            seen = f"length {value:.3g} tokens, usually {usual.median:.3g}"
+            level = BAD if value > 4 * usual.median else WATCH
+        elif grown:
+            level, seen = WATCH, f"length {value:.3g} tokens, {mean(start):.3g} at the start, reward no higher"
+        else:
+            return None
+        return Alert("length", level, seen, "read some responses: repetition? raise beta, or reward short answers")

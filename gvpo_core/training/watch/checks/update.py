@@ -1,0 +1,42 @@
+"""Whether a step can be taken: finite numbers, a gradient, a learning rate."""
+
+from collections.abc import Iterator
+
+from gvpo_core.training.watch.checks.recent import Recent, number
+from gvpo_core.training.watch.verdict import BAD, Alert
+
+
+class UpdateChecks:
+    """Alerts `not_finite` and `no_update`."""
+
+    def alerts(self, recent: Recent) -> Iterator[Alert]:
+        """What is wrong after the last step of `recent`."""
+        for check in (self._not_finite, self._no_update):
+            if alert := check(recent):
+                yield alert
+
+    def _not_finite(self, recent: Recent) -> Alert | None:
+        for record, bad in zip(reversed(recent.last), reversed(recent.bad), strict=True):
+            if bad:
+                names = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
+                seen = f"{names}: no finite number at step {record.get('step', '?')}"
+                return Alert(
+                    "not_finite",
+                    BAD,
+                    seen,
+                    "stop, lower the learning rate, resume an earlier checkpoint: --from-step N",
+                )
+        return None
+
+    def _no_update(self, recent: Recent) -> Alert | None:
+        record = recent.last[-1]
+        mixed = record.get("groups/counted", 0) - record.get("groups/all_equal", 0)
+        if mixed <= 0:
+            return None
+        if number(record, "gradient_norm") == 0:
+            advice = "the model is beyond repair: go back to a checkpoint before, with a lower learning rate"
+            return Alert("no_update", BAD, f"gradient exactly 0, and rewards differ in {mixed} groups", advice)
+        if number(record, "learning_rate") == 0:
+            advice = "raise optimizer.learning_rate, or give the schedule as many steps as the run has"
+            return Alert("no_update", BAD, "learning rate 0: the step changed no parameter", advice)
+        return None
