@@ -290,3 +290,12 @@ def test_defaults_in_the_docs_are_those_of_the_settings():
     assert len(rows) == 4
     for section, field, value in rows:
         assert getattr(getattr(Config(), section), field) == float(value), (section, field)
+
+
+@pytest.mark.core
+def test_api_pages_list_every_public_name():
+    import gvpo
+
+    pages = PAGES["api.md"] + PAGES["api_training.md"]
+    listed = {name for names in re.findall(r"members: \[(.*)\]", pages) for name in names.split(", ")}
+    assert listed == {*gvpo.__all__, "preview"} - {"__version__"}
