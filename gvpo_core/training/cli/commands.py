@@ -1,4 +1,4 @@
-"""The command line: gvpo train, collect, eval, export, report, doctor."""
+"""The command line: gvpo init, train, collect, eval, export, report, doctor."""
 
 import argparse
 import logging
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _USAGE = """usage: gvpo COMMAND ...
 
+  gvpo init [FOLDER] [--model NAME]             write a config, a reward and rows that run at once
   gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
   gvpo train CONFIG --from-step N ...           go back to the checkpoint of step N, and train from there
   gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
@@ -46,6 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str]) -> int:
     commands = {
+        "init": _init,
         "train": _train,
         "collect": _collect,
         "eval": _eval,
@@ -90,6 +92,12 @@ def _failed(error: Exception, secrets: set[str]) -> int:
 def _expected(error: Exception) -> bool:
     """Errors of ours, which say all that is to say; others keep their traceback."""
     return type(error).__module__.startswith("gvpo_") or isinstance(error, FloatingPointError)
+
+
+def _init(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.cli.init import init
+
+    return init(arguments)
 
 
 def _train(arguments: list[str], secrets: set[str]) -> int:
