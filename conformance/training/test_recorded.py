@@ -279,3 +279,63 @@ def test_every_key_of_a_recorded_run_is_documented(tmp_path):
     run(config_of(tmp_path), groups(), evaluation_rows=groups((2, 2)))
     for kind in ("train", "eval"):
         assert undocumented(records(tmp_path, kind)[0]) == []
+
+
+def test_what_the_data_holds_is_no_alert(tmp_path):
+    """Rewards that fall from row to row, groups whose rewards are equal, cut responses: the policy drew none of it."""
+    rows = [
+        {"prompt": "p0", "responses": ["a", "b"], "rewards": [40.0 - i, 40.0 - i], "finished": [False, False]}
+        for i in range(40)
+    ]
+    rows[0]["rewards"] = [0.0, 90.0]
+    run(config_of(tmp_path, data={"shuffle": False}, rollout={"prompts": 1}, run={"steps": 40}), rows)
+    told = records(tmp_path)
+    assert told[-1]["groups/all_equal"] == 1 and told[-1]["truncated"] == 1 and "reward/trend" not in told[-1]
+    assert {alert["key"] for r in told for alert in r["alerts"]} <= {"gradient"}
+
+
+def test_lengths_beyond_the_limits_are_refused_or_counted(tmp_path, capsys):
+    rows = [
+        *groups(),
+        {"prompt": "p0", "responses": ["a", "b", "c"], "rewards": [1, 0, 0.5], "finished": [False, True, False]},
+    ]
+    config = config_of(tmp_path / "a", rollout={"max_tokens": 1}, run={"steps": 2})
+    with pytest.raises(DataError, match=r"train_rows row 0, response 0 has 2 tokens, more than rollout.max_tokens = 1"):
+        run(config, rows)
+    dropping = replace(config, data=replace(config.data, too_long="drop"))
+    run(dropping, rows)
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "1 groups of 2 responses" in said and "6 groups skipped" in said and "20 responses dropped as too long" in said
+    )
+    kept = [json.loads(line) for line in (tmp_path / "a" / "completions.jsonl").read_text().splitlines()]
+    assert {(r["response"], r["finished"]) for r in kept} == {("a", False), ("c", False)}
+
+    class Short(TablePolicy):
+        def describe(self):
+            return replace(super().describe(), context=2)
+
+    short = config_of(tmp_path / "b")
+    with pytest.raises(DataError, match="more than the 1 that the prompt leaves of the model's 2 positions"):
+        run(short, rows, Short(table(REFERENCE), short.optimizer))
+
+
+def test_a_token_id_that_the_model_lacks_is_named(tmp_path):
+    rows = [{"prompt": "p0", "responses": [[1, 0], [77, 0]], "rewards": [1, 0]}]
+
+    class Small(TablePolicy):
+        def describe(self):
+            return replace(super().describe(), vocabulary=6)
+
+    config = config_of(tmp_path)
+    with pytest.raises(DataError, match=r"row 0, response 1 holds 77, which is no token id of the model"):
+        run(config, rows, Small(table(REFERENCE), config.optimizer))
+    with pytest.raises(DataError, match="row 0, response 1 cannot be used: the table has no response 'zzz'"):
+        run(config, [{"prompt": "p0", "responses": ["a", "zzz"], "rewards": [1, 0]}])
+
+
+def test_data_without_a_pair_of_scores_is_refused(tmp_path):
+    rows = [{"prompt": "p0", "responses": ["a", "b"], "rewards": [1, None]}]
+    with pytest.raises(DataError, match=r"none of its 1 groups has 2 scored responses, which objective\.name = 'gvpo'"):
+        run(config_of(tmp_path), rows)
+    run(config_of(tmp_path, objective={"name": "reject_sampling"}, run={"steps": 1}), rows)

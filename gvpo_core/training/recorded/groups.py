@@ -92,12 +92,14 @@ def encode_groups(
     rows = [{column: row.prompt, **{k: v for k, v in row.columns.items() if k != column}} for row in recorded.rows]
     wheres = [row.where for row in recorded.rows]
     prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres)
+    facts = policy.describe()
+    limits = facts.vocabulary or math.inf, facts.context or math.inf
     groups: list[Group] = []
     kept: list[int] = []
     dropped = 0
     for place in range(len(prompts)):
         row = recorded.rows[prompts.row(place)]
-        group, too_long = _group(policy, prompts, place, row, config)
+        group, too_long = _group(policy, prompts, place, row, config, *limits)
         dropped += too_long
         if len(group.scored) >= smallest or (recorded.in_order and group.responses):
             groups.append(group)
@@ -118,15 +120,21 @@ def encode_groups(
     return Groups(chosen, groups, recorded, len(prompts) - len(kept), dropped)
 
 
-def _group(policy: Policy, prompts: Prompts, place: int, row: RecordedRow, config: Config) -> tuple[Group, int]:
+def _group(
+    policy: Policy,
+    prompts: Prompts,
+    place: int,
+    row: RecordedRow,
+    config: Config,
+    vocabulary: float,
+    context: float,
+) -> tuple[Group, int]:
     """The group of one row, and how many of its responses were dropped as too long."""
-    facts = policy.describe()
-    vocabulary, context = facts.vocabulary or math.inf, facts.context or math.inf
     asked = prompts.tokens[place]
     for j, response in enumerate(row.responses):
         if isinstance(response, str):
             encodable(response, f"{row.where}, response {j}")
-        elif any(isinstance(i, bool) or not isinstance(i, int) or not 0 <= i < vocabulary for i in response):
+        elif any(_no_id(i, vocabulary) for i in response):
             raise DataError(
                 f"{row.where}, response {j} holds {next(i for i in response if _no_id(i, vocabulary))!r}, which is no"
                 f" token id of the model (0 to {vocabulary - 1})"
@@ -143,7 +151,7 @@ def _group(policy: Policy, prompts: Prompts, place: int, row: RecordedRow, confi
         elif config.data.too_long == "error":
             of = f"rollout.max_tokens = {config.rollout.max_tokens}"
             if limit < config.rollout.max_tokens:
-                of = f"the {limit} that the prompt leaves of the model's {context} positions"
+                of = f"the {limit} that the prompt leaves of the model's {context:.0f} positions"
             raise DataError(
                 f"{row.where}, response {j} has {count} tokens, more than {of}; raise rollout.max_tokens where the"
                 " model has room, or leave such responses out with data.too_long = 'drop'"

@@ -46,6 +46,8 @@ ALERTS = {
 that stays is BAD after three steps (kl, gradient), and is the usual after ten."""
 MACHINE = frozenset({"throughput", "memory"})
 """Keys of alerts about the machine, which two equal runs need not share."""
+OF_DRAWN = frozenset({"dead_groups", "truncation", "length", "unscored", "reward"})
+"""Keys of alerts about what the policy draws; recorded responses raise none of them."""
 
 
 def failed(step: int, error: Exception) -> Alert:
@@ -90,7 +92,7 @@ class Alerts:
         verdict = self.update(record)
         training = verdict_of(a for a in verdict.reasons if a.key not in MACHINE)
         machine = verdict_of(a for a in verdict.reasons if a.key in MACHINE)
-        trend = {"reward/trend": now - mean(before)} if before and math.isfinite(now) else {}
+        trend = {"reward/trend": now - mean(before)} if before and math.isfinite(now) and _drawn(record) else {}
         return trend | {
             "verdict": training.level,
             "alerts": [a._asdict() for a in training.reasons],
@@ -105,4 +107,10 @@ class Alerts:
           record: a train record of metrics.jsonl, or of what will be one: null and NaN are the same.
         """
         self._recent.add(record)
-        return verdict_of(alert for checks in self._checks for alert in checks.alerts(self._recent))
+        found = [alert for checks in self._checks for alert in checks.alerts(self._recent)]
+        return verdict_of(a for a in found if a.key not in OF_DRAWN or _drawn(record))
+
+
+def _drawn(record: Record) -> bool:
+    """Whether the step's responses were drawn for it, and not recorded."""
+    return record.get("tokens/sampled") != 0
