@@ -67,7 +67,9 @@ def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None
 
 @nox.session
 def checks(session: nox.Session) -> None:
-    """Format and lint with ruff, strict mypy over gvpo_core, and the built wheel seen from outside the repository.
+    """Format and lint with ruff, strict mypy over all packages, and the built wheel seen from outside the repository.
+
+    A framework is not installed here and is Any to mypy; own types are checked.
 
     nox -s checks
     """

@@ -24,6 +24,11 @@ class Group:
     def __len__(self) -> int:
         return len(self.responses)
 
+    def reference(self, response: int) -> float:
+        """The reference's log-prob of a response; `iterate_batches` refuses groups without it."""
+        assert self.ref_logprobs is not None
+        return self.ref_logprobs[response]
+
 
 def load_groups(
     source: str | Path | Iterable[Row], tokenizer: Any, *, max_seq_length: int = 2048, name: str = "train"

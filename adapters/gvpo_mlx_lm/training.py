@@ -189,7 +189,7 @@ class GVPO:
         own = self._score([(groups[row.group].prompt, groups[row.group].responses[row.response]) for row in mine])
         logprobs[[places[row] for row in mine]] = own
         logprobs = np.array(mx.distributed.all_sum(mx.array(logprobs), group=world), dtype=np.float64)
-        ref = np.array([groups[row.group].ref_logprobs[row.response] for row in everything])
+        ref = np.array([groups[row.group].reference(row.response) for row in everything])
         rewards = np.array([groups[row.group].rewards[row.response] for row in everything])
         ids = np.array([row.group for row in everything])
         c = gvpo_coefficients(logprobs, ref, rewards, ids, beta=self.beta)
@@ -260,7 +260,7 @@ class GVPO:
         return (
             ids,
             lengths,
-            mx.array([group.ref_logprobs[i] for group, i in of]),
+            mx.array([group.reference(i) for group, i in of]),
             mx.array(rewards),
             mx.array(np.unique([row.group for row in part], return_inverse=True)[1].astype(np.int32)),
             mx.array(share),

@@ -38,6 +38,9 @@ class GVPOTrainer(GRPOTrainer):
     Raises: TypeError, ValueError, RuntimeError: a configuration or model that it cannot be exact with.
     """
 
+    beta: float  # the host's
+    _buffered_inputs: Any
+
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 - as in the host
     _name = "GVPO"
     _paper = {  # noqa: RUF012

@@ -67,6 +67,7 @@ def gvpo_policy_loss(
         "gvpo/covariance": parts.covariance,
         "gvpo/groups": parts.counted_groups,
     }
+    assert train_example.share is not None, "made by gvpo_tunix's learner"
     share = train_example.share.mean()
     return share * (parts.loss + surrogate - jax.lax.stop_gradient(surrogate)), aux
 

@@ -52,11 +52,12 @@ class GVPOWorker(TrainingWorker):
         rewards[_sums(mask, mask) == 0] = np.nan  # padding, and responses that verl masks whole, leave their group
         uids = [str(uid) for uid in tu.get(data, "uid")]
         group = self.engine.get_data_parallel_group()
-        rank, parts = self.engine.get_data_parallel_rank(), [None] * self.engine.get_data_parallel_size()
+        rank = self.engine.get_data_parallel_rank()
+        parts: list[Any] = [None] * self.engine.get_data_parallel_size()
         torch.distributed.all_gather_object(parts, (uids, logprobs, ref, rewards), group=group)
         ids, num_groups = dense_group_ids(uid for part in parts for uid in part[0])
-        rows = [np.concatenate([part[i] for part in parts]) for i in (1, 2, 3)]
-        coefficients = gvpo_coefficients(*rows, ids, beta=beta, num_groups=num_groups)
+        logprobs, ref, rewards = (np.concatenate([part[i] for part in parts]) for i in (1, 2, 3))
+        coefficients = gvpo_coefficients(logprobs, ref, rewards, ids, beta=beta, num_groups=num_groups)
         if not np.isfinite(coefficients).all():
             raise FloatingPointError("log-probabilities or scores of this mini-batch are not finite: no step was taken")
         start = sum(len(part[0]) for part in parts[:rank])
@@ -65,7 +66,7 @@ class GVPOWorker(TrainingWorker):
         per_row = (own * tu.get(data, "global_batch_size")).to(mask.values().device)
         per_token = per_row.repeat_interleave(mask.offsets().diff())
         data["advantages"] = torch.nested.nested_tensor_from_jagged(per_token, mask.offsets())
-        return _metrics(rows, ids, num_groups, beta)
+        return _metrics(logprobs, ref, rewards, ids, num_groups, beta)
 
     def _score(self, data: TensorDict) -> torch.Tensor:
         """(B, T) nested token log-probabilities of the responses, by the same passes as the step's."""
@@ -91,9 +92,10 @@ def _sums(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
     return torch.zeros(values.size(0), dtype=torch.float64).index_add(0, rows, kept).numpy()
 
 
-def _metrics(rows: list[np.ndarray], ids: np.ndarray, num_groups: int, beta: float) -> dict[str, float]:
-    logprobs, ref, rewards = rows
-    parts = gvpo_loss(*rows, ids, beta=beta, num_groups=num_groups)
+def _metrics(
+    logprobs: np.ndarray, ref: np.ndarray, rewards: np.ndarray, ids: np.ndarray, num_groups: int, beta: float
+) -> dict[str, float]:
+    parts = gvpo_loss(logprobs, ref, rewards, ids, beta=beta, num_groups=num_groups)
     scored = ~np.isnan(rewards)
     found = {
         "loss": parts.loss,
@@ -104,6 +106,6 @@ def _metrics(rows: list[np.ndarray], ids: np.ndarray, num_groups: int, beta: flo
         "groups/dropped": len(set(ids[scored].tolist())) - parts.counted_groups,
     }
     if beta and scored.any():
-        regret = gvpo_regret(*rows, ids, beta=beta, num_groups=num_groups)
+        regret = gvpo_regret(logprobs, ref, rewards, ids, beta=beta, num_groups=num_groups)
         found |= {"kl": (logprobs - ref)[scored].mean(), "regret": regret.second_order, "regret/series": regret.series}
     return {f"gvpo/{name}": float(value) for name, value in found.items()}

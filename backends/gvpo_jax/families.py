@@ -275,7 +275,7 @@ def _shared(config: Mapping[str, Any], i: int, layer: Layer, types: list[str]) -
     """Gemma 4's layers: the last ones read keys and values of the last layer of their type that has its own."""
     first = config["num_hidden_layers"] - int(config.get("num_kv_shared_layers") or 0)
     full = types[i] == "full_attention"
-    settings = {"values": not (config.get("attention_k_eq_v") and full)}
+    settings: dict[str, Any] = {"values": not (config.get("attention_k_eq_v") and full)}
     if i >= first:
         own = [j for j in range(first) if types[j] == types[i]]
         if not own:

@@ -73,7 +73,7 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedShar
     if len(shape) < 2 or ("*" in name and len(shape) < 3):
         return replicated(mesh)
     inwards = any(part in name for part in ("o_proj", "down_proj"))
-    wanted = ["fsdp", "tensor"] if inwards else ["tensor", "fsdp"]
+    wanted: list[str | None] = ["fsdp", "tensor"] if inwards else ["tensor", "fsdp"]
     if name.endswith("lora_A"):
         wanted[0] = None
     if name.endswith("lora_B"):
@@ -111,7 +111,7 @@ def local(array: jax.Array, axis: int = 0) -> np.ndarray:
     """This process's rows of an array that is sharded along `axis` over data and fsdp."""
     if array.is_fully_addressable:
         return np.asarray(array)
-    parts = {}
+    parts: dict[int, Any] = {}
     for shard in array.addressable_shards:
         parts.setdefault(shard.index[axis].start or 0, shard.data)  # the same rows lie once a tensor part
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)

@@ -355,7 +355,8 @@ def weighted(spec: Spec, q: Array, sources: list[tuple[Array, Array, Array]]) ->
         found = product("bqkgd,bskd->bkgqs", grouped, k, wide=jnp.float32) * spec.attention_scale
         scores.append(jnp.where(sees[:, None, None], capped(found, spec.attention_cap), -jnp.inf))
     shares = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(q.dtype)
-    mixed, start = None, 0
+    mixed: Any = None
+    start = 0
     for _, v, sees in sources:
         part = shares[..., start : start + sees.shape[-1]]
         start += sees.shape[-1]

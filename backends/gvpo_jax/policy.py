@@ -104,7 +104,8 @@ class JaxPolicy(LanguageModelPolicy):
         )
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        parameters, adapters = self.learner.parameters, self.learner.adapters
+        parameters: Any = self.learner.parameters
+        adapters = self.learner.adapters
         if reference and self.config.lora_rank:
             adapters = {}
         elif reference:

@@ -62,7 +62,7 @@ def _rope(
         return Rope(_floats(plain), limit=int(positions))  # type: ignore[arg-type]
     if name == "linear":
         return Rope(_floats(plain / rope["factor"]))
-    original = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
+    original: Any = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     original = original or positions
     if name == "llama3":  # long waves are slowed down by `factor`, short ones kept, those between blended
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]

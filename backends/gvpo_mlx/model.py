@@ -31,7 +31,7 @@ class Scorer:
         lm, config = loaded.lm, loaded.config
         self.lm, self.loaded, self.config, self.dtype = lm, loaded, config, dtype
         self.language = language_model(lm)
-        self.decoder = getattr(self.language, "model", None)
+        self.decoder: Any = getattr(self.language, "model", None)
         if self.decoder is None or not hasattr(lm, "layers"):
             raise ConfigError(f"{self.name} of mlx-lm has no decoder `model` with `layers`, which is not supported")
         self.names = [name for name, _ in tree_flatten(lm.trainable_parameters())]
@@ -39,7 +39,7 @@ class Scorer:
         self.trains_head = bool(tree_flatten(self.head.trainable_parameters()))
         scale = config.get("logit_scale") or 1.0
         scale /= config.get("logits_scaling") or 1.0
-        self.head_options = {"softcap": config.get("final_logit_softcapping"), "scale": float(scale)}
+        self.head_options: dict[str, Any] = {"softcap": config.get("final_logit_softcapping"), "scale": float(scale)}
         self.window = loaded.window
 
     @property

@@ -99,7 +99,8 @@ class MLXPolicy(LanguageModelPolicy):
             )
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        passes, switched = self._passes, contextlib.nullcontext()
+        passes = self._passes
+        switched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if reference and self.scorer.adapted:
             switched = self._without_adapters()
         if reference:

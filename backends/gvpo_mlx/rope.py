@@ -37,7 +37,7 @@ def settings_for(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
       config: config.json, with transformers' defaults filled in where it knows the model.
     Raises: ConfigError: settings that mlx-lm computes otherwise or that this architecture cannot be given.
     """
-    nested = config.get("rope_parameters")
+    nested: Any = config.get("rope_parameters")
     by_layer = isinstance(nested, Mapping) and nested and all(isinstance(v, Mapping) for v in nested.values())
     if by_layer and "rope_parameters" in known:
         return {}

@@ -44,7 +44,8 @@ class Origin:
 
     def __init__(self, lm: nn.Module, folder: Path) -> None:
         """lm: as `load_model` made it, before anything else changed it."""
-        self._fresh = functools.partial(type(lm), lm.args)
+        make: Any = type(lm)
+        self._fresh = functools.partial(make, lm.args)
         self._files = weight_files.tensors(folder)
         paths = {tensor.path for tensor in self._files.values()}
         formats = {mx.load(str(path), return_metadata=True)[1].get("format") for path in paths}

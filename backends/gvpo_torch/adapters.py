@@ -7,6 +7,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -90,12 +91,13 @@ def _unfit(lm: nn.Module) -> dict[str, str]:
         if not isinstance(module, nn.Linear) or id(module) not in text:
             continue
         parent, _, own = name.rpartition(".")
+        kind: Any = type(modules[parent])
         if not _is_linear(module):
             found[name] = f"{type(module).__name__} is a router, or computes something else than x W^T"
         elif users[id(module.weight)] > 1:
             found[name] = f"{own} shares its weight with another layer"
-        elif re.search(rf"\bself\.{own}\.weight(?!\.dtype|\.device)", _source(type(modules[parent]))):
-            found[name] = f"{type(modules[parent]).__name__} uses the weight of {own} outside of it"
+        elif re.search(rf"\bself\.{own}\.weight(?!\.dtype|\.device)", _source(kind)):
+            found[name] = f"{kind.__name__} uses the weight of {own} outside of it"
     return found
 
 
@@ -111,7 +113,7 @@ def _is_linear(module: nn.Linear) -> bool:
 
 
 @functools.cache
-def _source(kind: type) -> str:
+def _source(kind: Any) -> str:
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -135,7 +135,7 @@ def _decoded(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndar
     end = next(token for token in range(10**9) if not any(token in response[:-1] for response in batch.responses))
     found: list[list[float]] = [[] for _ in batch.responses]
 
-    def choose(logits: Tensor, rows: list[tuple[int, int]], t: int) -> np.ndarray:
+    def choose(logits: Tensor, rows: Sequence[tuple[int, int]], t: int) -> np.ndarray:
         logprobs = logits.float().log_softmax(-1).cpu().numpy()
         chosen = []
         for line, (prompt, number) in enumerate(rows):
@@ -176,7 +176,7 @@ def _tolerance(scorer: Scorer) -> tuple[float, float]:
 
 def _by_response(scorer: Scorer, batch: Batch, packed: bool, device: torch.device) -> list[np.ndarray]:
     splitting = layout.Splitting(packed, 1 << 30, 0, 0, scorer.rope)
-    found = {}
+    found: dict[int, np.ndarray] = {}
     for rows in splitting.rows(batch):
         arrays = layout.arrays(batch, rows)
         values = score(scorer, arrays, device).detach().cpu().numpy()

@@ -141,13 +141,13 @@ def _decode(
     for t in range(sampling.max_tokens):
         if t % UNIFORMS_AHEAD == 0:
             stop = min(t + UNIFORMS_AHEAD, sampling.max_tokens)
-            numbers = uniforms([seeds[rows[r][0]][rows[r][1]] for r in held], t, stop)
+            numbers = uniforms([seeds[rows[r][0]][rows[r][1]] for r in held.tolist()], t, stop)
         if choose is None:
             tokens = pick(logits, numbers[:, t % UNIFORMS_AHEAD], sampling)
         else:
-            tokens = choose(logits, [rows[r] for r in held], t)
-        for line in np.flatnonzero(~ended):
-            row = held[line]
+            tokens = choose(logits, [rows[r] for r in held.tolist()], t)
+        for line in np.flatnonzero(~ended).tolist():
+            row = int(held[line])
             drawn[row].append(int(tokens[line]))
             if int(tokens[line]) in end:
                 finished[row] = ended[line] = True
@@ -165,7 +165,7 @@ def _decode(
         mask_on = None if mask_on is None else torch.cat([mask_on, mask_on.new_ones(len(held), 1)], dim=1)
         if afresh:  # the cached keys were turned by other frequencies; here all rows are as long
             cache = new_cache(scorer.decoder, scorer.config)
-            ids = np.asarray([[*prompts[rows[r][0]], *drawn[r]] for r in held], dtype=np.int64)
+            ids = np.asarray([[*prompts[rows[r][0]], *drawn[r]] for r in held.tolist()], dtype=np.int64)
             positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
             logits = forward(put(ids), put(positions.copy()), mask=mask_on, cache=cache)
         else:

@@ -41,7 +41,7 @@ def peak(device: torch.device) -> int:
     return peak_memory()
 
 
-def shape(scorer: Scorer) -> dict[str, int] | None:
+def shape(scorer: Scorer) -> dict[str, Any] | None:
     """The model's sizes under the names of `MemoryFacts`; None where its configuration has other names.
 
     Of layers of different sizes the largest counts.

@@ -105,7 +105,8 @@ class TorchPolicy(LanguageModelPolicy):
             )
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        scorer, switched = self.scorer, contextlib.nullcontext()
+        scorer: Any = self.scorer
+        switched: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
         if reference and self.scorer.adapted:
             switched = self.scorer.lm.disable_adapter()
         elif reference:
