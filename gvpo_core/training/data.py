@@ -15,6 +15,7 @@ from gvpo_core.training.rows import DataError, Row, load_rows
 
 __all__ = [
     "DataError",
+    "NothingLeft",
     "Prompts",
     "Row",
     "column_names",
@@ -27,6 +28,10 @@ __all__ = [
 ]
 
 _GIVEN = "given in Python"
+
+
+class NothingLeft(DataError):
+    """Data of which every row leaves: too long, or without the scores that are needed."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +142,7 @@ def encode_prompts(
         kept.append(i)
         columns.append({key: value for key, value in row.items() if key != config.prompt})
     if not prompts:
-        raise DataError(
+        raise NothingLeft(
             f"{name}: all {len(rows)} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens}"
         )
     return Prompts(prompts, tokens, columns, len(rows) - len(prompts), kept)

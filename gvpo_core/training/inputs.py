@@ -23,14 +23,19 @@ from gvpo_core.training.recorded import (
     Groups,
     Recorded,
     ReferenceScores,
+    Stream,
+    StreamedGroups,
     encode_groups,
     recorded_evaluation,
     recorded_training,
     reference_file,
+    stream_of,
 )
+from gvpo_core.training.recorded.shapes import WHOLE
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
+from gvpo_core.training.rows import DataError, unbounded
 from gvpo_core.training.sources import Recorded as RecordedSource
-from gvpo_core.training.sources import Sampled, Source
+from gvpo_core.training.sources import Sampled, Source, Streamed
 from gvpo_core.training.terminal.output import open_standard_descriptors
 
 
@@ -60,6 +65,7 @@ class Inputs:
         self.held_out_rows: list[Row] = []  # of data.evaluation
         self.recorded: Recorded | None = None  # the training rows, where they hold responses to train on
         self.held_out_recorded: Recorded | None = None
+        self.stream: Stream | None = None  # the training rows, where they are too many to hold: `rows` are the first
         self.rewards: list[Reward] = []
         self.reward_log = RewardLog(config.rewards)
         self.errors: list[ValueError] = []  # what could not be opened, in order
@@ -88,7 +94,9 @@ class Inputs:
         if scoring:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
         if training:
-            self._attempt("rows", lambda: training_rows(self.config, train_rows))
+            self.stream = stream_of(train_rows, "train_rows", self.config.data.buffer)
+            head = self.stream.head if self.stream else None
+            self._attempt("rows", lambda: head or training_rows(self.config, train_rows))
             self._check(lambda: check_objective(self.config))
         self._attempt("held_out_rows", lambda: held_out_rows(self.config, evaluation_rows))
         if self.rows:
@@ -97,6 +105,9 @@ class Inputs:
         if self.held_out_rows:
             name = "data.evaluation" if evaluation_rows is None else "evaluation_rows"
             self._attempt("held_out_recorded", lambda: recorded_evaluation(self.config, self.held_out_rows, name))
+        if self.stream is not None and (self.recorded is None or self.recorded.shape in WHOLE):
+            what = f"{self.stream.name} is a stream, perhaps endless, and not of whole recorded groups"
+            self.errors.append(DataError(unbounded(what, self.config.data.buffer)))
         if self.rows and not self.recorded:
             self._check_columns(self.rows, "the training data")
         if self.held_out_rows:
@@ -136,8 +147,12 @@ class Inputs:
                 "a sampler is given, and the training data holds recorded responses: leave the sampler out, or set"
                 " rollout.source = 'sampled'"
             )
-        groups = encode_groups(policy, self.recorded, config, smallest=find_objective(config.objective).smallest)
-        return RecordedSource(config, groups, self._reference(policy, config.run.folder if cached else None))
+        smallest = find_objective(config.objective).smallest
+        groups = encode_groups(policy, self.recorded, config, smallest=smallest)
+        reference = self._reference(policy, config.run.folder if cached else None)
+        if self.stream is not None:
+            return Streamed(config, groups, reference, StreamedGroups(self.stream, self.recorded, config, smallest))
+        return RecordedSource(config, groups, reference)
 
     def held_out(self, policy: Policy, *, folder: str | None = None) -> HeldOut | None:
         """What an evaluation uses of the held-out rows, encoded; None without held-out rows.

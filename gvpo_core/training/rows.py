@@ -77,11 +77,16 @@ def _given(source: Any, name: str, split: str = "") -> list[Any]:
         raise DataError(f"{name} is a {kind}; expected a path, or rows: a list of mappings") from e
     found = list(islice(rows, _LONGEST_STREAM + 1))
     if len(found) > _LONGEST_STREAM:
-        raise DataError(
-            f"{name} is a {kind} of unknown length, perhaps endless: it gave more than {_LONGEST_STREAM:,} rows; give"
-            " the rows to train on, as list(rows), or list(itertools.islice(rows, 50000)) of an endless one"
-        )
+        raise DataError(unbounded(f"{name} is a {kind} of unknown length, perhaps endless", _LONGEST_STREAM))
     return found
+
+
+def unbounded(what: str, rows: int) -> str:
+    """What is wrong with a stream that has more rows than are held, and what to do."""
+    return (
+        f"{what}: it gave more than {rows:,} rows; give the rows to train on, as list(rows), or"
+        " list(itertools.islice(rows, 50000)) of an endless one"
+    )
 
 
 def _split_of(splits: Mapping[str, Any], split: str, what: str) -> Any:

@@ -22,6 +22,7 @@ _AT_MOST = {
     "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
     "evaluation.prompts": 2**24, "objective.length_exponent": 8, "data.reference_cache_size": 2**24,
+    "data.buffer": 2**30,
 }  # fmt: skip
 
 
@@ -44,7 +45,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
 
     for name in (
         "run.steps", "rollout.prompts", "rollout.responses", "rollout.max_tokens", "data.max_prompt_tokens",
-        "objective.epochs", "objective.minibatches", "optimizer.micro_batch_tokens", "evaluation.responses",
+        "data.buffer", "objective.epochs",
+        "objective.minibatches", "optimizer.micro_batch_tokens", "evaluation.responses",
         "run.keep_checkpoints",
     ):  # fmt: skip
         need(_get(c, name) >= 1, name, "at least 1")

@@ -96,6 +96,8 @@ class DataConfig:
     """What to do with a longer prompt, or with a recorded response beyond rollout.max_tokens."""
     shuffle: bool = True
     """A new order of the prompts every epoch, from the run's seed."""
+    buffer: int = 20_000
+    """Rows of a stream (train_rows without a length) that are held at a time; shuffling happens among them."""
     reference_cache: str = ""
     """Folder of the reference's scores of recorded responses, shared by runs. Empty: the run folder."""
     reference_cache_size: int = 256

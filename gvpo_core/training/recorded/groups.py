@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.data import Prompts, encodable, encode_prompts
+from gvpo_core.training.data import NothingLeft, Prompts, encodable, encode_prompts
 from gvpo_core.training.policy import Policy, Response, ResponseError, Tokens
 from gvpo_core.training.recorded.rows import Recorded, RecordedRow
 from gvpo_core.training.rows import DataError
@@ -106,7 +106,7 @@ def encode_groups(
             kept.append(place)
     if not any(len(group.scored) >= smallest for group in groups):
         needed = "a scored response" if smallest == 1 else f"{smallest} scored responses"
-        raise DataError(
+        raise NothingLeft(
             f"{name}: none of its {len(recorded)} groups has {needed}, which objective.name ="
             f" {config.objective.name!r} needs" + (f"; {dropped} responses were dropped as too long" if dropped else "")
         )
@@ -118,6 +118,17 @@ def encode_groups(
         rows=[recorded.rows[prompts.row(i)].row for i in kept],
     )
     return Groups(chosen, groups, recorded, len(prompts) - len(kept), dropped)
+
+
+def joined(parts: Sequence[Groups], recorded: Recorded) -> Groups:
+    """The groups of several parts."""
+    prompts = Prompts(
+        [prompt for part in parts for prompt in part.prompts.prompts],
+        [tokens for part in parts for tokens in part.prompts.tokens],
+        [columns for part in parts for columns in part.prompts.columns],
+        rows=[part.prompts.row(i) for part in parts for i in range(len(part))],
+    )
+    return Groups(prompts, [group for part in parts for group in part.groups], recorded)
 
 
 def _group(

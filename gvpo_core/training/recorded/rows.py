@@ -41,29 +41,39 @@ class Recorded:
         return len(self.rows)
 
 
-def recorded_rows(rows: Sequence[Row], shape: Shape, name: str = "data.train", *, prompt: str = "prompt") -> Recorded:
+def recorded_rows(
+    rows: Sequence[Row],
+    shape: Shape,
+    name: str = "data.train",
+    *,
+    prompt: str = "prompt",
+    first: int = 0,
+    columns: Sequence[str] = (),
+) -> Recorded:
     """The rows as prompts with responses and rewards.
 
     Args:
       shape: of the rows; see `shape_of`.
       name: of the data, for messages.
       prompt: column of the prompt.
+      first: number of the first row.
+      columns: of all rows, where these are some of them.
     Raises: DataError: a value that cannot be used, with its row and column, or a row of another kind than the others.
     """
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, first):
         missing = [column for column in shape.needs if column not in row or (row[column] is None and shape is not RUN)]
         if missing and not (shape is RUN and row.get("kind") not in (None, "train")):
             raise DataError(
                 f"{name} row {i} has no value in the column {missing[0]!r}, and other rows have recorded responses"
                 f" ({shape.said}); expected all rows with responses, or none: split the data"
             )
-    columns = column_names(rows)
+    columns = columns or column_names(rows)
     if shape is RUN:
         return _of_run(rows, name)
     if shape is LABELS:
         return Recorded(shape, "label: 1 or 0", _labelled(rows, name, prompt))
     scores, made = "", []
-    for i, row in enumerate(rows):
+    for i, row in enumerate(rows, first):
         scores, one = _one(row, shape, columns, f"{name} row {i}", prompt, i)
         made.append(one)
     in_order = shape is GROUPS and {"kind", "step", "group"} <= {*columns}

@@ -29,6 +29,7 @@ SCORES = (  # columns of the scores of chosen and rejected
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+WHOLE = (RUN, LABELS)  # a group is made of several rows: all of them must be held
 UNSCORED = (DEMONSTRATIONS, COMPLETION)  # only the objective sft reads them
 
 

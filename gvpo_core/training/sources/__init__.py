@@ -5,10 +5,10 @@ from typing import Protocol
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rollout import Rollout
-from gvpo_core.training.sources.recorded import Recorded, recorded_rollout
+from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rollout
 from gvpo_core.training.sources.sampled import Sampled
 
-__all__ = ["Recorded", "Sampled", "Source", "recorded_rollout"]
+__all__ = ["Recorded", "Sampled", "Source", "Streamed", "recorded_rollout"]
 
 
 class Source(Protocol):

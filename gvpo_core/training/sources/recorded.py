@@ -10,7 +10,7 @@ import numpy as np
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy
-from gvpo_core.training.recorded import Group, Groups, ReferenceScores
+from gvpo_core.training.recorded import Group, Groups, ReferenceScores, StreamedGroups
 from gvpo_core.training.rollout import Rollout, odd_ids, plain_prompt
 
 
@@ -42,6 +42,25 @@ class Recorded:
         size, seed = size or self.config.rollout.prompts, self.config.run.seed
         rows = self.recorded.batch(step - 1, size, seed=seed, shuffle=self.config.data.shuffle)
         return recorded_rollout(policy, self.recorded, rows, self.reference)
+
+
+@dataclass(frozen=True)
+class Streamed(Recorded):
+    """The next groups of a stream; `recorded` are the first ones, which stand for all in the header."""
+
+    stream: StreamedGroups
+
+    def said(self) -> dict[str, str]:
+        """For the header; see `Recorded`."""
+        held = self.config.data.buffer
+        told = super().said()
+        return told | {"source": f"a stream, at most {held:,} rows held; at its beginning {told['source']}"}
+
+    def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
+        """`rollout.prompts` groups with all their responses."""
+        size = size or self.config.rollout.prompts
+        found = self.stream.at(policy, (step - 1) * size, size)
+        return recorded_rollout(policy, found, range(size), self.reference)
 
 
 def recorded_rollout(
