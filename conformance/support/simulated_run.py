@@ -141,7 +141,8 @@ def completions(kind, step, groups, a, b, y, m, reward, tokens, hostile):
             "response": texts[m[i]].format(a=a[i], b=b[i], y=y[i]) + hostile, "tokens": int(tokens[i]),
             "finished": bool(m[i] < 2), "reward": None if np.isnan(reward[i]) else float(reward[i]),
             "rewards": {"right": None if np.isnan(reward[i]) else float(reward[i])},
-        }
+        } | ({"columns": {"answer": int(a[i] + b[i]), "note": f"sum {hostile}"}} if i == 0 or groups[i] != groups[i - 1]
+             else {})
         for i in range(len(y))
     ]  # fmt: skip
 

@@ -110,6 +110,10 @@ tr:last-child td { border-bottom: 0; }
   font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace;
   white-space: pre-wrap; overflow-wrap: anywhere; margin: 0;
 }
+.columns { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 4px 0 10px; font-size: 12.5px; }
+.columns div { display: flex; gap: 6px; min-width: 0; }
+.columns dt { color: var(--soft); } .columns dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+.columns dd { font-weight: 600; }
 .score { font-size: 12.5px; color: var(--soft); margin: 0 0 3px; font-variant-numeric: tabular-nums; }
 .score b { color: var(--ink); } .score b.up { color: var(--good); } .score b.down { color: var(--bad); }
 details { background: var(--card); border: 1px solid var(--line); border-radius: 8px; margin-bottom: 8px; }
@@ -194,6 +198,14 @@ if (store) {
       const card = add(place, "div", "card");
       add(card, "p", "score", "group " + group.group + " \\u00b7 " + group.of + " responses");
       add(card, "div", "prompt text", group.prompt);
+      if (group.columns.length) {
+        const list = add(card, "dl", "columns");
+        for (const [name, value] of group.columns) {
+          const item = add(list, "div");
+          add(item, "dt", "", name);
+          add(item, "dd", "", value);
+        }
+      }
       const answers = add(card, "div", "answers");
       const differ = which.value === "ends" && rows.length > 1 && rows[0][0] !== rows[1][0];
       for (const [i, [reward, tokens, finished, text, parts]] of rows.entries()) {

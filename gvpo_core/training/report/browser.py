@@ -52,7 +52,8 @@ def _data(run: Run) -> list[dict[str, Any]]:
         size = 0
         for name, group in groups.items():
             shown = _group(name, group)
-            size += len(shown["prompt"]) + sum(len(r[3]) + 40 for r in shown["rows"])
+            size += len(shown["prompt"]) + sum(len(n) + len(v) for n, v in shown["columns"])
+            size += sum(len(r[3]) + 40 for r in shown["rows"])
             if kept and size > share:
                 break
             kept.append(shown)
@@ -72,8 +73,15 @@ def _group(name: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "group": _text(str(name)),
         "of": len(rows),
         "prompt": _text(rows[0]["prompt"]),
+        "columns": [(_text(name), _text(value)) for name, value in data_columns(rows)],
         "rows": list(map(_row, ordered)),
     }
+
+
+def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The columns of a group's prompt, (name, value) as text; the group's first response holds them."""
+    held: Mapping[str, Any] = next((row["columns"] for row in rows if isinstance(row.get("columns"), dict)), {})
+    return [(str(k), v if isinstance(v, str) else json.dumps(v)) for k, v in held.items()]
 
 
 def _row(row: Mapping[str, Any]) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.report.assets import SCRIPT, STYLE
-from gvpo_core.training.report.browser import browser
+from gvpo_core.training.report.browser import browser, data_columns
 from gvpo_core.training.report.changes import paired_rewards, prompt_rewards
 from gvpo_core.training.report.charts import Chart, figure
 from gvpo_core.training.report.history import Episode, episodes, verdict
@@ -135,7 +135,7 @@ def _before_after(run: Run) -> str:
         change = new.get(key, np.nan) - old.get(key, np.nan)
         mark = "up" if change > 0 else "down" if change < 0 else ""
         rows.append(
-            f'<tr><td><p class="text">{_text(key[1])}</p></td><td>{_response(before[key])}</td>'
+            f'<tr><td><p class="text">{_text(key[1])}</p>{_columns(before[key])}</td><td>{_response(before[key])}</td>'
             f"<td>{_response(after[key], mark)}</td></tr>"
         )
     return (
@@ -163,6 +163,11 @@ def _response(row: Mapping[str, Any], mark: str = "") -> str:
     facts += [] if row.get("finished", True) else ["cut"]
     score = f'<b class="{mark}">{_number(reward)}</b> <span>{_esc(" · ".join(facts))}</span>'
     return f'<p class="score">{score}</p><p class="text">{_text(row["response"])}</p>'
+
+
+def _columns(row: Mapping[str, Any]) -> str:
+    items = (f"<div><dt>{_esc(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in data_columns([row]))
+    return f'<dl class="columns">{"".join(items)}</dl>' if row.get("columns") else ""
 
 
 def _number(value: float) -> str:

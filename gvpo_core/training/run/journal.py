@@ -6,7 +6,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from gvpo_core import __version__
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
+from gvpo_core.training.data import Prompts
 from gvpo_core.training.files.records import records
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.inputs import HeldOut, Inputs
@@ -35,6 +36,7 @@ from gvpo_core.training.run.checkpoint import (
     steps_saved,
     unreadable,
 )
+from gvpo_core.training.run.data_columns import with_columns
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.resume import resume_command
 from gvpo_core.training.sources import Sampled, Source
@@ -72,6 +74,7 @@ class Journal:
         self._started = False
         self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
+        self._prompts: dict[str, Prompts | None] = {}  # by the kind of record, for their columns
         self._step, self._begun = 0, time.perf_counter()
 
     def __enter__(self) -> "Journal":
@@ -119,6 +122,7 @@ class Journal:
         self._best.share(self.policy)
         if self._main:
             self._open(source, held_out)
+            self._prompts = {"train": source.prompts, "eval": held_out.prompts if held_out else None}
         self._started = True
         if from_step is not None:
             self.event(
@@ -293,8 +297,12 @@ class Journal:
             self._tracker.log(record)
 
     def _responses(self, kind: str, rollout: Rollout) -> None:
-        rows = [{"kind": kind, "step": self._step} | completion for completion in rollout.completions]
-        self.folder.append(self.folder.completions, rows)
+        completions: Iterable[dict[str, Any]] = rollout.completions
+        if prompts := self._prompts.get(kind):
+            taken = {name for reward in self.inputs.rewards for name in reward.call.signature.names}
+            completions = with_columns(completions, prompts, self._secrets, taken)
+        head = {"kind": kind, "step": self._step}
+        self.folder.append(self.folder.completions, [head | completion for completion in completions])
 
     def _remember(self, record: Mapping[str, Any]) -> None:
         """Keeps what the end of the run and later steps need of a record."""
