@@ -6,9 +6,8 @@ from typing import Any
 
 import table_problem as problem
 
-from gvpo_core.training import train
+from gvpo_core.training import Result, train
 from gvpo_core.training.config import Config
-from gvpo_core.training.loop import Result
 from gvpo_core.training.policy.table import TablePolicy
 
 ROWS = [{"prompt": p} for p in problem.PROMPTS]

@@ -13,9 +13,10 @@ from gvpo_core.training.config import (
     RunConfig,
 )
 from gvpo_core.training.evaluation import evaluate
-from gvpo_core.training.loop import Result, train
+from gvpo_core.training.loop import train
 from gvpo_core.training.policy import Batch, Coefficients, Policy, Response, Update
 from gvpo_core.training.policy.load import load_policy
+from gvpo_core.training.report.result import Result
 from gvpo_core.training.sampling import Sampling
 
 __all__ = [

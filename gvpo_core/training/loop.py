@@ -8,8 +8,6 @@ is a function of (seed, step, prompt, response), so a resumed run repeats an unb
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Row
@@ -19,20 +17,12 @@ from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.load import check_policy
 from gvpo_core.training.policy.ranks import highest
+from gvpo_core.training.report.result import Result
 from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.watch.console import Console
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    step: int  # steps done
-    folder: Path
-    exit_status: int  # 0: all steps done; 128 + the signal's number: stopped by it, state saved
 
 
 def train(

@@ -1,0 +1,98 @@
+"""What `train` returns: how the run ended, its numbers, and in a notebook its curves."""
+
+import html
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.report.assets import STYLE
+from gvpo_core.training.report.changes import Change, held_out_change
+from gvpo_core.training.report.charts import figure
+from gvpo_core.training.report.read import Run, read_run
+from gvpo_core.training.report.reading import read_out
+from gvpo_core.training.report.sections import sections
+from gvpo_core.training.terminal.text import printable
+
+_SHOWN = ("Reward", "Each reward", "KL to the reference")  # charts by title
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended. In a notebook it shows the held-out reward before and after, and the curves.
+
+    `metrics`, `evaluations` and `held_out` are read from the run folder when they are first asked for, and cover the
+    whole run, with the steps before a resume. They raise FileNotFoundError where the folder is gone.
+    """
+
+    step: int
+    """Steps done."""
+    folder: Path
+    """The run folder."""
+    exit_status: int
+    """0: all steps done, or stopped early as `evaluation.patience` asks; 128 + the signal's number: stopped by it, with
+    the state saved."""
+
+    @cached_property
+    def metrics(self) -> dict[str, np.ndarray]:
+        """The numbers of the training steps: key of docs/metrics.md -> (steps,) float64; NaN where a step has none.
+
+        "step" holds the numbers of the steps. `pandas.DataFrame(result.metrics)` is a table of them.
+        """
+        numbers = self._run.numbers
+        steps = np.asarray([record["step"] for record in self._run.train], np.float64)
+        columns = {"step": steps}
+        for key in numbers.keys():  # noqa: SIM118
+            if key != "step":
+                known, values = numbers.series(key)
+                columns[key] = np.full(len(steps), np.nan)
+                columns[key][np.searchsorted(steps, known)] = values
+        return columns
+
+    @cached_property
+    def evaluations(self) -> list[dict[str, Any]]:
+        """The evaluations, first to last: "step", "eval/reward" and the other keys of docs/metrics.md."""
+        return self._run.evaluations
+
+    @cached_property
+    def held_out(self) -> Change | None:
+        """Held-out reward of the first and of the last evaluation; None with fewer than two."""
+        return held_out_change(self._run)
+
+    @cached_property
+    def _run(self) -> Run:
+        return read_run(self.folder)
+
+    def _repr_html_(self) -> str:
+        try:
+            return _html(self._run)
+        except OSError:
+            return f"<pre>{_escaped(repr(self))}</pre>"
+
+
+def _html(run: Run) -> str:
+    """The run as a piece of HTML with a style of its own, for a page of somebody else's."""
+    reading = read_out(run)
+    cards = "".join(
+        f'<div class="card"><span class="label">{_escaped(name)}</span><b>{_escaped(value)}</b>'
+        f'<span class="small">{_escaped(small)}</span></div>'
+        for name, value, small in reading.figures
+    )
+    charts = [chart for _, of in sections(run) for chart in of if chart.title in _SHOWN]
+    drawn = "".join(figure(replace(chart, wide=False)) for chart in charts)
+    report = run.folder / "report.html"
+    own = "background: var(--page); color: var(--ink); padding: 14px 16px; border-radius: 8px;"
+    style = STYLE.replace(":root", "&")
+    return (
+        f'<div class="gvpo-result"><style>.gvpo-result {{ {own} {style} }}</style>'
+        f'<div class="figures" style="margin-top: 0">{cards}</div>'
+        f"{''.join(f'<p>{_escaped(sentence)}</p>' for sentence in reading.sentences)}"
+        f'<div class="charts">{drawn}</div>'
+        f'<p class="small" style="margin: 10px 0 0">All charts and responses: {_escaped(str(report))}</p></div>'
+    )
+
+
+def _escaped(text: str) -> str:
+    return html.escape(printable(text))
