@@ -4,11 +4,12 @@ import re
 
 import numpy as np
 import pytest
+from made_up_run import run_of
 from simulated_run import write_run
 
-from gvpo_core.training.report.charts import LIMIT, Chart, Line, downsample, figure, label, moving_mean
+from gvpo_core.training.report.charts import LIMIT, Chart, Line, downsample, figure, label, moving_mean, svg
 from gvpo_core.training.report.read import Series, read_run
-from gvpo_core.training.report.sections import sections
+from gvpo_core.training.report.sections import RESULT, sections
 
 pytestmark = pytest.mark.core
 
@@ -77,3 +78,13 @@ def test_reward_curve(tmp_path):
     (tmp_path / "config.toml").write_text("")
     with pytest.raises(ValueError, match="no step with a reward"):
         reward_curve_png(tmp_path, tmp_path / "none.png")
+
+
+@pytest.mark.parametrize(("steps", "evaluated"), [(19, True), (20, True), (20, False), (3, False)])
+def test_the_reward_chart_names_what_is_on_it_and_nothing_else(steps, evaluated):
+    evaluations = [{"step": step, "eval/reward": 0.5} for step in (0, steps)] if evaluated else []
+    run = run_of(evaluations=evaluations, reward__mean=[0.1 * (i % 3) for i in range(steps)])
+    ((chart,),) = (charts for title, charts in sections(run) if title == RESULT)
+    drawn = svg(chart)
+    assert ("thick one" in chart.reading) == ("thin" in drawn) == (steps >= 20)
+    assert ("held-out" in chart.reading) == ('class="point' in drawn) == evaluated

@@ -12,6 +12,8 @@ from gvpo_core.training.report.read import Series
 
 _Scale = Callable[[np.ndarray], np.ndarray]
 LIMIT = 500  # points drawn of a series
+SMOOTHED = 20
+"""Steps from which on a line is smoothed."""
 _SMOOTHEST = 5  # steps that a smoothed line is the mean of, at least
 _WIDTH, _WIDE, _HEIGHT = 560, 900, 240
 _X0, _Y0, _Y1 = 54, _HEIGHT - 26, 10  # the axes' corner, and the top
@@ -200,7 +202,7 @@ def _draw_line(line: Line, px: _Scale, py: _Scale, hover: list[dict[str, object]
         low, high = (np.clip(py(end), _Y1, _Y0) for end in _ends(line, kept))
         parts.append(f'<path class="band f{line.colour}" d="{_band(x, low, high)}"/>')
     window = max(_SMOOTHEST, len(values) // 15)
-    smooth = line.smooth and len(values) >= 20
+    smooth = line.smooth and len(values) >= SMOOTHED
     parts.append(f'<path class="line s{line.colour}{" thin" if smooth else ""}" d="{_path(x, y)}"/>')
     parts.extend(f'<circle class="f{line.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2"/>' for i in _lonely(y))
     if smooth:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
-from gvpo_core.training.report.charts import Chart, Line, Points
+from gvpo_core.training.report.charts import SMOOTHED, Chart, Line, Points
 from gvpo_core.training.report.read import Run, Series
 from gvpo_core.training.watch.metric_names import PHASES
 
@@ -41,8 +41,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Reward",
                     "",
-                    "Points with bars are held-out prompts: trust those. The thin line is one training step, the thick "
-                    "one the mean of the steps around it; bands and bars are 95 % intervals.",
+                    _how_to_read(reward, held_out),
                     Line("training", reward, 1, run.along(reward, "reward/half_width"), True, limits),
                     Points("held-out", held_out, 2, run.along(held_out, "eval/half_width", kind="eval"), limits),
                     wide=len(parts) < 2,
@@ -205,6 +204,19 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
 
 
 _TOTALS = RESERVED_REWARD_NAMES
+
+
+def _how_to_read(training: Series, held_out: Series) -> str:
+    lines = "The thin line is one training step, the thick one the mean of the steps around it."
+    return " ".join(
+        sentence
+        for sentence in (
+            "Points are held-out prompts: trust those." if held_out else "",
+            lines if len(training.values) >= SMOOTHED else "The line is the training prompts of each step.",
+            "Bands and bars are 95 % intervals.",
+        )
+        if sentence
+    )
 
 
 def _failures(run: Run, keys: Sequence[str]) -> str:
