@@ -6,6 +6,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.files.hub import HubError, hub_dataset, is_hub_name
 from gvpo_core.training.files.lfs import is_pointer, pointer_message
 
@@ -149,6 +150,10 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
     if not path.exists():
         raise DataError(f"{where}: there is no such file or folder")
     for file in [*path.glob("*.arrow")] if path.is_dir() else [path]:
+        try:
+            refuse_special(file)
+        except OSError as e:
+            raise DataError(f"{where} cannot be read: {file}: {e.strerror}") from e
         if is_pointer(file):
             raise DataError(f"{where}: {pointer_message(file)}")
     if path.is_dir():

@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import shlex
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.config.secrets import Hiding, hide, secrets_of, traceback_of
+from gvpo_core.training.config.secrets import Hiding, hide, hide_command, secrets_of, traceback_of
 from gvpo_core.training.terminal.output import OutputError, let_go, open_standard_descriptors, say
 from gvpo_core.training.terminal.text import printable
 
@@ -106,6 +107,7 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.loop import run
     from gvpo_core.training.policy.load import load_policy
+    from gvpo_core.training.run.checkpoint import refuse_unsaved
     from gvpo_core.training.run.folder import RunFolder
     from gvpo_core.training.run.resume import in_its_folder, without_from_step
     from gvpo_core.training.run.signals import without_hang_up
@@ -124,7 +126,10 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
 
         _, settings = parse_arguments(arguments, wrong)
         config = opened[0].config
-        RunFolder(Path(config.run.folder)).refuse_changes(config)  # before minutes go into the model
+        folder = RunFolder(Path(config.run.folder))
+        folder.refuse_changes(config)  # before minutes go into the model
+        if from_step is not None:
+            refuse_unsaved(folder.checkpoints, from_step)
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
         log, was = logging.getLogger("gvpo"), settings.run.folder
@@ -133,7 +138,7 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
         log.info("loading %s", hide(config.model.path))
         policy = load_policy(config)
         if dry:
-            preview_inputs(opened[0], policy)
+            preview_inputs(opened[0], policy, command=shlex.join(hide_command(["gvpo", "train", *arguments], secrets)))
             return 0
         return run(opened[0], policy, from_step=from_step).exit_status
 

@@ -41,8 +41,14 @@ def preview(
         return preview_inputs(inputs, policy, console=console)
 
 
-def preview_inputs(inputs: Inputs, policy: Policy, *, console: Console | None = None) -> Rollout:
-    """`preview` on inputs that are open."""
+def preview_inputs(
+    inputs: Inputs, policy: Policy, *, console: Console | None = None, command: str = "gvpo train CONFIG"
+) -> Rollout:
+    """`preview` on inputs that are open.
+
+    Args:
+      command: that starts the run, for the last line.
+    """
     config = inputs.config
     source, held_out = inputs.source(policy, cached=False), inputs.held_out(policy)
     if policy.rank == 0:
@@ -56,7 +62,8 @@ def preview_inputs(inputs: Inputs, policy: Policy, *, console: Console | None = 
     if policy.rank == 0 and console is not None:
         for group in range(rollout.num_groups):
             console.sample([c for c in rollout.completions if c["group"] == group])
-        console.close(_expected(config, len(source.prompts), rollout, score_seconds))
+        facts = _expected(config, len(source.prompts), rollout, score_seconds)
+        console.close(facts | {"nothing was written": f"run it: {command}; run folder {config.run.folder}"})
     return rollout
 
 
@@ -83,5 +90,4 @@ def _expected(config: Config, prompts: int, rollout: Rollout, score_seconds: flo
     step = sampling + scoring + updating
     said["updates"] = f"about {duration(updating)} a step: the time of {passes} forward passes"
     said["together"] = f"about {duration(step)} a step, {duration(steps * step)} in all, without evaluations"
-    said["nothing was written"] = f"run it: gvpo train CONFIG; run folder {config.run.folder}"
     return said

@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import math
 import re
+import sys
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -166,6 +167,8 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
             wrong.append((name, f"{name} = {value}; expected a number within 2^53"))
         elif isinstance(value, str) and "\0" in value:
             wrong.append((name, f"{name} = {value!r}; expected text without a null character"))
+        elif isinstance(value, str) and (why := _unwritable(value, name)):
+            wrong.append((name, f"{name} = {value!a}; expected {why}"))
         elif isinstance(value, str) and (value == HIDDEN or f"//{HIDDEN}@" in value):
             wrong.append((name, f"{name} was left out of these settings when they were saved, being a secret: {_MEND}"))
 
@@ -177,6 +180,27 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
     return wrong
 
 
+def _unwritable(value: str, name: str) -> str:
+    """What a text or path should be where its characters cannot be written or opened; empty: they can.
+
+    Python keeps bytes of a command line or file name that are no text as lone surrogates: no TOML file and no tracker
+    takes them. Under a locale such as LC_ALL=C with PYTHONUTF8=0 all beyond ASCII is of this kind.
+    """
+    encoding = sys.getfilesystemencoding()
+    advice = "" if encoding == "utf-8" else f"; the locale's encoding is {encoding}: set PYTHONUTF8=1"
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return f"UTF-8 text{advice or ', so rename it'}"
+    try:
+        if name in _PATHS or name.startswith("rewards."):
+            value.encode(encoding, "surrogateescape")
+    except UnicodeEncodeError:
+        return f"a name that this process can open{advice}"
+    return ""
+
+
+_PATHS = ("run.folder", "model.path", "data.train", "data.evaluation", "objective.name")
 _TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 

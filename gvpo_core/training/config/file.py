@@ -15,6 +15,7 @@ from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import wrong_values
 from gvpo_core.training.config.reward_options import with_reward_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
+from gvpo_core.training.files.disk import refuse_special
 
 
 def read_config(path: Path) -> Config:
@@ -39,8 +40,11 @@ def read_saved(path: Path) -> Config:
 def _read(path: Path) -> "tuple[Config, _Reader]":
     """The settings, with defaults in the place of what is wrong, and the reader that knows what is."""
     try:
+        refuse_special(path)
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise ConfigError(f"cannot read the config {path}: {e.strerror or e}") from e
+    except UnicodeDecodeError as e:
         raise ConfigError(f"cannot read the config {path}: {e}") from e
     try:
         table = tomllib.loads(text)
@@ -91,18 +95,17 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
         name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
         if name in switches:
             one = [re.sub(r"(^|=)(true|false)$", lambda m: m[1] + m[2].capitalize(), word) for word in one]
-        if one[0].startswith("--") and name not in known:
-            wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
-            continue
         try:
             changed = with_reward_option(default, one)
         except ValueError as e:
             wrong.append(f"options: {e}")
             continue
-        if changed is None:
-            taken.append(one)
-        else:
+        if changed is not None:
             default = changed
+        elif one[0].startswith("--") and name not in known:
+            wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
+        else:
+            taken.append(one)
     try:
         return (_overridden(default, [word for one in taken for word in one]) if taken else default), wrong
     except _RefusedError as e:
@@ -172,7 +175,7 @@ def _without_secrets(config: Config) -> Config:
 
 def write_config(config: Config, path: Path) -> None:
     """Writes the resolved settings as TOML that read_config reads back equal, but for secrets, which are left out."""
-    path.write_text(config_text(config), encoding="utf-8")
+    path.write_bytes(config_text(config).encode("utf-8", "backslashreplace"))
 
 
 def config_text(config: Config) -> str:

@@ -1,7 +1,7 @@
 """Options of rewards on the command line.
 
-`--rewards.NAME.options.KEY VALUE` sets one that the file has, `--rewards.NAME.options KEY VALUE ...` gives some to a
-reward that has none.
+`--rewards.NAME.options.KEY VALUE` sets one, whether or not the file has it; `--rewards.NAME.options KEY VALUE ...`
+gives some to a reward that has none.
 """
 
 import re

@@ -11,6 +11,7 @@ from typing import TypeVar
 T = TypeVar("T")
 RETRY_SECONDS = (0.1, 0.5, 2.0)
 """Waits before a failed read is tried again: a network file system answers ESTALE or EIO for a moment."""
+_SPECIAL = {stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket", stat.S_ISCHR: "device", stat.S_ISBLK: "device"}
 _ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # no failures: nothing to retry
 
 
@@ -27,6 +28,21 @@ def retried(read: Callable[[], T]) -> T:
         except OSError:
             time.sleep(seconds)
     return read()
+
+
+def refuse_special(path: Path) -> None:
+    """Refuses what never ends or never begins to be read; a path that is not there or is a folder is left to the open.
+
+    Raises: OSError: a pipe, socket or device stands at the path. A pipe that a shell made of a command, `<(...)`, is
+      taken.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    kind = next((kind for test, kind in _SPECIAL.items() if test(mode)), None)
+    if kind and not (kind == "pipe" and str(path).startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin"))):
+        raise OSError(errno.EINVAL, f"a {kind} stands there; expected a file", str(path))
 
 
 def is_folder(path: Path) -> bool:

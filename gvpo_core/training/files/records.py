@@ -59,6 +59,7 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
     end = position = dropped = 0
     bad: list[int] = []  # line numbers, of lines that stay
     after: list[int] = []  # of lines behind the last record kept
+    incomplete: set[int] = set()  # of these, the ones that a kill or a power loss explains
     straight, passed = True, False
     with retried(lambda: path.open("rb")) as f:
         for number, line in enumerate(f, 1):
@@ -66,6 +67,8 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
             kind, of = _kind_and_step(line, whole)
             if of is None:
                 after.append(number)
+                if not line.endswith(b"\n") or b"\0" in line:
+                    incomplete.add(number)
                 continue
             kept.last = max(kept.last, of)
             if of > step:
@@ -84,8 +87,10 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
     kept.trained = sum(map(bool, steps[1:]))
     if bad:
         kept.odd.append(f"{path}: {_lines(bad)} no record (edited, or damaged); kept, and not used")
-    if after:
-        kept.odd.append(f"{path}: {_lines(after)} no whole record (cut by a kill or a power loss); dropped")
+    if cut_short := [number for number in after if number in incomplete]:
+        kept.odd.append(f"{path}: {_lines(cut_short)} no whole record (cut by a kill or a power loss); dropped")
+    if others := [number for number in after if number not in incomplete]:
+        kept.odd.append(f"{path}: {_lines(others)} no record (edited, or damaged); dropped")
     if not straight:
         kept.odd.append(f"{path}: its steps are out of order (edited); {dropped} records after step {step} dropped")
     if whole and (twice := [s for s, times in enumerate(steps) if times > 1 and s]):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.files.lfs import is_pointer, pointer_message
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_core.training.policy.weight_files import check_settings, refuse_adapter
@@ -58,6 +59,11 @@ def local_folder(config: ModelConfig) -> Path:
     path = Path(source(config)["pretrained_model_name_or_path"])
     folder = path if path.is_dir() else _downloaded(config.path, config.revision)
     refuse_adapter(folder)
+    for path in folder.iterdir():
+        try:
+            refuse_special(path)
+        except OSError as e:
+            raise ConfigError(f"model.path {config.path!r}: {path}: {e.strerror}") from e
     return folder
 
 

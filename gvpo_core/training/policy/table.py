@@ -13,6 +13,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import refuse_settings
+from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.policy import (
     Batch,
     Coefficients,
@@ -190,7 +191,8 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
     refuse_settings(model, "table")
     path = Path(model.path) / "table.json"
     try:
-        table = json.loads(path.read_text())
+        refuse_special(path)
+        table = json.loads(path.read_text(encoding="utf-8"))
         return TablePolicy(table, optimizer, updates=updates, model=model)
     except (OSError, ValueError, AttributeError, TypeError) as e:
         raise ConfigError(f"model.path = {model.path!r}: no table can be read from {path}: {e}") from e

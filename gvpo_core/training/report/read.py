@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.metrics import read_records
 from gvpo_core.training.report.columns import Columns
 
@@ -136,11 +137,12 @@ def read_run(folder: Path) -> Run:
 
 def _text(path: Path, problems: list[str]) -> str:
     try:
+        refuse_special(path)
         return path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         problems.append(f"{path.name} is missing")
     except OSError as e:
-        problems.append(f"{path.name} cannot be read: {e}")
+        problems.append(f"{path.name} cannot be read: {e.strerror or e}")
     return ""
 
 
@@ -149,6 +151,7 @@ def _read_records(run: Run, path: Path) -> None:
     train: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     try:
+        refuse_special(path)
         for record in read_records(path):
             kind, step = record.get("kind"), record.get("step")
             if type(step) is not int:
@@ -163,6 +166,8 @@ def _read_records(run: Run, path: Path) -> None:
                 train[step] = {k: v for k, v in record.items() if k in _KEPT or k not in numbers}
     except FileNotFoundError:
         run.problems.append("metrics.jsonl is missing: the run ended before its first step")
+    except OSError as e:
+        run.problems.append(f"metrics.jsonl cannot be read: {e.strerror or e}")
     run.train, run.evaluations = ([of[step] for step in sorted(of)] for of in (train, evaluations))
 
 
@@ -181,8 +186,12 @@ def _read_completions(run: Run, path: Path) -> None:
     if not path.exists():
         run.problems.append("completions.jsonl is missing: no examples")
         return
-    for key, row in _wanted_rows(path, wanted):
-        rows.setdefault(key, []).append(row)
+    try:
+        refuse_special(path)
+        for key, row in _wanted_rows(path, wanted):
+            rows.setdefault(key, []).append(row)
+    except OSError as e:
+        run.problems.append(f"completions.jsonl cannot be read: {e.strerror or e}")
     for (kind, step), found in sorted(rows.items()):
         if kind == "eval":
             run.held_out[step] = found

@@ -194,7 +194,7 @@ def damage(directory: Path) -> str | None:
             return f"{manifest} does not have the SHA-256 that it says of itself"
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        return f"{manifest} cannot be read ({type(e).__name__}: {e})"
+        return f"{manifest} is no manifest of a checkpoint ({_wrong(e)})"
     if _step_of(directory.name) not in (None, said["step"]):
         return f"{manifest} is that of step {said['step']}"
     for name, (size, digest) in entries.items():
@@ -210,6 +210,23 @@ def damage(directory: Path) -> str | None:
         if retried(lambda path=path: _sha256(path)) != digest:  # type: ignore[misc]
             return f"{path} does not have the SHA-256 of its manifest"
     return None
+
+
+def _wrong(error: Exception) -> str:
+    """What a manifest lacks, in words."""
+    if isinstance(error, KeyError):
+        return f"it has no {error.args[0]!r}"
+    return "its values have other types" if isinstance(error, TypeError | AttributeError) else f"not JSON: {error}"
+
+
+def refuse_unsaved(folder: Path, step: int) -> None:
+    """Raises CheckpointError: a step that is not 0 has no checkpoint; naming those saved."""
+    try:
+        steps = steps_saved(folder)
+    except OSError as e:
+        raise unreadable(folder, e) from e
+    if step and step not in steps:
+        raise CheckpointError(f"{folder} has no checkpoint of step {step}; saved steps: {_listed(steps)}")
 
 
 @contextlib.contextmanager

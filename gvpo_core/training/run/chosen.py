@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.run.best import best_saved
 from gvpo_core.training.run.checkpoint import Checkpoint, checkpoint_at, damage, reading, steps_saved, unreadable
 
@@ -45,15 +46,19 @@ def _held(run: Path, name: str, stack: contextlib.ExitStack) -> Checkpoint:
 
 
 def _step(run: Path, name: str) -> int:
+    best: int | None = None
     try:
         steps = steps_saved(run / "checkpoints")
+        if name == "best":
+            refuse_special(run / "metrics.jsonl")
+            best = best_saved(run / "metrics.jsonl", steps)
     except OSError as e:
         raise unreadable(run / "checkpoints", e) from e
     step: int | None = None
     if name == "newest":
         step = steps[0] if steps else None
     elif name == "best":
-        step = best_saved(run / "metrics.jsonl", steps)
+        step = best
     elif name.isascii() and name.isdigit():
         step = int(name)
     if step is None or step not in steps:

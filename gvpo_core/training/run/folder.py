@@ -5,6 +5,7 @@ import errno
 import json
 import logging
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,8 @@ _log = logging.getLogger("gvpo")
 # Settings that change nothing about the numbers of the steps still to come.
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
          "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache")  # fmt: skip
+_FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
+          "report.html")  # fmt: skip
 _NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # a path that waiting does not mend
 _ALLOW = "another run.folder, or run.allow_changes = true to go on with"
 
@@ -52,6 +55,7 @@ class RunFolder:
         """
         with self._reading():
             there = is_folder(self.checkpoints)
+        self._refuse_other_files()
         with self._writing():
             if not there:
                 make_synced(self.checkpoints)
@@ -76,9 +80,21 @@ class RunFolder:
 
         Raises: ConfigError: they differ. RunFolderError: the folder cannot be read.
         """
+        self._refuse_other_files()
         with self._reading():
             if is_folder(self.checkpoints):
                 self._same_settings(config, bool(steps_saved(self.checkpoints)))
+
+    def _refuse_other_files(self) -> None:
+        """Raises RunFolderError: a pipe, device or folder stands where a file of the run belongs."""
+        for name in _FILES:
+            try:
+                mode = retried(lambda name=name: os.stat(self.path / name)).st_mode  # type: ignore[misc]
+            except OSError:
+                continue  # not there, or the open says why it cannot be read
+            if not stat.S_ISREG(mode):
+                kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
+                raise RunFolderError(f"{self.path / name} is a {kind}; expected a file of the run. Nothing was changed")
 
     def _same_settings(self, config: Config, begun: bool) -> None:
         allowed = config.run.allow_changes

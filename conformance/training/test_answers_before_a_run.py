@@ -1,0 +1,131 @@
+"""What can be said before a model loads is said then, with names that can be typed as they stand."""
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+
+import pytest
+import table_run
+
+from gvpo_core.training import cli
+from gvpo_core.training.files.records import cut
+from gvpo_core.training.policy import load as loading
+from gvpo_core.training.run.checkpoint import damage
+
+pytestmark = pytest.mark.core
+pytest.importorskip("tyro", reason="the command line's extra is not installed")
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    def load_policy(*_):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(loading, "load_policy", load_policy)
+
+
+def test_a_step_that_was_not_saved_is_refused_before_the_model_loads(tmp_path, capfd, request):
+    config = table_run.make(tmp_path, steps=6)
+    assert cli.main(["train", str(config)]) == 0
+    capfd.readouterr()
+    request.getfixturevalue("no_model")
+    assert cli.main(["train", str(config), "--from-step", "3"]) == 1
+    assert "has no checkpoint of step 3; saved steps: 4, 6" in capfd.readouterr().err
+    fresh = ["--run.folder", str(tmp_path / "fresh"), "--from-step", "3"]
+    assert cli.main(["train", str(config), *fresh]) == 1
+    assert "has no checkpoint of step 3; saved steps: none" in capfd.readouterr().err
+    assert not (tmp_path / "fresh").exists()
+
+
+def test_the_last_line_of_a_dry_run_starts_the_run(tmp_path, capfd):
+    config = table_run.make(tmp_path / "a folder", steps=2)
+    options = ["--rollout.responses", "4"]
+    assert cli.main(["train", str(config), "--dry-run", *options]) == 0
+    said = " ".join(capfd.readouterr().out.split())
+    assert f"run it: {shlex.join(['gvpo', 'train', str(config), *options])}; run folder" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (b"{}", "it has no 'step'"),
+        (b'{"step": 2}', "it has no 'files'"),
+        (b"[]", "its values have other types"),
+        (b'{"step": 2, "files": 3}', "does not have the SHA-256"),
+        (b"{", "not JSON: Expecting property name"),
+    ],
+)
+def test_a_damaged_manifest_is_described_in_words(content, wrong, tmp_path):
+    (tmp_path / "manifest.json").write_bytes(content)
+    said = damage(tmp_path)
+    assert said.startswith(str(tmp_path / "manifest.json")) and wrong in said
+    assert "Error" not in said
+
+
+@pytest.mark.parametrize(
+    ("tail", "said"),
+    [
+        (b"rubbish\n", "line 2 is no record (edited, or damaged); dropped"),
+        (b'{"kind": "train", "st', "line 2 is no whole record (cut by a kill or a power loss); dropped"),
+        (b"\0" * 64, "line 2 is no whole record (cut by a kill or a power loss); dropped"),
+        (b"rubbish\n[1]\n{", "lines 2, 3 are no record (edited, or damaged); dropped"),
+    ],
+    ids=["a line", "half a line", "a NUL block", "both"],
+)
+@pytest.mark.parametrize("whole", [True, False], ids=["metrics", "completions"])
+def test_only_an_incomplete_last_line_is_blamed_on_a_kill(tail, said, whole, tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    good = json.dumps({"kind": "train", "step": 1, "time": 0}).encode() + b"\n"
+    path.write_bytes(good + tail)
+    found = cut(path, 1, whole=whole).odd
+    assert f"{path}: {said}" in found
+    assert ("cut by a kill" in "".join(found)) == (not tail.endswith(b"\n"))
+    assert path.read_bytes() == good
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("run.folder", "runs/\udcfc"), ("data.train", "\udcff.jsonl"), ("rewards.right.options.hint", "\ud800")],
+)
+def test_a_setting_that_is_no_text_is_refused_by_name(name, value, tmp_path, capfd, no_model):
+    config = table_run.make(tmp_path)
+    assert cli.main(["train", str(config), f"--{name}", value]) == 2
+    assert f"{name} = {value!a}; expected UTF-8 text, so rename it" in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def under_ascii(*words):
+    """Runs a command as under LC_ALL=C without Python's UTF-8 mode."""
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-m", "gvpo_core.training.cli", *map(str, words)]
+    return subprocess.run(command, capture_output=True, env=env, timeout=300)
+
+
+def test_without_utf_8_such_paths_are_named_and_data_is_read(tmp_path):
+    config = table_run.make(tmp_path / "fü", steps=2)
+    done = under_ascii("train", config)
+    said = done.stderr.decode("ascii")
+    assert done.returncode == 2 and "Traceback" not in said
+    for name in ("run.folder", "model.path", "data.train", "data.evaluation"):
+        assert f"{name} = '{tmp_path}/f\\xfc" in said
+    assert "expected a name that this process can open; the locale's encoding is ascii: set PYTHONUTF8=1" in said
+    plain = table_run.make(tmp_path / "plain", steps=2)
+    for path in (plain, plain.parent / "table.json", plain.parent / "train.jsonl"):
+        path.write_text(path.read_text().replace("p0", "pü").replace("p\\u00fc", "pü"), encoding="utf-8")
+    done = under_ascii("train", plain, "--run.folder", tmp_path / "rün")
+    assert done.returncode == 2 and b"expected UTF-8 text; the locale's encoding is ascii" in done.stderr
+    done = under_ascii("train", plain)
+    assert done.returncode == 0, done.stderr
+    assert "pü" in (plain.parent / "run" / "completions.jsonl").read_text(encoding="utf-8")
+
+
+def test_an_option_that_the_file_lacks_can_be_given_by_its_key(tmp_path, capfd):
+    config = table_run.make(tmp_path, steps=1)
+    option = "--rewards.right.options.column"
+    assert cli.main(["train", str(config), option, "answer"]) == 0
+    assert 'column = "answer"' in (tmp_path / "run" / "config.toml").read_text()
+    capfd.readouterr()
+    assert cli.main(["train", str(config), "--rewards.right.options.colum", "answer"]) == 2
+    assert "colum" in capfd.readouterr().err
