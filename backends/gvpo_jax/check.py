@@ -1,8 +1,7 @@
 """Checks at load: what the policy samples is what it scores, and packed rows are plain ones."""
 
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -19,13 +18,9 @@ log = logging.getLogger("gvpo.jax")
 SAMPLED_TOKENS = 8  # to compare the sampler with the forward pass
 
 
-def check_layout(
-    scorer: Scorer, parameters: Parameters, adapters: Parameters, config: ModelConfig, settings: Mapping[str, Any]
-) -> tuple[bool, str]:
+def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, config: ModelConfig) -> tuple[bool, str]:
     """Compares packed rows with plain ones; chooses the layout.
 
-    Args:
-      settings: config.json of the language model.
     Returns: whether rows are packed, and why.
     Raises: ConfigError: a layout that is not exact.
     """
@@ -42,7 +37,7 @@ def check_layout(
         tolerance = (2e-3, 5e-4) if config.dtype == "float32" else (float("inf"), 0.1)
         return layout.largest_difference(packed, plain, tolerance)
 
-    return layout.choose(settings, config.layout, spec.family.architecture, packed_difference, log)
+    return layout.choose(scorer.config, config.layout, spec.family.architecture, packed_difference, log)
 
 
 def check_decoding(
@@ -59,7 +54,7 @@ def check_decoding(
 
     Raises: ConfigError: they differ, so that the sampler is not the policy that is trained.
     """
-    scorer = Scorer(scorer.setup, Programs())  # these shapes are not the run's
+    scorer = Scorer(scorer.setup, Programs(), scorer.config)  # these shapes are not the run's
     prompts = list(dict.fromkeys(layout.check_batch(scorer.setup.spec.vocabulary).prompts))[:2]
     seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
     given = (prompts, seeds, Sampling(SAMPLED_TOKENS))

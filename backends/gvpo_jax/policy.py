@@ -7,31 +7,28 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, hugging_face
+from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
 from gvpo_jax import checkpoint, export, memory, update, weights
 from gvpo_jax.adapters import make_adapters
 from gvpo_jax.check import check_decoding, check_layout
-from gvpo_jax.families import SETTINGS, TEXT_OF, read_spec, text_config
 from gvpo_jax.learner import Learner
-from gvpo_jax.model import Parameters, Setup
-from gvpo_jax.programs import Programs, out_of_memory
+from gvpo_jax.model import Parameters
+from gvpo_jax.programs import out_of_memory
 from gvpo_jax.ranks import Ranks
-from gvpo_jax.scorer import Scorer
+from gvpo_jax.scorer import open_scorer
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "JaxPolicy":
     """A Hugging Face folder of a known decoder as a policy.
 
-    Joins the other processes first where the environment names them; see `ranks.join_processes`.
-
     Args:
       updates: optimizer steps of the whole run, for the schedule.
       reference: whether `logprobs(reference=True)` will be asked for; keeps a copy of the initial model without LoRA.
       seed: of newly made adapters.
-    Raises: ConfigError: a folder, model, device, mesh or layout that cannot be used, and why.
+    Raises: ConfigError: a folder, model, device or layout that cannot be used, and why.
     """
     return JaxPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 
@@ -47,19 +44,12 @@ class JaxPolicy(LanguageModelPolicy):
     ) -> None:
         super().__init__(config, optimizer, Ranks, updates=updates, reference=reference, seed=seed)
         self.mesh = self._ranks.mesh
-        config_of_all = hugging_face.read_config(self.folder, lambda _: SETTINGS)
-        self.model_config = text_config(config_of_all)
-        scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
-        spec = read_spec(self.model_config)
-        self.setup = Setup(spec, self.mesh, config.dtype, config.gradient_checkpointing, scale)
-        self.programs = Programs()
-        self.scorer = Scorer(self.setup, self.programs)
-        self._text_of_more = config_of_all.get("model_type") in TEXT_OF
-        self._files = weights.Files(self.folder, text_of_more=self._text_of_more)
+        self.scorer, self._files = open_scorer(config, self.folder, self.mesh)
+        self.setup, self.programs = self.scorer.setup, self.scorer.programs
         self._load()
         given = (self.scorer, self.learner.parameters, self.learner.adapters)
-        self.packed, self.layout_reason = check_layout(*given, config, self.model_config)
-        self._splitting = self._split(spec.hidden)
+        self.packed, self.layout_reason = check_layout(*given, config)
+        self._splitting = self._split(self.setup.spec.hidden)
         check_decoding(*given, self._splitting, dtype=config.dtype, end=self._end, cache_tokens=self._cache_tokens())
 
     @property
@@ -145,12 +135,12 @@ class JaxPolicy(LanguageModelPolicy):
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
-        given = (self.config.dtype, self.model_config, self.folder, self._end, self.tokenizer)
+        given = (self.config.dtype, self.scorer.config, self.folder, self._end, self.tokenizer)
         export.export(Path(directory), self.setup, self.learner, *given, self.rank == 0)
 
     def export_adapters(self, directory: Path) -> None:
         """Writes the adapters alone, as peft loads them; every rank calls."""
-        if self._text_of_more:
+        if self._files.text_of_more:
             raise ConfigError(
                 f"gvpo_jax trains the part for text of {self.config.path!r}, whose layers have other names in the "
                 "whole model: export the merged model instead (without --adapters)"
@@ -166,7 +156,7 @@ class JaxPolicy(LanguageModelPolicy):
         return self._describe(
             device=str(first.platform),
             device_name=first.device_kind,
-            model=self.model_config,
+            model=self.scorer.config,
             vocabulary=spec.vocabulary,
             parameters=weights.count(spec.shapes()) + (trainable if self.learner.adapters else 0),
             trainable_parameters=trainable,

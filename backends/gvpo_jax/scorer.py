@@ -1,24 +1,42 @@
 """A model that scores and samples with the parameters it is given, over the mesh."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 
-from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy import Batch, Response, Tokens
+from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.policy import Batch, Response, Tokens, hugging_face
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import generate, mesh, update
+from gvpo_jax import generate, mesh, update, weights
+from gvpo_jax.families import SETTINGS, TEXT_OF, read_spec, text_config
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs
 from gvpo_jax.update import Rows
 
 
+def open_scorer(config: ModelConfig, folder: Path, over: Mesh) -> tuple["Scorer", weights.Files]:
+    """The model of a Hugging Face folder, and its files, of which nothing is read yet.
+
+    Raises: ConfigError: a model that gvpo_jax does not have, or files that cannot be read.
+    """
+    everything = hugging_face.read_config(folder, lambda _: SETTINGS)
+    scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
+    text = text_config(everything)
+    setup = Setup(read_spec(text), over, config.dtype, config.gradient_checkpointing, scale)
+    files = weights.Files(folder, text_of_more=everything.get("model_type") in TEXT_OF)
+    return Scorer(setup, Programs(), text), files
+
+
 class Scorer:
     """The model's programs; parameters and adapters are arguments, as they change at every step."""
 
-    def __init__(self, setup: Setup, programs: Programs) -> None:
-        self.setup, self.programs, self.mesh = setup, programs, setup.mesh
+    def __init__(self, setup: Setup, programs: Programs, config: Mapping[str, Any]) -> None:
+        """`config`: config.json of the language model."""
+        self.setup, self.programs, self.config, self.mesh = setup, programs, config, setup.mesh
 
     def check_lengths(self, batch: Batch) -> None:
         """Raises ConfigError: a row past the length at which the rotary embedding changes."""

@@ -30,7 +30,7 @@ class Files:
           text_of_more: the model has other modalities too: their weights are left out, the text's renamed.
         Raises: ConfigError: no safetensors there, a file that cannot be read, a dtype that is not a float's.
         """
-        self.folder = folder
+        self.folder, self.text_of_more = folder, text_of_more
         self._found = weight_files.tensors(folder)
         weight_files.refuse_integers(self._found)
         if text_of_more:

@@ -3,7 +3,7 @@
 import copy
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.export import write_json
-from gvpo_core.training.policy.hugging_face import portable_config
+from gvpo_core.training.policy.hugging_face import generation_eos, portable_config
+from gvpo_core.training.policy.text import exported_eos
 from gvpo_torch.adapters import without_peft_warnings
 from gvpo_torch.update import whole
 from gvpo_torch.weights import without_bars
@@ -21,6 +22,12 @@ from gvpo_torch.weights import without_bars
 # What a model of images and text needs beside its tokenizer; copied as they are.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+
+
+def name_end_tokens(base: Any, folder: Path, end: Sequence[int]) -> None:
+    """Puts all tokens of `end` into the model's generation settings, which an export writes."""
+    if base.generation_config is not None:
+        base.generation_config.eos_token_id = exported_eos(generation_eos(folder), end)
 
 
 def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, main: bool) -> None:

@@ -32,6 +32,14 @@ def cache_tokens(scorer: Scorer, device: torch.device) -> int:
     return max(1, free // (2 * token))  # growing a cache holds a layer twice, dropping rows as well
 
 
+def count(scorer: Scorer) -> tuple[int, int]:
+    """Parameters, and those of them that are trained; before the model is sharded."""
+    counts = {True: 0, False: 0}
+    for p in scorer.parameters():
+        counts[p.requires_grad] += p.numel()
+    return sum(counts.values()), counts[True]
+
+
 def peak(device: torch.device) -> int:
     """Bytes held at most since the last call; on CPU by the process since its start."""
     if device.type == "cuda":

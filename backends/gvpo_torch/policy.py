@@ -10,24 +10,14 @@ import torch
 from torch import Tensor
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import (
-    Batch,
-    Coefficients,
-    PolicyFacts,
-    Response,
-    Tokens,
-    Update,
-    hugging_face,
-    layout,
-    text,
-)
+from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, layout
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import check, checkpoint, export, generate, memory, model
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import distribute, gathered, is_sharded, shard
-from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer
+from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
@@ -64,10 +54,7 @@ class TorchPolicy(LanguageModelPolicy):
         self.scorer = model.load_scorer(config, self.device, self.settings.seed)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
         self._splitting = self._split(getattr(self.scorer.config, "hidden_size", 0) or 0, self.scorer.rope)
-        counts = {True: 0, False: 0}
-        for p in self.scorer.parameters():
-            counts[p.requires_grad] += p.numel()
-        self.parameters, self.trainable = sum(counts.values()), counts[True]
+        self.parameters, self.trainable = memory.count(self.scorer)
         self._reference = None
         if self.settings.reference and not config.lora_rank:
             self._reference = model.load_reference(config, self.device)
@@ -79,9 +66,7 @@ class TorchPolicy(LanguageModelPolicy):
         self._sharded = is_sharded(self._trained)
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
         self._named = {name.removeprefix("lm."): p for name, p in self.scorer.named_parameters() if p.requires_grad}
-        generation = self.scorer.base.generation_config
-        if generation is not None:
-            generation.eos_token_id = text.exported_eos(hugging_face.generation_eos(self.folder), self._end)
+        export.name_end_tokens(self.scorer.base, self.folder, self._end)
 
     def _unload(self) -> None:
         del self.scorer, self._trained, self._optimizer, self._named, self._reference
@@ -156,10 +141,7 @@ class TorchPolicy(LanguageModelPolicy):
             micro = self._splitting.rows(batch, plan.rest)
             backward.known(batch, micro, plan.factors, self._ranks.most(len(micro)))
         norm = clip(self._named.items(), self.optimizer_config.max_gradient_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        step(optimizer, rate)
         return Update(logprobs, norm, rate, plan.tokens + backward.tokens, memory.peak(self.device))
 
     def _score_autocast(self, arrays: layout.Arrays) -> Tensor:

@@ -35,6 +35,14 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     )
 
 
+def step(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """AdamW's step at learning rate `rate`; afterwards there are no gradients."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
 class Backward:
     """The backward passes of one step: sums gradients over micro-batches and ranks."""
 

@@ -14,7 +14,7 @@ from toy_policy import ToyPolicy
 from gvpo_core.training import Config, ConfigError, ModelConfig, OptimizerConfig, load_policy, train
 from gvpo_core.training.config import DataConfig, EvaluationConfig, RolloutConfig, RunConfig
 from gvpo_core.training.config.backends import BACKENDS, Backend
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, Policy
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_core.training.watch.console import Console
@@ -60,6 +60,13 @@ def test_every_method_that_a_backend_writes_is_on_the_page() -> None:
     wanted = {*LanguageModelPolicy.__abstractmethods__, "_read_tokenizer"}
     assert len(wanted) > 8
     assert [name for name in sorted(wanted) if f"`{name}" not in PAGE] == []
+
+
+def test_it_has_every_member_of_the_protocol(folder) -> None:
+    of_policy = policy(folder)
+    members = {name for name in (*dir(Policy), *Policy.__annotations__) if not name.startswith("_")}
+    assert {"update", "export_adapters", "world_size"} <= members
+    assert [name for name in sorted(members) if not hasattr(of_policy, name)] == []
 
 
 def test_logprobs_are_those_of_the_model(folder) -> None:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import refuse_settings
 from gvpo_core.training.policy import checkpoint, hugging_face, text
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
@@ -108,6 +108,10 @@ class LanguageModelPolicy(abc.ABC):
     @abc.abstractmethod
     def export(self, directory: Path) -> None:
         """See `Policy.export`; creates the folder."""
+
+    def export_adapters(self, directory: Path) -> None:
+        """See `Policy.export_adapters`; a backend with model.lora_rank overrides it."""
+        raise ConfigError(f"gvpo_{self.backend} has no adapters to export")
 
     @abc.abstractmethod
     def describe(self) -> PolicyFacts:
