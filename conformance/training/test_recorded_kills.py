@@ -43,6 +43,9 @@ def test_eval_tells_the_loss_of_a_checkpoint(tmp_path, capsys):
     assert cli.main(["train", str(make(tmp_path, 8))]) == 0
     run = tmp_path / "run"
     told = [r for r in killing.lasting(run) if r["kind"] == "eval"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Held-out loss on recorded groups: " in page and "2 recorded groups a step" in page
+    assert "Held-out reward" not in page and "Training reward was" not in page
     capsys.readouterr()
     assert cli.main(["eval", str(run)]) == 0
     said = capsys.readouterr().out

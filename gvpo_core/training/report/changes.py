@@ -30,7 +30,9 @@ class Change:
 
 def held_out_change(run: Run) -> Change | None:
     """First against last evaluation; paired by prompt where the completions allow, which takes most noise away."""
-    rewards = [(number(r.get("eval/reward")), number(r.get("eval/half_width"))) for r in run.evaluations]
+    rewards = [
+        (number(r.get("eval/reward")), number(r.get("eval/half_width"))) for r in run.evaluations if "eval/reward" in r
+    ]
     if len(rewards) < 2:
         return None
     pair = paired_rewards(run)

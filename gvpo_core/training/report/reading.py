@@ -38,15 +38,19 @@ def read_out(run: Run) -> Reading:
         prompts = held_out.paired or run.evaluations[-1].get("eval/prompts", "?")
         sentences.append(in_words("Held-out reward", held_out, f"over {prompts} prompts"))
         figures.append((f"Held-out reward, {prompts} prompts", _arrow(held_out), _small(held_out)))
-    elif run.evaluations:
-        only = run.evaluations[0]
+    elif answered := [e for e in run.evaluations if "eval/reward" in e]:
+        only = answered[0]
         sentences.append(
             f"Held-out reward was {plus_minus(number(only.get('eval/reward')), number(only.get('eval/half_width')))}"
             f" at step {only['step']}; there is no second evaluation to compare with."
         )
-    else:
+    elif not run.evaluations:
         sentences.append("There was no held-out evaluation, so nothing here says how the model does on new prompts.")
-    if training is not None:
+    if losses := [number(e["eval/loss"]) for e in run.evaluations if "eval/loss" in e]:
+        change = short(losses[0]) if len(losses) == 1 else f"{short(losses[0])} → {short(losses[-1])}"
+        sentences.append(f"Held-out loss on recorded groups: {change}.")
+        figures.append(("Held-out loss", change, f"{run.evaluations[-1].get('eval/groups', '?')} recorded groups"))
+    if training is not None and not _recorded(run):
         size = window(len(run.series("reward/mean").values))
         span = f"first and last {size} steps" if size > 1 else "first and last step"
         sentences.append(in_words("Training reward", training, span))
@@ -67,6 +71,12 @@ def run_end(series: Series) -> float | None:
     return float(values[-window(len(values)) :].mean()) if len(values) else None
 
 
+def _recorded(run: Run) -> bool:
+    """Whether the last step trained on recorded responses: their rewards say nothing of the policy."""
+    drawn = run.series("tokens/sampled").values
+    return len(drawn) > 0 and float(drawn[-1]) == 0
+
+
 def _what(run: Run) -> str:
     if not run.config:
         return "Its settings are not known."
@@ -76,11 +86,12 @@ def _what(run: Run) -> str:
     where = ", ".join(str(facts[key]) for key in ("backend", "device", "dtype") if facts.get(key))
     rank = run.setting("model", "lora_rank", 0)
     how = f"LoRA adapters of rank {rank}" if rank else "all parameters"
+    prompts, responses = run.setting("rollout", "prompts", "?"), run.setting("rollout", "responses", "?")
+    step = f"{prompts} recorded groups" if _recorded(run) else f"{prompts} prompts x {responses} responses"
     return (
         f"{str(name).rstrip('/').rpartition('/')[2]}{f' ({where})' if where else ''}: {how} trained with "
         f"{run.setting('objective', 'name', 'gvpo')}, beta {run.setting('objective', 'beta', '?')}, "
-        f"{run.setting('rollout', 'prompts', '?')} prompts x {run.setting('rollout', 'responses', '?')} "
-        "responses a step."
+        f"{step} a step."
     )
 
 

@@ -141,7 +141,8 @@ class Console:
         for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
             parts = " ".join(f"{part}={fit(value, 8)}" for part, value in response["rewards"].items())
             cut = "" if response["finished"] else ", cut"
-            title = f"{name}: reward {fit(response['reward'], 8)} ({parts}), {response['tokens']} tokens{cut}"
+            parts = f" ({parts})" if parts else ""
+            title = f"{name}: reward {fit(response['reward'], 8)}{parts}, {response['tokens']} tokens{cut}"
             self._quote(title, response["response"])
         self._print("")
         self._rows = 0  # the titles again, below the sample
