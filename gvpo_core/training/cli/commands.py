@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, hide_command, secrets_of, traceback_of
-from gvpo_core.training.terminal.output import OutputError, let_go, open_standard_descriptors, say
+from gvpo_core.training.terminal.output import let_go, open_standard_descriptors
 from gvpo_core.training.terminal.text import printable
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _USAGE = """usage: gvpo COMMAND ...
   gvpo export RUN FOLDER [--checkpoint STEP|best] [--adapters]
                                                 write a run's policy as a Hugging Face folder, or its adapters alone
   gvpo report RUN                               write RUN/report.html
+  gvpo report A B [C ...] [--out FILE]          compare runs on one page, comparison.html
   gvpo doctor [--json]                          what is installed, and which devices
 
 gvpo train --help explains every setting. Relative paths are from the working directory.
@@ -208,19 +209,9 @@ def _export(arguments: list[str], secrets: set[str]) -> int:
 
 
 def _report(arguments: list[str], secrets: set[str]) -> int:
-    from gvpo_core.training.report import write_report
+    from gvpo_core.training.cli.report import report
 
-    parser = argparse.ArgumentParser(prog="gvpo report", description="Writes RUN/report.html.")
-    parser.add_argument("run", type=Path, help="run folder")
-    run = parser.parse_args(arguments).run
-    if not (run / "metrics.jsonl").is_file():
-        raise ConfigError(f"{run} is no run folder: it has no metrics.jsonl")
-    try:
-        report = write_report(run)
-    except OSError as e:
-        raise OutputError(f"cannot write {run / 'report.html'}: {e.strerror or e}") from e
-    say(report)
-    return 0
+    return report(arguments)
 
 
 def _doctor(arguments: list[str], secrets: set[str]) -> int:

@@ -1,12 +1,17 @@
-"""A run as one self-contained HTML page: `write_report(RUN)`; works on runs that are still going or crashed."""
+"""A run as one self-contained HTML page: `write_report(RUN)`; works on runs that are still going or crashed.
 
+`write_comparison(RUNS, FILE)` puts several on one page.
+"""
+
+from collections.abc import Sequence
 from pathlib import Path
 
 from gvpo_core.training.files.disk import write_synced
+from gvpo_core.training.report.compare import comparison
 from gvpo_core.training.report.page import page
 from gvpo_core.training.report.read import read_run
 
-__all__ = ["write_report"]
+__all__ = ["write_comparison", "write_report"]
 
 
 def write_report(run: Path) -> Path:
@@ -16,4 +21,13 @@ def write_report(run: Path) -> Path:
     """
     path = run / "report.html"
     write_synced(path, page(read_run(run)).encode("utf-8", "replace"))
+    return path
+
+
+def write_comparison(runs: Sequence[Path], path: Path) -> Path:
+    """Writes the page of several runs to `path`, and returns it.
+
+    Raises: FileNotFoundError: one is not a run folder. OSError: the page cannot be written.
+    """
+    write_synced(path, comparison([read_run(run) for run in runs]).encode("utf-8", "replace"))
     return path

@@ -40,7 +40,11 @@ def held_out_change(run: Run) -> Change | None:
         (start, start_half), (end, end_half) = rewards[0], rewards[-1]
         half = math.hypot(start_half, end_half)
         return Change(start, start_half, end, end_half, end - start, half, _beyond(end - start, half))
-    before, after = pair
+    return paired_change(*pair)
+
+
+def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
+    """The change of (P,) mean rewards of the same prompts."""
     differences = after - before
     mean, half = float(differences.mean()), mean_half_width(differences)
     beyond = signs_tell(differences)

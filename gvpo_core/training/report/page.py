@@ -1,8 +1,5 @@
 """The page: result, alerts, charts, examples, settings. Everything that a model or a user wrote is escaped."""
 
-import base64
-import hashlib
-import html
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -10,15 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.report.assets import SCRIPT, STYLE
 from gvpo_core.training.report.browser import browser, data_columns
 from gvpo_core.training.report.changes import paired_rewards, prompt_rewards
-from gvpo_core.training.report.charts import Chart, figure
+from gvpo_core.training.report.document import chart_section, document, escaped
 from gvpo_core.training.report.history import Episode, episodes, verdict
 from gvpo_core.training.report.read import Run, number
 from gvpo_core.training.report.reading import read_out
 from gvpo_core.training.report.sections import RESULT, sections
-from gvpo_core.training.terminal.text import printable
 
 _PROMPTS = 12  # held-out prompts shown before and after
 _RESUMED = '<p class="small">A dashed line in a chart: the run was resumed there.</p>'
@@ -30,21 +25,21 @@ def page(run: Run) -> str:
     """The report of a run as one HTML document that fetches nothing."""
     reading, found, drawn = read_out(run), episodes(run), sections(run)
     cards = "".join(
-        f'<div class="card"><span class="label">{_esc(name)}</span><b>{_esc(value)}</b>'
-        f'<span class="small">{_esc(small)}</span></div>'
+        f'<div class="card"><span class="label">{escaped(name)}</span><b>{escaped(value)}</b>'
+        f'<span class="small">{escaped(small)}</span></div>'
         for name, value, small in reading.figures
     )
     body = [
-        f"<h1>{_esc(run.folder.resolve().name)}</h1>",
-        f'<p class="when">{_esc(_when(run))}</p>',
+        f"<h1>{escaped(run.folder.resolve().name)}</h1>",
+        f'<p class="when">{escaped(_when(run))}</p>',
         f'<div class="figures">{cards}</div>' if cards else "",
-        f'<section class="card words">{"".join(f"<p>{_esc(s)}</p>" for s in reading.sentences)}'
+        f'<section class="card words">{"".join(f"<p>{escaped(s)}</p>" for s in reading.sentences)}'
         '<p class="small">± is half of a 95 % interval.</p></section>',
-        *(_section(title, charts) for title, charts in drawn if title == RESULT),
+        *(chart_section(title, charts) for title, charts in drawn if title == RESULT),
         _alerts(run, found),
         _list("notes", reading.notes),
         _RESUMED if any(e.get("event") == "resume" for e in run.events) else "",
-        *(_section(title, charts) for title, charts in drawn if title != RESULT),
+        *(chart_section(title, charts) for title, charts in drawn if title != RESULT),
         _before_after(run),
         browser(run),
         "<h2>Settings and environment</h2>",
@@ -52,15 +47,7 @@ def page(run: Run) -> str:
         _fold("config.toml", _verbatim(run.config_text)) if run.config_text else "",
         _fold("Environment", _verbatim(json.dumps(run.environment, indent=1))) if run.environment else "",
     ]
-    policy = f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; base-uri 'none'"
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_esc(run.folder.resolve().name)}: GVPO run</title><style>{STYLE}</style></head>\n"
-        f'<body><main>{"".join(part for part in body if part)}</main><div id="tip"></div>'
-        f"<script>{SCRIPT}</script></body></html>\n"
-    )
+    return document(f"{run.folder.resolve().name}: GVPO run", body)
 
 
 def _alerts(run: Run, found: Sequence[Episode]) -> str:
@@ -81,7 +68,7 @@ def _alerts(run: Run, found: Sequence[Episode]) -> str:
         rows.append(
             f'<tr><td><b class="level {e.level}">{e.level}</b>{" still" if e.open else ""}</td>'
             f'<td>{steps}<br><span class="small">{date}</span></td>'
-            f"<td>{_esc(e.seen)}</td><td>{_esc(e.advice)}</td></tr>"
+            f"<td>{escaped(e.seen)}</td><td>{escaped(e.advice)}</td></tr>"
         )
     more = f'<p class="small">{len(found) - _EPISODES} more in metrics.jsonl.</p>' if len(found) > _EPISODES else ""
     head = "<thead><tr><th></th><th>When</th><th>What</th><th>What to do</th></tr></thead>"
@@ -109,12 +96,8 @@ def _facts(run: Run) -> str:
         "Command": " ".join(map(str, command)) if isinstance(command, list) else "",
         "Resumed after step": ", ".join(resumes),
     }
-    rows = "".join(f"<dt>{name}</dt><dd>{_esc(value)}</dd>" for name, value in facts.items() if str(value))
+    rows = "".join(f"<dt>{name}</dt><dd>{escaped(value)}</dd>" for name, value in facts.items() if str(value))
     return f'<dl class="card facts">{rows}</dl>' if rows else ""
-
-
-def _section(title: str, charts: Iterable[Chart]) -> str:
-    return f'<section><h2>{_esc(title)}</h2><div class="charts">{"".join(figure(c) for c in charts)}</div></section>'
 
 
 def _before_after(run: Run) -> str:
@@ -161,12 +144,12 @@ def _response(row: Mapping[str, Any], mark: str = "") -> str:
     facts = [f"{name} {_number(number(value))}" for name, value in parts.items()]
     facts += [f"{row['tokens']} tokens"] if "tokens" in row else []
     facts += [] if row.get("finished", True) else ["cut"]
-    score = f'<b class="{mark}">{_number(reward)}</b> <span>{_esc(" · ".join(facts))}</span>'
+    score = f'<b class="{mark}">{_number(reward)}</b> <span>{escaped(" · ".join(facts))}</span>'
     return f'<p class="score">{score}</p><p class="text">{_text(row["response"])}</p>'
 
 
 def _columns(row: Mapping[str, Any]) -> str:
-    items = (f"<div><dt>{_esc(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in data_columns([row]))
+    items = (f"<div><dt>{escaped(name)}</dt><dd>{_text(value)}</dd></div>" for name, value in data_columns([row]))
     return f'<dl class="columns">{"".join(items)}</dl>' if row.get("columns") else ""
 
 
@@ -184,29 +167,21 @@ def _when(run: Run) -> str:
 
 
 def _list(kind: str, items: Iterable[str]) -> str:
-    lines = "".join(f"<li>{_esc(item)}</li>" for item in items)
+    lines = "".join(f"<li>{escaped(item)}</li>" for item in items)
     return f'<ul class="{kind}">{lines}</ul>' if lines else ""
 
 
 def _fold(title: str, content: str) -> str:
-    return f"<details><summary>{_esc(title)}</summary><div>{content}</div></details>"
+    return f"<details><summary>{escaped(title)}</summary><div>{content}</div></details>"
 
 
 def _text(text: str) -> str:
     """Foreign text: control characters shown, markup inert, at most _CUT characters."""
     more = len(text) - _CUT
     shown = text[:_CUT] if more > 0 else text
-    return _esc(shown, keep="\n") + (f" … ({more:,} more characters)" if more > 0 else "")
+    return escaped(shown, keep="\n") + (f" … ({more:,} more characters)" if more > 0 else "")
 
 
 def _verbatim(text: str) -> str:
-    shown = _esc(text, keep="\n")
+    shown = escaped(text, keep="\n")
     return f'<pre class="text">{shown}</pre>'
-
-
-def _esc(text: str, keep: str = "") -> str:
-    return html.escape(printable(str(text), keep=keep), quote=True)
-
-
-def _digest(text: str) -> str:
-    return f"sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}"

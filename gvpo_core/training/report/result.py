@@ -1,6 +1,5 @@
 """What `train` returns: how the run ended, its numbers, and in a notebook its curves."""
 
-import html
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -11,10 +10,10 @@ import numpy as np
 from gvpo_core.training.report.assets import STYLE
 from gvpo_core.training.report.changes import Change, held_out_change
 from gvpo_core.training.report.charts import figure
+from gvpo_core.training.report.document import escaped
 from gvpo_core.training.report.read import Run, read_run
 from gvpo_core.training.report.reading import read_out
 from gvpo_core.training.report.sections import sections
-from gvpo_core.training.terminal.text import printable
 
 _SHOWN = ("Reward", "Each reward", "KL to the reference")  # charts by title
 
@@ -69,15 +68,15 @@ class Result:
         try:
             return _html(self._run)
         except OSError:
-            return f"<pre>{_escaped(repr(self))}</pre>"
+            return f"<pre>{escaped(repr(self))}</pre>"
 
 
 def _html(run: Run) -> str:
     """The run as a piece of HTML with a style of its own, for a page of somebody else's."""
     reading = read_out(run)
     cards = "".join(
-        f'<div class="card"><span class="label">{_escaped(name)}</span><b>{_escaped(value)}</b>'
-        f'<span class="small">{_escaped(small)}</span></div>'
+        f'<div class="card"><span class="label">{escaped(name)}</span><b>{escaped(value)}</b>'
+        f'<span class="small">{escaped(small)}</span></div>'
         for name, value, small in reading.figures
     )
     charts = [chart for _, of in sections(run) for chart in of if chart.title in _SHOWN]
@@ -88,11 +87,7 @@ def _html(run: Run) -> str:
     return (
         f'<div class="gvpo-result"><style>.gvpo-result {{ {own} {style} }}</style>'
         f'<div class="figures" style="margin-top: 0">{cards}</div>'
-        f"{''.join(f'<p>{_escaped(sentence)}</p>' for sentence in reading.sentences)}"
+        f"{''.join(f'<p>{escaped(sentence)}</p>' for sentence in reading.sentences)}"
         f'<div class="charts">{drawn}</div>'
-        f'<p class="small" style="margin: 10px 0 0">All charts and responses: {_escaped(str(report))}</p></div>'
+        f'<p class="small" style="margin: 10px 0 0">All charts and responses: {escaped(str(report))}</p></div>'
     )
-
-
-def _escaped(text: str) -> str:
-    return html.escape(printable(text))
