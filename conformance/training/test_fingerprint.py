@@ -7,9 +7,9 @@ import pytest
 import table_run
 
 from gvpo_core.training import cli
+from gvpo_core.training import fingerprint as module
 from gvpo_core.training.config import ModelConfig, RewardConfig
-from gvpo_core.training.files import fingerprint as module
-from gvpo_core.training.files.fingerprint import changes, fingerprint, model_fingerprint, reward_fingerprints
+from gvpo_core.training.fingerprint import changes, fingerprint, model_fingerprint, reward_fingerprints
 
 pytestmark = pytest.mark.core
 

@@ -198,7 +198,7 @@ def test_a_file_with_the_name_of_a_package_does_not_take_its_place(name: str, fi
 def test_a_changed_objective_file_is_noted_like_a_changed_reward(file, tmp_path: Path) -> None:
     from gvpo_core.training.config import Config
     from gvpo_core.training.config import ObjectiveConfig as Objective
-    from gvpo_core.training.files.fingerprint import changes, run_inputs
+    from gvpo_core.training.fingerprint import changes, run_inputs
 
     spec = file(GVPO, "mine").replace(":mine", ":gvpo")
     config = Config(objective=Objective(name=spec))

@@ -16,7 +16,7 @@ from gvpo_core.training.data import (
     training_rows,
     with_given,
 )
-from gvpo_core.training.files.fingerprint import run_inputs
+from gvpo_core.training.fingerprint import run_inputs
 from gvpo_core.training.objective import check_objective, find_objective
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.recorded import (
@@ -179,7 +179,7 @@ class Inputs:
         return ReferenceScores(self.config, policy, reference_file(self.config, folder))
 
     def fingerprints(self) -> dict[str, Mapping[str, Any]]:
-        """ "data", "model" and "rewards" -> name -> fingerprint; see files/fingerprint.py."""
+        """ "data", "model" and "rewards" -> name -> fingerprint; see fingerprint.py."""
         return run_inputs(self.config, self.rows, self.held_out_rows, self._functions)
 
     def __enter__(self) -> "Inputs":

@@ -1,1 +1,1 @@
-"""Files: writes that survive a power loss, JSON lines, fingerprints of inputs, Git LFS pointers."""
+"""Files: writes that survive a power loss, JSON lines, Git LFS pointers."""

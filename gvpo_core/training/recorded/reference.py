@@ -17,8 +17,8 @@ import numpy as np
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.files.disk import write_synced
-from gvpo_core.training.files.fingerprint import model_fingerprint
 from gvpo_core.training.files.records import append_synced
+from gvpo_core.training.fingerprint import model_fingerprint
 from gvpo_core.training.policy import Batch, Policy, Tokens
 
 _log = logging.getLogger("gvpo")

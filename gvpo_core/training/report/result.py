@@ -57,7 +57,12 @@ class Result:
 
     @cached_property
     def held_out(self) -> Change | None:
-        """Held-out reward of the first and of the last evaluation; None with fewer than two."""
+        """Held-out reward of the first and of the last evaluation; None with fewer than two.
+
+        `start` and `end` are the means, `difference` their difference, `paired` the prompts that both are over (0: not
+        paired); `start_half`, `end_half` and `half` are half-widths of 95 % intervals, `beyond_noise` whether the
+        difference is more than noise (None: too little to tell).
+        """
         return held_out_change(self._run)
 
     @cached_property

@@ -14,8 +14,8 @@ from typing import IO, Any
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
 from gvpo_core.training.files.disk import is_folder, make_synced, retried, write_synced
-from gvpo_core.training.files.fingerprint import changes
 from gvpo_core.training.files.records import Kept, append_synced, cut, encoded
+from gvpo_core.training.fingerprint import changes
 from gvpo_core.training.run.checkpoint import steps_saved
 
 _log = logging.getLogger("gvpo")
