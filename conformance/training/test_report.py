@@ -179,6 +179,8 @@ def test_alerts_are_listed_with_dates_levels_and_advice(broken, tmp_path):
         assert f"step{'s' * (episode.last > episode.first)} {episode.first}" in shown(alerts)
         assert episode.seen in shown(alerts) and episode.advice in shown(alerts)
         assert episode.begun == next(r["time"] for r in data.train if r["step"] == episode.first)
+    still = sum(e.open for e in found)
+    assert still and f"{len(found)} alerts in 160 steps, {still} of them at the last step" in shown(alerts)
     calm = run_of(reward__mean=[0.5] * 30)
     calm.folder = tmp_path
     assert '<b class="level OK">OK</b> no alert in 30 steps' in page(calm)

@@ -33,6 +33,8 @@ p { margin: 0 0 8px; }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(165px, 1fr)); gap: 14px; margin: 14px 0; }
 .figures .card { padding: 12px 16px; }
 .figures b { display: block; font-size: 23px; line-height: 1.3; font-weight: 600; font-variant-numeric: tabular-nums; }
+.figures b { white-space: nowrap; }
+@media (max-width: 480px) { .figures b { font-size: 19px; } }
 .figures .label { font-size: 13px; color: var(--soft); }
 .figures .small, .small { font-size: 12.5px; }
 .notes { margin: 14px 0 0; padding: 12px 18px 12px 36px; border-radius: 8px; }
@@ -47,7 +49,7 @@ figcaption { display: flex; flex-wrap: wrap; justify-content: space-between; gap
 .legend i { display: inline-block; margin-right: 6px; vertical-align: middle; }
 .legend .bar { width: 14px; height: 3px; border-radius: 2px; }
 .legend .block { width: 10px; height: 10px; border-radius: 2px; opacity: 0.8; }
-.legend .dot { width: 8px; height: 8px; border-radius: 50%; }
+.legend .dot, td .dot { display: inline-block; width: 8px; height: 8px; border-radius: 50%; }
 .reading { font-size: 13px; line-height: 1.45; margin: 6px 0 0; }
 svg { display: block; width: 100%; height: auto; overflow: visible; touch-action: pan-y; }
 svg .grid { stroke: var(--grid); }

@@ -72,7 +72,7 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
             cells = [plus_minus(number(only.get("eval/reward")), number(only.get("eval/half_width"))), "", ""]
         else:
             cells = ["no held-out evaluation", "", ""]
-        against = _against(runs[0], run) if i else "" if len(runs) == 1 else "the others are compared with it"
+        against = _against(runs[0], run) if i else "" if len(runs) == 1 else "-"
         steps = f"{run.train[-1]['step'] if run.train else 0} of {run.setting('run', 'steps', '?')}"
         level = verdict(episodes(run))
         rows.append(

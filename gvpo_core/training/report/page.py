@@ -59,8 +59,8 @@ def _alerts(run: Run, found: Sequence[Episode]) -> str:
     if not found:
         said = f"no alert in {count:,} step{'s' * (count != 1)}"
     else:
-        holding = f"{held or 'none'} hold{'s' * (held == 1)} at the last"
-        said = f"{len(found)} alert{'s' * (len(found) != 1)} in {count:,} steps; {holding}"
+        now = f"{held or 'none'} of them at the last step"
+        said = f"{len(found)} alert{'s' * (len(found) != 1)} in {count:,} step{'s' * (count != 1)}, {now}"
     rows = []
     for e in found[:_EPISODES]:
         date = f"{datetime.fromtimestamp(e.begun, UTC):%d %b %Y, %H:%M} UTC" if e.begun == e.begun else ""
