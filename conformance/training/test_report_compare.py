@@ -113,3 +113,29 @@ def test_foreign_text_is_inert(tmp_path):
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
     assert labels([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "message"),
+    [
+        ('[rewards.right]\nfunction = "a.py:f"', None),
+        ('[rewards.right]\nfunction = "a.py:f"\ntimeout = 1.0\nweight = 1.0', None),
+        ('[rewards.right]\nfunction = "moved/a.py:f"', None),  # the same code in another place
+        ('[rewards.right]\nfunction = "a.py:f"\nweight = 2.0', "rewards.right.weight is 1.0 in a and 2.0 in b"),
+        ('[rewards.right]\nfunction = "other.py:f"', "rewards.right.function is 'a.py:f' in a and 'other.py:f' in b"),
+        ('[rewards.short]\nfunction = "a.py:f"', "a has the rewards right, b has short"),
+        ("", None),  # a run on recorded groups
+    ],
+)
+def test_runs_of_different_rewards_are_refused(theirs, message, tmp_path, capsys):
+    for name, rewards in (("a", '[rewards.right]\nfunction = "a.py:f"'), ("b", theirs)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "metrics.jsonl").write_text('{"kind": "train", "step": 1, "reward/mean": 0.5}\n')
+        (tmp_path / name / "config.toml").write_text(rewards)
+        code = "2" if "other" in rewards else "1"
+        (tmp_path / name / "environment.json").write_text(json.dumps({"rewards": {"right": {"sha256": code}}}))
+    out = tmp_path / "comparison.html"
+    status = main(["report", str(tmp_path / "a"), str(tmp_path / "b"), "--out", str(out)])
+    said = capsys.readouterr().err
+    assert (status, out.exists()) == ((2, False) if message else (0, True))
+    assert said == "" if message is None else message in said and said.count("\n") == 1

@@ -27,7 +27,8 @@ def write_report(run: Path) -> Path:
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
     """Writes the page of several runs to `path`, and returns it.
 
-    Raises: FileNotFoundError: one is not a run folder. OSError: the page cannot be written.
+    Raises: FileNotFoundError: one is not a run folder. ConfigError: their rewards differ. OSError: the page cannot be
+      written.
     """
     write_synced(path, comparison([read_run(run) for run in runs]).encode("utf-8", "replace"))
     return path

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.report.changes import (
     difference_in_words,
     held_out_change,
@@ -14,7 +15,7 @@ from gvpo_core.training.report.changes import (
     plus_minus,
     prompt_rewards,
 )
-from gvpo_core.training.report.charts import Chart, Line, Points
+from gvpo_core.training.report.charts import SMOOTHED, Chart, Line, Points
 from gvpo_core.training.report.document import chart_section, document, escaped
 from gvpo_core.training.report.history import episodes, verdict
 from gvpo_core.training.report.read import Run, number
@@ -30,12 +31,18 @@ _CURVES = (
     ("gradient_norm", "Gradient norm", "before clipping", 0.0),
     ("seconds/step", "Time of a step", "seconds", 0.0),
 )
+_OF_A_REWARD = ("function", "weight", "options", "failure_value")  # settings that a reward's scale depends on
+_DEFAULT = RewardConfig()
 _NAMES = {"run.folder"}  # settings that differ by nature
 
 
 def comparison(runs: Sequence[Run]) -> str:
-    """The page of two to MOST runs."""
+    """The page of two to MOST runs.
+
+    Raises: ConfigError: their rewards differ, so that their numbers are not of one scale.
+    """
     names = labels([run.folder for run in runs])
+    _refuse_different_rewards(runs, names)
     return document(
         f"{' and '.join(names)}: GVPO runs",
         [
@@ -48,6 +55,39 @@ def comparison(runs: Sequence[Run]) -> str:
             chart_section("Training", _curves(runs, names)),
         ],
     )
+
+
+def _refuse_different_rewards(runs: Sequence[Run], names: Sequence[str]) -> None:
+    known = [(name, run, _rewards(run)) for name, run in zip(names, runs, strict=True) if _rewards(run)]
+    for name, run, rewards in known[1:]:
+        first, other, wanted = known[0]
+        if [*rewards] != [*wanted]:
+            raise ConfigError(
+                f"{first} has the rewards {', '.join(wanted)}, {name} has {', '.join(rewards)}; runs are compared on"
+                " the same rewards"
+            )
+        for reward, table in rewards.items():
+            for key in _OF_A_REWARD:
+                a, b = (of.get(key, getattr(_DEFAULT, key)) for of in (wanted[reward], table))
+                if a != b and not (key == "function" and _code(other, reward) == _code(run, reward) != ""):
+                    raise ConfigError(
+                        f"rewards.{reward}.{key} is {a!r} in {first} and {b!r} in {name}; runs are compared on the same"
+                        " rewards"
+                    )
+
+
+def _rewards(run: Run) -> dict[str, dict[str, Any]]:
+    """The tables of a run's rewards by name, sorted; none where the settings are not known."""
+    tables = run.config.get("rewards")
+    tables = tables if isinstance(tables, dict) else {}
+    return {name: table for name, table in sorted(tables.items()) if isinstance(table, dict)}
+
+
+def _code(run: Run, reward: str) -> str:
+    """The SHA-256 of a reward's file; "" where it is not known."""
+    rewards = run.environment.get("rewards")
+    entry = rewards.get(reward) if isinstance(rewards, dict) else None
+    return str(entry.get("sha256", "")) if isinstance(entry, dict) else ""
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
@@ -110,9 +150,11 @@ def _reward_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
             held_out.append(Points(name, evaluated, i + 1, half, run.reward_range()))
         if run.series("reward/mean"):
             training.append(Line(name, run.series("reward/mean"), i + 1, smooth=True))
+    smoothed = any(len(line.series.values) >= SMOOTHED for line in training)
+    thick = f"Thin: each step. Thick, from {SMOOTHED} steps on: the mean of the steps around it."
     charts = [
         Chart("Held-out reward", "", "Bars are 95 % intervals of each run alone.", points=held_out),
-        Chart("Training reward", "", "Thin: each step. Thick: the mean of the steps around it.", lines=training),
+        Chart("Training reward", "", thick if smoothed else "The training prompts of each step.", lines=training),
     ]
     return [chart for chart in charts if chart]
 
