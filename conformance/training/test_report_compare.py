@@ -6,6 +6,7 @@ import re
 import shutil
 
 import pytest
+from made_up_run import run_of
 from simulated_run import write_hostile_run, write_run
 
 from gvpo_core.training.cli import main
@@ -139,3 +140,12 @@ def test_runs_of_different_rewards_are_refused(theirs, message, tmp_path, capsys
     said = capsys.readouterr().err
     assert (status, out.exists()) == ((2, False) if message else (0, True))
     assert said == "" if message is None else message in said and said.count("\n") == 1
+
+
+def test_a_run_on_recorded_groups_is_compared_by_its_held_out_loss(tmp_path):
+    runs = [run_of(loss=[0.5, 0.4], evaluations=[{"step": s, "eval/loss": 0.3} for s in (0, 2)]) for _ in range(2)]
+    for run, name in zip(runs, "xy", strict=True):
+        run.folder = tmp_path / name
+    text = comparison(runs)
+    assert [row[2:5] for row in cells(text, "<h1>")[1:]] == [["no held-out reward", "", ""]] * 2
+    assert "<h3>Held-out loss" in text and "<h3>Held-out reward" not in text

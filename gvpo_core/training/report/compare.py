@@ -107,11 +107,11 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         if change is not None:
             start, end = plus_minus(change.start, change.start_half), plus_minus(change.end, change.end_half)
             cells = [start, end, difference_in_words(change)]
-        elif run.evaluations:
-            only = run.evaluations[0]
+        elif answered := [e for e in run.evaluations if "eval/reward" in e]:
+            only = answered[0]
             cells = [plus_minus(number(only.get("eval/reward")), number(only.get("eval/half_width"))), "", ""]
         else:
-            cells = ["no held-out evaluation", "", ""]
+            cells = ["no held-out reward", "", ""]
         against = _against(runs[0], run) if i else "" if len(runs) == 1 else "-"
         steps = f"{run.train[-1]['step'] if run.train else 0} of {run.setting('run', 'steps', '?')}"
         level = verdict(episodes(run))
@@ -156,6 +156,9 @@ def _reward_charts(runs: Sequence[Run], names: Sequence[str]) -> list[Chart]:
         Chart("Held-out reward", "", "Bars are 95 % intervals of each run alone.", points=held_out),
         Chart("Training reward", "", thick if smoothed else "The training prompts of each step.", lines=training),
     ]
+    losses = [run.series("eval/loss", kind="eval") for run in runs]
+    points = [Points(names[i], loss, i + 1) for i, loss in enumerate(losses) if loss]
+    charts.append(Chart("Held-out loss", "reward²", "GVPO loss of recorded groups.", points=points))
     return [chart for chart in charts if chart]
 
 
