@@ -32,7 +32,7 @@ def namespace(x: Any) -> Any:
 
 
 def is_jax_array(x: Any) -> bool:
-    """Whether x is a JAX array. Tensors are told first: torch.compile cannot trace the cached look-up."""
+    """Whether x is a JAX array. Tensors are excluded first: torch.compile cannot trace the cached look-up."""
     return not hasattr(x, "detach") and array_api_compat.is_jax_array(x)
 
 
@@ -54,7 +54,7 @@ def explicit_mesh(x: Array) -> Any:
     if not is_jax_array(x):
         return None
     jax = sys.modules["jax"]
-    if not hasattr(jax, "typeof"):  # before the types of arrays told their shardings
+    if not hasattr(jax, "typeof"):  # older JAX: array types have no sharding
         return None
     mesh = jax.typeof(x).sharding.mesh
     return mesh if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types) else None
@@ -68,7 +68,7 @@ def take_rows(values: Array, ids: Array) -> Array:
 
 
 def scatter_options(values: Array) -> dict[str, Any]:
-    """Arguments of a JAX scatter of rows into groups: on an Explicit mesh the groups are whole on every device."""
+    """Arguments of a JAX scatter of rows into groups: on an Explicit mesh every device holds all groups."""
     mesh = explicit_mesh(values)
     if mesh is None:
         return {}
@@ -77,7 +77,7 @@ def scatter_options(values: Array) -> dict[str, Any]:
 
 
 def constant(number: Any) -> Any:
-    """A number as it is; a 0-d array without its gradient."""
+    """A number unchanged; a 0-d array without its gradient."""
     return number if isinstance(number, int | float) else stop_gradient(number)
 
 

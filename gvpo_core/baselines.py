@@ -1,4 +1,4 @@
-"""The methods beside GVPO, in the unified framework (Eq. 9): a step along sum_i w_i grad log pi_theta(y_i|x).
+"""The other methods in the unified framework (Eq. 9): a step along sum_i w_i grad log pi_theta(y_i|x).
 
 Notation and conventions are those of `objective`: arrays in, namespace inferred, 16-bit inputs upcast,
 weights constant under differentiation, and a row that is not `valid` or whose reward is NaN leaves its group.

@@ -84,7 +84,7 @@ def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
 def group_sum(values: Array, group_ids: Array, num_groups: int) -> Array:
     """Sums rows by group in O(N), no N x G array, so that a NaN stays in its group.
 
-    The standard has no scatter-add: each library's own is used, and a segmented scan where there is none.
+    The standard has no scatter-add: each library's own is used, and a segmented scan otherwise.
 
     Args:
       values: (N,) float; differentiated.

@@ -1,4 +1,4 @@
-"""What every adapter asks of its host: a version that was tried, and settings under which a step is GVPO's."""
+"""What every adapter checks in its host: a version that was tried, and settings that keep the GVPO update."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -7,34 +7,37 @@ from typing import Any, NamedTuple
 
 
 class HostError(ImportError, RuntimeError):
-    """The host is missing, or of a version that the adapter was not tried with."""
+    """The host is missing, or the adapter was not tried with its version."""
 
 
 class Host(NamedTuple):
-    """A trainer of others, and the releases of it that an adapter was tried with."""
+    """A host trainer and the releases that an adapter was tried with."""
 
     adapter: str  # import name, as gvpo_trl
     extra: str  # of the package gvpo, as trl
     distribution: str  # on the package index, as trl
     low: str  # the first release
     high: str  # below this one
-    why: str  # what another release may do otherwise
+    why: str  # what another release may do differently
 
-    def check(self, found: str | None = None) -> None:
-        """Compares the installed release, or `found`, with those that were tried.
+    def check(self, installed: str | None = None) -> None:
+        """Compares a release with those that were tried.
 
-        Raises: HostError: none installed, or another one; it says what to install.
+        Args:
+          installed: a version. Default: the installed one.
+
+        Raises: HostError: not installed, or another release; the message says what to install.
         """
-        if found is None:
+        if installed is None:
             try:
-                found = version(self.distribution)
+                installed = version(self.distribution)
             except PackageNotFoundError as error:
                 raise self.missing(error) from error
-        if not _release(self.low) <= _release(found) < _release(self.high):
+        if not _release(self.low) <= _release(installed) < _release(self.high):
             window = f">={self.low},<{self.high}"
             raise HostError(
-                f"{self.distribution} {found} is installed; {self.adapter} was tried with {window}, and another release"
-                f' may {self.why}: pip install "{self.distribution}{window}"'
+                f"{self.distribution} {installed} is installed; {self.adapter} was tried with {window}, and another"
+                f' release may {self.why}: pip install "{self.distribution}{window}"'
             )
 
     def missing(self, error: Exception) -> HostError:
@@ -48,11 +51,11 @@ def _release(text: str) -> tuple[int, ...]:
 
 
 class SettingsError(ValueError):
-    """Settings of a host under which a step would not be GVPO's; the message names each and what to set."""
+    """Settings of a host that would change the GVPO update; the message names each and what to set."""
 
 
 class Rule(NamedTuple):
-    """A setting's name, when it fits, what to set it to, and why."""
+    """A required setting: its name, a check, the value to set, and the reason."""
 
     name: str
     fits: Callable[[Any], bool]
@@ -79,7 +82,7 @@ def equals(*values: Any) -> Callable[[Any], bool]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number; True and False are none."""
+    """Whether it is a real number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
@@ -89,6 +92,6 @@ def is_beta(value: Any) -> bool:
 
 
 def check_beta(beta: Any) -> None:
-    """Raises: SettingsError: no finite number of at least 0."""
+    """Raises: SettingsError: not a finite number of at least 0."""
     if not is_beta(beta):
         raise SettingsError(f"beta is {beta!r}; expected a finite number of at least 0, reward units per nat")

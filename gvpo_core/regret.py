@@ -1,4 +1,4 @@
-"""The regret gauge: how much regularised reward a policy still lacks, from its own samples."""
+"""The regret gauge: the regularised reward still to be gained, from the policy's samples."""
 
 from typing import Any, NamedTuple
 

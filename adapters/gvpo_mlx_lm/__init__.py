@@ -1,4 +1,4 @@
-"""GVPO on offline groups through mlx-lm's own trainer: `mlx_lm.lora` for responses that somebody scored.
+"""GVPO on offline groups through mlx-lm's own trainer: `mlx_lm.lora` for scored responses.
 
 `python -m gvpo_mlx_lm --config lora.yaml --beta 0.1` takes mlx-lm's settings; in Python there are `load`, `load_groups`
 and `train`.

@@ -1,7 +1,7 @@
 """`python -m gvpo_mlx_lm`: mlx_lm.lora for scored responses, with the same flags and YAML file.
 
 Its own settings are `beta` (0.1) and `groups_per_step`; `data` is a folder with train.jsonl and, where there is one,
-valid.jsonl. mlx-lm's `train_model` runs as it is: with our `train` in the place of its trainer's.
+valid.jsonl. mlx-lm's `train_model` runs as it is: with our `train` instead of its trainer's.
 """
 
 import argparse
@@ -34,7 +34,7 @@ _COUNTS = {  # name -> the least it may be
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains; 0, or 2 with one line where a setting, the data or the model cannot be used."""
+    """Trains. Returns 0, or 2 after one line about a setting, data or model that cannot be used."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         run(settings(arguments))
@@ -66,7 +66,7 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not given.get("model"):  # mlx-lm's default would be downloaded
         raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
     if args.test:
-        raise SettingsError("test: only training is done here; remove it, and give valid.jsonl for a held-out loss")
+        raise SettingsError("test is not supported here; remove it, and give valid.jsonl for a held-out loss")
     if args.resume_adapter_file is not None and args.fine_tune_type == "full":
         raise SettingsError(
             "resume_adapter_file with fine_tune_type full: the weights to resume from would become the reference; use"
@@ -89,7 +89,7 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be checked before a model is loaded, and would end in a traceback after."""
+    """Checks before the model loads what would otherwise end in a traceback."""
     check_beta(args.beta)
     for name, least in _COUNTS.items():
         value = getattr(args, name)
@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace) -> None:
             build_schedule(args.lr_schedule)
         except Exception as error:  # whatever the schedule's function raises at these arguments
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is none of mlx.optimizers: {what}") from error
+            raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is not in mlx.optimizers: {what}") from error
     if args.fine_tune_type != "full":
         given = args.lora_parameters if isinstance(args.lora_parameters, dict) else {}
         if missing := {"rank", "dropout", "scale"} - given.keys():
@@ -121,7 +121,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Loads, scores the reference, and hands over to mlx-lm."""
+    """Loads the model, scores the reference, and starts mlx-lm's trainer."""
     trust = args.trust_remote_code
     model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
     if args.num_layers > len(model.layers):

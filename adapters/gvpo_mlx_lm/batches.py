@@ -8,7 +8,7 @@ import numpy as np
 from gvpo_mlx_lm.groups import Group
 
 
-class Row(NamedTuple):
+class StepResponse(NamedTuple):
     """One response of a step."""
 
     group: int  # among the step's groups
@@ -16,7 +16,7 @@ class Row(NamedTuple):
 
 
 def epochs(groups: int, per_step: int, seed: int) -> Iterator[list[int]]:
-    """The groups of one optimizer step after another, in an order of its own each epoch."""
+    """The groups of one optimizer step after another, in a new order each epoch."""
     epoch, order = 0, np.empty(0, dtype=np.int64)
     while True:
         while len(order) < per_step:
@@ -26,21 +26,21 @@ def epochs(groups: int, per_step: int, seed: int) -> Iterator[list[int]]:
         order = order[per_step:]
 
 
-def whole_groups(groups: Sequence[Group], micro_batches: int, rows: int) -> list[list[Row]] | None:
-    """The step's responses in `micro_batches` of at most `rows`, each group in one of them; None: they do not fit.
+def grouped_micro_batches(groups: Sequence[Group], micro_batches: int, rows: int) -> list[list[StepResponse]] | None:
+    """The step's responses in `micro_batches` of at most `rows`, each group in one of them; None if they do not fit.
 
     The largest groups first, each to the emptiest micro-batch: a group then waits for no other part of the step.
     """
-    found: list[list[Row]] = [[] for _ in range(micro_batches)]
+    found: list[list[StepResponse]] = [[] for _ in range(micro_batches)]
     for g in sorted(range(len(groups)), key=lambda g: -len(groups[g])):
         least = min(found, key=len)
         if len(least) + len(groups[g]) > rows:
             return None
-        least += [Row(g, i) for i in range(len(groups[g]))]
+        least += [StepResponse(g, i) for i in range(len(groups[g]))]
     return found
 
 
-def split_groups(groups: Sequence[Group], micro_batches: int) -> list[list[Row]]:
-    """The step's responses in `micro_batches` of equal size, give or take one, whatever group they belong to."""
-    everything = [Row(g, i) for g in range(len(groups)) for i in range(len(groups[g]))]
+def split_groups(groups: Sequence[Group], micro_batches: int) -> list[list[StepResponse]]:
+    """The step's responses in `micro_batches` of nearly equal size, regardless of groups."""
+    everything = [StepResponse(g, i) for g in range(len(groups)) for i in range(len(groups[g]))]
     return [[everything[i] for i in part] for part in np.array_split(np.arange(len(everything)), micro_batches)]

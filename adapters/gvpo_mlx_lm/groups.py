@@ -1,4 +1,4 @@
-"""Offline groups: prompts with responses that somebody scored, as token ids."""
+"""Recorded groups: prompts with scored responses, as token ids."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -118,7 +118,7 @@ def _end(prompt: Any, tokenizer: Any, where: str) -> int:
             ) from error
     end = tokenizer.eos_token_id if closing is None else closing
     if end is None:
-        raise DataError(f"{where}: the tokenizer names no end token; set its eos_token, or give responses as token ids")
+        raise DataError(f"{where}: the tokenizer has no end token; set its eos_token, or give responses as token ids")
     return int(end)
 
 

@@ -27,7 +27,7 @@ _OF_TRAINING = ("_no_grad", "_training")
 
 
 class ModelError(ValueError):
-    """A model that mlx-lm would compute otherwise than its folder says; the message says what to do."""
+    """A model that mlx-lm would compute differently from its folder; the message says what to do."""
 
 
 def load(
@@ -80,7 +80,7 @@ def _folder(path: str | Path, revision: str | None = None) -> Path:
     try:
         return Path(utils._download(text, revision=revision))
     except (OSError, ValueError) as error:
-        raise ModelError(f"model = {text!r}: there is no such folder, and the hub gave none: {error}") from error
+        raise ModelError(f"model = {text!r}: there is no such folder, and the hub has none: {error}") from error
 
 
 def check_model(model: nn.Module, path: str | Path) -> int | None:

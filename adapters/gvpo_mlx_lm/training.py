@@ -22,7 +22,7 @@ from mlx_lm.tuner.callbacks import TrainingCallback
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_surrogate
 from gvpo_core.hosts import SettingsError, check_beta
 from gvpo_mlx_lm import batches
-from gvpo_mlx_lm.batches import Row
+from gvpo_mlx_lm.batches import StepResponse
 from gvpo_mlx_lm.groups import Group
 from gvpo_mlx_lm.models import adapters_off, check_model, dropouts
 
@@ -100,8 +100,8 @@ class GVPO:
             raise SettingsError(f"grad_accumulation_steps = {args.grad_accumulation_steps}; expected at least 1")
         if args.iters % args.grad_accumulation_steps:
             raise SettingsError(
-                f"iters = {args.iters} is no multiple of grad_accumulation_steps = {args.grad_accumulation_steps}:"
-                " mlx-lm would compute the last micro-batches and throw them away; set a multiple"
+                f"iters = {args.iters} is not a multiple of grad_accumulation_steps = {args.grad_accumulation_steps}:"
+                " mlx-lm would compute the last micro-batches and discard them; set a multiple"
             )
         if found := dropouts(self.model):
             raise SettingsError(
@@ -112,12 +112,12 @@ class GVPO:
     # -- data
 
     def with_reference(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with the log-probs of the reference, which the trainer never computes again."""
+        """The groups with the log-probs of the reference, computed once."""
         rows = [(group.prompt, response) for group in groups for response in group.responses]
         tokens = max((len(prompt) + len(response) for prompt, response in rows), default=0)
         if self.longest is not None and tokens > self.longest:
             raise SettingsError(
-                f"a prompt and its response have {tokens} tokens, and mlx-lm leaves out the model's sliding window of"
+                f"a prompt and its response have {tokens} tokens, and mlx-lm omits the model's sliding window of"
                 f" {self.longest}: log-probs are right up to that length only; set max_seq_length = {self.longest}"
             )
         with adapters_off(self.model):
@@ -127,14 +127,14 @@ class GVPO:
     def iterate_batches(
         self, dataset: Sequence[Group], batch_size: int, max_seq_length: int, loop: bool = False, comm_group: Any = None
     ) -> Iterator[tuple[Any, ...]]:
-        """The micro-batches of this process, in the place of mlx-lm's `iterate_batches`: whole steps, endlessly, with
+        """The micro-batches of this process, instead of mlx-lm's `iterate_batches`: whole steps, endlessly, with
         `loop`; else the dataset once.
 
         Raises: SettingsError, DataError: see `train`.
         """
         world = comm_group or self.world
         if any(group.ref_logprobs is None for group in dataset):
-            raise SettingsError("the dataset has no reference log-probs; hand over GVPO.with_reference(groups)")
+            raise SettingsError("the dataset has no reference log-probs; pass GVPO.with_reference(groups)")
         if not loop:
             yield from self._evaluation(dataset, batch_size // world.size(), world)
             return
@@ -143,7 +143,7 @@ class GVPO:
         per_step = self._groups_per_step(dataset, micro_batches * rows)
         for chosen in batches.epochs(len(dataset), per_step, self.seed):
             groups = [dataset[g] for g in chosen]
-            parts = batches.whole_groups(groups, micro_batches, rows)
+            parts = batches.grouped_micro_batches(groups, micro_batches, rows)
             if parts is not None:
                 for part in parts[world.rank() :: world.size()]:
                     share = micro_batches * len({row.group for row in part}) / len(groups)
@@ -172,7 +172,7 @@ class GVPO:
     def _evaluation(self, dataset: Sequence[Group], rows: int, world: Any) -> Iterator[tuple[Any, ...]]:
         """Weighted by mlx-lm with what the loss counts: groups, so that its mean is `gvpo_loss` over the dataset."""
         for group in dataset[world.rank() :: world.size()]:
-            whole = [Row(0, i) for i in range(len(group))]
+            whole = [StepResponse(0, i) for i in range(len(group))]
             known = None
             if len(group) > rows:
                 logprobs = self._score([(group.prompt, response) for response in group.responses])
@@ -180,7 +180,9 @@ class GVPO:
             ids, lengths, *rest, _ = self._arrays([group], whole, share=1.0, known=known)
             yield ids, lengths, *rest, mx.array(1)
 
-    def _scored(self, groups: Sequence[Group], parts: list[list[Row]], world: Any) -> tuple[float, dict[Row, float]]:
+    def _scored(
+        self, groups: Sequence[Group], parts: list[list[StepResponse]], world: Any
+    ) -> tuple[float, dict[StepResponse, float]]:
         """The step's loss and the coefficient of each response; each process scores its own rows."""
         everything = [row for part in parts for row in part]
         places = {row: i for i, row in enumerate(everything)}
@@ -242,14 +244,14 @@ class GVPO:
     def _arrays(
         self,
         groups: Sequence[Group],
-        part: list[Row],
+        part: list[StepResponse],
         *,
         share: float,
         known: tuple[float, list[float]] | None = None,
     ) -> tuple[Any, ...]:
-        """The arguments of `loss` after the model. A micro-batch without rows gets one that counts for nothing."""
+        """The arguments of `loss` after the model. An empty micro-batch gets one row that does not count."""
         nothing = not part
-        part = part or [Row(0, 0)]
+        part = part or [StepResponse(0, 0)]
         of = [(groups[row.group], row.response) for row in part]
         ids, lengths = _padded([(group.prompt, group.responses[i]) for group, i in of])
         rewards = [float("nan") if nothing else group.rewards[i] for group, i in of]

@@ -1,4 +1,4 @@
-"""Exact GVPO in TRL: `GVPOTrainer` for `GRPOTrainer`, `GVPOConfig` for `GRPOConfig`, and nothing else changes."""
+"""Exact GVPO in TRL: `GVPOTrainer` for `GRPOTrainer`, `GVPOConfig` for `GRPOConfig`, with no other change."""
 
 from gvpo_core.hosts import Host
 

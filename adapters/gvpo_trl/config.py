@@ -1,4 +1,4 @@
-"""TRL's settings with GVPO's defaults, and the settings that GVPO cannot be exact under."""
+"""TRL's settings with GVPO's defaults, and checks for settings that would change the GVPO update."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,28 +11,28 @@ from gvpo_core.hosts import Rule, SettingsError, equals, is_beta, is_number, ref
 
 @dataclass
 class GVPOConfig(GRPOConfig):
-    """`GRPOConfig` for `GVPOTrainer`. What differs: the defaults below, and what `check` refuses.
+    """`GRPOConfig` for `GVPOTrainer`. It has other defaults and rejects some settings (`check`).
 
     `temperature` is that of sampling alone: log-probabilities are scored at temperature 1. `epsilon` has no effect.
     """
 
     beta: float = field(
         default=0.1,
-        metadata={"help": "KL coefficient of GVPO, reward units per nat of a whole response; 0: no reference model."},
+        metadata={"help": "KL coefficient of GVPO, reward units per nat of a response; 0: no reference model."},
     )
     loss_type: str = field(
-        default="dr_grpo", metadata={"help": "Token sums by a constant: what carries GVPO's weights."}
+        default="dr_grpo", metadata={"help": "Sums of token losses divided by a constant, as GVPO's weights need."}
     )
     scale_rewards: str = field(default="none", metadata={"help": "GVPO's rewards keep their scale."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Weights and gradient are of the same model."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Weights and gradient need the same sub-network."})
     router_aux_loss_coef: float | None = field(
-        default=0.0, metadata={"help": "Load-balancing loss of mixture-of-experts models: another gradient."}
+        default=0.0, metadata={"help": "Load-balancing loss of mixture-of-experts models, which adds a gradient."}
     )
     vllm_importance_sampling_correction: bool = field(
         default=False, metadata={"help": "GVPO takes samples from anywhere without importance weights (Cor. 3.2)."}
     )
     allow_truncated_support: bool = field(
-        default=False, metadata={"help": "Accept sampling that leaves responses out, and give up Cor. 3.2's guarantee."}
+        default=False, metadata={"help": "Accept sampling that excludes responses, which Cor. 3.2 does not cover."}
     )
 
     def __post_init__(self) -> None:
@@ -40,7 +40,7 @@ class GVPOConfig(GRPOConfig):
         self.check()
 
     def check(self) -> None:
-        """Raises: SettingsError: naming every setting under which a step would not be GVPO's, and what to set."""
+        """Raises: SettingsError: names every setting that would change the GVPO update, and what to set."""
         wrong = refused(RULES, lambda name: getattr(self, name))
         if self.steps_per_generation % self.gradient_accumulation_steps:
             wrong.append(
@@ -67,7 +67,7 @@ class GVPOConfig(GRPOConfig):
 
 
 _CLIP = "GVPO has no ratio to clip"
-_OTHER = "it adds a gradient of its own"
+_OTHER = "it adds another gradient"
 _MASK = "it leaves tokens out of a response's log-probability"
 
 RULES = (
@@ -76,17 +76,17 @@ RULES = (
         "temperature",
         lambda x: is_number(x) and x > 0,
         "more than 0",
-        "greedy responses of a prompt are all the same one",
+        "all greedy responses are equal",
     ),
     Rule(
         "num_generations_eval",
         lambda n: n is None or n >= 2,
         "2 or more, or None for num_generations",
-        "a response alone has no variance: every evaluation's loss would be 0",
+        "one response has no variance: every evaluation's loss would be 0",
     ),
     Rule("max_completion_length", lambda n: bool(n), "a number of tokens", "the loss is divided by it"),
     Rule("loss_type", equals("dr_grpo"), '"dr_grpo"', "the others divide by a response's or a batch's tokens"),
-    Rule("scale_rewards", equals("none"), '"none"', "a group's standard deviation is no part of GVPO"),
+    Rule("scale_rewards", equals("none"), '"none"', "GVPO does not divide by a group's standard deviation"),
     Rule(
         "multi_objective_aggregation",
         equals("sum_then_normalize"),
@@ -98,7 +98,7 @@ RULES = (
         "vllm_importance_sampling_correction",
         equals(False),
         "False",
-        "GVPO needs no importance weights (Cor. 3.2), and they would multiply its own",
+        "GVPO needs no importance weights (Cor. 3.2), and these would multiply its weights",
     ),
     Rule("epsilon", equals(0.2), "0.2, its default", _CLIP),
     Rule("epsilon_high", equals(None), "None", _CLIP),
@@ -108,8 +108,8 @@ RULES = (
     Rule("entropy_coef", equals(0.0), "0.0", _OTHER),
     Rule("use_adaptive_entropy", equals(False), "False", _OTHER),
     Rule("router_aux_loss_coef", equals(0.0), "0.0", _OTHER),
-    Rule("disable_dropout", equals(True), "True", "weights and gradient would be of two different sub-networks"),
-    Rule("neftune_noise_alpha", equals(None), "None", "weights and gradient would be of two different models"),
+    Rule("disable_dropout", equals(True), "True", "weights and gradient would belong to two different sub-networks"),
+    Rule("neftune_noise_alpha", equals(None), "None", "weights and gradient would belong to two different models"),
     Rule(
         "optim",
         lambda name: not any(x in str(getattr(name, "value", name)) for x in ("lomo", "layerwise")),
@@ -119,7 +119,7 @@ RULES = (
 )
 
 _CUT = (
-    "it leaves responses out of the samples that Cor. 3.2 needs; unset it, or set allow_truncated_support=True"
+    "it excludes responses that Cor. 3.2 needs; unset it, or set allow_truncated_support=True"
     " to give up the corollary's guarantee"
 )
 
@@ -159,18 +159,18 @@ _SUPPORT: dict[str, Callable[[Any], bool]] = {
 
 
 def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
-    """What is wrong with sampling settings under which groups would hold no samples, or not num_generations of them."""
+    """Mistakes in sampling settings: greedy sampling, or a wrong number of samples."""
     wrong = []
     temperature, sequences = sampling.get("temperature"), sampling.get("num_return_sequences")
     if temperature is not None and not (is_number(temperature) and temperature > 0):
-        wrong.append(f"temperature is {temperature!r}; set it to more than 0: greedy responses of a prompt are all one")
+        wrong.append(f"temperature is {temperature!r}; set it to more than 0: all greedy responses are equal")
     if sequences not in (None, 1):
         wrong.append(f"num_return_sequences is {sequences!r}; unset it: num_generations is the number of responses")
     return wrong
 
 
 def cuts_support(sampling: Mapping[str, Any]) -> list[str]:
-    """What is wrong with sampling settings: those under which some response of the model has probability 0."""
+    """Mistakes in sampling settings: those that give some response probability 0."""
     return [
         f"{name} is {sampling[name]!r}; {_CUT}"
         for name, harmless in _SUPPORT.items()

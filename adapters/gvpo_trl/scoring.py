@@ -1,4 +1,4 @@
-"""Whether TRL's padded batches score responses as the model itself does, one sequence alone.
+"""Checks that TRL's padded batches score responses as the model does for one sequence alone.
 
 TRL pads prompts on the left and hands over no positions, projects hidden states to log-probabilities by a head of its
 own, and scores in training mode. Each can change a response's log-probability, and with it the step.
@@ -126,7 +126,7 @@ def _compare(name: str, padded: list[Tensor], trainer: Any, model: Any) -> None:
     rounds = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype.itemsize < 4
     if not (apart.mean() <= 0.1 if rounds else apart.max() <= 2e-3):  # 16-bit numbers: a mean decides
         raise ValueError(
-            f"{name} scores tokens otherwise in TRL's padded batches than alone, by up to {float(apart.max()):.2g} nat"
-            " each: it does not mask padding, or does something to its logits that TRL's head leaves out. GVPO cannot"
+            f"{name} scores tokens differently in TRL's padded batches, by up to {float(apart.max()):.2g} nat"
+            " each: it does not mask padding, or changes its logits in a way that TRL's head omits. GVPO cannot"
             " be exact with it in TRL"
         )

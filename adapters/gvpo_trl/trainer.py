@@ -1,4 +1,4 @@
-"""GVPO in TRL's GRPOTrainer: TRL samples, rewards, shuffles and steps; here are the weights.
+"""GVPO in TRL's GRPOTrainer: TRL samples, rewards, shuffles and steps; this module computes the weights.
 
 Before each optimizer step all its responses are scored without gradient, gathered over the processes and weighed by
 `gvpo_core.gvpo_coefficients`; the coefficients take the place of TRL's advantages, times what its loss divides by. With
@@ -138,7 +138,7 @@ class GVPOTrainer(GRPOTrainer):
         if self.model.training and not bool((torch.bincount(ids[scored]) >= 2).any()):
             raise RuntimeError(
                 f"no group has 2 scored completions: {int(scored.sum())} of {len(scored)} have a reward and are not"
-                " masked; look at the reward functions' warnings and at mask_truncated_completions"
+                " masked; check the warnings of the reward functions and mask_truncated_completions"
             )
         return output
 
@@ -151,7 +151,7 @@ class GVPOTrainer(GRPOTrainer):
         if self._buffered_inputs is not before:
             draw = torch.Generator().manual_seed(self.args.seed + self._step)  # the same in all processes
             order = torch.randperm(self._gvpo_groups, generator=draw)
-            self._buffered_inputs = whole_groups(self._buffered_inputs, order)
+            self._buffered_inputs = in_group_order(self._buffered_inputs, order)
             for batch in self._buffered_inputs[self.args.gradient_accumulation_steps :]:
                 batch.pop("old_per_token_logps", None)  # the policy will have moved
         window, place = self.args.gradient_accumulation_steps, self._step % self.args.steps_per_generation
@@ -202,7 +202,7 @@ class GVPOTrainer(GRPOTrainer):
             start += size
 
     def _gvpo_logprobs(self, batch: dict[str, Any]) -> Tensor:
-        """(B,) log pi of whole responses; what TRL scored after generation, where it did, serves once."""
+        """(B,) log pi of complete responses; scores that TRL computed after generation are reused once."""
         mask = mask_of(batch)
         known = batch.pop("old_per_token_logps", None)
         if known is None:
@@ -220,7 +220,7 @@ class GVPOTrainer(GRPOTrainer):
         return loss - loss.detach() + inputs["gvpo_loss"]
 
     def _log_gvpo(self, logprobs: Tensor, ref: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        """GVPO's numbers of one optimizer step into TRL's log; returns the loss, ()."""
+        """Writes GVPO's numbers of one optimizer step into TRL's log; returns the loss, ()."""
         parts = gvpo_loss(logprobs, ref, rewards, ids, beta=self.beta)
         counted = ~rewards.isnan()
         present = int(torch.bincount(ids).gt(0).sum())
@@ -259,13 +259,13 @@ def total_rewards(rewards: Tensor, weights: Tensor, size: int) -> Tensor:
 
 
 def mask_of(batch: dict[str, Any]) -> Tensor:
-    """(B, T) bool: the tokens that the model itself has written."""
+    """(B, T) bool: the tokens that the model itself sampled."""
     mask = batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
     return mask.bool()
 
 
-def whole_groups(batches: list[dict[str, Any]], order: Tensor) -> list[dict[str, Any]]:
-    """The rows of one generation, dealt to its micro-batches again, one group after the other.
+def in_group_order(batches: list[dict[str, Any]], order: Tensor) -> list[dict[str, Any]]:
+    """The rows of one generation, split into its micro-batches again, group by group.
 
     TRL shuffles rows before it deals them, which spreads a group over the optimizer steps of a generation.
 

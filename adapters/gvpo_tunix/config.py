@@ -15,13 +15,13 @@ _UNUSED = ("epsilon", "loss_agg_mode", "loss_algo", "kl_loss_mode", "kl_clamp_va
 
 @dataclasses.dataclass(kw_only=True)
 class GVPOConfig(GRPOConfig):
-    """In the place of GRPOConfig.
+    """Replaces GRPOConfig.
 
     Attributes:
       num_generations: k, responses a prompt.
       num_iterations: optimizer steps on each mini-batch; GVPO needs no importance weights for it (Cor. 3.2).
       beta: KL coefficient, reward units per nat.
-      allow_truncated_support: take top_p and top_k, which cut off part of the support that Cor. 3.2 asks for.
+      allow_truncated_support: take top_p and top_k, which exclude responses that Cor. 3.2 needs.
     Raises: SettingsError: a setting of GRPO's that GVPO has no use for, changed.
     """
 
@@ -36,7 +36,7 @@ class GVPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         for name in ("algo_variant", "advantage_estimator", "policy_loss_fn", "reward_manager"):
             if getattr(self, name) != "gvpo":
-                raise SettingsError(f"{name} = {getattr(self, name)!r}; GVPO is all of them together: leave it 'gvpo'")
+                raise SettingsError(f"{name} = {getattr(self, name)!r}; GVPO needs all of them: leave it 'gvpo'")
         defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig)}
         for name in _UNUSED:
             if getattr(self, name) != defaults[name]:
@@ -54,7 +54,7 @@ class GVPOConfig(GRPOConfig):
 
 
 def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None:
-    """Raises SettingsError for what would make steps inexact and cannot be mended."""
+    """Raises: SettingsError: settings that would make steps inexact."""
     if not isinstance(config, GVPOConfig):
         raise SettingsError(f"algo_config is a {type(config).__name__}; GVPOLearner takes a GVPOConfig")
     training, rollout = cluster.cluster_config.training_config, cluster.cluster_config.rollout_config
@@ -72,7 +72,7 @@ def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None
             )
     _check_sampling(by_mode[rl_cluster_lib.Mode.TRAIN], config)
     if cluster.cluster_config.rollout_engine != "vanilla":
-        _log.warning("gvpo_tunix was tried with rollout_engine 'vanilla' alone, not with the one that is set")
+        _log.warning("gvpo_tunix was tried with rollout_engine 'vanilla' only")
     if config.beta > 0:
         try:
             cluster.inference_worker.get_model("reference")
@@ -91,6 +91,6 @@ def _check_sampling(rollout: Any, config: GVPOConfig) -> None:
     cut = rollout.top_p < 1 or (rollout.top_k is not None and rollout.top_k > 0)
     if cut and not config.allow_truncated_support:
         raise SettingsError(
-            f"top_p = {rollout.top_p} and top_k = {rollout.top_k} cut off part of the support that Cor. 3.2 asks for;"
+            f"top_p = {rollout.top_p} and top_k = {rollout.top_k} exclude responses that Cor. 3.2 needs;"
             " set top_p = 1.0 and top_k = None, or allow_truncated_support = True"
         )

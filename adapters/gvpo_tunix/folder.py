@@ -1,4 +1,4 @@
-"""The files of a model's folder, of which Tunix reads more than transformers does."""
+"""The weight files of a model's folder; Tunix reads more of them than transformers."""
 
 import json
 from pathlib import Path

@@ -41,7 +41,7 @@ class _Samples(NamedTuple):
 
 
 class GVPOLearner(GRPOLearner[GVPOConfig]):
-    """In the place of GRPOLearner. Args and `train` are its own, and:
+    """Replaces GRPOLearner. Same arguments and `train`, and:
 
     Args:
       model_path: the Hugging Face folder that the actor was loaded from, whose config.json its RoPE is compared with
@@ -71,7 +71,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
     # -- samples
 
     def _generate_and_compute_advantage(self, training_input: Any, mode: rl_cluster_lib.Mode = _TRAIN) -> TrainExample:
-        """Whole groups, scored: what Tunix's learners are asked to make of prompts that are repeated k times."""
+        """Complete scored groups from prompts that are repeated k times; Tunix's learners implement this."""
         columns = {name: values for name, values in training_input.items() if name != "prompts"}
         prompts = list(training_input["prompts"])
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -134,7 +134,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         return _Samples(texts, *_prompts(padded, prompts, pad), ids, mask, finished, usable)
 
     def _seed(self, given: Any) -> int:
-        """Another seed at every call, the same ones in the same run: Tunix would sample with `given` each time."""
+        """A new seed for each call, reproducible; Tunix would use `given` each time."""
         base = 0 if given is None else given
         if isinstance(base, jax.Array):
             base = jax.random.key_data(base) if jnp.issubdtype(base.dtype, jax.dtypes.prng_key) else base
@@ -147,7 +147,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
 
     def _reference(self, samples: _Samples) -> jax.Array:
-        """(N, T) at temperature 1, where Tunix scores at the temperature of sampling."""
+        """(N, T) at temperature 1; Tunix scores at the sampling temperature."""
         cluster = self.rl_cluster
         rows = self._compute_logps_micro_batch_size
         with _changed(cluster.get_rollout_config(_TRAIN), temperature=1.0):
@@ -173,7 +173,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
 
 
 class _WholeSteps:
-    """Tunix's queue of micro-batches, held until a mini-batch is whole, so that each has its share of the step.
+    """Tunix's queue of micro-batches, held until a mini-batch is complete, so that each gets its share of the step.
 
     optax averages the gradients of a step's M micro-batches whatever groups count in them (those with two scored
     responses); with share M G_j / G of micro-batch j the average is that over the G groups that count.
@@ -196,12 +196,12 @@ class _WholeSteps:
     def _release(self) -> None:
         if len(self._held) != self._micro_batches * self._repeats:
             if self._held:
-                _log.warning("the data ends in the middle of a mini-batch: its %d micro-batches wait", len(self._held))
+                _log.warning("the data ends within a mini-batch: its %d micro-batches are kept", len(self._held))
             return
         counts = [self._counted(example) for example in self._held]
         groups = sum(counts) / self._repeats
         if not groups:
-            raise NoSignalError("no group of the mini-batch has two scored responses; look at the reward functions")
+            raise NoSignalError("no group of the mini-batch has two scored responses; check the reward functions")
         for example, counted in zip(self._held, counts, strict=True):
             share = jnp.full_like(example.share, self._micro_batches * counted / groups)
             self._queue.put([dataclasses.replace(example, share=share)])

@@ -1,4 +1,4 @@
-"""What Tunix's registry gets: GVPO's loss, its advantages, and a reward manager that knows of missing scores."""
+"""Entries of Tunix's registry: GVPO's loss, its advantages, and a reward manager with missing scores."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -53,7 +53,7 @@ def gvpo_policy_loss(
     k = algo_config.num_generations
     num_groups, rest = divmod(len(logprobs), k)
     if rest:
-        raise ValueError(f"a micro-batch has {len(logprobs)} rows, which are no whole groups of {k}")
+        raise ValueError(f"a micro-batch has {len(logprobs)} rows, which are not complete groups of {k}")
     rows = (logprobs, ref_logprobs, train_example.advantages, jnp.arange(len(logprobs)) // k)
     options = {"beta": algo_config.beta, "num_groups": num_groups}
     surrogate, parts = gvpo_surrogate(*rows, **options), gvpo_loss(*rows, **options)
@@ -85,7 +85,7 @@ def centred_rewards(rewards: np.ndarray, num_generations: int, **_: Any) -> np.n
 
 @function_registry.register_reward_manager("gvpo")
 class GVPORewardManager(SequenceRewardManager):
-    """Tunix's sum of rewards, in which it would add None and NaN as 0.
+    """Tunix's sum of rewards, where None and NaN are missing scores instead of 0.
 
     A response that a function left without a score has none. A function that scored nothing of a group is no part of
     its reward, so that one run can have several tasks, each with its function.

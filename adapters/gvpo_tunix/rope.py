@@ -21,7 +21,7 @@ _mending = threading.Lock()
 
 
 def mend_llama() -> bool:
-    """Makes Tunix's Llama turn with its own `config.rope_theta`, in this process from now on; whether it had not.
+    """Makes Tunix's Llama use its `config.rope_theta` in this process; returns whether it did not before.
 
     Tunix's block runs as it is, over an `apply_rope` that has the theta of its layer's configuration.
     """
@@ -44,7 +44,7 @@ def _block_with_theta(self: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def mend_and_check(model: Any, model_path: str | Path | None) -> None:
-    """Mends a Llama, and compares any model with its folder; `model_path` None: there is no folder."""
+    """Corrects a Llama, and compares any model with its folder; `model_path` None: no folder."""
     if isinstance(model, llama.Llama3) and model.config.rope_theta != 1_000_000:
         mend_llama()
     if model_path is not None:
@@ -71,7 +71,7 @@ def check_rope(model: Any, model_path: str | Path) -> None:
     if wanted["rope_type"] != "default":
         raise SettingsError(
             f"{path} asks for rope_type {wanted['rope_type']!r}, and Tunix's {type(model).__name__} has no RoPE"
-            " scaling: its log-probs are of another model. To train that model anyway, give model_path = None"
+            " scaling: its log-probs belong to another model. To train that model anyway, give model_path = None"
         )
     if float(theta) != wanted["rope_theta"]:
         raise SettingsError(

@@ -1,4 +1,4 @@
-"""The settings of verl under which a step is GVPO's, checked when the trainer starts."""
+"""The verl settings that GVPO needs, checked when the trainer starts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,8 +7,8 @@ from gvpo_core.hosts import Rule, SettingsError, equals, is_beta, refused
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _RATIO = "GVPO takes samples from anywhere without importance weights (Cor. 3.2)"
-_OTHER = "it adds a gradient of its own"
-_CUT = "it leaves responses out of the samples that Cor. 3.2 needs"
+_OTHER = "it adds another gradient"
+_CUT = "it excludes responses that Cor. 3.2 needs"
 
 RULES = (
     Rule("trainer.use_v1", equals(True), "True", "the trainer gvpo is one of verl's v1 trainers"),
@@ -35,9 +35,9 @@ RULES = (
 
 
 def check_settings(config: Mapping[str, Any]) -> float:
-    """GVPO's beta, from verl's whole configuration.
+    """GVPO's beta, from verl's full configuration.
 
-    Raises: SettingsError: naming every setting under which a step would not be GVPO's, and what to set.
+    Raises: SettingsError: names every setting that would change the GVPO update, and what to set.
     """
     wrong = refused(RULES, lambda path: _at(config, path))
     beta = _at(config, "algorithm.kl_ctrl.kl_coef")

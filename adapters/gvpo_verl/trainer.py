@@ -1,4 +1,4 @@
-"""verl's synchronous trainer with GVPO's settings checked, and mini-batches of whole groups."""
+"""verl's synchronous trainer with GVPO's settings checked, and mini-batches of complete groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,7 +30,7 @@ class GVPOTrainer(PPOTrainerSync):
         if rows < len(batch):
             uids = [key.rsplit("_", 2)[0] for key in batch.keys]  # verl's keys: {uid}_{session}_{trajectory}
             ranks = max(self.actor_rollout_wg._dispatch_info["actor"]) + 1
-            batch.reorder(whole_groups(uids, [tag["seq_len"] for tag in batch.tags], rows, ranks))
+            batch.reorder(group_order(uids, [tag["seq_len"] for tag in batch.tags], rows, ranks))
         return batch
 
     def _update_actor(self, batch: Any, metrics: dict[str, Any]) -> Any:
@@ -44,8 +44,8 @@ class GVPOTrainer(PPOTrainerSync):
         return batch
 
 
-def whole_groups(uids: Sequence[str], lengths: Sequence[int], mini_batch: int, ranks: int) -> list[int]:
-    """An order of rows in which each mini-batch holds whole groups, as far as their sizes allow.
+def group_order(uids: Sequence[str], lengths: Sequence[int], mini_batch: int, ranks: int) -> list[int]:
+    """An order of rows in which each mini-batch holds complete groups, as far as their sizes allow.
 
     verl gives each rank an equal run of rows and cuts that into mini-batches. Where groups of unequal size do not fill
     a mini-batch, one is cut, and its parts count as groups of their own (Cor. 3.4).

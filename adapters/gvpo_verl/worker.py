@@ -1,4 +1,4 @@
-"""The actor's training worker: weighs each mini-batch as a whole before verl takes its step.
+"""The actor's training worker: computes the weights of each mini-batch before verl takes its step.
 
 Every mini-batch is scored without gradient, its scalars are gathered over the data-parallel ranks, and
 `gvpo_core.gvpo_coefficients` are put where verl's loss reads advantages, times the number of rows that it divides by.
@@ -20,7 +20,7 @@ BETA = "gvpo_beta"  # the key under which the trainer sends beta along with a ba
 
 
 class GVPOWorker(TrainingWorker):
-    """verl's `TrainingWorker`; batches that carry a beta are weighed by GVPO, others are left alone."""
+    """verl's `TrainingWorker`; batches with a beta get GVPO's weights, others are unchanged."""
 
     _as_scored = False  # whether the policy is still the one that made old_log_probs
 
@@ -44,7 +44,7 @@ class GVPOWorker(TrainingWorker):
     def _weigh(self, data: TensorDict, beta: float) -> dict[str, float]:
         needed = ["rm_scores", "uid", "response_mask", *(["ref_log_prob"] if beta else [])]
         if missing := [name for name in needed if name not in data]:
-            raise KeyError(f"the actor's batch lacks {', '.join(missing)}: GVPO's weights are made of them")
+            raise KeyError(f"the actor's batch lacks {', '.join(missing)}: GVPO's weights need them")
         mask = data["response_mask"]
         logprobs = _sums(data["old_log_probs"] if self._as_scored else self._score(data), mask)
         ref = _sums(data["ref_log_prob"], mask) if beta else logprobs

@@ -218,7 +218,7 @@ def test_the_reference_is_the_base_and_the_model_comes_back(folder, groups):
     [
         ({"batch_size": 0}, {}, "batch_size = 0"),
         ({"grad_accumulation_steps": 0}, {}, "grad_accumulation_steps = 0; expected at least 1"),
-        ({"iters": 3, "grad_accumulation_steps": 2}, {}, "iters = 3 is no multiple of grad_accumulation_steps = 2"),
+        ({"iters": 3, "grad_accumulation_steps": 2}, {}, "iters = 3 is not a multiple of grad_accumulation_steps = 2"),
         ({"batch_size": 4}, {}, "4 groups of up to 5 responses may be 14 .* raise grad_accumulation_steps"),
         ({"batch_size": 4}, {"groups_per_step": None}, "1 groups of up to 5 responses may be 5"),
         ({}, {"groups_per_step": 5}, "groups_per_step = 5; expected 1 to 4"),

@@ -96,7 +96,7 @@ def test_a_model_that_scores_otherwise_in_training_is_rejected(at_random: bool, 
         message = "LlamaForCausalLM draws random numbers in training mode"
     else:
         trainer.model.lm_head.register_forward_hook(lambda module, args, out: 1.1 * out)
-        message = "LlamaForCausalLM scores tokens otherwise in TRL's padded batches than alone, by up to"
+        message = "LlamaForCausalLM scores tokens differently in TRL's padded batches, by up to"
     with pytest.raises(ValueError, match=message):
         check_scores(trainer)
 

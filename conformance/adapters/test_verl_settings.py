@@ -18,7 +18,7 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's, at import
     import verl
     from gvpo_verl import HOST
     from gvpo_verl.settings import RULES, check_settings
-    from gvpo_verl.trainer import GVPOTrainer, whole_groups
+    from gvpo_verl.trainer import GVPOTrainer, group_order
     from hydra import compose, initialize_config_dir
     from transfer_queue import KVBatchMeta
     from verl.trainer.ppo import core_algos
@@ -165,7 +165,7 @@ def test_another_version_of_the_host_is_refused(found: str) -> None:
 def test_mini_batches_hold_whole_groups(sizes: list[int], mini: int, ranks: int) -> None:
     draw = np.random.default_rng(0)
     uids = [f"u{i}" for i in draw.permutation(np.repeat(np.arange(len(sizes)), sizes))]
-    order = whole_groups(uids, draw.integers(1, 50, len(uids)).tolist(), mini, ranks)
+    order = group_order(uids, draw.integers(1, 50, len(uids)).tolist(), mini, ranks)
     assert sorted(order) == list(range(len(uids)))
     parts = np.array_split([uids[i] for i in order], ranks)
     seen: list[set[str]] = []
@@ -176,7 +176,7 @@ def test_mini_batches_hold_whole_groups(sizes: list[int], mini: int, ranks: int)
 
 def test_a_group_that_fits_nowhere_is_cut_and_no_row_is_lost() -> None:
     uids = [*"aaaaabbbbbccc"[:12]]
-    order = whole_groups(uids, [1] * 12, 4, 2)
+    order = group_order(uids, [1] * 12, 4, 2)
     assert sorted(order) == list(range(12))
 
 

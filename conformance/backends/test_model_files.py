@@ -101,7 +101,7 @@ def test_a_hub_name_without_a_network_fails_once(monkeypatch, tmp_path):
         for load in (hugging_face.load_tokenizer, hugging_face.located, hugging_face.local_folder):
             with pytest.raises(ConfigError) as raised:
                 load(ModelConfig(path="someone/some-model"))
-            assert f"model.path 'someone/some-model' is no folder here, was not downloaded before, {said}" in str(
+            assert f"model.path 'someone/some-model' is not a folder here, was not downloaded before, {said}" in str(
                 raised.value
             )
             assert "\n" not in str(raised.value)

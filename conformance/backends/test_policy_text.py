@@ -119,7 +119,7 @@ def test_a_tokenizer_without_tokens_of_the_text_itself_is_refused():
         def encode(self, given, add_special_tokens):
             return [1, 2] if add_special_tokens else [3]
 
-    with pytest.raises(ConfigError, match="gives a text other tokens when it adds special tokens"):
+    with pytest.raises(ConfigError, match="changes the tokens of a text when it adds special tokens"):
         encode(Odd(), "a")
 
 

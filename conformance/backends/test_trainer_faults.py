@@ -99,7 +99,7 @@ def test_a_signal_in_each_phase_saves_and_leaves(phase, at, number, status, run,
     folder = tmp_path / "one"
     assert run(folder, phase, at, number) == status, (folder / "output.txt").read_text()
     output = (folder / "output.txt").read_text()
-    assert "stopping after this step" in output and "resume with: " in output
+    assert "Stopping after this step" in output and "resume with: " in output
     assert "Traceback" not in output
     assert steps_saved(folder / "run" / "checkpoints")
     assert run(folder) == 0, (folder / "output.txt").read_text()

@@ -4,7 +4,7 @@ import ast
 
 # Modules that nothing here may import: each unpickles, or writes what only unpickling reads.
 MODULES = {"pickle", "cPickle", "_pickle", "pickletools", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code"}
-# Functions by full name; NumPy's are banned without allow_pickle=False, YAML's but for the safe ones.
+# Functions by full name; NumPy's are banned without allow_pickle=False, YAML's except for the safe ones.
 CALLS = {
     "eval", "exec", "compile", "__import__", "builtins.eval", "builtins.exec", "os.system", "os.popen",
     "pandas.read_pickle", "jax.numpy.load", "yaml.load", "yaml.load_all", "yaml.unsafe_load", "yaml.full_load",

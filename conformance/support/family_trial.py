@@ -4,7 +4,7 @@
     python conformance/support/family_trial.py --out .nox/models llama      # one of them again
     python conformance/support/family_trial.py --out .nox/models --page     # the page alone, from what is there
 
-Each family, and each backend on it, runs in a process of its own, forked from one that has imported everything. A
+Each family, and each backend on it, runs in a separate process, forked from one that has imported everything. A
 crash is a result.
 """
 

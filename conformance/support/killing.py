@@ -25,7 +25,7 @@ _TIMED = (
 
 
 def start(config: Path, *options: str) -> "subprocess.Popen[str]":
-    """`gvpo train` in a process of its own, its output in a pipe."""
+    """`gvpo train` in a separate process, its output in a pipe."""
     command = [sys.executable, "-m", "gvpo_core.training.cli", "train", str(config), *options]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 

@@ -1,4 +1,4 @@
-"""Long run folders made quickly, and what it costs to resume them in a process of its own."""
+"""Long run folders made quickly, and what it costs to resume them in a separate process."""
 
 import json
 import os

@@ -30,7 +30,7 @@ def main() -> None:
             except Exception:  # each reader has its own error for a file that is none of its own
                 read.add(name)
             if mark.exists():
-                sys.exit(f"{form} ran in the place of {name}")
+                sys.exit(f"{form} ran instead of {name}")
             shutil.rmtree(planted)
     for name in pickles.USUAL:
         (whole / name).write_bytes(next(pickles.forms(mark))[1])

@@ -32,7 +32,7 @@ tokenizer.save_pretrained(folder)
 
 
 def convert(folder: Path = FOLDER) -> Path:
-    """The folder; converts in a process of its own, since reading GGUF warns and leaves imports behind.
+    """The folder; converts in a separate process, since reading GGUF warns and leaves imports behind.
 
     Raises: FileNotFoundError: a package is not installed.
     """

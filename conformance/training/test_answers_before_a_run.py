@@ -53,7 +53,7 @@ def test_the_last_line_of_a_dry_run_starts_the_run(tmp_path, capfd):
         (b"{}", "it has no 'step'"),
         (b'{"step": 2}', "it has no 'files'"),
         (b"[]", "its values have other types"),
-        (b'{"step": 2, "files": 3}', "does not have the SHA-256"),
+        (b'{"step": 2, "files": 3}', "does not match"),
         (b"{", "not JSON: Expecting property name"),
     ],
 )
@@ -67,10 +67,10 @@ def test_a_damaged_manifest_is_described_in_words(content, wrong, tmp_path):
 @pytest.mark.parametrize(
     ("tail", "said"),
     [
-        (b"rubbish\n", "line 2 is no record (edited, or damaged); dropped"),
-        (b'{"kind": "train", "st', "line 2 is no whole record (cut by a kill or a power loss); dropped"),
-        (b"\0" * 64, "line 2 is no whole record (cut by a kill or a power loss); dropped"),
-        (b"rubbish\n[1]\n{", "lines 2, 3 are no record (edited, or damaged); dropped"),
+        (b"rubbish\n", "line 2 is not a record (edited or damaged); dropped"),
+        (b'{"kind": "train", "st', "line 2 is not a complete record (cut by a kill or a power loss); dropped"),
+        (b"\0" * 64, "line 2 is not a complete record (cut by a kill or a power loss); dropped"),
+        (b"rubbish\n[1]\n{", "lines 2, 3 are not a record (edited or damaged); dropped"),
     ],
     ids=["a line", "half a line", "a NUL block", "both"],
 )

@@ -174,7 +174,7 @@ def test_a_moved_folders_own_config_goes_on_there(tmp_path, caplog):
     assert cli.main(["train", str(tmp_path / "moved" / "config.toml"), "--run.steps", "6"]) == 0
     assert not (tmp_path / "run").exists()
     assert killing.lasting(tmp_path / "moved")[-1]["step"] == 6
-    assert "it goes on where it is now" in caplog.text
+    assert "it continues here" in caplog.text
     settings = run_folders.config(tmp_path / "elsewhere")
     arguments = [str(tmp_path / "moved" / "config.toml"), "--run.folder", "x"]
     assert in_its_folder(arguments, settings) is settings  # named on the command line: that is meant

@@ -200,7 +200,7 @@ def test_a_folder_that_is_no_run(tmp_path, capfd):
     for command in ("eval", "report"):
         status, _, err = gvpo(capfd, command, tmp_path)
         assert status == 2
-        assert "is no run folder" in err
+        assert "is not a run folder" in err
     config = table_run.make(tmp_path, steps=2)
     gvpo(capfd, "train", config)
     status, _, err = gvpo(capfd, "eval", tmp_path / "run", "--checkpoint", "7")
@@ -222,7 +222,7 @@ def test_a_run_folder_that_cannot_be_written(tmp_path, capfd):
 
 
 def run_into(stdout, *arguments) -> tuple[int, str]:
-    """The status and standard error of `gvpo`, in a process of its own, with its standard output there."""
+    """The status and standard error of `gvpo`, in a separate process, with its standard output there."""
     command = [sys.executable, "-m", "gvpo_core.training.cli", *map(str, arguments)]
     done = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False, timeout=120)
     return done.returncode, done.stderr
@@ -326,7 +326,7 @@ def test_places_that_cannot_be_written_to(tmp_path, capfd):
     for target in (file, file / "below"):
         status, _, err = gvpo(capfd, "export", run, target)
         assert (status, "Traceback" in err) == (2, False), err
-        assert f"{target} cannot be the folder to export to" in err
+        assert f"{target} cannot be exported to" in err
     (run / "report.html").unlink()
     (run / "report.html").mkdir()
     status, _, err = gvpo(capfd, "report", run)

@@ -95,9 +95,9 @@ def test_other_settings_do_not_go_on_with_a_file(tmp_path, monkeypatch, capsys):
         patch.setattr(Stopping, "left", 2)
         assert collect(config, out) == 130
     assert collect(config, out, "--run.seed", "5") == 2
-    assert "out.jsonl.partial was begun with other settings" in capsys.readouterr().err
+    assert "out.jsonl.partial was started with other settings" in capsys.readouterr().err
     assert collect(config, out) == 0 and collect(config, out) == 2
-    assert "out.jsonl is there already" in capsys.readouterr().err
+    assert "out.jsonl already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

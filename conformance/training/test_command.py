@@ -1,4 +1,4 @@
-"""The command that goes on with a run is the one that it was started with: interpreter, module or code, launcher."""
+"""The command that resumes a run is the one that it was started with: interpreter, module or code, launcher."""
 
 import shlex
 import subprocess
@@ -40,7 +40,7 @@ def test_a_launcher_is_part_of_it(tmp_path):
 
 def test_without_a_known_launcher_it_says_to_start_as_before(tmp_path):
     command = [sys.executable, "-c", SAY, "3"]
-    assert said(*command) == f"{shlex.join(command)} (in each of the 3 processes, started as before)"
+    assert said(*command) == f"{shlex.join(command)} (in each of the 3 processes)"
 
 
 def test_what_was_not_typed_is_not_made_up(monkeypatch):

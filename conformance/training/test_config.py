@@ -281,10 +281,10 @@ def test_differences_name_old_and_new():
 
 def test_remote_code_needs_a_revision(file):
     text = GOOD.replace('path = "model"', 'path = "someone/model"\ntrust_remote_code = true')
-    with pytest.raises(ConfigError, match=r"model.trust_remote_code = True; expected a model.revision"):
+    with pytest.raises(ConfigError, match=r"model.trust_remote_code = True; expected a full commit hash"):
         read_config(file(text))
     for moving in ("main", "v1.0", "0a1b", "0" * 39):
-        with pytest.raises(ConfigError, match="a whole commit hash"):
+        with pytest.raises(ConfigError, match="a full commit hash"):
             read_config(file(text.replace("[data]", f'revision = "{moving}"\n[data]')))
     pinned = read_config(file(text.replace("[data]", f'revision = "{"0a1b" * 10}"\n[data]')))
     assert pinned.model.trust_remote_code

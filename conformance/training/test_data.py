@@ -65,7 +65,7 @@ def test_a_system_prompt_goes_before_chats_that_have_none():
 
 
 def test_a_system_prompt_with_text_prompts_is_refused():
-    said = r"row 1, column 'prompt' is text, and data.system_prompt is a message before chat messages"
+    said = r"row 1, column 'prompt' is text, and data.system_prompt is for chat messages"
     with pytest.raises(DataError, match=said):
         encode([{"prompt": [{"role": "user", "content": "hi"}]}, {"prompt": "text"}], system_prompt="be brief")
 

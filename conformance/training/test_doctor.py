@@ -88,8 +88,8 @@ def test_a_build_without_cuda_beside_a_gpu_is_a_warning(tmp_path):
     ("code", "said"),
     [
         ("raise ImportError('libfoo.so.1: cannot open')", "its import fails: ImportError: libfoo.so.1: cannot open"),
-        ("import os; os._exit(0)", "its import fails: ended with status 0"),
-        ("import os; os.abort()", "its import fails: ended with status -6"),
+        ("import os; os._exit(0)", "its import fails: exited with status 0"),
+        ("import os; os.abort()", "its import fails: exited with status -6"),
         ("print('[]')", "its import fails: AttributeError"),
     ],
 )
@@ -110,7 +110,7 @@ def test_a_hanging_framework_does_not_hold_the_doctor_and_leaves_no_process(tmp_
     done = diagnose(tmp_path, "json=True", limit=doctor.LIMIT)  # the import would take an hour
     jax = findings(done)["jax"]
     assert done.returncode == 0, done
-    assert jax["status"] == "warning" and "was not done after" in jax["detail"] and "importtime" in jax["mend"]
+    assert jax["status"] == "warning" and "did not finish in" in jax["detail"] and "importtime" in jax["mend"]
     deadline = time.monotonic() + 60
     while any(alive(int(pid)) for pid in mark.read_text().split()):
         assert time.monotonic() < deadline, "a process of the hanging import is still there"

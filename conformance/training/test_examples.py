@@ -168,7 +168,7 @@ def readme_blocks(language: str) -> list[str]:
 
 @pytest.mark.core
 def test_the_config_and_the_reward_of_readme_train(tmp_path, monkeypatch, capsys):
-    """With the table policy in the place of a model."""
+    """With the table policy instead of a model."""
     import table_run
 
     (config,) = readme_blocks("toml")
@@ -186,7 +186,7 @@ def test_the_config_and_the_reward_of_readme_train(tmp_path, monkeypatch, capsys
 
 @pytest.mark.core
 def test_train_from_python_as_readme_does(tmp_path, monkeypatch, capsys):
-    """With the table policy in the place of a model, and two steps."""
+    """With the table policy instead of a model, and two steps."""
     import table_run
 
     code = next(block for block in readme_blocks("python") if "gvpo.train(" in block)

@@ -77,7 +77,7 @@ def test_a_signal_in_each_phase_saves_and_leaves(phase, at, last, number, status
     ended = (phase, at) == ("save", STEPS)  # in the run's last save all is done: there is nothing to go on with
     assert faults.run(config, phase, at, number) == (0 if ended else status)
     output = (tmp_path / "output.txt").read_text()
-    assert "stopping after this step" in output and "Traceback" not in output
+    assert "Stopping after this step" in output and "Traceback" not in output
     assert ("resume with: " in output) == ("stop" in killing.events(tmp_path / "run")) == (not ended)
     assert steps_saved(tmp_path / "run" / "checkpoints")[0] == last
     assert faults.run(config) == 0

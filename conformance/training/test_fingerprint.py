@@ -112,6 +112,6 @@ def test_a_run_refuses_another_model_and_notes_another_reward(what, tmp_path, ca
     with (tmp_path / "mine.py").open("a") as code:
         code.write("  # mended")
     assert cli.main(["train", str(config), "--run.steps", "4"]) == 0
-    assert "changed since the start before: rewards.right: SHA-256 " in caplog.text
+    assert "changed since the last start: rewards.right: SHA-256 " in caplog.text
     starts = json.loads((tmp_path / "run" / "environment.json").read_text())["starts"]
     assert [s["step"] for s in starts] == [0, 2] and any("rewards.right: " in x for x in starts[1]["changed"])

@@ -137,7 +137,7 @@ def test_a_limit_on_file_sizes_during_a_save(tmp_path, whole):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, preexec_fn=limited)
     assert done.returncode == 1, done.stderr
     assert "could not save step 4" in done.stderr and "the checkpoint of step 2 is intact" in done.stderr
-    assert "a file may not grow this large here: look at ulimit -f" in done.stderr
+    assert "a file may not grow this large here: check ulimit -f" in done.stderr
     assert "Traceback" not in done.stderr
     folder = tmp_path / "run" / "checkpoints"
     assert steps_saved(folder) == [2] and damage(folder / "step-00000002") is None

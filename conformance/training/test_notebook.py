@@ -42,7 +42,7 @@ def test_the_notebook_is_saved_without_output():
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
 def test_the_notebook_trains_a_tiny_model_and_shows_its_curves(backend, tmp_path, monkeypatch, capfd):
-    """Two steps, a tiny model and a backend by name in the place of its settings; the rest as it stands."""
+    """Two steps, a tiny model and a backend by name instead of its settings; the rest as it stands."""
     model = tiny_models.write_model("llama", tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     changes = {

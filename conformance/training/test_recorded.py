@@ -328,7 +328,7 @@ def test_a_token_id_that_the_model_lacks_is_named(tmp_path):
             return replace(super().describe(), vocabulary=6)
 
     config = config_of(tmp_path)
-    with pytest.raises(DataError, match=r"row 0, response 1 holds 77, which is no token id of the model"):
+    with pytest.raises(DataError, match=r"row 0, response 1 holds 77, which is not a token id of the model"):
         run(config, rows, Small(table(REFERENCE), config.optimizer))
     with pytest.raises(DataError, match="row 0, response 1 cannot be used: the table has no response 'zzz'"):
         run(config, [{"prompt": "p0", "responses": ["a", "zzz"], "rewards": [1, 0]}])

@@ -132,7 +132,7 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         ({"prompt": "q"}, "data.train row 1 has no value in the column 'responses', and other rows have recorded"),
         (GOOD | {"rewards": None}, "row 1 has no value in the column 'rewards'"),
         (GOOD | {"responses": "ab"}, "row 1, column 'responses' is a str .*; expected a list"),
-        (GOOD | {"rewards": [1]}, "row 1 has 2 responses and 1 rewards; expected as many"),
+        (GOOD | {"rewards": [1]}, "row 1 has 2 responses and 1 rewards; expected equal numbers"),
         (GOOD | {"rewards": [1, "0"]}, "row 1, column 'rewards', entry 1 is a str .*; expected a number, or null"),
         (GOOD | {"rewards": [1, float("inf")]}, "row 1, column 'rewards', entry 1 is inf; expected a finite number"),
         (GOOD | {"finished": [True]}, "row 1 has 2 responses and 1 finished"),

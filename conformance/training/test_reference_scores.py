@@ -103,7 +103,7 @@ def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path, model, caplog):
     (tmp_path / "cache").write_text("a file in its place")
     config = settings_of(tmp_path / "a", model, data={"reference_cache": str(tmp_path / "cache")})
     assert run(config).reference_calls == len(groups())
-    assert "cannot be used" in caplog.text and "stay in memory" in caplog.text
+    assert "cannot be used" in caplog.text and "kept in memory only" in caplog.text
 
 
 def test_ranks_share_the_scores_and_score_a_group_each(tmp_path):

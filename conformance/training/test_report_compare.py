@@ -86,7 +86,7 @@ def test_the_command_writes_one_page_and_names_it(runs, tmp_path, capsys, monkey
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["a", "none", "empty"], "none is no run folder: it has no metrics.jsonl; empty is no run folder"),
+        (["a", "none", "empty"], "none is not a run folder: it has no metrics.jsonl; empty is not a run folder"),
         (["a", "./a"], "a run is given twice"),
         (["a", "b", "1", "2", "3", "4", "5"], "7 runs; a page compares at most 6"),
         (["a", "--out", "x.html"], "--out is for a comparison"),

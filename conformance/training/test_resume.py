@@ -64,7 +64,7 @@ def test_ctrl_c_saves_and_leaves(number, status, tmp_path):
     process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == status, output
-    assert "stopping after this step" in output
+    assert "Stopping after this step" in output
     assert f"resume with: {sys.executable} -m gvpo_core.training.cli train {config}" in output
     assert "Traceback" not in output
     assert len(steps_saved(tmp_path / "run" / "checkpoints")) == 1
@@ -232,4 +232,4 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     process.send_signal(signal.SIGINT)
     output, _ = process.communicate(timeout=300)  # the reward itself may take 600 s
     assert process.returncode == 130, output
-    assert "once more to leave at once" in output and "left at once" in output and "Traceback" not in output
+    assert "Press Ctrl-C again to quit now" in output and "quit without saving" in output and "Traceback" not in output

@@ -38,21 +38,21 @@ def test_a_missing_file_of_records_is_named(name, tmp_path, caplog, unbroken):
     said, policy = resumed(tmp_path, caplog)
     assert [text for text in said if name in text] == [
         f"{tmp_path / name} is missing, and 3 steps are done: "
-        + ("verdicts begin anew, and the report lacks them" if "metrics" in name else "the report shows none of them")
+        + ("verdicts start over, and the report lacks them" if "metrics" in name else "the report shows none of them")
     ]
     np.testing.assert_array_equal(policy.logits, unbroken)
 
 
 EDITS = {
-    "not JSON": (b"rubbish\n", "line 2 is no record (edited, or damaged); kept, and not used"),
-    "no kind": (b'{"step": 1}\n', "line 2 is no record"),
-    "no step": (b'{"kind": "train"}\n', "line 2 is no record"),
-    "a step of text": (b'{"kind": "train", "step": "1"}\n', "line 2 is no record"),
-    "a step of true": (b'{"kind": "train", "step": true}\n', "line 2 is no record"),
-    "a list": (b"[1, 2]\n", "line 2 is no record"),
-    "not UTF-8": (b'{"kind": "\xff", "step": 1, "x": 2}\n', "line 2 is no record"),
-    "a NUL block": (b"\0" * 4096 + b"\n", "line 2 is no record"),
-    "deep": (b'{"kind": ' + b"[" * 10**5 + b"\n", "line 2 is no record"),
+    "not JSON": (b"rubbish\n", "line 2 is not a record (edited or damaged); kept, but not used"),
+    "no kind": (b'{"step": 1}\n', "line 2 is not a record"),
+    "no step": (b'{"kind": "train"}\n', "line 2 is not a record"),
+    "a step of text": (b'{"kind": "train", "step": "1"}\n', "line 2 is not a record"),
+    "a step of true": (b'{"kind": "train", "step": true}\n', "line 2 is not a record"),
+    "a list": (b"[1, 2]\n", "line 2 is not a record"),
+    "not UTF-8": (b'{"kind": "\xff", "step": 1, "x": 2}\n', "line 2 is not a record"),
+    "a NUL block": (b"\0" * 4096 + b"\n", "line 2 is not a record"),
+    "deep": (b'{"kind": ' + b"[" * 10**5 + b"\n", "line 2 is not a record"),
 }
 
 
@@ -75,7 +75,9 @@ def test_a_tail_that_is_no_record_is_named_and_dropped(tail, tmp_path, caplog):
     before = lines(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(before) + tail)
     said, _ = resumed(tmp_path, caplog)
-    assert any(f"line {len(before) + 1} is no whole record (cut by a kill or a power loss); dropped" in x for x in said)
+    assert any(
+        f"line {len(before) + 1} is not a complete record (cut by a kill or a power loss); dropped" in x for x in said
+    )
     assert lines(tmp_path)[: len(before)] == before and tail not in (tmp_path / "metrics.jsonl").read_bytes()
 
 
@@ -112,7 +114,7 @@ def test_a_foreign_name_among_the_checkpoints_is_named_and_left(name, kind, tmp_
         foreign.mkdir()
     (foreign / "notes.txt" if kind == "folder" else foreign).write_text("mine")
     said, policy = resumed(tmp_path, caplog)
-    assert len([text for text in said if f"{foreign} is no checkpoint of this run" in text]) == 1
+    assert len([text for text in said if f"{foreign} is not a checkpoint of this run" in text]) == 1
     assert (foreign / "notes.txt" if kind == "folder" else foreign).read_text() == "mine"
     np.testing.assert_array_equal(policy.logits, unbroken)
 
@@ -123,7 +125,7 @@ def test_a_renamed_checkpoint_is_not_taken_for_another_step(tmp_path, caplog, un
     (folder / "step-00000002").rename(folder / "step-00000009")
     (folder / "step-00000008").mkdir()
     said, policy = resumed(tmp_path, caplog)
-    assert any("step-00000009/manifest.json is that of step 2" in text for text in said)
+    assert any("step-00000009/manifest.json belongs to step 2" in text for text in said)
     assert any("step-00000008/manifest.json is missing" in text for text in said)
     assert steps_saved(folder) == [4, 3]
     np.testing.assert_array_equal(policy.logits, unbroken)
@@ -185,5 +187,5 @@ def test_a_run_without_checkpoints_says_that_it_begins_anew(tmp_path, caplog, un
     run_folders.go(run_folders.config(tmp_path))
     shutil.rmtree(tmp_path / "checkpoints")
     said, policy = resumed(tmp_path, caplog)
-    assert [text for text in said if "begins anew; the records of its 3 steps are dropped" in text]
+    assert [text for text in said if "starts over; the records of its 3 steps are dropped" in text]
     np.testing.assert_array_equal(policy.logits, unbroken)

@@ -1,4 +1,4 @@
-"""Rewards in processes of their own: nothing that one does keeps a step from ending, or is left behind."""
+"""Rewards in separate processes: nothing that one does keeps a step from ending, or is left behind."""
 
 import asyncio
 import os

@@ -117,9 +117,9 @@ def test_a_result_of_millions_is_no_answer_of_millions(load):
 
 def test_the_last_words_of_a_process_that_died_are_in_the_error(load):
     body = "import os, sys\ndef r(completions):\n    sys.stderr.write('CUDA: no memöry\\n'); os._exit(3)\n"
-    with pytest.raises(RuntimeError, match="left with status 3; its last output: CUDA: no memöry"):
+    with pytest.raises(RuntimeError, match="exited with status 3; its last output: CUDA: no memöry"):
         score(load(body), ["p"], ["a"], {})
-    with pytest.raises(RuntimeError, match="died of SIGSEGV; its last output: "):
+    with pytest.raises(RuntimeError, match="was killed by SIGSEGV; its last output: "):
         score(load("import ctypes\ndef r(completions): ctypes.string_at(0)\n"), ["p"], ["a"], {})
 
 

@@ -76,7 +76,7 @@ def test_sources_of_datasets(tmp_path):
     both = datasets.DatasetDict(train=made, test=made)
     assert "is a DatasetDict with the splits train, test; name one of them: data.split" in refused(both)
     assert load_rows(both, split="test") == load_rows(both["test"])
-    with pytest.raises(DataError, match="splits train, test; it has none that is named 'dev'"):
+    with pytest.raises(DataError, match="splits train, test; none of them is named 'dev'"):
         load_rows(both, split="dev")
     streams = datasets.IterableDatasetDict(train=made.to_iterable_dataset())
     assert load_rows(streams) == ROWS  # the only split
@@ -87,7 +87,7 @@ def test_sources_of_datasets(tmp_path):
     arrow.write_text(POINTER)
     assert "is a Git LFS pointer" in refused(tmp_path / "saved")
     arrow.write_bytes(b"no arrow file")
-    assert "is no dataset saved by datasets' save_to_disk" in refused(tmp_path / "saved")
+    assert "is not a dataset saved with save_to_disk" in refused(tmp_path / "saved")
 
 
 def test_pandas_frames_give_pythons_own_values():
@@ -118,7 +118,7 @@ def test_polars_frames_and_arrow_tables():
     chat = [{"role": "user", "content": "hi"}]
     frame = polars.DataFrame({"prompt": [chat, chat], "answer": [1, None]})
     assert load_rows(frame) == [{"prompt": chat, "answer": 1}, {"prompt": chat, "answer": None}]
-    assert "is a LazyFrame, whose rows are not computed yet; give LazyFrame.collect()" in refused(frame.lazy())
+    assert "is a LazyFrame, whose rows are not computed yet; pass LazyFrame.collect()" in refused(frame.lazy())
 
 
 def test_arrow_tables_name_the_column_that_python_cannot_hold(tmp_path):
@@ -142,7 +142,7 @@ def test_arrow_tables_name_the_column_that_python_cannot_hold(tmp_path):
             {"prompt": ["a", "b"], "answer": [1, 2, 3]},
             "a mapping of columns of different lengths ('prompt' 2, 'answer'",
         ),
-        ({"prompt": ["a", "b"], "answer": 1}, "'answer' is no list"),
+        ({"prompt": ["a", "b"], "answer": 1}, "'answer' is not a list"),
         ({"prompt": "a"}, "is one mapping (dict with prompt); expected rows, a list of mappings, or columns"),
         ({}, "is one mapping (dict with no keys)"),
         (["a", "b"], "row 0 is a str ('a'); expected a mapping"),
@@ -214,7 +214,7 @@ def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
     pytest.importorskip("datasets", reason="datasets is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     said = refused("nobody/nothing-of-this-name")
-    assert "is no file here, and as a dataset of the hub it cannot be read (" in said
+    assert "is not a file here and cannot be read from the hub as a dataset (" in said
     assert "names no dataset; expected owner/name" in refused("hf://gsm8k")
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").write_text("")

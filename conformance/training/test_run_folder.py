@@ -106,7 +106,7 @@ def test_a_run_whose_folder_is_moved_stops_and_writes_nothing_more(then, tmp_pat
             seen.update({str(p): run_folders.content(p) for p in (folder, moved) if p.exists()})
         return reward(prompts, completions, **columns)
 
-    with pytest.raises(RunFolderError, match="was moved or replaced while the run went on"):
+    with pytest.raises(RunFolderError, match="was moved or replaced during the run"):
         run_folders.go(run_folders.config(folder), rewards={"value": moving})
     assert {str(p): run_folders.content(p) for p in (folder, moved) if p.exists()} == seen
     if then == "a second run":

@@ -48,7 +48,7 @@ def run(tmp_path, monkeypatch, capfd, caplog):
         reward = f'function = "{tmp_path / "mine.py"}:reward"\nmax_failures = 1.0'
         config = table_run.make(tmp_path, steps=2, reward=reward, extra=OPTIONS)
         config.write_text(change(config.read_text()))
-        # In a process of its own: logging is set up as a person has it.
+        # In a separate process: logging is set up as a person has it.
         status = faults.run(config) if not arguments else cli.main(["train", str(config), *arguments])
         files = [p for p in (tmp_path / "run").rglob("*") if p.is_file()]
         text = b"".join(p.read_bytes() for p in files).decode("utf-8", "replace")
@@ -152,7 +152,9 @@ def test_a_variable_that_is_not_set_and_a_secret_that_was_left_out_are_named(run
     assert run()[0] == 0
     assert cli.main(["train", str(tmp_path / "run" / "config.toml")]) == 2
     said = capfd.readouterr().err
-    assert "rewards.right.options.api_key was left out of these settings" in said and "'$NAME'" in said
+    assert (
+        "rewards.right.options.api_key is a secret and was not saved with these settings" in said and "'$NAME'" in said
+    )
 
 
 def test_a_run_with_secrets_is_resumed_with_the_config_that_has_them(run, tmp_path):

@@ -118,7 +118,7 @@ def test_a_planted_pickle_never_runs(tmp_path):
         sealed(checkpoints / "step-00000002")
         output.write_text("")
         assert faults.run(config) == 2, form
-        assert "no table of numbers" in output.read_text() and "Traceback" not in output.read_text(), form
+        assert "does not hold a table of numbers" in output.read_text() and "Traceback" not in output.read_text(), form
         assert not mark.exists(), form
         shutil.rmtree(checkpoints)
         shutil.copytree(tmp_path / "kept", checkpoints)

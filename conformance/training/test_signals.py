@@ -45,7 +45,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(name, tmp_path, capsys):
     assert (result.step, result.exit_status) == (2, STOPS[name])
     assert steps_saved(tmp_path / "checkpoints") == [2] and "stop" in killing.events(tmp_path)
     assert signal.getsignal(getattr(signal, name)) is before
-    assert "stopping after this step, then saving" in capsys.readouterr().out
+    assert "Stopping after this step and saving" in capsys.readouterr().out
 
 
 def test_a_hang_up_ends_nothing(tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A pipe, a socket, a device or a folder in the place of a file is named in one line: nothing waits for it."""
+"""A pipe, a socket, a device or a folder instead of a file is named in one line: nothing waits for it."""
 
 import os
 import shutil

@@ -61,7 +61,7 @@ class Prompts:
         return i if self.rows is None else self.rows[i]
 
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
-        """The prompts of one step, by number: the next `size` of an endless run of epochs, each in an order of its own.
+        """The prompts of one step, by number: the next `size` of an endless run of epochs, each in a new order.
 
         It depends on its arguments alone, so a resumed run sees the same prompts.
         """
@@ -122,7 +122,7 @@ def encode_prompts(
             raise DataError(
                 f"{where}, column {config.prompt!r} has the token id {max(ids)}, and the model's vocabulary ends"
                 f" at {vocabulary - 1}: the tokenizer has tokens that the model was never resized for; resize its"
-                " embeddings and save it anew, or take the tokenizer that belongs to it"
+                " embeddings and save it again, or use its own tokenizer"
             )
         if len(ids) > config.max_prompt_tokens:
             if config.too_long == "drop":
@@ -134,7 +134,7 @@ def encode_prompts(
         if max_tokens and len(ids) + max_tokens > context:
             raise DataError(
                 f"{where}: the prompt's {len(ids)} tokens and rollout.max_tokens = {max_tokens} are more than"
-                f" the {context} positions that the model is made for; lower rollout.max_tokens, or leave long prompts"
+                f" the {context} positions that the model supports; lower rollout.max_tokens, or leave long prompts"
                 " out with data.max_prompt_tokens and data.too_long = 'drop'"
             )
         prompts.append(prompt)
@@ -153,7 +153,7 @@ def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
     if isinstance(prompt, str):
         if system_prompt:
             raise DataError(
-                f"{where} is text, and data.system_prompt is a message before chat messages; write it into the text, or"
+                f"{where} is text, and data.system_prompt is for chat messages; write it into the text, or"
                 " give chat messages"
             )
         return encodable(prompt, where)
@@ -200,7 +200,7 @@ def encodable(text: str, where: str) -> str:
 
 
 def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
-    """The rows handed over as `train_rows`, else those of the configured file. Raises: DataError: there are none."""
+    """The rows passed as `train_rows`, or those of the configured file. Raises: DataError: there are none."""
     name, data = "data.train" if given is None else "train_rows", config.data
     return load_rows(data.train if given is None else given, name, split=data.split, subset=data.subset)
 

@@ -83,8 +83,8 @@ def _answers(config: Config, policy: Policy, prompts: Prompts, rewards: Sequence
 
 def _losses(config: Config, policy: Policy, groups: Groups, reference: ReferenceScores | None) -> dict[str, float]:
     rollout = recorded_rollout(policy, groups, range(len(groups)), reference, keep=False)
-    own = slice(rollout.start, rollout.start + len(rollout.batch))
-    scored = np.flatnonzero(~np.isnan(rollout.rewards[own]))
+    local_rows = slice(rollout.start, rollout.start + len(rollout.batch))
+    scored = np.flatnonzero(~np.isnan(rollout.rewards[local_rows]))
     logprobs = np.full(len(rollout.rewards), np.nan)
     scores = policy.logprobs(rollout.batch.take([int(i) for i in scored]))
     logprobs[~np.isnan(rollout.rewards)] = policy.gather(np.asarray(scores, np.float64))

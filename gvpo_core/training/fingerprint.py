@@ -35,13 +35,13 @@ def run_inputs(
     """What a run is made from, for environment.json: "data", "model", "rewards", "objective" -> name -> fingerprint.
 
     Args:
-      held_out: rows of the evaluation; none where there is none.
+      held_out: rows of the evaluation; empty without one.
       rewards: functions given in Python.
     """
     data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(held_out)} if held_out else {})
     code = reward_fingerprints(config.rewards, rewards)
-    own = config.objective.name not in TABLE
-    objective = reward_fingerprints({"name": RewardConfig(function=config.objective.name)}) if own else {}
+    custom = config.objective.name not in TABLE
+    objective = reward_fingerprints({"name": RewardConfig(function=config.objective.name)}) if custom else {}
     return {"data": data, "model": model_fingerprint(config.model), "rewards": code, "objective": objective}
 
 
@@ -73,7 +73,7 @@ def model_fingerprint(config: ModelConfig) -> dict[str, dict[str, str]]:
     """ "weights" and "tokenizer" -> SHA-256 of the names and contents of the files in `model.path`.
 
     weights: settings, safetensors, and code where it is run; tokenizer: its files and chat template. Of a file beyond
-    64 MiB its size and 16 pieces of 1 MiB count. Empty where the model is no folder and in no cache of the hub.
+    64 MiB its size and 16 pieces of 1 MiB count. Empty if the model is neither a folder nor in the hub's cache.
     """
     folder = _model_folder(config)
     if folder is None:
@@ -88,7 +88,7 @@ def model_fingerprint(config: ModelConfig) -> dict[str, dict[str, str]]:
                 parts["weights"].append(name)
         return {part: {"sha256": _of_files(folder / name for name in names)} for part, names in parts.items() if names}
     except OSError as e:
-        _log.warning("the model's files cannot be read (%s): a later start cannot tell whether they changed", e)
+        _log.warning("the model's files cannot be read (%s): a later start cannot detect changes to them", e)
         return {}
 
 
@@ -99,10 +99,10 @@ def _model_folder(config: ModelConfig) -> Path | None:
     try:
         from huggingface_hub import try_to_load_from_cache
 
-        found = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
+        cached = try_to_load_from_cache(config.path, "config.json", revision=config.revision)
     except (ImportError, ValueError):
         return None
-    return Path(found).parent if isinstance(found, str) else None
+    return Path(cached).parent if isinstance(cached, str) else None
 
 
 def _of_files(paths: Iterable[Path]) -> str:
@@ -127,19 +127,19 @@ def _of_file(path: Path) -> str:
 def reward_fingerprints(
     rewards: Mapping[str, RewardConfig], given: Mapping[str, Callable[..., Any]] | None = None
 ) -> dict[str, dict[str, str]]:
-    """Reward -> SHA-256 of the file that its function stands in, or of a given function's source.
+    """Reward -> SHA-256 of the function's file, or of the source of a function passed from Python.
 
-    What that file imports does not count. A reward whose source nobody can find is left out.
+    Imports of that file are not included. A reward without a known source is omitted.
     """
-    found = {}
+    hashes = {}
     for name, reward in rewards.items():
         try:
             function = (given or {}).get(name)
             code = _source(function) if function is not None else retried(_file_of(reward.function).read_bytes)
         except (OSError, TypeError, ValueError, ImportError):
             continue
-        found[name] = {"sha256": hashlib.sha256(code).hexdigest()}
-    return found
+        hashes[name] = {"sha256": hashlib.sha256(code).hexdigest()}
+    return hashes
 
 
 def _source(function: Callable[..., Any]) -> bytes:
@@ -148,14 +148,14 @@ def _source(function: Callable[..., Any]) -> bytes:
 
 
 def _file_of(spec: str) -> Path:
-    """Where a reward's code stands; no module of the user's is imported. Raises: OSError, ImportError, ValueError."""
+    """The file of a reward's code; no user module is imported. Raises: OSError, ImportError, ValueError."""
     where, colon, _ = spec.rpartition(":")
     if not colon:
         return _BUILTIN
     if where.endswith(".py"):
         return Path(where)
     package, *inner = where.split(".")
-    beside = Path(os.getcwd(), *where.split(".")).with_suffix(".py")  # beside the config, where workers look as well
+    beside = Path(os.getcwd(), *where.split(".")).with_suffix(".py")  # next to the config, where workers also look
     if os.getcwd() not in sys.path and beside.is_file():
         return beside
     spec_of = importlib.util.find_spec(package)
@@ -171,7 +171,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
     """What differs between two environments of a run, one line each: (what may, what must not).
 
     Data and model must not. Rewards, versions, the machine and the number of ranks may: the steps to come are then
-    not those of an unbroken run. What one of the two does not know is not compared, but for the data.
+    not those of an uninterrupted run. Unknown entries are not compared, except for the data.
     """
     noted: list[str] = []
     refused: list[str] = []

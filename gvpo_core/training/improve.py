@@ -46,16 +46,16 @@ def improve(
     """
     objective = find_objective(config)
     scored = ~np.isnan(rollout.rewards)
-    own = np.arange(rollout.start, rollout.start + len(rollout.batch))
+    local_rows = np.arange(rollout.start, rollout.start + len(rollout.batch))
     need = objective.smallest
     sizes = np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
     if not (sizes >= need).any():
         raise NoSignalError(
             f"no group has {need} scored responses: {int(scored.sum())} of the {len(scored)} responses in"
-            f" {rollout.num_groups} groups were scored; look at the reward's warnings"
+            f" {rollout.num_groups} groups were scored; see the reward's warnings"
         )
     start = time.perf_counter()
-    rows = own[scored[own]]  # this rank's scored rows, as places among all N
+    rows = local_rows[scored[local_rows]]  # this rank's scored rows, as places among all N
     batch = rollout.batch.take([int(i) for i in rows - rollout.start])
     ref = old = None
     if rollout.ref_logprobs is not None:
@@ -115,10 +115,10 @@ def _coefficients(
     """
     mine = chosen[rows]
     places = np.cumsum(chosen) - 1  # of each chosen row among the chosen
-    own = places[rows[mine]]
+    local_places = places[rows[mine]]
     _, group_ids = np.unique(rollout.group_ids[chosen], return_inverse=True)
     num_groups = int(group_ids.max()) + 1
-    known = ref if old is None else old  # stands in for the other groups: harmless numbers, of the right size
+    known = ref if old is None else old  # placeholder for the other groups: harmless numbers of the right size
 
     def coefficients(logprobs: np.ndarray, part: np.ndarray) -> np.ndarray:
         logprobs = np.asarray(logprobs, np.float64)
@@ -133,7 +133,7 @@ def _coefficients(
             check_finite("coefficients", factors, np.flatnonzero(chosen))
         elif objective.own is not None and len(part) < len(group_ids):
             check_own_group(full, factors, part)
-        result: np.ndarray = factors[own[part]]
+        result: np.ndarray = factors[local_places[part]]
         return result
 
     def factors_at(full: np.ndarray) -> np.ndarray:
@@ -149,7 +149,7 @@ def _coefficients(
         if not np.allclose(factors_at(moved)[part], factors[part], rtol=1e-9, atol=0, equal_nan=True):
             raise ObjectiveError(
                 f"objective.name = {objective.name!r} gives a response another coefficient when the log-probs of other"
-                " groups change; expected one that depends on its own group: micro-batches hold some groups of a step"
+                " groups change; it may depend only on the response's group, as a micro-batch holds only some groups"
             )
 
     return coefficients

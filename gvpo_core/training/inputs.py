@@ -80,7 +80,7 @@ class Inputs:
         training: bool = True,
         scoring: bool = True,
     ) -> "Inputs":
-        """Reads the rows and starts the rewards; what fails goes into `errors`, so that all of it is reported at once.
+        """Reads the rows and starts the rewards; failures are collected in `errors` and reported together.
 
         Args:
           train_rows: rows to train on, instead of data.train.

@@ -3,8 +3,8 @@
     for each step: groups of scored responses from a source -> updates along the objective's weights -> a record
                    evaluate and save where due
 
-It departs from the paper in nothing: the objective is `gvpo_core.objective`, the sum over groups Eq. 16. All randomness
-is a function of (seed, step, prompt, response), so a resumed run repeats an unbroken one.
+It does not depart from the paper: the objective is `gvpo_core.objective`, the sum over groups Eq. 16. All randomness is
+a function of (seed, step, prompt, response), so a resumed run repeats an uninterrupted one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -39,14 +39,15 @@ def train(
     """Runs or resumes the run in `config.run.folder`.
 
     Args:
-      policy: from a backend's `load`; on several ranks, each rank's own.
+      policy: from `load_policy`; on several ranks, one for each rank.
       train_rows: rows to train on, instead of data.train.
       evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
-      sampler: draws the training responses instead of the policy (an older copy, a teacher: Cor. 3.2).
+      sampler: draws the training responses instead of the policy (an older copy, a teacher, an engine).
       console: where progress is shown. Default: standard output.
-      from_step: goes back to the checkpoint of this step and drops what came later; 0: to the beginning.
-    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: what is wrong.
+      from_step: go back to the checkpoint of this step and delete everything later; 0: the beginning.
+    Returns: how the run ended.
+    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: each names the cause.
     """
     with open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards) as inputs:
         return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)

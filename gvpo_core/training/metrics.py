@@ -1,6 +1,6 @@
 """Every number of a run: from one step's rollout and improvement to one line of metrics.jsonl.
 
-A line is one JSON object with `kind` ("train", "eval" or "event"), `step` and `time`; numbers that are not finite stand
+A line is one JSON object with `kind` ("train", "eval" or "event"), `step` and `time`; non-finite numbers are written
 as null. Pure NumPy, float64. No other file makes a key.
 """
 
@@ -169,7 +169,7 @@ def _group_metrics(
         metrics["reward/half_width"] = mean_half_width(_group_means(rewards, groups))
     if reward_range is not None:
         worst, best = min(worst, reward_range[0]), max(best, reward_range[1])
-    told_apart = best > worst  # one value so far: nobody can say whether it is the best or the worst
+    told_apart = best > worst  # a single value so far is neither best nor worst
     metrics["groups/all_best"] = int((dead & (high == best)).sum()) if told_apart else 0
     metrics["groups/all_worst"] = int((dead & (low == worst)).sum()) if told_apart else 0
     return metrics

@@ -92,21 +92,21 @@ def find_objective(config: ObjectiveConfig) -> TrainingObjective:
     if wrong := wrong_objective(config.name):
         raise ConfigError(wrong)
     try:
-        own = find_function(config.name)
+        function = find_function(config.name)
     except LookupError as error:
         raise ConfigError(f"objective.name = {config.name!r}: {error}") from error
     try:
-        signature = inspect.signature(own)
-        signature.bind(*_ARRAYS, **{name: None for name in _OPTIONS if name in _taken(own)})
+        signature = inspect.signature(function)
+        signature.bind(*_ARRAYS, **{name: None for name in _OPTIONS if name in _taken(function)})
     except TypeError as error:
         raise ConfigError(
             f"objective.name = {config.name!r} has other arguments ({error}); expected"
-            f" {own.__name__}({', '.join(_ARRAYS)}), and by name any of {', '.join(_OPTIONS)}"
+            f" {function.__name__}({', '.join(_ARRAYS)}), and as keywords any of {', '.join(_OPTIONS)}"
         ) from error
-    smallest = getattr(own, "smallest", 2)
+    smallest = getattr(function, "smallest", 2)
     if not isinstance(smallest, int) or smallest < 1:
         raise ConfigError(f"objective.name = {config.name!r} has smallest = {smallest!r}; expected 1 or more responses")
-    return TrainingObjective(config.name, smallest, True, own, options)
+    return TrainingObjective(config.name, smallest, True, function, options)
 
 
 def check_objective(config: Config) -> None:

@@ -55,24 +55,24 @@ def collect(
     """Samples and scores `responses` responses to each prompt in `rows`.
 
     The P x k responses are cut into equal runs over the ranks, so a group may lie on two. A response's seed comes from
-    `seed_path`, its prompt's place and its own, whatever rank draws it.
+    `seed_path`, its prompt's place and its own, on whichever rank it is drawn.
 
     Args:
-      sampler: draws the responses in the policy's stead: an older copy, a teacher (Cor. 3.2).
+      sampler: draws the responses instead of the policy: an older copy, a teacher (Cor. 3.2).
     Raises: RewardError: on every rank, where a reward of any rank cannot be used.
     """
     clock = time.perf_counter()
     total = len(rows) * responses
     start, stop = (total * r // policy.world_size for r in (policy.rank, policy.rank + 1))
-    own: dict[int, list[int]] = {}
+    local_places: dict[int, list[int]] = {}
     for flat in range(start, stop):
-        own.setdefault(flat // responses, []).append(flat % responses)
+        local_places.setdefault(flat // responses, []).append(flat % responses)
     drawn = (sampler or policy).generate(
-        [prompts.tokens[rows[group]] for group in own],
-        [[row_seed(*seed_path, group, i) for i in places] for group, places in own.items()],
+        [prompts.tokens[rows[group]] for group in local_places],
+        [[row_seed(*seed_path, group, i) for i in places] for group, places in local_places.items()],
         sampling,
     )
-    flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(own, drawn, strict=True) for r in many]
+    flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
     if sampler is not None:
         attempt(policy, lambda: _check_tokens(policy, [r for _, r in flat_drawn]), kind=ConfigError)
     groups = [g for g, _ in flat_drawn]
@@ -95,7 +95,7 @@ def collect(
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
     row = 0
-    for (g, places), of_group in zip(own.items(), drawn, strict=True):
+    for (g, places), of_group in zip(local_places.items(), drawn, strict=True):
         prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
         if places[0] == 0:  # once a group: what a later run needs to train on it
             completions[row]["messages"] = None if isinstance(prompt, str) else prompt
@@ -125,8 +125,8 @@ def _check_tokens(policy: Policy, responses: Sequence[Response]) -> None:
     largest = max((max(r.tokens) for r in responses if r.tokens), default=-1)
     if largest >= vocabulary:
         raise ConfigError(
-            f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: give a"
-            " sampler with the policy's own tokenizer"
+            f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: use a"
+            " sampler with the policy's tokenizer"
         )
 
 

@@ -29,7 +29,7 @@ def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str =
       name: of the data, for messages.
       split, subset: of a source that has several.
     Raises: DataError: no such file, a line that is not a JSON object (with its number), no rows, a row that is not a
-      mapping, or a source that has no rows of its own: splits without a name, columns of unequal lengths, a stream
+      mapping, or a source without rows: several splits, columns of unequal lengths, a stream
       without end.
     """
     if isinstance(source, str | Path):
@@ -59,7 +59,7 @@ def _given(source: Any, name: str, split: str = "") -> list[Any]:
             return _given(_split_of(source, split, f"{name} is a {kind}"), name)
         return _of_columns(source, name)
     if hasattr(source, "collect"):
-        raise DataError(f"{name} is a {kind}, whose rows are not computed yet; give {kind}.collect()")
+        raise DataError(f"{name} is a {kind}, whose rows are not computed yet; pass {kind}.collect()")
     if hasattr(source, "to_dicts"):  # polars
         return list(source.to_dicts())
     if hasattr(source, "to_pylist"):  # pyarrow
@@ -76,10 +76,10 @@ def _given(source: Any, name: str, split: str = "") -> list[Any]:
         rows = iter(source)
     except TypeError as e:
         raise DataError(f"{name} is a {kind}; expected a path, or rows: a list of mappings") from e
-    found = list(islice(rows, _LONGEST_STREAM + 1))
-    if len(found) > _LONGEST_STREAM:
+    first_rows = list(islice(rows, _LONGEST_STREAM + 1))
+    if len(first_rows) > _LONGEST_STREAM:
         raise DataError(unbounded(f"{name} is a {kind} of unknown length, perhaps endless", _LONGEST_STREAM))
-    return found
+    return first_rows
 
 
 def unbounded(what: str, rows: int) -> str:
@@ -98,7 +98,7 @@ def _split_of(splits: Mapping[str, Any], split: str, what: str) -> Any:
         return next(iter(splits.values()))
     has = f"{what} with the splits {', '.join(map(str, splits))}"
     if split:
-        raise DataError(f"{has}; it has none that is named {split!r}")
+        raise DataError(f"{has}; none of them is named {split!r}")
     raise DataError(f"{has}; name one of them: data.split, or data.evaluation_split for held-out rows")
 
 
@@ -114,17 +114,17 @@ def _of_columns(columns: Mapping[Any, Any], name: str) -> list[Any]:
         keys = ", ".join(map(str, columns))[:80] or "no keys"
         raise DataError(
             f"{name} is one mapping ({type(columns).__name__} with {keys}); expected rows, a list of mappings, or"
-            " columns, a mapping of lists" + (f": {other[0]!r} is no list" if other else "")
+            " columns, a mapping of lists" + (f": {other[0]!r} is not a list" if other else "")
         )
     lengths = {column: len(values) for column, values in lists.items()}
     if len({*lengths.values()}) > 1:
-        told = ", ".join(f"{column!r} {length}" for column, length in lengths.items())
-        raise DataError(f"{name} is a mapping of columns of different lengths ({told:.120}); expected as many values")
+        listed = ", ".join(f"{column!r} {length}" for column, length in lengths.items())
+        raise DataError(f"{name} is a mapping of columns of different lengths ({listed:.120}); expected equal lengths")
     return [dict(zip(lists, values, strict=True)) for values in zip(*lists.values(), strict=True)]
 
 
 def _plain(value: Any) -> Any:
-    """Lists in the place of arrays, at any depth."""
+    """Lists instead of arrays, at any depth."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
@@ -224,7 +224,7 @@ def _from_datasets(path: Path, where: str, split: str) -> list[Any]:
     except DataError:
         raise
     except _UNREADABLE as e:
-        raise DataError(f"{where} is no dataset saved by datasets' save_to_disk: {_reason(e)}") from e
+        raise DataError(f"{where} is not a dataset saved with save_to_disk: {_reason(e)}") from e
 
 
 def _reason(error: Exception) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TRAIN, EVALUATE, ORDER = 0, 1, 2  # second keys of the seeds, so that no two uses share a stream
+TRAIN, EVALUATE, ORDER = 0, 1, 2  # second keys of the seeds: each use has a separate stream
 
 
 @dataclass(frozen=True)

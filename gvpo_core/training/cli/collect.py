@@ -44,11 +44,11 @@ def for_collecting(config: Config) -> Config:
 
 
 def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
-    """Draws and scores `run.steps` steps of groups into `out`, or goes on with them; returns the exit status.
+    """Draws and scores `run.steps` steps of groups into `out`, or continues a started file; returns the exit status.
 
     Step t has the prompts and the seeds of step t of the run. Every rank calls.
 
-    Raises: ConfigError: `out` is there, or was begun with other settings. CollectError: it cannot be written.
+    Raises: ConfigError: `out` exists, or was started with other settings. CollectError: it cannot be written.
     """
     if inputs.recorded is not None:
         raise ConfigError(
@@ -107,15 +107,15 @@ class _Growing:
         self._lock: IO[bytes] | None = None
         table = as_table(inputs.config)
         drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
-        told = json.dumps([drawn, inputs.fingerprints()], sort_keys=True, default=str)
-        self.settings = hashlib.sha256(told.encode()).hexdigest()[:16]
+        identity = json.dumps([drawn, inputs.fingerprints()], sort_keys=True, default=str)
+        self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def open(self) -> int:
         """Takes the file; the steps that it holds whole."""
         if self.out.suffix not in (".jsonl", ".json"):
             raise ConfigError(f"{self.out}: expected a name that ends with .jsonl")
         if self.out.exists():
-            raise ConfigError(f"{self.out} is there already; remove it, or give another name")
+            raise ConfigError(f"{self.out} already exists; remove it, or give another name")
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self.partial.open("ab")
@@ -140,17 +140,17 @@ class _Growing:
         for record in records(self.partial):
             if record.get("settings") != self.settings:
                 raise ConfigError(
-                    f"{self.partial} was begun with other settings, data, model or rewards; give them as they were, or"
+                    f"{self.partial} was started with other settings, data, model or rewards; use the original ones, or"
                     " remove it"
                 )
             counts[record["step"]] = counts.get(record["step"], 0) + 1
-        whole = 0
-        while counts.get(whole + 1, 0) == self._prompts:
-            whole += 1
-        cut(self.partial, whole, whole=False)
-        if whole:
-            _log.info("%s holds %d steps: going on", self.partial, whole)
-        return whole
+        complete = 0
+        while counts.get(complete + 1, 0) == self._prompts:
+            complete += 1
+        cut(self.partial, complete, whole=False)
+        if complete:
+            _log.info("%s holds %d steps: continuing", self.partial, complete)
+        return complete
 
     def append(self, step: int, rollout: Rollout, prompts: Prompts) -> None:
         """Appends a step, synced."""
@@ -158,14 +158,14 @@ class _Growing:
         try:
             append_synced(self.partial, encoded(groups))
         except OSError as e:
-            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}; its whole steps are kept") from e
+            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}; its complete steps are kept") from e
         mean = fit(float(np.nanmean(rollout.rewards)), 6)
         say(f"step {step} of {self._steps}: {len(rollout.rewards)} responses, mean reward {mean}")
 
     def end(self, step: int) -> None:
         """Gives the file its name, once it is whole."""
         if step < self._steps:
-            say(f"stopped after step {step} of {self._steps}; the same command goes on")
+            say(f"stopped after step {step} of {self._steps}; the same command continues")
             return
         self.partial.rename(self.out)
         sync_folder(self.out.parent)

@@ -32,7 +32,7 @@ _USAGE = """usage: gvpo COMMAND ...
                                                 write a run's policy as a Hugging Face folder, or its adapters alone
   gvpo report RUN                               write RUN/report.html
   gvpo report A B [C ...] [--out FILE]          compare runs on one page, comparison.html
-  gvpo doctor [--json]                          what is installed, and which devices
+  gvpo doctor [--json]                          list what is installed and which devices exist
 
 gvpo train --help explains every setting. Relative paths are from the working directory.
 """
@@ -71,19 +71,19 @@ def _run(arguments: list[str]) -> int:
     try:
         return commands[command](arguments[1:], secrets)
     except KeyboardInterrupt:
-        print("\ngvpo: left at once; the last checkpoint is what is saved", file=sys.stderr)
+        print("\ngvpo: quit without saving; the last checkpoint is kept", file=sys.stderr)
         return 130
     except ImportError as e:
         if (e.name or "").partition(".")[0] not in ("tyro", "tomli_w", "rich"):
             return _failed(e, secrets)
         print(f'gvpo: {e.name} is not installed: pip install "gvpo[train]"', file=sys.stderr)
         return 2
-    except Exception as e:  # printed here, so that no secret is
+    except Exception as e:  # printed here, to hide secrets
         return _failed(e, secrets)
 
 
 def _failed(error: Exception, secrets: set[str]) -> int:
-    """Says what went wrong without the secrets known of; the exit status."""
+    """Prints the error without known secrets; returns the exit status."""
     if not _expected(error):
         print(traceback_of(error, secrets), end="", file=sys.stderr)
         return 1
@@ -92,7 +92,7 @@ def _failed(error: Exception, secrets: set[str]) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    """Errors of ours, which say all that is to say; others keep their traceback."""
+    """Whether the error is ours: its message suffices. Others keep their traceback."""
     return type(error).__module__.startswith("gvpo_") or isinstance(error, FloatingPointError)
 
 
@@ -128,14 +128,14 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
         _, settings = parse_arguments(arguments, wrong)
         config = opened[0].config
         folder = RunFolder(Path(config.run.folder))
-        folder.refuse_changes(config)  # before minutes go into the model
+        folder.refuse_changes(config)  # before the slow load of the model
         if from_step is not None:
             refuse_unsaved(folder.checkpoints, from_step)
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
         log, was = logging.getLogger("gvpo"), settings.run.folder
         if config.run.folder != was:
-            log.warning("%s holds the run that was begun in %s: it goes on where it is now", config.run.folder, was)
+            log.warning("%s holds the run that was started in %s; it continues here", config.run.folder, was)
         log.info("loading %s", hide(config.model.path))
         policy = load_policy(config)
         if dry:
@@ -171,15 +171,15 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
 
 
 def _step_number(text: str | None) -> int | None:
-    """The number after `--from-step`. Raises: ConfigError: it is none."""
+    """The number after `--from-step`. Raises: ConfigError: not a number."""
     if text is not None and not (text.isascii() and text.isdigit()):
         raise ConfigError(f"--from-step {text}: expected the step of a saved checkpoint, or 0 for the beginning")
     return None if text is None else int(text)
 
 
 def _opened(config: Config) -> "tuple[Inputs, list[str]]":
-    """The files and functions that settings name, opened before minutes go into the model, and what is wrong with
-    them."""
+    """The files and functions that settings name, opened before the model loads, and the
+    mistakes in them."""
     from gvpo_core.training.config.check import wrong_values
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.watch.trackers import check_trackers
@@ -217,13 +217,13 @@ def _report(arguments: list[str], secrets: set[str]) -> int:
 def _doctor(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.cli.doctor import doctor
 
-    parser = argparse.ArgumentParser(prog="gvpo doctor", description="What is installed, and which devices.")
+    parser = argparse.ArgumentParser(prog="gvpo doctor", description="Lists what is installed and which devices exist.")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     return doctor(json=parser.parse_args(arguments).json)
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to what standard error is when a record comes: a live bar takes it over, so as not to be torn."""
+    """Writes to the current standard error, which a live progress bar replaces."""
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
@@ -232,7 +232,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def _log_to_stderr(secrets: set[str]) -> None:
-    """Warnings of gvpo and of the user's rewards, one line each; only the main process speaks."""
+    """Logs warnings of gvpo and of rewards, one line each, from the main process only."""
     handler = _Stderr()
     handler.setFormatter(Hiding("%(levelname)s %(name)s: %(message)s", secrets))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

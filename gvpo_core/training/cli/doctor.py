@@ -1,6 +1,6 @@
 """gvpo doctor: what is installed, which devices are seen, what is wrong and how to mend it. Offline, under 3 seconds.
 
-Versions are read from package metadata, without an import. The array frameworks are imported in processes of their own
+Versions are read from package metadata, without an import. The array frameworks are imported in separate processes
 under a time limit, since a broken one may hang, crash or end the interpreter.
 """
 
@@ -75,7 +75,7 @@ def doctor(json: bool = False) -> int:
             if finding.mend:
                 print(f"{'':<8} {'':<17} -> {finding.mend}")
         count = sum(f.status != "ok" for f in findings)
-        print("all well" if not count else f"{count} to look at; the worst is: {worst}")
+        print("all well" if not count else f"{count} to fix; the worst is: {worst}")
     return int(worst == "wrong")
 
 
@@ -156,17 +156,18 @@ def _framework(name: str, result: tuple[int | None, str, str], gpu: bool) -> lis
     if main.status != "ok":
         return [main, *rest]
     if status is None:
-        detail = f"{main.detail}; its import was not done after {LIMIT} s, so its devices are not known"
-        mend = f'on a cold disk, run this again; else see where it hangs: python -X importtime -c "import {name}"'
+        detail = f"{main.detail}; its import did not finish in {LIMIT} s, so its devices are unknown"
+        trace = f'python -X importtime -c "import {name}"'
+        mend = f"run this again if the disk was cold; otherwise find where it hangs: {trace}"
         return [Finding("warning", name, detail, mend), *rest]
     try:
         facts = loads(out.strip().rpartition("\n")[2])
         devices = ", ".join(map(str, facts["devices"]))
     except (ValueError, KeyError, TypeError):
-        last = errors.strip().rpartition("\n")[2] or f"ended with status {status}"
+        last = errors.strip().rpartition("\n")[2] or f"exited with status {status}"
         return [Finding("wrong", name, f"{main.detail}; its import fails: {last[:300]}", reinstall), *rest]
     if gpu and name == "torch" and not facts.get("cuda"):
-        detail = f"{main.detail}; {devices}: a build without CUDA, beside an NVIDIA GPU"
+        detail = f"{main.detail}; {devices}: a build without CUDA, on a machine with an NVIDIA GPU"
         mend = "install the CUDA build: https://pytorch.org/get-started/locally"
         return [Finding("warning", name, detail, mend), *rest]
     return [Finding("ok", name, f"{main.detail}; {devices}"), *rest]

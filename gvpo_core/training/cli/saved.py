@@ -43,21 +43,21 @@ def evaluate_run(arguments: list[str]) -> int:
         config = replace(config, data=replace(config.data, evaluation=options.data))
     names = [options.checkpoint, *([options.compare] if options.compare else [])]
     with open_inputs(config, training=False) as inputs:
-        found = {name: _evaluated(inputs, options.run, name) for name in dict.fromkeys(names)}
-    if found[options.checkpoint][2] != 0:
+        evaluations = {name: _evaluated(inputs, options.run, name) for name in dict.fromkeys(names)}
+    if evaluations[options.checkpoint][2] != 0:
         return 0
-    metrics = {name: values for name, (values, _, _) in found.items()}
+    metrics = {name: values for name, (values, _, _) in evaluations.items()}
     difference = None
     if options.compare:
         if "eval/reward" not in metrics[options.checkpoint]:
             raise ConfigError("--compare needs rewards: the held-out rows are recorded groups, and there is no reward")
-        change = found[options.checkpoint][1] - found[options.compare][1]
+        change = evaluations[options.checkpoint][1] - evaluations[options.compare][1]
         change = change[~np.isnan(change)]  # prompts with a score in both
         difference = (float(change.mean()) if change.size else math.nan, mean_half_width(change))
     if options.json:
         say(json.dumps(_as_json(metrics, options.checkpoint, options.compare, difference), indent=1))
         return 0
-    for name in found:
+    for name in evaluations:
         say(f"{name}: {_sentence(metrics[name])}")
     if difference is not None:
         say(
@@ -119,9 +119,9 @@ def export_run(arguments: list[str]) -> int:
     """
     parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
     parser.add_argument("run", type=Path, help="run folder")
-    parser.add_argument("folder", type=Path, help="folder to make; must not hold files")
+    parser.add_argument("folder", type=Path, help="folder to create; must be empty")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
-    parser.add_argument("--adapters", action="store_true", help="write the LoRA or DoRA adapters alone")
+    parser.add_argument("--adapters", action="store_true", help="write only the LoRA or DoRA adapters")
     options = parser.parse_args(arguments)
     config, folder = _run_config(options.run), options.folder
     if options.adapters and not config.model.lora_rank:
@@ -134,9 +134,9 @@ def export_run(arguments: list[str]) -> int:
         folder.mkdir(parents=True, exist_ok=True)
         holds = any(folder.iterdir())
     except OSError as e:
-        raise ConfigError(f"{folder} cannot be the folder to export to: {e.strerror or e}; give one that is new") from e
+        raise ConfigError(f"{folder} cannot be exported to: {e.strerror or e}; give a new folder") from e
     if holds:
-        raise ConfigError(f"{folder} is not empty; give a folder that is new")
+        raise ConfigError(f"{folder} is not empty; give a new folder")
     policy = _restored(config, options.run, options.checkpoint)
     try:
         (policy.export_adapters if options.adapters else policy.export)(folder)
@@ -154,18 +154,18 @@ def _run_config(run: Path) -> Config:
     from gvpo_core.training.config.file import read_config
 
     if not (run / "config.toml").is_file():
-        raise ConfigError(f"{run} is no run folder: it has no config.toml")
+        raise ConfigError(f"{run} is not a run folder: it has no config.toml")
     return read_config(run / "config.toml")
 
 
 def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
-    """The run's policy at a checkpoint, which stays while it is read although the run goes on."""
+    """The run's policy at a checkpoint. A run in progress does not remove the checkpoint meanwhile."""
     from gvpo_core.training.policy.load import load_policy
     from gvpo_core.training.run.chosen import chosen
 
-    with chosen(run, checkpoint) as found:
+    with chosen(run, checkpoint) as saved:
         policy = load_policy(config)
-        if found is not None:
-            policy.restore(found.policy)
-            logging.getLogger("gvpo").info("restored the checkpoint of step %d", found.step)
+        if saved is not None:
+            policy.restore(saved.policy)
+            logging.getLogger("gvpo").info("restored the checkpoint of step %d", saved.step)
     return policy

@@ -1,4 +1,4 @@
-"""The one table of backends: where each lies, what it needs, and which settings it has."""
+"""The table of backends: module, requirements and settings of each."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ class Backend:
     module: str
     needs: tuple[str, ...]  # modules that its extra installs; "auto" takes it where all are found
     versions: Mapping[str, str]  # distribution -> versions, as pyproject.toml has them
-    devices: str  # what model.device may be, beside auto
+    devices: str  # values of model.device, apart from auto
     settings: frozenset[str]  # of those in `_OWNED`, the ones it has
 
 

@@ -34,13 +34,13 @@ def check_config(config: Config) -> None:
 
 
 def wrong_values(config: Config) -> list[tuple[str, str]]:
-    """Every value or combination that cannot run: (field, what it is and what was wanted)."""
+    """Every value or combination that cannot run: (field, message)."""
     c = config
     wrong = _of_no_use(config)
-    told = {name for name, _ in wrong}
+    reported = {name for name, _ in wrong}
 
     def need(good: bool, name: str, wanted: str) -> None:
-        if not good and name not in told:
+        if not good and name not in reported:
             section, _, key = name.partition(".")
             wrong.append((name, f"{name} = {getattr(getattr(c, section), key)!r}; expected {wanted}"))
 
@@ -80,8 +80,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(
         not c.model.trust_remote_code or _is_commit(c.model.revision) or Path(c.model.path).is_dir(),
         "model.trust_remote_code",
-        "a model.revision beside it that is a whole commit hash (40 hex digits; a branch or tag may move), so that the"
-        " code that was read is the code that runs",
+        "a full commit hash in model.revision (40 hex digits; a branch or tag may move), so that the code"
+        " that runs is the code that was read",
     )
     if unknown := wrong_objective(c.objective.name):
         wrong.append(("objective.name", unknown))
@@ -170,7 +170,7 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
         elif isinstance(value, str) and (why := _unwritable(value, name)):
             wrong.append((name, f"{name} = {value!a}; expected {why}"))
         elif isinstance(value, str) and (value == HIDDEN or f"//{HIDDEN}@" in value):
-            wrong.append((name, f"{name} was left out of these settings when they were saved, being a secret: {_MEND}"))
+            wrong.append((name, f"{name} is a secret and was not saved with these settings: {_MEND}"))
 
         elif not isinstance(value, _TOML):
             kind = type(value).__name__
@@ -204,4 +204,4 @@ _PATHS = ("run.folder", "model.path", "data.train", "data.evaluation", "objectiv
 _TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 
-_MEND = "give it anew; a reward's option can be '$NAME', which is read from the environment variable NAME"
+_MEND = "set it again; a reward's option can be '$NAME', which is read from the environment variable NAME"

@@ -19,7 +19,7 @@ from gvpo_core.training.files.disk import refuse_special
 
 
 def read_config(path: Path) -> Config:
-    """The settings in a TOML file; what it leaves out keeps its default.
+    """The settings in a TOML file; missing settings keep their defaults.
 
     Raises: ConfigError: the file is missing or not TOML, or fields are unknown, of a wrong type or out of range;
       every one is listed, with its line and a suggestion.
@@ -30,7 +30,7 @@ def read_config(path: Path) -> Config:
 
 
 def read_saved(path: Path) -> Config:
-    """The settings of a run folder as they stand, to be compared with: secrets were left out when they were saved.
+    """The saved settings of a run folder, for comparison. Secrets were not saved.
 
     Raises: ConfigError: the file is missing or not TOML.
     """
@@ -38,7 +38,7 @@ def read_saved(path: Path) -> Config:
 
 
 def _read(path: Path) -> "tuple[Config, _Reader]":
-    """The settings, with defaults in the place of what is wrong, and the reader that knows what is."""
+    """The settings, with defaults for wrong fields, and the reader with the errors."""
     try:
         refuse_special(path)
         text = path.read_text(encoding="utf-8")
@@ -64,10 +64,10 @@ def parse_arguments(
 ) -> tuple[Path, Config]:
     """`CONFIG --section.key value ...` -> the file's path and its settings with the overrides.
 
-    `--help` explains every field and leaves.
+    `--help` explains every field and exits.
 
     Args:
-      also: what else is wrong with the settings: one text each, reported with the rest.
+      also: returns further mistakes in the settings, reported with the rest.
     Raises: ConfigError: as read_config, and for bad overrides.
     """
     files = [a for a in arguments[:1] if not a.startswith("-")]
@@ -86,7 +86,7 @@ def parse_arguments(
 
 
 def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[str]]:
-    """The settings with every option that can be taken, and what is wrong with the others."""
+    """The settings with every valid option, and what is wrong with the others."""
     wrong: list[str] = []
     taken: list[list[str]] = []  # an option and its values each
     known, secrets = {f"--{name}" for name in _field_names(default)}, secrets_of(as_table(default))
@@ -109,16 +109,16 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
     try:
         return (_overridden(default, [word for one in taken for word in one]) if taken else default), wrong
     except _RefusedError as e:
-        whole = str(e)
+        together = str(e)
     config, before = default, len(wrong)
-    for one in taken:  # one by one, so that each mistake is told
+    for one in taken:  # one by one, so that each mistake is reported
         try:
             config = _overridden(config, one)
         except _RefusedError as e:
             shown = str(e) if hide_command(one, secrets) == one else f"{one[0].split('=')[0]} = {HIDDEN} cannot be read"
             wrong.append(f"options: {hide(shown, secrets)}")
-    if len(wrong) == before:  # each by itself is good
-        wrong.append(f"options: {hide(whole, secrets)}")
+    if len(wrong) == before:  # each option is valid alone
+        wrong.append(f"options: {hide(together, secrets)}")
     return config, wrong
 
 
@@ -138,11 +138,11 @@ class _RefusedError(Exception):
 
 
 def _overridden(default: Config, options: list[str]) -> Config:
-    """The settings with the options taken; `--help` prints and leaves. Raises: _RefusedError."""
+    """The settings with the options applied; `--help` prints and exits. Raises: _RefusedError."""
     try:
         import tyro
     except ImportError as e:
-        raise ConfigError('options beside the config need tyro: pip install "gvpo[train]"') from e
+        raise ConfigError('command-line options need tyro: pip install "gvpo[train]"') from e
     said = io.StringIO()  # a refusal comes in a box, with the settings' values in it
     try:
         with contextlib.redirect_stderr(said):
@@ -174,12 +174,12 @@ def _without_secrets(config: Config) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes the resolved settings as TOML that read_config reads back equal, but for secrets, which are left out."""
+    """Writes all settings as TOML that read_config reads back equal. Secrets are left out."""
     path.write_bytes(config_text(config).encode("utf-8", "backslashreplace"))
 
 
 def config_text(config: Config) -> str:
-    """What `write_config` writes."""
+    """The text that `write_config` writes."""
     import tomli_w
 
     return tomli_w.dumps(hide_settings(as_table(config)))
@@ -287,17 +287,17 @@ class _Reader:
         self.errors.append((name, message))
 
     def wrong(self, config: Config, given: Set[str] = frozenset()) -> list[str]:
-        """All that is wrong with the file and with the settings that came of it, by line.
+        """Every mistake in the file and in the settings read from it, by line.
 
         Args:
-          given: names of the settings that options of the command line gave: the file is not to blame for them.
+          given: names of the settings given on the command line; their mistakes are reported as options, not by line.
         """
         known = {name for name, _ in self.errors}
         values = [(name, text) for name, text in wrong_values(config) if not _covered(name, known)]
-        found = [(self._line(name), message) for name, message in self.errors]
-        found += [(self._line(name), message) for name, message in values if name not in given]
-        found.sort(key=lambda pair: pair[0] or len(self.lines) + 10**6)
-        shown = [f"{self.path}:{line}: {message}" if line else f"{self.path}: {message}" for line, message in found]
+        messages = [(self._line(name), message) for name, message in self.errors]
+        messages += [(self._line(name), message) for name, message in values if name not in given]
+        messages.sort(key=lambda pair: pair[0] or len(self.lines) + 10**6)
+        shown = [f"{self.path}:{line}: {message}" if line else f"{self.path}: {message}" for line, message in messages]
         return shown + [f"options: {message}" for name, message in values if name in given]
 
     def _line(self, name: str) -> int:
@@ -363,5 +363,5 @@ class _Reader:
 
 
 def _covered(name: str, known: set[str]) -> bool:
-    """Whether an error of this field, or of a part of it, is told already."""
+    """Whether an error of this field, or of a part of it, is already listed."""
     return any(k == name or k.startswith(f"{name}.") or name.startswith(f"{k}.") for k in known)

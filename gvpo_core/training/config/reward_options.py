@@ -45,7 +45,7 @@ def with_reward_option(config: Config, words: list[str]) -> Config | None:
 
 
 def _spelled(name: str, known: Mapping[str, Any]) -> str:
-    """A name as it is known: on the command line a dash stands for an underscore too."""
+    """The canonical name: on the command line a dash may replace an underscore."""
     return next((k for k in known if k.replace("-", "_") == name.replace("-", "_")), name)
 
 

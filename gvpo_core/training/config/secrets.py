@@ -33,7 +33,7 @@ _NAMED = re.compile(
     r"|(?<!answer)(?<!sort)(?<!primary)(?<!foreign)(?<!partition)[_-]key$)",
     re.IGNORECASE,
 )
-# Of the environment; a setting max_tokens or label_keys is none.
+# For environment variables only; a setting max_tokens or label_keys is not a secret.
 _VARIABLE = re.compile(r"(?!(?:MAX|MIN|NUM|N)_)[A-Z0-9_]*_(?:TOKENS|KEYS)")
 # A password may hold @ and /, though a URL should not: all up to the last @ before a host. Digits alone are a port.
 _IN_URL = re.compile(
@@ -88,9 +88,9 @@ def _forms(secret: str) -> Iterator[str]:
         yield repr(encoded)[2:-1]
         yield encoded.hex()
         for before in range(3):  # a form of base64 for each place in a group of three bytes
-            whole = (before + len(encoded)) // 3 * 4  # characters that depend on nothing behind the secret
+            complete = (before + len(encoded)) // 3 * 4  # characters that depend on nothing behind the secret
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
-                code = encode(b"\0" * before + encoded).decode()[-(-before * 8 // 6) : whole]
+                code = encode(b"\0" * before + encoded).decode()[-(-before * 8 // 6) : complete]
                 if len(code) >= _CUT_AT_LEAST:
                     yield code
 
@@ -148,33 +148,33 @@ def hide_command(command: Iterable[str], known: Iterable[str] = ()) -> list[str]
 
 
 def _refers(value: str) -> bool:
-    """Whether a value is "$NAME": the name of the variable is no secret."""
+    """Whether a value is "$NAME"; the name of the variable is not a secret."""
     return _FROM_ENVIRONMENT.fullmatch(value) is not None
 
 
 def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = None) -> frozenset[str]:
     """The secrets that settings and the environment (default: this process's) hold, to be looked for in text."""
     environment = os.environ if environment is None else environment
-    found = {value for name, value in environment.items() if is_secret(name)}
+    values = {value for name, value in environment.items() if is_secret(name)}
     if settings is not None:
-        _collect(settings, "", found, environment)
-    return frozenset(secret for secret in found if len(secret) >= SHORTEST)
+        _collect(settings, "", values, environment)
+    return frozenset(secret for secret in values if len(secret) >= SHORTEST)
 
 
-def _collect(value: Any, name: str, found: set[str], environment: Mapping[str, str]) -> None:
+def _collect(value: Any, name: str, values: set[str], environment: Mapping[str, str]) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _collect(item, str(key), found, environment)
+            _collect(item, str(key), values, environment)
     elif isinstance(value, list | tuple):
         for item in value:
-            _collect(item, name, found, environment)
+            _collect(item, name, values, environment)
     elif isinstance(value, str):
         if is_secret(name):
             reference = _FROM_ENVIRONMENT.fullmatch(value)
-            found.add(environment.get(reference[1], "") if reference else value)
+            values.add(environment.get(reference[1], "") if reference else value)
         for user in _IN_URL.findall(value):
-            found |= {user, user.partition(":")[2]}
-        found |= {m[0].partition("=")[2] for m in _IN_QUERY.finditer(value)}
+            values |= {user, user.partition(":")[2]}
+        values |= {m[0].partition("=")[2] for m in _IN_QUERY.finditer(value)}
 
 
 def resolved(options: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -194,7 +194,7 @@ def _resolved(value: Any, where: str) -> Any:
         return value
     if HIDDEN in value:
         raise ConfigError(
-            f"{where} was left out of the saved settings, being a secret: write it as '$NAME', which is"
+            f"{where} is a secret and was not saved with the settings: write it as '$NAME', which is"
             " read from the environment variable NAME"
         )
     reference = _FROM_ENVIRONMENT.fullmatch(value)

@@ -1,4 +1,4 @@
-"""The settings of a run: one tree of typed dataclasses. `file.py` reads it from TOML and the command line."""
+"""The settings of a run: a tree of typed dataclasses. `file.py` reads it from TOML and the command line."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -7,39 +7,38 @@ from gvpo_core.training.sampling import Sampling
 
 
 class ConfigError(ValueError):
-    """Settings that cannot be run; the message names each with what was wanted."""
+    """Settings that cannot be used; the message names each of them and what was expected."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where, how long, and what is kept."""
+    """Where and how long the run trains, and what it keeps."""
 
     folder: str = "runs/gvpo"
-    """Run folder: config, metrics, completions, checkpoints and report; an unfinished run there is resumed."""
+    """Run folder: config, metrics, completions, checkpoints and report. An unfinished run in it is resumed."""
     backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
-    """What computes the policy; table: the NumPy reference (model.path/table.json); auto: the first that is installed
-    of torch, jax, mlx."""
+    """Backend. auto: the first one installed of torch, jax, mlx; table: the NumPy reference (model.path/table.json)."""
     steps: int = 100
-    """Rollouts in the whole run."""
+    """Rollouts in the run."""
     seed: int = 0
     """Seed of the data order, the samples and any newly made parameters."""
     checkpoint_every: int = 50
-    """Steps between checkpoints; the last step always has one. 0: only the last."""
+    """Steps between checkpoints. The last step always has one. 0: only the last step."""
     keep_checkpoints: int = 2
-    """Newest checkpoints kept; older ones go once a newer one is verified."""
+    """Number of newest checkpoints kept. Older ones are removed after a newer one is verified."""
     keep_best: bool = True
-    """Save after an evaluation that is the best so far, and keep that checkpoint beside the newest."""
+    """Save after each evaluation that is the best so far, and keep that checkpoint as well."""
     trackers: tuple[str, ...] = ()
-    """Trackers beside metrics.jsonl: wandb, trackio, tensorboard."""
+    """Trackers that also get the metrics: wandb, trackio, tensorboard."""
     allow_changes: bool = False
-    """Resume although the settings differ from those that the run folder was made with."""
+    """Resume even if settings, data or model differ from those of the run folder."""
     show_every: int = 10
-    """Steps between samples printed to the console. 0: never."""
+    """Steps between samples printed on the console. 0: never."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The policy's parameters and how they are computed with."""
+    """The model and how it is loaded."""
 
     path: str = ""
     """Local Hugging Face folder, or hub name where the framework downloads."""
@@ -50,25 +49,25 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype. bfloat16 keeps float32 master parameters in full fine-tuning, and a bfloat16 base under LoRA."""
     device: str = "auto"
-    """Device; auto: the accelerator where there is one, else CPU."""
+    """Device. auto: the accelerator if there is one, else CPU."""
     lora_rank: int = 0
     """Rank of LoRA adapters. 0: full fine-tuning."""
     lora_alpha: float = 0.0
     """LoRA scale numerator (scale = alpha / rank). 0: twice the rank."""
     lora_kind: Literal["lora", "dora"] = "lora"
-    """dora: adapters with a trained magnitude for each output beside them (torch and mlx)."""
+    """Kind of adapter. dora: also trains a magnitude for each output (torch and mlx)."""
     lora_targets: tuple[str, ...] = ("all-linear",)
-    """Module names that get adapters; all-linear: every linear layer but the head."""
+    """Module names that get adapters. all-linear: every linear layer except the head."""
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass. Less memory, about a third more time."""
     layout: Literal["auto", "packed", "plain"] = "auto"
-    """Training rows. packed: a prompt once, then its responses; plain: a row a response; auto: packed where exact."""
+    """Training rows. packed: a prompt once, then its responses; plain: one row a response; auto: packed if exact."""
     sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
     """How several processes of torch share the model: a copy each, or parameters sharded (FSDP2)."""
     mesh_fsdp: int = 1
     """Devices of jax over which parameters, optimizer state and batch are sharded."""
     mesh_tensor: int = 1
-    """Devices of jax over which each layer is split; what fsdp and tensor leave is the mesh's data axis."""
+    """Devices of jax over which each layer is split. The remaining devices form the data axis."""
 
 
 @dataclass(frozen=True)
@@ -89,13 +88,13 @@ class DataConfig:
     prompt: str = "prompt"
     """Column of the prompt: text, or chat messages (role, content). Other columns go to the rewards."""
     system_prompt: str = ""
-    """System message put before chat messages that have none. Empty: none."""
+    """System message added to chats that have none. Empty: none."""
     max_prompt_tokens: int = 1024
     """Longest prompt, tokens."""
     too_long: Literal["error", "drop"] = "error"
     """What to do with a longer prompt, or with a recorded response beyond rollout.max_tokens."""
     shuffle: bool = True
-    """A new order of the prompts every epoch, from the run's seed."""
+    """Use a new order of the prompts in every epoch, from run.seed."""
     buffer: int = 20_000
     """Rows of a stream (train_rows without a length) that are held at a time; shuffling happens among them."""
     reference_cache: str = ""
@@ -126,7 +125,7 @@ class RolloutConfig:
     min_p: float = 0.0
     """Min-p sampling. 0: off. Cuts the support that Cor. 3.2 needs."""
     allow_truncated_support: bool = False
-    """Accept top_p, top_k, min_p or temperature 0 in training, and give up Cor. 3.2's guarantee."""
+    """Accept top_p, top_k, min_p or temperature 0 in training, which Cor. 3.2 does not cover."""
 
     @property
     def sampling(self) -> Sampling:
@@ -135,11 +134,11 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """What is optimised."""
+    """The objective."""
 
     name: str = "gvpo"
-    """Weights of Eq. 9's unified framework: gvpo, grpo, dr_grpo, rloo, reject_sampling, sft, dpo; or a function of
-    your own, as file.py:function or package.module:function."""
+    """gvpo, grpo, dr_grpo, rloo, reject_sampling, sft or dpo (Eq. 9); or your function, as file.py:function or
+    package.module:function."""
     beta: float = 0.1
     """KL coefficient, reward units per nat. grpo, dr_grpo, rloo: of the KL term in the reward."""
     reference: Literal["initial", "rollout"] = "initial"
@@ -147,16 +146,16 @@ class ObjectiveConfig:
     epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1
-    """Optimizer steps a pass; each takes whole groups."""
+    """Optimizer steps a pass. Each takes complete groups."""
     clip: float = 0.2
-    """Clip range of the importance ratio (Eq. 19); grpo, dr_grpo, rloo only."""
+    """Clip range of the importance ratio (Eq. 19). Only for grpo, dr_grpo and rloo."""
     length_exponent: float = 0.0
     """GVPO++: a response of n tokens weighs n^-length_exponent in the implicit reward. 0: GVPO. gvpo only."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and how a batch is split. Splitting never changes the step."""
+    """AdamW and how a batch is split. Splitting does not change the step."""
 
     learning_rate: float = 1e-6
     """Peak learning rate."""
@@ -165,7 +164,7 @@ class OptimizerConfig:
     eps: float = 1e-8
     """AdamW's epsilon."""
     weight_decay: float = 0.0
-    """Decoupled weight decay, of matrices only."""
+    """Decoupled weight decay. Applies to matrices only."""
     warmup: int = 0
     """Updates of linear warm-up."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -173,11 +172,11 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this norm. 0: off."""
     micro_batch_tokens: int = 8192
-    """Tokens a forward-backward pass, padding included; what sets peak memory."""
+    """Tokens in a forward-backward pass, padding included. Determines peak memory."""
     micro_batch_responses: int = 0
-    """Responses a forward-backward pass. 0: as many as the tokens allow."""
+    """Responses in a forward-backward pass. 0: as many as micro_batch_tokens allows."""
     strategy: Literal["group", "score"] = "group"
-    """group: weights from the pass that is stepped along, where whole groups fit; score: from a pass of their own."""
+    """group: one pass gives weights and gradient if complete groups fit; score: a pass without gradient comes first."""
 
 
 @dataclass(frozen=True)
@@ -185,9 +184,9 @@ class EvaluationConfig:
     """Held-out accuracy: the rewards of fresh responses to data.evaluation."""
 
     every: int = 0
-    """Steps between evaluations; the first and last step always have one. 0: only those."""
+    """Steps between evaluations. The start and the last step always have one. 0: only those."""
     prompts: int = 0
-    """Held-out prompts used. 0: all."""
+    """Number of held-out prompts used. 0: all."""
     responses: int = 1
     """Responses a prompt."""
     temperature: float = 0.0
@@ -207,17 +206,17 @@ class RewardConfig:
     timeout: float = 30.0
     """Seconds a call may take."""
     isolation: Literal["process", "thread"] = "process"
-    """process: calls past their limit are killed; thread: they are given up, and may block the run."""
+    """process: calls beyond the time limit are killed; thread: they are abandoned and may block the run."""
     workers: int = 2
     """Processes of this reward."""
     memory: float = 8.0
-    """GiB of address space a process may take. 0: no limit, which CUDA needs."""
+    """GiB of address space for each process. 0: no limit, which CUDA needs."""
     max_failures: float = 0.5
-    """Share of a step's responses that may raise or run out of time; above it the run stops."""
+    """Share of a step's responses that may raise or time out. Above it the run stops."""
     failure_value: float | None = None
-    """Score of a response that fails so. Unset: it has none, and leaves its group."""
+    """Score for failed responses. Default: drop them from their group."""
     sandbox: str = ""
-    """For a function that runs code from responses (its attribute runs_code is true): what contains that code."""
+    """What contains the code that a reward with runs_code = True executes: a container, a virtual machine."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of every call, of any TOML type."""
 

@@ -46,7 +46,7 @@ def refuse_special(path: Path) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there. Raises: OSError: nobody can say, which `Path.is_dir` calls no."""
+    """Whether a folder is there. Raises: OSError: unknown; `Path.is_dir` would return False."""
     try:
         return stat.S_ISDIR(retried(lambda: os.stat(path)).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -54,7 +54,7 @@ def is_folder(path: Path) -> bool:
 
 
 def names_in(folder: Path) -> list[str]:
-    """The sorted names in a folder; none where there is no folder. Raises: OSError: it cannot be listed."""
+    """The sorted names in a folder; empty if it does not exist. Raises: OSError: it cannot be listed."""
     try:
         return sorted(retried(lambda: os.listdir(folder)))
     except FileNotFoundError:

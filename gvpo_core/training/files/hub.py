@@ -48,6 +48,6 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
     except Exception as e:  # datasets, huggingface_hub and their HTTP client raise what they like
         reason = f"{type(e).__name__}: {e}".strip().partition("\n")[0]
         raise HubError(
-            f"{where} is no file here, and as a dataset of the hub it cannot be read ({reason:.300}); give a file or a"
+            f"{where} is not a file here and cannot be read from the hub as a dataset ({reason:.300}); give a file or a"
             " folder, or check the name, data.subset, data.split and the network"
         ) from e

@@ -1,4 +1,4 @@
-"""Git LFS pointers: the small text files that a clone without git-lfs has in the place of large ones."""
+"""Git LFS pointers: the small text files that replace large ones in a clone without git-lfs."""
 
 from pathlib import Path
 

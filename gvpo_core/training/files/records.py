@@ -49,10 +49,10 @@ def append_synced(path: Path, content: bytes) -> None:
 def cut(path: Path, step: int, *, whole: bool) -> Kept:
     """Drops the records after `step` (-1: all), and a last line that a kill or a power loss left incomplete.
 
-    Lines that are no records and stand between those kept stay in the file; `odd` names them.
+    Lines that are not records stay in the file between kept ones; `odd` names them.
 
     Args:
-      whole: parse every line; else those that begin as a record are believed.
+      whole: parse every line; otherwise only check how lines begin.
     Raises: OSError. FileNotFoundError: no such file.
     """
     kept, steps = Kept(), bytearray(step + 1)
@@ -86,11 +86,11 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
             os.fsync(out.fileno())
     kept.trained = sum(map(bool, steps[1:]))
     if bad:
-        kept.odd.append(f"{path}: {_lines(bad)} no record (edited, or damaged); kept, and not used")
+        kept.odd.append(f"{path}: {_lines(bad)} not a record (edited or damaged); kept, but not used")
     if cut_short := [number for number in after if number in incomplete]:
-        kept.odd.append(f"{path}: {_lines(cut_short)} no whole record (cut by a kill or a power loss); dropped")
+        kept.odd.append(f"{path}: {_lines(cut_short)} not a complete record (cut by a kill or a power loss); dropped")
     if others := [number for number in after if number not in incomplete]:
-        kept.odd.append(f"{path}: {_lines(others)} no record (edited, or damaged); dropped")
+        kept.odd.append(f"{path}: {_lines(others)} not a record (edited or damaged); dropped")
     if not straight:
         kept.odd.append(f"{path}: its steps are out of order (edited); {dropped} records after step {step} dropped")
     if whole and (twice := [s for s, times in enumerate(steps) if times > 1 and s]):
@@ -99,7 +99,7 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
         lacking = next(s for s in range(1, step + 1) if not steps[s])
         kept.odd.append(
             f"{path}: {step - kept.trained} of the {step} steps done have no record, the first is step {lacking}: the"
-            " report and the verdicts do without"
+            " report and the verdicts lack them"
         )
     return kept
 
@@ -125,7 +125,7 @@ def _filtered(path: Path, step: int, whole: bool, end: int) -> None:
 
 
 def _kind_and_step(line: bytes, whole: bool) -> tuple[str, int | None]:
-    """The kind and the step of a record; the step is None where the line is no whole record."""
+    """The kind and the step of a record; the step is None if the line is not a complete record."""
     if not line.endswith((b"}\n", b"}\r\n")):  # the second: a copy through Windows or git
         return "", None
     if not whole and (head := _HEAD.match(line)):
@@ -135,7 +135,7 @@ def _kind_and_step(line: bytes, whole: bool) -> tuple[str, int | None]:
 
 
 def parsed(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None where it is none: no JSON object, or without a kind and a step."""
+    """The record of a line; None if it is not a JSON object with a kind and a step."""
     try:
         record = json.loads(line)
         good = isinstance(record["kind"], str) and type(record["step"]) is int and record["step"] >= 0

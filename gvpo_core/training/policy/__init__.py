@@ -1,4 +1,4 @@
-"""What a backend implements, and what it may import to do so."""
+"""The interface of a backend, and helpers for writing one."""
 
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.protocol import (

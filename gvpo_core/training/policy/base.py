@@ -1,6 +1,6 @@
 """`LanguageModelPolicy`: the part of a language model's policy that has no tensor in it.
 
-A backend subclasses it and adds what its framework computes; docs/new_backend.md lists what that is.
+A backend subclasses it and adds its framework's computations; docs/new_backend.md lists them.
 """
 
 import abc
@@ -158,7 +158,7 @@ class LanguageModelPolicy(abc.ABC):
     ) -> list[list[Response]]:
         """len(seeds[i]) responses to prompts[i]; see the protocol."""
         if len(prompts) != len(seeds):
-            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected as many")
+            raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected equal numbers")
         return self._generate(prompts, seeds, sampling)
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:

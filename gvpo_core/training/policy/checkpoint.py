@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 from gvpo_core.training.config import ConfigError, ModelConfig
 
 FORMAT = 1
-SHARD_BYTES = 2**30  # of a file; a larger tensor has a file of its own
+SHARD_BYTES = 2**30  # of a file; a larger tensor has a separate file
 HEADER = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -52,7 +52,7 @@ class PolicyFacts:
     memory: MemoryFacts | None = None  # None: memory is not estimated
 
     def as_dict(self) -> dict[str, Any]:
-        """What is known, as plain data, with the entries of `details` beside the others."""
+        """All known facts as plain data, including the entries of `details`."""
         known: dict[str, Any] = {}
         for name, value in dataclasses.asdict(self).items():
             if name == "details":

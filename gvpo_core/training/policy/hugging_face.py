@@ -33,17 +33,17 @@ def source(config: ModelConfig) -> dict[str, Any]:
             raise ConfigError(f"model.path {config.path!r} has no config.json: expected a Hugging Face model folder")
     elif os.path.isabs(path) or path.startswith(".") or path.count("/") > 1:
         raise ConfigError(f"model.path {config.path!r} is not a folder")
-    found = {
+    options = {
         "pretrained_model_name_or_path": path,
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
     # Code may lie in another repository than the weights: without this it would come from that one's newest commit.
-    return found | {"code_revision": config.revision} if config.trust_remote_code and config.revision else found
+    return options | {"code_revision": config.revision} if config.trust_remote_code and config.revision else options
 
 
 def located(config: ModelConfig) -> dict[str, Any]:
-    """`source`, with the downloaded folder in the place of a hub name, so that the hub is asked once.
+    """`source`, with the downloaded folder instead of a hub name, so that the hub is asked once.
 
     Code that was asked for keeps the name: transformers looks for it there. Raises: ConfigError: as `local_folder`.
     """
@@ -83,17 +83,17 @@ def _downloaded(name: str, revision: str | None) -> Path:
             else f"the hub cannot be reached: {_first_line(error.__cause__ or error)}"
         )
         raise ConfigError(
-            f"model.path {name!r} is no folder here, was not downloaded before{at}, and {why}; give a folder, or"
-            f" download the model where there is a network: hf download {name}"
+            f"model.path {name!r} is not a folder here, was not downloaded before{at}, and {why}; give a folder, or"
+            f" download the model on a machine with a network: hf download {name}"
         ) from error
     except (RepositoryNotFoundError, RevisionNotFoundError) as error:
         raise ConfigError(
-            f"model.path {name!r} is no folder here, and the hub has no such model{at} or does not show it: check the"
+            f"model.path {name!r} is not a folder here, and the hub has no such model{at} or hides it: check the"
             " name and model.revision; a private or gated model needs HF_TOKEN"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(
-            f"model.path {name!r} is no folder here and cannot be downloaded: {type(error).__name__}:"
+            f"model.path {name!r} is not a folder here and cannot be downloaded: {type(error).__name__}:"
             f" {_first_line(error)}"
         ) from error
 
@@ -112,8 +112,8 @@ def explained(what: str, config: ModelConfig) -> Iterator[None]:
     except Exception as error:  # a damaged file ends in whatever the library's code does with it
         if "trust_remote_code" in str(error) and not config.trust_remote_code:
             raise ConfigError(
-                f"{what} of model.path {config.path!r} asks for code that comes with it: read that code, then set"
-                " model.trust_remote_code = true, for a hub name with the commit that was read in model.revision"
+                f"{what} of model.path {config.path!r} needs code that comes with it: read that code, then set"
+                " model.trust_remote_code = true, and for a hub name model.revision to the commit that you read"
             ) from error
         raise ConfigError(
             f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}:"
@@ -147,8 +147,8 @@ def generation_eos(folder: Path) -> int | list[int] | None:
     Raises: ConfigError: a file that is not a JSON object.
     """
     config = read_json(folder / "config.json")
-    for found in (read_json(folder / "generation_config.json"), config, text_config(config)):
-        ids: int | list[int] | None = found.get("eos_token_id")
+    for settings in (read_json(folder / "generation_config.json"), config, text_config(config)):
+        ids: int | list[int] | None = settings.get("eos_token_id")
         if ids is not None:
             return ids
     return None

@@ -101,7 +101,7 @@ class RopeByLength:
         return 1 if self.kind == "longrope" else tokens
 
     def of_row(self, row: "Row") -> int:
-        """Number of the frequencies of a row of one response, whose last token is no input but counts."""
+        """Number of frequencies of a row with one response; its last token is not an input but counts."""
         return self.frequencies(row.length + 1)
 
 
@@ -321,7 +321,7 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
             members.append(i)
             lengths.append(len(response))
             end = inputs.stop
-        # Padding goes on counting, so that nothing takes it for the start of another sequence.
+        # Padding continues the count, so that it does not look like the start of another sequence.
         positions[b, end:] = np.arange(width - end) + (positions[b, end - 1] + 1)
     return Arrays(
         ids,

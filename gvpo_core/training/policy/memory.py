@@ -1,8 +1,8 @@
 """How much memory a run will take, by arithmetic from the policy's facts and the settings, and how much there is.
 
-Constant through a run: parameters, AdamW's moments, the reference. A step then holds either what it samples with (the
-cache of keys and values) or what it learns with (gradients, activations of one micro-batch, a chunk of the head).
-docs/training.md says how near this comes to what was measured.
+Parameters, AdamW's moments and the reference are held throughout. A step also holds its sampling state (the
+cache of keys and values) or its training state (gradients, activations of one micro-batch, a chunk of the head).
+docs/training.md compares it with measurements.
 """
 
 import os
@@ -26,7 +26,7 @@ class Memory(NamedTuple):
     parameters: int
     reference: int
     optimizer: int
-    gradients: int  # beside the activations; a step of one micro-batch makes them as those go
+    gradients: int  # not counted: those that replace freed activations in a step of one micro-batch
     activations: int  # of the largest micro-batch, with what the allocator keeps back
     head: int  # a chunk of logits, and the gradient of the head's and embedding's weights
     sampling: int  # keys, values and logits of the rows that are decoded together
@@ -96,8 +96,8 @@ def _largest(m: MemoryFacts, packed: bool, config: Config, prompt_tokens: int, r
     batch = Batch([prompt] * count, [response] * count, [i // rollout.responses for i in range(count)])
     splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, m.hidden)
     together = ranks == 1 and optimizer.strategy == "group"
-    whole, rest = splitting.groups(batch) if together else ([], list(range(count)))
-    sizes = [(len(rows), rows[0].length) for rows in whole + splitting.rows(batch, rest)]
+    complete, rest = splitting.groups(batch) if together else ([], list(range(count)))
+    sizes = [(len(rows), rows[0].length) for rows in complete + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
     layers = 1 if config.model.gradient_checkpointing else m.layers
     masks = layers * max(rows * width**2 for rows, width in sizes) if packed else 0
@@ -121,11 +121,11 @@ def peak_memory() -> int:
     On Linux from /proc: there `ru_maxrss` of a process begins with what the one that started it had.
     """
     try:
-        found = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     except OSError:  # not Linux
-        found = None
-    if found:
-        return int(found[1]) * 1024
+        match = None
+    if match:
+        return int(match[1]) * 1024
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -151,13 +151,13 @@ def advice(facts: PolicyFacts, config: Config) -> str:
     """What makes a run take less, of the settings that are not taken yet."""
     said = [f"lower optimizer.micro_batch_tokens ({config.optimizer.micro_batch_tokens})"]
     said += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing = true"]
-    said += [] if config.model.lora_rank else ["set model.lora_rank (the reference is then no second copy)"]
+    said += [] if config.model.lora_rank else ["set model.lora_rank (then the reference needs no copy)"]
     said += [facts.memory.advice] if facts.memory is not None and facts.memory.advice else []
     return "; ".join(said)
 
 
 def in_words(memory: Memory, available: int | None, ranks: int = 1) -> str:
-    """The estimate as the header says it: the peak, what there is, and the parts that are held at the peak."""
+    """The estimate for the header: the peak, the available memory, and the parts held at the peak."""
     learning = ("gradients", "activations", "head")
     absent = learning if memory.sampling > sum(getattr(memory, name) for name in learning) else ("sampling",)
     parts = [f"{name} {gib(size)}" for name, size in memory._asdict().items() if size and name not in absent]

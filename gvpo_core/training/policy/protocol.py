@@ -1,7 +1,7 @@
-"""What a backend provides: the `Policy` protocol, and the plain data that cross it.
+"""The `Policy` protocol that backends implement, and its plain data types.
 
-The loop owns everything without a tensor in it; a policy owns everything with one. Numbers cross as NumPy arrays and
-lists of token ids, so that one loop drives PyTorch, JAX, MLX and the NumPy table alike.
+The loop has no tensors; a policy has all of them. Arguments and results are NumPy arrays and lists of token ids, so one
+loop drives PyTorch, JAX, MLX and the NumPy table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,7 +15,7 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy.facts import PolicyFacts
 from gvpo_core.training.sampling import Sampling
 
-Prompt = str | Sequence[Mapping[str, Any]]  # text as it stands, or chat messages for the model's chat template
+Prompt = str | Sequence[Mapping[str, Any]]  # text, or chat messages for the model's chat template
 Tokens = tuple[int, ...]
 
 
@@ -71,25 +71,25 @@ Coefficients = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Update:
-    """What one optimizer step reports."""
+    """The result of one optimizer step."""
 
     logprobs: np.ndarray  # (N,) float, nats: log pi_theta of each row before the step
     gradient_norm: float  # before clipping, over all parameters and ranks
     learning_rate: float  # of this step
     tokens: int  # computed in forward passes on this rank, prompt and padding included
     peak_memory: int  # bytes, on this rank's device; resident memory of the process on CPU
-    details: Mapping[str, float] = field(default_factory=dict)  # a backend's own numbers, logged as they are
+    details: Mapping[str, float] = field(default_factory=dict)  # backend-specific numbers, logged unchanged
 
 
 @dataclass(frozen=True)
 class PolicySettings:
-    """What a policy was loaded with: the arguments of a backend's `load`."""
+    """The arguments of a backend's `load`."""
 
     optimizer: OptimizerConfig
     updates: int
     reference: bool
     seed: int
-    model: ModelConfig | None = None  # None: made in Python from something else than a model's folder
+    model: ModelConfig | None = None  # None: not loaded from a model folder
 
 
 class Policy(Protocol):
@@ -128,7 +128,7 @@ class Policy(Protocol):
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
-        """len(seeds[i]) responses to prompts[i]; a response depends on its prompt, its seed and the parameters alone.
+        """len(seeds[i]) responses to prompts[i]; a response depends only on its prompt, its seed and the parameters.
 
         The t-th token of a row is drawn with `sampling.uniforms`: the token at which the cumulative distribution, in
         vocabulary order, first exceeds the t-th number. Temperature 0 takes the most likely token.
@@ -151,7 +151,7 @@ class Policy(Protocol):
         """Writes the whole state into an empty folder; every rank calls, the main rank may write alone."""
 
     def restore(self, directory: Path) -> None:
-        """Reads what `save` wrote; training continues bit for bit."""
+        """Reads what `save` wrote; training then continues bit for bit."""
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load."""

@@ -14,7 +14,7 @@ def agree(policy: Policy, error: Exception | None, kind: type[Exception] = Runti
     """Raises on every rank when any rank has an error, so that no rank waits for one that stopped.
 
     Args:
-      kind: raised, with the same message, on the ranks that have no error of their own.
+      kind: the error raised, with the same message, on ranks without an error.
     """
     message = np.frombuffer((f"{error}\n" if error else "").encode("utf-8", "backslashreplace"), np.uint8)
     text = policy.gather(message).tobytes().decode().strip()

@@ -1,6 +1,6 @@
 """The reference policy: a NumPy softmax table over enumerable responses, exact in float64, small enough to read.
 
-Every claim about the training loop is checked on it first, since pi, KL and pi* are known exactly. A prompt is one
+It is the first test of the training loop, because pi, KL and pi* are known exactly. A prompt is one
 token, its index; a response is two: 1 + its index among all responses, then the end token 0.
 """
 
@@ -99,7 +99,7 @@ class TablePolicy:
                 else:
                     tokens = [int(i) for i in response]
                     if tokens and (not 0 < tokens[0] <= len(self.responses) or len(tokens) > 2):
-                        raise ValueError(f"the token ids {tokens} are no response of the table")
+                        raise ValueError(f"the token ids {tokens} are not a response of the table")
                 encoded.append(checked_response(tokens, ended, (0,)))
             except ValueError as error:
                 raise ResponseError(str(error), number) from error
@@ -109,7 +109,9 @@ class TablePolicy:
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
         if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
-            raise ConfigError("the table samples whole distributions; rollout.top_p, top_k and min_p are not for it")
+            raise ConfigError(
+                "the table samples complete distributions; it does not support rollout.top_p, top_k or min_p"
+            )
         log_pi = self.log_table()
         result = []
         for (x,), row_seeds in zip(prompts, seeds, strict=True):
@@ -158,7 +160,7 @@ class TablePolicy:
             with np.load(path, allow_pickle=False) as saved:
                 logits, update_count = saved["logits"], int(saved["update_count"])
         except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
-            raise ConfigError(f"{path} holds no table of numbers: {type(e).__name__}: {e}") from e
+            raise ConfigError(f"{path} does not hold a table of numbers: {type(e).__name__}: {e}") from e
         if logits.shape != self.logits.shape:
             raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")
         self.logits, self.update_count = logits, update_count
@@ -186,7 +188,7 @@ class TablePolicy:
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> TablePolicy:
     """The table in `model.path`/table.json: prompt -> response -> probability under the initial policy.
 
-    Raises: ConfigError: settings of another backend, or a file that is no table.
+    Raises: ConfigError: settings of another backend, or an invalid file.
     """
     refuse_settings(model, "table")
     path = Path(model.path) / "table.json"

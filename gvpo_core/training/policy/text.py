@@ -1,9 +1,9 @@
 """Text to tokens and back, through a model's tokenizer: one rule for all backends and adapters.
 
-text prompt    its tokens as they stand; the tokenizer's leading special tokens at most once; no end token
+text prompt    its tokens unchanged; the tokenizer's leading special tokens at most once; no end token
 chat messages  the chat template; a last message of the assistant's is continued, else the next turn is opened
 response       ends at the model's end tokens, or at the token that closes an assistant's turn in the template
-recorded       a text's tokens as they stand, then the end token where the response is finished; token ids as they are
+recorded       a text's tokens unchanged, then the end token if the response is finished; token ids unchanged
 """
 
 import contextlib
@@ -73,13 +73,13 @@ def _plain_tokens(tokenizer: Any, text: str) -> list[int]:
 def _leading_tokens(tokenizer: Any, name: str) -> list[int]:
     """The special tokens that the tokenizer puts before a text."""
     plain = _plain_tokens(tokenizer, _PROBE)
-    whole = [int(i) for i in tokenizer.encode(_PROBE, add_special_tokens=True)]
-    for start in range(len(whole) - len(plain) + 1):
-        if whole[start : start + len(plain)] == plain:
-            return whole[:start]
+    with_special = [int(i) for i in tokenizer.encode(_PROBE, add_special_tokens=True)]
+    for start in range(len(with_special) - len(plain) + 1):
+        if with_special[start : start + len(plain)] == plain:
+            return with_special[:start]
     raise ConfigError(
-        f"the tokenizer of {name!r} gives a text other tokens when it adds special tokens, so a text prompt has no"
-        " tokens of its own: give chat messages, or another tokenizer"
+        f"the tokenizer of {name!r} changes the tokens of a text when it adds special tokens, so text prompts"
+        " cannot be used: give chat messages, or another tokenizer"
     )
 
 
@@ -104,7 +104,7 @@ def encode_responses(
 
     A finished text gets an end token: after chat messages the one that closes an assistant's turn in the template,
     else the tokenizer's EOS. It gets none where it ends with an end token already; white space after that is left out.
-    Token ids are taken as they are.
+    Token ids are used unchanged.
 
     Args:
       finished: of each response; None: a text is finished, token ids are where they end with an end token.
@@ -153,11 +153,11 @@ def _up_to_end(tokenizer: Any, tokens: list[int], end: Sequence[int]) -> list[in
 
 
 def _closing(tokenizer: Any, prompt: Prompt, end: Sequence[int]) -> int:
-    """The end token of a finished answer to `prompt`. Raises: ValueError: nobody says which one it is."""
+    """The end token of a finished answer to `prompt`. Raises: ValueError: the model does not define it."""
     closing = None
     if not isinstance(prompt, str):
         before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # a last answer is being continued
-        with contextlib.suppress(Exception):  # a template raises what it likes; then the tokenizer says
+        with contextlib.suppress(Exception):  # a template may raise anything; then the tokenizer decides
             closing = turn_end(tokenizer, before)
     closing = tokenizer.eos_token_id if closing is None else closing
     if closing is None or closing not in end:
@@ -170,9 +170,9 @@ def _closing(tokenizer: Any, prompt: Prompt, end: Sequence[int]) -> int:
 def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
     """Ids that end a response: the generation settings', the tokenizer's and the chat template's own.
 
-    Warns where there is none.
+    Warns if there is none.
 
-    Raises: ConfigError: generation settings whose eos_token_id is no token id.
+    Raises: ConfigError: generation settings with an invalid eos_token_id.
     """
     given = list(generation_eos) if isinstance(generation_eos, list | tuple) else [generation_eos]
     for i in given:
@@ -180,7 +180,7 @@ def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> li
             raise ConfigError(f"eos_token_id = {generation_eos!r} in the model's settings; expected token ids")
     closing = None
     if getattr(tokenizer, "chat_template", None):
-        with contextlib.suppress(Exception):  # a template raises what it likes where it does not take the probe
+        with contextlib.suppress(Exception):  # a template that rejects the probe may raise anything
             closing = turn_end(tokenizer)
     ids = sorted({i for i in (*given, tokenizer.eos_token_id, closing) if i is not None})
     if not ids:
@@ -206,7 +206,7 @@ def turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]] = _QUESTION) 
 
 
 def exported_eos(generation_eos: int | Sequence[int] | None, end: Sequence[int]) -> int | list[int] | None:
-    """eos_token_id of an exported model: what it was given, or, where that lacks one, all tokens of `end`."""
+    """eos_token_id of an exported model: as given, or all tokens of `end` if some are missing."""
     if generation_eos is None or isinstance(generation_eos, int):
         return generation_eos if {*end} <= {generation_eos} else list(end)
     return list(generation_eos) if {*end} <= {*generation_eos} else list(end)

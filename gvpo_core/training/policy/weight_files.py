@@ -51,17 +51,17 @@ def weight_files(folder: Path) -> list[Path]:
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Name -> where it lies, of every tensor in `weight_files`, from the files' headers alone.
 
-    Raises: ConfigError: as `weight_files`; a file that is no safetensors file, is cut short or is a Git LFS pointer.
+    Raises: ConfigError: as `weight_files`; a file that is not safetensors, is truncated or is a Git LFS pointer.
     """
-    found: dict[str, Tensor] = {}
+    headers: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            found |= _header(path)
+            headers |= _header(path)
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ConfigError(f"{path} cannot be read as safetensors: {type(error).__name__}: {error}") from error
-    return found
+    return headers
 
 
 def _header(path: Path) -> dict[str, Tensor]:
@@ -74,15 +74,15 @@ def _header(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"the file has {size} bytes and ends inside its header")
         file.seek(8)
         header = json.loads(file.read(length))
-    found = {}
+    entries = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         first, last = (8 + length + int(offset) for offset in entry["data_offsets"])
         if last > size:
             raise ValueError(f"the file ends inside {name}")
-        found[name] = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
-    return found
+        entries[name] = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
+    return entries
 
 
 def check_settings(config: Mapping[str, Any], folder: Path) -> None:
@@ -94,14 +94,14 @@ def check_settings(config: Mapping[str, Any], folder: Path) -> None:
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
         raise ConfigError(f"config.json has architectures = {named!r}; expected a list of class names")
-    found = tensors(folder)
-    weights = sum(math.prod(tensor.shape) for tensor in found.values())
+    stored = tensors(folder)
+    weights = sum(math.prod(tensor.shape) for tensor in stored.values())
     for part in (config, *(v for v in config.values() if isinstance(v, Mapping))):
         for name, value in part.items():
             if isinstance(value, bool) or not isinstance(value, int) or not _is_size(name):
                 continue
-            if value > (len(found) if "layer" in name else 32 * weights):  # 4-bit weights are eight to a number
-                holds = f"{len(found)} tensors" if "layer" in name else f"{weights} numbers"
+            if value > (len(stored) if "layer" in name else 32 * weights):  # 4-bit weights are eight to a number
+                holds = f"{len(stored)} tensors" if "layer" in name else f"{weights} numbers"
                 raise ConfigError(f"config.json has {name} = {value}, and the weight files hold {holds}")
 
 
@@ -111,7 +111,7 @@ def _is_size(name: str) -> bool:
     )
 
 
-def refuse_integers(found: Mapping[str, Tensor], quantized: Iterable[str] = ()) -> None:
+def refuse_integers(stored: Mapping[str, Tensor], quantized: Iterable[str] = ()) -> None:
     """Refuses weights that are integers or 8-bit floats: without their scales their values are wrong.
 
     Masks (BOOL), single numbers and `position_ids` are not weights.
@@ -121,13 +121,13 @@ def refuse_integers(found: Mapping[str, Tensor], quantized: Iterable[str] = ()) 
     Raises: ConfigError: naming the first such weight.
     """
     allowed = set(quantized)
-    doubtful = {name: t for name, t in found.items() if t.dtype not in (*_FLOATS, "BOOL") and t.shape != ()}
+    doubtful = {name: t for name, t in stored.items() if t.dtype not in (*_FLOATS, "BOOL") and t.shape != ()}
     bad = sorted(name for name in doubtful if name not in allowed and not name.endswith("position_ids"))
     if bad:
-        first = found[bad[0]]
+        first = stored[bad[0]]
         raise ConfigError(
             f"{first.path}: {bad[0]} is {first.dtype}, and so are {len(bad)} weights in all; expected one of "
-            f"{', '.join(_FLOATS)}. Quantised weights cannot be trained: give the model before it was quantised"
+            f"{', '.join(_FLOATS)}. Quantised weights cannot be trained: use the original model"
         )
 
 
@@ -147,8 +147,8 @@ def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
     method = quantization(config)
     if method:
         raise ConfigError(
-            f"config.json says that the weights are quantised ({method}), which {backend} does not read: give the "
-            "model before it was quantised"
+            f"config.json says that the weights are quantised ({method}), which {backend} does not read: use the "
+            "original model"
         )
 
 

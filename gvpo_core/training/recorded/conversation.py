@@ -8,7 +8,7 @@ from gvpo_core.training.rows import DataError
 
 
 def plain_list(value: Any, where: str) -> list[Any]:
-    """A list, also of an array. Raises: DataError: it is none."""
+    """A list, also from an array. Raises: DataError: not a list or array."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise DataError(f"{where} is a {type(value).__name__} ({value!r:.40}); expected a list, one entry a response")
@@ -30,7 +30,7 @@ def answers(
     Raises: DataError: responses to different prompts, or none that fits the prompt.
     """
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
-    whole = prompt
+    conversation = prompt
     responses: list[Any] = []
     for j, (response, column) in enumerate(zip(given, columns, strict=True)):
         at = f"{where}, column {column!r}" + (f", entry {j}" if columns.count(column) > 1 else "")
@@ -39,17 +39,17 @@ def answers(
         if _is_messages(response):
             before, answer = _last(response, at)
             asked = _whole_prompt(prompt, before, at)
-            if j and responses and asked != whole:
+            if j and responses and asked != conversation:
                 raise DataError(f"{at} answers another conversation than the response before it; expected one prompt")
-            whole, response = asked, answer
+            conversation, response = asked, answer
         elif not isinstance(response, str) and not _is_ids(response):
             raise DataError(
                 f"{at} is a {type(response).__name__} ({response!r:.40}); expected text, token ids or messages"
             )
         responses.append(response)
-    if implicit and whole is None and all(isinstance(r, str) for r in responses):
-        whole, responses = _shared_beginning(responses, where)
-    return whole, responses
+    if implicit and conversation is None and all(isinstance(r, str) for r in responses):
+        conversation, responses = _shared_beginning(responses, where)
+    return conversation, responses
 
 
 def _is_messages(value: Any) -> bool:

@@ -147,8 +147,8 @@ def _group(
             encodable(response, f"{row.where}, response {j}")
         elif any(_no_id(i, vocabulary) for i in response):
             raise DataError(
-                f"{row.where}, response {j} holds {next(i for i in response if _no_id(i, vocabulary))!r}, which is no"
-                f" token id of the model (0 to {vocabulary - 1})"
+                f"{row.where}, response {j} holds {next(i for i in response if _no_id(i, vocabulary))!r}, which is not"
+                f" a token id of the model (0 to {vocabulary - 1})"
             )
     try:
         responses = policy.encode_responses(prompts.prompts[place], row.responses, row.finished)

@@ -53,7 +53,7 @@ def _loss(rollout: Rollout, logprobs: np.ndarray, reference: np.ndarray, objecti
 
 
 def _ordered(ratios: np.ndarray, rewards: np.ndarray) -> float | None:
-    """The share of pairs with different rewards that the ratios order alike, ties half; None: there is no such pair."""
+    """The share of pairs with different rewards that the ratios order alike, ties half; None without pairs."""
     better = rewards[:, None] > rewards[None, :]
     if not better.any():
         return None

@@ -47,12 +47,13 @@ class ReferenceScores:
         self._policy = policy
         model = policy.settings.model
         weights = model_fingerprint(model).get("weights") if model is not None else None
-        # Without a fingerprint nobody can say whether a later process has the same model.
+        # Without a fingerprint a later process may have another model.
         self._path = path if weights and policy.rank == 0 else None
         facts = policy.describe().as_dict()
-        told = {name: str(facts[name]) for name in _FACTS if name in facts}
+        described = {name: str(facts[name]) for name in _FACTS if name in facts}
         batch = config.optimizer
-        self._model = json.dumps([weights, told, batch.micro_batch_tokens, batch.micro_batch_responses], sort_keys=True)
+        limits = [batch.micro_batch_tokens, batch.micro_batch_responses]
+        self._model = json.dumps([weights, described, *limits], sort_keys=True)
         self._limit = config.data.reference_cache_size * _MEBIBYTE  # bytes; 0: no limit
         self._known: OrderedDict[str, list[float]] = OrderedDict()
         self._size = 0
@@ -64,25 +65,25 @@ class ReferenceScores:
             self._opened = True
             self._read()
         keys = [self._key(group) for group in groups]
-        found = self._found(keys, groups)
-        missing = [g for g, scores in enumerate(found) if scores is None]
+        cached = self._found(keys, groups)
+        missing = [g for g, scores in enumerate(cached) if scores is None]
         fresh = self._scored([groups[g] for g in missing])
         new: dict[str, list[float]] = {}
         for g, scores in zip(missing, fresh, strict=True):
-            found[g] = scores
+            cached[g] = scores
             new[keys[g]] = scores.tolist()
         self.misses += sum(len(scores) for scores in fresh)
         self.hits += sum(len(group[1]) for group in groups) - sum(len(scores) for scores in fresh)
         self._keep(new)
-        return [np.asarray(scores, np.float64) for scores in found]
+        return [np.asarray(scores, np.float64) for scores in cached]
 
     def _key(self, group: Scored) -> str:
         return hashlib.sha256(json.dumps([self._model, group]).encode()).hexdigest()
 
     def _found(self, keys: Sequence[str], groups: Sequence[Scored]) -> list[np.ndarray | None]:
         """What the main rank knows, on every rank; None: the scores of this group are missing."""
-        own = [self._known.get(key) for key in keys] if self._policy.rank == 0 else []
-        line = np.frombuffer(json.dumps(own).encode() if own else b"", np.uint8)
+        cached = [self._known.get(key) for key in keys] if self._policy.rank == 0 else []
+        line = np.frombuffer(json.dumps(cached).encode() if cached else b"", np.uint8)
         if self._policy.world_size > 1:
             line = self._policy.gather(line)
         known = json.loads(line.tobytes() or b"[]")
@@ -154,7 +155,9 @@ class ReferenceScores:
         try:
             yield
         except OSError as e:
-            _log.warning("%s cannot be used (%s): reference scores stay in memory", self._path, e.strerror or e)
+            _log.warning(
+                "%s cannot be used (%s): reference scores are kept in memory only", self._path, e.strerror or e
+            )
             self._path = None
 
 
@@ -171,7 +174,7 @@ def _entry(line: bytes) -> tuple[str, list[float]] | None:
     try:
         entry = json.loads(line)
         key, scores = entry["key"], entry["scores"]
-        whole = entry["check"] == _check(key, scores)
+        intact = entry["check"] == _check(key, scores)
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return (key, scores) if whole else None
+    return (key, scores) if intact else None

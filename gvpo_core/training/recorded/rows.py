@@ -112,7 +112,7 @@ def _one(
     finished = [None] * len(given) if finished is None else plain_list(finished, f"{where}, column 'finished'")
     for column, of_each in (("rewards", rewards), ("finished", finished)):
         if len(of_each) != len(given):
-            raise DataError(f"{where} has {len(given)} responses and {len(of_each)} {column}; expected as many")
+            raise DataError(f"{where} has {len(given)} responses and {len(of_each)} {column}; expected equal numbers")
     checked = [_reward(r, f"{where}, column 'rewards', entry {j}") for j, r in enumerate(rewards)]
     for j, (response, ended) in enumerate(zip(given, finished, strict=True)):
         if response is None:
@@ -144,17 +144,17 @@ def _scored_completions(completions: Any, where: str) -> tuple[list[Any], list[A
         keys, values = list(completions), [plain_list(v, column) for v in completions.values()]
         completions = [dict(zip(keys, record, strict=False)) for record in zip(*values, strict=False)]
     completions = plain_list(completions, column)
-    found: str | None = None
+    score_name: str | None = None
     responses, scores = [], []
     for j, completion in enumerate(completions):
         if not isinstance(completion, Mapping) or completion.get("response") is None:
             raise DataError(f"{column}, entry {j} has no response; expected {{'response': ..., 'score': ...}}")
-        found = found or next((name for name in _SCORE_NAMES if name in completion), None)
-        if found is None:
+        score_name = score_name or next((name for name in _SCORE_NAMES if name in completion), None)
+        if score_name is None:
             raise DataError(f"{column}, entry {j} has no score; expected one of {', '.join(_SCORE_NAMES)}")
         responses.append(completion["response"])
-        scores.append(completion.get(found))
-    return responses, scores, f"completions' {found}" if found else "none"
+        scores.append(completion.get(score_name))
+    return responses, scores, f"completions' {score_name}" if score_name else "none"
 
 
 def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[RecordedRow]:
@@ -215,12 +215,12 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
 
 
 def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
-    """The responses, with their token ids in the place of a text that does not tokenize back to them."""
+    """The responses, with their token ids instead of a text that does not tokenize back to them."""
     if row.get("response_ids") is None:
         return responses
     ids = plain_list(row["response_ids"], f"{where}, column 'response_ids'")
     if len(ids) != len(responses):
-        raise DataError(f"{where} has {len(responses)} responses and {len(ids)} response_ids; expected as many")
+        raise DataError(f"{where} has {len(responses)} responses and {len(ids)} response_ids; expected equal numbers")
     return [response if tokens is None else tokens for response, tokens in zip(responses, ids, strict=True)]
 
 

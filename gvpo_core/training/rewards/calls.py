@@ -90,7 +90,7 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
             stopped = True
-        except (SystemExit, KeyboardInterrupt):  # of a task that a reward started beside its own
+        except (SystemExit, KeyboardInterrupt):  # of a further task that a reward started
             pass
     loop.close()
 
@@ -141,7 +141,7 @@ class Threads:
         try:
             while not done.wait(max(0.0, min(POLL, deadline - now()))):
                 if self._closed:
-                    raise CallFailed("the run is leaving")
+                    raise CallFailed("the run is stopping")
                 if now() >= deadline:
                     raise TimeoutError
         except BaseException:
@@ -166,9 +166,9 @@ class Threads:
 
 
 class Processes:
-    """A function found by its import path, in `width` processes of their own, started when first needed.
+    """A function found by its import path, in `width` separate processes, started when first needed.
 
-    A process past its limit is ended with all that it started; another starts in its place at once, beside whatever
+    A process past its limit is ended with all that it started. Another starts immediately, next to whatever
     else is done. It runs with the user's rights: it is kept from hanging or crashing the run, not from reading files or
     the network.
     """
@@ -224,12 +224,12 @@ class Processes:
         worker = self._take(until)
         try:
             if self._closed:
-                raise CallFailed("the run is leaving")
+                raise CallFailed("the run is stopping")
             worker.ready(until)
             limit = min(limit, until - now())
             if limit <= 0:
                 raise TimeoutError
-        except TimeoutError:  # it goes on starting, for the next call
+        except TimeoutError:  # it continues to start, for the next call
             self._give(worker)
             raise
         except BaseException as e:
@@ -256,7 +256,7 @@ class Processes:
         with self._changed:
             self._closed = True
             for worker in self._busy:
-                worker.end()  # its call lets go of the rest
+                worker.end()  # its call then cleans up
             for idle in self._idle:
                 if idle is not None:
                     idle.kill()
@@ -313,7 +313,7 @@ def _encoded(what: str, values: Sequence[Any]) -> Any:
             encoded.append(encode(value))
         except (UnsendableError, RecursionError) as e:
             raise UnsendableError(
-                f"{what} of response {row} cannot be sent to a reward's process as JSON and arrive equal: {e}; give"
-                " the data plain values, leave it out of the function's arguments, or set isolation = 'thread'"
+                f"{what} of response {row} cannot be sent to a reward's process as JSON and arrive equal: {e}; use"
+                " plain values, remove it from the function's arguments, or set isolation = 'thread'"
             ) from e
     return encoded

@@ -1,4 +1,4 @@
-"""The clock of time limits: it stands still while this process is paused."""
+"""A clock for time limits that stops while this process is paused."""
 
 import threading
 import time

@@ -57,30 +57,30 @@ def report(
     responses: Sequence[str],
 ) -> None:
     """Logs one warning for all failures of a step, with the first question and response of each reward that failed."""
-    told = []
+    messages = []
     for reward in rewards:
-        if not (found := failures[reward.name]):
+        if not (failed := failures[reward.name]):
             continue
-        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in found).items())
-        first = found[0]
+        kinds = ", ".join(f"{n} {kind}" for kind, n in Counter(f.kind for f in failed).items())
+        first = failed[0]
         text = (
-            f"reward {reward.name}: {len(found)} of {len(responses)} responses failed ({kinds}); the first,"
+            f"reward {reward.name}: {len(failed)} of {len(responses)} responses failed ({kinds}); the first,"
             f" {first.kind}, is {start_of(responses[first.row], 200)!r} to {start_of(prompts[first.row], 200)!r}:"
             f" {first.message}"
         )
-        if reward.failure_value is not None and any(f.kind != "none" for f in found):
+        if reward.failure_value is not None and any(f.kind != "none" for f in failed):
             text += f"; errors and timeouts count as {reward.failure_value:g}, its failure_value"
-        told.append(text)
-    if told:
-        _log.warning("%s", "; ".join(told))
+        messages.append(text)
+    if messages:
+        _log.warning("%s", "; ".join(messages))
 
 
 def no_score(failures: Mapping[str, Sequence[Failure]], prompts: Sequence[Prompt], n: int) -> RewardError:
     """The error of a step in which no response has a reward."""
-    name, found = max(failures.items(), key=lambda item: len(item[1]), default=("", ()))
-    if not found:
+    name, failed = max(failures.items(), key=lambda item: len(item[1]), default=("", ()))
+    if not failed:
         return RewardError(f"no reward gave a score to any of {n} responses")
-    return _no_score(name, found[0], prompts, n)
+    return _no_score(name, failed[0], prompts, n)
 
 
 def _no_score(name: str, first: Failure, prompts: Sequence[Prompt], n: int) -> RewardError:

@@ -16,7 +16,7 @@ RewardFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Reward:
-    """One reward function, how it is called, and what its results are worth."""
+    """A reward function, how it is called, and the weight of its results."""
 
     name: str
     call: Caller
@@ -55,7 +55,8 @@ def load_rewards(
             if call.signature.runs_code and not c.sandbox:
                 raise ConfigError(
                     f"rewards.{name} = {c.function!r} runs code from responses, and gvpo's processes do not contain it:"
-                    f" run it in a sandbox (a container without network, say) and name that in rewards.{name}.sandbox"
+                    " run it in a sandbox (for example a container without network) and name that in"
+                    f" rewards.{name}.sandbox"
                 )
     except BaseException:  # Ctrl-C too: no process stays behind
         close_rewards(rewards)

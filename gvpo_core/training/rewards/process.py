@@ -24,8 +24,8 @@ from gvpo_core.training.rewards.worker.messages import message_bytes
 
 START_LIMIT = 120.0  # seconds for a worker to import the user's module
 _MAIN = str(Path(_worker).with_name("__main__.py"))
-_GONE = 10.0  # seconds to wait for the guard; what it cannot end is in the kernel's hands
-_ANSWER = 256 * 1024  # bytes that an answer may have, and beside them for each response:
+_GONE = 10.0  # seconds to wait for the guard; what it cannot end, only the kernel can
+_ANSWER = 256 * 1024  # largest size of an answer, bytes, plus for each response:
 _ANSWER_EACH = 4096
 
 
@@ -58,7 +58,7 @@ class Worker:
                 stdout=out_end,
                 stderr=err_end,
                 pass_fds=(requests, answers),
-                start_new_session=True,  # a process group of its own, and no Ctrl-C meant for the run
+                start_new_session=True,  # a separate process group, and no Ctrl-C meant for the run
                 env=os.environ | {MARK: f"{os.getpid()}-{uuid.uuid4().hex}"},
             )
         except BaseException:
@@ -90,7 +90,7 @@ class Worker:
             except TimeoutError:
                 if now() < late:
                     raise
-                raise CallFailed(f"nothing was heard of its process for {START_LIMIT:g} s") from None
+                raise CallFailed(f"its process did not answer for {START_LIMIT:g} s") from None
             if "missing" in answer:
                 raise LookupError(answer["missing"])
             self._signature = Signature(**answer["signature"])
@@ -118,7 +118,7 @@ class Worker:
             if number == self._number:
                 return answer
             if not isinstance(number, int) or not 0 < number < self._number:  # older: a second answer to a request
-                raise CallFailed("its process wrote to the pipe of its answers, so that they cannot be told apart")
+                raise CallFailed("its process wrote to the pipe of its answers, so they cannot be read")
 
     def _send(self, deadline: float) -> None:
         """Writes what is unsent. A reward of which a thread holds the interpreter does not read, so this may wait."""
@@ -145,12 +145,12 @@ class Worker:
         try:
             answer = json.loads(self._body)
         except (ValueError, RecursionError) as e:
-            raise CallFailed("its process wrote to the pipe of its answers: what came is no answer") from e
+            raise CallFailed("its process wrote to the pipe of its answers: the message cannot be read") from e
         self._head, self._body = bytearray(), bytearray()
         return answer
 
     def _receive(self, into: bytearray, size: int, deadline: float) -> None:
-        """Fills `into` to its size; a later call goes on where one ran out of time."""
+        """Fills `into` to its size; a later call continues where one ran out of time."""
         while len(into) < size:
             if select.select([self._from], [], [], _wait(deadline))[0]:
                 part = os.read(self._from, min(size - len(into), 1 << 20))
@@ -169,9 +169,9 @@ class Worker:
         lines = self._output.last_lines(0.5)
         said = f"; its last output: {' | '.join(lines[-3:])[:500]}" if lines else ""
         if status is not None and status < 0:
-            message = f"the reward's process died of {signal.Signals(-status).name}{said}"
+            message = f"the reward's process was killed by {signal.Signals(-status).name}{said}"
             return CallFailed(message, "\n".join(lines), by_signal=True)
-        return CallFailed(f"the reward's process left with status {status}{said}", "\n".join(lines))
+        return CallFailed(f"the reward's process exited with status {status}{said}", "\n".join(lines))
 
     def end(self) -> None:
         """Ends the process and all that it started, without waiting for it."""

@@ -72,7 +72,7 @@ def score(
 
     A response for which a reward raises, runs out of time, or gives None or NaN is left without a score. A call for
     all responses that fails is tried again response by response, so that only the bad ones are lost. A reward that
-    gives None for all responses of a group is no part of that group's total (see total.total_rewards).
+    gives None for all responses of a group does not count in that group's total (see total.total_rewards).
 
     Args:
       group_ids: (N,) labels. Default: responses to equal prompts are a group.
@@ -134,7 +134,7 @@ def _score_one(
 ) -> tuple[np.ndarray, list[Failure], float]:
     """(N,) rewards, failures, seconds: one call for all, and where that fails, one a response within the same time.
 
-    Processes that start anew have a limit's time beside that, or twice what the first took, or 5 s, whichever is most;
+    Processes that restart get more: one limit, twice the first start, or 5 s, whichever is longest;
     what has no score when all of it has passed is given up.
     """
     start, n = time.perf_counter(), len(completions)
@@ -179,10 +179,10 @@ def _one_by_one(
         with lock:
             limit = min(reward.timeout, budget / waiting)
             budget, waiting = budget - limit, waiting - 1
-        own = {name: [values[row]] for name, values in columns.items()}
+        row_columns = {name: [values[row]] for name, values in columns.items()}
         start = now()
         try:
-            alone = reward.call([prompts[row]], [completions[row]], own, limit, until)
+            alone = reward.call([prompts[row]], [completions[row]], row_columns, limit, until)
             return float(_numbers(reward.name, alone, 1)[0])
         except (TimeoutError, CallFailed, RewardError) as e:
             return e

@@ -8,7 +8,7 @@ import numpy as np
 def members(parts: np.ndarray, failed: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
     """(F, N) bool: whether a function is part of the reward of a response's group.
 
-    It is none where it gave None or NaN for every response of the group, as in one run on several tasks. A function
+    It does not if it gave None or NaN for every response of the group, as in a run on several tasks. A function
     that failed on a response (it raised or ran out of time) is part of the reward.
 
     Args:

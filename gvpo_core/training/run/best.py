@@ -37,8 +37,8 @@ class Best:
 
     def share(self, policy: Policy) -> None:
         """Gives every rank what the main rank knows; every rank calls."""
-        own = np.asarray([self.step, self.reward, self.since], np.float64) if policy.rank == 0 else np.zeros(0)
-        shared = policy.gather(np.frombuffer(own.tobytes(), np.uint8)).tobytes()  # bytes: no rank rounds them
+        state = np.asarray([self.step, self.reward, self.since], np.float64) if policy.rank == 0 else np.zeros(0)
+        shared = policy.gather(np.frombuffer(state.tobytes(), np.uint8)).tobytes()  # bytes: no rank rounds them
         step, self.reward, since = np.frombuffer(shared, np.float64).tolist()
         self.step, self.since = int(step), int(since)
 

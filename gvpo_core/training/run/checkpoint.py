@@ -63,7 +63,7 @@ def commit_checkpoint(folder: Path, step: int, keep: int, also: Collection[int] 
 
     Args:
       keep: newest checkpoints kept.
-      also: steps kept beside them. One that `gvpo eval` or `gvpo export` is reading stays as well, for now.
+      also: further steps to keep. One that `gvpo eval` or `gvpo export` is reading is kept too.
     Raises: OSError: the disk is full, say; nothing saved before is touched.
     """
     partial = partial_checkpoint(folder, step).directory
@@ -83,7 +83,7 @@ def commit_checkpoint(folder: Path, step: int, keep: int, also: Collection[int] 
     sync_folder(folder)
     reason = damage(final)
     if reason:
-        raise CheckpointError(f"the checkpoint just written does not verify: {reason}")
+        raise CheckpointError(f"the new checkpoint is not valid: {reason}")
     for old in steps_saved(folder)[keep:]:
         if old not in also and not _is_read(folder / _name(old)):
             _remove(folder, old)
@@ -99,7 +99,7 @@ def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or "Disk quota exceeded" in said:
         what = "the disk is full; free space and run again"
     elif number == errno.EFBIG or "File too large" in said:
-        what = "a file may not grow this large here: look at ulimit -f and at the file system, then run again"
+        what = "a file may not grow this large here: check ulimit -f and the file system, then run again"
     else:
         what = f"{type(error).__name__}: {said}"
     return CheckpointError(f"could not save step {step} in {folder} ({left}): {what}")
@@ -125,12 +125,12 @@ def unreadable(folder: Path, error: OSError) -> CheckpointError:
     where = error.filename or folder
     return CheckpointError(
         f"{where} cannot be read now ({error.strerror or error}); nothing in {folder} was changed. Run again when the"
-        " file system answers. If that file is lost for good, move its checkpoint away to go on from the one before"
+        " file system answers. If that file is lost, move its checkpoint away to continue from the one before"
     )
 
 
 def _newest(folder: Path, at: int | None) -> Checkpoint | None:
-    found: int | None = None
+    newest: int | None = None
     damaged: dict[Path, str] = {}
     steps = steps_saved(folder)
     if at is not None and at not in steps:
@@ -138,14 +138,14 @@ def _newest(folder: Path, at: int | None) -> Checkpoint | None:
     for step in [at] if at is not None else steps:
         reason = damage(folder / _name(step))
         if reason is None:
-            found = step
+            newest = step
             break
         damaged[folder / _name(step)] = reason
-    if found is None:
+    if newest is None:
         old = [name for name in names_in(folder) if name.startswith(_DAMAGED)]
         if damaged or old:
             why = "; ".join(damaged.values()) or "all were set aside as damaged"
-            which = f"no checkpoint in {folder} verifies" if at is None else f"the checkpoint of step {at} is damaged"
+            which = f"no checkpoint in {folder} is valid" if at is None else f"the checkpoint of step {at} is damaged"
             raise CheckpointError(
                 f"{which}: {why}. "
                 + ("Move the run folder away to start over." if at is None else f"Saved steps: {_listed(steps)}")
@@ -154,7 +154,7 @@ def _newest(folder: Path, at: int | None) -> Checkpoint | None:
         _log.warning("damaged checkpoint, not used: %s", reason)
         _set_aside(directory)
     _clean(folder)
-    return None if found is None else checkpoint_at(folder, found)
+    return None if newest is None else checkpoint_at(folder, newest)
 
 
 def _clean(folder: Path) -> None:
@@ -167,7 +167,7 @@ def _clean(folder: Path) -> None:
             except OSError as e:  # a file that somebody holds open on NFS, say
                 _log.warning("%s, left by a kill, cannot be removed: %s", path, e.strerror or e)
         elif name.startswith((_PREFIX, _PARTIAL)) and (_step_of(name) is None or not is_folder(path)):
-            _log.warning("%s is no checkpoint of this run (expected a folder %s): not used", path, _name(0))
+            _log.warning("%s is not a checkpoint of this run (expected a folder %s): not used", path, _name(0))
 
 
 def go_back(folder: Path, step: int) -> list[int]:
@@ -181,7 +181,7 @@ def go_back(folder: Path, step: int) -> list[int]:
 def damage(directory: Path) -> str | None:
     """What is wrong with a checkpoint for sure, naming the file; None if it is whole.
 
-    Raises: OSError: a file that is there and cannot be read: it may be whole all the same.
+    Raises: OSError: a file exists and cannot be read; it may be intact.
     """
     manifest = directory / _MANIFEST
     try:
@@ -191,12 +191,12 @@ def damage(directory: Path) -> str | None:
     try:
         said: dict[str, Any] = json.loads(content)
         if content != _manifest({"step": said["step"], "files": said["files"]}):
-            return f"{manifest} does not have the SHA-256 that it says of itself"
+            return f"{manifest} does not match its own SHA-256"
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"{manifest} is no manifest of a checkpoint ({_wrong(e)})"
     if _step_of(directory.name) not in (None, said["step"]):
-        return f"{manifest} is that of step {said['step']}"
+        return f"{manifest} belongs to step {said['step']}"
     for name, (size, digest) in entries.items():
         path = directory / name
         try:
@@ -204,11 +204,11 @@ def damage(directory: Path) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             return f"{path} is missing"
         if not stat.S_ISREG(known.st_mode):
-            return f"{path} is no file"
+            return f"{path} is not a file"
         if known.st_size != size:
             return f"{path} has {known.st_size} bytes instead of {size}"
         if retried(lambda path=path: _sha256(path)) != digest:  # type: ignore[misc]
-            return f"{path} does not have the SHA-256 of its manifest"
+            return f"{path} does not match the SHA-256 in its manifest"
     return None
 
 
@@ -231,7 +231,7 @@ def refuse_unsaved(folder: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def reading(checkpoint: Checkpoint) -> Iterator[None]:
-    """Inside `with`, a run that goes on does not remove this checkpoint.
+    """Inside `with`, a run in progress does not remove this checkpoint.
 
     Raises: FileNotFoundError: it has been removed.
     """
@@ -274,8 +274,8 @@ def _name(step: int) -> str:
 
 def steps_saved(folder: Path) -> list[int]:
     """Steps that have a checkpoint folder, newest first. Raises: OSError: the folder cannot be listed."""
-    found = (_step_of(name) for name in names_in(folder))
-    return sorted((step for step in found if step is not None and is_folder(folder / _name(step))), reverse=True)
+    steps = (_step_of(name) for name in names_in(folder))
+    return sorted((step for step in steps if step is not None and is_folder(folder / _name(step))), reverse=True)
 
 
 def _step_of(name: str) -> int | None:

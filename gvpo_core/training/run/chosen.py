@@ -1,4 +1,4 @@
-"""The policy of a run at a checkpoint, for `gvpo eval` and `gvpo export`: of a run that goes on, too."""
+"""The policy of a run at a checkpoint, for `gvpo eval` and `gvpo export`; the run may be in progress."""
 
 import contextlib
 from collections.abc import Iterator
@@ -9,7 +9,7 @@ from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.run.best import best_saved
 from gvpo_core.training.run.checkpoint import Checkpoint, checkpoint_at, damage, reading, steps_saved, unreadable
 
-_TRIES = 5  # a run that goes on may remove the checkpoint that was just chosen
+_TRIES = 5  # a run in progress may remove the checkpoint that was just chosen
 NAMED = ("newest", "best", "initial")
 
 
@@ -23,26 +23,26 @@ def chosen(run: Path, name: str) -> Iterator[Checkpoint | None]:
     Raises: ConfigError: there is no such checkpoint, or it is damaged. CheckpointError: it cannot be read now.
     """
     with contextlib.ExitStack() as stack:
-        found = None if name == "initial" else _held(run, name, stack)
-        if found is not None:
+        checkpoint_used = None if name == "initial" else _held(run, name, stack)
+        if checkpoint_used is not None:
             try:
-                reason = damage(found.directory)
+                reason = damage(checkpoint_used.directory)
             except OSError as e:
-                raise unreadable(found.directory.parent, e) from e
+                raise unreadable(checkpoint_used.directory.parent, e) from e
             if reason:
                 raise ConfigError(f"the checkpoint is damaged: {reason}")
-        yield found
+        yield checkpoint_used
 
 
 def _held(run: Path, name: str, stack: contextlib.ExitStack) -> Checkpoint:
     for _ in range(_TRIES):
-        found = checkpoint_at(run / "checkpoints", _step(run, name))
+        held = checkpoint_at(run / "checkpoints", _step(run, name))
         try:
-            stack.enter_context(reading(found))
+            stack.enter_context(reading(held))
         except FileNotFoundError:
             continue
-        return found
-    return found  # without a manifest: damaged, which is said of it
+        return held
+    return held  # without a manifest: reported as damaged
 
 
 def _step(run: Path, name: str) -> int:

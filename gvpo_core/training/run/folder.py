@@ -25,7 +25,7 @@ _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoint
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
           "report.html")  # fmt: skip
 _NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # a path that waiting does not mend
-_ALLOW = "another run.folder, or run.allow_changes = true to go on with"
+_ALLOW = "another run.folder, or run.allow_changes = true to continue with"
 
 
 class RunFolderError(RuntimeError):
@@ -71,7 +71,7 @@ class RunFolder:
             raise ConfigError(
                 f"{self.path} holds a run on other data or another model:\n  "
                 + "\n  ".join(refused)
-                + f"\ngive them as they were, {_ALLOW} these"
+                + f"\nuse the original ones, or set {_ALLOW} these"
             )
         self._changed += refused + changed if begun else []
 
@@ -101,7 +101,7 @@ class RunFolder:
         try:
             content = retried(self._settings.read_bytes)
             if not content.strip(b"\0\r\n\t "):
-                raise ConfigError(f"{self._settings} is empty, as a power loss leaves a file: its settings are lost")
+                raise ConfigError(f"{self._settings} is empty, as after a power loss: its settings are lost")
             saved = read_saved(self._settings)
         except FileNotFoundError:
             if begun and not allowed:
@@ -112,20 +112,20 @@ class RunFolder:
         except ConfigError as e:
             if begun and not allowed:
                 raise ConfigError(f"{e}. {_mend(self.path)}") from e
-            _log.warning("%s; written anew", e)
+            _log.warning("%s; written again", e)
             return
-        found = differences(saved, config)
-        fixed = [d for d in found if not d.startswith(_FREE) or _ends_elsewhere(d, config)]
+        changed = differences(saved, config)
+        fixed = [d for d in changed if not d.startswith(_FREE) or _ends_elsewhere(d, config)]
         if fixed and not allowed:
             raise ConfigError(
                 f"{self.path} holds a run with other settings:\n  "
                 + "\n  ".join(fixed)
-                + f"\ngive {_ALLOW} the new settings"
+                + f"\nset {_ALLOW} the new settings"
             )
-        self._changed += found
+        self._changed += changed
 
     def _known(self, begun: bool, allowed: bool) -> dict[str, Any]:
-        """What environment.json says; empty where there is none."""
+        """The content of environment.json; empty if it does not exist."""
         try:
             known = json.loads(retried(self._environment.read_bytes))
             if not isinstance(known, dict):
@@ -133,15 +133,15 @@ class RunFolder:
         except FileNotFoundError:
             if begun:
                 _log.warning(
-                    "%s is missing: nobody can say whether data, model and rewards are those of the steps done",
+                    "%s is missing: changes of data, model and rewards since the last start cannot be detected",
                     self._environment,
                 )
             return {}
         except (ValueError, RecursionError) as e:
-            damaged = f"{self._environment} is damaged ({e}): it says on which data and model the run was begun"
+            damaged = f"{self._environment} is damaged ({e}): it records the data and model of the run"
             if begun and not allowed:
                 raise ConfigError(f"{damaged}. {_mend(self.path)}") from e
-            _log.warning("%s; written anew", damaged)
+            _log.warning("%s; written again", damaged)
             return {}
         return known
 
@@ -170,7 +170,7 @@ class RunFolder:
         return noted
 
     def confirm(self) -> None:
-        """Raises RunFolderError: the folder at this path is no longer the one that `open` took."""
+        """Raises RunFolderError: the folder at this path is no longer the one that `open` opened."""
         if self._lock is None:
             return
         ours = os.fstat(self._lock.fileno())
@@ -182,8 +182,8 @@ class RunFolder:
             raise RunFolderError(f"cannot read the run folder {self.path}: {e}; the checkpoints are intact") from e
         if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
             raise RunFolderError(
-                f"the run folder {self.path} was moved or replaced while the run went on (another lock file);"
-                " the run stops and writes nothing more. Go on from where the folder is now: gvpo train"
+                f"the run folder {self.path} was moved or replaced during the run (another lock file);"
+                " the run stops and writes nothing more. Continue from the moved folder: gvpo train"
                 " MOVED/config.toml"
             )
 
@@ -257,11 +257,11 @@ class RunFolder:
             except RunFolderError as e:
                 if not isinstance(e.__cause__, FileNotFoundError):
                     raise
-                lost = "verdicts begin anew, and the report lacks them" if whole else "the report shows none of them"
+                lost = "verdicts start over, and the report lacks them" if whole else "the report shows none of them"
                 kept = Kept(odd=[f"{path} is missing, and {step} steps are done: {lost}"] if step > 0 else [])
             if step < 0 and kept.last > 0 and whole:
                 kept.odd.append(
-                    f"{path}: no checkpoint is left to go on from, so the run begins anew; the records of its"
+                    f"{path}: no checkpoint is left, so the run starts over; the records of its"
                     f" {kept.last} steps are dropped"
                 )
             last = max(last, kept.last)
@@ -276,4 +276,4 @@ def _ends_elsewhere(difference: str, config: Config) -> bool:
 
 
 def _mend(path: Path) -> str:
-    return f"Restore it, or set run.allow_changes = true to go on in {path} with the settings and data given now"
+    return f"Restore it, or set run.allow_changes = true to continue in {path} with the current settings and data"

@@ -109,8 +109,8 @@ class Journal:
         """
         folder = self.folder.checkpoints
         self._alerts = Alerts(self._price_of_kl(source))
-        found = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
-        step = highest(self.policy, found.step if found else -1)
+        checkpoint = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
+        step = highest(self.policy, checkpoint.step if checkpoint else -1)
         used = highest(self.policy, self.policy.steps_taken)
         if step >= 0:
             restore = lambda: self.policy.restore(checkpoint_at(folder, step).policy)
@@ -167,7 +167,7 @@ class Journal:
             "policy": facts.as_dict(),
         }
         for changed in self.folder.begin(config, environment, self._step):
-            _log.warning("changed since the start before: %s", changed)
+            _log.warning("changed since the last start: %s", changed)
         settings = hide_settings(as_table(config))
         self._tracker = open_trackers(config.run.trackers, self.folder.path, settings, warn=_log.warning)
         self.console = self.console or Console(config.run.steps, first_step=self._step, evaluations=self.evaluations)

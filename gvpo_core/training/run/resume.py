@@ -1,4 +1,4 @@
-"""The command line that goes on with a run, as exactly as a process can know it: interpreter, module, launcher."""
+"""The command line that resumes a run, as far as a process can know it: interpreter, module, launcher."""
 
 import multiprocessing
 import os
@@ -13,38 +13,38 @@ from gvpo_core.training.config.secrets import hide_command
 
 _LAUNCHERS = ("torchrun", "torch.distributed.run", "torch.distributed.launch", "accelerate", "mlx.launch", "mpirun",
               "mpiexec", "srun", "horovodrun", "deepspeed")  # fmt: skip
-_AS_BEFORE = "what you started it with"
+_AS_BEFORE = "the command that started it"
 
 
 def resume_command(processes: int, secrets: Iterable[str] = ()) -> str:
-    """What to type to go on with the run that this process is in, without the secrets that stand in it.
+    """What to type to resume the run that this process is in, without the secrets in it.
 
     Args:
       processes: in the whole run. Of several, the launcher's command line is given where a parent process is a known
         launcher; else the command of one process, and that each is to be started as before.
-      secrets: to be left out, beside those known by their form.
+      secrets: to hide, in addition to those recognised by their form.
     """
     launcher = _launcher() if processes > 1 else []
     if launcher:
-        on = " (on every machine, as before)" if _machines() > 1 else ""
+        on = " (on every machine)" if _machines() > 1 else ""
         return shlex.join(hide_command(without_from_step(launcher)[0], secrets)) + on
     command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # given again, it would go back again
     said = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
-    return said if processes == 1 else f"{said} (in each of the {processes} processes, started as before)"
+    return said if processes == 1 else f"{said} (in each of the {processes} processes)"
 
 
 def without_from_step(words: Sequence[str]) -> tuple[list[str], str | None]:
     """A command line without `--from-step N`, and N as it was typed; None: it is not there."""
     kept: list[str] = []
-    found: str | None = None
+    step: str | None = None
     rest = iter(words)
     for word in rest:
         name, equals, value = word.partition("=")
         if name in ("--from-step", "--from_step"):
-            found = value if equals else next(rest, "")
+            step = value if equals else next(rest, "")
         else:
             kept.append(word)
-    return kept, found
+    return kept, step
 
 
 def in_its_folder(arguments: Sequence[str], config: Config) -> Config:
@@ -78,14 +78,14 @@ def _own(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
     if program.name == "gvpo":  # the installed command: its interpreter says nothing more
         return [program.name, *arguments[1:]]
     if "-c" in original and arguments[0] != "-c":
-        return []  # a program that put other arguments in the place of its own
+        return []  # a program that replaced its arguments
     return [sys.executable, *original[1:]]
 
 
 def _launcher() -> list[str]:
     """The command line of the nearest parent that starts processes; empty: none is known, or this system hides it."""
     process = os.getppid()
-    for _ in range(4):  # a shell or an agent may stand between
+    for _ in range(4):  # a shell or an agent may be in between
         try:
             words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             status = Path(f"/proc/{process}/status").read_text()

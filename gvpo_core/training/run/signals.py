@@ -2,7 +2,7 @@
 
 SIGINT (Ctrl-C), SIGTERM, SIGQUIT                  finish the step, save, leave; Ctrl-C or SIGQUIT once more: at once
 SIGUSR1, SIGUSR2, SIGXCPU                          the same, however often: warnings of a job's end, as SLURM sends
-SIGHUP                                             nothing: the terminal is gone, and the run goes on
+SIGHUP                                             ignored: the run survives its terminal
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from gvpo_core.training.terminal.output import Forgiving
 
 _ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run takes them whoever else does
 _WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # SIGXCPU comes every second until the hard limit
-_AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher passes on the one that it got, beside the scheduler's own
+_AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher forwards its SIGTERM, and the scheduler may send another
 
 
 def _numbers(names: tuple[str, ...]) -> set[int]:
@@ -64,13 +64,13 @@ class StopRequest:
         if self.signal:
             return
         self.signal = number
-        once_more = "once more" if number in _numbers(_AT_ONCE) else "Ctrl-C"
-        said = f"\nstopping after this step, then saving; {once_more} to leave at once"
+        again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
+        said = f"\nStopping after this step and saving. Press {again} to quit now."
         print(said, file=Forgiving(sys.stdout), flush=True)
 
 
 def _hung_up(number: int, frame: FrameType | None) -> None:
-    """The terminal is gone: what is still printed goes nowhere, and the run goes on."""
+    """The terminal is gone: what is still printed goes nowhere, and the run continues."""
 
 
 @contextlib.contextmanager

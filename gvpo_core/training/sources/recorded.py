@@ -75,9 +75,11 @@ def recorded_rollout(
     groups = [recorded.groups[row] for row in rows]
     every = [(g, i) for g, group in enumerate(groups) for i in range(len(group.responses))]
     start, stop = (len(every) * r // policy.world_size for r in (policy.rank, policy.rank + 1))
-    own = every[start:stop]
+    local_groups = every[start:stop]
     batch = Batch(
-        [groups[g].prompt for g, _ in own], [groups[g].responses[i].tokens for g, i in own], [g for g, _ in own]
+        [groups[g].prompt for g, _ in local_groups],
+        [groups[g].responses[i].tokens for g, i in local_groups],
+        [g for g, _ in local_groups],
     )
     details: dict[str, float] = {}
     ref = None

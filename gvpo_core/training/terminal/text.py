@@ -17,7 +17,7 @@ def fit(value: float | None, width: int) -> str:
     """A number in at most `width` characters; "-" for none.
 
     Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
-    Integers stand in full where they fit; where only that makes it fit, .5 stands for 0.5, and 12k for 12345. 0 is
+    Integers are written in full if they fit. Only if needed, 0.5 becomes .5 and 12345 becomes 12k. 0 is
     exactly 0; too small for any form: ~0, with its sign; too large: asterisks.
     """
     if value is None or not math.isfinite(value):
@@ -51,12 +51,12 @@ def fit(value: float | None, width: int) -> str:
 
 def duration(seconds: float) -> str:
     """Seconds in at most five characters: 42s, 9m40s, 3h05m, 2d04h."""
-    whole = round(seconds)
+    rounded = round(seconds)
     for big, big_name, small, small_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= big:
-            text = f"{whole // big}{big_name}{whole % big // small:02d}{small_name}"
-            return text if len(text) <= LEFT else f"{whole // big}{big_name}"
-    return f"{whole}s"
+        if rounded >= big:
+            text = f"{rounded // big}{big_name}{rounded % big // small:02d}{small_name}"
+            return text if len(text) <= LEFT else f"{rounded // big}{big_name}"
+    return f"{rounded}s"
 
 
 _HIDDEN = re.compile(
@@ -69,7 +69,7 @@ def printable(text: str, *, keep: str = "") -> str:
     r"""Text with every control, direction-changing and invisible character written as an escape, as \x1b.
 
     Args:
-      keep: characters left as they are, as a newline.
+      keep: characters left unchanged, such as a newline.
     """
 
     def escape(match: re.Match[str]) -> str:
@@ -95,18 +95,18 @@ def _columns(char: str) -> int:
 
 def pieces(line: str, room: int) -> list[str]:
     """A line of printable text cut into pieces of at most `room` columns; one piece at least."""
-    found, start, used = [], 0, 0
+    lines, start, used = [], 0, 0
     for i, char in enumerate(line):
         width = _columns(char)
         if used + width > room:
-            found.append(line[start:i])
+            lines.append(line[start:i])
             start, used = i, 0
         used += width
-    return [*found, line[start:]]
+    return [*lines, line[start:]]
 
 
 def percent(share: float | None, unit: str = "") -> str:
-    """0 and 100 stand for none and all, never for nearly so."""
+    """0 and 100 mean exactly none and all; other values never round to them."""
     if share is None or not math.isfinite(share):
         return "-"
     percent = round(100 * share)

@@ -1,7 +1,7 @@
 """wandb, trackio and TensorBoard beside metrics.jsonl: the same numbers under the same names.
 
 A tracker is a convenience. One that is missing is an error before the run; one that fails during it is dropped with one
-warning, and the run goes on. Nothing here is imported until a tracker is asked for by name.
+warning, and the run continues. Nothing here is imported until a tracker is asked for by name.
 """
 
 import contextlib

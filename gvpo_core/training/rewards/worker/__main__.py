@@ -1,4 +1,4 @@
-"""Starts the worker from its files alone: under a name of its own, without importing gvpo and what gvpo imports."""
+"""Starts the worker from its files alone: under a separate name, without importing gvpo and what gvpo imports."""
 
 import importlib.util
 import os

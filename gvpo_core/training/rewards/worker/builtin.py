@@ -29,8 +29,8 @@ def _same(text: str, answer: str) -> bool:
     """Whether two texts are equal, as numbers where both are numbers; white space at their ends does not count."""
     if text.strip() == answer.strip():
         return True
-    found, wanted = number_in(text), number_in(answer)
-    return found is not None and found == wanted
+    number, wanted = number_in(text), number_in(answer)
+    return number is not None and number == wanted
 
 
 def _texts(columns: dict[str, Any], column: str, n: int) -> list[str | None]:
@@ -70,8 +70,8 @@ def regex_match(
     answers = _texts(columns, column, len(completions))
     scores: list[float | None] = []
     for completion, answer in zip(completions, answers, strict=True):
-        found = [m.group(1) if compiled.groups else m.group() for m in compiled.finditer(text_of(completion))]
-        scores.append(None if answer is None else float(bool(found) and _same(found[-1] or "", answer)))
+        matches = [m.group(1) if compiled.groups else m.group() for m in compiled.finditer(text_of(completion))]
+        scores.append(None if answer is None else float(bool(matches) and _same(matches[-1] or "", answer)))
     return scores
 
 

@@ -1,6 +1,6 @@
 """Values of a data column as JSON that decodes to equal values of the same types. Imports nothing of gvpo.
 
-A value that JSON has itself stands as it is, in lists of such values too. Everything else is an object with one key,
+Values that JSON supports are unchanged, also in lists. Everything else is an object with one key,
 its tag: `{"tuple": [...]}`, `{"dict": [[key, value], ...]}`. Types are matched exactly: a subclass (an enum, a named
 tuple) is refused, because it would arrive as its base class. Nothing is ever executed, as unpickling would.
 """
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 DEEPEST = 100  # levels of nesting; JSON's parser recurses
-_LARGEST = 2**63  # larger integers stand in hexadecimal: decimal text of theirs is limited and slow
+_LARGEST = 2**63  # larger integers are written in hexadecimal: their decimal text is limited and slow
 _PLAIN = {type(None), bool, int, float, str}
 _LISTS: dict[str, Callable[[Any], Any]] = {
     "tuple": tuple,
@@ -143,9 +143,9 @@ def _array(content: Any) -> Any:
     import numpy as np
 
     dtype, shape, data = content
-    found = np.empty(shape, np.dtype(dtype))
-    found.reshape(-1).view(np.uint8)[...] = np.frombuffer(base64.b64decode(data), np.uint8)
-    return found
+    array = np.empty(shape, np.dtype(dtype))
+    array.reshape(-1).view(np.uint8)[...] = np.frombuffer(base64.b64decode(data), np.uint8)
+    return array
 
 
 def _scalar(content: Any) -> Any:
@@ -156,10 +156,10 @@ def _objects(content: Any) -> Any:
     import numpy as np
 
     shape, items = content
-    found = np.empty(len(items), object)
+    array = np.empty(len(items), object)
     for i, item in enumerate(items):
-        found[i] = decode(item)
-    return found.reshape(shape)
+        array[i] = decode(item)
+    return array.reshape(shape)
 
 
 def _timestamp(content: Any) -> Any:

@@ -70,15 +70,15 @@ def _from_file(path: str) -> Any:
     name = os.path.splitext(os.path.basename(path))[0]
     if name in sys.stdlib_module_names or _is_taken(name, path):
         name = f"{name}_{zlib.crc32(path.encode()):08x}"  # the plain name belongs to another module
-    found = importlib.util.spec_from_file_location(name, path)
-    assert found is not None
-    assert found.loader is not None
-    module = importlib.util.module_from_spec(found)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
     _onto_path(os.path.dirname(path))
     before = sys.modules.get(name)
     sys.modules[name] = module
     try:
-        found.loader.exec_module(module)
+        spec.loader.exec_module(module)
     except BaseException:
         if before is None:
             del sys.modules[name]
@@ -94,14 +94,14 @@ def _is_taken(name: str, path: str) -> bool:
     if name in sys.modules:
         return os.path.abspath(getattr(sys.modules[name], "__file__", None) or "") != path
     try:
-        found = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # a name that is none, or a finder that fails
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):  # an invalid name, or a finder that fails
         return True
-    return found is not None and os.path.abspath(found.origin or "") != path
+    return spec is not None and os.path.abspath(spec.origin or "") != path
 
 
 def _from_name(name: str) -> Any:
-    _onto_path(os.getcwd())  # a console script does not have it, and users keep rewards beside the config
+    _onto_path(os.getcwd())  # a console script lacks it, and users keep rewards next to the config
     return importlib.import_module(name)
 
 
@@ -121,7 +121,7 @@ def signature_of(function: Callable[..., Any]) -> Signature:
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as e:
-        raise LookupError(f"the arguments that it takes cannot be read ({e}); wrap it in a function of your own") from e
+        raise LookupError(f"its arguments cannot be read ({e}); wrap it in a Python function") from e
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return Signature(
         names=[p.name for p in named],
@@ -182,7 +182,7 @@ def wrong_arguments(signature: Signature, columns: Collection[str] | None, optio
     if not (signature.any or {"completions", "completion_ids"} & {*signature.names}):
         return (
             f"the function takes ({', '.join(signature.names)}) and no responses; expected reward(prompts, completions,"
-            " **columns), of which it may leave out what it does not use"
+            " **columns), and may leave out arguments that it does not use"
         )
     if columns is not None:
         for name in signature.required:
@@ -227,7 +227,7 @@ def call(
 
 
 def plain(values: Any, count: int) -> Any:
-    """A result as JSON: numbers and None as they are, anything else as {"text", "type"} for the error message.
+    """A result as JSON: numbers and None unchanged, anything else as {"text", "type"} for the error message.
 
     A result of a wrong length is {"count": its length}, so that the answer's size stays within bounds.
     """

@@ -1,7 +1,7 @@
-"""The guard of a worker: a small process beside it that ends all that the worker started, once the worker is to end.
+"""The guard of a worker: a small process that ends everything that the worker started, when the worker must end.
 
 The worker stays a child of the run. Its guard is a child of neither, and waits for the worker's death, and for the
-run's. On Linux it then finds what the worker started by a mark in the environment, in sessions of their own too;
+run's. On Linux it then finds what the worker started by a mark in the environment, in separate sessions too;
 elsewhere it ends the worker's process group.
 """
 
@@ -71,11 +71,11 @@ def _end_all(worker: int) -> None:
 
 
 def _marked(mark: bytes) -> list[int]:
-    """Processes with this mark, besides this one. A zombie has no environment any more."""
-    found, own = [], os.getpid()
+    """Other processes with this mark. A zombie no longer has an environment."""
+    pids, this_pid = [], os.getpid()
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and int(entry) != own:
+        if entry.isdigit() and int(entry) != this_pid:
             with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
                 if mark in file.read().split(b"\0"):
-                    found.append(int(entry))
-    return found
+                    pids.append(int(entry))
+    return pids

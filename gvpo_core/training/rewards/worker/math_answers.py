@@ -111,14 +111,14 @@ def _is_mathematics(text: str, letters: int) -> bool:
 
 
 def _boxed(text: str) -> str:
-    """The content of the last \\boxed{...}; of several beside each other (\\boxed{1} and \\boxed{2}) all, by commas."""
-    found: list[str] = []
+    """The content of the last \\boxed{...}; adjacent ones (\\boxed{1} and \\boxed{2}) are joined by commas."""
+    contents: list[str] = []
     end = -1
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=[\w]))", text):
         if match.start() < end:  # inside the one before
             continue
         if end >= 0 and not re.fullmatch(r"(?:[\s$,.;&]|\\[,;\])(\[]|and|or)*", text[end : match.start()]):
-            found = []
+            contents = []
         if match[1] == "{":
             depth, at = 1, match.end()
             while at < len(text) and depth:
@@ -129,8 +129,8 @@ def _boxed(text: str) -> str:
             content, end = text[match.end() : at - 1], at
         else:
             content, end = text[match.end()], match.end() + 1
-        found.append(content)
-    return ", ".join(_undelimited(content) for content in found)
+        contents.append(content)
+    return ", ".join(_undelimited(content) for content in contents)
 
 
 def _undelimited(text: str) -> str:
@@ -215,10 +215,10 @@ def _read(answer: str) -> Any:
     answer = re.sub(r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln|infty)(?![A-Za-z])", r"\\\1 ", answer)
     if not _balanced(answer):
         return None
-    found = _parse(f"${answer}$", delimited=False)
-    if found is None and (percent := re.fullmatch(r"(.*?)\s*\\?%", answer, re.DOTALL)):
-        found = _parse(f"${percent[1]}$", delimited=False)  # 9% and 9 are equal to math-verify too
-    return found
+    parsed = _parse(f"${answer}$", delimited=False)
+    if parsed is None and (percent := re.fullmatch(r"(.*?)\s*\\?%", answer, re.DOTALL)):
+        parsed = _parse(f"${percent[1]}$", delimited=False)  # 9% and 9 are equal to math-verify too
+    return parsed
 
 
 def _parse(text: str, *, delimited: bool) -> Any:
@@ -230,18 +230,18 @@ def _parse(text: str, *, delimited: bool) -> Any:
     parse, _, latex = library()
     # Its own time limits use SIGALRM, which works in the main thread only; the caller's limit holds here.
     options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
-    found = parse(text, **options) if delimited else parse(text, latex, **options)
-    return found[0] if found else None
+    parsed = parse(text, **options) if delimited else parse(text, latex, **options)
+    return parsed[0] if parsed else None
 
 
-def _equal(gold: str, wanted: Any, candidate: str, found: Any) -> bool:
+def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
     bases = [_BASE.match(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, candidate)]
     if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
         return False
     units = [_unit(text) for text in (gold, candidate)]
     if None not in units and units[0] != units[1]:
         return False
-    return _verified(wanted, found)
+    return _verified(wanted, parsed)
 
 
 def _unit(text: str) -> int | None:
@@ -255,27 +255,27 @@ def _unit(text: str) -> int | None:
     return _UNITS.get(re.sub(r"\s", "", match[1] or match[2] or "").casefold())
 
 
-def _verified(wanted: Any, found: Any) -> bool:
-    if found is None:
+def _verified(wanted: Any, parsed: Any) -> bool:
+    if parsed is None:
         return False
-    if (pairs := _assignments(wanted)) and not _assignments(found):
-        return _in_order(pairs, found)
+    if (pairs := _assignments(wanted)) and not _assignments(parsed):
+        return _in_order(pairs, parsed)
     verify = library()[1]
-    if verify(wanted, found, timeout_seconds=None, allow_set_relation_comp=True):
-        return _close(wanted, found)
-    return _same_decimals(wanted, found)
+    if verify(wanted, parsed, timeout_seconds=None, allow_set_relation_comp=True):
+        return _close(wanted, parsed)
+    return _same_decimals(wanted, parsed)
 
 
-def _same_decimals(wanted: Any, found: Any) -> bool:
+def _same_decimals(wanted: Any, parsed: Any) -> bool:
     """Whether two numbers are equal with their decimals taken exactly: 6.02 * 10^23 has more digits than a float."""
     import sympy
 
     values = []
-    for value in (wanted, found):
+    for value in (wanted, parsed):
         if not isinstance(value, sympy.Expr) or value.free_symbols:
             return False
         values.append(value.replace(lambda e: e.is_Float, lambda e: sympy.Rational(str(e))).doit())
-    return any(value.has(sympy.Float) for value in (wanted, found)) and bool(values[0] == values[1])
+    return any(value.has(sympy.Float) for value in (wanted, parsed)) and bool(values[0] == values[1])
 
 
 def _assignments(value: Any) -> list[Any]:
@@ -286,24 +286,24 @@ def _assignments(value: Any) -> list[Any]:
     return [p.rhs for p in parts] if len({p.lhs for p in parts}) == len(parts) else []
 
 
-def _in_order(wanted: list[Any], found: Any) -> bool:
+def _in_order(wanted: list[Any], parsed: Any) -> bool:
     """Whether (3, 4) or 3, 4 has the values of x = 3, y = 4."""
-    if type(found).__name__ == "Interval":
-        parts = [found.start, found.end] if found.left_open and found.right_open else []
+    if type(parsed).__name__ == "Interval":
+        parts = [parsed.start, parsed.end] if parsed.left_open and parsed.right_open else []
     else:
-        parts = list(getattr(found, "_unsorted_args", None) or getattr(found, "args", None) or ())
+        parts = list(getattr(parsed, "_unsorted_args", None) or getattr(parsed, "args", None) or ())
     return len(parts) == len(wanted) and all(map(_verified, wanted, parts))
 
 
-def _close(wanted: Any, found: Any) -> bool:
+def _close(wanted: Any, parsed: Any) -> bool:
     """Whether two real numbers agree to six digits: math-verify compares six decimals, in which 1e-7 is 0."""
     try:
-        a, b = (float(value) for value in (wanted, found))
+        a, b = (float(value) for value in (wanted, parsed))
     except (TypeError, ValueError, OverflowError, AttributeError):
         return True
     if a == b or min(abs(a), abs(b)) >= 0.1:
         return True
-    return abs(a - b) <= 2e-6 * max(abs(a), abs(b)) or "%" in str(found) or _percent(wanted) or _percent(found)
+    return abs(a - b) <= 2e-6 * max(abs(a), abs(b)) or "%" in str(parsed) or _percent(wanted) or _percent(parsed)
 
 
 def _percent(value: Any) -> bool:

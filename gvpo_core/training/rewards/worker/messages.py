@@ -1,4 +1,4 @@
-"""Messages between the run and a worker: JSON, each after its length in 8 bytes, on pipes of their own."""
+"""Messages between the run and a worker: JSON, each after its length in 8 bytes, on separate pipes."""
 
 import json
 import os
@@ -13,7 +13,7 @@ def read_message(descriptor: int) -> Any:
 
 
 def message_bytes(message: Any) -> bytes:
-    """A message as it stands in a pipe."""
+    """A message encoded for a pipe."""
     body = json.dumps(message).encode()
     return struct.pack("<Q", len(body)) + body
 

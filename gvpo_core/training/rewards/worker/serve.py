@@ -1,6 +1,6 @@
 """Answers requests: one reward function, one process, one event loop for all of its calls.
 
-What a reward prints goes to the run's log, and requests and answers have pipes of their own. The run reads numbers and
+What a reward prints goes to the run's log, and requests and answers have separate pipes. The run reads numbers and
 text alone: nothing that a reward returns is ever executed.
 """
 
@@ -78,7 +78,7 @@ def _limit_memory(size: int) -> None:
 
 
 def _serve(requests: int, answers: int, function: Any, options: Any) -> None:
-    own = os.getpid()
+    worker_pid = os.getpid()
     with asyncio.Runner() as runner:
 
         async def awaited(value: Any) -> Any:
@@ -99,7 +99,7 @@ def _serve(requests: int, answers: int, function: Any, options: Any) -> None:
                 answer = {"values": plain(values, len(completions))}
             except BaseException as e:  # SystemExit too: a reward must not end the run
                 answer = _error(e)
-            if os.getpid() != own:  # a child that the function forked and that returned from it
+            if os.getpid() != worker_pid:  # a child that the function forked and that returned from it
                 os._exit(0)
             _flush()
             write_message(answers, {"id": request["id"]} | answer)
