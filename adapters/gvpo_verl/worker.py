@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from tensordict import TensorDict
+from verl.single_controller.base.decorator import Dispatch, register
 from verl.utils import tensordict_utils as tu
 from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
@@ -23,6 +24,17 @@ class GVPOWorker(TrainingWorker):
     """verl's `TrainingWorker`; batches with a beta get GVPO's weights, others are unchanged."""
 
     _as_scored = False  # whether the policy is still the one that made old_log_probs
+
+    @register(dispatch_mode=Dispatch.ONE_TO_ALL)
+    def reset(self) -> None:
+        """As the host's; then the embedding of `config.pad_token_id` is trained like any other.
+
+        transformers sets `padding_idx`, and torch then gives that row no gradient as an input. Masks tell padding here.
+        """
+        super().reset()
+        for module in self.engine.module.modules():
+            if isinstance(module, torch.nn.Embedding):
+                module.padding_idx = None
 
     def train_mini_batch(self, data: TensorDict) -> Any:
         """As the host's; `old_log_probs` were made by this policy and serve for the first mini-batch."""

@@ -57,3 +57,10 @@ def test_alone_and_together_draw_the_same(sampled) -> None:
     of_policy, prompts, seeds, of = sampled
     alone = of_policy.generate(prompts[:1], [seeds[0][1:2]], Sampling(max_tokens=12))
     assert alone[0][0].tokens == of.responses[1]
+
+
+def test_adapters_over_bfloat16_weights_load(smollm2_dir) -> None:  # noqa: F811
+    """The load check compares random tokens of 30 nats, of which 16 bits round 1.03 away; it must not be refused."""
+    of_policy = policy(smollm2_dir, lora_rank=4, dtype="bfloat16")
+    assert of_policy.scorer.base.get_output_embeddings().weight.dtype == torch.bfloat16
+    assert of_policy.packed

@@ -60,7 +60,13 @@ class Disk:
         if stat.S_ISDIR(known.st_mode):
             self._names[known.st_ino] = {entry.name: entry.inode() for entry in os.scandir(path)}
         elif stat.S_ISREG(known.st_mode):
+            self._is_file(known.st_ino)
             self._content[known.st_ino] = Path(path).read_bytes()
+
+    def _is_file(self, inode: int) -> None:
+        """Forgets a removed folder whose inode a file has now."""
+        self._folders.discard(inode)
+        self._names.pop(inode, None)
 
     def _keep(self) -> None:
         found: dict[str, bytes | None] = {}
@@ -71,6 +77,7 @@ class Disk:
                 found[os.path.normpath(os.path.join(here, name))] = None
             for name in files:
                 whole = os.path.join(path, name)
+                self._is_file(os.stat(whole).st_ino)
                 content, synced = Path(whole).read_bytes(), self._content.get(os.stat(whole).st_ino, b"")
                 appended = content.startswith(synced) or synced.startswith(content)
                 found[os.path.normpath(os.path.join(here, name))] = (

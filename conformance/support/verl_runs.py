@@ -77,6 +77,7 @@ def rollout(groups: tuple[int, ...], seed: int = 0) -> list[dict[str, Any]]:
     rows = []
     for label, size in enumerate(groups):
         prompt = draw.integers(1, 96, int(draw.integers(2, 8))).tolist()
+        prompt[len(prompt) // 2] = 0  # config.pad_token_id, here an input as any other
         for _ in range(size):
             response = [*draw.integers(1, 96, int(draw.integers(1, 7))).tolist(), 0]
             rows.append({"uid": f"u{label}", "prompt": prompt, "response": response, "reward": float(draw.normal())})
@@ -141,6 +142,10 @@ def reference(folder: Path, steps: list[list[dict[str, Any]]], *, beta: float = 
     """The parameters after a step along gvpo_surrogate of each mini-batch's rows, in float64."""
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     model, initial = load(), load()
+    assert model.config.pad_token_id == 0
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None  # transformers sets it, and the row would get no gradient as an input
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
     for rows in steps:
         ids, groups = dense_group_ids(row["uid"] for row in rows)

@@ -22,7 +22,7 @@ _WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts
 _PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spaced, its first and last bytes among them
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
-_BUILTIN = Path(__file__).parent / "rewards" / "builtin.py"
+_BUILTIN = Path(__file__).parent / "rewards" / "worker" / "builtin.py"
 _MACHINE = ("gvpo", "python", "platform", "ranks")
 
 
