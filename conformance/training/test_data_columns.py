@@ -13,7 +13,6 @@ import pytest
 from made_up_run import run_of
 from table_problem import PROMPTS, REFERENCE, settings, table
 
-from gvpo_core.training.data import Prompts
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.report.page import page
@@ -76,18 +75,17 @@ def test_a_column_named_like_a_secret_is_hidden_and_a_password_in_a_url():
 
 def test_many_columns_are_bounded_and_those_of_the_rewards_come_first():
     columns = {f"c{i}": "x" * 300 for i in range(40)} | {"answer": "32"}
-    prompts = Prompts(["p"], [(1,)], [columns])
-    (row,) = with_columns([{"group": 0, "row": 0}], prompts, (), {"answer"})
+    (row,) = with_columns([{"group": 0, "row": 0}], [columns], (), {"answer"})
     assert (
         next(iter(row["columns"])) == "answer" and row["columns"]["..."] == f"{42 - len(row['columns'])} more columns"
     )
     assert len(json.dumps(row["columns"])) < 2 * TOTAL
 
 
-def test_each_group_has_its_own_columns_once_also_where_rows_were_dropped():
-    prompts = Prompts(["a", "b"], [(1,), (2,)], [{"answer": 1}, {"answer": 3}], dropped=2, rows=[1, 3])
+def test_each_group_has_its_own_columns_once():
     rows = [{"group": g, "row": r} for g, r in ((0, 3), (0, 3), (1, 1), (1, 1))]
-    assert [row.get("columns") for row in with_columns(rows, prompts, ())] == [{"answer": 3}, None, {"answer": 1}, None]
+    shown_columns = [row.get("columns") for row in with_columns(rows, [{"answer": 3}, {"answer": 1}], ())]
+    assert shown_columns == [{"answer": 3}, None, {"answer": 1}, None]
 
 
 def run_with_columns(folder, monkeypatch):

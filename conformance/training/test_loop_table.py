@@ -252,7 +252,7 @@ def test_a_step_of_nan_leaves_its_alert_in_metrics_console_and_report(tmp_path, 
     printed = " ".join(capsys.readouterr().out.split())
     assert f"BAD: {alert['seen']}; {alert['advice']}" in printed
     report = (tmp_path / "report.html").read_text()
-    assert '<b class="level BAD">BAD</b> 1 alert in 2 steps; 1 holds at the last' in report
+    assert '<b class="level BAD">BAD</b> 1 alert in 2 steps, 1 of them at the last step' in report
     assert alert["seen"] in report and alert["advice"] in report
     assert "It failed at step 3 of 6" in report
     run(config, TablePolicy(table(REFERENCE), config.optimizer))  # mended: the alert goes with the step

@@ -32,7 +32,12 @@ class Rows:
 def numbered(count):
     """Each group's best reward is its number, from 1; every fifth has one score alone."""
     return [
-        {"prompt": PROMPTS[i % 3], "responses": ["a", "b"], "rewards": [i / 100, None if i % 5 == 0 else 0]}
+        {
+            "prompt": PROMPTS[i % 3],
+            "responses": ["a", "b"],
+            "rewards": [i / 100, None if i % 5 == 0 else 0],
+            "number": i,
+        }
         for i in range(1, count + 1)
     ]
 
@@ -55,6 +60,9 @@ def test_every_group_comes_once_an_epoch_in_an_order_of_its_own(tmp_path, capsys
     assert sorted(first) == sorted(second) == usable
     assert first != second and first != usable
     assert all(number - place <= 2 * 6 for place, number in enumerate(first)), "nothing comes far before its turn"
+    written = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()]
+    shown = {row["row"] + 1: row["columns"]["number"] for row in written if "columns" in row}
+    assert sorted(shown) == usable and all(row == number for row, number in shown.items())
     assert "a stream, at most 6 rows held" in " ".join(capsys.readouterr().out.split())
 
 

@@ -183,7 +183,7 @@ def test_when_every_checkpoint_is_damaged_the_run_does_not_start_over(tmp_path):
     for step in (1, 2):
         (saved(tmp_path, step) / "policy" / "weights").write_text("")
     for _ in range(2):  # the second time they are set aside already
-        with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid"):
             newest_checkpoint(tmp_path)
 
 

@@ -82,7 +82,7 @@ def test_when_every_checkpoint_is_damaged_none_is_moved(tmp_path):
         path.write_bytes(path.read_bytes()[:-1])
     before = run_folders.content(tmp_path)
     for _ in range(2):
-        with pytest.raises(CheckpointError, match=r"no checkpoint in .* verifies: .*00000003.*00000002"):
+        with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid: .*00000003.*00000002"):
             run_folders.go(run_folders.config(tmp_path, steps=4))
     assert run_folders.content(tmp_path) == before
 

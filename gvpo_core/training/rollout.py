@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,6 +39,7 @@ class Rollout:
     ref_logprobs: np.ndarray | None = None  # (N,) nats, of pi_ref, where the source has them; NaN = unscored
     drawn: bool = True  # by the policy or a sampler for this step; False: recorded
     details: dict[str, float] = field(default_factory=dict)  # metrics of the source
+    columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
 
 
 def collect(
@@ -116,6 +117,7 @@ def collect(
         completions=_gather_objects(policy, completions),
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
+        columns=[prompts.columns[row] for row in rows],
     )
 
 

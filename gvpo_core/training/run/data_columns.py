@@ -4,16 +4,14 @@ They are for people: what a reward compared a response with stands beside it. Te
 lists and tables become their JSON, and what is no data for the eye (images, arrays, bytes) is told in a few words.
 """
 
-import bisect
 import json
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import date, time
 from decimal import Decimal
 from typing import Any
 
 from gvpo_core.training.config.secrets import HIDDEN, hide, is_secret
-from gvpo_core.training.data import Prompts
 
 TEXT = 400  # characters of a value
 TOTAL = 2000  # characters of all values of a prompt
@@ -23,25 +21,27 @@ _LARGEST = 2**63  # a longer integer is told by its size
 
 
 def with_columns(
-    completions: Iterable[Mapping[str, Any]], prompts: Prompts, known: Collection[str], first: Collection[str] = ()
+    completions: Iterable[Mapping[str, Any]],
+    columns: Sequence[Mapping[str, Any]],
+    known: Collection[str],
+    first: Collection[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Rows of completions.jsonl, each group's first one with the prompt's columns as "columns".
 
     Args:
+      columns: by group, of its prompt's row.
       known: secrets to hide.
       first: columns that come before the others, as those that the rewards take by name.
     """
     seen = set()
     for completion in completions:
         group = completion["group"]
-        columns = {} if group in seen else _columns(prompts, completion["row"], known, first)
+        short = {} if group in seen else _shortened(columns[group], known, first)
         seen.add(group)
-        yield dict(completion) | ({"columns": columns} if columns else {})
+        yield dict(completion) | ({"columns": short} if short else {})
 
 
-def _columns(prompts: Prompts, row: int, known: Collection[str], first: Collection[str]) -> dict[str, Any]:
-    place = row if prompts.rows is None else bisect.bisect_left(prompts.rows, row)
-    columns = prompts.columns[place]
+def _shortened(columns: Mapping[str, Any], known: Collection[str], first: Collection[str]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     used = 0
     for name in sorted(columns, key=lambda name: name not in first):  # else in the data's order

@@ -14,7 +14,6 @@ from typing import Any
 from gvpo_core import __version__
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
-from gvpo_core.training.data import Prompts
 from gvpo_core.training.files.records import records
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.inputs import HeldOut, Inputs
@@ -74,7 +73,6 @@ class Journal:
         self._started = False
         self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
-        self._prompts: dict[str, Prompts | None] = {}  # by the kind of record, for their columns
         self._step, self._begun = 0, time.perf_counter()
 
     def __enter__(self) -> "Journal":
@@ -122,7 +120,6 @@ class Journal:
         self._best.share(self.policy)
         if self._main:
             self._open(source, held_out)
-            self._prompts = {"train": source.prompts, "eval": held_out.prompts if held_out else None}
         self._started = True
         if from_step is not None:
             self.event(
@@ -298,9 +295,9 @@ class Journal:
 
     def _responses(self, kind: str, rollout: Rollout) -> None:
         completions: Iterable[dict[str, Any]] = rollout.completions
-        if prompts := self._prompts.get(kind):
+        if rollout.columns:
             taken = {name for reward in self.inputs.rewards for name in reward.call.signature.names}
-            completions = with_columns(completions, prompts, self._secrets, taken)
+            completions = with_columns(completions, rollout.columns, self._secrets, taken)
         head = {"kind": kind, "step": self._step}
         self.folder.append(self.folder.completions, [head | completion for completion in completions])
 

@@ -109,6 +109,7 @@ def recorded_rollout(
         ref_logprobs=ref,
         drawn=False,
         details=details,
+        columns=[recorded.prompts.columns[row] for row in rows],
     )
 
 
