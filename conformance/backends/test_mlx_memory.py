@@ -17,9 +17,11 @@ from gvpo_mlx.model import load_scorer
 from mlx_policies import policy
 
 from gvpo_core.training.config import Config, ModelConfig, OptimizerConfig, RolloutConfig, RunConfig
+from gvpo_core.training.data import Prompts
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.policy.memory import advice, estimate_memory
+from gvpo_core.training.sources import Sampled
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
 
@@ -89,9 +91,9 @@ def test_too_little_memory_is_said_with_advice(folder, tmp_path, monkeypatch) ->
     said = advice(made.describe(), config)
     for what in ("optimizer.micro_batch_tokens (512)", "gradient_checkpointing", "lora_rank", "4 bits"):
         assert what in said
-    prompts = type("Prompts", (), {"tokens": [(1,) * PROMPT], "dropped": 0, "__len__": lambda self: 1})()
-    assert "too much memory" not in header(config, made.describe(), prompts, None, [])
+    source = Sampled(config, Prompts(["p"], [(1,) * PROMPT], [{}], dropped=0), [])
+    assert "too much memory" not in header(config, made.describe(), source, None, [])
     facts = made.describe()
-    small = header(config, replace(facts, memory=replace(facts.memory, device=2**20)), prompts, None, [])
+    small = header(config, replace(facts, memory=replace(facts.memory, device=2**20)), source, None, [])
     assert small["too much memory"].endswith(f"0.00 GiB there: {said}")
     assert not {"memory", "vocabulary"} & small.keys()
