@@ -229,8 +229,7 @@ def verl(session: nox.Session) -> None:
 
 @nox.session
 def tunix(session: nox.Session) -> None:
-    """GVPO in Tunix's GRPOLearner (gvpo_tunix) on CPU: exact steps, what is mended, what is refused, a run. Not in the
-    default run.
+    """GVPO in Tunix's GRPOLearner on CPU: exact steps, rejected settings, a run. Not in the default run.
 
     nox -s tunix
     """
@@ -257,9 +256,7 @@ def models(session: nox.Session) -> None:
 @nox.session(reuse_venv=False)
 @nox.parametrize("backend", ["torch", "jax", "mlx"], ids=["torch", "jax", "mlx"])
 def unconstrained(session: nox.Session, backend: str) -> None:
-    """The newest releases that `pip install "gvpo[...]"` brings: trains, exports and reloads tiny families.
-
-    The wheel is built and installed into a new environment, without constraints; fails when a new release breaks us.
+    """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases.
 
     nox -s unconstrained
     nox -s "unconstrained(torch)"
@@ -289,9 +286,7 @@ def browser(session: nox.Session) -> None:
 
 @nox.session
 def full_disk(session: nox.Session) -> None:
-    """A disk that is really full, in a namespace of the test's own; fails where the kernel gives none to users.
-
-    Not in the default run, where a limit on the size of files does what it can.
+    """A disk that is really full, in a namespace of its own; fails where users get none. Not in the default run.
 
     nox -s full_disk
     """

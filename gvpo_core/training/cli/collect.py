@@ -19,7 +19,7 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.files.disk import sync_folder
+from gvpo_core.training.files.disk import lock, sync_folder
 from gvpo_core.training.files.records import append_synced, cut, encoded, records
 from gvpo_core.training.inputs import Inputs
 from gvpo_core.training.policy import Policy
@@ -119,21 +119,12 @@ class _Growing:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._lock = self.partial.open("ab")
-            self._take_lock()
+            lock(self._lock)
             return self._whole_steps()
-        except OSError as e:
-            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}") from e
-
-    def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no advisory locks on this system
-            return
-        assert self._lock is not None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise CollectError(f"{self.partial} is in use by another process") from e
+        except OSError as e:
+            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}") from e
 
     def _whole_steps(self) -> int:
         counts: dict[int, int] = {}

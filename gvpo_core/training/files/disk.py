@@ -6,7 +6,7 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 RETRY_SECONDS = (0.1, 0.5, 2.0)
@@ -91,3 +91,20 @@ def sync_folder(folder: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def lock(file: IO[Any]) -> None:
+    """Takes the file's advisory lock until it is closed; does nothing on a system without such locks.
+
+    Raises: BlockingIOError: another process has it. OSError: the file system has no locks.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as e:
+        if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(e.errno, e.strerror) from e
+        raise

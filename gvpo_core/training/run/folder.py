@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
-from gvpo_core.training.files.disk import is_folder, make_synced, retried, write_synced
+from gvpo_core.training.files.disk import is_folder, lock, make_synced, retried, write_synced
 from gvpo_core.training.files.records import Kept, append_synced, cut, encoded
 from gvpo_core.training.fingerprint import changes
 from gvpo_core.training.run.checkpoint import steps_saved
@@ -218,17 +218,14 @@ class RunFolder:
             ) from e
 
     def _take_lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # no advisory locks on this system
-            return
         assert self._lock is not None
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(self._lock)
+        except BlockingIOError as e:
+            self.close()
+            raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
         except OSError as e:
             self.close()
-            if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
             raise RunFolderError(
                 f"{self.path} is on a file system without file locks (flock: {e.strerror or e}), so that a second"
                 " process could write to it unnoticed; mount it with locks (Lustre: -o flock; NFS: lock service), or"
