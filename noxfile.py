@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import xml.etree.ElementTree as xml
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -84,6 +85,7 @@ def checks(session: nox.Session) -> None:
     pytest(session, "wheel", "conformance/core/test_wheel.py", GVPO_DIST=str(dist))
 
 
+BACKENDS = ["torch", "jax", "mlx"]
 # Of each subject: extras, packages beside them, packages without their dependencies, and what GVPO_SUBJECTS names.
 ENVIRONMENTS = {
     "numpy": ("dev", ("datasets", "matplotlib", "tensorboard", "trackio"), (), "numpy,array-api-strict,core"),
@@ -140,12 +142,9 @@ def find_python(wanted: str) -> str | None:
     pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{wanted}*/bin/python"))
     for path in [*named, *map(str, pyenv)]:
         check = [path, "-c", "import sys; print('%d.%d' % sys.version_info[:2])"]
-        try:
-            found = subprocess.run(check, capture_output=True, text=True, timeout=60).stdout.strip()
-        except (OSError, subprocess.SubprocessError):
-            continue
-        if found == wanted:
-            return path
+        with suppress(OSError, subprocess.SubprocessError):
+            if subprocess.run(check, capture_output=True, text=True, timeout=60).stdout.strip() == wanted:
+                return path
     return None
 
 
@@ -180,35 +179,32 @@ def docs(session: nox.Session) -> None:
 
 
 DEFAULT = ["checks", *(f"conformance({subject})" for subject in ENVIRONMENTS)]
-NEWEST = [
+RELEASES = [
     "docs",
     "jax_next",
-    *(f"unconstrained({backend})" for backend in ("torch", "jax", "mlx")),
-]  # the docs site and the newest releases: part of the full run
+    *(f"{session}({backend})" for session in ("unconstrained", "lowest") for backend in BACKENDS),
+]  # the docs site, the newest and the oldest releases: part of the full run
 
 
 @nox.session(venv_backend="none")
-def slow(session: nox.Session) -> None:
-    """The tests that `nox` leaves out, and the sessions of the newest releases; the full run is `nox` and this.
+def slow(session: nox.Session, selection: str = "--slow") -> None:
+    """The tests that `nox` leaves out, and the sessions of the newest and oldest releases.
 
     nox -R -s slow
     """
     for name in DEFAULT:
-        session.notify(name, ["--slow"])
-    for name in [*NEWEST, "total"]:
+        session.notify(name, [selection])
+    for name in [*RELEASES, "total"]:
         session.notify(name, [])
 
 
 @nox.session(venv_backend="none")
 def full(session: nox.Session) -> None:
-    """Every test of the default sessions, the slow ones too, and the sessions of the newest releases.
+    """Every test of the default sessions, the slow ones too, and the sessions of the newest and oldest releases.
 
     nox -s full
     """
-    for name in DEFAULT:
-        session.notify(name, ["--full"])
-    for name in [*NEWEST, "total"]:
-        session.notify(name, [])
+    slow(session, "--full")
 
 
 # What verl imports beside what it declares.
@@ -217,10 +213,7 @@ VERL_IMPORTS = ("TransferQueue", "aiohttp", "cachetools", "fastapi", "msgspec", 
 
 @nox.session
 def verl(session: nox.Session) -> None:
-    """GVPO in verl (gvpo_verl) on CPU: its settings, its functions, its actor worker. Not in the default run.
-
-    nox -s verl
-    """
+    """GVPO in verl (gvpo_verl) on CPU: its settings, its functions, its actor worker. Not in the default run."""
     versions = ("--constraint", "constraints-verl.txt")
     session.install(*versions, "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
     files = [f"conformance/adapters/test_verl_{name}.py" for name in ("settings", "steps")]
@@ -229,10 +222,7 @@ def verl(session: nox.Session) -> None:
 
 @nox.session
 def tunix(session: nox.Session) -> None:
-    """GVPO in Tunix's GRPOLearner on CPU: exact steps, rejected settings, a run. Not in the default run.
-
-    nox -s tunix
-    """
+    """GVPO in Tunix's GRPOLearner on CPU: exact steps, rejected settings, a run. Not in the default run."""
     versions = ("--constraint", "constraints-tunix.txt")
     session.install(*versions, "-e", ".[tunix]", "pytest")
     files = [f"conformance/adapters/test_tunix_{name}.py" for name in ("steps", "guards")]
@@ -253,43 +243,55 @@ def models(session: nox.Session) -> None:
     session.run("python", "conformance/support/family_trial.py", "--out", ".nox/models", *session.posargs, env=env)
 
 
-@nox.session(reuse_venv=False)
-@nox.parametrize("backend", ["torch", "jax", "mlx"], ids=["torch", "jax", "mlx"])
-def unconstrained(session: nox.Session, backend: str) -> None:
-    """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases.
-
-    nox -s unconstrained
-    nox -s "unconstrained(torch)"
-    """
+def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
+    """Builds the wheel, installs it with `versions` (arguments of pip) and runs unconstrained.py elsewhere."""
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), ".")
     (wheel,) = dist.glob("gvpo-*.whl")
     if backend == "torch":
         session.install("torch==2.13.0")  # the CPU build of torch: a plain `torch` may bring gigabytes for a GPU
-    session.install(f"gvpo[{backend}] @ {wheel.as_uri()}")
+    session.install(*versions, f"gvpo[{backend}] @ {wheel.as_uri()}")
     session.run("python", "-m", "pip", "check")
     script = Path("conformance/support/unconstrained.py").resolve()
     session.chdir(session.create_tmp())  # nothing of the checkout can be imported by accident
     session.run("python", str(script), backend, *session.posargs, env={"PYTHONPATH": None, "OMP_NUM_THREADS": "2"})
 
 
+@nox.session(reuse_venv=False)
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def unconstrained(session: nox.Session, backend: str) -> None:
+    """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases.
+
+    nox -s unconstrained
+    nox -s "unconstrained(torch)"
+    """
+    try_wheel(session, backend)
+
+
+@nox.session(reuse_venv=False)
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def lowest(session: nox.Session, backend: str) -> None:
+    """The same with the oldest releases that pyproject.toml allows, on the Python that runs nox.
+
+    nox -s lowest
+    nox -s "lowest(jax)"
+    """
+    constraints = str(Path(session.create_tmp()).resolve() / "lowest.txt")
+    session.run("python", "conformance/support/lower_ends.py", constraints)
+    try_wheel(session, backend, "--constraint", constraints)
+
+
 @nox.session
 def browser(session: nox.Session) -> None:
-    """The report in headless Chromium; fails where there is none. Not in the default run, which parses it strictly.
-
-    nox -s browser
-    """
+    """The report in headless Chromium; fails where there is none. Not in the default run, which parses it strictly."""
     install(session, "-e", ".[dev]")
     pytest(session, "browser", "conformance/training/test_report_browser.py", GVPO_SUBJECTS="browser")
 
 
 @nox.session
 def full_disk(session: nox.Session) -> None:
-    """A disk that is really full, in a namespace of its own; fails where users get none. Not in the default run.
-
-    nox -s full_disk
-    """
+    """A disk that is really full, in a namespace of its own; fails where users get none. Not in the default run."""
     install(session, "-e", ".[dev]")
     pytest(session, "full-disk", "conformance/training/test_full_disk.py", GVPO_SUBJECTS="full_disk")
 
@@ -351,13 +353,8 @@ def bench(session: nox.Session) -> None:
     """
     install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
     failed = []
-    for name in session.posargs or (
-        "step_vs_trl",
-        "packed_speed",
-        "logprob_memory",
-        "mlx_logprob_memory",
-        "long_resume",
-    ):
+    every = ("step_vs_trl", "packed_speed", "logprob_memory", "mlx_logprob_memory", "long_resume")
+    for name in session.posargs or every:
         try:
             session.run("python", f"benchmarks/{name}.py")
         except CommandFailed:  # the others are measured all the same
@@ -368,10 +365,7 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device; fails without one. Not in the default run.
-
-    nox -s gpu
-    """
+    """The tests that need a CUDA device; fails without one. Not in the default run."""
     install(session, "-e", ".[torch,dev]")
     pytest(session, "gpu", "conformance/backends/test_torch_cuda.py", GVPO_SUBJECTS="torch,gpu")
 

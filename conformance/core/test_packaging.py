@@ -3,6 +3,7 @@
 import re
 import tomllib
 
+import lower_ends
 import pytest
 from places import ROOT
 
@@ -57,3 +58,11 @@ def test_the_tested_pythons_are_the_ones_named() -> None:
     named = {line.rpartition(" ")[2] for line in PYPROJECT["project"]["classifiers"] if re.search(r":: 3\.\d+$", line)}
     assert named <= tested
     assert PYPROJECT["project"]["requires-python"] == f">={min(tested, key=lambda v: int(v[2:]))}"
+
+
+def test_nox_lowest_installs_the_lower_end_of_every_range() -> None:
+    ends = lower_ends.ranges()
+    listed = [*PYPROJECT["project"]["dependencies"], *sum(PYPROJECT["project"]["optional-dependencies"].values(), [])]
+    with_range = {re.split(r"[\[><=!~]", need)[0] for need in listed if re.search(r"[><=!~]", need.partition(";")[0])}
+    assert set(ends) == with_range
+    assert ends["torch"] == "2.13" and ends["mlx"] == "0.32.3"
