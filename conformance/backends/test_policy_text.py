@@ -46,6 +46,31 @@ def test_templated_text_has_the_tokens_of_its_messages(style):
         assert chat.count(tokenizer.bos_token_id) == 1
 
 
+@pytest.mark.parametrize("bos", ["<s>", "</s>"], ids=["bos", "bos-is-eos"])
+@pytest.mark.parametrize("first", ["user", "system"])
+def test_templated_text_gets_no_bos_where_the_template_writes_none(bos, first):
+    template = (
+        "{% if messages[0].role != 'system' %}<|system|>\nBe brief.</s>\n{% endif %}{% for m in messages %}"
+        "<|{{ m.role }}|>\n{{ m.content }}</s>\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    )
+    tokenizer = chat_tokenizers.make(chat_tokenizers.Style(template, ("<s>", "</s>"), "</s>", "</s>", bos=bos))
+    chat = [{"role": "system", "content": "Be kind."}, *QUESTION] if first == "system" else QUESTION
+    templated = rendered(tokenizer, chat, add_generation_prompt=True)
+    assert tokenizer(templated)["input_ids"][0] == tokenizer.bos_token_id  # what the tokenizer alone gives
+    assert encode(tokenizer, templated) == encode(tokenizer, chat)
+    assert encode(tokenizer, chat)[0] != tokenizer.bos_token_id
+    assert encode(tokenizer, "2 + 3?")[0] == tokenizer.bos_token_id
+
+
+def test_a_last_message_that_the_template_shortens_is_refused_in_one_line():
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('</think>')[-1] }}</s>{% endfor %}"
+    tokenizer = chat_tokenizers.make(chat_tokenizers.Style(template, ("</s>",), "</s>", "</s>"))
+    with pytest.raises(ValueError, match="leaves out a part of the last message") as refused:
+        encode(tokenizer, [*QUESTION, {"role": "assistant", "content": "<think>two</think> 5"}])
+    assert len(str(refused.value)) < 250 and "\n" not in str(refused.value)
+    assert encode(tokenizer, [*QUESTION, {"role": "assistant", "content": "<think>two"}])
+
+
 def test_plain_text_has_the_tokenizers_leading_tokens_once(style):
     tokenizer = chat_tokenizers.make(style)
     ids = encode(tokenizer, "2 + 3?")

@@ -1,6 +1,7 @@
 """Text to tokens and back, through a model's tokenizer: one rule for all backends and adapters.
 
-text prompt    its tokens unchanged; the tokenizer's leading special tokens at most once; no end token
+text prompt    its tokens unchanged; the tokenizer's leading special tokens at most once, and none where the text begins
+               as the chat template begins; no end token
 chat messages  the chat template; a last message of the assistant's is continued, else the next turn is opened
 response       ends at the model's end tokens, or at the token that closes an assistant's turn in the template
 recorded       a text's tokens unchanged, then the end token if the response is finished; token ids unchanged
@@ -25,8 +26,9 @@ def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
     """Token ids of a text, or of chat messages through the chat template.
 
     A text may have been through a chat template: the special tokens that the tokenizer puts first (BOS) are left out
-    where the text begins with them. Those that it puts last (EOS) are always left out. Messages get the template's
-    generation prompt; where the assistant speaks last, that message is left open to be continued.
+    where the text begins with them, and where it begins as the template does: the template alone decides about BOS.
+    Those that it puts last (EOS) are always left out. Messages get the template's generation prompt; where the
+    assistant speaks last, that message is left open to be continued.
 
     Raises: ConfigError: messages for a tokenizer without a chat template, or a tokenizer that changes a text's tokens
       when it adds special tokens.
@@ -44,6 +46,8 @@ def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
 def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
     """Token ids of a text prompt; see `encode`."""
     plain, first = _plain_tokens(tokenizer, text), _leading_tokens(tokenizer, name)
+    if first and text.startswith(_openings(tokenizer)):
+        return tuple(plain)
     shared = next(n for n in range(len(first), -1, -1) if plain[:n] == first[len(first) - n :])
     return tuple(first[: len(first) - shared] + plain)
 
@@ -51,19 +55,39 @@ def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
 def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Tokens:
     """Token ids of chat messages; see `encode`.
 
-    Raises: ValueError: the last message is the assistant's and empty. What the template raises.
+    Raises: ValueError: the last message is the assistant's, and empty or changed by the template. What the template
+      raises.
     """
     open_turn = messages[-1].get("role") in ASSISTANT
     if open_turn and not str(messages[-1].get("content")).strip():  # transformers would strip the turn's header too
         raise ValueError("the last chat message is the assistant's and has no text to continue; leave that message out")
-    ids = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        add_generation_prompt=not open_turn,
-        continue_final_message=open_turn,
-        tokenize=True,
-        return_dict=False,
-    )
+    told = [dict(message) for message in messages]
+    try:
+        ids = tokenizer.apply_chat_template(
+            told,
+            add_generation_prompt=not open_turn,
+            continue_final_message=open_turn,
+            tokenize=True,
+            return_dict=False,
+        )
+    except ValueError as e:
+        if not open_turn or told[-1]["content"].strip() in tokenizer.apply_chat_template(told, tokenize=False):
+            raise
+        raise ValueError(
+            "the chat template leaves out a part of the last message, which is the assistant's, so it cannot be"
+            " continued; remove that part (often the thoughts up to </think>), or give the prompt as text"
+        ) from e
     return tuple(int(i) for i in ids)
+
+
+def _openings(tokenizer: Any) -> tuple[str, ...]:
+    """What a chat that went through the template begins with: the text before a first message."""
+    openings = []
+    for role in ("user", "system"):
+        with contextlib.suppress(Exception):  # a template may reject a role
+            text = tokenizer.apply_chat_template([{"role": role, "content": _PROBE}], tokenize=False)
+            openings.append(text.partition(_PROBE)[0])
+    return tuple(opening for opening in openings if opening.strip())
 
 
 def _plain_tokens(tokenizer: Any, text: str) -> list[int]:
