@@ -90,7 +90,7 @@ def _strict() -> Subject:
         name="array-api-strict",
         namespace=xp,
         asarray=lambda x, dtype: xp.asarray(x, dtype=getattr(xp, dtype) if dtype else None),
-        numpy=lambda x: np.asarray(np.from_dlpack(x), dtype=np.float64),
+        numpy=lambda x: np.array(np.from_dlpack(x), dtype=np.float64),
         value_and_grad=None,
         compile=None,
         largest=_traced_peak,

@@ -131,9 +131,11 @@ def test_versions_outside_the_range_are_wrong_with_the_line_that_mends(tmp_path)
     fake(tmp_path, "transformers", "6.0.0")
     done = diagnose(tmp_path)
     lines = done.stdout.splitlines()
-    assert "wrong    torch             2.1.0; gvpo needs >=2.9" in lines
-    assert '-> pip install "torch>=2.9"' in lines[lines.index("wrong    torch             2.1.0; gvpo needs >=2.9") + 1]
-    assert "wrong    transformers      6.0.0; gvpo needs >=5.10,<6" in lines
+    assert "wrong    torch             2.1.0; gvpo needs >=2.13" in lines
+    assert (
+        '-> pip install "torch>=2.13"' in lines[lines.index("wrong    torch             2.1.0; gvpo needs >=2.13") + 1]
+    )
+    assert "wrong    transformers      6.0.0; gvpo needs >=5.10.1,<6" in lines
     assert done.returncode == 1 and lines[-1].endswith("the worst is: wrong")
 
 

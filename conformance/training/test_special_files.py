@@ -67,7 +67,16 @@ def test_an_input_that_is_no_file_is_named(name, kind, tmp_path, capfd, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-FILES = ["config.toml", "metrics.jsonl", "completions.jsonl", "environment.json", "rewards.log", "run.log", "lock"]
+FILES = [
+    "config.toml",
+    "metrics.jsonl",
+    "completions.jsonl",
+    "environment.json",
+    "rewards.log",
+    "run.log",
+    "lock",
+    "trackers.json",
+]
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +115,39 @@ def test_eval_and_report_of_such_a_run_end(command, name, kind, finished, tmp_pa
     said = capfd.readouterr().err
     assert status in (0, 2) or str(run / name) in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_started_collection_that_is_no_file_is_named(kind, tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, out = table_run.make(tmp_path, steps=1), tmp_path / "groups.jsonl"
+    stands(tmp_path / "groups.jsonl.partial", kind)
+    assert cli.main(["collect", str(config), str(out)]) in (1, 2)
+    said = capfd.readouterr().err
+    assert f"cannot write {out}.partial: " in said and "Traceback" not in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_reference_cache_that_is_no_file_is_named_and_the_run_goes_on(kind, tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config, cache, groups = table_run.make(tmp_path, steps=1), tmp_path / "cache", tmp_path / "groups.jsonl"
+    assert cli.main(["collect", str(config), str(groups)]) == 0
+    cache.mkdir()
+    stands(cache / "reference_scores.jsonl", kind)
+    fed = ["--data.train", str(groups), "--data.reference-cache", str(cache)]
+    assert cli.main(["train", str(config), *fed]) == 0
+    assert f"{cache}/reference_scores.jsonl cannot be used" in caplog.text and "memory only" in caplog.text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_reads_no_tokenizer_settings_that_are_no_file(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    stands(tmp_path / "model" / "tokenizer_config.json", kind)
+    assert cli.main(["init", str(tmp_path / "mine"), "--model", str(tmp_path / "model")]) == 0
+    assert (tmp_path / "mine" / "config.toml").is_file()
 
 
 def test_settings_of_a_shell_substitution_are_read(tmp_path, capfd):

@@ -109,8 +109,11 @@ def test_quantization_settings_are_refused_by_name(config, method) -> None:
 
 
 @pytest.mark.parametrize("beside", [(), ("config.json",), ("config.json", "model.safetensors")])
-def test_a_folder_with_an_adapter_is_refused(tmp_path, beside) -> None:
-    for name in ("adapter_config.json", *beside):
+@pytest.mark.parametrize(
+    "file", ["adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors"]
+)
+def test_a_folder_with_an_adapter_is_refused(tmp_path, file, beside) -> None:
+    for name in (file, *beside):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(ConfigError, match=r"holds an adapter \(adapter_config.json\): merge it"):
+    with pytest.raises(ConfigError, match=rf"holds an adapter \({file}\): merge it"):
         hugging_face.source(ModelConfig(path=str(tmp_path)))

@@ -108,7 +108,7 @@ def examine() -> list[Finding]:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version lies in a range like ">=2.9,<3". Compares the leading numbers, as 2.13.0 of 2.13.0+cpu."""
+    """Whether a version lies in a range like ">=2.13,<3". Compares the leading numbers, as 2.13.0 of 2.13.0+cpu."""
     have = _numbers(version)
     for clause in wanted.split(","):
         operator, bound = re.fullmatch(r"(>=|<)([\d.]+)", clause).groups()  # type: ignore[union-attr]

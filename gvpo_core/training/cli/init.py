@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.backends import install_line
+from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.policy.load import backend_of
 from gvpo_core.training.terminal.output import say
 
@@ -138,8 +139,10 @@ def _model(name: str) -> str:
 def _has_chat_template(folder: Path) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
+    settings = folder / "tokenizer_config.json"
     try:
-        return bool(json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("chat_template"))
+        refuse_special(settings)
+        return bool(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     except (OSError, ValueError, AttributeError):
         return False
 

@@ -12,6 +12,7 @@ from gvpo_core.training.files.lfs import is_pointer, pointer_message
 
 INDEX = "model.safetensors.index.json"
 _ONE = "model.safetensors"
+_ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -153,12 +154,14 @@ def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises ConfigError where the folder holds an adapter, with or without the model it belongs to.
+    """Raises ConfigError where the folder holds an adapter's file, with or without the model it belongs to.
 
-    transformers loads the adapter on top of the model, other readers the model alone: neither is what the path says.
+    transformers loads an adapter with its settings on top of the model, other readers the model alone: neither is what
+    the path says.
     """
-    if (folder / "adapter_config.json").is_file():
+    held = [name for name in _ADAPTERS if (folder / name).exists()]
+    if held:
         raise ConfigError(
-            f"{folder} holds an adapter (adapter_config.json): merge it into its model first (in peft: "
+            f"{folder} holds an adapter ({held[0]}): merge it into its model first (in peft: "
             "`merge_and_unload()`, then `save_pretrained`), or take the adapter's files out of the folder"
         )

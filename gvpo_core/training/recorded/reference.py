@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from gvpo_core.training.config import Config
-from gvpo_core.training.files.disk import write_synced
+from gvpo_core.training.files.disk import refuse_special, write_synced
 from gvpo_core.training.files.records import append_synced
 from gvpo_core.training.fingerprint import model_fingerprint
 from gvpo_core.training.policy import Batch, Policy, Tokens
@@ -133,6 +133,7 @@ class ReferenceScores:
             return
         with self._failing_softly():
             self._path.parent.mkdir(parents=True, exist_ok=True)
+            refuse_special(self._path)
             if not self._path.exists():
                 return
             content = self._path.read_bytes()

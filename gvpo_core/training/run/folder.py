@@ -23,7 +23,7 @@ _log = logging.getLogger("gvpo")
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
          "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache")  # fmt: skip
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
-          "report.html")  # fmt: skip
+          "report.html", "trackers.json")  # fmt: skip
 _NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # a path that waiting does not mend
 _ALLOW = "another run.folder, or run.allow_changes = true to continue with"
 
