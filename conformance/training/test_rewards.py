@@ -11,6 +11,7 @@ from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.rewards import Reward, RewardError, close_rewards, load_rewards, score
 from gvpo_core.training.rewards.builtin import exact_match, math_verify, regex_match
 from gvpo_core.training.rewards.calls import Threads
+from gvpo_core.training.rewards.log import RewardLog
 
 pytestmark = pytest.mark.core
 
@@ -19,7 +20,7 @@ TEXTS = ["0", "1", "2", "3"]
 
 
 def given(name, function, weight=1.0, timeout=5.0, max_failures=1.0, failure_value=None, **options):
-    return Reward(name, Threads(function, options), weight, timeout, max_failures, failure_value)
+    return Reward(name, Threads(name, function, options, log=RewardLog()), weight, timeout, max_failures, failure_value)
 
 
 def scores(function, columns=None, prompts=PROMPTS, **settings):

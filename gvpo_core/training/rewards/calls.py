@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from gvpo_core.training.rewards.clock import POLL, now
 from gvpo_core.training.rewards.log import RewardLog
+from gvpo_core.training.rewards.prints import printing_to
 from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker
 from gvpo_core.training.rewards.worker import functions
 from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
@@ -108,9 +109,14 @@ class Threads:
     width = 64
     start = 0.0
 
-    def __init__(self, function: Callable[..., Any], options: Mapping[str, Any]) -> None:
-        """Raises: LookupError: the function's signature cannot be read."""
+    def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any], *, log: RewardLog) -> None:
+        """
+        Args:
+          log: takes what the function prints.
+        Raises: LookupError: the function's signature cannot be read.
+        """
         self._function, self._options = function, options
+        self._sink = functools.partial(log.output, name)
         self._closed = False
         self.signature = signature_of(function)
 
@@ -130,8 +136,9 @@ class Threads:
 
         def work() -> None:
             try:
-                value = functions.call(self._function, prompts, completions, columns, self._options, run)
-                outcome.append((plain(value, len(completions)), None))
+                with printing_to(self._sink):
+                    value = functions.call(self._function, prompts, completions, columns, self._options, run)
+                    outcome.append((plain(value, len(completions)), None))
             except BaseException as e:  # SystemExit too: a reward must not end the run
                 outcome.append((None, e))
             done.set()

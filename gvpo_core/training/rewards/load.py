@@ -80,9 +80,9 @@ def close_rewards(rewards: Sequence[Reward]) -> None:
 def _caller(name: str, config: RewardConfig, given: RewardFunction | None, log: RewardLog) -> Caller:
     try:
         if given is not None:
-            return Threads(given, config.options)
+            return Threads(name, given, config.options, log=log)
         if config.isolation == "thread":
-            return Threads(find_function(config.function), config.options)
+            return Threads(name, find_function(config.function), config.options, log=log)
         memory = int(config.memory * 2**30)
         return Processes(name, config.function, config.options, width=config.workers, memory=memory, log=log)
     except UnsendableError as e:
