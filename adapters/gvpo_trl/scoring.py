@@ -13,6 +13,7 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from gvpo_core.training.policy.layout import RopeByLength, rope_by_length
 
+_SAME = 1e-5  # nats; float32 rounding where experts get other batches
 _PROMPTS, _COMPLETIONS = ([5], [17, 3, 11]), ([7, 2, 13], [19, 23])  # of different lengths; ids modulo the vocabulary
 
 
@@ -60,7 +61,8 @@ def count_positions_from_the_mask(model: Any) -> None:
 def check_scores(trainer: Any) -> None:
     """Scores two short rows as TRL does, in training mode and padded, and alone as the model itself does.
 
-    Raises: ValueError: the model draws random numbers while it trains, or the log-probabilities differ.
+    Raises: ValueError: the model draws random numbers while it trains, padding changes a row's log-probabilities (told
+      in float32 alone), or they differ from the row's own.
     """
     name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
     modes = {module: module.training for module in trainer.model.modules()}
@@ -75,6 +77,8 @@ def check_scores(trainer: Any) -> None:
                     f"{name} draws random numbers in training mode: its weights and gradient would be of two different"
                     " sub-networks. Load it with router noise, stochastic depth and the like set to 0"
                 )
+            if not _rounds(trainer, trainer.model):
+                _compare_paddings(name, scores, _padded_scores(trainer, trainer.model, padding=1))
             trainer.model.eval()
             _compare(name, scores, trainer, trainer.model)
         finally:
@@ -98,12 +102,16 @@ def _rows(trainer: Any) -> list[tuple[list[int], list[int]]]:
     return [([i % size for i in p], [i % size for i in c]) for p, c in zip(_PROMPTS, _COMPLETIONS, strict=True)]
 
 
-def _padded_scores(trainer: Any, model: Any) -> list[Tensor]:
-    """The log-probabilities of the rows' completions, padded: once as a batch, and once each row in a batch of one."""
+def _padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
+    """The log-probabilities of the rows' completions, padded: once as a batch, and once each row in a batch of one.
+
+    Args:
+      padding: the id in the padded places.
+    """
     rows = _rows(trainer)
     device = next(model.parameters()).device
     left, right = (max(len(row[part]) for row in rows) for part in (0, 1))
-    ids = torch.zeros(len(rows), left + right, dtype=torch.int64)
+    ids = torch.full((len(rows), left + right), padding, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, (prompt, completion) in enumerate(rows):
         place = slice(left - len(prompt), left + len(completion))
@@ -116,6 +124,21 @@ def _padded_scores(trainer: Any, model: Any) -> list[Tensor]:
     return [values[:length].float() for values, length in zip(found, lengths, strict=True)]
 
 
+def _rounds(trainer: Any, model: Any) -> bool:
+    """Whether scores are rounded to 16 bits on the way."""
+    return bool(trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype.itemsize < 4)
+
+
+def _compare_paddings(name: str, scores: list[Tensor], others: list[Tensor]) -> None:
+    """Raises ValueError where another id in the padded places gives other scores: a masked place counts as nothing."""
+    apart = float((torch.cat(scores) - torch.cat(others)).abs().max())
+    if apart > _SAME:
+        raise ValueError(
+            f"{name} lets padding change the scores of a row, by up to {apart:.2g} nat a token between two padding ids,"
+            " as a recurrence does that takes no mask. GVPO cannot be exact with it in TRL"
+        )
+
+
 def _compare(name: str, padded: list[Tensor], trainer: Any, model: Any) -> None:
     alone = []
     for prompt, completion in _rows(trainer):
@@ -123,8 +146,7 @@ def _compare(name: str, padded: list[Tensor], trainer: Any, model: Any) -> None:
         logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
         alone.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
     apart = (torch.cat(padded) - torch.cat(alone + alone)).abs()
-    rounds = trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype.itemsize < 4
-    if not (apart.mean() <= 0.1 if rounds else apart.max() <= 2e-3):  # 16-bit numbers: a mean decides
+    if not (apart.mean() <= 0.1 if _rounds(trainer, model) else apart.max() <= 2e-3):  # 16-bit numbers: a mean decides
         raise ValueError(
             f"{name} scores tokens differently in TRL's padded batches, by up to {float(apart.max()):.2g} nat"
             " each: it does not mask padding, or changes its logits in a way that TRL's head omits. GVPO cannot"

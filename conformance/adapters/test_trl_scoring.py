@@ -101,6 +101,18 @@ def test_a_model_that_scores_otherwise_in_training_is_rejected(at_random: bool, 
         check_scores(trainer)
 
 
+def test_recurrent_gemma_whose_state_passes_through_padding_is_rejected(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    settings = {"block_types": ("recurrent", "attention"), "attention_window_size": 6, "lru_width": 32}
+    config = AutoConfig.for_model("recurrent_gemma", **tiny_models.SMALL | settings)
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    tiny_models.make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM lets padding change the scores of a row"):
+        trl_runs.make_trainer(tmp_path / "model", tmp_path / "out", **SIZES)
+
+
 def test_the_check_leaves_modes_and_random_numbers_alone(tmp_path: Path) -> None:
     folder = tiny_models.make_model("llama", tmp_path / "model")
     trainer = trl_runs.make_trainer(folder, tmp_path / "out", **SIZES)
