@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -47,10 +47,9 @@ NOT_TRIED = (
 )
 INTRODUCTION = """# Models
 
-Which families of transformers each backend trains, as tried by `nox -s models`. Versions:
-{versions}.
-For each family a model of two layers is made from the configuration class of transformers, with random weights and with
-every setting that is easily missed: windows, caps, multipliers, norms away from one. No released checkpoint was used.
+Which families of transformers each backend trains, as tried by `nox -s models`. For each family a model of two
+layers is made from the configuration class of transformers, with random weights and with every setting that
+is easily missed: windows, caps, multipliers, norms away from one. No released checkpoint was used.
 
 **exact** means that all of this held, for full fine-tuning and for LoRA:
 
@@ -85,7 +84,7 @@ def write(out: Path, limits: dict[str, float], page: Path = PAGE) -> None:
 def text_of(results: dict[str, dict[str, Any]], limits: dict[str, float]) -> str:
     """The page's text."""
     reasons = _Reasons()
-    lines = [INTRODUCTION.format(versions=_versions(), **{name: f"{value:g}" for name, value in limits.items()})]
+    lines = [INTRODUCTION.format(**{name: f"{value:g}" for name, value in limits.items()})]
     lines += [_summary(results), ""]
     for title, members in GROUPS.items():
         lines += [f"## {title}", "", "| family | torch | JAX | MLX |", "|---|---|---|---|"]
@@ -174,12 +173,22 @@ def _summary(results: dict[str, dict[str, Any]]) -> str:
             bad = sum(state in ("fails", "wrong") for state in tried)
             also = f", {bad} neither" if bad else ""
             parts.append(f"{backend}: {tried.count('exact')} exact, {tried.count('refused')} refused{also}")
-    return f"Of {len(made)} families, {'; '.join(parts)}."
+    return f"Of {len(made)} families, {'; '.join(parts)}.\n{_tried(made)}"
 
 
-def _versions() -> str:
+def _tried(made: list[dict[str, Any]]) -> str:
+    """When and with which versions each column was tried; results of several runs are counted apart."""
+    lines = []
+    for backend in BACKENDS:
+        runs = Counter(result[backend].get("tried", "not recorded when") for result in made if backend in result)
+        lines += [f"{backend} ({count} families) {tried}" for tried, count in sorted(runs.items())]
+    return f"Tried: {'; '.join(lines)}."
+
+
+def versions(backend: str) -> str:
+    """The installed packages that a result of this backend depends on; torch computes the reference."""
     found = []
-    for package in ("transformers", "torch", "peft", "jax", "mlx", "mlx-lm"):
+    for package in ("transformers", "torch", *{"torch": ("peft",), "jax": ("jax",), "mlx": ("mlx", "mlx-lm")}[backend]):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:

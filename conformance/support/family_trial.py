@@ -9,6 +9,7 @@ crash is a result.
 """
 
 import argparse
+import datetime
 import io
 import json
 import os
@@ -136,6 +137,7 @@ def trial(name: str, backends: list[str], out: Path) -> None:
                 again = both_kinds(backend, Path(wide), made_wide) if made_wide["state"] == "made" else result
                 if again["state"] == "exact":
                     found[backend] = again | {"window": result["reason"]}
+            found[backend]["tried"] = f"on {datetime.date.today()} with {family_page.versions(backend)}"
             _say(name, backend, found[backend])
     if made["state"] != "made":
         print(f"{name:24} not made: {made['reason'][:200]} {made.get('place', '')}", flush=True)
