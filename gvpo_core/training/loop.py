@@ -22,6 +22,7 @@ from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.sampling import ORDER
+from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
 
 
@@ -49,7 +50,8 @@ def train(
     Returns: how the run ended.
     Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: each names the cause.
     """
-    with open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards) as inputs:
+    given = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
+    with forgiving_stderr(), given as inputs:
         return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)
 
 

@@ -3,7 +3,8 @@
 import contextlib
 import os
 import sys
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, TextIO, cast
 
 
 def open_standard_descriptors() -> None:
@@ -52,8 +53,20 @@ class Forgiving:
 
 def _forgiven() -> contextlib.suppress:
     # RuntimeError: a signal's handler writes while the stream is being written. ValueError: the stream was closed.
-    # AttributeError: a stream with few methods, or none.
-    return contextlib.suppress(AttributeError, OSError, ValueError, RuntimeError)
+    # AttributeError: a stream with few methods, or none. TypeError: a stream of bytes. LookupError: an encoding that
+    # Python does not have.
+    return contextlib.suppress(AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+
+
+@contextlib.contextmanager
+def forgiving_stderr() -> Iterator[None]:
+    """Drops what standard error cannot take: Python's logging raises where its stream is closed or of another kind."""
+    given = sys.stderr
+    sys.stderr = cast(TextIO, Forgiving(given))
+    try:
+        yield
+    finally:
+        sys.stderr = given
 
 
 class OutputError(RuntimeError):

@@ -5,6 +5,7 @@ ANSI: spaces separate the fields of a row, a missing number is "-". Every number
 ends with its verdict; the reasons and what to do are printed below it once, not at every step.
 """
 
+import contextlib
 import math
 import shutil
 import sys
@@ -200,7 +201,8 @@ class Console:
         """Prints a line; on a terminal in a style, and from a place on in another."""
         line = line.rstrip()
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        line = line.encode(encoding, "backslashreplace").decode(encoding)
+        with contextlib.suppress(LookupError):  # an encoding that Python does not have
+            line = line.encode(encoding, "backslashreplace").decode(encoding)
         if self._live is not None:
             from rich.text import Text
 
