@@ -135,6 +135,13 @@ def test_arrow_tables_name_the_column_that_python_cannot_hold(tmp_path):
         assert "column 'far' of date32[day] cannot be read: " in refused(source)
 
 
+class OnLines:
+    """What shows itself on several lines, as a table of pyarrow does."""
+
+    def __repr__(self) -> str:
+        return "two\nlines  of\nits own"
+
+
 @pytest.mark.parametrize(
     ("source", "said"),
     [
@@ -150,6 +157,8 @@ def test_arrow_tables_name_the_column_that_python_cannot_hold(tmp_path):
         ([*ROWS, None], "row 2 is a NoneType"),
         (3, "is a int; expected a path, or rows: a list of mappings"),
         (b"bytes", "row 0 is a int"),
+        (dict, "is the class dict; expected rows"),
+        ([OnLines()], "row 0 is a OnLines (two lines of its own); expected a mapping"),
         ([{"prompt": "a", 3: "b"}], "row 0 has a column named 3 (int); expected text"),
     ],
     ids=str,

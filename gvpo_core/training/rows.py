@@ -40,8 +40,9 @@ def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str =
         raise DataError(f"{name} = {str(source)[:80]!r} has no rows; expected at least one prompt")
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
+            shown = " ".join(repr(row).split())  # some write their rows on lines of their own
             raise DataError(
-                f'{name} row {i} is a {type(row).__name__} ({row!r:.60}); expected a mapping, as {{"prompt": ...}}'
+                f'{name} row {i} is a {type(row).__name__} ({shown:.60}); expected a mapping, as {{"prompt": ...}}'
             )
         for column in row:
             if not isinstance(column, str):
@@ -58,6 +59,8 @@ def _given(source: Any, name: str, split: str = "") -> list[Any]:
         if source and all(hasattr(value, "column_names") for value in source.values()):
             return _given(_split_of(source, split, f"{name} is a {kind}"), name)
         return _of_columns(source, name)
+    if isinstance(source, type):
+        raise DataError(f"{name} is the class {source.__name__}; expected rows, or an object of it")
     if hasattr(source, "collect"):
         raise DataError(f"{name} is a {kind}, whose rows are not computed yet; pass {kind}.collect()")
     if hasattr(source, "to_dicts"):  # polars
