@@ -74,9 +74,10 @@ def test_a_rewards_fingerprint_is_of_its_own_code(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("def f(completions): return [2.0]")
     new = reward_fingerprints(rewards)
     assert {name for name in known if known[name] != new[name]} == {"file", "module"}
-    one, two = (lambda completions: [1.0]), (lambda completions: [2.0 + 0])
+    one = lambda completions: [1.0]
+    two = lambda completions: [2.0]  # of another line: the source of a function is that of its lines
     given = [reward_fingerprints({"g": RewardConfig(function="given in Python")}, {"g": f}) for f in (one, one, two)]
-    assert given[0] == given[1] and given[0]["g"]["sha256"]
+    assert given[0] == given[1] != given[2] and given[0]["g"]["sha256"]
 
 
 def test_what_changed_is_refused_noted_or_unknown():

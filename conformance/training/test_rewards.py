@@ -211,3 +211,18 @@ def test_math_verify_away_from_the_main_thread():
     columns = {"answer": ["1/2", "2", r"$\frac{4}{2}$", "7"]}
     got = score([given("m", math_verify)], PROMPTS, ["0.5", "it is 2", "$2$", "8"], columns)
     np.testing.assert_array_equal(got.total, [1, 1, 1, 0])
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "named"),
+    [
+        (lambda responses: [0.0], {}, "rewards.r: the function takes (responses) and no responses"),
+        (lambda: [0.0], {}, "rewards.r: the function takes () and no responses"),
+        (lambda completions: [0.0], {"target": 5}, "rewards.r.options"),
+    ],
+    ids=["other name", "no arguments", "an option that it does not take"],
+)
+def test_a_signature_that_cannot_be_called_is_found_with_the_settings(function, options, named):
+    with pytest.raises(ConfigError) as refused:
+        load_rewards({"r": RewardConfig(function="given", options=options)}, {"r": function})
+    assert named in str(refused.value) and "\n" not in str(refused.value)

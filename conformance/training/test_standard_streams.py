@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import subprocess
 import sys
 
 import pytest
@@ -69,3 +70,20 @@ def test_a_run_trains_and_warns_whatever_the_stream_is(name, kind, tmp_path, mon
     assert getattr(sys, name) is stream, "it is put back"
     kinds = [json.loads(line)["kind"] for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert "train" in kinds
+
+
+@pytest.mark.parametrize("closed_ones", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_no_file_gets_the_number_of_a_closed_standard_stream(closed_ones, tmp_path):
+    code = (
+        "import os, sys\n"
+        "from gvpo_core.training.terminal.output import open_standard_descriptors\n"
+        "open_standard_descriptors()\n"
+        f"number = os.open({str(tmp_path / 'opened')!r}, os.O_CREAT | os.O_WRONLY)\n"
+        "os.write(number, b'%d' % number)\n"
+        "os.system('echo a child says this; echo and this >&2')\n"
+    )
+    done = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed_ones}', sys.executable, code], capture_output=True, timeout=120
+    )
+    assert done.returncode == 0
+    assert int((tmp_path / "opened").read_text()) > 2
