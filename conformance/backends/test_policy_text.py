@@ -46,6 +46,15 @@ def test_templated_text_has_the_tokens_of_its_messages(style):
         assert chat.count(tokenizer.bos_token_id) == 1
 
 
+def test_a_text_that_begins_with_bos_by_hand_gets_no_second(style):
+    if not style.bos:
+        pytest.skip("the tokenizer has no BOS")
+    tokenizer = chat_tokenizers.make(style)
+    ids = encode(tokenizer, style.bos + "2 + 3?")
+    assert ids == tokenizer.encode(style.bos + "2 + 3?", add_special_tokens=False)
+    assert ids.count(tokenizer.bos_token_id) == 1
+
+
 @pytest.mark.parametrize("bos", ["<s>", "</s>"], ids=["bos", "bos-is-eos"])
 @pytest.mark.parametrize("first", ["user", "system"])
 def test_templated_text_gets_no_bos_where_the_template_writes_none(bos, first):
