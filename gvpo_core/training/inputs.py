@@ -34,6 +34,7 @@ from gvpo_core.training.recorded import (
 from gvpo_core.training.recorded.shapes import WHOLE
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.rows import DataError, unbounded
+from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.sources import Sampled, Source, Streamed
 from gvpo_core.training.terminal.output import open_standard_descriptors
@@ -130,7 +131,7 @@ class Inputs:
         except ValueError as e:
             self.errors.append(e)
 
-    def source(self, policy: Policy, sampler: Policy | None = None, *, cached: bool = True) -> Source:
+    def source(self, policy: Policy, sampler: Sampler | None = None, *, cached: bool = True) -> Source:
         """Where the groups of the training steps come from.
 
         Args:

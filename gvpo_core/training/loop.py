@@ -21,6 +21,8 @@ from gvpo_core.training.report.result import Result
 from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
+from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.protocol import check_gap, close, gaps
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
@@ -33,7 +35,7 @@ def train(
     train_rows: Iterable[Row] | None = None,
     evaluation_rows: Iterable[Row] | None = None,
     rewards: Mapping[str, RewardFunction] | None = None,
-    sampler: Policy | None = None,
+    sampler: Sampler | None = None,
     console: Console | None = None,
     from_step: int | None = None,
 ) -> Result:
@@ -44,22 +46,27 @@ def train(
       train_rows: rows to train on, instead of data.train.
       evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
-      sampler: draws the training responses instead of the policy (an older copy, a teacher, an engine).
+      sampler: draws the training responses instead of the policy (an older copy, a teacher, an engine); closed at
+        the end.
       console: where progress is shown. Default: standard output.
       from_step: go back to the checkpoint of this step and delete everything later; 0: the beginning.
     Returns: how the run ended.
-    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError: each names the cause.
+    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError, SamplerError: each
+      names the cause.
     """
     given = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
     with forgiving_stderr(), given as inputs:
-        return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)
+        try:
+            return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)
+        finally:
+            close(sampler)
 
 
 def run(
     inputs: Inputs,
     policy: Policy,
     *,
-    sampler: Policy | None = None,
+    sampler: Sampler | None = None,
     console: Console | None = None,
     from_step: int | None = None,
 ) -> Result:
@@ -85,6 +92,8 @@ def run(
             rollout = source.groups(policy, step)
             journal.phase("update")
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
+            if rollout.sampler_logprobs is not None:
+                check_gap(gaps(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths), rollout.gap_tolerance)
             journal.step(rollout, improvement)
             evaluate()
             stopping, early = highest(policy, stop.signal), journal.out_of_patience()

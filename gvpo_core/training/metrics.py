@@ -18,6 +18,7 @@ from gvpo_core.training.improve import Improvement
 from gvpo_core.training.intervals import mean_half_width, prompts_half_width
 from gvpo_core.training.objective import response_weights
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.samplers.protocol import gaps
 from gvpo_core.training.watch.metric_names import PHASES
 
 
@@ -63,6 +64,9 @@ def step_metrics(
         "tokens/computed": improvement.tokens,
         "memory/peak": improvement.peak_memory,
     }
+    if rollout.sampler_logprobs is not None:
+        gap = gaps(rollout.sampler_logprobs, improvement.logprobs, lengths)
+        metrics |= {"sampler/gap": float(gap.mean()), "sampler/gap/max": float(gap.max())} if gap.size else {}
     finished = np.asarray(rollout.finished, dtype=bool)
     if not finished.all():
         metrics["length/truncated"] = float(lengths[~finished].mean())

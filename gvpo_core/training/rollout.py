@@ -17,6 +17,7 @@ from gvpo_core.training.rewards import Reward, RewardError, Scores
 from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
 from gvpo_core.training.rewards.scores import call_rewards, stacked
 from gvpo_core.training.rewards.total import members, total_rewards
+from gvpo_core.training.samplers import Drawn, Sampler, SamplerError
 from gvpo_core.training.sampling import Sampling, row_seed
 
 
@@ -39,6 +40,8 @@ class Rollout:
     ref_logprobs: np.ndarray | None = None  # (N,) nats, of pi_ref, where the source has them; NaN = unscored
     drawn: bool = True  # by the policy or a sampler for this step; False: recorded
     details: dict[str, float] = field(default_factory=dict)  # metrics of the source
+    sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
+    gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
 
 
@@ -51,7 +54,7 @@ def collect(
     rewards: Sequence[Reward],
     seed_path: tuple[int, ...],
     *,
-    sampler: Policy | None = None,
+    sampler: Sampler | None = None,
 ) -> Rollout:
     """Samples and scores `responses` responses to each prompt in `rows`.
 
@@ -59,8 +62,9 @@ def collect(
     `seed_path`, its prompt's place and its own, on whichever rank it is drawn.
 
     Args:
-      sampler: draws the responses instead of the policy: an older copy, a teacher (Cor. 3.2).
-    Raises: RewardError: on every rank, where a reward of any rank cannot be used.
+      sampler: draws the responses instead of the policy: an older copy, a teacher (Cor. 3.2). A group keeps those that
+        come.
+    Raises: RewardError: on every rank, where a reward of any rank cannot be used. SamplerError: no response came.
     """
     clock = time.perf_counter()
     total = len(rows) * responses
@@ -68,14 +72,19 @@ def collect(
     local_places: dict[int, list[int]] = {}
     for flat in range(start, stop):
         local_places.setdefault(flat // responses, []).append(flat % responses)
-    drawn = (sampler or policy).generate(
-        [prompts.tokens[rows[group]] for group in local_places],
-        [[row_seed(*seed_path, group, i) for i in places] for group, places in local_places.items()],
-        sampling,
-    )
+    asked = [prompts.tokens[rows[group]] for group in local_places]
+    seeds = [[row_seed(*seed_path, group, i) for i in places] for group, places in local_places.items()]
+    if sampler is None:
+        drawn: Sequence[Sequence[Response]] = policy.generate(asked, seeds, sampling)
+    else:
+        drawn = _drawn_elsewhere(policy, sampler, asked, seeds, sampling)
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
     if sampler is not None:
         attempt(policy, lambda: _check_tokens(policy, [r for _, r in flat_drawn]), kind=ConfigError)
+        counts = policy.gather(np.asarray([len(flat_drawn)]))
+        start = int(counts[: policy.rank].sum())
+        if not counts.sum():
+            agree(policy, _nothing(sampler, total), SamplerError)
     groups = [g for g, _ in flat_drawn]
     batch = Batch([prompts.tokens[rows[g]] for g in groups], [r.tokens for _, r in flat_drawn], groups)
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
@@ -93,17 +102,19 @@ def collect(
             "reward": float(own_rewards[i]),
             "rewards": {name: float(values[start + i]) for name, values in scores.parts.items()},
         }
+        | ({"version": r.version} if isinstance(r, Drawn) and r.version is not None else {})
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
     row = 0
     for (g, places), of_group in zip(local_places.items(), drawn, strict=True):
         prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
-        if places[0] == 0:  # once a group: what a later run needs to train on it
+        if of_group and (places[0] == 0 or sampler is not None):  # once a group: what a later run needs to train on it
             completions[row]["messages"] = None if isinstance(prompt, str) else prompt
         for completion, ids in zip(completions[rest], odd_ids(policy, prompt, of_group, texts[rest]), strict=True):
             completion |= {"response_ids": ids} if ids is not None else {}
         row += len(of_group)
     gather = policy.gather
+    logprobs = [r.logprob if isinstance(r, Drawn) else math.nan for _, r in flat_drawn]
     return Rollout(
         batch=batch,
         start=start,
@@ -118,7 +129,32 @@ def collect(
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
         columns=[prompts.columns[row] for row in rows],
+        details={} if sampler is None else {"responses/lost": total - len(scores.total)},
+        sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
+        gap_tolerance=getattr(sampler, "gap_tolerance", None),
     )
+
+
+def _drawn_elsewhere(
+    policy: Policy, sampler: Sampler, asked: list[Tokens], seeds: list[list[int]], sampling: Sampling
+) -> Sequence[Sequence[Response]]:
+    """What the sampler gives. Raises: SamplerError: on every rank, where it gives more than was asked for."""
+
+    def work() -> Sequence[Sequence[Response]]:
+        drawn = sampler.generate(asked, seeds, sampling) if asked else []
+        got, wanted = [len(many) for many in drawn], [len(own) for own in seeds]
+        if len(got) != len(wanted) or any(g > w for g, w in zip(got, wanted, strict=True)):
+            raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")
+        return drawn
+
+    drawn = attempt(policy, work, kind=SamplerError)
+    assert drawn is not None  # every rank samples
+    return drawn
+
+
+def _nothing(sampler: Sampler, total: int) -> SamplerError:
+    reasons = list(dict.fromkeys(getattr(sampler, "failures", ())))
+    return SamplerError("; ".join([f"the sampler gave none of {total} responses", *reasons[:3]]))
 
 
 def _check_tokens(policy: Policy, responses: Sequence[Response]) -> None:

@@ -8,6 +8,8 @@ from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Rollout, collect
+from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.protocol import refresh
 from gvpo_core.training.sampling import TRAIN
 
 
@@ -18,7 +20,7 @@ class Sampled:
     config: Config
     prompts: Prompts
     rewards: Sequence[Reward]
-    sampler: Policy | None = None
+    sampler: Sampler | None = None
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -36,6 +38,7 @@ class Sampled:
         """`rollout.prompts` prompts with `rollout.responses` scored responses each."""
         rollout, seed = self.config.rollout, self.config.run.seed
         rows = self.prompts.batch(step - 1, size or rollout.prompts, seed=seed, shuffle=self.config.data.shuffle)
+        refresh(self.sampler, policy, step - 1)
         return collect(
             policy,
             self.prompts,

@@ -86,6 +86,11 @@ METRICS: dict[str, Metric] = {
     "length/truncated": Metric("tokens", "Mean length of the responses cut at the token limit; absent without one."),
     "truncated": Metric("share", "Responses cut at the token limit."),
     "responses/total": Metric("responses", "Responses of the step."),
+    "responses/lost": Metric("responses", "Responses that the sampler did not give; their groups are smaller."),
+    "sampler/gap": Metric(
+        "nats/token", "Mean difference between the sampler's and the policy's log-probability; absent if unknown."
+    ),
+    "sampler/gap/max": Metric("nats/token", "The largest such difference of a response in the step."),
     "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
     "groups/total": Metric("groups", "Prompts of the step."),
     "groups/counted": Metric("groups", "Groups with at least two scored responses: those in the loss."),

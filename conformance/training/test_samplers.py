@@ -1,0 +1,269 @@
+"""Samplers: weights of each step, smaller groups, log-probabilities that are compared, and an engine that fails."""
+
+import json
+import math
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from table_problem import PROMPTS, REFERENCE, reward, settings, table
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.loop import train
+from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.samplers import Drawn, Engine, SamplerError
+from gvpo_core.training.sampling import Sampling
+
+pytestmark = pytest.mark.core
+
+
+def run(config, sampler, policy=None):
+    policy = policy or TablePolicy(table(REFERENCE), config.optimizer)
+    rows = [{"prompt": p} for p in PROMPTS]
+    return train(config, policy, train_rows=rows, rewards={"value": reward}, sampler=sampler)
+
+
+def lines(config, name):
+    with open(f"{config.run.folder}/{name}.jsonl") as file:
+        return [json.loads(line) for line in file]
+
+
+def short(tmp_path, steps):
+    config = settings(tmp_path)
+    return replace(config, run=replace(config.run, steps=steps))
+
+
+class Copy:
+    """A copy of the policy that gets its weights when it is refreshed; it may forget that, or drop responses."""
+
+    def __init__(self, *, refreshed=True, tolerance=None, drop=0):
+        self.refreshed, self.gap_tolerance, self.drop = refreshed, tolerance, drop
+        self.versions, self.closed, self.copy = [], 0, TablePolicy(table(REFERENCE))
+
+    def refresh(self, policy, version):
+        self.versions.append(version)
+        if self.refreshed:
+            self.copy = TablePolicy(table(np.exp(policy.log_table())))
+
+    def generate(self, prompts, seeds, sampling):
+        drawn = self.copy.generate(prompts, seeds, sampling)
+        return [[self.told(p, r) for r in many[self.drop :]] for p, many in zip(prompts, drawn, strict=True)]
+
+    def told(self, prompt, response):
+        logprob = self.copy.logprobs(Batch([prompt], [response.tokens], [0]))[0]
+        return Drawn(response.tokens, response.finished, float(logprob), self.versions[-1])
+
+    def close(self):
+        self.closed += 1
+
+
+def test_a_sampler_is_refreshed_before_each_step_and_closed_at_the_end(tmp_path, capsys):
+    config, sampler = short(tmp_path, 3), Copy(tolerance=1e-9)
+    run(config, sampler)
+    assert sampler.versions == [0, 1, 2] and sampler.closed == 1
+    metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert [m["sampler/gap/max"] < 1e-9 for m in metrics] == [True] * 3
+    drawn = [c for c in lines(config, "completions") if c["kind"] == "train"]
+    assert {(c["step"], c["version"]) for c in drawn} == {(1, 0), (2, 1), (3, 2)}
+
+
+def test_old_weights_in_the_sampler_stop_the_run_by_name(tmp_path, capsys):
+    sampler = Copy(refreshed=False, tolerance=1e-6)
+    with pytest.raises(SamplerError, match=r"log-probabilities differ from the policy's by up to .* nats a token"):
+        run(short(tmp_path, 3), sampler)
+    assert sampler.versions == [0, 1] and sampler.closed == 1  # the first step's weights are equal
+
+
+def test_the_gap_of_old_weights_is_a_metric_without_a_tolerance(tmp_path, capsys):
+    config = short(tmp_path, 3)
+    run(config, Copy(refreshed=False))
+    gaps = [m["sampler/gap/max"] for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert gaps[0] < 1e-9 and min(gaps[1:]) > 1e-4
+
+
+def test_a_group_keeps_the_responses_that_come(tmp_path, capsys):
+    config = short(tmp_path, 2)
+    run(config, Copy(drop=3))
+    prompts, responses = config.rollout.prompts, config.rollout.responses
+    metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert [m["responses/total"] for m in metrics] == [prompts * (responses - 3)] * 2
+    assert [m["responses/lost"] for m in metrics] == [prompts * 3] * 2
+
+
+def test_a_sampler_that_gives_nothing_ends_the_run_by_name(tmp_path, capsys):
+    with pytest.raises(SamplerError, match=r"the sampler gave none of \d+ responses"):
+        run(short(tmp_path, 1), Copy(drop=10**6))
+
+
+class Server(ThreadingHTTPServer):
+    """A fake of vLLM's /v1/completions: answers from a table policy, after the faults that are queued."""
+
+    daemon_threads = True
+
+    def __init__(self, policy=None, faults=()):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
+        self.keys = Counter()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def answer(self, body):
+        sampling = Sampling(body["max_tokens"], body["temperature"])
+        prompt, seeds = tuple(body["prompt"]), [body["seed"] + i for i in range(body["n"])]
+        (drawn,) = self.policy.generate([prompt], [seeds], sampling)
+        choices = []
+        for response in drawn:
+            logprob = float(self.policy.logprobs(Batch([prompt], [response.tokens], [0]))[0])
+            each = [logprob] + [0.0] * (len(response.tokens) - 1)
+            reason = "stop" if response.finished else "length"
+            choices.append(
+                {"token_ids": response.tokens, "finish_reason": reason, "logprobs": {"token_logprobs": each}}
+            )
+        return {"model": body["model"], "choices": choices}
+
+    def __exit__(self, *_):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        server = self.server
+        server.asked.append(body)
+        server.keys[self.headers.get("Authorization")] += 1
+        fault = server.faults.pop(0) if server.faults else None
+        answer = server.answer(body)
+        if fault == "slow":
+            time.sleep(1.5)
+        if fault == "reset":
+            self.close_connection = True
+            return
+        if fault == "wrong model":
+            answer["model"] = "other"
+        if fault == "one less":
+            answer["choices"].pop()
+        if fault == "abort":
+            answer["choices"][0]["finish_reason"] = "abort"
+        if fault == "no ids":
+            del answer["choices"][0]["token_ids"]
+        text = json.dumps(answer).encode()
+        self.send_response(fault if isinstance(fault, int) else 200)
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text[:20] if fault == "cut" else b"no JSON" if fault == "garbage" else text)
+
+    def log_message(self, *arguments):
+        """Prints nothing."""
+
+
+def engine(server, **options):
+    return Engine(server.url, "tiny", **{"pause": 0.001, "concurrency": 1, **options})
+
+
+ASKED = ([TablePolicy(table(REFERENCE)).encode(PROMPTS[0])], [[11, 12, 13]], Sampling(2))
+
+
+@pytest.mark.parametrize("fault", [429, 500, 503, "cut", "garbage", "reset", "wrong model"])
+def test_a_request_that_fails_is_repeated_and_gives_the_same_responses(fault):
+    with Server() as server:
+        expected = engine(server).generate(*ASKED)
+        server.faults = [fault, fault]
+        again = engine(server)
+        assert again.generate(*ASKED) == expected and len(expected[0]) == 3
+        assert not again.failures and len(server.asked) == 4 and server.asked[1] == server.asked[3]
+
+
+@pytest.mark.parametrize(
+    ("fault", "left", "why"),
+    [
+        (500, 0, "answers 500"),
+        (404, 0, "answers 404"),
+        ("cut", 0, "IncompleteRead"),
+        ("wrong model", 0, "answers as the model 'other'; asked for 'tiny'"),
+        ("abort", 2, "with 'abort'"),
+        ("one less", 2, None),
+    ],
+)
+def test_what_fails_for_good_costs_responses(fault, left, why):
+    with Server(faults=[fault] * 4) as server:
+        sampler = engine(server)
+        (drawn,) = sampler.generate(*ASKED)
+        assert len(drawn) == left
+        assert why in sampler.failures[0] if why else not sampler.failures
+        assert len(server.asked) == (4 if fault in (500, "cut", "wrong model") else 1)
+
+
+def test_a_request_past_the_deadline_costs_its_responses_alone():
+    prompts = ASKED[0] * 2
+    with Server(faults=["slow"]) as server:
+        drawn = engine(server, deadline=0.8, concurrency=2).generate(prompts, [[1, 2], [3, 4]], Sampling(2))
+    assert sorted(map(len, drawn)) == [0, 2]
+
+
+def test_a_server_that_is_down_for_a_step_costs_the_run_nothing_but_responses(tmp_path, capsys):
+    """Of three prompts, the first request of step 1 fails for good; the server is back for the others."""
+    config = replace(short(tmp_path, 2), rollout=replace(settings(tmp_path).rollout, responses=8))
+    with Server(faults=["reset"] * 4) as server:
+        run(config, engine(server))
+    metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert [m["responses/lost"] for m in metrics] == [8, 0]
+
+
+def test_an_engine_that_refuses_every_request_ends_the_run_with_the_reason(tmp_path, capsys):
+    with Server() as server:
+        url = server.url
+    with pytest.raises(SamplerError, match=r"the sampler gave none of \d+ responses; http://127.0.0.1:\d+: URLError"):
+        run(short(tmp_path, 1), Engine(url, "tiny", pause=0.001))
+
+
+def test_an_engine_without_token_ids_is_refused():
+    with Server(faults=["no ids"]) as server, pytest.raises(SamplerError, match="gives no token ids"):
+        engine(server).generate(*ASKED)
+
+
+def test_a_stop_without_an_end_token_is_refused():
+    with Server() as server, pytest.raises(SamplerError, match="ended a response with 'stop' and the token"):
+        engine(server, end_tokens=[999]).generate(*ASKED)
+
+
+def test_every_sampling_field_is_sent():
+    with Server() as server:
+        engine(server).generate(ASKED[0], [[2**63 + 5]], Sampling(7, 0.5, 0.9, 0, 0.1))
+        (body,) = server.asked
+    sent = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.9, "top_k": -1, "min_p": 0.1, "n": 1, "seed": 5}
+    assert body.items() >= (sent | {"repetition_penalty": 1.0, "return_token_ids": True}).items()
+
+
+def test_the_key_is_sent_and_reaches_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("ENGINE_KEY", "hush-93")
+    config = short(tmp_path, 1)
+    with Server() as server:
+        run(config, engine(server, key_variable="ENGINE_KEY"))
+        assert set(server.keys) == {"Bearer hush-93"}
+    for path in tmp_path.rglob("*"):
+        assert not path.is_file() or b"hush-93" not in path.read_bytes(), path
+    with pytest.raises(ConfigError, match="this environment variable is not set"):
+        Engine("http://localhost:1", "tiny", key_variable="NO_SUCH_KEY")
+
+
+def test_a_run_with_an_engine_resumes_bit_for_bit(tmp_path, capsys):
+    whole, parts = short(tmp_path / "whole", 4), short(tmp_path / "parts", 4)
+    tables = []
+    with Server() as server:
+        for config, stops in ((whole, [4]), (parts, [2, 4])):
+            for steps in stops:
+                policy = TablePolicy(table(REFERENCE), config.optimizer)
+                allowed = replace(config.run, steps=steps, allow_changes=True)
+                run(replace(config, run=allowed), engine(server), policy)
+            tables.append(policy.log_table())
+    assert np.array_equal(*tables)
+    assert math.isfinite(tables[0].sum())

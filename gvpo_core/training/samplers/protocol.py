@@ -1,0 +1,82 @@
+"""The `Sampler` protocol, the responses of a sampler, and the check of its log-probabilities against the policy's."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from gvpo_core.training.policy import Policy, Response
+from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.sampling import Sampling
+
+
+class SamplerError(RuntimeError):
+    """A sampler that gave nothing usable, or whose weights are not the policy's; the message says which."""
+
+
+@dataclass(frozen=True)
+class Drawn(Response):
+    """A response with what its sampler knows about it. The step uses neither."""
+
+    logprob: float = float("nan")  # nats, sum over the tokens, at temperature 1
+    version: int | None = None  # steps that the weights had taken
+
+
+class Sampler(Protocol):
+    """Draws responses in the place of the policy. A class may leave out `refresh` and `close`.
+
+    Attribute `gap_tolerance`, where there is one: largest difference between `Drawn.logprob` and the policy's own
+    log-probability, nats a token; a response beyond it stops the run.
+    """
+
+    def generate(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Sequence[Sequence[Response]]:
+        """Draws a response for each seed of each prompt. A prompt may get fewer; the others are counted as lost."""
+
+    def refresh(self, policy: Policy, version: int) -> None:
+        """Takes the policy's weights. Called on every rank before each step's `generate`.
+
+        Args:
+          version: steps that the policy has taken in this run.
+        """
+
+    def close(self) -> None:
+        """Ends what the sampler holds. Called when training ends, also by an error."""
+
+
+def refresh(sampler: object, policy: Policy, version: int) -> None:
+    """Calls the sampler's `refresh` where it has one."""
+    if (method := getattr(sampler, "refresh", None)) is not None:
+        method(policy, version)
+
+
+def close(sampler: object) -> None:
+    """Calls the sampler's `close` where it has one."""
+    if (method := getattr(sampler, "close", None)) is not None:
+        method()
+
+
+def gaps(sampler_logprobs: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """|sampler - policy| of the log-probabilities, nats a token, of the responses that have both.
+
+    Args:
+      sampler_logprobs: (N,) nats, sum over the tokens; NaN = unknown.
+      logprobs: (N,) nats, of the policy; NaN = not scored.
+      lengths: (N,) tokens.
+    Returns: (M,) with M <= N.
+    """
+    gap = np.abs(np.asarray(sampler_logprobs) - np.asarray(logprobs)) / np.asarray(lengths)
+    known: np.ndarray = gap[~np.isnan(gap)]
+    return known
+
+
+def check_gap(gap: np.ndarray, tolerance: float | None) -> None:
+    """Raises: SamplerError: a response's gap is beyond `tolerance`, nats a token."""
+    if tolerance is not None and gap.size and gap.max() > tolerance:
+        raise SamplerError(
+            f"the sampler's log-probabilities differ from the policy's by up to {gap.max():.3g} nats a token; at most"
+            f" {tolerance:g} is allowed (gap_tolerance): its weights are old or partly updated, its prefix cache is"
+            " stale, or it computes in another precision"
+        )
