@@ -11,7 +11,8 @@ import torch.distributed as dist
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 
-_REST_SECONDS, _LET_GO_SECONDS = 0.1, 5.0  # that the end of a process waits for the threads of its process group
+_RELEASE_SECONDS = 5.0  # to wait at most, after a collective, for gloo's threads to release its tensors
+_REST_SECONDS = 0.1  # before the process ends
 
 
 class Ranks:
@@ -22,7 +23,6 @@ class Ranks:
 
         Raises: ConfigError: a device that is not there, or one named by index beside several processes.
         """
-        self._lent: list[weakref.ref[torch.Tensor]] = []  # tensors that a thread of the process group may still hold
         world_size = _world_size()
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
         if world_size > 1:
@@ -31,7 +31,7 @@ class Ranks:
                 backend = dist.get_default_backend_for_device(self.device)
                 dist.init_process_group("gloo" if on_cpu else f"cpu:gloo,{self.device.type}:{backend}")
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-            atexit.register(self._wait_for_threads)
+            atexit.register(_rest)
         else:
             self.device = _one_device(config.device)
             self.rank, self.world_size = 0, 1
@@ -55,24 +55,27 @@ class Ranks:
         return max(int(n) for n in self._all(torch.tensor([count])))
 
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Of tensors on the CPU, by gloo: a rank that waits holds no device, and NCCL's time limit does not count."""
-        parts = [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, tensor)
-        self._lent = [ref for ref in self._lent if ref() is not None]
-        self._lent += [weakref.ref(t) for t in (tensor, *parts)]
-        return parts
+        """Each rank's tensor, on the CPU by gloo: a rank that waits holds no device, and NCCL's time limit is not used.
 
-    def _wait_for_threads(self) -> None:
-        """Waits until the process group's threads hold no tensor of a collective.
-
-        A thread that gives back such a tensor asks for Python's lock. Where Python ends meanwhile, the process aborts
-        with "terminate called without an active exception" (pytorch/pytorch#190489), and torchrun calls a run that has
-        saved everything a failed one. Destroying the group does not end its threads while DDP or a mesh refers to it.
+        Returns once no thread of gloo holds a tensor of the collective. Such a thread asks for Python's lock to give the
+        tensor back. If Python ends meanwhile, the process aborts with "terminate called without an active exception"
+        (pytorch/pytorch#190489). If the process group is freed meanwhile, as with the last model under DDP after
+        `destroy_process_group`, its destructor holds that lock, joins the thread and never returns.
         """
-        time.sleep(_REST_SECONDS)  # here a thread with a tensor of DDP or FSDP, which nobody counts, gets the lock
-        until = time.monotonic() + _LET_GO_SECONDS
-        while time.monotonic() < until and any(ref() is not None for ref in self._lent):
-            time.sleep(0.001)
+        given, parts = tensor.clone(), [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, given)
+        found = [part.clone() for part in parts]
+        in_use = [weakref.ref(t) for t in (given, *parts)]
+        del given, parts
+        until = time.monotonic() + _RELEASE_SECONDS
+        while any(ref() is not None for ref in in_use) and time.monotonic() < until:
+            time.sleep(0)
+        return found
+
+
+def _rest() -> None:
+    """At the end of the process: threads that hold tensors of DDP or FSDP2 get Python's lock and give them back."""
+    time.sleep(_REST_SECONDS)
 
 
 def _world_size() -> int:

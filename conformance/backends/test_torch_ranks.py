@@ -148,12 +148,13 @@ def test_shards_in_bfloat16_take_the_step_of_copies(size: int, kind: dict[str, o
 
 
 ENDS = """
-import os, sys
+import os, signal, sys
 import numpy as np
+import torch
 from gvpo_core.training.config import ModelConfig
 from gvpo_torch.ranks import Ranks
 
-sys.setswitchinterval(100)  # no thread gets Python's lock but where the main one waits
+sys.setswitchinterval(100)  # other threads get Python's lock only while the main thread waits
 
 def pair(port):
     os.environ["MASTER_PORT"] = port
@@ -162,31 +163,39 @@ def pair(port):
         os.environ |= {"RANK": rank, "LOCAL_RANK": rank}
         started.append(os.fork())
         if not started[-1]:
+            signal.alarm(60)  # a process that hangs ends with -14
             return None
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in started]
 
-for port in sys.argv[1:]:
+how, *ports = sys.argv[1:]
+for port in ports:
     statuses = pair(port)
     if statuses is None:
         ranks = Ranks(ModelConfig(device="cpu"))
+        if how == "destroyed":
+            model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
         for _ in range(50):
             ranks.gather(np.arange(3.0))
+        if how == "destroyed":
+            torch.distributed.destroy_process_group()
+            del model  # holds the last reference to the process group
         break
     print(*statuses, flush=True)
 """
 
 
+@pytest.mark.parametrize(("how", "pairs"), [("left", 10), ("destroyed", 3)])
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot put two processes on one core")
-def test_processes_end_in_peace(tmp_path) -> None:
-    """pytorch/pytorch#190489: without a wait one in five of these pairs aborts while Python ends."""
+def test_processes_end(how: str, pairs: int, tmp_path) -> None:
+    """pytorch/pytorch#190489: a thread of gloo that still holds a tensor aborts the process at its end, or hangs it."""
     (tmp_path / "ends.py").write_text(ENDS)
     cores = os.sched_getaffinity(0)
     env = {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "GLOO_SOCKET_IFNAME": "lo"}
     env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    command = [sys.executable, str(tmp_path / "ends.py"), *(str(free_port()) for _ in range(10))]
+    command = [sys.executable, str(tmp_path / "ends.py"), how, *(str(free_port()) for _ in range(pairs))]
     with subprocess.Popen(
         command, env=os.environ | env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as started:
         os.sched_setaffinity(started.pid, [min(cores)])
-        out, error = started.communicate(timeout=300)
+        out, error = started.communicate(timeout=900)
     assert out.split() == ["0"] * 20, f"{out}\n{error}"

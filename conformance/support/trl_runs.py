@@ -178,7 +178,7 @@ def main() -> None:
         np.savez(out / "start.npz", **{name: p.numpy() for name, p in found["start"].items()})
         (out / "log.json").write_text(json.dumps(found["log"]))
     torch.distributed.destroy_process_group()
-    time.sleep(0.2)  # the group's threads give their tensors back: see test_processes_end_in_peace
+    time.sleep(0.2)  # the group's threads release their tensors: see test_processes_end
 
 
 if __name__ == "__main__":

@@ -203,7 +203,7 @@ def main() -> None:
     if size == 1:
         learn(folder, out)
     torch.distributed.destroy_process_group()
-    time.sleep(0.2)  # the group's threads give their tensors back: see test_processes_end_in_peace
+    time.sleep(0.2)  # the group's threads release their tensors: see test_processes_end
 
 
 if __name__ == "__main__":
