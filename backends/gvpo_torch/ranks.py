@@ -12,6 +12,7 @@ import torch.distributed as dist
 from gvpo_core.training.config import ConfigError, ModelConfig
 
 _RELEASE_SECONDS = 5.0  # to wait at most, after a collective, for gloo's threads to release its tensors
+_YIELD_SECONDS = 1e-4
 _REST_SECONDS = 0.1  # before the process ends
 
 
@@ -57,8 +58,8 @@ class Ranks:
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Each rank's tensor, on the CPU by gloo: a rank that waits holds no device, and NCCL's time limit is not used.
 
-        Returns once no thread of gloo holds a tensor of the collective. Such a thread asks for Python's lock to give the
-        tensor back. If Python ends meanwhile, the process aborts with "terminate called without an active exception"
+        Returns once no thread of gloo holds a tensor of the collective. Such a thread asks for Python's lock to release
+        the tensor. If Python ends meanwhile, the process aborts with "terminate called without an active exception"
         (pytorch/pytorch#190489). If the process group is freed meanwhile, as with the last model under DDP after
         `destroy_process_group`, its destructor holds that lock, joins the thread and never returns.
         """
@@ -68,8 +69,9 @@ class Ranks:
         in_use = [weakref.ref(t) for t in (given, *parts)]
         del given, parts
         until = time.monotonic() + _RELEASE_SECONDS
+        time.sleep(_YIELD_SECONDS)  # also to a thread that holds a tensor of an earlier collective of DDP or FSDP2
         while any(ref() is not None for ref in in_use) and time.monotonic() < until:
-            time.sleep(0)
+            time.sleep(_YIELD_SECONDS)
         return found
 
 

@@ -16,7 +16,11 @@ if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device on this machine")
     pytest.skip("no CUDA device: nox -s gpu runs these", allow_module_level=True)
 
+import torch.distributed as dist
 from gvpo_torch import load
+from gvpo_torch.sharding import is_sharded, shard
+from gvpo_torch.update import make_optimizer, whole
+from torch.distributed.tensor import DTensor
 
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -35,7 +39,7 @@ def made(folder, device, **settings):
 
 
 def parameters(policy):
-    return {name: p.detach().cpu().double().numpy().copy() for name, p in policy._named.items()}
+    return {name: whole(p.detach()).cpu().double().numpy().copy() for name, p in policy._named.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,3 +77,32 @@ def test_memory_is_the_devices(folder):
     assert policy.describe().device.startswith("cuda")
     done = policy.update(OF, coefficients_of(OF))
     assert 0 < done.peak_memory <= torch.cuda.get_device_properties(0).total_memory
+
+
+@pytest.fixture
+def one_rank_of_nccl():
+    dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_take_the_step_of_a_copy(kind, dtype, folder, one_rank_of_nccl):
+    """FSDP2 over NCCL on one device. Several ranks on one device are not possible: NCCL refuses them."""
+    copy, shards = (made(folder, "cuda", dtype=dtype, strategy="score", **KINDS[kind]) for _ in range(2))
+    shard(shards.scorer, shards.device)
+    shards._sharded = is_sharded(shards._trained)
+    shards._optimizer = make_optimizer(shards.scorer.parameters(), shards.optimizer_config)
+    shards._named = {n.removeprefix("lm."): p for n, p in shards.scorer.named_parameters() if p.requires_grad}
+    assert shards._sharded and all(isinstance(p, DTensor) for p in shards._named.values())
+    prompts, seeds = [(5, 6, 7), (9,)], [[row_seed(1, i, j) for j in range(3)] for i in range(2)]
+    drawn = [policy.generate(prompts, seeds, Sampling(8)) for policy in (copy, shards)]
+    assert dtype == "bfloat16" or drawn[0] == drawn[1]
+    moves = []
+    for policy in (copy, shards):
+        before = parameters(policy)
+        policy.update(OF, coefficients_of(OF))
+        moves.append({name: value - before[name] for name, value in parameters(policy).items()})
+    assert step_difference(*moves) < (1e-4 if dtype == "float32" else 1e-3)
+    np.testing.assert_allclose(shards.logprobs(OF), copy.logprobs(OF), rtol=1e-4, atol=1e-3)

@@ -1,0 +1,123 @@
+"""A training step of Qwen2.5-1.5B's shape on one GPU, from random weights: sampling, scoring, update and peak memory.
+
+python benchmarks/cuda_step.py [--small]     one JSON line for each measurement; needs a CUDA device
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "conformance" / "support"))
+import tiny_models
+from gvpo_torch import load
+
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy import Batch
+from gvpo_core.training.sampling import Sampling, row_seed
+
+QWEN = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12}
+QWEN |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6}
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+SMALL |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}
+GROUP, PROMPT, RESPONSE = 8, 512, 2048  # responses a prompt; tokens, of responses at most
+
+
+@contextmanager
+def measured(what: str, **facts: float) -> Iterator[dict[str, float]]:
+    """Prints seconds and peak GiB of a block, with what the block adds."""
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    found: dict[str, float] = dict(facts)
+    start = time.perf_counter()
+    yield found
+    torch.cuda.synchronize()
+    found["seconds"] = seconds = time.perf_counter() - start
+    found["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    if "tokens" in found:
+        found["tokens_per_second"] = found["tokens"] / seconds
+    if "flops" in found:
+        found["tflops"] = found["flops"] / seconds / 1e12
+    print(json.dumps({"what": what} | {name: round(value, 3) for name, value in found.items()}), flush=True)
+
+
+def make_folder(folder: Path, settings: dict[str, object]) -> Path:
+    """Random weights of a shape, and a tokenizer that only marks the end."""
+    config = Qwen2Config(**settings, max_position_embeddings=32768, dtype="bfloat16", eos_token_id=0)
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    tiny_models.make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def draw(prompts: int, vocabulary: int, prompt: int, response: int) -> Batch:
+    """Groups with prompts of one length and log-normal lengths of responses, a quarter of the limit in the median."""
+    generator = np.random.default_rng(0)
+    texts, responses, groups = [], [], []
+    for group in range(prompts):
+        text = tuple(generator.integers(1, vocabulary, prompt).tolist())
+        for _ in range(GROUP):
+            length = int(min(response, max(1, generator.lognormal(np.log(response / 4), 0.8))))
+            texts.append(text)
+            responses.append((*generator.integers(1, vocabulary, length - 1).tolist(), 0))
+            groups.append(group)
+    return Batch(texts, responses, groups)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
+    small = parser.parse_args().small
+    settings = SMALL if small else QWEN
+    prompt, response, prompts = (16, 32, 4) if small else (PROMPT, RESPONSE, 16)
+    vocabulary = int(settings["vocab_size"])
+    print(torch.cuda.get_device_name(0), "torch", torch.__version__)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = make_folder(Path(temporary), settings)
+        batch = draw(prompts, vocabulary, prompt, response)
+        own = sum(map(len, batch.responses))
+        packed = own + prompts * prompt
+        texts = [batch.prompts[i] for i in range(0, len(batch), GROUP)]
+        kinds = {
+            "full": {},
+            "full, checkpointing": {"gradient_checkpointing": True},
+            "lora": {"lora_rank": 16},
+            "lora, checkpointing": {"lora_rank": 16, "gradient_checkpointing": True},
+        }
+        for kind, options in kinds.items():
+            model = ModelConfig(path=str(folder), device="cuda", dtype="bfloat16", **options)
+            optimizer = OptimizerConfig(micro_batch_tokens=16384)
+            with measured(f"{kind}: load"):
+                policy = load(model, optimizer, updates=10, reference=False, seed=0)
+            parameters = policy.describe().parameters
+            if kind in ("full", "lora"):
+                for rows in (GROUP * 2, GROUP * prompts):
+                    some = texts[: rows // GROUP]
+                    seeds = [[row_seed(0, i, j) for j in range(GROUP)] for i in range(len(some))]
+                    policy.generate(some, seeds, Sampling(2))
+                    with measured(f"{kind}: sample {rows} rows") as found:
+                        drawn = policy.generate(some, seeds, Sampling(min(64, response)))
+                        found["tokens"] = sum(len(r.tokens) for row in drawn for r in row)
+            policy.logprobs(batch.take(list(range(GROUP))))
+            with measured(f"{kind}: score", tokens=packed, flops=2 * parameters * packed):
+                policy.logprobs(batch)
+            for number in range(2):
+                with measured(f"{kind}: update {number}", tokens=packed, flops=6 * parameters * packed):
+                    policy.update(batch, lambda logprobs, rows: np.where(np.arange(len(rows)) % 2, 0.1, -0.1))
+            del policy
+
+
+if __name__ == "__main__":
+    main()
