@@ -47,23 +47,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     """The command line over the YAML file over mlx-lm's defaults, as mlx_lm.lora resolves them.
 
-    Raises: SettingsError: a setting that GVPO cannot do, or a name in the file that nobody knows.
+    Raises: SettingsError: a setting that GVPO does not support, or an unknown name in the file.
     """
     parser = lora.build_parser()
     parser.prog, parser.description = "gvpo_mlx_lm", "GVPO on scored responses, through mlx-lm's LoRA trainer."
     parser.add_argument("--beta", type=float, help="KL coefficient, reward units per nat. Default 0.1.")
     parser.add_argument("--groups-per-step", type=int, help="Prompts of an optimizer step; default: what fits.")
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     known = lora.CONFIG_DEFAULTS | _OURS
-    if given.get("config"):
-        from_file = _read(given["config"])
+    if options.get("config"):
+        from_file = _read(options["config"])
         if unknown := sorted(map(str, from_file.keys() - known.keys())):
             raise SettingsError(
-                f"{given['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
+                f"{options['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
             )
-        given = from_file | given
-    args = argparse.Namespace(**(known | given))
-    if not given.get("model"):  # mlx-lm's default would be downloaded
+        options = from_file | options
+    args = argparse.Namespace(**(known | options))
+    if not options.get("model"):  # mlx-lm's default would be downloaded
         raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
     if args.test:
         raise SettingsError("test is not supported here; remove it, and give valid.jsonl for a held-out loss")
@@ -78,14 +78,15 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def _read(file: str) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(Path(file).read_text(encoding="utf-8"))  # mlx_lm.lora has taught the loader its floats
+        # Importing mlx_lm.lora made this loader read 1e-5 as a float.
+        values = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingsError(f"config = {file!r} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(f"config = {file!r} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(found, dict | None):
-        raise SettingsError(f"config = {file!r} holds a {type(found).__name__}; expected settings, `name: value`")
-    return found or {}
+    if not isinstance(values, dict | None):
+        raise SettingsError(f"config = {file!r} holds a {type(values).__name__}; expected settings, `name: value`")
+    return values or {}
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -113,8 +114,8 @@ def _check(args: argparse.Namespace) -> None:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is not in mlx.optimizers: {what}") from error
     if args.fine_tune_type != "full":
-        given = args.lora_parameters if isinstance(args.lora_parameters, dict) else {}
-        if missing := {"rank", "dropout", "scale"} - given.keys():
+        parameters = args.lora_parameters if isinstance(args.lora_parameters, dict) else {}
+        if missing := {"rank", "dropout", "scale"} - parameters.keys():
             raise SettingsError(f"lora_parameters = {args.lora_parameters!r} has no {', '.join(sorted(missing))}")
     if args.resume_adapter_file is not None and not Path(args.resume_adapter_file).is_file():
         raise SettingsError(f"resume_adapter_file = {args.resume_adapter_file!r}: there is no such file")

@@ -68,7 +68,7 @@ def _pretrained(path: str | Path, folder: Path, trust_remote_code: bool, *, comp
     config = ModelConfig(path=str(folder), trust_remote_code=trust_remote_code)
     try:
         return (twin if compare else read).pretrained(config, local_folder(config))
-    except (ConfigError, OSError, ValueError) as error:  # no weights, a file that is no JSON, an unknown model type
+    except (ConfigError, OSError, ValueError) as error:  # no weights, a file that is not JSON, an unknown model type
         text = " ".join(str(error).replace("model.path ", "").split())
         raise ModelError(f"mlx-lm cannot load {str(path)!r}: {text}") from error
 
@@ -91,13 +91,13 @@ def check_model(model: nn.Module, path: str | Path) -> int | None:
     """
     expected = _pretrained(path, _folder(path), False, compare=False)
     with adapters_off(model):
-        found = _computed(model)
+        modules = _computed(model)
     for name, wanted in _computed(expected.lm).items():
-        given = found.get(name)
-        if given is None or not _same(given, wanted):
-            asked = _shown(wanted, given or {}).removeprefix("has ")
+        actual = modules.get(name)
+        if actual is None or not _same(actual, wanted):
+            asked = _shown(wanted, actual or {}).removeprefix("has ")
             raise ModelError(
-                f"{name or 'the model'} {_shown(given, wanted)}, and {path}/config.json asks for {asked}: mlx_lm.load"
+                f"{name or 'the model'} {_shown(actual, wanted)}, and {path}/config.json asks for {asked}: mlx_lm.load"
                 " does not read all that the file says for this model type; load it with gvpo_mlx_lm.load"
             )
     weights.freeze_constants(model, str(expected.config["model_type"]))
@@ -109,16 +109,16 @@ check_rope = check_model
 
 def _computed(model: nn.Module) -> dict[str, dict[str, Any]]:
     """What each module computes with, by its name: its classes, its numbers, and the tables of rotary embeddings."""
-    found = {}
+    modules = {}
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
         facts = {k: v for k, v in plain.items() if k not in _OF_TRAINING}
         if type(module).__name__.lower().endswith(("rope", "rotaryembedding")):
             facts |= {k: v for k, v in {**vars(module), **module}.items() if isinstance(v, mx.array)}
         # gvpo_mlx corrects a module by a subclass of the same name
-        found[name] = facts | {"class": " of ".join(c.__name__ for c in type(module).__mro__[:2])}
-        found[name] |= {"window": getattr(module, "applied_window", None)}
-    return found
+        modules[name] = facts | {"class": " of ".join(c.__name__ for c in type(module).__mro__[:2])}
+        modules[name] |= {"window": getattr(module, "applied_window", None)}
+    return modules
 
 
 def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:

@@ -172,12 +172,12 @@ class GVPO:
     def _evaluation(self, dataset: Sequence[Group], rows: int, world: Any) -> Iterator[tuple[Any, ...]]:
         """Weighted by mlx-lm with what the loss counts: groups, so that its mean is `gvpo_loss` over the dataset."""
         for group in dataset[world.rank() :: world.size()]:
-            whole = [StepResponse(0, i) for i in range(len(group))]
+            responses = [StepResponse(0, i) for i in range(len(group))]
             known = None
             if len(group) > rows:
                 logprobs = self._score([(group.prompt, response) for response in group.responses])
-                known, whole = (self._value([group], logprobs), [0.0] * rows), whole[:rows]
-            ids, lengths, *rest, _ = self._arrays([group], whole, share=1.0, known=known)
+                known, responses = (self._value([group], logprobs), [0.0] * rows), responses[:rows]
+            ids, lengths, *rest, _ = self._arrays([group], responses, share=1.0, known=known)
             yield ids, lengths, *rest, mx.array(1)
 
     def _scored(
@@ -188,8 +188,10 @@ class GVPO:
         places = {row: i for i, row in enumerate(everything)}
         mine = [row for part in parts[world.rank() :: world.size()] for row in part]
         logprobs = np.zeros(len(everything), dtype=np.float32)
-        own = self._score([(groups[row.group].prompt, groups[row.group].responses[row.response]) for row in mine])
-        logprobs[[places[row] for row in mine]] = own
+        local_logprobs = self._score(
+            [(groups[row.group].prompt, groups[row.group].responses[row.response]) for row in mine]
+        )
+        logprobs[[places[row] for row in mine]] = local_logprobs
         logprobs = np.array(mx.distributed.all_sum(mx.array(logprobs), group=world), dtype=np.float64)
         ref = np.array([groups[row.group].reference(row.response) for row in everything])
         rewards = np.array([groups[row.group].rewards[row.response] for row in everything])
@@ -207,14 +209,14 @@ class GVPO:
         """(N,) float32 log-probs of the responses, nats, without gradient, at most `batch_size` rows at once."""
         size = max(1, self.args.batch_size // self.world.size())
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
-        found = np.zeros(len(rows), dtype=np.float32)
+        logprobs = np.zeros(len(rows), dtype=np.float32)
         training = self.model.training
         self.model.eval()
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            found[chosen] = np.array(response_logprobs(self.model, *_padded([rows[i] for i in chosen])))
+            logprobs[chosen] = np.array(response_logprobs(self.model, *_padded([rows[i] for i in chosen])))
         self.model.train(training)
-        return found
+        return logprobs
 
     # -- loss
 

@@ -123,7 +123,7 @@ _CUT = (
     " to give up the corollary's guarantee"
 )
 
-# What may stand in generation_kwargs or in a model's generation_config, and the values that cut nothing.
+# Settings of generation_kwargs or a model's generation_config that cut the support, and the values that cut nothing.
 _SUPPORT: dict[str, Callable[[Any], bool]] = {
     "top_p": lambda x: x is None or x >= 1,
     "top_k": lambda x: x is None or x <= 0,

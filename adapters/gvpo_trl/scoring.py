@@ -119,9 +119,9 @@ def _padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
     ids, mask = ids.to(device), mask.to(device)
     score = trainer._get_per_token_logps_and_entropies
     batches = [slice(0, len(rows)), *(slice(row, row + 1) for row in range(len(rows)))]
-    found = torch.cat([score(model, ids[part], mask[part], right)[0] for part in batches])
+    scores = torch.cat([score(model, ids[part], mask[part], right)[0] for part in batches])
     lengths = 2 * [len(completion) for _, completion in rows]
-    return [values[:length].float() for values, length in zip(found, lengths, strict=True)]
+    return [values[:length].float() for values, length in zip(scores, lengths, strict=True)]
 
 
 def _rounds(trainer: Any, model: Any) -> bool:

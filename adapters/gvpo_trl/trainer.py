@@ -56,7 +56,7 @@ class GVPOTrainer(GRPOTrainer):
         args.check()
         temperature = args.temperature
         args = copy.copy(args)
-        # TRL divides logits by its temperature wherever it scores: it is told 1, and the sampler the real one.
+        # TRL divides logits by its temperature wherever it scores: set it to 1, and pass the real one to the sampler.
         args.temperature = 1.0
         args.generation_kwargs = {"temperature": temperature, **(args.generation_kwargs or {})}
         super().__init__(model, reward_funcs, args, *rest, **named)
@@ -98,8 +98,8 @@ class GVPOTrainer(GRPOTrainer):
             )
         sampling = self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {})
         wrong = [] if self.args.allow_truncated_support else cuts_support(sampling)
-        own = {"top_p", "top_k", "min_p"}  # which TRL overrides with its own
-        wrong = [line for line in wrong if line.split()[0] not in own] + cannot_sample(sampling)
+        overridden = {"top_p", "top_k", "min_p"}  # TRL sets these itself
+        wrong = [line for line in wrong if line.split()[0] not in overridden] + cannot_sample(sampling)
         if wrong:
             raise ValueError("the model's generation_config does not fit GVPO:\n" + "\n".join(wrong))
 
@@ -109,8 +109,8 @@ class GVPOTrainer(GRPOTrainer):
             if name in reference and not torch.equal(p, reference[name].to(p)):
                 warnings.warn(
                     f"the model is not the one in {self.model.config._name_or_path!r}, from which TRL has loaded the"
-                    f" reference ({name} differs): KL starts away from 0. If the model as it is shall be the reference,"
-                    " save it and hand over its folder",
+                    f" reference ({name} differs): KL starts away from 0. To use the current model as the"
+                    " reference, save it and pass its folder",
                     stacklevel=4,
                 )
                 return
@@ -130,10 +130,10 @@ class GVPOTrainer(GRPOTrainer):
         rewards, start = self._gvpo_rewards, self.accelerator.process_index * len(inputs)
         ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own grouping, of the gathered rows
         self._gvpo_groups = len(rewards) // size
-        own = slice(start, start + len(inputs))
+        local_rows = slice(start, start + len(inputs))
         # A completion that TRL masks whole (mask_truncated_completions) leaves its group (Cor. 3.4).
-        output["rewards"] = rewards[own].masked_fill(~output["completion_mask"].any(dim=1), float("nan"))
-        output["group_ids"] = ids[own]
+        output["rewards"] = rewards[local_rows].masked_fill(~output["completion_mask"].any(dim=1), float("nan"))
+        output["group_ids"] = ids[local_rows]
         scored = ~self.accelerator.gather(output["rewards"]).isnan()
         if self.model.training and not bool((torch.bincount(ids[scored]) >= 2).any()):
             raise RuntimeError(
@@ -191,13 +191,13 @@ class GVPOTrainer(GRPOTrainer):
         if not bool(coefficients.isfinite().all()):
             raise FloatingPointError("log-probabilities or rewards of this step are not finite: no step was taken")
         loss = self._log_gvpo(*rows)
-        own = coefficients.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
+        local_coefficients = coefficients.chunk(self.accelerator.num_processes)[self.accelerator.process_index]
         start = 0
         for batch in batches:
             size = len(batch["rewards"])
             # TRL's dr_grpo divides by these; data-parallel gradients are means over processes.
             scale = size * self.max_completion_length * len(batches) * self.accelerator.num_processes
-            batch["advantages"] = own[start : start + size] * scale
+            batch["advantages"] = local_coefficients[start : start + size] * scale
             batch["gvpo_loss"] = loss / len(batches)
             start += size
 
@@ -224,7 +224,7 @@ class GVPOTrainer(GRPOTrainer):
         parts = gvpo_loss(logprobs, ref, rewards, ids, beta=self.beta)
         counted = ~rewards.isnan()
         present = int(torch.bincount(ids).gt(0).sum())
-        found = {
+        metrics = {
             "implicit_variance": parts.implicit_variance,
             "reward_variance": parts.reward_variance,
             "covariance": parts.covariance,
@@ -234,10 +234,10 @@ class GVPOTrainer(GRPOTrainer):
         }
         if self.beta:
             regret = gvpo_regret(logprobs, ref, rewards, ids, beta=self.beta)
-            found |= {"kl": (logprobs - ref)[counted].mean(), "regret": regret.second_order}
-            found["regret/series"] = regret.series
+            metrics |= {"kl": (logprobs - ref)[counted].mean(), "regret": regret.second_order}
+            metrics["regret/series"] = regret.series
         log = self._metrics["train" if self.model.training else "eval"]
-        for name, value in found.items():
+        for name, value in metrics.items():
             log[f"gvpo/{name}"].append(float(value))
         return parts.loss
 
@@ -246,7 +246,7 @@ def total_rewards(rewards: Tensor, weights: Tensor, size: int) -> Tensor:
     """(N,) weighted sums over the reward functions; NaN: no score.
 
     The rule is gvpo_core's: a response that a function has left without a score has none, and a function that scored
-    nothing of a group is no part of its reward, so that one run can have several tasks.
+    nothing of a group does not count in its reward, so that one run can have several tasks.
 
     Args:
       rewards: (N, F), in groups of `size` contiguous rows; NaN where a function gave none.
@@ -267,7 +267,7 @@ def mask_of(batch: dict[str, Any]) -> Tensor:
 def in_group_order(batches: list[dict[str, Any]], order: Tensor) -> list[dict[str, Any]]:
     """The rows of one generation, split into its micro-batches again, group by group.
 
-    TRL shuffles rows before it deals them, which spreads a group over the optimizer steps of a generation.
+    TRL shuffles rows before it distributes them, which spreads a group over the optimizer steps of a generation.
 
     Args:
       batches: of one process, equally many rows in each.

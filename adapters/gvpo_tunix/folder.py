@@ -14,15 +14,15 @@ def check_files(model_path: str | Path) -> None:
     Raises: SettingsError: there are others, whose tensors would go into the model where their names fit.
     """
     folder = Path(model_path)
-    found = {path.name for path in folder.glob("*.safetensors")}
-    if _WHOLE in found:
+    files = {path.name for path in folder.glob("*.safetensors")}
+    if _WHOLE in files:
         source, named = _WHOLE, {_WHOLE}
     elif (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         source, named = f"what {_INDEX} names", set(index["weight_map"].values())
     else:  # nothing says which are the model's
         return
-    if stray := sorted(found - named):
+    if stray := sorted(files - named):
         raise SettingsError(
             f"{folder} has {', '.join(stray)} beside {source}: Tunix reads all *.safetensors of a folder, so the actor"
             " may have weights of something else; move what is not the model elsewhere and load it again"

@@ -96,10 +96,10 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         }
         self.rl_cluster.buffer_metrics(metrics, mode=mode)
         for function in self.metric_fns:
-            own = function(
+            function_metrics = function(
                 prompts=prompts, completions=samples.texts, advantages=advantages, rewards=rewards, **columns
             )
-            self.rl_cluster.buffer_metrics(own, mode=mode)
+            self.rl_cluster.buffer_metrics(function_metrics, mode=mode)
         return TrainExample(
             prompt_ids=jnp.asarray(samples.prompt_ids),
             prompt_mask=jnp.asarray(samples.prompt_mask),
@@ -124,12 +124,12 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
             tokens += [np.asarray(row).tolist() for row in output.tokens]
             padded += list(np.asarray(output.left_padded_prompt_tokens))
         # Tunix cuts samples before their end token: shorter than the limit, they had one.
-        whole = [row + ends[:1] if len(row) < limit and row[-1:] != ends[:1] else row for row in tokens]
-        finished = np.array([bool(row) and row[-1] in ends for row in whole])
-        usable = np.array([pad not in row[:-1] and (pad in ends or row[-1] != pad) for row in whole])
-        ids = np.full((len(whole), limit), pad, dtype=np.int32)
+        responses = [row + ends[:1] if len(row) < limit and row[-1:] != ends[:1] else row for row in tokens]
+        finished = np.array([bool(row) and row[-1] in ends for row in responses])
+        usable = np.array([pad not in row[:-1] and (pad in ends or row[-1] != pad) for row in responses])
+        ids = np.full((len(responses), limit), pad, dtype=np.int32)
         mask = np.zeros(ids.shape, dtype=bool)
-        for i, row in enumerate(whole):
+        for i, row in enumerate(responses):
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         return _Samples(texts, *_prompts(padded, prompts, pad), ids, mask, finished, usable)
 
@@ -227,7 +227,7 @@ def _prompts(padded: list[np.ndarray], texts: list[str], pad: int) -> tuple[np.n
         if (ids[i, first:] == pad).any():
             raise SettingsError(
                 f"the prompt {texts[i][:60]!r} holds the padding token, id {pad}, which Tunix hides from the model"
-                " wherever it stands; give the tokenizer a padding token of its own, as tokenizer.pad_token = ..."
+                " at every position; give the tokenizer a padding token of its own, as tokenizer.pad_token = ..."
             )
     return ids, mask
 

@@ -87,20 +87,20 @@ def centred_rewards(rewards: np.ndarray, num_generations: int, **_: Any) -> np.n
 class GVPORewardManager(SequenceRewardManager):
     """Tunix's sum of rewards, where None and NaN are missing scores instead of 0.
 
-    A response that a function left without a score has none. A function that scored nothing of a group is no part of
-    its reward, so that one run can have several tasks, each with its function.
+    A response without a score from one function has no reward. A function that scored nothing of a group does not
+    count in its reward, so that one run can have several tasks, each with its function.
     """
 
     def __init__(self, reward_fns: Any, algo_config: Any, **options: Any) -> None:
-        given = list(reward_fns) if isinstance(reward_fns, Sequence) else [reward_fns]
+        functions = list(reward_fns) if isinstance(reward_fns, Sequence) else [reward_fns]
         self._scores: list[np.ndarray] = []  # of each function, NaN: none
-        super().__init__([self._noting(function) for function in given], algo_config, **options)
+        super().__init__([self._noting(function) for function in functions], algo_config, **options)
 
     def _noting(self, function: Callable[..., Any]) -> Callable[..., list[float]]:
         @functools.wraps(function)
         def noting(*, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
-            given = function(prompts=prompts, completions=completions, **columns)
-            scores = np.array([np.nan if score is None else float(score) for score in given])
+            rewards = function(prompts=prompts, completions=completions, **columns)
+            scores = np.array([np.nan if score is None else float(score) for score in rewards])
             name = getattr(function, "__name__", repr(function))
             if len(scores) != len(prompts):
                 raise ValueError(f"{name} gave {len(scores)} rewards for {len(prompts)} responses")
@@ -119,8 +119,8 @@ class GVPORewardManager(SequenceRewardManager):
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> dict[str, Any]:
         """Tunix's {"rewards": (N,), "log_metrics": ...}."""
         self._scores = []
-        found = super().__call__(prompts, completions, **columns)
+        summed = super().__call__(prompts, completions, **columns)
         parts = np.stack(self._scores)
         groups = np.arange(len(prompts)) // self.algo_config.num_generations
         total = total_rewards(parts, np.zeros(parts.shape, bool), [1.0] * len(parts), groups)
-        return found | {"rewards": total}
+        return summed | {"rewards": total}

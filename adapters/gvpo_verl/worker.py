@@ -73,9 +73,9 @@ class GVPOWorker(TrainingWorker):
         if not np.isfinite(coefficients).all():
             raise FloatingPointError("log-probabilities or scores of this mini-batch are not finite: no step was taken")
         start = sum(len(part[0]) for part in parts[:rank])
-        own = torch.from_numpy(coefficients[start : start + len(uids)]).float()
+        local_coefficients = torch.from_numpy(coefficients[start : start + len(uids)]).float()
         # seq-mean-token-sum divides by global_batch_size; the ranks' gradients are then means of dp_size times theirs.
-        per_row = (own * tu.get(data, "global_batch_size")).to(mask.values().device)
+        per_row = (local_coefficients * tu.get(data, "global_batch_size")).to(mask.values().device)
         per_token = per_row.repeat_interleave(mask.offsets().diff())
         data["advantages"] = torch.nested.nested_tensor_from_jagged(per_token, mask.offsets())
         return _metrics(logprobs, ref, rewards, ids, num_groups, beta)
@@ -109,7 +109,7 @@ def _metrics(
 ) -> dict[str, float]:
     parts = gvpo_loss(logprobs, ref, rewards, ids, beta=beta, num_groups=num_groups)
     scored = ~np.isnan(rewards)
-    found = {
+    metrics = {
         "loss": parts.loss,
         "implicit_variance": parts.implicit_variance,
         "reward_variance": parts.reward_variance,
@@ -119,5 +119,9 @@ def _metrics(
     }
     if beta and scored.any():
         regret = gvpo_regret(logprobs, ref, rewards, ids, beta=beta, num_groups=num_groups)
-        found |= {"kl": (logprobs - ref)[scored].mean(), "regret": regret.second_order, "regret/series": regret.series}
-    return {f"gvpo/{name}": float(value) for name, value in found.items()}
+        metrics |= {
+            "kl": (logprobs - ref)[scored].mean(),
+            "regret": regret.second_order,
+            "regret/series": regret.series,
+        }
+    return {f"gvpo/{name}": float(value) for name, value in metrics.items()}

@@ -105,7 +105,7 @@ def test_two_processes_take_the_step_of_one(folder, environment, out, tmp_path) 
     assert facts["ranks"] == 2 and facts["devices"] == 4
     one = json.loads((out / "one.json").read_text())
     assert facts["tokens"] == one["tokens"]
-    # A checkpoint is of no number of processes or devices: one device goes on from theirs.
+    # A checkpoint does not depend on the number of processes or devices: one device resumes from theirs.
     of_policy = policy(folder, **SMOOTH)
     of_policy.restore(tmp_path / "two-checkpoint")
     alone = np.load(out / "one.npz")
