@@ -1,4 +1,4 @@
-"""gvpo doctor with frameworks whole, absent, broken and hanging: always an answer, in time, with the mend."""
+"""gvpo doctor with frameworks whole, absent, broken and hanging: always an answer, in time, with the fix."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_here_it_is_well_and_says_what_is_installed(tmp_path):
     assert found["gvpo"]["detail"] == __version__
     import numpy
 
-    assert found["numpy"] == {"status": "ok", "name": "numpy", "detail": numpy.__version__, "mend": ""}
+    assert found["numpy"] == {"status": "ok", "name": "numpy", "detail": numpy.__version__, "fix": ""}
     for name in ("torch", "jax", "mlx"):
         here = doctor._version(name)
         assert found[name]["detail"].startswith(here or "not installed")
@@ -81,7 +81,7 @@ def test_a_build_without_cuda_beside_a_gpu_is_a_warning(tmp_path):
     tool.chmod(0o755)
     found = findings(diagnose(tmp_path, "json=True", path=f"{tool.parent}{os.pathsep}{os.environ['PATH']}"))
     assert found["NVIDIA driver"]["detail"] == "NVIDIA X, 80000 MiB, 1.2"
-    assert found["torch"]["status"] == "warning" and "CUDA build" in found["torch"]["mend"]
+    assert found["torch"]["status"] == "warning" and "CUDA build" in found["torch"]["fix"]
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_a_broken_framework_is_named_with_its_mend(tmp_path, code, said):
     done = diagnose(tmp_path, "json=True")
     torch = findings(done)["torch"]
     assert done.returncode == 1 and torch["status"] == "wrong"
-    assert said in torch["detail"] and torch["mend"].startswith("pip install --force-reinstall")
+    assert said in torch["detail"] and torch["fix"].startswith("pip install --force-reinstall")
 
 
 def test_a_hanging_framework_does_not_hold_the_doctor_and_leaves_no_process(tmp_path):
@@ -110,7 +110,7 @@ def test_a_hanging_framework_does_not_hold_the_doctor_and_leaves_no_process(tmp_
     done = diagnose(tmp_path, "json=True", limit=doctor.LIMIT)  # the import would take an hour
     jax = findings(done)["jax"]
     assert done.returncode == 0, done
-    assert jax["status"] == "warning" and "did not finish in" in jax["detail"] and "importtime" in jax["mend"]
+    assert jax["status"] == "warning" and "did not finish in" in jax["detail"] and "importtime" in jax["fix"]
     deadline = time.monotonic() + 60
     while any(alive(int(pid)) for pid in mark.read_text().split()):
         assert time.monotonic() < deadline, "a process of the hanging import is still there"

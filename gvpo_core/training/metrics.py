@@ -205,7 +205,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file; lines that are no JSON object (a run was killed while writing) are passed over."""
+    """The records of a file; skips lines that are not JSON objects (a run was killed while writing)."""
     with path.open("rb") as file:
         for line in file:
             try:

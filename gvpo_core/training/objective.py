@@ -54,8 +54,8 @@ class TrainingObjective:
         options["lengths"] = np.array(lengths)
         copies = [np.array(array) for array in arrays]  # what the function changes in place changes nothing here
         try:
-            given = self.own(*copies, **{name: value for name, value in options.items() if name in taken})
-            result = np.array(given, np.float64)
+            coefficients = self.own(*copies, **{name: value for name, value in options.items() if name in taken})
+            result = np.array(coefficients, np.float64)
         except Exception as error:  # the function's own
             raise ObjectiveError(f"objective.name = {self.name!r} raised {type(error).__name__}: {error}") from error
         if result.shape != logprobs.shape:

@@ -1,4 +1,4 @@
-"""gvpo doctor: what is installed, which devices are seen, what is wrong and how to mend it. Offline, under 3 seconds.
+"""gvpo doctor: what is installed, which devices are seen, what is wrong and how to fix it. Offline, under 3 seconds.
 
 Versions are read from package metadata, without an import. The array frameworks are imported in separate processes
 under a time limit, since a broken one may hang, crash or end the interpreter.
@@ -55,14 +55,14 @@ class Finding(NamedTuple):
     status: Literal["ok", "warning", "wrong"]
     name: str
     detail: str
-    mend: str = ""
+    fix: str = ""
 
 
 def doctor(json: bool = False) -> int:
-    """Prints what is installed, which devices are seen, and the mend of what is wrong.
+    """Prints what is installed, which devices are seen, and how to fix what is wrong.
 
     Args:
-      json: one JSON object instead of lines: {"status": the worst, "findings": [{status, name, detail, mend}]}.
+      json: one JSON object instead of lines: {"status": the worst, "findings": [{status, name, detail, fix}]}.
     Returns: 0, or 1 when something is wrong; a warning is not.
     """
     findings = examine()
@@ -72,8 +72,8 @@ def doctor(json: bool = False) -> int:
     else:
         for finding in findings:
             print(f"{finding.status:<8} {finding.name:<17} {finding.detail}".rstrip())
-            if finding.mend:
-                print(f"{'':<8} {'':<17} -> {finding.mend}")
+            if finding.fix:
+                print(f"{'':<8} {'':<17} -> {finding.fix}")
         count = sum(f.status != "ok" for f in findings)
         print("all well" if not count else f"{count} to fix; the worst is: {worst}")
     return int(worst == "wrong")
@@ -139,13 +139,13 @@ def _machine() -> Finding:
 
 def _package(name: str, wanted: str, extra: str, *, needed: bool) -> list[Finding]:
     version = _version(name)
-    mend = f'pip install "{name}{wanted}"'
+    fix = f'pip install "{name}{wanted}"'
     if version is None:
         what = f"not installed; {f'the extra {extra}' if extra else 'gvpo'} needs {wanted}"
         missing: Literal["ok", "warning", "wrong"] = "ok" if not needed else "warning" if extra else "wrong"
-        return [Finding(missing, name, what, mend if needed else "")]
+        return [Finding(missing, name, what, fix if needed else "")]
     if not satisfies(version, wanted):
-        return [Finding("wrong" if needed else "warning", name, f"{version}; gvpo needs {wanted}", mend)]
+        return [Finding("wrong" if needed else "warning", name, f"{version}; gvpo needs {wanted}", fix)]
     return [Finding("ok", name, version)]
 
 
@@ -158,8 +158,8 @@ def _framework(name: str, result: tuple[int | None, str, str], gpu: bool) -> lis
     if status is None:
         detail = f"{main.detail}; its import did not finish in {LIMIT} s, so its devices are unknown"
         trace = f'python -X importtime -c "import {name}"'
-        mend = f"run this again if the disk was cold; otherwise find where it hangs: {trace}"
-        return [Finding("warning", name, detail, mend), *rest]
+        fix = f"run this again if the disk was cold; otherwise find where it hangs: {trace}"
+        return [Finding("warning", name, detail, fix), *rest]
     try:
         facts = loads(out.strip().rpartition("\n")[2])
         devices = ", ".join(map(str, facts["devices"]))
@@ -168,8 +168,8 @@ def _framework(name: str, result: tuple[int | None, str, str], gpu: bool) -> lis
         return [Finding("wrong", name, f"{main.detail}; its import fails: {last[:300]}", reinstall), *rest]
     if gpu and name == "torch" and not facts.get("cuda"):
         detail = f"{main.detail}; {devices}: a build without CUDA, on a machine with an NVIDIA GPU"
-        mend = "install the CUDA build: https://pytorch.org/get-started/locally"
-        return [Finding("warning", name, detail, mend), *rest]
+        fix = "install the CUDA build: https://pytorch.org/get-started/locally"
+        return [Finding("warning", name, detail, fix), *rest]
     return [Finding("ok", name, f"{main.detail}; {devices}"), *rest]
 
 

@@ -12,7 +12,8 @@ from gvpo_core.training.terminal.output import OutputError, say
 def report(arguments: list[str]) -> int:
     """Writes the page and prints its path; returns the exit status.
 
-    Raises: ConfigError: a folder that is no run, one given twice, too many. OutputError: the page cannot be written.
+    Raises: ConfigError: a folder that is not a run, a folder given twice, too many folders. OutputError: the page
+      cannot be written.
     """
     parser = argparse.ArgumentParser(
         prog="gvpo report", description="Writes RUN/report.html; of several runs, one page that compares them."

@@ -183,7 +183,7 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
 def _unwritable(value: str, name: str) -> str:
     """What a text or path should be where its characters cannot be written or opened; empty: they can.
 
-    Python keeps bytes of a command line or file name that are no text as lone surrogates: no TOML file and no tracker
+    Python keeps bytes of a command line or file name that are not text as lone surrogates: no TOML file and no tracker
     takes them. Under a locale such as LC_ALL=C with PYTHONUTF8=0 all beyond ASCII is of this kind.
     """
     encoding = sys.getfilesystemencoding()

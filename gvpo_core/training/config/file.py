@@ -80,8 +80,8 @@ def parse_arguments(
     if path is None or reader is None:
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
     config, wrong = _all_overridden(default, options)
-    given = {one[0].split("=")[0].replace("-", "_").lstrip("_") for one in _each(options)}
-    _refuse(wrong + reader.wrong(config, given) + also(config))
+    option_names = {one[0].split("=")[0].replace("-", "_").lstrip("_") for one in _each(options)}
+    _refuse(wrong + reader.wrong(config, option_names) + also(config))
     return path, config
 
 

@@ -31,10 +31,10 @@ def retried(read: Callable[[], T]) -> T:
 
 
 def refuse_special(path: Path) -> None:
-    """Refuses what never ends or never begins to be read; a path that is not there or is a folder is left to the open.
+    """Rejects files whose reading may never begin or end. Missing paths and folders are left to the caller's open.
 
-    Raises: OSError: a pipe, socket or device stands at the path. A pipe that a shell made of a command, `<(...)`, is
-      taken.
+    Raises: OSError: the path is a pipe, socket or device. A pipe of a shell's process substitution, `<(...)`, is
+      accepted.
     """
     try:
         mode = os.stat(path).st_mode
@@ -42,7 +42,7 @@ def refuse_special(path: Path) -> None:
         return
     kind = next((kind for test, kind in _SPECIAL.items() if test(mode)), None)
     if kind and not (kind == "pipe" and str(path).startswith(("/dev/fd/", "/proc/self/fd/", "/dev/stdin"))):
-        raise OSError(errno.EINVAL, f"a {kind} stands there; expected a file", str(path))
+        raise OSError(errno.EINVAL, f"this is a {kind}; expected a file", str(path))
 
 
 def is_folder(path: Path) -> bool:

@@ -164,7 +164,7 @@ class LanguageModelPolicy(abc.ABC):
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float64 sums of float32 token log-probs, nats, at temperature 1.
 
-        Raises: RuntimeError: the reference, where `load` was told that it is not needed.
+        Raises: RuntimeError: the reference was asked for, and `load` had reference=False.
         """
         if reference and not self.settings.reference and not self.config.lora_rank:
             raise RuntimeError("the reference was not loaded: load(..., reference=True)")

@@ -1,7 +1,7 @@
 """How responses are laid out in rows, and rows in micro-batches: plain data, no framework.
 
 A packed row holds a prompt once and its responses after it; each response sees the prompt and itself, and its positions
-go on from the prompt's. A plain row is a packed row of one response. The last token of a response is never an input.
+continue from the prompt's. A plain row is a packed row of one response. The last token of a response is never an input.
 """
 
 import logging

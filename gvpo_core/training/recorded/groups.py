@@ -80,9 +80,9 @@ def encode_groups(
 ) -> Groups:
     """Encodes every prompt and response.
 
-    A prompt or response over its limit is an error, or leaves with data.too_long = "drop"; nothing is cut. A group
-    with fewer than `smallest` scored responses is skipped, but in what a run wrote, where it keeps its place in its
-    step and the objective leaves it out.
+    A prompt or response over its limit is an error, or is dropped with data.too_long = "drop"; nothing is cut. A
+    group with fewer than `smallest` scored responses is skipped. In rows that a run wrote it keeps its place in its
+    step instead, and the objective leaves it out.
 
     Raises: DataError: see `encode_prompts`; a response that cannot be one of this policy, with its row; no group left.
     """

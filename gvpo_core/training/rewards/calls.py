@@ -246,7 +246,7 @@ class Processes:
             raise
         try:
             answer = worker.ask(request, limit)
-        except BaseException:  # Ctrl-C too: a worker that was interrupted is of no more use
+        except BaseException:  # Ctrl-C too: an interrupted worker cannot be used again
             self._end(worker, again=True)
             raise
         self._give(worker)

@@ -105,7 +105,7 @@ def call_rewards(
     responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]],
 ) -> Calls:
-    """Calls every reward, all at the same time. Raises: RewardError: a result that is of no use, too many failures."""
+    """Calls every reward, all at the same time. Raises: RewardError: an invalid result, too many failures."""
     completions = [
         text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
         for prompt, text in zip(prompts, responses, strict=True)

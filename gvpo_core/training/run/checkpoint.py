@@ -194,7 +194,7 @@ def damage(directory: Path) -> str | None:
             return f"{manifest} does not match its own SHA-256"
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        return f"{manifest} is no manifest of a checkpoint ({_wrong(e)})"
+        return f"{manifest} is not a checkpoint's manifest ({_wrong(e)})"
     if _step_of(directory.name) not in (None, said["step"]):
         return f"{manifest} belongs to step {said['step']}"
     for name, (size, digest) in entries.items():

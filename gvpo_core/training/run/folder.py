@@ -24,7 +24,7 @@ _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoint
          "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache")  # fmt: skip
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
           "report.html", "trackers.json")  # fmt: skip
-_NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # a path that waiting does not mend
+_NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # errors of a path that waiting does not fix
 _ALLOW = "another run.folder, or run.allow_changes = true to continue with"
 
 
@@ -33,7 +33,7 @@ class RunFolderError(RuntimeError):
 
 
 class RunFolder:
-    """Files of one run. Lines are appended whole and synced once a step; `cut` takes back steps to be run again."""
+    """Files of one run. Lines are appended whole and synced once a step; `cut` removes steps that run again."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -86,7 +86,7 @@ class RunFolder:
                 self._same_settings(config, bool(steps_saved(self.checkpoints)))
 
     def _refuse_other_files(self) -> None:
-        """Raises RunFolderError: a pipe, device or folder stands where a file of the run belongs."""
+        """Raises RunFolderError: a pipe, device or folder is in the place of a file of the run."""
         for name in _FILES:
             try:
                 mode = retried(lambda name=name: os.stat(self.path / name)).st_mode  # type: ignore[misc]
@@ -106,12 +106,12 @@ class RunFolder:
         except FileNotFoundError:
             if begun and not allowed:
                 raise ConfigError(
-                    f"{self._settings} is missing, and the run has checkpoints. {_mend(self.path)}"
+                    f"{self._settings} is missing, and the run has checkpoints. {_recovery(self.path)}"
                 ) from None
             return
         except ConfigError as e:
             if begun and not allowed:
-                raise ConfigError(f"{e}. {_mend(self.path)}") from e
+                raise ConfigError(f"{e}. {_recovery(self.path)}") from e
             _log.warning("%s; written again", e)
             return
         changed = differences(saved, config)
@@ -140,7 +140,7 @@ class RunFolder:
         except (ValueError, RecursionError) as e:
             damaged = f"{self._environment} is damaged ({e}): it records the data and model of the run"
             if begun and not allowed:
-                raise ConfigError(f"{damaged}. {_mend(self.path)}") from e
+                raise ConfigError(f"{damaged}. {_recovery(self.path)}") from e
             _log.warning("%s; written again", damaged)
             return {}
         return known
@@ -272,5 +272,5 @@ def _ends_elsewhere(difference: str, config: Config) -> bool:
     return difference.startswith("run.steps:") and config.optimizer.schedule != "constant"
 
 
-def _mend(path: Path) -> str:
+def _recovery(path: Path) -> str:
     return f"Restore it, or set run.allow_changes = true to continue in {path} with the current settings and data"

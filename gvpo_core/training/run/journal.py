@@ -338,7 +338,7 @@ class Journal:
             self.console.close(self._summary(report))
 
     def _summary(self, report: Path | None) -> dict[str, Any]:
-        """What the run achieved, and the commands that go on from it."""
+        """What the run achieved, and the commands that come next."""
         facts: dict[str, Any] = {}
         if self._evaluated:
             if "eval/reward" in self._evaluated[0]:

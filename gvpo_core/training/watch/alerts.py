@@ -61,7 +61,7 @@ def failed(step: int, error: Exception) -> Alert:
     said = str(error).strip().partition("\n")[0]
     if not type(error).__module__.startswith("gvpo_"):
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
-    advice = "mend it, and give the same command: it goes on from the last checkpoint; all of the error is in the log"
+    advice = "fix it and run the same command: it resumes from the last checkpoint; the log has the full error"
     return Alert("error", BAD, f"step {step} failed: {said}", advice)
 
 

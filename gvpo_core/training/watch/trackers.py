@@ -117,7 +117,7 @@ def open_trackers(
     Args:
       names: of wandb, trackio, tensorboard.
       run: the run folder. `trackers.json` there keeps the run's id and the last step sent, so that a resumed run
-        goes on in the same place and sends no step twice.
+        continues there and sends no step twice.
       config: shown by the tracker beside the run.
       warn: told once when a tracker fails; default: warnings.warn.
     Raises: ConfigError: as check_trackers. TrackerError: a tracker that does not start (no login, no network), before
@@ -133,7 +133,7 @@ def open_trackers(
                 backends[name] = _KINDS[name](modules[name], run, state.identity, config)
         except Exception as e:
             raise TrackerError(
-                f"tracker {name!r} did not start ({type(e).__name__}: {e}); mend that or take it out of run.trackers"
+                f"tracker {name!r} did not start ({type(e).__name__}: {e}); fix that or remove it from run.trackers"
             ) from e
     return _Trackers(backends, state, warn or (lambda message: warnings.warn(message, stacklevel=3)))
 

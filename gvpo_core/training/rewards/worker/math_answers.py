@@ -71,9 +71,9 @@ def judge(response: str, gold: str) -> float | None:
     if wanted is None:
         return None
     for candidate in _candidates(response):
-        found = _read(candidate)
-        if found is not None:
-            return float(_equal(answer, wanted, candidate, found))
+        value = _read(candidate)
+        if value is not None:
+            return float(_equal(answer, wanted, candidate, value))
     if _DELIMITED.search(response) or not re.search(r"\d\S*[^\d\s.,;:!?%)*+/^($€£-]", response):
         return float(_verified(wanted, _parse(response, delimited=True)))
     return 0.0
