@@ -365,9 +365,11 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device; fails without one. Not in the default run."""
+    """The tests that need a CUDA device, and the benchmark of a step; fails without one. Not in the default run."""
     install(session, "-e", ".[torch,dev]")
-    pytest(session, "gpu", "conformance/backends/test_torch_cuda.py", GVPO_SUBJECTS="torch,gpu")
+    tests = (f"conformance/backends/test_torch_{name}.py" for name in ("cuda", "fixed"))
+    pytest(session, "gpu", *tests, GVPO_SUBJECTS="torch,gpu")
+    session.run("python", "benchmarks/cuda_step.py")
 
 
 @nox.session(venv_backend="none")

@@ -30,6 +30,7 @@ QWEN |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": 
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}
 GROUP, PROMPT, RESPONSE = 8, 512, 2048  # responses a prompt; tokens, of responses at most
+TOKENS = 128  # drawn for each row where sampling is measured
 
 
 @contextmanager
@@ -94,23 +95,28 @@ def main() -> None:
             "full": {},
             "full, checkpointing": {"gradient_checkpointing": True},
             "lora": {"lora_rank": 16},
-            "lora, checkpointing": {"lora_rank": 16, "gradient_checkpointing": True},
         }
         for kind, options in kinds.items():
             model = ModelConfig(path=str(folder), device="cuda", dtype="bfloat16", **options)
             optimizer = OptimizerConfig(micro_batch_tokens=16384)
             with measured(f"{kind}: load"):
                 policy = load(model, optimizer, updates=10, reference=False, seed=0)
+            assert policy.scorer.decodes_fixed, "the model is not decoded in fixed buffers"
             parameters = policy.describe().parameters
             products = 4 if "lora" in kind else 6  # a frozen weight has no gradient
             if kind in ("full", "lora"):
-                for rows in (GROUP * 2, GROUP * prompts):
-                    some = texts[: rows // GROUP]
-                    seeds = [[row_seed(0, i, j) for j in range(GROUP)] for i in range(len(some))]
-                    policy.generate(some, seeds, Sampling(2))
-                    with measured(f"{kind}: sample {rows} rows") as found:
-                        drawn = policy.generate(some, seeds, Sampling(min(64, response)))
-                        found["tokens"] = sum(len(r.tokens) for row in drawn for r in row)
+                for rows in (16, 128, 512):
+                    some = texts[: max(1, min(rows, len(batch)) // GROUP)]
+                    seeds = [[row_seed(0, i, j) for j in range(rows // len(some))] for i in range(len(some))]
+                    for loop, fixed in (("plain loop", False), ("fixed buffers", True)):
+                        policy.scorer.decodes_fixed = fixed
+                        policy.generate(some, seeds, Sampling(4))
+                        with measured(f"{kind}: sample {rows} rows, {loop}") as found:
+                            drawn = policy.generate(some, seeds, Sampling(min(TOKENS, response)))
+                            found["tokens"] = sum(len(r.tokens) for row in drawn for r in row)
+                            found["longest"] = longest = max(len(r.tokens) for row in drawn for r in row)
+                        torch.cuda.synchronize()
+                        print(f"  {1000 * found['seconds'] / longest:.1f} ms a token of a row")
             policy.logprobs(batch.take(list(range(GROUP))))
             with measured(f"{kind}: score", tokens=packed, flops=2 * parameters * packed):
                 policy.logprobs(batch)

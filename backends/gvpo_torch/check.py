@@ -11,7 +11,7 @@ from torch import Tensor
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import rope
+from gvpo_torch import fixed, rope
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, score
 
@@ -50,6 +50,8 @@ def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bo
                 "it does something to its logits that is not known here, and cannot be trained exactly"
             )
         _check_decoding(scorer, name, batch, plain, device)
+        if device.type == "cuda":
+            scorer.decodes_fixed = decodes_fixed(scorer, batch, plain, device)
     if config.gradient_checkpointing:
         _check_checkpointing(scorer, name, batch, plain, device)
 
@@ -128,7 +130,16 @@ def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndar
     )
 
 
-def _decoded(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
+def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device: torch.device) -> bool:
+    """Whether decoding in fixed buffers is what scoring is; where it is not, the other loop samples."""
+    if not fixed.fits(scorer):
+        return False
+    with contextlib.suppress(*_FAILS):
+        return _differ(scorer, _decoded(scorer, batch, device, in_fixed_buffers=True), plain) is None
+    return False
+
+
+def _decoded(scorer: Scorer, batch: Batch, device: torch.device, *, in_fixed_buffers: bool = False) -> list[np.ndarray]:
     """Log-probs of each response's tokens as the sampler sees them, where it is given these tokens."""
     prompts = sorted(set(batch.prompts), key=len)
     members = [[i for i, prompt in enumerate(batch.prompts) if prompt == own] for own in prompts]
@@ -156,6 +167,7 @@ def _decoded(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndar
         device=device,
         cache_tokens=1 << 30,
         choose=choose,
+        in_fixed_buffers=in_fixed_buffers,
     )
     return [np.asarray(values) for values in found]
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_torch import fixed
 from gvpo_torch.cache import keep_rows, new_cache
 from gvpo_torch.model import Scorer
 
@@ -33,6 +34,7 @@ def generate(
     device: torch.device,
     cache_tokens: int,
     choose: Choose | None = None,
+    in_fixed_buffers: bool = False,
 ) -> list[list[Response]]:
     """len(seeds[i]) responses to prompts[i].
 
@@ -41,12 +43,13 @@ def generate(
       end: ids that end a response.
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
       choose: (logits (R, V), R rows (prompt, response), t) -> (R,) int64, their t-th tokens, in place of drawing.
+      in_fixed_buffers: decode as `fixed` does, where `fixed.fits` the model.
     """
     found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     products = _skinny_products(scorer) if device.type == "cpu" else contextlib.nullcontext()
     with products:
         for rows in _chunks(scorer, prompts, seeds, sampling, cache_tokens):
-            texts = _decode(scorer, forward, prompts, seeds, rows, sampling, set(end), device, choose)
+            texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose, in_fixed_buffers)
             for (i, j), response in zip(rows, texts, strict=True):
                 found[i][j] = response
     return found  # type: ignore[return-value]
@@ -106,9 +109,10 @@ def _decode(
     seeds: Sequence[Sequence[int]],
     rows: Sequence[tuple[int, int]],
     sampling: Sampling,
-    end: set[int],
+    end: Sequence[int],
     device: torch.device,
-    choose: Choose | None = None,
+    choose: Choose | None,
+    in_fixed_buffers: bool,
 ) -> list[Response]:
     unique = sorted({i for i, _ in rows})
     width = max(len(prompts[i]) for i in unique)
@@ -128,11 +132,20 @@ def _decode(
     logits = forward(put(ids), put(positions), mask=mask_on, cache=cache)
     owners = np.asarray([unique.index(i) for i, _ in rows])
     shared = put(owners)
+    lengths = np.asarray([len(prompts[i]) for i, _ in rows])
+    if in_fixed_buffers and fixed.is_plain(cache):
+        buffers = fixed.FixedRows(scorer, cache, shared, mask_on, put(lengths))
+        del cache
+        own_seeds = [seeds[i][j] for i, j in rows]
+        choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
+        logits = logits.index_select(0, shared)
+        texts = fixed.decode(buffers, logits, own_seeds, sampling, end, pick=draw, choose=choice)
+        return [Response(tuple(tokens), done) for tokens, done in texts]
     if len(rows) != len(unique) or not np.array_equal(owners, np.arange(len(unique))):
         keep_rows(cache, shared)
         logits = logits.index_select(0, shared)
     mask_on = None if mask_on is None else mask_on.index_select(0, shared)
-    lengths = np.asarray([len(prompts[i]) for i, _ in rows])
+    ends = set(end)
     drawn: list[list[int]] = [[] for _ in rows]
     finished = [False] * len(rows)
     held = np.arange(len(rows))  # row of each line of the cache
@@ -149,7 +162,7 @@ def _decode(
         for line in np.flatnonzero(~ended).tolist():
             row = int(held[line])
             drawn[row].append(int(tokens[line]))
-            if int(tokens[line]) in end:
+            if int(tokens[line]) in ends:
                 finished[row] = ended[line] = True
         if ended.all() or t + 1 == sampling.max_tokens:
             break
@@ -174,25 +187,30 @@ def _decode(
 
 
 def pick(logits: Tensor, numbers: np.ndarray, sampling: Sampling) -> np.ndarray:
+    """`draw` with numbers and tokens, (R,) float64 and int64, on the host."""
+    if logits.device.type == "mps":  # has no float64
+        logits = logits.cpu()
+    return draw(logits, torch.from_numpy(np.ascontiguousarray(numbers)).to(logits.device), sampling).cpu().numpy()
+
+
+def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     """(R,) int64: one token a row, by the inverse of the cumulative distribution in vocabulary order, in float64.
 
     Args:
       logits: (R, V) float.
-      numbers: (R,) float64 in [0, 1).
+      numbers: (R,) float64 in [0, 1), on the same device.
     """
     if sampling.temperature == 0:
-        return logits.argmax(1).cpu().numpy()
-    if logits.device.type == "mps":  # has no float64
-        logits = logits.cpu()
+        return logits.argmax(1)
     z = logits.double()
     z = z.sub_(z.amax(1, keepdim=True)).div_(sampling.temperature)
     masses = truncate(z.exp_(), sampling)
     cumulative = masses.cumsum(1)
-    wanted = torch.from_numpy(np.ascontiguousarray(numbers)).to(z.device) * cumulative[:, -1]
+    wanted = numbers * cumulative[:, -1]
     chosen = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
     # Rounding of u * total may reach the total itself: then the last token with any mass.
     last = cumulative.argmax(1)
-    return torch.minimum(chosen, last).cpu().numpy()
+    return torch.minimum(chosen, last)
 
 
 def truncate(masses: Tensor, sampling: Sampling) -> Tensor:

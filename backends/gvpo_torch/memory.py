@@ -28,7 +28,10 @@ def cache_tokens(scorer: Scorer, device: torch.device) -> int:
     """Tokens of key-value cache that half of the free device memory holds (a gibibyte on CPU)."""
     sizes = shape(scorer) or {"layers": 32, "kv_heads": 1, "head_dim": 4096}
     token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * scorer.dtype.itemsize
-    free = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_CACHE_BYTES
+    free = CPU_CACHE_BYTES
+    if device.type == "cuda":  # what the caching allocator has reserved and does not use is free as well
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = (torch.cuda.mem_get_info(device)[0] + idle) // 2
     return max(1, free // (2 * token))  # growing a cache holds a layer twice, dropping rows as well
 
 

@@ -40,6 +40,7 @@ class Scorer(nn.Module):
         self.cache_argument = cache_argument(self.decoder, self.config)
         self.rope = rope.by_length(self.decoder, self.config)
         kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+        self.decodes_fixed = False  # set by `check`: whether sampling may go through `fixed`
         self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
         with self.autocast():
             self.head_options = head_options(base, self.decoder, self.config)

@@ -14,7 +14,7 @@ from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import check, checkpoint, export, generate, memory, model
+from gvpo_torch import check, checkpoint, export, fixed, generate, memory, model
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import distribute, gathered, is_sharded, shard
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
@@ -77,7 +77,9 @@ class TorchPolicy(LanguageModelPolicy):
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
         self._trained.eval()
-        with self._no_gradients(), self.scorer.autocast(), gathered(self._trained):
+        in_fixed_buffers = self.device.type == "cuda" and self.scorer.decodes_fixed and not self._sharded
+        held = fixed.products_in_compute_dtype(self.scorer) if in_fixed_buffers else contextlib.nullcontext()
+        with self._no_gradients(), held, self.scorer.autocast(), gathered(self._trained):
             return generate.generate(
                 self.scorer,
                 self.scorer,
@@ -87,6 +89,7 @@ class TorchPolicy(LanguageModelPolicy):
                 end=self._end,
                 device=self.device,
                 cache_tokens=self._cache_tokens(),
+                in_fixed_buffers=in_fixed_buffers,
             )
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:

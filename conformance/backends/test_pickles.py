@@ -88,5 +88,7 @@ def test_a_model_of_pickles_is_refused(policies, model, tmp_path):
     shutil.copytree(model, folder)
     for name in pickles.USUAL:
         (folder / name).write_bytes(next(pickles.forms(mark))[1])
+    refused(mark, "an adapter beside the model", lambda: policies.policy(folder))
+    (folder / "adapter_model.bin").unlink()
     policies.policy(folder)
     assert not mark.exists()

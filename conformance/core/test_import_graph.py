@@ -13,7 +13,7 @@ pytestmark = pytest.mark.core
 # Of a run: its settings, the model, rewards, groups, what is shown of it, its record, the loop, the commands.
 TRAINING = [
     "intervals", "terminal", "files", "sampling", "config", "fingerprint", "policy", "rewards", "rows",
-    "data", "objective", "rollout", "improve", "recorded", "sources", "inputs", "watch", "metrics",
+    "data", "objective", "samplers", "rollout", "improve", "recorded", "sources", "inputs", "watch", "metrics",
     "evaluation", "report", "run", "loop", "cli",
 ]  # fmt: skip
 FACES = {"__init__", "builtin_rewards", "console"}  # names for users: they re-export, and nothing imports them

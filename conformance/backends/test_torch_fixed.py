@@ -1,0 +1,114 @@
+"""Decoding in buffers of fixed size, as on CUDA, draws the tokens of the plain loop; here without graphs, on CPU."""
+
+import numpy as np
+import pytest
+import tiny_models
+from required import require
+from torch_policies import policy
+
+require(subject="torch")
+import torch
+from gvpo_torch import check, fixed, generate
+
+from gvpo_core.training.policy import layout
+from gvpo_core.training.sampling import Sampling, row_seed
+
+FAMILIES = ["llama", "qwen2", "qwen3"]
+PROMPTS = [(5, 6, 7), tuple(range(20, 32)), (9,)]
+SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1, 4))]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    made = {}
+
+    def folder(family: str):
+        if family not in made:
+            made[family] = tiny_models.make_model(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder
+
+
+def sampled(of_policy, sampling: Sampling, *, in_fixed_buffers: bool):
+    of_policy.scorer.eval()
+    with torch.inference_mode(), of_policy.scorer.autocast():
+        return generate.generate(
+            of_policy.scorer,
+            of_policy.scorer,
+            PROMPTS,
+            SEEDS,
+            sampling,
+            end=of_policy._end,
+            device=of_policy.device,
+            cache_tokens=1 << 20,
+            in_fixed_buffers=in_fixed_buffers,
+        )
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_draws_the_tokens_of_the_plain_loop(family, kind, folders, monkeypatch):
+    """Beyond the first size of the buffers, with rows that end early and are dropped, prompts padded."""
+    monkeypatch.setattr(fixed, "FIRST_TOKENS", 5)
+    monkeypatch.setattr(fixed, "WAIT_EVERY", 4)
+    of_policy = policy(folders(family), **kind)
+    assert fixed.fits(of_policy.scorer)
+    made = []
+    monkeypatch.setattr(fixed, "FixedRows", lambda *given: made.append(Watched(*given)) or made[-1])
+    for sampling in (Sampling(70), Sampling(9, temperature=0.0), Sampling(9, temperature=0.7, top_k=5, top_p=0.9)):
+        found = [sampled(of_policy, sampling, in_fixed_buffers=fixed_too) for fixed_too in (False, True)]
+        assert found[0] == found[1]
+    assert len(made) == 3 and made[0].grown > 1 and made[0].kept, "buffers neither grew nor lost rows"
+    assert of_policy.scorer.base.config._attn_implementation != fixed.ATTENTION
+
+
+class Watched(fixed.FixedRows):
+    grown = kept = 0
+
+    def grow(self, tokens: int) -> None:
+        self.grown += 1
+        super().grow(tokens)
+
+    def keep(self, rows: torch.Tensor) -> None:
+        self.kept += 1
+        super().keep(rows)
+
+
+@pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "lora_rank": 2}], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_is_compared_with_scoring_at_load(family, settings, folders, monkeypatch):
+    of_policy = policy(folders(family), **settings)
+    batch = layout.check_batch(of_policy.scorer.base.get_output_embeddings().weight.shape[0])
+    plain = check._by_response(of_policy.scorer, batch, False, of_policy.device)
+    with torch.no_grad():
+        assert check.decodes_fixed(of_policy.scorer, batch, plain, of_policy.device)
+        monkeypatch.setattr(fixed._Layer, "update", lambda layer, k, v, *a, **o: (layer.keys, layer.values))
+        assert not check.decodes_fixed(of_policy.scorer, batch, plain, of_policy.device)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "mistral", "gpt2"])
+def test_other_attention_takes_the_plain_loop(family, folders):
+    of_policy = policy(folders(family))
+    batch = layout.check_batch(of_policy.scorer.base.get_output_embeddings().weight.shape[0])
+    plain = check._by_response(of_policy.scorer, batch, False, of_policy.device)
+    with torch.no_grad():
+        decodes = check.decodes_fixed(of_policy.scorer, batch, plain, of_policy.device)
+    windows = getattr(of_policy.scorer.config, "sliding_window", None) is not None
+    assert not (decodes and windows)
+
+
+def test_layers_are_held_in_the_dtype_of_products_and_put_back(folders):
+    of_policy = policy(folders("llama"), dtype="bfloat16")
+    before = {name: p.detach().clone() for name, p in of_policy.scorer.named_parameters()}
+    linear = of_policy.scorer.decoder.layers[0].mlp.up_proj
+    with torch.inference_mode(), of_policy.scorer.autocast():
+        x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+        plain = linear(x)
+        with fixed.products_in_compute_dtype(of_policy.scorer):
+            assert linear.weight.dtype == torch.bfloat16
+            assert of_policy.scorer.base.get_input_embeddings().weight.dtype == torch.float32
+            held = linear(x)
+    np.testing.assert_array_equal(held.float().numpy(), plain.float().numpy())
+    for name, p in of_policy.scorer.named_parameters():
+        assert torch.equal(p, before[name]) and p.dtype == before[name].dtype
