@@ -108,7 +108,7 @@ class Server(ThreadingHTTPServer):
     def __init__(self, policy=None, faults=()):
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
-        self.keys = Counter()
+        self.keys, self.commands, self.adapters = Counter(), [], {}
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
@@ -118,10 +118,11 @@ class Server(ThreadingHTTPServer):
     def answer(self, body):
         sampling = Sampling(body["max_tokens"], body["temperature"])
         prompt, seeds = tuple(body["prompt"]), [body["seed"] + i for i in range(body["n"])]
-        (drawn,) = self.policy.generate([prompt], [seeds], sampling)
+        policy = self.adapters.get(body["model"], self.policy)
+        (drawn,) = policy.generate([prompt], [seeds], sampling)
         choices = []
         for response in drawn:
-            logprob = float(self.policy.logprobs(Batch([prompt], [response.tokens], [0]))[0])
+            logprob = float(policy.logprobs(Batch([prompt], [response.tokens], [0]))[0])
             each = [logprob] + [0.0] * (len(response.tokens) - 1)
             reason = "stop" if response.finished else "length"
             choices.append(
@@ -138,6 +139,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
+        if self.path != "/v1/completions":
+            return self.take_weights(server, body)
         server.asked.append(body)
         server.keys[self.headers.get("Authorization")] += 1
         fault = server.faults.pop(0) if server.faults else None
@@ -161,8 +164,40 @@ class Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(text[:20] if fault == "cut" else b"no JSON" if fault == "garbage" else text)
 
+    def take_weights(self, server, body):
+        server.commands.append(self.path)
+        fault = server.faults.pop(0) if server.faults else 200
+        if fault == 200 and self.path == "/v1/load_lora_adapter":
+            server.adapters[body["lora_name"]] = Sent.read(body["lora_path"])
+        elif fault == 200 and self.path == "/v1/unload_lora_adapter":
+            del server.adapters[body["lora_name"]]
+        elif fault == 200 and self.path == "/collective_rpc":
+            assert body["method"] == "reload_weights"
+            server.policy = Sent.read(body["kwargs"]["weights_path"])
+        self.send_response(fault)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
     def log_message(self, *arguments):
         """Prints nothing."""
+
+
+class Sent(TablePolicy):
+    """A table whose adapters and model can be read back from a folder."""
+
+    tied = False
+
+    def export_adapters(self, directory):
+        directory.mkdir(parents=True)
+        np.save(directory / "table.npy", self.log_table())
+
+    def export(self, directory):
+        self.export_adapters(directory)
+        (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": self.tied}))
+
+    @staticmethod
+    def read(path):
+        return TablePolicy(table(np.exp(np.load(f"{path}/table.npy"))))
 
 
 def engine(server, **options):
@@ -267,3 +302,55 @@ def test_a_run_with_an_engine_resumes_bit_for_bit(tmp_path, capsys):
             tables.append(policy.log_table())
     assert np.array_equal(*tables)
     assert math.isfinite(tables[0].sum())
+
+
+def sends(tmp_path, server, weights, steps=4, **options):
+    """A run whose engine must have the weights of each step, to rounding."""
+    config = short(tmp_path, steps)
+    given = {"weights": weights, "folder": tmp_path / "weights", "gap_tolerance": 1e-9, **options}
+    run(config, engine(server, **given), Sent(table(REFERENCE), config.optimizer))
+    return config
+
+
+@pytest.mark.parametrize("weights", ["adapters", "model"])
+def test_the_engine_has_the_weights_of_each_step(weights, tmp_path, capsys):
+    with Server() as server:
+        config = sends(tmp_path, server, weights)
+        assert {line["version"] for line in lines(config, "completions")} == {0, 1, 2, 3}
+        assert len(list((tmp_path / "weights").iterdir())) == 2, "older versions stay on disk"
+        if weights == "adapters":
+            assert len({body["model"] for body in server.asked}) == 4 and len(server.adapters) == 2
+        else:
+            assert server.commands == ["/collective_rpc", "/reset_prefix_cache"] * 4
+
+
+def test_an_engine_that_is_busy_gets_the_weights_again(tmp_path, capsys):
+    with Server(faults=[503, 429]) as server:
+        sends(tmp_path, server, "adapters", steps=1)
+        assert server.commands == ["/v1/load_lora_adapter"] * 3
+
+
+@pytest.mark.parametrize("fault", [404, 500])
+def test_weights_that_do_not_load_end_the_run_by_name(fault, tmp_path, capsys):
+    with Server(faults=[fault] * 4) as server, pytest.raises(SamplerError, match=f"weights were not loaded.*{fault}"):
+        sends(tmp_path, server, "model")
+
+
+def test_a_tied_model_is_not_sent_whole(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Sent, "tied", True)
+    with Server() as server, pytest.raises(ConfigError, match="tie_word_embeddings"):
+        sends(tmp_path, server, "model")
+    assert server.commands == []
+
+
+@pytest.mark.parametrize("options", [{"weights": "adapters"}, {"folder": "there"}, {"weights": "all", "folder": "x"}])
+def test_weights_need_a_folder(options):
+    with pytest.raises(ConfigError, match="expected adapters or model, and a folder"):
+        Engine("http://localhost", "tiny", **options)
+
+
+def test_a_tolerance_without_log_probabilities_is_an_error(tmp_path, capsys):
+    sampler = Copy(tolerance=0.1)
+    sampler.told = lambda prompt, response: response
+    with pytest.raises(SamplerError, match="nothing was compared"):
+        run(short(tmp_path, 1), sampler)

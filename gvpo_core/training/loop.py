@@ -22,7 +22,7 @@ from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers import Sampler
-from gvpo_core.training.samplers.protocol import check_gap, close, gaps
+from gvpo_core.training.samplers.protocol import check_gap, close
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
@@ -92,8 +92,7 @@ def run(
             rollout = source.groups(policy, step)
             journal.phase("update")
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
-            if rollout.sampler_logprobs is not None:
-                check_gap(gaps(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths), rollout.gap_tolerance)
+            check_gap(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, rollout.gap_tolerance)
             journal.step(rollout, improvement)
             evaluate()
             stopping, early = highest(policy, stop.signal), journal.out_of_patience()

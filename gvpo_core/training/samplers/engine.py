@@ -8,11 +8,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.samplers.protocol import Drawn, SamplerError
+from gvpo_core.training.samplers.weights import WeightFolder
 from gvpo_core.training.sampling import Sampling
 
 
@@ -30,7 +33,7 @@ class Engine:
     A request that fails (refused, too slow, 429, 5xx, an answer that is not JSON or of another model) is repeated
     with growing pauses. Responses that do not come are lost, and their groups are smaller.
 
-    The engine keeps the weights that it was started with. To send new ones, define `refresh` in a subclass.
+    Without `weights` the engine keeps those that it was started with.
     """
 
     def __init__(
@@ -45,6 +48,8 @@ class Engine:
         end_tokens: Collection[int] = (),
         key_variable: str = "",
         gap_tolerance: float | None = None,
+        weights: Literal["kept", "adapters", "model"] = "kept",
+        folder: str | Path = "",
     ) -> None:
         """
         Args:
@@ -57,6 +62,9 @@ class Engine:
           end_tokens: where given, a response must end with one of them if and only if the engine says `stop`.
           key_variable: environment variable that holds the key of the server. The key is written nowhere.
           gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: not checked.
+          weights: what `refresh` sends to vLLM's server before each step. adapters: the policy's LoRA adapters; model:
+            the whole model, whose head must not be its embedding.
+          folder: for the weights; the server sees it under the same path. The two newest versions are kept.
         Raises: ConfigError: an argument out of range, or a variable that is not set.
         """
         if not url.startswith(("http://", "https://")):
@@ -69,7 +77,13 @@ class Engine:
         self.url, self.model, self.concurrency, self.deadline = url.rstrip("/"), model, concurrency, deadline
         self.tries, self.pause, self.end_tokens = tries, pause, frozenset(end_tokens)
         self.key_variable, self.gap_tolerance = key_variable, gap_tolerance
-        self.version: int | None = None  # of the engine's weights; a subclass's `refresh` sets it
+        if weights not in ("kept", "adapters", "model") or (weights != "kept") != bool(folder):
+            raise ConfigError(
+                f"weights = {weights!r} and folder = {str(folder)!r}; expected adapters or model, and a folder"
+            )
+        self.served = model  # name to ask for: each version of adapters has its own
+        self._weights = None if weights == "kept" else WeightFolder(Path(folder), adapters=weights == "adapters")
+        self.version: int | None = None  # of the engine's weights: steps taken
         self.failures: list[str] = []  # why responses of the newest `generate` were lost
 
     def generate(
@@ -96,12 +110,34 @@ class Engine:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def refresh(self, policy: Policy, version: int) -> None:
+        """Sends the policy's weights, where `weights` says so; every rank calls.
+
+        Raises: SamplerError: the server did not load them, after all tries.
+        """
+        if self._weights is not None:
+            self.served = self._weights.send(policy, version, self.model, self._command)
+            self.version = version
+
+    def _command(self, path: str, body: dict[str, Any]) -> None:
+        """POST of a command that has no answer but its status. Raises: SamplerError."""
+        until = time.monotonic() + self.deadline
+        for number in range(self.tries):
+            try:
+                self._post(path, body, until)
+                return
+            except Failed as e:
+                pause = self.pause * 2**number
+                if not e.again or number + 1 == self.tries or time.monotonic() + pause >= until:
+                    raise SamplerError(f"the weights were not loaded ({path}): {e}") from e
+                time.sleep(pause)
+
     def close(self) -> None:
         """Does nothing: no connection stays open."""
 
     def _draw(self, prompt: Tokens, seeds: list[int], sampling: Sampling, until: float) -> list[Drawn]:
         body = {
-            "model": self.model,
+            "model": self.served,
             "prompt": list(prompt),
             "n": len(seeds),
             "seed": seeds[0] % 2**31,
@@ -119,7 +155,7 @@ class Engine:
         }
         for number in range(self.tries):
             try:
-                choices = self._post("/v1/completions", body, until)
+                choices = self._choices(self._post("/v1/completions", body, until))
                 drawn = [self._response(choice) for choice in choices[: len(seeds)]]
                 return [response for response in drawn if response is not None]
             except Failed as e:
@@ -130,8 +166,8 @@ class Engine:
                 time.sleep(pause)
         raise AssertionError("tries is at least 1")
 
-    def _post(self, path: str, body: dict[str, Any], until: float) -> list[Any]:
-        """The choices of the answer. Raises: Failed."""
+    def _post(self, path: str, body: dict[str, Any], until: float) -> bytes:
+        """The answer. Raises: Failed."""
         request = urllib.request.Request(self.url + path, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         key = os.environ.get(self.key_variable, "") if self.key_variable else ""
@@ -139,19 +175,25 @@ class Engine:
             request.add_unredirected_header("Authorization", f"Bearer {key}")  # another host never gets it
         try:
             with urllib.request.urlopen(request, timeout=max(until - time.monotonic(), 0.01)) as file:
-                answer = json.loads(file.read())
+                answer: bytes = file.read()
+                return answer
         except urllib.error.HTTPError as e:
             text = e.read(300).decode("utf-8", "replace")
             said = text.replace(key, "***") if key else text
             raise Failed(f"{self.url} answers {e.code}: {said}", again=e.code == 429 or e.code >= 500) from e
         except (OSError, http.client.HTTPException) as e:  # refused, reset, too slow, ended within the answer
             raise Failed(f"{self.url}: {type(e).__name__}: {e}", again=True) from e
+
+    def _choices(self, content: bytes) -> list[Any]:
+        """The choices of an answer. Raises: Failed."""
+        try:
+            answer = json.loads(content)
         except ValueError as e:
             raise Failed(f"{self.url} answers no JSON: {e}", again=True) from e
         if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
             raise Failed(f"{self.url} answers without choices", again=True)
-        if answer.get("model", self.model) != self.model:
-            raise Failed(f"{self.url} answers as the model {answer['model']!r}; asked for {self.model!r}", again=True)
+        if answer.get("model", self.served) != self.served:
+            raise Failed(f"{self.url} answers as the model {answer['model']!r}; asked for {self.served!r}", again=True)
         choices: list[Any] = answer["choices"]
         return choices
 

@@ -72,9 +72,22 @@ def gaps(sampler_logprobs: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray
     return known
 
 
-def check_gap(gap: np.ndarray, tolerance: float | None) -> None:
-    """Raises: SamplerError: a response's gap is beyond `tolerance`, nats a token."""
-    if tolerance is not None and gap.size and gap.max() > tolerance:
+def check_gap(
+    sampler_logprobs: np.ndarray | None, logprobs: np.ndarray, lengths: np.ndarray, tolerance: float | None
+) -> None:
+    """Raises: SamplerError: a tolerance, nats a token, and a gap beyond it, or no log-probability to compare.
+
+    For the other arguments see `gaps`; None: no response has a log-probability of its sampler.
+    """
+    if tolerance is None:
+        return
+    gap = np.zeros(0) if sampler_logprobs is None else gaps(sampler_logprobs, logprobs, lengths)
+    if not gap.size:
+        raise SamplerError(
+            "gap_tolerance is set, but no response of the step has its sampler's log-probability (Drawn.logprob), so"
+            " nothing was compared"
+        )
+    if gap.max() > tolerance:
         raise SamplerError(
             f"the sampler's log-probabilities differ from the policy's by up to {gap.max():.3g} nats a token; at most"
             f" {tolerance:g} is allowed (gap_tolerance): its weights are old or partly updated, its prefix cache is"
