@@ -31,9 +31,10 @@ Choose = Callable[[Tensor, Sequence[int], int], np.ndarray]
 def fits(scorer: Scorer) -> bool:
     """Whether the model may be decoded in fixed buffers; `check` then compares that with scoring."""
     config, base = scorer.config, scorer.base
-    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    layers = getattr(config, "layer_types", None)
+    kinds = set(layers or ()) - {"full_attention"}
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    plain = scorer.rope is None and not scorer.same_length and not kinds and not (window and not config.layer_types)
+    plain = scorer.rope is None and not scorer.same_length and not kinds and not (window and not layers)
     able = getattr(base, "_can_set_attn_implementation", lambda: False)()
     return bool(plain and able and base.config is config)
 

@@ -88,8 +88,11 @@ def test_is_compared_with_scoring_at_load(family, settings, folders, monkeypatch
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral", "gpt2"])
-def test_other_attention_takes_the_plain_loop(family, folders):
+def test_other_attention_takes_the_plain_loop(family, folders, monkeypatch):
     of_policy = policy(folders(family))
+    if family == "mistral":  # a window without a list of layers
+        monkeypatch.setattr(of_policy.scorer.config, "sliding_window", 8)
+        assert not getattr(of_policy.scorer.config, "layer_types", None)
     batch = layout.check_batch(of_policy.scorer.base.get_output_embeddings().weight.shape[0])
     plain = check._by_response(of_policy.scorer, batch, False, of_policy.device)
     with torch.no_grad():
