@@ -231,7 +231,7 @@ def decode(
       logits: (R, V) float32 after the prompts.
       seeds: of the rows.
       pick: (logits, (R,) float64 in [0, 1), sampling) -> (R,) int64 tokens, all on the device.
-      choose: (logits, numbers of R rows, t) -> (R,) int64, in place of drawing.
+      choose: (logits, indices of the rows left, t) -> (R,) int64, their t-th tokens, in place of drawing.
     """
     device, most = logits.device, sampling.max_tokens
     ends = torch.tensor(list(end), dtype=torch.int64, device=device)

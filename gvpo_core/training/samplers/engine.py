@@ -6,10 +6,10 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy
@@ -17,6 +17,8 @@ from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.samplers.protocol import Drawn, SamplerError
 from gvpo_core.training.samplers.weights import WeightFolder
 from gvpo_core.training.sampling import Sampling
+
+Result = TypeVar("Result")
 
 
 class Failed(Exception):
@@ -122,14 +124,21 @@ class Engine:
     def _command(self, path: str, body: dict[str, Any]) -> None:
         """POST of a command that has no answer but its status. Raises: SamplerError."""
         until = time.monotonic() + self.deadline
-        for number in range(self.tries):
+        try:
+            self._repeated(lambda: self._post(path, body, until), until)
+        except Failed as e:
+            raise SamplerError(f"the weights were not loaded ({path}): {e}") from e
+
+    def _repeated(self, request: Callable[[], Result], until: float) -> Result:
+        """The result of a request, tried again with growing pauses. Raises: Failed: of the last try."""
+        number = 0
+        while True:
             try:
-                self._post(path, body, until)
-                return
+                return request()
             except Failed as e:
-                pause = self.pause * 2**number
-                if not e.again or number + 1 == self.tries or time.monotonic() + pause >= until:
-                    raise SamplerError(f"the weights were not loaded ({path}): {e}") from e
+                pause, number = self.pause * 2**number, number + 1
+                if not e.again or number == self.tries or time.monotonic() + pause >= until:
+                    raise
                 time.sleep(pause)
 
     def close(self) -> None:
@@ -153,18 +162,13 @@ class Engine:
             "return_token_ids": True,
             "stream": False,
         }
-        for number in range(self.tries):
-            try:
-                choices = self._choices(self._post("/v1/completions", body, until))
-                drawn = [self._response(choice) for choice in choices[: len(seeds)]]
-                return [response for response in drawn if response is not None]
-            except Failed as e:
-                pause = self.pause * 2**number
-                if not e.again or number + 1 == self.tries or time.monotonic() + pause >= until:
-                    self.failures.append(str(e))
-                    return []
-                time.sleep(pause)
-        raise AssertionError("tries is at least 1")
+        try:
+            choices = self._repeated(lambda: self._choices(self._post("/v1/completions", body, until)), until)
+        except Failed as e:
+            self.failures.append(str(e))
+            return []
+        drawn = [self._response(choice) for choice in choices[: len(seeds)]]
+        return [response for response in drawn if response is not None]
 
     def _post(self, path: str, body: dict[str, Any], until: float) -> bytes:
         """The answer. Raises: Failed."""
