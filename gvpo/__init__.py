@@ -21,6 +21,7 @@ _TRAINER = (
     "Config",
     "ConfigError",
     "DataConfig",
+    "EngineConfig",
     "EvaluationConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -2,14 +2,11 @@
 
 import json
 import math
-import threading
-import time
-from collections import Counter
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from engine_server import Sent, Server
 from table_problem import PROMPTS, REFERENCE, reward, settings, table
 
 from gvpo_core.training.config import ConfigError
@@ -100,106 +97,6 @@ def test_a_sampler_that_gives_nothing_ends_the_run_by_name(tmp_path, capsys):
         run(short(tmp_path, 1), Copy(drop=10**6))
 
 
-class Server(ThreadingHTTPServer):
-    """A fake of vLLM's /v1/completions: answers from a table policy, after the faults that are queued."""
-
-    daemon_threads = True
-
-    def __init__(self, policy=None, faults=()):
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
-        self.keys, self.commands, self.adapters = Counter(), [], {}
-        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
-
-    @property
-    def url(self):
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def answer(self, body):
-        sampling = Sampling(body["max_tokens"], body["temperature"])
-        prompt, seeds = tuple(body["prompt"]), [body["seed"] + i for i in range(body["n"])]
-        policy = self.adapters.get(body["model"], self.policy)
-        (drawn,) = policy.generate([prompt], [seeds], sampling)
-        choices = []
-        for response in drawn:
-            logprob = float(policy.logprobs(Batch([prompt], [response.tokens], [0]))[0])
-            each = [logprob] + [0.0] * (len(response.tokens) - 1)
-            reason = "stop" if response.finished else "length"
-            choices.append(
-                {"token_ids": response.tokens, "finish_reason": reason, "logprobs": {"token_logprobs": each}}
-            )
-        return {"model": body["model"], "choices": choices}
-
-    def __exit__(self, *_):
-        self.shutdown()
-        self.server_close()
-
-
-class Handler(BaseHTTPRequestHandler):
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        server = self.server
-        if self.path != "/v1/completions":
-            return self.take_weights(server, body)
-        server.asked.append(body)
-        server.keys[self.headers.get("Authorization")] += 1
-        fault = server.faults.pop(0) if server.faults else None
-        answer = server.answer(body)
-        if fault == "slow":
-            time.sleep(1.5)
-        if fault == "reset":
-            self.close_connection = True
-            return
-        if fault == "wrong model":
-            answer["model"] = "other"
-        if fault == "one less":
-            answer["choices"].pop()
-        if fault == "abort":
-            answer["choices"][0]["finish_reason"] = "abort"
-        if fault == "no ids":
-            del answer["choices"][0]["token_ids"]
-        text = json.dumps(answer).encode()
-        self.send_response(fault if isinstance(fault, int) else 200)
-        self.send_header("Content-Length", str(len(text)))
-        self.end_headers()
-        self.wfile.write(text[:20] if fault == "cut" else b"no JSON" if fault == "garbage" else text)
-
-    def take_weights(self, server, body):
-        server.commands.append(self.path)
-        fault = server.faults.pop(0) if server.faults else 200
-        if fault == 200 and self.path == "/v1/load_lora_adapter":
-            server.adapters[body["lora_name"]] = Sent.read(body["lora_path"])
-        elif fault == 200 and self.path == "/v1/unload_lora_adapter":
-            del server.adapters[body["lora_name"]]
-        elif fault == 200 and self.path == "/collective_rpc":
-            assert body["method"] == "reload_weights"
-            server.policy = Sent.read(body["kwargs"]["weights_path"])
-        self.send_response(fault)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *arguments):
-        """Prints nothing."""
-
-
-class Sent(TablePolicy):
-    """A table whose adapters and model can be read back from a folder."""
-
-    tied = False
-
-    def export_adapters(self, directory):
-        directory.mkdir(parents=True)
-        np.save(directory / "table.npy", self.log_table())
-
-    def export(self, directory):
-        self.export_adapters(directory)
-        (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": self.tied}))
-
-    @staticmethod
-    def read(path):
-        return TablePolicy(table(np.exp(np.load(f"{path}/table.npy"))))
-
-
 def engine(server, **options):
     return Engine(server.url, "tiny", **{"pause": 0.001, "concurrency": 1, **options})
 
@@ -265,9 +162,13 @@ def test_an_engine_without_token_ids_is_refused():
         engine(server).generate(*ASKED)
 
 
-def test_a_stop_without_an_end_token_is_refused():
-    with Server() as server, pytest.raises(SamplerError, match="ended a response with 'stop' and the token"):
-        engine(server, end_tokens=[999]).generate(*ASKED)
+def test_a_response_without_its_end_token_is_refused(tmp_path, capsys):
+    sampler = Copy()
+    sampler.told = lambda prompt, response: Drawn(response.tokens[:-1], True)
+    with pytest.raises(
+        SamplerError, match=r"gave the tokens \[\d\] as a response: finished is true, and its last token"
+    ):
+        run(short(tmp_path, 1), sampler)
 
 
 def test_every_sampling_field_is_sent():
@@ -282,12 +183,14 @@ def test_the_key_is_sent_and_reaches_no_file(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("ENGINE_KEY", "hush-93")
     config = short(tmp_path, 1)
     with Server() as server:
-        run(config, engine(server, key_variable="ENGINE_KEY"))
+        run(config, engine(server, api_key="$ENGINE_KEY"))
         assert set(server.keys) == {"Bearer hush-93"}
     for path in tmp_path.rglob("*"):
         assert not path.is_file() or b"hush-93" not in path.read_bytes(), path
-    with pytest.raises(ConfigError, match="this environment variable is not set"):
-        Engine("http://localhost:1", "tiny", key_variable="NO_SUCH_KEY")
+    with pytest.raises(
+        ConfigError, match=r"engine.api_key = '\$NO_SUCH_KEY': the environment has no variable NO_SUCH_KEY"
+    ):
+        Engine("http://localhost:1", "tiny", api_key="$NO_SUCH_KEY")
 
 
 def test_a_run_with_an_engine_resumes_bit_for_bit(tmp_path, capsys):

@@ -14,6 +14,9 @@ from gvpo_core.training.recorded import Groups, ReferenceScores
 from gvpo_core.training.recorded.loss import loss_metrics
 from gvpo_core.training.rewards import Reward, RewardFunction
 from gvpo_core.training.rollout import Rollout, collect
+from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.load import opened_for_evaluation
+from gvpo_core.training.samplers.protocol import refresh
 from gvpo_core.training.sampling import EVALUATE, Sampling
 from gvpo_core.training.sources import recorded_rollout
 
@@ -37,7 +40,8 @@ def evaluate(
         held_out = inputs.held_out(policy)
         if held_out is None:
             raise ConfigError("data.evaluation is empty: name a file of held-out prompts, or give evaluation_rows")
-        return evaluated(inputs.config, policy, held_out, inputs.rewards)[0]
+        with opened_for_evaluation(inputs.config, policy) as sampler:
+            return evaluated(inputs.config, policy, held_out, inputs.rewards, sampler=sampler)[0]
 
 
 def evaluation_steps(config: Config) -> list[int]:
@@ -47,17 +51,29 @@ def evaluation_steps(config: Config) -> list[int]:
 
 
 def evaluated(
-    config: Config, policy: Policy, held_out: HeldOut, rewards: Sequence[Reward]
+    config: Config,
+    policy: Policy,
+    held_out: HeldOut,
+    rewards: Sequence[Reward],
+    *,
+    sampler: Sampler | None = None,
+    version: int = 0,
 ) -> tuple[dict[str, float], Rollout | None]:
     """The metrics of the held-out data, and the fresh responses behind them.
 
     Prompts are answered and scored; recorded groups give the loss. Of both, where the data and the settings have both.
+
+    Args:
+      sampler: of the rollouts; it answers where evaluation.sampler says so.
+      version: steps that the policy has taken.
     """
+    answering = sampler if config.evaluation.sampler == "rollout" else None
+    refresh(answering, policy, version)
     clock, metrics, rollout = time.perf_counter(), {}, None
     if held_out.groups is not None:
         metrics = _losses(config, policy, held_out.groups, held_out.reference)
     if held_out.prompts is not None:
-        rollout = _answers(config, policy, held_out.prompts, rewards)
+        rollout = _answers(config, policy, held_out.prompts, rewards, answering)
         metrics |= evaluation_metrics(
             rollout.rewards,
             [int(g) for g in rollout.group_ids],
@@ -66,10 +82,14 @@ def evaluated(
             seconds=time.perf_counter() - clock,
             reward_parts=rollout.parts,
         )
+        if answering is not None:
+            metrics["eval/lost"] = rollout.details["responses/lost"]
     return metrics | {"seconds/evaluate": time.perf_counter() - clock}, rollout
 
 
-def _answers(config: Config, policy: Policy, prompts: Prompts, rewards: Sequence[Reward]) -> Rollout:
+def _answers(
+    config: Config, policy: Policy, prompts: Prompts, rewards: Sequence[Reward], sampler: Sampler | None
+) -> Rollout:
     return collect(
         policy,
         prompts,
@@ -78,6 +98,7 @@ def _answers(config: Config, policy: Policy, prompts: Prompts, rewards: Sequence
         Sampling(config.rollout.max_tokens, config.evaluation.temperature),
         rewards,
         (config.run.seed, EVALUATE),  # the same numbers each time: a paired comparison
+        sampler=sampler,
     )
 
 

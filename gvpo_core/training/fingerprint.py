@@ -15,6 +15,7 @@ from typing import Any
 
 from gvpo_core.objectives import TABLE
 from gvpo_core.training.config import Config, ModelConfig, RewardConfig
+from gvpo_core.training.config.engine import SAMPLERS
 from gvpo_core.training.files.disk import names_in, retried
 
 _log = logging.getLogger("gvpo")
@@ -23,6 +24,7 @@ _PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spac
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
 _BUILTIN = Path(__file__).parent / "rewards" / "worker" / "builtin.py"
+INPUTS = ("data", "model", "rewards", "objective", "sampler")
 _MACHINE = ("gvpo", "python", "platform", "ranks")
 
 
@@ -32,7 +34,7 @@ def run_inputs(
     held_out: Sequence[Mapping[str, Any]],
     rewards: Mapping[str, Callable[..., Any]] | None = None,
 ) -> dict[str, Mapping[str, Any]]:
-    """What a run is made from, for environment.json: "data", "model", "rewards", "objective" -> name -> fingerprint.
+    """What a run is made from, for environment.json: name of INPUTS -> name -> fingerprint.
 
     Args:
       held_out: rows of the evaluation; empty without one.
@@ -40,9 +42,15 @@ def run_inputs(
     """
     data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(held_out)} if held_out else {})
     code = reward_fingerprints(config.rewards, rewards)
-    custom = config.objective.name not in TABLE
-    objective = reward_fingerprints({"name": RewardConfig(function=config.objective.name)}) if custom else {}
-    return {"data": data, "model": model_fingerprint(config.model), "rewards": code, "objective": objective}
+    own = {
+        "objective": config.objective.name if config.objective.name not in TABLE else "",
+        "sampler": config.rollout.sampler if config.rollout.sampler not in SAMPLERS else "",
+    }
+    functions: dict[str, Mapping[str, Any]] = {
+        section: reward_fingerprints({"name": RewardConfig(function=name)}) if name else {}
+        for section, name in own.items()
+    }
+    return functions | {"data": data, "model": model_fingerprint(config.model), "rewards": code}
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -170,18 +178,18 @@ def _file_of(spec: str) -> Path:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two environments of a run, one line each: (what may, what must not).
 
-    Data and model must not. Rewards, versions, the machine and the number of ranks may: the steps to come are then
-    not those of an uninterrupted run. Unknown entries are not compared, except for the data.
+    Data and model must not. Code of rewards, objective and sampler, versions, the machine and the number of ranks may:
+    the steps to come are then not those of an uninterrupted run. Unknown entries are not compared, except for the data.
     """
     noted: list[str] = []
     refused: list[str] = []
-    for section in ("data", "model", "rewards", "objective"):
+    for section in INPUTS:
         a, b = _table(old.get(section)), _table(new.get(section))
         for name in dict.fromkeys((*a, *b)):
             both = (name in a and name in b) or (section == "data" and a and b)  # an evaluation may come or go
             if both and a.get(name) != b.get(name):
                 line = f"{section}.{name}: {_told(a.get(name))} -> {_told(b.get(name))}"
-                (noted if section in ("rewards", "objective") else refused).append(line)
+                (noted if section in ("rewards", "objective", "sampler") else refused).append(line)
     a, b = _machine(old), _machine(new)
     noted += [f"{name}: {a[name]} -> {b[name]}" for name in a if name in b and a[name] != b[name]]
     return noted, refused

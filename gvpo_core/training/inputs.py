@@ -35,6 +35,7 @@ from gvpo_core.training.recorded.shapes import WHOLE
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.rows import DataError, unbounded
 from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.load import check_sampler
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.sources import Sampled, Source, Streamed
 from gvpo_core.training.terminal.output import open_standard_descriptors
@@ -99,6 +100,7 @@ class Inputs:
             head = self.stream.head if self.stream else None
             self._attempt("rows", lambda: head or training_rows(self.config, train_rows))
             self._check(lambda: check_objective(self.config))
+            self._check(lambda: check_sampler(self.config))
         self._attempt("held_out_rows", lambda: held_out_rows(self.config, evaluation_rows))
         if self.rows:
             name = "data.train" if train_rows is None else "train_rows"
@@ -131,22 +133,25 @@ class Inputs:
         except ValueError as e:
             self.errors.append(e)
 
-    def source(self, policy: Policy, sampler: Sampler | None = None, *, cached: bool = True) -> Source:
+    def source(
+        self, policy: Policy, sampler: Sampler | None = None, *, cached: bool = True, trained: bool = True
+    ) -> Source:
         """Where the groups of the training steps come from.
 
         Args:
           sampler: draws the responses instead of the policy.
           cached: keep reference scores on disk.
+          trained: whether the policy moves between the steps.
         Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler, and recorded responses.
         """
         config = self.config
         if self.recorded is None:
             prompts = encode_prompts(policy, self.rows, config.data, max_tokens=config.rollout.max_tokens)
-            return Sampled(config, prompts, self.rewards, sampler)
+            return Sampled(config, prompts, self.rewards, sampler, trained)
         if sampler is not None:
             raise ConfigError(
-                "a sampler is given, and the training data holds recorded responses: leave the sampler out, or set"
-                " rollout.source = 'sampled'"
+                "a sampler is given, and the training data holds recorded responses: leave the sampler"
+                " (rollout.sampler) out, or set rollout.source = 'sampled'"
             )
         smallest = find_objective(config.objective).smallest
         groups = encode_groups(policy, self.recorded, config, smallest=smallest)

@@ -22,7 +22,8 @@ from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers import Sampler
-from gvpo_core.training.samplers.protocol import check_gap, close
+from gvpo_core.training.samplers.load import opened_sampler
+from gvpo_core.training.samplers.protocol import check_gap, closing
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
@@ -54,12 +55,10 @@ def train(
     Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError, SamplerError: each
       names the cause.
     """
-    given = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
-    with forgiving_stderr(), given as inputs:
-        try:
+    with closing(sampler), forgiving_stderr():
+        given = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
+        with given as inputs:
             return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)
-        finally:
-            close(sampler)
 
 
 def run(
@@ -71,15 +70,22 @@ def run(
     from_step: int | None = None,
 ) -> Result:
     """`train` on inputs that are open."""
+    check_policy(policy, inputs.config)
+    with opened_sampler(inputs.config, policy, sampler) as opened:
+        return _run(inputs, policy, opened, console, from_step)
+
+
+def _run(
+    inputs: Inputs, policy: Policy, sampler: Sampler | None, console: Console | None, from_step: int | None
+) -> Result:
     config, last = inputs.config, inputs.config.run.steps
-    check_policy(policy, config)
     source, held_out = inputs.source(policy, sampler), inputs.held_out(policy, folder=config.run.folder)
     evaluations = evaluation_steps(config) if held_out else []
 
     def evaluate() -> None:
         if held_out and step in evaluations:
             journal.phase("evaluate")
-            journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards))
+            journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards, sampler=sampler, version=step))
 
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
         step = journal.start(source, held_out, from_step)

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens
 from gvpo_core.training.policy.ranks import agree, attempt
@@ -17,7 +16,8 @@ from gvpo_core.training.rewards import Reward, RewardError, Scores
 from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
 from gvpo_core.training.rewards.scores import call_rewards, stacked
 from gvpo_core.training.rewards.total import members, total_rewards
-from gvpo_core.training.samplers import Drawn, Sampler, SamplerError
+from gvpo_core.training.samplers import Drawn, Sampler
+from gvpo_core.training.samplers.drawing import draw_elsewhere
 from gvpo_core.training.sampling import Sampling, row_seed
 
 
@@ -77,14 +77,10 @@ def collect(
     if sampler is None:
         drawn: Sequence[Sequence[Response]] = policy.generate(asked, seeds, sampling)
     else:
-        drawn = _drawn_elsewhere(policy, sampler, asked, seeds, sampling)
+        drawn = draw_elsewhere(policy, sampler, asked, seeds, sampling)
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
     if sampler is not None:
-        attempt(policy, lambda: _check_tokens(policy, [r for _, r in flat_drawn]), kind=ConfigError)
-        counts = policy.gather(np.asarray([len(flat_drawn)]))
-        start = int(counts[: policy.rank].sum())
-        if not counts.sum():
-            agree(policy, _nothing(sampler, total), SamplerError)
+        start = int(policy.gather(np.asarray([len(flat_drawn)]))[: policy.rank].sum())
     groups = [g for g, _ in flat_drawn]
     batch = Batch([prompts.tokens[rows[g]] for g in groups], [r.tokens for _, r in flat_drawn], groups)
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
@@ -133,39 +129,6 @@ def collect(
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
         gap_tolerance=getattr(sampler, "gap_tolerance", None),
     )
-
-
-def _drawn_elsewhere(
-    policy: Policy, sampler: Sampler, asked: list[Tokens], seeds: list[list[int]], sampling: Sampling
-) -> Sequence[Sequence[Response]]:
-    """What the sampler gives. Raises: SamplerError: on every rank, where it gives more than was asked for."""
-
-    def work() -> Sequence[Sequence[Response]]:
-        drawn = sampler.generate(asked, seeds, sampling) if asked else []
-        got, wanted = [len(many) for many in drawn], [len(own) for own in seeds]
-        if len(got) != len(wanted) or any(g > w for g, w in zip(got, wanted, strict=True)):
-            raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")
-        return drawn
-
-    drawn = attempt(policy, work, kind=SamplerError)
-    assert drawn is not None  # every rank samples
-    return drawn
-
-
-def _nothing(sampler: Sampler, total: int) -> SamplerError:
-    reasons = list(dict.fromkeys(getattr(sampler, "failures", ())))
-    return SamplerError("; ".join([f"the sampler gave none of {total} responses", *reasons[:3]]))
-
-
-def _check_tokens(policy: Policy, responses: Sequence[Response]) -> None:
-    """Raises: ConfigError: a sampler drew tokens that the policy does not have."""
-    vocabulary = policy.describe().vocabulary or math.inf
-    largest = max((max(r.tokens) for r in responses if r.tokens), default=-1)
-    if largest >= vocabulary:
-        raise ConfigError(
-            f"the sampler drew the token id {largest}, and the policy's vocabulary ends at {vocabulary - 1}: use a"
-            " sampler with the policy's tokenizer"
-        )
 
 
 def _score_everywhere(

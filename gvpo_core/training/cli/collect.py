@@ -26,6 +26,7 @@ from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.run.signals import StopRequest
+from gvpo_core.training.samplers.load import opened_sampler
 from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit
 
@@ -55,8 +56,9 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
             "the training data holds recorded responses, and gvpo collect draws new ones: set rollout.source ="
             " 'sampled'"
         )
-    source, last = inputs.source(policy), inputs.config.run.steps
-    with StopRequest() as stop, _Growing(out, inputs) as file:
+    last = inputs.config.run.steps
+    with opened_sampler(inputs.config, policy) as sampler, StopRequest() as stop, _Growing(out, inputs) as file:
+        source = inputs.source(policy, sampler, trained=False)
         step = highest(policy, attempt(policy, file.open, main_only=True) or 0)
         stopping = highest(policy, stop.signal)
         while step < last and not stopping:

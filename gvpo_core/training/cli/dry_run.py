@@ -9,6 +9,8 @@ from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.load import opened_sampler
 from gvpo_core.training.terminal.text import duration
 from gvpo_core.training.watch.console import Console
 from gvpo_core.training.watch.header import header
@@ -50,7 +52,13 @@ def preview_inputs(
       command: that starts the run, for the last line.
     """
     config = inputs.config
-    source, held_out = inputs.source(policy, cached=False), inputs.held_out(policy)
+    with opened_sampler(config, policy) as sampler:
+        return _preview(inputs, policy, sampler, console, command)
+
+
+def _preview(inputs: Inputs, policy: Policy, sampler: Sampler | None, console: Console | None, command: str) -> Rollout:
+    config = inputs.config
+    source, held_out = inputs.source(policy, sampler, cached=False), inputs.held_out(policy)
     if policy.rank == 0:
         console = console or Console(config.run.steps)
         console.header(header(config, policy.describe(), source, held_out, inputs.rewards), legend=False)

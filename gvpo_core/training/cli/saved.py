@@ -16,6 +16,7 @@ from gvpo_core.training.evaluation import evaluated
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.samplers.load import opened_for_evaluation
 from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit, percent
 from gvpo_core.training.watch.metric_names import LOSSES
@@ -73,7 +74,8 @@ def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, fl
     held_out = inputs.held_out(policy)
     if held_out is None:
         raise ConfigError("the run has no data.evaluation: name a file of held-out prompts with --data")
-    metrics, rollout = evaluated(inputs.config, policy, held_out, inputs.rewards)
+    with opened_for_evaluation(inputs.config, policy) as sampler:
+        metrics, rollout = evaluated(inputs.config, policy, held_out, inputs.rewards, sampler=sampler)
     if rollout is None:  # recorded groups: no prompt has a reward
         return metrics, np.zeros(0), policy.rank
     scored = ~np.isnan(rollout.rewards)

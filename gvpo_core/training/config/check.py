@@ -11,6 +11,7 @@ from typing import Any
 
 from gvpo_core.objectives import OBJECTIVES, TABLE
 from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.engine import wrong_sampler
 from gvpo_core.training.config.secrets import HIDDEN
 
 NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
@@ -100,6 +101,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "objective.minibatches",
         f"at most rollout.prompts = {c.rollout.prompts}",
     )
+    wrong += [(name, message) for name, message in wrong_sampler(c) if name not in reported]
     if not c.rewards and (c.rollout.source == "sampled" or not (c.data.train or c.rollout.source == "recorded")):
         wrong.append(("rewards", NO_REWARD))
     for name, reward in c.rewards.items():
@@ -200,7 +202,8 @@ def _unwritable(value: str, name: str) -> str:
     return ""
 
 
-_PATHS = ("run.folder", "model.path", "data.train", "data.evaluation", "objective.name")
+_PATHS = ("run.folder", "model.path", "data.train", "data.evaluation", "objective.name", "rollout.sampler",
+          "engine.folder")  # fmt: skip
 _TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 

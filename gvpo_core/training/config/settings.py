@@ -110,6 +110,9 @@ class RolloutConfig:
     source: Literal["auto", "sampled", "recorded"] = "auto"
     """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
     auto: recorded where the data's columns hold them."""
+    sampler: str = "policy"
+    """What draws them. policy: the trained policy; engine: the server of [engine]; or a class or function of your own
+    that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
     prompts: int = 8
     """Prompts a step (G)."""
     responses: int = 8
@@ -130,6 +133,33 @@ class RolloutConfig:
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k, self.min_p)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """An inference server that draws the responses, where rollout.sampler = "engine"."""
+
+    url: str = ""
+    """Address of the server, without /v1: http://HOST:PORT."""
+    model: str = ""
+    """Name of the model on the server."""
+    weights: Literal["kept", "adapters", "model"] = "kept"
+    """What vLLM's server gets before each step. kept: nothing; adapters: the LoRA adapters; model: the whole model."""
+    folder: str = ""
+    """Folder for the weights, which all ranks and the server see under the same path."""
+    gap_tolerance: float | None = None
+    """Largest difference of the log-probabilities of engine and policy, nats a token. Beyond it the run stops.
+    Default: not checked."""
+    concurrency: int = 16
+    """Requests at a time."""
+    deadline: float = 600.0
+    """Seconds that the responses of one step may take. Later ones are lost."""
+    tries: int = 4
+    """Requests for a prompt, the first one included."""
+    pause: float = 0.5
+    """Seconds before the second try; twice as long before each further one."""
+    api_key: str = ""
+    """"$NAME": the environment variable that holds the server's key. The key itself belongs in no file."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +221,8 @@ class EvaluationConfig:
     """Responses a prompt."""
     temperature: float = 0.0
     """Sampling temperature. 0: the most likely token."""
+    sampler: Literal["policy", "rollout"] = "policy"
+    """What draws the responses. rollout: the sampler of rollout.sampler, with the policy's weights."""
     patience: int = 0
     """Stop early after this many evaluations in a row without a higher reward. 0: never."""
 
@@ -229,6 +261,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

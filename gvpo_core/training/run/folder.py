@@ -15,13 +15,15 @@ from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
 from gvpo_core.training.files.disk import is_folder, lock, make_synced, retried, write_synced
 from gvpo_core.training.files.records import Kept, append_synced, cut, encoded
-from gvpo_core.training.fingerprint import changes
+from gvpo_core.training.fingerprint import INPUTS, changes
 from gvpo_core.training.run.checkpoint import steps_saved
 
 _log = logging.getLogger("gvpo")
 # Settings that change nothing about the numbers of the steps still to come.
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
-         "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache")  # fmt: skip
+         "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache", "engine.url", "engine.folder",
+         "engine.gap_tolerance", "engine.concurrency", "engine.deadline", "engine.tries", "engine.pause",
+         "engine.api_key")  # fmt: skip
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
           "report.html", "trackers.json")  # fmt: skip
 _NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # errors of a path that waiting does not fix
@@ -49,7 +51,7 @@ class RunFolder:
         """Takes the folder for `config`, and compares it with the run that is there. Changes no file of that run.
 
         Args:
-          inputs: "data", "model", "rewards", "objective" -> name -> fingerprint: see fingerprint.py.
+          inputs: name of INPUTS -> name -> fingerprint: see fingerprint.py.
         Raises: RunFolderError: another process has it, or it cannot be read or written. ConfigError: it holds a run
           with other settings, data or model.
         """
@@ -155,7 +157,7 @@ class RunFolder:
         """
         self.confirm()
         known = self._known(begun=False, allowed=True)
-        before = {k: v for k, v in known.items() if k not in ("data", "model", "rewards", "objective")}
+        before = {k: v for k, v in known.items() if k not in INPUTS}
         noted = self._changed + (changes(before, facts)[0] if step > 0 else [])
         starts = known.get("starts")
         start = {"time": time.time(), "step": step, "changed": noted}

@@ -1,6 +1,7 @@
 """The `Sampler` protocol, the responses of a sampler, and the check of its log-probabilities against the policy's."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -36,7 +37,7 @@ class Sampler(Protocol):
         """Draws a response for each seed of each prompt. A prompt may get fewer; the others are counted as lost."""
 
     def refresh(self, policy: Policy, version: int) -> None:
-        """Takes the policy's weights. Called on every rank before each step's `generate`.
+        """Takes the policy's weights. Called on every rank before each `generate`, perhaps again with one version.
 
         Args:
           version: steps that the policy has taken in this run.
@@ -46,10 +47,25 @@ class Sampler(Protocol):
         """Ends what the sampler holds. Called when training ends, also by an error."""
 
 
+def said(sampler: object) -> str:
+    """What the sampler is, for the header: what its `said` gives, or the name of its class."""
+    method = getattr(sampler, "said", None)
+    return str(method()) if callable(method) else type(sampler).__name__
+
+
 def refresh(sampler: object, policy: Policy, version: int) -> None:
     """Calls the sampler's `refresh` where it has one."""
     if (method := getattr(sampler, "refresh", None)) is not None:
         method(policy, version)
+
+
+@contextmanager
+def closing(sampler: object) -> Iterator[None]:
+    """Calls the sampler's `close` at the end."""
+    try:
+        yield
+    finally:
+        close(sampler)
 
 
 def close(sampler: object) -> None:

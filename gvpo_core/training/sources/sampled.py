@@ -9,7 +9,7 @@ from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Rollout, collect
 from gvpo_core.training.samplers import Sampler
-from gvpo_core.training.samplers.protocol import refresh
+from gvpo_core.training.samplers.protocol import refresh, said
 from gvpo_core.training.sampling import TRAIN
 
 
@@ -21,6 +21,7 @@ class Sampled:
     prompts: Prompts
     rewards: Sequence[Reward]
     sampler: Sampler | None = None
+    trained: bool = True  # the policy moves between the steps
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -30,15 +31,14 @@ class Sampled:
     def said(self) -> dict[str, str]:
         """For the header: what a step draws."""
         rollout = self.config.rollout
-        return {
-            "step": f"{rollout.prompts} prompts x {rollout.responses} responses of at most {rollout.max_tokens} tokens"
-        }
+        step = f"{rollout.prompts} prompts x {rollout.responses} responses of at most {rollout.max_tokens} tokens"
+        return {"step": step} | ({} if self.sampler is None else {"sampler": said(self.sampler)})
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` prompts with `rollout.responses` scored responses each."""
         rollout, seed = self.config.rollout, self.config.run.seed
         rows = self.prompts.batch(step - 1, size or rollout.prompts, seed=seed, shuffle=self.config.data.shuffle)
-        refresh(self.sampler, policy, step - 1)
+        refresh(self.sampler, policy, step - 1 if self.trained else 0)
         return collect(
             policy,
             self.prompts,

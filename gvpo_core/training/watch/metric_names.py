@@ -140,6 +140,9 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/nll": Metric("nats/token", "Minus the mean log-probability of a token of held-out recorded responses."),
     "eval/groups": Metric("groups", "Held-out recorded groups with enough scored responses."),
+    "eval/lost": Metric(
+        "responses", "Held-out responses that the sampler did not give; absent where the policy answers."
+    ),
     "eval/prompts": Metric("prompts", "Held-out prompts with a score."),
     "eval/unscored": Metric("responses", "Held-out responses without a score."),
 }

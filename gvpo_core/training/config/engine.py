@@ -1,0 +1,84 @@
+"""Which settings of the sampler and its engine cannot run."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from difflib import get_close_matches
+from urllib.parse import urlsplit
+
+from gvpo_core.training.config.settings import Config, EngineConfig
+
+SAMPLERS = ("policy", "engine")
+"""Values of rollout.sampler that are no import path."""
+
+
+def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it): of an engine alone, whatever the run."""
+    if not _is_address(engine.url):
+        yield "url", f"url = {engine.url!r}; expected http://HOST:PORT or https://HOST, without /v1"
+    if not engine.model.strip():
+        yield "model", f"model = {engine.model!r}; expected the name of the model on the server"
+    for name, good, wanted in (
+        ("concurrency", 1 <= engine.concurrency <= 4096, "1 to 4,096"),
+        ("tries", 1 <= engine.tries <= 1000, "1 to 1,000"),
+        ("deadline", engine.deadline > 0, "a number of seconds above 0"),
+        ("pause", engine.pause >= 0, ">= 0"),
+        ("gap_tolerance", engine.gap_tolerance is None or engine.gap_tolerance > 0, "a number above 0"),
+    ):
+        if not good:
+            yield name, f"{name} = {getattr(engine, name)!r}; expected {wanted}"
+    if engine.weights not in ("kept", "adapters", "model") or (engine.weights != "kept") != bool(engine.folder):
+        both = f"weights = {engine.weights!r} and folder = {str(engine.folder)!r}"
+        yield "weights", f"{both}; expected adapters or model, and a folder"
+    if engine.api_key and not re.fullmatch(r"\$[A-Za-z_]\w*", engine.api_key):
+        yield "api_key", "api_key is not '$NAME'; expected the name of the environment variable that holds the key"
+
+
+def _is_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:  # a port that is no number
+        return False
+
+
+def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
+    """(field, message): what is wrong with rollout.sampler, [engine] and evaluation.sampler, alone or together."""
+    name, engine, sampled = config.rollout.sampler, config.engine, config.rollout.source != "recorded"
+    if name not in SAMPLERS and not (":" in name and all(name.rpartition(":")[::2])):
+        close = get_close_matches(name, SAMPLERS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        yield "rollout.sampler", f"rollout.sampler = {name!r}; expected 'policy', 'engine' or file.py:Sampler{hint}"
+        return
+    if name != "policy" and not sampled:
+        yield (
+            "rollout.sampler",
+            f"rollout.sampler = {name!r}, and rollout.source = 'recorded' draws nothing: leave one of them out",
+        )
+    if name == "engine":
+        for field, message in wrong_engine(engine):
+            yield f"engine.{field}", f"engine.{message}"
+        if engine.weights == "adapters" and config.model.lora_rank == 0:
+            yield "engine.weights", "engine.weights = 'adapters' and model.lora_rank = 0: there are no adapters to send"
+        elif engine.weights == "adapters" and config.model.lora_kind == "dora":
+            yield "engine.weights", "engine.weights = 'adapters' and model.lora_kind = 'dora': vLLM loads no DoRA"
+    else:
+        default = EngineConfig()
+        for key in (f.name for f in dataclasses.fields(engine)):
+            if getattr(engine, key) != getattr(default, key):
+                used = f"engine.{key} is set, and rollout.sampler = {name!r} uses no engine"
+                yield f"engine.{key}", f"{used}: set rollout.sampler = 'engine', or remove [engine]"
+                break
+    if config.evaluation.sampler == "rollout":
+        if name == "policy":
+            yield (
+                "evaluation.sampler",
+                "evaluation.sampler = 'rollout' and rollout.sampler = 'policy': the policy answers; leave"
+                " evaluation.sampler out, or name a sampler",
+            )
+        elif name == "engine" and engine.weights == "kept":
+            yield (
+                "evaluation.sampler",
+                "evaluation.sampler = 'rollout' and engine.weights = 'kept': the engine's own weights would be"
+                " evaluated instead of the policy's; set engine.weights, or leave evaluation.sampler out",
+            )

@@ -1,0 +1,94 @@
+"""Requests to a server: JSON by POST, repeated with growing pauses, with a key from the environment."""
+
+import http.client
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from gvpo_core.training.config.secrets import resolved
+
+Result = TypeVar("Result")
+
+
+class Failed(Exception):
+    """A request without a usable answer."""
+
+    def __init__(self, message: str, *, again: bool) -> None:
+        super().__init__(message)
+        self.again = again  # worth another try
+
+
+class Clock:
+    """The time that the requests of a step have, from when the first of them starts."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds, self._until, self._started = seconds, 0.0, threading.Event()
+
+    def start(self) -> float:
+        """Starts, unless it runs. Returns: the moment of time.monotonic at which it ends."""
+        if not self._started.is_set():
+            self._until = time.monotonic() + self._seconds
+            self._started.set()
+        return self._until
+
+    def left(self) -> float:
+        """Seconds until the end, at least 0; waits for the start."""
+        self._started.wait()
+        return max(self._until - time.monotonic(), 0.0)
+
+
+class Server:
+    """A server by its address."""
+
+    def __init__(self, url: str, *, tries: int, pause: float, api_key: str = "") -> None:
+        """
+        Args:
+          url: without /v1.
+          tries: requests, the first one included.
+          pause: seconds before the second try; twice as long before each further one.
+          api_key: "$NAME", the environment variable that holds the key. It is read for each request and kept nowhere.
+        Raises: ConfigError: the variable is not set.
+        """
+        self.url, self.tries, self.pause, self._key = url.rstrip("/"), tries, pause, api_key
+        self._read_key()
+
+    def asked(self, path: str, body: dict[str, Any], until: float, read: Callable[[bytes], Result]) -> Result:
+        """What `read` makes of the answer, tried again where that may help. Raises: Failed: of the last try.
+
+        Args:
+          until: the moment of time.monotonic at which the tries end.
+          read: raises Failed where it cannot use the answer.
+        """
+        number = 0
+        while True:
+            try:
+                return read(self._post(path, body, until))
+            except Failed as e:
+                pause, number = self.pause * 2**number, number + 1
+                if not e.again or number == self.tries or time.monotonic() + pause >= until:
+                    raise
+                time.sleep(pause)
+
+    def _read_key(self) -> str:
+        return str(resolved({"api_key": self._key}, "engine")["api_key"])
+
+    def _post(self, path: str, body: dict[str, Any], until: float) -> bytes:
+        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+        request.add_header("Content-Type", "application/json")
+        key = self._read_key()
+        if key:
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # another host never gets it
+        try:
+            with urllib.request.urlopen(request, timeout=max(until - time.monotonic(), 0.01)) as file:
+                answer: bytes = file.read()
+                return answer
+        except urllib.error.HTTPError as e:
+            text = e.read(300).decode("utf-8", "replace")
+            said = text.replace(key, "***") if key else text
+            raise Failed(f"{self.url} answers {e.code}: {said}", again=e.code == 429 or e.code >= 500) from e
+        except (OSError, http.client.HTTPException) as e:  # refused, reset, too slow, ended within the answer
+            raise Failed(f"{self.url}: {type(e).__name__}: {e}", again=True) from e

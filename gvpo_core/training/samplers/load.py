@@ -1,0 +1,99 @@
+"""The sampler that the settings name: checked with the other inputs, opened once a policy is there, then closed."""
+
+import contextlib
+import dataclasses
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config.engine import SAMPLERS
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.rewards.worker.functions import find_function
+from gvpo_core.training.samplers.engine import Engine
+from gvpo_core.training.samplers.protocol import Sampler, close
+
+
+def check_sampler(config: Config) -> None:
+    """Raises ConfigError where the sampler cannot be found, or takes other arguments. It is not opened."""
+    if config.rollout.sampler not in SAMPLERS:
+        _found(config)
+
+
+def _found(config: Config) -> Callable[..., Any]:
+    name = config.rollout.sampler
+    try:
+        function = find_function(name)
+    except LookupError as error:
+        raise ConfigError(f"rollout.sampler = {name!r}: {error}") from error
+    try:
+        inspect.signature(function).bind(**dict.fromkeys(_taken(function)))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"rollout.sampler = {name!r} has other arguments ({error}); expected {name.rpartition(':')[2]}(), with any"
+            " of config and policy as keywords"
+        ) from error
+    return function
+
+
+def _taken(function: Callable[..., Any]) -> list[str]:
+    parameters = inspect.signature(function).parameters.values()
+    return [p.name for p in parameters if p.name in ("config", "policy") and p.kind is not p.POSITIONAL_ONLY]
+
+
+@contextlib.contextmanager
+def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None) -> Iterator[Sampler | None]:
+    """The sampler of rollout.sampler, closed at the end; or the one given in Python, which its giver closes.
+
+    None: the policy draws its responses itself.
+
+    Raises: ConfigError: both are given, a sampler that cannot be made, or one without a `generate` method.
+    """
+    name = config.rollout.sampler
+    if given is not None:
+        if name != "policy":
+            raise ConfigError(
+                f"a sampler is given in Python, and rollout.sampler = {name!r} names one as well: leave one of them out"
+            )
+        yield _checked(config, given, "the sampler")
+        return
+    if name == "policy":
+        yield None
+        return
+    if name == "engine":
+        if config.engine.weights == "adapters" and policy.describe().backend == "mlx":
+            raise ConfigError(
+                "engine.weights = 'adapters': the mlx backend writes adapters for mlx-lm, which vLLM does not load; set"
+                " engine.weights = 'model'"
+            )
+        sampler: Any = Engine(**{f.name: getattr(config.engine, f.name) for f in dataclasses.fields(config.engine)})
+    else:
+        function, arguments = _found(config), {"config": config, "policy": policy}
+        try:
+            sampler = function(**{name: arguments[name] for name in _taken(function)})
+        except Exception as error:  # the user's own
+            raise ConfigError(f"rollout.sampler = {name!r} raised {type(error).__name__}: {error}") from error
+    try:
+        yield _checked(config, sampler, f"rollout.sampler = {name!r}")
+    finally:
+        close(sampler)
+
+
+@contextlib.contextmanager
+def opened_for_evaluation(config: Config, policy: Policy) -> Iterator[Sampler | None]:
+    """The sampler that answers the held-out prompts; None: the policy does."""
+    with contextlib.ExitStack() as stack:
+        asks = config.evaluation.sampler == "rollout"
+        yield stack.enter_context(opened_sampler(config, policy)) if asks else None
+
+
+def _checked(config: Config, sampler: Any, what: str) -> Sampler:
+    if not callable(getattr(sampler, "generate", None)):
+        raise ConfigError(f"{what} gave a {type(sampler).__name__} without a method generate(prompts, seeds, sampling)")
+    if config.evaluation.sampler == "rollout" and not hasattr(sampler, "refresh"):
+        raise ConfigError(
+            f"evaluation.sampler = 'rollout', and {what} has no method refresh(policy, version), so it would not answer"
+            " with the policy's weights; add one, or leave evaluation.sampler out"
+        )
+    named: Sampler = sampler
+    return named
