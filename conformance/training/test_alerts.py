@@ -275,7 +275,7 @@ def test_kl_that_costs_more_than_it_brings_is_named_where_beta_is_known(healthy)
 )
 def test_the_run_prices_kl_only_where_its_own_policy_draws_at_temperature_1(changes, known, tmp_path, monkeypatch):
     prices = []
-    monkeypatch.setattr(journal, "Alerts", lambda beta=None: prices.append(beta) or Alerts(beta))
+    monkeypatch.setattr(journal, "Alerts", lambda beta=None, ahead=0: prices.append(beta) or Alerts(beta))
     config = table_config(tmp_path / "run", steps=1)
     if "temperature" in changes:
         config = replace(config, rollout=replace(config.rollout, temperature=0.7))
@@ -329,7 +329,7 @@ def test_state_is_rebuilt_from_the_file(healthy):
 
 def test_every_alert_is_documented_and_every_documented_one_is_tried():
     tried = set(CHANGES) | {"reward", "kl_cost", "throughput", "memory", "no_update"}
-    tried |= {"error"}  # by test_loop_table.py
+    tried |= {"error", "sampler_gap", "staleness"}  # by test_loop_table.py, test_sampler_metrics.py
     patterns = {re.escape(k).replace("<kind>", "(error|timeout|none)").replace("<name>", ".+") for k in ALERTS}
     assert not [key for key in tried if not any(re.fullmatch(p, key) for p in patterns)]
     assert not [p for p in patterns if not any(re.fullmatch(p, key) for key in tried)]

@@ -67,6 +67,8 @@ def step_metrics(
     if rollout.sampler_logprobs is not None:
         gap = gaps(rollout.sampler_logprobs, improvement.logprobs, lengths)
         metrics |= {"sampler/gap": float(gap.mean()), "sampler/gap/max": float(gap.max())} if gap.size else {}
+    if rollout.staleness is not None and (stale := rollout.staleness[~np.isnan(rollout.staleness)]).size:
+        metrics |= {"sampler/staleness": float(stale.mean()), "sampler/staleness/max": int(stale.max())}
     finished = np.asarray(rollout.finished, dtype=bool)
     if not finished.all():
         metrics["length/truncated"] = float(lengths[~finished].mean())

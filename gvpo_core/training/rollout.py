@@ -18,6 +18,7 @@ from gvpo_core.training.rewards.scores import call_rewards, stacked
 from gvpo_core.training.rewards.total import members, total_rewards
 from gvpo_core.training.samplers import Drawn, Sampler
 from gvpo_core.training.samplers.drawing import draw_elsewhere
+from gvpo_core.training.samplers.protocol import staleness
 from gvpo_core.training.sampling import Sampling, row_seed
 
 
@@ -42,6 +43,7 @@ class Rollout:
     details: dict[str, float] = field(default_factory=dict)  # metrics of the source
     sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
     gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
+    staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
 
 
@@ -55,6 +57,7 @@ def collect(
     seed_path: tuple[int, ...],
     *,
     sampler: Sampler | None = None,
+    version: int = 0,
 ) -> Rollout:
     """Samples and scores `responses` responses to each prompt in `rows`.
 
@@ -64,6 +67,7 @@ def collect(
     Args:
       sampler: draws the responses instead of the policy: an older copy, a teacher (Cor. 3.2). A group keeps those that
         come.
+      version: steps that the policy has taken, from which those of the sampler's weights are subtracted.
     Raises: RewardError: on every rank, where a reward of any rank cannot be used. SamplerError: no response came.
     """
     clock = time.perf_counter()
@@ -127,6 +131,7 @@ def collect(
         columns=[prompts.columns[row] for row in rows],
         details={} if sampler is None else {"responses/lost": total - len(scores.total)},
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
+        staleness=None if sampler is None else gather(staleness([r for _, r in flat_drawn], version)),
         gap_tolerance=getattr(sampler, "gap_tolerance", None),
     )
 

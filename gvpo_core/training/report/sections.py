@@ -120,6 +120,22 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     floor=0.0,
                 ),
                 chart(
+                    "Sampler and policy",
+                    "nats a token",
+                    "How far their log-probabilities differ. It grows where the sampler keeps old weights.",
+                    line("mean", "sampler/gap", 1),
+                    line("worst response", "sampler/gap/max", 2),
+                    floor=0.0,
+                ),
+                chart(
+                    "Age of the sampler's weights",
+                    "steps",
+                    "How many steps the policy has taken since.",
+                    line("mean", "sampler/staleness", 1, smooth=False),
+                    line("oldest", "sampler/staleness/max", 2, smooth=False),
+                    floor=0.0,
+                ),
+                chart(
                     "Learning rate",
                     "",
                     "As scheduled.",

@@ -74,6 +74,12 @@ def close(sampler: object) -> None:
         method()
 
 
+def staleness(responses: Sequence[Response], version: int) -> np.ndarray:
+    """(N,) float64: steps that a policy of `version` has taken since the weights of each response; NaN = unknown."""
+    versions = [r.version if isinstance(r, Drawn) else None for r in responses]
+    return np.asarray([np.nan if v is None else version - v for v in versions], np.float64)
+
+
 def gaps(sampler_logprobs: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     """|sampler - policy| of the log-probabilities, nats a token, of the responses that have both.
 

@@ -38,7 +38,8 @@ class Sampled:
         """`rollout.prompts` prompts with `rollout.responses` scored responses each."""
         rollout, seed = self.config.rollout, self.config.run.seed
         rows = self.prompts.batch(step - 1, size or rollout.prompts, seed=seed, shuffle=self.config.data.shuffle)
-        refresh(self.sampler, policy, step - 1 if self.trained else 0)
+        version = step - 1 if self.trained else 0
+        refresh(self.sampler, policy, version)
         return collect(
             policy,
             self.prompts,
@@ -48,4 +49,5 @@ class Sampled:
             self.rewards,
             (seed, TRAIN, step),
             sampler=self.sampler,
+            version=version,
         )

@@ -16,6 +16,7 @@ from gvpo_core.training.watch.checks.policy import PolicyChecks
 from gvpo_core.training.watch.checks.recent import START, Recent, Record, number
 from gvpo_core.training.watch.checks.responses import ResponseChecks
 from gvpo_core.training.watch.checks.rewards import RewardChecks
+from gvpo_core.training.watch.checks.sampler import SamplerChecks
 from gvpo_core.training.watch.checks.update import UpdateChecks
 from gvpo_core.training.watch.usual import mean
 from gvpo_core.training.watch.verdict import BAD, LEVELS, OK, WATCH, Alert, Verdict, verdict_of
@@ -39,6 +40,9 @@ ALERTS = {
     "reward_<kind>/<name>": "One reward failed on at least 5 % of 5 steps' responses: error, timeout, none.",
     "unscored": "At least 5 % of 5 steps' responses have no reward, for no cause that the step knows of.",
     "reward": "The mean of 10 steps lies below the best of 20 by 2.5 deviations and 5 % of all rewards' range.",
+    "sampler_gap": "Sampler and policy differ by more than 0.05 nats a token, and twice as much as in the first step; "
+    "BAD beyond 0.5.",
+    "staleness": "A response was drawn with weights older than the policy's.",
     "throughput": "Half the usual tokens a second and half as long again a step, over 5 steps.",
     "memory": "Peak memory rose in 20 of 50 steps, by 5 %, while responses grew no longer.",
 }
@@ -68,14 +72,16 @@ def failed(step: int, error: Exception) -> Alert:
 class Alerts:
     """Judges train records in the order of their steps."""
 
-    def __init__(self, beta: float | None = None) -> None:
+    def __init__(self, beta: float | None = None, ahead: int = 0) -> None:
         """
         Args:
           beta: what a nat of KL costs, in units of reward. None: not known, or the record's `kl` is no KL, because
             the policy did not draw the responses itself at temperature 1.
+          ahead: steps by which the sampler's weights may be older than the policy.
         """
         self._recent = Recent()
-        self._checks = (UpdateChecks(), ResponseChecks(), PolicyChecks(beta), RewardChecks(), MachineChecks())
+        training = (UpdateChecks(), ResponseChecks(), PolicyChecks(beta), RewardChecks(), SamplerChecks(ahead))
+        self._checks = (*training, MachineChecks())
 
     @classmethod
     def replay(cls, records: Iterable[Record], beta: float | None = None) -> "Alerts":

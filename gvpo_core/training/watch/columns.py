@@ -73,13 +73,14 @@ LEGEND = (
     " best/worst (one number: equal otherwise). cut%: responses cut at the token limit. ~0: nearly 0."
 )
 ALL_LEGEND = (
-    f"{LEGEND} +-: half of the 95 % interval of reward. regret: reward still to be gained at this KL penalty. A column"
-    " with a reward's name: its mean."
+    f"{LEGEND} +-: half of the 95 % interval of reward. regret: reward still to be gained at this KL penalty. gap:"
+    " between sampler and policy, nats a token. A column with a reward's name: its mean."
 )
 
 
 def columns_for(width: int, record: Record) -> tuple[Column, ...]:
-    """The columns of rows in a terminal of `width` columns; where there is room, one for each of several rewards.
+    """The columns of rows in a terminal of `width` columns; where there is room, one for each of several rewards and
+    one for the gap of a sampler.
 
     Args:
       record: a train record, which has the names of the rewards.
@@ -90,13 +91,16 @@ def columns_for(width: int, record: Record) -> tuple[Column, ...]:
     names = [name for name in names if name not in RESERVED_REWARD_NAMES]
     extra: list[Column] = []
     room = width - width_of(titles(ALL_COLUMNS))
+    gap = (_number("gap", 6, "sampler/gap"),) if "sampler/gap" in record and room > 7 else ()
+    room -= 7 * len(gap)
     for name in names if len(names) > 1 else ():
         title = printable(name)
         taken = max(6, width_of(title))
         if taken + 1 <= room:
             extra.append(_number(title, taken, f"reward/{name}"))
             room -= taken + 1
-    return (*ALL_COLUMNS[:2], *extra, *ALL_COLUMNS[2:])
+    place = next(i for i, column in enumerate(ALL_COLUMNS) if column.title == "kl")
+    return (*ALL_COLUMNS[:2], *extra, *ALL_COLUMNS[2:place], *gap, *ALL_COLUMNS[place:])
 
 
 def titles(columns: Sequence[Column] = COLUMNS) -> str:

@@ -91,6 +91,10 @@ METRICS: dict[str, Metric] = {
         "nats/token", "Mean difference between the sampler's and the policy's log-probability; absent if unknown."
     ),
     "sampler/gap/max": Metric("nats/token", "The largest such difference of a response in the step."),
+    "sampler/staleness": Metric(
+        "steps", "Mean number of steps that the policy took since the sampler's weights; absent if unknown."
+    ),
+    "sampler/staleness/max": Metric("steps", "The largest of them in the step."),
     "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
     "groups/total": Metric("groups", "Prompts of the step."),
     "groups/counted": Metric("groups", "Groups with at least two scored responses: those in the loss."),
