@@ -19,10 +19,14 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, policy=None, faults=()):
+    def __init__(self, policy=None, faults=(), *, text=False):
+        """
+        Args:
+          text: takes and gives text, ignores `n`, and counts a token too many of the response a.
+        """
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
-        self.keys, self.commands, self.adapters = Counter(), [], {}
+        self.keys, self.commands, self.adapters, self.text = Counter(), [], {}, text
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
@@ -30,6 +34,16 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def answer(self, body):
+        if self.text:
+            ((response,),) = self.policy.generate(
+                [self.policy.encode(body["prompt"])],
+                [[body["seed"]]],
+                Sampling(body["max_tokens"], body["temperature"]),
+            )
+            reason = "stop" if response.finished else "length"
+            choice = {"text": self.policy.decode(response.tokens), "finish_reason": reason}
+            usage = {"completion_tokens": len(response.tokens) + (choice["text"] == "a")}
+            return {"model": body["model"], "choices": [choice], "usage": usage}
         sampling = Sampling(body["max_tokens"], body["temperature"])
         prompt, seeds = tuple(body["prompt"]), [body["seed"] + i for i in range(body["n"])]
         policy = self.adapters.get(body["model"], self.policy)

@@ -217,9 +217,8 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
     event = make_record("event", 1, {"event": "resume", "message": "from step 1"})
     recorded = {"nll", "log_ratio", "groups/skipped", "machine/reference_cached", "machine/reference_scored"}
     losses = {"eval/loss", "eval/accuracy", "eval/nll", "eval/groups"}  # test_recorded.py writes these
-    samplers = {"responses/lost", "sampler/gap", "sampler/gap/max", "eval/lost", "sampler/staleness"} | {
-        "sampler/staleness/max"
-    }  # test_samplers.py writes these
+    samplers = {"responses/lost", "eval/lost", "sampler/retokenized", "sampler/gap", "sampler/gap/max"}
+    samplers |= {"sampler/staleness", "sampler/staleness/max"}  # test_sampler*.py write these
     written = {**step, **evaluation, **event} | dict.fromkeys(recorded | losses | samplers, 1.0)
     assert metric_names.undocumented(written) == []
     for key, pattern in zip(METRICS, metric_names._PATTERNS, strict=True):

@@ -78,10 +78,12 @@ def collect(
         local_places.setdefault(flat // responses, []).append(flat % responses)
     asked = [prompts.tokens[rows[group]] for group in local_places]
     seeds = [[row_seed(*seed_path, group, i) for i in places] for group, places in local_places.items()]
+    details: dict[str, float] = {}
     if sampler is None:
-        drawn: Sequence[Sequence[Response]] = policy.generate(asked, seeds, sampling)
+        drawn = policy.generate(asked, seeds, sampling)
     else:
-        drawn = draw_elsewhere(policy, sampler, asked, seeds, sampling)
+        texts_asked = [prompts.prompts[rows[group]] for group in local_places]
+        drawn, details = draw_elsewhere(policy, sampler, texts_asked, asked, seeds, sampling)
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
     if sampler is not None:
         start = int(policy.gather(np.asarray([len(flat_drawn)]))[: policy.rank].sum())
@@ -129,7 +131,7 @@ def collect(
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
         columns=[prompts.columns[row] for row in rows],
-        details={} if sampler is None else {"responses/lost": total - len(scores.total)},
+        details=details,
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
         staleness=None if sampler is None else gather(staleness([r for _, r in flat_drawn], version)),
         gap_tolerance=getattr(sampler, "gap_tolerance", None),

@@ -30,6 +30,13 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     if engine.weights not in ("kept", "adapters", "model") or (engine.weights != "kept") != bool(engine.folder):
         both = f"weights = {engine.weights!r} and folder = {str(engine.folder)!r}"
         yield "weights", f"{both}; expected adapters or model, and a folder"
+    if engine.tokens not in ("ids", "text"):
+        yield "tokens", f"tokens = {engine.tokens!r}; expected ids or text"
+    if engine.tokens == "text" and engine.gap_tolerance is not None:
+        yield (
+            "gap_tolerance",
+            f"gap_tolerance = {engine.gap_tolerance} and tokens = 'text': text has no log-probabilities to compare",
+        )
     if engine.api_key and not re.fullmatch(r"\$[A-Za-z_]\w*", engine.api_key):
         yield "api_key", "api_key is not '$NAME'; expected the name of the environment variable that holds the key"
 

@@ -147,6 +147,9 @@ class LanguageModelPolicy(abc.ABC):
         """Text of a response without its end token; see `policy.text`."""
         return text.decode(self.tokenizer, tokens, self._end)
 
+    def prompt_text(self, tokens: Sequence[int]) -> str:
+        return text.prompt_text(self.tokenizer, tokens, self.config.path)
+
     def encode_responses(
         self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
     ) -> list[Response]:

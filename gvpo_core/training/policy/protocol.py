@@ -117,6 +117,9 @@ class Policy(Protocol):
     def decode(self, tokens: Sequence[int]) -> str:
         """Text of a response, without the tokens that end it; other special tokens stay."""
 
+    def prompt_text(self, tokens: Sequence[int]) -> str:
+        """Text of a prompt, from which a server with the same tokenizer makes these token ids."""
+
     def encode_responses(
         self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
     ) -> list[Response]:

@@ -86,6 +86,9 @@ class TablePolicy:
     def decode(self, tokens: Sequence[int]) -> str:
         return self.responses[tokens[0] - 1]
 
+    def prompt_text(self, tokens: Sequence[int]) -> str:
+        return self.prompts[tokens[0]]
+
     def encode_responses(
         self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
     ) -> list[Response]:

@@ -80,6 +80,17 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Tokens
     return tuple(int(i) for i in ids)
 
 
+def prompt_text(tokenizer: Any, tokens: Sequence[int], name: str = "the model") -> str:
+    """Text of a prompt without the special tokens that a tokenizer puts first: who reads it puts them there again.
+
+    Raises: ConfigError: as `text_tokens`.
+    """
+    first = _leading_tokens(tokenizer, name)
+    rest = tokens[len(first) :] if first and list(tokens[: len(first)]) == first else tokens
+    text: str = tokenizer.decode(list(rest), skip_special_tokens=False)
+    return text
+
+
 def _openings(tokenizer: Any) -> tuple[str, ...]:
     """What a chat that went through the template begins with: the text before a first message."""
     openings = []

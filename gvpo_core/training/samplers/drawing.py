@@ -1,4 +1,4 @@
-"""Responses from a sampler in the place of the policy, and what they must be."""
+"""Responses from a sampler in the place of the policy: asked for, tokenized where they are text, and checked."""
 
 import math
 from collections.abc import Sequence
@@ -6,44 +6,81 @@ from collections.abc import Sequence
 import numpy as np
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy import Policy, Response, ResponseError
+from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError
 from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.policy.ranks import agree, attempt
-from gvpo_core.training.samplers.protocol import Sampler, SamplerError
+from gvpo_core.training.samplers.protocol import Drawn, Sampler, SamplerError, Text
 from gvpo_core.training.sampling import Sampling
 
 
 def draw_elsewhere(
     policy: Policy,
     sampler: Sampler,
-    prompts: Sequence[Tokens],
+    prompts: Sequence[Prompt],
+    tokens: Sequence[Tokens],
     seeds: Sequence[Sequence[int]],
     sampling: Sampling,
-) -> Sequence[Sequence[Response]]:
+) -> tuple[list[list[Response]], dict[str, float]]:
     """What the sampler gives to this rank's prompts; every rank calls.
 
+    Args:
+      prompts, tokens: each prompt as the data has it, and its token ids.
+    Returns: responses of each prompt, and metrics.
     Raises: SamplerError: on every rank, where it gives more than was asked for, nothing on all ranks, or a response
       whose end contradicts `finished`. ConfigError: tokens that the policy does not have.
     """
 
-    def work() -> Sequence[Sequence[Response]]:
-        drawn = sampler.generate(prompts, seeds, sampling) if prompts else []
+    def work() -> Sequence[Sequence[Response | Text]]:
+        drawn = sampler.generate(tokens, seeds, sampling) if tokens else []
         got, wanted = [len(many) for many in drawn], [len(own) for own in seeds]
         if len(got) != len(wanted) or any(g > w for g, w in zip(got, wanted, strict=True)):
             raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")
         return drawn
 
-    drawn = attempt(policy, work, kind=SamplerError)
-    assert drawn is not None  # every rank samples
+    given = attempt(policy, work, kind=SamplerError)
+    assert given is not None  # every rank samples
+    tokenizer = _Tokenizer(policy, sampling.max_tokens)
+    drawn = [tokenizer.responses(prompt, many) for prompt, many in zip(prompts, given, strict=True)]
     attempt(policy, lambda: _check(policy, [r for many in drawn for r in many]), kind=ConfigError)
-    if not policy.gather(np.asarray([sum(map(len, drawn))])).sum():
-        agree(policy, _nothing(sampler, sum(map(len, seeds))), SamplerError)
-    return drawn
+    counts = policy.gather(np.asarray([[sum(map(len, drawn)), tokenizer.texts, tokenizer.others]])).sum(axis=0)
+    total = int(policy.gather(np.asarray([sum(map(len, seeds))])).sum())
+    if not counts[0]:
+        reasons = dict.fromkeys([*getattr(sampler, "failures", ()), *tokenizer.failures])
+        agree(
+            policy,
+            SamplerError("; ".join([f"the sampler gave none of {total} responses", *[*reasons][:3]])),
+            SamplerError,
+        )
+    metrics = {"responses/lost": float(total - counts[0])}
+    return drawn, metrics | ({"sampler/retokenized": int(counts[2])} if counts[1] else {})
 
 
-def _nothing(sampler: Sampler, total: int) -> SamplerError:
-    reasons = list(dict.fromkeys(getattr(sampler, "failures", ())))
-    return SamplerError("; ".join([f"the sampler gave none of {total} responses", *reasons[:3]]))
+class _Tokenizer:
+    """Makes responses of texts."""
+
+    def __init__(self, policy: Policy, max_tokens: int) -> None:
+        self.policy, self.max_tokens = policy, max_tokens
+        self.texts, self.others = 0, 0  # texts, and those whose tokens are not as many as were sampled
+        self.failures: list[str] = []
+
+    def responses(self, prompt: Prompt, given: Sequence[Response | Text]) -> list[Response]:
+        """Those that can be responses of the policy."""
+        made = [self._response(prompt, one) if isinstance(one, Text) else one for one in given]
+        return [response for response in made if response is not None]
+
+    def _response(self, prompt: Prompt, one: Text) -> Response | None:
+        try:
+            (response,) = self.policy.encode_responses(prompt, [one.text], [one.finished])
+        except ResponseError as error:
+            self.failures.append(f"a text cannot be a response: {error}")
+            return None
+        ids, count = response.tokens, len(response.tokens)
+        if count > self.max_tokens and one.finished:
+            self.failures.append(f"a text has {count} tokens here, and rollout.max_tokens is {self.max_tokens}")
+            return None
+        self.texts += 1
+        self.others += one.tokens is not None and one.tokens not in (count, count - one.finished)
+        return Drawn(ids[: self.max_tokens], one.finished, math.nan, one.version)
 
 
 def _check(policy: Policy, responses: Sequence[Response]) -> None:

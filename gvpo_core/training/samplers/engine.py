@@ -1,6 +1,5 @@
-"""An inference engine behind HTTP as the sampler: completions with token ids in and out, or with text."""
+"""An inference engine behind HTTP as the sampler."""
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -11,10 +10,11 @@ from typing import Any, Literal
 
 from gvpo_core.training.config import ConfigError, EngineConfig
 from gvpo_core.training.config.engine import wrong_engine
-from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy import Policy, Response
 from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.samplers.completions import read_answer, read_ids, read_text, request_of_ids, request_of_text
 from gvpo_core.training.samplers.http import Clock, Failed, Server
-from gvpo_core.training.samplers.protocol import Drawn, SamplerError
+from gvpo_core.training.samplers.protocol import SamplerError, Text
 from gvpo_core.training.samplers.weights import WeightFolder
 from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
@@ -28,11 +28,11 @@ class _Asked:
     version: int | None  # of the weights under that name
     clock: Clock
     failures: list[str] = field(default_factory=list)
-    work: list[list["Future[list[Drawn]]"]] = field(default_factory=list)  # requests of each prompt
+    work: list[list["Future[list[Response | Text]]"]] = field(default_factory=list)  # requests of each prompt
 
 
 class Engine:
-    """Draws responses from POST {url}/v1/completions, one request a prompt.
+    """Draws responses from POST {url}/v1/completions, one request a prompt; of text, one a response.
 
     A request that fails (refused, too slow, 429, 5xx, an answer that is not JSON or of another model) is repeated
     with growing pauses. Responses that do not come are lost, and their groups are smaller.
@@ -45,6 +45,7 @@ class Engine:
         url: str,
         model: str,
         *,
+        tokens: Literal["ids", "text"] = "ids",
         weights: Literal["kept", "adapters", "model"] = "kept",
         folder: str | Path = "",
         gap_tolerance: float | None = None,
@@ -58,6 +59,7 @@ class Engine:
         Args:
           url: of the server, without /v1.
           model: its name there.
+          tokens: what the server takes and gives. text: any OpenAI-compatible server; see `Text`.
           weights: what `refresh` sends to vLLM's server before each step. adapters: the policy's LoRA adapters; model:
             the whole model, whose head must not be its embedding.
           folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
@@ -70,32 +72,35 @@ class Engine:
         Raises: ConfigError: an argument out of range, or a variable that is not set.
         """
         given = EngineConfig(
-            url, model, weights, str(folder), gap_tolerance, concurrency, deadline, tries, pause, api_key
+            url, model, tokens, weights, str(folder), gap_tolerance, concurrency, deadline, tries, pause, api_key
         )
         if wrong := [message for _, message in wrong_engine(given)]:
             raise ConfigError("\n".join(wrong))
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
         self.weights = weights
+        self.tokens = tokens
+        self._policy: Policy | None = None
         self.served = model  # name to ask for: each version of adapters has its own
         self.version: int | None = None  # of the engine's weights: steps taken
         self.failures: list[str] = []  # why responses of the newest `generate` were lost
         self._server = Server(url, tries=tries, pause=pause, api_key=api_key)
         self._concurrency = concurrency
-        self._workers: Workers[list[Drawn]] | None = None
+        self._workers: Workers[list[Response | Text]] | None = None
         self._asked: list[_Asked] = []  # whose responses nobody has taken yet
         self._weights = None if weights == "kept" else WeightFolder(Path(folder), adapters=weights == "adapters")
 
     def said(self) -> str:
         """What draws, for the header."""
         kept = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
-        return f"{self.model} at {self.url}, {kept}"
+        return f"{self.model} at {self.url}, {kept}{', text' if self.tokens == 'text' else ''}"
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
-    ) -> list[list[Drawn]]:
+    ) -> list[list[Response | Text]]:
         """Draws up to `len(seeds[i])` responses to prompt i.
 
-        A request has one seed, the first of its prompt; the engine derives those of the other responses.
+        A request for token ids has one seed, the first of its prompt; the engine derives those of the other responses.
+        One for text has a seed and gives one response.
 
         Raises: SamplerError: an answer without token ids.
         """
@@ -103,17 +108,27 @@ class Engine:
 
     def ask(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Callable[[], list[list[Drawn]]]:
+    ) -> Callable[[], list[list[Response | Text]]]:
         """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, own in zip(prompts, seeds, strict=True):
-            task = partial(self._draw, asked, tuple(prompt), list(own), sampling)
-            asked.work.append([self._workers.submit(task)])
+            bodies = self._requests(tuple(prompt), own, sampling)
+            asked.work.append([self._workers.submit(partial(self._draw, asked, body)) for body in bodies])
         self._asked.append(asked)
         return partial(self._take, asked)
 
-    def _take(self, asked: _Asked) -> list[list[Drawn]]:
+    def _requests(self, prompt: Tokens, seeds: Sequence[int], sampling: Sampling) -> list[dict[str, Any]]:
+        if self.tokens == "ids":
+            return [request_of_ids(self.served, prompt, seeds, sampling)]
+        if self._policy is None:
+            raise SamplerError(
+                "tokens = 'text' needs refresh(policy, version) before it draws: the policy has the text"
+            )
+        text = self._policy.prompt_text(prompt)
+        return [request_of_text(self.served, text, seed, sampling) for seed in seeds]
+
+    def _take(self, asked: _Asked) -> list[list[Response | Text]]:
         """Waits for responses until the deadline."""
         every = [future for of_prompt in asked.work for future in of_prompt]
         late = wait(every, timeout=asked.clock.left()).not_done if every else set()
@@ -132,6 +147,7 @@ class Engine:
 
         Raises: SamplerError: the server did not load them, after all tries.
         """
+        self._policy = policy
         if self._weights is None or version == self.version:
             return
         if self.weights == "model":  # the server has one copy
@@ -154,55 +170,23 @@ class Engine:
             self._workers.close()
         self._workers, self._asked, self.version = None, [], None
 
-    def _draw(self, asked: _Asked, prompt: Tokens, seeds: list[int], sampling: Sampling) -> list[Drawn]:
-        body = {
-            "model": asked.served,
-            "prompt": list(prompt),
-            "n": len(seeds),
-            "seed": seeds[0] % 2**31,
-            "max_tokens": sampling.max_tokens,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": sampling.min_p,
-            "repetition_penalty": 1.0,
-            "presence_penalty": 0.0,
-            "frequency_penalty": 0.0,
-            "logprobs": 0,
-            "return_token_ids": True,
-            "stream": False,
-        }
-        read = partial(self._choices, asked)
+    def _draw(self, asked: _Asked, body: dict[str, Any]) -> list[Response | Text]:
+        """The responses of one request; none where it fails for good."""
+        read = partial(read_answer, model=asked.served, url=self.url)
         try:
-            choices = self._server.asked("/v1/completions", body, asked.clock.start(), read)
+            answer = self._server.asked("/v1/completions", body, asked.clock.start(), read)
         except Failed as e:
             asked.failures.append(str(e))
             return []
-        drawn = [self._response(asked, choice) for choice in choices[: len(seeds)]]
-        return [response for response in drawn if response is not None]
+        drawn: list[Response | Text] = []
+        for choice in answer["choices"][: body.get("n", 1)]:
+            try:
+                drawn.append(self._read(choice, answer, asked.version))
+            except Failed as e:
+                asked.failures.append(str(e))
+        return drawn
 
-    def _choices(self, asked: _Asked, content: bytes) -> list[Any]:
-        """The choices of an answer. Raises: Failed."""
-        try:
-            answer = json.loads(content)
-        except ValueError as e:
-            raise Failed(f"{self.url} answers no JSON: {e}", again=True) from e
-        if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
-            raise Failed(f"{self.url} answers without choices", again=True)
-        if answer.get("model", asked.served) != asked.served:
-            raise Failed(f"{self.url} answers as the model {answer['model']!r}; asked for {asked.served!r}", again=True)
-        choices: list[Any] = answer["choices"]
-        return choices
-
-    def _response(self, asked: _Asked, choice: dict[str, Any]) -> Drawn | None:
-        ids, reason = choice.get("token_ids"), choice.get("finish_reason")
-        if not isinstance(ids, list):
-            raise SamplerError(
-                f"{self.url} gives no token ids (return_token_ids): use a server that does, such as vLLM"
-            )
-        if reason not in ("stop", "length") or not ids:  # an aborted response was not cut by the limit
-            asked.failures.append(f"{self.url} ended a response of {len(ids)} tokens with {reason!r}")
-            return None
-        tokens = (choice.get("logprobs") or {}).get("token_logprobs") or []
-        known = len(tokens) == len(ids) and all(isinstance(x, int | float) for x in tokens)
-        return Drawn(tuple(ids), reason == "stop", float(sum(tokens)) if known else float("nan"), asked.version)
+    def _read(self, choice: dict[str, Any], answer: dict[str, Any], version: int | None) -> Response | Text:
+        if self.tokens == "text":
+            return read_text(choice, answer.get("usage"), version, self.url)
+        return read_ids(choice, version, self.url)

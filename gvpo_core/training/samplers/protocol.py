@@ -24,6 +24,20 @@ class Drawn(Response):
     version: int | None = None  # steps that the weights had taken
 
 
+@dataclass(frozen=True)
+class Text:
+    """A response as text. It is tokenized here, by the policy's tokenizer, and gets its end token if it is finished.
+
+    Its tokens may be others than were sampled. They are still a response of the policy with a positive probability,
+    which is all that Cor. 3.2 asks of a sampler.
+    """
+
+    text: str
+    finished: bool  # False: cut at the token limit
+    version: int | None = None  # steps that the weights had taken
+    tokens: int | None = None  # as the sampler counts them
+
+
 class Sampler(Protocol):
     """Draws responses in the place of the policy. A class may leave out `refresh` and `close`.
 
@@ -33,7 +47,7 @@ class Sampler(Protocol):
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Sequence[Sequence[Response]]:
+    ) -> Sequence[Sequence[Response | Text]]:
         """Draws a response for each seed of each prompt. A prompt may get fewer; the others are counted as lost."""
 
     def refresh(self, policy: Policy, version: int) -> None:

@@ -91,6 +91,11 @@ METRICS: dict[str, Metric] = {
         "nats/token", "Mean difference between the sampler's and the policy's log-probability; absent if unknown."
     ),
     "sampler/gap/max": Metric("nats/token", "The largest such difference of a response in the step."),
+    "sampler/retokenized": Metric(
+        "responses",
+        "Texts of the sampler that have another number of tokens here than it counted: at least so many were sampled "
+        "as other tokens. Absent where it gives token ids.",
+    ),
     "sampler/staleness": Metric(
         "steps", "Mean number of steps that the policy took since the sampler's weights; absent if unknown."
     ),
