@@ -38,6 +38,13 @@ def test_each_response_is_a_request_with_its_seed():
     assert sent.items() >= fields.items() and "n" not in sent and "return_token_ids" not in sent
 
 
+def test_fields_that_a_server_rejects_are_left_out_and_others_added():
+    with Server(text=True) as server:
+        drawn(engine(server, omit=["top_k", "min_p"], fields={"extra": {"a": [1]}}), PROMPTS[:1], [[5]], Sampling(2))
+        (sent,) = server.asked
+    assert not {"top_k", "min_p"} & set(sent) and sent["extra"] == {"a": [1]} and sent["top_p"] == 1.0
+
+
 def test_a_run_takes_the_text_and_counts_what_was_sampled_as_other_tokens(tmp_path, capsys):
     with Server(text=True) as server:
         run(config := short(tmp_path, 3), engine(server))

@@ -11,6 +11,11 @@ from gvpo_core.training.config.settings import Config, EngineConfig
 SAMPLERS = ("policy", "engine")
 """Values of rollout.sampler that are no import path."""
 
+REQUEST_FIELDS = ("model", "prompt", "n", "seed", "max_tokens", "temperature", "stream", "logprobs", "return_token_ids")
+"""Fields that every request sets."""
+OPTIONAL_FIELDS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+"""Fields that a request sets unless `omit` names them."""
+
 
 def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it): of an engine alone, whatever the run."""
@@ -37,6 +42,12 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
             "gap_tolerance",
             f"gap_tolerance = {engine.gap_tolerance} and tokens = 'text': text has no log-probabilities to compare",
         )
+    for name in engine.omit:
+        if name not in OPTIONAL_FIELDS:
+            yield "omit", f"omit = {name!r}; expected names among {', '.join(OPTIONAL_FIELDS)}"
+    for name in engine.fields:
+        if name in (*REQUEST_FIELDS, *OPTIONAL_FIELDS):
+            yield "fields", f"fields.{name} is set by the run itself; expected other fields"
     if engine.api_key and not re.fullmatch(r"\$[A-Za-z_]\w*", engine.api_key):
         yield "api_key", "api_key is not '$NAME'; expected the name of the environment variable that holds the key"
 

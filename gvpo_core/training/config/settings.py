@@ -163,6 +163,10 @@ class EngineConfig:
     """Seconds before the second try; twice as long before each further one."""
     api_key: str = ""
     """"$NAME": the environment variable that holds the server's key. The key itself belongs in no file."""
+    omit: tuple[str, ...] = ()
+    """Fields that the server rejects and requests leave out, as top_k. Its own default then applies."""
+    fields: dict[str, Any] = field(default_factory=dict)
+    """Further fields of every request, of any TOML type."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """An inference engine behind HTTP as the sampler."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
@@ -54,6 +54,8 @@ class Engine:
         tries: int = 4,
         pause: float = 0.5,
         api_key: str = "",
+        omit: Sequence[str] = (),
+        fields: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -69,16 +71,30 @@ class Engine:
           tries: requests for a prompt, the first one included.
           pause: seconds before the second try; twice as long before each further one.
           api_key: "$NAME", the environment variable that holds the key of the server. The key is written nowhere.
+          omit: fields that the server rejects and requests leave out, as top_k. Its own default then applies.
+          fields: further fields of every request.
         Raises: ConfigError: an argument out of range, or a variable that is not set.
         """
         given = EngineConfig(
-            url, model, tokens, weights, str(folder), gap_tolerance, concurrency, deadline, tries, pause, api_key
+            url=url,
+            model=model,
+            tokens=tokens,
+            weights=weights,
+            folder=str(folder),
+            gap_tolerance=gap_tolerance,
+            concurrency=concurrency,
+            deadline=deadline,
+            tries=tries,
+            pause=pause,
+            api_key=api_key,
+            omit=tuple(omit),
+            fields=dict(fields or {}),
         )
         if wrong := [message for _, message in wrong_engine(given)]:
             raise ConfigError("\n".join(wrong))
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
         self.weights = weights
-        self.tokens = tokens
+        self.tokens, self.omit, self.fields = tokens, given.omit, given.fields
         self._policy: Policy | None = None
         self.served = model  # name to ask for: each version of adapters has its own
         self.version: int | None = None  # of the engine's weights: steps taken
@@ -114,7 +130,8 @@ class Engine:
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, own in zip(prompts, seeds, strict=True):
             bodies = self._requests(tuple(prompt), own, sampling)
-            asked.work.append([self._workers.submit(partial(self._draw, asked, body)) for body in bodies])
+            sent = [{k: v for k, v in body.items() if k not in self.omit} | self.fields for body in bodies]
+            asked.work.append([self._workers.submit(partial(self._draw, asked, body)) for body in sent])
         self._asked.append(asked)
         return partial(self._take, asked)
 
