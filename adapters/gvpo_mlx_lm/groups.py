@@ -59,6 +59,11 @@ def _group(row: Row, tokenizer: Any, longest: int, where: str) -> Group:
     for column in ("prompt", "responses", "rewards"):
         if column not in row:
             raise DataError(f"{where} has no column {column!r}; it has {', '.join(map(str, row)) or 'none'}")
+    if any(mask is not None for mask in row.get("response_mask") or ()):
+        raise DataError(
+            f"{where} has a response_mask, tokens that the policy did not draw; mlx-lm's trainer scores every token."
+            " Train on it with gvpo_mlx (docs/recorded.md)"
+        )
     responses = _list(row["responses"], f"{where}, column 'responses'")
     rewards = _list(row["rewards"], f"{where}, column 'rewards'")
     finished = row.get("finished")

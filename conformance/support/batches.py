@@ -39,6 +39,18 @@ def batch(groups: tuple[int, ...] = (4, 3, 2), *, seed: int = 1, longest: int = 
     return Batch(list(prompts), list(responses), list(labels))
 
 
+def masked(of: Batch, *, seed: int = 4) -> Batch:
+    """The batch with context tokens in most responses, also first and last ones; one mask is None, one all True."""
+    draw = np.random.default_rng(seed)
+    own: list[tuple[bool, ...] | None] = []
+    for response in of.responses:
+        mask = (draw.random(len(response)) < 0.5).tolist()
+        mask[int(draw.integers(len(response)))] = True
+        own.append(tuple(mask))
+    own[0], own[1] = None, (True,) * len(of.responses[1])
+    return Batch(of.prompts, of.responses, of.groups, own)
+
+
 def coefficients_of(of: Batch, *, beta: float = 0.1, rewards: np.ndarray | None = None) -> Coefficients:
     """A `Coefficients` whose factors depend on the log-probs of the whole group, with made-up rewards."""
     rewards = np.random.default_rng(5).normal(size=len(of)) if rewards is None else rewards

@@ -8,11 +8,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from batches import batch, coefficients_of
+from batches import batch, coefficients_of, masked
 from mlx_policies import parameters, policy
 
 SMOOTH = {"learning_rate": 0.5, "betas": (0.0, 0.0), "eps": 1.0}
-OF = batch((4, 3, 2, 5))
+OF = masked(batch((4, 3, 2, 5)))  # context tokens in most responses
 CUTS = {"split groups": 5, "an empty process": len(OF)}  # rows before it are the first process's
 KINDS = {"full": {}, "lora": {"lora_rank": 3, "learning_rate": 3.0}}
 

@@ -101,7 +101,7 @@ def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
 
 
 def reference_gradients(folder: Path, of: Batch, factors: np.ndarray, *, afresh: bool = False) -> dict[str, np.ndarray]:
-    """Gradients of -sum factors_i log pi_i by transformers alone, one row at a time, in float64;
+    """Gradients of -sum factors_i log pi_i by transformers alone, one row at a time, in float64, over own tokens;
     every row of the embedding counts.
 
     Args:
@@ -118,11 +118,14 @@ def reference_gradients(folder: Path, of: Batch, factors: np.ndarray, *, afresh:
         return lm
 
     lm, total = load(), {}
-    for prompt, response, factor in zip(of.prompts, of.responses, factors, strict=True):
+    masks = of.own or [None] * len(of)
+    for prompt, response, mask, factor in zip(of.prompts, of.responses, masks, factors, strict=True):
         lm = load() if afresh else lm
         lm.zero_grad()
         logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
-        (-factor * logits.gather(1, torch.tensor(response)[:, None]).sum()).backward()
+        chosen = logits.gather(1, torch.tensor(response)[:, None]).squeeze(1)
+        own = torch.ones(len(response)) if mask is None else torch.tensor(mask, dtype=torch.float64)
+        (-factor * (chosen * own).sum()).backward()
         for name, p in lm.named_parameters():
             if p.grad is not None:  # an expert that no token reaches has none
                 total[name] = total.get(name, 0.0) + p.grad.numpy()

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from batches import batch, coefficients_of
+from batches import batch, coefficients_of, masked
 from torch_policies import policy
 
 from gvpo_core.training.sampling import Sampling, row_seed
 
-OF = batch((4, 3, 2, 5))
+OF = masked(batch((4, 3, 2, 5)))  # context tokens in most responses
 CUT = 5  # rows 0..4 on rank 0: three groups lie on both ranks
 PROMPTS = [(5, 6, 7), tuple(range(20, 32)), (9,)]
 SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1, 2))]

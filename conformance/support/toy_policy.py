@@ -99,7 +99,7 @@ class ToyPolicy(LanguageModelPolicy):
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         table = _log_softmax(self.reference if reference else self.weights)
-        pairs = [_pairs(p, r) for p, r in zip(batch.prompts, batch.responses, strict=True)]
+        pairs = _pairs(batch)
         return np.asarray([table[before, after].sum() for before, after in pairs]), sum(len(b) for b, _ in pairs)
 
     # -- training
@@ -113,8 +113,8 @@ class ToyPolicy(LanguageModelPolicy):
             tokens += computed
         gradient = np.zeros_like(self.weights)  # of -sum_i c_i log pi_i
         pi = np.exp(_log_softmax(self.weights))
-        for prompt, response, factor in zip(batch.prompts, batch.responses, factors, strict=True):
-            for before, after in zip(*_pairs(prompt, response), strict=True):
+        for pairs, factor in zip(_pairs(batch), factors, strict=True):
+            for before, after in zip(*pairs, strict=True):
                 gradient[before] += factor * pi[before]
                 gradient[before, after] -= factor
         norm = float(np.sqrt((gradient**2).sum()))
@@ -161,9 +161,14 @@ class ToyPolicy(LanguageModelPolicy):
         )
 
 
-def _pairs(prompt: Tokens, response: Tokens) -> tuple[np.ndarray, np.ndarray]:
-    """The token before each token of a response, and these tokens."""
-    return np.asarray((prompt[-1], *response[:-1])), np.asarray(response)
+def _pairs(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of each response, the token before each own token, and these tokens."""
+    pairs = []
+    for i, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
+        mask = None if batch.own is None else batch.own[i]
+        own = slice(None) if mask is None else np.asarray(mask)
+        pairs.append((np.asarray((prompt[-1], *response[:-1]))[own], np.asarray(response)[own]))
+    return pairs
 
 
 def _log_softmax(z: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ from table_problem import REFERENCE, table
 
 from gvpo_core.training.config import Config, ModelConfig
 from gvpo_core.training.loop import train
+from gvpo_core.training.policy import Response
 from gvpo_core.training.recorded import ReferenceScores
 
 pytestmark = pytest.mark.core
@@ -107,7 +108,8 @@ def test_a_cache_that_cannot_be_written_costs_no_run(tmp_path, model, caplog):
 
 
 def test_ranks_share_the_scores_and_score_a_group_each(tmp_path):
-    scored = [((0,), ((1, 0), (2, 0))), ((1,), ((3, 0),)), ((2,), ((4, 0), (5, 0), (1, 0)))]
+    tokens = [((0,), ((1, 0), (2, 0))), ((1,), ((3, 0),)), ((2,), ((4, 0), (5, 0), (1, 0)))]
+    scored = [(prompt, tuple(Response(r, True) for r in responses)) for prompt, responses in tokens]
     config = config_of(tmp_path)
 
     def work(policy):
@@ -116,6 +118,8 @@ def test_ranks_share_the_scores_and_score_a_group_each(tmp_path):
         assert (scores.hits, scores.misses) == (6, 6)
         for a, b, (prompt, responses) in zip(first, second, scored, strict=True):
             np.testing.assert_array_equal(a, b)
-            np.testing.assert_allclose(a, [np.log(REFERENCE[prompt[0], r[0] - 1]) for r in responses], rtol=1e-14)
+            np.testing.assert_allclose(
+                a, [np.log(REFERENCE[prompt[0], r.tokens[0] - 1]) for r in responses], rtol=1e-14
+            )
 
     run_ranks(2, work, table(REFERENCE), config.optimizer)

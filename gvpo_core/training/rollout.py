@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens
+from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens, masks_of
 from gvpo_core.training.policy.ranks import agree, attempt
 from gvpo_core.training.rewards import Reward, RewardError, Scores
 from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
@@ -33,7 +33,7 @@ class Rollout:
     rewards: np.ndarray  # (N,) float64, total; NaN = unscored
     parts: dict[str, np.ndarray]  # name -> (N,)
     errors: dict[str, dict[str, int]]
-    lengths: np.ndarray  # (N,) int64, tokens
+    lengths: np.ndarray  # (N,) int64, the policy's own tokens
     finished: np.ndarray  # (N,) bool
     completions: list[dict[str, Any]]  # rows of completions.jsonl without kind and step; all N on every rank
     seconds: dict[str, float]  # generate, reward
@@ -88,7 +88,9 @@ def collect(
     if sampler is not None:
         start = int(policy.gather(np.asarray([len(flat_drawn)]))[: policy.rank].sum())
     groups = [g for g, _ in flat_drawn]
-    batch = Batch([prompts.tokens[rows[g]] for g in groups], [r.tokens for _, r in flat_drawn], groups)
+    responses_drawn = [r for _, r in flat_drawn]
+    asked_each = [prompts.tokens[rows[g]] for g in groups]
+    batch = Batch(asked_each, [r.tokens for r in responses_drawn], groups, masks_of(responses_drawn))
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
     generated = time.perf_counter()
     scores = _score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
@@ -99,7 +101,7 @@ def collect(
             "group": g,
             "row": prompts.row(rows[g]),
             "response": text,
-            "tokens": len(r.tokens),
+            "tokens": r.length,
             "finished": r.finished,
             "reward": float(own_rewards[i]),
             "rewards": {name: float(values[start + i]) for name, values in scores.parts.items()},
@@ -112,8 +114,9 @@ def collect(
         prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
         if of_group and (places[0] == 0 or sampler is not None):  # once a group: what a later run needs to train on it
             completions[row]["messages"] = None if isinstance(prompt, str) else prompt
-        for completion, ids in zip(completions[rest], odd_ids(policy, prompt, of_group, texts[rest]), strict=True):
-            completion |= {"response_ids": ids} if ids is not None else {}
+        ids = odd_ids(policy, prompt, of_group, texts[rest])
+        for completion, response, kept in zip(completions[rest], of_group, ids, strict=True):
+            completion |= exact_tokens(response, kept)
         row += len(of_group)
     gather = policy.gather
     logprobs = [r.logprob if isinstance(r, Drawn) else math.nan for _, r in flat_drawn]
@@ -125,7 +128,7 @@ def collect(
         rewards=scores.total,
         parts=scores.parts,
         errors=scores.errors,
-        lengths=gather(np.asarray([len(r.tokens) for _, r in flat_drawn], np.int64)),
+        lengths=gather(np.asarray([r.length for r in responses_drawn], np.int64)),
         finished=gather(np.asarray([r.finished for _, r in flat_drawn], bool)),
         completions=_gather_objects(policy, completions),
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
@@ -167,8 +170,16 @@ def _score_everywhere(
     return Scores(total, dict(zip(calls.parts, parts, strict=True)), errors, calls.seconds)
 
 
+def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
+    """What completions.jsonl has beside the text: `odd_ids` of the response, and the mask of its own tokens."""
+    mask = {} if response.own is None else {"response_mask": [int(mine) for mine in response.own]}
+    return mask | ({} if ids is None else {"response_ids": ids})
+
+
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
-    """The token ids of the responses whose text does not tokenize back to them; None of the others."""
+    """The token ids of the responses that their text does not give back: see `encode_responses`. None of the others."""
+    if any(response.own is not None for response in responses):
+        return [response.tokens for response in responses]
     try:
         again = policy.encode_responses(prompt, texts, [r.finished for r in responses])
         return [None if a == r else r.tokens for a, r in zip(again, responses, strict=True)]

@@ -77,7 +77,6 @@ def _groups(
     for group, members in groupby(rollout.completions, key=lambda c: c["group"]):
         responses = list(members)
         first = responses[0]
-        ids = [response.get("response_ids") for response in responses]
         record = {"kind": "train", "step": step, "group": group, "row": first["row"], "settings": settings}
         record |= {
             "prompt": first["messages"] or first["prompt"],
@@ -86,7 +85,9 @@ def _groups(
             "finished": [response["finished"] for response in responses],
             "reward_parts": [response["rewards"] for response in responses],
         }
-        record |= {"response_ids": ids} if any(i is not None for i in ids) else {}
+        for column in ("response_ids", "response_mask"):
+            values = [response.get(column) for response in responses]
+            record |= {column: values} if any(value is not None for value in values) else {}
         columns = {k: v for k, v in rows[first["row"]].items() if k in prompts.names and k not in record and _plain(v)}
         yield record | columns
 

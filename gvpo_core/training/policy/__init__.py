@@ -4,6 +4,7 @@ from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.protocol import (
     Batch,
     Coefficients,
+    Mask,
     Policy,
     PolicySettings,
     Prompt,
@@ -11,11 +12,13 @@ from gvpo_core.training.policy.protocol import (
     ResponseError,
     Tokens,
     Update,
+    masks_of,
 )
 
 __all__ = [
     "Batch",
     "Coefficients",
+    "Mask",
     "MemoryFacts",
     "Policy",
     "PolicyFacts",
@@ -25,4 +28,5 @@ __all__ = [
     "ResponseError",
     "Tokens",
     "Update",
+    "masks_of",
 ]

@@ -16,7 +16,16 @@ from gvpo_core.training.config.backends import refuse_settings
 from gvpo_core.training.policy import checkpoint, hugging_face, text
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting
-from gvpo_core.training.policy.protocol import Batch, Coefficients, PolicySettings, Prompt, Response, Tokens, Update
+from gvpo_core.training.policy.protocol import (
+    Batch,
+    Coefficients,
+    Mask,
+    PolicySettings,
+    Prompt,
+    Response,
+    Tokens,
+    Update,
+)
 from gvpo_core.training.policy.step import StepPlan, learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
 
@@ -151,10 +160,14 @@ class LanguageModelPolicy(abc.ABC):
         return text.prompt_text(self.tokenizer, tokens, self.config.path)
 
     def encode_responses(
-        self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
+        self,
+        prompt: Prompt,
+        responses: Sequence[str | Sequence[int]],
+        finished: Sequence[bool | None],
+        own: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
         """Recorded responses, each as text or token ids; see `policy.text`."""
-        return text.encode_responses(self.tokenizer, prompt, responses, finished, self._end)
+        return text.encode_responses(self.tokenizer, prompt, responses, finished, self._end, own)
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
@@ -165,7 +178,7 @@ class LanguageModelPolicy(abc.ABC):
         return self._generate(prompts, seeds, sampling)
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        """(N,) float64 sums of float32 token log-probs, nats, at temperature 1.
+        """(N,) float64 sums of float32 log-probs of own tokens, nats, at temperature 1.
 
         Raises: RuntimeError: the reference was asked for, and `load` had reference=False.
         """

@@ -65,24 +65,24 @@ class Splitting:
 
 @dataclass(frozen=True)
 class Arrays:
-    """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens."""
+    """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens, the policy's own."""
 
     ids: np.ndarray  # (B, T) int64; padding is id 0, told apart by `segments` alone
     positions: np.ndarray  # (B, T) int64
     segments: np.ndarray  # (B, T) int64: 0 prompt, 1.. its responses, -1 padding
     predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state predicts
-    targets: np.ndarray  # (n,) int64: the response token predicted
+    targets: np.ndarray  # (n,) int64: the response token predicted; own tokens only (`Batch.own`)
     responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `targets`
-    lengths: np.ndarray  # (r,) int64: tokens of each response
+    lengths: np.ndarray  # (r,) int64: own tokens of each response, at least 1
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """(r,) float64: sum of `values` (n,) over each response's tokens."""
+        """(r,) float64: sum of `values` (n,) over each response's own tokens."""
         starts = np.cumsum(self.lengths) - self.lengths
         sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
         return sums
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
-        """`values` (n,) cut into the tokens of each response, in the order of the batch."""
+        """`values` (n,) cut into the own tokens of each response, in the order of the batch."""
         parts = np.split(values, np.cumsum(self.lengths)[:-1])
         return [parts[i] for i in np.argsort(self.responses)]
 
@@ -306,7 +306,9 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     segments = np.full((len(rows), width), -1, dtype=np.int64)
-    predict, targets, members, lengths = [], [], [], []
+    predict: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    members: list[int] = []
     for b, row in enumerate(rows):
         start = len(row.prompt)
         ids[b, :start] = row.prompt
@@ -319,10 +321,11 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
             ids[b, inputs] = response[:-1]
             positions[b, inputs] = np.arange(start, start + len(response) - 1)
             segments[b, inputs] = s
-            predict.append([b * width + start - 1, *range(b * width + end, b * width + inputs.stop)])
-            targets.append(response)
+            before = np.asarray([b * width + start - 1, *range(b * width + end, b * width + inputs.stop)], np.int64)
+            own = slice(None) if batch.own is None or batch.own[i] is None else np.asarray(batch.own[i], bool)
+            predict.append(before[own])
+            targets.append(np.asarray(response, np.int64)[own])
             members.append(i)
-            lengths.append(len(response))
             end = inputs.stop
         # Padding continues the count, so that it does not look like the start of another sequence.
         positions[b, end:] = np.arange(width - end) + (positions[b, end - 1] + 1)
@@ -330,10 +333,10 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
         ids,
         positions,
         segments,
-        np.concatenate(predict).astype(np.int64),
-        np.concatenate(targets).astype(np.int64),
+        np.concatenate(predict),
+        np.concatenate(targets),
         np.asarray(members, dtype=np.int64),
-        np.asarray(lengths, dtype=np.int64),
+        np.asarray([len(of_response) for of_response in targets], dtype=np.int64),
     )
 
 

@@ -17,6 +17,7 @@ from gvpo_core.training.sampling import Sampling
 
 Prompt = str | Sequence[Mapping[str, Any]]  # text, or chat messages for the model's chat template
 Tokens = tuple[int, ...]
+Mask = tuple[bool, ...]  # of a response's tokens: True = drawn by the policy, False = context (a tool's result, say)
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,12 @@ class Response:
 
     tokens: Tokens  # with the sampled end token, where there is one
     finished: bool  # True: ended by an end token; False: cut at the token limit
+    own: Mask | None = field(default=None, kw_only=True)  # the policy's own tokens. None: all
+
+    @property
+    def length(self) -> int:
+        """Tokens of its own."""
+        return len(self.tokens) if self.own is None else sum(self.own)
 
 
 class ResponseError(ValueError):
@@ -39,12 +46,14 @@ class ResponseError(ValueError):
 class Batch:
     """N responses with their prompts, one row each; rows of a group may lie anywhere, on any rank.
 
-    Lengths come from these lists, never from comparing ids with a padding id.
+    Lengths come from these lists, never from comparing ids with a padding id. A token that is not the policy's own is
+    an input of the model and never a target: log pi(y|x) is the sum over own tokens.
     """
 
     prompts: Sequence[Tokens]  # N; rows of one group share the same prompt
     responses: Sequence[Tokens]  # N, each at least one token
     groups: Sequence[int]  # N, the group's label: equal on every rank for the same group
+    own: Sequence[Mask | None] | None = None  # N, see `Response.own`. None: every token of every response
 
     def __post_init__(self) -> None:
         if not len(self.prompts) == len(self.responses) == len(self.groups):
@@ -54,13 +63,37 @@ class Batch:
         for i, (prompt, response) in enumerate(zip(self.prompts, self.responses, strict=True)):
             if not prompt or not response:
                 raise ValueError(f"batch row {i} has an empty {'prompt' if not prompt else 'response'}")
+        if self.own is not None:
+            self._check_own(self.own)
+
+    def _check_own(self, own: Sequence[Mask | None]) -> None:
+        if len(own) != len(self.responses):
+            raise ValueError(f"batch has {len(self.responses)} responses and {len(own)} masks of own tokens")
+        for i, (response, mask) in enumerate(zip(self.responses, own, strict=True)):
+            if mask is not None and (problem := mask_problem(mask, len(response))):
+                raise ValueError(f"batch row {i}: {problem}")
 
     def __len__(self) -> int:
         return len(self.prompts)
 
     def take(self, rows: Sequence[int]) -> "Batch":
         """The batch of the given rows, in the given order."""
-        return Batch([self.prompts[i] for i in rows], [self.responses[i] for i in rows], [self.groups[i] for i in rows])
+        own = None if self.own is None else [self.own[i] for i in rows]
+        prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
+        return Batch(prompts, responses, [self.groups[i] for i in rows], own)
+
+
+def mask_problem(mask: Sequence[object], tokens: int) -> str | None:
+    """What is wrong with the mask of a response of `tokens` tokens; None: nothing."""
+    if len(mask) != tokens:
+        return f"its mask has {len(mask)} entries for {tokens} tokens; expected equal numbers"
+    return None if any(mask) else f"none of its {tokens} tokens is the policy's own; expected at least one"
+
+
+def masks_of(responses: Sequence[Response]) -> list[Mask | None] | None:
+    """`Batch.own` of these responses: None where all their tokens are the policy's own."""
+    own = [response.own for response in responses]
+    return None if all(mask is None for mask in own) else own
 
 
 Coefficients = Callable[[np.ndarray, np.ndarray], np.ndarray]
@@ -121,10 +154,16 @@ class Policy(Protocol):
         """Text of a prompt, from which a server with the same tokenizer makes these token ids."""
 
     def encode_responses(
-        self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
+        self,
+        prompt: Prompt,
+        responses: Sequence[str | Sequence[int]],
+        finished: Sequence[bool | None],
+        own: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
         """Recorded responses to a prompt, each as text or token ids, by the rule of `text.encode_responses`.
 
+        Args:
+          own: of each response, the mask of the policy's own tokens; given only where one of them is not None.
         Raises: ResponseError: one of them cannot be a response of this policy.
         """
 
@@ -138,7 +177,10 @@ class Policy(Protocol):
         """
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
-        """(N,) float: log pi(y|x), nats, at temperature 1, of the policy or of the reference (Eq. 5's pi_ref)."""
+        """(N,) float: log pi(y|x) of the policy or of the reference (Eq. 5's pi_ref), nats, at temperature 1.
+
+        Summed over the own tokens of each response (`Batch.own`), given all tokens before them.
+        """
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         """One optimizer step along -sum_i c_i grad log pi_i, exact however the batch is split or sharded.

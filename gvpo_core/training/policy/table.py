@@ -17,6 +17,7 @@ from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.policy import (
     Batch,
     Coefficients,
+    Mask,
     PolicyFacts,
     PolicySettings,
     Prompt,
@@ -28,6 +29,8 @@ from gvpo_core.training.policy import (
 from gvpo_core.training.policy.step import learning_rate
 from gvpo_core.training.policy.text import checked_response
 from gvpo_core.training.sampling import Sampling, uniforms
+
+_ONE_TURN = "a table's response is drawn at once: no token of it is context (a mask of own tokens with a False)"
 
 
 class TablePolicy:
@@ -90,11 +93,18 @@ class TablePolicy:
         return self.prompts[tokens[0]]
 
     def encode_responses(
-        self, prompt: Prompt, responses: Sequence[str | Sequence[int]], finished: Sequence[bool | None]
+        self,
+        prompt: Prompt,
+        responses: Sequence[str | Sequence[int]],
+        finished: Sequence[bool | None],
+        own: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
         encoded = []
-        for number, (response, ended) in enumerate(zip(responses, finished, strict=True)):
+        masks = [None] * len(responses) if own is None else own
+        for number, (response, ended, mask) in enumerate(zip(responses, finished, masks, strict=True)):
             try:
+                if mask is not None and not all(mask):
+                    raise ValueError(_ONE_TURN)
                 if isinstance(response, str) and response not in self.responses:
                     raise ValueError(f"the table has no response {response!r}; it has {len(self.responses)} others")
                 if isinstance(response, str):
@@ -204,4 +214,6 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
 
 
 def _cells(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    if not all(mask is None or all(mask) for mask in batch.own or ()):
+        raise ValueError(_ONE_TURN)
     return np.asarray([p[0] for p in batch.prompts], int), np.asarray([r[0] - 1 for r in batch.responses], int)

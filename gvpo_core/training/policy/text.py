@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import Prompt, Response, ResponseError, Tokens
+from gvpo_core.training.policy import Mask, Prompt, Response, ResponseError, Tokens
+from gvpo_core.training.policy.protocol import mask_problem
 
 ASSISTANT = ("assistant", "model")  # roles whose turns the model writes
 _PROBE = "zqxj"  # a response that no template contains
@@ -134,6 +135,7 @@ def encode_responses(
     responses: Sequence[str | Sequence[int]],
     finished: Sequence[bool | None],
     end: Sequence[int],
+    own: Sequence[Mask | None] | None = None,
 ) -> list[Response]:
     """Recorded responses to a prompt as the model would have drawn them.
 
@@ -144,40 +146,52 @@ def encode_responses(
     Args:
       finished: of each response; None: a text is finished, token ids are where they end with an end token.
       end: ids that end a response.
+      own: of each response, the mask of the policy's own tokens; token ids only. None: all tokens of all responses.
     Raises: ResponseError: an end token before the end, or one that contradicts `finished`; no tokens; a finished text
-      where no end token is known.
+      where no end token is known; a mask that does not fit, or one of a text.
     """
     encoded: list[Response] = []
-    for number, (response, ended) in enumerate(zip(responses, finished, strict=True)):
+    masks = [None] * len(responses) if own is None else own
+    for number, (response, ended, mask) in enumerate(zip(responses, finished, masks, strict=True)):
         try:
             if isinstance(response, str):
+                if mask is not None:
+                    raise ValueError("it is a text with a mask of tokens; give its token ids")
                 tokens = _up_to_end(tokenizer, _plain_tokens(tokenizer, response), end)
                 if ended in (True, None) and not (tokens and tokens[-1] in end):
                     tokens.append(_closing(tokenizer, prompt, end))
                     ended = True
             else:
                 tokens = [int(i) for i in response]
-            encoded.append(checked_response(tokens, ended, end))
+            encoded.append(checked_response(tokens, ended, end, mask))
         except ValueError as error:
             raise ResponseError(str(error), number) from error
     return encoded
 
 
-def checked_response(tokens: Sequence[int], finished: bool | None, end: Sequence[int]) -> Response:
+def checked_response(
+    tokens: Sequence[int], finished: bool | None, end: Sequence[int], own: Mask | None = None
+) -> Response:
     """The response of these tokens. Raises: ValueError: see `encode_responses`."""
     if not tokens:
         raise ValueError("it has no tokens; expected at least its end token")
-    early = [i for i in tokens[:-1] if i in end]
+    if own is not None and (problem := mask_problem(own, len(tokens))):
+        raise ValueError(problem)
+    drawn = [True] * len(tokens) if own is None else own
+    early = [i for i, mine, next_too in zip(tokens, drawn, drawn[1:], strict=False) if mine and next_too and i in end]
     if early:
         raise ValueError(f"it has the end token {early[0]} before its end; the policy draws nothing after an end token")
-    ended = tokens[-1] in end
+    last = max(place for place, mine in enumerate(drawn) if mine)
+    ended = tokens[last] in end
+    if own is not None and finished is False:
+        ended = False  # an episode may be cut between two turns, each with its end token
     if finished is not None and finished != ended:
         is_end = "an" if ended else "no"
         raise ValueError(
-            f"finished is {str(finished).lower()}, and its last token {tokens[-1]} is {is_end} end token"
+            f"finished is {str(finished).lower()}, and its last token {tokens[last]} is {is_end} end token"
             f" ({', '.join(map(str, end)) or 'there is none'})"
         )
-    return Response(tuple(tokens), ended)
+    return Response(tuple(tokens), ended, own=None if own is None or all(own) else tuple(map(bool, own)))
 
 
 def _up_to_end(tokenizer: Any, tokens: list[int], end: Sequence[int]) -> list[int]:

@@ -150,8 +150,9 @@ def _group(
                 f"{row.where}, response {j} holds {next(i for i in response if _no_id(i, vocabulary))!r}, which is not"
                 f" a token id of the model (0 to {vocabulary - 1})"
             )
+    masks = {"own": row.masks} if row.masks else {}
     try:
-        responses = policy.encode_responses(prompts.prompts[place], row.responses, row.finished)
+        responses = policy.encode_responses(prompts.prompts[place], row.responses, row.finished, **masks)
     except ResponseError as e:
         raise DataError(f"{row.where}, response {e.number} cannot be used: {e}") from e
     kept = []

@@ -19,14 +19,14 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.files.disk import refuse_special, write_synced
 from gvpo_core.training.files.records import append_synced
 from gvpo_core.training.fingerprint import model_fingerprint
-from gvpo_core.training.policy import Batch, Policy, Tokens
+from gvpo_core.training.policy import Batch, Policy, Response, Tokens, masks_of
 
 _log = logging.getLogger("gvpo")
 _FACTS = ("backend", "architecture", "device", "device_name", "dtype", "sharding", "mesh", "layout", "versions")
 _MEBIBYTE = 2**20
 _FILE = "reference_scores.jsonl"
 
-Scored = tuple[Tokens, tuple[Tokens, ...]]  # a prompt and its responses
+Scored = tuple[Tokens, tuple[Response, ...]]  # a prompt and its responses
 
 
 def reference_file(config: Config, folder: str | None = None) -> Path | None:
@@ -78,7 +78,10 @@ class ReferenceScores:
         return [np.asarray(scores, np.float64) for scores in cached]
 
     def _key(self, group: Scored) -> str:
-        return hashlib.sha256(json.dumps([self._model, group]).encode()).hexdigest()
+        prompt, responses = group
+        masks = masks_of(responses)
+        key = [self._model, [prompt, [r.tokens for r in responses]], *([] if masks is None else [masks])]
+        return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def _found(self, keys: Sequence[str], groups: Sequence[Scored]) -> list[np.ndarray | None]:
         """What the main rank knows, on every rank; None: the scores of this group are missing."""
@@ -98,9 +101,9 @@ class ReferenceScores:
         for first in range(0, len(groups), ranks):
             turn = groups[first : first + ranks]
             prompt, responses = turn[rank] if rank < len(turn) else ((), ())
-            scores = self._policy.logprobs(
-                Batch([prompt] * len(responses), responses, [0] * len(responses)), reference=True
-            )
+            count, tokens = len(responses), [r.tokens for r in responses]
+            batch = Batch([prompt] * count, tokens, [0] * count, masks_of(responses))
+            scores = self._policy.logprobs(batch, reference=True)
             every = self._policy.gather(np.asarray(scores, np.float64)) if ranks > 1 else np.asarray(scores, np.float64)
             result += np.split(every, np.cumsum([len(group[1]) for group in turn])[:-1])
         return result

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo_core.training.data import column_names
+from gvpo_core.training.policy import Mask
 from gvpo_core.training.recorded.conversation import answers, plain_list
 from gvpo_core.training.recorded.shapes import COMPLETIONS, GROUPS, LABELS, PAIRS, RUN, SCORES, UNSCORED, Shape
 from gvpo_core.training.rows import DataError, Row
 
 _SCORE_NAMES = ("score", "reward", "overall_score", "fine-grained_score")  # of one of UltraFeedback's completions
-_OURS = ("finished", "response_ids", "reward_parts")
+_OURS = ("finished", "response_ids", "response_mask", "reward_parts")
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class RecordedRow:
     parts: Sequence[Mapping[str, float]] = ()  # k; single rewards by name, or nothing
     columns: Row = field(default_factory=dict)  # the rest of the row
     row: int = 0  # of the data
+    masks: Sequence[Mask | None] = ()  # k, of the policy's own tokens; or none: all tokens of all responses
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,8 @@ def _one(
             raise DataError(f"{where}, response {j} is None; expected text or token ids")
         if ended is not None and not isinstance(ended, bool):
             raise DataError(f"{where}, column 'finished', entry {j} is {ended!r:.40}; expected true, false or null")
-    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number)
+    masks = _masks(row.get("response_mask"), given, where)
+    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, masks)
 
 
 def _pair_rewards(row: Row, columns: Sequence[str], where: str) -> tuple[str, list[Any]]:
@@ -209,6 +212,7 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                 [row.get("finished") for _, row in members],
                 _parts([row.get("rewards") or {} for _, row in members], len(members)),
                 row=first,
+                masks=_masks([row.get("response_mask") for _, row in members], members, where),
             )
         )
     return Recorded(RUN, "the run's own rewards", made, in_order=True)
@@ -222,6 +226,25 @@ def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
     if len(ids) != len(responses):
         raise DataError(f"{where} has {len(responses)} responses and {len(ids)} response_ids; expected equal numbers")
     return [response if tokens is None else tokens for response, tokens in zip(responses, ids, strict=True)]
+
+
+def _masks(given: Any, responses: Sequence[Any], where: str) -> Sequence[Mask | None]:
+    """The column response_mask: of each response a 0 or 1 a token, 1 = the policy's own; null: all are."""
+    if given is None:
+        return ()
+    column = f"{where}, column 'response_mask'"
+    masks = plain_list(given, column)
+    if len(masks) != len(responses):
+        raise DataError(
+            f"{where} has {len(responses)} responses and {len(masks)} response_mask; expected equal numbers"
+        )
+    checked: list[Mask | None] = []
+    for j, mask in enumerate(masks):
+        mask = None if mask is None else plain_list(mask, f"{column}, entry {j}")
+        if mask is not None and not all(mine in (0, 1) for mine in mask):
+            raise DataError(f"{column}, entry {j} is {mask!r:.40}; expected a 0 or 1 for each token")
+        checked.append(None if mask is None else tuple(map(bool, mask)))
+    return checked if any(mask is not None for mask in checked) else ()
 
 
 def _parts(given: Any, count: int) -> Sequence[Mapping[str, float]]:

@@ -9,9 +9,9 @@ import numpy as np
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Batch, Policy
+from gvpo_core.training.policy import Batch, Policy, masks_of
 from gvpo_core.training.recorded import Group, Groups, ReferenceScores, StreamedGroups
-from gvpo_core.training.rollout import Rollout, odd_ids, plain_prompt
+from gvpo_core.training.rollout import Rollout, exact_tokens, odd_ids, plain_prompt
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,9 @@ def recorded_rollout(
     every = [(g, i) for g, group in enumerate(groups) for i in range(len(group.responses))]
     start, stop = (len(every) * r // policy.world_size for r in (policy.rank, policy.rank + 1))
     local_groups = every[start:stop]
-    batch = Batch(
-        [groups[g].prompt for g, _ in local_groups],
-        [groups[g].responses[i].tokens for g, i in local_groups],
-        [g for g, _ in local_groups],
-    )
+    local = [groups[g].responses[i] for g, i in local_groups]
+    asked = [groups[g].prompt for g, _ in local_groups]
+    batch = Batch(asked, [response.tokens for response in local], [g for g, _ in local_groups], masks_of(local))
     details: dict[str, float] = {}
     ref = None
     if reference is not None:
@@ -101,7 +99,7 @@ def recorded_rollout(
         rewards=np.concatenate([group.rewards for group in groups]),
         parts={name: np.asarray([_part(groups[g], i, name) for g, i in every]) for name in names},
         errors={},
-        lengths=np.asarray([len(groups[g].responses[i].tokens) for g, i in every], np.int64),
+        lengths=np.asarray([groups[g].responses[i].length for g, i in every], np.int64),
         finished=np.asarray([groups[g].responses[i].finished for g, i in every], bool),
         completions=_completions(policy, recorded, rows) if keep and policy.rank == 0 else [],
         seconds={"score": time.perf_counter() - clock},
@@ -118,7 +116,7 @@ def _reference(reference: ReferenceScores, groups: Sequence[Group]) -> np.ndarra
     scored = [group.scored for group in groups]
     found = reference.of(
         [
-            (group.prompt, tuple(group.responses[i].tokens for i in places))
+            (group.prompt, tuple(group.responses[i] for i in places))
             for group, places in zip(groups, scored, strict=True)
             if places
         ]
@@ -149,11 +147,11 @@ def _completions(policy: Policy, recorded: Groups, rows: Sequence[int]) -> list[
                 "group": g,
                 "row": recorded.prompts.row(row),
                 "response": texts[i],
-                "tokens": len(response.tokens),
+                "tokens": response.length,
                 "finished": response.finished,
                 "reward": float(group.rewards[i]),
                 "rewards": dict(group.parts[i]) if group.parts else {},
             }
             completion |= {"messages": None if isinstance(prompt, str) else prompt} if i == 0 else {}
-            completions.append(completion | ({} if ids[i] is None else {"response_ids": ids[i]}))
+            completions.append(completion | exact_tokens(response, ids[i]))
     return completions
