@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError
+from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError, masks_of
 from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.policy.ranks import agree, attempt
 from gvpo_core.training.samplers.protocol import Drawn, Sampler, SamplerError, Text
@@ -93,7 +93,9 @@ def _check(policy: Policy, responses: Sequence[Response]) -> None:
         )
     if hasattr(policy, "encode_responses"):
         try:
-            policy.encode_responses("", [r.tokens for r in responses], [r.finished for r in responses])
+            masks = masks_of(responses)
+            given = {} if masks is None else {"own": masks}
+            policy.encode_responses("", [r.tokens for r in responses], [r.finished for r in responses], **given)
         except ResponseError as error:
             ids = responses[error.number].tokens
             raise SamplerError(f"the sampler gave the tokens {_shown(ids)} as a response: {error}") from error
