@@ -15,7 +15,6 @@ import os
 import shutil
 import subprocess
 import sys
-import xml.etree.ElementTree as xml
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
@@ -372,25 +371,23 @@ def gpu(session: nox.Session) -> None:
     session.run("python", "benchmarks/cuda_step.py")
 
 
+@nox.session
+@nox.parametrize("server", ["vllm", "mlx_lm", "transformers"], ids=["vllm", "mlx_lm", "transformers"])
+def engines(session: nox.Session, server: str) -> None:
+    """Trains with a real inference server as the sampler, in an environment of its own. Not in the default run.
+
+    nox -s engines
+    nox -s "engines(mlx_lm)"
+    """
+    install(session, "-e", ".[torch,dev]")
+    environments = str(Path(session.create_tmp()).resolve() / "servers")
+    session.run("python", "conformance/support/engine_trial.py", server, environments, env={"OMP_NUM_THREADS": "2"})
+
+
 @nox.session(venv_backend="none")
 def total(session: nox.Session) -> None:
     """The tests of this run in one line: N passed, N failed, N skipped.
 
     nox -s conformance total
     """
-    print(count_tests(RESULTS))
-
-
-def count_tests(results: Path) -> str:
-    """Adds up the JUnit reports of one run of nox."""
-    passed = failed = skipped = 0
-    for report in sorted(results.glob("*.xml")):
-        suite = xml.parse(report).getroot()[0]
-        bad, skip = int(suite.get("failures", 0)) + int(suite.get("errors", 0)), int(suite.get("skipped", 0))
-        passed, failed, skipped = passed + int(suite.get("tests", 0)) - bad - skip, failed + bad, skipped + skip
-    return f"{passed} passed, {failed} failed, {skipped} skipped"
-
-
-if __name__ == "__main__":  # `python noxfile.py`: the total of the newest run
-    newest = RESULTS if "GVPO_RESULTS" in os.environ else max(RESULTS.parent.iterdir(), default=None)
-    sys.exit("no test has run") if newest is None else print(count_tests(newest))
+    session.run(sys.executable, "conformance/support/count_tests.py", str(RESULTS), external=True, silent=False)

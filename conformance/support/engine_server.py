@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
         self.keys, self.commands, self.adapters, self.text = Counter(), [], {}, text
+        self.held, self.let_go = threading.Event(), threading.Event()  # of a request with the fault "hold"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
     @property
@@ -75,6 +76,9 @@ class Handler(BaseHTTPRequestHandler):
         answer = server.answer(body)
         if fault == "slow":
             time.sleep(1.5)
+        if fault == "hold":
+            server.held.set()
+            server.let_go.wait(60)
         if fault == "reset":
             self.close_connection = True
             return

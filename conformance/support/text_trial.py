@@ -49,16 +49,16 @@ def trained(model: str, url: str, name: str, folder: Path, rows: Sequence[Mappin
     print(f"{len(responses)} responses, {cut} cut, {other} sampled as other tokens")
 
 
-def main() -> None:
-    model, url, name, *options = sys.argv[1:]
-    if options == ["--transformers"]:
+def try_server(model: str, url: str, name: str, *, transformers: bool = False) -> None:
+    """All that a server of this model must show. Raises: AssertionError."""
+    if transformers:
         ENGINE["omit"] = ("top_k", "min_p", "repetition_penalty")
         ENGINE["fields"] = {"generation_config": '{"do_sample": true, "top_k": 0}'}
     with tempfile.TemporaryDirectory() as temporary:
         trained(model, url, name, Path(temporary) / "texts", TEXTS)
-        if any((Path(model) / file).is_file() for file in ("chat_template.jinja",)):
+        if (Path(model) / "chat_template.jinja").is_file():
             trained(model, url, name, Path(temporary) / "chats", CHATS)
 
 
 if __name__ == "__main__":
-    main()
+    try_server(*sys.argv[1:4], transformers="--transformers" in sys.argv)

@@ -2,10 +2,9 @@
 
 python conformance/support/vllm_trial.py MODEL_FOLDER URL NAME
 
-The server serves MODEL_FOLDER, whose head must not be its embedding, as NAME in float32. docs/samplers.md has its
-command. Three runs: adapters are sent, the whole model is sent, nothing is sent. The first two must stay within 1e-3
-nat a token of the trainer at every step, with prompts long enough for the prefix cache. The third must be stopped by
-name.
+The server serves MODEL_FOLDER as NAME in float32. docs/engines.md has its command. What is sent must stay within 1e-3
+nat a token of the trainer at every step, with prompts long enough for the prefix cache; what is not sent, or sent in
+part, must be stopped by name. A model whose head is its embedding is sent whole against the rule, to show the latter.
 """
 
 import json
@@ -14,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import gvpo
 from gvpo_core.training.config import ModelConfig, OptimizerConfig, RolloutConfig, RunConfig
@@ -46,36 +45,82 @@ class Watched(Engine):
         return drawn
 
 
-def trained(model: str, url: str, name: str, folder: Path, weights: Weights) -> list[float]:
+class StaleCache(Watched):
+    """Leaves the prefix cache of the weights before."""
+
+    def _command(self, path: str, body: dict[str, Any]) -> None:
+        if path != "/reset_prefix_cache":
+            super()._command(path, body)
+
+
+class Untied:
+    """A policy whose export says that its head is its own, though it is the embedding."""
+
+    def __init__(self, policy: Any) -> None:
+        self.policy = policy
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.policy, name)
+
+    def export(self, folder: Path) -> None:
+        self.policy.export(folder)
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
+
+
+class HalfSent(Watched):
+    """Sends a model whole of which vLLM keeps the old head."""
+
+    def refresh(self, policy: Any, version: int) -> None:
+        super().refresh(Untied(policy), version)
+
+
+def trained(
+    model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched] = Watched
+) -> list[float]:
     """The largest gap of each step, nats a token."""
     lora = {"lora_rank": 8} if weights == "adapters" else {}
+    own = folder / f"{kind.__name__}-{weights}"
     config = gvpo.Config(
         model=ModelConfig(path=model, device="cpu", **lora),
-        rollout=RolloutConfig(prompts=2, responses=4, max_tokens=16),
-        optimizer=OptimizerConfig(learning_rate=1e-3 if lora else 2e-5),
-        run=RunConfig(steps=STEPS, folder=str(folder / weights)),
+        rollout=RolloutConfig(prompts=4, responses=4, max_tokens=16),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        run=RunConfig(steps=STEPS, folder=str(own)),
     )
-    place = {"weights": weights, "folder": folder / f"{weights}-weights"} if weights != "kept" else {}
-    engine = Watched(url, name, gap_tolerance=TOLERANCE, deadline=300, **place)
+    place = {"weights": weights, "folder": folder / f"{own.name}-weights"} if weights != "kept" else {}
+    engine = kind(url, name, gap_tolerance=TOLERANCE, deadline=300, **place)
     gvpo.train(config, gvpo.load_policy(config), train_rows=ROWS, rewards={"e": reward}, sampler=engine)
-    lines = [json.loads(line) for line in (folder / weights / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
     return [line["sampler/gap/max"] for line in lines if line["kind"] == "train"]
 
 
-def main() -> None:
-    model, url, name = sys.argv[1:]
+def stopped(model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched], what: str) -> None:
+    """The run must be stopped by the gap. Raises: AssertionError: it was not."""
+    try:
+        gaps = trained(model, url, name, folder, weights, kind)
+    except SamplerError as error:
+        if "log-probabilities differ" not in str(error):
+            raise
+        print(f"{what}: {error}")
+    else:
+        raise AssertionError(f"{what} passed for the policy's weights; gaps {gaps}")
+
+
+def try_server(model: str, url: str, name: str) -> None:
+    """All that a server of this model must show. Raises: AssertionError."""
+    tied = json.loads((Path(model) / "config.json").read_text()).get("tie_word_embeddings", False)
     with tempfile.TemporaryDirectory() as temporary:
-        for weights in ("adapters", "model"):
-            gaps = trained(model, url, name, Path(temporary), weights)
+        folder = Path(temporary)
+        for weights in ("adapters",) if tied else ("adapters", "model"):
+            gaps = trained(model, url, name, folder, cast(Weights, weights))
             assert len(gaps) == STEPS
             print(f"{weights}: largest gap of each step {[f'{gap:.1e}' for gap in gaps]}")
-        try:
-            trained(model, url, name, Path(temporary), "kept")  # the server now has the weights of the run before
-        except SamplerError as error:
-            print(f"kept: {error}")
+        if tied:
+            stopped(model, url, name, folder, "model", HalfSent, "old head")
         else:
-            raise AssertionError("the server's old weights passed for the policy's")
+            stopped(model, url, name, folder, "kept", Watched, "weights of the run before")
+            stopped(model, url, name, folder, "model", StaleCache, "prefix cache of the run before")
 
 
 if __name__ == "__main__":
-    main()
+    try_server(*sys.argv[1:])
