@@ -239,3 +239,12 @@ def standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Arr
 def leave_one_out(groups: Groups, advantages: Array) -> Array:
     """(N,) centred rewards as the difference to the mean of the others."""
     return advantages * groups.per_row(groups.divisor() / groups.divisor(less=1))
+
+
+def over_the_mean(groups: Groups, rewards: Array) -> Array:
+    """(N,) centred rewards over their group's mean; 0 where the mean is not positive."""
+    mean = groups.sum(groups.xp.where(groups.counted, rewards, groups.xp.zeros_like(rewards))) / groups.divisor()
+    positive = groups.kept & (mean > 0)
+    scale = groups.per_row(groups.xp.where(positive, mean, groups.xp.ones_like(mean)))
+    centred = groups.center(rewards)
+    return groups.xp.where(groups.per_row(positive), centred / scale, groups.xp.zeros_like(centred))

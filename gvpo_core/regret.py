@@ -61,13 +61,13 @@ def gvpo_regret(
     beta, groups = constant(beta), rows.groups
     if rows.factors is None:
         second = loss_of(rows).group_loss / (2 * beta)
-        series = beta * _log_mean_exp(groups, rows.weights() / beta)
+        series = beta * log_mean_exp(groups, rows.weights() / beta)
     else:
         second, series = _weighted(groups, rows.weights(), rows.factors, beta)
     return GVPORegret(groups.mean(second), groups.mean(series), second, series)
 
 
-def _log_mean_exp(groups: Groups, exponent: Array) -> Array:
+def log_mean_exp(groups: Groups, exponent: Array) -> Array:
     """(N,) -> (num_groups,) log mean exp over counted rows; 0 in groups that do not count."""
     xp = groups.xp
     largest = groups.max(stop_gradient(exponent))
@@ -94,7 +94,7 @@ def _weighted(groups: Groups, weights: Array, factors: Array, beta: Any) -> tupl
     fixed = stop_gradient(weights)
     for _ in range(NEWTON_STEPS):
         exponent = (fixed - groups.per_row(shift)) / (beta * factors)
-        excess = _log_mean_exp(groups, exponent)
+        excess = log_mean_exp(groups, exponent)
         share = xp.exp(exponent - groups.per_row(excess))  # sums to k
         slope = mean(share / factors)
         shift = shift + beta * excess / xp.where(groups.kept, slope, xp.ones_like(slope))

@@ -26,7 +26,7 @@ SIGNATURES = {
     "gvpo_weights": WEIGHTED,
     "importance_ratio": "logprobs, old_logprobs",
     "objective_coefficients": "name, logprobs, ref_logprobs, old_logprobs, rewards, group_ids, *, beta, "
-    "num_groups=None, valid=None, clip=0.2, response_weights=None",
+    "num_groups=None, valid=None, clip=0.2, response_weights=None, lengths=None",
     "reject_sampling_weights": "rewards, group_ids, *, num_groups=None, valid=None",
     "rloo_weights": f"{PENALTY}, num_groups=None, valid=None",
     "sequence_logprobs": "token_logprobs, mask",
@@ -38,7 +38,10 @@ def test_public_names() -> None:
     others = {"GVPOLoss", "GVPORegret", "OBJECTIVES"}
     assert set(gvpo_core.__all__) == set(SIGNATURES) | others
     assert all(hasattr(gvpo_core, name) for name in gvpo_core.__all__)
-    assert gvpo_core.OBJECTIVES == ("gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo")
+    assert gvpo_core.OBJECTIVES == (
+        "gvpo", "trajectory_balance", "rebel", "mirror_descent", "a_star_po", "grpo", "dr_grpo", "rloo", "gspo",
+        "maxrl", "reject_sampling", "sft", "dpo",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SIGNATURES)

@@ -94,6 +94,36 @@ MUTANTS = {
         "groups.divisor(less=1) / groups.divisor(less=1))",
         VALUES,
     ),
+    "MaxRL over the spread": (
+        "baselines.py",
+        "scale = groups.per_row(groups.xp.where(positive, mean,",
+        "scale = groups.per_row(groups.xp.where(positive, mean**0.5,",
+        VALUES,
+    ),
+    "A*-PO from responses of the reference": (
+        "residuals.py",
+        "groups.center(rewards) / beta - old)",
+        "groups.center(rewards) / beta)",
+        VALUES,
+    ),
+    "mirror descent centred": (
+        "residuals.py",
+        "- beta * _counted(groups, log_ratio)",
+        "- beta * groups.center(log_ratio)",
+        VALUES,
+    ),
+    "GSPO without the length of its gradient": (
+        "objectives.py",
+        "valid=groups.counted) / lengths",
+        "valid=groups.counted)",
+        VALUES,
+    ),
+    "trajectory balance over k - 1": (
+        "objectives.py",
+        '"trajectory_balance": Objective(_gvpo, 2, False, _responses)',
+        '"trajectory_balance": Objective(_gvpo, 2, False, _degrees_of_freedom)',
+        VALUES,
+    ),
     "the first of tied winners": (
         "groups.py",
         "return chosen / self.per_row(",

@@ -14,6 +14,7 @@ import gvpo_core as core
 
 EVEN = next(case for case in CASES if case.name == "even")
 EVEN = replace(EVEN, response_weights=np.linspace(0.5, 2.0, len(EVEN.logprobs)))
+EVEN = replace(EVEN, rewards=EVEN.rewards - EVEN.rewards.min())  # maxrl rejects negative rewards
 CONSTANTS = ("ref_logprobs", "rewards", "old_logprobs", "response_weights")  # and beta
 DIFFERENTIATED = ("gvpo_loss.loss", "gvpo_surrogate", "gvpo_regret.series", "dpo_loss", "importance_ratio")
 
@@ -33,7 +34,7 @@ def _functions() -> dict[str, Callable[[dict[str, Any]], Any]]:
         def call(a: dict[str, Any]) -> Any:
             scores = (a["logprobs"], a["ref_logprobs"], a["old_logprobs"], a["rewards"], a["group_ids"])
             options = {"response_weights": a["response_weights"]} if name == "gvpo" else {}
-            options |= {"beta": a["beta"], "num_groups": EVEN.num_groups}
+            options |= {"beta": a["beta"], "num_groups": EVEN.num_groups, "lengths": a["lengths"]}
             return core.objective_coefficients(name, *scores, **options).sum()
 
         return call
@@ -138,7 +139,7 @@ def test_masked_arrays_are_rejected_by_name(name: str) -> None:
             function(**a, beta=0.1)
     for objective in core.OBJECTIVES:
         with pytest.raises(TypeError, match=f"^{name}: got a numpy masked array"):
-            core.objective_coefficients(objective, old_logprobs=np.zeros(4), **a, beta=0.1)
+            core.objective_coefficients(objective, old_logprobs=np.zeros(4), **a, beta=0.1, lengths=np.ones(4))
 
 
 @pytest.mark.core

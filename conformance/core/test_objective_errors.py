@@ -99,6 +99,24 @@ def test_regret_needs_beta() -> None:
         (lambda: core.objective_coefficients("grppo", F, F, F, F, IDS, beta=0.1), "did you mean 'grpo'?"),
         (lambda: core.objective_coefficients("ppo", F, F, F, F, IDS, beta=0.1), "objective is 'ppo'; expected one of"),
         (lambda: core.objective_coefficients("grpo", F, F, None, F, IDS, beta=0.1), "old_logprobs is None; grpo needs"),
+        (lambda: core.objective_coefficients("tba", F, F, F, F, IDS, beta=0.1), "did you mean 'trajectory_balance'?"),
+        (lambda: core.objective_coefficients("gspo", F, F, F, F, IDS, beta=0.1), "lengths is None; gspo needs the len"),
+        (
+            lambda: core.objective_coefficients("gspo", F, F, F, F, IDS, beta=0.1, lengths=0 * F),
+            "lengths span 0.0..0.0 in counted rows; expected 1 token or more",
+        ),
+        (
+            lambda: core.objective_coefficients("gspo", F, F, F, F, IDS, beta=0.1, lengths=F[:3]),
+            "lengths has shape (3,); expected (4,), as logprobs",
+        ),
+        (
+            lambda: core.objective_coefficients("maxrl", F, F, F, -F - 1, IDS, beta=0.1),
+            "maxrl divides by their mean and expects rewards >= 0",
+        ),
+        (
+            lambda: core.objective_coefficients("a_star_po", F, F, F, F, IDS, beta=0),
+            "beta is 0.0; expected a finite number > 0",
+        ),
         (lambda: core.dpo_loss(F, F, F, IDS, beta=0.0), "beta is 0.0; expected a finite number > 0"),
         (lambda: core.bradley_terry_loss(F, F[:3]), "rejected_rewards has shape (3,); expected (4,)"),
         (lambda: core.sequence_logprobs(F, F > 0), "token_logprobs has shape (4,); expected (N, T)"),

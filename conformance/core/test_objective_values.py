@@ -144,7 +144,7 @@ def test_rewards_may_be_integers_and_bools(setting: Setting, name: str) -> None:
     logprobs, ids = setting.array(np.array([-3.0, -1.5, -2.0, -0.25, -4.0])), setting.array(np.array([0, 0, 1, 1, 1]))
     given = np.array([1, 0, 0, 1, 1])
     of = lambda rewards: core.objective_coefficients(
-        name, logprobs, 2 * logprobs, logprobs, setting.array(rewards), ids, beta=0.3
+        name, logprobs, 2 * logprobs, logprobs, setting.array(rewards), ids, beta=0.3, lengths=ids + 1
     )
     for kind in (int, bool):
         setting.check(name, of(given.astype(kind)), setting.numpy(of(given.astype(float))))

@@ -23,6 +23,7 @@ class Case:
     response_weights: np.ndarray | None = None
     beta: float = 0.3
     num_groups: int = G
+    lengths: np.ndarray | None = None  # tokens; None: 1, 2, 3, 4, 1, 2, ...
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
@@ -30,7 +31,8 @@ class Case:
         floats = {"logprobs", "ref_logprobs", "old_logprobs", "rewards"}
         if self.response_weights is not None:
             floats.add("response_weights")
-        return {name: getattr(self, name) for name in sorted(floats)}
+        lengths = 1.0 + np.arange(len(self.rewards)) % 4 if self.lengths is None else self.lengths
+        return {name: getattr(self, name) for name in sorted(floats)} | {"lengths": lengths}
 
 
 def draw(name: str, sizes: tuple[int, ...], *, seed: int, groups: int = G) -> Case:
@@ -76,6 +78,7 @@ def _drawn() -> list[Case]:
         logprobs=_at(padding.logprobs, {2: NAN, 5: -INF, 6: 3e4}),
         ref_logprobs=_at(padding.ref_logprobs, {2: INF, 11: NAN}),
         rewards=_at(padding.rewards, {5: INF, 6: NAN}),
+        lengths=np.array([1, 2, 0, 4, 5, NAN, -1, 8, 3, 3, 1, INF]),
     )
     unscored = draw("unscored", (4, 4, 2, 2), seed=5)
     unscored = replace(unscored, rewards=_at(unscored.rewards, {0: NAN, 5: NAN, 6: NAN, 9: NAN, 10: NAN, 11: NAN}))
@@ -162,7 +165,10 @@ WORKED = [
         "variance is 2/16, of R 2/4, the covariance 2/8: 1/8 + 1/2 - 2/4 = 1/8. c = w/(1*1). Regret: (1/8)/(2/2); "
         "1/2 log((e^(1/2) + e^(-1/2))/2) = 1/2 log cosh 1/2 = 0.0600572535. RLOO without KL: 2 D(R); std = "
         "sqrt(1/2), GRPO: 0.5/(0.7071067812 + 0.0001). DPO: margin 1/2, sigma(-1/2) = 0.3775406688, "
-        "log(1 + e^(-1/2)) = 0.4740769842; its coefficients are beta times the weights.",
+        "log(1 + e^(-1/2)) = 0.4740769842; its coefficients are beta times the weights. Trajectory balance: w/2. "
+        "REBEL's one pair: w. Mirror descent: (D(R) - beta s)/2 = (1/2 - 1/2, -1/2)/2. A*-PO, where pi_old = pi: "
+        "V = 1/2 log ((e^(2 - 1) + 1)/2) = 0.3100572535, coefficients (1 - V - 1/2, -V)/2. "
+        "MaxRL: D(R)/(1/2) = (1, -1), over k = 2.",
         logprobs=[-1, -2],
         ref_logprobs=[-2, -2],
         rewards=[1, 0],
@@ -184,6 +190,11 @@ WORKED = [
             "dpo_weights": [0.3775406687981454, -0.3775406687981454],
             "dpo_loss": 0.4740769841801067,
             "objective_coefficients.gvpo": [0.25, -0.25],
+            "objective_coefficients.trajectory_balance": [0.125, -0.125],
+            "objective_coefficients.rebel": [0.25, -0.25],
+            "objective_coefficients.mirror_descent": [0, -0.25],
+            "objective_coefficients.a_star_po": [0.09497137326043064, -0.15502862673956936],
+            "objective_coefficients.maxrl": [0.5, -0.5],
             "objective_coefficients.rloo": [0.25, -0.25],
             "objective_coefficients.dpo": [0.1887703343990727, -0.1887703343990727],
         },

@@ -38,11 +38,12 @@ def everything(a: Arrays, *, beta: float, num_groups: int) -> dict[str, Any]:
     for name in core.OBJECTIVES:
         out[f"objective_coefficients.{name}"] = core.objective_coefficients(
             name,
-            scores[0],
-            scores[1],
+            *scores[:2],
             a["old_logprobs"],
-            *scores[2:],
+            abs(scores[2]) if name == "maxrl" else scores[2],  # it rejects negative rewards
+            scores[3],
             beta=beta,
+            lengths=a["lengths"],
             **options,
             **(factors if name == "gvpo" else {}),
         )

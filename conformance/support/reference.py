@@ -5,6 +5,7 @@ derivative in logprobs of each scalar of `quantities.SCALARS`.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 from cases import Case
@@ -135,6 +136,53 @@ def pairs(case: Case) -> dict[int, tuple[list[int], list[int], float]]:
     return out
 
 
+def rivals(case: Case) -> dict[str, np.ndarray]:
+    """Coefficients of trajectory balance, REBEL, mirror descent, A*-PO, GSPO and MaxRL, each from its paper's loss.
+
+    trajectory_balance  arXiv 2503.18929: 1/k sum_i (log Z + s_i - R_i/beta)^2, log Z = 1/k sum_j (R_j/beta - s_j)
+    rebel               arXiv 2404.16767: the mean over pairs i < j of (beta (s_i - s_j) - (R_i - R_j))^2
+    mirror_descent      arXiv 2501.12599, Eq. 3: 1/k sum_i ((R_i - mean R) grad log pi_i - tau/2 grad s_i^2)
+    a_star_po           arXiv 2505.20686: 1/k sum_i (beta s_i - (R_i - V))^2
+    gspo                arXiv 2507.18071, Eq. 5 to 7
+    maxrl               arXiv 2602.02710: 1/k sum_i (R_i - mean R) / mean R grad log pi_i
+    """
+    names = ("trajectory_balance", "rebel", "mirror_descent", "a_star_po", "gspo", "maxrl")
+    out = {name: np.zeros(len(case.rewards)) for name in names}
+    groups, beta = members(case, least=2), case.beta
+    s = case.logprobs - case.ref_logprobs
+    s_old = case.old_logprobs - case.ref_logprobs
+    advantage, lengths = advantages(case, "grpo", beta), case.arrays["lengths"]
+    for rows in groups.values():
+        k, scale = len(rows), len(rows) * len(groups)
+        log_z = math.fsum(case.rewards[i] / beta - s[i] for i in rows) / k
+        mean = math.fsum(case.rewards[i] for i in rows) / k
+        top = max((case.rewards[i] / beta - s_old[i] for i in rows), key=lambda x: math.inf if math.isnan(x) else x)
+        value = beta * (top + math.log(math.fsum(exp(case.rewards[i] / beta - s_old[i] - top) for i in rows) / k))
+        for i in rows:
+            residual = log_z + s[i] - case.rewards[i] / beta
+            out["trajectory_balance"][i] = -beta * residual / scale  # the loss times beta/2
+            # the loss over 4 beta, a mean over k (k - 1) / 2 pairs
+            pairs_of_i = [(case.rewards[i] - case.rewards[j]) - beta * (s[i] - s[j]) for j in rows if j != i]
+            out["rebel"][i] = math.fsum(pairs_of_i) / (k * (k - 1)) / len(groups)
+            out["mirror_descent"][i] = ((case.rewards[i] - mean) - beta * s[i]) / scale
+            out["a_star_po"][i] = (case.rewards[i] - value - beta * s[i]) / scale
+            length = lengths[i]
+            ratio, a = exp((case.logprobs[i] - case.old_logprobs[i]) / length), advantage[i]
+            bounded = min(max(ratio, 0.8), 1.2) if ratio == ratio else ratio
+            is_clipped = a != 0 and ratio != bounded and ratio * a > bounded * a
+            out["gspo"][i] = 0.0 if a == 0 or is_clipped else ratio * a / length / scale
+    shrunk = replace(case, rewards=np.abs(case.rewards))
+    for rows in groups.values():
+        mean = math.fsum(shrunk.rewards[i] for i in rows) / len(rows)
+        for i, x in zip(rows, centred(shrunk.rewards, rows), strict=True):
+            out["maxrl"][i] = x / mean if mean > 0 else 0.0
+    ratios = clipped(shrunk, out["maxrl"])
+    for rows in groups.values():
+        for i in rows:
+            out["maxrl"][i] = ratios[i] / (len(rows) * len(groups))
+    return {f"objective_coefficients.{name}": values for name, values in out.items()}
+
+
 def reference(case: Case) -> dict[str, np.ndarray]:
     """Name -> expected value, for every quantity of the core."""
     n = len(case.rewards)
@@ -173,6 +221,7 @@ def reference(case: Case) -> dict[str, np.ndarray]:
     out["dpo_loss"] = np.asarray(sum(losses) / max(len(losses), 1))
     out["objective_coefficients.dpo"] = case.beta * dpo / max(len(losses), 1)
     out["objective_coefficients.gvpo"] = out["gvpo_coefficients"]
+    out |= rivals(case)
     margins = [a - b for a, b, v in zip(case.rewards, case.ref_logprobs, valid, strict=True) if v]
     losses = [softplus(-m) for m in margins if not math.isnan(m)]
     out["bradley_terry_loss"] = np.asarray(sum(losses) / max(len(losses), 1))

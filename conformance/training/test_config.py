@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gvpo_core.objectives import OBJECTIVES
 from gvpo_core.training.cli import commands
 from gvpo_core.training.config import Config, ConfigError, DataConfig, ModelConfig, RewardConfig
 from gvpo_core.training.config.check import check_config
@@ -113,8 +114,8 @@ def test_every_mistake_is_reported_at_once_with_its_line(file):
         ("2", "unknown field run.stepz; did you mean run.steps?"),
         ("4", "rollout.max_tokens = 'many'; expected int"),
         ("5", "unknown field rollout.beta; did you mean objective.beta?"),
-        ("7", "objective.name = 'gvp'; expected one of 'gvpo', 'grpo', 'dr_grpo', 'rloo', 'reject_sampling', 'sft',"
-         " 'dpo' or file.py:function; did you mean 'gvpo'?"),
+        ("7", f"objective.name = 'gvp'; expected one of {', '.join(map(repr, OBJECTIVES))} or file.py:function;"
+         " did you mean 'gvpo'?"),
         ("8", "unknown section optimiser; did you mean optimizer?"),
     ]  # fmt: skip
     # What is missing has no line, and comes last.

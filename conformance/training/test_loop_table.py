@@ -10,6 +10,7 @@ import pytest
 from ranks import run_ranks
 from table_problem import BETA, PROMPTS, REFERENCE, REWARDS, reward, settings, table
 
+from gvpo_core.objectives import OBJECTIVES
 from gvpo_core.training.cli.dry_run import preview
 from gvpo_core.training.config import (
     Config,
@@ -102,7 +103,7 @@ def test_regret_in_the_metrics_is_beta_kl(tmp_path, capsys):
         assert record["regret/second_order"] == pytest.approx(value, rel=0.25)  # third order of a regret of 0.05
 
 
-@pytest.mark.parametrize("objective", ["gvpo", "grpo", "dr_grpo", "rloo", "reject_sampling", "sft", "dpo"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_every_objective_runs_and_only_sft_leaves_the_reward(objective, tmp_path, capsys):
     config = settings(tmp_path, objective=ObjectiveConfig(name=objective, beta=0.05, epochs=2, minibatches=3))
     config = replace(config, run=replace(config.run, steps=30), optimizer=OptimizerConfig(learning_rate=0.3))

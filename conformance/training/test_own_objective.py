@@ -167,13 +167,16 @@ def test_names_without_a_function_are_rejected_with_a_suggestion() -> None:
             check_config(Config(objective=ObjectiveConfig(name=name)))
 
 
+RATIO = {"a_star_po", "grpo", "dr_grpo", "rloo", "gspo", "maxrl"}  # they read the log-probabilities at sampling
+
+
 def test_the_table_is_what_the_trainer_asks() -> None:
     assert tuple(TABLE) == OBJECTIVES
     for name, row in TABLE.items():
         found = find_objective(ObjectiveConfig(name=name))
         assert (found.smallest, found.needs_old, found.own) == (row.smallest, row.needs_old, None)
     assert {name for name, row in TABLE.items() if row.smallest == 1} == {"sft", "reject_sampling"}
-    assert {name for name, row in TABLE.items() if row.needs_old} == {"grpo", "dr_grpo", "rloo"}
+    assert {name for name, row in TABLE.items() if row.needs_old} == RATIO
 
 
 @pytest.mark.parametrize("name", ["wave", "numpy", "iniconfig"])

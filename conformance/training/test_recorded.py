@@ -163,7 +163,7 @@ def test_the_header_says_what_is_read(tmp_path, capsys):
     assert "3 recorded groups, nothing is sampled" in said
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo"])
+@pytest.mark.parametrize("name", ["a_star_po", "grpo", "dr_grpo", "rloo", "gspo", "maxrl"])
 def test_objectives_with_a_ratio_are_refused(name, tmp_path):
     with pytest.raises(ConfigError, match=rf"objective\.name = '{name}' weighs a response by how much likelier"):
         run(config_of(tmp_path, objective={"name": name}), groups())

@@ -42,7 +42,8 @@ def improve(
 
     Args:
       seed: of the order of the groups in epochs after the first.
-    Raises: NoSignalError: no group has enough scored responses. ObjectiveError: a user's objective failed.
+    Raises: NoSignalError: no group has enough scored responses. ObjectiveError: a user's objective failed,
+      or a negative reward in maxrl.
     """
     objective = find_objective(config)
     scored = ~np.isnan(rollout.rewards)
@@ -53,6 +54,11 @@ def improve(
         raise NoSignalError(
             f"no group has {need} scored responses: {int(scored.sum())} of the {len(scored)} responses in"
             f" {rollout.num_groups} groups were scored; see the reward's warnings"
+        )
+    if objective.no_negative_rewards and (lowest := float(rollout.rewards[scored].min())) < 0:
+        raise ObjectiveError(
+            f"objective.name = {objective.name!r} divides by a group's mean reward and expects rewards >= 0; the lowest"
+            f" is {lowest:g}: shift or clip them, or use rloo, grpo or gvpo"
         )
     start = time.perf_counter()
     rows = local_rows[scored[local_rows]]  # this rank's scored rows, as places among all N

@@ -17,7 +17,7 @@ _OPTIONS = ("beta", "num_groups", "clip", "lengths")
 
 
 class ObjectiveError(RuntimeError):
-    """A user's objective that raised, or gave what no step can be made of; the message names it."""
+    """An objective that raised, gave what no step can be made of, or cannot use the rewards; the message names it."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class TrainingObjective:
     own: Callable[..., Any] | None  # the user's function; None: the table's
     options: dict[str, Any]  # beta, clip
     length_exponent: float = 0.0
+    no_negative_rewards: bool = False
 
     def coefficients(
         self,
@@ -49,7 +50,10 @@ class TrainingObjective:
         options = self.options | {"num_groups": num_groups}
         if self.own is None:
             factors = response_weights(lengths, self.length_exponent)
-            return np.asarray(objective_coefficients(self.name, *arrays, **options, response_weights=factors))
+            tokens = np.maximum(lengths, 1)
+            return np.asarray(
+                objective_coefficients(self.name, *arrays, **options, response_weights=factors, lengths=tokens)
+            )
         taken = _taken(self.own)
         options["lengths"] = np.array(lengths)
         copies = [np.array(array) for array in arrays]  # what the function changes in place changes nothing here
@@ -88,7 +92,8 @@ def find_objective(config: ObjectiveConfig) -> TrainingObjective:
     options = {"beta": config.beta, "clip": config.clip}
     if config.name in TABLE:
         row = TABLE[config.name]
-        return TrainingObjective(config.name, row.smallest, row.needs_old, None, options, config.length_exponent)
+        facts = (row.smallest, row.needs_old, None, options, config.length_exponent, row.no_negative_rewards)
+        return TrainingObjective(config.name, *facts)
     if wrong := wrong_objective(config.name):
         raise ConfigError(wrong)
     try:

@@ -5,11 +5,10 @@ import datetime
 import math
 import re
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from gvpo_core.objectives import OBJECTIVES, TABLE
+from gvpo_core.objectives import OBJECTIVES, TABLE, suggestion
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.engine import wrong_sampler
 from gvpo_core.training.config.secrets import HIDDEN
@@ -94,8 +93,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "objective.length_exponent",
         f"0 for objective.name = {c.objective.name!r}; only gvpo weighs responses by length",
     )
-    if c.objective.name == "dpo":
-        need(c.objective.beta > 0, "objective.beta", "> 0 for dpo")
+    if c.objective.name in TABLE and TABLE[c.objective.name].positive_beta:
+        need(c.objective.beta > 0, "objective.beta", f"> 0 for {c.objective.name}")
     need(
         c.objective.minibatches <= c.rollout.prompts,
         "objective.minibatches",
@@ -135,9 +134,8 @@ def wrong_objective(name: str) -> str | None:
     """What is wrong with an objective's name, as far as can be said without looking for its function."""
     if name in TABLE or (":" in name and all(name.rpartition(":")[::2])):
         return None
-    close = get_close_matches(name, OBJECTIVES, n=1)
-    hint = f"; did you mean {close[0]!r}?" if close else ""
-    return f"objective.name = {name!r}; expected one of {', '.join(map(repr, OBJECTIVES))} or file.py:function{hint}"
+    names = ", ".join(map(repr, OBJECTIVES))
+    return f"objective.name = {name!r}; expected one of {names} or file.py:function{suggestion(name)}"
 
 
 def _get(config: Config, name: str) -> Any:

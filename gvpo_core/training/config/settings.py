@@ -174,10 +174,10 @@ class ObjectiveConfig:
     """The objective."""
 
     name: str = "gvpo"
-    """gvpo, grpo, dr_grpo, rloo, reject_sampling, sft or dpo (Eq. 9); or your function, as file.py:function or
-    package.module:function."""
+    """gvpo, trajectory_balance, rebel, mirror_descent, a_star_po, grpo, dr_grpo, rloo, gspo, maxrl, reject_sampling,
+    sft or dpo; or your function, as file.py:function or package.module:function."""
     beta: float = 0.1
-    """KL coefficient, reward units per nat. grpo, dr_grpo, rloo: of the KL term in the reward."""
+    """KL coefficient, reward units per nat. grpo, dr_grpo, rloo, gspo: of the KL term in the reward."""
     reference: Literal["initial", "rollout"] = "initial"
     """pi_ref: the initial model (Eq. 5), or the policy that sampled the rollout (the authors' code)."""
     epochs: int = 1
@@ -185,7 +185,8 @@ class ObjectiveConfig:
     minibatches: int = 1
     """Optimizer steps a pass. Each takes complete groups."""
     clip: float = 0.2
-    """Clip range of the importance ratio (Eq. 19). Only for grpo, dr_grpo and rloo."""
+    """Clip range of the importance ratio (Eq. 19). Only for grpo, dr_grpo, rloo, maxrl and gspo, whose ratio is a
+    geometric mean over tokens and wants a range near 3e-4."""
     length_exponent: float = 0.0
     """GVPO++: a response of n tokens weighs n^-length_exponent in the implicit reward. 0: GVPO. gvpo only."""
 
