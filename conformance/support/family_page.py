@@ -98,7 +98,7 @@ def text_of(results: dict[str, dict[str, Any]], limits: dict[str, float]) -> str
     lines += [
         "## Encoders, and decoders of translation and speech",
         "",
-        "In the same list, but not made for chat.",
+        "In transformers' list, but not made for chat.",
         "",
     ]
     lines += _joined(results, [name for name in results if name in OTHER], reasons)
@@ -147,9 +147,9 @@ class _Reasons:
             "|", "/"
         )
         reason = re.sub(r"\s+", " ", reason)
-        kind = re.sub(
-            r"[A-Z]\w+|'[^']*'|[\d.e-]*\d|[a-z0-9]+_[a-z0-9_]+|model\.\S+", "*", re.sub(r"\([^)]*\)", "", reason)
-        )
+        kind = re.sub(r"cannot be loaded: .*", "cannot be loaded", re.sub(r"\([^)]*\)", "", reason))
+        kind = re.sub(r"(RoPE of|activation of|mlx-lm's) \w+", r"\1 *", kind)
+        kind = re.sub(r"\w*[A-Z]\w+|'[^']*'|[\d.e-]*\d|[a-z0-9]+_[a-z0-9_]+|\w+\.[A-Za-z]\S+", "*", kind)
         key = (backend, kind[:70])
         if key not in self.numbers:
             self.numbers[key] = len(self.numbers) + 1
