@@ -96,7 +96,8 @@ ENVIRONMENTS = {
 # Of JAX: many programs of tiny models, run once each. A JAX process compiles its programs at each start, unless another
 # has compiled them before.
 JAX_RUNS = [
-    f"conformance/backends/test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh", "export_adapters")
+    f"conformance/backends/test_{name}.py"
+    for name in ("trainer", "trainer_faults", "mixed_steps", "jax_mesh", "export_adapters")
 ]
 JAX_RUNS += [f"conformance/backends/test_policy_{name}.py" for name in ("update", "disk", "generate")]
 QUICKLY_COMPILED = {

@@ -27,6 +27,7 @@ _TRAINER = (
     "ObjectiveConfig",
     "OptimizerConfig",
     "Policy",
+    "ReplayConfig",
     "Response",
     "Result",
     "RewardConfig",

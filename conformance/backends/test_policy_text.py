@@ -5,6 +5,8 @@ The reference for a chat is transformers' own rendering, and token ids looked up
 
 import json
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
 
 import chat_tokenizers
 import pytest
@@ -14,8 +16,9 @@ import trainer_backends
 pytest.importorskip("transformers", reason="transformers is not installed")
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import ResponseError, text
+from gvpo_core.training.policy import Response, ResponseError, text
 from gvpo_core.training.policy.hugging_face import generation_settings
+from gvpo_core.training.rollout import stopped
 from gvpo_core.training.sampling import Sampling, row_seed
 
 MODEL = ModelConfig(path="of/this-test")
@@ -283,3 +286,21 @@ def test_an_empty_answer_is_its_end_token():
     end = text.end_tokens(tokenizer.eos_token_id, tokenizer)
     [empty] = text.encode_responses(tokenizer, QUESTION, [""], [True], end)
     assert empty.tokens == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
+
+
+def test_arguments_of_the_settings_reach_the_chat_template():
+    tokenizer = chat_tokenizers.make(CHATS[next(iter(CHATS))])
+    tokenizer.chat_template += "{% if add_generation_prompt and thinking is false %}<no thoughts>{% endif %}"
+    off = text.encode(tokenizer, QUESTION, replace(MODEL, template={"thinking": False}))
+    assert list(off) == encode(tokenizer, QUESTION) + tokenizer.encode("<no thoughts>", add_special_tokens=False)
+
+
+def test_a_stop_text_ends_a_response_at_a_token():
+    """Of every tokenizer's tokens, the fewest whose text has the stop text in it."""
+    for style in CHATS.values():
+        tokenizer = chat_tokenizers.make(style)
+        tokens = tuple(tokenizer.encode("The answer is </answer> 12 </answer>", add_special_tokens=False))
+        policy = SimpleNamespace(decode=lambda ids, t=tokenizer: text.decode(t, ids))
+        ended = stopped(policy, Response(tokens, False), ("</answer>",))
+        assert ended.finished and ended.stopped and 0 < len(ended.tokens) < len(tokens)
+        assert "</answer>" in policy.decode(ended.tokens) and "</answer>" not in policy.decode(ended.tokens[:-1])

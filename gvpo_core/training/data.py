@@ -61,12 +61,16 @@ class Prompts:
         return i if self.rows is None else self.rows[i]
 
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
-        """The prompts of one step, by number: the next `size` of an endless run of epochs, each in a new order.
+        """The prompts of one step (from 0), where every step takes `size`; see `after`."""
+        return self.after(step * size, size, seed=seed, shuffle=shuffle)
+
+    def after(self, taken: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
+        """Prompts by number: the next `size` of an endless run of epochs, each in a new order, after the first `taken`.
 
         It depends on its arguments alone, so a resumed run sees the same prompts.
         """
         chosen = []
-        for position in range(step * size, (step + 1) * size):
+        for position in range(taken, taken + size):
             epoch, offset = divmod(position, len(self))
             chosen.append(int(_order(len(self), seed, epoch)[offset]) if shuffle else offset)
         return chosen

@@ -95,7 +95,7 @@ def _answers(
         prompts,
         range(len(prompts)),
         config.evaluation.responses,
-        Sampling(config.rollout.max_tokens, config.evaluation.temperature),
+        Sampling(config.rollout.max_tokens, config.evaluation.temperature, stop=config.rollout.stop),
         rewards,
         (config.run.seed, EVALUATE),  # the same numbers each time: a paired comparison
         sampler=sampler,

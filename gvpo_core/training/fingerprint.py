@@ -33,14 +33,17 @@ def run_inputs(
     rows: Sequence[Mapping[str, Any]],
     held_out: Sequence[Mapping[str, Any]],
     rewards: Mapping[str, Callable[..., Any]] | None = None,
+    beside: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Mapping[str, Any]]:
     """What a run is made from, for environment.json: name of INPUTS -> name -> fingerprint.
 
     Args:
       held_out: rows of the evaluation; empty without one.
       rewards: functions given in Python.
+      beside: rows of data.recorded; empty without them.
     """
-    data = {"train": fingerprint(rows)} | ({"evaluation": fingerprint(held_out)} if held_out else {})
+    more = {"evaluation": held_out, "recorded": beside}
+    data = {"train": fingerprint(rows)} | {name: fingerprint(rows) for name, rows in more.items() if rows}
     code = reward_fingerprints(config.rewards, rewards)
     own = {
         "objective": config.objective.name if config.objective.name not in TABLE else "",

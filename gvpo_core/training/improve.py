@@ -46,15 +46,12 @@ def improve(
       or a negative reward in maxrl.
     """
     objective = find_objective(config)
-    scored = ~np.isnan(rollout.rewards)
+    scored = ~np.isnan(rollout.trained_rewards)
     local_rows = np.arange(rollout.start, rollout.start + len(rollout.batch))
     need = objective.smallest
     sizes = np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
     if not (sizes >= need).any():
-        raise NoSignalError(
-            f"no group has {need} scored responses: {int(scored.sum())} of the {len(scored)} responses in"
-            f" {rollout.num_groups} groups were scored; see the reward's warnings"
-        )
+        raise NoSignalError(_no_signal(rollout, need))
     if objective.no_negative_rewards and (lowest := float(rollout.rewards[scored].min())) < 0:
         raise ObjectiveError(
             f"objective.name = {objective.name!r} divides by a group's mean reward and expects rewards >= 0; the lowest"
@@ -95,6 +92,17 @@ def improve(
     result.tokens = int(policy.gather(np.asarray([sum(u.tokens for u in result.updates)])).sum())
     result.peak_memory = int(policy.gather(np.asarray([max(u.peak_memory for u in result.updates)])).max())
     return result
+
+
+def _no_signal(rollout: Rollout, need: int) -> str:
+    scored, left_out = ~np.isnan(rollout.rewards), 0 if rollout.left_out is None else int(rollout.left_out.sum())
+    said = f"{int(scored.sum())} of the {len(scored)} responses in {rollout.num_groups} groups were scored"
+    if left_out:
+        return (
+            f"no group has {need} responses to train on: {said}, and {left_out} are left out, as cut at"
+            " rollout.max_tokens (rollout.truncated = 'drop'): raise rollout.max_tokens"
+        )
+    return f"no group has {need} scored responses: {said}; see the reward's warnings"
 
 
 def _order(groups: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:

@@ -26,6 +26,7 @@ from gvpo_core.training.recorded import (
     Stream,
     StreamedGroups,
     encode_groups,
+    recorded_beside,
     recorded_evaluation,
     recorded_training,
     reference_file,
@@ -33,11 +34,11 @@ from gvpo_core.training.recorded import (
 )
 from gvpo_core.training.recorded.shapes import WHOLE
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
-from gvpo_core.training.rows import DataError, unbounded
+from gvpo_core.training.rows import DataError, load_rows, unbounded
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.load import check_sampler
+from gvpo_core.training.sources import Buffer, Mixed, Sampled, Source, Streamed
 from gvpo_core.training.sources import Recorded as RecordedSource
-from gvpo_core.training.sources import Sampled, Source, Streamed
 from gvpo_core.training.terminal.output import open_standard_descriptors
 
 
@@ -67,6 +68,8 @@ class Inputs:
         self.held_out_rows: list[Row] = []  # of data.evaluation
         self.recorded: Recorded | None = None  # the training rows, where they hold responses to train on
         self.held_out_recorded: Recorded | None = None
+        self.beside_rows: list[Row] = []  # of data.recorded
+        self.beside: Recorded | None = None
         self.stream: Stream | None = None  # the training rows, where they are too many to hold: `rows` are the first
         self.rewards: list[Reward] = []
         self.reward_log = RewardLog(config.rewards)
@@ -101,17 +104,21 @@ class Inputs:
             self._attempt("rows", lambda: head or training_rows(self.config, train_rows))
             self._check(lambda: check_objective(self.config))
             self._check(lambda: check_sampler(self.config))
+            if beside := self.config.data.recorded:
+                self._attempt("beside_rows", lambda: load_rows(beside, "data.recorded"))
         self._attempt("held_out_rows", lambda: held_out_rows(self.config, evaluation_rows))
         if self.rows:
             name = "data.train" if train_rows is None else "train_rows"
             self._attempt("recorded", lambda: recorded_training(self.config, self.rows, name))
+        if self.beside_rows:
+            self._attempt("beside", lambda: recorded_beside(self.config, self.beside_rows, "data.recorded"))
         if self.held_out_rows:
             name = "data.evaluation" if evaluation_rows is None else "evaluation_rows"
             self._attempt("held_out_recorded", lambda: recorded_evaluation(self.config, self.held_out_rows, name))
         if self.stream is not None and (self.recorded is None or self.recorded.shape in WHOLE):
             what = f"{self.stream.name} is a stream, perhaps endless, and not of whole recorded groups"
             self.errors.append(DataError(unbounded(what, self.config.data.buffer)))
-        if self.rows and not self.recorded:
+        if self.rows and (not self.recorded or self.config.rollout.source == "mixed"):
             self._check_columns(self.rows, "the training data")
         if self.held_out_rows:
             self._check_columns(self.held_out_rows, "the held-out data")
@@ -145,13 +152,18 @@ class Inputs:
         Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler, and recorded responses.
         """
         config = self.config
-        if self.recorded is None:
-            prompts = encode_prompts(policy, self.rows, config.data, max_tokens=config.rollout.max_tokens)
-            return Sampled(config, prompts, self.rewards, sampler, trained)
+        if self.recorded is None or config.rollout.source == "mixed":
+            return self._sampled(policy, sampler, trained)
         if sampler is not None:
             raise ConfigError(
                 "a sampler is given, and the training data holds recorded responses: leave the sampler"
                 " (rollout.sampler) out, or set rollout.source = 'sampled'"
+            )
+        if config.replay.groups or self.beside is not None:
+            name = "replay.groups" if config.replay.groups else "data.recorded"
+            raise ConfigError(
+                f"{name} is set, and the training data holds recorded responses, so that nothing is sampled that it"
+                " could be mixed with: leave it out, or set rollout.source = 'sampled' or 'mixed'"
             )
         smallest = find_objective(config.objective).smallest
         groups = encode_groups(policy, self.recorded, config, smallest=smallest)
@@ -159,6 +171,25 @@ class Inputs:
         if self.stream is not None:
             return Streamed(config, groups, reference, StreamedGroups(self.stream, self.recorded, config, smallest))
         return RecordedSource(config, groups, reference)
+
+    def _sampled(self, policy: Policy, sampler: Sampler | None, trained: bool) -> Source:
+        """Sampled groups, and what the settings mix with them."""
+        config = self.config
+        if self.recorded is None:
+            prompts = encode_prompts(policy, self.rows, config.data, max_tokens=config.rollout.max_tokens)
+            sampled = Sampled(config, prompts, self.rewards, sampler, trained)
+        else:
+            groups = encode_groups(policy, self.recorded, config, smallest=0)
+            sampled = Sampled(config, groups.prompts, self.rewards, sampler, trained, groups)
+        if self.beside is None and not config.replay.groups:
+            return sampled
+        recorded = None
+        if self.beside is not None:
+            smallest = find_objective(config.objective).smallest
+            beside = encode_groups(policy, self.beside, config, "data.recorded", smallest=smallest)
+            recorded = RecordedSource(config, beside, None)
+        buffer = Buffer(config.replay, config.run.seed) if config.replay.groups else None
+        return Mixed(config, sampled, recorded, buffer)
 
     def held_out(self, policy: Policy, *, folder: str | None = None) -> HeldOut | None:
         """What an evaluation uses of the held-out rows, encoded; None without held-out rows.
@@ -186,7 +217,7 @@ class Inputs:
 
     def fingerprints(self) -> dict[str, Mapping[str, Any]]:
         """ "data", "model" and "rewards" -> name -> fingerprint; see fingerprint.py."""
-        return run_inputs(self.config, self.rows, self.held_out_rows, self._functions)
+        return run_inputs(self.config, self.rows, self.held_out_rows, self._functions, self.beside_rows)
 
     def __enter__(self) -> "Inputs":
         return self

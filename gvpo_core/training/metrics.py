@@ -43,10 +43,13 @@ def step_metrics(
     rewards = np.asarray(rollout.rewards, dtype=np.float64)
     scored = ~np.isnan(rewards)
     metrics: dict[str, float] = {"responses/total": rewards.size, "responses/unscored": int((~scored).sum())}
+    if rollout.left_out is not None:
+        metrics["responses/left_out"] = int((rollout.left_out & scored).sum())
     metrics |= _objective_metrics(rollout, improvement, beta, length_exponent)
-    metrics |= _group_metrics(rollout, rewards, scored, reward_range)
+    own = rollout.drawn if rollout.drawn.any() else np.ones(rewards.size, bool)  # a mixture is judged by what it drew
+    metrics |= _group_metrics(rollout, rewards, own, reward_range)
     for name, values in rollout.parts.items():
-        metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
+        metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64)[own])
     for name, kinds in rollout.errors.items():
         metrics |= {f"reward_errors/{name}/{kind}": count for kind, count in kinds.items()}
     metrics |= {f"reward_seconds/{name}": taken for name, taken in rollout.reward_seconds.items()}
@@ -55,30 +58,22 @@ def step_metrics(
         norms = [update.gradient_norm for update in updates]
         metrics["gradient_norm"], metrics["gradient_norm/max"] = float(np.mean(norms)), float(np.max(norms))
         metrics["learning_rate"] = updates[-1].learning_rate
-    lengths = np.asarray(rollout.lengths, dtype=np.float64)
     metrics |= {
-        "length/mean": float(lengths.mean()),
-        "length/max": int(lengths.max()),
-        "truncated": float(1 - np.mean(rollout.finished)),
-        "tokens/sampled": int(lengths.sum()) if rollout.drawn else 0,
+        "tokens/sampled": int(np.asarray(rollout.lengths)[rollout.drawn].sum()),
         "tokens/computed": improvement.tokens,
         "memory/peak": improvement.peak_memory,
     }
     if rollout.sampler_logprobs is not None:
-        gap = gaps(rollout.sampler_logprobs, improvement.logprobs, lengths)
+        gap = gaps(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths)
         metrics |= {"sampler/gap": float(gap.mean()), "sampler/gap/max": float(gap.max())} if gap.size else {}
     if rollout.staleness is not None and (stale := rollout.staleness[~np.isnan(rollout.staleness)]).size:
         metrics |= {"sampler/staleness": float(stale.mean()), "sampler/staleness/max": int(stale.max())}
-    finished = np.asarray(rollout.finished, dtype=bool)
-    if not finished.all():
-        metrics["length/truncated"] = float(lengths[~finished].mean())
-    if scored.any() and np.nanmax(rewards) > np.nanmin(rewards):
-        for name, reward in (("best", np.nanmax(rewards)), ("worst", np.nanmin(rewards))):
-            if (chosen := finished & (rewards == reward)).any():
-                metrics[f"length/{name}"] = float(lengths[chosen].mean())
+    metrics |= _length_metrics(
+        np.asarray(rollout.lengths, np.float64)[own], np.asarray(rollout.finished, bool)[own], rewards[own]
+    )
     scoring = rollout.seconds.get("score", 0.0) + improvement.score_seconds
     phases = {**rollout.seconds, "score": scoring, "update": improvement.update_seconds}
-    metrics |= _time_metrics(phases, seconds, int(lengths.sum())) | rollout.details
+    metrics |= _time_metrics(phases, seconds, int(np.sum(rollout.lengths))) | rollout.details
     return metrics | {f"policy/{name}": value for update in updates[-1:] for name, value in update.details.items()}
 
 
@@ -123,7 +118,7 @@ def _objective_metrics(
 ) -> dict[str, float]:
     logprobs = np.asarray(improvement.logprobs, dtype=np.float64)
     reference = np.asarray(improvement.ref_logprobs, dtype=np.float64)
-    rewards, groups = np.asarray(rollout.rewards, dtype=np.float64), np.asarray(rollout.group_ids)
+    rewards, groups = np.asarray(rollout.trained_rewards, dtype=np.float64), np.asarray(rollout.group_ids)
     options: dict[str, Any] = {"beta": beta, "num_groups": rollout.num_groups}
     options["response_weights"] = response_weights(rollout.lengths, length_exponent)
     loss = gvpo_loss(logprobs, reference, rewards, groups, **options)
@@ -133,7 +128,6 @@ def _objective_metrics(
         "loss/reward_variance": float(loss.reward_variance),
         "loss/covariance": float(loss.covariance),
         "reward/spread": float(np.sqrt(loss.group_reward_variance).sum() / max(float(loss.counted_groups), 1)),
-        "groups/counted": int(loss.counted_groups),
     }
     if beta > 0:
         with np.errstate(invalid="ignore"):  # a NaN is for the alerts to tell of
@@ -143,19 +137,37 @@ def _objective_metrics(
     counted = ~np.isnan(rewards) & (loss.group_size[groups] >= 2)
     # Rows outside the loss may have met no policy, and their NaN says nothing; one inside it must be seen.
     met = counted | ~np.isnan(logprobs)
-    if met.any():
-        metrics["entropy" if rollout.drawn else "nll"] = float(
-            -logprobs[met].sum() / np.sum(np.asarray(rollout.lengths)[met])
-        )
-    if counted.any():
-        metrics["kl" if rollout.drawn else "log_ratio"] = float((logprobs - reference)[counted].mean())
+    for rows, entropy, kl in ((rollout.drawn, "entropy", "kl"), (~rollout.drawn, "nll", "log_ratio")):
+        if (met & rows).any():
+            metrics[entropy] = float(-logprobs[met & rows].sum() / np.sum(np.asarray(rollout.lengths)[met & rows]))
+        if (counted & rows).any():
+            metrics[kl] = float((logprobs - reference)[counted & rows].mean())
+    if rollout.left_out is not None:
+        scored = np.bincount(groups[~np.isnan(rollout.rewards)], minlength=rollout.num_groups)
+        metrics["groups/left_out"] = int((scored >= 2).sum() - loss.counted_groups)
+    return metrics
+
+
+def _length_metrics(lengths: np.ndarray, finished: np.ndarray, rewards: np.ndarray) -> dict[str, float]:
+    metrics = {
+        "length/mean": float(lengths.mean()),
+        "length/max": int(lengths.max()),
+        "truncated": float(1 - finished.mean()),
+    }
+    if not finished.all():
+        metrics["length/truncated"] = float(lengths[~finished].mean())
+    if not np.isnan(rewards).all() and np.nanmax(rewards) > np.nanmin(rewards):
+        for name, reward in (("best", np.nanmax(rewards)), ("worst", np.nanmin(rewards))):
+            if (chosen := finished & (rewards == reward)).any():
+                metrics[f"length/{name}"] = float(lengths[chosen].mean())
     return metrics
 
 
 def _group_metrics(
-    rollout: Rollout, rewards: np.ndarray, scored: np.ndarray, reward_range: tuple[float, float] | None
+    rollout: Rollout, rewards: np.ndarray, own: np.ndarray, reward_range: tuple[float, float] | None
 ) -> dict[str, float]:
-    groups = np.asarray(rollout.group_ids)
+    """Args: own: (N,) bool, the rows whose rewards are the policy's."""
+    groups, scored = np.asarray(rollout.group_ids), ~np.isnan(rewards)
     size = np.bincount(groups[scored], minlength=rollout.num_groups)
     low = np.full(rollout.num_groups, np.inf)
     high = np.full(rollout.num_groups, -np.inf)
@@ -164,15 +176,16 @@ def _group_metrics(
     dead = (size >= 2) & (low == high)
     metrics: dict[str, float] = {
         "groups/total": rollout.num_groups,
+        "groups/counted": int((size >= 2).sum()),
         "groups/dropped_unscored": int((size < 2).sum()),
         "groups/all_equal": int(dead.sum()),
     }
-    if not scored.any():
+    if not (scored & own).any():
         return metrics
-    worst, best = float(low.min()), float(high.max())
-    metrics |= {"reward/mean": float(rewards[scored].mean()), "reward/min": worst, "reward/max": best}
-    if (size > 0).sum() > 1:
-        metrics["reward/half_width"] = mean_half_width(_group_means(rewards, groups))
+    mean, worst, best = (float(f(rewards[scored & own])) for f in (np.mean, np.min, np.max))
+    metrics |= {"reward/mean": mean, "reward/min": worst, "reward/max": best}
+    if (means := _group_means(rewards[own], groups[own])).size > 1:
+        metrics["reward/half_width"] = mean_half_width(means)
     if reward_range is not None:
         worst, best = min(worst, reward_range[0]), max(best, reward_range[1])
     told_apart = best > worst  # a single value so far is neither best nor worst

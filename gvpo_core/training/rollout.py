@@ -1,17 +1,16 @@
 """One rollout: responses of the step's prompts, shared out over ranks, with their rewards gathered from all of them."""
 
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens, masks_of
-from gvpo_core.training.policy.ranks import agree, attempt
+from gvpo_core.training.policy.ranks import agree, attempt, gather_objects
 from gvpo_core.training.rewards import Reward, RewardError, Scores
 from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
 from gvpo_core.training.rewards.scores import call_rewards, stacked
@@ -39,12 +38,24 @@ class Rollout:
     seconds: dict[str, float]  # generate, reward
     reward_seconds: dict[str, float]  # name -> s, of the slowest rank
     ref_logprobs: np.ndarray | None = None  # (N,) nats, of pi_ref, where the source has them; NaN = unscored
-    drawn: bool = True  # by the policy or a sampler for this step; False: recorded
+    recorded: np.ndarray | None = None  # (N,) bool: not drawn for this step; None: none
     details: dict[str, float] = field(default_factory=dict)  # metrics of the source
     sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
     gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
     staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
+    left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
+    stopped: np.ndarray | None = None  # (N,) bool: ended by a stop text; None: none
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """(N,) bool: drawn for this step, by the policy or a sampler."""
+        return np.ones(len(self.rewards), bool) if self.recorded is None else ~self.recorded
+
+    @property
+    def trained_rewards(self) -> np.ndarray:
+        """(N,) float64: the rewards that the update sees; NaN = unscored or left out."""
+        return self.rewards if self.left_out is None else np.where(self.left_out, np.nan, self.rewards)
 
 
 def collect(
@@ -84,6 +95,8 @@ def collect(
     else:
         texts_asked = [prompts.prompts[rows[group]] for group in local_places]
         drawn, details = draw_elsewhere(policy, sampler, texts_asked, asked, seeds, sampling)
+    if sampling.stop:
+        drawn = [[stopped(policy, response, sampling.stop) for response in many] for many in drawn]
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
     if sampler is not None:
         start = int(policy.gather(np.asarray([len(flat_drawn)]))[: policy.rank].sum())
@@ -93,7 +106,7 @@ def collect(
     batch = Batch(asked_each, [r.tokens for r in responses_drawn], groups, masks_of(responses_drawn))
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
     generated = time.perf_counter()
-    scores = _score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
+    scores = score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
     own_rewards = scores.total[start : start + len(batch)]
     completions: list[dict[str, Any]] = [
         {
@@ -107,6 +120,7 @@ def collect(
             "rewards": {name: float(values[start + i]) for name, values in scores.parts.items()},
         }
         | ({"version": r.version} if isinstance(r, Drawn) and r.version is not None else {})
+        | ({"stopped": True} if r.stopped else {})
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
     row = 0
@@ -130,7 +144,7 @@ def collect(
         errors=scores.errors,
         lengths=gather(np.asarray([r.length for r in responses_drawn], np.int64)),
         finished=gather(np.asarray([r.finished for _, r in flat_drawn], bool)),
-        completions=_gather_objects(policy, completions),
+        completions=gather_objects(policy, completions),
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
         columns=[prompts.columns[row] for row in rows],
@@ -138,10 +152,29 @@ def collect(
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
         staleness=None if sampler is None else gather(staleness([r for _, r in flat_drawn], version)),
         gap_tolerance=getattr(sampler, "gap_tolerance", None),
+        stopped=gather(np.asarray([r.stopped for _, r in flat_drawn], bool)) if sampling.stop else None,
     )
 
 
-def _score_everywhere(
+def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response:
+    """The response up to the token that completes the first of the texts in it; itself where there is none."""
+
+    def ends(count: int) -> bool:
+        text = policy.decode(response.tokens[:count])
+        return any(end in text for end in stop)
+
+    if not ends(len(response.tokens)):
+        return response
+    low, high = 0, len(response.tokens)  # ends(high) holds, ends(low) does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if ends(middle) else (middle, high)
+    unknown = {"logprob": math.nan} if isinstance(response, Drawn) else {}  # a sampler's covers what is cut off
+    own = None if response.own is None else response.own[:high]
+    return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, own=own, **unknown)
+
+
+def score_everywhere(
     policy: Policy, rewards: Sequence[Reward], prompts: Prompts, rows: list[int], texts: list[str], batch: Batch
 ) -> Scores:
     """The rewards of all ranks' responses. A group may lie on two ranks, so totals are made of what all of them have.
@@ -192,11 +225,3 @@ def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts
 def plain_prompt(prompt: Any) -> str:
     """A prompt as text for people: chat messages one below the other."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)
-
-
-def _gather_objects(policy: Policy, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if policy.world_size == 1:
-        return objects
-    lines = "".join(json.dumps(o) + "\n" for o in objects).encode()
-    gathered = policy.gather(np.frombuffer(lines, np.uint8)).tobytes().decode()
-    return [json.loads(line) for line in gathered.splitlines()]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TRAIN, EVALUATE, ORDER = 0, 1, 2  # second keys of the seeds: each use has a separate stream
+TRAIN, EVALUATE, ORDER, REPLAY, REDRAW = range(5)  # second keys of the seeds: each use has a separate stream
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class Sampling:
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
+    stop: tuple[str, ...] = ()  # texts that end a response: the rollout cuts there, whatever was drawn after them
 
     def __post_init__(self) -> None:
         for name, good, wanted in (

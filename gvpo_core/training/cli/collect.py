@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config import Config, ConfigError, ReplayConfig
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.files.disk import lock, refuse_special, sync_folder
@@ -39,9 +39,13 @@ class CollectError(RuntimeError):
 
 
 def for_collecting(config: Config) -> Config:
-    """The settings as a collection needs them: no held-out data, and no reference of the policy."""
-    data, objective = replace(config.data, evaluation=""), replace(config.objective, reference="rollout")
-    return replace(config, data=data, objective=objective)
+    """The settings as a collection needs them: sampled groups alone, no held-out data, no reference of the policy."""
+    data, objective = (
+        replace(config.data, evaluation="", recorded=""),
+        replace(config.objective, reference="rollout"),
+    )
+    rollout = replace(config.rollout, equal="keep", truncated="keep")  # training on the file decides
+    return replace(config, data=data, objective=objective, rollout=rollout, replay=ReplayConfig())
 
 
 def collect(inputs: Inputs, policy: Policy, out: Path) -> int:

@@ -87,7 +87,7 @@ def _expected(config: Config, prompts: int, rollout: Rollout, score_seconds: flo
     scoring = rollout.seconds.get("reward", 0.0) * share
     passed = f"{steps:,} of {a_step} prompts: {steps * a_step / prompts:.3g} passes over {prompts:,} prompts"
     said = {"steps": passed}
-    if rollout.drawn:
+    if rollout.drawn.any():
         said = {
             "steps": f"{passed}, {steps * a_step * config.rollout.responses:,} responses",
             "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",

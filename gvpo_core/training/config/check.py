@@ -23,7 +23,7 @@ _AT_MOST = {
     "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
     "evaluation.prompts": 2**24, "objective.length_exponent": 8, "data.reference_cache_size": 2**24,
-    "data.buffer": 2**30,
+    "data.buffer": 2**30, "rollout.redraws": 1000, "replay.groups": 2**20,
 }  # fmt: skip
 
 
@@ -57,7 +57,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "optimizer.micro_batch_responses", "optimizer.eps",
         "data.reference_cache_size", "evaluation.every", "evaluation.prompts",
         "evaluation.patience", "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
-        "objective.length_exponent",
+        "objective.length_exponent", "rollout.redraws", "replay.groups", "replay.age",
     ):  # fmt: skip
         need(_get(c, name) >= 0, name, ">= 0")
     for name, most in _AT_MOST.items():
@@ -72,6 +72,12 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(few, "evaluation.every", "at most 1,000,000 evaluations a run")
     need(0 < c.rollout.top_p <= 1, "rollout.top_p", "in (0, 1]")
     need(0 <= c.rollout.min_p < 1, "rollout.min_p", "in [0, 1)")
+    need(all(c.rollout.stop), "rollout.stop", "texts that are not empty")
+    need(0 < c.replay.share < 1, "replay.share", "in (0, 1)")
+    need(0 < c.data.recorded_share < 1, "data.recorded_share", "in (0, 1)")
+    wrong += _wrong_mixture(c)
+    taken = sorted({*c.model.template} & _TEMPLATE)
+    need(not taken, "model.template", f"arguments of the template's own, not {', '.join(taken)}")
     need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
     need(all(0 <= b < 1 for b in c.optimizer.betas), "optimizer.betas", "two numbers in [0, 1)")
     need(bool(c.run.folder.strip()), "run.folder", "a folder for the run's files")
@@ -126,6 +132,32 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
                 f"{cut} gives some responses probability 0, and GVPO's optimum needs them all (Cor. 3.2);"
                 " remove it, or set rollout.allow_truncated_support = true",
             )
+        )
+    return wrong
+
+
+def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
+    """Sources that cannot be mixed in one step."""
+    wrong = []
+    mixed = {"replay.groups": c.replay.groups, "data.recorded": c.data.recorded}
+    for name in (name for name, value in mixed.items() if value):
+        value = _get(c, name)
+        if c.rollout.source == "recorded":
+            wrong.append(
+                (name, f"{name} = {value!r} and rollout.source = 'recorded': nothing is sampled to mix it with")
+            )
+        if c.objective.name in TABLE and TABLE[c.objective.name].needs_old:
+            wrong.append((name, f"{name} = {value!r}; {_NO_RATIO.format(c.objective.name)}"))
+    shares = (c.replay.share if c.replay.groups else 0) + (c.data.recorded_share if c.data.recorded else 0)
+    sampled = c.rollout.prompts - sum(
+        round(c.rollout.prompts * share)
+        for share, used in ((c.replay.share, c.replay.groups), (c.data.recorded_share, c.data.recorded))
+        if used
+    )
+    if shares and sampled < 1:
+        name = "replay.share" if c.replay.groups else "data.recorded_share"
+        wrong.append(
+            (name, f"{name} = {_get(c, name)}; of rollout.prompts = {c.rollout.prompts} none would be sampled")
         )
     return wrong
 
@@ -205,4 +237,6 @@ _PATHS = ("run.folder", "model.path", "data.train", "data.evaluation", "objectiv
 _TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 
+_TEMPLATE = {"add_generation_prompt", "continue_final_message", "tokenize", "return_dict", "conversation", "messages"}
+_NO_RATIO = "objective.name = {!r} weighs a response by its ratio to the policy that drew it for this step; use gvpo"
 _MEND = "set it again; a reward's option can be '$NAME', which is read from the environment variable NAME"

@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import wrong_values
-from gvpo_core.training.config.reward_options import with_reward_option
+from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
 from gvpo_core.training.files.disk import refuse_special
 
@@ -96,7 +96,7 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
         if name in switches:
             one = [re.sub(r"(^|=)(true|false)$", lambda m: m[1] + m[2].capitalize(), word) for word in one]
         try:
-            changed = with_reward_option(default, one)
+            changed = with_mapping_option(default, one)
         except ValueError as e:
             wrong.append(f"options: {e}")
             continue

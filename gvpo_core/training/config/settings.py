@@ -60,6 +60,8 @@ class ModelConfig:
     """Module names that get adapters. all-linear: every linear layer except the head."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Less memory, about a third more time."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"
     """Training rows. packed: a prompt once, then its responses; plain: one row a response; auto: packed if exact."""
     sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
@@ -85,6 +87,10 @@ class DataConfig:
     """Split of the training rows, where the source has several."""
     evaluation_split: str = ""
     """Split of the held-out rows, where their source has several."""
+    recorded: str = ""
+    """Recorded groups (docs/recorded.md) that each step takes beside those of `train`. Empty: none."""
+    recorded_share: float = 0.25
+    """Share of a step's groups that come from `recorded`."""
     prompt: str = "prompt"
     """Column of the prompt: text, or chat messages (role, content). Other columns go to the rewards."""
     system_prompt: str = ""
@@ -107,9 +113,9 @@ class DataConfig:
 class RolloutConfig:
     """One step's groups."""
 
-    source: Literal["auto", "sampled", "recorded"] = "auto"
+    source: Literal["auto", "sampled", "recorded", "mixed"] = "auto"
     """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
-    auto: recorded where the data's columns hold them."""
+    mixed: both in one group; auto: recorded where the data's columns hold them."""
     sampler: str = "policy"
     """What draws them. policy: the trained policy; engine: the server of [engine]; or a class or function of your own
     that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
@@ -127,12 +133,32 @@ class RolloutConfig:
     """Top-k sampling. 0: off. Cuts the support that Cor. 3.2 needs."""
     min_p: float = 0.0
     """Min-p sampling. 0: off. Cuts the support that Cor. 3.2 needs."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a response, which keeps the tokens up to the one that completes such a text."""
+    truncated: Literal["keep", "drop"] = "keep"
+    """Responses cut at max_tokens. drop: they leave their group, whatever their reward."""
+    equal: Literal["keep", "skip", "redraw"] = "keep"
+    """Groups whose rewards are all equal. skip: not trained on; redraw: skipped, and further prompts drawn instead."""
+    redraws: int = 3
+    """Most times that a step draws further prompts. Only for equal = redraw."""
     allow_truncated_support: bool = False
     """Accept top_p, top_k, min_p or temperature 0 in training, which Cor. 3.2 does not cover."""
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k, self.min_p)
+        return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k, self.min_p, self.stop)
+
+
+@dataclass(frozen=True)
+class ReplayConfig:
+    """Past groups, trained on again beside new ones (Cor. 3.2)."""
+
+    groups: int = 0
+    """Newest groups kept for replay. 0: none."""
+    share: float = 0.5
+    """Share of a step's groups that are replayed, once enough are kept. The others are new."""
+    age: int = 0
+    """Oldest replayed group, steps. 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +296,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

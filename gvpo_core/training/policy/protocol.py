@@ -25,8 +25,9 @@ class Response:
     """One sampled response."""
 
     tokens: Tokens  # with the sampled end token, where there is one
-    finished: bool  # True: ended by an end token; False: cut at the token limit
+    finished: bool  # True: ended by an end token or a stop text; False: cut at the token limit
     own: Mask | None = field(default=None, kw_only=True)  # the policy's own tokens. None: all
+    stopped: bool = field(default=False, kw_only=True)  # by a stop text, without an end token
 
     @property
     def length(self) -> int:

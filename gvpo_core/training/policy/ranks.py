@@ -1,7 +1,8 @@
 """What the ranks of a run do together."""
 
+import json
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -54,3 +55,12 @@ def attempt(
 def highest(policy: Policy, value: int) -> int:
     """The largest value of any rank."""
     return int(policy.gather(np.asarray([value])).max())
+
+
+def gather_objects(policy: Policy, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The ranks' objects in rank order, on every rank; values that JSON has."""
+    if policy.world_size == 1:
+        return objects
+    lines = "".join(json.dumps(o) + "\n" for o in objects).encode()
+    gathered = policy.gather(np.frombuffer(lines, np.uint8)).tobytes().decode()
+    return [json.loads(line) for line in gathered.splitlines()]

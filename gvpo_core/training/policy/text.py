@@ -41,7 +41,7 @@ def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
             f"the prompt is chat messages, and the tokenizer of {config.path!r} has no chat template: "
             "give prompts as text, or a model with a chat template"
         )
-    return chat_tokens(tokenizer, prompt)
+    return chat_tokens(tokenizer, prompt, **config.template)
 
 
 def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
@@ -53,9 +53,11 @@ def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
     return tuple(first[: len(first) - shared] + plain)
 
 
-def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Tokens:
+def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template: Any) -> Tokens:
     """Token ids of chat messages; see `encode`.
 
+    Args:
+      template: further arguments of the chat template.
     Raises: ValueError: the last message is the assistant's, and empty or changed by the template. What the template
       raises.
     """
@@ -70,9 +72,11 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> Tokens
             continue_final_message=open_turn,
             tokenize=True,
             return_dict=False,
+            **template,
         )
     except ValueError as e:
-        if not open_turn or told[-1]["content"].strip() in tokenizer.apply_chat_template(told, tokenize=False):
+        whole = "" if not open_turn else tokenizer.apply_chat_template(told, tokenize=False, **template)
+        if not open_turn or told[-1]["content"].strip() in whole:
             raise
         raise ValueError(
             "the chat template leaves out a part of the last message, which is the assistant's, so it cannot be"

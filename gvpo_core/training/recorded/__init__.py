@@ -1,6 +1,6 @@
 """Recorded groups: prompts with responses that somebody scored, for training and evaluation without sampling."""
 
-from gvpo_core.training.recorded.choice import recorded_evaluation, recorded_training
+from gvpo_core.training.recorded.choice import recorded_beside, recorded_evaluation, recorded_training
 from gvpo_core.training.recorded.groups import Group, Groups, encode_groups
 from gvpo_core.training.recorded.reference import ReferenceScores, reference_file
 from gvpo_core.training.recorded.rows import Recorded, RecordedRow, recorded_rows
@@ -16,6 +16,7 @@ __all__ = [
     "Stream",
     "StreamedGroups",
     "encode_groups",
+    "recorded_beside",
     "recorded_evaluation",
     "recorded_rows",
     "recorded_training",

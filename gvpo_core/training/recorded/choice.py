@@ -19,10 +19,10 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
     """
     shape, columns = shape_of(column_names(rows)), column_names(rows)
     source = config.rollout.source
-    if source == "recorded" and shape is None:
+    if source in ("recorded", "mixed") and shape is None:
         known = "; ".join(" and ".join(shape.needs) for shape in SHAPES if shape is not RUN)
         raise DataError(
-            f"{name} has no recorded responses, which rollout.source = 'recorded' needs: its columns are"
+            f"{name} has no recorded responses, which rollout.source = {source!r} needs: its columns are"
             f" {', '.join(columns)}; expected one of: {known}"
         )
     if source == "auto" and shape is not None and shape not in (RUN, GROUPS) and config.rewards:
@@ -32,9 +32,9 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
             f"{name} holds {shape.said}, and rewards are configured: set rollout.source = 'recorded' to train on these"
             " responses and use the rewards in evaluations only, or 'sampled' to draw and score new ones"
         )
+    if not config.rewards and (source in ("sampled", "mixed") or shape is None):
+        raise ConfigError(NO_REWARD)
     if source == "sampled" or shape is None:
-        if not config.rewards:
-            raise ConfigError(NO_REWARD)
         return None
     _check_objective(config, shape, name)
     return recorded_rows(rows, shape, name, prompt=config.data.prompt)
@@ -57,6 +57,19 @@ def recorded_evaluation(config: Config, rows: Sequence[Row], name: str) -> Recor
     return None
 
 
+def recorded_beside(config: Config, rows: Sequence[Row], name: str) -> Recorded:
+    """Recorded groups that a step takes beside sampled ones.
+
+    Raises: DataError: rows without recorded responses, or one that cannot be used. ConfigError: an objective that
+      recorded responses do not serve.
+    """
+    shape = shape_of(column_names(rows))
+    if shape is None:
+        raise DataError(f"{name} has no recorded responses; its columns are {', '.join(column_names(rows))}")
+    _check_objective(config, shape, name)
+    return recorded_rows(rows, shape, name, prompt=config.data.prompt)
+
+
 def _check_objective(config: Config, shape: Shape, name: str) -> None:
     objective = config.objective.name
     if objective in TABLE and TABLE[objective].needs_old:
@@ -70,7 +83,7 @@ def _check_objective(config: Config, shape: Shape, name: str) -> None:
             f"objective.name = 'sft' imitates every scored response, the rejected too, and {name} holds {shape.said};"
             " use reject_sampling, which imitates the best of each group, or gvpo or dpo"
         )
-    if objective != "sft" and shape in UNSCORED:
+    if objective != "sft" and shape in UNSCORED and config.rollout.source != "mixed":
         raise ConfigError(
             f"{name} holds {shape.said}, and objective.name = {objective!r} compares rewards: give rewards, a column"
             " beside 'responses', or set objective.name = 'sft'"

@@ -50,7 +50,7 @@ class Groups:
     @cached_property
     def longest(self) -> int:
         """Tokens of the longest response."""
-        return max(len(response.tokens) for group in self.groups for response in group.responses)
+        return max((len(response.tokens) for group in self.groups for response in group.responses), default=0)
 
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
         """The groups of one step (from 0), as `Prompts.batch`. What a run wrote comes in its order at first."""
@@ -81,8 +81,8 @@ def encode_groups(
     """Encodes every prompt and response.
 
     A prompt or response over its limit is an error, or is dropped with data.too_long = "drop"; nothing is cut. A
-    group with fewer than `smallest` scored responses is skipped. In rows that a run wrote it keeps its place in its
-    step instead, and the objective leaves it out.
+    group with fewer than `smallest` scored responses is skipped; 0: none is. In rows that a run wrote it keeps its
+    place in its step instead, and the objective leaves it out.
 
     Raises: DataError: see `encode_prompts`; a response that cannot be one of this policy, with its row; no group left.
     """
@@ -91,7 +91,8 @@ def encode_groups(
     column = config.data.prompt
     rows = [{column: row.prompt, **{k: v for k, v in row.columns.items() if k != column}} for row in recorded.rows]
     wheres = [row.where for row in recorded.rows]
-    prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres)
+    room = config.rollout.max_tokens if config.rollout.source == "mixed" else 0
+    prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres, max_tokens=room)
     facts = policy.describe()
     limits = facts.vocabulary or math.inf, facts.context or math.inf
     groups: list[Group] = []
@@ -155,6 +156,9 @@ def _group(
         responses = policy.encode_responses(prompts.prompts[place], row.responses, row.finished, **masks)
     except ResponseError as e:
         raise DataError(f"{row.where}, response {e.number} cannot be used: {e}") from e
+    if any(row.stopped):
+        ends = zip(responses, row.stopped, strict=True)
+        responses = [replace(r, finished=True, stopped=True) if by_text else r for r, by_text in ends]
     kept = []
     for j, response in enumerate(responses):
         count, limit = len(response.tokens), min(config.rollout.max_tokens, context - len(asked))

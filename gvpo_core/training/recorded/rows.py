@@ -28,6 +28,7 @@ class RecordedRow:
     columns: Row = field(default_factory=dict)  # the rest of the row
     row: int = 0  # of the data
     masks: Sequence[Mask | None] = ()  # k, of the policy's own tokens; or none: all tokens of all responses
+    stopped: Sequence[bool] = ()  # k, or none: ended by a stop text, without an end token
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,11 @@ class Recorded:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def scored(self) -> bool:
+        """Whether the data has rewards."""
+        return self.shape not in UNSCORED
 
 
 def recorded_rows(
@@ -208,11 +214,15 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                 where,
                 messages or head.get("prompt"),
                 [row.get("response_ids") or row["response"] for _, row in members],
-                [_reward(row["reward"], f"{name} row {i}, column 'reward'") for i, row in members],
-                [row.get("finished") for _, row in members],
+                [
+                    math.nan if row.get("left_out") else _reward(row["reward"], f"{name} row {i}, column 'reward'")
+                    for i, row in members
+                ],
+                [False if row.get("stopped") else row.get("finished") for _, row in members],
                 _parts([row.get("rewards") or {} for _, row in members], len(members)),
                 row=first,
                 masks=_masks([row.get("response_mask") for _, row in members], members, where),
+                stopped=[bool(row.get("stopped")) for _, row in members],
             )
         )
     return Recorded(RUN, "the run's own rewards", made, in_order=True)

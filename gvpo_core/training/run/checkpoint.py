@@ -2,6 +2,7 @@
 
 checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of every other file, and its own
                           policy/...       what `Policy.save` wrote
+                          source.json      what the source of groups holds, where it holds anything
 """
 
 import contextlib
@@ -13,7 +14,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from gvpo_core.training.files.disk import is_folder, names_in, retried, sync_fol
 
 _log = logging.getLogger("gvpo.checkpoint")
 _MANIFEST = "manifest.json"
+_STATE = "source.json"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 _DAMAGED = "damaged-"
@@ -43,6 +45,27 @@ class Checkpoint:
     @property
     def policy(self) -> Path:
         return self.directory / "policy"
+
+
+def write_state(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
+    """Writes what the source of groups holds, where it holds anything."""
+    if state:
+        (checkpoint.directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What `write_state` wrote; empty where it wrote nothing.
+
+    Raises: CheckpointError: the file holds something else.
+    """
+    path = checkpoint.directory / _STATE
+    try:
+        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as e:
+        raise CheckpointError(f"{path} cannot be read: {e}") from e
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path} does not hold the state of a source of groups")
+    return state
 
 
 def checkpoint_at(folder: Path, step: int) -> Checkpoint:

@@ -31,14 +31,16 @@ from gvpo_core.training.run.checkpoint import (
     go_back,
     newest_checkpoint,
     partial_checkpoint,
+    read_state,
     save_failed,
     steps_saved,
     unreadable,
+    write_state,
 )
 from gvpo_core.training.run.data_columns import with_columns
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.resume import resume_command
-from gvpo_core.training.sources import Sampled, Source
+from gvpo_core.training.sources import Source
 from gvpo_core.training.terminal.text import Command, fit
 from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
 from gvpo_core.training.watch.columns import verdict
@@ -74,6 +76,7 @@ class Journal:
         self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
         self._step, self._begun = 0, time.perf_counter()
+        self._state: Callable[[], dict[str, Any]] = dict  # of the source of groups
 
     def __enter__(self) -> "Journal":
         try:
@@ -106,6 +109,7 @@ class Journal:
           from_step: restore the checkpoint of this step instead (0: the initial policy), and drop the later ones.
         """
         folder = self.folder.checkpoints
+        self._state = source.state
         self._alerts = Alerts(self._price_of_kl(source))
         checkpoint = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
         step = highest(self.policy, checkpoint.step if checkpoint else -1)
@@ -113,6 +117,7 @@ class Journal:
         if step >= 0:
             restore = lambda: self.policy.restore(checkpoint_at(folder, step).policy)
             attempt(self.policy, restore, explain=lambda e: unreadable(folder, e) if isinstance(e, OSError) else e)
+            attempt(self.policy, lambda: source.restore(read_state(checkpoint_at(folder, step))), kind=CheckpointError)
         elif used:
             self.policy.reset()
         self._step = max(step, 0)
@@ -133,9 +138,8 @@ class Journal:
 
     def _price_of_kl(self, source: Source) -> float | None:
         """beta, where the metric `kl` is the KL to the reference and costs beta a nat; else None."""
-        objective, rollout = self.config.objective, self.config.rollout
-        drawn = isinstance(source, Sampled) and source.sampler is None and rollout.sampling.temperature == 1
-        return objective.beta if drawn and objective.length_exponent == 0 else None
+        objective = self.config.objective
+        return objective.beta if source.on_policy and objective.length_exponent == 0 else None
 
     def _checkpoint(self, from_step: int | None) -> Checkpoint | None:
         return None if from_step == 0 else newest_checkpoint(self.folder.checkpoints, from_step)
@@ -263,6 +267,7 @@ class Journal:
 
         self.phase("checkpoint")
         self._saving(begin, main_only=True)
+        self._saving(lambda: write_state(partial_checkpoint(folder, step), self._state()), main_only=True)
         self._saving(lambda: self.policy.save(partial_checkpoint(folder, step).policy))
         self._saving(commit, main_only=True)
 

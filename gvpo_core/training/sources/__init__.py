@@ -1,14 +1,17 @@
 """Where the groups of a step come from. The loop asks a source and does not know which one it is."""
 
-from typing import Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.sources.mixed import Mixed
 from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rollout
+from gvpo_core.training.sources.replay import Buffer
 from gvpo_core.training.sources.sampled import Sampled
 
-__all__ = ["Recorded", "Sampled", "Source", "Streamed", "recorded_rollout"]
+__all__ = ["Buffer", "Mixed", "Recorded", "Sampled", "Source", "Streamed", "recorded_rollout"]
 
 
 class Source(Protocol):
@@ -22,6 +25,10 @@ class Source(Protocol):
     def largest(self) -> tuple[int, int]:
         """Responses of the largest group, tokens of the longest response: for the estimate of memory."""
 
+    @property
+    def on_policy(self) -> bool:
+        """Whether the responses that are drawn are the policy's own, at temperature 1."""
+
     def said(self) -> dict[str, str]:
         """Lines of the header: what a step takes."""
 
@@ -31,5 +38,12 @@ class Source(Protocol):
         Args:
           size: groups wanted. Default: rollout.prompts.
 
-        It must depend on the policy's parameters, the settings and `step` alone, so that a resumed run repeats it.
+        It must depend on the policy's parameters, the settings, `step` and `state` alone, so that a resumed run
+        repeats it. The loop asks for every step once, in order.
         """
+
+    def state(self) -> dict[str, Any]:
+        """What later steps depend on beside the step's number, as values that JSON has: the checkpoint holds it."""
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave after the step that the run resumes from."""

@@ -1,8 +1,8 @@
 """Groups that were recorded: no sampling, and no reward is called (Cor. 3.2 and 3.4)."""
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,9 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Batch, Policy, masks_of
 from gvpo_core.training.recorded import Group, Groups, ReferenceScores, StreamedGroups
-from gvpo_core.training.rollout import Rollout, exact_tokens, odd_ids, plain_prompt
+from gvpo_core.training.rewards import Reward
+from gvpo_core.training.rollout import Rollout, exact_tokens, odd_ids, plain_prompt, score_everywhere
+from gvpo_core.training.sources.join import leave_out
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Recorded:
         """Responses of the largest group, tokens of the longest response."""
         return max(self.recorded.sizes), self.recorded.longest
 
+    on_policy = False  # the responses are others'
+
     def said(self) -> dict[str, str]:
         """For the header: what the groups are, and what a step takes of them."""
         each = f"{self.config.rollout.prompts} recorded groups, nothing is sampled"
@@ -41,7 +45,14 @@ class Recorded:
         """`rollout.prompts` groups with all their responses."""
         size, seed = size or self.config.rollout.prompts, self.config.run.seed
         rows = self.recorded.batch(step - 1, size, seed=seed, shuffle=self.config.data.shuffle)
-        return recorded_rollout(policy, self.recorded, rows, self.reference)
+        return leave_out(recorded_rollout(policy, self.recorded, rows, self.reference), self.config.rollout)
+
+    def state(self) -> dict[str, Any]:
+        """Nothing: the groups of a step follow from the settings."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `state`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +71,7 @@ class Streamed(Recorded):
         """`rollout.prompts` groups with all their responses."""
         size = size or self.config.rollout.prompts
         found = self.stream.at(policy, (step - 1) * size, size)
-        return recorded_rollout(policy, found, range(size), self.reference)
+        return leave_out(recorded_rollout(policy, found, range(size), self.reference), self.config.rollout)
 
 
 def recorded_rollout(
@@ -105,10 +116,31 @@ def recorded_rollout(
         seconds={"score": time.perf_counter() - clock},
         reward_seconds={},
         ref_logprobs=ref,
-        drawn=False,
+        recorded=np.ones(len(every), bool),
+        stopped=np.asarray([groups[g].responses[i].stopped for g, i in every], bool),
         details=details,
         columns=[recorded.prompts.columns[row] for row in rows],
     )
+
+
+def scored_again(
+    policy: Policy, rollout: Rollout, prompts: Prompts, rows: Sequence[int], rewards: Sequence[Reward]
+) -> Rollout:
+    """The recorded responses with the scores that the run's rewards give them.
+
+    Args:
+      rows: of each group, the number of its prompt.
+    Raises: RewardError: see `score_everywhere`.
+    """
+    texts = [policy.decode(response) for response in rollout.batch.responses]
+    asked = [rows[group] for group in rollout.batch.groups]
+    scores = score_everywhere(policy, rewards, prompts, asked, texts, rollout.batch)
+    completions = [
+        completion
+        | {"reward": float(scores.total[i]), "rewards": {n: float(values[i]) for n, values in scores.parts.items()}}
+        for i, completion in enumerate(rollout.completions)
+    ]
+    return replace(rollout, rewards=scores.total, parts=scores.parts, errors=scores.errors, completions=completions)
 
 
 def _reference(reference: ReferenceScores, groups: Sequence[Group]) -> np.ndarray:
@@ -153,5 +185,6 @@ def _completions(policy: Policy, recorded: Groups, rows: Sequence[int]) -> list[
                 "rewards": dict(group.parts[i]) if group.parts else {},
             }
             completion |= {"messages": None if isinstance(prompt, str) else prompt} if i == 0 else {}
+            completion |= {"stopped": True} if response.stopped else {}
             completions.append(completion | exact_tokens(response, ids[i]))
     return completions

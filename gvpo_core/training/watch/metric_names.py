@@ -27,7 +27,9 @@ METRICS: dict[str, Metric] = {
         "reset (of a used policy), warning.",
     ),
     "message": Metric("text", "The event in words."),
-    "reward/mean": Metric("reward", "Mean total reward over the step's scored responses."),
+    "reward/mean": Metric(
+        "reward", "Mean total reward over the step's scored responses; of a mixture, over those drawn for the step."
+    ),
     "reward/half_width": Metric(
         "reward", "Half the 95 % interval of reward/mean: Student's t over the group means; absent with one group."
     ),
@@ -101,8 +103,21 @@ METRICS: dict[str, Metric] = {
     ),
     "sampler/staleness/max": Metric("steps", "The largest of them in the step."),
     "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
-    "groups/total": Metric("groups", "Prompts of the step."),
-    "groups/counted": Metric("groups", "Groups with at least two scored responses: those in the loss."),
+    "responses/left_out": Metric(
+        "responses",
+        "Scored responses that leave the update: cut ones (rollout.truncated) and those of equal groups "
+        "(rollout.equal). Absent without one.",
+    ),
+    "groups/total": Metric("groups", "Groups of the step."),
+    "groups/counted": Metric(
+        "groups", "Groups with at least two scored responses: those in the loss, but for groups/left_out."
+    ),
+    "groups/left_out": Metric("groups", "Counted groups that leave the update (responses/left_out)."),
+    "groups/redrawn": Metric("groups", "Groups drawn in the place of equal ones (rollout.equal = redraw)."),
+    "groups/recorded": Metric("groups", "Groups of data.recorded in the step."),
+    "groups/replayed": Metric("groups", "Past groups in the step ([replay])."),
+    "replay/age": Metric("steps", "Mean age of the replayed groups; absent without one."),
+    "replay/kept": Metric("groups", "Groups kept for replay after the step."),
     "groups/dropped_unscored": Metric("groups", "Groups with fewer than two scored responses."),
     "groups/all_equal": Metric("groups", "Dead groups: counted, with all rewards equal. Only beta moves them."),
     "groups/all_best": Metric("groups", "Dead groups at the highest reward seen so far: too easy."),

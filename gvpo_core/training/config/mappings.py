@@ -1,7 +1,7 @@
-"""Options of rewards on the command line.
+"""Settings that are mappings, on the command line: options of rewards, arguments of the chat template.
 
 `--rewards.NAME.options.KEY VALUE` sets one, whether or not the file has it; `--rewards.NAME.options KEY VALUE ...`
-gives some to a reward that has none.
+gives some to a reward that has none. `--model.template.KEY VALUE` sets one argument of the chat template.
 """
 
 import re
@@ -12,11 +12,12 @@ from typing import Any
 
 from gvpo_core.training.config.settings import Config
 
+_TEMPLATE = re.compile(r"--model\.template\.([^=]+)")
 _NAME = re.compile(r"--rewards\.([\w.\-]+?)\.options(?:\.([^=]+))?")
 
 
-def with_reward_option(config: Config, words: list[str]) -> Config | None:
-    """The settings with one option of a reward set; None where the words are another option.
+def with_mapping_option(config: Config, words: list[str]) -> Config | None:
+    """The settings with one entry of a mapping set; None where the words are another option.
 
     A value takes the type of a TOML value (50, true, [1, 2]), and is text otherwise; it stays text where the file has
     text for the same key.
@@ -24,6 +25,13 @@ def with_reward_option(config: Config, words: list[str]) -> Config | None:
     Raises: ValueError: the words are not keys and values; saying so.
     """
     head, equals, value = words[0].partition("=")
+    if template := _TEMPLATE.fullmatch(head):
+        values = [*([value] if equals else []), *words[1:]]
+        if len(values) != 1:
+            raise ValueError(f"{head} expects one value")
+        argument = _spelled(template[1], config.model.template)
+        template_arguments = config.model.template | {argument: _typed(values[0])}
+        return replace(config, model=replace(config.model, template=template_arguments))
     match = _NAME.fullmatch(head)
     name, key = match.groups() if match else ("", None)
     name = _spelled(name, config.rewards)
@@ -50,6 +58,7 @@ def _spelled(name: str, known: Mapping[str, Any]) -> str:
 
 
 def _typed(text: str) -> Any:
+    text = text.lower() if text in ("True", "False") else text
     try:
         return tomllib.loads(f"value = {text}")["value"] if "\n" not in text else text
     except tomllib.TOMLDecodeError:

@@ -1,0 +1,133 @@
+"""Several rollouts as one, and which of its responses the update leaves out."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.config import RolloutConfig
+from gvpo_core.training.policy import Batch, Policy
+from gvpo_core.training.policy.protocol import Mask
+from gvpo_core.training.rollout import Rollout
+
+
+def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) -> Rollout:
+    """The rollout of all parts' responses, in rank order; every rank calls.
+
+    Args:
+      together: group i of each part is one group. Otherwise the groups of each part come after those before it.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    firsts = [0] * len(parts) if together else np.cumsum([0, *(part.num_groups for part in parts)])[:-1].tolist()
+    counts = np.stack([policy.gather(np.asarray([len(part.batch)])) for part in parts])  # (parts, ranks)
+    order = _rank_order(counts)
+
+    def of_all(values: Sequence[np.ndarray]) -> np.ndarray:
+        joined: np.ndarray = np.concatenate(values)[order]
+        return joined
+
+    def optional(name: str, missing: Any) -> np.ndarray | None:
+        values = [getattr(part, name) for part in parts]
+        if all(value is None for value in values):
+            return None
+        sizes = counts.sum(axis=1)
+        return of_all([np.full(n, missing) if v is None else v for v, n in zip(values, sizes, strict=True)])
+
+    names = dict.fromkeys(name for part in parts for name in part.parts)
+    unscored = [np.full(len(part.rewards), np.nan) for part in parts]
+    local_groups = [g + first for part, first in zip(parts, firsts, strict=True) for g in part.batch.groups]
+    completions = [c | {"group": c["group"] + f} for p, f in zip(parts, firsts, strict=True) for c in p.completions]
+    known = len(completions) == len(order)  # on the main rank at least
+    return Rollout(
+        batch=Batch(
+            [prompt for part in parts for prompt in part.batch.prompts],
+            [response for part in parts for response in part.batch.responses],
+            local_groups,
+            _masks([part.batch for part in parts]),
+        ),
+        start=int(counts[:, : policy.rank].sum()),
+        group_ids=of_all([part.group_ids + first for part, first in zip(parts, firsts, strict=True)]),
+        num_groups=parts[0].num_groups if together else sum(part.num_groups for part in parts),
+        rewards=of_all([part.rewards for part in parts]),
+        parts={n: of_all([p.parts.get(n, u) for p, u in zip(parts, unscored, strict=True)]) for n in names},
+        errors=_sums([part.errors for part in parts]),
+        lengths=of_all([part.lengths for part in parts]),
+        finished=of_all([part.finished for part in parts]),
+        completions=[completions[i] for i in order] if known else [],
+        seconds=_sum([part.seconds for part in parts]),
+        reward_seconds=_sum([part.reward_seconds for part in parts]),
+        ref_logprobs=None,  # the reference scores all of them
+        recorded=optional("recorded", False),
+        details=_sum([part.details for part in parts]),
+        sampler_logprobs=optional("sampler_logprobs", np.nan),
+        staleness=optional("staleness", np.nan),
+        gap_tolerance=next((p.gap_tolerance for p in parts if p.gap_tolerance is not None), None),
+        columns=parts[0].columns if together else [columns for part in parts for columns in part.columns],
+        left_out=optional("left_out", False),
+        stopped=optional("stopped", False),
+    )
+
+
+def leave_out(rollout: Rollout, config: RolloutConfig) -> Rollout:
+    """The rollout without what the settings keep from the update: its rewards, records and metrics stay.
+
+    truncated = "drop" leaves out responses that were cut. equal = "skip" or "redraw" leaves out groups whose remaining
+    rewards are all equal, unless all are: then the step is taken along them.
+    """
+    unused = np.zeros(len(rollout.rewards), bool)
+    if config.truncated == "drop":
+        unused |= ~rollout.finished
+    if config.equal != "keep":
+        dead = equal_groups(replace(rollout, left_out=unused))
+        unused |= dead[rollout.group_ids] if not dead.all() else False
+    if not unused.any():
+        return rollout
+    completions = rollout.completions
+    if completions:
+        completions = [c | ({"left_out": True} if u else {}) for c, u in zip(completions, unused, strict=True)]
+    return replace(rollout, left_out=unused, completions=completions)
+
+
+def equal_groups(rollout: Rollout) -> np.ndarray:
+    """(G,) bool: groups without two different rewards among the responses of the update."""
+    rewards = rollout.trained_rewards
+    scored = ~np.isnan(rewards)
+    low, high = np.full(rollout.num_groups, np.inf), np.full(rollout.num_groups, -np.inf)
+    np.minimum.at(low, rollout.group_ids[scored], rewards[scored])
+    np.maximum.at(high, rollout.group_ids[scored], rewards[scored])
+    equal: np.ndarray = low >= high
+    return equal
+
+
+def _masks(batches: Sequence[Batch]) -> list[Mask | None] | None:
+    """`Batch.own` of the batches, one after the other."""
+    if all(batch.own is None for batch in batches):
+        return None
+    return [mask for batch in batches for mask in (batch.own or [None] * len(batch))]
+
+
+def _rank_order(counts: np.ndarray) -> np.ndarray:
+    """Places in the parts' arrays, one after the other, of the joined rows: rank by rank, part by part.
+
+    Args:
+      counts: (parts, ranks) rows of each part on each rank.
+    """
+    sizes = counts.sum(axis=1)
+    bases = np.cumsum([0, *sizes])[:-1]
+    starts = bases[:, None] + np.cumsum(counts, axis=1) - counts
+    runs = [
+        np.arange(starts[p, r], starts[p, r] + counts[p, r]) for r in range(counts.shape[1]) for p in range(len(counts))
+    ]
+    return np.concatenate(runs).astype(np.int64)
+
+
+def _sum(mappings: Sequence[dict[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for mapping in mappings for name in mapping)
+    return {name: sum(mapping.get(name, 0) for mapping in mappings) for name in names}
+
+
+def _sums(mappings: Sequence[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    names = dict.fromkeys(name for mapping in mappings for name in mapping)
+    return {name: _sum([mapping.get(name, {}) for mapping in mappings]) for name in names}  # type: ignore[misc]

@@ -1,0 +1,100 @@
+"""Past groups of a run, kept to be trained on again. GVPO needs no ratio to the policy that drew them (Cor. 3.2)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.config import ReplayConfig
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy import Policy, Response
+from gvpo_core.training.policy.ranks import gather_objects
+from gvpo_core.training.recorded import Group
+from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.sampling import REPLAY
+
+
+@dataclass(frozen=True)
+class Past:
+    """A group that was drawn in an earlier step."""
+
+    step: int
+    prompt: int  # number of its prompt in the run's prompts
+    group: Group
+
+
+class Buffer:
+    """The newest groups, the same on every rank."""
+
+    def __init__(self, config: ReplayConfig, seed: int) -> None:
+        self.config, self.seed = config, seed
+        self.past: list[Past] = []
+
+    def drawn(self, step: int, count: int) -> list[Past]:
+        """`count` different groups for step `step`, or as many as there are, of those young enough; oldest first."""
+        oldest = step - self.config.age if self.config.age else 0
+        eligible = [past for past in self.past if past.step >= oldest]
+        random = np.random.default_rng(np.random.SeedSequence((self.seed, REPLAY, step)))
+        chosen = random.permutation(len(eligible))[:count]
+        return [eligible[i] for i in sorted(chosen)]
+
+    def add(self, policy: Policy, step: int, rollout: Rollout, prompts: Sequence[int], tokens: Prompts) -> None:
+        """Keeps the groups of a rollout that have a reward; every rank calls.
+
+        Args:
+          prompts: of each group, the number of its prompt.
+          tokens: all prompts.
+        """
+        batch = rollout.batch
+        masks = batch.own or [None] * len(batch)
+        tokens_of = [{"tokens": r, "own": own} for r, own in zip(batch.responses, masks, strict=True)]
+        rows = gather_objects(policy, tokens_of)
+        rewards = rollout.trained_rewards
+        stopped = np.zeros(len(rewards), bool) if rollout.stopped is None else rollout.stopped
+        for g, prompt in enumerate(prompts):
+            members = [int(i) for i in np.flatnonzero((rollout.group_ids == g) & ~np.isnan(rewards))]
+            if not members:
+                continue
+            group = Group(
+                tokens.tokens[prompt],
+                tuple(
+                    _response(rows[i]["tokens"], bool(rollout.finished[i]), bool(stopped[i]), rows[i]["own"])
+                    for i in members
+                ),
+                rewards[members],
+                [{name: float(values[i]) for name, values in rollout.parts.items()} for i in members],
+            )
+            self.past.append(Past(step, prompt, group))
+        del self.past[: -self.config.groups]
+
+    def state(self) -> list[dict[str, Any]]:
+        """For the checkpoint: values that JSON has."""
+        return [
+            {
+                "step": past.step,
+                "prompt": past.prompt,
+                "prompt_tokens": list(past.group.prompt),
+                "responses": [[list(r.tokens), r.finished, r.stopped, r.own] for r in past.group.responses],
+                "rewards": [float(reward) for reward in past.group.rewards],
+                "parts": [{k: None if math.isnan(v) else v for k, v in part.items()} for part in past.group.parts],
+            }
+            for past in self.past
+        ]
+
+    def restore(self, state: Sequence[dict[str, Any]], tokens: Prompts) -> None:
+        """Takes back what `state` gave, but for groups whose prompt is another one now (run.allow_changes)."""
+        self.past = []
+        for past in state:
+            number, prompt = int(past["prompt"]), tuple(past["prompt_tokens"])
+            if number >= len(tokens) or tuple(tokens.tokens[number]) != prompt:
+                continue
+            responses = tuple(_response(*response) for response in past["responses"])
+            rewards = np.asarray(past["rewards"], np.float64)
+            parts = [{name: math.nan if v is None else v for name, v in part.items()} for part in past["parts"]]
+            self.past.append(Past(int(past["step"]), number, Group(prompt, responses, rewards, parts)))
+
+
+def _response(tokens: Sequence[int], finished: bool, stopped: bool, own: Sequence[bool] | None) -> Response:
+    return Response(tuple(tokens), finished, stopped=stopped, own=None if own is None else tuple(own))
