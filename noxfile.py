@@ -97,7 +97,7 @@ ENVIRONMENTS = {
 # has compiled them before.
 JAX_RUNS = [
     f"conformance/backends/test_{name}.py"
-    for name in ("trainer", "trainer_faults", "mixed_steps", "jax_mesh", "export_adapters")
+    for name in ("trainer", "trainer_faults", "mixed_steps", "distillation", "jax_mesh", "export_adapters")
 ]
 JAX_RUNS += [f"conformance/backends/test_policy_{name}.py" for name in ("update", "disk", "generate")]
 QUICKLY_COMPILED = {

@@ -34,6 +34,7 @@ _TRAINER = (
     "RolloutConfig",
     "RunConfig",
     "Sampling",
+    "TeacherConfig",
     "Update",
     "evaluate",
     "load_policy",

@@ -13,6 +13,7 @@ from gvpo_core.training.config import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
 )
 from gvpo_core.training.evaluation import evaluate
 from gvpo_core.training.loop import train
@@ -40,6 +41,7 @@ __all__ = [
     "RolloutConfig",
     "RunConfig",
     "Sampling",
+    "TeacherConfig",
     "Update",
     "evaluate",
     "load_policy",

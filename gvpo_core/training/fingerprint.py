@@ -8,6 +8,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
 from pathlib import Path
@@ -53,7 +54,11 @@ def run_inputs(
         section: reward_fingerprints({"name": RewardConfig(function=name)}) if name else {}
         for section, name in own.items()
     }
-    return functions | {"data": data, "model": model_fingerprint(config.model), "rewards": code}
+    model = dict(model_fingerprint(config.model))
+    if config.teacher.path:
+        teacher = replace(config.model, path=config.teacher.path, revision=config.teacher.revision)
+        model |= {f"teacher_{part}": value for part, value in model_fingerprint(teacher).items()}
+    return functions | {"data": data, "model": model, "rewards": code}
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

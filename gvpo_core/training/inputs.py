@@ -37,8 +37,9 @@ from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_
 from gvpo_core.training.rows import DataError, load_rows, unbounded
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.load import check_sampler
-from gvpo_core.training.sources import Buffer, Mixed, Sampled, Source, Streamed
+from gvpo_core.training.sources import Buffer, Mixed, Sampled, Source, Streamed, Taught
 from gvpo_core.training.sources import Recorded as RecordedSource
+from gvpo_core.training.teacher import load_teacher
 from gvpo_core.training.terminal.output import open_standard_descriptors
 
 
@@ -151,6 +152,14 @@ class Inputs:
           trained: whether the policy moves between the steps.
         Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler, and recorded responses.
         """
+        source = self._source(policy, sampler, trained, cached)
+        if self.config.objective.reference != "teacher":
+            return source
+        teacher = load_teacher(self.config, policy)
+        teacher.check(source.prompts)
+        return Taught(source, teacher)
+
+    def _source(self, policy: Policy, sampler: Sampler | None, trained: bool, cached: bool) -> Source:
         config = self.config
         if self.recorded is None or config.rollout.source == "mixed":
             return self._sampled(policy, sampler, trained)

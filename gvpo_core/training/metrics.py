@@ -178,8 +178,10 @@ def _group_metrics(
         "groups/total": rollout.num_groups,
         "groups/counted": int((size >= 2).sum()),
         "groups/dropped_unscored": int((size < 2).sum()),
-        "groups/all_equal": int(dead.sum()),
     }
+    if not rollout.rewarded:
+        return metrics
+    metrics["groups/all_equal"] = int(dead.sum())
     if not (scored & own).any():
         return metrics
     mean, worst, best = (float(f(rewards[scored & own])) for f in (np.mean, np.min, np.max))

@@ -44,6 +44,7 @@ class Rollout:
     gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
     staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
+    prompts: Sequence[Prompt] = ()  # by group, as in the data
     left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
     stopped: np.ndarray | None = None  # (N,) bool: ended by a stop text; None: none
 
@@ -51,6 +52,11 @@ class Rollout:
     def drawn(self) -> np.ndarray:
         """(N,) bool: drawn for this step, by the policy or a sampler."""
         return np.ones(len(self.rewards), bool) if self.recorded is None else ~self.recorded
+
+    @property
+    def rewarded(self) -> bool:
+        """Whether the rewards say anything: drawn responses that no function scored all have 0."""
+        return bool(self.parts) or not self.drawn.any()
 
     @property
     def trained_rewards(self) -> np.ndarray:
@@ -148,6 +154,7 @@ def collect(
         seconds={"generate": generated - clock, "reward": time.perf_counter() - generated},
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
         columns=[prompts.columns[row] for row in rows],
+        prompts=[prompts.prompts[row] for row in rows],
         details=details,
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
         staleness=None if sampler is None else gather(staleness([r for _, r in flat_drawn], version)),
@@ -179,8 +186,12 @@ def score_everywhere(
 ) -> Scores:
     """The rewards of all ranks' responses. A group may lie on two ranks, so totals are made of what all of them have.
 
+    Without any reward, as a teacher allows, every response has 0.
+
     Raises: RewardError: on every rank.
     """
+    if not rewards:
+        return Scores(np.zeros(int(policy.gather(np.asarray([len(texts)])).sum())), {}, {}, {})
     columns = prompts.columns_of(rows) | {"completion_ids": [list(r) for r in batch.responses]}
     asked, gather = [prompts.prompts[row] for row in rows], policy.gather
     calls = attempt(

@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from gvpo_core.training.config import Config, ConfigError, ReplayConfig
+from gvpo_core.training.config import Config, ConfigError, ReplayConfig, TeacherConfig
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.files.disk import lock, refuse_special, sync_folder
@@ -45,7 +45,9 @@ def for_collecting(config: Config) -> Config:
         replace(config.objective, reference="rollout"),
     )
     rollout = replace(config.rollout, equal="keep", truncated="keep")  # training on the file decides
-    return replace(config, data=data, objective=objective, rollout=rollout, replay=ReplayConfig())
+    return replace(
+        config, data=data, objective=objective, rollout=rollout, replay=ReplayConfig(), teacher=TeacherConfig()
+    )
 
 
 def collect(inputs: Inputs, policy: Policy, out: Path) -> int:

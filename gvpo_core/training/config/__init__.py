@@ -13,6 +13,7 @@ from gvpo_core.training.config.settings import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
+    TeacherConfig,
 )
 
 __all__ = [
@@ -28,4 +29,5 @@ __all__ = [
     "RewardConfig",
     "RolloutConfig",
     "RunConfig",
+    "TeacherConfig",
 ]

@@ -107,7 +107,9 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         f"at most rollout.prompts = {c.rollout.prompts}",
     )
     wrong += [(name, message) for name, message in wrong_sampler(c) if name not in reported]
-    if not c.rewards and (c.rollout.source == "sampled" or not (c.data.train or c.rollout.source == "recorded")):
+    wrong += _wrong_teacher(c)
+    sampled = c.rollout.source == "sampled" or not (c.data.train or c.rollout.source == "recorded")
+    if not c.rewards and sampled and c.objective.reference != "teacher":
         wrong.append(("rewards", NO_REWARD))
     for name, reward in c.rewards.items():
         if not reward.function:
@@ -134,6 +136,18 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
             )
         )
     return wrong
+
+
+def _wrong_teacher(c: Config) -> list[tuple[str, str]]:
+    taught, path = c.objective.reference == "teacher", c.teacher.path
+    if taught and not path:
+        return [("teacher.path", "objective.reference = 'teacher', and teacher.path is empty; expected a model folder")]
+    if path and not taught:
+        message = f"teacher.path = {path!r}, and objective.reference = {c.objective.reference!r}; set it to 'teacher'"
+        return [("teacher.path", message)]
+    if taught and c.objective.name in ("sft", "reject_sampling"):
+        return [("objective.reference", f"objective.name = {c.objective.name!r} reads no reference; use gvpo")]
+    return []
 
 
 def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
@@ -232,8 +246,8 @@ def _unwritable(value: str, name: str) -> str:
     return ""
 
 
-_PATHS = ("run.folder", "model.path", "data.train", "data.evaluation", "objective.name", "rollout.sampler",
-          "engine.folder")  # fmt: skip
+_PATHS = ("run.folder", "model.path", "teacher.path", "data.train", "data.evaluation", "data.recorded",
+          "objective.name", "rollout.sampler", "engine.folder")  # fmt: skip
 _TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 

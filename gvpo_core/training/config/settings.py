@@ -196,6 +196,24 @@ class EngineConfig:
 
 
 @dataclass(frozen=True)
+class TeacherConfig:
+    """A model to distill from, where objective.reference = "teacher" (docs/distillation.md)."""
+
+    path: str = ""
+    """Local Hugging Face folder, or hub name. Its tokenizer may differ from the policy's."""
+    revision: str | None = None
+    """Commit or tag of a hub model."""
+    backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
+    """Backend that scores with it. auto: the policy's."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype."""
+    device: str = ""
+    """Device. Empty: model.device."""
+    template: dict[str, Any] = field(default_factory=dict)
+    """Arguments of its chat template."""
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """The objective."""
 
@@ -204,8 +222,9 @@ class ObjectiveConfig:
     sft or dpo; or your function, as file.py:function or package.module:function."""
     beta: float = 0.1
     """KL coefficient, reward units per nat. grpo, dr_grpo, rloo, gspo: of the KL term in the reward."""
-    reference: Literal["initial", "rollout"] = "initial"
-    """pi_ref: the initial model (Eq. 5), or the policy that sampled the rollout (the authors' code)."""
+    reference: Literal["initial", "rollout", "teacher"] = "initial"
+    """pi_ref: the initial model (Eq. 5), the policy that sampled the rollout (the authors' code), or the model of
+    [teacher] (GVPO++)."""
     epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1
@@ -297,6 +316,7 @@ class Config:
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)

@@ -32,7 +32,8 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
             f"{name} holds {shape.said}, and rewards are configured: set rollout.source = 'recorded' to train on these"
             " responses and use the rewards in evaluations only, or 'sampled' to draw and score new ones"
         )
-    if not config.rewards and (source in ("sampled", "mixed") or shape is None):
+    taught = config.objective.reference == "teacher" and not (source == "mixed" and shape not in UNSCORED)
+    if not config.rewards and not taught and (source in ("sampled", "mixed") or shape is None):
         raise ConfigError(NO_REWARD)
     if source == "sampled" or shape is None:
         return None
@@ -83,7 +84,8 @@ def _check_objective(config: Config, shape: Shape, name: str) -> None:
             f"objective.name = 'sft' imitates every scored response, the rejected too, and {name} holds {shape.said};"
             " use reject_sampling, which imitates the best of each group, or gvpo or dpo"
         )
-    if objective != "sft" and shape in UNSCORED and config.rollout.source != "mixed":
+    compares = objective != "sft" and config.rollout.source != "mixed" and config.objective.reference != "teacher"
+    if compares and shape in UNSCORED:
         raise ConfigError(
             f"{name} holds {shape.said}, and objective.name = {objective!r} compares rewards: give rewards, a column"
             " beside 'responses', or set objective.name = 'sft'"

@@ -10,8 +10,9 @@ from gvpo_core.training.sources.mixed import Mixed
 from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rollout
 from gvpo_core.training.sources.replay import Buffer
 from gvpo_core.training.sources.sampled import Sampled
+from gvpo_core.training.sources.taught import Taught
 
-__all__ = ["Buffer", "Mixed", "Recorded", "Sampled", "Source", "Streamed", "recorded_rollout"]
+__all__ = ["Buffer", "Mixed", "Recorded", "Sampled", "Source", "Streamed", "Taught", "recorded_rollout"]
 
 
 class Source(Protocol):

@@ -65,6 +65,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
         staleness=optional("staleness", np.nan),
         gap_tolerance=next((p.gap_tolerance for p in parts if p.gap_tolerance is not None), None),
         columns=parts[0].columns if together else [columns for part in parts for columns in part.columns],
+        prompts=parts[0].prompts if together else [prompt for part in parts for prompt in part.prompts],
         left_out=optional("left_out", False),
         stopped=optional("stopped", False),
     )

@@ -120,6 +120,7 @@ def recorded_rollout(
         stopped=np.asarray([groups[g].responses[i].stopped for g, i in every], bool),
         details=details,
         columns=[recorded.prompts.columns[row] for row in rows],
+        prompts=[recorded.prompts.prompts[row] for row in rows],
     )
 
 

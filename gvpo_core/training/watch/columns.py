@@ -36,7 +36,7 @@ def _signed(record: Record, width: int) -> str:
 def _dead(record: Record, width: int) -> str:
     counted, dead = record.get("groups/counted"), record.get("groups/all_equal", 0)
     best, worst = record.get("groups/all_best", 0), record.get("groups/all_worst", 0)
-    if not counted:
+    if not counted or "groups/all_equal" not in record:
         return "-"
     if best + worst < dead:  # alike in between, or nothing to tell best from worst by
         return percent(dead / counted)

@@ -116,6 +116,9 @@ METRICS: dict[str, Metric] = {
     "groups/redrawn": Metric("groups", "Groups drawn in the place of equal ones (rollout.equal = redraw)."),
     "groups/recorded": Metric("groups", "Groups of data.recorded in the step."),
     "groups/replayed": Metric("groups", "Past groups in the step ([replay])."),
+    "teacher/unread": Metric(
+        "responses", "Responses that the teacher cannot read or hold; they leave their group (objective.reference)."
+    ),
     "replay/age": Metric("steps", "Mean age of the replayed groups; absent without one."),
     "replay/kept": Metric("groups", "Groups kept for replay after the step."),
     "groups/dropped_unscored": Metric("groups", "Groups with fewer than two scored responses."),

@@ -22,6 +22,8 @@ class ResponseChecks:
                 yield alert
 
     def _dead_groups(self, recent: Recent) -> Alert | None:
+        if "groups/all_equal" not in recent.last[-1]:  # a teacher, and no reward
+            return None
         counted = recent.sum("groups/counted")
         dead, right, wrong = (recent.sum(f"groups/all_{x}") for x in ("equal", "best", "worst"))
         # The lower end of a 95 % interval: two dead groups of two say little.

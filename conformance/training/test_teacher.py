@@ -1,0 +1,184 @@
+"""Distillation (GVPO++): a teacher in the place of pi_ref, with other tokens than the student's, on a table."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ranks import run_ranks
+from recorded_data import policy_of, records
+from table_problem import BETA, PROMPTS, REFERENCE, RESPONSES, REWARDS, reward, settings, table
+
+from gvpo_core.training.config import Config, ConfigError, TeacherConfig
+from gvpo_core.training.loop import train
+from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.watch.metric_names import undocumented
+
+pytestmark = pytest.mark.core
+ROWS = [{"prompt": p} for p in PROMPTS]
+TEACHER = np.array([[0.5, 0.2, 0.1, 0.1, 0.1], [0.05, 0.15, 0.3, 0.4, 0.1], [0.2, 0.2, 0.2, 0.2, 0.2]])
+ORDER = (3, 0, 4, 2, 1)  # the teacher's token ids of the same texts
+
+
+@pytest.fixture
+def teacher(tmp_path) -> Path:
+    """A table whose tokens are in another order, and whose vocabulary has a response more."""
+    folder = tmp_path / "teacher"
+    folder.mkdir()
+    rows = {p: {RESPONSES[y]: TEACHER[x, y] for y in ORDER} for x, p in enumerate(PROMPTS)}
+    for row in rows.values():
+        row["never"] = 1e-9
+    (folder / "table.json").write_text(json.dumps(rows))
+    return folder
+
+
+def config_of(folder: Path, teacher: Path, *, rewards: bool = False, **changes) -> Config:
+    config = settings(folder)
+    config = replace(config, teacher=TeacherConfig(path=str(teacher)))
+    config = replace(config, objective=replace(config.objective, reference="teacher", **changes))
+    return config if rewards else replace(config, rewards={})
+
+
+def kl(p: np.ndarray, q: np.ndarray) -> float:
+    return float((p * (np.log(p) - np.log(q))).sum(axis=1).max())
+
+
+class Elsewhere:
+    """Draws from another table, or uniformly: nobody's policy."""
+
+    def __init__(self, probabilities: np.ndarray) -> None:
+        self.table = TablePolicy(table(probabilities))
+
+    def generate(self, prompts, seeds, sampling):
+        return self.table.generate(prompts, seeds, sampling)
+
+
+SAMPLERS = {"student": None, "teacher": TEACHER, "uniform": np.full((3, 5), 0.2)}
+
+
+@pytest.mark.parametrize(
+    ("samples", "exponent"), [("student", 0.0), ("teacher", 0.0), ("uniform", 0.0), ("uniform", 1.0)]
+)
+def test_the_student_ends_at_the_teacher_whoever_draws(samples, exponent, teacher, tmp_path, capsys):
+    config = config_of(tmp_path / "run", teacher, beta=1.0, length_exponent=exponent)
+    rate = 4.0 * 4**exponent  # a response of two tokens has f = 2^-exponent, and its gradient f^2
+    config = replace(
+        config, run=replace(config.run, steps=250), optimizer=replace(config.optimizer, learning_rate=rate)
+    )
+    policy = policy_of(config)
+    sampler = None if SAMPLERS[samples] is None else Elsewhere(SAMPLERS[samples])
+    before = kl(np.exp(policy.log_table()), TEACHER)
+    train(config, policy, train_rows=ROWS, sampler=sampler)
+    assert before > 0.05 and kl(np.exp(policy.log_table()), TEACHER) < 1e-6
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"teacher {teacher}, 18 parameters, float64" in said
+    first, last = records(tmp_path / "run")[0], records(tmp_path / "run")[-1]
+    assert not undocumented(first) and first["teacher/unread"] == 0
+    assert abs(first["kl"]) > 0.01 > abs(last["kl"])  # a KL where the student draws
+    assert not {"reward/mean", "groups/all_equal", "reward/min"} & {*first}
+    assert {r["verdict"] for r in records(tmp_path / "run")} <= {"OK", "WATCH"}
+
+
+def test_with_rewards_the_optimum_is_the_tilted_teacher(teacher, tmp_path):
+    config = config_of(tmp_path / "run", teacher, rewards=True)
+    policy = policy_of(config)
+    train(config, policy, train_rows=ROWS, rewards={"value": reward})
+    optimum = TEACHER * np.exp(REWARDS / BETA)
+    optimum /= optimum.sum(axis=1, keepdims=True)
+    assert kl(np.exp(policy.log_table()), optimum) < 1e-10
+
+
+@pytest.mark.parametrize("rewards", [None, [0.0, 1.0, 0.5, 0.25, 0.0]])
+def test_recorded_responses_distil_too(rewards, teacher, tmp_path):
+    rows = [{"prompt": p, "responses": list(RESPONSES)} for p in PROMPTS]
+    rows = rows if rewards is None else [row | {"rewards": rewards} for row in rows]
+    policy = policy_of(config := config_of(tmp_path / "run", teacher))
+    train(config, policy, train_rows=rows)
+    optimum = TEACHER * (1.0 if rewards is None else np.exp(np.asarray(rewards) / BETA))
+    optimum /= optimum.sum(axis=1, keepdims=True)
+    assert policy.generated == 0 and kl(np.exp(policy.log_table()), optimum) < 1e-10
+
+
+def test_responses_that_the_teacher_cannot_read_leave_their_group(teacher, tmp_path):
+    rows = json.loads((teacher / "table.json").read_text())
+    for row in rows.values():
+        row.pop("a"), row.pop("never")
+    (teacher / "table.json").write_text(json.dumps(rows))
+    config = config_of(tmp_path / "run", teacher)
+    config = replace(config, run=replace(config.run, steps=3))
+    train(config, policy_of(config), train_rows=ROWS)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "completions.jsonl").read_text().splitlines()]
+    unread = sum(line["response"] == "a" for line in lines if line["step"] == 1)
+    first = records(tmp_path / "run")[0]
+    assert first["teacher/unread"] == first["responses/left_out"] == unread > 0
+
+
+def test_a_resumed_run_and_several_ranks_repeat_it(teacher, tmp_path):
+    def config_in(name, steps=8):
+        config = config_of(tmp_path / name, teacher)
+        return replace(config, run=replace(config.run, steps=steps, checkpoint_every=2))
+
+    whole = policy_of(config_in("whole"))
+    train(config_in("whole"), whole, train_rows=ROWS)
+    config = config_in("parts")
+    train(config, policy_of(config), train_rows=ROWS)
+    resumed = policy_of(config)
+    train(config, resumed, train_rows=ROWS, from_step=6)
+    assert resumed.generated < whole.generated
+    np.testing.assert_array_equal(resumed.logits, whole.logits)
+
+
+def test_the_run_folder_names_the_teacher_and_refuses_another(teacher, tmp_path):
+    config = config_of(tmp_path / "run", teacher)
+    config = replace(config, run=replace(config.run, steps=2))
+    train(config, policy_of(config), train_rows=ROWS)
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert "teacher_weights" in environment["model"]
+    rows = json.loads((teacher / "table.json").read_text())
+    (teacher / "table.json").write_text(json.dumps(rows | {"p0": rows["p1"]}))
+    with pytest.raises(ConfigError, match="teacher_weights"):
+        train(config, policy_of(config), train_rows=ROWS)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": TeacherConfig()}, r"teacher\.path is empty; expected a model folder"),
+        ({"objective": "initial"}, r"objective\.reference = 'initial'; set it to 'teacher'"),
+        ({"teacher": TeacherConfig(path="nowhere")}, r"teacher\.path = 'nowhere': .*nowhere"),
+        ({"name": "sft"}, r"objective\.name = 'sft' reads no reference; use gvpo"),
+    ],
+)
+def test_a_teacher_that_cannot_be_used_is_named(changes, message, teacher, tmp_path):
+    config = config_of(tmp_path / "run", teacher)
+    if "teacher" in changes:
+        config = replace(config, teacher=changes["teacher"])
+    if "objective" in changes:
+        config = replace(config, objective=replace(config.objective, reference=changes["objective"]))
+    if "name" in changes:
+        config = replace(config, objective=replace(config.objective, name=changes["name"]))
+    with pytest.raises(ConfigError, match=message):
+        train(config, policy_of(config), train_rows=ROWS)
+
+
+def test_held_out_prompts_need_a_reward(teacher, tmp_path):
+    config = config_of(tmp_path / "run", teacher)
+    with pytest.raises(ConfigError, match="there is no reward"):
+        train(config, policy_of(config), train_rows=ROWS, evaluation_rows=ROWS)
+
+
+def test_several_ranks_take_the_steps_of_one(teacher, tmp_path, monkeypatch):
+    """The teacher of each rank scores the rank's own responses."""
+    from gvpo_core.training import inputs as inputs_module
+    from gvpo_core.training.teacher import Teacher, load_teacher
+
+    want = policy_of(config := config_of(tmp_path / "one", teacher))
+    config = replace(config, run=replace(config.run, steps=6))
+    train(config, want, train_rows=ROWS)
+    monkeypatch.setattr(inputs_module, "load_teacher", lambda c, p: Teacher(load_teacher(c, want).policy))
+    for size in (2, 3):
+        several = replace(config, run=replace(config.run, folder=str(tmp_path / f"of{size}")))
+        work = lambda policy, c=several: train(c, policy, train_rows=ROWS)
+        for policy in run_ranks(size, work, table(REFERENCE), config.optimizer):
+            np.testing.assert_allclose(policy.logits, want.logits, rtol=1e-11, atol=1e-11)

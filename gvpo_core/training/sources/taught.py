@@ -1,0 +1,52 @@
+"""Groups whose reference is a teacher."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.teacher import Teacher
+
+if TYPE_CHECKING:
+    from gvpo_core.training.sources import Source
+
+
+@dataclass(frozen=True)
+class Taught:
+    """The groups of another source, with the teacher's log-probabilities in the place of pi_ref's."""
+
+    source: "Source"
+    teacher: Teacher
+
+    @property
+    def prompts(self) -> Prompts:
+        """Of the source."""
+        return self.source.prompts
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """Of the source."""
+        return self.source.largest
+
+    @property
+    def on_policy(self) -> bool:
+        """Of the source."""
+        return self.source.on_policy
+
+    def said(self) -> dict[str, str]:
+        """For the header: the source's lines and the teacher."""
+        return self.source.said() | {"teacher": self.teacher.said()}
+
+    def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
+        """The source's groups, scored by the teacher."""
+        return self.teacher.taught(policy, self.source.groups(policy, step, size=size))
+
+    def state(self) -> dict[str, Any]:
+        """Of the source."""
+        return self.source.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Of the source."""
+        self.source.restore(state)
