@@ -27,6 +27,8 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
         self.keys, self.commands, self.adapters, self.text = Counter(), [], {}, text
+        self.in_flight, self.counting, self.delay = 0, threading.Lock(), 0.0
+        self.at_reload: list[int] = []  # requests in flight
         self.held, self.let_go = threading.Event(), threading.Event()  # of a request with the fault "hold"
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -70,10 +72,18 @@ class Handler(BaseHTTPRequestHandler):
         server = self.server
         if self.path != "/v1/completions":
             return self.take_weights(server, body)
+        if body["model"] not in ("tiny", *server.adapters):
+            return self.send(404, b"no such model")
         server.asked.append(body)
         server.keys[self.headers.get("Authorization")] += 1
         fault = server.faults.pop(0) if server.faults else None
+        with server.counting:
+            server.in_flight += 1
+        if server.delay:
+            time.sleep(server.delay)
         answer = server.answer(body)
+        with server.counting:
+            server.in_flight -= 1
         if fault == "slow":
             time.sleep(1.5)
         if fault == "hold":
@@ -91,10 +101,14 @@ class Handler(BaseHTTPRequestHandler):
         if fault == "no ids":
             del answer["choices"][0]["token_ids"]
         text = json.dumps(answer).encode()
-        self.send_response(fault if isinstance(fault, int) else 200)
-        self.send_header("Content-Length", str(len(text)))
+        sent = text[:20] if fault == "cut" else b"no JSON" if fault == "garbage" else text
+        self.send(fault if isinstance(fault, int) else 200, sent, len(text))
+
+    def send(self, status, text, length=None):
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(text) if length is None else length))
         self.end_headers()
-        self.wfile.write(text[:20] if fault == "cut" else b"no JSON" if fault == "garbage" else text)
+        self.wfile.write(text)
 
     def take_weights(self, server, body):
         server.commands.append(self.path)
@@ -105,6 +119,7 @@ class Handler(BaseHTTPRequestHandler):
             del server.adapters[body["lora_name"]]
         elif fault == 200 and self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
+            server.at_reload.append(server.in_flight)
             server.policy = Sent.read(body["kwargs"]["weights_path"])
         self.send_response(fault)
         self.send_header("Content-Length", "0")

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.check import check_config
@@ -36,8 +36,9 @@ from gvpo_core.training.recorded.shapes import WHOLE
 from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_columns, close_rewards, load_rewards
 from gvpo_core.training.rows import DataError, load_rows, unbounded
 from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.background import Asks
 from gvpo_core.training.samplers.load import check_sampler
-from gvpo_core.training.sources import Buffer, Mixed, Sampled, Source, Streamed, Taught
+from gvpo_core.training.sources import Ahead, Buffer, Mixed, Sampled, Source, Streamed, Taught
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.teacher import load_teacher
 from gvpo_core.training.terminal.output import open_standard_descriptors
@@ -183,13 +184,15 @@ class Inputs:
 
     def _sampled(self, policy: Policy, sampler: Sampler | None, trained: bool) -> Source:
         """Sampled groups, and what the settings mix with them."""
-        config = self.config
+        config, early = self.config, None
+        if sampler is not None and trained and config.rollout.ahead:
+            early = Ahead(cast(Asks, sampler), config.rollout.ahead, config.run.steps)
         if self.recorded is None:
             prompts = encode_prompts(policy, self.rows, config.data, max_tokens=config.rollout.max_tokens)
-            sampled = Sampled(config, prompts, self.rewards, sampler, trained)
+            sampled = Sampled(config, prompts, self.rewards, sampler, trained, early)
         else:
             groups = encode_groups(policy, self.recorded, config, smallest=0)
-            sampled = Sampled(config, groups.prompts, self.rewards, sampler, trained, groups)
+            sampled = Sampled(config, groups.prompts, self.rewards, sampler, trained, early, groups)
         if self.beside is None and not config.replay.groups:
             return sampled
         recorded = None

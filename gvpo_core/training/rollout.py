@@ -64,6 +64,29 @@ class Rollout:
         return self.rewards if self.left_out is None else np.where(self.left_out, np.nan, self.rewards)
 
 
+@dataclass(frozen=True)
+class Requests:
+    """The responses of a step that one rank draws."""
+
+    start: int  # responses of the ranks before it
+    places: dict[int, list[int]]  # group -> places of this rank's responses in it
+    tokens: list[Tokens]  # prompt of each group
+    seeds: list[list[int]]  # of each response, by group
+
+
+def requests_of(
+    policy: Policy, prompts: Prompts, rows: Sequence[int], responses: int, seed_path: tuple[int, ...]
+) -> Requests:
+    """This rank's part of `responses` responses to each prompt in `rows`; see `collect`."""
+    total = len(rows) * responses
+    start, stop = (total * r // policy.world_size for r in (policy.rank, policy.rank + 1))
+    places: dict[int, list[int]] = {}
+    for flat in range(start, stop):
+        places.setdefault(flat // responses, []).append(flat % responses)
+    seeds = [[row_seed(*seed_path, group, i) for i in own] for group, own in places.items()]
+    return Requests(start, places, [prompts.tokens[rows[group]] for group in places], seeds)
+
+
 def collect(
     policy: Policy,
     prompts: Prompts,
@@ -88,13 +111,8 @@ def collect(
     Raises: RewardError: on every rank, where a reward of any rank cannot be used. SamplerError: no response came.
     """
     clock = time.perf_counter()
-    total = len(rows) * responses
-    start, stop = (total * r // policy.world_size for r in (policy.rank, policy.rank + 1))
-    local_places: dict[int, list[int]] = {}
-    for flat in range(start, stop):
-        local_places.setdefault(flat // responses, []).append(flat % responses)
-    asked = [prompts.tokens[rows[group]] for group in local_places]
-    seeds = [[row_seed(*seed_path, group, i) for i in places] for group, places in local_places.items()]
+    requests = requests_of(policy, prompts, rows, responses, seed_path)
+    start, local_places, asked, seeds = requests.start, requests.places, requests.tokens, requests.seeds
     details: dict[str, float] = {}
     if sampler is None:
         drawn = policy.generate(asked, seeds, sampling)

@@ -58,7 +58,7 @@ def preview_inputs(
 
 def _preview(inputs: Inputs, policy: Policy, sampler: Sampler | None, console: Console | None, command: str) -> Rollout:
     config = inputs.config
-    source, held_out = inputs.source(policy, sampler, cached=False), inputs.held_out(policy)
+    source, held_out = inputs.source(policy, sampler, cached=False, trained=False), inputs.held_out(policy)
     if policy.rank == 0:
         console = console or Console(config.run.steps)
         console.header(header(config, policy.describe(), source, held_out, inputs.rewards), legend=False)

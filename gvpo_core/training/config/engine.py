@@ -13,6 +13,7 @@ SAMPLERS = ("policy", "engine")
 
 REQUEST_FIELDS = ("model", "prompt", "n", "seed", "max_tokens", "temperature", "stream", "logprobs", "return_token_ids")
 """Fields that every request sets."""
+MOST_AHEAD = 1000
 OPTIONAL_FIELDS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 """Fields that a request sets unless `omit` names them."""
 
@@ -73,6 +74,16 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
             "rollout.sampler",
             f"rollout.sampler = {name!r}, and rollout.source = 'recorded' draws nothing: leave one of them out",
         )
+    if not 0 <= config.rollout.ahead <= MOST_AHEAD:
+        yield "rollout.ahead", f"rollout.ahead = {config.rollout.ahead}; expected 0 to {MOST_AHEAD}"
+    if config.rollout.ahead and config.rollout.equal == "redraw":
+        both = f"rollout.ahead = {config.rollout.ahead} and rollout.equal = 'redraw'"
+        yield (
+            "rollout.ahead",
+            f"{both}: which prompts come next is not known ahead; set rollout.equal = 'skip' or 'keep'",
+        )
+    if config.rollout.ahead and not sampled:
+        yield "rollout.ahead", f"rollout.ahead = {config.rollout.ahead}, and rollout.source = 'recorded' draws nothing"
     if name == "engine":
         for field, message in wrong_engine(engine):
             yield f"engine.{field}", f"engine.{message}"

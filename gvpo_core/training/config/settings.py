@@ -119,6 +119,8 @@ class RolloutConfig:
     sampler: str = "policy"
     """What draws them. policy: the trained policy; engine: the server of [engine]; or a class or function of your own
     that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
+    ahead: int = 0
+    """Steps by which responses may be drawn before they are used, beside the update. Needs a sampler. 0: none."""
     prompts: int = 8
     """Prompts a step (G)."""
     responses: int = 8

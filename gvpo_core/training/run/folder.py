@@ -270,8 +270,9 @@ class RunFolder:
 
 
 def _ends_elsewhere(difference: str, config: Config) -> bool:
-    """Whether a difference changes learning rates: their schedule ends at the last step."""
-    return difference.startswith("run.steps:") and config.optimizer.schedule != "constant"
+    """Whether a difference changes steps to come: a schedule ends at the last step, and nothing is drawn beyond it."""
+    fixed = config.optimizer.schedule != "constant" or config.rollout.ahead > 0
+    return difference.startswith("run.steps:") and fixed
 
 
 def _recovery(path: Path) -> str:

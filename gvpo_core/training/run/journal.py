@@ -110,7 +110,7 @@ class Journal:
         """
         folder = self.folder.checkpoints
         self._state = source.state
-        self._alerts = Alerts(self._price_of_kl(source))
+        self._alerts = Alerts(self._price_of_kl(source), self.config.rollout.ahead)
         checkpoint = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
         step = highest(self.policy, checkpoint.step if checkpoint else -1)
         used = highest(self.policy, self.policy.steps_taken)
@@ -266,8 +266,9 @@ class Journal:
             commit_checkpoint(folder, step, run.keep_checkpoints, best)
 
         self.phase("checkpoint")
+        state = self._state()
         self._saving(begin, main_only=True)
-        self._saving(lambda: write_state(partial_checkpoint(folder, step), self._state()), main_only=True)
+        self._saving(lambda: write_state(partial_checkpoint(folder, step), state), main_only=True)
         self._saving(lambda: self.policy.save(partial_checkpoint(folder, step).policy))
         self._saving(commit, main_only=True)
 

@@ -122,8 +122,14 @@ class Engine:
         """
         return self.ask(prompts, seeds, sampling)()
 
-    def ask(
+    def probe(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Response | Text]]:
+        """Draws before everything that was asked for and has not begun."""
+        return self.ask(prompts, seeds, sampling, first=True)()
+
+    def ask(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling, *, first: bool = False
     ) -> Callable[[], list[list[Response | Text]]]:
         """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
         self._workers = self._workers or Workers(self._concurrency)
@@ -131,7 +137,7 @@ class Engine:
         for prompt, own in zip(prompts, seeds, strict=True):
             bodies = self._requests(tuple(prompt), own, sampling)
             sent = [{k: v for k, v in body.items() if k not in self.omit} | self.fields for body in bodies]
-            asked.work.append([self._workers.submit(partial(self._draw, asked, body)) for body in sent])
+            asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in sent])
         self._asked.append(asked)
         return partial(self._take, asked)
 

@@ -10,6 +10,7 @@ from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.engine import SAMPLERS
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards.worker.functions import find_function
+from gvpo_core.training.samplers.background import InBackground
 from gvpo_core.training.samplers.engine import Engine
 from gvpo_core.training.samplers.protocol import Sampler, close
 
@@ -45,38 +46,53 @@ def _taken(function: Callable[..., Any]) -> list[str]:
 def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None) -> Iterator[Sampler | None]:
     """The sampler of rollout.sampler, closed at the end; or the one given in Python, which its giver closes.
 
-    None: the policy draws its responses itself.
+    None: the policy draws its responses itself. With rollout.ahead it can be asked without being waited for.
 
-    Raises: ConfigError: both are given, a sampler that cannot be made, or one without a `generate` method.
+    Raises: ConfigError: both are given, a sampler that cannot be made, one without a `generate` method, or none where
+      rollout.ahead needs one.
     """
     name = config.rollout.sampler
-    if given is not None:
-        if name != "policy":
-            raise ConfigError(
-                f"a sampler is given in Python, and rollout.sampler = {name!r} names one as well: leave one of them out"
-            )
-        yield _checked(config, given, "the sampler")
-        return
-    if name == "policy":
+    if given is not None and name != "policy":
+        raise ConfigError(
+            f"a sampler is given in Python, and rollout.sampler = {name!r} names one as well: leave one of them out"
+        )
+    if given is None and name == "policy":
+        if config.rollout.ahead:
+            raise ConfigError(NO_SAMPLER_AHEAD.format(config.rollout.ahead))
         yield None
         return
+    with contextlib.ExitStack() as stack:
+        sampler: Any = given
+        if given is None:
+            sampler = _made(config, policy)
+            stack.callback(close, sampler)
+        _check(config, sampler, "the sampler" if given is not None else f"rollout.sampler = {name!r}")
+        if config.rollout.ahead and not hasattr(sampler, "ask"):
+            sampler = InBackground(sampler)
+            stack.callback(sampler.close)
+        yield sampler
+
+
+NO_SAMPLER_AHEAD = (
+    "rollout.ahead = {}, and the policy draws its responses itself: its weights change while it would draw. Name a"
+    " sampler (rollout.sampler), or leave rollout.ahead out"
+)
+
+
+def _made(config: Config, policy: Policy) -> Any:
+    name = config.rollout.sampler
     if name == "engine":
         if config.engine.weights == "adapters" and policy.describe().backend == "mlx":
             raise ConfigError(
                 "engine.weights = 'adapters': the mlx backend writes adapters for mlx-lm, which vLLM does not load; set"
                 " engine.weights = 'model'"
             )
-        sampler: Any = Engine(**{f.name: getattr(config.engine, f.name) for f in dataclasses.fields(config.engine)})
-    else:
-        function, arguments = _found(config), {"config": config, "policy": policy}
-        try:
-            sampler = function(**{name: arguments[name] for name in _taken(function)})
-        except Exception as error:  # the user's own
-            raise ConfigError(f"rollout.sampler = {name!r} raised {type(error).__name__}: {error}") from error
+        return Engine(**{f.name: getattr(config.engine, f.name) for f in dataclasses.fields(config.engine)})
+    function, arguments = _found(config), {"config": config, "policy": policy}
     try:
-        yield _checked(config, sampler, f"rollout.sampler = {name!r}")
-    finally:
-        close(sampler)
+        return function(**{name: arguments[name] for name in _taken(function)})
+    except Exception as error:  # the user's own
+        raise ConfigError(f"rollout.sampler = {name!r} raised {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -87,7 +103,7 @@ def opened_for_evaluation(config: Config, policy: Policy) -> Iterator[Sampler | 
         yield stack.enter_context(opened_sampler(config, policy)) if asks else None
 
 
-def _checked(config: Config, sampler: Any, what: str) -> Sampler:
+def _check(config: Config, sampler: Any, what: str) -> None:
     if not callable(getattr(sampler, "generate", None)):
         raise ConfigError(f"{what} gave a {type(sampler).__name__} without a method generate(prompts, seeds, sampling)")
     if config.evaluation.sampler == "rollout" and not hasattr(sampler, "refresh"):
@@ -95,5 +111,3 @@ def _checked(config: Config, sampler: Any, what: str) -> Sampler:
             f"evaluation.sampler = 'rollout', and {what} has no method refresh(policy, version), so it would not answer"
             " with the policy's weights; add one, or leave evaluation.sampler out"
         )
-    named: Sampler = sampler
-    return named

@@ -38,6 +38,10 @@ class Text:
     tokens: int | None = None  # as the sampler counts them
 
 
+Given = Sequence[Sequence[Response | Text]]
+"""Responses by prompt."""
+
+
 class Sampler(Protocol):
     """Draws responses in the place of the policy. A class may leave out `refresh` and `close`.
 
@@ -45,9 +49,7 @@ class Sampler(Protocol):
     log-probability, nats a token; a response beyond it stops the run.
     """
 
-    def generate(
-        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
-    ) -> Sequence[Sequence[Response | Text]]:
+    def generate(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
         """Draws a response for each seed of each prompt. A prompt may get fewer; the others are counted as lost."""
 
     def refresh(self, policy: Policy, version: int) -> None:

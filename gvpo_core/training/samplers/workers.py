@@ -1,7 +1,7 @@
 """Threads that take tasks in order. A task that hangs does not keep the process from ending."""
 
-import queue
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Generic, TypeVar
@@ -13,33 +13,45 @@ class Workers(Generic[T]):
     """Up to `count` daemon threads, started as tasks come."""
 
     def __init__(self, count: int) -> None:
-        self._count, self._threads = count, 0
-        self._tasks: queue.SimpleQueue[tuple[Future[T], Callable[[], T]] | None] = queue.SimpleQueue()
+        self._count, self._threads, self._closed = count, 0, False
+        self._tasks: deque[tuple[Future[T], Callable[[], T]]] = deque()
+        self._changed = threading.Condition()
 
-    def submit(self, task: Callable[[], T]) -> "Future[T]":
-        """The result to come."""
+    def submit(self, task: Callable[[], T], *, first: bool = False) -> "Future[T]":
+        """The result to come.
+
+        Args:
+          first: before all tasks that no thread has begun.
+        """
         future: Future[T] = Future()
-        self._tasks.put((future, task))
-        if self._threads < self._count:
-            self._threads += 1
+        with self._changed:
+            (self._tasks.appendleft if first else self._tasks.append)((future, task))
+            self._changed.notify()
+            start = self._threads < self._count
+            self._threads += start
+        if start:
             threading.Thread(target=self._work, daemon=True).start()
         return future
 
     def close(self) -> None:
-        """Drops the tasks that no thread has begun."""
-        while not self._tasks.empty():
-            task = self._tasks.get()
-            if task is not None:
-                task[0].cancel()
-        for _ in range(self._threads):
-            self._tasks.put(None)
+        """Drops the tasks that no thread has begun, and ends the threads."""
+        with self._changed:
+            self._closed = True
+            dropped, self._tasks = self._tasks, deque()
+            self._changed.notify_all()
+        for future, _ in dropped:
+            future.cancel()
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
-            future, work = task
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._tasks or self._closed)
+                if not self._tasks:
+                    return
+                future, task = self._tasks.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                future.set_result(work())
+                future.set_result(task())
             except BaseException as error:
                 future.set_exception(error)

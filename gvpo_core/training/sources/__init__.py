@@ -6,13 +6,14 @@ from typing import Any, Protocol
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.mixed import Mixed
 from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rollout
 from gvpo_core.training.sources.replay import Buffer
 from gvpo_core.training.sources.sampled import Sampled
 from gvpo_core.training.sources.taught import Taught
 
-__all__ = ["Buffer", "Mixed", "Recorded", "Sampled", "Source", "Streamed", "Taught", "recorded_rollout"]
+__all__ = ["Ahead", "Buffer", "Mixed", "Recorded", "Sampled", "Source", "Streamed", "Taught", "recorded_rollout"]
 
 
 class Source(Protocol):
@@ -44,7 +45,10 @@ class Source(Protocol):
         """
 
     def state(self) -> dict[str, Any]:
-        """What later steps depend on beside the step's number, as values that JSON has: the checkpoint holds it."""
+        """What later steps depend on beside the step's number, as values that JSON has: the checkpoint holds it.
+
+        Every rank calls.
+        """
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state` gave after the step that the run resumes from."""

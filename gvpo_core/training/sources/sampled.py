@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from gvpo_core.training.config import Config
@@ -9,10 +10,11 @@ from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.recorded import Groups
 from gvpo_core.training.rewards import Reward
-from gvpo_core.training.rollout import Rollout, collect
+from gvpo_core.training.rollout import Requests, Rollout, collect, requests_of
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.protocol import refresh, said
 from gvpo_core.training.sampling import REDRAW, TRAIN
+from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.join import equal_groups, join, leave_out
 from gvpo_core.training.sources.recorded import recorded_rollout, scored_again
 
@@ -26,6 +28,7 @@ class Sampled:
     rewards: Sequence[Reward]
     sampler: Sampler | None = None
     trained: bool = True  # the policy moves between the steps
+    ahead: Ahead | None = None  # what the sampler was asked for before its step
     beside: Groups | None = None  # recorded responses to the same prompts, part of their groups
     redrawn: int = 0  # prompts that earlier steps took beyond their number
     numbers: list[int] = field(default_factory=list)  # of the prompts of the newest step, by group
@@ -48,7 +51,11 @@ class Sampled:
         drawn = f"{rollout.responses} responses of at most {rollout.max_tokens} tokens"
         beside = f" and the recorded ones ({self.beside.said()})" if self.beside else ""
         step = {"step": f"{rollout.prompts} prompts x {drawn}{beside}"}
-        return step | ({} if self.sampler is None else {"sampler": said(self.sampler)})
+        return step | ({} if self.sampler is None else {"sampler": said(self.sampler) + self._early()})
+
+    def _early(self) -> str:
+        ahead = self.ahead.ahead if self.ahead else 0
+        return f", up to {ahead} step{'s' * (ahead > 1)} ahead" if ahead else ""
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` prompts with `rollout.responses` scored responses each.
@@ -60,13 +67,16 @@ class Sampled:
         refresh(self.sampler, policy, version)
         taken = (step - 1) * size + self.redrawn
         self.numbers = self._next(taken, size)
-        drawn = self._drawn(policy, self.numbers, (TRAIN, step), version)
+        sampler = self.sampler
+        if self.ahead is not None:
+            sampler = self.ahead.ready(policy, step, partial(self._requests, policy, size), rollout.sampling)
+        drawn = self._drawn(policy, self.numbers, (TRAIN, step), version, sampler)
         for attempt in range(rollout.redraws if rollout.equal == "redraw" else 0):
             missing = size - int((~equal_groups(leave_out(drawn, replace(rollout, equal="keep")))).sum())
             if missing <= 0:
                 break
             numbers = self._next(taken + len(self.numbers), missing)
-            drawn = join(policy, [drawn, self._drawn(policy, numbers, (REDRAW, step, attempt), version)])
+            drawn = join(policy, [drawn, self._drawn(policy, numbers, (REDRAW, step, attempt), version, sampler)])
             self.numbers = [*self.numbers, *numbers]
         self.redrawn += len(self.numbers) - size
         if rollout.equal == "redraw":
@@ -76,7 +86,14 @@ class Sampled:
     def _next(self, taken: int, size: int) -> list[int]:
         return self.prompts.after(taken, size, seed=self.config.run.seed, shuffle=self.config.data.shuffle)
 
-    def _drawn(self, policy: Policy, numbers: Sequence[int], path: tuple[int, ...], version: int) -> Rollout:
+    def _requests(self, policy: Policy, size: int, step: int) -> Requests:
+        path = (self.config.run.seed, TRAIN, step)
+        numbers = self._next((step - 1) * size, size)
+        return requests_of(policy, self.prompts, numbers, self.config.rollout.responses, path)
+
+    def _drawn(
+        self, policy: Policy, numbers: Sequence[int], path: tuple[int, ...], version: int, sampler: Sampler | None
+    ) -> Rollout:
         rollout, seed = self.config.rollout, self.config.run.seed
         drawn = collect(
             policy,
@@ -86,7 +103,7 @@ class Sampled:
             rollout.sampling,
             self.rewards,
             (seed, *path),
-            sampler=self.sampler,
+            sampler=sampler,
             version=version,
         )
         if self.beside is None:
@@ -98,8 +115,11 @@ class Sampled:
 
     def state(self) -> dict[str, Any]:
         """What the checkpoint needs to hold; see `Source`."""
-        return {"redrawn": self.redrawn} if self.redrawn else {}
+        early = {} if self.ahead is None else self.ahead.state()
+        return early | ({"redrawn": self.redrawn} if self.redrawn else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state` gave."""
         self.redrawn = int(state.get("redrawn", 0))
+        if self.ahead is not None:
+            self.ahead.restore(state)

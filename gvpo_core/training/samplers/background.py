@@ -1,0 +1,60 @@
+"""Samplers that are asked without being waited for."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+from functools import partial
+from typing import Any, Protocol
+
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.samplers.protocol import Given, Sampler, refresh
+from gvpo_core.training.samplers.workers import Workers
+from gvpo_core.training.sampling import Sampling
+
+
+class Asks(Sampler, Protocol):
+    """A sampler that rollout.ahead can use."""
+
+    def ask(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Callable[[], Given]:
+        """Asks for responses with the weights of now. Returns: what waits for them, and gives them."""
+
+    def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+        """Draws before everything that was asked for and has not begun."""
+
+
+class InBackground:
+    """A sampler that has `generate` alone, in one thread. Its weights change once all that was asked for is there."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self._workers: Workers[Given] = Workers(1)
+        self._asked: list[Future[Given]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.sampler, name)  # gap_tolerance, failures, said
+
+    def ask(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling, *, first: bool = False
+    ) -> Callable[[], Given]:
+        """See `Asks`."""
+        draw: Callable[[], Given] = partial(self.sampler.generate, prompts, seeds, sampling) if prompts else list
+        future = self._workers.submit(draw, first=first)
+        self._asked = [*(f for f in self._asked if not f.done()), future]
+        return future.result
+
+    def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+        """See `Asks`."""
+        return self.ask(prompts, seeds, sampling, first=True)()
+
+    def generate(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+        """See `Sampler`."""
+        return self.ask(prompts, seeds, sampling)()
+
+    def refresh(self, policy: Policy, version: int) -> None:
+        """See `Sampler`."""
+        wait(self._asked)
+        refresh(self.sampler, policy, version)
+
+    def close(self) -> None:
+        """Ends the thread. Whoever opened the sampler closes it."""
+        self._workers.close()

@@ -1,0 +1,139 @@
+"""Responses of the next steps, asked for while the policy is updated.
+
+With `ahead` = n those of step s are drawn with the weights of s - 1 - n steps (0 at first). At step t, once the sampler
+has the weights of t - 1 steps, step t + n is asked for, then step t is waited for: the staleness is n at any speed.
+A checkpoint waits for what was asked for and holds it, since its weights are gone when the run resumes.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any, cast
+
+import numpy as np
+
+from gvpo_core.training.policy import Batch, Policy, Response
+from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.policy.ranks import attempt, gather_objects
+from gvpo_core.training.rollout import Requests
+from gvpo_core.training.samplers import Drawn, Sampler, SamplerError, Text
+from gvpo_core.training.samplers.background import Asks
+from gvpo_core.training.samplers.protocol import Given, check_gap
+from gvpo_core.training.sampling import Sampling
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
+_PROBE_TOKENS = 16
+
+
+@dataclass
+class _Ready:
+    """A sampler that gives what was drawn before."""
+
+    drawn: Callable[[], Given]
+    sampler: Sampler
+    failures: Sequence[str] = ()
+
+    def generate(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Sequence[Sequence[Response | Text]]:
+        """The responses, once they are there."""
+        drawn = self.drawn()
+        self.failures = list(getattr(self.sampler, "failures", ()))
+        return drawn
+
+
+@dataclass
+class Ahead:
+    """What was asked for and not yet used, by step."""
+
+    sampler: Asks
+    ahead: int
+    steps: int  # of the run: no later step is asked for
+    _waiting: dict[int, tuple[Requests, Callable[[], Given]]] = field(default_factory=dict)
+    _restored: dict[int, dict[int, list[Response | Text]]] = field(default_factory=dict)  # step -> group -> responses
+    _policy: Policy | None = None
+
+    def ready(self, policy: Policy, step: int, requests: Callable[[int], Requests], sampling: Sampling) -> Sampler:
+        """Asks for what is due at `step`; every rank calls, once the sampler has the weights of `step` - 1 steps.
+
+        Args:
+          requests: of this rank for a step.
+        Returns: what waits for the responses of `step` and gives them as a sampler.
+        Raises: SamplerError: the engine's weights are not the policy's (gap_tolerance).
+        """
+        self._policy = policy
+        if (tolerance := getattr(self.sampler, "gap_tolerance", None)) is not None:
+            self._probe(policy, requests(step), sampling, tolerance)
+
+        def ask() -> None:
+            for later in range(step, min(step + self.ahead, self.steps) + 1):
+                if later not in self._waiting:
+                    self._waiting[later] = self._asked(later, requests(later), sampling)
+
+        attempt(policy, ask, kind=SamplerError)
+        ready: Any = _Ready(self._waiting.pop(step)[1], self.sampler)
+        return cast(Sampler, ready)
+
+    def _asked(self, step: int, asked: Requests, sampling: Sampling) -> tuple[Requests, Callable[[], Given]]:
+        if step not in self._restored:
+            return asked, self.sampler.ask(asked.tokens, asked.seeds, sampling)
+        groups = self._restored.pop(step)
+        known = [
+            [groups[group][place] for place in places if place < len(groups.get(group, ()))]
+            for group, places in asked.places.items()
+        ]
+        return asked, lambda: known
+
+    def _probe(self, policy: Policy, asked: Requests, sampling: Sampling, tolerance: float) -> None:
+        """Compares the log-probability of one short response of each rank with the policy's.
+
+        The responses of the step cannot be compared: they are of older weights.
+        """
+        short = Sampling(min(sampling.max_tokens, _PROBE_TOKENS), sampling.temperature)
+        tokens, seeds = asked.tokens[:1], [seeds[:1] for seeds in asked.seeds[:1]]
+        given = attempt(policy, lambda: self.sampler.probe(tokens, seeds, short), kind=SamplerError)
+        rows = [(p, r) for p, many in zip(tokens, given or [], strict=True) for r in many if isinstance(r, Drawn)]
+        batch = Batch([p for p, _ in rows], [r.tokens for _, r in rows], list(range(len(rows))))
+        ours = policy.gather(np.asarray(policy.logprobs(batch), np.float64))
+        theirs = policy.gather(np.asarray([r.logprob for _, r in rows], np.float64))
+        lengths = policy.gather(np.asarray([len(r.tokens) for _, r in rows], np.int64))
+        check_gap(theirs, ours, lengths, tolerance)
+
+    def state(self) -> dict[str, Any]:
+        """What was asked for and not yet used, once it is there; every rank calls."""
+        if self._policy is None or not self._waiting:
+            return {}
+        drawn = attempt(
+            self._policy, lambda: {step: wait() for step, (_, wait) in self._waiting.items()}, kind=SamplerError
+        )
+        records: list[dict[str, Any]] = []
+        for step, groups in (drawn or {}).items():
+            asked, _ = self._waiting[step]
+            self._waiting[step] = asked, partial(_same, groups)
+            records += [
+                {"step": step, "group": group, "responses": [_record(r) for r in many]}
+                for group, many in zip(asked.places, groups, strict=True)
+            ]
+        return {"ahead": gather_objects(self._policy, records)}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes back what `state` gave."""
+        self._waiting, self._restored = {}, {}
+        for record in state.get("ahead", ()):
+            groups = self._restored.setdefault(int(record["step"]), {})
+            groups.setdefault(int(record["group"]), []).extend(_response(r) for r in record["responses"])
+
+
+def _same(groups: Given) -> Given:
+    return groups
+
+
+def _record(response: Response | Text) -> dict[str, Any]:
+    kind = next(name for name, kind in _KINDS.items() if isinstance(response, kind))
+    return {"kind": kind} | {k: v for k, v in asdict(response).items() if v is not None and v == v}
+
+
+def _response(record: Mapping[str, Any]) -> Response | Text:
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k != "kind"}
+    made: Response | Text = _KINDS[record["kind"]](**values)
+    return made
