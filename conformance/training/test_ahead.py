@@ -145,6 +145,7 @@ class Copy:
 REWARD = '''
 import os
 import signal
+from pathlib import Path
 
 calls = 0
 
@@ -152,7 +153,7 @@ def reward(completions, answer):
     """Kills the run at its Nth call, the first time."""
     global calls
     calls += 1
-    kill, marker = int(open("{folder}/kill.txt").read()), "{folder}/killed"
+    kill, marker = int(Path("{folder}/kill.txt").read_text()), "{folder}/killed"
     if calls == kill and not os.path.exists(marker):
         open(marker, "w").close()
         os.kill(os.getpid(), signal.SIGKILL)
@@ -313,4 +314,5 @@ def test_settings_that_cannot_be_are_refused(lines, wanted, tmp_path):
 def test_a_dry_run_draws_its_two_prompts_alone(tmp_path, capsys):
     config = on_disk(tmp_path, 0)
     assert main(["train", str(config), "--dry-run"]) == 0
-    assert capsys.readouterr().out.count("prompt ") == 2
+    output = capsys.readouterr().out
+    assert "nothing was written" in output and not (tmp_path / "run").exists()

@@ -140,7 +140,6 @@ SET = SAMPLER + '[engine]\nurl = "http://h"\nmodel = "m"\n'
         ('[engine]\nconcurrency = "many"', "engine.concurrency = 'many'; expected int"),
         ('[engine]\nweights = "all"', "engine.weights = 'all'; expected one of 'kept', 'adapters', 'model'"),
         ('[rollout]\nsampler = "a.py:S"\nsource = "recorded"', "rollout.source = 'recorded' draws nothing"),
-        ('[evaluation]\nsampler = "rollout"', "rollout.sampler = 'policy': the policy answers"),
         ('[evaluation]\nsampler = "engine"', "evaluation.sampler = 'engine'; expected one of 'policy', 'rollout'"),
         (SET + '[evaluation]\nsampler = "rollout"', "the engine's own weights would be evaluated"),
         (
@@ -259,6 +258,12 @@ def test_the_rollouts_sampler_evaluates_with_the_weights_of_the_step(tmp_path, c
     (tmp_path / "said.txt").unlink()
     assert main(["eval", str(tmp_path / "run")]) == 0
     assert said(tmp_path) == ["open", *evaluation(0), "close"]
+
+
+def test_an_evaluation_by_the_rollouts_sampler_needs_one(tmp_path, capsys):
+    config = table_run.make(tmp_path, steps=1)
+    assert main(["train", str(config), "--evaluation.sampler", "rollout"]) == 2
+    assert "evaluation.sampler = 'rollout', and the policy draws its responses itself" in capsys.readouterr().err
 
 
 def test_the_policy_evaluates_where_nothing_else_is_asked_for(tmp_path, capsys):

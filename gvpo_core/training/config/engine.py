@@ -98,16 +98,25 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
                 used = f"engine.{key} is set, and rollout.sampler = {name!r} uses no engine"
                 yield f"engine.{key}", f"{used}: set rollout.sampler = 'engine', or remove [engine]"
                 break
+    if config.evaluation.sampler == "rollout" and name == "engine" and engine.weights == "kept":
+        yield (
+            "evaluation.sampler",
+            "evaluation.sampler = 'rollout' and engine.weights = 'kept': the engine's own weights would be evaluated"
+            " instead of the policy's; set engine.weights, or leave evaluation.sampler out",
+        )
+
+
+def needs_sampler(config: Config) -> list[str]:
+    """What is wrong with the settings where the policy draws its responses itself, and none is given in Python."""
+    wrong = []
+    if config.rollout.ahead:
+        wrong.append(
+            f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: its weights change while"
+            " it would draw. Name a sampler (rollout.sampler), or leave rollout.ahead out"
+        )
     if config.evaluation.sampler == "rollout":
-        if name == "policy":
-            yield (
-                "evaluation.sampler",
-                "evaluation.sampler = 'rollout' and rollout.sampler = 'policy': the policy answers; leave"
-                " evaluation.sampler out, or name a sampler",
-            )
-        elif name == "engine" and engine.weights == "kept":
-            yield (
-                "evaluation.sampler",
-                "evaluation.sampler = 'rollout' and engine.weights = 'kept': the engine's own weights would be"
-                " evaluated instead of the policy's; set engine.weights, or leave evaluation.sampler out",
-            )
+        wrong.append(
+            "evaluation.sampler = 'rollout', and the policy draws its responses itself: leave evaluation.sampler out, or"
+            " name a sampler (rollout.sampler)"
+        )
+    return wrong

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.config.engine import SAMPLERS
+from gvpo_core.training.config.engine import SAMPLERS, needs_sampler
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards.worker.functions import find_function
 from gvpo_core.training.samplers.background import InBackground
@@ -57,8 +57,8 @@ def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None)
             f"a sampler is given in Python, and rollout.sampler = {name!r} names one as well: leave one of them out"
         )
     if given is None and name == "policy":
-        if config.rollout.ahead:
-            raise ConfigError(NO_SAMPLER_AHEAD.format(config.rollout.ahead))
+        if wrong := needs_sampler(config):
+            raise ConfigError("\n".join(wrong))
         yield None
         return
     with contextlib.ExitStack() as stack:
@@ -71,12 +71,6 @@ def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None)
             sampler = InBackground(sampler)
             stack.callback(sampler.close)
         yield sampler
-
-
-NO_SAMPLER_AHEAD = (
-    "rollout.ahead = {}, and the policy draws its responses itself: its weights change while it would draw. Name a"
-    " sampler (rollout.sampler), or leave rollout.ahead out"
-)
 
 
 def _made(config: Config, policy: Policy) -> Any:
