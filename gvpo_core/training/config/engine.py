@@ -111,12 +111,12 @@ def needs_sampler(config: Config) -> list[str]:
     wrong = []
     if config.rollout.ahead:
         wrong.append(
-            f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: its weights change while"
-            " it would draw. Name a sampler (rollout.sampler), or leave rollout.ahead out"
+            f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: its weights change"
+            " while it would draw. Name a sampler (rollout.sampler), or leave rollout.ahead out"
         )
     if config.evaluation.sampler == "rollout":
         wrong.append(
-            "evaluation.sampler = 'rollout', and the policy draws its responses itself: leave evaluation.sampler out, or"
-            " name a sampler (rollout.sampler)"
+            "evaluation.sampler = 'rollout', and the policy draws its responses itself: leave evaluation.sampler out,"
+            " or name a sampler (rollout.sampler)"
         )
     return wrong
