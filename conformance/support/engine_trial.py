@@ -63,7 +63,7 @@ def command(name: str, python: Path, model: Path, port: int) -> list[str]:
         return [*serve, *place, "--device", "cpu", "--dtype", "float32"]
     options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager"]
     options += ["--no-enable-chunked-prefill", "--generation-config", "vllm"]
-    options += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "2"]
+    options += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "3"]
     module = "vllm.entrypoints.openai.api_server"
     return [str(python), "-m", module, "--model", str(model), "--served-model-name", str(model), *place, *options]
 

@@ -76,14 +76,14 @@ class HalfSent(Watched):
 
 
 def trained(
-    model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched] = Watched
+    model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched] = Watched, ahead: int = 0
 ) -> list[float]:
-    """The largest gap of each step, nats a token."""
+    """The largest gap of each step, nats a token; ahead of time it grows by what the updates between changed."""
     lora = {"lora_rank": 8} if weights == "adapters" else {}
-    own = folder / f"{kind.__name__}-{weights}"
+    own = folder / f"{kind.__name__}-{weights}-{ahead}"
     config = gvpo.Config(
         model=ModelConfig(path=model, device="cpu", **lora),
-        rollout=RolloutConfig(prompts=4, responses=4, max_tokens=16),
+        rollout=RolloutConfig(prompts=4, responses=4, max_tokens=16, ahead=ahead),
         optimizer=OptimizerConfig(learning_rate=1e-3),
         run=RunConfig(steps=STEPS, folder=str(own)),
     )
@@ -91,7 +91,11 @@ def trained(
     engine = kind(url, name, gap_tolerance=TOLERANCE, deadline=300, **place)
     gvpo.train(config, gvpo.load_policy(config), train_rows=ROWS, rewards={"e": reward}, sampler=engine)
     lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
-    return [line["sampler/gap/max"] for line in lines if line["kind"] == "train"]
+    steps = [line for line in lines if line["kind"] == "train"]
+    assert [line["responses/lost"] for line in steps] == [0] * STEPS
+    if weights != "kept":
+        assert [line["sampler/staleness"] for line in steps] == [min(ahead, step) for step in range(STEPS)]
+    return [line["sampler/gap/max"] for line in steps]
 
 
 def stopped(model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched], what: str) -> None:
@@ -115,6 +119,8 @@ def try_server(model: str, url: str, name: str) -> None:
             gaps = trained(model, url, name, folder, cast(Weights, weights))
             assert len(gaps) == STEPS
             print(f"{weights}: largest gap of each step {[f'{gap:.1e}' for gap in gaps]}")
+            gaps = trained(model, url, name, folder, cast(Weights, weights), ahead=1)
+            print(f"{weights}, a step ahead: largest gap of each step {[f'{gap:.1e}' for gap in gaps]}")
         if tied:
             stopped(model, url, name, folder, "model", HalfSent, "old head")
         else:

@@ -20,7 +20,7 @@ from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
 
 
-@dataclass
+@dataclass(eq=False)
 class _Asked:
     """Requests of one step."""
 

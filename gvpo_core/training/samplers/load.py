@@ -67,7 +67,7 @@ def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None)
             sampler = _made(config, policy)
             stack.callback(close, sampler)
         _check(config, sampler, "the sampler" if given is not None else f"rollout.sampler = {name!r}")
-        if config.rollout.ahead and not hasattr(sampler, "ask"):
+        if config.rollout.ahead and not (hasattr(sampler, "ask") and hasattr(sampler, "probe")):
             sampler = InBackground(sampler)
             stack.callback(sampler.close)
         yield sampler
