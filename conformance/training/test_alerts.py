@@ -201,6 +201,8 @@ CHANGES = {  # what is wrong, as changes to a healthy record
     "gradient": {"gradient_norm": lambda v: 40 * v},
     "truncation": {"truncated": 0.8},
     "length": {"length/mean": lambda v: 3 * v},
+    "turns": {"episodes/turns": 0.9, "episodes/repeated": 0.0},
+    "environment": {"episodes/failed": 0.2},
     "reward_timeout/right": {"reward_errors/right/timeout": 12},
     "reward_error/right": {"reward_errors/right/error": 12},
     "unscored": {"responses/unscored": 12, "reward_errors/right/error": 0},

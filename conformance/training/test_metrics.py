@@ -221,7 +221,10 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
     samplers |= {"sampler/staleness", "sampler/staleness/max"}  # test_sampler*.py write these
     mixtures = {"responses/left_out", "groups/left_out", "groups/redrawn", "groups/recorded", "groups/replayed"}
     mixtures |= {"replay/age", "replay/kept", "teacher/unread"}  # test_mixed.py and test_teacher.py write these
-    written = {**step, **evaluation, **event} | dict.fromkeys(recorded | losses | samplers | mixtures, 1.0)
+    episodes = {"turns/mean", "turns/max", "tools/calls", "tools/failed", "episodes/seconds", "episodes/repeated"}
+    episodes |= {"episodes/done", "episodes/turns", "episodes/tokens", "episodes/failed", "length/context"}
+    others = recorded | losses | samplers | mixtures | episodes
+    written = {**step, **evaluation, **event} | dict.fromkeys(others, 1.0)
     assert metric_names.undocumented(written) == []
     for key, pattern in zip(METRICS, metric_names._PATTERNS, strict=True):
         assert any(pattern.fullmatch(k) for k in written), f"{key} is documented and never written"

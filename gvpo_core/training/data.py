@@ -94,12 +94,14 @@ def encode_prompts(
     *,
     max_tokens: int = 0,
     wheres: Sequence[str] | None = None,
+    encode: Callable[[int, Any], Tokens] | None = None,
 ) -> Prompts:
     """Checks and encodes the prompt of every row.
 
     Args:
       max_tokens: of a response, which the model's context must hold after the prompt. 0: not checked.
       wheres: of each row, for messages. Default: its number.
+      encode: token ids of the prompt of row i. Default: by the policy.
     Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit or beyond the
       model's context, or one with a token that the model does not have.
     """
@@ -114,7 +116,7 @@ def encode_prompts(
             raise DataError(f"{where} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
         prompt = _checked(row[config.prompt], f"{where}, column {config.prompt!r}", config.system_prompt)
         try:
-            ids = tuple(policy.encode(prompt))
+            ids = tuple(policy.encode(prompt) if encode is None else encode(i, prompt))
         except ConfigError:
             raise
         except Exception as e:  # a model's chat template and tokenizer raise what they like

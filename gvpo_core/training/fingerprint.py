@@ -25,7 +25,7 @@ _PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spac
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
 _BUILTIN = Path(__file__).parent / "rewards" / "worker" / "builtin.py"
-INPUTS = ("data", "model", "rewards", "objective", "sampler")
+INPUTS = ("data", "model", "rewards", "objective", "sampler", "environment")
 _MACHINE = ("gvpo", "python", "platform", "ranks")
 
 
@@ -54,6 +54,8 @@ def run_inputs(
         section: reward_fingerprints({"name": RewardConfig(function=name)}) if name else {}
         for section, name in own.items()
     }
+    played = (config.environment.path, *config.environment.tools)
+    functions["environment"] = reward_fingerprints({name: RewardConfig(function=name) for name in played if name})
     model = dict(model_fingerprint(config.model))
     if config.teacher.path:
         teacher = replace(config.model, path=config.teacher.path, revision=config.teacher.revision)

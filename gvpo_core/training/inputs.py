@@ -16,6 +16,7 @@ from gvpo_core.training.data import (
     training_rows,
     with_given,
 )
+from gvpo_core.training.episodes import Environments, environment_reward, episode_prompts
 from gvpo_core.training.fingerprint import run_inputs
 from gvpo_core.training.objective import check_objective, find_objective
 from gvpo_core.training.policy import Policy
@@ -74,6 +75,7 @@ class Inputs:
         self.beside: Recorded | None = None
         self.stream: Stream | None = None  # the training rows, where they are too many to hold: `rows` are the first
         self.rewards: list[Reward] = []
+        self.environments: Environments | None = None
         self.reward_log = RewardLog(config.rewards)
         self.errors: list[ValueError] = []  # what could not be opened, in order
         self._functions: Mapping[str, RewardFunction] = {}  # rewards given in Python
@@ -100,6 +102,10 @@ class Inputs:
         open_standard_descriptors()  # before the rewards' pipes
         if scoring:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
+            if self.config.environment.used:
+                self._attempt("environments", lambda: Environments(self.config.environment, self.reward_log))
+            if self.config.environment.path:
+                self.rewards.append(environment_reward(self.config.environment.weight, self.reward_log))
         if training:
             self.stream = stream_of(train_rows, "train_rows", self.config.data.buffer)
             head = self.stream.head if self.stream else None
@@ -188,7 +194,7 @@ class Inputs:
         if sampler is not None and trained and config.rollout.ahead:
             early = Ahead(cast(Asks, sampler), config.rollout.ahead, config.run.steps)
         if self.recorded is None:
-            prompts = encode_prompts(policy, self.rows, config.data, max_tokens=config.rollout.max_tokens)
+            prompts = self._prompts(policy, self.rows)
             sampled = Sampled(config, prompts, self.rewards, sampler, trained, early)
         else:
             groups = encode_groups(policy, self.recorded, config, smallest=0)
@@ -214,13 +220,17 @@ class Inputs:
             return None
         limit, name = config.evaluation.prompts or None, "data.evaluation"
         if recorded is None:
-            prompts = encode_prompts(policy, rows[:limit], config.data, name, max_tokens=config.rollout.max_tokens)
-            return HeldOut(prompts, None)
+            return HeldOut(self._prompts(policy, rows[:limit], name), None)
         chosen = replace(recorded, rows=recorded.rows[:limit])
         smallest = find_objective(config.objective).smallest
         groups = encode_groups(policy, chosen, config, name, smallest=smallest)
         reference = self._reference(policy, folder)
         return HeldOut(groups.prompts if self.rewards else None, groups, reference)
+
+    def _prompts(self, policy: Policy, rows: Sequence[Row], name: str = "data.train") -> Prompts:
+        if self.environments is not None:
+            return episode_prompts(policy, self.environments, rows, self.config, name)
+        return encode_prompts(policy, rows, self.config.data, name, max_tokens=self.config.rollout.max_tokens)
 
     def _reference(self, policy: Policy, folder: str | None) -> ReferenceScores | None:
         if self.config.objective.reference != "initial":
@@ -231,11 +241,17 @@ class Inputs:
         """ "data", "model" and "rewards" -> name -> fingerprint; see fingerprint.py."""
         return run_inputs(self.config, self.rows, self.held_out_rows, self._functions, self.beside_rows)
 
+    def close(self) -> None:
+        """Ends the processes of rewards and environments."""
+        close_rewards(self.rewards)
+        if self.environments is not None:
+            self.environments.close()
+
     def __enter__(self) -> "Inputs":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        close_rewards(self.rewards)
+        self.close()
         self.reward_log.close()
 
 
@@ -257,6 +273,6 @@ def open_inputs(
         train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards, training=training
     )
     if inputs.errors:
-        close_rewards(inputs.rewards)
+        inputs.close()
         raise inputs.errors[0]
     return inputs

@@ -14,6 +14,7 @@ import numpy as np
 
 from gvpo_core.objective import gvpo_loss
 from gvpo_core.regret import gvpo_regret
+from gvpo_core.training.episodes import episode_metrics
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.intervals import mean_half_width, prompts_half_width
 from gvpo_core.training.objective import response_weights
@@ -71,6 +72,7 @@ def step_metrics(
     metrics |= _length_metrics(
         np.asarray(rollout.lengths, np.float64)[own], np.asarray(rollout.finished, bool)[own], rewards[own]
     )
+    metrics |= {} if rollout.episodes is None else episode_metrics(rollout.episodes)
     scoring = rollout.seconds.get("score", 0.0) + improvement.score_seconds
     phases = {**rollout.seconds, "score": scoring, "update": improvement.update_seconds}
     metrics |= _time_metrics(phases, seconds, int(np.sum(rollout.lengths))) | rollout.details

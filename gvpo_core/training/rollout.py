@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.data import Prompts
+from gvpo_core.training.episodes import COLUMN, Episode, EpisodePrompts, episode_rows
+from gvpo_core.training.episodes.play import Draw
 from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens, masks_of
 from gvpo_core.training.policy.ranks import agree, attempt, gather_objects
 from gvpo_core.training.rewards import Reward, RewardError, Scores
@@ -43,6 +45,7 @@ class Rollout:
     sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
     gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
     staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
+    episodes: np.ndarray | None = None  # (N, 10) of `episode_rows`; NaN = no episode of this step
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
     prompts: Sequence[Prompt] = ()  # by group, as in the data
     left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
@@ -114,7 +117,13 @@ def collect(
     requests = requests_of(policy, prompts, rows, responses, seed_path)
     start, local_places, asked, seeds = requests.start, requests.places, requests.tokens, requests.seeds
     details: dict[str, float] = {}
-    if sampler is None:
+    if isinstance(prompts, EpisodePrompts):
+        drawn: Sequence[Sequence[Response]] = prompts.play(
+            policy, [rows[group] for group in local_places], seeds, sampling, _turns_of(policy, sampler)
+        )
+        came = int(policy.gather(np.asarray([sum(map(len, drawn))])).sum())
+        details = {} if sampler is None else {"responses/lost": float(len(rows) * responses - came)}
+    elif sampler is None:
         drawn = policy.generate(asked, seeds, sampling)
     else:
         texts_asked = [prompts.prompts[rows[group]] for group in local_places]
@@ -130,14 +139,14 @@ def collect(
     batch = Batch(asked_each, [r.tokens for r in responses_drawn], groups, masks_of(responses_drawn))
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
     generated = time.perf_counter()
-    scores = score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch)
+    scores = score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch, responses_drawn)
     own_rewards = scores.total[start : start + len(batch)]
     completions: list[dict[str, Any]] = [
         {
             "prompt": plain_prompt(prompts.prompts[rows[g]]),
             "group": g,
             "row": prompts.row(rows[g]),
-            "response": text,
+            "response": plain_prompt(r.messages) if isinstance(r, Episode) else text,
             "tokens": r.length,
             "finished": r.finished,
             "reward": float(own_rewards[i]),
@@ -145,6 +154,7 @@ def collect(
         }
         | ({"version": r.version} if isinstance(r, Drawn) and r.version is not None else {})
         | ({"stopped": True} if r.stopped else {})
+        | ({"episode": list(r.messages), "end": r.end, "turns": r.turns} if isinstance(r, Episode) else {})
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
     row = 0
@@ -152,6 +162,8 @@ def collect(
         prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
         if of_group and (places[0] == 0 or sampler is not None):  # once a group: what a later run needs to train on it
             completions[row]["messages"] = None if isinstance(prompt, str) else prompt
+            if isinstance(prompts, EpisodePrompts) and prompts.chat.tools:  # the messages alone give other tokens
+                completions[row]["prompt_ids"] = prompts.tokens[rows[g]]
         ids = odd_ids(policy, prompt, of_group, texts[rest])
         for completion, response, kept in zip(completions[rest], of_group, ids, strict=True):
             completion |= exact_tokens(response, kept)
@@ -173,6 +185,7 @@ def collect(
         reward_seconds={r.name: float(gather(np.asarray([scores.seconds.get(r.name, 0.0)])).max()) for r in rewards},
         columns=[prompts.columns[row] for row in rows],
         prompts=[prompts.prompts[row] for row in rows],
+        episodes=gather(episode_rows(responses_drawn)) if isinstance(prompts, EpisodePrompts) else None,
         details=details,
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
         staleness=None if sampler is None else gather(staleness([r for _, r in flat_drawn], version)),
@@ -200,7 +213,13 @@ def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response
 
 
 def score_everywhere(
-    policy: Policy, rewards: Sequence[Reward], prompts: Prompts, rows: list[int], texts: list[str], batch: Batch
+    policy: Policy,
+    rewards: Sequence[Reward],
+    prompts: Prompts,
+    rows: list[int],
+    texts: list[str],
+    batch: Batch,
+    responses: Sequence[Response],
 ) -> Scores:
     """The rewards of all ranks' responses. A group may lie on two ranks, so totals are made of what all of them have.
 
@@ -211,9 +230,13 @@ def score_everywhere(
     if not rewards:
         return Scores(np.zeros(int(policy.gather(np.asarray([len(texts)])).sum())), {}, {}, {})
     columns = prompts.columns_of(rows) | {"completion_ids": [list(r) for r in batch.responses]}
+    given: list[Any] = list(texts)
+    if isinstance(prompts, EpisodePrompts):
+        episodes = [response for response in responses if isinstance(response, Episode)]
+        given, columns[COLUMN] = [list(e.messages) for e in episodes], [e.reward for e in episodes]
     asked, gather = [prompts.prompts[row] for row in rows], policy.gather
     calls = attempt(
-        policy, lambda: call_rewards(rewards, asked, texts, columns), catch=(RewardError,), kind=RewardError
+        policy, lambda: call_rewards(rewards, asked, given, columns), catch=(RewardError,), kind=RewardError
     )
     assert calls is not None  # every rank scores its own rows
     parts, failed = (np.stack([gather(x) for x in values]) for values in stacked(rewards, calls, len(texts)))
@@ -222,7 +245,7 @@ def score_everywhere(
     start = int(gather(np.asarray([len(texts)]))[: policy.rank].sum())
     part_of = members(parts, failed, group_ids)[:, start : start + len(texts)]
     failures = counted_failures(rewards, calls.failures, part_of)
-    report(rewards, failures, asked, texts)
+    report(rewards, failures, asked, given)
     if np.isnan(total).all():
         agree(policy, no_score(failures, asked, len(total)), RewardError)
     errors = {
@@ -230,6 +253,15 @@ def score_everywhere(
         for name, counts in count_errors(failures).items()
     }
     return Scores(total, dict(zip(calls.parts, parts, strict=True)), errors, calls.seconds)
+
+
+def _turns_of(policy: Policy, sampler: Sampler | None) -> Draw:
+    """What draws the turns of episodes."""
+    if sampler is None:
+        return lambda conversations, tokens, seeds, sampling: policy.generate(tokens, seeds, sampling)
+    return lambda conversations, tokens, seeds, sampling: draw_elsewhere(
+        policy, sampler, conversations, tokens, seeds, sampling, all_lost=True
+    )[0]
 
 
 def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
@@ -240,7 +272,7 @@ def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
 
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
     """The token ids of the responses that their text does not give back: see `encode_responses`. None of the others."""
-    if any(response.own is not None for response in responses):
+    if any(response.own is not None or isinstance(response, Episode) for response in responses):
         return [response.tokens for response in responses]
     try:
         again = policy.encode_responses(prompt, texts, [r.finished for r in responses])

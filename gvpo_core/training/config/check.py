@@ -109,8 +109,27 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     wrong += [(name, message) for name, message in wrong_sampler(c) if name not in reported]
     wrong += _wrong_teacher(c)
     sampled = c.rollout.source == "sampled" or not (c.data.train or c.rollout.source == "recorded")
-    if not c.rewards and sampled and c.objective.reference != "teacher":
+    if not c.scores_responses and sampled and c.objective.reference != "teacher":
         wrong.append(("rewards", NO_REWARD))
+    if c.environment.used:
+        need(
+            not c.rollout.stop, "rollout.stop", "no text with [environment], whose turns end with the model's end token"
+        )
+        need(c.rollout.source != "mixed", "rollout.source", "sampled or auto with [environment]")
+        need(not c.rollout.ahead, "rollout.ahead", "0 with [environment]")
+        need(c.objective.reference != "teacher", "objective.reference", "initial or rollout with [environment]")
+        if "environment" in c.rewards:
+            wrong.append(("rewards.environment", "a reward cannot be named 'environment' beside [environment]"))
+        for key, good, wanted in (
+            ("max_turns", 1 <= c.environment.max_turns <= 10_000, "1 to 10,000"),
+            ("turn_tokens", 0 <= c.environment.turn_tokens <= c.rollout.max_tokens, "0 to rollout.max_tokens"),
+            ("timeout", c.environment.timeout > 0, "> 0"),
+            ("workers", 1 <= c.environment.workers <= 1024, "1 to 1,024"),
+            ("memory", c.environment.memory >= 0, ">= 0"),
+        ):
+            if not good:
+                full = f"environment.{key}"
+                wrong.append((full, f"{full} = {getattr(c.environment, key)!r}; expected {wanted}"))
     for name, reward in c.rewards.items():
         if not reward.function:
             wrong.append((f"rewards.{name}", f"rewards.{name}.function is empty; expected a reward function"))
@@ -247,7 +266,7 @@ def _unwritable(value: str, name: str) -> str:
 
 
 _PATHS = ("run.folder", "model.path", "teacher.path", "data.train", "data.evaluation", "data.recorded",
-          "objective.name", "rollout.sampler", "engine.folder")  # fmt: skip
+          "objective.name", "rollout.sampler", "engine.folder", "environment.path", "environment.tools")  # fmt: skip
 _TOML = (str, int, float, datetime.date, datetime.time, type(None))  # bool is an int, datetime a date
 
 

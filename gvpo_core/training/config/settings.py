@@ -216,6 +216,40 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True)
+class EnvironmentConfig:
+    """Tools and environments of episodes with several turns. Without path and tools a response is one turn."""
+
+    path: str = ""
+    """Class of the environment: package.module:Class or path/to/file.py:Class, with reset(row) and step(message)."""
+    tools: tuple[str, ...] = ()
+    """Tools: import paths of Python functions with types and a docstring."""
+    max_turns: int = 8
+    """Turns of the policy in an episode. Beyond it the episode is cut."""
+    turn_tokens: int = 0
+    """Longest turn, tokens. 0: what is left of rollout.max_tokens, which counts all tokens after the prompt."""
+    cut_reward: float = 0.0
+    """Reward added to episodes that are cut by the turn or token limit."""
+    weight: float = 1.0
+    """Factor of the environment's reward in the total."""
+    history: Literal["error", "keep"] = "error"
+    """What to do where the chat template rewrites earlier turns (drops thoughts). error: stop the run; keep: the
+    policy goes on seeing its turns as it drew them."""
+    timeout: float = 30.0
+    """Seconds that reset, a step or a message's tools may take. Beyond it the process is ended."""
+    workers: int = 2
+    """Processes, over which the episodes are dealt."""
+    memory: float = 8.0
+    """GiB of address space for each process. 0: no limit."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Keyword arguments of the class, of any TOML type."""
+
+    @property
+    def used(self) -> bool:
+        """Whether responses are episodes."""
+        return bool(self.path or self.tools)
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """The objective."""
 
@@ -319,11 +353,17 @@ class Config:
     engine: EngineConfig = field(default_factory=EngineConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    environment: EnvironmentConfig = field(default_factory=EnvironmentConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     rewards: dict[str, RewardConfig] = field(default_factory=dict)
     """Named rewards, summed with their weights; [rewards.NAME] in the file."""
+
+    @property
+    def scores_responses(self) -> bool:
+        """Whether sampled responses get rewards: of functions, or of an environment."""
+        return bool(self.rewards or self.environment.path)
 
     @property
     def updates(self) -> int:

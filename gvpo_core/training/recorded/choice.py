@@ -33,7 +33,7 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
             " responses and use the rewards in evaluations only, or 'sampled' to draw and score new ones"
         )
     taught = config.objective.reference == "teacher" and not (source == "mixed" and shape not in UNSCORED)
-    if not config.rewards and not taught and (source in ("sampled", "mixed") or shape is None):
+    if not config.scores_responses and not taught and (source in ("sampled", "mixed") or shape is None):
         raise ConfigError(NO_REWARD)
     if source == "sampled" or shape is None:
         return None
@@ -50,10 +50,10 @@ def recorded_evaluation(config: Config, rows: Sequence[Row], name: str) -> Recor
     if source != "sampled" and shape in UNSCORED and config.objective.name != "sft":
         shape = None
     if shape is not None and (
-        source == "recorded" or (source == "auto" and (shape in (RUN, GROUPS) or not config.rewards))
+        source == "recorded" or (source == "auto" and (shape in (RUN, GROUPS) or not config.scores_responses))
     ):
         return recorded_rows(rows, shape, name, prompt=config.data.prompt)
-    if not config.rewards:
+    if not config.scores_responses:
         raise ConfigError(f"{name} holds prompts without scored responses, and there is {NO_REWARD}")
     return None
 

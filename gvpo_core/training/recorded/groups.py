@@ -9,7 +9,7 @@ import numpy as np
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.data import NothingLeft, Prompts, encodable, encode_prompts
-from gvpo_core.training.policy import Policy, Response, ResponseError, Tokens
+from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError, Tokens
 from gvpo_core.training.recorded.rows import Recorded, RecordedRow
 from gvpo_core.training.rows import DataError
 
@@ -91,8 +91,13 @@ def encode_groups(
     column = config.data.prompt
     rows = [{column: row.prompt, **{k: v for k, v in row.columns.items() if k != column}} for row in recorded.rows]
     wheres = [row.where for row in recorded.rows]
+
+    def encode(i: int, prompt: Prompt) -> Tokens:
+        known = recorded.rows[i].prompt_ids
+        return tuple(policy.encode(prompt) if known is None else known)
+
     room = config.rollout.max_tokens if config.rollout.source == "mixed" else 0
-    prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres, max_tokens=room)
+    prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres, max_tokens=room, encode=encode)
     facts = policy.describe()
     limits = facts.vocabulary or math.inf, facts.context or math.inf
     groups: list[Group] = []

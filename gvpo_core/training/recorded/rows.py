@@ -27,6 +27,7 @@ class RecordedRow:
     parts: Sequence[Mapping[str, float]] = ()  # k; single rewards by name, or nothing
     columns: Row = field(default_factory=dict)  # the rest of the row
     row: int = 0  # of the data
+    prompt_ids: Sequence[int] | None = None  # of the prompt, where its messages alone give others
     masks: Sequence[Mask | None] = ()  # k, of the policy's own tokens; or none: all tokens of all responses
     stopped: Sequence[bool] = ()  # k, or none: ended by a stop text, without an end token
 
@@ -128,7 +129,7 @@ def _one(
         if ended is not None and not isinstance(ended, bool):
             raise DataError(f"{where}, column 'finished', entry {j} is {ended!r:.40}; expected true, false or null")
     masks = _masks(row.get("response_mask"), given, where)
-    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, masks)
+    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, masks=masks)
 
 
 def _pair_rewards(row: Row, columns: Sequence[str], where: str) -> tuple[str, list[Any]]:
@@ -221,6 +222,7 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                 [False if row.get("stopped") else row.get("finished") for _, row in members],
                 _parts([row.get("rewards") or {} for _, row in members], len(members)),
                 row=first,
+                prompt_ids=next((row["prompt_ids"] for _, row in members if row.get("prompt_ids")), None),
                 masks=_masks([row.get("response_mask") for _, row in members], members, where),
                 stopped=[bool(row.get("stopped")) for _, row in members],
             )

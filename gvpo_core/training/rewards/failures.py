@@ -54,7 +54,7 @@ def report(
     rewards: Sequence[Reward],
     failures: Mapping[str, Sequence[Failure]],
     prompts: Sequence[Prompt],
-    responses: Sequence[str],
+    responses: Sequence[Any],
 ) -> None:
     """Logs one warning for all failures of a step, with the first question and response of each reward that failed."""
     messages = []

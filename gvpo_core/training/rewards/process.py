@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,13 +105,18 @@ class Worker:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def ask(self, message: Mapping[str, Sequence[Any]], limit: float) -> Any:
-        """The answer, within `limit` seconds. Raises: TimeoutError; CallFailed: the process died, or sent no answer."""
+    def ask(self, message: Mapping[str, Any], limit: float, largest: int | None = None) -> Any:
+        """The answer, within `limit` seconds.
+
+        Args:
+          largest: bytes of an answer. Default: by the number of completions.
+        Raises: TimeoutError; CallFailed: the process died, or sent no answer.
+        """
         deadline = now() + limit
         self._number += 1
         self._unsent = memoryview(message_bytes({"id": self._number, **message}))
         self._send(deadline)
-        size = _ANSWER + _ANSWER_EACH * len(message["completions"])
+        size = largest or _ANSWER + _ANSWER_EACH * len(message["completions"])
         while True:
             answer = self._answer(deadline, size)
             number = answer.get("id") if isinstance(answer, dict) else None

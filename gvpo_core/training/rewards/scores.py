@@ -102,13 +102,16 @@ def stacked(rewards: Sequence[Reward], calls: Calls, n: int) -> tuple[np.ndarray
 def call_rewards(
     rewards: Sequence[Reward],
     prompts: Sequence[Prompt],
-    responses: Sequence[str],
+    responses: Sequence[str | list[dict[str, Any]]],
     columns: Mapping[str, Sequence[Any]],
 ) -> Calls:
-    """Calls every reward, all at the same time. Raises: RewardError: an invalid result, too many failures."""
+    """Calls every reward, all at the same time; a response is text, or messages after the prompt's.
+
+    Raises: RewardError: an invalid result, too many failures.
+    """
     completions = [
-        text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-        for prompt, text in zip(prompts, responses, strict=True)
+        given if isinstance(prompt, str) or not isinstance(given, str) else [{"role": "assistant", "content": given}]
+        for prompt, given in zip(prompts, responses, strict=True)
     ]
     if not completions:
         return Calls({r.name: np.zeros(0) for r in rewards}, {r.name: [] for r in rewards}, {})

@@ -20,11 +20,14 @@ def draw_elsewhere(
     tokens: Sequence[Tokens],
     seeds: Sequence[Sequence[int]],
     sampling: Sampling,
+    *,
+    all_lost: bool = False,
 ) -> tuple[list[list[Response]], dict[str, float]]:
     """What the sampler gives to this rank's prompts; every rank calls.
 
     Args:
       prompts, tokens: each prompt as the data has it, and its token ids.
+      all_lost: accept that no response comes.
     Returns: responses of each prompt, and metrics.
     Raises: SamplerError: on every rank, where it gives more than was asked for, nothing on all ranks, or a response
       whose end contradicts `finished`. ConfigError: tokens that the policy does not have.
@@ -44,7 +47,7 @@ def draw_elsewhere(
     attempt(policy, lambda: _check(policy, [r for many in drawn for r in many]), kind=ConfigError)
     counts = policy.gather(np.asarray([[sum(map(len, drawn)), tokenizer.texts, tokenizer.others]])).sum(axis=0)
     total = int(policy.gather(np.asarray([sum(map(len, seeds))])).sum())
-    if not counts[0]:
+    if not counts[0] and not all_lost:
         reasons = dict.fromkeys([*getattr(sampler, "failures", ()), *tokenizer.failures])
         agree(
             policy,

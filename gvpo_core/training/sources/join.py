@@ -33,7 +33,9 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
         if all(value is None for value in values):
             return None
         sizes = counts.sum(axis=1)
-        return of_all([np.full(n, missing) if v is None else v for v, n in zip(values, sizes, strict=True)])
+        return of_all(
+            [np.full((n, *np.shape(missing)), missing) if v is None else v for v, n in zip(values, sizes, strict=True)]
+        )
 
     names = dict.fromkeys(name for part in parts for name in part.parts)
     unscored = [np.full(len(part.rewards), np.nan) for part in parts]
@@ -63,6 +65,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
         details=_sum([part.details for part in parts]),
         sampler_logprobs=optional("sampler_logprobs", np.nan),
         staleness=optional("staleness", np.nan),
+        episodes=optional("episodes", np.full(10, np.nan)),
         gap_tolerance=next((p.gap_tolerance for p in parts if p.gap_tolerance is not None), None),
         columns=parts[0].columns if together else [columns for part in parts for columns in part.columns],
         prompts=parts[0].prompts if together else [prompt for part in parts for prompt in part.prompts],

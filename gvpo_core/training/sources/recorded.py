@@ -135,7 +135,7 @@ def scored_again(
     """
     texts = [policy.decode(response) for response in rollout.batch.responses]
     asked = [rows[group] for group in rollout.batch.groups]
-    scores = score_everywhere(policy, rewards, prompts, asked, texts, rollout.batch)
+    scores = score_everywhere(policy, rewards, prompts, asked, texts, rollout.batch, [])
     completions = [
         completion
         | {"reward": float(scores.total[i]), "rewards": {n: float(values[i]) for n, values in scores.parts.items()}}

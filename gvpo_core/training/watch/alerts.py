@@ -35,7 +35,10 @@ ALERTS = {
     "kl_cost": "beta x KL grew since the first 10 steps by more than the reward did, beyond noise and 5 % of all "
     "rewards' range. Only where the policy draws the responses itself, at temperature 1.",
     "gradient": "Gradient norm beyond 5 times the largest of the steps before, and 8 deviations.",
-    "truncation": "Of 5 steps' responses 20 points more are cut than in the first steps, or half of them.",
+    "truncation": "Of 5 steps' responses 20 points more are cut than in the first steps, or half of them; of episodes, "
+    "those cut by tokens.",
+    "turns": "Half of 5 steps' episodes reach environment.max_turns, or say the same twice.",
+    "environment": "The environment failed for at least 5 % of 5 steps' episodes.",
     "length": "Twice the usual length twice in a row, or three times the start's while the reward is no higher.",
     "reward_<kind>/<name>": "One reward failed on at least 5 % of 5 steps' responses: error, timeout, none.",
     "unscored": "At least 5 % of 5 steps' responses have no reward, for no cause that the step knows of.",

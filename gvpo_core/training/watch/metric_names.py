@@ -77,7 +77,7 @@ METRICS: dict[str, Metric] = {
     "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
     "gradient_norm/max": Metric("", "Largest of them."),
     "learning_rate": Metric("", "Of the step's last update."),
-    "length/mean": Metric("tokens", "Mean response length, end token included."),
+    "length/mean": Metric("tokens", "Mean response length, end tokens included; of episodes, the policy's own tokens."),
     "length/max": Metric("tokens", "Longest response."),
     "length/best": Metric(
         "tokens",
@@ -102,6 +102,21 @@ METRICS: dict[str, Metric] = {
         "steps", "Mean number of steps that the policy took since the sampler's weights; absent if unknown."
     ),
     "sampler/staleness/max": Metric("steps", "The largest of them in the step."),
+    "turns/mean": Metric(
+        "turns", "Turns of the policy in an episode; this and the next ones with [environment] alone."
+    ),
+    "turns/max": Metric("turns", "The most of them."),
+    "tools/calls": Metric("calls", "Mean number of tool calls in an episode, unreadable ones included."),
+    "tools/failed": Metric("share", "Tool calls that could not be read, or whose tool raised; absent without a call."),
+    "episodes/done": Metric("share", "Episodes that the environment ended, or the first message without a tool call."),
+    "episodes/turns": Metric("share", "Episodes cut at environment.max_turns."),
+    "episodes/tokens": Metric("share", "Episodes cut at rollout.max_tokens or environment.turn_tokens."),
+    "episodes/failed": Metric("share", "Episodes without a score, as the environment raised, died or ran out of time."),
+    "episodes/repeated": Metric("share", "Episodes in which the policy said the same twice: loops."),
+    "episodes/seconds": Metric("seconds", "Time that the slowest episode waited for tools and environments."),
+    "length/context": Metric(
+        "tokens", "Mean length of an episode after the prompt, the environment's tokens included."
+    ),
     "responses/unscored": Metric("responses", "Responses without a total reward; they leave their group."),
     "responses/left_out": Metric(
         "responses",

@@ -1,4 +1,4 @@
-"""Answers requests: one reward function, one process, one event loop for all of its calls.
+"""Answers requests: one reward function or the environments of some episodes, one process, one event loop.
 
 What a reward prints goes to the run's log, and requests and answers have separate pipes. The run reads numbers and
 text alone: nothing that a reward returns is ever executed.
@@ -8,14 +8,17 @@ import asyncio
 import contextlib
 import dataclasses
 import faulthandler
+import functools
 import os
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 from .encoding import decode
-from .functions import call, find_function, plain, signature_of
+from .environments import Environments
+from .functions import Signature, call, find_function, plain, signature_of
 from .guard import start_guard
 from .messages import read_message, write_message
 
@@ -32,13 +35,19 @@ def main(requests: int, answers: int) -> None:
     sys.path[:] = setup["path"]
     try:
         _limit_memory(setup["memory"])
-        function = find_function(setup["function"])
-        getattr(function, "warm_up", lambda: None)()
-        write_message(answers, {"signature": dataclasses.asdict(signature_of(function))})
+        options = decode(setup["options"])
+        if "tools" in setup:
+            environments = Environments(setup["function"], setup["tools"], options, setup["limit"])
+            answer, signature = environments.answer, Signature([], [], True, [])
+        else:
+            function = find_function(setup["function"])
+            getattr(function, "warm_up", lambda: None)()
+            answer, signature = functools.partial(_rewards, function, options), signature_of(function)
+        write_message(answers, {"signature": dataclasses.asdict(signature)})
     except (LookupError, ImportError) as e:
         write_message(answers, {"missing": str(e)})
         return
-    _serve(requests, answers, function, decode(setup["options"]))
+    _serve(requests, answers, answer)
 
 
 _OF_THE_JOB = [
@@ -77,7 +86,12 @@ def _limit_memory(size: int) -> None:
         raise LookupError(f"its memory cannot be limited on this system ({e}); set memory = 0") from e
 
 
-def _serve(requests: int, answers: int, function: Any, options: Any) -> None:
+def _rewards(function: Any, options: Any, request: Any, run: Callable[[Any], Any]) -> dict[str, Any]:
+    prompts, completions, columns = (decode(request[k]) for k in ("prompts", "completions", "columns"))
+    return {"values": plain(call(function, prompts, completions, columns, options, run), len(completions))}
+
+
+def _serve(requests: int, answers: int, work: Callable[[Any, Callable[[Any], Any]], dict[str, Any]]) -> None:
     worker_pid = os.getpid()
     with asyncio.Runner() as runner:
 
@@ -94,9 +108,7 @@ def _serve(requests: int, answers: int, function: Any, options: Any) -> None:
                 return
             answer: dict[str, Any]
             try:
-                prompts, completions, columns = (decode(request[k]) for k in ("prompts", "completions", "columns"))
-                values = call(function, prompts, completions, columns, options, run)
-                answer = {"values": plain(values, len(completions))}
+                answer = work(request, run)
             except BaseException as e:  # SystemExit too: a reward must not end the run
                 answer = _error(e)
             if os.getpid() != worker_pid:  # a child that the function forked and that returned from it

@@ -10,14 +10,14 @@ from gvpo_core.training.watch.verdict import BAD, WATCH, Alert
 
 
 class ResponseChecks:
-    """Alerts `dead_groups`, `truncation` and `length`."""
+    """Alerts `dead_groups`, `truncation`, `length`, `turns` and `environment`."""
 
     def __init__(self) -> None:
         self._length = Usual()
 
     def alerts(self, recent: Recent) -> Iterator[Alert]:
         """What is wrong after the last step of `recent`."""
-        for check in (self._dead_groups, self._truncation, self._length_blow_up):
+        for check in (self._dead_groups, self._truncation, self._length_blow_up, self._turns, self._environment):
             if alert := check(recent):
                 yield alert
 
@@ -49,7 +49,8 @@ class ResponseChecks:
     def _truncation(self, recent: Recent) -> Alert | None:
         if recent.count < 3:
             return None
-        cut = sum(number(r, "truncated") * r.get("responses/total", 1) for r in recent.last)
+        key = "episodes/tokens" if "episodes/tokens" in recent.last[-1] else "truncated"
+        cut = sum(number(r, key) * r.get("responses/total", 1) for r in recent.last)
         total = recent.sum("responses/total") or len(recent.last)
         if not math.isfinite(cut):
             return None
@@ -62,6 +63,29 @@ class ResponseChecks:
         seen += "" if first else f", {began:.0%} in the first steps"
         return Alert(
             "truncation", BAD if share >= 0.8 else WATCH, seen, "raise rollout.max_tokens, or reward short answers"
+        )
+
+    def _turns(self, recent: Recent) -> Alert | None:
+        if len(recent.last) < WINDOW or "episodes/turns" not in recent.last[-1]:
+            return None
+        cut, repeated = (mean([number(r, f"episodes/{x}") for r in recent.last]) for x in ("turns", "repeated"))
+        if not max(cut, repeated) >= 0.5:
+            return None
+        seen = f"{cut:.0%} of {WINDOW} steps' episodes reach the turn limit, {repeated:.0%} say the same twice"
+        advice = (
+            "read some episodes: loops? tell the policy how to end, lower environment.cut_reward, or raise max_turns"
+        )
+        return Alert("turns", WATCH, seen, advice)
+
+    def _environment(self, recent: Recent) -> Alert | None:
+        if "episodes/failed" not in recent.last[-1]:
+            return None
+        failed = mean([number(r, "episodes/failed") for r in recent.last])
+        if not failed >= 0.05:
+            return None
+        seen = f"the environment failed for {failed:.0%} of {len(recent.last)} steps' episodes"
+        return Alert(
+            "environment", WATCH, seen, "read run.log and rewards.log; raise environment.timeout if it is slow"
         )
 
     def _length_blow_up(self, recent: Recent) -> Alert | None:

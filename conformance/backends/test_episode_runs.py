@@ -1,0 +1,104 @@
+"""Episodes through every backend: a real tiny model plays, trains on its own tokens, resumes and trains on a record."""
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny_models
+import trainer_backends
+from places import SUPPORT
+from trainer_backends import Backend
+
+from gvpo_core.training.config import (
+    Config,
+    DataConfig,
+    EnvironmentConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from gvpo_core.training.loop import train
+from gvpo_core.training.policy.load import load_policy
+from gvpo_core.training.watch.console import Console
+
+PRESENT = trainer_backends.present()
+if not PRESENT:
+    pytest.skip("no backend of a language model is among the subjects", allow_module_level=True)
+
+ENDS = [0, *range(50, 90)]  # so many ids end a turn that a random model takes several turns
+
+
+@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
+def backend(request) -> Backend:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    folder = tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    return folder
+
+
+def run(folder: Path, backend: Backend, model: Path, *, steps: int = 2, train_file: str = "given"):
+    """Plays and trains; the policy, its batches, and the steps' records."""
+    config = Config(
+        run=RunConfig(folder=str(folder), backend=backend.name, steps=steps, checkpoint_every=1, show_every=0),
+        model=ModelConfig(path=str(model), device="cpu"),
+        data=DataConfig(train=train_file, shuffle=False),
+        rollout=RolloutConfig(prompts=2, responses=4, max_tokens=60),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        environment=EnvironmentConfig(
+            path=f"{SUPPORT / 'episode_games.py'}:Guess", max_turns=3, turn_tokens=12, workers=1, memory=0.0
+        ),
+    )
+    recorded = train_file != "given"
+    config = replace(config, environment=EnvironmentConfig()) if recorded else config
+    policy, batches = load_policy(config), []
+    update = policy.update
+    policy.update = lambda batch, *given, **options: batches.append(batch) or update(batch, *given, **options)
+    rows = None if recorded else [{"secret": 3}, {"secret": 7}]
+    rewards = None if recorded else {"short": lambda completions: [-0.05 * len(c[0]["content"]) for c in completions]}
+    train(config, policy, train_rows=rows, rewards=rewards, console=Console(steps, stream=io.StringIO()))
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return policy, batches, [r for line in lines if (r := json.loads(line))["kind"] == "train"]
+
+
+def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, tmp_path) -> None:
+    policy, batches, whole = run(tmp_path / "whole", backend, model)
+    batch = batches[0]
+    masks = [m for m in batch.own if m is not None]
+    assert masks and whole[0]["turns/max"] == 3, "several turns"
+    for response, mask in zip(batch.responses, batch.own, strict=True):
+        for place, mine in enumerate(mask or ()):
+            if not mine and mask[place - 1]:
+                assert response[place - 1] in ENDS, "context begins after a turn's end"
+    assert whole[0]["length/mean"] < whole[0]["length/context"]
+    assert whole[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(whole[1]["kl"]) > 1e-4
+    own = sum(sum(m) if m else len(r) for m, r in zip(batch.own, batch.responses, strict=True))
+    assert whole[0]["tokens/sampled"] == own
+    run(tmp_path / "parts", backend, model, steps=1)
+    resumed, _, parts = run(tmp_path / "parts", backend, model)
+    left_out = (
+        "time",
+        "seconds",
+        "share",
+        "memory",
+        "tokens_per_second",
+        "machine",
+        "episodes/seconds",
+        "reward_seconds",
+    )
+    kept = [{k: v for k, v in r.items() if not k.startswith((*left_out, "policy/"))} for r in (*whole, *parts)]
+    assert kept[:2] == kept[2:], "bit for bit"
+    for name, value in backend.policies.parameters(policy).items():
+        np.testing.assert_array_equal(value, backend.policies.parameters(resumed)[name])
+    _, again, fed = run(tmp_path / "fed", backend, model, train_file=str(tmp_path / "whole/completions.jsonl"))
+    assert again[0].responses == batch.responses and again[0].own == batch.own and again[0].prompts == batch.prompts
+    for a, b in zip(whole, fed, strict=True):
+        for key in ("loss", "gradient_norm"):
+            assert b[key] == pytest.approx(a[key], rel=2e-4), key

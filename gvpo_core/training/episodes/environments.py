@@ -1,0 +1,182 @@
+"""The environments of a run: objects in worker processes, one for each episode, asked with time limits.
+
+A process past its limit is ended with all that it started. Its other episodes are played again in a new one, message by
+message; an environment that does not repeat itself loses them.
+"""
+
+import functools
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from gvpo_core.training.config import ConfigError, EnvironmentConfig
+from gvpo_core.training.config.secrets import resolved
+from gvpo_core.training.rewards import RewardLog
+from gvpo_core.training.rewards.clock import now
+from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker
+from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
+
+_ANSWER = 4 * 2**20  # bytes of an answer at most, for each operation
+_GRACE = 5.0  # seconds beyond the limit of async operations, which the process watches itself
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What is asked of an episode's environment."""
+
+    name: str  # reset, step, tools, close
+    episode: int
+    given: tuple[Any, ...] = ()  # row, message or calls
+
+    def message(self) -> list[Any]:
+        """For the process. Raises: UnsendableError."""
+        return [self.name, self.episode, *map(encode, self.given)]
+
+
+Result = dict[str, Any]  # values, or "error" and "traceback"
+
+
+class Environments:
+    """A pool of processes; episodes are dealt over them by their number."""
+
+    def __init__(self, config: EnvironmentConfig, log: RewardLog | None = None) -> None:
+        """Starts the first process. Raises: ConfigError: a class or tool that is not there or cannot be used."""
+        self.config = config
+        options = resolved(config.options, "environment.options")
+        try:
+            setup = {
+                "function": config.path,
+                "tools": list(config.tools),
+                "options": encode(dict(options)),
+                "limit": config.timeout,
+                "memory": int(config.memory * 2**30),
+                "path": list(sys.path),
+            }
+        except UnsendableError as e:
+            raise ConfigError(f"environment.options cannot be sent to a process as JSON: {e}") from e
+        sink = functools.partial((log or RewardLog()).output, "environment")
+        start = functools.partial(Worker, setup, sink)
+        self._seats = [_Seat(start, config.timeout) for _ in range(config.workers)]
+        try:
+            described = self._seats[0].describe()
+        except BaseException as e:  # Ctrl-C too: no process stays behind
+            self.close()
+            if isinstance(e, LookupError | CallFailed | OSError | TimeoutError):
+                name = f"environment.path = {config.path!r}" if config.path else f"environment.tools = {config.tools}"
+                raise ConfigError(f"{name}: {e}") from e
+            raise
+        self.tools: list[dict[str, Any]] = described["tools"]
+        for seat in self._seats:
+            seat.concurrent = described["concurrent"]
+
+    def ask(self, operations: Sequence[Operation]) -> list[Result]:
+        """The results, in the order of the operations; an episode has at most one of them."""
+        places: list[list[int]] = [[] for _ in self._seats]
+        for place, operation in enumerate(operations):
+            places[operation.episode % len(self._seats)].append(place)
+        busy = [(seat, own) for seat, own in zip(self._seats, places, strict=True) if own]
+        results: list[Result] = [{}] * len(operations)
+        if not busy:
+            return results
+        with ThreadPoolExecutor(len(busy)) as pool:
+            asked = [(own, pool.submit(seat.ask, [operations[i] for i in own])) for seat, own in busy]
+            for own, future in asked:
+                for place, result in zip(own, future.result(), strict=True):
+                    results[place] = result
+        return results
+
+    def close(self) -> None:
+        """Ends the processes."""
+        for seat in self._seats:
+            seat.close()
+
+
+class _Seat:
+    """One process and the episodes that live in it."""
+
+    def __init__(self, start: functools.partial[Worker], limit: float) -> None:
+        self._start, self._limit, self.concurrent = start, limit, False
+        self._worker: Worker | None = None
+        self._past: dict[int, list[tuple[Operation, Result]]] = {}  # of living episodes
+        self._lost: set[int] = set()  # living episodes that the process does not have
+
+    def describe(self) -> dict[str, Any]:
+        """Tools, and whether operations wait side by side. Raises: LookupError, CallFailed, TimeoutError, OSError."""
+        described: dict[str, Any] = self._answer({"describe": True}, self._limit)
+        return described
+
+    def ask(self, operations: Sequence[Operation]) -> list[Result]:
+        """The results. Where a process fails on several operations at once, they are tried one by one."""
+        results: list[Result] | None = None
+        if self.concurrent and not any(operation.episode in self._lost for operation in operations):
+            results = self._send(operations)
+        if results is None or (len(results) > 1 and self._worker is None):
+            return [self._alone(operation) for operation in operations]
+        for operation, result in zip(operations, results, strict=True):
+            self._keep(operation, result)
+        return results
+
+    def _alone(self, operation: Operation) -> Result:
+        if operation.episode in self._lost and operation.name != "close":
+            self._replay(operation.episode)
+        if operation.episode in self._lost:
+            text = "its process was restarted, and the environment did not repeat itself"
+            result: Result = {} if operation.name == "close" else {"error": text, "traceback": ""}
+        else:
+            [result] = self._send([operation])
+        self._keep(operation, result)
+        return result
+
+    def _keep(self, operation: Operation, result: Result) -> None:
+        if operation.name == "close" or "error" in result:
+            self._past.pop(operation.episode, None)
+            self._lost.discard(operation.episode)
+        else:
+            self._past.setdefault(operation.episode, []).append((operation, result))
+
+    def _send(self, operations: Sequence[Operation]) -> list[Result]:
+        """The results; where the process fails, those of all operations are errors and it is gone."""
+        try:
+            message = {"operations": [operation.message() for operation in operations]}
+            limit = self._limit + (_GRACE if self.concurrent else 0.0)
+            results: list[Result] = self._answer(message, limit, _ANSWER * len(operations))
+            return results
+        except UnsendableError as e:
+            text, traceback = f"it cannot be sent to the environment's process: {e}", ""
+        except (TimeoutError, CallFailed, LookupError, OSError) as e:
+            self._end()
+            text = f"no result within {self._limit:g} s" if isinstance(e, TimeoutError) else str(e)
+            traceback = getattr(e, "traceback", "")
+        return [{"error": text, "traceback": traceback}] * len(operations)
+
+    def _answer(self, message: dict[str, Any], limit: float, largest: int = _ANSWER) -> Any:
+        if self._worker is None:
+            self._worker = self._start()
+        self._worker.ready(now() + START_LIMIT)
+        answer = self._worker.ask(message, limit, largest)
+        if "error" in answer:
+            raise CallFailed(answer["error"], answer["traceback"])
+        return answer["values"]
+
+    def _replay(self, episode: int) -> None:
+        """Plays an episode again in the new process; it stays lost where a result is another one."""
+        past = self._past.get(episode, [])
+        self._lost.discard(episode)
+        for operation, before in past:
+            if self._send([operation]) != [before]:
+                self._lost.add(episode)
+                return
+
+    def _end(self) -> None:
+        if self._worker is not None:
+            self._worker.kill()
+        self._worker = None
+        self._lost |= self._past.keys()
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._past.clear()
+        self._end()
+        self._lost.clear()
