@@ -63,6 +63,25 @@ def test_the_letters_demo_learns(backend, tmp_path):
     assert after > before + 0.15  # four times the half-width of its 95 % interval
 
 
+@pytest.mark.parametrize("backend", DEMOS, ids=lambda backend: backend.name)
+def test_the_guessing_demo_learns_to_play(backend, tmp_path):
+    command = [sys.executable, "examples/guess_number/demo.py", "--backend", backend.name, "--steps", "25"]
+    path = os.pathsep.join(path for path in sys.path if path)
+    run = subprocess.run(
+        [*command, "--run", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    before, after = map(float, re.findall(r"([\d.]+) (?:before|after)", run.stdout.splitlines()[-2]))
+    assert before < 0.05
+    assert after > 0.2
+    [first] = [json.loads(line) for line in (tmp_path / "completions.jsonl").read_text().splitlines()][:1]
+    assert first["episode"][0]["role"] == "assistant" and "user: " in first["response"]
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_the_accelerate_loop_learns(processes):
     if not installed("accelerate"):

@@ -1,0 +1,31 @@
+"""The game: find a number from 1 to 9 by hints."""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class Guess:
+    """Answers each guess with `<` (lower), `>` (higher) or `!` (not a number), and ends when it is right.
+
+    Reward: 1 for the right number, and a tenth for every guess that the hints so far allow.
+    """
+
+    def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """The first message. All games begin alike: the secret is the environment's."""
+        self.secret, self.low, self.high = int(row["secret"]), 1, 9
+        return [{"role": "user", "content": "?"}]
+
+    def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float, bool]:
+        """The hint, the reward, and whether the game is over."""
+        said = message["content"]
+        if said not in list("123456789"):
+            return [{"role": "user", "content": "!"}], 0.0, False
+        guess = int(said)
+        allowed = 0.1 * (self.low <= guess <= self.high)
+        if guess == self.secret:
+            return [], 1.0 + allowed, True
+        if guess < self.secret:
+            self.low = max(self.low, guess + 1)
+        else:
+            self.high = min(self.high, guess - 1)
+        return [{"role": "user", "content": ">" if guess < self.secret else "<"}], allowed, False
