@@ -235,7 +235,6 @@ def tunix(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Tries every family of transformers with every backend and writes docs/models.md. Not in the default run.
 
-    nox -s models
     nox -s models -- llama gemma3      these again; the results of the others are kept in .nox/models
     """
     install(session, "-e", ".[torch,jax,mlx,dev]")
@@ -263,7 +262,6 @@ def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
 def unconstrained(session: nox.Session, backend: str) -> None:
     """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases.
 
-    nox -s unconstrained
     nox -s "unconstrained(torch)"
     """
     try_wheel(session, backend)
@@ -274,7 +272,6 @@ def unconstrained(session: nox.Session, backend: str) -> None:
 def lowest(session: nox.Session, backend: str) -> None:
     """The same with the oldest releases that pyproject.toml allows, on the Python that runs nox.
 
-    nox -s lowest
     nox -s "lowest(jax)"
     """
     constraints = str(Path(session.create_tmp()).resolve() / "lowest.txt")
@@ -300,7 +297,6 @@ def full_disk(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """GVPO teaches SmolLM2-135M-Instruct sums in minutes on 2 CPU cores; a GPU is taken where there is one.
 
-    nox -s demo
     nox -s demo -- --steps 5
     """
     install(session, "-e", ".[demo]", without_dependencies=WITHOUT_DEPENDENCIES)
@@ -311,7 +307,6 @@ def demo(session: nox.Session) -> None:
 def demo_jax(session: nox.Session) -> None:
     """The same demo, trained by JAX; PyTorch only reads the model's GGUF.
 
-    nox -s demo_jax
     nox -s demo_jax -- --steps 5
     """
     install(session, "-e", ".[demo,jax]", without_dependencies=WITHOUT_DEPENDENCIES)
@@ -322,7 +317,6 @@ def demo_jax(session: nox.Session) -> None:
 def demo_mlx(session: nox.Session) -> None:
     """GVPO by MLX: the demo's SmolLM2 on a Mac, a tiny model from random weights where MLX's products are slow.
 
-    nox -s demo_mlx
     nox -s demo_mlx -- --steps 5
     """
     if sys.platform == "darwin":
@@ -337,7 +331,6 @@ def demo_mlx(session: nox.Session) -> None:
 def tpu_compile(session: nox.Session) -> None:
     """Compiles the JAX trainer for TPUs without one, and fails where a program takes more of their memory than bounds.
 
-    nox -s tpu_compile
     nox -s tpu_compile -- smollm2-v5e-1x1   one of the cases
     """
     install(session, "-e", ".[jax]", "libtpu")
@@ -345,10 +338,23 @@ def tpu_compile(session: nox.Session) -> None:
 
 
 @nox.session
+def paper(session: nox.Session) -> None:
+    """The paper's claims as experiments; writes docs/evidence.md. Minutes; `real` trains SmolLM2 for hours.
+
+    nox -s paper
+    nox -s paper -- 2 7
+    nox -s paper -- real
+    """
+    real = "real" in session.posargs
+    extras, others = ("demo,train", WITHOUT_DEPENDENCIES) if real else ("train", ())
+    install(session, "-e", f".[{extras}]", "matplotlib", without_dependencies=others)
+    session.run("python", "-m", "evidence", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+
+
+@nox.session
 def bench(session: nox.Session) -> None:
     """Time and memory beside TRL's GRPOTrainer and beside plain PyTorch and MLX; fails beyond the stated bounds.
 
-    nox -s bench
     nox -s bench -- step_vs_trl             one of the files of benchmarks/
     """
     install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)

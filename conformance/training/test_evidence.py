@@ -1,0 +1,81 @@
+"""docs/evidence.md says what its results say, and the cheap experiments give these results again."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from places import ROOT
+
+pytestmark = pytest.mark.core
+
+
+@pytest.fixture(scope="module")
+def evidence():
+    import sys
+
+    sys.path.insert(0, str(ROOT))
+    try:
+        import evidence.__main__ as main
+    finally:
+        sys.path.remove(str(ROOT))
+    return main
+
+
+@pytest.fixture(scope="module")
+def results(evidence):
+    return json.loads(evidence.RESULTS.read_text(encoding="utf-8"))
+
+
+def numbers(value) -> list[float]:
+    """All numbers of nested dicts and lists, in order."""
+    if isinstance(value, dict):
+        return [x for key in sorted(value, key=str) for x in numbers(value[key])]
+    if isinstance(value, list | tuple):
+        return [x for item in value for x in numbers(item)]
+    return [float(value)]
+
+
+def test_the_pages_are_those_of_the_results(evidence, results) -> None:
+    pages = evidence.pages(results)
+    assert set(pages) == {"evidence.md", "evidence_training.md"}
+    for file, text in pages.items():
+        assert (ROOT / "docs" / file).read_text(encoding="utf-8") == text, f"run: python -m evidence page ({file})"
+        assert len(text.splitlines()) < 200
+        for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text):
+            assert (ROOT / "docs" / picture).read_bytes().startswith(b"\x89PNG"), picture
+
+
+def test_every_sentence_of_the_pages_is_borne_out(evidence, results) -> None:
+    assert evidence.broken(results) == []
+    assert sum(len(evidence.claim(name).holds(results[name])) for name in evidence.CLAIMS) > 30
+
+
+def test_a_sentence_that_is_not_true_is_found(evidence, results) -> None:
+    wrong = json.loads(json.dumps(results))
+    wrong["2_bias"]["mean"][0] *= 1.01
+    assert evidence.broken(wrong) == ["claim 2: 1/(k-1) is exact"]
+
+
+@pytest.mark.parametrize("name", ["2_bias", "3_misaligned", "7_regret"])
+def test_cheap_experiments_give_the_results_again(name: str, evidence, results) -> None:
+    module = evidence.claim(name)
+    assert module.CHEAP
+    again = json.loads(json.dumps(module.run()))
+    np.testing.assert_allclose(numbers(again), numbers(results[name]), rtol=1e-6, atol=1e-9)
+
+
+def test_gvpo_descends_to_the_optimum_again(evidence, results) -> None:
+    """Claim 1 from two samplers, and one cell of the sampled claims 5 and 6."""
+    optimum, stability = evidence.claim("1_optimum"), evidence.claim("5_stability")
+    for sampler in ("uniform", "cut"):
+        _, path = optimum.descend("gvpo", sampler, False, optimum.RATE, steps=120)
+        np.testing.assert_allclose(path[:61], results["1_optimum"]["curves"][sampler], rtol=1e-6, atol=1e-12)
+    i = stability.RATES.index(10.0)
+    runs = stability.sampled_steps("gvpo", stability.SEEDS, stability.STEPS, 10.0, beta=0.5, k=8, seed=1000 + i)
+    assert list(stability.outcome(runs, 0.5)) == results["5_stability"]["cells"]["GVPO|0.5|10"]
+
+
+def test_an_unknown_claim_is_answered(evidence, capsys) -> None:
+    assert evidence.main(["12"]) == 2
+    assert "there is no claim 12; expected 1 to 8, page or real" in capsys.readouterr().err

@@ -1,0 +1,132 @@
+"""Runs the claims; writes docs/evidence.md, docs/evidence_training.md, pictures, and docs/evidence/results.json.
+
+python -m evidence               all of them, minutes on 2 cores
+python -m evidence 2 7           these; the others keep their results
+python -m evidence page          the page and the pictures from the kept results
+"""
+
+import importlib
+import json
+import re
+import sys
+import textwrap
+import time
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+CLAIMS = ("1_optimum", "2_bias", "3_misaligned", "4_parts", "5_stability", "6_off_policy", "7_regret", "8_plus_plus")
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+RESULTS = DOCS / "evidence" / "results.json"
+PAGES = {"evidence.md": CLAIMS[:4], "evidence_training.md": CLAIMS[4:]}
+INTRODUCTION = """# Evidence
+
+Each claim of the paper as an experiment. `nox -s paper` runs them all and writes this page, [Evidence:
+training](evidence_training.md), their pictures and [results.json](evidence/results.json); `python -m evidence 2 7`
+runs claims 2 and 7 again. The code is in [evidence](../evidence/__main__.py), one file a claim. Every number is from
+the run, and the run fails if a sentence under "Shows" is no longer true. A claim that does not show, or a baseline
+that wins, is written down like the rest.
+
+The policies are softmax tables over few responses, so pi\\*, KL and expectations are exact sums. An "exact step" is
+the expectation of an objective's step over all groups that a sampler can draw. The steps are those of
+`objective_coefficients`, which `gvpo train` takes. J, pi\\*, equation and section numbers are the paper's ([The
+paper](paper.md)); [Objectives](objectives.md) describes the methods.
+"""
+TRAINING = """# Evidence: training
+
+Claims 5 to 9; [Evidence](evidence.md) has the first four and says how they are run.
+"""
+REAL = """## 9. A real model
+
+`nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks with GVPO, GRPO, RLOO and reject
+sampling at equal samples, on-policy and with responses of a policy 4 steps old, three seeds each, at a learning rate
+tuned for each method, and writes `docs/evidence/real.md`. It takes hours on two cores; it keeps each finished run and
+resumes a stopped one.
+
+It was **not run whole yet**: a smoke test of a few steps is all, and no number is claimed here.
+"""
+
+
+def claim(name: str) -> ModuleType:
+    return importlib.import_module(f"evidence.claim{name}")
+
+
+def pages(results: dict[str, Any]) -> dict[str, str]:
+    """File in docs/ -> its text, of the results."""
+    out = {}
+    for file, names in PAGES.items():
+        parts = [INTRODUCTION if names[0] == CLAIMS[0] else TRAINING]
+        for name in names:
+            module = claim(name)
+            picture = f"![{module.TITLE.partition('. ')[2]}](evidence/claim{name}.png)"
+            parts.append(f"## {module.TITLE}\n\n{_filled(module.text(results[name]))}\n\n{picture}\n")
+        out[file] = "\n".join(parts)
+    out["evidence_training.md"] += "\n" + REAL
+    return out
+
+
+def _filled(text: str) -> str:
+    """The text with its paragraphs filled to the width of the docs; tables are left alone, "Shows" starts a line."""
+    paragraphs = []
+    for paragraph in text.strip().split("\n\n"):
+        if paragraph.startswith("|"):
+            paragraphs.append(paragraph)
+            continue
+        parts = re.split(r"\n(?=Does not show:)", paragraph)
+        paragraphs += [textwrap.fill(part, 125, break_long_words=False, break_on_hyphens=False) for part in parts]
+    return "\n\n".join(paragraphs)
+
+
+def broken(results: dict[str, Any]) -> list[str]:
+    """The sentences of the page that the results do not bear out."""
+    return [
+        f"claim {name[0]}: {said}"
+        for name in CLAIMS
+        for said, true in claim(name).holds(results[name]).items()
+        if not true
+    ]
+
+
+def draw(name: str, result: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
+    claim(name).draw(result, axes)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(DOCS / "evidence" / f"claim{name}.png", dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["real"]:
+        from evidence.real import main as real
+
+        return real(arguments[1:])
+    chosen = [name for name in CLAIMS if not arguments or name[0] in arguments]
+    if unknown := [a for a in arguments if a != "page" and a not in [name[0] for name in CLAIMS]]:
+        print(f"there is no claim {', '.join(unknown)}; expected 1 to {len(CLAIMS)}, page or real", file=sys.stderr)
+        return 2
+    results = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
+    for name in chosen:
+        start = time.perf_counter()
+        results[name] = json.loads(json.dumps(claim(name).run()))
+        print(f"claim {name}: {time.perf_counter() - start:.0f} s", flush=True)
+    if missing := [name[0] for name in CLAIMS if name not in results]:
+        print(f"no results of claim {', '.join(missing)} yet; run python -m evidence", file=sys.stderr)
+        return 2
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    for name in chosen or CLAIMS:
+        draw(name, results[name])
+    for file, content in pages(results).items():
+        (DOCS / file).write_text(content, encoding="utf-8")
+    for sentence in broken(results):
+        print(f"no longer true: {sentence}", file=sys.stderr)
+    return 1 if broken(results) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

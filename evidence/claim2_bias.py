@@ -1,0 +1,89 @@
+"""Theorem 3.3 and Corollary 3.4: 1/(k-1) is unbiased, 1/k is not."""
+
+from typing import Any
+
+import numpy as np
+
+from evidence.page import number, table
+from evidence.problem import BETA, LOG_REF, REWARDS, group_probabilities, multisets, softmax_log
+from gvpo_core import gvpo_loss
+
+CHEAP = True
+TITLE = "2. 1/(k-1) is unbiased, 1/k is not (Theorem 3.3, Corollary 3.4)"
+SIZES = tuple(range(2, 17))
+THETA = softmax_log(np.array([0.4, -0.2, 0.1, -0.9]))
+SAMPLER = np.array([0.4, 0.15, 0.1, 0.35])
+REF, REWARD = softmax_log(LOG_REF[0, :4]), REWARDS[0, :4] * 4
+
+
+def exact() -> float:
+    """Eq. 14: the variance under the sampler of implicit minus actual reward."""
+    d = BETA * (THETA - REF) - REWARD
+    return float((SAMPLER * (d - (SAMPLER * d).sum()) ** 2).sum())
+
+
+def estimates(k: int) -> tuple[float, float]:
+    """Mean and standard deviation of Eq. 15 over all groups of k that the sampler can draw."""
+    rows, _ = multisets(4, k)
+    p = group_probabilities(SAMPLER[None], k)[0]
+    y, ids = rows.reshape(-1), np.repeat(np.arange(len(rows)), k)
+    loss = gvpo_loss(THETA[y], REF[y], REWARD[y], ids, beta=BETA, num_groups=len(rows)).group_loss
+    mean = float((p * loss).sum())
+    return mean, float(np.sqrt((p * (loss - mean) ** 2).sum()))
+
+
+def run() -> dict[str, Any]:
+    by_size = {k: estimates(k) for k in SIZES}
+    mixed = (2, 4, 16)  # one prompt of each size: the mean over the prompts
+    return {
+        "exact": exact(),
+        "mean": [by_size[k][0] for k in SIZES],
+        "deviation": [by_size[k][1] for k in SIZES],
+        "mean_over_k": [by_size[k][0] * (k - 1) / k for k in SIZES],
+        "mixed": [sum(by_size[k][0] for k in mixed) / 3, sum(by_size[k][0] * (k - 1) / k for k in mixed) / 3],
+    }
+
+
+def draw(result: dict[str, Any], axes: Any) -> None:
+    exact_loss = result["exact"]
+    axes.plot(SIZES, np.array(result["mean"]) / exact_loss, "o-", label="1/(k-1)")
+    axes.plot(SIZES, np.array(result["mean_over_k"]) / exact_loss, "s-", label="1/k")
+    axes.set(xlabel="k", ylabel="expected estimate / Eq. 14", ylim=(0.4, 1.1), title="bias of the group loss")
+    axes.legend(fontsize=8)
+
+
+def text(result: dict[str, Any]) -> str:
+    exact_loss = result["exact"]
+    shown = (2, 3, 4, 8, 16)
+    at = lambda key: [result[key][SIZES.index(k)] for k in shown]
+    rows = [
+        ["1/(k-1), Eq. 15: bias", *(number(x / exact_loss - 1) for x in at("mean"))],
+        ["1/k: bias", *(f"{100 * (x / exact_loss - 1):.0f} %" for x in at("mean_over_k"))],
+        ["standard deviation of one group, of Eq. 14", *(number(x / exact_loss) for x in at("deviation"))],
+    ]
+    unbiased, biased = result["mixed"]
+    return f"""The estimate with 1/(k-1) has Eq. 14 as its expectation for every k; with 1/k it is (k-1)/k of it.
+
+Run: `gvpo_loss` over every group of k = 2..16 of four responses, weighted by its probability.
+
+{table(["k", *map(str, shown)], rows)}
+
+Shows: the bias of 1/k is exactly -1/k, half of the loss at k = 2. With prompts of 2, 4 and 16
+responses Eq. 16 is exact to {abs(unbiased / exact_loss - 1):.0e}, and 1/k(x) is
+{100 * (1 - biased / exact_loss):.0f} % low, most of it from the smallest group. For groups of one size
+the bias is a learning rate; for mixed sizes it is another weight for each prompt. It does not move the
+optimum, where every group's loss is 0.
+Does not show: that 1/(k-1) has less noise; at k = 2 a group's estimate has a standard deviation above
+its mean.
+"""
+
+
+def holds(result: dict[str, Any]) -> dict[str, bool]:
+    means, over_k = np.array(result["mean"]), np.array(result["mean_over_k"])
+    sizes = np.array(SIZES)
+    return {
+        "1/(k-1) is exact": bool(np.abs(means / result["exact"] - 1).max() < 1e-12),
+        "1/k is low by 1/k": bool(np.abs(over_k / result["exact"] - (1 - 1 / sizes)).max() < 1e-12),
+        "noise at k = 2 exceeds the mean": result["deviation"][0] > result["exact"],
+        "mixed": abs(result["mixed"][0] / result["exact"] - 1) < 1e-12 < 0.1 < 1 - result["mixed"][1] / result["exact"],
+    }

@@ -1,0 +1,18 @@
+"""Numbers and tables as the page shows them."""
+
+
+def number(x: float, digits: int = 2) -> str:
+    """Two significant digits; what is below 1e-12 is rounding and reads 0."""
+    if x != x:
+        return "NaN"
+    if abs(x) < 1e-12:
+        return "0"
+    if 1e-3 <= abs(x) < 1e4:
+        return f"{x:.{digits}g}" if abs(x) < 10 else f"{x:.0f}"
+    return f"{x:.0e}".replace("e-0", "e-").replace("e+0", "e")
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A markdown table; the first column is text."""
+    lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
