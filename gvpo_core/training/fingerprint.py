@@ -24,7 +24,7 @@ _WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts
 _PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spaced, its first and last bytes among them
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
-_BUILTIN = Path(__file__).parent / "rewards" / "worker" / "builtin.py"
+_BUILTIN = Path(__file__).parent / "rewards" / "worker"
 INPUTS = ("data", "model", "rewards", "objective", "sampler", "environment")
 _MACHINE = ("gvpo", "python", "platform", "ranks")
 
@@ -169,7 +169,8 @@ def _file_of(spec: str) -> Path:
     """The file of a reward's code; no user module is imported. Raises: OSError, ImportError, ValueError."""
     where, colon, _ = spec.rpartition(":")
     if not colon:
-        return _BUILTIN
+        own = _BUILTIN / f"{spec}.py"
+        return own if spec in ("judge", "reward_model") else _BUILTIN / "builtin.py"
     if where.endswith(".py"):
         return Path(where)
     package, *inner = where.split(".")

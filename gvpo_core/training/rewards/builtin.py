@@ -1,5 +1,8 @@
 """The built-in rewards, by the name under which Python code imports them."""
 
-from gvpo_core.training.rewards.worker.builtin import BUILTIN, exact_match, math_verify, regex_match
+from gvpo_core.training.rewards.worker.all_builtin import BUILTIN
+from gvpo_core.training.rewards.worker.builtin import exact_match, math_verify, regex_match
+from gvpo_core.training.rewards.worker.judge import judge
+from gvpo_core.training.rewards.worker.reward_model import reward_model
 
-__all__ = ["BUILTIN", "exact_match", "math_verify", "regex_match"]
+__all__ = ["BUILTIN", "exact_match", "judge", "math_verify", "regex_match", "reward_model"]

@@ -4,7 +4,7 @@ A row whose answer is missing (None or NaN) is not scored: its reward is None.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -96,9 +96,3 @@ exact_match.answer_option = "column"  # type: ignore[attr-defined]
 regex_match.answer_option = "column"  # type: ignore[attr-defined]
 math_verify.answer_option = "column"  # type: ignore[attr-defined]
 math_verify.warm_up = library  # type: ignore[attr-defined]  # seconds of imports, before any time limit runs
-
-BUILTIN: dict[str, Callable[..., Any]] = {
-    "exact_match": exact_match,
-    "regex_match": regex_match,
-    "math_verify": math_verify,
-}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .builtin import BUILTIN
+from .all_builtin import BUILTIN
 
 OWN = ("prompts", "completions", "completion_ids")  # arguments that gvpo makes; a data column of the name is not passed
 _loaded: dict[str, tuple[tuple[int, int], Any]] = {}  # path -> (time of change, size), module
@@ -29,6 +29,7 @@ class Signature:
     bound: list[str]  # names that no keyword can have: `self` of a bound method
     answer_option: str | None = None  # a built-in reward: the option that names its column, passed as `answer`
     runs_code: bool = False
+    settings: tuple[str, ...] = ()  # of a built-in reward: names that options alone set, never a column
 
 
 def find_function(spec: str) -> Callable[..., Any]:
@@ -130,6 +131,7 @@ def signature_of(function: Callable[..., Any]) -> Signature:
         bound=list(_bound(function)),
         answer_option=getattr(function, "answer_option", None),
         runs_code=bool(getattr(function, "runs_code", False)),
+        settings=tuple(getattr(function, "settings", ())),
     )
 
 
@@ -150,7 +152,7 @@ def wanted_columns(signature: Signature, columns: Collection[str], options: Mapp
     """The columns that the function is given: those that it names, with **kwargs all; none that options set."""
     if signature.answer_option:
         return [name for name in (_answer_column(signature, options),) if name in columns]
-    taken = {*options, *OWN[:2]}
+    taken = {*options, *OWN[:2], *signature.settings}
     named = {*signature.names}
     return [c for c in columns if c not in taken and (c in named or (signature.any and c not in signature.bound))]
 
@@ -184,6 +186,9 @@ def wrong_arguments(signature: Signature, columns: Collection[str] | None, optio
             f"the function takes ({', '.join(signature.names)}) and no responses; expected reward(prompts, completions,"
             " **columns), and may leave out arguments that it does not use"
         )
+    for name in signature.required:
+        if name in signature.settings and name not in options:
+            return f"options.{name} is missing; the reward needs it"
     if columns is not None:
         for name in signature.required:
             if name not in (*OWN, *columns, *options):
