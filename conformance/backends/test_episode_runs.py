@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,3 +105,51 @@ def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, t
     for a, b in zip(whole, fed, strict=True):
         for key in ("loss", "gradient_norm"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
+
+
+@pytest.mark.slow
+def test_two_processes_play_and_end_as_one_does(backend, model, tmp_path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"secret": 3}\n{"secret": 7}\n{"secret": 5}\n')
+    records = {}
+    for processes in (1, 2):
+        config = tmp_path / f"{processes}.toml"
+        config.write_text(f"""
+[run]
+folder = "{tmp_path}/{processes}"
+backend = "{backend.name}"
+steps = 2
+show_every = 0
+[model]
+path = "{model}"
+device = "cpu"
+[data]
+train = "{tmp_path}/rows.jsonl"
+[rollout]
+prompts = 3
+responses = 5
+max_tokens = 60
+[optimizer]
+learning_rate = 1e-3
+[environment]
+path = "{SUPPORT / "episode_games.py"}:Guess"
+max_turns = 3
+turn_tokens = 3
+workers = 1
+memory = 0.0
+""")
+        alone = [sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
+        command = alone if processes == 1 else backend.two_processes(config)
+        path = os.pathsep.join(path for path in sys.path if path)
+        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        for name in ("completions", "metrics"):
+            lines = (tmp_path / f"{processes}/{name}.jsonl").read_text().splitlines()
+            records[processes, name] = [json.loads(line) for line in lines]
+    one, two = records[1, "completions"], records[2, "completions"]
+    assert [c["episode"] for c in one] == [c["episode"] for c in two] and len(one) == 30
+    assert len({c["turns"] for c in one}) > 1, "the ranks draw unequal numbers of turns"
+    for a, b in zip(records[1, "metrics"], records[2, "metrics"], strict=True):
+        for key in ("loss", "gradient_norm", "kl", "turns/mean", "episodes/tokens"):
+            assert a.get(key) == pytest.approx(b.get(key), rel=2e-4, abs=1e-6), key
+    assert records[1, "metrics"][0]["gradient_norm"] > 0
