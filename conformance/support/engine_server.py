@@ -118,7 +118,7 @@ class Handler(BaseHTTPRequestHandler):
         if fault == 200 and self.path == "/v1/load_lora_adapter":
             server.adapters[body["lora_name"]] = Sent.read(body["lora_path"])
         elif fault == 200 and self.path == "/v1/unload_lora_adapter":
-            del server.adapters[body["lora_name"]]
+            fault = 200 if server.adapters.pop(body["lora_name"], None) else 404
         elif fault == 200 and self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             server.at_reload.append(server.in_flight)

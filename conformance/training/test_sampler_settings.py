@@ -113,6 +113,20 @@ def test_a_dry_run_and_a_collection_use_the_engine(engine, server, tmp_path, cap
     assert [len(row["rewards"]) for row in rows] == [6] * 6
 
 
+def test_a_collection_goes_on_after_a_step_that_lost_a_group(engine, server, tmp_path, capsys):
+    server.faults = [404]
+    out = tmp_path / "out.jsonl"
+    assert main(["collect", str(engine), str(out), "--run.steps", "2"]) == 0
+    assert len(out.read_text().splitlines()) == 3 and len(server.asked) == 4
+    out.rename(tmp_path / "out.jsonl.partial")
+    assert main(["collect", str(engine), str(out), "--run.steps", "3"]) == 0
+    assert len(out.read_text().splitlines()) == 5 and len(server.asked) == 6
+    assert main(["collect", str(engine), str(tmp_path / "other.jsonl")]) == 0
+    (tmp_path / "other.jsonl").rename(tmp_path / "other.jsonl.partial")
+    assert main(["collect", str(engine), str(tmp_path / "other.jsonl"), "--engine.tokens", "text"]) == 2
+    assert "was started with other settings" in capsys.readouterr().err
+
+
 def test_a_resumed_run_may_ask_another_address_but_not_for_other_weights(engine, server, capsys):
     assert main(["train", str(engine), "--run.steps", "2", "--optimizer.schedule", "constant"]) == 0
     changed = [str(engine), "--optimizer.schedule", "constant"]

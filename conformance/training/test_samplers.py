@@ -215,3 +215,20 @@ def test_a_tolerance_without_log_probabilities_is_an_error(tmp_path, capsys):
     sampler.told = lambda prompt, response: response
     with pytest.raises(SamplerError, match="nothing was compared"):
         run(short(tmp_path, 1), sampler)
+
+
+def test_a_server_that_was_started_again_gets_the_weights_of_the_next_step(tmp_path, capsys):
+    """It has lost the versions before, which the run would unload."""
+    config = short(tmp_path, 5)
+    with Server() as server:
+
+        class Restarted(Engine):
+            def refresh(self, policy, version):
+                if version == 3:
+                    server.adapters.clear()
+                super().refresh(policy, version)
+
+        sampler = Restarted(server.url, "tiny", weights="adapters", folder=tmp_path / "weights", gap_tolerance=1e-9)
+        run(config, sampler, Sent(table(REFERENCE), config.optimizer))
+        assert server.commands.count("/v1/load_lora_adapter") == 5
+    assert [m["responses/lost"] for m in lines(config, "metrics") if m["kind"] == "train"] == [0] * 5

@@ -80,10 +80,11 @@ def _groups(
     step: int, rollout: Rollout, prompts: Prompts, rows: Sequence[Mapping[str, Any]], settings: str
 ) -> Iterator[dict[str, Any]]:
     """One record a group, in the form of recorded groups."""
-    for group, members in groupby(rollout.completions, key=lambda c: c["group"]):
-        responses = list(members)
+    members_of = [list(members) for _, members in groupby(rollout.completions, key=lambda c: c["group"])]
+    for responses in members_of:
         first = responses[0]
-        record = {"kind": "train", "step": step, "group": group, "row": first["row"], "settings": settings}
+        record = {"kind": "train", "step": step, "step_groups": len(members_of), "group": first["group"]}
+        record |= {"row": first["row"], "settings": settings}
         record |= {
             "prompt": first["messages"] or first["prompt"],
             "responses": [response["response"] for response in responses],
@@ -116,6 +117,8 @@ class _Growing:
         self._lock: IO[bytes] | None = None
         table = as_table(inputs.config)
         drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
+        engine = table.get("engine", {})
+        drawn |= {"engine": {name: engine.get(name) for name in ("model", "tokens", "weights", "omit", "fields")}}
         identity = json.dumps([drawn, inputs.fingerprints()], sort_keys=True, default=str)
         self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
@@ -138,6 +141,7 @@ class _Growing:
 
     def _whole_steps(self) -> int:
         counts: dict[int, int] = {}
+        sizes: dict[int, int] = {}  # groups of a step: fewer than its prompts where a sampler lost one
         for record in records(self.partial):
             if record.get("settings") != self.settings:
                 raise ConfigError(
@@ -145,8 +149,9 @@ class _Growing:
                     " remove it"
                 )
             counts[record["step"]] = counts.get(record["step"], 0) + 1
+            sizes[record["step"]] = record.get("step_groups", self._prompts)
         complete = 0
-        while counts.get(complete + 1, 0) == self._prompts:
+        while counts.get(complete + 1, 0) == sizes.get(complete + 1):
             complete += 1
         cut(self.partial, complete, whole=False)
         if complete:
