@@ -20,7 +20,8 @@ GROUPS = 4
 
 
 def coefficients(name, lp, ref, rewards, ids):
-    return gvpo_core.objective_coefficients(name, lp, ref, lp, rewards, ids, beta=0.5, num_groups=GROUPS)
+    lengths = {"lengths": ids + 1} if name == "gspo" else {}
+    return gvpo_core.objective_coefficients(name, lp, ref, lp, rewards, ids, beta=0.5, num_groups=GROUPS, **lengths)
 
 
 def functions(valid):
@@ -33,7 +34,7 @@ def functions(valid):
         "coefficients": lambda *rows: gvpo_core.gvpo_coefficients(*rows, **options),
         "regret": lambda *rows: gvpo_core.gvpo_regret(*rows, **options).series,
     }
-    for name in ("grpo", "rloo", "reject_sampling", "sft", "dpo"):
+    for name in ("grpo", "rloo", "mirror_descent", "a_star_po", "gspo", "reject_sampling", "sft", "dpo"):
         found[name] = lambda *rows, name=name: coefficients(name, *rows)
     return found
 

@@ -79,3 +79,74 @@ def test_gvpo_descends_to_the_optimum_again(evidence, results) -> None:
 def test_an_unknown_claim_is_answered(evidence, capsys) -> None:
     assert evidence.main(["12"]) == 2
     assert "there is no claim 12; expected 1 to 8, page or real" in capsys.readouterr().err
+
+
+def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, monkeypatch, capsys) -> None:
+    """A finished run is not run again; the rate is the best on validation; intervals are over the seeds."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from evidence import real
+
+    trained = []
+
+    def accuracy(run, steps, held_out):
+        trained.append(run.name)
+        if len(trained) == 60:  # stopped in the middle
+            raise KeyboardInterrupt
+        best = {"gvpo": 0.7, "grpo": 0.6}.get(run.method, 0.5)
+        after = best + run.seed / 1000 - (0.1 if run.rate != real.RATES[1] else 0)
+        return {"before": 0.3, "after": after, "half_width": 0.06, "problems": 240, "steps": steps, "seconds": 1.0}
+
+    monkeypatch.setattr(real, "accuracy", accuracy)
+    monkeypatch.setattr(real, "FOLDER", tmp_path)
+    monkeypatch.setattr(real, "ROOT", tmp_path)
+    (tmp_path / "docs").mkdir()
+    assert real.main([]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    assert real.main([]) == 0
+    cells = len(real.TASKS) * len(real.METHODS) * len(real.STALENESS)
+    assert len(trained) == 1 + cells * (len(real.RATES) + len(real.SEEDS))  # one of them twice
+    assert all(f"-{real.RATES[1]:g}-" in name for name in trained if name.startswith("run-"))
+    text = (tmp_path / "docs" / "evidence_real.md").read_text(encoding="utf-8")
+    assert "48 of 48 runs are finished" in text
+    assert "| basic_arithmetic, 0 steps old: gvpo - grpo | +0.100 +- 0.000 | significant |" in text
+    assert "| gcd, 4 steps old | 0.702 +- 0.002 | 0.602 +- 0.002 | 0.502 +- 0.002 | 0.502 +- 0.002 |" in text
+    before = len(trained)
+    assert real.main([]) == 0 and len(trained) == before
+
+
+def test_a_stale_sampler_draws_with_old_weights(monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from evidence.real import Stale
+
+    class Scorer:
+        def __init__(self, value: float) -> None:
+            self.weights = {"w": np.array([value])}
+
+        def state_dict(self):
+            return {name: Tensor(value) for name, value in self.weights.items()}
+
+        def load_state_dict(self, state) -> None:
+            self.weights = {name: value.value for name, value in state.items()}
+
+    class Tensor:
+        def __init__(self, value) -> None:
+            self.value = value
+
+        def detach(self):
+            return self
+
+        def clone(self):
+            return Tensor(self.value.copy())
+
+    class Policy:
+        def __init__(self, value: float) -> None:
+            self.scorer = Scorer(value)
+
+    trained, drawing = Policy(0.0), Policy(-1.0)
+    sampler, seen = Stale(drawing, 4), []
+    for version in range(8):
+        trained.scorer.weights["w"][:] = version
+        sampler.refresh(trained, version)
+        sampler.refresh(trained, version)  # perhaps again with one version
+        seen.append(float(drawing.scorer.weights["w"][0]))
+    assert seen == [0, 0, 0, 0, 0, 1, 2, 3]

