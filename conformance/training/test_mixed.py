@@ -82,10 +82,14 @@ def of_kind(kind, path):
         "within": ({"rollout": {"prompts": 4, "responses": 6, "source": "mixed"}}, groups()),
         "within-replay": (REPLAY | {"rollout": {"prompts": 4, "responses": 6, "source": "mixed"}}, groups()),
         "redraw": ({"rollout": {"prompts": 4, "responses": 2, "equal": "redraw"}}, ROWS),
+        "curriculum": (
+            {"data": {"curriculum": 0.5}, "rollout": {"prompts": 4, "responses": 2, "equal": "redraw"}},
+            ROWS,
+        ),
     }[kind]
 
 
-KINDS = ["replay", "recorded", "both", "within", "within-replay", "redraw"]
+KINDS = ["replay", "recorded", "both", "within", "within-replay", "redraw", "curriculum"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -103,6 +107,8 @@ def test_the_steps_equal_the_float64_reference(kind, recorded_file, tmp_path):
     if "within" in kind:
         groups_drawn = {line["group"] for line in completions(tmp_path / "run") if line["step"] == 1}
         assert len(groups_drawn) == (2 if kind == "within-replay" else 4)
+    if kind == "curriculum":
+        assert last["groups/revisited"] == 2
     if kind == "redraw":
         assert any(r["groups/redrawn"] for r in records(tmp_path / "run"))
 
@@ -234,6 +240,24 @@ def test_redrawn_groups_come_from_further_prompts(tmp_path):
     assert max(r["groups/redrawn"] for r in records(tmp_path)) > 0
 
 
+def test_a_curriculum_returns_to_prompts_whose_rewards_differ(tmp_path):
+    """Half of each step; the other half goes through the data once, in order."""
+    asked = []
+
+    def noted(prompts, completions):
+        asked.append(prompts[::4])
+        scale = {"p0": 0.0, "p1": 1.0, "p2": 0.0}
+        return [scale[p] * r for p, r in zip(prompts, reward(prompts, completions), strict=True)]
+
+    data, rollout = {"curriculum": 0.5, "shuffle": False}, {"prompts": 4, "responses": 4}
+    run(sampled_config(tmp_path, data=data, rollout=rollout, run={"steps": 9}), function=noted)
+    revisited = [r["groups/revisited"] for r in records(tmp_path)]
+    assert revisited[0] == 0 and set(revisited[1:]) == {1}, "p1 alone has rewards that differ"
+    order = [p for step, n in zip(asked, revisited, strict=True) for p in step[: 4 - n]]
+    assert order == [PROMPTS[i % 3] for i in range(len(order))]
+    assert all(step[-1] == "p1" for step in asked[1:])
+
+
 @pytest.mark.parametrize("equal", ["keep", "skip"])
 def test_truncated_responses_leave_their_group(equal, tmp_path):
     class Cut(Counting):
@@ -296,6 +320,7 @@ def test_a_stop_text_ends_a_response(tokens, finished, stop, kept):
         ),
         ({"replay": {"groups": 8, "share": 1.0}}, r"replay\.share = 1\.0; expected in \(0, 1\)"),
         ({"replay": {"groups": 8}, "rollout": {"source": "recorded"}}, r"nothing is sampled to mix it with"),
+        ({"data": {"curriculum": 1.0}}, r"data\.curriculum = 1\.0; expected in \[0, 1\)"),
         ({"rollout": {"stop": ("",)}}, r"rollout\.stop = \(''\,\); expected texts that are not empty"),
         ({"model": {"template": {"tokenize": True}}}, r"model\.template .* not tokenize"),
     ],

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TRAIN, EVALUATE, ORDER, REPLAY, REDRAW = range(5)  # second keys of the seeds: each use has a separate stream
+TRAIN, EVALUATE, ORDER, REPLAY, REDRAW, CURRICULUM = range(
+    6
+)  # second keys of the seeds: each use has a separate stream
 
 
 @dataclass(frozen=True)

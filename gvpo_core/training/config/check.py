@@ -75,6 +75,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(all(c.rollout.stop), "rollout.stop", "texts that are not empty")
     need(0 < c.replay.share < 1, "replay.share", "in (0, 1)")
     need(0 < c.data.recorded_share < 1, "data.recorded_share", "in (0, 1)")
+    need(0 <= c.data.curriculum < 1, "data.curriculum", "in [0, 1)")
+    need(not (c.data.curriculum and c.rollout.source == "recorded"), "data.curriculum", "0 for recorded responses")
     wrong += _wrong_mixture(c)
     taken = sorted({*c.model.template} & _TEMPLATE)
     need(not taken, "model.template", f"arguments of the template's own, not {', '.join(taken)}")

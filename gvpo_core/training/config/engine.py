@@ -82,6 +82,9 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
             "rollout.ahead",
             f"{both}: which prompts come next is not known ahead; set rollout.equal = 'skip' or 'keep'",
         )
+    if config.rollout.ahead and config.data.curriculum:
+        both = f"rollout.ahead = {config.rollout.ahead} and data.curriculum = {config.data.curriculum}"
+        yield "rollout.ahead", f"{both}: which prompts come next is not known ahead; leave one of them out"
     if config.rollout.ahead and not sampled:
         yield "rollout.ahead", f"rollout.ahead = {config.rollout.ahead}, and rollout.source = 'recorded' draws nothing"
     if name == "engine":

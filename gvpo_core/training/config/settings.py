@@ -101,6 +101,9 @@ class DataConfig:
     """What to do with a longer prompt, or with a recorded response beyond rollout.max_tokens."""
     shuffle: bool = True
     """Use a new order of the prompts in every epoch, from run.seed."""
+    curriculum: float = 0.0
+    """Share of a step's prompts that were seen before, drawn by how much their rewards differed. The others are the
+    next ones in order. 0: off."""
     buffer: int = 20_000
     """Rows of a stream (train_rows without a length) that are held at a time; shuffling happens among them."""
     reference_cache: str = ""

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
+
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
@@ -13,7 +15,7 @@ from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Requests, Rollout, collect, requests_of
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.protocol import refresh, said
-from gvpo_core.training.sampling import REDRAW, TRAIN
+from gvpo_core.training.sampling import CURRICULUM, REDRAW, TRAIN
 from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.join import equal_groups, join, leave_out
 from gvpo_core.training.sources.recorded import recorded_rollout, scored_again
@@ -30,7 +32,8 @@ class Sampled:
     trained: bool = True  # the policy moves between the steps
     ahead: Ahead | None = None  # what the sampler was asked for before its step
     beside: Groups | None = None  # recorded responses to the same prompts, part of their groups
-    redrawn: int = 0  # prompts that earlier steps took beyond their number
+    offset: int = 0  # prompts that earlier steps took beyond their number; below 0: fewer
+    spreads: dict[int, float] = field(default_factory=dict)  # of the newest rewards, by the prompt's number
     numbers: list[int] = field(default_factory=list)  # of the prompts of the newest step, by group
 
     @property
@@ -65,8 +68,9 @@ class Sampled:
         rollout, size = self.config.rollout, size or self.config.rollout.prompts
         version = step - 1 if self.trained else 0
         refresh(self.sampler, policy, version)
-        taken = (step - 1) * size + self.redrawn
-        self.numbers = self._next(taken, size)
+        seen = self._seen(step, size)
+        taken = (step - 1) * size + self.offset
+        self.numbers = [*self._next(taken, size - len(seen)), *seen]
         sampler = self.sampler
         if self.ahead is not None:
             sampler = self.ahead.ready(policy, step, partial(self._requests, policy, size), rollout.sampling)
@@ -75,13 +79,30 @@ class Sampled:
             missing = size - int((~equal_groups(leave_out(drawn, replace(rollout, equal="keep")))).sum())
             if missing <= 0:
                 break
-            numbers = self._next(taken + len(self.numbers), missing)
+            numbers = self._next(taken + len(self.numbers) - len(seen), missing)
             drawn = join(policy, [drawn, self._drawn(policy, numbers, (REDRAW, step, attempt), version, sampler)])
             self.numbers = [*self.numbers, *numbers]
-        self.redrawn += len(self.numbers) - size
+        self.offset += len(self.numbers) - size - len(seen)
+        if self.config.data.curriculum:
+            self._remember(drawn)
+            drawn = replace(drawn, details=drawn.details | {"groups/revisited": len(seen)})
         if rollout.equal == "redraw":
             drawn = replace(drawn, details=drawn.details | {"groups/redrawn": len(self.numbers) - size})
         return leave_out(drawn, rollout)
+
+    def _seen(self, step: int, size: int) -> list[int]:
+        """Prompts that were seen before, each drawn in proportion to its spread; none twice."""
+        known = sorted(number for number, spread in self.spreads.items() if spread > 0)
+        count = min(round(size * self.config.data.curriculum), len(known))
+        weights = np.asarray([self.spreads[number] for number in known])
+        random = np.random.default_rng(np.random.SeedSequence((self.config.run.seed, CURRICULUM, step)))
+        return [int(i) for i in random.choice(known, count, replace=False, p=weights / weights.sum())] if count else []
+
+    def _remember(self, drawn: Rollout) -> None:
+        for group, number in enumerate(self.numbers):
+            rewards = drawn.rewards[drawn.drawn & (drawn.group_ids == group)]
+            rewards = rewards[~np.isnan(rewards)]
+            self.spreads[number] = float(rewards.std()) if rewards.size else 0.0
 
     def _next(self, taken: int, size: int) -> list[int]:
         return self.prompts.after(taken, size, seed=self.config.run.seed, shuffle=self.config.data.shuffle)
@@ -116,10 +137,13 @@ class Sampled:
     def state(self) -> dict[str, Any]:
         """What the checkpoint needs to hold; see `Source`."""
         early = {} if self.ahead is None else self.ahead.state()
-        return early | ({"redrawn": self.redrawn} if self.redrawn else {})
+        spreads = [[number, spread] for number, spread in self.spreads.items()]
+        return early | ({"offset": self.offset} if self.offset else {}) | ({"spreads": spreads} if spreads else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes back what `state` gave."""
-        self.redrawn = int(state.get("redrawn", 0))
+        self.offset = int(state.get("offset", 0))
+        known = ((int(number), float(spread)) for number, spread in state.get("spreads", ()))
+        self.spreads = {number: spread for number, spread in known if number < len(self.prompts)}
         if self.ahead is not None:
             self.ahead.restore(state)

@@ -129,6 +129,7 @@ METRICS: dict[str, Metric] = {
     ),
     "groups/left_out": Metric("groups", "Counted groups that leave the update (responses/left_out)."),
     "groups/redrawn": Metric("groups", "Groups drawn in the place of equal ones (rollout.equal = redraw)."),
+    "groups/revisited": Metric("groups", "Groups of prompts that were seen before (data.curriculum)."),
     "groups/recorded": Metric("groups", "Groups of data.recorded in the step."),
     "groups/replayed": Metric("groups", "Past groups in the step ([replay])."),
     "teacher/unread": Metric(
