@@ -170,7 +170,7 @@ def _file_of(spec: str) -> Path:
     where, colon, _ = spec.rpartition(":")
     if not colon:
         own = _BUILTIN / f"{spec}.py"
-        return own if spec in ("judge", "reward_model") else _BUILTIN / "builtin.py"
+        return own if spec in ("judge", "reasoning_gym", "reward_model") else _BUILTIN / "builtin.py"
     if where.endswith(".py"):
         return Path(where)
     package, *inner = where.split(".")

@@ -9,6 +9,7 @@ from typing import Any
 from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.files.hub import HubError, hub_dataset, is_hub_name
 from gvpo_core.training.files.lfs import is_pointer, pointer_message
+from gvpo_core.training.rewards.worker.reasoning_gym import is_spec, rows_of
 
 Row = Mapping[str, Any]
 _LONGEST_STREAM = 20_000  # rows of an iterable that does not tell its length: it may never end
@@ -23,16 +24,21 @@ def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str =
     """Rows of a .jsonl or .parquet file, a folder saved by `datasets`, a dataset of the hub, or rows given in Python.
 
     Args:
-      source: a path or the hub's owner/name; or a Dataset, DatasetDict or IterableDataset of `datasets`, a DataFrame of
-        pandas or polars, a table of pyarrow, a mapping of columns, or any iterable of mappings. Missing values of a
-        DataFrame become None.
+      source: a path, the hub's owner/name or reasoning_gym:NAME; or a Dataset, DatasetDict or IterableDataset of
+        `datasets`, a DataFrame of pandas or polars, a table of pyarrow, a mapping of columns, or any iterable of
+        mappings. Missing values of a DataFrame become None.
       name: of the data, for messages.
       split, subset: of a source that has several.
     Raises: DataError: no such file, a line that is not a JSON object (with its number), no rows, a row that is not a
       mapping, or a source without rows: several splits, columns of unequal lengths, a stream
       without end.
     """
-    if isinstance(source, str | Path):
+    if is_spec(source):
+        try:
+            rows: list[Any] = rows_of(source)
+        except LookupError as e:
+            raise DataError(f"{name}: {e}") from e
+    elif isinstance(source, str | Path):
         rows = _from_file(Path(source), name, split, subset)
     else:
         rows = _given(source, name, split)

@@ -324,7 +324,8 @@ class RewardConfig:
     """One reward function."""
 
     function: str = ""
-    """exact_match, regex_match, math_verify, or an import path: package.module:function or path/to/file.py:function."""
+    """exact_match, regex_match, math_verify, reasoning_gym, reward_model, judge, or an import path:
+    package.module:function or path/to/file.py:function."""
     weight: float = 1.0
     """Factor in the total reward."""
     timeout: float = 30.0

@@ -5,6 +5,7 @@ from typing import Any
 
 from .builtin import exact_match, math_verify, regex_match
 from .judge import judge
+from .reasoning_gym import reasoning_gym
 from .reward_model import reward_model
 
 BUILTIN: dict[str, Callable[..., Any]] = {
@@ -13,4 +14,5 @@ BUILTIN: dict[str, Callable[..., Any]] = {
     "math_verify": math_verify,
     "reward_model": reward_model,
     "judge": judge,
+    "reasoning_gym": reasoning_gym,
 }
