@@ -39,6 +39,32 @@ def test_kills_change_nothing(tmp_path, monkeypatch, capsys):
     assert len(set(entries)) == len(recorded_data.groups()), "a singleton is never scored"
 
 
+def test_kills_of_a_mixture_change_nothing(tmp_path, monkeypatch, capsys):
+    """With groups kept for replay, prompts drawn again, and prompts that come back."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+
+    def made(name: str) -> Path:
+        config = table_run.make(tmp_path / name, steps=40)
+        text = (
+            config.read_text().replace("[rollout]", '[rollout]\nequal = "redraw"').replace("prompts = 2", "prompts = 4")
+        )
+        text = text.replace("responses = 6", "responses = 2").replace("[data]", "[data]\ncurriculum = 0.3")
+        config.write_text(text + "\n[replay]\ngroups = 20\nshare = 0.5\n")
+        return config
+
+    assert cli.main(["train", str(made("whole"))]) == 0
+    config, run = made("cut"), tmp_path / "cut" / "run"
+    launch = killing.Forked.of(("gvpo_core.training.loop", "gvpo_core.training.policy.table"))
+    hit = killing.kill_and_resume(config, run, launch, kills=6, seed=4, longest=0.3)
+    assert sum(hit.values()) >= 2, hit
+    whole = tmp_path / "whole" / "run"
+    assert killing.lasting(run) == killing.lasting(whole)
+    assert (run / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    trained = [r for r in killing.lasting(run) if r["kind"] == "train"]
+    assert trained[-1]["groups/replayed"] == 2 and trained[-1]["replay/kept"] == 20
+    assert any(r["groups/redrawn"] for r in trained) and any(r["groups/revisited"] for r in trained)
+
+
 def test_eval_tells_the_loss_of_a_checkpoint(tmp_path, capsys):
     assert cli.main(["train", str(make(tmp_path, 8))]) == 0
     run = tmp_path / "run"
