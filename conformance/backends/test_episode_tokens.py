@@ -125,6 +125,12 @@ def test_a_template_that_drops_thoughts_is_refused_or_the_turns_are_kept(name: s
     assert again == ids("<|im_end|>\n<|im_start|>user\nand 12 3?<|im_end|>\n<|im_start|>assistant\n")[1:]
 
 
+def test_a_template_that_does_not_show_tools_is_found() -> None:
+    assert {name: opened(name)[0].chat.shows_tools() for name in tool_templates.TEMPLATES} == {
+        "qwen3": True, "smollm2": False, "llama31": True, "drops": False,
+    }  # fmt: skip
+
+
 def test_a_schema_has_types_defaults_and_descriptions() -> None:
     function = schema_of(add)["function"]
     assert function["name"] == "add" and function["description"] == "Adds."

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, cast
 
-from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import check_config
 from gvpo_core.training.data import (
     Prompts,
@@ -76,7 +76,8 @@ class Inputs:
         self.stream: Stream | None = None  # the training rows, where they are too many to hold: `rows` are the first
         self.rewards: list[Reward] = []
         self.environments: Environments | None = None
-        self.reward_log = RewardLog(config.rewards)
+        played = {"environment": RewardConfig(options=config.environment.options)}
+        self.reward_log = RewardLog(config.rewards | played)  # without the secrets of either
         self.errors: list[ValueError] = []  # what could not be opened, in order
         self._functions: Mapping[str, RewardFunction] = {}  # rewards given in Python
 

@@ -1,5 +1,6 @@
 """The prompts of episodes, and what turns a prompt into episodes."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -11,6 +12,8 @@ from gvpo_core.training.episodes.play import Draw, Episode, play
 from gvpo_core.training.episodes.transcript import Chat
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.sampling import Sampling
+
+_log = logging.getLogger("gvpo")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,12 @@ def episode_prompts(
     """
     tokenizer = getattr(policy, "tokenizer", None)
     chat = Chat(tokenizer, environments.tools, keep=config.environment.history == "keep")
+    if chat.tools and not chat.shows_tools() and policy.rank == 0:
+        _log.warning(
+            "the chat template does not show the tools to the model: tell it in data.system_prompt which there are"
+            ' (%s) and that a call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>',
+            ", ".join(tool["function"]["name"] for tool in chat.tools),
+        )
     column = config.data.prompt
     missing = [i for i, row in enumerate(rows) if row.get(column) is None]
     made = dict(zip(missing, _prompts_of(environments, [rows[i] for i in missing], missing, name, column), strict=True))

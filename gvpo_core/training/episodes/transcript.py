@@ -45,6 +45,11 @@ class Chat:
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise ConfigError(f"the chat template cannot render messages of the roles {roles}: {e}") from e
 
+    def shows_tools(self) -> bool:
+        """Whether the template renders the tools at all."""
+        question = [{"role": "user", "content": _PROBE}]
+        return self.text(question) != Chat(self.tokenizer).text(question)
+
     def tokens(self, messages: Sequence[Message]) -> Tokens:
         """Token ids of a prompt."""
         return tuple(self.ids(self.text(messages)))
