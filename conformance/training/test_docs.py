@@ -27,6 +27,7 @@ REQUIRED = {  # what a block of some sections leaves to the rest of the config
 }
 # (page, start of the block) -> why it is not run here.
 ELSEWHERE = {
+    ("engines.md", "import torch"): "conformance/backends/test_torch_batching.py trains with it",
     ("loops.md", "import numpy"): "a test of examples/ runs it",
     ("loops.md", "import torch"): "a test of examples/ runs it",
     ("loops.md", "import jax"): "a test of examples/ runs it",
