@@ -1,0 +1,42 @@
+"""An OpenEnv server as an environment of episodes: the policy's text goes into an action, the observation's comes back.
+
+    [environment]
+    path = "examples/openenv/environment.py:OpenEnv"
+    options = { url = "http://localhost:8000", action = "message", observation = "text" }
+
+Needs `pip install openenv`. Each episode has a session of its own on the server.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class OpenEnv:
+    """One session."""
+
+    def __init__(self, url: str, action: str = "message", observation: str = "text") -> None:
+        """
+        Args:
+          url: of the server.
+          action: field of an action that takes what the policy says.
+          observation: field of an observation that the policy reads.
+        """
+        from openenv.core.generic_client import GenericEnvClient
+
+        self.client = GenericEnvClient(base_url=url).sync()
+        self.action, self.observation = action, observation
+
+    def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
+        """Starts with the row's `reset` as arguments, where it has one; the observation is the first message."""
+        result = self.client.reset(**(row.get("reset") or {}))
+        return [{"role": "user", "content": str(result.observation[self.observation])}]
+
+    def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float | None, bool]:
+        """Takes one action."""
+        result = self.client.step({self.action: message["content"]})
+        said = [{"role": "user", "content": str(result.observation[self.observation])}]
+        return [] if result.done else said, result.reward, bool(result.done)
+
+    def close(self) -> None:
+        """Ends the session."""
+        self.client.close()
