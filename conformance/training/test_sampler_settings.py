@@ -148,6 +148,7 @@ SET = SAMPLER + '[engine]\nurl = "http://h"\nmodel = "m"\n'
         (SAMPLER + '[engine]\nmodel = "m"', "engine.url = ''; expected http://HOST:PORT"),
         (SAMPLER + '[engine]\nmodel = "m"\nurl = "localhost:80"', "engine.url = 'localhost:80'; expected http://HOST"),
         (SAMPLER + '[engine]\nmodel = "m"\nurl = "http://h:x"', "engine.url = 'http://h:x'; expected http://HOST"),
+        (SAMPLER + '[engine]\nmodel = "m"\nurl = "http://me:sk-1234@h"', "engine.url holds a user name or password"),
         (SAMPLER + '[engine]\nurl = "http://h"', "engine.model = ''; expected the name"),
         ('[engine]\nurl = "http://h"\nmodel = "m"', "engine.url is set, and rollout.sampler = 'policy' uses no engine"),
         ('[engine]\nurll = "http://h"', "unknown field engine.urll; did you mean engine.url?"),
@@ -184,13 +185,13 @@ def test_settings_that_cannot_be_are_refused_by_name(lines, wanted, tmp_path):
     assert wanted in line and "sk-1234" not in line
 
 
-def test_a_key_that_is_not_set_is_named_before_a_step(engine, server, monkeypatch, capsys):
+def test_a_key_that_is_not_set_is_named_before_the_model_loads(engine, server, monkeypatch, capsys, caplog):
     monkeypatch.delenv("ENGINE_KEY")
     assert main(["train", str(engine)]) == 2
     assert (
         "engine.api_key = '$ENGINE_KEY': the environment has no variable ENGINE_KEY; set it" in capsys.readouterr().err
     )
-    assert not server.asked
+    assert not server.asked and "loading" not in caplog.text
 
 
 def test_the_help_explains_the_engine(capsys):

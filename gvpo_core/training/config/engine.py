@@ -20,7 +20,9 @@ OPTIONAL_FIELDS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_pe
 
 def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it): of an engine alone, whatever the run."""
-    if not _is_address(engine.url):
+    if _is_address(engine.url) and "@" in urlsplit(engine.url).netloc:
+        yield "url", "url holds a user name or password; expected http://HOST:PORT, and a key in api_key"
+    elif not _is_address(engine.url):
         yield "url", f"url = {engine.url!r}; expected http://HOST:PORT or https://HOST, without /v1"
     if not engine.model.strip():
         yield "model", f"model = {engine.model!r}; expected the name of the model on the server"

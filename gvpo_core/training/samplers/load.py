@@ -8,6 +8,7 @@ from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.engine import SAMPLERS, needs_sampler
+from gvpo_core.training.config.secrets import resolved
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards.worker.functions import find_function
 from gvpo_core.training.samplers.background import InBackground
@@ -16,7 +17,9 @@ from gvpo_core.training.samplers.protocol import Sampler, close
 
 
 def check_sampler(config: Config) -> None:
-    """Raises ConfigError where the sampler cannot be found, or takes other arguments. It is not opened."""
+    """Raises ConfigError where the sampler is not found, takes other arguments or lacks its key. It is not opened."""
+    if config.rollout.sampler == "engine":
+        resolved({"api_key": config.engine.api_key}, "engine")
     if config.rollout.sampler not in SAMPLERS:
         _found(config)
 
