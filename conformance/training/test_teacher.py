@@ -80,6 +80,18 @@ def test_the_student_ends_at_the_teacher_whoever_draws(samples, exponent, teache
     assert {r["verdict"] for r in records(tmp_path / "run")} <= {"OK", "WATCH"}
 
 
+def test_a_reward_of_weight_0_only_measures(teacher, tmp_path):
+    """All total rewards are 0, and no group is called dead."""
+    config = config_of(tmp_path / "run", teacher, rewards=True)
+    config = replace(config, rewards={"value": replace(config.rewards["value"], weight=0.0)})
+    config = replace(config, run=replace(config.run, steps=12))
+    train(config, policy_of(config), train_rows=ROWS, rewards={"value": reward})
+    last = records(tmp_path / "run")[-1]
+    assert last["reward/value"] > 0 == last["reward/mean"] and "groups/all_equal" not in last
+    alerts = [alert["key"] for r in records(tmp_path / "run") for alert in r["alerts"]]
+    assert "dead_groups" not in alerts
+
+
 def test_with_rewards_the_optimum_is_the_tilted_teacher(teacher, tmp_path):
     config = config_of(tmp_path / "run", teacher, rewards=True)
     policy = policy_of(config)

@@ -183,7 +183,8 @@ def _group_metrics(
     }
     if not rollout.rewarded:
         return metrics
-    metrics["groups/all_equal"] = int(dead.sum())
+    if not rollout.taught:
+        metrics["groups/all_equal"] = int(dead.sum())
     if not (scored & own).any():
         return metrics
     mean, worst, best = (float(f(rewards[scored & own])) for f in (np.mean, np.min, np.max))
@@ -192,6 +193,8 @@ def _group_metrics(
         metrics["reward/half_width"] = mean_half_width(means)
     if reward_range is not None:
         worst, best = min(worst, reward_range[0]), max(best, reward_range[1])
+    if rollout.taught:
+        return metrics
     told_apart = best > worst  # a single value so far is neither best nor worst
     metrics["groups/all_best"] = int((dead & (high == best)).sum()) if told_apart else 0
     metrics["groups/all_worst"] = int((dead & (low == worst)).sum()) if told_apart else 0

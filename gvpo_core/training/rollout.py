@@ -50,6 +50,7 @@ class Rollout:
     prompts: Sequence[Prompt] = ()  # by group, as in the data
     left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
     stopped: np.ndarray | None = None  # (N,) bool: ended by a stop text; None: none
+    taught: bool = False  # the reference is a teacher, and a group learns from it whatever its rewards
 
     @property
     def drawn(self) -> np.ndarray:

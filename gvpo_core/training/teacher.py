@@ -63,7 +63,8 @@ class Teacher:
         unread = np.isnan(reference)
         details = rollout.details | {"teacher/unread": int(unread.sum())}
         left_out = unread if rollout.left_out is None else unread | rollout.left_out
-        return replace(rollout, ref_logprobs=reference, left_out=left_out if left_out.any() else None, details=details)
+        left = left_out if left_out.any() else None
+        return replace(rollout, ref_logprobs=reference, left_out=left, details=details, taught=True)
 
     def _read(self, prompt: Prompt, text: str, finished: bool) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
         """Prompt and response as the teacher's tokens; None: it cannot read them."""

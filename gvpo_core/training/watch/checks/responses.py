@@ -22,7 +22,7 @@ class ResponseChecks:
                 yield alert
 
     def _dead_groups(self, recent: Recent) -> Alert | None:
-        if "groups/all_equal" not in recent.last[-1]:  # a teacher, and no reward
+        if "groups/all_equal" not in recent.last[-1]:  # a teacher: equal rewards are no loss
             return None
         counted = recent.sum("groups/counted")
         dead, right, wrong = (recent.sum(f"groups/all_{x}") for x in ("equal", "best", "worst"))
