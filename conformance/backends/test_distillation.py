@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
-from tokenizers import Tokenizer
 from trainer_backends import Backend
 
 from gvpo_core.training.config import (
@@ -47,6 +46,8 @@ def student(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     """Another family, whose tokenizer has other ids and a token for each of three pairs of characters."""
+    from tokenizers import Tokenizer
+
     folder = tiny_models.write_model("qwen2", tmp_path_factory.mktemp("teacher"), seed=1, vocab_size=128)
     path = folder / "tokenizer.json"
     content = json.loads(path.read_text())

@@ -26,8 +26,8 @@ def make(folder: Path, steps: int) -> Path:
 
 def test_kills_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    assert cli.main(["train", str(make(tmp_path / "whole", 40))]) == 0
-    config, run = make(tmp_path / "cut", 40), tmp_path / "cut" / "run"
+    assert cli.main(["train", str(make(tmp_path / "whole", 160))]) == 0
+    config, run = make(tmp_path / "cut", 160), tmp_path / "cut" / "run"
     launch = killing.Forked.of(("gvpo_core.training.loop", "gvpo_core.training.policy.table"))
     hit = killing.kill_and_resume(config, run, launch, kills=6, seed=3, longest=0.3)
     assert sum(hit.values()) >= 2, hit
@@ -44,7 +44,7 @@ def test_kills_of_a_mixture_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
 
     def made(name: str) -> Path:
-        config = table_run.make(tmp_path / name, steps=40)
+        config = table_run.make(tmp_path / name, steps=160)
         text = (
             config.read_text().replace("[rollout]", '[rollout]\nequal = "redraw"').replace("prompts = 2", "prompts = 4")
         )
