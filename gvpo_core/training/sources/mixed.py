@@ -64,13 +64,13 @@ class Mixed:
     def said(self) -> dict[str, str]:
         """For the header: what a step takes."""
         parts, replay = shares(self.config), self.config.replay
-        told = {"step": self.sampled.said()["step"].replace(str(self.config.rollout.prompts), str(parts.sampled), 1)}
+        lines = self.sampled.said(parts.sampled)
         if self.recorded is not None:
-            told["recorded"] = f"{parts.recorded} groups a step of {self.recorded.recorded.said()}"
+            lines["recorded"] = f"{parts.recorded} groups a step of {self.recorded.recorded.said()}"
         if self.buffer is not None:
             age = f", at most {replay.age} steps old" if replay.age else ""
-            told["replay"] = f"{parts.replayed} groups a step of the newest {replay.groups:,}{age}"
-        return told
+            lines["replay"] = f"{parts.replayed} groups a step of the newest {replay.groups:,}{age}"
+        return lines
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """The sampled groups, then the recorded, then the replayed; the step is smaller until enough are kept."""

@@ -64,8 +64,8 @@ class Streamed(Recorded):
     def said(self) -> dict[str, str]:
         """For the header; see `Recorded`."""
         held = self.config.data.buffer
-        told = super().said()
-        return told | {"source": f"a stream, at most {held:,} rows held; at its beginning {told['source']}"}
+        lines = super().said()
+        return lines | {"source": f"a stream, at most {held:,} rows held; at its beginning {lines['source']}"}
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` groups with all their responses."""

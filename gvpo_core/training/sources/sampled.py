@@ -48,12 +48,16 @@ class Sampled:
         """Whether the responses that are drawn are the policy's own, at temperature 1."""
         return self.sampler is None and self.config.rollout.sampling.temperature == 1
 
-    def said(self) -> dict[str, str]:
-        """For the header: what a step draws."""
+    def said(self, prompts: int | None = None) -> dict[str, str]:
+        """For the header: what a step draws.
+
+        Args:
+          prompts: of a step. Default: rollout.prompts.
+        """
         rollout = self.config.rollout
         drawn = f"{rollout.responses} responses of at most {rollout.max_tokens} tokens"
         beside = f" and the recorded ones ({self.beside.said()})" if self.beside else ""
-        step = {"step": f"{rollout.prompts} prompts x {drawn}{beside}"}
+        step = {"step": f"{prompts or rollout.prompts} prompts x {drawn}{beside}"}
         return step | ({} if self.sampler is None else {"sampler": said(self.sampler) + self._early()})
 
     def _early(self) -> str:
