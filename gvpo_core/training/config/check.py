@@ -183,13 +183,12 @@ def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
             )
         if c.objective.name in TABLE and TABLE[c.objective.name].needs_old:
             wrong.append((name, f"{name} = {value!r}; {_NO_RATIO.format(c.objective.name)}"))
-    shares = (c.replay.share if c.replay.groups else 0) + (c.data.recorded_share if c.data.recorded else 0)
     sampled = c.rollout.prompts - sum(
         round(c.rollout.prompts * share)
         for share, used in ((c.replay.share, c.replay.groups), (c.data.recorded_share, c.data.recorded))
         if used
     )
-    if shares and sampled < 1:
+    if any(mixed.values()) and sampled < 1:
         name = "replay.share" if c.replay.groups else "data.recorded_share"
         wrong.append(
             (name, f"{name} = {_get(c, name)}; of rollout.prompts = {c.rollout.prompts} none would be sampled")
