@@ -40,10 +40,8 @@ REAL = """## 9. A real model
 
 `nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks with GVPO, GRPO, RLOO and reject
 sampling at equal samples, on-policy and with responses of a policy 4 steps old, three seeds each, at a learning rate
-tuned for each method, and writes `docs/evidence_real.md`. It takes hours on two cores; it keeps each finished run and
-resumes a stopped one.
-
-It was **not run whole yet**: a smoke test of a few steps is all, and no number is claimed here.
+tuned for each method. It takes hours on two cores, keeps each finished run and resumes a stopped one. [Evidence: a real
+model](evidence_real.md) has the figures and says how much of it is finished.
 """
 
 

@@ -4,8 +4,9 @@
     python -m evidence real --smoke      two steps of two objectives, to see that it works; its results are kept apart
     python -m evidence real --list       the runs, and which are done
 
-Each finished run leaves one JSON file. A stopped session loses only the run that it was in. For each task, objective
-and sampler the learning rate is chosen on validation problems with a seed that the reported runs do not use.
+Each finished run adds one line to docs/evidence/real.jsonl, which is kept with the code, so the runs can be spread over
+days and machines; a stopped one loses only the run that it was in. For each task and objective the learning rate is
+chosen on-policy, on validation problems, with a seed that the reported runs do not use.
 """
 
 import argparse
@@ -38,11 +39,13 @@ from gvpo_core.training.intervals import mean_half_width
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "evidence_real"
+RESULTS = ROOT / "docs" / "evidence" / "real.jsonl"
+PAGE = ROOT / "docs" / "evidence_real.md"
 METHODS = ("gvpo", "grpo", "rloo", "reject_sampling")
 RATES = (4e-6, 1.2e-5, 3.6e-5)
 SEEDS, TUNING_SEED = (1, 2, 3), 100
 STALENESS = (0, 4)
-STEPS, PROMPTS, RESPONSES, MAX_TOKENS, BETA = 48, 4, 16, 16, 0.05
+STEPS, PROMPTS, RESPONSES, MAX_TOKENS, BETA = 32, 4, 16, 16, 0.05
 TASKS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {
         "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"],
@@ -165,45 +168,51 @@ def model() -> Path:
     return folder
 
 
-def finished(run: Run, results: Path) -> dict[str, Any] | None:
-    path = results / f"{run.name}.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+def read_results(path: Path) -> dict[str, dict[str, Any]]:
+    """Name of a run -> its result."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return {result["run"]: result for result in map(json.loads, lines)}
 
 
 def tuning_runs() -> list[Run]:
-    cells = ((task, method, age) for task in TASKS for method in METHODS for age in STALENESS)
-    return [Run(*cell, rate, TUNING_SEED, tuning=True) for cell in cells for rate in RATES]
+    return [
+        Run(task, method, 0, rate, TUNING_SEED, tuning=True) for task in TASKS for method in METHODS for rate in RATES
+    ]
 
 
-def final_runs(results: Path) -> list[Run]:
-    """The reported runs of the cells whose tuning is finished, at the rate with the highest validation accuracy."""
-    by_cell: dict[tuple[str, str, int], list[tuple[float, float]]] = {}
+def final_runs(results: dict[str, dict[str, Any]]) -> list[Run]:
+    """The reported runs of what is tuned, at the rate with the highest validation accuracy, on-policy first."""
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in tuning_runs():
-        if (found := finished(run, results)) is not None:
-            by_cell.setdefault((run.task, run.method, run.staleness), []).append((found["after"], run.rate))
-    tuned = {cell: max(found)[1] for cell, found in by_cell.items() if len(found) == len(RATES)}
-    return [Run(*cell, rate, seed) for cell, rate in tuned.items() for seed in SEEDS]
+        if run.name in results:
+            found.setdefault((run.task, run.method), []).append((results[run.name]["after"], run.rate))
+    rates = {cell: max(tried)[1] for cell, tried in found.items() if len(tried) == len(RATES)}
+    return [
+        Run(task, method, age, rate, seed)
+        for age in STALENESS
+        for seed in SEEDS
+        for (task, method), rate in rates.items()
+    ]
 
 
-def carry_out(run: Run, results: Path, *, steps: int = STEPS, held_out: int = 0) -> None:
+def carry_out(run: Run, path: Path, *, steps: int = STEPS, held_out: int = 0) -> None:
     """Runs it unless its result is there."""
-    if finished(run, results) is not None:
+    if run.name in read_results(path):
         return
     print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
-    found = accuracy(run, steps, held_out)
-    results.mkdir(parents=True, exist_ok=True)
-    partial = results / f"{run.name}.partial"
-    partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
-    partial.rename(results / f"{run.name}.json")
-    print(f"      {found['before']:.3f} -> {found['after']:.3f} in {found['seconds'] / 60:.1f} minutes", flush=True)
+    result = {"run": run.name} | accuracy(run, steps, held_out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result) + "\n")
+    print(f"      {result['before']:.3f} -> {result['after']:.3f} in {result['seconds'] / 60:.1f} minutes", flush=True)
 
 
-def page(results: Path) -> str:
+def page(results: dict[str, dict[str, Any]]) -> str:
     """docs/evidence_real.md of the finished runs: means over the seeds and 95 % intervals (Student's t)."""
     found: dict[tuple[str, int, str], list[float]] = {}
     for run in final_runs(results):
-        if (result := finished(run, results)) is not None:
-            found.setdefault((run.task, run.staleness, run.method), []).append(result["after"])
+        if run.name in results:
+            found.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
     rows, differences = [], []
     for task in TASKS:
         for age in STALENESS:
@@ -221,13 +230,25 @@ def page(results: Path) -> str:
                     differences.append([where, f"{by_seed.mean():+.3f} +- {half:.3f}", verdict])
     done = sum(len(values) for values in found.values())
     total = len(TASKS) * len(STALENESS) * len(METHODS) * len(SEEDS)
+    tuning = sum(run.name in results for run in tuning_runs())
     seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)
+    chosen = {(run.task, run.method): f"{run.rate:g}" for run in final_runs(results)}
+    tuned = table(["", *METHODS], [[task, *(chosen.get((task, m), "") for m in METHODS)] for task in TASKS])
+    before = sorted({f"{task} {r['before']:.3f}" for task in TASKS for r in _reported(results, task)})
     return f"""# Evidence: a real model
 
-`nox -s paper -- real`: SmolLM2-135M-Instruct, {STEPS} steps of {PROMPTS} prompts x {RESPONSES} responses, beta {BETA},
-seeds {seeds}. The learning rate of each cell is the best of {rates} on {VALIDATION} validation problems with
-seed {TUNING_SEED}. {done} of {total} runs are finished. Accuracy on {HELD_OUT} held-out problems, most likely
-answer, mean over the seeds and 95 % interval (Student's t over seeds):
+`nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks: {STEPS} steps of {PROMPTS} prompts x
+{RESPONSES} responses, beta {BETA}, seeds {seeds}. It keeps each finished run in [real.jsonl](evidence/real.jsonl) and
+resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs and {done} of {total} reported runs are
+finished.**
+
+The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems, on-policy,
+with seed {TUNING_SEED}:
+
+{tuned}
+
+Accuracy on {HELD_OUT} held-out problems, most likely answer, mean over the seeds and 95 % interval (Student's t over
+seeds). Before training: {", ".join(before) or "not measured yet"}.
 
 {table(["", *METHODS], rows)}
 
@@ -235,9 +256,13 @@ Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the
 
 {table(["", "difference", ""], differences)}
 
-"4 steps old": the responses are drawn by the policy of four steps ago. The ratio of grpo and rloo is to the policy at
-the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
+"4 steps old": the responses are drawn by the policy of four steps ago, at the rate tuned on-policy. The ratio of grpo
+and rloo is to the policy at the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
 """
+
+
+def _reported(results: dict[str, dict[str, Any]], task: str) -> list[dict[str, Any]]:
+    return [results[run.name] for run in final_runs(results) if run.task == task and run.name in results]
 
 
 def main(arguments: list[str]) -> int:
@@ -245,22 +270,24 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--smoke", action="store_true", help="Two steps of two objectives.")
     parser.add_argument("--list", action="store_true", help="Print the runs and which are done.")
     options = parser.parse_args(arguments)
-    results = FOLDER / "results"
+    path = FOLDER / "smoke.jsonl" if options.smoke else RESULTS
     if options.list:
+        results = read_results(path)
         runs = [*tuning_runs(), *final_runs(results)]
-        print("\n".join(f"{'done' if finished(run, results) else '    '} {run.name}" for run in runs))
+        print("\n".join(f"{'done' if run.name in results else '    '} {run.name}" for run in runs))
         return 0
     if options.smoke:
         for run in (Run("basic_arithmetic", "gvpo", 1, 1.2e-5, 1), Run("gcd", "grpo", 0, 1.2e-5, 1)):
-            carry_out(run, FOLDER / "smoke", steps=2, held_out=8)
+            carry_out(run, path, steps=2, held_out=8)
         return 0
+    stopped = False
     try:
         for run in tuning_runs():
-            carry_out(run, results)
-        for run in final_runs(results):
-            carry_out(run, results)
+            carry_out(run, path)
+        for run in final_runs(read_results(path)):
+            carry_out(run, path)
     except KeyboardInterrupt:
+        stopped = True
         print("stopped; the same command goes on with the run that was not finished", file=sys.stderr)
-        return 130
-    (ROOT / "docs" / "evidence_real.md").write_text(page(results), encoding="utf-8")
-    return 0
+    PAGE.write_text(page(read_results(path)), encoding="utf-8")
+    return 130 if stopped else 0

@@ -90,24 +90,25 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
 
     def accuracy(run, steps, held_out):
         trained.append(run.name)
-        if len(trained) == 60:  # stopped in the middle
+        if len(trained) == 40:  # stopped in the middle
             raise KeyboardInterrupt
         best = {"gvpo": 0.7, "grpo": 0.6}.get(run.method, 0.5)
         after = best + run.seed / 1000 - (0.1 if run.rate != real.RATES[1] else 0)
         return {"before": 0.3, "after": after, "half_width": 0.06, "problems": 240, "steps": steps, "seconds": 1.0}
 
     monkeypatch.setattr(real, "accuracy", accuracy)
-    monkeypatch.setattr(real, "FOLDER", tmp_path)
-    monkeypatch.setattr(real, "ROOT", tmp_path)
-    (tmp_path / "docs").mkdir()
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "results" / "real.jsonl")
+    monkeypatch.setattr(real, "PAGE", tmp_path / "page.md")
     assert real.main([]) == 130
     assert "the same command goes on" in capsys.readouterr().err
+    assert "24 of 24 tuning runs and 15 of 48 reported runs are\nfinished" in (tmp_path / "page.md").read_text("utf-8")
     assert real.main([]) == 0
-    cells = len(real.TASKS) * len(real.METHODS) * len(real.STALENESS)
-    assert len(trained) == 1 + cells * (len(real.RATES) + len(real.SEEDS))  # one of them twice
+    cells = len(real.TASKS) * len(real.METHODS)
+    assert len(trained) == 1 + cells * (len(real.RATES) + len(real.STALENESS) * len(real.SEEDS))  # one of them twice
     assert all(f"-{real.RATES[1]:g}-" in name for name in trained if name.startswith("run-"))
-    text = (tmp_path / "docs" / "evidence_real.md").read_text(encoding="utf-8")
-    assert "48 of 48 runs are finished" in text
+    text = (tmp_path / "page.md").read_text(encoding="utf-8")
+    assert "48 of 48 reported runs are\nfinished" in text
+    assert "| gcd | 1.2e-05 | 1.2e-05 | 1.2e-05 | 1.2e-05 |" in text
     assert "| basic_arithmetic, 0 steps old: gvpo - grpo | +0.100 +- 0.000 | significant |" in text
     assert "| gcd, 4 steps old | 0.702 +- 0.002 | 0.602 +- 0.002 | 0.502 +- 0.002 | 0.502 +- 0.002 |" in text
     before = len(trained)
