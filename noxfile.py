@@ -17,6 +17,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 
 import nox
@@ -297,34 +298,18 @@ def full_disk(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """GVPO teaches SmolLM2-135M-Instruct sums in minutes on 2 CPU cores; a GPU is taken where there is one.
 
+    PyTorch reads the model's GGUF for the other backends too. With MLX, where its products are slow (not on a Mac), a
+    tiny model from random weights learns the order of letters instead.
+
     nox -s demo -- --steps 5
+    nox -s demo -- --backend jax
     """
-    install(session, "-e", ".[demo]", without_dependencies=WITHOUT_DEPENDENCIES)
-    session.run("python", "examples/smollm2_arithmetic/demo.py", *session.posargs)
-
-
-@nox.session
-def demo_jax(session: nox.Session) -> None:
-    """The same demo, trained by JAX; PyTorch only reads the model's GGUF.
-
-    nox -s demo_jax -- --steps 5
-    """
-    install(session, "-e", ".[demo,jax]", without_dependencies=WITHOUT_DEPENDENCIES)
-    session.run("python", "examples/smollm2_arithmetic/demo.py", "--backend", "jax", *session.posargs)
-
-
-@nox.session
-def demo_mlx(session: nox.Session) -> None:
-    """GVPO by MLX: the demo's SmolLM2 on a Mac, a tiny model from random weights where MLX's products are slow.
-
-    nox -s demo_mlx -- --steps 5
-    """
-    if sys.platform == "darwin":
-        install(session, "-e", ".[demo,mlx]", without_dependencies=WITHOUT_DEPENDENCIES)
-        session.run("python", "examples/smollm2_arithmetic/demo.py", "--backend", "mlx", *session.posargs)
-    else:
-        install(session, "-e", ".[mlx]")
-        session.run("python", "examples/ascending_letters/demo.py", "--backend", "mlx", *session.posargs)
+    arguments = session.posargs
+    backend = next((b for a, b in pairwise(arguments) if a == "--backend"), "torch")
+    example = "ascending_letters" if backend == "mlx" and sys.platform != "darwin" else "smollm2_arithmetic"
+    model = ("demo", WITHOUT_DEPENDENCIES) if example == "smollm2_arithmetic" else ("train", ())
+    install(session, "-e", f".[{model[0]},{backend}]", without_dependencies=model[1])
+    session.run("python", f"examples/{example}/demo.py", *arguments)
 
 
 @nox.session
@@ -367,6 +352,18 @@ def bench(session: nox.Session) -> None:
             failed.append(name)
     if failed:
         session.error(f"beyond its bound: {', '.join(failed)}")
+
+
+@nox.session
+@nox.parametrize("backend", BACKENDS, ids=BACKENDS)
+def scale(session: nox.Session, backend: str) -> None:
+    """Counts collectives, bytes, FLOPs, host waits and programs; writes docs/scaling.md, fails beyond a bound.
+
+    nox -s scale
+    nox -s "scale(torch)" -- torch_step     one of the modules of benchmarks/scale
+    """
+    install(session, "-e", f".[{backend}]", *(["libtpu"] if backend == "jax" else []))
+    session.run("python", "-m", "benchmarks.scale", *(session.posargs or [backend]), env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session

@@ -1,0 +1,61 @@
+"""Counts what a backend costs at scale, prints the table of all backends, and fails beyond a bound.
+
+python -m benchmarks.scale torch            all modules of a backend
+python -m benchmarks.scale torch_sampling   one of them
+python -m benchmarks.scale                  the table of the saved counts, without counting
+"""
+
+import importlib
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+
+from benchmarks.scale.table import FOLDER, Count, markdown, modules, read_results, write_results
+
+ROOT = FOLDER.parents[1]
+
+
+def count(module: str) -> list[Count] | None:
+    """Counts in a process of its own, so that no module sees another's settings or memory; None if it failed."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--in-this-process", module]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    lines = done.stdout.splitlines()
+    print("\n".join(line for line in lines if not line.startswith('{"name"')), end="\n" if lines else "")
+    if done.returncode:
+        print(f"{module} failed with status {done.returncode}", file=sys.stderr)
+        return None
+    return [Count(**json.loads(line)) for line in lines if line.startswith('{"name"')]
+
+
+def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--in-this-process"]:
+        for found in importlib.import_module(f"benchmarks.scale.{arguments[1]}").counts():
+            print(json.dumps(asdict(found)), flush=True)
+        return 0
+    known = sorted({path.stem for path in FOLDER.glob("*_*.py")} - {"__init__", "__main__"})
+    chosen = [name for given in arguments for name in ([given] if given in known else modules(given))]
+    if unknown := [given for given in arguments if given not in known and not modules(given)]:
+        print(f"nothing to count for {', '.join(unknown)}; expected a backend or one of {known}", file=sys.stderr)
+        return 2
+    results, failed = read_results(), []
+    for module in chosen:
+        if (counts := count(module)) is None:
+            failed.append(module)
+        elif not counts:
+            print(f"{module} counted nothing", file=sys.stderr)
+            failed.append(module)
+        else:
+            results[module] = counts
+    if chosen:
+        write_results(results)
+    shown = [(module.partition("_")[0], found) for module in sorted(results) for found in results[module]]
+    print(markdown(shown))
+    beyond = [found.name for module in chosen or results for found in results.get(module, []) if not found.within]
+    for name in beyond:
+        print(f"beyond its bound: {name}", file=sys.stderr)
+    return 1 if beyond or failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,214 @@
+"""Four jobs to think with, and what a step of each costs at least: memory, FLOPs, bytes, and the time that these take.
+
+The bounds follow from shapes and from the chips' data sheets alone. All responses have their full length R, so they are
+upper bounds of the work and lower bounds of the time that this work takes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Model:
+    """A Qwen2.5 decoder."""
+
+    name: str
+    vocabulary: int
+    hidden: int
+    layers: int
+    inner: int
+    heads: int
+    kv_heads: int
+    tied: bool
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden // self.heads
+
+    @property
+    def linear(self) -> int:
+        """Parameters in the layers' linear maps: 2 FLOPs each a token forward, 4 backward."""
+        attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
+        return self.layers * (attention + 3 * self.hidden * self.inner)
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.hidden
+
+    @property
+    def parameters(self) -> int:
+        biases = self.layers * self.head_size * (self.heads + 2 * self.kv_heads)
+        norms = (2 * self.layers + 1) * self.hidden
+        return self.linear + biases + norms + self.head * (1 if self.tied else 2)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of a token in 16 bits."""
+        return 2 * 2 * self.layers * self.kv_heads * self.head_size
+
+
+QWEN_1_5B = Model("Qwen2.5-1.5B", 151936, 1536, 28, 8960, 12, 2, True)
+QWEN_3B = Model("Qwen2.5-3B", 151936, 2048, 36, 11008, 16, 2, True)
+QWEN_7B = Model("Qwen2.5-7B", 152064, 3584, 28, 18944, 28, 4, False)
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Peak figures of a data sheet: dense bfloat16 FLOP/s (None: not published), memory bytes and bytes/s."""
+
+    name: str
+    flops: float | None
+    memory: float
+    bandwidth: float
+
+
+H100 = Chip("H100 SXM", 989e12, 80e9, 3.35e12)
+V5E = Chip("TPU v5e", 197e12, 16e9, 0.819e12)
+M4_MAX = Chip("M4 Max", None, 64e9, 0.546e12)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One step: `prompts` groups of `responses`, prompts of `prompt` tokens, responses of `response` tokens."""
+
+    name: str
+    model: Model
+    chip: Chip
+    chips: int
+    prompts: int
+    responses: int
+    prompt: int
+    response: int
+    lora_rank: int = 0
+    sharded: bool = False
+    tensor: int = 1  # chips that hold the copy to sample from together
+
+    @property
+    def rows(self) -> int:
+        """Responses a chip."""
+        return -(-self.prompts * self.responses // self.chips)
+
+    @property
+    def trained(self) -> int:
+        """Parameters that the optimizer holds; LoRA is on every linear map of the layers."""
+        if not self.lora_rank:
+            return self.model.parameters
+        m = self.model
+        kv = m.kv_heads * m.head_size
+        sizes = 2 * (m.hidden + m.hidden) + 2 * (m.hidden + kv) + 3 * (m.hidden + m.inner)
+        return m.layers * self.lora_rank * sizes
+
+    @property
+    def held(self) -> float:
+        """Bytes a chip of weights, gradients, moments and the reference: what a step holds whatever its rows are.
+
+        Full: float32 masters, gradients and two moments, a reference in 16 bits. LoRA: a base in 16 bits, which is the
+        reference with the adapters off, and float32 adapters with gradients and moments.
+        """
+        whole = 2 * self.model.parameters + 16 * self.trained
+        return whole / (self.chips if self.sharded else 1)
+
+    @property
+    def sampling_weights(self) -> float:
+        """Bytes of the copy in 16 bits that a chip samples from, beside `held`; LoRA samples from its base."""
+        return 0 if self.lora_rank else 2 * self.model.parameters / self.tensor
+
+    @property
+    def cache(self) -> float:
+        """Bytes a chip of keys and values, if all its rows are decoded at once and a prompt is held once."""
+        shared = self.rows / self.responses * self.prompt
+        return (shared + self.rows * self.response) * self.model.cache_bytes
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step in packed rows: a prompt once, then all its responses."""
+        return self.prompts * (self.prompt + self.responses * self.response)
+
+    def _attended(self) -> float:
+        """Pairs of a token and one that it sees."""
+        own = self.response * (self.response + 1) / 2 + self.response * self.prompt
+        return self.prompts * (self.prompt * (self.prompt + 1) / 2 + self.responses * own)
+
+    @property
+    def forward_flops(self) -> float:
+        """Of one pass over the packed rows, with the head on what is predicted."""
+        m = self.model
+        predicted = self.prompts * self.responses * self.response
+        attention = 4 * m.layers * m.heads * m.head_size * self._attended()
+        return 2 * m.linear * self.tokens + 2 * m.head * predicted + attention
+
+    @property
+    def step_flops(self) -> float:
+        """Reference forward, policy forward, backward; LoRA's backward is that of activations alone."""
+        return self.forward_flops * (3 if self.lora_rank else 4)
+
+    @property
+    def sampling_bytes(self) -> float:
+        """Bytes a chip reads: the weights once a token, the cache of each row once a token, a shared prompt once."""
+        m = self.model
+        lengths = self.response * (self.response - 1) / 2
+        prompts = self.rows / self.responses * self.prompt * self.response
+        return self.response * 2 * m.parameters / self.tensor + (self.rows * lengths + prompts) * m.cache_bytes
+
+    @property
+    def gathered(self) -> float:
+        """Bytes a chip sends in an update of one micro-batch: parameters gathered in 16 bits twice, gradients reduced
+        in float32 once.
+        """
+        if not self.sharded:
+            return 0 if self.chips == 1 else 2 * 4 * self.trained
+        return (self.chips - 1) / self.chips * self.model.parameters * (2 * 2 + 4)
+
+    @property
+    def sampling_seconds(self) -> float:
+        """What the bytes take at peak, or the FLOPs where they take longer."""
+        flops = self.forward_flops / self.chips / self.chip.flops if self.chip.flops else 0
+        return max(self.sampling_bytes / self.chip.bandwidth, flops)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """What the FLOPs take at peak; None where the peak is not published."""
+        return self.step_flops / self.chips / self.chip.flops if self.chip.flops else None
+
+
+JOBS = (
+    Job("J1 full", QWEN_1_5B, H100, 1, 64, 8, 512, 2048),
+    Job("J1 LoRA", QWEN_1_5B, H100, 1, 64, 8, 512, 2048, lora_rank=16),
+    Job("J2", QWEN_7B, H100, 8, 128, 16, 1024, 4096, sharded=True),
+    Job("J3", QWEN_7B, V5E, 16, 128, 16, 1024, 4096, sharded=True, tensor=4),
+    Job("J4", QWEN_3B, M4_MAX, 1, 8, 8, 512, 1024, lora_rank=16),
+)
+
+
+def table() -> str:
+    """The jobs and their bounds in Markdown."""
+    return "\n".join(_rows())
+
+
+def _rows() -> Iterator[str]:
+    yield "| | " + " | ".join(job.name for job in JOBS) + " |"
+    yield "|---|" + "---:|" * len(JOBS)
+    for title, value in {
+        "model": lambda j: j.model.name,
+        "chips": lambda j: f"{j.chips} x {j.chip.name}",
+        "prompts x responses": lambda j: f"{j.prompts} x {j.responses}",
+        "P, R tokens": lambda j: f"{j.prompt}, {j.response}",
+        "parameters": lambda j: f"{j.model.parameters / 1e9:.2f} B",
+        "trained parameters": lambda j: f"{j.trained / 1e9:.3f} B",
+        "held a chip: weights, gradients, moments, reference": lambda j: f"{j.held / GIB:.1f} GiB",
+        "copy to sample from": lambda j: f"{j.sampling_weights / GIB:.1f} GiB",
+        "cache of all rows at once": lambda j: f"{j.cache / GIB:.1f} GiB",
+        "tokens of a step, packed": lambda j: f"{j.tokens / 1e6:.2f} M",
+        "FLOPs: reference, forward, backward": lambda j: f"{j.step_flops:.2e}",
+        "bytes read to sample, a chip": lambda j: f"{j.sampling_bytes / 1e12:.1f} TB",
+        "sent a chip and micro-batch": lambda j: f"{j.gathered / 1e9:.1f} GB",
+        "sampling, at least": lambda j: f"{j.sampling_seconds:.0f} s",
+        "update, at least": lambda j: f"{j.step_seconds:.0f} s" if j.step_seconds else "",
+    }.items():
+        yield f"| {title} | " + " | ".join(value(job) for job in JOBS) + " |"
+
+
+if __name__ == "__main__":
+    print(table())
