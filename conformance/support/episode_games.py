@@ -15,6 +15,11 @@ def add(a: int, b: int) -> int:
     return a + b
 
 
+def buy(count: int) -> str:
+    """Buys pears."""
+    return f"{count} pears"
+
+
 def slow(seconds: float) -> str:
     """Sleeps."""
     time.sleep(seconds)

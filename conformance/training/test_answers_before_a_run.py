@@ -2,16 +2,21 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
 
 import pytest
 import table_run
+import toy_run
 
 from gvpo_core.training import cli
+from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.files.records import cut
 from gvpo_core.training.policy import load as loading
+from gvpo_core.training.rewards import check_columns, load_rewards
+from gvpo_core.training.rewards.worker import math_answers
 from gvpo_core.training.run.checkpoint import damage
 
 pytestmark = pytest.mark.core
@@ -129,3 +134,66 @@ def test_an_option_that_the_file_lacks_can_be_given_by_its_key(tmp_path, capfd):
     capfd.readouterr()
     assert cli.main(["train", str(config), "--rewards.right.options.colum", "answer"]) == 2
     assert "colum" in capfd.readouterr().err
+
+
+# function -> options that no call could work with, what is said
+USELESS = [
+    ("regex_match", {"pattern": "(a"}, "options.pattern = '(a' is no regular expression: missing ), unterminated"),
+    ("regex_match", {"pattern": 5}, "options.pattern = 5 is no regular expression"),
+    ("judge", {"model": "m", "pattern": "*"}, "options.pattern = '*' is no regular expression"),
+    ("judge", {"model": "m", "lowest": 3, "highest": 3}, "options.highest = 3; expected more than options.lowest = 3"),
+    ("judge", {"model": "m", "highest": "10"}, "its options cannot be used: '>' not supported between"),
+]
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+@pytest.mark.parametrize(("function", "options", "said"), USELESS)
+def test_options_that_no_call_could_use_are_refused_before_the_model_loads(function, options, said, isolation):
+    if function == "judge":
+        pytest.importorskip("openai", reason="openai is not installed")
+    with pytest.raises(ConfigError, match=re.escape(said)) as caught:
+        load_rewards({"r": RewardConfig(function=function, options=options, isolation=isolation)})
+    assert str(caught.value).startswith(f"rewards.r.function = {function!r}: ")
+
+
+def test_a_column_that_only_a_template_names_is_missed_before_the_model_loads():
+    pytest.importorskip("openai", reason="openai is not installed")
+    options = {"model": "m", "template": "{response} against {gold}, from {lowest}"}
+    loaded = load_rewards({"r": RewardConfig(function="judge", options=options, isolation="thread")})
+    check_columns(loaded, ["gold"], "the data")
+    with pytest.raises(ConfigError, match="the options name the column 'gold', which the data does not have"):
+        check_columns(loaded, ["answer"], "the data")
+
+
+@pytest.mark.parametrize(
+    ("function", "package", "extra"), [("judge", "openai", "judge"), ("math_verify", "math_verify", "rewards")]
+)
+def test_a_package_that_a_built_in_reward_needs_is_missed_before_the_model_loads(function, package, extra, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    math_answers.library.cache_clear()
+    options = {"model": "m"} if function == "judge" else {}
+    with pytest.raises(ConfigError, match=rf'pip install "gvpo\[{extra}\]"'):
+        load_rewards({"r": RewardConfig(function=function, options=options, isolation="thread")})
+
+
+@pytest.mark.parametrize("package", ["tomli_w", "peft"])
+def test_a_package_that_the_run_needs_later_is_missed_before_the_model_loads(
+    package, tmp_path, capfd, no_model, monkeypatch
+):
+    """Neither a model is loaded nor a run folder made: both are needed after the model alone."""
+    config = table_run.make(tmp_path, steps=2)
+    options = ["--run.backend", "torch", "--model.lora-rank", "4"] if package == "peft" else []
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == package else sys)
+    assert cli.main(["train", str(config), *options]) == 2
+    extra = "torch" if package == "peft" else "train"
+    assert f'{package} is not installed: pip install "gvpo[{extra}]"' in capfd.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_in_python_makes_no_run_folder_without_the_packages_that_it_needs(tmp_path, monkeypatch):
+    config = toy_run.config_of(tmp_path / "run", toy_run.write_model(tmp_path / "model"))
+    policy = toy_run.policy(tmp_path / "model", updates=config.updates)
+    monkeypatch.setattr(loading, "find_spec", lambda name: None if name == "tomli_w" else sys)
+    with pytest.raises(ConfigError, match="tomli_w is not installed"):
+        toy_run.run(config, [{"prompt": "a"}], policy, rewards={"r": lambda completions: [0.0] * len(completions)})
+    assert not (tmp_path / "run").exists()

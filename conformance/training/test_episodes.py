@@ -212,6 +212,7 @@ WRONG = {
     "environment.path = 'none.py:Game': there is no file none.py": {"path": "none.py:Game"},
     "has no method reset": {"path": f"{GAMES}:add"},
     "the tool untold has no docstring": {"tools": (f"{GAMES}:untold",)},
+    "two tools are named buy; rename one": {"path": f"{GAMES}:Shop", "tools": (f"{GAMES}:buy",)},
     "environment.max_turns = 0; expected 1 to 10,000": {"max_turns": 0},
     "reset gave other messages than the prompt": {"path": f"{GAMES}:Unlike"},
     "step returned 'higher', None": {},

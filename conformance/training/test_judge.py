@@ -129,6 +129,21 @@ def test_a_template_and_a_pattern_of_ones_own(endpoint):
         grades(endpoint, ["b"], highest=1.0)
 
 
+def test_a_column_never_takes_the_place_of_what_is_judged(endpoint):
+    """Real data has columns such as prompt and response; the judge reads the response and its own scale."""
+    columns = {"prompt": ["c"], "response": ["9 of the data"], "lowest": [0], "highest": [100]}
+    config = Config(rewards={"judge": RewardConfig(function="judge", options={"model": "m", "url": endpoint.url})})
+    rewards = load_rewards(config.rewards, None)
+    try:
+        scores = call_rewards(rewards, ["the question"], ["2"], columns)
+        assert list(scores.parts["judge"]) == [pytest.approx(1 / 9)]
+    finally:
+        for reward in rewards:
+            reward.call.close()
+    text = endpoint.asked[0]["messages"][0]["content"]
+    assert "the question" in text and "of the data" not in text and "from 1 (worst) to 10 (best)" in text
+
+
 @pytest.mark.parametrize(
     ("said", "want"),
     [

@@ -20,6 +20,7 @@ from gvpo_core.training.episodes import Environments, environment_reward, episod
 from gvpo_core.training.fingerprint import run_inputs
 from gvpo_core.training.objective import check_objective, find_objective
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.load import missing_package
 from gvpo_core.training.recorded import (
     Groups,
     Recorded,
@@ -108,6 +109,7 @@ class Inputs:
             if self.config.environment.path:
                 self.rewards.append(environment_reward(self.config.environment.weight, self.reward_log))
         if training:
+            self.errors += map(ConfigError, missing_package("tomli_w", "train"))  # imported when the run folder is made
             self.stream = stream_of(train_rows, "train_rows", self.config.data.buffer)
             head = self.stream.head if self.stream else None
             self._attempt("rows", lambda: head or training_rows(self.config, train_rows))

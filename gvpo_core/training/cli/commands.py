@@ -178,16 +178,17 @@ def _step_number(text: str | None) -> int | None:
 
 
 def _opened(config: Config) -> "tuple[Inputs, list[str]]":
-    """The files and functions that settings name, opened before the model loads, and the
-    mistakes in them."""
+    """The files and functions that settings name, opened before the model loads, and the mistakes in them."""
     from gvpo_core.training.config.check import wrong_values
     from gvpo_core.training.config.engine import needs_sampler
     from gvpo_core.training.inputs import Inputs
+    from gvpo_core.training.policy.load import missing_of_backend
     from gvpo_core.training.watch.trackers import check_trackers
 
     named = {name.partition(".")[0] for name, _ in wrong_values(config)}
     inputs = Inputs(config).open(training=bool(config.data.train), scoring="rewards" not in named)
     wrong = [str(e) for e in inputs.errors]
+    wrong += missing_of_backend(config)
     wrong += needs_sampler(config) if config.rollout.sampler == "policy" else []
     try:
         check_trackers(config.run.trackers)

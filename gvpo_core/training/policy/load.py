@@ -24,6 +24,23 @@ def backend_of(config: Config) -> str:
     raise ConfigError(f"no backend is installed: {install_line()}")
 
 
+def missing_package(name: str, extra: str) -> list[str]:
+    """What to say where a package is not installed; empty where it is."""
+    return [] if find_spec(name) else [f'{name} is not installed: pip install "gvpo[{extra}]"']
+
+
+def missing_of_backend(config: Config) -> list[str]:
+    """What to say of the packages that the backend imports while it loads or saves a model, and that are not there."""
+    try:
+        name = backend_of(config)
+    except ConfigError as e:
+        return [str(e)]
+    if name not in BACKENDS:
+        return []
+    needs = BACKENDS[name].needs + (("peft",) if name == "torch" and config.model.lora_rank else ())
+    return [line for package in needs for line in missing_package(package, name)]
+
+
 def load_policy(config: Config) -> Policy:
     """The configured model as a policy, ready to be trained or restored.
 

@@ -113,12 +113,13 @@ class Threads:
         """
         Args:
           log: takes what the function prints.
-        Raises: LookupError: the function's signature cannot be read.
+        Raises: LookupError, ImportError: the function cannot work, or its signature cannot be read.
         """
         self._function, self._options = function, options
         self._sink = functools.partial(log.output, name)
         self._closed = False
-        self.signature = signature_of(function)
+        functions.warm_up(function, options)
+        self.signature = signature_of(function, options)
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float

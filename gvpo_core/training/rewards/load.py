@@ -89,5 +89,5 @@ def _caller(name: str, config: RewardConfig, given: RewardFunction | None, log: 
         raise ConfigError(
             f"rewards.{name}.options cannot be sent to a reward's process as JSON and arrive equal: {e}"
         ) from e
-    except LookupError as e:
+    except (LookupError, ImportError) as e:
         raise ConfigError(f"rewards.{name}.function = {config.function!r}: {e}") from e

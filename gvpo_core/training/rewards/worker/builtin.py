@@ -25,6 +25,14 @@ def number_in(text: str) -> Decimal | None:
     return Decimal(text.replace(",", "").replace("\u2212", "-")) if _NUMBER.fullmatch(text) else None
 
 
+def compiled(pattern: Any) -> re.Pattern[str]:
+    """The regular expression of options.pattern. Raises: LookupError: it is none."""
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as e:
+        raise LookupError(f"options.pattern = {pattern!r} is no regular expression: {e}") from e
+
+
 def _same(text: str, answer: str) -> bool:
     """Whether two texts are equal, as numbers where both are numbers; white space at their ends does not count."""
     if text.strip() == answer.strip():
@@ -66,11 +74,11 @@ def regex_match(
 
     Numbers are compared as numbers. Default pattern: a number.
     """
-    compiled = re.compile(pattern)
+    expression = compiled(pattern)
     answers = _texts(columns, column, len(completions))
     scores: list[float | None] = []
     for completion, answer in zip(completions, answers, strict=True):
-        matches = [m.group(1) if compiled.groups else m.group() for m in compiled.finditer(text_of(completion))]
+        matches = [m.group(1) if expression.groups else m.group() for m in expression.finditer(text_of(completion))]
         scores.append(None if answer is None else float(bool(matches) and _same(matches[-1] or "", answer)))
     return scores
 
@@ -96,3 +104,4 @@ exact_match.answer_option = "column"  # type: ignore[attr-defined]
 regex_match.answer_option = "column"  # type: ignore[attr-defined]
 math_verify.answer_option = "column"  # type: ignore[attr-defined]
 math_verify.warm_up = library  # type: ignore[attr-defined]  # seconds of imports, before any time limit runs
+regex_match.warm_up = lambda options: compiled(options.get("pattern", _LAST_NUMBER))  # type: ignore[attr-defined]

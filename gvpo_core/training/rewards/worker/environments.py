@@ -42,6 +42,9 @@ class Environments:
             schemas += [schema_of(getattr(self._make, name), method=True) for name in self._methods]
         except (AttributeError, ValueError) as e:
             raise LookupError(str(e)) from e
+        names = [schema["function"]["name"] for schema in schemas]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise LookupError(f"two tools are named {twice[0]}; rename one, since the model calls tools by name")
         self.described = {
             "tools": schemas,
             "concurrent": inspect.iscoroutinefunction(getattr(self._make, "step", None)),

@@ -30,6 +30,7 @@ class Signature:
     answer_option: str | None = None  # a built-in reward: the option that names its column, passed as `answer`
     runs_code: bool = False
     settings: tuple[str, ...] = ()  # of a built-in reward: names that options alone set, never a column
+    fields: tuple[str, ...] = ()  # of a built-in reward: columns that its options name
 
 
 def find_function(spec: str) -> Callable[..., Any]:
@@ -117,8 +118,22 @@ def _onto_path(folder: str) -> None:
     importlib.invalidate_caches()
 
 
-def signature_of(function: Callable[..., Any]) -> Signature:
-    """The function's signature. Raises: LookupError: it cannot be read."""
+def warm_up(function: Any, options: Mapping[str, Any]) -> None:
+    """Calls the function's `warm_up`, where it has one, with the options where it takes them.
+
+    Raises: LookupError, ImportError: the function cannot work, with these options or at all.
+    """
+    start = getattr(function, "warm_up", None)
+    if start is None:
+        return
+    try:
+        start(*([options] if inspect.signature(start).parameters else []))
+    except (TypeError, ValueError) as e:
+        raise LookupError(f"its options cannot be used: {e}") from e
+
+
+def signature_of(function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Signature:
+    """The function's signature; `options` may name columns. Raises: LookupError: it cannot be read."""
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as e:
@@ -132,6 +147,7 @@ def signature_of(function: Callable[..., Any]) -> Signature:
         answer_option=getattr(function, "answer_option", None),
         runs_code=bool(getattr(function, "runs_code", False)),
         settings=tuple(getattr(function, "settings", ())),
+        fields=tuple(function.fields(options or {})) if hasattr(function, "fields") else (),
     )
 
 
@@ -190,6 +206,9 @@ def wrong_arguments(signature: Signature, columns: Collection[str] | None, optio
         if name in signature.settings and name not in options:
             return f"options.{name} is missing; the reward needs it"
     if columns is not None:
+        for name in signature.fields:
+            if name not in columns:
+                return f"the options name the column {name!r}, which the data does not have (it has: {has})"
         for name in signature.required:
             if name not in (*OWN, *columns, *options):
                 return (

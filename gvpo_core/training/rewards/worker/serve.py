@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import faulthandler
 import functools
-import inspect
 import os
 import signal
 import sys
@@ -19,7 +18,7 @@ from typing import Any
 
 from .encoding import decode
 from .environments import Environments
-from .functions import Signature, call, find_function, plain, signature_of
+from .functions import Signature, call, find_function, plain, signature_of, warm_up
 from .guard import start_guard
 from .messages import read_message, write_message
 
@@ -42,20 +41,13 @@ def main(requests: int, answers: int) -> None:
             answer, signature = environments.answer, Signature([], [], True, [])
         else:
             function = find_function(setup["function"])
-            _warm_up(function, options)
-            answer, signature = functools.partial(_rewards, function, options), signature_of(function)
+            warm_up(function, options)
+            answer, signature = functools.partial(_rewards, function, options), signature_of(function, options)
         write_message(answers, {"signature": dataclasses.asdict(signature)})
     except (LookupError, ImportError) as e:
         write_message(answers, {"missing": str(e)})
         return
     _serve(requests, answers, answer)
-
-
-def _warm_up(function: Any, options: Any) -> None:
-    """Calls the function's `warm_up`, where it has one, with the options where it takes them."""
-    warm_up = getattr(function, "warm_up", None)
-    if warm_up is not None:
-        warm_up(*([options] if inspect.signature(warm_up).parameters else []))
 
 
 _OF_THE_JOB = [
