@@ -83,6 +83,16 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capfd
         ("output_dir", "run.folder"),
         ("optimizer.lr", "optimizer.learning_rate"),
         ("kl_coef", "objective.beta"),
+        ("num_train_epochs", "run.steps"),
+        ("optimizer.num_train_epochs", "run.steps"),
+        ("total_epochs", "run.steps"),
+        ("warmup_ratio", "optimizer.warmup"),
+        ("bf16", "model.dtype"),
+        ("adam_beta1", "optimizer.betas"),
+        ("use_vllm", "rollout.sampler"),
+        ("temperature", "rollout.temperature"),
+        ("gradient_accumulation_steps", "optimizer.micro_batch_tokens"),
+        ("promts", "rollout.prompts"),
     ],
 )
 def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path, capfd):
@@ -96,6 +106,12 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
     config.write_text(new)
     status, _, err = gvpo(capfd, "train", config)
     assert status == 2 and f"{given}; did you mean {meant}?" in err
+
+
+@pytest.mark.parametrize("name", ["logging_steps", "project_name", "optimizer.dropout", "vf_coef"])
+def test_a_name_that_nothing_here_matches_gets_no_suggestion(name, tmp_path, capfd):
+    status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), f"--{name}", "1")
+    assert status == 2 and f"unknown option --{name}" in err and "did you mean" not in err
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def test_every_mistake_is_reported_at_once_with_its_line(file):
 def test_mistakes_of_every_level_are_reported_together(file, tmp_path):
     """Names, types, ranges, combinations, and the files and functions that the settings name."""
     (tmp_path / "mine.py").write_text("import nowhere_at_all")
-    text = '[run]\nstepz = 3\nseed = "one"\nkeep_checkpoints = 0\ntrackers = ["wandbb"]\n'
+    text = '[run]\nstepz = 3\nseed = "one"\nkeep_checkpoints = 0\ntrackers = ["wandbb"]\nbackend = "table"\n'
     text += '[objective]\nminibatches = 9\n[model]\npath = "model"\n'
     text += f'[data]\ntrain = "none.jsonl"\n[rewards.mine]\nfunction = "{tmp_path}/mine.py:f"\n'
     with pytest.raises(ConfigError) as caught:
@@ -136,7 +136,7 @@ def test_mistakes_of_every_level_are_reported_together(file, tmp_path):
     assert len(said) == 7, said
     for i, part in enumerate(
         ("config.toml:2: unknown field run.stepz", "config.toml:3: run.seed = 'one'; expected int",
-         "config.toml:4: run.keep_checkpoints = 0", "config.toml:7: objective.minibatches = 9",
+         "config.toml:4: run.keep_checkpoints = 0", "config.toml:8: objective.minibatches = 9",
          "No module named 'nowhere_at_all'", "none.jsonl", "did you mean wandb?")
     ):  # fmt: skip
         assert part in said[i], said[i]
@@ -154,6 +154,9 @@ def test_no_mistake_is_told_twice(file):
     with pytest.raises(ConfigError) as caught:
         parse_arguments([str(file(GOOD)), "--rollout.responses", "1"], opened)
     assert str(caught.value).count("rollout.responses = 1") == 1, caught.value
+    with pytest.raises(ConfigError) as caught:
+        parse_arguments([str(file(GOOD + '\n[objective]\nname = "ppo"\n'))], opened)
+    assert str(caught.value).count("objective.name = 'ppo'") == 1, caught.value
 
 
 def merged(change: str) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from gvpo_core.training.cli import main
-from gvpo_core.training.config.file import _ELSEWHERE, parse_arguments, read_config
+from gvpo_core.training.config import suggestions
+from gvpo_core.training.config.file import parse_arguments, read_config
 from gvpo_core.training.policy import Response
 from gvpo_core.training.sampling import Sampling
 
@@ -257,7 +258,7 @@ def test_site_lists_every_page():
 def test_names_of_other_trainers_in_the_docs_are_those_of_the_error_messages():
     section = PAGES["coming_from.md"].partition("## Names of settings")[2]
     rows = re.findall(r"^\| `([\w.]+)` \| (.+) \|$", section, re.MULTILINE)
-    assert {ours: tuple(re.findall(r"`(\w+)`", theirs)) for ours, theirs in rows} == _ELSEWHERE
+    assert {ours: tuple(re.findall(r"`(\w+)`", theirs)) for ours, theirs in rows} == suggestions.ELSEWHERE
 
 
 @pytest.mark.core

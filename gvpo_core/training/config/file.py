@@ -15,6 +15,7 @@ from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import wrong_values
 from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
+from gvpo_core.training.config.suggestions import setting_names, suggest
 from gvpo_core.training.files.disk import refuse_special
 
 
@@ -81,7 +82,8 @@ def parse_arguments(
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
     config, wrong = _all_overridden(default, options)
     option_names = {one[0].split("=")[0].replace("-", "_").lstrip("_") for one in _each(options)}
-    _refuse(wrong + reader.wrong(config, option_names) + also(config))
+    wrong += reader.wrong(config, option_names)
+    _refuse(wrong + [message for message in also(config) if not any(said.endswith(f": {message}") for said in wrong)])
     return path, config
 
 
@@ -89,7 +91,7 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
     """The settings with every valid option, and what is wrong with the others."""
     wrong: list[str] = []
     taken: list[list[str]] = []  # an option and its values each
-    known, secrets = {f"--{name}" for name in _field_names(default)}, secrets_of(as_table(default))
+    known, secrets = {f"--{name}" for name in setting_names(default)}, secrets_of(as_table(default))
     switches = {f"--{name}" for name, value in _flat(as_table(default)).items() if isinstance(value, bool)}
     for one in _each(options):
         name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
@@ -103,7 +105,7 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
         if changed is not None:
             default = changed
         elif one[0].startswith("--") and name not in known:
-            wrong.append(f"unknown option {one[0].split('=')[0]}{_suggest(name, known)}")
+            wrong.append(f"unknown option {one[0].split('=')[0]}{suggest(name, known)}")
         else:
             taken.append(one)
     try:
@@ -211,57 +213,6 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _field_names(config: Config) -> list[str]:
-    names = []
-    for section in dataclasses.fields(Config):
-        value = getattr(config, section.name)
-        if isinstance(value, dict):
-            for name, item in value.items():
-                names += [f"{section.name}.{name}.{f.name}" for f in dataclasses.fields(item)]
-                names += [f"{section.name}.{name}.options.{key}" for key in item.options]
-        else:
-            names += [f"{section.name}.{f.name}" for f in dataclasses.fields(value)]
-    return names
-
-
-# What TRL, verl and transformers call these settings.
-_ELSEWHERE = {
-    "run.folder": ("output_dir", "default_local_dir"),
-    "run.steps": ("max_steps", "total_training_steps", "num_steps", "iters"),
-    "run.checkpoint_every": ("save_steps", "save_freq", "save_every"),
-    "run.keep_checkpoints": ("save_total_limit", "max_ckpt_to_keep"),
-    "run.trackers": ("report_to", "logger"),
-    "model.path": ("model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
-    "model.lora_rank": ("lora_r", "r"),
-    "model.gradient_checkpointing": ("enable_gradient_checkpointing", "grad_checkpoint"),
-    "data.train": ("train_files", "dataset_name", "train_dataset", "train_file"),
-    "data.evaluation": ("val_files", "eval_dataset", "validation_file"),
-    "data.max_prompt_tokens": ("max_prompt_length",),
-    "rollout.prompts": ("batch_size", "train_batch_size", "generation_batch_size", "num_prompts"),
-    "rollout.responses": ("num_generations", "n", "group_size", "rollout_n", "num_samples"),
-    "rollout.max_tokens": ("max_completion_length", "max_new_tokens", "max_response_length", "response_length"),
-    "objective.beta": ("kl_coef", "init_kl_coef", "kl_loss_coef"),
-    "objective.epochs": ("num_iterations", "ppo_epochs"),
-    "objective.minibatches": ("ppo_mini_batch_size", "num_mini_batches", "steps_per_generation"),
-    "optimizer.learning_rate": ("lr", "actor_lr"),
-    "optimizer.warmup": ("warmup_steps", "lr_warmup_steps"),
-    "optimizer.schedule": ("lr_scheduler_type", "lr_scheduler"),
-    "optimizer.max_gradient_norm": ("max_grad_norm", "grad_clip", "clip_grad"),
-    "optimizer.micro_batch_responses": ("per_device_train_batch_size", "micro_batch_size", "ppo_micro_batch_size"),
-    "evaluation.every": ("eval_steps", "test_freq", "eval_every"),
-}
-
-
-def _suggest(name: str, known: Any) -> str:
-    """ "; did you mean ...?": the setting by its name in another section or another trainer, else one spelt alike."""
-    last = name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()
-    close = sorted(k for k in known if k.rpartition(".")[2] == last)
-    ours = next((ours for ours, theirs in _ELSEWHERE.items() if last in theirs), None)
-    close = close or [k for k in known if ours is not None and k.lstrip("-") == ours]
-    close = close or difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
 def _line_numbers(text: str) -> dict[str, int]:
     """Dotted key -> line, for tables and `key = value` lines; enough to point at a mistake."""
     lines: dict[str, int] = {}
@@ -315,8 +266,8 @@ class _Reader:
         for key, value in table.items():
             name = prefix + key
             if key not in hints:
-                known = {prefix + k for k in hints} | set(_field_names(Config()))
-                self.error(name, f"unknown {'field' if prefix else 'section'} {name}{_suggest(name, known)}")
+                known = {prefix + k for k in hints} | set(setting_names(Config()))
+                self.error(name, f"unknown {'field' if prefix else 'section'} {name}{suggest(name, known)}")
                 continue
             before = len(self.errors)
             read = self.value(hints[key], value, name)

@@ -1,0 +1,91 @@
+"""Suggestions for a setting that does not exist: by its name in another section or trainer, or by its spelling."""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+
+from gvpo_core.training.config import Config
+
+ELSEWHERE = {
+    "run.folder": ("output_dir", "default_local_dir", "output_folder", "out_dir", "save_dir", "output"),
+    "run.steps": (
+        *("max_steps", "total_training_steps", "num_steps", "iters"),
+        *("num_train_epochs", "num_epochs", "total_epochs", "max_epochs"),
+    ),
+    "run.checkpoint_every": ("save_steps", "save_freq", "save_every"),
+    "run.keep_checkpoints": ("save_total_limit", "max_ckpt_to_keep"),
+    "run.trackers": ("report_to", "logger"),
+    "model.path": ("model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
+    "model.dtype": ("bf16", "fp16", "torch_dtype", "mixed_precision", "precision"),
+    "model.lora_rank": ("lora_r", "r", "use_peft"),
+    "model.lora_targets": ("target_modules", "lora_target_modules"),
+    "model.gradient_checkpointing": ("enable_gradient_checkpointing", "grad_checkpoint"),
+    "data.train": ("train_files", "dataset_name", "train_dataset", "train_file"),
+    "data.evaluation": ("val_files", "eval_dataset", "validation_file"),
+    "data.prompt": ("prompt_key", "prompt_column"),
+    "data.max_prompt_tokens": ("max_prompt_length",),
+    "rollout.prompts": ("batch_size", "train_batch_size", "generation_batch_size", "num_prompts"),
+    "rollout.responses": (
+        *("num_generations", "n", "group_size", "rollout_n", "num_samples"),
+        *("n_samples", "num_responses", "n_samples_per_prompt", "num_return_sequences"),
+    ),
+    "rollout.max_tokens": ("max_completion_length", "max_new_tokens", "max_response_length", "response_length"),
+    "rollout.sampler": ("use_vllm", "vllm_mode"),
+    "engine.url": ("vllm_server_base_url", "base_url", "server_url"),
+    "objective.name": ("loss_type", "adv_estimator", "algorithm"),
+    "objective.beta": ("kl_coef", "init_kl_coef", "kl_loss_coef"),
+    "objective.epochs": ("num_iterations", "ppo_epochs"),
+    "objective.minibatches": ("ppo_mini_batch_size", "num_mini_batches", "steps_per_generation"),
+    "objective.clip": ("epsilon", "clip_ratio", "cliprange"),
+    "optimizer.learning_rate": ("lr", "actor_lr"),
+    "optimizer.betas": ("adam_beta1", "adam_beta2", "beta1", "beta2"),
+    "optimizer.eps": ("adam_epsilon",),
+    "optimizer.warmup": (
+        *("warmup_steps", "lr_warmup_steps", "num_warmup_steps"),
+        *("warmup_ratio", "lr_warmup_steps_ratio"),
+    ),
+    "optimizer.schedule": ("lr_scheduler_type", "lr_scheduler"),
+    "optimizer.max_gradient_norm": ("max_grad_norm", "grad_clip", "clip_grad"),
+    "optimizer.micro_batch_tokens": ("gradient_accumulation_steps", "ppo_max_token_len_per_gpu"),
+    "optimizer.micro_batch_responses": ("per_device_train_batch_size", "micro_batch_size", "ppo_micro_batch_size"),
+    "evaluation.every": ("eval_steps", "test_freq", "eval_every", "steps_per_eval"),
+}
+"""Setting -> what TRL, verl, transformers and mlx-lm call it."""
+_WITHOUT = ("logging_steps", "steps_per_report")  # of them, those that spell like a setting here and have none
+
+
+def setting_names(config: Config) -> list[str]:
+    """Dotted names of all settings, those of the rewards that are there too."""
+    names = []
+    for section in dataclasses.fields(Config):
+        value = getattr(config, section.name)
+        if isinstance(value, dict):
+            for name, item in value.items():
+                names += [f"{section.name}.{name}.{f.name}" for f in dataclasses.fields(item)]
+                names += [f"{section.name}.{name}.options.{key}" for key in item.options]
+        else:
+            names += [f"{section.name}.{f.name}" for f in dataclasses.fields(value)]
+    return names
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?", or nothing where no setting has the name elsewhere or one that is spelt alike."""
+    order = {setting: i for i, setting in enumerate(setting_names(Config()))}
+    settings = sorted(known, key=lambda k: (order.get(k.lstrip("-"), len(order)), k))  # of equal ones the first section
+    last = _last(name)
+    if last in _WITHOUT:
+        return ""
+    ours = next((ours for ours, theirs in ELSEWHERE.items() if last in theirs), None)
+    close = [k for k in settings if _last(k) == last]
+    close = close or [k for k in settings if ours is not None and k.lstrip("-") == ours]
+    if not close and "." in name:
+        alike = [k for k in settings if difflib.get_close_matches(last, [_last(k)])]
+        close = difflib.get_close_matches(name, alike, n=1)
+    if not close:
+        spelt = difflib.get_close_matches(last, [_last(k) for k in settings], n=1, cutoff=0.75)
+        close = [k for k in settings if [_last(k)] == spelt]
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2].lstrip("-").replace("-", "_").lower()
