@@ -14,6 +14,7 @@ from gvpo_core.training.sampling import Sampling
 from gvpo_torch import fixed, rope
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, score
+from gvpo_torch.sharding import gathered_no_more, is_sharded
 
 log = logging.getLogger("gvpo.torch")
 
@@ -30,6 +31,19 @@ _FAILS = (
 
 
 def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
+    """`check_whole`, in float32 where parameters are float32; a sharded model in the dtype of its products.
+
+    Shards are gathered in that dtype. Every rank calls, and checks the same.
+    """
+    if not is_sharded(scorer):
+        return check_whole(scorer, config, device)
+    with scorer.autocast():
+        checked = check_whole(scorer, config, device)
+    gathered_no_more(scorer)
+    return checked
+
+
+def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
     """Compares log-probs with the model's own, packed rows with plain ones, sampling with scoring; chooses the layout.
 
     Sets `scorer.same_length` where prompts of different lengths cannot be decoded together.
@@ -80,7 +94,7 @@ def _own(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]
         if scorer.rope is not None:
             rope.reset(scorer.decoder)
         ids = torch.tensor([prompt + response], device=device)
-        logits = scorer.base(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float()
+        logits = scorer.own_logits(ids)[0, len(prompt) - 1 : -1].float()
         chosen = torch.tensor(response, device=device).unsqueeze(1)
         own.append(logits.log_softmax(-1).gather(1, chosen).squeeze(1).cpu().numpy())
     return own
@@ -178,12 +192,16 @@ def _differ(scorer: Scorer, values: list[np.ndarray], plain: list[np.ndarray]) -
 
 
 def _tolerance(scorer: Scorer) -> tuple[float, float]:
-    # Largest and mean difference a token, nat. Without autocast, so full fine-tuning is checked in float32 always;
+    # Largest and mean difference a token, nat. Without autocast, so full fine-tuning is checked in float32, if whole;
     # in 16 bits a router may send a token elsewhere. The head is compared in float32 always: see head.py.
-    if scorer.base.get_output_embeddings().weight.dtype == torch.float32:
+    if scorer.base.get_output_embeddings().weight.dtype == torch.float32 and not _in_16_bits(scorer):
         strict = torch.get_float32_matmul_precision() == "highest"
         return (2e-3, 5e-4) if strict else (0.1, 0.02)
     return 1.0, 0.1
+
+
+def _in_16_bits(scorer: Scorer) -> bool:
+    return is_sharded(scorer) and scorer.dtype != torch.float32
 
 
 def _by_response(scorer: Scorer, batch: Batch, packed: bool, device: torch.device) -> list[np.ndarray]:

@@ -15,6 +15,7 @@ from gvpo_core.training.policy.hugging_face import explained
 from gvpo_torch import rope
 from gvpo_torch.adapters import with_adapters
 from gvpo_torch.cache import cache_argument
+from gvpo_torch.deferred import to_meta
 from gvpo_torch.head import head_options, logits_of
 from gvpo_torch.logprobs import token_logprobs
 from gvpo_torch.weights import decoder_of, pretrained
@@ -42,8 +43,7 @@ class Scorer(nn.Module):
         kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         self.decodes_fixed = False  # set by `check`: whether sampling may go through `fixed`
         self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
-        with self.autocast():
-            self.head_options = head_options(base, self.decoder, self.config)
+        self.head_options: dict[str, Any] = {}  # set by `inspect_head`
 
     @property
     def base(self) -> nn.Module:
@@ -58,6 +58,15 @@ class Scorer(nn.Module):
     @property
     def adapted(self) -> bool:
         return hasattr(self.lm, "peft_config")
+
+    def inspect_head(self) -> None:
+        """Finds what the model does to the products of its head, once the weights are there; see `head_options`."""
+        with self.autocast():
+            self.head_options = head_options(self.base, self.decoder, self.config)
+
+    def own_logits(self, ids: Tensor) -> Tensor:
+        """(B, T, V) logits of the model's own forward pass, (B, T) int64 -> without anything of this class."""
+        return self.base(input_ids=ids, use_cache=False).logits
 
     def recomputes(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` tokens takes other RoPE frequencies than one of a token less."""
@@ -134,40 +143,52 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
     return scorer(**on)
 
 
-def load_scorer(config: ModelConfig, device: torch.device, seed: int) -> Scorer:
+def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferred: bool = False) -> Scorer:
     """The model of a folder or hub name, on the device, without dropout, in evaluation mode.
 
+    Args:
+      deferred: leave it to `sharding.shard` to read the weights and to inspect the head.
     Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, weights missing from
       the files, adapter targets that match nothing.
     """
     # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
     compute = getattr(torch, config.dtype)
     stored = compute if config.lora_rank else torch.float32
-    lm = pretrained(config, stored)
+    if deferred and config.lora_kind == "dora":
+        log.warning("each process reads the whole model before it keeps its part: DoRA starts from its weights")
+    lm = pretrained(config, stored, deferred=deferred and config.lora_kind != "dora")
     _exact(lm)
     if config.lora_rank:
         lm = with_adapters(lm, config, seed)
-    lm.eval().to(device)
+    lm.eval()
     if config.gradient_checkpointing:
         base = lm.get_base_model() if config.lora_rank else lm
         # Renamed in transformers 5.2x, where the old name warns.
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         with explained("gradient checkpointing", config):
             enable({"use_reentrant": False})
-    return Scorer(lm, compute)
+    return _ready(Scorer(lm, compute), device, deferred)
 
 
-def load_reference(config: ModelConfig, device: torch.device) -> Scorer:
+def load_reference(config: ModelConfig, device: torch.device, *, deferred: bool = False) -> Scorer:
     """The initial model, frozen; its linear layers are kept in the compute dtype, in which they are used anyway."""
     compute = getattr(torch, config.dtype)
-    lm = pretrained(config, torch.float32)
+    lm = pretrained(config, torch.float32, deferred=deferred)
     _exact(lm)
-    lm.requires_grad_(False).eval().to(device)
+    to_meta(lm)
+    lm.requires_grad_(False).eval()
     head = lm.get_output_embeddings()
     for module in lm.modules():
         if isinstance(module, nn.Linear) and module is not head:
             module.to(compute)
-    return Scorer(lm, compute)
+    return _ready(Scorer(lm, compute), device, deferred)
+
+
+def _ready(scorer: Scorer, device: torch.device, deferred: bool) -> Scorer:
+    if not deferred:
+        scorer.to(device)
+        scorer.inspect_head()
+    return scorer
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import check, checkpoint, export, fixed, generate, memory, model
 from gvpo_torch.ranks import Ranks
-from gvpo_torch.sharding import distribute, gathered, is_sharded, shard
+from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
 
 
@@ -51,18 +51,21 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _load(self) -> None:
         config = self.config
-        self.scorer = model.load_scorer(config, self.device, self.settings.seed)
+        sharded = self.world_size > 1 and config.sharding == "fsdp"
+        self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded)
+        if sharded:
+            shard(self.scorer, self.device)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
         self._splitting = self._split(getattr(self.scorer.config, "hidden_size", 0) or 0, self.scorer.rope)
         self.parameters, self.trainable = memory.count(self.scorer)
         self._reference = None
         if self.settings.reference and not config.lora_rank:
-            self._reference = model.load_reference(config, self.device)
-        self._trained: torch.nn.Module = self.scorer
-        if self.world_size > 1:
-            self._trained = distribute(self.scorer, self.device, config.sharding)
-            if config.sharding == "fsdp" and self._reference is not None:
+            self._reference = model.load_reference(config, self.device, deferred=sharded)
+            if sharded:
                 shard(self._reference, self.device)
+        self._trained: torch.nn.Module = self.scorer
+        if self.world_size > 1 and not sharded:
+            self._trained = copies(self.scorer, self.device)
         self._sharded = is_sharded(self._trained)
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
         self._named = {name.removeprefix("lm."): p for name, p in self.scorer.named_parameters() if p.requires_grad}
@@ -158,6 +161,7 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
         checkpoint.restore(directory, self._named, self._optimizer, header)
+        gathered_no_more(self._trained)
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""

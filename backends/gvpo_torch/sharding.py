@@ -7,20 +7,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
+from gvpo_torch.deferred import fill, to_meta, unread
 from gvpo_torch.model import Scorer
 
 
-def distribute(scorer: Scorer, device: torch.device, sharding: str) -> nn.Module:
-    """The module to call in training on every rank of the default process group.
-
-    Args:
-      sharding: "data_parallel" or "fsdp"; fsdp changes `scorer` itself: make the optimizer afterwards.
-    """
-    if sharding == "fsdp":
-        shard(scorer, device)
-        return scorer
+def copies(scorer: Scorer, device: torch.device) -> nn.Module:
+    """The module to call in training on every rank of the default process group, each with a copy of the model."""
     devices = None if device.type == "cpu" else [device.index]
     return nn.parallel.DistributedDataParallel(
         scorer, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
@@ -28,27 +22,46 @@ def distribute(scorer: Scorer, device: torch.device, sharding: str) -> nn.Module
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:
+    """`cut`, and the inspection of the head, which needs the weights; every rank calls."""
+    cut(scorer, device)
+    scorer.inspect_head()
+    gathered_no_more(scorer)
+
+
+def cut(scorer: Scorer, device: torch.device) -> None:
     """Shards parameters over all ranks with `fully_shard`, a group a decoder layer and one for the rest.
 
     Linear layers that autocast computes in 16 bits are gathered in that dtype, the cast that autocast would make after
     the gather; the other parameters keep theirs. Gradients are reduced in float32. So the step is that of one process.
+    Of weights that are not read yet, each rank reads the rows of its shards.
     """
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     kinds = set(scorer._no_split_modules)
     layers = [module for module in scorer.modules() if type(module).__name__ in kinds]
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     half = MixedPrecisionPolicy(scorer.dtype, torch.float32, cast_forward_inputs=False)
+    values = unread(scorer)
+    to_meta(scorer)
     for layer in layers:
         linear = [m for m in layer.modules() if type(m) is nn.Linear and m.weight.dtype != scorer.dtype]
         if linear and not scorer.adapted:  # adapters compute on weights outside their layers' forward
             fully_shard(linear, mesh=mesh, mp_policy=half)
         fully_shard(layer, mesh=mesh, mp_policy=full)
     fully_shard(scorer, mesh=mesh, mp_policy=full)
+    fill(scorer, values, device)
+    for method in ("inspect_head", "own_logits"):
+        register_fsdp_forward_method(scorer, method)
 
 
 def is_sharded(module: nn.Module) -> bool:
     """Whether FSDP2 holds the module's parameters in shards."""
     return isinstance(module, FSDPModule)
+
+
+def gathered_no_more(module: nn.Module) -> None:
+    """Frees what an earlier pass without gradients left gathered: it is stale once shards are written."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
 
 
 @contextlib.contextmanager

@@ -1,10 +1,11 @@
 """A model of transformers from its files: the class that reads them, and what is refused as it would be misread."""
 
 import contextlib
+import functools
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
 from gvpo_core.training.policy.hugging_face import explained, local_folder, located, read_json
+from gvpo_torch.deferred import NotDeferred, from_files
 
 log = logging.getLogger("gvpo.torch")
 
@@ -37,11 +39,13 @@ def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
+def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = False) -> nn.Module:
     """The model of a folder or hub name, in `dtype`; what text never reaches is frozen.
 
     A checkpoint of a model of images and text is read by its own class, and trained on text.
 
+    Args:
+      deferred: leave the weights unread where that is possible, for `gvpo_torch.deferred` to read in parts.
     Raises: ConfigError: weights that are missing, quantised or not those of the model; an adapter beside the model;
       an unknown architecture.
     """
@@ -54,14 +58,18 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
         options = {**where, "config": settings, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         unpacked = _dequantized(settings)
         options |= unpacked
-        make = _auto_class(settings, config).from_pretrained
-        try:
-            lm, info = make(**options, attn_implementation="sdpa")
-        except ValueError as error:
-            if "scaled_dot_product_attention" not in str(error):
-                raise
-            log.info("%s has no SDPA attention: eager is used", config.path)
-            lm, info = make(**options, attn_implementation="eager")
+        auto = _auto_class(settings, config)
+        lm: Any = None
+        info: dict[str, Any] = {}
+        if deferred:
+            try:
+                lm, info = _attending(
+                    functools.partial(from_files, _own_class(auto, settings, unpacked), folder), options
+                )
+            except NotDeferred as reason:
+                log.warning("%s: each process reads the whole model before it keeps its part (%s)", config.path, reason)
+        if lm is None:
+            lm, info = _attending(auto.from_pretrained, options)
     _check(lm, info, config, bool(unpacked))
     _forget_quantization(lm.config)
     _say_whether_tied(lm)
@@ -71,6 +79,32 @@ def pretrained(config: ModelConfig, dtype: torch.dtype) -> nn.Module:
     for p in lm.parameters():
         p.requires_grad_(p.requires_grad and id(p) in text)
     return lm
+
+
+def _attending(make: Callable[..., Any], options: dict[str, Any]) -> Any:
+    """`make` with SDPA attention, or with eager attention where the model has no other."""
+    try:
+        return make(**options, attn_implementation="sdpa")
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        log.info("%s has no SDPA attention: eager is used", options["pretrained_model_name_or_path"])
+        return make(**options, attn_implementation="eager")
+
+
+def _own_class(auto: Any, settings: Any, unpacked: dict[str, Any]) -> Any:
+    """The model's class. Raises: NotDeferred: one of its own code, or weights that are unpacked when they are read."""
+    if unpacked:
+        raise NotDeferred("its weights are unpacked when they are read")
+    if type(settings) not in auto._model_mapping:
+        raise NotDeferred("it is loaded by code that comes with it")
+    if getattr(settings, "transformers_weights", None):
+        raise NotDeferred("config.json names the file of its weights")
+    kind = auto._model_mapping[type(settings)]
+    if not isinstance(kind, type):  # several, of which config.json names one
+        named = {one.__name__: one for one in kind}
+        kind = next((named[name] for name in settings.architectures or () if name in named), kind[0])
+    return kind
 
 
 def decoder_of(base: nn.Module) -> nn.Module:

@@ -44,6 +44,21 @@ def assert_is_what_runs(of_policy, sharding: str) -> None:
         assert held and all(isinstance(p, DTensor) for p in held), "the optimizer steps other tensors"
 
 
+def reads_in_parts() -> list[int]:
+    """Gets a number for each model that is read in parts from now on: of its parameters."""
+    from gvpo_torch import sharding
+
+    fill, numbers = sharding.fill, []
+
+    def counting(module, unread, device):
+        if unread:
+            numbers.append(len(unread))
+        fill(module, unread, device)
+
+    sharding.fill = counting
+    return numbers
+
+
 def counted(call) -> tuple[object, dict[str, int]]:
     """What `call` returns, and how often each collective ran in it."""
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -81,10 +96,13 @@ def step(of_policy, rows: list[list[int]]) -> dict[str, object]:
 
 def main() -> None:
     folder, out, settings = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    read_in_parts = reads_in_parts()
     of_policy = policy(folder, reference=True, **settings)
     rank, size = of_policy.rank, of_policy.world_size
     if size > 1:
         assert_is_what_runs(of_policy, settings["sharding"])
+        models = 0 if settings["sharding"] == "data_parallel" else 1 if of_policy._reference is None else 2
+        assert len(read_in_parts) == models, "a sharded model was read whole"
     n = len(OF)
     cuts = {1: [], 2: [CUT], 4: [1, CUT, 8]}[size]  # groups of 4, 3, 2 and 5 rows lie on several ranks
     straddling = [part.tolist() for part in np.split(np.arange(n), cuts)]
