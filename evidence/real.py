@@ -45,7 +45,7 @@ METHODS = ("gvpo", "grpo", "rloo", "reject_sampling")
 RATES = (4e-6, 1.2e-5, 3.6e-5)
 SEEDS, TUNING_SEED = (1, 2, 3), 100
 STALENESS = (0, 4)
-STEPS, PROMPTS, RESPONSES, MAX_TOKENS, BETA = 32, 4, 16, 16, 0.05
+STEPS, PROMPTS, RESPONSES, MAX_TOKENS, BETA = 32, 4, 8, 16, 0.05
 TASKS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {
         "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"],
