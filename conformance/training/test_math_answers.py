@@ -49,6 +49,7 @@ def test_a_gold_answer_that_cannot_be_read_is_not_scored(gold, library):
         ("<think>it is 71</think> 72", "72", 1), ("<think>it is 72</think> 71", "72", 0),
         (r"<think>\boxed{72}</think> so $71$", "72", 0), (r"\boxed{x^2}", "x²", 1), (r"\boxed{2x}", "x²", 0),
         (r"\boxed{10^{-3}}", "10⁻³", 1),
+        ("The answer is H2O.", "H2O", 1), ("The answer is HO2.", "H2O", 0), (r"so $x_1$", "x1", 1),
     ],
 )  # fmt: skip
 def test_the_final_answer_of_a_response_is_read_whole(response, gold, wanted, library):

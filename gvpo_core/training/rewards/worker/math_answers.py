@@ -21,6 +21,7 @@ _FUNCTION = re.compile(
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}")
 _MIXED = re.compile(r"(-?)(\d+)\s+(\d+)\s*/\s*(\d+)")
 _ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[{(]?\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)")
+_REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\s*(?:\{(\d+)\}|(\d))")
 _BASE = re.compile(r"^\(?[0-9A-Z]+\)?_\{?(\d+)\}?$")
 _RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -67,6 +68,9 @@ def judge(response: str, gold: str) -> float | None:
         if any(_plain(c) == _plain(answer) or _choice(c, answer) for c in _candidates(response, words=True)):
             return 1.0
         return 0.0 if len(words) == 1 or (_TEXT_COMMAND.search(answer) and len(words) <= 3) else None
+    if name := _name(answer):
+        said = [*_candidates(response, words=True), *re.findall(r"\$([^$]+)\$", response)[-1:]]
+        return float(any(_name(candidate) == name for candidate in said))
     wanted = _read(answer)
     if wanted is None:
         return None
@@ -183,6 +187,25 @@ def _words(answer: str) -> list[str] | None:
     return None
 
 
+def _name(text: str) -> str | None:
+    """A name that no product is: H2O, x_1, \\angle ABC. None for other answers. As mathematics HO2 would equal H2O."""
+    bare = re.sub(r"[\s{}_$*]", "", _TEXT_COMMAND.sub(r"\1", text)).strip(".")
+    if angle := re.fullmatch(r"(?:\\angle|∠)([A-Z])([A-Z])([A-Z])", bare):
+        return "angle " + angle[2].join(sorted((angle[1], angle[3])))
+    if not (match := re.fullmatch(r"([A-Za-z]{1,3})\d[A-Za-z\d]*", bare)) or _FUNCTION.fullmatch(match[1]):
+        return None
+    return None if _is_numeral(text) else bare
+
+
+def _is_numeral(text: str) -> bool:
+    """Whether a text is a number in another base: AB_{16}, but not CO_2."""
+    base = _BASE.match(text.strip())
+    try:
+        return base is not None and int(text.strip().partition("_")[0].strip("()"), int(base[1])) >= 0
+    except ValueError:
+        return False
+
+
 def _plain(text: str) -> str:
     """A text for comparison: without commands for text, delimiters, white space, case."""
     text = _TEXT_COMMAND.sub(r"\1", text)
@@ -205,6 +228,7 @@ def _read(answer: str) -> Any:
     answer = _RAISED.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", answer)
     answer = answer.replace("\u2212", "-").replace("×", r"\times ").replace("∞", r"\infty ").replace("°", r"^\circ")
     answer = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))", "", answer).replace(r"\varnothing", r"\emptyset")
+    answer = _REPEATING.sub(_fraction, answer.replace(r"\degree", r"^\circ"))
     answer = _ANGLE.sub(r"\1\\frac{\2\\pi}{180}", answer).strip()
     if _PLAIN_NUMBER.fullmatch(answer):
         answer = f"{Decimal(answer):f}"
@@ -219,6 +243,14 @@ def _read(answer: str) -> Any:
     if parsed is None and (percent := re.fullmatch(r"(.*?)\s*\\?%", answer, re.DOTALL)):
         parsed = _parse(f"${percent[1]}$", delimited=False)  # 9% and 9 are equal to math-verify too
     return parsed
+
+
+def _fraction(match: re.Match[str]) -> str:
+    """A decimal whose last digits repeat, as a fraction."""
+    whole, fixed = match[1], match[2]
+    digits = match[3] or match[4]
+    top = int(whole + fixed + digits) - int(whole + fixed)
+    return rf"\frac{{{top}}}{{{'9' * len(digits) + '0' * len(fixed)}}}"
 
 
 def _parse(text: str, *, delimited: bool) -> Any:
