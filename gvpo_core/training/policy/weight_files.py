@@ -115,14 +115,15 @@ def _is_size(name: str) -> bool:
 def refuse_integers(stored: Mapping[str, Tensor], quantized: Iterable[str] = ()) -> None:
     """Refuses weights that are integers or 8-bit floats: without their scales their values are wrong.
 
-    Masks (BOOL), single numbers and `position_ids` are not weights.
+    Masks (BOOL, of a name that does not end in weight), single numbers and `position_ids` are not weights.
 
     Args:
       quantized: names that the backend reads together with their scales.
     Raises: ConfigError: naming the first such weight.
     """
     allowed = set(quantized)
-    doubtful = {name: t for name, t in stored.items() if t.dtype not in (*_FLOATS, "BOOL") and t.shape != ()}
+    masks = {name for name, t in stored.items() if t.dtype == "BOOL" and not name.endswith("weight")}
+    doubtful = {n: t for n, t in stored.items() if t.dtype not in _FLOATS and n not in masks and t.shape != ()}
     bad = sorted(name for name in doubtful if name not in allowed and not name.endswith("position_ids"))
     if bad:
         first = stored[bad[0]]
