@@ -69,8 +69,8 @@ def judge(response: str, gold: str) -> float | None:
             return 1.0
         return 0.0 if len(words) == 1 or (_TEXT_COMMAND.search(answer) and len(words) <= 3) else None
     if name := _name(answer):
-        said = [*_candidates(response, words=True), *re.findall(r"\$([^$]+)\$", response)[-1:]]
-        return float(any(_name(candidate) == name for candidate in said))
+        stated = [*_candidates(response, words=True), *re.findall(r"\$([^$]+)\$", response)[-1:]]
+        return float(any(_name(candidate) == name for candidate in stated))
     wanted = _read(answer)
     if wanted is None:
         return None
