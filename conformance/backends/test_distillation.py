@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
+from echo_server import EchoServer
 from trainer_backends import Backend
 
 from gvpo_core.training.config import (
@@ -24,6 +25,7 @@ from gvpo_core.training.config import (
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.load import load_policy
+from gvpo_core.training.samplers import SamplerError
 
 PRESENT = trainer_backends.present()
 if not PRESENT:
@@ -141,3 +143,71 @@ def test_a_teacher_without_a_chat_template_is_named(tmp_path, backend, student, 
     config = config_of(tmp_path / "run", backend, student, bare)
     with pytest.raises(ConfigError, match=r"the tokenizer of .*bare.* has no chat template"):
         train(config, load_policy(config), train_rows=ROWS)
+
+
+def served_config(config: Config, server: EchoServer, **teaching) -> Config:
+    return replace(
+        config, teacher=replace(config.teacher, url=server.url, model=server.name, pause=0.01, tries=3, **teaching)
+    )
+
+
+@pytest.fixture(scope="module")
+def scoring(backend, teacher):
+    """The teacher as a policy of this backend."""
+    return load_policy(Config(run=RunConfig(backend=backend.name), model=ModelConfig(path=str(teacher), device="cpu")))
+
+
+def test_a_teacher_behind_a_url_takes_the_steps_of_a_local_one(
+    tmp_path, backend, student, teacher, scoring, capsys, monkeypatch
+):
+    """Failed requests are repeated; the key is sent and stands in no file."""
+    monkeypatch.setenv("TEACHER_KEY", "s3cret-of-teacher")
+    local = config_of(tmp_path / "local", backend, student, teacher)
+    want = load_policy(local)
+    train(local, want, train_rows=ROWS)
+    with EchoServer(scoring, "big", faults=[None, 503, "garbage", 429]) as server:
+        config = served_config(local, server, api_key="$TEACHER_KEY")
+        config = replace(config, run=replace(config.run, folder=str(tmp_path / "served")))
+        policy = load_policy(config)
+        train(config, policy, train_rows=ROWS)
+    assert len(server.asked) == 1 + 2 * 12 + 3, "one check, two steps of 12 responses, three tries again"
+    assert all(body["echo"] and body["max_tokens"] == 0 for body in server.asked)
+    assert server.keys == {"Bearer s3cret-of-teacher"}
+    assert f"big at {server.url}, tokenizer of {teacher}" in " ".join(capsys.readouterr().out.split())
+    for file in (tmp_path / "served").rglob("*"):
+        assert not file.is_file() or b"s3cret-of-teacher" not in file.read_bytes(), file
+    prompts = [policy.encode(row["prompt"]) for row in ROWS]
+    batch = Batch(prompts, [(5, 6), (7, 8), (9,)], [0, 1, 2])
+    np.testing.assert_allclose(policy.logprobs(batch), want.logprobs(batch), atol=2e-5)
+    records = [json.loads(line) for line in (tmp_path / "served" / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["teacher/lost"], r["teacher/unread"]) for r in records if r["kind"] == "train"] == [(0, 0)] * 2
+
+
+def test_responses_whose_score_does_not_come_leave_their_group(tmp_path, backend, student, teacher, scoring):
+    with EchoServer(scoring, "big", faults=[None, "nan"]) as server:
+        config = served_config(config_of(tmp_path, backend, student, teacher), server)
+        train(config, load_policy(config), train_rows=ROWS)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    left = [(r["teacher/lost"], r.get("responses/left_out", 0)) for r in records if r["kind"] == "train"]
+    assert left == [(1, 1), (0, 0)]
+
+
+@pytest.mark.parametrize(
+    ("faults", "lost", "kind", "message"),
+    [
+        (
+            ["no echo"],
+            (),
+            ConfigError,
+            "teacher.url = .* gives no log-probabilities for 5 tokens: expected one for each",
+        ),
+        (["bos"], (), ConfigError, r"scored other tokens than it was given .*it adds special tokens"),
+        ([404], (), ConfigError, "answers 404"),
+        ([], range(1, 100), SamplerError, "the teacher scored none of 12 responses: .*answers 500"),
+    ],
+)
+def test_a_server_that_cannot_score_is_named(tmp_path, backend, student, teacher, scoring, faults, lost, kind, message):
+    with EchoServer(scoring, "big", faults=faults, lost=lost) as server:
+        config = served_config(config_of(tmp_path, backend, student, teacher), server)
+        with pytest.raises(kind, match=message):
+            train(config, load_policy(config), train_rows=ROWS)

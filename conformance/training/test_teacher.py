@@ -159,13 +159,20 @@ def test_the_run_folder_names_the_teacher_and_refuses_another(teacher, tmp_path)
         ({"teacher": TeacherConfig()}, r"teacher\.path is empty; expected a model folder"),
         ({"objective": "initial"}, r"objective\.reference = 'initial'; set it to 'teacher'"),
         ({"teacher": TeacherConfig(path="nowhere")}, r"teacher\.path = 'nowhere': .*nowhere"),
+        ({"teacher": {"url": "localhost:8000"}}, r"teacher\.url = 'localhost:8000'; expected http://HOST:PORT"),
+        ({"teacher": {"url": "http://a:1", "api_key": "sk-1"}}, r"teacher\.api_key is not '\$NAME'"),
+        ({"teacher": {"url": "http://a:1", "tries": 0}}, r"teacher\.tries = 0; expected 1 to 1,000"),
+        ({"teacher": {"url": "http://a:1", "backend": "torch"}}, r"teacher\.backend is set, and the server"),
+        ({"teacher": {"model": "big"}}, r"teacher\.model is set, and teacher\.url is empty"),
         ({"name": "sft"}, r"objective\.name = 'sft' reads no reference; use gvpo"),
     ],
 )
 def test_a_teacher_that_cannot_be_used_is_named(changes, message, teacher, tmp_path):
     config = config_of(tmp_path / "run", teacher)
     if "teacher" in changes:
-        config = replace(config, teacher=changes["teacher"])
+        given = changes["teacher"]
+        given = replace(config.teacher, **given) if isinstance(given, dict) else given
+        config = replace(config, teacher=given)
     if "objective" in changes:
         config = replace(config, objective=replace(config.objective, reference=changes["objective"]))
     if "name" in changes:
@@ -183,12 +190,12 @@ def test_held_out_prompts_need_a_reward(teacher, tmp_path):
 def test_several_ranks_take_the_steps_of_one(teacher, tmp_path, monkeypatch):
     """The teacher of each rank scores the rank's own responses."""
     from gvpo_core.training import inputs as inputs_module
-    from gvpo_core.training.teacher import Teacher, load_teacher
+    from gvpo_core.training.teacher import load_teacher
 
     want = policy_of(config := config_of(tmp_path / "one", teacher))
     config = replace(config, run=replace(config.run, steps=6))
     train(config, want, train_rows=ROWS)
-    monkeypatch.setattr(inputs_module, "load_teacher", lambda c, p: Teacher(load_teacher(c, want).policy))
+    monkeypatch.setattr(inputs_module, "load_teacher", lambda c, p: load_teacher(c, want))
     for size in (2, 3):
         several = replace(config, run=replace(config.run, folder=str(tmp_path / f"of{size}")))
         work = lambda policy, c=several: train(c, policy, train_rows=ROWS)

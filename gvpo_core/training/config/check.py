@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.objectives import OBJECTIVES, TABLE, suggestion
-from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.config.engine import wrong_sampler
+from gvpo_core.training.config import Config, ConfigError, TeacherConfig
+from gvpo_core.training.config.engine import server_ranges, wrong_sampler, wrong_server
 from gvpo_core.training.config.secrets import HIDDEN
 
 NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
@@ -168,7 +168,20 @@ def _wrong_teacher(c: Config) -> list[tuple[str, str]]:
         return [("teacher.path", message)]
     if taught and c.objective.name in ("sft", "reject_sampling"):
         return [("objective.reference", f"objective.name = {c.objective.name!r} reads no reference; use gvpo")]
-    return []
+    server, default = c.teacher, TeacherConfig()
+    if not server.url:
+        names = ("model", "concurrency", "deadline", "tries", "pause", "api_key")
+        return [
+            (f"teacher.{name}", f"teacher.{name} is set, and teacher.url is empty: name the server, or leave it out")
+            for name in names
+            if getattr(server, name) != getattr(default, name)
+        ]
+    wrong = [
+        (f"teacher.{n}", f"teacher.{m}") for n, m in wrong_server(server.url, server.api_key, server_ranges(server))
+    ]
+    if server.backend != "auto":
+        wrong.append(("teacher.backend", "teacher.backend is set, and the server of teacher.url scores; leave it out"))
+    return wrong
 
 
 def _wrong_mixture(c: Config) -> list[tuple[str, str]]:

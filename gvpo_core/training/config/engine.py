@@ -2,11 +2,12 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
+from typing import Any
 from urllib.parse import urlsplit
 
-from gvpo_core.training.config.settings import Config, EngineConfig
+from gvpo_core.training.config.settings import Config, EngineConfig, TeacherConfig
 
 SAMPLERS = ("policy", "engine")
 """Values of rollout.sampler that are no import path."""
@@ -18,23 +19,40 @@ OPTIONAL_FIELDS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_pe
 """Fields that a request sets unless `omit` names them."""
 
 
+def wrong_server(url: str, api_key: str, ranges: Iterable[tuple[str, Any, bool, str]]) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it): of the address, the key and the numbers of a server.
+
+    Args:
+      ranges: (field, its value, whether it is good, what was expected) of further fields.
+    """
+    if _is_address(url) and "@" in urlsplit(url).netloc:
+        yield "url", "url holds a user name or password; expected http://HOST:PORT, and a key in api_key"
+    elif not _is_address(url):
+        yield "url", f"url = {url!r}; expected http://HOST:PORT or https://HOST, without /v1"
+    for name, value, good, wanted in ranges:
+        if not good:
+            yield name, f"{name} = {value!r}; expected {wanted}"
+    if api_key and not re.fullmatch(r"\$[A-Za-z_]\w*", api_key):
+        yield "api_key", "api_key is not '$NAME'; expected the name of the environment variable that holds the key"
+
+
+def server_ranges(server: EngineConfig | TeacherConfig) -> list[tuple[str, Any, bool, str]]:
+    """What `wrong_server` checks of the numbers that all servers have."""
+    return [
+        ("concurrency", server.concurrency, 1 <= server.concurrency <= 4096, "1 to 4,096"),
+        ("tries", server.tries, 1 <= server.tries <= 1000, "1 to 1,000"),
+        ("deadline", server.deadline, server.deadline > 0, "a number of seconds above 0"),
+        ("pause", server.pause, server.pause >= 0, ">= 0"),
+    ]
+
+
 def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it): of an engine alone, whatever the run."""
-    if _is_address(engine.url) and "@" in urlsplit(engine.url).netloc:
-        yield "url", "url holds a user name or password; expected http://HOST:PORT, and a key in api_key"
-    elif not _is_address(engine.url):
-        yield "url", f"url = {engine.url!r}; expected http://HOST:PORT or https://HOST, without /v1"
+    gap = engine.gap_tolerance
+    ranges = [*server_ranges(engine), ("gap_tolerance", gap, gap is None or gap > 0, "a number above 0")]
+    yield from wrong_server(engine.url, engine.api_key, ranges)
     if not engine.model.strip():
         yield "model", f"model = {engine.model!r}; expected the name of the model on the server"
-    for name, good, wanted in (
-        ("concurrency", 1 <= engine.concurrency <= 4096, "1 to 4,096"),
-        ("tries", 1 <= engine.tries <= 1000, "1 to 1,000"),
-        ("deadline", engine.deadline > 0, "a number of seconds above 0"),
-        ("pause", engine.pause >= 0, ">= 0"),
-        ("gap_tolerance", engine.gap_tolerance is None or engine.gap_tolerance > 0, "a number above 0"),
-    ):
-        if not good:
-            yield name, f"{name} = {getattr(engine, name)!r}; expected {wanted}"
     if engine.weights not in ("kept", "adapters", "model") or (engine.weights != "kept") != bool(engine.folder):
         both = f"weights = {engine.weights!r} and folder = {str(engine.folder)!r}"
         yield "weights", f"{both}; expected adapters or model, and a folder"
@@ -51,8 +69,6 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     for name in engine.fields:
         if name in (*REQUEST_FIELDS, *OPTIONAL_FIELDS):
             yield "fields", f"fields.{name} is set by the run itself; expected other fields"
-    if engine.api_key and not re.fullmatch(r"\$[A-Za-z_]\w*", engine.api_key):
-        yield "api_key", "api_key is not '$NAME'; expected the name of the environment variable that holds the key"
 
 
 def _is_address(url: str) -> bool:

@@ -205,7 +205,8 @@ class TeacherConfig:
     """A model to distill from, where objective.reference = "teacher" (docs/distillation.md)."""
 
     path: str = ""
-    """Local Hugging Face folder, or hub name. Its tokenizer may differ from the policy's."""
+    """Local Hugging Face folder, or hub name. Its tokenizer may differ from the policy's. With url, only the tokenizer
+    and the context are read here."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
@@ -216,6 +217,21 @@ class TeacherConfig:
     """Device. Empty: model.device."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of its chat template."""
+    url: str = ""
+    """Address of a server that scores instead, without /v1: one that echoes the log-probabilities of token ids, as
+    vLLM. Empty: the model is loaded here."""
+    model: str = ""
+    """Name of the model on the server. Empty: path."""
+    concurrency: int = 16
+    """Requests at a time."""
+    deadline: float = 600.0
+    """Seconds that the scores of one step may take. Responses without a score leave their group."""
+    tries: int = 4
+    """Requests for a response, the first one included."""
+    pause: float = 0.5
+    """Seconds before the second try; twice as long before each further one."""
+    api_key: str = ""
+    """"$NAME": the environment variable that holds the server's key. The key itself belongs in no file."""
 
 
 @dataclass(frozen=True)

@@ -44,16 +44,18 @@ class Clock:
 class Server:
     """A server by its address."""
 
-    def __init__(self, url: str, *, tries: int, pause: float, api_key: str = "") -> None:
+    def __init__(self, url: str, *, tries: int, pause: float, api_key: str = "", section: str = "engine") -> None:
         """
         Args:
           url: without /v1.
           tries: requests, the first one included.
           pause: seconds before the second try; twice as long before each further one.
           api_key: "$NAME", the environment variable that holds the key. It is read for each request and kept nowhere.
+          section: of the settings, for errors.
         Raises: ConfigError: the variable is not set.
         """
-        self.url, self.tries, self.pause, self._key = url.rstrip("/"), tries, pause, api_key
+        self.url, self.tries, self.pause = url.rstrip("/"), tries, pause
+        self._key, self._section = api_key, section
         self._read_key()
 
     def asked(self, path: str, body: dict[str, Any], until: float, read: Callable[[bytes], Result]) -> Result:
@@ -74,7 +76,7 @@ class Server:
                 time.sleep(pause)
 
     def _read_key(self) -> str:
-        return str(resolved({"api_key": self._key}, "engine")["api_key"])
+        return str(resolved({"api_key": self._key}, self._section)["api_key"])
 
     def _post(self, path: str, body: dict[str, Any], until: float) -> bytes:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode())

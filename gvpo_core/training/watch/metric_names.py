@@ -135,6 +135,7 @@ METRICS: dict[str, Metric] = {
     "teacher/unread": Metric(
         "responses", "Responses that the teacher cannot read or hold; they leave their group (objective.reference)."
     ),
+    "teacher/lost": Metric("responses", "Responses whose score did not come from teacher.url; they leave their group."),
     "replay/age": Metric("steps", "Mean age of the replayed groups; absent without one."),
     "replay/kept": Metric("groups", "Groups kept for replay after the step."),
     "groups/dropped_unscored": Metric("groups", "Groups with fewer than two scored responses."),

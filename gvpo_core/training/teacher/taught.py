@@ -1,0 +1,105 @@
+"""A teacher in the place of pi_ref: distillation at the level of sequences (GVPO++, arXiv 2609.21432).
+
+The teacher scores the text of a response with its own tokenizer, so that it need not share the student's. With rewards
+0 the unique minimum of the loss is the teacher, whoever draws the responses; with rewards it is pi_T exp(R / beta) / Z.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.data import Prompts
+from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens
+from gvpo_core.training.policy.ranks import attempt
+from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.samplers import SamplerError
+
+
+class Scorer(Protocol):
+    """A model that reads text and scores tokens: a policy that is not trained, or a server."""
+
+    def encode(self, prompt: Prompt) -> Tokens:
+        """As `Policy.encode`."""
+
+    def encode_responses(
+        self, prompt: Prompt, responses: Sequence[str], finished: Sequence[bool | None]
+    ) -> list[Response]:
+        """As `Policy.encode_responses`."""
+
+    def logprobs(self, batch: Batch) -> np.ndarray:
+        """(N,) float64 sums of log-probabilities at temperature 1, nats; NaN where a score did not come."""
+
+
+class Teacher:
+    """Scores responses and is never trained."""
+
+    def __init__(self, scorer: Scorer, said: str, context: int | None) -> None:
+        """
+        Args:
+          said: what it is, for the header.
+          context: longest prompt and response together, tokens. None: not known.
+        """
+        self.scorer, self._said, self.context = scorer, said, context
+
+    def said(self) -> str:
+        """What it is, for the header."""
+        return self._said
+
+    def check(self, prompts: Prompts) -> None:
+        """Raises ConfigError: the teacher cannot read the first prompt, as where it has no chat template for a chat."""
+        self.scorer.encode(prompts.prompts[0])
+
+    def taught(self, policy: Policy, rollout: Rollout) -> Rollout:
+        """The rollout with the teacher's log-probabilities as those of the reference; every rank calls.
+
+        A response that the teacher cannot read, that is longer than its context, or whose score does not come, leaves
+        its group.
+
+        Args:
+          policy: the student, whose tokens the rollout has.
+        Raises: ConfigError: responses with tokens that are not the policy's own. SamplerError: a server that gives no
+          score at all.
+        """
+        batch = rollout.batch
+        if batch.own is not None:
+            raise ConfigError(
+                "the responses have tokens of tools or users between the policy's own, which a teacher with another"
+                " tokenizer cannot score: leave objective.reference = 'teacher' out"
+            )
+        finished = rollout.finished[rollout.start : rollout.start + len(batch)]
+        stopped = np.zeros(len(batch), bool)
+        if rollout.stopped is not None:
+            stopped = rollout.stopped[rollout.start : rollout.start + len(batch)]
+        scored = np.full(len(batch), np.nan)
+        encoded: list[tuple[int, tuple[int, ...], tuple[int, ...], int]] = []
+        for row, (tokens, group) in enumerate(zip(batch.responses, batch.groups, strict=True)):
+            ended = bool(finished[row]) and not stopped[row]
+            ids = self._read(rollout.prompts[group], policy.decode(tokens), ended)
+            if ids is not None:
+                encoded.append((row, *ids, group))
+        rows = [row for row, *_ in encoded]
+        own = Batch([p for _, p, _, _ in encoded], [r for _, _, r, _ in encoded], [g for *_, g in encoded])
+        scores = attempt(policy, lambda: np.asarray(self.scorer.logprobs(own), np.float64), kind=SamplerError)
+        assert scores is not None  # every rank scores
+        scored[rows] = scores
+        read = np.zeros(len(batch), bool)
+        read[rows] = True
+        reference, read = policy.gather(scored), policy.gather(read)
+        missing = np.isnan(reference)
+        details = rollout.details | {"teacher/unread": int((~read).sum()), "teacher/lost": int((missing & read).sum())}
+        left_out = missing if rollout.left_out is None else missing | rollout.left_out
+        left = left_out if left_out.any() else None
+        return replace(rollout, ref_logprobs=reference, left_out=left, details=details, taught=True)
+
+    def _read(self, prompt: Prompt, text: str, finished: bool) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+        """Prompt and response as the teacher's tokens; None: it cannot read them."""
+        try:
+            asked = tuple(self.scorer.encode(prompt))
+            response = self.scorer.encode_responses(prompt, [text], [finished])[0]
+        except ResponseError:
+            return None
+        fits = not self.context or len(asked) + len(response.tokens) <= self.context
+        return (asked, response.tokens) if fits else None
