@@ -13,7 +13,7 @@ from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import fixed, rope
 from gvpo_torch.generate import generate
-from gvpo_torch.model import Scorer, checkpointing, score
+from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
 from gvpo_torch.sharding import gathered_no_more, is_sharded
 
 log = logging.getLogger("gvpo.torch")
@@ -111,6 +111,31 @@ def _check_checkpointing(
             f"log-probs of {name} with gradient checkpointing differ by up to {difference:.3g} nat a token from those "
             "without: set model.gradient_checkpointing = false"
         )
+
+
+def defers(scorer: Scorer, device: torch.device) -> bool:
+    """Whether the micro-batches of a group may all go forward before the first goes back, their layers computed again.
+
+    Where that is not what scoring is, or where RoPE depends on the row, a group is scored first.
+    """
+    name, reason = type(scorer.base).__name__, "RoPE depends on the length of the row"
+    if scorer.rope is None:
+        batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
+        try:
+            enable_checkpointing(scorer.base)
+            with scorer.autocast() if is_sharded(scorer) else contextlib.nullcontext():
+                with torch.no_grad():
+                    plain = _by_response(scorer, batch, False, device)
+                with checkpointing(scorer) as layers:
+                    apart = _differ(scorer, _by_response(scorer, batch, False, device), plain)
+            gathered_no_more(scorer)
+            reason = "" if apart is None else f"log-probs with checkpointing differ by up to {apart:.3g} nat at load"
+            reason = reason if layers else "its layers cannot be computed again"
+        except _FAILS as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if reason:
+        log.info("%s: a group of several micro-batches is scored before its gradient is taken (%s)", name, reason)
+    return not reason
 
 
 def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndarray], device: torch.device) -> None:

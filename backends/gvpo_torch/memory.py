@@ -12,16 +12,16 @@ from gvpo_torch.model import Scorer
 CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
 
 
-def facts(scorer: Scorer, device: torch.device) -> MemoryFacts | None:
+def facts(scorer: Scorer, device: torch.device, defers: bool = False) -> MemoryFacts | None:
     """What the core's estimate of memory needs; None for a model whose sizes have other names."""
     sizes = shape(scorer)
     if sizes is None:
         return None
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
-        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES)
+        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, defers=defers)
     # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
-    return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7)
+    return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7, defers=defers)
 
 
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:

@@ -162,11 +162,8 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferre
         lm = with_adapters(lm, config, seed)
     lm.eval()
     if config.gradient_checkpointing:
-        base = lm.get_base_model() if config.lora_rank else lm
-        # Renamed in transformers 5.2x, where the old name warns.
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         with explained("gradient checkpointing", config):
-            enable({"use_reentrant": False})
+            enable_checkpointing(lm.get_base_model() if config.lora_rank else lm)
     return _ready(Scorer(lm, compute), device, deferred)
 
 
@@ -191,9 +188,16 @@ def _ready(scorer: Scorer, device: torch.device, deferred: bool) -> Scorer:
     return scorer
 
 
+def enable_checkpointing(base: nn.Module) -> None:
+    """Lets the layers of a transformers model be computed again in the backward pass, within `checkpointing`."""
+    # Renamed in transformers 5.2x, where the old name warns.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+
+
 @contextlib.contextmanager
-def checkpointing(scorer: Scorer) -> Iterator[None]:
-    """Puts the layers that checkpoint into training mode, which transformers asks for, and nothing else.
+def checkpointing(scorer: Scorer) -> Iterator[list[nn.Module]]:
+    """Puts the layers that checkpoint into training mode, which transformers asks for, and nothing else; gives them.
 
     In training mode the parts of a layer do more: routers of PhiMoE, Mixtral, DBRX and MiniMax draw noise.
     """
@@ -204,7 +208,7 @@ def checkpointing(scorer: Scorer) -> Iterator[None]:
     for layer in layers:
         layer.training = True
     try:
-        yield
+        yield layers
     finally:
         for layer in layers:
             layer.training = False

@@ -36,6 +36,7 @@ class TorchPolicy(LanguageModelPolicy):
     """See `gvpo_core.training.policy.Policy`."""
 
     backend = "torch"
+    by_group = True
     _ranks: Ranks
 
     def __init__(
@@ -56,6 +57,7 @@ class TorchPolicy(LanguageModelPolicy):
         if sharded:
             shard(self.scorer, self.device)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
+        self.defers = check.defers(self.scorer, self.device)
         self._splitting = self._split(getattr(self.scorer.config, "hidden_size", 0) or 0, self.scorer.rope)
         self.parameters, self.trainable = memory.count(self.scorer)
         self._reference = None
@@ -140,19 +142,39 @@ class TorchPolicy(LanguageModelPolicy):
         logprobs, optimizer = plan.logprobs, self._optimizer
         optimizer.zero_grad(set_to_none=True)
         backward = Backward(self._score_autocast, self._trained, self.world_size)
-        with model.checkpointing(self.scorer):
-            if plan.whole:
-                fresh = backward.whole(batch, plan.whole, coefficients)
+        always, nothing = self.config.gradient_checkpointing, contextlib.nullcontext
+
+        def recomputing() -> contextlib.AbstractContextManager[Any]:
+            return nothing() if always else model.checkpointing(self.scorer)
+
+        with model.checkpointing(self.scorer) if always else nothing():
+            rounds = [*plan.deferred, *([rows] for rows in plan.whole)]
+            for number, passes in enumerate(self._in_lockstep([len(micro) for micro in rounds])):
+                micro = rounds[number] if number < len(rounds) else []
+                fresh = backward.deferred(batch, micro, coefficients, passes, recomputing)
                 logprobs = np.where(np.isnan(fresh), logprobs, fresh)
-            micro = self._splitting.rows(batch, plan.rest)
-            backward.known(batch, micro, plan.factors, self._ranks.most(len(micro)))
+            rest = self._splitting.rows(batch, plan.rest)
+            at_least = 1 if self.world_size > 1 and not self._sharded else 0  # DDP sums gradients in its last pass
+            backward.known(batch, rest, plan.factors, self._ranks.most(max(at_least, len(rest))))
+        plan.settle()
         norm = clip(self._named.items(), self.optimizer_config.max_gradient_norm)
         step(optimizer, rate)
         return Update(logprobs, norm, rate, plan.tokens + backward.tokens, memory.peak(self.device))
 
-    def _score_autocast(self, arrays: layout.Arrays) -> Tensor:
+    def _in_lockstep(self, passes: list[int]) -> list[int]:
+        """Of each round of passes the most that any rank has; FSDP2 gathers and reduces in each."""
+        if not self._sharded:
+            return passes
+        rounds = self._ranks.most(len(passes))
+        padded = np.zeros(rounds, np.int64)
+        padded[: len(passes)] = passes
+        most: list[int] = self.gather(padded).reshape(self.world_size, rounds).max(0).tolist()
+        return most
+
+    def _score_autocast(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
+        """(n,) log-probabilities; `reduces`: DDP sums the gradients of this pass, or of those before it, over ranks."""
         with self.scorer.autocast():
-            return model.score(self._trained, arrays, self.device)
+            return model.score(self._trained if reduces or self._sharded else self.scorer, arrays, self.device)
 
     # -- on disk
 
@@ -186,5 +208,5 @@ class TorchPolicy(LanguageModelPolicy):
             parameters=self.parameters,
             trainable_parameters=self.trainable,
             packages=("torch", "transformers", *(("peft",) if self.config.lora_rank else ())),
-            memory=memory.facts(self.scorer, self.device),
+            memory=memory.facts(self.scorer, self.device, self.defers),
         )

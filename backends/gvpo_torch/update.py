@@ -14,7 +14,7 @@ from gvpo_core.training.policy import Batch, Coefficients, layout
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.policy.step import factors_of
 
-Score = Callable[[layout.Arrays], Tensor]
+Score = Callable[[layout.Arrays, bool], Tensor]
 
 _PIECE = 1024  # elements of a gradient whose squares are summed in its own dtype, or in float32
 
@@ -51,6 +51,42 @@ class Backward:
         self.score, self.trained, self.world_size = score, trained, world_size
         self.tokens = 0
 
+    def deferred(
+        self,
+        batch: Batch,
+        micro: Sequence[Sequence[Row]],
+        coefficients: Coefficients,
+        passes: int,
+        recomputing: Callable[[], contextlib.AbstractContextManager[Any]],
+    ) -> np.ndarray:
+        """All micro-batches of whole groups forward, coefficients, then all backward, the last one first.
+
+        Of all but the last only the inputs of layers are held, and their layers are computed again.
+
+        Args:
+          passes: at least len(micro); empty ones keep step with other ranks.
+          recomputing: a context in which a forward pass holds the inputs of layers alone.
+        Returns: (N,) float64 log-probs of the rows in `micro`, NaN elsewhere.
+        """
+        held = []
+        for number in range(passes):
+            arrays = layout.arrays(batch, micro[number]) if number < len(micro) else EMPTY
+            with contextlib.nullcontext() if number == len(micro) - 1 else recomputing():
+                held.append((arrays, self.forward(arrays, False)))
+        own = held[: len(micro)]
+        logprobs, factors = np.full(len(batch), np.nan), np.zeros(max(1, len(batch)))
+        if own:  # one wait for the device
+            values = torch.cat([values.detach() for _, values in own]).cpu().numpy()
+            parts = np.split(values, np.cumsum([len(arrays.targets) for arrays, _ in own])[:-1])
+            for (arrays, _), part in zip(own, parts, strict=True):
+                logprobs[arrays.responses] = arrays.sums(part)
+            rows = np.concatenate([arrays.responses for arrays, _ in own])
+            factors[rows] = factors_of(coefficients, logprobs[rows], rows)
+        while held:
+            arrays, found = held.pop()
+            self.backward(found, np.zeros(1) if arrays is EMPTY else factors[arrays.responses], arrays)
+        return logprobs
+
     def known(self, batch: Batch, micro: Sequence[Sequence[Row]], weights: np.ndarray, passes: int) -> np.ndarray:
         """Backward of -sum weights_i log pi_i in `passes` passes, the last ones empty where `micro` is shorter.
 
@@ -69,23 +105,9 @@ class Backward:
                 self.backward(values, factors[arrays.responses], arrays)
         return logprobs
 
-    def whole(self, batch: Batch, micro: Sequence[Sequence[Row]], coefficients: Coefficients) -> np.ndarray:
-        """Forward, coefficients, backward for micro-batches of whole groups, on one rank.
-
-        Returns: (N,) float64 log-probs of the rows in `micro`, NaN elsewhere.
-        """
-        logprobs = np.full(len(batch), np.nan)
-        for rows in micro:
-            arrays = layout.arrays(batch, rows)
-            values = self.forward(arrays)
-            sums = arrays.sums(values.detach().cpu().numpy())
-            logprobs[arrays.responses] = sums
-            self.backward(values, factors_of(coefficients, sums, arrays.responses), arrays)
-        return logprobs
-
-    def forward(self, arrays: layout.Arrays) -> Tensor:
+    def forward(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
         self.tokens += arrays.ids.size
-        return self.score(arrays)
+        return self.score(arrays, reduces)
 
     def backward(self, values: Tensor, factors: np.ndarray, arrays: layout.Arrays) -> None:
         per_token = torch.from_numpy(np.repeat(factors, arrays.lengths) * -self.world_size)

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.core
 # Of a run: its settings, the model, rewards, groups, what is shown of it, its record, the loop, the commands.
 TRAINING = [
     "intervals", "terminal", "files", "sampling", "config", "fingerprint", "policy", "rewards", "rows",
-    "data", "objective", "samplers", "episodes", "rollout", "improve", "recorded", "teacher", "sources", "inputs",
-    "watch", "metrics", "evaluation", "report", "run", "loop", "cli",
+    "data", "objective", "samplers", "episodes", "rollout", "dealing", "improve", "recorded", "teacher", "sources",
+    "inputs", "watch", "metrics", "evaluation", "report", "run", "loop", "cli",
 ]  # fmt: skip
 FACES = {"__init__", "builtin_rewards", "console"}  # names for users: they re-export, and nothing imports them
 PACKAGES = {path.name: path for folder in (".", "backends", "adapters") for path in (ROOT / folder).glob("gvpo*/")}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from ranks import run_ranks
+from ranks import RankedTable, run_ranks
 from table_problem import BETA, PROMPTS, REFERENCE, REWARDS, reward, settings, table
 
 from gvpo_core.objectives import OBJECTIVES
@@ -125,10 +125,14 @@ def test_reference_rollout_leaves_the_first_reference_behind(tmp_path, capsys):
     assert (value > (optimum() * REWARDS).sum(axis=1) + 0.02).all()
 
 
-@pytest.mark.parametrize("world_size", [2, 3, 5])
+@pytest.mark.parametrize(("world_size", "by_group"), [(2, False), (3, False), (5, False), (3, True)])
 @pytest.mark.parametrize("objective", ["gvpo", "grpo"])
-def test_ranks_take_the_step_of_one_process(world_size, objective, tmp_path, capsys):
-    """3 x 16 responses over 5 ranks: groups straddle ranks, and the parameters follow the one-process run."""
+def test_ranks_take_the_step_of_one_process(world_size, by_group, objective, tmp_path, capsys, monkeypatch):
+    """3 x 16 responses over 5 ranks: groups straddle ranks, and the parameters follow the one-process run.
+
+    Over 3 ranks each has whole groups; with `by_group` it asks for their coefficients without the others.
+    """
+    monkeypatch.setattr(RankedTable, "by_group", by_group, raising=False)
     config = settings(tmp_path / "one", objective=ObjectiveConfig(name=objective, beta=BETA, epochs=2, minibatches=2))
     config = replace(
         config, run=replace(config.run, steps=4, checkpoint_every=2), optimizer=OptimizerConfig(learning_rate=1.0)

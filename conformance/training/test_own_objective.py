@@ -12,9 +12,11 @@ from table_problem import PROMPTS, REFERENCE, reward, settings, table
 from gvpo_core.objectives import OBJECTIVES, TABLE
 from gvpo_core.training.config import Config, ConfigError, ObjectiveConfig
 from gvpo_core.training.config.check import check_config
+from gvpo_core.training.dealing import Deal
 from gvpo_core.training.improve import _coefficients
 from gvpo_core.training.loop import train
 from gvpo_core.training.objective import ObjectiveError, check_objective, find_objective
+from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.table import TablePolicy
 
 pytestmark = pytest.mark.core
@@ -141,7 +143,8 @@ def test_a_function_that_reads_other_groups_is_rejected(whole_batch: bool, file)
     rollout = SimpleNamespace(group_ids=groups, rewards=scores, lengths=np.ones(4, int))
     policy = SimpleNamespace(world_size=1)
     chosen, rows = np.ones(4, bool), np.arange(4)
-    coefficients = _coefficients(policy, rollout, find_objective(ObjectiveConfig(name=path)), None, None, chosen, rows)
+    dealt = Deal(Batch([(1,)] * 4, [(1,)] * 4, groups.tolist()), rows, rows, True)
+    coefficients = _coefficients(policy, rollout, find_objective(ObjectiveConfig(name=path)), None, None, chosen, dealt)
     part = np.array([2, 3])
     if whole_batch:
         with pytest.raises(ObjectiveError, match="another coefficient when the log-probs of other groups change"):

@@ -1,11 +1,12 @@
 """From a rollout to optimizer steps: which rows, which weights (Eq. 9), and what the policy is asked to do."""
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from gvpo_core.training.config import ObjectiveConfig
+from gvpo_core.training.dealing import Deal, deal
 from gvpo_core.training.objective import ObjectiveError, TrainingObjective, find_objective
 from gvpo_core.training.policy import Coefficients, Policy, Update
 from gvpo_core.training.policy.step import check_finite
@@ -47,7 +48,6 @@ def improve(
     """
     objective = find_objective(config)
     scored = ~np.isnan(rollout.trained_rewards)
-    local_rows = np.arange(rollout.start, rollout.start + len(rollout.batch))
     need = objective.smallest
     sizes = np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
     if not (sizes >= need).any():
@@ -58,33 +58,34 @@ def improve(
             f" is {lowest:g}: shift or clip them, or use rloo, grpo or gvpo"
         )
     start = time.perf_counter()
-    rows = local_rows[scored[local_rows]]  # this rank's scored rows, as places among all N
-    batch = rollout.batch.take([int(i) for i in rows - rollout.start])
+    dealt = deal(policy, rollout, scored, _steps(rollout.num_groups, config, seed, 0))
+    batch, rows = dealt.batch, dealt.rows
+    by_group = dealt.complete and getattr(policy, "by_group", False)
     ref = old = None
     if rollout.ref_logprobs is not None:
         ref = rollout.ref_logprobs
     elif config.reference == "initial":
-        ref = _everywhere(policy, policy.logprobs(batch, reference=True), scored)
+        ref = dealt.gathered(policy, policy.logprobs(batch, reference=True), scored)
     updates = config.epochs * config.minibatches
     if updates > 1 and (config.reference == "rollout" or objective.needs_old):
-        old = _everywhere(policy, policy.logprobs(batch), scored)
+        old = dealt.gathered(policy, policy.logprobs(batch), scored)
     clock = time.perf_counter()
 
     result = Improvement(np.full(len(scored), np.nan), np.full(len(scored), np.nan), score_seconds=clock - start)
     for epoch in range(config.epochs):
-        for groups in np.array_split(_order(rollout.num_groups, seed, epoch), config.minibatches):
+        for groups in _steps(rollout.num_groups, config, seed, epoch):
             chosen = scored & np.isin(rollout.group_ids, groups)
             if not (sizes[groups] >= need).any():
                 continue
-            coefficients = _coefficients(policy, rollout, objective, ref, old, chosen, rows)
+            coefficients = _coefficients(policy, rollout, objective, ref, old, chosen, dealt)
             mine = np.flatnonzero(chosen[rows])
-            part = batch.take([int(i) for i in mine])
+            part = replace(batch.take([int(i) for i in mine]), complete=by_group)
             first = not result.updates
             known = old[rows[mine]] if old is not None and first else None
             update = policy.update(part, coefficients, scored=known)
             result.updates.append(update)
             if epoch == 0:
-                result.logprobs[chosen] = policy.gather(np.asarray(update.logprobs, np.float64))
+                result.logprobs[chosen] = dealt.gathered(policy, update.logprobs, chosen)[chosen]
     if old is not None:
         result.logprobs = old
     result.ref_logprobs = result.logprobs if ref is None else ref
@@ -105,6 +106,11 @@ def _no_signal(rollout: Rollout, need: int) -> str:
     return f"no group has {need} scored responses: {said}; see the reward's warnings"
 
 
+def _steps(groups: int, config: ObjectiveConfig, seed: tuple[int, ...], epoch: int) -> list[np.ndarray]:
+    """The groups of each optimizer step of an epoch."""
+    return np.array_split(_order(groups, seed, epoch), config.minibatches)
+
+
 def _order(groups: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
     """A permutation of the groups. The first epoch needs none: the prompts come in a random order already."""
     if epoch == 0:
@@ -119,34 +125,35 @@ def _coefficients(
     ref: np.ndarray | None,
     old: np.ndarray | None,
     chosen: np.ndarray,
-    rows: np.ndarray,
+    dealt: Deal,
 ) -> Coefficients:
     """The objective's weights for the chosen rows of this rank, in float64, whatever part of them a call brings.
 
-    A group's weights depend on its own rows and on how many groups there are, never on other groups' log-probs: on one
-    rank a call may bring some whole groups. On several ranks a group may lie on two,
-    so every rank brings all its rows and the log-probs are gathered.
+    A group's weights depend on its own rows and on how many groups there are, never on other groups' log-probs: where
+    no group lies on two ranks, a call may bring some whole groups. Else, and for a policy that does not ask by group,
+    every rank brings all its rows and the log-probs are gathered.
     """
-    mine = chosen[rows]
+    rows = dealt.rows
     places = np.cumsum(chosen) - 1  # of each chosen row among the chosen
-    local_places = places[rows[mine]]
+    local_places = places[rows[chosen[rows]]]
+    together = policy.world_size > 1 and not (dealt.complete and getattr(policy, "by_group", False))
     _, group_ids = np.unique(rollout.group_ids[chosen], return_inverse=True)
     num_groups = int(group_ids.max()) + 1
     known = ref if old is None else old  # placeholder for the other groups: harmless numbers of the right size
 
     def coefficients(logprobs: np.ndarray, part: np.ndarray) -> np.ndarray:
         logprobs = np.asarray(logprobs, np.float64)
-        if policy.world_size > 1:
-            full = policy.gather(logprobs)
+        if together:
+            full = dealt.gathered(policy, logprobs, chosen)[chosen]
         else:
             full = np.zeros(len(group_ids)) if known is None else known[chosen].copy()
-            full[part] = logprobs
+            full[local_places[part]] = logprobs
         factors = factors_at(full)
-        if policy.world_size > 1:  # what one rank must refuse, all refuse: none is left waiting for it
+        if together:  # what one rank must refuse, all refuse: none is left waiting for it
             check_finite("log-probabilities", full, np.flatnonzero(chosen))
             check_finite("coefficients", factors, np.flatnonzero(chosen))
         elif objective.own is not None and len(part) < len(group_ids):
-            check_own_group(full, factors, part)
+            check_own_group(full, factors, local_places[part])
         result: np.ndarray = factors[local_places[part]]
         return result
 
@@ -167,10 +174,3 @@ def _coefficients(
             )
 
     return coefficients
-
-
-def _everywhere(policy: Policy, logprobs: np.ndarray, scored: np.ndarray) -> np.ndarray:
-    """This rank's numbers of its scored rows -> (N,) of all ranks; NaN where a row has no score."""
-    result = np.full(len(scored), np.nan)
-    result[scored] = policy.gather(np.asarray(logprobs, np.float64))
-    return result

@@ -26,7 +26,8 @@ from gvpo_core.training.policy.protocol import (
     Tokens,
     Update,
 )
-from gvpo_core.training.policy.step import StepPlan, learning_rate, plan_step
+from gvpo_core.training.policy.ranks import agree
+from gvpo_core.training.policy.step import HELD_MICRO_BATCHES, ByGroup, StepPlan, learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
 
 
@@ -55,12 +56,14 @@ class LanguageModelPolicy(abc.ABC):
     """See `gvpo_core.training.policy.Policy`. A subclass adds the abstract members."""
 
     backend: ClassVar[str]  # as in run.backend
+    by_group: ClassVar[bool] = False  # takes complete batches: asks for coefficients by group, and settles their errors
 
     folder: Path  # of the model
     tokenizer: Any
     _end: list[int]  # ids that end a response
     packed: bool  # set by `_load`: rows hold a prompt once, then its responses
     layout_reason: str
+    defers: bool = False  # set by `_load`: `_update` goes through `StepPlan.deferred`
     _splitting: Splitting
 
     def __init__(
@@ -191,9 +194,22 @@ class LanguageModelPolicy(abc.ABC):
 
         Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
         """
-        together = self.world_size == 1 and self.optimizer_config.strategy == "group"
-        plan = plan_step(batch, self._splitting, coefficients, together=together, scored=scored, score=self._logprobs)
-        rate = learning_rate(self.optimizer_config, self.steps_taken, self.settings.updates)
+        c, alone = self.optimizer_config, self.world_size == 1
+        by_group = ByGroup(coefficients, lambda error: agree(self, error, FloatingPointError))
+        complete = batch.complete and self.by_group and not alone
+        plan = plan_step(
+            batch,
+            self._splitting,
+            by_group if complete else coefficients,
+            together=c.strategy == "group" and (alone or complete),
+            scored=scored,
+            score=self._logprobs,
+            held=HELD_MICRO_BATCHES * c.micro_batch_tokens if self.defers else 0,
+            meets=not alone,
+        )
+        if complete:
+            coefficients, plan = by_group, plan._replace(settle=by_group.settle)
+        rate = learning_rate(c, self.steps_taken, self.settings.updates)
         update = self._update(batch, plan, coefficients, rate)
         self.steps_taken += 1
         return update

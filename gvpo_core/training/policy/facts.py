@@ -26,6 +26,7 @@ class MemoryFacts:
     block: int | None = None  # bytes that a token of a layer keeps for the backward pass; None: as a Llama in PyTorch
     frozen: int | None = None  # bytes of the parameters that are not trained; None: all in model.dtype
     allocator: float = 1.0  # by how many times what is kept for the backward pass the process grows
+    defers: bool = False  # a group in several micro-batches goes forward once; see `StepPlan.deferred`
     advice: str = ""  # what else makes a run of this backend take less
 
 

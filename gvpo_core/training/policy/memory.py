@@ -15,6 +15,7 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.step import HELD_MICRO_BATCHES
 
 _WIDE = 4  # bytes of a float32
 
@@ -54,9 +55,10 @@ def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> M
     frozen = total - trained
     split = ranks if config.model.sharding == "fsdp" else 1
     separate = config.objective.reference == "initial" and not config.model.lora_rank
-    tokens, attention, single = _largest(m, facts.layout == "packed", config, prompt_tokens, ranks)
+    tokens, attention, held, single = _largest(m, facts.layout == "packed", config, prompt_tokens, ranks)
     embedding = 0 if config.model.lora_rank else vocabulary * m.hidden * _WIDE
-    kept = int((tokens * _per_token(m, config, narrow) + attention * narrow) * m.allocator)
+    inputs = held * m.layers * m.hidden * _WIDE
+    kept = int((tokens * _per_token(m, config, narrow) + attention * narrow + inputs) * m.allocator)
     gradients = trained * _WIDE // split
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
     return Memory(
@@ -81,8 +83,11 @@ def _per_token(m: MemoryFacts, config: Config, narrow: int) -> int:
     return m.layers * m.hidden * _WIDE + block if config.model.gradient_checkpointing else m.layers * block
 
 
-def _largest(m: MemoryFacts, packed: bool, config: Config, prompt_tokens: int, ranks: int) -> tuple[int, int, bool]:
-    """(tokens, entries of attention masks over all layers) of the largest micro-batch, and whether it is the only one.
+def _largest(
+    m: MemoryFacts, packed: bool, config: Config, prompt_tokens: int, ranks: int
+) -> tuple[int, int, int, bool]:
+    """(tokens, entries of attention masks over all layers) of the largest micro-batch, the tokens whose layer inputs a
+    deferred backward pass holds beside it, and whether it is the only one.
 
     Planned as the backends do, with rows as long as they can be.
     """
@@ -95,13 +100,16 @@ def _largest(m: MemoryFacts, packed: bool, config: Config, prompt_tokens: int, r
     count = prompts * rollout.responses
     batch = Batch([prompt] * count, [response] * count, [i // rollout.responses for i in range(count)])
     splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, m.hidden)
-    together = ranks == 1 and optimizer.strategy == "group"
+    together = (ranks == 1 or m.defers) and optimizer.strategy == "group"
     complete, rest = splitting.groups(batch) if together else ([], list(range(count)))
+    group = splitting.rows(batch, rest[: rollout.responses]) if rest and together and m.defers else []
+    held = sum(len(rows) * rows[0].length for rows in group)
+    held = held - len(group[-1]) * group[-1][0].length if held <= HELD_MICRO_BATCHES * splitting.tokens and group else 0
     sizes = [(len(rows), rows[0].length) for rows in complete + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
     layers = 1 if config.model.gradient_checkpointing else m.layers
     masks = layers * max(rows * width**2 for rows, width in sizes) if packed else 0
-    return tokens, masks, len(sizes) == 1
+    return tokens, masks, held, len(sizes) == 1
 
 
 def _sampling(m: MemoryFacts, vocabulary: int, config: Config, prompt_tokens: int, ranks: int, narrow: int) -> int:

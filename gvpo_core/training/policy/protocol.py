@@ -55,6 +55,7 @@ class Batch:
     responses: Sequence[Tokens]  # N, each at least one token
     groups: Sequence[int]  # N, the group's label: equal on every rank for the same group
     own: Sequence[Mask | None] | None = None  # N, see `Response.own`. None: every token of every response
+    complete: bool = field(default=False, kw_only=True)  # none of its groups has a row on another rank; see `by_group`
 
     def __post_init__(self) -> None:
         if not len(self.prompts) == len(self.responses) == len(self.groups):
@@ -187,7 +188,9 @@ class Policy(Protocol):
         """One optimizer step along -sum_i c_i grad log pi_i, exact however the batch is split or sharded.
 
         On several ranks each holds its own rows, perhaps none; the gradient is the sum over ranks. `coefficients`
-        communicates there, so every rank calls it exactly once, with all its rows, unless world_size is 1.
+        communicates there, so every rank calls it exactly once, with all its rows, unless world_size is 1 or the batch
+        is complete. Batches are complete only for a policy with an attribute `by_group` that is True: there the
+        callback may be called group by group, does not communicate, and may raise on one rank alone.
 
         Args:
           scored: (N,) what `logprobs(batch)` gives with the present parameters, where known: saves that pass.

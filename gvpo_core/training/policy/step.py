@@ -1,7 +1,7 @@
 """What every backend's optimizer step shares: which rows are scored first, coefficients checked, the learning rate."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +9,8 @@ import numpy as np
 from gvpo_core.training.config import OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients
 from gvpo_core.training.policy.layout import Row, Splitting
+
+HELD_MICRO_BATCHES = 4  # times micro_batch_tokens: tokens whose layer inputs a deferred backward pass holds at most
 
 
 class StepPlan(NamedTuple):
@@ -19,6 +21,8 @@ class StepPlan(NamedTuple):
     logprobs: np.ndarray  # (N,) float64, nats: of the rest, 0 elsewhere
     factors: np.ndarray  # (N,) float64: coefficients of the rest, 0 elsewhere
     tokens: int  # computed to score the rest
+    deferred: Sequence[list[list[Row]]] = ()  # groups in several micro-batches: all go forward before one goes back
+    settle: Callable[[], None] = lambda: None  # raises what another rank must refuse; called before the step is taken
 
 
 def plan_step(
@@ -29,19 +33,26 @@ def plan_step(
     together: bool,
     scored: np.ndarray | None,
     score: Callable[[Batch], tuple[np.ndarray, int]],
+    held: int = 0,
+    meets: bool = False,
 ) -> StepPlan:
     """Scores what does not go through the step as whole groups, and gives it its coefficients.
 
     Args:
-      together: whole groups may go in one pass: strategy "group" on one rank.
+      together: whole groups may go in one pass: strategy "group", and no group lies on two ranks.
       scored: (N,) the log-probabilities of all rows, where they are known; then no pass is needed for them.
       score: gives a batch's log-probabilities (n,), nats, and the tokens computed.
+      held: tokens of a group in several micro-batches that the backend can hold between forward and backward pass.
+      meets: several ranks call `score` together, with or without rows.
     Raises: FloatingPointError, ValueError: see `factors_of`.
     """
     count = len(batch)
     whole, rest = splitting.groups(batch) if together and scored is None else ([], list(range(count)))
+    deferred: list[list[list[Row]]] = []
+    if together and scored is None and held:
+        deferred, rest = _deferred(batch, splitting, rest, held)
     logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
-    if rest or not whole:  # a rank without rows calls too: there ranks meet
+    if rest or meets or not (whole or deferred):  # a rank without rows calls too: there ranks meet
         chosen = np.asarray(rest, dtype=np.int64)
         if scored is None:
             logprobs[chosen], tokens = score(batch.take(rest))
@@ -50,7 +61,44 @@ def plan_step(
             if logprobs.shape != (count,):
                 raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
         factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
-    return StepPlan(whole, rest, logprobs, factors, tokens)
+    return StepPlan(whole, rest, logprobs, factors, tokens, deferred)
+
+
+def _deferred(
+    batch: Batch, splitting: Splitting, rest: list[int], held: int
+) -> tuple[list[list[list[Row]]], list[int]]:
+    """The micro-batches of each group that fits in `held` tokens, most micro-batches first; the rows of the others."""
+    members: dict[int, list[int]] = {}
+    for i in rest:
+        members.setdefault(batch.groups[i], []).append(i)
+    deferred, others = [], []
+    for group in members.values():
+        micro = splitting.rows(batch, group)
+        if sum(len(rows) * rows[0].length for rows in micro) <= held:
+            deferred.append(micro)
+        else:
+            others.extend(group)
+    return sorted(deferred, key=len, reverse=True), others
+
+
+class ByGroup:
+    """The callback of a complete batch: an error on one rank waits until all ranks raise it."""
+
+    def __init__(self, coefficients: Coefficients, agree: Callable[[Exception | None], None]) -> None:
+        self.coefficients, self.agree = coefficients, agree
+        self.error: Exception | None = None
+
+    def __call__(self, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The factors of whole groups; zeros after an error."""
+        try:
+            return np.zeros(len(rows)) if self.error else factors_of(self.coefficients, logprobs, rows)
+        except Exception as error:  # raised by `settle`
+            self.error = error
+            return np.zeros(len(rows))
+
+    def settle(self) -> None:
+        """Raises the error of any rank on every rank; each calls it once, before it steps."""
+        self.agree(self.error)
 
 
 def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
@@ -71,6 +119,8 @@ def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarra
     Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
       ValueError: a result of the wrong shape.
     """
+    if isinstance(coefficients, ByGroup):
+        return coefficients(logprobs, rows)
     factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)  # before any check: here ranks meet
     if factors.shape != logprobs.shape:
         raise ValueError(f"coefficients returned shape {factors.shape}; expected {logprobs.shape}")
