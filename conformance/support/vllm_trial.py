@@ -1,4 +1,4 @@
-"""Trains with a real vLLM server as the sampler, and shows that it has the weights of each step.
+"""Trains with a real vLLM server as the sampler and as a teacher, and shows that it has the weights of each step.
 
 python conformance/support/vllm_trial.py MODEL_FOLDER URL NAME
 
@@ -15,9 +15,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
+
 import gvpo
-from gvpo_core.training.config import ModelConfig, OptimizerConfig, RolloutConfig, RunConfig
+from gvpo_core.training.config import ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, TeacherConfig
+from gvpo_core.training.policy import Batch
 from gvpo_core.training.samplers import Engine, SamplerError
+from gvpo_core.training.teacher import load_teacher
 
 STEPS, TOLERANCE = 4, 1e-3  # nats a token
 LONG = "Count: " + " ".join(map(str, range(90)))
@@ -108,6 +112,25 @@ def stopped(model: str, url: str, name: str, folder: Path, weights: Weights, kin
         print(f"{what}: {error}")
     else:
         raise AssertionError(f"{what} passed for the policy's weights; gaps {gaps}")
+
+
+def teach(model: str, url: str, name: str) -> None:
+    """Compares the served with a local teacher of the same model. Raises: AssertionError: they differ."""
+    config = gvpo.Config(
+        model=ModelConfig(path=model, device="cpu"),
+        teacher=TeacherConfig(path=model, url=url, model=name),
+        rollout=RolloutConfig(prompts=4, responses=4, max_tokens=16),
+    )
+    policy = gvpo.load_policy(config)
+    prompts = [policy.encode(row["prompt"]) for row in ROWS for _ in range(4)]
+    texts = [f"{text} {number}" for number, text in enumerate(("Paris", "a, b and c.\n", "\u00e9t\u00e9", "of") * 4)]
+    tokens = [policy.encode_responses("", [text], [True])[0].tokens for text in texts]
+    batch = Batch(prompts, tokens, [i // 4 for i in range(16)])
+    scores = load_teacher(config, policy).scorer.logprobs(batch)
+    gaps = np.abs(scores - policy.logprobs(batch)) / [len(response) for response in tokens]
+    assert (scores < -1).all() and len(set(scores)) == 16, scores
+    print(f"teacher: largest gap {gaps.max():.1e} nats a token")
+    assert gaps.max() < TOLERANCE
 
 
 def try_server(model: str, url: str, name: str) -> None:
