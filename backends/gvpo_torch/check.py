@@ -11,7 +11,7 @@ from torch import Tensor
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import fixed, rope
+from gvpo_torch import blocks, fixed, rope
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
 from gvpo_torch.sharding import gathered_no_more, is_sharded
@@ -58,6 +58,10 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
             plain = _by_response(scorer, batch, False, device)
             own = _own(scorer, batch, device)
         difference = _differ(scorer, own, plain)
+        if difference is not None:  # a model in which padding is seen by the tokens before it
+            scorer.masks_padding = True
+            plain = _by_response(scorer, batch, False, device)
+            difference = _differ(scorer, own, plain)
         if difference is not None:
             raise ConfigError(
                 f"log-probs of {name} differ from its own forward pass by up to {difference:.3g} nat a token: "
@@ -71,7 +75,10 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
 
     def packed_difference() -> float | None:
         with torch.no_grad():
-            return _differ(scorer, _by_response(scorer, batch, True, device), plain)
+            apart = _differ(scorer, _by_response(scorer, batch, True, device), plain)
+        if apart is None and device.type == "cuda":
+            in_blocks(scorer, name, device)
+        return apart
 
     return layout.choose(scorer.config.to_dict(), config.layout, name, packed_difference, log)
 
@@ -135,6 +142,49 @@ def defers(scorer: Scorer, device: torch.device) -> bool:
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     if reason:
         log.info("%s: a group of several micro-batches is scored before its gradient is taken (%s)", name, reason)
+    return not reason
+
+
+def in_blocks(scorer: Scorer, name: str, device: torch.device) -> bool:
+    """Has the attention of packed rows computed by blocks where log-probs and gradient are those of the dense mask.
+
+    On CPU FlexAttention has no gradient: there log-probs alone are compared.
+    """
+    if is_sharded(scorer) or not blocks.fits(scorer.base):
+        log.info("%s: packed rows take a dense mask (its attention cannot be replaced)", name)
+        return False
+    draw = np.random.default_rng(1)
+    lengths = (140, 70, 200)  # three responses after a prompt over more than one block of 128 tokens
+    ids = draw.integers(0, scorer.base.get_output_embeddings().weight.shape[0], 150 + max(lengths)).tolist()
+    prompt = tuple(ids[:150])
+    batch = Batch([prompt] * 3, [tuple(ids[150 : 150 + n]) for n in lengths], [0] * 3)
+    arrays = layout.arrays(batch, layout.plan_rows(batch, packed=True, tokens=1 << 30))
+    trained = next(p for p in scorer.parameters() if p.requires_grad)
+    before, reason = scorer.base.config._attn_implementation, ""
+
+    def computed() -> tuple[list[np.ndarray], torch.Tensor | None]:
+        with torch.set_grad_enabled(device.type != "cpu"):
+            values = score(scorer, arrays, device)
+            gradient = torch.autograd.grad(values.sum(), trained)[0] if values.requires_grad else None
+        return arrays.split(values.detach().cpu().numpy()), gradient
+
+    try:
+        dense, wanted = computed()
+        scorer.base.set_attn_implementation(blocks.ATTENTION)
+        scorer.in_blocks = True
+        found, gradient = computed()
+        if (apart := _differ(scorer, found, dense)) is not None:
+            reason = f"by blocks log-probs differ by up to {apart:.3g} nat"
+        if wanted is not None and gradient is not None:
+            error = float((gradient - wanted).norm() / wanted.norm())
+            if not error < 20 * _tolerance(scorer)[1]:
+                reason = f"by blocks a gradient differs by {error:.2g} of itself"
+    except Exception as error:  # of a compiler too: any is a reason to keep the dense mask
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    if reason:
+        scorer.in_blocks = False
+        scorer.base.set_attn_implementation(before)
+        log.info("%s: packed rows take a dense mask (%s)", name, reason)
     return not reason
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import layout
 from gvpo_core.training.policy.hugging_face import explained
-from gvpo_torch import rope
+from gvpo_torch import blocks, rope
 from gvpo_torch.adapters import with_adapters
 from gvpo_torch.cache import cache_argument
 from gvpo_torch.deferred import to_meta
@@ -42,6 +43,8 @@ class Scorer(nn.Module):
         self.rope = rope.by_length(self.decoder, self.config)
         kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         self.decodes_fixed = False  # set by `check`: whether sampling may go through `fixed`
+        self.in_blocks = False  # set by `check`: whether the attention of packed rows goes through `blocks`
+        self.masks_padding = False  # set by `check`: whether tokens before padding depend on it
         self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
         self.head_options: dict[str, Any] = {}  # set by `inspect_head`
 
@@ -83,7 +86,7 @@ class Scorer(nn.Module):
         ids: Tensor,
         positions: Tensor,
         *,
-        segments: Tensor | None = None,
+        segments: np.ndarray | None = None,
         predict: Tensor | None = None,
         targets: Tensor | None = None,
         mask: Tensor | None = None,
@@ -93,7 +96,8 @@ class Scorer(nn.Module):
 
         Args:
           ids, positions: (B, T) int64.
-          segments: (B, T) int64, as `layout.Arrays` has them; with `predict` and `targets`, both (n,) int64.
+          segments: (B, T) int64 on the host, as `layout.Arrays` has them: what a token sees is decided there, without
+            a wait for the device; with `predict` and `targets`, both (n,) int64.
           mask: (B, S) bool over the cache and `ids`; with `cache`, transformers' cache, which is extended.
         Returns: (n,) float32 log-probability of each target, or (B, V) float32 logits after the last token.
         """
@@ -108,12 +112,13 @@ class Scorer(nn.Module):
                 **{self.cache_argument: cache},
             ).last_hidden_state[:, -1]
             return self._logits(hidden)
+        assert segments is not None and predict is not None
         width = ids.shape[1]
         if self.rope is not None:  # a response's last token is no input, and counts in the length of its sequence
-            ids, segments = F.pad(ids, (0, 1)), F.pad(segments, (0, 1), value=-1)
+            ids, segments = F.pad(ids, (0, 1)), np.pad(segments, ((0, 0), (0, 1)), constant_values=-1)
             positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
         hidden = self.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=_attention(segments), use_cache=False
+            input_ids=ids, position_ids=positions, attention_mask=self._sees(segments, ids.device), use_cache=False
         ).last_hidden_state[:, :width]
         hidden = hidden.flatten(0, 1).index_select(0, predict)
         head = self.base.get_output_embeddings()
@@ -121,15 +126,22 @@ class Scorer(nn.Module):
             hidden = hidden.to(self.dtype)
         return token_logprobs(hidden, head.weight, targets, bias=head.bias, **self.head_options)
 
+    def _sees(self, segments: np.ndarray, device: torch.device) -> Any:
+        """What each token sees: None for plain rows, whose padding comes after all that counts; for packed rows blocks
+        or a dense mask."""
+        if int(segments.max()) > 1:
+            if self.in_blocks:
+                return blocks.mask(segments, device)
+            return _attention(torch.from_numpy(segments).to(device))
+        real = segments >= 0
+        return torch.from_numpy(real).to(device) if self.masks_padding and not real.all() else None
+
     def _logits(self, hidden: Tensor) -> Tensor:
         return logits_of(self.base.get_output_embeddings()(hidden), **self.head_options)
 
 
-def _attention(segments: Tensor) -> Tensor | None:
-    """What each token sees: a 4-D mask for packed rows, a 2-D one for plain rows with padding, else none."""
-    if int(segments.max()) <= 1:
-        real = segments >= 0
-        return None if bool(real.all()) else real
+def _attention(segments: Tensor) -> Tensor:
+    """(B, 1, T, T) bool, what each token of packed rows sees, of (B, T) int64."""
     sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
     return sees.tril_()[:, None]  # padding sees itself: a row of the mask that is all False gives NaN
 
@@ -138,9 +150,9 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
     """(n,) float32 log-probability of each response token of a micro-batch."""
     on = {
         name: torch.from_numpy(getattr(arrays, name)).to(device, non_blocking=True)
-        for name in ("ids", "positions", "segments", "predict", "targets")
+        for name in ("ids", "positions", "predict", "targets")
     }
-    return scorer(**on)
+    return scorer(**on, segments=arrays.segments)
 
 
 def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferred: bool = False) -> Scorer:

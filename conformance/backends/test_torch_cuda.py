@@ -90,6 +90,36 @@ def test_memory_is_the_devices(folder):
     assert 0 < done.peak_memory <= torch.cuda.get_device_properties(0).total_memory
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_a_group_of_several_micro_batches_takes_the_cpus_step(always, folder):
+    """All forward before one goes back, layers computed again."""
+    moves = []
+    for device in ("cpu", "cuda"):
+        policy = made(folder, device, micro_batch_tokens=20, gradient_checkpointing=always)
+        assert policy.defers
+        before = parameters(policy)
+        policy.update(OF, coefficients_of(OF))
+        moves.append({name: value - before[name] for name, value in parameters(policy).items()})
+    assert step_difference(*moves) < 1e-4
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("always", [False, True])
+def test_blocks_take_the_step_of_the_dense_mask(always, dtype, tmp_path):
+    """FlexAttention's gradients, with rows of several blocks of 128 tokens and several lengths."""
+    folder = tiny_models.write_model("qwen2", tmp_path, max_position_embeddings=1024, hidden_size=96)
+    of = batch((3, 2, 4), longest=300)
+    moves = []
+    for in_blocks in (True, False):
+        policy = made(folder, "cuda", dtype=dtype, gradient_checkpointing=always, micro_batch_tokens=700)
+        assert policy.packed and policy.scorer.in_blocks, "the dense mask was chosen at load; the log says why"
+        policy.scorer.in_blocks = in_blocks
+        before = parameters(policy)
+        policy.update(of, coefficients_of(of))
+        moves.append({name: value - before[name] for name, value in parameters(policy).items()})
+    assert step_difference(*moves) < (1e-3 if dtype == "float32" else 3e-2)
+
+
 @pytest.fixture
 def one_rank_of_nccl():
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)

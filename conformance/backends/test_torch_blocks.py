@@ -1,0 +1,155 @@
+"""Packed rows by blocks: which blocks are visited, and that log-probs are those of the dense mask, on CPU."""
+
+import logging
+
+import numpy as np
+import pytest
+import tiny_models
+from batches import batch
+from required import require
+from torch_policies import policy
+
+require(subject="torch")
+import torch
+from gvpo_torch import blocks, check, model
+
+from gvpo_core.training.policy import Batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # as it is on CPU
+
+
+def row(prompt: int, responses: list[int], padding: int = 0) -> np.ndarray:
+    """(T,) segments."""
+    parts = [np.full(length - 1, i) for i, length in enumerate(responses, 1)]
+    return np.concatenate([np.zeros(prompt, int), *parts, np.full(padding, -1)])
+
+
+ROWS = {
+    "several": [row(150, [140, 70, 200, 33], 20), row(300, [200, 114])],
+    "one block": [row(3, [5, 4])],
+    "edges of blocks": [row(128, [129, 129, 257]), row(256, [257], 128)],
+    "a long prompt": [row(700, [2, 1, 9])],
+    "no padding": [row(511, [2, 130, 1])],
+}
+
+
+def visible(segments: np.ndarray) -> np.ndarray:
+    """(B, T, T) bool, pair by pair."""
+    sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+    return np.tril(sees)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_blocks_are_those_with_visible_pairs(name) -> None:
+    longest = max(map(len, ROWS[name]))
+    segments = np.stack([np.pad(r, (0, longest - len(r)), constant_values=-1) for r in ROWS[name]])
+    found, pairs = blocks.kinds(segments), visible(segments)
+    n = blocks.BLOCK
+    for b in range(len(segments)):
+        for i in range(found.shape[1]):
+            for j in range(found.shape[2]):
+                inside = pairs[b, i * n : (i + 1) * n, j * n : (j + 1) * n]
+                assert (found[b, i, j] > 0) == inside.any(), (b, i, j)
+                assert found[b, i, j] != 2 or inside.all(), (b, i, j)
+                if j < i and (i + 1) * n <= longest:
+                    assert found[b, i, j] == 2 or not inside.all(), (b, i, j)
+
+
+def test_visited_blocks_of_the_jobs() -> None:
+    """J1 and J2 of docs/scaling.md, every response at its full length."""
+    for prompt, response, k, bound in ((512, 2048, 8, 0.105), (1024, 4096, 16, 0.05)):
+        assert 0.9 * bound < (blocks.kinds(row(prompt, [response] * k)[None]) > 0).mean() <= bound
+
+
+def long_batch() -> Batch:
+    """Two groups whose packed rows take several blocks."""
+    draw = np.random.default_rng(2)
+    tokens = lambda n: tuple(draw.integers(0, tiny_models.VOCABULARY, n).tolist())
+    prompts = [tokens(150), tokens(20)]
+    responses = [tokens(n) for n in (140, 1, 90, 33, 60)]
+    return Batch([prompts[0]] * 3 + [prompts[1]] * 2, responses, [0, 0, 0, 1, 1])
+
+
+@pytest.mark.parametrize("family", tiny_models.FULL_ATTENTION)
+def test_log_probs_are_those_of_the_dense_mask(family, tmp_path, monkeypatch) -> None:
+    folder = tiny_models.make_model(family, tmp_path, max_position_embeddings=512)
+    of_policy, of = policy(folder), long_batch()
+    assert of_policy.packed and not of_policy.scorer.in_blocks
+    dense, drawn = of_policy.logprobs(of), of_policy.generate([(5, 6)], [[1, 2]], sampling())
+    assert check.in_blocks(of_policy.scorer, family, of_policy.device)
+    monkeypatch.setattr(model, "_attention", None)  # no dense mask
+    made = []
+    plain = blocks.mask
+    monkeypatch.setattr(blocks, "mask", lambda *given: made.append(plain(*given)) or made[-1])
+    np.testing.assert_allclose(of_policy.logprobs(of), dense, rtol=0, atol=2e-3)
+    assert made
+    assert of_policy.generate([(5, 6)], [[1, 2]], sampling()) == drawn
+
+
+def sampling():
+    from gvpo_core.training.sampling import Sampling
+
+    return Sampling(6)
+
+
+def test_bfloat16_goes_by_blocks(tmp_path) -> None:
+    of_policy, of = (
+        policy(tiny_models.make_model("qwen2", tmp_path, max_position_embeddings=512), dtype="bfloat16"),
+        long_batch(),
+    )
+    dense = of_policy.logprobs(of)
+    assert check.in_blocks(of_policy.scorer, "qwen2", of_policy.device)
+    lengths = np.asarray([len(response) for response in of.responses])
+    assert (np.abs(of_policy.logprobs(of) - dense) / lengths).mean() < 0.02
+
+
+@pytest.mark.parametrize("fault", ["wrong", "fails"])
+def test_what_blocks_get_wrong_takes_the_dense_mask_by_name(fault, tmp_path, monkeypatch, caplog) -> None:
+    of_policy = policy(tiny_models.make_model("llama", tmp_path, max_position_embeddings=512))
+    before, dense = of_policy.scorer.base.config._attn_implementation, of_policy.logprobs(long_batch())
+    plain = blocks.flex_attention
+
+    def spoiled(query, *given, **options):
+        if fault == "fails":
+            raise RuntimeError("no kernel for this device")
+        return plain(query * 1.1, *given, **options)
+
+    monkeypatch.setattr(blocks, "flex_attention", spoiled)
+    with caplog.at_level(logging.INFO, "gvpo.torch"):
+        assert not check.in_blocks(of_policy.scorer, "llama", of_policy.device)
+    said = "no kernel for this device" if fault == "fails" else "by blocks log-probs differ by up to"
+    assert "packed rows take a dense mask" in caplog.text and said in caplog.text
+    assert of_policy.scorer.base.config._attn_implementation == before
+    np.testing.assert_array_equal(of_policy.logprobs(long_batch()), dense)
+
+
+def test_windows_and_sinks_are_not_computed_by_blocks() -> None:
+    of = blocks.mask(row(3, [5, 4])[None], torch.device("cpu"))
+    q = torch.zeros(1, 2, 10, 4)
+    for options in ({"sliding_window": 4}, {"s_aux": torch.zeros(2)}):
+        with pytest.raises(NotImplementedError, match="a window or sinks"):
+            blocks._attention(torch.nn.Module(), q, q, q, of, **options)
+
+
+def test_a_soft_cap_is_applied() -> None:
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 10, 4, generator=draw) for _ in range(3))
+    segments = row(3, [5, 4])[None]
+    found, _ = blocks._attention(torch.nn.Module(), q, k, v, blocks.mask(segments, q.device), softcap=0.7, scaling=1.0)
+    scores = 0.7 * torch.tanh(q @ k.transpose(2, 3) / 0.7)
+    scores = scores.masked_fill(~torch.from_numpy(visible(segments))[:, None], -torch.inf)
+    torch.testing.assert_close(found.transpose(1, 2), scores.softmax(-1) @ v)
+
+
+def test_plain_rows_take_no_mask(tmp_path, monkeypatch) -> None:
+    """Padding comes after all that counts: causal attention alone is exact, and has kernels of its own."""
+    of_policy = policy(tiny_models.make_model("llama", tmp_path), layout="plain")
+    masks = []
+    plain = model.Scorer._sees
+    monkeypatch.setattr(model.Scorer, "_sees", lambda *given: masks.append(plain(*given)) or masks[-1])
+    of = batch()
+    found = of_policy.logprobs(of)
+    assert masks and all(mask is None for mask in masks)
+    of_policy.scorer.masks_padding = True
+    np.testing.assert_allclose(found, of_policy.logprobs(of), rtol=0, atol=1e-4)
+    assert masks[-1] is not None
