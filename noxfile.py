@@ -5,10 +5,9 @@ nox -s full                         the same sessions with every test, and the c
 nox -R -s slow                      after `nox`: only what it left out, in the environments that are there
 nox --list                          all sessions, with a line each
 nox -s conformance                  the conformance suite in its environments, one a framework
-nox -s "conformance(torch)"         one of them
-nox -s "conformance(mlx)" -- conformance/adapters -k ragged      some of its tests
+nox -s "conformance(mlx)" -- conformance/adapters -k ragged      some of one's tests
 nox -s demo                         GVPO improves a real language model, in minutes
-nox -R -s checks                    reuse an environment as it is, without installing anything
+nox -R -s checks                    without installing anything
 """
 
 import os
@@ -118,9 +117,6 @@ def conformance(session: nox.Session, subject: str) -> None:
 
     numpy: the core and what of the trainer has no framework in it. torch, jax, mlx: the core on these arrays, the
     backend, and the adapters for TRL (torch) and mlx-lm (mlx). parity: the backends beside transformers and each other.
-
-    nox -s conformance
-    nox -s "conformance(mlx)" -- -k ragged
     """
     extras, packages, without_dependencies, names = ENVIRONMENTS[subject]
     install(session, "-e", f".[{extras}]", *packages, without_dependencies=without_dependencies)
@@ -175,20 +171,14 @@ def jax_next(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Builds the docs site into .nox/site; a broken link or a docstring that cannot be parsed is an error.
-
-    nox -s docs
-    """
+    """Builds the docs site into .nox/site; a broken link or a docstring that cannot be parsed is an error."""
     install(session, "numpy", "array-api-compat", "mkdocs-material", "mkdocstrings[python]")
     session.run("mkdocs", "build", "--strict")
 
 
 DEFAULT = ["checks", *(f"conformance({subject})" for subject in ENVIRONMENTS)]
-RELEASES = [
-    "docs",
-    "jax_next",
-    *(f"{session}({backend})" for session in ("unconstrained", "lowest") for backend in BACKENDS),
-]  # the docs site, the newest and the oldest releases: part of the full run
+# The docs site, the newest and the oldest releases: part of the full run.
+RELEASES = ["docs", "jax_next", *(f"{name}({b})" for name in ("unconstrained", "lowest") for b in BACKENDS)]
 
 
 @nox.session(venv_backend="none")
@@ -286,18 +276,23 @@ def lowest(session: nox.Session, backend: str) -> None:
     try_wheel(session, backend, "--constraint", constraints)
 
 
-@nox.session
-def browser(session: nox.Session) -> None:
-    """The report in headless Chromium; fails where there is none. Not in the default run, which parses it strictly."""
-    install(session, "-e", ".[dev]")
-    pytest(session, "browser", "conformance/training/test_report_browser.py", GVPO_SUBJECTS="browser")
+# What needs more than Python: headless Chromium; a disk that is really full, in a namespace of its own; OpenEnv and
+# Gymnasium. Of each: test files and packages.
+OUTSIDE: dict[str, tuple[list[str], list[str]]] = {
+    "browser": (["report_browser"], []),
+    "full_disk": (["full_disk"], []),
+    "environments": (["openenv", "gymnasium"], ["openenv", "gymnasium[toy-text]"]),
+}
 
 
 @nox.session
-def full_disk(session: nox.Session) -> None:
-    """A disk that is really full, in a namespace of its own; fails where users get none. Not in the default run."""
-    install(session, "-e", ".[dev]")
-    pytest(session, "full-disk", "conformance/training/test_full_disk.py", GVPO_SUBJECTS="full_disk")
+@nox.parametrize("subject", list(OUTSIDE), ids=list(OUTSIDE))
+def outside(session: nox.Session, subject: str) -> None:
+    """The report in Chromium, a full disk, environments of other libraries; fails where one is missing."""
+    files, packages = OUTSIDE[subject]
+    install(session, "-e", ".[dev]", *packages)
+    tests = (f"conformance/training/test_{name}.py" for name in files)
+    pytest(session, f"outside-{subject}", *tests, GVPO_SUBJECTS=subject)
 
 
 @nox.session

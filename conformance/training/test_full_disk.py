@@ -1,8 +1,8 @@
 """A disk that is really full: the run says so, the checkpoints before are intact, and with space it ends the same.
 
 The file system is a small one in memory, mounted in a namespace of the test's own, which needs no privileges where the
-kernel lets a user have one; elsewhere that test is skipped, and an error in nox -s full_disk. The limit on a file's
-size needs nothing.
+kernel lets a user have one; elsewhere that test is skipped, and an error in nox -s "outside(full_disk)". The limit on a
+file's size needs nothing.
 """
 
 import json

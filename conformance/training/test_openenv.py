@@ -10,12 +10,13 @@ from dataclasses import replace
 import pytest
 import toy_run
 from places import ROOT, SUPPORT
+from required import require
 from scripted_policy import ScriptedPolicy
 from toy_run import records
 
 from gvpo_core.training.config import EnvironmentConfig
 
-pytest.importorskip("openenv", reason="OpenEnv is an example's own dependency: pip install openenv")
+require("openenv", subject="environments")
 
 
 @pytest.fixture

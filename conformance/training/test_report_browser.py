@@ -1,7 +1,7 @@
 """The report in a real browser: no complaint, no foreign script, and its own script shows what the run did.
 
-nox -s browser fails where there is no Chromium; elsewhere these tests are skipped without one, and test_report.py reads
-the page by a strict parser.
+nox -s "outside(browser)" fails where there is no Chromium; elsewhere these tests are skipped without one, and
+test_report.py reads the page by a strict parser.
 """
 
 import base64
