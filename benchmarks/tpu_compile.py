@@ -28,7 +28,7 @@ os.environ |= {
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gvpo_jax import generate, mesh, update
+from gvpo_jax import generate, mesh, placement, update
 from gvpo_jax.families import read_spec
 from gvpo_jax.model import Setup
 from gvpo_jax.programs import compile_program
@@ -171,21 +171,36 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
         update.step, ADAM, trained, state, trained, numbers, donate=(0, 1), out=(shardings, state_out)
     )
     yield "step", step, held(reference, frozen)
+    sampling = placement.sampling_setup(setup, MEMORY[case.chip] // 4)
+    on = sampling.mesh
+    out = tuple(mesh.parameter_shardings(on, {n: a.shape for n, a in tree.items()}) for tree in (parameters, adapters))
+    place = compile_program(placement.placed, (sampling,), parameters, adapters, out=out)
+    yield "placed", place, beside
+    parameters, adapters = (
+        {n: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=shardings[n]) for n, a in tree.items()}
+        for tree, shardings in zip((parameters, adapters), out, strict=True)
+    )
+    beside += 0 if case.lora_rank else held(trained)  # what is trained stays where it is
     prompts = (of_batch(on, (g, s)), of_batch(on, (g,)))
-    yield "prefill", compile_program(generate.prefill, (setup,), parameters, adapters, *prompts), beside
-    layer = spec.each[0]
-    caches = [of_batch(on, (spec.layers, g, s, layer.key_heads, layer.width), jnp.bfloat16, 1)] * 2
+    prefill = compile_program(generate.prefill, (sampling,), parameters, adapters, *prompts)
+    yield "prefill", prefill, beside
+    made, after = jax.tree.map(
+        lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+        prefill.out_info,
+        prefill.output_shardings,
+    )
+    single = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=mesh.replicated(on))
     settings = {
         name: single(jnp.int32 if name in ("limit", "top_k") else jnp.float32)
         for name in ("temperature", "limit", "top_k", "min_p", "top_p")
     }
     decode = compile_program(
         generate.decode,
-        (setup, False, (), (0,)),
+        (sampling, False, (), (0,)),
         parameters,
         adapters,
-        [tuple(caches)],
-        of_batch(on, (g, spec.vocabulary), jnp.float32),
+        made,
+        after,
         of_batch(on, (g,)),
         of_batch(on, (g, k), jnp.bool_),
         of_batch(on, (g, k, case.new), jnp.float32),

@@ -8,7 +8,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import mesh, ranks, update
+from gvpo_jax import memory, mesh, ranks, update
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import Programs
 from gvpo_jax.scorer import Scorer
@@ -48,7 +48,6 @@ def check_decoding(
     *,
     dtype: str,
     end: Sequence[int],
-    cache_tokens: int,
 ) -> None:
     """Compares what the sampler says of a few responses with their log-probs by the forward pass.
 
@@ -58,7 +57,9 @@ def check_decoding(
     prompts = list(dict.fromkeys(layout.check_batch(scorer.setup.spec.vocabulary).prompts))[:2]
     seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
     given = (prompts, seeds, Sampling(SAMPLED_TOKENS))
-    responses, sums = scorer.sample(parameters, adapters, *given, end=end, cache_tokens=cache_tokens)
+    responses, sums = scorer.sample(
+        parameters, adapters, *given, end=end, cache_tokens=lambda: memory.cache_tokens(scorer.sampling)
+    )
     drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
     batch = Batch(*(list(column) for column in zip(*drawn, strict=True)))
     scored, _ = scorer.logprobs(batch, splitting.rows(batch), parameters, adapters)

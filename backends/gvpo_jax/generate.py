@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_jax import mesh as meshes
 from gvpo_jax import ranks
 from gvpo_jax.logprobs import capped, product
+from gvpo_jax.mesh import BATCH, fitting, parts, tensor_axes
 from gvpo_jax.model import (
     Parameters,
     Setup,
@@ -201,7 +203,7 @@ def decode(
     groups, k, room = numbers.shape
     layers = stacks(spec, parameters, adapters)
     own_order = jnp.arange(room)
-    empty = [_empty_cache(kept, groups, k, room) for kept in prompt]
+    empty = [_empty_cache(setup, kept, groups, k, room) for kept in prompt]
     ends = jnp.asarray(end, jnp.int32)
 
     def forward(tokens: Array, t: Array, caches: Caches) -> tuple[Array, Caches]:
@@ -244,13 +246,14 @@ def decode(
             inputs = (members, stack.arrays, *prompt[at], scanned)  # type: ignore[misc]
             (x, *made), _ = lax.scan(layer, (x, *caches[at]), inputs)  # type: ignore[misc]
             caches[at] = (made[0], made[1])
-        return _logits(setup, parameters, x.reshape(groups * k, -1)).reshape(groups, k, -1), caches
+        return _logits(setup, parameters, x.reshape(groups * k, -1)), caches
 
     def draw(z: Array, t: Array, ended: Array, drawn: Array, sums: Array) -> tuple[Array, Array, Array, Array]:
         number = lax.dynamic_index_in_dim(numbers, t, 2, keepdims=False)
-        flat = z.reshape(groups * k, -1)
-        picked = pick(flat, number.reshape(-1), settings, greedy, filters).reshape(groups, k)
-        value = jnp.take_along_axis(z, picked[..., None], -1)[..., 0] - jax.nn.logsumexp(z, -1)
+        z = _over_rows(setup, z)  # a device has all of the vocabulary, of a part of the rows
+        flat = pick(z, number.reshape(-1), settings, greedy, filters)
+        value = jnp.take_along_axis(z, flat[:, None], -1)[:, 0] - jax.nn.logsumexp(z, -1)
+        picked, value = (over_batch(setup, x.reshape(groups, k)) for x in (flat, value))
         sums = sums + jnp.where(ended, 0.0, value)
         drawn = lax.dynamic_update_index_in_dim(drawn, picked, t, 2)
         return picked, ended | jnp.any(picked[..., None] == ends, -1), drawn, sums
@@ -264,18 +267,23 @@ def decode(
         z, caches = forward(picked, t, caches)
         return t + 1, draw(z, t + 1, ended, drawn, sums), caches
 
-    first = jnp.broadcast_to(after[:, None], (groups, k, after.shape[-1]))
+    first = jnp.broadcast_to(after[:, None], (groups, k, after.shape[-1])).reshape(groups * k, -1)
     start = draw(first, jnp.int32(0), ~wanted, jnp.zeros(numbers.shape, jnp.int32), jnp.zeros((groups, k)))
     _, (_, _, drawn, sums), _ = lax.while_loop(going, one, (jnp.int32(0), start, empty))
     return over_batch(setup, drawn), over_batch(setup, sums)
 
 
-def _empty_cache(kept: tuple[Array, Array] | None, groups: int, k: int, room: int) -> tuple[Array, Array] | None:
+def _empty_cache(
+    setup: Setup, kept: tuple[Array, Array] | None, groups: int, k: int, room: int
+) -> tuple[Array, Array] | None:
     """Room for a stack's keys and values of the responses, shaped after those of the prompts."""
     if kept is None:
         return None
     members, _, _, heads, width = kept[0].shape
     empty = jnp.zeros((members, groups, k, room, heads, width), kept[0].dtype)
+    split = fitting(setup.mesh, tensor_axes(setup.mesh), heads)
+    spec = PartitionSpec(None, BATCH, None, None, split, None)
+    empty = lax.with_sharding_constraint(empty, NamedSharding(setup.mesh, spec))
     return empty, empty
 
 
@@ -302,6 +310,17 @@ def _attend(
     mixed = product("gkhqs,gshd->gkhqd", shares[..., :cut], prompt_values)
     mixed = mixed + product("gkhqr,gkrhd->gkhqd", shares[..., cut:], values)
     return mixed.reshape(groups, k, heads, width)
+
+
+def _over_rows(setup: Setup, z: Array) -> Array:
+    """(rows, V) logits with rows over all devices where these divide them, else over the batch's; each device computes
+    those of its part of the head."""
+    mesh, tensor = setup.mesh, tensor_axes(setup.mesh)
+    every = (*BATCH, *tensor)
+    rows = every if z.shape[0] % parts(mesh, every) == 0 else BATCH
+    for spec in (PartitionSpec(BATCH, fitting(mesh, tensor, z.shape[1])), PartitionSpec(rows, None)):
+        z = lax.with_sharding_constraint(z, NamedSharding(mesh, spec))
+    return z
 
 
 def _logits(setup: Setup, parameters: Parameters, x: Array) -> Array:

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gvpo_jax.mesh import BATCH, vocabulary_axes
 
 CHUNK_BYTES = {"cpu": 48 * 2**20}
 DEVICE_CHUNK_BYTES = 256 * 2**20
@@ -23,6 +26,7 @@ def token_logprobs(
     frozen: bool = False,
     scale: float = 1.0,
     softcap: float | None = None,
+    mesh: Mesh | None = None,
 ) -> Array:
     """Log-probability of each target under the head's softmax, in chunks of tokens.
 
@@ -32,6 +36,9 @@ def token_logprobs(
     The backward pass computes each chunk's logits again; where the head is frozen the forward pass makes the gradient
     of `hidden` at once instead. Works under jit, grad and shardings of either argument.
 
+    Over a mesh each device has the logits of its part of the vocabulary: the head moves once and its gradient is summed
+    once, before and after all chunks; a chunk moves hidden states alone.
+
     Args:
       hidden: (..., T, H) float; differentiated. Chunks are cut along T.
       head_weight: (V, H) float; differentiated unless `frozen`.
@@ -40,6 +47,8 @@ def token_logprobs(
         backend, else 256 MiB.
       frozen: head_weight needs no gradient, and gets none.
       scale, softcap: of the logits; None: no cap.
+      mesh: with the axes of `gvpo_jax.mesh`; `hidden` is (B, T, H), its rows over data and fsdp. Default: shardings are
+        the compiler's choice.
     Returns: (..., T) float32, nats; float64 for float64 arguments.
     Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
     """
@@ -64,7 +73,8 @@ def token_logprobs(
         hidden = jnp.pad(hidden, [(0, 0)] * (hidden.ndim - 2) + [(0, padding), (0, 0)])
         targets = jnp.pad(targets, [(0, 0)] * (targets.ndim - 1) + [(0, padding)])
     chunked = lambda x: jnp.moveaxis(x.reshape(*targets.shape[:-1], parts, rows, *x.shape[targets.ndim :]), -3, 0)
-    head = _Head(np.dtype(wide).name, frozen, scale, softcap)
+    axes = () if mesh is None else vocabulary_axes(mesh, head_weight.shape[0])
+    head = _Head(np.dtype(wide).name, frozen, scale, softcap, mesh if axes else None, axes)
     found = _chunks(head, chunked(hidden), head_weight, chunked(targets[..., None])[..., 0])
     return jnp.moveaxis(found, 0, -2).reshape(targets.shape)[..., :length]
 
@@ -77,12 +87,43 @@ class _Head:
     frozen: bool
     scale: float
     softcap: float | None
+    mesh: Mesh | None  # None: shardings are the compiler's choice
+    axes: tuple[str, ...]  # of the mesh, over which the vocabulary is split
+
+    def place(self, x: Array, *axes: Any) -> Array:
+        """x with its axes split over those of the mesh."""
+        if self.mesh is None:
+            return x
+        return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
+
+    def narrow(self, x: Array) -> Array:
+        """(B, t, V): the vocabulary over its axes."""
+        if self.mesh is None:
+            return x
+        return self.place(x, self.batch, *(None,) * (x.ndim - 2), self.axes)
+
+    @property
+    def batch(self) -> tuple[str, ...]:
+        """Axes of the batch that do not split the vocabulary."""
+        return tuple(a for a in BATCH if a not in self.axes)
+
+    def gathered(self, x: Array) -> Array:
+        """(B, t, ...): rows that meet a part of the vocabulary, over what axes of the batch do not split it."""
+        return self.place(x, self.batch)
+
+    def spread(self, x: Array) -> Array:
+        """(B, t, ...): rows over all axes of the batch."""
+        return self.place(x, BATCH)
+
+    def parts(self) -> int:
+        """Parts of the batch that sum a gradient of the head each for itself, until all chunks are done."""
+        return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.batch)
 
     def product(self, spec: str, a: Array, b: Array) -> Array:
         return product(spec, a, b, wide=jnp.dtype(self.wide))
 
     def logits(self, hidden: Array, weight: Array) -> Array:
-        found = self.product("...h,vh->...v", hidden, weight)
+        found = self.narrow(self.product("...h,vh->...v", hidden, weight))
         return capped(found if self.scale == 1.0 else found * self.scale, self.softcap)
 
     def chosen(self, logits: Array, targets: Array) -> Array:
@@ -116,23 +157,28 @@ def product(spec: str, a: Array, b: Array, *, wide: Any = None) -> Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _chunks(head: _Head, hidden: Array, weight: Array, targets: Array) -> Array:
     """(parts, ..., t, H), (V, H), (parts, ..., t) -> (parts, ..., t)."""
+    weight = head.place(weight, head.axes)
 
     def one(carry: None, x: tuple[Array, Array]) -> tuple[None, Array]:
-        logits = head.logits(x[0], weight)
-        return carry, head.chosen(logits, x[1]) - jax.nn.logsumexp(logits, -1)
+        states, wanted = map(head.gathered, x)
+        logits = head.logits(states, weight)
+        return carry, head.spread(head.chosen(logits, wanted) - jax.nn.logsumexp(logits, -1))
 
     return lax.scan(one, None, (hidden, targets))[1]
 
 
 def _forward(head: _Head, hidden: Array, weight: Array, targets: Array) -> tuple[Array, Any]:
+    placed = head.place(weight, head.axes)
+
     def one(carry: None, x: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        logits = head.logits(x[0], weight)
+        states, wanted = map(head.gathered, x)
+        logits = head.logits(states, placed)
         normaliser = jax.nn.logsumexp(logits, -1)
         kept = normaliser
         if head.frozen:
-            g = head.gradient(logits, normaliser, x[1]).astype(weight.dtype)
-            kept = head.product("...v,vh->...h", g, weight).astype(hidden.dtype)
-        return carry, (head.chosen(logits, x[1]) - normaliser, kept)
+            g = head.narrow(head.gradient(logits, normaliser, wanted).astype(weight.dtype))
+            kept = head.product("...v,vh->...h", g, placed).astype(hidden.dtype)
+        return carry, (head.spread(head.chosen(logits, wanted) - normaliser), head.spread(kept))
 
     found, kept = lax.scan(one, None, (hidden, targets))[1]
     return found, (kept, weight, None, None) if head.frozen else (hidden, weight, targets, kept)
@@ -142,18 +188,22 @@ def _backward(head: _Head, saved: Any, factors: Array) -> tuple[Array, Array, No
     hidden, weight, targets, normalisers = saved
     if head.frozen:
         return (hidden * factors[..., None]).astype(hidden.dtype), jnp.zeros_like(weight), None
+    placed = head.place(weight, head.axes)
+    each = head.parts()
 
     def one(total: Array, x: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-        states, wanted, normaliser, factor = x
-        g = head.gradient(head.logits(states, weight), normaliser, wanted) * factor[..., None]
+        states, wanted, normaliser, factor = map(head.gathered, x)
+        g = head.gradient(head.logits(states, placed), normaliser, wanted) * factor[..., None]
         g = g.astype(min(states.dtype, weight.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize))
-        flat = lambda x: x.reshape(-1, x.shape[-1])
-        total = total + head.product("nv,nh->vh", flat(g), flat(states))
-        return total, head.product("...v,vh->...h", g, weight).astype(hidden.dtype)
+        g = head.narrow(g)
+        split = lambda x, *last: head.place(x.reshape(each, -1, x.shape[-1]), head.batch, None, *last)
+        total = total + head.product("dnv,dnh->dvh", split(g, head.axes), split(states))
+        moved = head.product("...v,vh->...h", g, placed).astype(hidden.dtype)
+        return head.place(total, head.batch, head.axes), head.spread(moved)
 
-    total = jnp.zeros(weight.shape, factors.dtype)
+    total = head.place(jnp.zeros((each, *weight.shape), factors.dtype), head.batch, head.axes)
     total, grad = lax.scan(one, total, (hidden, targets, normalisers, factors))
-    return grad, total.astype(weight.dtype), None
+    return grad, head.place(total.sum(0), head.axes).astype(weight.dtype), None
 
 
 _chunks.defvjp(_forward, _backward)

@@ -5,6 +5,7 @@ from jax.sharding import Mesh
 from gvpo_core.training.policy import MemoryFacts
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
+from gvpo_jax.mesh import parts, tensor_axes
 from gvpo_jax.model import Setup
 from gvpo_jax.spec import Spec
 
@@ -35,9 +36,15 @@ def cache_tokens(setup: Setup) -> int:
     for device in mesh.local_devices:
         stats = device.memory_stats() or {}
         free += (stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)) // 2
-    tensor = mesh.shape["tensor"]
+    tensor = parts(mesh, tensor_axes(mesh))
     tensor = tensor if any(layer.key_heads % tensor for layer in spec.each) else 1
     return max(1, (free or CPU_CACHE_BYTES) // (spec.cache_numbers * setup.compute.itemsize * tensor))
+
+
+def sampling_bytes(mesh: Mesh) -> int:
+    """Bytes of parameters that a device should hold at most while it samples: a quarter of its memory."""
+    limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
+    return limit // 4 if limit else CPU_CACHE_BYTES
 
 
 def peak(mesh: Mesh) -> int:

@@ -1,5 +1,6 @@
 """Devices: the mesh with axes data, fsdp and tensor, and how arrays lie on it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
 BATCH = ("data", "fsdp")  # rows are sharded over both
+SPLIT = "split"  # of a mesh to sample on: the part of fsdp that cuts layers, as tensor does
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
 
 
@@ -73,13 +75,58 @@ def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedShar
     if len(shape) < 2 or ("*" in name and len(shape) < 3):
         return replicated(mesh)
     inwards = any(part in name for part in ("o_proj", "down_proj"))
-    wanted: list[str | None] = ["fsdp", "tensor"] if inwards else ["tensor", "fsdp"]
+    tensor, fsdp = tensor_axes(mesh), () if SPLIT in mesh.shape else ("fsdp",)
+    wanted: list[tuple[str, ...]] = [fsdp, tensor] if inwards else [tensor, fsdp]
     if name.endswith("lora_A"):
-        wanted[0] = None
+        wanted[0] = ()
     if name.endswith("lora_B"):
-        wanted[1] = None
-    matrix = [a if a and size % mesh.shape[a] == 0 else None for a, size in zip(wanted, shape[-2:], strict=True)]
+        wanted[1] = ()
+    matrix = [fitting(mesh, axes, size) for axes, size in zip(wanted, shape[-2:], strict=True)]
     return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *matrix))
+
+
+def tensor_axes(mesh: Mesh) -> tuple[str, ...]:
+    """Axes over which a layer is split."""
+    return ("tensor", SPLIT) if SPLIT in mesh.shape else ("tensor",)
+
+
+def fitting(mesh: Mesh, axes: tuple[str, ...], size: int) -> str | tuple[str, ...] | None:
+    """`axes` where their parts divide `size`, else None."""
+    if size % parts(mesh, axes):
+        return None
+    return axes[0] if len(axes) == 1 else axes or None
+
+
+def parts(mesh: Mesh, axes: Sequence[str]) -> int:
+    return math.prod(mesh.shape[a] for a in axes)
+
+
+def sampling_mesh(mesh: Mesh, model_bytes: int, a_device: int, key_heads: Sequence[int]) -> Mesh:
+    """The same devices to sample on: parameters are whole along fsdp, of which a part `split` cuts layers instead.
+
+    As few devices as can share a copy of the model, so that a token moves little.
+
+    Args:
+      model_bytes: of a copy.
+      a_device: bytes of parameters that a device should hold at most.
+      key_heads: of the layers; a cut that divides them is preferred.
+    """
+    data, fsdp, tensor = (mesh.shape[a] for a in AXES)
+    local = mesh.size // processes(mesh)
+    possible = [n for n in range(1, fsdp + 1) if fsdp % n == 0 and local % (n * tensor) == 0]
+    small = [n for n in possible if model_bytes <= a_device * n * tensor]
+    even = [n for n in small if all(heads % (n * tensor) == 0 for heads in key_heads)]
+    split = (even or small or possible[-1:])[0]
+    grid = mesh.devices.reshape(data, fsdp // split, split, tensor)
+    return Mesh(grid, ("data", "fsdp", SPLIT, "tensor"), axis_types=(AxisType.Auto,) * 4)
+
+
+def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:
+    """Axes over which the head is split by its vocabulary where it meets hidden states: as many as divide it."""
+    for axes in (("tensor", "fsdp"), ("fsdp",), ("tensor",)):
+        if parts(mesh, axes) > 1 and vocabulary % parts(mesh, axes) == 0:
+            return axes
+    return ()
 
 
 def parameter_shardings(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:

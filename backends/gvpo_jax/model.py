@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_jax.experts import mixture
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, capped, product, token_logprobs
-from gvpo_jax.mesh import BATCH
+from gvpo_jax.mesh import BATCH, fitting, tensor_axes
 from gvpo_jax.rope import rotate, rotation
 from gvpo_jax.spec import EMBEDDING, HEAD, LAYER, LAYERS, NORM, Layer, Spec
 
@@ -90,6 +90,7 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
         frozen=bool(adapters),
         scale=setup.spec.logit_scale,
         softcap=setup.spec.logit_cap,
+        mesh=setup.mesh,
     )
 
 
@@ -146,7 +147,7 @@ def through_layers(
                 return attention(setup, q, keys, values, positions, segments, scanned["window"])
 
             x, k, v = block(setup, stack.layer, own, x, tables.of(stack.layer, scanned), attend, scanned.get("inputs"))
-            return x, (over_batch(setup, k), over_batch(setup, v)) if kept_here else None
+            return x, (over_heads(setup, k), over_heads(setup, v)) if kept_here else None
 
         body = jax.checkpoint(layer) if setup.remat else layer
         x, made = lax.scan(body, x, (stack.arrays, tables.scanned(spec, stack.members)))
@@ -195,6 +196,13 @@ def tables_of(
 def over_batch(setup: Setup, x: Array) -> Array:
     """Sharded along its first axis over `data` and `fsdp`, so that parameters move to the batch and not it to them."""
     spec = PartitionSpec(BATCH, *(None,) * (x.ndim - 1))
+    return lax.with_sharding_constraint(x, NamedSharding(setup.mesh, spec))
+
+
+def over_heads(setup: Setup, x: Array) -> Array:
+    """Keys or values (..., heads, width), of which all but the rows' first axis is whole: rows and heads sharded."""
+    heads = fitting(setup.mesh, tensor_axes(setup.mesh), x.shape[-2])
+    spec = PartitionSpec(BATCH, *(None,) * (x.ndim - 3), heads, None)
     return lax.with_sharding_constraint(x, NamedSharding(setup.mesh, spec))
 
 

@@ -50,7 +50,7 @@ class JaxPolicy(LanguageModelPolicy):
         given = (self.scorer, self.learner.parameters, self.learner.adapters)
         self.packed, self.layout_reason = check_layout(*given, config)
         self._splitting = self._split(self.setup.spec.hidden)
-        check_decoding(*given, self._splitting, dtype=config.dtype, end=self._end, cache_tokens=self._cache_tokens())
+        check_decoding(*given, self._splitting, dtype=config.dtype, end=self._end)
 
     @property
     def architecture(self) -> str:
@@ -90,7 +90,7 @@ class JaxPolicy(LanguageModelPolicy):
             seeds,
             sampling,
             end=self._end,
-            cache_tokens=self._cache_tokens(),
+            cache_tokens=self._cache_tokens,
         )
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
@@ -103,7 +103,7 @@ class JaxPolicy(LanguageModelPolicy):
         return self.scorer.logprobs(batch, self._splitting.rows(batch), parameters, adapters)
 
     def _cache_tokens(self) -> int:
-        return memory.cache_tokens(self.setup)
+        return memory.cache_tokens(self.scorer.sampling)
 
     # -- training
 

@@ -1,6 +1,6 @@
 """A model that scores and samples with the parameters it is given, over the mesh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, Response, Tokens, hugging_face
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import generate, mesh, update, weights
+from gvpo_jax import generate, mesh, placement, update, weights
 from gvpo_jax.families import SETTINGS, TEXT_OF, read_spec, text_config
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs
@@ -37,6 +37,7 @@ class Scorer:
     def __init__(self, setup: Setup, programs: Programs, config: Mapping[str, Any]) -> None:
         """`config`: config.json of the language model."""
         self.setup, self.programs, self.config, self.mesh = setup, programs, config, setup.mesh
+        self.sampling = placement.sampling_setup(setup)
 
     def check_lengths(self, batch: Batch) -> None:
         """Raises ConfigError: a row past the length at which the rotary embedding changes."""
@@ -84,9 +85,14 @@ class Scorer:
         sampling: Sampling,
         *,
         end: Sequence[int],
-        cache_tokens: int,
+        cache_tokens: Callable[[], int],
     ) -> tuple[list[list[Response]], list[list[float]]]:
-        """len(seeds[i]) responses to prompts[i], and each one's log-prob at temperature 1 as the sampler saw it."""
+        """len(seeds[i]) responses to prompts[i], and each one's log-prob at temperature 1 as the sampler saw it.
+
+        Args:
+          cache_tokens: gives the tokens of cache that fit beside the parameters, placed for sampling.
+        """
         self._check_length(max(map(len, prompts), default=0) + sampling.max_tokens)
-        given = (parameters, adapters, prompts, seeds, sampling)
-        return generate.generate(self.setup, self.programs, *given, end=end, cache_tokens=cache_tokens)
+        placed = placement.place(self.sampling, self.programs, parameters, adapters)
+        given = (*placed, prompts, seeds, sampling)
+        return generate.generate(self.sampling, self.programs, *given, end=end, cache_tokens=cache_tokens())

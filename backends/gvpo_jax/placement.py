@@ -1,0 +1,72 @@
+"""The parameters as sampling reads them: placed once a rollout, in the compute dtype, so that no token gathers them."""
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from jax import Array, lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from gvpo_jax import memory
+from gvpo_jax import mesh as meshes
+from gvpo_jax.model import Parameters, Setup
+from gvpo_jax.programs import Programs
+
+_ADVICE = "raise model.mesh_fsdp or model.mesh_tensor, or lower rollout.max_tokens"
+
+
+def sampling_setup(setup: Setup, a_device: int | None = None) -> Setup:
+    """The setup of prefill and decode.
+
+    Args:
+      a_device: bytes of parameters that a device should hold at most. Default: a quarter of its memory.
+    """
+    spec = setup.spec
+    size = sum(math.prod(shape) for shape in spec.shapes().values()) * setup.compute.itemsize
+    a_device = memory.sampling_bytes(setup.mesh) if a_device is None else a_device
+    return replace(
+        setup, mesh=meshes.sampling_mesh(setup.mesh, size, a_device, [layer.key_heads for layer in spec.each])
+    )
+
+
+def place(
+    setup: Setup, programs: Programs, parameters: Parameters, adapters: Parameters
+) -> tuple[Parameters, Parameters]:
+    """Parameters and adapters on the mesh of a `sampling_setup`, in its compute dtype; as they are if they lie so."""
+    if setup.mesh.size == 1 and all(a.dtype == setup.compute for a in parameters.values()):
+        return parameters, adapters
+    out = tuple(
+        meshes.parameter_shardings(setup.mesh, {n: a.shape for n, a in t.items()}) for t in (parameters, adapters)
+    )
+    found: tuple[Parameters, Parameters] = programs.call(
+        placed, (setup,), parameters, adapters, out=out, advice=_ADVICE
+    )
+    return found
+
+
+def placed(setup: Setup, parameters: Parameters, adapters: Parameters) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The arguments in the compute dtype, each first cut along the axis that it is cut along to sample, then gathered
+    along the other; a layer at a time, so that a device holds little more than its part of the result."""
+    return _placed(setup, parameters), _placed(setup, adapters)
+
+
+def _placed(setup: Setup, tree: Parameters) -> dict[str, Array]:
+    stacked = {name: a for name, a in tree.items() if "*" in name}
+    found = {name: _moved(setup, name, a) for name, a in tree.items() if name not in stacked}
+    if stacked:
+        found |= lax.map(lambda layer: {name: _moved(setup, name, a) for name, a in layer.items()}, stacked)
+    return found
+
+
+def _moved(setup: Setup, name: str, a: Array) -> Array:
+    mesh = setup.mesh
+    a = a.astype(setup.compute)
+    if a.ndim < 2:
+        return a
+    end = meshes.parameter_sharding(mesh, name.replace("*", "0"), a.shape)
+    spec: list[Any] = [*end.spec, *(None,) * (a.ndim - len(end.spec))]
+    whole = [i for i in (a.ndim - 2, a.ndim - 1) if spec[i] is None and a.shape[i] % mesh.shape["fsdp"] == 0]
+    if len(whole) == 1:
+        spec[whole[0]] = "fsdp"
+        a = lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))
+    return lax.with_sharding_constraint(a, end)
