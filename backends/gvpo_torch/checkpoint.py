@@ -1,78 +1,156 @@
-"""The policy's whole state on disk, for training to go on: safetensors and JSON alone."""
+"""The policy's whole state on disk, for training to go on: safetensors and JSON alone.
 
-from collections.abc import Iterator, Mapping
+Each rank writes one file: its rows of every parameter and moment where they are sharded. The file's metadata has the
+first row of each tensor and the number of its rows on all ranks, so any number of ranks reads them.
+"""
+
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, write_header, write_shards
-from gvpo_torch.update import whole
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy import tensor_file
+from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, write_header
+from gvpo_core.training.policy.tensor_file import Digest
+from gvpo_torch.deferred import DTYPES, own_rows
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def save(
+def saving(
     directory: Path,
     named: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     header: Mapping[str, Any],
-    main: bool,
-) -> None:
-    """Writes parameters, moments and `header` into a folder; every rank calls, the main rank writes.
+    rank: int,
+    ranks: int,
+) -> Callable[[], dict[str, Digest]]:
+    """A function that writes this rank's part of the state and `header`, and may run in another thread.
 
-    Tensors are gathered and written a gibibyte at a time.
+    On CPU it reads parameters and moments where they are: nothing may change them until it returns. On other devices
+    they are copied to the host now. It waits for no other rank. It returns the files written with what they hold.
+
+    Args:
+      rank, ranks: of those that write; a rank beyond them has the same state as another, and writes nothing.
     """
+    if rank >= ranks:
+        return dict
+    files = [f"state-{i + 1:05d}-of-{ranks:05d}.safetensors" for i in range(ranks)]
+    rows: dict[str, list[int]] = {}
+    tensors: dict[str, tensor_file.Tensor] = {}
+    for name, p in named.items():
+        first, end = own_rows(p)
+        for kind, tensor in _tensors(p, optimizer).items():
+            if first < end or ranks == 1:
+                tensors[f"{kind}.{name}"] = _entry(_local(tensor))
+                rows[f"{kind}.{name}"] = [first, p.shape[0] if p.ndim else 1]
+    steps = {name: float(_state(p, optimizer)["step"]) for name, p in named.items() if _state(p, optimizer)}
 
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for name, p in named.items():
-            kinds = {"parameter": p.detach(), **{m: optimizer.state[p][m] for m in MOMENTS if m in _state(p)}}
-            for kind, tensor in kinds.items():
-                tensor = whole(tensor)  # every rank takes part
-                if main:
-                    yield f"{kind}.{name}", tensor.cpu().contiguous()
+    def write() -> dict[str, Digest]:
+        metadata = {"format": "pt", "rows": json.dumps(rows)}
+        written = {files[rank]: tensor_file.write(directory / files[rank], tensors, metadata)}
+        if rank == 0:
+            write_header(directory, {**header, "steps": steps, "files": files})
+        return written
 
-    def _state(p: nn.Parameter) -> Mapping[str, Any]:
-        return optimizer.state.get(p, {})
-
-    files = write_shards(directory, tensors(), "state-{:05d}.safetensors", save_file)
-    if main:
-        steps = {name: float(_state(p)["step"]) for name, p in named.items() if "step" in _state(p)}
-        write_header(directory, {**header, "steps": steps, "files": list(files)})
+    return write
 
 
 def restore(
     directory: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, header: Mapping[str, Any]
 ) -> None:
-    """Reads what `save` wrote into parameters and optimizer.
+    """Reads what `saving` wrote, on any number of ranks, into parameters and optimizer; each rank reads its rows.
 
     Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
     """
     files, steps = header["files"], header["steps"]
     check_files(directory, files)
-    opened = {file: safe_open(directory / file, "pt") for file in files}
-    where = {name: opened[file] for file in files for name in opened[file].keys()}  # noqa: SIM118 - not a mapping
-    found = {name: tuple(file.get_slice(name).get_shape()) for name, file in where.items()}
+    found = _parts(directory, files)
     wanted = {f"parameter.{name}": tuple(p.shape) for name, p in named.items()}
     wanted |= {f"{moment}.{name}": tuple(named[name].shape) for name in named if name in steps for moment in MOMENTS}
-    check_tensors(directory, wanted, found)
+    check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in found.items()})
     optimizer.state.clear()
     with torch.no_grad():
         for name, p in named.items():
-            full = {kind: where[f"{kind}.{name}"] for kind in ("parameter", *MOMENTS) if f"{kind}.{name}" in where}
-            tensors = {kind: _like(file.get_tensor(f"{kind}.{name}"), p) for kind, file in full.items()}
-            p.copy_(tensors.pop("parameter"))
+            _read(found[f"parameter.{name}"], p)
             if name in steps:
+                state = {moment: torch.empty_like(p, requires_grad=False) for moment in MOMENTS}
+                for moment, tensor in state.items():
+                    _read(found[f"{moment}.{name}"], tensor)
                 step = torch.tensor(steps[name], dtype=torch.float32, device=p.device)
-                optimizer.state[p] = {"step": step, **tensors}
+                optimizer.state[p] = {"step": step, **state}
 
 
-def _like(full: Tensor, p: nn.Parameter) -> Tensor:
-    """`full` on the device, in the dtype and with the sharding of `p`."""
-    full = full.to(p.device, p.dtype)
-    if not hasattr(p, "placements"):
-        return full
-    from torch.distributed.tensor import distribute_tensor
+class _Part(NamedTuple):
+    """Rows of a tensor in one file."""
 
-    return distribute_tensor(full, p.device_mesh, p.placements, src_data_rank=None)  # each rank has read it
+    first: int
+    rows: int | None  # of the tensor; None: the file has it whole
+    shape: tuple[int, ...]
+    read: Callable[[], Any]  # safetensors' slice
+
+    @property
+    def end(self) -> int:
+        return self.first + (self.shape[0] if self.shape else 1)
+
+
+def _parts(directory: Path, files: list[str]) -> dict[str, list[_Part]]:
+    """Tensor -> its parts in the order of their rows."""
+    found: dict[str, list[_Part]] = {}
+    for file in files:
+        opened = safe_open(directory / file, "pt")
+        rows = json.loads((opened.metadata() or {}).get("rows", "{}"))
+        for name in opened.keys():  # noqa: SIM118 - not a mapping
+            read = lambda opened=opened, name=name: opened.get_slice(name)
+            first, whole = rows.get(name, (0, None))
+            found.setdefault(name, []).append(_Part(first, whole, tuple(read().get_shape()), read))
+    return {name: sorted(parts, key=lambda part: part.first) for name, parts in found.items()}
+
+
+def _shape(directory: Path, name: str, parts: list[_Part]) -> tuple[int, ...]:
+    """Of the whole tensor. Raises: ConfigError: rows that no file has, or that two have."""
+    first, end = parts[0], 0
+    for part in parts:
+        if part.first != end or (part.rows, part.shape[1:]) != (first.rows, first.shape[1:]):
+            raise ConfigError(f"the checkpoint {directory} lacks rows of {name}, or has them twice: after row {end}")
+        end = part.end
+    if first.rows not in (None, end):
+        raise ConfigError(f"the checkpoint {directory} lacks rows of {name}: it has {end} of {first.rows}")
+    return (end, *first.shape[1:]) if first.shape else ()
+
+
+def _read(parts: list[_Part], into: Tensor) -> None:
+    """Copies the rows of `into` that this rank holds."""
+    local = _local(into)
+    if not local.ndim:
+        local.copy_(parts[0].read()[...])
+        return
+    start, stop = own_rows(into)
+    for part in parts:
+        first, end = max(start, part.first), min(stop, part.end)
+        if first < end:
+            local[first - start : end - start].copy_(part.read()[first - part.first : end - part.first])
+
+
+def _state(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
+    return optimizer.state.get(p, {})
+
+
+def _tensors(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    state = _state(p, optimizer)
+    return {"parameter": p.detach(), **{moment: state[moment] for moment in MOMENTS if moment in state}}
+
+
+def _local(tensor: Any) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _entry(tensor: Tensor) -> tensor_file.Tensor:
+    held = tensor.detach() if tensor.device.type == "cpu" else tensor.detach().cpu()
+    content: Callable[[], Any] = lambda: held.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor_file.Tensor(_NAMES[held.dtype], tuple(held.shape), held.nbytes, content)

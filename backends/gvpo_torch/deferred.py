@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from gvpo_core.training.policy import weight_files
 
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
-_DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "BOOL": torch.bool}
+DTYPES |= {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8}
 _AS_THEY_ARE = (Tensor.to, Tensor.detach, Tensor.requires_grad_, Tensor.contiguous, Tensor.clone)
 
 
@@ -115,7 +115,7 @@ def from_files(kind: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]
     Raises: NotDeferred: transformers does something to the weights that cannot be recorded.
     """
     stored = weight_files.tensors(folder)
-    unknown = sorted({tensor.dtype for tensor in stored.values()} - _DTYPES.keys())
+    unknown = sorted({tensor.dtype for tensor in stored.values()} - DTYPES.keys())
     if unknown:
         raise NotDeferred(f"the files hold {unknown[0]}")
     opened = {path: safe_open(path, "pt") for path in {tensor.path for tensor in stored.values()}}
@@ -143,7 +143,7 @@ def from_files(kind: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]
 
 
 def _of_file(name: str, tensor: weight_files.Tensor, file: Any) -> Deferred:
-    empty = torch.empty(tensor.shape, dtype=_DTYPES[tensor.dtype], device="meta").as_subclass(Deferred)
+    empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta").as_subclass(Deferred)
     read = lambda first, end: file.get_tensor(name) if first is None else file.get_slice(name)[first:end]
     empty.made = read
     return empty

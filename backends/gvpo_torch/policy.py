@@ -1,7 +1,7 @@
 """The PyTorch policy: what `gvpo_core.training` trains, on one device or several."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, layout
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
+from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import check, checkpoint, export, fixed, generate, memory, model
 from gvpo_torch.ranks import Ranks
@@ -178,8 +179,16 @@ class TorchPolicy(LanguageModelPolicy):
 
     # -- on disk
 
+    def saving(self, directory: Path) -> Callable[[], dict[str, Digest]]:
+        """See `Policy.saving`. Each rank writes its shard; where the ranks hold copies, the main rank writes."""
+        return self._saving(Path(directory), self._header())
+
+    def _saving(self, directory: Path, header: dict[str, Any]) -> Callable[[], dict[str, Digest]]:
+        writers = self.world_size if self._sharded else 1
+        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers)
+
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
-        checkpoint.save(directory, self._named, self._optimizer, header, self.rank == 0)
+        self._saving(directory, header)()
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
         checkpoint.restore(directory, self._named, self._optimizer, header)

@@ -1,6 +1,7 @@
 """Processes and devices: which device, how many ranks, and what crosses between them."""
 
 import atexit
+import datetime
 import os
 import time
 import weakref
@@ -13,6 +14,9 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 
 _RELEASE_SECONDS = 5.0  # to wait at most, after a collective, for gloo's threads to release its tensors
 _YIELD_SECONDS = 1e-4
+_WAIT = datetime.timedelta(hours=4)
+"""For another rank at most: it may sample, score rewards or commit a checkpoint alone meanwhile, and take longer than
+the limits of torch's own groups: 30 minutes, and 10 for NCCL. A rank that has died ends the wait at once."""
 _REST_SECONDS = 0.1  # before the process ends
 
 
@@ -32,6 +36,7 @@ class Ranks:
                 backend = dist.get_default_backend_for_device(self.device)
                 dist.init_process_group("gloo" if on_cpu else f"cpu:gloo,{self.device.type}:{backend}")
             self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+            self._group = dist.new_group(backend="gloo", timeout=_WAIT)
             atexit.register(_rest)
         else:
             self.device = _one_device(config.device)
@@ -64,7 +69,7 @@ class Ranks:
         `destroy_process_group`, its destructor holds that lock, joins the thread and never returns.
         """
         given, parts = tensor.clone(), [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, given)
+        dist.all_gather(parts, given, group=self._group)
         found = [part.clone() for part in parts]
         in_use = [weakref.ref(t) for t in (given, *parts)]
         del given, parts

@@ -24,20 +24,6 @@ def folder(tmp_path_factory):
     return tiny_models.make_model("llama-tied-bias", tmp_path_factory.mktemp("llama"))
 
 
-def test_a_checkpoint_larger_than_a_shard_is_split(folder, tmp_path, monkeypatch) -> None:
-    from gvpo_core.training.policy import checkpoint
-
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", 20_000)
-    of_policy = policy(folder)
-    expected = train(of_policy, range(1))
-    of_policy.save(tmp_path)
-    assert len(list(tmp_path.glob("*.safetensors"))) > 3
-    other = policy(folder)
-    other.restore(tmp_path)
-    assert step_difference(parameters(of_policy), parameters(other)) == 0.0
-    assert train(other, range(1)) != expected
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_an_export_loads_and_scores_the_same(name: str, kind: str, tmp_path) -> None:

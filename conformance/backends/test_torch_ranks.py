@@ -201,3 +201,36 @@ def test_processes_end(how: str, pairs: int, tmp_path) -> None:
         os.sched_setaffinity(started.pid, [min(cores)])
         out, error = started.communicate(timeout=900)
     assert out.split() == ["0"] * (2 * pairs), f"{out}\n{error}"
+
+
+WAITS = """
+import datetime, os, sys, time
+import numpy as np
+import torch.distributed as dist
+from gvpo_core.training.config import ModelConfig
+from gvpo_torch.ranks import Ranks
+
+dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=2))
+ranks = Ranks(ModelConfig(device="cpu"))
+if ranks.rank == 1:
+    time.sleep(4)
+print(*ranks.gather(np.arange(ranks.rank + 1)))
+"""
+
+
+def test_a_rank_waits_for_another_longer_than_the_default_group(tmp_path) -> None:
+    (tmp_path / "waits.py").write_text(WAITS)
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, str(tmp_path / "waits.py")],
+            env=os.environ | env | {"RANK": rank, "LOCAL_RANK": rank},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
+    ended = [process.communicate(timeout=300) for process in pair]
+    assert [out.split() for out, _ in ended] == [["0", "0", "1"]] * 2, ended

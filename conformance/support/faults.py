@@ -1,6 +1,7 @@
 """Runs `gvpo train` in a forked process that kills itself at the n-th chosen event: a file call, or a phase's start."""
 
 import builtins
+import hashlib
 import importlib
 import io
 import multiprocessing
@@ -43,6 +44,8 @@ def _run(config: str, fault: str, at: int, number: int, environment: dict[str, s
     os.environ.update(environment)
     from gvpo_core.training.cli import main
 
+    if os.environ.get("GVPO_TEST_SAVES_BESIDE"):
+        _save_beside()
     with open(Path(config).parent / "output.txt", "a") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
@@ -67,6 +70,22 @@ def _run(config: str, fault: str, at: int, number: int, environment: dict[str, s
     sys.exit(main(["train", config]))
 
 
+def _save_beside() -> None:
+    """Gives the table policy what a large one has: `saving`, whose files are written beside the next step."""
+    from gvpo_core.training.policy.table import TablePolicy
+    from gvpo_core.training.policy.tensor_file import Digest
+
+    def saving(policy: Any, directory: Path) -> Callable[[], dict[str, Digest]]:
+        def write() -> dict[str, Digest]:
+            policy.save(directory)
+            contents = {path.name: path.read_bytes() for path in directory.iterdir()}
+            return {name: Digest(len(c), hashlib.sha256(c).hexdigest()) for name, c in contents.items()}
+
+        return write
+
+    TablePolicy.saving = saving  # type: ignore[attr-defined]
+
+
 def _in_policy(name: str, event: Callable[[], None]) -> None:
     """Makes a method of the policy that the run loads an event."""
     from gvpo_core.training.policy import load as backend
@@ -75,13 +94,14 @@ def _in_policy(name: str, event: Callable[[], None]) -> None:
 
     def load(config: Any) -> Any:
         policy = real_load(config)
-        real = getattr(policy, name)
+        method = "saving" if name == "save" and hasattr(policy, "saving") else name
+        real = getattr(policy, method)
 
         def wrapped(*args: Any, **options: Any) -> Any:
             event()
             return real(*args, **options)
 
-        setattr(policy, name, wrapped)
+        setattr(policy, method, wrapped)
         return policy
 
     backend.load_policy = load

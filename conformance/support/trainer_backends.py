@@ -14,12 +14,14 @@ from places import SUPPORT
 
 
 def _safetensors(folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of all files; one that lies in several has its rows in their order."""
     from safetensors.numpy import load_file
 
-    tensors: dict[str, np.ndarray] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for path in sorted(folder.rglob("*.safetensors")):
-        tensors |= {f"{path.name}/{name}": value for name, value in load_file(path).items()}
-    return tensors
+        for name, array in load_file(path).items():
+            parts.setdefault(name, []).append(array)
+    return {name: arrays[0] if len(arrays) == 1 else np.concatenate(arrays) for name, arrays in parts.items()}
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,7 @@ def _run(
             step += 1
             journal.begin(step)
             rollout = source.groups(policy, step)
+            journal.settle()
             journal.phase("update")
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
             check_gap(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, rollout.gap_tolerance)
@@ -104,6 +105,7 @@ def _run(
             stopping, early = highest(policy, stop.signal), journal.out_of_patience()
             if stopping or early or journal.save_due():
                 journal.save()
+        journal.settle()
         if stopping:
             journal.stopped(stopping)
         elif early and step < last:

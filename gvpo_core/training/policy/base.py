@@ -216,8 +216,11 @@ class LanguageModelPolicy(abc.ABC):
 
     def save(self, directory: Path) -> None:
         """Writes parameters or adapters, AdamW's moments and the step into an empty folder; every rank calls."""
-        header = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
-        self._save(Path(directory), header)
+        self._save(Path(directory), self._header())
+
+    def _header(self) -> dict[str, Any]:
+        """Facts of a checkpoint of the present state, for `checkpoint.write_header`."""
+        return {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
 
     def restore(self, directory: Path) -> None:
         """Reads what `save` wrote, from any number of ranks.

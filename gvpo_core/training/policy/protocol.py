@@ -197,7 +197,13 @@ class Policy(Protocol):
         """
 
     def save(self, directory: Path) -> None:
-        """Writes the whole state into an empty folder; every rank calls, the main rank may write alone."""
+        """Writes the whole state into an empty folder; every rank calls, the main rank may write alone.
+
+        A policy may have `saving(directory)` beside it, which returns a function that writes this rank's part later, in
+        another thread, without waiting for another rank, and returns the `tensor_file.Digest` of each of its files, by
+        name. The run then samples the next step meanwhile, and changes nothing of the policy until the function has
+        returned.
+        """
 
     def restore(self, directory: Path) -> None:
         """Reads what `save` wrote; training then continues bit for bit."""

@@ -25,21 +25,17 @@ from gvpo_core.training.run.best import Best
 from gvpo_core.training.run.checkpoint import (
     Checkpoint,
     CheckpointError,
-    begin_checkpoint,
     checkpoint_at,
-    commit_checkpoint,
     go_back,
     newest_checkpoint,
-    partial_checkpoint,
     read_state,
-    save_failed,
     steps_saved,
     unreadable,
-    write_state,
 )
 from gvpo_core.training.run.data_columns import with_columns
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.resume import resume_command
+from gvpo_core.training.run.saving import Saving
 from gvpo_core.training.sources import Source
 from gvpo_core.training.terminal.text import Command, fit
 from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
@@ -77,6 +73,7 @@ class Journal:
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
         self._step, self._begun = 0, time.perf_counter()
         self._state: Callable[[], dict[str, Any]] = dict  # of the source of groups
+        self._saving = Saving(policy, self.folder, self.config.run.keep_checkpoints)
 
     def __enter__(self) -> "Journal":
         try:
@@ -89,6 +86,8 @@ class Journal:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         try:
+            if isinstance(error, Exception):
+                self._saving.abandon()
             if self._started and self._main:
                 if isinstance(error, Exception):
                     self._failed(error)
@@ -253,43 +252,14 @@ class Journal:
         return self._step == run.steps or bool(periodic) or (self._better and run.keep_best)
 
     def save(self) -> None:
-        """Saves a checkpoint: every rank calls Policy.save; the main rank begins the folder and commits it after."""
-        run, folder, step = self.config.run, self.folder.checkpoints, self._step
-        best = (self._best.step,) if run.keep_best else ()
-
-        def begin() -> None:
-            self.folder.confirm()
-            begin_checkpoint(folder, step)
-
-        def commit() -> None:
-            self.folder.confirm()
-            commit_checkpoint(folder, step, run.keep_checkpoints, best)
-
+        """Saves a checkpoint of the present step, which counts once `settle` returns."""
         self.phase("checkpoint")
-        state = self._state()
-        self._saving(begin, main_only=True)
-        self._saving(lambda: write_state(partial_checkpoint(folder, step), state), main_only=True)
-        self._saving(lambda: self.policy.save(partial_checkpoint(folder, step).policy))
-        self._saving(commit, main_only=True)
+        best = (self._best.step,) if self.config.run.keep_best else ()
+        self._saving.save(self._step, self._state(), best)
 
-    def _saving(self, work: Callable[[], object], *, main_only: bool = False) -> None:
-        attempt(
-            self.policy,
-            work,
-            main_only=main_only,
-            catch=(Exception,),  # each framework's writer has its own error for a full disk
-            kind=CheckpointError,
-            explain=self._unsaved,
-        )
-
-    def _unsaved(self, error: Exception) -> Exception:
-        if isinstance(error, RunFolderError):
-            return error
-        try:
-            self.folder.confirm()
-        except RunFolderError as moved:  # the reason that the save failed
-            return moved
-        return save_failed(self.folder.checkpoints, self._step, error)
+    def settle(self) -> None:
+        """Commits the checkpoint that is being written, if any. Nothing may change the policy before."""
+        self._saving.settle()
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         return {"kind": kind, "step": self._step, "time": time.time()} | dict(values)
