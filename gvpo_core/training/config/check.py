@@ -12,6 +12,7 @@ from gvpo_core.objectives import OBJECTIVES, TABLE, suggestion
 from gvpo_core.training.config import Config, ConfigError, TeacherConfig
 from gvpo_core.training.config.engine import server_ranges, wrong_sampler, wrong_server
 from gvpo_core.training.config.secrets import HIDDEN
+from gvpo_core.training.config.shares import shares
 
 NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
 RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
@@ -196,12 +197,7 @@ def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
             )
         if c.objective.name in TABLE and TABLE[c.objective.name].needs_old:
             wrong.append((name, f"{name} = {value!r}; {_NO_RATIO.format(c.objective.name)}"))
-    sampled = c.rollout.prompts - sum(
-        round(c.rollout.prompts * share)
-        for share, used in ((c.replay.share, c.replay.groups), (c.data.recorded_share, c.data.recorded))
-        if used
-    )
-    if any(mixed.values()) and sampled < 1:
+    if any(mixed.values()) and shares(c).sampled < 1:
         name = "replay.share" if c.replay.groups else "data.recorded_share"
         wrong.append(
             (name, f"{name} = {_get(c, name)}; of rollout.prompts = {c.rollout.prompts} none would be sampled")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.config import Config
+from gvpo_core.training.config.shares import shares
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.recorded import Groups
@@ -17,23 +18,6 @@ from gvpo_core.training.sources.join import join
 from gvpo_core.training.sources.recorded import Recorded, recorded_rollout
 from gvpo_core.training.sources.replay import Buffer, Past
 from gvpo_core.training.sources.sampled import Sampled
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How many groups of a step come from where."""
-
-    sampled: int
-    recorded: int
-    replayed: int
-
-
-def shares(config: Config, size: int | None = None) -> Shares:
-    """The groups of a step of `size` (default rollout.prompts); at least one is sampled."""
-    size = size or config.rollout.prompts
-    recorded = round(size * config.data.recorded_share) if config.data.recorded else 0
-    replayed = round(size * config.replay.share) if config.replay.groups else 0
-    return Shares(max(1, size - recorded - replayed), recorded, replayed)
 
 
 @dataclass
@@ -75,7 +59,7 @@ class Mixed:
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """The sampled groups, then the recorded, then the replayed; the step is smaller until enough are kept."""
         counts = shares(self.config, size)
-        sampled = self.sampled.groups(policy, step, size=counts.sampled)
+        sampled = self.sampled.groups(policy, step, size=max(1, counts.sampled))
         parts, details = [sampled], dict[str, float]()
         if self.recorded is not None:
             parts.append(self.recorded.groups(policy, step, size=counts.recorded))
