@@ -80,6 +80,35 @@ def test_a_rewards_fingerprint_is_of_its_own_code(tmp_path, monkeypatch):
     assert given[0] == given[1] != given[2] and given[0]["g"]["sha256"]
 
 
+@pytest.mark.parametrize("changed", ["helper.py", "deep/inner.py", "deep/__init__.py", "near.py"])
+def test_what_a_reward_imports_from_its_folder_is_part_of_its_code(changed, tmp_path, monkeypatch):
+    folder = tmp_path / "rewards"
+    (folder / "deep").mkdir(parents=True)
+    sources = {
+        "reward.py": "import json, helper\nfrom deep import inner\ndef reward(completions): return []",
+        "helper.py": "import near",
+        "near.py": "K = 1",
+        "deep/__init__.py": "",
+        "deep/inner.py": "from . import inner",
+        "other.py": "import reward",
+    }
+    for name, text in sources.items():
+        (folder / name).write_text(text)
+    config = {"r": RewardConfig(function=f"{folder}/reward.py:reward")}
+    before = reward_fingerprints(config)
+    (folder / "other.py").write_text("import reward\nK = 2")
+    assert reward_fingerprints(config) == before, "nothing imports it"
+    (folder / changed).write_text(sources[changed] + "\nL = 2")
+    assert reward_fingerprints(config) != before
+
+
+def test_a_built_in_rewards_code_is_all_of_it(monkeypatch):
+    read = []
+    monkeypatch.setattr(module, "retried", lambda work: read.append(work.__self__.name) or work())
+    reward_fingerprints({"r": RewardConfig(function="math_verify")})
+    assert {"builtin.py", "math_answers.py"} <= {*read}
+
+
 def test_what_changed_is_refused_noted_or_unknown():
     old = {"data": {"train": {"rows": 3, "sha256": "a" * 64}}, "model": {"weights": {"sha256": "b" * 64}}, "gvpo": "1"}
     old |= {"policy": {"versions": {"torch": "2.12"}, "device_name": "CPU"}, "rewards": {"r": {"sha256": "c" * 64}}}

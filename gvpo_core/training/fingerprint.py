@@ -1,5 +1,6 @@
 """What a run was trained on and with, small enough to keep: a later start can tell whether it is given the same."""
 
+import ast
 import hashlib
 import importlib.util
 import inspect
@@ -7,7 +8,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
@@ -21,6 +23,7 @@ from gvpo_core.training.files.disk import names_in, retried
 
 _log = logging.getLogger("gvpo")
 _WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts
+_IMPORTS = 1000  # files at most of a reward's code
 _PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spaced, its first and last bytes among them
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
@@ -145,19 +148,59 @@ def _of_file(path: Path) -> str:
 def reward_fingerprints(
     rewards: Mapping[str, RewardConfig], given: Mapping[str, Callable[..., Any]] | None = None
 ) -> dict[str, dict[str, str]]:
-    """Reward -> SHA-256 of the function's file, or of the source of a function passed from Python.
+    """Reward -> SHA-256 of its file and of what that imports, or of the source of a function passed from Python.
 
-    Imports of that file are not included. A reward without a known source is omitted.
+    Of its imports those count that lie in its folder or in the working directory, and their imports likewise; installed
+    packages do not. A reward without a known source is omitted.
     """
     hashes = {}
     for name, reward in rewards.items():
         try:
             function = (given or {}).get(name)
-            code = _source(function) if function is not None else retried(_file_of(reward.function).read_bytes)
+            code = _source(function) if function is not None else _code_of(_file_of(reward.function))
         except (OSError, TypeError, ValueError, ImportError):
             continue
         hashes[name] = {"sha256": hashlib.sha256(code).hexdigest()}
     return hashes
+
+
+def _code_of(first: Path) -> bytes:
+    """The code of a file and of the files that it imports. Raises: OSError: one cannot be read."""
+    codes: dict[Path, bytes] = {}
+    waiting, installed = [first.absolute()], {Path(path) for path in sysconfig.get_paths().values()}
+    roots = [root for root in (first.absolute().parent, Path.cwd()) if root not in installed]
+    while waiting and len(codes) < _IMPORTS:
+        path = waiting.pop()
+        if path in codes:
+            continue
+        codes[path] = retried(path.read_bytes)
+        waiting += _imported(path, codes[path], roots)
+    if len(codes) == 1:
+        return codes.popitem()[1]
+    digests = sorted(f"{path.name} {hashlib.sha256(code).hexdigest()}" for path, code in codes.items())
+    return "\n".join(digests).encode()
+
+
+def _imported(path: Path, code: bytes, roots: Iterable[Path]) -> Iterator[Path]:
+    """Files of the modules that a file imports, where they lie in one of the roots or beside it."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError):
+        return
+    names: list[tuple[Path | None, str]] = []  # folder where it is known, dotted name
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [(None, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            folder = path.parents[node.level - 1] if 0 < node.level <= len(path.parents) else None
+            names += [
+                (folder, ".".join(filter(None, (node.module, end)))) for end in ("", *(a.name for a in node.names))
+            ]
+    for folder, name in names:
+        for root in (folder,) if folder else roots:
+            place = root.joinpath(*name.split("."))
+            files = (place.with_suffix(".py"), place / "__init__.py") if name else (root / "__init__.py",)
+            yield from (file for file in files if file.is_file())
 
 
 def _source(function: Callable[..., Any]) -> bytes:
