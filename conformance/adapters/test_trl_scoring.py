@@ -10,7 +10,7 @@ require("trl", "datasets", "peft", subject="trl")
 
 import torch
 import trl_runs
-from gvpo_trl.scoring import check_scores, rope_of
+from gvpo_trl.scoring import _padded_scores, check_scores, rope_of
 from transformers import AutoConfig
 from trl_checks import check_steps
 
@@ -101,7 +101,9 @@ def test_a_model_that_scores_otherwise_in_training_is_rejected(at_random: bool, 
         check_scores(trainer)
 
 
-def test_recurrent_gemma_whose_state_passes_through_padding_is_rejected(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
+def test_recurrent_gemma_whose_state_passes_through_padding_is_rejected(precision: str, tmp_path: Path) -> None:
+    """In 16 bits its scores change by less than bf16 numbers round by, and every step would be a little wrong."""
     from transformers import AutoModelForCausalLM
 
     settings = {"block_types": ("recurrent", "attention"), "attention_window_size": 6, "lru_width": 32}
@@ -109,8 +111,21 @@ def test_recurrent_gemma_whose_state_passes_through_padding_is_rejected(tmp_path
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     tiny_models.make_tokenizer().save_pretrained(tmp_path / "model")
+    options = (
+        {"bf16": True} if precision == "autocast" else {"dtype": torch.bfloat16} if precision == "bfloat16" else {}
+    )
     with pytest.raises(ValueError, match="RecurrentGemmaForCausalLM lets padding change the scores of a row"):
-        trl_runs.make_trainer(tmp_path / "model", tmp_path / "out", **SIZES)
+        trl_runs.make_trainer(tmp_path / "model", tmp_path / "out", **SIZES, **options)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "qwen3_moe"])
+def test_padding_changes_no_score_in_16_bits(kind: str, tmp_path: Path) -> None:
+    folder = tiny_models.make_model(kind, tmp_path / "model")
+    trainer = trl_runs.make_trainer(folder, tmp_path / "out", dtype=torch.bfloat16, **SIZES)
+    assert next(trainer.model.parameters()).dtype == torch.bfloat16
+    with torch.no_grad():
+        one, other = (_padded_scores(trainer, trainer.model, padding) for padding in (0, 1))
+    assert torch.equal(torch.cat(one), torch.cat(other))
 
 
 def test_the_check_leaves_modes_and_random_numbers_alone(tmp_path: Path) -> None:

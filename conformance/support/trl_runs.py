@@ -52,6 +52,7 @@ def make_trainer(
     reward_funcs: Any = rewards,
     generation: dict[str, Any] | None = None,
     moved: float = 0.0,
+    dtype: torch.dtype = torch.float32,
     **settings: Any,
 ) -> Any:
     """`moved`: what is added to a parameter of the model in memory, which its folder does not know of."""
@@ -76,7 +77,7 @@ def make_trainer(
         "disable_tqdm": True,
         "max_steps": 3,
     }
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if moved:
         model.model.norm.weight.data += moved
     model.generation_config.eos_token_id = [0, *range(50, 70)]  # so that some completions end
