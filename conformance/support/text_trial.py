@@ -3,8 +3,8 @@
 python conformance/support/text_trial.py MODEL_FOLDER URL NAME
 
 The server serves MODEL_FOLDER as NAME. With --transformers, requests are those that `transformers serve` takes. Two
-steps on text prompts, then two on chat messages where the model has a template: every response must have come, and
-have a finite log-probability under the policy.
+steps on text prompts, then two on chat messages where the model has a template, and two by the chat endpoint: every
+response must have come, and have a finite log-probability under the policy.
 """
 
 import json
@@ -27,12 +27,12 @@ def reward(completions: Sequence[Any], **columns: Any) -> list[float]:
     return [float(str(text).count("e")) - len(str(text)) / 100 for text in completions]
 
 
-def trained(model: str, url: str, name: str, folder: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+def trained(model: str, url: str, name: str, folder: Path, rows: Sequence[Mapping[str, Any]], **how: Any) -> None:
     """Runs, and checks what the run folder holds."""
     config = gvpo.Config(
         model=ModelConfig(path=model, device="cpu"),
         rollout=RolloutConfig(sampler="engine", prompts=PROMPTS, responses=RESPONSES, max_tokens=12),
-        engine=EngineConfig(url, name, **ENGINE),
+        engine=EngineConfig(url, name, **(ENGINE | how)),
         optimizer=OptimizerConfig(learning_rate=1e-4),
         run=RunConfig(steps=STEPS, folder=str(folder)),
     )
@@ -46,7 +46,7 @@ def trained(model: str, url: str, name: str, folder: Path, rows: Sequence[Mappin
         assert record["responses/lost"] == 0 and isinstance(record["loss"], float), record
     assert len({response["response"] for response in responses}) > PROMPTS, "one seed for all responses"
     cut, other = sum(not r["finished"] for r in responses), sum(m["sampler/retokenized"] for m in metrics)
-    print(f"{len(responses)} responses, {cut} cut, {other} sampled as other tokens")
+    print(f"{folder.name}: {len(responses)} responses, {cut} cut, {other} sampled as other tokens")
 
 
 def try_server(model: str, url: str, name: str, *, transformers: bool = False) -> None:
@@ -58,6 +58,7 @@ def try_server(model: str, url: str, name: str, *, transformers: bool = False) -
         trained(model, url, name, Path(temporary) / "texts", TEXTS)
         if (Path(model) / "chat_template.jinja").is_file():
             trained(model, url, name, Path(temporary) / "chats", CHATS)
+            trained(model, url, name, Path(temporary) / "endpoint", CHATS, tokens="chat")
 
 
 if __name__ == "__main__":

@@ -4,8 +4,10 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
+import toy_run
 from engine_server import Server
 from sampler_runs import Copy, lines, run, short
+from scripted_policy import ScriptedPolicy
 from table_problem import PROMPTS, REFERENCE, table
 
 from gvpo_core.training.config import ConfigError
@@ -115,6 +117,30 @@ def test_text_without_a_policy_or_with_a_tolerance_is_refused():
         sampler.generate([(1,)], [[1]], Sampling(2))
     with pytest.raises(ConfigError, match="text has no log-probabilities to compare"):
         Engine("http://localhost:1", "tiny", tokens="text", gap_tolerance=0.1)
+
+
+CHAT = [{"role": "system", "content": "be short"}, {"role": "user", "content": "how many?"}]
+
+
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_a_chat_endpoint_gets_the_messages_and_its_answer_is_tokenized_here(tmp_path, capsys, ahead):
+    """The server applies its own template; fields that hosted servers reject are left out."""
+    config = toy_run.config_of(tmp_path / "run", "scripted", 2, rollout={"max_tokens": 8, "ahead": ahead})
+    policy = ScriptedPolicy(lambda text, u: "never")
+    with Server() as server:
+        sampler = Engine(server.url, "tiny", tokens="chat", omit=["top_k", "max_tokens"], fields={"a": 1})
+        rewards = {"length": lambda completions: [float(len(str(c))) for c in completions]}
+        toy_run.run(config, [{"prompt": CHAT}, {"prompt": CHAT}], policy, sampler=sampler, rewards=rewards)
+        assert server.asked and all(body["messages"] == CHAT for body in server.asked)
+        assert all(not {"prompt", "top_k", "max_tokens"} & set(b) and b["a"] == 1 for b in server.asked)
+        assert len({body["seed"] for body in server.asked}) == len(server.asked)
+    responses = [c for c in lines(config, "completions") if c["kind"] == "train"]
+    assert {(c["response"], c["finished"]) for c in responses} == {("2", True)} and len(responses) == len(server.asked)
+
+
+def test_a_text_prompt_for_a_chat_endpoint_is_named(tmp_path, capsys):
+    with Server() as server, pytest.raises(SamplerError, match=r"'chat' takes prompts of chat messages, and .* 'p2'"):
+        run(short(tmp_path, 1), Engine(server.url, "tiny", tokens="chat"))
 
 
 class Words:

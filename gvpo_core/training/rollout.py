@@ -75,6 +75,7 @@ class Requests:
     start: int  # responses of the ranks before it
     places: dict[int, list[int]]  # group -> places of this rank's responses in it
     tokens: list[Tokens]  # prompt of each group
+    prompts: list[Prompt]  # the same as in the data
     seeds: list[list[int]]  # of each response, by group
 
 
@@ -88,7 +89,8 @@ def requests_of(
     for flat in range(start, stop):
         places.setdefault(flat // responses, []).append(flat % responses)
     seeds = [[row_seed(*seed_path, group, i) for i in own] for group, own in places.items()]
-    return Requests(start, places, [prompts.tokens[rows[group]] for group in places], seeds)
+    chosen = [rows[group] for group in places]
+    return Requests(start, places, [prompts.tokens[r] for r in chosen], [prompts.prompts[r] for r in chosen], seeds)
 
 
 def collect(

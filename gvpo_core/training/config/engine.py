@@ -12,10 +12,19 @@ from gvpo_core.training.config.settings import Config, EngineConfig, TeacherConf
 SAMPLERS = ("policy", "engine")
 """Values of rollout.sampler that are no import path."""
 
-REQUEST_FIELDS = ("model", "prompt", "n", "seed", "max_tokens", "temperature", "stream", "logprobs", "return_token_ids")
+REQUEST_FIELDS = ("model", "prompt", "messages", "n", "temperature", "stream", "logprobs", "return_token_ids")
 """Fields that every request sets."""
 MOST_AHEAD = 1000
-OPTIONAL_FIELDS = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+OPTIONAL_FIELDS = (
+    "max_tokens",
+    "seed",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 """Fields that a request sets unless `omit` names them."""
 
 
@@ -56,12 +65,13 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     if engine.weights not in ("kept", "adapters", "model") or (engine.weights != "kept") != bool(engine.folder):
         both = f"weights = {engine.weights!r} and folder = {str(engine.folder)!r}"
         yield "weights", f"{both}; expected adapters or model, and a folder"
-    if engine.tokens not in ("ids", "text"):
-        yield "tokens", f"tokens = {engine.tokens!r}; expected ids or text"
-    if engine.tokens == "text" and engine.gap_tolerance is not None:
+    if engine.tokens not in ("ids", "text", "chat"):
+        yield "tokens", f"tokens = {engine.tokens!r}; expected ids, text or chat"
+    if engine.tokens != "ids" and engine.gap_tolerance is not None:
         yield (
             "gap_tolerance",
-            f"gap_tolerance = {engine.gap_tolerance} and tokens = 'text': text has no log-probabilities to compare",
+            f"gap_tolerance = {engine.gap_tolerance} and tokens = {engine.tokens!r}: text has no log-probabilities to"
+            " compare",
         )
     for name in engine.omit:
         if name not in OPTIONAL_FIELDS:

@@ -174,9 +174,9 @@ class EngineConfig:
     """Address of the server, without /v1: http://HOST:PORT."""
     model: str = ""
     """Name of the model on the server."""
-    tokens: Literal["ids", "text"] = "ids"
+    tokens: Literal["ids", "text", "chat"] = "ids"
     """What the server takes and gives. ids: token ids, as vLLM (return_token_ids); text: any OpenAI-compatible server,
-    one request a response; its text is tokenized here."""
+    one request a response, whose text is tokenized here; chat: the same by its chat endpoint."""
     weights: Literal["kept", "adapters", "model"] = "kept"
     """What vLLM's server gets before each step. kept: nothing; adapters: the LoRA adapters; model: the whole model."""
     folder: str = ""

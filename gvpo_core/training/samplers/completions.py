@@ -1,7 +1,7 @@
-"""Requests and answers of POST /v1/completions, in two forms: token ids in and out, or text."""
+"""Requests and answers of an OpenAI-compatible server: token ids, text, or chat messages in and text out."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gvpo_core.training.policy.protocol import Tokens
@@ -36,6 +36,12 @@ def request_of_text(model: str, prompt: str, seed: int, sampling: Sampling) -> d
     return {"model": model, "prompt": prompt, "seed": seed % 2**31} | _sampling_fields(sampling, 0)
 
 
+def request_of_chat(model: str, messages: Sequence[Mapping[str, Any]], seed: int, sampling: Sampling) -> dict[str, Any]:
+    """A request to /v1/chat/completions for one response; the server applies its own chat template."""
+    told = [dict(message) for message in messages]
+    return {"model": model, "messages": told, "seed": seed % 2**31} | _sampling_fields(sampling, 0)
+
+
 def read_answer(content: bytes, model: str, url: str) -> dict[str, Any]:
     """An answer that has choices and is of this model. Raises: Failed."""
     try:
@@ -65,12 +71,13 @@ def read_ids(choice: dict[str, Any], version: int | None, url: str) -> Drawn:
 
 
 def read_text(choice: dict[str, Any], usage: Any, version: int | None, url: str) -> Text:
-    """The response of a choice with text. Raises: Failed: it has none, or the response was aborted.
+    """The response of a choice with text or a message. Raises: Failed: it has none, or the response was aborted.
 
     Args:
       usage: of the answer, which has this choice alone.
     """
-    text, reason = choice.get("text"), choice.get("finish_reason")
+    reason, message = choice.get("finish_reason"), choice.get("message")
+    text = message.get("content") if isinstance(message, dict) else choice.get("text")
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise Failed(f"{url} ended a response with {reason!r} and {type(text).__name__} as its text", again=False)
     counted = usage.get("completion_tokens") if isinstance(usage, dict) else None

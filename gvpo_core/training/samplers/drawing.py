@@ -9,7 +9,7 @@ from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError, masks_of
 from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.policy.ranks import agree, attempt
-from gvpo_core.training.samplers.protocol import Drawn, Sampler, SamplerError, Text
+from gvpo_core.training.samplers.protocol import Drawn, Sampler, SamplerError, Text, asked_with
 from gvpo_core.training.sampling import Sampling
 
 
@@ -34,7 +34,7 @@ def draw_elsewhere(
     """
 
     def work() -> Sequence[Sequence[Response | Text]]:
-        drawn = sampler.generate(tokens, seeds, sampling) if tokens else []
+        drawn = sampler.generate(asked_with(sampler, prompts, tokens), seeds, sampling) if tokens else []
         got, wanted = [len(many) for many in drawn], [len(own) for own in seeds]
         if len(got) != len(wanted) or any(g > w for g, w in zip(got, wanted, strict=True)):
             raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")

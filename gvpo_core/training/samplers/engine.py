@@ -6,13 +6,20 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from gvpo_core.training.config import ConfigError, EngineConfig
 from gvpo_core.training.config.engine import wrong_engine
-from gvpo_core.training.policy import Policy, Response
+from gvpo_core.training.policy import Policy, Prompt, Response
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.samplers.completions import read_answer, read_ids, read_text, request_of_ids, request_of_text
+from gvpo_core.training.samplers.completions import (
+    read_answer,
+    read_ids,
+    read_text,
+    request_of_chat,
+    request_of_ids,
+    request_of_text,
+)
 from gvpo_core.training.samplers.http import Clock, Failed, Server
 from gvpo_core.training.samplers.protocol import SamplerError, Text
 from gvpo_core.training.samplers.weights import WeightFolder
@@ -32,7 +39,7 @@ class _Asked:
 
 
 class Engine:
-    """Draws responses from POST {url}/v1/completions, one request a prompt; of text, one a response.
+    """Draws responses from POST {url}/v1/completions or /v1/chat/completions: a request a prompt; of text, a response.
 
     A request that fails (refused, too slow, 429, 5xx, an answer that is not JSON or of another model) is repeated
     with growing pauses. Responses that do not come are lost, and their groups are smaller.
@@ -45,7 +52,7 @@ class Engine:
         url: str,
         model: str,
         *,
-        tokens: Literal["ids", "text"] = "ids",
+        tokens: Literal["ids", "text", "chat"] = "ids",
         weights: Literal["kept", "adapters", "model"] = "kept",
         folder: str | Path = "",
         gap_tolerance: float | None = None,
@@ -61,7 +68,8 @@ class Engine:
         Args:
           url: of the server, without /v1.
           model: its name there.
-          tokens: what the server takes and gives. text: any OpenAI-compatible server; see `Text`.
+          tokens: what the server takes and gives. text: any OpenAI-compatible server, chat: its chat endpoint, which
+            gets the prompts as messages; see `Text`.
           weights: what `refresh` sends to vLLM's server before each step. adapters: the policy's LoRA adapters; model:
             the whole model, whose head must not be its embedding.
           folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
@@ -95,6 +103,7 @@ class Engine:
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
         self.weights = weights
         self.tokens, self.omit, self.fields = tokens, given.omit, given.fields
+        self.messages = tokens == "chat"  # see `Sampler`
         self._policy: Policy | None = None
         self.served = model  # name to ask for: each version of adapters has its own
         self.version: int | None = None  # of the engine's weights: steps taken
@@ -108,10 +117,10 @@ class Engine:
     def said(self) -> str:
         """What draws, for the header."""
         kept = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
-        return f"{self.model} at {self.url}, {kept}{', text' if self.tokens == 'text' else ''}"
+        return f"{self.model} at {self.url}, {kept}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
 
     def generate(
-        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+        self, prompts: Sequence[Tokens | Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response | Text]]:
         """Draws up to `len(seeds[i])` responses to prompt i.
 
@@ -123,32 +132,46 @@ class Engine:
         return self.ask(prompts, seeds, sampling)()
 
     def probe(
-        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+        self, prompts: Sequence[Tokens | Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response | Text]]:
         """Draws before everything that was asked for and has not begun."""
         return self.ask(prompts, seeds, sampling, first=True)()
 
     def ask(
-        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling, *, first: bool = False
+        self,
+        prompts: Sequence[Tokens | Prompt],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+        *,
+        first: bool = False,
     ) -> Callable[[], list[list[Response | Text]]]:
         """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, own in zip(prompts, seeds, strict=True):
-            bodies = self._requests(tuple(prompt), own, sampling)
+            bodies = self._requests(prompt, own, sampling)
             sent = [{k: v for k, v in body.items() if k not in self.omit} | self.fields for body in bodies]
             asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in sent])
         self._asked.append(asked)
         return partial(self._take, asked)
 
-    def _requests(self, prompt: Tokens, seeds: Sequence[int], sampling: Sampling) -> list[dict[str, Any]]:
+    def _requests(self, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling) -> list[dict[str, Any]]:
+        if self.tokens == "chat":
+            if isinstance(prompt, str) or not isinstance(prompt[0], Mapping):
+                raise SamplerError(
+                    f"engine.tokens = 'chat' takes prompts of chat messages, and this one is {str(prompt)[:60]!r}: give"
+                    " messages in the data, or use engine.tokens = 'text'"
+                )
+            told = cast(Sequence[Mapping[str, Any]], prompt)
+            return [request_of_chat(self.served, told, seed, sampling) for seed in seeds]
+        ids = cast(Tokens, tuple(prompt))
         if self.tokens == "ids":
-            return [request_of_ids(self.served, prompt, seeds, sampling)]
+            return [request_of_ids(self.served, ids, seeds, sampling)]
         if self._policy is None:
             raise SamplerError(
                 "tokens = 'text' needs refresh(policy, version) before it draws: the policy has the text"
             )
-        text = self._policy.prompt_text(prompt)
+        text = self._policy.prompt_text(ids)
         return [request_of_text(self.served, text, seed, sampling) for seed in seeds]
 
     def _take(self, asked: _Asked) -> list[list[Response | Text]]:
@@ -197,7 +220,8 @@ class Engine:
         """The responses of one request; none where it fails for good."""
         read = partial(read_answer, model=asked.served, url=self.url)
         try:
-            answer = self._server.asked("/v1/completions", body, asked.clock.start(), read)
+            path = "/v1/chat/completions" if self.messages else "/v1/completions"
+            answer = self._server.asked(path, body, asked.clock.start(), read)
         except Failed as e:
             asked.failures.append(str(e))
             return []
@@ -210,6 +234,6 @@ class Engine:
         return drawn
 
     def _read(self, choice: dict[str, Any], answer: dict[str, Any], version: int | None) -> Response | Text:
-        if self.tokens == "text":
+        if self.tokens != "ids":
             return read_text(choice, answer.get("usage"), version, self.url)
         return read_ids(choice, version, self.url)

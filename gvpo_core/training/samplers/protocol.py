@@ -3,12 +3,11 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
-from gvpo_core.training.policy import Policy, Response
-from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.policy import Policy, Prompt, Response, Tokens
 from gvpo_core.training.sampling import Sampling
 
 
@@ -46,11 +45,16 @@ class Sampler(Protocol):
     """Draws responses in the place of the policy. A class may leave out `refresh` and `close`.
 
     Attribute `gap_tolerance`, where there is one: largest difference between `Drawn.logprob` and the policy's own
-    log-probability, nats a token; a response beyond it stops the run.
+    log-probability, nats a token; a response beyond it stops the run. Attribute `messages`, where it is True:
+    `generate` gets the prompts as the data has them, chat messages or text, instead of token ids.
     """
 
-    def generate(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
-        """Draws a response for each seed of each prompt. A prompt may get fewer; the others are counted as lost."""
+    def generate(self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+        """Draws a response for each seed of each prompt. A prompt may get fewer; the others are counted as lost.
+
+        Args:
+          prompts: token ids of each; see `messages`.
+        """
 
     def refresh(self, policy: Policy, version: int) -> None:
         """Takes the policy's weights. Called on every rank before each `generate`, perhaps again with one version.
@@ -61,6 +65,11 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Ends what the sampler holds. Called when training ends, also by an error."""
+
+
+def asked_with(sampler: object, prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> Sequence[Any]:
+    """What the sampler's `generate` gets: token ids, or the prompts as the data has them."""
+    return prompts if getattr(sampler, "messages", False) else tokens
 
 
 def said(sampler: object) -> str:

@@ -13,12 +13,11 @@ from typing import Any, cast
 import numpy as np
 
 from gvpo_core.training.policy import Batch, Policy, Response
-from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.policy.ranks import attempt, gather_objects
 from gvpo_core.training.rollout import Requests
 from gvpo_core.training.samplers import Drawn, Sampler, SamplerError, Text
 from gvpo_core.training.samplers.background import Asks
-from gvpo_core.training.samplers.protocol import Given, check_gap
+from gvpo_core.training.samplers.protocol import Given, asked_with, check_gap
 from gvpo_core.training.sampling import Sampling
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
@@ -34,7 +33,7 @@ class _Ready:
     failures: Sequence[str] = ()
 
     def generate(
-        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+        self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> Sequence[Sequence[Response | Text]]:
         """The responses, once they are there."""
         drawn = self.drawn()
@@ -76,7 +75,8 @@ class Ahead:
 
     def _asked(self, step: int, asked: Requests, sampling: Sampling) -> tuple[Requests, Callable[[], Given]]:
         if step not in self._restored:
-            return asked, self.sampler.ask(asked.tokens, asked.seeds, sampling)
+            given = asked_with(self.sampler, asked.prompts, asked.tokens)
+            return asked, self.sampler.ask(given, asked.seeds, sampling)
         groups = self._restored.pop(step)
         known = [
             [groups[group][place] for place in places if place < len(groups.get(group, ()))]
@@ -91,7 +91,8 @@ class Ahead:
         """
         short = Sampling(min(sampling.max_tokens, _PROBE_TOKENS), sampling.temperature)
         tokens, seeds = asked.tokens[:1], [seeds[:1] for seeds in asked.seeds[:1]]
-        given = attempt(policy, lambda: self.sampler.probe(tokens, seeds, short), kind=SamplerError)
+        prompts = asked_with(self.sampler, asked.prompts[:1], tokens)
+        given = attempt(policy, lambda: self.sampler.probe(prompts, seeds, short), kind=SamplerError)
         rows = [(p, r) for p, many in zip(tokens, given or [], strict=True) for r in many if isinstance(r, Drawn)]
         batch = Batch([p for p, _ in rows], [r.tokens for _, r in rows], list(range(len(rows))))
         ours = policy.gather(np.asarray(policy.logprobs(batch), np.float64))
