@@ -163,7 +163,7 @@ SET = SAMPLER + '[engine]\nurl = "http://h"\nmodel = "m"\n'
         ),
         (SET + 'weights = "adapters"\nfolder = "w"', "model.lora_rank = 0: there are no adapters"),
         (SET + 'weights = "adapters"\nfolder = "w"\n[model]\nlora_rank = 4\nlora_kind = "dora"', "vLLM loads no DoRA"),
-        (SET + 'omit = ["seed"]', "engine.omit = 'seed'; expected names among top_p, top_k"),
+        (SET + 'omit = ["seed"]', "engine.omit = 'seed'; expected names among max_tokens, top_p"),
         (SET + "[engine.fields]\nmax_tokens = 3", "engine.fields.max_tokens is set by the run itself"),
         (SET + 'tokens = "text"\ngap_tolerance = 0.1', "text has no log-probabilities to compare"),
         (SET + "tries = 0", "engine.tries = 0; expected 1"),

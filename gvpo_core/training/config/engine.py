@@ -12,7 +12,7 @@ from gvpo_core.training.config.settings import Config, EngineConfig, TeacherConf
 SAMPLERS = ("policy", "engine")
 """Values of rollout.sampler that are no import path."""
 
-REQUEST_FIELDS = ("model", "prompt", "messages", "n", "temperature", "stream", "logprobs", "return_token_ids")
+REQUEST_FIELDS = ("model", "prompt", "messages", "n", "seed", "temperature", "stream", "logprobs", "return_token_ids")
 """Fields that every request sets."""
 MOST_AHEAD = 1000
 OPTIONAL_FIELDS = (
