@@ -17,7 +17,6 @@ REQUEST_FIELDS = ("model", "prompt", "messages", "n", "seed", "temperature", "st
 MOST_AHEAD = 1000
 OPTIONAL_FIELDS = (
     "max_tokens",
-    "seed",
     "top_p",
     "top_k",
     "min_p",
