@@ -19,6 +19,8 @@ def namespace(x: Any) -> Any:
     if torch is not None and isinstance(x, torch.Tensor):  # torch.compile cannot trace the cached look-up below
         if isinstance(x, torch.masked.MaskedTensor):
             raise TypeError("got a MaskedTensor; expected a tensor without a mask: pass `valid`, or NaN as the reward")
+        if x.layout is not torch.strided:
+            raise TypeError(f"got a tensor of layout {x.layout}; expected a dense one, as x.to_dense()")
         from array_api_compat import torch as torch_namespace
 
         return torch_namespace

@@ -13,7 +13,7 @@ from torch_policies import policy
 require(subject="torch")
 
 import torch
-from gvpo_torch import generate
+from gvpo_torch import check, generate
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Batch
@@ -71,6 +71,17 @@ def test_model_that_decodes_otherwise_than_it_scores_is_refused(settings, folder
         ConfigError, match=r"LlamaForCausalLM decodes with a cache otherwise than it scores: .* by up to"
     ):
         policy(folders("llama"), **settings)
+
+
+def test_one_token_far_off_in_16_bits_is_refused_and_rounding_is_not(folders, monkeypatch) -> None:
+    """The mean alone would let through what happens to one token in ten, as a cap on large logits does."""
+    scorer = policy(folders("llama"), lora_rank=2, dtype="bfloat16").scorer
+    assert scorer.base.get_output_embeddings().weight.dtype == torch.bfloat16
+    plain, rounded, capped = (np.full(40, -3.0) for _ in range(3))
+    rounded[::4] += 0.2
+    capped[::20] -= 1.5
+    assert check._differ(scorer, [rounded], [plain]) is None
+    assert np.abs(capped - plain).mean() < 0.1 and check._differ(scorer, [capped], [plain]) == 1.5
 
 
 def test_model_that_cannot_decode_is_refused_in_one_line(folders, monkeypatch) -> None:

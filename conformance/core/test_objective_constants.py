@@ -182,6 +182,17 @@ def test_a_masked_tensor_is_rejected_by_name(setting: Setting) -> None:
         core.gvpo_loss(**a, beta=0.1)
 
 
+@pytest.mark.modes("eager")
+@pytest.mark.dtypes("float32")
+def test_a_sparse_tensor_is_rejected_by_name(setting: Setting) -> None:
+    if setting.subject.name != "torch":
+        pytest.skip("torch's layouts")
+    a = {name: setting.array(x) for name, x in _masked().items()}
+    a["logprobs"] = a["logprobs"].to_sparse()
+    with pytest.raises(TypeError, match=r"^logprobs: got a tensor of layout torch.sparse_coo; expected a dense one"):
+        core.gvpo_loss(**a, beta=0.1)
+
+
 @pytest.mark.core
 def test_the_result_of_gvpo_loss_used_as_a_scalar_names_its_loss() -> None:
     result = core.gvpo_loss(*(_masked()[x] for x in ("logprobs", "ref_logprobs", "rewards", "group_ids")), beta=0.1)

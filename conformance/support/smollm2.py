@@ -22,7 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 gguf, folder = Path(sys.argv[1]), sys.argv[2]
 model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-del model.config.quantization_config
+if hasattr(model.config, "quantization_config"):  # transformers 5.10 leaves none
+    del model.config.quantization_config
 model.hf_quantizer, model.is_quantized = None, False
 tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
 model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id = 0

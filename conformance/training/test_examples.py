@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -243,3 +244,35 @@ def test_links_of_the_documents_lead_somewhere():
             found += 1
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
     assert found > 20
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("quantized", [False, True], ids=["transformers 5.10", "since 5.11"])
+def test_the_demo_saves_a_model_that_releases_of_transformers_read_otherwise(quantized, tmp_path, monkeypatch):
+    """transformers 5.10 gives a model that it read from GGUF no quantization_config, later releases do."""
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "smollm2_arithmetic"))
+    monkeypatch.delitem(sys.modules, "prepare", raising=False)
+    import prepare
+
+    class Model:
+        config = types.SimpleNamespace(**({"quantization_config": {}} if quantized else {}))
+        generation_config = types.SimpleNamespace()
+        parameters = staticmethod(tuple)
+
+        def save_pretrained(self, folder):
+            assert not hasattr(self.config, "quantization_config") and self.config.pad_token_id == 0
+            (folder / "config.json").write_text('{"rope_parameters": {"rope_theta": 5.0}}')
+
+    logging = types.SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
+    tokenizer = types.SimpleNamespace(save_pretrained=lambda folder: folder.mkdir())
+    fake = types.ModuleType("transformers")
+    fake.utils = types.SimpleNamespace(logging=logging)
+    fake.AutoModelForCausalLM = types.SimpleNamespace(from_pretrained=lambda *_, **__: Model())
+    fake.AutoTokenizer = types.SimpleNamespace(from_pretrained=lambda *_, **__: tokenizer)
+    monkeypatch.setitem(sys.modules, "transformers", fake)
+    monkeypatch.setitem(sys.modules, "torch", types.SimpleNamespace(float32=None))
+    (tmp_path / "model.gguf").write_bytes(b"")
+    package = types.SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: package)
+    prepare.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["rope_theta"] == 5.0

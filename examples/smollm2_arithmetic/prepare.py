@@ -75,7 +75,8 @@ def save_model(folder: Path) -> None:
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
     # The weights are plain float32 now; with the GGUF settings in place transformers would refuse to save them.
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):  # transformers 5.10 leaves none
+        del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model.config.pad_token_id = model.generation_config.pad_token_id = tokenizer.pad_token_id = 0
