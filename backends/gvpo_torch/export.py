@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy.export import write_json
+from gvpo_core.training.policy.export import write_json, write_weights
 from gvpo_core.training.policy.hugging_face import generation_eos, portable_config
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_torch.adapters import without_peft_warnings
@@ -33,23 +34,22 @@ def name_end_tokens(base: Any, folder: Path, end: Sequence[int]) -> None:
 def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, main: bool) -> None:
     """Writes a Hugging Face folder: weights with adapters merged in, config, tokenizer, generation settings.
 
-    Every rank calls; the main rank writes.
+    Every rank calls; the main rank writes. It holds a layer and a file of weights at most, where transformers stores
+    each layer alone.
     """
     from transformers.utils import cached_file
 
-    base = lm.get_base_model() if hasattr(lm, "peft_config") else lm
-    tensors: dict[str, Tensor] = {}
-    for name, tensor in _merged(base):
-        tensor = whole(tensor.detach())
-        if main:
-            tensors[name] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+    base: Any = lm.get_base_model() if hasattr(lm, "peft_config") else lm
+    stored = _stored(base, dtype, main)
     if not main:
+        for _ in stored:
+            pass
         return
-    for twin, original in (base.all_tied_weights_keys or {}).items():
-        if original in tensors:
-            tensors[twin] = tensors[original]
     with without_bars(directory):
-        base.save_pretrained(directory, state_dict=tensors)
+        base.save_pretrained(directory, state_dict={})
+    for empty in directory.glob("*.safetensors"):
+        empty.unlink()
+    write_weights(directory, stored, lambda part, path: save_file(part, path, metadata={"format": "pt"}))
     tokenizer.save_pretrained(directory)
     path = directory / "config.json"
     write_json(path, portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch.")))
@@ -58,6 +58,56 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
         found = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
         if found:
             shutil.copyfile(found, directory / name)
+
+
+def _stored(base: Any, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the files of the model have, on the main rank; every rank takes part in gathering them."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    left_out = {twin for twin, original in (base.all_tied_weights_keys or {}).items()}
+    left_out |= set(base._keys_to_ignore_on_save or ())
+    alone = _each_layer_alone(base, left_out)
+    block: dict[str, Tensor] = {}
+    key: str | None = None
+
+    def converted() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in revert_weight_conversion(base, dict(block)).items():
+            yield name, tensor.contiguous()
+        block.clear()
+
+    for name, tensor in _merged(base):
+        own = _block(name) if alone else ""
+        if own != key and block:
+            yield from converted()
+        key = own
+        tensor = whole(tensor.detach())
+        if main and name not in left_out:
+            block[name] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+    if block:
+        yield from converted()
+
+
+def _each_layer_alone(base: Any, left_out: set[str]) -> bool:
+    """Whether transformers stores each layer under the same names and shapes without the other layers."""
+    from transformers.core_model_loading import revert_weight_conversion
+
+    blocks: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in base.state_dict().items():
+        if ".lora_" not in name and _own(name) not in left_out:
+            blocks.setdefault(_block(_own(name)), {})[_own(name)] = torch.empty(tensor.shape, device="meta")
+    together = {name: tensor for block in blocks.values() for name, tensor in block.items()}
+    try:
+        shapes = [{n: t.shape for n, t in revert_weight_conversion(base, block).items()} for block in blocks.values()]
+        expected = {n: t.shape for n, t in revert_weight_conversion(base, together).items()}
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError):  # of operations that need numbers
+        return False
+    return sum(map(len, shapes)) == len(expected) and {n: s for found in shapes for n, s in found.items()} == expected
+
+
+def _block(name: str) -> str:
+    """The layer of a tensor, as model.layers.3; the tensor itself outside of layers."""
+    found = re.match(r"(.*?\.\d+)\.", name)
+    return found[1] if found else name
 
 
 def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:

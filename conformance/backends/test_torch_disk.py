@@ -52,6 +52,38 @@ def test_an_export_loads_and_scores_the_same(name: str, kind: str, tmp_path) -> 
     assert {p.suffix for p in out.iterdir()} <= {".json", ".safetensors", ".jinja"}
 
 
+@pytest.mark.parametrize("name", ["llama-tied-bias", "qwen3_moe", "gpt2", "gpt_oss"])
+def test_an_export_has_the_tensors_that_transformers_stores(name: str, tmp_path) -> None:
+    from safetensors.torch import load_file
+
+    of_policy = policy(tiny_models.make_model(name, tmp_path / "made"))
+    of_policy.scorer.base.save_pretrained(tmp_path / "theirs")
+    of_policy.export(tmp_path / "ours")
+    theirs, ours = (load_file(tmp_path / of / "model.safetensors") for of in ("theirs", "ours"))
+    assert ours.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert tensor.dtype == ours[key].dtype
+        np.testing.assert_array_equal(ours[key], tensor, err_msg=key)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
+def test_an_export_holds_a_layer_and_a_file_and_not_the_model(name: str, tmp_path, monkeypatch) -> None:
+    from live_bytes import LiveBytes
+
+    from gvpo_core.training.policy import checkpoint
+
+    of_policy = policy(tiny_models.make_model(name, tmp_path / "made", num_hidden_layers=10), dtype="bfloat16")
+    model = sum(p.nbytes for p in of_policy.scorer.parameters())  # float32; an export has half of its bytes
+    monkeypatch.setattr(checkpoint, "SHARD_BYTES", model // 20)
+    with LiveBytes() as live:
+        of_policy.export(tmp_path / "out")
+    assert live.most <= model + 0.35 * model / 2
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 5
+    of = batch((3, 2), seed=9)
+    scored = policy(tmp_path / "out", dtype="bfloat16").logprobs(of)
+    np.testing.assert_allclose(scored, of_policy.logprobs(of), rtol=0.02, atol=0.5)
+
+
 def test_a_head_that_does_something_unknown_is_refused(folder, monkeypatch) -> None:
     from transformers import LlamaForCausalLM
 
