@@ -58,8 +58,11 @@ class TorchPolicy(LanguageModelPolicy):
         if sharded:
             shard(self.scorer, self.device)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
-        self.defers = check.defers(self.scorer, self.device)
-        self._splitting = self._split(getattr(self.scorer.config, "hidden_size", 0) or 0, self.scorer.rope)
+        # Ranks that meet at every pass wait longer by group: worth it where layers are computed again anyway.
+        self.defers = (config.gradient_checkpointing or not sharded) and check.defers(self.scorer, self.device)
+        # By blocks a longer row costs no more attention: rows share their prompt whatever their length.
+        hidden = 0 if self.scorer.in_blocks else getattr(self.scorer.config, "hidden_size", 0) or 0
+        self._splitting = self._split(hidden, self.scorer.rope)
         self.parameters, self.trainable = memory.count(self.scorer)
         self._reference = None
         if self.settings.reference and not config.lora_rank:

@@ -67,18 +67,29 @@ def plan_step(
 def _deferred(
     batch: Batch, splitting: Splitting, rest: list[int], held: int
 ) -> tuple[list[list[list[Row]]], list[int]]:
-    """The micro-batches of each group that fits in `held` tokens, most micro-batches first; the rows of the others."""
+    """Rounds of micro-batches of whole groups, each as near to `held` tokens as it can be; the rows of larger groups.
+
+    Full rounds are alike on all ranks, which go through them together.
+    """
     members: dict[int, list[int]] = {}
     for i in rest:
         members.setdefault(batch.groups[i], []).append(i)
-    deferred, others = [], []
-    for group in members.values():
-        micro = splitting.rows(batch, group)
-        if sum(len(rows) * rows[0].length for rows in micro) <= held:
-            deferred.append(micro)
+    sizes = {label: _computed(splitting.rows(batch, group)) for label, group in members.items()}
+    rounds: list[list[int]] = []
+    for label in sorted((label for label in members if sizes[label] <= held), key=lambda label: -sizes[label]):
+        for of_round in rounds:
+            if _computed(splitting.rows(batch, of_round + members[label])) <= held:
+                of_round += members[label]
+                break
         else:
-            others.extend(group)
-    return sorted(deferred, key=len, reverse=True), others
+            rounds.append(list(members[label]))
+    others = [i for i in rest if sizes[batch.groups[i]] > held]
+    return sorted((splitting.rows(batch, of_round) for of_round in rounds), key=_computed, reverse=True), others
+
+
+def _computed(micro: list[list[Row]]) -> int:
+    """Tokens of micro-batches, padding included."""
+    return sum(len(rows) * rows[0].length for rows in micro)
 
 
 class ByGroup:
