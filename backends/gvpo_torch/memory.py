@@ -19,7 +19,7 @@ def facts(scorer: Scorer, device: torch.device, defers: bool = False) -> MemoryF
         return None
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
-        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, defers=defers)
+        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, cache_share=0.5, defers=defers)
     # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
     return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7, defers=defers)
 

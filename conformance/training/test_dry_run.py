@@ -151,6 +151,34 @@ def test_what_changes_the_estimate_and_how():
     assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
 
 
+def test_generation_takes_no_more_than_its_share_of_what_is_left():
+    """J2's shape on 80 GB: the rows of a rank would take more than the device has, and are decoded in parts."""
+    sizes = MemoryFacts(
+        layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, head_dim=128, device=80 * 10**9
+    )
+    of = replace(FACTS, ranks=8, parameters=7 * 10**9, trainable_parameters=7 * 10**9, vocabulary=152_064, memory=sizes)
+    config = Config(
+        model=ModelConfig(path="m", dtype="bfloat16", sharding="fsdp", gradient_checkpointing=True),
+        rollout=RolloutConfig(prompts=128, responses=32, max_tokens=4096),
+    )
+    whole = estimate_memory(of, config, 1024)
+    assert whole.peak > 80e9 and whole.sampling == 512 * (5120 * 2 * 28 * 4 * 128 * 2 + 152_064 * 28)
+    capped = estimate_memory(replace(of, memory=replace(sizes, cache_share=0.5)), config, 1024)
+    left = 80 * 10**9 - sizes.framework - capped.parameters - capped.reference - capped.optimizer
+    row = whole.sampling // 512
+    assert capped.sampling == (left // 2) // row * row and capped.peak < 80e9
+    tiny = replace(sizes, cache_share=0.5, device=10**9)
+    assert estimate_memory(replace(of, memory=tiny), config, 1024).sampling == row  # one row at least
+
+
+def test_a_deferred_backward_pass_holds_the_inputs_of_layers():
+    config = with_("optimizer", micro_batch_tokens=25)  # a group of 3 rows of 20 tokens takes three micro-batches
+    base, held = estimate_memory(FACTS, config, 11), estimate_memory(facts(defers=True), config, 11)
+    assert held.activations == base.activations + 40 * 2 * 64 * 4
+    few = with_("optimizer", micro_batch_tokens=12)  # 60 tokens are more than 4 x 12: the group is scored first
+    assert estimate_memory(facts(defers=True), few, 11).activations == estimate_memory(FACTS, few, 11).activations
+
+
 def test_the_estimate_in_words_and_what_there_is():
     memory = Memory(0, 2**30, 0, 2 * 2**30, 2**30, 2**29, 0, 2**28)
     assert in_words(memory, 8 * 2**30) == (

@@ -22,6 +22,7 @@ class MemoryFacts:
     framework: int = FRAMEWORK_BYTES  # bytes of the process before a model is loaded
     head: int = 0  # bytes of a chunk of logits
     cache: int | None = None  # bytes of keys and values that generation takes at most; None: no limit
+    cache_share: float | None = None  # of the device that nothing else holds: what generation takes at most; None: all
     cache_step: int = 1  # tokens by which a row's keys and values grow
     block: int | None = None  # bytes that a token of a layer keeps for the backward pass; None: as a Llama in PyTorch
     frozen: int | None = None  # bytes of the parameters that are not trained; None: all in model.dtype

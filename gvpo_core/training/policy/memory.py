@@ -61,15 +61,19 @@ def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> M
     kept = int((tokens * _per_token(m, config, narrow) + attention * narrow + inputs) * m.allocator)
     gradients = trained * _WIDE // split
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
+    parameters = (trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)) // split
+    reference = (total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) // split if separate else 0
+    optimizer = 2 * trained * _WIDE // split
+    left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer
     return Memory(
         framework=m.framework,
-        parameters=(trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)) // split,
-        reference=(total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) // split if separate else 0,
-        optimizer=2 * trained * _WIDE // split,
+        parameters=parameters,
+        reference=reference,
+        optimizer=optimizer,
         gradients=max(0, gradients - kept) if single else gradients,
         activations=kept + casts,
         head=m.head + 2 * embedding,
-        sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow),
+        sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left),
     )
 
 
@@ -112,14 +116,19 @@ def _largest(
     return tokens, masks, held, len(sizes) == 1
 
 
-def _sampling(m: MemoryFacts, vocabulary: int, config: Config, prompt_tokens: int, ranks: int, narrow: int) -> int:
+def _sampling(
+    m: MemoryFacts, vocabulary: int, config: Config, prompt_tokens: int, ranks: int, narrow: int, left: int | None
+) -> int:
+    """Bytes of the rows that are decoded together: all of this rank's, or as many as the backend's limit holds."""
     rollout = config.rollout
     rows = -(-rollout.prompts * rollout.responses // ranks)
     length = -(-(prompt_tokens + rollout.max_tokens) // m.cache_step) * m.cache_step
     row = length * 2 * m.layers * m.kv_heads * m.head_dim * narrow
+    logits = vocabulary * 28  # in float32, and in float64 thrice while a token is drawn
     if m.cache is not None:
         rows = max(1, min(rows, m.cache // row))
-    logits = vocabulary * 28  # in float32, and in float64 thrice while a token is drawn
+    if m.cache_share is not None and left is not None:
+        rows = max(1, min(rows, int(m.cache_share * left) // (row + logits)))
     return rows * (row + logits)
 
 
