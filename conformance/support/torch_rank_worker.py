@@ -133,8 +133,11 @@ def main() -> None:
     three = whole_parameters(of_policy)
     if size > 1:
         torch.distributed.barrier()
+    of_policy.logprobs(OF.take(mine))  # leaves parameters gathered, of the state that is left now
     of_policy.restore(out / "checkpoint")
     restored = whole_parameters(of_policy)
+    scored = of_policy.gather(of_policy.logprobs(OF.take(mine)))
+    np.testing.assert_array_equal(scored, found["scoredFalse"], "scored with parameters of before the restore")
     step(of_policy, straddling)
     again = whole_parameters(of_policy)
     for name in two:
