@@ -137,7 +137,6 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     b, t, p = case.rows, case.length, case.predicted
     arrays = dict.fromkeys(("ids", "positions", "segments"), (b, t)) | dict.fromkeys(("predict", "targets"), (b, p))
     rows = {name: of_batch(on, shape) for name, shape in arrays.items()}
-    many = {name: of_batch(on, (1, *shape), axis=1) for name, shape in arrays.items()}
     state = jax.eval_shape(update.no_moments, trained)._replace(count=single(jnp.int32), mu=trained, nu=trained)
     state_out = jax.tree.map(lambda a: a.sharding, state)
     g, k, s = case.groups, case.responses, case.prompt
@@ -153,18 +152,8 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     )
     arguments = (trained, saved, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
     yield "backward", compile_program(update.backward, (), *arguments, donate=(0,), out=shardings), beside
-    accumulate = compile_program(
-        update.accumulate,
-        (setup,),
-        trained,
-        trained,
-        frozen,
-        many,
-        of_batch(on, (1, b, p), jnp.float32, 1),
-        single(jnp.int32),
-        donate=(0,),
-        out=(shardings, mesh.batch_sharding(on, 1)),
-    )
+    given = (trained, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
+    accumulate = compile_program(update.accumulate, (setup,), *given, donate=(0,), out=shardings)
     yield "accumulate", accumulate, beside
     numbers = dict.fromkeys(update.adamw_numbers(0.9, 0.9, 0.0, 1.0, 1.0, 0), single(jnp.float32))
     step = compile_program(

@@ -8,13 +8,15 @@ import numpy as np
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import memory, mesh, ranks, update
+from gvpo_jax import memory, mesh, ranks
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import Programs
+from gvpo_jax.rows import lay, rows_bucket
 from gvpo_jax.scorer import Scorer
 
 log = logging.getLogger("gvpo.jax")
 
+CHECKED = 32  # tokens that hold a row of layout.check_batch
 SAMPLED_TOKENS = 8  # to compare the sampler with the forward pass
 
 
@@ -28,12 +30,14 @@ def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, c
     batch = layout.check_batch(spec.vocabulary)
 
     def packed_difference() -> float | None:
-        both = [layout.arrays(batch, layout.plan_rows(batch, packed=p, tokens=1 << 30)) for p in (True, False)]
-        widest = tuple(max(sizes) for sizes in zip(*(update.shape_of(a, shards) for a in both), strict=True))
-        packed, plain = (
-            arrays.split(scorer.values(rows, parameters, adapters)[rows.places])
-            for arrays, rows in ((a, update.pad_rows(a, widest)) for a in both)
-        )
+        found = []
+        shape = (rows_bucket(len(batch), shards), CHECKED, CHECKED)
+        for kind in (True, False):
+            planned = layout.plan_rows(batch, packed=kind, tokens=CHECKED)
+            arrays = layout.arrays(batch, planned)
+            rows = lay(arrays, planned, [(i, 0) for i in range(len(planned))], shape)
+            found.append(arrays.split(scorer.values(rows, parameters, adapters)[rows.places]))
+        packed, plain = found
         tolerance = (2e-3, 5e-4) if config.dtype == "float32" else (float("inf"), 0.1)
         return layout.largest_difference(packed, plain, tolerance)
 
@@ -62,7 +66,7 @@ def check_decoding(
     )
     drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
     batch = Batch(*(list(column) for column in zip(*drawn, strict=True)))
-    scored, _ = scorer.logprobs(batch, splitting.rows(batch), parameters, adapters)
+    scored, _ = scorer.logprobs(batch, splitting, parameters, adapters)
     apart = ranks.gather(np.abs(scored - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn])
     tolerance = (2e-3, 5e-4) if dtype == "float32" else (1.0, 0.1)
     difference = layout.largest_difference([apart], [np.zeros_like(apart)], tolerance)

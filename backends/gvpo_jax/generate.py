@@ -33,8 +33,8 @@ from gvpo_jax.model import (
     through_layers,
 )
 from gvpo_jax.programs import Programs
+from gvpo_jax.rows import bucket, rows_bucket
 from gvpo_jax.spec import NORM, Spec
-from gvpo_jax.update import bucket, rows_bucket
 
 BLOCK = 256  # tokens of the vocabulary summed at once
 _ADVICE = "lower rollout.responses or rollout.max_tokens, or raise model.mesh_fsdp"

@@ -1,6 +1,6 @@
 """What a run trains: parameters or adapters with AdamW's moments, and the parts of an exact step over a mesh."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from gvpo_core.training.policy.step import factors_of
 from gvpo_jax import mesh, update
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs, out_of_memory
-from gvpo_jax.update import Rows
+from gvpo_jax.rows import Rows
 
 
 class Learner:
@@ -64,27 +64,20 @@ class Learner:
         arguments = (total, saved, self.trained, self._frozen, given, mesh.put(factors, self.mesh))
         return self.programs.call(update.backward, (), *arguments, donate=(0,), out=self._shardings), sums
 
-    def known(self, total: Parameters, alike: Sequence[Rows], factors: np.ndarray) -> Parameters:
-        """Backward of equally shaped micro-batches whose factors are known, in one call: the sum so far."""
-        room = 1 << (len(alike) - 1).bit_length()
-        filled = [*alike, *[alike[-1]] * (room - len(alike))]
-        stacked = {name: np.stack([rows.arrays[name] for rows in filled]) for name in alike[0].arrays}
-        spread = [
-            rows.spread(factors[rows.source.responses]) if rows.source else rows.spread(np.zeros(0)) for rows in filled
-        ]
-        total, _ = self.programs.call(
+    def known(self, total: Parameters, rows: Rows, factors: np.ndarray) -> Parameters:
+        """Backward of a micro-batch whose factors are known: the sum so far. The host does not wait for it."""
+        spread = rows.spread(factors[rows.source.responses] if rows.source else np.zeros(0))
+        return self.programs.call(  # type: ignore[no-any-return]
             update.accumulate,
             (self.setup,),
             total,
             self.trained,
             self._frozen,
-            mesh.put_all(stacked, self.mesh, 1),
-            mesh.put(np.stack(spread), self.mesh, 1),
-            mesh.put(np.asarray(len(alike), np.int32), self.mesh, None),
+            mesh.put_all(rows.arrays, self.mesh),
+            mesh.put(spread, self.mesh),
             donate=(0,),
-            out=(self._shardings, mesh.batch_sharding(self.mesh, 1)),
+            out=self._shardings,
         )
-        return total
 
     def step(self, total: Parameters, rate: float, steps_taken: int) -> float:
         """Clips and steps: the norm before clipping, over all parameters and processes.

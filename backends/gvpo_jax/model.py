@@ -23,6 +23,7 @@ from gvpo_jax.spec import EMBEDDING, HEAD, LAYER, LAYERS, NORM, Layer, Spec
 Parameters = Mapping[str, Array]
 Turned = tuple[Array, Array]  # cos and sin
 ATTENTION_BYTES = 128 * 2**20  # of scores computed at once
+PARTS = 2**16  # segments of a prompt and its responses: those of the n-th in a row start at n * PARTS
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
     """(B, P) float32 log-probability of each row's predicted tokens.
 
     Args:
-      rows: ids, positions, segments (B, T), predict, targets (B, P), int32; see `update.Rows`.
+      rows: ids, positions, segments (B, T), predict, targets (B, P), int32; see `rows.Rows`.
     """
     states = hidden_states(setup, parameters, adapters, rows["ids"], rows["positions"], rows["segments"])
     chosen = jnp.take_along_axis(states, rows["predict"][..., None], axis=1)
@@ -107,7 +108,7 @@ def logits(setup: Setup, parameters: Parameters, states: Array) -> Array:
 def hidden_states(
     setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, positions: Array, segments: Array
 ) -> Array:
-    """(B, T, H) after the last norm, in the compute dtype. A token sees its own segment and the prompt (segment 0)."""
+    """(B, T, H) after the last norm, in the compute dtype. A token sees its own and its prompt's segment (`PARTS`)."""
     x, _ = through_layers(setup, parameters, adapters, ids, positions, segments, keep=False)
     return norm(setup, x, parameters[NORM])
 
@@ -337,7 +338,7 @@ def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segm
     def one(start: Array) -> Array:
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, 1)
         mine, at = cut(segments)[:, :, None], cut(positions)[:, :, None]
-        sees = (mine == segments[:, None, :]) | (segments[:, None, :] == 0)
+        sees = (mine == segments[:, None, :]) | (mine & -PARTS == segments[:, None, :])
         sees &= order[None, None, :] <= (start + jnp.arange(size))[None, :, None]
         sees &= at - positions[:, None, :] < window
         return weighted(setup.spec, cut(q), [(k, v, sees)])

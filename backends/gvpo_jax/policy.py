@@ -11,7 +11,9 @@ from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import checkpoint, export, memory, update, weights
+from gvpo_jax import checkpoint, export, memory, weights
+from gvpo_jax import mesh as meshes
+from gvpo_jax import rows as planning
 from gvpo_jax.adapters import make_adapters
 from gvpo_jax.check import check_decoding, check_layout
 from gvpo_jax.learner import Learner
@@ -69,6 +71,10 @@ class JaxPolicy(LanguageModelPolicy):
             with out_of_memory("the reference model"):
                 self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
 
+    def _split(self, hidden: int, rope: Any = None) -> planning.ShardSplitting:
+        c, shards = self.optimizer_config, meshes.batch_shards(self.mesh)
+        return planning.ShardSplitting(self.packed, c.micro_batch_tokens, c.micro_batch_responses, hidden, rope, shards)
+
     def _unload(self) -> None:
         del self.learner, self._reference
 
@@ -100,7 +106,7 @@ class JaxPolicy(LanguageModelPolicy):
             adapters = {}
         elif reference:
             parameters = self._reference
-        return self.scorer.logprobs(batch, self._splitting.rows(batch), parameters, adapters)
+        return self.scorer.logprobs(batch, self._splitting, parameters, adapters)
 
     def _cache_tokens(self) -> int:
         return memory.cache_tokens(self.scorer.sampling)
@@ -109,18 +115,18 @@ class JaxPolicy(LanguageModelPolicy):
 
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
         """Whole groups on one process go through one forward and one backward pass, whose activations stay on the
-        device while the coefficients are made on the host; all else is stepped along in a loop on the device."""
+        device while the coefficients are made on the host; all else is queued without a wait."""
         self.scorer.check_lengths(batch)
         logprobs, tokens = plan.logprobs, plan.tokens
         total = self.learner.no_gradient()
-        for rows in (r for alike in update.plan(batch, plan.whole, self.mesh) for r in alike):
+        for rows in planning.plan(batch, plan.whole, self._splitting, self.mesh):
             total, sums = self.learner.whole(total, rows, coefficients)
             assert rows.source is not None
             logprobs[rows.source.responses] = sums
             tokens += rows.arrays["ids"].size
-        for alike in update.plan(batch, self._splitting.rows(batch, plan.rest), self.mesh):
-            total = self.learner.known(total, alike, plan.factors)
-            tokens += sum(rows.arrays["ids"].size for rows in alike if rows.source is not None)
+        for rows in planning.plan(batch, self._splitting.rows(batch, plan.rest), self._splitting, self.mesh):
+            total = self.learner.known(total, rows, plan.factors)
+            tokens += rows.arrays["ids"].size if rows.source is not None else 0
         norm = self.learner.step(total, rate, self.steps_taken)
         details = {"compiled_programs": float(len(self.programs))}
         return Update(logprobs, norm, rate, tokens, memory.peak(self.mesh), details)

@@ -1,9 +1,8 @@
-"""One optimizer step along -sum_i c_i grad log pi_i, however the batch is split: rows of few shapes, and the programs
-that score them, sum their gradients and step."""
+"""One optimizer step along -sum_i c_i grad log pi_i: the programs that score rows, sum their gradients and step."""
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,94 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import Array, lax
+from jax import Array
 from jax.sharding import Mesh
 
-from gvpo_core.training.policy import Batch, layout
-from gvpo_jax import mesh as meshes
-from gvpo_jax import ranks
 from gvpo_jax.model import Parameters, Setup, score
-
-SMALLEST = 32  # tokens of a row at least
-
-
-@dataclass(frozen=True)
-class Rows:
-    """One micro-batch as padded arrays: few different shapes, so that a run compiles few programs."""
-
-    arrays: dict[str, np.ndarray]  # ids, positions, segments (B, T), predict, targets (B, P), int32
-    source: layout.Arrays | None  # None: rows that only keep step with other processes
-    places: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.int64),) * 2)  # (n,) row and slot of targets
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        return (*self.arrays["ids"].shape, self.arrays["targets"].shape[1])
-
-    def sums(self, values: np.ndarray) -> np.ndarray:
-        """(r,) float64: the log-prob of each response, from the (B, P) values."""
-        assert self.source is not None
-        return self.source.sums(values[self.places])
-
-    def spread(self, factors: np.ndarray) -> np.ndarray:
-        """(B, P) float32: each response's factor at each of its tokens, 0 elsewhere."""
-        found = np.zeros(self.arrays["targets"].shape, np.float32)
-        if self.source is not None:
-            found[self.places] = np.repeat(factors, self.source.lengths)
-        return found
-
-
-def bucket(n: int) -> int:
-    """The next of 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...: past 128 at most a fifth is padding."""
-    step = max(SMALLEST, (1 << max(0, n - 1).bit_length()) // 8)
-    return max(SMALLEST, -(-n // step) * step)
-
-
-def rows_bucket(n: int, shards: int) -> int:
-    """The next power of two of rows for each of the shards."""
-    return shards * (1 << max(0, math.ceil(math.log2(max(1, -(-n // shards))))))
-
-
-def shape_of(arrays: layout.Arrays, shards: int) -> tuple[int, int, int]:
-    """(B, T, P) that a micro-batch is padded to."""
-    per_row = np.bincount(arrays.predict // arrays.ids.shape[1], minlength=len(arrays.ids)).max()
-    return rows_bucket(len(arrays.ids), shards), bucket(arrays.ids.shape[1]), bucket(int(per_row))
-
-
-def pad_rows(arrays: layout.Arrays | None, shape: tuple[int, int, int]) -> Rows:
-    """A micro-batch padded to (B, T, P); padding rows and tokens predict nothing and see themselves alone."""
-    b, t, p = shape
-    padded = {name: np.zeros((b, t), np.int32) for name in ("ids", "positions")}
-    padded["segments"] = np.full((b, t), -1, np.int32)
-    padded |= {name: np.zeros((b, p), np.int32) for name in ("predict", "targets")}
-    padded["positions"][:] = np.arange(t)
-    if arrays is None:
-        return Rows(padded, None)
-    rows, width = arrays.ids.shape
-    for name in ("ids", "segments"):
-        padded[name][:rows, :width] = getattr(arrays, name)
-    padded["positions"][:rows, :width] = arrays.positions
-    padded["positions"][:rows, width:] = arrays.positions[:, -1:] + 1 + np.arange(t - width)
-    owner, at = arrays.predict // width, arrays.predict % width
-    counts = np.bincount(owner, minlength=rows)
-    slot = np.arange(len(owner)) - (np.cumsum(counts) - counts)[owner]
-    padded["predict"][owner, slot] = at
-    padded["targets"][owner, slot] = arrays.targets
-    return Rows(padded, arrays, (owner, slot))
-
-
-def plan(batch: Batch, micro: Sequence[Sequence[layout.Row]], mesh: Mesh) -> list[list[Rows]]:
-    """Micro-batches by shape, the same shapes and as many of each on every process."""
-    shards = meshes.batch_shards(mesh)
-    arrays = [layout.arrays(batch, rows) for rows in micro]
-    count = ranks.most(len(arrays))[0]
-    planned: dict[tuple[int, int, int], list[Rows]] = {}
-    for number in range(count):
-        own = arrays[number] if number < len(arrays) else None
-        needed = (shards, SMALLEST, SMALLEST) if own is None else shape_of(own, shards)
-        shape = ranks.most(*needed)
-        planned.setdefault(shape, []).append(pad_rows(own, shape))  # type: ignore[arg-type]
-    return list(planned.values())
-
 
 # -- programs; the first argument is compiled in
 
@@ -149,26 +64,11 @@ def accumulate(
     frozen: Parameters,
     rows: Mapping[str, Array],
     factors: Array,
-    count: Array,
-) -> tuple[dict[str, Array], Array]:
-    """total - the gradients of sum factors * log pi over the first `count` of M equally shaped micro-batches.
-
-    A loop whose length is an argument rather than `lax.scan`, which would compile once for each number of them.
-
-    Args:
-      rows: arrays of (M, B, ...); factors: (M, B, P).
-    Returns: the sum, and (M, B, P) token log-probs, 0 past `count`.
-    """
-
-    def one(i: Array, carry: tuple[dict[str, Array], Array]) -> tuple[dict[str, Array], Array]:
-        sums, found = carry
-        mine = {name: lax.dynamic_index_in_dim(a, i, 0, keepdims=False) for name, a in rows.items()}
-        values, pull = jax.vjp(lambda t: _score(setup, t, frozen, mine), trained)
-        (gradient,) = pull(-lax.dynamic_index_in_dim(factors, i, 0, keepdims=False))
-        sums = {name: sums[name] + gradient[name].astype(jnp.float32) for name in sums}
-        return sums, lax.dynamic_update_index_in_dim(found, values, i, 0)
-
-    return lax.fori_loop(0, count, one, (dict(total), jnp.zeros_like(factors)))
+) -> dict[str, Array]:
+    """total - the gradient of sum factors * log pi of a micro-batch; `factors`: (B, P)."""
+    _, pull = jax.vjp(lambda t: _score(setup, t, frozen, rows), trained)
+    (gradient,) = pull(-factors)
+    return {name: total[name] + gradient[name].astype(jnp.float32) for name in total}
 
 
 def _score(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array]) -> Array:

@@ -10,7 +10,7 @@ from required import require
 require(subject="jax")
 
 import jax
-from gvpo_jax import generate, mesh, programs, update, weights
+from gvpo_jax import generate, mesh, programs, rows, update, weights
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.hugging_face import portable_config
@@ -22,9 +22,9 @@ TOKENS = 2**15
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 def test_the_backward_pass_is_given_the_weights_not_copies(settings, tmp_path) -> None:
     of = jax_policies.policy(tiny_models.write_model("qwen2", tmp_path), gradient_checkpointing=True, **settings)
-    rows = update.plan(OF, of._splitting.groups(OF)[0], of.mesh)[0][0]
+    planned = rows.plan(OF, of._splitting.groups(OF)[0], of._splitting, of.mesh)[0]
     learner = of.learner
-    arguments = (learner.trained, learner._frozen, mesh.put_all(rows.arrays, of.mesh))
+    arguments = (learner.trained, learner._frozen, mesh.put_all(planned.arrays, of.mesh))
     _, saved = of.programs.call(update.forward, (of.setup,), *arguments)
     weights_shapes = {a.shape for a in jax.tree.leaves(arguments[:2]) if a.ndim > 1}
     assert not weights_shapes & {a.shape for a in saved.arrays}
@@ -36,14 +36,14 @@ def test_prompts_decoded_together_fit_the_cache_as_padded(shards: int) -> None:
     draw = np.random.default_rng(0)
     prompts = [(1,) * int(n) for n in draw.integers(1, 300, 60)]
     seeds = [[0] * int(n) for n in draw.integers(1, 12, 60)]
-    room = update.bucket(100)
+    room = rows.bucket(100)
     chunks = generate.chunks_of(prompts, seeds, room, TOKENS, shards)
     places = sorted((i, j) for chunk in chunks for i, of in chunk for j in of)
     assert places == [(i, j) for i, row in enumerate(seeds) for j in range(len(row))]
     for chunk in chunks:
-        rows = update.rows_bucket(len(chunk), shards)
-        responses = update.rows_bucket(max(len(of) for _, of in chunk), 1)
-        assert rows * (update.bucket(max(len(prompts[i]) for i, _ in chunk)) + responses * room) <= TOKENS
+        lines = rows.rows_bucket(len(chunk), shards)
+        responses = rows.rows_bucket(max(len(of) for _, of in chunk), 1)
+        assert lines * (rows.bucket(max(len(prompts[i]) for i, _ in chunk)) + responses * room) <= TOKENS
     assert len(chunks) < len(prompts)
 
 
