@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.backends import BACKENDS, install_line, installable, refuse_settings
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy.compiled import keep_compiled
 
 
 def backend_of(config: Config) -> str:
@@ -48,6 +50,8 @@ def load_policy(config: Config) -> Policy:
     """
     name = backend_of(config)
     refuse_settings(config.model, name)
+    if name == "jax":
+        keep_compiled(os.environ)
     try:
         module = importlib.import_module(BACKENDS[name].module)
     except ImportError as e:
