@@ -174,6 +174,8 @@ def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh:
     for filling, arrays, tokens in zip(padded, own, lengths, strict=True):
         predicted = 1 if filling is None or arrays is None else _most_predicted(filling, arrays)
         wanted += [1 if filling is None else -(-filling.used // shards), tokens, predicted]
+    if not wanted:
+        return []  # on any process
     agreed = ranks.most(*wanted)
     predicted = max(agreed[2 + 3 * counts[1] :: 3], default=1)
     planned = []
