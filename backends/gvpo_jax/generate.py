@@ -6,6 +6,7 @@ blocks of the vocabulary and over them: a token's probability is met to about 1e
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -37,6 +38,7 @@ from gvpo_jax.rows import bucket, rows_bucket
 from gvpo_jax.spec import NORM, Spec
 
 BLOCK = 256  # tokens of the vocabulary summed at once
+FEWEST, LOOPS = 128, 4  # tokens by which what is read of the rows' own cache grows at least; its sizes at most
 _ADVICE = "lower rollout.responses or rollout.max_tokens, or raise model.mesh_fsdp"
 _FILTERS = ("top_k", "min_p", "top_p")
 Unit = tuple[int, list[int]]  # a prompt's place, and places of its seeds
@@ -202,12 +204,11 @@ def decode(
     spec = setup.spec
     groups, k, room = numbers.shape
     layers = stacks(spec, parameters, adapters)
-    own_order = jnp.arange(room)
     empty = [_empty_cache(setup, kept, groups, k, room) for kept in prompt]
     ends = jnp.asarray(end, jnp.int32)
 
-    def forward(tokens: Array, t: Array, caches: Caches) -> tuple[Array, Caches]:
-        """One token of every row, at place t of its response, whose keys and values go into the caches."""
+    def forward(size: int, tokens: Array, t: Array, caches: Caches) -> tuple[Array, Caches]:
+        """One token of every row, at place t < size of its response, whose keys and values go into the caches."""
         positions = lengths[:, None] + t
         x = embed(setup, parameters, tokens)
         tables = tables_of(setup, parameters, adapters, tokens, x, positions)
@@ -215,7 +216,7 @@ def decode(
 
         def over(q: Array, prompt_keys: Array, prompt_values: Array, mine: list[Array], window: Array) -> Array:
             # One query a row: of its prompt, all rows of which lie together, and of its own tokens so far.
-            order = jnp.arange(prompt_keys.shape[1])
+            order, own_order = jnp.arange(prompt_keys.shape[1]), jnp.arange(size)
             past = (order < lengths[:, None]) & (positions - order < window)
             since = (own_order <= t) & (t - own_order < window)
             return _attend(spec, q, prompt_keys, prompt_values, past, mine[0], mine[1], since)
@@ -236,7 +237,8 @@ def decode(
                             start = (place, 0, 0, t, 0, 0)
                             new = new[None, :, :, None].astype(held[n].dtype)  # type: ignore[index]
                             held[n] = lax.dynamic_update_slice(held[n], new, start)
-                    mine = [lax.dynamic_index_in_dim(c, place, 0, keepdims=False) for c in held]
+                    filled = (1, groups, k, size)  # tokens past it are in no row
+                    mine = [lax.dynamic_slice(c, (place, *(0,) * 5), filled + c.shape[4:])[0] for c in held]
                     return over(q, prompt_keys, prompt_values, mine, facts["window"])
 
                 x, _, _ = block(setup, kind, own, x, tables.of(kind, facts), attend, facts.get("inputs"))
@@ -258,19 +260,28 @@ def decode(
         drawn = lax.dynamic_update_index_in_dim(drawn, picked, t, 2)
         return picked, ended | jnp.any(picked[..., None] == ends, -1), drawn, sums
 
-    def going(carry: Any) -> Array:
+    def going(size: int, carry: Any) -> Array:
         t, (_, ended, _, _), _ = carry
-        return (t + 1 < settings["limit"]) & ~jnp.all(ended)
+        return (t + 1 < settings["limit"]) & (t < size) & ~jnp.all(ended)
 
-    def one(carry: Any) -> Any:
+    def one(size: int, carry: Any) -> Any:
         t, (picked, ended, drawn, sums), caches = carry
-        z, caches = forward(picked, t, caches)
+        z, caches = forward(size, picked, t, caches)
         return t + 1, draw(z, t + 1, ended, drawn, sums), caches
 
     first = jnp.broadcast_to(after[:, None], (groups, k, after.shape[-1])).reshape(groups * k, -1)
     start = draw(first, jnp.int32(0), ~wanted, jnp.zeros(numbers.shape, jnp.int32), jnp.zeros((groups, k)))
-    _, (_, _, drawn, sums), _ = lax.while_loop(going, one, (jnp.int32(0), start, empty))
+    state: Any = (jnp.int32(0), start, empty)
+    for size in filled_sizes(room):
+        state = lax.while_loop(partial(going, size), partial(one, size), state)
+    _, (_, _, drawn, sums), _ = state
     return over_batch(setup, drawn), over_batch(setup, sums)
+
+
+def filled_sizes(room: int) -> list[int]:
+    """How much of a cache of `room` tokens is read, one loop each: a loop ends when so many are filled."""
+    step = max(FEWEST, -(-room // LOOPS))
+    return [*range(step, room, step), room]
 
 
 def _empty_cache(
