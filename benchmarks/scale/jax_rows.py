@@ -1,0 +1,41 @@
+"""How much of what JAX computes in an update is padding, and how many programs a run compiles for it.
+
+Planned for J3's batches as one of four processes of 4 chips plans them; nothing is computed.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+from gvpo_jax import mesh, rows
+
+from benchmarks.scale.jobs import JOBS
+from benchmarks.scale.table import Count
+from gvpo_core.training.policy import Batch
+
+JOB = next(job for job in JOBS if job.name == "J3")
+PROCESSES, SHARDS, STEPS, BUDGET = 4, 4, 15, 8192
+
+
+def ragged(step: int) -> Batch:
+    """A process's part of a step: prompts of P/4 to P tokens, log-normal responses of 0.3 R in the median."""
+    draw = np.random.default_rng(step)
+    prompts = JOB.prompts // PROCESSES
+    given = [(1,) * int(n) for n in draw.integers(JOB.prompt // 4, JOB.prompt + 1, prompts)]
+    lengths = np.exp(draw.normal(np.log(0.3 * JOB.response), 0.7, prompts * JOB.responses)).astype(int) + 1
+    groups = [i // JOB.responses for i in range(prompts * JOB.responses)]
+    return Batch([given[g] for g in groups], [(1,) * min(int(n), JOB.response) for n in lengths], groups)
+
+
+def counts() -> Iterator[Count]:
+    mesh.batch_shards = lambda over: SHARDS  # type: ignore[assignment]
+    splitting = rows.ShardSplitting(True, BUDGET, 0, JOB.model.hidden, None, SHARDS)
+    worst, shapes = 0.0, set()
+    for step in range(STEPS):
+        batch = ragged(step)
+        units = splitting.rows(batch)
+        planned = rows.plan(batch, units, splitting, None)  # type: ignore[arg-type]
+        real = sum(row.length for (row,) in units)
+        worst = max(worst, sum(p.arrays["ids"].size for p in planned) / real)
+        shapes |= {p.shape for p in planned}
+    yield Count("computed tokens over real ones in an update", "J3, 4 processes", "", 3.37, worst, 1.3)
+    yield Count("programs `accumulate` after 15 steps", "J3, 4 processes", "", 96, len(shapes), 12)
