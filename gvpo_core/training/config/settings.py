@@ -310,9 +310,9 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this norm. 0: off."""
     micro_batch_tokens: int = 8192
-    """Tokens in a forward-backward pass, padding included. Determines peak memory. In jax: of each shard of the batch."""
+    """Tokens in a forward-backward pass, padding included; in jax of each device's rows. Determines peak memory."""
     micro_batch_responses: int = 0
-    """Responses in a forward-backward pass. 0: as many as micro_batch_tokens allows. In jax: of each shard of the batch."""
+    """Responses in such a pass. 0: as many as micro_batch_tokens allows."""
     strategy: Literal["group", "score"] = "group"
     """group: one pass gives weights and gradient if complete groups fit; score: a pass without gradient comes first."""
 
