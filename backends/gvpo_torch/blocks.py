@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "gvpo_blocks"
 BLOCK = 128  # tokens
+NARROWEST = 2 * BLOCK  # tokens of a row: below there is little to skip, and single blocks are compiled separately
 
 
 def fits(base: Any) -> bool:
@@ -65,7 +66,8 @@ def mask(segments: np.ndarray, device: torch.device) -> BlockMask:
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    return torch.compile(flex_attention, dynamic=True)
+    # Whole or an error: without being compiled it would hold all scores of all pairs.
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
 def _attention(

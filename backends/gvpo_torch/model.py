@@ -130,7 +130,7 @@ class Scorer(nn.Module):
         """What each token sees: None for plain rows, whose padding comes after all that counts; for packed rows blocks
         or a dense mask."""
         if int(segments.max()) > 1:
-            if self.in_blocks:
+            if self.in_blocks and segments.shape[1] > blocks.NARROWEST:
                 return blocks.mask(segments, device)
             return _attention(torch.from_numpy(segments).to(device))
         real = segments >= 0

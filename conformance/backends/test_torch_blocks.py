@@ -141,6 +141,21 @@ def test_a_soft_cap_is_applied() -> None:
     torch.testing.assert_close(found.transpose(1, 2), scores.softmax(-1) @ v)
 
 
+@pytest.mark.slow
+def test_rows_of_other_lengths_are_not_compiled_again() -> None:
+    """torch gives up after 8 programs: 3 serve all lengths and numbers of rows, 6 with and without gradients."""
+    from torch._dynamo.testing import CompileCounter
+
+    counter, draw = CompileCounter(), np.random.default_rng(0)
+    compiled = torch.compile(blocks.flex_attention, dynamic=True, fullgraph=True, backend=counter)
+    for rows in (1, 1, 2, 3, 1, 2, 5, 1):
+        segments = np.repeat(row(int(draw.integers(130, 400)), draw.integers(130, 300, 3).tolist())[None], rows, 0)
+        assert segments.shape[1] > blocks.NARROWEST
+        q, k = (torch.zeros(rows, heads, segments.shape[1], 8) for heads in (4, 2))
+        compiled(q, k, k, block_mask=blocks.mask(segments, q.device), enable_gqa=True, scale=0.25)
+    assert 1 <= counter.frame_count <= 3
+
+
 def test_plain_rows_take_no_mask(tmp_path, monkeypatch) -> None:
     """Padding comes after all that counts: causal attention alone is exact, and has kernels of its own."""
     of_policy = policy(tiny_models.make_model("llama", tmp_path), layout="plain")
