@@ -185,7 +185,7 @@ class _Decoding:
         hidden = self.scorer.decoder(mx.array(tokens[:, None].astype(np.int32)), cache=self.cache)
         self.width += 1
         logits = self.scorer.logits(hidden[:, -1])
-        mx.eval(logits, [c.state for c in self.cache or []])
+        mx.async_eval(logits, [c.state for c in self.cache or []])  # `pick` waits
         return logits
 
 

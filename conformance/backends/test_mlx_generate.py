@@ -75,3 +75,13 @@ def test_a_model_that_decodes_wrongly_is_found_at_load(of_policy, monkeypatch) -
         )
         with pytest.raises(ConfigError, match="decodes with its cache otherwise than without"):
             generate.check(scorer)
+
+
+def test_a_step_is_queued_and_the_choice_of_tokens_waits(of_policy, monkeypatch) -> None:
+    """`eval` waits at prefill alone; each later token's forward pass starts while the host prepares its choice."""
+    waits, queued, plain = [], [], {name: getattr(mx, name) for name in ("eval", "async_eval")}
+    monkeypatch.setattr(mx, "eval", lambda *arrays: waits.append(1) or plain["eval"](*arrays))
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: queued.append(1) or plain["async_eval"](*arrays))
+    (drawn,) = of_policy.generate([(5, 6, 7)], [[1, 2, 3]], Sampling(20))
+    assert len(waits) == 1
+    assert len(queued) == max(len(r.tokens) for r in drawn) - 1 > 5
