@@ -164,7 +164,10 @@ def jax_next(session: nox.Session) -> None:
         reason = "no python3.13 on PATH or in ~/.pyenv/versions"
         session.error(reason) if "jax_next" in sys.argv else session.skip(reason)
     session.install("--constraint", "constraints-jax-next.txt", "-e", ".[jax]", "pytest", "pytest-xdist", "hypothesis")
-    files = [f"conformance/backends/test_jax_{name}.py" for name in ("logprobs", "model", "generate", "numbers")]
+    files = [
+        f"conformance/backends/test_jax_{name}.py"
+        for name in ("logprobs", "model", "generate", "numbers", "rows", "collectives")
+    ]
     env = {"GVPO_SUBJECTS": "jax", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env)
 
@@ -209,8 +212,7 @@ VERL_IMPORTS = ("TransferQueue", "aiohttp", "cachetools", "fastapi", "msgspec", 
 @nox.session
 def verl(session: nox.Session) -> None:
     """GVPO in verl (gvpo_verl) on CPU: its settings, its functions, its actor worker. Not in the default run."""
-    versions = ("--constraint", "constraints-verl.txt")
-    session.install(*versions, "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
+    session.install("--constraint", "constraints-verl.txt", "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
     files = [f"conformance/adapters/test_verl_{name}.py" for name in ("settings", "steps")]
     pytest(session, "verl", *files, GVPO_SUBJECTS="verl")
 
@@ -218,8 +220,7 @@ def verl(session: nox.Session) -> None:
 @nox.session
 def tunix(session: nox.Session) -> None:
     """GVPO in Tunix's GRPOLearner on CPU: exact steps, rejected settings, a run. Not in the default run."""
-    versions = ("--constraint", "constraints-tunix.txt")
-    session.install(*versions, "-e", ".[tunix]", "pytest")
+    session.install("--constraint", "constraints-tunix.txt", "-e", ".[tunix]", "pytest")
     files = [f"conformance/adapters/test_tunix_{name}.py" for name in ("steps", "guards")]
     # The programs are tiny and many: compiling them is what takes the time.
     env = {"GVPO_SUBJECTS": "tunix", "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
@@ -276,22 +277,26 @@ def lowest(session: nox.Session, backend: str) -> None:
     try_wheel(session, backend, "--constraint", constraints)
 
 
-# What needs more than Python: headless Chromium; a disk that is really full, in a namespace of its own; OpenEnv and
-# Gymnasium. Of each: test files and packages.
-OUTSIDE: dict[str, tuple[list[str], list[str]]] = {
-    "browser": (["report_browser"], []),
-    "full_disk": (["full_disk"], []),
-    "environments": (["openenv", "gymnasium"], ["openenv", "gymnasium[toy-text]"]),
+# Chromium, a disk that is really full, other libraries: extras, test files and packages.
+OUTSIDE: dict[str, tuple[str, list[str], list[str]]] = {
+    "browser": ("dev", ["training/test_report_browser.py"], []),
+    "full_disk": ("dev", ["training/test_full_disk.py"], []),
+    "environments": (
+        "dev",
+        ["training/test_openenv.py", "training/test_gymnasium.py"],
+        ["openenv", "gymnasium[toy-text]"],
+    ),
+    "ray": ("torch,dev", ["backends/test_launch_ray.py"], ["ray[train]"]),
 }
 
 
 @nox.session
 @nox.parametrize("subject", list(OUTSIDE), ids=list(OUTSIDE))
 def outside(session: nox.Session, subject: str) -> None:
-    """The report in Chromium, a full disk, environments of other libraries; fails where one is missing."""
-    files, packages = OUTSIDE[subject]
-    install(session, "-e", ".[dev]", *packages)
-    tests = (f"conformance/training/test_{name}.py" for name in files)
+    """The report in Chromium, a full disk, environments of other libraries, Ray; fails where one is missing."""
+    extras, files, packages = OUTSIDE[subject]
+    install(session, "-e", f".[{extras}]", *packages)
+    tests = (f"conformance/{name}" for name in files)
     pytest(session, f"outside-{subject}", *tests, GVPO_SUBJECTS=subject)
 
 
@@ -363,7 +368,7 @@ def scale(session: nox.Session, backend: str) -> None:
     nox -s scale
     nox -s "scale(torch)" -- torch_step     one of the modules of benchmarks/scale
     """
-    install(session, "-e", f".[{backend}]", *(["libtpu"] if backend == "jax" else []))
+    install(session, "-e", f".[{backend}]")
     session.run("python", "-m", "benchmarks.scale", *(session.posargs or [backend]), env={"OMP_NUM_THREADS": "1"})
 
 

@@ -46,7 +46,7 @@ class Ranks:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
         if self.world_size == 1:
             return values
-        values = np.ascontiguousarray(values)
+        values = np.array(values, order="C")  # a copy: torch warns of arrays that cannot be written
         lengths = self._all(torch.tensor([len(values)]))
         longest = max(int(n) for n in lengths)
         padded = torch.zeros((longest, *values.shape[1:]), dtype=torch.from_numpy(values).dtype)

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from gvpo_torch.model import Scorer
 def copies(scorer: Scorer, device: torch.device) -> nn.Module:
     """The module to call in training on every rank of the default process group, each with a copy of the model."""
     devices = None if device.type == "cpu" else [device.index]
-    return nn.parallel.DistributedDataParallel(
-        scorer, device_ids=devices, broadcast_buffers=False, gradient_as_bucket_view=True
-    )
+    ddp = nn.parallel.DistributedDataParallel
+    # Newer PyTorch has another name for it.
+    synced = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
+    return ddp(scorer, device_ids=devices, gradient_as_bucket_view=True, **{synced: False})
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:

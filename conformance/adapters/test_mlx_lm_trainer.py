@@ -1,9 +1,7 @@
 """GVPO through mlx-lm's own trainer: exact however it batches, and what it refuses."""
 
-import contextlib
 import os
 import re
-import socket
 import subprocess
 import sys
 from itertools import islice
@@ -13,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 from places import ROOT, SUPPORT
+from ports import free_ports
 from required import require
 
 if (asked := os.environ.get("GVPO_SUBJECTS")) and "mlx_lm" not in asked.split(","):
@@ -247,17 +246,6 @@ def test_groups_without_reference_are_refused(folder, groups, tmp_path):
     gvpo = GVPO(adapted(folder), arguments(tmp_path), folder)
     with pytest.raises(SettingsError, match="with_reference"):
         next(gvpo.iterate_batches(groups, 14, 2048, loop=True))
-
-
-def free_ports() -> int:
-    """The first of two neighbouring ports that nobody listens on."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            with contextlib.suppress(OSError, OverflowError):
-                second.bind(("127.0.0.1", port + 1))
-                return port
 
 
 def test_two_processes_take_the_step_of_one(folder, tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 import tiny_models
 from batches import step_difference
 from places import SUPPORT
+from ports import free_port
 from required import require
 from torch_policies import parameters, policy
 
@@ -20,12 +20,6 @@ require(subject="torch")
 import torch_rank_worker as worker
 
 SMOOTH = {"learning_rate": 0.02, "betas": [0.0, 0.0], "eps": 1.0, "micro_batch_responses": 2, "strategy": "score"}
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def run(size: int, folder: Path, out: Path, settings: dict[str, object]) -> dict[str, object]:
