@@ -320,10 +320,7 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tpu_compile(session: nox.Session) -> None:
-    """Compiles the JAX trainer for TPUs without one, and fails where a program takes more of their memory than bounds.
-
-    nox -s tpu_compile -- smollm2-v5e-1x1   one of the cases
-    """
+    """Compiles the JAX trainer for TPUs without one; fails where a program takes more memory or traffic than bounds."""
     install(session, "-e", ".[jax]", "libtpu")
     session.run("python", "benchmarks/tpu_compile.py", *session.posargs)
 

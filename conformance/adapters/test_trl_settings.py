@@ -59,7 +59,7 @@ def test_a_setting_is_refused_with_its_name(name: str, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("beta", [None, "0.1", float("inf"), float("nan")])
-def test_a_beta_that_is_no_finite_number_is_refused(beta, tmp_path) -> None:
+def test_a_beta_that_is_not_finite_is_refused(beta, tmp_path) -> None:
     with pytest.raises(ValueError, match=rf"\nbeta is {beta!r}; set it to a finite number of at least 0"):
         GVPOConfig(str(tmp_path), **ON_CPU, **SIZES, beta=beta)
 
@@ -136,7 +136,7 @@ def test_groups_cut_between_the_steps_of_a_generation_are_refused(tmp_path) -> N
         GVPOConfig(str(tmp_path), **(ON_CPU | cut | {"steps_per_generation": 4}))
 
 
-def test_all_that_is_wrong_is_said_at_once(tmp_path) -> None:
+def test_all_that_is_wrong_is_reported_at_once(tmp_path) -> None:
     with pytest.raises(ValueError, match=r"loss_type is 'grpo'(.|\n)*epsilon_high is 0.3(.|\n)*top_p is 0.5"):
         GVPOConfig(str(tmp_path), **ON_CPU, **SIZES, loss_type="grpo", epsilon_high=0.3, top_p=0.5)
 
@@ -183,7 +183,7 @@ def test_evaluation_weighs_too(folder, tmp_path) -> None:
     assert parts - 2 * found["eval_gvpo/covariance"] == pytest.approx(found["eval_loss"], rel=1e-3)
 
 
-def test_a_run_goes_on_from_a_checkpoint_amid_a_generation(folder, tmp_path) -> None:
+def test_a_run_continues_from_a_checkpoint_amid_a_generation(folder, tmp_path) -> None:
     settings = SIZES | {"steps_per_generation": 4, "save_strategy": "steps", "save_steps": 3, "max_steps": 5}
     trl_runs.make_trainer(folder, tmp_path, **settings).train()
     again = trl_runs.make_trainer(folder, tmp_path, **settings)

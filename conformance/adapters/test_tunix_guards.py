@@ -316,7 +316,7 @@ def test_other_versions_are_refused(found):
         gvpo_tunix.HOST.check(found)
 
 
-def test_a_function_that_scored_nothing_of_a_group_is_no_part_of_its_reward():
+def test_a_function_that_scored_nothing_of_a_group_is_not_part_of_its_reward():
     """Several tasks in one run, each with its function, which gives None on the others' prompts."""
     nan = float("nan")
     add = lambda prompts, completions, **_: [1.0, 0.0, None, None, 2.0, None]

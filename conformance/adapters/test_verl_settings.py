@@ -135,7 +135,7 @@ def test_a_setting_is_refused_with_its_name(path: str) -> None:
     assert str(caught.value).count("\n") == 1, "one setting, one line"
 
 
-def test_a_beta_that_is_no_finite_number_is_refused() -> None:
+def test_a_beta_that_is_not_finite_is_refused() -> None:
     settings = config("algorithm.use_kl_in_reward=False")
     for given in (None, "0.1", float("inf"), float("nan"), -0.1):
         settings.algorithm.kl_ctrl.kl_coef = given

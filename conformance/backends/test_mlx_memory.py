@@ -68,7 +68,7 @@ def test_a_run_holds_about_what_was_estimated(kind: str, folder, tmp_path) -> No
     assert measured == pytest.approx(estimated.peak - estimated.framework, rel=0.3), estimated._asdict()
 
 
-def test_a_quantized_base_is_counted_as_it_lies(tmp_path) -> None:
+def test_a_quantized_base_is_counted_by_its_stored_bytes(tmp_path) -> None:
     from mlx_lm.utils import quantize_model
 
     made = tiny_models.write_model("llama", tmp_path / "model", hidden_size=64, head_dim=16)
@@ -85,7 +85,7 @@ def test_a_quantized_base_is_counted_as_it_lies(tmp_path) -> None:
     assert facts.advice == ""
 
 
-def test_too_little_memory_is_said_with_advice(folder, tmp_path, monkeypatch) -> None:
+def test_too_little_memory_is_reported_with_advice(folder, tmp_path, monkeypatch) -> None:
     made = policy(folder)
     config = configured(folder, tmp_path, {})
     said = advice(made.describe(), config)

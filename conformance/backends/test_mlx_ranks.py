@@ -49,7 +49,7 @@ def test_the_step_is_that_of_one_process(kind: str, cut: str, ran) -> None:
         assert told["gradient_norm"] == pytest.approx(facts["gradient_norm"], rel=1e-5)
 
 
-def test_processes_that_cannot_meet_are_told_so(tmp_path, monkeypatch) -> None:
+def test_processes_that_cannot_meet_are_reported(tmp_path, monkeypatch) -> None:
     from gvpo_core.training.config import ConfigError
 
     monkeypatch.setenv("MLX_RANK", "0")

@@ -55,7 +55,7 @@ def test_weights_that_are_cut_are_named(kept, refused):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "{", '{"model_type": 3}', '{"model_type": "no-such-model"}', "\xff"])
-def test_a_config_that_is_no_models_is_refused(text, refused):
+def test_a_config_of_something_else_than_a_model_is_refused(text, refused):
     refused("config.json", lambda _: text.encode("latin-1"))
 
 

@@ -257,7 +257,7 @@ def test_a_pickle_is_not_read(load, broken) -> None:
     ],
     ids=["model_type", "rope_type", "layers"],
 )
-def test_configurations_nobody_knows(load, broken, change, message: str) -> None:
+def test_unknown_configurations_are_refused(load, broken, change, message: str) -> None:
     config = json.loads((broken / "config.json").read_text()) | change
     (broken / "config.json").write_text(json.dumps(config))
     with pytest.raises(ConfigError, match=message):

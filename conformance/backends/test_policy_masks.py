@@ -131,7 +131,7 @@ def test_the_step_is_that_of_differences_of_prefixes(take) -> None:
     np.testing.assert_allclose(update.logprobs, sums, rtol=0, atol=1e-4)
 
 
-def test_a_mask_of_all_ones_is_no_mask_bit_for_bit(take) -> None:
+def test_a_mask_of_all_ones_equals_no_mask_bit_for_bit(take) -> None:
     ones = Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, [(True,) * len(r) for r in WHOLE.responses])
     moved, update = take(WHOLE)
     other, of_ones = take(ones)

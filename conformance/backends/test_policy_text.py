@@ -175,7 +175,7 @@ def test_a_template_that_takes_no_answer_leaves_the_other_end_tokens():
     assert text.end_tokens(4, tokenizer) == sorted({4, tokenizer.eos_token_id})
 
 
-def test_no_end_token_anywhere_is_said(caplog):
+def test_no_end_token_anywhere_is_reported(caplog):
     tokenizer = chat_tokenizers.make(CHATS["glm"])
     tokenizer.eos_token = None
     with caplog.at_level(logging.WARNING):
@@ -186,7 +186,7 @@ def test_no_end_token_anywhere_is_said(caplog):
 
 
 @pytest.mark.parametrize("given", ["</s>", [1, "</s>"], True, 1.5])
-def test_an_end_token_that_is_no_id_is_refused(given):
+def test_an_end_token_that_is_not_an_id_is_refused(given):
     with pytest.raises(ConfigError, match=r"eos_token_id = .*; expected token ids"):
         text.end_tokens(given, chat_tokenizers.make(CHATS["llama3"]))
 

@@ -53,7 +53,7 @@ def test_every_broken_rule_is_one_line() -> None:
 
 
 @pytest.mark.parametrize("beta", [None, "0.1", -0.1, float("inf"), float("nan"), True])
-def test_a_beta_that_is_no_finite_number_is_rejected(beta: object) -> None:
+def test_a_beta_that_is_not_finite_is_rejected(beta: object) -> None:
     assert not is_beta(beta)
     with pytest.raises(SettingsError, match="expected a finite number of at least 0, reward units per nat"):
         check_beta(beta)

@@ -53,7 +53,7 @@ def test_a_healthy_run_raises_none(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_run_that_has_solved_its_prompts_is_told_only_that(seed, tmp_path):
+def test_a_run_that_has_solved_its_prompts_gets_that_alert_alone(seed, tmp_path):
     found = {(a.key, a.level, a.advice) for _, a in raised(simulated(tmp_path / "run", seed=seed, steps=240))}
     assert found == {("dead_groups", WATCH, "these prompts are solved: take harder ones, or stop here")}
 
@@ -87,7 +87,7 @@ def noise(seed, *, groups=8, k=8, steps=300):
 
 
 @pytest.mark.parametrize("groups", [8, 64])
-def test_noise_is_no_alarm(groups):
+def test_noise_is_not_an_alarm(groups):
     assert [found for seed in range(10) for found in raised(noise(seed, groups=groups))] == []
 
 
@@ -126,7 +126,7 @@ def test_a_healthy_run_of_the_real_loop_raises_none(seed, tmp_path):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_tiny_step_is_no_alarm(seed, tmp_path):
+def test_a_tiny_step_is_not_an_alarm(seed, tmp_path):
     config = read_config(table_run.make(tmp_path, steps=40))  # two prompts a step
     config = replace(config, run=replace(config.run, seed=seed, checkpoint_every=0, show_every=0))
     probabilities = json.loads((tmp_path / "table.json").read_text())
@@ -224,7 +224,7 @@ def test_each_trouble_is_named_within_five_steps(healthy, key, start):
     assert any(c.isdigit() for c in alert.seen) and len(alert.advice) > 20 and alert.level in (WATCH, BAD)
 
 
-def test_dead_groups_are_told_apart(healthy):
+def test_dead_groups_are_distinguished(healthy):
     base = {"groups/all_equal": 8, "groups/counted": 8, "groups/all_best": 0, "groups/all_worst": 0}
 
     def said(**more):

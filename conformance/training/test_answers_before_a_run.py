@@ -94,7 +94,7 @@ def test_only_an_incomplete_last_line_is_blamed_on_a_kill(tail, said, whole, tmp
     ("name", "value"),
     [("run.folder", "runs/\udcfc"), ("data.train", "\udcff.jsonl"), ("rewards.right.options.hint", "\ud800")],
 )
-def test_a_setting_that_is_no_text_is_refused_by_name(name, value, tmp_path, capfd, no_model):
+def test_a_setting_that_is_not_a_text_is_refused_by_name(name, value, tmp_path, capfd, no_model):
     config = table_run.make(tmp_path)
     assert cli.main(["train", str(config), f"--{name}", value]) == 2
     assert f"{name} = {value!a}; expected UTF-8 text, so rename it" in capfd.readouterr().err

@@ -74,7 +74,7 @@ def test_a_run_stops_early_and_stays_stopped_until_it_has_more_patience(tmp_path
     assert evaluated(tmp_path, [0.1, 0.6, 0.7], patience=4).step == 6
 
 
-def test_an_evaluation_without_a_number_is_no_better():
+def test_an_evaluation_without_a_number_is_not_an_improvement():
     best = Best()
     assert not best.see(0, {"eval/reward": float("nan")}) and best.step == -1
     assert best.see(1, {"eval/reward": -3.0}) and not best.see(2, {"eval/reward": None}) and best.since == 1
@@ -144,7 +144,7 @@ def test_the_best_of_a_run_without_an_evaluation_is_refused(tmp_path):
         pass
 
 
-def test_a_checkpoint_that_is_read_outlives_the_run_that_goes_on(tmp_path):
+def test_a_checkpoint_that_is_read_outlives_the_run_that_continues(tmp_path):
     """`gvpo eval` chose the newest, and the run removed it while the model was loading."""
     run_folders.go(run_folders.config(tmp_path, steps=1, keep_checkpoints=1))
     with chosen(tmp_path, "newest") as found:
@@ -166,7 +166,7 @@ def test_a_checkpoint_removed_while_it_is_chosen_is_chosen_anew(tmp_path, monkey
         assert found.step == 3
 
 
-def test_a_moved_folders_own_config_goes_on_there(tmp_path, caplog):
+def test_a_moved_folders_own_config_continues_there(tmp_path, caplog):
     config = table_run.make(tmp_path, steps=4)
     config.write_text(config.read_text().replace('"cosine"', '"constant"'))
     assert cli.main(["train", str(config)]) == 0

@@ -124,7 +124,7 @@ def test_rewards_that_cost_a_response_and_not_the_run(body, kind, tmp_path, capf
     assert all((c["reward"] is None) == (c["response"] == "b") for c in completions)
 
 
-def test_failures_under_a_failure_value_are_told_as_counted(tmp_path, capfd, caplog):
+def test_failures_under_a_failure_value_are_reported_as_counted(tmp_path, capfd, caplog):
     config = with_reward(tmp_path, "if 'b' in completions: raise ValueError('no b')")
     change(config, "max_failures = 1.0", "max_failures = 1.0\nfailure_value = 0.0")
     assert gvpo(capfd, "train", config)[0] == 0
@@ -152,7 +152,7 @@ def test_no_group_with_two_scored_responses(tmp_path, capfd):
     assert "no group has 2 scored responses: 2 of the 12 responses in 2 groups were scored" in err
 
 
-def test_groups_without_signal_are_said_once_with_advice(tmp_path, capfd):
+def test_groups_without_signal_are_reported_once_with_advice(tmp_path, capfd):
     config = with_reward(tmp_path, "scores = [0.5] * len(scores)", steps=6)
     status, out, _ = gvpo(capfd, "train", config)
     assert status == 0
@@ -196,7 +196,7 @@ def test_an_empty_dataset(tmp_path, capfd):
     assert "has no rows; expected at least one prompt" in err
 
 
-def test_a_folder_that_is_no_run(tmp_path, capfd):
+def test_a_folder_that_is_not_a_run(tmp_path, capfd):
     for command in ("eval", "report"):
         status, _, err = gvpo(capfd, command, tmp_path)
         assert status == 2

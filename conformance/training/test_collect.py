@@ -59,7 +59,7 @@ class Stopping(TablePolicy):
         return super().generate(prompts, seeds, sampling)
 
 
-def test_a_stopped_collection_goes_on_and_ends_the_same(tmp_path, monkeypatch, capsys):
+def test_a_stopped_collection_continues_and_ends_the_same(tmp_path, monkeypatch, capsys):
     config, out = table_run.make(tmp_path), tmp_path / "cut.jsonl"
     assert collect(config, tmp_path / "whole.jsonl") == 0
     with monkeypatch.context() as patch:
@@ -74,7 +74,7 @@ def test_a_stopped_collection_goes_on_and_ends_the_same(tmp_path, monkeypatch, c
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes() and not partial.exists()
 
 
-def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path, capsys):
+def test_a_killed_collection_continues_and_ends_the_same(tmp_path, capsys):
     config, out = table_run.make(tmp_path, steps=60), tmp_path / "cut.jsonl"
     command = [sys.executable, "-m", "gvpo_core.training.cli", "collect", str(config), str(out)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=os.environ)
@@ -88,7 +88,7 @@ def test_a_killed_collection_goes_on_and_ends_the_same(tmp_path, capsys):
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
 
 
-def test_other_settings_do_not_go_on_with_a_file(tmp_path, monkeypatch, capsys):
+def test_other_settings_do_not_continue_with_a_file(tmp_path, monkeypatch, capsys):
     config, out = table_run.make(tmp_path), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:
         patch.setattr("gvpo_core.training.policy.table.TablePolicy", Stopping)
@@ -107,7 +107,7 @@ def test_other_settings_do_not_go_on_with_a_file(tmp_path, monkeypatch, capsys):
         ("out.jsonl", ["--rollout.source", "recorded"], "data.train has no recorded responses"),
     ],
 )
-def test_what_cannot_be_collected_is_said(name, options, said, tmp_path, capsys):
+def test_what_cannot_be_collected_is_reported(name, options, said, tmp_path, capsys):
     assert collect(table_run.make(tmp_path), tmp_path / name, *options) == 2
     assert said in capsys.readouterr().err
 

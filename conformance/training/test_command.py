@@ -18,7 +18,7 @@ def said(*command: object) -> str:
     return done.stdout.strip()
 
 
-def test_a_command_is_said_as_it_was_typed(tmp_path):
+def test_a_command_is_reported_as_it_was_typed(tmp_path):
     script = tmp_path / "my run.py"
     script.write_text(SAY)
     for command in (

@@ -142,7 +142,7 @@ def test_mistakes_of_every_level_are_reported_together(file, tmp_path):
         assert part in said[i], said[i]
 
 
-def test_no_mistake_is_told_twice(file):
+def test_no_mistake_is_reported_twice(file):
     def opened(config: Config) -> list[str]:
         inputs, messages = commands._opened(config)
         with inputs:

@@ -62,7 +62,7 @@ def test_nothing_is_long_however_the_value_nests():
 
 
 @pytest.mark.parametrize("value", [SECRET, f"see {SECRET}", {"deep": [SECRET]}, "p" * (TEXT - 10) + SECRET, [SECRET]])
-def test_a_secret_is_hidden_wherever_it_stands(value):
+def test_a_secret_is_hidden_wherever_it_appears(value):
     said = json.dumps(shown(value, "note", {SECRET}))
     assert "hunter2" not in said and "***" in said
 

@@ -103,7 +103,7 @@ def test_a_group_that_costs_less_whole_is_dealt_whole() -> None:
     assert assigned(lengths, 8, 2, prompt=1, split_cost=1.0)[1] is False
 
 
-def test_a_rollout_that_already_lies_so_is_complete() -> None:
+def test_a_rollout_with_whole_groups_on_each_rank_is_complete() -> None:
     lengths = np.full(4 * 8, 100)
     owners, complete, home = assigned(lengths, 8, 4)
     assert complete and (np.bincount(owners) == np.bincount(home)).all()

@@ -43,7 +43,7 @@ def findings(done):
     return {f["name"]: f for f in json.loads(done.stdout)["findings"]}
 
 
-def test_here_it_is_well_and_says_what_is_installed(tmp_path):
+def test_doctor_passes_here_and_lists_what_is_installed(tmp_path):
     done = diagnose(tmp_path, "json=True")
     found = findings(done)
     assert done.returncode == 0, done

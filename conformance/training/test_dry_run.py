@@ -211,7 +211,7 @@ def test_peak_memory_is_of_this_process_alone():
     assert before < held.nbytes and 0.9 * 2**26 < grown < 1.2 * 2**26
 
 
-def test_a_model_that_is_too_large_is_said_to_be(tmp_path):
+def test_a_model_that_is_too_large_is_reported(tmp_path):
     config = read_config(table_run.make(tmp_path))
     policy = Large(json.loads((tmp_path / "table.json").read_text()))
     out = io.StringIO()

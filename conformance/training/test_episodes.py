@@ -101,7 +101,7 @@ def test_a_run_fed_from_its_own_episodes_takes_the_same_steps(tmp_path) -> None:
     np.testing.assert_array_equal(again.weights, played.weights)
 
 
-def test_limits_are_told_apart(tmp_path) -> None:
+def test_limits_are_distinguished(tmp_path) -> None:
     def talk(text: str, u: float) -> str:
         return {0: "5", 1: "x" * 100, 2: "1"}[int(3 * u)] if "<user>guess<end><assistant>" in text[-40:] else "1"
 

@@ -137,7 +137,7 @@ def test_files_are_named_and_not_replaced(there, tmp_path, capfd):
         ("file", "there is no such folder"),
     ],
 )
-def test_a_model_that_cannot_be_one_is_refused_before_anything_is_written(model, said, tmp_path, monkeypatch, capfd):
+def test_an_invalid_model_is_refused_before_anything_is_written(model, said, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")

@@ -119,7 +119,7 @@ def test_a_request_that_fails_once_is_tried_again(endpoint):
     assert grades(endpoint, ["5"], retries=2) == [pytest.approx(4 / 9)]
 
 
-def test_a_template_and_a_pattern_of_ones_own(endpoint):
+def test_a_template_and_a_pattern_of_your_own(endpoint):
     template, pattern = "{answer} against {response}: yes or no", r"(yes|\d)"
     got = grades(endpoint, ["b"], template=template, pattern=pattern, answer=["2"], lowest=0, highest=4)
     assert got == [pytest.approx(0.5)] and endpoint.asked[0]["messages"][0]["content"].startswith("2 against b")

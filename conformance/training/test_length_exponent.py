@@ -87,6 +87,6 @@ def test_training_ends_at_the_optimum_of_the_exponent(exponent: float, tmp_path:
         ({"length_exponent": 99.0}, "objective.length_exponent = 99.0; expected at most 8"),
     ],
 )
-def test_an_exponent_that_cannot_be_is_rejected(objective: dict, message: str) -> None:
+def test_an_invalid_exponent_is_rejected(objective: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_config(Config(objective=ObjectiveConfig(**objective)))

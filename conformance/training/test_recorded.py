@@ -281,7 +281,7 @@ def test_every_key_of_a_recorded_run_is_documented(tmp_path):
         assert undocumented(records(tmp_path, kind)[0]) == []
 
 
-def test_what_the_data_holds_is_no_alert(tmp_path):
+def test_what_the_data_holds_is_not_an_alert(tmp_path):
     """Rewards that fall from row to row, groups whose rewards are equal, cut responses: the policy drew none of it."""
     rows = [
         {"prompt": "p0", "responses": ["a", "b"], "rewards": [40.0 - i, 40.0 - i], "finished": [False, False]}

@@ -220,7 +220,7 @@ def test_an_episode_ends_after_a_gap_and_keeps_its_worst():
     assert verdict(found) == "OK"
 
 
-def test_seeds_versions_and_resumes_are_said(run):
+def test_seeds_versions_and_resumes_are_reported(run):
     text = "".join(Strict(page(read_run(run))).text)
     assert "Resumed after step" in text and "gvpo 0.1.0, Python 3.11" in text
     data = read_run(run)

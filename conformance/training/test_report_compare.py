@@ -93,7 +93,7 @@ def test_the_command_writes_one_page_and_names_it(runs, tmp_path, capsys, monkey
         (["a", "b", "--out", "empty"], "cannot write empty"),
     ],
 )
-def test_what_is_no_run_is_refused_in_a_line(arguments, message, runs, tmp_path, capsys, monkeypatch):
+def test_what_is_not_a_run_is_refused_in_a_line(arguments, message, runs, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a", "b", "1", "2", "3", "4", "5"):
         (tmp_path / name).mkdir()
@@ -112,7 +112,7 @@ def test_foreign_text_is_inert(tmp_path):
     assert "<img" not in text and "&lt;img" in text
 
 
-def test_runs_of_the_same_name_are_told_apart(tmp_path):
+def test_runs_of_the_same_name_are_distinguished(tmp_path):
     assert labels([tmp_path / "x" / "run", tmp_path / "y" / "run"]) == ["x/run", "y/run"]
 
 

@@ -61,7 +61,7 @@ def evaluated_run(before, after):
     return run
 
 
-def test_a_paired_change_is_told_by_the_means_of_the_same_prompts():
+def test_a_paired_change_compares_the_means_of_the_same_prompts():
     # Over all scored prompts the mean rises by 0.6; over the prompts scored both times it falls by 0.5.
     before, after = [1.0, *np.linspace(1, 2, 9), -9.0], [0.5, *(np.linspace(1, 2, 9) - 0.5), None]
     run = evaluated_run(before, after)
@@ -85,7 +85,7 @@ def test_a_paired_change_is_told_by_the_means_of_the_same_prompts():
         (np.full(40, 1.0), "rose from"),
     ],
 )
-def test_rose_and_fell_are_said_only_where_digits_and_interval_show_it(differences, said):
+def test_rose_and_fell_are_reported_only_where_digits_and_interval_show_it(differences, said):
     before = np.linspace(-1.98 - 2.1, -1.98 + 2.1, len(differences))
     sentence = read_out(evaluated_run(list(before), list(before + differences))).sentences[0]
     assert said in sentence

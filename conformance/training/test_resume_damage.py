@@ -58,7 +58,7 @@ EDITS = {
 
 @pytest.mark.parametrize("edit", EDITS)
 @pytest.mark.parametrize("name", ["metrics.jsonl", "completions.jsonl"])
-def test_a_line_that_is_no_record_is_named_and_stays(edit, name, tmp_path, caplog, unbroken):
+def test_a_line_that_is_not_a_record_is_named_and_stays(edit, name, tmp_path, caplog, unbroken):
     run_folders.go(run_folders.config(tmp_path))
     before = lines(tmp_path, name)
     line, text = EDITS[edit]
@@ -70,7 +70,7 @@ def test_a_line_that_is_no_record_is_named_and_stays(edit, name, tmp_path, caplo
 
 
 @pytest.mark.parametrize("tail", [b"\0" * 700, b'{"kind": "train", "step": 3, "re', b'{"kind": "train", "step": 9}'])
-def test_a_tail_that_is_no_record_is_named_and_dropped(tail, tmp_path, caplog):
+def test_a_tail_that_is_not_a_record_is_named_and_dropped(tail, tmp_path, caplog):
     run_folders.go(run_folders.config(tmp_path))
     before = lines(tmp_path)
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(before) + tail)

@@ -92,7 +92,7 @@ def test_a_forked_child_that_returns_answers_nothing(load):
         assert score(loaded, ["p"] * 3, texts, {}).total.tolist() == [float(t) for t in texts]
 
 
-def test_an_answer_too_many_is_told_by_its_number(load):
+def test_an_answer_too_many_is_reported_by_its_number(load):
     write = (
         "import os, sys\n"
         "def r(completions):\n"
@@ -110,7 +110,7 @@ def test_an_answer_too_many_is_told_by_its_number(load):
     assert got.errors["r"]["error"] == 1 and got.total[1] == 2.0
 
 
-def test_a_result_of_millions_is_no_answer_of_millions(load):
+def test_a_huge_result_does_not_make_a_huge_answer(load):
     with pytest.raises(RuntimeError, match="returned 3000000 values for 2 completions; expected one each"):
         score(load("def r(completions): return [1.0] * 3_000_000\n"), ["p"] * 2, ["a", "b"], {})
 
@@ -344,7 +344,7 @@ NAN = float("nan")
         ([[1, 2, NAN, NAN], [1, 1, 3, 4]], [(0, 2)], [1, 3, NAN, NAN]),  # failed is not another task
     ],
 )
-def test_a_function_that_scored_nothing_of_a_group_is_no_part_of_its_total(parts, failed, total):
+def test_a_function_that_scored_nothing_of_a_group_is_not_part_of_its_total(parts, failed, total):
     mask = np.zeros((2, 4), bool)
     for place in failed:
         mask[place] = True

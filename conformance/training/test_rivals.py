@@ -63,7 +63,7 @@ def test_without_beta_the_ratio_objectives_leave_the_regularised_optimum_behind(
     assert (value > (OPTIMUM * REWARDS).sum(axis=1) + 0.02).all()
 
 
-def test_mirror_descent_with_a_moving_reference_goes_on_to_the_best_response(tmp_path, capsys) -> None:
+def test_mirror_descent_with_a_moving_reference_continues_to_the_best_response(tmp_path, capsys) -> None:
     policy = trained(tmp_path, "mirror_descent", steps=200, reference="rollout", epochs=2)
     assert (np.exp(policy.log_table()).argmax(axis=1) == REWARDS.argmax(axis=1)).all()
     assert (np.exp(policy.log_table()).max(axis=1) > 0.8).all()
@@ -120,7 +120,7 @@ def test_a_star_po_needs_beta() -> None:
         check_config(Config(objective=ObjectiveConfig(name="a_star_po", beta=0.0)))
 
 
-def test_one_scored_response_a_prompt_is_no_group(tmp_path, capsys) -> None:
+def test_one_scored_response_a_prompt_is_not_a_group(tmp_path, capsys) -> None:
     def first(prompts, completions, **columns):
         return [1.0 if i == 0 else None for i in range(len(prompts))]
 

@@ -163,7 +163,7 @@ class OnLines:
     ],
     ids=str,
 )
-def test_what_is_no_rows_is_refused_by_name(source, said):
+def test_what_is_not_rows_is_refused_by_name(source, said):
     assert said in refused(source)
 
 

@@ -233,7 +233,7 @@ def test_a_path_that_can_be_no_run_folder_is_named_without_advice_to_wait(what, 
     assert (tmp_path / "file").read_text() == "mine"
 
 
-def test_an_error_that_quotes_text_that_is_no_unicode_is_told_as_itself(tmp_path):
+def test_an_error_that_quotes_invalid_unicode_is_reported_as_itself(tmp_path):
     def bad(completions):
         raise ValueError("no \ud800 here")
 

@@ -69,7 +69,7 @@ def test_a_gap_is_an_alert_where_it_grows_or_is_large(gaps, levels):
     assert {a.level for v in verdicts for a in v.reasons if a.key == "sampler_gap"} == levels
 
 
-def test_an_age_that_was_asked_for_is_no_alert():
+def test_an_age_that_was_asked_for_is_not_an_alert():
     record = {"kind": "train", "step": 1, "reward/mean": 0.1, "sampler/staleness/max": 2}
     assert [a.key for a in Alerts(ahead=2).update(record).reasons] == []
     assert [a.key for a in Alerts(ahead=1).update(record).reasons] == ["staleness"]

@@ -113,7 +113,7 @@ def test_a_dry_run_and_a_collection_use_the_engine(engine, server, tmp_path, cap
     assert [len(row["rewards"]) for row in rows] == [6] * 6
 
 
-def test_a_collection_goes_on_after_a_step_that_lost_a_group(engine, server, tmp_path, capsys):
+def test_a_collection_continues_after_a_step_that_lost_a_group(engine, server, tmp_path, capsys):
     server.faults = [404]
     out = tmp_path / "out.jsonl"
     assert main(["collect", str(engine), str(out), "--run.steps", "2"]) == 0
@@ -201,7 +201,7 @@ def test_the_help_explains_the_engine(capsys):
     assert "--engine.url" in output and "--rollout.sampler" in output and "--evaluation.sampler" in output
 
 
-def test_a_sampler_of_ones_own_is_opened_once_and_closed_at_the_end(tmp_path, capsys):
+def test_a_sampler_of_your_own_is_opened_once_and_closed_at_the_end(tmp_path, capsys):
     assert main(["train", str(own(tmp_path))]) == 0
     words = said(tmp_path)
     assert words == ["open", *(w for v in range(3) for w in (f"refresh {v}", "generate 1")), "close"]

@@ -56,7 +56,7 @@ def stands(path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["config.toml", "train.jsonl", "mine.py", "table.json"])
-def test_an_input_that_is_no_file_is_named(name, kind, tmp_path, capfd, monkeypatch):
+def test_an_input_that_is_not_a_file_is_named(name, kind, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.py").write_text("def reward(completions): return [0.0 for _ in completions]")
     config = table_run.make(tmp_path, reward=f'function = "{tmp_path / "mine.py"}:reward"\nisolation = "thread"')
@@ -118,7 +118,7 @@ def test_eval_and_report_of_such_a_run_end(command, name, kind, finished, tmp_pa
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_started_collection_that_is_no_file_is_named(kind, tmp_path, capfd, monkeypatch):
+def test_a_started_collection_that_is_not_a_file_is_named(kind, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, out = table_run.make(tmp_path, steps=1), tmp_path / "groups.jsonl"
     stands(tmp_path / "groups.jsonl.partial", kind)
@@ -129,7 +129,7 @@ def test_a_started_collection_that_is_no_file_is_named(kind, tmp_path, capfd, mo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_reference_cache_that_is_no_file_is_named_and_the_run_goes_on(kind, tmp_path, caplog, monkeypatch):
+def test_a_reference_cache_that_is_not_a_file_is_named_and_the_run_continues(kind, tmp_path, caplog, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config, cache, groups = table_run.make(tmp_path, steps=1), tmp_path / "cache", tmp_path / "groups.jsonl"
     assert cli.main(["collect", str(config), str(groups)]) == 0

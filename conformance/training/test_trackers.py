@@ -118,7 +118,7 @@ def fake(monkeypatch):
     return kind
 
 
-def test_a_failing_tracker_warns_once_and_the_others_go_on(tmp_path, fake, monkeypatch):
+def test_a_failing_tracker_warns_once_and_the_others_continue(tmp_path, fake, monkeypatch):
     other = type("Other", (Fake,), {"sent": []})
     monkeypatch.setitem(trackers._KINDS, "other", other)
     fake.fail_at = 2

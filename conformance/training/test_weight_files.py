@@ -93,7 +93,7 @@ def test_weights_that_need_scales_are_refused(tmp_path, dtype) -> None:
     weight_files.refuse_integers(found, quantized=["b.weight"])
 
 
-def test_a_mask_is_no_weight_and_a_weight_is_no_mask(tmp_path):
+def test_a_mask_is_not_a_weight_and_a_weight_is_not_a_mask(tmp_path):
     write(tmp_path / "model.safetensors", **{"a.weight": "F32", "h.0.attn.bias": "BOOL"})
     weight_files.refuse_integers(weight_files.tensors(tmp_path))
     write(tmp_path / "model.safetensors", **{"a.weight": "F32", "b.weight": "BOOL"})
