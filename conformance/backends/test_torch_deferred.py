@@ -5,15 +5,15 @@ import logging
 import numpy as np
 import pytest
 import tiny_models
-from fake_ranks import fake_ranks
-from live_bytes import LiveBytes
 from required import require
 
 require(subject="torch")
 
 import torch
+from fake_ranks import fake_ranks
 from gvpo_torch import deferred, model, sharding
 from gvpo_torch.weights import pretrained
+from live_bytes import LiveBytes
 
 from gvpo_core.training.config import ModelConfig
 

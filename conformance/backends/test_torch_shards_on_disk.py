@@ -4,17 +4,17 @@ import json
 
 import pytest
 import tiny_models
-from fake_ranks import fake_ranks
-from live_bytes import LiveBytes
 from required import require
 
 require(subject="torch")
 
 import numpy as np
 import torch
+from fake_ranks import fake_ranks
 from gvpo_torch import checkpoint, model, sharding
 from gvpo_torch.deferred import own_rows
 from gvpo_torch.update import make_optimizer
+from live_bytes import LiveBytes
 from safetensors.torch import load_file, save_file
 from torch_policies import policy
 
