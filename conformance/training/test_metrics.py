@@ -221,7 +221,7 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
     samplers |= {"sampler/staleness", "sampler/staleness/max"}  # test_sampler*.py write these
     mixtures = {"responses/left_out", "groups/left_out", "groups/redrawn", "groups/recorded", "groups/replayed"}
     mixtures |= {"groups/revisited", "replay/age", "replay/kept"}  # test_mixed.py writes these
-    mixtures |= {"teacher/unread"}  # test_teacher.py writes it
+    mixtures |= {"teacher/unread", "teacher/lost"}  # test_teacher.py writes it
     episodes = {"turns/mean", "turns/max", "tools/calls", "tools/failed", "episodes/seconds", "episodes/repeated"}
     episodes |= {"episodes/done", "episodes/turns", "episodes/tokens", "episodes/failed", "length/context"}
     others = recorded | losses | samplers | mixtures | episodes

@@ -1,4 +1,4 @@
-"""The command line: gvpo init, train, collect, eval, export, report, doctor."""
+"""The command line: gvpo init, train, train-reward, collect, eval, export, report, doctor."""
 
 import argparse
 import logging
@@ -24,6 +24,7 @@ _USAGE = """usage: gvpo COMMAND ...
   gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
   gvpo train CONFIG --from-step N ...           go back to the checkpoint of step N, and train from there
   gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
+  gvpo train-reward DATA FOLDER --model NAME    train a reward model on preferences (Eq. 4)
   gvpo collect CONFIG OUT.jsonl [--section.key value ...]
                                                 sample and score run.steps steps; gvpo train reads the file
   gvpo eval RUN [--checkpoint STEP|best|initial] [--data FILE] [--compare STEP|best|initial] [--json]
@@ -51,6 +52,7 @@ def _run(arguments: list[str]) -> int:
     commands = {
         "init": _init,
         "train": _train,
+        "train-reward": _train_reward,
         "collect": _collect,
         "eval": _eval,
         "export": _export,
@@ -195,6 +197,13 @@ def _opened(config: Config) -> "tuple[Inputs, list[str]]":
     except ValueError as e:
         wrong.append(str(e))
     return inputs, wrong
+
+
+def _train_reward(arguments: list[str], secrets: set[str]) -> int:
+    from gvpo_core.training.cli.train_reward import train_reward
+
+    _log_to_stderr(secrets)
+    return train_reward(arguments)
 
 
 def _eval(arguments: list[str], secrets: set[str]) -> int:

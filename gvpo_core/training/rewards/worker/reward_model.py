@@ -46,19 +46,6 @@ class Classifier:
         self.longest = sizes if isinstance(sizes, int) and sizes > 0 else sys.maxsize
         self.identity = [path, dtype, *_files(path)]
 
-    def ids(self, prompt: Any, completion: Any) -> list[int]:
-        """Token ids of prompt and response: by the chat template for messages; else both texts, and the end token."""
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer(prompt + completion)["input_ids"])
-            end = self.tokenizer.eos_token_id
-            return ids if end is None or ids[-1:] == [end] else [*ids, end]
-        messages, answer = [dict(m) for m in prompt], completion[-1]["content"]
-        if messages and messages[-1]["role"] == "assistant":  # the response continues it
-            messages[-1]["content"] += answer
-        else:
-            messages.append({"role": "assistant", "content": answer})
-        return [int(i) for i in self.tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)]
-
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """One score for each of several rows of equal length."""
         import torch
@@ -66,6 +53,20 @@ class Classifier:
         with torch.inference_mode():
             logits = self.model(input_ids=torch.tensor(rows, device=self.device)).logits
         return [float(value) for value in logits.float()[:, 0].cpu()]
+
+
+def row_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
+    """Token ids of prompt and response: by the chat template for messages; else both texts, and the end token."""
+    if isinstance(prompt, str):
+        ids = list(tokenizer(prompt + completion)["input_ids"])
+        end = tokenizer.eos_token_id
+        return ids if end is None or ids[-1:] == [end] else [*ids, end]
+    messages, answer = [dict(m) for m in prompt], completion[-1]["content"]
+    if messages and messages[-1]["role"] == "assistant":  # the response continues it
+        messages[-1]["content"] += answer
+    else:
+        messages.append({"role": "assistant", "content": answer})
+    return [int(i) for i in tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)]
 
 
 def _files(path: str) -> list[str]:
@@ -103,7 +104,7 @@ def reward_model(
     Raises: LookupError: a model that cannot be used.
     """
     model, known = _loaded(path, device, dtype), cache_of(cache)
-    rows = [model.ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+    rows = [row_ids(model.tokenizer, p, completion) for p, completion in zip(prompts, completions, strict=True)]
     keys = [key_of(model.identity, row) for row in rows]
     wanted: dict[int, dict[str, list[int]]] = {}  # by length
     long = 0

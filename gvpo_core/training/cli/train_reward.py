@@ -1,0 +1,204 @@
+"""`gvpo train-reward`: a reward model from preferences, by the Bradley-Terry loss (Eq. 4 of the paper)."""
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
+from gvpo_core.training.data import column_names
+from gvpo_core.training.intervals import wilson
+from gvpo_core.training.policy.load import missing_package
+from gvpo_core.training.recorded.rows import recorded_rows
+from gvpo_core.training.recorded.shapes import UNSCORED, shape_of
+from gvpo_core.training.rows import DataError, load_rows
+from gvpo_core.training.terminal.output import say
+from gvpo_core.training.terminal.text import fit, percent
+
+_SHOWN = 20  # lines of progress, about
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Two responses to one prompt, as texts."""
+
+    prompt: Any
+    chosen: str
+    rejected: str
+    difference: float  # of their rewards
+    row: int  # of the data
+
+
+def train_reward(arguments: list[str]) -> int:
+    """Trains and writes a reward model; returns the exit status.
+
+    Raises: ConfigError, DataError: a file, option or model that cannot be used.
+    """
+    options = _parser().parse_args(arguments)
+    _check(options)
+    preferences = read_preferences(options.data, "the data", options.prompt, options.split)
+    if options.held_out:
+        kept = read_preferences(options.held_out, "the held-out data", options.prompt, "")
+    else:
+        preferences, kept = split(preferences, options.held_out_share, options.seed)
+
+    from gvpo_torch.reward_model import Pair, RewardModel, train
+
+    config = ModelConfig(path=options.model, revision=options.revision, device=options.device, dtype=options.dtype)
+    optimizer = OptimizerConfig(
+        learning_rate=options.learning_rate, schedule="linear", micro_batch_tokens=options.micro_batch_tokens
+    )
+    model = RewardModel(config, seed=options.seed)
+    longest = min(options.max_tokens or math.inf, model.context or math.inf)
+
+    def encoded(of: Sequence[Preference]) -> list[Pair]:
+        made = [
+            Pair(model.ids(p.prompt, p.chosen), model.ids(p.prompt, p.rejected), options.margin * p.difference)
+            for p in of
+        ]
+        return [pair for pair in made if pair.width <= longest and pair.chosen != pair.rejected]
+
+    pairs, held_out = encoded(preferences), encoded(kept)
+    if not pairs:
+        raise DataError(f"no pair has at most {longest:,} tokens; raise --max-tokens, or use shorter responses")
+    model.check(_lengths(pairs))
+    steps = options.epochs * math.ceil(len(pairs) / options.batch)
+    optimizer = replace(optimizer, warmup=math.ceil(options.warmup * steps))
+    say(f"model            {options.model}, {type(model.model).__name__}, {model.device}, products in {options.dtype}")
+    left_out = len(preferences) + len(kept) - len(pairs) - len(held_out)
+    say(f"pairs            {len(pairs):,} training, {len(held_out):,} held-out, {left_out:,} too long or equal")
+    say(f"steps            {steps:,} of {options.batch} pairs, learning rate {options.learning_rate:g}, linear\n")
+    _tell(model, held_out, options.micro_batch_tokens, "before")
+    start, every = time.monotonic(), max(1, steps // _SHOWN)
+    for done, loss, norm in train(
+        model, pairs, optimizer, batch=options.batch, epochs=options.epochs, seed=options.seed
+    ):
+        if done % every == 0 or done in (1, steps):
+            left = (time.monotonic() - start) / done * (steps - done)
+            say(f"step {done:>6}   loss {fit(loss, 6)}   gradient norm {fit(norm, 6)}   {left / 60:.0f} min left")
+    _tell(model, held_out, options.micro_batch_tokens, "after")
+    model.save(options.out)
+    say(f"\nwrote {options.out}; as a reward:\n")
+    say(f'[rewards.preferred]\nfunction = "reward_model"\noptions = {{ path = "{options.out}" }}')
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gvpo train-reward", description="Trains a reward model on preferences, by the Bradley-Terry loss (Eq. 4)."
+    )
+    add = parser.add_argument
+    add("data", help="rows with chosen and rejected, or with responses and rewards: a file or hub name")
+    add("out", type=Path, help="new folder for the reward model")
+    add("--model", required=True, help="folder or hub name of the decoder to start from")
+    add("--revision", help="commit or tag of a hub model")
+    add("--held-out", metavar="FILE", help="rows for the accuracy before and after. Default: a part of the data")
+    add("--held-out-share", type=float, default=0.1, help="that part, whole rows. Default: 0.1")
+    add("--split", default="", help="split of a hub data set")
+    add("--prompt", default="prompt", help="column of the prompt. Default: prompt")
+    add(
+        "--margin",
+        type=float,
+        default=0.0,
+        help="scores should differ by this times the rewards' difference. Default: 0",
+    )
+    add("--epochs", type=int, default=1, help="passes over the pairs. Default: 1")
+    add("--batch", type=int, default=32, help="pairs a step. Default: 32")
+    add("--learning-rate", type=float, default=1e-5, help="of AdamW at its highest. Default: 1e-5")
+    add("--warmup", type=float, default=0.05, help="share of the steps in which it rises. Default: 0.05")
+    add(
+        "--max-tokens",
+        type=int,
+        default=0,
+        help="longest row; longer pairs are left out. Default: 0, the model's context",
+    )
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens of a forward pass. Default: 8192")
+    add("--device", default="auto", help="auto, cpu, cuda, cuda:1. Default: auto")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products. Default: float32")
+    add("--seed", type=int, default=0, help="of the order and of the held-out part. Default: 0")
+    return parser
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises: ConfigError: all that is wrong with the options, a line each."""
+    wrong = [
+        f"--{name.replace('_', '-')} {getattr(options, name)}: expected {wanted}"
+        for name, good, wanted in (
+            ("held_out_share", 0 <= options.held_out_share < 1, "0 to below 1"),
+            ("margin", options.margin >= 0, "at least 0"),
+            ("epochs", options.epochs >= 1, "at least 1"),
+            ("batch", options.batch >= 1, "at least 1"),
+            ("learning_rate", 0 < options.learning_rate < math.inf, "a number above 0"),
+            ("warmup", 0 <= options.warmup <= 1, "0 to 1"),
+            ("max_tokens", options.max_tokens >= 0, "at least 0"),
+            ("micro_batch_tokens", options.micro_batch_tokens >= 1, "at least 1"),
+            ("seed", options.seed >= 0, "at least 0"),
+        )
+        if not good
+    ]
+    if options.out.exists():
+        wrong.append(f"{options.out} exists; give a new folder")
+    wrong += [line for name in ("torch", "transformers") for line in missing_package(name, "torch")]
+    if wrong:
+        raise ConfigError("\n".join(wrong))
+
+
+def read_preferences(source: str, name: str, prompt: str, split: str) -> list[Preference]:
+    """Each two responses to a prompt whose rewards differ, the higher one first.
+
+    Raises: DataError: rows that hold no preferences.
+    """
+    rows = load_rows(source, name, split=split)
+    shape = shape_of(column_names(rows))
+    if shape is None or shape in UNSCORED:
+        raise DataError(
+            f"{name} holds no preferences: its columns are {', '.join(column_names(rows))}; expected chosen and"
+            " rejected, or responses and rewards"
+        )
+    found = []
+    for row in recorded_rows(rows, shape, name, prompt=prompt).rows:
+        if not all(isinstance(response, str) for response in row.responses):
+            raise DataError(f"{row.where} has responses as token ids; expected texts, which any tokenizer can read")
+        scored = [(r, text) for r, text in zip(row.rewards, row.responses, strict=True) if not math.isnan(r)]
+        for (a, first), (b, second) in combinations(scored, 2):
+            if a != b:
+                better, worse = (first, second) if a > b else (second, first)
+                found.append(Preference(row.prompt, better, worse, abs(a - b), row.row))
+    if not found:
+        raise DataError(f"{name} holds no two responses to one prompt with different rewards")
+    return found
+
+
+def split(preferences: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
+    """The pairs to train on, and those held out: all pairs of a share of the prompts.
+
+    Raises: DataError: nothing would be left to train on.
+    """
+    prompts = sorted({repr(p.prompt) for p in preferences})
+    order = np.random.default_rng((seed, 1)).permutation(len(prompts))
+    apart = {prompts[i] for i in order[: round(share * len(prompts))]}
+    kept = [p for p in preferences if repr(p.prompt) in apart]
+    rest = [p for p in preferences if repr(p.prompt) not in apart]
+    if not rest:
+        raise DataError(f"--held-out-share {share:g} of {len(prompts)} prompts leaves none to train on")
+    return rest, kept
+
+
+def _lengths(pairs: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Up to four rows, the shortest and the longest among them."""
+    rows = sorted((row for pair in pairs[:64] for row in (pair.chosen, pair.rejected)), key=len)
+    return rows if len(rows) <= 4 else [rows[0], rows[len(rows) // 3], rows[2 * len(rows) // 3], rows[-1]]
+
+
+def _tell(model: Any, held_out: Sequence[Any], tokens: int, when: str) -> None:
+    if held_out:
+        loss, right = model.evaluate(held_out, tokens)
+        low, high = wilson(right * len(held_out), len(held_out))
+        said = f"{percent(right)} % of {len(held_out):,} held-out pairs in the right order"
+        say(f"{when:<16} {said} (95 %: {percent(low)} to {percent(high)}), loss {fit(loss, 6)}")
