@@ -92,7 +92,7 @@ def one(folder, tmp_path_factory):
     [
         (2, "data_parallel", "full"),
         (2, "fsdp", "full"),
-        (2, "fsdp", "checkpointing"),
+        pytest.param(2, "fsdp", "checkpointing", marks=pytest.mark.slow),
         (2, "fsdp", "lora"),
         pytest.param(2, "data_parallel", "lora", marks=pytest.mark.slow),
         pytest.param(4, "fsdp", "full", marks=pytest.mark.slow),
@@ -179,7 +179,8 @@ for port in ports:
 
 
 @pytest.mark.parametrize(
-    ("how", "pairs"), [("left", 3), ("destroyed", 3), pytest.param("left", 10, marks=pytest.mark.slow)]
+    ("how", "pairs"),
+    [("destroyed", 3), *(pytest.param(how, 10, marks=pytest.mark.slow) for how in ("left", "destroyed"))],
 )
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot put two processes on one core")
 def test_processes_end(how: str, pairs: int, tmp_path) -> None:
@@ -212,6 +213,7 @@ print(*ranks.gather(np.arange(ranks.rank + 1)))
 """
 
 
+@pytest.mark.slow
 def test_a_rank_waits_for_another_longer_than_the_default_group(tmp_path) -> None:
     (tmp_path / "waits.py").write_text(WAITS)
     env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
