@@ -183,7 +183,7 @@ def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh:
         rows, tokens, needed = agreed[3 * number : 3 * number + 3]
         needed = needed if number < counts[1] else predicted
         part = max(SMALLEST, -(-tokens // SPREAD))
-        shape = (rows_bucket(rows * shards, shards), tokens, min(tokens, -(-needed // part) * part))
+        shape = (rows_bucket(rows * shards, shards), tokens, -(-needed // part) * part)
         planned.append(lay(arrays, filling.rows if filling else [], filling.places if filling else [], shape))
     return planned
 

@@ -108,6 +108,16 @@ def test_prompts_that_share_a_row_do_not_see_each_other(tmp_path) -> None:
     np.testing.assert_allclose(of_policy.logprobs(of), alone, rtol=0, atol=2e-5)
 
 
+def test_a_row_may_predict_more_tokens_than_it_holds(tmp_path) -> None:
+    """Responses of one token are read at the prompt's last one: it has a target for each of them."""
+    of_policy = policy(tiny_models.write_model("llama", tmp_path / "model"), micro_batch_tokens=64)
+    prompts = [(5, 6, 7), (20, 21)]
+    of = Batch([prompts[i // 40] for i in range(80)], [(i,) for i in range(10, 90)], [i // 40 for i in range(80)])
+    assert of_policy.packed, "each row holds a prompt with all its responses"
+    alone = [float(of_policy.logprobs(of.take([i]))[0]) for i in (0, 39, 40, 79)]
+    np.testing.assert_allclose(of_policy.logprobs(of)[[0, 39, 40, 79]], alone, rtol=0, atol=1e-5)
+
+
 def test_an_idle_process_takes_the_shapes_of_the_others(monkeypatch) -> None:
     """What one process lacks it fills with rows that predict nothing."""
     of = ragged(2)
