@@ -244,10 +244,8 @@ def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
     shutil.rmtree(dist, ignore_errors=True)
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), ".")
     (wheel,) = dist.glob("gvpo-*.whl")
-    if backend == "torch":
-        session.install(
-            *NO_BYTECODE, "torch==2.13.0"
-        )  # the CPU build of torch: a plain `torch` may bring gigabytes for a GPU
+    if backend == "torch":  # the CPU build of torch: a plain `torch` may bring gigabytes for a GPU
+        session.install(*NO_BYTECODE, "torch==2.13.0")
     session.install(*NO_BYTECODE, *versions, f"gvpo[{backend}] @ {wheel.as_uri()}")
     session.run("python", "-m", "pip", "check")
     script = Path("conformance/support/unconstrained.py").resolve()

@@ -27,14 +27,7 @@ OF = batch((4, 3, 2))
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(name: str):
-        if name not in made:
-            made[name] = tiny_models.make_model(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return folder
+    return tiny_models.made_once(tmp_path_factory)
 
 
 @pytest.mark.parametrize("name", ["mamba", "mamba2", "falcon_mamba", "falcon_h1", "minimax", "llama4_text"])

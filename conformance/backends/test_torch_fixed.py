@@ -20,14 +20,7 @@ SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family: str):
-        if family not in made:
-            made[family] = tiny_models.make_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return folder
+    return tiny_models.made_once(tmp_path_factory)
 
 
 def sampled(of_policy, sampling: Sampling, *, in_fixed_buffers: bool):

@@ -1,9 +1,5 @@
 """Groups in several micro-batches go forward once, on one process and on ranks that hold whole groups."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +7,8 @@ import pytest
 import tiny_models
 import torch_policies
 from batches import SMOOTH, batch, coefficients_of, moved, step_difference
-from places import SUPPORT
 from required import require
+from torch_processes import run_processes
 
 require(subject="torch")
 
@@ -26,14 +22,7 @@ SMALL = {"micro_batch_tokens": 20}  # every group of several responses takes mor
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    made = {}
-
-    def folder(family: str):
-        if family not in made:
-            made[family] = tiny_models.make_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return folder
+    return tiny_models.made_once(tmp_path_factory)
 
 
 def layer_tokens(of_policy, call) -> tuple[int, object]:
@@ -119,34 +108,7 @@ def test_a_model_whose_layers_cannot_be_computed_again_scores_first(folders, mon
 def of_three(folders, tmp_path_factory) -> Path:
     """What three processes found."""
     out = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    shared = {"PYTHONPATH": os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)]), "OMP_NUM_THREADS": "1"}
-    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "3", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(SUPPORT / "torch_group_worker.py"), str(folders("llama-tied-bias")), str(out)]
-    logs = [open(out / f"rank{rank}.log", "w+") for rank in range(3)]  # noqa: SIM115 - closed below
-    workers = [
-        subprocess.Popen(
-            command,
-            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(3)
-    ]
-    try:
-        statuses = [process.wait(timeout=240) for process in workers]
-    except subprocess.TimeoutExpired:
-        statuses = [process.poll() for process in workers]
-    finally:
-        for process in workers:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    texts = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(3))
-    assert statuses == [0] * 3, f"workers ended with {statuses}:\n{texts}"
+    run_processes(3, "torch_group_worker.py", [str(folders("llama-tied-bias")), str(out)], out)
     return out
 
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import tiny_models
 from batches import step_difference
-from places import SUPPORT
 from ports import free_port
 from required import require
 from torch_policies import parameters, policy
+from torch_processes import run_processes
 
 require(subject="torch")
 
@@ -25,33 +25,7 @@ SMOOTH = {"learning_rate": 0.02, "betas": [0.0, 0.0], "eps": 1.0, "micro_batch_r
 def run(size: int, folder: Path, out: Path, settings: dict[str, object]) -> dict[str, object]:
     """Starts `size` workers and waits; what rank 0 wrote."""
     out.mkdir()
-    path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
-    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if size > 1:
-        shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(SUPPORT / "torch_rank_worker.py"), str(folder), str(out), json.dumps(settings)]
-    logs = [open(out / f"rank{rank}.log", "w+") for rank in range(size)]  # noqa: SIM115 - closed below
-    workers = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(size)
-    ]
-    try:
-        statuses = [process.wait(timeout=240) for process in workers]
-    except subprocess.TimeoutExpired:
-        statuses = [process.poll() for process in workers]
-    finally:
-        for process in workers:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    texts = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(size))
-    assert statuses == [0] * size, f"workers ended with {statuses}:\n{texts}"
+    run_processes(size, "torch_rank_worker.py", [str(folder), str(out), json.dumps(settings)], out)
     read = lambda name: dict(np.load(out / f"{name}.npz"))
     return {
         "out": out,

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -272,3 +273,15 @@ def changed(folder: Path, tmp_path: Path, **settings: Any) -> Path:
     config = json.loads((copy / "config.json").read_text()) | settings
     (copy / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     return copy
+
+
+def made_once(tmp_path_factory) -> Callable[[str], Path]:
+    """Name of a family -> its model's folder; see `make_model`."""
+    made: dict[str, Path] = {}
+
+    def folder(family: str) -> Path:
+        if family not in made:
+            made[family] = make_model(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return folder

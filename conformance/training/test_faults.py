@@ -1,42 +1,22 @@
 """Killed at each file call and at each start of a phase, a run goes on and ends as an unbroken one does."""
 
-import shutil
 import signal
 
 import faults
 import killing
-import numpy as np
 import pytest
-import table_run
+from killed_runs import STEPS, kill_at_every_event, make, same, unbroken
 
-from gvpo_core.training.run.checkpoint import damage, steps_saved
+from gvpo_core.training.run.checkpoint import steps_saved
 
 pytestmark = pytest.mark.core
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
-
-STEPS = 3
-
-
-def make(folder):
-    config = table_run.make(folder, steps=STEPS)
-    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 1"))
-    return config
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An unbroken run, that the others must equal."""
-    config = make(tmp_path_factory.mktemp("whole"))
-    assert faults.run(config) == 0
-    return config.parent / "run"
-
-
-def same(run, whole) -> None:
-    name = f"checkpoints/step-{STEPS:08d}/policy/table.npz"
-    with np.load(run / name) as a, np.load(whole / name) as b:
-        assert {k: v.tobytes() for k, v in a.items()} == {k: v.tobytes() for k, v in b.items()}
-    assert killing.lasting(run) == killing.lasting(whole)
-    assert (run / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    return unbroken(tmp_path_factory.mktemp("whole"))
 
 
 SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("call", "write")]
@@ -44,22 +24,7 @@ SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("call", "write
 
 @pytest.mark.parametrize("fault", [*SLOW, *faults.PHASES])
 def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
-    for at in range(1, 1000):
-        folder = tmp_path / str(at)
-        config = make(folder)
-        status = faults.run(config, fault, at)
-        if status == 0:  # fewer events than that in the whole run
-            assert at > (15 if fault in ("call", "write") else 2), "the run had no such events"
-            break
-        assert status == -signal.SIGKILL, (folder / "output.txt").read_text()
-        checkpoints = folder / "run" / "checkpoints"
-        if checkpoints.exists():
-            assert all(damage(checkpoints / f"step-{s:08d}") is None for s in steps_saved(checkpoints))
-        assert faults.run(config) == 0, (folder / "output.txt").read_text()
-        same(folder / "run", whole)
-        shutil.rmtree(folder)
-    else:
-        raise AssertionError("the run never ended")
+    kill_at_every_event(fault, tmp_path, whole)
 
 
 # (phase, which of its starts, the step that is finished and saved). Of these phases three come with the first

@@ -2,15 +2,11 @@
 
 import hashlib
 import json
-import shutil
-import signal
 import threading
 
-import faults
-import killing
 import numpy as np
 import pytest
-import table_run
+from killed_runs import kill_at_every_event, make, unbroken
 
 from gvpo_core.training import cli
 from gvpo_core.training.policy import tensor_file
@@ -28,12 +24,6 @@ from gvpo_core.training.run.checkpoint import (
 
 pytestmark = pytest.mark.core
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
-
-
-def make(folder, steps: int = 3):
-    config = table_run.make(folder, steps=steps)
-    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 1"))
-    return config
 
 
 def written_by(policy: TablePolicy, directory) -> dict[str, Digest]:
@@ -91,38 +81,13 @@ def test_the_next_step_is_sampled_while_a_checkpoint_is_written_and_updated_afte
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    config = make(tmp_path_factory.mktemp("whole"))
-    assert faults.run(config) == 0
-    return config.parent / "run"
-
-
-def same(run, whole) -> None:
-    with (
-        np.load(run / "checkpoints/step-00000003/policy/table.npz") as one,
-        np.load(whole / "checkpoints/step-00000003/policy/table.npz") as two,
-    ):
-        assert {k: v.tobytes() for k, v in one.items()} == {k: v.tobytes() for k, v in two.items()}
-    assert killing.lasting(run) == killing.lasting(whole)
-    assert (run / "completions.jsonl").read_bytes() == (whole / "completions.jsonl").read_bytes()
+    return unbroken(tmp_path_factory.mktemp("whole"))
 
 
 @pytest.mark.parametrize("fault", ["save", *(pytest.param(f, marks=pytest.mark.slow) for f in ("call", "write"))])
 def test_a_kill_at_every_event_of_a_run_that_saves_beside_its_steps(fault, tmp_path, whole, monkeypatch) -> None:
     monkeypatch.setenv("GVPO_TEST_SAVES_BESIDE", "1")
-    for at in range(1, 1000):
-        folder = tmp_path / str(at)
-        config = make(folder)
-        status = faults.run(config, fault, at)
-        if status == 0:
-            assert at > (15 if fault in ("call", "write") else 2), "the run had no such events"
-            break
-        assert status == -signal.SIGKILL, (folder / "output.txt").read_text()
-        checkpoints = folder / "run" / "checkpoints"
-        if checkpoints.exists():
-            assert all(damage(checkpoints / f"step-{s:08d}") is None for s in steps_saved(checkpoints))
-        assert faults.run(config) == 0, (folder / "output.txt").read_text()
-        same(folder / "run", whole)
-        shutil.rmtree(folder)
+    kill_at_every_event(fault, tmp_path, whole)
 
 
 def failing(step: int, error: Exception):
