@@ -251,7 +251,8 @@ def test_links_of_the_documents_lead_somewhere():
 def test_the_demo_saves_a_model_that_releases_of_transformers_read_otherwise(quantized, tmp_path, monkeypatch):
     """transformers 5.10 gives a model that it read from GGUF no quantization_config, later releases do."""
     monkeypatch.syspath_prepend(str(ROOT / "examples" / "smollm2_arithmetic"))
-    monkeypatch.delitem(sys.modules, "prepare", raising=False)
+    for name in ("prepare", "reward"):  # another test may have loaded a reward.py of its own
+        monkeypatch.delitem(sys.modules, name, raising=False)
     import prepare
 
     class Model:
