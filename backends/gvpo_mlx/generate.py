@@ -2,7 +2,7 @@
 
 A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
 response does not depend on the batch it was drawn in, up to float rounding. Rows that ended make room for waiting ones.
-mlx-lm's BatchGenerator is not used: it asks a sampler once for every row and token, and prefills each row's prompt.
+The host waits for the device once a token. mlx-lm's BatchGenerator is not used: docs/mlx.md has the figures.
 """
 
 from collections import deque
@@ -165,7 +165,7 @@ class _Decoding:
         else:
             for c, other in zip(self.cache, cache, strict=True):
                 c.extend(other)
-        mx.eval(logits, [c.state for c in self.cache])
+        mx.async_eval(logits, [c.state for c in self.cache])
         self.rows += len(lines)
         self.width = max(self.width, width)
         return logits
@@ -227,28 +227,42 @@ def pick(logits: mx.array, numbers: np.ndarray, sampling: Sampling) -> np.ndarra
     """(R,) int64: one token a row, by the inverse of the cumulative distribution in vocabulary order.
 
     Masses are float32, as are their sums over blocks of 256 tokens; what is cumulative is float64, on the host: first
-    over the blocks, then within the one that the number falls in. Settings that cut the support take all masses there.
+    over the blocks, then within the one that the number falls in. The device finds that block too, in float32, so that
+    one wait brings both; where rounding makes it another block, the host asks once more. Settings that cut the support
+    take all masses there.
 
     Args:
       logits: (R, V) float32. numbers: (R,) float64 in [0, 1).
     """
     if sampling.temperature == 0:
-        return np.array(mx.argmax(logits, 1)).astype(np.int64)
+        (best,) = _to_host(mx.argmax(logits, 1))
+        return best.astype(np.int64)
     masses = mx.exp((logits - logits.max(1, keepdims=True)) / sampling.temperature)
     if sampling.truncated_support:
-        cut = truncate(np.array(masses).astype(np.float64), sampling)
+        cut = truncate(_to_host(masses)[0].astype(np.float64), sampling)
         return _first(cut.cumsum(1), numbers * cut.sum(1))
     rows, vocabulary = masses.shape
     blocks = -(-vocabulary // BLOCK)
     masses = mx.pad(masses, ((0, 0), (0, blocks * BLOCK - vocabulary))).reshape(rows, blocks, BLOCK)
-    sums = np.array(masses.sum(2)).astype(np.float64)
+    block_sums = masses.sum(2)
+    rounded = mx.cumsum(block_sums, 1)
+    likely = mx.minimum((rounded <= mx.array(numbers, mx.float32)[:, None] * rounded[:, -1:]).sum(1), blocks - 1)
+    here = np.arange(rows)
+    sums, expected, inside = _to_host(block_sums, likely, masses[mx.arange(rows), likely])
+    sums = sums.astype(np.float64)
     cumulative = sums.cumsum(1)
     wanted = numbers * cumulative[:, -1]
     block = _first(cumulative, wanted)
-    inside = np.array(masses[mx.arange(rows), mx.array(block)]).astype(np.float64)
-    here = np.arange(rows)
+    if not np.array_equal(block, expected):
+        (inside,) = _to_host(masses[mx.arange(rows), mx.array(block)])
     below = cumulative[here, block] - sums[here, block]
-    return block * BLOCK + _first(inside.cumsum(1), wanted - below)
+    return block * BLOCK + _first(inside.astype(np.float64).cumsum(1), wanted - below)
+
+
+def _to_host(*arrays: mx.array) -> list[np.ndarray]:
+    """Waits once for the device: nothing else in sampling does."""
+    mx.eval(*arrays)
+    return [np.array(a) for a in arrays]
 
 
 def _first(cumulative: np.ndarray, wanted: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ from required import require
 require(subject="mlx")
 
 import mlx.core as mx
+import numpy as np
 
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -77,11 +78,54 @@ def test_a_model_that_decodes_wrongly_is_found_at_load(of_policy, monkeypatch) -
             generate.check(scorer)
 
 
-def test_a_step_is_queued_and_the_choice_of_tokens_waits(of_policy, monkeypatch) -> None:
-    """`eval` waits at prefill alone; each later token's forward pass starts while the host prepares its choice."""
-    waits, queued, plain = [], [], {name: getattr(mx, name) for name in ("eval", "async_eval")}
-    monkeypatch.setattr(mx, "eval", lambda *arrays: waits.append(1) or plain["eval"](*arrays))
-    monkeypatch.setattr(mx, "async_eval", lambda *arrays: queued.append(1) or plain["async_eval"](*arrays))
-    (drawn,) = of_policy.generate([(5, 6, 7)], [[1, 2, 3]], Sampling(20))
-    assert len(waits) == 1
-    assert len(queued) == max(len(r.tokens) for r in drawn) - 1 > 5
+def waits(monkeypatch) -> list[str]:
+    """Grows by one at each call with which the host waits for the device."""
+    from gvpo_mlx import generate
+
+    found, plain, inside = [], {"eval": mx.eval, "array": np.array}, []
+
+    def evaluated(*arrays):
+        found.append("eval")
+        inside.append(1)  # `np.array` then copies what is there
+        return plain["eval"](*arrays)
+
+    def copied(value, *args, **options):
+        if isinstance(value, mx.array) and not inside:
+            found.append("array")
+        return plain["array"](value, *args, **options)
+
+    def to_host(*arrays, plain=generate._to_host):
+        try:
+            return plain(*arrays)
+        finally:
+            inside.clear()
+
+    monkeypatch.setattr(mx, "eval", evaluated)
+    monkeypatch.setattr(np, "array", copied)
+    monkeypatch.setattr(generate, "_to_host", to_host)
+    return found
+
+
+@pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=0.0), Sampling(20, top_p=0.9)])
+def test_the_host_waits_once_a_token(sampling, of_policy, monkeypatch) -> None:
+    """Prefill and forward passes are queued; only the choice of a token waits."""
+    queued, plain = [], mx.async_eval
+    found = waits(monkeypatch)
+    monkeypatch.setattr(mx, "async_eval", lambda *arrays: queued.append(1) or plain(*arrays))
+    (drawn,) = of_policy.generate([(5, 6, 7)], [[1, 2, 3]], sampling)
+    tokens = max(len(r.tokens) for r in drawn)
+    assert found == ["eval"] * tokens and tokens > 5
+    assert len(queued) == tokens  # one of them the prefill
+
+
+def test_a_block_that_rounding_misses_is_fetched_again(monkeypatch) -> None:
+    """A number whose float32 product lies in the next block of 256 tokens."""
+    from gvpo_mlx import generate
+
+    logits = mx.zeros((1, 1024))  # every token has mass 1: the block's border is at 0.25 exactly
+    number = np.nextafter(0.25, 0.0)  # 0.25 in float32
+    found = waits(monkeypatch)
+    assert generate.pick(logits, np.asarray([number]), Sampling(1)).tolist() == [255]
+    assert len(found) == 2
+    assert generate.pick(logits, np.asarray([0.25]), Sampling(1)).tolist() == [256]
+    assert len(found) == 3
