@@ -1,5 +1,6 @@
 """One optimizer step along -sum_i c_i grad log pi_i, however the batch is split."""
 
+import io
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -23,6 +24,7 @@ class Passes:
     def __init__(self, scorer: Scorer, packed: bool, tokens: int, compiled: bool) -> None:
         self.scorer, self.packed, self.budget, self.compiled = scorer, packed, tokens, compiled
         self.shapes: set[tuple[Any, ...]] = set()  # a program was compiled for each
+        self.separable: dict[tuple[Any, ...], bool] = {}  # of each, whether its forward pass needs no factors
         self._score = self._compile(self._plain_score)
         self._backward = self._compile(self._plain_backward)
 
@@ -70,30 +72,46 @@ class Passes:
         """As `known`, with factors that need the log-probs of this very pass, for micro-batches of whole groups.
 
         The backward pass is laid out with factors whose memory is written after the forward pass was evaluated and
-        before anything of the backward pass is: an array shares its memory with a NumPy view of it. Never compiled,
-        since compilation may compute parts of both passes at once. A custom function whose backward pass evaluates the
-        forward one would need no such writing, but MLX then keeps every array of it: 1.4 times the memory, 2.3 times
-        where layers are recomputed.
+        before anything of the backward pass is: an array shares its memory with a NumPy view of it. Compilation may
+        compute parts of both passes in one kernel; such a program is found by its graph, and its shape is not compiled.
+        A custom function whose backward pass evaluates the forward one would need no such writing, but MLX then keeps
+        every array of it: 1.4 times the memory, 2.3 times where layers are recomputed.
 
         Raises: RuntimeError: the view shares nothing.
         """
-        arrays = layout.arrays(batch, rows)
-        self.scorer.check_length(int(arrays.positions[arrays.segments >= 0].max()) + 1)
-        on = inputs(arrays)
-        factors = mx.zeros(len(arrays.targets))
+        arrays, on = self.prepare(batch, rows, "backward")
+        factors = mx.zeros(on["targets"].shape)
         mx.eval(factors)
-        values, gradients = self._plain_backward(self.scorer.parameters, on, factors)
+        values, gradients = self._forward_first(on, factors)
         mx.eval(values)
-        sums = arrays.sums(np.array(values))
-        found = factors_of(coefficients, sums, arrays.responses)
+        logprobs = np.array(values)[: len(arrays.targets)]
+        found = factors_of(coefficients, arrays.sums(logprobs), arrays.responses)
         view = np.array(factors, copy=False)
-        view[:] = np.repeat(-found, arrays.lengths)
+        view[: len(arrays.targets)] = np.repeat(-found, arrays.lengths)
         if not np.array_equal(np.array(factors), view):
             raise RuntimeError(
                 'MLX does not share an array\'s memory with NumPy on this device: set optimizer.strategy = "score"'
             )
         mx.eval(gradients)
-        return arrays, np.array(values), gradients, on["ids"].size
+        return arrays, logprobs, gradients, on["ids"].size
+
+    def _forward_first(self, on: dict[str, mx.array], factors: mx.array) -> tuple[mx.array, list[mx.array]]:
+        """The pass laid out so that its values can be evaluated before the factors are known."""
+        shape = (on["ids"].shape, on["targets"].shape)
+        if self.separable.get(shape, True):
+            values, gradients = self._backward(self.scorer.parameters, on, factors)
+            if shape not in self.separable:
+                self.separable[shape] = not self.compiled or not depends_on(values, factors)
+            if self.separable[shape]:
+                return values, gradients
+        return self._plain_backward(self.scorer.parameters, on, factors)
+
+
+def depends_on(result: mx.array, given: mx.array) -> bool:
+    """Whether an array that is not evaluated yet is computed from `given`."""
+    text = io.StringIO()
+    mx.export_to_dot(text, result, given=given)  # type: ignore[arg-type]
+    return '"given" ->' in text.getvalue()
 
 
 class Gradients:

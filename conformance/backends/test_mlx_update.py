@@ -12,6 +12,7 @@ from required import require
 require(subject="mlx")
 
 import mlx.core as mx
+from gvpo_mlx import update as mlx_update
 from gvpo_mlx.buckets import bucket, padded
 from gvpo_mlx.model import inputs
 from gvpo_mlx.update import AdamW
@@ -42,6 +43,41 @@ def test_a_compiled_step_is_the_same(kind: str, folder) -> None:
     assert step_difference(step, found) < 1e-5
     np.testing.assert_allclose(other.logprobs, update.logprobs, rtol=0, atol=1e-4)
     assert other.gradient_norm == pytest.approx(update.gradient_norm, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_compiled_group_pass_is_the_same(kind: str, folder) -> None:
+    """Whole groups in one forward and backward pass: the backward pass takes factors that the forward pass gives."""
+    settings = batches.SMOOTH | {"strategy": "group"} | KINDS[kind]
+    of_policy = policy(folder, compiled=True, **settings)
+    programs = []
+    plain, of_policy._passes._backward = of_policy._passes._backward, lambda *a: programs.append(a) or plain(*a)
+    before = mlx_policies.parameters(of_policy)
+    other = of_policy.update(OF, coefficients_of(OF))
+    found = {name: value - before[name] for name, value in mlx_policies.parameters(of_policy).items()}
+    assert programs and list(of_policy._passes.separable.values()) == [True] * len(programs)
+    step, update = batches.moved(mlx_policies, folder, OF, **settings)
+    assert max(float(np.abs(d).max()) for d in step.values()) > 1e-3
+    assert step_difference(step, found) < 1e-5
+    np.testing.assert_allclose(other.logprobs, update.logprobs, rtol=0, atol=1e-4)
+
+
+def test_a_group_pass_that_compilation_mixes_is_not_compiled(folder, monkeypatch) -> None:
+    monkeypatch.setattr(mlx_update, "depends_on", lambda *arrays: True)
+    step, _ = batches.moved(mlx_policies, folder, OF)
+    found, _ = batches.moved(mlx_policies, folder, OF, compiled=True)
+    assert step_difference(step, found) < 1e-5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_an_array_that_is_computed_from_another_is_found(compiled: bool) -> None:
+    def pair(a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:
+        return mx.exp(a) * 2, mx.exp(a) * b
+
+    a, b = mx.zeros(3), mx.ones(3)
+    mx.eval(a, b)
+    one, both = (mx.compile(pair) if compiled else pair)(a, b)
+    assert not mlx_update.depends_on(one, b) and mlx_update.depends_on(both, b)
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
