@@ -1,0 +1,102 @@
+"""gvpo_mlx's sampling beside mlx-lm's BatchGenerator, with the same seeds: samples, prefilled tokens, time.
+
+    python benchmarks/mlx_batch_generator.py [--prompts 4 --responses 8 --prompt 64 --tokens 48]
+
+BatchGenerator takes a sampler for each row, which inverts the cumulative distribution on the device, in float32: a
+sampler of the whole batch is not told which rows it holds. Both run in this process on one tiny model, in turns; the
+ratio of their times is the figure. Nothing fails here: docs/mlx.md states what follows.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from gvpo_mlx import load
+
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.sampling import Sampling, row_seed, uniforms
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "conformance" / "support"))
+import tiny_models
+
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "vocab_size": 4096}
+
+
+class RowSampler:
+    """A row's t-th token, where its cumulative distribution first exceeds the t-th number of the row's stream."""
+
+    def __init__(self, seed: int, most: int) -> None:
+        self.numbers = iter(uniforms([seed], 0, most)[0].tolist())
+
+    def __call__(self, logprobs: mx.array) -> mx.array:
+        cumulative = mx.cumsum(mx.exp(logprobs), 1)
+        # One token more is asked for than is used: BatchGenerator computes one ahead.
+        return (cumulative <= next(self.numbers, 0.0) * cumulative[:, -1:]).sum(1)
+
+
+def theirs(of_policy: Any, prompts: Sequence[tuple[int, ...]], seeds: Sequence[Sequence[int]], most: int) -> Any:
+    from mlx_lm.generate import BatchGenerator
+
+    rows = [(i, j) for i, row in enumerate(seeds) for j in range(len(row))]
+    with mx.stream(of_policy.device), of_policy.scorer.using(of_policy.scorer.parameters):
+        generator = BatchGenerator(
+            of_policy.scorer.lm,
+            stop_tokens=[[end] for end in of_policy._end],
+            completion_batch_size=len(rows),
+            stream=mx.default_stream(of_policy.device),
+        )
+        samplers = [RowSampler(seeds[i][j], most) for i, j in rows]
+        uids = generator.insert([list(prompts[i]) for i, _ in rows], max_tokens=[most] * len(rows), samplers=samplers)
+        drawn: dict[int, list[int]] = {uid: [] for uid in uids}
+        left = set(uids)
+        while left:
+            for response in generator.next()[1]:
+                drawn[response.uid].append(response.token)
+                if response.finish_reason:
+                    left.discard(response.uid)
+        generator.close()
+    found: list[list[tuple[int, ...]]] = [[()] * len(row) for row in seeds]
+    for uid, (i, j) in zip(uids, rows, strict=True):
+        found[i][j] = tuple(drawn[uid])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in {"prompts": 4, "responses": 8, "prompt": 64, "tokens": 48, "rounds": 3}.items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    options = parser.parse_args()
+    draw = np.random.default_rng(0)
+    prompts = [tuple(draw.integers(1, 4096, options.prompt).tolist()) for _ in range(options.prompts)]
+    seeds = [[row_seed(1, i, j) for j in range(options.responses)] for i in range(options.prompts)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = tiny_models.write_model("llama", Path(name), spread=0.05, **SIZES)
+        of_policy = load(
+            ModelConfig(path=str(folder), device="cpu"), OptimizerConfig(), updates=1, reference=False, seed=0
+        )
+        seconds: dict[str, list[float]] = {"ours": [], "theirs": []}
+        samples: dict[str, Any] = {}
+        for _ in range(options.rounds):
+            start = time.perf_counter()
+            drawn = of_policy.generate(prompts, seeds, Sampling(options.tokens))
+            seconds["ours"].append(time.perf_counter() - start)
+            samples["ours"] = [[r.tokens for r in row] for row in drawn]
+            start = time.perf_counter()
+            samples["theirs"] = theirs(of_policy, prompts, seeds, options.tokens)
+            seconds["theirs"].append(time.perf_counter() - start)
+    rows = [(a, b) for x, y in zip(samples["ours"], samples["theirs"], strict=True) for a, b in zip(x, y, strict=True)]
+    best = {name: min(values) for name, values in seconds.items()}
+    same, tokens = sum(a == b for a, b in rows), sum(len(a) for a, _ in rows)
+    print(f"{len(rows)} rows, {tokens} tokens; rows with the same tokens: {same}")
+    ratio = best["ours"] / best["theirs"]
+    print(f"gvpo_mlx {best['ours']:.2f} s, BatchGenerator {best['theirs']:.2f} s: ratio {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()
