@@ -95,3 +95,20 @@ def check_beta(beta: Any) -> None:
     """Raises: SettingsError: not a finite number of at least 0."""
     if not is_beta(beta):
         raise SettingsError(f"beta is {beta!r}; expected a finite number of at least 0, reward units per nat")
+
+
+def at_random(modules: Iterable[Any]) -> list[str]:
+    """What changes activations at random in a torch model's training mode, as "MixtralBlock.jitter_noise = 0.1".
+
+    These are probabilities and noise above 0, found by the names of the modules' attributes.
+    """
+    words = ("drop", "jitter", "noise")
+    found = {
+        f"{type(module).__name__}.{name} = {value}"
+        for module in modules
+        for name, value in vars(module).items()
+        if any(word in name or (name == "p" and word in type(module).__name__.lower()) for word in words)
+        and isinstance(value, float)
+        and value > 0
+    }
+    return sorted(found)

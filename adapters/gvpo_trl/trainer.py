@@ -19,6 +19,7 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logprobs
+from gvpo_core.hosts import at_random
 from gvpo_core.training.rewards import total as scores
 from gvpo_trl.config import GVPOConfig, cannot_sample, cuts_support
 from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_of
@@ -84,16 +85,11 @@ class GVPOTrainer(GRPOTrainer):
                 f"the processing class is a {type(self.processing_class).__name__}; GVPOTrainer takes text alone: pass"
                 " a model and a tokenizer of text"
             )
-        active = {
-            f"{type(module).__name__}.{name} = {value}"
-            for module in self.model.modules()
-            for name, value in vars(module).items()
-            if any(word in name for word in ("drop", "jitter", "noise")) and isinstance(value, float) and value > 0
-        }
+        active = at_random(self.model.modules())
         if active:
             raise ValueError(
                 f"the model changes activations at random while it trains, and disable_dropout leaves"
-                f" {', '.join(sorted(active))}: load it with these set to 0, or weights and gradient are of two"
+                f" {', '.join(active)}: load it with these set to 0, or weights and gradient are of two"
                 " different sub-networks"
             )
         sampling = self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {})

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from gvpo_core.hosts import Rule, SettingsError, equals, is_beta, refused
+from gvpo_core.hosts import Rule, SettingsError, equals, is_beta, is_number, refused
 
 _ACTOR, _ROLLOUT = "actor_rollout_ref.actor", "actor_rollout_ref.rollout"
 _RATIO = "GVPO takes samples from anywhere without importance weights (Cor. 3.2)"
@@ -28,6 +28,7 @@ RULES = (
     Rule(f"{_ACTOR}.entropy_coeff", equals(0), "0", _OTHER),
     Rule(f"{_ACTOR}.shuffle", equals(False), "false", "it would cut groups between mini-batches"),
     Rule("distillation.enabled", equals(None, False), "false", _OTHER),
+    Rule(f"{_ROLLOUT}.n", lambda n: is_number(n) and n >= 2, "at least 2", "GVPO compares responses to a prompt"),
     Rule(f"{_ROLLOUT}.temperature", equals(1), "1.0", "verl scores at the temperature it samples at; GVPO scores at 1"),
     Rule(f"{_ROLLOUT}.top_p", equals(1), "1.0", _CUT),
     Rule(f"{_ROLLOUT}.top_k", equals(-1, 0, None), "-1", _CUT),

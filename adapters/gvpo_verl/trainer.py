@@ -41,6 +41,8 @@ class GVPOTrainer(PPOTrainerSync):
                 "the actor's workers took a step without GVPO: gvpo_verl was not imported in their processes; set"
                 " VERL_USE_EXTERNAL_MODULES=gvpo_verl there (ray_kwargs.ray_init.runtime_env.env_vars)"
             )
+        if not metrics["actor/gvpo/groups/counted"]:
+            raise RuntimeError("no group of this rollout has two responses with a score: check the reward function")
         return batch
 
 

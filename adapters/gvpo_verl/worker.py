@@ -16,6 +16,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
 from gvpo_core import dense_group_ids, gvpo_coefficients, gvpo_loss, gvpo_regret
+from gvpo_verl.scoring import check_lengths, check_same, check_training_mode, random_states
 
 BETA = "gvpo_beta"  # the key under which the trainer sends beta along with a batch
 
@@ -24,6 +25,7 @@ class GVPOWorker(TrainingWorker):
     """verl's `TrainingWorker`; batches with a beta get GVPO's weights, others are unchanged."""
 
     _as_scored = False  # whether the policy is still the one that made old_log_probs
+    _checked = False  # whether scores were compared with those of rows alone
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
@@ -42,7 +44,7 @@ class GVPOWorker(TrainingWorker):
         return super().train_mini_batch(data)
 
     def train_batch(self, data: TensorDict) -> Any:
-        """One optimizer step. Raises: KeyError, FloatingPointError: nothing was changed."""
+        """One optimizer step. Raises: KeyError, FloatingPointError, SettingsError: nothing was changed."""
         beta = tu.get(data, BETA)
         if beta is None:
             return super().train_batch(data)
@@ -57,6 +59,10 @@ class GVPOWorker(TrainingWorker):
         needed = ["rm_scores", "uid", "response_mask", *(["ref_log_prob"] if beta else [])]
         if missing := [name for name in needed if name not in data]:
             raise KeyError(f"the actor's batch lacks {', '.join(missing)}: GVPO's weights need them")
+        check_lengths(self.model_config.hf_config, data["input_ids"].offsets().diff())
+        if not self._checked:
+            self._check_scores(data)
+            self._checked = True
         mask = data["response_mask"]
         logprobs = _sums(data["old_log_probs"] if self._as_scored else self._score(data), mask)
         ref = _sums(data["ref_log_prob"], mask) if beta else logprobs
@@ -80,9 +86,35 @@ class GVPOWorker(TrainingWorker):
         data["advantages"] = torch.nested.nested_tensor_from_jagged(per_token, mask.offsets())
         return _metrics(logprobs, ref, rewards, ids, num_groups, beta)
 
-    def _score(self, data: TensorDict) -> torch.Tensor:
-        """(B, T) nested token log-probabilities of the responses, by the same passes as the step's."""
+    def _check_scores(self, data: TensorDict) -> None:
+        """Compares this rank's longest and shortest row, scored together and in training mode, with each alone.
+
+        Every rank makes the same passes.
+        """
+        lengths = data["input_ids"].offsets().diff()
+        rows = [int(lengths.argmax()), int(lengths.argmin())]
+        score = lambda places, **options: (
+            self._score(tu.index_select_tensor_dict(data, places), whole=True, **options).values().float()
+        )
+        name = type(self.engine.module).__name__
+        alone = torch.cat([score([row]) for row in rows])
+        rounded = self.engine._autocast_dtype != torch.float32
+        check_same(name, score(rows), alone, "in a micro-batch of several rows", rounded=rounded)
+        before = random_states()
+        trained = score(rows, training=True)
+        check_training_mode(name, self.engine.module.modules(), before)
+        check_same(name, trained, alone, "in training mode", rounded=rounded)
+
+    def _score(self, data: TensorDict, *, whole: bool = False, training: bool = False) -> torch.Tensor:
+        """(B, T) nested token log-probabilities of the responses, by the same passes as the step's.
+
+        Args:
+          whole: all rows in one micro-batch.
+          training: in training mode, as in the step.
+        """
         batch = data.copy()
+        if whole:
+            tu.assign_non_tensor(batch, use_dynamic_bsz=False, micro_batch_size_per_gpu=len(data), force_group_size=1)
         settings = {
             "use_remove_padding": self.model_config.get("use_remove_padding", False),
             "use_dynamic_bsz": self.engine_config.use_dynamic_bsz,
@@ -93,6 +125,7 @@ class GVPOWorker(TrainingWorker):
         missing = {name: value for name, value in settings.items() if name not in batch}
         tu.assign_non_tensor(batch, **missing, calculate_entropy=False, distillation_use_topk=False)
         with self.engine.eval_mode(disable_auto_offload=tu.get(data, "disable_auto_offload", default=False)):
+            self.engine.module.train(training)
             output = self.engine.infer_batch(batch)
         return response_from_nested(output["model_output"]["log_probs"], data["response_mask"])
 

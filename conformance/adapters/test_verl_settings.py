@@ -17,10 +17,12 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's, at import
     import torch
     import verl
     from gvpo_verl import HOST
+    from gvpo_verl.scoring import check_lengths, check_same
     from gvpo_verl.settings import RULES, check_settings
     from gvpo_verl.trainer import GVPOTrainer, group_order
     from hydra import compose, initialize_config_dir
     from transfer_queue import KVBatchMeta
+    from transformers import LlamaConfig
     from verl.trainer.ppo import core_algos
     from verl.trainer.ppo.ray_trainer import apply_kl_penalty
     from verl.trainer.ppo.v1 import PPOTrainerSync
@@ -29,6 +31,14 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's, at import
 
 from gvpo_core import gvpo_coefficients
 
+LONG = {
+    "rope_type": "longrope",
+    "rope_theta": 700.0,
+    "factor": 2.0,
+    "short_factor": [1.0] * 4,
+    "long_factor": [2.0] * 4,
+    "original_max_position_embeddings": 16,
+}
 SETTINGS = [  # those of docs/verl.md
     "algorithm.adv_estimator=rloo",
     "algorithm.use_kl_in_reward=True",
@@ -122,6 +132,7 @@ REFUSED = {
     "actor_rollout_ref.actor.entropy_coeff": "0.01",
     "actor_rollout_ref.actor.shuffle": "True",
     "distillation.enabled": "True",
+    "actor_rollout_ref.rollout.n": "1",
     "actor_rollout_ref.rollout.temperature": "0.8",
     "actor_rollout_ref.rollout.top_p": "0.9",
     "actor_rollout_ref.rollout.top_k": "50",
@@ -198,7 +209,8 @@ def test_the_trainer_reorders_the_balanced_batch() -> None:
 @pytest.mark.parametrize("loaded", [True, False])
 def test_workers_without_gvpo_stop_the_run(loaded: bool, monkeypatch) -> None:
     def update(self: Any, batch: Any, metrics: dict[str, float]) -> Any:
-        metrics.update({"actor/gvpo/loss": 0.1} if loaded else {"actor/pg_loss": 0.1})
+        ours = {"actor/gvpo/loss": 0.1, "actor/gvpo/groups/counted": 1.0}
+        metrics.update(ours if loaded else {"actor/pg_loss": 0.1})
         return batch
 
     monkeypatch.setattr(PPOTrainerSync, "_update_actor", update)
@@ -210,3 +222,45 @@ def test_workers_without_gvpo_stop_the_run(loaded: bool, monkeypatch) -> None:
         return
     with pytest.raises(RuntimeError, match=r"not imported in their processes; set VERL_USE_EXTERNAL_MODULES"):
         trainer._update_actor(batch, {})
+
+
+def test_a_rollout_without_signal_stops_the_run(monkeypatch) -> None:
+    def update(self: Any, batch: Any, metrics: dict[str, float]) -> Any:
+        metrics.update({"actor/gvpo/loss": 0.0, "actor/gvpo/groups/counted": 0.0})
+        return batch
+
+    monkeypatch.setattr(PPOTrainerSync, "_update_actor", update)
+    trainer = object.__new__(GVPOTrainer)
+    trainer.gvpo_beta = 0.1
+    with pytest.raises(RuntimeError, match="no group of this rollout has two responses with a score"):
+        trainer._update_actor(SimpleNamespace(extra_info={}), {})
+
+
+@pytest.mark.parametrize(
+    ("rope", "lengths", "message"),
+    [
+        ({"rope_type": "default", "rope_theta": 700.0}, [4, 90], None),
+        ({"rope_type": "dynamic", "rope_theta": 700.0, "factor": 2.0}, [4, 32], None),
+        ({"rope_type": "dynamic", "rope_theta": 700.0, "factor": 2.0}, [40, 50], "'dynamic' and a row has 50 tokens"),
+        (LONG, [4, 16], None),
+        (LONG, [17, 30], None),
+        (LONG, [16, 30], "'longrope' and a row has 30 tokens: beyond 16 tokens"),
+    ],
+)
+def test_rows_whose_rope_depends_on_others_are_refused(rope: Any, lengths: list[int], message: str | None) -> None:
+    settings = LlamaConfig(hidden_size=32, num_attention_heads=4, max_position_embeddings=32, rope_parameters=rope)
+    if message is None:
+        check_lengths(settings, torch.tensor(lengths))
+        return
+    with pytest.raises(ValueError, match=message):
+        check_lengths(settings, torch.tensor(lengths))
+
+
+def test_scores_that_differ_are_refused() -> None:
+    a = torch.tensor([-1.0, -2.0])
+    check_same("M", a, a + 1e-3, "here", rounded=False)
+    check_same("M", a, a + torch.tensor([0.15, 0.0]), "here", rounded=True)
+    with pytest.raises(ValueError, match=r"M scores tokens differently here, by up to 0\.003 nat each"):
+        check_same("M", a, a + 3e-3, "here", rounded=False)
+    with pytest.raises(ValueError, match="M scores tokens differently here"):
+        check_same("M", a, torch.tensor([float("nan"), -2.0]), "here", rounded=True)

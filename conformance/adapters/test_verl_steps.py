@@ -19,6 +19,16 @@ with warnings.catch_warnings(action="ignore"):  # of verl's, at import
 pytestmark = pytest.mark.filterwarnings("default")  # verl warns of engines that are not installed
 
 EVEN, UNEVEN = [4, 4, 4, 4], [5, 2, 1, 4, 2]  # the second: 14 rows and 2 that only pad
+REFUSED = {  # changes of config.json, and the message
+    "dropout": ({"attention_dropout": 0.3}, "random numbers in training mode (LlamaAttention.attention_dropout = 0.3)"),
+    "dynamic RoPE": (
+        {
+            "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 700.0},
+            "max_position_embeddings": 8,
+        },
+        "rope_type is 'dynamic' and a row has",
+    ),
+}
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one mini-batch twice": {"groups": EVEN, "mini": 16, "epochs": 2},
@@ -28,6 +38,11 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
         "groups on both": {"groups": UNEVEN, "mini": 16, "epochs": 1, "micro": 4},
         "dynamic mini-batches on both": {"groups": EVEN, "mini": 8, "epochs": 2, "dynamic": True},
     },
+}
+
+
+REFUSALS = {
+    name: {"refused": changes, "groups": EVEN, "mini": 8, "epochs": 1} for name, (changes, _) in REFUSED.items()
 }
 
 
@@ -48,7 +63,7 @@ def out(folder, tmp_path_factory):
             env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
             command += [str(processes), str(SUPPORT / "verl_runs.py"), str(folder), str(made[processes])]
-            command += [json.dumps(CASES[processes])]
+            command += [json.dumps(CASES[processes] | (REFUSALS if processes == 1 else {}))]
             done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400)
             assert done.returncode == 0, done.stderr[-6000:]
         return made[processes]
@@ -84,6 +99,13 @@ def test_the_steps_are_those_of_the_core(processes: int, name: str, folder, out)
         assert loss == pytest.approx(variances - 2 * metrics["gvpo/covariance"][i])
     assert abs(metrics["gvpo/kl"][0]) < 1e-6, "the first step is of the policy that is the reference"
     assert abs(metrics["gvpo/kl"][-1]) > 1e-3 or len(steps) == 1
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_whose_step_would_score_otherwise_is_refused_by_name(name: str, out) -> None:
+    found = json.loads((out(1) / f"{name}.json").read_text())
+    assert REFUSED[name][1] in found["message"]
+    assert found["same"], "no step was taken"
 
 
 def test_the_reward_rises(out) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 
+import families
 import numpy as np
 import pytest
 import tiny_models
@@ -13,6 +14,7 @@ from torch_policies import parameters, policy
 require(subject="torch")
 
 import torch
+from gvpo_torch.weights import decoder_of
 from safetensors.torch import load_file, save_file
 
 from gvpo_core.training.config import ConfigError
@@ -188,3 +190,27 @@ def test_gpt2_exports_its_adapters_merged(kind: str, tmp_path) -> None:
     after = of_policy.logprobs(of)
     assert np.abs(after - before).max() > 1e-3
     np.testing.assert_allclose(policy(tmp_path / "out").logprobs(of), after, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kind", "decoder"),
+    [
+        ("blip-2", "OPTDecoder"),  # of a causal model that another one wraps
+        ("llama4_text", "Llama4TextModel"),  # its `get_decoder` gives the model itself
+        ("modernbert-decoder", "ModernBertDecoderModel"),  # its attribute "decoder" is the head
+        ("gemma3", "Gemma3TextModel"),
+    ],
+)
+def test_the_decoder_is_what_lies_below_every_head(kind: str, decoder: str) -> None:
+    config = families.make_config(kind)
+    with torch.device("meta"):
+        lm = families.model_class(config).from_config(config)
+    assert type(decoder_of(lm)).__name__ == decoder
+
+
+def test_a_model_without_a_decoder_is_refused() -> None:
+    class Model(torch.nn.Module):
+        get_decoder = lambda self: self
+
+    with pytest.raises(ConfigError, match="Model has no decoder apart from its head, which is not supported"):
+        decoder_of(Model())

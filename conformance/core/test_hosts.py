@@ -5,7 +5,18 @@ import sys
 
 import pytest
 
-from gvpo_core.hosts import Host, HostError, Rule, SettingsError, check_beta, equals, is_beta, is_number, refused
+from gvpo_core.hosts import (
+    Host,
+    HostError,
+    Rule,
+    SettingsError,
+    at_random,
+    check_beta,
+    equals,
+    is_beta,
+    is_number,
+    refused,
+)
 
 pytestmark = pytest.mark.core
 HOST = Host("gvpo_x", "x", "x-trainer", "0.9", "0.10", "score otherwise")
@@ -63,6 +74,28 @@ def test_numbers() -> None:
     assert is_number(0) and is_number(-1.5) and is_beta(0) and is_beta(3)
     assert not is_number(False) and not is_number("1")
     check_beta(0.1)
+
+
+class Dropout:
+    def __init__(self, p: float) -> None:
+        self.p = p
+
+
+class Block:
+    def __init__(self, **settings: object) -> None:
+        vars(self).update(settings)
+
+
+def test_what_changes_activations_at_random_is_named() -> None:
+    quiet = [Dropout(0.0), Block(p=0.5, attention_dropout=0.0, jitter_noise=0.0, drop_path=None)]
+    assert at_random(quiet) == []
+    loud = [Dropout(0.5), Block(attention_dropout=0.1), Block(router_jitter=0.01), Block(layerdrop=0.3)]
+    assert at_random([*loud, *quiet]) == [
+        "Block.attention_dropout = 0.1",
+        "Block.layerdrop = 0.3",
+        "Block.router_jitter = 0.01",
+        "Dropout.p = 0.5",
+    ]
 
 
 def test_importing_it_imports_no_host() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import tiny_models
 import torch
 import verl_cpu
 from tensordict import TensorDict
@@ -21,6 +22,7 @@ from verl.workers.config.actor import PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
 from gvpo_core import dense_group_ids, gvpo_surrogate
+from gvpo_core.hosts import SettingsError
 
 BETA, RATE = 0.2, 0.05
 SMOOTH: dict[str, Any] = {"betas": (0.0, 0.0), "override_optimizer_config": {"eps": 1.0}}  # near gradient descent
@@ -183,6 +185,19 @@ def learn(folder: Path, out: Path, steps: int = 14) -> None:
     (out / "learned.json").write_text(json.dumps(found))
 
 
+def refuse(name: str, folder: Path, out: Path) -> None:
+    """Writes the message with which a step of a model is refused, and whether its parameters are as they were."""
+    worker, rows = make_worker(folder), rollout((4, 4))
+    initial, start = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), parameters(worker)
+    message = ""
+    try:
+        train(worker, rows, initial, initial, mini=8, epochs=1)
+    except SettingsError as error:
+        message = str(error)
+    same = all(np.array_equal(value, start[key]) for key, value in parameters(worker).items())
+    (out / f"{name}.json").write_text(json.dumps({"message": message, "same": same}))
+
+
 def main() -> None:
     folder, out = Path(sys.argv[1]), Path(sys.argv[2])
     torch.distributed.init_process_group("gloo")
@@ -190,6 +205,9 @@ def main() -> None:
     initial = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, settings in json.loads(sys.argv[3]).items():
         groups, mini, epochs = (settings.pop(x) for x in ("groups", "mini", "epochs"))
+        if changes := settings.pop("refused", None):
+            refuse(name, tiny_models.make_model("llama", out / name, **changes), out)
+            continue
         worker = make_worker(folder, **settings)
         rows = np.array_split(np.array(rollout(tuple(groups)), dtype=object), size)[rank].tolist()
         start = parameters(worker)

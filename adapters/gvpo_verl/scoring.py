@@ -1,0 +1,66 @@
+"""Whether verl's micro-batches score a response as the model does for it alone, in the mode that the step runs in.
+
+verl scores in evaluation mode and steps in training mode, and pads or packs the rows of a micro-batch. Each can change
+a response's log-probability, and with it the step.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gvpo_core.hosts import SettingsError, at_random
+from gvpo_core.training.policy.layout import rope_by_length
+
+
+def check_lengths(config: Any, lengths: Tensor) -> None:
+    """Looks for rows whose RoPE depends on another row of their micro-batch, or on an earlier one.
+
+    Args:
+      config: of the model, as transformers has it.
+      lengths: (B,) tokens of each row, prompt and response.
+    Raises: SettingsError: there are some.
+    """
+    rope = rope_by_length(config.get_text_config().to_dict())
+    if rope is None or not len(lengths) or int(lengths.max()) <= rope.original:
+        return
+    if rope.kind == "longrope" and int(lengths.min()) > rope.original:
+        return
+    raise SettingsError(
+        f"rope_type is {rope.kind!r} and a row has {int(lengths.max())} tokens: beyond {rope.original} tokens the"
+        " frequencies depend on the longest row of a micro-batch, so the others' log-probabilities would not be their"
+        f" own; set data.max_prompt_length and data.max_response_length to {rope.original} together"
+    )
+
+
+def random_states() -> list[Tensor]:
+    """States of torch's random number generators on this process's devices."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
+
+
+def check_training_mode(name: str, modules: Iterable[Any], before: list[Tensor]) -> None:
+    """Raises SettingsError where a pass in training mode has drawn random numbers since the states `before`."""
+    if all(torch.equal(a, b) for a, b in zip(before, random_states(), strict=True)):
+        return
+    raise SettingsError(
+        f"{name} draws random numbers in training mode ({', '.join(at_random(modules)) or 'no setting of that name'}):"
+        " its weights and gradient would be of two different sub-networks; set dropout, router noise and stochastic"
+        " depth to 0, as in +actor_rollout_ref.model.override_config.attention_dropout=0.0"
+    )
+
+
+def check_same(name: str, found: Tensor, alone: Tensor, what: str, *, rounded: bool) -> None:
+    """Compares (N,) log-probabilities of tokens, nats, with those of rows alone.
+
+    Args:
+      rounded: 16-bit numbers, of which the mean decides.
+    Raises: SettingsError: they differ.
+    """
+    apart = (found - alone).abs()
+    if not len(apart) or (apart.mean() <= 0.1 if rounded else apart.max() <= 2e-3):
+        return
+    raise SettingsError(
+        f"{name} scores tokens differently {what}, by up to {float(apart.max()):.2g} nat each: GVPO cannot be exact"
+        " with it in verl"
+    )
