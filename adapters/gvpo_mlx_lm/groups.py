@@ -64,6 +64,11 @@ def _group(row: Row, tokenizer: Any, longest: int, where: str) -> Group:
             f"{where} has a response_mask, tokens that the policy did not draw; mlx-lm's trainer scores every token."
             " Train on it with gvpo_mlx (docs/recorded.md)"
         )
+    if any(row.get("response_segments") or ()):
+        raise DataError(
+            f"{where} has response_segments, episodes of several prompts, which mlx-lm's trainer does not add up."
+            " Train on it with gvpo_mlx (docs/recorded.md)"
+        )
     responses = _list(row["responses"], f"{where}, column 'responses'")
     rewards = _list(row["rewards"], f"{where}, column 'rewards'")
     finished = row.get("finished")

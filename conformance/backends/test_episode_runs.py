@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -44,6 +45,18 @@ def backend(request) -> Backend:
 def model(tmp_path_factory) -> Path:
     folder = tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rewriting(model, tmp_path_factory) -> Path:
+    """The model with a chat template that leaves out the first letter of the assistant's earlier turns."""
+    folder = tmp_path_factory.mktemp("rewriting") / "model"
+    shutil.copytree(model, folder)
+    shown = "{{ m['content'][1:] if m['role'] == 'assistant' else m['content'] }}"
+    template = (folder / "chat_template.jinja").read_text()
+    assert "{{ m['content'] }}" in template
+    (folder / "chat_template.jinja").write_text(template.replace("{{ m['content'] }}", shown))
     return folder
 
 
@@ -107,8 +120,22 @@ def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, t
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
 
 
+def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, rewriting, tmp_path) -> None:
+    _, batches, whole = run(tmp_path / "whole", backend, rewriting)
+    counts = [1 + len(segments) for segments in batches[0].later]
+    assert {*counts} >= {1, 2, 3} and whole[0]["episodes/segments"] == pytest.approx(np.mean(counts))
+    assert whole[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(whole[1]["kl"]) > 1e-4
+    _, again, fed = run(tmp_path / "fed", backend, rewriting, train_file=str(tmp_path / "whole/completions.jsonl"))
+    assert again[0] == batches[0]
+    for a, b in zip(whole, fed, strict=True):
+        for key in ("loss", "gradient_norm", "length/mean"):
+            assert b[key] == pytest.approx(a[key], rel=2e-4), key
+
+
 @pytest.mark.slow
-def test_two_processes_play_and_end_as_one_does(backend, model, tmp_path) -> None:
+@pytest.mark.parametrize("kind", ["model", "rewriting"])
+def test_two_processes_play_and_end_as_one_does(backend, kind, request, tmp_path) -> None:
+    model = request.getfixturevalue(kind)
     (tmp_path / "rows.jsonl").write_text('{"secret": 3}\n{"secret": 7}\n{"secret": 5}\n')
     records = {}
     for processes in (1, 2):
@@ -148,6 +175,7 @@ memory = 0.0
             records[processes, name] = [json.loads(line) for line in lines]
     one, two = records[1, "completions"], records[2, "completions"]
     assert [c["episode"] for c in one] == [c["episode"] for c in two] and len(one) == 30
+    assert kind == "model" or any(len(c.get("response_segments", ())) > 1 for c in one)
     assert len({c["turns"] for c in one}) > 1, "the ranks draw unequal numbers of turns"
     for a, b in zip(records[1, "metrics"], records[2, "metrics"], strict=True):
         for key in ("loss", "gradient_norm", "kl", "turns/mean", "episodes/tokens"):

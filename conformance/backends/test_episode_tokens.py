@@ -33,10 +33,10 @@ def add(a: int, b: list[float], c: str = "x") -> float:
     return a
 
 
-def opened(name: str, *, keep: bool = False) -> tuple[Transcript, int]:
+def opened(name: str, history: str = "segments") -> tuple[Transcript, int]:
     """A transcript before the first turn, and the end token."""
     tokenizer = tool_templates.make(name)
-    chat = Chat(tokenizer, [schema_of(add)], keep=keep)
+    chat = Chat(tokenizer, [schema_of(add)], history=history)
     return Transcript(chat, PROMPT, chat.tokens(PROMPT)), tokenizer.convert_tokens_to_ids(
         tool_templates.TEMPLATES[name][2]
     )
@@ -48,9 +48,9 @@ def say(transcript: Transcript, ids: list[int], end: int) -> None:
 
 
 def hear(transcript: Transcript, messages) -> list[int]:
-    tokens, whole = transcript.heard(messages)
-    transcript.hear(messages, tokens, whole)
-    return tokens
+    heard = transcript.heard(messages)
+    transcript.hear(messages, heard)
+    return heard.tokens
 
 
 @pytest.mark.parametrize("name", KEEPING)
@@ -103,17 +103,67 @@ def test_a_turn_that_ends_with_another_end_token_is_closed_as_the_template_close
     assert heard[0] == end and transcript.tokens[1] == eos and transcript.own[:3] == (True, True, False)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "drops"])
-def test_a_template_that_drops_thoughts_is_refused_or_the_turns_are_kept(name: str) -> None:
-    thought = "<think>12</think>ab"
+def played(name: str, thought: str) -> tuple[Transcript, list[tuple[tuple[int, ...], list[int]]]]:
+    """Three turns that begin with `thought`, and for each of them what the policy saw and drew."""
     transcript, end = opened(name)
+    turns = []
+    for number, messages in enumerate((HEARD["user"], [{"role": "user", "content": "b 12"}], None)):
+        odd = [5 + 200 + number, *transcript.chat.ids("1"), *transcript.chat.ids("2")]  # not what a text tokenizes to
+        drawn = [*transcript.chat.ids(thought), *odd]
+        turns.append((transcript.context, [*drawn, end]))
+        say(transcript, drawn, end)
+        if messages:
+            hear(transcript, messages)
+    return transcript, turns
+
+
+@pytest.mark.parametrize("name", ["qwen3", "drops"])
+def test_a_template_that_drops_thoughts_gives_segments_of_the_tokens_that_were_drawn(name: str) -> None:
+    transcript, turns = played(name, "<think>hello</think>")
+    segments = transcript.segments
+    assert len(segments) == 3
+    for number, (segment, (context, drawn)) in enumerate(zip(segments, turns, strict=True)):
+        assert segment.prompt == context and segment.response == tuple(drawn) and segment.own is None
+        chat, said = transcript.chat, [*PROMPT, *transcript.messages[: 2 * number]]
+        assert segment.prompt == tuple(chat.ids(chat.text(said))), "as the template renders it at that turn"
+        assert "think" not in chat.tokenizer.decode(segment.prompt)
+
+
+@pytest.mark.parametrize("name", KEEPING)
+def test_a_template_that_keeps_turns_gives_one_segment(name: str) -> None:
+    transcript, turns = played(name, "" if name == "qwen3" else "<think>hello</think>")
+    [segment] = transcript.segments
+    assert segment.prompt == turns[0][0] and segment.own.count(True) == sum(len(drawn) for _, drawn in turns)
+    for context, drawn in turns:
+        start = len(context) - len(segment.prompt)
+        assert list(segment.response[start : start + len(drawn)]) == drawn
+        assert all(segment.own[start : start + len(drawn)])
+
+
+def test_thoughts_before_a_tool_s_answer_stay_until_the_next_question() -> None:
+    transcript, end = opened("qwen3")
+    ids = transcript.chat.ids
+    say(transcript, ids("<think>ab</think>1"), end)
+    hear(transcript, HEARD["tool"])
+    say(transcript, ids("2"), end)
+    assert len(transcript.segments) == 1
+    hear(transcript, HEARD["user"])
+    assert len(transcript.segments) == 2 and transcript.own is None and transcript.tokens == []
+
+
+@pytest.mark.parametrize("name", ["qwen3", "drops"])
+def test_a_template_that_drops_thoughts_is_refused_or_the_turns_are_kept_where_asked(name: str) -> None:
+    thought = "<think>12</think>ab"
+    transcript, end = opened(name, "error")
     say(transcript, transcript.chat.ids(thought), end)
     if name == "qwen3":
         hear(transcript, HEARD["tool"])  # thoughts since the last question stay
         say(transcript, transcript.chat.ids("ab"), end)
-    with pytest.raises(RewrittenError, match=r"renders earlier turns in another way .* environment\.history = 'keep'"):
+    with pytest.raises(
+        RewrittenError, match=r"renders earlier turns in another way .* environment\.history = 'segments'"
+    ):
         transcript.heard(HEARD["user"])
-    kept, end = opened(name, keep=True)
+    kept, end = opened(name, "keep")
     plain, _ = opened(name)
     for one, words in ((kept, thought), (plain, "ab")):
         say(one, one.chat.ids(words), end)

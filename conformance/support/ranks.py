@@ -26,7 +26,10 @@ class RankedTable(TablePolicy):
         logprobs = self.logprobs(batch) if scored is None else scored
         c = self.gather(coefficients(logprobs, np.arange(len(batch))))
         rows = self.meeting.exchange(self.rank, batch)
-        whole = Batch(*([x for b in rows for x in getattr(b, n)] for n in ("prompts", "responses", "groups")))
+        whole = Batch(
+            *([x for b in rows for x in getattr(b, n)] for n in ("prompts", "responses", "groups")),
+            later=[segments for b in rows for segments in (b.later or [()] * len(b))],
+        )
         update = super().update(whole, lambda s, r: c)
         return Update(logprobs, update.gradient_norm, update.learning_rate, len(batch), update.peak_memory)
 

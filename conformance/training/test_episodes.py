@@ -101,6 +101,18 @@ def test_a_run_fed_from_its_own_episodes_takes_the_same_steps(tmp_path) -> None:
     np.testing.assert_array_equal(again.weights, played.weights)
 
 
+def test_episodes_of_one_turn_that_were_cut_can_be_trained_on_again(tmp_path) -> None:
+    played = run(config_of(tmp_path / "a", max_turns=1))
+    assert {c["end"] for c in records(tmp_path / "a", "completions")} == {"turns"}
+    for name, source in {"b": "a", "c": "b"}.items():
+        data = {"train": str(tmp_path / source / "completions.jsonl")}
+        fed = toy_run.config_of(tmp_path / name, "scripted", rollout={"max_tokens": 60}, data=data)
+        again = ScriptedPolicy(search, updates=2)
+        toy_run.run(fed, None, again)
+        np.testing.assert_array_equal(again.weights, played.weights)
+        assert not any(c["finished"] for c in records(tmp_path / name, "completions"))
+
+
 def test_limits_are_distinguished(tmp_path) -> None:
     def talk(text: str, u: float) -> str:
         return {0: "5", 1: "x" * 100, 2: "1"}[int(3 * u)] if "<user>guess<end><assistant>" in text[-40:] else "1"

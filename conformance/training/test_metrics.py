@@ -223,7 +223,14 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
     mixtures |= {"groups/revisited", "replay/age", "replay/kept"}  # test_mixed.py writes these
     mixtures |= {"teacher/unread", "teacher/lost"}  # test_teacher.py writes it
     episodes = {"turns/mean", "turns/max", "tools/calls", "tools/failed", "episodes/seconds", "episodes/repeated"}
-    episodes |= {"episodes/done", "episodes/turns", "episodes/tokens", "episodes/failed", "length/context"}
+    episodes |= {
+        "episodes/done",
+        "episodes/turns",
+        "episodes/tokens",
+        "episodes/failed",
+        "episodes/segments",
+        "length/context",
+    }
     others = recorded | losses | samplers | mixtures | episodes
     written = {**step, **evaluation, **event} | dict.fromkeys(others, 1.0)
     assert metric_names.undocumented(written) == []

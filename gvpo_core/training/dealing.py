@@ -5,12 +5,13 @@ the long ones. Before the updates each group moves to one rank. The step is the 
 depend on who holds which.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from gvpo_core.training.policy import Batch, Mask, Policy, Tokens
+from gvpo_core.training.policy import Batch, Mask, Policy, Segment, Tokens
 from gvpo_core.training.rollout import Rollout
 
 SPLIT_COST = 4 / 3  # of a group on two ranks: it is scored before its gradient is taken, 8 parts of work instead of 6
@@ -52,7 +53,7 @@ def deal(policy: Policy, rollout: Rollout, scored: np.ndarray, steps: Sequence[n
         return Deal(_taken(rollout.batch, rows - rollout.start), rows, rows, True)
     home = policy.gather(np.full(len(here), policy.rank, np.int64))
     prompts = policy.gather(np.asarray([len(prompt) for prompt in rollout.batch.prompts], np.int64))
-    lengths = policy.gather(np.asarray([len(response) for response in rollout.batch.responses], np.int64))
+    lengths = policy.gather(response_tokens(rollout.batch))
     owners, complete = assign(
         rollout.group_ids,
         home,
@@ -87,7 +88,7 @@ def assign(
 
     Args:
       group_ids, home: (N,) int64: each row's group, and the rank that holds it now.
-      prompts, lengths: (N,) int64, tokens of each row's prompt and response.
+      prompts, lengths: (N,) int64, tokens of each row's prompt and response, later segments with their prompts.
       scored: (N,) bool: rows that are trained on.
       steps: the groups of each optimizer step.
       split_cost: of work on a group that lies on two ranks, over that on one that does not.
@@ -130,18 +131,45 @@ def _taken(batch: Batch, places: np.ndarray) -> Batch:
     return batch.take([int(i) for i in places])
 
 
+def response_tokens(batch: Batch) -> np.ndarray:
+    """(N,) int64: the tokens of each response; a later segment costs those of its prompt too."""
+    counts = np.asarray([len(response) for response in batch.responses], np.int64)
+    for i, segments in enumerate(batch.later or ()):
+        counts[i] += sum(len(segment.prompt) + len(segment.response) for segment in segments)
+    return counts
+
+
 def _everyones(policy: Policy, batch: Batch) -> Batch:
     """The rows of all ranks, in rank order."""
     same = [i > 0 and batch.prompts[i] == batch.prompts[i - 1] for i in range(len(batch))]  # sent once a group
     prompts = _gathered(policy, [() if repeated else p for p, repeated in zip(batch.prompts, same, strict=True)])
     for i, prompt in enumerate(prompts):
         prompts[i] = prompt or prompts[i - 1]
+    flags = policy.gather(np.asarray([batch.own is not None, batch.later is not None])).reshape(-1, 2)
+    has_masks, has_later = bool(flags[:, 0].any()), bool(flags[:, 1].any())
     own: list[Mask | None] | None = None
-    if policy.gather(np.asarray([batch.own is not None])).any():
-        masks: Sequence[Mask | None] = [None] * len(batch) if batch.own is None else batch.own
-        own = [tuple(map(bool, mask)) or None for mask in _gathered(policy, [mask or () for mask in masks])]
+    if has_masks:
+        own = _masks(policy, [None] * len(batch) if batch.own is None else batch.own)
     groups = [int(g) for g in policy.gather(np.asarray(batch.groups, np.int64))]
-    return Batch(prompts, _gathered(policy, list(batch.responses)), groups, own)
+    responses = _gathered(policy, list(batch.responses))
+    return Batch(prompts, responses, groups, own, later=_later(policy, batch) if has_later else None)
+
+
+def _masks(policy: Policy, masks: Sequence[Mask | None]) -> list[Mask | None]:
+    """Masks of all ranks, in rank order."""
+    return [tuple(map(bool, mask)) or None for mask in _gathered(policy, [mask or () for mask in masks])]
+
+
+def _later(policy: Policy, batch: Batch) -> list[tuple[Segment, ...]]:
+    """`Batch.later` of all ranks, in rank order."""
+    of_each = [()] * len(batch) if batch.later is None else batch.later
+    counts = policy.gather(np.asarray([len(segments) for segments in of_each], np.int64))
+    flat = [segment for segments in of_each for segment in segments]
+    prompts = _gathered(policy, [segment.prompt for segment in flat])
+    responses = _gathered(policy, [segment.response for segment in flat])
+    masks = _masks(policy, [segment.own for segment in flat])
+    every = iter([Segment(*parts) for parts in zip(prompts, responses, masks, strict=True)])
+    return [tuple(itertools.islice(every, count)) for count in counts.tolist()]
 
 
 def _gathered(policy: Policy, rows: Sequence[Sequence[int]]) -> list[Tokens]:

@@ -11,7 +11,7 @@ import numpy as np
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.episodes import COLUMN, Episode, EpisodePrompts, episode_rows
 from gvpo_core.training.episodes.play import Draw
-from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens, masks_of
+from gvpo_core.training.policy import Batch, Mask, Policy, Prompt, Response, ResponseError, Tokens, later_of, masks_of
 from gvpo_core.training.policy.ranks import agree, attempt, gather_objects
 from gvpo_core.training.rewards import Reward, RewardError, Scores
 from gvpo_core.training.rewards.failures import count_errors, counted_failures, no_score, report
@@ -45,7 +45,7 @@ class Rollout:
     sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
     gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
     staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
-    episodes: np.ndarray | None = None  # (N, 10) of `episode_rows`; NaN = no episode of this step
+    episodes: np.ndarray | None = None  # (N, NUMBERS) of `episode_rows`; NaN = no episode of this step
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
     prompts: Sequence[Prompt] = ()  # by group, as in the data
     left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
@@ -139,7 +139,8 @@ def collect(
     groups = [g for g, _ in flat_drawn]
     responses_drawn = [r for _, r in flat_drawn]
     asked_each = [prompts.tokens[rows[g]] for g in groups]
-    batch = Batch(asked_each, [r.tokens for r in responses_drawn], groups, masks_of(responses_drawn))
+    masks, later = masks_of(responses_drawn), later_of(responses_drawn)
+    batch = Batch(asked_each, [r.tokens for r in responses_drawn], groups, masks, later=later)
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
     generated = time.perf_counter()
     scores = score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch, responses_drawn)
@@ -210,7 +211,9 @@ def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ends(middle) else (middle, high)
-    unknown = {"logprob": math.nan} if isinstance(response, Drawn) else {}  # a sampler's covers what is cut off
+    unknown: dict[str, Any] = (
+        {"logprob": math.nan} if isinstance(response, Drawn) else {}
+    )  # a sampler's covers what is cut off
     own = None if response.own is None else response.own[:high]
     return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, own=own, **unknown)
 
@@ -232,7 +235,7 @@ def score_everywhere(
     """
     if not rewards:
         return Scores(np.zeros(int(policy.gather(np.asarray([len(texts)])).sum())), {}, {}, {})
-    columns = prompts.columns_of(rows) | {"completion_ids": [list(r) for r in batch.responses]}
+    columns = prompts.columns_of(rows) | {"completion_ids": completion_ids(batch)}
     given: list[Any] = list(texts)
     if isinstance(prompts, EpisodePrompts):
         episodes = [response for response in responses if isinstance(response, Episode)]
@@ -258,6 +261,15 @@ def score_everywhere(
     return Scores(total, dict(zip(calls.parts, parts, strict=True)), errors, calls.seconds)
 
 
+def completion_ids(batch: Batch) -> list[list[int]]:
+    """The token ids of each response as reward functions get them: of all segments, one after the other."""
+    later = batch.later or [()] * len(batch)
+    return [
+        [*tokens, *(token for segment in segments for token in segment.response)]
+        for tokens, segments in zip(batch.responses, later, strict=True)
+    ]
+
+
 def _turns_of(policy: Policy, sampler: Sampler | None) -> Draw:
     """What draws the turns of episodes."""
     if sampler is None:
@@ -268,14 +280,19 @@ def _turns_of(policy: Policy, sampler: Sampler | None) -> Draw:
 
 
 def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
-    """What completions.jsonl has beside the text: `odd_ids` of the response, and the mask of its own tokens."""
-    mask = {} if response.own is None else {"response_mask": [int(mine) for mine in response.own]}
-    return mask | ({} if ids is None else {"response_ids": ids})
+    """What completions.jsonl has beside the text: `odd_ids` of the response, its mask, and its later segments."""
+    exact = _mask(response.own) | ({} if ids is None else {"response_ids": ids})
+    segments = [{"prompt_ids": s.prompt, "response_ids": s.response} | _mask(s.own) for s in response.later]
+    return exact | ({"response_segments": segments} if segments else {})
+
+
+def _mask(own: Mask | None) -> dict[str, list[int]]:
+    return {} if own is None else {"response_mask": [int(mine) for mine in own]}
 
 
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
     """The token ids of the responses that their text does not give back: see `encode_responses`. None of the others."""
-    if any(response.own is not None or isinstance(response, Episode) for response in responses):
+    if any(r.own is not None or r.later or isinstance(r, Episode) for r in responses):
         return [response.tokens for response in responses]
     try:
         again = policy.encode_responses(prompt, texts, [r.finished for r in responses])

@@ -31,7 +31,13 @@ from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit
 
 _log = logging.getLogger("gvpo")
-_DRAWN_WITH = ("model", "data", "rollout", "rewards")  # sections that the responses and rewards depend on
+_DRAWN_WITH = (
+    "model",
+    "data",
+    "rollout",
+    "rewards",
+    "environment",
+)  # sections that the responses and rewards depend on
 
 
 class CollectError(RuntimeError):
@@ -92,7 +98,8 @@ def _groups(
             "finished": [response["finished"] for response in responses],
             "reward_parts": [response["rewards"] for response in responses],
         }
-        for column in ("response_ids", "response_mask"):
+        record |= {"prompt_ids": first["prompt_ids"]} if first.get("prompt_ids") else {}
+        for column in ("response_ids", "response_mask", "response_segments"):
             values = [response.get(column) for response in responses]
             record |= {column: values} if any(value is not None for value in values) else {}
         columns = {k: v for k, v in rows[first["row"]].items() if k in prompts.names and k not in record and _plain(v)}

@@ -245,14 +245,15 @@ class EnvironmentConfig:
     max_turns: int = 8
     """Turns of the policy in an episode. Beyond it the episode is cut."""
     turn_tokens: int = 0
-    """Longest turn, tokens. 0: what is left of rollout.max_tokens, which counts all tokens after the prompt."""
+    """Longest turn, tokens. 0: what is left of rollout.max_tokens, which counts all tokens after the prompt that the
+    policy sees."""
     cut_reward: float = 0.0
     """Reward added to episodes that are cut by the turn or token limit."""
     weight: float = 1.0
     """Factor of the environment's reward in the total."""
-    history: Literal["error", "keep"] = "error"
-    """What to do where the chat template rewrites earlier turns (drops thoughts). error: stop the run; keep: the
-    policy goes on seeing its turns as it drew them."""
+    history: Literal["segments", "keep", "error"] = "segments"
+    """What to do where the chat template rewrites earlier turns (drops thoughts). segments: the next turn has a prompt
+    of its own, as the template renders it; keep: the policy goes on seeing its turns as it drew them; error: stop."""
     timeout: float = 30.0
     """Seconds that reset, a step or a message's tools may take. Beyond it the process is ended."""
     workers: int = 2

@@ -19,6 +19,7 @@ from gvpo_core.training.sampling import Sampling, row_seed
 
 End = Literal["done", "turns", "tokens", "failed"]
 _ENDS = ("done", "turns", "tokens", "failed")
+NUMBERS = 7 + len(_ENDS)  # of an episode, for metrics; see `episode_rows`
 Draw = Callable[
     [Sequence[Sequence[Mapping[str, Any]]], Sequence[Tokens], Sequence[Sequence[int]], Sampling],
     Sequence[Sequence[Response]],
@@ -63,12 +64,14 @@ class _Playing:
         cut = [cut_reward] if self.end in ("turns", "tokens") else []
         scored = self.end != "failed" and bool(self.rewards or cut)
         end: Any = self.end
+        first, *later = self.transcript.segments
         return Episode(
-            tuple(self.transcript.tokens),
+            first.response,
             self.end == "done",
             self.logprob,
             self.version,
-            own=self.transcript.own,
+            own=first.own,
+            later=tuple(later),
             messages=self.transcript.messages,
             reward=sum(self.rewards) + sum(cut) if scored else None,
             end=end,
@@ -96,7 +99,7 @@ def play(
 
     Args:
       prompts: messages, token ids and row of the data, each.
-      sampling: `max_tokens` are those of an episode after the prompt, the environment's included.
+      sampling: `max_tokens` are those that the policy sees after the prompt, the environment's included.
     Raises: EnvironmentFailed: an environment that broke the protocol, or failed for more than half of the episodes.
     """
     config = environments.config
@@ -136,7 +139,7 @@ def play(
             )
             for many, responses in zip(members, drawn, strict=True):
                 for one, response in zip(many, responses, strict=False):
-                    _say(policy, one, response, sampling.max_tokens - len(one.transcript.tokens))
+                    _say(policy, one, response, sampling.max_tokens - one.transcript.length)
                 lost |= {one.place for one in many[len(responses) :]}
         active = [one for one in active if one.place not in lost]
         attempt(policy, lambda: _answered(environments, active, sampling), kind=EnvironmentFailed)  # noqa: B023
@@ -158,7 +161,7 @@ def _requests(
     One call, whose longer turns are cut to the room of their episode, where the model has the positions for it; else a
     call for each limit. The turns are the same.
     """
-    limits = [min(turn or sampling.max_tokens, sampling.max_tokens - len(one.transcript.tokens)) for one in active]
+    limits = [min(turn or sampling.max_tokens, sampling.max_tokens - one.transcript.length) for one in active]
     longest = max((len(one.transcript.context) for one in active), default=0)
     if active and longest + max(limits) <= positions:
         limits = [max(limits)] * len(active)
@@ -211,12 +214,12 @@ def _answered(environments: Environments, active: Sequence[_Playing], sampling: 
             one.transcript.messages += messages
             one.end = "turns"
         else:
-            tokens, text = one.transcript.heard(messages)
-            if len(one.transcript.tokens) + len(tokens) >= sampling.max_tokens:
+            heard = one.transcript.heard(messages)
+            if one.transcript.length_with(heard) >= sampling.max_tokens:
                 one.transcript.messages += messages
                 one.end = "tokens"
             else:
-                one.transcript.hear(messages, tokens, text)
+                one.transcript.hear(messages, heard)
 
 
 def _asked(
@@ -249,13 +252,16 @@ def _repeats(episode: Episode) -> bool:
 
 
 def episode_rows(episodes: Sequence[Response]) -> np.ndarray:
-    """(N, 10) numbers of a step's episodes, of which `episode_metrics` makes metrics."""
+    """(N, NUMBERS) numbers of a step's episodes, of which `episode_metrics` makes metrics."""
     rows = [
-        [e.turns, e.calls, e.failed_calls, e.seconds, len(e.tokens), _repeats(e), *(e.end == end for end in _ENDS)]
+        [
+            *(e.turns, e.calls, e.failed_calls, e.seconds, len(e.all_tokens), _repeats(e), 1 + len(e.later)),
+            *(e.end == end for end in _ENDS),
+        ]
         for e in episodes
         if isinstance(e, Episode)
     ]
-    return np.asarray(rows, np.float64).reshape(len(rows), 10)
+    return np.asarray(rows, np.float64).reshape(len(rows), NUMBERS)
 
 
 def episode_metrics(rows: np.ndarray) -> dict[str, float]:
@@ -263,15 +269,16 @@ def episode_metrics(rows: np.ndarray) -> dict[str, float]:
     rows = rows[~np.isnan(rows).any(axis=1)]
     if not len(rows):
         return {}
-    turns, calls, failed, seconds, tokens, repeated = rows[:, :6].T
+    turns, calls, failed, seconds, tokens, repeated, segments = rows[:, :7].T
     metrics = {
         "turns/mean": float(turns.mean()),
         "turns/max": int(turns.max()),
         "tools/calls": float(calls.mean()),
         "episodes/seconds": float(seconds.max()),
         "episodes/repeated": float(repeated.mean()),
+        "episodes/segments": float(segments.mean()),
         "length/context": float(tokens.mean()),
     }
     if calls.sum():
         metrics["tools/failed"] = float(failed.sum() / calls.sum())
-    return metrics | {f"episodes/{end}": float(rows[:, 6 + i].mean()) for i, end in enumerate(_ENDS)}
+    return metrics | {f"episodes/{end}": float(rows[:, 7 + i].mean()) for i, end in enumerate(_ENDS)}

@@ -40,7 +40,7 @@ def episode_prompts(
     Raises: DataError: see `encode_prompts`; a row of which neither has a prompt. ConfigError: no chat template.
     """
     tokenizer = getattr(policy, "tokenizer", None)
-    chat = Chat(tokenizer, environments.tools, keep=config.environment.history == "keep")
+    chat = Chat(tokenizer, environments.tools, history=config.environment.history)
     if chat.tools and not chat.shows_tools() and policy.rank == 0:
         _log.warning(
             "the chat template does not show the tools to the model: tell it in data.system_prompt which there are"

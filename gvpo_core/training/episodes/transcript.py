@@ -2,17 +2,19 @@
 
 What the policy said stays the tokens that it drew, whatever its text would tokenize to. What it hears is tokenized
 once: the part that the chat template adds to the text of the conversation so far, the turn's end included. A template
-that changes earlier text (it drops thoughts, say) has no such part.
+that changes earlier text (it drops thoughts, say) has no such part: there a new segment begins, whose prompt is the
+conversation as the template renders it then.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy import Mask, Response, Tokens
+from gvpo_core.training.policy import Mask, Response, Segment, Tokens
 
 _PROBE = "zqxj"  # a message that no template contains
 Message = Mapping[str, Any]
+History = Literal["segments", "keep", "error"]  # see `EnvironmentConfig.history`
 
 
 class RewrittenError(ConfigError):
@@ -22,16 +24,18 @@ class RewrittenError(ConfigError):
 class Chat:
     """A tokenizer's chat template with the tools of a run."""
 
-    def __init__(self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] = (), *, keep: bool = False) -> None:
+    def __init__(
+        self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] = (), *, history: History = "segments"
+    ) -> None:
         """
         Args:
           tools: schemas in OpenAI's form.
-          keep: where the template rewrites earlier turns, keep them as the policy saw them.
+          history: what to do where the template rewrites earlier turns; see `EnvironmentConfig.history`.
         Raises: ConfigError: there is no chat template.
         """
         if not getattr(tokenizer, "chat_template", None):
             raise ConfigError("episodes need a chat template, and the model's tokenizer has none")
-        self.tokenizer, self.keep = tokenizer, keep
+        self.tokenizer, self.history = tokenizer, history
         self.tools = [dict(tool) for tool in tools] or None
 
     def text(self, messages: Sequence[Message]) -> str:
@@ -59,27 +63,47 @@ class Chat:
         return [int(i) for i in self.tokenizer.encode(text, add_special_tokens=False)]
 
 
+class Heard(NamedTuple):
+    """What the policy reads before its next turn."""
+
+    tokens: list[int]  # after its last turn; of a new segment, the whole prompt
+    text: str | None  # the whole conversation as the policy sees it; None: the template renders it otherwise
+    anew: bool  # begins a new segment
+
+
 class Transcript:
-    """One episode so far: `messages`, and the tokens after the prompt with the mask of the policy's own."""
+    """One episode so far: `messages`, and the tokens of its segments with the masks of the policy's own."""
 
     def __init__(self, chat: Chat, prompt: Sequence[Message], tokens: Tokens) -> None:
         """`tokens`: of the prompt."""
-        self.chat, self.prompt, self.prompt_tokens = chat, [dict(m) for m in prompt], tokens
+        self.chat, self.prompt, self.asked = chat, [dict(m) for m in prompt], len(tokens)
         self.messages: list[dict[str, Any]] = []  # after the prompt
-        self.tokens: list[int] = []  # after the prompt
+        self.before: list[Segment] = []  # segments that have ended
+        self.segment_prompt = tokens  # of the present segment
+        self.tokens: list[int] = []  # after it
         self._own: list[bool] = []
         self._text: str | None = chat.text(prompt)  # as the policy saw it; None: the template renders it otherwise
         self._end = -1
 
     @property
     def context(self) -> Tokens:
-        """Everything so far."""
-        return (*self.prompt_tokens, *self.tokens)
+        """What the policy sees."""
+        return (*self.segment_prompt, *self.tokens)
+
+    @property
+    def length(self) -> int:
+        """Tokens that the policy sees beyond those of the episode's prompt."""
+        return len(self.segment_prompt) + len(self.tokens) - self.asked
 
     @property
     def own(self) -> Mask | None:
-        """See `Response.own`."""
+        """Of the present segment; see `Response.own`."""
         return None if all(self._own) else tuple(self._own)
+
+    @property
+    def segments(self) -> list[Segment]:
+        """All of them, in order."""
+        return [*self.before, Segment(self.segment_prompt, tuple(self.tokens), self.own)]
 
     def say(self, response: Response, text: str) -> None:
         """Adds a turn of the policy; `text` is the response's, without its end token."""
@@ -88,41 +112,58 @@ class Transcript:
         self._own += [True] * len(response.tokens)
         self._end = response.tokens[-1]
 
-    def heard(self, messages: Sequence[Message]) -> tuple[list[int], str | None]:
-        """The tokens that go between the policy's last turn and its next one, and the whole text then.
+    def heard(self, messages: Sequence[Message]) -> Heard:
+        """What the policy reads after its last turn.
 
-        Raises: RewrittenError: the template renders what came before in another way than the policy saw it.
+        Raises: RewrittenError: the template renders what came before in another way than the policy saw it, and may
+          not begin a segment.
         """
-        end = str(self.chat.tokenizer.decode([self._end], skip_special_tokens=False))
         whole = self.chat.text([*self.prompt, *self.messages, *messages])
+        try:
+            return self._continued(messages, whole)
+        except RewrittenError:
+            if self.chat.history != "segments":
+                raise
+        return Heard(self.chat.ids(whole), whole, True)
+
+    def _continued(self, messages: Sequence[Message], whole: str) -> Heard:
+        end = str(self.chat.tokenizer.decode([self._end], skip_special_tokens=False))
         said = self.messages[-1]["content"]
         if self._text is not None:
             for words in (said + end, said.strip() + end, said, said.strip()):  # trimmed; ended by another end token
                 before = self._text + words
                 if whole.startswith(before):
-                    return self._continued(end, whole[len(before) :]), whole
-        if not self.chat.keep:
+                    return Heard(self._after_end(end, whole[len(before) :]), whole, False)
+        if self.chat.history != "keep":
             raise RewrittenError(
                 "the chat template renders earlier turns in another way than the policy saw them (it drops thoughts, or"
-                " its generation prompt holds text that it leaves out later); set environment.history = 'keep' to train"
-                " on turns as they were seen, or use another template"
+                " its generation prompt holds text that it leaves out later); set environment.history = 'segments' to"
+                " give such a turn a prompt of its own, or 'keep' to train on turns as they were seen"
             )
         probed = [*self.messages[:-1], self.messages[-1] | {"content": _PROBE}]
         _, found, after = self.chat.text([*self.prompt, *probed, *messages]).rpartition(_PROBE)
         if not found:
             raise RewrittenError("the chat template leaves out the assistant's turn, so it cannot be continued")
-        return self._continued(end, after.removeprefix(end)), None
+        return Heard(self._after_end(end, after.removeprefix(end)), None, False)
 
-    def _continued(self, end: str, text: str) -> list[int]:
+    def _after_end(self, end: str, text: str) -> list[int]:
         """Tokens of `text` as they are after the end token: some tokenizers begin a text with a space."""
         ids = self.chat.ids(end + text)
         if not ids or ids[0] != self._end:
             raise RewrittenError(f"the tokenizer does not read the end token {end!r} as the one token {self._end}")
         return ids[1:]
 
-    def hear(self, messages: Sequence[Message], tokens: Sequence[int], text: str | None) -> None:
-        """Adds messages from outside, with the tokens and text of `heard`."""
+    def length_with(self, heard: Heard) -> int:
+        """`length` after `hear`."""
+        return len(heard.tokens) - self.asked if heard.anew else self.length + len(heard.tokens)
+
+    def hear(self, messages: Sequence[Message], heard: Heard) -> None:
+        """Adds messages from outside, as `heard` gave them."""
         self.messages += [dict(message) for message in messages]
-        self.tokens += tokens
-        self._own += [False] * len(tokens)
-        self._text = text
+        self._text = heard.text
+        if heard.anew:
+            self.before.append(Segment(self.segment_prompt, tuple(self.tokens), self.own))
+            self.segment_prompt, self.tokens, self._own = tuple(heard.tokens), [], []
+        else:
+            self.tokens += heard.tokens
+            self._own += [False] * len(heard.tokens)

@@ -10,8 +10,10 @@ from gvpo_core.training.policy.protocol import (
     Prompt,
     Response,
     ResponseError,
+    Segment,
     Tokens,
     Update,
+    later_of,
     masks_of,
 )
 
@@ -26,7 +28,9 @@ __all__ = [
     "Prompt",
     "Response",
     "ResponseError",
+    "Segment",
     "Tokens",
     "Update",
+    "later_of",
     "masks_of",
 ]

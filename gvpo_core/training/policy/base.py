@@ -5,6 +5,7 @@ A backend subclasses it and adds its framework's computations; docs/new_backend.
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -27,6 +28,7 @@ from gvpo_core.training.policy.protocol import (
     Update,
 )
 from gvpo_core.training.policy.ranks import agree
+from gvpo_core.training.policy.segments import firsts, spread, summed
 from gvpo_core.training.policy.step import HELD_MICRO_BATCHES, ByGroup, StepPlan, learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
 
@@ -111,7 +113,8 @@ class LanguageModelPolicy(abc.ABC):
 
     @abc.abstractmethod
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        """(N,) float64 log-probabilities, nats, and the tokens computed, padding included."""
+        """(N,) float64 log-probabilities of a batch without later segments, nats, and the tokens computed, padding
+        included."""
 
     @abc.abstractmethod
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
@@ -187,7 +190,8 @@ class LanguageModelPolicy(abc.ABC):
         """
         if reference and not self.settings.reference and not self.config.lora_rank:
             raise RuntimeError("the reference was not loaded: load(..., reference=True)")
-        return self._logprobs(batch, reference)[0]
+        rows, owners = batch.by_segment()
+        return summed(self._logprobs(rows, reference)[0], owners, len(batch))
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         """One AdamW step along -sum_i c_i grad log pi_i; see the protocol.
@@ -195,6 +199,11 @@ class LanguageModelPolicy(abc.ABC):
         Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
         """
         c, alone = self.optimizer_config, self.world_size == 1
+        count = len(batch)
+        batch, owners = batch.by_segment()
+        if len(owners) > count:
+            coefficients = spread(coefficients, owners)
+            scored = None if scored is None else firsts(scored, owners)
         by_group = ByGroup(coefficients, lambda error: agree(self, error, FloatingPointError))
         complete = batch.complete and self.by_group and not alone
         plan = plan_step(
@@ -212,7 +221,7 @@ class LanguageModelPolicy(abc.ABC):
         rate = learning_rate(c, self.steps_taken, self.settings.updates)
         update = self._update(batch, plan, coefficients, rate)
         self.steps_taken += 1
-        return update
+        return replace(update, logprobs=summed(update.logprobs, owners, count))
 
     def save(self, directory: Path) -> None:
         """Writes parameters or adapters, AdamW's moments and the step into an empty folder; every rank calls."""

@@ -21,18 +21,39 @@ Mask = tuple[bool, ...]  # of a response's tokens: True = drawn by the policy, F
 
 
 @dataclass(frozen=True)
+class Segment:
+    """A later part of an episode: what the policy drew after the chat template had rewritten what came before."""
+
+    prompt: Tokens  # all that the policy saw before `response`, its own earlier turns included; never scored
+    response: Tokens
+    own: Mask | None = None  # see `Response.own`
+
+    @property
+    def length(self) -> int:
+        """Tokens of the policy's own."""
+        return len(self.response) if self.own is None else sum(self.own)
+
+
+@dataclass(frozen=True)
 class Response:
-    """One sampled response."""
+    """One sampled response. An episode may continue in segments, which have prompts of their own."""
 
     tokens: Tokens  # with the sampled end token, where there is one
     finished: bool  # True: ended by an end token or a stop text; False: cut at the token limit
     own: Mask | None = field(default=None, kw_only=True)  # the policy's own tokens. None: all
     stopped: bool = field(default=False, kw_only=True)  # by a stop text, without an end token
+    later: tuple[Segment, ...] = field(default=(), kw_only=True)  # segments after `tokens`, in order
 
     @property
     def length(self) -> int:
-        """Tokens of its own."""
-        return len(self.tokens) if self.own is None else sum(self.own)
+        """The policy's own tokens, over all segments."""
+        first = len(self.tokens) if self.own is None else sum(self.own)
+        return first + sum(segment.length for segment in self.later)
+
+    @property
+    def all_tokens(self) -> Tokens:
+        """The tokens of all segments, without the prompts of the later ones."""
+        return (*self.tokens, *(token for segment in self.later for token in segment.response))
 
 
 class ResponseError(ValueError):
@@ -48,13 +69,14 @@ class Batch:
     """N responses with their prompts, one row each; rows of a group may lie anywhere, on any rank.
 
     Lengths come from these lists, never from comparing ids with a padding id. A token that is not the policy's own is
-    an input of the model and never a target: log pi(y|x) is the sum over own tokens.
+    an input of the model and never a target: log pi(y|x) is the sum over own tokens, of all segments of a response.
     """
 
-    prompts: Sequence[Tokens]  # N; rows of one group share the same prompt
+    prompts: Sequence[Tokens]  # N; responses of one group share the same prompt
     responses: Sequence[Tokens]  # N, each at least one token
     groups: Sequence[int]  # N, the group's label: equal on every rank for the same group
     own: Sequence[Mask | None] | None = None  # N, see `Response.own`. None: every token of every response
+    later: Sequence[Sequence[Segment]] | None = field(default=None, kw_only=True)  # N, see `Response.later`. None: none
     complete: bool = field(default=False, kw_only=True)  # none of its groups has a row on another rank; see `by_group`
 
     def __post_init__(self) -> None:
@@ -67,6 +89,8 @@ class Batch:
                 raise ValueError(f"batch row {i} has an empty {'prompt' if not prompt else 'response'}")
         if self.own is not None:
             self._check_own(self.own)
+        if self.later is not None and len(self.later) != len(self.responses):
+            raise ValueError(f"batch has {len(self.responses)} responses and later segments of {len(self.later)}")
 
     def _check_own(self, own: Sequence[Mask | None]) -> None:
         if len(own) != len(self.responses):
@@ -81,8 +105,27 @@ class Batch:
     def take(self, rows: Sequence[int]) -> "Batch":
         """The batch of the given rows, in the given order."""
         own = None if self.own is None else [self.own[i] for i in rows]
+        later = None if self.later is None else [self.later[i] for i in rows]
         prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
-        return Batch(prompts, responses, [self.groups[i] for i in rows], own)
+        return Batch(prompts, responses, [self.groups[i] for i in rows], own, later=later)
+
+    def by_segment(self) -> tuple["Batch", np.ndarray]:
+        """The batch with a row for each segment, and the response of each row, (M,) int64.
+
+        The first N rows are the first segments. Without later segments it is the batch itself.
+        """
+        owners = np.arange(len(self), dtype=np.int64)
+        added = [(i, segment) for i, of_one in enumerate(self.later or ()) for segment in of_one]
+        if not added:
+            return self, owners
+        batch = Batch(
+            [*self.prompts, *(segment.prompt for _, segment in added)],
+            [*self.responses, *(segment.response for _, segment in added)],
+            [*self.groups, *(self.groups[i] for i, _ in added)],
+            [*(self.own or [None] * len(self)), *(segment.own for _, segment in added)],
+            complete=self.complete,
+        )
+        return batch, np.concatenate([owners, np.asarray([i for i, _ in added], np.int64)])
 
 
 def mask_problem(mask: Sequence[object], tokens: int) -> str | None:
@@ -96,6 +139,12 @@ def masks_of(responses: Sequence[Response]) -> list[Mask | None] | None:
     """`Batch.own` of these responses: None where all their tokens are the policy's own."""
     own = [response.own for response in responses]
     return None if all(mask is None for mask in own) else own
+
+
+def later_of(responses: Sequence[Response]) -> list[tuple[Segment, ...]] | None:
+    """`Batch.later` of these responses: None where none has later segments."""
+    later = [response.later for response in responses]
+    return later if any(later) else None
 
 
 Coefficients = Callable[[np.ndarray, np.ndarray], np.ndarray]

@@ -26,6 +26,7 @@ from gvpo_core.training.policy import (
     Tokens,
     Update,
 )
+from gvpo_core.training.policy.segments import summed
 from gvpo_core.training.policy.step import learning_rate
 from gvpo_core.training.policy.text import checked_response
 from gvpo_core.training.sampling import Sampling, uniforms
@@ -143,14 +144,14 @@ class TablePolicy:
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         table = self.reference if reference else self.log_table()
-        x, y = _cells(batch)
-        result: np.ndarray = table[x, y]
-        return result
+        rows, owners = batch.by_segment()
+        return summed(table[_cells(rows)], owners, len(batch))
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         logprobs = self.logprobs(batch) if scored is None else scored
-        c = coefficients(logprobs, np.arange(len(batch)))
-        x, y = _cells(batch)
+        rows, owners = batch.by_segment()
+        c = np.asarray(coefficients(logprobs, np.arange(len(batch))))[owners]
+        x, y = _cells(rows)
         gradient = np.zeros_like(self.logits)
         np.add.at(gradient, (x, y), -c)
         gradient += np.exp(self.log_table()) * np.bincount(x, weights=c, minlength=len(self.prompts))[:, None]
@@ -162,7 +163,7 @@ class TablePolicy:
         rate = learning_rate(self.optimizer, self.update_count, self.updates)
         self.logits = self.logits - rate * scale * gradient
         self.update_count += 1
-        return Update(logprobs, norm, rate, 3 * len(batch), self.logits.nbytes)
+        return Update(logprobs, norm, rate, 3 * len(rows), self.logits.nbytes)
 
     def save(self, directory: Path) -> None:
         np.savez(directory / "table.npz", logits=self.logits, update_count=self.update_count)

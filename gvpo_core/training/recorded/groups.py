@@ -99,13 +99,15 @@ def encode_groups(
     room = config.rollout.max_tokens if config.rollout.source == "mixed" else 0
     prompts = encode_prompts(policy, rows, config.data, name, wheres=wheres, max_tokens=room, encode=encode)
     facts = policy.describe()
+    for row in recorded.rows:
+        _check_ids(row.prompt_ids or (), facts.vocabulary or math.inf, f"{row.where}, column 'prompt_ids'")
     limits = facts.vocabulary or math.inf, facts.context or math.inf
     groups: list[Group] = []
     kept: list[int] = []
     dropped = 0
     for place in range(len(prompts)):
         row = recorded.rows[prompts.row(place)]
-        group, too_long = _group(policy, prompts, place, row, config, *limits)
+        group, too_long = _group(policy, prompts, place, row, config, *limits, recorded.in_order)
         dropped += too_long
         if len(group.scored) >= smallest or (recorded.in_order and group.responses):
             groups.append(group)
@@ -145,28 +147,23 @@ def _group(
     config: Config,
     vocabulary: float,
     context: float,
+    of_run: bool,
 ) -> tuple[Group, int]:
     """The group of one row, and how many of its responses were dropped as too long."""
     asked = prompts.tokens[place]
     for j, response in enumerate(row.responses):
         if isinstance(response, str):
             encodable(response, f"{row.where}, response {j}")
-        elif any(_no_id(i, vocabulary) for i in response):
-            raise DataError(
-                f"{row.where}, response {j} holds {next(i for i in response if _no_id(i, vocabulary))!r}, which is not"
-                f" a token id of the model (0 to {vocabulary - 1})"
-            )
-    masks = {"own": row.masks} if row.masks else {}
-    try:
-        responses = policy.encode_responses(prompts.prompts[place], row.responses, row.finished, **masks)
-    except ResponseError as e:
-        raise DataError(f"{row.where}, response {e.number} cannot be used: {e}") from e
+        else:
+            _check_ids(response, vocabulary, f"{row.where}, response {j}")
+    responses = _encoded(policy, prompts.prompts[place], row, vocabulary, of_run)
     if any(row.stopped):
         ends = zip(responses, row.stopped, strict=True)
         responses = [replace(r, finished=True, stopped=True) if by_text else r for r, by_text in ends]
     kept = []
     for j, response in enumerate(responses):
-        count, limit = len(response.tokens), min(config.rollout.max_tokens, context - len(asked))
+        contexts = (len(segment.prompt) + len(segment.response) - len(asked) for segment in response.later)
+        count, limit = max(len(response.tokens), *contexts, 0), min(config.rollout.max_tokens, context - len(asked))
         if count <= limit:
             kept.append(j)
         elif config.data.too_long == "error":
@@ -180,6 +177,47 @@ def _group(
     rewards = np.asarray([row.rewards[j] for j in kept], np.float64)
     parts = [row.parts[j] for j in kept] if row.parts else ()
     return Group(asked, tuple(responses[j] for j in kept), rewards, parts), len(responses) - len(kept)
+
+
+def _encoded(policy: Policy, prompt: Prompt, row: RecordedRow, vocabulary: float, of_run: bool) -> list[Response]:
+    """The row's responses with their later segments.
+
+    Args:
+      of_run: a run wrote the data.
+    Raises: DataError: a response that the policy cannot score.
+    """
+    later = row.later or [()] * len(row.responses)
+    # An episode may be cut between two turns, each with its end token; what else is not finished has none at its end.
+    cut = [ended is False and (of_run or bool(s)) for s, ended in zip(later, row.finished, strict=True)]
+    cut = [c and not isinstance(response, str) for c, response in zip(cut, row.responses, strict=True)]
+    ends = [None if c else ended for c, ended in zip(cut, row.finished, strict=True)]
+    firsts = [None if segments else ended for segments, ended in zip(later, ends, strict=True)]
+    masks = {"own": row.masks} if row.masks else {}
+    try:
+        responses = policy.encode_responses(prompt, row.responses, firsts, **masks)
+    except ResponseError as e:
+        raise DataError(f"{row.where}, response {e.number} cannot be used: {e}") from e
+    for j, segments in enumerate(later):
+        where = f"{row.where}, response {j}"
+        if segments and isinstance(row.responses[j], str):
+            raise DataError(f"{where} is a text with later segments of token ids; give its token ids (response_ids)")
+        for segment in segments:
+            _check_ids((*segment.prompt, *segment.response), vocabulary, where)
+        if segments:
+            ended = [*[None] * (len(segments) - 1), ends[j]]
+            ids, own = [s.response for s in segments], [s.own for s in segments]
+            try:
+                checked = policy.encode_responses(prompt, ids, ended, own)
+            except ResponseError as e:
+                raise DataError(f"{where} cannot be used: its segment {e.number + 1}: {e}") from e
+            responses[j] = replace(responses[j], finished=checked[-1].finished, later=tuple(segments))
+    return [replace(r, finished=False) if c else r for c, r in zip(cut, responses, strict=True)]
+
+
+def _check_ids(tokens: Sequence[object], vocabulary: float, where: str) -> None:
+    wrong = next((i for i in tokens if _no_id(i, vocabulary)), None)
+    if wrong is not None:
+        raise DataError(f"{where} holds {wrong!r}, which is not a token id of the model (0 to {vocabulary - 1})")
 
 
 def _no_id(i: object, vocabulary: float) -> bool:

@@ -11,6 +11,7 @@ import logging
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import astuple
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.files.disk import refuse_special, write_synced
 from gvpo_core.training.files.records import append_synced
 from gvpo_core.training.fingerprint import model_fingerprint
-from gvpo_core.training.policy import Batch, Policy, Response, Tokens, masks_of
+from gvpo_core.training.policy import Batch, Policy, Response, Tokens, later_of, masks_of
 
 _log = logging.getLogger("gvpo")
 _FACTS = ("backend", "architecture", "device", "device_name", "dtype", "sharding", "mesh", "layout", "versions")
@@ -80,7 +81,9 @@ class ReferenceScores:
     def _key(self, group: Scored) -> str:
         prompt, responses = group
         masks = masks_of(responses)
-        key = [self._model, [prompt, [r.tokens for r in responses]], *([] if masks is None else [masks])]
+        key: list[object] = [self._model, [prompt, [r.tokens for r in responses]], *([] if masks is None else [masks])]
+        if (later := later_of(responses)) is not None:
+            key.append({"later": [[*map(astuple, segments)] for segments in later]})
         return hashlib.sha256(json.dumps(key).encode()).hexdigest()
 
     def _found(self, keys: Sequence[str], groups: Sequence[Scored]) -> list[np.ndarray | None]:
@@ -102,7 +105,7 @@ class ReferenceScores:
             turn = groups[first : first + ranks]
             prompt, responses = turn[rank] if rank < len(turn) else ((), ())
             count, tokens = len(responses), [r.tokens for r in responses]
-            batch = Batch([prompt] * count, tokens, [0] * count, masks_of(responses))
+            batch = Batch([prompt] * count, tokens, [0] * count, masks_of(responses), later=later_of(responses))
             scores = self._policy.logprobs(batch, reference=True)
             every = self._policy.gather(np.asarray(scores, np.float64)) if ranks > 1 else np.asarray(scores, np.float64)
             result += np.split(every, np.cumsum([len(group[1]) for group in turn])[:-1])

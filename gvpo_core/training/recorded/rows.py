@@ -6,13 +6,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gvpo_core.training.data import column_names
-from gvpo_core.training.policy import Mask
+from gvpo_core.training.policy import Mask, Segment
 from gvpo_core.training.recorded.conversation import answers, plain_list
+from gvpo_core.training.recorded.segments import later_segments, read_masks
 from gvpo_core.training.recorded.shapes import COMPLETIONS, GROUPS, LABELS, PAIRS, RUN, SCORES, UNSCORED, Shape
 from gvpo_core.training.rows import DataError, Row
 
 _SCORE_NAMES = ("score", "reward", "overall_score", "fine-grained_score")  # of one of UltraFeedback's completions
-_OURS = ("finished", "response_ids", "response_mask", "reward_parts")
+_OURS = ("finished", "prompt_ids", "response_ids", "response_mask", "response_segments", "reward_parts")
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class RecordedRow:
     prompt_ids: Sequence[int] | None = None  # of the prompt, where its messages alone give others
     masks: Sequence[Mask | None] = ()  # k, of the policy's own tokens; or none: all tokens of all responses
     stopped: Sequence[bool] = ()  # k, or none: ended by a stop text, without an end token
+    later: Sequence[Sequence[Segment]] = ()  # k, or none: segments after the first; see `Response.later`
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,7 @@ def _one(
     prompt = row.get(prompt_column)
     finished: Any = None
     parts: Sequence[Mapping[str, float]] = ()
+    ids: list[int] | None = None
     if shape is PAIRS:
         prompt, given = answers(prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"), implicit=True)
         scores, rewards = _pair_rewards(row, columns, where)
@@ -114,6 +117,8 @@ def _one(
         rewards = plain_list(row["rewards"], f"{where}, column 'rewards'")
         scores = "rewards"
         given = _with_ids(given, row, where)
+        if row.get("prompt_ids") is not None:
+            ids = plain_list(row["prompt_ids"], f"{where}, column 'prompt_ids'")
         parts = _parts(row.get("reward_parts"), len(given))
     if prompt is None:
         raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
@@ -128,8 +133,9 @@ def _one(
             raise DataError(f"{where}, response {j} is None; expected text or token ids")
         if ended is not None and not isinstance(ended, bool):
             raise DataError(f"{where}, column 'finished', entry {j} is {ended!r:.40}; expected true, false or null")
-    masks = _masks(row.get("response_mask"), given, where)
-    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, masks=masks)
+    masks = read_masks(row.get("response_mask"), len(given), where)
+    later = later_segments(row.get("response_segments"), len(given), where)
+    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, ids, masks, later=later)
 
 
 def _pair_rewards(row: Row, columns: Sequence[str], where: str) -> tuple[str, list[Any]]:
@@ -223,7 +229,8 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                 _parts([row.get("rewards") or {} for _, row in members], len(members)),
                 row=first,
                 prompt_ids=next((row["prompt_ids"] for _, row in members if row.get("prompt_ids")), None),
-                masks=_masks([row.get("response_mask") for _, row in members], members, where),
+                masks=read_masks([row.get("response_mask") for _, row in members], len(members), where),
+                later=later_segments([row.get("response_segments") for _, row in members], len(members), where),
                 stopped=[bool(row.get("stopped")) for _, row in members],
             )
         )
@@ -238,25 +245,6 @@ def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
     if len(ids) != len(responses):
         raise DataError(f"{where} has {len(responses)} responses and {len(ids)} response_ids; expected equal numbers")
     return [response if tokens is None else tokens for response, tokens in zip(responses, ids, strict=True)]
-
-
-def _masks(given: Any, responses: Sequence[Any], where: str) -> Sequence[Mask | None]:
-    """The column response_mask: of each response a 0 or 1 a token, 1 = the policy's own; null: all are."""
-    if given is None:
-        return ()
-    column = f"{where}, column 'response_mask'"
-    masks = plain_list(given, column)
-    if len(masks) != len(responses):
-        raise DataError(
-            f"{where} has {len(responses)} responses and {len(masks)} response_mask; expected equal numbers"
-        )
-    checked: list[Mask | None] = []
-    for j, mask in enumerate(masks):
-        mask = None if mask is None else plain_list(mask, f"{column}, entry {j}")
-        if mask is not None and not all(mine in (0, 1) for mine in mask):
-            raise DataError(f"{column}, entry {j} is {mask!r:.40}; expected a 0 or 1 for each token")
-        checked.append(None if mask is None else tuple(map(bool, mask)))
-    return checked if any(mask is not None for mask in checked) else ()
 
 
 def _parts(given: Any, count: int) -> Sequence[Mapping[str, float]]:

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.config import RolloutConfig
-from gvpo_core.training.policy import Batch, Policy
-from gvpo_core.training.policy.protocol import Mask
+from gvpo_core.training.episodes.play import NUMBERS
+from gvpo_core.training.policy import Batch, Mask, Policy, Segment
 from gvpo_core.training.rollout import Rollout
 
 
@@ -48,6 +48,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
             [response for part in parts for response in part.batch.responses],
             local_groups,
             _masks([part.batch for part in parts]),
+            later=_later([part.batch for part in parts]),
         ),
         start=int(counts[:, : policy.rank].sum()),
         group_ids=of_all([part.group_ids + first for part, first in zip(parts, firsts, strict=True)]),
@@ -65,7 +66,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
         details=_sum([part.details for part in parts]),
         sampler_logprobs=optional("sampler_logprobs", np.nan),
         staleness=optional("staleness", np.nan),
-        episodes=optional("episodes", np.full(10, np.nan)),
+        episodes=optional("episodes", np.full(NUMBERS, np.nan)),
         gap_tolerance=next((p.gap_tolerance for p in parts if p.gap_tolerance is not None), None),
         columns=parts[0].columns if together else [columns for part in parts for columns in part.columns],
         prompts=parts[0].prompts if together else [prompt for part in parts for prompt in part.prompts],
@@ -110,6 +111,13 @@ def _masks(batches: Sequence[Batch]) -> list[Mask | None] | None:
     if all(batch.own is None for batch in batches):
         return None
     return [mask for batch in batches for mask in (batch.own or [None] * len(batch))]
+
+
+def _later(batches: Sequence[Batch]) -> list[Sequence[Segment]] | None:
+    """`Batch.later` of the batches, one after the other."""
+    if all(batch.later is None for batch in batches):
+        return None
+    return [segments for batch in batches for segments in (batch.later or [()] * len(batch))]
 
 
 def _rank_order(counts: np.ndarray) -> np.ndarray:

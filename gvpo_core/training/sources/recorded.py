@@ -9,7 +9,7 @@ import numpy as np
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Batch, Policy, masks_of
+from gvpo_core.training.policy import Batch, Policy, later_of, masks_of
 from gvpo_core.training.recorded import Group, Groups, ReferenceScores, StreamedGroups
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Rollout, exact_tokens, odd_ids, plain_prompt, score_everywhere
@@ -89,7 +89,13 @@ def recorded_rollout(
     local_groups = every[start:stop]
     local = [groups[g].responses[i] for g, i in local_groups]
     asked = [groups[g].prompt for g, _ in local_groups]
-    batch = Batch(asked, [response.tokens for response in local], [g for g, _ in local_groups], masks_of(local))
+    batch = Batch(
+        asked,
+        [response.tokens for response in local],
+        [g for g, _ in local_groups],
+        masks_of(local),
+        later=later_of(local),
+    )
     details: dict[str, float] = {}
     ref = None
     if reference is not None:

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
 
 from gvpo_core.training.config import ReplayConfig
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Policy, Response
+from gvpo_core.training.policy import Mask, Policy, Response, Segment
 from gvpo_core.training.policy.ranks import gather_objects
 from gvpo_core.training.recorded import Group
 from gvpo_core.training.rollout import Rollout
@@ -48,8 +48,11 @@ class Buffer:
           tokens: all prompts.
         """
         batch = rollout.batch
-        masks = batch.own or [None] * len(batch)
-        tokens_of = [{"tokens": r, "own": own} for r, own in zip(batch.responses, masks, strict=True)]
+        masks, later = batch.own or [None] * len(batch), batch.later or [()] * len(batch)
+        tokens_of = [
+            {"tokens": tokens, "own": own, "later": [astuple(segment) for segment in segments]}
+            for tokens, own, segments in zip(batch.responses, masks, later, strict=True)
+        ]
         rows = gather_objects(policy, tokens_of)
         rewards = rollout.trained_rewards
         stopped = np.zeros(len(rewards), bool) if rollout.stopped is None else rollout.stopped
@@ -60,7 +63,9 @@ class Buffer:
             group = Group(
                 tokens.tokens[prompt],
                 tuple(
-                    _response(rows[i]["tokens"], bool(rollout.finished[i]), bool(stopped[i]), rows[i]["own"])
+                    _response(
+                        rows[i]["tokens"], bool(rollout.finished[i]), bool(stopped[i]), rows[i]["own"], rows[i]["later"]
+                    )
                     for i in members
                 ),
                 rewards[members],
@@ -76,7 +81,10 @@ class Buffer:
                 "step": past.step,
                 "prompt": past.prompt,
                 "prompt_tokens": list(past.group.prompt),
-                "responses": [[list(r.tokens), r.finished, r.stopped, r.own] for r in past.group.responses],
+                "responses": [
+                    [list(r.tokens), r.finished, r.stopped, r.own, *([[*map(astuple, r.later)]] if r.later else [])]
+                    for r in past.group.responses
+                ],
                 "rewards": [float(reward) for reward in past.group.rewards],
                 "parts": [{k: None if math.isnan(v) else v for k, v in part.items()} for part in past.group.parts],
             }
@@ -96,5 +104,12 @@ class Buffer:
             self.past.append(Past(int(past["step"]), number, Group(prompt, responses, rewards, parts)))
 
 
-def _response(tokens: Sequence[int], finished: bool, stopped: bool, own: Sequence[bool] | None) -> Response:
-    return Response(tuple(tokens), finished, stopped=stopped, own=None if own is None else tuple(own))
+def _response(
+    tokens: Sequence[int], finished: bool, stopped: bool, own: Sequence[bool] | None, later: Sequence[Any] = ()
+) -> Response:
+    segments = tuple(Segment(tuple(prompt), tuple(response), _mask(mask)) for prompt, response, mask in later)
+    return Response(tuple(tokens), finished, stopped=stopped, own=_mask(own), later=segments)
+
+
+def _mask(own: Sequence[bool] | None) -> Mask | None:
+    return None if own is None else tuple(own)

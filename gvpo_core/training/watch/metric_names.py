@@ -113,6 +113,9 @@ METRICS: dict[str, Metric] = {
     "episodes/tokens": Metric("share", "Episodes cut at rollout.max_tokens or environment.turn_tokens."),
     "episodes/failed": Metric("share", "Episodes without a score, as the environment raised, died or ran out of time."),
     "episodes/repeated": Metric("share", "Episodes in which the policy said the same twice: loops."),
+    "episodes/segments": Metric(
+        "segments", "Contexts of an episode: 1, and one more each time that the chat template rewrote earlier turns."
+    ),
     "episodes/seconds": Metric("seconds", "Time that the slowest episode waited for tools and environments."),
     "length/context": Metric(
         "tokens", "Mean length of an episode after the prompt, the environment's tokens included."
