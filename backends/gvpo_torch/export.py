@@ -40,7 +40,7 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
     from transformers.utils import cached_file
 
     base: Any = lm.get_base_model() if hasattr(lm, "peft_config") else lm
-    stored = _stored(base, dtype, main)
+    stored = _stored(base, dtype, main, "cpu")
     if not main:
         for _ in stored:
             pass
@@ -60,8 +60,17 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
             shutil.copyfile(found, directory / name)
 
 
-def _stored(base: Any, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the files of the model have, on the main rank; every rank takes part in gathering them."""
+def stored_tensors(lm: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """What the files of an export have, on the device of the model; in a run of one process."""
+    return _stored(lm.get_base_model() if hasattr(lm, "peft_config") else lm, dtype, True, None)
+
+
+def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that the files of the model have, on the main rank; every rank takes part in gathering them.
+
+    Args:
+      device: where they come to lie. None: where they are.
+    """
     from transformers.core_model_loading import revert_weight_conversion
 
     left_out = {twin for twin, original in (base.all_tied_weights_keys or {}).items()}
@@ -82,7 +91,7 @@ def _stored(base: Any, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Te
         key = own
         tensor = whole(tensor.detach())
         if main and name not in left_out:
-            block[name] = tensor.to("cpu", dtype) if tensor.is_floating_point() else tensor.cpu()
+            block[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     if block:
         yield from converted()
 

@@ -202,6 +202,10 @@ class TorchPolicy(LanguageModelPolicy):
         dtype = getattr(torch, self.config.dtype)
         export.export(Path(directory), self.scorer.lm, self.tokenizer, dtype, self.rank == 0)
 
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """What `export` writes, as (name, tensor) on the policy's device; in a run of one process."""
+        return export.stored_tensors(self.scorer.lm, getattr(torch, self.config.dtype))
+
     def export_adapters(self, directory: Path) -> None:
         """Writes the adapters alone, as peft loads them; every rank calls."""
         export.export_adapters(Path(directory), self.scorer.lm, self.config.path, self.rank == 0)

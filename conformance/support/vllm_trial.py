@@ -83,21 +83,34 @@ def trained(
     model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched] = Watched, ahead: int = 0
 ) -> list[float]:
     """The largest gap of each step, nats a token; ahead of time it grows by what the updates between changed."""
-    lora = {"lora_rank": 8} if weights == "adapters" else {}
     own = folder / f"{kind.__name__}-{weights}-{ahead}"
-    config = gvpo.Config(
-        model=ModelConfig(path=model, device="cpu", **lora),
-        rollout=RolloutConfig(prompts=4, responses=4, max_tokens=16, ahead=ahead),
-        optimizer=OptimizerConfig(learning_rate=1e-3),
-        run=RunConfig(steps=STEPS, folder=str(own)),
-    )
+    config = config_of(model, own, lora_rank=8 if weights == "adapters" else 0, ahead=ahead)
     place = {"weights": weights, "folder": folder / f"{own.name}-weights"} if weights != "kept" else {}
     engine = kind(url, name, gap_tolerance=TOLERANCE, deadline=300, **place)
     gvpo.train(config, gvpo.load_policy(config), train_rows=ROWS, rewards={"e": reward}, sampler=engine)
-    lines = [json.loads(line) for line in (own / "metrics.jsonl").read_text().splitlines()]
+    return gaps(own, None if weights == "kept" else ahead)
+
+
+def config_of(model: str, folder: Path, *, lora_rank: int = 0, ahead: int = 0) -> gvpo.Config:
+    """A run of STEPS steps in this folder."""
+    return gvpo.Config(
+        model=ModelConfig(path=model, device="cpu", lora_rank=lora_rank),
+        rollout=RolloutConfig(prompts=4, responses=4, max_tokens=16, ahead=ahead),
+        optimizer=OptimizerConfig(learning_rate=1e-3),
+        run=RunConfig(steps=STEPS, folder=str(folder)),
+    )
+
+
+def gaps(folder: Path, ahead: int | None = 0) -> list[float]:
+    """The largest gap of each step of a run, nats a token.
+
+    Args:
+      ahead: steps by which responses are drawn before they are used. None: weights of no known version.
+    """
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "train"]
     assert [line["responses/lost"] for line in steps] == [0] * STEPS
-    if weights != "kept":
+    if ahead is not None:
         assert [line["sampler/staleness"] for line in steps] == [min(ahead, step) for step in range(STEPS)]
     return [line["sampler/gap/max"] for line in steps]
 
@@ -105,13 +118,13 @@ def trained(
 def stopped(model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched], what: str) -> None:
     """The run must be stopped by the gap. Raises: AssertionError: it was not."""
     try:
-        gaps = trained(model, url, name, folder, weights, kind)
+        found = trained(model, url, name, folder, weights, kind)
     except SamplerError as error:
         if "log-probabilities differ" not in str(error):
             raise
         print(f"{what}: {error}")
     else:
-        raise AssertionError(f"{what} passed for the policy's weights; gaps {gaps}")
+        raise AssertionError(f"{what} passed for the policy's weights; gaps {found}")
 
 
 def teach(model: str, url: str, name: str) -> None:
@@ -127,10 +140,10 @@ def teach(model: str, url: str, name: str) -> None:
     tokens = [policy.encode_responses("", [text], [True])[0].tokens for text in texts]
     batch = Batch(prompts, tokens, [i // 4 for i in range(16)])
     scores = load_teacher(config, policy).scorer.logprobs(batch)
-    gaps = np.abs(scores - policy.logprobs(batch)) / [len(response) for response in tokens]
+    apart = np.abs(scores - policy.logprobs(batch)) / [len(response) for response in tokens]
     assert (scores < -1).all() and len(set(scores)) == 16, scores
-    print(f"teacher: largest gap {gaps.max():.1e} nats a token")
-    assert gaps.max() < TOLERANCE
+    print(f"teacher: largest gap {apart.max():.1e} nats a token")
+    assert apart.max() < TOLERANCE
 
 
 def try_server(model: str, url: str, name: str) -> None:
@@ -139,11 +152,11 @@ def try_server(model: str, url: str, name: str) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for weights in ("adapters",) if tied else ("adapters", "model"):
-            gaps = trained(model, url, name, folder, cast(Weights, weights))
-            assert len(gaps) == STEPS
-            print(f"{weights}: largest gap of each step {[f'{gap:.1e}' for gap in gaps]}")
-            gaps = trained(model, url, name, folder, cast(Weights, weights), ahead=1)
-            print(f"{weights}, a step ahead: largest gap of each step {[f'{gap:.1e}' for gap in gaps]}")
+            found = trained(model, url, name, folder, cast(Weights, weights))
+            assert len(found) == STEPS
+            print(f"{weights}: largest gap of each step {[f'{gap:.1e}' for gap in found]}")
+            found = trained(model, url, name, folder, cast(Weights, weights), ahead=1)
+            print(f"{weights}, a step ahead: largest gap of each step {[f'{gap:.1e}' for gap in found]}")
         if tied:
             stopped(model, url, name, folder, "model", HalfSent, "old head")
         else:

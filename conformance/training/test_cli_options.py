@@ -8,6 +8,8 @@ import table_run
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 from gvpo_core.training import cli
+from gvpo_core.training.config import Config
+from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.terminal.text import fit
 
 pytestmark = pytest.mark.core
@@ -130,3 +132,25 @@ def test_absurd_sizes_are_refused_in_one_line(name, value, tmp_path, capfd):
     config = table_run.make(tmp_path)
     status, _, err = gvpo(capfd, "train", config, f"--{name}", value)
     assert status == 2 and f"{name} = {value}; expected" in err and len(err.splitlines()) == 1, err
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "wanted"),
+    [
+        ("model.template.enable_thinking", "false", False),
+        ("teacher.template.enable_thinking", "True", True),
+        ("engine.fields.reasoning_effort", "low", "low"),
+        ("engine.fields.stop_token_ids", "[1, 2]", [1, 2]),
+        ("engine.options.gpu_memory_utilization", "0.4", 0.4),
+    ],
+)
+def test_one_entry_of_a_mapping_is_set_by_an_option_and_the_others_stay(option, value, wanted):
+    section, mapping, name = option.split(".")
+    for words in ([f"--{option}", value], [f"--{option}={value}"]):
+        config = with_mapping_option(Config(), [f"--{section}.{mapping}.other_name", "1"])
+        config = with_mapping_option(config, [f"--{section}.{mapping}.other-name", "2"])
+        config = with_mapping_option(config, words)
+        assert getattr(getattr(config, section), mapping) == {"other_name": 2, name: wanted}
+    with pytest.raises(ValueError, match=f"--{option} expects one value"):
+        with_mapping_option(Config(), [f"--{option}", "1", "2"])
+    assert with_mapping_option(Config(), [f"--{section}.other.{name}", "1"]) is None

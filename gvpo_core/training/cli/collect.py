@@ -31,13 +31,9 @@ from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit
 
 _log = logging.getLogger("gvpo")
-_DRAWN_WITH = (
-    "model",
-    "data",
-    "rollout",
-    "rewards",
-    "environment",
-)  # sections that the responses and rewards depend on
+# Sections that the responses and rewards depend on, and settings of the engine.
+_DRAWN_WITH = ("model", "data", "rollout", "rewards", "environment")
+_ENGINE = ("kind", "options", "model", "tokens", "weights", "omit", "fields")
 
 
 class CollectError(RuntimeError):
@@ -125,7 +121,7 @@ class _Growing:
         table = as_table(inputs.config)
         drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
         engine = table.get("engine", {})
-        drawn |= {"engine": {name: engine.get(name) for name in ("model", "tokens", "weights", "omit", "fields")}}
+        drawn |= {"engine": {name: engine.get(name) for name in _ENGINE}}
         identity = json.dumps([drawn, inputs.fingerprints()], sort_keys=True, default=str)
         self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
@@ -56,6 +56,11 @@ def server_ranges(server: EngineConfig | TeacherConfig) -> list[tuple[str, Any, 
 
 def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it): of an engine alone, whatever the run."""
+    if engine.kind == "vllm":
+        yield from wrong_in_process(engine)
+        return
+    if engine.options:
+        yield "options", f"options.{next(iter(engine.options))} is set, and kind = 'server' starts no vLLM: remove it"
     gap = engine.gap_tolerance
     ranges = [*server_ranges(engine), ("gap_tolerance", gap, gap is None or gap > 0, "a number above 0")]
     yield from wrong_server(engine.url, engine.api_key, ranges)
@@ -78,6 +83,41 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     for name in engine.fields:
         if name in (*REQUEST_FIELDS, *OPTIONAL_FIELDS):
             yield "fields", f"fields.{name} is set by the run itself; expected other fields"
+
+
+OWN_OPTIONS = (
+    "model",
+    "enable_sleep_mode",
+    "skip_tokenizer_init",
+    "generation_config",
+    "logprobs_mode",
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "distributed_executor_backend",
+)
+"""Arguments of vLLM's LLM that the run sets itself."""
+IN_PROCESS = ("kind", "options", "folder", "gap_tolerance")
+"""Fields of an engine in the process; the others are those of a server."""
+
+
+def wrong_options(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it): of the arguments of vLLM's LLM."""
+    for name in options:
+        if name in OWN_OPTIONS:
+            yield "options", f"options.{name} is set by the run itself; expected other arguments of LLM"
+
+
+def wrong_in_process(engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it): of vLLM in the process."""
+    default = EngineConfig()
+    for name in (f.name for f in dataclasses.fields(engine) if f.name not in IN_PROCESS):
+        if getattr(engine, name) != getattr(default, name):
+            yield name, f"{name} is set, and kind = 'vllm' has no server: remove it, or set kind = 'server'"
+            break
+    if engine.gap_tolerance is not None and not engine.gap_tolerance > 0:
+        yield "gap_tolerance", f"gap_tolerance = {engine.gap_tolerance!r}; expected a number above 0"
+    yield from wrong_options(engine.options)
 
 
 def _is_address(url: str) -> bool:
@@ -121,6 +161,12 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
             yield "engine.weights", "engine.weights = 'adapters' and model.lora_rank = 0: there are no adapters to send"
         elif engine.weights == "adapters" and config.model.lora_kind == "dora":
             yield "engine.weights", "engine.weights = 'adapters' and model.lora_kind = 'dora': vLLM loads no DoRA"
+        if engine.kind == "vllm" and config.rollout.ahead:
+            yield (
+                "rollout.ahead",
+                f"rollout.ahead = {config.rollout.ahead} and engine.kind = 'vllm': it draws on the device that the"
+                " update needs; start a server, and set engine.kind = 'server'",
+            )
     else:
         default = EngineConfig()
         for key in (f.name for f in dataclasses.fields(engine)):
@@ -128,7 +174,7 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
                 used = f"engine.{key} is set, and rollout.sampler = {name!r} uses no engine"
                 yield f"engine.{key}", f"{used}: set rollout.sampler = 'engine', or remove [engine]"
                 break
-    if config.evaluation.sampler == "rollout" and name == "engine" and engine.weights == "kept":
+    if config.evaluation.sampler == "rollout" and (name, engine.kind, engine.weights) == ("engine", "server", "kept"):
         yield (
             "evaluation.sampler",
             "evaluation.sampler = 'rollout' and engine.weights = 'kept': the engine's own weights would be evaluated"

@@ -1,7 +1,8 @@
-"""Settings that are mappings, on the command line: options of rewards, arguments of the chat template.
+"""Settings that are mappings, on the command line: options of rewards, arguments of chat templates and of engines.
 
 `--rewards.NAME.options.KEY VALUE` sets one, whether or not the file has it; `--rewards.NAME.options KEY VALUE ...`
-gives some to a reward that has none. `--model.template.KEY VALUE` sets one argument of the chat template.
+gives some to a reward that has none. `--model.template.KEY VALUE` sets one argument of the chat template, and so do
+`--teacher.template.KEY`, `--engine.fields.KEY` and `--engine.options.KEY` with theirs.
 """
 
 import re
@@ -12,7 +13,7 @@ from typing import Any
 
 from gvpo_core.training.config.settings import Config
 
-_TEMPLATE = re.compile(r"--model\.template\.([^=]+)")
+_ENTRY = re.compile(r"--(model|teacher|engine)\.(template|fields|options)\.([^=]+)")
 _NAME = re.compile(r"--rewards\.([\w.\-]+?)\.options(?:\.([^=]+))?")
 
 
@@ -25,13 +26,15 @@ def with_mapping_option(config: Config, words: list[str]) -> Config | None:
     Raises: ValueError: the words are not keys and values; saying so.
     """
     head, equals, value = words[0].partition("=")
-    if template := _TEMPLATE.fullmatch(head):
+    entry = _ENTRY.fullmatch(head)
+    if entry and hasattr(section := getattr(config, entry[1]), entry[2]):
         values = [*([value] if equals else []), *words[1:]]
         if len(values) != 1:
             raise ValueError(f"{head} expects one value")
-        argument = _spelled(template[1], config.model.template)
-        template_arguments = config.model.template | {argument: _typed(values[0])}
-        return replace(config, model=replace(config.model, template=template_arguments))
+        mapping = getattr(section, entry[2])
+        mapping = mapping | {_spelled(entry[3], mapping): _typed(values[0])}
+        changes: dict[str, Any] = {entry[1]: replace(section, **{entry[2]: mapping})}
+        return replace(config, **changes)
     match = _NAME.fullmatch(head)
     name, key = match.groups() if match else ("", None)
     name = _spelled(name, config.rewards)

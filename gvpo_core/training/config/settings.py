@@ -168,7 +168,7 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """An inference server that draws the responses, where rollout.sampler = "engine"."""
+    """An inference engine that draws the responses, where rollout.sampler = "engine"."""
 
     url: str = ""
     """Address of the server, without /v1: http://HOST:PORT."""
@@ -198,6 +198,10 @@ class EngineConfig:
     """Fields that the server rejects and requests leave out, as top_k. Its own default then applies."""
     fields: dict[str, Any] = field(default_factory=dict)
     """Further fields of every request, of any TOML type."""
+    kind: Literal["server", "vllm"] = "server"
+    """server: a server at url; vllm: vLLM's LLM in this process, which gets the policy's weights before each step."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of vllm: further arguments of LLM, as gpu_memory_utilization, of any TOML type."""
 
 
 @dataclass(frozen=True)

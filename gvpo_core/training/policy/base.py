@@ -148,6 +148,11 @@ class LanguageModelPolicy(abc.ABC):
 
     # -- the protocol
 
+    @property
+    def end_tokens(self) -> tuple[int, ...]:
+        """Ids that end a response."""
+        return tuple(self._end)
+
     def reset(self) -> None:
         """Loads the initial model again, without optimizer state; every rank calls."""
         self._unload()

@@ -258,7 +258,11 @@ class Policy(Protocol):
         """Reads what `save` wrote; training then continues bit for bit."""
 
     def export(self, directory: Path) -> None:
-        """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load."""
+        """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load.
+
+        A policy of PyTorch may have `tensors()` beside it: an iterator of (name, tensor) of what `export` writes. vLLM
+        in the same process loads these without a folder, and needs `end_tokens`, the ids that end a response.
+        """
 
     def export_adapters(self, directory: Path) -> None:
         """Writes the LoRA or DoRA adapters alone into an empty folder, in the form of peft or of mlx-lm.

@@ -13,6 +13,7 @@ from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards.worker.functions import find_function
 from gvpo_core.training.samplers.background import InBackground
 from gvpo_core.training.samplers.engine import Engine
+from gvpo_core.training.samplers.in_process import VLLM, check_installed
 from gvpo_core.training.samplers.protocol import Sampler, close
 
 
@@ -20,6 +21,8 @@ def check_sampler(config: Config) -> None:
     """Raises ConfigError where the sampler is not found, takes other arguments or lacks its key. It is not opened."""
     if config.rollout.sampler == "engine":
         resolved({"api_key": config.engine.api_key}, "engine")
+        if config.engine.kind == "vllm":
+            check_installed()
     if config.rollout.sampler not in SAMPLERS:
         _found(config)
 
@@ -84,7 +87,16 @@ def _made(config: Config, policy: Policy) -> Any:
                 "engine.weights = 'adapters': the mlx backend writes adapters for mlx-lm, which vLLM does not load; set"
                 " engine.weights = 'model'"
             )
-        return Engine(**{f.name: getattr(config.engine, f.name) for f in dataclasses.fields(config.engine)})
+        if config.engine.kind == "vllm":
+            return VLLM(
+                getattr(policy, "folder", config.model.path),
+                dtype=config.model.dtype,
+                folder=config.engine.folder,
+                gap_tolerance=config.engine.gap_tolerance,
+                options={"trust_remote_code": config.model.trust_remote_code} | config.engine.options,
+            )
+        names = (f.name for f in dataclasses.fields(config.engine) if f.name not in ("kind", "options"))
+        return Engine(**{name: getattr(config.engine, name) for name in names})
     function, arguments = _found(config), {"config": config, "policy": policy}
     try:
         return function(**{name: arguments[name] for name in _taken(function)})
