@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy.hugging_face import explained
@@ -66,7 +66,80 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         without_peft_warnings(),
     ):
         torch.manual_seed(seed % 2**63)
-        return get_peft_model(lm, adapters)
+        adapted = get_peft_model(lm, adapters)
+    for layer in lora_layers(adapted) if config.lora_kind == "lora" else ():
+        layer.cast_input_dtype_enabled = False
+        for down in layer.lora_A.values():
+            down.__class__ = _Down
+    return adapted
+
+
+def lora_layers(lm: nn.Module) -> list[Any]:
+    """The layers to which peft added adapters."""
+    from peft.tuners.lora import LoraLayer
+
+    return [module for module in lm.modules() if isinstance(module, LoraLayer)]
+
+
+class _Down(nn.Linear):
+    """An adapter's first layer."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(x, self.weight)
+        return product
+
+
+class _Product(torch.autograd.Function):
+    """x W^T in the dtype of W; what is held for the backward pass is x as it came.
+
+    peft casts a layer's 16-bit input to the adapter's float32 first, and autograd then holds a copy for each adapter.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return nn.functional.linear(x.to(weight.dtype), weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ weight.to(gradient.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            of_weight = gradient.flatten(0, -2).t() @ x.to(gradient.dtype).flatten(0, -2)
+            of_weight = of_weight.to(weight.dtype)
+        return of_x, of_weight
+
+
+def mergeable(lm: nn.Module) -> int:
+    """Bytes of the sums that `merged` makes; 0: it must not be used.
+
+    In 16 bits a sum is rounded: after one step of 1e-4 with rank 16, 86 % of the weights would be those of the base.
+    """
+    weights = [layer.get_base_layer().weight for layer in lora_layers(lm)]
+    if any(w.dtype != torch.float32 or hasattr(w, "device_mesh") for w in weights):
+        return 0
+    return sum(w.nbytes for w in weights)
+
+
+@contextlib.contextmanager
+def merged(lm: nn.Module) -> Iterator[None]:
+    """The adapters added to the weights of their layers, so that a layer is one product.
+
+    The base weights are held meanwhile and put back, to the bit.
+    """
+    held: list[tuple[Any, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for layer in lora_layers(lm):
+                held.append((layer, layer.get_base_layer().weight.data))
+                layer.merge(safe_merge=True)  # into a copy of the weight
+        yield
+    finally:
+        for layer, weight in held:
+            layer.get_base_layer().weight.data = weight
+            layer.merged_adapters.clear()
 
 
 @contextlib.contextmanager

@@ -5,23 +5,38 @@ from typing import Any
 import torch
 
 from gvpo_core.training.policy import MemoryFacts
-from gvpo_core.training.policy.memory import peak_memory
+from gvpo_core.training.policy.memory import machine_memory, peak_memory
+from gvpo_torch.adapters import mergeable
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.model import Scorer
 
 CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
 
 
-def facts(scorer: Scorer, device: torch.device, defers: bool = False) -> MemoryFacts | None:
-    """What the core's estimate of memory needs; None for a model whose sizes have other names."""
+def facts(scorer: Scorer, device: torch.device, defers: bool = False, merged: int = 0) -> MemoryFacts | None:
+    """What the core's estimate of memory needs; None for a model whose sizes have other names.
+
+    `merged`: bytes of weights with their adapters, held while sampling.
+    """
     sizes = shape(scorer)
     if sizes is None:
         return None
+    sizes["sampled"] = merged
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
         return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, cache_share=0.5, defers=defers)
     # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
     return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7, defers=defers)
+
+
+def merged(scorer: Scorer, device: torch.device) -> int:
+    """Bytes of the layers' weights with their adapters, which sampling uses where a quarter of the memory holds them.
+
+    0: it uses the adapters as they are. By all of the memory, not by what is free: a resumed run does the same.
+    """
+    size = mergeable(scorer.lm)
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
+    return size if total is None or 4 * size <= total else 0
 
 
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import check, checkpoint, export, fixed, generate, memory, model
+from gvpo_torch import adapters, check, checkpoint, export, fixed, generate, memory, model
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
@@ -73,6 +73,7 @@ class TorchPolicy(LanguageModelPolicy):
         if self.world_size > 1 and not sharded:
             self._trained = copies(self.scorer, self.device)
         self._sharded = is_sharded(self._trained)
+        self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
         self._named = {name.removeprefix("lm."): p for name, p in self.scorer.named_parameters() if p.requires_grad}
         export.name_end_tokens(self.scorer.base, self.folder, self._end)
@@ -88,7 +89,8 @@ class TorchPolicy(LanguageModelPolicy):
         self._trained.eval()
         in_fixed_buffers = self.device.type == "cuda" and self.scorer.decodes_fixed and not self._sharded
         held = fixed.products_in_compute_dtype(self.scorer) if in_fixed_buffers else contextlib.nullcontext()
-        with self._no_gradients(), held, self.scorer.autocast(), gathered(self._trained):
+        one_product = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
+        with one_product, self._no_gradients(), held, self.scorer.autocast(), gathered(self._trained):
             return generate.generate(
                 self.scorer,
                 self.scorer,
@@ -224,5 +226,5 @@ class TorchPolicy(LanguageModelPolicy):
             parameters=self.parameters,
             trainable_parameters=self.trainable,
             packages=("torch", "transformers", *(("peft",) if self.config.lora_rank else ())),
-            memory=memory.facts(self.scorer, self.device, self.defers),
+            memory=memory.facts(self.scorer, self.device, self.defers, self.sampled_bytes),
         )

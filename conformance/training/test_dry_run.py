@@ -15,7 +15,7 @@ from gvpo_core.training.cli.dry_run import preview
 from gvpo_core.training.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from gvpo_core.training.config.file import read_config
 from gvpo_core.training.policy import MemoryFacts, PolicyFacts
-from gvpo_core.training.policy.memory import Memory, estimate_memory, in_words, machine_memory, peak_memory
+from gvpo_core.training.policy.memory import Memory, available_memory, estimate_memory, in_words, peak_memory
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.watch.console import Console
 
@@ -186,8 +186,8 @@ def test_the_estimate_in_words_and_what_there_is():
     )
     sampling = memory._replace(sampling=3 * 2**30)
     assert in_words(sampling, None, 2) == "6.00 GiB a rank, 2 ranks: parameters 1.00, optimizer 2.00, sampling 3.00"
-    assert machine_memory(facts(device=5)) == 5
-    assert machine_memory(FACTS) > 2**28
+    assert available_memory(facts(device=5)) == 5
+    assert available_memory(FACTS) > 2**28
 
 
 class Large(TablePolicy):

@@ -23,6 +23,7 @@ class MemoryFacts:
     head: int = 0  # bytes of a chunk of logits
     cache: int | None = None  # bytes of keys and values that generation takes at most; None: no limit
     cache_share: float | None = None  # of the device that nothing else holds: what generation takes at most; None: all
+    sampled: int = 0  # bytes of weights that are held only while responses are drawn
     cache_step: int = 1  # tokens by which a row's keys and values grow
     block: int | None = None  # bytes that a token of a layer keeps for the backward pass; None: as a Llama in PyTorch
     frozen: int | None = None  # bytes of the parameters that are not trained; None: all in model.dtype

@@ -30,7 +30,7 @@ class Memory(NamedTuple):
     gradients: int  # not counted: those that replace freed activations in a step of one micro-batch
     activations: int  # of the largest micro-batch, with what the allocator keeps back
     head: int  # a chunk of logits, and the gradient of the head's and embedding's weights
-    sampling: int  # keys, values and logits of the rows that are decoded together
+    sampling: int  # keys, values and logits of the rows that are decoded together, and weights for it alone
 
     @property
     def peak(self) -> int:
@@ -128,8 +128,8 @@ def _sampling(
     if m.cache is not None:
         rows = max(1, min(rows, m.cache // row))
     if m.cache_share is not None and left is not None:
-        rows = max(1, min(rows, int(m.cache_share * left) // (row + logits)))
-    return rows * (row + logits)
+        rows = max(1, min(rows, int(m.cache_share * (left - m.sampled)) // (row + logits)))
+    return rows * (row + logits) + m.sampled
 
 
 def peak_memory() -> int:
@@ -148,10 +148,13 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def machine_memory(facts: PolicyFacts) -> int | None:
+def available_memory(facts: PolicyFacts) -> int | None:
     """Bytes that the device has, or a process of the machine may take; None: not known."""
-    if facts.memory is not None and facts.memory.device:
-        return facts.memory.device
+    return facts.memory.device if facts.memory is not None and facts.memory.device else machine_memory()
+
+
+def machine_memory() -> int | None:
+    """Bytes that a process of this machine may take; None: not known."""
     try:
         known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError, AttributeError):  # not on every system

@@ -8,7 +8,7 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.config.secrets import hide
 from gvpo_core.training.inputs import HeldOut
 from gvpo_core.training.policy.facts import PolicyFacts
-from gvpo_core.training.policy.memory import advice, estimate_memory, gib, in_words, machine_memory
+from gvpo_core.training.policy.memory import advice, available_memory, estimate_memory, gib, in_words
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.sources import Source
 
@@ -65,7 +65,7 @@ def _memory(config: Config, facts: PolicyFacts, source: Source) -> dict[str, str
     longest = max(len(tokens) for tokens in source.prompts.tokens)
     responses, tokens = source.largest
     config = replace(config, rollout=replace(config.rollout, responses=responses, max_tokens=tokens))
-    memory, have = estimate_memory(facts, config, longest), machine_memory(facts)
+    memory, have = estimate_memory(facts, config, longest), available_memory(facts)
     if memory is None:
         return {}
     said = {"estimated memory": in_words(memory, have, facts.ranks)}
