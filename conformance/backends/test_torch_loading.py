@@ -14,8 +14,9 @@ from torch_policies import parameters, policy
 require(subject="torch")
 
 import torch
-from gvpo_torch.weights import decoder_of
+from gvpo_torch.weights import _dequantized, decoder_of
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from gvpo_core.training.config import ConfigError
 
@@ -69,6 +70,13 @@ def test_quantised_models_are_refused_by_name(method: str, llama, tmp_path) -> N
     settings = {"quant_method": method, "bits": 4, "load_in_4bit": True, "format": "pack-quantized"}
     with pytest.raises(ConfigError, match=f"quantised \\({method}\\), which gvpo_torch does not read"):
         policy(tiny_models.changed(llama, tmp_path, quantization_config=settings))
+
+
+def test_fp8_is_unpacked_on_every_device() -> None:
+    """transformers unpacks it on a CPU whatever the settings say, and on a GPU where they say so."""
+    settings = AutoConfig.for_model("llama")
+    settings.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128], "dequantize": False}
+    assert _dequantized(settings)["quantization_config"].dequantize is True
 
 
 @pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])

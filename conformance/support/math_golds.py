@@ -58,7 +58,20 @@ GOLDS: list[tuple[str, list[str], list[str]]] = [
     (r"3x^2y - 2xy", [r"xy(3x-2)", "-2xy+3x^2y"], ["3x^2y+2xy", "xy"]),
     (r"\sin^2 x", [r"1-\cos^2 x", r"(\sin x)^2"], [r"\sin x", r"\cos^2 x", r"\sin x^2"]),
     ("xy", ["yx", "x y"], ["x", "x+y"]),
+    # letters after a number are variables, unless they are a unit's
+    (r"\frac{1}{2}ab", [r"\frac{ab}{2}", "0.5ab"], ["1/2", "0.5", "ab", r"\frac12 \text{ ab}"]),
+    ("2rs", ["2sr", r"2 \cdot r \cdot s"], ["2", "2r", "rs"]),
+    (r"3\pi bc", [r"3bc\pi"], [r"3\pi", "3"]),
+    ("5m", ["5m", r"m \cdot 5"], ["5", "m"]),
+    ("5 m", ["5", r"5\text{ m}"], ["6", "5 cm"]),
+    ("5cm", ["5", r"5\text{ cm}", "5 centimeters"], ["50", "5 m"]),
+    (r"\sqrt{13}\ \text{cm}", [r"\sqrt{13}", r"\sqrt{13}\,\mathrm{cm}"], ["13", r"\sqrt{31}"]),
+    ("24 square feet", ["24", r"24 \text{ ft}^2"], ["2", "42"]),
     # equations and assignments
+    (r"\left\{\begin{array}{l}x=1 \\ y=2\end{array}\right.",
+     ["x=1, y=2", r"\begin{cases}x=1\\y=2\end{cases}", "(1, 2)"],
+     ["x=2, y=1", "1", "x=1"]),
+    (r"\log_{10} 2", [r"\lg 2"], [r"\ln 2", r"\lg 3", "2"]),
     ("y = 2x + 1", ["y=2x+1", "2x+1", "y = 1 + 2x", "2x-y+1=0"], ["y=2x-1", "2x", "1", "x=2y+1"]),
     ("x=3", ["3", "x = 3", "x=3.0"], ["x=4", "y=3", "-3"]),
     ("x=3, y=4",
@@ -118,6 +131,7 @@ GOLDS: list[tuple[str, list[str], list[str]]] = [
     ("2:3", [r"\frac{2}{3}", "2:3", "2/3"], ["3:2", "2", "6"]),
     # bases
     ("11_2", ["11_2", "11_{2}"], ["11_3", "3_2", "10_2"]),
+    (r"203_{\text{five}}", ["203_5", r"203_{5}", r"203_{\text{five}}"], ["203_6", r"203_{\text{six}}", "302_5"]),
     ("2516_8", ["2516_8", r"2516_{8}"], ["2516_7", "2517_8"]),
     # choices and text
     ("C", ["C", r"\text{C}", r"\text{(C)}", "(C)", "C) 42", r"\textbf{(C)}"], ["D", "B", r"\text{A}", "42"]),

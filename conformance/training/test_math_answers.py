@@ -21,7 +21,7 @@ def library():
 
 
 def test_gold_answers_accept_other_notations_and_no_wrong_answer(library):
-    """104 golds, 250 right and 317 wrong answers. Read by math-verify as they stand: 65 right and 31 wrong accepted."""
+    """Read by math-verify as they stand, 65 right and 31 wrong answers to 104 of these golds are accepted."""
     missed = [(g, r) for g, right, _ in GOLDS for r in right if math_verify([boxed(r)], answer=[g]) != [1.0]]
     accepted = [(g, w) for g, _, wrong in GOLDS for w in wrong if math_verify([boxed(w)], answer=[g]) == [1.0]]
     assert not accepted
@@ -48,7 +48,7 @@ def test_a_gold_answer_that_cannot_be_read_is_not_scored(gold, library):
         ("answer: sqrt(2)", r"\sqrt{2}", 1), ("The answer is 1/(n+1).", r"\frac{1}{n+1}", 1), ("= 5!", "120", 1),
         ("<think>it is 71</think> 72", "72", 1), ("<think>it is 72</think> 71", "72", 0),
         (r"<think>\boxed{72}</think> so $71$", "72", 0), (r"\boxed{x^2}", "x²", 1), (r"\boxed{2x}", "x²", 0),
-        (r"\boxed{10^{-3}}", "10⁻³", 1),
+        (r"\boxed{10^{-3}}", "10⁻³", 1), ("so $2ab$", "2", 0), (r"so $5\text{ cm}$", "5", 1), ("so it is 5 cm", "5", 1),
         ("The answer is H2O.", "H2O", 1), ("The answer is HO2.", "H2O", 0), (r"so $x_1$", "x1", 1),
     ],
 )  # fmt: skip

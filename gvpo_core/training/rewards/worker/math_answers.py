@@ -7,6 +7,7 @@ here. Answers in words are compared as text.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
@@ -42,15 +43,45 @@ _UNITS = {
     for unit in units.split()
 }  # fmt: skip
 
+_SHORT = "|".join(sorted((re.escape(u) for u in _UNITS if len(u) > 1), key=len, reverse=True))
+# A unit before the end of an answer or of a formula: \text{ cm}^2, cm, miles per hour. Letters right after a number, of
+# which no known unit is made, are variables: 2ab, 5m.
+_UNIT = re.compile(
+    rf"""(?:(?<=[\d}})])|(?<=[\d}})]\s)|(?<=\s))(?:\\[,;:!\ ]|~|\s)*
+    (?: \\(?:text|textrm|mathrm|mbox)\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?\d\}}?)?
+      | (?<![A-Za-z])(?:{_SHORT})(?:\s*\^\s*\{{?\d\}}?)?
+      | (?<=\s)(?:[mshgl]|(?:(?:sq|cu|per|[A-Za-z]{{4,}}|{_SHORT})\s+)*(?:[A-Za-z]{{4,}}|{_SHORT}))
+        (?:\s*\^\s*\{{?\d\}}?)?
+    )\s*(?=\$|\\\)|\\\]|\Z)""",
+    re.VERBOSE,
+)
+_BASE_IN_WORDS = re.compile(r"_\s*\{?\s*\\(?:text|textrm|mathrm)\s*\{\s*(\w+)\s*\}\s*\}?")
+_BASES = dict(
+    zip(
+        ("two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "sixteen"),
+        (*range(2, 13), 16),
+        strict=True,
+    )
+)
+_CASES = re.compile(
+    r"(?:\\left\s*\\\{\s*)?\\begin\s*\{(array|cases|aligned)\}(?:\{[^{}]*\})?(.*?)\\end\s*\{\1\}(?:\s*\\right\s*\.)?",
+    re.DOTALL,
+)
+
 
 @lru_cache(maxsize=1)
 def library() -> tuple[Any, Any, Any]:
-    """math-verify's parse, verify and settings for LaTeX. Raises: ImportError: it is not installed."""
+    """math-verify's parse, verify and settings for LaTeX and plain numbers. Raises: ImportError: it is not installed.
+
+    Its own removal of units is off: it takes letters like ab, m and t after a number for units.
+    """
     try:
-        from math_verify import LatexExtractionConfig, parse, verify
+        from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
     except ImportError as e:
         raise ImportError('the math_verify reward needs math-verify: pip install "gvpo[rewards]"') from e
-    return parse, verify, [LatexExtractionConfig()]
+    latex = LatexExtractionConfig()
+    latex = replace(latex, normalization_config=replace(latex.normalization_config, units=False))
+    return parse, verify, [latex, ExprExtractionConfig()]
 
 
 def judge(response: str, gold: str) -> float | None:
@@ -138,12 +169,12 @@ def _boxed(text: str) -> str:
 
 
 def _undelimited(text: str) -> str:
-    """The mathematics in a text without what surrounds it: delimiters, a box, a full stop."""
-    text = text.strip()
+    """The mathematics in a text without delimiters, a box or a full stop around it. Bases in words become digits."""
+    text = _BASE_IN_WORDS.sub(lambda m: f"_{{{_BASES.get(m[1].casefold(), m[1])}}}", text.strip())
     while True:
         before = text
         text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text, flags=re.DOTALL).strip()
-        text = re.sub(r"(?<=[^\\.])[.。]$", "", text).strip()
+        text = re.sub(r"(?<=[^\\.])(?<!\\right)[.。]$", "", text).strip()
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")):
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
                 inner = text[len(left) : len(text) - len(right)]
@@ -237,6 +268,10 @@ def _read(answer: str) -> Any:
         answer = rf"{sign}({whole}+\frac{{{top}}}{{{bottom}}})"
     answer = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", answer)
     answer = re.sub(r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln|infty)(?![A-Za-z])", r"\\\1 ", answer)
+    answer = re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", answer)
+    answer = _CASES.sub(
+        lambda m: ", ".join(line.replace("&", "") for line in m[2].split(r"\\") if line.strip()), answer
+    )
     if not _balanced(answer):
         return None
     parsed = _parse(f"${answer}$", delimited=False)
@@ -259,10 +294,11 @@ def _parse(text: str, *, delimited: bool) -> Any:
     Args:
       delimited: whether plain numbers count too, in a text that may have delimiters anywhere.
     """
-    parse, _, latex = library()
+    parse, _, kinds = library()
+    text = _UNIT.sub("", text)
     # Its own time limits use SIGALRM, which works in the main thread only; the caller's limit holds here.
     options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
-    parsed = parse(text, **options) if delimited else parse(text, latex, **options)
+    parsed = parse(text, kinds if delimited else kinds[:1], **options)
     return parsed[0] if parsed else None
 
 
