@@ -3,6 +3,7 @@
 import base64
 import html
 import json
+import re
 import urllib.parse
 
 import pytest
@@ -227,10 +228,12 @@ SECRET = "k3y\"/+ü with spaces'&more"
         lambda s: base64.b64encode(s.encode()).decode(),
         lambda s: base64.b64encode(f"u:{s}".encode()).decode(), lambda s: base64.b64encode(f"me:{s}".encode()).decode(),
         lambda s: base64.urlsafe_b64encode(s.encode()).decode(),
-        ascii, lambda s: repr(s.encode()), lambda s: s.encode().hex(),
+        ascii, lambda s: repr(s.encode()), lambda s: s.encode().hex(), lambda s: s.encode().hex().upper(),
+        lambda s: re.sub("%..", lambda m: m[0].lower(), urllib.parse.quote(s, safe="")),
+        lambda s: urllib.parse.quote(urllib.parse.quote(s, safe=""), safe=""),
     ],
     ids=["plain", "repr", "json", "json-utf8", "html", "url", "form", "path", "base64", "basic", "basic-1", "b64-url",
-         "ascii", "bytes", "hex"],
+         "ascii", "bytes", "hex", "HEX", "url-lower", "url-twice"],
 )  # fmt: skip
 def test_a_secret_is_hidden_in_every_form_that_programs_write(form):
     written = form(SECRET)
@@ -257,10 +260,11 @@ def test_the_shortest_hidden_value_is_documented():
     ("name", "secret"),
     [(n, True) for n in ("DB_PASS", "DB_PWD", "SSH_PASSPHRASE", "SIGNING_KEY", "API_TOKENS", "SESSION_COOKIE",
                          "hf_tokens", "judge_key", "GH_TOKEN", "x.password", "pwd", "pass", "dbPass", "jwt", "auth",
-                         "auth_header", "bearer", "DB_CREDS", "passcode", "OPENAI_KEYS", "judge_token")]
+                         "auth_header", "bearer", "DB_CREDS", "passcode", "OPENAI_KEYS", "judge_token", "GITHUB_PAT",
+                         "AccountKey", "CONNECTION_STRING", "subscription_key")]
     + [(n, False) for n in ("PWD", "OLDPWD", "max_tokens", "MAX_TOKENS", "micro_batch_tokens", "monkey",
                             "answer_key", "compass", "tokenizer", "keyboard", "eos_token", "end_token", "stop_token",
-                            "pad_token_id", "token_count", "label_keys", "bypass")],
+                            "pad_token_id", "token_count", "label_keys", "bypass", "prompt_key", "gold_key", "pat")],
 )  # fmt: skip
 def test_names_of_secrets(name, secret):
     assert is_secret(name) is secret
@@ -276,10 +280,23 @@ def test_names_of_secrets(name, secret):
         ("https://host:8080/users/@me/", "https://host:8080/users/@me/"),
         ("https://host/a@b", "https://host/a@b"),
         ("mailto:me@host", "mailto:me@host"),
+        ("Server=x;Pwd=hunter22;User=y", "Server=x;Pwd=***;User=y"),
+        ("Authorization: Bearer sk-4711abcd", "Authorization: Bearer ***"),
+        ("Authorization: Basic dXNlcjpwYXNz=", "Authorization: Basic ***"),
+        ("Bearer securities are Basic understanding", "Bearer securities are Basic understanding"),
     ],
 )
 def test_passwords_in_urls_may_hold_any_character(url, left):
     assert hide(f"see {url}, or not") == f"see {left}, or not"
+
+
+def test_the_parts_of_what_the_environment_holds_are_secrets_too():
+    environment = {
+        "HTTPS_PROXY": "http://me:proxy-pass@host:3128",
+        "AUTHORIZATION": "Bearer sk-4711-abcdef",
+        "HOME": "/x",
+    }
+    assert secrets_of(None, environment) == {"proxy-pass", "Bearer sk-4711-abcdef", "sk-4711-abcdef"}
 
 
 def test_a_secret_inside_another_option_is_in_no_file(run, tmp_path):

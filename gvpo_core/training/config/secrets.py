@@ -27,10 +27,12 @@ SHORTEST = 6
 _NAMED = re.compile(
     r"((?<!eos_)(?<!bos_)(?<!pad_)(?<!end_)(?<!stop_)(?<!start_)(?<!mask_)(?<!image_)(?<!special_)"
     r"token(?!s|iz|_(?:counts?|ids?|types?|limit|budget|weights?|penalty)\b)"
-    r"|secret|passw|passphrase|passcode|api[_-]?key|access[_-]?key|private[_-]?key|credential|authorization|cookie"
+    r"|secret|passw|passphrase|passcode|(?:api|access|private|account|subscription)[_-]?key|connection[_-]?string"
+    r"|credential|authorization|cookie|[_-]pat$"
     r"|(?:^|[_-])(?:jwt|bearer|creds|auth|auth_header)$|^(?-i:pass|pwd)$|(?-i:[a-z](?:Pass|Pwd))$"
     r"|(?<![a-z])(api|access|auth|bearer|refresh|id|hf|github|bot)[_-]tokens$|[_-](pass|pwd)$"
-    r"|(?<!answer)(?<!sort)(?<!primary)(?<!foreign)(?<!partition)[_-]key$)",
+    r"|(?<!answer)(?<!sort)(?<!primary)(?<!foreign)(?<!partition)(?<!prompt)(?<!question)(?<!label)(?<!gold)(?<!target)"
+    r"(?<!solution)(?<!response)(?<!column)[_-]key$)",
     re.IGNORECASE,
 )
 # For environment variables only; a setting max_tokens or label_keys is not a secret.
@@ -40,10 +42,14 @@ _IN_URL = re.compile(
     r"(?<=://)(?:[^/@:\s'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"<>]+(?=@[\w.\-\[\]]+(?::\d+)?(?:[/?#\s'\",;)]|$))"
     r"|[^/@\s'\"]+(?=@))"
 )
-_IN_QUERY = re.compile(
-    r"(?<=[?&#])([\w.\-]*(?:token|secret|passw|key|credential|signature|sig|auth)[\w.\-]*=)[^&\s'\"#]+", re.IGNORECASE
+_IN_QUERY = re.compile(  # of a URL, or of a database's connection string
+    r"(?<=[?&#;])([\w.\-]*(?:token|secret|passw|pwd|key|credential|signature|sig|auth)[\w.\-]*=)[^&\s'\"#;]+",
+    re.IGNORECASE,
 )
+_SCHEME = re.compile(r"(?<=\bBearer )(?=\S*\d)[\w.~+/=\-]{8,}|(?<=\bBasic )(?=\S*[\d=])[\w+/=\-]{8,}")
+_AFTER_SCHEME = re.compile(r"(?i:bearer|basic|token|key)\s+(\S.*)")  # what a header's value is without its scheme
 _FROM_ENVIRONMENT = re.compile(r"\$([A-Za-z_]\w*)")
+_ESCAPE = re.compile("%[0-9A-F]{2}")
 _CUT_AT_LEAST = 8  # characters of the beginning of a secret, where a text was cut in it
 _LONG = 12  # characters of a secret whose beginning is looked for
 
@@ -64,7 +70,7 @@ def hide(text: str, known: Iterable[str] = ()) -> str:
         text = text.replace(form, HIDDEN)
     for form in forms:
         text = _without_beginning(text, form)
-    return _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(HIDDEN, text))
+    return _SCHEME.sub(HIDDEN, _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(HIDDEN, text)))
 
 
 @lru_cache(maxsize=64)
@@ -81,12 +87,14 @@ def _forms(secret: str) -> Iterator[str]:
         yield json.dumps(text, ensure_ascii=False)[1:-1]
         yield ascii(text)[1:-1]
         yield html.escape(text)
-        yield urllib.parse.quote(text)
-        yield urllib.parse.quote(text, safe="")
-        yield urllib.parse.quote_plus(text)
+        for quoted in (urllib.parse.quote(text), urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)):
+            yield quoted
+            yield _ESCAPE.sub(lambda match: match[0].lower(), quoted)
+            yield urllib.parse.quote(quoted, safe="")  # a URL inside another one
         encoded = text.encode("utf-8", "surrogateescape")
         yield repr(encoded)[2:-1]
         yield encoded.hex()
+        yield encoded.hex().upper()
         for before in range(3):  # a form of base64 for each place in a group of three bytes
             complete = (before + len(encoded)) // 3 * 4  # characters that depend on nothing behind the secret
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
@@ -156,8 +164,11 @@ def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = Non
     """The secrets that settings and the environment (default: this process's) hold, to be looked for in text."""
     environment = os.environ if environment is None else environment
     values = {value for name, value in environment.items() if is_secret(name)}
+    for value in environment.values():  # a proxy's or a database's password
+        values |= {user.partition(":")[2] for user in _IN_URL.findall(value)}
     if settings is not None:
         _collect(settings, "", values, environment)
+    values |= {match[1] for value in values if (match := _AFTER_SCHEME.fullmatch(value))}
     return frozenset(secret for secret in values if len(secret) >= SHORTEST)
 
 
