@@ -79,15 +79,18 @@ def test_fp8_is_unpacked_on_every_device() -> None:
     assert _dequantized(settings)["quantization_config"].dequantize is True
 
 
-@pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])
-def test_fp8_with_scales_is_unpacked_exactly(kind, llama, tmp_path) -> None:
-    plain = edited(llama, tmp_path / "plain")
+@pytest.mark.parametrize(
+    ("kind", "nested"), [({}, False), ({"lora_rank": 2}, False), ({}, True)], ids=["full", "lora", "text_config"]
+)
+def test_fp8_with_scales_is_unpacked_exactly(kind, nested, llama, tmp_path) -> None:
+    start = families.make("gemma3", tmp_path / "start") if nested else llama
+    plain = edited(start, tmp_path / "plain")
     packed = tmp_path / "packed"
     shutil.copytree(plain, packed)
     tensors, unpacked = load_file(packed / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):
         unpacked[name] = tensor
-        if "proj" in name:  # one block of 128 x 128
+        if "_proj.weight" in name and "vision" not in name:  # one block of 128 x 128
             scale = tensor.abs().max() / 448
             tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
             tensors[name + "_scale_inv"] = scale.reshape(1, 1)
@@ -95,19 +98,20 @@ def test_fp8_with_scales_is_unpacked_exactly(kind, llama, tmp_path) -> None:
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     save_file(unpacked, plain / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
+    part = config["text_config"] if nested else config
+    part["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (packed / "config.json").write_text(json.dumps(config))
 
     of, of_policy = batch((3, 2)), policy(packed, **kind)
     expected = policy(plain, **kind).logprobs(of)
     np.testing.assert_allclose(of_policy.logprobs(of), expected, rtol=0, atol=1e-5)
-    assert np.abs(expected - policy(llama).logprobs(of)).max() > 1e-3  # the rounding shows
+    assert np.abs(expected - policy(start).logprobs(of)).max() > 1e-3  # the rounding shows
     train(of_policy, range(1))
     of_policy.export(tmp_path / "out")
-    assert "quantization_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    assert "quantization_config" not in (tmp_path / "out/config.json").read_text()
     np.testing.assert_allclose(policy(tmp_path / "out").logprobs(of), of_policy.logprobs(of), rtol=0, atol=1e-4)
 
-    del tensors["model.layers.0.mlp.up_proj.weight_scale_inv"]
+    del tensors[next(name for name in tensors if name.endswith("up_proj.weight_scale_inv"))]
     save_file(tensors, packed / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"layers\.0\.mlp\.up_proj\.weight is F8_E4M3"):
         policy(packed, **kind)

@@ -75,6 +75,19 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capfd
     assert f"{config}:" not in err
 
 
+def test_a_combination_with_an_option_is_not_blamed_on_the_file(tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    status, _, err = gvpo(capfd, "train", config, "--rollout.prompts", "0")
+    assert status == 2 and "options: objective.minibatches = 1; expected at most rollout.prompts = 0" in err
+    assert f"{config}:" not in err
+
+
+def test_a_config_with_a_byte_order_mark_is_read(tmp_path, capfd):
+    config = table_run.make(tmp_path, steps=1)
+    config.write_bytes(b"\xef\xbb\xbf" + config.read_bytes())
+    assert gvpo(capfd, "train", config)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("given", "meant"),
     [

@@ -42,7 +42,7 @@ def _read(path: Path) -> "tuple[Config, _Reader]":
     """The settings, with defaults for wrong fields, and the reader with the errors."""
     try:
         refuse_special(path)
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
     except OSError as e:
         raise ConfigError(f"cannot read the config {path}: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
@@ -245,11 +245,13 @@ class _Reader:
         """
         known = {name for name, _ in self.errors}
         values = [(name, text) for name, text in wrong_values(config) if not _covered(name, known)]
+        # A combination that an option is part of is the option's mistake, whichever setting is reported.
+        options = [m for name, m in values if name in given or any(re.search(rf"\b{re.escape(g)}\b", m) for g in given)]
         messages = [(self._line(name), message) for name, message in self.errors]
-        messages += [(self._line(name), message) for name, message in values if name not in given]
+        messages += [(self._line(name), message) for name, message in values if message not in options]
         messages.sort(key=lambda pair: pair[0] or len(self.lines) + 10**6)
         shown = [f"{self.path}:{line}: {message}" if line else f"{self.path}: {message}" for line, message in messages]
-        return shown + [f"options: {message}" for name, message in values if name in given]
+        return shown + [f"options: {message}" for message in options]
 
     def _line(self, name: str) -> int:
         while name and name not in self.lines:
