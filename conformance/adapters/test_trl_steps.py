@@ -87,16 +87,19 @@ def test_the_steps_of_responses_that_hold_tokens_of_tools(folder, tmp_path) -> N
 @pytest.mark.parametrize(
     "settings",
     [
-        {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},  # a group on both
-        {
-            "per_device_train_batch_size": 2,
-            "gradient_accumulation_steps": 2,
-            "steps_per_generation": 4,
-            "num_iterations": 2,
-            "max_steps": 4,
-        },
+        pytest.param({"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2}, id="a group on both"),
+        pytest.param(
+            {
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "steps_per_generation": 4,
+                "num_iterations": 2,
+                "max_steps": 4,
+            },
+            id="mini-batches, twice each",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["a group on both", "mini-batches, twice each"],
 )
 def test_the_steps_of_two_processes(settings: dict, folder, tmp_path) -> None:
     path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
