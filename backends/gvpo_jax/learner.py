@@ -108,6 +108,11 @@ class Learner:
         else:
             self.parameters = trained
 
+    def copied(self, dtype: Any) -> Parameters:
+        """What is trained, in arrays of their own: a step gives its parameters' memory to the next ones."""
+        static = (np.dtype(dtype),)
+        return self.programs.call(update.copied, static, self.trained, out=self._shardings)  # type: ignore[no-any-return]
+
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint keeps as arrays, sharded as they are."""
         adam = self._state

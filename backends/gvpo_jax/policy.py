@@ -66,10 +66,13 @@ class JaxPolicy(LanguageModelPolicy):
             parameters = weights.load(spec, files, self.mesh, held)
         adapters = make_adapters(config, spec, self.mesh, settings.seed) if config.lora_rank else {}
         self.learner = Learner(self.setup, self.programs, settings.optimizer, parameters, adapters)
-        self._reference: Parameters | None = None
-        if settings.reference and not config.lora_rank:
+        self._load_reference()
+
+    def _load_reference(self) -> None:
+        self._reference: Parameters = {}  # all parameters, or under LoRA adapters
+        if self.settings.reference and not self.config.lora_rank:
             with out_of_memory("the reference model"):
-                self._reference = weights.load(spec, files, self.mesh, self.setup.compute)
+                self._reference = weights.load(self.setup.spec, self._files, self.mesh, self.setup.compute)
 
     def _split(self, hidden: int, rope: Any = None) -> planning.ShardSplitting:
         c, shards = self.optimizer_config, meshes.batch_shards(self.mesh)
@@ -103,13 +106,17 @@ class JaxPolicy(LanguageModelPolicy):
         parameters: Any = self.learner.parameters
         adapters = self.learner.adapters
         if reference and self.config.lora_rank:
-            adapters = {}
+            adapters = self._reference
         elif reference:
             parameters = self._reference
         return self.scorer.logprobs(batch, self._splitting, parameters, adapters)
 
     def _cache_tokens(self) -> int:
         return memory.cache_tokens(self.scorer.sampling)
+
+    def _renew_reference(self) -> None:
+        with out_of_memory("the reference's adapters" if self.config.lora_rank else "the reference model"):
+            self._reference = self.learner.copied(np.float32 if self.config.lora_rank else self.setup.compute)
 
     # -- training
 
@@ -134,10 +141,21 @@ class JaxPolicy(LanguageModelPolicy):
     # -- on disk
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
-        checkpoint.save(directory, self.learner.arrays(), header, self.rank == 0)
+        checkpoint.save(directory, self._arrays(self.renewed), header, self.rank == 0)
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        self.learner.take(checkpoint.restore(directory, self.learner.arrays()))
+        renewed = bool(header.get("renewed"))
+        arrays = checkpoint.restore(directory, self._arrays(renewed))
+        self.learner.take(arrays)
+        if renewed:
+            self._reference = arrays["reference"]
+        elif self.renewed:
+            self._load_reference()
+
+    def _arrays(self, renewed: bool) -> dict[str, Any]:
+        return self.learner.arrays() | (
+            {"reference": dict(self._reference or self.learner.adapters)} if renewed else {}
+        )
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""

@@ -125,6 +125,11 @@ def adamw_numbers(
     return {name: np.asarray(value, np.float32) for name, value in found.items()}
 
 
+def copied(dtype: np.dtype[Any], trained: Parameters) -> Parameters:
+    """The parameters in `dtype`, never in the memory of `trained`."""
+    return {name: jnp.copy(value).astype(dtype) for name, value in trained.items()}
+
+
 def no_moments(trained: Parameters) -> optax.ScaleByAdamState:
     """AdamW's state before the first step."""
     zeros = lambda: {name: jnp.zeros(p.shape, jnp.float32) for name, p in trained.items()}

@@ -63,13 +63,19 @@ class Scorer:
     def using(self, values: Sequence[mx.array]) -> Iterator[None]:
         """The model with other parameters, in the compute dtype; afterwards it has its own again."""
         own = self.parameters
-        adapters = self.adapted
         # Adapters stay float32: their products are added in the dtype of the layer.
-        self.parameters = [v if adapters or v.dtype == self.dtype else v.astype(self.dtype) for v in values]
+        self.parameters = list(values) if self.adapted else [v.astype(self.dtype) for v in values]
         try:
             yield
         finally:
             self.parameters = own
+
+    def in_compute_dtype(self, values: Sequence[mx.array]) -> list[mx.array]:
+        """Parameters to score with and never to train, as `load_reference` has them; adapters and head stay float32."""
+        if self.adapted:
+            return list(values)
+        head = self._head_name()
+        return [v if name == head else v.astype(self.dtype) for name, v in zip(self.names, values, strict=True)]
 
     def score(
         self,

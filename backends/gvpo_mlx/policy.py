@@ -69,15 +69,19 @@ class MLXPolicy(LanguageModelPolicy):
             with self.scorer.using(self.scorer.parameters):
                 self._same_length = not generate.check(self.scorer)
             self._splitting = self._split(self.scorer.config.get("hidden_size") or 0)
-            self._reference = None
-            if self.settings.reference and not config.lora_rank:
-                self._reference = model.load_reference(config)
         self._optimizer = AdamW(self.optimizer_config, self.compiled)
         self._passes = self._passes_of(self.scorer)
-        self._reference_passes = self._passes_of(self._reference or self.scorer)
+        self._load_reference()
+
+    def _load_reference(self) -> None:
+        self._renewed: list[mx.array] | None = None  # parameters of a renewed reference, as `scorer.parameters`
+        self._reference_passes = self._passes
+        if self.settings.reference and not self.config.lora_rank:
+            with mx.stream(self.device):
+                self._reference_passes = self._passes_of(model.load_reference(self.config))
 
     def _unload(self) -> None:
-        del self.scorer, self._reference, self._optimizer, self._passes, self._reference_passes
+        del self.scorer, self._optimizer, self._passes, self._reference_passes, self._renewed
 
     def _passes_of(self, scorer: model.Scorer) -> Passes:
         return Passes(scorer, self.packed, self.optimizer_config.micro_batch_tokens, self.compiled)
@@ -101,17 +105,25 @@ class MLXPolicy(LanguageModelPolicy):
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         passes = self._passes
         switched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if reference and self.scorer.adapted:
+        if reference and self.scorer.adapted and self._renewed is None:
             switched = self._without_adapters()
         if reference:
             passes = self._reference_passes
         found, tokens = np.zeros(len(batch)), 0
         with mx.stream(self.device), switched:
             for rows in self._splitting.rows(batch):
-                arrays, values, computed = passes.score(batch, rows)
+                arrays, values, computed = passes.score(batch, rows, self._renewed if reference else None)
                 found[arrays.responses] = arrays.sums(values)
                 tokens += computed
         return found, tokens
+
+    def _renew_reference(self) -> None:
+        with mx.stream(self.device):
+            self._take_reference(self.scorer.in_compute_dtype(self.scorer.parameters))
+
+    def _take_reference(self, values: list[mx.array]) -> None:
+        mx.eval(values)
+        self._renewed, self._reference_passes = values, self._passes  # the initial model is freed
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:
@@ -151,10 +163,14 @@ class MLXPolicy(LanguageModelPolicy):
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
         if self.rank == 0:
-            checkpoint.save(directory, self.scorer, self._optimizer, header)
+            checkpoint.save(directory, self.scorer, self._optimizer, header, self._renewed or [])
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        checkpoint.restore(directory, self.scorer, self._optimizer, header)
+        reference = checkpoint.restore(directory, self.scorer, self._optimizer, header)
+        if reference:
+            self._take_reference(reference)
+        elif self._renewed is not None:
+            self._load_reference()
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""

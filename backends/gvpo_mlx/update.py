@@ -49,10 +49,16 @@ class Passes:
             self.shapes.add((name, padded.ids.shape, padded.targets.shape))
         return arrays, inputs(padded)
 
-    def score(self, batch: Batch, rows: Sequence[Row]) -> tuple[layout.Arrays, np.ndarray, int]:
-        """The micro-batch, the log-probability of each of its response tokens, and the tokens computed."""
+    def score(
+        self, batch: Batch, rows: Sequence[Row], parameters: list[mx.array] | None = None
+    ) -> tuple[layout.Arrays, np.ndarray, int]:
+        """The micro-batch, the log-probability of each of its response tokens, and the tokens computed.
+
+        Args:
+          parameters: instead of the scorer's own.
+        """
         arrays, on = self.prepare(batch, rows, "score")
-        values = self._score(self.scorer.parameters, on)
+        values = self._score(self.scorer.parameters if parameters is None else parameters, on)
         return arrays, np.array(values)[: len(arrays.targets)], on["ids"].size
 
     def known(

@@ -29,6 +29,7 @@ def saving(
     header: Mapping[str, Any],
     rank: int,
     ranks: int,
+    reference: Mapping[str, Tensor] | None = None,
 ) -> Callable[[], dict[str, Digest]]:
     """A function that writes this rank's part of the state and `header`, and may run in another thread.
 
@@ -37,6 +38,7 @@ def saving(
 
     Args:
       rank, ranks: of those that write; a rank beyond them has the same state as another, and writes nothing.
+      reference: tensors of a renewed reference, by the names of `named`; None: it is the initial model.
     """
     if rank >= ranks:
         return dict
@@ -45,7 +47,8 @@ def saving(
     tensors: dict[str, tensor_file.Tensor] = {}
     for name, p in named.items():
         first, end = own_rows(p)
-        for kind, tensor in _tensors(p, optimizer).items():
+        of_reference = {"reference": reference[name]} if reference else {}
+        for kind, tensor in (_tensors(p, optimizer) | of_reference).items():
             if first < end or ranks == 1:
                 tensors[f"{kind}.{name}"] = _entry(_local(tensor))
                 rows[f"{kind}.{name}"] = [first, p.shape[0] if p.ndim else 1]
@@ -62,10 +65,16 @@ def saving(
 
 
 def restore(
-    directory: Path, named: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, header: Mapping[str, Any]
+    directory: Path,
+    named: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    header: Mapping[str, Any],
+    reference: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Reads what `saving` wrote, on any number of ranks, into parameters and optimizer; each rank reads its rows.
 
+    Args:
+      reference: tensors to read a renewed reference into; None: the checkpoint has none.
     Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
     """
     files, steps = header["files"], header["steps"]
@@ -73,9 +82,12 @@ def restore(
     found = _parts(directory, files)
     wanted = {f"parameter.{name}": tuple(p.shape) for name, p in named.items()}
     wanted |= {f"{moment}.{name}": tuple(named[name].shape) for name in named if name in steps for moment in MOMENTS}
+    wanted |= {f"reference.{name}": tuple(tensor.shape) for name, tensor in (reference or {}).items()}
     check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in found.items()})
     optimizer.state.clear()
     with torch.no_grad():
+        for name, tensor in (reference or {}).items():
+            _read(found[f"reference.{name}"], tensor)
         for name, p in named.items():
             _read(found[f"parameter.{name}"], p)
             if name in steps:

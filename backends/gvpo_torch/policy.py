@@ -1,7 +1,7 @@
 """The PyTorch policy: what `gvpo_core.training` trains, on one device or several."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,22 +64,27 @@ class TorchPolicy(LanguageModelPolicy):
         hidden = 0 if self.scorer.in_blocks else getattr(self.scorer.config, "hidden_size", 0) or 0
         self._splitting = self._split(hidden, self.scorer.rope)
         self.parameters, self.trainable = memory.count(self.scorer)
-        self._reference = None
-        if self.settings.reference and not config.lora_rank:
-            self._reference = model.load_reference(config, self.device, deferred=sharded)
-            if sharded:
-                shard(self._reference, self.device)
         self._trained: torch.nn.Module = self.scorer
         if self.world_size > 1 and not sharded:
             self._trained = copies(self.scorer, self.device)
         self._sharded = is_sharded(self._trained)
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
-        self._named = {name.removeprefix("lm."): p for name, p in self.scorer.named_parameters() if p.requires_grad}
+        self._named = {name: p for name, p in _parameters(self.scorer).items() if p.requires_grad}
+        self._load_reference()
         export.name_end_tokens(self.scorer.base, self.folder, self._end)
 
+    def _load_reference(self) -> None:
+        self._reference = None
+        self._reference_adapters: dict[str, Tensor] = {}  # under LoRA, of a renewed reference; empty: adapters off
+        if self.settings.reference and not self.config.lora_rank:
+            sharded = self.world_size > 1 and self.config.sharding == "fsdp"
+            self._reference = model.load_reference(self.config, self.device, deferred=sharded)
+            if sharded:
+                shard(self._reference, self.device)
+
     def _unload(self) -> None:
-        del self.scorer, self._trained, self._optimizer, self._named, self._reference
+        del self.scorer, self._trained, self._optimizer, self._named, self._reference, self._reference_adapters
 
     # -- sampling and scoring
 
@@ -106,7 +111,9 @@ class TorchPolicy(LanguageModelPolicy):
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         scorer: Any = self.scorer
         switched: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if reference and self.scorer.adapted:
+        if reference and self._reference_adapters:
+            switched = self._in_their_place(self._reference_adapters)
+        elif reference and self.scorer.adapted:
             switched = self.scorer.lm.disable_adapter()
         elif reference:
             scorer = self._reference
@@ -119,6 +126,36 @@ class TorchPolicy(LanguageModelPolicy):
                 found[arrays.responses] = arrays.sums(values.cpu().numpy())
                 tokens += arrays.ids.size
         return found, tokens
+
+    def _renew_reference(self) -> None:
+        if self._reference is None:
+            self._reference_adapters = {name: p.detach().clone() for name, p in self._named.items()}
+        else:
+            self._write(_parameters(self._reference), self._named)
+            gathered_no_more(self._reference)
+
+    def _reference_tensors(self) -> dict[str, Tensor]:
+        """Of a renewed reference, by the names of what is trained."""
+        if self._reference is None:
+            return self._reference_adapters
+        held = _parameters(self._reference)
+        return {name: held[name] for name in self._named}
+
+    @contextlib.contextmanager
+    def _in_their_place(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """The model with these values of what is trained; afterwards it has its own again."""
+        own = {name: p.detach().clone() for name, p in self._named.items()}
+        self._write(self._named, values)
+        try:
+            yield
+        finally:
+            self._write(self._named, own)
+
+    def _write(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, value in values.items():
+                parameters[name].copy_(value)
+        gathered_no_more(self._trained)
 
     @contextlib.contextmanager
     def _in_step(self, scorer: model.Scorer) -> Iterator[Any]:
@@ -190,14 +227,24 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _saving(self, directory: Path, header: dict[str, Any]) -> Callable[[], dict[str, Digest]]:
         writers = self.world_size if self._sharded else 1
-        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers)
+        reference = self._reference_tensors() if self.renewed else None
+        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers, reference)
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
         self._saving(directory, header)()
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        checkpoint.restore(directory, self._named, self._optimizer, header)
-        gathered_no_more(self._trained)
+        renewed = bool(header.get("renewed"))
+        adapters = {name: torch.empty_like(p, requires_grad=False) for name, p in self._named.items()}
+        reference = self._reference_tensors() or adapters
+        checkpoint.restore(directory, self._named, self._optimizer, header, reference if renewed else None)
+        if renewed and self._reference is None:
+            self._reference_adapters = reference
+        elif self.renewed and not renewed:
+            self._load_reference()
+        for written in (self._trained, self._reference):
+            if written is not None:
+                gathered_no_more(written)
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
@@ -228,3 +275,7 @@ class TorchPolicy(LanguageModelPolicy):
             packages=("torch", "transformers", *(("peft",) if self.config.lora_rank else ())),
             memory=memory.facts(self.scorer, self.device, self.defers, self.sampled_bytes),
         )
+
+
+def _parameters(scorer: model.Scorer) -> dict[str, torch.nn.Parameter]:
+    return {name.removeprefix("lm."): p for name, p in scorer.named_parameters()}

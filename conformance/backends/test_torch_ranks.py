@@ -64,10 +64,10 @@ def one(folder, tmp_path_factory):
 @pytest.mark.parametrize(
     ("size", "sharding", "kind"),
     [
-        (2, "data_parallel", "full"),
         (2, "fsdp", "full"),
+        pytest.param(2, "data_parallel", "full", marks=pytest.mark.slow),
         pytest.param(2, "fsdp", "checkpointing", marks=pytest.mark.slow),
-        (2, "fsdp", "lora"),
+        pytest.param(2, "fsdp", "lora", marks=pytest.mark.slow),
         pytest.param(2, "data_parallel", "lora", marks=pytest.mark.slow),
         pytest.param(4, "fsdp", "full", marks=pytest.mark.slow),
         pytest.param(4, "fsdp", "lora", marks=pytest.mark.slow),
@@ -154,7 +154,7 @@ for port in ports:
 
 @pytest.mark.parametrize(
     ("how", "pairs"),
-    [("destroyed", 3), *(pytest.param(how, 10, marks=pytest.mark.slow) for how in ("left", "destroyed"))],
+    [pytest.param(how, 10, marks=pytest.mark.slow) for how in ("left", "destroyed")],
 )
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot put two processes on one core")
 def test_processes_end(how: str, pairs: int, tmp_path) -> None:

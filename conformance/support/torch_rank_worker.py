@@ -143,6 +143,17 @@ def main() -> None:
     for name in two:
         np.testing.assert_array_equal(restored[name], two[name])
         np.testing.assert_array_equal(again[name], three[name])
+    of_policy.renew_reference()  # after it, scored as the policy is, also once the policy has moved on
+    mine_now = of_policy.logprobs(OF.take(mine))
+    found["renewed"] = of_policy.gather(mine_now)
+    step(of_policy, straddling)
+    (out / "renewed").mkdir(exist_ok=True)
+    of_policy.save(out / "renewed")
+    step(of_policy, straddling)
+    of_policy.restore(out / "renewed")
+    reference = of_policy.logprobs(OF.take(mine), reference=True)
+    np.testing.assert_allclose(reference, mine_now, rtol=0, atol=1e-5 if settings.get("dtype") != "bfloat16" else 0.05)
+    assert np.abs(of_policy.gather(of_policy.logprobs(OF.take(mine))) - found["renewed"]).max() > 1e-2
     if rank == 0:
         np.savez(out / "one.npz", **one)
         np.savez(out / "two.npz", **two)

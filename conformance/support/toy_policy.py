@@ -102,6 +102,9 @@ class ToyPolicy(LanguageModelPolicy):
         pairs = _pairs(batch)
         return np.asarray([table[before, after].sum() for before, after in pairs]), sum(len(b) for b, _ in pairs)
 
+    def _renew_reference(self) -> None:
+        self.reference = self.weights.copy()
+
     # -- training
 
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
@@ -132,7 +135,8 @@ class ToyPolicy(LanguageModelPolicy):
     # -- on disk
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
-        np.savez(directory / "arrays.npz", weights=self.weights, moments=self.moments)
+        reference = {"reference": self.reference} if self.renewed else {}
+        np.savez(directory / "arrays.npz", weights=self.weights, moments=self.moments, **reference)
         write_header(directory, header)
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
@@ -140,8 +144,10 @@ class ToyPolicy(LanguageModelPolicy):
         with np.load(directory / "arrays.npz", allow_pickle=False) as saved:
             arrays = dict(saved)
         wanted = {"weights": self.weights.shape, "moments": self.moments.shape}
+        wanted |= {"reference": self.weights.shape} if header.get("renewed") else {}
         check_tensors(directory, wanted, {name: array.shape for name, array in arrays.items()})
         self.weights, self.moments = arrays["weights"], arrays["moments"]
+        self.reference = arrays.get("reference", np.load(self.folder / "weights.npy", allow_pickle=False))
 
     def export(self, directory: Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)

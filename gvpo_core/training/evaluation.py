@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -106,7 +107,15 @@ def _losses(config: Config, policy: Policy, groups: Groups, reference: Reference
     rollout = recorded_rollout(policy, groups, range(len(groups)), reference, keep=False)
     local_rows = slice(rollout.start, rollout.start + len(rollout.batch))
     scored = np.flatnonzero(~np.isnan(rollout.rewards[local_rows]))
-    logprobs = np.full(len(rollout.rewards), np.nan)
-    scores = policy.logprobs(rollout.batch.take([int(i) for i in scored]))
-    logprobs[~np.isnan(rollout.rewards)] = policy.gather(np.asarray(scores, np.float64))
+    batch = rollout.batch.take([int(i) for i in scored])
+
+    def scores(*, of_reference: bool) -> np.ndarray:
+        found = np.full(len(rollout.rewards), np.nan)
+        local = policy.logprobs(batch, reference=True) if of_reference else policy.logprobs(batch)
+        found[~np.isnan(rollout.rewards)] = policy.gather(np.asarray(local, np.float64))
+        return found
+
+    logprobs = scores(of_reference=False)
+    if config.objective.reference_every:
+        rollout = replace(rollout, ref_logprobs=scores(of_reference=True))
     return loss_metrics(rollout, logprobs, config.objective)

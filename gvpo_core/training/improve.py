@@ -30,6 +30,16 @@ class Improvement:
     peak_memory: int = 0  # bytes, of the rank that took most
 
 
+def renew_reference(policy: Policy, config: ObjectiveConfig, step: int) -> None:
+    """Makes the policy the reference where `config.reference_every` steps were taken since the last time.
+
+    Args:
+      step: the one that is about to be taken, from 1.
+    """
+    if config.reference_every and step > 1 and (step - 1) % config.reference_every == 0:
+        policy.renew_reference()
+
+
 def improve(
     policy: Policy,
     rollout: Rollout,

@@ -236,7 +236,8 @@ class Inputs:
         return encode_prompts(policy, rows, self.config.data, name, max_tokens=self.config.rollout.max_tokens)
 
     def _reference(self, policy: Policy, folder: str | None) -> ReferenceScores | None:
-        if self.config.objective.reference != "initial":
+        objective = self.config.objective
+        if objective.reference != "initial" or objective.reference_every:  # a renewed one has other scores
             return None
         return ReferenceScores(self.config, policy, reference_file(self.config, folder))
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Row
 from gvpo_core.training.evaluation import evaluated, evaluation_steps
-from gvpo_core.training.improve import improve
+from gvpo_core.training.improve import improve, renew_reference
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.load import check_policy
@@ -98,6 +98,7 @@ def _run(
             rollout = source.groups(policy, step)
             journal.settle()
             journal.phase("update")
+            renew_reference(policy, config.objective, step)
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
             check_gap(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, rollout.gap_tolerance)
             journal.step(rollout, improvement)

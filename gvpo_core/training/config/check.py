@@ -14,6 +14,7 @@ from gvpo_core.training.config.engine import server_ranges, wrong_sampler, wrong
 from gvpo_core.training.config.secrets import HIDDEN
 from gvpo_core.training.config.shares import shares
 
+WITHOUT_REFERENCE = ("sft", "reject_sampling")  # objectives that read no reference
 NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
 RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
 """Names that a reward cannot have: reward/<name> is another metric."""
@@ -24,7 +25,7 @@ _AT_MOST = {
     "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
     "evaluation.prompts": 2**24, "objective.length_exponent": 8, "data.reference_cache_size": 2**24,
-    "data.buffer": 2**30, "rollout.redraws": 1000, "replay.groups": 2**20,
+    "data.buffer": 2**30, "rollout.redraws": 1000, "objective.reference_every": 10**8, "replay.groups": 2**20,
 }  # fmt: skip
 
 
@@ -58,7 +59,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "optimizer.micro_batch_responses", "optimizer.eps",
         "data.reference_cache_size", "evaluation.every", "evaluation.prompts",
         "evaluation.patience", "evaluation.temperature", "objective.beta", "rollout.temperature", "rollout.top_k",
-        "objective.length_exponent", "rollout.redraws", "replay.groups", "replay.age",
+        "objective.length_exponent", "objective.reference_every", "rollout.redraws", "replay.groups", "replay.age",
     ):  # fmt: skip
         need(_get(c, name) >= 0, name, ">= 0")
     for name, most in _AT_MOST.items():
@@ -102,6 +103,17 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         "objective.length_exponent",
         f"0 for objective.name = {c.objective.name!r}; only gvpo weighs responses by length",
     )
+    if c.objective.reference_every:
+        need(
+            c.objective.reference == "initial",
+            "objective.reference_every",
+            f"0 for objective.reference = {c.objective.reference!r}; only the initial reference is renewed",
+        )
+        need(
+            c.objective.name not in WITHOUT_REFERENCE,
+            "objective.reference_every",
+            f"0 for objective.name = {c.objective.name!r}, which reads no reference",
+        )
     if c.objective.name in TABLE and TABLE[c.objective.name].positive_beta:
         need(c.objective.beta > 0, "objective.beta", f"> 0 for {c.objective.name}")
     need(
@@ -167,7 +179,7 @@ def _wrong_teacher(c: Config) -> list[tuple[str, str]]:
     if path and not taught:
         message = f"teacher.path = {path!r}, and objective.reference = {c.objective.reference!r}; set it to 'teacher'"
         return [("teacher.path", message)]
-    if taught and c.objective.name in ("sft", "reject_sampling"):
+    if taught and c.objective.name in WITHOUT_REFERENCE:
         return [("objective.reference", f"objective.name = {c.objective.name!r} reads no reference; use gvpo")]
     server, default = c.teacher, TeacherConfig()
     if not server.url:

@@ -285,6 +285,8 @@ class ObjectiveConfig:
     reference: Literal["initial", "rollout", "teacher"] = "initial"
     """pi_ref: the initial model (Eq. 5), the policy that sampled the rollout (the authors' code), or the model of
     [teacher] (GVPO++)."""
+    reference_every: int = 0
+    """Steps after which the present policy becomes the reference, again and again (TBA). 0: never. Only for initial."""
     epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1

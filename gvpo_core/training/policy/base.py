@@ -89,6 +89,7 @@ class LanguageModelPolicy(abc.ABC):
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
         self._read_tokenizer()
         self.steps_taken = 0
+        self.renewed = False  # the reference is no longer the initial model
 
     # -- what a backend gives
 
@@ -117,6 +118,10 @@ class LanguageModelPolicy(abc.ABC):
         included."""
 
     @abc.abstractmethod
+    def _renew_reference(self) -> None:
+        """Keeps a copy of what is trained as the reference, for `_logprobs`, `_save` and `_restore`."""
+
+    @abc.abstractmethod
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
         """The gradient of a planned step, clipped, and AdamW's step at learning rate `rate`."""
 
@@ -134,11 +139,14 @@ class LanguageModelPolicy(abc.ABC):
 
     @abc.abstractmethod
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
-        """Writes parameters and moments, then `header`."""
+        """Writes parameters and moments, the reference if `self.renewed`, then `header`."""
 
     @abc.abstractmethod
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        """Reads what `_save` wrote; checks all of it before it changes anything."""
+        """Reads what `_save` wrote; checks all of it before it changes anything.
+
+        header["renewed"] is True where it holds a reference; else the reference is the initial model again.
+        """
 
     def _read_tokenizer(self) -> None:
         """Sets `folder`, `tokenizer` and `_end`, of a Hugging Face folder or hub name; override it for another form."""
@@ -157,7 +165,7 @@ class LanguageModelPolicy(abc.ABC):
         """Loads the initial model again, without optimizer state; every rank calls."""
         self._unload()
         self._load()
-        self.steps_taken = 0
+        self.steps_taken, self.renewed = 0, False
 
     def encode(self, prompt: Prompt) -> Tokens:
         """Token ids of a text, or of chat messages through the chat template; see `policy.text`."""
@@ -193,10 +201,23 @@ class LanguageModelPolicy(abc.ABC):
 
         Raises: RuntimeError: the reference was asked for, and `load` had reference=False.
         """
-        if reference and not self.settings.reference and not self.config.lora_rank:
-            raise RuntimeError("the reference was not loaded: load(..., reference=True)")
+        if reference:
+            self._need_reference()
         rows, owners = batch.by_segment()
         return summed(self._logprobs(rows, reference)[0], owners, len(batch))
+
+    def renew_reference(self) -> None:
+        """Makes the present policy the reference; see the protocol.
+
+        Raises: RuntimeError: `load` had reference=False.
+        """
+        self._need_reference()
+        self._renew_reference()
+        self.renewed = True
+
+    def _need_reference(self) -> None:
+        if not self.settings.reference and not self.config.lora_rank:
+            raise RuntimeError("the reference was not loaded: load(..., reference=True)")
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         """One AdamW step along -sum_i c_i grad log pi_i; see the protocol.
@@ -229,12 +250,13 @@ class LanguageModelPolicy(abc.ABC):
         return replace(update, logprobs=summed(update.logprobs, owners, count))
 
     def save(self, directory: Path) -> None:
-        """Writes parameters or adapters, AdamW's moments and the step into an empty folder; every rank calls."""
+        """Writes parameters or adapters, AdamW's moments, the step and a renewed reference; every rank calls."""
         self._save(Path(directory), self._header())
 
     def _header(self) -> dict[str, Any]:
         """Facts of a checkpoint of the present state, for `checkpoint.write_header`."""
-        return {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
+        facts = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
+        return facts | ({"renewed": True} if self.renewed else {})
 
     def restore(self, directory: Path) -> None:
         """Reads what `save` wrote, from any number of ranks.
@@ -243,7 +265,7 @@ class LanguageModelPolicy(abc.ABC):
         """
         header = checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
         self._restore(Path(directory), header)
-        self.steps_taken = int(header["step"])
+        self.steps_taken, self.renewed = int(header["step"]), bool(header.get("renewed"))
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""

@@ -63,6 +63,8 @@ def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> M
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
     parameters = (trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)) // split
     reference = (total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) // split if separate else 0
+    if config.model.lora_rank and config.objective.reference_every:  # the adapters of the reference
+        reference = trained * _WIDE // split
     optimizer = 2 * trained * _WIDE // split
     left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer
     return Memory(

@@ -233,6 +233,9 @@ class Policy(Protocol):
         Summed over the own tokens of each response (`Batch.own`), given all tokens before them.
         """
 
+    def renew_reference(self) -> None:
+        """Makes the present policy the reference, which `save` keeps from then on; every rank calls."""
+
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         """One optimizer step along -sum_i c_i grad log pi_i, exact however the batch is split or sharded.
 

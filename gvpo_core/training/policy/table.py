@@ -73,6 +73,7 @@ class TablePolicy:
 
     def reset(self) -> None:
         self.logits, self.update_count = self.initial, 0
+        self.reference = self.log_table()
 
     def log_table(self) -> np.ndarray:
         """(P, Y) float64: log pi(y|x); -inf where prompt x has no such response."""
@@ -147,6 +148,9 @@ class TablePolicy:
         rows, owners = batch.by_segment()
         return summed(table[_cells(rows)], owners, len(batch))
 
+    def renew_reference(self) -> None:
+        self.reference = self.log_table()
+
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         logprobs = self.logprobs(batch) if scored is None else scored
         rows, owners = batch.by_segment()
@@ -166,18 +170,20 @@ class TablePolicy:
         return Update(logprobs, norm, rate, 3 * len(rows), self.logits.nbytes)
 
     def save(self, directory: Path) -> None:
-        np.savez(directory / "table.npz", logits=self.logits, update_count=self.update_count)
+        path = directory / "table.npz"
+        np.savez(path, logits=self.logits, reference=self.reference, update_count=self.update_count)
 
     def restore(self, directory: Path) -> None:
         path = directory / "table.npz"
         try:
             with np.load(path, allow_pickle=False) as saved:
-                logits, update_count = saved["logits"], int(saved["update_count"])
+                logits, reference = saved["logits"], saved["reference"]
+                update_count = int(saved["update_count"])
         except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
             raise ConfigError(f"{path} does not hold a table of numbers: {type(e).__name__}: {e}") from e
-        if logits.shape != self.logits.shape:
+        if not logits.shape == reference.shape == self.logits.shape:
             raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")
-        self.logits, self.update_count = logits, update_count
+        self.logits, self.reference, self.update_count = logits, reference, update_count
 
     def export(self, directory: Path) -> None:
         """Writes table.json, which `load` reads: the table has no Hugging Face form."""
