@@ -126,6 +126,7 @@ def test_exiting_and_interrupting_are_errors_of_the_response():
         (0.5, "reward r returned '0.5'; expected a list of 4 numbers"),
         ("1111", "reward r returned '1111'; expected a list"),
         ({"a": 1}, "expected a list of 4 numbers"),
+        ({1.0, 2.0, 3.0, 4.0}, "expected a list of 4 numbers"),
     ],
 )
 def test_what_is_not_one_number_each_is_refused_by_name(returned, message):

@@ -9,7 +9,7 @@ import site
 import sys
 import sysconfig
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -253,9 +253,10 @@ def call(
 def plain(values: Any, count: int) -> Any:
     """A result as JSON: numbers and None unchanged, anything else as {"text", "type"} for the error message.
 
-    A result of a wrong length is {"count": its length}, so that the answer's size stays within bounds.
+    A set has no order, so its numbers belong to no response. A result of a wrong length is {"count": its length}, so
+    that the answer's size stays within bounds.
     """
-    if isinstance(values, str | bytes | Mapping) or not hasattr(values, "__len__"):
+    if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
         return _described(values)
     if len(values) != count:
         return {"count": len(values)}
