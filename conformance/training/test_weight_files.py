@@ -125,3 +125,35 @@ def test_a_folder_with_an_adapter_is_refused(tmp_path, file, beside) -> None:
         (tmp_path / name).write_text("{}")
     with pytest.raises(ConfigError, match=rf"holds an adapter \({file}\): merge it"):
         hugging_face.source(ModelConfig(path=str(tmp_path)))
+
+
+DAMAGES = {
+    "overlap": (lambda h: h["b"].update(data_offsets=h["a"]["data_offsets"]), "b begins at byte .* ends at byte"),
+    "short": (lambda h: h["b"].update(data_offsets=[16, 28]), r"b, F32 of \[4\], has 12 bytes, not 16"),
+    "swapped": (lambda h: h["b"].update(data_offsets=[32, 16]), r"has -16 bytes, not 16"),
+    "dtype": (lambda h: h["b"].update(dtype="F16"), r"b, F16 of \[4\], has 16 bytes, not 8"),
+    "shape": (lambda h: h["b"].update(shape=[-2, -2, 2]), "has 16 bytes, not 32"),
+    "gap": (lambda h: h.pop("a"), "b begins at byte .* ends at byte"),
+    "more": (lambda h: h.pop("b"), "bytes and its last tensor ends at byte"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_header_that_contradicts_the_file_is_refused(damage, tmp_path):
+    """JAX and MLX would read other weights by such offsets, or end in a traceback."""
+    header = {
+        "a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]},
+        "b": {"dtype": "F32", "shape": [4], "data_offsets": [16, 32]},
+    }
+
+    def write() -> None:
+        text = json.dumps(header).encode()
+        (tmp_path / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(range(32)))
+
+    write()
+    assert list(weight_files.tensors(tmp_path)) == ["a", "b"]
+    change, message = DAMAGES[damage]
+    change(header)
+    write()
+    with pytest.raises(ConfigError, match=f"model.safetensors cannot be read as safetensors: .*{message}"):
+        weight_files.tensors(tmp_path)

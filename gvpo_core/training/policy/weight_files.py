@@ -13,6 +13,8 @@ from gvpo_core.training.files.lfs import is_pointer, pointer_message
 INDEX = "model.safetensors.index.json"
 _ONE = "model.safetensors"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+_BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
+_BYTES |= {"I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -52,7 +54,7 @@ def weight_files(folder: Path) -> list[Path]:
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Name -> where it lies, of every tensor in `weight_files`, from the files' headers alone.
 
-    Raises: ConfigError: as `weight_files`; a file that is not safetensors, is truncated or is a Git LFS pointer.
+    Raises: ConfigError: as `weight_files`; a file that is not safetensors, is damaged, or is a Git LFS pointer.
     """
     headers: dict[str, Tensor] = {}
     for path in weight_files(folder):
@@ -82,7 +84,18 @@ def _header(path: Path) -> dict[str, Tensor]:
         first, last = (8 + length + int(offset) for offset in entry["data_offsets"])
         if last > size:
             raise ValueError(f"the file ends inside {name}")
-        entries[name] = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
+        tensor = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
+        wanted = math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 0)
+        if tensor.dtype in _BYTES and last - first != wanted:
+            raise ValueError(f"{name}, {tensor.dtype} of {list(tensor.shape)}, has {last - first} bytes, not {wanted}")
+        entries[name] = tensor
+    at = 8 + length
+    for name, tensor in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
+        if tensor.start != at:  # as the safetensors library has it: no two tensors share bytes, and no byte is unused
+            raise ValueError(f"{name} begins at byte {tensor.start} and the tensor before it ends at byte {at}")
+        at = tensor.stop
+    if at != size:
+        raise ValueError(f"the file has {size} bytes and its last tensor ends at byte {at}")
     return entries
 
 
