@@ -1,12 +1,15 @@
 """Decoding in buffers of fixed size: no wait for the device but one every few tokens, and on CUDA one graph a token.
 
-Keys, values, tokens and ends stay on the device. Only models whose layers all attend to everything before are decoded
-so; the others, and devices other than CUDA, take the loop in `generate`, whose samples are the same up to rounding.
+Keys, values, tokens and ends stay on the device. Keys and values lie in a ring of slots, and all rows write to the same
+one; a row that has ended is replaced in place by one that waits, whose prompt goes into the slots before the next. Only
+models whose layers all attend to everything before are decoded so; the others, and devices other than CUDA, take the
+loop in `generate`, whose samples are the same up to rounding.
 """
 
 import contextlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +24,7 @@ from gvpo_torch.model import Scorer
 WAIT_EVERY = 16  # tokens between two looks at which rows have ended
 UNIFORMS_AHEAD = 4 * WAIT_EVERY  # random numbers made at once for each row
 FIRST_TOKENS = 256  # that the buffers have room for at first; doubled when they are full
+REFILL = 1 / 8  # of the rows have ended: waiting ones take their places
 EAGER_STEPS = 2  # before a graph is captured, so that libraries are set up
 ATTENTION = "gvpo_decode"
 
@@ -97,9 +101,9 @@ AttentionInterface.register(ATTENTION, _attention)
 
 
 @contextlib.contextmanager
-def _attending(base: Any) -> Iterator[None]:
+def _attending(base: Any, by: str) -> Iterator[None]:
     before = base.config._attn_implementation
-    base.set_attn_implementation(ATTENTION)
+    base.set_attn_implementation(by)
     try:
         yield
     finally:
@@ -124,33 +128,40 @@ def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
             p.data = data
 
 
-class FixedRows:
-    """R rows of one decoding, after their prompts."""
+class Prefilled(NamedTuple):
+    """R rows of U prompts, after one forward pass over the prompts."""
 
-    def __init__(self, scorer: Scorer, cache: Any, owners: Tensor, mask: Tensor | None, lengths: Tensor) -> None:
-        """
-        Args:
-          cache: transformers' cache of U prompts, W slots each, of DynamicLayer.
-          owners: (R,) int64, the prompt of each row.
-          mask: (U, W) bool, False on padding; None: no padding.
-          lengths: (R,) int64, tokens of each row's prompt.
-        """
-        self.scorer = scorer
-        device, width = owners.device, cache.layers[0].keys.shape[2]
-        held = cache.layers[0].values.dtype
+    logits: Tensor  # (U, V) float32, after the prompts
+    cache: Any  # transformers' cache of the prompts, W slots each
+    mask: Tensor | None  # (U, W) bool, False on padding; None: no padding
+    owners: Tensor  # (R,) int64, the prompt of each row
+    lengths: np.ndarray  # (R,) int64, tokens of each row's prompt
+
+
+class FixedRows:
+    """R rows that are decoded together."""
+
+    def __init__(self, scorer: Scorer, first: Prefilled, most: int) -> None:
+        """Buffers for as many rows as `first` has; `most`: tokens of a response."""
+        if not is_plain(first.cache):
+            raise NotImplementedError("layers that do not only concatenate keys and values are not decoded so")
+        self.scorer, self.most = scorer, most
+        rows, device = len(first.owners), first.owners.device
+        self.width = first.cache.layers[0].keys.shape[2]
+        slots = _aligned(self.width + min(most, FIRST_TOKENS))
+        held = first.cache.layers[0].values.dtype
         dtype = scorer.dtype if torch.is_autocast_enabled(device.type) else held  # in which attention computes
-        self.keys = [layer.keys.to(dtype).index_select(0, owners) for layer in cache.layers]
-        self.values = [layer.values.to(dtype).index_select(0, owners) for layer in cache.layers]
-        self.bias = torch.zeros((len(owners), 1, 1, width), dtype=dtype, device=device)
-        if mask is not None:
-            self.bias.masked_fill_(~mask.index_select(0, owners)[:, None, None], -torch.inf)
-        self.tokens = torch.zeros((len(owners), 1), dtype=torch.int64, device=device)
-        self.positions = lengths[:, None].clone()
-        self.at = torch.full((1,), width, dtype=torch.int64, device=device)
-        self.t = torch.zeros(1, dtype=torch.int64, device=device)  # tokens drawn
-        self.drawn = torch.zeros((len(owners), 0), dtype=torch.int64, device=device)
-        self.ended = torch.zeros(len(owners), dtype=torch.bool, device=device)
-        self.numbers = torch.zeros((len(owners), UNIFORMS_AHEAD), dtype=torch.float64, device=device)
+        empty = lambda states: torch.zeros((rows, states.shape[1], slots, states.shape[3]), dtype=dtype, device=device)
+        self.keys = [empty(layer.keys) for layer in first.cache.layers]
+        self.values = [empty(layer.values) for layer in first.cache.layers]
+        self.bias = torch.full((rows, 1, 1, slots), -torch.inf, dtype=dtype, device=device)
+        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        self.positions = torch.zeros((rows, 1), dtype=torch.int64, device=device)
+        self.at = torch.full((1,), self.width % slots, dtype=torch.int64, device=device)  # the next slot
+        self.t = torch.ones(1, dtype=torch.int64, device=device)  # tokens drawn by rows that began first
+        self.drawn = torch.zeros((rows, most + WAIT_EVERY), dtype=torch.int64, device=device)  # a ring, as the slots
+        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.numbers = torch.zeros((rows, UNIFORMS_AHEAD), dtype=torch.float64, device=device)
         self._made()
 
     def _made(self) -> None:
@@ -160,17 +171,38 @@ class FixedRows:
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager = 0
 
-    def grow(self, tokens: int) -> None:
-        """Room for `tokens` tokens a row."""
-        more = tokens - self.drawn.shape[1]
-        slots = self.keys[0].shape[2] + more
-        slots += -slots % 8  # the kernel with a mask wants aligned rows
+    @property
+    def slots(self) -> int:
+        return int(self.bias.shape[3])
+
+    def place(self, lines: Tensor, prompts: Prefilled, tokens: Tensor, ends: Tensor) -> None:
+        """Replaces the rows of the given lines, (n,) int64, by those of `prompts`, whose first tokens are `tokens`."""
+        width = prompts.cache.layers[0].keys.shape[2]
+        slots = (self.at + torch.arange(-width, 0, device=lines.device)) % self.slots
+        for buffers, name in ((self.keys, "keys"), (self.values, "values")):
+            for buffer, layer in zip(buffers, prompts.cache.layers, strict=True):
+                states = getattr(layer, name).to(buffer.dtype).index_select(0, prompts.owners)
+                buffer[lines[:, None], :, slots[None]] = states.transpose(1, 2)
+        seen = torch.zeros((len(lines), width), dtype=self.bias.dtype, device=lines.device)
+        if prompts.mask is not None:
+            seen.masked_fill_(~prompts.mask.index_select(0, prompts.owners), -torch.inf)
+        self.bias[lines] = -torch.inf
+        self.bias[lines[:, None], 0, 0, slots[None]] = seen
+        self.tokens[lines] = tokens[:, None]
+        self.positions[lines] = torch.from_numpy(prompts.lengths).to(lines.device)[:, None]
+        self.drawn[lines, (self.t - 1) % self.drawn.shape[1]] = tokens
+        self.ended[lines] = torch.isin(tokens, ends)
+
+    def grow(self) -> None:
+        """Twice the room for tokens, up to that of the longest response."""
+        slots = _aligned(min(self.width + self.most, 2 * self.slots - self.width))
+        start, more = -int(self.at), slots - self.slots
         for buffers in (self.keys, self.values):
             for i, held in enumerate(buffers):
                 buffers[i] = held.new_zeros((*held.shape[:2], slots, held.shape[3]))
-                buffers[i][:, :, : held.shape[2]] = held
-        self.bias = F.pad(self.bias, (0, slots - self.bias.shape[3]), value=-torch.inf)
-        self.drawn = F.pad(self.drawn, (0, more))
+                buffers[i][:, :, : held.shape[2]] = held.roll(start, 2)  # the oldest slot is the first
+        self.at.fill_(self.slots)
+        self.bias = F.pad(self.bias.roll(start, 3), (0, more), value=-torch.inf)
         self._made()
 
     def keep(self, rows: Tensor) -> None:
@@ -182,10 +214,19 @@ class FixedRows:
             setattr(self, name, getattr(self, name).index_select(0, rows))
         self._made()
 
-    def put(self, chosen: Tensor, end: Tensor) -> None:
+    def texts(self, lines: Tensor, begun: np.ndarray, now: int) -> list[list[int]]:
+        """The tokens of the given lines since they began; afterwards they count as ended."""
+        self.ended[lines] = True
+        held, size = self.drawn.index_select(0, lines).cpu().numpy(), self.drawn.shape[1]
+        return [
+            row[np.arange(start, min(now, start + self.most)) % size].tolist()
+            for row, start in zip(held, begun.tolist(), strict=True)
+        ]
+
+    def put(self, chosen: Tensor, ends: Tensor) -> None:
         """Appends the next token of each row, (R,) int64."""
-        self.drawn.index_copy_(1, self.t, chosen[:, None])
-        self.ended |= torch.isin(chosen, end)
+        self.drawn.index_copy_(1, self.t % self.drawn.shape[1], chosen[:, None])
+        self.ended |= torch.isin(chosen, ends)
         self.tokens.copy_(chosen[:, None])
         self.t += 1
 
@@ -193,16 +234,17 @@ class FixedRows:
         """(R, V) float32 after the last tokens, whose keys and values are added."""
         self.bias.index_fill_(3, self.at, 0.0)
         found = self.scorer(self.tokens, self.positions, mask=self.bias, cache=self.cache)
-        self.positions += 1
+        self.positions += (~self.ended)[:, None]  # a row that ended is computed on; its position stays in range
         self.at += 1
+        self.at %= self.slots
         return found
 
-    def advance(self, pick: Callable[[Tensor, Tensor], Tensor], end: Tensor) -> None:
+    def advance(self, pick: Callable[[Tensor, Tensor], Tensor], ends: Tensor) -> None:
         """One token a row, by `pick` of logits and the rows' numbers."""
 
         def step() -> None:
             number = self.numbers.index_select(1, self.t % UNIFORMS_AHEAD).squeeze(1)
-            self.put(pick(self.logits(), number), end)
+            self.put(pick(self.logits(), number), ends)
 
         if self.graph is None and (self.tokens.device.type != "cuda" or self.eager < EAGER_STEPS):
             self.eager += 1
@@ -215,9 +257,15 @@ class FixedRows:
         self.graph.replay()
 
 
+def _aligned(slots: int) -> int:
+    return slots + -slots % 8  # the kernel with a mask wants aligned rows
+
+
 def decode(
-    rows: FixedRows,
-    logits: Tensor,
+    scorer: Scorer,
+    first: Prefilled,
+    waiting: deque[int],
+    prefill: Callable[[Sequence[int]], Prefilled],
     seeds: Sequence[int],
     sampling: Sampling,
     end: Sequence[int],
@@ -228,45 +276,79 @@ def decode(
     """The tokens of each row, and whether it ended.
 
     Args:
-      logits: (R, V) float32 after the prompts.
-      seeds: of the rows.
+      first: rows 0 to R - 1, none with a shorter prompt than any that waits.
+      waiting: the other rows; they take the places of rows that have ended.
+      prefill: of the given rows.
+      seeds: of all rows.
       pick: (logits, (R,) float64 in [0, 1), sampling) -> (R,) int64 tokens, all on the device.
-      choose: (logits, indices of the rows left, t) -> (R,) int64, their t-th tokens, in place of drawing.
+      choose: (logits, indices of the rows left, t) -> (R,) int64, their t-th tokens, in place of drawing. No row waits.
     """
-    device, most = logits.device, sampling.max_tokens
+    device, most, longest = first.owners.device, sampling.max_tokens, first.lengths.copy()
     ends = torch.tensor(list(end), dtype=torch.int64, device=device)
-    held = np.arange(len(seeds))
+    put = lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device)
     found: list[tuple[list[int], bool]] = [([], False)] * len(seeds)
-    rows.grow(min(most, FIRST_TOKENS))
-    with _attending(rows.scorer.base):
-        for t in range(most):
+    held = np.arange(len(first.owners))  # row of each line
+    begun = np.zeros(len(held), dtype=np.int64)  # when each line drew its first token
+    idle = np.zeros(len(held), dtype=bool)  # its row has ended and was taken out
+    rows = FixedRows(scorer, first, most)
+    base, plain = scorer.base, scorer.base.config._attn_implementation
+    t = 1  # tokens drawn by lines that began first
+
+    def numbers(lines: np.ndarray, start: int, stop: int) -> np.ndarray:
+        """Of the tokens that the lines draw at times start to stop - 1."""
+        made = np.zeros((len(lines), stop - start))
+        for age in set(begun[lines].tolist()):
+            alike = begun[lines] == age
+            made[alike] = uniforms([seeds[r] for r in held[lines[alike]].tolist()], start - age, stop - age)
+        return made
+
+    def begin(lines: np.ndarray, prompts: Prefilled) -> None:
+        logits = prompts.logits.index_select(0, prompts.owners)
+        if choose is not None:
+            tokens = put(choose(logits, held[lines].tolist(), 0))
+        else:
+            tokens = pick(logits, put(numbers(lines, t - 1, t)[:, 0]), sampling)
+        rows.place(put(lines), prompts, tokens, ends)
+        if t % UNIFORMS_AHEAD:
+            ahead = numbers(lines, t, t + UNIFORMS_AHEAD - t % UNIFORMS_AHEAD)
+            rows.numbers[put(lines), t % UNIFORMS_AHEAD :] = put(ahead)
+
+    begin(held, first)
+    del first  # its cache is copied
+    with _attending(base, ATTENTION):
+        while True:
+            if t % WAIT_EVERY == 0 or choose is not None or t >= begun[~idle].min() + most:
+                ended = (rows.ended.cpu().numpy() | (t - begun >= most)) & ~idle
+                if ended.any():
+                    lines = np.flatnonzero(ended)
+                    for line, text in zip(lines, rows.texts(put(lines), begun[lines], t), strict=True):
+                        found[held[line]] = _cut(text, set(end))
+                    idle |= ended
+                if waiting and idle.mean() >= REFILL:
+                    lines = np.flatnonzero(idle)[: len(waiting)]
+                    held[lines] = [waiting.popleft() for _ in lines]
+                    begun[lines], idle[lines] = t - 1, False
+                    with _attending(base, plain):
+                        prompts = prefill(held[lines].tolist())
+                    longest[lines] = prompts.lengths
+                    begin(lines, prompts)
+                    del prompts
+                    continue  # their first tokens may have ended them
+                if idle.all():
+                    return found
+                if idle.mean() >= 0.5 and not waiting:
+                    kept = np.flatnonzero(~idle)
+                    rows.keep(put(kept))
+                    held, begun, idle, longest = held[kept], begun[kept], idle[kept], longest[kept]
             if t % UNIFORMS_AHEAD == 0:
-                stop = min(t + UNIFORMS_AHEAD, most)
-                numbers = uniforms([seeds[r] for r in held.tolist()], t, stop)
-                rows.numbers[:, : stop - t].copy_(torch.from_numpy(np.ascontiguousarray(numbers)))
-            if t == rows.drawn.shape[1]:
-                rows.grow(min(most, 2 * t))
+                rows.numbers.copy_(put(numbers(np.arange(len(held)), t, t + UNIFORMS_AHEAD)))
+            if (longest + t - begun)[~idle].max() > rows.slots:
+                rows.grow()
             if choose is not None:
-                given = logits if t == 0 else rows.logits()
-                rows.put(torch.from_numpy(choose(given, held.tolist(), t)).to(device), ends)
-            elif t == 0:
-                rows.put(pick(logits, rows.numbers[:, 0], sampling), ends)
+                rows.put(put(choose(rows.logits(), held.tolist(), t)), ends)
             else:
                 rows.advance(lambda values, number: pick(values, number, sampling), ends)
-            if (t + 1) % WAIT_EVERY and t + 1 < most and not (choose is not None and bool(rows.ended.all())):
-                continue
-            ended = rows.ended.cpu().numpy()
-            over = ended.all() or t + 1 == most
-            if over or ended.mean() >= 0.5:
-                texts = rows.drawn[:, : t + 1].cpu().numpy()
-                for line in np.flatnonzero(ended | over).tolist():
-                    found[held[line]] = _cut(texts[line].tolist(), set(end))
-                if over:
-                    return found
-                kept = np.flatnonzero(~ended)
-                rows.keep(torch.from_numpy(kept).to(device))
-                held = held[kept]
-    return found
+            t += 1
 
 
 def _cut(tokens: list[int], end: set[int]) -> tuple[list[int], bool]:

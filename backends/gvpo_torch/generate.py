@@ -6,6 +6,7 @@ response does not depend on the batch it was drawn in, up to float rounding.
 
 import contextlib
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -49,9 +50,17 @@ def generate(
     found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     skinny = device.type == "cpu" and not torch.is_autocast_enabled("cpu") and _wins_transposed()
     products = _skinny_products(scorer) if skinny else contextlib.nullcontext()
+    chunks = _chunks(scorer, prompts, seeds, sampling, cache_tokens)
+    parts = chunks
+    if in_fixed_buffers and choose is None and chunks:  # rows that have ended make room for those of later chunks
+        parts = [[row for rows in chunks for row in rows]]
     with products:
-        for rows in _chunks(scorer, prompts, seeds, sampling, cache_tokens):
-            texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose, in_fixed_buffers)
+        for rows in parts:
+            if in_fixed_buffers:
+                at_once = len(chunks[0]) if choose is None else len(rows)
+                texts = _decode_fixed(scorer, forward, prompts, seeds, rows, at_once, sampling, end, device, choose)
+            else:
+                texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose)
             for (i, j), response in zip(rows, texts, strict=True):
                 found[i][j] = response
     return found  # type: ignore[return-value]
@@ -116,6 +125,58 @@ def _chunks(
     return chunks
 
 
+def _prefill(
+    scorer: Scorer, forward: Forward, prompts: Sequence[Tokens], rows: Sequence[tuple[int, int]], device: torch.device
+) -> fixed.Prefilled:
+    unique = sorted({i for i, _ in rows})
+    width = max(len(prompts[i]) for i in unique)
+    ids = np.zeros((len(unique), width), dtype=np.int64)
+    mask = np.zeros((len(unique), width), dtype=bool)
+    for b, i in enumerate(unique):
+        ids[b, width - len(prompts[i]) :] = prompts[i]
+        mask[b, width - len(prompts[i]) :] = True
+    positions = np.maximum(mask.cumsum(1) - 1, 0)
+    ids_on, positions_on, owners = (
+        torch.from_numpy(values).to(device)
+        for values in (ids, positions, np.asarray([unique.index(i) for i, _ in rows], dtype=np.int64))
+    )
+    cache = new_cache(scorer.decoder, scorer.config)
+    # No mask where no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
+    mask_on = None if mask.all() else torch.from_numpy(mask).to(device)
+    logits = forward(ids_on, positions_on, mask=mask_on, cache=cache)
+    return fixed.Prefilled(logits, cache, mask_on, owners, np.asarray([len(prompts[i]) for i, _ in rows]))
+
+
+def _decode_fixed(
+    scorer: Scorer,
+    forward: Forward,
+    prompts: Sequence[Tokens],
+    seeds: Sequence[Sequence[int]],
+    rows: Sequence[tuple[int, int]],
+    at_once: int,
+    sampling: Sampling,
+    end: Sequence[int],
+    device: torch.device,
+    choose: Choose | None,
+) -> list[Response]:
+    def prefill(chosen: Sequence[int]) -> fixed.Prefilled:
+        return _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device)
+
+    choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
+    texts = fixed.decode(
+        scorer,
+        prefill(range(at_once)),
+        deque(range(at_once, len(rows))),
+        prefill,
+        [seeds[i][j] for i, j in rows],
+        sampling,
+        end,
+        pick=draw,
+        choose=choice,
+    )
+    return [Response(tuple(tokens), done) for tokens, done in texts]
+
+
 def _decode(
     scorer: Scorer,
     forward: Forward,
@@ -126,36 +187,14 @@ def _decode(
     end: Sequence[int],
     device: torch.device,
     choose: Choose | None,
-    in_fixed_buffers: bool,
 ) -> list[Response]:
-    unique = sorted({i for i, _ in rows})
-    width = max(len(prompts[i]) for i in unique)
-    ids = np.zeros((len(unique), width), dtype=np.int64)
-    mask = np.zeros((len(unique), width), dtype=bool)
-    for b, i in enumerate(unique):
-        ids[b, width - len(prompts[i]) :] = prompts[i]
-        mask[b, width - len(prompts[i]) :] = True
-    positions = np.maximum(mask.cumsum(1) - 1, 0)
-
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
-    cache = new_cache(scorer.decoder, scorer.config)
-    # No mask where no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
-    mask_on = None if mask.all() else put(mask)
-    logits = forward(put(ids), put(positions), mask=mask_on, cache=cache)
-    owners = np.asarray([unique.index(i) for i, _ in rows])
-    shared = put(owners)
-    lengths = np.asarray([len(prompts[i]) for i, _ in rows])
-    if in_fixed_buffers and fixed.is_plain(cache):
-        buffers = fixed.FixedRows(scorer, cache, shared, mask_on, put(lengths))
-        del cache
-        own_seeds = [seeds[i][j] for i, j in rows]
-        choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
-        logits = logits.index_select(0, shared)
-        texts = fixed.decode(buffers, logits, own_seeds, sampling, end, pick=draw, choose=choice)
-        return [Response(tuple(tokens), done) for tokens, done in texts]
-    if len(rows) != len(unique) or not np.array_equal(owners, np.arange(len(unique))):
+    logits, cache, mask_on, shared, lengths = _prefill(scorer, forward, prompts, rows, device)
+    width = max(lengths.tolist())
+    owners = shared.cpu().numpy()
+    if len(rows) != len(logits) or not np.array_equal(owners, np.arange(len(logits))):
         keep_rows(cache, shared)
         logits = logits.index_select(0, shared)
     mask_on = None if mask_on is None else mask_on.index_select(0, shared)

@@ -23,7 +23,7 @@ def folders(tmp_path_factory):
     return tiny_models.made_once(tmp_path_factory)
 
 
-def sampled(of_policy, sampling: Sampling, *, in_fixed_buffers: bool):
+def sampled(of_policy, sampling: Sampling, *, in_fixed_buffers: bool, cache_tokens: int = 1 << 20):
     of_policy.scorer.eval()
     with torch.inference_mode(), of_policy.scorer.autocast():
         return generate.generate(
@@ -34,7 +34,7 @@ def sampled(of_policy, sampling: Sampling, *, in_fixed_buffers: bool):
             sampling,
             end=of_policy._end,
             device=of_policy.device,
-            cache_tokens=1 << 20,
+            cache_tokens=cache_tokens,
             in_fixed_buffers=in_fixed_buffers,
         )
 
@@ -53,15 +53,48 @@ def test_draws_the_tokens_of_the_plain_loop(family, kind, folders, monkeypatch):
         found = [sampled(of_policy, sampling, in_fixed_buffers=fixed_too) for fixed_too in (False, True)]
         assert found[0] == found[1]
     assert len(made) == 3 and made[0].grown > 1 and made[0].kept, "buffers neither grew nor lost rows"
+    assert [rows.placed for rows in made] == [1, 1, 1]
     assert of_policy.scorer.base.config._attn_implementation != fixed.ATTENTION
 
 
-class Watched(fixed.FixedRows):
-    grown = kept = 0
+@pytest.mark.parametrize("sampling", [Sampling(70), Sampling(33, temperature=0.0), Sampling(4), Sampling(1)], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_waiting_rows_take_the_places_of_those_that_ended(rows, sampling, folders, monkeypatch):
+    """The same tokens as all at once, in the buffers of a few rows: a response depends on none beside it."""
+    monkeypatch.setattr(fixed, "FIRST_TOKENS", 5)
+    monkeypatch.setattr(fixed, "WAIT_EVERY", 4)
+    of_policy = policy(folders("llama"))
+    together = sampled(of_policy, sampling, in_fixed_buffers=False)
+    made = []
+    monkeypatch.setattr(fixed, "FixedRows", lambda *given: made.append(Watched(*given)) or made[-1])
+    few = rows * (12 + sampling.max_tokens)  # tokens of cache
+    assert sampled(of_policy, sampling, in_fixed_buffers=True, cache_tokens=few) == together
+    (buffers,) = made
+    assert buffers.placed > 2 and buffers.bias.shape[0] <= rows and buffers.slots <= 12 + sampling.max_tokens + 7
 
-    def grow(self, tokens: int) -> None:
+
+def test_the_host_waits_at_most_twice_in_16_tokens(folders, monkeypatch):
+    """Once to see which rows have ended; once more for the tokens of those that have."""
+    of_policy = policy(folders("llama"))
+    waits = []
+    for name in ("cpu", "item", "tolist", "__int__", "__bool__"):
+        own = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *given, own=own: waits.append(1) or own(self, *given))
+    drawn = sampled(of_policy, Sampling(64), in_fixed_buffers=True)
+    longest = max(len(r.tokens) for row in drawn for r in row)
+    assert longest > 16 and len(waits) <= 2 * -(-longest // 16) + 1  # transformers looks at the mask of the prompts
+
+
+class Watched(fixed.FixedRows):
+    grown = kept = placed = 0
+
+    def grow(self) -> None:
         self.grown += 1
-        super().grow(tokens)
+        super().grow()
+
+    def place(self, *given) -> None:
+        self.placed += 1
+        super().place(*given)
 
     def keep(self, rows: torch.Tensor) -> None:
         self.kept += 1

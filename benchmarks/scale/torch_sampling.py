@@ -1,0 +1,170 @@
+"""What sampling in fixed buffers waits for and computes, and what LoRA adds to it and to an update.
+
+On CUDA rows are decoded in fixed buffers; here the same code runs on CPU, without graphs. Products are counted by
+dispatched matrix products, waits by the calls that bring a tensor's values to the host.
+"""
+
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gvpo_torch import adapters, fixed, generate, load
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks.scale.table import Count
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.sampling import Sampling, row_seed
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
+import tiny_models
+
+TINY, PROMPTS, K, TOKENS, ROWS = "tiny llama", 12, 8, 96, 16
+SIZES = {"hidden_size": 64, "intermediate_size": 192, "max_position_embeddings": 512}
+
+
+def counts() -> Iterator[Count]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = tiny_models.make_model("llama", Path(name) / "model", **SIZES)
+        full = policy(folder)
+        alike = [[row_seed(1, i, j) for j in range(K)] for i in range(2)]
+        prompts = [tuple(np.random.default_rng(i).integers(1, 96, 12).tolist()) for i in range(PROMPTS)]
+        plain, in_buffers = (waits(full, prompts[:2], alike, fixed_too) for fixed_too in (False, True))
+        yield Count("host waits a sampled token", TINY, "", plain, in_buffers, 2 / 16)
+        chunks, refilled = computed(full, prompts)
+        on = f"{TINY}, {PROMPTS * K} ragged rows, {ROWS} at once"
+        yield Count("rows computed over tokens drawn", on, "", chunks, refilled, 1.1)
+        lora = policy(folder, lora_rank=4)
+        merged, apart = (products(lora, prompts[:2], alike, together) for together in (True, False))
+        base = products(full, prompts[:2], alike, False)
+        yield Count("products to sample with LoRA, of the base's", TINY, "", apart / base, merged / base, 1.05)
+        found = [held(policy(folder, dtype="bfloat16", **given), own) for given, own in LORA]
+        yield Count(
+            "bytes that LoRA holds for the backward pass, of full training's",
+            f"{TINY}, bfloat16",
+            "",
+            found[1] / found[0],
+            found[2] / found[0],
+            0.8,
+        )
+
+
+LORA: list[tuple[dict[str, Any], bool]] = [({}, False), ({"lora_rank": 4}, True), ({"lora_rank": 4}, False)]
+
+
+def policy(folder: Path, **settings: Any) -> Any:
+    config = ModelConfig(path=str(folder), device="cpu", **settings)
+    return load(config, OptimizerConfig(), updates=1, reference=False, seed=0)
+
+
+def sample(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool, rows: int = 1 << 20) -> Any:
+    of_policy.scorer.eval()
+    with torch.inference_mode():
+        return generate.generate(
+            of_policy.scorer,
+            of_policy.scorer,
+            prompts,
+            seeds,
+            Sampling(TOKENS),
+            end=of_policy._end,
+            device=of_policy.device,
+            cache_tokens=rows * (max(map(len, prompts)) + TOKENS),
+            in_fixed_buffers=in_fixed_buffers,
+        )
+
+
+def waits(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool) -> float:
+    """Calls that wait for the device, a token of the longest response."""
+    count: list[int] = []
+    own = {name: getattr(torch.Tensor, name) for name in ("cpu", "item", "tolist", "__int__", "__bool__")}
+
+    def watched(call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(self: Any, *given: Any) -> Any:
+            count.append(1)
+            return call(self, *given)
+
+        return counted
+
+    for name, call in own.items():
+        setattr(torch.Tensor, name, watched(call))
+    try:
+        drawn = sample(of_policy, prompts, seeds, in_fixed_buffers)
+    finally:
+        for name, call in own.items():
+            setattr(torch.Tensor, name, call)
+    return len(count) / max(len(r.tokens) for row in drawn for r in row)
+
+
+def computed(of_policy: Any, prompts: Sequence[Any]) -> tuple[float, float]:
+    """Rows of all decoding steps over the tokens drawn: in chunks, each of which waits for its longest; refilled."""
+    found: list[int] = []
+    logits = fixed.FixedRows.logits
+
+    def counted(self: fixed.FixedRows) -> Any:
+        found.append(len(self.tokens))
+        return logits(self)
+
+    seeds = [[row_seed(2, i, j) for j in range(K)] for i in range(len(prompts))]
+    drawn = 0
+    fixed.FixedRows.logits = counted  # type: ignore[method-assign]
+    try:
+        for i in range(0, len(prompts), ROWS // K):
+            for row in sample(of_policy, prompts[i : i + ROWS // K], seeds[i : i + ROWS // K], True, ROWS):
+                drawn += sum(len(r.tokens) for r in row)
+        chunks = sum(found)
+        found.clear()
+        again = sample(of_policy, prompts, seeds, True, ROWS)
+    finally:
+        fixed.FixedRows.logits = logits  # type: ignore[method-assign]
+    assert sum(len(r.tokens) for row in again for r in row) == drawn, "the samples differ"
+    return chunks / drawn, sum(found) / drawn
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func._overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm)
+        return func(*args, **(kwargs or {}))
+
+
+def products(of_policy: Any, prompts: Any, seeds: Any, merged: bool) -> int:
+    """Matrix products of a rollout, those that merge the adapters included."""
+    with Products() as counted:
+        if merged:
+            with adapters.merged(of_policy.scorer.lm):
+                sample(of_policy, prompts, seeds, True)
+        else:
+            sample(of_policy, prompts, seeds, True)
+    return counted.count
+
+
+def held(of_policy: Any, as_peft: bool) -> int:
+    """Bytes that a forward pass holds for the backward pass, beside parameters; `as_peft`: with peft's own layers."""
+    for layer in adapters.lora_layers(of_policy.scorer.lm) if as_peft else ():
+        layer.cast_input_dtype_enabled = True
+        layer.lora_A["default"].__class__ = torch.nn.Linear
+    draw = np.random.default_rng(0)
+    prompt = tuple(draw.integers(1, 96, 32).tolist())
+    batch = Batch([prompt] * 4, [tuple(draw.integers(1, 96, 40).tolist()) for _ in range(4)], [0] * 4)
+    arrays = layout.arrays(batch, of_policy._splitting.rows(batch)[0])
+    parameters = {p.untyped_storage().data_ptr() for p in of_policy.scorer.parameters()}
+    found: dict[int, Any] = {}
+
+    def pack(tensor: Any) -> Any:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            found[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        of_policy._score_autocast(arrays)
+    return sum(size for size, _ in found.values())
