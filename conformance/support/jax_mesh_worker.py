@@ -97,6 +97,14 @@ def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> No
     step(of_policy, halves)
     for key, value in whole(of_policy).items():
         np.testing.assert_array_equal(value, third[key])
+    of_policy.renew_reference()  # after it, scored as the policy is, also once the policy has moved on
+    then = of_policy.logprobs(OF.take(mine))
+    step(of_policy, halves)
+    (out / f"{name}-renewed").mkdir(exist_ok=True)
+    of_policy.save(out / f"{name}-renewed")
+    step(of_policy, halves)
+    of_policy.restore(out / f"{name}-renewed")
+    np.testing.assert_allclose(of_policy.logprobs(OF.take(mine), reference=True), then, rtol=0, atol=1e-5)
     if rank == 0:
         np.savez(out / f"{name}.npz", **found)
         tokens = [[list(r.tokens) for r in row] for row in responses]
