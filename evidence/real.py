@@ -5,18 +5,21 @@
     python -m evidence real --list       the runs, and which are done
 
 Each finished run adds one line to docs/evidence/real.jsonl, which is kept with the code, so the runs can be spread over
-days and machines; a stopped one loses only the run that it was in. For each task and objective the learning rate is
+days and machines; a stopped one loses only the run that it was in. Processes started beside each other share the runs:
+each takes one that no other has. For each task and objective the learning rate is
 chosen on-policy, on validation problems, with a seed that the reported runs do not use.
 """
 
 import argparse
+import contextlib
+import fcntl
 import json
 import random
 import re
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,7 +48,8 @@ METHODS = ("gvpo", "grpo", "rloo", "reject_sampling")
 RATES = (4e-6, 1.2e-5, 3.6e-5)
 SEEDS, TUNING_SEED = (1, 2, 3), 100
 STALENESS = (0, 4)
-STEPS, PROMPTS, RESPONSES, MAX_TOKENS, BETA = 32, 4, 8, 16, 0.05
+STEPS, TUNING_STEPS = 24, 12
+PROMPTS, RESPONSES, MAX_TOKENS, BETA = 4, 8, 16, 0.05
 TASKS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {
         "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"],
@@ -130,7 +134,7 @@ def accuracy(run: Run, steps: int, held_out: int) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
     config = Config(
         run=RunConfig(folder=str(folder), backend="torch", steps=steps, checkpoint_every=0, seed=run.seed),
-        model=ModelConfig(path=str(model())),
+        model=ModelConfig(path=str(model()), dtype="bfloat16"),
         data=DataConfig(train="given", evaluation="given"),
         rollout=RolloutConfig(prompts=PROMPTS, responses=RESPONSES, max_tokens=MAX_TOKENS),
         objective=ObjectiveConfig(name=run.method, beta=BETA),
@@ -195,10 +199,37 @@ def final_runs(results: dict[str, dict[str, Any]]) -> list[Run]:
     ]
 
 
-def carry_out(run: Run, path: Path, *, steps: int = STEPS, held_out: int = 0) -> None:
-    """Runs it unless its result is there."""
-    if run.name in read_results(path):
-        return
+@contextlib.contextmanager
+def claimed(run: Run) -> Iterator[bool]:
+    """Whether this process may carry the run out: no other has claimed it. A process that ends gives its claims up."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / f"{run.name}.claim").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+
+
+def carry_out_all(path: Path) -> None:
+    """Every run without a result, tuning first; waits for those of other processes, whose results it may need."""
+    while True:
+        results = read_results(path)
+        runs = [run for run in (*tuning_runs(), *final_runs(results)) if run.name not in results]
+        if not runs:
+            return
+        for run in runs:
+            with claimed(run) as mine:
+                if mine and run.name not in read_results(path):
+                    carry_out(run, path, steps=TUNING_STEPS if run.tuning else STEPS)
+                    break
+        else:
+            time.sleep(5)
+
+
+def carry_out(run: Run, path: Path, *, steps: int, held_out: int = 0) -> None:
+    """Runs it and adds its result."""
     print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
     result = {"run": run.name} | accuracy(run, steps, held_out)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -238,12 +269,13 @@ def page(results: dict[str, dict[str, Any]]) -> str:
     return f"""# Evidence: a real model
 
 `nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks: {STEPS} steps of {PROMPTS} prompts x
-{RESPONSES} responses, beta {BETA}, seeds {seeds}. It keeps each finished run in [real.jsonl](evidence/real.jsonl) and
-resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs and {done} of {total} reported runs are
+{RESPONSES} responses, beta {BETA}, products in bfloat16, seeds {seeds}. It keeps each finished run in
+[real.jsonl](evidence/real.jsonl) and resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs
+and {done} of {total} reported runs are
 finished.**
 
-The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems, on-policy,
-with seed {TUNING_SEED}:
+The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems after
+{TUNING_STEPS} steps, on-policy, with seed {TUNING_SEED}:
 
 {tuned}
 
@@ -282,10 +314,7 @@ def main(arguments: list[str]) -> int:
         return 0
     stopped = False
     try:
-        for run in tuning_runs():
-            carry_out(run, path)
-        for run in final_runs(read_results(path)):
-            carry_out(run, path)
+        carry_out_all(path)
     except KeyboardInterrupt:
         stopped = True
         print("stopped; the same command goes on with the run that was not finished", file=sys.stderr)

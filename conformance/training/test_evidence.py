@@ -1,5 +1,6 @@
 """docs/evidence.md says what its results say, and the cheap experiments give these results again."""
 
+import contextlib
 import json
 import re
 
@@ -99,9 +100,10 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
     monkeypatch.setattr(real, "accuracy", accuracy)
     monkeypatch.setattr(real, "RESULTS", tmp_path / "results" / "real.jsonl")
     monkeypatch.setattr(real, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(real, "FOLDER", tmp_path / "claims")
     assert real.main([]) == 130
     assert "the same command goes on" in capsys.readouterr().err
-    assert "24 of 24 tuning runs and 15 of 48 reported runs are\nfinished" in (tmp_path / "page.md").read_text("utf-8")
+    assert "24 of 24 tuning runs\nand 15 of 48 reported runs are\nfinished" in (tmp_path / "page.md").read_text("utf-8")
     assert real.main([]) == 0
     cells = len(real.TASKS) * len(real.METHODS)
     assert len(trained) == 1 + cells * (len(real.RATES) + len(real.STALENESS) * len(real.SEEDS))  # one of them twice
@@ -113,6 +115,43 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
     assert "| gcd, 4 steps old | 0.702 +- 0.002 | 0.602 +- 0.002 | 0.502 +- 0.002 | 0.502 +- 0.002 |" in text
     before = len(trained)
     assert real.main([]) == 0 and len(trained) == before
+
+
+def test_real_runs_beside_each_other_share_the_runs(evidence, tmp_path, monkeypatch) -> None:
+    """What another process is at is left to it, and waited for."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from evidence import real
+
+    others, waits, trained = real.tuning_runs()[:2], [], []
+
+    def accuracy(run, steps, held_out):
+        trained.append(run.name)
+        return {"before": 0.3, "after": 0.5, "half_width": 0.06, "problems": 240, "steps": steps, "seconds": 1.0}
+
+    def wait(seconds):
+        """The other process finishes one of its runs, or it is killed."""
+        waits.append(seconds)
+        if others:
+            of, claim = others.pop(0), claims.pop(0)
+            if others:
+                real.carry_out(of, real.RESULTS, steps=1)
+            claim.close()
+
+    monkeypatch.setattr(real, "accuracy", accuracy)
+    monkeypatch.setattr(real, "RESULTS", tmp_path / "real.jsonl")
+    monkeypatch.setattr(real, "FOLDER", tmp_path / "claims")
+    monkeypatch.setattr(real.time, "sleep", wait)
+    claims = []
+    for of in others:
+        claim = contextlib.ExitStack()
+        assert claim.enter_context(real.claimed(of))
+        claims.append(claim)
+    theirs = [of.name for of in others]
+    real.carry_out_all(real.RESULTS)
+    assert len(waits) == 2 and len(trained) == len(set(trained)) == 72
+    assert min(map(trained.index, theirs)) > 20, "a claimed run was taken"
+    found = real.read_results(real.RESULTS)
+    assert {found[of.name]["steps"] for of in real.tuning_runs()} == {1, real.TUNING_STEPS}
 
 
 def test_a_stale_sampler_draws_with_old_weights(monkeypatch) -> None:
