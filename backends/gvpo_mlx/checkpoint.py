@@ -1,42 +1,59 @@
 """The policy's whole state on disk, for training to go on: safetensors and JSON alone."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
-from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, write_header, write_shards
+from gvpo_core.training.policy import tensor_file
+from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, write_header
+from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.update import AdamW
 
+FILE = "state-00001.safetensors"
+_NAMES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}
 
-def save(
+
+def saving(
     directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[str, Any], reference: Sequence[mx.array]
-) -> None:
-    """Writes parameters, moments and `header` into a folder, a gibibyte a file.
+) -> Callable[[], dict[str, Digest]]:
+    """A function that writes parameters, moments and `header`, and may run in another thread.
+
+    A step replaces arrays and changes none, so the state is that of this call. It returns the file with what it holds.
 
     Args:
       reference: parameters of a renewed reference; empty: the reference is the initial model.
     """
+    tensors: dict[str, tensor_file.Tensor] = {}
+    for i, (name, value) in enumerate(zip(scorer.names, scorer.parameters, strict=True)):
+        tensors[f"parameter.{name}"] = _entry(value)
+        for moment, held in zip(MOMENTS, optimizer.moments[i] if optimizer.moments else (), strict=False):
+            tensors[f"{moment}.{name}"] = _entry(held)
+    for name, value in zip(scorer.names, reference, strict=False):
+        tensors[f"reference.{name}"] = _entry(value)
+    facts = {**header, "optimizer_steps": optimizer.steps, "files": [FILE]}
 
-    def tensors() -> Iterator[tuple[str, mx.array]]:
-        for i, (name, value) in enumerate(zip(scorer.names, scorer.parameters, strict=True)):
-            yield f"parameter.{name}", value
-            for moment, held in zip(MOMENTS, optimizer.moments[i] if optimizer.moments else (), strict=False):
-                yield f"{moment}.{name}", held
-        for name, value in zip(scorer.names, reference, strict=False):
-            yield f"reference.{name}", value
+    def write() -> dict[str, Digest]:
+        written = {FILE: tensor_file.write(directory / FILE, tensors, {"format": "mlx"})}
+        write_header(directory, facts)
+        return written
 
-    def write(part: dict[str, mx.array], path: str) -> None:
-        mx.save_safetensors(path, part)
+    return write
 
-    files = write_shards(directory, tensors(), "state-{:05d}.safetensors", write)
-    write_header(directory, {**header, "optimizer_steps": optimizer.steps, "files": list(files)})
+
+def _entry(value: mx.array) -> tensor_file.Tensor:
+    """`value` evaluated, so that the thread that writes it computes nothing."""
+    bits = value if value.dtype == mx.float32 else value.view(mx.uint16)
+    mx.eval(bits)
+    content = lambda: np.ascontiguousarray(np.array(bits, copy=False))
+    return tensor_file.Tensor(_NAMES[value.dtype], value.shape, value.nbytes, content)
 
 
 def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[str, Any]) -> list[mx.array]:
-    """Reads what `save` wrote into model and optimizer.
+    """Reads what `saving` wrote into model and optimizer.
 
     Returns: the parameters of a renewed reference, if it has one.
     Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.

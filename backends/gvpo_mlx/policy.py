@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
+from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
 from gvpo_mlx import adapters, check, checkpoint, export, generate, memory, model
 from gvpo_mlx.ranks import Ranks
@@ -161,9 +162,17 @@ class MLXPolicy(LanguageModelPolicy):
 
     # -- on disk
 
+    def saving(self, directory: Path) -> Callable[[], dict[str, Digest]]:
+        """See `Policy.saving`. The ranks hold copies; the main rank writes."""
+        return self._saving(Path(directory), self._header())
+
+    def _saving(self, directory: Path, header: dict[str, Any]) -> Callable[[], dict[str, Digest]]:
+        if self.rank:
+            return dict
+        return checkpoint.saving(directory, self.scorer, self._optimizer, header, self._renewed or [])
+
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
-        if self.rank == 0:
-            checkpoint.save(directory, self.scorer, self._optimizer, header, self._renewed or [])
+        self._saving(directory, header)()
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
         reference = checkpoint.restore(directory, self.scorer, self._optimizer, header)
