@@ -123,6 +123,20 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
     assert status == 2 and f"{given}; did you mean {meant}?" in err
 
 
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ("model.context_parallel_size", "context parallel is not supported"),
+        ("ulysses_sequence_parallel_size", "context parallel is not supported"),
+        ("model.load_in_4bit", "QLoRA is not supported in gvpo_torch"),
+        ("optim", "the optimizer is AdamW with float32 moments"),
+    ],
+)
+def test_what_is_not_supported_is_named(given, why, tmp_path, capfd):
+    status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), f"--{given}", "1")
+    assert status == 2 and f"unknown option --{given}; {why}" in err
+
+
 @pytest.mark.parametrize("name", ["logging_steps", "project_name", "optimizer.dropout", "vf_coef"])
 def test_a_name_that_nothing_here_matches_gets_no_suggestion(name, tmp_path, capfd):
     status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), f"--{name}", "1")

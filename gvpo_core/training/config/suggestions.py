@@ -52,6 +52,22 @@ ELSEWHERE = {
 }
 """Setting -> what TRL, verl, transformers and mlx-lm call it."""
 _WITHOUT = ("logging_steps", "steps_per_report")  # of them, those that spell like a setting here and have none
+ABSENT = {
+    "context parallel is not supported: a row must fit one device": (
+        *("context_parallel_size", "context_parallel", "cp_size", "sequence_parallel_size", "sequence_parallel"),
+        *("ulysses_sequence_parallel_size", "ulysses_size", "ring_attn_size", "sp_size"),
+    ),
+    "pipeline parallel is not supported: use model.sharding or model.mesh_fsdp": (
+        *("pipeline_parallel_size", "pipeline_parallel", "pp_size"),
+    ),
+    "QLoRA is not supported in gvpo_torch and gvpo_jax; gvpo_mlx trains adapters on quantized folders": (
+        *("load_in_4bit", "load_in_8bit", "quantization_config", "bnb_4bit_quant_type", "use_qlora", "qlora"),
+    ),
+    "the optimizer is AdamW with float32 moments; 8-bit and paged ones are not supported": (
+        *("optim", "optimizer_name", "optimizer_type", "use_8bit_adam", "adam8bit"),
+    ),
+}
+"""What is not supported -> what other trainers call it."""
 
 
 def setting_names(config: Config) -> list[str]:
@@ -69,12 +85,15 @@ def setting_names(config: Config) -> list[str]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or nothing where no setting has the name elsewhere or one that is spelt alike."""
+    """ "; did you mean ...?", or that it is not supported; nothing where no setting is called or spelt alike."""
     order = {setting: i for i, setting in enumerate(setting_names(Config()))}
     settings = sorted(known, key=lambda k: (order.get(k.lstrip("-"), len(order)), k))  # of equal ones the first section
     last = _last(name)
     if last in _WITHOUT:
         return ""
+    absent = next((why for why, theirs in ABSENT.items() if last in theirs), None)
+    if absent:
+        return f"; {absent}"
     ours = next((ours for ours, theirs in ELSEWHERE.items() if last in theirs), None)
     close = [k for k in settings if _last(k) == last]
     close = close or [k for k in settings if ours is not None and k.lstrip("-") == ours]
