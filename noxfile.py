@@ -216,9 +216,9 @@ VERL_IMPORTS = ("TransferQueue", "aiohttp", "cachetools", "fastapi", "msgspec", 
 
 @nox.session
 def verl(session: nox.Session) -> None:
-    """GVPO in verl (gvpo_verl) on CPU: its settings, its functions, its actor worker. Not in the default run."""
+    """GVPO in verl on CPU: settings, functions, the actor worker, its own command with Ray. Not in the default run."""
     session.install("--constraint", "constraints-verl.txt", "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
-    files = [f"conformance/adapters/test_verl_{name}.py" for name in ("settings", "steps")]
+    files = [f"conformance/adapters/test_verl_{name}.py" for name in ("settings", "steps", "end_to_end")]
     pytest(session, "verl", *files, GVPO_SUBJECTS="verl")
 
 

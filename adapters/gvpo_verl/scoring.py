@@ -4,6 +4,7 @@ verl scores in evaluation mode and steps in training mode, and pads or packs the
 a response's log-probability, and with it the step.
 """
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -64,3 +65,21 @@ def check_same(name: str, found: Tensor, alone: Tensor, what: str, *, rounded: b
         f"{name} scores tokens differently {what}, by up to {float(apart.max()):.2g} nat each: GVPO cannot be exact"
         " with it in verl"
     )
+
+
+def warn_if_rounded(name: str, logprobs: Tensor) -> bool:
+    """Warns where all (N,) log-probabilities of tokens, nats, are numbers of bfloat16, and says whether they are.
+
+    verl rounds them in mixed precision where flash-attn's cross entropy is not installed.
+    """
+    counted = logprobs[logprobs != 0]
+    if len(counted) < 8 or not torch.equal(counted.float(), counted.bfloat16().float()):
+        return False
+    off = float(counted.abs().max()) / 256
+    warnings.warn(
+        f"{name} are rounded to bfloat16, each by up to {off:.2g} nat: the sums over a response, and with them GVPO's"
+        " weights, are off by more where it is long. Install flash-attn, or set"
+        " +actor_rollout_ref.{actor,ref}.fsdp_config.mixed_precision.param_dtype=fp32",
+        stacklevel=2,
+    )
+    return True

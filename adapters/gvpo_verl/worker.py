@@ -16,7 +16,7 @@ from verl.workers.engine_workers import TrainingWorker
 from verl.workers.utils.padding import response_from_nested
 
 from gvpo_core import dense_group_ids, gvpo_coefficients, gvpo_loss, gvpo_regret
-from gvpo_verl.scoring import check_lengths, check_same, check_training_mode, random_states
+from gvpo_verl.scoring import check_lengths, check_same, check_training_mode, random_states, warn_if_rounded
 
 BETA = "gvpo_beta"  # the key under which the trainer sends beta along with a batch
 
@@ -62,6 +62,8 @@ class GVPOWorker(TrainingWorker):
         check_lengths(self.model_config.hf_config, data["input_ids"].offsets().diff())
         if not self._checked:
             self._check_scores(data)
+            for key in ("old_log_probs", *(["ref_log_prob"] if beta else [])):
+                warn_if_rounded(key, data[key].values())
             self._checked = True
         mask = data["response_mask"]
         logprobs = _sums(data["old_log_probs"] if self._as_scored else self._score(data), mask)

@@ -17,7 +17,7 @@ with warnings.catch_warnings(action="ignore"):  # of Ray's, at import
     import torch
     import verl
     from gvpo_verl import HOST
-    from gvpo_verl.scoring import check_lengths, check_same
+    from gvpo_verl.scoring import check_lengths, check_same, warn_if_rounded
     from gvpo_verl.settings import RULES, check_settings
     from gvpo_verl.trainer import GVPOTrainer, group_order
     from hydra import compose, initialize_config_dir
@@ -264,3 +264,18 @@ def test_scores_that_differ_are_refused() -> None:
         check_same("M", a, a + 3e-3, "here", rounded=False)
     with pytest.raises(ValueError, match="M scores tokens differently here"):
         check_same("M", a, torch.tensor([float("nan"), -2.0]), "here", rounded=True)
+
+
+def test_logprobs_that_verl_rounded_to_bfloat16_are_warned_of(recwarn) -> None:
+    """As verl's own function computes them from bfloat16 logits; from float32 ones nothing is said."""
+    from verl.utils.torch_functional import logprobs_from_logits_v2
+
+    draw = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(4, 9, 50, generator=draw), torch.randint(0, 50, (4, 9), generator=draw)
+    wide = logprobs_from_logits_v2(logits, labels).flatten()
+    assert not warn_if_rounded("old_log_probs", wide) and not recwarn.list
+    narrow = logprobs_from_logits_v2(logits.bfloat16(), labels).flatten().float()
+    assert float((narrow - wide).abs().max()) > 1e-3
+    with pytest.warns(UserWarning, match="old_log_probs are rounded to bfloat16, each by up to 0.0"):
+        assert warn_if_rounded("old_log_probs", narrow)
+    assert not warn_if_rounded("old_log_probs", torch.zeros(20))  # padding
