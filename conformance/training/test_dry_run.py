@@ -119,6 +119,19 @@ def test_every_part_of_the_estimate_by_hand():
     assert want._replace(sampling=10**9).peak == 16_000_007 + 10**9
 
 
+def test_a_teacher_on_the_same_device_counts():
+    base = estimate_memory(FACTS, CONFIG, 11)
+    teacher = replace(FACTS, parameters=3_000_000)
+    taught = estimate_memory(FACTS, CONFIG, 11, teacher)
+    assert taught == base._replace(teacher=12_000_000) and taught.peak == base.peak + 12_000_000
+    assert "teacher 0.01" in in_words(taught, None) and "teacher" not in in_words(base, None)
+    assert estimate_memory(FACTS, CONFIG, 11, replace(teacher, device="cuda:1")) == base
+    idle = replace(teacher, memory=replace(FACTS.memory, idle=3))  # with AdamW's moments
+    assert estimate_memory(FACTS, CONFIG, 11, idle).teacher == 36_000_000
+    sharded = with_("model", sharding="fsdp")
+    assert estimate_memory(replace(FACTS, ranks=2), sharded, 11, teacher).teacher == 6_000_000
+
+
 def with_(section, **changes):
     return replace(CONFIG, **{section: replace(getattr(CONFIG, section), **changes)})
 

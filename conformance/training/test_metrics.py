@@ -221,7 +221,8 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
     samplers |= {"sampler/staleness", "sampler/staleness/max"}  # test_sampler*.py write these
     mixtures = {"responses/left_out", "groups/left_out", "groups/redrawn", "groups/recorded", "groups/replayed"}
     mixtures |= {"groups/revisited", "replay/age", "replay/kept"}  # test_mixed.py writes these
-    mixtures |= {"teacher/unread", "teacher/lost"}  # test_teacher.py writes it
+    mixtures |= {"teacher/unread", "teacher/lost"}  # test_teacher.py writes these
+    mixtures |= {"eval/teacher_kl", "eval/teacher_kl_half_width"}
     episodes = {"turns/mean", "turns/max", "tools/calls", "tools/failed", "episodes/seconds", "episodes/repeated"}
     episodes |= {
         "episodes/done",

@@ -11,8 +11,10 @@ from recorded_data import policy_of, records
 from table_problem import BETA, PROMPTS, REFERENCE, RESPONSES, REWARDS, reward, settings, table
 
 from gvpo_core.training.config import Config, ConfigError, TeacherConfig
+from gvpo_core.training.evaluation import evaluate
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.terminal.text import fit
 from gvpo_core.training.watch.metric_names import undocumented
 
 pytestmark = pytest.mark.core
@@ -38,6 +40,10 @@ def config_of(folder: Path, teacher: Path, *, rewards: bool = False, **changes) 
     config = replace(config, teacher=TeacherConfig(path=str(teacher)))
     config = replace(config, objective=replace(config.objective, reference="teacher", **changes))
     return config if rewards else replace(config, rewards={})
+
+
+def every_record(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def kl(p: np.ndarray, q: np.ndarray) -> float:
@@ -181,10 +187,57 @@ def test_a_teacher_that_cannot_be_used_is_named(changes, message, teacher, tmp_p
         train(config, policy_of(config), train_rows=ROWS)
 
 
-def test_held_out_prompts_need_a_reward(teacher, tmp_path):
+def test_held_out_prompts_need_a_reward_or_samples_at_temperature_1(teacher, tmp_path):
     config = config_of(tmp_path / "run", teacher)
-    with pytest.raises(ConfigError, match="there is no reward"):
+    with pytest.raises(ConfigError, match=r"there is no reward: .*, or evaluation.temperature = 1.0 to measure the KL"):
         train(config, policy_of(config), train_rows=ROWS, evaluation_rows=ROWS)
+
+
+def measured(config: Config, **changes) -> Config:
+    return replace(config, evaluation=replace(config.evaluation, temperature=1.0, **changes))
+
+
+def test_the_held_out_kl_is_that_of_the_students_distribution(teacher, tmp_path, capsys):
+    config = measured(config_of(tmp_path / "run", teacher, beta=1.0), responses=4000)
+    policy = policy_of(config := replace(config, run=replace(config.run, steps=120, keep_best=True)))
+    student = np.exp(policy.log_table())
+    exact = (student * (np.log(student) - np.log(TEACHER))).sum(axis=1)
+    train(config, policy, train_rows=ROWS, evaluation_rows=ROWS)
+    first, last = (r for r in every_record(tmp_path / "run") if r["kind"] == "eval")
+    assert abs(first["eval/teacher_kl"] - exact.mean()) < 0.02 < exact.mean()  # 12,000 samples
+    assert abs(last["eval/teacher_kl"]) < 1e-4 and last["eval/teacher_kl_half_width"] < 1e-4
+    assert "eval/reward" not in first and first["eval/prompts"] == 3 and not undocumented(first)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "KL to the teacher" in said and f"teacher_kl {fit(first['eval/teacher_kl'], 6)}" in said
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert "Held-out KL to the teacher" in page
+
+
+def test_a_reward_and_the_kl_are_measured_together(teacher, tmp_path):
+    config = measured(config_of(tmp_path / "run", teacher, rewards=True), responses=8)
+    rows = {"evaluation_rows": ROWS, "rewards": {"value": reward}}
+    found = evaluate(config, policy_of(config), **rows)
+    assert found["eval/reward"] > 0 and abs(found["eval/teacher_kl"]) > 0
+    greedy = replace(config, evaluation=replace(config.evaluation, temperature=0.0))
+    assert "eval/teacher_kl" not in evaluate(greedy, policy_of(config), **rows)
+
+
+def test_the_held_out_loss_of_recorded_groups_is_that_to_the_teacher(teacher, tmp_path):
+    """Eq. 16 with the teacher's log-probabilities as those of the reference."""
+    scores = [0.0, 1.0, 0.5, 0.25, 0.0]
+    config = config_of(tmp_path / "run", teacher)
+    policy = policy_of(config)
+    found = evaluate(
+        config,
+        policy,
+        evaluation_rows=[{"prompt": p, "responses": list(RESPONSES), "rewards": scores} for p in PROMPTS],
+    )
+    losses = []
+    for x in range(len(PROMPTS)):
+        ratio = policy.log_table()[x] - np.log(TEACHER[x] / (1 + 1e-9))
+        w = np.asarray(scores) - np.mean(scores) - BETA * (ratio - ratio.mean())
+        losses.append((w**2).sum() / (len(w) - 1))
+    assert found["eval/loss"] == pytest.approx(np.mean(losses), rel=1e-9)
 
 
 def test_several_ranks_take_the_steps_of_one(teacher, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.data import Prompts, Row
 from gvpo_core.training.inputs import HeldOut, open_inputs
-from gvpo_core.training.metrics import evaluation_metrics
+from gvpo_core.training.metrics import evaluation_metrics, teacher_metrics
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.recorded import Groups, ReferenceScores
 from gvpo_core.training.recorded.loss import loss_metrics
@@ -20,6 +20,7 @@ from gvpo_core.training.samplers.load import opened_for_evaluation
 from gvpo_core.training.samplers.protocol import refresh
 from gvpo_core.training.sampling import EVALUATE, Sampling
 from gvpo_core.training.sources import recorded_rollout
+from gvpo_core.training.teacher import Teacher
 
 
 def evaluate(
@@ -72,7 +73,7 @@ def evaluated(
     refresh(answering, policy, version)
     clock, metrics, rollout = time.perf_counter(), {}, None
     if held_out.groups is not None:
-        metrics = _losses(config, policy, held_out.groups, held_out.reference)
+        metrics = _losses(config, policy, held_out.groups, held_out.reference, held_out.teacher)
     if held_out.prompts is not None:
         rollout = _answers(config, policy, held_out.prompts, rewards, answering)
         metrics |= evaluation_metrics(
@@ -82,7 +83,10 @@ def evaluated(
             rollout.finished,
             seconds=time.perf_counter() - clock,
             reward_parts=rollout.parts,
+            rewarded=config.scores_responses,
         )
+        if held_out.teacher is not None and config.evaluation.temperature == 1:
+            metrics |= _teacher_kl(policy, held_out.teacher.taught(policy, rollout))
         if answering is not None:
             metrics["eval/lost"] = rollout.details["responses/lost"]
     return metrics | {"seconds/evaluate": time.perf_counter() - clock}, rollout
@@ -103,8 +107,20 @@ def _answers(
     )
 
 
-def _losses(config: Config, policy: Policy, groups: Groups, reference: ReferenceScores | None) -> dict[str, float]:
+def _teacher_kl(policy: Policy, rollout: Rollout) -> dict[str, float]:
+    """KL(pi || pi_T) a response, estimated from responses that the policy drew at temperature 1."""
+    assert rollout.ref_logprobs is not None  # the teacher's
+    logprobs = policy.gather(np.asarray(policy.logprobs(rollout.batch), np.float64))
+    return teacher_metrics(logprobs - rollout.ref_logprobs, [int(g) for g in rollout.group_ids])
+
+
+def _losses(
+    config: Config, policy: Policy, groups: Groups, reference: ReferenceScores | None, teacher: Teacher | None
+) -> dict[str, float]:
     rollout = recorded_rollout(policy, groups, range(len(groups)), reference, keep=False)
+    if teacher is not None:
+        rollout = teacher.taught(policy, rollout)
+        rollout = replace(rollout, rewards=rollout.trained_rewards)  # without those that it cannot score
     local_rows = slice(rollout.start, rollout.start + len(rollout.batch))
     scored = np.flatnonzero(~np.isnan(rollout.rewards[local_rows]))
     batch = rollout.batch.take([int(i) for i in scored])

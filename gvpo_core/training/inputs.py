@@ -42,7 +42,7 @@ from gvpo_core.training.samplers.background import Asks
 from gvpo_core.training.samplers.load import check_sampler
 from gvpo_core.training.sources import Ahead, Buffer, Mixed, Sampled, Source, Streamed, Taught
 from gvpo_core.training.sources import Recorded as RecordedSource
-from gvpo_core.training.teacher import load_teacher
+from gvpo_core.training.teacher import Teacher, load_teacher
 from gvpo_core.training.terminal.output import open_standard_descriptors
 
 
@@ -53,6 +53,7 @@ class HeldOut:
     prompts: Prompts | None  # to be answered and scored by the rewards
     groups: Groups | None  # recorded responses, for the loss
     reference: ReferenceScores | None = None  # of the groups
+    teacher: Teacher | None = None  # in the place of the reference
 
     def said(self) -> str:
         """What it is, for the header."""
@@ -81,6 +82,7 @@ class Inputs:
         self.reward_log = RewardLog(config.rewards | played)  # without the secrets of either
         self.errors: list[ValueError] = []  # what could not be opened, in order
         self._functions: Mapping[str, RewardFunction] = {}  # rewards given in Python
+        self._teacher: Teacher | None = None
 
     def open(
         self,
@@ -165,9 +167,13 @@ class Inputs:
         source = self._source(policy, sampler, trained, cached)
         if self.config.objective.reference != "teacher":
             return source
-        teacher = load_teacher(self.config, policy)
-        teacher.check(source.prompts)
-        return Taught(source, teacher)
+        return Taught(source, self._taught_by(policy, source.prompts))
+
+    def _taught_by(self, policy: Policy, prompts: Prompts) -> Teacher:
+        """The teacher, loaded once. Raises: ConfigError: one that cannot be used, or cannot read these prompts."""
+        self._teacher = self._teacher or load_teacher(self.config, policy)
+        self._teacher.check(prompts)
+        return self._teacher
 
     def _source(self, policy: Policy, sampler: Sampler | None, trained: bool, cached: bool) -> Source:
         config = self.config
@@ -222,13 +228,17 @@ class Inputs:
         if not rows:
             return None
         limit, name = config.evaluation.prompts or None, "data.evaluation"
+        taught = config.objective.reference == "teacher"
         if recorded is None:
-            return HeldOut(self._prompts(policy, rows[:limit], name), None)
+            prompts = self._prompts(policy, rows[:limit], name)
+            measured = taught and config.evaluation.temperature == 1  # a KL needs the policy's own distribution
+            return HeldOut(prompts, None, teacher=self._taught_by(policy, prompts) if measured else None)
         chosen = replace(recorded, rows=recorded.rows[:limit])
         smallest = find_objective(config.objective).smallest
         groups = encode_groups(policy, chosen, config, name, smallest=smallest)
         reference = self._reference(policy, folder)
-        return HeldOut(groups.prompts if self.rewards else None, groups, reference)
+        teacher = self._taught_by(policy, groups.prompts) if taught else None
+        return HeldOut(groups.prompts if self.rewards else None, groups, reference, teacher)
 
     def _prompts(self, policy: Policy, rows: Sequence[Row], name: str = "data.train") -> Prompts:
         if self.environments is not None:

@@ -87,6 +87,7 @@ def evaluation_metrics(
     *,
     seconds: float,
     reward_parts: Mapping[str, np.ndarray] | None = None,
+    rewarded: bool = True,
 ) -> dict[str, float]:
     """The numbers of one evaluation. N held-out responses, any number a prompt.
 
@@ -97,7 +98,15 @@ def evaluation_metrics(
       finished: (N,) bool.
       seconds: time of the evaluation.
       reward_parts: name -> (N,).
+      rewarded: whether anything scores the responses.
     """
+    if not rewarded:
+        return {
+            "eval/length": float(np.mean(lengths)),
+            "eval/truncated": float(1 - np.mean(finished)),
+            "eval/prompts": len({*prompt_ids}),
+            "seconds/evaluate": seconds,
+        }
     rewards = np.asarray(rewards, dtype=np.float64)
     means = _group_means(rewards, np.unique(np.asarray(prompt_ids), return_inverse=True)[1])
     metrics = {
@@ -112,6 +121,20 @@ def evaluation_metrics(
         metrics["eval/half_width"] = prompts_half_width(means)
     for name, values in (reward_parts or {}).items():
         metrics[f"eval/reward/{name}"] = _mean(np.asarray(values, dtype=np.float64))
+    return metrics
+
+
+def teacher_metrics(log_ratios: np.ndarray, prompt_ids: Sequence[int]) -> dict[str, float]:
+    """The KL of the policy to its teacher on held-out prompts.
+
+    Args:
+      log_ratios: (N,) log pi - log pi_T of responses that the policy drew at temperature 1, nats; NaN = unscored.
+      prompt_ids: N labels of the prompts.
+    """
+    means = _group_means(log_ratios, np.unique(np.asarray(prompt_ids), return_inverse=True)[1])
+    metrics = {"eval/teacher_kl": _mean(means)}
+    if means.size > 1:
+        metrics["eval/teacher_kl_half_width"] = mean_half_width(means[~np.isnan(means)])
     return metrics
 
 

@@ -51,7 +51,7 @@ def evaluate_run(arguments: list[str]) -> int:
     difference = None
     if options.compare:
         if "eval/reward" not in metrics[options.checkpoint]:
-            raise ConfigError("--compare needs rewards: the held-out rows are recorded groups, and there is no reward")
+            raise ConfigError("--compare needs rewards of the held-out responses, and there is no reward")
         change = evaluations[options.checkpoint][1] - evaluations[options.compare][1]
         change = change[~np.isnan(change)]  # prompts with a score in both
         difference = (float(change.mean()) if change.size else math.nan, mean_half_width(change))
@@ -87,7 +87,7 @@ def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, fl
 
 def _sentence(metrics: Mapping[str, float]) -> str:
     loss = [f"{key.removeprefix('eval/')} {fit(metrics[key], 8)}" for key in LOSSES if key in metrics]
-    loss += [f"on {metrics['eval/groups']:,} recorded groups"] if loss else []
+    loss += [f"on {metrics['eval/groups']:,} recorded groups"] if "eval/groups" in metrics else []
     if "eval/reward" not in metrics:
         return ", ".join(loss)
     parts = [f"reward {fit(metrics['eval/reward'], 8)}"]

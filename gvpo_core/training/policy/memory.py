@@ -31,20 +31,25 @@ class Memory(NamedTuple):
     activations: int  # of the largest micro-batch, with what the allocator keeps back
     head: int  # a chunk of logits, and the gradient of the head's and embedding's weights
     sampling: int  # keys, values and logits of the rows that are decoded together, and weights for it alone
+    teacher: int = 0  # of a teacher on the same device
 
     @property
     def peak(self) -> int:
         """The most that is held at once: a step samples, then learns."""
         learning = self.gradients + self.activations + self.head
-        return self.framework + self.parameters + self.reference + self.optimizer + max(learning, self.sampling)
+        held = self.framework + self.parameters + self.reference + self.optimizer + self.teacher
+        return held + max(learning, self.sampling)
 
 
-def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> Memory | None:
+def estimate_memory(
+    facts: PolicyFacts, config: Config, prompt_tokens: int, teacher: PolicyFacts | None = None
+) -> Memory | None:
     """The memory of one rank's device.
 
     Args:
       facts: what `Policy.describe` gives.
       prompt_tokens: length of the longest prompt.
+      teacher: what `describe` of a teacher gives that this process has loaded; it counts on the policy's device alone.
     Returns: None where the facts say nothing of the model's sizes.
     """
     if facts.memory is None or facts.vocabulary is None:
@@ -66,7 +71,10 @@ def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> M
     if config.model.lora_rank and config.objective.reference_every:  # the adapters of the reference
         reference = trained * _WIDE // split
     optimizer = 2 * trained * _WIDE // split
-    left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer
+    taught = 0
+    if teacher is not None and teacher.device == facts.device:
+        taught = teacher.parameters * _WIDE * (teacher.memory.idle if teacher.memory else 1) // split
+    left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer - taught
     return Memory(
         framework=m.framework,
         parameters=parameters,
@@ -76,6 +84,7 @@ def estimate_memory(facts: PolicyFacts, config: Config, prompt_tokens: int) -> M
         activations=kept + casts,
         head=m.head + 2 * embedding,
         sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left),
+        teacher=taught,
     )
 
 

@@ -53,8 +53,10 @@ def recorded_evaluation(config: Config, rows: Sequence[Row], name: str) -> Recor
         source == "recorded" or (source == "auto" and (shape in (RUN, GROUPS) or not config.scores_responses))
     ):
         return recorded_rows(rows, shape, name, prompt=config.data.prompt)
-    if not config.scores_responses:
-        raise ConfigError(f"{name} holds prompts without scored responses, and there is {NO_REWARD}")
+    if not config.scores_responses and (config.objective.reference, config.evaluation.temperature) != ("teacher", 1):
+        measured = ", or evaluation.temperature = 1.0 to measure the KL to the teacher"
+        taught = measured if config.objective.reference == "teacher" else ""
+        raise ConfigError(f"{name} holds prompts without scored responses, and there is {NO_REWARD}{taught}")
     return None
 
 

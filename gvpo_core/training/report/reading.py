@@ -50,6 +50,10 @@ def read_out(run: Run) -> Reading:
         change = short(losses[0]) if len(losses) == 1 else f"{short(losses[0])} → {short(losses[-1])}"
         sentences.append(f"Held-out loss on recorded groups: {change}.")
         figures.append(("Held-out loss", change, f"{run.evaluations[-1].get('eval/groups', '?')} recorded groups"))
+    if kls := [number(e["eval/teacher_kl"]) for e in run.evaluations if "eval/teacher_kl" in e]:
+        change = short(kls[0]) if len(kls) == 1 else f"{short(kls[0])} → {short(kls[-1])}"
+        sentences.append(f"Held-out KL to the teacher: {change} nats a response.")
+        figures.append(("Held-out KL to the teacher", change, "nats a response"))
     if training is not None and not _recorded(run):
         size = window(len(run.series("reward/mean").values))
         span = f"first and last {size} steps" if size > 1 else "first and last step"

@@ -12,17 +12,17 @@ from gvpo_core.training.policy import Policy
 
 
 class Best:
-    """The evaluation with the highest held-out reward, or the lowest loss; of equal ones the first."""
+    """The evaluation with the highest held-out reward, else the lowest loss or KL; of equal ones the first."""
 
     def __init__(self) -> None:
         self.step = -1  # -1: no evaluation yet
         self.reward = -math.inf
         self.since = 0  # evaluations after it, none of them better
-        self._by_loss = False
+        self._lowest: str | None = None  # what the newest evaluation was compared by, if not its reward
 
     def see(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Takes in the evaluation after `step`; whether it is the best so far."""
-        reward, self._by_loss = _reward(metrics), "eval/reward" not in metrics and "eval/loss" in metrics
+        reward, self._lowest = _reward(metrics), _lowest(metrics)
         if reward > self.reward:
             self.step, self.reward, self.since = step, reward, 0
             return True
@@ -31,8 +31,9 @@ class Best:
 
     def said(self) -> str:
         """What would have been better, in words."""
-        if self._by_loss:
-            return f"a held-out loss below the {-self.reward:.4g} of step {self.step}"
+        if self._lowest:
+            name = {"eval/loss": "loss", "eval/teacher_kl": "KL to the teacher"}[self._lowest]
+            return f"a held-out {name} below the {-self.reward:.4g} of step {self.step}"
         return f"a held-out reward above the {self.reward:.4g} of step {self.step}"
 
     def share(self, policy: Policy) -> None:
@@ -52,8 +53,15 @@ def best_saved(metrics: Path, steps: Collection[int]) -> int | None:
     return best.step if best.step >= 0 else None
 
 
+def _lowest(metrics: Mapping[str, Any]) -> str | None:
+    """The metric that is to be low, where no reward was asked for."""
+    if "eval/reward" in metrics:
+        return None
+    return next((key for key in ("eval/loss", "eval/teacher_kl") if key in metrics), None)
+
+
 def _reward(metrics: Mapping[str, Any]) -> float:
-    """The held-out reward, or minus the held-out loss where no reward was asked for."""
-    key, sign = ("eval/reward", 1.0) if "eval/reward" in metrics else ("eval/loss", -1.0)
-    value = metrics.get(key)
+    """The held-out reward, or minus the held-out loss or KL where no reward was asked for."""
+    lowest = _lowest(metrics)
+    value, sign = metrics.get(lowest or "eval/reward"), -1.0 if lowest else 1.0
     return sign * float(value) if isinstance(value, int | float) and not math.isnan(value) else -math.inf

@@ -324,6 +324,11 @@ class Journal:
                 )
             if "eval/loss" in self._evaluated[0]:
                 facts["held-out loss"] = " -> ".join(fit(record.get("eval/loss"), 8) for record in self._evaluated)
+            if "eval/teacher_kl" in self._evaluated[0]:
+                facts["KL to the teacher"] = " -> ".join(
+                    f"{fit(record.get('eval/teacher_kl'), 6)} +- {fit(record.get('eval/teacher_kl_half_width'), 5)}"
+                    for record in self._evaluated
+                )
         if self._verdicts:
             facts["verdicts"] = ", ".join(
                 f"{self._verdicts[level]} {level}" for level in LEVELS if self._verdicts[level]

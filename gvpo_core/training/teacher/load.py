@@ -32,7 +32,7 @@ def load_teacher(config: Config, policy: Policy) -> Teacher:
     if not hasattr(loaded, "encode_responses"):
         raise ConfigError(f"teacher.backend = {backend!r} has no encode_responses, which scoring texts needs")
     facts = loaded.describe()
-    return Teacher(loaded, f"{model.path}, {facts.parameters:,} parameters, {facts.dtype}", facts.context)
+    return Teacher(loaded, f"{model.path}, {facts.parameters:,} parameters, {facts.dtype}", facts.context, facts)
 
 
 def teacher_model(config: Config) -> ModelConfig:

@@ -12,7 +12,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Batch, Policy, Prompt, Response, ResponseError, Tokens
+from gvpo_core.training.policy import Batch, Policy, PolicyFacts, Prompt, Response, ResponseError, Tokens
 from gvpo_core.training.policy.ranks import attempt
 from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.samplers import SamplerError
@@ -36,13 +36,14 @@ class Scorer(Protocol):
 class Teacher:
     """Scores responses and is never trained."""
 
-    def __init__(self, scorer: Scorer, said: str, context: int | None) -> None:
+    def __init__(self, scorer: Scorer, said: str, context: int | None, facts: PolicyFacts | None = None) -> None:
         """
         Args:
           said: what it is, for the header.
           context: longest prompt and response together, tokens. None: not known.
+          facts: of a model that this process has loaded, for the estimate of memory.
         """
-        self.scorer, self._said, self.context = scorer, said, context
+        self.scorer, self._said, self.context, self.facts = scorer, said, context, facts
 
     def said(self) -> str:
         """What it is, for the header."""

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from gvpo_core.training.watch.alerts import ALERTS
 
 PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
-LOSSES = ("eval/loss", "eval/accuracy", "eval/nll")  # of an evaluation on recorded groups
+LOSSES = ("eval/loss", "eval/accuracy", "eval/nll", "eval/teacher_kl")  # of an evaluation, beside its reward
 
 
 class Metric(NamedTuple):
@@ -186,6 +186,14 @@ METRICS: dict[str, Metric] = {
         "ties half; mean over groups. Absent without such a pair, and where objective.reference is rollout.",
     ),
     "eval/nll": Metric("nats/token", "Minus the mean log-probability of a token of held-out recorded responses."),
+    "eval/teacher_kl": Metric(
+        "nats/response",
+        "KL of the policy to its teacher on held-out prompts: mean of log pi_theta - log pi_T of responses drawn at "
+        "temperature 1. Absent where objective.reference is not teacher or evaluation.temperature is not 1.",
+    ),
+    "eval/teacher_kl_half_width": Metric(
+        "nats/response", "Half the 95 % interval of eval/teacher_kl over prompts (Student's t); absent with one prompt."
+    ),
     "eval/groups": Metric("groups", "Held-out recorded groups with enough scored responses."),
     "eval/lost": Metric(
         "responses", "Held-out responses that the sampler did not give; absent where the policy answers."
