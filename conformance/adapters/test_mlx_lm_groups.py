@@ -63,7 +63,9 @@ def test_a_finished_answer_ends_as_the_template_closes_a_turn(close, end):
 
 def test_a_template_that_takes_no_answer_is_refused():
     tokenizer = tiny_models.make_tokenizer()
-    tokenizer.chat_template = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}a"
+    tokenizer.chat_template = (
+        "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}{{ messages[0].content }}"
+    )
     with pytest.raises(DataError, match=r"does not take an answer after the prompt \(one turn\).* as token ids"):
         load_groups([row(prompt=[{"role": "user", "content": "a"}])], tokenizer)
 

@@ -144,6 +144,28 @@ def test_messages_that_end_with_a_tool_or_a_system_message_open_the_assistants_t
         assert encode(tokenizer, messages) == tokenizer.encode(want, add_special_tokens=False)
 
 
+def test_what_a_template_leaves_out_is_said(caplog):
+    turn = "<|{{ m.role }}|>{{ m.content }}</s>"
+    opens = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    make = lambda template: chat_tokenizers.make(chat_tokenizers.Style(template, ("</s>",), "</s>", "</s>"))
+    deaf = make("{% for m in messages %}{% if m.role != 'system' %}" + turn + "{% endif %}{% endfor %}" + opens)
+    chat = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    text._warn_once.cache_clear()
+    assert encode(deaf, QUESTION) and not caplog.records
+    for _ in range(2):
+        assert encode(deaf, chat) == encode(deaf, QUESTION)
+    assert [r.message for r in caplog.records] == [
+        "the chat template leaves out system messages: the model does not see them, nor data.system_prompt"
+    ]
+    parts = make("{% for m in messages %}{% for p in m.content %}{{ p.text }}{% endfor %}</s>{% endfor %}" + opens)
+    with pytest.raises(ValueError, match="leaves out the text of the user's message: it may want a list of parts"):
+        encode(parts, QUESTION)
+    assert encode(parts, [{"role": "user", "content": [{"type": "text", "text": "hi"}]}])
+    caplog.clear()
+    loud = make("{% for m in messages %}" + turn.replace("content", "content | upper") + "{% endfor %}" + opens)
+    assert encode(loud, chat) and not caplog.records
+
+
 def test_messages_without_a_template_are_refused():
     tokenizer = chat_tokenizers.make(CHATS["llama3"])
     tokenizer.chat_template = None

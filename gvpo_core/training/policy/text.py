@@ -8,6 +8,7 @@ recorded       a text's tokens unchanged, then the end token if the response is 
 """
 
 import contextlib
+import functools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -58,9 +59,10 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
 
     Args:
       template: further arguments of the chat template.
-    Raises: ValueError: the last message is the assistant's, and empty or changed by the template. What the template
-      raises.
+    Raises: ValueError: the last message is the assistant's, and empty or changed by the template; the template leaves
+      out what the user says. What the template raises.
     """
+    _check_roles(tokenizer, messages)
     open_turn = messages[-1].get("role") in ASSISTANT
     if open_turn and not str(messages[-1].get("content")).strip():  # transformers would strip the turn's header too
         raise ValueError("the last chat message is the assistant's and has no text to continue; leave that message out")
@@ -83,6 +85,36 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
             " continued; remove that part (often the thoughts up to </think>), or give the prompt as text"
         ) from e
     return tuple(int(i) for i in ids)
+
+
+def _check_roles(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> None:
+    """Warns of system messages that the template leaves out. Raises: ValueError: it leaves out the user's."""
+    written = {str(m.get("role")) for m in messages if isinstance(m.get("content"), str) and m["content"].strip()}
+    left_out = written & _left_out(tokenizer, str(tokenizer.chat_template))
+    if "user" in left_out:
+        raise ValueError(
+            "the chat template leaves out the text of the user's message: it may want a list of parts,"
+            ' [{"type": "text", "text": ...}], as content'
+        )
+    if left_out:
+        _warn_once("the chat template leaves out system messages: the model does not see them, nor data.system_prompt")
+
+
+@functools.lru_cache(maxsize=4)
+def _left_out(tokenizer: Any, template: str) -> frozenset[str]:
+    """The roles, of system and user, whose texts are not in what the template writes."""
+    texts = {"system": _PROBE + "s", "user": _PROBE + "u"}
+    for roles in (("system", "user"), ("user",)):
+        with contextlib.suppress(Exception):  # a template may reject a role
+            told = [{"role": role, "content": texts[role]} for role in roles]
+            said = str(tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False)).casefold()
+            return frozenset(role for role in roles if texts[role] not in said)
+    return frozenset()
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    log.warning(message)
 
 
 def prompt_text(tokenizer: Any, tokens: Sequence[int], name: str = "the model") -> str:
