@@ -78,13 +78,9 @@ class ScriptedPolicy(ToyPolicy):
     def _read_tokenizer(self) -> None:
         self.folder, self.tokenizer, self._end = Path("."), ChatCharacters(), [0]
 
-    def _load(self) -> None:
+    def _initial(self) -> np.ndarray:
         size = len(self.tokenizer.names)
-        self.weights = np.random.default_rng(0).normal(size=(size, size))
-        self.reference = self.weights.copy()
-        self.moments = np.zeros((2, size, size))
-        self.packed, self.layout_reason = False, "a response costs no more than its own tokens"
-        self._splitting = self._split(hidden=size)
+        return np.random.default_rng(0).normal(size=(size, size))
 
     def _generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling

@@ -64,8 +64,11 @@ class ToyPolicy(LanguageModelPolicy):
         self.tokenizer = Characters(read_json(self.folder / "config.json")["characters"])
         self._end = [0]
 
+    def _initial(self) -> np.ndarray:
+        return np.load(self.folder / "weights.npy", allow_pickle=False)
+
     def _load(self) -> None:
-        self.weights = np.load(self.folder / "weights.npy", allow_pickle=False)
+        self.weights = self._initial()
         self.reference = self.weights.copy()
         self.moments = np.zeros((2, *self.weights.shape))
         self.packed, self.layout_reason = False, "a response costs no more than its own tokens"
@@ -147,7 +150,7 @@ class ToyPolicy(LanguageModelPolicy):
         wanted |= {"reference": self.weights.shape} if header.get("renewed") else {}
         check_tensors(directory, wanted, {name: array.shape for name, array in arrays.items()})
         self.weights, self.moments = arrays["weights"], arrays["moments"]
-        self.reference = arrays.get("reference", np.load(self.folder / "weights.npy", allow_pickle=False))
+        self.reference = arrays["reference"] if "reference" in arrays else self._initial()
 
     def export(self, directory: Path) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)

@@ -241,6 +241,19 @@ def test_segments_that_cannot_be_used_are_named(message: str, tmp_path, model) -
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_replayed_episodes_keep_their_segments_and_a_resumed_run_repeats(tmp_path) -> None:
+    replay = ReplayConfig(groups=8, share=0.5)
+    whole = run(replace(config_of(tmp_path / "whole", steps=3), replay=replay))
+    assert records(tmp_path / "whole")[-1]["groups/replayed"] == 1
+    last = whole.batches[-1]
+    before = {(batch.responses[i], tuple(batch.later[i])) for batch in whole.batches[:-1] for i in range(len(batch))}
+    again = [i for i in range(len(last)) if (last.responses[i], tuple(last.later[i])) in before and last.later[i]]
+    assert again, "episodes of several segments came back"
+    run(replace(config_of(tmp_path / "parts", steps=2), replay=replay))
+    resumed = run(replace(config_of(tmp_path / "parts", steps=3), replay=replay))
+    np.testing.assert_array_equal(resumed.weights, whole.weights)
+
+
 def test_replayed_groups_keep_their_segments_over_a_checkpoint() -> None:
     later = (Segment((2, 1), (3, 0), (True, False)), Segment((4,), (5, 0)))
     group = Group((1,), (Response((7, 0), True, later=later), Response((8, 0), True)), np.asarray([1.0, 0.0]))
