@@ -81,6 +81,18 @@ def test_samples_are_the_cpus(kind, folder, monkeypatch):
     assert len(replays) > 50 and len(set(replays)) > 1
 
 
+def test_waiting_rows_take_the_places_of_those_that_ended(folder, monkeypatch):
+    """In place: a graph goes on with the rows that are new in its buffers."""
+    placed, place = [], fixed.FixedRows.place
+    monkeypatch.setattr(fixed.FixedRows, "place", lambda rows, *given: placed.append(rows.graph) or place(rows, *given))
+    prompts = [(5, 6, 7), tuple(range(20, 32))]
+    seeds = [[row_seed(1, i, j) for j in range(6)] for i in range(2)]
+    on_cpu, on_cuda = (made(folder, device) for device in ("cpu", "cuda"))
+    monkeypatch.setattr(on_cuda, "_cache_tokens", lambda: 3 * (12 + 60))
+    assert on_cuda.generate(prompts, seeds, Sampling(60)) == on_cpu.generate(prompts, seeds, Sampling(60))
+    assert len(placed) > 2 and any(graph is not None for graph in placed)
+
+
 def test_memory_is_the_devices(folder):
     policy = made(folder, "auto")
     assert policy.scorer.decodes_fixed
