@@ -98,7 +98,7 @@ def commit_checkpoint(
       keep: newest checkpoints kept.
       also: further steps to keep. One that `gvpo eval` or `gvpo export` is reading is kept too.
       written: files, by their path in the checkpoint, that were hashed while they were written and passed `read_back`:
-        they are not read here. All others are hashed, and read back once the checkpoint has its name.
+        they are not read here. All others are read once, which hashes them.
     Raises: OSError: the disk is full, say; nothing saved before is touched.
     """
     partial, known = partial_checkpoint(folder, step).directory, written or {}
@@ -120,7 +120,7 @@ def commit_checkpoint(
         _set_aside(final)
     partial.rename(final)
     sync_folder(folder)
-    reason = damage(final, but=known)
+    reason = damage(final, but=entries)  # each was read after it was written
     if reason:
         raise CheckpointError(f"the new checkpoint is not valid: {reason}")
     for old in steps_saved(folder)[keep:]:
