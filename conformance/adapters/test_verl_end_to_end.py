@@ -133,7 +133,7 @@ def run(tmp_path_factory) -> tuple[str, Path]:
 
 
 def metrics(log: str, step: int) -> dict[str, float]:
-    (line,) = re.findall(rf"step:{step} - (.*)", log)
+    line = re.findall(rf"step:{step} - (.*)", log)[0]  # verl 0.9.0 prints it twice
     parts = re.findall(r"([\w/@.]+):([-+\deE.naif]+)(?: |$)", re.sub(r"np\.float\d+\(([^)]*)\)", r"\1", line))
     return {name: float(value) for name, value in parts}
 

@@ -158,6 +158,7 @@ def test_what_changes_the_estimate_and_how():
     assert estimate_memory(facts(cache=1), CONFIG, 11).sampling == base.sampling // 12
     grown = estimate_memory(facts(cache_step=32), CONFIG, 11)  # 21 tokens a row take 32
     assert grown.sampling - base.sampling == 12 * 11 * 2 * 2 * 2 * 16 * 4
+    assert estimate_memory(facts(sampled=7), CONFIG, 11).sampling == base.sampling + 7  # merged adapters
     held = estimate_memory(replace(facts(frozen=5), trainable_parameters=10_000), with_("model", lora_rank=4), 11)
     assert held.parameters == 40_000 + 5
     sharded = estimate_memory(replace(FACTS, ranks=2), with_("model", sharding="fsdp"), 11)
