@@ -10,9 +10,11 @@ from ranks import run_ranks
 from recorded_data import policy_of, records
 from table_problem import BETA, PROMPTS, REFERENCE, RESPONSES, REWARDS, reward, settings, table
 
+from gvpo_core.training.cli import main
 from gvpo_core.training.config import Config, ConfigError, TeacherConfig
 from gvpo_core.training.evaluation import evaluate
 from gvpo_core.training.loop import train
+from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.terminal.text import fit
 from gvpo_core.training.watch.metric_names import undocumented
@@ -254,3 +256,19 @@ def test_several_ranks_take_the_steps_of_one(teacher, tmp_path, monkeypatch):
         work = lambda policy, c=several: train(c, policy, train_rows=ROWS)
         for policy in run_ranks(size, work, table(REFERENCE), config.optimizer):
             np.testing.assert_allclose(policy.logits, want.logits, rtol=1e-11, atol=1e-11)
+
+
+def test_eval_says_the_kl_its_interval_and_the_prompts(teacher, tmp_path, capsys):
+    config = measured(config_of(tmp_path / "run", teacher), responses=8)
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "table.json").write_text(json.dumps(table(REFERENCE)))
+    rows = {name: str(tmp_path / "rows.jsonl") for name in ("train", "evaluation")}
+    config = replace(config, data=replace(config.data, **rows), run=replace(config.run, steps=2))
+    config = replace(config, model=replace(config.model, path=str(tmp_path / "student")))
+    train(config, load_policy(config))
+    last = every_record(tmp_path / "run")[-1]
+    capsys.readouterr()
+    assert main(["eval", str(tmp_path / "run")]) == 0
+    half = f"{fit(last['eval/teacher_kl_half_width'], 6)} (95 %) on 3 prompts"
+    assert capsys.readouterr().out.strip() == f"newest: teacher_kl {fit(last['eval/teacher_kl'], 8)} +- {half}"

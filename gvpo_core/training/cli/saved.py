@@ -87,6 +87,10 @@ def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, fl
 
 def _sentence(metrics: Mapping[str, float]) -> str:
     loss = [f"{key.removeprefix('eval/')} {fit(metrics[key], 8)}" for key in LOSSES if key in metrics]
+    if "eval/teacher_kl_half_width" in metrics:
+        loss[-1] += f" +- {fit(metrics['eval/teacher_kl_half_width'], 6)} (95 %)"
+    if "eval/teacher_kl" in metrics and "eval/reward" not in metrics:
+        loss[-1] += f" on {metrics['eval/prompts']:,} prompts"
     loss += [f"on {metrics['eval/groups']:,} recorded groups"] if "eval/groups" in metrics else []
     if "eval/reward" not in metrics:
         return ", ".join(loss)
