@@ -39,7 +39,21 @@ CORE = (
     "openai",
 )
 # Not subjects: test files of their own ask for them.
-ELSEWHERE = ("core", "trl", "verl", "tunix", "mlx_lm", "parity", "gpu", "browser", "full_disk", "environments", "ray")
+ELSEWHERE = (
+    "core",
+    "trl",
+    "verl",
+    "tunix",
+    "mlx_lm",
+    "parity",
+    "gpu",
+    "browser",
+    "full_disk",
+    "openenv",
+    "gymnasium",
+    "ray",
+    "verifiers",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub: a name that is nowhere fails at once
 _required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x and x not in ELSEWHERE)
 _results: dict[str, dict[str, Counter[str]]] = {}

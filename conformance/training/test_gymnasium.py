@@ -11,7 +11,7 @@ from toy_run import records
 
 from gvpo_core.training.config import ConfigError, EnvironmentConfig
 
-require("gymnasium", "pygame", subject="environments")
+require("gymnasium", "pygame", subject="gymnasium")
 PATH = f"{ROOT}/examples/gymnasium/environment.py:Gymnasium"
 LAKE = {
     "id": "FrozenLake-v1",

@@ -16,7 +16,7 @@ from toy_run import records
 
 from gvpo_core.training.config import EnvironmentConfig
 
-require("openenv", subject="environments")
+require("openenv", subject="openenv")
 
 
 @pytest.fixture

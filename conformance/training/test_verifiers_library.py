@@ -8,7 +8,7 @@ import pytest
 from places import ROOT
 from required import require
 
-require("verifiers", subject="environments")
+require("verifiers", subject="verifiers")
 sys.path.append(str(ROOT / "examples" / "verifiers"))
 from groups import groups_of
 
