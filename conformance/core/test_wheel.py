@@ -75,7 +75,7 @@ def test_every_source_file_is_in_it(names):
 
 def test_the_sdist_builds_the_same_wheel(names, tmp_path):
     with tarfile.open(built("*.tar.gz")) as sdist:
-        sdist.extractall(tmp_path, filter="data")
+        sdist.extractall(tmp_path, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))  # since 3.11.4
     (source,) = tmp_path.iterdir()
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", source]
     subprocess.run(command, check=True, capture_output=True)

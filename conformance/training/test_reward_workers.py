@@ -15,6 +15,7 @@ from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.rewards import RewardLog, check_columns, close_rewards, load_rewards, score
 from gvpo_core.training.rewards.clock import Clock
 from gvpo_core.training.rewards.total import total_rewards
+from gvpo_core.training.rewards.worker import guard
 
 pytestmark = pytest.mark.core
 
@@ -213,6 +214,39 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes in sessions of their own are found through /proc")
+def test_a_process_within_exec_is_waited_for(monkeypatch):
+    """While a process replaces its program it has no environment, so no mark: the guard left it behind."""
+    worker, child = (subprocess.Popen(["sleep", "600"], start_new_session=True) for _ in range(2))
+    scans = [([], True), ([], True), ([child.pid], False), ([], False)]
+    monkeypatch.setenv(guard.MARK, "this-test")
+    monkeypatch.setattr(guard, "_marked", lambda mark: scans.pop(0))
+    try:
+        guard._end_all(worker.pid)
+        assert child.wait(10) == worker.wait(10) == -signal.SIGKILL
+        assert not scans
+    finally:
+        child.kill()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes in sessions of their own are found through /proc")
+def test_only_a_program_without_an_environment_may_be_within_exec():
+    bare = subprocess.Popen(["sleep", "600"], env={})
+    try:
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{bare.pid}/comm").read_text() != "sleep\n":
+            assert time.monotonic() < deadline
+        assert guard._marked(b"GVPO_REWARD_WORKER=none") == ([], True)
+        assert guard._runs_a_program(str(bare.pid))
+        bare.kill()
+        while alive(bare.pid):
+            assert time.monotonic() < deadline
+        assert not guard._runs_a_program(str(bare.pid))  # a zombie
+    finally:
+        bare.kill()
+        bare.wait()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes in sessions of their own are found through /proc")

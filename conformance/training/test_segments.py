@@ -342,6 +342,7 @@ def test_collected_episodes_keep_segments_and_the_tokens_of_prompts(tmp_path, mo
     config.write_text(f"""
 [run]
 folder = "{tmp_path}/run"
+backend = "table"
 steps = 1
 [model]
 path = "{tmp_path}"

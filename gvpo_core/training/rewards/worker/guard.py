@@ -14,6 +14,8 @@ import time
 
 MARK = "GVPO_REWARD_WORKER"  # environment variable, unique to a worker, inherited by what it starts
 _PATIENCE = 5.0  # seconds for killed processes to be gone; one in the kernel's hands may never be
+_EXECUTING = 0.25  # seconds for a process without an environment to have one: it may be within exec
+_KERNEL = 0x200000  # flag of a kernel thread, in /proc/PID/stat
 
 
 def start_guard(closed: tuple[int, ...]) -> None:
@@ -63,19 +65,33 @@ def _end_all(worker: int) -> None:
     if sys.platform != "linux":
         return
     mark = f"{MARK}={os.environ[MARK]}".encode()
-    while (living := _marked(mark)) and time.monotonic() < deadline:
+    seen = time.monotonic()  # the last time that one was found
+    while (now := time.monotonic()) < deadline:
+        living, unknown = _marked(mark)
         for process in living:
+            seen = now
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(process, signal.SIGKILL)
+        if not living and (not unknown or now - seen > _EXECUTING):
+            return
         time.sleep(0.002)
 
 
-def _marked(mark: bytes) -> list[int]:
-    """Other processes with this mark. A zombie no longer has an environment."""
-    pids, this_pid = [], os.getpid()
+def _marked(mark: bytes) -> tuple[list[int], bool]:
+    """Other processes with this mark, and whether one has no environment to tell by: within exec it has none yet."""
+    pids, unknown, this_pid = [], False, os.getpid()
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != this_pid:
             with contextlib.suppress(OSError), open(f"/proc/{entry}/environ", "rb") as file:
-                if mark in file.read().split(b"\0"):
+                environment = file.read()
+                if mark in environment.split(b"\0"):
                     pids.append(int(entry))
-    return pids
+                unknown |= not environment and _runs_a_program(entry)
+    return pids, unknown
+
+
+def _runs_a_program(entry: str) -> bool:
+    """Neither a zombie nor a kernel thread."""
+    with open(f"/proc/{entry}/stat", "rb") as file:
+        state, *_, flags = file.read().rpartition(b")")[2].split()[:7]
+    return state not in (b"Z", b"X") and not int(flags) & _KERNEL
