@@ -117,8 +117,10 @@ def mergeable(lm: nn.Module) -> int:
 
     In 16 bits a sum is rounded: after one step of 1e-4 with rank 16, 86 % of the weights would be those of the base.
     """
-    weights = [layer.get_base_layer().weight for layer in lora_layers(lm)]
-    if any(w.dtype != torch.float32 or hasattr(w, "device_mesh") for w in weights):
+    weights = [
+        getattr(layer.get_base_layer(), "weight", None) for layer in lora_layers(lm)
+    ]  # None: experts in one tensor
+    if any(w is None or w.dtype != torch.float32 or hasattr(w, "device_mesh") for w in weights):
         return 0
     return sum(w.nbytes for w in weights)
 
