@@ -108,11 +108,10 @@ ENVIRONMENTS = {
 }
 # Of JAX: many programs of tiny models, run once each. A JAX process compiles its programs at each start, unless another
 # has compiled them before.
-JAX_RUNS = [
-    f"conformance/backends/test_{name}.py"
-    for name in ("trainer", "trainer_faults", "mixed_steps", "distillation", "jax_mesh", "export_adapters")
-]
-JAX_RUNS += [f"conformance/backends/test_policy_{name}.py" for name in ("update", "disk", "generate")]
+JAX_RUNS = sorted(map(str, Path("conformance/backends").glob("test_policy_*.py")))
+JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh", "pickles")]
+JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("mixed_steps", "recorded_steps", "episode_runs")]
+JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("distillation", "export_adapters")]
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

@@ -160,6 +160,7 @@ def test_a_dora_export_of_gvpo_torch_is_the_trained_model(tmp_path) -> None:
     np.testing.assert_allclose(own_logprobs(tmp_path / "out", OF), trained.logprobs(OF), rtol=0, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_smollm2_is_scored_as_by_transformers(smollm2_dir) -> None:  # noqa: F811
     made = policy(smollm2_dir, lora_rank=1)  # no float32 moments of the whole model
     prompt = made.encode("The capital of France is")

@@ -13,6 +13,7 @@ if not PRESENT:
 
 OF = batch((3, 2), seed=9)
 KINDS = {"full": {}, "lora": {"lora_rank": 2}, "bfloat16": {"dtype": "bfloat16"}}
+SLOW = pytest.param("bfloat16", marks=pytest.mark.slow)
 
 
 @pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
@@ -30,7 +31,7 @@ def load(backend, folder):
     return lambda **settings: backend.policies.policy(folder, **({"reference": True, "learning_rate": 1e-2} | settings))
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["full", "lora", SLOW])
 def test_a_renewed_reference_is_the_policy_of_that_moment(kind: str, load, backend) -> None:
     of_policy = load(**KINDS[kind])
     initial = of_policy.logprobs(OF, reference=True)

@@ -30,6 +30,7 @@ def sampled(smollm2_dir):  # noqa: F811
     return of_policy, prompts, seeds, of
 
 
+@pytest.mark.slow
 def test_logprobs_are_transformers_own(sampled) -> None:
     of_policy, _, _, of = sampled
     own = []
