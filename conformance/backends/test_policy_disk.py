@@ -33,9 +33,9 @@ KINDS = {
 def kinds(*names: str):
     """Runs a test for every backend and those of these kinds of training that it has."""
     pairs = [(b, name) for b in PRESENT for name in names if KINDS[name].get("lora_kind", "lora") in b.lora_kinds]
-    return pytest.mark.parametrize(
-        ("backend", "kind"), pairs, indirect=["backend"], ids=[f"{b.name}-{name}" for b, name in pairs]
-    )
+    slow = {"bfloat16": pytest.mark.slow}
+    given = [pytest.param(b, name, id=f"{b.name}-{name}", marks=slow.get(name, ())) for b, name in pairs]
+    return pytest.mark.parametrize(("backend", "kind"), given, indirect=["backend"])
 
 
 @pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)

@@ -78,7 +78,7 @@ def fill(of: Any, name: str, value: float) -> None:
 @contextlib.contextmanager
 def spoiled_gradient(of: Any, name: str) -> Iterator[None]:
     """The gradient of this parameter is NaN."""
-    place, plain = of.scorer.names.index(name), of._passes._plain_backward
+    place, plain = of.scorer.names.index(name), of._passes._backward
 
     def spoiled(*arguments: Any) -> Any:
         values, gradients = plain(*arguments)
@@ -86,7 +86,7 @@ def spoiled_gradient(of: Any, name: str) -> Iterator[None]:
         return values, gradients
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(of._passes, "_plain_backward", spoiled)
+        patch.setattr(of._passes, "_backward", spoiled)
         yield
 
 

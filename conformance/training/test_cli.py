@@ -107,7 +107,7 @@ def test_rewards_that_stop_a_run(body, message, tmp_path, capfd):
     ("body", "kind"),
     [
         ("if 'b' in completions: raise ValueError('no b')", "error"),
-        ("if 'b' in completions: time.sleep(30)", "timeout"),
+        pytest.param("if 'b' in completions: time.sleep(30)", "timeout", marks=pytest.mark.slow),
         ("scores = [math.nan if c == 'b' else s for c, s in zip(completions, scores)]", "none"),
     ],
 )
