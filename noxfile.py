@@ -298,7 +298,7 @@ def outside(session: nox.Session, subject: str) -> None:
     session.install(*given) if subject == "verifiers" else install(
         session, *given
     )  # verifiers asks for an older openai
-    pytest(session, f"outside-{subject}", f"conformance/{file}", GVPO_SUBJECTS=subject)
+    pytest(session, f"outside-{subject}", f"conformance/{file}", *SELECTIONS["--full"], GVPO_SUBJECTS=subject)
 
 
 @nox.session

@@ -87,6 +87,7 @@ def namespace() -> None:
         pytest.skip(why)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("namespace")
 def test_a_disk_that_fills_up_at_any_place(tmp_path, whole):
     """From room for nothing to room for all but the end: lines, checkpoints, the report."""

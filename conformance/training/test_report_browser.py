@@ -111,6 +111,7 @@ document.body.dataset.said = [all, document.getElementById("at-step").selectedIn
     assert HOSTILE[:-8].replace("\x1b", r"\x1b") in shown and r"\u202e\x00" in shown
 
 
+@pytest.mark.slow
 def test_ten_thousand_steps_open(run, tmp_path):
     (tmp_path / "page.html").write_text(page(read_run(write_long_run(tmp_path / "long", run))), encoding="utf-8")
     dom, console = browse(tmp_path / "page.html", tmp_path / "profile")

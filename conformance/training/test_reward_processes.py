@@ -166,6 +166,7 @@ def slow(tmp_path):
     close_rewards(started)
 
 
+@pytest.mark.slow
 def test_processes_that_start_anew_do_not_lengthen_a_step_without_bound(slow, tmp_path, monkeypatch):
     """32 hung responses would start 32 processes of 1.5 s, two at a time: 24 s and more beside the two limits."""
     monkeypatch.setattr(rewards_module, "_STARTS", 0.0)
@@ -264,6 +265,7 @@ def test_options_columns_and_chats_arrive_as_in_a_thread(tmp_path):
         close_rewards(loaded)
 
 
+@pytest.mark.slow
 def test_math_verify_that_does_not_end_costs_its_response_alone():
     """A power tower that its parser evaluates: past the limit the process is killed, and the others are scored."""
     pytest.importorskip("math_verify", reason="the rewards extra is not installed")
