@@ -117,10 +117,11 @@ def mergeable(lm: nn.Module) -> int:
 
     In 16 bits a sum is rounded: after one step of 1e-4 with rank 16, 86 % of the weights would be those of the base.
     """
-    weights = [
-        getattr(layer.get_base_layer(), "weight", None) for layer in lora_layers(lm)
-    ]  # None: experts in one tensor
-    if any(w is None or w.dtype != torch.float32 or hasattr(w, "device_mesh") for w in weights):
+    bases = [layer.get_base_layer() for layer in lora_layers(lm)]
+    if not all(hasattr(base, "weight") for base in bases):  # experts, whose weights lie in one tensor
+        return 0
+    weights = [base.weight for base in bases]
+    if any(w.dtype != torch.float32 or hasattr(w, "device_mesh") for w in weights):
         return 0
     return sum(w.nbytes for w in weights)
 
