@@ -1,6 +1,7 @@
 """Samplers: weights of each step, smaller groups, log-probabilities that are compared, and an engine that fails."""
 
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from table_problem import PROMPTS, REFERENCE, settings, table
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.table import TablePolicy
-from gvpo_core.training.samplers import Drawn, Engine, SamplerError
+from gvpo_core.training.samplers import Drawn, Engine, SamplerError, http
 from gvpo_core.training.sampling import Sampling
 
 pytestmark = pytest.mark.core
@@ -90,6 +91,18 @@ def test_what_fails_for_good_costs_responses(fault, left, why):
         assert len(drawn) == left
         assert why in sampler.failures[0] if why else not sampler.failures
         assert len(server.asked) == (4 if fault in (500, "cut", "wrong model") else 1)
+
+
+BODY = {"model": "tiny", "prompt": [0], "n": 1, "seed": 1, "max_tokens": 2, "temperature": 1.0}
+
+
+def test_a_refused_request_leaves_no_connection_open():
+    with Server(faults=[500]) as server:
+        asked = http.Server(server.url, tries=1, pause=0.01)
+        with pytest.raises(http.Failed) as failed:
+            asked.asked("/v1/completions", BODY, time.monotonic() + 10, bytes)
+    assert failed.value.__cause__.code == 500
+    assert failed.value.__cause__.fp.isclosed(), "the connection waits for the garbage collector"
 
 
 def test_a_request_past_the_deadline_costs_its_responses_alone():

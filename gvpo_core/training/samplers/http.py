@@ -89,7 +89,8 @@ class Server:
                 answer: bytes = file.read()
                 return answer
         except urllib.error.HTTPError as e:
-            text = e.read(300).decode("utf-8", "replace")
+            with e:  # else its connection stays open until the error is collected
+                text = e.read(300).decode("utf-8", "replace")
             said = text.replace(key, "***") if key else text
             raise Failed(f"{self.url} answers {e.code}: {said}", again=e.code == 429 or e.code >= 500) from e
         except (OSError, http.client.HTTPException) as e:  # refused, reset, too slow, ended within the answer
