@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from echo_server import EchoServer
 from engine_server import Sent, Server
 from sampler_runs import Copy, lines, run, short
 from table_problem import PROMPTS, REFERENCE, settings, table
@@ -93,14 +94,12 @@ def test_what_fails_for_good_costs_responses(fault, left, why):
         assert len(server.asked) == (4 if fault in (500, "cut", "wrong model") else 1)
 
 
-BODY = {"model": "tiny", "prompt": [0], "n": 1, "seed": 1, "max_tokens": 2, "temperature": 1.0}
-
-
 def test_a_refused_request_leaves_no_connection_open():
-    with Server(faults=[500]) as server:
+    with EchoServer(None, "tiny", faults=[500]) as server:
         asked = http.Server(server.url, tries=1, pause=0.01)
+        body = {"prompt": [*range(200)], "echo": False}  # echoed: a long answer, whose end is not read
         with pytest.raises(http.Failed) as failed:
-            asked.asked("/v1/completions", BODY, time.monotonic() + 10, bytes)
+            asked.asked("/v1/completions", body, time.monotonic() + 10, bytes)
     assert failed.value.__cause__.code == 500
     assert failed.value.__cause__.fp.isclosed(), "the connection waits for the garbage collector"
 
