@@ -235,10 +235,11 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
         renewed = bool(header.get("renewed"))
-        adapters = {name: torch.empty_like(p, requires_grad=False) for name, p in self._named.items()}
-        reference = self._reference_tensors() or adapters
-        checkpoint.restore(directory, self._named, self._optimizer, header, reference if renewed else None)
-        if renewed and self._reference is None:
+        reference = self._reference_tensors() if renewed else None
+        if reference == {}:  # adapters of a reference that this policy has not renewed yet
+            reference = {name: torch.empty_like(p, requires_grad=False) for name, p in self._named.items()}
+        checkpoint.restore(directory, self._named, self._optimizer, header, reference)
+        if reference and self._reference is None:
             self._reference_adapters = reference
         elif self.renewed and not renewed:
             self._load_reference()
