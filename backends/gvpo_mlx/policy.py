@@ -75,14 +75,14 @@ class MLXPolicy(LanguageModelPolicy):
         self._load_reference()
 
     def _load_reference(self) -> None:
-        self._renewed: list[mx.array] | None = None  # parameters of a renewed reference, as `scorer.parameters`
+        self._reference_parameters: list[mx.array] | None = None  # of a renewed one, as `scorer.parameters`
         self._reference_passes = self._passes
         if self.settings.reference and not self.config.lora_rank:
             with mx.stream(self.device):
                 self._reference_passes = self._passes_of(model.load_reference(self.config))
 
     def _unload(self) -> None:
-        del self.scorer, self._optimizer, self._passes, self._reference_passes, self._renewed
+        del self.scorer, self._optimizer, self._passes, self._reference_passes, self._reference_parameters
 
     def _passes_of(self, scorer: model.Scorer) -> Passes:
         return Passes(scorer, self.packed, self.optimizer_config.micro_batch_tokens, self.compiled)
@@ -106,14 +106,14 @@ class MLXPolicy(LanguageModelPolicy):
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         passes = self._passes
         switched: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if reference and self.scorer.adapted and self._renewed is None:
+        if reference and self.scorer.adapted and self._reference_parameters is None:
             switched = self._without_adapters()
         if reference:
             passes = self._reference_passes
         found, tokens = np.zeros(len(batch)), 0
         with mx.stream(self.device), switched:
             for rows in self._splitting.rows(batch):
-                arrays, values, computed = passes.score(batch, rows, self._renewed if reference else None)
+                arrays, values, computed = passes.score(batch, rows, self._reference_parameters if reference else None)
                 found[arrays.responses] = arrays.sums(values)
                 tokens += computed
         return found, tokens
@@ -124,7 +124,7 @@ class MLXPolicy(LanguageModelPolicy):
 
     def _take_reference(self, values: list[mx.array]) -> None:
         mx.eval(values)
-        self._renewed, self._reference_passes = values, self._passes  # the initial model is freed
+        self._reference_parameters, self._reference_passes = values, self._passes  # the initial model is freed
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:
@@ -169,7 +169,7 @@ class MLXPolicy(LanguageModelPolicy):
     def _saving(self, directory: Path, header: dict[str, Any]) -> Callable[[], dict[str, Digest]]:
         if self.rank:
             return dict
-        return checkpoint.saving(directory, self.scorer, self._optimizer, header, self._renewed or [])
+        return checkpoint.saving(directory, self.scorer, self._optimizer, header, self._reference_parameters or [])
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
         self._saving(directory, header)()
@@ -178,7 +178,7 @@ class MLXPolicy(LanguageModelPolicy):
         reference = checkpoint.restore(directory, self.scorer, self._optimizer, header)
         if reference:
             self._take_reference(reference)
-        elif self._renewed is not None:
+        elif self._reference_parameters is not None:
             self._load_reference()
 
     def export(self, directory: Path) -> None:

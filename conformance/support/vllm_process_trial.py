@@ -10,14 +10,13 @@ stopped by name.
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vllm_trial import ROWS, STEPS, TOLERANCE, config_of, gaps, reward
+from vllm_trial import ROWS, STEPS, TOLERANCE, Timed, config_of, gaps, reward
 
 import gvpo
 from gvpo_core.training.config import EngineConfig
@@ -26,20 +25,8 @@ from gvpo_core.training.samplers import VLLM, SamplerError, in_process
 OPTIONS: dict[str, Any] = {"max_model_len": 512, "kv_cache_memory_bytes": 2**30, "enforce_eager": True}
 
 
-class Watched(VLLM):
-    """Stays open after a run, and tells the seconds of a refresh and the tokens a second."""
-
-    def refresh(self, policy: Any, version: int) -> None:
-        start = time.perf_counter()
-        super().refresh(policy, version)
-        print(f"refresh {version}: {time.perf_counter() - start:.2f} s")
-
-    def generate(self, *arguments: Any) -> Any:
-        start = time.perf_counter()
-        drawn = super().generate(*arguments)
-        tokens = sum(len(response.tokens) for row in drawn for response in row)
-        print(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.1f} a second; lost: {self.failures}")
-        return drawn
+class Watched(Timed, VLLM):
+    """Stays open after a run."""
 
     def close(self) -> None:
         self.version = None

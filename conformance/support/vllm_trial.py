@@ -33,20 +33,28 @@ def reward(completions: Sequence[str], **columns: Any) -> list[float]:
     return [float(text.count("e")) for text in completions]
 
 
-class Watched(Engine):
-    """Tells the seconds of a refresh and the tokens a second."""
+class Timed:
+    """Before a sampler among the bases: tells the seconds of a refresh and the tokens a second."""
 
-    def refresh(self, policy: Any, version: int) -> None:
+    def refresh(self: Any, policy: Any, version: int) -> None:
         start = time.perf_counter()
         super().refresh(policy, version)
-        print(f"refresh {version}: {time.perf_counter() - start:.2f} s, asks for {self.served}")
+        print(f"refresh {version}: {time.perf_counter() - start:.2f} s")
 
-    def generate(self, *arguments: Any) -> Any:
+    def generate(self: Any, *arguments: Any) -> Any:
         start = time.perf_counter()
         drawn = super().generate(*arguments)
         tokens = sum(len(response.tokens) for row in drawn for response in row)
         print(f"{tokens} tokens, {tokens / (time.perf_counter() - start):.1f} a second; lost: {self.failures}")
         return drawn
+
+
+class Watched(Timed, Engine):
+    """Also tells which model it asks for."""
+
+    def refresh(self, policy: Any, version: int) -> None:
+        super().refresh(policy, version)
+        print(f"asks for {self.served}")
 
 
 class StaleCache(Watched):

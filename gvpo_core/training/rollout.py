@@ -211,9 +211,9 @@ def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ends(middle) else (middle, high)
-    unknown: dict[str, Any] = (
-        {"logprob": math.nan} if isinstance(response, Drawn) else {}
-    )  # a sampler's covers what is cut off
+    unknown: dict[str, Any] = {}
+    if isinstance(response, Drawn):
+        unknown["logprob"] = math.nan  # a sampler's covers what is cut off
     own = None if response.own is None else response.own[:high]
     return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, own=own, **unknown)
 
