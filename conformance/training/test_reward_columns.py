@@ -59,6 +59,19 @@ def test_values_arrive_equal_and_of_the_same_type():
     assert not changed, [type(VALUES[i]) for i in changed]
 
 
+@pytest.mark.parametrize("text", ["9999-01-01", "1600-02-29 01:02:03.000004", "2024-10-27 02:30"])
+@pytest.mark.parametrize("zone", [None, "UTC", "Europe/Berlin"])
+def test_timestamps_of_pandas_arrive_equal_in_any_year(text, zone):
+    """Nanoseconds, which hold the years 1678 to 2261, are not their default unit any more."""
+    pandas = pytest.importorskip("pandas", reason="pandas is not installed")
+    for unit in ("s", "us"):
+        stamp = pandas.Timestamp(text).as_unit(unit)
+        value = stamp if zone is None else stamp.tz_localize(zone, ambiguous=False)
+        back = decode(json.loads(json.dumps(encode(value))))
+        assert type(back) is type(value) and back == value
+        assert (back.unit, str(back.tzinfo)) == (value.unit, str(value.tzinfo))
+
+
 class Colour(enum.IntEnum):
     RED = 1
 

@@ -74,7 +74,8 @@ def encode(value: Any, depth: int = 0) -> Any:
     if kind.__module__ == "numpy":
         return _encode_numpy(value, kind, depth)
     if kind.__module__.partition(".")[0] == "pandas" and name == "Timestamp":
-        return {"Timestamp": [str(value.value), value.unit, _zone(value.tzinfo)]}
+        count = value.asm8.view("i8")  # of its own unit: years beyond 2262 do not fit into nanoseconds
+        return {"Timestamp": [int(count), value.unit, _zone(value.tzinfo)]}
     raise UnsendableError(f"it holds a {kind.__module__}.{kind.__qualname__}")
 
 
@@ -163,10 +164,12 @@ def _objects(content: Any) -> Any:
 
 
 def _timestamp(content: Any) -> Any:
+    import numpy as np
     import pandas
 
-    value, unit, zone = content
-    return pandas.Timestamp(int(value), unit="ns", tz=_zone_of(zone)).as_unit(unit)
+    count, unit, zone = content
+    moment = pandas.Timestamp(np.datetime64(count, unit))
+    return moment if zone is None else moment.tz_localize("UTC").tz_convert(_zone_of(zone))
 
 
 def _fraction(content: str) -> fractions.Fraction:

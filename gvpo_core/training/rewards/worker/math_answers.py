@@ -11,6 +11,9 @@ from dataclasses import replace
 from decimal import Decimal
 from functools import lru_cache
 from typing import Any
+from unicodedata import normalize
+
+from .time_answers import gold_time, last_time
 
 _DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox")
 _FINAL = re.compile(r"(?i)\banswer\b(?:\s+(?:is|are|=))?\s*:?\s*")
@@ -22,8 +25,11 @@ _FUNCTION = re.compile(
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}")
 _MIXED = re.compile(r"(-?)(\d+)\s+(\d+)\s*/\s*(\d+)")
 _ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[{(]?\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)")
-_REPEATING = re.compile(r"(\d+)\.(\d*)\\overline\s*(?:\{(\d+)\}|(\d))")
-_BASE = re.compile(r"^\(?[0-9A-Z]+\)?_\{?(\d+)\}?$")
+_REPEATING = re.compile(r"(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
+_LINE_ABOVE = re.compile("(?:\\d\u0305)+")  # a combining line over each digit that repeats
+_TWO_DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")  # over both ends of what repeats
+_ONE_SIGN = re.compile(r"(\d*)([¼-¾⅐-⅞↉])")  # ½, 1½
+_BASE = re.compile(r"^\(?([0-9A-Z]+)\)?_\{?\(?(\d+)\)?\}?$")
 _RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
 _UNITS = {
@@ -94,6 +100,8 @@ def judge(response: str, gold: str) -> float | None:
     answer = _undelimited(gold.rpartition("####")[2] if "####" in gold else gold)
     if not answer:
         return None
+    if (time := gold_time(answer)) is not None:
+        return float(any(last_time(candidate) == time for candidate in _candidates(response, words=True)))
     words = _words(answer)
     if words is not None:
         if any(_plain(c) == _plain(answer) or _choice(c, answer) for c in _candidates(response, words=True)):
@@ -171,6 +179,7 @@ def _boxed(text: str) -> str:
 def _undelimited(text: str) -> str:
     """The mathematics in a text without delimiters, a box or a full stop around it. Bases in words become digits."""
     text = _BASE_IN_WORDS.sub(lambda m: f"_{{{_BASES.get(m[1].casefold(), m[1])}}}", text.strip())
+    text = re.sub(r"^\(([0-9A-Z]+)\)(?=_\{?\(?\d+\)?\}?$)", r"\1", text)
     while True:
         before = text
         text = re.sub(r"^\*\*(.*)\*\*$", r"\1", text, flags=re.DOTALL).strip()
@@ -232,7 +241,7 @@ def _is_numeral(text: str) -> bool:
     """Whether a text is a number in another base: AB_{16}, but not CO_2."""
     base = _BASE.match(text.strip())
     try:
-        return base is not None and int(text.strip().partition("_")[0].strip("()"), int(base[1])) >= 0
+        return base is not None and int(base[1], int(base[2])) >= 0
     except ValueError:
         return False
 
@@ -259,6 +268,9 @@ def _read(answer: str) -> Any:
     answer = _RAISED.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", answer)
     answer = answer.replace("\u2212", "-").replace("×", r"\times ").replace("∞", r"\infty ").replace("°", r"^\circ")
     answer = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))", "", answer).replace(r"\varnothing", r"\emptyset")
+    answer = _ONE_SIGN.sub(_fraction_of_sign, answer).replace("\u2044", "/")
+    answer = _LINE_ABOVE.sub(lambda m: rf"\overline{{{m[0].replace(chr(0x305), '')}}}", answer)
+    answer = _TWO_DOTS.sub(r"\\overline{\1\2\3}", answer)
     answer = _REPEATING.sub(_fraction, answer.replace(r"\degree", r"^\circ"))
     answer = _ANGLE.sub(r"\1\\frac{\2\\pi}{180}", answer).strip()
     if _PLAIN_NUMBER.fullmatch(answer):
@@ -282,10 +294,17 @@ def _read(answer: str) -> Any:
 
 def _fraction(match: re.Match[str]) -> str:
     """A decimal whose last digits repeat, as a fraction."""
-    whole, fixed = match[1], match[2]
-    digits = match[3] or match[4]
+    whole, fixed = match[1] or "0", match[2]
+    digits = match[3] or match[4] or match[5]
     top = int(whole + fixed + digits) - int(whole + fixed)
     return rf"\frac{{{top}}}{{{'9' * len(digits) + '0' * len(fixed)}}}"
+
+
+def _fraction_of_sign(match: re.Match[str]) -> str:
+    """A fraction that is one character, with the whole number before it: 1½."""
+    top, _, bottom = normalize("NFKC", match[2]).partition("\u2044")
+    fraction = rf"\frac{{{top}}}{{{bottom}}}"
+    return f"({match[1]}+{fraction})" if match[1] else fraction
 
 
 def _parse(text: str, *, delimited: bool) -> Any:
@@ -304,8 +323,8 @@ def _parse(text: str, *, delimited: bool) -> Any:
 
 def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
     bases = [_BASE.match(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, candidate)]
-    if bases[0] and bases[1] and bases[0][1] != bases[1][1]:
-        return False
+    if bases[0] and bases[1]:
+        return bases[0].groups() == bases[1].groups()
     units = [_unit(text) for text in (gold, candidate)]
     if None not in units and units[0] != units[1]:
         return False
