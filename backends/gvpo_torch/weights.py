@@ -70,7 +70,7 @@ def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = Fals
                 log.warning("%s: each process reads the whole model before it keeps its part (%s)", config.path, reason)
         if lm is None:
             lm, info = _attending(auto.from_pretrained, options)
-    _check(lm, info, config, bool(unpacked))
+    _check(lm, info, config, folder, bool(unpacked))
     _forget_quantization(lm.config)
     _say_whether_tied(lm)
     text = {
@@ -173,7 +173,7 @@ def _say_whether_tied(lm: nn.Module) -> None:
             part.tie_word_embeddings = tied
 
 
-def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, unpacked: bool) -> None:
+def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, folder: Path, unpacked: bool) -> None:
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise ConfigError(f"model.path {config.path!r} holds an adapter: merge it into its model first")
     missing = sorted(info["missing_keys"])
@@ -191,17 +191,11 @@ def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, unpacked: b
             f"model.path {config.path!r} has {len(unknown)} weights that {type(lm).__name__} does not use, "
             f"the first {unknown[0]}: the files belong to another model, or to a quantised one"
         )
-    _refuse_integers(lm, info, config, unpacked)
+    _refuse_integers(lm, info, folder, unpacked)
 
 
-def _refuse_integers(lm: nn.Module, info: dict[str, Any], config: ModelConfig, unpacked: bool) -> None:
+def _refuse_integers(lm: nn.Module, info: dict[str, Any], folder: Path, unpacked: bool) -> None:
     """Integers in the place of floats are taken as they are by transformers: quantised weights without scales."""
-    from transformers.utils import cached_file
-
-    path = cached_file(os.path.expanduser(config.path), "config.json", revision=config.revision)
-    folder = Path(path).parent
-    if not ((folder / weight_files.INDEX).is_file() or (folder / "model.safetensors").is_file()):
-        return
     found = weight_files.tensors(folder)
     tables = {name.rpartition(".")[2] for name, b in lm.named_buffers() if not b.is_floating_point()}
     tables |= {name.rpartition(".")[2] for name in info["unexpected_keys"]}

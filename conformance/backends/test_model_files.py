@@ -6,9 +6,11 @@ import shutil
 import socket
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
+from batches import batch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -140,3 +142,18 @@ def test_a_stray_world_size_is_refused_by_torch_and_nothing_to_the_others(value,
         return
     with pytest.raises(ConfigError, match=re.escape(said)):
         backend.policies.policy(sound)
+
+
+def test_the_weight_file_that_the_configuration_names_is_read(backend, sound, tmp_path):
+    """transformers reads it; gvpo_jax and gvpo_mlx read model.safetensors beside it, of another model."""
+    of = batch((2, 2))
+    folder = tiny_models.write_model("llama", tmp_path / "model", seed=1)
+    shutil.copy(sound / "model.safetensors", folder / "best.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"transformers_weights": "best.safetensors"}))
+    wanted = backend.policies.policy(sound).logprobs(of)
+    policy = backend.policies.policy(folder)
+    np.testing.assert_array_equal(policy.logprobs(of), wanted)
+    policy.export(tmp_path / "exported")
+    assert "transformers_weights" not in json.loads((tmp_path / "exported" / "config.json").read_text())
+    np.testing.assert_allclose(backend.policies.policy(tmp_path / "exported").logprobs(of), wanted, atol=1e-3)

@@ -43,6 +43,53 @@ def test_the_files_of_the_index_are_read_and_no_others(tmp_path) -> None:
     assert (where.dtype, where.shape, raw.tolist()) == ("BF16", (2, 2), list(range(8)))
 
 
+@pytest.mark.parametrize("named", ["other.safetensors", "sub/other.safetensors", "own.safetensors.index.json"])
+def test_the_file_that_the_configuration_names_is_read_and_no_other(tmp_path, named) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("model", "other", "sub/other", "a"):
+        write(tmp_path / f"{name}.safetensors", **{name: "F32"})
+    (tmp_path / "own.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    assert set(weight_files.tensors(tmp_path)) == {
+        "a" if named.startswith("own") else named.removesuffix(".safetensors")
+    }
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [
+        ("gone.safetensors", "names gone.safetensors, which is not in the folder"),
+        ("../up.safetensors", "names ../up.safetensors, which lies outside the model's folder"),
+        ("pytorch_model.bin", "expected the name of a safetensors file"),
+        (3, "expected the name of a safetensors file"),
+    ],
+)
+def test_a_configuration_that_names_another_file_is_refused(tmp_path, named, message) -> None:
+    write(tmp_path / "model.safetensors", a="F32")
+    (tmp_path / "config.json").write_text(json.dumps({"transformers_weights": named}))
+    with pytest.raises(ConfigError, match=message):
+        weight_files.weight_files(tmp_path)
+
+
+def test_files_in_folders_of_the_model_are_read_where_the_index_names_them(tmp_path) -> None:
+    (tmp_path / "sub").mkdir()
+    for name in ("a", "sub/a"):
+        write(tmp_path / f"{name}.safetensors", **{name: "F32"})
+    write_index(tmp_path, a="sub/a.safetensors")
+    assert set(weight_files.tensors(tmp_path)) == {"sub/a"}
+    write_index(tmp_path, a="../a.safetensors")
+    with pytest.raises(ConfigError, match=r"names ../a.safetensors, which lies outside the model's folder"):
+        weight_files.tensors(tmp_path)
+
+
+def test_a_tensor_in_two_files_is_refused(tmp_path) -> None:
+    write(tmp_path / "a.safetensors", one="F32", two="F32")
+    write(tmp_path / "b.safetensors", two="F32")
+    write_index(tmp_path, one="a.safetensors", two="b.safetensors")
+    with pytest.raises(ConfigError, match=r"two is in a.safetensors and in b.safetensors: take the file"):
+        weight_files.tensors(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("names", "index", "message"),
     [

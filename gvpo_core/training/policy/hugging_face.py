@@ -251,8 +251,12 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json for an export: with RoPE's settings where older readers, mlx-lm among them, look for them alone."""
-    result = {name: value for name, value in config.items() if name != "torch_dtype"} | {"dtype": dtype}
+    """config.json for an export: with RoPE's settings where older readers, mlx-lm among them, look for them alone.
+
+    Without the name of the weight file, which the export does not keep.
+    """
+    left_out = ("torch_dtype", "transformers_weights")
+    result = {name: value for name, value in config.items() if name not in left_out} | {"dtype": dtype}
     if isinstance(config.get("text_config"), Mapping):
         result["text_config"] = portable_config(config["text_config"], dtype)
     rope = config.get("rope_parameters") or {}

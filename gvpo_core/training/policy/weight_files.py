@@ -29,20 +29,46 @@ class Tensor(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads: `model.safetensors`, or else those that the index names. No others.
+    """The files that transformers reads, and no others: the one that config.json names as `transformers_weights`, else
+    `model.safetensors`, else those of the index.
 
-    Raises: ConfigError: neither is there, the index cannot be read, or names a file that is missing.
+    Raises: ConfigError: none is there, an index cannot be read, or a file is named that is missing or lies elsewhere.
     """
+    if named := _named_by_config(folder / "config.json"):
+        by = f"{folder / 'config.json'} (transformers_weights)"
+        file = _inside(folder, named, by)
+        if not file.is_file():
+            raise ConfigError(f"{by} names {named}, which is not in the folder")
+        return _of_index(file) if named.endswith(".index.json") else [file]
     if (folder / _ONE).is_file():
         return [folder / _ONE]
-    index = folder / INDEX
-    if not index.is_file():
-        others = sorted(path.name for path in folder.glob("*.safetensors"))
-        also = f"; {', '.join(others[:3])} is not a name that transformers reads" if others else ""
-        raise ConfigError(f"{folder} has no {_ONE} and no {INDEX}{also}: expected safetensors weights")
+    if (folder / INDEX).is_file():
+        return _of_index(folder / INDEX)
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    also = f"; {', '.join(others[:3])} is not a name that transformers reads" if others else ""
+    raise ConfigError(f"{folder} has no {_ONE} and no {INDEX}{also}: expected safetensors weights")
+
+
+def _named_by_config(path: Path) -> str | None:
+    """The weight file that config.json names. Another reader of this file says what else is wrong with it."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    if named is not None and not (
+        isinstance(named, str) and named.endswith((".safetensors", ".safetensors.index.json"))
+    ):
+        raise ConfigError(f"{path} has transformers_weights = {named!r}; expected the name of a safetensors file")
+    return named
+
+
+def _of_index(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        paths = [folder / Path(name).name for name in names]
+        paths = [_inside(index.parent, name, str(index)) for name in names]
+    except ConfigError:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{index} cannot be read: {type(error).__name__}: {error}") from error
     missing = [path.name for path in paths if not path.is_file()]
@@ -51,15 +77,30 @@ def weight_files(folder: Path) -> list[Path]:
     return paths
 
 
+def _inside(folder: Path, name: str, by: str) -> Path:
+    """The file of that name. Raises: ConfigError: it lies outside the folder."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ConfigError(f"{by} names {name}, which lies outside the model's folder {folder}")
+    return folder / name
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
     """Name -> where it lies, of every tensor in `weight_files`, from the files' headers alone.
 
-    Raises: ConfigError: as `weight_files`; a file that is not safetensors, is damaged, or is a Git LFS pointer.
+    Raises: ConfigError: as `weight_files`; a file that is not safetensors, is damaged, or is a Git LFS pointer; a
+      tensor that two files hold.
     """
     headers: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            headers |= _header(path)
+            found = _header(path)
+            if twice := headers.keys() & found.keys():
+                name = min(twice)
+                raise ConfigError(
+                    f"{folder}: {name} is in {headers[name].path.name} and in {path.name}: take the file that does not"
+                    " belong to the model out of the index"
+                )
+            headers |= found
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
