@@ -12,8 +12,10 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import blocks, fixed, rope
+from gvpo_torch.cache import new_cache
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
+from gvpo_torch.prefixes import Prefixes, unfit
 from gvpo_torch.sharding import gathered_no_more, is_sharded
 
 log = logging.getLogger("gvpo.torch")
@@ -228,7 +230,42 @@ def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device:
     return False
 
 
-def _decoded(scorer: Scorer, batch: Batch, device: torch.device, *, in_fixed_buffers: bool = False) -> list[np.ndarray]:
+@torch.no_grad()
+def continues(scorer: Scorer, device: torch.device) -> str:
+    """Why turns cannot start from kept keys and values; empty: started so, log-probs are those of scoring."""
+    batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
+    rows = [i for i, response in enumerate(batch.responses) if len(response) > 2]
+    batch, prefixes = batch.take(rows), Prefixes(1 << 30)
+    first = [response[: len(response) // 2 + 1] for response in batch.responses]
+    prompts = [p + said for p, said in zip(batch.prompts, first, strict=True)]
+    second = [response[len(said) :] for response, said in zip(batch.responses, first, strict=True)]
+    try:
+        with scorer.autocast() if is_sharded(scorer) else contextlib.nullcontext():
+            cache = new_cache(scorer.decoder, scorer.config)
+            ids = torch.tensor([batch.prompts[0]], device=device)
+            scorer(ids, torch.arange(ids.shape[1], device=device)[None], cache=cache)
+            if reason := unfit(scorer, cache):
+                return reason
+            fixed_too = scorer.decodes_fixed
+            earlier, later = Batch(batch.prompts, first, batch.groups), Batch(prompts, second, range(len(rows)))
+            _decoded(scorer, earlier, device, in_fixed_buffers=fixed_too, prefixes=prefixes)
+            found = _decoded(scorer, later, device, in_fixed_buffers=fixed_too, prefixes=prefixes)
+            apart = _differ(scorer, found, _by_response(scorer, later, False, device))
+    except _FAILS as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    if apart is not None:
+        return f"log-probs then differ by up to {apart:.3g} nat"
+    return "" if prefixes.reused else "nothing of a cache was kept"
+
+
+def _decoded(
+    scorer: Scorer,
+    batch: Batch,
+    device: torch.device,
+    *,
+    in_fixed_buffers: bool = False,
+    prefixes: Prefixes | None = None,
+) -> list[np.ndarray]:
     """Log-probs of each response's tokens as the sampler sees them, where it is given these tokens."""
     prompts = sorted(set(batch.prompts), key=len)
     members = [[i for i, prompt in enumerate(batch.prompts) if prompt == own] for own in prompts]
@@ -257,6 +294,7 @@ def _decoded(scorer: Scorer, batch: Batch, device: torch.device, *, in_fixed_buf
         cache_tokens=1 << 30,
         choose=choose,
         in_fixed_buffers=in_fixed_buffers,
+        prefixes=prefixes,
     )
     return [np.asarray(values) for values in found]
 

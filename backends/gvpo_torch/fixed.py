@@ -30,6 +30,7 @@ ATTENTION = "gvpo_decode"
 
 Pick = Callable[[Tensor, Tensor, Sampling], Tensor]
 Choose = Callable[[Tensor, Sequence[int], int], np.ndarray]
+Keep = Callable[[int, list[int], list[tuple[Tensor, Tensor]]], None]
 
 
 def fits(scorer: Scorer) -> bool:
@@ -223,6 +224,15 @@ class FixedRows:
             for row, start in zip(held, begun.tolist(), strict=True)
         ]
 
+    def states(self, line: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (heads, count, D) of each layer, of the first `count` tokens of a line, its prompt first."""
+        order = (self.at + torch.arange(self.slots, device=self.at.device)) % self.slots  # the oldest first
+        slots = order[self.bias[line, 0, 0, order] == 0][:count]
+        return [
+            (keys[line].index_select(1, slots), values[line].index_select(1, slots))
+            for keys, values in zip(self.keys, self.values, strict=True)
+        ]
+
     def put(self, chosen: Tensor, ends: Tensor) -> None:
         """Appends the next token of each row, (R,) int64."""
         self.drawn.index_copy_(1, self.t % self.drawn.shape[1], chosen[:, None])
@@ -272,6 +282,7 @@ def decode(
     *,
     pick: Pick,
     choose: Choose | None = None,
+    keep: Keep | None = None,
 ) -> list[tuple[list[int], bool]]:
     """The tokens of each row, and whether it ended.
 
@@ -282,6 +293,7 @@ def decode(
       seeds: of all rows.
       pick: (logits, (R,) float64 in [0, 1), sampling) -> (R,) int64 tokens, all on the device.
       choose: (logits, indices of the rows left, t) -> (R,) int64, their t-th tokens, in place of drawing. No row waits.
+      keep: (row, its tokens but the last, states of its prompt and of these), called for rows that have ended.
     """
     device, most, longest = first.owners.device, sampling.max_tokens, first.lengths.copy()
     ends = torch.tensor(list(end), dtype=torch.int64, device=device)
@@ -322,7 +334,10 @@ def decode(
                 if ended.any():
                     lines = np.flatnonzero(ended)
                     for line, text in zip(lines, rows.texts(put(lines), begun[lines], t), strict=True):
-                        found[held[line]] = _cut(text, set(end))
+                        found[held[line]] = said, done = _cut(text, set(end))
+                        if done and keep is not None:
+                            count = int(longest[line]) + len(said) - 1
+                            keep(int(held[line]), said[:-1], rows.states(int(line), count))
                     idle |= ended
                 if waiting and idle.mean() >= REFILL:
                     lines = np.flatnonzero(idle)[: len(waiting)]

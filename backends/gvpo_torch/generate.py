@@ -9,6 +9,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_torch import fixed
 from gvpo_torch.cache import keep_rows, new_cache
 from gvpo_torch.model import Scorer
+from gvpo_torch.prefixes import Prefixes, Start
 
 Forward = Callable[..., Tensor]
 Choose = Callable[[Tensor, Sequence[tuple[int, int]], int], np.ndarray]
@@ -37,6 +39,7 @@ def generate(
     cache_tokens: int,
     choose: Choose | None = None,
     in_fixed_buffers: bool = False,
+    prefixes: Prefixes | None = None,
 ) -> list[list[Response]]:
     """len(seeds[i]) responses to prompts[i].
 
@@ -46,7 +49,11 @@ def generate(
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
       choose: (logits (R, V), R rows (prompt, response), t) -> (R,) int64, their t-th tokens, in place of drawing.
       in_fixed_buffers: decode as `fixed` does, where `fixed.fits` the model.
+      prefixes: prompts start from what is kept there, and responses that have ended are kept; within `cache_tokens`.
     """
+    if prefixes is not None:
+        prefixes.plan(prompts, seeds)
+        cache_tokens = max(1, cache_tokens - prefixes.held)
     found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     skinny = device.type == "cpu" and not torch.is_autocast_enabled("cpu") and _wins_transposed()
     products = _skinny_products(scorer) if skinny else contextlib.nullcontext()
@@ -58,9 +65,11 @@ def generate(
         for rows in parts:
             if in_fixed_buffers:
                 at_once = len(chunks[0]) if choose is None else len(rows)
-                texts = _decode_fixed(scorer, forward, prompts, seeds, rows, at_once, sampling, end, device, choose)
+                texts = _decode_fixed(
+                    scorer, forward, prompts, seeds, rows, at_once, sampling, end, device, choose, prefixes
+                )
             else:
-                texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose)
+                texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose, prefixes)
             for (i, j), response in zip(rows, texts, strict=True):
                 found[i][j] = response
     return found  # type: ignore[return-value]
@@ -126,25 +135,65 @@ def _chunks(
 
 
 def _prefill(
-    scorer: Scorer, forward: Forward, prompts: Sequence[Tokens], rows: Sequence[tuple[int, int]], device: torch.device
+    scorer: Scorer,
+    forward: Forward,
+    prompts: Sequence[Tokens],
+    rows: Sequence[tuple[int, int]],
+    device: torch.device,
+    prefixes: Prefixes | None,
 ) -> fixed.Prefilled:
     unique = sorted({i for i, _ in rows})
-    width = max(len(prompts[i]) for i in unique)
-    ids = np.zeros((len(unique), width), dtype=np.int64)
-    mask = np.zeros((len(unique), width), dtype=bool)
-    for b, i in enumerate(unique):
-        ids[b, width - len(prompts[i]) :] = prompts[i]
-        mask[b, width - len(prompts[i]) :] = True
+    begun = [i for i in unique if prefixes is not None and prefixes.start(prompts[i]).length]
+    parts = [part for part in (begun, [i for i in unique if i not in {*begun}]) if part]
+    passes = [_pass(scorer, forward, [prompts[i] for i in part], device, prefixes) for part in parts]
+    logits, cache, mask = passes[0] if len(passes) == 1 else _together(scorer, passes)
+    places = {i: n for n, i in enumerate(i for part in parts for i in part)}
+    owners = torch.from_numpy(np.asarray([places[i] for i, _ in rows], dtype=np.int64)).to(device)
+    if prefixes is not None:
+        prefixes.started([prompts[i] for i, _ in rows])
+    return fixed.Prefilled(logits, cache, mask, owners, np.asarray([len(prompts[i]) for i, _ in rows]))
+
+
+def _pass(
+    scorer: Scorer, forward: Forward, prompts: Sequence[Tokens], device: torch.device, prefixes: Prefixes | None
+) -> tuple[Tensor, Any, Tensor | None]:
+    """Logits after the prompts, their cache, and its mask, see `fixed.Prefilled`; computes what is not kept."""
+    width = max(map(len, prompts))
+    starts = [Start((), 0) if prefixes is None else prefixes.start(prompt) for prompt in prompts]
+    fresh = max(len(prompt) - start.length for prompt, start in zip(prompts, starts, strict=True))
+    ids = np.zeros((len(prompts), width), dtype=np.int64)
+    mask = np.zeros((len(prompts), width), dtype=bool)
+    for b, prompt in enumerate(prompts):
+        ids[b, width - len(prompt) :] = prompt
+        mask[b, width - len(prompt) :] = True
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    ids_on, positions_on, owners = (
-        torch.from_numpy(values).to(device)
-        for values in (ids, positions, np.asarray([unique.index(i) for i, _ in rows], dtype=np.int64))
-    )
+    put = lambda values: torch.from_numpy(np.ascontiguousarray(values[:, width - fresh :])).to(device)
     cache = new_cache(scorer.decoder, scorer.config)
+    if prefixes is not None:
+        prefixes.fill(cache, [(start, len(prompt) - fresh) for prompt, start in zip(prompts, starts, strict=True)])
+        prefixes.count(int(mask[:, : width - fresh].sum()), int(mask[:, width - fresh :].sum()))
     # No mask where no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
     mask_on = None if mask.all() else torch.from_numpy(mask).to(device)
-    logits = forward(ids_on, positions_on, mask=mask_on, cache=cache)
-    return fixed.Prefilled(logits, cache, mask_on, owners, np.asarray([len(prompts[i]) for i, _ in rows]))
+    return forward(put(ids), put(positions), mask=mask_on, cache=cache), cache, mask_on
+
+
+def _together(scorer: Scorer, passes: Sequence[tuple[Tensor, Any, Tensor | None]]) -> tuple[Tensor, Any, Tensor | None]:
+    """The passes as one, the narrower cache padded on the left."""
+    widths = [cache.get_seq_length() for _, cache, _ in passes]
+    width, together = max(widths), new_cache(scorer.decoder, scorer.config)
+    for number in range(len(passes[0][1].layers)):
+        layers = [(cache.layers[number], width - own) for (_, cache, _), own in zip(passes, widths, strict=True)]
+        keys, values = (
+            torch.cat([nn.functional.pad(getattr(layer, name), (0, 0, padding, 0)) for layer, padding in layers])
+            for name in ("keys", "values")
+        )
+        together.update(keys, values, number)
+    masks = []
+    for (logits, _, mask), own in zip(passes, widths, strict=True):
+        seen = logits.new_ones((len(logits), own), dtype=torch.bool) if mask is None else mask
+        masks.append(nn.functional.pad(seen, (width - own, 0), value=False))
+    whole = torch.cat(masks)
+    return torch.cat([logits for logits, _, _ in passes]), together, whole
 
 
 def _decode_fixed(
@@ -158,9 +207,10 @@ def _decode_fixed(
     end: Sequence[int],
     device: torch.device,
     choose: Choose | None,
+    prefixes: Prefixes | None,
 ) -> list[Response]:
     def prefill(chosen: Sequence[int]) -> fixed.Prefilled:
-        return _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device)
+        return _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device, prefixes)
 
     choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
     texts = fixed.decode(
@@ -173,6 +223,7 @@ def _decode_fixed(
         end,
         pick=draw,
         choose=choice,
+        keep=None if prefixes is None else lambda r, said, states: prefixes.keep((*prompts[rows[r][0]], *said), states),
     )
     return [Response(tuple(tokens), done) for tokens, done in texts]
 
@@ -187,11 +238,12 @@ def _decode(
     end: Sequence[int],
     device: torch.device,
     choose: Choose | None,
+    prefixes: Prefixes | None,
 ) -> list[Response]:
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
-    logits, cache, mask_on, shared, lengths = _prefill(scorer, forward, prompts, rows, device)
+    logits, cache, mask_on, shared, lengths = _prefill(scorer, forward, prompts, rows, device, prefixes)
     width = max(lengths.tolist())
     owners = shared.cpu().numpy()
     if len(rows) != len(logits) or not np.array_equal(owners, np.arange(len(logits))):
@@ -204,6 +256,18 @@ def _decode(
     held = np.arange(len(rows))  # row of each line of the cache
     ended = np.zeros(len(rows), dtype=bool)  # of the held
     numbers = np.empty((len(rows), 0))
+
+    def keep_ended() -> None:
+        """Before rows that have ended are dropped. Their last tokens were drawn and not computed."""
+        if prefixes is None:
+            return
+        for line in np.flatnonzero(ended).tolist():
+            row = int(held[line])
+            said = (*prompts[rows[row][0]], *drawn[row][:-1])
+            start = width - int(lengths[row])
+            columns = slice(start, start + len(said))
+            prefixes.keep(said, [(y.keys[line, :, columns], y.values[line, :, columns]) for y in cache.layers])
+
     for t in range(sampling.max_tokens):
         if t % UNIFORMS_AHEAD == 0:
             stop = min(t + UNIFORMS_AHEAD, sampling.max_tokens)
@@ -223,6 +287,7 @@ def _decode(
         if ended.mean() >= 0.5 or (
             (afresh or t % 16 == 15) and ended.any()
         ):  # dropping copies the cache: not each time
+            keep_ended()
             keep = np.flatnonzero(~ended)
             kept = put(keep)
             keep_rows(cache, kept)
@@ -236,6 +301,7 @@ def _decode(
             logits = forward(put(ids), put(positions.copy()), mask=mask_on, cache=cache)
         else:
             logits = forward(put(tokens[:, None]), put((lengths[held] + t)[:, None]), mask=mask_on, cache=cache)
+    keep_ended()
     return [Response(tuple(text), done) for text, done in zip(drawn, finished, strict=True)]
 
 

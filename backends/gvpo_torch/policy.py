@@ -16,6 +16,7 @@ from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import adapters, check, checkpoint, export, fixed, generate, memory, model
+from gvpo_torch.prefixes import Prefixes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
@@ -69,6 +70,8 @@ class TorchPolicy(LanguageModelPolicy):
             self._trained = copies(self.scorer, self.device)
         self._sharded = is_sharded(self._trained)
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
+        self._prefixes: Prefixes | None = None
+        self._unfit: str | None = None  # why no prefix can be kept; None: not checked yet
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
         self._named = {name: p for name, p in _parameters(self.scorer).items() if p.requires_grad}
         self._load_reference()
@@ -106,7 +109,23 @@ class TorchPolicy(LanguageModelPolicy):
                 device=self.device,
                 cache_tokens=self._cache_tokens(),
                 in_fixed_buffers=in_fixed_buffers,
+                prefixes=self._prefixes,
             )
+
+    @contextlib.contextmanager
+    def reusing_prefixes(self) -> Iterator[Prefixes | None]:
+        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns."""
+        if self._unfit is None:
+            self._trained.eval()
+            with self._no_gradients(), gathered(self._trained):
+                self._unfit = check.continues(self.scorer, self.device)
+            how = f"are computed from the start ({self._unfit})" if self._unfit else "compute what is new in them alone"
+            model.log.info("%s: later turns of an episode %s", self.architecture, how)
+        self._prefixes = None if self._unfit else Prefixes(self._cache_tokens() // 2)
+        try:
+            yield self._prefixes
+        finally:
+            self._prefixes = None
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         scorer: Any = self.scorer

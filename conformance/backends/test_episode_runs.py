@@ -1,5 +1,6 @@
 """Episodes through every backend: a real tiny model plays, trains on its own tokens, resumes and trains on a record."""
 
+import contextlib
 import io
 import json
 import os
@@ -130,6 +131,22 @@ def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, re
     for a, b in zip(whole, fed, strict=True):
         for key in ("loss", "gradient_norm", "length/mean"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
+
+
+REUSING = [backend for backend in PRESENT if backend.name == "torch"]
+
+
+@pytest.mark.parametrize("backend", REUSING, ids=lambda backend: backend.name)
+@pytest.mark.parametrize("kind", ["model", "rewriting"])
+def test_later_turns_compute_what_is_new_and_say_the_same(backend, kind, request, tmp_path, monkeypatch) -> None:
+    model = request.getfixturevalue(kind)
+    policy, _, [record] = run(tmp_path / "reusing", backend, model, steps=1)
+    assert record["episodes/reused"] > record["episodes/prefilled"] / 4
+    monkeypatch.setattr(type(policy), "reusing_prefixes", lambda self: contextlib.nullcontext())
+    _, _, [anew] = run(tmp_path / "anew", backend, model, steps=1)
+    assert "episodes/reused" not in anew
+    said = [(tmp_path / name / "completions.jsonl").read_text() for name in ("reusing", "anew")]
+    assert said[0] == said[1] and '"turns": 3' in said[0]
 
 
 @pytest.mark.slow

@@ -229,6 +229,8 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
         "episodes/turns",
         "episodes/tokens",
         "episodes/failed",
+        "episodes/prefilled",
+        "episodes/reused",
         "episodes/segments",
         "length/context",
     }

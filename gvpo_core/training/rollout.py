@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -121,11 +122,16 @@ def collect(
     start, local_places, asked, seeds = requests.start, requests.places, requests.tokens, requests.seeds
     details: dict[str, float] = {}
     if isinstance(prompts, EpisodePrompts):
-        drawn: Sequence[Sequence[Response]] = prompts.play(
-            policy, [rows[group] for group in local_places], seeds, sampling, _turns_of(policy, sampler)
-        )
+        reusing = getattr(policy, "reusing_prefixes", nullcontext) if sampler is None else nullcontext
+        with reusing() as prefixes:
+            drawn: Sequence[Sequence[Response]] = prompts.play(
+                policy, [rows[group] for group in local_places], seeds, sampling, _turns_of(policy, sampler)
+            )
         came = int(policy.gather(np.asarray([sum(map(len, drawn))])).sum())
         details = {} if sampler is None else {"responses/lost": float(len(rows) * responses - came)}
+        if prefixes is not None:
+            reused, computed = policy.gather(np.asarray([[prefixes.reused, prefixes.computed]])).sum(axis=0)
+            details |= {"episodes/reused": int(reused), "episodes/prefilled": int(computed)}
     elif sampler is None:
         drawn = policy.generate(asked, seeds, sampling)
     else:

@@ -225,6 +225,10 @@ class Policy(Protocol):
 
         The t-th token of a row is drawn with `sampling.uniforms`: the token at which the cumulative distribution, in
         vocabulary order, first exceeds the t-th number. Temperature 0 takes the most likely token.
+
+        A policy may have `reusing_prefixes()` beside it, a context manager that every rank enters: within it, a prompt
+        that begins with an earlier prompt and its response computes the rest alone. It gives an object that counts the
+        tokens of prompts, `reused` and `computed`, or None where nothing is kept. Parameters do not change within.
         """
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:

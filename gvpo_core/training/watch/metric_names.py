@@ -116,6 +116,12 @@ METRICS: dict[str, Metric] = {
     "episodes/segments": Metric(
         "segments", "Contexts of an episode: 1, and one more each time that the chat template rewrote earlier turns."
     ),
+    "episodes/prefilled": Metric(
+        "tokens",
+        "Tokens before the step's turns that were computed; this and the next one where the policy draws the turns and"
+        " keeps keys and values between them.",
+    ),
+    "episodes/reused": Metric("tokens", "Tokens before turns whose keys and values were kept from earlier turns."),
     "episodes/seconds": Metric("seconds", "Time that the slowest episode waited for tools and environments."),
     "length/context": Metric(
         "tokens", "Mean length of an episode after the prompt, the environment's tokens included."

@@ -1,0 +1,76 @@
+"""Tokens of prompts that the turns of episodes compute: from the start each time, and from kept keys and values."""
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gvpo_torch import generate, load
+from gvpo_torch.prefixes import Prefixes
+
+from benchmarks.scale.table import Count
+from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.sampling import Sampling, row_seed
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
+import tiny_models
+
+PROMPTS, K, PROMPT, HEARD, TURNS = 4, 8, 48, 12, 6
+ENDS = [0, *range(80, 96)]  # so many ids end a turn that a random model ends its turns
+
+
+def counts() -> Iterator[Count]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = tiny_models.make_model("llama", Path(name) / "model", max_position_embeddings=2048)
+        policy = load(
+            ModelConfig(path=str(folder), device="cpu"), OptimizerConfig(), updates=1, reference=False, seed=0
+        )
+        on = f"tiny llama, {PROMPTS} prompts x {K} episodes of {TURNS} turns"
+        for fixed, where in ((False, ""), (True, " in fixed buffers")):
+            again, said = computed(policy, None, fixed)
+            kept, same = computed(policy, Prefixes(1 << 30), fixed)
+            assert said == same, "the samples differ"
+            episodes = PROMPTS * K
+            yield Count(f"tokens of prompts computed an episode{where}", on, "", again / episodes, kept / episodes, 90)
+
+
+def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, list[Any]]:
+    """Tokens in forward passes over prompts, padding included, and what was drawn."""
+    draw, found, said = np.random.default_rng(0), [], []
+
+    def forward(ids: torch.Tensor, positions: torch.Tensor, *, mask: Any = None, cache: Any) -> torch.Tensor:
+        found.append(ids.numel())
+        return policy.scorer(ids, positions, mask=mask, cache=cache)
+
+    of_prompt = [tuple(draw.integers(1, 80, PROMPT).tolist()) for _ in range(PROMPTS)]
+    conversations = {(i, j): prompt for i, prompt in enumerate(of_prompt) for j in range(K)}
+    policy.scorer.eval()
+    total = 0
+    for turn in range(TURNS):
+        prompts = sorted({*conversations.values()})
+        rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
+        found.clear()
+        with torch.inference_mode():
+            drawn = generate.generate(
+                policy.scorer,
+                forward,
+                prompts,
+                [[row_seed(1, *place, turn) for place in places] for places in rows],
+                Sampling(256),
+                end=ENDS,
+                device=policy.device,
+                cache_tokens=1 << 30,
+                in_fixed_buffers=fixed,
+                prefixes=prefixes,
+            )
+        total += found[0]  # the passes after it decode
+        said.append(drawn)
+        for places, responses in zip(rows, drawn, strict=True):
+            for place, response in zip(places, responses, strict=True):
+                assert response.finished
+                heard = tuple(draw.integers(1, 80, HEARD).tolist())
+                conversations[place] = (*conversations[place], *response.tokens, *heard)
+    return total, said

@@ -1,0 +1,174 @@
+"""Turns that start from kept keys and values draw the tokens of turns that are computed from the start."""
+
+import logging
+
+import numpy as np
+import pytest
+import tiny_models
+from required import require
+from torch_policies import policy
+
+require(subject="torch")
+import torch
+from gvpo_torch import check, generate
+from gvpo_torch.prefixes import Prefixes
+
+from gvpo_core.training.sampling import Sampling, row_seed
+
+ENDS = [0, *range(60, 90)]
+OPENING = [tuple(range(20, 40)), (5, 6, 7), (9, 5), tuple(range(20, 30))]
+K, TURNS = 3, 4
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    return tiny_models.made_once(tmp_path_factory)
+
+
+def played(of_policy, prefixes: Prefixes | None, *, fixed: bool = False, cache_tokens: int = 1 << 20):
+    """(responses of all turns, tokens of prompts that were computed); conversations that were cut end."""
+    computed = []
+
+    def forward(ids, positions, *, mask=None, cache):
+        if ids.shape[1] > 1 or not cache.layers or not cache.get_seq_length():
+            computed.append(ids.numel() if mask is None else int(mask[:, -ids.shape[1] :].sum()))
+        return of_policy.scorer(ids, positions, mask=mask, cache=cache)
+
+    conversations = {(i, j): prompt for i, prompt in enumerate(OPENING) for j in range(K)}
+    said = []
+    of_policy.scorer.eval()
+    for turn in range(TURNS):
+        prompts = sorted({*conversations.values()})
+        rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
+        with torch.inference_mode(), of_policy.scorer.autocast():
+            drawn = generate.generate(
+                of_policy.scorer,
+                forward,
+                prompts,
+                [[row_seed(1, *place, turn) for place in places] for places in rows],
+                Sampling(9),
+                end=ENDS,
+                device=of_policy.device,
+                cache_tokens=cache_tokens,
+                in_fixed_buffers=fixed,
+                prefixes=prefixes,
+            )
+        said.append(drawn)
+        conversations = {
+            place: (*conversations[place], *response.tokens, 1, 2 + turn)
+            for places, responses in zip(rows, drawn, strict=True)
+            for place, response in zip(places, responses, strict=True)
+            if response.finished
+        }
+    assert conversations, "no conversation went on to the last turn"
+    return said, sum(computed)
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["loop", "buffers"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_the_same_tokens_are_drawn_and_what_was_computed_is_not_computed_again(family, fixed, folders) -> None:
+    of_policy = policy(folders(family))
+    plain, every = played(of_policy, None, fixed=fixed)
+    prefixes = Prefixes(1 << 20)
+    reused, computed = played(of_policy, prefixes, fixed=fixed)
+    assert reused == plain
+    assert computed == prefixes.computed and every == prefixes.computed + prefixes.reused
+    later = sum(len(responses) for turn in plain[1:] for responses in turn)
+    first = sum(map(len, OPENING))
+    assert computed <= first + 4 * later, "of a later turn: the last token drawn, what was heard, and padding to it"
+    assert every > 2 * computed
+
+
+@pytest.mark.parametrize("family", ["gpt2", "smollm3", "cohere"])
+def test_other_positions_and_heads_start_from_what_is_kept(family, folders) -> None:
+    of_policy = policy(folders(family))
+    plain, every = played(of_policy, None)
+    reused, computed = played(of_policy, Prefixes(1 << 20))
+    assert reused == plain and computed < every / 2
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["loop", "buffers"])
+@pytest.mark.parametrize("cache_tokens", [1, 100])
+def test_rows_in_several_chunks_draw_the_same(cache_tokens, fixed, folders) -> None:
+    of_policy = policy(folders("llama"))
+    plain, every = played(of_policy, None)
+    reused, computed = played(of_policy, Prefixes(1 << 20), fixed=fixed, cache_tokens=cache_tokens)
+    assert reused == plain and computed < every
+
+
+@pytest.mark.parametrize("most", [0, 30, 90])
+def test_no_more_is_kept_than_the_bound_and_the_rest_is_computed_again(most, folders, monkeypatch) -> None:
+    of_policy = policy(folders("llama"))
+    plain, every = played(of_policy, None)
+    prefixes, held = Prefixes(most), []
+    keep = Prefixes.keep
+    monkeypatch.setattr(Prefixes, "keep", lambda self, *given: keep(self, *given) or held.append(self.held))
+    reused, computed = played(of_policy, prefixes)
+    assert reused == plain and max(held) <= most
+    assert (computed < every) == (most > 0)
+    assert sum(map(len, prefixes._states)) == prefixes.held and sorted(prefixes._states) == prefixes._keys
+
+
+def test_a_prompt_starts_from_the_longest_of_what_is_kept() -> None:
+    prefixes, draw = Prefixes(1 << 20), np.random.default_rng(0)
+    kept = {tuple(draw.integers(0, 3, draw.integers(1, 9)).tolist()) for _ in range(60)}
+    for tokens in kept:
+        prefixes.keep(tokens, [(torch.zeros(1, len(tokens), 1),) * 2])
+    for _ in range(200):
+        prompt = tuple(draw.integers(0, 3, draw.integers(1, 10)).tolist())
+        common = max(sum(1 for n in range(1, min(len(prompt) - 1, len(t)) + 1) if t[:n] == prompt[:n]) for t in kept)
+        prefixes.plan([prompt], [[1]])
+        start = prefixes.start(prompt)
+        assert start.length == common and start.tokens[:common] == prompt[:common]
+
+
+def test_within_a_rollout_a_policy_keeps_and_afterwards_it_holds_nothing(folders) -> None:
+    of_policy = policy(folders("llama"), lora_rank=2)
+    of_policy._end = ENDS
+    prompts, seeds = OPENING[:2], [[1, 2], [3]]
+    with of_policy.reusing_prefixes():
+        first = of_policy.generate(prompts, seeds, Sampling(9))
+        later = [(*prompts[0], *first[0][0].tokens, 5), (*prompts[1], *first[1][0].tokens, 5)]
+        second = of_policy.generate(later, [[1], [2]], Sampling(9))
+        assert of_policy._prefixes.reused
+    assert of_policy._prefixes is None
+    assert of_policy.generate(later, [[1], [2]], Sampling(9)) == second
+
+
+UNFIT = {
+    "mistral-window": "(its cache has DynamicSlidingWindowLayer, which may not hold every token)",
+    "gemma3_text": "(its cache has DynamicSlidingWindowLayer, which may not hold every token)",
+    "qwen3_next": "(its cache has LinearAttentionLayer, which may not hold every token)",
+}
+
+
+@pytest.mark.parametrize("family", UNFIT)
+def test_a_model_whose_cache_does_not_hold_every_token_computes_turns_anew(family, folders, caplog) -> None:
+    of_policy = policy(folders(family))
+    with caplog.at_level(logging.INFO, "gvpo.torch"), of_policy.reusing_prefixes():
+        assert of_policy._prefixes is None
+    assert UNFIT[family] in caplog.text and "later turns of an episode are computed from the start" in caplog.text
+
+
+def test_rope_by_length_computes_turns_from_the_start(tmp_path, caplog) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 700.0}
+    of_policy = policy(tiny_models.make_model("llama", tmp_path / "model", rope_parameters=rope))
+    assert of_policy.scorer.rope is not None
+    with caplog.at_level(logging.INFO, "gvpo.torch"), of_policy.reusing_prefixes():
+        assert of_policy._prefixes is None
+    assert "RoPE depends on the length of the row" in caplog.text
+
+
+def test_a_cache_that_is_continued_wrongly_is_found_before_it_is_used(folders, monkeypatch) -> None:
+    of_policy = policy(folders("llama"))
+    assert check.continues(of_policy.scorer, of_policy.device) == ""
+    fill = Prefixes.fill
+
+    def shifted(self, cache, starts):
+        fill(self, cache, starts)
+        for layer in cache.layers:
+            layer.keys = layer.keys.roll(1, 2) if layer.is_initialized else None
+
+    monkeypatch.setattr(Prefixes, "fill", shifted)
+    with torch.no_grad():
+        assert "log-probs then differ by up to" in check.continues(of_policy.scorer, of_policy.device)
