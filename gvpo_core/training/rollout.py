@@ -129,6 +129,8 @@ def collect(
             )
         came = int(policy.gather(np.asarray([sum(map(len, drawn))])).sum())
         details = {} if sampler is None else {"responses/lost": float(len(rows) * responses - came)}
+        if came < len(rows) * responses:
+            details["responses/lost"] = float(len(rows) * responses - came)
         if prefixes is not None:
             reused, computed = policy.gather(np.asarray([[prefixes.reused, prefixes.computed]])).sum(axis=0)
             details |= {"episodes/reused": int(reused), "episodes/prefilled": int(computed)}
@@ -140,7 +142,8 @@ def collect(
     if sampling.stop:
         drawn = [[stopped(policy, response, sampling.stop) for response in many] for many in drawn]
     flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
-    if sampler is not None:
+    loses = sampler is not None or isinstance(prompts, EpisodePrompts)  # a rank may have drawn fewer than it asked for
+    if loses:
         start = int(policy.gather(np.asarray([len(flat_drawn)]))[: policy.rank].sum())
     groups = [g for g, _ in flat_drawn]
     responses_drawn = [r for _, r in flat_drawn]
@@ -170,7 +173,7 @@ def collect(
     row = 0
     for (g, places), of_group in zip(local_places.items(), drawn, strict=True):
         prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
-        if of_group and (places[0] == 0 or sampler is not None):  # once a group: what a later run needs to train on it
+        if of_group and (places[0] == 0 or loses):  # once a group: what a later run needs to train on it
             completions[row]["messages"] = None if isinstance(prompt, str) else prompt
             if isinstance(prompts, EpisodePrompts) and prompts.chat.tools:  # the messages alone give other tokens
                 completions[row]["prompt_ids"] = prompts.tokens[rows[g]]

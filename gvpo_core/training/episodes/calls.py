@@ -8,6 +8,8 @@ import json
 import re
 from typing import Any, NamedTuple
 
+from gvpo_core.training.rewards.worker.encoding import encode
+
 MOST_CALLS = 16  # of a message; later ones are errors
 _LONGEST = 65_536  # characters of one call
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -51,6 +53,7 @@ def _read(text: str, calls: list[dict[str, Any]], errors: list[str]) -> None:
         arguments = call.get("arguments", call.get("parameters", {}))
         if not isinstance(arguments, dict):
             raise ValueError(f"its arguments are {arguments!r:.40}; expected an object")
+        encode(arguments)
         calls.append({"name": call["name"], "arguments": arguments})
     except (ValueError, RecursionError) as e:
         errors.append(f"a tool call cannot be read: {e}"[:300])

@@ -93,6 +93,10 @@ class Environments:
             seat.close()
 
 
+def _failed(error: str, traceback: str = "") -> Result:
+    return {"error": error, "traceback": traceback}
+
+
 class _Seat:
     """One process and the episodes that live in it."""
 
@@ -123,7 +127,7 @@ class _Seat:
             self._replay(operation.episode)
         if operation.episode in self._lost:
             text = "its process was restarted, and the environment did not repeat itself"
-            result: Result = {} if operation.name == "close" else {"error": text, "traceback": ""}
+            result: Result = {} if operation.name == "close" else _failed(text)
         else:
             [result] = self._send([operation])
         self._keep(operation, result)
@@ -138,18 +142,26 @@ class _Seat:
 
     def _send(self, operations: Sequence[Operation]) -> list[Result]:
         """The results; where the process fails, those of all operations are errors and it is gone."""
-        try:
-            message = {"operations": [operation.message() for operation in operations]}
-            limit = self._limit + (_GRACE if self.concurrent else 0.0)
-            results: list[Result] = self._answer(message, limit, _ANSWER * len(operations))
+        results: list[Result] = [{}] * len(operations)
+        sent, messages = [], []
+        for place, operation in enumerate(operations):
+            try:
+                messages.append(operation.message())
+                sent.append(place)
+            except UnsendableError as e:
+                results[place] = _failed(f"it cannot be sent to the environment's process: {e}")
+        if not sent:
             return results
-        except UnsendableError as e:
-            text, traceback = f"it cannot be sent to the environment's process: {e}", ""
+        try:
+            limit = self._limit + (_GRACE if self.concurrent else 0.0)
+            answers = self._answer({"operations": messages}, limit, _ANSWER * len(messages))
         except (TimeoutError, CallFailed, LookupError, OSError) as e:
             self._end()
             text = f"no result within {self._limit:g} s" if isinstance(e, TimeoutError) else str(e)
-            traceback = getattr(e, "traceback", "")
-        return [{"error": text, "traceback": traceback}] * len(operations)
+            answers = [_failed(text, getattr(e, "traceback", ""))] * len(sent)
+        for place, answer in zip(sent, answers, strict=True):
+            results[place] = answer
+        return results
 
     def _answer(self, message: dict[str, Any], limit: float, largest: int = _ANSWER) -> Any:
         if self._worker is None:

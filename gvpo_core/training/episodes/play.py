@@ -1,5 +1,6 @@
 """Plays episodes: the policy's turns, drawn for all episodes at once, and what tools and environments answer."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.rewards.failures import RewardError
 from gvpo_core.training.samplers.protocol import Drawn
 from gvpo_core.training.sampling import Sampling, row_seed
+
+_log = logging.getLogger("gvpo")
 
 End = Literal["done", "turns", "tokens", "failed"]
 _ENDS = ("done", "turns", "tokens", "failed")
@@ -244,6 +247,10 @@ def _check_failures(playing: Sequence[_Playing]) -> None:
         raise EnvironmentFailed(
             f"the environment failed for {len(failed)} of {len(playing)} episodes: {failed[0].error}"
         )
+    if failed:
+        seen = f"the environment failed for {len(failed)} of {len(playing)} episodes; the first: "
+        _log.warning("%s", seen + failed[0].error.partition("\n")[0])
+        _log.info("%s", seen + failed[0].error)
 
 
 def _repeats(episode: Episode) -> bool:

@@ -174,9 +174,9 @@ class Worker:
         lines = self._output.last_lines(0.5)
         said = f"; its last output: {' | '.join(lines[-3:])[:500]}" if lines else ""
         if status is not None and status < 0:
-            message = f"the reward's process was killed by {signal.Signals(-status).name}{said}"
+            message = f"its process was killed by {signal.Signals(-status).name}{said}"
             return CallFailed(message, "\n".join(lines), by_signal=True)
-        return CallFailed(f"the reward's process exited with status {status}{said}", "\n".join(lines))
+        return CallFailed(f"its process exited with status {status}{said}", "\n".join(lines))
 
     def end(self) -> None:
         """Ends the process and all that it started, without waiting for it."""

@@ -7,6 +7,7 @@ An operation is a list: ["reset", episode, row], ["step", episode, message], ["t
 import asyncio
 import inspect
 import json
+import math
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +17,7 @@ from .functions import find_function
 from .tools import schema_of
 
 LONGEST_RESULT = 16_384  # characters of a tool's result that go to the model
+LARGEST_MESSAGES = 3 * 2**20  # bytes as JSON of what an operation answers; the run reads somewhat more
 
 
 class Environments:
@@ -31,25 +33,31 @@ class Environments:
         """
         self._make: Any = find_function(path) if path else ToolsAlone
         self._options, self._limit = dict(options), limit
-        self._functions = [find_function(tool) for tool in tools]
-        self._methods = [tool for tool in getattr(self._make, "tools", ()) if isinstance(tool, str)]
-        self._functions += [tool for tool in getattr(self._make, "tools", ()) if not isinstance(tool, str)]
+        own = getattr(self._make, "tools", ())
+        if not isinstance(own, tuple | list):
+            raise LookupError(f"the attribute tools of {path} is {_start(own)}; expected a list of functions and names")
+        functions = [find_function(tool) for tool in tools] + [tool for tool in own if not isinstance(tool, str)]
+        self._methods = [tool for tool in own if isinstance(tool, str)]
         for name in ("reset", "step"):
             if not callable(getattr(self._make, name, None)):
                 raise LookupError(f"{path} has no method {name}; expected reset(row) and step(message)")
         try:
-            schemas = [schema_of(function) for function in self._functions]
-            schemas += [schema_of(getattr(self._make, name), method=True) for name in self._methods]
+            schemas = [schema_of(function) for function in functions]
+            schemas += [schema_of(getattr(self._make, name), method=self._bound(name)) for name in self._methods]
         except (AttributeError, ValueError) as e:
             raise LookupError(str(e)) from e
+        self._functions = dict(zip((schema["function"]["name"] for schema in schemas), functions, strict=False))
         names = [schema["function"]["name"] for schema in schemas]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise LookupError(f"two tools are named {twice[0]}; rename one, since the model calls tools by name")
-        self.described = {
-            "tools": schemas,
-            "concurrent": inspect.iscoroutinefunction(getattr(self._make, "step", None)),
-        }
+        waits = inspect.iscoroutinefunction
+        concurrent = waits(getattr(self._make, "step", None)) if path else all(map(waits, functions))
+        self.described = {"tools": schemas, "concurrent": concurrent}
         self._living: dict[int, Any] = {}
+
+    def _bound(self, name: str) -> bool:
+        """Whether a method's first parameter is the object; a static method or one of the class shows none."""
+        return not isinstance(inspect.getattr_static(self._make, name), staticmethod | classmethod)
 
     def answer(self, request: Mapping[str, Any], run: Callable[[Any], Any]) -> dict[str, Any]:
         """The results of the operations; async ones wait side by side."""
@@ -82,19 +90,22 @@ class Environments:
         messages, reward, done = result
         if reward is not None:
             reward = float(reward)
+            if not math.isfinite(reward):
+                raise ValueError(f"step returned reward = {reward}; expected a finite number or None")
+        done = done.item() if hasattr(done, "item") else done  # of numpy
         if not isinstance(done, bool | int):
             raise TypeError(f"step returned done = {_start(done)}; expected true or false")
         return {"messages": _messages(messages or [], "step"), "reward": reward, "done": bool(done)}
 
     async def _tools(self, episode: int, calls: list[dict[str, Any]]) -> dict[str, Any]:
         environment = self._living[episode]
-        known = {function.__name__: function for function in self._functions}
-        known |= {name: getattr(environment, name) for name in self._methods}
+        known = self._functions | {name: getattr(environment, name) for name in self._methods}
         messages, failures = [], 0
         for call in calls:
             text, failed = await _called(known, call)
             failures += failed
-            messages.append({"role": "tool", "name": call["name"], "content": text[:LONGEST_RESULT]})
+            called = {"name": call["name"]} if call["name"] in known else {}
+            messages.append({"role": "tool", **called, "content": _writable(text[:LONGEST_RESULT])})
         return {"messages": messages, "failures": failures}
 
     async def _close(self, episode: int) -> dict[str, Any]:
@@ -120,7 +131,7 @@ async def _called(known: Mapping[str, Callable[..., Any]], call: Mapping[str, An
     """A tool's result as text, and whether it failed. Its errors are for the model."""
     name, arguments = str(call.get("name")), call.get("arguments")
     if name not in known:
-        return f"error: there is no tool {name!r}; there are: {', '.join(known)}", True
+        return f"error: there is no tool {name!r:.80}; there are: {', '.join(known)}", True
     if not isinstance(arguments, dict):
         return f"error: the arguments of {name} are {_start(arguments)}; expected an object", True
     try:
@@ -129,8 +140,8 @@ async def _called(known: Mapping[str, Callable[..., Any]], call: Mapping[str, An
         return f"error: {name}: {e}", True
     try:
         result = await _awaited(known[name](**arguments))
-        return result if isinstance(result, str) else json.dumps(result), False
-    except Exception as e:
+        return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
+    except (Exception, SystemExit) as e:
         return f"error: {_text(e)}"[:500], True
 
 
@@ -141,18 +152,31 @@ async def _awaited(value: Any) -> Any:
 def _messages(messages: Any, of: str) -> list[dict[str, Any]]:
     if isinstance(messages, str) or not isinstance(messages, Sequence):
         raise TypeError(f"{of} returned messages = {_start(messages)}; expected a list of messages")
+    size = 0
     for message in messages:
         good = isinstance(message, Mapping) and all(isinstance(message.get(k), str) for k in ("role", "content"))
         if not good:
             raise TypeError(f"{of} returned the message {_start(message)}; expected a text role and a text content")
+        try:
+            json.dumps(dict(message), ensure_ascii=False).encode()
+            size += len(json.dumps(dict(message)))
+        except (TypeError, ValueError, RecursionError) as e:  # no JSON, or halves of surrogate pairs
+            raise TypeError(f"{of} returned a message that cannot be sent as JSON: {_text(e)}") from e
+    if size > LARGEST_MESSAGES:
+        raise ValueError(f"{of} returned messages of {size:,} bytes; expected at most {LARGEST_MESSAGES:,}")
     return [dict(message) for message in messages]
 
 
 def _text(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"[:2000]
+        return _writable(f"{type(error).__name__}: {error}"[:2000])
     except Exception:
         return f"{type(error).__name__}: (its text cannot be read)"
+
+
+def _writable(text: str) -> str:
+    """The text with halves of surrogate pairs escaped, which no file and no tokenizer takes."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _start(value: Any) -> str:
