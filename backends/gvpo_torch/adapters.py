@@ -29,7 +29,7 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
     named = [name for name, module in lm.named_modules() if any(module is end for end in ends)]
     text = {id(module) for module in decoder_of(lm).modules()}
     outside = [name for name, module in lm.named_modules() if hasattr(module, "weight") and id(module) not in text]
-    unfit = _unfit(lm)
+    left_out = unfit(lm)
     for target in config.lora_targets:
         if any(_is_called(name, target) for name in named):
             raise ConfigError(
@@ -45,7 +45,7 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
                 f"model.lora_targets has {target!r}, which is no layer of {type(lm).__name__}: use all-linear, or "
                 "names of its layers such as q_proj"
             )
-        why = next((unfit[name] for name in matching if name in unfit), None)
+        why = next((left_out[name] for name in matching if name in left_out), None)
         if why:
             raise ConfigError(
                 f"model.lora_targets has {target!r}, a layer of {type(lm).__name__} that takes no adapter: {why}. "
@@ -55,7 +55,7 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha or 2 * config.lora_rank,
         target_modules="all-linear" if everywhere else list(config.lora_targets),
-        exclude_modules=[*outside, *unfit] or None,
+        exclude_modules=[*outside, *left_out] or None,
         lora_dropout=0.0,
         use_dora=config.lora_kind == "dora",
         task_type="CAUSAL_LM",
@@ -158,7 +158,7 @@ def _is_called(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def _unfit(lm: nn.Module) -> dict[str, str]:
+def unfit(lm: nn.Module) -> dict[str, str]:
     """Names of the text model's linear layers on which an adapter would not be used, or not always, and why."""
     modules = dict(lm.named_modules())
     text = {id(module) for module in decoder_of(lm).modules()}
@@ -180,7 +180,7 @@ def _unfit(lm: nn.Module) -> dict[str, str]:
 
 @torch.no_grad()
 def _is_linear(module: nn.Linear) -> bool:
-    if type(module).forward is nn.Linear.forward:
+    if type(module).forward is nn.Linear.forward or hasattr(module, "dense"):  # the latter: `quantized.Linear4bit`
         return True
     if hasattr(module.weight, "deferred"):  # its values are not read yet: others do as well
         module = copy.deepcopy(module)

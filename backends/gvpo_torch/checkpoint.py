@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import tensor_file
-from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, write_header
+from gvpo_core.training.policy.checkpoint import check_files, check_tensors, write_header
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_torch.deferred import DTYPES, own_rows
+from gvpo_torch.quantized import moment_shapes, new_state
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -51,7 +52,7 @@ def saving(
         for kind, tensor in (_tensors(p, optimizer) | of_reference).items():
             if first < end or ranks == 1:
                 tensors[f"{kind}.{name}"] = _entry(_local(tensor))
-                rows[f"{kind}.{name}"] = [first, p.shape[0] if p.ndim else 1]
+                rows[f"{kind}.{name}"] = [first, tensor.shape[0] if tensor.ndim else 1]
     steps = {name: float(_state(p, optimizer)["step"]) for name, p in named.items() if _state(p, optimizer)}
 
     def write() -> dict[str, Digest]:
@@ -81,7 +82,8 @@ def restore(
     check_files(directory, files)
     found = _parts(directory, files)
     wanted = {f"parameter.{name}": tuple(p.shape) for name, p in named.items()}
-    wanted |= {f"{moment}.{name}": tuple(named[name].shape) for name in named if name in steps for moment in MOMENTS}
+    for name in named.keys() & steps.keys():
+        wanted |= {f"{kind}.{name}": shape for kind, shape in moment_shapes(named[name], optimizer).items()}
     wanted |= {f"reference.{name}": tuple(tensor.shape) for name, tensor in (reference or {}).items()}
     check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in found.items()})
     optimizer.state.clear()
@@ -91,11 +93,9 @@ def restore(
         for name, p in named.items():
             _read(found[f"parameter.{name}"], p)
             if name in steps:
-                state = {moment: torch.empty_like(p, requires_grad=False) for moment in MOMENTS}
-                for moment, tensor in state.items():
-                    _read(found[f"{moment}.{name}"], tensor)
-                step = torch.tensor(steps[name], dtype=torch.float32, device=p.device)
-                optimizer.state[p] = {"step": step, **state}
+                state = new_state(p, optimizer, steps[name])
+                for kind in moment_shapes(p, optimizer):
+                    _read(found[f"{kind}.{name}"], state[kind])
 
 
 class _Part(NamedTuple):
@@ -155,7 +155,7 @@ def _state(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> Mapping[str, An
 
 def _tensors(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     state = _state(p, optimizer)
-    return {"parameter": p.detach(), **{moment: state[moment] for moment in MOMENTS if moment in state}}
+    return {"parameter": p.detach(), **{kind: state[kind] for kind in moment_shapes(p, optimizer) if kind in state}}
 
 
 def _local(tensor: Any) -> Tensor:

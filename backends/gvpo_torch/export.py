@@ -17,6 +17,7 @@ from gvpo_core.training.policy.export import write_json, write_weights
 from gvpo_core.training.policy.hugging_face import generation_eos, portable_config
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_torch.adapters import without_peft_warnings
+from gvpo_torch.quantized import dense_shapes, packed_layers
 from gvpo_torch.update import whole
 from gvpo_torch.weights import without_bars
 
@@ -101,9 +102,9 @@ def _each_layer_alone(base: Any, left_out: set[str]) -> bool:
     from transformers.core_model_loading import revert_weight_conversion
 
     blocks: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in base.state_dict().items():
+    for name, shape in dense_shapes(base.state_dict(), base).items():
         if ".lora_" not in name and _own(name) not in left_out:
-            blocks.setdefault(_block(_own(name)), {})[_own(name)] = torch.empty(tensor.shape, device="meta")
+            blocks.setdefault(_block(_own(name)), {})[_own(name)] = torch.empty(shape, device="meta")
     together = {name: tensor for block in blocks.values() for name, tensor in block.items()}
     try:
         shapes = [{n: t.shape for n, t in revert_weight_conversion(base, block).items()} for block in blocks.values()]
@@ -125,10 +126,12 @@ def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
             adapted[f"{_own(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
+    packed = {f"{name}.weight": layer for name, layer in packed_layers(base).items()}
     for name, tensor in base.state_dict().items():
         if ".lora_" in name:
             continue
         own = _own(name)
+        tensor = packed[name].dense if name in packed else tensor
         delta = _delta(adapted[own]) if own in adapted else None
         yield own, tensor if delta is None else whole(tensor).float() + delta
 

@@ -9,19 +9,24 @@ from gvpo_core.training.policy.memory import machine_memory, peak_memory
 from gvpo_torch.adapters import mergeable
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.model import Scorer
+from gvpo_torch.quantized import frozen_bytes, packed_layers
 
 CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
 
 
-def facts(scorer: Scorer, device: torch.device, defers: bool = False, merged: int = 0) -> MemoryFacts | None:
+def facts(
+    scorer: Scorer, device: torch.device, defers: bool = False, merged: int = 0, moments: int | None = None
+) -> MemoryFacts | None:
     """What the core's estimate of memory needs; None for a model whose sizes have other names.
 
-    `merged`: bytes of weights with their adapters, held while sampling.
+    Args:
+      merged: bytes of weights with their adapters, held while sampling.
+      moments: bytes of the optimizer's state; None: two float32 moments.
     """
     sizes = shape(scorer)
     if sizes is None:
         return None
-    sizes["sampled"] = merged
+    sizes |= {"sampled": merged, "moments": moments, "frozen": frozen_bytes(scorer)}
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
         return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, cache_share=0.5, defers=defers)
@@ -53,8 +58,9 @@ def cache_tokens(scorer: Scorer, device: torch.device) -> int:
 def count(scorer: Scorer) -> tuple[int, int]:
     """Parameters, and those of them that are trained; before the model is sharded."""
     counts = {True: 0, False: 0}
+    packed = {id(layer.weight): layer.shape.numel() for layer in packed_layers(scorer).values()}
     for p in scorer.parameters():
-        counts[p.requires_grad] += p.numel()
+        counts[p.requires_grad] += packed.get(id(p), p.numel())
     return sum(counts.values()), counts[True]
 
 

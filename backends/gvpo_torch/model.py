@@ -19,6 +19,7 @@ from gvpo_torch.cache import cache_argument
 from gvpo_torch.deferred import to_meta
 from gvpo_torch.head import head_options, logits_of
 from gvpo_torch.logprobs import token_logprobs
+from gvpo_torch.quantized import quantize
 from gvpo_torch.weights import decoder_of, pretrained
 
 log = logging.getLogger("gvpo.torch")
@@ -168,8 +169,11 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferre
     stored = compute if config.lora_rank else torch.float32
     if deferred and config.lora_kind == "dora":
         log.warning("each process reads the whole model before it keeps its part: DoRA starts from its weights")
-    lm = pretrained(config, stored, deferred=deferred and config.lora_kind != "dora")
+    packs = config.quantization != "none"
+    lm = pretrained(config, stored, deferred=packs or (deferred and config.lora_kind != "dora"))
     _exact(lm)
+    if packs:
+        quantize(lm, device)
     if config.lora_rank:
         lm = with_adapters(lm, config, seed)
     lm.eval()

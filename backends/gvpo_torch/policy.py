@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.config.backends import in_few_bits
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, layout
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
@@ -17,6 +18,7 @@ from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import adapters, check, checkpoint, export, fixed, generate, memory, model
 from gvpo_torch.prefixes import Prefixes
+from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
 from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
@@ -73,6 +75,7 @@ class TorchPolicy(LanguageModelPolicy):
         self._prefixes: Prefixes | None = None
         self._unfit: str | None = None  # why no prefix can be kept; None: not checked yet
         self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
+        self._moments = moment_bytes(self.scorer.parameters(), self._optimizer)
         self._named = {name: p for name, p in _parameters(self.scorer).items() if p.requires_grad}
         self._load_reference()
         export.name_end_tokens(self.scorer.base, self.folder, self._end)
@@ -292,9 +295,15 @@ class TorchPolicy(LanguageModelPolicy):
             vocabulary=getattr(settings, "vocab_size", None),
             parameters=self.parameters,
             trainable_parameters=self.trainable,
-            packages=("torch", "transformers", *(("peft",) if self.config.lora_rank else ())),
-            memory=memory.facts(self.scorer, self.device, self.defers, self.sampled_bytes),
+            packages=self._packages(),
+            memory=memory.facts(self.scorer, self.device, self.defers, self.sampled_bytes, self._moments),
         )
+
+    def _packages(self) -> tuple[str, ...]:
+        """Distributions whose versions are logged."""
+        few = in_few_bits(self.config, self.optimizer_config)
+        adapted = ("peft",) if self.config.lora_rank else ()
+        return "torch", "transformers", *adapted, *(("bitsandbytes",) if few else ())
 
 
 def _parameters(scorer: model.Scorer) -> dict[str, torch.nn.Parameter]:

@@ -13,25 +13,26 @@ from gvpo_core.training.config import OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, layout
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.policy.step import factors_of
+from gvpo_torch.quantized import adamw_8bit
 
 Score = Callable[[layout.Arrays, bool], Tensor]
 
 _PIECE = 1024  # elements of a gradient whose squares are summed in its own dtype, or in float32
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
+def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that need gradients; weight decay on matrices alone."""
     trained = [p for p in parameters if p.requires_grad]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    if config.name == "adamw_8bit":
+        return adamw_8bit(groups, **options)
     return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=config.betas,
-        eps=config.eps,
-        fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in trained),
+        groups, **options, fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in trained)
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from gvpo_core.training.config import Config, ConfigError, ModelConfig, OptimizerConfig, RunConfig
 from gvpo_core.training.config.backends import BACKENDS, refuse_settings
+from gvpo_core.training.config.check import wrong_values
 from gvpo_core.training.policy import load as backend
 from gvpo_core.training.policy import table
 
@@ -47,19 +48,61 @@ FOREIGN = [
     ("dtype", "bfloat16", ("torch", "jax", "mlx")),
     ("gradient_checkpointing", True, ("torch", "jax", "mlx")),
     ("layout", "packed", ("torch", "jax", "mlx")),
+    ("quantization", "nf4", ("torch",)),
 ]
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))
 @pytest.mark.parametrize(("field", "value", "owners"), FOREIGN, ids=[case[0] for case in FOREIGN])
 def test_a_setting_of_another_backend_is_refused_by_name(name: str, field: str, value: object, owners) -> None:
-    config = Config(run=RunConfig(backend=name), model=replace(ModelConfig(path="nowhere"), **{field: value}))
+    model = replace(ModelConfig(path="nowhere"), **{field: value})
+    if field == "quantization":  # refused without adapters, by every backend
+        model = replace(model, lora_rank=4)
+        owners = ("torch", "jax", "mlx") if name == "table" else owners
+        field, value = ("lora_rank", 4) if name == "table" else (field, value)
+    config = Config(run=RunConfig(backend=name), model=model)
     if name in owners:
-        refuse_settings(config.model, name)
+        refuse_settings(config.model, name, OptimizerConfig())
         return
     message = f"model.{field} is {value!r}, a setting of {' and '.join(owners)} that {name} does not have"
     with pytest.raises(ConfigError, match=re.escape(message)):
         backend.load_policy(config)
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+def test_an_optimizer_of_another_backend_is_refused_by_name(name: str) -> None:
+    config = Config(run=RunConfig(backend=name), optimizer=OptimizerConfig(name="adamw_8bit"))
+    if name == "torch":
+        refuse_settings(config.model, name, config.optimizer)
+        return
+    message = f"optimizer.name is 'adamw_8bit', which torch has and {name} does not have: use adamw"
+    with pytest.raises(ConfigError, match=message):
+        backend.load_policy(config)
+
+
+TOGETHER = [
+    ({"quantization": "nf4"}, {}, "model.quantization = 'nf4' and model.lora_rank = 0: quantized weights cannot be"),
+    ({"quantization": "nf4", "lora_rank": 4, "lora_kind": "dora"}, {}, "'nf4' and model.lora_kind = 'dora': use lora"),
+    ({"quantization": "nf4", "lora_rank": 4, "sharding": "fsdp"}, {}, "'nf4' and model.sharding = 'fsdp': packed"),
+    ({"sharding": "fsdp"}, {"name": "adamw_8bit"}, "'adamw_8bit' and model.sharding = 'fsdp': moments in 8 bits are"),
+]
+
+
+@pytest.mark.parametrize(("model", "optimizer", "message"), TOGETHER)
+def test_settings_that_do_not_go_together_are_refused(model, optimizer, message) -> None:
+    """By the command before anything is loaded, and by a policy that is loaded directly."""
+    config = Config(model=ModelConfig(path="m", **model), optimizer=OptimizerConfig(**optimizer))
+    assert [said for _, said in wrong_values(config) if message in said]
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        refuse_settings(config.model, "torch", config.optimizer)
+
+
+def test_bitsandbytes_is_asked_for_where_it_is_used(monkeypatch) -> None:
+    monkeypatch.setattr(backend, "find_spec", lambda module: module if module != "bitsandbytes" else None)
+    used = Config(run=RunConfig(backend="torch"), optimizer=OptimizerConfig(name="adamw_8bit"))
+    said = backend.missing_of_backend(used)
+    assert said == ['bitsandbytes is not installed: pip install "gvpo[bitsandbytes]"']
+    assert backend.missing_of_backend(Config(run=RunConfig(backend="torch"))) == []
 
 
 def test_the_table_refuses_them_too_when_it_is_loaded_directly(tmp_path) -> None:

@@ -108,6 +108,8 @@ def test_a_config_with_a_byte_order_mark_is_read(tmp_path, capfd):
         ("temperature", "rollout.temperature"),
         ("gradient_accumulation_steps", "optimizer.micro_batch_tokens"),
         ("promts", "rollout.prompts"),
+        ("model.load_in_4bit", "model.quantization"),
+        ("optim", "optimizer.name"),
     ],
 )
 def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path, capfd):
@@ -128,8 +130,7 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
     [
         ("model.context_parallel_size", "context parallel is not supported"),
         ("ulysses_sequence_parallel_size", "context parallel is not supported"),
-        ("model.load_in_4bit", "QLoRA is not supported in gvpo_torch"),
-        ("optim", "the optimizer is AdamW with float32 moments"),
+        ("model.load_in_8bit", "a base in 8 bits is not supported: use model.quantization = 'nf4'"),
     ],
 )
 def test_what_is_not_supported_is_named(given, why, tmp_path, capfd):

@@ -161,6 +161,7 @@ def test_what_changes_the_estimate_and_how():
     assert estimate_memory(facts(sampled=7), CONFIG, 11).sampling == base.sampling + 7  # merged adapters
     held = estimate_memory(replace(facts(frozen=5), trainable_parameters=10_000), with_("model", lora_rank=4), 11)
     assert held.parameters == 40_000 + 5
+    assert estimate_memory(facts(moments=7), CONFIG, 11).optimizer == 7
     sharded = estimate_memory(replace(FACTS, ranks=2), with_("model", sharding="fsdp"), 11)
     assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gvpo_core.training.config.settings import ConfigError, ModelConfig
+from gvpo_core.training.config.settings import ConfigError, ModelConfig, OptimizerConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class Backend:
     versions: Mapping[str, str]  # distribution -> versions, as pyproject.toml has them
     devices: str  # values of model.device, apart from auto
     settings: frozenset[str]  # of those in `_OWNED`, the ones it has
+    optimizers: tuple[str, ...] = ("adamw",)  # values of optimizer.name
 
 
 _OWNED = {
@@ -24,6 +25,7 @@ _OWNED = {
     "mesh_tensor": "leave it at 1",
     "lora_rank": "leave it at 0",
     "lora_kind": "use lora",
+    "quantization": "leave it at none; mlx trains adapters on a folder that is quantized",
     "dtype": "leave it at float32",
     "gradient_checkpointing": "leave it out",
     "layout": "leave it out",
@@ -46,7 +48,8 @@ BACKENDS: dict[str, Backend] = {
                 "safetensors": ">=0.6.1",
             },
             "cpu, cuda, cuda:1, mps, xpu",
-            _LANGUAGE_MODEL | {"sharding", "lora_kind"},
+            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization"},
+            ("adamw", "adamw_8bit"),
         ),
         Backend(
             "jax",
@@ -94,13 +97,38 @@ def install_line() -> str:
     return f"pip install {', '.join(others)} or {last}"
 
 
-def refuse_settings(config: ModelConfig, name: str) -> None:
-    """Refuses settings of another backend, which this one would pass over.
+def in_few_bits(model: ModelConfig, optimizer: OptimizerConfig) -> bool:
+    """Whether something is held in 4 or 8 bits by the package bitsandbytes."""
+    return model.quantization != "none" or optimizer.name == "adamw_8bit"
+
+
+def wrong_together(model: ModelConfig, optimizer: OptimizerConfig) -> list[tuple[str, str]]:
+    """Settings that do not go together: (field, message)."""
+    wrong = []
+    if model.quantization != "none":
+        value = f"model.quantization = {model.quantization!r}"
+        for bad, why in (
+            (not model.lora_rank, "model.lora_rank = 0: quantized weights cannot be trained; set model.lora_rank"),
+            (model.lora_kind == "dora", "model.lora_kind = 'dora': use lora"),
+            (model.sharding == "fsdp", "model.sharding = 'fsdp': packed weights are not sharded; use data_parallel"),
+        ):
+            if bad:
+                wrong.append(("model.quantization", f"{value} and {why}"))
+    if optimizer.name == "adamw_8bit" and model.sharding == "fsdp":
+        message = "optimizer.name = 'adamw_8bit' and model.sharding = 'fsdp': moments in 8 bits are not sharded"
+        wrong.append(("optimizer.name", f"{message}; use adamw, or data_parallel"))
+    return wrong
+
+
+def refuse_settings(config: ModelConfig, name: str, optimizer: OptimizerConfig) -> None:
+    """Refuses settings of another backend, which this one would pass over, and those that do not go together.
 
     A setting is refused where its value is not the default's. A backend that is not in the table has all of them.
 
     Raises: ConfigError: naming the setting, its value and the backends that have it.
     """
+    if wrong := wrong_together(config, optimizer):
+        raise ConfigError("\n".join(message for _, message in wrong))
     backend = BACKENDS.get(name)
     if backend is None:
         return
@@ -112,4 +140,10 @@ def refuse_settings(config: ModelConfig, name: str) -> None:
         others = [b.name for b in BACKENDS.values() if setting in b.settings]
         raise ConfigError(
             f"model.{setting} is {value!r}, a setting of {' and '.join(others)} that {name} does not have: {advice}"
+        )
+    if optimizer.name not in backend.optimizers:
+        others = [b.name for b in BACKENDS.values() if optimizer.name in b.optimizers]
+        raise ConfigError(
+            f"optimizer.name is {optimizer.name!r}, which {' and '.join(others)} has and {name} does not have: use "
+            f"{' or '.join(backend.optimizers)}"
         )

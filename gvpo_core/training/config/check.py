@@ -10,6 +10,7 @@ from typing import Any
 
 from gvpo_core.objectives import OBJECTIVES, TABLE, suggestion
 from gvpo_core.training.config import Config, ConfigError, TeacherConfig
+from gvpo_core.training.config.backends import wrong_together
 from gvpo_core.training.config.engine import server_ranges, wrong_sampler, wrong_server
 from gvpo_core.training.config.secrets import HIDDEN
 from gvpo_core.training.config.shares import shares
@@ -122,6 +123,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         f"at most rollout.prompts = {c.rollout.prompts}",
     )
     wrong += [(name, message) for name, message in wrong_sampler(c) if name not in reported]
+    wrong += wrong_together(c.model, c.optimizer)
     wrong += _wrong_teacher(c)
     sampled = c.rollout.source == "sampled" or not (c.data.train or c.rollout.source == "recorded")
     if not c.scores_responses and sampled and c.objective.reference != "teacher":

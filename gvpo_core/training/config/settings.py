@@ -58,6 +58,9 @@ class ModelConfig:
     """Kind of adapter. dora: also trains a magnitude for each output (torch and mlx)."""
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Module names that get adapters. all-linear: every linear layer except the head."""
+    quantization: Literal["none", "nf4"] = "none"
+    """How LoRA's frozen linear layers are held. nf4: in 4 bits (QLoRA; torch with bitsandbytes). In mlx: use a
+    quantized folder."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     template: dict[str, Any] = field(default_factory=dict)
@@ -302,6 +305,8 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW and how a batch is split. Splitting does not change the step."""
 
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: float32 moments; adamw_8bit: moments in 8 bits, in blocks of 256 (torch with bitsandbytes)."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)

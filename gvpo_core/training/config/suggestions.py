@@ -19,6 +19,7 @@ ELSEWHERE = {
     "model.dtype": ("bf16", "fp16", "torch_dtype", "mixed_precision", "precision"),
     "model.lora_rank": ("lora_r", "r", "use_peft"),
     "model.lora_targets": ("target_modules", "lora_target_modules"),
+    "model.quantization": (*("load_in_4bit", "quantization_config", "bnb_4bit_quant_type", "use_qlora", "qlora"),),
     "model.gradient_checkpointing": ("enable_gradient_checkpointing", "grad_checkpoint"),
     "data.train": ("train_files", "dataset_name", "train_dataset", "train_file"),
     "data.evaluation": ("val_files", "eval_dataset", "validation_file"),
@@ -37,6 +38,7 @@ ELSEWHERE = {
     "objective.epochs": ("num_iterations", "ppo_epochs"),
     "objective.minibatches": ("ppo_mini_batch_size", "num_mini_batches", "steps_per_generation"),
     "objective.clip": ("epsilon", "clip_ratio", "cliprange"),
+    "optimizer.name": ("optim", "optimizer_name", "optimizer_type", "use_8bit_adam", "adam8bit"),
     "optimizer.learning_rate": ("lr", "actor_lr"),
     "optimizer.betas": ("adam_beta1", "adam_beta2", "beta1", "beta2"),
     "optimizer.eps": ("adam_epsilon",),
@@ -60,12 +62,7 @@ ABSENT = {
     "pipeline parallel is not supported: use model.sharding or model.mesh_fsdp": (
         *("pipeline_parallel_size", "pipeline_parallel", "pp_size"),
     ),
-    "QLoRA is not supported in gvpo_torch and gvpo_jax; gvpo_mlx trains adapters on quantized folders": (
-        *("load_in_4bit", "load_in_8bit", "quantization_config", "bnb_4bit_quant_type", "use_qlora", "qlora"),
-    ),
-    "the optimizer is AdamW with float32 moments; 8-bit and paged ones are not supported": (
-        *("optim", "optimizer_name", "optimizer_type", "use_8bit_adam", "adam8bit"),
-    ),
+    "a base in 8 bits is not supported: use model.quantization = 'nf4' with model.lora_rank": ("load_in_8bit",),
 }
 """What is not supported -> what other trainers call it."""
 

@@ -82,7 +82,7 @@ class LanguageModelPolicy(abc.ABC):
 
         Raises: ConfigError: settings, a device or a folder that cannot be used.
         """
-        refuse_settings(config, self.backend)
+        refuse_settings(config, self.backend, optimizer)
         self.settings = PolicySettings(optimizer, updates, reference, seed, config)
         self.config, self.optimizer_config = config, optimizer
         self._ranks = ranks(config)

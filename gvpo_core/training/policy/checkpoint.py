@@ -15,6 +15,7 @@ FORMAT = 1
 SHARD_BYTES = 2**30  # of a file; a larger tensor has a separate file
 HEADER = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
+_OF_OLDER = {"lora_kind": "lora", "quantization": "none"}  # what headers of earlier versions left out
 
 
 class _Sized(Protocol):
@@ -30,7 +31,7 @@ def identity(config: ModelConfig, architecture: str) -> dict[str, Any]:
     facts: dict[str, Any] = {"architecture": architecture, "lora_rank": config.lora_rank}
     if config.lora_rank:
         facts |= {"lora_kind": config.lora_kind, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
-        facts |= {"lora_targets": list(config.lora_targets)}
+        facts |= {"lora_targets": list(config.lora_targets), "quantization": config.quantization}
     return facts
 
 
@@ -50,7 +51,7 @@ def read_header(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     path = directory / HEADER
     if not path.is_file():
         raise ConfigError(f"{directory} has no {HEADER}: not a checkpoint of this backend")
-    saved: dict[str, Any] = {"lora_kind": "lora"} | json.loads(path.read_text(encoding="utf-8"))  # gvpo_jax left it out
+    saved: dict[str, Any] = _OF_OLDER | json.loads(path.read_text(encoding="utf-8"))
     if saved.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {saved.get('format')}; this version reads {FORMAT}")
     for name, value in facts.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.config.backends import BACKENDS, install_line, installable, refuse_settings
+from gvpo_core.training.config.backends import BACKENDS, in_few_bits, install_line, installable, refuse_settings
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.compiled import keep_compiled
 
@@ -40,7 +40,10 @@ def missing_of_backend(config: Config) -> list[str]:
     if name not in BACKENDS:
         return []
     needs = BACKENDS[name].needs + (("peft",) if name == "torch" and config.model.lora_rank else ())
-    return [line for package in needs for line in missing_package(package, name)]
+    missing = [line for package in needs for line in missing_package(package, name)]
+    if name == "torch" and in_few_bits(config.model, config.optimizer):
+        missing += missing_package("bitsandbytes", "bitsandbytes")
+    return missing
 
 
 def load_policy(config: Config) -> Policy:
@@ -49,7 +52,7 @@ def load_policy(config: Config) -> Policy:
     Raises: ConfigError: a setting of another backend, a backend that is not installed, a model that cannot be used.
     """
     name = backend_of(config)
-    refuse_settings(config.model, name)
+    refuse_settings(config.model, name, config.optimizer)
     if name == "jax":
         keep_compiled(os.environ)
     try:

@@ -70,7 +70,7 @@ def estimate_memory(
     reference = (total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) // split if separate else 0
     if config.model.lora_rank and config.objective.reference_every:  # the adapters of the reference
         reference = trained * _WIDE // split
-    optimizer = 2 * trained * _WIDE // split
+    optimizer = (2 * trained * _WIDE if m.moments is None else m.moments) // split
     taught = 0
     if teacher is not None and teacher.device == facts.device:
         taught = teacher.parameters * _WIDE * (teacher.memory.idle if teacher.memory else 1) // split

@@ -210,7 +210,7 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
 
     Raises: ConfigError: settings of another backend, or an invalid file.
     """
-    refuse_settings(model, "table")
+    refuse_settings(model, "table", optimizer)
     path = Path(model.path) / "table.json"
     try:
         refuse_special(path)

@@ -45,6 +45,7 @@ def teacher_model(config: Config) -> ModelConfig:
         dtype=given.dtype,
         device=given.device or config.model.device,
         lora_rank=0,
+        quantization="none",
         gradient_checkpointing=False,
         template=given.template,
     )

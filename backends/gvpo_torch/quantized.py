@@ -1,0 +1,203 @@
+"""Numbers in few bits, by bitsandbytes: AdamW's moments in 8, the frozen linear layers under adapters in 4 (QLoRA)."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy.checkpoint import MOMENTS
+from gvpo_torch.adapters import unfit
+from gvpo_torch.weights import decoder_of
+
+MOMENT_BLOCK = 256  # elements of a moment that share a scale
+SMALLEST = 4096  # elements; the moments of smaller tensors stay float32
+WEIGHT_BLOCK = 64  # elements of a weight that share a scale
+_KIND = "nf4"
+_FURTHEST = 0.16  # of a block's scale: half of NF4's widest gap, with room for rounding in 16 bits
+
+
+def library() -> Any:
+    """The module bitsandbytes. Raises: ConfigError: it is not installed, or cannot be loaded."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that is not used here
+    try:
+        import bitsandbytes
+    except (ImportError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"model.quantization and optimizer.name = 'adamw_8bit' need bitsandbytes, which cannot be imported "
+            f'({error}): pip install "gvpo[bitsandbytes]"'
+        ) from error
+    return bitsandbytes
+
+
+# -- AdamW's moments
+
+
+def adamw_8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
+    """AdamW with moments in 8 bits, blocks of 256 (Dettmers et al., arXiv 2110.02861); decoupled weight decay."""
+    optimizer: torch.optim.Optimizer = library().optim.AdamW8bit(groups, min_8bit_size=SMALLEST, **options)
+    return optimizer
+
+
+def moment_shapes(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:
+    """The tensors of an optimizer's state of a parameter, by name, apart from what is the same for all."""
+    shape = tuple(p.shape)
+    if not _in_8_bits(optimizer):
+        return dict.fromkeys(MOMENTS, shape)
+    scales = (-(-p.numel() // MOMENT_BLOCK),)
+    return {"state1": shape, "state2": shape} | ({} if p.numel() < SMALLEST else {"absmax1": scales, "absmax2": scales})
+
+
+def new_state(p: nn.Parameter, optimizer: torch.optim.Optimizer, step: float) -> dict[str, Any]:
+    """The optimizer's state of a parameter after `step` steps, whose tensors of `moment_shapes` are to be filled."""
+    if not _in_8_bits(optimizer):
+        counted = torch.tensor(step, dtype=torch.float32, device=p.device)
+        optimizer.state[p] = {"step": counted, **{name: torch.empty_like(p, requires_grad=False) for name in MOMENTS}}
+    else:
+        maker: Any = optimizer
+        for g, group in enumerate(optimizer.param_groups):
+            for i, member in enumerate(group["params"]):
+                if member is p:
+                    maker.init_state(group, p, g, i)
+        optimizer.state[p]["step"] = int(step)
+    state: dict[str, Any] = optimizer.state[p]
+    return state
+
+
+def moment_bytes(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> int | None:
+    """Bytes of the optimizer's state once it has taken a step; None: of float32 moments."""
+    if not _in_8_bits(optimizer):
+        return None
+    sizes = [p.numel() for p in parameters if p.requires_grad]
+    return sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // MOMENT_BLOCK) for n in sizes)
+
+
+def _in_8_bits(optimizer: torch.optim.Optimizer) -> bool:
+    return type(optimizer).__name__ == "AdamW8bit"
+
+
+# -- frozen weights
+
+
+class Linear4bit(nn.Linear):
+    """A frozen linear layer whose weight is held in 4 bits, two a byte, with a float32 scale for each 64.
+
+    It computes with `dense`, which is made for each product and dropped, in scoring, sampling and both passes of
+    training alike; so all of them see one model.
+    """
+
+    absmax: Tensor
+    shape: torch.Size  # of the weight
+    dtype: torch.dtype  # of the weight that was packed, and of `dense`
+
+    def pack(self, weight: Tensor) -> None:
+        """Takes the weight (out, in), float32 or in 16 bits, in place of the layer's own.
+
+        Raises: ConfigError: bitsandbytes gives back numbers that are further away than NF4's levels lie apart.
+        """
+        flat = weight.detach().contiguous().view(-1)
+        packed, state = library().functional.quantize_4bit(flat, blocksize=WEIGHT_BLOCK, quant_type=_KIND)
+        self.shape, self.dtype = weight.shape, weight.dtype
+        self.weight = nn.Parameter(packed, requires_grad=False)
+        self.register_buffer("absmax", state.absmax, persistent=False)
+        most = state.absmax.repeat_interleave(WEIGHT_BLOCK)[: len(flat)] * _FURTHEST
+        if not bool(((self.dense.view(-1) - flat).abs() <= most).all()):
+            raise ConfigError(
+                f"bitsandbytes does not give back a weight of shape {tuple(weight.shape)} on {weight.device.type}: "
+                "leave model.quantization out"
+            )
+
+    @property
+    def dense(self) -> Tensor:
+        """(out, in): the weight that the layer computes with."""
+        return _unpacked(self.weight, self.absmax, self.shape, self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = _Product.apply(x, self.weight, self.absmax, self.bias, self.shape, self.dtype)
+        return product
+
+
+class _Product(torch.autograd.Function):
+    """x W^T + b; the backward pass unpacks W again, and needs nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, packed: Tensor, absmax: Tensor, bias: Tensor | None, shape: torch.Size, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(packed, absmax)
+        ctx.shape, ctx.dtype = shape, dtype
+        weight = _unpacked(packed, absmax, shape, dtype).to(x.dtype)
+        return nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        packed, absmax = ctx.saved_tensors
+        weight = _unpacked(packed, absmax, ctx.shape, ctx.dtype)
+        return (gradient @ weight.to(gradient.dtype), *(None,) * 5)
+
+
+def _unpacked(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    # Flat: with bitsandbytes 0.50.2 on CPUs with AVX-512, rows of 32, 96 or 160 numbers come back wrong.
+    flat = torch.Size([shape.numel()])
+    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, WEIGHT_BLOCK, _KIND, flat, dtype)
+    return found.view(shape)
+
+
+@torch.no_grad()
+def quantize(lm: nn.Module, device: torch.device) -> None:
+    """Packs the weights of the text model's linear layers on the device, one at a time; the rest goes there unpacked.
+
+    The head, the embedding, layers that share their weight, routers and experts in one tensor stay as they are.
+    Weights that are not read yet are read here.
+
+    Raises: ConfigError: no layer can be packed.
+    """
+    library()
+    left_out, head = unfit(lm), lm.get_output_embeddings()
+    text = {id(module) for module in decoder_of(lm).modules()}
+    packed = 0
+    for name, module in lm.named_modules():
+        fits = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward and name not in left_out
+        if fits and module is not head and id(module) in text:
+            weight = _read(module.weight, device)
+            module.__class__ = Linear4bit
+            module.pack(weight)
+            packed += 1
+    if not packed:
+        raise ConfigError(
+            f"model.quantization = '{_KIND}': {type(lm).__name__} has no linear layer that can be held in 4 bits"
+        )
+    memo: dict[int, tuple[nn.Parameter, nn.Parameter]] = {}
+    for module in lm.modules():
+        for name, p in module._parameters.items():
+            if p is not None and hasattr(p, "deferred"):
+                if id(p) not in memo:
+                    memo[id(p)] = (p, nn.Parameter(_read(p, device), p.requires_grad))
+                module._parameters[name] = memo[id(p)][1]
+
+
+def _read(p: nn.Parameter, device: torch.device) -> Tensor:
+    value: Tensor = p.deferred.rows() if hasattr(p, "deferred") else p.detach()
+    return value.to(device, p.dtype)
+
+
+def packed_layers(module: nn.Module) -> dict[str, Linear4bit]:
+    """The layers whose weight is packed, by name."""
+    return {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear4bit)}
+
+
+def dense_shapes(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, torch.Size]:
+    """The shape of each tensor of the module's `state_dict`, of packed weights the one that they stand for."""
+    packed = {f"{name}.weight": layer.shape for name, layer in packed_layers(module).items()}
+    return {name: packed.get(name, tensor.shape) for name, tensor in tensors.items()}
+
+
+def frozen_bytes(module: nn.Module) -> int | None:
+    """Bytes of what is not trained; None where nothing is packed."""
+    layers = packed_layers(module)
+    if not layers:
+        return None
+    scales = sum(layer.absmax.nbytes for layer in layers.values())
+    return scales + sum(p.nbytes for p in module.parameters() if not p.requires_grad)
