@@ -4,6 +4,7 @@ import asyncio
 import datetime
 import os
 import sys
+import time
 
 
 def defaults(a: int, b: int = 4) -> int:
@@ -120,9 +121,7 @@ class Slow(Says):
     """Writes a line for each step and then takes its time: a run can be killed within."""
 
     def step(self, message):
-        import time
-
         with open(os.environ["GVPO_TEST_STEPS"], "a") as f:
             f.write(f"{os.getpid()}\n")
-        time.sleep(0.2)
+        time.sleep(0.02)
         return [{"role": "user", "content": "and?"}], float(len(message["content"])), False

@@ -1,5 +1,6 @@
 """Plays episodes: the policy's turns, drawn for all episodes at once, and what tools and environments answer."""
 
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -254,7 +255,12 @@ def _check_failures(playing: Sequence[_Playing]) -> None:
 
 
 def _repeats(episode: Episode) -> bool:
-    said = [message["content"] for message in episode.messages if message["role"] == "assistant"]
+    """Whether two turns say the same, or make the same tool calls, whatever the words around them."""
+    said = []
+    for message in episode.messages:
+        if message["role"] == "assistant":
+            calls = parse_calls(message["content"]).calls if episode.calls else []
+            said.append(json.dumps(calls, sort_keys=True) if calls else message["content"])
     return len({*said}) < len(said)
 
 

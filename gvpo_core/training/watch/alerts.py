@@ -37,7 +37,7 @@ ALERTS = {
     "gradient": "Gradient norm beyond 5 times the largest of the steps before, and 8 deviations.",
     "truncation": "Of 5 steps' responses 20 points more are cut than in the first steps, or half of them; of episodes, "
     "those cut by tokens.",
-    "turns": "Half of 5 steps' episodes reach environment.max_turns, or say the same twice.",
+    "turns": "Half of 5 steps' episodes reach environment.max_turns, or repeat a message or a tool call.",
     "environment": "The environment failed for at least 5 % of 5 steps' episodes.",
     "length": "Twice the usual length twice in a row, or three times the start's while the reward is no higher.",
     "reward_<kind>/<name>": "One reward failed on at least 5 % of 5 steps' responses: error, timeout, none.",

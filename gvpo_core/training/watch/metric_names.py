@@ -88,7 +88,10 @@ METRICS: dict[str, Metric] = {
     "length/truncated": Metric("tokens", "Mean length of the responses cut at the token limit; absent without one."),
     "truncated": Metric("share", "Responses cut at the token limit."),
     "responses/total": Metric("responses", "Responses of the step."),
-    "responses/lost": Metric("responses", "Responses that the sampler did not give; their groups are smaller."),
+    "responses/lost": Metric(
+        "responses",
+        "Responses that the sampler did not give, or whose episode failed at reset; their groups are smaller.",
+    ),
     "sampler/gap": Metric(
         "nats/token", "Mean difference between the sampler's and the policy's log-probability; absent if unknown."
     ),
@@ -112,7 +115,7 @@ METRICS: dict[str, Metric] = {
     "episodes/turns": Metric("share", "Episodes cut at environment.max_turns."),
     "episodes/tokens": Metric("share", "Episodes cut at rollout.max_tokens or environment.turn_tokens."),
     "episodes/failed": Metric("share", "Episodes without a score, as the environment raised, died or ran out of time."),
-    "episodes/repeated": Metric("share", "Episodes in which the policy said the same twice: loops."),
+    "episodes/repeated": Metric("share", "Episodes in which the policy repeated a message or a tool call: loops."),
     "episodes/segments": Metric(
         "segments", "Contexts of an episode: 1, and one more each time that the chat template rewrote earlier turns."
     ),

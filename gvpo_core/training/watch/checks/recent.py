@@ -41,7 +41,7 @@ class Recent:
                 self.best = max(self.best, mean(list(self.rewards)[-USUAL:]))
             low, high = number(record, "reward/min"), number(record, "reward/max")
             self.range = min(self.range[0], low, reward), max(self.range[1], high, reward)
-        for key in ("reward/mean", "entropy", "kl", "length/mean", "truncated", "sampler/gap"):
+        for key in ("reward/mean", "entropy", "kl", "length/mean", "truncated", "episodes/tokens", "sampler/gap"):
             values = self.start.setdefault(key, [])
             if len(values) < START and math.isfinite(number(record, key)):
                 values.append(number(record, key))

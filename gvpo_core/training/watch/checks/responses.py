@@ -54,16 +54,19 @@ class ResponseChecks:
         total = recent.sum("responses/total") or len(recent.last)
         if not math.isfinite(cut):
             return None
-        share, began = cut / total, mean(recent.start["truncated"])
+        share, began = cut / total, mean(recent.start[key])
         first = recent.count <= START  # the steps judged are the ones the run began with
         noise = 5 * math.sqrt(max(began * (1 - began), 0.01) / total)
         if not (share > began + max(0.2, noise) and not first) and not (share >= 0.5 and recent.count >= WINDOW):
             return None
-        seen = f"{share:.0%} of the responses of {len(recent.last)} steps are cut at the token limit"
+        played = key != "truncated"
+        what = "episodes" if played else "responses"
+        seen = f"{share:.0%} of the {what} of {len(recent.last)} steps are cut at the token limit"
         seen += "" if first else f", {began:.0%} in the first steps"
-        return Alert(
-            "truncation", BAD if share >= 0.8 else WATCH, seen, "raise rollout.max_tokens, or reward short answers"
-        )
+        advice = "raise rollout.max_tokens, or reward short answers"
+        if played:
+            advice = "raise rollout.max_tokens or environment.turn_tokens, return shorter answers, or allow fewer turns"
+        return Alert("truncation", BAD if share >= 0.8 else WATCH, seen, advice)
 
     def _turns(self, recent: Recent) -> Alert | None:
         if len(recent.last) < WINDOW or "episodes/turns" not in recent.last[-1]:
@@ -71,7 +74,7 @@ class ResponseChecks:
         cut, repeated = (mean([number(r, f"episodes/{x}") for r in recent.last]) for x in ("turns", "repeated"))
         if not max(cut, repeated) >= 0.5:
             return None
-        seen = f"{cut:.0%} of {WINDOW} steps' episodes reach the turn limit, {repeated:.0%} say the same twice"
+        seen = f"{cut:.0%} of {WINDOW} steps' episodes reach the turn limit, {repeated:.0%} repeat a message or a call"
         advice = (
             "read some episodes: loops? tell the policy how to end, lower environment.cut_reward, or raise max_turns"
         )
