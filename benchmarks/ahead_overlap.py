@@ -78,13 +78,13 @@ def measured(folder: Path, steps: int, ahead: int) -> tuple[float, float, float]
     config = replace(config, run=replace(config.run, steps=steps), rollout=rollout)
     policy, sampler = Slow(table(REFERENCE), config.optimizer), Simulated()
     rows = [{"prompt": PROMPTS[i % len(PROMPTS)]} for i in range(3 * REQUESTS)]
-    with (folder.parent / "console.txt").open("w") as said:
-        console = Console(steps, stream=said)
+    with (folder.parent / "console.txt").open("w") as file:
+        console = Console(steps, stream=file)
         train(config, policy, train_rows=rows, rewards={"value": reward}, sampler=sampler, console=console)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     records = [line for line in lines if line["kind"] == "train"]
-    whole, waiting = (sum(r[f"seconds/{name}"] for r in records) for name in ("step", "generate"))
-    return whole, sampler.seconds / AT_ONCE, whole - waiting
+    step, waiting = (sum(r[f"seconds/{name}"] for r in records) for name in ("step", "generate"))
+    return step, sampler.seconds / AT_ONCE, step - waiting
 
 
 def main() -> None:
@@ -97,10 +97,10 @@ def main() -> None:
     ratio = 0.0
     for ahead in sorted({0, 1, 2, arguments.ahead}):
         with tempfile.TemporaryDirectory() as scratch:
-            whole, drawing, other = measured(Path(scratch) / "run", arguments.steps, ahead)
+            step, drawing, other = measured(Path(scratch) / "run", arguments.steps, ahead)
         ideal = max(drawing, other)
-        ratio = ideal / whole
-        print(f"{ahead:5} {whole:7.2f} {drawing:8.2f} {other:6.2f} {ideal:6.2f} {ratio:6.3f}")
+        ratio = ideal / step
+        print(f"{ahead:5} {step:7.2f} {drawing:8.2f} {other:6.2f} {ideal:6.2f} {ratio:6.3f}")
     if ratio < arguments.bound:
         sys.exit(f"ahead = {arguments.ahead}: {ratio:.3f} of ideal overlap; expected at least {arguments.bound}")
 

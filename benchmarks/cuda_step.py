@@ -39,17 +39,17 @@ def measured(what: str, **facts: float) -> Iterator[dict[str, float]]:
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    found: dict[str, float] = dict(facts)
+    figures: dict[str, float] = dict(facts)
     start = time.perf_counter()
-    yield found
+    yield figures
     torch.cuda.synchronize()
-    found["seconds"] = seconds = time.perf_counter() - start
-    found.setdefault("peak_gib", torch.cuda.max_memory_allocated() / 2**30)
-    if "tokens" in found:
-        found["tokens_per_second"] = found["tokens"] / seconds
-    if "flops" in found:
-        found["tflops"] = found["flops"] / seconds / 1e12
-    print(json.dumps({"what": what} | {name: round(value, 3) for name, value in found.items()}), flush=True)
+    figures["seconds"] = seconds = time.perf_counter() - start
+    figures.setdefault("peak_gib", torch.cuda.max_memory_allocated() / 2**30)
+    if "tokens" in figures:
+        figures["tokens_per_second"] = figures["tokens"] / seconds
+    if "flops" in figures:
+        figures["tflops"] = figures["flops"] / seconds / 1e12
+    print(json.dumps({"what": what} | {name: round(value, 3) for name, value in figures.items()}), flush=True)
 
 
 def make_folder(folder: Path, settings: dict[str, object]) -> Path:
@@ -88,8 +88,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = make_folder(Path(temporary), settings)
         batch = draw(prompts, vocabulary, prompt, response)
-        own = sum(map(len, batch.responses))
-        packed = own + prompts * prompt
+        sampled = sum(map(len, batch.responses))
+        packed = sampled + prompts * prompt
         texts = [batch.prompts[i] for i in range(0, len(batch), GROUP)]
         kinds = {
             "full": {},
@@ -111,19 +111,21 @@ def main() -> None:
                     for loop, fixed in (("plain loop", False), ("fixed buffers", True)):
                         policy.scorer.decodes_fixed = fixed
                         policy.generate(some, seeds, Sampling(4))
-                        with measured(f"{kind}: sample {rows} rows, {loop}") as found:
+                        with measured(f"{kind}: sample {rows} rows, {loop}") as figures:
                             drawn = policy.generate(some, seeds, Sampling(min(TOKENS, response)))
-                            found["tokens"] = sum(len(r.tokens) for row in drawn for r in row)
-                            found["longest"] = longest = max(len(r.tokens) for row in drawn for r in row)
+                            figures["tokens"] = sum(len(r.tokens) for row in drawn for r in row)
+                            figures["longest"] = longest = max(len(r.tokens) for row in drawn for r in row)
                         torch.cuda.synchronize()
-                        print(f"  {1000 * found['seconds'] / longest:.1f} ms a token of a row")
+                        print(f"  {1000 * figures['seconds'] / longest:.1f} ms a token of a row")
             policy.logprobs(batch.take(list(range(GROUP))))
             with measured(f"{kind}: score", tokens=packed, flops=2 * parameters * packed):
                 policy.logprobs(batch)
             for number in range(2):
-                with measured(f"{kind}: update {number}", tokens=packed, flops=products * parameters * packed) as found:
+                with measured(
+                    f"{kind}: update {number}", tokens=packed, flops=products * parameters * packed
+                ) as figures:
                     update = policy.update(batch, lambda logprobs, rows: np.where(np.arange(len(rows)) % 2, 0.1, -0.1))
-                    found["peak_gib"] = update.peak_memory / 2**30  # the policy reads and resets the device's count
+                    figures["peak_gib"] = update.peak_memory / 2**30  # the policy reads and resets the device's count
             del policy
 
 

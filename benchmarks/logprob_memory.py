@@ -57,16 +57,16 @@ def main() -> None:
     print(f"{sizes[0]:,} tokens, vocabulary {sizes[1]:,}, hidden {sizes[2]:,}, float32, forward + backward")
     worst = 0.0
     for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        found = {}
+        results = {}
         for variant in ("full logits", "tiled"):
             command = [sys.executable, __file__, *sys.argv[1:], "--measure", variant, device]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 sys.exit(f"{variant} on {device} failed (status {result.returncode}):\n{result.stderr[-2000:]}")
-            found[variant] = json.loads(result.stdout)
-            peak, seconds = found[variant]["peak"] / 2**20, found[variant]["seconds"]
+            results[variant] = json.loads(result.stdout)
+            peak, seconds = results[variant]["peak"] / 2**20, results[variant]["seconds"]
             print(f"  {device:5} {variant:12} {peak:10,.0f} MiB {seconds:8.2f} s", flush=True)
-        full, tiled = found["full logits"], found["tiled"]
+        full, tiled = results["full logits"], results["tiled"]
         for name in ("mean", "norm"):
             if abs(full[name] - tiled[name]) > 1e-3 * abs(full[name]):
                 sys.exit(f"results differ: {name} {full[name]} and {tiled[name]}")

@@ -61,10 +61,10 @@ def theirs(of_policy: Any, prompts: Sequence[tuple[int, ...]], seeds: Sequence[S
                 if response.finish_reason:
                     left.discard(response.uid)
         generator.close()
-    found: list[list[tuple[int, ...]]] = [[()] * len(row) for row in seeds]
+    responses: list[list[tuple[int, ...]]] = [[()] * len(row) for row in seeds]
     for uid, (i, j) in zip(uids, rows, strict=True):
-        found[i][j] = tuple(drawn[uid])
-    return found
+        responses[i][j] = tuple(drawn[uid])
+    return responses
 
 
 def main() -> None:

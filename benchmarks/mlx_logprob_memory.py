@@ -48,12 +48,12 @@ def main() -> None:
     options = parser.parse_args()
     sizes = (options.tokens, options.vocabulary, options.hidden)
     print(f"{sizes[0]:,} tokens, vocabulary {sizes[1]:,}, hidden {sizes[2]:,}, float32, forward + backward")
-    found = {}
+    results = {}
     for variant in ("chunked", "full logits"):
-        found[variant] = measure(variant, *sizes)
-        peak, seconds = found[variant]["peak"] / 2**20, found[variant]["seconds"]
+        results[variant] = measure(variant, *sizes)
+        peak, seconds = results[variant]["peak"] / 2**20, results[variant]["seconds"]
         print(f"  {mx.default_device()} {variant:12} {peak:10,.0f} MiB {seconds:8.2f} s", flush=True)
-    full, chunked = found["full logits"], found["chunked"]
+    full, chunked = results["full logits"], results["chunked"]
     for name in ("mean", "norm"):
         if abs(full[name] - chunked[name]) > 1e-3 * abs(full[name]):
             sys.exit(f"results differ: {name} {full[name]} and {chunked[name]}")

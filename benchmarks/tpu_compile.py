@@ -118,11 +118,11 @@ def abstract(shapes: Mapping[str, tuple[int, ...]], on: Mesh, dtype: Any) -> dic
 
 def adapter_shapes(spec: Spec, rank: int) -> dict[str, tuple[int, ...]]:
     """LoRA on every linear layer; see `adapters.make_adapters`."""
-    found = {}
+    shapes = {}
     for name, (layers, outputs, inputs) in ((n, s) for n, s in spec.shapes().items() if is_linear(n)):
         module = name.removesuffix(".weight")
-        found |= {f"{module}.lora_A": (layers, rank, inputs), f"{module}.lora_B": (layers, outputs, rank)}
-    return found
+        shapes |= {f"{module}.lora_A": (layers, rank, inputs), f"{module}.lora_B": (layers, outputs, rank)}
+    return shapes
 
 
 def held(*trees: Any) -> int:
@@ -211,8 +211,8 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
 def moved(program: str, of: Any, case: Case) -> float:
     """GiB of the arrays that cross between chips in one run of a program; of `decode` for one token of every row."""
     token = program == "decode"
-    found = sum(total(collectives(of.as_text(), turn=token)).values()) / 2**30
-    return found / len(generate.filled_sizes(case.new)) if token else found
+    moved_bytes = sum(total(collectives(of.as_text(), turn=token)).values()) / 2**30
+    return moved_bytes / len(generate.filled_sizes(case.new)) if token else moved_bytes
 
 
 def examine(name: str, case: Case) -> bool:

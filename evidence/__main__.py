@@ -78,9 +78,9 @@ def _filled(text: str) -> str:
 def broken(results: dict[str, Any]) -> list[str]:
     """The sentences of the page that the results do not bear out."""
     return [
-        f"claim {name[0]}: {said}"
+        f"claim {name[0]}: {statement}"
         for name in CLAIMS
-        for said, true in claim(name).holds(results[name]).items()
+        for statement, true in claim(name).holds(results[name]).items()
         if not true
     ]
 

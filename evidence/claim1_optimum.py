@@ -76,13 +76,13 @@ def two_minimisers_of_dpo() -> dict[str, float]:
     rewards = np.array([1.0, 0.0] * 3 + [0.0, 1.0] + [1.0, 0.0] * 3 + [0.0, 1.0])
     reward_of = BETA * s  # the reward under which the first is pi*
     everyone = np.arange(4)
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, now in zip(("first", "second"), log_pi, strict=True):
-        found[f"dpo_{name}"] = float(dpo_loss(now[rows], np.log(reference)[rows], rewards, ids, beta=BETA))
+        values[f"dpo_{name}"] = float(dpo_loss(now[rows], np.log(reference)[rows], rewards, ids, beta=BETA))
         group = gvpo_loss(now, np.log(reference), reward_of, 0 * everyone, beta=BETA)
-        found[f"gvpo_{name}"] = float(group.loss)
-        found[f"kl_{name}"] = float((np.exp(now) * (now - log_pi[0])).sum())
-    return found
+        values[f"gvpo_{name}"] = float(group.loss)
+        values[f"kl_{name}"] = float((np.exp(now) * (now - log_pi[0])).sum())
+    return values
 
 
 def own_loop(steps: int = 250) -> float:

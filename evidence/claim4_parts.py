@@ -59,9 +59,9 @@ def descend(method: str, bonus: float = 0.0) -> tuple[np.ndarray, list[list[floa
             of_step.append(parts(logits))
         path.append(float(entropy(logits).mean()))
         pi = np.exp(softmax_log(logits))
-        own = without_variance if method == "no variance" else None
+        coefficients = without_variance if method == "no variance" else None
         name, beta = {"grpo": ("grpo", 0.0), "grpo kl": ("grpo", BETA)}.get(method, ("gvpo", BETA))
-        step = expected_step(name, logits, pi, k=K, beta=beta, coefficients=own)
+        step = expected_step(name, logits, pi, k=K, beta=beta, coefficients=coefficients)
         logits = logits + RATE * (step + bonus * entropy_bonus(logits))
     return logits, of_step, [*path, float(entropy(logits).mean())]
 
@@ -72,8 +72,8 @@ def run() -> dict[str, Any]:
     runs |= {f"GRPO, beta = {BETA}": ("grpo kl", 0.0)}
     ends, curves, of_step = {}, {}, []
     for label, (method, bonus) in runs.items():
-        logits, found, path = descend(method, bonus)
-        of_step = found or of_step
+        logits, metrics, path = descend(method, bonus)
+        of_step = metrics or of_step
         top = np.exp(softmax_log(logits)).max(axis=1).mean()
         value = (np.exp(softmax_log(logits)) * REWARDS).sum(axis=1).mean()
         ends[label] = [path[-1], float(top), float(value), max(distance(logits), 0.0)]

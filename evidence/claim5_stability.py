@@ -37,8 +37,10 @@ def run() -> dict[str, Any]:
             for i, rate in enumerate(RATES):
                 logits = sampled_steps(name, SEEDS, STEPS, rate, beta=beta, k=K, seed=1000 + i)
                 cells[f"{label}|{beta:g}|{rate:g}"] = outcome(logits, beta)
-                found = np.where(np.isfinite(logits).all(axis=(1, 2)), entropy(np.nan_to_num(logits)).mean(axis=1), 0.0)
-                collapsed[f"{label}|{beta:g}|{rate:g}"] = int((found < entropy_wanted / 4).sum())
+                entropies = np.where(
+                    np.isfinite(logits).all(axis=(1, 2)), entropy(np.nan_to_num(logits)).mean(axis=1), 0.0
+                )
+                collapsed[f"{label}|{beta:g}|{rate:g}"] = int((entropies < entropy_wanted / 4).sum())
     return {"cells": cells, "collapsed": collapsed}
 
 
@@ -54,9 +56,9 @@ def shares(result: dict[str, Any], label: str, which: int) -> list[tuple[float, 
 
 def draw(result: dict[str, Any], axes: Any) -> None:
     for label in METHODS:
-        found = np.array(shares(result, label, 0))
-        axes.semilogx(RATES, found[:, 0], "o-", label=label)
-        axes.fill_between(RATES, found[:, 1], found[:, 2], alpha=0.15)
+        points = np.array(shares(result, label, 0))
+        axes.semilogx(RATES, points[:, 0], "o-", label=label)
+        axes.fill_between(RATES, points[:, 1], points[:, 2], alpha=0.15)
     axes.set(xlabel="learning rate", ylabel="share of failed runs", title="stability, 120 runs a point")
     axes.legend(fontsize=8)
 
@@ -110,8 +112,8 @@ def _decades(result: dict[str, Any], label: str, beta: float) -> float:
 
 
 def _spans(result: dict[str, Any], label: str) -> str:
-    found = [_decades(result, label, beta) for beta in BETAS]
-    low, high = f"{min(found):.1f}", f"{max(found):.1f}"
+    spans = [_decades(result, label, beta) for beta in BETAS]
+    low, high = f"{min(spans):.1f}", f"{max(spans):.1f}"
     return low if low == high else f"{low} to {high}"
 
 

@@ -34,21 +34,21 @@ def run() -> dict[str, Any]:
     columns = [(f"stale {s}", s, 0) for s in STALENESS] + [("replay", 0, REPLAY)]
     for label, (name, ratio) in METHODS.items():
         for column, staleness, replay in columns:
-            found = regrets(name, ratio, staleness, replay, RATES[name])
-            cells[f"{label}|{column}"] = [float(max(found.mean(), 0.0)), mean_half_width(found)]
+            values = regrets(name, ratio, staleness, replay, RATES[name])
+            cells[f"{label}|{column}"] = [float(max(values.mean(), 0.0)), mean_half_width(values)]
     fast = {}  # the same with ten times the rate
     for label, (name, ratio) in METHODS.items():
         for column, staleness, replay in columns:
-            found = regrets(name, ratio, staleness, replay, 10 * RATES[name])
-            fast[f"{label}|{column}"] = float(np.median(found))
+            values = regrets(name, ratio, staleness, replay, 10 * RATES[name])
+            fast[f"{label}|{column}"] = float(np.median(values))
     return {"cells": cells, "fast": fast, "columns": [c[0] for c in columns], "start": BETA * distance(LOG_REF)}
 
 
 def draw(result: dict[str, Any], axes: Any) -> None:
     for label in METHODS:
-        found = np.array([result["cells"][f"{label}|{c}"] for c in result["columns"]])
+        points = np.array([result["cells"][f"{label}|{c}"] for c in result["columns"]])
         axes.errorbar(
-            range(len(found)), np.maximum(found[:, 0], 1e-16), found[:, 1], marker="o", label=label, capsize=3
+            range(len(points)), np.maximum(points[:, 0], 1e-16), points[:, 1], marker="o", label=label, capsize=3
         )
     axes.set_yscale("log")
     axes.set_xticks(range(len(result["columns"])), result["columns"], fontsize=7)

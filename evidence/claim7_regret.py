@@ -25,27 +25,27 @@ def gauge(problem: str, log_pi: np.ndarray, sampler: np.ndarray, beta: float, k:
     p = group_probabilities(sampler[None], k)[0]
     y, ids = rows.reshape(-1), np.repeat(np.arange(len(rows)), k)
     cells = (log_pi[y], np.log(reference)[y], rewards[y], ids)
-    found = gvpo_regret(*cells, beta=beta, num_groups=len(rows))
-    return float((p * found.group_second_order).sum()), float((p * found.group_series).sum())
+    estimate = gvpo_regret(*cells, beta=beta, num_groups=len(rows))
+    return float((p * estimate.group_second_order).sum()), float((p * estimate.group_series).sum())
 
 
 def run() -> dict[str, Any]:
     out: dict[str, Any] = {}
     for problem, (reference, rewards) in PROBLEMS.items():
         log_ref, uniform = np.log(reference), np.full(5, 0.2)
-        found: dict[str, list[float]] = {"distance": [], "second": [], "off_second": [], "off_series": []}
-        found |= {f"series {k}": [] for k in SIZES}
+        series_of: dict[str, list[float]] = {"distance": [], "second": [], "off_second": [], "off_series": []}
+        series_of |= {f"series {k}": [] for k in SIZES}
         for beta in BETAS:
             distance = float(kl(log_ref, softmax_log(log_ref + rewards / beta)))
             true = beta * distance
-            found["distance"].append(distance)
+            series_of["distance"].append(distance)
             for k in SIZES:
                 second, series = gauge(problem, log_ref, reference, beta, k)
-                found[f"series {k}"].append(series / true)
-            found["second"].append(second / true)
+                series_of[f"series {k}"].append(series / true)
+            series_of["second"].append(second / true)
             second, series = gauge(problem, log_ref, uniform, beta, 16)
-            found["off_second"].append(second / true)
-            found["off_series"].append(series / true)
+            series_of["off_second"].append(second / true)
+            series_of["off_series"].append(series / true)
         way = []  # from pi_ref to pi* at beta = 0.1
         best = softmax_log(log_ref + rewards / 0.1)
         for share in (0.0, 0.5, 0.8, 0.95):
@@ -53,15 +53,15 @@ def run() -> dict[str, Any]:
             second, series = gauge(problem, log_pi, np.exp(log_pi), 0.1, 8)
             true = 0.1 * float(kl(log_pi, best))
             way.append([second / true, series / true])
-        out[problem] = found | {"way": way}
+        out[problem] = series_of | {"way": way}
     return out
 
 
 def draw(result: dict[str, Any], axes: Any) -> None:
     for problem, style in (("common", "o-"), ("rare", "s--")):
-        found = result[problem]
-        axes.loglog(found["distance"], found["second"], style, label=f"second order, best response {problem}")
-        axes.loglog(found["distance"], found["series 8"], style, alpha=0.5, label=f"series, k = 8, {problem}")
+        curves = result[problem]
+        axes.loglog(curves["distance"], curves["second"], style, label=f"second order, best response {problem}")
+        axes.loglog(curves["distance"], curves["series 8"], style, alpha=0.5, label=f"series, k = 8, {problem}")
     axes.axhspan(0.8, 1.25, color="grey", alpha=0.2)
     axes.set(xlabel="KL(pi || pi*), nats", ylabel="gauge / true regret", title="regret gauge on-policy")
     axes.legend(fontsize=7)
@@ -70,12 +70,12 @@ def draw(result: dict[str, Any], axes: Any) -> None:
 def text(result: dict[str, Any]) -> str:
     rows = []
     for problem in PROBLEMS:
-        found = result[problem]
+        curves = result[problem]
         rows += [
-            [f"{problem}: KL(pi \\|\\| pi\\*), nats", *map(number, found["distance"])],
-            ["second order, any k", *map(number, found["second"])],
-            *([f"series, k = {k}", *map(number, found[f"series {k}"])] for k in (2, 16)),
-            ["second order, uniform sampler", *map(number, found["off_second"])],
+            [f"{problem}: KL(pi \\|\\| pi\\*), nats", *map(number, curves["distance"])],
+            ["second order, any k", *map(number, curves["second"])],
+            *([f"series, k = {k}", *map(number, curves[f"series {k}"])] for k in (2, 16)),
+            ["second order, uniform sampler", *map(number, curves["off_second"])],
         ]
     way = [
         [f"{problem}: {name}", *(number(x[i]) for x in result[problem]["way"])]

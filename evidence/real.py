@@ -186,11 +186,11 @@ def tuning_runs() -> list[Run]:
 
 def final_runs(results: dict[str, dict[str, Any]]) -> list[Run]:
     """The reported runs of what is tuned, at the rate with the highest validation accuracy, on-policy first."""
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    tried_rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in tuning_runs():
         if run.name in results:
-            found.setdefault((run.task, run.method), []).append((results[run.name]["after"], run.rate))
-    rates = {cell: max(tried)[1] for cell, tried in found.items() if len(tried) == len(RATES)}
+            tried_rates.setdefault((run.task, run.method), []).append((results[run.name]["after"], run.rate))
+    rates = {cell: max(tried)[1] for cell, tried in tried_rates.items() if len(tried) == len(RATES)}
     return [
         Run(task, method, age, rate, seed)
         for age in STALENESS
@@ -240,14 +240,14 @@ def carry_out(run: Run, path: Path, *, steps: int, held_out: int = 0) -> None:
 
 def page(results: dict[str, dict[str, Any]]) -> str:
     """docs/evidence_real.md of the finished runs: means over the seeds and 95 % intervals (Student's t)."""
-    found: dict[tuple[str, int, str], list[float]] = {}
+    accuracies: dict[tuple[str, int, str], list[float]] = {}
     for run in final_runs(results):
         if run.name in results:
-            found.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
+            accuracies.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
     rows, differences = [], []
     for task in TASKS:
         for age in STALENESS:
-            of = {method: found.get((task, age, method), []) for method in METHODS}
+            of = {method: accuracies.get((task, age, method), []) for method in METHODS}
             cells = [
                 f"{np.mean(of[m]):.3f} +- {mean_half_width(np.array(of[m])):.3f}" if of[m] else "" for m in METHODS
             ]
@@ -259,7 +259,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
                     verdict = "significant" if abs(by_seed.mean()) > half else "not significant"
                     where = f"{task}, {age} steps old: gvpo - {method}"
                     differences.append([where, f"{by_seed.mean():+.3f} +- {half:.3f}", verdict])
-    done = sum(len(values) for values in found.values())
+    done = sum(len(values) for values in accuracies.values())
     total = len(TASKS) * len(STALENESS) * len(METHODS) * len(SEEDS)
     tuning = sum(run.name in results for run in tuning_runs())
     seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)

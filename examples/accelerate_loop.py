@@ -31,7 +31,7 @@ for step in range(101):
         everywhere = accelerator.gather(torch.stack([policy, ref, rewards], dim=1))
     group_ids = accelerator.gather(prompts)
     coefficients = gvpo_coefficients(*everywhere.unbind(1), group_ids, beta=0.1, num_groups=8)
-    own = coefficients.chunk(processes)[rank] * processes  # the processes' gradients are averaged
+    local = coefficients.chunk(processes)[rank] * processes  # the processes' gradients are averaged
 
     # Step along -sum_i c_i grad log pi_i, a micro-batch at a time: sums, so that nothing depends on their number.
     micro_batches = torch.arange(len(prompts), device=device).split(16)
@@ -39,7 +39,7 @@ for step in range(101):
         last = i == len(micro_batches) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
             logprobs = model(prompts[rows]).log_softmax(1).gather(1, responses[rows])[:, 0]
-            accelerator.backward(-(own[rows] * logprobs).sum())
+            accelerator.backward(-(local[rows] * logprobs).sum())
     optimizer.step()
     optimizer.zero_grad()
     if step % 50 == 0:

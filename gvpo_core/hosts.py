@@ -103,7 +103,7 @@ def at_random(modules: Iterable[Any]) -> list[str]:
     These are probabilities and noise above 0, found by the names of the modules' attributes.
     """
     words = ("drop", "jitter", "noise")
-    found = {
+    active = {
         f"{type(module).__name__}.{name} = {value}"
         for module in modules
         for name, value in vars(module).items()
@@ -111,4 +111,4 @@ def at_random(modules: Iterable[Any]) -> list[str]:
         and isinstance(value, float)
         and value > 0
     }
-    return sorted(found)
+    return sorted(active)

@@ -31,13 +31,13 @@ def grouped_micro_batches(groups: Sequence[Group], micro_batches: int, rows: int
 
     The largest groups first, each to the emptiest micro-batch: a group then waits for no other part of the step.
     """
-    found: list[list[StepResponse]] = [[] for _ in range(micro_batches)]
+    micro: list[list[StepResponse]] = [[] for _ in range(micro_batches)]
     for g in sorted(range(len(groups)), key=lambda g: -len(groups[g])):
-        least = min(found, key=len)
+        least = min(micro, key=len)
         if len(least) + len(groups[g]) > rows:
             return None
         least += [StepResponse(g, i) for i in range(len(groups[g]))]
-    return found
+    return micro
 
 
 def split_groups(groups: Sequence[Group], micro_batches: int) -> list[list[StepResponse]]:

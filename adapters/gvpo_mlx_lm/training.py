@@ -103,9 +103,9 @@ class GVPO:
                 f"iters = {args.iters} is not a multiple of grad_accumulation_steps = {args.grad_accumulation_steps}:"
                 " mlx-lm would compute the last micro-batches and discard them; set a multiple"
             )
-        if found := dropouts(self.model):
+        if active := dropouts(self.model):
             raise SettingsError(
-                f"dropout of {found[0][1]:g} in {found[0][0]}: GVPO's weights hold for the log-probabilities of the"
+                f"dropout of {active[0][1]:g} in {active[0][0]}: GVPO's weights hold for the log-probabilities of the"
                 " model itself; set lora_parameters: {dropout: 0.0}"
             )
 

@@ -51,14 +51,14 @@ def check_training_mode(name: str, modules: Iterable[Any], before: list[Tensor])
     )
 
 
-def check_same(name: str, found: Tensor, alone: Tensor, what: str, *, rounded: bool) -> None:
+def check_same(name: str, together: Tensor, alone: Tensor, what: str, *, rounded: bool) -> None:
     """Compares (N,) log-probabilities of tokens, nats, with those of rows alone.
 
     Args:
       rounded: 16-bit numbers, of which the mean decides.
     Raises: SettingsError: they differ.
     """
-    apart = (found - alone).abs()
+    apart = (together - alone).abs()
     if not len(apart) or (apart.mean() <= 0.1 if rounded else apart.max() <= 2e-3):
         return
     raise SettingsError(

@@ -96,7 +96,7 @@ class GVPOWorker(TrainingWorker):
         lengths = data["input_ids"].offsets().diff()
         rows = [int(lengths.argmax()), int(lengths.argmin())]
         score = lambda places, **options: (
-            self._score(tu.index_select_tensor_dict(data, places), whole=True, **options).values().float()
+            self._score(tu.index_select_tensor_dict(data, places), one_batch=True, **options).values().float()
         )
         name = type(self.engine.module).__name__
         alone = torch.cat([score([row]) for row in rows])
@@ -107,15 +107,15 @@ class GVPOWorker(TrainingWorker):
         check_training_mode(name, self.engine.module.modules(), before)
         check_same(name, trained, alone, "in training mode", rounded=rounded)
 
-    def _score(self, data: TensorDict, *, whole: bool = False, training: bool = False) -> torch.Tensor:
+    def _score(self, data: TensorDict, *, one_batch: bool = False, training: bool = False) -> torch.Tensor:
         """(B, T) nested token log-probabilities of the responses, by the same passes as the step's.
 
         Args:
-          whole: all rows in one micro-batch.
+          one_batch: all rows in one micro-batch.
           training: in training mode, as in the step.
         """
         batch = data.copy()
-        if whole:
+        if one_batch:
             tu.assign_non_tensor(batch, use_dynamic_bsz=False, micro_batch_size_per_gpu=len(data), force_group_size=1)
         settings = {
             "use_remove_padding": self.model_config.get("use_remove_padding", False),

@@ -30,14 +30,14 @@ def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, c
     batch = layout.check_batch(spec.vocabulary)
 
     def packed_difference() -> float | None:
-        found = []
+        scores = []
         shape = (rows_bucket(len(batch), shards), CHECKED, CHECKED)
         for kind in (True, False):
             planned = layout.plan_rows(batch, packed=kind, tokens=CHECKED)
             arrays = layout.arrays(batch, planned)
             rows = lay(arrays, planned, [(i, 0) for i in range(len(planned))], shape)
-            found.append(arrays.split(scorer.values(rows, parameters, adapters)[rows.places]))
-        packed, plain = found
+            scores.append(arrays.split(scorer.values(rows, parameters, adapters)[rows.places]))
+        packed, plain = scores
         tolerance = (2e-3, 5e-4) if config.dtype == "float32" else (float("inf"), 0.1)
         return layout.largest_difference(packed, plain, tolerance)
 

@@ -42,12 +42,12 @@ def restore(directory: Path, state: Any) -> Any:
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Of the parameters, each layer's for itself."""
-    found: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, array in state["parameter"].items():
         shape = tuple(array.shape)
         layers = [(name.replace("*", str(i)), shape[1:]) for i in range(shape[0])] if "*" in name else [(name, shape)]
-        found |= {f"parameter.{layer}": size for layer, size in layers}
-    return found
+        shapes |= {f"parameter.{layer}": size for layer, size in layers}
+    return shapes
 
 
 def read_arrays(directory: Path) -> dict[str, Any]:
@@ -56,6 +56,6 @@ def read_arrays(directory: Path) -> dict[str, Any]:
         path = directory.resolve() / _ARRAYS
         tree = reader.metadata(path).item_metadata.tree
         arguments = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
-        found = reader.restore(path, restore_args=arguments)
-    leaves = jax.tree_util.tree_flatten_with_path(found)[0]
+        restored = reader.restore(path, restore_args=arguments)
+    leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}

@@ -39,11 +39,11 @@ def mixture(
     best = best.astype(h.dtype)
     order = jnp.argsort(chosen.reshape(-1), stable=True)
     sizes = jnp.zeros(router.shape[0], jnp.int32).at[chosen.reshape(-1)].add(1)
-    own = jnp.take(flat, order // count, axis=0)
+    inputs = jnp.take(flat, order // count, axis=0)
     ragged = lambda x, name: _ragged(x, layer[f"mlp.experts.#.{name}_proj.weight"].astype(compute), sizes)
-    found = ragged(activate(ragged(own, "gate")) * ragged(own, "up"), "down")
-    found = found * jnp.take(best.reshape(-1), order)[:, None]
-    back = jnp.take(found, jnp.argsort(order), axis=0).reshape(len(flat), count, -1)
+    outputs = ragged(activate(ragged(inputs, "gate")) * ragged(inputs, "up"), "down")
+    outputs = outputs * jnp.take(best.reshape(-1), order)[:, None]
+    back = jnp.take(outputs, jnp.argsort(order), axis=0).reshape(len(flat), count, -1)
     return back.sum(1).reshape(h.shape).astype(h.dtype)
 
 

@@ -48,32 +48,32 @@ def _save(tensors: dict[str, np.ndarray], path: str) -> None:
 def _tensors(setup: Setup, learner: Learner, dtype: str, main: bool) -> Iterator[tuple[str, np.ndarray]]:
     """The model's tensors, adapters merged, layer by layer, gathered by all processes; nothing but on the main one."""
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
-    whole, adapters = _gathering(setup), learner.adapters
+    gathered, adapters = _gathering(setup), learner.adapters
     for name, array in learner.parameters.items():
         module = name.removesuffix(".weight")
         for i in range(setup.spec.layers) if "*" in name else (None,):
-            value = whole(array, i)
+            value = gathered(array, i)
             if f"{module}.lora_A" in adapters:
-                a, b = (whole(adapters[f"{module}.lora_{x}"], i) for x in "AB")
+                a, b = (gathered(adapters[f"{module}.lora_{x}"], i) for x in "AB")
                 value = value.astype(np.float32) + (b @ a) * np.float32(setup.scale)
             if not main:
                 continue
-            value, own = value.astype(target), name if i is None else name.replace("*", str(i))
-            if "#" in own:
-                yield from ((fill(own, (e,)), expert) for e, expert in enumerate(value))
+            value, file_name = value.astype(target), name if i is None else name.replace("*", str(i))
+            if "#" in file_name:
+                yield from ((fill(file_name, (e,)), expert) for e, expert in enumerate(value))
             else:
-                yield own, value
+                yield file_name, value
 
 
 def _gathering(setup: Setup) -> Callable[[jax.Array, int | None], np.ndarray]:
     """A function of an array and a layer of it (None: it has none), which all processes call and get in full."""
     everywhere = meshes.replicated(setup.mesh)
 
-    def whole(a: jax.Array, layer: int | None) -> np.ndarray:
+    def gathered(a: jax.Array, layer: int | None) -> np.ndarray:
         a = a if layer is None else a[layer]
         return np.asarray(jax.device_put(a, everywhere).addressable_data(0))
 
-    return whole
+    return gathered
 
 
 def export_adapters(directory: Path, setup: Setup, learner: Learner, config: ModelConfig, main: bool) -> None:
@@ -89,11 +89,11 @@ def export_adapters(directory: Path, setup: Setup, learner: Learner, config: Mod
             f"gvpo_jax cannot write adapters of experts ({experts[0]}) as peft reads them: export the merged model "
             "instead (without --adapters)"
         )
-    whole, tensors = _gathering(setup), {}
+    gathered, tensors = _gathering(setup), {}
     for name, array in learner.adapters.items():
         for i in range(setup.spec.layers) if "*" in name else (None,):
-            own = name if i is None else name.replace("*", str(i))
-            tensors[f"base_model.model.{own}.weight"] = whole(array, i)
+            file_name = name if i is None else name.replace("*", str(i))
+            tensors[f"base_model.model.{file_name}.weight"] = gathered(array, i)
     if not main:
         return
     modules = {name.removeprefix("base_model.model.").rpartition(".lora_")[0] for name in tensors}
@@ -113,7 +113,7 @@ def export_adapters(directory: Path, setup: Setup, learner: Learner, config: Mod
     path = directory / "adapter_model.safetensors"
     _save(tensors, str(path))
     write_json(directory / "adapter_config.json", settings)
-    found = load_file(path)
-    wrong = sorted(found.keys() ^ tensors.keys()) or [n for n in tensors if not np.array_equal(found[n], tensors[n])]
+    stored = load_file(path)
+    wrong = sorted(stored.keys() ^ tensors.keys()) or [n for n in tensors if not np.array_equal(stored[n], tensors[n])]
     if wrong:
         raise ConfigError(f"{path}, read back, differs in {len(wrong)} adapters, the first {wrong[0]}")

@@ -123,9 +123,9 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     kind = inner.pop("model_type", f"{config['model_type']}_text")
     if "tie_word_embeddings" in config:
         inner["tie_word_embeddings"] = config["tie_word_embeddings"]
-    found: dict[str, Any] = AutoConfig.for_model(kind, **inner).to_dict()
+    settings: dict[str, Any] = AutoConfig.for_model(kind, **inner).to_dict()
     family = FAMILIES.get(kind)
-    return found | {"model_type": kind, "architectures": [family.architecture] if family else None}
+    return settings | {"model_type": kind, "architectures": [family.architecture] if family else None}
 
 
 def read_spec(config: Mapping[str, Any]) -> Spec:
@@ -263,8 +263,8 @@ def _is_sparse(config: Mapping[str, Any], i: int) -> bool:
 def _gemma4_heads(config: Mapping[str, Any], i: int, kind: str, usual: tuple[int, int]) -> tuple[int, int]:
     """Width of a head and number of key heads: layers of full attention have their own."""
     if "per_layer_config" in config:
-        own = (config["per_layer_config"] or {}).get(str(i)) or (config["per_layer_config"] or {}).get(i) or {}
-        return int(own.get("head_dim", usual[0])), int(own.get("num_key_value_heads", usual[1]))
+        of_layer = (config["per_layer_config"] or {}).get(str(i)) or (config["per_layer_config"] or {}).get(i) or {}
+        return int(of_layer.get("head_dim", usual[0])), int(of_layer.get("num_key_value_heads", usual[1]))
     if kind != "full_attention":
         return usual
     keys = config.get("num_global_key_value_heads") if config.get("attention_k_eq_v") else None
@@ -277,9 +277,9 @@ def _shared(config: Mapping[str, Any], i: int, layer: Layer, types: list[str]) -
     full = types[i] == "full_attention"
     settings: dict[str, Any] = {"values": not (config.get("attention_k_eq_v") and full)}
     if i >= first:
-        own = [j for j in range(first) if types[j] == types[i]]
-        if not own:
+        sources = [j for j in range(first) if types[j] == types[i]]
+        if not sources:
             raise ConfigError(f"num_kv_shared_layers leaves no layer of type {types[i]} with keys of its own")
         wide = 2 if config.get("use_double_wide_mlp") else 1
-        settings |= {"source": own[-1], "intermediate": layer.intermediate * wide}
+        settings |= {"source": sources[-1], "intermediate": layer.intermediate * wide}
     return replace(layer, **settings)

@@ -63,7 +63,7 @@ def generate(
       end: ids that end a response.
       cache_tokens: tokens of cache held at once on this process's devices; sets how many rows are decoded together.
     """
-    found: list[list[Any]] = [[None] * len(row) for row in seeds]
+    responses: list[list[Any]] = [[None] * len(row) for row in seeds]
     logprobs = [[0.0] * len(row) for row in seeds]
     room = bucket(sampling.max_tokens)
     shards = meshes.batch_shards(setup.mesh)
@@ -78,8 +78,8 @@ def generate(
         texts, scores = _decode(setup, programs, parameters, adapters, prompts, seeds, units, shape, sampling, end)
         for (i, places), text, score in zip(units, texts, scores, strict=True):
             for j, response, value in zip(places, text, score, strict=True):
-                found[i][j], logprobs[i][j] = response, value
-    return found, logprobs
+                responses[i][j], logprobs[i][j] = response, value
+    return responses, logprobs
 
 
 def chunks_of(
@@ -95,16 +95,16 @@ def chunks_of(
     chunks: list[list[Unit]] = []
     longest = 0
     for unit in units:
-        own = len(prompts[unit[0]])
+        size = len(prompts[unit[0]])
         if chunks:
             most = len(chunks[-1][0][1])  # sorted: the first has the most responses
-            a_prompt = bucket(max(longest, own)) + rows_bucket(most, 1) * room
+            a_prompt = bucket(max(longest, size)) + rows_bucket(most, 1) * room
             alike = len(unit[1]) * 2 > most
         if not chunks or not alike or rows_bucket(len(chunks[-1]) + 1, shards) * a_prompt > cache_tokens:
             chunks.append([])
             longest = 0
         chunks[-1].append(unit)
-        longest = max(longest, own)
+        longest = max(longest, size)
     return chunks
 
 
@@ -228,7 +228,7 @@ def decode(
 
             def layer(carry: Any, inputs: Any, kind: Any = kind) -> tuple[Any, None]:
                 x, own_keys, own_values = carry
-                place, own, prompt_keys, prompt_values, facts = inputs
+                place, weights, prompt_keys, prompt_values, facts = inputs
                 held = [own_keys, own_values]
 
                 def attend(q: Array, k_new: Array | None, v_new: Array | None) -> Array:
@@ -241,7 +241,7 @@ def decode(
                     mine = [lax.dynamic_slice(c, (place, *(0,) * 5), filled + c.shape[4:])[0] for c in held]
                     return over(q, prompt_keys, prompt_values, mine, facts["window"])
 
-                x, _, _ = block(setup, kind, own, x, tables.of(kind, facts), attend, facts.get("inputs"))
+                x, _, _ = block(setup, kind, weights, x, tables.of(kind, facts), attend, facts.get("inputs"))
                 return (x, *held), None
 
             members = jnp.arange(len(stack.members))
@@ -311,7 +311,7 @@ def _attend(
     """q (G, K, heads, width) over the prompt's (G, S, ...) and the rows' own (G, K, R, ...) -> like q."""
     groups, k, heads, width = q.shape
     grouped = q.reshape(groups, k, keys.shape[-2], -1, width)
-    scored = lambda found: capped(found * spec.attention_scale, spec.attention_cap)
+    scored = lambda products: capped(products * spec.attention_scale, spec.attention_cap)
     at_prompt = scored(product("gkhqd,gshd->gkhqs", grouped, prompt_keys, wide=jnp.float32))
     at_own = scored(product("gkhqd,gkrhd->gkhqr", grouped, keys, wide=jnp.float32))
     at_prompt = jnp.where(past[:, None, None, None], at_prompt, -jnp.inf)

@@ -54,7 +54,7 @@ class Learner:
         static = (self.mesh, tuple(self.shapes.items()))
         return self.programs.call(update.no_gradient, static, out=self._shardings)  # type: ignore[no-any-return]
 
-    def whole(self, total: Parameters, rows: Rows, coefficients: Coefficients) -> tuple[Parameters, np.ndarray]:
+    def grouped(self, total: Parameters, rows: Rows, coefficients: Coefficients) -> tuple[Parameters, np.ndarray]:
         """Forward, coefficients, backward of a micro-batch of whole groups: the sum so far, (r,) log-probs."""
         given = mesh.put_all(rows.arrays, self.mesh)
         values, saved = self.programs.call(update.forward, (self.setup,), self.trained, self._frozen, given)
@@ -84,9 +84,9 @@ class Learner:
 
         Raises: FloatingPointError: a gradient that is not finite; nothing was changed.
         """
-        found, own = self.programs.call(update.norms, (), total, out=mesh.replicated(self.mesh))
-        norm = float(found)
-        scale = update.clip_scale(norm, own, self.config.max_gradient_norm)
+        total_norm, norms = self.programs.call(update.norms, (), total, out=mesh.replicated(self.mesh))
+        norm = float(total_norm)
+        scale = update.clip_scale(norm, norms, self.config.max_gradient_norm)
         b1, b2 = self.config.betas
         numbers = update.adamw_numbers(b1, b2, self.config.weight_decay, rate, scale, steps_taken)
         trained, self._state = self.programs.call(

@@ -75,8 +75,8 @@ def token_logprobs(
     chunked = lambda x: jnp.moveaxis(x.reshape(*targets.shape[:-1], parts, rows, *x.shape[targets.ndim :]), -3, 0)
     axes = () if mesh is None else vocabulary_axes(mesh, head_weight.shape[0])
     head = _Head(np.dtype(wide).name, frozen, scale, softcap, mesh if axes else None, axes)
-    found = _chunks(head, chunked(hidden), head_weight, chunked(targets[..., None])[..., 0])
-    return jnp.moveaxis(found, 0, -2).reshape(targets.shape)[..., :length]
+    chunks = _chunks(head, chunked(hidden), head_weight, chunked(targets[..., None])[..., 0])
+    return jnp.moveaxis(chunks, 0, -2).reshape(targets.shape)[..., :length]
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ class _Head:
         return product(spec, a, b, wide=jnp.dtype(self.wide))
 
     def logits(self, hidden: Array, weight: Array) -> Array:
-        found = self.narrow(self.product("...h,vh->...v", hidden, weight))
-        return capped(found if self.scale == 1.0 else found * self.scale, self.softcap)
+        products = self.narrow(self.product("...h,vh->...v", hidden, weight))
+        return capped(products if self.scale == 1.0 else products * self.scale, self.softcap)
 
     def chosen(self, logits: Array, targets: Array) -> Array:
         # A comparison instead of a gather: it fuses, and it stays local where the vocabulary is sharded.
@@ -132,10 +132,10 @@ class _Head:
 
     def gradient(self, logits: Array, normaliser: Array, targets: Array) -> Array:
         """d logprob / d (hidden @ weight.T)."""
-        found = jnp.where(self._is(logits, targets), 1.0, 0.0) - jnp.exp(logits - normaliser[..., None])
+        gradient = jnp.where(self._is(logits, targets), 1.0, 0.0) - jnp.exp(logits - normaliser[..., None])
         if self.softcap is not None:
-            found = found * (1.0 - (logits / self.softcap) ** 2)
-        return found if self.scale == 1.0 else found * self.scale
+            gradient = gradient * (1.0 - (logits / self.softcap) ** 2)
+        return gradient if self.scale == 1.0 else gradient * self.scale
 
     @staticmethod
     def _is(logits: Array, targets: Array) -> Array:
@@ -180,8 +180,8 @@ def _forward(head: _Head, hidden: Array, weight: Array, targets: Array) -> tuple
             kept = head.product("...v,vh->...h", g, placed).astype(hidden.dtype)
         return carry, (head.spread(head.chosen(logits, wanted) - normaliser), head.spread(kept))
 
-    found, kept = lax.scan(one, None, (hidden, targets))[1]
-    return found, (kept, weight, None, None) if head.frozen else (hidden, weight, targets, kept)
+    logprobs, kept = lax.scan(one, None, (hidden, targets))[1]
+    return logprobs, (kept, weight, None, None) if head.frozen else (hidden, weight, targets, kept)
 
 
 def _backward(head: _Head, saved: Any, factors: Array) -> tuple[Array, Array, None]:

@@ -23,8 +23,8 @@ def find_devices(name: str) -> list[Any]:
     """
     platform, _, number = name.partition(":")
     try:
-        found = jax.devices() if name == "auto" else jax.devices(_PLATFORMS.get(platform, platform))
-        return found if not number else [found[int(number)]]
+        devices = jax.devices() if name == "auto" else jax.devices(_PLATFORMS.get(platform, platform))
+        return devices if not number else [devices[int(number)]]
     except (RuntimeError, ValueError, IndexError) as error:
         raise ConfigError(f"model.device is {name!r}, which JAX does not have here: use auto or cpu") from error
 

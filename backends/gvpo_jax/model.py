@@ -59,17 +59,19 @@ class Tables:
 
     def scanned(self, spec: Spec, members: range) -> dict[str, Any]:
         """Arrays of a stack that `lax.scan` cuts into layers."""
-        own = [spec.each[i] for i in members]
-        found: dict[str, Any] = {"window": jnp.asarray([layer.window for layer in own], jnp.int32)}
+        layers = [spec.each[i] for i in members]
+        facts: dict[str, Any] = {"window": jnp.asarray([layer.window for layer in layers], jnp.int32)}
         if len(members) > 1 and len(self.turned) > 1:
-            found["turned"] = tuple(jnp.stack([self.turned[layer.rope][which] for layer in own]) for which in range(2))
+            facts["turned"] = tuple(
+                jnp.stack([self.turned[layer.rope][which] for layer in layers]) for which in range(2)
+            )
         if self.inputs is not None:
-            found["inputs"] = jnp.moveaxis(self.inputs[:, :, members.start : members.stop], 2, 0)
-        return found
+            facts["inputs"] = jnp.moveaxis(self.inputs[:, :, members.start : members.stop], 2, 0)
+        return facts
 
     def of(self, layer: Layer, scanned: Mapping[str, Any]) -> Turned:
-        found: Turned = scanned.get("turned") or self.turned[layer.rope]
-        return found
+        turned: Turned = scanned.get("turned") or self.turned[layer.rope]
+        return turned
 
 
 def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]) -> Array:
@@ -101,8 +103,8 @@ def head_weight(setup: Setup, parameters: Parameters) -> Array:
 
 def logits(setup: Setup, parameters: Parameters, states: Array) -> Array:
     """(..., V) float32 of states after the last norm."""
-    found = product("...h,vh->...v", states, head_weight(setup, parameters), wide=jnp.float32)
-    return capped(found * setup.spec.logit_scale, setup.spec.logit_cap)
+    products = product("...h,vh->...v", states, head_weight(setup, parameters), wide=jnp.float32)
+    return capped(products * setup.spec.logit_scale, setup.spec.logit_cap)
 
 
 def hidden_states(
@@ -141,13 +143,15 @@ def through_layers(
         def layer(
             x: Array, inputs: Any, stack: Stack = stack, lent: Any = lent, kept_here: bool = kept_here
         ) -> tuple[Array, Any]:
-            own, scanned = inputs
+            weights, scanned = inputs
 
             def attend(q: Array, k: Array | None, v: Array | None) -> Array:
                 keys, values = (k, v) if lent is None else (lent[0][0], lent[1][0])
                 return attention(setup, q, keys, values, positions, segments, scanned["window"])
 
-            x, k, v = block(setup, stack.layer, own, x, tables.of(stack.layer, scanned), attend, scanned.get("inputs"))
+            x, k, v = block(
+                setup, stack.layer, weights, x, tables.of(stack.layer, scanned), attend, scanned.get("inputs")
+            )
             return x, (over_heads(setup, k), over_heads(setup, v)) if kept_here else None
 
         body = jax.checkpoint(layer) if setup.remat else layer
@@ -162,19 +166,19 @@ def stacks(spec: Spec, parameters: Parameters, adapters: Parameters) -> list[Sta
     if spec.uniform:
         arrays = {name.removeprefix(LAYER): a for name, a in named.items() if name.startswith(LAYER)}
         return [Stack(spec.each[0], range(spec.layers), arrays)]
-    found = []
+    result = []
     for i, layer in enumerate(spec.each):
         start = f"{LAYERS}{i}."
-        own = {name.removeprefix(start): a[None] for name, a in named.items() if name.startswith(start)}
-        found.append(Stack(layer, range(i, i + 1), own))
-    return found
+        weights = {name.removeprefix(start): a[None] for name, a in named.items() if name.startswith(start)}
+        result.append(Stack(layer, range(i, i + 1), weights))
+    return result
 
 
 def embed(setup: Setup, parameters: Parameters, ids: Array) -> Array:
-    found = parameters[EMBEDDING][ids].astype(setup.compute)
+    embedded = parameters[EMBEDDING][ids].astype(setup.compute)
     if setup.spec.embedding_scale != 1.0:
-        found = found * jnp.asarray(setup.spec.embedding_scale, setup.compute)
-    return over_batch(setup, found)
+        embedded = embedded * jnp.asarray(setup.spec.embedding_scale, setup.compute)
+    return over_batch(setup, embedded)
 
 
 def tables_of(
@@ -232,8 +236,8 @@ def block(
     if k is not None:
         k = rotate(k, turned, family.interleaved)
     mixed = attend(q, k, v)
-    found = linear(setup, layer, "self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
-    x = added(setup, x, normed(found, after))
+    attended = linear(setup, layer, "self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
+    x = added(setup, x, normed(attended, after))
     h = feed_forward(setup, kind, layer, normed(x, before_mlp))
     x = added(setup, x, normed(h, after_mlp))
     if inputs is not None:
@@ -255,12 +259,12 @@ def queries_keys_values(setup: Setup, kind: Layer, layer: Parameters, h: Array) 
     heads = lambda y: y.reshape(*y.shape[:-1], -1, kind.width)
     parts: dict[str, Array]
     if family.fused:
-        whole = linear(setup, layer, "self_attn.qkv_proj", h)
+        fused = linear(setup, layer, "self_attn.qkv_proj", h)
         cut = setup.spec.heads * kind.width
-        parts = dict(zip("qkv", jnp.split(whole, [cut, cut + kind.key_heads * kind.width], -1), strict=True))
+        parts = dict(zip("qkv", jnp.split(fused, [cut, cut + kind.key_heads * kind.width], -1), strict=True))
     else:
-        own = "q" if kind.source is not None else "qkv" if kind.values else "qk"
-        parts = {name: linear(setup, layer, f"self_attn.{name}_proj", h) for name in own}
+        projections = "q" if kind.source is not None else "qkv" if kind.values else "qk"
+        parts = {name: linear(setup, layer, f"self_attn.{name}_proj", h) for name in projections}
         if kind.source is None and not kind.values:
             parts["v"] = parts["k"]
     if family.qk_norms == "row":
@@ -361,14 +365,14 @@ def weighted(spec: Spec, q: Array, sources: list[tuple[Array, Array, Array]]) ->
     scores = []
     for k, _, sees in sources:
         grouped = q.reshape(batch, queries, k.shape[2], -1, width)
-        found = product("bqkgd,bskd->bkgqs", grouped, k, wide=jnp.float32) * spec.attention_scale
-        scores.append(jnp.where(sees[:, None, None], capped(found, spec.attention_cap), -jnp.inf))
+        products = product("bqkgd,bskd->bkgqs", grouped, k, wide=jnp.float32) * spec.attention_scale
+        scores.append(jnp.where(sees[:, None, None], capped(products, spec.attention_cap), -jnp.inf))
     shares = jax.nn.softmax(jnp.concatenate(scores, -1), -1).astype(q.dtype)
     mixed: Any = None
     start = 0
     for _, v, sees in sources:
         part = shares[..., start : start + sees.shape[-1]]
         start += sees.shape[-1]
-        found = product("bkgqs,bskd->bqkgd", part, v)
-        mixed = found if mixed is None else mixed + found
+        values = product("bkgqs,bskd->bqkgd", part, v)
+        mixed = values if mixed is None else mixed + values
     return mixed.reshape(batch, queries, heads, width)

@@ -38,10 +38,10 @@ def place(
     out = tuple(
         meshes.parameter_shardings(setup.mesh, {n: a.shape for n, a in t.items()}) for t in (parameters, adapters)
     )
-    found: tuple[Parameters, Parameters] = programs.call(
+    trees: tuple[Parameters, Parameters] = programs.call(
         placed, (setup,), parameters, adapters, out=out, advice=_ADVICE
     )
-    return found
+    return trees
 
 
 def placed(setup: Setup, parameters: Parameters, adapters: Parameters) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -52,10 +52,10 @@ def placed(setup: Setup, parameters: Parameters, adapters: Parameters) -> tuple[
 
 def _placed(setup: Setup, tree: Parameters) -> dict[str, Array]:
     stacked = {name: a for name, a in tree.items() if "*" in name}
-    found = {name: _moved(setup, name, a) for name, a in tree.items() if name not in stacked}
+    placed = {name: _moved(setup, name, a) for name, a in tree.items() if name not in stacked}
     if stacked:
-        found |= lax.map(lambda layer: {name: _moved(setup, name, a) for name, a in layer.items()}, stacked)
-    return found
+        placed |= lax.map(lambda layer: {name: _moved(setup, name, a) for name, a in layer.items()}, stacked)
+    return placed
 
 
 def _moved(setup: Setup, name: str, a: Array) -> Array:
@@ -65,8 +65,8 @@ def _moved(setup: Setup, name: str, a: Array) -> Array:
         return a
     end = meshes.parameter_sharding(mesh, name.replace("*", "0"), a.shape)
     spec: list[Any] = [*end.spec, *(None,) * (a.ndim - len(end.spec))]
-    whole = [i for i in (a.ndim - 2, a.ndim - 1) if spec[i] is None and a.shape[i] % mesh.shape["fsdp"] == 0]
-    if len(whole) == 1:
-        spec[whole[0]] = "fsdp"
+    unsharded = [i for i in (a.ndim - 2, a.ndim - 1) if spec[i] is None and a.shape[i] % mesh.shape["fsdp"] == 0]
+    if len(unsharded) == 1:
+        spec[unsharded[0]] = "fsdp"
         a = lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec(*spec)))
     return lax.with_sharding_constraint(a, end)

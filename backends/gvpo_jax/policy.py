@@ -126,8 +126,8 @@ class JaxPolicy(LanguageModelPolicy):
         self.scorer.check_lengths(batch)
         logprobs, tokens = plan.logprobs, plan.tokens
         total = self.learner.no_gradient()
-        for rows in planning.plan(batch, plan.whole, self._splitting, self.mesh):
-            total, sums = self.learner.whole(total, rows, coefficients)
+        for rows in planning.plan(batch, plan.grouped, self._splitting, self.mesh):
+            total, sums = self.learner.grouped(total, rows, coefficients)
             assert rows.source is not None
             logprobs[rows.source.responses] = sums
             tokens += rows.arrays["ids"].size

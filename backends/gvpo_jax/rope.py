@@ -53,9 +53,9 @@ def _rope(
     plain = rope["rope_theta"] ** -(np.arange(0, turning, 2, dtype=np.float64) / turning)
     if name == "proportional":  # as many angles as the head has, of which the last do not turn
         angles = int(share * width // 2)
-        found = np.zeros(width // 2)
-        found[:angles] = rope["rope_theta"] ** -(np.arange(0, 2 * angles, 2, dtype=np.float64) / width)
-        return Rope(_floats(found / (rope.get("factor") or 1.0)))
+        inverse = np.zeros(width // 2)
+        inverse[:angles] = rope["rope_theta"] ** -(np.arange(0, 2 * angles, 2, dtype=np.float64) / width)
+        return Rope(_floats(inverse / (rope.get("factor") or 1.0)))
     if name == "default":
         return Rope(_floats(plain))
     if name == "dynamic":  # up to the length that the model was made for nothing is rescaled
@@ -120,5 +120,5 @@ def rotate(x: Array, turned: tuple[Array, Array], interleaved: bool) -> Array:
     else:
         first, second = jnp.split(part, 2, -1)
         across = jnp.concatenate([-second, first], -1)
-    found = part * cos + across * sin
-    return jnp.concatenate([found, rest], -1) if rest.shape[-1] else found
+    rotated = part * cos + across * sin
+    return jnp.concatenate([rotated, rest], -1) if rest.shape[-1] else rotated

@@ -76,10 +76,10 @@ class Rows:
 
     def spread(self, factors: np.ndarray) -> np.ndarray:
         """(B, P) float32: each response's factor at each of its tokens, 0 elsewhere."""
-        found = np.zeros(self.arrays["targets"].shape, np.float32)
+        spread = np.zeros(self.arrays["targets"].shape, np.float32)
         if self.source is not None:
-            found[self.places] = np.repeat(factors, self.source.lengths)
-        return found
+            spread[self.places] = np.repeat(factors, self.source.lengths)
+        return spread
 
 
 @dataclass
@@ -165,13 +165,13 @@ def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh:
     ]
     counts = ranks.most(len(micro), len(apart))
     padded = [*apart, *[None] * (counts[1] - len(apart)), *(f for _, f in micro), *[None] * (counts[0] - len(micro))]
-    own = [layout.arrays(batch, filling.rows) if filling else None for filling in padded]
+    laid_out = [layout.arrays(batch, filling.rows) if filling else None for filling in padded]
     lengths = [
         *[max(bucket(_longest(f.rows)) if f else 0, length) for f in padded[: counts[1]]],
         *[length] * counts[0],
     ]
     wanted = []
-    for filling, arrays, tokens in zip(padded, own, lengths, strict=True):
+    for filling, arrays, tokens in zip(padded, laid_out, lengths, strict=True):
         predicted = 1 if filling is None or arrays is None else _most_predicted(filling, arrays)
         wanted += [1 if filling is None else -(-filling.used // shards), tokens, predicted]
     if not wanted:
@@ -179,7 +179,7 @@ def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh:
     agreed = ranks.most(*wanted)
     predicted = max(agreed[2 + 3 * counts[1] :: 3], default=1)
     planned = []
-    for number, (filling, arrays) in enumerate(zip(padded, own, strict=True)):
+    for number, (filling, arrays) in enumerate(zip(padded, laid_out, strict=True)):
         rows, tokens, needed = agreed[3 * number : 3 * number + 3]
         needed = needed if number < counts[1] else predicted
         part = max(SMALLEST, -(-tokens // SPREAD))

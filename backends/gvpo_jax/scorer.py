@@ -68,13 +68,13 @@ class Scorer:
         Raises: ConfigError: see `check_lengths`.
         """
         self.check_lengths(batch)
-        found, tokens = np.zeros(len(batch)), 0
+        logprobs, tokens = np.zeros(len(batch)), 0
         for rows in plan(batch, splitting.rows(batch), splitting, self.mesh):
             values = self.values(rows, parameters, adapters)
             if rows.source is not None:
-                found[rows.source.responses] = rows.sums(values)
+                logprobs[rows.source.responses] = rows.sums(values)
                 tokens += rows.arrays["ids"].size
-        return found, tokens
+        return logprobs, tokens
 
     def sample(
         self,

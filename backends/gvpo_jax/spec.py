@@ -117,64 +117,64 @@ class Spec:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Parameter name -> shape; `*` stands for a layer's number and `#` for an expert's, each a leading axis."""
-        found: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.hidden), NORM: (self.hidden,)}
+        shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.hidden), NORM: (self.hidden,)}
         if not self.tied:
-            found[HEAD] = (self.vocabulary, self.hidden)
+            shapes[HEAD] = (self.vocabulary, self.hidden)
         if self.inputs:
             wide = self.layers * self.inputs
-            found["model.embed_tokens_per_layer.weight"] = (self.inputs_vocabulary, wide)
-            found["model.per_layer_model_projection.weight"] = (wide, self.hidden)
-            found["model.per_layer_projection_norm.weight"] = (self.inputs,)
+            shapes["model.embed_tokens_per_layer.weight"] = (self.inputs_vocabulary, wide)
+            shapes["model.per_layer_model_projection.weight"] = (wide, self.hidden)
+            shapes["model.per_layer_projection_norm.weight"] = (self.inputs,)
         if self.uniform:
             layer = self.layer_shapes(self.each[0])
-            return found | {LAYER + name: (self.layers, *shape) for name, shape in layer.items()}
+            return shapes | {LAYER + name: (self.layers, *shape) for name, shape in layer.items()}
         for i, kind in enumerate(self.each):
-            found |= {f"{LAYERS}{i}.{name}": shape for name, shape in self.layer_shapes(kind).items()}
-        return found
+            shapes |= {f"{LAYERS}{i}.{name}": shape for name, shape in self.layer_shapes(kind).items()}
+        return shapes
 
     def layer_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         """Of one layer."""
         h, family = self.hidden, self.family
         queries, keys = self.heads * layer.width, layer.key_heads * layer.width
-        found: dict[str, tuple[int, ...]] = {f"{name}.weight": (h,) for name in family.norms if name}
+        shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (h,) for name in family.norms if name}
         if family.fused:
-            found["self_attn.qkv_proj.weight"] = (queries + 2 * keys, h)
-            found["self_attn.o_proj.weight"] = (h, queries)
+            shapes["self_attn.qkv_proj.weight"] = (queries + 2 * keys, h)
+            shapes["self_attn.o_proj.weight"] = (h, queries)
         else:
-            own = "qkvo" if layer.values else "qko"
-            for which in own if layer.source is None else "qo":
+            projections = "qkvo" if layer.values else "qko"
+            for which in projections if layer.source is None else "qo":
                 size = queries if which in "qo" else keys
-                found[f"self_attn.{which}_proj.weight"] = (h, size) if which == "o" else (size, h)
+                shapes[f"self_attn.{which}_proj.weight"] = (h, size) if which == "o" else (size, h)
                 if which in self.biases:
-                    found[f"self_attn.{which}_proj.bias"] = (h if which == "o" else size,)
+                    shapes[f"self_attn.{which}_proj.bias"] = (h if which == "o" else size,)
         if family.qk_norms:
             sizes = {"q": queries, "k": keys} if family.qk_norms == "row" else dict.fromkeys("qk", layer.width)
             for which in "qk" if layer.source is None else "q":
-                found[f"self_attn.{which}_norm.weight"] = (sizes[which],)
+                shapes[f"self_attn.{which}_norm.weight"] = (sizes[which],)
         if self.inputs:
-            found["per_layer_input_gate.weight"] = (self.inputs, h)
-            found["per_layer_projection.weight"] = (h, self.inputs)
-            found["post_per_layer_input_norm.weight"] = (h,)
+            shapes["per_layer_input_gate.weight"] = (self.inputs, h)
+            shapes["per_layer_projection.weight"] = (h, self.inputs)
+            shapes["post_per_layer_input_norm.weight"] = (h,)
         if family.layer_scalar:
-            found["layer_scalar"] = (1,)
-        return found | self._mlp_shapes(layer)
+            shapes["layer_scalar"] = (1,)
+        return shapes | self._mlp_shapes(layer)
 
     def _mlp_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
         h, m = self.hidden, layer.intermediate
         if layer.sparse:
-            found: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (self.experts, h)}
+            shapes: dict[str, tuple[int, ...]] = {"mlp.gate.weight": (self.experts, h)}
             m = self.expert_width
             for which, shape in {"gate": (m, h), "up": (m, h), "down": (h, m)}.items():
-                found[f"mlp.experts.#.{which}_proj.weight"] = (self.experts, *shape)
-            return found
+                shapes[f"mlp.experts.#.{which}_proj.weight"] = (self.experts, *shape)
+            return shapes
         if self.family.fused_mlp:
             return {"mlp.gate_up_proj.weight": (2 * m, h), "mlp.down_proj.weight": (h, m)}
-        found = {}
+        shapes = {}
         for which, shape in {"gate": (m, h), "up": (m, h), "down": (h, m)}.items():
-            found[f"mlp.{which}_proj.weight"] = shape
+            shapes[f"mlp.{which}_proj.weight"] = shape
             if self.mlp_bias:
-                found[f"mlp.{which}_proj.bias"] = shape[:1]
-        return found
+                shapes[f"mlp.{which}_proj.bias"] = shape[:1]
+        return shapes
 
 
 def leading(name: str) -> int:

@@ -51,10 +51,10 @@ def backward(
     total: Parameters, saved: Saved, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array], factors: Array
 ) -> dict[str, Array]:
     """total - the gradient of sum factors * log pi, at the arguments of the `forward` that gave `saved`."""
-    arguments, own = jax.tree.leaves((trained, frozen, rows)), iter(saved.arrays)
-    leaves = [next(own) if at is None else arguments[at] for at in saved.given]
-    (found,) = jax.tree.unflatten(saved.tree, leaves)(-factors)
-    return {name: total[name] + found[name].astype(jnp.float32) for name in total}
+    arguments, stored = jax.tree.leaves((trained, frozen, rows)), iter(saved.arrays)
+    leaves = [next(stored) if at is None else arguments[at] for at in saved.given]
+    (gradient,) = jax.tree.unflatten(saved.tree, leaves)(-factors)
+    return {name: total[name] + gradient[name].astype(jnp.float32) for name in total}
 
 
 def accumulate(
@@ -81,8 +81,8 @@ def norms(total: Parameters) -> tuple[Array, dict[str, Array]]:
     for name, g in total.items():
         by_row = jnp.sum(g * g, -1)  # in steps: one long float32 sum would lose digits
         squares[name] = jnp.sum(by_row.reshape(g.shape[0] if "*" in name else 1, -1), -1)
-    whole = sum(jnp.sum(s) for s in squares.values())
-    return jnp.sqrt(whole), {name: jnp.sqrt(s) for name, s in squares.items()}
+    all_squares = sum(jnp.sum(s) for s in squares.values())
+    return jnp.sqrt(all_squares), {name: jnp.sqrt(s) for name, s in squares.items()}
 
 
 def step(
@@ -116,13 +116,13 @@ def adamw_numbers(
 ) -> dict[str, np.ndarray]:
     """What `step` takes beside arrays, from float64: in float32 1 - 0.9999 is off by 1e-4 of itself."""
     t = steps_taken + 1
-    found = {
+    numbers = {
         "clip": clip,
         "size": rate / (1 - b1**t),
         "root": math.sqrt(1 - b2**t),
         "keep": 1 - rate * decay,
     }
-    return {name: np.asarray(value, np.float32) for name, value in found.items()}
+    return {name: np.asarray(value, np.float32) for name, value in numbers.items()}
 
 
 def copied(dtype: np.dtype[Any], trained: Parameters) -> Parameters:
@@ -136,16 +136,18 @@ def no_moments(trained: Parameters) -> optax.ScaleByAdamState:
     return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
 
-def clip_scale(total_norm: float, own: Mapping[str, np.ndarray], limit: float) -> float:
+def clip_scale(total_norm: float, norms: Mapping[str, np.ndarray], limit: float) -> float:
     """The factor that brings a gradient down to norm `limit` (0: never).
 
     Args:
-      own: each parameter's norm, as `norms` gives them.
+      norms: each parameter's norm, as `norms` gives them.
     Raises: FloatingPointError: naming the parameters whose gradient is not finite.
     """
     if not math.isfinite(total_norm):
         each = {
-            name.replace("*", str(i)): norm for name, layers in own.items() for i, norm in enumerate(np.asarray(layers))
+            name.replace("*", str(i)): norm
+            for name, layers in norms.items()
+            for i, norm in enumerate(np.asarray(layers))
         }
         bad = sorted((name for name, norm in each.items() if not math.isfinite(norm)), key=_by_layer)
         raise FloatingPointError(

@@ -54,13 +54,13 @@ class Files:
 
 def _text_name(name: str) -> str:
     """The name that the model for text alone has for a weight; empty for those of other modalities."""
-    own = name.removeprefix("model.")
-    if own.startswith(OTHER_MODALITIES):
+    inner = name.removeprefix("model.")
+    if inner.startswith(OTHER_MODALITIES):
         return ""
     for prefix, instead in (("language_model.model.", "model."), ("language_model.lm_head.", "lm_head.")):
-        if own.startswith(prefix):
-            return instead + own.removeprefix(prefix)
-    return "model." + own.removeprefix("language_model.") if own.startswith("language_model.") else name
+        if inner.startswith(prefix):
+            return instead + inner.removeprefix(prefix)
+    return "model." + inner.removeprefix("language_model.") if inner.startswith("language_model.") else name
 
 
 def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
@@ -69,7 +69,9 @@ def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Arra
     Raises: ConfigError: weights that are missing, have another shape, or are unknown to this model.
     """
     shapes = spec.shapes()
-    wanted = {own: shape[leading(name) :] for name, shape in shapes.items() for own in file_names(name, shape)}
+    wanted = {
+        file_name: shape[leading(name) :] for name, shape in shapes.items() for file_name in file_names(name, shape)
+    }
     missing = sorted(wanted.keys() - files.names())
     known = wanted.keys() | ({HEAD} if spec.tied else set()) | _unread(spec)
     foreign = sorted(n for n in files.names() - known if not n.endswith(("rotary_emb.inv_freq", ".masked_bias")))
@@ -98,8 +100,8 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
 def _unread(spec: Spec) -> set[str]:
     """Weights that a file may hold and the model does not use: of layers that read another's keys and values."""
     shared = [i for i, layer in enumerate(spec.each) if layer.source is not None]
-    own = ("k_proj", "v_proj", "k_norm", "v_norm")
-    return {f"{LAYERS}{i}.self_attn.{name}.weight" for i in shared for name in own}
+    unused = ("k_proj", "v_proj", "k_norm", "v_norm")
+    return {f"{LAYERS}{i}.self_attn.{name}.weight" for i in shared for name in unused}
 
 
 def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: Any) -> jax.Array:
@@ -109,11 +111,11 @@ def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: An
         if not axes:
             return np.asarray(files[name][index]).astype(dtype)
         places = [range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]
-        found = np.empty([len(of_axis) for of_axis in places], dtype)
+        values = np.empty([len(of_axis) for of_axis in places], dtype)
         for at in itertools.product(*(range(len(of_axis)) for of_axis in places[:axes])):
-            own = fill(name, tuple(of_axis[i] for of_axis, i in zip(places, at, strict=False)))
-            found[at] = files[own][index[axes:]]
-        return found
+            file_name = fill(name, tuple(of_axis[i] for of_axis, i in zip(places, at, strict=False)))
+            values[at] = files[file_name][index[axes:]]
+        return values
 
     return jax.make_array_from_callback(shape, meshes.parameter_sharding(mesh, name, shape), part)
 

@@ -42,10 +42,10 @@ def add_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> None:
         raise ConfigError(f"model.lora_kind = {config.lora_kind} cannot adapt {config.path!r}: {error}") from error
     key = mx.random.key(seed % 2**63)
     for _, module in adapted(lm):
-        key, own = mx.random.split(key)
+        key, layer_key = mx.random.split(key)
         inputs = module.lora_a.shape[-1] if module.lora_a.ndim == 3 else module.lora_a.shape[0]
         bound = 1 / math.sqrt(inputs)
-        module.lora_a = mx.random.uniform(-bound, bound, module.lora_a.shape, key=own)
+        module.lora_a = mx.random.uniform(-bound, bound, module.lora_a.shape, key=layer_key)
 
 
 def adapted(lm: nn.Module) -> list[tuple[str, Any]]:
@@ -67,8 +67,8 @@ def switched_off(lm: nn.Module) -> Iterator[None]:
 def merged(lm: nn.Module) -> Iterator[tuple[str, mx.array]]:
     """The model's own tensors by their own names, adapters merged in, quantized ones unpacked; it stays as it is."""
     for name, module in lm.named_modules():
-        own = name.removesuffix(".linear")
-        if own != name and "lora_a" in _at(lm, own):
+        base_name = name.removesuffix(".linear")
+        if base_name != name and "lora_a" in _at(lm, base_name):
             continue
         if "lora_a" in module:
             fused = module.fuse(dequantize=True)

@@ -35,13 +35,13 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
         raise ConfigError(
             f"{scorer.name} of mlx-lm cannot compute model.path {config.path!r}: {type(error).__name__}: {error}"
         ) from error
-    own = []
+    direct = []
     with scorer.using(scorer.parameters):
         for prompt, response in zip(batch.prompts, batch.responses, strict=True):
             logits = scorer.lm(mx.array([prompt + response]))[0, len(prompt) - 1 : -1].astype(mx.float32)
             logits = logits - logsumexp(logits)[:, None]
-            own.append(np.array(mx.take_along_axis(logits, mx.array(response)[:, None], 1).squeeze(1)))
-    difference = layout.largest_difference(own, plain, _tolerance(scorer))
+            direct.append(np.array(mx.take_along_axis(logits, mx.array(response)[:, None], 1).squeeze(1)))
+    difference = layout.largest_difference(direct, plain, _tolerance(scorer))
     if difference is not None:
         raise ConfigError(
             f"log-probs of {scorer.name} differ from its own forward pass by up to {difference:.3g} nat a token: "
@@ -123,14 +123,14 @@ def _check_head(scorer: Scorer) -> None:
             stub = _Given(decoder, hidden * factor)
             try:
                 dict.__setitem__(language, "model", stub)
-                own = scorer.lm(mx.array([[1, 2, 3]])).astype(mx.float32)
+                direct = scorer.lm(mx.array([[1, 2, 3]])).astype(mx.float32)
             finally:
                 dict.__setitem__(language, "model", decoder)
             if not stub.called:
                 return
-            found = scorer.logits(stub.hidden)
-            worst = (1e-4 if scorer.dtype == mx.float32 else 2e-2) * float(mx.abs(found).max())
-            difference = float(mx.abs(found - own).max())
+            ours = scorer.logits(stub.hidden)
+            worst = (1e-4 if scorer.dtype == mx.float32 else 2e-2) * float(mx.abs(ours).max())
+            difference = float(mx.abs(ours - direct).max())
             if not difference <= worst:
                 raise ConfigError(
                     f"logits of {scorer.name} differ from the model's own by up to {difference:.3g}: it does something "

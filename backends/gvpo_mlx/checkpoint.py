@@ -59,18 +59,18 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
     Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
     """
     check_files(directory, header["files"])
-    found: dict[str, mx.array] = {}
+    stored: dict[str, mx.array] = {}
     for file in header["files"]:
-        found |= mx.load(str(directory / file))
+        stored |= mx.load(str(directory / file))
     moved, renewed = bool(header["optimizer_steps"]), bool(header.get("renewed"))
     kinds = ("parameter", *(MOMENTS if moved else ()), *(("reference",) if renewed else ()))
-    own = dict(zip(scorer.names, scorer.parameters, strict=True))
-    wanted = {f"{kind}.{name}": value.shape for kind in kinds for name, value in own.items()}
-    check_tensors(directory, wanted, {name: value.shape for name, value in found.items()})
-    values = [found[f"parameter.{name}"].astype(value.dtype) for name, value in own.items()]
-    moments = [tuple(found[f"{m}.{name}"] for m in MOMENTS) for name in own] if moved else []
+    parameters = dict(zip(scorer.names, scorer.parameters, strict=True))
+    wanted = {f"{kind}.{name}": value.shape for kind in kinds for name, value in parameters.items()}
+    check_tensors(directory, wanted, {name: value.shape for name, value in stored.items()})
+    values = [stored[f"parameter.{name}"].astype(value.dtype) for name, value in parameters.items()]
+    moments = [tuple(stored[f"{m}.{name}"] for m in MOMENTS) for name in parameters] if moved else []
     mx.eval(values, moments)
     scorer.parameters = values
     optimizer.moments = moments  # type: ignore[assignment]
     optimizer.steps = int(header["optimizer_steps"])
-    return [found[f"reference.{name}"] for name in own] if renewed else []
+    return [stored[f"reference.{name}"] for name in parameters] if renewed else []

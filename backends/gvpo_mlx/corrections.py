@@ -34,8 +34,8 @@ def apply_window(lm: nn.Module, config: Mapping[str, Any]) -> int | None:
 
 def window_of(layer: nn.Module) -> int | None:
     """The window that `apply_window` gave the layer."""
-    found: int | None = getattr(layer, "applied_window", None)
-    return found
+    window: int | None = getattr(layer, "applied_window", None)
+    return window
 
 
 def _give_mask(layer: nn.Module, window: int | None) -> None:
@@ -72,8 +72,8 @@ def scale_embedding_exactly(lm: nn.Module) -> None:
     plain = type(embedding)
 
     def call(self: Any, ids: mx.array) -> mx.array:
-        found: mx.array = plain.__call__(self, ids)
-        return found * factor if found.dtype == mx.float32 else found
+        embedded: mx.array = plain.__call__(self, ids)
+        return embedded * factor if embedded.dtype == mx.float32 else embedded
 
     embedding.__class__ = type(plain.__name__, (plain,), {"__call__": call})
 

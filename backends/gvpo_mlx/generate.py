@@ -58,14 +58,14 @@ def _padded_differs(scorer: Scorer, prompts: Sequence[Tokens]) -> bool:
     worst = 2e-3 if scorer.dtype == mx.float32 else 1.0
     try:
         decoding = _Decoding(scorer, prompts, 2, 1 << 30, same_length=False)
-        found = [decoding.prefill([_Line(i, 0, 0) for i in range(len(prompts))]), decoding.step(np.asarray([8, 9]))]
+        both = [decoding.prefill([_Line(i, 0, 0) for i in range(len(prompts))]), decoding.step(np.asarray([8, 9]))]
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{scorer.name} of mlx-lm takes no batch of rows: {type(error).__name__}: {error}") from error
-    for t, logits in enumerate(found):
+    for t, logits in enumerate(both):
         for row, prompt in enumerate(prompts):
             ids = mx.array([(*prompt, 8 + row)[: len(prompt) + t]])
-            own = scorer.logits(scorer.decoder(ids, cache=None)[0, -1])
-            if not float(mx.abs(own - logits[row]).max()) <= worst:
+            direct = scorer.logits(scorer.decoder(ids, cache=None)[0, -1])
+            if not float(mx.abs(direct - logits[row]).max()) <= worst:
                 return True
     return False
 
@@ -87,7 +87,7 @@ def generate(
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
       same_length: decode only prompts of one length together.
     """
-    found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
+    responses: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     longest = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     waiting = deque(_Line(i, j, seed) for i in longest for j, seed in enumerate(seeds[i]))
     decoding = _Decoding(scorer, prompts, sampling.max_tokens, cache_tokens, same_length=same_length)
@@ -111,14 +111,14 @@ def generate(
             finished = int(token) in end
             if finished or len(line.tokens) == sampling.max_tokens:
                 line.ended = True
-                found[line.prompt][line.place] = Response(tuple(line.tokens), finished)
+                responses[line.prompt][line.place] = Response(tuple(line.tokens), finished)
         ended = sum(line.ended for line in lines)
         if ended == len(lines) or ended * 4 >= len(lines) or (ended and waiting):  # dropping copies the cache
             keep = [n for n, line in enumerate(lines) if not line.ended]
             decoding.keep(keep)
             lines, chosen = [lines[n] for n in keep], chosen[keep]
         logits = decoding.step(chosen) if lines else None
-    return found  # type: ignore[return-value]
+    return responses  # type: ignore[return-value]
 
 
 class _Decoding:

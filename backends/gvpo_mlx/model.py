@@ -62,13 +62,13 @@ class Scorer:
     @contextlib.contextmanager
     def using(self, values: Sequence[mx.array]) -> Iterator[None]:
         """The model with other parameters, in the compute dtype; afterwards it has its own again."""
-        own = self.parameters
+        before = self.parameters
         # Adapters stay float32: their products are added in the dtype of the layer.
         self.parameters = list(values) if self.adapted else [v.astype(self.dtype) for v in values]
         try:
             yield
         finally:
-            self.parameters = own
+            self.parameters = before
 
     def in_compute_dtype(self, values: Sequence[mx.array]) -> list[mx.array]:
         """Parameters to score with and never to train, as `load_reference` has them; adapters and head stay float32."""
@@ -138,8 +138,8 @@ def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
     head = lm.get("lm_head") if not tied else None
     if head is None:
         embeddings = (nn.Embedding, nn.QuantizedEmbedding)
-        found = [m for m in decoder.children().values() if isinstance(m, embeddings)]
-        head = max(found, key=lambda m: m.weight.shape[0], default=None)
+        tables = [m for m in decoder.children().values() if isinstance(m, embeddings)]
+        head = max(tables, key=lambda m: m.weight.shape[0], default=None)
     if head is None or not isinstance(head, (nn.Linear, nn.QuantizedLinear, nn.Embedding, nn.QuantizedEmbedding)):
         raise ConfigError(f"the head of {name} is {type(head).__name__}; expected a linear layer or a tied embedding")
     return head
@@ -227,9 +227,9 @@ def _recompute(layer: nn.Module) -> None:
             result: mx.array = plain.__call__(self, x, mask, cache, **options)
             return result
 
-        own = self.trainable_parameters()
-        result: mx.array = mx.checkpoint(inner)(own, x)
-        self.update(own)
+        trained = self.trainable_parameters()
+        result: mx.array = mx.checkpoint(inner)(trained, x)
+        self.update(trained)
         return result
 
     layer.__class__ = type(plain.__name__, (plain,), {"__call__": call})

@@ -16,10 +16,10 @@ class Packed:
     def __init__(self, positions: mx.array, segments: mx.array) -> None:
         """positions, segments: (B, T) integers, as `layout.Arrays` has them."""
         self.offset = positions
-        own = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+        visible = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
         place = mx.arange(segments.shape[1])
         # Padding sees itself: a row of the mask that is all False gives NaN.
-        self.mask = (own & (place[:, None] >= place[None]))[:, None]
+        self.mask = (visible & (place[:, None] >= place[None]))[:, None]
 
     def make_mask(self, length: int, *, window_size: int | None = None, **_: Any) -> mx.array:
         """(B, 1, T, T) bool, True = seen."""

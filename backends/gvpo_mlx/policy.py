@@ -110,13 +110,13 @@ class MLXPolicy(LanguageModelPolicy):
             switched = self._without_adapters()
         if reference:
             passes = self._reference_passes
-        found, tokens = np.zeros(len(batch)), 0
+        logprobs, tokens = np.zeros(len(batch)), 0
         with mx.stream(self.device), switched:
             for rows in self._splitting.rows(batch):
                 arrays, values, computed = passes.score(batch, rows, self._reference_parameters if reference else None)
-                found[arrays.responses] = arrays.sums(values)
+                logprobs[arrays.responses] = arrays.sums(values)
                 tokens += computed
-        return found, tokens
+        return logprobs, tokens
 
     def _renew_reference(self) -> None:
         with mx.stream(self.device):
@@ -145,14 +145,14 @@ class MLXPolicy(LanguageModelPolicy):
         logprobs, tokens = plan.logprobs, plan.tokens
         with mx.stream(self.device):
             gradients = Gradients(self.scorer.names, [p.shape for p in self.scorer.parameters])
-            for rows in plan.whole:
-                arrays, values, found, computed = self._passes.whole(batch, rows, coefficients)
+            for rows in plan.grouped:
+                arrays, values, gradient, computed = self._passes.grouped(batch, rows, coefficients)
                 logprobs[arrays.responses] = arrays.sums(values)
-                gradients.add(found)
+                gradients.add(gradient)
                 tokens += computed
             for rows in self._splitting.rows(batch, plan.rest):
-                *_, found, computed = self._passes.known(batch, rows, -plan.factors)
-                gradients.add(found)
+                *_, gradient, computed = self._passes.known(batch, rows, -plan.factors)
+                gradients.add(gradient)
                 tokens += computed
             gradients.sums = self._ranks.sum(gradients.sums)
             clipped, norm = gradients.clipped(self.optimizer_config.max_gradient_norm)

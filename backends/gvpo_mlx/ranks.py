@@ -56,8 +56,8 @@ class Ranks:
             return gradients
         named: Any = tree_unflatten([(str(i), g) for i, g in enumerate(gradients)])
         mean = nn.average_gradients(named, group=self._group)
-        found = dict(tree_flatten(mean))
-        result = [found[str(i)] * self.world_size for i in range(len(gradients))]
+        means = dict(tree_flatten(mean))
+        result = [means[str(i)] * self.world_size for i in range(len(gradients))]
         mx.eval(result)
         return result
 

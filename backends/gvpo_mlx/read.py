@@ -30,7 +30,7 @@ class Loaded:
     written: Mapping[str, Any]  # config.json as an export writes it, quantization apart
     origin: weights.Origin
     window: int | None  # a sliding window that is not applied
-    own: Mapping[str, Any]  # config.json of the language model, as it stands in the folder
+    settings: Mapping[str, Any]  # config.json of the language model, as it stands in the folder
     compared: str = "not compared with transformers"  # what was, or why nothing was; see twin.py
 
 
@@ -46,20 +46,20 @@ def pretrained(config: ModelConfig, folder: Path) -> Loaded:
 def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     from mlx_lm.utils import load_model
 
-    found = weight_files.tensors(folder)
+    tensors = weight_files.tensors(folder)
     text = (folder / "config.json").read_text(encoding="utf-8")
     arguments_of = functools.partial(arguments, path=config.path)
     completed = read_config(folder, arguments_of)
     written = json.loads(text, object_hook=settings.special_floats)
     settings.check_quantization(written, folder)
     known = arguments_of(completed["model_type"])
-    part, own = completed, written
+    part, as_written = completed, written
     nested = "text_config" in known and isinstance(completed.get("text_config"), Mapping)
     if nested:
-        part, own = _text_config(folder, completed), written["text_config"]
-        own = {"model_type": part["model_type"]} | own
+        part, as_written = _text_config(folder, completed), written["text_config"]
+        as_written = {"model_type": part["model_type"]} | as_written
         known = _text_arguments(completed["model_type"], part["model_type"], config.path)
-    settings.check_dropped(own, known)
+    settings.check_dropped(as_written, known)
     given = rope.settings_for(known, part)
     override = {k: v for k, v in part.items() if k != "rope_parameters" or (nested and k in known)}
     override |= given | settings.pattern_of_layers(known, part)
@@ -73,11 +73,11 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
             lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
         except ValueError as error:  # a list of tensors, one a line
             raise ValueError(" ".join(str(error).split())[:300]) from error
-    weight_files.refuse_integers(found, settings.packed_names(lm, found))
+    weight_files.refuse_integers(tensors, settings.packed_names(lm, tensors))
     origin = weights.Origin(lm, folder)
     origin.check(part)
     language = language_model(lm)
-    settings.check_activation(language, own)
+    settings.check_activation(language, as_written)
     settings.check_head(language, folder)
     rope.check(language, given, part)
     rope.correct_yarn(language, given)
@@ -85,7 +85,7 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     window = corrections.apply_window(language, part)
     corrections.scale_embedding_exactly(language)
     export = {k: v for k, v in (written if nested else completed).items() if k not in settings.QUANTIZATION}
-    return Loaded(lm, part, export, origin, window, own)
+    return Loaded(lm, part, export, origin, window, as_written)
 
 
 def language_model(lm: nn.Module) -> nn.Module:
@@ -105,10 +105,10 @@ def arguments(kind: str, *, path: str) -> Mapping[str, Any]:
 def _module(kind: str, path: str) -> Any:
     from mlx_lm.utils import MODEL_REMAPPING
 
-    said = io.StringIO()
+    printed = io.StringIO()
     kind = _mlx_kind(kind)
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(printed):
             module = importlib.import_module(f"mlx_lm.models.{MODEL_REMAPPING.get(kind, kind)}")
         module.ModelArgs  # noqa: B018 - other modules of mlx-lm have none
     except (ImportError, AttributeError, TypeError) as error:
@@ -116,7 +116,7 @@ def _module(kind: str, path: str) -> Any:
     except SystemExit as error:  # as its olmo does where a package is missing
         raise ConfigError(
             f"model.path {path!r} is of type {kind!r}, which mlx-lm cannot load here: "
-            f"{said.getvalue().strip() or 'it exits without a word'}"
+            f"{printed.getvalue().strip() or 'it exits without a word'}"
         ) from error
     return module
 
@@ -141,16 +141,16 @@ def _text_config(folder: Path, completed: Mapping[str, Any]) -> dict[str, Any]:
     """`text_config` with every default of transformers filled in: a file of Gemma 3 names five of its thirty."""
     from transformers import AutoConfig
 
-    own = dict(completed["text_config"])
+    config = dict(completed["text_config"])
     try:
-        whole = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        known = whole.get_text_config().to_dict()
+        multimodal = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        known = multimodal.get_text_config().to_dict()
     except (ValueError, KeyError, OSError, TypeError, AttributeError):
-        return {"model_type": completed["model_type"]} | own
+        return {"model_type": completed["model_type"]} | config
     simple = {k: v for k, v in known.items() if isinstance(v, (bool, int, float, str, list))}
-    text = simple | {k: v for k, v in own.items() if v is not None}
+    text = simple | {k: v for k, v in config.items() if v is not None}
     # The whole model's setting ties its head, whatever its language model's says.
-    text |= {"model_type": known["model_type"], "tie_word_embeddings": bool(whole.tie_word_embeddings)}
+    text |= {"model_type": known["model_type"], "tie_word_embeddings": bool(multimodal.tie_word_embeddings)}
     if known.get("rope_parameters"):
         text = {k: v for k, v in text.items() if k not in ("rope_theta", "rope_scaling")}
         text["rope_parameters"] = known["rope_parameters"]

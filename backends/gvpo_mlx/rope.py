@@ -152,16 +152,16 @@ def correct_yarn(lm: nn.Module, given: Mapping[str, Any]) -> None:
 
 def _check(part: nn.Module, config: Mapping[str, Any], kind: str, theta: Any, factor: float) -> None:
     for module in part.modules():
-        found = type(module).__name__
-        if found == "RoPE":
+        built = type(module).__name__
+        if built == "RoPE":
             right = float(module.base) == float(theta) and _MODULES[kind] == "RoPE"
             right = right and (kind != "linear" or abs(module.scale * factor - 1.0) < 1e-6)
-        elif found.endswith("RoPE"):
-            right = found == _MODULES[kind]
+        elif built.endswith("RoPE"):
+            right = built == _MODULES[kind]
         else:
             continue
         if not right:
             raise ConfigError(
-                f"mlx-lm built {found} with base {getattr(module, 'base', 'unknown')} for {config.get('model_type')}; "
+                f"mlx-lm built {built} with base {getattr(module, 'base', 'unknown')} for {config.get('model_type')}; "
                 f"the model asks for {kind} RoPE with theta {theta:g}"
             )

@@ -51,8 +51,12 @@ def check_quantization(written: Mapping[str, Any], folder: Path) -> None:
     method = weight_files.quantization(written)
     if (folder / "hf_quant_config.json").is_file():
         method = method or "modelopt"
-    own = written.get("quantization")
-    if method is None or method == "mxfp4" or (isinstance(own, Mapping) and {"bits", "group_size"} <= own.keys()):
+    packing = written.get("quantization")
+    if (
+        method is None
+        or method == "mxfp4"
+        or (isinstance(packing, Mapping) and {"bits", "group_size"} <= packing.keys())
+    ):
         return
     raise ConfigError(
         f"{folder} says that its weights are quantised ({method}); gvpo_mlx reads MLX's own quantisation. Quantise the "
@@ -60,14 +64,14 @@ def check_quantization(written: Mapping[str, Any], folder: Path) -> None:
     )
 
 
-def packed_names(lm: nn.Module, found: Mapping[str, Any]) -> list[str]:
+def packed_names(lm: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
     """The tensors of the files that may be integers: all where each integer weight of the model has its scales."""
     bare = quantized = False
     for module in lm.modules():
         quantized |= "scales" in module
         weight = module.get("weight")
         bare |= isinstance(weight, mx.array) and not mx.issubdtype(weight.dtype, mx.floating) and "scales" not in module
-    return list(found) if quantized and not bare else []
+    return list(tensors) if quantized and not bare else []
 
 
 def other_words(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,14 +124,15 @@ def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int |
         return None
     if not isinstance(window, int) or window < 1:
         raise ConfigError(f"sliding_window of {name} is {window!r}; expected at least 1, or null for none")
-    found = [isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(lm)]
-    kinds = config.get("layer_types") or ["sliding_attention"] * len(found)
+    windowed = [isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(lm)]
+    kinds = config.get("layer_types") or ["sliding_attention"] * len(windowed)
     wanted = [kind == "sliding_attention" for kind in kinds]
-    if not any(wanted) or found == wanted:
+    if not any(wanted) or windowed == wanted:
         return None
-    if any(found):
+    if any(windowed):
         raise ConfigError(
-            f"{name} of mlx-lm has its window in layers {_numbers(found)}, and layer_types has it in {_numbers(wanted)}"
+            f"{name} of mlx-lm has its window in layers {_numbers(windowed)}, and layer_types has it in"
+            f" {_numbers(wanted)}"
         )
     return int(window)
 
@@ -153,13 +158,13 @@ def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     from transformers import AutoConfig, PretrainedConfig
 
     anywhere = PretrainedConfig().to_dict().keys()
-    told = {k: v for k, v in given.items() if k not in anywhere or k in ("model_type", "tie_word_embeddings")}
-    for name in sorted(told.keys() - known.keys() - _ELSEWHERE):
+    relevant = {k: v for k, v in given.items() if k not in anywhere or k in ("model_type", "tie_word_embeddings")}
+    for name in sorted(relevant.keys() - known.keys() - _ELSEWHERE):
         if _HARMLESS.search(name):
             continue
         try:
-            default = getattr(AutoConfig.for_model(**{k: v for k, v in told.items() if k != name}), name)
-            value = getattr(AutoConfig.for_model(**told), name)
+            default = getattr(AutoConfig.for_model(**{k: v for k, v in relevant.items() if k != name}), name)
+            value = getattr(AutoConfig.for_model(**relevant), name)
         except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
             continue  # not known to transformers, so read by no model of its
         if default != value:
@@ -219,11 +224,11 @@ def check_activation(lm: nn.Module, given: Mapping[str, Any]) -> None:
     if wanted is None or kind == "gpt_oss":  # whose experts have an activation of their own, in transformers too
         return
     one_of_each = {type(module): module for module in lm.modules()}  # a class applies one
-    found = {name for name in map(_computed, one_of_each.values()) if name is not None}
-    if found - {_NAMES.get(wanted)} or (not found and usual is not None and wanted != usual):
+    computed = {name for name in map(_computed, one_of_each.values()) if name is not None}
+    if computed - {_NAMES.get(wanted)} or (not computed and usual is not None and wanted != usual):
         raise ConfigError(
             f"the activation of {kind} is {wanted!r} by config.json; mlx-lm's model does not read that and computes "
-            f"{' and '.join(sorted(found)) or usual}: its log-probs would be wrong. gvpo_torch takes it"
+            f"{' and '.join(sorted(computed)) or usual}: its log-probs would be wrong. gvpo_torch takes it"
         )
 
 
@@ -272,7 +277,7 @@ def _computed(module: nn.Module) -> str | None:
 
 
 def _called_with(module: nn.Module, parts: Mapping[str, Callable[[mx.array], mx.array]], x: mx.array) -> mx.array:
-    own = {name: module[name] for name in parts}
+    before = {name: module[name] for name in parts}
     try:
         for name, part in parts.items():
             dict.__setitem__(module, name, part)
@@ -280,7 +285,7 @@ def _called_with(module: nn.Module, parts: Mapping[str, Callable[[mx.array], mx.
         mx.eval(result)
         return result
     finally:
-        for name, part in own.items():
+        for name, part in before.items():
             dict.__setitem__(module, name, part)
 
 

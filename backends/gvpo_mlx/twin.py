@@ -44,7 +44,7 @@ def pretrained(config: ModelConfig, folder: Path) -> Loaded:
     Raises: ConfigError: as `read.pretrained`, and `compare`.
     """
     loaded = read.pretrained(config, folder)
-    return dataclasses.replace(loaded, compared=compare(loaded.own, config.path))
+    return dataclasses.replace(loaded, compared=compare(loaded.settings, config.path))
 
 
 def compare(written: Mapping[str, Any], path: str) -> str:
@@ -83,17 +83,17 @@ def _difference(text: str) -> tuple[float | None, str]:
         try:
             loaded = read.pretrained(ModelConfig(path=folder), Path(folder))
             logits = loaded.lm(mx.array([ids]))[0].astype(mx.float32)
-            found = np.array(logits).astype(np.float64)
+            ours = np.array(logits).astype(np.float64)
         except (ConfigError, AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
             log.debug("no twin", exc_info=True)
             return (
                 None,
                 f"mlx-lm does not read the tiny twin ({type(error).__name__}: {' '.join(str(error).split())[:160]})",
             )
-    found -= found.max(1, keepdims=True)
-    found -= np.log(np.exp(found).sum(1, keepdims=True))
+    ours -= ours.max(1, keepdims=True)
+    ours -= np.log(np.exp(ours).sum(1, keepdims=True))
     compared = min(TOKENS, loaded.window or TOKENS) - 1  # beyond a window that is not applied rows are refused
-    return float(np.abs(found - right)[np.arange(compared), ids[1 : compared + 1]].max()), ""
+    return float(np.abs(ours - right)[np.arange(compared), ids[1 : compared + 1]].max()), ""
 
 
 def _made(written: dict[str, Any], folder: Path) -> tuple[list[int], np.ndarray]:

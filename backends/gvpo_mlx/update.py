@@ -72,7 +72,7 @@ class Passes:
         mx.eval(gradients, values)
         return arrays, np.array(values)[: len(arrays.targets)], gradients, on["ids"].size
 
-    def whole(
+    def grouped(
         self, batch: Batch, rows: Sequence[Row], coefficients: Coefficients
     ) -> tuple[layout.Arrays, np.ndarray, list[mx.array], int]:
         """As `known`, with factors that need the log-probs of this very pass, for micro-batches of whole groups.
@@ -91,9 +91,9 @@ class Passes:
         values, gradients = self._forward_first(on, factors)
         mx.eval(values)
         logprobs = np.array(values)[: len(arrays.targets)]
-        found = factors_of(coefficients, arrays.sums(logprobs), arrays.responses)
+        coefficients_now = factors_of(coefficients, arrays.sums(logprobs), arrays.responses)
         view = np.array(factors, copy=False)
-        view[: len(arrays.targets)] = np.repeat(-found, arrays.lengths)
+        view[: len(arrays.targets)] = np.repeat(-coefficients_now, arrays.lengths)
         if not np.array_equal(np.array(factors), view):
             raise RuntimeError(
                 'MLX does not share an array\'s memory with NumPy on this device: set optimizer.strategy = "score"'
@@ -161,9 +161,9 @@ def square_sum(x: mx.array) -> float:
     MLX adds float32 one after another on CPU: 20 % too low for 136 million numbers.
     """
     flat = mx.square(x.astype(mx.float32)).reshape(-1)
-    whole = flat.size // PIECE * PIECE
-    pieces = np.array(flat[:whole].reshape(-1, PIECE).sum(1)).astype(np.float64)
-    return float(pieces.sum() + np.array(flat[whole:]).astype(np.float64).sum())
+    even = flat.size // PIECE * PIECE
+    pieces = np.array(flat[:even].reshape(-1, PIECE).sum(1)).astype(np.float64)
+    return float(pieces.sum() + np.array(flat[even:]).astype(np.float64).sum())
 
 
 class AdamW:

@@ -65,8 +65,8 @@ class Origin:
         names = list(self._map(self._template, zeros))
 
         def made(*values: mx.array) -> list[mx.array]:
-            found = self._map(self._template, values)
-            return [found[name] for name in names]
+            mapped = self._map(self._template, values)
+            return [mapped[name] for name in names]
 
         ones = [mx.broadcast_to(mx.array(1.0), value.shape) for value in made(*zeros)]
         _, counts = mx.vjp(made, zeros, ones)
@@ -122,17 +122,17 @@ class Origin:
             raise ConfigError(f"the export has no {lacking[0]}, which mlx-lm reads")
 
         def made(*values: mx.array) -> list[mx.array]:
-            found = self._map(self._template, values)
-            return [found[name] for name in names]
+            mapped = self._map(self._template, values)
+            return [mapped[name] for name in names]
 
         differences = [weights[name].astype(mx.float32) - shift[name] for name in names]
         _, back = mx.vjp(made, zeros, differences)
-        found = dict(zip(self._template, back, strict=True))
+        tensors = dict(zip(self._template, back, strict=True))
         counts = self.used()
         for name in self._files:
-            if name not in found or counts.get(name, (1.0, 1.0))[1] == 0.0:
-                found[name] = self.stored(name)
-        return found
+            if name not in tensors or counts.get(name, (1.0, 1.0))[1] == 0.0:
+                tensors[name] = self.stored(name)
+        return tensors
 
     def _split_experts(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
         """From MLX's own format: experts one by one, where mlx-lm reads those back to the same weights."""
@@ -182,7 +182,7 @@ def constants(kind: str) -> frozenset[str]:
     assert package is not None and package.origin is not None
     root = Path(package.origin).parent
     name = kind.replace("-", "_")
-    found: set[str] = set()
+    names: set[str] = set()
     for path in (root / "activations.py", *sorted((root / "models" / name).glob("modeling_*.py"))):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
@@ -193,9 +193,9 @@ def constants(kind: str) -> frozenset[str]:
                     for k in node.value.keywords
                 )
                 if made == "Buffer" or (made == "Parameter" and untrained):
-                    found |= {t.attr for t in node.targets if isinstance(t, ast.Attribute)}
+                    names |= {t.attr for t in node.targets if isinstance(t, ast.Attribute)}
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 first = node.args[0] if node.args else None
                 if node.func.attr == "register_buffer" and isinstance(first, ast.Constant):
-                    found.add(str(first.value))
-    return frozenset(found - {"weight", "bias"})
+                    names.add(str(first.value))
+    return frozenset(names - {"weight", "bias"})

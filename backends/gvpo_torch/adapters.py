@@ -163,19 +163,19 @@ def unfit(lm: nn.Module) -> dict[str, str]:
     modules = dict(lm.named_modules())
     text = {id(module) for module in decoder_of(lm).modules()}
     users = collections.Counter(id(p) for _, p in lm.named_parameters(remove_duplicate=False))
-    found = {}
+    unfit = {}
     for name, module in modules.items():
         if not isinstance(module, nn.Linear) or id(module) not in text:
             continue
-        parent, _, own = name.rpartition(".")
+        parent, _, attribute = name.rpartition(".")
         kind: Any = type(modules[parent])
         if not _is_linear(module):
-            found[name] = f"{type(module).__name__} is a router, or computes something else than x W^T"
+            unfit[name] = f"{type(module).__name__} is a router, or computes something else than x W^T"
         elif users[id(module.weight)] > 1:
-            found[name] = f"{own} shares its weight with another layer"
-        elif re.search(rf"\bself\.{own}\.weight(?!\.dtype|\.device)", _source(kind)):
-            found[name] = f"{kind.__name__} uses the weight of {own} outside of it"
-    return found
+            unfit[name] = f"{attribute} shares its weight with another layer"
+        elif re.search(rf"\bself\.{attribute}\.weight(?!\.dtype|\.device)", _source(kind)):
+            unfit[name] = f"{kind.__name__} uses the weight of {attribute} outside of it"
+    return unfit
 
 
 @torch.no_grad()

@@ -42,16 +42,16 @@ def kinds(segments: np.ndarray) -> np.ndarray:
     visible = (key <= query) & ((first == 0)[:, None, :] | (last[:, None, :] >= first[:, :, None]))
     one = first == last
     alone = (last == 0)[:, None, :] | (one[:, None, :] & one[:, :, None] & (first[:, None, :] == first[:, :, None]))
-    found: np.ndarray = visible.astype(np.int8) + (visible & (key < query) & alone)
-    return found
+    kinds_of_blocks: np.ndarray = visible.astype(np.int8) + (visible & (key < query) & alone)
+    return kinds_of_blocks
 
 
 def mask(segments: np.ndarray, device: torch.device) -> BlockMask:
     """What each token of packed rows sees: the prompt and its own response, up to itself."""
-    found, width = kinds(segments), segments.shape[1]
+    kinds_of_blocks, width = kinds(segments), segments.shape[1]
 
     def listed(kind: int) -> tuple[Tensor, Tensor]:
-        chosen = found == kind
+        chosen = kinds_of_blocks == kind
         counts = chosen.sum(-1, dtype=np.int32)[:, None]
         indices = np.argsort(~chosen, axis=-1, kind="stable").astype(np.int32)[:, None]
         return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (counts, indices))  # type: ignore[return-value]

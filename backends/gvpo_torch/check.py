@@ -58,12 +58,12 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
     with torch.no_grad():
         with _explained(f"{name} cannot be scored"):
             plain = _by_response(scorer, batch, False, device)
-            own = _own(scorer, batch, device)
-        difference = _differ(scorer, own, plain)
+            direct = _own(scorer, batch, device)
+        difference = _differ(scorer, direct, plain)
         if difference is not None:  # a model in which padding is seen by the tokens before it
             scorer.masks_padding = True
             plain = _by_response(scorer, batch, False, device)
-            difference = _differ(scorer, own, plain)
+            difference = _differ(scorer, direct, plain)
         if difference is not None:
             raise ConfigError(
                 f"log-probs of {name} differ from its own forward pass by up to {difference:.3g} nat a token: "
@@ -98,15 +98,15 @@ def _explained(what: str) -> Iterator[None]:
 
 def _own(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
     """Log-probs of each response's tokens by the model's own forward pass, one row at a time."""
-    own = []
+    direct = []
     for prompt, response in zip(batch.prompts, batch.responses, strict=True):
         if scorer.rope is not None:
             rope.reset(scorer.decoder)
         ids = torch.tensor([prompt + response], device=device)
         logits = scorer.own_logits(ids)[0, len(prompt) - 1 : -1].float()
         chosen = torch.tensor(response, device=device).unsqueeze(1)
-        own.append(logits.log_softmax(-1).gather(1, chosen).squeeze(1).cpu().numpy())
-    return own
+        direct.append(logits.log_softmax(-1).gather(1, chosen).squeeze(1).cpu().numpy())
+    return direct
 
 
 def _check_checkpointing(
@@ -174,8 +174,8 @@ def in_blocks(scorer: Scorer, name: str, device: torch.device) -> bool:
         dense, wanted = computed()
         scorer.base.set_attn_implementation(blocks.ATTENTION)
         scorer.in_blocks = True
-        found, gradient = computed()
-        if (apart := _differ(scorer, found, dense)) is not None:
+        logprobs, gradient = computed()
+        if (apart := _differ(scorer, logprobs, dense)) is not None:
             reason = f"by blocks log-probs differ by up to {apart:.3g} nat"
         if wanted is not None and gradient is not None:
             error = float((gradient - wanted).norm() / wanted.norm())
@@ -268,9 +268,9 @@ def _decoded(
 ) -> list[np.ndarray]:
     """Log-probs of each response's tokens as the sampler sees them, where it is given these tokens."""
     prompts = sorted(set(batch.prompts), key=len)
-    members = [[i for i, prompt in enumerate(batch.prompts) if prompt == own] for own in prompts]
+    members = [[i for i, prompt in enumerate(batch.prompts) if prompt == of_prompt] for of_prompt in prompts]
     end = next(token for token in range(10**9) if not any(token in response[:-1] for response in batch.responses))
-    found: list[list[float]] = [[] for _ in batch.responses]
+    logprobs_of: list[list[float]] = [[] for _ in batch.responses]
 
     def choose(logits: Tensor, rows: Sequence[tuple[int, int]], t: int) -> np.ndarray:
         logprobs = logits.float().log_softmax(-1).cpu().numpy()
@@ -279,7 +279,7 @@ def _decoded(
             i = members[prompt][number]
             response = batch.responses[i]
             if t < len(response):  # else a row that has ended, and is decoded on beside the others
-                found[i].append(logprobs[line, response[t]])
+                logprobs_of[i].append(logprobs[line, response[t]])
             chosen.append(response[t] if t < len(response) - 1 else end)
         return np.asarray(chosen, dtype=np.int64)
 
@@ -287,7 +287,7 @@ def _decoded(
         scorer,
         scorer,
         prompts,
-        [[0] * len(own) for own in members],
+        [[0] * len(of_prompt) for of_prompt in members],
         Sampling(max_tokens=max(map(len, batch.responses))),
         end=[end],
         device=device,
@@ -296,7 +296,7 @@ def _decoded(
         in_fixed_buffers=in_fixed_buffers,
         prefixes=prefixes,
     )
-    return [np.asarray(values) for values in found]
+    return [np.asarray(values) for values in logprobs_of]
 
 
 def _differ(scorer: Scorer, values: list[np.ndarray], plain: list[np.ndarray]) -> float | None:
@@ -319,9 +319,9 @@ def _in_16_bits(scorer: Scorer) -> bool:
 
 def _by_response(scorer: Scorer, batch: Batch, packed: bool, device: torch.device) -> list[np.ndarray]:
     splitting = layout.Splitting(packed, 1 << 30, 0, 0, scorer.rope)
-    found: dict[int, np.ndarray] = {}
+    by_response: dict[int, np.ndarray] = {}
     for rows in splitting.rows(batch):
         arrays = layout.arrays(batch, rows)
         values = score(scorer, arrays, device).detach().cpu().numpy()
-        found |= dict(zip(sorted(arrays.responses.tolist()), arrays.split(values), strict=True))
-    return [found[i] for i in range(len(batch))]
+        by_response |= dict(zip(sorted(arrays.responses.tolist()), arrays.split(values), strict=True))
+    return [by_response[i] for i in range(len(batch))]

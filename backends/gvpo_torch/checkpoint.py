@@ -80,22 +80,22 @@ def restore(
     """
     files, steps = header["files"], header["steps"]
     check_files(directory, files)
-    found = _parts(directory, files)
+    stored = _parts(directory, files)
     wanted = {f"parameter.{name}": tuple(p.shape) for name, p in named.items()}
     for name in named.keys() & steps.keys():
         wanted |= {f"{kind}.{name}": shape for kind, shape in moment_shapes(named[name], optimizer).items()}
     wanted |= {f"reference.{name}": tuple(tensor.shape) for name, tensor in (reference or {}).items()}
-    check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in found.items()})
+    check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in stored.items()})
     optimizer.state.clear()
     with torch.no_grad():
         for name, tensor in (reference or {}).items():
-            _read(found[f"reference.{name}"], tensor)
+            _read(stored[f"reference.{name}"], tensor)
         for name, p in named.items():
-            _read(found[f"parameter.{name}"], p)
+            _read(stored[f"parameter.{name}"], p)
             if name in steps:
                 state = new_state(p, optimizer, steps[name])
                 for kind in moment_shapes(p, optimizer):
-                    _read(found[f"{kind}.{name}"], state[kind])
+                    _read(stored[f"{kind}.{name}"], state[kind])
 
 
 class _Part(NamedTuple):
@@ -113,15 +113,15 @@ class _Part(NamedTuple):
 
 def _parts(directory: Path, files: list[str]) -> dict[str, list[_Part]]:
     """Tensor -> its parts in the order of their rows."""
-    found: dict[str, list[_Part]] = {}
+    by_name: dict[str, list[_Part]] = {}
     for file in files:
         opened = safe_open(directory / file, "pt")
         rows = json.loads((opened.metadata() or {}).get("rows", "{}"))
         for name in opened.keys():  # noqa: SIM118 - not a mapping
             read = lambda opened=opened, name=name: opened.get_slice(name)
-            first, whole = rows.get(name, (0, None))
-            found.setdefault(name, []).append(_Part(first, whole, tuple(read().get_shape()), read))
-    return {name: sorted(parts, key=lambda part: part.first) for name, parts in found.items()}
+            first, rows_in_all = rows.get(name, (0, None))
+            by_name.setdefault(name, []).append(_Part(first, rows_in_all, tuple(read().get_shape()), read))
+    return {name: sorted(parts, key=lambda part: part.first) for name, parts in by_name.items()}
 
 
 def _shape(directory: Path, name: str, parts: list[_Part]) -> tuple[int, ...]:

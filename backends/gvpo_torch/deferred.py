@@ -67,8 +67,8 @@ def _record(result: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, An
 
 def _part(number: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
     def computed(first: int | None, end: int | None) -> Tensor:
-        whole: Tensor = _computed(func, args, kwargs)[number]
-        return whole if first is None else whole[first:end]
+        value: Tensor = _computed(func, args, kwargs)[number]
+        return value if first is None else value[first:end]
 
     return computed
 
@@ -87,8 +87,8 @@ def _made(result: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
         return lambda first, end: torch.cat([part.made(first, end) for part in source or kwargs["tensors"]], dim)
 
     def computed(first: int | None, end: int | None) -> Tensor:
-        whole = _computed(func, args, kwargs)
-        return whole if first is None else whole[first:end]
+        value = _computed(func, args, kwargs)
+        return value if first is None else value[first:end]
 
     return computed
 

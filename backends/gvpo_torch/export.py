@@ -18,7 +18,7 @@ from gvpo_core.training.policy.hugging_face import generation_eos, portable_conf
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_torch.adapters import without_peft_warnings
 from gvpo_torch.quantized import dense_shapes, packed_layers
-from gvpo_torch.update import whole
+from gvpo_torch.update import full_tensor
 from gvpo_torch.weights import without_bars
 
 # What a model of images and text needs beside its tokenizer; copied as they are.
@@ -56,9 +56,9 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
     write_json(path, portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch.")))
     where = {"revision": getattr(base.config, "_commit_hash", None), "local_files_only": True}
     for name in PROCESSORS:
-        found = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
-        if found:
-            shutil.copyfile(found, directory / name)
+        cached = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
+        if cached:
+            shutil.copyfile(cached, directory / name)
 
 
 def stored_tensors(lm: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
@@ -86,11 +86,11 @@ def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> It
         block.clear()
 
     for name, tensor in _merged(base):
-        own = _block(name) if alone else ""
-        if own != key and block:
+        block_name = _block(name) if alone else ""
+        if block_name != key and block:
             yield from converted()
-        key = own
-        tensor = whole(tensor.detach())
+        key = block_name
+        tensor = full_tensor(tensor.detach())
         if main and name not in left_out:
             block[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
     if block:
@@ -111,13 +111,13 @@ def _each_layer_alone(base: Any, left_out: set[str]) -> bool:
         expected = {n: t.shape for n, t in revert_weight_conversion(base, together).items()}
     except (RuntimeError, ValueError, TypeError, KeyError, IndexError):  # of operations that need numbers
         return False
-    return sum(map(len, shapes)) == len(expected) and {n: s for found in shapes for n, s in found.items()} == expected
+    return sum(map(len, shapes)) == len(expected) and {n: s for shard in shapes for n, s in shard.items()} == expected
 
 
 def _block(name: str) -> str:
     """The layer of a tensor, as model.layers.3; the tensor itself outside of layers."""
-    found = re.match(r"(.*?\.\d+)\.", name)
-    return found[1] if found else name
+    match = re.match(r"(.*?\.\d+)\.", name)
+    return match[1] if match else name
 
 
 def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -130,10 +130,10 @@ def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in base.state_dict().items():
         if ".lora_" in name:
             continue
-        own = _own(name)
+        base_name = _own(name)
         tensor = packed[name].dense if name in packed else tensor
-        delta = _delta(adapted[own]) if own in adapted else None
-        yield own, tensor if delta is None else whole(tensor).float() + delta
+        delta = _delta(adapted[base_name]) if base_name in adapted else None
+        yield base_name, tensor if delta is None else full_tensor(tensor).float() + delta
 
 
 def _own(name: str) -> str:
@@ -146,12 +146,12 @@ def _delta(layer: Any) -> Tensor | None:
         return None
     if hasattr(layer, "parameter_name"):
         return layer.get_delta_weight(name).detach().float()
-    a, b = whole(layer.lora_A[name].weight.detach()), whole(layer.lora_B[name].weight.detach())
+    a, b = full_tensor(layer.lora_A[name].weight.detach()), full_tensor(layer.lora_B[name].weight.detach())
     delta = (b.float() @ a.float()) * layer.scaling[name]
     if name in layer.lora_magnitude_vector:
-        weight = whole(layer.get_base_layer().weight.detach()).float()
+        weight = full_tensor(layer.get_base_layer().weight.detach()).float()
         weight = weight.t() if layer.fan_in_fan_out else weight
-        magnitude = whole(layer.lora_magnitude_vector[name].weight.detach()).float()
+        magnitude = full_tensor(layer.lora_magnitude_vector[name].weight.detach()).float()
         moved = weight + delta
         delta = moved * (magnitude / moved.norm(dim=1)).unsqueeze(1) - weight
     return delta.t() if layer.fan_in_fan_out else delta  # GPT-2 keeps its weights transposed
@@ -168,7 +168,7 @@ def export_adapters(directory: Path, lm: nn.Module, path: str, main: bool) -> No
     """
     from peft import get_peft_model_state_dict
 
-    tensors = {name: whole(tensor.detach()) for name, tensor in lm.state_dict().items() if ".lora_" in name}
+    tensors = {name: full_tensor(tensor.detach()) for name, tensor in lm.state_dict().items() if ".lora_" in name}
     if not main:
         return
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -197,10 +197,10 @@ def _read_back(directory: Path, lm: nn.Module, named: dict[str, Tensor], name: s
         _scales(of, name) | {key: tuple(tensor.shape) for key, tensor in of.state_dict().items() if ".lora_" in key}
         for of in (lm, loaded)
     )
-    found = load_file(directory / "adapter_model.safetensors")
+    stored = load_file(directory / "adapter_model.safetensors")
     wrong = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
-    wrong += sorted(found.keys() ^ named.keys())
-    wrong = wrong or [key for key, tensor in named.items() if not torch.equal(found[key], tensor)]
+    wrong += sorted(stored.keys() ^ named.keys())
+    wrong = wrong or [key for key, tensor in named.items() if not torch.equal(stored[key], tensor)]
     if wrong:
         raise ConfigError(
             f"the adapters in {directory}, read back by peft, are not those of {type(base).__name__}: {len(wrong)} "
@@ -210,5 +210,5 @@ def _read_back(directory: Path, lm: nn.Module, named: dict[str, Tensor], name: s
 
 def _scales(lm: nn.Module, name: str) -> dict[str, float]:
     """alpha / rank of each layer's adapter; the `scaling` of an attention layer is another thing."""
-    found = {key: getattr(module, "scaling", None) for key, module in lm.named_modules()}
-    return {key: scaling[name] for key, scaling in found.items() if isinstance(scaling, dict)}
+    scalings = {key: getattr(module, "scaling", None) for key, module in lm.named_modules()}
+    return {key: scaling[name] for key, scaling in scalings.items() if isinstance(scaling, dict)}

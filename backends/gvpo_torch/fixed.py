@@ -243,11 +243,11 @@ class FixedRows:
     def logits(self) -> Tensor:
         """(R, V) float32 after the last tokens, whose keys and values are added."""
         self.bias.index_fill_(3, self.at, 0.0)
-        found = self.scorer(self.tokens, self.positions, mask=self.bias, cache=self.cache)
+        logits = self.scorer(self.tokens, self.positions, mask=self.bias, cache=self.cache)
         self.positions += (~self.ended)[:, None]  # a row that ended is computed on; its position stays in range
         self.at += 1
         self.at %= self.slots
-        return found
+        return logits
 
     def advance(self, pick: Callable[[Tensor, Tensor], Tensor], ends: Tensor) -> None:
         """One token a row, by `pick` of logits and the rows' numbers."""
@@ -298,7 +298,7 @@ def decode(
     device, most, longest = first.owners.device, sampling.max_tokens, first.lengths.copy()
     ends = torch.tensor(list(end), dtype=torch.int64, device=device)
     put = lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device)
-    found: list[tuple[list[int], bool]] = [([], False)] * len(seeds)
+    responses: list[tuple[list[int], bool]] = [([], False)] * len(seeds)
     held = np.arange(len(first.owners))  # row of each line
     begun = np.zeros(len(held), dtype=np.int64)  # when each line drew its first token
     idle = np.zeros(len(held), dtype=bool)  # its row has ended and was taken out
@@ -334,10 +334,10 @@ def decode(
                 if ended.any():
                     lines = np.flatnonzero(ended)
                     for line, text in zip(lines, rows.texts(put(lines), begun[lines], t), strict=True):
-                        found[held[line]] = said, done = _cut(text, set(end))
+                        responses[held[line]] = sampled, done = _cut(text, set(end))
                         if done and keep is not None:
-                            count = int(longest[line]) + len(said) - 1
-                            keep(int(held[line]), said[:-1], rows.states(int(line), count))
+                            count = int(longest[line]) + len(sampled) - 1
+                            keep(int(held[line]), sampled[:-1], rows.states(int(line), count))
                     idle |= ended
                 if waiting and idle.mean() >= REFILL:
                     lines = np.flatnonzero(idle)[: len(waiting)]
@@ -350,7 +350,7 @@ def decode(
                     del prompts
                     continue  # their first tokens may have ended them
                 if idle.all():
-                    return found
+                    return responses
                 if idle.mean() >= 0.5 and not waiting:
                     kept = np.flatnonzero(~idle)
                     rows.keep(put(kept))

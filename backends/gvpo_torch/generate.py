@@ -54,7 +54,7 @@ def generate(
     if prefixes is not None:
         prefixes.plan(prompts, seeds)
         cache_tokens = max(1, cache_tokens - prefixes.held)
-    found: list[list[Response | None]] = [[None] * len(row) for row in seeds]
+    responses: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     skinny = device.type == "cpu" and not torch.is_autocast_enabled("cpu") and _wins_transposed()
     products = _skinny_products(scorer) if skinny else contextlib.nullcontext()
     chunks = _chunks(scorer, prompts, seeds, sampling, cache_tokens)
@@ -71,8 +71,8 @@ def generate(
             else:
                 texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose, prefixes)
             for (i, j), response in zip(rows, texts, strict=True):
-                found[i][j] = response
-    return found  # type: ignore[return-value]
+                responses[i][j] = response
+    return responses  # type: ignore[return-value]
 
 
 @functools.cache
@@ -182,18 +182,18 @@ def _together(scorer: Scorer, passes: Sequence[tuple[Tensor, Any, Tensor | None]
     widths = [cache.get_seq_length() for _, cache, _ in passes]
     width, together = max(widths), new_cache(scorer.decoder, scorer.config)
     for number in range(len(passes[0][1].layers)):
-        layers = [(cache.layers[number], width - own) for (_, cache, _), own in zip(passes, widths, strict=True)]
+        layers = [(cache.layers[number], width - filled) for (_, cache, _), filled in zip(passes, widths, strict=True)]
         keys, values = (
             torch.cat([nn.functional.pad(getattr(layer, name), (0, 0, padding, 0)) for layer, padding in layers])
             for name in ("keys", "values")
         )
         together.update(keys, values, number)
     masks = []
-    for (logits, _, mask), own in zip(passes, widths, strict=True):
-        seen = logits.new_ones((len(logits), own), dtype=torch.bool) if mask is None else mask
-        masks.append(nn.functional.pad(seen, (width - own, 0), value=False))
-    whole = torch.cat(masks)
-    return torch.cat([logits for logits, _, _ in passes]), together, whole
+    for (logits, _, mask), filled in zip(passes, widths, strict=True):
+        seen = logits.new_ones((len(logits), filled), dtype=torch.bool) if mask is None else mask
+        masks.append(nn.functional.pad(seen, (width - filled, 0), value=False))
+    mask_of_all = torch.cat(masks)
+    return torch.cat([logits for logits, _, _ in passes]), together, mask_of_all
 
 
 def _decode_fixed(
@@ -223,7 +223,9 @@ def _decode_fixed(
         end,
         pick=draw,
         choose=choice,
-        keep=None if prefixes is None else lambda r, said, states: prefixes.keep((*prompts[rows[r][0]], *said), states),
+        keep=None
+        if prefixes is None
+        else lambda r, sampled, states: prefixes.keep((*prompts[rows[r][0]], *sampled), states),
     )
     return [Response(tuple(tokens), done) for tokens, done in texts]
 
@@ -263,10 +265,10 @@ def _decode(
             return
         for line in np.flatnonzero(ended).tolist():
             row = int(held[line])
-            said = (*prompts[rows[row][0]], *drawn[row][:-1])
+            sequence = (*prompts[rows[row][0]], *drawn[row][:-1])
             start = width - int(lengths[row])
-            columns = slice(start, start + len(said))
-            prefixes.keep(said, [(y.keys[line, :, columns], y.values[line, :, columns]) for y in cache.layers])
+            columns = slice(start, start + len(sequence))
+            prefixes.keep(sequence, [(y.keys[line, :, columns], y.values[line, :, columns]) for y in cache.layers])
 
     for t in range(sampling.max_tokens):
         if t % UNIFORMS_AHEAD == 0:

@@ -40,21 +40,21 @@ def head_options(base: nn.Module, decoder: nn.Module, config: Any) -> dict[str, 
     with _replaced(decoder, hidden), _wide(head, factor):
         try:
             ids = torch.tensor([[1, 2, 3]], device=hidden.device)
-            own = base(input_ids=ids, use_cache=False).logits.float()
+            direct = base(input_ids=ids, use_cache=False).logits.float()
         except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, IndexError) as error:
             reason = (str(error).strip() or "no reason given").splitlines()[0]
             raise ConfigError(f"{name} cannot be run on text alone ({type(error).__name__}: {reason})") from error
-    if own.shape != plain.shape:
+    if direct.shape != plain.shape:
         raise ConfigError(
-            f"logits of {name} have shape {tuple(own.shape)}, and its head's products {tuple(plain.shape)}: they cannot"
-            " be trained exactly"
+            f"logits of {name} have shape {tuple(direct.shape)}, and its head's products {tuple(plain.shape)}: they"
+            " cannot be trained exactly"
         )
     options = _options(config)
     inverted = {"scale": 1 / options["scale"]}  # HyperCLOVAX multiplies by what Granite divides by
     for changed in ({}, inverted, {"softcap": None}, {"scale": 1.0}, {"softcap": None, "scale": 1.0}):
-        found = options | changed
-        if float((own - logits_of(plain * factor, **found)).abs().max()) <= WITHIN:
-            return found
+        combined = options | changed
+        if float((direct - logits_of(plain * factor, **combined)).abs().max()) <= WITHIN:
+            return combined
     raise ConfigError(
         f"logits of {name} are not its head's products, scaled and capped as its configuration says: it does something "
         "to them that is not known here, and cannot be trained exactly"
@@ -84,9 +84,9 @@ def _products(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _replaced(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
-    def replace(module: nn.Module, given: Any, found: Any) -> Any:
-        found.last_hidden_state = hidden
-        return found
+    def replace(module: nn.Module, given: Any, output: Any) -> Any:
+        output.last_hidden_state = hidden
+        return output
 
     hook = decoder.register_forward_hook(replace)
     try:

@@ -231,6 +231,6 @@ def _forward(
     normaliser = total.log() + highest
     gradient = None
     if others is not None:
-        own = head.sloped(torch.expm1(chosen - normaliser).neg_(), head.slope(chosen))
-        gradient = others.div_(total).neg_().addcmul_(own, weight[targets].to(head.wide))
+        of_target = head.sloped(torch.expm1(chosen - normaliser).neg_(), head.slope(chosen))
+        gradient = others.div_(total).neg_().addcmul_(of_target, weight[targets].to(head.wide))
     return chosen.squeeze(1), normaliser.squeeze(1), gradient

@@ -80,8 +80,8 @@ def shape(scorer: Scorer) -> dict[str, Any] | None:
     """
     try:
         layers = [_layer_shape(layer) for layer in getattr(scorer.config, "per_layer_config", None) or [scorer.config]]
-        found = {name: max(layer[name] for layer in layers) for name in layers[0]}
-        return {"layers": scorer.config.num_hidden_layers} | found
+        sizes = {name: max(layer[name] for layer in layers) for name in layers[0]}
+        return {"layers": scorer.config.num_hidden_layers} | sizes
     except (AttributeError, TypeError, IndexError):
         return None
 

@@ -139,15 +139,15 @@ class TorchPolicy(LanguageModelPolicy):
             switched = self.scorer.lm.disable_adapter()
         elif reference:
             scorer = self._reference
-        found, tokens = np.zeros(len(batch)), 0
+        logprobs, tokens = np.zeros(len(batch)), 0
         self._trained.eval()
         with self._no_gradients(), switched, scorer.autocast(), self._in_step(scorer) as forward:
             for rows in self._splitting.rows(batch):
                 arrays = layout.arrays(batch, rows)
                 values = model.score(forward, arrays, self.device)
-                found[arrays.responses] = arrays.sums(values.cpu().numpy())
+                logprobs[arrays.responses] = arrays.sums(values.cpu().numpy())
                 tokens += arrays.ids.size
-        return found, tokens
+        return logprobs, tokens
 
     def _renew_reference(self) -> None:
         if self._reference is None:
@@ -166,12 +166,12 @@ class TorchPolicy(LanguageModelPolicy):
     @contextlib.contextmanager
     def _in_their_place(self, values: Mapping[str, Tensor]) -> Iterator[None]:
         """The model with these values of what is trained; afterwards it has its own again."""
-        own = {name: p.detach().clone() for name, p in self._named.items()}
+        before = {name: p.detach().clone() for name, p in self._named.items()}
         self._write(self._named, values)
         try:
             yield
         finally:
-            self._write(self._named, own)
+            self._write(self._named, before)
 
     def _write(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
@@ -213,7 +213,7 @@ class TorchPolicy(LanguageModelPolicy):
             return nothing() if always else model.checkpointing(self.scorer)
 
         with model.checkpointing(self.scorer) if always else nothing():
-            rounds = [*plan.deferred, *([rows] for rows in plan.whole)]
+            rounds = [*plan.deferred, *([rows] for rows in plan.grouped)]
             for number, passes in enumerate(self._in_lockstep([len(micro) for micro in rounds])):
                 micro = rounds[number] if number < len(rounds) else []
                 fresh = backward.deferred(batch, micro, coefficients, passes, recomputing)

@@ -141,8 +141,8 @@ class _Product(torch.autograd.Function):
 def _unpacked(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     # Flat: with bitsandbytes 0.50.2 on CPUs with AVX-512, rows of 32, 96 or 160 numbers come back wrong.
     flat = torch.Size([shape.numel()])
-    found: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, WEIGHT_BLOCK, _KIND, flat, dtype)
-    return found.view(shape)
+    dense: Tensor = torch.ops.bitsandbytes.dequantize_4bit(packed, absmax, WEIGHT_BLOCK, _KIND, flat, dtype)
+    return dense.view(shape)
 
 
 @torch.no_grad()

@@ -70,14 +70,14 @@ class Ranks:
         """
         given, parts = tensor.clone(), [torch.empty_like(tensor) for _ in range(self.world_size)]
         dist.all_gather(parts, given, group=self._group)
-        found = [part.clone() for part in parts]
+        copies = [part.clone() for part in parts]
         in_use = [weakref.ref(t) for t in (given, *parts)]
         del given, parts
         until = time.monotonic() + _RELEASE_SECONDS
         time.sleep(_YIELD_SECONDS)  # also to a thread that holds a tensor of an earlier collective of DDP or FSDP2
         while any(ref() is not None for ref in in_use) and time.monotonic() < until:
             time.sleep(_YIELD_SECONDS)
-        return found
+        return copies
 
 
 def _rest() -> None:

@@ -61,10 +61,10 @@ class RewardModel:
         self.folder = hugging_face.local_folder(config)
         self.tokenizer: Any = hugging_face.load_tokenizer(config)
         with hugging_face.explained("the model", config), without_bars(self.folder), _without_report():
-            model, found = AutoModelForSequenceClassification.from_pretrained(
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 **hugging_face.located(config), num_labels=1, dtype=torch.float32, output_loading_info=True
             )
-        head, missing = getattr(model, _HEAD, None), set(found["missing_keys"])
+        head, missing = getattr(model, _HEAD, None), set(loaded["missing_keys"])
         if not isinstance(head, nn.Linear) or head.out_features != 1:
             raise ConfigError(
                 f"model.path {config.path!r} is a {type(model).__name__} without an output layer {_HEAD!r} of one"
@@ -93,8 +93,8 @@ class RewardModel:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
             states = self.model.base_model(input_ids=ids.to(self.device), attention_mask=seen.to(self.device))
             hidden = states.last_hidden_state[torch.arange(len(rows), device=self.device), last]
-            found: Tensor = self.model.get_submodule(_HEAD)(hidden)
-        return found.float()[:, 0]
+            scores: Tensor = self.model.get_submodule(_HEAD)(hidden)
+        return scores.float()[:, 0]
 
     @torch.no_grad()
     def check(self, rows: Sequence[Tokens]) -> None:

@@ -74,18 +74,18 @@ class Backward:
             arrays = layout.arrays(batch, micro[number]) if number < len(micro) else EMPTY
             with contextlib.nullcontext() if number == len(micro) - 1 else recomputing():
                 held.append((arrays, self.forward(arrays, False)))
-        own = held[: len(micro)]
+        current = held[: len(micro)]
         logprobs, factors = np.full(len(batch), np.nan), np.zeros(max(1, len(batch)))
-        if own:  # one wait for the device
-            values = torch.cat([values.detach() for _, values in own]).cpu().numpy()
-            parts = np.split(values, np.cumsum([len(arrays.targets) for arrays, _ in own])[:-1])
-            for (arrays, _), part in zip(own, parts, strict=True):
+        if current:  # one wait for the device
+            values = torch.cat([values.detach() for _, values in current]).cpu().numpy()
+            parts = np.split(values, np.cumsum([len(arrays.targets) for arrays, _ in current])[:-1])
+            for (arrays, _), part in zip(current, parts, strict=True):
                 logprobs[arrays.responses] = arrays.sums(part)
-            rows = np.concatenate([arrays.responses for arrays, _ in own])
+            rows = np.concatenate([arrays.responses for arrays, _ in current])
             factors[rows] = factors_of(coefficients, logprobs[rows], rows)
         while held:
-            arrays, found = held.pop()
-            self.backward(found, np.zeros(1) if arrays is EMPTY else factors[arrays.responses], arrays)
+            arrays, sums = held.pop()
+            self.backward(sums, np.zeros(1) if arrays is EMPTY else factors[arrays.responses], arrays)
         return logprobs
 
     def known(self, batch: Batch, micro: Sequence[Sequence[Row]], weights: np.ndarray, passes: int) -> np.ndarray:
@@ -154,7 +154,7 @@ def sums_of_squares(gradients: Sequence[Tensor]) -> list[float]:
     for i, gradient in enumerate(gradients):
         mesh, placements = getattr(gradient, "device_mesh", None), getattr(gradient, "placements", ())
         alike.setdefault((gradient.device, mesh, placements), []).append(i)
-    found = [0.0] * len(gradients)
+    result = [0.0] * len(gradients)
     for (_, mesh, placements), members in alike.items():
         local = [g.to_local() if mesh is not None else g for g in (gradients[i] for i in members)]
         sums = torch.stack([_sum_of_squares(part) for part in local])
@@ -164,8 +164,8 @@ def sums_of_squares(gradients: Sequence[Tensor]) -> list[float]:
             parts = [Partial() if placement.is_shard() else placement for placement in placements]
             sums = DTensor.from_local(sums, mesh, parts).full_tensor()
         for i, value in zip(members, sums.tolist(), strict=True):
-            found[i] = value
-    return found
+            result[i] = value
+    return result
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:
@@ -179,6 +179,6 @@ def _sum_of_squares(values: Tensor) -> Tensor:
     return norms.double().square().sum()
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor in full, gathered from the ranks where it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

@@ -112,15 +112,15 @@ def decoder_of(base: nn.Module) -> nn.Module:
 
     Raises: ConfigError: no such part can be found.
     """
-    found = base
-    while getattr(found, "lm_head", None) is not None or found is base:  # some wrap another model with a head
-        inner = found.get_decoder()
-        if inner is found or not hasattr(inner, "get_input_embeddings"):  # not found, or the head by the name "decoder"
-            inner = getattr(found, "model", None)
-        found = inner
-        if found is None:
+    part = base
+    while getattr(part, "lm_head", None) is not None or part is base:  # some wrap another model with a head
+        inner = part.get_decoder()
+        if inner is part or not hasattr(inner, "get_input_embeddings"):  # not found, or the head by the name "decoder"
+            inner = getattr(part, "model", None)
+        part = inner
+        if part is None:
             raise ConfigError(f"{type(base).__name__} has no decoder apart from its head, which is not supported")
-    return found
+    return part
 
 
 def _auto_class(settings: Any, config: ModelConfig) -> Any:
@@ -196,14 +196,14 @@ def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, folder: Pat
 
 def _refuse_integers(lm: nn.Module, info: dict[str, Any], folder: Path, unpacked: bool) -> None:
     """Integers in the place of floats are taken as they are by transformers: quantised weights without scales."""
-    found = weight_files.tensors(folder)
+    tensors = weight_files.tensors(folder)
     tables = {name.rpartition(".")[2] for name, b in lm.named_buffers() if not b.is_floating_point()}
     tables |= {name.rpartition(".")[2] for name in info["unexpected_keys"]}
     ignored = [re.compile(pattern) for pattern in lm._keys_to_ignore_on_load_unexpected or ()]
-    allowed = {n for n in found if n.rpartition(".")[2] in tables or any(p.search(n) for p in ignored)}
+    allowed = {n for n in tensors if n.rpartition(".")[2] in tables or any(p.search(n) for p in ignored)}
     if unpacked:  # with the scales that transformers looks for
-        allowed |= {n for n in found if any(f"{n}{end}" in found for end in ("_scale_inv", "_scale"))}
-        allowed |= {n for n in found if f"{n.removesuffix('weight')}scale" in found}
-        packs = {n.removesuffix("_blocks") for n in found if n.endswith("_blocks")}
-        allowed |= {f"{n}{end}" for n in packs if f"{n}_scales" in found for end in ("_blocks", "_scales")}
-    weight_files.refuse_integers(found, allowed)
+        allowed |= {n for n in tensors if any(f"{n}{end}" in tensors for end in ("_scale_inv", "_scale"))}
+        allowed |= {n for n in tensors if f"{n.removesuffix('weight')}scale" in tensors}
+        packs = {n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")}
+        allowed |= {f"{n}{end}" for n in packs if f"{n}_scales" in tensors for end in ("_blocks", "_scales")}
+    weight_files.refuse_integers(tensors, allowed)

@@ -30,8 +30,8 @@ def count(module: str) -> list[Count] | None:
 
 def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--in-this-process"]:
-        for found in importlib.import_module(f"benchmarks.scale.{arguments[1]}").counts():
-            print(json.dumps(asdict(found)), flush=True)
+        for counted in importlib.import_module(f"benchmarks.scale.{arguments[1]}").counts():
+            print(json.dumps(asdict(counted)), flush=True)
         return 0
     known = sorted({path.stem for path in FOLDER.glob("*_*.py")} - {"__init__", "__main__"})
     chosen = [name for given in arguments for name in ([given] if given in known else modules(given))]
@@ -49,9 +49,9 @@ def main(arguments: list[str]) -> int:
             results[module] = counts
     if chosen:
         write_results(results)
-    shown = [(module.partition("_")[0], found) for module in sorted(results) for found in results[module]]
+    shown = [(module.partition("_")[0], counted) for module in sorted(results) for counted in results[module]]
     print(markdown(shown))
-    beyond = [found.name for module in chosen or results for found in results.get(module, []) if not found.within]
+    beyond = [counted.name for module in chosen or results for counted in results.get(module, []) if not counted.within]
     for name in beyond:
         print(f"beyond its bound: {name}", file=sys.stderr)
     return 1 if beyond or failed else 0

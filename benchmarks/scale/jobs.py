@@ -107,8 +107,8 @@ class Job:
         Full: float32 masters, gradients and two moments, a reference in 16 bits. LoRA: a base in 16 bits, which is the
         reference with the adapters off, and float32 adapters with gradients and moments.
         """
-        whole = 2 * self.model.parameters + 16 * self.trained
-        return whole / (self.chips if self.sharded else 1)
+        total = 2 * self.model.parameters + 16 * self.trained
+        return total / (self.chips if self.sharded else 1)
 
     @property
     def sampling_weights(self) -> float:
@@ -128,8 +128,8 @@ class Job:
 
     def _attended(self) -> float:
         """Pairs of a token and one that it sees."""
-        own = self.response * (self.response + 1) / 2 + self.response * self.prompt
-        return self.prompts * (self.prompt * (self.prompt + 1) / 2 + self.responses * own)
+        of_response = self.response * (self.response + 1) / 2 + self.response * self.prompt
+        return self.prompts * (self.prompt * (self.prompt + 1) / 2 + self.responses * of_response)
 
     @property
     def forward_flops(self) -> float:

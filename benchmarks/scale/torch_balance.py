@@ -39,7 +39,7 @@ def by_group(batch: Batch, rows: list[int]) -> list[list[int]]:
     )
     rounds = [
         *plan.deferred,
-        *([micro] for micro in plan.whole),
+        *([micro] for micro in plan.grouped),
         *([micro] for micro in SPLITTING.rows(mine, plan.rest)),
     ]
     return [[len(micro) * micro[0].length for micro in of_round] for of_round in rounds]

@@ -23,19 +23,19 @@ TOKENS = (2, 66)
 def counts() -> Iterator[Any]:
     from benchmarks.scale.table import Count
 
-    found = _run()
+    counted = _run()
     on, (few, many) = f"tiny llama, {RANKS} ranks", TOKENS
     more, before = (
-        {kind: (found[f"{how} {many}"][kind] - found[f"{how} {few}"][kind]) / (many - few) for kind in KINDS}
+        {kind: (counted[f"{how} {many}"][kind] - counted[f"{how} {few}"][kind]) / (many - few) for kind in KINDS}
         for how in ("sampled", "ungathered")
     )
     yield Count("parameter gathers a sampled token", on, "", before["gathers"], more["gathers"], 0)
     yield Count("control collectives a sampled token", on, "", None, more["control"], 1 / 64)
     yield Count(
-        "parameter gathers a rollout, a layer", on, "", None, found[f"sampled {many}"]["gathers"] / LAYERS, 2.25
+        "parameter gathers a rollout, a layer", on, "", None, counted[f"sampled {many}"]["gathers"] / LAYERS, 2.25
     )
-    in_16_bits = 2 * 2 * found["parameters"]  # twice, forward and backward
-    gathered = found["update"]["bytes"] / in_16_bits
+    in_16_bits = 2 * 2 * counted["parameters"]  # twice, forward and backward
+    gathered = counted["update"]["bytes"] / in_16_bits
     yield Count("bytes gathered a micro-batch, of all parameters in 16 bits twice", on, "", None, gathered, 1.05)
 
 
@@ -69,20 +69,20 @@ def _counted(call: Callable[[], object]) -> dict[str, int]:
     """How often parameters are gathered in `call`, their bytes, and how often something else crosses ranks."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    found = dict.fromkeys(KINDS, 0)
+    counted = dict.fromkeys(KINDS, 0)
 
     class Counter(TorchDispatchMode):
         def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if "c10d" in operation.namespace and "_base" in str(operation) and "gather" in str(operation):
-                found["gathers"] += 1
-                found["bytes"] += args[0].nbytes
+                counted["gathers"] += 1
+                counted["bytes"] += args[0].nbytes
             elif "c10d" in operation.namespace and "reduce_scatter" not in str(operation):
-                found["control"] += 1
+                counted["control"] += 1
             return operation(*args, **(kwargs or {}))
 
     with Counter():
         call()
-    return found
+    return counted
 
 
 def main() -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     of_policy = policy(Path(sys.argv[1]), device="cpu", sharding="fsdp", dtype="bfloat16", micro_batch_responses=99)
     assert isinstance(of_policy._trained, FSDPModule)
     of = batch((2, 2))
-    found: dict[str, Any] = {"parameters": of_policy.parameters}
+    counted: dict[str, Any] = {"parameters": of_policy.parameters}
     of_policy.update(of, coefficients_of(of))
     lengths: list[int] = []
 
@@ -106,17 +106,17 @@ def main() -> None:
         lengths.append(max(len(response.tokens) for row in drawn for response in row))
 
     for tokens in TOKENS:
-        found[f"sampled {tokens}"] = _counted(lambda tokens=tokens: sample(tokens))
+        counted[f"sampled {tokens}"] = _counted(lambda tokens=tokens: sample(tokens))
     from gvpo_torch import policy as module
 
     module.gathered = lambda of: contextlib.nullcontext()  # type: ignore[assignment]
     for tokens in TOKENS:
-        found[f"ungathered {tokens}"] = _counted(lambda tokens=tokens: sample(tokens))
+        counted[f"ungathered {tokens}"] = _counted(lambda tokens=tokens: sample(tokens))
     assert lengths == [*TOKENS, *TOKENS], "a response ended early"
     scored = of_policy.logprobs(of)
-    found["update"] = _counted(lambda: of_policy.update(of, coefficients_of(of), scored=np.asarray(scored)))
+    counted["update"] = _counted(lambda: of_policy.update(of, coefficients_of(of), scored=np.asarray(scored)))
     if of_policy.rank == 0:
-        Path(sys.argv[2]).write_text(json.dumps(found))
+        Path(sys.argv[2]).write_text(json.dumps(counted))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

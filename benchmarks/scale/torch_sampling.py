@@ -42,13 +42,13 @@ def counts() -> Iterator[Count]:
         merged, apart = (products(lora, prompts[:2], alike, together) for together in (True, False))
         base = products(full, prompts[:2], alike, False)
         yield Count("products to sample with LoRA, of the base's", TINY, "", apart / base, merged / base, 1.05)
-        found = [held(policy(folder, dtype="bfloat16", **given), own) for given, own in LORA]
+        bytes_held = [held(policy(folder, dtype="bfloat16", **given), own) for given, own in LORA]
         yield Count(
             "bytes that LoRA holds for the backward pass, of full training's",
             f"{TINY}, bfloat16",
             "",
-            found[1] / found[0],
-            found[2] / found[0],
+            bytes_held[1] / bytes_held[0],
+            bytes_held[2] / bytes_held[0],
             0.8,
         )
 
@@ -80,7 +80,7 @@ def sample(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool, row
 def waits(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool) -> float:
     """Calls that wait for the device, a token of the longest response."""
     count: list[int] = []
-    own = {name: getattr(torch.Tensor, name) for name in ("cpu", "item", "tolist", "__int__", "__bool__")}
+    original = {name: getattr(torch.Tensor, name) for name in ("cpu", "item", "tolist", "__int__", "__bool__")}
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
         def counted(self: Any, *given: Any) -> Any:
@@ -89,23 +89,23 @@ def waits(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool) -> f
 
         return counted
 
-    for name, call in own.items():
+    for name, call in original.items():
         setattr(torch.Tensor, name, watched(call))
     try:
         drawn = sample(of_policy, prompts, seeds, in_fixed_buffers)
     finally:
-        for name, call in own.items():
+        for name, call in original.items():
             setattr(torch.Tensor, name, call)
     return len(count) / max(len(r.tokens) for row in drawn for r in row)
 
 
 def computed(of_policy: Any, prompts: Sequence[Any]) -> tuple[float, float]:
     """Rows of all decoding steps over the tokens drawn: in chunks, each of which waits for its longest; refilled."""
-    found: list[int] = []
+    sizes: list[int] = []
     logits = fixed.FixedRows.logits
 
     def counted(self: fixed.FixedRows) -> Any:
-        found.append(len(self.tokens))
+        sizes.append(len(self.tokens))
         return logits(self)
 
     seeds = [[row_seed(2, i, j) for j in range(K)] for i in range(len(prompts))]
@@ -115,13 +115,13 @@ def computed(of_policy: Any, prompts: Sequence[Any]) -> tuple[float, float]:
         for i in range(0, len(prompts), ROWS // K):
             for row in sample(of_policy, prompts[i : i + ROWS // K], seeds[i : i + ROWS // K], True, ROWS):
                 drawn += sum(len(r.tokens) for r in row)
-        chunks = sum(found)
-        found.clear()
+        chunks = sum(sizes)
+        sizes.clear()
         again = sample(of_policy, prompts, seeds, True, ROWS)
     finally:
         fixed.FixedRows.logits = logits  # type: ignore[method-assign]
     assert sum(len(r.tokens) for row in again for r in row) == drawn, "the samples differ"
-    return chunks / drawn, sum(found) / drawn
+    return chunks / drawn, sum(sizes) / drawn
 
 
 class Products(TorchDispatchMode):
@@ -157,14 +157,14 @@ def held(of_policy: Any, as_peft: bool) -> int:
     batch = Batch([prompt] * 4, [tuple(draw.integers(1, 96, 40).tolist()) for _ in range(4)], [0] * 4)
     arrays = layout.arrays(batch, of_policy._splitting.rows(batch)[0])
     parameters = {p.untyped_storage().data_ptr() for p in of_policy.scorer.parameters()}
-    found: dict[int, Any] = {}
+    storages: dict[int, Any] = {}
 
     def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in parameters:
-            found[storage.data_ptr()] = (storage.nbytes(), tensor)
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         of_policy._score_autocast(arrays)
-    return sum(size for size, _ in found.values())
+    return sum(size for size, _ in storages.values())

@@ -19,7 +19,7 @@ if not torch.cuda.is_available():
 import torch.distributed as dist
 from gvpo_torch import fixed, load
 from gvpo_torch.sharding import is_sharded, shard
-from gvpo_torch.update import make_optimizer, whole
+from gvpo_torch.update import full_tensor, make_optimizer
 from torch.distributed.tensor import DTensor
 
 from gvpo_core.training.sampling import Sampling, row_seed
@@ -39,7 +39,7 @@ def made(folder, device, **settings):
 
 
 def parameters(policy):
-    return {name: whole(p.detach()).cpu().double().numpy().copy() for name, p in policy._named.items()}
+    return {name: full_tensor(p.detach()).cpu().double().numpy().copy() for name, p in policy._named.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)

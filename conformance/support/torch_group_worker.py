@@ -23,9 +23,9 @@ SHARDING = ("data_parallel", "fsdp")
 
 
 def whole_parameters(of_policy) -> dict[str, np.ndarray]:
-    from gvpo_torch.update import whole
+    from gvpo_torch.update import full_tensor
 
-    return {name: whole(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
+    return {name: full_tensor(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
 
 
 def rows_of(rank: int) -> list[int]:

@@ -22,9 +22,9 @@ SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1
 
 
 def whole_parameters(of_policy) -> dict[str, np.ndarray]:
-    from gvpo_torch.update import whole
+    from gvpo_torch.update import full_tensor
 
-    return {name: whole(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
+    return {name: full_tensor(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
 
 
 def assert_is_what_runs(of_policy, sharding: str) -> None:

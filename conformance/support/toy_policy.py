@@ -112,7 +112,7 @@ class ToyPolicy(LanguageModelPolicy):
 
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
         logprobs, factors, tokens = plan.logprobs.copy(), plan.factors.copy(), plan.tokens
-        for rows in plan.whole:
+        for rows in plan.grouped:
             members = np.asarray([i for row in rows for i in row.responses])
             logprobs[members], computed = self._logprobs(batch.take(members.tolist()))
             factors[members] = factors_of(coefficients, logprobs[members], members)

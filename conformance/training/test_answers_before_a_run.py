@@ -84,7 +84,7 @@ def test_only_an_incomplete_last_line_is_blamed_on_a_kill(tail, said, whole, tmp
     path = tmp_path / "metrics.jsonl"
     good = json.dumps({"kind": "train", "step": 1, "time": 0}).encode() + b"\n"
     path.write_bytes(good + tail)
-    found = cut(path, 1, whole=whole).odd
+    found = cut(path, 1, parse=whole).odd
     assert f"{path}: {said}" in found
     assert ("cut by a kill" in "".join(found)) == (not tail.endswith(b"\n"))
     assert path.read_bytes() == good

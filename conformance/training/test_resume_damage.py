@@ -95,7 +95,7 @@ def test_records_out_of_order_lose_none_of_the_steps_done(tmp_path):
     path = tmp_path / "metrics.jsonl"
     rows = [{"kind": "train", "step": step} for step in (1, 5, 2, 6, 3)]
     append_synced(path, encoded(rows))
-    kept = cut(path, 3, whole=True)
+    kept = cut(path, 3, parse=True)
     assert [r["step"] for r in records(path)] == [1, 2, 3] and kept.last == 6
     assert "out of order" in kept.odd[0] and "2 records after step 3 dropped" in kept.odd[0]
 
@@ -165,7 +165,7 @@ def test_a_long_run_is_cut_without_being_held(tmp_path):
         for step in range(1, 10_001):
             f.write(encoded([{"kind": "train", "step": step, "response": "x" * 150}] * 20))
     tracemalloc.start()
-    kept = cut(path, 9_000, whole=False)
+    kept = cut(path, 9_000, parse=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert not kept.odd and kept.last == 10_000 and peak < 2e6

@@ -84,8 +84,8 @@ def write_prompts(train: Path, held_out: Path) -> None:
 def ends(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The first and the last evaluation of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    found = [record for record in records if record["kind"] == "eval"]
-    return found[0], found[-1]
+    evaluations = [record for record in records if record["kind"] == "eval"]
+    return evaluations[0], evaluations[-1]
 
 
 def kl(record: dict[str, Any]) -> str:

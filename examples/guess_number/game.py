@@ -17,10 +17,10 @@ class Guess:
 
     def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float, bool]:
         """The hint, the reward, and whether the game is over."""
-        said = message["content"]
-        if said not in list("123456789"):
+        answer = message["content"]
+        if answer not in list("123456789"):
             return [{"role": "user", "content": "!"}], 0.0, False
-        guess = int(said)
+        guess = int(answer)
         allowed = 0.1 * (self.low <= guess <= self.high)
         if guess == self.secret:
             return [], 1.0 + allowed, True

@@ -52,7 +52,7 @@ class Gymnasium:
     def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
         """The first message: rules and first observation. The row's seed is 0 where it has none."""
         observation, _ = self.env.reset(seed=row.get("seed", 0), options=row.get("reset"))
-        first = [part for part in (self.rules, self._said(observation)) if part]
+        first = [part for part in (self.rules, self._text(observation)) if part]
         return [{"role": "user", "content": "\n".join(first)}]
 
     def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float | None, bool]:
@@ -61,19 +61,19 @@ class Gymnasium:
         if self.actions is not None:
             words = [word for word in re.findall(r"\w+", message["content"].lower()) if word in self.actions]
             if not words:
-                told = f"Say one of {', '.join(self.actions)}."
-                return [{"role": "user", "content": told}], self.unknown_reward, False
+                hint = f"Say one of {', '.join(self.actions)}."
+                return [{"role": "user", "content": hint}], self.unknown_reward, False
             action = self.actions[words[-1]]
         observation, reward, terminated, truncated, _ = self.env.step(action)
-        said = [{"role": "user", "content": self._said(observation)}]
+        messages = [{"role": "user", "content": self._text(observation)}]
         done = bool(terminated or truncated)
-        return [] if done else said, float(reward), done
+        return [] if done else messages, float(reward), done
 
     def close(self) -> None:
         """Ends the environment."""
         self.env.close()
 
-    def _said(self, observation: Any) -> str:
+    def _text(self, observation: Any) -> str:
         """The rendered text, with a mark in the place of a colour; else the observation."""
         if self.env.render_mode == "ansi":
             return _COLOUR.sub(r"[\2]", str(self.env.render())).strip()

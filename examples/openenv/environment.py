@@ -34,8 +34,8 @@ class OpenEnv:
     def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float | None, bool]:
         """Takes one action."""
         result = self.client.step({self.action: message["content"]})
-        said = [{"role": "user", "content": str(result.observation[self.observation])}]
-        return [] if result.done else said, result.reward, bool(result.done)
+        messages = [{"role": "user", "content": str(result.observation[self.observation])}]
+        return [] if result.done else messages, result.reward, bool(result.done)
 
     def close(self) -> None:
         """Ends the session."""

@@ -16,7 +16,7 @@ class Calculator:
 
     def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float, bool]:
         """The product, or the reward of the answer."""
-        said = message["content"].strip()
-        if call := CALL.fullmatch(said):
+        text = message["content"].strip()
+        if call := CALL.fullmatch(text):
             return [{"role": "tool", "content": str(int(call[1]) * int(call[2]))}], 0.0, False
-        return [], float(said.rstrip(".") == self.answer), True
+        return [], float(text.rstrip(".") == self.answer), True

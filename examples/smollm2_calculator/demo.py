@@ -41,8 +41,8 @@ def main() -> int:
         return status
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     before, *_, after = [record for record in records if record["kind"] == "eval"]
-    said = [f"{record['eval/reward']:.3f} +- {record['eval/half_width']:.3f}" for record in (before, after)]
-    print(f"right answers on {after['eval/prompts']} held-out products: {said[0]} before, {said[1]} after")
+    accuracies = [f"{record['eval/reward']:.3f} +- {record['eval/half_width']:.3f}" for record in (before, after)]
+    print(f"right answers on {after['eval/prompts']} held-out products: {accuracies[0]} before, {accuracies[1]} after")
     print(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
     return 0
 

@@ -76,11 +76,11 @@ def segments_of(trace: Mapping[str, Any], where: str) -> list[Segment]:
     segments, counted = [], set[int]()
     for path in sorted(_paths(nodes), key=lambda path: [n for n in path if nodes[n].get("sampled")]):
         ids = [token for n in path for token in nodes[n]["token_ids"]]
-        own = [bool(mine) and n not in counted for n in path for mine in nodes[n]["mask"]]
+        sampled = [bool(mine) and n not in counted for n in path for mine in nodes[n]["mask"]]
         counted.update(path)
-        if any(own):
-            start, stop = own.index(True), len(own) - own[::-1].index(True)
-            mask = [int(mine) for mine in own[start:stop]]
+        if any(sampled):
+            start, stop = sampled.index(True), len(sampled) - sampled[::-1].index(True)
+            mask = [int(mine) for mine in sampled[start:stop]]
             segments.append({"prompt_ids": ids[:start], "response_ids": ids[start:stop], "response_mask": mask})
     if not segments or not segments[0]["prompt_ids"]:
         raise TraceError(f"{where} has no tokens that the policy drew after a prompt")

@@ -99,17 +99,17 @@ def assign(
     np.maximum.at(prompt, ids, prompts[scored])
     costs = prompt + np.bincount(ids, weights=lengths[scored], minlength=num_groups)
     owner = np.zeros(num_groups, np.int64)
-    whole = split = 0.0
+    by_group = split = 0.0
     for groups in steps:
         owner[groups], loads = longest_first(costs[groups], ranks)
-        whole += loads.max(initial=0.0)
+        by_group += loads.max(initial=0.0)
         of_step = scored & np.isin(group_ids, groups)
         parts = {(int(r), int(g)): int(prompt[g]) for r, g in zip(home[of_step], group_ids[of_step], strict=True)}
         held = np.bincount(home[of_step], weights=lengths[of_step], minlength=ranks)
         for (rank, _), tokens in parts.items():
             held[rank] += tokens
         split += held.max(initial=0.0)
-    if whole <= split_cost * split:
+    if by_group <= split_cost * split:
         return owner[group_ids], True
     ranks_of = {(int(g), int(r)) for g, r in zip(ids, home[scored], strict=True)}
     return home, len(ranks_of) == len({g for g, _ in ranks_of})

@@ -126,10 +126,10 @@ def _losses(
     batch = rollout.batch.take([int(i) for i in scored])
 
     def scores(*, of_reference: bool) -> np.ndarray:
-        found = np.full(len(rollout.rewards), np.nan)
+        scores_of_rows = np.full(len(rollout.rewards), np.nan)
         local = policy.logprobs(batch, reference=True) if of_reference else policy.logprobs(batch)
-        found[~np.isnan(rollout.rewards)] = policy.gather(np.asarray(local, np.float64))
-        return found
+        scores_of_rows[~np.isnan(rollout.rewards)] = policy.gather(np.asarray(local, np.float64))
+        return scores_of_rows
 
     logprobs = scores(of_reference=False)
     if config.objective.reference_every:

@@ -49,13 +49,13 @@ def run_inputs(
     more = {"evaluation": held_out, "recorded": beside}
     data = {"train": fingerprint(rows)} | {name: fingerprint(rows) for name, rows in more.items() if rows}
     code = reward_fingerprints(config.rewards, rewards)
-    own = {
+    paths = {
         "objective": config.objective.name if config.objective.name not in TABLE else "",
         "sampler": config.rollout.sampler if config.rollout.sampler not in SAMPLERS else "",
     }
     functions: dict[str, Mapping[str, Any]] = {
         section: reward_fingerprints({"name": RewardConfig(function=name)}) if name else {}
-        for section, name in own.items()
+        for section, name in paths.items()
     }
     played = (config.environment.path, *config.environment.tools)
     functions["environment"] = reward_fingerprints({name: RewardConfig(function=name) for name in played if name})
@@ -212,8 +212,8 @@ def _file_of(spec: str) -> Path:
     """The file of a reward's code; no user module is imported. Raises: OSError, ImportError, ValueError."""
     where, colon, _ = spec.rpartition(":")
     if not colon:
-        own = _BUILTIN / f"{spec}.py"
-        return own if spec in ("judge", "reasoning_gym", "reward_model") else _BUILTIN / "builtin.py"
+        builtin = _BUILTIN / f"{spec}.py"
+        return builtin if spec in ("judge", "reasoning_gym", "reward_model") else _BUILTIN / "builtin.py"
     if where.endswith(".py"):
         return Path(where)
     package, *inner = where.split(".")

@@ -107,13 +107,13 @@ def improve(
 
 def _no_signal(rollout: Rollout, need: int) -> str:
     scored, left_out = ~np.isnan(rollout.rewards), 0 if rollout.left_out is None else int(rollout.left_out.sum())
-    said = f"{int(scored.sum())} of the {len(scored)} responses in {rollout.num_groups} groups were scored"
+    scored_part = f"{int(scored.sum())} of the {len(scored)} responses in {rollout.num_groups} groups were scored"
     if left_out:
         return (
-            f"no group has {need} responses to train on: {said}, and {left_out} are left out, as cut at"
+            f"no group has {need} responses to train on: {scored_part}, and {left_out} are left out, as cut at"
             " rollout.max_tokens (rollout.truncated = 'drop'): raise rollout.max_tokens"
         )
-    return f"no group has {need} scored responses: {said}; see the reward's warnings"
+    return f"no group has {need} scored responses: {scored_part}; see the reward's warnings"
 
 
 def _steps(groups: int, config: ObjectiveConfig, seed: tuple[int, ...], epoch: int) -> list[np.ndarray]:
@@ -162,7 +162,7 @@ def _coefficients(
         if together:  # what one rank must refuse, all refuse: none is left waiting for it
             check_finite("log-probabilities", full, np.flatnonzero(chosen))
             check_finite("coefficients", factors, np.flatnonzero(chosen))
-        elif objective.own is not None and len(part) < len(group_ids):
+        elif objective.function is not None and len(part) < len(group_ids):
             check_own_group(full, factors, local_places[part])
         result: np.ndarray = factors[local_places[part]]
         return result

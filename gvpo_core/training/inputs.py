@@ -55,7 +55,7 @@ class HeldOut:
     reference: ReferenceScores | None = None  # of the groups
     teacher: Teacher | None = None  # in the place of the reference
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What it is, for the header."""
         parts = (
             f"{len(self.prompts)} held out" if self.prompts else "",

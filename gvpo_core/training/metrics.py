@@ -47,10 +47,10 @@ def step_metrics(
     if rollout.left_out is not None:
         metrics["responses/left_out"] = int((rollout.left_out & scored).sum())
     metrics |= _objective_metrics(rollout, improvement, beta, length_exponent)
-    own = rollout.drawn if rollout.drawn.any() else np.ones(rewards.size, bool)  # a mixture is judged by what it drew
-    metrics |= _group_metrics(rollout, rewards, own, reward_range)
+    drawn = rollout.drawn if rollout.drawn.any() else np.ones(rewards.size, bool)  # a mixture is judged by what it drew
+    metrics |= _group_metrics(rollout, rewards, drawn, reward_range)
     for name, values in rollout.parts.items():
-        metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64)[own])
+        metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64)[drawn])
     for name, kinds in rollout.errors.items():
         metrics |= {f"reward_errors/{name}/{kind}": count for kind, count in kinds.items()}
     metrics |= {f"reward_seconds/{name}": taken for name, taken in rollout.reward_seconds.items()}
@@ -70,7 +70,7 @@ def step_metrics(
     if rollout.staleness is not None and (stale := rollout.staleness[~np.isnan(rollout.staleness)]).size:
         metrics |= {"sampler/staleness": float(stale.mean()), "sampler/staleness/max": int(stale.max())}
     metrics |= _length_metrics(
-        np.asarray(rollout.lengths, np.float64)[own], np.asarray(rollout.finished, bool)[own], rewards[own]
+        np.asarray(rollout.lengths, np.float64)[drawn], np.asarray(rollout.finished, bool)[drawn], rewards[drawn]
     )
     metrics |= {} if rollout.episodes is None else episode_metrics(rollout.episodes)
     scoring = rollout.seconds.get("score", 0.0) + improvement.score_seconds
@@ -189,9 +189,9 @@ def _length_metrics(lengths: np.ndarray, finished: np.ndarray, rewards: np.ndarr
 
 
 def _group_metrics(
-    rollout: Rollout, rewards: np.ndarray, own: np.ndarray, reward_range: tuple[float, float] | None
+    rollout: Rollout, rewards: np.ndarray, drawn: np.ndarray, reward_range: tuple[float, float] | None
 ) -> dict[str, float]:
-    """Args: own: (N,) bool, the rows whose rewards are the policy's."""
+    """Args: drawn: (N,) bool, the rows whose rewards are the policy's."""
     groups, scored = np.asarray(rollout.group_ids), ~np.isnan(rewards)
     size = np.bincount(groups[scored], minlength=rollout.num_groups)
     low = np.full(rollout.num_groups, np.inf)
@@ -208,11 +208,11 @@ def _group_metrics(
         return metrics
     if not rollout.taught:
         metrics["groups/all_equal"] = int(dead.sum())
-    if not (scored & own).any():
+    if not (scored & drawn).any():
         return metrics
-    mean, worst, best = (float(f(rewards[scored & own])) for f in (np.mean, np.min, np.max))
+    mean, worst, best = (float(f(rewards[scored & drawn])) for f in (np.mean, np.min, np.max))
     metrics |= {"reward/mean": mean, "reward/min": worst, "reward/max": best}
-    if (means := _group_means(rewards[own], groups[own])).size > 1:
+    if (means := _group_means(rewards[drawn], groups[drawn])).size > 1:
         metrics["reward/half_width"] = mean_half_width(means)
     if reward_range is not None:
         worst, best = min(worst, reward_range[0]), max(best, reward_range[1])
@@ -224,8 +224,8 @@ def _group_metrics(
     return metrics
 
 
-def _time_metrics(phases: dict[str, float], whole: float | None, tokens_sampled: int) -> dict[str, float]:
-    total = sum(phases.values()) if whole is None else whole
+def _time_metrics(phases: dict[str, float], step: float | None, tokens_sampled: int) -> dict[str, float]:
+    total = sum(phases.values()) if step is None else step
     if total - sum(phases.values()) > 0:
         phases["other"] = total - sum(phases.values())
     metrics = {f"seconds/{phase}": value for phase, value in phases.items()} | {"seconds/step": total}

@@ -27,7 +27,7 @@ class TrainingObjective:
     name: str
     smallest: int  # scored responses that a group needs
     needs_old: bool  # reads the policy's log-probabilities before the rollout's first step
-    own: Callable[..., Any] | None  # the user's function; None: the table's
+    function: Callable[..., Any] | None  # the user's function; None: the table's
     options: dict[str, Any]  # beta, clip
     length_exponent: float = 0.0
     no_negative_rewards: bool = False
@@ -48,17 +48,17 @@ class TrainingObjective:
         """
         arrays = (logprobs, ref_logprobs, old_logprobs, rewards, group_ids)
         options = self.options | {"num_groups": num_groups}
-        if self.own is None:
+        if self.function is None:
             factors = response_weights(lengths, self.length_exponent)
             tokens = np.maximum(lengths, 1)
             return np.asarray(
                 objective_coefficients(self.name, *arrays, **options, response_weights=factors, lengths=tokens)
             )
-        taken = _taken(self.own)
+        taken = _taken(self.function)
         options["lengths"] = np.array(lengths)
         copies = [np.array(array) for array in arrays]  # what the function changes in place changes nothing here
         try:
-            coefficients = self.own(*copies, **{name: value for name, value in options.items() if name in taken})
+            coefficients = self.function(*copies, **{name: value for name, value in options.items() if name in taken})
             result = np.array(coefficients, np.float64)
         except Exception as error:  # the function's own
             raise ObjectiveError(f"objective.name = {self.name!r} raised {type(error).__name__}: {error}") from error

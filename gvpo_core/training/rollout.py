@@ -89,7 +89,7 @@ def requests_of(
     places: dict[int, list[int]] = {}
     for flat in range(start, stop):
         places.setdefault(flat // responses, []).append(flat % responses)
-    seeds = [[row_seed(*seed_path, group, i) for i in own] for group, own in places.items()]
+    seeds = [[row_seed(*seed_path, group, i) for i in positions] for group, positions in places.items()]
     chosen = [rows[group] for group in places]
     return Requests(start, places, [prompts.tokens[r] for r in chosen], [prompts.prompts[r] for r in chosen], seeds)
 

@@ -156,7 +156,7 @@ class _Growing:
         complete = 0
         while counts.get(complete + 1, 0) == sizes.get(complete + 1):
             complete += 1
-        cut(self.partial, complete, whole=False)
+        cut(self.partial, complete, parse=False)
         if complete:
             _log.info("%s holds %d steps: continuing", self.partial, complete)
         return complete

@@ -86,9 +86,9 @@ def _expected(config: Config, prompts: int, rollout: Rollout, score_seconds: flo
     sampling = rollout.seconds.get("generate", 0.0) * share
     scoring = rollout.seconds.get("reward", 0.0) * share
     passed = f"{steps:,} of {a_step} prompts: {steps * a_step / prompts:.3g} passes over {prompts:,} prompts"
-    said = {"steps": passed}
+    facts = {"steps": passed}
     if rollout.drawn.any():
-        said = {
+        facts = {
             "steps": f"{passed}, {steps * a_step * config.rollout.responses:,} responses",
             "sampling": f"at most {duration(sampling)} a step, {duration(steps * sampling)} in all, at this pace",
             "rewards": f"at most {duration(scoring)} a step, {duration(steps * scoring)} in all",
@@ -96,6 +96,6 @@ def _expected(config: Config, prompts: int, rollout: Rollout, score_seconds: flo
     passes = 3 * config.objective.epochs + (config.objective.reference == "initial")
     updating = passes * score_seconds * share
     step = sampling + scoring + updating
-    said["updates"] = f"about {duration(updating)} a step: the time of {passes} forward passes"
-    said["together"] = f"about {duration(step)} a step, {duration(steps * step)} in all, without evaluations"
-    return said
+    facts["updates"] = f"about {duration(updating)} a step: the time of {passes} forward passes"
+    facts["together"] = f"about {duration(step)} a step, {duration(steps * step)} in all, without evaluations"
+    return facts

@@ -23,8 +23,8 @@ def report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     runs: list[Path] = options.runs
     if wrong := [run for run in runs if not (run / "metrics.jsonl").is_file()]:
-        said = [f"{run} is not a run folder: it has no metrics.jsonl" for run in wrong]
-        raise ConfigError("; ".join(said))
+        problems = [f"{run} is not a run folder: it has no metrics.jsonl" for run in wrong]
+        raise ConfigError("; ".join(problems))
     if len({run.resolve() for run in runs}) < len(runs):
         raise ConfigError(f"a run is given twice: {', '.join(map(str, runs))}; give each one once")
     if len(runs) > MOST:

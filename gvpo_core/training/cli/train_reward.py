@@ -161,7 +161,7 @@ def read_preferences(source: str, name: str, prompt: str, split: str) -> list[Pr
             f"{name} holds no preferences: its columns are {', '.join(column_names(rows))}; expected chosen and"
             " rejected, or responses and rewards"
         )
-    found = []
+    preferences = []
     for row in recorded_rows(rows, shape, name, prompt=prompt).rows:
         if not all(isinstance(response, str) for response in row.responses):
             raise DataError(f"{row.where} has responses as token ids; expected texts, which any tokenizer can read")
@@ -169,10 +169,10 @@ def read_preferences(source: str, name: str, prompt: str, split: str) -> list[Pr
         for (a, first), (b, second) in combinations(scored, 2):
             if a != b:
                 better, worse = (first, second) if a > b else (second, first)
-                found.append(Preference(row.prompt, better, worse, abs(a - b), row.row))
-    if not found:
+                preferences.append(Preference(row.prompt, better, worse, abs(a - b), row.row))
+    if not preferences:
         raise DataError(f"{name} holds no two responses to one prompt with different rewards")
-    return found
+    return preferences
 
 
 def split(preferences: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
@@ -200,5 +200,5 @@ def _tell(model: Any, held_out: Sequence[Any], tokens: int, when: str) -> None:
     if held_out:
         loss, right = model.evaluate(held_out, tokens)
         low, high = wilson(right * len(held_out), len(held_out))
-        said = f"{percent(right)} % of {len(held_out):,} held-out pairs in the right order"
-        say(f"{when:<16} {said} (95 %: {percent(low)} to {percent(high)}), loss {fit(loss, 6)}")
+        accuracy = f"{percent(right)} % of {len(held_out):,} held-out pairs in the right order"
+        say(f"{when:<16} {accuracy} (95 %: {percent(low)} to {percent(high)}), loss {fit(loss, 6)}")

@@ -83,7 +83,7 @@ def parse_arguments(
     config, wrong = _all_overridden(default, options)
     option_names = {one[0].split("=")[0].replace("-", "_").lstrip("_") for one in _each(options)}
     wrong += reader.wrong(config, option_names)
-    _refuse(wrong + [message for message in also(config) if not any(said.endswith(f": {message}") for said in wrong)])
+    _refuse(wrong + [message for message in also(config) if not any(known.endswith(f": {message}") for known in wrong)])
     return path, config
 
 
@@ -145,9 +145,9 @@ def _overridden(default: Config, options: list[str]) -> Config:
         import tyro
     except ImportError as e:
         raise ConfigError('command-line options need tyro: pip install "gvpo[train]"') from e
-    said = io.StringIO()  # a refusal comes in a box, with the settings' values in it
+    printed = io.StringIO()  # a refusal comes in a box, with the settings' values in it
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(printed):
             config: Config = tyro.cli(
                 Config,
                 prog="gvpo train CONFIG",
@@ -159,7 +159,7 @@ def _overridden(default: Config, options: list[str]) -> Config:
     except SystemExit as e:
         if not e.code:
             raise
-        raise _RefusedError(_out_of_the_box(said.getvalue()) or " ".join(options)) from e
+        raise _RefusedError(_out_of_the_box(printed.getvalue()) or " ".join(options)) from e
     return config
 
 

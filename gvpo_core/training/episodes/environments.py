@@ -76,14 +76,14 @@ class Environments:
         places: list[list[int]] = [[] for _ in self._seats]
         for place, operation in enumerate(operations):
             places[operation.episode % len(self._seats)].append(place)
-        busy = [(seat, own) for seat, own in zip(self._seats, places, strict=True) if own]
+        busy = [(seat, places_of) for seat, places_of in zip(self._seats, places, strict=True) if places_of]
         results: list[Result] = [{}] * len(operations)
         if not busy:
             return results
         with ThreadPoolExecutor(len(busy)) as pool:
-            asked = [(own, pool.submit(seat.ask, [operations[i] for i in own])) for seat, own in busy]
-            for own, future in asked:
-                for place, result in zip(own, future.result(), strict=True):
+            asked = [(places_of, pool.submit(seat.ask, [operations[i] for i in places_of])) for seat, places_of in busy]
+            for places_of, future in asked:
+                for place, result in zip(places_of, future.result(), strict=True):
                     results[place] = result
         return results
 

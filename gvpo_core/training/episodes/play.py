@@ -109,8 +109,8 @@ def play(
     config = environments.config
     playing = [
         _Playing((p, e), seed, Transcript(chat, prompts[p][0], prompts[p][1]))
-        for p, own in enumerate(seeds)
-        for e, seed in enumerate(own)
+        for p, row in enumerate(seeds)
+        for e, seed in enumerate(row)
     ]
     lost: set[tuple[int, int]] = set()
 
@@ -230,7 +230,7 @@ def _asked(
     environments: Environments, episodes: Sequence[_Playing], operations: Sequence[Operation]
 ) -> list[tuple[_Playing, Result]]:
     """The results of the operations that did not fail; an episode whose operation failed has ended."""
-    clock, found = time.perf_counter(), []
+    clock, answered = time.perf_counter(), []
     results = environments.ask(operations)
     seconds = time.perf_counter() - clock
     for one, result in zip(episodes, results, strict=True):
@@ -238,8 +238,8 @@ def _asked(
         if "error" in result:
             one.end, one.error = "failed", f"{result['error']}\n{result.get('traceback', '')}".strip()
         else:
-            found.append((one, result))
-    return found
+            answered.append((one, result))
+    return answered
 
 
 def _check_failures(playing: Sequence[_Playing]) -> None:
@@ -256,12 +256,12 @@ def _check_failures(playing: Sequence[_Playing]) -> None:
 
 def _repeats(episode: Episode) -> bool:
     """Whether two turns say the same, or make the same tool calls, whatever the words around them."""
-    said = []
+    turns = []
     for message in episode.messages:
         if message["role"] == "assistant":
             calls = parse_calls(message["content"]).calls if episode.calls else []
-            said.append(json.dumps(calls, sort_keys=True) if calls else message["content"])
-    return len({*said}) < len(said)
+            turns.append(json.dumps(calls, sort_keys=True) if calls else message["content"])
+    return len({*turns}) < len(turns)
 
 
 def episode_rows(episodes: Sequence[Response]) -> np.ndarray:

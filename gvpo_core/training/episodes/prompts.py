@@ -52,9 +52,11 @@ def episode_prompts(
     made = dict(zip(missing, _prompts_of(environments, [rows[i] for i in missing], missing, name, column), strict=True))
     with_prompts = [dict(row) | {column: _messages(made.get(i, row.get(column)))} for i, row in enumerate(rows)]
     encode = lambda i, prompt: chat.tokens(prompt)
-    found = encode_prompts(policy, with_prompts, config.data, name, max_tokens=config.rollout.max_tokens, encode=encode)
+    encoded = encode_prompts(
+        policy, with_prompts, config.data, name, max_tokens=config.rollout.max_tokens, encode=encode
+    )
     return EpisodePrompts(
-        **{f.name: getattr(found, f.name) for f in fields(Prompts)},
+        **{f.name: getattr(encoded, f.name) for f in fields(Prompts)},
         environments=environments,
         chat=chat,
         column=column,

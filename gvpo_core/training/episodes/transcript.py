@@ -118,22 +118,27 @@ class Transcript:
         Raises: RewrittenError: the template renders what came before in another way than the policy saw it, and may
           not begin a segment.
         """
-        whole = self.chat.text([*self.prompt, *self.messages, *messages])
+        rendered = self.chat.text([*self.prompt, *self.messages, *messages])
         try:
-            return self._continued(messages, whole)
+            return self._continued(messages, rendered)
         except RewrittenError:
             if self.chat.history != "segments":
                 raise
-        return Heard(self.chat.ids(whole), whole, True)
+        return Heard(self.chat.ids(rendered), rendered, True)
 
-    def _continued(self, messages: Sequence[Message], whole: str) -> Heard:
+    def _continued(self, messages: Sequence[Message], rendered: str) -> Heard:
         end = str(self.chat.tokenizer.decode([self._end], skip_special_tokens=False))
-        said = self.messages[-1]["content"]
+        reply = self.messages[-1]["content"]
         if self._text is not None:
-            for words in (said + end, said.strip() + end, said, said.strip()):  # trimmed; ended by another end token
+            for words in (
+                reply + end,
+                reply.strip() + end,
+                reply,
+                reply.strip(),
+            ):  # trimmed; ended by another end token
                 before = self._text + words
-                if whole.startswith(before):
-                    return Heard(self._after_end(end, whole[len(before) :]), whole, False)
+                if rendered.startswith(before):
+                    return Heard(self._after_end(end, rendered[len(before) :]), rendered, False)
         if self.chat.history != "keep":
             raise RewrittenError(
                 "the chat template renders earlier turns in another way than the policy saw them (it drops thoughts, or"
@@ -141,8 +146,8 @@ class Transcript:
                 " give such a turn a prompt of its own, or 'keep' to train on turns as they were seen"
             )
         probed = [*self.messages[:-1], self.messages[-1] | {"content": _PROBE}]
-        _, found, after = self.chat.text([*self.prompt, *probed, *messages]).rpartition(_PROBE)
-        if not found:
+        _, probe, after = self.chat.text([*self.prompt, *probed, *messages]).rpartition(_PROBE)
+        if not probe:
             raise RewrittenError("the chat template leaves out the assistant's turn, so it cannot be continued")
         return Heard(self._after_end(end, after.removeprefix(end)), None, False)
 

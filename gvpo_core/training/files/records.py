@@ -46,13 +46,13 @@ def append_synced(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
-def cut(path: Path, step: int, *, whole: bool) -> Kept:
+def cut(path: Path, step: int, *, parse: bool) -> Kept:
     """Drops the records after `step` (-1: all), and a last line that a kill or a power loss left incomplete.
 
     Lines that are not records stay in the file between kept ones; `odd` names them.
 
     Args:
-      whole: parse every line; otherwise only check how lines begin.
+      parse: parse every line; otherwise only check how lines begin.
     Raises: OSError. FileNotFoundError: no such file.
     """
     kept, steps = Kept(), bytearray(step + 1)
@@ -64,7 +64,7 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
     with retried(lambda: path.open("rb")) as f:
         for number, line in enumerate(f, 1):
             position += len(line)
-            kind, of = _kind_and_step(line, whole)
+            kind, of = _kind_and_step(line, parse)
             if of is None:
                 after.append(number)
                 if not line.endswith(b"\n") or b"\0" in line:
@@ -79,7 +79,7 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
             if kind == "train":
                 steps[of] = min(2, steps[of] + 1)
     if not straight:
-        _filtered(path, step, whole, end)
+        _filtered(path, step, parse, end)
     elif end < position:
         with path.open("r+b") as out:
             out.truncate(end)
@@ -93,9 +93,9 @@ def cut(path: Path, step: int, *, whole: bool) -> Kept:
         kept.odd.append(f"{path}: {_lines(others)} not a record (edited or damaged); dropped")
     if not straight:
         kept.odd.append(f"{path}: its steps are out of order (edited); {dropped} records after step {step} dropped")
-    if whole and (twice := [s for s, times in enumerate(steps) if times > 1 and s]):
+    if parse and (twice := [s for s, times in enumerate(steps) if times > 1 and s]):
         kept.odd.append(f"{path}: {len(twice)} steps have more than one record, the first is step {twice[0]} (edited)")
-    if whole and kept.trained < step:
+    if parse and kept.trained < step:
         lacking = next(s for s in range(1, step + 1) if not steps[s])
         kept.odd.append(
             f"{path}: {step - kept.trained} of the {step} steps done have no record, the first is step {lacking}: the"
@@ -109,13 +109,13 @@ def _lines(numbers: list[int]) -> str:
     return f"line {listed} is" if len(numbers) == 1 else f"lines {listed} are"
 
 
-def _filtered(path: Path, step: int, whole: bool, end: int) -> None:
+def _filtered(path: Path, step: int, parse: bool, end: int) -> None:
     """Replaces the file by its lines up to the byte `end`, without the records after `step`."""
     aside, position = path.with_name(f".{path.name}.aside"), 0
     with path.open("rb") as lines, aside.open("wb") as out:
         for line in lines:
             position += len(line)
-            of = _kind_and_step(line, whole)[1]
+            of = _kind_and_step(line, parse)[1]
             if position <= end and (of is None or of <= step):
                 out.write(line)
         out.flush()
@@ -124,11 +124,11 @@ def _filtered(path: Path, step: int, whole: bool, end: int) -> None:
     sync_folder(path.parent)
 
 
-def _kind_and_step(line: bytes, whole: bool) -> tuple[str, int | None]:
+def _kind_and_step(line: bytes, parse: bool) -> tuple[str, int | None]:
     """The kind and the step of a record; the step is None if the line is not a complete record."""
     if not line.endswith((b"}\n", b"}\r\n")):  # the second: a copy through Windows or git
         return "", None
-    if not whole and (head := _HEAD.match(line)):
+    if not parse and (head := _HEAD.match(line)):
         return head[1].decode(), (int(head[2]) if b"\0" not in line else None)
     record = parsed(line)
     return (str(record["kind"]), record["step"]) if record else ("", None)

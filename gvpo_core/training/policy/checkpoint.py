@@ -67,13 +67,15 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
             raise ConfigError(f"the checkpoint {directory} lacks its file {name}")
 
 
-def check_tensors(directory: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+def check_tensors(
+    directory: Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
+) -> None:
     """Compares names and shapes; call it before anything is changed.
 
     Raises: ConfigError: tensors that are missing, unknown or of another shape, with the first one's name.
     """
-    lacking, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    unlike = sorted(name for name in wanted.keys() & found.keys() if tuple(wanted[name]) != tuple(found[name]))
+    lacking, foreign = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
+    unlike = sorted(name for name in wanted.keys() & stored.keys() if tuple(wanted[name]) != tuple(stored[name]))
     for what, names in (("lacks", lacking), ("has besides", foreign), ("has another shape of", unlike)):
         if names:
             raise ConfigError(

@@ -180,11 +180,11 @@ def machine_memory() -> int | None:
 
 def advice(facts: PolicyFacts, config: Config) -> str:
     """What makes a run take less, of the settings that are not taken yet."""
-    said = [f"lower optimizer.micro_batch_tokens ({config.optimizer.micro_batch_tokens})"]
-    said += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing = true"]
-    said += [] if config.model.lora_rank else ["set model.lora_rank (then the reference needs no copy)"]
-    said += [facts.memory.advice] if facts.memory is not None and facts.memory.advice else []
-    return "; ".join(said)
+    steps = [f"lower optimizer.micro_batch_tokens ({config.optimizer.micro_batch_tokens})"]
+    steps += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing = true"]
+    steps += [] if config.model.lora_rank else ["set model.lora_rank (then the reference needs no copy)"]
+    steps += [facts.memory.advice] if facts.memory is not None and facts.memory.advice else []
+    return "; ".join(steps)
 
 
 def in_words(memory: Memory, available: int | None, ranks: int = 1) -> str:

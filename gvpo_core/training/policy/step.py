@@ -16,7 +16,7 @@ HELD_MICRO_BATCHES = 4  # times micro_batch_tokens: tokens whose layer inputs a 
 class StepPlan(NamedTuple):
     """How a step goes over its N responses: whole groups in one pass, the rest scored before it is stepped along."""
 
-    whole: list[list[Row]]  # micro-batches of whole groups: one forward pass serves coefficients and gradient
+    grouped: list[list[Row]]  # micro-batches of whole groups: one forward pass serves coefficients and gradient
     rest: list[int]  # all other responses
     logprobs: np.ndarray  # (N,) float64, nats: of the rest, 0 elsewhere
     factors: np.ndarray  # (N,) float64: coefficients of the rest, 0 elsewhere
@@ -47,12 +47,12 @@ def plan_step(
     Raises: FloatingPointError, ValueError: see `factors_of`.
     """
     count = len(batch)
-    whole, rest = splitting.groups(batch) if together and scored is None else ([], list(range(count)))
+    grouped, rest = splitting.groups(batch) if together and scored is None else ([], list(range(count)))
     deferred: list[list[list[Row]]] = []
     if together and scored is None and held:
         deferred, rest = _deferred(batch, splitting, rest, held)
     logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
-    if rest or meets or not (whole or deferred):  # a rank without rows calls too: there ranks meet
+    if rest or meets or not (grouped or deferred):  # a rank without rows calls too: there ranks meet
         chosen = np.asarray(rest, dtype=np.int64)
         if scored is None:
             logprobs[chosen], tokens = score(batch.take(rest))
@@ -61,7 +61,7 @@ def plan_step(
             if logprobs.shape != (count,):
                 raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
         factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
-    return StepPlan(whole, rest, logprobs, factors, tokens, deferred)
+    return StepPlan(grouped, rest, logprobs, factors, tokens, deferred)
 
 
 def _deferred(

@@ -66,10 +66,10 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
     open_turn = messages[-1].get("role") in ASSISTANT
     if open_turn and not str(messages[-1].get("content")).strip():  # transformers would strip the turn's header too
         raise ValueError("the last chat message is the assistant's and has no text to continue; leave that message out")
-    told = [dict(message) for message in messages]
+    conversation = [dict(message) for message in messages]
     try:
         ids = tokenizer.apply_chat_template(
-            told,
+            conversation,
             add_generation_prompt=not open_turn,
             continue_final_message=open_turn,
             tokenize=True,
@@ -77,8 +77,8 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
             **template,
         )
     except ValueError as e:
-        whole = "" if not open_turn else tokenizer.apply_chat_template(told, tokenize=False, **template)
-        if not open_turn or told[-1]["content"].strip() in whole:
+        rendered = "" if not open_turn else tokenizer.apply_chat_template(conversation, tokenize=False, **template)
+        if not open_turn or conversation[-1]["content"].strip() in rendered:
             raise
         raise ValueError(
             "the chat template leaves out a part of the last message, which is the assistant's, so it cannot be"
@@ -106,9 +106,11 @@ def _left_out(tokenizer: Any, template: str) -> frozenset[str]:
     texts = {"system": _PROBE + "s", "user": _PROBE + "u"}
     for roles in (("system", "user"), ("user",)):
         with contextlib.suppress(Exception):  # a template may reject a role
-            told = [{"role": role, "content": texts[role]} for role in roles]
-            said = str(tokenizer.apply_chat_template(told, add_generation_prompt=True, tokenize=False)).casefold()
-            return frozenset(role for role in roles if texts[role] not in said)
+            conversation = [{"role": role, "content": texts[role]} for role in roles]
+            rendered = str(
+                tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+            ).casefold()
+            return frozenset(role for role in roles if texts[role] not in rendered)
     return frozenset()
 
 
@@ -283,8 +285,8 @@ def turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]] = _QUESTION) 
     """
     answered = [*(dict(m) for m in messages), {"role": "assistant", "content": _PROBE}]
     text = tokenizer.apply_chat_template(answered, tokenize=False)
-    _, found, after = text.rpartition(_PROBE)
-    ids = _plain_tokens(tokenizer, after.lstrip()) if found else []
+    _, probe, after = text.rpartition(_PROBE)
+    ids = _plain_tokens(tokenizer, after.lstrip()) if probe else []
     while ids and not tokenizer.decode(ids[:1], skip_special_tokens=False).strip():
         ids = ids[1:]  # some tokenizers put a space first
     return ids[0] if ids and ids[0] in {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder} else None

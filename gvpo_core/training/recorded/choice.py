@@ -29,8 +29,8 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
         if shape in UNSCORED:  # no scores: the rewards are to give them
             return None
         raise ConfigError(
-            f"{name} holds {shape.said}, and rewards are configured: set rollout.source = 'recorded' to train on these"
-            " responses and use the rewards in evaluations only, or 'sampled' to draw and score new ones"
+            f"{name} holds {shape.description}, and rewards are configured: set rollout.source = 'recorded' to train on"
+            " these responses and use the rewards in evaluations only, or 'sampled' to draw and score new ones"
         )
     taught = config.objective.reference == "teacher" and not (source == "mixed" and shape not in UNSCORED)
     if not config.scores_responses and not taught and (source in ("sampled", "mixed") or shape is None):
@@ -78,17 +78,17 @@ def _check_objective(config: Config, shape: Shape, name: str) -> None:
     if objective in TABLE and TABLE[objective].needs_old:
         raise ConfigError(
             f"objective.name = {objective!r} weighs a response by how much likelier it became since the policy drew"
-            f" it, and {name} holds responses that others drew ({shape.said}); use gvpo, which needs no such ratio, or"
-            " dpo, reject_sampling or sft"
+            f" it, and {name} holds responses that others drew ({shape.description}); use gvpo, which needs no such"
+            " ratio, or dpo, reject_sampling or sft"
         )
     if objective == "sft" and shape.compares:
         raise ConfigError(
-            f"objective.name = 'sft' imitates every scored response, the rejected too, and {name} holds {shape.said};"
-            " use reject_sampling, which imitates the best of each group, or gvpo or dpo"
+            f"objective.name = 'sft' imitates every scored response, the rejected too, and {name} holds"
+            f" {shape.description}; use reject_sampling, which imitates the best of each group, or gvpo or dpo"
         )
     compares = objective != "sft" and config.rollout.source != "mixed" and config.objective.reference != "teacher"
     if compares and shape in UNSCORED:
         raise ConfigError(
-            f"{name} holds {shape.said}, and objective.name = {objective!r} compares rewards: give rewards, a column"
-            " beside 'responses', or set objective.name = 'sft'"
+            f"{name} holds {shape.description}, and objective.name = {objective!r} compares rewards: give rewards, a"
+            " column beside 'responses', or set objective.name = 'sft'"
         )

@@ -60,13 +60,13 @@ class Groups:
         later = self.prompts.batch(step, size, seed=seed, shuffle=True)
         return [*first, *later[len(first) :]]
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What was read, in one line."""
         sizes, count = self.sizes, sum(self.sizes)
         each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         unscored = count - sum(len(group.scored) for group in self.groups)
         parts = [
-            f"{self.recorded.shape.said}; rewards: {self.recorded.scores}",
+            f"{self.recorded.shape.description}; rewards: {self.recorded.scores}",
             f"{len(self):,} groups of {each} responses",
             f"{unscored:,} responses unscored" if unscored else "",
             f"{self.skipped:,} groups skipped: too few scored responses" if self.skipped else "",

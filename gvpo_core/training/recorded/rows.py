@@ -76,7 +76,7 @@ def recorded_rows(
         if missing and not (shape is RUN and row.get("kind") not in (None, "train")):
             raise DataError(
                 f"{name} row {i} has no value in the column {missing[0]!r}, and other rows have recorded responses"
-                f" ({shape.said}); expected all rows with responses, or none: split the data"
+                f" ({shape.description}); expected all rows with responses, or none: split the data"
             )
     columns = columns or column_names(rows)
     if shape is RUN:

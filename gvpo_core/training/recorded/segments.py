@@ -32,11 +32,11 @@ def later_segments(given: Any, count: int, where: str) -> Sequence[Sequence[Segm
         return ()
     column = f"{where}, column 'response_segments'"
     lists = _of_each(given, count, column, f"{where} has {count} responses and %d response_segments")
-    found = [
+    segments = [
         tuple(_segment(one, f"{column}, entry {j}") for one in plain_list(() if of_one is None else of_one, column))
         for j, of_one in enumerate(lists)
     ]
-    return found if any(found) else ()
+    return segments if any(segments) else ()
 
 
 def _of_each(given: Any, count: int, column: str, counted: str) -> list[Any]:

@@ -8,7 +8,7 @@ class Shape(NamedTuple):
     """One way in which people store scored responses."""
 
     name: str
-    said: str  # for the header and messages
+    description: str  # for the header and messages
     needs: tuple[str, ...]  # columns that every row has a value in
     compares: bool  # its rewards say which response is better, not which to imitate
 

@@ -43,7 +43,7 @@ def _data(run: Run) -> list[dict[str, Any]]:
     if not run.browsed:
         return []
     share = _BUDGET // len(run.browsed)
-    found = []
+    steps = []
     for step, rows in sorted(run.browsed.items()):
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for row in rows:
@@ -57,8 +57,8 @@ def _data(run: Run) -> list[dict[str, Any]]:
             if kept and size > share:
                 break
             kept.append(shown)
-        found.append({"step": step, "of": len(groups), "groups": kept})
-    return found
+        steps.append({"step": step, "of": len(groups), "groups": kept})
+    return steps
 
 
 def _group(name: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -87,15 +87,15 @@ def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 def _row(row: Mapping[str, Any]) -> list[Any]:
     """[reward or null, tokens or null, finished, response, its rewards in words]"""
     reward, tokens, parts = number(row.get("reward")), number(row.get("tokens")), row.get("rewards")
-    said = ""
+    parts_text = ""
     if isinstance(parts, dict) and len(parts) > 1:
-        said = " · ".join(f"{_text(str(k))} {_short(number(v))}" for k, v in parts.items())
+        parts_text = " · ".join(f"{_text(str(k))} {_short(number(v))}" for k, v in parts.items())
     return [
         float(f"{reward:.4g}") if reward == reward else None,
         int(tokens) if tokens == tokens else None,
         bool(row.get("finished", True)),
         _text(row["response"]),
-        said,
+        parts_text,
     ]
 
 

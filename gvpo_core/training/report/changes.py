@@ -120,15 +120,15 @@ def in_words(name: str, change: Change, where: str) -> str:
     start, end = plus_minus(change.start, change.start_half), plus_minus(change.end, change.end_half)
     shown = [float(text.partition(" ")[0].replace("?", "nan")) for text in (start, end)]
     if change.beyond_noise and (shown[1] - shown[0]) * change.difference > 0:
-        said = f"{name} {'rose' if change.difference > 0 else 'fell'} from {start} to {end}"
+        change_text = f"{name} {'rose' if change.difference > 0 else 'fell'} from {start} to {end}"
     else:
-        said = f"{name} was {start} at first and {end} at last"
+        change_text = f"{name} was {start} at first and {end} at last"
     verdict = {
         True: "beyond noise",
         False: "within noise: it does not show a change",
         None: "too little to tell from noise",
     }[change.beyond_noise]
-    return f"{said} ({where}); the change is {difference_in_words(change)}, {verdict}."
+    return f"{change_text} ({where}); the change is {difference_in_words(change)}, {verdict}."
 
 
 def difference_in_words(change: Change) -> str:

@@ -115,7 +115,7 @@ def svg(chart: Chart) -> str:
         y = float(py(np.asarray(tick)))
         parts.append(f'<line class="grid" x1="{_X0}" x2="{right}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick" x="{_X0 - 7}" y="{y + 4:.1f}" text-anchor="end">{label(tick)}</text>')
-    for tick in _ticks(x_low, x_high, 6, whole=True):
+    for tick in _ticks(x_low, x_high, 6, integers=True):
         x = float(px(np.asarray(tick)))
         parts.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y0 + 4}"/>')
         parts.append(f'<text class="tick" x="{x:.1f}" y="{_Y0 + 17}" text-anchor="middle">{label(tick)}</text>')
@@ -123,8 +123,8 @@ def svg(chart: Chart) -> str:
     for step in chart.marks:
         if x_low <= step <= x_high:
             x = float(px(np.asarray(step)))
-            said = f"<title>resumed after step {int(step)}</title>"
-            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y1}">{said}</line>')
+            title = f"<title>resumed after step {int(step)}</title>"
+            parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y1}">{title}</line>')
     if stacked is not None:
         steps, values, tops = stacked
         kept = downsample(values)
@@ -316,12 +316,12 @@ def _y_axis(
     return low, high, [float(f"{t:.12g}") for t in _ticks(low, high, 5)]
 
 
-def _ticks(low: float, high: float, count: int, *, whole: bool = False) -> list[float]:
+def _ticks(low: float, high: float, count: int, *, integers: bool = False) -> list[float]:
     """Round numbers from low to high, about `count`."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     spacing = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))
-    if whole:
+    if integers:
         spacing = max(1.0, float(round(spacing)))
     first = math.ceil(low / spacing - 1e-9)
     return [i * spacing for i in range(first, math.floor(high / spacing + 1e-9) + 1)]

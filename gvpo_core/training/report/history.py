@@ -44,13 +44,13 @@ def episodes(run: Run) -> list[Episode]:
     end = max(
         [run.train[-1]["step"] if run.train else 0, *(e["step"] for e in run.events if e.get("event") == "failed")]
     )
-    found = done + [replace(e, open=e.last == end) for e in current.values()]
-    return sorted(found, key=lambda e: (not e.open, -LEVELS.index(e.level), -e.first))
+    result = done + [replace(e, open=e.last == end) for e in current.values()]
+    return sorted(result, key=lambda e: (not e.open, -LEVELS.index(e.level), -e.first))
 
 
-def verdict(found: Sequence[Episode]) -> str:
+def verdict(alerts: Sequence[Episode]) -> str:
     """The run's verdict as it stands: the worst level of the episodes that still hold."""
-    return max((e.level for e in found if e.open), key=LEVELS.index, default=OK)
+    return max((e.level for e in alerts if e.open), key=LEVELS.index, default=OK)
 
 
 def _judged(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:

@@ -23,7 +23,7 @@ _CUT = 1500  # characters of a text shown
 
 def page(run: Run) -> str:
     """The report of a run as one HTML document that fetches nothing."""
-    reading, found, drawn = read_out(run), episodes(run), sections(run)
+    reading, alerts, drawn = read_out(run), episodes(run), sections(run)
     cards = "".join(
         f'<div class="card"><span class="label">{escaped(name)}</span><b>{escaped(value)}</b>'
         f'<span class="small">{escaped(small)}</span></div>'
@@ -36,7 +36,7 @@ def page(run: Run) -> str:
         f'<section class="card words">{"".join(f"<p>{escaped(s)}</p>" for s in reading.sentences)}'
         '<p class="small">± is half of a 95 % interval.</p></section>',
         *(chart_section(title, charts) for title, charts in drawn if title == RESULT),
-        _alerts(run, found),
+        _alerts(run, alerts),
         _list("notes", reading.notes),
         _RESUMED if any(e.get("event") == "resume" for e in run.events) else "",
         *(chart_section(title, charts) for title, charts in drawn if title != RESULT),
@@ -50,19 +50,19 @@ def page(run: Run) -> str:
     return document(f"{run.folder.resolve().name}: GVPO run", body)
 
 
-def _alerts(run: Run, found: Sequence[Episode]) -> str:
+def _alerts(run: Run, alerts: Sequence[Episode]) -> str:
     """The verdict, and every alert with its date."""
-    if not run.train and not found:
+    if not run.train and not alerts:
         return ""
-    level, held = verdict(found), sum(e.open for e in found)
+    level, held = verdict(alerts), sum(e.open for e in alerts)
     count = len(run.train)
-    if not found:
-        said = f"no alert in {count:,} step{'s' * (count != 1)}"
+    if not alerts:
+        summary = f"no alert in {count:,} step{'s' * (count != 1)}"
     else:
         now = f"{held or 'none'} of them at the last step"
-        said = f"{len(found)} alert{'s' * (len(found) != 1)} in {count:,} step{'s' * (count != 1)}, {now}"
+        summary = f"{len(alerts)} alert{'s' * (len(alerts) != 1)} in {count:,} step{'s' * (count != 1)}, {now}"
     rows = []
-    for e in found[:_EPISODES]:
+    for e in alerts[:_EPISODES]:
         date = f"{datetime.fromtimestamp(e.begun, UTC):%d %b %Y, %H:%M} UTC" if e.begun == e.begun else ""
         steps = f"step {e.first}" if e.first == e.last else f"steps {e.first} to {e.last}"
         rows.append(
@@ -70,11 +70,11 @@ def _alerts(run: Run, found: Sequence[Episode]) -> str:
             f'<td>{steps}<br><span class="small">{date}</span></td>'
             f"<td>{escaped(e.seen)}</td><td>{escaped(e.advice)}</td></tr>"
         )
-    more = f'<p class="small">{len(found) - _EPISODES} more in metrics.jsonl.</p>' if len(found) > _EPISODES else ""
+    more = f'<p class="small">{len(alerts) - _EPISODES} more in metrics.jsonl.</p>' if len(alerts) > _EPISODES else ""
     head = "<thead><tr><th></th><th>When</th><th>What</th><th>What to do</th></tr></thead>"
     table = f'<div class="scroll"><table class="alerts">{head}<tbody>{"".join(rows)}</tbody></table></div>{more}'
     return (
-        f'<section class="card verdict"><p><b class="level {level}">{level}</b> {said}</p>{table if rows else ""}'
+        f'<section class="card verdict"><p><b class="level {level}">{level}</b> {summary}</p>{table if rows else ""}'
         "</section>"
     )
 
@@ -131,10 +131,10 @@ def _before_after(run: Run) -> str:
 
 def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
     """The first response to each prompt."""
-    found: dict[Any, Mapping[str, Any]] = {}
+    by_prompt: dict[Any, Mapping[str, Any]] = {}
     for row in rows:
-        found.setdefault((row.get("group"), row["prompt"]), row)
-    return found
+        by_prompt.setdefault((row.get("group"), row["prompt"]), row)
+    return by_prompt
 
 
 def _response(row: Mapping[str, Any], mark: str = "") -> str:

@@ -192,24 +192,24 @@ def _read_completions(run: Run, path: Path) -> None:
             rows.setdefault(key, []).append(row)
     except OSError as e:
         run.problems.append(f"completions.jsonl cannot be read: {e.strerror or e}")
-    for (kind, step), found in sorted(rows.items()):
+    for (kind, step), completions in sorted(rows.items()):
         if kind == "eval":
-            run.held_out[step] = found
+            run.held_out[step] = completions
         else:
-            run.browsed[step] = found
+            run.browsed[step] = completions
 
 
 def _alerted(train: list[dict[str, Any]]) -> set[int]:
     """The first steps at which an alert was raised that the step before had not."""
-    found: list[int] = []
+    steps: list[int] = []
     before: set[str] = set()
     for record in train:
         lists = [record[k] for k in ("alerts", "machine/alerts") if isinstance(record.get(k), list)]
         now = {str(a.get("key")) for some in lists for a in some if isinstance(a, dict)}
         if now - before:
-            found.append(record["step"])
+            steps.append(record["step"])
         before = now
-    return set(found[:_ALERTED_STEPS])
+    return set(steps[:_ALERTED_STEPS])
 
 
 def _wanted_rows(path: Path, wanted: set[tuple[str, int]]) -> Iterator[tuple[tuple[str, int], dict[str, Any]]]:

@@ -87,10 +87,10 @@ def _html(run: Run) -> str:
     charts = [chart for _, of in sections(run) for chart in of if chart.title in _SHOWN]
     drawn = "".join(figure(replace(chart, wide=False)) for chart in charts)
     report = run.folder / "report.html"
-    own = "background: var(--page); color: var(--ink); padding: 14px 16px; border-radius: 8px;"
+    box = "background: var(--page); color: var(--ink); padding: 14px 16px; border-radius: 8px;"
     style = STYLE.replace(":root", "&")
     return (
-        f'<div class="gvpo-result"><style>.gvpo-result {{ {own} {style} }}</style>'
+        f'<div class="gvpo-result"><style>.gvpo-result {{ {box} {style} }}</style>'
         f'<div class="figures" style="margin-top: 0">{cards}</div>'
         f"{''.join(f'<p>{escaped(sentence)}</p>' for sentence in reading.sentences)}"
         f'<div class="charts">{drawn}</div>'

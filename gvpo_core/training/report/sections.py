@@ -244,8 +244,8 @@ def _failures(run: Run, keys: Sequence[str]) -> str:
     return f"By reward and cause. Errors and timeouts count as the failure_value: {counted}; others leave their group."
 
 
-def _rest(run: Run, whole: str, *parts: str) -> Series:
-    series = run.series(whole)
+def _rest(run: Run, total: str, *parts: str) -> Series:
+    series = run.series(total)
     taken = sum((np.nan_to_num(run.along(series, part)) for part in parts), np.zeros(len(series.values)))
     return Series(series.steps, np.maximum(series.values - taken, 0))
 

@@ -47,7 +47,7 @@ def counted_failures(
 def count_errors(failures: Mapping[str, Sequence[Failure]]) -> dict[str, dict[str, int]]:
     """Name -> kind -> responses."""
     none: dict[str, int] = {"error": 0, "timeout": 0, "none": 0}
-    return {name: none | dict(Counter(f.kind for f in found)) for name, found in failures.items()}
+    return {name: none | dict(Counter(f.kind for f in errors)) for name, errors in failures.items()}
 
 
 def report(

@@ -172,11 +172,11 @@ class Worker:
             self._process.wait(1)
         status = self._process.returncode
         lines = self._output.last_lines(0.5)
-        said = f"; its last output: {' | '.join(lines[-3:])[:500]}" if lines else ""
+        last_output = f"; its last output: {' | '.join(lines[-3:])[:500]}" if lines else ""
         if status is not None and status < 0:
-            message = f"its process was killed by {signal.Signals(-status).name}{said}"
+            message = f"its process was killed by {signal.Signals(-status).name}{last_output}"
             return CallFailed(message, "\n".join(lines), by_signal=True)
-        return CallFailed(f"its process exited with status {status}{said}", "\n".join(lines))
+        return CallFailed(f"its process exited with status {status}{last_output}", "\n".join(lines))
 
     def end(self) -> None:
         """Ends the process and all that it started, without waiting for it."""

@@ -29,7 +29,7 @@ class Best:
         self.since += 1
         return False
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What would have been better, in words."""
         if self._lowest:
             name = {"eval/loss": "loss", "eval/teacher_kl": "KL to the teacher"}[self._lowest]

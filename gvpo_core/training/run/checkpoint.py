@@ -134,13 +134,13 @@ def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
     shutil.rmtree(partial_checkpoint(folder, step).directory, ignore_errors=True)
     steps = steps_saved(folder)
     left = f"the checkpoint of step {steps[0]} is intact" if steps else "there is no earlier checkpoint"
-    number, said = getattr(error, "errno", None), str(error)  # writers in other languages give the text alone
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in said or "Disk quota exceeded" in said:
+    number, text = getattr(error, "errno", None), str(error)  # writers in other languages give the text alone
+    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "Disk quota exceeded" in text:
         what = "the disk is full; free space and run again"
-    elif number == errno.EFBIG or "File too large" in said:
+    elif number == errno.EFBIG or "File too large" in text:
         what = "a file may not grow this large here: check ulimit -f and the file system, then run again"
     else:
-        what = f"{type(error).__name__}: {said}"
+        what = f"{type(error).__name__}: {text}"
     return CheckpointError(f"could not save step {step} in {folder} ({left}): {what}")
 
 
@@ -230,14 +230,14 @@ def damage(directory: Path, but: Collection[str] = ()) -> str | None:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as e:
         return f"{manifest} is missing ({e.strerror})"
     try:
-        said: dict[str, Any] = json.loads(content)
-        if content != _manifest({"step": said["step"], "files": said["files"]}):
+        manifest_content: dict[str, Any] = json.loads(content)
+        if content != _manifest({"step": manifest_content["step"], "files": manifest_content["files"]}):
             return f"{manifest} does not match its own SHA-256"
-        entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in said["files"].items()}
+        entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest_content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
         return f"{manifest} is not a checkpoint's manifest ({_wrong(e)})"
-    if _step_of(directory.name) not in (None, said["step"]):
-        return f"{manifest} belongs to step {said['step']}"
+    if _step_of(directory.name) not in (None, manifest_content["step"]):
+        return f"{manifest} belongs to step {manifest_content['step']}"
     for name, (size, digest) in entries.items():
         path = directory / name
         try:

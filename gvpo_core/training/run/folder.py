@@ -249,16 +249,16 @@ class RunFolder:
         """
         self.confirm()
         last = 0
-        for path, whole in ((self.metrics, True), (self.completions, False)):
+        for path, parse in ((self.metrics, True), (self.completions, False)):
             try:
                 with self._reading():
-                    kept = cut(path, step, whole=whole)
+                    kept = cut(path, step, parse=parse)
             except RunFolderError as e:
                 if not isinstance(e.__cause__, FileNotFoundError):
                     raise
-                lost = "verdicts start over, and the report lacks them" if whole else "the report shows none of them"
+                lost = "verdicts start over, and the report lacks them" if parse else "the report shows none of them"
                 kept = Kept(odd=[f"{path} is missing, and {step} steps are done: {lost}"] if step > 0 else [])
-            if step < 0 and kept.last > 0 and whole:
+            if step < 0 and kept.last > 0 and parse:
                 kept.odd.append(
                     f"{path}: no checkpoint is left, so the run starts over; the records of its"
                     f" {kept.last} steps are dropped"

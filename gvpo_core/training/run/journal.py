@@ -241,7 +241,7 @@ class Journal:
         """Records that the run ended for want of a better evaluation."""
         self.event(
             "early",
-            f"stopped early after step {self._step}: {self._best.since} evaluations without {self._best.said()}"
+            f"stopped early after step {self._step}: {self._best.since} evaluations without {self._best.describe()}"
             f" (evaluation.patience = {self.config.evaluation.patience})",
         )
 

@@ -29,8 +29,8 @@ def resume_command(processes: int, secrets: Iterable[str] = ()) -> str:
         on = " (on every machine)" if _machines() > 1 else ""
         return shlex.join(hide_command(without_from_step(launcher)[0], secrets)) + on
     command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # given again, it would go back again
-    said = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
-    return said if processes == 1 else f"{said} (in each of the {processes} processes)"
+    as_typed = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
+    return as_typed if processes == 1 else f"{as_typed} (in each of the {processes} processes)"
 
 
 def without_from_step(words: Sequence[str]) -> tuple[list[str], str | None]:

@@ -65,8 +65,8 @@ class StopRequest:
             return
         self.signal = number
         again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
-        said = f"\nStopping after this step and saving. Press {again} to quit now."
-        print(said, file=Forgiving(sys.stdout), flush=True)
+        text = f"\nStopping after this step and saving. Press {again} to quit now."
+        print(text, file=Forgiving(sys.stdout), flush=True)
 
 
 def _hung_up(number: int, frame: FrameType | None) -> None:

@@ -27,8 +27,8 @@ def _sampling_fields(sampling: Sampling, off: int) -> dict[str, Any]:
 
 def request_of_ids(model: str, prompt: Tokens, seeds: Sequence[int], sampling: Sampling) -> dict[str, Any]:
     """One request for all responses to a prompt; the server makes its seeds of the first."""
-    own = {"model": model, "prompt": list(prompt), "n": len(seeds), "seed": seeds[0] % 2**31}
-    return own | _sampling_fields(sampling, -1) | {"logprobs": 0, "return_token_ids": True}
+    fields = {"model": model, "prompt": list(prompt), "n": len(seeds), "seed": seeds[0] % 2**31}
+    return fields | _sampling_fields(sampling, -1) | {"logprobs": 0, "return_token_ids": True}
 
 
 def request_of_text(model: str, prompt: str, seed: int, sampling: Sampling) -> dict[str, Any]:
@@ -38,8 +38,8 @@ def request_of_text(model: str, prompt: str, seed: int, sampling: Sampling) -> d
 
 def request_of_chat(model: str, messages: Sequence[Mapping[str, Any]], seed: int, sampling: Sampling) -> dict[str, Any]:
     """A request to /v1/chat/completions for one response; the server applies its own chat template."""
-    told = [dict(message) for message in messages]
-    return {"model": model, "messages": told, "seed": seed % 2**31} | _sampling_fields(sampling, 0)
+    messages_sent = [dict(message) for message in messages]
+    return {"model": model, "messages": messages_sent, "seed": seed % 2**31} | _sampling_fields(sampling, 0)
 
 
 def read_answer(content: bytes, model: str, url: str) -> dict[str, Any]:

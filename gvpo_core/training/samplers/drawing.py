@@ -35,7 +35,7 @@ def draw_elsewhere(
 
     def work() -> Sequence[Sequence[Response | Text]]:
         drawn = sampler.generate(asked_with(sampler, prompts, tokens), seeds, sampling) if tokens else []
-        got, wanted = [len(many) for many in drawn], [len(own) for own in seeds]
+        got, wanted = [len(many) for many in drawn], [len(row) for row in seeds]
         if len(got) != len(wanted) or any(g > w for g, w in zip(got, wanted, strict=True)):
             raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")
         return drawn

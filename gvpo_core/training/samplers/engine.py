@@ -114,7 +114,7 @@ class Engine:
         self._asked: list[_Asked] = []  # whose responses nobody has taken yet
         self._weights = None if weights == "kept" else WeightFolder(Path(folder), adapters=weights == "adapters")
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What draws, for the header."""
         kept = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
         return f"{self.model} at {self.url}, {kept}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
@@ -148,8 +148,8 @@ class Engine:
         """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
-        for prompt, own in zip(prompts, seeds, strict=True):
-            bodies = self._requests(prompt, own, sampling)
+        for prompt, row in zip(prompts, seeds, strict=True):
+            bodies = self._requests(prompt, row, sampling)
             sent = [{k: v for k, v in body.items() if k not in self.omit} | self.fields for body in bodies]
             asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in sent])
         self._asked.append(asked)
@@ -162,8 +162,8 @@ class Engine:
                     f"engine.tokens = 'chat' takes prompts of chat messages, and this one is {str(prompt)[:60]!r}: give"
                     " messages in the data, or use engine.tokens = 'text'"
                 )
-            told = cast(Sequence[Mapping[str, Any]], prompt)
-            return [request_of_chat(self.served, told, seed, sampling) for seed in seeds]
+            messages = cast(Sequence[Mapping[str, Any]], prompt)
+            return [request_of_chat(self.served, messages, seed, sampling) for seed in seeds]
         ids = cast(Tokens, tuple(prompt))
         if self.tokens == "ids":
             return [request_of_ids(self.served, ids, seeds, sampling)]
@@ -184,7 +184,7 @@ class Engine:
             asked.failures.append(f"no answer within {self.deadline:g} s")
         self._asked.remove(asked)
         self.failures = asked.failures
-        return [[r for future in own if future not in late for r in future.result()] for own in asked.work]
+        return [[r for future in row if future not in late for r in future.result()] for row in asked.work]
 
     def refresh(self, policy: Policy, version: int) -> None:
         """Sends the policy's weights, where `weights` says so and the engine lacks this version; every rank calls.
@@ -198,7 +198,7 @@ class Engine:
             return
         if self.weights == "model":  # the server has one copy
             for asked in self._asked:
-                wait([f for own in asked.work for f in own], timeout=asked.clock.left() if asked.work else 0)
+                wait([f for row in asked.work for f in row], timeout=asked.clock.left() if asked.work else 0)
         in_use = {asked.served for asked in self._asked}
         self.served = self._weights.send(policy, version, self.model, self._command, in_use)
         self.version = version

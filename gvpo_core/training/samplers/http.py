@@ -91,7 +91,7 @@ class Server:
         except urllib.error.HTTPError as e:
             with e:  # else its connection stays open until the error is collected
                 text = e.read(300).decode("utf-8", "replace")
-            said = text.replace(key, "***") if key else text
-            raise Failed(f"{self.url} answers {e.code}: {said}", again=e.code == 429 or e.code >= 500) from e
+            shown = text.replace(key, "***") if key else text
+            raise Failed(f"{self.url} answers {e.code}: {shown}", again=e.code == 429 or e.code >= 500) from e
         except (OSError, http.client.HTTPException) as e:  # refused, reset, too slow, ended within the answer
             raise Failed(f"{self.url}: {type(e).__name__}: {e}", again=True) from e

@@ -61,7 +61,11 @@ class VLLM:
             raise ConfigError(_MISSING) from error
         self.gap_tolerance, self.failures = gap_tolerance, list[str]()
         self.version: int | None = None  # of the engine's weights: steps taken
-        self._platform, self._parameters, self._said = current_platform, vllm.SamplingParams, f"vLLM {vllm.__version__}"
+        self._platform, self._parameters, self._version = (
+            current_platform,
+            vllm.SamplingParams,
+            f"vLLM {vllm.__version__}",
+        )
         self._sleeps, self._asleep = bool(current_platform.is_sleep_mode_available()), False
         self._folder, self._end = Path(folder) if folder else None, tuple[int, ...]()
         given: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True, "enable_sleep_mode": self._sleeps}
@@ -74,9 +78,9 @@ class VLLM:
         except Exception as error:  # of vLLM, torch or transformers
             raise ConfigError(f"vLLM does not start with {model}: {type(error).__name__}: {_line(error)}") from error
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What draws, for the header."""
-        return f"{self._said} in this process, the policy's weights before each step"
+        return f"{self._version} in this process, the policy's weights before each step"
 
     def refresh(self, policy: Policy, version: int) -> None:
         """Loads the policy's weights, where the engine lacks this version, and empties the prefix cache.
@@ -134,7 +138,7 @@ class VLLM:
         if self.version is None:
             raise SamplerError("vLLM has no weights of the policy yet: refresh(policy, version) comes before generate")
         self._wake()
-        asked = [(place, seed) for place, own in enumerate(seeds) for seed in own]
+        asked = [(place, seed) for place, row in enumerate(seeds) for seed in row]
         given = [{"prompt_token_ids": list(prompts[place])} for place, _ in asked]
         try:
             outputs = self._llm.generate(given, [self._request(seed, sampling) for _, seed in asked], use_tqdm=False)

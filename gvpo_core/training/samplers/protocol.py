@@ -72,9 +72,9 @@ def asked_with(sampler: object, prompts: Sequence[Prompt], tokens: Sequence[Toke
     return prompts if getattr(sampler, "messages", False) else tokens
 
 
-def said(sampler: object) -> str:
-    """What the sampler is, for the header: what its `said` gives, or the name of its class."""
-    method = getattr(sampler, "said", None)
+def describe(sampler: object) -> str:
+    """What the sampler is, for the header: what its `describe` gives, or the name of its class."""
+    method = getattr(sampler, "describe", None)
     return str(method()) if callable(method) else type(sampler).__name__
 
 

@@ -31,7 +31,7 @@ class Source(Protocol):
     def on_policy(self) -> bool:
         """Whether the responses that are drawn are the policy's own, at temperature 1."""
 
-    def said(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """Lines of the header: what a step takes."""
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:

@@ -45,12 +45,12 @@ class Mixed:
         """Of the responses that are drawn; see `Sampled`."""
         return self.sampled.on_policy
 
-    def said(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """For the header: what a step takes."""
         parts, replay = shares(self.config), self.config.replay
-        lines = self.sampled.said(parts.sampled)
+        lines = self.sampled.describe(parts.sampled)
         if self.recorded is not None:
-            lines["recorded"] = f"{parts.recorded} groups a step of {self.recorded.recorded.said()}"
+            lines["recorded"] = f"{parts.recorded} groups a step of {self.recorded.recorded.describe()}"
         if self.buffer is not None:
             age = f", at most {replay.age} steps old" if replay.age else ""
             lines["replay"] = f"{parts.replayed} groups a step of the newest {replay.groups:,}{age}"

@@ -36,10 +36,10 @@ class Recorded:
 
     on_policy = False  # the responses are others'
 
-    def said(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """For the header: what the groups are, and what a step takes of them."""
         each = f"{self.config.rollout.prompts} recorded groups, nothing is sampled"
-        return {"source": self.recorded.said(), "step": each}
+        return {"source": self.recorded.describe(), "step": each}
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` groups with all their responses."""
@@ -61,17 +61,17 @@ class Streamed(Recorded):
 
     stream: StreamedGroups
 
-    def said(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """For the header; see `Recorded`."""
         held = self.config.data.buffer
-        lines = super().said()
+        lines = super().describe()
         return lines | {"source": f"a stream, at most {held:,} rows held; at its beginning {lines['source']}"}
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` groups with all their responses."""
         size = size or self.config.rollout.prompts
-        found = self.stream.at(policy, (step - 1) * size, size)
-        return leave_out(recorded_rollout(policy, found, range(size), self.reference), self.config.rollout)
+        groups = self.stream.at(policy, (step - 1) * size, size)
+        return leave_out(recorded_rollout(policy, groups, range(size), self.reference), self.config.rollout)
 
 
 def recorded_rollout(
@@ -153,14 +153,14 @@ def scored_again(
 def _reference(reference: ReferenceScores, groups: Sequence[Group]) -> np.ndarray:
     """(N,) of the scored responses; NaN of the others, which leave their group."""
     scored = [group.scored for group in groups]
-    found = reference.of(
+    scores_of = reference.of(
         [
             (group.prompt, tuple(group.responses[i] for i in places))
             for group, places in zip(groups, scored, strict=True)
             if places
         ]
     )
-    scores, result = iter(found), []
+    scores, result = iter(scores_of), []
     for group, places in zip(groups, scored, strict=True):
         row = np.full(len(group.responses), np.nan)
         if places:

@@ -14,7 +14,7 @@ from gvpo_core.training.recorded import Groups
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Requests, Rollout, collect, requests_of
 from gvpo_core.training.samplers import Sampler
-from gvpo_core.training.samplers.protocol import refresh, said
+from gvpo_core.training.samplers.protocol import describe, refresh
 from gvpo_core.training.sampling import CURRICULUM, REDRAW, TRAIN
 from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.join import equal_groups, join, leave_out
@@ -48,7 +48,7 @@ class Sampled:
         """Whether the responses that are drawn are the policy's own, at temperature 1."""
         return self.sampler is None and self.config.rollout.sampling.temperature == 1
 
-    def said(self, prompts: int | None = None) -> dict[str, str]:
+    def describe(self, prompts: int | None = None) -> dict[str, str]:
         """For the header: what a step draws.
 
         Args:
@@ -56,9 +56,9 @@ class Sampled:
         """
         rollout = self.config.rollout
         drawn = f"{rollout.responses} responses of at most {rollout.max_tokens} tokens"
-        beside = f" and the recorded ones ({self.beside.said()})" if self.beside else ""
+        beside = f" and the recorded ones ({self.beside.describe()})" if self.beside else ""
         step = {"step": f"{prompts or rollout.prompts} prompts x {drawn}{beside}"}
-        return step | ({} if self.sampler is None else {"sampler": said(self.sampler) + self._early()})
+        return step | ({} if self.sampler is None else {"sampler": describe(self.sampler) + self._early()})
 
     def _early(self) -> str:
         ahead = self.ahead.ahead if self.ahead else 0

@@ -35,9 +35,9 @@ class Taught:
         """Of the source."""
         return self.source.on_policy
 
-    def said(self) -> dict[str, str]:
+    def describe(self) -> dict[str, str]:
         """For the header: the source's lines and the teacher."""
-        return self.source.said() | {"teacher": self.teacher.said()}
+        return self.source.describe() | {"teacher": self.teacher.describe()}
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """The source's groups, scored by the teacher."""

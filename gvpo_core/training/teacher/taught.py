@@ -36,18 +36,18 @@ class Scorer(Protocol):
 class Teacher:
     """Scores responses and is never trained."""
 
-    def __init__(self, scorer: Scorer, said: str, context: int | None, facts: PolicyFacts | None = None) -> None:
+    def __init__(self, scorer: Scorer, description: str, context: int | None, facts: PolicyFacts | None = None) -> None:
         """
         Args:
-          said: what it is, for the header.
+          description: what it is, for the header.
           context: longest prompt and response together, tokens. None: not known.
           facts: of a model that this process has loaded, for the estimate of memory.
         """
-        self.scorer, self._said, self.context, self.facts = scorer, said, context, facts
+        self.scorer, self._description, self.context, self.facts = scorer, description, context, facts
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """What it is, for the header."""
-        return self._said
+        return self._description
 
     def check(self, prompts: Prompts) -> None:
         """Raises ConfigError: the teacher cannot read the first prompt, as where it has no chat template for a chat."""
@@ -82,8 +82,8 @@ class Teacher:
             if ids is not None:
                 encoded.append((row, *ids, group))
         rows = [row for row, *_ in encoded]
-        own = Batch([p for _, p, _, _ in encoded], [r for _, _, r, _ in encoded], [g for *_, g in encoded])
-        scores = attempt(policy, lambda: np.asarray(self.scorer.logprobs(own), np.float64), kind=SamplerError)
+        as_taught = Batch([p for _, p, _, _ in encoded], [r for _, _, r, _ in encoded], [g for *_, g in encoded])
+        scores = attempt(policy, lambda: np.asarray(self.scorer.logprobs(as_taught), np.float64), kind=SamplerError)
         assert scores is not None  # every rank scores
         scored[rows] = scores
         read = np.zeros(len(batch), bool)

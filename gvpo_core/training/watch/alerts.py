@@ -65,11 +65,11 @@ def failed(step: int, error: Exception) -> Alert:
             " run.allow_changes = true, or an earlier one with --from-step N as well"
         )
         return Alert("not_finite", BAD, f"step {step} failed: {error}", advice)
-    said = str(error).strip().partition("\n")[0]
+    reason = str(error).strip().partition("\n")[0]
     if not type(error).__module__.startswith("gvpo_"):
-        said = f"{type(error).__name__}: {said}" if said else type(error).__name__
+        reason = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
     advice = "fix it and run the same command: it resumes from the last checkpoint; the log has the full error"
-    return Alert("error", BAD, f"step {step} failed: {said}", advice)
+    return Alert("error", BAD, f"step {step} failed: {reason}", advice)
 
 
 class Alerts:
@@ -116,8 +116,8 @@ class Alerts:
           record: a train record of metrics.jsonl, or of what will be one: null and NaN are the same.
         """
         self._recent.add(record)
-        found = [alert for checks in self._checks for alert in checks.alerts(self._recent)]
-        return verdict_of(a for a in found if a.key not in OF_DRAWN or _drawn(record))
+        alerts = [alert for checks in self._checks for alert in checks.alerts(self._recent)]
+        return verdict_of(a for a in alerts if a.key not in OF_DRAWN or _drawn(record))
 
 
 def _drawn(record: Record) -> bool:

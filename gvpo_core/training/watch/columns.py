@@ -117,5 +117,5 @@ def row(record: Record, left: str = "-", columns: Sequence[Column] = COLUMNS) ->
 
 def verdict(record: Record) -> str:
     """The worse of the record's two verdicts, on the training and on the machine; "-" without one."""
-    found = [record[key] for key in ("verdict", "machine/verdict") if key in record]
-    return max(found, key=LEVELS.index, default="-")
+    verdicts = [record[key] for key in ("verdict", "machine/verdict") if key in record]
+    return max(verdicts, key=LEVELS.index, default="-")

@@ -50,7 +50,7 @@ class Console:
         self._steps, self._stream = steps, Forgiving(stream or sys.stdout)
         self._rows = 0
         self._since_phases = 0
-        self._said: dict[str, tuple[str, int]] = {}  # alert -> its level and step when last said
+        self._shown: dict[str, tuple[str, int]] = {}  # alert -> its level and step when last shown
         self._time_left = TimeLeft(steps, evaluations)
         self._bar: Any = None
         self._task: Any = None
@@ -82,8 +82,8 @@ class Console:
             self._print(titles(self._columns), style="bold")
         self._rows += 1
         line = row(record, duration(self._time_left.stepped(int(record["step"]))), self._columns)
-        said = verdict(record)
-        self._print(line, mark=(len(line) - len(said), {WATCH: "bold yellow", BAD: "bold red"}.get(said, "")))
+        state = verdict(record)
+        self._print(line, mark=(len(line) - len(state), {WATCH: "bold yellow", BAD: "bold red"}.get(state, "")))
         self._reasons(record)
         if self._since_phases == 0 and (phases := phase_line(record)):
             self._print(phases, style="dim")
@@ -135,8 +135,8 @@ class Console:
         self._quote("prompt", scored[0]["prompt"])
         rewards = [fit(r["reward"], 8) for r in scored]
         rewards += ["-"] * (len(groups[scored[0]["group"]]) - len(scored))
-        said = f"its {len(rewards)} responses: rewards {' '.join(rewards)}"
-        for line in textwrap.wrap(said, self._width, initial_indent="  ", subsequent_indent="    "):
+        summary = f"its {len(rewards)} responses: rewards {' '.join(rewards)}"
+        for line in textwrap.wrap(summary, self._width, initial_indent="  ", subsequent_indent="    "):
             self._print(line)
         best, worst = scored[0], scored[-1]
         for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
@@ -178,11 +178,11 @@ class Console:
     def _reasons(self, record: Record) -> None:
         """What is wrong and what to do, where it is new, worse than before, or was said long ago."""
         step, now = int(record["step"]), {a["key"]: a for key in _ALERTS for a in record.get(key, ())}
-        self._said = {key: said for key, said in self._said.items() if key in now or step - said[1] < _REMIND}
+        self._shown = {key: last for key, last in self._shown.items() if key in now or step - last[1] < _REMIND}
         for key, alert in now.items():
-            level, since = self._said.get(key, (OK, step - _REMIND))
+            level, since = self._shown.get(key, (OK, step - _REMIND))
             if LEVELS.index(alert["level"]) > LEVELS.index(level) or step - since >= _REMIND:
-                self._said[key] = (alert["level"], step)
+                self._shown[key] = (alert["level"], step)
                 text = printable(f"{alert['level']} {alert['seen']}: {alert['advice']}")
                 for line in textwrap.wrap(text, self._width, initial_indent="    ! ", subsequent_indent="      "):
                     self._print(line, style="yellow" if alert["level"] == WATCH else "red")

@@ -21,13 +21,13 @@ def header(
     Args:
       facts: what `Policy.describe` gives.
     """
-    own, prompts = facts.as_dict(), source.prompts
+    described, prompts = facts.as_dict(), source.prompts
     counted = ", ".join(
         text
         for text in (
             f"{len(prompts)} training",
             f"{prompts.dropped} dropped as too long" if prompts.dropped else "",
-            held_out.said() if held_out else "",
+            held_out.describe() if held_out else "",
         )
         if text
     )
@@ -35,9 +35,9 @@ def header(
     return {
         "model": hide(config.model.path) or "given in Python",
         **code,
-        **_merged(own),
+        **_merged(described),
         "objective": f"{config.objective.name}, beta {config.objective.beta:g}, reference {config.objective.reference}",
-        **source.said(),
+        **source.describe(),
         "updates a step": str(config.objective.epochs * config.objective.minibatches),
         "prompts": counted,
         **({"rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in rewards)} if rewards else {}),
@@ -50,9 +50,9 @@ def _merged(facts: dict[str, Any]) -> dict[str, Any]:
     """A policy's facts in as few lines as a person needs."""
     for name, of in (("device_name", "device"), ("architecture", "backend"), ("layout_reason", "layout")):
         if name in facts and of in facts:
-            said = str(facts.pop(name))
-            if said.lower() != str(facts[of]).lower():
-                facts[of] = f"{facts[of]}, {said}"
+            removed = str(facts.pop(name))
+            if removed.lower() != str(facts[of]).lower():
+                facts[of] = f"{facts[of]}, {removed}"
     if facts.get("ranks") == 1:
         del facts["ranks"]
         facts.pop("sharding", None)
@@ -69,7 +69,7 @@ def _memory(config: Config, facts: PolicyFacts, source: Source) -> dict[str, str
     memory, have = estimate_memory(facts, config, longest, teacher), available_memory(facts)
     if memory is None:
         return {}
-    said = {"estimated memory": in_words(memory, have, facts.ranks)}
+    lines = {"estimated memory": in_words(memory, have, facts.ranks)}
     if have and memory.peak > have:
-        said["too much memory"] = f"{gib(memory.peak)} GiB estimated, {gib(have)} GiB there: {advice(facts, config)}"
-    return said
+        lines["too much memory"] = f"{gib(memory.peak)} GiB estimated, {gib(have)} GiB there: {advice(facts, config)}"
+    return lines

@@ -85,13 +85,13 @@ async def judge(
                 answer = await client.chat.completions.create(
                     model=model, messages=messages, temperature=0, max_tokens=max_tokens
                 )
-                said = answer.choices[0].message.content or ""
+                reply = answer.choices[0].message.content or ""
             except (OpenAIError, IndexError, AttributeError) as e:
                 failures[f"{type(e).__name__}: {e}"[:200]] += 1
                 return None
-        value = grade(said, read, lowest, highest)
+        value = grade(reply, read, lowest, highest)
         if value is None:
-            failures[f"no grade from {lowest:g} to {highest:g} at the end of {said[-80:]!r}"] += 1
+            failures[f"no grade from {lowest:g} to {highest:g} at the end of {reply[-80:]!r}"] += 1
         return value
 
     wanted = {k: text for k, text in zip(keys, asked, strict=True) if k not in known.scores}
@@ -122,11 +122,11 @@ def fields(options: Mapping[str, Any]) -> list[str]:
     return sorted({*_FIELD.findall(str(options.get("template", TEMPLATE)))} - {*_OWN})
 
 
-def grade(said: str, pattern: re.Pattern[str], lowest: float, highest: float) -> float | None:
+def grade(text: str, pattern: re.Pattern[str], lowest: float, highest: float) -> float | None:
     """The last grade in the judge's answer, on the scale from 0 to 1; None: there is none within the scale."""
-    found = pattern.findall(said)
+    matches = pattern.findall(text)
     try:
-        value = float(found[-1][0] if found and isinstance(found[-1], tuple) else found[-1])
+        value = float(matches[-1][0] if matches and isinstance(matches[-1], tuple) else matches[-1])
     except (IndexError, ValueError):
         return None
     if not math.isfinite(value) or not lowest <= value <= highest:

@@ -92,9 +92,9 @@ def library() -> tuple[Any, Any, Any]:
 
 def judge(response: str, gold: str) -> float | None:
     """1.0 where the response's final answer equals the gold answer, 0.0 where not; None where the gold is not read."""
-    thought, _, said = response.rpartition("</think>")
-    if thought and said.strip():
-        response = said
+    thought, _, after = response.rpartition("</think>")
+    if thought and after.strip():
+        response = after
     if tagged := re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL):
         response = tagged[-1]
     answer = _undelimited(gold.rpartition("####")[2] if "####" in gold else gold)
@@ -276,8 +276,8 @@ def _read(answer: str) -> Any:
     if _PLAIN_NUMBER.fullmatch(answer):
         answer = f"{Decimal(answer):f}"
     if mixed := _MIXED.fullmatch(answer):
-        sign, whole, top, bottom = mixed.groups()
-        answer = rf"{sign}({whole}+\frac{{{top}}}{{{bottom}}})"
+        sign, integer, top, bottom = mixed.groups()
+        answer = rf"{sign}({integer}+\frac{{{top}}}{{{bottom}}})"
     answer = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", answer)
     answer = re.sub(r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln|infty)(?![A-Za-z])", r"\\\1 ", answer)
     answer = re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", answer)
@@ -294,9 +294,9 @@ def _read(answer: str) -> Any:
 
 def _fraction(match: re.Match[str]) -> str:
     """A decimal whose last digits repeat, as a fraction."""
-    whole, fixed = match[1] or "0", match[2]
+    integer, fixed = match[1] or "0", match[2]
     digits = match[3] or match[4] or match[5]
-    top = int(whole + fixed + digits) - int(whole + fixed)
+    top = int(integer + fixed + digits) - int(integer + fixed)
     return rf"\frac{{{top}}}{{{'9' * len(digits) + '0' * len(fixed)}}}"
 
 

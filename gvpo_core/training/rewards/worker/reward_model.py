@@ -26,7 +26,7 @@ class Classifier:
             outputs = config.get_text_config().num_labels
             if outputs != 1:
                 raise LookupError(f"options.path = {path!r}: the model has {outputs} outputs; expected 1, a score")
-            model, found = AutoModelForSequenceClassification.from_pretrained(
+            model, loaded = AutoModelForSequenceClassification.from_pretrained(
                 path, dtype=kinds[dtype], output_loading_info=True
             )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
@@ -34,7 +34,7 @@ class Classifier:
             self.model: Any = model.to(self.device).eval()
         except (OSError, ValueError, RuntimeError) as e:
             raise LookupError(f"options.path = {path!r}: {str(e).strip().splitlines()[0]}") from e
-        if missing := sorted(found["missing_keys"]):
+        if missing := sorted(loaded["missing_keys"]):
             raise LookupError(
                 f"options.path = {path!r}: its files lack {', '.join(missing[:3])}, so its scores would be random;"
                 " expected a folder of a trained reward model"

@@ -33,8 +33,8 @@ def schema_of(function: Callable[..., Any], *, method: bool = False) -> dict[str
         if parameter.name not in hints:
             raise ValueError(f"the parameter {parameter.name} of the tool {name} has no type; add one, as in x: int")
         kind = _json_type(hints[parameter.name], f"the parameter {parameter.name} of the tool {name}")
-        told = {"description": described[parameter.name]} if parameter.name in described else {}
-        properties[parameter.name] = kind | told
+        description = {"description": described[parameter.name]} if parameter.name in described else {}
+        properties[parameter.name] = kind | description
         if parameter.default is parameter.empty:
             required.append(parameter.name)
     return {
@@ -67,8 +67,8 @@ def _json_type(hint: Any, what: str) -> dict[str, Any]:
 def _described(text: str) -> dict[str, str]:
     """Parameter -> what its line in the section "Args:" says."""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", text, re.MULTILINE)
-    found = {}
+    descriptions = {}
     for line in section.group(1).splitlines() if section else ():
         if match := re.match(r"\s+(\w+)(?:\s*\([^)]*\))?:\s*(.+)", line):
-            found[match.group(1)] = match.group(2).strip()
-    return found
+            descriptions[match.group(1)] = match.group(2).strip()
+    return descriptions

@@ -39,17 +39,17 @@ class RewardChecks:
         return Alert("reward", BAD if now <= start else WATCH, seen, advice)
 
     def _reward_failures(self, recent: Recent) -> list[Alert]:
-        total, found = recent.sum("responses/total"), []
+        total, alerts = recent.sum("responses/total"), []
         keys = sorted({key for keys in recent.failing for key in keys})
         for key in keys:
             failed = recent.sum(key)
             if failed < 4 or failed < 0.05 * total:
                 continue
             _, name, kind = key.split("/", 1)[0], *key.removeprefix("reward_errors/").rsplit("/", 1)
-            said, advice = {
+            event, advice = {
                 "timeout": ("ran out of time", f"raise rewards.{name}.timeout or .workers, or make it quicker"),
                 "none": ("gave None or NaN", "see in completions.jsonl which responses it does not score"),
             }.get(kind, ("failed", "see the traceback in the log"))
-            seen = f"reward {name} {said} for {failed:.0f} of {total:.0f} responses of {len(recent.last)} steps"
-            found.append(Alert(f"reward_{kind}/{name}", BAD if failed >= 0.25 * total else WATCH, seen, advice))
-        return found
+            seen = f"reward {name} {event} for {failed:.0f} of {total:.0f} responses of {len(recent.last)} steps"
+            alerts.append(Alert(f"reward_{kind}/{name}", BAD if failed >= 0.25 * total else WATCH, seen, advice))
+        return alerts
