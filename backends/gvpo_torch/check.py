@@ -10,12 +10,13 @@ from torch import Tensor
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import blocks, fixed, rope
 from gvpo_torch.cache import new_cache
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
-from gvpo_torch.prefixes import Prefixes, unfit
+from gvpo_torch.prefixes import unfit
 from gvpo_torch.sharding import gathered_no_more, is_sharded
 
 log = logging.getLogger("gvpo.torch")

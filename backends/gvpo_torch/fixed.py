@@ -9,6 +9,7 @@ loop in `generate`, whose samples are the same up to rounding.
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ ATTENTION = "gvpo_decode"
 
 Pick = Callable[[Tensor, Tensor, Sampling], Tensor]
 Choose = Callable[[Tensor, Sequence[int], int], np.ndarray]
-Keep = Callable[[int, list[int], list[tuple[Tensor, Tensor]]], None]
+Keep = Callable[[int, list[int], Callable[[], list[tuple[Tensor, Tensor]]]], None]
 
 
 def fits(scorer: Scorer) -> bool:
@@ -293,7 +294,7 @@ def decode(
       seeds: of all rows.
       pick: (logits, (R,) float64 in [0, 1), sampling) -> (R,) int64 tokens, all on the device.
       choose: (logits, indices of the rows left, t) -> (R,) int64, their t-th tokens, in place of drawing. No row waits.
-      keep: (row, its tokens but the last, states of its prompt and of these), called for rows that have ended.
+      keep: (row, its tokens but the last, what copies the states of its prompt and of these), for rows that have ended.
     """
     device, most, longest = first.owners.device, sampling.max_tokens, first.lengths.copy()
     ends = torch.tensor(list(end), dtype=torch.int64, device=device)
@@ -337,7 +338,7 @@ def decode(
                         responses[held[line]] = sampled, done = _cut(text, set(end))
                         if done and keep is not None:
                             count = int(longest[line]) + len(sampled) - 1
-                            keep(int(held[line]), sampled[:-1], rows.states(int(line), count))
+                            keep(int(held[line]), sampled[:-1], partial(rows.states, int(line), count))
                     idle |= ended
                 if waiting and idle.mean() >= REFILL:
                     lines = np.flatnonzero(idle)[: len(waiting)]

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_core.training.policy import Response, Tokens
+from gvpo_core.training.policy.prefixes import Part, Prefixes, parts_of
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_torch import fixed
 from gvpo_torch.cache import keep_rows, new_cache
 from gvpo_torch.model import Scorer
-from gvpo_torch.prefixes import Prefixes, Start
+from gvpo_torch.prefixes import States, copied, fill
 
 Forward = Callable[..., Tensor]
 Choose = Callable[[Tensor, Sequence[tuple[int, int]], int], np.ndarray]
@@ -142,36 +143,28 @@ def _prefill(
     device: torch.device,
     prefixes: Prefixes | None,
 ) -> fixed.Prefilled:
-    unique = sorted({i for i, _ in rows})
-    begun = [i for i in unique if prefixes is not None and prefixes.start(prompts[i]).length]
-    parts = [part for part in (begun, [i for i in unique if i not in {*begun}]) if part]
-    passes = [_pass(scorer, forward, [prompts[i] for i in part], device, prefixes) for part in parts]
+    parts = parts_of([prompts[i] for i in sorted({i for i, _ in rows})], prefixes)
+    passes = [_pass(scorer, forward, part, device) for part in parts]
     logits, cache, mask = passes[0] if len(passes) == 1 else _together(scorer, passes)
-    places = {i: n for n, i in enumerate(i for part in parts for i in part)}
-    owners = torch.from_numpy(np.asarray([places[i] for i, _ in rows], dtype=np.int64)).to(device)
+    places = {prompt: n for n, prompt in enumerate(prompt for part in parts for prompt in part.prompts)}
+    owners = torch.from_numpy(np.asarray([places[prompts[i]] for i, _ in rows], dtype=np.int64)).to(device)
     if prefixes is not None:
         prefixes.started([prompts[i] for i, _ in rows])
     return fixed.Prefilled(logits, cache, mask, owners, np.asarray([len(prompts[i]) for i, _ in rows]))
 
 
-def _pass(
-    scorer: Scorer, forward: Forward, prompts: Sequence[Tokens], device: torch.device, prefixes: Prefixes | None
-) -> tuple[Tensor, Any, Tensor | None]:
+def _pass(scorer: Scorer, forward: Forward, part: Part, device: torch.device) -> tuple[Tensor, Any, Tensor | None]:
     """Logits after the prompts, their cache, and its mask, see `fixed.Prefilled`; computes what is not kept."""
-    width = max(map(len, prompts))
-    starts = [Start((), 0) if prefixes is None else prefixes.start(prompt) for prompt in prompts]
-    fresh = max(len(prompt) - start.length for prompt, start in zip(prompts, starts, strict=True))
-    ids = np.zeros((len(prompts), width), dtype=np.int64)
-    mask = np.zeros((len(prompts), width), dtype=bool)
-    for b, prompt in enumerate(prompts):
+    width = max(map(len, part.prompts))
+    ids = np.zeros((len(part.prompts), width), dtype=np.int64)
+    mask = np.zeros((len(part.prompts), width), dtype=bool)
+    for b, prompt in enumerate(part.prompts):
         ids[b, width - len(prompt) :] = prompt
         mask[b, width - len(prompt) :] = True
     positions = np.maximum(mask.cumsum(1) - 1, 0)
-    put = lambda values: torch.from_numpy(np.ascontiguousarray(values[:, width - fresh :])).to(device)
+    put = lambda values: torch.from_numpy(np.ascontiguousarray(values[:, width - part.fresh :])).to(device)
     cache = new_cache(scorer.decoder, scorer.config)
-    if prefixes is not None:
-        prefixes.fill(cache, [(start, len(prompt) - fresh) for prompt, start in zip(prompts, starts, strict=True)])
-        prefixes.count(int(mask[:, : width - fresh].sum()), int(mask[:, width - fresh :].sum()))
+    fill(cache, part)
     # No mask where no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
     mask_on = None if mask.all() else torch.from_numpy(mask).to(device)
     return forward(put(ids), put(positions), mask=mask_on, cache=cache), cache, mask_on
@@ -212,6 +205,11 @@ def _decode_fixed(
     def prefill(chosen: Sequence[int]) -> fixed.Prefilled:
         return _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device, prefixes)
 
+    def keep(r: int, sampled: list[int], states: Callable[[], States]) -> None:
+        tokens = (*prompts[rows[r][0]], *sampled)
+        if prefixes is not None and prefixes.wants(tokens):
+            prefixes.keep(tokens, states())
+
     choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
     texts = fixed.decode(
         scorer,
@@ -223,9 +221,7 @@ def _decode_fixed(
         end,
         pick=draw,
         choose=choice,
-        keep=None
-        if prefixes is None
-        else lambda r, sampled, states: prefixes.keep((*prompts[rows[r][0]], *sampled), states),
+        keep=None if prefixes is None else keep,
     )
     return [Response(tuple(tokens), done) for tokens, done in texts]
 
@@ -268,7 +264,9 @@ def _decode(
             sequence = (*prompts[rows[row][0]], *drawn[row][:-1])
             start = width - int(lengths[row])
             columns = slice(start, start + len(sequence))
-            prefixes.keep(sequence, [(y.keys[line, :, columns], y.values[line, :, columns]) for y in cache.layers])
+            if prefixes.wants(sequence):
+                states = [(layer.keys[line, :, columns], layer.values[line, :, columns]) for layer in cache.layers]
+                prefixes.keep(sequence, copied(states))
 
     for t in range(sampling.max_tokens):
         if t % UNIFORMS_AHEAD == 0:

@@ -13,11 +13,11 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import in_few_bits
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, layout
 from gvpo_core.training.policy.base import LanguageModelPolicy
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import adapters, check, checkpoint, export, fixed, generate, memory, model
-from gvpo_torch.prefixes import Prefixes
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard

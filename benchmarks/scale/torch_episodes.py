@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from gvpo_torch import generate, load
-from gvpo_torch.prefixes import Prefixes
 
 from benchmarks.scale.table import Count
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling, row_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))

@@ -10,6 +10,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import decoder_families
+import families
 import numpy as np
 import pytest
 import tiny_models
@@ -149,6 +151,23 @@ def test_later_turns_compute_what_is_new_and_say_the_same(backend, kind, request
     assert said[0] == said[1] and '"turns": 3' in said[0]
 
 
+@pytest.mark.parametrize("backend", REUSING, ids=lambda backend: backend.name)
+@pytest.mark.parametrize(
+    "family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gemma4", "qwen3_5"))]
+)
+def test_a_checkpoint_of_text_and_images_plays_with_its_text(backend, family, tmp_path) -> None:
+    model = families.make(family, tmp_path / "model")
+    if family == "qwen3_5":
+        model = decoder_families.make_qwen_with_images(
+            tmp_path / "both", json.loads((model / "config.json").read_text())
+        )
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
+    _, batches, [first, second] = run(tmp_path / "run", backend, model)
+    assert "vision" in (model / "config.json").read_text() and first["turns/max"] == 3
+    assert any(mask is not None for mask in batches[0].own) and "episodes/reused" not in first
+    assert first["kl"] == pytest.approx(0, abs=1e-4) and abs(second["kl"]) > 1e-6
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["model", "rewriting"])
 def test_two_processes_play_and_end_as_one_does(backend, kind, request, tmp_path) -> None:
@@ -185,7 +204,6 @@ memory = 0.0
         command = alone if processes == 1 else backend.two_processes(config)
         path = os.pathsep.join(path for path in sys.path if path)
         env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        env["XLA_FLAGS"] = "--xla_backend_optimization_level=0"  # JAX compiles for a minute, and computes for a second
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
         assert done.returncode == 0, done.stderr[-3000:]
         for name in ("completions", "metrics"):

@@ -11,8 +11,8 @@ from torch_policies import policy
 require(subject="torch")
 import torch
 from gvpo_torch import check, generate
-from gvpo_torch.prefixes import Prefixes
 
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling, row_seed
 
 ENDS = [0, *range(60, 90)]
@@ -100,7 +100,7 @@ def test_rows_in_several_chunks_draw_the_same(cache_tokens, fixed, folders) -> N
 def test_no_more_is_kept_than_the_bound_and_the_rest_is_computed_again(most, folders, monkeypatch) -> None:
     of_policy = policy(folders("llama"))
     plain, every = played(of_policy, None)
-    prefixes, held = Prefixes(most), []
+    prefixes, held = Prefixes(most), [0]
     keep = Prefixes.keep
     monkeypatch.setattr(Prefixes, "keep", lambda self, *given: keep(self, *given) or held.append(self.held))
     reused, computed = played(of_policy, prefixes)
@@ -113,7 +113,8 @@ def test_a_prompt_starts_from_the_longest_of_what_is_kept() -> None:
     prefixes, draw = Prefixes(1 << 20), np.random.default_rng(0)
     kept = {tuple(draw.integers(0, 3, draw.integers(1, 9)).tolist()) for _ in range(60)}
     for tokens in kept:
-        prefixes.keep(tokens, [(torch.zeros(1, len(tokens), 1),) * 2])
+        assert prefixes.wants(tokens)
+        prefixes.keep(tokens, "states")
     for _ in range(200):
         prompt = tuple(draw.integers(0, 3, draw.integers(1, 10)).tolist())
         common = max(sum(1 for n in range(1, min(len(prompt) - 1, len(t)) + 1) if t[:n] == prompt[:n]) for t in kept)
@@ -162,13 +163,13 @@ def test_rope_by_length_computes_turns_from_the_start(tmp_path, caplog) -> None:
 def test_a_cache_that_is_continued_wrongly_is_found_before_it_is_used(folders, monkeypatch) -> None:
     of_policy = policy(folders("llama"))
     assert check.continues(of_policy.scorer, of_policy.device) == ""
-    fill = Prefixes.fill
+    fill = generate.fill
 
-    def shifted(self, cache, starts):
-        fill(self, cache, starts)
+    def shifted(cache, part):
+        fill(cache, part)
         for layer in cache.layers:
             layer.keys = layer.keys.roll(1, 2) if layer.is_initialized else None
 
-    monkeypatch.setattr(Prefixes, "fill", shifted)
+    monkeypatch.setattr(generate, "fill", shifted)
     with torch.no_grad():
         assert "log-probs then differ by up to" in check.continues(of_policy.scorer, of_policy.device)

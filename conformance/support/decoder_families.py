@@ -164,3 +164,19 @@ def make_with_images(name: str, folder: Path) -> Path:
     model.save_pretrained(folder)
     tiny_models.make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def make_qwen_with_images(folder: Path, text: dict[str, Any]) -> Path:
+    """A tiny Qwen 3.5 of text and images around a text model's configuration."""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    vision = {"hidden_size": 16, "depth": 1, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("qwen3_5", text_config=text, vision_config=vision | {"patch_size": 4})
+        model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config.eos_token_id = 0
+    model.save_pretrained(folder)
+    tiny_models.make_tokenizer().save_pretrained(folder)
+    return folder

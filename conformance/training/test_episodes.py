@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toy_run
+from engine_server import Server
 from places import SUPPORT
 from scripted_policy import ScriptedPolicy
 from toy_run import records
@@ -14,6 +15,7 @@ from gvpo_core.training.config import Config, EnvironmentConfig
 from gvpo_core.training.episodes import EnvironmentFailed, Environments
 from gvpo_core.training.episodes.environments import Operation
 from gvpo_core.training.rewards import RewardError
+from gvpo_core.training.samplers import Engine
 
 pytestmark = pytest.mark.core
 
@@ -267,6 +269,32 @@ def test_a_sampler_draws_the_turns_and_what_it_loses_leaves_the_group(tmp_path) 
     record, written = records(tmp_path / "run")[0], records(tmp_path / "run", "completions")
     assert 1 <= record["responses/lost"] == 8 - len(written)
     assert all(c["reward"] == pytest.approx(right_reward(c["episode"], ROWS[c["row"]]["secret"])) for c in written)
+
+
+class Served(Server):
+    """Keeps what it answered."""
+
+    def answer(self, body):
+        answer = super().answer(body)
+        self.seen.append((body["prompt"], [choice["token_ids"] for choice in answer["choices"]]))
+        return answer
+
+
+def test_an_engine_gets_token_ids_that_begin_with_all_of_the_turn_before(tmp_path) -> None:
+    """So that a server's cache of prefixes holds all but what is new."""
+    with Served(ScriptedPolicy(search)) as server:
+        server.seen = []
+        run(config_of(tmp_path / "run", steps=1), sampler=Engine(server.url, "tiny"))
+        seen = server.seen
+    opening = seen[0][0]
+    before = [(*prompt, *ids) for prompt, drawn in seen for ids in drawn]
+    later = [prompt for prompt, _ in seen if prompt != opening]
+    assert len(later) >= 4 and {c["turns"] for c in records(tmp_path / "run", "completions")} >= {2, 3}
+    for prompt in later:
+        assert all(isinstance(token, int) for token in prompt)
+        whole = max((ids for ids in before if tuple(prompt[: len(ids)]) == ids), key=len, default=())
+        new = ScriptedPolicy(search).tokenizer.decode(prompt[len(whole) :])
+        assert whole and new in ("<user>higher<end><assistant>", "<user>lower<end><assistant>"), "what was heard alone"
 
 
 def test_held_out_rows_are_played_too(tmp_path) -> None:

@@ -1,0 +1,121 @@
+"""Which conversations a policy keeps keys and values of between the turns of episodes, and what a prompt starts from.
+
+After a turn, the keys and values of its prompt and response are kept. The next prompt that begins with the same tokens
+starts from them. This is exact where a token's keys and values depend on the tokens before it alone: layers that all
+attend to everything, and RoPE that does not depend on the length. The tensors are the backend's.
+"""
+
+from bisect import bisect_left, insort
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from gvpo_core.training.policy.protocol import Tokens
+
+
+class Start(NamedTuple):
+    """What a prompt can start from."""
+
+    tokens: Tokens  # of the kept conversation; empty: none
+    length: int  # tokens that the prompt shares with it, at most all but its last
+
+
+NOTHING = Start((), 0)
+
+
+class Part(NamedTuple):
+    """Prompts that are computed in one pass, padded on the left to equal lengths."""
+
+    prompts: list[Tokens]
+    states: list[Any]  # of each prompt; None: nothing is kept
+    fresh: int  # last columns, which are computed; those before are filled from `states`
+
+    @property
+    def filled(self) -> list[int]:
+        """Of each prompt, the tokens that are not computed; at most 0: none."""
+        return [len(prompt) - self.fresh for prompt in self.prompts]
+
+
+class Prefixes:
+    """Kept keys and values, by the tokens that they are of."""
+
+    def __init__(self, most: int) -> None:
+        """`most`: tokens kept at most; conversations beyond it are computed again."""
+        self.most, self.held = most, 0
+        self.reused = self.computed = 0  # tokens of prompts since the start, without padding
+        self._keys: list[Tokens] = []  # sorted
+        self._states: dict[Tokens, Any] = {}  # oldest first
+        self._starts: dict[Tokens, Start] = {}  # of the prompts of the present call
+        self._uses: Counter[Tokens] = Counter()  # rows of the present call that have yet to start from it
+
+    def plan(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]]) -> None:
+        """Begins a call: finds what each prompt starts from."""
+        self._starts = {prompt: self._longest(prompt) for prompt in prompts}
+        self._uses = Counter()
+        for prompt, own in zip(prompts, seeds, strict=True):
+            self._uses[self._starts[prompt].tokens] += len(own)
+
+    def _longest(self, prompt: Tokens) -> Start:
+        """The kept conversation with the most tokens in common: a neighbour of the prompt in sorted order."""
+        at, best = bisect_left(self._keys, prompt), NOTHING
+        for tokens in self._keys[max(0, at - 1) : at + 1]:
+            length = _common(tokens, prompt)
+            best = max(best, Start(tokens, min(length, len(prompt) - 1)), key=lambda start: start.length)
+        return best if best.length else NOTHING
+
+    def start(self, prompt: Tokens) -> Start:
+        """What a prompt of the present call starts from."""
+        start = self._starts.get(prompt, NOTHING)
+        return start if start.tokens in self._states else NOTHING
+
+    def started(self, prompts: Sequence[Tokens]) -> None:
+        """Rows of these prompts have their caches. What no other row of the call starts from is dropped."""
+        for prompt in prompts:
+            tokens = self._starts[prompt].tokens
+            self._uses[tokens] -= 1
+            if tokens and not self._uses[tokens]:
+                self._drop(tokens)
+
+    def wants(self, tokens: Tokens) -> bool:
+        """Makes room for a conversation, by older ones that no row waits for; whether `keep` is to be called."""
+        if tokens in self._states:
+            return False
+        idle = [other for other in self._states if not self._uses[other]]
+        while self.held + len(tokens) > self.most and idle:
+            self._drop(idle.pop(0))
+        return self.held + len(tokens) <= self.most
+
+    def keep(self, tokens: Tokens, states: Any) -> None:
+        """Keeps a conversation that `wants` takes: keys and values of its tokens, copies of a cache's."""
+        self._states[tokens] = states
+        insort(self._keys, tokens)
+        self.held += len(tokens)
+
+    def _drop(self, tokens: Tokens) -> None:
+        if self._states.pop(tokens, None) is not None:
+            del self._keys[bisect_left(self._keys, tokens)]
+            self.held -= len(tokens)
+
+
+def parts_of(prompts: Sequence[Tokens], prefixes: Prefixes | None) -> list[Part]:
+    """The prompts in passes: those that start from what is kept, and the others."""
+    starts = [NOTHING if prefixes is None else prefixes.start(prompt) for prompt in prompts]
+    parts = []
+    for begun in (True, False):
+        chosen = [i for i, start in enumerate(starts) if bool(start.length) is begun]
+        if not chosen:
+            continue
+        own = [prompts[i] for i in chosen]
+        fresh = max(len(prompts[i]) - starts[i].length for i in chosen)
+        states = [prefixes._states.get(starts[i].tokens) if prefixes else None for i in chosen]
+        parts.append(Part(own, states, fresh))
+        if prefixes is not None:
+            filled = sum(max(0, count) for count in parts[-1].filled)
+            prefixes.reused += filled
+            prefixes.computed += sum(map(len, own)) - filled
+    return parts
+
+
+def _common(a: Tokens, b: Tokens) -> int:
+    """Tokens with which both begin."""
+    return next((n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
