@@ -16,6 +16,7 @@ from gvpo_core.training.policy.hugging_face import explained
 from gvpo_torch import blocks, rope
 from gvpo_torch.adapters import with_adapters
 from gvpo_torch.cache import cache_argument
+from gvpo_torch.compiled import as_they_are, compile_layers
 from gvpo_torch.deferred import to_meta
 from gvpo_torch.head import head_options, logits_of
 from gvpo_torch.logprobs import token_logprobs
@@ -48,6 +49,7 @@ class Scorer(nn.Module):
         self.masks_padding = False  # set by `check`: whether tokens before padding depend on it
         self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
         self.head_options: dict[str, Any] = {}  # set by `inspect_head`
+        self.compiled: list[nn.Module] = []  # layers with compiled programs; see `compiled`
 
     @property
     def base(self) -> nn.Module:
@@ -65,12 +67,13 @@ class Scorer(nn.Module):
 
     def inspect_head(self) -> None:
         """Finds what the model does to the products of its head, once the weights are there; see `head_options`."""
-        with self.autocast():
+        with self.autocast(), as_they_are(self.compiled):
             self.head_options = head_options(self.base, self.decoder, self.config)
 
     def own_logits(self, ids: Tensor) -> Tensor:
         """(B, T, V) logits of the model's own forward pass, (B, T) int64 -> without anything of this class."""
-        return self.base(input_ids=ids, use_cache=False).logits
+        with as_they_are(self.compiled):
+            return self.base(input_ids=ids, use_cache=False).logits
 
     def recomputes(self, tokens: int) -> bool:
         """Whether a sequence of `tokens` tokens takes other RoPE frequencies than one of a token less."""
@@ -105,13 +108,14 @@ class Scorer(nn.Module):
         if self.rope is not None:
             rope.reset(self.decoder)
         if targets is None:
-            hidden = self.decoder(
-                input_ids=ids,
-                position_ids=positions,
-                attention_mask=mask,
-                use_cache=True,
-                **{self.cache_argument: cache},
-            ).last_hidden_state[:, -1]
+            with as_they_are(self.compiled):
+                hidden = self.decoder(
+                    input_ids=ids,
+                    position_ids=positions,
+                    attention_mask=mask,
+                    use_cache=True,
+                    **{self.cache_argument: cache},
+                ).last_hidden_state[:, -1]
             return self._logits(hidden)
         assert segments is not None and predict is not None
         width = ids.shape[1]
@@ -180,7 +184,10 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferre
     if config.gradient_checkpointing:
         with explained("gradient checkpointing", config):
             enable_checkpointing(lm.get_base_model() if config.lora_rank else lm)
-    return _ready(Scorer(lm, compute), device, deferred)
+    scorer = _ready(Scorer(lm, compute), device, deferred)
+    if config.compile:
+        scorer.compiled = compile_layers(scorer.decoder, set(scorer._no_split_modules))
+    return scorer
 
 
 def load_reference(config: ModelConfig, device: torch.device, *, deferred: bool = False) -> Scorer:

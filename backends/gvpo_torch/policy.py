@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import in_few_bits
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, layout
 from gvpo_core.training.policy.base import LanguageModelPolicy
@@ -56,6 +56,8 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _load(self) -> None:
         config = self.config
+        if config.compile and self.world_size > 1:
+            raise ConfigError(f"model.compile = true and {self.world_size} processes do not go together: leave it out")
         sharded = self.world_size > 1 and config.sharding == "fsdp"
         self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded)
         if sharded:

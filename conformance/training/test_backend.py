@@ -49,6 +49,7 @@ FOREIGN = [
     ("gradient_checkpointing", True, ("torch", "jax", "mlx")),
     ("layout", "packed", ("torch", "jax", "mlx")),
     ("quantization", "nf4", ("torch",)),
+    ("compile", True, ("torch",)),
 ]
 
 
@@ -84,6 +85,8 @@ TOGETHER = [
     ({"quantization": "nf4"}, {}, "model.quantization = 'nf4' and model.lora_rank = 0: quantized weights cannot be"),
     ({"quantization": "nf4", "lora_rank": 4, "lora_kind": "dora"}, {}, "'nf4' and model.lora_kind = 'dora': use lora"),
     ({"quantization": "nf4", "lora_rank": 4, "sharding": "fsdp"}, {}, "'nf4' and model.sharding = 'fsdp': packed"),
+    ({"compile": True, "sharding": "fsdp"}, {}, "model.compile = true and model.sharding = 'fsdp' do not go together"),
+    ({"compile": True, "lora_rank": 4, "quantization": "nf4"}, {}, "model.compile = true and model.quantization ="),
     ({"sharding": "fsdp"}, {"name": "adamw_8bit"}, "'adamw_8bit' and model.sharding = 'fsdp': moments in 8 bits are"),
 ]
 

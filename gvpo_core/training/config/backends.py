@@ -28,6 +28,7 @@ _OWNED = {
     "quantization": "leave it at none; mlx trains adapters on a folder that is quantized",
     "dtype": "leave it at float32",
     "gradient_checkpointing": "leave it out",
+    "compile": "leave it out; jax and mlx compile on their own",
     "layout": "leave it out",
 }
 """Settings of [model] that not every backend has, and what to do about one in the wrong place."""
@@ -48,7 +49,7 @@ BACKENDS: dict[str, Backend] = {
                 "safetensors": ">=0.6.1",
             },
             "cpu, cuda, cuda:1, mps, xpu",
-            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization"},
+            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization", "compile"},
             ("adamw", "adamw_8bit"),
         ),
         Backend(
@@ -114,6 +115,13 @@ def wrong_together(model: ModelConfig, optimizer: OptimizerConfig) -> list[tuple
         ):
             if bad:
                 wrong.append(("model.quantization", f"{value} and {why}"))
+    if model.compile:
+        for bad, why in (
+            (model.quantization != "none", f"model.quantization = {model.quantization!r}"),
+            (model.sharding == "fsdp", "model.sharding = 'fsdp'"),
+        ):
+            if bad:
+                wrong.append(("model.compile", f"model.compile = true and {why} do not go together: leave one out"))
     if optimizer.name == "adamw_8bit" and model.sharding == "fsdp":
         message = "optimizer.name = 'adamw_8bit' and model.sharding = 'fsdp': moments in 8 bits are not sharded"
         wrong.append(("optimizer.name", f"{message}; use adamw, or data_parallel"))

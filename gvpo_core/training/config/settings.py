@@ -63,6 +63,8 @@ class ModelConfig:
     quantized folder."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Less memory, about a third more time."""
+    compile: bool = False
+    """Compile the decoder layers for scores and gradients (torch.compile). Costs minutes at the start; one process."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"

@@ -46,6 +46,7 @@ def teacher_model(config: Config) -> ModelConfig:
         device=given.device or config.model.device,
         lora_rank=0,
         quantization="none",
+        compile=False,
         gradient_checkpointing=False,
         template=given.template,
     )

@@ -1,0 +1,43 @@
+"""Decoder layers compiled by torch.compile, one program for all layers of a kind, for scores and gradients.
+
+Sampling runs the layers as they are: it calls them with other arguments at each token.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from gvpo_core.training.config import ConfigError
+
+BACKEND = "inductor"
+MOST_PROGRAMS = 64  # of a layer's code: for shapes, masks, gradients or none, adapters on or off
+
+
+def compile_layers(lm: nn.Module, kinds: set[str]) -> list[nn.Module]:
+    """Has each layer compiled when it is first called, without a break to Python; returns the layers.
+
+    Args:
+      kinds: names of the layers' classes.
+    Raises: ConfigError: the model has no such layers.
+    """
+    layers = [module for module in lm.modules() if type(module).__name__ in kinds]
+    if not layers:
+        raise ConfigError(f"model.compile = true: {type(lm).__name__} does not name its layers; leave it out")
+    for layer in layers:
+        layer.compile(backend=BACKEND, dynamic=True, fullgraph=True, recompile_limit=MOST_PROGRAMS)
+    return layers
+
+
+@contextlib.contextmanager
+def as_they_are(layers: list[Any]) -> Iterator[None]:
+    """The layers without their compiled programs."""
+    held = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, program in zip(layers, held, strict=True):
+            layer._compiled_call_impl = program
