@@ -15,9 +15,11 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Response, Tokens
+from gvpo_core.training.policy.prefixes import Part, Prefixes, parts_of
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_mlx.corrections import window_of
 from gvpo_mlx.model import Scorer
+from gvpo_mlx.prefixes import copied, fill, unfit
 
 UNIFORMS_AHEAD = 64  # random numbers made at once for each row
 BLOCK = 256  # tokens of the vocabulary whose mass is summed on the device
@@ -54,6 +56,30 @@ def check(scorer: Scorer) -> bool:
     return _takes_padding(scorer) and not _padded_differs(scorer, ((1, 2), (3, 4, 5, 6)))
 
 
+def continues(scorer: Scorer) -> str:
+    """Why turns cannot start from kept keys and values; empty: logits are then those of the model's own pass."""
+    if reason := unfit(scorer, _cache(scorer, [0])):
+        return reason
+    worst = 2e-3 if scorer.dtype == mx.float32 else 1.0
+    prompts: list[Tokens] = [(1, 2, 3), (5, 6, 7, 8)]
+    prefixes = Prefixes(1 << 20)
+    try:
+        decoding = _Decoding(scorer, prompts, 2, 1 << 30, same_length=False)
+        decoding.prefill([_Line(i, 0, 0) for i in range(2)])
+        decoding.step(np.asarray([8, 9]))
+        for row, prompt in enumerate(prompts):
+            prefixes.keep((*prompt, 8 + row), copied(decoding.cache or [], row, len(prompt) + 1))
+        later: list[Tokens] = [(*prompts[0], 8, 4, 5), (*prompts[1], 9, 7)]
+        prefixes.plan(later, [[0], [0]])
+        decoding = _Decoding(scorer, later, 2, 1 << 30, same_length=False, prefixes=prefixes)
+        logits = decoding.prefill([_Line(i, 0, 0) for i in range(2)])
+        own = [scorer.logits(scorer.decoder(mx.array([prompt]), cache=None)[0, -1]) for prompt in later]
+        apart = max(float(mx.abs(a - b).max()) for a, b in zip(own, logits, strict=True))
+    except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return "" if apart <= worst else f"logits then differ by up to {apart:.3g}"
+
+
 def _padded_differs(scorer: Scorer, prompts: Sequence[Tokens]) -> bool:
     worst = 2e-3 if scorer.dtype == mx.float32 else 1.0
     try:
@@ -79,6 +105,7 @@ def generate(
     end: Sequence[int],
     cache_tokens: int,
     same_length: bool,
+    prefixes: Prefixes | None = None,
 ) -> list[list[Response]]:
     """len(seeds[i]) responses to prompts[i].
 
@@ -86,11 +113,15 @@ def generate(
       end: ids that end a response.
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
       same_length: decode only prompts of one length together.
+      prefixes: prompts start from what is kept there, and responses that have ended are kept; within `cache_tokens`.
     """
+    if prefixes is not None:
+        prefixes.plan(prompts, seeds)
+        cache_tokens = max(1, cache_tokens - prefixes.held)
     responses: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     longest = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     waiting = deque(_Line(i, j, seed) for i in longest for j, seed in enumerate(seeds[i]))
-    decoding = _Decoding(scorer, prompts, sampling.max_tokens, cache_tokens, same_length=same_length)
+    decoding = _Decoding(scorer, prompts, sampling.max_tokens, cache_tokens, same_length=same_length, prefixes=prefixes)
     for line in waiting:
         scorer.check_length(len(prompts[line.prompt]) + sampling.max_tokens)
     lines: list[_Line] = []
@@ -115,6 +146,7 @@ def generate(
         ended = sum(line.ended for line in lines)
         if ended == len(lines) or ended * 4 >= len(lines) or (ended and waiting):  # dropping copies the cache
             keep = [n for n, line in enumerate(lines) if not line.ended]
+            decoding.keep_prefixes(lines, end)
             decoding.keep(keep)
             lines, chosen = [lines[n] for n in keep], chosen[keep]
         logits = decoding.step(chosen) if lines else None
@@ -124,7 +156,17 @@ def generate(
 class _Decoding:
     """The cache of the rows that are being decoded, and the forward passes through it."""
 
-    def __init__(self, scorer: Scorer, prompts: Sequence[Tokens], most: int, budget: int, *, same_length: bool) -> None:
+    def __init__(
+        self,
+        scorer: Scorer,
+        prompts: Sequence[Tokens],
+        most: int,
+        budget: int,
+        *,
+        same_length: bool,
+        prefixes: Prefixes | None = None,
+    ) -> None:
+        self.prefixes = prefixes
         self.scorer, self.prompts, self.most, self.budget = scorer, prompts, most, budget
         self.cache: list[Any] | None = None
         self.rows = self.width = 0
@@ -148,15 +190,17 @@ class _Decoding:
 
     def prefill(self, lines: Sequence[_Line]) -> mx.array:
         """(R, V) logits after the prompts of new rows, which join the cache."""
-        unique = sorted({line.prompt for line in lines})
-        width = max(len(self.prompts[i]) for i in unique)
-        padding = [width - len(self.prompts[i]) for i in unique]
-        ids = np.zeros((len(unique), width), dtype=np.int32)
-        for b, i in enumerate(unique):
-            ids[b, padding[b] :] = self.prompts[i]
-        cache = _cache(self.scorer, padding)
-        logits = self.scorer.logits(self.scorer.decoder(mx.array(ids), cache=cache)[:, -1])
-        owners = mx.array([unique.index(line.prompt) for line in lines])
+        parts = parts_of([self.prompts[i] for i in sorted({line.prompt for line in lines})], self.prefixes)
+        cache, logits = self._pass(parts[0])
+        for part in parts[1:]:
+            more, other_logits = self._pass(part)
+            for c, other in zip(cache, more, strict=True):
+                c.extend(other)
+            logits = mx.concatenate([logits, other_logits])
+        places = {prompt: n for n, prompt in enumerate(prompt for part in parts for prompt in part.prompts)}
+        owners = mx.array([places[self.prompts[line.prompt]] for line in lines])
+        if self.prefixes is not None:
+            self.prefixes.started([self.prompts[line.prompt] for line in lines])
         for c in cache:
             c.filter(owners)
         logits = logits[owners]
@@ -167,8 +211,29 @@ class _Decoding:
                 c.extend(other)
         mx.async_eval(logits, [c.state for c in self.cache])
         self.rows += len(lines)
-        self.width = max(self.width, width)
+        self.width = max(self.width, *(len(self.prompts[line.prompt]) for line in lines))
         return logits
+
+    def _pass(self, part: Part) -> tuple[list[Any], mx.array]:
+        """The caches of prompts, and (U, V) logits after them; computes what is not kept."""
+        width = max(map(len, part.prompts))
+        padding = [width - len(prompt) for prompt in part.prompts]
+        ids = np.zeros((len(part.prompts), width), dtype=np.int32)
+        for b, prompt in enumerate(part.prompts):
+            ids[b, padding[b] :] = prompt
+        cache = _cache(self.scorer, padding)
+        fill(cache, part)
+        return cache, self.scorer.logits(
+            self.scorer.decoder(mx.array(ids[:, width - part.fresh :]), cache=cache)[:, -1]
+        )
+
+    def keep_prefixes(self, lines: Sequence[_Line], end: Sequence[int]) -> None:
+        """Keeps what rows that have ended computed, before they are dropped."""
+        for row, line in enumerate(lines) if self.prefixes is not None else ():
+            ids = [token for token in line.tokens if token >= 0]  # without those after its end
+            sequence = (*self.prompts[line.prompt], *ids[:-1])
+            if line.ended and ids[-1] in end and self.prefixes is not None and self.prefixes.wants(sequence):
+                self.prefixes.keep(sequence, copied(self.cache or [], row, len(sequence)))
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drops the other rows."""
