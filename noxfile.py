@@ -3,6 +3,7 @@
 nox                                 the default sessions: every test that is not marked slow, in six environments
 nox -s full                         the same sessions with every test, and the checks of newest releases
 nox -R -s slow                      after `nox`: only what it left out, in the environments that are there
+nox -s releases                     the docs site, and the newest and the oldest releases of every framework
 nox --list                          all sessions, with a line each
 nox -s conformance                  the conformance suite in its environments, one a framework
 nox -s "conformance(mlx)" -- conformance/adapters -k ragged      some of one's tests
@@ -66,6 +67,8 @@ def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None
     RESULTS.mkdir(parents=True, exist_ok=True)
     selection = next((SELECTIONS[a] for a in session.posargs if a in SELECTIONS), ())
     given = [a for a in session.posargs if a not in SELECTIONS]
+    if "--slow" in session.posargs:  # long tests, few a file
+        arguments = tuple(a.replace("loadfile", "worksteal") for a in arguments)
     if any(Path(a.partition("::")[0]).exists() for a in given):
         arguments = tuple(a for a in arguments if not Path(a).exists())
     if "-n" in arguments:  # each process on a core of its own
@@ -83,8 +86,6 @@ def checks(session: nox.Session) -> None:
     """Format and lint with ruff, strict mypy over all packages, and the built wheel seen from outside the repository.
 
     A framework is not installed here and is Any to mypy; own types are checked.
-
-    nox -s checks
     """
     install(session, "-e", ".[train]", "ruff", "mypy", "build", "hatchling", "pytest")
     if "--slow" not in session.posargs:
@@ -187,26 +188,29 @@ def docs(session: nox.Session) -> None:
 
 
 DEFAULT = ["checks", *(f"conformance({subject})" for subject in ENVIRONMENTS)]
-# The docs site, the newest and the oldest releases: part of the full run.
 RELEASES = ["docs", "jax_next", *(f"{name}({b})" for name in ("unconstrained", "lowest") for b in BACKENDS)]
 
 
 @nox.session(venv_backend="none")
 def slow(session: nox.Session, selection: str = "--slow") -> None:
-    """The tests that `nox` leaves out, and the sessions of the newest and oldest releases.
-
-    nox -R -s slow
-    """
+    """The tests that `nox` leaves out: nox -R -s slow"""
     for name in DEFAULT:
         session.notify(name, [selection])
-    for name in [*RELEASES, "total"]:
+
+
+@nox.session(venv_backend="none")
+def releases(session: nox.Session) -> None:
+    """The docs site, JAX on the next Python, the wheel with the newest and the oldest releases of what it needs."""
+    for name in RELEASES:
         session.notify(name, [])
 
 
 @nox.session(venv_backend="none")
 def full(session: nox.Session) -> None:
-    """Every test of the default sessions, the slow ones too, and the sessions of the newest and oldest releases."""
+    """Every test of the default sessions, the slow ones too, and `releases`."""
     slow(session, "--full")
+    releases(session)
+    session.notify("total", [])
 
 
 # What verl imports beside what it declares.
@@ -259,20 +263,14 @@ def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def unconstrained(session: nox.Session, backend: str) -> None:
-    """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases.
-
-    nox -s "unconstrained(torch)"
-    """
+    """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases."""
     try_wheel(session, backend)
 
 
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def lowest(session: nox.Session, backend: str) -> None:
-    """The same with the oldest releases that pyproject.toml allows, on the Python that runs nox.
-
-    nox -s "lowest(jax)"
-    """
+    """The same with the oldest releases that pyproject.toml allows, on the Python that runs nox."""
     constraints = str(Path(session.create_tmp()).resolve() / "lowest.txt")
     session.run("python", "conformance/support/lower_ends.py", constraints)
     try_wheel(session, backend, "--constraint", constraints)
