@@ -12,7 +12,9 @@ from gvpo_torch import generate, load
 
 from benchmarks.scale.table import Count
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
+from gvpo_core.training.policy import Batch, Segment, layout
 from gvpo_core.training.policy.prefixes import Prefixes
+from gvpo_core.training.policy.segments import sharing_beginnings
 from gvpo_core.training.sampling import Sampling, row_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
@@ -23,6 +25,9 @@ ENDS = [0, *range(80, 96)]  # so many ids end a turn that a random model ends it
 
 
 def counts() -> Iterator[Count]:
+    apart, shared = packed()
+    on = f"{K} episodes of 4 turns, prompt 400, thought 100, answer 20, heard 40"
+    yield Count("tokens of an update an episode whose thoughts are dropped", on, "", apart, shared, 900)
     with tempfile.TemporaryDirectory() as name:
         folder = tiny_models.make_model("llama", Path(name) / "model", max_position_embeddings=2048)
         policy = load(
@@ -35,6 +40,23 @@ def counts() -> Iterator[Count]:
             assert said == same, "the samples differ"
             episodes = PROMPTS * K
             yield Count(f"tokens of prompts computed an episode{where}", on, "", again / episodes, kept / episodes, 90)
+
+
+def packed() -> tuple[float, float]:
+    """Tokens of packed rows an episode of four segments: each segment alone, and the group's prompt shared."""
+    draw = np.random.default_rng(1)
+    ids = lambda count: tuple(draw.integers(1, 80, count).tolist())
+    prompt, responses, later = ids(400), [], []
+    for _ in range(K):
+        seen, segments = prompt, []
+        for _ in range(4):
+            segments.append(Segment(seen, ids(100 + 20)))  # a thought, which the template drops, and an answer
+            seen = (*seen, *ids(20 + 40))  # the answer, and what was heard
+        responses.append(segments[0].response)
+        later.append(tuple(segments[1:]))
+    rows, _ = Batch([prompt] * K, responses, [0] * K, later=later).by_segment()
+    plan = lambda of: sum(row.length for row in layout.plan_rows(of, packed=True, tokens=1 << 30)) / K
+    return plan(rows), plan(sharing_beginnings(rows, K))
 
 
 def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, list[Any]]:

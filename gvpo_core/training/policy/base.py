@@ -28,7 +28,7 @@ from gvpo_core.training.policy.protocol import (
     Update,
 )
 from gvpo_core.training.policy.ranks import agree
-from gvpo_core.training.policy.segments import firsts, spread, summed
+from gvpo_core.training.policy.segments import firsts, sharing_beginnings, spread, summed
 from gvpo_core.training.policy.step import HELD_MICRO_BATCHES, ByGroup, StepPlan, learning_rate, plan_step
 from gvpo_core.training.sampling import Sampling
 
@@ -203,8 +203,13 @@ class LanguageModelPolicy(abc.ABC):
         """
         if reference:
             self._need_reference()
-        rows, owners = batch.by_segment()
+        rows, owners = self._rows_of(batch)
         return summed(self._logprobs(rows, reference)[0], owners, len(batch))
+
+    def _rows_of(self, batch: Batch) -> tuple[Batch, np.ndarray]:
+        """A row for each segment, see `Batch.by_segment`; where rows are packed, they share beginnings."""
+        rows, owners = batch.by_segment()
+        return (sharing_beginnings(rows, len(batch)) if self.packed else rows), owners
 
     def renew_reference(self) -> None:
         """Makes the present policy the reference; see the protocol.
@@ -226,7 +231,7 @@ class LanguageModelPolicy(abc.ABC):
         """
         c, alone = self.optimizer_config, self.world_size == 1
         count = len(batch)
-        batch, owners = batch.by_segment()
+        batch, owners = self._rows_of(batch)
         if len(owners) > count:
             coefficients = spread(coefficients, owners)
             scored = None if scored is None else firsts(scored, owners)

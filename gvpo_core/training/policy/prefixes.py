@@ -59,7 +59,7 @@ class Prefixes:
         """The kept conversation with the most tokens in common: a neighbour of the prompt in sorted order."""
         at, best = bisect_left(self._keys, prompt), NOTHING
         for tokens in self._keys[max(0, at - 1) : at + 1]:
-            length = _common(tokens, prompt)
+            length = common(tokens, prompt)
             best = max(best, Start(tokens, min(length, len(prompt) - 1)), key=lambda start: start.length)
         return best if best.length else NOTHING
 
@@ -116,6 +116,6 @@ def parts_of(prompts: Sequence[Tokens], prefixes: Prefixes | None) -> list[Part]
     return parts
 
 
-def _common(a: Tokens, b: Tokens) -> int:
+def common(a: Tokens, b: Tokens) -> int:
     """Tokens with which both begin."""
     return next((n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one != other), min(len(a), len(b)))
