@@ -14,6 +14,7 @@ from table_problem import PROMPTS, REFERENCE, settings, table
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.samplers import Drawn, Engine, SamplerError, http
+from gvpo_core.training.samplers.protocol import MEAN_GAP
 from gvpo_core.training.sampling import Sampling
 
 pytestmark = pytest.mark.core
@@ -41,6 +42,34 @@ def test_the_gap_of_old_weights_is_a_metric_without_a_tolerance(tmp_path, capsys
     run(config, Copy(refreshed=False))
     gaps = [m["sampler/gap/max"] for m in lines(config, "metrics") if m["kind"] == "train"]
     assert gaps[0] < 1e-9 and min(gaps[1:]) > 1e-4
+
+
+class Other(Copy):
+    """Has another model than it says, or says nothing of its weights."""
+
+    def __init__(self, *, version=True, **options):
+        super().__init__(refreshed=False, **options)
+        self.version, self.copy = version, TablePolicy(table(np.full((3, 5), 0.01) + np.eye(3, 5) * 0.95))
+
+    def told(self, prompt, response):
+        told = super().told(prompt, response)
+        return told if self.version else replace(told, version=None)
+
+
+def test_another_model_under_the_present_version_stops_the_run(tmp_path, capsys):
+    with pytest.raises(
+        SamplerError, match=r"says that it has the policy's weights, .* by [\d.]+ nats a token on average"
+    ):
+        run(short(tmp_path, 3), Other())
+    assert not [m for m in lines(short(tmp_path, 3), "metrics") if m["kind"] == "train"]
+
+
+@pytest.mark.parametrize("options", [{"version": False}, {"tolerance": 100.0}], ids=["no version", "own tolerance"])
+def test_weights_of_no_known_version_or_a_wide_tolerance_go_on(options, tmp_path, capsys):
+    config = short(tmp_path, 2)
+    run(config, Other(**options))
+    metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert len(metrics) == 2 and metrics[0]["sampler/gap"] > MEAN_GAP
 
 
 def test_a_group_keeps_the_responses_that_come(tmp_path, capsys):

@@ -100,7 +100,10 @@ def _run(
             journal.phase("update")
             renew_reference(policy, config.objective, step)
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
-            check_gap(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, rollout.gap_tolerance)
+            stale = (
+                rollout.staleness if config.objective.minibatches == 1 else None
+            )  # later ones compare a moved policy
+            check_gap(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, rollout.gap_tolerance, stale)
             journal.step(rollout, improvement)
             evaluate()
             stopping, early = highest(policy, stop.signal), journal.out_of_patience()

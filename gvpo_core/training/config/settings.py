@@ -188,7 +188,7 @@ class EngineConfig:
     """Folder for the weights, which all ranks and the server see under the same path."""
     gap_tolerance: float | None = None
     """Largest difference of the log-probabilities of engine and policy, nats a token. Beyond it the run stops.
-    Default: not checked."""
+    Default: a mean difference of 0.25 in a step, where the run sends the weights."""
     concurrency: int = 16
     """Requests at a time."""
     deadline: float = 600.0

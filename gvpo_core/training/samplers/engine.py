@@ -73,7 +73,7 @@ class Engine:
           weights: what `refresh` sends to vLLM's server before each step. adapters: the policy's LoRA adapters; model:
             the whole model, whose head must not be its embedding.
           folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
-          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: not checked.
+          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `check_gap`.
           concurrency: requests at a time.
           deadline: seconds that the responses of one step may take; later ones are lost.
           tries: requests for a prompt, the first one included.

@@ -48,7 +48,7 @@ class VLLM:
           model: the folder that the policy was loaded from.
           dtype: of the engine's weights and products.
           folder: for weights of a policy without `tensors`. Empty: a temporary folder.
-          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: not checked.
+          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `check_gap`.
           options: further arguments of `LLM`, as gpu_memory_utilization.
         Raises: ConfigError: vLLM is missing, or it does not start with this model and these options.
         """

@@ -99,6 +99,10 @@ def close(sampler: object) -> None:
         method()
 
 
+MEAN_GAP = 0.25
+"""Nats a token between a sampler and the policy whose weights it has: ten times what 16 bits explain."""
+
+
 def staleness(responses: Sequence[Response], version: int) -> np.ndarray:
     """(N,) float64: steps that a policy of `version` has taken since the weights of each response; NaN = unknown."""
     versions = [r.version if isinstance(r, Drawn) else None for r in responses]
@@ -120,13 +124,24 @@ def gaps(sampler_logprobs: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray
 
 
 def check_gap(
-    sampler_logprobs: np.ndarray | None, logprobs: np.ndarray, lengths: np.ndarray, tolerance: float | None
+    sampler_logprobs: np.ndarray | None,
+    logprobs: np.ndarray,
+    lengths: np.ndarray,
+    tolerance: float | None,
+    stale: np.ndarray | None = None,
 ) -> None:
     """Raises: SamplerError: a tolerance, nats a token, and a gap beyond it, or no log-probability to compare.
 
-    For the other arguments see `gaps`; None: no response has a log-probability of its sampler.
+    Without a tolerance, responses of the policy's present weights, by their `Drawn.version`, must have a mean gap of at
+    most `MEAN_GAP`. For the other arguments see `gaps`; None: no response has a log-probability of its sampler.
+
+    Args:
+      stale: (N,) of `staleness`; None: not known, and nothing is compared without a tolerance.
     """
     if tolerance is None:
+        if sampler_logprobs is not None and stale is not None:
+            fresh = np.where(stale == 0, sampler_logprobs, np.nan)
+            _check_mean(gaps(fresh, logprobs, lengths))
         return
     gap = np.zeros(0) if sampler_logprobs is None else gaps(sampler_logprobs, logprobs, lengths)
     if not gap.size:
@@ -139,4 +154,13 @@ def check_gap(
             f"the sampler's log-probabilities differ from the policy's by up to {gap.max():.3g} nats a token; at most"
             f" {tolerance:g} is allowed (gap_tolerance): its weights are old or partly updated, its prefix cache is"
             " stale, or it computes in another precision"
+        )
+
+
+def _check_mean(gap: np.ndarray) -> None:
+    if gap.size and gap.mean() > MEAN_GAP:
+        raise SamplerError(
+            f"the sampler says that it has the policy's weights, and their log-probabilities differ by {gap.mean():.3g}"
+            f" nats a token on average; at most {MEAN_GAP:g} is allowed: its weights are old or partly updated, its"
+            " prefix cache is stale, or it serves another model. A gap_tolerance of your own replaces this check"
         )
