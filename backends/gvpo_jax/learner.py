@@ -23,16 +23,17 @@ class Learner:
         self,
         setup: Setup,
         programs: Programs,
-        config: OptimizerConfig,
+        config: OptimizerConfig | None,
         parameters: Parameters,
         adapters: Parameters,
     ) -> None:
+        """`config`: None where nothing will be trained; then there are no moments."""
         self.setup, self.programs, self.config = setup, programs, config
         self.mesh = setup.mesh
         self.parameters, self.adapters = parameters, adapters
         self.shapes = {name: a.shape for name, a in self.trained.items()}
         self._shardings = mesh.parameter_shardings(self.mesh, self.shapes)
-        self._state = self._empty_state()
+        self._state: Any = None if config is None else self._empty_state()
 
     @property
     def trained(self) -> Parameters:
@@ -84,6 +85,7 @@ class Learner:
 
         Raises: FloatingPointError: a gradient that is not finite; nothing was changed.
         """
+        assert self.config is not None
         total_norm, norms = self.programs.call(update.norms, (), total, out=mesh.replicated(self.mesh))
         norm = float(total_norm)
         scale = update.clip_scale(norm, norms, self.config.max_gradient_norm)

@@ -26,7 +26,6 @@ def facts(spec: Spec, mesh: Mesh) -> MemoryFacts:
         device=limit,
         head=CHUNK_BYTES.get(first.platform, DEVICE_CHUNK_BYTES),
         cache=None if limit else CPU_CACHE_BYTES,
-        idle=3,
     )
 
 

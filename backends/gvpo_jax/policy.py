@@ -61,11 +61,12 @@ class JaxPolicy(LanguageModelPolicy):
     def _load(self) -> None:
         config, settings, spec, files = self.config, self.settings, self.setup.spec, self._files
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-        held = self.setup.compute if config.lora_rank else np.float32
+        held = self.setup.compute if config.lora_rank or self.frozen else np.float32
         with out_of_memory("the model's parameters"):
             parameters = weights.load(spec, files, self.mesh, held)
         adapters = make_adapters(config, spec, self.mesh, settings.seed) if config.lora_rank else {}
-        self.learner = Learner(self.setup, self.programs, settings.optimizer, parameters, adapters)
+        optimizer = None if self.frozen else settings.optimizer
+        self.learner = Learner(self.setup, self.programs, optimizer, parameters, adapters)
         self._load_reference()
 
     def _load_reference(self) -> None:
@@ -176,7 +177,7 @@ class JaxPolicy(LanguageModelPolicy):
     def describe(self) -> PolicyFacts:
         """Facts for the log and the run folder."""
         spec, first = self.setup.spec, self.mesh.devices.flat[0]
-        trainable = weights.count(self.learner.shapes)
+        trainable = 0 if self.frozen else weights.count(self.learner.shapes)
         return self._describe(
             device=str(first.platform),
             device_name=first.device_kind,

@@ -166,9 +166,11 @@ def global_state_kept() -> Iterator[None]:
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
 
 
-def load_scorer(config: ModelConfig, seed: int) -> Scorer:
+def load_scorer(config: ModelConfig, seed: int, *, frozen: bool = False) -> Scorer:
     """The model of a folder or hub name, compared with transformers where PyTorch is installed.
 
+    Args:
+      frozen: nothing will be trained: all parameters are in the compute dtype, or quantized as in the folder.
     Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, RoPE or another
       setting that mlx-lm computes otherwise, weights missing from the files, a quantized model to be trained in full,
       adapter targets that match nothing.
@@ -179,9 +181,11 @@ def load_scorer(config: ModelConfig, seed: int) -> Scorer:
         lm = loaded.lm
         compute = getattr(mx, config.dtype)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-        lm.set_dtype(compute if config.lora_rank else mx.float32)
+        lm.set_dtype(compute if config.lora_rank or frozen else mx.float32)
         if config.lora_rank:
             add_adapters(lm, config, seed)
+        elif frozen:
+            lm.freeze()
         elif any("scales" in module for module in lm.modules()):
             raise ConfigError(
                 f"model.path {config.path!r} is quantized, and its quantized weights cannot be trained: set "

@@ -66,7 +66,7 @@ class MLXPolicy(LanguageModelPolicy):
         config = self.config
         with mx.stream(self.device):
             memory.allow_wired(self.device)
-            self.scorer = model.load_scorer(config, self.settings.seed)
+            self.scorer = model.load_scorer(config, self.settings.seed, frozen=self.frozen)
             self.packed, self.layout_reason = check.check(self.scorer, config)
             with self.scorer.using(self.scorer.parameters):
                 self._same_length = not generate.check(self.scorer)

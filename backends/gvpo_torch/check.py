@@ -57,7 +57,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
     name = type(scorer.base).__name__
     batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
     with torch.no_grad():
-        with _explained(f"{name} cannot be scored"):
+        with _explained(f"{name} cannot be scored{' with model.compile = true' if scorer.compiled else ''}"):
             plain = _by_response(scorer, batch, False, device)
             direct = _own(scorer, batch, device)
         difference = _differ(scorer, direct, plain)
@@ -93,8 +93,9 @@ def _explained(what: str) -> Iterator[None]:
     except (ConfigError, torch.OutOfMemoryError):
         raise
     except _FAILS as error:
-        lines = str(error).strip().splitlines()
-        raise ConfigError(f"{what}: {type(error).__name__}: {lines[0] if lines else 'no message'}") from error
+        lines = str(error).strip().splitlines() or ["no message"]
+        reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+        raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
 
 
 def _own(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
@@ -162,13 +163,14 @@ def in_blocks(scorer: Scorer, name: str, device: torch.device) -> bool:
     prompt = tuple(ids[:150])
     batch = Batch([prompt] * 3, [tuple(ids[150 : 150 + n]) for n in lengths], [0] * 3)
     arrays = layout.arrays(batch, layout.plan_rows(batch, packed=True, tokens=1 << 30))
-    trained = next(p for p in scorer.parameters() if p.requires_grad)
+    trained = next((p for p in scorer.parameters() if p.requires_grad), None)
     before, reason = scorer.base.config._attn_implementation, ""
 
     def computed() -> tuple[list[np.ndarray], torch.Tensor | None]:
-        with torch.set_grad_enabled(device.type != "cpu"):
+        with torch.set_grad_enabled(device.type != "cpu" and trained is not None):
             values = score(scorer, arrays, device)
-            gradient = torch.autograd.grad(values.sum(), trained)[0] if values.requires_grad else None
+            graded = trained is not None and values.requires_grad
+            gradient = torch.autograd.grad(values.sum(), trained)[0] if graded else None
         return arrays.split(values.detach().cpu().numpy()), gradient
 
     try:

@@ -160,17 +160,20 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
     return scorer(**on, segments=arrays.segments)
 
 
-def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferred: bool = False) -> Scorer:
+def load_scorer(
+    config: ModelConfig, device: torch.device, seed: int, *, deferred: bool = False, frozen: bool = False
+) -> Scorer:
     """The model of a folder or hub name, on the device, without dropout, in evaluation mode.
 
     Args:
       deferred: leave it to `sharding.shard` to read the weights and to inspect the head.
+      frozen: nothing will be trained: all parameters are in the compute dtype.
     Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, weights missing from
       the files, adapter targets that match nothing.
     """
     # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
     compute = getattr(torch, config.dtype)
-    stored = compute if config.lora_rank else torch.float32
+    stored = compute if config.lora_rank or frozen else torch.float32
     if deferred and config.lora_kind == "dora":
         log.warning("each process reads the whole model before it keeps its part: DoRA starts from its weights")
     packs = config.quantization != "none"
@@ -180,6 +183,8 @@ def load_scorer(config: ModelConfig, device: torch.device, seed: int, *, deferre
         quantize(lm, device)
     if config.lora_rank:
         lm = with_adapters(lm, config, seed)
+    if frozen:
+        lm.requires_grad_(False)
     lm.eval()
     if config.gradient_checkpointing:
         with explained("gradient checkpointing", config):

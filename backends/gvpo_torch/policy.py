@@ -59,25 +59,29 @@ class TorchPolicy(LanguageModelPolicy):
         if config.compile and self.world_size > 1:
             raise ConfigError(f"model.compile = true and {self.world_size} processes do not go together: leave it out")
         sharded = self.world_size > 1 and config.sharding == "fsdp"
-        self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded)
+        self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded, frozen=self.frozen)
         if sharded:
             shard(self.scorer, self.device)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
         # Ranks that meet at every pass wait longer by group: worth it where layers are computed again anyway.
-        self.defers = (config.gradient_checkpointing or not sharded) and check.defers(self.scorer, self.device)
+        deferring = not self.frozen and (config.gradient_checkpointing or not sharded)
+        self.defers = deferring and check.defers(self.scorer, self.device)
         # By blocks a longer row costs no more attention: rows share their prompt whatever their length.
         hidden = 0 if self.scorer.in_blocks else getattr(self.scorer.config, "hidden_size", 0) or 0
         self._splitting = self._split(hidden, self.scorer.rope)
         self.parameters, self.trainable = memory.count(self.scorer)
         self._trained: torch.nn.Module = self.scorer
-        if self.world_size > 1 and not sharded:
+        if self.world_size > 1 and not sharded and not self.frozen:
             self._trained = copies(self.scorer, self.device)
         self._sharded = is_sharded(self._trained)
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
         self._prefixes: Prefixes | None = None
         self._unfit: str | None = None  # why no prefix can be kept; None: not checked yet
-        self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
-        self._moments = moment_bytes(self.scorer.parameters(), self._optimizer)
+        self._optimizer: Any = None
+        self._moments: int | None = 0
+        if not self.frozen:
+            self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
+            self._moments = moment_bytes(self.scorer.parameters(), self._optimizer)
         self._named = {name: p for name, p in _parameters(self.scorer).items() if p.requires_grad}
         self._load_reference()
         export.name_end_tokens(self.scorer.base, self.folder, self._end)

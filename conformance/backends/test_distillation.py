@@ -25,7 +25,9 @@ from gvpo_core.training.config import (
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.load import load_policy
+from gvpo_core.training.policy.memory import estimate_memory
 from gvpo_core.training.samplers import SamplerError
+from gvpo_core.training.teacher import load_teacher
 
 PRESENT = trainer_backends.present()
 if not PRESENT:
@@ -143,6 +145,24 @@ def test_a_teacher_without_a_chat_template_is_named(tmp_path, backend, student, 
     config = config_of(tmp_path / "run", backend, student, bare)
     with pytest.raises(ConfigError, match=r"the tokenizer of .*bare.* has no chat template"):
         train(config, load_policy(config), train_rows=ROWS)
+
+
+def test_a_teacher_is_held_once_in_its_dtype(tmp_path, backend, student, teacher):
+    """Without moments, and the estimate of memory knows it."""
+    config = config_of(tmp_path, backend, student, teacher, dtype="bfloat16")
+    policy = load_policy(config)
+    taught = load_teacher(config, policy)
+    facts, scorer = taught.facts, taught.scorer
+    size = 2 * facts.parameters
+    assert facts.dtype == "bfloat16" and facts.trainable_parameters == 0
+    assert backend.policies.held_bytes(scorer) == pytest.approx(size, rel=0.05)  # tables of RoPE
+    assert estimate_memory(policy.describe(), config, 8, facts).teacher == pytest.approx(size, rel=0.05)
+    batch = Batch([(5, 6, 7), (5, 6, 7)], [(8, 9, 10, 0), (11, 0)], [0, 0])
+    plain = load_policy(replace(config, model=ModelConfig(path=str(teacher), device="cpu"))).logprobs(batch)
+    apart = np.abs(scorer.logprobs(batch) - plain).max()
+    assert 1e-4 < apart < 0.5
+    with pytest.raises(RuntimeError, match="loaded with updates = 0: it scores and samples, and is not trained"):
+        scorer.update(batch, lambda logprobs, rows: logprobs)
 
 
 def served_config(config: Config, server: EchoServer, **teaching) -> Config:

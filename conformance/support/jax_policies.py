@@ -40,6 +40,15 @@ def dtypes(of: Any) -> set[str]:
     return {str(a.dtype) for a in of.learner.trained.values()}
 
 
+def held_bytes(of: Any) -> int:
+    """Of parameters and moments."""
+    import jax
+
+    return sum(
+        array.nbytes for array in jax.tree.leaves((of.learner.parameters, of.learner.adapters, of.learner._state))
+    )
+
+
 def first_moments(of: Any) -> dict[str, np.ndarray]:
     """AdamW's, float64; zeros before the first step."""
     return _by_layer(of.learner.arrays()["exp_avg"])

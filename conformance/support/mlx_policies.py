@@ -61,6 +61,13 @@ def dtypes(of: Any) -> set[str]:
     return {str(p.dtype).removeprefix("mlx.core.") for p in of.scorer.parameters}
 
 
+def held_bytes(of: Any) -> int:
+    """Of parameters and moments."""
+    from gvpo_mlx import memory
+
+    return memory.held(of.scorer.lm) + sum(a.nbytes for pair in of._optimizer.moments for a in pair)
+
+
 def first_moments(of: Any) -> dict[str, np.ndarray]:
     """AdamW's, float64; none before the first step."""
     held = [np.array(m).astype(np.float64) for m, _ in of._optimizer.moments]

@@ -29,6 +29,13 @@ def dtypes(of: Any) -> set[str]:
     return {str(p.dtype).removeprefix("torch.") for p in of._named.values()}
 
 
+def held_bytes(of: Any) -> int:
+    """Of parameters and moments."""
+    scorer, optimizer = of.scorer, of._optimizer
+    held = [*scorer.parameters(), *(v for s in (optimizer.state.values() if optimizer else ()) for v in s.values())]
+    return sum(tensor.nbytes for tensor in held)
+
+
 def first_moments(of: Any) -> dict[str, np.ndarray]:
     """AdamW's, float64; none before the first step."""
     state = of._optimizer.state

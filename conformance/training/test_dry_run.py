@@ -126,8 +126,10 @@ def test_a_teacher_on_the_same_device_counts():
     assert taught == base._replace(teacher=12_000_000) and taught.peak == base.peak + 12_000_000
     assert "teacher 0.01" in in_words(taught, None) and "teacher" not in in_words(base, None)
     assert estimate_memory(FACTS, CONFIG, 11, replace(teacher, device="cuda:1")) == base
-    idle = replace(teacher, memory=replace(FACTS.memory, idle=3))  # with AdamW's moments
-    assert estimate_memory(FACTS, CONFIG, 11, idle).teacher == 36_000_000
+    narrow = replace(teacher, dtype="bfloat16", trainable_parameters=0)
+    assert estimate_memory(FACTS, CONFIG, 11, narrow).teacher == 6_000_000
+    quantized = replace(narrow, memory=replace(FACTS.memory, frozen=5))
+    assert estimate_memory(FACTS, CONFIG, 11, quantized).teacher == 5
     sharded = with_("model", sharding="fsdp")
     assert estimate_memory(replace(FACTS, ranks=2), sharded, 11, teacher).teacher == 6_000_000
 

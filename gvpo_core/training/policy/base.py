@@ -88,6 +88,7 @@ class LanguageModelPolicy(abc.ABC):
         self._ranks = ranks(config)
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
         self._read_tokenizer()
+        self.frozen = updates == 0 and not config.lora_rank  # scores and samples only: no moments, model.dtype
         self.steps_taken = 0
         self.renewed = False  # the reference is no longer the initial model
 
@@ -229,6 +230,7 @@ class LanguageModelPolicy(abc.ABC):
 
         Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
         """
+        self._need_training()
         c, alone = self.optimizer_config, self.world_size == 1
         count = len(batch)
         batch, owners = self._rows_of(batch)
@@ -258,8 +260,13 @@ class LanguageModelPolicy(abc.ABC):
         """Writes parameters or adapters, AdamW's moments, the step and a renewed reference; every rank calls."""
         self._save(Path(directory), self._header())
 
+    def _need_training(self) -> None:
+        if self.frozen:
+            raise RuntimeError("the policy was loaded with updates = 0: it scores and samples, and is not trained")
+
     def _header(self) -> dict[str, Any]:
         """Facts of a checkpoint of the present state, for `checkpoint.write_header`."""
+        self._need_training()
         facts = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
         return facts | ({"renewed": True} if self.renewed else {})
 
@@ -268,6 +275,7 @@ class LanguageModelPolicy(abc.ABC):
 
         Raises: ConfigError: a checkpoint that does not fit, and where.
         """
+        self._need_training()
         header = checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
         self._restore(Path(directory), header)
         self.steps_taken, self.renewed = int(header["step"]), bool(header.get("renewed"))

@@ -28,7 +28,6 @@ class MemoryFacts:
     block: int | None = None  # bytes that a token of a layer keeps for the backward pass; None: as a Llama in PyTorch
     frozen: int | None = None  # bytes of the parameters that are not trained; None: all in model.dtype
     moments: int | None = None  # bytes of the optimizer's state; None: two float32 moments of what is trained
-    idle: int = 1  # float32 copies of its parameters that a policy holds before its first step: 3 with AdamW's moments
     allocator: float = 1.0  # by how many times what is kept for the backward pass the process grows
     defers: bool = False  # a group in several micro-batches goes forward once; see `StepPlan.deferred`
     advice: str = ""  # what else makes a run of this backend take less

@@ -46,9 +46,12 @@ def missing_of_backend(config: Config) -> list[str]:
     return missing
 
 
-def load_policy(config: Config) -> Policy:
+def load_policy(config: Config, *, trained: bool = True) -> Policy:
     """The configured model as a policy, ready to be trained or restored.
 
+    Args:
+      trained: False: it only scores and samples. The backend is told updates = 0, and holds the model in model.dtype
+        without moments.
     Raises: ConfigError: a setting of another backend, a backend that is not installed, a model that cannot be used.
     """
     name = backend_of(config)
@@ -62,8 +65,8 @@ def load_policy(config: Config) -> Policy:
     policy: Policy = module.load(
         config.model,
         config.optimizer,
-        updates=config.updates,
-        reference=config.objective.reference == "initial",
+        updates=config.updates if trained else 0,
+        reference=trained and config.objective.reference == "initial",
         seed=config.run.seed,
     )
     return policy

@@ -73,7 +73,7 @@ def estimate_memory(
     optimizer = (2 * trained * _WIDE if m.moments is None else m.moments) // split
     taught = 0
     if teacher is not None and teacher.device == facts.device:
-        taught = teacher.parameters * _WIDE * (teacher.memory.idle if teacher.memory else 1) // split
+        taught = _held(teacher) // split
     left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer - taught
     return Memory(
         framework=m.framework,
@@ -86,6 +86,14 @@ def estimate_memory(
         sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left),
         teacher=taught,
     )
+
+
+def _held(teacher: PolicyFacts) -> int:
+    """Bytes of the parameters of a model that is not trained, of one process or of all shards."""
+    frozen = teacher.parameters - teacher.trainable_parameters
+    narrow = 2 if teacher.dtype == "bfloat16" else _WIDE
+    exact = teacher.memory.frozen if teacher.memory is not None else None
+    return teacher.trainable_parameters * _WIDE + (frozen * narrow if exact is None else exact)
 
 
 def _per_token(m: MemoryFacts, config: Config, narrow: int) -> int:

@@ -20,9 +20,9 @@ def load_teacher(config: Config, policy: Policy) -> Teacher:
     backend = config.teacher.backend
     if backend == "auto":
         backend = policy.describe().backend  # type: ignore[assignment]
-    run, objective = replace(config.run, backend=backend), replace(config.objective, reference="rollout")
+    run, optimizer = replace(config.run, backend=backend), replace(config.optimizer, name="adamw")
     try:
-        loaded = load_policy(replace(config, run=run, model=model, objective=objective))
+        loaded = load_policy(replace(config, run=run, model=model, optimizer=optimizer), trained=False)
     except ConfigError as error:
         raise ConfigError(f"teacher.path = {config.teacher.path!r}: {error}") from error
     if (loaded.rank, loaded.world_size) != (policy.rank, policy.world_size):
