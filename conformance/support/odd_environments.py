@@ -104,9 +104,16 @@ class Says:
             return [{"role": "user", "content": [{"type": "text", "text": "a"}]}], None, False
         if said == "mute":
             return None
+        if said == "raise":
+            raise ValueError("silent")
         if said == "role":
             return [{"role": "oracle", "content": "a"}], None, False
         return [{"role": "user", "content": "é 🂡" if said == "hello" else "and?"}], 0.25, False
+
+
+class Sized(Says):
+    def __init__(self, size: int) -> None:
+        self.size = size
 
 
 class Patient(Says):

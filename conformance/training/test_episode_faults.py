@@ -126,6 +126,11 @@ def test_a_step_of_another_form_fails_its_episode_by_name_and_leaves_the_others(
 
 
 WRONG = {
+    "environment.options are not the arguments of the class: missing a required argument: 'size'": {
+        "path": f"{ODD}:Sized"
+    },
+    "has no class Nothing": {"path": f"{ODD}:Nothing"},
+    "'odd_environments.py': expected package.module:class or file.py:class": {"path": "odd_environments.py"},
     "the attribute tools of .*:OneName is 'own' \\(str\\); expected a list": {"path": f"{ODD}:OneName"},
     "the parameter a of the tool bare has no type; add one, as in x: int": {"tools": (f"{ODD}:bare",)},
 }
@@ -176,12 +181,19 @@ ROWS = [{"prompt": "one"}, {"prompt": "two"}]
 
 def test_why_episodes_failed_stands_in_the_log(tmp_path, caplog) -> None:
     with caplog.at_level(logging.INFO, "gvpo"):
-        run(config_of(tmp_path / "run"), lambda text, u: "mute" if u < 0.3 else "numpy", ROWS)
+        run(config_of(tmp_path / "run"), lambda text, u: "raise" if u < 0.3 else "numpy", ROWS)
     failed = sum(c["end"] == "failed" for c in records(tmp_path / "run", "completions"))
     assert 0 < failed <= 4
-    seen = f"the environment failed for {failed} of 8 episodes; the first: TypeError: step returned None"
+    seen = f"the environment failed for {failed} of 8 episodes; the first: ValueError: silent"
     [told] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING and seen in r.getMessage()]
     assert "\n" not in told and any(f"{seen}" in r.getMessage() and 'File "' in r.getMessage() for r in caplog.records)
+
+
+def test_an_error_of_the_protocol_has_no_traceback_of_ours(pool_of) -> None:
+    pool = pool_of(path=f"{ODD}:Says")
+    pool.ask([Operation("reset", 0, ({},)), Operation("reset", 1, ({},))])
+    ours, theirs = pool.ask([Operation("step", i, ({"content": said},)) for i, said in enumerate(("mute", "raise"))])
+    assert ours["traceback"] == "" and "odd_environments.py" in theirs["traceback"]
 
 
 def test_a_row_whose_reset_fails_is_lost_and_counted(tmp_path, caplog) -> None:

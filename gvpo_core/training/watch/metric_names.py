@@ -86,7 +86,7 @@ METRICS: dict[str, Metric] = {
     ),
     "length/worst": Metric("tokens", "Mean length of the finished ones with its lowest reward (wrong); likewise."),
     "length/truncated": Metric("tokens", "Mean length of the responses cut at the token limit; absent without one."),
-    "truncated": Metric("share", "Responses cut at the token limit."),
+    "truncated": Metric("share", "Responses cut at the token limit; of episodes, at the limit of turns too."),
     "responses/total": Metric("responses", "Responses of the step."),
     "responses/lost": Metric(
         "responses",

@@ -31,16 +31,24 @@ class Environments:
           limit: seconds for an async operation; others are limited from outside.
         Raises: LookupError: a class or function that is not there, or a tool whose schema cannot be made.
         """
-        self._make: Any = find_function(path) if path else ToolsAlone
+        self._make: Any = find_function(path, "class", {}) if path else ToolsAlone
         self._options, self._limit = dict(options), limit
         own = getattr(self._make, "tools", ())
         if not isinstance(own, tuple | list):
             raise LookupError(f"the attribute tools of {path} is {_start(own)}; expected a list of functions and names")
-        functions = [find_function(tool) for tool in tools] + [tool for tool in own if not isinstance(tool, str)]
+        functions = [find_function(tool, built_in={}) for tool in tools] + [
+            tool for tool in own if not isinstance(tool, str)
+        ]
         self._methods = [tool for tool in own if isinstance(tool, str)]
         for name in ("reset", "step"):
             if not callable(getattr(self._make, name, None)):
                 raise LookupError(f"{path} has no method {name}; expected reset(row) and step(message)")
+        try:
+            inspect.signature(self._make).bind(**self._options)
+        except TypeError as e:
+            raise LookupError(f"environment.options are not the arguments of the class: {e}") from e
+        except ValueError:  # no signature that Python can read
+            pass
         try:
             schemas = [schema_of(function) for function in functions]
             schemas += [schema_of(getattr(self._make, name), method=self._bound(name)) for name in self._methods]
@@ -76,7 +84,7 @@ class Environments:
         except TimeoutError:
             return {"error": f"no result within {self._limit:g} s", "traceback": ""}
         except BaseException as e:  # SystemExit too: an environment must not end the run
-            return {"error": _text(e), "traceback": "".join(traceback.format_exception(e)[-3:])[-4000:]}
+            return {"error": _text(e), "traceback": _of_the_user(e)}
 
     async def _reset(self, episode: int, row: dict[str, Any]) -> dict[str, Any]:
         environment = self._living[episode] = self._make(**self._options)
@@ -165,6 +173,14 @@ def _messages(messages: Any, of: str) -> list[dict[str, Any]]:
     if size > LARGEST_MESSAGES:
         raise ValueError(f"{of} returned messages of {size:,} bytes; expected at most {LARGEST_MESSAGES:,}")
     return [dict(message) for message in messages]
+
+
+def _of_the_user(error: BaseException) -> str:
+    """The last lines of the traceback; nothing where no line of it is the user's."""
+    ours = {__file__, asyncio.tasks.__file__, asyncio.futures.__file__}
+    if all(frame.filename in ours for frame in traceback.extract_tb(error.__traceback__)):
+        return ""
+    return "".join(traceback.format_exception(error)[-3:])[-4000:]
 
 
 def _text(error: BaseException) -> str:

@@ -33,16 +33,19 @@ class Signature:
     fields: tuple[str, ...] = ()  # of a built-in reward: columns that its options name
 
 
-def find_function(spec: str) -> Callable[..., Any]:
+def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any] = BUILTIN) -> Callable[..., Any]:
     """A built-in by name, or `package.module:function`, or `path/to/file.py:function`.
 
+    Args:
+      kind: what it is called in messages: function or class.
     Raises: LookupError: no such file, module or function, or its import failed, with the reason.
     """
-    if spec in BUILTIN:
-        return BUILTIN[spec]
+    if spec in built_in:
+        return built_in[spec]  # type: ignore[no-any-return]
     where, colon, attribute = spec.rpartition(":")
     if not colon or not where or not attribute:
-        raise LookupError(f"expected one of {', '.join(BUILTIN)}, package.module:function or file.py:function")
+        one_of = f"one of {', '.join(built_in)}, " if built_in else ""
+        raise LookupError(f"expected {one_of}package.module:{kind} or file.py:{kind}")
     try:
         module = _from_file(where) if where.endswith(".py") else _from_name(where)
     except LookupError as e:
@@ -53,7 +56,7 @@ def find_function(spec: str) -> Callable[..., Any]:
         raise LookupError(f"importing {where} failed: {type(e).__name__}: {e}") from e
     function = getattr(module, attribute, None)
     if not callable(function):
-        raise LookupError(f"{where} has no function {attribute}")
+        raise LookupError(f"{where} has no {kind} {attribute}")
     return function  # type: ignore[no-any-return]
 
 
