@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy.hugging_face import explained
+from gvpo_torch.dora import hold_less
 from gvpo_torch.weights import decoder_of
 
 
@@ -67,7 +68,8 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
     ):
         torch.manual_seed(seed % 2**63)
         adapted = get_peft_model(lm, adapters)
-    for layer in lora_layers(adapted) if config.lora_kind == "lora" else ():
+    for layer in lora_layers(adapted):
+        hold_less(layer)
         layer.cast_input_dtype_enabled = False
         for down in layer.lora_A.values():
             down.__class__ = _Down
