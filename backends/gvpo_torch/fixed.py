@@ -112,24 +112,6 @@ def _attending(base: Any, by: str) -> Iterator[None]:
         base.set_attn_implementation(before)
 
 
-@contextlib.contextmanager
-def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
-    """Holds the linear layers in the dtype in which autocast computes them, instead of a cast at every token.
-
-    The head is left: it may be the embedding. Master weights are put back at the end.
-    """
-    ends = {id(scorer.base.get_output_embeddings().weight), id(scorer.base.get_input_embeddings().weight)}
-    layers = [m for m in scorer.modules() if type(m) is nn.Linear and id(m.weight) not in ends]
-    held = [(p, p.data) for m in layers for p in m.parameters(recurse=False) if p.dtype != scorer.dtype]
-    try:
-        for p, data in held:
-            p.data = data.to(scorer.dtype)
-        yield
-    finally:
-        for p, data in held:
-            p.data = data
-
-
 class Prefilled(NamedTuple):
     """R rows of U prompts, after one forward pass over the prompts."""
 

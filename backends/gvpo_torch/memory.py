@@ -8,25 +8,25 @@ from gvpo_core.training.policy import MemoryFacts
 from gvpo_core.training.policy.memory import machine_memory, peak_memory
 from gvpo_torch.adapters import mergeable
 from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
-from gvpo_torch.model import Scorer
+from gvpo_torch.model import Scorer, cast_parameters
 from gvpo_torch.quantized import frozen_bytes, packed_layers
 
 CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
 
 
 def facts(
-    scorer: Scorer, device: torch.device, defers: bool = False, merged: int = 0, moments: int | None = None
+    scorer: Scorer, device: torch.device, defers: bool = False, sampled: int = 0, moments: int | None = None
 ) -> MemoryFacts | None:
     """What the core's estimate of memory needs; None for a model whose sizes have other names.
 
     Args:
-      merged: bytes of weights with their adapters, held while sampling.
+      sampled: bytes of weights that are held while sampling alone.
       moments: bytes of the optimizer's state; None: two float32 moments.
     """
     sizes = shape(scorer)
     if sizes is None:
         return None
-    sizes |= {"sampled": merged, "moments": moments, "frozen": frozen_bytes(scorer)}
+    sizes |= {"sampled": sampled, "moments": moments, "frozen": frozen_bytes(scorer)}
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
         return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, cache_share=0.5, defers=defers)
@@ -42,6 +42,11 @@ def merged(scorer: Scorer, device: torch.device) -> int:
     size = mergeable(scorer.lm)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
     return size if total is None or 4 * size <= total else 0
+
+
+def narrowed(scorer: Scorer) -> int:
+    """Bytes of the layers' weights in the dtype of products, which sampling holds beside wider ones."""
+    return sum(p.numel() for p in cast_parameters(scorer)) * scorer.dtype.itemsize
 
 
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:

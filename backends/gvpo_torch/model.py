@@ -242,6 +242,35 @@ def checkpointing(scorer: Scorer) -> Iterator[list[nn.Module]]:
             layer.training = False
 
 
+def cast_parameters(scorer: Scorer) -> list[nn.Parameter]:
+    """Parameters of linear layers that autocast casts for each product.
+
+    The head is left out: it may be the embedding. Without autocast there are none: adapters compute in float32.
+    """
+    head = scorer.base.get_output_embeddings().weight
+    if head.dtype == scorer.dtype:
+        return []
+    ends = {id(head), id(scorer.base.get_input_embeddings().weight)}
+    layers = [m for m in scorer.modules() if type(m) is nn.Linear and id(m.weight) not in ends]
+    return [p for m in layers for p in m.parameters(recurse=False) if p.dtype != scorer.dtype]
+
+
+@contextlib.contextmanager
+def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
+    """Holds `cast_parameters` in the dtype in which autocast computes, instead of a cast at every token.
+
+    Master weights are put back at the end.
+    """
+    masters = [(p, p.data) for p in cast_parameters(scorer)]
+    try:
+        for p, data in masters:
+            p.data = data.to(scorer.dtype)
+        yield
+    finally:
+        for p, data in masters:
+            p.data = data
+
+
 def _exact(lm: nn.Module) -> None:
     """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
 

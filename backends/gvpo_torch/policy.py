@@ -17,7 +17,7 @@ from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import adapters, check, checkpoint, export, fixed, generate, memory, model
+from gvpo_torch import adapters, check, checkpoint, export, generate, memory, model
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
@@ -105,7 +105,7 @@ class TorchPolicy(LanguageModelPolicy):
     ) -> list[list[Response]]:
         self._trained.eval()
         in_fixed_buffers = self.device.type == "cuda" and self.scorer.decodes_fixed and not self._sharded
-        held = fixed.products_in_compute_dtype(self.scorer) if in_fixed_buffers else contextlib.nullcontext()
+        held = contextlib.nullcontext() if self._sharded else model.products_in_compute_dtype(self.scorer)
         one_product = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
         with one_product, self._no_gradients(), held, self.scorer.autocast(), gathered(self._trained):
             return generate.generate(
@@ -293,6 +293,7 @@ class TorchPolicy(LanguageModelPolicy):
     def describe(self) -> PolicyFacts:
         """Facts for the log and the run folder."""
         on_cuda, settings = self.device.type == "cuda", self.scorer.config
+        sampled = self.sampled_bytes + (0 if self._sharded else memory.narrowed(self.scorer))
         return self._describe(
             device=str(self.device),
             device_name=torch.cuda.get_device_name(self.device) if on_cuda else "CPU",
@@ -302,7 +303,7 @@ class TorchPolicy(LanguageModelPolicy):
             parameters=self.parameters,
             trainable_parameters=self.trainable,
             packages=self._packages(),
-            memory=memory.facts(self.scorer, self.device, self.defers, self.sampled_bytes, self._moments),
+            memory=memory.facts(self.scorer, self.device, self.defers, sampled, self._moments),
         )
 
     def _packages(self) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from torch_policies import policy
 
 require(subject="torch")
 import torch
-from gvpo_torch import check, fixed, generate
+from gvpo_torch import check, fixed, generate, model
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from gvpo_core.training.policy import layout
 from gvpo_core.training.sampling import Sampling, row_seed
@@ -134,10 +135,33 @@ def test_layers_are_held_in_the_dtype_of_products_and_put_back(folders):
     with torch.inference_mode(), of_policy.scorer.autocast():
         x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
         plain = linear(x)
-        with fixed.products_in_compute_dtype(of_policy.scorer):
+        with model.products_in_compute_dtype(of_policy.scorer):
             assert linear.weight.dtype == torch.bfloat16
             assert of_policy.scorer.base.get_input_embeddings().weight.dtype == torch.float32
             held = linear(x)
     np.testing.assert_array_equal(held.float().numpy(), plain.float().numpy())
     for name, p in of_policy.scorer.named_parameters():
         assert torch.equal(p, before[name]) and p.dtype == before[name].dtype
+
+
+def test_a_linear_layer_is_cast_once_a_rollout(folders):
+    """Not once a token; the samples are those of the casts."""
+
+    class Casts(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default):
+                narrow = args[0].dtype is torch.float32 and result.dtype is torch.bfloat16
+                self.count += narrow and args[0].shape in shapes
+            return result
+
+    of_policy = policy(folders("llama"), dtype="bfloat16")
+    layers = model.cast_parameters(of_policy.scorer)
+    shapes = {p.shape for p in layers if p.ndim == 2}
+    with Casts() as casts:
+        drawn = of_policy.generate([(1, 5, 9), (1, 7)], [[0, 1], [2]], Sampling(20))
+    assert max(len(r.tokens) for row in drawn for r in row) > 5
+    assert casts.count == sum(p.ndim == 2 for p in layers) > 0
+    assert all(p.dtype == torch.float32 for p in of_policy.scorer.parameters())
