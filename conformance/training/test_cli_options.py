@@ -110,6 +110,13 @@ def test_a_config_with_a_byte_order_mark_is_read(tmp_path, capfd):
         ("promts", "rollout.prompts"),
         ("model.load_in_4bit", "model.quantization"),
         ("optim", "optimizer.name"),
+        ("pretrain", "model.path"),
+        ("save_strategy", "run.checkpoint_every"),
+        ("eval_strategy", "evaluation.every"),
+        ("rollout_batch_size", "rollout.prompts"),
+        ("generate_max_len", "rollout.max_tokens"),
+        ("advantage_estimator", "objective.name"),
+        ("early_stopping_patience", "evaluation.patience"),
     ],
 )
 def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path, capfd):
@@ -131,6 +138,10 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
         ("model.context_parallel_size", "context parallel is not supported"),
         ("ulysses_sequence_parallel_size", "context parallel is not supported"),
         ("model.load_in_8bit", "a base in 8 bits is not supported: use model.quantization = 'nf4'"),
+        ("resume_from_checkpoint", "gvpo train resumes the run in run.folder by itself"),
+        ("reward_funcs", "each reward is a section: [rewards.NAME] with function and weight"),
+        ("n_gpus_per_node", "the launcher starts the processes"),
+        ("optimizer.dropout", "dropout is always off"),
     ],
 )
 def test_what_is_not_supported_is_named(given, why, tmp_path, capfd):
@@ -138,7 +149,7 @@ def test_what_is_not_supported_is_named(given, why, tmp_path, capfd):
     assert status == 2 and f"unknown option --{given}; {why}" in err
 
 
-@pytest.mark.parametrize("name", ["logging_steps", "project_name", "optimizer.dropout", "vf_coef"])
+@pytest.mark.parametrize("name", ["logging_steps", "project_name", "ddp_timeout", "vf_coef"])
 def test_a_name_that_nothing_here_matches_gets_no_suggestion(name, tmp_path, capfd):
     status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), f"--{name}", "1")
     assert status == 2 and f"unknown option --{name}" in err and "did you mean" not in err

@@ -231,9 +231,10 @@ SECRET = "k3y\"/+ü with spaces'&more"
         ascii, lambda s: repr(s.encode()), lambda s: s.encode().hex(), lambda s: s.encode().hex().upper(),
         lambda s: re.sub("%..", lambda m: m[0].lower(), urllib.parse.quote(s, safe="")),
         lambda s: urllib.parse.quote(urllib.parse.quote(s, safe=""), safe=""),
+        lambda s: json.dumps(json.dumps(s)),
     ],
     ids=["plain", "repr", "json", "json-utf8", "html", "url", "form", "path", "base64", "basic", "basic-1", "b64-url",
-         "ascii", "bytes", "hex", "HEX", "url-lower", "url-twice"],
+         "ascii", "bytes", "hex", "HEX", "url-lower", "url-twice", "json-twice"],
 )  # fmt: skip
 def test_a_secret_is_hidden_in_every_form_that_programs_write(form):
     written = form(SECRET)
@@ -241,6 +242,31 @@ def test_a_secret_is_hidden_in_every_form_that_programs_write(form):
     assert "***" in left and left.startswith("before ") and left.endswith(" after")
     kept = [part for part in left.split() if part not in ("before", "after")]
     assert sum(len(part.replace("***", "")) for part in kept) <= 8, left  # quotes, and "u:" in base64
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["sk-proj-" + "a1B2" * 8, "hf_" + "aB3d" * 8, "ghp_" + "aB3d" * 9, "glpat-" + "aB3d" * 5, "xoxb-12345678-abcdef",
+     "AKIA" + "AB12" * 4, "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIx.SflKxwRJSM"],
+)  # fmt: skip
+def test_a_key_of_a_known_form_is_hidden_wherever_it_stands(key):
+    """As services quote it in their errors, and under the name of an option that says nothing."""
+    assert hide(f"Incorrect key {key} given") == "Incorrect key *** given"
+    assert (
+        hide_settings({"rewards": {"j": {"options": {"model_id": key}}}})["rewards"]["j"]["options"]["model_id"]
+        == "***"
+    )
+    assert hide("sk-learn-estimators and hf_transfer and ghp_") == "sk-learn-estimators and hf_transfer and ghp_"
+
+
+def test_the_key_of_the_judge_is_not_saved():
+    """Its option is called `key`, as the column of another reward may be."""
+    options = lambda value: hide_settings({"rewards": {"judge": {"options": {"key": value}}}})["rewards"]["judge"][
+        "options"
+    ]
+    assert options("my-own-server-key-4711") == {"key": "***"}
+    assert options("$JUDGE") == {"key": "$JUDGE"} and options("label") == {"key": "label"}
+    assert secrets_of({"key": "$JUDGE"}, {"JUDGE": "seven77"}) == {"seven77"}
 
 
 def test_a_secret_cut_in_the_middle_is_hidden():
@@ -261,7 +287,8 @@ def test_the_shortest_hidden_value_is_documented():
     [(n, True) for n in ("DB_PASS", "DB_PWD", "SSH_PASSPHRASE", "SIGNING_KEY", "API_TOKENS", "SESSION_COOKIE",
                          "hf_tokens", "judge_key", "GH_TOKEN", "x.password", "pwd", "pass", "dbPass", "jwt", "auth",
                          "auth_header", "bearer", "DB_CREDS", "passcode", "OPENAI_KEYS", "judge_token", "GITHUB_PAT",
-                         "AccountKey", "CONNECTION_STRING", "subscription_key")]
+                         "AccountKey", "CONNECTION_STRING", "subscription_key", "SLACK_WEBHOOK_URL", "SENTRY_DSN",
+                         "TAILSCALE_AUTHKEY", "otp", "auth_key")]
     + [(n, False) for n in ("PWD", "OLDPWD", "max_tokens", "MAX_TOKENS", "micro_batch_tokens", "monkey",
                             "answer_key", "compass", "tokenizer", "keyboard", "eos_token", "end_token", "stop_token",
                             "pad_token_id", "token_count", "label_keys", "bypass", "prompt_key", "gold_key", "pat")],
@@ -283,6 +310,11 @@ def test_names_of_secrets(name, secret):
         ("Server=x;Pwd=hunter22;User=y", "Server=x;Pwd=***;User=y"),
         ("Authorization: Bearer sk-4711abcd", "Authorization: Bearer ***"),
         ("Authorization: Basic dXNlcjpwYXNz=", "Authorization: Basic ***"),
+        ("Authorization: token ghs-4711abcd", "Authorization: token ***"),
+        ("{'x-api-key': 'abcd1234', 'b': 1}", "{'x-api-key': '***', 'b': 1}"),
+        ("Cookie: session=abcdef; id=4711", "Cookie: ***"),
+        ("host=h password=hunter22 dbname=x", "host=h password=*** dbname=x"),
+        ("a cookie: yes", "a cookie: yes"),
         ("Bearer securities are Basic understanding", "Bearer securities are Basic understanding"),
     ],
 )

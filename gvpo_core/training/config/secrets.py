@@ -27,9 +27,9 @@ SHORTEST = 6
 _NAMED = re.compile(
     r"((?<!eos_)(?<!bos_)(?<!pad_)(?<!end_)(?<!stop_)(?<!start_)(?<!mask_)(?<!image_)(?<!special_)"
     r"token(?!s|iz|_(?:counts?|ids?|types?|limit|budget|weights?|penalty)\b)"
-    r"|secret|passw|passphrase|passcode|(?:api|access|private|account|subscription)[_-]?key|connection[_-]?string"
+    r"|secret|passw|passphrase|passcode|(?:api|access|private|account|subscription|auth)[_-]?key|connection[_-]?string"
     r"|credential|authorization|cookie|[_-]pat$"
-    r"|(?:^|[_-])(?:jwt|bearer|creds|auth|auth_header)$|^(?-i:pass|pwd)$|(?-i:[a-z](?:Pass|Pwd))$"
+    r"|(?:^|[_-])(?:jwt|bearer|creds|auth|auth_header|webhook|webhook_url|dsn|otp|csrf)$|^(?-i:pass|pwd)$|(?-i:[a-z](?:Pass|Pwd))$"
     r"|(?<![a-z])(api|access|auth|bearer|refresh|id|hf|github|bot)[_-]tokens$|[_-](pass|pwd)$"
     r"|(?<!answer)(?<!sort)(?<!primary)(?<!foreign)(?<!partition)(?<!prompt)(?<!question)(?<!label)(?<!gold)(?<!target)"
     r"(?<!solution)(?<!response)(?<!column)[_-]key$)",
@@ -47,6 +47,18 @@ _IN_QUERY = re.compile(  # of a URL, or of a database's connection string
     re.IGNORECASE,
 )
 _SCHEME = re.compile(r"(?<=\bBearer )(?=\S*\d)[\w.~+/=\-]{8,}|(?<=\bBasic )(?=\S*[\d=])[\w+/=\-]{8,}")
+_IN_CONNECTION = re.compile(r"(?<=\s)((?:ssl)?(?:password|passwd|pwd)=)[^\s'\";]+", re.IGNORECASE)  # libpq's
+_HEADER = re.compile(  # as an HTTP client shows its headers, the scheme kept
+    r"(\b(?:proxy-)?(?:authorization|x-api-key|api-key|set-cookie|cookie)['\"]?\s*[:=]\s*b?['\"]?"
+    r"(?:(?:bearer|basic|token|apikey|digest)\s+)?)(?!\*|(?:bearer|basic|token|apikey|digest)\s)[^\s'\",;]{6,}(?:;\s?[^\s'\",]+)*",
+    re.IGNORECASE,
+)
+_ISSUED = re.compile(  # by OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS, Google; a JWT
+    r"\b(?:sk-(?=[\w\-]*\d)[\w\-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+    r"|glpat-[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|AKIA[0-9A-Z]{16}\b|AIza[\w\-]{30,}"
+    r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]{8,})"
+)
+_KEY = re.compile(r"(?=.*\d)\S{16,}")  # a value of an option called key alone: not the name of a column
 _AFTER_SCHEME = re.compile(r"(?i:bearer|basic|token|key)\s+(\S.*)")  # what a header's value is without its scheme
 _FROM_ENVIRONMENT = re.compile(r"\$([A-Za-z_]\w*)")
 _ESCAPE = re.compile("%[0-9A-F]{2}")
@@ -60,8 +72,16 @@ def is_secret(name: str) -> bool:
     return bool(_NAMED.search(name) or _VARIABLE.fullmatch(name))
 
 
+def _names_secret(name: str, value: str) -> bool:
+    """Whether the value of an option is a secret, by the option's name; of `key` alone, where it looks like a key."""
+    return is_secret(name) or (
+        name.casefold() == "key" and bool(_FROM_ENVIRONMENT.fullmatch(value) or _KEY.fullmatch(value))
+    )
+
+
 def hide(text: str, known: Iterable[str] = ()) -> str:
-    """Text without passwords in URLs, query parameters named like secrets, and the `known` secrets.
+    """Text without the `known` secrets, passwords in URLs, parameters and headers named like secrets, and keys and
+    tokens that their form gives away.
 
     Call it before the text is cut.
     """
@@ -70,7 +90,8 @@ def hide(text: str, known: Iterable[str] = ()) -> str:
         text = text.replace(form, HIDDEN)
     for form in forms:
         text = _without_beginning(text, form)
-    return _SCHEME.sub(HIDDEN, _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(HIDDEN, text)))
+    text = _IN_QUERY.sub(rf"\1{HIDDEN}", _IN_URL.sub(HIDDEN, _ISSUED.sub(HIDDEN, text)))
+    return _HEADER.sub(rf"\1{HIDDEN}", _IN_CONNECTION.sub(rf"\1{HIDDEN}", _SCHEME.sub(HIDDEN, text)))
 
 
 @lru_cache(maxsize=64)
@@ -85,6 +106,7 @@ def _forms(secret: str) -> Iterator[str]:
         yield repr(text)[1:-1]
         yield json.dumps(text)[1:-1]
         yield json.dumps(text, ensure_ascii=False)[1:-1]
+        yield json.dumps(json.dumps(text)[1:-1])[1:-1]  # JSON inside JSON
         yield ascii(text)[1:-1]
         yield html.escape(text)
         for quoted in (urllib.parse.quote(text), urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)):
@@ -132,7 +154,7 @@ def _hidden(value: Any, name: str, known: frozenset[str]) -> Any:
         return [_hidden(item, name, known) for item in value]
     if not isinstance(value, str) or _FROM_ENVIRONMENT.fullmatch(value):
         return value
-    return HIDDEN if is_secret(name) and value else hide(value, known)
+    return HIDDEN if _names_secret(name, value) and value else hide(value, known)
 
 
 def hide_command(command: Iterable[str], known: Iterable[str] = ()) -> list[str]:
@@ -163,7 +185,7 @@ def _refers(value: str) -> bool:
 def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = None) -> frozenset[str]:
     """The secrets that settings and the environment (default: this process's) hold, to be looked for in text."""
     environment = os.environ if environment is None else environment
-    values = {value for name, value in environment.items() if is_secret(name)}
+    values = {value for name, value in environment.items() if _names_secret(name, value)}
     for value in environment.values():  # a proxy's or a database's password
         values |= {user.partition(":")[2] for user in _IN_URL.findall(value)}
     if settings is not None:
@@ -180,7 +202,7 @@ def _collect(value: Any, name: str, values: set[str], environment: Mapping[str, 
         for item in value:
             _collect(item, name, values, environment)
     elif isinstance(value, str):
-        if is_secret(name):
+        if _names_secret(name, value):
             reference = _FROM_ENVIRONMENT.fullmatch(value)
             values.add(environment.get(reference[1], "") if reference else value)
         for user in _IN_URL.findall(value):

@@ -7,40 +7,66 @@ from collections.abc import Iterable
 from gvpo_core.training.config import Config
 
 ELSEWHERE = {
-    "run.folder": ("output_dir", "default_local_dir", "output_folder", "out_dir", "save_dir", "output"),
+    "run.folder": (
+        "output_dir",
+        "default_local_dir",
+        "output_folder",
+        "out_dir",
+        "save_dir",
+        "output",
+        "save_path",
+        "ckpt_path",
+        "adapter_path",
+    ),
     "run.steps": (
         *("max_steps", "total_training_steps", "num_steps", "iters"),
-        *("num_train_epochs", "num_epochs", "total_epochs", "max_epochs"),
+        *("num_train_epochs", "num_epochs", "total_epochs", "max_epochs", "num_episodes"),
     ),
-    "run.checkpoint_every": ("save_steps", "save_freq", "save_every"),
-    "run.keep_checkpoints": ("save_total_limit", "max_ckpt_to_keep"),
-    "run.trackers": ("report_to", "logger"),
-    "model.path": ("model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path"),
+    "run.checkpoint_every": ("save_steps", "save_freq", "save_every", "save_strategy"),
+    "run.keep_checkpoints": ("save_total_limit", "max_ckpt_to_keep", "max_ckpt_num"),
+    "run.keep_best": ("load_best_model_at_end",),
+    "run.trackers": ("report_to", "logger", "use_wandb", "use_tensorboard"),
+    "model.path": ("model_name_or_path", "model_name", "model_id", "pretrained_model_name_or_path", "pretrain"),
     "model.dtype": ("bf16", "fp16", "torch_dtype", "mixed_precision", "precision"),
-    "model.lora_rank": ("lora_r", "r", "use_peft"),
+    "model.lora_rank": ("lora_r", "r", "use_peft", "peft_config"),
+    "model.lora_kind": ("use_dora", "fine_tune_type"),
     "model.lora_targets": ("target_modules", "lora_target_modules"),
     "model.quantization": (*("load_in_4bit", "quantization_config", "bnb_4bit_quant_type", "use_qlora", "qlora"),),
     "model.gradient_checkpointing": ("enable_gradient_checkpointing", "grad_checkpoint"),
-    "data.train": ("train_files", "dataset_name", "train_dataset", "train_file"),
-    "data.evaluation": ("val_files", "eval_dataset", "validation_file"),
-    "data.prompt": ("prompt_key", "prompt_column"),
-    "data.max_prompt_tokens": ("max_prompt_length",),
-    "rollout.prompts": ("batch_size", "train_batch_size", "generation_batch_size", "num_prompts"),
+    "model.sharding": ("fsdp", "fsdp_config", "deepspeed", "zero_stage"),
+    "data.train": ("prompt_data", "train_files", "dataset_name", "train_dataset", "train_file"),
+    "data.evaluation": ("val_files", "eval_dataset", "validation_file", "eval_data"),
+    "data.split": ("dataset_train_split", "dataset_split", "prompt_split"),
+    "data.subset": ("dataset_config", "dataset_config_name"),
+    "data.shuffle": ("shuffle_dataset",),
+    "data.prompt": ("prompt_key", "prompt_column", "input_key"),
+    "data.max_prompt_tokens": ("max_prompt_length", "prompt_max_len"),
+    "rollout.prompts": ("batch_size", "train_batch_size", "generation_batch_size", "num_prompts", "rollout_batch_size"),
     "rollout.responses": (
         *("num_generations", "n", "group_size", "rollout_n", "num_samples"),
         *("n_samples", "num_responses", "n_samples_per_prompt", "num_return_sequences"),
     ),
-    "rollout.max_tokens": ("max_completion_length", "max_new_tokens", "max_response_length", "response_length"),
+    "rollout.max_tokens": (
+        "max_completion_length",
+        "max_new_tokens",
+        "max_response_length",
+        "response_length",
+        "generate_max_len",
+    ),
+    "rollout.truncated": ("mask_truncated_completions", "overlong_filter"),
     "rollout.sampler": ("use_vllm", "vllm_mode"),
+    "engine.options": ("gpu_memory_utilization", "vllm_gpu_memory_utilization", "vllm_max_model_length"),
     "engine.url": ("vllm_server_base_url", "base_url", "server_url"),
-    "objective.name": ("loss_type", "adv_estimator", "algorithm"),
-    "objective.beta": ("kl_coef", "init_kl_coef", "kl_loss_coef"),
+    "objective.name": ("loss_type", "adv_estimator", "advantage_estimator", "algorithm"),
+    "objective.beta": ("kl_coef", "init_kl_coef", "kl_loss_coef", "kl_beta"),
+    "objective.reference_every": ("ref_model_sync_steps", "sync_ref_model"),
     "objective.epochs": ("num_iterations", "ppo_epochs"),
     "objective.minibatches": ("ppo_mini_batch_size", "num_mini_batches", "steps_per_generation"),
-    "objective.clip": ("epsilon", "clip_ratio", "cliprange"),
+    "objective.clip": ("epsilon", "clip_ratio", "cliprange", "eps_clip", "clip_eps"),
     "optimizer.name": ("optim", "optimizer_name", "optimizer_type", "use_8bit_adam", "adam8bit"),
-    "optimizer.learning_rate": ("lr", "actor_lr"),
+    "optimizer.learning_rate": ("lr", "actor_lr", "actor_learning_rate"),
     "optimizer.betas": ("adam_beta1", "adam_beta2", "beta1", "beta2"),
+    "optimizer.weight_decay": ("wd", "l2"),
     "optimizer.eps": ("adam_epsilon",),
     "optimizer.warmup": (
         *("warmup_steps", "lr_warmup_steps", "num_warmup_steps"),
@@ -49,11 +75,22 @@ ELSEWHERE = {
     "optimizer.schedule": ("lr_scheduler_type", "lr_scheduler"),
     "optimizer.max_gradient_norm": ("max_grad_norm", "grad_clip", "clip_grad"),
     "optimizer.micro_batch_tokens": ("gradient_accumulation_steps", "ppo_max_token_len_per_gpu"),
-    "optimizer.micro_batch_responses": ("per_device_train_batch_size", "micro_batch_size", "ppo_micro_batch_size"),
-    "evaluation.every": ("eval_steps", "test_freq", "eval_every", "steps_per_eval"),
+    "optimizer.micro_batch_responses": (
+        "per_device_train_batch_size",
+        "micro_batch_size",
+        "ppo_micro_batch_size",
+        "micro_train_batch_size",
+    ),
+    "evaluation.every": ("eval_steps", "test_freq", "eval_every", "steps_per_eval", "eval_strategy"),
+    "evaluation.prompts": ("val_batches", "test_batches", "eval_batches"),
+    "evaluation.patience": ("early_stopping_patience",),
 }
 """Setting -> what TRL, verl, transformers and mlx-lm call it."""
-_WITHOUT = ("logging_steps", "steps_per_report")  # of them, those that spell like a setting here and have none
+_WITHOUT = (
+    "logging_steps",
+    "steps_per_report",
+    "ddp_timeout",
+)  # of them, those that spell like a setting here and have none
 ABSENT = {
     "context parallel is not supported: a row must fit one device": (
         *("context_parallel_size", "context_parallel", "cp_size", "sequence_parallel_size", "sequence_parallel"),
@@ -63,8 +100,21 @@ ABSENT = {
         *("pipeline_parallel_size", "pipeline_parallel", "pp_size"),
     ),
     "a base in 8 bits is not supported: use model.quantization = 'nf4' with model.lora_rank": ("load_in_8bit",),
+    "gvpo train resumes the run in run.folder by itself": ("resume_from_checkpoint", "resume_mode", "load_checkpoint"),
+    "each reward is a section: [rewards.NAME] with function and weight": (
+        *("reward_funcs", "reward_fn", "reward_function", "custom_reward_function", "reward_weights", "remote_rm_url"),
+        *("reward_pretrain", "reward_model_path"),
+    ),
+    "the launcher starts the processes, as torchrun --nproc-per-node does: see docs/launch.md": (
+        *("n_gpus_per_node", "nnodes", "num_processes", "num_gpus", "actor_num_gpus_per_node", "actor_num_nodes"),
+    ),
+    "dropout is always off, so that what is trained is what is scored": (
+        "lora_dropout",
+        "dropout",
+        "attention_dropout",
+    ),
 }
-"""What is not supported -> what other trainers call it."""
+"""What is not supported, or not a setting -> what other trainers call it."""
 
 
 def setting_names(config: Config) -> list[str]:
