@@ -1,6 +1,10 @@
 """What a run remembers of its data is the same in every process, and another for other data."""
 
+import collections
+import datetime as dt
+import fractions
 import json
+import uuid
 
 import numpy as np
 import pytest
@@ -23,6 +27,23 @@ def test_a_fingerprint_is_of_the_values_in_order():
     arrays, objects = ([{"prompt": "a", "x": value}] for value in (np.arange(3), object()))
     assert fingerprint(arrays) == fingerprint([{"prompt": "a", "x": [0, 1, 2]}])
     assert fingerprint(objects) == fingerprint([{"prompt": "a", "x": object()}])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({1, 2}, {1, 3}), (fractions.Fraction(1, 3), fractions.Fraction(2, 3)), (1j, 2j), (range(3), range(4)),
+        (dt.timedelta(1), dt.timedelta(2)), (uuid.UUID(int=1), uuid.UUID(int=2)), ({(0, 1): "a"}, {(0, 1): "b"}),
+        ({"x": {(0, 1): "a"}}, {"x": {(0, 2): "a"}}), ([{None: 1}], [{None: 2}]), (bytearray(b"a"), bytearray(b"b")),
+        (collections.deque([1]), collections.deque([2])),
+    ],
+    ids=repr,
+)  # fmt: skip
+def test_every_value_that_a_reward_can_get_counts(one, other):
+    a, b = (fingerprint([{"prompt": "p", "x": value}]) for value in (one, other))
+    assert a == fingerprint([{"x": one, "prompt": "p"}]) != b
+    up, down = set([0, 8]), set([8, 0])  # noqa: C405 - equal, and of another order inside
+    assert list(up) != list(down) and fingerprint([{"x": up}]) == fingerprint([{"x": down}])
 
 
 def test_a_models_fingerprint_is_of_its_files_wherever_they_lie(tmp_path):
@@ -100,6 +121,29 @@ def test_what_a_reward_imports_from_its_folder_is_part_of_its_code(changed, tmp_
     assert reward_fingerprints(config) == before, "nothing imports it"
     (folder / changed).write_text(sources[changed] + "\nL = 2")
     assert reward_fingerprints(config) != before
+
+
+def test_the_files_and_models_that_a_rewards_options_name_are_part_of_it(tmp_path):
+    """A reward model trained further in its folder, or another table of answers, scores otherwise."""
+    (tmp_path / "rm").mkdir()
+    files = {"answers.json": "{}", "rm/config.json": "{}", "rm/model.safetensors": "1", "rm/tokenizer.json": "{}"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    options = {"path": str(tmp_path / "rm"), "answers": str(tmp_path / "answers.json"), "n": 3, "mode": "strict"}
+    known = reward_fingerprints({"r": RewardConfig(function="reward_model", options=options)})
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + " ")
+        assert reward_fingerprints({"r": RewardConfig(function="reward_model", options=options)}) != known, name
+        (tmp_path / name).write_text(text)
+    assert reward_fingerprints({"r": RewardConfig(function="reward_model", options=options)}) == known
+
+
+def test_the_versions_of_a_built_in_rewards_library_are_part_of_it(monkeypatch):
+    monkeypatch.setattr(module, "version", lambda package: "1")
+    one = reward_fingerprints({"m": RewardConfig(function="math_verify"), "e": RewardConfig(function="exact_match")})
+    monkeypatch.setattr(module, "version", lambda package: "2" if package == "math-verify" else "1")
+    two = reward_fingerprints({"m": RewardConfig(function="math_verify"), "e": RewardConfig(function="exact_match")})
+    assert one["m"] != two["m"] and one["e"] == two["e"]
 
 
 def test_a_built_in_rewards_code_is_all_of_it(monkeypatch):

@@ -1,6 +1,7 @@
 """What a run was trained on and with, small enough to keep: a later start can tell whether it is given the same."""
 
 import ast
+import contextlib
 import hashlib
 import importlib.util
 import inspect
@@ -13,13 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date, time
 from decimal import Decimal
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from gvpo_core.objectives import TABLE
 from gvpo_core.training.config import Config, ModelConfig, RewardConfig
 from gvpo_core.training.config.engine import SAMPLERS
-from gvpo_core.training.files.disk import names_in, retried
+from gvpo_core.training.files.disk import names_in, refuse_special, retried
+from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
 
 _log = logging.getLogger("gvpo")
 _WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts
@@ -28,6 +31,11 @@ _PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spac
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
 _BUILTIN = Path(__file__).parent / "rewards" / "worker"
+_PACKAGES = {
+    "math_verify": ("math-verify", "latex2sympy2-extended", "sympy"),
+    "reasoning_gym": ("reasoning-gym",),
+    "reward_model": ("torch", "transformers"),
+}
 INPUTS = ("data", "model", "rewards", "objective", "sampler", "environment")
 _MACHINE = ("gvpo", "python", "platform", "ranks")
 
@@ -69,25 +77,40 @@ def run_inputs(
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """How many rows, and the SHA-256 of their values in order: the same for a file and for its rows given in Python.
 
-    Columns may come in any order. Of a value that is neither JSON, an array, bytes, a date nor a decimal number only
-    the type counts.
+    Columns may come in any order. Of a value that is neither JSON nor can be sent to a reward's process only the type
+    counts.
     """
     digest = hashlib.sha256()
     for row in rows:
         columns = dict(sorted(row.items(), key=lambda item: str(item[0])))
-        digest.update(json.dumps(columns, skipkeys=True, default=_plain).encode() + b"\n")
+        try:
+            text = json.dumps(columns, default=_plain)
+        except TypeError:  # a mapping whose keys are not text
+            text = json.dumps(_with_text_keys(columns), default=_plain)
+        digest.update(text.encode() + b"\n")
     return {"rows": len(rows), "sha256": digest.hexdigest()}
 
 
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key if isinstance(key, str) else repr(key): _with_text_keys(item) for key, item in value.items()}
+    return [_with_text_keys(item) for item in value] if isinstance(value, list | tuple) else value
+
+
 def _plain(value: Any) -> Any:
-    """Nothing that differs between two processes, as an object's address does."""
+    """Nothing that differs between two processes, as an object's address or the order of a set does."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, bytes | date | time | Decimal):
         return str(value)
-    return type(value).__qualname__
+    if isinstance(value, set | frozenset):
+        return sorted(json.dumps(item, default=_plain) for item in value)
+    try:
+        return encode(value)
+    except UnsendableError:
+        return type(value).__qualname__
 
 
 def model_fingerprint(config: ModelConfig) -> dict[str, dict[str, str]]:
@@ -148,20 +171,47 @@ def _of_file(path: Path) -> str:
 def reward_fingerprints(
     rewards: Mapping[str, RewardConfig], given: Mapping[str, Callable[..., Any]] | None = None
 ) -> dict[str, dict[str, str]]:
-    """Reward -> SHA-256 of its file and of what that imports, or of the source of a function passed from Python.
+    """Reward -> SHA-256 of its file and of what that imports, or of the source of a function passed from Python, and of
+    the files and model folders that its options name.
 
-    Of its imports those count that lie in its folder or in the working directory, and their imports likewise; installed
-    packages do not. A reward without a known source is omitted.
+    Of its imports those count that lie in its folder or in the working directory, and their imports likewise; of
+    installed packages only those that a built-in reward is made of, by their versions. A reward without a known source
+    is omitted.
     """
     hashes = {}
     for name, reward in rewards.items():
         try:
             function = (given or {}).get(name)
             code = _source(function) if function is not None else _code_of(_file_of(reward.function))
+            code += _named_by_options(reward.options) + _versions_of(reward.function if function is None else "")
         except (OSError, TypeError, ValueError, ImportError):
             continue
         hashes[name] = {"sha256": hashlib.sha256(code).hexdigest()}
     return hashes
+
+
+def _named_by_options(options: Mapping[str, Any]) -> bytes:
+    """Hashes of the files and model folders that options name; other values are left out. Raises: OSError."""
+    found = b""
+    for name, value in sorted(options.items()):
+        if not isinstance(value, str) or not 0 < len(value) < 4096 or "\0" in value or name == "cache":
+            continue
+        path = Path(os.path.expanduser(value))
+        if path.is_file():
+            refuse_special(path)
+            found += f"\n{name} {retried(lambda path=path: _of_file(path))}".encode()  # type: ignore[misc]
+        elif path.is_dir() and (path / "config.json").is_file():
+            found += f"\n{name} {model_fingerprint(ModelConfig(path=str(path)))}".encode()
+    return found
+
+
+def _versions_of(function: str) -> bytes:
+    """Versions of the packages that a built-in reward's scores come from; nothing for other rewards."""
+    versions = b""
+    for package in _PACKAGES.get(function.partition(":")[0], ()):
+        with contextlib.suppress(PackageNotFoundError):
+            versions += f"\n{package} {version(package)}".encode()
+    return versions
 
 
 def _code_of(first: Path) -> bytes:
