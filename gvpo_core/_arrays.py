@@ -19,6 +19,8 @@ def namespace(x: Any) -> Any:
     if torch is not None and isinstance(x, torch.Tensor):  # torch.compile cannot trace the cached look-up below
         if isinstance(x, torch.masked.MaskedTensor):
             raise TypeError("got a MaskedTensor; expected a tensor without a mask: pass `valid`, or NaN as the reward")
+        if x.is_nested:
+            raise TypeError("got a nested tensor; expected a dense one, as torch.nested.to_padded_tensor makes")
         if x.layout is not torch.strided:
             raise TypeError(f"got a tensor of layout {x.layout}; expected a dense one, as x.to_dense()")
         from array_api_compat import torch as torch_namespace
@@ -60,6 +62,14 @@ def explicit_mesh(x: Array) -> Any:
         return None
     mesh = jax.typeof(x).sharding.mesh
     return mesh if any(kind == jax.sharding.AxisType.Explicit for kind in mesh.axis_types) else None
+
+
+def _explicit_spec(x: Array) -> tuple[Any, ...]:
+    """How a JAX array is split over the Explicit axes of its mesh; () where it is not."""
+    if explicit_mesh(x) is None:
+        return ()
+    spec = tuple(sys.modules["jax"].typeof(x).sharding.spec)
+    return spec if any(part is not None for part in spec) else ()
 
 
 def take_rows(values: Array, ids: Array) -> Array:
@@ -115,7 +125,7 @@ def check_rows(
       tokens: the arrays are (N, T), and N may be 0.
       others: `group_ids` (integer), `mask` (bool) and `valid` (bool, or None), of the same shape.
     Raises: TypeError: not an array, another library, or a wrong dtype.
-      ValueError: a wrong shape, N = 0, another device.
+      ValueError: a wrong shape, N = 0, another device, another sharding over Explicit axes of a JAX mesh.
     """
     arrays = {**rows, **{name: x for name, x in others.items() if name != "valid" or x is not None}}
     first, *rest = arrays
@@ -143,6 +153,11 @@ def check_rows(
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}")
         if hasattr(x, "get_device") and x.device != arrays[first].device:  # torch
             raise ValueError(f"{name} is on {x.device}; expected {arrays[first].device}, as {first}")
+        if name != "group_ids" and _explicit_spec(x) != _explicit_spec(arrays[first]):  # ids are indices: any will do
+            raise ValueError(
+                f"{name} is sharded as P{_explicit_spec(x)}, and {first} as P{_explicit_spec(arrays[first])}; expected"
+                f" the same on a mesh with Explicit axes: jax.sharding.reshard({name}, jax.typeof({first}).sharding)"
+            )
         kind = _KINDS.get(name, _REAL)
         if not xp.isdtype(x.dtype, kind):
             wanted = kind if isinstance(kind, str) else "a real dtype"

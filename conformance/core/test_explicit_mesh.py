@@ -48,3 +48,13 @@ def test_values_are_those_of_float64_numpy(inputs, results) -> None:
     options = {"beta": 0.5, "valid": wide["valid"]}
     np.testing.assert_allclose(results["loss-set-jit"], gvpo_loss(*rows, **options).loss, rtol=1e-5)
     np.testing.assert_allclose(results["weights-set-jit"], gvpo_weights(*rows, **options), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ref_logprobs", "rewards", "valid"])
+def test_an_argument_that_is_sharded_otherwise_is_refused_by_name(name, results) -> None:
+    """Rewards come from the host and log-probs from the mesh: JAX's own error names a `select`."""
+    assert results[f"{name}-refused"] == (
+        f"{name} is sharded as P(), and logprobs as P('data',); expected the same on a mesh with Explicit axes:"
+        f" jax.sharding.reshard({name}, jax.typeof(logprobs).sharding)"
+    )
+    np.testing.assert_allclose(results["any-group-ids"], results["weights-plain-eager"], rtol=1e-5, atol=1e-6)

@@ -193,6 +193,20 @@ def test_a_sparse_tensor_is_rejected_by_name(setting: Setting) -> None:
         core.gvpo_loss(**a, beta=0.1)
 
 
+@pytest.mark.modes("eager")
+@pytest.mark.dtypes("float32")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_a_nested_tensor_is_rejected_by_name(setting: Setting) -> None:
+    if setting.subject.name != "torch":
+        pytest.skip("torch.nested")
+    import torch
+
+    a = {name: setting.array(x) for name, x in _masked().items()}
+    a["rewards"] = torch.nested.nested_tensor([a["rewards"][:1], a["rewards"][1:]])
+    with pytest.raises(TypeError, match=r"^rewards: got a nested tensor; expected a dense one"):
+        core.gvpo_loss(**a, beta=0.1)
+
+
 @pytest.mark.core
 def test_the_result_of_gvpo_loss_used_as_a_scalar_names_its_loss() -> None:
     result = core.gvpo_loss(*(_masked()[x] for x in ("logprobs", "ref_logprobs", "rewards", "group_ids")), beta=0.1)

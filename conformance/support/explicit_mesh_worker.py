@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import gvpo_core
 
 GROUPS = 4
+ROWS = ("logprobs", "ref_logprobs", "rewards", "group_ids")
 
 
 def coefficients(name, lp, ref, rewards, ids):
@@ -49,7 +50,7 @@ def main():
     sharded = {name: jax.device_put(a, sharding) for name, a in plain.items()}
     results = {}
     for where, arrays in {"plain": plain, "alone": sharded, "set": sharded}.items():
-        rows = [arrays[name] for name in ("logprobs", "ref_logprobs", "rewards", "group_ids")]
+        rows = [arrays[name] for name in ROWS]
         for name, function in functions(arrays["valid"]).items():
             for how, called in {"eager": function, "jit": jax.jit(function)}.items():
                 if where == "alone" and (how == "jit" or "gradient" in name):
@@ -60,7 +61,21 @@ def main():
                 else:
                     found = called(*rows)
                 results[f"{name}-{where}-{how}"] = jnp.asarray(found).tolist()
+    results |= {f"{name}-refused": refused(name, sharded, plain) for name in ("ref_logprobs", "rewards", "valid")}
+    results["any-group-ids"] = gvpo_core.gvpo_weights(
+        *(sharded[name] for name in ROWS[:3]), plain["group_ids"], beta=0.5, num_groups=GROUPS, valid=sharded["valid"]
+    ).tolist()
     print(json.dumps(results))
+
+
+def refused(name, sharded, plain):
+    """What is said where this argument lies on every device, and the others are split."""
+    arrays = sharded | {name: plain[name]}
+    try:
+        gvpo_core.gvpo_loss(*(arrays[n] for n in ROWS), beta=0.5, num_groups=GROUPS, valid=arrays["valid"])
+    except ValueError as error:
+        return str(error)
+    return ""
 
 
 if __name__ == "__main__":
