@@ -16,6 +16,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from gvpo_mlx.logprobs import logsumexp
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
@@ -283,7 +284,7 @@ def response_logprobs(model: nn.Module, ids: mx.array, lengths: mx.array) -> mx.
     """
     logits = model(ids[:, :-1]).astype(mx.float32)
     targets = ids[:, 1:]
-    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - mx.logsumexp(logits, axis=-1)
+    chosen = mx.take_along_axis(logits, targets[..., None], axis=-1)[..., 0] - logsumexp(logits)
     place = mx.arange(1, ids.shape[1])
     inside = (place >= lengths[:, :1]) & (place < lengths[:, 1:])
     return mx.where(inside, chosen, 0.0).sum(axis=1)

@@ -21,7 +21,7 @@ require("mlx_lm", "mlx.core", subject="mlx_lm")
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from gvpo_mlx_lm import GVPO, SettingsError, load, load_groups, train
+from gvpo_mlx_lm import GVPO, SettingsError, load, load_groups, response_logprobs, train
 from gvpo_mlx_lm.batches import epochs
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.trainer import TrainingArgs
@@ -280,3 +280,21 @@ def test_the_loop_of_the_docs_runs(folder, tmp_path, monkeypatch, capfd):
     (tmp_path / "train.jsonl").write_text(row * 2)
     exec(code.replace("path/to/model", str(folder)).replace("iters=400", "iters=4"), {})
     assert (tmp_path / "adapters.safetensors").stat().st_size > 0
+
+
+@pytest.mark.parametrize("vocabulary", [152_064, 151_937])
+def test_a_large_vocabulary_is_normalised_to_float32(vocabulary):
+    """MLX adds float32 one after another on CPU: here 1e-3 nat a token off, and the gradient with it."""
+    logits = np.full((1, 3, vocabulary), -5.1, dtype=np.float32)
+    logits[0, :, :9] = np.random.default_rng(0).uniform(-1, 1, (3, 9))
+    logits = mx.array(logits)
+    ids, lengths = mx.array([[5, 6, 7, 8]]), mx.array([[1, 4]])
+    score = lambda z: response_logprobs(lambda ids: z, ids, lengths).sum()
+    wide = np.array(logits).astype(np.float64)[0]
+    normaliser = np.log(np.exp(wide).sum(1))
+    expected = wide[range(3), [6, 7, 8]] - normaliser
+    assert abs(float(score(logits)) - expected.sum()) < 1e-5
+    gradient = np.array(mx.grad(score)(logits))[0].astype(np.float64)
+    right = -np.exp(wide - normaliser[:, None])
+    right[range(3), [6, 7, 8]] += 1
+    np.testing.assert_allclose(gradient, right, rtol=1e-5, atol=1e-11)
