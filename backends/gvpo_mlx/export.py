@@ -43,9 +43,6 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
         log.warning(
             "%s is in MLX's own format, and so is its export: mlx-lm reads it, transformers may not", config.path
         )
-    head = "lm_head.weight"
-    if head not in tensors and "lm_head" not in scorer.language and loaded.written.get("tie_word_embeddings") is False:
-        tensors[head] = tensors[next(n for n in tensors if n.endswith("embed_tokens.weight"))]
 
     def write(part: dict[str, mx.array], path: str) -> None:
         mx.save_safetensors(path, part, {"format": "pt"})

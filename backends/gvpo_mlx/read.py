@@ -78,7 +78,7 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     origin.check(part)
     language = language_model(lm)
     settings.check_activation(language, as_written)
-    settings.check_head(language, folder)
+    settings.check_head(language, folder, part)
     rope.check(language, given, part)
     rope.correct_yarn(language, given)
     weights.freeze_constants(lm, part["model_type"])

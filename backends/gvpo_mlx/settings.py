@@ -289,13 +289,21 @@ def _called_with(module: nn.Module, parts: Mapping[str, Callable[[mx.array], mx.
             dict.__setitem__(module, name, part)
 
 
-def check_head(lm: nn.Module, folder: Path) -> None:
-    """Looks for a head in the files that mlx-lm leaves out because the configuration ties it to the embedding.
+def check_head(lm: nn.Module, folder: Path, given: Mapping[str, Any]) -> None:
+    """Looks for a head in the files that mlx-lm leaves out because it ties the head to the embedding.
 
-    Raises: ConfigError: one that is not the embedding: transformers takes it.
+    Args:
+      given: config.json of the language model, completed.
+    Raises: ConfigError: one that is not the embedding: transformers takes it; or a configuration that does not tie the
+      two.
     """
     if "lm_head" in lm:
         return
+    if given.get("tie_word_embeddings") is False:
+        raise ConfigError(
+            f"config.json has tie_word_embeddings = false, and mlx-lm's {given.get('model_type')} always ties its head"
+            " to the embedding. gvpo_torch takes this model"
+        )
     tensors = {name: value for path in weight_files.weight_files(folder) for name, value in _lazy(path)}
     for name, head in tensors.items():
         part = re.fullmatch(r"(?:.*\.)?lm_head\.(\w+)", name)

@@ -186,6 +186,14 @@ def test_a_head_beside_a_tied_one_is_compared(tmp_path) -> None:
     np.testing.assert_array_equal(mlx_policies.parameters(untied)["lm_head.weight"], tensors["lm_head.weight"])
 
 
+def test_a_head_of_its_own_in_a_model_that_mlx_lm_always_ties_is_refused(tmp_path) -> None:
+    """Without weights for it transformers starts it at random; with equal ones it trains two matrices, mlx-lm one."""
+    folder = tiny_models.make_model("gemma2", tmp_path / "model")
+    assert "lm_head" not in policy(folder).scorer.lm
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings = false, and mlx-lm's gemma2 always ties its head"):
+        policy(tiny_models.changed(folder, tmp_path, tie_word_embeddings=False))
+
+
 def test_a_model_of_mlx_lm_that_exits(llama, tmp_path, capsys) -> None:
     """Its olmo calls exit() where ai2-olmo is missing."""
     with pytest.raises(

@@ -12,7 +12,7 @@ pytestmark = pytest.mark.core
 # Rooms and files of gvpo_core/training, lowest first: each imports only from those before it.
 # Of a run: its settings, the model, rewards, groups, what is shown of it, its record, the loop, the commands.
 TRAINING = [
-    "intervals", "terminal", "files", "sampling", "config", "fingerprint", "policy", "rewards", "rows",
+    "intervals", "terminal", "files", "sampling", "config", "policy", "rewards", "rows", "fingerprint",
     "data", "objective", "samplers", "episodes", "rollout", "dealing", "improve", "recorded", "teacher", "sources",
     "inputs", "watch", "metrics", "evaluation", "report", "run", "loop", "cli",
 ]  # fmt: skip
