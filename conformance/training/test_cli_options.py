@@ -58,6 +58,24 @@ def test_changed_settings_are_refused_before_a_model_is_loaded(tmp_path, capfd, 
     assert status == 2 and "objective.beta: 0.5 -> 0.25" in err
 
 
+def test_a_checkpoint_that_is_not_there_is_refused_before_a_model_is_loaded(tmp_path, capfd, monkeypatch):
+    """`--compare 77` was refused after an evaluation, and an export left an empty folder."""
+    from gvpo_core.training.policy import load
+
+    config, run = table_run.make(tmp_path, steps=2), tmp_path / "run"
+    assert gvpo(capfd, "train", config)[0] == 0
+    monkeypatch.setattr(load, "load_policy", lambda config: pytest.fail("the model was loaded"))
+    status, _, err = gvpo(capfd, "eval", run, "--compare", "77")
+    assert status == 2 and "has no checkpoint '77'; saved steps: 2" in err
+    status, _, err = gvpo(capfd, "export", run, tmp_path / "out", "--checkpoint", "latest")
+    assert (
+        status == 2 and "no checkpoint 'latest'; expected a saved step, newest, best or initial; saved steps: 2" in err
+    )
+    assert not (tmp_path / "out").exists()
+    status, _, err = gvpo(capfd, "eval", run / "config.toml")
+    assert status == 2 and f"config.toml is a file; expected a run folder, such as {run}" in err
+
+
 def test_help_lists_the_settings_of_a_reward(tmp_path, capfd):
     config = tmp_path / "config.toml"
     config.write_text("")

@@ -16,6 +16,7 @@ from gvpo_core.training.evaluation import evaluated
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
+from gvpo_core.training.run.chosen import chosen, refuse_unknown
 from gvpo_core.training.samplers.load import opened_for_evaluation
 from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit, percent
@@ -43,6 +44,8 @@ def evaluate_run(arguments: list[str]) -> int:
     if options.data:
         config = replace(config, data=replace(config.data, evaluation=options.data))
     names = [options.checkpoint, *([options.compare] if options.compare else [])]
+    for name in names:  # before the slow load of the model
+        refuse_unknown(options.run, name)
     with open_inputs(config, training=False) as inputs:
         evaluations = {name: _evaluated(inputs, options.run, name) for name in dict.fromkeys(names)}
     if evaluations[options.checkpoint][2] != 0:
@@ -136,6 +139,7 @@ def export_run(arguments: list[str]) -> int:
         )
     if options.adapters and options.checkpoint == "initial":
         raise ConfigError("--adapters with --checkpoint initial: the untrained model has no adapters to write")
+    refuse_unknown(options.run, options.checkpoint)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         holds = any(folder.iterdir())
@@ -160,6 +164,8 @@ def _run_config(run: Path) -> Config:
     from gvpo_core.training.config.file import read_config
 
     if not (run / "config.toml").is_file():
+        if run.is_file():
+            raise ConfigError(f"{run} is a file; expected a run folder, such as {run.parent}")
         raise ConfigError(f"{run} is not a run folder: it has no config.toml")
     return read_config(run / "config.toml")
 
@@ -167,7 +173,6 @@ def _run_config(run: Path) -> Config:
 def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
     """The run's policy at a checkpoint. A run in progress does not remove the checkpoint meanwhile."""
     from gvpo_core.training.policy.load import load_policy
-    from gvpo_core.training.run.chosen import chosen
 
     with chosen(run, checkpoint) as saved:
         policy = load_policy(config)

@@ -34,6 +34,12 @@ def chosen(run: Path, name: str) -> Iterator[Checkpoint | None]:
         yield checkpoint_used
 
 
+def refuse_unknown(run: Path, name: str) -> None:
+    """Raises ConfigError: the run has no checkpoint of that name or step; CheckpointError: it cannot be read now."""
+    if name != "initial":
+        _step(run, name)
+
+
 def _held(run: Path, name: str, stack: contextlib.ExitStack) -> Checkpoint:
     for _ in range(_TRIES):
         held = checkpoint_at(run / "checkpoints", _step(run, name))
@@ -64,5 +70,8 @@ def _step(run: Path, name: str) -> int:
     if step is None or step not in steps:
         saved = ", ".join(map(str, sorted(steps))) or "none"
         why = " with an evaluation" if name == "best" and steps else ""
-        raise ConfigError(f"{run} has no checkpoint {name!r}{why}; saved steps: {saved}")
+        others = (
+            "" if name in NAMED or name.isdigit() else f"; expected a saved step, {', '.join(NAMED[:-1])} or initial"
+        )
+        raise ConfigError(f"{run} has no checkpoint {name!r}{why}{others}; saved steps: {saved}")
     return step
