@@ -43,6 +43,31 @@ def test_a_missing_file_of_records_is_named(name, tmp_path, caplog, unbroken):
     np.testing.assert_array_equal(policy.logits, unbroken)
 
 
+VALUES = {
+    "a metric of text": {"entropy": "low"},
+    "a metric that is a list": {"reward/mean": [1]},
+    "an unknown verdict": {"verdict": "GREAT"},
+    "an alert of text": {"alerts": ["look"]},
+    "an alert without advice": {"machine/alerts": [{"key": "kl", "level": "BAD", "seen": "x"}]},
+}
+
+
+@pytest.mark.parametrize("edit", VALUES)
+def test_a_metric_of_another_type_is_a_clear_line(edit, tmp_path, caplog, unbroken):
+    """It ended the resume in a traceback; in an evaluation it ended the first step after it."""
+    run_folders.go(run_folders.config(tmp_path))
+    path, second = tmp_path / "metrics.jsonl", 1
+    old = [json.loads(line) for line in lines(tmp_path)]
+    assert old[second]["kind"] == "train" and VALUES[edit].keys() <= old[second].keys()
+    old[second] |= VALUES[edit]
+    path.write_text("".join(json.dumps(record) + "\n" for record in old))
+    said, policy = resumed(tmp_path, caplog)
+    assert said[0] == f"{path}: line 2 is not a record (edited or damaged); kept, but not used"
+    assert f"1 of the 3 steps done have no record, the first is step {old[second]['step']}" in said[1]
+    np.testing.assert_array_equal(policy.logits, unbroken)
+    assert json.loads(lines(tmp_path)[second]) == old[second], "kept"
+
+
 EDITS = {
     "not JSON": (b"rubbish\n", "line 2 is not a record (edited or damaged); kept, but not used"),
     "no kind": (b'{"step": 1}\n', "line 2 is not a record"),

@@ -18,6 +18,8 @@ from gvpo_core.training.files.disk import retried, sync_folder
 _HEAD = re.compile(rb'\{"kind": ?"(train|eval|event)", ?"step": ?(\d{1,15}), ?"')
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})  # str.splitlines breaks lines there
 _NAMED = 5  # line numbers that a message lists
+_VERDICTS, _LEVELS = ("verdict", "machine/verdict"), ("OK", "WATCH", "BAD")
+_ALERTS, _OF_ALERT = ("alerts", "machine/alerts"), ("key", "level", "seen", "advice")
 
 
 @dataclass
@@ -52,7 +54,7 @@ def cut(path: Path, step: int, *, parse: bool) -> Kept:
     Lines that are not records stay in the file between kept ones; `odd` names them.
 
     Args:
-      parse: parse every line; otherwise only check how lines begin.
+      parse: parse every line, and check the types of its metrics; otherwise only check how lines begin.
     Raises: OSError. FileNotFoundError: no such file.
     """
     kept, steps = Kept(), bytearray(step + 1)
@@ -130,25 +132,46 @@ def _kind_and_step(line: bytes, parse: bool) -> tuple[str, int | None]:
         return "", None
     if not parse and (head := _HEAD.match(line)):
         return head[1].decode(), (int(head[2]) if b"\0" not in line else None)
-    record = parsed(line)
+    record = parsed(line, metrics=parse)
     return (str(record["kind"]), record["step"]) if record else ("", None)
 
 
-def parsed(line: bytes) -> dict[str, Any] | None:
-    """The record of a line; None if it is not a JSON object with a kind and a step."""
+def parsed(line: bytes, *, metrics: bool = False) -> dict[str, Any] | None:
+    """The record of a line; None if it is not a JSON object with a kind and a step.
+
+    Args:
+      metrics: None too where a value of a step or an evaluation is not of the type that metrics.jsonl has.
+    """
     try:
         record = json.loads(line)
         good = isinstance(record["kind"], str) and type(record["step"]) is int and record["step"] >= 0
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
+    if good and metrics and record["kind"] != "event":
+        good = all(_is_metric(name, value) for name, value in record.items() if name != "kind")
     return record if good else None
 
 
-def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file, one at a time; other lines, or a missing file, are passed over, since `cut` names them."""
+def _is_metric(name: str, value: Any) -> bool:
+    """A number or null; a level; or a list of alerts."""
+    if name in _VERDICTS:
+        return value in _LEVELS
+    if name in _ALERTS:
+        return isinstance(value, list) and all(
+            isinstance(alert, dict) and all(isinstance(alert.get(part), str) for part in _OF_ALERT) for alert in value
+        )
+    return value is None or isinstance(value, int | float)
+
+
+def records(path: Path, *, metrics: bool = False) -> Iterator[dict[str, Any]]:
+    """The records of a file, one at a time; other lines, or a missing file, are passed over, since `cut` names them.
+
+    Args:
+      metrics: as of `parsed`.
+    """
     with contextlib.suppress(FileNotFoundError), retried(lambda: path.open("rb")) as f:
         for line in f:
-            if record := parsed(line):
+            if record := parsed(line, metrics=metrics):
                 yield record
 
 

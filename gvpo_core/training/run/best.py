@@ -47,7 +47,7 @@ class Best:
 def best_saved(metrics: Path, steps: Collection[int]) -> int | None:
     """The step of `steps` whose evaluation was the best. None: none of them has one."""
     best = Best()
-    for record in records(metrics):
+    for record in records(metrics, metrics=True):
         if record["kind"] == "eval" and record["step"] in steps and math.isfinite(_reward(record)):
             best.see(record["step"], record)
     return best.step if best.step >= 0 else None

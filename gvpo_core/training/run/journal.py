@@ -147,7 +147,7 @@ class Journal:
         """Returns the last step that had a record or a checkpoint."""
         later = [] if from_step is None else go_back(self.folder.checkpoints, from_step)
         last = self.folder.cut(step)
-        for record in records(self.folder.metrics) if step >= 0 else ():
+        for record in records(self.folder.metrics, metrics=True) if step >= 0 else ():
             if record["kind"] == "train":
                 self._alerts.update(record)
             elif record["kind"] == "eval":
