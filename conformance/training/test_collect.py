@@ -1,5 +1,6 @@
 """`gvpo collect`: sampling and scoring as a job of its own, and training on what it wrote."""
 
+import datetime as dt
 import json
 import os
 import signal
@@ -86,6 +87,70 @@ def test_a_killed_collection_continues_and_ends_the_same(tmp_path, capsys):
     assert collect(config, out) == 0
     assert collect(config, tmp_path / "whole.jsonl") == 0
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("how", ["moved", "removed", "replaced"])
+def test_a_file_that_is_moved_meanwhile_gets_nothing_more(how, tmp_path, monkeypatch, capsys):
+    """A new file began with the step at hand, and was given the name of the whole."""
+    config, out = table_run.make(tmp_path), tmp_path / "out.jsonl"
+    partial, moved = tmp_path / "out.jsonl.partial", tmp_path / "moved"
+
+    class Moving(TablePolicy):
+        calls = 0
+
+        def generate(self, prompts, seeds, sampling):
+            type(self).calls += 1
+            if self.calls == 3:
+                partial.rename(moved)
+                if how == "removed":
+                    moved.unlink()
+                elif how == "replaced":
+                    partial.write_text("")
+            return super().generate(prompts, seeds, sampling)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gvpo_core.training.policy.table.TablePolicy", Moving)
+        assert collect(config, out) == 1
+    assert (
+        "out.jsonl.partial was moved, removed or replaced meanwhile: nothing more is written" in capsys.readouterr().err
+    )
+    assert not out.exists() and (not partial.exists() or not partial.read_text())
+    if how != "removed":
+        moved.rename(partial)
+        assert collect(config, out) == 0 and len(rows_of(out)) == 24
+
+
+def test_a_result_that_somebody_else_made_is_not_replaced(tmp_path, monkeypatch, capsys):
+    config, out = table_run.make(tmp_path, steps=2), tmp_path / "out.jsonl"
+
+    class Making(TablePolicy):
+        def generate(self, prompts, seeds, sampling):
+            out.write_text("mine")
+            return super().generate(prompts, seeds, sampling)
+
+    monkeypatch.setattr("gvpo_core.training.policy.table.TablePolicy", Making)
+    assert collect(config, out) == 1
+    assert "out.jsonl was made meanwhile by somebody else" in capsys.readouterr().err
+    assert out.read_text() == "mine" and len(rows_of(tmp_path / "out.jsonl.partial")) == 4
+
+
+def test_a_column_that_json_would_change_is_left_out_and_named(tmp_path, caplog, capsys):
+    """A date was left out and a tuple became a list, both in silence."""
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    from pyarrow import parquet
+
+    config = table_run.make(tmp_path, steps=1)
+    pairs = pyarrow.array([[("a", 1)]] * 3, pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    columns = {"prompt": ["p0", "p1", "p2"], "answer": ["a", "b", "c"], "day": [dt.date(2026, 1, 2)] * 3}
+    columns |= {"pairs": pairs, "n": [1, 2, 3], "step": ["one", "two", "three"]}
+    parquet.write_table(pyarrow.table(columns), tmp_path / "train.parquet")
+    assert collect(config, tmp_path / "out.jsonl", "--data.train", str(tmp_path / "train.parquet")) == 0
+    row = rows_of(tmp_path / "out.jsonl")[0]
+    assert row["n"] in (1, 2, 3) and row["step"] == 1 and not {"day", "pairs"} & row.keys()
+    said = " ".join(record.getMessage() for record in caplog.records)
+    assert "column 'day' of row" in said and "JSON would change its date (datetime.date(2026, 1, 2))" in said
+    assert "column 'pairs'" in said and "column 'step'" in said and "the file has a column of its own" in said
+    assert said.count("column 'day'") == 1 and "'n'" not in said
 
 
 def test_other_settings_do_not_continue_with_a_file(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ The file is `OUT.jsonl.partial` until its last step, and grows by whole steps: a
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError, ReplayConfig, TeacherConfig
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.files.disk import lock, refuse_special, sync_folder
+from gvpo_core.training.files.disk import is_at, lock, refuse_special, sync_folder
 from gvpo_core.training.files.records import append_synced, cut, encoded, records
 from gvpo_core.training.inputs import Inputs
 from gvpo_core.training.policy import Policy
@@ -33,6 +34,13 @@ from gvpo_core.training.terminal.text import fit
 _log = logging.getLogger("gvpo")
 # Sections that the responses and rewards depend on, and settings of the engine.
 _DRAWN_WITH = ("model", "data", "rollout", "rewards", "environment")
+_OWN = frozenset(
+    (
+        *("kind", "step", "step_groups", "group", "row", "settings", "prompt", "prompt_ids"),
+        *("responses", "rewards", "finished", "reward_parts", "response_ids", "response_mask", "response_segments"),
+    )
+)
+"""Columns that the file has of its own."""
 _ENGINE = ("kind", "options", "model", "tokens", "weights", "omit", "fields")
 
 
@@ -98,17 +106,24 @@ def _groups(
         for column in ("response_ids", "response_mask", "response_segments"):
             values = [response.get(column) for response in responses]
             record |= {column: values} if any(value is not None for value in values) else {}
-        columns = {k: v for k, v in rows[first["row"]].items() if k in prompts.names and k not in record and _plain(v)}
-        yield record | columns
+        row = rows[first["row"]]
+        yield record | {name: row[name] for name in prompts.names if name in row and not _unfit(name, row[name])}
+
+
+def _unfit(name: str, value: Any) -> str:
+    """Why a column of a row is left out of its record; empty where it is not."""
+    if name in _OWN:
+        return "the file has a column of its own of that name"
+    return "" if _plain(value) else f"JSON would change its {type(value).__name__} ({value!r:.60})"
 
 
 def _plain(value: Any) -> bool:
-    """Whether JSON has this value."""
-    try:
-        json.dumps(value)
-    except (TypeError, ValueError):
-        return False
-    return True
+    """Whether a line of JSON gives an equal value back: no tuple, date, NaN, or mapping with other keys than text."""
+    if isinstance(value, Mapping):
+        return type(value) is dict and all(type(k) is str and _plain(v) for k, v in value.items())
+    if type(value) is list:
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 class _Growing:
@@ -118,6 +133,7 @@ class _Growing:
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self._rows, self._steps, self._prompts = inputs.rows, inputs.config.run.steps, inputs.config.rollout.prompts
         self._lock: IO[bytes] | None = None
+        self._left_out: set[str] = set()  # columns named in a warning
         table = as_table(inputs.config)
         drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
         engine = table.get("engine", {})
@@ -136,6 +152,7 @@ class _Growing:
             refuse_special(self.partial)
             self._lock = self.partial.open("ab")
             lock(self._lock)
+            self._confirm()
             return self._whole_steps()
         except BlockingIOError as e:
             raise CollectError(f"{self.partial} is in use by another process") from e
@@ -164,6 +181,8 @@ class _Growing:
     def append(self, step: int, rollout: Rollout, prompts: Prompts) -> None:
         """Appends a step, synced."""
         groups = _groups(step, rollout, prompts, self._rows, self.settings)
+        self._name_left_out(rollout, prompts)
+        self._confirm()
         try:
             append_synced(self.partial, encoded(groups))
         except OSError as e:
@@ -171,11 +190,36 @@ class _Growing:
         mean = fit(float(np.nanmean(rollout.rewards)), 6)
         say(f"step {step} of {self._steps}: {len(rollout.rewards)} responses, mean reward {mean}")
 
+    def _confirm(self) -> None:
+        """Raises CollectError: the file is no longer the one that was opened; what is written would be another."""
+        try:
+            there = self._lock is None or is_at(self._lock, self.partial)
+        except OSError as e:
+            raise CollectError(f"cannot read {self.partial}: {e.strerror or e}; its complete steps are kept") from e
+        if not there:
+            raise CollectError(
+                f"{self.partial} was moved, removed or replaced meanwhile: nothing more is written. Move it back and"
+                " run the same command, which continues"
+            )
+
+    def _name_left_out(self, rollout: Rollout, prompts: Prompts) -> None:
+        """One warning for each column that the file cannot hold."""
+        for row in sorted({completion["row"] for completion in rollout.completions}):
+            for name in sorted({*prompts.names} & self._rows[row].keys() - self._left_out):
+                if why := _unfit(name, self._rows[row][name]):
+                    self._left_out.add(name)
+                    _log.warning("column %r of row %d is left out of %s: %s", name, row, self.out, why)
+
     def end(self, step: int) -> None:
         """Gives the file its name, once it is whole."""
         if step < self._steps:
             say(f"stopped after step {step} of {self._steps}; the same command continues")
             return
+        self._confirm()
+        if self.out.exists():
+            raise CollectError(
+                f"{self.out} was made meanwhile by somebody else; the collected steps are in {self.partial}"
+            )
         self.partial.rename(self.out)
         sync_folder(self.out.parent)
         say(self.out)

@@ -93,6 +93,19 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def is_at(file: IO[Any], path: Path) -> bool:
+    """Whether an open file is the one that lies at a path now: neither moved, removed nor replaced.
+
+    Raises: OSError: unknown, as the path cannot be looked up.
+    """
+    own = os.fstat(file.fileno())
+    try:
+        there = retried(lambda: os.stat(path))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+
+
 def lock(file: IO[Any]) -> None:
     """Takes the file's advisory lock until it is closed; does nothing on a system without such locks.
 

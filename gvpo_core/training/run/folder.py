@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
-from gvpo_core.training.files.disk import is_folder, lock, make_synced, retried, write_synced
+from gvpo_core.training.files.disk import is_at, is_folder, lock, make_synced, retried, write_synced
 from gvpo_core.training.files.records import Kept, append_synced, cut, encoded
 from gvpo_core.training.fingerprint import INPUTS, changes
 from gvpo_core.training.run.checkpoint import steps_saved
@@ -175,14 +175,11 @@ class RunFolder:
         """Raises RunFolderError: the folder at this path is no longer the one that `open` opened."""
         if self._lock is None:
             return
-        ours = os.fstat(self._lock.fileno())
         try:
-            there = retried(lambda: os.stat(self.path / "lock"))
-        except (FileNotFoundError, NotADirectoryError):
-            there = None
+            there = is_at(self._lock, self.path / "lock")
         except OSError as e:
             raise RunFolderError(f"cannot read the run folder {self.path}: {e}; the checkpoints are intact") from e
-        if there is None or (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino):
+        if not there:
             raise RunFolderError(
                 f"the run folder {self.path} was moved or replaced during the run (another lock file);"
                 " the run stops and writes nothing more. Continue from the moved folder: gvpo train"
