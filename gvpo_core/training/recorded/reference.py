@@ -54,7 +54,10 @@ class ReferenceScores:
         described = {name: str(facts[name]) for name in _FACTS if name in facts}
         batch = config.optimizer
         limits = [batch.micro_batch_tokens, batch.micro_batch_responses]
-        self._model = json.dumps([weights, described, *limits], sort_keys=True)
+        # The same weights give other scores packed in 4 bits, compiled, and as the base of adapters.
+        used = {} if model is None else {n: getattr(model, n) for n in ("quantization", "compile")}
+        used |= {} if model is None else {"adapted": bool(model.lora_rank)}
+        self._model = json.dumps([weights, described, used, *limits], sort_keys=True)
         self._limit = config.data.reference_cache_size * _MEBIBYTE  # bytes; 0: no limit
         self._known: OrderedDict[str, list[float]] = OrderedDict()
         self._size = 0
