@@ -271,16 +271,23 @@ def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
             p.data = data
 
 
+def train_padding_row(lm: nn.Module) -> None:
+    """Gives the embedding of pad_token_id a gradient as an input, which transformers switches off by `padding_idx`.
+
+    Lengths tell padding here, and that id is an input as any other: often it ends each message of a chat.
+    """
+    for module in lm.modules():
+        if isinstance(module, nn.Embedding):
+            module.padding_idx = None
+
+
 def _exact(lm: nn.Module) -> None:
     """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
 
     Dropout counts although the model stays in evaluation mode: `checkpointing` puts single layers in training mode.
     """
+    train_padding_row(lm)
     for module in lm.modules():
-        if isinstance(module, nn.Embedding):
-            # transformers sets it to pad_token_id, and its row then gets no gradient. Lengths tell padding here, and
-            # that id is an input as any other: often it ends each message of a chat.
-            module.padding_idx = None
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = 0.0
         for name, value in vars(module).items():

@@ -18,9 +18,11 @@ from transformers.utils import logging as transformers_logging
 
 from gvpo_core import bradley_terry_loss
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Tokens, hugging_face
+from gvpo_core.training.policy import Tokens, hugging_face, weight_files
+from gvpo_core.training.policy.layout import rope_by_length
 from gvpo_core.training.policy.step import learning_rate
 from gvpo_core.training.rewards.worker.reward_model import row_ids
+from gvpo_torch.model import train_padding_row
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.update import clip, make_optimizer, step
 from gvpo_torch.weights import without_bars
@@ -51,7 +53,7 @@ class RewardModel:
 
         Args:
           config: path, revision, device, and the dtype of products.
-        Raises: ConfigError: a model or device that cannot be used.
+        Raises: ConfigError: a model or device that cannot be used; weights that are no safetensors, or quantised.
         """
         ranks = Ranks(config)
         if ranks.world_size > 1:
@@ -60,9 +62,17 @@ class RewardModel:
         torch.manual_seed(seed)
         self.folder = hugging_face.local_folder(config)
         self.tokenizer: Any = hugging_face.load_tokenizer(config)
+        values = hugging_face.read_json(self.folder / "config.json")
+        weight_files.refuse_quantization(values, "gvpo train-reward")
+        weight_files.check_settings(values, self.folder)
+        weight_files.refuse_integers(weight_files.tensors(self.folder))
         with hugging_face.explained("the model", config), without_bars(self.folder), _without_report():
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                **hugging_face.located(config), num_labels=1, dtype=torch.float32, output_loading_info=True
+                **hugging_face.located(config),
+                num_labels=1,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
             )
         head, missing = getattr(model, _HEAD, None), set(loaded["missing_keys"])
         if not isinstance(head, nn.Linear) or head.out_features != 1:
@@ -74,8 +84,12 @@ class RewardModel:
             raise ConfigError(f"the files of {config.path!r} lack {', '.join(lacking[:3])}")
         if missing:
             nn.init.zeros_(head.weight)
+        train_padding_row(model)
         self.model: Any = model.to(self.device).eval()  # without dropout
-        self.context = hugging_face.context(hugging_face.text_config(model.config.to_dict()))
+        text = hugging_face.text_config(model.config.to_dict())
+        self.context = hugging_face.context(text)
+        if (rope := rope_by_length(text)) is not None:  # beyond it a row's frequencies are those of the longest one
+            self.context = min(self.context or rope.original, rope.original)
 
     def ids(self, prompt: Any, response: str) -> Tokens:
         """Tokens of a row, as the built-in reward `reward_model` reads it."""

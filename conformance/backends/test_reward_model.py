@@ -4,6 +4,7 @@ import json
 
 import pytest
 import tiny_models
+import weights_of_models
 from required import require
 
 require(subject="torch")
@@ -128,3 +129,11 @@ def test_models_that_cannot_be_rewards_are_named(folder, tmp_path):
     config["id2label"], config["label2id"] = {"0": "a", "1": "b"}, {"a": 0, "b": 1}
     (two / "config.json").write_text(json.dumps(config))
     assert "the model has 2 outputs; expected 1, a score" in refusal(path=str(two))
+
+
+@pytest.mark.parametrize("kind", weights_of_models.UNSAFE)
+def test_weights_that_are_unsafe_or_quantised_are_refused(kind, folder, tmp_path):
+    """A pickle was read, integers were taken as they are, and an adapter was loaded on top of the model."""
+    made = weights_of_models.unsafe(kind, folder, tmp_path)
+    with pytest.raises(LookupError, match=r"options\.path = .*" + weights_of_models.UNSAFE[kind]):
+        rewarding._load({"path": str(made)})

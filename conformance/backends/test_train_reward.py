@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tiny_models
+import weights_of_models
 from required import require
 
 require(subject="torch")
@@ -61,10 +62,13 @@ def test_a_new_output_layer_gives_every_row_the_score_0(folder):
 
 @pytest.mark.parametrize("tokens", [10_000, 9, 1])
 def test_the_gradient_is_that_of_eq_4_in_float64(folder, tokens):
-    """Rows alone, without padding, in plain loops; however the pairs are split."""
+    """Rows alone, without padding, in plain loops; however the pairs are split. The last token of every row is the
+    padding token, whose embedding got no gradient from transformers' `padding_idx`."""
     model = with_head(model_of(folder))
     loss = model.backward(PAIRS, tokens)
     reference = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, dtype=torch.float64).eval()
+    assert reference.model.embed_tokens.padding_idx == 0
+    reference.model.embed_tokens.padding_idx = None
     reference.load_state_dict({name: value.double() for name, value in model.model.state_dict().items()})
     chosen, rejected = (scored(reference, [getattr(p, side) for p in PAIRS]) for side in ("chosen", "rejected"))
     total: torch.Tensor = sum(
@@ -75,6 +79,20 @@ def test_the_gradient_is_that_of_eq_4_in_float64(folder, tokens):
     wanted = dict(reference.named_parameters())
     for name, p in model.model.named_parameters():
         torch.testing.assert_close(p.grad.double(), wanted[name].grad, rtol=2e-4, atol=2e-6, msg=name)
+
+
+def test_rows_beyond_the_original_length_are_left_out_where_rope_depends_on_the_longest(folder, tmp_path):
+    """A row's score would depend on the rows beside it, and on those before."""
+    rope = {"rope_type": "dynamic", "rope_theta": 700.0, "factor": 4.0}
+    assert model_of(folder).context == 128
+    assert model_of(tiny_models.changed(folder, tmp_path, rope_parameters=rope)).context == 128
+
+
+@pytest.mark.parametrize("kind", weights_of_models.UNSAFE)
+def test_weights_that_are_unsafe_or_quantised_are_refused(kind, folder, tmp_path):
+    made = weights_of_models.unsafe(kind, folder, tmp_path)
+    with pytest.raises(ConfigError, match=weights_of_models.UNSAFE[kind]):
+        model_of(made)
 
 
 def test_micro_batches_hold_all_pairs_once_within_the_tokens():

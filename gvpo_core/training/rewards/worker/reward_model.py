@@ -21,18 +21,19 @@ class Classifier:
         kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
         if dtype not in kinds:
             raise LookupError(f"options.dtype = {dtype!r}; expected float32, bfloat16 or float16")
+        folder = _folder(path)
         try:
-            config = AutoConfig.from_pretrained(path)
+            config = AutoConfig.from_pretrained(folder)
             outputs = config.get_text_config().num_labels
             if outputs != 1:
                 raise LookupError(f"options.path = {path!r}: the model has {outputs} outputs; expected 1, a score")
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                path, dtype=kinds[dtype], output_loading_info=True
+                folder, dtype=kinds[dtype], use_safetensors=True, output_loading_info=True
             )
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
             self.model: Any = model.to(self.device).eval()
-        except (OSError, ValueError, RuntimeError) as e:
+        except (OSError, ValueError, RuntimeError, ImportError) as e:
             raise LookupError(f"options.path = {path!r}: {str(e).strip().splitlines()[0]}") from e
         if missing := sorted(loaded["missing_keys"]):
             raise LookupError(
@@ -44,7 +45,7 @@ class Classifier:
         self.model.config.get_text_config().pad_token_id = -1
         sizes = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.longest = sizes if isinstance(sizes, int) and sizes > 0 else sys.maxsize
-        self.identity = [path, dtype, *_files(path)]
+        self.identity = [path, dtype, *_files(folder)]
 
     def score(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """One score for each of several rows of equal length."""
@@ -53,6 +54,25 @@ class Classifier:
         with torch.inference_mode():
             logits = self.model(input_ids=torch.tensor(rows, device=self.device)).logits
         return [float(value) for value in logits.float()[:, 0].cpu()]
+
+
+def _folder(path: str) -> str:
+    """The folder of the model, downloaded first where `path` is a hub name.
+
+    Raises: LookupError: it has no safetensors, an adapter beside the model, or weights that are quantised.
+    """
+    from gvpo_core.training.config import ConfigError, ModelConfig
+    from gvpo_core.training.policy import hugging_face, weight_files
+
+    try:
+        folder = hugging_face.local_folder(ModelConfig(path=path))
+        config = hugging_face.read_json(folder / "config.json")
+        weight_files.refuse_quantization(config, "reward_model")
+        weight_files.check_settings(config, folder)
+        weight_files.refuse_integers(weight_files.tensors(folder))
+    except ConfigError as e:
+        raise LookupError(f"options.path = {path!r}: {str(e).replace('model.path', 'options.path')}") from e
+    return str(folder)
 
 
 def row_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
