@@ -76,6 +76,7 @@ class TorchPolicy(LanguageModelPolicy):
         self._sharded = is_sharded(self._trained)
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
         self._prefixes: Prefixes | None = None
+        self._samples = False  # its weights are as sampling takes them
         self._unfit: str | None = None  # why no prefix can be kept; None: not checked yet
         self._optimizer: Any = None
         self._moments: int | None = 0
@@ -103,11 +104,7 @@ class TorchPolicy(LanguageModelPolicy):
     def _generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
-        self._trained.eval()
-        in_fixed_buffers = self.device.type == "cuda" and self.scorer.decodes_fixed and not self._sharded
-        held = contextlib.nullcontext() if self._sharded else model.products_in_compute_dtype(self.scorer)
-        one_product = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
-        with one_product, self._no_gradients(), held, self.scorer.autocast(), gathered(self._trained):
+        with self._weights_for_sampling(), self._no_gradients(), self.scorer.autocast():
             return generate.generate(
                 self.scorer,
                 self.scorer,
@@ -117,9 +114,29 @@ class TorchPolicy(LanguageModelPolicy):
                 end=self._end,
                 device=self.device,
                 cache_tokens=self._cache_tokens(),
-                in_fixed_buffers=in_fixed_buffers,
+                in_fixed_buffers=self._in_fixed_buffers,
                 prefixes=self._prefixes,
             )
+
+    @property
+    def _in_fixed_buffers(self) -> bool:
+        return self.device.type == "cuda" and self.scorer.decodes_fixed and not self._sharded
+
+    @contextlib.contextmanager
+    def _weights_for_sampling(self) -> Iterator[None]:
+        """Adapters merged, layers in the dtype of their products, shards gathered: once for all turns of a rollout."""
+        if self._samples:
+            yield
+            return
+        held = contextlib.nullcontext() if self._sharded else model.products_in_compute_dtype(self.scorer)
+        one_product = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
+        self._trained.eval()
+        self._samples = True
+        try:
+            with one_product, held, gathered(self._trained):
+                yield
+        finally:
+            self._samples = False
 
     @contextlib.contextmanager
     def reusing_prefixes(self) -> Iterator[Prefixes | None]:
@@ -130,11 +147,12 @@ class TorchPolicy(LanguageModelPolicy):
                 self._unfit = check.continues(self.scorer, self.device)
             how = f"are computed from the start ({self._unfit})" if self._unfit else "compute what is new in them alone"
             model.log.info("%s: later turns of an episode %s", self.architecture, how)
-        self._prefixes = None if self._unfit else Prefixes(self._cache_tokens() // 2)
-        try:
-            yield self._prefixes
-        finally:
-            self._prefixes = None
+        with self._weights_for_sampling():
+            self._prefixes = None if self._unfit else Prefixes(self._cache_tokens() // 2)
+            try:
+                yield self._prefixes
+            finally:
+                self._prefixes = None
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         scorer: Any = self.scorer

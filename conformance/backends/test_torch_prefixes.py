@@ -10,7 +10,7 @@ from torch_policies import policy
 
 require(subject="torch")
 import torch
-from gvpo_torch import check, generate
+from gvpo_torch import adapters, check, generate
 
 from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling, row_seed
@@ -134,6 +134,21 @@ def test_within_a_rollout_a_policy_keeps_and_afterwards_it_holds_nothing(folders
         assert of_policy._prefixes.reused
     assert of_policy._prefixes is None
     assert of_policy.generate(later, [[1], [2]], Sampling(9)) == second
+
+
+def test_adapters_are_merged_once_for_all_turns_of_a_rollout_and_then_put_back(folders, monkeypatch) -> None:
+    of_policy = policy(folders("llama"), lora_rank=2)
+    assert of_policy.sampled_bytes
+    merged, entered = adapters.merged, []
+    monkeypatch.setattr(adapters, "merged", lambda lm: entered.append(lm) or merged(lm))
+    before = {name: value.clone() for name, value in of_policy.scorer.state_dict().items()}
+    with of_policy.reusing_prefixes():
+        in_rollout = [of_policy.generate(OPENING[:1], [[turn]], Sampling(4)) for turn in range(3)]
+    assert len(entered) == 1
+    alone = [of_policy.generate(OPENING[:1], [[turn]], Sampling(4)) for turn in range(3)]
+    assert len(entered) == 4 and alone == in_rollout
+    assert all(torch.equal(value, before[name]) for name, value in of_policy.scorer.state_dict().items())
+    assert not any(layer.merged for layer in adapters.lora_layers(of_policy.scorer.lm))
 
 
 UNFIT = {
