@@ -1,22 +1,37 @@
 """What a model takes of memory, for the core's estimate of a run, and what the devices have."""
 
+import math
+
 from jax.sharding import Mesh
 
 from gvpo_core.training.policy import MemoryFacts
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
-from gvpo_jax.mesh import parts, tensor_axes
+from gvpo_jax.mesh import batch_shards, parts, tensor_axes
 from gvpo_jax.model import Setup
 from gvpo_jax.spec import Spec
 
 CPU_CACHE_BYTES = 2**30  # of keys and values
 
 
-def facts(spec: Spec, mesh: Mesh) -> MemoryFacts:
-    """What the core's estimate of memory needs; of layers of different sizes the largest counts."""
+def facts(spec: Spec, mesh: Mesh, sampling: Setup, held: int) -> MemoryFacts:
+    """What the core's estimate of memory needs; of layers of different sizes the largest counts.
+
+    Args:
+      sampling: the setup of prefill and decode.
+      held: bytes of a parameter as it is trained or frozen; a copy of another size is made to sample from.
+    """
     first = mesh.local_devices[0]
     limit = (first.memory_stats() or {}).get("bytes_limit")
+    together = 1 if limit else len(mesh.local_devices)
+    copied = mesh.size > 1 or held != sampling.compute.itemsize
+    copy = sum(math.prod(shape) for shape in spec.shapes().values()) * sampling.compute.itemsize if copied else 0
     return MemoryFacts(
+        split=parts(mesh, ("fsdp", "tensor")),
+        parts=batch_shards(mesh),
+        devices=together,
+        fills=True,
+        sampled=copy * together // parts(sampling.mesh, tensor_axes(sampling.mesh)),
         layers=spec.layers,
         hidden=spec.hidden,
         intermediate=max(layer.intermediate for layer in spec.each),

@@ -62,6 +62,7 @@ class JaxPolicy(LanguageModelPolicy):
         config, settings, spec, files = self.config, self.settings, self.setup.spec, self._files
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
         held = self.setup.compute if config.lora_rank or self.frozen else np.float32
+        self._width = np.dtype(held).itemsize
         with out_of_memory("the model's parameters"):
             parameters = weights.load(spec, files, self.mesh, held)
         adapters = make_adapters(config, spec, self.mesh, settings.seed) if config.lora_rank else {}
@@ -186,7 +187,7 @@ class JaxPolicy(LanguageModelPolicy):
             parameters=weights.count(spec.shapes()) + (trainable if self.learner.adapters else 0),
             trainable_parameters=trainable,
             packages=("jax", "jaxlib", "optax", "orbax-checkpoint", "transformers"),
-            memory=memory.facts(spec, self.mesh),
+            memory=memory.facts(spec, self.mesh, self.scorer.sampling, self._width),
             devices=self.mesh.size,
             mesh=", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
         )

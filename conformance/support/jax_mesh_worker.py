@@ -15,6 +15,8 @@ import numpy as np
 from batches import batch, coefficients_of, masked
 from jax_policies import policy
 
+from gvpo_core.training.config import Config
+from gvpo_core.training.policy.memory import estimate_memory
 from gvpo_core.training.sampling import Sampling, row_seed
 
 OF = masked(batch((4, 3, 2, 5)))  # context tokens in most responses
@@ -68,6 +70,19 @@ def counted_reads() -> Iterator[list[int]]:
         jax.make_array_from_callback = plain
 
 
+def memory(of_policy) -> dict[str, tuple[int, int]]:
+    """Of this process's devices: bytes estimated, and those of their parts."""
+    held = lambda tree: sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards)
+    config = Config(model=of_policy.config, optimizer=of_policy.optimizer_config)
+    estimated = estimate_memory(of_policy.describe(), config, 8)
+    learner = of_policy.learner
+    return {
+        "parameters": (estimated.parameters, held((learner.parameters, learner.adapters))),
+        "optimizer": (estimated.optimizer, held((learner._state.mu, learner._state.nu))),
+        "reference": (estimated.reference, held(of_policy._reference) if not of_policy.config.lora_rank else 0),
+    }
+
+
 def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> None:
     with counted_reads() as sizes:
         of_policy = policy(folder, reference=True, **settings)
@@ -110,6 +125,7 @@ def train(folder: Path, out: Path, name: str, settings: dict[str, object]) -> No
         tokens = [[list(r.tokens) for r in row] for row in responses]
         shares = {n: a.addressable_shards[0].data.size / a.size for n, a in of_policy.learner.parameters.items()}
         facts = {"tokens": tokens, "shares": shares, "largest_read": max(sizes), **of_policy.describe().as_dict()}
+        facts |= {"memory": memory(of_policy)}
         (out / f"{name}.json").write_text(json.dumps(facts))
 
 

@@ -164,6 +164,14 @@ def test_what_changes_the_estimate_and_how():
     held = estimate_memory(replace(facts(frozen=5), trainable_parameters=10_000), with_("model", lora_rank=4), 11)
     assert held.parameters == 40_000 + 5
     assert estimate_memory(facts(moments=7), CONFIG, 11).optimizer == 7
+    mesh = estimate_memory(facts(split=4, parts=2), CONFIG, 11)  # of a device: 6 of the 12 rows, one micro-batch
+    assert (mesh.parameters, mesh.optimizer, mesh.reference) == (1_000_000, 2_000_000, 1_000_000)
+    assert mesh.activations == base.activations and mesh.sampling == base.sampling // 2
+    together = estimate_memory(facts(split=4, parts=2, devices=8), CONFIG, 11)  # two copies of the model
+    assert together.parameters == 8_000_000 and together.sampling == base.sampling
+    long = with_("optimizer", micro_batch_tokens=160)  # 6 rows of 20 tokens take 8: numbers of rows are powers of two
+    filled = estimate_memory(facts(split=4, parts=2, fills=True), long, 11)
+    assert filled.activations == 160 * (base.activations // 60) and filled.gradients == 1_000_000
     sharded = estimate_memory(replace(FACTS, ranks=2), with_("model", sharding="fsdp"), 11)
     assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from gvpo_core.training.config import Config
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
-from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.layout import Splitting, plan_rows
 from gvpo_core.training.policy.step import HELD_MICRO_BATCHES
 
 _WIDE = 4  # bytes of a float32
@@ -44,7 +44,7 @@ class Memory(NamedTuple):
 def estimate_memory(
     facts: PolicyFacts, config: Config, prompt_tokens: int, teacher: PolicyFacts | None = None
 ) -> Memory | None:
-    """The memory of one rank's device.
+    """The memory of one of a rank's devices, or of all that a CPU simulates.
 
     Args:
       facts: what `Policy.describe` gives.
@@ -58,22 +58,26 @@ def estimate_memory(
     ranks, total, trained = facts.ranks, facts.parameters, facts.trainable_parameters
     narrow = 2 if config.model.dtype == "bfloat16" else _WIDE
     frozen = total - trained
-    split = ranks if config.model.sharding == "fsdp" else 1
+    split = ranks if config.model.sharding == "fsdp" else m.split
     separate = config.objective.reference == "initial" and not config.model.lora_rank
     tokens, attention, held, single = _largest(m, facts.layout == "packed", config, prompt_tokens, ranks)
     embedding = 0 if config.model.lora_rank else vocabulary * m.hidden * _WIDE
     inputs = held * m.layers * m.hidden * _WIDE
-    kept = int((tokens * _per_token(m, config, narrow) + attention * narrow + inputs) * m.allocator)
-    gradients = trained * _WIDE // split
+    kept = int((tokens * _per_token(m, config, narrow) + attention * narrow + inputs) * m.allocator) * m.devices
+
+    def share(size: int) -> int:
+        return size * m.devices // split
+
+    gradients = share(trained * _WIDE)
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
-    parameters = (trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)) // split
-    reference = (total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) // split if separate else 0
+    parameters = share(trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen))
+    reference = share(total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) if separate else 0
     if config.model.lora_rank and config.objective.reference_every:  # the adapters of the reference
-        reference = trained * _WIDE // split
-    optimizer = (2 * trained * _WIDE if m.moments is None else m.moments) // split
+        reference = share(trained * _WIDE)
+    optimizer = share(2 * trained * _WIDE if m.moments is None else m.moments)
     taught = 0
     if teacher is not None and teacher.device == facts.device:
-        taught = _held(teacher) // split
+        taught = share(_held(teacher))
     left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer - taught
     return Memory(
         framework=m.framework,
@@ -81,8 +85,8 @@ def estimate_memory(
         reference=reference,
         optimizer=optimizer,
         gradients=max(0, gradients - kept) if single else gradients,
-        activations=kept + casts,
-        head=m.head + 2 * embedding,
+        activations=kept + (casts if m.split == 1 else share(casts)),
+        head=(m.head + 2 * embedding) * m.devices if m.split == 1 else m.head * m.devices + share(2 * embedding),
         sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left),
         teacher=taught,
     )
@@ -115,13 +119,15 @@ def _largest(
     Planned as the backends do, with rows as long as they can be.
     """
     rollout, optimizer = config.rollout, config.optimizer
-    prompts = max(1, rollout.prompts // config.objective.minibatches // ranks)
+    prompts = max(1, rollout.prompts // config.objective.minibatches // (ranks * m.parts))
     # Beyond those of one micro-batch groups change nothing but that there are more.
     row = prompt_tokens + rollout.max_tokens - 1
     prompts = min(prompts, optimizer.micro_batch_tokens // row + 2)
     prompt, response = (0,) * prompt_tokens, (0,) * rollout.max_tokens
     count = prompts * rollout.responses
     batch = Batch([prompt] * count, [response] * count, [i // rollout.responses for i in range(count)])
+    if m.fills:
+        return _filled(batch, packed, config, m), 0, 0, False
     splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, m.hidden)
     together = (ranks == 1 or m.defers) and optimizer.strategy == "group"
     complete, rest = splitting.groups(batch) if together else ([], list(range(count)))
@@ -135,12 +141,23 @@ def _largest(
     return tokens, masks, held, len(sizes) == 1
 
 
+def _filled(batch: Batch, packed: bool, config: Config, m: MemoryFacts) -> int:
+    """Tokens of a device's part of a micro-batch whose rows are filled: as few halvings of the budget as hold a row."""
+    budget, responses = config.optimizer.micro_batch_tokens, config.optimizer.micro_batch_responses
+    rows = plan_rows(batch, packed=packed, tokens=budget, responses=responses, hidden_size=m.hidden)
+    longest, length = max(row.length for row in rows), budget
+    while length // 2 >= longest:
+        length //= 2
+    filled = -(-sum(row.length for row in rows) // length)
+    return min(1 << (filled - 1).bit_length(), max(1, budget // length)) * max(length, longest)
+
+
 def _sampling(
     m: MemoryFacts, vocabulary: int, config: Config, prompt_tokens: int, ranks: int, narrow: int, left: int | None
 ) -> int:
     """Bytes of the rows that are decoded together: all of this rank's, or as many as the backend's limit holds."""
     rollout = config.rollout
-    rows = -(-rollout.prompts * rollout.responses // ranks)
+    rows = -(-rollout.prompts * rollout.responses // (ranks * (m.parts if m.devices == 1 else 1)))
     length = -(-(prompt_tokens + rollout.max_tokens) // m.cache_step) * m.cache_step
     row = length * 2 * m.layers * m.kv_heads * m.head_dim * narrow
     logits = vocabulary * 28  # in float32, and in float64 thrice while a token is drawn
