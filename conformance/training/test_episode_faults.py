@@ -205,6 +205,14 @@ def test_a_row_whose_reset_fails_is_lost_and_counted(tmp_path, caplog) -> None:
     assert "the environment failed for 4 of 8 episodes; the first: OSError: no such game" in caplog.text
 
 
+def test_a_system_prompt_stands_before_what_reset_gives(tmp_path) -> None:
+    seen = []
+    config = config_of(tmp_path / "run", path=f"{SUPPORT / 'episode_games.py'}:Guess", max_turns=1)
+    config = replace(config, data=replace(config.data, system_prompt="be short"))
+    run(config, lambda text, u: seen.append(text) or f"{u:.1f}", [{"secret": 3}, {"secret": 7}])
+    assert {*seen} == {"<system>be short<end><user>guess<end><assistant>"}
+
+
 @pytest.mark.parametrize(
     ("said", "message"),
     [

@@ -95,6 +95,8 @@ def play(
     seeds: Sequence[Sequence[int]],
     sampling: Sampling,
     draw: Draw,
+    *,
+    system_prompt: str = "",
 ) -> list[list[Episode]]:
     """An episode for each seed of each prompt; every rank calls.
 
@@ -104,6 +106,7 @@ def play(
     Args:
       prompts: messages, token ids and row of the data, each.
       sampling: `max_tokens` are those that the policy sees after the prompt, the environment's included.
+      system_prompt: data.system_prompt, with which prompts begin that have no system message of their own.
     Raises: EnvironmentFailed: an environment that broke the protocol, or failed for more than half of the episodes.
     """
     config = environments.config
@@ -118,7 +121,9 @@ def play(
         operations = [Operation("reset", one.number, (dict(prompts[one.place[0]][2]),)) for one in playing]
         for one, result in _asked(environments, playing, operations):
             given = result.get("messages")
-            if given is not None and given != one.transcript.prompt:
+            prompt = one.transcript.prompt
+            own = prompt[1:] if prompt[0] == {"role": "system", "content": system_prompt} else prompt
+            if given is not None and given not in (prompt, own):
                 raise EnvironmentFailed(
                     "reset gave other messages than the prompt of the row: the episodes of a group must begin alike."
                     " Make reset depend on its row alone, or return None to use the row's prompt"

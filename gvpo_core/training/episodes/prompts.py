@@ -23,13 +23,15 @@ class EpisodePrompts(Prompts):
     environments: Environments = None  # type: ignore[assignment]
     chat: Chat = None  # type: ignore[assignment]
     column: str = "prompt"
+    system_prompt: str = ""
 
     def play(
         self, policy: Policy, rows: Sequence[int], seeds: Sequence[Sequence[int]], sampling: Sampling, draw: Draw
     ) -> list[list[Episode]]:
         """An episode for each seed of each row; see `play`."""
         given = [(self.prompts[r], self.tokens[r], {**self.columns[r], self.column: self.prompts[r]}) for r in rows]
-        return play(policy, self.environments, self.chat, given, seeds, sampling, draw)  # type: ignore[arg-type]
+        environments, chat, system = self.environments, self.chat, self.system_prompt
+        return play(policy, environments, chat, given, seeds, sampling, draw, system_prompt=system)  # type: ignore[arg-type]
 
 
 def episode_prompts(
@@ -60,6 +62,7 @@ def episode_prompts(
         environments=environments,
         chat=chat,
         column=column,
+        system_prompt=config.data.system_prompt,
     )
 
 

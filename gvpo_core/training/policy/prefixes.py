@@ -80,9 +80,11 @@ class Prefixes:
         """Makes room for a conversation, by older ones that no row waits for; whether `keep` is to be called."""
         if tokens in self._states:
             return False
-        idle = [other for other in self._states if not self._uses[other]]
-        while self.held + len(tokens) > self.most and idle:
-            self._drop(idle.pop(0))
+        if self.held + len(tokens) > self.most:
+            for other in [other for other in self._states if not self._uses[other]]:
+                self._drop(other)
+                if self.held + len(tokens) <= self.most:
+                    break
         return self.held + len(tokens) <= self.most
 
     def keep(self, tokens: Tokens, states: Any) -> None:
