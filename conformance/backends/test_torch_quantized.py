@@ -1,5 +1,6 @@
 """gvpo_torch with bitsandbytes: AdamW's moments in 8 bits, and adapters on a base in 4 bits (QLoRA)."""
 
+import json
 import shutil
 import sys
 from statistics import NormalDist
@@ -9,14 +10,17 @@ import numpy as np
 import pytest
 import tiny_models
 from batches import batch, coefficients_of, step_difference, train
+from live_bytes import LiveBytes
 from required import require
 from torch_policies import parameters, policy
+from torch_processes import run_processes
 
 require(subject="torch")
 require("bitsandbytes", subject="torch")
 import torch
 from gvpo_torch import generate, quantized, update
 from gvpo_torch.adapters import without_peft_warnings
+from gvpo_torch.model import load_scorer
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -203,6 +207,33 @@ def test_exports_are_the_trained_policy(folder, unpacked, tmp_path) -> None:
         with torch.no_grad():
             logits = lm(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert float(logits.gather(1, torch.tensor(response)[:, None]).sum()) == pytest.approx(logprob, abs=2e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [EIGHT, LORA | {"learning_rate": 0.2}], ids=["adamw_8bit", "nf4"])
+def test_two_processes_take_the_step_of_one(kind, folder, tmp_path) -> None:
+    """Each with a copy; the workers also save, restore, sample and renew the reference."""
+    settings = batches.SMOOTH | {"learning_rate": 0.02, "micro_batch_responses": 2, "strategy": "score"} | kind
+    found = []
+    for size in (1, 2):
+        out = tmp_path / str(size)
+        out.mkdir()
+        given = json.dumps(settings | {"sharding": "data_parallel"})
+        run_processes(size, "torch_rank_worker.py", [str(folder), str(out), given], out)
+        found.append(dict(np.load(out / "two.npz")))
+    assert step_difference(*found) < 1e-5
+
+
+def test_loading_holds_no_unpacked_model(tmp_path) -> None:
+    """Host bytes while reading, packing and checking: a layer's temporaries beside what stays."""
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 24}
+    made = tiny_models.write_model("llama", tmp_path, **sizes)
+    whole = (tmp_path / "model.safetensors").stat().st_size
+    quantized.library()
+    with LiveBytes() as counted:
+        scorer = load_scorer(batches.sections(made, "cpu", LORA)[0], torch.device("cpu"), 0)
+    kept = quantized.frozen_bytes(scorer) + sum(p.nbytes for p in scorer.parameters() if p.requires_grad)
+    assert kept < 0.5 * whole and counted.most < kept + 0.1 * whole
 
 
 def test_a_checkpoint_belongs_to_its_quantization(folder, tmp_path) -> None:
