@@ -13,10 +13,10 @@ class Dora:
     """A layer's variant of LoRA for peft: its own, with another forward pass."""
 
     def __init__(self, own: Any) -> None:
-        self._own = own
+        self.own = own  # peft's
 
     def __getattr__(self, name: str) -> Any:  # merging and all else
-        return getattr(self._own, name)
+        return getattr(self.own, name)
 
     def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
         """m / |W + s B A| (W x + s B A x) + b, of `result` = W x + b; the norm is a constant (arXiv 2402.09353)."""

@@ -42,18 +42,19 @@ def counts() -> Iterator[Count]:
         merged, apart = (products(lora, prompts[:2], alike, together) for together in (True, False))
         base = products(full, prompts[:2], alike, False)
         yield Count("products to sample with LoRA, of the base's", TINY, "", apart / base, merged / base, 1.05)
-        bytes_held = [held(policy(folder, dtype="bfloat16", **given), own) for given, own in LORA]
-        yield Count(
-            "bytes that LoRA holds for the backward pass, of full training's",
-            f"{TINY}, bfloat16",
-            "",
-            bytes_held[1] / bytes_held[0],
-            bytes_held[2] / bytes_held[0],
-            0.8,
-        )
+        for kind, dtype, bound in (("lora", "bfloat16", 0.8), ("dora", "bfloat16", 0.9), ("dora", "float32", 1.15)):
+            whole, by_peft, own = (held(policy(folder, dtype=dtype, **given), peft) for given, peft in of_kind(kind))
+            name = f"bytes that {NAMES[kind]} holds for the backward pass, of full training's"
+            yield Count(name, f"{TINY}, {dtype}", "", by_peft / whole, own / whole, bound)
 
 
-LORA: list[tuple[dict[str, Any], bool]] = [({}, False), ({"lora_rank": 4}, True), ({"lora_rank": 4}, False)]
+NAMES = {"lora": "LoRA", "dora": "DoRA"}
+
+
+def of_kind(kind: str) -> list[tuple[dict[str, Any], bool]]:
+    """Settings of full training, and of adapters by peft's own layers and by gvpo_torch's."""
+    adapted = {"lora_rank": 4, "lora_kind": kind}
+    return [({}, False), (adapted, True), (adapted, False)]
 
 
 def policy(folder: Path, **settings: Any) -> Any:
@@ -151,6 +152,7 @@ def held(of_policy: Any, as_peft: bool) -> int:
     """Bytes that a forward pass holds for the backward pass, beside parameters; `as_peft`: with peft's own layers."""
     for layer in adapters.lora_layers(of_policy.scorer.lm) if as_peft else ():
         layer.cast_input_dtype_enabled = True
+        layer.lora_variant = {name: getattr(variant, "own", variant) for name, variant in layer.lora_variant.items()}
         layer.lora_A["default"].__class__ = torch.nn.Linear
     draw = np.random.default_rng(0)
     prompt = tuple(draw.integers(1, 96, 32).tolist())

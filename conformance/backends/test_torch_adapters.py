@@ -137,7 +137,7 @@ def test_a_dora_step_is_that_of_pefts_own_layers(name, tmp_path) -> None:
             variant = layer.lora_variant["default"]
             assert isinstance(variant, dora.Dora)
             if own:
-                layer.cast_input_dtype_enabled, layer.lora_variant["default"] = True, variant._own
+                layer.cast_input_dtype_enabled, layer.lora_variant["default"] = True, variant.own
                 layer.lora_A["default"].__class__ = torch.nn.Linear
         before = parameters(of_policy)
         assert any("magnitude" in name for name in before)
