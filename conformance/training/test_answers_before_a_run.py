@@ -197,3 +197,15 @@ def test_train_in_python_makes_no_run_folder_without_the_packages_that_it_needs(
     with pytest.raises(ConfigError, match="tomli_w is not installed"):
         toy_run.run(config, [{"prompt": "a"}], policy, rewards={"r": lambda completions: [0.0] * len(completions)})
     assert not (tmp_path / "run").exists()
+
+
+def test_a_missing_prompt_column_is_refused_before_a_model_is_loaded(tmp_path, capfd, no_model):
+    """Data sets call it question or problem, which is spelt nothing like prompt."""
+    config = table_run.make(tmp_path, steps=1)
+    rows = tmp_path / "gsm.jsonl"
+    rows.write_text('{"question": "p0", "answer": "a"}\n')
+    for name in ("train", "evaluation"):
+        assert cli.main(["train", str(config), f"--data.{name}", str(rows)]) == 2
+        said = capfd.readouterr().err
+        assert f"data.{name} row 0 has no column 'prompt'; it has question, answer;" in said
+        assert "did you mean data.prompt = 'question'?" in said

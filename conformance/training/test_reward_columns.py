@@ -168,3 +168,31 @@ def test_a_column_that_would_change_is_named_and_one_that_is_not_taken_does_not_
         assert score(loaded[1:], ["a", "b"], ["x", "yy"], columns).total.tolist() == [1.0, 2.0]
     finally:
         close_rewards(loaded)
+
+
+def test_what_a_reward_changes_in_its_arguments_changes_nothing_for_others():
+    """In threads rewards shared the objects of the data: one that takes off the last test left fewer to later steps."""
+    seen: list[str] = []
+
+    def changing(prompts, completions, tests, table, codes):
+        seen.append(repr((prompts, completions, tests, table, codes)))
+        for row, chat in enumerate(completions):
+            chat[0]["content"] = "changed"
+            prompts[row][0]["content"] = "changed"
+            tests[row].pop()
+            table[row]["x"].clear()
+            codes[row][:] = 0
+        return [1.0] * len(completions)
+
+    shared = ["one", ["two"]]
+    columns = {"tests": [shared, shared], "table": [{"x": {1: 2}}] * 2, "codes": [np.arange(3)] * 2}
+    chats = [[{"role": "user", "content": "p"}]] * 2
+    for rewards in ({"a": changing}, {"a": changing, "b": changing}):
+        loaded = load_rewards({name: RewardConfig(f"{name}:given") for name in rewards}, rewards)
+        try:
+            for _ in range(2):
+                assert score(loaded, chats, ["x", "y"], columns).total.tolist() == [float(len(rewards))] * 2
+        finally:
+            close_rewards(loaded)
+    assert len(seen) == 6 and len({*seen}) == 1 and "changed" not in seen[0] and "two" in seen[0]
+    assert shared == ["one", ["two"]] and columns["codes"][0].tolist() == [0, 1, 2] and chats[0][0]["content"] == "p"

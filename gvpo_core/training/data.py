@@ -86,6 +86,23 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(n)
 
 
+_PROMPTS = ("question", "problem", "instruction", "query", "input", "messages", "text")  # as data sets call them
+
+
+def check_prompt_columns(rows: Sequence[Row], config: DataConfig, name: str) -> None:
+    """Raises DataError: a row without the column of the prompts; naming it, and one that may be meant."""
+    for i, row in enumerate(rows):
+        _check_prompt_column(row, config, f"{name} row {i}")
+
+
+def _check_prompt_column(row: Row, config: DataConfig, where: str) -> None:
+    if config.prompt in row:
+        return
+    close = difflib.get_close_matches(config.prompt, list(row), n=1) or [name for name in _PROMPTS if name in row]
+    hint = f"; did you mean data.prompt = {close[0]!r}?" if close else "; set data.prompt"
+    raise DataError(f"{where} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
+
+
 def encode_prompts(
     policy: Policy,
     rows: Sequence[Row],
@@ -110,10 +127,7 @@ def encode_prompts(
     vocabulary, context = facts.vocabulary or math.inf, facts.context or math.inf
     for i, row in enumerate(rows):
         where = wheres[i] if wheres else f"{name} row {i}"
-        if config.prompt not in row:
-            close = difflib.get_close_matches(config.prompt, list(row), n=1)
-            hint = f"; did you mean data.prompt = {close[0]!r}?" if close else ""
-            raise DataError(f"{where} has no column {config.prompt!r}; it has {', '.join(map(str, row))}{hint}")
+        _check_prompt_column(row, config, where)
         prompt = _checked(row[config.prompt], f"{where}, column {config.prompt!r}", config.system_prompt)
         try:
             ids = tuple(policy.encode(prompt) if encode is None else encode(i, prompt))

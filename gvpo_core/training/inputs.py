@@ -10,6 +10,7 @@ from gvpo_core.training.config.check import check_config
 from gvpo_core.training.data import (
     Prompts,
     Row,
+    check_prompt_columns,
     column_names,
     encode_prompts,
     held_out_rows,
@@ -133,13 +134,23 @@ class Inputs:
             self.errors.append(DataError(unbounded(what, self.config.data.buffer)))
         if self.rows and (not self.recorded or self.config.rollout.source == "mixed"):
             self._check_columns(self.rows, "the training data")
+        if self.rows and not self.recorded:
+            self._check_prompts(self.rows, "data.train" if train_rows is None else "train_rows")
         if self.held_out_rows:
             self._check_columns(self.held_out_rows, "the held-out data")
+            if not self.held_out_recorded:
+                self._check_prompts(
+                    self.held_out_rows, "data.evaluation" if evaluation_rows is None else "evaluation_rows"
+                )
         return self
 
     def _check_columns(self, rows: Sequence[Row], name: str) -> None:
         columns = {*column_names(rows)} - {self.config.data.prompt}
         self._check(lambda: check_columns(self.rewards, columns, name))
+
+    def _check_prompts(self, rows: Sequence[Row], name: str) -> None:
+        if not self.config.environment.path:  # whose prompts are its own
+            self._check(lambda: check_prompt_columns(rows, self.config.data, name))
 
     def _attempt(self, name: str, work: Callable[[], Any]) -> None:
         try:

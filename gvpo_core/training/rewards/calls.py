@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import copy
 import functools
 import sys
 import threading
@@ -104,6 +105,8 @@ class Threads:
 
     An async function runs on an event loop that all calls share, and is cancelled past its limit. Other calls are not
     killed, and one that never releases the interpreter blocks the run. For functions that exist as Python objects only.
+    A call has lists, mappings, sets and arrays of its own, as it has in a process: what it changes in them changes
+    nothing for other rewards, other responses and later steps.
     """
 
     width = 64
@@ -125,6 +128,7 @@ class Threads:
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
         """See Caller."""
+        sent = wanted_columns(self.signature, columns, self._options)
         outcome: list[Any] = []
         futures: list[Future[Any]] = []
         done, given_up = threading.Event(), threading.Event()
@@ -138,7 +142,9 @@ class Threads:
         def work() -> None:
             try:
                 with printing_to(self._sink):
-                    value = functions.call(self._function, prompts, completions, columns, self._options, run)
+                    of_call = {name: own_copy(columns[name]) for name in sent}
+                    of_all = own_copy(prompts), own_copy(completions)
+                    value = functions.call(self._function, *of_all, of_call, self._options, run)
                     outcome.append((plain(value, len(completions)), None))
             except BaseException as e:  # SystemExit too: a reward must not end the run
                 outcome.append((None, e))
@@ -307,6 +313,17 @@ class Processes:
                 another = Worker(self._setup, self._sink) if again and not self._closed else None
             self._idle.append(another)
             self._changed.notify()
+
+
+def own_copy(value: Any) -> Any:
+    """The value with lists, tuples, mappings, sets and arrays of its own; other objects are the same ones."""
+    kind = type(value)
+    if kind in (list, tuple):
+        same = {*map(type, value)} <= {int, float, str, bool, type(None)}
+        return kind(value) if same else kind(own_copy(item) for item in value)
+    if kind is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return copy.copy(value) if kind in (set, bytearray) or kind.__name__ == "ndarray" else value
 
 
 def _readiness(worker: Worker | None) -> int:
