@@ -36,7 +36,10 @@ def nested(cut: int) -> Batch:
     return Batch(own_prompts, responses, groups, later=later)
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
+SLOW = [pytest.param(b, marks=pytest.mark.slow) if b.name == "jax" else b for b in PRESENT]  # it compiles 20 s
+
+
+@pytest.fixture(scope="module", params=SLOW, ids=lambda backend: backend.name)
 def backend(request) -> Backend:
     return request.param
 

@@ -116,6 +116,13 @@ class Sized(Says):
         self.size = size
 
 
+class Open(Says):
+    """Cannot be closed."""
+
+    def close(self):
+        raise OSError("still open")
+
+
 class Patient(Says):
     """The same, async."""
 

@@ -196,6 +196,12 @@ def test_an_error_of_the_protocol_has_no_traceback_of_ours(pool_of) -> None:
     assert ours["traceback"] == "" and "odd_environments.py" in theirs["traceback"]
 
 
+def test_an_error_of_close_is_told_and_costs_nothing(tmp_path, caplog) -> None:
+    run(config_of(tmp_path / "run", path=f"{ODD}:Open"), lambda text, u: "numpy", ROWS)
+    assert [c["reward"] for c in records(tmp_path / "run", "completions")] == [0.5] * 8
+    assert "close failed for 8 of 8 episodes; the first: OSError: still open" in caplog.text
+
+
 def test_a_row_whose_reset_fails_is_lost_and_counted(tmp_path, caplog) -> None:
     rows = [{"prompt": "one", "secret": "unborn"}, {"prompt": "two", "secret": "x"}]
     run(config_of(tmp_path / "run"), lambda text, u: "numpy" if u < 0.5 else "on", rows)

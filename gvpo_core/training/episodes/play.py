@@ -153,7 +153,9 @@ def play(
         active = [one for one in active if one.place not in lost]
         attempt(policy, lambda: _answered(environments, active, sampling), kind=EnvironmentFailed)  # noqa: B023
         active = [one for one in active if not one.end]
-    environments.ask([Operation("close", one.number) for one in playing])
+    closed = environments.ask([Operation("close", one.number) for one in playing])
+    if errors := [result["error"] for result in closed if "error" in result]:
+        _log.warning("close failed for %d of %d episodes; the first: %s", len(errors), len(playing), errors[0])
     _check_failures(playing)
     episodes: list[list[Episode]] = [[] for _ in seeds]
     for one in playing:

@@ -78,7 +78,7 @@ class Prefixes:
 
     def wants(self, tokens: Tokens) -> bool:
         """Makes room for a conversation, by older ones that no row waits for; whether `keep` is to be called."""
-        if tokens in self._states:
+        if tokens in self._states or len(tokens) > self.most:
             return False
         if self.held + len(tokens) > self.most:
             for other in [other for other in self._states if not self._uses[other]]:
