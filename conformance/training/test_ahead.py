@@ -28,6 +28,7 @@ from gvpo_core.training.samplers import Drawn, Engine, SamplerError, Text
 from gvpo_core.training.samplers.background import InBackground
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.sources import Ahead
+from gvpo_core.training.sources import ahead as sources_ahead
 
 pytestmark = pytest.mark.core
 
@@ -90,6 +91,31 @@ def test_the_whole_model_is_sent_when_no_request_is_in_flight(tmp_path, capsys):
         run(config, sampler, Sent(table(REFERENCE), config.optimizer))
         assert server.at_reload == [0] * 4
     assert [record["sampler/staleness"] for record in trained(config)] == [0, 1, 2, 2]
+
+
+class Swapped(Copy):
+    """Has the policy's weights at first; from `at` on another model, under the policy's version."""
+
+    def __init__(self, at):
+        super().__init__()
+        self.at = at
+
+    @property
+    def version(self):
+        return self.versions[-1]
+
+    def refresh(self, policy, version):
+        super().refresh(policy, version)
+        if version >= self.at:
+            self.copy = TablePolicy(table(np.full((3, 5), 0.01) + np.eye(3, 5) * 0.95))
+
+
+def test_another_model_under_the_present_version_is_found_now_and_then(tmp_path, capsys, monkeypatch):
+    """Without a tolerance, and though the responses of a step are of older weights."""
+    monkeypatch.setattr(sources_ahead, "PROBE_EVERY", 3)
+    with pytest.raises(SamplerError, match="says that it has the policy's weights"):
+        run(early(tmp_path / "run", 8, 2), Swapped(at=2))
+    assert len(trained(early(tmp_path / "run", 8, 2))) == 3  # compared before steps 1 and 4
 
 
 class Meets(Copy):

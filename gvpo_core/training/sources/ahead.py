@@ -22,6 +22,7 @@ from gvpo_core.training.sampling import Sampling
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
 _PROBE_TOKENS = 16
+PROBE_EVERY = 20  # steps between two comparisons of a sampler that has the policy's weights and no gap_tolerance
 
 
 @dataclass
@@ -58,10 +59,12 @@ class Ahead:
         Args:
           requests: of this rank for a step.
         Returns: what waits for the responses of `step` and gives them as a sampler.
-        Raises: SamplerError: the engine's weights are not the policy's (gap_tolerance).
+        Raises: SamplerError: the engine's weights are not the policy's; see `check_gap`.
         """
         self._policy = policy
-        if (tolerance := getattr(self.sampler, "gap_tolerance", None)) is not None:
+        tolerance = getattr(self.sampler, "gap_tolerance", None)
+        due = getattr(self.sampler, "version", None) == step - 1 and step % PROBE_EVERY == 1
+        if tolerance is not None or due:
             self._probe(policy, requests(step), sampling, tolerance)
 
         def ask() -> None:
@@ -84,7 +87,7 @@ class Ahead:
         ]
         return asked, lambda: known
 
-    def _probe(self, policy: Policy, asked: Requests, sampling: Sampling, tolerance: float) -> None:
+    def _probe(self, policy: Policy, asked: Requests, sampling: Sampling, tolerance: float | None) -> None:
         """Compares the log-probability of one short response of each rank with the policy's.
 
         The responses of the step cannot be compared: they are of older weights.
@@ -98,7 +101,7 @@ class Ahead:
         ours = policy.gather(np.asarray(policy.logprobs(batch), np.float64))
         theirs = policy.gather(np.asarray([r.logprob for _, r in rows], np.float64))
         lengths = policy.gather(np.asarray([len(r.tokens) for _, r in rows], np.int64))
-        check_gap(theirs, ours, lengths, tolerance)
+        check_gap(theirs, ours, lengths, tolerance, np.zeros(len(ours)))
 
     def state(self) -> dict[str, Any]:
         """What was asked for and not yet used, once it is there; every rank calls."""
