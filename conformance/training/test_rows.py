@@ -37,6 +37,12 @@ def test_rows_from_jsonl_and_iterables(tmp_path):
     [
         ("empty.jsonl", "", "has no rows; expected at least one prompt"),
         ("bad.jsonl", '{"prompt": "a"}\n{oops}\n', r"bad.jsonl:2: not JSON"),
+        (
+            "twice.jsonl",
+            '{"answer": 1, "prompt": "a", "answer": 2}\n',
+            r"twice.jsonl:1: .*the key 'answer' is there twice",
+        ),
+        ("inner.jsonl", '{"prompt": [{"role": "user", "role": "x"}]}\n', r":1: .*the key 'role' is there twice"),
         ("list.jsonl", "[1]\n", r"list.jsonl:1: a list; expected a JSON object"),
         ("data.csv", "prompt\n", "expected .jsonl, .parquet or a folder"),
         ("data.jsonl", POINTER, "data.jsonl is a Git LFS pointer, not the file itself: run `git lfs pull` in "),

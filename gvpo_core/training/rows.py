@@ -186,13 +186,22 @@ def _from_jsonl(path: Path) -> list[Any]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_unique)
         except (ValueError, RecursionError) as e:
             raise DataError(f"{path}:{number}: not JSON: {e}") from e
         if not isinstance(row, dict):
             raise DataError(f'{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{"prompt": ...}}')
         rows.append(row)
     return rows
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of a line. Raises: ValueError: a key that is there twice, of which JSON readers keep the last."""
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} is there twice")
+    return result
 
 
 def _from_parquet(path: Path, where: str) -> list[Any]:
