@@ -86,8 +86,8 @@ def _given(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config: Ma
             "instead cannot be known"
         )
     given: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
-    partial = rope.get("partial_rotary_factor")
-    if partial is not None and partial != 1.0 and config.get("partial_rotary_factor") is None:
+    partial, at_top = rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")
+    if partial is not None and partial != (1.0 if at_top is None else at_top):  # transformers takes that of RoPE
         if "partial_rotary_factor" not in known and "rope_parameters" not in known:
             raise ConfigError(f"mlx-lm's {name} takes no partial_rotary_factor, and the model asks for {partial:g}")
         given["partial_rotary_factor"] = partial

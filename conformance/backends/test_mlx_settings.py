@@ -194,6 +194,15 @@ def test_a_head_of_its_own_in_a_model_that_mlx_lm_always_ties_is_refused(tmp_pat
         policy(tiny_models.changed(folder, tmp_path, tie_word_embeddings=False))
 
 
+@pytest.mark.parametrize(("at_top", "given"), [(None, 0.5), (0.25, 0.5), (1.0, 0.5), (0.5, None)])
+def test_the_partial_factor_of_rope_is_taken_before_one_at_the_top(at_top, given) -> None:
+    """As transformers takes it; mlx-lm read the other one, which only a comparison with PyTorch could find."""
+    rotary = {"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5}
+    config = {"model_type": "phi3", "rope_parameters": rotary, "partial_rotary_factor": at_top}
+    known = {"rope_theta": None, "rope_scaling": None, "partial_rotary_factor": None}
+    assert rope.settings_for(known, config).get("partial_rotary_factor") == given
+
+
 def test_a_model_of_mlx_lm_that_exits(llama, tmp_path, capsys) -> None:
     """Its olmo calls exit() where ai2-olmo is missing."""
     with pytest.raises(
