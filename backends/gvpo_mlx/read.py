@@ -79,6 +79,7 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     language = language_model(lm)
     settings.check_activation(language, as_written)
     settings.check_head(language, folder, part)
+    settings.check_experts(language, part)
     rope.check(language, given, part)
     rope.correct_yarn(language, given)
     weights.freeze_constants(lm, part["model_type"])

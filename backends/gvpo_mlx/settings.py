@@ -5,6 +5,7 @@ layers, a separate head. What it drops is refused here by name, unless it change
 computes anyway.
 """
 
+import inspect
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -139,6 +140,20 @@ def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int |
 
 def _numbers(chosen: list[bool]) -> str:
     return ", ".join(str(i) for i, is_one in enumerate(chosen) if is_one) or "none"
+
+
+def check_experts(lm: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuses one expert a token whose weight transformers normalises to 1: mlx-lm normalises those of several alone.
+
+    Raises: ConfigError: such a model.
+    """
+    if config.get("num_experts_per_tok") != 1 or not config.get("norm_topk_prob"):
+        return
+    if re.search(r"top_k\s*>\s*1\s+and", inspect.getsource(inspect.getmodule(type(lm)))):  # type: ignore[arg-type]
+        raise ConfigError(
+            f"config.json has num_experts_per_tok = 1 and norm_topk_prob, and mlx-lm's {config.get('model_type')} does"
+            " not normalise the weight of one expert: its log-probs would be wrong. gvpo_torch takes it"
+        )
 
 
 def special_floats(entry: dict[str, Any]) -> Any:

@@ -194,6 +194,21 @@ def test_a_head_of_its_own_in_a_model_that_mlx_lm_always_ties_is_refused(tmp_pat
         policy(tiny_models.changed(folder, tmp_path, tie_word_embeddings=False))
 
 
+@pytest.mark.parametrize(("experts", "normalised"), [(1, True), (1, False), (2, True)])
+def test_one_expert_whose_weight_is_not_normalised_is_refused(experts, normalised) -> None:
+    """Found by a comparison with PyTorch alone before: 0.2 nat in GLM-4.5, 1.0 in DeepSeek-V3."""
+    from mlx_lm.models import deepseek_v3, llama
+
+    config = {"model_type": "deepseek_v3", "num_experts_per_tok": experts, "norm_topk_prob": normalised}
+    settings.check_experts(llama.Model.__new__(llama.Model), config)
+    model = deepseek_v3.Model.__new__(deepseek_v3.Model)
+    if experts == 1 and normalised:
+        with pytest.raises(ConfigError, match=r"num_experts_per_tok = 1 and norm_topk_prob, and mlx-lm's deepseek_v3"):
+            settings.check_experts(model, config)
+    else:
+        settings.check_experts(model, config)
+
+
 @pytest.mark.parametrize(("at_top", "given"), [(None, 0.5), (0.25, 0.5), (1.0, 0.5), (0.5, None)])
 def test_the_partial_factor_of_rope_is_taken_before_one_at_the_top(at_top, given) -> None:
     """As transformers takes it; mlx-lm read the other one, which only a comparison with PyTorch could find."""
