@@ -50,11 +50,13 @@ _SCHEME = re.compile(r"(?<=\bBearer )(?=\S*\d)[\w.~+/=\-]{8,}|(?<=\bBasic )(?=\S
 _IN_CONNECTION = re.compile(r"(?<=\s)((?:ssl)?(?:password|passwd|pwd)=)[^\s'\";]+", re.IGNORECASE)  # libpq's
 _HEADER = re.compile(  # as an HTTP client shows its headers, the scheme kept
     r"(\b(?:proxy-)?(?:authorization|x-api-key|api-key|set-cookie|cookie)['\"]?\s*[:=]\s*b?['\"]?"
-    r"(?:(?:bearer|basic|token|apikey|digest)\s+)?)(?!\*|(?:bearer|basic|token|apikey|digest)\s)[^\s'\",;]{6,}(?:;\s?[^\s'\",]+)*",
+    r"(?:(?:bearer|basic|token|apikey|digest)\s+)?)(?!\*|(?:bearer|basic|token|apikey|digest)\s)[^\s'\",;]{6,}(?:;\s?[^\s'\",;]+)*",
     re.IGNORECASE,
 )
-_ISSUED = re.compile(  # by OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS, Google; a JWT
-    r"\b(?:sk-(?=[\w\-]*\d)[\w\-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
+# By OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS, Google; a JWT. Looked for at the start of a word alone: from
+# every hyphen a long text would take quadratic time.
+_ISSUED = re.compile(
+    r"(?<![\w\-])(?:sk-(?=[\w\-]*\d)[\w\-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|AKIA[0-9A-Z]{16}\b|AIza[\w\-]{30,}"
     r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]{8,})"
 )
