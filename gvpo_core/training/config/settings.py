@@ -307,8 +307,6 @@ class ObjectiveConfig:
 class OptimizerConfig:
     """AdamW and how a batch is split. Splitting does not change the step."""
 
-    name: Literal["adamw", "adamw_8bit"] = "adamw"
-    """adamw: float32 moments; adamw_8bit: moments in 8 bits, in blocks of 256 (torch with bitsandbytes)."""
     learning_rate: float = 1e-6
     """Peak learning rate."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -329,6 +327,8 @@ class OptimizerConfig:
     """Responses in such a pass. 0: as many as micro_batch_tokens allows."""
     strategy: Literal["group", "score"] = "group"
     """group: one pass gives weights and gradient if complete groups fit; score: a pass without gradient comes first."""
+    name: Literal["adamw", "adamw_8bit"] = "adamw"
+    """adamw: float32 moments; adamw_8bit: moments in 8 bits, in blocks of 256 (torch with bitsandbytes)."""
 
 
 @dataclass(frozen=True)
