@@ -246,7 +246,9 @@ class Spoilt(TablePolicy):
 
 def test_a_step_of_nan_leaves_its_alert_in_metrics_console_and_report(tmp_path, capsys):
     config = settings(tmp_path)
-    config = replace(config, run=replace(config.run, steps=6, checkpoint_every=2), optimizer=OptimizerConfig(0.1))
+    config = replace(
+        config, run=replace(config.run, steps=6, checkpoint_every=2), optimizer=OptimizerConfig(learning_rate=0.1)
+    )
     with pytest.raises(FloatingPointError, match="log-probabilities of 48 of 48 responses are not finite"):
         run(config, Spoilt(table(REFERENCE), config.optimizer))
     *_, event = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())

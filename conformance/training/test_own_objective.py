@@ -177,7 +177,7 @@ def test_the_table_is_what_the_trainer_asks() -> None:
     assert tuple(TABLE) == OBJECTIVES
     for name, row in TABLE.items():
         found = find_objective(ObjectiveConfig(name=name))
-        assert (found.smallest, found.needs_old, found.own) == (row.smallest, row.needs_old, None)
+        assert (found.smallest, found.needs_old, found.function) == (row.smallest, row.needs_old, None)
     assert {name for name, row in TABLE.items() if row.smallest == 1} == {"sft", "reject_sampling"}
     assert {name for name, row in TABLE.items() if row.needs_old} == RATIO
 
