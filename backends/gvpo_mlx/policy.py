@@ -12,7 +12,6 @@ import numpy as np
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update
 from gvpo_core.training.policy.base import LanguageModelPolicy
-from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
@@ -71,8 +70,6 @@ class MLXPolicy(LanguageModelPolicy):
             with self.scorer.using(self.scorer.parameters):
                 self._same_length = not generate.check(self.scorer)
             self._splitting = self._split(self.scorer.config.get("hidden_size") or 0)
-        self._prefixes: Prefixes | None = None
-        self._unfit: str | None = None  # why no prefix can be kept; None: not checked yet
         self._optimizer = AdamW(self.optimizer_config, self.compiled)
         self._passes = self._passes_of(self.scorer)
         self._load_reference()
@@ -107,19 +104,9 @@ class MLXPolicy(LanguageModelPolicy):
                 prefixes=self._prefixes,
             )
 
-    @contextlib.contextmanager
-    def reusing_prefixes(self) -> Iterator[Prefixes | None]:
-        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns."""
-        if self._unfit is None:
-            with mx.stream(self.device), self.scorer.using(self.scorer.parameters):
-                self._unfit = generate.continues(self.scorer)
-            how = f"are computed from the start ({self._unfit})" if self._unfit else "compute what is new in them alone"
-            log.info("%s: later turns of an episode %s", self.architecture, how)
-        self._prefixes = None if self._unfit else Prefixes(self._cache_tokens() // 2)
-        try:
-            yield self._prefixes
-        finally:
-            self._prefixes = None
+    def _why_no_prefixes(self) -> str:
+        with mx.stream(self.device), self.scorer.using(self.scorer.parameters):
+            return generate.continues(self.scorer)
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         passes = self._passes

@@ -240,8 +240,8 @@ def continues(scorer: Scorer, device: torch.device) -> str:
     rows = [i for i, response in enumerate(batch.responses) if len(response) > 2]
     batch, prefixes = batch.take(rows), Prefixes(1 << 30)
     first = [response[: len(response) // 2 + 1] for response in batch.responses]
-    prompts = [p + said for p, said in zip(batch.prompts, first, strict=True)]
-    second = [response[len(said) :] for response, said in zip(batch.responses, first, strict=True)]
+    prompts = [p + begun for p, begun in zip(batch.prompts, first, strict=True)]
+    second = [response[len(begun) :] for response, begun in zip(batch.responses, first, strict=True)]
     try:
         with scorer.autocast() if is_sharded(scorer) else contextlib.nullcontext():
             cache = new_cache(scorer.decoder, scorer.config)

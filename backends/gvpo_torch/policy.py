@@ -13,7 +13,6 @@ from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import in_few_bits
 from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response, Tokens, Update, layout
 from gvpo_core.training.policy.base import LanguageModelPolicy
-from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.sampling import Sampling
@@ -75,9 +74,7 @@ class TorchPolicy(LanguageModelPolicy):
             self._trained = copies(self.scorer, self.device)
         self._sharded = is_sharded(self._trained)
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
-        self._prefixes: Prefixes | None = None
         self._samples = False  # its weights are as sampling takes them
-        self._unfit: str | None = None  # why no prefix can be kept; None: not checked yet
         self._optimizer: Any = None
         self._moments: int | None = 0
         if not self.frozen:
@@ -138,21 +135,10 @@ class TorchPolicy(LanguageModelPolicy):
         finally:
             self._samples = False
 
-    @contextlib.contextmanager
-    def reusing_prefixes(self) -> Iterator[Prefixes | None]:
-        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns."""
-        if self._unfit is None:
-            self._trained.eval()
-            with self._no_gradients(), gathered(self._trained):
-                self._unfit = check.continues(self.scorer, self.device)
-            how = f"are computed from the start ({self._unfit})" if self._unfit else "compute what is new in them alone"
-            model.log.info("%s: later turns of an episode %s", self.architecture, how)
-        with self._weights_for_sampling():
-            self._prefixes = None if self._unfit else Prefixes(self._cache_tokens() // 2)
-            try:
-                yield self._prefixes
-            finally:
-                self._prefixes = None
+    def _why_no_prefixes(self) -> str:
+        self._trained.eval()
+        with self._no_gradients(), gathered(self._trained):
+            return check.continues(self.scorer, self.device)
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         scorer: Any = self.scorer

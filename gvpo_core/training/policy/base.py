@@ -4,7 +4,9 @@ A backend subclasses it and adds its framework's computations; docs/new_backend.
 """
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +19,7 @@ from gvpo_core.training.config.backends import refuse_settings
 from gvpo_core.training.policy import checkpoint, hugging_face, text
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.protocol import (
     Batch,
     Coefficients,
@@ -67,6 +70,8 @@ class LanguageModelPolicy(abc.ABC):
     layout_reason: str
     defers: bool = False  # set by `_load`: `_update` goes through `StepPlan.deferred`
     _splitting: Splitting
+    _prefixes: Prefixes | None = None  # for `_generate`, within `reusing_prefixes`
+    _keeps_nothing: str | None = None  # what `_why_no_prefixes` gave; None: not asked yet
 
     def __init__(
         self,
@@ -112,6 +117,18 @@ class LanguageModelPolicy(abc.ABC):
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
         """See `Policy.generate`."""
+
+    def _cache_tokens(self) -> int:
+        """Tokens of keys and values that sampling may hold; a backend that can keep prefixes overrides it."""
+        return 0
+
+    def _why_no_prefixes(self) -> str:
+        """Why `_generate` cannot keep keys and values in `_prefixes`; empty: it can, as a check has shown."""
+        return f"gvpo_{self.backend} keeps no keys and values"
+
+    def _weights_for_sampling(self) -> contextlib.AbstractContextManager[None]:
+        """Makes of the weights what `_generate` needs, once for all turns of a rollout."""
+        return contextlib.nullcontext()
 
     @abc.abstractmethod
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
@@ -196,6 +213,20 @@ class LanguageModelPolicy(abc.ABC):
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected equal numbers")
         return self._generate(prompts, seeds, sampling)
+
+    @contextlib.contextmanager
+    def reusing_prefixes(self) -> Iterator[Prefixes | None]:
+        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns."""
+        if self._keeps_nothing is None:
+            self._keeps_nothing = why = self._why_no_prefixes()
+            how = f"are computed from the start ({why})" if why else "compute what is new in them alone"
+            logging.getLogger(f"gvpo.{self.backend}").info("%s: later turns of an episode %s", self.architecture, how)
+        with self._weights_for_sampling():
+            self._prefixes = None if self._keeps_nothing else Prefixes(self._cache_tokens() // 2)
+            try:
+                yield self._prefixes
+            finally:
+                self._prefixes = None
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float64 sums of float32 log-probs of own tokens, nats, at temperature 1.
