@@ -46,6 +46,17 @@ def test_rope_is_read_wherever_it_stands(family: str, tmp_path) -> None:
     assert np.abs(policy(other).logprobs(OF) - nested).max() > 0.01
 
 
+def test_a_quantized_folder_only_scores_without_adapters(quantized) -> None:
+    """As a teacher is loaded: with updates = 0 it needs no adapters, and its base is held as in the folder."""
+    scorer, adapted = policy(quantized, updates=0), policy(quantized, lora_rank=2)
+    np.testing.assert_allclose(scorer.logprobs(OF), adapted.logprobs(OF), rtol=0, atol=1e-5)
+    facts = scorer.describe()
+    assert facts.trainable_parameters == 0 and facts.memory.frozen == memory.held(scorer.scorer.lm)
+    assert facts.memory.frozen < 3 * facts.parameters  # the embedding and head of this model are a part of it
+    with pytest.raises(ConfigError, match="is quantized, and its quantized weights cannot be trained"):
+        policy(quantized)
+
+
 def test_mlx_lm_alone_ignores_it(llama) -> None:
     """The trap that rope.py is for: it goes when mlx-lm reads `rope_parameters` everywhere."""
     from mlx_lm.utils import load_model
