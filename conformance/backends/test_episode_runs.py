@@ -90,15 +90,15 @@ def run(folder: Path, backend: Backend, model: Path, *, steps: int = 2, train_fi
 def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, tmp_path) -> None:
     policy, batches, whole = run(tmp_path / "whole", backend, model)
     batch = batches[0]
-    masks = [m for m in batch.own if m is not None]
+    masks = [m for m in batch.masks if m is not None]
     assert masks and whole[0]["turns/max"] == 3, "several turns"
-    for response, mask in zip(batch.responses, batch.own, strict=True):
+    for response, mask in zip(batch.responses, batch.masks, strict=True):
         for place, mine in enumerate(mask or ()):
             if not mine and mask[place - 1]:
                 assert response[place - 1] in ENDS, "context begins after a turn's end"
     assert whole[0]["length/mean"] < whole[0]["length/context"]
     assert whole[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(whole[1]["kl"]) > 1e-4
-    own = sum(sum(m) if m else len(r) for m, r in zip(batch.own, batch.responses, strict=True))
+    own = sum(sum(m) if m else len(r) for m, r in zip(batch.masks, batch.responses, strict=True))
     assert whole[0]["tokens/sampled"] == own
     run(tmp_path / "parts", backend, model, steps=1)
     resumed, _, parts = run(tmp_path / "parts", backend, model)
@@ -117,7 +117,7 @@ def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, t
     for name, value in backend.policies.parameters(policy).items():
         np.testing.assert_array_equal(value, backend.policies.parameters(resumed)[name])
     _, again, fed = run(tmp_path / "fed", backend, model, train_file=str(tmp_path / "whole/completions.jsonl"))
-    assert again[0].responses == batch.responses and again[0].own == batch.own and again[0].prompts == batch.prompts
+    assert again[0].responses == batch.responses and again[0].masks == batch.masks and again[0].prompts == batch.prompts
     for a, b in zip(whole, fed, strict=True):
         for key in ("loss", "gradient_norm"):
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_text_and_images_plays_with_its_text(backend, family, tm
     (model / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDS}))
     _, batches, [first, second] = run(tmp_path / "run", backend, model)
     assert "vision" in (model / "config.json").read_text() and first["turns/max"] == 3
-    assert any(mask is not None for mask in batches[0].own) and "episodes/reused" not in first
+    assert any(mask is not None for mask in batches[0].masks) and "episodes/reused" not in first
     assert first["kl"] == pytest.approx(0, abs=1e-4) and abs(second["kl"]) > 1e-6
 
 

@@ -62,8 +62,8 @@ def test_the_conversation_is_the_rendered_one_token_by_token(name: str) -> None:
         hear(transcript, messages)
         rendered = transcript.chat.text([*PROMPT, *transcript.messages])
         assert transcript.context == tuple(ids(rendered))
-    assert transcript.own is not None and len(transcript.own) == len(transcript.tokens)
-    own = [t for t, mine in zip(transcript.tokens, transcript.own, strict=True) if mine]
+    assert transcript.mask is not None and len(transcript.mask) == len(transcript.tokens)
+    own = [t for t, mine in zip(transcript.tokens, transcript.mask, strict=True) if mine]
     assert own == [*ids("hello 12"), end, *ids("ab"), end, *ids("1 2"), end]
 
 
@@ -100,7 +100,7 @@ def test_a_turn_that_ends_with_another_end_token_is_closed_as_the_template_close
     eos = transcript.chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     transcript.say(Response((*transcript.chat.ids("12"), eos), True), "12")
     heard = hear(transcript, HEARD["user"])
-    assert heard[0] == end and transcript.tokens[1] == eos and transcript.own[:3] == (True, True, False)
+    assert heard[0] == end and transcript.tokens[1] == eos and transcript.mask[:3] == (True, True, False)
 
 
 def played(name: str, thought: str) -> tuple[Transcript, list[tuple[tuple[int, ...], list[int]]]]:
@@ -123,7 +123,7 @@ def test_a_template_that_drops_thoughts_gives_segments_of_the_tokens_that_were_d
     segments = transcript.segments
     assert len(segments) == 3
     for number, (segment, (context, drawn)) in enumerate(zip(segments, turns, strict=True)):
-        assert segment.prompt == context and segment.response == tuple(drawn) and segment.own is None
+        assert segment.prompt == context and segment.response == tuple(drawn) and segment.mask is None
         chat, said = transcript.chat, [*PROMPT, *transcript.messages[: 2 * number]]
         assert segment.prompt == tuple(chat.ids(chat.text(said))), "as the template renders it at that turn"
         assert "think" not in chat.tokenizer.decode(segment.prompt)
@@ -133,11 +133,11 @@ def test_a_template_that_drops_thoughts_gives_segments_of_the_tokens_that_were_d
 def test_a_template_that_keeps_turns_gives_one_segment(name: str) -> None:
     transcript, turns = played(name, "" if name == "qwen3" else "<think>hello</think>")
     [segment] = transcript.segments
-    assert segment.prompt == turns[0][0] and segment.own.count(True) == sum(len(drawn) for _, drawn in turns)
+    assert segment.prompt == turns[0][0] and segment.mask.count(True) == sum(len(drawn) for _, drawn in turns)
     for context, drawn in turns:
         start = len(context) - len(segment.prompt)
         assert list(segment.response[start : start + len(drawn)]) == drawn
-        assert all(segment.own[start : start + len(drawn)])
+        assert all(segment.mask[start : start + len(drawn)])
 
 
 def test_thoughts_before_a_tool_s_answer_stay_until_the_next_question() -> None:
@@ -148,7 +148,7 @@ def test_thoughts_before_a_tool_s_answer_stay_until_the_next_question() -> None:
     say(transcript, ids("2"), end)
     assert len(transcript.segments) == 1
     hear(transcript, HEARD["user"])
-    assert len(transcript.segments) == 2 and transcript.own is None and transcript.tokens == []
+    assert len(transcript.segments) == 2 and transcript.mask is None and transcript.tokens == []
 
 
 @pytest.mark.parametrize("name", ["qwen3", "drops"])

@@ -76,7 +76,7 @@ def test_the_step_is_that_of_unpacked_segments_in_float64_with_fewer_tokens(cut,
 
 def mask_of(batch: Batch, i: int) -> tuple[bool, ...]:
     """Of the policy's own tokens, from the first one of the prompt on."""
-    own = batch.own[i] if batch.own else None
+    own = batch.masks[i] if batch.masks else None
     return (False,) * len(batch.prompts[i]) + (own or (True,) * len(batch.responses[i]))
 
 

@@ -1,4 +1,4 @@
-"""Context tokens in responses (`Batch.own`): every backend reads them, and scores and trains the policy's own alone."""
+"""Context tokens in responses (`Batch.masks`): a backend reads them, and scores and trains the policy's own alone."""
 
 import importlib.util
 
@@ -34,7 +34,7 @@ SPLITS = {
 
 
 def own_of(of: Batch) -> list[tuple[bool, ...]]:
-    return [mask or (True,) * len(r) for mask, r in zip(of.own, of.responses, strict=True)]
+    return [mask or (True,) * len(r) for mask, r in zip(of.masks, of.responses, strict=True)]
 
 
 def as_prefixes(of: Batch, factors: np.ndarray) -> tuple[Batch, np.ndarray, np.ndarray]:
@@ -82,7 +82,7 @@ def step(take):
 
 def test_the_batch_has_context_of_every_kind() -> None:
     masks = own_of(OF)
-    assert OF.own[0] is None and all(OF.own[1]), "without a mask, and with one of all ones"
+    assert OF.masks[0] is None and all(OF.masks[1]), "without a mask, and with one of all ones"
     assert any(not m[0] for m in masks) and any(not m[-1] for m in masks), "context first, and last"
     assert any("101" in "".join(str(int(mine)) for mine in m) for m in masks), "between two own tokens"
     assert sum(map(sum, masks)) < 0.8 * sum(map(len, masks))
@@ -123,7 +123,7 @@ def test_the_step_is_that_of_differences_of_prefixes(take) -> None:
     factors = np.random.default_rng(2).normal(size=len(OF))
     step, update = take(OF, lambda logprobs, rows: factors[rows])
     prefixes, signed, places = as_prefixes(OF, factors)
-    assert prefixes.own is None
+    assert prefixes.masks is None
     other, of_prefixes = take(prefixes, lambda logprobs, rows: signed[rows])
     assert max(float(np.abs(d).max()) for d in step.values()) > 1e-3
     assert step_difference(step, other) < 1e-5

@@ -36,7 +36,7 @@ def with_segments() -> Batch:
         + ((Segment(ids(4, 14), (5, 6, 7, 0), (True, False, True, True)),) if count else ())
         for count in COUNTS
     ]
-    return Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, WHOLE.own, later=later)
+    return Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, WHOLE.masks, later=later)
 
 
 OF = with_segments()
@@ -46,8 +46,8 @@ def rows_of(of: Batch) -> list[tuple[int, tuple[int, ...], tuple[int, ...], tupl
     """The episode, prompt, response and mask of every segment, in the order of the episodes."""
     rows = []
     for i in range(len(of)):
-        rows.append((i, of.prompts[i], of.responses[i], of.own[i] or (True,) * len(of.responses[i])))
-        rows += [(i, s.prompt, s.response, s.own or (True,) * len(s.response)) for s in of.later[i]]
+        rows.append((i, of.prompts[i], of.responses[i], of.masks[i] or (True,) * len(of.responses[i])))
+        rows += [(i, s.prompt, s.response, s.mask or (True,) * len(s.response)) for s in of.later[i]]
     return rows
 
 
@@ -83,7 +83,7 @@ def test_the_batch_has_episodes_of_one_two_and_three_segments_in_a_group() -> No
     }
     assert all(len(set(of_group)) > 1 for of_group in counts.values()), counts
     assert {1, 2, 3} == {n for of_group in counts.values() for n in of_group}
-    assert len(rows_of(OF)) == 12 and any(s.own for segments in OF.later for s in segments)
+    assert len(rows_of(OF)) == 12 and any(s.mask for segments in OF.later for s in segments)
 
 
 def test_a_log_prob_is_the_sum_over_own_tokens_of_all_segments(backend, folder) -> None:
@@ -138,7 +138,7 @@ def test_known_sums_give_the_same_step(backend, folder, step) -> None:
 
 @pytest.mark.slow
 def test_episodes_of_one_segment_are_the_batch_without_segments_bit_for_bit(backend, folder) -> None:
-    empty = Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, WHOLE.own, later=[()] * len(WHOLE))
+    empty = Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, WHOLE.masks, later=[()] * len(WHOLE))
     moved, update = batches.moved(backend.policies, folder, WHOLE)
     other, of_empty = batches.moved(backend.policies, folder, empty)
     for name in moved:
@@ -148,7 +148,7 @@ def test_episodes_of_one_segment_are_the_batch_without_segments_bit_for_bit(back
 
 
 def test_episodes_of_one_segment_are_the_batch_itself() -> None:
-    empty = Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, WHOLE.own, later=[()] * len(WHOLE))
+    empty = Batch(WHOLE.prompts, WHOLE.responses, WHOLE.groups, WHOLE.masks, later=[()] * len(WHOLE))
     for of in (WHOLE, empty):
         rows, owners = of.by_segment()
         assert rows is of and owners.tolist() == list(range(len(of)))

@@ -125,7 +125,7 @@ def reference_gradients(folder: Path, of: Batch, factors: np.ndarray, *, afresh:
         return lm
 
     lm, total = load(), {}
-    masks = of.own or [None] * len(of)
+    masks = of.masks or [None] * len(of)
     for prompt, response, mask, factor in zip(of.prompts, of.responses, masks, factors, strict=True):
         lm = load() if afresh else lm
         lm.zero_grad()

@@ -174,7 +174,7 @@ def _pairs(batch: Batch) -> list[tuple[np.ndarray, np.ndarray]]:
     """Of each response, the token before each own token, and these tokens."""
     pairs = []
     for i, (prompt, response) in enumerate(zip(batch.prompts, batch.responses, strict=True)):
-        mask = None if batch.own is None else batch.own[i]
+        mask = None if batch.masks is None else batch.masks[i]
         own = slice(None) if mask is None else np.asarray(mask)
         pairs.append((np.asarray((prompt[-1], *response[:-1]))[own], np.asarray(response)[own]))
     return pairs

@@ -284,7 +284,7 @@ def test_a_queue_of_two_ranks_is_taken_up_by_one():
 
 @pytest.mark.parametrize(
     "response",
-    [Drawn((1, 0), True, -2.5, 3), Drawn((1,), False, float("nan"), None, own=(True,)), Text("ü", True, 2, 5)],
+    [Drawn((1, 0), True, -2.5, 3), Drawn((1,), False, float("nan"), None, mask=(True,)), Text("ü", True, 2, 5)],
 )
 def test_a_checkpoint_holds_a_response_as_it_was(response):
     class One:

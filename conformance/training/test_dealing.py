@@ -61,8 +61,8 @@ def test_every_scored_row_goes_to_one_rank_with_its_group(masked) -> None:
             assert (of.batch.prompts[i], of.batch.responses[i]) == (whole.prompts[row], whole.responses[row])
             assert of.batch.groups[i] == whole.groups[row]
             if masked:
-                assert of.batch.own[i] == whole.own[row]
-        assert masked or of.batch.own is None
+                assert of.batch.masks[i] == whole.masks[row]
+        assert masked or of.batch.masks is None
 
 
 def assigned(lengths: np.ndarray, size: int, ranks: int, *, prompt: int = 10, steps: int = 1, **options):

@@ -64,7 +64,7 @@ def test_episodes_are_played_scored_and_trained_on(tmp_path) -> None:
     batch = seen[0]
     decode = policy.tokenizer.decode
     for i, c in enumerate(written[:8]):
-        own = batch.own[i]
+        own = batch.masks[i]
         turns = decode([t for t, mine in zip(batch.responses[i], own, strict=True) if mine])
         assert turns == "".join(m["content"] + "<end>" for m in c["episode"] if m["role"] == "assistant")
         heard = decode([t for t, mine in zip(batch.responses[i], own, strict=True) if not mine])

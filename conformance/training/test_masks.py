@@ -41,7 +41,7 @@ def test_recorded_masks_reach_the_step_and_every_length_is_of_own_tokens(tmp_pat
     before = of_policy.weights.copy()
     config = config_of(tmp_path / "run", model, objective={"length_exponent": 0.5})
     run(config, rows(), of_policy)
-    assert [m and list(map(int, m)) for m in batches[0].own] == [*MASKS[0], MASKS[1][0], None], "all ones is None"
+    assert [m and list(map(int, m)) for m in batches[0].masks] == [*MASKS[0], MASKS[1][0], None], "all ones is None"
     first = records(tmp_path / "run")[0]
     right = [
         log_pi(before, prompt, ids, mask)
@@ -120,7 +120,7 @@ def test_a_mask_of_a_text_is_refused(tmp_path, model) -> None:
 
 def test_batches_check_their_masks_and_keep_them() -> None:
     of = Batch([(1,)] * 2, [(1, 2), (3,)], [0, 0], [(True, False), None])
-    assert of.take([1, 0]).own == [None, (True, False)] and Batch([(1,)], [(1,)], [0]).take([0]).own is None
+    assert of.take([1, 0]).masks == [None, (True, False)] and Batch([(1,)], [(1,)], [0]).take([0]).masks is None
     with pytest.raises(ValueError, match="batch row 1: none of its 1 tokens is the policy's own"):
         Batch([(1,)] * 2, [(1, 2), (3,)], [0, 0], [None, (False,)])
     with pytest.raises(ValueError, match="2 responses and 1 masks"):

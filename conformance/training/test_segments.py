@@ -83,8 +83,8 @@ def played(tmp_path_factory):
 def turns_of(batch: Batch, i: int) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """What the policy saw and what it said then, by the tokens and masks of all segments of row `i`."""
     found = []
-    rows = [(batch.prompts[i], batch.responses[i], (batch.own or [None] * len(batch))[i])]
-    rows += [(s.prompt, s.response, s.own) for s in batch.later[i]]
+    rows = [(batch.prompts[i], batch.responses[i], (batch.masks or [None] * len(batch))[i])]
+    rows += [(s.prompt, s.response, s.mask) for s in batch.later[i]]
     for prompt, response, own in rows:
         edges = np.flatnonzero(np.diff([0, *(own or (True,) * len(response)), 0]))
         found += [((*prompt, *response[:a]), response[a:b]) for a, b in zip(edges[::2], edges[1::2], strict=True)]

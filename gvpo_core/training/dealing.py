@@ -145,14 +145,14 @@ def _everyones(policy: Policy, batch: Batch) -> Batch:
     prompts = _gathered(policy, [() if repeated else p for p, repeated in zip(batch.prompts, same, strict=True)])
     for i, prompt in enumerate(prompts):
         prompts[i] = prompt or prompts[i - 1]
-    flags = policy.gather(np.asarray([batch.own is not None, batch.later is not None])).reshape(-1, 2)
+    flags = policy.gather(np.asarray([batch.masks is not None, batch.later is not None])).reshape(-1, 2)
     has_masks, has_later = bool(flags[:, 0].any()), bool(flags[:, 1].any())
-    own: list[Mask | None] | None = None
+    masks: list[Mask | None] | None = None
     if has_masks:
-        own = _masks(policy, [None] * len(batch) if batch.own is None else batch.own)
+        masks = _masks(policy, [None] * len(batch) if batch.masks is None else batch.masks)
     groups = [int(g) for g in policy.gather(np.asarray(batch.groups, np.int64))]
     responses = _gathered(policy, list(batch.responses))
-    return Batch(prompts, responses, groups, own, later=_later(policy, batch) if has_later else None)
+    return Batch(prompts, responses, groups, masks, later=_later(policy, batch) if has_later else None)
 
 
 def _masks(policy: Policy, masks: Sequence[Mask | None]) -> list[Mask | None]:
@@ -167,7 +167,7 @@ def _later(policy: Policy, batch: Batch) -> list[tuple[Segment, ...]]:
     flat = [segment for segments in of_each for segment in segments]
     prompts = _gathered(policy, [segment.prompt for segment in flat])
     responses = _gathered(policy, [segment.response for segment in flat])
-    masks = _masks(policy, [segment.own for segment in flat])
+    masks = _masks(policy, [segment.mask for segment in flat])
     every = iter([Segment(*parts) for parts in zip(prompts, responses, masks, strict=True)])
     return [tuple(itertools.islice(every, count)) for count in counts.tolist()]
 

@@ -223,8 +223,8 @@ def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response
     unknown: dict[str, Any] = {}
     if isinstance(response, Drawn):
         unknown["logprob"] = math.nan  # a sampler's covers what is cut off
-    own = None if response.own is None else response.own[:high]
-    return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, own=own, **unknown)
+    mask = None if response.mask is None else response.mask[:high]
+    return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, mask=mask, **unknown)
 
 
 def score_everywhere(
@@ -290,18 +290,18 @@ def _turns_of(policy: Policy, sampler: Sampler | None) -> Draw:
 
 def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
     """What completions.jsonl has beside the text: `odd_ids` of the response, its mask, and its later segments."""
-    exact = _mask(response.own) | ({} if ids is None else {"response_ids": ids})
-    segments = [{"prompt_ids": s.prompt, "response_ids": s.response} | _mask(s.own) for s in response.later]
+    exact = _mask(response.mask) | ({} if ids is None else {"response_ids": ids})
+    segments = [{"prompt_ids": s.prompt, "response_ids": s.response} | _mask(s.mask) for s in response.later]
     return exact | ({"response_segments": segments} if segments else {})
 
 
-def _mask(own: Mask | None) -> dict[str, list[int]]:
-    return {} if own is None else {"response_mask": [int(mine) for mine in own]}
+def _mask(mask: Mask | None) -> dict[str, list[int]]:
+    return {} if mask is None else {"response_mask": [int(mine) for mine in mask]}
 
 
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
     """The token ids of the responses that their text does not give back: see `encode_responses`. None of the others."""
-    if any(r.own is not None or r.later or isinstance(r, Episode) for r in responses):
+    if any(r.mask is not None or r.later or isinstance(r, Episode) for r in responses):
         return [response.tokens for response in responses]
     try:
         again = policy.encode_responses(prompt, texts, [r.finished for r in responses])

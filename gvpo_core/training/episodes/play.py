@@ -74,7 +74,7 @@ class _Playing:
             self.end == "done",
             self.logprob,
             self.version,
-            own=first.own,
+            mask=first.mask,
             later=tuple(later),
             messages=self.transcript.messages,
             reward=sum(self.rewards) + sum(cut) if scored else None,

@@ -96,14 +96,14 @@ class Transcript:
         return len(self.segment_prompt) + len(self.tokens) - self.asked
 
     @property
-    def own(self) -> Mask | None:
-        """Of the present segment; see `Response.own`."""
+    def mask(self) -> Mask | None:
+        """Of the present segment; see `Response.mask`."""
         return None if all(self._own) else tuple(self._own)
 
     @property
     def segments(self) -> list[Segment]:
         """All of them, in order."""
-        return [*self.before, Segment(self.segment_prompt, tuple(self.tokens), self.own)]
+        return [*self.before, Segment(self.segment_prompt, tuple(self.tokens), self.mask)]
 
     def say(self, response: Response, text: str) -> None:
         """Adds a turn of the policy; `text` is the response's, without its end token."""
@@ -167,7 +167,7 @@ class Transcript:
         self.messages += [dict(message) for message in messages]
         self._text = heard.text
         if heard.anew:
-            self.before.append(Segment(self.segment_prompt, tuple(self.tokens), self.own))
+            self.before.append(Segment(self.segment_prompt, tuple(self.tokens), self.mask))
             self.segment_prompt, self.tokens, self._own = tuple(heard.tokens), [], []
         else:
             self.tokens += heard.tokens

@@ -201,10 +201,10 @@ class LanguageModelPolicy(abc.ABC):
         prompt: Prompt,
         responses: Sequence[str | Sequence[int]],
         finished: Sequence[bool | None],
-        own: Sequence[Mask | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
         """Recorded responses, each as text or token ids; see `policy.text`."""
-        return text.encode_responses(self.tokenizer, prompt, responses, finished, self._end, own)
+        return text.encode_responses(self.tokenizer, prompt, responses, finished, self._end, masks)
 
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling

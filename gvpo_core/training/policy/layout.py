@@ -71,7 +71,7 @@ class Arrays:
     positions: np.ndarray  # (B, T) int64
     segments: np.ndarray  # (B, T) int64: 0 prompt, 1.. its responses, -1 padding
     predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state predicts
-    targets: np.ndarray  # (n,) int64: the response token predicted; own tokens only (`Batch.own`)
+    targets: np.ndarray  # (n,) int64: the response token predicted; own tokens only (`Batch.masks`)
     responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `targets`
     lengths: np.ndarray  # (r,) int64: own tokens of each response, at least 1
 
@@ -322,9 +322,9 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
             positions[b, inputs] = np.arange(start, start + len(response) - 1)
             segments[b, inputs] = s
             before = np.asarray([b * width + start - 1, *range(b * width + end, b * width + inputs.stop)], np.int64)
-            own = slice(None) if batch.own is None or batch.own[i] is None else np.asarray(batch.own[i], bool)
-            predict.append(before[own])
-            targets.append(np.asarray(response, np.int64)[own])
+            chosen = slice(None) if batch.masks is None or batch.masks[i] is None else np.asarray(batch.masks[i], bool)
+            predict.append(before[chosen])
+            targets.append(np.asarray(response, np.int64)[chosen])
             members.append(i)
             end = inputs.stop
         # Padding continues the count, so that it does not look like the start of another sequence.

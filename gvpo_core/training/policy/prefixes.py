@@ -52,8 +52,8 @@ class Prefixes:
         """Begins a call: finds what each prompt starts from."""
         self._starts = {prompt: self._longest(prompt) for prompt in prompts}
         self._uses = Counter()
-        for prompt, own in zip(prompts, seeds, strict=True):
-            self._uses[self._starts[prompt].tokens] += len(own)
+        for prompt, row in zip(prompts, seeds, strict=True):
+            self._uses[self._starts[prompt].tokens] += len(row)
 
     def _longest(self, prompt: Tokens) -> Start:
         """The kept conversation with the most tokens in common: a neighbour of the prompt in sorted order."""
@@ -107,14 +107,14 @@ def parts_of(prompts: Sequence[Tokens], prefixes: Prefixes | None) -> list[Part]
         chosen = [i for i, start in enumerate(starts) if bool(start.length) is begun]
         if not chosen:
             continue
-        own = [prompts[i] for i in chosen]
+        of_part = [prompts[i] for i in chosen]
         fresh = max(len(prompts[i]) - starts[i].length for i in chosen)
         states = [prefixes._states.get(starts[i].tokens) if prefixes else None for i in chosen]
-        parts.append(Part(own, states, fresh))
+        parts.append(Part(of_part, states, fresh))
         if prefixes is not None:
             filled = sum(max(0, count) for count in parts[-1].filled)
             prefixes.reused += filled
-            prefixes.computed += sum(map(len, own)) - filled
+            prefixes.computed += sum(map(len, of_part)) - filled
     return parts
 
 

@@ -26,12 +26,12 @@ class Segment:
 
     prompt: Tokens  # all that the policy saw before `response`, its own earlier turns included; never scored
     response: Tokens
-    own: Mask | None = None  # see `Response.own`
+    mask: Mask | None = None  # see `Response.mask`
 
     @property
     def length(self) -> int:
         """Tokens of the policy's own."""
-        return len(self.response) if self.own is None else sum(self.own)
+        return len(self.response) if self.mask is None else sum(self.mask)
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Response:
 
     tokens: Tokens  # with the sampled end token, where there is one
     finished: bool  # True: ended by an end token or a stop text; False: cut at the token limit
-    own: Mask | None = field(default=None, kw_only=True)  # the policy's own tokens. None: all
+    mask: Mask | None = field(default=None, kw_only=True)  # the policy's own tokens. None: all
     stopped: bool = field(default=False, kw_only=True)  # by a stop text, without an end token
     later: tuple[Segment, ...] = field(default=(), kw_only=True)  # segments after `tokens`, in order
 
     @property
     def length(self) -> int:
         """The policy's own tokens, over all segments."""
-        first = len(self.tokens) if self.own is None else sum(self.own)
+        first = len(self.tokens) if self.mask is None else sum(self.mask)
         return first + sum(segment.length for segment in self.later)
 
     @property
@@ -75,7 +75,7 @@ class Batch:
     prompts: Sequence[Tokens]  # N; responses of one group share the same prompt
     responses: Sequence[Tokens]  # N, each at least one token
     groups: Sequence[int]  # N, the group's label: equal on every rank for the same group
-    own: Sequence[Mask | None] | None = None  # N, see `Response.own`. None: every token of every response
+    masks: Sequence[Mask | None] | None = None  # N, see `Response.mask`. None: every token of every response
     later: Sequence[Sequence[Segment]] | None = field(default=None, kw_only=True)  # N, see `Response.later`. None: none
     complete: bool = field(default=False, kw_only=True)  # none of its groups has a row on another rank; see `by_group`
 
@@ -87,15 +87,15 @@ class Batch:
         for i, (prompt, response) in enumerate(zip(self.prompts, self.responses, strict=True)):
             if not prompt or not response:
                 raise ValueError(f"batch row {i} has an empty {'prompt' if not prompt else 'response'}")
-        if self.own is not None:
-            self._check_own(self.own)
+        if self.masks is not None:
+            self._check_masks(self.masks)
         if self.later is not None and len(self.later) != len(self.responses):
             raise ValueError(f"batch has {len(self.responses)} responses and later segments of {len(self.later)}")
 
-    def _check_own(self, own: Sequence[Mask | None]) -> None:
-        if len(own) != len(self.responses):
-            raise ValueError(f"batch has {len(self.responses)} responses and {len(own)} masks of own tokens")
-        for i, (response, mask) in enumerate(zip(self.responses, own, strict=True)):
+    def _check_masks(self, masks: Sequence[Mask | None]) -> None:
+        if len(masks) != len(self.responses):
+            raise ValueError(f"batch has {len(self.responses)} responses and {len(masks)} masks of own tokens")
+        for i, (response, mask) in enumerate(zip(self.responses, masks, strict=True)):
             if mask is not None and (problem := mask_problem(mask, len(response))):
                 raise ValueError(f"batch row {i}: {problem}")
 
@@ -104,10 +104,10 @@ class Batch:
 
     def take(self, rows: Sequence[int]) -> "Batch":
         """The batch of the given rows, in the given order."""
-        own = None if self.own is None else [self.own[i] for i in rows]
+        masks = None if self.masks is None else [self.masks[i] for i in rows]
         later = None if self.later is None else [self.later[i] for i in rows]
         prompts, responses = [self.prompts[i] for i in rows], [self.responses[i] for i in rows]
-        return Batch(prompts, responses, [self.groups[i] for i in rows], own, later=later)
+        return Batch(prompts, responses, [self.groups[i] for i in rows], masks, later=later)
 
     def by_segment(self) -> tuple["Batch", np.ndarray]:
         """The batch with a row for each segment, and the response of each row, (M,) int64.
@@ -122,7 +122,7 @@ class Batch:
             [*self.prompts, *(segment.prompt for _, segment in added)],
             [*self.responses, *(segment.response for _, segment in added)],
             [*self.groups, *(self.groups[i] for i, _ in added)],
-            [*(self.own or [None] * len(self)), *(segment.own for _, segment in added)],
+            [*(self.masks or [None] * len(self)), *(segment.mask for _, segment in added)],
             complete=self.complete,
         )
         return batch, np.concatenate([owners, np.asarray([i for i, _ in added], np.int64)])
@@ -136,9 +136,9 @@ def mask_problem(mask: Sequence[object], tokens: int) -> str | None:
 
 
 def masks_of(responses: Sequence[Response]) -> list[Mask | None] | None:
-    """`Batch.own` of these responses: None where all their tokens are the policy's own."""
-    own = [response.own for response in responses]
-    return None if all(mask is None for mask in own) else own
+    """`Batch.masks` of these responses: None where all their tokens are the policy's own."""
+    masks = [response.mask for response in responses]
+    return None if all(mask is None for mask in masks) else masks
 
 
 def later_of(responses: Sequence[Response]) -> list[tuple[Segment, ...]] | None:
@@ -209,12 +209,12 @@ class Policy(Protocol):
         prompt: Prompt,
         responses: Sequence[str | Sequence[int]],
         finished: Sequence[bool | None],
-        own: Sequence[Mask | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
         """Recorded responses to a prompt, each as text or token ids, by the rule of `text.encode_responses`.
 
         Args:
-          own: of each response, the mask of the policy's own tokens; given only where one of them is not None.
+          masks: of each response, the mask of the policy's own tokens; given only where one of them is not None.
         Raises: ResponseError: one of them cannot be a response of this policy.
         """
 
@@ -234,7 +234,7 @@ class Policy(Protocol):
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float: log pi(y|x) of the policy or of the reference (Eq. 5's pi_ref), nats, at temperature 1.
 
-        Summed over the own tokens of each response (`Batch.own`), given all tokens before them.
+        Summed over the own tokens of each response (`Batch.masks`), given all tokens before them.
         """
 
     def renew_reference(self) -> None:

@@ -44,19 +44,19 @@ def sharing_beginnings(batch: Batch, responses: int) -> Batch:
     members: dict[int, list[int]] = {}
     for i, label in enumerate(batch.groups):
         members.setdefault(label, []).append(i)
-    prompts, texts, own = list(batch.prompts), list(batch.responses), list(batch.own or [None] * len(batch))
+    prompts, texts, masks = list(batch.prompts), list(batch.responses), list(batch.masks or [None] * len(batch))
     for rows in members.values():
         beginning, chosen = _beginning([batch.prompts[i] for i in rows])
         for i in (rows[n] for n in chosen):
             context = batch.prompts[i][beginning:]
             if context:
-                mask = own[i] or (True,) * len(texts[i])
-                prompts[i], texts[i], own[i] = (
+                mask = masks[i] or (True,) * len(texts[i])
+                prompts[i], texts[i], masks[i] = (
                     prompts[i][:beginning],
                     context + texts[i],
                     (False,) * len(context) + mask,
                 )
-    return Batch(prompts, texts, batch.groups, own, complete=batch.complete)
+    return Batch(prompts, texts, batch.groups, masks, complete=batch.complete)
 
 
 def _beginning(prompts: Sequence[Tokens]) -> tuple[int, list[int]]:

@@ -99,10 +99,10 @@ class TablePolicy:
         prompt: Prompt,
         responses: Sequence[str | Sequence[int]],
         finished: Sequence[bool | None],
-        own: Sequence[Mask | None] | None = None,
+        masks: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
         encoded = []
-        masks = [None] * len(responses) if own is None else own
+        masks = [None] * len(responses) if masks is None else masks
         for number, (response, ended, mask) in enumerate(zip(responses, finished, masks, strict=True)):
             try:
                 if mask is not None and not all(mask):
@@ -221,6 +221,6 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
 
 
 def _cells(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
-    if not all(mask is None or all(mask) for mask in batch.own or ()):
+    if not all(mask is None or all(mask) for mask in batch.masks or ()):
         raise ValueError(_ONE_TURN)
     return np.asarray([p[0] for p in batch.prompts], int), np.asarray([r[0] - 1 for r in batch.responses], int)

@@ -173,7 +173,7 @@ def encode_responses(
     responses: Sequence[str | Sequence[int]],
     finished: Sequence[bool | None],
     end: Sequence[int],
-    own: Sequence[Mask | None] | None = None,
+    masks: Sequence[Mask | None] | None = None,
 ) -> list[Response]:
     """Recorded responses to a prompt as the model would have drawn them.
 
@@ -184,12 +184,12 @@ def encode_responses(
     Args:
       finished: of each response; None: a text is finished, token ids are where they end with an end token.
       end: ids that end a response.
-      own: of each response, the mask of the policy's own tokens; token ids only. None: all tokens of all responses.
+      masks: of each response, the mask of the policy's own tokens; token ids only. None: all tokens of all responses.
     Raises: ResponseError: an end token before the end, or one that contradicts `finished`; no tokens; a finished text
       where no end token is known; a mask that does not fit, or one of a text.
     """
     encoded: list[Response] = []
-    masks = [None] * len(responses) if own is None else own
+    masks = [None] * len(responses) if masks is None else masks
     for number, (response, ended, mask) in enumerate(zip(responses, finished, masks, strict=True)):
         try:
             if isinstance(response, str):
@@ -208,20 +208,20 @@ def encode_responses(
 
 
 def checked_response(
-    tokens: Sequence[int], finished: bool | None, end: Sequence[int], own: Mask | None = None
+    tokens: Sequence[int], finished: bool | None, end: Sequence[int], mask: Mask | None = None
 ) -> Response:
     """The response of these tokens. Raises: ValueError: see `encode_responses`."""
     if not tokens:
         raise ValueError("it has no tokens; expected at least its end token")
-    if own is not None and (problem := mask_problem(own, len(tokens))):
+    if mask is not None and (problem := mask_problem(mask, len(tokens))):
         raise ValueError(problem)
-    drawn = [True] * len(tokens) if own is None else own
+    drawn = [True] * len(tokens) if mask is None else mask
     early = [i for i, mine, next_too in zip(tokens, drawn, drawn[1:], strict=False) if mine and next_too and i in end]
     if early:
         raise ValueError(f"it has the end token {early[0]} before its end; the policy draws nothing after an end token")
     last = max(place for place, mine in enumerate(drawn) if mine)
     ended = tokens[last] in end
-    if own is not None and finished is False:
+    if mask is not None and finished is False:
         ended = False  # an episode may be cut between two turns, each with its end token
     if finished is not None and finished != ended:
         is_end = "an" if ended else "no"
@@ -229,7 +229,7 @@ def checked_response(
             f"finished is {str(finished).lower()}, and its last token {tokens[last]} is {is_end} end token"
             f" ({', '.join(map(str, end)) or 'there is none'})"
         )
-    return Response(tuple(tokens), ended, own=None if own is None or all(own) else tuple(map(bool, own)))
+    return Response(tuple(tokens), ended, mask=None if mask is None or all(mask) else tuple(map(bool, mask)))
 
 
 def _up_to_end(tokenizer: Any, tokens: list[int], end: Sequence[int]) -> list[int]:

@@ -192,7 +192,7 @@ def _encoded(policy: Policy, prompt: Prompt, row: RecordedRow, vocabulary: float
     cut = [c and not isinstance(response, str) for c, response in zip(cut, row.responses, strict=True)]
     ends = [None if c else ended for c, ended in zip(cut, row.finished, strict=True)]
     firsts = [None if segments else ended for segments, ended in zip(later, ends, strict=True)]
-    masks = {"own": row.masks} if row.masks else {}
+    masks = {"masks": row.masks} if row.masks else {}
     try:
         responses = policy.encode_responses(prompt, row.responses, firsts, **masks)
     except ResponseError as e:
@@ -205,9 +205,9 @@ def _encoded(policy: Policy, prompt: Prompt, row: RecordedRow, vocabulary: float
             _check_ids((*segment.prompt, *segment.response), vocabulary, where)
         if segments:
             ended = [*[None] * (len(segments) - 1), ends[j]]
-            ids, own = [s.response for s in segments], [s.own for s in segments]
+            ids, of_segments = [s.response for s in segments], [s.mask for s in segments]
             try:
-                checked = policy.encode_responses(prompt, ids, ended, own)
+                checked = policy.encode_responses(prompt, ids, ended, of_segments)
             except ResponseError as e:
                 raise DataError(f"{where} cannot be used: its segment {e.number + 1}: {e}") from e
             responses[j] = replace(responses[j], finished=checked[-1].finished, later=tuple(segments))

@@ -107,10 +107,10 @@ def equal_groups(rollout: Rollout) -> np.ndarray:
 
 
 def _masks(batches: Sequence[Batch]) -> list[Mask | None] | None:
-    """`Batch.own` of the batches, one after the other."""
-    if all(batch.own is None for batch in batches):
+    """`Batch.masks` of the batches, one after the other."""
+    if all(batch.masks is None for batch in batches):
         return None
-    return [mask for batch in batches for mask in (batch.own or [None] * len(batch))]
+    return [mask for batch in batches for mask in (batch.masks or [None] * len(batch))]
 
 
 def _later(batches: Sequence[Batch]) -> list[Sequence[Segment]] | None:

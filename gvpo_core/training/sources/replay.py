@@ -48,10 +48,10 @@ class Buffer:
           tokens: all prompts.
         """
         batch = rollout.batch
-        masks, later = batch.own or [None] * len(batch), batch.later or [()] * len(batch)
+        masks, later = batch.masks or [None] * len(batch), batch.later or [()] * len(batch)
         tokens_of = [
-            {"tokens": tokens, "own": own, "later": [astuple(segment) for segment in segments]}
-            for tokens, own, segments in zip(batch.responses, masks, later, strict=True)
+            {"tokens": tokens, "mask": mask, "later": [astuple(segment) for segment in segments]}
+            for tokens, mask, segments in zip(batch.responses, masks, later, strict=True)
         ]
         rows = gather_objects(policy, tokens_of)
         rewards = rollout.trained_rewards
@@ -64,7 +64,11 @@ class Buffer:
                 tokens.tokens[prompt],
                 tuple(
                     _response(
-                        rows[i]["tokens"], bool(rollout.finished[i]), bool(stopped[i]), rows[i]["own"], rows[i]["later"]
+                        rows[i]["tokens"],
+                        bool(rollout.finished[i]),
+                        bool(stopped[i]),
+                        rows[i]["mask"],
+                        rows[i]["later"],
                     )
                     for i in members
                 ),
@@ -82,7 +86,7 @@ class Buffer:
                 "prompt": past.prompt,
                 "prompt_tokens": list(past.group.prompt),
                 "responses": [
-                    [list(r.tokens), r.finished, r.stopped, r.own, *([[*map(astuple, r.later)]] if r.later else [])]
+                    [list(r.tokens), r.finished, r.stopped, r.mask, *([[*map(astuple, r.later)]] if r.later else [])]
                     for r in past.group.responses
                 ],
                 "rewards": [float(reward) for reward in past.group.rewards],
@@ -105,11 +109,11 @@ class Buffer:
 
 
 def _response(
-    tokens: Sequence[int], finished: bool, stopped: bool, own: Sequence[bool] | None, later: Sequence[Any] = ()
+    tokens: Sequence[int], finished: bool, stopped: bool, mask: Sequence[bool] | None, later: Sequence[Any] = ()
 ) -> Response:
     segments = tuple(Segment(tuple(prompt), tuple(response), _mask(mask)) for prompt, response, mask in later)
-    return Response(tuple(tokens), finished, stopped=stopped, own=_mask(own), later=segments)
+    return Response(tuple(tokens), finished, stopped=stopped, mask=_mask(mask), later=segments)
 
 
-def _mask(own: Sequence[bool] | None) -> Mask | None:
-    return None if own is None else tuple(own)
+def _mask(mask: Sequence[bool] | None) -> Mask | None:
+    return None if mask is None else tuple(mask)

@@ -65,7 +65,7 @@ class Teacher:
           score at all.
         """
         batch = rollout.batch
-        if batch.own is not None or batch.later is not None:
+        if batch.masks is not None or batch.later is not None:
             raise ConfigError(
                 "the responses have tokens of tools or users between the policy's own, which a teacher with another"
                 " tokenizer cannot score: leave objective.reference = 'teacher' out"
