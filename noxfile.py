@@ -112,7 +112,7 @@ ENVIRONMENTS = {
 JAX_RUNS = sorted(map(str, Path("conformance/backends").glob("test_policy_*.py")))
 JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh", "pickles")]
 JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("mixed_steps", "recorded_steps", "episode_runs")]
-JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("distillation", "export_adapters")]
+JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("distillation", "export_adapters", "jax_prefixes")]
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

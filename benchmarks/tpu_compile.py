@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from collectives import collectives, total
-from gvpo_jax import generate, mesh, placement, update
+from gvpo_jax import decoding, mesh, placement, update
 from gvpo_jax.families import read_spec
 from gvpo_jax.model import Setup
 from gvpo_jax.programs import compile_program
@@ -181,7 +181,7 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     )
     beside += 0 if case.lora_rank else held(trained)  # what is trained stays where it is
     prompts = (of_batch(on, (g, s)), of_batch(on, (g,)))
-    prefill = compile_program(generate.prefill, (sampling,), parameters, adapters, *prompts)
+    prefill = compile_program(decoding.prefill, (sampling,), parameters, adapters, *prompts)
     yield "prefill", prefill, beside
     made, after = jax.tree.map(
         lambda a, sharding: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
@@ -194,7 +194,7 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
         for name in ("temperature", "limit", "top_k", "min_p", "top_p")
     }
     decode = compile_program(
-        generate.decode,
+        decoding.decode,
         (sampling, False, (), (0,)),
         parameters,
         adapters,
@@ -212,7 +212,7 @@ def moved(program: str, of: Any, case: Case) -> float:
     """GiB of the arrays that cross between chips in one run of a program; of `decode` for one token of every row."""
     token = program == "decode"
     moved_bytes = sum(total(collectives(of.as_text(), turn=token)).values()) / 2**30
-    return moved_bytes / len(generate.filled_sizes(case.new)) if token else moved_bytes
+    return moved_bytes / len(decoding.filled_sizes(case.new)) if token else moved_bytes
 
 
 def examine(name: str, case: Case) -> bool:

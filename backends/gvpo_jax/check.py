@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig
-from gvpo_core.training.policy import Batch, layout
+from gvpo_core.training.policy import Batch, Tokens, layout
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling
 from gvpo_jax import memory, mesh, ranks
 from gvpo_jax.model import Parameters
@@ -58,20 +59,55 @@ def check_decoding(
     Raises: ConfigError: they differ, so that the sampler is not the policy that is trained.
     """
     scorer = Scorer(scorer.setup, Programs(), scorer.config)  # these shapes are not the run's
-    prompts = list(dict.fromkeys(layout.check_batch(scorer.setup.spec.vocabulary).prompts))[:2]
+    given = (scorer, parameters, adapters, splitting, _prompts(scorer))
+    difference, _ = _sampled_differs(*given, dtype=dtype, end=end)
+    if difference is not None:
+        raise ConfigError(
+            f"the sampler of {scorer.setup.spec.family.architecture} differs from its forward pass by up to "
+            f"{difference:.3g} nat a token: gvpo_jax cannot sample from this model exactly"
+        )
+
+
+def continues(
+    scorer: Scorer, parameters: Parameters, adapters: Parameters, splitting: layout.Splitting, *, dtype: str
+) -> str:
+    """Why turns cannot start from kept keys and values; empty: log-probs are then those of the forward pass."""
+    scorer, prefixes = Scorer(scorer.setup, Programs(), scorer.config), Prefixes(1 << 20)
+    prompts, others = _prompts(scorer), [(3, 5), (7,)]
+    for _ in range(2):
+        given = (scorer, parameters, adapters, splitting, prompts)
+        difference, drawn = _sampled_differs(*given, dtype=dtype, end=(), prefixes=prefixes)
+        prompts = [(*tokens, *other) for tokens, other in zip(drawn[::2], others, strict=True)]
+    if not prefixes.reused:
+        return "none are kept"
+    return "" if difference is None else f"log-probs then differ by up to {difference:.3g} nat a token"
+
+
+def _prompts(scorer: Scorer) -> list[Tokens]:
+    """Two prompts, of different lengths."""
+    return list(dict.fromkeys(layout.check_batch(scorer.setup.spec.vocabulary).prompts))[:2]
+
+
+def _sampled_differs(
+    scorer: Scorer,
+    parameters: Parameters,
+    adapters: Parameters,
+    splitting: layout.Splitting,
+    prompts: Sequence[Tokens],
+    *,
+    dtype: str,
+    end: Sequence[int],
+    prefixes: Prefixes | None = None,
+) -> tuple[float | None, list[Tokens]]:
+    """How far the sampler is from the forward pass, nats a token, if it is too far; and what it drew, with prompts."""
     seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
-    given = (prompts, seeds, Sampling(SAMPLED_TOKENS))
-    responses, sums = scorer.sample(
-        parameters, adapters, *given, end=end, cache_tokens=lambda: memory.cache_tokens(scorer.sampling)
-    )
+    given = (parameters, adapters, prompts, seeds, Sampling(SAMPLED_TOKENS))
+    cache_tokens = lambda: memory.cache_tokens(scorer.sampling)
+    responses, sums = scorer.sample(*given, end=end, cache_tokens=cache_tokens, prefixes=prefixes)
     drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
     batch = Batch(*(list(column) for column in zip(*drawn, strict=True)))
     scored, _ = scorer.logprobs(batch, splitting, parameters, adapters)
     apart = ranks.gather(np.abs(scored - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn])
     tolerance = (2e-3, 5e-4) if dtype == "float32" else (1.0, 0.1)
     difference = layout.largest_difference([apart], [np.zeros_like(apart)], tolerance)
-    if difference is not None:
-        raise ConfigError(
-            f"the sampler of {scorer.setup.spec.family.architecture} differs from its forward pass by up to "
-            f"{difference:.3g} nat a token: gvpo_jax cannot sample from this model exactly"
-        )
+    return difference, [(*prompt, *tokens) for prompt, tokens, _ in drawn]

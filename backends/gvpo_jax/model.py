@@ -5,7 +5,7 @@ Parameters are a flat mapping from transformers' names to arrays. Where all laye
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from gvpo_jax.spec import EMBEDDING, HEAD, LAYER, LAYERS, NORM, Layer, Spec
 
 Parameters = Mapping[str, Array]
 Turned = tuple[Array, Array]  # cos and sin
+Caches = Sequence[tuple[Array, Array] | None]  # keys and values of each stack; None where it reads another's
 ATTENTION_BYTES = 128 * 2**20  # of scores computed at once
 PARTS = 2**16  # segments of a prompt and its responses: those of the n-th in a row start at n * PARTS
 
@@ -105,6 +106,12 @@ def logits(setup: Setup, parameters: Parameters, states: Array) -> Array:
     """(..., V) float32 of states after the last norm."""
     products = product("...h,vh->...v", states, head_weight(setup, parameters), wide=jnp.float32)
     return capped(products * setup.spec.logit_scale, setup.spec.logit_cap)
+
+
+def after_last(setup: Setup, parameters: Parameters, x: Array, lengths: Array) -> Array:
+    """(B, V) float32 logits after token `lengths` (B,) of each row; x: (B, T, H) before the last norm."""
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return logits(setup, parameters, norm(setup, last, parameters[NORM]))
 
 
 def hidden_states(

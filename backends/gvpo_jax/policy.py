@@ -15,7 +15,7 @@ from gvpo_jax import checkpoint, export, memory, weights
 from gvpo_jax import mesh as meshes
 from gvpo_jax import rows as planning
 from gvpo_jax.adapters import make_adapters
-from gvpo_jax.check import check_decoding, check_layout
+from gvpo_jax.check import check_decoding, check_layout, continues
 from gvpo_jax.learner import Learner
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import out_of_memory
@@ -102,7 +102,14 @@ class JaxPolicy(LanguageModelPolicy):
             sampling,
             end=self._end,
             cache_tokens=self._cache_tokens,
+            prefixes=self._prefixes,
         )
+
+    def _why_no_prefixes(self) -> str:
+        if meshes.processes(self.mesh) > 1:
+            return "their rows lie on several processes"
+        given = (self.scorer, self.learner.parameters, self.learner.adapters, self._splitting)
+        return continues(*given, dtype=self.config.dtype)
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         parameters: Any = self.learner.parameters

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, Response, Tokens, hugging_face
 from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling
 from gvpo_jax import generate, mesh, placement, update, weights
 from gvpo_jax.families import SETTINGS, TEXT_OF, read_spec, text_config
@@ -86,13 +87,16 @@ class Scorer:
         *,
         end: Sequence[int],
         cache_tokens: Callable[[], int],
+        prefixes: Prefixes | None = None,
     ) -> tuple[list[list[Response]], list[list[float]]]:
         """len(seeds[i]) responses to prompts[i], and each one's log-prob at temperature 1 as the sampler saw it.
 
         Args:
           cache_tokens: gives the tokens of cache that fit beside the parameters, placed for sampling.
+          prefixes: what turns of episodes start from, see `generate.generate`.
         """
         self._check_length(max(map(len, prompts), default=0) + sampling.max_tokens)
         placed = placement.place(self.sampling, self.programs, parameters, adapters)
         given = (*placed, prompts, seeds, sampling)
-        return generate.generate(self.sampling, self.programs, *given, end=end, cache_tokens=cache_tokens())
+        options = {"end": end, "cache_tokens": cache_tokens(), "prefixes": prefixes}
+        return generate.generate(self.sampling, self.programs, *given, **options)  # type: ignore[arg-type]

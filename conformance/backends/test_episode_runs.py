@@ -135,7 +135,7 @@ def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, re
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
 
 
-REUSING = [backend for backend in PRESENT if backend.name in ("torch", "mlx")]
+REUSING = [backend for backend in PRESENT if backend.name in ("torch", "jax", "mlx")]
 
 
 @pytest.mark.parametrize("backend", REUSING, ids=lambda backend: backend.name)

@@ -7,7 +7,8 @@ from required import require
 
 require(subject="jax")
 
-from gvpo_jax import generate, programs
+from gvpo_jax import decoding as sampler
+from gvpo_jax import programs
 
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -22,7 +23,7 @@ def test_a_run_compiles_a_handful_of_programs(tmp_path) -> None:
 
 
 def decoding(of_policy) -> list[str]:
-    return [p.as_text() for key, p in of_policy.programs.used.items() if key[0] is generate.decode]
+    return [p.as_text() for key, p in of_policy.programs.used.items() if key[0] is sampler.decode]
 
 
 def test_a_token_reads_what_is_filled_of_the_cache(tmp_path, monkeypatch) -> None:
@@ -34,9 +35,9 @@ def test_a_token_reads_what_is_filled_of_the_cache(tmp_path, monkeypatch) -> Non
     assert max(len(r.tokens) for row in whole for r in row) > 40
     (text,) = decoding(of_policy)
     loops = text.count(" while(")
-    monkeypatch.setattr(generate, "FEWEST", 8)
+    monkeypatch.setattr(sampler, "FEWEST", 8)
     monkeypatch.setattr(programs, "_kept", {})
-    assert generate.filled_sizes(64) == [16, 32, 48, 64]
+    assert sampler.filled_sizes(64) == [16, 32, 48, 64]
     of_policy.programs.used.clear()
     parts, again = of_policy.sample(*given)
     (text,) = decoding(of_policy)
@@ -47,9 +48,9 @@ def test_a_token_reads_what_is_filled_of_the_cache(tmp_path, monkeypatch) -> Non
 
 def test_the_sizes_of_a_cache_end_with_all_of_it(monkeypatch) -> None:
     for room in (32, 128, 160, 448, 1024, 4096):
-        sizes = generate.filled_sizes(room)
+        sizes = sampler.filled_sizes(room)
         assert sizes[-1] == room and len(sizes) <= 4
         for t in range(room):
             assert t < sizes[t // sizes[0]] <= t + max(128, -(-room // 4))
-    read = sum(generate.filled_sizes(4096)[t // 1024] for t in range(4096))
+    read = sum(sampler.filled_sizes(4096)[t // 1024] for t in range(4096))
     assert read <= 1.26 * sum(range(1, 4097))  # 2.0 where all of it is read

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import tiny_models
 from batches import batch, coefficients_of, step_difference, train
-from live_bytes import LiveBytes
 from required import require
 from torch_policies import parameters, policy
 from torch_processes import run_processes
@@ -21,6 +20,7 @@ import torch
 from gvpo_torch import generate, quantized, update
 from gvpo_torch.adapters import without_peft_warnings
 from gvpo_torch.model import load_scorer
+from live_bytes import LiveBytes
 from peft import PeftModel
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM

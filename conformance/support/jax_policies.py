@@ -112,19 +112,19 @@ def sample(
 def pick(values: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> list[int]:
     """The sampler's choice from (R, V) logits."""
     import jax.numpy as jnp
-    from gvpo_jax import generate
+    from gvpo_jax import decoding
 
     given, names = _settings(sampling)
     wide = lambda a: jnp.asarray(a, jnp.float32)
-    return generate.pick(wide(values), wide(numbers), given, sampling.temperature == 0, names).tolist()
+    return decoding.pick(wide(values), wide(numbers), given, sampling.temperature == 0, names).tolist()
 
 
 def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
     """What the sampler leaves of (R, V) masses."""
     import jax.numpy as jnp
-    from gvpo_jax import generate
+    from gvpo_jax import decoding
 
-    return np.asarray(generate.truncate(jnp.asarray(masses, jnp.float32), *_settings(sampling)), np.float64)
+    return np.asarray(decoding.truncate(jnp.asarray(masses, jnp.float32), *_settings(sampling)), np.float64)
 
 
 def _settings(sampling: Sampling) -> tuple[dict[str, Any], tuple[str, ...]]:
