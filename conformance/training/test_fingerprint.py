@@ -136,6 +136,8 @@ def test_the_files_and_models_that_a_rewards_options_name_are_part_of_it(tmp_pat
         assert reward_fingerprints({"r": RewardConfig(function="reward_model", options=options)}) != known, name
         (tmp_path / name).write_text(text)
     assert reward_fingerprints({"r": RewardConfig(function="reward_model", options=options)}) == known
+    long = options | {"template": "Grade the answer. " * 40}  # no name of a file
+    assert reward_fingerprints({"r": RewardConfig(function="reward_model", options=long)}) == known
 
 
 def test_the_versions_of_a_built_in_rewards_library_are_part_of_it(monkeypatch):

@@ -5,8 +5,9 @@ import pytest
 from toy_run import config_of, policy, records, run, write_model
 
 from gvpo_core.training.data import DataError
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, Response
 from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.samplers import SamplerError
 
 pytestmark = pytest.mark.core
 
@@ -125,6 +126,27 @@ def test_batches_check_their_masks_and_keep_them() -> None:
         Batch([(1,)] * 2, [(1, 2), (3,)], [0, 0], [None, (False,)])
     with pytest.raises(ValueError, match="2 responses and 1 masks"):
         Batch([(1,)] * 2, [(1, 2), (3,)], [0, 0], [None])
+
+
+class TwoTurns:
+    """A sampler whose responses hold tokens of a tool."""
+
+    def __init__(self, mask: tuple[bool, ...]) -> None:
+        self.mask = mask
+
+    def generate(self, prompts, seeds, sampling):
+        return [[Response((5, 9, 6, 0), True, mask=self.mask) for _ in of_prompt] for of_prompt in seeds]
+
+
+def test_a_sampler_may_give_masks(tmp_path, model) -> None:
+    rewards = {"length": lambda prompts, completions: [float(i) for i in range(len(completions))]}
+    prompts = [{"prompt": "ab"}, {"prompt": "cd"}]
+    config = config_of(tmp_path / "run", model, 1)
+    run(config, prompts, rewards=rewards, sampler=TwoTurns((True, False, True, True)))
+    assert records(tmp_path / "run")[0]["length/mean"] == 3
+    assert records(tmp_path / "run", "completions")[0]["response_mask"] == [1, 0, 1, 1]
+    with pytest.raises(SamplerError, match=r"the sampler gave the tokens .* as a response"):
+        run(config_of(tmp_path / "bad", model, 1), prompts, rewards=rewards, sampler=TwoTurns((True, False, True)))
 
 
 def test_a_table_has_no_context_tokens() -> None:

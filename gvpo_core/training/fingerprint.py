@@ -21,7 +21,7 @@ from typing import Any
 from gvpo_core.objectives import TABLE
 from gvpo_core.training.config import Config, ModelConfig, RewardConfig
 from gvpo_core.training.config.engine import SAMPLERS
-from gvpo_core.training.files.disk import names_in, refuse_special, retried
+from gvpo_core.training.files.disk import names_in, retried
 from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
 
 _log = logging.getLogger("gvpo")
@@ -197,10 +197,9 @@ def _named_by_options(options: Mapping[str, Any]) -> bytes:
         if not isinstance(value, str) or not 0 < len(value) < 4096 or "\0" in value or name == "cache":
             continue
         path = Path(os.path.expanduser(value))
-        if path.is_file():
-            refuse_special(path)
+        if os.path.isfile(path):  # False of a text too long for a name, where Path.is_file raises
             found += f"\n{name} {retried(lambda path=path: _of_file(path))}".encode()  # type: ignore[misc]
-        elif path.is_dir() and (path / "config.json").is_file():
+        elif os.path.isfile(path / "config.json"):
             found += f"\n{name} {model_fingerprint(ModelConfig(path=str(path)))}".encode()
     return found
 

@@ -38,8 +38,9 @@ _NAMED = re.compile(
 # For environment variables only; a setting max_tokens or label_keys is not a secret.
 _VARIABLE = re.compile(r"(?!(?:MAX|MIN|NUM|N)_)[A-Z0-9_]*_(?:TOKENS|KEYS)")
 # A password may hold @ and /, though a URL should not: all up to the last @ before a host. Digits alone are a port.
+# It ends where another URL begins: many of them would take quadratic time.
 _IN_URL = re.compile(
-    r"(?<=://)(?:[^/@:\s'\"]*:(?!\d+(?:[/?#]|$))[^\s'\"<>]+(?=@[\w.\-\[\]]+(?::\d+)?(?:[/?#\s'\",;)]|$))"
+    r"(?<=://)(?:[^/@:\s'\"]*:(?!\d+(?:[/?#]|$))(?:(?!://)[^\s'\"<>])+(?=@[\w.\-\[\]]+(?::\d+)?(?:[/?#\s'\",;)]|$))"
     r"|[^/@\s'\"]+(?=@))"
 )
 _IN_QUERY = re.compile(  # of a URL, or of a database's connection string
@@ -47,7 +48,9 @@ _IN_QUERY = re.compile(  # of a URL, or of a database's connection string
     re.IGNORECASE,
 )
 _SCHEME = re.compile(r"(?<=\bBearer )(?=\S*\d)[\w.~+/=\-]{8,}|(?<=\bBasic )(?=\S*[\d=])[\w+/=\-]{8,}")
-_IN_CONNECTION = re.compile(r"(?<=\s)((?:ssl)?(?:password|passwd|pwd)=)[^\s'\";]+", re.IGNORECASE)  # libpq's
+_IN_CONNECTION = re.compile(  # libpq's
+    r"(?<=\s)((?:ssl)?(?:password|passwd|pwd)=)(?:'[^'\n]+'|[^\s'\";]+)", re.IGNORECASE
+)
 _HEADER = re.compile(  # as an HTTP client shows its headers, the scheme kept
     r"(\b(?:proxy-)?(?:authorization|x-api-key|api-key|set-cookie|cookie)['\"]?\s*[:=]\s*b?['\"]?"
     r"(?:(?:bearer|basic|token|apikey|digest)\s+)?)(?!\*|(?:bearer|basic|token|apikey|digest)\s)[^\s'\",;]{6,}(?:;\s?[^\s'\",;]+)*",

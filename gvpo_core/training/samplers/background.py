@@ -31,7 +31,7 @@ class InBackground:
         self._asked: list[Future[Given]] = []
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.sampler, name)  # gap_tolerance, failures, said
+        return getattr(self.sampler, name)  # gap_tolerance, failures, version, describe
 
     def ask(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling, *, first: bool = False

@@ -97,7 +97,7 @@ def _check(policy: Policy, responses: Sequence[Response]) -> None:
     if hasattr(policy, "encode_responses"):
         try:
             masks = masks_of(responses)
-            given = {} if masks is None else {"own": masks}
+            given = {} if masks is None else {"masks": masks}
             policy.encode_responses("", [r.tokens for r in responses], [r.finished for r in responses], **given)
         except ResponseError as error:
             ids = responses[error.number].tokens
