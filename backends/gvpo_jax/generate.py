@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from gvpo_core.training.policy import Response, Tokens
-from gvpo_core.training.policy.prefixes import Prefixes, parts_of
+from gvpo_core.training.policy.prefixes import Prefixes, part_of
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_jax import mesh as meshes
 from gvpo_jax import ranks
@@ -165,7 +165,7 @@ def _begun(
     """Arguments of `extend` for prompts that all start from what is kept; None: none of them does."""
     if prefixes is None or not prompts:
         return None
-    (part,) = parts_of(prompts, prefixes)
+    part = part_of(list(prompts), prefixes)
     if part.states[0] is None:
         return None
     caches, of_prompt = filled_caches(part, groups, width)

@@ -123,16 +123,46 @@ def test_a_prompt_starts_from_the_longest_of_what_is_kept() -> None:
         assert start.length == common and start.tokens[:common] == prompt[:common]
 
 
+@pytest.mark.parametrize("fixed", [False, True], ids=["loop", "buffers"])
+def test_one_that_heard_much_does_not_make_the_others_compute_as_much(fixed, folders) -> None:
+    of_policy, heard = policy(folders("llama")), [(1, 2)] * 5 + [tuple(range(1, 41))]
+
+    def drawn(prompts, prefixes):
+        seeds = [[row_seed(2, i)] for i in range(len(prompts))]
+        with torch.inference_mode():
+            return generate.generate(
+                of_policy.scorer,
+                of_policy.scorer,
+                prompts,
+                seeds,
+                Sampling(9),
+                end=range(96),  # any token ends a turn
+                device=of_policy.device,
+                cache_tokens=1 << 20,
+                in_fixed_buffers=fixed,
+                prefixes=prefixes,
+            )
+
+    prefixes, prompts = Prefixes(1 << 20), [(*range(20, 50), i) for i in range(6)]
+    of_policy.scorer.eval()
+    first = [row[0].tokens for row in drawn(prompts, prefixes)]
+    later = [(*p, *said, *more) for p, said, more in zip(prompts, first, heard, strict=True)]
+    before = prefixes.computed
+    assert drawn(later, prefixes) == drawn(later, None)
+    assert prefixes.computed - before == sum(map(len, heard)) + len(heard), "what was heard, and the last token drawn"
+
+
 def test_within_a_rollout_a_policy_keeps_and_afterwards_it_holds_nothing(folders) -> None:
     of_policy = policy(folders("llama"), lora_rank=2)
     of_policy._end = ENDS
     prompts, seeds = OPENING[:2], [[1, 2], [3]]
-    with of_policy.reusing_prefixes():
+    with of_policy.reusing_prefixes() as prefixes:
         first = of_policy.generate(prompts, seeds, Sampling(9))
         later = [(*prompts[0], *first[0][0].tokens, 5), (*prompts[1], *first[1][0].tokens, 5)]
         second = of_policy.generate(later, [[1], [2]], Sampling(9))
-        assert of_policy._prefixes.reused
-    assert of_policy._prefixes is None
+        assert of_policy._prefixes is prefixes and prefixes._states
+    assert of_policy._prefixes is None and prefixes.reused
+    assert not prefixes._states and not prefixes.held, "the caller holds it while rewards are computed"
     assert of_policy.generate(later, [[1], [2]], Sampling(9)) == second
 
 

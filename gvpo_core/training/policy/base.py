@@ -222,11 +222,13 @@ class LanguageModelPolicy(abc.ABC):
             how = f"are computed from the start ({why})" if why else "compute what is new in them alone"
             logging.getLogger(f"gvpo.{self.backend}").info("%s: later turns of an episode %s", self.architecture, how)
         with self._weights_for_sampling():
-            self._prefixes = None if self._keeps_nothing else Prefixes(self._cache_tokens() // 2)
+            self._prefixes = prefixes = None if self._keeps_nothing else Prefixes(self._cache_tokens() // 2)
             try:
-                yield self._prefixes
+                yield prefixes
             finally:
                 self._prefixes = None
+                if prefixes is not None:  # the caller reads its counts, and scores next
+                    prefixes.clear()
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float64 sums of float32 log-probs of own tokens, nats, at temperature 1.

@@ -93,6 +93,11 @@ class Prefixes:
         insort(self._keys, tokens)
         self.held += len(tokens)
 
+    def clear(self) -> None:
+        """Drops everything that is kept; the counts stay."""
+        for tokens in [*self._states]:
+            self._drop(tokens)
+
     def _drop(self, tokens: Tokens) -> None:
         if self._states.pop(tokens, None) is not None:
             del self._keys[bisect_left(self._keys, tokens)]
@@ -100,22 +105,36 @@ class Prefixes:
 
 
 def parts_of(prompts: Sequence[Tokens], prefixes: Prefixes | None) -> list[Part]:
-    """The prompts in passes: those that start from what is kept, and the others."""
+    """The prompts in passes: up to two of those that start from what is kept, see `_alike`, and one of the others."""
     starts = [NOTHING if prefixes is None else prefixes.start(prompt) for prompt in prompts]
-    parts = []
-    for begun in (True, False):
-        chosen = [i for i, start in enumerate(starts) if bool(start.length) is begun]
-        if not chosen:
-            continue
-        of_part = [prompts[i] for i in chosen]
-        fresh = max(len(prompts[i]) - starts[i].length for i in chosen)
-        states = [prefixes._states.get(starts[i].tokens) if prefixes else None for i in chosen]
-        parts.append(Part(of_part, states, fresh))
-        if prefixes is not None:
-            filled = sum(max(0, count) for count in parts[-1].filled)
-            prefixes.reused += filled
-            prefixes.computed += sum(map(len, of_part)) - filled
-    return parts
+    new = [len(prompt) - start.length for prompt, start in zip(prompts, starts, strict=True)]
+    begun = _alike([i for i, start in enumerate(starts) if start.length], new)
+    others = [i for i, start in enumerate(starts) if not start.length]
+    return [part_of([prompts[i] for i in chosen], prefixes) for chosen in (*begun, others) if chosen]
+
+
+def part_of(prompts: list[Tokens], prefixes: Prefixes | None) -> Part:
+    """The prompts, at least one, in one pass: all start from what is kept, or none does. Counts their tokens."""
+    starts = [NOTHING if prefixes is None else prefixes.start(prompt) for prompt in prompts]
+    states = [prefixes._states.get(start.tokens) if prefixes else None for start in starts]
+    part = Part(prompts, states, max(len(prompt) - start.length for prompt, start in zip(prompts, starts, strict=True)))
+    if prefixes is not None:
+        filled = sum(max(0, count) for count in part.filled)
+        prefixes.reused += filled
+        prefixes.computed += sum(map(len, prompts)) - filled
+    return part
+
+
+def _alike(rows: Sequence[int], new: Sequence[int]) -> list[list[int]]:
+    """The rows in one part, or in two where those compute at most half as much: some heard more than others.
+
+    Args:
+      new: tokens of each row to be computed; a part computes as many for each of its rows as for the one with the most.
+    """
+    ordered, count = sorted(rows, key=lambda i: new[i]), len(rows)
+    computed = [n * new[ordered[n - 1]] + (count - n) * new[ordered[-1]] for n in range(count)]  # by rows of the first
+    n = min(range(count), key=lambda n: computed[n], default=0)
+    return [ordered[:n], ordered[n:]] if n and 2 * computed[n] <= computed[0] else [list(rows)]
 
 
 def common(a: Tokens, b: Tokens) -> int:
