@@ -17,7 +17,7 @@ from gvpo_jax.rows import Rows
 
 
 class Learner:
-    """Holds what a checkpoint holds. A step: `no_gradient`, then `whole` and `known` for its rows, then `step`."""
+    """Holds what a checkpoint holds. A step: `no_gradient`, then `grouped` and `known` for its rows, then `step`."""
 
     def __init__(
         self,

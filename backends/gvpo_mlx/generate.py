@@ -73,8 +73,8 @@ def continues(scorer: Scorer) -> str:
         prefixes.plan(later, [[0], [0]])
         decoding = _Decoding(scorer, later, 2, 1 << 30, same_length=False, prefixes=prefixes)
         logits = decoding.prefill([_Line(i, 0, 0) for i in range(2)])
-        own = [scorer.logits(scorer.decoder(mx.array([prompt]), cache=None)[0, -1]) for prompt in later]
-        apart = max(float(mx.abs(a - b).max()) for a, b in zip(own, logits, strict=True))
+        direct = [scorer.logits(scorer.decoder(mx.array([prompt]), cache=None)[0, -1]) for prompt in later]
+        apart = max(float(mx.abs(a - b).max()) for a, b in zip(direct, logits, strict=True))
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return "" if apart <= worst else f"logits then differ by up to {apart:.3g}"

@@ -252,8 +252,8 @@ def continues(scorer: Scorer, device: torch.device) -> str:
             fixed_too = scorer.decodes_fixed
             earlier, later = Batch(batch.prompts, first, batch.groups), Batch(prompts, second, range(len(rows)))
             _decoded(scorer, earlier, device, in_fixed_buffers=fixed_too, prefixes=prefixes)
-            found = _decoded(scorer, later, device, in_fixed_buffers=fixed_too, prefixes=prefixes)
-            apart = _differ(scorer, found, _by_response(scorer, later, False, device))
+            decoded = _decoded(scorer, later, device, in_fixed_buffers=fixed_too, prefixes=prefixes)
+            apart = _differ(scorer, decoded, _by_response(scorer, later, False, device))
     except _FAILS as error:
         return f"{type(error).__name__}: {error}".splitlines()[0]
     if apart is not None:

@@ -35,9 +35,9 @@ def counts() -> Iterator[Count]:
         )
         on = f"tiny llama, {PROMPTS} prompts x {K} episodes of {TURNS} turns"
         for fixed, where in ((False, ""), (True, " in fixed buffers")):
-            again, said = computed(policy, None, fixed)
+            again, drawn = computed(policy, None, fixed)
             kept, same = computed(policy, Prefixes(1 << 30), fixed)
-            assert said == same, "the samples differ"
+            assert drawn == same, "the samples differ"
             episodes = PROMPTS * K
             yield Count(f"tokens of prompts computed an episode{where}", on, "", again / episodes, kept / episodes, 90)
 
@@ -61,10 +61,10 @@ def packed() -> tuple[float, float]:
 
 def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, list[Any]]:
     """Tokens in forward passes over prompts, padding included, and what was drawn."""
-    draw, found, said = np.random.default_rng(0), [], []
+    draw, passes, sampled = np.random.default_rng(0), [], []
 
     def forward(ids: torch.Tensor, positions: torch.Tensor, *, mask: Any = None, cache: Any) -> torch.Tensor:
-        found.append(ids.numel())
+        passes.append(ids.numel())
         return policy.scorer(ids, positions, mask=mask, cache=cache)
 
     of_prompt = [tuple(draw.integers(1, 80, PROMPT).tolist()) for _ in range(PROMPTS)]
@@ -74,7 +74,7 @@ def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, 
     for turn in range(TURNS):
         prompts = sorted({*conversations.values()})
         rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
-        found.clear()
+        passes.clear()
         with torch.inference_mode():
             drawn = generate.generate(
                 policy.scorer,
@@ -88,11 +88,11 @@ def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, 
                 in_fixed_buffers=fixed,
                 prefixes=prefixes,
             )
-        total += found[0]  # the passes after it decode
-        said.append(drawn)
+        total += passes[0]  # the passes after it decode
+        sampled.append(drawn)
         for places, responses in zip(rows, drawn, strict=True):
             for place, response in zip(places, responses, strict=True):
                 assert response.finished
                 heard = tuple(draw.integers(1, 80, HEARD).tolist())
                 conversations[place] = (*conversations[place], *response.tokens, *heard)
-    return total, said
+    return total, sampled

@@ -43,9 +43,11 @@ def counts() -> Iterator[Count]:
         base = products(full, prompts[:2], alike, False)
         yield Count("products to sample with LoRA, of the base's", TINY, "", apart / base, merged / base, 1.05)
         for kind, dtype, bound in (("lora", "bfloat16", 0.8), ("dora", "bfloat16", 0.9), ("dora", "float32", 1.15)):
-            whole, by_peft, own = (held(policy(folder, dtype=dtype, **given), peft) for given, peft in of_kind(kind))
+            trained_in_full, by_peft, ours = (
+                held(policy(folder, dtype=dtype, **given), peft) for given, peft in of_kind(kind)
+            )
             name = f"bytes that {NAMES[kind]} holds for the backward pass, of full training's"
-            yield Count(name, f"{TINY}, {dtype}", "", by_peft / whole, own / whole, bound)
+            yield Count(name, f"{TINY}, {dtype}", "", by_peft / trained_in_full, ours / trained_in_full, bound)
 
 
 NAMES = {"lora": "LoRA", "dora": "DoRA"}

@@ -93,14 +93,14 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     headers: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            found = _header(path)
-            if twice := headers.keys() & found.keys():
+            of_file = _header(path)
+            if twice := headers.keys() & of_file.keys():
                 name = min(twice)
                 raise ConfigError(
                     f"{folder}: {name} is in {headers[name].path.name} and in {path.name}: take the file that does not"
                     " belong to the model out of the index"
                 )
-            headers |= found
+            headers |= of_file
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
