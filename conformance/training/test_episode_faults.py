@@ -23,6 +23,7 @@ from gvpo_core.training.episodes import (
 )
 from gvpo_core.training.episodes.calls import parse_calls
 from gvpo_core.training.episodes.environments import Operation
+from gvpo_core.training.episodes.play import play
 from gvpo_core.training.rewards import RewardLog
 from gvpo_core.training.rewards.worker.tools import schema_of
 from gvpo_core.training.sampling import Sampling
@@ -276,3 +277,21 @@ def test_episodes_keep_their_rewards_where_a_rank_before_lost_one() -> None:
         assert [c["response"] for c in drawn.completions] == [f"assistant: {n}" for n in (1, 2, 10, 11, 12)]
         assert drawn.details["responses/lost"] == 1.0
     assert (found[0].start, found[1].start) == (0, 2)
+
+
+def test_an_environment_that_fails_on_one_rank_ends_every_rank() -> None:
+    """The others waited for its episodes and ended with an error of the connection."""
+    broken = SimpleNamespace(
+        config=EnvironmentConfig(), tools=[], ask=lambda asked: [{"error": "no game"}] * len(asked)
+    )
+    chat, errors = SimpleNamespace(text=lambda messages: "a"), []
+    prompts = [([{"role": "user", "content": "a"}], (0,), {})]
+
+    def work(policy: RankedTable) -> None:
+        try:
+            play(policy, broken, chat, prompts, [[1, 2]] if policy.rank else [[]], Sampling(5), lambda *asked: [])
+        except EnvironmentFailed as e:
+            errors.append(str(e))
+
+    run_ranks(2, work, {"a": {"x": 1.0}}, OptimizerConfig())
+    assert len(errors) == 2 and all("the environment failed for 2 of 2 episodes: no game" in text for text in errors)

@@ -156,7 +156,7 @@ def play(
     closed = environments.ask([Operation("close", one.number) for one in playing])
     if errors := [result["error"] for result in closed if "error" in result]:
         _log.warning("close failed for %d of %d episodes; the first: %s", len(errors), len(playing), errors[0])
-    _check_failures(playing)
+    attempt(policy, lambda: _check_failures(playing), kind=EnvironmentFailed)
     episodes: list[list[Episode]] = [[] for _ in seeds]
     for one in playing:
         if one.place not in lost and one.turns:

@@ -296,6 +296,8 @@ def _fraction(match: re.Match[str]) -> str:
     """A decimal whose last digits repeat, as a fraction."""
     integer, fixed = match[1] or "0", match[2]
     digits = match[3] or match[4] or match[5]
+    if len(integer + fixed + digits) > 1000:  # int() reads at most 4,300 digits
+        return f"{integer}.{(fixed + digits)[:1000]}"
     top = int(integer + fixed + digits) - int(integer + fixed)
     return rf"\frac{{{top}}}{{{'9' * len(digits) + '0' * len(fixed)}}}"
 
@@ -324,7 +326,8 @@ def _parse(text: str, *, delimited: bool) -> Any:
 def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
     bases = [_BASE.match(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, candidate)]
     if bases[0] and bases[1]:
-        return bases[0].groups() == bases[1].groups()
+        digits, others = ((base[1].lstrip("0"), base[2]) for base in bases if base)
+        return digits == others
     units = [_unit(text) for text in (gold, candidate)]
     if None not in units and units[0] != units[1]:
         return False
