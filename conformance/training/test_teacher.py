@@ -12,10 +12,12 @@ from table_problem import BETA, PROMPTS, REFERENCE, RESPONSES, REWARDS, reward, 
 
 from gvpo_core.training.cli import main
 from gvpo_core.training.config import Config, ConfigError, TeacherConfig
+from gvpo_core.training.config.backends import refuse_settings
 from gvpo_core.training.evaluation import evaluate
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.teacher import load_teacher
 from gvpo_core.training.terminal.text import fit
 from gvpo_core.training.watch.metric_names import undocumented
 
@@ -199,6 +201,22 @@ def measured(config: Config, **changes) -> Config:
     return replace(config, evaluation=replace(config.evaluation, temperature=1.0, **changes))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"sharding": "fsdp"}, {"mesh_fsdp": 2}, {"lora_rank": 4, "lora_kind": "dora"}, {"layout": "plain"}],
+    ids=str,
+)
+def test_a_teacher_of_another_backend_takes_no_setting_of_the_students(changed, teacher, tmp_path, monkeypatch):
+    config = config_of(tmp_path / "run", teacher)
+    policy = policy_of(config)
+    facts = replace(policy.describe(), backend="torch")
+    monkeypatch.setattr(policy, "describe", lambda: facts)
+    config = replace(config, model=replace(config.model, **changed), teacher=replace(config.teacher, backend="table"))
+    with pytest.raises(ConfigError, match=f"model.{next(iter(changed))} is .* that table does not have"):
+        refuse_settings(config.model, "table", config.optimizer)
+    assert load_teacher(config, policy).facts.backend == "table"
+
+
 def test_the_held_out_kl_is_that_of_the_students_distribution(teacher, tmp_path, capsys):
     config = measured(config_of(tmp_path / "run", teacher, beta=1.0), responses=4000)
     policy = policy_of(config := replace(config, run=replace(config.run, steps=120, keep_best=True)))
@@ -245,7 +263,6 @@ def test_the_held_out_loss_of_recorded_groups_is_that_to_the_teacher(teacher, tm
 def test_several_ranks_take_the_steps_of_one(teacher, tmp_path, monkeypatch):
     """The teacher of each rank scores the rank's own responses."""
     from gvpo_core.training import inputs as inputs_module
-    from gvpo_core.training.teacher import load_teacher
 
     want = policy_of(config := config_of(tmp_path / "one", teacher))
     config = replace(config, run=replace(config.run, steps=6))

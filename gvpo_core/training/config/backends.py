@@ -1,7 +1,7 @@
 """The table of backends: module, requirements and settings of each."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gvpo_core.training.config.settings import ConfigError, ModelConfig, OptimizerConfig
 
@@ -126,6 +126,13 @@ def wrong_together(model: ModelConfig, optimizer: OptimizerConfig) -> list[tuple
         message = "optimizer.name = 'adamw_8bit' and model.sharding = 'fsdp': moments in 8 bits are not sharded"
         wrong.append(("optimizer.name", f"{message}; use adamw, or data_parallel"))
     return wrong
+
+
+def without_settings_of_others(config: ModelConfig, name: str) -> ModelConfig:
+    """The settings for a model of another backend than the one that they were chosen for: its own ones, as they are."""
+    backend, default = BACKENDS.get(name), ModelConfig()
+    others = {setting: getattr(default, setting) for setting in _OWNED if backend and setting not in backend.settings}
+    return replace(config, **others)
 
 
 def refuse_settings(config: ModelConfig, name: str, optimizer: OptimizerConfig) -> None:

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from gvpo_core.training.config import Config, ConfigError, ModelConfig
+from gvpo_core.training.config.backends import without_settings_of_others
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.teacher.served import ServedTeacher
@@ -17,9 +18,11 @@ def load_teacher(config: Config, policy: Policy) -> Teacher:
     model = teacher_model(config)
     if config.teacher.url:
         return _served(config, model)
-    backend = config.teacher.backend
+    backend, students = config.teacher.backend, policy.describe().backend
     if backend == "auto":
-        backend = policy.describe().backend  # type: ignore[assignment]
+        backend = students  # type: ignore[assignment]
+    if backend != students:
+        model = replace(without_settings_of_others(model, backend), dtype=model.dtype)
     run, optimizer = replace(config.run, backend=backend), replace(config.optimizer, name="adamw")
     try:
         loaded = load_policy(replace(config, run=run, model=model, optimizer=optimizer), trained=False)
@@ -45,6 +48,7 @@ def teacher_model(config: Config) -> ModelConfig:
         dtype=given.dtype,
         device=given.device or config.model.device,
         lora_rank=0,
+        lora_kind="lora",
         quantization="none",
         compile=False,
         gradient_checkpointing=False,
