@@ -326,8 +326,7 @@ def _parse(text: str, *, delimited: bool) -> Any:
 def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
     bases = [_BASE.match(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, candidate)]
     if bases[0] and bases[1]:
-        digits, others = ((base[1].lstrip("0"), base[2]) for base in bases if base)
-        return digits == others
+        return len({(base[1].lstrip("0"), base[2]) for base in bases if base}) == 1
     units = [_unit(text) for text in (gold, candidate)]
     if None not in units and units[0] != units[1]:
         return False
@@ -360,11 +359,11 @@ def _same_decimals(wanted: Any, parsed: Any) -> bool:
     """Whether two numbers are equal with their decimals taken exactly: 6.02 * 10^23 has more digits than a float."""
     import sympy
 
-    values = []
+    values, exact = [], lambda e: sympy.Rational(*Decimal(str(e)).as_integer_ratio())  # of any number of digits
     for value in (wanted, parsed):
         if not isinstance(value, sympy.Expr) or value.free_symbols:
             return False
-        values.append(value.replace(lambda e: e.is_Float, lambda e: sympy.Rational(str(e))).doit())
+        values.append(value.replace(lambda e: e.is_Float, exact).doit())
     return any(value.has(sympy.Float) for value in (wanted, parsed)) and bool(values[0] == values[1])
 
 
