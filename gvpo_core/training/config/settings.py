@@ -59,8 +59,7 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Module names that get adapters. all-linear: every linear layer except the head."""
     quantization: Literal["none", "nf4"] = "none"
-    """How LoRA's frozen linear layers are held. nf4: in 4 bits (QLoRA; torch with bitsandbytes). In mlx: use a
-    quantized folder."""
+    """How LoRA's frozen linear layers are held. nf4: in 4 bits (torch, bitsandbytes). mlx: use a quantized folder."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     compile: bool = False
@@ -107,8 +106,7 @@ class DataConfig:
     shuffle: bool = True
     """Use a new order of the prompts in every epoch, from run.seed."""
     curriculum: float = 0.0
-    """Share of a step's prompts that were seen before, drawn by how much their rewards differed. The others are the
-    next ones in order. 0: off."""
+    """Share of a step's prompts drawn from those seen before, by how much their rewards differed. 0: off."""
     buffer: int = 20_000
     """Rows of a stream (train_rows without a length) that are held at a time; shuffling happens among them."""
     reference_cache: str = ""
@@ -214,8 +212,7 @@ class TeacherConfig:
     """A model to distill from, where objective.reference = "teacher" (docs/distillation.md)."""
 
     path: str = ""
-    """Local Hugging Face folder, or hub name. Its tokenizer may differ from the policy's. With url, only the tokenizer
-    and the context are read here."""
+    """Local Hugging Face folder, or hub name, with any tokenizer. With url: only tokenizer and context are read."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
@@ -227,8 +224,7 @@ class TeacherConfig:
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of its chat template."""
     url: str = ""
-    """Address of a server that scores instead, without /v1: one that echoes the log-probabilities of token ids, as
-    vLLM. Empty: the model is loaded here."""
+    """Address, without /v1, of a server that scores token ids by echoing them, as vLLM. Empty: load the model here."""
     model: str = ""
     """Name of the model on the server. Empty: path."""
     concurrency: int = 16
@@ -254,8 +250,7 @@ class EnvironmentConfig:
     max_turns: int = 8
     """Turns of the policy in an episode. Beyond it the episode is cut."""
     turn_tokens: int = 0
-    """Longest turn, tokens. 0: what is left of rollout.max_tokens, which counts all tokens after the prompt that the
-    policy sees."""
+    """Longest turn, tokens. 0: what is left of rollout.max_tokens, which counts all tokens after the prompt."""
     cut_reward: float = 0.0
     """Reward added to episodes that are cut by the turn or token limit."""
     weight: float = 1.0
