@@ -110,6 +110,22 @@ class Swapped(Copy):
             self.copy = TablePolicy(table(np.full((3, 5), 0.01) + np.eye(3, 5) * 0.95))
 
 
+class OneApart(Swapped):
+    """Has the policy's weights; the first response of each prompt has a token whose probability was rounded far off."""
+
+    def generate(self, prompts, seeds, sampling):
+        drawn = super().generate(prompts, seeds, sampling)
+        return [[replace(r, logprob=r.logprob + 0.5 * len(r.tokens) * (not i)) for i, r in enumerate(m)] for m in drawn]
+
+
+def test_one_response_that_is_apart_does_not_stop_a_run(tmp_path, capsys, monkeypatch):
+    """A router of experts in 16 bits may send a token elsewhere: several responses are compared."""
+    monkeypatch.setattr(sources_ahead, "PROBE_EVERY", 3)
+    config = early(tmp_path / "run", 5, 2)
+    run(config, OneApart(at=99))
+    assert len(trained(config)) == 5 and config.rollout.responses > 2
+
+
 def test_another_model_under_the_present_version_is_found_now_and_then(tmp_path, capsys, monkeypatch):
     """Without a tolerance, and though the responses of a step are of older weights."""
     monkeypatch.setattr(sources_ahead, "PROBE_EVERY", 3)

@@ -162,6 +162,6 @@ def _check_mean(gap: np.ndarray) -> None:
         raise SamplerError(
             f"the sampler says that it has the policy's weights, and their log-probabilities differ by {gap.mean():.3g}"
             f" nats a token on average; at most {MEAN_GAP:g} is allowed: its weights are old or partly updated, its"
-            " prefix cache is stale, or it serves another model. Where it computes in few bits, set gap_tolerance,"
-            " which replaces this check"
+            " prefix cache is stale, or it serves another model. Where one of the two computes in few bits, set"
+            " gap_tolerance, which replaces this check"
         )

@@ -22,6 +22,7 @@ from gvpo_core.training.sampling import Sampling
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
 _PROBE_TOKENS = 16
+_PROBES = 8  # responses, where their mean is compared: in 16 bits a single one may be far off
 PROBE_EVERY = 20  # steps between two comparisons of a sampler that has the policy's weights and no gap_tolerance
 
 
@@ -88,12 +89,13 @@ class Ahead:
         return asked, lambda: known
 
     def _probe(self, policy: Policy, asked: Requests, sampling: Sampling, tolerance: float | None) -> None:
-        """Compares the log-probability of one short response of each rank with the policy's.
+        """Compares log-probabilities of short responses with the policy's: one of each rank, or several for a mean.
 
         The responses of the step cannot be compared: they are of older weights.
         """
         short = Sampling(min(sampling.max_tokens, _PROBE_TOKENS), sampling.temperature)
-        tokens, seeds = asked.tokens[:1], [seeds[:1] for seeds in asked.seeds[:1]]
+        count = _PROBES if tolerance is None else 1
+        tokens, seeds = asked.tokens[:1], [seeds[:count] for seeds in asked.seeds[:1]]
         prompts = asked_with(self.sampler, asked.prompts[:1], tokens)
         given = attempt(policy, lambda: self.sampler.probe(prompts, seeds, short), kind=SamplerError)
         rows = [(p, r) for p, many in zip(tokens, given or [], strict=True) for r in many if isinstance(r, Drawn)]
