@@ -128,8 +128,8 @@ class TorchPolicy(LanguageModelPolicy):
         held = contextlib.nullcontext() if self._sharded else model.products_in_compute_dtype(self.scorer)
         one_product = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
         self._trained.eval()
-        self._samples = True
         try:
+            self._samples = True
             with one_product, held, gathered(self._trained):
                 yield
         finally:

@@ -5,8 +5,9 @@ import logging
 import numpy as np
 import pytest
 import tiny_models
+from batches import batch, coefficients_of
 from required import require
-from torch_policies import policy
+from torch_policies import parameters, policy
 
 require(subject="torch")
 import torch
@@ -18,6 +19,7 @@ from gvpo_core.training.sampling import Sampling, row_seed
 ENDS = [0, *range(60, 90)]
 OPENING = [tuple(range(20, 40)), (5, 6, 7), (9, 5), tuple(range(20, 30))]
 K, TURNS = 3, 4
+OF = batch((2, 2))
 
 
 @pytest.fixture(scope="module")
@@ -179,6 +181,27 @@ def test_adapters_are_merged_once_for_all_turns_of_a_rollout_and_then_put_back(f
     assert len(entered) == 4 and alone == in_rollout
     assert all(torch.equal(value, before[name]) for name, value in of_policy.scorer.state_dict().items())
     assert not any(layer.merged for layer in adapters.lora_layers(of_policy.scorer.lm))
+
+
+CHANGES = {
+    "update": lambda of_policy, folder: of_policy.update(OF, coefficients_of(OF)),
+    "save": lambda of_policy, folder: of_policy.save(folder),
+    "restore": lambda of_policy, folder: of_policy.restore(folder),
+    "reset": lambda of_policy, folder: of_policy.reset(),
+    "renew_reference": lambda of_policy, folder: of_policy.renew_reference(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_within_a_rollout_parameters_are_neither_changed_nor_saved(change, folders, tmp_path) -> None:
+    """They are those of sampling there, in 16 bits or with adapters merged: a step along them would be lost."""
+    of_policy = policy(folders("llama"), dtype="bfloat16", reference=True)
+    before = parameters(of_policy)
+    with of_policy.reusing_prefixes(), pytest.raises(RuntimeError, match=f"{change} within reusing_prefixes"):
+        CHANGES[change](of_policy, tmp_path)
+    assert all(np.array_equal(value, before[name]) for name, value in parameters(of_policy).items())
+    of_policy.update(OF, coefficients_of(OF))
+    assert not np.array_equal(parameters(of_policy)["model.norm.weight"], before["model.norm.weight"])
 
 
 UNFIT = {

@@ -71,6 +71,7 @@ class LanguageModelPolicy(abc.ABC):
     defers: bool = False  # set by `_load`: `_update` goes through `StepPlan.deferred`
     _splitting: Splitting
     _prefixes: Prefixes | None = None  # for `_generate`, within `reusing_prefixes`
+    _in_rollout: bool = False  # within `reusing_prefixes`, where weights may be those of sampling
     _keeps_nothing: str | None = None  # what `_why_no_prefixes` gave; None: not asked yet
 
     def __init__(
@@ -181,6 +182,7 @@ class LanguageModelPolicy(abc.ABC):
 
     def reset(self) -> None:
         """Loads the initial model again, without optimizer state; every rank calls."""
+        self._need_own_weights("reset")
         self._unload()
         self._load()
         self.steps_taken, self.renewed = 0, False
@@ -216,17 +218,21 @@ class LanguageModelPolicy(abc.ABC):
 
     @contextlib.contextmanager
     def reusing_prefixes(self) -> Iterator[Prefixes | None]:
-        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns."""
+        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns.
+
+        Within it, what changes, saves or renews parameters raises RuntimeError.
+        """
         if self._keeps_nothing is None:
             self._keeps_nothing = why = self._why_no_prefixes()
             how = f"are computed from the start ({why})" if why else "compute what is new in them alone"
             logging.getLogger(f"gvpo.{self.backend}").info("%s: later turns of an episode %s", self.architecture, how)
         with self._weights_for_sampling():
-            self._prefixes = prefixes = None if self._keeps_nothing else Prefixes(self._cache_tokens() // 2)
+            prefixes = None if self._keeps_nothing else Prefixes(self._cache_tokens() // 2)
             try:
+                self._prefixes, self._in_rollout = prefixes, True
                 yield prefixes
             finally:
-                self._prefixes = None
+                self._prefixes, self._in_rollout = None, False
                 if prefixes is not None:  # the caller reads its counts, and scores next
                     prefixes.clear()
 
@@ -251,6 +257,7 @@ class LanguageModelPolicy(abc.ABC):
         Raises: RuntimeError: `load` had reference=False.
         """
         self._need_reference()
+        self._need_own_weights("renew_reference")
         self._renew_reference()
         self.renewed = True
 
@@ -264,6 +271,7 @@ class LanguageModelPolicy(abc.ABC):
         Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
         """
         self._need_training()
+        self._need_own_weights("update")
         c, alone = self.optimizer_config, self.world_size == 1
         count = len(batch)
         batch, owners = self._rows_of(batch)
@@ -297,9 +305,16 @@ class LanguageModelPolicy(abc.ABC):
         if self.frozen:
             raise RuntimeError("the policy was loaded with updates = 0: it scores and samples, and is not trained")
 
+    def _need_own_weights(self, call: str) -> None:
+        if self._in_rollout:
+            raise RuntimeError(
+                f"{call} within reusing_prefixes, where the weights are those of sampling: call it later"
+            )
+
     def _header(self) -> dict[str, Any]:
         """Facts of a checkpoint of the present state, for `checkpoint.write_header`."""
         self._need_training()
+        self._need_own_weights("save")
         facts = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
         return facts | ({"renewed": True} if self.renewed else {})
 
@@ -309,6 +324,7 @@ class LanguageModelPolicy(abc.ABC):
         Raises: ConfigError: a checkpoint that does not fit, and where.
         """
         self._need_training()
+        self._need_own_weights("restore")
         header = checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
         self._restore(Path(directory), header)
         self.steps_taken, self.renewed = int(header["step"]), bool(header.get("renewed"))
