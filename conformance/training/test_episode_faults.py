@@ -150,6 +150,19 @@ def test_a_process_that_dies_is_not_called_one_of_a_reward(pool_of) -> None:
     assert result["error"].startswith("its process exited with status 7")
 
 
+def test_an_option_that_an_episode_changes_is_the_same_in_the_next_one(pool_of, tmp_path) -> None:
+    (tmp_path / "cards.py").write_text(
+        "class Cards:\n"
+        "    def __init__(self, deck):\n        self.deck = deck\n"
+        "    def reset(self, row):\n        pass\n"
+        "    def step(self, message):\n        return [], float(self.deck.pop()), True\n"
+    )
+    pool = pool_of(path=f"{tmp_path}/cards.py:Cards", options={"deck": [1, 2]})
+    pool.ask([Operation("reset", i, ({},)) for i in range(3)])
+    results = pool.ask([Operation("step", i, ({"content": ""},)) for i in range(3)])
+    assert [result.get("reward") for result in results] == [2.0] * 3
+
+
 def test_a_schema_takes_what_a_function_allows() -> None:
     def search(words: list[str], most: int | None = None) -> str:
         """Searches."""

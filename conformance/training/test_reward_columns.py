@@ -196,3 +196,15 @@ def test_what_a_reward_changes_in_its_arguments_changes_nothing_for_others():
             close_rewards(loaded)
     assert len(seen) == 6 and len({*seen}) == 1 and "changed" not in seen[0] and "two" in seen[0]
     assert shared == ["one", ["two"]] and columns["codes"][0].tolist() == [0, 1, 2] and chats[0][0]["content"] == "p"
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+def test_an_option_that_a_reward_changes_is_the_same_at_the_next_call(isolation, tmp_path):
+    file = tmp_path / "popping.py"
+    file.write_text("def r(completions, ks):\n    return [float(ks.pop()) for _ in completions]\n")
+    config = RewardConfig(f"{file}:r", isolation=isolation, workers=1, options={"ks": [1, 2]})
+    loaded = load_rewards({"r": config})
+    try:
+        assert [score(loaded, ["a"], ["x"], {}).total.tolist() for _ in range(3)] == [[2.0]] * 3
+    finally:
+        close_rewards(loaded)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import copy
 import functools
 import sys
 import threading
@@ -142,8 +141,8 @@ class Threads:
         def work() -> None:
             try:
                 with printing_to(self._sink):
-                    of_call = {name: own_copy(columns[name]) for name in sent}
-                    of_all = own_copy(prompts), own_copy(completions)
+                    of_call = {name: functions.own_copy(columns[name]) for name in sent}
+                    of_all = functions.own_copy(prompts), functions.own_copy(completions)
                     value = functions.call(self._function, *of_all, of_call, self._options, run)
                     outcome.append((plain(value, len(completions)), None))
             except BaseException as e:  # SystemExit too: a reward must not end the run
@@ -313,17 +312,6 @@ class Processes:
                 another = Worker(self._setup, self._sink) if again and not self._closed else None
             self._idle.append(another)
             self._changed.notify()
-
-
-def own_copy(value: Any) -> Any:
-    """The value with lists, tuples, mappings, sets and arrays of its own; other objects are the same ones."""
-    kind = type(value)
-    if kind in (list, tuple):
-        same = {*map(type, value)} <= {int, float, str, bool, type(None)}
-        return kind(value) if same else kind(own_copy(item) for item in value)
-    if kind is dict:
-        return {key: own_copy(item) for key, item in value.items()}
-    return copy.copy(value) if kind in (set, bytearray) or kind.__name__ == "ndarray" else value
 
 
 def _readiness(worker: Worker | None) -> int:

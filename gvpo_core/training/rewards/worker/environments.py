@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from .encoding import decode
-from .functions import find_function
+from .functions import find_function, own_copy
 from .tools import schema_of
 
 LONGEST_RESULT = 16_384  # characters of a tool's result that go to the model
@@ -87,7 +87,7 @@ class Environments:
             return {"error": _text(e), "traceback": _of_the_user(e)}
 
     async def _reset(self, episode: int, row: dict[str, Any]) -> dict[str, Any]:
-        environment = self._living[episode] = self._make(**self._options)
+        environment = self._living[episode] = self._make(**own_copy(self._options))
         messages = await _awaited(environment.reset(row))
         return {"messages": None if messages is None else _messages(messages, "reset")}
 

@@ -1,5 +1,6 @@
 """Reward functions: found by name or path, asked for their arguments, and called."""
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -234,7 +235,7 @@ def call(
     Args:
       run: waits for an awaitable, on the event loop that all calls share.
     """
-    signature = signature_of(function)
+    signature, options = signature_of(function), own_copy(dict(options))
     if wrong := wrong_arguments(signature, columns, options):
         raise TypeError(wrong)
     if signature.answer_option:
@@ -251,6 +252,17 @@ def call(
     chosen = {k: v for k, v in values.items() if k in signature.names or (signature.any and k not in signature.bound)}
     value = function(*by_place, **chosen)
     return run(value) if inspect.isawaitable(value) else value
+
+
+def own_copy(value: Any) -> Any:
+    """The value with lists, tuples, mappings, sets and arrays of its own; other objects are the same ones."""
+    kind = type(value)
+    if kind in (list, tuple):
+        same = {*map(type, value)} <= {int, float, str, bool, type(None)}
+        return kind(value) if same else kind(own_copy(item) for item in value)
+    if kind is dict:
+        return {key: own_copy(item) for key, item in value.items()}
+    return copy.copy(value) if kind in (set, bytearray) or kind.__name__ == "ndarray" else value
 
 
 def plain(values: Any, count: int) -> Any:
