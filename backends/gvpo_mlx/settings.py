@@ -143,7 +143,7 @@ def _numbers(chosen: list[bool]) -> str:
 
 
 def check_experts(lm: nn.Module, config: Mapping[str, Any]) -> None:
-    """Refuses one expert a token whose weight transformers normalises to 1: mlx-lm normalises those of several alone.
+    """Refuses models with one expert a token whose weight is normalised: mlx-lm normalises only those of several.
 
     Raises: ConfigError: such a model.
     """

@@ -172,7 +172,7 @@ def unfit(lm: nn.Module) -> dict[str, str]:
         parent, _, attribute = name.rpartition(".")
         kind: Any = type(modules[parent])
         if not _is_linear(module):
-            unfit[name] = f"{type(module).__name__} is a router, or computes something else than x W^T"
+            unfit[name] = f"{type(module).__name__} is a router, or computes something other than x W^T"
         elif users[id(module.weight)] > 1:
             unfit[name] = f"{attribute} shares its weight with another layer"
         elif re.search(rf"\bself\.{attribute}\.weight(?!\.dtype|\.device)", _source(kind)):

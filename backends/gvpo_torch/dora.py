@@ -1,4 +1,4 @@
-"""DoRA's product that holds only its result for the backward pass, in the place of peft's.
+"""DoRA's product that holds only its result for the backward pass, in place of peft's.
 
 peft holds the base layer's product, the adapter's and their scaled sum for each layer.
 """
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Dora:
-    """A layer's variant of LoRA for peft: its own, with another forward pass."""
+    """peft's variant of LoRA for a layer, with another forward pass."""
 
     def __init__(self, own: Any) -> None:
         self.own = own  # peft's
@@ -55,7 +55,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def hold_less(layer: Any) -> None:
-    """Has a layer of peft compute DoRA so, where it computes DoRA of a linear layer."""
+    """Replaces the forward pass of peft's DoRA where the layer is linear."""
     base: nn.Module = layer.get_base_layer()
     if hasattr(base, "bias"):
         layer.lora_variant = {name: Dora(variant) for name, variant in layer.lora_variant.items()}

@@ -142,7 +142,8 @@ def _largest(
 
 
 def _filled(batch: Batch, packed: bool, config: Config, m: MemoryFacts) -> int:
-    """Tokens of a device's part of a micro-batch whose rows are filled: as few halvings of the budget as hold a row."""
+    """Tokens of a device's part of a micro-batch with filled rows, which are as long as the budget, halved as often as
+    the longest row still fits."""
     budget, responses = config.optimizer.micro_batch_tokens, config.optimizer.micro_batch_responses
     rows = plan_rows(batch, packed=packed, tokens=budget, responses=responses, hidden_size=m.hidden)
     longest, length = max(row.length for row in rows), budget

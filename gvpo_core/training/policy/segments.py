@@ -62,8 +62,8 @@ def sharing_beginnings(batch: Batch, responses: int) -> Batch:
 def _beginning(prompts: Sequence[Tokens]) -> tuple[int, list[int]]:
     """How many tokens of the first prompt are best computed once, and the prompts that begin with them.
 
-    Fewest tokens in all: these once, what follows in each of those prompts, and the other prompts once each. None where
-    each prompt once is no more.
+    Chosen so that the fewest tokens are computed: the beginning once, the rest of each prompt that has it, and each
+    other prompt once. (0, []) where that is no less than each prompt once.
     """
     together = [common(prompt, prompts[0]) for prompt in prompts]
     best, fewest = (0, list[int]()), sum(map(len, {*prompts}))
