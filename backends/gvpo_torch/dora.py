@@ -16,6 +16,8 @@ class Dora:
         self.own = own  # peft's
 
     def __getattr__(self, name: str) -> Any:  # merging and all else
+        if name.startswith("__"):  # asked for by `copy` before there is an `own`
+            raise AttributeError(name)
         return getattr(self.own, name)
 
     def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:

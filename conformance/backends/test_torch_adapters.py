@@ -1,5 +1,7 @@
 """LoRA adapters in gvpo_torch: merged while sampling, and what the backward pass holds of them."""
 
+import copy
+
 import batches
 import numpy as np
 import pytest
@@ -149,6 +151,13 @@ def test_a_dora_step_is_that_of_pefts_own_layers(name, tmp_path) -> None:
     assert batches.step_difference(steps[1], steps[0]) < 1e-5
     magnitudes = [{name: d for name, d in step.items() if "magnitude" in name} for step in steps]
     assert batches.step_difference(*magnitudes) < 1e-5
+
+
+def test_a_model_with_dora_can_be_copied(folder) -> None:
+    lm = adapted(folder, lora_kind="dora").scorer.lm
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(lm)(input_ids=ids).logits, lm(input_ids=ids).logits)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
