@@ -67,7 +67,9 @@ def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = Fals
                     functools.partial(from_files, _own_class(auto, settings, unpacked), folder), options
                 )
             except NotDeferred as reason:
-                log.warning("%s: each process reads the whole model before it keeps its part (%s)", config.path, reason)
+                packs = "the whole model is read before it is packed"
+                parts = "each process reads the whole model before it keeps its part"
+                log.warning("%s: %s (%s)", config.path, packs if config.quantization != "none" else parts, reason)
         if lm is None:
             lm, info = _attending(auto.from_pretrained, options)
     _check(lm, info, config, folder, bool(unpacked))

@@ -236,6 +236,14 @@ def test_loading_holds_no_unpacked_model(tmp_path) -> None:
     assert kept < 0.5 * whole and counted.most < kept + 0.1 * whole
 
 
+def test_weights_that_cannot_be_read_in_parts_are_packed_and_the_log_says_so(folder, tmp_path, caplog) -> None:
+    named = tiny_models.changed(folder, tmp_path, transformers_weights="model.safetensors")
+    with caplog.at_level("WARNING", "gvpo.torch"):
+        scores = policy(named, **LORA).logprobs(OF)
+    np.testing.assert_array_equal(scores, policy(folder, **LORA).logprobs(OF))
+    assert "the whole model is read before it is packed (config.json names the file of its weights)" in caplog.text
+
+
 def test_a_checkpoint_belongs_to_its_quantization(folder, tmp_path) -> None:
     policy(folder, **LORA).save(tmp_path)
     with pytest.raises(ConfigError, match="has quantization = nf4; this run has none"):
