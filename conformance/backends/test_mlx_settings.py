@@ -186,14 +186,6 @@ def test_a_head_beside_a_tied_one_is_compared(tmp_path) -> None:
     np.testing.assert_array_equal(mlx_policies.parameters(untied)["lm_head.weight"], tensors["lm_head.weight"])
 
 
-def test_a_head_of_its_own_in_a_model_that_mlx_lm_always_ties_is_refused(tmp_path) -> None:
-    """Without weights for it transformers starts it at random; with equal ones it trains two matrices, mlx-lm one."""
-    folder = tiny_models.make_model("gemma2", tmp_path / "model")
-    assert "lm_head" not in policy(folder).scorer.lm
-    with pytest.raises(ConfigError, match=r"tie_word_embeddings = false, and mlx-lm's gemma2 always ties its head"):
-        policy(tiny_models.changed(folder, tmp_path, tie_word_embeddings=False))
-
-
 @pytest.mark.parametrize(("experts", "normalised"), [(1, True), (1, False), (2, True)])
 def test_one_expert_whose_weight_is_not_normalised_is_refused(experts, normalised) -> None:
     """Found by a comparison with PyTorch alone before: 0.2 nat in GLM-4.5, 1.0 in DeepSeek-V3."""

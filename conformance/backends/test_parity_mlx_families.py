@@ -161,3 +161,11 @@ def test_a_setting_that_is_read_otherwise_shows_in_the_twin(tmp_path, monkeypatc
     with pytest.raises(ConfigError, match="log-probs of a tiny model with its settings differ by up to"):
         policy(tmp_path / "model")
     twin._difference.cache_clear()
+
+
+def test_a_head_of_its_own_in_a_model_that_mlx_lm_always_ties_is_refused(tmp_path) -> None:
+    """Without weights for it transformers starts it at random; with equal ones it trains two matrices, mlx-lm one."""
+    folder = tiny_models.make_model("gemma2", tmp_path / "model")
+    assert "lm_head" not in policy(folder).scorer.lm
+    with pytest.raises(ConfigError, match=r"tie_word_embeddings = false, and mlx-lm's gemma2 always ties its head"):
+        policy(tiny_models.changed(folder, tmp_path, tie_word_embeddings=False))
