@@ -46,7 +46,7 @@ def merged(scorer: Scorer, device: torch.device) -> int:
 
 def narrowed(scorer: Scorer) -> int:
     """Bytes of the layers' weights in the dtype of products, which sampling holds beside wider ones."""
-    return sum(p.numel() for p in cast_parameters(scorer)) * scorer.dtype.itemsize
+    return sum(p.numel() for *_, p in cast_parameters(scorer)) * scorer.dtype.itemsize
 
 
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:

@@ -242,8 +242,8 @@ def checkpointing(scorer: Scorer) -> Iterator[list[nn.Module]]:
             layer.training = False
 
 
-def cast_parameters(scorer: Scorer) -> list[nn.Parameter]:
-    """Parameters of linear layers that autocast casts for each product.
+def cast_parameters(scorer: Scorer) -> list[tuple[nn.Module, str, nn.Parameter]]:
+    """Parameters of linear layers that autocast casts for each product, with their layers and names in them.
 
     The head is left out: it may be the embedding. Without autocast there are none: adapters compute in float32.
     """
@@ -252,23 +252,25 @@ def cast_parameters(scorer: Scorer) -> list[nn.Parameter]:
         return []
     ends = {id(head), id(scorer.base.get_input_embeddings().weight)}
     layers = [m for m in scorer.modules() if type(m) is nn.Linear and id(m.weight) not in ends]
-    return [p for m in layers for p in m.parameters(recurse=False) if p.dtype != scorer.dtype]
+    named = [(m, name, p) for m in layers for name, p in m.named_parameters(recurse=False)]
+    return [(m, name, p) for m, name, p in named if p.dtype != scorer.dtype]
 
 
 @contextlib.contextmanager
 def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
     """Holds `cast_parameters` in the dtype in which autocast computes, instead of a cast at every token.
 
-    Master weights are put back at the end.
+    The master weights are put aside and back, and are not touched: another dtype in their place would take DDP's hooks
+    from them.
     """
-    masters = [(p, p.data) for p in cast_parameters(scorer)]
+    masters = cast_parameters(scorer)
     try:
-        for p, data in masters:
-            p.data = data.to(scorer.dtype)
+        for layer, name, p in masters:
+            layer._parameters[name] = nn.Parameter(p.detach().to(scorer.dtype), requires_grad=False)
         yield
     finally:
-        for p, data in masters:
-            p.data = data
+        for layer, name, p in masters:
+            layer._parameters[name] = p
 
 
 def train_padding_row(lm: nn.Module) -> None:

@@ -158,10 +158,23 @@ def test_a_linear_layer_is_cast_once_a_rollout(folders):
             return result
 
     of_policy = policy(folders("llama"), dtype="bfloat16")
-    layers = model.cast_parameters(of_policy.scorer)
+    layers = [p for *_, p in model.cast_parameters(of_policy.scorer)]
     shapes = {p.shape for p in layers if p.ndim == 2}
     with Casts() as casts:
         drawn = of_policy.generate([(1, 5, 9), (1, 7)], [[0, 1], [2]], Sampling(20))
     assert max(len(r.tokens) for row in drawn for r in row) > 5
     assert casts.count == sum(p.ndim == 2 for p in layers) > 0
     assert all(p.dtype == torch.float32 for p in of_policy.scorer.parameters())
+
+
+def test_what_hangs_on_a_gradient_hangs_there_after_sampling(folders):
+    """DDP's hooks do: they were lost where a parameter had held data of another dtype meanwhile."""
+    of_policy = policy(folders("llama"), dtype="bfloat16")
+    weight = of_policy.scorer.decoder.layers[0].mlp.up_proj.weight
+    accumulator = lambda: weight.expand_as(weight).grad_fn.next_functions[0][0]
+    before, called = accumulator(), []
+    before.register_hook(lambda *_: called.append(1))
+    of_policy.generate([(1, 5, 9)], [[0]], Sampling(3))
+    assert accumulator() is before
+    weight.sum().backward()
+    assert called
