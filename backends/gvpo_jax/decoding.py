@@ -95,23 +95,9 @@ def extend(
     return caches, after_last(setup, parameters, x, lengths - filled)
 
 
-def decode(
-    setup: Setup,
-    greedy: bool,
-    filters: tuple[str, ...],
-    end: tuple[int, ...],
-    parameters: Parameters,
-    adapters: Parameters,
-    prompt: Caches,
-    after: Array,
-    lengths: Array,
-    wanted: Array,
-    numbers: Array,
-    settings: Mapping[str, Array],
-) -> tuple[Array, Array]:
+def decode(*given: Any) -> tuple[Array, Array]:
     """`decode_and_keep` without the caches."""
-    rest = (parameters, adapters, prompt, after, lengths, wanted, numbers, settings)
-    return decode_and_keep(setup, greedy, filters, end, *rest)[:2]
+    return decode_and_keep(*given)[:2]
 
 
 def decode_and_keep(

@@ -11,10 +11,11 @@ from gvpo_mlx import generate, load
 
 from benchmarks.scale.table import Count
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.sampling import Sampling, row_seed
+from gvpo_core.training.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
 import tiny_models
+from conversations import play
 
 PROMPTS, K, PROMPT, HEARD, TURNS = 2, 4, 48, 12, 4
 ENDS = [0, *range(60, 96)]  # so many ids end a turn that a random model ends its turns
@@ -38,26 +39,19 @@ def counts() -> Iterator[Count]:
 
 def computed(policy: Any) -> tuple[int, list[Any]]:
     """Tokens in forward passes over prompts, padding included, and what was drawn."""
-    draw, columns, sampled, plain = np.random.default_rng(0), [], [], generate._Decoding._pass
+    draw, columns, plain = np.random.default_rng(0), [], generate._Decoding._pass
 
     def counted(self: Any, part: Any) -> Any:
         columns.append(len(part.prompts) * part.fresh)
         return plain(self, part)
 
     of_prompt = [tuple(draw.integers(1, 60, PROMPT).tolist()) for _ in range(PROMPTS)]
-    conversations = {(i, j): prompt for i, prompt in enumerate(of_prompt) for j in range(K)}
+    heard = lambda turn: tuple(draw.integers(1, 60, HEARD).tolist())
     generate._Decoding._pass = counted  # type: ignore[method-assign]
     try:
-        for turn in range(TURNS):
-            prompts = sorted({*conversations.values()})
-            rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
-            seeds = [[row_seed(1, *place, turn) for place in places] for places in rows]
-            sampled.append(policy.generate(prompts, seeds, Sampling(128)))
-            for places, responses in zip(rows, sampled[-1], strict=True):
-                for place, response in zip(places, responses, strict=True):
-                    assert response.finished
-                    heard = tuple(draw.integers(1, 60, HEARD).tolist())
-                    conversations[place] = (*conversations[place], *response.tokens, *heard)
+        on = lambda prompts, seeds: policy.generate(prompts, seeds, Sampling(128))
+        drawn, going = play(on, of_prompt, K, TURNS, heard)
     finally:
         generate._Decoding._pass = plain  # type: ignore[method-assign]
-    return sum(columns), sampled
+    assert going == PROMPTS * K, "a response was cut"
+    return sum(columns), drawn

@@ -15,10 +15,11 @@ from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, Segment, layout
 from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.segments import sharing_beginnings
-from gvpo_core.training.sampling import Sampling, row_seed
+from gvpo_core.training.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
 import tiny_models
+from conversations import play
 
 PROMPTS, K, PROMPT, HEARD, TURNS = 4, 8, 48, 12, 6
 ENDS = [0, *range(80, 96)]  # so many ids end a turn that a random model ends its turns
@@ -61,26 +62,23 @@ def packed() -> tuple[float, float]:
 
 def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, list[Any]]:
     """Tokens in forward passes over prompts, padding included, and what was drawn."""
-    draw, passes, sampled = np.random.default_rng(0), [], []
+    draw, passes = np.random.default_rng(0), []
 
     def forward(ids: torch.Tensor, positions: torch.Tensor, *, mask: Any = None, cache: Any) -> torch.Tensor:
         passes.append(ids.numel())
         return policy.scorer(ids, positions, mask=mask, cache=cache)
 
     of_prompt = [tuple(draw.integers(1, 80, PROMPT).tolist()) for _ in range(PROMPTS)]
-    conversations = {(i, j): prompt for i, prompt in enumerate(of_prompt) for j in range(K)}
-    policy.scorer.eval()
-    total = 0
-    for turn in range(TURNS):
-        prompts = sorted({*conversations.values()})
-        rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
+    totals: list[int] = []
+
+    def generated(prompts: Any, seeds: Any) -> Any:
         passes.clear()
         with torch.inference_mode():
-            drawn = generate.generate(
+            responses = generate.generate(
                 policy.scorer,
                 forward,
                 prompts,
-                [[row_seed(1, *place, turn) for place in places] for places in rows],
+                seeds,
                 Sampling(256),
                 end=ENDS,
                 device=policy.device,
@@ -88,11 +86,11 @@ def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, 
                 in_fixed_buffers=fixed,
                 prefixes=prefixes,
             )
-        total += passes[0]  # the passes after it decode
-        sampled.append(drawn)
-        for places, responses in zip(rows, drawn, strict=True):
-            for place, response in zip(places, responses, strict=True):
-                assert response.finished
-                heard = tuple(draw.integers(1, 80, HEARD).tolist())
-                conversations[place] = (*conversations[place], *response.tokens, *heard)
-    return total, sampled
+        totals.append(passes[0])  # the passes after it decode
+        return responses
+
+    policy.scorer.eval()
+    heard = lambda turn: tuple(draw.integers(1, 80, HEARD).tolist())
+    drawn, going = play(generated, of_prompt, K, TURNS, heard)
+    assert going == PROMPTS * K, "a response was cut"
+    return sum(totals), drawn

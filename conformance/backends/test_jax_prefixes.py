@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import tiny_models
+from conversations import play
 from jax_policies import policy
 from required import require
 
@@ -11,7 +12,7 @@ require(subject="jax")
 
 from gvpo_jax import check, decoding, generate, programs
 
-from gvpo_core.training.sampling import Sampling, row_seed
+from gvpo_core.training.sampling import Sampling
 
 ENDS = [0, *range(60, 90)]
 OPENING = [tuple(range(20, 40)), (5, 6, 7), (9, 5), tuple(range(20, 30))]
@@ -35,7 +36,7 @@ def policies(tmp_path_factory):
 
 def played(of_policy, monkeypatch):
     """(responses of all turns, tokens of prompts that programs took, padding included)."""
-    computed, drawn, plain = [], [], programs.Programs.call
+    computed, plain = [], programs.Programs.call
 
     def counted(self, function, static, *arguments, **options):
         if function in (decoding.prefill, decoding.extend):
@@ -43,19 +44,9 @@ def played(of_policy, monkeypatch):
         return plain(self, function, static, *arguments, **options)
 
     monkeypatch.setattr(programs.Programs, "call", counted)
-    conversations = {(i, j): prompt for i, prompt in enumerate(OPENING) for j in range(K)}
-    for turn in range(TURNS):
-        prompts = sorted({*conversations.values()})
-        rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
-        seeds = [[row_seed(1, *place, turn) for place in places] for places in rows]
-        drawn.append(of_policy.generate(prompts, seeds, Sampling(9)))
-        conversations = {
-            place: (*conversations[place], *response.tokens, 1, 2 + turn)
-            for places, responses in zip(rows, drawn[-1], strict=True)
-            for place, response in zip(places, responses, strict=True)
-            if response.finished
-        }
-    assert conversations, "no conversation went on to the last turn"
+    draw = lambda prompts, seeds: of_policy.generate(prompts, seeds, Sampling(9))
+    drawn, going = play(draw, OPENING, K, TURNS, lambda turn: (1, 2 + turn))
+    assert going, "no conversation went on to the last turn"
     return drawn, sum(computed)
 
 

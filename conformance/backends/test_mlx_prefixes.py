@@ -4,6 +4,7 @@ import logging
 
 import pytest
 import tiny_models
+from conversations import play
 from mlx_policies import policy
 from required import require
 
@@ -12,7 +13,7 @@ require(subject="mlx")
 import mlx.core as mx
 from gvpo_mlx import generate
 
-from gvpo_core.training.sampling import Sampling, row_seed
+from gvpo_core.training.sampling import Sampling
 
 ENDS = [0, *range(60, 90)]
 OPENING = [tuple(range(20, 40)), (5, 6, 7), (9, 5), tuple(range(20, 30))]
@@ -28,27 +29,16 @@ def of_policy(tmp_path_factory):
 
 def played(of_policy, monkeypatch):
     """(responses of all turns, tokens of prompts in forward passes, padding included)."""
-    computed, said, plain = [], [], generate._Decoding._pass
-    conversations = {(i, j): prompt for i, prompt in enumerate(OPENING) for j in range(K)}
+    computed, plain = [], generate._Decoding._pass
     monkeypatch.setattr(
         generate._Decoding,
         "_pass",
         lambda self, part: computed.append(len(part.prompts) * part.fresh) or plain(self, part),
     )
-    for turn in range(TURNS):
-        prompts = sorted({*conversations.values()})
-        rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
-        seeds = [[row_seed(1, *place, turn) for place in places] for places in rows]
-        drawn = of_policy.generate(prompts, seeds, Sampling(9))
-        said.append(drawn)
-        conversations = {
-            place: (*conversations[place], *response.tokens, 1, 2 + turn)
-            for places, responses in zip(rows, drawn, strict=True)
-            for place, response in zip(places, responses, strict=True)
-            if response.finished
-        }
-    assert conversations, "no conversation went on to the last turn"
-    return said, sum(computed)
+    draw = lambda prompts, seeds: of_policy.generate(prompts, seeds, Sampling(9))
+    drawn, going = play(draw, OPENING, K, TURNS, lambda turn: (1, 2 + turn))
+    assert going, "no conversation went on to the last turn"
+    return drawn, sum(computed)
 
 
 @pytest.mark.parametrize("cache_tokens", [1 << 20, 240])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import tiny_models
 from batches import batch, coefficients_of
+from conversations import play
 from required import require
 from torch_policies import parameters, policy
 
@@ -36,18 +37,13 @@ def played(of_policy, prefixes: Prefixes | None, *, fixed: bool = False, cache_t
             computed.append(ids.numel() if mask is None else int(mask[:, -ids.shape[1] :].sum()))
         return of_policy.scorer(ids, positions, mask=mask, cache=cache)
 
-    conversations = {(i, j): prompt for i, prompt in enumerate(OPENING) for j in range(K)}
-    said = []
-    of_policy.scorer.eval()
-    for turn in range(TURNS):
-        prompts = sorted({*conversations.values()})
-        rows = [[place for place, tokens in conversations.items() if tokens == prompt] for prompt in prompts]
+    def draw(prompts, seeds):
         with torch.inference_mode(), of_policy.scorer.autocast():
-            drawn = generate.generate(
+            return generate.generate(
                 of_policy.scorer,
                 forward,
                 prompts,
-                [[row_seed(1, *place, turn) for place in places] for places in rows],
+                seeds,
                 Sampling(9),
                 end=ENDS,
                 device=of_policy.device,
@@ -55,15 +51,11 @@ def played(of_policy, prefixes: Prefixes | None, *, fixed: bool = False, cache_t
                 in_fixed_buffers=fixed,
                 prefixes=prefixes,
             )
-        said.append(drawn)
-        conversations = {
-            place: (*conversations[place], *response.tokens, 1, 2 + turn)
-            for places, responses in zip(rows, drawn, strict=True)
-            for place, response in zip(places, responses, strict=True)
-            if response.finished
-        }
-    assert conversations, "no conversation went on to the last turn"
-    return said, sum(computed)
+
+    of_policy.scorer.eval()
+    drawn, going = play(draw, OPENING, K, TURNS, lambda turn: (1, 2 + turn))
+    assert going, "no conversation went on to the last turn"
+    return drawn, sum(computed)
 
 
 @pytest.mark.parametrize("fixed", [False, True], ids=["loop", "buffers"])
