@@ -368,13 +368,28 @@ def scale(session: nox.Session, backend: str) -> None:
     session.run("python", "-m", "benchmarks.scale", *(session.posargs or [backend]), env={"OMP_NUM_THREADS": "1"})
 
 
+# Tests of tiny models that can be on a GPU.
+ON_A_GPU = {
+    "torch": "torch_cuda torch_fixed torch_compiled torch_prefixes torch_quantized trainer policy_* distillation "
+    "episode_runs mixed_steps recorded_steps",
+    "jax": "policy_update policy_generate jax_prefixes",
+}
+
+
 @nox.session
-def gpu(session: nox.Session) -> None:
-    """The tests that need a CUDA device, and the benchmark of a step; fails without one. Not in the default run."""
-    install(session, "-e", ".[torch,dev]")
-    tests = (f"conformance/backends/test_torch_{name}.py" for name in ("cuda", "fixed"))
-    pytest(session, "gpu", *tests, GVPO_SUBJECTS="torch,gpu")
-    session.run("python", "benchmarks/cuda_step.py")
+@nox.parametrize("backend", list(ON_A_GPU), ids=list(ON_A_GPU))
+def gpu(session: nox.Session, backend: str) -> None:
+    """Tests on a CUDA device, and with torch the benchmark of a step; fails without one. Not in the default run."""
+    install(session, "-e", f".[{backend},dev{',bitsandbytes' if backend == 'torch' else ''}]")
+    if backend == "jax":
+        session.install("jax[cuda13]")
+    names = [f"test_{name}.py" for name in ON_A_GPU[backend].split()]
+    files = sorted(str(path) for name in names for path in Path("conformance/backends").glob(name))
+    env = {"GVPO_SUBJECTS": f"{backend},gpu", "GVPO_DEVICE": "cuda" if backend == "torch" else "gpu"}
+    env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
+    pytest(session, f"gpu-{backend}", *TWO_AT_A_TIME, "-k", "not two_processes", *files, **env)  # two need two devices
+    if backend == "torch":
+        session.run("python", "benchmarks/cuda_step.py")
 
 
 @nox.session

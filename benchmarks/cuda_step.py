@@ -1,6 +1,7 @@
 """A training step of Qwen2.5-1.5B's shape on one GPU, from random weights: sampling, scoring, update and peak memory.
 
-python benchmarks/cuda_step.py [--small]     one JSON line for each measurement; needs a CUDA device
+python benchmarks/cuda_step.py                         one JSON line for each measurement; needs a CUDA device
+python benchmarks/cuda_step.py --kinds lora nf4        some of the kinds of training
 """
 
 import argparse
@@ -19,9 +20,9 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "conformance" / "support"))
 import tiny_models
+from batches import sections
 from gvpo_torch import load
 
-from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -31,6 +32,16 @@ SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}
 GROUP, PROMPT, RESPONSE = 8, 512, 2048  # responses a prompt; tokens, of responses at most
 TOKENS = 128  # drawn for each row where sampling is measured
+KINDS: dict[str, dict[str, object]] = {
+    "full": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "compile": {"compile": True},
+    "adamw_8bit": {"name": "adamw_8bit"},
+    "lora": {"lora_rank": 16},
+    "nf4": {"lora_rank": 16, "quantization": "nf4"},
+    "dora": {"lora_rank": 16, "lora_kind": "dora"},
+}
+SAMPLED = ("full", "lora", "nf4")  # kinds of which sampling is measured
 
 
 @contextmanager
@@ -80,31 +91,28 @@ def draw(prompts: int, vocabulary: int, prompt: int, response: int) -> Batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
-    small = parser.parse_args().small
-    settings = SMALL if small else QWEN
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of training; default: all")
+    options = parser.parse_args()
+    small = options.small
+    shape = SMALL if small else QWEN
     prompt, response, prompts = (16, 32, 4) if small else (PROMPT, RESPONSE, 16)
-    vocabulary = int(settings["vocab_size"])
+    vocabulary = int(shape["vocab_size"])
     print(torch.cuda.get_device_name(0), "torch", torch.__version__)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = make_folder(Path(temporary), settings)
+        folder = make_folder(Path(temporary), shape)
         batch = draw(prompts, vocabulary, prompt, response)
         sampled = sum(map(len, batch.responses))
         packed = sampled + prompts * prompt
         texts = [batch.prompts[i] for i in range(0, len(batch), GROUP)]
-        kinds = {
-            "full": {},
-            "full, checkpointing": {"gradient_checkpointing": True},
-            "lora": {"lora_rank": 16},
-        }
-        for kind, options in kinds.items():
-            model = ModelConfig(path=str(folder), device="cuda", dtype="bfloat16", **options)
-            optimizer = OptimizerConfig(micro_batch_tokens=16384)
+        for kind in options.kinds:
+            settings = {"dtype": "bfloat16", "micro_batch_tokens": 16384} | KINDS[kind]
+            model, optimizer = sections(folder, "cuda", settings)
             with measured(f"{kind}: load"):
                 policy = load(model, optimizer, updates=10, reference=False, seed=0)
             assert policy.scorer.decodes_fixed, "the model is not decoded in fixed buffers"
             parameters = policy.describe().parameters
-            products = 4 if "lora" in kind else 6  # a frozen weight has no gradient
-            if kind in ("full", "lora"):
+            products = 4 if "lora_rank" in KINDS[kind] else 6  # a frozen weight has no gradient
+            if kind in SAMPLED:
                 for rows in (16, 128, 512):
                     some = texts[: max(1, min(rows, len(batch)) // GROUP)]
                     seeds = [[row_seed(0, i, j) for j in range(rows // len(some))] for i in range(len(some))]
@@ -120,7 +128,7 @@ def main() -> None:
             policy.logprobs(batch.take(list(range(GROUP))))
             with measured(f"{kind}: score", tokens=packed, flops=2 * parameters * packed):
                 policy.logprobs(batch)
-            for number in range(2):
+            for number in range(3):
                 with measured(
                     f"{kind}: update {number}", tokens=packed, flops=products * parameters * packed
                 ) as figures:

@@ -157,6 +157,7 @@ def accuracy(run: Run, steps: int, held_out: int) -> dict[str, Any]:
     return {
         "before": first["eval/reward"], "after": last["eval/reward"], "half_width": last.get("eval/half_width"),
         "problems": last["eval/prompts"], "steps": steps, "seconds": time.perf_counter() - start,
+        "device": policy.describe().device_name,
     }  # fmt: skip
 
 

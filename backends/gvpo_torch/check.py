@@ -72,7 +72,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
             )
         _check_decoding(scorer, name, batch, plain, device)
         if device.type == "cuda":
-            scorer.decodes_fixed = decodes_fixed(scorer, batch, plain, device)
+            scorer.in_graphs = scorer.decodes_fixed = decodes_fixed(scorer, batch, plain, device)
     if config.gradient_checkpointing:
         _check_checkpointing(scorer, name, batch, plain, device)
 

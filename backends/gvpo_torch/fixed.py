@@ -7,6 +7,7 @@ loop in `generate`, whose samples are the same up to rounding.
 """
 
 import contextlib
+import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -21,6 +22,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
 
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_torch.model import Scorer
+
+log = logging.getLogger("gvpo.torch")
 
 WAIT_EVERY = 16  # tokens between two looks at which rows have ended
 UNIFORMS_AHEAD = 4 * WAIT_EVERY  # random numbers made at once for each row
@@ -175,7 +178,7 @@ class FixedRows:
         self.tokens[lines] = tokens[:, None]
         self.positions[lines] = torch.from_numpy(prompts.lengths).to(lines.device)[:, None]
         self.drawn[lines, (self.t - 1) % self.drawn.shape[1]] = tokens
-        self.ended[lines] = torch.isin(tokens, ends)
+        self.ended[lines] = _among(tokens, ends)
 
     def grow(self) -> None:
         """Twice the room for tokens, up to that of the longest response."""
@@ -219,7 +222,7 @@ class FixedRows:
     def put(self, chosen: Tensor, ends: Tensor) -> None:
         """Appends the next token of each row, (R,) int64."""
         self.drawn.index_copy_(1, self.t % self.drawn.shape[1], chosen[:, None])
-        self.ended |= torch.isin(chosen, ends)
+        self.ended |= _among(chosen, ends)
         self.tokens.copy_(chosen[:, None])
         self.t += 1
 
@@ -239,15 +242,30 @@ class FixedRows:
             number = self.numbers.index_select(1, self.t % UNIFORMS_AHEAD).squeeze(1)
             self.put(pick(self.logits(), number), ends)
 
-        if self.graph is None and (self.tokens.device.type != "cuda" or self.eager < EAGER_STEPS):
+        if self.graph is None and (not self.scorer.in_graphs or self.eager < EAGER_STEPS):
             self.eager += 1
             step()
             return
         if self.graph is None:
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            graph = torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(graph):
+                    step()
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:  # a layer that waits for the host, as some of experts do
+                reason = str(error).splitlines()[0]
+                log.warning("%s: tokens are drawn without CUDA graphs (%s)", type(self.scorer.base).__name__, reason)
+                self.scorer.in_graphs = False
                 step()
+                return
+            self.graph = graph
         self.graph.replay()
+
+
+def _among(tokens: Tensor, ends: Tensor) -> Tensor:
+    """(R,) bool, without the wait for the host of `torch.isin` with many ends."""
+    return (tokens[:, None] == ends).any(1)
 
 
 def _aligned(slots: int) -> int:

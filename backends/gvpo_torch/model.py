@@ -45,6 +45,7 @@ class Scorer(nn.Module):
         self.rope = rope.by_length(self.decoder, self.config)
         kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         self.decodes_fixed = False  # set by `check`: whether sampling may go through `fixed`
+        self.in_graphs = False  # whether that takes a CUDA graph a token
         self.in_blocks = False  # set by `check`: whether the attention of packed rows goes through `blocks`
         self.masks_padding = False  # set by `check`: whether tokens before padding depend on it
         self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding

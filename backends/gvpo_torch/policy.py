@@ -1,6 +1,7 @@
 """The PyTorch policy: what `gvpo_core.training` trains, on one device or several."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from gvpo_torch import adapters, check, checkpoint, export, generate, memory, mo
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
-from gvpo_torch.update import EMPTY, Backward, clip, make_optimizer, step
+from gvpo_torch.update import EMPTY, Backward, clip, deterministic, make_optimizer, step
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
@@ -45,6 +46,8 @@ class TorchPolicy(LanguageModelPolicy):
     def __init__(
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
+        if config.deterministic:  # read when cuBLAS starts
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         super().__init__(config, optimizer, Ranks, updates=updates, reference=reference, seed=seed)
         self.device = self._ranks.device
         self._load()
@@ -78,7 +81,7 @@ class TorchPolicy(LanguageModelPolicy):
         self._optimizer: Any = None
         self._moments: int | None = 0
         if not self.frozen:
-            self._optimizer = make_optimizer(self.scorer.parameters(), self.optimizer_config)
+            self._optimizer = make_optimizer(self.scorer, self.optimizer_config)
             self._moments = moment_bytes(self.scorer.parameters(), self._optimizer)
         self._named = {name: p for name, p in _parameters(self.scorer).items() if p.requires_grad}
         self._load_reference()
@@ -222,7 +225,7 @@ class TorchPolicy(LanguageModelPolicy):
         def recomputing() -> contextlib.AbstractContextManager[Any]:
             return nothing() if always else model.checkpointing(self.scorer)
 
-        with model.checkpointing(self.scorer) if always else nothing():
+        with deterministic(self.config.deterministic), model.checkpointing(self.scorer) if always else nothing():
             rounds = [*plan.deferred, *([rows] for rows in plan.grouped)]
             for number, passes in enumerate(self._in_lockstep([len(micro) for micro in rounds])):
                 micro = rounds[number] if number < len(rounds) else []

@@ -1,11 +1,13 @@
 """Numbers in few bits, by bitsandbytes: AdamW's moments in 8, the frozen linear layers under adapters in 4 (QLoRA)."""
 
+import functools
 import logging
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.checkpoint import MOMENTS
@@ -35,10 +37,51 @@ def library() -> Any:
 # -- AdamW's moments
 
 
-def adamw_8bit(groups: list[dict[str, Any]], **options: Any) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits, blocks of 256 (Dettmers et al., arXiv 2110.02861); decoupled weight decay."""
-    optimizer: torch.optim.Optimizer = library().optim.AdamW8bit(groups, min_8bit_size=SMALLEST, **options)
+def adamw_8bit(groups: list[dict[str, Any]], vocabulary: set[int], **options: Any) -> torch.optim.Optimizer:
+    """AdamW with moments in 8 bits, blocks of 256 (Dettmers et al., arXiv 2110.02861); decoupled weight decay.
+
+    Embedding and head keep float32 moments: a token that is rare in a batch has a gradient so much smaller than its
+    neighbours' that its second moment would be rounded to 0, and its next step divided by eps.
+
+    Args:
+      vocabulary: ids of the weights of embedding and head.
+    """
+    split = []
+    for group in groups:
+        for float32 in (False, True):
+            params = [p for p in group["params"] if (id(p) in vocabulary or p.numel() < SMALLEST) == float32]
+            split += [{**group, "params": params, "float32": float32}] if params else []
+    optimizer: torch.optim.Optimizer = _adamw_class(library().optim.AdamW8bit)(split, **options)
     return optimizer
+
+
+@functools.cache
+def _adamw_class(base: Any) -> Any:
+    class AdamW8bit(base):  # type: ignore[misc]
+        """Groups marked `float32` have such moments, and take the step of PyTorch's AdamW."""
+
+        def get_config(self, g: int, i: int, group: dict[str, Any]) -> dict[str, Any]:
+            return super().get_config(g, i, group) | {"optim_bits": 32 if group["float32"] else 8, "min_8bit_size": 0}
+
+        def update_step(self, group: dict[str, Any], p: nn.Parameter, g: int, i: int) -> None:
+            if not group["float32"]:
+                super().update_step(group, p, g, i)
+                return
+            state, (beta1, beta2) = self.state[p], group["betas"]
+            given = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"beta1": beta1, "beta2": beta2}
+            moments, step = ([state["state1"]], [state["state2"]]), torch.tensor(float(state["step"]))
+            adamw([p], [p.grad], *moments, [], [step], foreach=False, amsgrad=False, maximize=False, **given)
+            state["step"] += 1
+
+    return AdamW8bit
+
+
+def vocabulary(module: nn.Module) -> set[int]:
+    """Ids of the weights of embeddings, and of linear layers with as many rows: heads."""
+    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    sizes = {m.num_embeddings for m in embeddings}
+    heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features in sizes]
+    return {id(m.weight) for m in (*embeddings, *heads)}
 
 
 def moment_shapes(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:
@@ -46,8 +89,10 @@ def moment_shapes(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str
     shape = tuple(p.shape)
     if not _in_8_bits(optimizer):
         return dict.fromkeys(MOMENTS, shape)
-    scales = (-(-p.numel() // MOMENT_BLOCK),)
-    return {"state1": shape, "state2": shape} | ({} if p.numel() < SMALLEST else {"absmax1": scales, "absmax2": scales})
+    scales = (
+        {} if _in_float32(p, optimizer) else dict.fromkeys(("absmax1", "absmax2"), (-(-p.numel() // MOMENT_BLOCK),))
+    )
+    return {"state1": shape, "state2": shape} | scales
 
 
 def new_state(p: nn.Parameter, optimizer: torch.optim.Optimizer, step: float) -> dict[str, Any]:
@@ -70,12 +115,19 @@ def moment_bytes(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Opti
     """Bytes of the optimizer's state once it has taken a step; None: of float32 moments."""
     if not _in_8_bits(optimizer):
         return None
-    sizes = [p.numel() for p in parameters if p.requires_grad]
-    return sum(8 * n if n < SMALLEST else 2 * n + 8 * -(-n // MOMENT_BLOCK) for n in sizes)
+    trained = [p for p in parameters if p.requires_grad]
+    return sum(
+        8 * p.numel() if _in_float32(p, optimizer) else 2 * p.numel() + 8 * -(-p.numel() // MOMENT_BLOCK)
+        for p in trained
+    )
 
 
 def _in_8_bits(optimizer: torch.optim.Optimizer) -> bool:
     return type(optimizer).__name__ == "AdamW8bit"
+
+
+def _in_float32(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
+    return any(group["float32"] and any(p is q for q in group["params"]) for group in optimizer.param_groups)
 
 
 # -- frozen weights

@@ -199,7 +199,7 @@ def train(
     Raises: FloatingPointError: a gradient that is not finite.
     """
     updates, done = epochs * -(-len(pairs) // batch), 0
-    adamw = make_optimizer(model.model.parameters(), optimizer)
+    adamw = make_optimizer(model.model, optimizer)
     for epoch in range(epochs):
         order = np.random.default_rng((seed, epoch)).permutation(len(pairs))
         for start in range(0, len(pairs), batch):

@@ -2,27 +2,27 @@
 
 import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.config import ConfigError, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, layout
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.policy.step import factors_of
-from gvpo_torch.quantized import adamw_8bit
+from gvpo_torch.quantized import adamw_8bit, vocabulary
 
 Score = Callable[[layout.Arrays, bool], Tensor]
 
 _PIECE = 1024  # elements of a gradient whose squares are summed in its own dtype, or in float32
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
     """AdamW over the parameters that need gradients; weight decay on matrices alone."""
-    trained = [p for p in parameters if p.requires_grad]
+    trained = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
@@ -30,7 +30,7 @@ def make_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig) 
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
     if config.name == "adamw_8bit":
-        return adamw_8bit(groups, **options)
+        return adamw_8bit(groups, vocabulary(module), **options)
     return torch.optim.AdamW(
         groups, **options, fused=all(p.device.type in ("cpu", "cuda", "xpu", "mps") for p in trained)
     )
@@ -42,6 +42,30 @@ def step(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, PyTorch computes by kernels that repeat bit for bit.
+
+    Raises: ConfigError: an operation has none.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what nothing wrote
+        yield
+    except RuntimeError as error:
+        if "deterministic" in str(error):
+            raise ConfigError(f"model.deterministic = true: {error}".splitlines()[0]) from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 class Backward:

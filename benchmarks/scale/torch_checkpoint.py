@@ -75,7 +75,7 @@ def _rank(folder: Path, step: bool = False) -> tuple[object, dict[str, torch.nn.
     scorer = model.load_scorer(ModelConfig(path=str(folder), device="cpu"), CPU, 0, deferred=True)
     sharding.cut(scorer, CPU)
     assert sharding.is_sharded(scorer)
-    optimizer = make_optimizer(scorer.parameters(), OptimizerConfig())
+    optimizer = make_optimizer(scorer, OptimizerConfig())
     named = dict(scorer.named_parameters())
     for p in named.values() if step else ():
         first, end = own_rows(p)

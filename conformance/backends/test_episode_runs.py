@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
-from places import SUPPORT
+from places import DEVICE, SUPPORT
 from trainer_backends import Backend
 
 from gvpo_core.training.config import (
@@ -67,7 +67,7 @@ def run(folder: Path, backend: Backend, model: Path, *, steps: int = 2, train_fi
     """Plays and trains; the policy, its batches, and the steps' records."""
     config = Config(
         run=RunConfig(folder=str(folder), backend=backend.name, steps=steps, checkpoint_every=1, show_every=0),
-        model=ModelConfig(path=str(model), device="cpu"),
+        model=ModelConfig(path=str(model), device=DEVICE),
         data=DataConfig(train=train_file, shuffle=False),
         rollout=RolloutConfig(prompts=2, responses=4, max_tokens=60),
         optimizer=OptimizerConfig(learning_rate=1e-3),
@@ -184,7 +184,7 @@ steps = 2
 show_every = 0
 [model]
 path = "{model}"
-device = "cpu"
+device = "{DEVICE}"
 [data]
 train = "{tmp_path}/rows.jsonl"
 [rollout]

@@ -10,7 +10,7 @@ import pytest
 import tiny_models
 import trainer_backends
 from cases import Case
-from places import ROOT
+from places import DEVICE, ROOT
 from reference import gvpo
 from trainer_backends import Backend
 from trainer_runs import write_run
@@ -49,7 +49,7 @@ def model(tmp_path_factory) -> Path:
 def config_of(folder: Path, backend: Backend, model: Path) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), backend=backend.name, steps=2, show_every=0),
-        model=ModelConfig(path=str(model), device="cpu"),
+        model=ModelConfig(path=str(model), device=DEVICE),
         data=DataConfig(train="given", shuffle=False),
         rollout=RolloutConfig(prompts=4, max_tokens=8),
         objective=ObjectiveConfig(beta=BETA),
@@ -126,7 +126,7 @@ def test_the_example_and_the_page_run(source, tmp_path, backend, model, capsys, 
     if backend.name == "jax":
         pytest.skip("its steps are above; here it would only compile other shapes")
     config = ROOT / "examples" / "recorded" / "config.toml"
-    options = ["--model.path", str(model), "--model.device", "cpu", "--run.backend", backend.name]
+    options = ["--model.path", str(model), "--model.device", DEVICE, "--run.backend", backend.name]
     if source == "page":
         page = (ROOT / "docs" / "recorded.md").read_text(encoding="utf-8")
         [toml], [line] = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("toml", "json"))

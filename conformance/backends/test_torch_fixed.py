@@ -1,6 +1,5 @@
 """Decoding in buffers of fixed size, as on CUDA, draws the tokens of the plain loop; here without graphs, on CPU."""
 
-import numpy as np
 import pytest
 import tiny_models
 from required import require
@@ -128,18 +127,54 @@ def test_other_attention_takes_the_plain_loop(family, folders, monkeypatch):
     assert not (decodes and windows)
 
 
+def test_a_layer_that_cannot_be_captured_is_decoded_without_graphs(folders, monkeypatch, caplog):
+    of_policy, captures = policy(folders("llama")), []
+    plain = sampled(of_policy, Sampling(12), in_fixed_buffers=True)
+
+    class Capture:
+        def __init__(self, graph) -> None:
+            captures.append(graph)
+
+        def __enter__(self) -> None:
+            pass
+
+        def __exit__(self, *raised) -> None:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(fixed.FixedRows, "logits", nothing_while_capturing(captures))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    of_policy.scorer.in_graphs = True
+    assert sampled(of_policy, Sampling(12), in_fixed_buffers=True) == plain
+    assert len(captures) == 1 and not of_policy.scorer.in_graphs
+    assert "tokens are drawn without CUDA graphs (operation not permitted when stream is capturing)" in caplog.text
+
+
+def nothing_while_capturing(captures):
+    """`FixedRows.logits`; while a graph is captured nothing is computed: here, an error ends the capture."""
+    plain = fixed.FixedRows.logits
+
+    def logits(rows):
+        if len(captures) == 1 and captures[0] is not None:
+            captures[0] = None
+            raise RuntimeError("a copy to the host")
+        return plain(rows)
+
+    return logits
+
+
 def test_layers_are_held_in_the_dtype_of_products_and_put_back(folders):
     of_policy = policy(folders("llama"), dtype="bfloat16")
     before = {name: p.detach().clone() for name, p in of_policy.scorer.named_parameters()}
     linear = of_policy.scorer.decoder.layers[0].mlp.up_proj
     with torch.inference_mode(), of_policy.scorer.autocast():
-        x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(3, linear.in_features, generator=torch.Generator().manual_seed(0)).to(of_policy.device)
         plain = linear(x)
         with model.products_in_compute_dtype(of_policy.scorer):
             assert linear.weight.dtype == torch.bfloat16
             assert of_policy.scorer.base.get_input_embeddings().weight.dtype == torch.float32
             held = linear(x)
-    np.testing.assert_array_equal(held.float().numpy(), plain.float().numpy())
+    assert torch.equal(held, plain)
     for name, p in of_policy.scorer.named_parameters():
         assert torch.equal(p, before[name]) and p.dtype == before[name].dtype
 

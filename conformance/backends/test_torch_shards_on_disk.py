@@ -39,7 +39,7 @@ class Rank:
         scorer = model.load_scorer(config, CPU, seed, deferred=True)
         sharding.cut(scorer, CPU)
         assert sharding.is_sharded(scorer)
-        self.optimizer = make_optimizer(scorer.parameters(), OptimizerConfig(learning_rate=0.1))
+        self.optimizer = make_optimizer(scorer, OptimizerConfig(learning_rate=0.1))
         self.named = {name.removeprefix("lm."): p for name, p in scorer.named_parameters() if p.requires_grad}
 
     def step(self) -> None:

@@ -13,6 +13,7 @@ require(subject="torch")
 import torch
 from gvpo_torch import update
 
+from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Batch
 
 OF = batch((4, 3, 1, 5))
@@ -29,6 +30,29 @@ def test_dropout_is_off(tmp_path) -> None:
     before = of_policy.logprobs(OF)
     stepped = of_policy.update(OF, coefficients_of(OF))
     np.testing.assert_allclose(stepped.logprobs, before, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("wanted", [False, True])
+def test_deterministic_kernels_are_asked_for_in_an_update_alone(wanted, folder, monkeypatch) -> None:
+    of_policy, asked, plain = policy(folder, deterministic=wanted, **SMOOTH), [], update.Backward.deferred
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+
+    def deferred(*given):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return plain(*given)
+
+    monkeypatch.setattr(update.Backward, "deferred", deferred)
+    of_policy.update(OF, coefficients_of(OF))
+    assert set(asked) == {wanted} and not torch.are_deterministic_algorithms_enabled()
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named(folder, monkeypatch) -> None:
+    of_policy = policy(folder, deterministic=True, **SMOOTH)
+    monkeypatch.setattr(update.Backward, "deferred", lambda *given: torch.zeros(2).put_(torch.tensor(0), torch.ones(1)))
+    with pytest.raises(ConfigError, match=r"model\.deterministic = true: put_ does not have a deterministic"):
+        of_policy.update(OF, coefficients_of(OF))
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_peak_memory_is_in_bytes(folder) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
+from places import DEVICE
 from trainer_backends import Backend
 from trainer_runs import write_run
 
@@ -173,7 +174,7 @@ def test_export_and_eval_of_a_run(tmp_path, make, model, backend, capfd):
     [
         ("tokenizer", None, "has no tokenizer"),
         ("config.json", None, "has no config.json"),
-        ('device = "cpu"', 'device = "abacus"', "abacus"),
+        (f'device = "{DEVICE}"', 'device = "abacus"', "abacus"),
         ("max_tokens = 8", "max_tokens = 8\ntop_p = 0.9", "allow_truncated_support"),
         ('path = "', 'path = "/nowhere', "nowhere"),
     ],

@@ -8,6 +8,7 @@ from typing import Any
 import batches
 import numpy as np
 import pytest
+from places import DEVICE
 
 from gvpo_core.training.policy import Response
 from gvpo_core.training.sampling import Sampling
@@ -16,10 +17,10 @@ WIDTH = 96  # of the row that `logits` computes: one program for every length
 
 
 def policy(folder: Path, *, updates: int = 10, reference: bool = False, seed: int = 0, **settings: Any) -> Any:
-    """`gvpo_jax.load` on one CPU device, with settings of either config section."""
+    """`gvpo_jax.load` on one device, with settings of either config section."""
     from gvpo_jax import load
 
-    return load(*batches.sections(folder, "cpu:0", settings), updates=updates, reference=reference, seed=seed)
+    return load(*batches.sections(folder, f"{DEVICE}:0", settings), updates=updates, reference=reference, seed=seed)
 
 
 def parameters(of: Any) -> dict[str, np.ndarray]:

@@ -7,21 +7,25 @@ from typing import Any
 
 import batches
 import numpy as np
+from places import DEVICE
 
 from gvpo_core.training.policy import Batch, Response
 from gvpo_core.training.sampling import Sampling
 
 
 def policy(folder: Path, *, updates: int = 10, reference: bool = False, seed: int = 0, **settings: Any) -> Any:
-    """`gvpo_torch.load` on CPU, with settings of either config section."""
+    """`gvpo_torch.load`, with settings of either config section."""
     from gvpo_torch import load
 
-    return load(*batches.sections(folder, "cpu", settings), updates=updates, reference=reference, seed=seed)
+    settings = {"deterministic": DEVICE == "cuda"} | settings
+    loaded = load(*batches.sections(folder, DEVICE, settings), updates=updates, reference=reference, seed=seed)
+    assert str(loaded.device).startswith(DEVICE)
+    return loaded
 
 
 def parameters(of: Any) -> dict[str, np.ndarray]:
     """The trained parameters, float64."""
-    return {name: p.detach().double().numpy().copy() for name, p in of._named.items()}
+    return {name: p.detach().cpu().double().numpy().copy() for name, p in of._named.items()}
 
 
 def dtypes(of: Any) -> set[str]:
@@ -39,7 +43,7 @@ def held_bytes(of: Any) -> int:
 def first_moments(of: Any) -> dict[str, np.ndarray]:
     """AdamW's, float64; none before the first step."""
     state = of._optimizer.state
-    return {name: state[p]["exp_avg"].double().numpy() for name, p in of._named.items() if p in state}
+    return {name: state[p]["exp_avg"].cpu().double().numpy() for name, p in of._named.items() if p in state}
 
 
 def fill(of: Any, name: str, value: float) -> None:
@@ -77,18 +81,22 @@ def logits(of: Any, ids: tuple[int, ...]) -> np.ndarray:
     """(T, V) float64 by transformers' own forward pass, without a cache."""
     import torch
 
-    given = torch.tensor([ids])
+    given = torch.tensor([ids], device=of.device)
     with torch.no_grad():
-        return of.scorer.base(input_ids=given, attention_mask=torch.ones_like(given)).logits[0].double().numpy()
+        return of.scorer.base(input_ids=given, attention_mask=torch.ones_like(given)).logits[0].cpu().double().numpy()
 
 
 def sample(
     of: Any, prompts: list[Any], seeds: list[list[int]], sampling: Sampling, patch: Any
 ) -> tuple[list[list[Response]], np.ndarray]:
-    """Responses, and the log-prob of each at temperature 1 as the sampler saw it."""
+    """Responses, and the log-prob of each at temperature 1 as the sampler saw it, by the loop of any device."""
     from gvpo_torch import generate
 
-    return batches.sample_watched(of, generate, prompts, seeds, sampling, patch)
+    fixed, of.scorer.decodes_fixed = of.scorer.decodes_fixed, False
+    try:
+        return batches.sample_watched(of, generate, prompts, seeds, sampling, patch)
+    finally:
+        of.scorer.decodes_fixed = fixed
 
 
 def pick(values: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> list[int]:
@@ -96,7 +104,7 @@ def pick(values: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> list[in
     import torch
     from gvpo_torch import generate
 
-    return generate.pick(torch.from_numpy(values.astype(np.float32)), numbers, sampling).tolist()
+    return generate.pick(torch.from_numpy(values.astype(np.float32)).to(DEVICE), numbers, sampling).tolist()
 
 
 def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
@@ -104,7 +112,7 @@ def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
     import torch
     from gvpo_torch import generate
 
-    return generate.truncate(torch.from_numpy(masses.copy()), sampling).numpy()
+    return generate.truncate(torch.from_numpy(masses.copy()).to(DEVICE), sampling).cpu().numpy()
 
 
 def reference_gradients(folder: Path, of: Batch, factors: np.ndarray, *, afresh: bool = False) -> dict[str, np.ndarray]:

@@ -24,7 +24,7 @@ SEEDS = [[row_seed(1, i, j) for j in range(size)] for i, size in enumerate((3, 1
 def whole_parameters(of_policy) -> dict[str, np.ndarray]:
     from gvpo_torch.update import full_tensor
 
-    return {name: full_tensor(p.detach()).double().numpy().copy() for name, p in of_policy._named.items()}
+    return {name: full_tensor(p.detach()).cpu().double().numpy().copy() for name, p in of_policy._named.items()}
 
 
 def assert_is_what_runs(of_policy, sharding: str) -> None:

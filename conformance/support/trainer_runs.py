@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from places import DEVICE
 from trainer_backends import Backend
 
 REWARD = """
@@ -27,7 +28,8 @@ checkpoint_every = 2
 show_every = 0
 [model]
 path = "{model}"
-device = "cpu"
+device = "{DEVICE}"
+deterministic = {str(DEVICE == "cuda").lower()}
 {model_extra}
 [data]
 train = "{folder / "train.jsonl"}"

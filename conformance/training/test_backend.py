@@ -50,6 +50,7 @@ FOREIGN = [
     ("layout", "packed", ("torch", "jax", "mlx")),
     ("quantization", "nf4", ("torch",)),
     ("compile", True, ("torch",)),
+    ("deterministic", True, ("torch",)),
 ]
 
 

@@ -29,6 +29,7 @@ _OWNED = {
     "dtype": "leave it at float32",
     "gradient_checkpointing": "leave it out",
     "compile": "leave it out; jax and mlx compile on their own",
+    "deterministic": "leave it out; of jax XLA_FLAGS=--xla_gpu_deterministic_ops=true decides it",
     "layout": "leave it out",
 }
 """Settings of [model] that not every backend has, and what to do about one in the wrong place."""
@@ -49,7 +50,7 @@ BACKENDS: dict[str, Backend] = {
                 "safetensors": ">=0.6.1",
             },
             "cpu, cuda, cuda:1, mps, xpu",
-            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization", "compile"},
+            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization", "compile", "deterministic"},
             ("adamw", "adamw_8bit"),
         ),
         Backend(

@@ -64,6 +64,8 @@ class ModelConfig:
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     compile: bool = False
     """Compile the decoder layers for scores and gradients (torch.compile). Costs minutes at the start; one process."""
+    deterministic: bool = False
+    """Only kernels that repeat bit for bit in an update (torch on CUDA, where the usual ones do not). Slower."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"
