@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from gvpo_core.training.sampling import Sampling
 from gvpo_torch import adapters, check, checkpoint, export, generate, memory, model
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
+from gvpo_torch.reference import Reference, named_parameters
 from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
-from gvpo_torch.update import EMPTY, Backward, clip, deterministic, make_optimizer, step
+from gvpo_torch.update import Backward, clip, deterministic, in_step, make_optimizer, most_passes, step
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
@@ -83,21 +84,21 @@ class TorchPolicy(LanguageModelPolicy):
         if not self.frozen:
             self._optimizer = make_optimizer(self.scorer, self.optimizer_config)
             self._moments = moment_bytes(self.scorer.parameters(), self._optimizer)
-        self._named = {name: p for name, p in _parameters(self.scorer).items() if p.requires_grad}
-        self._load_reference()
+        self._named = {name: p for name, p in named_parameters(self.scorer).items() if p.requires_grad}
+        own_model = self.settings.reference and not config.lora_rank
+        self._reference = Reference(self.scorer, self._named, self._initial if own_model else None)
         export.name_end_tokens(self.scorer.base, self.folder, self._end)
 
-    def _load_reference(self) -> None:
-        self._reference = None
-        self._reference_adapters: dict[str, Tensor] = {}  # under LoRA, of a renewed reference; empty: adapters off
-        if self.settings.reference and not self.config.lora_rank:
-            sharded = self.world_size > 1 and self.config.sharding == "fsdp"
-            self._reference = model.load_reference(self.config, self.device, deferred=sharded)
-            if sharded:
-                shard(self._reference, self.device)
+    def _initial(self) -> model.Scorer:
+        """The initial model, which is the reference."""
+        sharded = self.world_size > 1 and self.config.sharding == "fsdp"
+        initial = model.load_reference(self.config, self.device, deferred=sharded)
+        if sharded:
+            shard(initial, self.device)
+        return initial
 
     def _unload(self) -> None:
-        del self.scorer, self._trained, self._optimizer, self._named, self._reference, self._reference_adapters
+        del self.scorer, self._trained, self._optimizer, self._named, self._reference
 
     # -- sampling and scoring
 
@@ -144,17 +145,10 @@ class TorchPolicy(LanguageModelPolicy):
             return check.continues(self.scorer, self.device)
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        scorer: Any = self.scorer
-        switched: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if reference and self._reference_adapters:
-            switched = self._in_their_place(self._reference_adapters)
-        elif reference and self.scorer.adapted:
-            switched = self.scorer.lm.disable_adapter()
-        elif reference:
-            scorer = self._reference
         logprobs, tokens = np.zeros(len(batch)), 0
+        scoring = self._reference.scoring() if reference else contextlib.nullcontext(self.scorer)
         self._trained.eval()
-        with self._no_gradients(), switched, scorer.autocast(), self._in_step(scorer) as forward:
+        with self._no_gradients(), scoring as scorer, scorer.autocast(), self._in_step(scorer) as forward:
             for rows in self._splitting.rows(batch):
                 arrays = layout.arrays(batch, rows)
                 values = model.score(forward, arrays, self.device)
@@ -163,49 +157,10 @@ class TorchPolicy(LanguageModelPolicy):
         return logprobs, tokens
 
     def _renew_reference(self) -> None:
-        if self._reference is None:
-            self._reference_adapters = {name: p.detach().clone() for name, p in self._named.items()}
-        else:
-            self._write(_parameters(self._reference), self._named)
-            gathered_no_more(self._reference)
+        self._reference.renew()
 
-    def _reference_tensors(self) -> dict[str, Tensor]:
-        """Of a renewed reference, by the names of what is trained."""
-        if self._reference is None:
-            return self._reference_adapters
-        held = _parameters(self._reference)
-        return {name: held[name] for name in self._named}
-
-    @contextlib.contextmanager
-    def _in_their_place(self, values: Mapping[str, Tensor]) -> Iterator[None]:
-        """The model with these values of what is trained; afterwards it has its own again."""
-        before = {name: p.detach().clone() for name, p in self._named.items()}
-        self._write(self._named, values)
-        try:
-            yield
-        finally:
-            self._write(self._named, before)
-
-    def _write(self, parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-        with torch.no_grad():
-            for name, value in values.items():
-                parameters[name].copy_(value)
-        gathered_no_more(self._trained)
-
-    @contextlib.contextmanager
-    def _in_step(self, scorer: model.Scorer) -> Iterator[Any]:
-        """The scorer to call without gradients. Sharded, every rank must call it as often: some for nothing."""
-        if not self._sharded:
-            yield scorer
-            return
-
-        def forward(*args: Any, **options: Any) -> Tensor:
-            self._ranks.most(1)
-            return scorer(*args, **options)
-
-        yield forward
-        while self._ranks.most(0):
-            model.score(scorer, EMPTY, self.device)
+    def _in_step(self, scorer: model.Scorer) -> contextlib.AbstractContextManager[Any]:
+        return in_step(self._ranks, scorer, self.device) if self._sharded else contextlib.nullcontext(scorer)
 
     def _no_gradients(self) -> contextlib.AbstractContextManager[Any]:
         """FSDP2 keeps the parameters that it gathers, and those of inference mode cannot be trained on."""
@@ -227,7 +182,8 @@ class TorchPolicy(LanguageModelPolicy):
 
         with deterministic(self.config.deterministic), model.checkpointing(self.scorer) if always else nothing():
             rounds = [*plan.deferred, *([rows] for rows in plan.grouped)]
-            for number, passes in enumerate(self._in_lockstep([len(micro) for micro in rounds])):
+            own_passes = [len(micro) for micro in rounds]
+            for number, passes in enumerate(most_passes(self._ranks, own_passes) if self._sharded else own_passes):
                 micro = rounds[number] if number < len(rounds) else []
                 fresh = backward.deferred(batch, micro, coefficients, passes, recomputing)
                 logprobs = np.where(np.isnan(fresh), logprobs, fresh)
@@ -238,16 +194,6 @@ class TorchPolicy(LanguageModelPolicy):
         norm = clip(self._named.items(), self.optimizer_config.max_gradient_norm)
         step(optimizer, rate)
         return Update(logprobs, norm, rate, plan.tokens + backward.tokens, memory.peak(self.device))
-
-    def _in_lockstep(self, passes: list[int]) -> list[int]:
-        """Of each round of passes the most that any rank has; FSDP2 gathers and reduces in each."""
-        if not self._sharded:
-            return passes
-        rounds = self._ranks.most(len(passes))
-        padded = np.zeros(rounds, np.int64)
-        padded[: len(passes)] = passes
-        most: list[int] = self.gather(padded).reshape(self.world_size, rounds).max(0).tolist()
-        return most
 
     def _score_autocast(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
         """(n,) log-probabilities; `reduces`: DDP sums the gradients of this pass, or of those before it, over ranks."""
@@ -262,25 +208,17 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _saving(self, directory: Path, header: dict[str, Any]) -> Callable[[], dict[str, Digest]]:
         writers = self.world_size if self._sharded else 1
-        reference = self._reference_tensors() if self.renewed else None
-        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers, reference)
+        of_reference = self._reference.tensors()
+        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers, of_reference)
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
         self._saving(directory, header)()
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        renewed = bool(header.get("renewed"))
-        reference = self._reference_tensors() if renewed else None
-        if reference == {}:  # adapters of a reference that this policy has not renewed yet
-            reference = {name: torch.empty_like(p, requires_grad=False) for name, p in self._named.items()}
-        checkpoint.restore(directory, self._named, self._optimizer, header, reference)
-        if reference and self._reference is None:
-            self._reference_adapters = reference
-        elif self.renewed and not renewed:
-            self._load_reference()
-        for written in (self._trained, self._reference):
-            if written is not None:
-                gathered_no_more(written)
+        of_reference = self._reference.room() if header.get("renewed") else None
+        checkpoint.restore(directory, self._named, self._optimizer, header, of_reference)
+        self._reference.restored(of_reference)
+        gathered_no_more(self._trained)
 
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
@@ -318,7 +256,3 @@ class TorchPolicy(LanguageModelPolicy):
         few = in_few_bits(self.config, self.optimizer_config)
         adapted = ("peft",) if self.config.lora_rank else ()
         return "torch", "transformers", *adapted, *(("bitsandbytes",) if few else ())
-
-
-def _parameters(scorer: model.Scorer) -> dict[str, torch.nn.Parameter]:
-    return {name.removeprefix("lm."): p for name, p in scorer.named_parameters()}

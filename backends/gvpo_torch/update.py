@@ -13,7 +13,9 @@ from gvpo_core.training.config import ConfigError, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, layout
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.policy.step import factors_of
+from gvpo_torch.model import Scorer, score
 from gvpo_torch.quantized import adamw_8bit, vocabulary
+from gvpo_torch.ranks import Ranks
 
 Score = Callable[[layout.Arrays, bool], Tensor]
 
@@ -143,6 +145,29 @@ class Backward:
         # FSDP2 reduces at every pass: its gradients stay sharded, which is what it is used for.
         is_copy = isinstance(self.trained, nn.parallel.DistributedDataParallel)
         return self.trained.no_sync() if is_copy and not last else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def in_step(ranks: Ranks, scorer: Scorer, device: torch.device) -> Iterator[Any]:
+    """Of a sharded model: the scorer to call without gradients. Every rank must call it as often: some for nothing."""
+
+    def forward(*args: Any, **options: Any) -> Tensor:
+        ranks.most(1)
+        values: Tensor = scorer(*args, **options)
+        return values
+
+    yield forward
+    while ranks.most(0):
+        score(scorer, EMPTY, device)
+
+
+def most_passes(ranks: Ranks, passes: Sequence[int]) -> list[int]:
+    """Of each round of passes the most that any rank has; FSDP2 gathers and reduces in each."""
+    rounds = ranks.most(len(passes))
+    padded = np.zeros(rounds, np.int64)
+    padded[: len(passes)] = passes
+    most: list[int] = ranks.gather(padded).reshape(ranks.world_size, rounds).max(0).tolist()
+    return most
 
 
 EMPTY = layout.arrays(Batch([(0,)], [(0,)], [0]), [Row((0,), (0,), 1)])  # a pass that only keeps step with other ranks

@@ -94,7 +94,7 @@ def test_padding_ids_embedding_is_trained_as_any_other(name: str, pad: int, tmp_
     of = Batch([(*prompt, pad, 7) for prompt in of.prompts], of.responses, of.groups)  # the id as an ordinary input
     factors = np.random.default_rng(3).normal(size=len(of))
     of_policy = policy(made, reference=True)
-    for scorer in (of_policy.scorer, of_policy._reference):
+    for scorer in (of_policy.scorer, of_policy._reference.model):
         assert not [m for m in scorer.modules() if getattr(m, "padding_idx", None) is not None and hasattr(m, "weight")]
     norm = of_policy.update(of, lambda logprobs, rows: factors[rows]).gradient_norm
     exact = reference_gradients(made, of, factors)

@@ -36,7 +36,7 @@ def assert_is_what_runs(of_policy, sharding: str) -> None:
     assert isinstance(of, torch.nn.parallel.DistributedDataParallel) == (sharding == "data_parallel")
     assert isinstance(of, FSDPModule) == (sharding == "fsdp")
     if sharding == "fsdp":
-        modules = [of, of_policy._reference] if of_policy._reference is not None else [of]
+        modules = [of, of_policy._reference.model] if of_policy._reference.model is not None else [of]
         for p in [p for module in modules for p in module.parameters()]:
             assert isinstance(p, DTensor) and p.placements[0].is_shard()
             assert p.to_local().numel() <= -(-p.shape[0] // of_policy.world_size) * max(1, p[0].numel())
@@ -101,7 +101,7 @@ def main() -> None:
     rank, size = of_policy.rank, of_policy.world_size
     if size > 1:
         assert_is_what_runs(of_policy, settings["sharding"])
-        models = 0 if settings["sharding"] == "data_parallel" else 1 if of_policy._reference is None else 2
+        models = 0 if settings["sharding"] == "data_parallel" else 1 if of_policy._reference.model is None else 2
         assert len(read_in_parts) == models, "a sharded model was read whole"
     n = len(OF)
     cuts = {1: [], 2: [CUT], 4: [1, CUT, 8]}[size]  # groups of 4, 3, 2 and 5 rows lie on several ranks
