@@ -43,6 +43,7 @@ from gvpo_core.training.intervals import mean_half_width
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "evidence_real"
 RESULTS = ROOT / "docs" / "evidence" / "real.jsonl"
+ELSEWHERE = ROOT / "docs" / "evidence" / "real_h200.jsonl"  # the same runs on one H200, those whose result was kept
 PAGE = ROOT / "docs" / "evidence_real.md"
 METHODS = ("gvpo", "grpo", "rloo", "reject_sampling")
 RATES = (4e-6, 1.2e-5, 3.6e-5)
@@ -239,20 +240,48 @@ def carry_out(run: Run, path: Path, *, steps: int, held_out: int = 0) -> None:
     print(f"      {result['before']:.3f} -> {result['after']:.3f} in {result['seconds'] / 60:.1f} minutes", flush=True)
 
 
-def page(results: dict[str, dict[str, Any]]) -> str:
-    """docs/evidence_real.md of the finished runs: means over the seeds and 95 % intervals (Student's t)."""
-    accuracies: dict[tuple[str, int, str], list[float]] = {}
-    for run in final_runs(results):
+Cell = tuple[str, int, str]  # task, staleness, objective
+
+
+def accuracies(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[Cell, list[float]]:
+    """After training, of each seed that is finished."""
+    found: dict[Cell, list[float]] = {}
+    for run in runs:
         if run.name in results:
-            accuracies.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
-    rows, differences = [], []
+            found.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
+    return found
+
+
+def means(of: dict[Cell, list[float]]) -> str:
+    """A table of means over the seeds with 95 % intervals (Student's t)."""
+
+    def cell(values: list[float]) -> str:
+        if not values:
+            return ""
+        seeds = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
+        half = f" +- {mean_half_width(np.array(values)):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{half}{seeds}"
+
+    rows = [
+        [f"{task}, {age} steps old", *(cell(of.get((task, age, m), [])) for m in METHODS)]
+        for task in TASKS
+        for age in STALENESS
+    ]
+    return table(["", *METHODS], rows)
+
+
+def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]]) -> str:
+    """docs/evidence_real.md of the finished runs.
+
+    Args:
+      elsewhere: results of the same runs on another machine.
+    """
+    runs = final_runs(results)
+    here, there = accuracies(runs, results), accuracies(runs, elsewhere)
+    differences = []
     for task in TASKS:
         for age in STALENESS:
-            of = {method: accuracies.get((task, age, method), []) for method in METHODS}
-            cells = [
-                f"{np.mean(of[m]):.3f} +- {mean_half_width(np.array(of[m])):.3f}" if of[m] else "" for m in METHODS
-            ]
-            rows.append([f"{task}, {age} steps old", *cells])
+            of = {method: here.get((task, age, method), []) for method in METHODS}
             for method in METHODS[1:]:
                 if len(of["gvpo"]) == len(of[method]) == len(SEEDS):
                     by_seed = np.array(of["gvpo"]) - np.array(of[method])
@@ -260,7 +289,7 @@ def page(results: dict[str, dict[str, Any]]) -> str:
                     verdict = "significant" if abs(by_seed.mean()) > half else "not significant"
                     where = f"{task}, {age} steps old: gvpo - {method}"
                     differences.append([where, f"{by_seed.mean():+.3f} +- {half:.3f}", verdict])
-    done = sum(len(values) for values in accuracies.values())
+    done = sum(len(values) for values in here.values())
     total = len(TASKS) * len(STALENESS) * len(METHODS) * len(SEEDS)
     tuning = sum(run.name in results for run in tuning_runs())
     seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)
@@ -283,7 +312,7 @@ The learning rate of each task and objective is the best of {rates} on {VALIDATI
 Accuracy on {HELD_OUT} held-out problems, most likely answer, mean over the seeds and 95 % interval (Student's t over
 seeds). Before training: {", ".join(before) or "not measured yet"}.
 
-{table(["", *METHODS], rows)}
+{means(here)}
 
 Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the number of comparisons:
 
@@ -291,6 +320,14 @@ Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the
 
 "4 steps old": the responses are drawn by the policy of four steps ago, at the rate tuned on-policy. The ratio of grpo
 and rloo is to the policy at the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
+
+## The same runs on a GPU
+
+One H200 (PyTorch 2.11.0) carried out the same runs, at the same rates and seeds, ten at a time in three minutes. It
+adds in another order: samples differ from the first steps on. {sum(len(v) for v in there.values())} of {total} results
+are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs; those of the others were lost.
+
+{means(there)}
 """
 
 
@@ -319,5 +356,5 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         stopped = True
         print("stopped; the same command goes on with the run that was not finished", file=sys.stderr)
-    PAGE.write_text(page(read_results(path)), encoding="utf-8")
+    PAGE.write_text(page(read_results(path), read_results(ELSEWHERE)), encoding="utf-8")
     return 130 if stopped else 0

@@ -1,4 +1,4 @@
-"""A fake of vLLM's server in this process: completions with token ids, and weights from a folder, by a table policy."""
+"""Fakes of vLLM's and SGLang's servers in this process: token ids, and weights from a folder, by a table policy."""
 
 import json
 import threading
@@ -26,6 +26,7 @@ class Server(ThreadingHTTPServer):
         """
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
+        self.version = "default"  # of the weights, as SGLang names it
         self.keys, self.commands, self.adapters, self.text = Counter(), [], {}, text
         self.in_flight, self.counting, self.delay = 0, threading.Lock(), 0.0
         self.at_reload: list[int] = []  # requests in flight
@@ -76,6 +77,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
+        if self.path == "/generate":
+            return self.generate(server, body)
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self.take_weights(server, body)
         if body["model"] not in ("tiny", *server.adapters):
@@ -114,6 +117,30 @@ class Handler(BaseHTTPRequestHandler):
         sent = text[:20] if fault == "cut" else b"no JSON" if fault == "garbage" else text
         self.send(fault if isinstance(fault, int) else 200, sent, len(text))
 
+    def generate(self, server, body):
+        """As SGLang: a dict, whose log-probabilities are at the temperature of sampling."""
+        server.asked.append(body)
+        fault = server.faults.pop(0) if server.faults else None
+        asked, prompt = body["sampling_params"], tuple(body["input_ids"])
+        if body.get("lora_path") and body["lora_path"] not in server.adapters:
+            return self.send(400, b"not loaded")
+        policy = server.adapters.get(body.get("lora_path"), server.policy)
+        seeds = [[asked["sampling_seed"]]]
+        ((response,),) = policy.generate([prompt], seeds, Sampling(asked["max_new_tokens"], asked["temperature"]))
+        logprob = float(policy.logprobs(Batch([prompt], [response.tokens], [0]))[0])
+        each = [logprob / asked["temperature"]] + [0.0] * (len(response.tokens) - 1)
+        finish = {"type": "stop", "matched": response.tokens[-1]} if response.finished else {"type": "length"}
+        facts = {
+            "finish_reason": {"type": "abort", "message": "aborted"} if fault == "abort" else finish,
+            "output_token_logprobs": [[x, token, None] for x, token in zip(each, response.tokens, strict=True)],
+            "weight_version": "of yesterday" if fault == "wrong version" else server.version,
+        }
+        answer = {"text": "", "output_ids": list(response.tokens), "meta_info": facts}
+        if fault == "no ids":
+            del answer["output_ids"]
+        text = b"no JSON" if fault == "garbage" else b"{}" if fault == "empty" else json.dumps(answer).encode()
+        self.send(fault if isinstance(fault, int) else 200, text)
+
     def send(self, status, text, length=None):
         self.send_response(status)
         self.send_header("Content-Length", str(len(text) if length is None else length))
@@ -123,10 +150,12 @@ class Handler(BaseHTTPRequestHandler):
     def take_weights(self, server, body):
         server.commands.append(self.path)
         fault = server.faults.pop(0) if server.faults else 200
-        if fault == 200 and self.path == "/v1/load_lora_adapter":
+        if fault == 200 and self.path in ("/v1/load_lora_adapter", "/load_lora_adapter"):
             server.adapters[body["lora_name"]] = Sent.read(body["lora_path"])
-        elif fault == 200 and self.path == "/v1/unload_lora_adapter":
+        elif fault == 200 and self.path in ("/v1/unload_lora_adapter", "/unload_lora_adapter"):
             fault = 200 if server.adapters.pop(body["lora_name"], None) else 404
+        elif fault == 200 and self.path == "/update_weights_from_disk":
+            server.policy, server.version = Sent.read(body["model_path"]), body["weight_version"]
         elif fault == 200 and self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             server.at_reload.append(server.in_flight)

@@ -162,7 +162,10 @@ SET = SAMPLER + '[engine]\nurl = "http://h"\nmodel = "m"\n'
             "engine.weights = 'model' and folder = ''; expected adapters or model, and a folder",
         ),
         (SET + 'weights = "adapters"\nfolder = "w"', "model.lora_rank = 0: there are no adapters"),
-        (SET + 'weights = "adapters"\nfolder = "w"\n[model]\nlora_rank = 4\nlora_kind = "dora"', "vLLM loads no DoRA"),
+        (
+            SET + 'weights = "adapters"\nfolder = "w"\n[model]\nlora_rank = 4\nlora_kind = "dora"',
+            "the engine loads no DoRA",
+        ),
         (SET + 'omit = ["seed"]', "engine.omit = 'seed'; expected names among max_tokens, top_p"),
         (SET + "[engine.fields]\nmax_tokens = 3", "engine.fields.max_tokens is set by the run itself"),
         (SET + 'tokens = "text"\ngap_tolerance = 0.1', "text has no log-probabilities to compare"),

@@ -27,6 +27,11 @@ OPTIONAL_FIELDS = (
 """Fields that a request sets unless `omit` names them."""
 
 
+SGLANG_FIELDS = ("n", "max_new_tokens", "temperature", "sampling_seed")
+"""Fields of `sampling_params` that every request to SGLang sets."""
+SGLANG_OPTIONAL_FIELDS = tuple(name for name in OPTIONAL_FIELDS if name != "max_tokens")
+
+
 def wrong_server(url: str, api_key: str, ranges: Iterable[tuple[str, Any, bool, str]]) -> Iterator[tuple[str, str]]:
     """(field, what is wrong with it): of the address, the key and the numbers of a server.
 
@@ -60,7 +65,8 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
         yield from wrong_in_process(engine)
         return
     if engine.options:
-        yield "options", f"options.{next(iter(engine.options))} is set, and kind = 'server' starts no vLLM: remove it"
+        name = f"options.{next(iter(engine.options))}"
+        yield "options", f"{name} is set, and kind = {engine.kind!r} starts no vLLM: remove it"
     gap = engine.gap_tolerance
     ranges = [*server_ranges(engine), ("gap_tolerance", gap, gap is None or gap > 0, "a number above 0")]
     yield from wrong_server(engine.url, engine.api_key, ranges)
@@ -71,17 +77,25 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
         yield "weights", f"{both}; expected adapters or model, and a folder"
     if engine.tokens not in ("ids", "text", "chat"):
         yield "tokens", f"tokens = {engine.tokens!r}; expected ids, text or chat"
+    if engine.kind == "sglang" and engine.tokens != "ids":
+        yield (
+            "tokens",
+            f"tokens = {engine.tokens!r} and kind = 'sglang': its own endpoint takes token ids; set kind = 'server' for"
+            " its OpenAI-compatible one",
+        )
     if engine.tokens != "ids" and engine.gap_tolerance is not None:
         yield (
             "gap_tolerance",
             f"gap_tolerance = {engine.gap_tolerance} and tokens = {engine.tokens!r}: text has no log-probabilities to"
             " compare",
         )
+    own = engine.kind == "sglang"
+    required, optional = (SGLANG_FIELDS, SGLANG_OPTIONAL_FIELDS) if own else (REQUEST_FIELDS, OPTIONAL_FIELDS)
     for name in engine.omit:
-        if name not in OPTIONAL_FIELDS:
-            yield "omit", f"omit = {name!r}; expected names among {', '.join(OPTIONAL_FIELDS)}"
+        if name not in optional:
+            yield "omit", f"omit = {name!r}; expected names among {', '.join(optional)}"
     for name in engine.fields:
-        if name in (*REQUEST_FIELDS, *OPTIONAL_FIELDS):
+        if name in (*required, *optional):
             yield "fields", f"fields.{name} is set by the run itself; expected other fields"
 
 
@@ -160,7 +174,7 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
         if engine.weights == "adapters" and config.model.lora_rank == 0:
             yield "engine.weights", "engine.weights = 'adapters' and model.lora_rank = 0: there are no adapters to send"
         elif engine.weights == "adapters" and config.model.lora_kind == "dora":
-            yield "engine.weights", "engine.weights = 'adapters' and model.lora_kind = 'dora': vLLM loads no DoRA"
+            yield "engine.weights", "engine.weights = 'adapters' and model.lora_kind = 'dora': the engine loads no DoRA"
         if engine.kind == "vllm" and config.rollout.ahead:
             yield (
                 "rollout.ahead",
@@ -174,7 +188,12 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
                 used = f"engine.{key} is set, and rollout.sampler = {name!r} uses no engine"
                 yield f"engine.{key}", f"{used}: set rollout.sampler = 'engine', or remove [engine]"
                 break
-    if config.evaluation.sampler == "rollout" and (name, engine.kind, engine.weights) == ("engine", "server", "kept"):
+    if (
+        config.evaluation.sampler == "rollout"
+        and name == "engine"
+        and engine.kind != "vllm"
+        and engine.weights == "kept"
+    ):
         yield (
             "evaluation.sampler",
             "evaluation.sampler = 'rollout' and engine.weights = 'kept': the engine's own weights would be evaluated"

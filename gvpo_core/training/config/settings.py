@@ -183,7 +183,8 @@ class EngineConfig:
     """What the server takes and gives. ids: token ids, as vLLM (return_token_ids); text: any OpenAI-compatible server,
     one request a response, whose text is tokenized here; chat: the same by its chat endpoint."""
     weights: Literal["kept", "adapters", "model"] = "kept"
-    """What vLLM's server gets before each step. kept: nothing; adapters: the LoRA adapters; model: the whole model."""
+    """What the server, vLLM's or SGLang's, gets before each step. kept: nothing; adapters: the LoRA adapters; model:
+    the whole model."""
     folder: str = ""
     """Folder for the weights, which all ranks and the server see under the same path."""
     gap_tolerance: float | None = None
@@ -202,9 +203,10 @@ class EngineConfig:
     omit: tuple[str, ...] = ()
     """Fields that the server rejects and requests leave out, as top_k. Its own default then applies."""
     fields: dict[str, Any] = field(default_factory=dict)
-    """Further fields of every request, of any TOML type."""
-    kind: Literal["server", "vllm"] = "server"
-    """server: a server at url; vllm: vLLM's LLM in this process, which gets the policy's weights before each step."""
+    """Further fields of every request, of any TOML type; of SGLang, of its sampling_params."""
+    kind: Literal["server", "sglang", "vllm"] = "server"
+    """server: a server at url with OpenAI's endpoints, as vLLM's; sglang: SGLang's server at url, by its own endpoint;
+    vllm: vLLM's LLM in this process, which gets the policy's weights before each step."""
     options: dict[str, Any] = field(default_factory=dict)
     """Of vllm: further arguments of LLM, as gpu_memory_utilization, of any TOML type."""
 

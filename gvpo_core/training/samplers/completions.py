@@ -2,12 +2,88 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, Protocol, cast
 
+from gvpo_core.training.policy import Policy, Prompt
 from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.samplers.http import Failed
 from gvpo_core.training.samplers.protocol import Drawn, SamplerError, Text
 from gvpo_core.training.sampling import Sampling
+
+
+class Interface(Protocol):
+    """How a server is asked for responses, and how its answers are read."""
+
+    path: str
+
+    def requests(
+        self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
+    ) -> list[dict[str, Any]]:
+        """Bodies of the requests for len(seeds) responses to a prompt.
+
+        Args:
+          served: name to ask for; empty: of what the server was started with, where it has no name.
+          policy: whose weights were sent last; None before `refresh`.
+        Raises: SamplerError: a prompt that cannot be sent.
+        """
+        ...
+
+    def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
+        """The responses of an answer under the name that was asked for. Raises: Failed."""
+        ...
+
+    def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn | Text:
+        """Raises: SamplerError: without token ids. Failed: the response was aborted."""
+        ...
+
+
+class OpenAI:
+    """See `Interface`: /v1/completions, or /v1/chat/completions."""
+
+    def __init__(
+        self, url: str, tokens: Literal["ids", "text", "chat"], omit: Sequence[str], fields: Mapping[str, Any]
+    ) -> None:
+        self.url, self.tokens, self.omit, self.fields = url, tokens, omit, fields
+        self.path = "/v1/chat/completions" if tokens == "chat" else "/v1/completions"
+
+    def requests(
+        self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
+    ) -> list[dict[str, Any]]:
+        """One request for the ids of all responses, whose seeds the server makes of the first; of text, one each."""
+        bodies = self._requests(served, prompt, seeds, sampling, policy)
+        return [{k: v for k, v in body.items() if k not in self.omit} | dict(self.fields) for body in bodies]
+
+    def _requests(
+        self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
+    ) -> list[dict[str, Any]]:
+        if self.tokens == "chat":
+            if isinstance(prompt, str) or not isinstance(prompt[0], Mapping):
+                raise SamplerError(
+                    f"engine.tokens = 'chat' takes prompts of chat messages, and this one is {str(prompt)[:60]!r}: give"
+                    " messages in the data, or use engine.tokens = 'text'"
+                )
+            messages = cast(Sequence[Mapping[str, Any]], prompt)
+            return [request_of_chat(served, messages, seed, sampling) for seed in seeds]
+        ids = cast(Tokens, tuple(prompt))
+        if self.tokens == "ids":
+            return [request_of_ids(served, ids, seeds, sampling)]
+        if policy is None:
+            raise SamplerError(
+                "tokens = 'text' needs refresh(policy, version) before it draws: the policy has the text"
+            )
+        text = policy.prompt_text(ids)
+        return [request_of_text(served, text, seed, sampling) for seed in seeds]
+
+    def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
+        """Each with the answer's `usage`, which counts one choice alone."""
+        answer = read_answer(content, served, self.url)
+        return [choice | {"usage": answer.get("usage")} for choice in answer["choices"]]
+
+    def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn | Text:
+        """Of ids or text, as was asked for."""
+        if self.tokens != "ids":
+            return read_text(choice, choice["usage"], version, self.url)
+        return read_ids(choice, version, self.url)
 
 
 def _sampling_fields(sampling: Sampling, off: int) -> dict[str, Any]:

@@ -6,23 +6,17 @@ from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from gvpo_core.training.config import ConfigError, EngineConfig
 from gvpo_core.training.config.engine import wrong_engine
 from gvpo_core.training.policy import Policy, Prompt, Response
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.samplers.completions import (
-    read_answer,
-    read_ids,
-    read_text,
-    request_of_chat,
-    request_of_ids,
-    request_of_text,
-)
+from gvpo_core.training.samplers.completions import Interface, OpenAI
 from gvpo_core.training.samplers.http import Clock, Failed, Server
 from gvpo_core.training.samplers.protocol import SamplerError, Text
-from gvpo_core.training.samplers.weights import WeightFolder
+from gvpo_core.training.samplers.sglang import SGLang
+from gvpo_core.training.samplers.weights import SGLANG, VLLM, WeightFolder
 from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
 
@@ -40,6 +34,7 @@ class _Asked:
 
 class Engine:
     """Draws responses from POST {url}/v1/completions or /v1/chat/completions: a request a prompt; of text, a response.
+    From SGLang's own endpoint, {url}/generate: a request a response.
 
     A request that fails (refused, too slow, 429, 5xx, an answer that is not JSON or of another model) is repeated
     with growing pauses. Responses that do not come are lost, and their groups are smaller.
@@ -52,6 +47,7 @@ class Engine:
         url: str,
         model: str,
         *,
+        kind: Literal["server", "sglang"] = "server",
         tokens: Literal["ids", "text", "chat"] = "ids",
         weights: Literal["kept", "adapters", "model"] = "kept",
         folder: str | Path = "",
@@ -68,10 +64,11 @@ class Engine:
         Args:
           url: of the server, without /v1.
           model: its name there.
+          kind: server: OpenAI's endpoints, as vLLM has them; sglang: SGLang's own, with token ids.
           tokens: what the server takes and gives. text: any OpenAI-compatible server, chat: its chat endpoint, which
             gets the prompts as messages; see `Text`.
-          weights: what `refresh` sends to vLLM's server before each step. adapters: the policy's LoRA adapters; model:
-            the whole model, whose head must not be its embedding.
+          weights: what `refresh` sends to vLLM's or SGLang's server before each step. adapters: the policy's LoRA
+            adapters; model: the whole model, of vLLM one whose head is not its embedding.
           folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
           gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `check_gap`.
           concurrency: requests at a time.
@@ -80,12 +77,13 @@ class Engine:
           pause: seconds before the second try; twice as long before each further one.
           api_key: "$NAME", the environment variable that holds the key of the server. The key is written nowhere.
           omit: fields that the server rejects and requests leave out, as top_k. Its own default then applies.
-          fields: further fields of every request.
+          fields: further fields of every request; of SGLang, of its `sampling_params`.
         Raises: ConfigError: an argument out of range, or a variable that is not set.
         """
         given = EngineConfig(
             url=url,
             model=model,
+            kind=kind,
             tokens=tokens,
             weights=weights,
             folder=str(folder),
@@ -101,23 +99,32 @@ class Engine:
         if wrong := [message for _, message in wrong_engine(given)]:
             raise ConfigError("\n".join(wrong))
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
-        self.weights = weights
-        self.tokens, self.omit, self.fields = tokens, given.omit, given.fields
+        self.kind, self.weights = kind, weights
+        self.tokens = tokens
+        own = kind == "sglang"
+        self._interface: Interface = (
+            SGLang(self.url, weights, given.omit, given.fields)
+            if own
+            else OpenAI(self.url, tokens, given.omit, given.fields)
+        )
         self.messages = tokens == "chat"  # see `Sampler`
         self._policy: Policy | None = None
-        self.served = model  # name to ask for: each version of adapters has its own
+        self.served = "" if own else model  # name to ask for: each version of adapters has its own
         self.version: int | None = None  # of the engine's weights: steps taken
         self.failures: list[str] = []  # why responses of the newest `generate` were lost
         self._server = Server(url, tries=tries, pause=pause, api_key=api_key)
         self._concurrency = concurrency
         self._workers: Workers[list[Response | Text]] | None = None
         self._asked: list[_Asked] = []  # whose responses nobody has taken yet
-        self._weights = None if weights == "kept" else WeightFolder(Path(folder), adapters=weights == "adapters")
+        commands = SGLANG if own else VLLM
+        kept = weights == "kept"
+        self._weights = None if kept else WeightFolder(Path(folder), adapters=weights == "adapters", commands=commands)
 
     def describe(self) -> str:
         """What draws, for the header."""
         kept = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
-        return f"{self.model} at {self.url}, {kept}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
+        how = "SGLang, " if self.kind == "sglang" else ""
+        return f"{self.model} at {self.url}, {how}{kept}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
 
     def generate(
         self, prompts: Sequence[Tokens | Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
@@ -125,7 +132,7 @@ class Engine:
         """Draws up to `len(seeds[i])` responses to prompt i.
 
         A request for token ids has one seed, the first of its prompt; the engine derives those of the other responses.
-        One for text has a seed and gives one response.
+        One for text, and one to SGLang, has a seed and gives one response.
 
         Raises: SamplerError: an answer without token ids.
         """
@@ -149,30 +156,10 @@ class Engine:
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, row in zip(prompts, seeds, strict=True):
-            bodies = self._requests(prompt, row, sampling)
-            sent = [{k: v for k, v in body.items() if k not in self.omit} | self.fields for body in bodies]
+            sent = self._interface.requests(self.served, prompt, row, sampling, self._policy)
             asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in sent])
         self._asked.append(asked)
         return partial(self._take, asked)
-
-    def _requests(self, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling) -> list[dict[str, Any]]:
-        if self.tokens == "chat":
-            if isinstance(prompt, str) or not isinstance(prompt[0], Mapping):
-                raise SamplerError(
-                    f"engine.tokens = 'chat' takes prompts of chat messages, and this one is {str(prompt)[:60]!r}: give"
-                    " messages in the data, or use engine.tokens = 'text'"
-                )
-            messages = cast(Sequence[Mapping[str, Any]], prompt)
-            return [request_of_chat(self.served, messages, seed, sampling) for seed in seeds]
-        ids = cast(Tokens, tuple(prompt))
-        if self.tokens == "ids":
-            return [request_of_ids(self.served, ids, seeds, sampling)]
-        if self._policy is None:
-            raise SamplerError(
-                "tokens = 'text' needs refresh(policy, version) before it draws: the policy has the text"
-            )
-        text = self._policy.prompt_text(ids)
-        return [request_of_text(self.served, text, seed, sampling) for seed in seeds]
 
     def _take(self, asked: _Asked) -> list[list[Response | Text]]:
         """Waits for responses until the deadline."""
@@ -218,22 +205,16 @@ class Engine:
 
     def _draw(self, asked: _Asked, body: dict[str, Any]) -> list[Response | Text]:
         """The responses of one request; none where it fails for good."""
-        read = partial(read_answer, model=asked.served, url=self.url)
+        read = partial(self._interface.choices, served=asked.served)
         try:
-            path = "/v1/chat/completions" if self.messages else "/v1/completions"
-            answer = self._server.asked(path, body, asked.clock.start(), read)
+            choices = self._server.asked(self._interface.path, body, asked.clock.start(), read)
         except Failed as e:
             asked.failures.append(str(e))
             return []
         drawn: list[Response | Text] = []
-        for choice in answer["choices"][: body.get("n", 1)]:
+        for choice in choices[: body.get("n", 1)]:
             try:
-                drawn.append(self._read(choice, answer, asked.version))
+                drawn.append(self._interface.response(choice, body, asked.version))
             except Failed as e:
                 asked.failures.append(str(e))
         return drawn
-
-    def _read(self, choice: dict[str, Any], answer: dict[str, Any], version: int | None) -> Response | Text:
-        if self.tokens != "ids":
-            return read_text(choice, answer.get("usage"), version, self.url)
-        return read_ids(choice, version, self.url)

@@ -84,8 +84,8 @@ def _made(config: Config, policy: Policy) -> Any:
     if name == "engine":
         if config.engine.weights == "adapters" and policy.describe().backend == "mlx":
             raise ConfigError(
-                "engine.weights = 'adapters': the mlx backend writes adapters for mlx-lm, which vLLM does not load; set"
-                " engine.weights = 'model'"
+                "engine.weights = 'adapters': the mlx backend writes adapters for mlx-lm, which engines do not load:"
+                " set engine.weights = 'model'"
             )
         if config.engine.kind == "vllm":
             return VLLM(
@@ -95,7 +95,7 @@ def _made(config: Config, policy: Policy) -> Any:
                 gap_tolerance=config.engine.gap_tolerance,
                 options={"trust_remote_code": config.model.trust_remote_code} | config.engine.options,
             )
-        names = (f.name for f in dataclasses.fields(config.engine) if f.name not in ("kind", "options"))
+        names = (f.name for f in dataclasses.fields(config.engine) if f.name != "options")
         return Engine(**{name: getattr(config.engine, name) for name in names})
     function, arguments = _found(config), {"config": config, "policy": policy}
     try:

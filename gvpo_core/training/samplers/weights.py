@@ -1,6 +1,6 @@
-"""Sends a policy's weights to vLLM's server through a folder that both see: adapters, or the whole model.
+"""Sends a policy's weights to vLLM's or SGLang's server through a folder that both see: adapters, or the whole model.
 
-Each version gets a new folder: vLLM maps files into memory, and one written again would change under it.
+Each version gets a new folder: servers map files into memory, and one written again would change under it.
 """
 
 import json
@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +22,41 @@ from gvpo_core.training.samplers.protocol import SamplerError
 Post = Callable[[str, dict[str, Any]], None]  # a path of the server, and the body; raises SamplerError
 
 
+@dataclass(frozen=True)
+class Commands:
+    """How a server is told what to load."""
+
+    load: str  # path of the command that loads adapters
+    unload: str
+    model: Callable[[str, str], list[tuple[str, dict[str, Any]]]]  # (folder, version) -> the commands, in order
+    by_version: bool = False  # whether it then answers with the version's name
+    ties_heads: bool = True  # whether a head that is the embedding is new too
+
+
+def _reload(folder: str, version: str) -> list[tuple[str, dict[str, Any]]]:
+    reload = {"method": "reload_weights", "kwargs": {"weights_path": folder}}
+    return [("/collective_rpc", reload), ("/reset_prefix_cache", {})]
+
+
+def _from_disk(folder: str, version: str) -> list[tuple[str, dict[str, Any]]]:
+    body = {"model_path": folder, "weight_version": version, "flush_cache": True}
+    return [("/update_weights_from_disk", body)]
+
+
+VLLM = Commands("/v1/load_lora_adapter", "/v1/unload_lora_adapter", _reload, ties_heads=False)
+SGLANG = Commands("/load_lora_adapter", "/unload_lora_adapter", _from_disk, by_version=True)
+
+
 class WeightFolder:
     """Where the versions of a policy's weights are written, and how the server is told to load them."""
 
-    def __init__(self, folder: Path, *, adapters: bool) -> None:
+    def __init__(self, folder: Path, *, adapters: bool, commands: Commands = VLLM) -> None:
         """
         Args:
           folder: seen under the same path by every rank and by the server.
           adapters: whether the policy's LoRA adapters are sent, instead of the whole model.
         """
-        self.folder, self.adapters = Path(folder), adapters
+        self.folder, self.adapters, self.commands = Path(folder), adapters, commands
         self._loaded: list[Path] = []  # newest last
 
     def send(self, policy: Policy, version: int, model: str, post: Post, in_use: Collection[str] = ()) -> str:
@@ -38,7 +64,7 @@ class WeightFolder:
 
         Args:
           in_use: names of older versions that responses are still drawn with.
-        Returns: the name under which the server then answers.
+        Returns: the name under which the server then answers: of adapters, of SGLang's weights, or the model's.
         Raises: SamplerError: the server did not load them. ConfigError: a model that cannot be sent so.
         """
         start = policy.gather(np.array([time.time_ns() if policy.rank == 0 else 0], dtype=np.int64))
@@ -47,7 +73,7 @@ class WeightFolder:
         attempt(policy, lambda: export(target), kind=SamplerError, explain=self._unwritten)
         attempt(policy, lambda: self._load(target, post, in_use), main_only=True, kind=SamplerError)
         self._loaded.append(target)
-        return target.name if self.adapters else model
+        return target.name if self.adapters or self.commands.by_version else model
 
     def _unwritten(self, error: Exception) -> Exception:
         if not isinstance(error, OSError):
@@ -56,22 +82,21 @@ class WeightFolder:
 
     def _load(self, target: Path, post: Post, in_use: Collection[str]) -> None:
         if self.adapters:
-            post("/v1/load_lora_adapter", {"lora_name": target.name, "lora_path": str(target.resolve())})
+            post(self.commands.load, {"lora_name": target.name, "lora_path": str(target.resolve())})
         else:
             settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
-            if settings.get("tie_word_embeddings"):
+            if settings.get("tie_word_embeddings") and not self.commands.ties_heads:
                 raise ConfigError(
                     "the head of the model is its embedding (tie_word_embeddings): vLLM keeps the old head when it"
                     " reloads such a folder. Train adapters and send them (weights = 'adapters')"
                 )
-            arguments = {"weights_path": str(target.resolve())}
-            post("/collective_rpc", {"method": "reload_weights", "kwargs": arguments})
-            post("/reset_prefix_cache", {})
+            for path, body in self.commands.model(str(target.resolve()), target.name):
+                post(path, body)
         for old in self._loaded[:-1]:  # the one before stays for requests past their deadline
             if old.name in in_use:
                 continue
             if self.adapters:
                 with suppress(SamplerError):  # a server that was started again has no older version
-                    post("/v1/unload_lora_adapter", {"lora_name": old.name})
+                    post(self.commands.unload, {"lora_name": old.name})
             shutil.rmtree(old, ignore_errors=True)
             self._loaded.remove(old)

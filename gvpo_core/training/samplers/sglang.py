@@ -1,0 +1,87 @@
+"""Requests and answers of SGLang's own endpoint: token ids in, token ids and log-probabilities out, one response each.
+
+Written from the sources of SGLang 0.5.23.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from gvpo_core.training.policy import Policy, Prompt
+from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.samplers.http import Failed
+from gvpo_core.training.samplers.protocol import Drawn, SamplerError
+from gvpo_core.training.sampling import Sampling
+
+
+class SGLang:
+    """See `completions.Interface`. An answer names the version of the weights that it was drawn with."""
+
+    path = "/generate"
+
+    def __init__(self, url: str, weights: str, omit: Sequence[str], fields: Mapping[str, Any]) -> None:
+        self.url, self.weights, self.omit, self.fields = url, weights, omit, fields
+
+    def requests(
+        self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
+    ) -> list[dict[str, Any]]:
+        """A request a response: those of one request would share its seed."""
+        ids = list(cast(Tokens, prompt))
+        adapters = {"lora_path": served} if self.weights == "adapters" and served else {}
+        return [
+            {
+                "input_ids": ids,
+                "sampling_params": self._sampling(seed, sampling),
+                "return_logprob": True,
+                "stream": False,
+            }
+            | adapters
+            for seed in seeds
+        ]
+
+    def _sampling(self, seed: int, sampling: Sampling) -> dict[str, Any]:
+        given = {
+            "n": 1,
+            "max_new_tokens": sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
+            "top_k": sampling.top_k or -1,
+            "min_p": sampling.min_p,
+            "repetition_penalty": 1.0,
+            "presence_penalty": 0.0,
+            "frequency_penalty": 0.0,
+            "sampling_seed": seed % 2**31,  # followed by a server with --enable-deterministic-inference
+        }
+        return {name: value for name, value in given.items() if name not in self.omit} | dict(self.fields)
+
+    def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
+        """The response of an answer drawn with the weights that were sent. Raises: Failed."""
+        try:
+            answer = json.loads(content)
+        except ValueError as e:
+            raise Failed(f"{self.url} answers no JSON: {e}", again=True) from e
+        if not isinstance(answer, dict) or not isinstance(answer.get("meta_info"), dict):
+            raise Failed(f"{self.url} answers without meta_info", again=True)
+        version = answer["meta_info"].get("weight_version")
+        if self.weights == "model" and version != served:
+            raise Failed(f"{self.url} answers with the weights {version!r}; asked for {served!r}", again=True)
+        return [answer]
+
+    def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn:
+        """Raises: SamplerError: an answer without token ids. Failed: the response was aborted.
+
+        SGLang gives log-probabilities at the temperature of sampling: those at another one than 1 are left out.
+        """
+        ids, facts = choice.get("output_ids"), choice["meta_info"]
+        finish = facts.get("finish_reason")
+        reason = finish.get("type") if isinstance(finish, dict) else finish
+        if not isinstance(ids, list):
+            raise SamplerError(
+                f"{self.url} gives no token ids (output_ids); engine.kind = 'sglang' needs SGLang's server"
+            )
+        if reason not in ("stop", "length") or not ids:
+            raise Failed(f"{self.url} ended a response of {len(ids)} tokens with {reason!r}", again=False)
+        each = [one[0] for one in facts.get("output_token_logprobs") or []]
+        known = len(each) == len(ids) and all(isinstance(x, int | float) for x in each)
+        at_one = body["sampling_params"]["temperature"] == 1
+        return Drawn(tuple(ids), reason == "stop", float(sum(each)) if known and at_one else float("nan"), version)
