@@ -45,7 +45,7 @@ class JaxPolicy(LanguageModelPolicy):
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
     ) -> None:
         super().__init__(config, optimizer, Ranks, updates=updates, reference=reference, seed=seed)
-        self.mesh = self._ranks.mesh
+        self.mesh, config = self._ranks.mesh, self.config
         self.scorer, self._files = open_scorer(config, self.folder, self.mesh)
         self.setup, self.programs = self.scorer.setup, self.scorer.programs
         self._load()

@@ -20,6 +20,7 @@ class Ranks:
         join_processes()
         self.mesh = meshes.make_mesh(config)
         self.rank, self.world_size = jax.process_index(), meshes.processes(self.mesh)
+        self.auto_dtype = "float32" if self.mesh.devices.flat[0].platform == "cpu" else "bfloat16"
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the processes' arrays in their order along axis 0; lengths may differ."""

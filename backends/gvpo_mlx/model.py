@@ -179,7 +179,7 @@ def load_scorer(config: ModelConfig, seed: int, *, frozen: bool = False) -> Scor
     with global_state_kept():
         loaded = pretrained(config, folder)
         lm = loaded.lm
-        compute = getattr(mx, config.dtype)
+        compute = getattr(mx, config.compute_dtype)
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
         lm.set_dtype(compute if config.lora_rank or frozen else mx.float32)
         if config.lora_rank:
@@ -206,7 +206,7 @@ def load_reference(config: ModelConfig) -> Scorer:
     lm = loaded.lm
     lm.set_dtype(mx.float32)
     lm.freeze()
-    scorer = Scorer(loaded, getattr(mx, config.dtype))
+    scorer = Scorer(loaded, getattr(mx, config.compute_dtype))
     if scorer.dtype != mx.float32:
         wide = copy.copy(scorer.head)  # its weight, before the model's is cast
         lm.set_dtype(scorer.dtype)

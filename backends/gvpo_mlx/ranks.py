@@ -21,7 +21,7 @@ class Ranks:
 
         Raises: ConfigError: a device that is not there, or a group that cannot be joined.
         """
-        self.device = _device(config.device)
+        self.device, self.auto_dtype = _device(config.device), "float32"
         self.rank, self.world_size, self._group = 0, 1, None
         if any(name in os.environ for name in _LAUNCHED):
             try:

@@ -28,6 +28,20 @@ log = logging.getLogger("gvpo.torch")
 _DROPPING = ("dropout", "pdrop", "layerdrop", "drop_path")  # in names of settings and of modules' attributes
 
 
+@contextlib.contextmanager
+def in_tf32(device_type: str) -> Iterator[None]:
+    """On CUDA float32 products take TF32, within the block."""
+    if device_type != "cuda":
+        yield
+        return
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
 class Scorer(nn.Module):
     """The language model behind one `forward`, so that the hooks of DDP and FSDP2 see every use of it."""
 
@@ -80,11 +94,14 @@ class Scorer(nn.Module):
         """Whether a sequence of `tokens` tokens takes other RoPE frequencies than one of a token less."""
         return self.rope is not None and self.rope.frequencies(tokens) != self.rope.frequencies(tokens - 1)
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in `dtype` over wider parameters, where the two differ."""
+    @contextlib.contextmanager
+    def autocast(self) -> Iterator[None]:
+        """Products in `dtype` over wider parameters, where the two differ; beside 16 bits, float32 ones take TF32."""
         head = self.base.get_output_embeddings().weight
-        mixed = head.dtype != self.dtype
-        return torch.autocast(head.device.type, self.dtype) if mixed else contextlib.nullcontext()
+        mixed, narrow, nothing = head.dtype != self.dtype, self.dtype != torch.float32, contextlib.nullcontext
+        narrowed = torch.autocast(head.device.type, self.dtype) if mixed else nothing()
+        with narrowed, in_tf32(head.device.type) if narrow else nothing():
+            yield
 
     def forward(
         self,
@@ -173,7 +190,7 @@ def load_scorer(
       the files, adapter targets that match nothing.
     """
     # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-    compute = getattr(torch, config.dtype)
+    compute = getattr(torch, config.compute_dtype)
     stored = compute if config.lora_rank or frozen else torch.float32
     if deferred and config.lora_kind == "dora":
         log.warning("each process reads the whole model before it keeps its part: DoRA starts from its weights")
@@ -198,7 +215,7 @@ def load_scorer(
 
 def load_reference(config: ModelConfig, device: torch.device, *, deferred: bool = False) -> Scorer:
     """The initial model, frozen; its linear layers are kept in the compute dtype, in which they are used anyway."""
-    compute = getattr(torch, config.dtype)
+    compute = getattr(torch, config.compute_dtype)
     lm = pretrained(config, torch.float32, deferred=deferred)
     _exact(lm)
     to_meta(lm)

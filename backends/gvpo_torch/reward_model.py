@@ -104,7 +104,7 @@ class RewardModel:
             ids[number, : len(row)] = torch.tensor(row)
             seen[number, : len(row)] = 1
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.dtype == "bfloat16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
             states = self.model.base_model(input_ids=ids.to(self.device), attention_mask=seen.to(self.device))
             hidden = states.last_hidden_state[torch.arange(len(rows), device=self.device), last]
             scores: Tensor = self.model.get_submodule(_HEAD)(hidden)
@@ -124,7 +124,7 @@ class RewardModel:
             head.copy_(kept)
             text.pad_token_id = padding
         worst = float((together - torch.stack(alone).float()).abs().max() / (1 + together.abs().max()))
-        if self.config.dtype == "float32" and not worst <= TOLERANCE:
+        if self.config.compute_dtype == "float32" and not worst <= TOLERANCE:
             raise ConfigError(
                 f"{type(self.model).__name__}: a row's score depends on the rows beside it (by {worst:.2g}), so it"
                 " cannot be trained in batches; use another model"

@@ -74,7 +74,7 @@ def teacher(tmp_path_factory) -> Path:
 def config_of(folder: Path, backend: Backend, student: Path, teacher: Path, **teaching) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), backend=backend.name, steps=2, show_every=0),
-        model=ModelConfig(path=str(student), device=DEVICE),
+        model=ModelConfig(path=str(student), device=DEVICE, dtype="float32"),
         data=DataConfig(train="given", shuffle=False),
         rollout=RolloutConfig(prompts=3, responses=4, max_tokens=6),
         teacher=TeacherConfig(path=str(teacher), **teaching),
@@ -110,7 +110,7 @@ def test_the_reference_is_what_the_teacher_gives_to_the_text(tmp_path, backend, 
     logprobs, factors = stepped[0]
     lines = [line for line in texts(tmp_path) if line["step"] == 1]
     assert len(lines) == 12 == len(factors)
-    other = load_policy(replace(config, model=ModelConfig(path=str(teacher), device=DEVICE)))
+    other = load_policy(replace(config, model=ModelConfig(path=str(teacher), device=DEVICE, dtype="float32")))
     want = []
     for line in lines:
         prompt = ROWS[line["row"]]["prompt"]
@@ -159,7 +159,9 @@ def test_a_teacher_is_held_once_in_its_dtype(tmp_path, backend, student, teacher
     assert backend.policies.held_bytes(scorer) == pytest.approx(size, rel=0.05)  # tables of RoPE
     assert estimate_memory(policy.describe(), config, 8, facts).teacher == pytest.approx(size, rel=0.05)
     batch = Batch([(5, 6, 7), (5, 6, 7)], [(8, 9, 10, 0), (11, 0)], [0, 0])
-    plain = load_policy(replace(config, model=ModelConfig(path=str(teacher), device=DEVICE))).logprobs(batch)
+    plain = load_policy(replace(config, model=ModelConfig(path=str(teacher), device=DEVICE, dtype="float32"))).logprobs(
+        batch
+    )
     apart = np.abs(scorer.logprobs(batch) - plain).max()
     assert 1e-4 < apart < 0.5
     with pytest.raises(RuntimeError, match="loaded with updates = 0: it scores and samples, and is not trained"):
@@ -175,7 +177,11 @@ def served_config(config: Config, server: EchoServer, **teaching) -> Config:
 @pytest.fixture(scope="module")
 def scoring(backend, teacher):
     """The teacher as a policy of this backend."""
-    return load_policy(Config(run=RunConfig(backend=backend.name), model=ModelConfig(path=str(teacher), device=DEVICE)))
+    return load_policy(
+        Config(
+            run=RunConfig(backend=backend.name), model=ModelConfig(path=str(teacher), device=DEVICE, dtype="float32")
+        )
+    )
 
 
 def test_a_teacher_behind_a_url_takes_the_steps_of_a_local_one(

@@ -67,7 +67,7 @@ def run(folder: Path, backend: Backend, model: Path, *, steps: int = 2, train_fi
     """Plays and trains; the policy, its batches, and the steps' records."""
     config = Config(
         run=RunConfig(folder=str(folder), backend=backend.name, steps=steps, checkpoint_every=1, show_every=0),
-        model=ModelConfig(path=str(model), device=DEVICE),
+        model=ModelConfig(path=str(model), device=DEVICE, dtype="float32"),
         data=DataConfig(train=train_file, shuffle=False),
         rollout=RolloutConfig(prompts=2, responses=4, max_tokens=60),
         optimizer=OptimizerConfig(learning_rate=1e-3),

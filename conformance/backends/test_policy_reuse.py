@@ -39,7 +39,7 @@ def model(tmp_path_factory) -> Path:
 def config(folder: Path, backend: Backend, model: Path, **settings) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), backend=backend.name, steps=2, show_every=0),
-        model=ModelConfig(path=str(model), device=DEVICE, **settings),
+        model=ModelConfig(path=str(model), **{"device": DEVICE, "dtype": "float32"} | settings),
         rollout=RolloutConfig(prompts=2, responses=3, max_tokens=4),
         optimizer=OptimizerConfig(learning_rate=0.01, schedule="linear", warmup=1),
         rewards={"length": RewardConfig(function="given")},

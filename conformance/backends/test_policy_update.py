@@ -179,6 +179,24 @@ def test_bfloat16_keeps_float32_parameters_and_a_reference_equal_to_the_policy(b
     assert min(changed) > 0.5  # a bfloat16 parameter of 0.3 cannot move by 1e-6
 
 
+def test_auto_is_the_dtype_of_the_device(make, monkeypatch) -> None:
+    """float32 on CPUs; the settings that a run compares stay as they were given."""
+    assert make().describe().dtype == "float32"
+    ranks = type(make()._ranks)
+    plain = ranks.__init__
+
+    def on_an_accelerator(self, *given) -> None:
+        plain(self, *given)
+        assert self.auto_dtype == ("float32" if DEVICE == "cpu" else "bfloat16")
+        self.auto_dtype = "bfloat16"
+
+    monkeypatch.setattr(ranks, "__init__", on_an_accelerator)
+    of_policy = make(dtype="auto")
+    assert of_policy.describe().dtype == "bfloat16" and of_policy.settings.model.dtype == "auto"
+    np.testing.assert_array_equal(of_policy.logprobs(OF), make(dtype="bfloat16").logprobs(OF))
+    assert np.abs(of_policy.logprobs(OF) - make(dtype="float32").logprobs(OF)).max() > 1e-4
+
+
 def test_weight_decay_is_of_matrices_only(make, parameters) -> None:
     of_policy = make(learning_rate=0.1, weight_decay=0.5)
     before = parameters(of_policy)

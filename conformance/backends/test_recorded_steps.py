@@ -49,7 +49,7 @@ def model(tmp_path_factory) -> Path:
 def config_of(folder: Path, backend: Backend, model: Path) -> Config:
     return Config(
         run=RunConfig(folder=str(folder), backend=backend.name, steps=2, show_every=0),
-        model=ModelConfig(path=str(model), device=DEVICE),
+        model=ModelConfig(path=str(model), device=DEVICE, dtype="float32"),
         data=DataConfig(train="given", shuffle=False),
         rollout=RolloutConfig(prompts=4, max_tokens=8),
         objective=ObjectiveConfig(beta=BETA),
@@ -126,7 +126,16 @@ def test_the_example_and_the_page_run(source, tmp_path, backend, model, capsys, 
     if backend.name == "jax":
         pytest.skip("its steps are above; here it would only compile other shapes")
     config = ROOT / "examples" / "recorded" / "config.toml"
-    options = ["--model.path", str(model), "--model.device", DEVICE, "--run.backend", backend.name]
+    options = [
+        "--model.path",
+        str(model),
+        "--model.device",
+        DEVICE,
+        "--model.dtype",
+        "float32",
+        "--run.backend",
+        backend.name,
+    ]
     if source == "page":
         page = (ROOT / "docs" / "recorded.md").read_text(encoding="utf-8")
         [toml], [line] = (re.findall(rf"```{kind}\n(.*?)```", page, re.DOTALL) for kind in ("toml", "json"))

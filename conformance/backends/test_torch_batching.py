@@ -29,7 +29,7 @@ def run(folder: Path, sampler):
     model = make_model("llama", folder / "model")
     config = Config(
         run=RunConfig(folder=str(folder / "run"), steps=3, backend="torch"),
-        model=ModelConfig(path=str(model), device=DEVICE),
+        model=ModelConfig(path=str(model), device=DEVICE, dtype="float32"),
         rollout=RolloutConfig(prompts=2, responses=4, max_tokens=8),
         optimizer=OptimizerConfig(learning_rate=1e-2),
     )

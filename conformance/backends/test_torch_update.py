@@ -11,7 +11,7 @@ from torch_policies import policy, reference_gradients
 require(subject="torch")
 
 import torch
-from gvpo_torch import update
+from gvpo_torch import model, update
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Batch
@@ -53,6 +53,18 @@ def test_an_operation_without_a_deterministic_kernel_is_named(folder, monkeypatc
     with pytest.raises(ConfigError, match=r"model\.deterministic = true: put_ does not have a deterministic"):
         of_policy.update(OF, coefficients_of(OF))
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_beside_16_bits_float32_products_take_tf32_on_cuda(dtype, folder, monkeypatch) -> None:
+    of_policy, asked, plain = policy(folder, dtype=dtype, **SMOOTH), [], model.in_tf32
+    monkeypatch.setattr(model, "in_tf32", lambda device: asked.append(device) or plain("cuda"))
+    seen, score = [], model.score
+    allowed = lambda: torch.backends.cuda.matmul.allow_tf32
+    monkeypatch.setattr(model, "score", lambda *given: seen.append(allowed()) or score(*given))
+    of_policy.update(OF, coefficients_of(OF))
+    assert set(seen) == {dtype == "bfloat16"} and set(asked) == ({of_policy.device.type} if seen[0] else set())
+    assert not allowed()
 
 
 def test_peak_memory_is_in_bytes(folder) -> None:

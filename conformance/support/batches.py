@@ -20,7 +20,7 @@ def sections(folder: Path, device: str, settings: dict[str, Any]) -> tuple[Model
     model = {k: v for k, v in settings.items() if k in ModelConfig.__dataclass_fields__}
     optimizer = {k: v for k, v in settings.items() if k not in model}
     return (
-        ModelConfig(path=str(folder), **({"device": device} | model)),
+        ModelConfig(path=str(folder), **({"device": device, "dtype": "float32"} | model)),
         OptimizerConfig(**({"learning_rate": 1e-3, "max_gradient_norm": 0.0} | optimizer)),
     )
 

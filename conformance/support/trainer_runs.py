@@ -30,6 +30,7 @@ show_every = 0
 path = "{model}"
 device = "{DEVICE}"
 deterministic = {str(DEVICE == "cuda").lower()}
+{"" if "dtype" in model_extra else 'dtype = "float32"'}
 {model_extra}
 [data]
 train = "{folder / "train.jsonl"}"

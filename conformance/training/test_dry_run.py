@@ -143,10 +143,10 @@ def test_what_changes_the_estimate_and_how():
     assert estimate_memory(replace(FACTS, memory=None), CONFIG, 11) is None
     rollout = replace(CONFIG, objective=ObjectiveConfig(reference="rollout"))
     assert estimate_memory(FACTS, rollout, 11).reference == 0
-    narrow = estimate_memory(FACTS, with_("model", dtype="bfloat16"), 11)
+    narrow = estimate_memory(replace(FACTS, dtype="bfloat16"), CONFIG, 11)
     assert narrow.parameters == base.parameters and narrow.reference < base.reference  # float32 masters
     few = replace(FACTS, trainable_parameters=10_000)
-    lora = estimate_memory(few, with_("model", lora_rank=4, dtype="bfloat16"), 11)
+    lora = estimate_memory(replace(few, dtype="bfloat16"), with_("model", lora_rank=4), 11)
     assert lora.reference == 0 and lora.optimizer == 80_000 and lora.parameters == 990_000 * 2 + 40_000
     again = estimate_memory(FACTS, with_("model", gradient_checkpointing=True), 11)
     assert again.activations == 60 * (2 * 64 * 4 + (4 * 64 * 4 + 960 * 4))
@@ -181,9 +181,10 @@ def test_generation_takes_no_more_than_its_share_of_what_is_left():
     sizes = MemoryFacts(
         layers=28, hidden=3584, intermediate=18944, heads=28, kv_heads=4, head_dim=128, device=80 * 10**9
     )
-    of = replace(FACTS, ranks=8, parameters=7 * 10**9, trainable_parameters=7 * 10**9, vocabulary=152_064, memory=sizes)
+    counts = {"parameters": 7 * 10**9, "trainable_parameters": 7 * 10**9, "vocabulary": 152_064}
+    of = replace(FACTS, ranks=8, dtype="bfloat16", memory=sizes, **counts)
     config = Config(
-        model=ModelConfig(path="m", dtype="bfloat16", sharding="fsdp", gradient_checkpointing=True),
+        model=ModelConfig(path="m", sharding="fsdp", gradient_checkpointing=True),
         rollout=RolloutConfig(prompts=128, responses=32, max_tokens=4096),
     )
     whole = estimate_memory(of, config, 1024)

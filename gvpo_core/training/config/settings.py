@@ -46,8 +46,9 @@ class ModelConfig:
     """Commit or tag of a hub model."""
     trust_remote_code: bool = False
     """Run model code shipped in the model's repository."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype. bfloat16 keeps float32 master parameters in full fine-tuning, and a bfloat16 base under LoRA."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. auto: bfloat16 on CUDA and TPU, float32 elsewhere. bfloat16 keeps float32 master parameters in
+    full fine-tuning, and a bfloat16 base under LoRA."""
     device: str = "auto"
     """Device. auto: the accelerator if there is one, else CPU."""
     lora_rank: int = 0
@@ -76,6 +77,11 @@ class ModelConfig:
     """Devices of jax over which parameters, optimizer state and batch are sharded."""
     mesh_tensor: int = 1
     """Devices of jax over which each layer is split. The remaining devices form the data axis."""
+
+    @property
+    def compute_dtype(self) -> str:
+        """`dtype`; float32 where it is auto and no policy has chosen yet."""
+        return "float32" if self.dtype == "auto" else self.dtype
 
 
 @dataclass(frozen=True)
@@ -221,8 +227,8 @@ class TeacherConfig:
     """Commit or tag of a hub model."""
     backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
     """Backend that scores with it. auto: the policy's."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute dtype. auto: bfloat16 on CUDA and TPU, float32 elsewhere."""
     device: str = ""
     """Device. Empty: model.device."""
     template: dict[str, Any] = field(default_factory=dict)

@@ -41,6 +41,7 @@ class RanksOfBackend(Protocol):
 
     rank: int
     world_size: int
+    auto_dtype: str  # that model.dtype = "auto" stands for on its device
 
     def gather(self, values: np.ndarray) -> np.ndarray: ...
 
@@ -48,7 +49,7 @@ class RanksOfBackend(Protocol):
 class OneRank:
     """The only process of a run, for a backend that has no more."""
 
-    rank, world_size = 0, 1
+    rank, world_size, auto_dtype = 0, 1, "float32"
 
     def __init__(self, config: ModelConfig) -> None:
         """Takes any device."""
@@ -90,8 +91,9 @@ class LanguageModelPolicy(abc.ABC):
         """
         refuse_settings(config, self.backend, optimizer)
         self.settings = PolicySettings(optimizer, updates, reference, seed, config)
-        self.config, self.optimizer_config = config, optimizer
         self._ranks = ranks(config)
+        dtype: Any = self._ranks.auto_dtype if config.dtype == "auto" else config.dtype
+        self.config, self.optimizer_config = replace(config, dtype=dtype), optimizer
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
         self._read_tokenizer()
         self.frozen = updates == 0 and not config.lora_rank  # scores and samples only: no moments, model.dtype

@@ -56,7 +56,7 @@ def estimate_memory(
         return None
     m, vocabulary = facts.memory, facts.vocabulary
     ranks, total, trained = facts.ranks, facts.parameters, facts.trainable_parameters
-    narrow = 2 if config.model.dtype == "bfloat16" else _WIDE
+    narrow = 2 if facts.dtype == "bfloat16" else _WIDE
     frozen = total - trained
     split = ranks if config.model.sharding == "fsdp" else m.split
     separate = config.objective.reference == "initial" and not config.model.lora_rank

@@ -90,7 +90,7 @@ def _made(config: Config, policy: Policy) -> Any:
         if config.engine.kind == "vllm":
             return VLLM(
                 getattr(policy, "folder", config.model.path),
-                dtype=config.model.dtype,
+                dtype=policy.describe().dtype,
                 folder=config.engine.folder,
                 gap_tolerance=config.engine.gap_tolerance,
                 options={"trust_remote_code": config.model.trust_remote_code} | config.engine.options,
