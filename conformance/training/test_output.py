@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import shlex
 import subprocess
 import sys
 
@@ -56,3 +58,37 @@ def test_a_run_with_closed_standard_descriptors_scores_and_trains(closing, tmp_p
     assert done.returncode == 0, done.stderr
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().split("\n") if line]
     assert [r["reward/mean"] for r in records if r["kind"] == "train"] == [1.0, 1.0]
+
+
+def ran(redirection, *arguments, **environment):
+    """A command with its standard streams redirected by the shell: (exit status, stdout, stderr)."""
+    command = shlex.join([sys.executable, "-m", "gvpo_core.training.cli", *map(str, arguments)])
+    done = subprocess.run(
+        ["bash", "-c", f"{command} {redirection}"], capture_output=True, timeout=120, env=os.environ | environment
+    )
+    return done.returncode, done.stdout.decode(errors="replace"), done.stderr.decode(errors="replace")
+
+
+@pytest.mark.parametrize("redirection", ["2</dev/null", "2>/dev/full", "2>&-"])
+@pytest.mark.parametrize("arguments", [("train", "nowhere.toml"), ("nothing",)])
+def test_an_error_that_nobody_can_read_keeps_its_status_and_stays_off_standard_output(redirection, arguments):
+    """Before, the message could not be written, which was an error of another kind; without a stderr it was printed."""
+    if "full" in redirection and not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    assert ran(redirection, *arguments) == (2, "", "")
+
+
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("--version",), ("--help",)])
+def test_a_result_without_a_standard_output_is_lost_and_one_that_cannot_be_written_is_a_line(arguments):
+    if arguments == ("train", "--help"):
+        pytest.importorskip("tyro", reason="the command line's extra is not installed")
+    assert ran(">&-", *arguments)[0] == 0
+    status, _, err = ran("1</dev/null", *arguments)  # open for reading alone
+    assert (status, err) == (1, "gvpo: cannot write to standard output: Bad file descriptor\n")
+
+
+@pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"n\xe4u"), ("latin-1", "n\ufffdu"), ("utf-8", "näu")])
+def test_a_result_is_printed_in_any_encoding(encoding, shown, tmp_path):
+    status, out, err = ran("", "init", tmp_path / "näu", PYTHONIOENCODING=encoding)
+    assert status == 0 and "Traceback" not in err, err
+    assert shown in out

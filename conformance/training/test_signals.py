@@ -20,6 +20,8 @@ pytestmark = pytest.mark.core
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 STOPS = {"SIGUSR1": 138, "SIGUSR2": 140, "SIGXCPU": 152, "SIGQUIT": 131, "SIGTERM": 143, "SIGINT": 130}
+STOPS |= {"SIGALRM": 142, "SIGVTALRM": 154}  # a watchdog's
+STOPS |= {"SIGPWR": 158} if hasattr(signal, "SIGPWR") else {}  # a container or machine that shuts down
 
 
 def signalled(folder, numbers, steps=50):
@@ -89,7 +91,7 @@ def test_reward_processes_outlive_the_signals_of_a_job(tmp_path):
     (tmp_path / "mine.py").write_text(
         "import os, signal, subprocess, sys\n"
         "def reward(prompts, completions, **_):\n"
-        "    for name in ('SIGUSR1', 'SIGUSR2', 'SIGXCPU', 'SIGHUP', 'SIGTERM', 'SIGQUIT', 'SIGINT'):\n"
+        f"    for name in {[*STOPS, 'SIGHUP']!r}:\n"
         "        os.kill(os.getpid(), getattr(signal, name))\n"
         "    code = 'import signal, sys; sys.exit(signal.getsignal(signal.SIGTERM) != signal.SIG_DFL)'\n"
         "    assert subprocess.run([sys.executable, '-c', code]).returncode == 0\n"

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from gvpo_core import __version__
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, hide_command, secrets_of, traceback_of
-from gvpo_core.training.terminal.output import let_go, open_standard_descriptors
+from gvpo_core.training.run.signals import without_hang_up
+from gvpo_core.training.terminal.output import say, standard_streams
 from gvpo_core.training.terminal.text import printable
 
 if TYPE_CHECKING:
@@ -38,14 +39,13 @@ _USAGE = """usage: gvpo COMMAND ...
 gvpo train --help explains every setting. Relative paths are from the working directory.
 """
 
+_HELP = ("-h", "--help", "help")
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
-    open_standard_descriptors()
-    try:
+    with standard_streams(), without_hang_up():
         return _run(sys.argv[1:] if arguments is None else arguments)
-    finally:
-        let_go()
 
 
 def _run(arguments: list[str]) -> int:
@@ -60,17 +60,17 @@ def _run(arguments: list[str]) -> int:
         "doctor": _doctor,
     }
     command = arguments[0] if arguments else "--help"
-    if command in ("-h", "--help", "help"):
-        print(_USAGE, end="")
-        return 0 if arguments else 2
-    if command == "--version":
-        print(f"gvpo {__version__}")
-        return 0
-    if command not in commands:
+    if command not in (*commands, *_HELP, "--version"):
         print(f"gvpo: there is no command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
     secrets = set(secrets_of())
     try:
+        if command in _HELP:
+            say(_USAGE.rstrip())
+            return 0 if arguments else 2
+        if command == "--version":
+            say(f"gvpo {__version__}")
+            return 0
         return commands[command](arguments[1:], secrets)
     except KeyboardInterrupt:
         print("\ngvpo: quit without saving; the last checkpoint is kept", file=sys.stderr)
@@ -113,13 +113,11 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.run.checkpoint import refuse_unsaved
     from gvpo_core.training.run.folder import RunFolder
     from gvpo_core.training.run.resume import in_its_folder, without_from_step
-    from gvpo_core.training.run.signals import without_hang_up
 
     dry = [a for a in arguments if a in ("--dry-run", "--dry_run")]
     arguments, step = without_from_step([a for a in arguments if a not in dry])
     from_step = _step_number(step)
     with ExitStack() as stack:
-        stack.enter_context(without_hang_up())
         opened: list[Inputs] = []
 
         def wrong(config: Config) -> list[str]:
@@ -151,13 +149,11 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.config.file import as_table, parse_arguments
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.policy.load import load_policy
-    from gvpo_core.training.run.signals import without_hang_up
 
     if arguments[:1] in ([], ["-h"], ["--help"]) or len(arguments) < 2 or arguments[1].startswith("-"):
-        print("usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]; gvpo train --help explains the settings")
+        say("usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]; gvpo train --help explains the settings")
         return 0 if {"-h", "--help"} & {*arguments} else 2
     with ExitStack() as stack:
-        stack.enter_context(without_hang_up())
         opened: list[Inputs] = []
 
         def wrong(config: Config) -> list[str]:

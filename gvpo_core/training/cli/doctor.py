@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 from gvpo_core import __version__
 from gvpo_core.training.config.backends import install_line, installable
+from gvpo_core.training.terminal.output import say
 
 LIMIT = 2.0  # seconds for all imports together
 
@@ -68,14 +69,14 @@ def doctor(json: bool = False) -> int:
     findings = examine()
     worst = next((s for s in ("wrong", "warning") if any(f.status == s for f in findings)), "ok")
     if json:
-        print(dumps({"status": worst, "findings": [f._asdict() for f in findings]}, indent=1))
+        say(dumps({"status": worst, "findings": [f._asdict() for f in findings]}, indent=1))
     else:
         for finding in findings:
-            print(f"{finding.status:<8} {finding.name:<17} {finding.detail}".rstrip())
+            say(f"{finding.status:<8} {finding.name:<17} {finding.detail}".rstrip())
             if finding.fix:
-                print(f"{'':<8} {'':<17} -> {finding.fix}")
+                say(f"{'':<8} {'':<17} -> {finding.fix}")
         count = sum(f.status != "ok" for f in findings)
-        print("all well" if not count else f"{count} to fix; the worst is: {worst}")
+        say("all well" if not count else f"{count} to fix; the worst is: {worst}")
     return int(worst == "wrong")
 
 

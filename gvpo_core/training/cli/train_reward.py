@@ -18,7 +18,7 @@ from gvpo_core.training.policy.load import missing_package
 from gvpo_core.training.recorded.rows import recorded_rows
 from gvpo_core.training.recorded.shapes import UNSCORED, shape_of
 from gvpo_core.training.rows import DataError, load_rows
-from gvpo_core.training.terminal.output import say
+from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit, percent
 
 _SHOWN = 20  # lines of progress, about
@@ -70,10 +70,16 @@ def train_reward(arguments: list[str]) -> int:
     model.check(_lengths(pairs))
     steps = options.epochs * math.ceil(len(pairs) / options.batch)
     optimizer = replace(optimizer, warmup=math.ceil(options.warmup * steps))
-    say(f"model            {options.model}, {type(model.model).__name__}, {model.device}, products in {options.dtype}")
+    show_progress(
+        f"model            {options.model}, {type(model.model).__name__}, {model.device}, products in {options.dtype}"
+    )
     left_out = len(preferences) + len(kept) - len(pairs) - len(held_out)
-    say(f"pairs            {len(pairs):,} training, {len(held_out):,} held-out, {left_out:,} too long or equal")
-    say(f"steps            {steps:,} of {options.batch} pairs, learning rate {options.learning_rate:g}, linear\n")
+    show_progress(
+        f"pairs            {len(pairs):,} training, {len(held_out):,} held-out, {left_out:,} too long or equal"
+    )
+    show_progress(
+        f"steps            {steps:,} of {options.batch} pairs, learning rate {options.learning_rate:g}, linear\n"
+    )
     _tell(model, held_out, options.micro_batch_tokens, "before")
     start, every = time.monotonic(), max(1, steps // _SHOWN)
     for done, loss, norm in train(
@@ -81,7 +87,9 @@ def train_reward(arguments: list[str]) -> int:
     ):
         if done % every == 0 or done in (1, steps):
             left = (time.monotonic() - start) / done * (steps - done)
-            say(f"step {done:>6}   loss {fit(loss, 6)}   gradient norm {fit(norm, 6)}   {left / 60:.0f} min left")
+            show_progress(
+                f"step {done:>6}   loss {fit(loss, 6)}   gradient norm {fit(norm, 6)}   {left / 60:.0f} min left"
+            )
     _tell(model, held_out, options.micro_batch_tokens, "after")
     model.save(options.out)
     say(f"\nwrote {options.out}; as a reward:\n")
@@ -201,4 +209,4 @@ def _tell(model: Any, held_out: Sequence[Any], tokens: int, when: str) -> None:
         loss, right = model.evaluate(held_out, tokens)
         low, high = wilson(right * len(held_out), len(held_out))
         accuracy = f"{percent(right)} % of {len(held_out):,} held-out pairs in the right order"
-        say(f"{when:<16} {accuracy} (95 %: {percent(low)} to {percent(high)}), loss {fit(loss, 6)}")
+        show_progress(f"{when:<16} {accuracy} (95 %: {percent(low)} to {percent(high)}), loss {fit(loss, 6)}")

@@ -16,7 +16,8 @@ from gvpo_core.training.config.check import wrong_values
 from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
 from gvpo_core.training.config.suggestions import setting_names, suggest
-from gvpo_core.training.files.disk import refuse_special
+from gvpo_core.training.files.disk import refuse_special, retried
+from gvpo_core.training.terminal.output import refusing_output
 
 
 def read_config(path: Path) -> Config:
@@ -42,7 +43,7 @@ def _read(path: Path) -> "tuple[Config, _Reader]":
     """The settings, with defaults for wrong fields, and the reader with the errors."""
     try:
         refuse_special(path)
-        text = path.read_text(encoding="utf-8-sig")  # editors on Windows begin a file with a mark
+        text = retried(lambda: path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except OSError as e:
         raise ConfigError(f"cannot read the config {path}: {e.strerror or e}") from e
     except UnicodeDecodeError as e:
@@ -147,7 +148,7 @@ def _overridden(default: Config, options: list[str]) -> Config:
         raise ConfigError('command-line options need tyro: pip install "gvpo[train]"') from e
     printed = io.StringIO()  # a refusal comes in a box, with the settings' values in it
     try:
-        with contextlib.redirect_stderr(printed):
+        with refusing_output(), contextlib.redirect_stderr(printed):
             config: Config = tyro.cli(
                 Config,
                 prog="gvpo train CONFIG",

@@ -1,22 +1,23 @@
 """Signals of a run: asked to stop, it finishes its step, saves and leaves.
 
 SIGINT (Ctrl-C), SIGTERM, SIGQUIT                  finish the step, save, leave; Ctrl-C or SIGQUIT once more: at once
-SIGUSR1, SIGUSR2, SIGXCPU                          the same, however often: warnings of a job's end, as SLURM sends
+SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM,     the same, however often: warnings of a job's end, as SLURM sends, a
+SIGPWR                                             watchdog's, and of a container or machine that shuts down
 SIGHUP                                             ignored: the run survives its terminal
 """
 
 import contextlib
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
-from gvpo_core.training.terminal.output import Forgiving
+from gvpo_core.training.terminal.output import show_progress
 
 _ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run takes them whoever else does
-_WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")  # SIGXCPU comes every second until the hard limit
+# SIGXCPU comes every second until the hard limit
+_WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPWR")
 _AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher forwards its SIGTERM, and the scheduler may send another
 
 
@@ -65,8 +66,7 @@ class StopRequest:
             return
         self.signal = number
         again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
-        text = f"\nStopping after this step and saving. Press {again} to quit now."
-        print(text, file=Forgiving(sys.stdout), flush=True)
+        show_progress(f"\nStopping after this step and saving. Press {again} to quit now.")
 
 
 def _hung_up(number: int, frame: FrameType | None) -> None:

@@ -73,22 +73,60 @@ class OutputError(RuntimeError):
     """A result that could not be printed."""
 
 
+def encodable(text: str, stream: Any) -> str:
+    r"""The text with what the stream's encoding does not have as escapes, as \xe4; a lone surrogate among them."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    with contextlib.suppress(LookupError):  # an encoding that Python does not have
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
 def say(text: object) -> None:
     """Prints a command's result. Raises: OutputError: standard output cannot be written."""
+    with refusing_output():
+        print(encodable(str(text), sys.stdout), flush=True)
+
+
+def show_progress(text: object) -> None:
+    """Prints what work under way has come to; a stream that cannot take it does not stop the work."""
+    print(encodable(str(text), sys.stdout), file=Forgiving(sys.stdout), flush=True)
+
+
+@contextlib.contextmanager
+def refusing_output() -> Iterator[None]:
+    """Around what prints alone. Raises: OutputError: standard output cannot be written."""
     try:
-        print(text, flush=True)
+        yield
     except OSError as e:
         raise OutputError(f"cannot write to standard output: {e.strerror or e}") from e
 
 
-def let_go() -> None:
-    """Drops what standard output holds and cannot write: else Python would fail at its exit, with its own status."""
+@contextlib.contextmanager
+def standard_streams() -> Iterator[None]:
+    """Inside `with`, the standard streams of a command: text for one that is closed goes nowhere, and standard error
+    drops what it cannot take, so that an error keeps its exit status. Afterwards nothing is left to fail at the exit.
+    """
+    before = sys.stdout, sys.stderr
+    open_standard_descriptors()
+    with open(os.devnull, "w") as nowhere:
+        sys.stdout = nowhere if before[0] is None else before[0]
+        sys.stderr = cast(TextIO, Forgiving(nowhere if before[1] is None else before[1]))
+        try:
+            yield
+        finally:
+            sys.stdout, sys.stderr = before
+            for stream in before:
+                _let_go(stream)
+
+
+def _let_go(stream: Any) -> None:
+    """Drops what a stream holds and cannot write: else Python would fail at its exit, with its own status."""
     try:
-        sys.stdout.flush()
+        stream.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, sys.stdout.fileno())
+            os.dup2(nowhere, stream.fileno())
             os.close(nowhere)
     except (ValueError, AttributeError):  # closed, or never there
         pass

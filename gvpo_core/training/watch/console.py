@@ -5,7 +5,6 @@ ANSI: spaces separate the fields of a row, a missing number is "-". Every number
 ends with its verdict; the reasons and what to do are printed below it once, not at every step.
 """
 
-import contextlib
 import math
 import shutil
 import sys
@@ -13,7 +12,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
 
-from gvpo_core.training.terminal.output import Forgiving
+from gvpo_core.training.terminal.output import Forgiving, encodable
 from gvpo_core.training.terminal.text import Command, columns, duration, fact, fit, percent, pieces, printable, size
 from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH
 from gvpo_core.training.watch.columns import ALL_LEGEND, LEGEND, NARROW, WIDE, Column, columns_for, row, titles, verdict
@@ -199,10 +198,7 @@ class Console:
 
     def _print(self, line: str, *, style: str = "", mark: tuple[int, str] = (0, "")) -> None:
         """Prints a line; on a terminal in a style, and from a place on in another."""
-        line = line.rstrip()
-        encoding = getattr(self._stream, "encoding", None) or "utf-8"
-        with contextlib.suppress(LookupError):  # an encoding that Python does not have
-            line = line.encode(encoding, "backslashreplace").decode(encoding)
+        line = encodable(line.rstrip(), self._stream)
         if self._live is not None:
             from rich.text import Text
 

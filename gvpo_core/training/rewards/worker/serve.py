@@ -52,7 +52,10 @@ def main(requests: int, answers: int) -> None:
 
 _OF_THE_JOB = [
     getattr(signal, name)
-    for name in ("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+    for name in (
+        *("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"),
+        *("SIGALRM", "SIGVTALRM", "SIGPWR"),
+    )
     if hasattr(signal, name)
 ]
 
