@@ -86,6 +86,88 @@ ELSEWHERE = {
     "evaluation.patience": ("early_stopping_patience",),
 }
 """Setting -> what TRL, verl, transformers and mlx-lm call it."""
+_SPELLINGS = {
+    "run.folder": (
+        "output_path output_directory checkpoint_dir ckpt_dir log_dir logging_dir results_dir work_dir exp_dir"
+    ),
+    "run.steps": (
+        "total_steps max_train_steps max_iters num_iters num_train_steps training_steps train_steps train_epochs "
+        "max_steps_per_run num_training_steps num_updates"
+    ),
+    "run.seed": "random_seed data_seed manual_seed rng_seed",
+    "run.checkpoint_every": (
+        "save_interval checkpoint_interval ckpt_every ckpt_interval checkpoint_steps checkpoint_freq"
+    ),
+    "run.keep_checkpoints": "max_checkpoints num_checkpoints keep_last_n max_to_keep",
+    "run.keep_best": "metric_for_best_model save_best",
+    "run.trackers": "wandb wandb_project log_with trackio tensorboard tracker use_trackio",
+    "run.show_every": "log_completions_steps print_every",
+    "model.path": "model model_path base_model pretrained_model actor_model policy_model model_name_or_id hf_model",
+    "model.device": "device_map use_cpu no_cuda accelerator",
+    "model.revision": "model_revision",
+    "model.lora_rank": "rank lora_dim use_lora lora peft lora_config",
+    "model.lora_alpha": "alpha",
+    "model.lora_targets": "target_module lora_modules lora_layers lora_target",
+    "model.template": "chat_template chat_template_kwargs enable_thinking apply_chat_template_kwargs",
+    "model.gradient_checkpointing": (
+        "activation_checkpointing recompute gradient_checkpoint use_gradient_checkpointing"
+    ),
+    "model.compile": "torch_compile",
+    "model.mesh_tensor": "tensor_parallel_size tp_size tensor_model_parallel_size tensor_parallel",
+    "data.train": "dataset dataset_path data_path train_data train_data_path train_path train_dataset_path",
+    "data.evaluation": (
+        "eval_path val_data valid_data test_data test_file eval_file val_path eval_dataset_path valid_file"
+    ),
+    "data.system_prompt": "system system_message",
+    "data.max_prompt_tokens": "max_input_length max_input_len max_prompt_len max_source_length",
+    "rollout.prompts": (
+        "global_batch_size prompts_per_step num_unique_prompts_rollout train_bsz gen_batch_size bsz prompts_per_batch"
+    ),
+    "rollout.responses": (
+        "num_samples_per_prompt samples_per_prompt generations rollouts_per_prompt k group num_rollouts best_of "
+        "n_rollouts num_return responses_per_prompt completions_per_prompt generations_per_prompt num_completions "
+        "rollout_num"
+    ),
+    "rollout.max_tokens": (
+        "max_completion_tokens max_output_tokens max_gen_len max_generate_tokens max_completion_len "
+        "max_tokens_per_response max_gen_length max_generation_length max_response_tokens max_response_len "
+        "max_gen_tokens max_target_length completion_length"
+    ),
+    "rollout.temperature": "temp sampling_temperature generation_temperature",
+    "rollout.top_p": "nucleus_p",
+    "rollout.stop": "stop_sequences stop_strings stop_words stop_token_ids",
+    "rollout.ahead": "async_rollout off_policy_steps staleness max_staleness max_off_policyness",
+    "objective.beta": "kl kl_coefficient kl_weight kl_penalty_coef kl_ctrl",
+    "objective.clip": "epsilon_high epsilon_low clip_ratio_high clip_ratio_low clip_range",
+    "objective.minibatches": "mini_batch_size minibatch_size",
+    "objective.epochs": "n_epochs inner_epochs",
+    "objective.reference": "ref_model ref_model_path reference_model reference_policy",
+    "optimizer.learning_rate": "learn_rate policy_lr max_lr peak_lr base_lr",
+    "optimizer.betas": "adam_b1 adam_b2 beta_1 beta_2 adam_betas",
+    "optimizer.eps": "adam_eps",
+    "optimizer.weight_decay": "decay",
+    "optimizer.warmup": "warmup_iters warmup_fraction warmup_proportion",
+    "optimizer.schedule": (
+        "learning_rate_schedule scheduler lr_decay_style lr_schedule scheduler_type lr_scheduler_name"
+    ),
+    "optimizer.max_gradient_norm": (
+        "gradient_clipping clip_grad_norm max_norm grad_norm_clip gradient_clip_val gradient_clip max_gradient"
+    ),
+    "optimizer.micro_batch_tokens": (
+        "grad_accum gradient_accumulation accumulation_steps grad_accum_steps grad_accumulation_steps"
+    ),
+    "optimizer.micro_batch_responses": (
+        "micro_batch_size_per_gpu ppo_micro_batch_size_per_gpu per_device_batch_size per_gpu_train_batch_size "
+        "train_micro_batch_size_per_gpu device_batch_size"
+    ),
+    "evaluation.every": (
+        "eval_interval val_every test_every evaluation_strategy evaluate_every val_check_interval eval_freq"
+    ),
+    "evaluation.patience": "early_stopping",
+    "environment.max_turns": "max_tool_calls max_tool_calling_iterations max_assistant_turns",
+    "teacher.path": "teacher_model teacher_model_name_or_path",
+}
+"""Setting -> other spellings that people bring; not the name of a setting of one certain trainer."""
 _WITHOUT = (
     "logging_steps",
     "steps_per_report",
@@ -104,6 +186,27 @@ ABSENT = {
     "each reward is a section: [rewards.NAME] with function and weight": (
         *("reward_funcs", "reward_fn", "reward_function", "custom_reward_function", "reward_weights", "remote_rm_url"),
         *("reward_pretrain", "reward_model_path"),
+    ),
+    "the trackers of run.trackers take the project and the run's name from their own environment variables": (
+        *("run_name", "experiment_name", "project", "tracker_project_name", "wandb_entity", "wandb_run_name"),
+    ),
+    "GVPO has no critic, and its weights are centred in each group without a scale": (
+        *("gamma", "gae_lambda", "lam", "scale_rewards", "normalize_advantage", "advantage_normalization"),
+        *("value_loss_coef", "whiten_rewards"),
+    ),
+    "the longest row is the prompt's limit plus the response's: data.max_prompt_tokens and rollout.max_tokens": (
+        *(
+            "max_length",
+            "max_seq_length",
+            "max_seq_len",
+            "seq_length",
+            "sequence_length",
+            "cutoff_len",
+            "max_model_len",
+        ),
+    ),
+    "sampling must cover the model's own distribution (Cor. 3.2), and penalties change it": (
+        *("repetition_penalty", "frequency_penalty", "presence_penalty", "no_repeat_ngram_size"),
     ),
     "the launcher starts the processes, as torchrun --nproc-per-node does: see docs/launch.md": (
         *("n_gpus_per_node", "nnodes", "num_processes", "num_gpus", "actor_num_gpus_per_node", "actor_num_nodes"),
@@ -138,11 +241,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
     last = _last(name)
     if last in _WITHOUT:
         return ""
-    absent = next((why for why, theirs in ABSENT.items() if last in theirs), None)
+    absent = next((why for why, theirs in ABSENT.items() if _among(last, theirs)), None)
     if absent:
         return f"; {absent}"
-    ours = next((ours for ours, theirs in ELSEWHERE.items() if last in theirs), None)
-    close = [k for k in settings if _last(k) == last]
+    listed = [*ELSEWHERE.items(), *((ours, theirs.split()) for ours, theirs in _SPELLINGS.items())]
+    ours = next((ours for ours, theirs in listed if _among(last, theirs)), None)
+    close = [k for k in settings if _last(k) == last and last != "model"]  # engine.model is not meant
     close = close or [k for k in settings if ours is not None and k.lstrip("-") == ours]
     if not close and "." in name:
         alike = [k for k in settings if difflib.get_close_matches(last, [_last(k)])]
@@ -151,6 +255,11 @@ def suggest(name: str, known: Iterable[str]) -> str:
         spelt = difflib.get_close_matches(last, [_last(k) for k in settings], n=1, cutoff=0.75)
         close = [k for k in settings if [_last(k)] == spelt]
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _among(name: str, theirs: Iterable[str]) -> bool:
+    """Whether a name is one of theirs, written with or without underscores."""
+    return name.replace("_", "") in (their.replace("_", "") for their in theirs)
 
 
 def _last(name: str) -> str:
