@@ -1,10 +1,12 @@
 """A run folder is left alone by whatever cannot read it, lock it or find it, and by a resume that is refused."""
 
+import contextlib
 import errno
 import fcntl
 import io
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +20,14 @@ from table_problem import PROMPTS, reward
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.files import disk
 from gvpo_core.training.rewards import RewardError
-from gvpo_core.training.run.checkpoint import CheckpointError, newest_checkpoint, steps_saved
+from gvpo_core.training.run.checkpoint import (
+    CheckpointError,
+    begin_checkpoint,
+    checkpoint_at,
+    commit_checkpoint,
+    newest_checkpoint,
+    steps_saved,
+)
 from gvpo_core.training.run.folder import RunFolderError
 
 pytestmark = pytest.mark.core
@@ -30,19 +39,32 @@ def _no_waiting(monkeypatch, capsys):
     monkeypatch.setattr(disk, "RETRY_SECONDS", (0.0, 0.0))
 
 
-def failing(monkeypatch, part: str, number: int, times: int) -> list[str]:
-    """Makes the next `times` opens, stats and listings of a path with `part` in it fail; the paths are listed."""
+def failing(monkeypatch, part: str, number: int, times: int, *, skipped: int = 0) -> list[str]:
+    """Makes the next `times` opens, stats and listings of a path with `part` in it fail; the paths are listed.
+
+    Opens to write are left alone.
+
+    Args:
+      skipped: calls that succeed before.
+    """
     failed: list[str] = []
+    seen = 0
 
     def wrapped(real):
         def call(path, *args, **options):
-            if not isinstance(path, int) and part in str(path) and len(failed) < times:
+            nonlocal seen
+            writes = real is opened and bool(set("wax+") & set(args[0] if args else options.get("mode", "r")))
+            if isinstance(path, int) or part not in str(path) or writes:
+                return real(path, *args, **options)
+            seen += 1
+            if seen > skipped and len(failed) < times:
                 failed.append(str(path))
                 raise OSError(number, os.strerror(number), str(path))
             return real(path, *args, **options)
 
         return call
 
+    opened = io.open
     for module, name in ((io, "open"), (os, "open"), (os, "stat"), (os, "listdir"), (os, "scandir")):
         monkeypatch.setattr(module, name, wrapped(getattr(module, name)))
     return failed
@@ -59,6 +81,49 @@ def test_a_read_that_fails_once_is_tried_again(part, number, tmp_path, monkeypat
         failed = failing(patched, part, number, 1)
         assert newest_checkpoint(tmp_path / "checkpoints").step == 3
     assert len(failed) == 1 and run_folders.content(tmp_path) == before
+
+
+RESUME_READS = ["metrics.jsonl", "environment.json", "00000003/source.json", "00000003/policy/table.npz", "config.toml"]
+REMOTE = [errno.ETIMEDOUT, errno.ENOTCONN, errno.EREMOTEIO, errno.EHOSTDOWN, errno.EMFILE]
+
+
+@pytest.mark.parametrize("skipped", range(4))
+@pytest.mark.parametrize("part", RESUME_READS)
+def test_no_single_failed_read_stops_a_resume(part, skipped, tmp_path, monkeypatch):
+    """Reads that were not tried again: the saved settings, the source's state, the policy's file."""
+    run_folders.go(run_folders.config(tmp_path))
+    with monkeypatch.context() as patched:
+        failed = failing(patched, part, REMOTE[skipped], 1, skipped=skipped)
+        assert run_folders.go(run_folders.config(tmp_path, steps=4))[0].step == 4
+    assert len(failed) <= 1 and (failed or skipped), "the first read of each file failed"
+
+
+@pytest.mark.parametrize("skipped", range(3))
+@pytest.mark.parametrize("part", [*RESUME_READS, "checkpoints"])
+def test_reads_that_begin_to_fail_during_a_start_are_one_line(part, skipped, tmp_path, monkeypatch):
+    run_folders.go(run_folders.config(tmp_path))
+    with monkeypatch.context() as patched:
+        failed = failing(patched, part, REMOTE[skipped], 10**6, skipped=skipped)
+        with contextlib.suppress(CheckpointError, RunFolderError, ConfigError):  # and no other kind
+            run_folders.go(run_folders.config(tmp_path, steps=4))
+    assert failed or skipped
+    assert not any("damaged" in name for name in os.listdir(tmp_path / "checkpoints"))
+    assert run_folders.go(run_folders.config(tmp_path, steps=4))[0].step == 4
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EIO])
+def test_a_folder_that_cannot_be_listed_leaves_no_file_out_of_a_checkpoint(number, tmp_path, monkeypatch):
+    """`Path.rglob` passes over what it may not list: the checkpoint counted, without its files."""
+    partial = begin_checkpoint(tmp_path, 1)
+    (partial.policy / "weights.bin").write_bytes(b"weights")
+    with monkeypatch.context() as patched:
+        failed = failing(patched, "policy", number, 1)
+        with pytest.raises(OSError, match=re.escape(os.strerror(number))):
+            commit_checkpoint(tmp_path, 1, keep=1)
+    assert failed and not steps_saved(tmp_path)
+    commit_checkpoint(tmp_path, 1, keep=1)
+    manifest = json.loads((checkpoint_at(tmp_path, 1).directory / "manifest.json").read_text())
+    assert [*manifest["files"]] == ["policy/weights.bin"]
 
 
 @pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])

@@ -61,6 +61,23 @@ def names_in(folder: Path) -> list[str]:
         return []
 
 
+def tree(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The files in a folder and in those below it, sorted, and all these folders, itself first.
+
+    Raises: OSError: one cannot be listed; `Path.rglob` would leave it out.
+    """
+    files: list[Path] = []
+    folders: list[Path] = []
+    for at, _, names in os.walk(folder, onerror=_raised):
+        folders.append(Path(at))
+        files += [Path(at, name) for name in names]
+    return sorted(files), folders
+
+
+def _raised(error: OSError) -> None:
+    raise error
+
+
 def write_synced(path: Path, content: bytes) -> None:
     """Replaces a file in one move: written aside, synced, renamed. After a power loss it is the old or the new one."""
     aside = path.with_name(f".{path.name}.aside")

@@ -39,7 +39,7 @@ def encoded(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def append_synced(path: Path, content: bytes) -> None:
     """Appends to a file, which after a power loss holds all of `content` once this has returned."""
-    new = not path.exists()
+    new = not retried(path.exists)
     with path.open("ab") as f:
         f.write(content)
         f.flush()

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.files.disk import retried
 
 FORMAT = 1
 SHARD_BYTES = 2**30  # of a file; a larger tensor has a separate file
@@ -49,9 +50,11 @@ def read_header(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     Raises: ConfigError: no header, one of another format, or the state of another model or kind of training.
     """
     path = directory / HEADER
-    if not path.is_file():
-        raise ConfigError(f"{directory} has no {HEADER}: not a checkpoint of this backend")
-    saved: dict[str, Any] = _OF_OLDER | json.loads(path.read_text(encoding="utf-8"))
+    try:
+        text = retried(lambda: path.read_text(encoding="utf-8"))
+    except FileNotFoundError as e:
+        raise ConfigError(f"{directory} has no {HEADER}: not a checkpoint of this backend") from e
+    saved: dict[str, Any] = _OF_OLDER | json.loads(text)
     if saved.get("format") != FORMAT:
         raise ConfigError(f"{path} has format {saved.get('format')}; this version reads {FORMAT}")
     for name, value in facts.items():

@@ -6,6 +6,7 @@ token, its index; a response is two: 1 + its index among all responses, then the
 
 import json
 from collections.abc import Mapping, Sequence
+from io import BytesIO
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import refuse_settings
-from gvpo_core.training.files.disk import refuse_special
+from gvpo_core.training.files.disk import refuse_special, retried
 from gvpo_core.training.policy import (
     Batch,
     Coefficients,
@@ -176,10 +177,10 @@ class TablePolicy:
     def restore(self, directory: Path) -> None:
         path = directory / "table.npz"
         try:
-            with np.load(path, allow_pickle=False) as saved:
+            with np.load(BytesIO(retried(path.read_bytes)), allow_pickle=False) as saved:
                 logits, reference = saved["logits"], saved["reference"]
                 update_count = int(saved["update_count"])
-        except (OSError, ValueError, KeyError, TypeError, BadZipFile) as e:
+        except (EOFError, ValueError, KeyError, TypeError, BadZipFile) as e:
             raise ConfigError(f"{path} does not hold a table of numbers: {type(e).__name__}: {e}") from e
         if not logits.shape == reference.shape == self.logits.shape:
             raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")

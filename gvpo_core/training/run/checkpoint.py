@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gvpo_core.training.files.disk import is_folder, names_in, retried, sync_folder, write_synced
+from gvpo_core.training.files.disk import is_folder, names_in, retried, sync_folder, tree, write_synced
 from gvpo_core.training.policy.tensor_file import Digest
 
 _log = logging.getLogger("gvpo.checkpoint")
@@ -57,13 +57,17 @@ def write_state(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     """What `write_state` wrote; empty where it wrote nothing.
 
-    Raises: CheckpointError: the file holds something else.
+    Raises: CheckpointError: the file holds something else, or cannot be read now.
     """
     path = checkpoint.directory / _STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    except (OSError, ValueError) as e:
-        raise CheckpointError(f"{path} cannot be read: {e}") from e
+        state = json.loads(retried(lambda: path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except OSError as e:
+        raise unreadable(checkpoint.directory.parent, e) from e
+    except (ValueError, RecursionError) as e:
+        raise CheckpointError(f"{path} is not JSON: {e}") from e
     if not isinstance(state, dict):
         raise CheckpointError(f"{path} does not hold the state of a source of groups")
     return state
@@ -102,7 +106,7 @@ def commit_checkpoint(
     Raises: OSError: the disk is full, say; nothing saved before is touched.
     """
     partial, known = partial_checkpoint(folder, step).directory, written or {}
-    files = sorted(p for p in partial.rglob("*") if p.is_file())
+    files, directories = tree(partial)
     entries = {}
     for path in files:
         with path.open("rb") as f:
@@ -113,7 +117,7 @@ def commit_checkpoint(
     if missing:
         raise CheckpointError(f"{partial / missing[0]} was written and is not there")
     write_synced(partial / _MANIFEST, _manifest({"step": step, "files": entries}))
-    for directory in (partial, *(p for p in partial.rglob("*") if p.is_dir())):
+    for directory in directories:
         sync_folder(directory)
     final = folder / _name(step)
     if is_folder(final):  # an older, damaged one; a good one would have been resumed from
@@ -132,8 +136,11 @@ def commit_checkpoint(
 def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
     """Removes a half-written save and says what is left."""
     shutil.rmtree(partial_checkpoint(folder, step).directory, ignore_errors=True)
-    steps = steps_saved(folder)
-    left = f"the checkpoint of step {steps[0]} is intact" if steps else "there is no earlier checkpoint"
+    try:
+        steps = steps_saved(folder)
+        left = f"the checkpoint of step {steps[0]} is intact" if steps else "there is no earlier checkpoint"
+    except OSError as e:
+        left = f"earlier checkpoints cannot be listed now: {e.strerror or e}"
     number, text = getattr(error, "errno", None), str(error)  # writers in other languages give the text alone
     if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "Disk quota exceeded" in text:
         what = "the disk is full; free space and run again"

@@ -14,7 +14,7 @@ from typing import IO, Any
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
 from gvpo_core.training.files.disk import is_at, is_folder, lock, make_synced, retried, write_synced
-from gvpo_core.training.files.records import Kept, append_synced, cut, encoded
+from gvpo_core.training.files.records import Kept, append_synced, cut, encoded, records
 from gvpo_core.training.fingerprint import INPUTS, changes
 from gvpo_core.training.run.checkpoint import steps_saved
 
@@ -156,7 +156,8 @@ class RunFolder:
         Returns: what changed since the start before, one line each.
         """
         self.confirm()
-        known = self._known(begun=False, allowed=True)
+        with self._reading():
+            known = self._known(begun=False, allowed=True)
         before = {k: v for k, v in known.items() if k not in INPUTS}
         noted = self._changed + (changes(before, facts)[0] if step > 0 else [])
         starts = known.get("starts")
@@ -199,6 +200,11 @@ class RunFolder:
             raise RunFolderError(f"run.folder = {str(self.path)!r}: {e.filename} is not a folder; give another") from e
         except OSError as e:
             raise RunFolderError(f"cannot write the run folder {self.path}: {e.strerror or e}") from e
+
+    def records(self) -> Iterator[dict[str, Any]]:
+        """The steps and evaluations of metrics.jsonl. Raises: RunFolderError: it cannot be read now."""
+        with self._reading():
+            yield from records(self.metrics, metrics=True)
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:

@@ -1,5 +1,6 @@
 """The record of a run: its folder, metrics, checkpoints, alerts, trackers and console. The main rank writes it."""
 
+import contextlib
 import logging
 import platform
 import shlex
@@ -14,7 +15,6 @@ from typing import Any
 from gvpo_core import __version__
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.config.secrets import hide, hide_command, hide_settings, secrets_of
-from gvpo_core.training.files.records import records
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.inputs import HeldOut, Inputs
 from gvpo_core.training.metrics import step_metrics
@@ -147,7 +147,7 @@ class Journal:
         """Returns the last step that had a record or a checkpoint."""
         later = [] if from_step is None else go_back(self.folder.checkpoints, from_step)
         last = self.folder.cut(step)
-        for record in records(self.folder.metrics, metrics=True) if step >= 0 else ():
+        for record in self.folder.records() if step >= 0 else ():
             if record["kind"] == "train":
                 self._alerts.update(record)
             elif record["kind"] == "eval":
@@ -335,7 +335,8 @@ class Journal:
             )
         folder = shlex.quote(str(self.folder.path))
         facts |= {"metrics": self.folder.metrics, "report": report or "not written"}
-        if steps_saved(self.folder.checkpoints):
-            facts |= {"evaluate": Command(f"gvpo eval {folder}")}
-            facts |= {"export": Command(f"gvpo export {folder} NEW_FOLDER")}
+        with contextlib.suppress(OSError):  # the commands never hide the error that ended the run
+            if steps_saved(self.folder.checkpoints):
+                facts |= {"evaluate": Command(f"gvpo eval {folder}")}
+                facts |= {"export": Command(f"gvpo export {folder} NEW_FOLDER")}
         return facts
