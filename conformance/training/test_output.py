@@ -1,5 +1,6 @@
 """Runs without a usable standard output: none at all, replaced by few methods, closed, or its descriptor closed."""
 
+import contextlib
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import sys
 import pytest
 import table_run
 
+from gvpo_core.training import cli
 from gvpo_core.training.watch.console import Console
 
 pytestmark = pytest.mark.core
@@ -92,3 +94,17 @@ def test_a_result_is_printed_in_any_encoding(encoding, shown, tmp_path):
     status, out, err = ran("", "init", tmp_path / "näu", PYTHONIOENCODING=encoding)
     assert status == 0 and "Traceback" not in err, err
     assert shown in out
+
+
+@pytest.mark.parametrize("command", ["init", "doctor", "export", "eval", "report", "train", "collect", "train-reward"])
+def test_an_argument_that_commands_a_terminal_is_printed_as_escapes(command, tmp_path, monkeypatch, capfd):
+    pytest.importorskip("tyro", reason="the command line's extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    odd = "a\x1b]52;c;aGk=\x07\u202e"
+    with contextlib.suppress(SystemExit):
+        cli.main([command, odd])
+    with contextlib.suppress(SystemExit):
+        cli.main([command, odd, odd, "--model", odd, "--" + odd])
+    out, err = capfd.readouterr()
+    assert r"a\x1b]52" in out + err
+    assert not set("\x1b\x07\u202e") & set(out + err)

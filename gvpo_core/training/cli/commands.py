@@ -1,6 +1,5 @@
 """The command line: gvpo init, train, train-reward, collect, eval, export, report, doctor."""
 
-import argparse
 import logging
 import os
 import shlex
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gvpo_core import __version__
+from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, hide_command, secrets_of, traceback_of
 from gvpo_core.training.run.signals import without_hang_up
@@ -225,7 +225,7 @@ def _report(arguments: list[str], secrets: set[str]) -> int:
 def _doctor(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.cli.doctor import doctor
 
-    parser = argparse.ArgumentParser(prog="gvpo doctor", description="Lists what is installed and which devices exist.")
+    parser = Parser(prog="gvpo doctor", description="Lists what is installed and which devices exist.")
     parser.add_argument("--json", action="store_true", help="machine-readable")
     return doctor(json=parser.parse_args(arguments).json)
 

@@ -1,11 +1,11 @@
 """gvpo init: a config, a reward and rows that run at once."""
 
-import argparse
 import json
 import os
 import shlex
 from pathlib import Path
 
+from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.backends import install_line
 from gvpo_core.training.files.disk import refuse_special
@@ -72,7 +72,7 @@ def reward(completions, answer):
 
 def init(arguments: list[str]) -> int:
     """Writes the files and prints the next command; returns the exit status."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvpo init",
         description="Writes config.toml, reward.py, train.jsonl and held_out.jsonl, ready for gvpo train.",
     )

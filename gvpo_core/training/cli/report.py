@@ -1,8 +1,8 @@
 """`gvpo report`: the page of a run, or of several side by side."""
 
-import argparse
 from pathlib import Path
 
+from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.report import write_comparison, write_report
 from gvpo_core.training.report.compare import MOST
@@ -15,7 +15,7 @@ def report(arguments: list[str]) -> int:
     Raises: ConfigError: a folder that is not a run, a folder given twice, too many folders. OutputError: the page
       cannot be written.
     """
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvpo report", description="Writes RUN/report.html; of several runs, one page that compares them."
     )
     parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folder")

@@ -1,6 +1,5 @@
 """`gvpo eval` and `gvpo export`: what is done with the policy of a run folder."""
 
-import argparse
 import json
 import logging
 import math
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
 from gvpo_core.training.inputs import Inputs, open_inputs
@@ -30,7 +30,7 @@ def evaluate_run(arguments: list[str]) -> int:
 
     Raises: ConfigError, DataError: a folder, checkpoint or file that cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="gvpo eval", description="Rewards of a run's policy on held-out prompts.")
+    parser = Parser(prog="gvpo eval", description="Rewards of a run's policy on held-out prompts.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
     parser.add_argument("--compare", metavar="CHECKPOINT", help=f"evaluate this too, and the difference: {_CHECKPOINT}")
@@ -126,7 +126,7 @@ def export_run(arguments: list[str]) -> int:
 
     Raises: ConfigError: a folder or checkpoint that cannot be used.
     """
-    parser = argparse.ArgumentParser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
+    parser = Parser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("folder", type=Path, help="folder to create; must be empty")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")

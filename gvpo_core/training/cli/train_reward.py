@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.data import column_names
 from gvpo_core.training.intervals import wilson
@@ -98,7 +99,7 @@ def train_reward(arguments: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="gvpo train-reward", description="Trains a reward model on preferences, by the Bradley-Terry loss (Eq. 4)."
     )
     add = parser.add_argument

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
 
+from gvpo_core.training.terminal.text import printable
+
 
 def open_standard_descriptors() -> None:
     """Opens the descriptors 0, 1 and 2 on the null device where they are closed.
@@ -84,12 +86,12 @@ def encodable(text: str, stream: Any) -> str:
 def say(text: object) -> None:
     """Prints a command's result. Raises: OutputError: standard output cannot be written."""
     with refusing_output():
-        print(encodable(str(text), sys.stdout), flush=True)
+        print(encodable(printable(str(text), keep="\n\t"), sys.stdout), flush=True)
 
 
 def show_progress(text: object) -> None:
     """Prints what work under way has come to; a stream that cannot take it does not stop the work."""
-    print(encodable(str(text), sys.stdout), file=Forgiving(sys.stdout), flush=True)
+    print(encodable(printable(str(text), keep="\n\t"), sys.stdout), file=Forgiving(sys.stdout), flush=True)
 
 
 @contextlib.contextmanager
