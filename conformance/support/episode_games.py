@@ -98,3 +98,30 @@ class Shop:
 
     def step(self, message):
         return [], float(self.bought), True
+
+
+class Counter:
+    """Answers the calls of its tool itself, adds up, and scores what a limit cuts by how often it was asked."""
+
+    def __init__(self, name: str = "count", worth: float = 1.0) -> None:
+        self.asked, self.worth = 0, worth
+
+    @staticmethod
+    async def tool_schemas(name: str = "count", worth: float = 1.0):
+        await asyncio.sleep(0)
+        parameters = {"type": "object", "properties": {"by": {"type": "integer"}}}
+        return [{"type": "function", "function": {"name": name, "description": "Counts.", "parameters": parameters}}]
+
+    async def reset(self, row):
+        return [{"role": "user", "content": "count"}]
+
+    async def step(self, message):
+        self.asked += sum(call["arguments"]["by"] for call in message["tool_calls"])
+        if not message["tool_calls"]:
+            return [], float(self.asked), True
+        return [{"role": "tool", "content": str(self.asked)}], None, False
+
+    async def at_limit(self, message):
+        if message is not None and message["content"].endswith("fail"):
+            raise ValueError("no half words")
+        return 100 * self.worth + self.asked + (0.5 if message is None else 0.25)

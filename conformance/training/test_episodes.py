@@ -180,6 +180,42 @@ def test_tools_of_an_environment_have_its_state(tmp_path) -> None:
     assert rewards <= {2.0, 4.0} and rewards
 
 
+COUNT = '<tool_call>{"name": "count", "arguments": {"by": 2}}</tool_call>'
+
+
+def counted(folder, script, **environment) -> list[dict]:
+    config = config_of(folder, path=f"{GAMES}:Counter", steps=1, **environment)
+    config = replace(config, rollout=replace(config.rollout, max_tokens=400))
+    policy = run(config, script, [{"prompt": "count"}, {"prompt": "count"}])
+    assert "count" in policy.tokenizer.decode(records(folder, "completions")[0]["prompt_ids"]).partition("<end>")[0]
+    return records(folder, "completions")
+
+
+def test_an_environment_with_schemas_answers_calls_by_its_step(tmp_path) -> None:
+    def script(text: str, u: float) -> str:
+        return "done" if text.endswith("<tool>2<end><assistant>") else COUNT if u < 0.7 else COUNT[:40]
+
+    written = counted(tmp_path / "run", script)
+    answered = [c for c in written if c["turns"] == 2]
+    assert answered and all(c["reward"] == 2.0 and c["episode"][1]["content"] == "2" for c in answered)
+    assert all(c["reward"] == 0.0 and c["turns"] == 1 for c in written if c not in answered), "unread calls are text"
+    record = records(tmp_path / "run")[0]
+    assert record["tools/calls"] == 1 and record["tools/failed"] == 1 - len(answered) / 8
+
+
+def test_an_environment_scores_what_a_limit_cuts(tmp_path) -> None:
+    def script(text: str, u: float) -> str:
+        if "<tool>" in text:
+            return COUNT
+        return COUNT if u < 0.4 else "x..." if u < 0.85 else "fail..."
+
+    written = counted(tmp_path / "run", script, max_turns=3, cut_reward=-1.0)
+    assert {c["end"] for c in written} == {"turns", "tokens", "failed"}
+    for c in written:
+        right = {"turns": 99.0 + 6 + 0.5, "tokens": 99.25, "failed": None}[c["end"]]
+        assert c["reward"] == right and not c["finished"], c
+
+
 @pytest.mark.parametrize("fault", ["raise", "crash", "hang"])
 def test_a_fault_costs_its_episode_alone(fault: str, tmp_path) -> None:
     def script(text: str, u: float) -> str:
@@ -229,6 +265,11 @@ WRONG = {
     "two tools are named buy; rename one": {"path": f"{GAMES}:Shop", "tools": (f"{GAMES}:buy",)},
     "environment.max_turns = 0; expected 1 to 10,000": {"max_turns": 0},
     "reset gave other messages than the prompt": {"path": f"{GAMES}:Unlike"},
+    "has tool_schemas, whose calls step answers, beside the tools add": {
+        "path": f"{GAMES}:Counter",
+        "tools": (f"{GAMES}:add",),
+    },
+    "TypeError: tool_schemas returned": {"path": f"{GAMES}:Counter", "options": {"name": None}},
     "step returned 'higher', None": {},
 }
 

@@ -26,7 +26,7 @@ _GRACE = 5.0  # seconds beyond the limit of async operations, which the process 
 class Operation:
     """What is asked of an episode's environment."""
 
-    name: str  # reset, step, tools, close
+    name: str  # reset, step, tools, at_limit, close
     episode: int
     given: tuple[Any, ...] = ()  # row, message or calls
 
@@ -68,6 +68,8 @@ class Environments:
                 raise ConfigError(f"{name}: {e}") from e
             raise
         self.tools: list[dict[str, Any]] = described["tools"]
+        self.answers: bool = described["answers"]  # whether step answers the calls of tools
+        self.scores_cut: bool = described["at_limit"]  # whether it scores episodes that a limit cuts
         for seat in self._seats:
             seat.concurrent = described["concurrent"]
 

@@ -199,6 +199,7 @@ def _say(policy: Policy, one: _Playing, response: Response, room: int) -> None:
 def _answered(environments: Environments, active: Sequence[_Playing], sampling: Sampling) -> None:
     """What tools and environments answer to the newest turns, added to the transcripts."""
     operations, asked = [], []
+    unheard = [one for one in active if one.end]  # cut within a turn, which no environment hears
     for one in active:
         if one.end:
             continue
@@ -207,7 +208,10 @@ def _answered(environments: Environments, active: Sequence[_Playing], sampling: 
         one.calls += len(calls) + len(one.pending)
         one.failed_calls += len(one.pending)
         asked.append(one)
-        if calls or one.pending:
+        if environments.answers:
+            one.pending = []
+            operations.append(Operation("step", one.number, (message | {"tool_calls": calls},)))
+        elif calls or one.pending:
             operations.append(Operation("tools", one.number, (calls,)))
         else:
             operations.append(Operation("step", one.number, (message,)))
@@ -231,6 +235,14 @@ def _answered(environments: Environments, active: Sequence[_Playing], sampling: 
                 one.end = "tokens"
             else:
                 one.transcript.hear(messages, heard)
+    if environments.scores_cut:
+        cut = [one for one in active if one.end in ("turns", "tokens")]
+        operations = [
+            Operation("at_limit", one.number, (one.transcript.messages[-1] if one in unheard else None,)) for one in cut
+        ]
+        for one, result in _asked(environments, cut, operations):
+            if result["reward"] is not None:
+                one.rewards.append(result["reward"])
 
 
 def _asked(

@@ -1,7 +1,8 @@
 """Environments and tools in a worker process: one object for each episode, and operations on it by name.
 
-An operation is a list: ["reset", episode, row], ["step", episode, message], ["tools", episode, calls] or
-["close", episode]. Its result is an object with its values, or with "error" and "traceback".
+An operation is a list: ["reset", episode, row], ["step", episode, message], ["tools", episode, calls],
+["at_limit", episode, message or null] or ["close", episode]. Its result is an object with its values, or with
+"error" and "traceback".
 """
 
 import asyncio
@@ -60,7 +61,14 @@ class Environments:
             raise LookupError(f"two tools are named {twice[0]}; rename one, since the model calls tools by name")
         waits = inspect.iscoroutinefunction
         concurrent = waits(getattr(self._make, "step", None)) if path else all(map(waits, functions))
-        self.described = {"tools": schemas, "concurrent": concurrent}
+        self._schemas = getattr(self._make, "tool_schemas", None)
+        if self._schemas is not None and schemas:
+            raise LookupError(
+                f"{path} has tool_schemas, whose calls step answers, beside the tools {', '.join(names)}, whose calls"
+                " it does not see; give all of them in one way"
+            )
+        self.described = {"tools": schemas, "concurrent": concurrent, "answers": self._schemas is not None}
+        self.described["at_limit"] = callable(getattr(self._make, "at_limit", None))
         self._living: dict[int, Any] = {}
 
     def _bound(self, name: str) -> bool:
@@ -70,12 +78,18 @@ class Environments:
     def answer(self, request: Mapping[str, Any], run: Callable[[Any], Any]) -> dict[str, Any]:
         """The results of the operations; async ones wait side by side."""
         if "describe" in request:
-            return {"values": self.described}
+            return {"values": run(self._describe())}
 
         async def every() -> list[dict[str, Any]]:
             return await asyncio.gather(*(self._one(operation) for operation in request["operations"]))
 
         return {"values": run(every())}
+
+    async def _describe(self) -> dict[str, Any]:
+        if self._schemas is None:
+            return self.described
+        schemas = await _awaited(self._schemas(**own_copy(self._options)))
+        return self.described | {"tools": [_schema(schema) for schema in schemas]}
 
     async def _one(self, operation: Sequence[Any]) -> dict[str, Any]:
         name, episode, *given = operation
@@ -96,14 +110,13 @@ class Environments:
         if not isinstance(result, tuple | list) or len(result) != 3:
             raise TypeError(f"step returned {_start(result)}; expected (messages, reward, done)")
         messages, reward, done = result
-        if reward is not None:
-            reward = float(reward)
-            if not math.isfinite(reward):
-                raise ValueError(f"step returned reward = {reward}; expected a finite number or None")
         done = done.item() if hasattr(done, "item") else done  # of numpy
         if not isinstance(done, bool | int):
             raise TypeError(f"step returned done = {_start(done)}; expected true or false")
-        return {"messages": _messages(messages or [], "step"), "reward": reward, "done": bool(done)}
+        return {"messages": _messages(messages or [], "step"), "reward": _reward(reward, "step"), "done": bool(done)}
+
+    async def _at_limit(self, episode: int, message: dict[str, Any] | None) -> dict[str, Any]:
+        return {"reward": _reward(await _awaited(self._living[episode].at_limit(message)), "at_limit")}
 
     async def _tools(self, episode: int, calls: list[dict[str, Any]]) -> dict[str, Any]:
         environment = self._living[episode]
@@ -151,6 +164,22 @@ async def _called(known: Mapping[str, Callable[..., Any]], call: Mapping[str, An
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
     except (Exception, SystemExit) as e:
         return f"error: {_text(e)}"[:500], True
+
+
+def _reward(value: Any, of: str) -> float | None:
+    reward = None if value is None else float(value)
+    if reward is not None and not math.isfinite(reward):
+        raise ValueError(f"{of} returned reward = {reward}; expected a finite number or None")
+    return reward
+
+
+def _schema(schema: Any) -> dict[str, Any]:
+    function = schema.get("function") if isinstance(schema, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise TypeError(
+            f'tool_schemas returned {_start(schema)}; expected {{"type": "function", "function": {{"name": ...}}}}'
+        )
+    return dict(schema)
 
 
 async def _awaited(value: Any) -> Any:
