@@ -3,10 +3,12 @@
 import datetime
 import decimal
 import itertools
+import time
 
 import numpy as np
 import pytest
 
+from gvpo_core.training.files import hub
 from gvpo_core.training.rows import DataError, load_rows
 
 pytestmark = pytest.mark.core
@@ -215,6 +217,7 @@ def test_a_hub_name_is_asked_for_with_its_subset_and_split(name, monkeypatch):
         return made if split else datasets.DatasetDict(train=made, test=made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(hub, "_unreachable", lambda name: "")
     assert load_rows(name, split="train", subset="main") == ROWS
     assert "with the splits train, test; name one of them: data.split" in refused(name)
     assert load_rows("hf://datasets/me/mine/deep/rows.jsonl") == ROWS
@@ -223,6 +226,27 @@ def test_a_hub_name_is_asked_for_with_its_subset_and_split(name, monkeypatch):
         ("openai/gsm8k", None, None, None),
         ("json", None, "train", "hf://datasets/me/mine/deep/rows.jsonl"),
     ]
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing-of-this-name", "hf://nobody/nothing/rows.parquet"])
+def test_a_hub_that_does_not_answer_is_not_waited_for(name, monkeypatch, caplog):
+    """`datasets` asks six times, with waits of 23 s in all and a line on standard error each."""
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    from huggingface_hub import HfApi, constants
+
+    asked = []
+
+    def dataset_info(self, name, **options):
+        asked.append(name)
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    waits = []
+    monkeypatch.setattr(time, "sleep", waits.append)
+    assert "the hub cannot be reached: OSError: no route to host" in refused(name)
+    assert asked and not waits
+    assert not constants.HF_HUB_OFFLINE, "the setting is put back"
 
 
 def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):

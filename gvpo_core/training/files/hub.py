@@ -1,11 +1,15 @@
 """Rows of a dataset that is named on the Hugging Face hub, through `datasets`."""
 
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 _PREFIX = re.compile(r"hf://(datasets/)?")
 _NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+
+_SECONDS = 10.0  # for the hub to answer
 
 
 class HubError(ValueError):
@@ -36,18 +40,48 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
     name, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     if not _NAME.fullmatch(name):
         raise HubError(f"{where} names no dataset; expected owner/name, as openai/gsm8k")
+    kind = next((kind for ending, kind in _FORMATS.items() if file.endswith(ending)), None)
+    if file and kind is None:
+        raise HubError(f"{where}: expected a file that ends with {', '.join(_FORMATS)}")
+    unreachable = _unreachable(name)
     try:
-        if not file:
-            return load_dataset(name, subset or None, split=split or None)
-        kind = next((kind for ending, kind in _FORMATS.items() if file.endswith(ending)), None)
-        if kind is None:
-            raise HubError(f"{where}: expected a file that ends with {', '.join(_FORMATS)}")
-        return load_dataset(kind, data_files=f"hf://datasets/{name}/{file}", split="train")
-    except HubError:
-        raise
+        with _offline() if unreachable else contextlib.nullcontext():
+            if not file:
+                return load_dataset(name, subset or None, split=split or None)
+            return load_dataset(kind, data_files=f"hf://datasets/{name}/{file}", split="train")
     except Exception as e:  # datasets, huggingface_hub and their HTTP client raise what they like
         reason = f"{type(e).__name__}: {e}".strip().partition("\n")[0]
+        if unreachable:
+            reason = f"it was not read before, and the hub cannot be reached: {unreachable}"
         raise HubError(
             f"{where} is not a file here and cannot be read from the hub as a dataset ({reason:.300}); give a file or a"
             " folder, or check the name, data.subset, data.split and the network"
         ) from e
+
+
+def _unreachable(name: str) -> str:
+    """Why the hub does not answer one request; empty: it does, or must not be asked (HF_HUB_OFFLINE)."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(name, timeout=_SECONDS)
+    except (HfHubHTTPError, OfflineModeIsEnabled):  # which `datasets` gets too
+        return ""
+    except Exception as e:  # its HTTP client raises what it likes
+        return f"{type(e).__name__}: {e}".strip().partition("\n")[0]
+    return ""
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """Inside `with`, `datasets` reads its cache alone. It would ask six times, with waits of 23 s and a line each."""
+    from datasets import config
+    from huggingface_hub import constants
+
+    before = config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE = before
