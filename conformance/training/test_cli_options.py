@@ -93,6 +93,13 @@ def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capfd
     assert f"{config}:" not in err
 
 
+@pytest.mark.parametrize("words", [["run.steps=5"], ["-steps", "5"], ["run.steps", "5"]])
+def test_an_option_without_two_dashes_is_named_with_the_way_to_write_it(words, tmp_path, capfd):
+    """As users of Hydra and of one-dash options write them."""
+    status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), *words)
+    assert status == 2 and words[0] in err and "begins with two dashes, as --run.steps 5" in err
+
+
 def test_a_combination_with_an_option_is_not_blamed_on_the_file(tmp_path, capfd):
     config = table_run.make(tmp_path)
     status, _, err = gvpo(capfd, "train", config, "--rollout.prompts", "0")

@@ -160,7 +160,10 @@ def _overridden(default: Config, options: list[str]) -> Config:
     except SystemExit as e:
         if not e.code:
             raise
-        raise _RefusedError(_out_of_the_box(printed.getvalue()) or " ".join(options)) from e
+        reason = _out_of_the_box(printed.getvalue()) or " ".join(options)
+        if "Unrecognized options" in reason:  # words that are no value either: key=value as of Hydra, one dash
+            reason += "; an option begins with two dashes, as --run.steps 5"
+        raise _RefusedError(reason) from e
     return config
 
 
