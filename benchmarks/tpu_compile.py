@@ -13,10 +13,11 @@ Exit status 1 where a program is beyond its bound.
 import argparse
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from collectives import collectives, total
-from gvpo_jax import decoding, mesh, placement, update
+from gvpo_jax import blocks, decoding, mesh, placement, update
 from gvpo_jax.families import read_spec
 from gvpo_jax.model import Setup
 from gvpo_jax.programs import compile_program
@@ -89,6 +90,7 @@ class Case:
     bound: float  # GiB a chip: of the largest program, with all that is held beside it
     moved: Mapping[str, float] = field(default_factory=dict)  # GiB a program's collectives move; of `decode` a token's
     lora_rank: int = 0
+    attention: float = 1.0  # of the temporaries of `accumulate` without the attention kernels, those with them at most
 
 
 # Bounds: 1.15 times what was measured.
@@ -98,6 +100,9 @@ CASES = {
     "smollm2-v5e-2x2": Case(SMOLLM2, "v5e", "v5e:2x2", 2, 1, 16, 512, 384, 8, 8, 128, 256, 1.95),
     "qwen2.5-7b-v5e-4x4": Case(QWEN_7B, "v5e", "v5e:4x4", 16, 1, 16, 1024, 768, 16, 8, 256, 512, 13.1, QWEN_7B_MOVED),
 }
+WITHOUT = "no kernels"  # `accumulate` as it is without the attention kernels
+_KERNELS = {"gvpo_flash", "gvpo_flash_queries", "gvpo_flash_keys"}
+ATTENTION = {"score_rows": {"gvpo_flash"}, "forward": {"gvpo_flash"}, "backward": _KERNELS, "accumulate": _KERNELS}
 ADAM = (0.9, 0.999, 1e-8)
 LORA_SCALE = 2.0
 
@@ -135,9 +140,12 @@ def of_batch(on: Mesh, shape: tuple[int, ...], dtype: Any = jnp.int32, axis: int
 
 
 def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
-    """Every program of a training step and of generation: its name, compiled, and the bytes a chip held beside it."""
+    """Every program of a training step and of generation: its name, compiled, and the bytes a chip held beside it.
+
+    `accumulate` comes a second time, without the attention kernels, for comparison.
+    """
     on, spec = make_mesh(case), read_spec(case.model)
-    setup = Setup(spec, on, "bfloat16", remat=True, scale=LORA_SCALE if case.lora_rank else 0.0)
+    setup = Setup(spec, on, "bfloat16", remat=True, scale=LORA_SCALE if case.lora_rank else 0.0, in_blocks=True)
     parameters = abstract(spec.shapes(), on, jnp.bfloat16 if case.lora_rank else jnp.float32)
     adapters = abstract(adapter_shapes(spec, case.lora_rank), on, jnp.float32) if case.lora_rank else {}
     trained, frozen = (adapters, parameters) if case.lora_rank else (parameters, {})
@@ -165,6 +173,8 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     given = (trained, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
     accumulate = compile_program(update.accumulate, (setup,), *given, donate=(0,), out=shardings)
     yield "accumulate", accumulate, beside
+    plain = (replace(setup, in_blocks=False),)
+    yield WITHOUT, compile_program(update.accumulate, plain, *given, donate=(0,), out=shardings), beside
     numbers = dict.fromkeys(update.adamw_numbers(0.9, 0.9, 0.0, 1.0, 1.0, 0), single(jnp.float32))
     step = compile_program(
         update.step, ADAM, trained, state, trained, numbers, donate=(0, 1), out=(shardings, state_out)
@@ -215,6 +225,11 @@ def moved(program: str, of: Any, case: Case) -> float:
     return moved_bytes / len(decoding.filled_sizes(case.new)) if token else moved_bytes
 
 
+def kernels(of: Any) -> set[str]:
+    """Names of the Pallas kernels in a compiled program."""
+    return set(re.findall(r"gvpo_flash\w*", of.as_text()))
+
+
 def examine(name: str, case: Case) -> bool:
     """Prints the case's table; whether every program is within its bound."""
     start = time.monotonic()
@@ -232,6 +247,9 @@ def examine(name: str, case: Case) -> bool:
         together = sum(numbers)
         crossing = moved(program, of, case)
         fits = together <= min(case.bound * 2**30, MEMORY[case.chip]) and crossing <= case.moved.get(program, math.inf)
+        fits |= program == WITHOUT
+        if program in ATTENTION and blocks.fits(make_mesh(case), case.rows, case.length):
+            fits &= ATTENTION[program] <= kernels(of)
         good &= fits
         shown = " ".join(f"{n / 2**30:>10.2f}" for n in (*numbers, together))
         end = "" if fits else "  BEYOND ITS BOUND"
@@ -239,7 +257,11 @@ def examine(name: str, case: Case) -> bool:
     full = case.rows * case.predicted * case.model["vocab_size"] * 4 / chips
     print(f"full logits of the micro-batch would be {full / 2**30:.2f} GiB a chip, and their gradient as much again;")
     print(f"all temporaries of forward and backward in one loop are {temporary['accumulate'] / 2**30:.2f}")
-    print(f"{len(temporary)} programs, bound {case.bound} GiB, {time.monotonic() - start:.0f} s", flush=True)
+    share = temporary["accumulate"] / temporary[WITHOUT]
+    end = "" if share <= case.attention else "  BEYOND ITS BOUND"
+    good &= not end
+    print(f"with the attention kernels they are {share:.2f} of those without, bound {case.attention}{end}")
+    print(f"{len(temporary) - 1} programs, bound {case.bound} GiB, {time.monotonic() - start:.0f} s", flush=True)
     return good
 
 

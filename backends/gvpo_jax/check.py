@@ -2,6 +2,8 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -9,15 +11,17 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, Tokens, layout
 from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import memory, mesh, ranks
+from gvpo_jax import memory, mesh, ranks, update
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import Programs
 from gvpo_jax.rows import lay, rows_bucket
 from gvpo_jax.scorer import Scorer
+from gvpo_jax.spec import EMBEDDING
 
 log = logging.getLogger("gvpo.jax")
 
 CHECKED = 32  # tokens that hold a row of layout.check_batch
+BLOCKS_CHECKED = 768  # tokens of the row that compares attention by blocks
 SAMPLED_TOKENS = 8  # to compare the sampler with the forward pass
 
 
@@ -39,10 +43,58 @@ def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, c
             rows = lay(arrays, planned, [(i, 0) for i in range(len(planned))], shape)
             scores.append(arrays.split(scorer.values(rows, parameters, adapters)[rows.places]))
         packed, plain = scores
-        tolerance = (2e-3, 5e-4) if config.dtype == "float32" else (float("inf"), 0.1)
-        return layout.largest_difference(packed, plain, tolerance)
+        return layout.largest_difference(packed, plain, _tolerance(config.dtype))
 
     return layout.choose(scorer.config, config.layout, spec.family.architecture, packed_difference, log)
+
+
+def _tolerance(dtype: str) -> tuple[float, float]:
+    """Nats that scores of one token may differ by, and of a token on average."""
+    return (2e-3, 5e-4) if dtype == "float32" else (float("inf"), 0.1)
+
+
+def in_blocks(scorer: Scorer, parameters: Parameters, adapters: Parameters) -> bool:
+    """Whether log-probs and gradient with the kernels of `blocks` are those without; logs why not."""
+    spec, over, programs = scorer.setup.spec, scorer.mesh, Programs()
+    draw = np.random.default_rng(1)
+
+    def drawn(n: int) -> Tokens:
+        return tuple(draw.integers(0, spec.vocabulary, n).tolist())
+
+    prompts, lengths = (drawn(150), drawn(20)), ((140, 70, 200), (60, 5))  # over several blocks of one row
+    batch = Batch(
+        [prompt for prompt, own in zip(prompts, lengths, strict=True) for _ in own],
+        [drawn(n) for own in lengths for n in own],
+        [group for group, own in enumerate(lengths) for _ in own],
+    )
+    planned = layout.plan_rows(batch, packed=True, tokens=BLOCKS_CHECKED)
+    starts = np.cumsum([0, *(row.length for row in planned)]).tolist()
+    shape = (mesh.batch_shards(over), BLOCKS_CHECKED, BLOCKS_CHECKED)
+    arrays = layout.arrays(batch, planned)
+    rows = lay(arrays, planned, [(0, start) for start in starts[:-1]], shape)
+    given = (parameters, adapters, mesh.put_all(rows.arrays, over))
+    out = (mesh.batch_sharding(over), mesh.parameter_sharding(over, EMBEDDING, parameters[EMBEDDING].shape))
+
+    def computed(blocks: bool) -> tuple[list[np.ndarray], Any]:
+        setup = replace(scorer.setup, in_blocks=blocks)
+        values, gradient = programs.call(update.score_with_gradient, (setup,), *given, out=out)
+        return arrays.split(mesh.local(values)[rows.places]), gradient
+
+    reason = ""
+    try:
+        (wanted, gradient), (logprobs, other) = computed(False), computed(True)
+        apart = layout.largest_difference(logprobs, wanted, _tolerance(scorer.setup.dtype))
+        error = float(programs.call(update.distance, (), gradient, other, out=mesh.replicated(over)))
+        if apart is not None:
+            reason = f"with it log-probs differ by up to {apart:.3g} nat"
+        elif not error < (0.01 if scorer.setup.dtype == "float32" else 0.1):
+            reason = f"with it a gradient differs by {error:.2g} of itself"
+    except Exception as problem:  # of a compiler too: any is a reason to do without
+        reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
+    (anywhere,) = ranks.most(int(bool(reason)))  # processes run the same programs
+    if anywhere:
+        log.info("%s: attention takes no kernel (%s)", spec.family.architecture, reason or "another process says why")
+    return not anywhere
 
 
 def check_decoding(

@@ -97,6 +97,10 @@ def fitting(mesh: Mesh, axes: tuple[str, ...], size: int) -> str | tuple[str, ..
     return axes[0] if len(axes) == 1 else axes or None
 
 
+def is_tpu(mesh: Mesh) -> bool:
+    return bool(mesh.devices.flat[0].platform == "tpu")
+
+
 def parts(mesh: Mesh, axes: Sequence[str]) -> int:
     return math.prod(mesh.shape[a] for a in axes)
 

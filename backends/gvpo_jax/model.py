@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from gvpo_jax import blocks
+from gvpo_jax.blocks import PARTS
 from gvpo_jax.experts import mixture
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, capped, product, token_logprobs
 from gvpo_jax.mesh import BATCH, fitting, tensor_axes
@@ -24,7 +26,6 @@ Parameters = Mapping[str, Array]
 Turned = tuple[Array, Array]  # cos and sin
 Caches = Sequence[tuple[Array, Array] | None]  # keys and values of each stack; None where it reads another's
 ATTENTION_BYTES = 128 * 2**20  # of scores computed at once
-PARTS = 2**16  # segments of a prompt and its responses: those of the n-th in a row start at n * PARTS
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Setup:
     dtype: str  # of products
     remat: bool = False
     scale: float = 0.0  # of adapters; 0: none
+    in_blocks: bool = False  # whether attention goes through `blocks`, where rows fit; `check` compares them
 
     @property
     def compute(self) -> Any:
@@ -336,8 +338,13 @@ def _wide(x: Array) -> Array:
 
 
 def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
-    """Attention in blocks of queries whose scores are computed again in the backward pass, never kept."""
+    """Attention by the kernels of `blocks`, or in blocks of queries whose scores are computed again in the backward
+    pass. A token sees its own and its prompt's segment up to itself, and `window` tokens back."""
     rows, length = segments.shape
+    if setup.in_blocks and blocks.fits(setup.mesh, rows, length):
+        spec = setup.spec
+        options = {"scale": spec.attention_scale, "cap": spec.attention_cap, "windowed": min(spec.windows) < length}
+        return blocks.attend(setup.mesh, q, k, v, positions, segments, window, **options)  # type: ignore[arg-type]
     shards = math.prod(setup.mesh.shape[axis] for axis in BATCH)
     a_query = max(1, rows // shards) * q.shape[2] * length * 4
     size = max(16, min(length, ATTENTION_BYTES // a_query))

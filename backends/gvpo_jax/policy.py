@@ -1,6 +1,7 @@
 """The JAX policy: what `gvpo_core.training` trains, on one device or over a mesh of many."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.sampling import Sampling
-from gvpo_jax import checkpoint, export, memory, weights
+from gvpo_jax import checkpoint, export, memory, placement, weights
 from gvpo_jax import mesh as meshes
 from gvpo_jax import rows as planning
 from gvpo_jax.adapters import make_adapters
-from gvpo_jax.check import check_decoding, check_layout, continues
+from gvpo_jax.check import check_decoding, check_layout, continues, in_blocks
 from gvpo_jax.learner import Learner
+from gvpo_jax.mesh import is_tpu
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import out_of_memory
 from gvpo_jax.ranks import Ranks
@@ -50,13 +52,20 @@ class JaxPolicy(LanguageModelPolicy):
         self.setup, self.programs = self.scorer.setup, self.scorer.programs
         self._load()
         given = (self.scorer, self.learner.parameters, self.learner.adapters)
+        if is_tpu(self.mesh) and in_blocks(*given):
+            self.attend_in_blocks()
         self.packed, self.layout_reason = check_layout(*given, config)
-        self._splitting = self._split(self.setup.spec.hidden)
+        self._splitting = self._split(0 if self.setup.in_blocks else self.setup.spec.hidden)
         check_decoding(*given, self._splitting, dtype=config.dtype, end=self._end)
 
     @property
     def architecture(self) -> str:
         return self.setup.spec.family.architecture
+
+    def attend_in_blocks(self) -> None:
+        """Has attention go through the kernels of `blocks`."""
+        self.setup = self.scorer.setup = self.learner.setup = replace(self.setup, in_blocks=True)
+        self.scorer.sampling = placement.sampling_setup(self.setup)
 
     def _load(self) -> None:
         config, settings, spec, files = self.config, self.settings, self.setup.spec, self._files

@@ -14,6 +14,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from gvpo_jax.model import Parameters, Setup, score
+from gvpo_jax.spec import EMBEDDING
 
 # -- programs; the first argument is compiled in
 
@@ -21,6 +22,25 @@ from gvpo_jax.model import Parameters, Setup, score
 def score_rows(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]) -> Array:
     """(B, P) float32 token log-probs."""
     return score(setup, parameters, adapters, rows)
+
+
+def score_with_gradient(
+    setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]
+) -> tuple[Array, Array]:
+    """(B, P) log-probs, and the gradient of their sum by the embedding, which goes through every layer."""
+
+    def scored(embedding: Array) -> tuple[Array, Array]:
+        values = score(setup, {**parameters, EMBEDDING: embedding}, adapters, rows)
+        return values.sum(), values
+
+    (_, values), gradient = jax.value_and_grad(scored, has_aux=True)(parameters[EMBEDDING])
+    return values, gradient
+
+
+def distance(a: Array, b: Array) -> Array:
+    """The norm of a - b over that of a, float32."""
+    a, b = (x.astype(jnp.float32) for x in (a, b))
+    return jnp.sqrt(jnp.sum((a - b) ** 2) / jnp.sum(a**2))
 
 
 def no_gradient(mesh: Mesh, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
