@@ -90,7 +90,7 @@ class Case:
     bound: float  # GiB a chip: of the largest program, with all that is held beside it
     moved: Mapping[str, float] = field(default_factory=dict)  # GiB a program's collectives move; of `decode` a token's
     lora_rank: int = 0
-    attention: float = 1.0  # of the temporaries of `accumulate` without the attention kernels, those with them at most
+    attention: float = 1.1  # of the temporaries of `accumulate` without the attention kernels, those with them at most
 
 
 # Bounds: 1.15 times what was measured.
