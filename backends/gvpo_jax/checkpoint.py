@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gvpo_core.training.config import ConfigError
-from gvpo_core.training.policy.checkpoint import check_files, check_tensors, write_header
+from gvpo_core.training.policy.checkpoint import check_files, check_tensors, library_reads, write_header
 
 _ARRAYS = "arrays"
 
@@ -30,7 +30,7 @@ def restore(directory: Path, state: Any) -> Any:
     """
     check_files(directory, [_ARRAYS])
     wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
-    with ocp.PyTreeCheckpointer() as reader:
+    with library_reads(directory, Exception), ocp.PyTreeCheckpointer() as reader:
         held = reader.metadata(directory.resolve() / _ARRAYS).item_metadata.tree
         check_tensors(directory, _shapes(wanted), _shapes(held))
         try:

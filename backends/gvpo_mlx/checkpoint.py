@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from gvpo_core.training.policy import tensor_file
-from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, write_header
+from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, library_reads, write_header
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.update import AdamW
@@ -60,8 +60,9 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
     """
     check_files(directory, header["files"])
     stored: dict[str, mx.array] = {}
-    for file in header["files"]:
-        stored |= mx.load(str(directory / file))
+    with library_reads(directory, RuntimeError):
+        for file in header["files"]:
+            stored |= mx.load(str(directory / file))
     moved, renewed = bool(header["optimizer_steps"]), bool(header.get("renewed"))
     kinds = ("parameter", *(MOMENTS if moved else ()), *(("reference",) if renewed else ()))
     parameters = dict(zip(scorer.names, scorer.parameters, strict=True))
@@ -69,7 +70,8 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
     check_tensors(directory, wanted, {name: value.shape for name, value in stored.items()})
     values = [stored[f"parameter.{name}"].astype(value.dtype) for name, value in parameters.items()]
     moments = [tuple(stored[f"{m}.{name}"] for m in MOMENTS) for name in parameters] if moved else []
-    mx.eval(values, moments)
+    with library_reads(directory, RuntimeError):
+        mx.eval(values, moments)
     scorer.parameters = values
     optimizer.moments = moments  # type: ignore[assignment]
     optimizer.steps = int(header["optimizer_steps"])

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import tensor_file
-from gvpo_core.training.policy.checkpoint import check_files, check_tensors, write_header
+from gvpo_core.training.policy.checkpoint import check_files, check_tensors, library_reads, write_header
 from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_torch.deferred import DTYPES, own_rows
 from gvpo_torch.quantized import moment_shapes, new_state
@@ -80,14 +80,15 @@ def restore(
     """
     files, steps = header["files"], header["steps"]
     check_files(directory, files)
-    stored = _parts(directory, files)
+    with library_reads(directory, SafetensorError):
+        stored = _parts(directory, files)
     wanted = {f"parameter.{name}": tuple(p.shape) for name, p in named.items()}
     for name in named.keys() & steps.keys():
         wanted |= {f"{kind}.{name}": shape for kind, shape in moment_shapes(named[name], optimizer).items()}
     wanted |= {f"reference.{name}": tuple(tensor.shape) for name, tensor in (reference or {}).items()}
     check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in stored.items()})
     optimizer.state.clear()
-    with torch.no_grad():
+    with torch.no_grad(), library_reads(directory, SafetensorError):
         for name, tensor in (reference or {}).items():
             _read(stored[f"reference.{name}"], tensor)
         for name, p in named.items():

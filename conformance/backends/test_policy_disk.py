@@ -3,6 +3,7 @@ that do not fit or cannot be loaded are named."""
 
 import json
 import pickle
+import re
 import shutil
 
 import numpy as np
@@ -143,6 +144,20 @@ def test_a_checkpoint_of_another_size_is_named(load, parameters, folder, state, 
     shallower = tiny_models.write_model("llama-tied", tmp_path / "shallower", attention_bias=True, num_hidden_layers=1)
     with pytest.raises(ConfigError, match=r"has besides 13 tensors, the first parameter\.model\.layers\.1\.input"):
         load(shallower).restore(state)
+
+
+def test_a_file_that_cannot_be_read_to_its_end_is_an_error_that_names_it(load, folder, state) -> None:
+    """A read that fails between the check of the checkpoint and its use; libraries raise kinds of their own there."""
+    policy = load(folder, **SETTINGS)
+    policy.save(state)
+    largest = max((path for path in state.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    assert largest.stat().st_size > 1000
+    with largest.open("r+b") as file:
+        file.truncate(largest.stat().st_size // 2)
+    before = policy.logprobs(batch((2,)))
+    with pytest.raises((ConfigError, OSError), match=re.escape(str(state))):
+        policy.restore(state)
+    np.testing.assert_array_equal(policy.logprobs(batch((2,))), before)
 
 
 def test_a_checkpoint_without_its_files_is_named(load, folder, state) -> None:

@@ -3,9 +3,11 @@
 A backend's `checkpoint.py` writes and reads the arrays; docs/new_backend.md says how.
 """
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -61,6 +63,20 @@ def read_header(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
         if saved.get(name) != value:
             raise ConfigError(f"the checkpoint {directory} has {name} = {saved.get(name)}; this run has {value}")
     return saved
+
+
+@contextlib.contextmanager
+def library_reads(directory: Path, *errors: type[Exception]) -> Iterator[None]:
+    """Around the reading of a checkpoint by a library: its own kinds of errors become OSError, which says that the
+    checkpoint cannot be read, and nothing about what it holds. Every rank learns of it (`attempt`).
+    """
+    try:
+        yield
+    except (ConfigError, OSError):
+        raise
+    except errors as e:
+        text = " ".join(str(e).split())[:300]
+        raise OSError(errno.EIO, f"{type(e).__name__}: {text}", str(directory)) from e
 
 
 def check_files(directory: Path, names: Iterable[str]) -> None:
