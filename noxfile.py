@@ -111,7 +111,7 @@ ENVIRONMENTS = {
 # Of JAX: many programs of tiny models, run once each; a process compiles its programs unless another has done so.
 JAX_RUNS = sorted(map(str, Path("conformance/backends").glob("test_policy_*.py")))
 others = "trainer trainer_faults jax_mesh pickles mixed_steps recorded_steps episode_runs distillation export_adapters"
-JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in (*others.split(), "jax_prefixes")]
+JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in (*others.split(), "jax_prefixes", "jax_blocks")]
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",

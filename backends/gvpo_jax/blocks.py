@@ -13,20 +13,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
+from gvpo_jax.block_pairs import FIRST, LAST, PARTS, REAL, WHOLE, blocks_of, kinds, pairs
 from gvpo_jax.mesh import BATCH, fitting, is_tpu, parts, tensor_axes
 
 NARROWEST = 256  # tokens of a row: below there is little to skip
-PARTS = 2**16  # segments of a prompt and its responses: those of the n-th in a row start at n * PARTS
 MOST_PAIRS = 2**17  # of blocks, in all rows of a device: they lie in its scalar memory
 _HIDDEN = -1e30  # a score that no query's maximum is
-_REAL, _WHOLE, _FIRST, _LAST = 1, 2, 4, 8  # of a pair of blocks
-_FLAGS, _PLACE = 4, 14  # bits
 
 
 @dataclass(frozen=True)
@@ -88,68 +85,6 @@ def attend(
     return out[:, :length]
 
 
-# -- pairs of blocks
-
-
-def kinds(segments: Array, positions: Array, window: Array | None, block: int) -> Array:
-    """(B, n, n) int32 of blocks (query, key): 0 nothing is visible, 1 something may be, 2 everything is.
-
-    Without a window 1 says that something is. Nothing of T x T is made.
-    """
-    cut = lambda x: x.reshape(x.shape[0], -1, block)
-    rising = cut(jnp.where(segments < 0, np.iinfo(np.int32).max, segments))
-    first, last = rising.min(-1), rising.max(-1)
-    prompts = jnp.where(rising % PARTS == 0, rising // PARTS, -1)  # of which a token is one's own prompt
-    none = prompts < 0
-    first_prompt = jnp.where(none, PARTS, prompts).min(-1)
-    query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    n = first.shape[1]
-    before = np.arange(n)[None, :, None] >= np.arange(n)[None, None, :]
-    own = (key(first) <= query(last)) & (key(last) >= query(first))
-    prompt = (key(first_prompt) <= query(last) // PARTS) & (key(prompts.max(-1)) >= query(first) // PARTS)
-    one = key(first) == key(last)
-    alone = one & (query(first) == query(last)) & (key(first) == query(first))
-    of_prompt = one & key(~none.any(-1)) & (query(first) // PARTS == query(last) // PARTS)
-    of_prompt &= key(first) // PARTS == query(first) // PARTS
-    seen, whole = own | prompt, (alone | of_prompt) & ~np.eye(n, dtype=bool)[None]
-    if window is not None:
-        at = cut(positions)
-        seen &= query(at.min(-1)) - key(at.max(-1)) < window
-        whole &= query(at.max(-1)) - key(at.min(-1)) < window
-    return jnp.where(before & seen, jnp.where(whole, 2, 1), 0).astype(jnp.int32)
-
-
-def pairs(of_blocks: Array, *, by_key: bool) -> tuple[Array, Array]:
-    """The visible pairs of blocks, those of a query's block one after another, or of a key's.
-
-    Returns: (B * n (n + 1) / 2,) int32 of each row's pairs, as `_place` reads them, and the most that a row has.
-    """
-    rows, n, _ = of_blocks.shape
-    i, j = np.tril_indices(n)
-    if by_key:
-        order = np.lexsort((i, j))
-        i, j = i[order], j[order]
-    kind = of_blocks[:, i, j]
-    order = jnp.argsort(kind == 0, axis=-1, stable=True)
-    count = (kind > 0).sum(-1, keepdims=True)
-    place = jnp.arange(len(i))[None]
-    order = jnp.take_along_axis(order, jnp.minimum(place, count - 1), 1)  # what follows the last pair repeats it
-    taken = lambda x: jnp.asarray(x, jnp.int32)[order]
-    outer = taken(j if by_key else i)
-    end = jnp.full((rows, 1), -1, jnp.int32)
-    first = outer != jnp.concatenate([end, outer[:, :-1]], 1)
-    last = (outer != jnp.concatenate([outer[:, 1:], end], 1)) | (place == count - 1)
-    whole = jnp.take_along_axis(kind, order, 1) == 2
-    flags = _REAL + jnp.where(whole, _WHOLE, 0) + jnp.where(first, _FIRST, 0) + jnp.where(last, _LAST, 0)
-    code = ((taken(i) << _PLACE | taken(j)) << _FLAGS) + jnp.where(place < count, flags, 0)
-    return code.reshape(-1).astype(jnp.int32), count.max().astype(jnp.int32)
-
-
-def _place(code: Array) -> tuple[Array, Array]:
-    """The blocks of a pair: query and key."""
-    return code >> (_FLAGS + _PLACE), (code >> _FLAGS) & ((1 << _PLACE) - 1)
-
-
 # -- kernels
 
 
@@ -166,7 +101,7 @@ def _scores(kernel: Kernel, q: Array, k: Array) -> Array:
 
 def _sees(kernel: Kernel, code: Array, window: Any, tokens: Any) -> Array:
     """(keys, queries) bool of a pair of blocks."""
-    i, j = _place(code)
+    i, j = blocks_of(code)
     mine, theirs = tokens["query_segments"][...], tokens["key_segments"][...]
     sees = (theirs == mine) | (theirs == (mine & -PARTS))
     shape = (kernel.block, kernel.block)
@@ -179,15 +114,15 @@ def _sees(kernel: Kernel, code: Array, window: Any, tokens: Any) -> Array:
 
 def _each(code: Array, body: Callable[[bool], None]) -> None:
     """Runs the body with a mask where the pair of blocks needs one."""
-    pl.when(code & (_REAL | _WHOLE) == _REAL)(lambda: body(True))
-    pl.when(code & _WHOLE > 0)(lambda: body(False))
+    pl.when(code & (REAL | WHOLE) == REAL)(lambda: body(True))
+    pl.when(code & WHOLE > 0)(lambda: body(False))
 
 
 def _forward_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any, out: Any, kept: Any) -> None:
     code = codes[pl.program_id(0) * most + pl.program_id(2)]
     highest, total, mixed = kept
 
-    @pl.when(code & _FIRST > 0)
+    @pl.when(code & FIRST > 0)
     def _() -> None:
         highest[...] = jnp.full_like(highest, _HIDDEN)
         total[...] = jnp.zeros_like(total)
@@ -206,7 +141,7 @@ def _forward_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: An
 
     _each(code, body)
 
-    @pl.when(code & _LAST > 0)
+    @pl.when(code & LAST > 0)
     def _() -> None:
         out[0][...] = (mixed[...] / total[...]).T.astype(out[0].dtype)
         out[1][...] = highest[...] + jnp.log(total[...])
@@ -228,7 +163,7 @@ def _query_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any,
     code = codes[pl.program_id(0) * most + pl.program_id(2)]
     (total,) = kept
 
-    @pl.when(code & _FIRST > 0)
+    @pl.when(code & FIRST > 0)
     def _() -> None:
         total[...] = jnp.zeros_like(total)
 
@@ -239,7 +174,7 @@ def _query_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any,
 
     _each(code, body)
 
-    @pl.when(code & _LAST > 0)
+    @pl.when(code & LAST > 0)
     def _() -> None:
         out[0][...] = total[...].T.astype(out[0].dtype)
 
@@ -247,7 +182,7 @@ def _query_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any,
 def _key_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any, out: Any, kept: Any) -> None:
     code, member = codes[pl.program_id(0) * most + pl.program_id(2)], pl.program_id(3)
 
-    @pl.when((code & _FIRST > 0) & (member == 0))
+    @pl.when((code & FIRST > 0) & (member == 0))
     def _() -> None:
         for total in kept:
             total[...] = jnp.zeros_like(total)
@@ -260,7 +195,7 @@ def _key_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any, o
 
     _each(code, body)
 
-    @pl.when((code & _LAST > 0) & (member == pl.num_programs(3) - 1))
+    @pl.when((code & LAST > 0) & (member == pl.num_programs(3) - 1))
     def _() -> None:
         for one, total in zip(out, kept, strict=True):
             one[...] = total[...].astype(one.dtype)
@@ -296,7 +231,7 @@ def _call(
         of_key = name in ("k", "v") or name.startswith("key_")
 
         def at(b: Array, h: Array, p: Array, *others: Any) -> tuple[Any, ...]:
-            i, j = _place(others[-2][b * most + p])
+            i, j = blocks_of(others[-2][b * most + p])
             place = j if of_key else i
             if len(shape) == 3:
                 return (b, place, 0) if of_key else (b, 0, place)

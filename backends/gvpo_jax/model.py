@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_jax import blocks
-from gvpo_jax.blocks import PARTS
+from gvpo_jax.block_pairs import PARTS
 from gvpo_jax.experts import mixture
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, capped, product, token_logprobs
 from gvpo_jax.mesh import BATCH, fitting, tensor_axes

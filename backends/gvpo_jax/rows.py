@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from gvpo_core.training.policy import Batch, layout
 from gvpo_jax import mesh as meshes
 from gvpo_jax import ranks
-from gvpo_jax.blocks import PARTS
+from gvpo_jax.block_pairs import PARTS
 
 SMALLEST = 32  # tokens of a row at least
 SPREAD = 8  # predicted tokens of a row are padded to a multiple of this part of it

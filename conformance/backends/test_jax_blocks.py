@@ -19,7 +19,7 @@ require(subject="jax")
 
 import jax
 import jax.numpy as jnp
-from gvpo_jax import blocks, check, mesh, model
+from gvpo_jax import block_pairs, blocks, check, mesh, model
 
 from gvpo_core.training.policy import Batch
 
@@ -47,7 +47,7 @@ def stacked(names: list[str], length: int) -> tuple[np.ndarray, np.ndarray]:
 def test_pairs_of_blocks_are_those_with_visible_tokens(name: str, window: int) -> None:
     segments, positions = row(ROWS[name][0], 512)
     given = (jnp.asarray(segments)[None], jnp.asarray(positions)[None])
-    found = np.asarray(blocks.kinds(*given, None if window == FAR else jnp.int32(window), 64))[0]
+    found = np.asarray(block_pairs.kinds(*given, None if window == FAR else jnp.int32(window), 64))[0]
     seen = sees(segments, positions, window)
     visible = 0
     for i in range(8):
@@ -61,16 +61,16 @@ def test_pairs_of_blocks_are_those_with_visible_tokens(name: str, window: int) -
                 assert i == j or found[i, j] == 2 or not (one_segment and inside.all()), (i, j)
             visible += int(found[i, j] > 0)
     for by_key in (False, True):
-        codes, most = blocks.pairs(jnp.asarray(found)[None], by_key=by_key)
+        codes, most = block_pairs.pairs(jnp.asarray(found)[None], by_key=by_key)
         codes = np.asarray(codes)
-        real = codes[codes & blocks._REAL > 0]
+        real = codes[codes & block_pairs.REAL > 0]
         assert len(real) == int(most) == visible
-        i, j = (np.asarray(x) for x in blocks._place(real))
+        i, j = (np.asarray(x) for x in block_pairs.blocks_of(real))
         assert {(a, b) for a, b in zip(i, j, strict=True)} == set(zip(*np.nonzero(found), strict=True))
         outer = j if by_key else i
         assert (np.diff(outer) >= 0).all() and set(outer) == set(range(8))
-        assert (real & blocks._FIRST > 0).sum() == (real & blocks._LAST > 0).sum() == 8
-        np.testing.assert_array_equal((real & blocks._WHOLE > 0), found[i, j] == 2)
+        assert (real & block_pairs.FIRST > 0).sum() == (real & block_pairs.LAST > 0).sum() == 8
+        np.testing.assert_array_equal((real & block_pairs.WHOLE > 0), found[i, j] == 2)
 
 
 def test_visited_blocks_of_the_jobs() -> None:
@@ -79,8 +79,8 @@ def test_visited_blocks_of_the_jobs() -> None:
         length = prompt + response * k
         length += -length % 512
         given = (jnp.asarray(x)[None] for x in row([(prompt, [response] * k)], length))
-        found = blocks.kinds(*given, None, 512)
-        _, most = blocks.pairs(found, by_key=False)
+        found = block_pairs.kinds(*given, None, 512)
+        _, most = block_pairs.pairs(found, by_key=False)
         assert 0.8 * bound < int(most) / found[0].size <= bound
 
 
@@ -146,6 +146,7 @@ def test_skipped_blocks_are_not_computed() -> None:
         assert np.isfinite(gradient[:, 256:]).all() and np.isnan(gradient[:, 128:256]).all()
 
 
+@pytest.mark.slow
 def test_meshes_compute_what_one_device_computes() -> None:
     path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
@@ -187,6 +188,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_a_step_is_that_without_the_kernel(name: str, tmp_path, monkeypatch) -> None:
     folder = tiny_models.write_model("qwen2", tmp_path, max_position_embeddings=512)
@@ -210,6 +212,7 @@ def test_a_step_is_that_without_the_kernel(name: str, tmp_path, monkeypatch) -> 
     assert step_difference(wanted, found) < 1e-5
 
 
+@pytest.mark.slow
 def test_bfloat16_goes_through_the_kernel(tmp_path, monkeypatch) -> None:
     folder = tiny_models.write_model("qwen2", tmp_path, max_position_embeddings=512)
     of_policy, of = policy(folder, dtype="bfloat16", micro_batch_tokens=768), long_batch()
