@@ -247,20 +247,28 @@ class FixedRows:
             step()
             return
         if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
+            graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
             try:
-                with torch.cuda.graph(graph):
+                with torch.cuda.graph(graph, pool=pool):
                     step()
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:  # a layer that waits for the host, as some of experts do
-                reason = str(error).splitlines()[0]
+                _end_capture(stream, pool)
+                reason = str(error.__context__ or error).splitlines()[0]
                 log.warning("%s: tokens are drawn without CUDA graphs (%s)", type(self.scorer.base).__name__, reason)
                 self.scorer.in_graphs = False
                 step()
                 return
             self.graph = graph
         self.graph.replay()
+
+
+def _end_capture(stream: Any, pool: Any) -> None:
+    """After a capture that failed, whose own end raises before it puts back the stream and the allocator's pool."""
+    torch.cuda.set_stream(stream)
+    torch._C._cuda_endAllocateToPool(stream.device.index, pool)
+    torch._C._cuda_releasePool(stream.device.index, pool)
 
 
 def _among(tokens: Tensor, ends: Tensor) -> Tensor:

@@ -28,20 +28,6 @@ log = logging.getLogger("gvpo.torch")
 _DROPPING = ("dropout", "pdrop", "layerdrop", "drop_path")  # in names of settings and of modules' attributes
 
 
-@contextlib.contextmanager
-def in_tf32(device_type: str) -> Iterator[None]:
-    """On CUDA float32 products take TF32, within the block."""
-    if device_type != "cuda":
-        yield
-        return
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
 class Scorer(nn.Module):
     """The language model behind one `forward`, so that the hooks of DDP and FSDP2 see every use of it."""
 
@@ -94,14 +80,11 @@ class Scorer(nn.Module):
         """Whether a sequence of `tokens` tokens takes other RoPE frequencies than one of a token less."""
         return self.rope is not None and self.rope.frequencies(tokens) != self.rope.frequencies(tokens - 1)
 
-    @contextlib.contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Products in `dtype` over wider parameters, where the two differ; beside 16 bits, float32 ones take TF32."""
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in `dtype` over wider parameters, where the two differ."""
         head = self.base.get_output_embeddings().weight
-        mixed, narrow, nothing = head.dtype != self.dtype, self.dtype != torch.float32, contextlib.nullcontext
-        narrowed = torch.autocast(head.device.type, self.dtype) if mixed else nothing()
-        with narrowed, in_tf32(head.device.type) if narrow else nothing():
-            yield
+        mixed = head.dtype != self.dtype
+        return torch.autocast(head.device.type, self.dtype) if mixed else contextlib.nullcontext()
 
     def forward(
         self,

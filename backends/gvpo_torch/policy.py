@@ -148,7 +148,8 @@ class TorchPolicy(LanguageModelPolicy):
         logprobs, tokens = np.zeros(len(batch)), 0
         scoring = self._reference.scoring() if reference else contextlib.nullcontext(self.scorer)
         self._trained.eval()
-        with self._no_gradients(), scoring as scorer, scorer.autocast(), self._in_step(scorer) as forward:
+        repeating = deterministic(self.config.deterministic)
+        with self._no_gradients(), repeating, scoring as scorer, scorer.autocast(), self._in_step(scorer) as forward:
             for rows in self._splitting.rows(batch):
                 arrays = layout.arrays(batch, rows)
                 values = model.score(forward, arrays, self.device)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from transformers import PreTrainedModel
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.checkpoint import MOMENTS
@@ -77,11 +78,12 @@ def _adamw_class(base: Any) -> Any:
 
 
 def vocabulary(module: nn.Module) -> set[int]:
-    """Ids of the weights of embeddings, and of linear layers with as many rows: heads."""
-    embeddings = [m for m in module.modules() if isinstance(m, nn.Embedding)]
-    sizes = {m.num_embeddings for m in embeddings}
-    heads = [m for m in module.modules() if isinstance(m, nn.Linear) and m.out_features in sizes]
-    return {id(m.weight) for m in (*embeddings, *heads)}
+    """Ids of the weights of embeddings and of the head."""
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, nn.Embedding)]
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and isinstance(head := part.get_output_embeddings(), nn.Linear):
+            layers.append(head)
+    return {id(layer.weight) for layer in layers}
 
 
 def moment_shapes(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:

@@ -81,6 +81,23 @@ def test_samples_are_the_cpus(kind, folder, monkeypatch):
     assert len(replays) > 50 and len(set(replays)) > 1
 
 
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(folder, monkeypatch, caplog):
+    """A layer that waits for the host: tokens are drawn without a graph, and cached memory can still be released."""
+    policy, plain = made(folder, "cuda"), made(folder, "cpu")
+    prompts, seeds = [(5, 6, 7)], [[row_seed(1, 0, j) for j in range(3)]]
+    layer = policy.scorer.decoder.layers[0].mlp
+    forward = layer.forward
+    monkeypatch.setattr(layer, "forward", lambda x: forward(x) + 0 * float(x.sum()))
+    stream = torch.cuda.current_stream()
+    assert policy.generate(prompts, seeds, Sampling(40)) == plain.generate(prompts, seeds, Sampling(40))
+    assert not policy.scorer.in_graphs and "tokens are drawn without CUDA graphs" in caplog.text
+    assert torch.cuda.current_stream() == stream
+    free, _ = torch.cuda.mem_get_info()
+    held = torch.empty(int(0.6 * free), dtype=torch.uint8, device="cuda")
+    del held  # cached; the next one fits only once it is released
+    torch.empty(int(0.8 * free), dtype=torch.uint8, device="cuda")
+
+
 def test_waiting_rows_take_the_places_of_those_that_ended(folder, monkeypatch):
     """In place: a graph goes on with the rows that are new in its buffers."""
     placed, place = [], fixed.FixedRows.place

@@ -132,8 +132,9 @@ def test_a_layer_that_cannot_be_captured_is_decoded_without_graphs(folders, monk
     plain = sampled(of_policy, Sampling(12), in_fixed_buffers=True)
 
     class Capture:
-        def __init__(self, graph) -> None:
+        def __init__(self, graph, pool) -> None:
             captures.append(graph)
+            assert pool == "the pool"
 
         def __enter__(self) -> None:
             pass
@@ -142,12 +143,16 @@ def test_a_layer_that_cannot_be_captured_is_decoded_without_graphs(folders, monk
             raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(fixed.FixedRows, "logits", nothing_while_capturing(captures))
+    ended = []
+    monkeypatch.setattr(fixed, "_end_capture", lambda *given: ended.append(given))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: "the stream")
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
     monkeypatch.setattr(torch.cuda, "CUDAGraph", object)
     monkeypatch.setattr(torch.cuda, "graph", Capture)
     of_policy.scorer.in_graphs = True
     assert sampled(of_policy, Sampling(12), in_fixed_buffers=True) == plain
-    assert len(captures) == 1 and not of_policy.scorer.in_graphs
-    assert "tokens are drawn without CUDA graphs (operation not permitted when stream is capturing)" in caplog.text
+    assert len(captures) == 1 and not of_policy.scorer.in_graphs and ended == [("the stream", "the pool")]
+    assert "tokens are drawn without CUDA graphs (a copy to the host)" in caplog.text
 
 
 def nothing_while_capturing(captures):

@@ -33,17 +33,14 @@ def test_dropout_is_off(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("wanted", [False, True])
-def test_deterministic_kernels_are_asked_for_in_an_update_alone(wanted, folder, monkeypatch) -> None:
-    of_policy, asked, plain = policy(folder, deterministic=wanted, **SMOOTH), [], update.Backward.deferred
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-
-    def deferred(*given):
-        asked.append(torch.are_deterministic_algorithms_enabled())
-        return plain(*given)
-
-    monkeypatch.setattr(update.Backward, "deferred", deferred)
+def test_deterministic_kernels_are_asked_for_in_scores_and_updates_alone(wanted, folder, monkeypatch) -> None:
+    of_policy, asked, plain = policy(folder, deterministic=wanted, strategy="score", **SMOOTH), [], model.score
+    backward = update.Backward.backward
+    spied = lambda own: lambda *given: asked.append(torch.are_deterministic_algorithms_enabled()) or own(*given)
+    monkeypatch.setattr(model, "score", spied(plain))
+    monkeypatch.setattr(update.Backward, "backward", spied(backward))
     of_policy.update(OF, coefficients_of(OF))
-    assert set(asked) == {wanted} and not torch.are_deterministic_algorithms_enabled()
+    assert set(asked) == {wanted} and len(asked) > 2 and not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
@@ -53,18 +50,6 @@ def test_an_operation_without_a_deterministic_kernel_is_named(folder, monkeypatc
     with pytest.raises(ConfigError, match=r"model\.deterministic = true: put_ does not have a deterministic"):
         of_policy.update(OF, coefficients_of(OF))
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_beside_16_bits_float32_products_take_tf32_on_cuda(dtype, folder, monkeypatch) -> None:
-    of_policy, asked, plain = policy(folder, dtype=dtype, **SMOOTH), [], model.in_tf32
-    monkeypatch.setattr(model, "in_tf32", lambda device: asked.append(device) or plain("cuda"))
-    seen, score = [], model.score
-    allowed = lambda: torch.backends.cuda.matmul.allow_tf32
-    monkeypatch.setattr(model, "score", lambda *given: seen.append(allowed()) or score(*given))
-    of_policy.update(OF, coefficients_of(OF))
-    assert set(seen) == {dtype == "bfloat16"} and set(asked) == ({of_policy.device.type} if seen[0] else set())
-    assert not allowed()
 
 
 def test_peak_memory_is_in_bytes(folder) -> None:

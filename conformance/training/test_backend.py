@@ -54,6 +54,11 @@ FOREIGN = [
 ]
 
 
+def test_a_dtype_that_asks_for_nothing_is_taken_by_all() -> None:
+    for name in BACKENDS:
+        refuse_settings(ModelConfig(path="nowhere", dtype="float32"), name, OptimizerConfig())
+
+
 @pytest.mark.parametrize("name", list(BACKENDS))
 @pytest.mark.parametrize(("field", "value", "owners"), FOREIGN, ids=[case[0] for case in FOREIGN])
 def test_a_setting_of_another_backend_is_refused_by_name(name: str, field: str, value: object, owners) -> None:

@@ -33,6 +33,8 @@ _OWNED = {
     "layout": "leave it out",
 }
 """Settings of [model] that not every backend has, and what to do about one in the wrong place."""
+_AS_GOOD = {"dtype": "float32"}
+"""Values beside the default that ask for nothing."""
 
 _LANGUAGE_MODEL = frozenset(("lora_rank", "dtype", "gradient_checkpointing", "layout"))
 
@@ -151,7 +153,7 @@ def refuse_settings(config: ModelConfig, name: str, optimizer: OptimizerConfig) 
     default = ModelConfig()
     for setting, advice in _OWNED.items():
         value = getattr(config, setting)
-        if setting in backend.settings or value == getattr(default, setting):
+        if setting in backend.settings or value in (getattr(default, setting), _AS_GOOD.get(setting)):
             continue
         others = [b.name for b in BACKENDS.values() if setting in b.settings]
         raise ConfigError(

@@ -66,7 +66,7 @@ class ModelConfig:
     compile: bool = False
     """Compile the decoder layers for scores and gradients (torch.compile). Costs minutes at the start; one process."""
     deterministic: bool = False
-    """Only kernels that repeat bit for bit in an update (torch on CUDA, where the usual ones do not). Slower."""
+    """Only kernels that repeat bit for bit, in scores and updates (torch on CUDA, where usual ones do not). Slower."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"

@@ -92,7 +92,7 @@ class LanguageModelPolicy(abc.ABC):
         refuse_settings(config, self.backend, optimizer)
         self.settings = PolicySettings(optimizer, updates, reference, seed, config)
         self._ranks = ranks(config)
-        dtype: Any = self._ranks.auto_dtype if config.dtype == "auto" else config.dtype
+        dtype: Any = getattr(self._ranks, "auto_dtype", "float32") if config.dtype == "auto" else config.dtype
         self.config, self.optimizer_config = replace(config, dtype=dtype), optimizer
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
         self._read_tokenizer()
