@@ -41,7 +41,8 @@ class Ranks:
         else:
             self.device = _one_device(config.device)
             self.rank, self.world_size = 0, 1
-        self.auto_dtype = "bfloat16" if self.device.type == "cuda" else "float32"
+        modern = self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) >= (8, 0)
+        self.auto_dtype = "bfloat16" if modern else "float32"
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""

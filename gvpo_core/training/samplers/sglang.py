@@ -75,12 +75,14 @@ class SGLang:
         ids, facts = choice.get("output_ids"), choice["meta_info"]
         finish = facts.get("finish_reason")
         reason = finish.get("type") if isinstance(finish, dict) else finish
+        if reason not in ("stop", "length"):
+            raise Failed(f"{self.url} ended a response with {reason!r}", again=False)
         if not isinstance(ids, list):
             raise SamplerError(
                 f"{self.url} gives no token ids (output_ids); engine.kind = 'sglang' needs SGLang's server"
             )
-        if reason not in ("stop", "length") or not ids:
-            raise Failed(f"{self.url} ended a response of {len(ids)} tokens with {reason!r}", again=False)
+        if not ids:
+            raise Failed(f"{self.url} gave a response without tokens", again=False)
         each = [one[0] for one in facts.get("output_token_logprobs") or []]
         known = len(each) == len(ids) and all(isinstance(x, int | float) for x in each)
         at_one = body["sampling_params"]["temperature"] == 1
