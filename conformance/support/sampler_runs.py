@@ -28,6 +28,19 @@ def short(tmp_path, steps):
     return replace(config, run=replace(config.run, steps=steps))
 
 
+def whole_and_resumed(tmp_path, sampler):
+    """The tables (prompts, responses) after four steps at once, and after two and two; `sampler` makes a fresh one."""
+    tables = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        config = short(tmp_path / name, 4)
+        for steps in stops:
+            policy = TablePolicy(table(REFERENCE), config.optimizer)
+            allowed = replace(config.run, steps=steps, allow_changes=True)
+            run(replace(config, run=allowed), sampler(), policy)
+        tables.append(policy.log_table())
+    return tables
+
+
 class Copy:
     """A copy of the policy that gets its weights when it is refreshed; it may forget that, or drop responses."""
 

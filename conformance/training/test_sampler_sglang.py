@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from engine_server import Sent, Server
-from sampler_runs import lines, run, short
+from sampler_runs import lines, run, short, whole_and_resumed
 from table_problem import PROMPTS, REFERENCE, reward, settings, table
 
 from gvpo_core.training.config import ConfigError, EngineConfig
@@ -115,15 +115,8 @@ def test_weights_that_do_not_load_end_the_run_by_name(fault, tmp_path, capsys) -
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path, capsys) -> None:
-    whole, parts = short(tmp_path / "whole", 4), short(tmp_path / "parts", 4)
-    tables = []
     with Server() as server:
-        for config, stops in ((whole, [4]), (parts, [2, 4])):
-            for steps in stops:
-                policy = TablePolicy(table(REFERENCE), config.optimizer)
-                allowed = replace(config.run, steps=steps, allow_changes=True)
-                run(replace(config, run=allowed), engine(server), policy)
-            tables.append(policy.log_table())
+        tables = whole_and_resumed(tmp_path, lambda: engine(server))
     assert np.array_equal(*tables) and math.isfinite(tables[0].sum())
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from echo_server import EchoServer
 from engine_server import Sent, Server
-from sampler_runs import Copy, lines, run, short
+from sampler_runs import Copy, lines, run, short, whole_and_resumed
 from table_problem import PROMPTS, REFERENCE, settings, table
 
 from gvpo_core.training.config import ConfigError
@@ -193,15 +193,8 @@ def test_the_key_is_sent_and_reaches_no_file(tmp_path, capsys, monkeypatch):
 
 
 def test_a_run_with_an_engine_resumes_bit_for_bit(tmp_path, capsys):
-    whole, parts = short(tmp_path / "whole", 4), short(tmp_path / "parts", 4)
-    tables = []
     with Server() as server:
-        for config, stops in ((whole, [4]), (parts, [2, 4])):
-            for steps in stops:
-                policy = TablePolicy(table(REFERENCE), config.optimizer)
-                allowed = replace(config.run, steps=steps, allow_changes=True)
-                run(replace(config, run=allowed), engine(server), policy)
-            tables.append(policy.log_table())
+        tables = whole_and_resumed(tmp_path, lambda: engine(server))
     assert np.array_equal(*tables)
     assert math.isfinite(tables[0].sum())
 

@@ -1,10 +1,10 @@
 """The settings of a run: what they are, and how files and command lines give them."""
 
+from gvpo_core.training.config.servers import EngineConfig, TeacherConfig
 from gvpo_core.training.config.settings import (
     Config,
     ConfigError,
     DataConfig,
-    EngineConfig,
     EnvironmentConfig,
     EvaluationConfig,
     ModelConfig,
@@ -14,7 +14,6 @@ from gvpo_core.training.config.settings import (
     RewardConfig,
     RolloutConfig,
     RunConfig,
-    TeacherConfig,
 )
 
 __all__ = [

@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from typing import Any
 from urllib.parse import urlsplit
 
-from gvpo_core.training.config.settings import Config, EngineConfig, TeacherConfig
+from gvpo_core.training.config.servers import EngineConfig, TeacherConfig
+from gvpo_core.training.config.settings import Config
 
 SAMPLERS = ("policy", "engine")
 """Values of rollout.sampler that are no import path."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from gvpo_core.training.config.servers import EngineConfig, TeacherConfig
 from gvpo_core.training.sampling import Sampling
 
 
@@ -175,78 +176,6 @@ class ReplayConfig:
     """Share of a step's groups that are replayed, once enough are kept. The others are new."""
     age: int = 0
     """Oldest replayed group, steps. 0: no limit."""
-
-
-@dataclass(frozen=True)
-class EngineConfig:
-    """An inference engine that draws the responses, where rollout.sampler = "engine"."""
-
-    url: str = ""
-    """Address of the server, without /v1: http://HOST:PORT."""
-    model: str = ""
-    """Name of the model on the server."""
-    tokens: Literal["ids", "text", "chat"] = "ids"
-    """What the server takes and gives. ids: token ids, as vLLM (return_token_ids); text: any OpenAI-compatible server,
-    one request a response, whose text is tokenized here; chat: the same by its chat endpoint."""
-    weights: Literal["kept", "adapters", "model"] = "kept"
-    """What the server, vLLM's or SGLang's, gets before each step. kept: nothing; adapters: the LoRA adapters; model:
-    the whole model."""
-    folder: str = ""
-    """Folder for the weights, which all ranks and the server see under the same path."""
-    gap_tolerance: float | None = None
-    """Largest difference of the log-probabilities of engine and policy, nats a token. Beyond it the run stops.
-    Default: a mean difference of 0.25 in a step, where the run sends the weights."""
-    concurrency: int = 16
-    """Requests at a time."""
-    deadline: float = 600.0
-    """Seconds that the responses of one step may take. Later ones are lost."""
-    tries: int = 4
-    """Requests for a prompt, the first one included."""
-    pause: float = 0.5
-    """Seconds before the second try; twice as long before each further one."""
-    api_key: str = ""
-    """"$NAME": the environment variable that holds the server's key. The key itself belongs in no file."""
-    omit: tuple[str, ...] = ()
-    """Fields that the server rejects and requests leave out, as top_k. Its own default then applies."""
-    fields: dict[str, Any] = field(default_factory=dict)
-    """Further fields of every request, of any TOML type; of SGLang, of its sampling_params."""
-    kind: Literal["server", "sglang", "vllm"] = "server"
-    """server: a server at url with OpenAI's endpoints, as vLLM's; sglang: SGLang's server at url, by its own endpoint;
-    vllm: vLLM's LLM in this process, which gets the policy's weights before each step."""
-    options: dict[str, Any] = field(default_factory=dict)
-    """Of vllm: further arguments of LLM, as gpu_memory_utilization, of any TOML type."""
-
-
-@dataclass(frozen=True)
-class TeacherConfig:
-    """A model to distill from, where objective.reference = "teacher" (docs/distillation.md)."""
-
-    path: str = ""
-    """Local Hugging Face folder, or hub name, with any tokenizer. With url: only tokenizer and context are read."""
-    revision: str | None = None
-    """Commit or tag of a hub model."""
-    backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
-    """Backend that scores with it. auto: the policy's."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute dtype. auto: bfloat16 on CUDA and TPU, float32 elsewhere."""
-    device: str = ""
-    """Device. Empty: model.device."""
-    template: dict[str, Any] = field(default_factory=dict)
-    """Arguments of its chat template."""
-    url: str = ""
-    """Address, without /v1, of a server that scores token ids by echoing them, as vLLM. Empty: load the model here."""
-    model: str = ""
-    """Name of the model on the server. Empty: path."""
-    concurrency: int = 16
-    """Requests at a time."""
-    deadline: float = 600.0
-    """Seconds that the scores of one step may take. Responses without a score leave their group."""
-    tries: int = 4
-    """Requests for a response, the first one included."""
-    pause: float = 0.5
-    """Seconds before the second try; twice as long before each further one."""
-    api_key: str = ""
-    """"$NAME": the environment variable that holds the server's key. The key itself belongs in no file."""
 
 
 @dataclass(frozen=True)

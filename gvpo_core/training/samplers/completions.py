@@ -1,12 +1,11 @@
 """Requests and answers of an OpenAI-compatible server: token ids, text, or chat messages in and text out."""
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol, cast
 
 from gvpo_core.training.policy import Policy, Prompt
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.samplers.http import Failed
+from gvpo_core.training.samplers.http import Failed, read_json
 from gvpo_core.training.samplers.protocol import Drawn, SamplerError, Text
 from gvpo_core.training.sampling import Sampling
 
@@ -120,10 +119,7 @@ def request_of_chat(model: str, messages: Sequence[Mapping[str, Any]], seed: int
 
 def read_answer(content: bytes, model: str, url: str) -> dict[str, Any]:
     """An answer that has choices and is of this model. Raises: Failed."""
-    try:
-        answer = json.loads(content)
-    except ValueError as e:
-        raise Failed(f"{url} answers no JSON: {e}", again=True) from e
+    answer = read_json(content, url)
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
         raise Failed(f"{url} answers without choices", again=True)
     if answer.get("model", model) != model:

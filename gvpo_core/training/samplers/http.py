@@ -22,6 +22,14 @@ class Failed(Exception):
         self.again = again  # worth another try
 
 
+def read_json(content: bytes, url: str) -> Any:
+    """The value of an answer. Raises: Failed: it is no JSON."""
+    try:
+        return json.loads(content)
+    except ValueError as e:
+        raise Failed(f"{url} answers no JSON: {e}", again=True) from e
+
+
 class Clock:
     """The time that the requests of a step have, from when the first of them starts."""
 

@@ -3,13 +3,12 @@
 Written from the sources of SGLang 0.5.23.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from gvpo_core.training.policy import Policy, Prompt
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.samplers.http import Failed
+from gvpo_core.training.samplers.http import Failed, read_json
 from gvpo_core.training.samplers.protocol import Drawn, SamplerError
 from gvpo_core.training.sampling import Sampling
 
@@ -56,10 +55,7 @@ class SGLang:
 
     def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
         """The response of an answer drawn with the weights that were sent. Raises: Failed."""
-        try:
-            answer = json.loads(content)
-        except ValueError as e:
-            raise Failed(f"{self.url} answers no JSON: {e}", again=True) from e
+        answer = read_json(content, self.url)
         if not isinstance(answer, dict) or not isinstance(answer.get("meta_info"), dict):
             raise Failed(f"{self.url} answers without meta_info", again=True)
         version = answer["meta_info"].get("weight_version")
