@@ -20,13 +20,27 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from evidence.page import table
+from evidence.real_page import draw, page
+from evidence.real_plan import (
+    BETA,
+    HELD_OUT,
+    LARGEST,
+    MAX_TOKENS,
+    PROMPTS,
+    RESPONSES,
+    STEPS,
+    TASKS,
+    TUNING_STEPS,
+    VALIDATION,
+    Run,
+    final_runs,
+    read_results,
+    tuning_runs,
+)
 from gvpo_core.training.config import (
     Config,
     EvaluationConfig,
@@ -38,44 +52,13 @@ from gvpo_core.training.config import (
     RunConfig,
 )
 from gvpo_core.training.config.settings import DataConfig
-from gvpo_core.training.intervals import mean_half_width
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "evidence_real"
 RESULTS = ROOT / "docs" / "evidence" / "real.jsonl"
 ELSEWHERE = ROOT / "docs" / "evidence" / "real_h200.jsonl"  # the same runs on one H200, those whose result was kept
 PAGE = ROOT / "docs" / "evidence_real.md"
-METHODS = ("gvpo", "grpo", "rloo", "reject_sampling")
-RATES = (4e-6, 1.2e-5, 3.6e-5)
-SEEDS, TUNING_SEED = (1, 2, 3), 100
-STALENESS = (0, 4)
-STEPS, TUNING_STEPS = 24, 12
-PROMPTS, RESPONSES, MAX_TOKENS, BETA = 4, 8, 16, 0.05
-TASKS: dict[str, dict[str, Any]] = {
-    "basic_arithmetic": {
-        "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"],
-        "allow_parentheses": False, "format_style": "natural",
-    },
-    "gcd": {"min_numbers": 2, "max_numbers": 2, "min_value": 1, "max_value": 40},
-}  # fmt: skip
-HELD_OUT, VALIDATION, LARGEST = 240, 120, 40  # LARGEST: number in a question
-
-
-@dataclass(frozen=True)
-class Run:
-    """One run: its settings, and the name of its result."""
-
-    task: str
-    method: str
-    staleness: int
-    rate: float
-    seed: int
-    tuning: bool = False
-
-    @property
-    def name(self) -> str:
-        kind = "tune" if self.tuning else "run"
-        return f"{kind}-{self.task}-{self.method}-stale{self.staleness}-{self.rate:g}-{self.seed}"
+PICTURE = ROOT / "docs" / "evidence" / "real.png"
 
 
 class Stale:
@@ -174,33 +157,6 @@ def model() -> Path:
     return folder
 
 
-def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of a run -> its result."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return {result["run"]: result for result in map(json.loads, lines)}
-
-
-def tuning_runs() -> list[Run]:
-    return [
-        Run(task, method, 0, rate, TUNING_SEED, tuning=True) for task in TASKS for method in METHODS for rate in RATES
-    ]
-
-
-def final_runs(results: dict[str, dict[str, Any]]) -> list[Run]:
-    """The reported runs of what is tuned, at the rate with the highest validation accuracy, on-policy first."""
-    tried_rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for run in tuning_runs():
-        if run.name in results:
-            tried_rates.setdefault((run.task, run.method), []).append((results[run.name]["after"], run.rate))
-    rates = {cell: max(tried)[1] for cell, tried in tried_rates.items() if len(tried) == len(RATES)}
-    return [
-        Run(task, method, age, rate, seed)
-        for age in STALENESS
-        for seed in SEEDS
-        for (task, method), rate in rates.items()
-    ]
-
-
 @contextlib.contextmanager
 def claimed(run: Run) -> Iterator[bool]:
     """Whether this process may carry the run out: no other has claimed it. A process that ends gives its claims up."""
@@ -240,103 +196,6 @@ def carry_out(run: Run, path: Path, *, steps: int, held_out: int = 0) -> None:
     print(f"      {result['before']:.3f} -> {result['after']:.3f} in {result['seconds'] / 60:.1f} minutes", flush=True)
 
 
-Cell = tuple[str, int, str]  # task, staleness, objective
-
-
-def accuracies(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[Cell, list[float]]:
-    """After training, of each seed that is finished."""
-    found: dict[Cell, list[float]] = {}
-    for run in runs:
-        if run.name in results:
-            found.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
-    return found
-
-
-def means(of: dict[Cell, list[float]]) -> str:
-    """A table of means over the seeds with 95 % intervals (Student's t)."""
-
-    def cell(values: list[float]) -> str:
-        if not values:
-            return ""
-        seeds = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
-        half = f" +- {mean_half_width(np.array(values)):.3f}" if len(values) > 1 else ""
-        return f"{np.mean(values):.3f}{half}{seeds}"
-
-    rows = [
-        [f"{task}, {age} steps old", *(cell(of.get((task, age, m), [])) for m in METHODS)]
-        for task in TASKS
-        for age in STALENESS
-    ]
-    return table(["", *METHODS], rows)
-
-
-def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]]) -> str:
-    """docs/evidence_real.md of the finished runs.
-
-    Args:
-      elsewhere: results of the same runs on another machine.
-    """
-    runs = final_runs(results)
-    here, there = accuracies(runs, results), accuracies(runs, elsewhere)
-    differences = []
-    for task in TASKS:
-        for age in STALENESS:
-            of = {method: here.get((task, age, method), []) for method in METHODS}
-            for method in METHODS[1:]:
-                if len(of["gvpo"]) == len(of[method]) == len(SEEDS):
-                    by_seed = np.array(of["gvpo"]) - np.array(of[method])
-                    half = mean_half_width(by_seed)
-                    verdict = "significant" if abs(by_seed.mean()) > half else "not significant"
-                    where = f"{task}, {age} steps old: gvpo - {method}"
-                    differences.append([where, f"{by_seed.mean():+.3f} +- {half:.3f}", verdict])
-    done = sum(len(values) for values in here.values())
-    total = len(TASKS) * len(STALENESS) * len(METHODS) * len(SEEDS)
-    tuning = sum(run.name in results for run in tuning_runs())
-    seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)
-    chosen = {(run.task, run.method): f"{run.rate:g}" for run in final_runs(results)}
-    tuned = table(["", *METHODS], [[task, *(chosen.get((task, m), "") for m in METHODS)] for task in TASKS])
-    before = sorted({f"{task} {r['before']:.3f}" for task in TASKS for r in _reported(results, task)})
-    return f"""# Evidence: a real model
-
-`nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks: {STEPS} steps of {PROMPTS} prompts x
-{RESPONSES} responses, beta {BETA}, products in bfloat16, seeds {seeds}. It keeps each finished run in
-[real.jsonl](evidence/real.jsonl) and resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs
-and {done} of {total} reported runs are
-finished.**
-
-The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems after
-{TUNING_STEPS} steps, on-policy, with seed {TUNING_SEED}:
-
-{tuned}
-
-Accuracy on {HELD_OUT} held-out problems, most likely answer, mean over the seeds and 95 % interval (Student's t over
-seeds). Before training: {", ".join(before) or "not measured yet"}.
-
-{means(here)}
-
-Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the number of comparisons:
-
-{table(["", "difference", ""], differences)}
-
-"4 steps old": the responses are drawn by the policy of four steps ago, at the rate tuned on-policy. The ratio of grpo
-and rloo is to the policy at the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
-With that ratio, and the KL penalty in the reward, rloo has the coefficients of gvpo ([Objectives](objectives.md)): at
-one learning rate their runs are the same run.
-
-## The same runs on a GPU
-
-One H200 (PyTorch 2.11.0) carried out the same runs, at the same rates and seeds, ten at a time in three minutes. It
-adds in another order: samples differ from the first steps on. {sum(len(v) for v in there.values())} of {total} results
-are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs; those of the others were lost.
-
-{means(there)}
-"""
-
-
-def _reported(results: dict[str, dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    return [results[run.name] for run in final_runs(results) if run.task == task and run.name in results]
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m evidence real", description="SmolLM2 on two reasoning-gym tasks.")
     parser.add_argument("--smoke", action="store_true", help="Two steps of two objectives.")
@@ -358,5 +217,7 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         stopped = True
         print("stopped; the same command goes on with the run that was not finished", file=sys.stderr)
-    PAGE.write_text(page(read_results(path), read_results(ELSEWHERE)), encoding="utf-8")
+    results, elsewhere = read_results(path), read_results(ELSEWHERE)
+    PAGE.write_text(page(results, elsewhere), encoding="utf-8")
+    draw(results, elsewhere, PICTURE)
     return 130 if stopped else 0

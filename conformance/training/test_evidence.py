@@ -85,7 +85,7 @@ def test_an_unknown_claim_is_answered(evidence, capsys) -> None:
 def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, monkeypatch, capsys) -> None:
     """A finished run is not run again; the rate is the best on validation; intervals are over the seeds."""
     monkeypatch.syspath_prepend(str(ROOT))
-    from evidence import real
+    from evidence import real, real_plan
 
     trained = []
 
@@ -94,20 +94,22 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
         if len(trained) == 40:  # stopped in the middle
             raise KeyboardInterrupt
         best = {"gvpo": 0.7, "grpo": 0.6}.get(run.method, 0.5)
-        after = best + run.seed / 1000 - (0.1 if run.rate != real.RATES[1] else 0)
+        after = best + run.seed / 1000 - (0.1 if run.rate != real_plan.RATES[1] else 0)
         return {"before": 0.3, "after": after, "half_width": 0.06, "problems": 240, "steps": steps, "seconds": 1.0}
 
     monkeypatch.setattr(real, "accuracy", accuracy)
     monkeypatch.setattr(real, "RESULTS", tmp_path / "results" / "real.jsonl")
     monkeypatch.setattr(real, "PAGE", tmp_path / "page.md")
+    monkeypatch.setattr(real, "PICTURE", tmp_path / "page.png")
     monkeypatch.setattr(real, "FOLDER", tmp_path / "claims")
     assert real.main([]) == 130
     assert "the same command goes on" in capsys.readouterr().err
     assert "24 of 24 tuning runs\nand 15 of 48 reported runs are\nfinished" in (tmp_path / "page.md").read_text("utf-8")
     assert real.main([]) == 0
-    cells = len(real.TASKS) * len(real.METHODS)
-    assert len(trained) == 1 + cells * (len(real.RATES) + len(real.STALENESS) * len(real.SEEDS))  # one of them twice
-    assert all(f"-{real.RATES[1]:g}-" in name for name in trained if name.startswith("run-"))
+    assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
+    cells = len(real_plan.TASKS) * len(real_plan.METHODS)
+    assert len(trained) == 1 + cells * (len(real_plan.RATES) + len(real_plan.STALENESS) * len(real_plan.SEEDS))  # one of them twice
+    assert all(f"-{real_plan.RATES[1]:g}-" in name for name in trained if name.startswith("run-"))
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "48 of 48 reported runs are\nfinished" in text
     assert "| gcd | 1.2e-05 | 1.2e-05 | 1.2e-05 | 1.2e-05 |" in text
@@ -115,6 +117,15 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
     assert "| gcd, 4 steps old | 0.702 +- 0.002 | 0.602 +- 0.002 | 0.502 +- 0.002 | 0.502 +- 0.002 |" in text
     before = len(trained)
     assert real.main([]) == 0 and len(trained) == before
+
+
+def test_the_page_of_the_real_model_is_that_of_its_results(evidence, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from evidence import real
+
+    text = real.page(real.read_results(real.RESULTS), real.read_results(real.ELSEWHERE))
+    assert real.PAGE.read_text(encoding="utf-8") == text, "run: python -m evidence real"
+    assert real.PICTURE.read_bytes().startswith(b"\x89PNG")
 
 
 def test_real_runs_beside_each_other_share_the_runs(evidence, tmp_path, monkeypatch) -> None:

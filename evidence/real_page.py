@@ -1,0 +1,160 @@
+"""Claim 9, what came out: docs/evidence_real.md and its picture from the results that are kept."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from evidence.page import table
+from evidence.real_plan import (
+    BETA,
+    HELD_OUT,
+    METHODS,
+    PROMPTS,
+    RATES,
+    RESPONSES,
+    SEEDS,
+    STALENESS,
+    STEPS,
+    TASKS,
+    TUNING_SEED,
+    TUNING_STEPS,
+    VALIDATION,
+    Run,
+    final_runs,
+    tuning_runs,
+)
+from gvpo_core.training.intervals import mean_half_width
+
+Cell = tuple[str, int, str]  # task, staleness, objective
+
+
+def accuracies(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[Cell, list[float]]:
+    """After training, of each seed that is finished."""
+    found: dict[Cell, list[float]] = {}
+    for run in runs:
+        if run.name in results:
+            found.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
+    return found
+
+
+def means(of: dict[Cell, list[float]]) -> str:
+    """A table of means over the seeds with 95 % intervals (Student's t)."""
+
+    def cell(values: list[float]) -> str:
+        if not values:
+            return ""
+        seeds = "" if len(values) == len(SEEDS) else f" ({len(values)} of {len(SEEDS)} seeds)"
+        half = f" +- {mean_half_width(np.array(values)):.3f}" if len(values) > 1 else ""
+        return f"{np.mean(values):.3f}{half}{seeds}"
+
+    rows = [
+        [f"{task}, {age} steps old", *(cell(of.get((task, age, m), [])) for m in METHODS)]
+        for task in TASKS
+        for age in STALENESS
+    ]
+    return table(["", *METHODS], rows)
+
+
+def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]]) -> str:
+    """docs/evidence_real.md of the finished runs.
+
+    Args:
+      elsewhere: results of the same runs on another machine.
+    """
+    runs = final_runs(results)
+    here, there = accuracies(runs, results), accuracies(runs, elsewhere)
+    differences = []
+    for task in TASKS:
+        for age in STALENESS:
+            of = {method: here.get((task, age, method), []) for method in METHODS}
+            for method in METHODS[1:]:
+                if len(of["gvpo"]) == len(of[method]) == len(SEEDS):
+                    by_seed = np.array(of["gvpo"]) - np.array(of[method])
+                    half = mean_half_width(by_seed)
+                    verdict = "significant" if abs(by_seed.mean()) > half else "not significant"
+                    where = f"{task}, {age} steps old: gvpo - {method}"
+                    differences.append([where, f"{by_seed.mean():+.3f} +- {half:.3f}", verdict])
+    done = sum(len(values) for values in here.values())
+    total = len(TASKS) * len(STALENESS) * len(METHODS) * len(SEEDS)
+    tuning = sum(run.name in results for run in tuning_runs())
+    seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)
+    chosen = {(run.task, run.method): f"{run.rate:g}" for run in final_runs(results)}
+    tuned = table(["", *METHODS], [[task, *(chosen.get((task, m), "") for m in METHODS)] for task in TASKS])
+    before = [f"{task} {accuracy:.3f}" for task, accuracy in _before(results).items()]
+    return f"""# Evidence: a real model
+
+`nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks: {STEPS} steps of {PROMPTS} prompts x
+{RESPONSES} responses, beta {BETA}, products in bfloat16, seeds {seeds}. It keeps each finished run in
+[real.jsonl](evidence/real.jsonl) and resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs
+and {done} of {total} reported runs are
+finished.**
+
+The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems after
+{TUNING_STEPS} steps, on-policy, with seed {TUNING_SEED}:
+
+{tuned}
+
+Accuracy on {HELD_OUT} held-out problems, most likely answer, mean over the seeds and 95 % interval (Student's t over
+seeds). Before training: {", ".join(before) or "not measured yet"}.
+
+{means(here)}
+
+![Held-out accuracy of each seed](evidence/real.png)
+
+Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the number of comparisons:
+
+{table(["", "difference", ""], differences)}
+
+"4 steps old": the responses are drawn by the policy of four steps ago, at the rate tuned on-policy. The ratio of grpo
+and rloo is to the policy at the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
+With that ratio, and the KL penalty in the reward, rloo has the coefficients of gvpo ([Objectives](objectives.md)): at
+one learning rate their runs are the same run.
+
+## The same runs on a GPU
+
+One H200 (PyTorch 2.11.0) carried out the same runs, at the same rates and seeds, ten at a time in three minutes. It
+adds in another order: samples differ from the first steps on. {sum(len(v) for v in there.values())} of {total} results
+are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs; those of the others were lost.
+
+{means(there)}
+"""
+
+
+def draw(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]], path: Path) -> None:
+    """A panel a task: the accuracy of each seed, the means, and the accuracy before training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, before = final_runs(results), _before(results)
+    here, there = accuracies(runs, results), accuracies(runs, elsewhere)
+    figure, panels = pyplot.subplots(1, len(TASKS), figsize=(9, 3.4), sharey=True, layout="constrained")
+    for axes, task in zip(panels, TASKS, strict=True):
+        cells = [(age, method) for age in STALENESS for method in METHODS]
+        if task in before:
+            axes.axhline(before[task], color="grey", linestyle="--", label="before training")
+        for name, of, shift, style in (("CPU", here, -0.12, "o"), ("one H200", there, 0.12, "s")):
+            points = [(i + shift, y) for i, (age, m) in enumerate(cells) for y in of.get((task, age, m), [])]
+            mean = [(i + shift, np.mean(of[task, age, m])) for i, (age, m) in enumerate(cells) if (task, age, m) in of]
+            (dots,) = axes.plot(*zip(*points, strict=True), style, markersize=4, alpha=0.5) if points else (None,)
+            if dots is not None:
+                x, y = zip(*mean, strict=True)
+                axes.plot(x, y, "_", markersize=13, markeredgewidth=2, color=dots.get_color(), label=f"{name}, mean")
+        axes.set_xticks(range(len(cells)), [method.replace("_", "\n") for _, method in cells], fontsize=7)
+        for i, age in enumerate(STALENESS):
+            axes.text((i + 0.5) / len(STALENESS), 0.02, f"{age} steps old", ha="center", transform=axes.transAxes)
+        axes.axvline(len(METHODS) - 0.5, color="lightgrey", linewidth=1)
+        axes.set(title=task, ylim=(0, 0.8))
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylabel("held-out accuracy")
+    panels[0].legend(fontsize=8, loc="upper left")
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
+
+
+def _before(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Task -> held-out accuracy before training, of the tasks with a reported run."""
+    return {run.task: results[run.name]["before"] for run in final_runs(results) if run.name in results}
