@@ -108,7 +108,8 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
     assert real.main([]) == 0
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")
     cells = len(real_plan.TASKS) * len(real_plan.METHODS)
-    assert len(trained) == 1 + cells * (len(real_plan.RATES) + len(real_plan.STALENESS) * len(real_plan.SEEDS))  # one of them twice
+    runs = len(real_plan.RATES) + len(real_plan.STALENESS) * len(real_plan.SEEDS)
+    assert len(trained) == 1 + cells * runs  # one of them twice
     assert all(f"-{real_plan.RATES[1]:g}-" in name for name in trained if name.startswith("run-"))
     text = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "48 of 48 reported runs are\nfinished" in text
