@@ -18,6 +18,7 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "gvpo_blocks"
 BLOCK = 128  # tokens
+WITHOUT_GRADIENT = ("cpu", "mps")  # types of devices on which FlexAttention has none
 NARROWEST = 2 * BLOCK  # tokens of a row: below there is little to skip, and single blocks are compiled separately
 
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -17,10 +18,11 @@ from gvpo_torch.cache import new_cache
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
 from gvpo_torch.prefixes import unfit
-from gvpo_torch.sharding import gathered_no_more, is_sharded
+from gvpo_torch.sharding import gathered, gathered_no_more, is_sharded
 
 log = logging.getLogger("gvpo.torch")
 
+FAST = ("cuda",)  # types of devices on which blocks and fixed buffers are tried: elsewhere they are slower
 _FAILS = (
     ArithmeticError,
     AssertionError,
@@ -33,17 +35,26 @@ _FAILS = (
 )
 
 
-def check(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
+def check(
+    scorer: Scorer, config: ModelConfig, device: torch.device, agree: Callable[[bool], bool] = bool
+) -> tuple[bool, str]:
     """`check_whole`, in float32 where parameters are float32; a sharded model in the dtype of its products.
 
     Shards are gathered in that dtype. Every rank calls, and checks the same.
+
+    Args:
+      agree: whether a verdict of this rank is that of every rank; what one rank rejects, none uses.
     """
-    if not is_sharded(scorer):
-        return check_whole(scorer, config, device)
-    with scorer.autocast():
-        checked = check_whole(scorer, config, device)
+    with scorer.autocast() if is_sharded(scorer) else contextlib.nullcontext():
+        packed, reason = check_whole(scorer, config, device)
     gathered_no_more(scorer)
-    return checked
+    if not agree(packed) and packed:
+        packed, reason = False, "packed log-probs differ at load in another process"
+    if not agree(scorer.in_blocks) and scorer.in_blocks:
+        _take_dense_mask(scorer, "another process takes it")
+    scorer.decodes_fixed = agree(scorer.decodes_fixed)
+    scorer.in_graphs = scorer.decodes_fixed and device.type == "cuda"
+    return packed, reason
 
 
 def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
@@ -71,16 +82,16 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
                 "it does something to its logits that is not known here, and cannot be trained exactly"
             )
         _check_decoding(scorer, name, batch, plain, device)
-        if device.type == "cuda":
-            scorer.in_graphs = scorer.decodes_fixed = decodes_fixed(scorer, batch, plain, device)
+        if device.type in FAST:
+            scorer.decodes_fixed = decodes_fixed(scorer, batch, plain, device)
     if config.gradient_checkpointing:
         _check_checkpointing(scorer, name, batch, plain, device)
 
     def packed_difference() -> float | None:
         with torch.no_grad():
             apart = _differ(scorer, _by_response(scorer, batch, True, device), plain)
-        if apart is None and device.type == "cuda":
-            in_blocks(scorer, name, device)
+        if apart is None and device.type in FAST:
+            in_blocks(scorer, device)
         return apart
 
     return layout.choose(scorer.config.to_dict(), config.layout, name, packed_difference, log)
@@ -149,48 +160,54 @@ def defers(scorer: Scorer, device: torch.device) -> bool:
     return not reason
 
 
-def in_blocks(scorer: Scorer, name: str, device: torch.device) -> bool:
-    """Has the attention of packed rows computed by blocks where log-probs and gradient are those of the dense mask.
+def in_blocks(scorer: Scorer, device: torch.device) -> bool:
+    """Has the attention of packed rows computed by blocks where log-probs and gradients are those of the dense mask.
 
-    On CPU FlexAttention has no gradient: there log-probs alone are compared.
+    Where FlexAttention has no gradient log-probs alone are compared. Gradients are those of the first parameters that
+    are trained, which lie before all attention. Of a sharded model all parameters are gathered once.
     """
-    if is_sharded(scorer) or not blocks.fits(scorer.base):
-        log.info("%s: packed rows take a dense mask (its attention cannot be replaced)", name)
-        return False
+    if not blocks.fits(scorer.base):
+        return _take_dense_mask(scorer, "its attention cannot be replaced")
     draw = np.random.default_rng(1)
     lengths = (140, 70, 200)  # three responses after a prompt over more than one block of 128 tokens
     ids = draw.integers(0, scorer.base.get_output_embeddings().weight.shape[0], 150 + max(lengths)).tolist()
     prompt = tuple(ids[:150])
     batch = Batch([prompt] * 3, [tuple(ids[150 : 150 + n]) for n in lengths], [0] * 3)
     arrays = layout.arrays(batch, layout.plan_rows(batch, packed=True, tokens=1 << 30))
-    trained = next((p for p in scorer.parameters() if p.requires_grad), None)
-    before, reason = scorer.base.config._attn_implementation, ""
+    reason = ""
 
-    def computed() -> tuple[list[np.ndarray], torch.Tensor | None]:
-        with torch.set_grad_enabled(device.type != "cpu" and trained is not None):
+    def computed() -> tuple[list[np.ndarray], Sequence[Tensor]]:
+        trained = [p for p in scorer.parameters() if p.requires_grad][:2]  # LoRA's first matrix alone has gradient 0
+        graded = bool(trained) and device.type not in blocks.WITHOUT_GRADIENT
+        with torch.set_grad_enabled(graded):
             values = score(scorer, arrays, device)
-            graded = trained is not None and values.requires_grad
-            gradient = torch.autograd.grad(values.sum(), trained)[0] if graded else None
-        return arrays.split(values.detach().cpu().numpy()), gradient
+        gradients = torch.autograd.grad(values.sum(), trained) if graded else ()
+        return arrays.split(values.detach().cpu().numpy()), gradients
 
-    try:
-        dense, wanted = computed()
-        scorer.base.set_attn_implementation(blocks.ATTENTION)
-        scorer.in_blocks = True
-        logprobs, gradient = computed()
-        if (apart := _differ(scorer, logprobs, dense)) is not None:
-            reason = f"by blocks log-probs differ by up to {apart:.3g} nat"
-        if wanted is not None and gradient is not None:
-            error = float((gradient - wanted).norm() / wanted.norm())
-            if not error < 20 * _tolerance(scorer)[1]:
-                reason = f"by blocks a gradient differs by {error:.2g} of itself"
-    except Exception as error:  # of a compiler too: any is a reason to keep the dense mask
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-    if reason:
+    with gathered(scorer):
+        try:
+            dense, wanted = computed()
+            scorer.in_blocks = True
+            scorer.base.set_attn_implementation(blocks.ATTENTION)
+            logprobs, gradients = computed()
+            if (apart := _differ(scorer, logprobs, dense)) is not None:
+                reason = f"by blocks log-probs differ by up to {apart:.3g} nat"
+            error = math.hypot(*(float((g - w).norm()) for g, w in zip(gradients, wanted, strict=True)))
+            size = math.hypot(*(float(w.norm()) for w in wanted))
+            if not error <= min(20 * _tolerance(scorer)[1], 0.2) * size:
+                reason = f"by blocks gradients differ by {error:.2g}, and have norm {size:.2g}"
+        except Exception as error:  # of a compiler too: any is a reason to keep the dense mask
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    return _take_dense_mask(scorer, reason) if reason else True
+
+
+def _take_dense_mask(scorer: Scorer, reason: str) -> bool:
+    """False: packed rows do not go by blocks."""
+    if scorer.in_blocks:
         scorer.in_blocks = False
-        scorer.base.set_attn_implementation(before)
-        log.info("%s: packed rows take a dense mask (%s)", name, reason)
-    return not reason
+        scorer.base.set_attn_implementation("sdpa")
+    log.info("%s: packed rows take a dense mask (%s)", type(scorer.base).__name__, reason)
+    return False
 
 
 def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndarray], device: torch.device) -> None:
@@ -228,7 +245,7 @@ def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device:
     """Whether decoding in fixed buffers is what scoring is; where it is not, the other loop samples."""
     if not fixed.fits(scorer):
         return False
-    with contextlib.suppress(*_FAILS):
+    with gathered(scorer), contextlib.suppress(*_FAILS):
         return _differ(scorer, _decoded(scorer, batch, device, in_fixed_buffers=True), plain) is None
     return False
 

@@ -2,8 +2,8 @@
 
 Keys, values, tokens and ends stay on the device. Keys and values lie in a ring of slots, and all rows write to the same
 one; a row that has ended is replaced in place by one that waits, whose prompt goes into the slots before the next. Only
-models whose layers all attend to everything before are decoded so; the others, and devices other than CUDA, take the
-loop in `generate`, whose samples are the same up to rounding.
+models whose layers all attend to everything before are decoded so, sharded ones too, whose parameters are gathered
+before; the others, and devices other than CUDA, take the loop in `generate`, whose samples are the same up to rounding.
 """
 
 import contextlib

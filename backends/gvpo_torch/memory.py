@@ -49,6 +49,12 @@ def narrowed(scorer: Scorer) -> int:
     return sum(p.numel() for *_, p in cast_parameters(scorer)) * scorer.dtype.itemsize
 
 
+def gathered(scorer: Scorer) -> int:
+    """Bytes of all parameters of a sharded model as FSDP2 gathers them, which sampling holds beside the shards."""
+    casts = sum(p.numel() * (p.dtype.itemsize - scorer.dtype.itemsize) for *_, p in cast_parameters(scorer))
+    return sum(p.numel() * p.dtype.itemsize for p in scorer.parameters()) - casts
+
+
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:
     """Tokens of key-value cache that half of the free device memory holds (a gibibyte on CPU)."""
     sizes = shape(scorer) or {"layers": 32, "kv_heads": 1, "head_dim": 4096}

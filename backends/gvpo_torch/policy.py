@@ -65,10 +65,10 @@ class TorchPolicy(LanguageModelPolicy):
         self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded, frozen=self.frozen)
         if sharded:
             shard(self.scorer, self.device)
-        self.packed, self.layout_reason = check.check(self.scorer, config, self.device)
+        self.packed, self.layout_reason = check.check(self.scorer, config, self.device, self._ranks.agree)
         # Ranks that meet at every pass wait longer by group: worth it where layers are computed again anyway.
         deferring = not self.frozen and (config.gradient_checkpointing or not sharded)
-        self.defers = deferring and check.defers(self.scorer, self.device)
+        self.defers = deferring and self._ranks.agree(check.defers(self.scorer, self.device))
         # By blocks a longer row costs no more attention: rows share their prompt whatever their length.
         hidden = 0 if self.scorer.in_blocks else getattr(self.scorer.config, "hidden_size", 0) or 0
         self._splitting = self._split(hidden, self.scorer.rope)
@@ -115,13 +115,9 @@ class TorchPolicy(LanguageModelPolicy):
                 end=self._end,
                 device=self.device,
                 cache_tokens=self._cache_tokens(),
-                in_fixed_buffers=self._in_fixed_buffers,
+                in_fixed_buffers=self.scorer.decodes_fixed,
                 prefixes=self._prefixes,
             )
-
-    @property
-    def _in_fixed_buffers(self) -> bool:
-        return self.device.type == "cuda" and self.scorer.decodes_fixed and not self._sharded
 
     @contextlib.contextmanager
     def _weights_for_sampling(self) -> Iterator[None]:
@@ -239,7 +235,7 @@ class TorchPolicy(LanguageModelPolicy):
     def describe(self) -> PolicyFacts:
         """Facts for the log and the run folder."""
         on_cuda, settings = self.device.type == "cuda", self.scorer.config
-        sampled = self.sampled_bytes + (0 if self._sharded else memory.narrowed(self.scorer))
+        sampled = self.sampled_bytes + (memory.gathered if self._sharded else memory.narrowed)(self.scorer)
         return self._describe(
             device=str(self.device),
             device_name=torch.cuda.get_device_name(self.device) if on_cuda else "CPU",

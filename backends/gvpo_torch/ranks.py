@@ -62,6 +62,10 @@ class Ranks:
             return count
         return max(int(n) for n in self._all(torch.tensor([count])))
 
+    def agree(self, verdict: bool) -> bool:
+        """Whether the verdict of every rank is true."""
+        return self.most(int(not verdict)) == 0
+
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
         """Each rank's tensor, on the CPU by gloo: a rank that waits holds no device, and NCCL's time limit is not used.
 

@@ -1,7 +1,8 @@
 """Several ranks share one model: a copy each (DDP), or parameters, gradients and moments in shards (FSDP2)."""
 
 import contextlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -68,14 +69,35 @@ def gathered_no_more(module: nn.Module) -> None:
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Gathers all parameters once, for many forward passes without gradients; every rank enters and leaves."""
+    """Gathers all parameters once, for passes as of a model that is not sharded; every rank enters and leaves.
+
+    Inside there is no collective: a rank may call the model more often than others, fail alone, and capture graphs.
+    Gradients are taken with `torch.autograd.grad`, by the parameters that the modules have inside.
+    """
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
-        part.set_reshard_after_forward(False, recurse=False)
         part.unshard()
     try:
-        yield
+        with _without_hooks(parts):
+            yield
     finally:
         for part in parts:
             part.reshard()
-            part.set_reshard_after_forward(part is not module, recurse=False)
+
+
+@contextlib.contextmanager
+def _without_hooks(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """FSDP2's hooks gather and free parameters around each forward pass, and order streams, which no graph may hold."""
+    before = [(part, name, getattr(part, name)) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
+    try:
+        for part, name, hooks in before:
+            others = {key: hook for key, hook in hooks.items() if not _is_fsdp(hook)}
+            setattr(part, name, OrderedDict(others))
+        yield
+    finally:
+        for part, name, hooks in before:
+            setattr(part, name, hooks)
+
+
+def _is_fsdp(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.fsdp")

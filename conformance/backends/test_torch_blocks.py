@@ -2,6 +2,7 @@
 
 import logging
 
+import block_kernel
 import numpy as np
 import pytest
 import tiny_models
@@ -76,7 +77,7 @@ def test_log_probs_are_those_of_the_dense_mask(family, tmp_path, monkeypatch) ->
     of_policy, of = policy(folder), long_batch()
     assert of_policy.packed and not of_policy.scorer.in_blocks
     dense, drawn = of_policy.logprobs(of), of_policy.generate([(5, 6)], [[1, 2]], sampling())
-    assert check.in_blocks(of_policy.scorer, family, of_policy.device)
+    assert check.in_blocks(of_policy.scorer, of_policy.device)
     monkeypatch.setattr(model, "_attention", None)  # no dense mask
     made = []
     plain = blocks.mask
@@ -98,7 +99,7 @@ def test_bfloat16_goes_by_blocks(tmp_path) -> None:
         long_batch(),
     )
     dense = of_policy.logprobs(of)
-    assert check.in_blocks(of_policy.scorer, "qwen2", of_policy.device)
+    assert check.in_blocks(of_policy.scorer, of_policy.device)
     lengths = np.asarray([len(response) for response in of.responses])
     assert (np.abs(of_policy.logprobs(of) - dense) / lengths).mean() < 0.02
 
@@ -116,11 +117,30 @@ def test_what_blocks_get_wrong_takes_the_dense_mask_by_name(fault, tmp_path, mon
 
     monkeypatch.setattr(blocks, "flex_attention", spoiled)
     with caplog.at_level(logging.INFO, "gvpo.torch"):
-        assert not check.in_blocks(of_policy.scorer, "llama", of_policy.device)
+        assert not check.in_blocks(of_policy.scorer, of_policy.device)
     said = "no kernel for this device" if fault == "fails" else "by blocks log-probs differ by up to"
     assert "packed rows take a dense mask" in caplog.text and said in caplog.text
     assert of_policy.scorer.base.config._attn_implementation == before
     np.testing.assert_array_equal(of_policy.logprobs(long_batch()), dense)
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}, {"dtype": "bfloat16"}], ids=str)
+@pytest.mark.parametrize("spoiled", [False, True])
+def test_gradients_are_compared_at_load(spoiled, kind, tmp_path, monkeypatch, caplog) -> None:
+    """Of LoRA too, whose first matrices alone have gradient 0; a gradient of 0 passes in 16 bits neither."""
+    of_policy = policy(tiny_models.make_model("qwen2", tmp_path, max_position_embeddings=512), **kind)
+
+    def kernel(query, *given, **options):
+        query = query.detach() + 0 * (query - query.detach()) if spoiled else query
+        return block_kernel.flex_attention(query, *given, **options)
+
+    monkeypatch.setattr(blocks, "WITHOUT_GRADIENT", ())
+    monkeypatch.setattr(blocks, "flex_attention", kernel)
+    monkeypatch.setattr(check, "_in_16_bits", lambda scorer: "dtype" in kind)  # as a sharded model is checked
+    block_kernel.calls.clear()
+    with caplog.at_level(logging.INFO, "gvpo.torch"), of_policy.scorer.autocast():
+        assert check.in_blocks(of_policy.scorer, of_policy.device) != spoiled
+    assert block_kernel.calls and ("by blocks gradients differ" in caplog.text) == spoiled
 
 
 def test_windows_and_sinks_are_not_computed_by_blocks() -> None:
