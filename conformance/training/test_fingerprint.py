@@ -183,7 +183,10 @@ def test_a_run_refuses_another_model_and_notes_another_reward(what, tmp_path, ca
         (tmp_path / "table.json").write_text(json.dumps(table | {"p0": {"a": 0.9, "b": 0.1}}))
         assert cli.main(["train", str(config), "--run.steps", "4"]) == 2
         said = capfd.readouterr().err
-        assert "holds a run on other data or another model" in said and "model.weights: SHA-256 " in said
+        assert (
+            "holds a run on other data, on another model or in another dtype" in said
+            and "model.weights: SHA-256 " in said
+        )
         return
     with (tmp_path / "mine.py").open("a") as code:
         code.write("  # mended")

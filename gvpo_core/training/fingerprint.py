@@ -36,7 +36,7 @@ _PACKAGES = {
     "reasoning_gym": ("reasoning-gym",),
     "reward_model": ("torch", "transformers"),
 }
-INPUTS = ("data", "model", "rewards", "objective", "sampler", "environment")
+INPUTS = ("data", "model", "dtype", "rewards", "objective", "sampler", "environment")
 _MACHINE = ("gvpo", "python", "platform", "ranks")
 
 
@@ -281,21 +281,30 @@ def _file_of(spec: str) -> Path:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     """What differs between two environments of a run, one line each: (what may, what must not).
 
-    Data and model must not. Code of rewards, objective and sampler, versions, the machine and the number of ranks may:
-    the steps to come are then not those of an uninterrupted run. Unknown entries are not compared, except for the data.
+    Data, model and dtype must not. Code of rewards, objective and sampler, versions, the machine and the number of
+    ranks may: the steps to come are then not those of an uninterrupted run. Unknown entries are not compared, except
+    for the data.
     """
     noted: list[str] = []
     refused: list[str] = []
     for section in INPUTS:
-        a, b = _table(old.get(section)), _table(new.get(section))
+        a, b = (dtypes(e) if section == "dtype" else _table(e.get(section)) for e in (old, new))
         for name in dict.fromkeys((*a, *b)):
             both = (name in a and name in b) or (section == "data" and a and b)  # an evaluation may come or go
             if both and a.get(name) != b.get(name):
                 line = f"{section}.{name}: {_told(a.get(name))} -> {_told(b.get(name))}"
+                if section == "dtype":
+                    line = f"{name}.dtype: {a[name]} -> {b[name]} (--{name}.dtype {a[name]} continues as before)"
                 (noted if section in ("rewards", "objective", "sampler") else refused).append(line)
     a, b = _machine(old), _machine(new)
     noted += [f"{name}: {a[name]} -> {b[name]}" for name in a if name in b and a[name] != b[name]]
     return noted, refused
+
+
+def dtypes(environment: Mapping[str, Any]) -> dict[str, str]:
+    """ "model" and "teacher" -> dtype of their products; of runs that did not record it so, the policy's."""
+    policy = _table(environment.get("policy")).get("dtype")
+    return ({"model": policy} if policy else {}) | _table(environment.get("dtype"))
 
 
 def _machine(environment: Mapping[str, Any]) -> dict[str, Any]:

@@ -262,9 +262,12 @@ class Inputs:
             return None
         return ReferenceScores(self.config, policy, reference_file(self.config, folder))
 
-    def fingerprints(self) -> dict[str, Mapping[str, Any]]:
-        """ "data", "model" and "rewards" -> name -> fingerprint; see fingerprint.py."""
-        return run_inputs(self.config, self.rows, self.held_out_rows, self._functions, self.beside_rows)
+    def fingerprints(self, policy: Policy) -> dict[str, Mapping[str, Any]]:
+        """Name of INPUTS -> name -> fingerprint; see fingerprint.py. The teacher counts once it is loaded."""
+        facts = {"model": policy.describe(), "teacher": self._teacher.facts if self._teacher else None}
+        dtypes = {name: known.dtype for name, known in facts.items() if known is not None and known.dtype}
+        made_from = run_inputs(self.config, self.rows, self.held_out_rows, self._functions, self.beside_rows)
+        return made_from | {"dtype": dtypes}
 
     def close(self) -> None:
         """Ends the processes of rewards and environments."""

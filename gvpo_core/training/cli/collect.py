@@ -73,7 +73,7 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
             " 'sampled'"
         )
     last = inputs.config.run.steps
-    with opened_sampler(inputs.config, policy) as sampler, StopRequest() as stop, _Growing(out, inputs) as file:
+    with opened_sampler(inputs.config, policy) as sampler, StopRequest() as stop, _Growing(out, inputs, policy) as file:
         source = inputs.source(policy, sampler, trained=False)
         step = highest(policy, attempt(policy, file.open, main_only=True) or 0)
         stopping = highest(policy, stop.signal)
@@ -129,7 +129,7 @@ def _plain(value: Any) -> bool:
 class _Growing:
     """The file; the main rank alone calls its methods."""
 
-    def __init__(self, out: Path, inputs: Inputs) -> None:
+    def __init__(self, out: Path, inputs: Inputs, policy: Policy) -> None:
         self.out, self.partial = out, out.with_name(out.name + ".partial")
         self._rows, self._steps, self._prompts = inputs.rows, inputs.config.run.steps, inputs.config.rollout.prompts
         self._lock: IO[bytes] | None = None
@@ -138,7 +138,7 @@ class _Growing:
         drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
         engine = table.get("engine", {})
         drawn |= {"engine": {name: engine.get(name) for name in _ENGINE}}
-        identity = json.dumps([drawn, inputs.fingerprints()], sort_keys=True, default=str)
+        identity = json.dumps([drawn, inputs.fingerprints(policy)], sort_keys=True, default=str)
         self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def open(self) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
+from gvpo_core.training.files.disk import retried
+from gvpo_core.training.fingerprint import dtypes
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
@@ -167,7 +169,21 @@ def _run_config(run: Path) -> Config:
         if run.is_file():
             raise ConfigError(f"{run} is a file; expected a run folder, such as {run.parent}")
         raise ConfigError(f"{run} is not a run folder: it has no config.toml")
-    return read_config(run / "config.toml")
+    return _in_its_dtypes(read_config(run / "config.toml"), run)
+
+
+def _in_its_dtypes(config: Config, run: Path) -> Config:
+    """The settings with the dtypes in which the run was trained, where this device would choose others."""
+    try:
+        known = dtypes(json.loads(retried((run / "environment.json").read_bytes)))
+    except (OSError, ValueError, RecursionError, AttributeError) as e:
+        logging.getLogger("gvpo").warning("%s: the dtype of the run is not known: %s", run / "environment.json", e)
+        return config
+    for name, dtype in known.items():
+        section = getattr(config, name)
+        if section.dtype == "auto" and dtype in ("float32", "bfloat16"):
+            config = replace(config, **{name: replace(section, dtype=dtype)})
+    return config
 
 
 def _restored(config: Config, run: Path, checkpoint: str) -> Policy:

@@ -15,7 +15,7 @@ from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
 from gvpo_core.training.files.disk import is_at, is_folder, lock, make_synced, retried, write_synced
 from gvpo_core.training.files.records import Kept, append_synced, cut, encoded, records
-from gvpo_core.training.fingerprint import INPUTS, changes
+from gvpo_core.training.fingerprint import INPUTS, changes, dtypes
 from gvpo_core.training.run.checkpoint import steps_saved
 
 _log = logging.getLogger("gvpo")
@@ -67,11 +67,11 @@ class RunFolder:
         with self._reading():
             begun = bool(steps_saved(self.checkpoints))
             known = self._known(begun, config.run.allow_changes)
-            self._same_settings(config, begun)
+            self._same_settings(config, begun, dtypes(known))
         changed, refused = changes(known, dict(inputs or {}))
         if begun and refused and not config.run.allow_changes:
             raise ConfigError(
-                f"{self.path} holds a run on other data or another model:\n  "
+                f"{self.path} holds a run on other data, on another model or in another dtype:\n  "
                 + "\n  ".join(refused)
                 + f"\nuse the original ones, or set {_ALLOW} these"
             )
@@ -98,7 +98,12 @@ class RunFolder:
                 kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
                 raise RunFolderError(f"{self.path / name} is a {kind}; expected a file of the run. Nothing was changed")
 
-    def _same_settings(self, config: Config, begun: bool) -> None:
+    def _same_settings(self, config: Config, begun: bool, known: Iterable[str] = ("model", "teacher")) -> None:
+        """
+        Args:
+          known: whose dtype is compared once the model is loaded, where a setting is "auto".
+        """
+        by_device = tuple(f"{name}.dtype: " for name in known)
         allowed = config.run.allow_changes
         try:
             content = retried(self._settings.read_bytes)
@@ -116,7 +121,7 @@ class RunFolder:
                 raise ConfigError(f"{e}. {_recovery(self.path)}") from e
             _log.warning("%s; written again", e)
             return
-        changed = differences(saved, config)
+        changed = [d for d in differences(saved, config) if not (d.startswith(by_device) and "'auto'" in d)]
         fixed = [d for d in changed if not d.startswith(_FREE) or _ends_elsewhere(d, config)]
         if fixed and not allowed:
             raise ConfigError(

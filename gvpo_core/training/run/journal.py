@@ -96,7 +96,7 @@ class Journal:
             self.folder.close()
 
     def _take_folder(self) -> None:
-        self._fingerprints = self.inputs.fingerprints()
+        self._fingerprints = self.inputs.fingerprints(self.policy)
         self.folder.open(self.config, self._fingerprints)
 
     def start(self, source: Source, held_out: HeldOut | None, from_step: int | None = None) -> int:
