@@ -124,4 +124,6 @@ class Counter:
     async def at_limit(self, message):
         if message is not None and message["content"].endswith("fail"):
             raise ValueError("no half words")
+        if message is not None:
+            assert all(call["name"] for call in message["tool_calls"])
         return 100 * self.worth + self.asked + (0.5 if message is None else 0.25)

@@ -177,6 +177,34 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
 
 
 @pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("engine.tensor_parallel_size", "engine.options"),
+        ("engine.max_model_len", "engine.options"),
+        ("engine.dtype", "engine.options"),
+        ("rollout.tensor_model_parallel_size", "engine.options"),
+        ("vllm_tensor_parallel_size", "engine.options"),
+        ("engine.base_model", "engine.model"),
+        ("engine.path", "engine.model"),
+        ("engine.timeout", "engine.deadline"),
+        ("engine.port", "engine.url"),
+        ("teacher.model_name_or_path", "teacher.path"),
+        ("teacher.base_model", "teacher.path"),
+        ("teacher.precision", "teacher.dtype"),
+        ("teacher.base_url", "teacher.url"),
+        ("evaluation.n", "evaluation.responses"),
+        ("evaluation.batch_size", "evaluation.prompts"),
+        ("actor_rollout_ref.rollout.n", "rollout.responses"),
+        ("lora.alpha", "model.lora_alpha"),
+        ("optimizer.seed", "run.seed"),
+    ],
+)
+def test_a_suggestion_knows_the_section(given, meant, tmp_path, capfd):
+    status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), f"--{given}", "1")
+    assert status == 2 and f"unknown option --{given}; did you mean --{meant}?" in err
+
+
+@pytest.mark.parametrize(
     ("given", "why"),
     [
         ("model.context_parallel_size", "context parallel is not supported"),

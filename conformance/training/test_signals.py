@@ -23,6 +23,9 @@ STOPS = {"SIGUSR1": 138, "SIGUSR2": 140, "SIGXCPU": 152, "SIGQUIT": 131, "SIGTER
 STOPS |= {"SIGALRM": 142, "SIGVTALRM": 154}  # a watchdog's
 STOPS |= {"SIGPWR": 158} if hasattr(signal, "SIGPWR") else {}  # a container or machine that shuts down
 
+OTHERS = ("SIGPROF", "SIGIO", "SIGSTKFLT", "SIGRTMIN", "SIGRTMAX")  # of systems that have them
+STOPS |= {name: 128 + getattr(signal, name) for name in OTHERS if hasattr(signal, name)}
+
 
 def signalled(folder, numbers, steps=50):
     """A run that sends itself signals in its second step."""
@@ -84,6 +87,45 @@ def test_a_handler_that_the_program_has_for_a_warning_stays():
     finally:
         signal.signal(signal.SIGUSR1, before[0])
         signal.signal(signal.SIGHUP, before[1])
+
+
+def test_a_handler_that_a_profiler_sets_meanwhile_stays():
+    own = lambda number, frame: None
+    before = signal.getsignal(signal.SIGPROF)
+    try:
+        with StopRequest():
+            assert signal.getsignal(signal.SIGPROF) is not before
+            signal.signal(signal.SIGPROF, own)
+        assert signal.getsignal(signal.SIGPROF) is own
+    finally:
+        signal.signal(signal.SIGPROF, before)
+
+
+def test_what_python_and_the_kernel_use_is_left_alone():
+    with StopRequest():
+        for name in ("SIGCHLD", "SIGPIPE", "SIGSEGV", "SIGABRT", "SIGTSTP", "SIGWINCH", "SIGCONT"):
+            handler = signal.getsignal(getattr(signal, name))
+            assert getattr(handler, "__module__", "") != StopRequest.__module__, name
+
+
+def test_a_handler_of_the_rewards_own_stays_in_what_it_forks(tmp_path):
+    """A limit of time by SIGALRM, in a child that the reward forks."""
+    (tmp_path / "mine.py").write_text(
+        "import os, signal\n"
+        "def late(number, frame):\n"
+        "    os._exit(7)\n"
+        "def reward(prompts, completions, **_):\n"
+        "    signal.signal(signal.SIGALRM, late)\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        os.kill(os.getpid(), signal.SIGALRM)\n"
+        "        os._exit(0)\n"
+        "    return [float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))] * len(completions)\n"
+    )
+    config = table_run.make(tmp_path, steps=1, reward=f'function = "{tmp_path / "mine.py"}:reward"')
+    assert cli.main(["train", str(config)]) == 0
+    (trained,) = (r for r in killing.lasting(tmp_path / "run") if r["kind"] == "train")
+    assert trained["reward/mean"] == 7.0
 
 
 def test_reward_processes_outlive_the_signals_of_a_job(tmp_path):

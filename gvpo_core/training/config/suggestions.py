@@ -135,7 +135,7 @@ _SPELLINGS = {
     ),
     "rollout.temperature": "temp sampling_temperature generation_temperature",
     "rollout.top_p": "nucleus_p",
-    "rollout.stop": "stop_sequences stop_strings stop_words stop_token_ids",
+    "rollout.stop": "stop_sequences stop_strings stop_words",
     "rollout.ahead": "async_rollout off_policy_steps staleness max_staleness max_off_policyness",
     "objective.beta": "kl kl_coefficient kl_weight kl_penalty_coef kl_ctrl",
     "objective.clip": "epsilon_high epsilon_low clip_ratio_high clip_ratio_low clip_range",
@@ -168,6 +168,25 @@ _SPELLINGS = {
     "teacher.path": "teacher_model teacher_model_name_or_path",
 }
 """Setting -> other spellings that people bring; not the name of a setting of one certain trainer."""
+_OF_A_SECTION = {
+    "engine": {
+        "engine.model": "path model model_name base_model model_name_or_path model_path served_model_name model_id",
+        "engine.url": "host port address endpoint",
+        "engine.deadline": "timeout request_timeout",
+    },
+    "rollout": {"engine.options": "tensor_parallel_size tensor_model_parallel_size tensor_parallel tp_size"},
+    "teacher": {
+        "teacher.path": "model model_name base_model model_path model_id name",
+        "teacher.url": "base_url server_url host port endpoint",
+        "teacher.deadline": "timeout request_timeout",
+    },
+}
+"""Section -> setting -> what is meant by names that mean something else in other sections."""
+_OF_ENGINES = (
+    "tensor_parallel_size tensor_parallel tp_size gpu_memory_utilization enforce_eager max_num_seqs dtype "
+    "max_model_len max_num_batched_tokens enable_prefix_caching quantization seed kv_cache_dtype"
+)
+"""Arguments of vLLM, for engine.options."""
 _WITHOUT = (
     "logging_steps",
     "steps_per_report",
@@ -211,6 +230,15 @@ ABSENT = {
     "the launcher starts the processes, as torchrun --nproc-per-node does: see docs/launch.md": (
         *("n_gpus_per_node", "nnodes", "num_processes", "num_gpus", "actor_num_gpus_per_node", "actor_num_nodes"),
     ),
+    "responses end at the tokens of the model's own settings and chat template: rollout.stop takes texts": (
+        *("stop_token_ids", "eos_token_id", "stop_token_id", "eos_token_ids"),
+    ),
+    "the tokenizer is read from model.path": (
+        "tokenizer",
+        "tokenizer_path",
+        "tokenizer_name",
+        "tokenizer_name_or_path",
+    ),
     "dropout is always off, so that what is trained is what is scored": (
         "lora_dropout",
         "dropout",
@@ -241,13 +269,18 @@ def suggest(name: str, known: Iterable[str]) -> str:
     last = _last(name)
     if last in _WITHOUT:
         return ""
+    meant = _of_its_section(name, last, settings)
+    if meant:
+        return f"; did you mean {meant}?"
     absent = next((why for why, theirs in ABSENT.items() if _among(last, theirs)), None)
     if absent:
         return f"; {absent}"
     listed = [*ELSEWHERE.items(), *((ours, theirs.split()) for ours, theirs in _SPELLINGS.items())]
     ours = next((ours for ours, theirs in listed if _among(last, theirs)), None)
     close = [k for k in settings if _last(k) == last and last != "model"]  # engine.model is not meant
-    close = close or [k for k in settings if ours is not None and k.lstrip("-") == ours]
+    own = f"{_section(name)}.{ours.partition('.')[2]}" if ours else None  # teacher.precision: teacher.dtype
+    for setting in (own, ours):
+        close = close or [k for k in settings if setting is not None and k.lstrip("-") == setting]
     if not close and "." in name:
         alike = [k for k in settings if difflib.get_close_matches(last, [_last(k)])]
         close = difflib.get_close_matches(name, alike, n=1)
@@ -255,6 +288,20 @@ def suggest(name: str, known: Iterable[str]) -> str:
         spelt = difflib.get_close_matches(last, [_last(k) for k in settings], n=1, cutoff=0.75)
         close = [k for k in settings if [_last(k)] == spelt]
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def _of_its_section(name: str, last: str, settings: Iterable[str]) -> str | None:
+    """The setting that a name means in its section."""
+    section = _section(name)
+    listed = [(ours, theirs.split()) for ours, theirs in _OF_A_SECTION.get(section, {}).items()]
+    listed += [("engine.options", _OF_ENGINES.split())] if section == "engine" or last.startswith("vllm_") else []
+    ours = next((ours for ours, theirs in listed if _among(last.removeprefix("vllm_"), theirs)), None)
+    return next((k for k in settings if k.lstrip("-") == ours), None)
+
+
+def _section(name: str) -> str:
+    """ "rollout" of actor_rollout_ref.rollout.n; empty of a name without a section."""
+    return name.lstrip("-").rpartition(".")[0].rpartition(".")[2]
 
 
 def _among(name: str, theirs: Iterable[str]) -> bool:

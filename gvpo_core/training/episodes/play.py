@@ -238,11 +238,20 @@ def _answered(environments: Environments, active: Sequence[_Playing], sampling: 
     if environments.scores_cut:
         cut = [one for one in active if one.end in ("turns", "tokens")]
         operations = [
-            Operation("at_limit", one.number, (one.transcript.messages[-1] if one in unheard else None,)) for one in cut
+            Operation("at_limit", one.number, (_last_turn(one, environments) if one in unheard else None,))
+            for one in cut
         ]
         for one, result in _asked(environments, cut, operations):
             if result["reward"] is not None:
                 one.rewards.append(result["reward"])
+
+
+def _last_turn(one: _Playing, environments: Environments) -> dict[str, Any]:
+    """The newest turn as `step` gets it: with the calls that are whole in it, where the environment answers them."""
+    message = dict(one.transcript.messages[-1])
+    if environments.answers:
+        message["tool_calls"] = parse_calls(message["content"])[0]
+    return message
 
 
 def _asked(

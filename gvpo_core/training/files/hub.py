@@ -34,6 +34,7 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
     """
     try:
         from datasets import load_dataset
+        from huggingface_hub.errors import HFValidationError
     except ImportError as e:
         raise HubError(f"{where}: a dataset of the hub needs datasets: pip install datasets") from e
     path = _PREFIX.sub("", source).rstrip("/")
@@ -43,7 +44,10 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
     kind = next((kind for ending, kind in _FORMATS.items() if file.endswith(ending)), None)
     if file and kind is None:
         raise HubError(f"{where}: expected a file that ends with {', '.join(_FORMATS)}")
-    unreachable = _unreachable(name)
+    try:
+        unreachable = _unreachable(name)
+    except HFValidationError as e:
+        raise HubError(f"{where}: no such file or folder here, and not a valid name of the hub: {e}") from e
     try:
         with _offline() if unreachable else contextlib.nullcontext():
             if not file:
@@ -60,14 +64,19 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
 
 
 def _unreachable(name: str) -> str:
-    """Why the hub does not answer one request; empty: it does, or must not be asked (HF_HUB_OFFLINE)."""
+    """Why the hub does not answer one request; empty: it does, or must not be asked (HF_HUB_OFFLINE).
+
+    Raises: HFValidationError: no dataset can have this name.
+    """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         HfApi().dataset_info(name, timeout=_SECONDS)
     except (HfHubHTTPError, OfflineModeIsEnabled):  # which `datasets` gets too
         return ""
+    except HFValidationError:
+        raise
     except Exception as e:  # its HTTP client raises what it likes
         return f"{type(e).__name__}: {e}".strip().partition("\n")[0]
     return ""

@@ -70,7 +70,12 @@ def local_folder(config: ModelConfig) -> Path:
 @lru_cache(maxsize=8)  # one answer of the hub a process: tokenizer, model and reference are of the same commit
 def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     at = f" at revision {revision!r}" if revision else ""
     try:
@@ -90,6 +95,10 @@ def _downloaded(name: str, revision: str | None) -> Path:
         raise ConfigError(
             f"model.path {name!r} is not a folder here, and the hub has no such model{at} or hides it: check the"
             " name and model.revision; a private or gated model needs HF_TOKEN"
+        ) from error
+    except HFValidationError as error:
+        raise ConfigError(
+            f"model.path {name!r}: no such folder here, and not a valid name of the hub: {_first_line(error)}"
         ) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise ConfigError(

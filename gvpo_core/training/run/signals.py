@@ -1,8 +1,8 @@
 """Signals of a run: asked to stop, it finishes its step, saves and leaves.
 
 SIGINT (Ctrl-C), SIGTERM, SIGQUIT                  finish the step, save, leave; Ctrl-C or SIGQUIT once more: at once
-SIGUSR1, SIGUSR2, SIGXCPU, SIGALRM, SIGVTALRM,     the same, however often: warnings of a job's end, as SLURM sends, a
-SIGPWR                                             watchdog's, and of a container or machine that shuts down
+every other one that would end the process        the same, however often: warnings of a job's end, as SLURM sends, a
+(SIGUSR1, SIGXCPU, SIGALRM, SIGPWR, real-time)     watchdog's, and of a container or machine that shuts down
 SIGHUP                                             ignored: the run survives its terminal
 """
 
@@ -13,11 +13,10 @@ from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+from gvpo_core.training.rewards.worker.job_signals import TERMINATING
 from gvpo_core.training.terminal.output import show_progress
 
 _ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run takes them whoever else does
-# SIGXCPU comes every second until the hard limit
-_WARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGALRM", "SIGVTALRM", "SIGPWR")
 _AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher forwards its SIGTERM, and the scheduler may send another
 
 
@@ -49,7 +48,7 @@ class StopRequest:
         if in_main_thread():
             for number in _numbers(_ASKS):
                 self._before[number] = signal.signal(number, self._handle)
-            for number in _numbers((*_WARNINGS, "SIGHUP")):
+            for number in sorted(TERMINATING - _numbers(_ASKS)):  # SIGXCPU comes every second until the hard limit
                 if signal.getsignal(number) is signal.SIG_DFL:
                     handler = _hung_up if number == getattr(signal, "SIGHUP", None) else self._handle
                     self._before[number] = signal.signal(number, handler)
@@ -57,7 +56,8 @@ class StopRequest:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            if number in _numbers(_ASKS) or signal.getsignal(number) in (self._handle, _hung_up):
+                signal.signal(number, handler)  # else somebody set one meanwhile, as a profiler does
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number in _numbers(_AT_ONCE):

@@ -14,12 +14,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from .encoding import decode
 from .environments import Environments
 from .functions import Signature, call, find_function, plain, signature_of, warm_up
 from .guard import start_guard
+from .job_signals import TERMINATING
 from .messages import read_message, write_message
 
 
@@ -50,28 +52,24 @@ def main(requests: int, answers: int) -> None:
     _serve(requests, answers, answer)
 
 
-_OF_THE_JOB = [
-    getattr(signal, name)
-    for name in (
-        *("SIGINT", "SIGTERM", "SIGQUIT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"),
-        *("SIGALRM", "SIGVTALRM", "SIGPWR"),
-    )
-    if hasattr(signal, name)
-]
-
-
 def _outlive_signals_of_the_job() -> None:
     """Does nothing on signals that a scheduler sends to all processes of a job: the run finishes its step with them.
 
     Handlers, and not SIG_IGN, which programs that the reward starts would inherit.
     """
-    for number in _OF_THE_JOB:
-        signal.signal(number, lambda number, frame: None)
+    for number in TERMINATING:
+        signal.signal(number, _outlived)
+
+
+def _outlived(number: int, frame: FrameType | None) -> None:
+    """The run finishes its step."""
 
 
 def _restore_signals() -> None:
-    for number in _OF_THE_JOB:
-        signal.signal(number, signal.SIG_DFL)
+    """In a process that the reward forks: a handler of the reward's own stays."""
+    for number in TERMINATING:
+        if signal.getsignal(number) is _outlived:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _limit_memory(size: int) -> None:
