@@ -27,6 +27,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
         self.version = "default"  # of the weights, as SGLang names it
+        self.told = None  # of the model, at /get_model_info; None: no such address
         self.keys, self.commands, self.adapters, self.text = Counter(), [], {}, text
         self.in_flight, self.counting, self.delay = 0, threading.Lock(), 0.0
         self.at_reload: list[int] = []  # requests in flight
@@ -73,6 +74,10 @@ class Server(ThreadingHTTPServer):
 
 class Handler(BaseHTTPRequestHandler):
     wbufsize = -1  # an answer in one packet: the second one would wait for the first one's acknowledgement
+
+    def do_GET(self):
+        told = self.server.told if self.path == "/get_model_info" else None
+        self.send(200 if told else 404, json.dumps(told).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

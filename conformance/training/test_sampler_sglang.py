@@ -68,6 +68,21 @@ def test_what_fails_for_good_costs_its_response(fault, why) -> None:
     assert len(drawn) == 2 and why in sampler.failures[0]
 
 
+@pytest.mark.parametrize("served", ["tiny", "/models/tiny/", "org/tiny", None])
+def test_the_model_of_the_server_may_be_named_by_its_path(served) -> None:
+    with Server() as server:
+        server.told = served and {"model_path": served}
+        assert engine(server).generate([PROMPT], [[1]], Sampling(2))
+
+
+def test_a_server_of_another_model_is_refused() -> None:
+    with Server() as server:
+        server.told = {"model_path": "/models/other"}
+        with pytest.raises(SamplerError, match=r"engine.model = 'tiny', and the server at .* has '/models/other'"):
+            engine(server).generate([PROMPT], [[1]], Sampling(2))
+        assert not server.asked
+
+
 def test_another_server_is_refused() -> None:
     with Server(faults=["no ids"]) as server, pytest.raises(SamplerError, match=r"no token ids \(output_ids\)"):
         engine(server).generate([PROMPT], [[1]], Sampling(2))

@@ -15,7 +15,7 @@ from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.samplers.completions import Interface, OpenAI
 from gvpo_core.training.samplers.http import Clock, Failed, Server
 from gvpo_core.training.samplers.protocol import SamplerError, Text
-from gvpo_core.training.samplers.sglang import SGLang
+from gvpo_core.training.samplers.sglang import SGLang, refuse_other_model
 from gvpo_core.training.samplers.weights import SGLANG, VLLM, WeightFolder
 from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
@@ -134,7 +134,7 @@ class Engine:
         A request for token ids has one seed, the first of its prompt; the engine derives those of the other responses.
         One for text, and one to SGLang, has a seed and gives one response.
 
-        Raises: SamplerError: an answer without token ids.
+        Raises: SamplerError: an answer without token ids; SGLang's server has another model.
         """
         return self.ask(prompts, seeds, sampling)()
 
@@ -153,6 +153,9 @@ class Engine:
         first: bool = False,
     ) -> Callable[[], list[list[Response | Text]]]:
         """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
+        if self.kind == "sglang" and self._workers is None and self.weights != "model":  # else its own was sent
+            told = self._server.told("/get_model_info", time.monotonic() + min(self.deadline, 10.0))
+            refuse_other_model(told, self.model, self.url)
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, row in zip(prompts, seeds, strict=True):

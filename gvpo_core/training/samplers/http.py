@@ -83,12 +83,27 @@ class Server:
                     raise
                 time.sleep(pause)
 
+    def told(self, path: str, until: float) -> dict[str, Any]:
+        """The JSON object that one GET answers; empty where the server answers something else, or not.
+
+        Args:
+          until: the moment of time.monotonic at which the request ends.
+        """
+        try:
+            facts = read_json(self._asked_once(urllib.request.Request(self.url + path), until), self.url)
+        except Failed:
+            return {}
+        return facts if isinstance(facts, dict) else {}
+
     def _read_key(self) -> str:
         return str(resolved({"api_key": self._key}, self._section)["api_key"])
 
     def _post(self, path: str, body: dict[str, Any], until: float) -> bytes:
         request = urllib.request.Request(self.url + path, json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
+        return self._asked_once(request, until)
+
+    def _asked_once(self, request: urllib.request.Request, until: float) -> bytes:
         key = self._read_key()
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")  # another host never gets it

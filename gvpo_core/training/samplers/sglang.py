@@ -13,6 +13,20 @@ from gvpo_core.training.samplers.protocol import Drawn, SamplerError
 from gvpo_core.training.sampling import Sampling
 
 
+def refuse_other_model(facts: Mapping[str, Any], model: str, url: str) -> None:
+    """Compares engine.model with what /get_model_info tells; nothing where it tells none.
+
+    Raises: SamplerError: the server has another model, by its path, hub name or the last part of either.
+    """
+    served = [str(facts[name]) for name in ("model_path", "served_model_name") if facts.get(name)]
+    names = {name for one in served for name in (one, one.rstrip("/").rpartition("/")[2])}
+    if served and model not in names and model.rstrip("/").rpartition("/")[2] not in names:
+        raise SamplerError(
+            f"engine.model = {model!r}, and the server at {url} has {served[0]!r}: set engine.model to that if it is"
+            " the one meant, or start the server with the other (--model-path)"
+        )
+
+
 class SGLang:
     """See `completions.Interface`. An answer names the version of the weights that it was drawn with."""
 
