@@ -61,8 +61,9 @@ def count_positions_from_the_mask(model: Any) -> None:
 def check_scores(trainer: Any) -> None:
     """Scores two short rows as TRL does, in training mode and padded, and alone as the model itself does.
 
-    Raises: ValueError: the model draws random numbers while it trains, padding changes a row's log-probabilities (not
-      told of experts in 16 bits, whose rounding depends on the batch), or they differ from the row's own.
+    Raises: ValueError: TRL cannot score the model, the model draws random numbers while it trains, padding changes a
+      row's log-probabilities (not told of experts in 16 bits, whose rounding depends on the batch), or they differ from
+      the row's own.
     """
     name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
     modes = {module: module.training for module in trainer.model.modules()}
@@ -71,7 +72,13 @@ def check_scores(trainer: Any) -> None:
         try:
             trainer.model.train()
             before = _random_states(trainer.model)
-            scores = _padded_scores(trainer, trainer.model)
+            try:
+                scores = _padded_scores(trainer, trainer.model)
+            except (AttributeError, TypeError, KeyError) as e:  # of TRL's, which expects the usual layout of a model
+                raise ValueError(
+                    f"TRL cannot score {name} ({type(e).__name__}: {e}): GVPOTrainer does not train it; `gvpo train`"
+                    ' with run.backend = "torch" may'
+                ) from e
             if not all(torch.equal(a, b) for a, b in zip(before, _random_states(trainer.model), strict=True)):
                 raise ValueError(
                     f"{name} draws random numbers in training mode: its weights and gradient would be of two different"

@@ -52,6 +52,13 @@ def test_padding_ids_embedding_is_trained_as_any_other(tmp_path: Path) -> None:
     assert not torch.equal(step[name][space], found["start"][name][space])
 
 
+def test_a_model_that_trl_cannot_score_is_refused_before_training(tmp_path: Path) -> None:
+    """TRL takes Llama 4's model with its head for the backbone: AttributeError at the first step."""
+    folder = tiny_models.make_model("llama4_text", tmp_path / "model")
+    with pytest.raises(ValueError, match=r"TRL cannot score Llama4ForCausalLM \(AttributeError: "):
+        trl_runs.run(folder, tmp_path / "out", SIZES | {"max_steps": 1})
+
+
 def test_longrope_within_its_original_length_is_exact(tmp_path: Path) -> None:
     folder = tiny_models.make_model("llama", tmp_path / "model", **long_rope(64))
     found = trl_runs.run(folder, tmp_path / "out", SIZES | {"max_steps": 1})
