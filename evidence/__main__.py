@@ -41,7 +41,7 @@ REAL = """## 9. A real model
 `nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks with GVPO, GRPO, RLOO and reject
 sampling at equal samples, on-policy and with responses of a policy 4 steps old, three seeds each, at a learning rate
 tuned for each method. It takes hours on two cores, keeps each finished run and resumes a stopped one. [Evidence: a real
-model](evidence_real.md) has the figures and says how much of it is finished.
+model](evidence_real.md) has the figures.
 """
 
 

@@ -122,9 +122,12 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
 
 def test_the_page_of_the_real_model_is_that_of_its_results(evidence, monkeypatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT))
-    from evidence import real
+    from evidence import real, real_page
 
-    text = real.page(real.read_results(real.RESULTS), real.read_results(real.ELSEWHERE))
+    results, elsewhere = real.read_results(real.RESULTS), real.read_results(real.ELSEWHERE)
+    assert [sentence for sentence, true in real_page.holds(results, elsewhere).items() if not true] == []
+    text = real.page(results, elsewhere)
+    assert "48 of 48 reported runs" in text and real_page.SHOWS in text
     assert real.PAGE.read_text(encoding="utf-8") == text, "run: python -m evidence real"
     assert real.PICTURE.read_bytes().startswith(b"\x89PNG")
 
