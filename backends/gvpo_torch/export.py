@@ -61,9 +61,9 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
             shutil.copyfile(cached, directory / name)
 
 
-def stored_tensors(lm: nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """What the files of an export have, on the device of the model; in a run of one process."""
-    return _stored(lm.get_base_model() if hasattr(lm, "peft_config") else lm, dtype, True, None)
+def stored_tensors(lm: nn.Module, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
+    """What the files of an export have, on the device of the model; see `_stored`."""
+    return _stored(lm.get_base_model() if hasattr(lm, "peft_config") else lm, dtype, main, None)
 
 
 def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> Iterator[tuple[str, Tensor]]:

@@ -16,8 +16,9 @@ from gvpo_core.training.policy import Batch, Coefficients, PolicyFacts, Response
 from gvpo_core.training.policy.base import LanguageModelPolicy
 from gvpo_core.training.policy.step import StepPlan
 from gvpo_core.training.policy.tensor_file import Digest
+from gvpo_core.training.samplers.channels import Channel
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import adapters, check, checkpoint, export, generate, memory, model
+from gvpo_torch import adapters, check, checkpoint, export, generate, memory, model, transfer
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.reference import Reference, named_parameters
@@ -223,8 +224,20 @@ class TorchPolicy(LanguageModelPolicy):
         export.export(Path(directory), self.scorer.lm, self.tokenizer, dtype, self.rank == 0)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What `export` writes, as (name, tensor) on the policy's device; in a run of one process."""
-        return export.stored_tensors(self.scorer.lm, getattr(torch, self.config.dtype))
+        """What `export` writes, as (name, tensor) on the policy's device; every rank goes through it to the end.
+
+        Ranks gather one tensor, or one layer, at a time. The main rank gets them, the others get none.
+        """
+        return export.stored_tensors(self.scorer.lm, getattr(torch, self.config.dtype), self.rank == 0)
+
+    def weight_channel(self, kind: str) -> Channel:
+        """What carries `tensors` to a server: see `transfer.channel`."""
+        return transfer.channel(kind, self.device, self.world_size)
+
+    def release_memory(self) -> None:
+        """Gives memory of the GPU that torch keeps for later back to other processes."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def export_adapters(self, directory: Path) -> None:
         """Writes the adapters alone, as peft loads them; every rank calls."""

@@ -110,7 +110,7 @@ def try_process(model: str) -> None:
             stopped(config_of(model, folder / "cache"), opened, "prefix cache of the step before")
         opened._llm.reset_prefix_cache()
         if tied:
-            with replaced(in_process, "_pack_heads", lambda model: None):
+            with replaced(in_process, "pack_heads", lambda model: None):
                 stopped(config_of(model, folder / "head"), opened, "old head")
         opened.end()
 

@@ -73,9 +73,7 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     yield from wrong_server(engine.url, engine.api_key, ranges)
     if not engine.model.strip():
         yield "model", f"model = {engine.model!r}; expected the name of the model on the server"
-    if engine.weights not in ("kept", "adapters", "model") or (engine.weights != "kept") != bool(engine.folder):
-        both = f"weights = {engine.weights!r} and folder = {str(engine.folder)!r}"
-        yield "weights", f"{both}; expected adapters or model, and a folder"
+    yield from _wrong_weights(engine)
     if engine.tokens not in ("ids", "text", "chat"):
         yield "tokens", f"tokens = {engine.tokens!r}; expected ids, text or chat"
     if engine.kind == "sglang" and engine.tokens != "ids":
@@ -98,6 +96,28 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     for name in engine.fields:
         if name in (*required, *optional):
             yield "fields", f"fields.{name} is set by the run itself; expected other fields"
+
+
+def _wrong_weights(engine: EngineConfig) -> Iterator[tuple[str, str]]:
+    """(field, what is wrong with it): of what is sent to a server, and how."""
+    if engine.transfer not in ("folder", "nccl", "ipc", "tcp"):
+        yield "transfer", f"transfer = {engine.transfer!r}; expected folder, nccl, ipc or tcp"
+    elif engine.transfer == "folder":
+        if engine.weights not in ("kept", "adapters", "model") or (engine.weights != "kept") != bool(engine.folder):
+            both = f"weights = {engine.weights!r} and folder = {str(engine.folder)!r}"
+            yield "weights", f"{both}; expected adapters or model, and a folder"
+    elif engine.kind == "sglang":
+        yield "transfer", f"transfer = {engine.transfer!r} and kind = 'sglang': only vLLM takes it; set folder"
+    elif engine.weights != "model":
+        yield "transfer", f"transfer = {engine.transfer!r} sends the whole model: set weights = 'model'"
+    elif engine.folder:
+        yield "folder", f"folder is set, and transfer = {engine.transfer!r} writes no files: remove it"
+    if engine.listen and engine.transfer not in ("nccl", "tcp"):
+        yield "listen", f"listen is set, and transfer = {engine.transfer!r} waits for no worker: remove it"
+    if engine.listen and not re.fullmatch(r"[^:/\s]+(:\d{1,5})?", engine.listen):
+        yield "listen", f"listen = {engine.listen!r}; expected HOST or HOST:PORT"
+    if engine.sleep and engine.kind == "sglang":
+        yield "sleep", "sleep is set, and kind = 'sglang': only vLLM's server is put to sleep"
 
 
 OWN_OPTIONS = (
@@ -176,6 +196,9 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
             yield "engine.weights", "engine.weights = 'adapters' and model.lora_rank = 0: there are no adapters to send"
         elif engine.weights == "adapters" and config.model.lora_kind == "dora":
             yield "engine.weights", "engine.weights = 'adapters' and model.lora_kind = 'dora': the engine loads no DoRA"
+        if engine.sleep and config.rollout.ahead:
+            both = f"engine.sleep = true and rollout.ahead = {config.rollout.ahead}"
+            yield "engine.sleep", f"{both}: the server draws while the policy is updated; leave one of them out"
         if engine.kind == "vllm" and config.rollout.ahead:
             yield (
                 "rollout.ahead",

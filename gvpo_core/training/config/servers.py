@@ -18,8 +18,17 @@ class EngineConfig:
     weights: Literal["kept", "adapters", "model"] = "kept"
     """What the server, vLLM's or SGLang's, gets before each step. kept: nothing; adapters: the LoRA adapters; model:
     the whole model."""
+    transfer: Literal["folder", "nccl", "ipc", "tcp"] = "folder"
+    """How weights = "model" reach vLLM's server. folder: through files; nccl: from GPU to other GPUs; ipc: to a server
+    on the same GPU; tcp: over a connection, to a server with gvpo_vllm. All but folder need gvpo_torch."""
     folder: str = ""
-    """Folder for the weights, which all ranks and the server see under the same path."""
+    """Folder for the weights, which all ranks and the server see under the same path. Of transfer = "folder"."""
+    listen: str = ""
+    """HOST or HOST:PORT at which the server's workers reach the main rank, for nccl and tcp. Default: the address from
+    which this machine reaches url, and a free port."""
+    sleep: bool = False
+    """Whether vLLM's server sleeps while the policy is updated, on the GPU of a run of one process. It needs
+    --enable-sleep-mode."""
     gap_tolerance: float | None = None
     """Largest difference of the log-probabilities of engine and policy, nats a token. Beyond it the run stops.
     Default: a mean difference of 0.25 in a step, where the run sends the weights."""

@@ -267,8 +267,10 @@ class Policy(Protocol):
     def export(self, directory: Path) -> None:
         """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load.
 
-        A policy of PyTorch may have `tensors()` beside it: an iterator of (name, tensor) of what `export` writes. vLLM
-        in the same process loads these without a folder, and needs `end_tokens`, the ids that end a response.
+        A policy of PyTorch may have `tensors()` beside it: an iterator of (name, tensor) of what `export` writes, which
+        every rank goes through to its end and which gives them to the main rank. vLLM in the same process loads these
+        without a folder, and needs `end_tokens`, the ids that end a response. `weight_channel(kind)` gives the
+        `samplers.channels.Channel` that carries them to a server, `release_memory()` frees unused memory for it.
         """
 
     def export_adapters(self, directory: Path) -> None:

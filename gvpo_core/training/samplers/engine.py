@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from gvpo_core.training.config import ConfigError, EngineConfig
 from gvpo_core.training.config.engine import wrong_engine
 from gvpo_core.training.policy import Policy, Prompt, Response
 from gvpo_core.training.policy.protocol import Tokens
+from gvpo_core.training.policy.ranks import attempt
 from gvpo_core.training.samplers.completions import Interface, OpenAI
 from gvpo_core.training.samplers.http import Clock, Failed, Server
 from gvpo_core.training.samplers.protocol import SamplerError, Text
 from gvpo_core.training.samplers.sglang import SGLang, refuse_other_model
+from gvpo_core.training.samplers.transfer import Transfer, cache_is_empty
 from gvpo_core.training.samplers.weights import SGLANG, VLLM, WeightFolder
 from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
@@ -50,7 +53,10 @@ class Engine:
         kind: Literal["server", "sglang"] = "server",
         tokens: Literal["ids", "text", "chat"] = "ids",
         weights: Literal["kept", "adapters", "model"] = "kept",
+        transfer: Literal["folder", "nccl", "ipc", "tcp"] = "folder",
         folder: str | Path = "",
+        listen: str = "",
+        sleep: bool = False,
         gap_tolerance: float | None = None,
         concurrency: int = 16,
         deadline: float = 600.0,
@@ -68,8 +74,12 @@ class Engine:
           tokens: what the server takes and gives. text: any OpenAI-compatible server, chat: its chat endpoint, which
             gets the prompts as messages; see `Text`.
           weights: what `refresh` sends to vLLM's or SGLang's server before each step. adapters: the policy's LoRA
-            adapters; model: the whole model, of vLLM one whose head is not its embedding.
+            adapters; model: the whole model. vLLM reloads no folder of one whose head is its embedding.
+          transfer: how vLLM gets the whole model; see `Transfer`.
           folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
+          listen: HOST or HOST:PORT at which the server reaches the main rank, for nccl and tcp. Empty: found.
+          sleep: whether vLLM's server sleeps from the end of `generate` to the next `refresh` or `generate`: its
+            weights are in the host's memory, and its cache of keys and values is freed. In a run of one process.
           gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `check_gap`.
           concurrency: requests at a time.
           deadline: seconds that the responses of one step may take; later ones are lost.
@@ -86,7 +96,10 @@ class Engine:
             kind=kind,
             tokens=tokens,
             weights=weights,
+            transfer=transfer,
             folder=str(folder),
+            listen=listen,
+            sleep=sleep,
             gap_tolerance=gap_tolerance,
             concurrency=concurrency,
             deadline=deadline,
@@ -117,12 +130,22 @@ class Engine:
         self._workers: Workers[list[Response | Text]] | None = None
         self._asked: list[_Asked] = []  # whose responses nobody has taken yet
         commands = SGLANG if own else VLLM
-        kept = weights == "kept"
-        self._weights = None if kept else WeightFolder(Path(folder), adapters=weights == "adapters", commands=commands)
+        self._weights: WeightFolder | None = None
+        self._transfer: Transfer | None = None
+        self._way = transfer
+        if transfer != "folder":
+            self._transfer = Transfer(
+                transfer, self.url, listen=listen, api_key=api_key, tries=tries, pause=pause, deadline=deadline
+            )
+        elif weights != "kept":
+            self._weights = WeightFolder(Path(folder), adapters=weights == "adapters", commands=commands)
+        self._sleeps, self._awake = sleep, not sleep  # an earlier run may have left it asleep
 
     def describe(self) -> str:
         """What draws, for the header."""
         kept = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
+        kept += "" if self._transfer is None else f" by {self._way}"
+        kept += ", asleep in updates" if self._sleeps else ""
         how = "SGLang, " if self.kind == "sglang" else ""
         return f"{self.model} at {self.url}, {how}{kept}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
 
@@ -156,6 +179,7 @@ class Engine:
         if self.kind == "sglang" and self._workers is None and self.weights != "model":  # else its own was sent
             told = self._server.told("/get_model_info", time.monotonic() + min(self.deadline, 10.0))
             refuse_other_model(told, self.model, self.url)
+        self._wake()
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, row in zip(prompts, seeds, strict=True):
@@ -174,6 +198,11 @@ class Engine:
             asked.failures.append(f"no answer within {self.deadline:g} s")
         self._asked.remove(asked)
         self.failures = asked.failures
+        if self._transfer is not None and asked.version == self.version:
+            self._transfer.check()
+        if self._sleeps and not self._asked:
+            self._command("/sleep?level=1", {}, "the server does not sleep")
+            self._awake = False
         return [[r for future in row if future not in late for r in future.result()] for row in asked.work]
 
     def refresh(self, policy: Policy, version: int) -> None:
@@ -184,24 +213,49 @@ class Engine:
         Raises: SamplerError: the server did not load them, after all tries.
         """
         self._policy = policy
-        if self._weights is None or version == self.version:
+        if self._sleeps and policy.world_size > 1:
+            raise ConfigError(
+                f"engine.sleep = true, and the run has {policy.world_size} processes: one would put the server to sleep"
+                " while another one draws. Leave it out"
+            )
+        if (self._weights is None and self._transfer is None) or version == self.version:
             return
+        self._wake()
         if self.weights == "model":  # the server has one copy
             for asked in self._asked:
                 wait([f for row in asked.work for f in row], timeout=asked.clock.left() if asked.work else 0)
         in_use = {asked.served for asked in self._asked}
-        self.served = self._weights.send(policy, version, self.model, self._command, in_use)
+        if self._transfer is not None:
+            if in_use:
+                attempt(policy, self._transfer.check, kind=SamplerError)
+            self.version = None  # until all of it is there
+            self._transfer.send(policy, version)
+        elif self._weights is not None:
+            self.served = self._weights.send(policy, version, self.model, self._command, in_use)
         self.version = version
 
-    def _command(self, path: str, body: dict[str, Any]) -> None:
-        """POST of a command that has no answer but its status. Raises: SamplerError."""
+    def _command(self, path: str, body: dict[str, Any], failed: str = "the weights were not loaded") -> None:
+        """POST of a command. Raises: SamplerError: its status, or the prefix cache was not emptied."""
         try:
-            self._server.asked(path, body, time.monotonic() + self.deadline, lambda answer: None)
+            self._server.asked(path, body, time.monotonic() + self.deadline, cache_is_empty)
         except Failed as e:
-            raise SamplerError(f"the weights were not loaded ({path}): {e}") from e
+            raise SamplerError(f"{failed} ({path}): {e}") from e
+
+    def _wake(self) -> None:
+        if self._awake:
+            return
+        if (release := getattr(self._policy, "release_memory", None)) is not None:
+            release()
+        self._command("/wake_up", {}, "the server does not wake up")
+        self._awake = True
 
     def close(self) -> None:
-        """Drops the requests that have not begun. A later run sends its weights anew."""
+        """Drops the requests that have not begun, and wakes the server. A later run sends its weights anew."""
+        with suppress(SamplerError):
+            self._wake()
+        self._awake = not self._sleeps
+        if self._transfer is not None:
+            self._transfer.close()
         if self._workers is not None:
             self._workers.close()
         self._workers, self._asked, self.version = None, [], None

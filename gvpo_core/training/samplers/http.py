@@ -66,17 +66,18 @@ class Server:
         self._key, self._section = api_key, section
         self._read_key()
 
-    def asked(self, path: str, body: dict[str, Any], until: float, read: Callable[[bytes], Result]) -> Result:
+    def asked(self, path: str, body: dict[str, Any] | None, until: float, read: Callable[[bytes], Result]) -> Result:
         """What `read` makes of the answer, tried again where that may help. Raises: Failed: of the last try.
 
         Args:
+          body: of a POST; None: a GET.
           until: the moment of time.monotonic at which the tries end.
           read: raises Failed where it cannot use the answer.
         """
         number = 0
         while True:
             try:
-                return read(self._post(path, body, until))
+                return read(self._ask(path, body, until))
             except Failed as e:
                 pause, number = self.pause * 2**number, number + 1
                 if not e.again or number == self.tries or time.monotonic() + pause >= until:
@@ -90,7 +91,7 @@ class Server:
           until: the moment of time.monotonic at which the request ends.
         """
         try:
-            facts = read_json(self._asked_once(urllib.request.Request(self.url + path), until), self.url)
+            facts = read_json(self._ask(path, None, until), self.url)
         except Failed:
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -98,12 +99,9 @@ class Server:
     def _read_key(self) -> str:
         return str(resolved({"api_key": self._key}, self._section)["api_key"])
 
-    def _post(self, path: str, body: dict[str, Any], until: float) -> bytes:
-        request = urllib.request.Request(self.url + path, json.dumps(body).encode())
+    def _ask(self, path: str, body: dict[str, Any] | None, until: float) -> bytes:
+        request = urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
-        return self._asked_once(request, until)
-
-    def _asked_once(self, request: urllib.request.Request, until: float) -> bytes:
         key = self._read_key()
         if key:
             request.add_unredirected_header("Authorization", f"Bearer {key}")  # another host never gets it

@@ -102,7 +102,7 @@ class VLLM:
         try:
             with self._source(policy, version) as source:
                 self._llm.collective_rpc("reload_weights", kwargs=source)
-            self._llm.apply_model(_pack_heads)
+            self._llm.apply_model(pack_heads)
             emptied = self._llm.reset_prefix_cache()
         except (ConfigError, SamplerError):
             raise
@@ -209,7 +209,7 @@ def _engine_in_this_process() -> Iterator[None]:
             os.environ[name] = before
 
 
-def _pack_heads(model: Any) -> None:
+def pack_heads(model: Any) -> None:
     """On CPU vLLM multiplies with a packed copy of the head, and does not renew that of a tied head itself."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding

@@ -88,7 +88,7 @@ class WeightFolder:
             if settings.get("tie_word_embeddings") and not self.commands.ties_heads:
                 raise ConfigError(
                     "the head of the model is its embedding (tie_word_embeddings): vLLM keeps the old head when it"
-                    " reloads such a folder. Train adapters and send them (weights = 'adapters')"
+                    " reloads such a folder. Train adapters and send them (weights = 'adapters'), or set transfer"
                 )
             for path, body in self.commands.model(str(target.resolve()), target.name):
                 post(path, body)
