@@ -53,6 +53,11 @@ VLLM = QUIET | {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "0-1",
 }
+ON_CPU = {
+    "PYTHONPATH": str(ROOT / "conformance" / "support"),  # transfer_on_cpu
+    "TRANSFER_ON_CPU": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",  # of the handles of ipc
+}
 # A head of 32 is the least that vLLM has on CPU; prompts have a token a character.
 SHAPE = {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32, "max_position_embeddings": 512}
 START = 600  # seconds in which a server must answer
@@ -70,11 +75,12 @@ def environment(name: str, folder: Path) -> Path:
     return python
 
 
-def command(name: str, python: Path, model: Path, port: int, *, adapters: bool = True) -> list[str]:
+def command(name: str, python: Path, model: Path, port: int, *, adapters: bool = True, transfer: str = "") -> list[str]:
     """What starts the server. Its model is named as the folder.
 
     Args:
       adapters: whether vLLM takes LoRA adapters; its 0.32 then fails where it scores a prompt on CPU.
+      transfer: vLLM's backend for weights: tcp, nccl or ipc. Empty: none.
     """
     place = ["--host", "127.0.0.1", "--port", str(port)]
     if name == "mlx_lm":
@@ -87,12 +93,17 @@ def command(name: str, python: Path, model: Path, port: int, *, adapters: bool =
     options = ["--dtype", "float32", "--max-model-len", "512", "--max-num-seqs", "64", "--enforce-eager"]
     options += ["--no-enable-chunked-prefill", "--generation-config", "vllm"]
     options += ["--enable-lora", "--max-lora-rank", "8", "--max-loras", "3"] if adapters else []
+    if transfer:
+        worker = "gvpo_vllm.Worker" if transfer == "tcp" else "transfer_on_cpu.Worker"
+        options += ["--worker-extension-cls", worker, "--weight-transfer-config", f'{{"backend": "{transfer}"}}']
     module = "vllm.entrypoints.openai.api_server"
     return [str(python), "-m", module, "--model", str(model), "--served-model-name", str(model), *place, *options]
 
 
 @contextlib.contextmanager
-def served(name: str, python: Path, model: Path, log: Path, *, adapters: bool = True) -> Iterator[str]:
+def served(
+    name: str, python: Path, model: Path, log: Path, *, adapters: bool = True, transfer: str = ""
+) -> Iterator[str]:
     """The address of a server that answers. Raises: SystemExit: it does not; with the end of its log."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -100,10 +111,10 @@ def served(name: str, python: Path, model: Path, log: Path, *, adapters: bool = 
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as file:
         process = subprocess.Popen(
-            command(name, python, model, port, adapters=adapters),
+            command(name, python, model, port, adapters=adapters, transfer=transfer),
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | (VLLM if name == "vllm" else QUIET) | {"PYTHONPATH": ""},
+            env=os.environ | (VLLM if name == "vllm" else QUIET) | (ON_CPU if transfer else {"PYTHONPATH": ""}),
             start_new_session=True,
         )
     try:
@@ -128,6 +139,18 @@ def in_process(python: Path, tied: bool) -> None:
         print(f"vLLM in the process, {'a tied' if tied else 'an untied'} model")
         script = ROOT / "conformance" / "support" / "vllm_process_trial.py"
         subprocess.run([str(python), str(script), str(model)], check=True, env=os.environ | VLLM)
+
+
+def transferred(python: Path, transfer: str, tied: bool) -> None:
+    """Trains with a server that gets the weights in memory. Raises: CalledProcessError: it does not hold."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model = write_model("llama", Path(temporary) / "model", tie_word_embeddings=tied, **SHAPE)
+        log = Path(temporary) / "log.txt"
+        with served("vllm", python, model, log, adapters=False, transfer=transfer) as url:
+            print(f"vLLM gets {'a tied' if tied else 'an untied'} model by {transfer}")
+            script = ROOT / "conformance" / "support" / "transfer_trial.py"
+            arguments = [str(python), str(script), str(model), url, str(model), transfer]
+            subprocess.run(arguments, check=True, env=os.environ | VLLM)
 
 
 def _answers(url: str) -> bool:
@@ -167,6 +190,8 @@ def main() -> None:
                 vllm_trial.teach(str(model), url, str(model))
         for tied in (False, True):
             in_process(python, tied)
+        for transfer, tied in (("tcp", False), ("tcp", True), ("nccl", True), ("ipc", True)):
+            transferred(python, transfer, tied)
     print(f"{name}: passed")
 
 
