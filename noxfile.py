@@ -132,19 +132,18 @@ def conformance(session: nox.Session, subject: str) -> None:
     install(session, "-e", f".[{extras}]", *packages, without_dependencies=without_dependencies)
     counts = {"GVPO_CONFORMANCE_RESULTS": str(Path("conformance/results").resolve())}  # for table.py
     env = {"GVPO_SUBJECTS": names} | (counts if "--full" in session.posargs else {})
-    env |= COMPILED_BY_LLVM
+    compiled = Path(session.create_tmp()).resolve() / "compiled"
+    if "--slow" not in session.posargs:
+        shutil.rmtree(compiled, ignore_errors=True)
+    quick = env | {"JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
     if subject == "parity":
         files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
-        pytest(session, "parity", *TWO_AT_A_TIME, *files, **env)
+        pytest(session, "parity", *TWO_AT_A_TIME, *files, **quick)
         return
     elsewhere = [f"--ignore={name}" for name in JAX_RUNS] if subject == "jax" else []
-    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env)
+    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env | COMPILED_BY_LLVM)
     if subject == "jax":
-        compiled = Path(session.create_tmp()).resolve() / "compiled"
-        if "--slow" not in session.posargs:
-            shutil.rmtree(compiled, ignore_errors=True)
-        env |= {"JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
-        pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **env)
+        pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **quick)
 
 
 def find_python(wanted: str) -> str | None:
