@@ -2,7 +2,6 @@
 
 import logging
 
-import block_kernel
 import numpy as np
 import pytest
 import tiny_models
@@ -11,6 +10,7 @@ from required import require
 from torch_policies import policy
 
 require(subject="torch")
+import block_kernel
 import torch
 from gvpo_torch import blocks, check, model
 

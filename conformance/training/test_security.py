@@ -1,6 +1,7 @@
 """No pickle, no code from data, no secrets in what a run writes."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -19,12 +20,17 @@ SOURCES = [
     for folder in ("gvpo_core", "backends", "adapters", "examples", "benchmarks")
     for p in (ROOT / folder).rglob("*.py")
 ]
+# vLLM's IPC transfer takes the handle of a GPU buffer as a pickle. It is written, and nothing is read.
+WRITES_A_HANDLE = ROOT / "backends" / "gvpo_torch" / "transfer.py"
 
 
 def test_nothing_unpickles_or_evaluates():
     assert len(SOURCES) > 30
     for path in SOURCES:
         wrong = banned(path.read_text())
+        if path == WRITES_A_HANDLE:
+            assert re.findall(r"pickle\.\w+", path.read_text()) == ["pickle.dumps"]
+            wrong -= {"pickle"}
         assert not wrong, f"{path.relative_to(ROOT)} uses {', '.join(sorted(wrong))}"
 
 

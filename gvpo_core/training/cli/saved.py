@@ -13,7 +13,7 @@ import numpy as np
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
-from gvpo_core.training.files.disk import retried
+from gvpo_core.training.files.disk import refuse_special, retried
 from gvpo_core.training.fingerprint import dtypes
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
@@ -175,6 +175,7 @@ def _run_config(run: Path) -> Config:
 def _in_its_dtypes(config: Config, run: Path) -> Config:
     """The settings with the dtypes in which the run was trained, where this device would choose others."""
     try:
+        refuse_special(run / "environment.json")
         known = dtypes(json.loads(retried((run / "environment.json").read_bytes)))
     except (OSError, ValueError, RecursionError, AttributeError) as e:
         logging.getLogger("gvpo").warning("%s: the dtype of the run is not known: %s", run / "environment.json", e)
