@@ -10,6 +10,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.files.disk import sync_tree
 from gvpo_core.training.policy.export import write_json, write_settings, write_weights
 from gvpo_jax import mesh as meshes
 from gvpo_jax.learner import Learner
@@ -39,6 +40,7 @@ def export(
     write_weights(directory, _tensors(setup, learner, dtype, main), _save)
     if main:
         write_settings(directory, config, dtype, source, end, tokenizer)
+        sync_tree(directory)
 
 
 def _save(tensors: dict[str, np.ndarray], path: str) -> None:
@@ -117,3 +119,4 @@ def export_adapters(directory: Path, setup: Setup, learner: Learner, config: Mod
     wrong = sorted(stored.keys() ^ tensors.keys()) or [n for n in tensors if not np.array_equal(stored[n], tensors[n])]
     if wrong:
         raise ConfigError(f"{path}, read back, differs in {len(wrong)} adapters, the first {wrong[0]}")
+    sync_tree(directory)

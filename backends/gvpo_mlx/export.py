@@ -10,6 +10,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from gvpo_core.training.config import ConfigError, ModelConfig
+from gvpo_core.training.files.disk import sync_tree
 from gvpo_core.training.policy.export import write_json, write_settings, write_weights
 from gvpo_core.training.policy.hugging_face import local_folder
 from gvpo_mlx.adapters import adapted, merged
@@ -58,6 +59,7 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
         raise
     if scorer.adapted:
         export_adapters(directory / "adapters", scorer, config)
+    sync_tree(directory)
 
 
 def export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
@@ -78,3 +80,4 @@ def export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> Non
     }
     write_json(directory / "adapter_config.json", settings)
     read_back_adapters(directory, scorer, config)
+    sync_tree(directory)

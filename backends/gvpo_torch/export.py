@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.files.disk import sync_tree
 from gvpo_core.training.policy.export import write_json, write_weights
 from gvpo_core.training.policy.hugging_face import generation_eos, portable_config
 from gvpo_core.training.policy.text import exported_eos
@@ -59,6 +60,7 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
         cached = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
         if cached:
             shutil.copyfile(cached, directory / name)
+    sync_tree(directory)
 
 
 def stored_tensors(lm: nn.Module, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
@@ -179,6 +181,7 @@ def export_adapters(directory: Path, lm: nn.Module, path: str, main: bool) -> No
     named = get_peft_model_state_dict(lm, state_dict=dict(tensors), adapter_name=name, save_embedding_layers=False)
     save_file(named, directory / "adapter_model.safetensors", metadata={"format": "pt"})
     _read_back(directory, lm, named, name)
+    sync_tree(directory)
 
 
 def _read_back(directory: Path, lm: nn.Module, named: dict[str, Tensor], name: str) -> None:

@@ -5,6 +5,7 @@ built-in reward `reward_model` and transformers load what `save` writes.
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from gvpo_core import bradley_terry_loss
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
+from gvpo_core.training.files.disk import make_synced, sync_folder, sync_tree
 from gvpo_core.training.policy import Tokens, hugging_face, weight_files
 from gvpo_core.training.policy.layout import rope_by_length
 from gvpo_core.training.policy.step import learning_rate
@@ -158,10 +160,14 @@ class RewardModel:
     def save(self, folder: Path) -> None:
         """Writes a folder that transformers loads; it is there whole or not at all."""
         partial = folder.with_name(f".partial-{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)  # of a save that a kill ended
+        make_synced(folder.parent)
         with without_bars(self.folder):
             self.model.save_pretrained(partial)
         AutoTokenizer.from_pretrained(**hugging_face.located(self.config)).save_pretrained(partial)
+        sync_tree(partial)
         partial.rename(folder)
+        sync_folder(folder.parent)
 
 
 @contextlib.contextmanager

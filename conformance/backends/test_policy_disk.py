@@ -7,6 +7,7 @@ import re
 import shutil
 
 import numpy as np
+import power_loss
 import pytest
 import tiny_models
 import trainer_backends
@@ -210,6 +211,23 @@ def test_an_export_is_the_trained_model(kind: str, load, parameters, tmp_path) -
     files = {p.name for p in out.iterdir() if p.is_file()}
     assert "tokenizer.json" in files
     assert {name.rpartition(".")[2] for name in files} <= {"json", "safetensors", "jinja"}
+
+
+@kinds("full", "lora")
+def test_an_export_outlives_a_power_loss(kind: str, backend, load, folder, tmp_path) -> None:
+    of_policy = load(folder, **KINDS[kind])
+    disk = power_loss.Disk(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with disk.recording():
+        of_policy.export(tmp_path / "disk" / "whole")
+        if kind == "lora":
+            (tmp_path / "disk" / "adapters").mkdir()
+            of_policy.export_adapters(tmp_path / "disk" / "adapters")
+    there = power_loss.files_of(tmp_path / "disk")
+    assert "whole/model.safetensors" in there and "whole/config.json" in there
+    for states in disk.states.values():
+        lost = sorted(name for name, content in there.items() if states[-1].get(name, "lost") != content)
+        assert lost == []
 
 
 def test_a_scaled_rope_is_exported_in_the_older_form_too(load, tmp_path) -> None:

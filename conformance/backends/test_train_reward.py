@@ -6,6 +6,7 @@ import random
 import re
 from pathlib import Path
 
+import power_loss
 import pytest
 import tiny_models
 import weights_of_models
@@ -215,3 +216,15 @@ def test_a_row_of_the_data_that_is_wrong_is_named(tmp_path):
     path.write_text(json.dumps({"prompt": "p", "chosen": "a", "rejected": 3}) + "\n")
     with pytest.raises(DataError, match="the data row 0, column 'rejected' is a int"):
         read_preferences(str(path), "the data", "prompt", "")
+
+
+def test_a_saved_model_outlives_a_power_loss_and_holds_nothing_of_a_killed_save(folder, tmp_path):
+    (tmp_path / "disk" / "new" / ".partial-out").mkdir(parents=True)
+    (tmp_path / "disk" / "new" / ".partial-out" / "model-00001-of-00002.safetensors").write_bytes(b"cut")
+    disk = power_loss.Disk(tmp_path / "disk")
+    with disk.recording():
+        model_of(folder).save(tmp_path / "disk" / "new" / "out")
+    there = power_loss.files_of(tmp_path / "disk")
+    assert "new/out/model.safetensors" in there and "new/out/model-00001-of-00002.safetensors" not in there
+    for states in disk.states.values():
+        assert sorted(name for name, content in there.items() if states[-1].get(name, "lost") != content) == []

@@ -99,6 +99,14 @@ class Disk:
         return found
 
 
+def files_of(folder: Path) -> State:
+    """The state of a folder of which everything is on the disk."""
+    found: dict[str, bytes | None] = {}
+    for path in folder.rglob("*"):
+        found[path.relative_to(folder).as_posix()] = None if path.is_dir() else path.read_bytes()
+    return found
+
+
 def write(state: State, folder: Path) -> None:
     """Makes `folder` what a state says."""
     shutil.rmtree(folder, ignore_errors=True)

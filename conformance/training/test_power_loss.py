@@ -1,15 +1,20 @@
 """After a power loss at any point of a run, the same command goes on and ends as an unbroken run does."""
 
+import json
 from dataclasses import replace
 
 import killing
 import numpy as np
 import power_loss
 import pytest
+import recorded_data
 import table_problem as problem
+import table_run
 
-from gvpo_core.training import train
+from gvpo_core.training import cli, train
+from gvpo_core.training.config import ModelConfig
 from gvpo_core.training.files.disk import write_synced
+from gvpo_core.training.files.records import append_synced
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.run.checkpoint import damage, steps_saved
 
@@ -85,3 +90,69 @@ def test_the_recorder_forgets_what_was_not_synced(tmp_path):
     with disk.recording():
         write_synced(tmp_path / "disk" / "a", b"synced")
     assert disk.states["content"][-1] == disk.states["names"][-1] == {"a": b"synced"}
+
+
+def lost_at_the_end(disk, folder) -> dict:
+    """Files under `folder` that a power loss after the last event takes or empties, by kind."""
+    there = power_loss.files_of(folder)
+    assert any(content is not None for content in there.values()), "nothing was written"
+    return {
+        kind: sorted(name for name, content in there.items() if disk.states[kind][-1].get(name, "lost") != content)
+        for kind in power_loss.KINDS
+    }
+
+
+def test_a_file_that_a_kill_left_empty_is_durable_once_it_is_appended_to(tmp_path):
+    """As `gvpo collect` and a kill between the two syncs of a new file leave it: a name on no disk."""
+    disk = power_loss.Disk(tmp_path)
+    with disk.recording():
+        (tmp_path / "a.jsonl").touch()
+        append_synced(tmp_path / "a.jsonl", b"{}\n")
+    assert lost_at_the_end(disk, tmp_path) == {"content": [], "names": []}
+
+
+def test_a_collection_goes_on_after_a_power_loss_at_every_point(tmp_path, capsys):
+    config, disk = table_run.make(tmp_path / "made", steps=3), power_loss.Disk(tmp_path / "disk")
+    (tmp_path / "disk").mkdir()
+    with disk.recording():
+        assert cli.main(["collect", str(config), str(tmp_path / "disk" / "new" / "below" / "out.jsonl")]) == 0
+    whole = (tmp_path / "disk" / "new" / "below" / "out.jsonl").read_bytes()
+    assert lost_at_the_end(disk, tmp_path / "disk") == {"content": [], "names": []}
+    for kind in power_loss.KINDS:
+        sizes = [len(state.get("new/below/out.jsonl.partial") or b"") for state in disk.states[kind]]
+        assert len({*sizes} - {0}) == 3, (kind, "a step that was done is lost", sizes)
+        for i, state in enumerate(disk.states[kind]):
+            place = tmp_path / f"{kind}{i}"
+            power_loss.write(state, place)
+            out = place / "new" / "below" / "out.jsonl"
+            if not out.exists():
+                assert cli.main(["collect", str(config), str(out)]) == 0
+            assert out.read_bytes() == whole, (kind, i)
+
+
+def test_an_export_is_durable_once_its_folder_is_printed(tmp_path, capsys):
+    config, disk = table_run.make(tmp_path / "made", steps=2), power_loss.Disk(tmp_path / "disk")
+    assert cli.main(["train", str(config)]) == 0
+    (tmp_path / "disk").mkdir()
+    with disk.recording():
+        arguments = ["export", str(tmp_path / "made" / "run"), str(tmp_path / "disk" / "new" / "out")]
+        assert cli.main(arguments) == 0
+    assert (tmp_path / "disk" / "new" / "out" / "table.json").exists()
+    assert lost_at_the_end(disk, tmp_path / "disk") == {"content": [], "names": []}
+
+
+def test_a_cache_of_reference_scores_in_a_new_folder_outlives_a_power_loss(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "table.json").write_text(json.dumps(problem.table(problem.REFERENCE)))
+    config = recorded_data.config_of(
+        tmp_path / "run", data={"reference_cache": str(tmp_path / "disk" / "new" / "cache")}
+    )
+    config = replace(config, model=ModelConfig(path=str(tmp_path / "model")))
+    policy = recorded_data.Counting(
+        problem.table(problem.REFERENCE), config.optimizer, updates=config.updates, model=config.model
+    )
+    (tmp_path / "disk").mkdir()
+    disk = power_loss.Disk(tmp_path / "disk")
+    with disk.recording():
+        train(config, policy, train_rows=recorded_data.groups())
+    assert lost_at_the_end(disk, tmp_path / "disk") == {"content": [], "names": []}

@@ -20,7 +20,7 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError, ReplayConfig, TeacherConfig
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.files.disk import is_at, lock, refuse_special, sync_folder
+from gvpo_core.training.files.disk import is_at, lock, make_synced, refuse_special, sync_folder
 from gvpo_core.training.files.records import append_synced, cut, encoded, records
 from gvpo_core.training.inputs import Inputs
 from gvpo_core.training.policy import Policy
@@ -148,7 +148,7 @@ class _Growing:
         if self.out.exists():
             raise ConfigError(f"{self.out} already exists; remove it, or give another name")
         try:
-            self.out.parent.mkdir(parents=True, exist_ok=True)
+            make_synced(self.out.parent)
             refuse_special(self.partial)
             self._lock = self.partial.open("ab")
             lock(self._lock)

@@ -13,7 +13,7 @@ import numpy as np
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
-from gvpo_core.training.files.disk import refuse_special, retried
+from gvpo_core.training.files.disk import make_synced, refuse_special, retried
 from gvpo_core.training.fingerprint import dtypes
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
@@ -143,7 +143,7 @@ def export_run(arguments: list[str]) -> int:
         raise ConfigError("--adapters with --checkpoint initial: the untrained model has no adapters to write")
     refuse_unknown(options.run, options.checkpoint)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_synced(folder)
         holds = any(folder.iterdir())
     except OSError as e:
         raise ConfigError(f"{folder} cannot be exported to: {e.strerror or e}; give a new folder") from e

@@ -98,6 +98,17 @@ def make_synced(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
+def sync_tree(folder: Path) -> None:
+    """Makes all that other libraries wrote into a folder durable, with its own name."""
+    files, folders = tree(folder)
+    for path in files:
+        with path.open("rb") as f:
+            os.fsync(f.fileno())
+    for path in folders:
+        sync_folder(path)
+    sync_folder(folder.absolute().parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Makes the names in a folder durable; nothing where the file system has no sync of folders."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -39,13 +39,12 @@ def encoded(records: Iterable[Mapping[str, Any]]) -> bytes:
 
 def append_synced(path: Path, content: bytes) -> None:
     """Appends to a file, which after a power loss holds all of `content` once this has returned."""
-    new = not retried(path.exists)
     with path.open("ab") as f:
+        if not f.tell():  # new: its name is durable before it holds anything, so that a kill between leaves no doubt
+            sync_folder(path.parent)
         f.write(content)
         f.flush()
         os.fsync(f.fileno())
-    if new:
-        sync_folder(path.parent)
 
 
 def cut(path: Path, step: int, *, parse: bool) -> Kept:

@@ -14,7 +14,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import refuse_settings
-from gvpo_core.training.files.disk import refuse_special, retried
+from gvpo_core.training.files.disk import refuse_special, retried, write_synced
 from gvpo_core.training.policy import (
     Batch,
     Coefficients,
@@ -193,7 +193,7 @@ class TablePolicy:
             p: {r: float(pi[x, y]) for y, r in enumerate(self.responses) if pi[x, y] > 0}
             for x, p in enumerate(self.prompts)
         }
-        (directory / "table.json").write_text(json.dumps(table, indent=1))
+        write_synced(directory / "table.json", json.dumps(table, indent=1).encode())
 
     def export_adapters(self, directory: Path) -> None:
         raise ConfigError("a table has no adapters")

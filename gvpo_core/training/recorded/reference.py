@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from gvpo_core.training.config import Config
-from gvpo_core.training.files.disk import refuse_special, write_synced
+from gvpo_core.training.files.disk import make_synced, refuse_special, write_synced
 from gvpo_core.training.files.records import append_synced
 from gvpo_core.training.fingerprint import model_fingerprint
 from gvpo_core.training.policy import Batch, Policy, Response, Tokens, later_of, masks_of
@@ -141,7 +141,7 @@ class ReferenceScores:
         if self._path is None:
             return
         with self._failing_softly():
-            self._path.parent.mkdir(parents=True, exist_ok=True)
+            make_synced(self._path.parent)
             refuse_special(self._path)
             if not self._path.exists():
                 return

@@ -46,6 +46,7 @@ class ScoreCache:
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
                 os.write(file, ("\n" + lines).encode())  # one write, and never behind a line that a kill cut
+                os.fsync(file)
             finally:
                 os.close(file)
 
