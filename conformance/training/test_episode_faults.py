@@ -105,6 +105,7 @@ def test_what_cannot_be_sent_costs_its_own_episode_also_among_those_that_wait_to
 
 STEPS = {
     "nan": "step returned reward = nan; expected a finite number or None",
+    "-1e308": "step returned reward = -1e+308; expected a number within 3.4e+38 or None",
     "half": "step returned a message that cannot be sent as JSON: UnicodeEncodeError",
     "object": "step returned a message that cannot be sent as JSON: TypeError: Object of type date is not JSON",
     "parts": "expected a text role and a text content",

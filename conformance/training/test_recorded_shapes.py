@@ -134,6 +134,8 @@ PAIR = {"prompt": "q", "chosen": "a", "rejected": "b"}
         (GOOD | {"responses": "ab"}, "row 1, column 'responses' is a str .*; expected a list"),
         (GOOD | {"rewards": [1]}, "row 1 has 2 responses and 1 rewards; expected equal numbers"),
         (GOOD | {"rewards": [1, "0"]}, "row 1, column 'rewards', entry 1 is a str .*; expected a number, or null"),
+        (GOOD | {"rewards": [1, 10**400]}, "row 1, column 'rewards', entry 1 is inf; expected a finite number"),
+        (GOOD | {"rewards": [1, -1e308]}, r"entry 1 is -1e\+308; expected a number within 3.4e\+38"),
         (GOOD | {"rewards": [1, float("inf")]}, "row 1, column 'rewards', entry 1 is inf; expected a finite number"),
         (GOOD | {"finished": [True]}, "row 1 has 2 responses and 1 finished"),
         (GOOD | {"finished": [True, 1]}, "row 1, column 'finished', entry 1 is 1; expected true, false or null"),

@@ -1,6 +1,8 @@
 """Resuming next to files that were edited, damaged, lost or put there by somebody: a clear line each, nothing lost."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -10,6 +12,7 @@ import run_folders
 from table_problem import reward
 
 from gvpo_core.training.files.records import append_synced, cut, encoded, records
+from gvpo_core.training.report import write_report
 from gvpo_core.training.run.checkpoint import steps_saved
 
 pytestmark = pytest.mark.core
@@ -46,6 +49,9 @@ def test_a_missing_file_of_records_is_named(name, tmp_path, caplog, unbroken):
 VALUES = {
     "a metric of text": {"entropy": "low"},
     "a metric that is a list": {"reward/mean": [1]},
+    "an integer of 400 digits": {"loss": 10**400},
+    "a number that overflows in a sum": {"entropy": -1e308},
+    "an infinity": {"reward/mean": float("inf")},
     "an unknown verdict": {"verdict": "GREAT"},
     "an alert of text": {"alerts": ["look"]},
     "an alert without advice": {"machine/alerts": [{"key": "kl", "level": "BAD", "seen": "x"}]},
@@ -214,3 +220,41 @@ def test_a_run_without_checkpoints_says_that_it_begins_anew(tmp_path, caplog, un
     said, policy = resumed(tmp_path, caplog)
     assert [text for text in said if "starts over; the records of its 3 steps are dropped" in text]
     np.testing.assert_array_equal(policy.logits, unbroken)
+
+
+@pytest.mark.parametrize("what", ["a symbolic link", "a file that is held open"])
+def test_an_old_checkpoint_that_cannot_be_removed_costs_no_step(what, tmp_path, caplog, unbroken, monkeypatch):
+    """The new checkpoint was called unsaved, and every start ended so. NFS keeps the files that somebody reads."""
+    run_folders.go(run_folders.config(tmp_path))
+    (old, *_), elsewhere = sorted((tmp_path / "checkpoints").iterdir()), tmp_path / "elsewhere"
+    if what == "a symbolic link":
+        old.rename(elsewhere)
+        old.symlink_to(elsewhere)
+    else:
+        real = shutil.rmtree
+
+        def busy(path, *args, **options):
+            if old.name in str(path):
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            return real(path, *args, **options)
+
+        monkeypatch.setattr(shutil, "rmtree", busy)
+    said, policy = resumed(tmp_path, caplog)
+    assert not old.exists() and steps_saved(tmp_path / "checkpoints")[0] == 4
+    np.testing.assert_array_equal(policy.logits, unbroken)
+    unremoved = [text for text in said if f"{old.name}, an old checkpoint, cannot be removed: " in text]
+    assert len(unremoved) == (what != "a symbolic link")
+    assert elsewhere.exists() == (what == "a symbolic link")
+
+
+def test_an_evaluation_beyond_all_numbers_is_named_and_the_report_drawn(tmp_path, caplog):
+    config = run_folders.config(tmp_path)
+    run_folders.go(config)
+    path = tmp_path / "metrics.jsonl"
+    edited = [json.loads(line) for line in lines(tmp_path)]
+    edited.append({"kind": "eval", "step": 3, "eval/reward": 10**400, "eval/half_width": -1e308})
+    path.write_text("".join(json.dumps(record) + "\n" for record in edited))
+    said, _ = resumed(tmp_path, caplog)
+    assert any(f"line {len(edited)} is not a record (edited or damaged)" in text for text in said)
+    path.write_text("".join(json.dumps(record) + "\n" for record in edited))
+    write_report(tmp_path)

@@ -122,6 +122,8 @@ def test_exiting_and_interrupting_are_errors_of_the_response():
         (["1.0", 1, 1, 1], r"reward r returned '1.0' \(str\) for completion 0"),
         ([[1], 1, 1, 1], r"reward r returned '\[1\]' \(list\) for completion 0"),
         ([1, float("inf"), 1, 1], "reward r returned inf for completion 1; expected a finite number"),
+        ([1, -1.7e308, 1, 1], r"reward r returned -1.7e\+308 for completion 1; expected a number within 3.4e\+38"),
+        ([1, 1, 10**60, 1], r"reward r returned 1e\+60 for completion 2"),
         (None, "reward r returned 'None'; expected a list of 4 numbers"),
         (0.5, "reward r returned '0.5'; expected a list of 4 numbers"),
         ("1111", "reward r returned '1111'; expected a list"),

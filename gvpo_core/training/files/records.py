@@ -17,6 +17,7 @@ from gvpo_core.training.files.disk import retried, sync_folder
 
 _HEAD = re.compile(rb'\{"kind": ?"(train|eval|event)", ?"step": ?(\d{1,15}), ?"')
 _LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})  # str.splitlines breaks lines there
+LARGEST = 1e150  # of a metric's magnitude: rewards are within float32, and their variances far below this
 _NAMED = 5  # line numbers that a message lists
 _VERDICTS, _LEVELS = ("verdict", "machine/verdict"), ("OK", "WATCH", "BAD")
 _ALERTS, _OF_ALERT = ("alerts", "machine/alerts"), ("key", "level", "seen", "advice")
@@ -152,14 +153,19 @@ def parsed(line: bytes, *, metrics: bool = False) -> dict[str, Any] | None:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    """A number or null; a level; or a list of alerts."""
+    """A number within LARGEST or null; a level; or a list of alerts."""
     if name in _VERDICTS:
         return value in _LEVELS
     if name in _ALERTS:
         return isinstance(value, list) and all(
             isinstance(alert, dict) and all(isinstance(alert.get(part), str) for part in _OF_ALERT) for alert in value
         )
-    return value is None or isinstance(value, int | float)
+    return value is None or is_number(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number that can be added up and squared: no edited 1e308, no integer of 400 digits."""
+    return isinstance(value, int | float) and not abs(value) > LARGEST
 
 
 def records(path: Path, *, metrics: bool = False) -> Iterator[dict[str, Any]]:

@@ -10,6 +10,7 @@ from gvpo_core.training.policy import Mask, Segment
 from gvpo_core.training.recorded.conversation import answers, plain_list
 from gvpo_core.training.recorded.segments import later_segments, read_masks
 from gvpo_core.training.recorded.shapes import COMPLETIONS, GROUPS, LABELS, PAIRS, RUN, SCORES, UNSCORED, Shape
+from gvpo_core.training.rewards.worker.encoding import LARGEST_REWARD
 from gvpo_core.training.rows import DataError, Row
 
 _SCORE_NAMES = ("score", "reward", "overall_score", "fine-grained_score")  # of one of UltraFeedback's completions
@@ -261,7 +262,12 @@ def _reward(reward: Any, where: str) -> float:
         raise DataError(
             f"{where} is a {type(reward).__name__} ({reward!r:.40}); expected a number, or null for no score"
         )
-    value = float(reward)
+    try:
+        value = float(reward)
+    except OverflowError:  # an integer of more than 308 digits
+        value = math.inf
     if math.isinf(value):
         raise DataError(f"{where} is {value}; expected a finite number, or null for no score")
+    if abs(value) > LARGEST_REWARD:
+        raise DataError(f"{where} is {value:g}; expected a number within {LARGEST_REWARD:g}, or null for no score")
     return value

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gvpo_core.training.files.disk import refuse_special
+from gvpo_core.training.files.records import is_number
 from gvpo_core.training.metrics import read_records
 from gvpo_core.training.report.columns import Columns
 
@@ -104,7 +105,7 @@ class Run:
 
 def number(value: Any) -> float:
     """A JSON number as float; NaN for null and for what is no number."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else float("nan")
+    return float(value) if is_number(value) and not isinstance(value, bool) else float("nan")
 
 
 def read_run(folder: Path) -> Run:
@@ -172,7 +173,7 @@ def _read_records(run: Run, path: Path) -> None:
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in record.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
+    return {k: v for k, v in record.items() if v is None or (is_number(v) and not isinstance(v, bool))}
 
 
 def _read_completions(run: Run, path: Path) -> None:

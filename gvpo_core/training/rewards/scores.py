@@ -31,7 +31,7 @@ from gvpo_core.training.rewards.failures import (
 from gvpo_core.training.rewards.load import Reward, close_rewards
 from gvpo_core.training.rewards.process import CallFailed
 from gvpo_core.training.rewards.total import members, total_rewards
-from gvpo_core.training.rewards.worker.encoding import UnsendableError
+from gvpo_core.training.rewards.worker.encoding import LARGEST_REWARD, UnsendableError
 
 _STARTS = 5.0  # seconds; the least that a step waits for processes to start anew
 
@@ -227,4 +227,9 @@ def _numbers(name: str, values: Any, n: int) -> np.ndarray:
             )
         if value is not None and math.isinf(value):
             raise RewardError(f"reward {name} returned {value} for completion {i}; expected a finite number or None")
+        if value is not None and abs(value) > LARGEST_REWARD:
+            raise RewardError(
+                f"reward {name} returned {value:g} for completion {i}; expected a number within {LARGEST_REWARD:g}"
+                " (float32), or None"
+            )
     return np.asarray([math.nan if v is None else v for v in values], dtype=np.float64)

@@ -127,9 +127,12 @@ def commit_checkpoint(
     reason = damage(final, but=entries)  # each was read after it was written
     if reason:
         raise CheckpointError(f"the new checkpoint is not valid: {reason}")
-    for old in steps_saved(folder)[keep:]:
-        if old not in also and not _is_read(folder / _name(old)):
-            _remove(folder, old)
+    try:
+        for old in steps_saved(folder)[keep:]:
+            if old not in also and not _is_read(folder / _name(old)):
+                _remove(folder, old)
+    except OSError as e:  # the new checkpoint counts all the same
+        _log.warning("old checkpoints in %s stay: %s", folder, e.strerror or e)
     return Checkpoint(step, final)
 
 
@@ -208,10 +211,7 @@ def _clean(folder: Path) -> None:
     for name in names_in(folder):
         path = folder / name
         if _LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
-            try:
-                shutil.rmtree(path)
-            except OSError as e:  # a file that somebody holds open on NFS, say
-                _log.warning("%s, left by a kill, cannot be removed: %s", path, e.strerror or e)
+            _clear(path, "left by a kill")
         elif name.startswith((_PREFIX, _PARTIAL)) and (_step_of(name) is None or not is_folder(path)):
             _log.warning("%s is not a checkpoint of this run (expected a folder %s): not used", path, _name(0))
 
@@ -340,7 +340,18 @@ def _remove(folder: Path, step: int) -> None:
     leaving = folder / f"{_PARTIAL}old-{_name(step)}"  # a kill half way leaves no half checkpoint under its name
     (folder / _name(step)).rename(leaving)
     sync_folder(folder)
-    shutil.rmtree(leaving)
+    if leaving.is_symlink():  # somebody keeps the checkpoint itself elsewhere
+        leaving.unlink()
+    else:
+        _clear(leaving, "an old checkpoint")
+
+
+def _clear(folder: Path, what: str) -> None:
+    """Removes a folder that no longer counts; one that cannot be removed costs space, not the run."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as e:  # a file that somebody holds open on NFS, say
+        _log.warning("%s, %s, cannot be removed: %s", folder, what, e.strerror or e)
 
 
 def _set_aside(directory: Path) -> None:

@@ -15,6 +15,8 @@ import zoneinfo
 from collections.abc import Callable
 from typing import Any
 
+LARGEST_REWARD = 3.4e38
+"""Of a score's magnitude: what float32 holds, whose squares float64 still adds up."""
 DEEPEST = 100  # levels of nesting; JSON's parser recurses
 _LARGEST = 2**63  # larger integers are written in hexadecimal: their decimal text is limited and slow
 _PLAIN = {type(None), bool, int, float, str}

@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .encoding import decode
+from .encoding import LARGEST_REWARD, decode
 from .functions import find_function, own_copy
 from .tools import schema_of
 
@@ -170,6 +170,8 @@ def _reward(value: Any, of: str) -> float | None:
     reward = None if value is None else float(value)
     if reward is not None and not math.isfinite(reward):
         raise ValueError(f"{of} returned reward = {reward}; expected a finite number or None")
+    if reward is not None and abs(reward) > LARGEST_REWARD:
+        raise ValueError(f"{of} returned reward = {reward:g}; expected a number within {LARGEST_REWARD:g} or None")
     return reward
 
 
