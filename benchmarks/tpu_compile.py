@@ -153,7 +153,9 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     shardings = {name: a.sharding for name, a in trained.items()}
     single = lambda dtype: jax.ShapeDtypeStruct((), dtype, sharding=mesh.replicated(on))
     b, t, p = case.rows, case.length, case.predicted
-    arrays = dict.fromkeys(("ids", "positions", "segments"), (b, t)) | dict.fromkeys(("predict", "targets"), (b, p))
+    arrays = dict.fromkeys(("ids", "positions", "segments", "last"), (b, t)) | dict.fromkeys(
+        ("predict", "targets"), (b, p)
+    )
     rows = {name: of_batch(on, shape) for name, shape in arrays.items()}
     state = jax.eval_shape(update.no_moments, trained)._replace(count=single(jnp.int32), mu=trained, nu=trained)
     state_out = jax.tree.map(lambda a: a.sharding, state)

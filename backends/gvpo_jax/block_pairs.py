@@ -4,32 +4,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-PARTS = 2**16  # segments of a prompt and its responses: those of the n-th in a row start at n * PARTS
 REAL, WHOLE, FIRST, LAST = 1, 2, 4, 8  # of a pair of blocks; FIRST and LAST of those with one query's or key's block
 _FLAGS, _PLACE = 4, 14  # bits
 
 
-def kinds(segments: Array, positions: Array, window: Array | None, block: int) -> Array:
+PADDING = np.iinfo(np.int32).max  # its segment here: after all others, so that it sees itself alone
+
+
+def kinds(segments: Array, last: Array, positions: Array, window: Array | None, block: int) -> Array:
     """(B, n, n) int32 of blocks (query, key): 0 nothing is visible, 1 something may be, 2 everything is.
 
-    Without a window 1 says that something is. Nothing of T x T is made.
+    Without a window 1 says that something is. Nothing of T x T is made. `segments` of padding are PADDING.
     """
     cut = lambda x: x.reshape(x.shape[0], -1, block)
-    rising = cut(jnp.where(segments < 0, np.iinfo(np.int32).max, segments))
-    first, last = rising.min(-1), rising.max(-1)
-    prompts = jnp.where(rising % PARTS == 0, rising // PARTS, -1)  # of which a token is one's own prompt
-    none = prompts < 0
-    first_prompt = jnp.where(none, PARTS, prompts).min(-1)
+    number, end = cut(segments), cut(last)
     query, key = (lambda x: x[:, :, None]), (lambda x: x[:, None, :])
-    n = first.shape[1]
+    n = number.shape[1]
     before = np.arange(n)[None, :, None] >= np.arange(n)[None, None, :]
-    own = (key(first) <= query(last)) & (key(last) >= query(first))
-    prompt = (key(first_prompt) <= query(last) // PARTS) & (key(prompts.max(-1)) >= query(first) // PARTS)
-    one = key(first) == key(last)
-    alone = one & (query(first) == query(last)) & (key(first) == query(first))
-    of_prompt = one & key(~none.any(-1)) & (query(first) // PARTS == query(last) // PARTS)
-    of_prompt &= key(first) // PARTS == query(first) // PARTS
-    seen, whole = own | prompt, (alone | of_prompt) & ~np.eye(n, dtype=bool)[None]
+    seen = query(number.min(-1)) <= key(end.max(-1))
+    whole = (query(number.max(-1)) <= key(end.min(-1))) & ~np.eye(n, dtype=bool)[None]
     if window is not None:
         at = cut(positions)
         seen &= query(at.min(-1)) - key(at.max(-1)) < window

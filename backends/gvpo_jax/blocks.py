@@ -1,8 +1,8 @@
 """Attention of rows by a Pallas kernel for TPUs: no scores in memory, and no block of them without a visible pair.
 
-JAX's splash attention cannot express this mask: its segments must be equal, where here a token also sees its prompt's,
-and its results of several masks cannot be differentiated together. In all kernels keys lie along the first axis of a
-block and queries along the second, so that a query's maximum, sum and segment are rows of numbers.
+JAX's splash attention cannot express this mask: its segments must be equal, where here a token also sees those that
+its own continues, and its results of several masks cannot be differentiated together. In all kernels keys lie along the
+first axis of a block and queries along the second, so that a query's maximum, sum and segment are rows of numbers.
 """
 
 import math
@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import Mesh, PartitionSpec
 
-from gvpo_jax.block_pairs import FIRST, LAST, PARTS, REAL, WHOLE, blocks_of, kinds, pairs
+from gvpo_jax.block_pairs import FIRST, LAST, PADDING, REAL, WHOLE, blocks_of, kinds, pairs
 from gvpo_jax.mesh import BATCH, fitting, is_tpu, parts, tensor_axes
 
 NARROWEST = 256  # tokens of a row: below there is little to skip
@@ -57,6 +57,7 @@ def attend(
     v: Array,
     positions: Array,
     segments: Array,
+    last: Array,
     window: Array,
     *,
     scale: float,
@@ -67,7 +68,7 @@ def attend(
 
     Args:
       q: (B, T, heads, width); k, v: (B, T, key heads, width).
-      positions, segments: (B, T) int32; segments rise along a row, but for -1 at its end.
+      positions, segments, last: (B, T) int32, see `model.attention`; segments rise along a row, but for -1 at its end.
       window: () int32, tokens that a token sees back; read if `windowed`.
     Returns: (B, T, heads, width).
     """
@@ -81,7 +82,8 @@ def attend(
     kernel = Kernel(mesh, axes, block, scale, cap, windowed, not is_tpu(mesh))
     more = -length % block
     pad = lambda x, value=0: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)), constant_values=value)
-    out = _attend(kernel, pad(q), pad(k), pad(v), pad(segments, -1), pad(positions), window)
+    ends = (pad(jnp.where(segments < 0, PADDING, x), PADDING) for x in (segments, last))
+    out = _attend(kernel, pad(q), pad(k), pad(v), *ends, pad(positions), window)
     return out[:, :length]
 
 
@@ -102,8 +104,7 @@ def _scores(kernel: Kernel, q: Array, k: Array) -> Array:
 def _sees(kernel: Kernel, code: Array, window: Any, tokens: Any) -> Array:
     """(keys, queries) bool of a pair of blocks."""
     i, j = blocks_of(code)
-    mine, theirs = tokens["query_segments"][...], tokens["key_segments"][...]
-    sees = (theirs == mine) | (theirs == (mine & -PARTS))
+    sees = tokens["query_segments"][...] <= tokens["key_last"][...]
     shape = (kernel.block, kernel.block)
     order = lax.broadcasted_iota(jnp.int32, shape, 1) - lax.broadcasted_iota(jnp.int32, shape, 0)
     sees &= order >= (j - i) * kernel.block
@@ -268,30 +269,32 @@ def _call(
     return results
 
 
-def _tokens(kernel: Kernel, segments: Array, positions: Array) -> dict[str, Array]:
+def _tokens(kernel: Kernel, segments: Array, last: Array, positions: Array) -> dict[str, Array]:
     """What the mask is made of: of queries (B, 1, T), of keys (B, T, 1)."""
-    of = {"segments": segments} | ({"positions": positions} if kernel.windowed else {})
-    return {f"query_{name}": x[:, None] for name, x in of.items()} | {f"key_{n}": x[:, :, None] for n, x in of.items()}
+    of = {"query_segments": segments[:, None], "key_last": last[:, :, None]}
+    if kernel.windowed:
+        of |= {"query_positions": positions[:, None], "key_positions": positions[:, :, None]}
+    return of
 
 
 def _heads_first(x: Array) -> Array:
     return x.swapaxes(1, 2)
 
 
-def _blocks(kernel: Kernel, segments: Array, positions: Array, window: Array) -> Array:
-    return kinds(segments, positions, window if kernel.windowed else None, kernel.block)
+def _blocks(kernel: Kernel, segments: Array, last: Array, positions: Array, window: Array) -> Array:
+    return kinds(segments, last, positions, window if kernel.windowed else None, kernel.block)
 
 
 def _local_forward(
-    kernel: Kernel, q: Array, k: Array, v: Array, segments: Array, positions: Array, window: Array
+    kernel: Kernel, q: Array, k: Array, v: Array, segments: Array, last: Array, positions: Array, window: Array
 ) -> tuple[Array, Array]:
     q, k, v = map(_heads_first, (q, k, v))
     rows, heads, length, width = q.shape
     out = {"q": jax.ShapeDtypeStruct(q.shape, q.dtype)}
     out["normaliser"] = jax.ShapeDtypeStruct((rows, heads, 1, length), jnp.float32)
-    arrays = {"q": q, "k": k, "v": v} | _tokens(kernel, segments, positions)
+    arrays = {"q": q, "k": k, "v": v} | _tokens(kernel, segments, last, positions)
     scratch = [(1, kernel.block), (1, kernel.block), (width, kernel.block)]
-    of_blocks = _blocks(kernel, segments, positions, window)
+    of_blocks = _blocks(kernel, segments, last, positions, window)
     mixed, normaliser = _call(_forward_kernel, "gvpo_flash", kernel, of_blocks, window, arrays, out, scratch)
     return _heads_first(mixed), normaliser
 
@@ -302,6 +305,7 @@ def _local_backward(
     k: Array,
     v: Array,
     segments: Array,
+    last: Array,
     positions: Array,
     window: Array,
     mixed: Array,
@@ -311,8 +315,8 @@ def _local_backward(
     mean = _heads_first((mixed.astype(jnp.float32) * above.astype(jnp.float32)).sum(-1))[:, :, None]
     q, k, v, above = map(_heads_first, (q, k, v, above))
     arrays = {"q": q, "k": k, "v": v, "above": above, "normaliser": normaliser, "mean": mean}
-    arrays |= _tokens(kernel, segments, positions)
-    of_blocks, width = _blocks(kernel, segments, positions, window), q.shape[-1]
+    arrays |= _tokens(kernel, segments, last, positions)
+    of_blocks, width = _blocks(kernel, segments, last, positions, window), q.shape[-1]
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
     given = (kernel, of_blocks, window, arrays)
     (to_q,) = _call(_query_kernel, "gvpo_flash_queries", *given, {"q": like(q)}, [(width, kernel.block)])
@@ -339,18 +343,18 @@ def _sharded(kernel: Kernel, body: Any, given: str, results: str) -> Any:
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(kernel: Kernel, *given: Array) -> Array:
-    out: Array = _sharded(kernel, _local_forward, "hhhrr1", "hs")(*given)[0]
+    out: Array = _sharded(kernel, _local_forward, "hhhrrr1", "hs")(*given)[0]
     return out
 
 
 def _forward(kernel: Kernel, *given: Array) -> tuple[Array, tuple[Array, ...]]:
-    mixed, normaliser = _sharded(kernel, _local_forward, "hhhrr1", "hs")(*given)
+    mixed, normaliser = _sharded(kernel, _local_forward, "hhhrrr1", "hs")(*given)
     return mixed, (*given, mixed, normaliser)
 
 
 def _backward(kernel: Kernel, kept: tuple[Array, ...], above: Array) -> tuple[Array | None, ...]:
-    gradients = _sharded(kernel, _local_backward, "hhhrr1hsh", "hhh")(*kept, above)
-    return (*gradients, None, None, None)
+    gradients = _sharded(kernel, _local_backward, "hhhrrr1hsh", "hhh")(*kept, above)
+    return (*gradients, None, None, None, None)
 
 
 _attend.defvjp(_forward, _backward)

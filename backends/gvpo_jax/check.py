@@ -62,9 +62,11 @@ def in_blocks(scorer: Scorer, parameters: Parameters, adapters: Parameters) -> b
         return tuple(draw.integers(0, spec.vocabulary, n).tolist())
 
     prompts, lengths = (drawn(150), drawn(20)), ((140, 70, 200), (60, 5))  # over several blocks of one row
+    responses = [drawn(n) for own in lengths for n in own]
+    responses[1] = responses[2][:40] + responses[1][40:]
     batch = Batch(
         [prompt for prompt, own in zip(prompts, lengths, strict=True) for _ in own],
-        [drawn(n) for own in lengths for n in own],
+        responses,
         [group for group, own in enumerate(lengths) for _ in own],
     )
     planned = layout.plan_rows(batch, packed=True, tokens=BLOCKS_CHECKED)

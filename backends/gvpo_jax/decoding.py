@@ -49,7 +49,7 @@ def prefill(
     """
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     one_segment = jnp.zeros_like(positions)
-    x, kept = through_layers(setup, parameters, adapters, ids, positions, one_segment, keep=True)
+    x, kept = through_layers(setup, parameters, adapters, ids, positions, one_segment, one_segment, keep=True)
     return kept, after_last(setup, parameters, x, lengths)
 
 

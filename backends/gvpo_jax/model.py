@@ -15,7 +15,6 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gvpo_jax import blocks
-from gvpo_jax.block_pairs import PARTS
 from gvpo_jax.experts import mixture
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES, capped, product, token_logprobs
 from gvpo_jax.mesh import BATCH, fitting, tensor_axes
@@ -81,9 +80,9 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
     """(B, P) float32 log-probability of each row's predicted tokens.
 
     Args:
-      rows: ids, positions, segments (B, T), predict, targets (B, P), int32; see `rows.Rows`.
+      rows: ids, positions, segments, last (B, T), predict, targets (B, P), int32; see `rows.Rows`.
     """
-    states = hidden_states(setup, parameters, adapters, rows["ids"], rows["positions"], rows["segments"])
+    states = hidden_states(setup, parameters, adapters, *(rows[n] for n in ("ids", "positions", "segments", "last")))
     chosen = jnp.take_along_axis(states, rows["predict"][..., None], axis=1)
     head = head_weight(setup, parameters)
     a_device = CHUNK_BYTES.get(setup.mesh.devices.flat[0].platform, DEVICE_CHUNK_BYTES)
@@ -117,10 +116,16 @@ def after_last(setup: Setup, parameters: Parameters, x: Array, lengths: Array) -
 
 
 def hidden_states(
-    setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, positions: Array, segments: Array
+    setup: Setup,
+    parameters: Parameters,
+    adapters: Parameters,
+    ids: Array,
+    positions: Array,
+    segments: Array,
+    last: Array,
 ) -> Array:
-    """(B, T, H) after the last norm, in the compute dtype. A token sees its own and its prompt's segment (`PARTS`)."""
-    x, _ = through_layers(setup, parameters, adapters, ids, positions, segments, keep=False)
+    """(B, T, H) after the last norm, in the compute dtype; see `attention`."""
+    x, _ = through_layers(setup, parameters, adapters, ids, positions, segments, last, keep=False)
     return norm(setup, x, parameters[NORM])
 
 
@@ -131,6 +136,7 @@ def through_layers(
     ids: Array,
     positions: Array,
     segments: Array,
+    last: Array,
     *,
     keep: bool,
 ) -> tuple[Array, list[tuple[Array, Array] | None]]:
@@ -156,7 +162,7 @@ def through_layers(
 
             def attend(q: Array, k: Array | None, v: Array | None) -> Array:
                 keys, values = (k, v) if lent is None else (lent[0][0], lent[1][0])
-                return attention(setup, q, keys, values, positions, segments, scanned["window"])
+                return attention(setup, q, keys, values, positions, segments, last, scanned["window"])
 
             x, k, v = block(
                 setup, stack.layer, weights, x, tables.of(stack.layer, scanned), attend, scanned.get("inputs")
@@ -337,14 +343,16 @@ def _wide(x: Array) -> Array:
     return x.astype(jnp.float32)
 
 
-def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, window: Array) -> Array:
+def attention(
+    setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, last: Array, window: Array
+) -> Array:
     """Attention by the kernels of `blocks`, or in blocks of queries whose scores are computed again in the backward
-    pass. A token sees its own and its prompt's segment up to itself, and `window` tokens back."""
+    pass. A token is seen from itself on, in segments up to its `last` one, from less than `window` positions away."""
     rows, length = segments.shape
     if setup.in_blocks and blocks.fits(setup.mesh, rows, length):
         spec = setup.spec
         options = {"scale": spec.attention_scale, "cap": spec.attention_cap, "windowed": min(spec.windows) < length}
-        return blocks.attend(setup.mesh, q, k, v, positions, segments, window, **options)  # type: ignore[arg-type]
+        return blocks.attend(setup.mesh, q, k, v, positions, segments, last, window, **options)  # type: ignore[arg-type]
     shards = math.prod(setup.mesh.shape[axis] for axis in BATCH)
     a_query = max(1, rows // shards) * q.shape[2] * length * 4
     size = max(16, min(length, ATTENTION_BYTES // a_query))
@@ -355,8 +363,7 @@ def attention(setup: Setup, q: Array, k: Array, v: Array, positions: Array, segm
     @jax.checkpoint
     def one(start: Array) -> Array:
         cut = lambda x: lax.dynamic_slice_in_dim(x, start, size, 1)
-        mine, at = cut(segments)[:, :, None], cut(positions)[:, :, None]
-        sees = (mine == segments[:, None, :]) | (mine & -PARTS == segments[:, None, :])
+        sees, at = cut(segments)[:, :, None] <= last[:, None, :], cut(positions)[:, :, None]
         sees &= order[None, None, :] <= (start + jnp.arange(size))[None, :, None]
         sees &= at - positions[:, None, :] < window
         return weighted(setup.spec, cut(q), [(k, v, sees)])

@@ -11,7 +11,6 @@ from jax.sharding import Mesh
 from gvpo_core.training.policy import Batch, layout
 from gvpo_jax import mesh as meshes
 from gvpo_jax import ranks
-from gvpo_jax.block_pairs import PARTS
 
 SMALLEST = 32  # tokens of a row at least
 SPREAD = 8  # predicted tokens of a row are padded to a multiple of this part of it
@@ -61,7 +60,7 @@ class ShardSplitting(layout.Splitting):
 class Rows:
     """One micro-batch as padded arrays: few different shapes, so that a run compiles few programs."""
 
-    arrays: dict[str, np.ndarray]  # ids, positions, segments (B, T), predict, targets (B, P), int32
+    arrays: dict[str, np.ndarray]  # ids, positions, segments, last (B, T), predict, targets (B, P), int32
     source: layout.Arrays | None  # None: rows that only keep step with other processes
     places: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.int64),) * 2)  # (n,) row and slot of targets
 
@@ -228,18 +227,19 @@ def lay(arrays: layout.Arrays | None, rows: Sequence[layout.Row], places: Sequen
     """The rows at their places in arrays of a shape; what pads them predicts nothing and is seen by itself alone."""
     b, t, p = shape
     laid = {name: np.zeros((b, t), np.int32) for name in ("ids", "positions")}
-    laid["segments"] = np.full((b, t), -1, np.int32)
+    laid |= {name: np.full((b, t), -1, np.int32) for name in ("segments", "last")}
     laid |= {name: np.zeros((b, p), np.int32) for name in ("predict", "targets")}
     laid["positions"][:] = np.arange(t)
     if arrays is None:
         return Rows(laid, None)
-    before = np.zeros(b, np.int64)  # rows that lie in each of the device's so far
+    before = np.zeros(b, np.int64)  # segments that lie in each of the device's rows so far
     for number, (row, (at, start)) in enumerate(zip(rows, places, strict=True)):
         here = (at, slice(start, start + row.length))
         laid["ids"][here] = arrays.ids[number, : row.length]
         laid["positions"][here] = arrays.positions[number, : row.length]
-        laid["segments"][here] = arrays.segments[number, : row.length] + before[at] * PARTS
-        before[at] += 1
+        laid["segments"][here] = arrays.segments[number, : row.length] + before[at]
+        laid["last"][here] = arrays.last[number, : row.length] + before[at]
+        before[at] += arrays.last[number, 0] + 1
     width = arrays.ids.shape[1]
     owner, starts = (np.asarray(column, np.int64)[arrays.predict // width] for column in zip(*places, strict=True))
     order = np.argsort(owner, kind="stable")

@@ -19,9 +19,8 @@ def padded(arrays: Arrays, budget: int) -> Arrays:
     b, t = arrays.ids.shape
     width = max(t, min(bucket(t), budget // b))
     count = bucket(len(arrays.targets))
-    ids, segments = (
-        np.pad(a, ((0, 0), (0, width - t)), constant_values=v) for a, v in ((arrays.ids, 0), (arrays.segments, -1))
-    )
+    pad = lambda x, value: np.pad(x, ((0, 0), (0, width - t)), constant_values=value)
+    ids, segments, last = pad(arrays.ids, 0), pad(arrays.segments, -1), pad(arrays.last, -1)
     added = np.arange(1, width - t + 1) + arrays.positions[:, -1:]
     positions = np.concatenate([arrays.positions, added], axis=1)
     row, place = arrays.predict // t, arrays.predict % t
@@ -29,4 +28,4 @@ def padded(arrays: Arrays, budget: int) -> Arrays:
     predict[: len(arrays.predict)] = row * width + place
     targets = np.zeros(count, dtype=np.int64)
     targets[: len(arrays.targets)] = arrays.targets
-    return Arrays(ids, positions, segments, predict, targets, arrays.responses, arrays.lengths)
+    return Arrays(ids, positions, segments, last, predict, targets, arrays.responses, arrays.lengths)

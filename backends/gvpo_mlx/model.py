@@ -83,6 +83,7 @@ class Scorer:
         ids: mx.array,
         positions: mx.array,
         segments: mx.array,
+        last: mx.array,
         predict: mx.array,
         targets: mx.array,
         packed: bool,
@@ -90,7 +91,7 @@ class Scorer:
         """(n,) float32 log-probability of each target under parameters `values`; arrays as in `layout.Arrays`."""
         wide = values[self.names.index(name)] if (name := self._head_name()) in self.names else None
         with self.using(values):
-            cache = [Packed(positions, segments)] * len(self.lm.layers) if packed else None
+            cache = [Packed(positions, segments, last)] * len(self.lm.layers) if packed else None
             hidden = self.decoder(ids, cache=cache)
             hidden = hidden.reshape(-1, hidden.shape[-1])[predict]
             return self._token_logprobs(hidden, targets, wide)
@@ -241,5 +242,5 @@ def _recompute(layer: nn.Module) -> None:
 
 def inputs(arrays: layout.Arrays) -> dict[str, mx.array]:
     """The arrays of a micro-batch on MLX's device."""
-    names = ("ids", "positions", "segments", "predict", "targets")
+    names = ("ids", "positions", "segments", "last", "predict", "targets")
     return {name: mx.array(getattr(arrays, name).astype(np.int32)) for name in names}

@@ -11,12 +11,12 @@ import mlx.nn as nn
 
 
 class Packed:
-    """In the place of a layer's cache: rows of a prompt and its responses, each response blind to the others."""
+    """In the place of a layer's cache: rows of a prompt and its responses, each token blind to other responses'."""
 
-    def __init__(self, positions: mx.array, segments: mx.array) -> None:
-        """positions, segments: (B, T) integers, as `layout.Arrays` has them."""
+    def __init__(self, positions: mx.array, segments: mx.array, last: mx.array) -> None:
+        """positions, segments, last: (B, T) integers, as `layout.Arrays` has them."""
         self.offset = positions
-        visible = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+        visible = segments[:, :, None] <= last[:, None, :]
         place = mx.arange(segments.shape[1])
         # Padding sees itself: a row of the mask that is all False gives NaN.
         self.mask = (visible & (place[:, None] >= place[None]))[:, None]

@@ -1,7 +1,7 @@
 """Attention of packed rows by blocks of 128 x 128 tokens, without a T x T mask: FlexAttention.
 
 A block without a visible pair is skipped, one in which all pairs are visible needs no mask. The host tells them apart
-by where each response begins.
+by which tokens of a block are seen the farthest.
 """
 
 import functools
@@ -28,28 +28,33 @@ def fits(base: Any) -> bool:
     return bool(able and base.config._attn_implementation in ("sdpa", ATTENTION))
 
 
-def kinds(segments: np.ndarray) -> np.ndarray:
+def kinds(segments: np.ndarray, last: np.ndarray) -> np.ndarray:
     """(B, n, n) int8 of blocks (query, key): 0 nothing is visible, 1 some pairs are, 2 all are.
 
     Args:
-      segments: (B, T), as `layout.Arrays` has them: 0 the prompt, then 1.. its responses, then -1 padding.
+      segments, last: (B, T), as `layout.Arrays` has them.
     """
+    segments, last = _above(segments, last)
     rows, width = segments.shape
     n = -(-width // BLOCK)
-    order = np.where(segments < 0, segments.max() + 1, segments)  # padding sees itself
-    padded = np.pad(order, ((0, 0), (0, n * BLOCK - width)), mode="edge").reshape(rows, n, BLOCK)
-    first, last = padded[:, :, 0], padded[:, :, -1]  # segments only rise
+    cut = lambda x: np.pad(x, ((0, 0), (0, n * BLOCK - width)), mode="edge").reshape(rows, n, BLOCK)
+    number, end = cut(segments), cut(last)  # segments only rise
     query, key = np.arange(n)[:, None], np.arange(n)
-    visible = (key <= query) & ((first == 0)[:, None, :] | (last[:, None, :] >= first[:, :, None]))
-    one = first == last
-    alone = (last == 0)[:, None, :] | (one[:, None, :] & one[:, :, None] & (first[:, None, :] == first[:, :, None]))
-    kinds_of_blocks: np.ndarray = visible.astype(np.int8) + (visible & (key < query) & alone)
+    visible = (key <= query) & (number[:, :, None, 0] <= end.max(-1)[:, None])
+    whole = (key < query) & (number[:, :, None, -1] <= end.min(-1)[:, None])
+    kinds_of_blocks: np.ndarray = visible.astype(np.int8) + whole
     return kinds_of_blocks
 
 
-def mask(segments: np.ndarray, device: torch.device) -> BlockMask:
-    """What each token of packed rows sees: the prompt and its own response, up to itself."""
-    kinds_of_blocks, width = kinds(segments), segments.shape[1]
+def _above(segments: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The same with padding as the last segment, which sees itself alone."""
+    return np.where(segments < 0, segments.max() + 1, segments), np.where(segments < 0, segments.max() + 1, last)
+
+
+def mask(segments: np.ndarray, last: np.ndarray, device: torch.device) -> BlockMask:
+    """What each token of packed rows sees, of (B, T) as `layout.Arrays` has them; padding sees itself."""
+    segments, last = _above(segments, last)
+    kinds_of_blocks, width = kinds(segments, last), segments.shape[1]
 
     def listed(kind: int) -> tuple[Tensor, Tensor]:
         chosen = kinds_of_blocks == kind
@@ -57,10 +62,10 @@ def mask(segments: np.ndarray, device: torch.device) -> BlockMask:
         indices = np.argsort(~chosen, axis=-1, kind="stable").astype(np.int32)[:, None]
         return tuple(torch.from_numpy(x).to(device, non_blocking=True) for x in (counts, indices))  # type: ignore[return-value]
 
-    on = torch.from_numpy(segments).to(device, non_blocking=True)
+    number, end = (torch.from_numpy(x).to(device, non_blocking=True) for x in (segments, last))
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (k <= q) & ((on[b, q] == on[b, k]) | (on[b, k] == 0))
+        return (k <= q) & (number[b, q] <= end[b, k])
 
     return BlockMask.from_kv_blocks(*listed(1), *listed(2), BLOCK, sees, (width, width))
 

@@ -169,10 +169,10 @@ def in_blocks(scorer: Scorer, device: torch.device) -> bool:
     if not blocks.fits(scorer.base):
         return _take_dense_mask(scorer, "its attention cannot be replaced")
     draw = np.random.default_rng(1)
-    lengths = (140, 70, 200)  # three responses after a prompt over more than one block of 128 tokens
-    ids = draw.integers(0, scorer.base.get_output_embeddings().weight.shape[0], 150 + max(lengths)).tolist()
-    prompt = tuple(ids[:150])
-    batch = Batch([prompt] * 3, [tuple(ids[150 : 150 + n]) for n in lengths], [0] * 3)
+    vocabulary = scorer.base.get_output_embeddings().weight.shape[0]
+    prompt, beginning, *others = (tuple(draw.integers(0, vocabulary, n).tolist()) for n in (150, 60, 140, 10, 140))
+    # Three responses, two with a beginning in common, after a prompt over more than one block of 128 tokens.
+    batch = Batch([prompt] * 3, [others[0], beginning + others[1], beginning + others[2]], [0] * 3)
     arrays = layout.arrays(batch, layout.plan_rows(batch, packed=True, tokens=1 << 30))
     reason = ""
 

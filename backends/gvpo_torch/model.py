@@ -92,6 +92,7 @@ class Scorer(nn.Module):
         positions: Tensor,
         *,
         segments: np.ndarray | None = None,
+        last: np.ndarray | None = None,
         predict: Tensor | None = None,
         targets: Tensor | None = None,
         mask: Tensor | None = None,
@@ -101,8 +102,8 @@ class Scorer(nn.Module):
 
         Args:
           ids, positions: (B, T) int64.
-          segments: (B, T) int64 on the host, as `layout.Arrays` has them: what a token sees is decided there, without
-            a wait for the device; with `predict` and `targets`, both (n,) int64.
+          segments, last: (B, T) int64 on the host, as `layout.Arrays` has them: what a token sees is decided there,
+            without a wait for the device; with `predict` and `targets`, both (n,) int64.
           mask: (B, S) bool over the cache and `ids`; with `cache`, transformers' cache, which is extended.
         Returns: (n,) float32 log-probability of each target, or (B, V) float32 logits after the last token.
         """
@@ -118,13 +119,17 @@ class Scorer(nn.Module):
                     **{self.cache_argument: cache},
                 ).last_hidden_state[:, -1]
             return self._logits(hidden)
-        assert segments is not None and predict is not None
+        assert segments is not None and last is not None and predict is not None
         width = ids.shape[1]
         if self.rope is not None:  # a response's last token is no input, and counts in the length of its sequence
-            ids, segments = F.pad(ids, (0, 1)), np.pad(segments, ((0, 0), (0, 1)), constant_values=-1)
+            ids = F.pad(ids, (0, 1))
+            segments, last = (np.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (segments, last))
             positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
         hidden = self.decoder(
-            input_ids=ids, position_ids=positions, attention_mask=self._sees(segments, ids.device), use_cache=False
+            input_ids=ids,
+            position_ids=positions,
+            attention_mask=self._sees(segments, last, ids.device),
+            use_cache=False,
         ).last_hidden_state[:, :width]
         hidden = hidden.flatten(0, 1).index_select(0, predict)
         head = self.base.get_output_embeddings()
@@ -132,13 +137,13 @@ class Scorer(nn.Module):
             hidden = hidden.to(self.dtype)
         return token_logprobs(hidden, head.weight, targets, bias=head.bias, **self.head_options)
 
-    def _sees(self, segments: np.ndarray, device: torch.device) -> Any:
+    def _sees(self, segments: np.ndarray, last: np.ndarray, device: torch.device) -> Any:
         """What each token sees: None for plain rows, whose padding comes after all that counts; for packed rows blocks
         or a dense mask."""
         if int(segments.max()) > 1:
             if self.in_blocks and segments.shape[1] > blocks.NARROWEST:
-                return blocks.mask(segments, device)
-            return _attention(torch.from_numpy(segments).to(device))
+                return blocks.mask(segments, last, device)
+            return _attention(*(torch.from_numpy(x).to(device) for x in (segments, last)))
         real = segments >= 0
         return torch.from_numpy(real).to(device) if self.masks_padding and not real.all() else None
 
@@ -146,9 +151,9 @@ class Scorer(nn.Module):
         return logits_of(self.base.get_output_embeddings()(hidden), **self.head_options)
 
 
-def _attention(segments: Tensor) -> Tensor:
+def _attention(segments: Tensor, last: Tensor) -> Tensor:
     """(B, 1, T, T) bool, what each token of packed rows sees, of (B, T) int64."""
-    sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
+    sees = segments[:, :, None] <= last[:, None, :]
     return sees.tril_()[:, None]  # padding sees itself: a row of the mask that is all False gives NaN
 
 
@@ -158,7 +163,7 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
         name: torch.from_numpy(getattr(arrays, name)).to(device, non_blocking=True)
         for name in ("ids", "positions", "predict", "targets")
     }
-    return scorer(**on, segments=arrays.segments)
+    return scorer(**on, segments=arrays.segments, last=arrays.last)
 
 
 def load_scorer(

@@ -1,13 +1,14 @@
 """How much of what JAX computes in an update is padding, and how many programs a run compiles for it.
 
-Planned for J3's batches as one of four processes of 4 chips plans them; nothing is computed.
+Planned for J3's batches and for episodes, as one of four processes of 4 chips plans them; nothing is computed.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from gvpo_jax import mesh, rows
 
+from benchmarks.scale import episodes
 from benchmarks.scale.jobs import JOBS
 from benchmarks.scale.table import Count
 from gvpo_core.training.policy import Batch
@@ -23,19 +24,32 @@ def ragged(step: int) -> Batch:
     given = [(1,) * int(n) for n in draw.integers(JOB.prompt // 4, JOB.prompt + 1, prompts)]
     lengths = np.exp(draw.normal(np.log(0.3 * JOB.response), 0.7, prompts * JOB.responses)).astype(int) + 1
     groups = [i // JOB.responses for i in range(prompts * JOB.responses)]
-    return Batch([given[g] for g in groups], [(1,) * min(int(n), JOB.response) for n in lengths], groups)
+    responses = [(i, *(1,) * (min(int(n), JOB.response) - 1)) for i, n in enumerate(lengths)]
+    return Batch([given[g] for g in groups], responses, groups)
 
 
 def counts() -> Iterator[Count]:
     mesh.batch_shards = lambda over: SHARDS  # type: ignore[assignment]
+    worst, shapes = planned(ragged(step) for step in range(STEPS))
+    yield Count("computed tokens over real ones in an update", "J3, 4 processes", "", 3.37, worst, 1.3)
+    yield Count("programs `accumulate` after 15 steps", "J3, 4 processes", "", 96, shapes, 12)
+    on = "groups of " + episodes.ON % 4 + " or up to three times that"
+    of_steps = [episodes.segments(4, 16 + step % 3, 3) for step in range(STEPS)]
+    least = [episodes.needed(of_rows) for of_rows, _ in of_steps]
+    alone, _ = planned((of_rows for of_rows, _ in of_steps), least)
+    worst, shapes = planned((shared for _, shared in of_steps), least)
+    yield Count("computed tokens over different ones in an update", on, "", alone, worst, 1.5)
+    yield Count("programs `accumulate` after 15 steps", on, "", None, shapes, 12)
+
+
+def planned(batches: Iterable[Batch], tokens: Sequence[int] = ()) -> tuple[float, int]:
+    """Computed over real tokens (default: those of the rows) in the worst step, and the shapes in all."""
     splitting = rows.ShardSplitting(True, BUDGET, 0, JOB.model.hidden, None, SHARDS)
     worst, shapes = 0.0, set()
-    for step in range(STEPS):
-        batch = ragged(step)
+    for step, batch in enumerate(batches):
         units = splitting.rows(batch)
-        planned = rows.plan(batch, units, splitting, None)  # type: ignore[arg-type]
-        real = sum(row.length for (row,) in units)
-        worst = max(worst, sum(p.arrays["ids"].size for p in planned) / real)
-        shapes |= {p.shape for p in planned}
-    yield Count("computed tokens over real ones in an update", "J3, 4 processes", "", 3.37, worst, 1.3)
-    yield Count("programs `accumulate` after 15 steps", "J3, 4 processes", "", 96, len(shapes), 12)
+        micro = rows.plan(batch, units, splitting, None)  # type: ignore[arg-type]
+        real = tokens[step] if tokens else sum(row.length for (row,) in units)
+        worst = max(worst, sum(p.arrays["ids"].size for p in micro) / real)
+        shapes |= {p.shape for p in micro}
+    return worst, len(shapes)

@@ -123,7 +123,7 @@ def planned() -> tuple[float, int]:
         prompts = [(1,) * int(n) for n in draw.integers(JOB.prompt // 4, JOB.prompt + 1, JOB.prompts)]
         lengths = np.exp(draw.normal(np.log(0.3 * JOB.response), 0.7, JOB.prompts * JOB.responses)).astype(int) + 1
         groups = [i // JOB.responses for i in range(len(lengths))]
-        responses = [(1,) * min(int(n), JOB.response) for n in lengths]
+        responses = [(i, *(1,) * (min(int(n), JOB.response) - 1)) for i, n in enumerate(lengths)]
         batch = Batch([prompts[g] for g in groups], responses, groups)
         splitting = layout.Splitting(True, BUDGET, 0, JOB.model.hidden, None)
         real = computed = 0

@@ -63,7 +63,7 @@ def counts() -> Iterator[Count]:
         ids, home = np.arange(GROUPS * K) // K, np.arange(GROUPS * K) * RANKS // (GROUPS * K)
         batch = Batch(
             [(int(g),) + (0,) * (int(n) - 1) for g, n in zip(ids, prompts, strict=True)],
-            [(0,) * int(n) for n in lengths],
+            [(i, *(0,) * (int(n) - 1)) for i, n in enumerate(lengths)],
             ids.tolist(),
         )
         scored = np.ones(GROUPS * K, bool)

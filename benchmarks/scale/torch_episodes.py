@@ -1,4 +1,4 @@
-"""Tokens of prompts that the turns of episodes compute: from the start each time, and from kept keys and values."""
+"""Tokens that episodes compute: in an update, and of prompts between turns, from the start and from what is kept."""
 
 import sys
 import tempfile
@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from gvpo_torch import generate, load
 
+from benchmarks.scale import episodes
 from benchmarks.scale.table import Count
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch, Segment, layout
+from gvpo_core.training.policy import layout
 from gvpo_core.training.policy.prefixes import Prefixes
-from gvpo_core.training.policy.segments import sharing_beginnings
 from gvpo_core.training.sampling import Sampling
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
@@ -26,9 +26,14 @@ ENDS = [0, *range(80, 96)]  # so many ids end a turn that a random model ends it
 
 
 def counts() -> Iterator[Count]:
-    apart, shared = packed()
-    on = f"{K} episodes of 4 turns, prompt 400, thought 100, answer 20, heard 40"
-    yield Count("tokens of an update an episode whose thoughts are dropped", on, "", apart, shared, 900)
+    what = "tokens of an update an episode whose thoughts are dropped"
+    for turns in (4, 20):
+        alone, shared = (
+            sum(row.length for row in layout.plan_rows(rows, packed=True, tokens=1 << 30)) / episodes.K
+            for rows in episodes.segments(turns)
+        )
+        least = episodes.needed(episodes.segments(turns)[0]) / episodes.K
+        yield Count(what, episodes.ON % turns, "", alone, shared, float(np.ceil(least)))
     with tempfile.TemporaryDirectory() as name:
         folder = tiny_models.make_model("llama", Path(name) / "model", max_position_embeddings=2048)
         policy = load(
@@ -39,25 +44,8 @@ def counts() -> Iterator[Count]:
             again, drawn = computed(policy, None, fixed)
             kept, same = computed(policy, Prefixes(1 << 30), fixed)
             assert drawn == same, "the samples differ"
-            episodes = PROMPTS * K
-            yield Count(f"tokens of prompts computed an episode{where}", on, "", again / episodes, kept / episodes, 90)
-
-
-def packed() -> tuple[float, float]:
-    """Tokens of packed rows an episode of four segments: each segment alone, and the group's prompt shared."""
-    draw = np.random.default_rng(1)
-    ids = lambda count: tuple(draw.integers(1, 80, count).tolist())
-    prompt, responses, later = ids(400), [], []
-    for _ in range(K):
-        seen, segments = prompt, []
-        for _ in range(4):
-            segments.append(Segment(seen, ids(100 + 20)))  # a thought, which the template drops, and an answer
-            seen = (*seen, *ids(20 + 40))  # the answer, and what was heard
-        responses.append(segments[0].response)
-        later.append(tuple(segments[1:]))
-    rows, _ = Batch([prompt] * K, responses, [0] * K, later=later).by_segment()
-    plan = lambda of: sum(row.length for row in layout.plan_rows(of, packed=True, tokens=1 << 30)) / K
-    return plan(rows), plan(sharing_beginnings(rows, K))
+            played = PROMPTS * K
+            yield Count(f"tokens of prompts computed an episode{where}", on, "", again / played, kept / played, 90)
 
 
 def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, list[Any]]:

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.scale.jobs import QWEN_1_5B
 from benchmarks.scale.table import Count
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, layout
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "conformance" / "support"))
 import tiny_models
@@ -55,7 +55,7 @@ class Passes:
         pairs = float(arrays.ids.size * arrays.ids.shape[1])
         if self.in_blocks:
             before, blocks.BLOCK = blocks.BLOCK, blocks.BLOCK // SCALE
-            pairs = float((blocks.kinds(arrays.segments) > 0).sum() * blocks.BLOCK**2)
+            pairs = float((blocks.kinds(arrays.segments, arrays.last) > 0).sum() * blocks.BLOCK**2)
             blocks.BLOCK = before
         trains = torch.is_grad_enabled()
         recomputed = trains and any(layer.training for layer in self.policy.scorer.decoder.layers)
@@ -149,6 +149,7 @@ def counts() -> Iterator[Count]:
             yield Count(what, "J1 / 16, full lengths", "", BEFORE[key], float(split + again), 1.36 if always else 1.30)
             yield Count(f"{what}, without recomputation", "J1 / 16, full lengths", "", None, float(split), 1.10)
     for name, (prompt, response, k), bound in (("J1", (512, 2048, 8), 0.105), ("J2", (1024, 4096, 16), 0.05)):
-        segments = np.concatenate([np.zeros(prompt, int), *(np.full(response - 1, i + 1) for i in range(k))])[None]
-        visited = float((blocks.kinds(segments) > 0).mean())
+        of = Batch([(0,) * prompt] * k, [(i, *(0,) * (response - 1)) for i in range(k)], [0] * k)
+        arrays = layout.arrays(of, layout.plan_rows(of, packed=True, tokens=1 << 30))
+        visited = float((blocks.kinds(arrays.segments, arrays.last) > 0).mean())
         yield Count("blocks of attention visited by a packed row, of all", name, "", 1.0, visited, bound)

@@ -23,7 +23,14 @@ def gradient(folder: Path, dtype: str) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(0)
     whole = lambda: draw.integers(0, tiny_models.VOCABULARY, (ROWS, TOKENS), dtype=np.int32)
     order = np.broadcast_to(np.arange(TOKENS, dtype=np.int32), (ROWS, TOKENS))
-    rows = {"ids": whole(), "targets": whole(), "predict": order, "positions": order, "segments": 0 * order}
+    rows = {
+        "ids": whole(),
+        "targets": whole(),
+        "predict": order,
+        "positions": order,
+        "segments": 0 * order,
+        "last": 0 * order,
+    }
     rows = mesh.put_all({name: np.ascontiguousarray(a) for name, a in rows.items()}, of.mesh)
     factors = mesh.put(draw.uniform(-1, 2, (ROWS, TOKENS)).astype(np.float32), of.mesh)
     learner = of.learner

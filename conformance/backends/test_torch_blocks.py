@@ -8,6 +8,7 @@ import tiny_models
 from batches import batch
 from required import require
 from torch_policies import policy
+from trees import branches, visible
 
 require(subject="torch")
 import block_kernel
@@ -19,10 +20,12 @@ from gvpo_core.training.policy import Batch
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")  # as it is on CPU
 
 
-def row(prompt: int, responses: list[int], padding: int = 0) -> np.ndarray:
-    """(T,) segments."""
-    parts = [np.full(length - 1, i) for i, length in enumerate(responses, 1)]
-    return np.concatenate([np.zeros(prompt, int), *parts, np.full(padding, -1)])
+Of = tuple[np.ndarray, np.ndarray]  # (T,) segments and last
+
+
+def row(prompt: int, responses: list[int], padding: int = 0) -> Of:
+    """Of responses that share nothing after their prompt."""
+    return branches(prompt, [(0, length - 1) for length in responses], padding)
 
 
 ROWS = {
@@ -31,21 +34,27 @@ ROWS = {
     "edges of blocks": [row(128, [129, 129, 257]), row(256, [257], 128)],
     "a long prompt": [row(700, [2, 1, 9])],
     "no padding": [row(511, [2, 130, 1])],
+    "common beginnings": [
+        branches(40, [(0, 300), (200, 150), (250, 10), (0, 20), (3, 260)], 30),
+        branches(128, [(0, 256), (128, 128), (256, 128)]),
+    ],
+    "a chain with leaves": [branches(100, [(0, 60), *[(60 * i, 60 * j) for i in range(1, 5) for j in (3, 1)]], 5)],
 }
 
 
-def visible(segments: np.ndarray) -> np.ndarray:
-    """(B, T, T) bool, pair by pair."""
-    sees = (segments[:, :, None] == segments[:, None, :]) | (segments[:, None, :] == 0)
-    return np.tril(sees)
+def stacked(name: str) -> Of:
+    """(B, T) each, padded to the longest row."""
+    longest = max(len(segments) for segments, _ in ROWS[name])
+    pad = lambda x: np.pad(x, (0, longest - len(x)), constant_values=-1)
+    segments, last = zip(*ROWS[name], strict=True)
+    return np.stack([*map(pad, segments)]), np.stack([*map(pad, last)])
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_blocks_are_those_with_visible_pairs(name) -> None:
-    longest = max(map(len, ROWS[name]))
-    segments = np.stack([np.pad(r, (0, longest - len(r)), constant_values=-1) for r in ROWS[name]])
-    found, pairs = blocks.kinds(segments), visible(segments)
-    n = blocks.BLOCK
+    segments, last = stacked(name)
+    longest, n = segments.shape[1], blocks.BLOCK
+    found, pairs = blocks.kinds(segments, last), np.stack([*map(visible, segments, last)])
     for b in range(len(segments)):
         for i in range(found.shape[1]):
             for j in range(found.shape[2]):
@@ -59,7 +68,15 @@ def test_blocks_are_those_with_visible_pairs(name) -> None:
 def test_visited_blocks_of_the_jobs() -> None:
     """J1 and J2 of docs/scaling.md, every response at its full length."""
     for prompt, response, k, bound in ((512, 2048, 8, 0.105), (1024, 4096, 16, 0.05)):
-        assert 0.9 * bound < (blocks.kinds(row(prompt, [response] * k)[None]) > 0).mean() <= bound
+        segments, last = row(prompt, [response] * k)
+        assert 0.9 * bound < (blocks.kinds(segments[None], last[None]) > 0).mean() <= bound
+
+
+def test_a_branch_is_not_visited_by_its_siblings() -> None:
+    """8 leaves of 512 tokens after 512 that they share: each block of a leaf sees four of those and its own."""
+    segments, last = branches(512, [(0, 1024), *[(512, 512)] * 7])
+    visited = (blocks.kinds(segments[None], last[None]) > 0)[0].sum(1)
+    assert visited.tolist() == [*range(1, 9), *range(9, 13), *[9, 10, 11, 12] * 7]
 
 
 def long_batch() -> Batch:
@@ -68,6 +85,7 @@ def long_batch() -> Batch:
     tokens = lambda n: tuple(draw.integers(0, tiny_models.VOCABULARY, n).tolist())
     prompts = [tokens(150), tokens(20)]
     responses = [tokens(n) for n in (140, 1, 90, 33, 60)]
+    responses[2], responses[4] = responses[0][:70] + responses[2], responses[3] + responses[4]
     return Batch([prompts[0]] * 3 + [prompts[1]] * 2, responses, [0, 0, 0, 1, 1])
 
 
@@ -144,7 +162,7 @@ def test_gradients_are_compared_at_load(spoiled, kind, tmp_path, monkeypatch, ca
 
 
 def test_windows_and_sinks_are_not_computed_by_blocks() -> None:
-    of = blocks.mask(row(3, [5, 4])[None], torch.device("cpu"))
+    of = blocks.mask(*stacked("one block"), torch.device("cpu"))
     q = torch.zeros(1, 2, 10, 4)
     for options in ({"sliding_window": 4}, {"s_aux": torch.zeros(2)}):
         with pytest.raises(NotImplementedError, match="a window or sinks"):
@@ -154,10 +172,11 @@ def test_windows_and_sinks_are_not_computed_by_blocks() -> None:
 def test_a_soft_cap_is_applied() -> None:
     draw = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, 2, 10, 4, generator=draw) for _ in range(3))
-    segments = row(3, [5, 4])[None]
-    found, _ = blocks._attention(torch.nn.Module(), q, k, v, blocks.mask(segments, q.device), softcap=0.7, scaling=1.0)
+    segments, last = stacked("one block")
+    of = blocks.mask(segments, last, q.device)
+    found, _ = blocks._attention(torch.nn.Module(), q, k, v, of, softcap=0.7, scaling=1.0)
     scores = 0.7 * torch.tanh(q @ k.transpose(2, 3) / 0.7)
-    scores = scores.masked_fill(~torch.from_numpy(visible(segments))[:, None], -torch.inf)
+    scores = scores.masked_fill(~torch.from_numpy(visible(segments[0], last[0])), -torch.inf)
     torch.testing.assert_close(found.transpose(1, 2), scores.softmax(-1) @ v)
 
 
@@ -169,10 +188,11 @@ def test_rows_of_other_lengths_are_not_compiled_again() -> None:
     counter, draw = CompileCounter(), np.random.default_rng(0)
     compiled = torch.compile(blocks.flex_attention, dynamic=True, fullgraph=True, backend=counter)
     for rows in (1, 1, 2, 3, 1, 2, 5, 1):
-        segments = np.repeat(row(int(draw.integers(130, 400)), draw.integers(130, 300, 3).tolist())[None], rows, 0)
+        of = row(int(draw.integers(130, 400)), draw.integers(130, 300, 3).tolist())
+        segments, last = (np.repeat(x[None], rows, 0) for x in of)
         assert segments.shape[1] > blocks.NARROWEST
         q, k = (torch.zeros(rows, heads, segments.shape[1], 8) for heads in (4, 2))
-        compiled(q, k, k, block_mask=blocks.mask(segments, q.device), enable_gqa=True, scale=0.25)
+        compiled(q, k, k, block_mask=blocks.mask(segments, last, q.device), enable_gqa=True, scale=0.25)
     assert 1 <= counter.frame_count <= 3
 
 

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from required import require
 from torch_policies import policy
+from trees import alike, inputs_of
 
 require(subject="torch")
 
@@ -40,7 +41,7 @@ def test_every_response_has_one_place_and_budgets_hold(sizes, tokens, responses,
     rows = layout.plan_rows(of, packed=packed, tokens=tokens, responses=responses, hidden_size=hidden)
     assert sorted(i for row in rows for i in row.responses) == list(range(len(of)))
     for row in rows:
-        assert row.length == len(row.prompt) + sum(len(of.responses[i]) - 1 for i in row.responses)
+        assert row.length == len(row.prompt) + inputs_of(of, row.responses)
         assert {(of.prompts[i]) for i in row.responses} == {row.prompt}
         assert len({of.groups[i] for i in row.responses}) == 1
         assert row.length <= tokens or len(row.responses) == 1
@@ -72,6 +73,7 @@ def test_arrays_by_hand() -> None:
     assert arrays.ids.tolist() == [[5, 6, 1, 2], [9, 4, 0, 0]]
     assert arrays.positions.tolist() == [[0, 1, 2, 3], [0, 1, 2, 3]]
     assert arrays.segments.tolist() == [[0, 0, 1, 1], [0, 1, -1, -1]]
+    assert arrays.last.tolist() == [[1, 1, 1, 1], [1, 1, -1, -1]]
     assert arrays.predict.tolist() == [1, 2, 3, 1, 4, 5]  # token 1 predicts the first token of both responses
     assert arrays.targets.tolist() == [1, 2, 0, 3, 4, 4]
     assert arrays.responses.tolist() == [0, 1, 2]
@@ -87,8 +89,8 @@ def test_same_prompt_under_two_labels_is_two_rows_and_two_prompts_under_one_labe
 
 def test_long_responses_are_not_all_put_in_one_row() -> None:
     # 8 responses of 1,000 tokens after 200: attention over 8,200 tokens costs more than the prompt again.
-    of = Batch([(1,) * 200] * 8, [(2,) * 1000] * 8, [0] * 8)
-    short = Batch([(1,) * 200] * 8, [(2,) * 10] * 8, [0] * 8)
+    of = Batch([(1,) * 200] * 8, [(i, *(2,) * 999) for i in range(8)], [0] * 8)
+    short = Batch([(1,) * 200] * 8, [(i, *(2,) * 9) for i in range(8)], [0] * 8)
     assert len(layout.plan_rows(of, packed=True, tokens=10**6, hidden_size=4096)) > 1
     assert len(layout.plan_rows(short, packed=True, tokens=10**6, hidden_size=4096)) == 1
 
@@ -106,11 +108,11 @@ def by_layout(of_policy, of: Batch, packed: bool) -> tuple[list[np.ndarray], dic
     return [parts[i] for i in order], {n: p.grad.numpy().copy() for n, p in scorer.named_parameters()}
 
 
+@pytest.mark.parametrize("of", [batch((5, 3, 1), longest=20), alike((9, 3, 1), longest=20)], ids=["unlike", "alike"])
 @pytest.mark.parametrize("name", tiny_models.FULL_ATTENTION)
-def test_packed_rows_are_exact(name: str, folders) -> None:
+def test_packed_rows_are_exact(name: str, of: Batch, folders) -> None:
     of_policy = policy(folders(name))
     assert of_policy.packed, of_policy.layout_reason
-    of = batch((5, 3, 1), longest=20)
     packed, packed_gradients = by_layout(of_policy, of, True)
     plain, gradients = by_layout(of_policy, of, False)
     np.testing.assert_allclose(np.concatenate(packed), np.concatenate(plain), rtol=0, atol=1e-4)

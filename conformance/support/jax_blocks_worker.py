@@ -12,7 +12,7 @@ from gvpo_jax.model import attention
 from jax.sharding import AxisType
 from packed_attention import row
 
-ROWS = [row([(60, [80, 50]), (30, [30])], 256), row([(200, [10])], 256)]
+ROWS = [row([(60, [80, (30, 20)]), (30, [30])], 256), row([(200, [10])], 256)]
 MESHES = {"rows and heads": (1, 2, 2), "more parts than heads of keys": (2, 1, 4), "parts that no heads fit": (1, 1, 3)}
 
 
@@ -22,7 +22,7 @@ def make(shape: tuple[int, ...]) -> jax.sharding.Mesh:
 
 
 def main() -> None:
-    segments, positions = (jnp.asarray(np.stack(x)) for x in zip(*ROWS, strict=True))
+    segments, last, positions, _ = (jnp.asarray(np.stack(x)) for x in zip(*ROWS, strict=True))
     draw = np.random.default_rng(0)
     q, k, v, above = (jnp.asarray(draw.normal(size=(2, 256, heads, 8)), jnp.float32) for heads in (4, 2, 2, 4))
     window, given = jnp.int32(2**30), {"scale": 0.3, "cap": None, "windowed": False}
@@ -30,7 +30,7 @@ def main() -> None:
     def plain(*qkv):
         spec = SimpleNamespace(attention_scale=0.3, attention_cap=None)
         setup = SimpleNamespace(mesh=make((1, 1, 1)), spec=spec, in_blocks=False)
-        return attention(setup, *qkv, positions, segments, window)
+        return attention(setup, *qkv, positions, segments, last, window)
 
     found = {}
     out, pull = jax.vjp(jax.jit(plain), q, k, v)
@@ -40,7 +40,7 @@ def main() -> None:
         assert blocks.fits(on, *segments.shape), name
 
         def kernel(*qkv, on=on):
-            return blocks.attend(on, *qkv, positions, segments, window, **given)
+            return blocks.attend(on, *qkv, positions, segments, last, window, **given)
 
         out, pull = jax.vjp(jax.jit(kernel), q, k, v)
         pairs = zip((out, *pull(above)), wanted, strict=True)

@@ -91,7 +91,7 @@ def logits(of: Any, ids: tuple[int, ...]) -> np.ndarray:
 
     row = np.zeros((1, WIDTH), np.int32)
     row[0, : len(ids)] = ids  # what follows is not seen by what comes before
-    given = [mesh.put(a, of.mesh, None) for a in (row, np.arange(WIDTH, dtype=np.int32)[None], 0 * row)]
+    given = [mesh.put(a, of.mesh, None) for a in (row, np.arange(WIDTH, dtype=np.int32)[None], 0 * row, 0 * row)]
     found = of.programs.call(_forward, (of.setup,), of.learner.parameters, of.learner.adapters, *given)
     return np.asarray(found, np.float64)[: len(ids)]
 

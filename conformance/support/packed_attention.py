@@ -1,36 +1,49 @@
 """Attention of rows that hold several prompts with their responses, pair by pair in float64."""
 
+from typing import NamedTuple
+
 import numpy as np
 
-PARTS = 2**16  # segments of the n-th prompt of a row and of its responses start at n * PARTS
+
+class Laid(NamedTuple):
+    """A row of T tokens."""
+
+    segments: np.ndarray  # (T,) int32, as `layout.Arrays` has them, those of a later prompt after those of an earlier
+    last: np.ndarray  # (T,) int32
+    positions: np.ndarray  # (T,) int32
+    before: np.ndarray  # (T, T) bool: the tokens before each in its own response and prompt, and itself
 
 
-def row(groups: list[tuple[int, list[int]]], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """(T,) int32 segments and positions of prompts, each with the tokens of its responses, then padding."""
-    segments, positions = [], []
-    for n, (prompt, responses) in enumerate(groups):
-        segments += [n * PARTS] * prompt
-        positions += range(prompt)
-        for i, tokens in enumerate(responses, 1):
-            segments += [n * PARTS + i] * tokens
-            positions += range(prompt, prompt + tokens)
-    padding = length - len(segments)
-    assert padding >= 0
-    segments += [-1] * padding
-    positions += range(length - padding, length)
-    return np.asarray(segments, np.int32), np.asarray(positions, np.int32)
+def row(groups: list[tuple[int, list[int | tuple[int, int]]]], length: int) -> Laid:
+    """A row of prompts, each with the tokens of its branches, then padding.
+
+    Args:
+      groups: tokens of a prompt, and of each branch: its own, or those shared with the branch before and its own.
+    """
+    segments, last, positions = (np.full(length, -1, np.int32) for _ in range(3))
+    before = np.eye(length, dtype=bool)
+    at, number = 0, -1
+    for prompt, sizes in groups:
+        path: list[int] = []
+        for size in [(0, prompt), *sizes]:
+            shared, own = size if isinstance(size, tuple) else (0, size)
+            number += 1
+            path = path[: shared + (prompt if path else 0)]
+            for _ in range(own):
+                segments[at], positions[at] = number, len(path)
+                before[at, path] = True
+                path.append(at)
+                at += 1
+            if own:
+                last[path] = number
+    positions[at:] = range(length - at)
+    before[at:, at:] = np.tri(length - at, dtype=bool)
+    return Laid(segments, last, positions, before)
 
 
-def sees(segments: np.ndarray, positions: np.ndarray, window: int) -> np.ndarray:
-    """(T, T) bool of queries and keys: a token sees its own segment and its prompt's, up to itself."""
-    length = len(segments)
-    seen = np.zeros((length, length), bool)
-    for i in range(length):
-        for j in range(i + 1):
-            mine, theirs = int(segments[i]), int(segments[j])
-            shared = mine == theirs or (mine >= 0 and theirs == mine // PARTS * PARTS)
-            seen[i, j] = shared and positions[i] - positions[j] < window
-    return seen
+def sees(of: Laid, window: int) -> np.ndarray:
+    """(T, T) bool of queries and keys: what each token sees, pair by pair."""
+    return of.before & (of.positions[:, None] - of.positions[None, :] < window)
 
 
 def attention(

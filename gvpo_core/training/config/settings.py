@@ -71,7 +71,7 @@ class ModelConfig:
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"
-    """Training rows. packed: a prompt once, then its responses; plain: one row a response; auto: packed if exact."""
+    """Training rows. packed: a prompt and common beginnings once; plain: one row a response; auto: packed if exact."""
     sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
     """How several processes of torch share the model: a copy each, or parameters sharded (FSDP2)."""
     mesh_fsdp: int = 1

@@ -1,7 +1,8 @@
 """How responses are laid out in rows, and rows in micro-batches: plain data, no framework.
 
-A packed row holds a prompt once and its responses after it; each response sees the prompt and itself, and its positions
-continue from the prompt's. A plain row is a packed row of one response. The last token of a response is never an input.
+A packed row holds a prompt once and its responses after it, as a tree: what responses begin with in common is computed
+once, and each token sees those before it in its own responses, from where its position is counted. A plain row is a
+packed row of one response. The last token of a response is an input only where it is one of another response.
 """
 
 import logging
@@ -14,6 +15,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Batch, Tokens
+from gvpo_core.training.policy.tree import depth_first
 
 PACKABLE = frozenset(
     ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "olmo2", "smollm3", "granite")
@@ -27,6 +29,7 @@ class Row:
     prompt: Tokens
     responses: tuple[int, ...]  # rows of the batch
     length: int  # tokens
+    shared: tuple[int, ...] = ()  # of each response: inputs that are those of the response before it; default: none
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,8 @@ class Arrays:
 
     ids: np.ndarray  # (B, T) int64; padding is id 0, told apart by `segments` alone
     positions: np.ndarray  # (B, T) int64
-    segments: np.ndarray  # (B, T) int64: 0 prompt, 1.. its responses, -1 padding
+    segments: np.ndarray  # (B, T) int64, rising: 0 prompt, 1.. branches of its responses, -1 padding
+    last: np.ndarray  # (B, T) int64: a token is seen from itself on, in segments up to this one; -1 padding
     predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state predicts
     targets: np.ndarray  # (n,) int64: the response token predicted; own tokens only (`Batch.masks`)
     responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `targets`
@@ -203,13 +207,13 @@ def plan_rows(
 ) -> list[Row]:
     """Rows for the given responses (default all) of a batch, longest first.
 
-    Responses share a row when their prompt tokens and group label are equal.
+    Responses share a row when their prompt tokens and group label are equal; in it, what they begin with in common.
 
     Args:
       packed: False: one response a row.
       tokens: token budget of a row; only a row of a single response may exceed it.
       responses: responses a row at most. 0: no limit.
-      hidden_size: the model's, to weigh attention (quadratic in the row) against sharing the prompt. 0: share always.
+      hidden_size: the model's, to weigh attention (quadratic in the row) against sharing. 0: share always.
     """
     together: dict[tuple[int, Tokens], list[int]] = {}
     for i in range(len(batch)) if rows is None else rows:
@@ -217,30 +221,40 @@ def plan_rows(
     planned = []
     for (_, prompt), members in together.items():
         members.sort(key=lambda i: len(batch.responses[i]), reverse=True)
+        shared = [0] * len(members)
+        if packed:
+            order = depth_first([batch.responses[i] for i in members])
+            members, shared = [members[n] for n, _ in order], [inputs for _, inputs in order]
         extra = [len(batch.responses[i]) - 1 for i in members]
-        limit = _responses_a_row(len(prompt), extra, hidden_size) if packed else 1
+        limit = _responses_a_row(len(prompt), extra, shared, hidden_size) if packed else 1
         limit = min(limit, responses) if responses else limit
-        row: list[int] = []
+        row: list[tuple[int, int]] = []
         length = len(prompt)
-        for i, added in zip(members, extra, strict=True):
-            if row and (len(row) == limit or length + added > tokens):
-                planned.append(Row(prompt, tuple(row), length))
+
+        def close(row: list[tuple[int, int]], length: int, prompt: Tokens = prompt) -> None:
+            of_row, shared_of_row = zip(*row, strict=True)
+            planned.append(Row(prompt, of_row, length, shared_of_row))
+
+        for i, inputs, common in zip(members, extra, shared, strict=True):
+            if row and (len(row) == limit or length + inputs - common > tokens):
+                close(row, length)
                 row, length = [], len(prompt)
-            row.append(i)
-            length += added
-        planned.append(Row(prompt, tuple(row), length))
+            common = common if row else 0
+            row.append((i, common))
+            length += inputs - common
+        close(row, length)
     return sorted(planned, key=lambda row: row.length, reverse=True)
 
 
-def _responses_a_row(prompt: int, extra: Sequence[int], hidden_size: int) -> int:
+def _responses_a_row(prompt: int, extra: Sequence[int], shared: Sequence[int], hidden_size: int) -> int:
     # A token costs about 24 H^2 operations a layer outside attention, and 4 H for every token of its row inside.
     n = len(extra)
     if not hidden_size:
         return n
-    mean = sum(extra) / n
+    tokens = sum(extra) - sum(shared)
 
     def cost(size: int) -> float:
-        length = prompt + size * mean
+        length = prompt + size * (tokens + sum(shared[::size])) / n  # the first of a row shares nothing
         return math.ceil(n / size) * (length + length**2 / (6 * hidden_size))
 
     return min(range(n, 0, -1), key=cost)
@@ -306,6 +320,7 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
     segments = np.full((len(rows), width), -1, dtype=np.int64)
+    last = np.full((len(rows), width), -1, dtype=np.int64)
     predict: list[np.ndarray] = []
     targets: list[np.ndarray] = []
     members: list[int] = []
@@ -314,25 +329,33 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
         ids[b, :start] = row.prompt
         positions[b, :start] = np.arange(start)
         segments[b, :start] = 0
-        end = start
-        for s, i in enumerate(row.responses, 1):
-            response = batch.responses[i]
-            inputs = slice(end, end + len(response) - 1)
-            ids[b, inputs] = response[:-1]
-            positions[b, inputs] = np.arange(start, start + len(response) - 1)
-            segments[b, inputs] = s
-            before = np.asarray([b * width + start - 1, *range(b * width + end, b * width + inputs.stop)], np.int64)
+        end, number = start, 0
+        path = np.zeros(0, np.int64)  # where the inputs of the response lie
+        for i, shared in zip(row.responses, row.shared or (0,) * len(row.responses), strict=True):
+            response = np.asarray(batch.responses[i], np.int64)
+            inputs = slice(end, end + len(response) - 1 - shared)
+            continues = shared > 0 and path[shared - 1] == end - 1  # the branch that was written last
+            path = np.concatenate([path[:shared], np.arange(inputs.start, inputs.stop)])
+            if inputs.start < inputs.stop:
+                number += not continues
+                ids[b, inputs] = response[shared:-1]
+                positions[b, inputs] = np.arange(start + shared, start + len(path))
+                segments[b, inputs] = number
+                last[b, path] = number
+            before = b * width + np.concatenate([[start - 1], path])
             chosen = slice(None) if batch.masks is None or batch.masks[i] is None else np.asarray(batch.masks[i], bool)
             predict.append(before[chosen])
-            targets.append(np.asarray(response, np.int64)[chosen])
+            targets.append(response[chosen])
             members.append(i)
             end = inputs.stop
+        last[b, :start] = number
         # Padding continues the count, so that it does not look like the start of another sequence.
         positions[b, end:] = np.arange(width - end) + (positions[b, end - 1] + 1)
     return Arrays(
         ids,
         positions,
         segments,
+        last,
         np.concatenate(predict),
         np.concatenate(targets),
         np.asarray(members, dtype=np.int64),
@@ -341,8 +364,13 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
 
 
 def check_batch(vocabulary: int) -> Batch:
-    """A short synthetic batch to check a model with: 2 prompts and 5 responses of different lengths."""
+    """A short synthetic batch to check a model with: 2 prompts and 5 responses of different lengths.
+
+    The third response begins as the first, the fifth with all of the fourth.
+    """
     draw = np.random.default_rng(0)
     prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (5, 8)]
     responses = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (4, 1, 6, 3, 5)]
+    responses[2] = responses[0][:2] + responses[2][2:]
+    responses[4] = responses[3] + responses[4][3:]
     return Batch([prompts[0]] * 3 + [prompts[1]] * 2, responses, [0, 0, 0, 1, 1])

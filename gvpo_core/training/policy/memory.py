@@ -123,9 +123,9 @@ def _largest(
     # Beyond those of one micro-batch groups change nothing but that there are more.
     row = prompt_tokens + rollout.max_tokens - 1
     prompts = min(prompts, optimizer.micro_batch_tokens // row + 2)
-    prompt, response = (0,) * prompt_tokens, (0,) * rollout.max_tokens
-    count = prompts * rollout.responses
-    batch = Batch([prompt] * count, [response] * count, [i // rollout.responses for i in range(count)])
+    prompt, count = (0,) * prompt_tokens, prompts * rollout.responses
+    responses = [(i, *(0,) * (rollout.max_tokens - 1)) for i in range(count)]  # that have no beginning in common
+    batch = Batch([prompt] * count, responses, [i // rollout.responses for i in range(count)])
     if m.fills:
         return _filled(batch, packed, config, m), 0, 0, False
     splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, m.hidden)

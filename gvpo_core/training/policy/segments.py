@@ -1,11 +1,9 @@
 """Episodes of several segments: a model scores a row for each; all rows of an episode share a sum and a coefficient."""
 
-from collections.abc import Sequence
-
 import numpy as np
 
 from gvpo_core.training.policy.prefixes import common
-from gvpo_core.training.policy.protocol import Batch, Coefficients, Tokens
+from gvpo_core.training.policy.protocol import Batch, Coefficients
 from gvpo_core.training.policy.step import factors_of
 
 
@@ -31,23 +29,25 @@ def firsts(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
 
 
 def sharing_beginnings(batch: Batch, responses: int) -> Batch:
-    """The same tokens, cut elsewhere into prompts and responses, so that packed rows compute a group's beginning once.
+    """The same tokens, cut elsewhere into prompts and responses, so that packed rows compute a group's beginnings once.
 
-    As a rule the prompt of a later segment begins with its episode's prompt, which all rows of the group then have as
-    theirs. What follows in a later segment's prompt goes before its response, as tokens that are not the policy's own.
+    What all prompts of a group begin with becomes the prompt of them all; as a rule it is that of the episodes, with
+    which prompts of later segments begin. What follows it in a prompt goes before the response, as tokens that are not
+    the policy's own. Prompts whose first tokens differ stay apart.
 
     Args:
       batch: of `Batch.by_segment`, with the first segments of `responses` episodes.
     """
     if len(batch) == responses:
         return batch
-    members: dict[int, list[int]] = {}
+    members: dict[tuple[int, int], list[int]] = {}
     for i, label in enumerate(batch.groups):
-        members.setdefault(label, []).append(i)
+        members.setdefault((label, batch.prompts[i][0]), []).append(i)
     prompts, texts, masks = list(batch.prompts), list(batch.responses), list(batch.masks or [None] * len(batch))
     for rows in members.values():
-        beginning, chosen = _beginning([batch.prompts[i] for i in rows])
-        for i in (rows[n] for n in chosen):
+        of_rows = {batch.prompts[i] for i in rows}
+        beginning = common(min(of_rows), max(of_rows))
+        for i in rows:
             context = batch.prompts[i][beginning:]
             if context:
                 mask = masks[i] or (True,) * len(texts[i])
@@ -57,23 +57,6 @@ def sharing_beginnings(batch: Batch, responses: int) -> Batch:
                     (False,) * len(context) + mask,
                 )
     return Batch(prompts, texts, batch.groups, masks, complete=batch.complete)
-
-
-def _beginning(prompts: Sequence[Tokens]) -> tuple[int, list[int]]:
-    """How many tokens of the first prompt are best computed once, and the prompts that begin with them.
-
-    Chosen so that the fewest tokens are computed: the beginning once, the rest of each prompt that has it, and each
-    other prompt once. (0, []) where that is no less than each prompt once.
-    """
-    together = [common(prompt, prompts[0]) for prompt in prompts]
-    best, fewest = (0, list[int]()), sum(map(len, {*prompts}))
-    for length in sorted({*together} - {0}, reverse=True):
-        chosen = [n for n, n_together in enumerate(together) if n_together >= length]
-        others = {prompt for prompt, n_together in zip(prompts, together, strict=True) if n_together < length}
-        tokens = length + sum(len(prompts[n]) - length for n in chosen) + sum(map(len, others))
-        if tokens < fewest:
-            best, fewest = (length, chosen), tokens
-    return best
 
 
 def spread(coefficients: Coefficients, owners: np.ndarray) -> Coefficients:
