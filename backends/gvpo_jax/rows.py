@@ -74,10 +74,10 @@ class Rows:
         return self.source.sums(values[self.places])
 
     def spread(self, factors: np.ndarray) -> np.ndarray:
-        """(B, P) float32: each response's factor at each of its tokens, 0 elsewhere."""
+        """(B, P) float32: at each target the sum of the factors of its responses, 0 elsewhere."""
         spread = np.zeros(self.arrays["targets"].shape, np.float32)
         if self.source is not None:
-            spread[self.places] = np.repeat(factors, self.source.lengths)
+            spread[self.places] = self.source.spread(factors)
         return spread
 
 

@@ -28,4 +28,4 @@ def padded(arrays: Arrays, budget: int) -> Arrays:
     predict[: len(arrays.predict)] = row * width + place
     targets = np.zeros(count, dtype=np.int64)
     targets[: len(arrays.targets)] = arrays.targets
-    return Arrays(ids, positions, segments, last, predict, targets, arrays.responses, arrays.lengths)
+    return Arrays(ids, positions, segments, last, predict, targets, arrays.own, arrays.responses, arrays.lengths)

@@ -67,7 +67,7 @@ class Passes:
         """As `score`, with the gradients of sum factors_i log pi_i; `factors` of every row of the batch."""
         arrays, on = self.prepare(batch, rows, "backward")
         per_token = np.zeros(on["targets"].shape, dtype=np.float32)
-        per_token[: len(arrays.targets)] = np.repeat(factors[arrays.responses], arrays.lengths)
+        per_token[: len(arrays.targets)] = arrays.spread(factors[arrays.responses])
         values, gradients = self._backward(self.scorer.parameters, on, mx.array(per_token))
         mx.eval(gradients, values)
         return arrays, np.array(values)[: len(arrays.targets)], gradients, on["ids"].size
@@ -93,7 +93,7 @@ class Passes:
         logprobs = np.array(values)[: len(arrays.targets)]
         coefficients_now = factors_of(coefficients, arrays.sums(logprobs), arrays.responses)
         view = np.array(factors, copy=False)
-        view[: len(arrays.targets)] = np.repeat(-coefficients_now, arrays.lengths)
+        view[: len(arrays.targets)] = arrays.spread(-coefficients_now)
         if not np.array_equal(np.array(factors), view):
             raise RuntimeError(
                 'MLX does not share an array\'s memory with NumPy on this device: set optimizer.strategy = "score"'

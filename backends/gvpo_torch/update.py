@@ -137,7 +137,7 @@ class Backward:
         return self.score(arrays, reduces)
 
     def backward(self, values: Tensor, factors: np.ndarray, arrays: layout.Arrays) -> None:
-        per_token = torch.from_numpy(np.repeat(factors, arrays.lengths) * -self.world_size)
+        per_token = torch.from_numpy(arrays.spread(factors) * -self.world_size)
         # As the gradient of the output, not as a loss: no product is kept, and 0 factors give exact zeros.
         values.backward(per_token.to(values))
 

@@ -83,7 +83,7 @@ def test_every_token_lies_where_its_log_prob_is_read(monkeypatch) -> None:
         at = p.arrays["predict"][row, slot]
         start = 0
         for i, count in zip(p.source.responses, p.source.lengths, strict=True):
-            mine = slice(start, start + count)
+            mine = p.source.own[start : start + count]
             start += count
             assert tuple(p.arrays["targets"][row[mine], slot[mine]].tolist()) == of.responses[i]
             inputs = ids[row[mine], at[mine]].tolist()

@@ -102,10 +102,9 @@ def by_layout(of_policy, of: Batch, packed: bool) -> tuple[list[np.ndarray], dic
     arrays = layout.arrays(of, layout.plan_rows(of, packed=packed, tokens=10**6))
     values = model.score(scorer, arrays, torch.device("cpu"))
     weights = np.random.default_rng(2).normal(size=len(of))[arrays.responses]
-    values.backward(torch.from_numpy(np.repeat(weights, arrays.lengths)).float())
-    parts = np.split(values.detach().numpy(), np.cumsum(arrays.lengths)[:-1])
-    order = np.argsort(arrays.responses)
-    return [parts[i] for i in order], {n: p.grad.numpy().copy() for n, p in scorer.named_parameters()}
+    values.backward(torch.from_numpy(arrays.spread(weights)).float())
+    gradients = {name: p.grad.numpy().copy() for name, p in scorer.named_parameters()}
+    return arrays.split(values.detach().numpy()), gradients
 
 
 @pytest.mark.parametrize("of", [batch((5, 3, 1), longest=20), alike((9, 3, 1), longest=20)], ids=["unlike", "alike"])

@@ -59,7 +59,7 @@ def without_sharing(batch: Batch, rows: list[Row]) -> Arrays:
     """Arrays of rows in which responses share the prompt alone, one token after the other."""
     width = max(len(row.prompt) + sum(len(batch.responses[i]) - 1 for i in row.responses) for row in rows)
     ids, positions, segments, last = (np.full((len(rows), width), fill) for fill in (0, 0, -1, -1))
-    predict, targets, responses, lengths = [], [], [], []
+    predict, targets, responses, lengths = [], [], [], []  # each own token is a target of its own
     for b, row in enumerate(rows):
         at = 0
         with_inputs = sum(len(batch.responses[i]) > 1 for i in row.responses)
@@ -82,4 +82,5 @@ def without_sharing(batch: Batch, rows: list[Row]) -> Arrays:
             lengths.append(sum(own))
         for place in range(at, width):
             positions[b, place] = positions[b, place - 1] + 1
-    return Arrays(ids, positions, segments, last, *map(np.asarray, (predict, targets, responses, lengths)))
+    own = range(len(targets))
+    return Arrays(ids, positions, segments, last, *map(np.asarray, (predict, targets, own, responses, lengths)))

@@ -45,12 +45,12 @@ def test_every_predicted_token_sees_its_prompt_and_what_its_response_began_with(
     for i, count in zip(arrays.responses.tolist(), arrays.lengths.tolist(), strict=True):
         own = [n for n, is_own in enumerate(of.masks[i] or [True] * len(of.responses[i])) if is_own]
         assert len(own) == count
-        for n, place, target in zip(own, arrays.predict[start:], arrays.targets[start:], strict=False):
-            b, q = divmod(int(place), width)
+        for n, at in zip(own, arrays.own[start : start + count], strict=True):
+            b, q = divmod(int(arrays.predict[at]), width)
             seen = [k for k in range(q + 1) if arrays.segments[b, q] <= arrays.last[b, k]]
             assert tuple(arrays.ids[b, seen].tolist()) == of.prompts[i] + of.responses[i][:n]
             assert arrays.positions[b, seen].tolist() == list(range(len(seen)))
-            assert int(target) == of.responses[i][n]
+            assert int(arrays.targets[at]) == of.responses[i][n]
         start += count
     for b, row in enumerate(rows):
         assert (np.diff(arrays.segments[b, : row.length]) >= 0).all()
@@ -95,8 +95,33 @@ def test_arrays_by_hand() -> None:
     assert arrays.positions.tolist() == [[0, 1, 2, 3, 4, 5, 4, 2]]
     assert arrays.segments.tolist() == [[0, 0, 1, 1, 1, 1, 2, 3]]
     assert arrays.last.tolist() == [[3, 3, 2, 2, 1, 1, 2, 3]]
-    assert arrays.predict.tolist() == [1, 2, 3, 4, 5, 1, 2, 3, 6, 1, 2, 3, 1, 7]
-    assert arrays.targets.tolist() == [1, 2, 3, 4, 0, 1, 2, 5, 0, 1, 2, 9, 6, 0]
+    assert arrays.predict.tolist() == [1, 2, 3, 4, 5, 3, 6, 3, 1, 7]  # no token twice after the same ones
+    assert arrays.targets.tolist() == [1, 2, 3, 4, 0, 5, 0, 9, 6, 0]
+    assert arrays.own.tolist() == [0, 1, 2, 3, 4, 0, 1, 5, 6, 0, 1, 7, 8, 9]
+    assert arrays.lengths.tolist() == [5, 4, 3, 2]
+
+
+@settings(deadline=None, max_examples=200)
+@given(batches())
+def test_a_token_that_responses_share_is_predicted_once_with_the_factors_of_all(of) -> None:
+    rows = layout.plan_rows(of, packed=True, tokens=10**6)
+    arrays = layout.arrays(of, rows)
+    values = np.random.default_rng(0).normal(size=len(arrays.targets))
+    factors = np.random.default_rng(1).normal(size=len(arrays.responses))
+    assert len(set(zip(arrays.predict.tolist(), arrays.targets.tolist(), strict=True))) == len(arrays.targets)
+    assert len(arrays.targets) <= sum(inputs_of(of, row.responses) + len(row.responses) for row in rows)
+    sums, spread, start = np.zeros(len(factors)), np.zeros(len(values)), 0
+    for number, count in enumerate(arrays.lengths):
+        for at in arrays.own[start : start + count]:
+            sums[number] += values[at]
+            spread[at] += factors[number]
+        start += count
+    np.testing.assert_allclose(arrays.sums(values), sums, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(arrays.spread(factors), spread, rtol=0, atol=1e-12)
+    parts = arrays.split(values)
+    for number, i in enumerate(arrays.responses):
+        assert len(parts[i]) == arrays.lengths[number]
+        assert parts[i].sum() == pytest.approx(sums[number], abs=1e-12)
 
 
 def test_a_chain_is_one_branch() -> None:

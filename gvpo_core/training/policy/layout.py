@@ -68,7 +68,10 @@ class Splitting:
 
 @dataclass(frozen=True)
 class Arrays:
-    """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens, the policy's own."""
+    """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens, the policy's own.
+
+    A token that responses of a row have in common, after the same tokens, is predicted once for all of them.
+    """
 
     ids: np.ndarray  # (B, T) int64; padding is id 0, told apart by `segments` alone
     positions: np.ndarray  # (B, T) int64
@@ -76,18 +79,24 @@ class Arrays:
     last: np.ndarray  # (B, T) int64: a token is seen from itself on, in segments up to this one; -1 padding
     predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state predicts
     targets: np.ndarray  # (n,) int64: the response token predicted; own tokens only (`Batch.masks`)
-    responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `targets`
+    own: np.ndarray  # (m,) int64: index into `targets` of each own token, one response after the other
+    responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `own`
     lengths: np.ndarray  # (r,) int64: own tokens of each response, at least 1
 
     def sums(self, values: np.ndarray) -> np.ndarray:
         """(r,) float64: sum of `values` (n,) over each response's own tokens."""
         starts = np.cumsum(self.lengths) - self.lengths
-        sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64), starts)
+        sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64)[self.own], starts)
         return sums
+
+    def spread(self, factors: np.ndarray) -> np.ndarray:
+        """(n,) float64: of each target the sum of `factors` (r,) of the responses that it is an own token of."""
+        weights = np.repeat(np.asarray(factors, dtype=np.float64), self.lengths)
+        return np.bincount(self.own, weights=weights, minlength=len(self.targets))
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
         """`values` (n,) cut into the own tokens of each response, in the order of the batch."""
-        parts = np.split(values, np.cumsum(self.lengths)[:-1])
+        parts = np.split(values[self.own], np.cumsum(self.lengths)[:-1])
         return [parts[i] for i in np.argsort(self.responses)]
 
 
@@ -351,16 +360,21 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
         last[b, :start] = number
         # Padding continues the count, so that it does not look like the start of another sequence.
         positions[b, end:] = np.arange(width - end) + (positions[b, end - 1] + 1)
+    lengths = np.asarray([len(of_response) for of_response in targets], dtype=np.int64)
+    places, tokens = np.concatenate(predict), np.concatenate(targets)
+    first, own = _without_repeats(places * (tokens.max() + 1) + tokens)
     return Arrays(
-        ids,
-        positions,
-        segments,
-        last,
-        np.concatenate(predict),
-        np.concatenate(targets),
-        np.asarray(members, dtype=np.int64),
-        np.asarray([len(of_response) for of_response in targets], dtype=np.int64),
+        ids, positions, segments, last, places[first], tokens[first], own, np.asarray(members, np.int64), lengths
     )
+
+
+def _without_repeats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where each different value is first, in their order; and (len(values),) which of these each value is."""
+    _, first, which = np.unique(values, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    return first[order], rank[which]
 
 
 def check_batch(vocabulary: int) -> Batch:
