@@ -3,10 +3,12 @@
 import numpy as np
 import pytest
 from ranks import run_ranks
+from trees import alike
 
 from gvpo_core.training import dealing
 from gvpo_core.training.config import OptimizerConfig
-from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy import Batch, Segment, layout
+from gvpo_core.training.policy.segments import sharing_beginnings
 
 RANKS = 4
 
@@ -73,6 +75,45 @@ def assigned(lengths: np.ndarray, size: int, ranks: int, *, prompt: int = 10, st
     split = np.array_split(np.arange(n // size), steps)
     owners, complete = dealing.assign(ids, home, prompts, lengths, scored, split, ranks, **options)
     return owners, complete, home
+
+
+def with_segments(of: Batch) -> Batch:
+    """Two later segments for every other response, which begin with its prompt and a part of it."""
+    later = [
+        tuple(Segment((*prompt, *response[:n], 7, i), (5, 5, i)) for n in (0, 1)) if i % 2 else ()
+        for i, (prompt, response) in enumerate(zip(of.prompts, of.responses, strict=True))
+    ]
+    return Batch(of.prompts, of.responses, of.groups, later=later)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("of", [alike((7, 1, 4)), with_segments(alike((7, 1, 4)))], ids=["answers", "segments"])
+def test_a_group_counts_the_tokens_that_its_rows_compute(of: Batch, packed: bool) -> None:
+    added = dealing.added_tokens(of, packed)
+    for label in range(3):
+        group = of.take([i for i, g in enumerate(of.groups) if g == label])
+        rows = group.by_segment()[0]
+        rows = sharing_beginnings(rows, len(group)) if packed else rows
+        planned = layout.plan_rows(rows, packed=packed, tokens=10**6)
+        computed = sum(row.length for row in planned) + len(rows)  # and of each row one that is no input
+        assert len(group.prompts[0]) + added[np.asarray(of.groups) == label].sum() == computed
+
+
+@pytest.mark.parametrize(("packed", "held"), [(True, [{3}, {0, 1, 2}]), (False, [{0, 2}, {1, 3}])])
+def test_groups_that_share_more_count_less(packed: bool, held: list[set[int]]) -> None:
+    """Packed, three groups of 4 equal responses of 30 tokens cost as much as one of 4 different ones of 25."""
+    responses = [tuple(range(g, g + 30)) for g in range(3) for _ in range(4)] + [(9 + i,) * 25 for i in range(4)]
+    whole = Batch([(7, 8)] * 16, responses, [i // 4 for i in range(16)])
+    found = {}
+
+    def work(policy) -> None:
+        policy.packed = packed
+        start = 8 * policy.rank
+        rows = Rows(whole.take(list(range(start, start + 8))), start, np.asarray(whole.groups))
+        found[policy.rank] = dealing.deal(policy, rows, np.ones(16, bool), [np.arange(4)])
+
+    run_ranks(2, work, {"p": {"a": 1.0}}, OptimizerConfig())
+    assert [set(found[rank].batch.groups) for rank in range(2)] == held
 
 
 def test_the_longest_group_goes_first() -> None:

@@ -326,7 +326,8 @@ def test_segments_move_to_the_rank_of_their_group(by_group: bool) -> None:
 def test_a_later_segment_counts_with_its_prompt_where_work_is_dealt() -> None:
     segments = [(Segment((1,) * 7, (2,) * 5),), ()]
     batch = Batch([(0,)] * 2, [(1, 0), (1, 2, 0)], [0, 1], later=segments)
-    assert dealing.response_tokens(batch).tolist() == [2 + 7 + 5, 3]
+    for packed in (False, True):
+        assert dealing.added_tokens(batch, packed).tolist() == [2 + 7 + 5, 3]
 
 
 def test_collected_episodes_keep_segments_and_the_tokens_of_prompts(tmp_path, monkeypatch) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from gvpo_core.training.policy import Batch, Mask, Policy, Segment, Tokens
+from gvpo_core.training.policy.tree import depth_first
 from gvpo_core.training.rollout import Rollout
 
 SPLIT_COST = 4 / 3  # of a group on two ranks: it is scored before its gradient is taken, 8 parts of work instead of 6
@@ -53,7 +54,9 @@ def deal(policy: Policy, rollout: Rollout, scored: np.ndarray, steps: Sequence[n
         return Deal(_taken(rollout.batch, rows - rollout.start), rows, rows, True)
     home = policy.gather(np.full(len(here), policy.rank, np.int64))
     prompts = policy.gather(np.asarray([len(prompt) for prompt in rollout.batch.prompts], np.int64))
-    lengths = policy.gather(response_tokens(rollout.batch))
+    of_rows = np.zeros(len(here), np.int64)
+    of_rows[scored[here]] = added_tokens(_taken(rollout.batch, rows - rollout.start), getattr(policy, "packed", False))
+    lengths = policy.gather(of_rows)
     owners, complete = assign(
         rollout.group_ids,
         home,
@@ -88,7 +91,7 @@ def assign(
 
     Args:
       group_ids, home: (N,) int64: each row's group, and the rank that holds it now.
-      prompts, lengths: (N,) int64, tokens of each row's prompt and response, later segments with their prompts.
+      prompts, lengths: (N,) int64, tokens of each row's prompt, and those that it adds; see `added_tokens`.
       scored: (N,) bool: rows that are trained on.
       steps: the groups of each optimizer step.
       split_cost: of work on a group that lies on two ranks, over that on one that does not.
@@ -131,11 +134,25 @@ def _taken(batch: Batch, places: np.ndarray) -> Batch:
     return batch.take([int(i) for i in places])
 
 
-def response_tokens(batch: Batch) -> np.ndarray:
-    """(N,) int64: the tokens of each response; a later segment costs those of its prompt too."""
-    counts = np.asarray([len(response) for response in batch.responses], np.int64)
-    for i, segments in enumerate(batch.later or ()):
-        counts[i] += sum(len(segment.prompt) + len(segment.response) for segment in segments)
+def added_tokens(batch: Batch, packed: bool) -> np.ndarray:
+    """(N,) int64: the tokens that each response adds to its group's prompt, those of all its segments.
+
+    Args:
+      packed: what responses of a group begin with in common counts once, as packed rows compute it; else every row
+        counts with its prompt, but for the first.
+    """
+    rows, owners = batch.by_segment()
+    members: dict[int, list[int]] = {}
+    for i, label in enumerate(rows.groups):
+        members.setdefault(label, []).append(i)
+    counts = np.zeros(len(batch), np.int64)
+    for of_group in members.values():
+        texts = [rows.prompts[i] + rows.responses[i] for i in of_group]
+        order = depth_first(texts) if packed else [(n, 0) for n in range(len(texts))]
+        for n, shared in order:
+            counts[owners[of_group[n]]] += len(texts[n]) - shared
+        first = owners[of_group[order[0][0]]]
+        counts[first] -= len(batch.prompts[first])
     return counts
 
 
