@@ -74,7 +74,8 @@ def main() -> None:
         for name, of in arrays.items():
             scorer.zero_grad(set_to_none=True)
             start, cpu_start = time.perf_counter(), time.process_time()
-            (padded if name == "padded" else model.score)(scorer, of, device).sum().backward()
+            values = (padded if name == "padded" else model.score)(scorer, of, device)
+            values.backward(torch.from_numpy(of.spread(np.ones(len(of.responses)))).to(values))
             if device.type == "cuda":
                 torch.cuda.synchronize()
             if number:

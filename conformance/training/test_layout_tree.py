@@ -11,6 +11,7 @@ from trees import alike, branches, inputs_of, without_sharing
 
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.policy.prefixes import common
+from gvpo_core.training.policy.step import plan_step
 from gvpo_core.training.policy.tree import depth_first
 
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
@@ -177,3 +178,24 @@ def test_tokens_in_common(a, b, begun) -> None:
     for one, other in ((a, b), (begun + a, begun + b), (begun, begun + b), (begun, begun), (begun, ())):
         n = common(one, other)
         assert one[:n] == other[:n] and (n == min(len(one), len(other)) or one[n] != other[n])
+
+
+def test_each_group_is_planned_once_where_several_are_held_together(monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(layout, "depth_first", lambda responses: calls.append(len(responses)) or depth_first(responses))
+    of = alike((4,) * 20, longest=30)
+    plan = plan_step(
+        of,
+        layout.Splitting(True, 25, 0, 0),
+        lambda logprobs, rows: np.zeros(len(rows)),
+        together=True,
+        scored=None,
+        score=lambda batch: (np.zeros(len(batch)), 0),
+        held=160,
+    )
+    rounds = [
+        {of.groups[i] for micro in of_round for row in micro for i in row.responses} for of_round in plan.deferred
+    ]
+    several = sum(map(len, rounds))
+    assert several >= 10 and max(map(len, rounds)) > 1
+    assert len(calls) <= 20 + several  # whether each fits a micro-batch, then its rows

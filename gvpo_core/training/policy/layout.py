@@ -52,6 +52,10 @@ class Splitting:
             hidden_size=self.hidden_size,
             rows=chosen,
         )
+        return self.micro_batches(rows)
+
+    def micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
+        """Micro-batches that hold these rows."""
         return micro_batches(rows, tokens=self.tokens, responses=self.responses, rope=self.rope)
 
     def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:

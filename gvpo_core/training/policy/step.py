@@ -74,17 +74,19 @@ def _deferred(
     members: dict[int, list[int]] = {}
     for i in rest:
         members.setdefault(batch.groups[i], []).append(i)
-    sizes = {label: _computed(splitting.rows(batch, group)) for label, group in members.items()}
-    rounds: list[list[int]] = []
+    micro_of = {label: splitting.rows(batch, group) for label, group in members.items()}
+    sizes = {label: _computed(micro) for label, micro in micro_of.items()}
+    rounds: list[list[Row]] = []
     for label in sorted((label for label in members if sizes[label] <= held), key=lambda label: -sizes[label]):
+        rows = [row for of_micro in micro_of[label] for row in of_micro]
         for of_round in rounds:
-            if _computed(splitting.rows(batch, of_round + members[label])) <= held:
-                of_round += members[label]
+            if _computed(splitting.micro_batches([*of_round, *rows])) <= held:
+                of_round += rows
                 break
         else:
-            rounds.append(list(members[label]))
+            rounds.append(rows)
     others = [i for i in rest if sizes[batch.groups[i]] > held]
-    return sorted((splitting.rows(batch, of_round) for of_round in rounds), key=_computed, reverse=True), others
+    return sorted(map(splitting.micro_batches, rounds), key=_computed, reverse=True), others
 
 
 def _computed(micro: list[list[Row]]) -> int:
