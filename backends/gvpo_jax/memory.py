@@ -14,12 +14,13 @@ from gvpo_jax.spec import Spec
 CPU_CACHE_BYTES = 2**30  # of keys and values
 
 
-def facts(spec: Spec, mesh: Mesh, sampling: Setup, held: int) -> MemoryFacts:
+def facts(spec: Spec, mesh: Mesh, sampling: Setup, held: int, in_blocks: bool = False) -> MemoryFacts:
     """What the core's estimate of memory needs; of layers of different sizes the largest counts.
 
     Args:
       sampling: the setup of prefill and decode.
       held: bytes of a parameter as it is trained or frozen; a copy of another size is made to sample from.
+      in_blocks: whether attention of an update goes through `blocks`.
     """
     first = mesh.local_devices[0]
     limit = (first.memory_stats() or {}).get("bytes_limit")
@@ -31,6 +32,7 @@ def facts(spec: Spec, mesh: Mesh, sampling: Setup, held: int) -> MemoryFacts:
         parts=batch_shards(mesh),
         devices=together,
         fills=True,
+        in_blocks=in_blocks,
         sampled=copy * together // parts(sampling.mesh, tensor_axes(sampling.mesh)),
         layers=spec.layers,
         hidden=spec.hidden,

@@ -203,7 +203,7 @@ class JaxPolicy(LanguageModelPolicy):
             parameters=weights.count(spec.shapes()) + (trainable if self.learner.adapters else 0),
             trainable_parameters=trainable,
             packages=("jax", "jaxlib", "optax", "orbax-checkpoint", "transformers"),
-            memory=memory.facts(spec, self.mesh, self.scorer.sampling, self._width),
+            memory=memory.facts(spec, self.mesh, self.scorer.sampling, self._width, self.setup.in_blocks),
             devices=self.mesh.size,
             mesh=", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
         )

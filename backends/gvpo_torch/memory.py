@@ -26,7 +26,7 @@ def facts(
     sizes = shape(scorer)
     if sizes is None:
         return None
-    sizes |= {"sampled": sampled, "moments": moments, "frozen": frozen_bytes(scorer)}
+    sizes |= {"sampled": sampled, "moments": moments, "frozen": frozen_bytes(scorer), "in_blocks": scorer.in_blocks}
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
         return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, cache_share=0.5, defers=defers)

@@ -177,8 +177,9 @@ def by_kernel(of_policy, monkeypatch) -> list[tuple[int, ...]]:
     """Has the policy use the kernels and nothing else; the shapes of queries that they are then called with."""
     assert not of_policy.setup.in_blocks  # not on CPU
     given = (of_policy.scorer, of_policy.learner.parameters, of_policy.learner.adapters)
-    assert check.in_blocks(*given)
+    assert check.in_blocks(*given) and not of_policy.describe().memory.in_blocks
     of_policy.attend_in_blocks()
+    assert of_policy.describe().memory.in_blocks
     shapes, plain = [], blocks._call
     monkeypatch.setattr(model, "weighted", None)  # what the other path computes with
     monkeypatch.setattr(blocks, "_call", lambda *given, **o: shapes.append(given[5]["q"].shape) or plain(*given, **o))

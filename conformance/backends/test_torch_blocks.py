@@ -95,7 +95,9 @@ def test_log_probs_are_those_of_the_dense_mask(family, tmp_path, monkeypatch) ->
     of_policy, of = policy(folder), long_batch()
     assert of_policy.packed and not of_policy.scorer.in_blocks
     dense, drawn = of_policy.logprobs(of), of_policy.generate([(5, 6)], [[1, 2]], sampling())
+    assert not of_policy.describe().memory.in_blocks
     assert check.in_blocks(of_policy.scorer, of_policy.device)
+    assert of_policy.describe().memory.in_blocks
     monkeypatch.setattr(model, "_attention", None)  # no dense mask
     made = []
     plain = blocks.mask

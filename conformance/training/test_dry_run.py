@@ -197,6 +197,23 @@ def test_generation_takes_no_more_than_its_share_of_what_is_left():
     assert estimate_memory(replace(of, memory=tiny), config, 1024).sampling == row  # one row at least
 
 
+def test_attention_by_blocks_has_no_mask_and_shares_a_prompt_in_rows_of_any_length():
+    """J1, full, without checkpointing: a dense mask of such a row would be 15 GiB over 28 layers."""
+    sizes = MemoryFacts(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_dim=128)
+    of = replace(FACTS, dtype="bfloat16", layout="packed", memory=sizes)
+    config = Config(
+        model=ModelConfig(path="m"),
+        rollout=RolloutConfig(prompts=64, responses=8, max_tokens=2048),
+        optimizer=OptimizerConfig(micro_batch_tokens=17_000),
+    )
+    block = 4 * 1536 * 4 + (2 * 1536 + 5 * 12 * 128 + 4 * 8960) * 2  # bytes that a layer keeps a token
+    activations = lambda **more: estimate_memory(replace(of, memory=replace(sizes, **more)), config, 512).activations
+    casts = of.parameters * 2
+    assert activations(in_blocks=True) == (512 + 8 * 2047) * 28 * block + casts  # a group a row
+    # With a mask a row of two responses costs more attention than the prompt that it saves.
+    assert activations() == 6 * 2559 * 28 * block + 28 * 6 * 2559**2 * 2 + casts
+
+
 def test_a_deferred_backward_pass_holds_the_inputs_of_layers():
     config = with_("optimizer", micro_batch_tokens=25)  # a group of 3 rows of 20 tokens takes three micro-batches
     base, held = estimate_memory(FACTS, config, 11), estimate_memory(facts(defers=True), config, 11)

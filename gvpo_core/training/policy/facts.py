@@ -31,6 +31,7 @@ class MemoryFacts:
     split: int = 1  # devices over which each parameter, its gradient and its moments are cut
     parts: int = 1  # devices over which a rank's rows are cut; micro_batch_tokens is of each
     devices: int = 1  # in the memory that is counted: 1, or all that a CPU simulates
+    in_blocks: bool = False  # attention of packed rows is computed by blocks: without a mask, whatever a row's length
     fills: bool = False  # rows are filled with several prompts, see `memory._filled`, and keep no attention scores
     allocator: float = 1.0  # by how many times what is kept for the backward pass the process grows
     defers: bool = False  # a group in several micro-batches goes forward once; see `StepPlan.deferred`

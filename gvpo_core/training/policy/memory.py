@@ -128,7 +128,8 @@ def _largest(
     batch = Batch([prompt] * count, responses, [i // rollout.responses for i in range(count)])
     if m.fills:
         return _filled(batch, packed, config, m), 0, 0, False
-    splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, m.hidden)
+    hidden = 0 if m.in_blocks else m.hidden
+    splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, hidden)
     together = (ranks == 1 or m.defers) and optimizer.strategy == "group"
     complete, rest = splitting.groups(batch) if together else ([], list(range(count)))
     group = splitting.rows(batch, rest[: rollout.responses]) if rest and together and m.defers else []
@@ -137,7 +138,7 @@ def _largest(
     sizes = [(len(rows), rows[0].length) for rows in complete + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
     layers = 1 if config.model.gradient_checkpointing else m.layers
-    masks = layers * max(rows * width**2 for rows, width in sizes) if packed else 0
+    masks = layers * max(rows * width**2 for rows, width in sizes) if packed and not m.in_blocks else 0
     return tokens, masks, held, len(sizes) == 1
 
 
@@ -145,7 +146,8 @@ def _filled(batch: Batch, packed: bool, config: Config, m: MemoryFacts) -> int:
     """Tokens of a device's part of a micro-batch with filled rows, which are as long as the budget, halved as often as
     the longest row still fits."""
     budget, responses = config.optimizer.micro_batch_tokens, config.optimizer.micro_batch_responses
-    rows = plan_rows(batch, packed=packed, tokens=budget, responses=responses, hidden_size=m.hidden)
+    hidden = 0 if m.in_blocks else m.hidden
+    rows = plan_rows(batch, packed=packed, tokens=budget, responses=responses, hidden_size=hidden)
     longest, length = max(row.length for row in rows), budget
     while length // 2 >= longest:
         length //= 2
