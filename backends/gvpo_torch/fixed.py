@@ -146,7 +146,8 @@ class FixedRows:
         self.positions = torch.zeros((rows, 1), dtype=torch.int64, device=device)
         self.at = torch.full((1,), self.width % slots, dtype=torch.int64, device=device)  # the next slot
         self.t = torch.ones(1, dtype=torch.int64, device=device)  # tokens drawn by rows that began first
-        self.drawn = torch.zeros((rows, most + WAIT_EVERY), dtype=torch.int64, device=device)  # a ring, as the slots
+        # A ring, as the slots: what was drawn since the host looked, the token before included.
+        self.drawn = torch.zeros((rows, WAIT_EVERY + 1), dtype=torch.int64, device=device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
         self.numbers = torch.zeros((rows, UNIFORMS_AHEAD), dtype=torch.float64, device=device)
         self._made()
@@ -201,14 +202,10 @@ class FixedRows:
             setattr(self, name, getattr(self, name).index_select(0, rows))
         self._made()
 
-    def texts(self, lines: Tensor, begun: np.ndarray, now: int) -> list[list[int]]:
-        """The tokens of the given lines since they began; afterwards they count as ended."""
-        self.ended[lines] = True
-        held, size = self.drawn.index_select(0, lines).cpu().numpy(), self.drawn.shape[1]
-        return [
-            row[np.arange(start, min(now, start + self.most)) % size].tolist()
-            for row, start in zip(held, begun.tolist(), strict=True)
-        ]
+    def look(self, since: int, now: int) -> tuple[np.ndarray, np.ndarray]:
+        """(R,) bool, which rows have ended, and their tokens of times since to now - 1, (R, n) int64: one wait."""
+        held = torch.cat([self.drawn, self.ended[:, None]], dim=1).cpu().numpy()
+        return held[:, -1] != 0, held[:, np.arange(since, now) % (held.shape[1] - 1)]
 
     def states(self, line: int, count: int) -> list[tuple[Tensor, Tensor]]:
         """Keys and values (heads, count, D) of each layer, of the first `count` tokens of a line, its prompt first."""
@@ -311,9 +308,10 @@ def decode(
     held = np.arange(len(first.owners))  # row of each line
     begun = np.zeros(len(held), dtype=np.int64)  # when each line drew its first token
     idle = np.zeros(len(held), dtype=bool)  # its row has ended and was taken out
+    texts = np.zeros((len(held), most), dtype=np.int64)  # tokens of each line, as far as the host has seen them
     rows = FixedRows(scorer, first, most)
     base, plain = scorer.base, scorer.base.config._attn_implementation
-    t = 1  # tokens drawn by lines that began first
+    t, seen = 1, 0  # tokens drawn by lines that began first; those of them that the host has seen
 
     def numbers(lines: np.ndarray, start: int, stop: int) -> np.ndarray:
         """Of the tokens that the lines draw at times start to stop - 1."""
@@ -339,10 +337,17 @@ def decode(
     with _attending(base, ATTENTION):
         while True:
             if t % WAIT_EVERY == 0 or choose is not None or t >= begun[~idle].min() + most:
-                ended = (rows.ended.cpu().numpy() | (t - begun >= most)) & ~idle
+                ended, drawn = rows.look(seen, t)
+                ages = np.arange(seen, t) - begun[:, None]
+                at = (ages >= 0) & (ages < most)
+                texts[np.nonzero(at)[0], ages[at]] = drawn[at]
+                seen = t - 1  # lines that begin now draw the token of t - 1
+                ended = (ended | (t - begun >= most)) & ~idle
                 if ended.any():
                     lines = np.flatnonzero(ended)
-                    for line, text in zip(lines, rows.texts(put(lines), begun[lines], t), strict=True):
+                    rows.ended[put(lines)] = True
+                    for line in lines:
+                        text = texts[line, : t - begun[line]].tolist()
                         responses[held[line]] = sampled, done = _cut(text, set(end))
                         if done and keep is not None:
                             count = int(longest[line]) + len(sampled) - 1
@@ -357,13 +362,14 @@ def decode(
                     longest[lines] = prompts.lengths
                     begin(lines, prompts)
                     del prompts
-                    continue  # their first tokens may have ended them
+                    if most == 1:
+                        continue
                 if idle.all():
                     return responses
                 if idle.mean() >= 0.5 and not waiting:
                     kept = np.flatnonzero(~idle)
                     rows.keep(put(kept))
-                    held, begun, idle, longest = held[kept], begun[kept], idle[kept], longest[kept]
+                    held, begun, idle, longest, texts = (a[kept] for a in (held, begun, idle, longest, texts))
             if t % UNIFORMS_AHEAD == 0:
                 rows.numbers.copy_(put(numbers(np.arange(len(held)), t, t + UNIFORMS_AHEAD)))
             if (longest + t - begun)[~idle].max() > rows.slots:

@@ -34,7 +34,7 @@ def counts() -> Iterator[Count]:
         alike = [[row_seed(1, i, j) for j in range(K)] for i in range(2)]
         prompts = [tuple(np.random.default_rng(i).integers(1, 96, 12).tolist()) for i in range(PROMPTS)]
         plain, in_buffers = (waits(full, prompts[:2], alike, fixed_too) for fixed_too in (False, True))
-        yield Count("host waits a sampled token", TINY, "", plain, in_buffers, 2 / 16)
+        yield Count("host waits a sampled token", TINY, "", plain, in_buffers, 1 / 16)
         chunks, refilled = computed(full, prompts)
         on = f"{TINY}, {PROMPTS * K} ragged rows, {ROWS} at once"
         yield Count("rows computed over tokens drawn", on, "", chunks, refilled, 1.1)

@@ -73,16 +73,30 @@ def test_waiting_rows_take_the_places_of_those_that_ended(rows, sampling, folder
     assert buffers.placed > 2 and buffers.bias.shape[0] <= rows and buffers.slots <= 12 + sampling.max_tokens + 7
 
 
-def test_the_host_waits_at_most_twice_in_16_tokens(folders, monkeypatch):
-    """Once to see which rows have ended; once more for the tokens of those that have."""
+@pytest.mark.parametrize("rows", [8, 2], ids=["all rows at once", "rows wait for a place"])
+def test_the_host_waits_once_in_16_tokens(rows, folders, monkeypatch):
+    """For tokens and ends in one copy; a row that takes another's place adds no wait, beside those of its prefill."""
     of_policy = policy(folders("llama"))
-    waits = []
+    waits, steps, prefills = [], [], []
     for name in ("cpu", "item", "tolist", "__int__", "__bool__"):
         own = getattr(torch.Tensor, name)
         monkeypatch.setattr(torch.Tensor, name, lambda self, *given, own=own: waits.append(1) or own(self, *given))
-    drawn = sampled(of_policy, Sampling(64), in_fixed_buffers=True)
+    logits, prefill = fixed.FixedRows.logits, generate._prefill
+    monkeypatch.setattr(fixed.FixedRows, "logits", lambda self: steps.append(1) or logits(self))
+
+    def prefilled(*given):  # transformers looks at the mask of the prompts
+        before = len(waits)
+        prefills.append(1)
+        result = prefill(*given)
+        del waits[before:]
+        return result
+
+    monkeypatch.setattr(generate, "_prefill", prefilled)
+    drawn = sampled(of_policy, Sampling(64), in_fixed_buffers=True, cache_tokens=rows * (12 + 64))
     longest = max(len(r.tokens) for row in drawn for r in row)
-    assert longest > 16 and len(waits) <= 2 * -(-longest // 16) + 1  # transformers looks at the mask of the prompts
+    assert longest > 16 and (len(prefills) > 2) == (rows == 2)
+    at_limit = sum(len(r.tokens) == 64 for row in drawn for r in row)  # known to the host, which looks then
+    assert len(waits) <= -(-(len(steps) + 1) // 16) + at_limit * (rows == 2)
 
 
 class Watched(fixed.FixedRows):
