@@ -50,8 +50,6 @@ def check_quantization(written: Mapping[str, Any], folder: Path) -> None:
     Raises: ConfigError: naming the method.
     """
     method = weight_files.quantization(written)
-    if (folder / "hf_quant_config.json").is_file():
-        method = method or "modelopt"
     packing = written.get("quantization")
     if (
         method is None

@@ -5,7 +5,7 @@ import functools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +50,14 @@ def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = Fals
       an unknown architecture.
     """
     where, folder = located(config), local_folder(config)
-    weight_files.check_settings(read_json(folder / "config.json"), folder)  # damaged files are named here
+    written = read_json(folder / "config.json")
+    weight_files.check_settings(written, folder)  # damaged files are named here
     with explained("the model", config), without_bars(where["pretrained_model_name_or_path"]):
         from transformers import AutoConfig
 
         settings = AutoConfig.from_pretrained(**where)
         options = {**where, "config": settings, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
-        unpacked = _dequantized(settings)
+        unpacked = _dequantized(settings, written)
         options |= unpacked
         auto = _auto_class(settings, config)
         lm: Any = None
@@ -139,19 +140,21 @@ def _auto_class(settings: Any, config: ModelConfig) -> Any:
     )
 
 
-def _dequantized(settings: Any) -> dict[str, Any]:
+def _dequantized(settings: Any, written: Mapping[str, Any]) -> dict[str, Any]:
     """What unpacks quantised weights, where transformers does so exactly.
 
-    Raises: ConfigError: quantised by another method.
+    Args:
+      written: config.json, of which transformers may drop a part.
+    Raises: ConfigError: quantised by another method, or in a part of the model that transformers does not unpack.
     """
     import transformers
 
-    values = settings.to_dict()
-    method = weight_files.quantization(values)
-    if method not in DEQUANTIZED:
-        weight_files.refuse_quantization(values, "gvpo_torch")
+    method = weight_files.quantization(written)
+    parts = (getattr(part, "quantization_config", None) for part in (settings, settings.get_text_config()))
+    given = next((found for found in parts if found), None)
+    if method not in DEQUANTIZED or given is None:
+        weight_files.refuse_quantization(written, "gvpo_torch")
         return {}
-    given = getattr(settings, "quantization_config", None) or settings.get_text_config().quantization_config
     given = given if isinstance(given, dict) else given.to_dict()
     kind = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}[method]
     rest = {name: value for name, value in given.items() if name not in ("quant_method", "dequantize")}

@@ -157,3 +157,42 @@ def test_the_weight_file_that_the_configuration_names_is_read(backend, sound, tm
     policy.export(tmp_path / "exported")
     assert "transformers_weights" not in json.loads((tmp_path / "exported" / "config.json").read_text())
     np.testing.assert_allclose(backend.policies.policy(tmp_path / "exported").logprobs(of), wanted, atol=1e-3)
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4}
+QUANTISED = {
+    "a part for text within another": ({"thinker_config": {"text_config": {"quantization_config": GPTQ}}}, "gptq"),
+    "a language model by another name": ({"llm_config": {"quantization_config": GPTQ}}, "gptq"),
+    "compression of a part": ({"language_config": {"compression_config": {"format": "x"}}}, "compression_config"),
+    "fp8 where nothing unpacks it": ({"llm_config": {"quantization_config": {"quant_method": "fp8"}}}, "fp8"),
+    "bits alone": ({"quantization_bit": 4}, "quantization_bit"),
+    "loading alone": ({"load_in_4bit": True}, "load_in_4bit"),
+    "another name": ({"quantize_config": GPTQ}, "gptq"),
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_settings_of_quantised_weights_are_found_wherever_they_are(name, refused):
+    """The weights here are floats: nothing but these settings says that they are not the model's."""
+    given, method = QUANTISED[name]
+    said = refused("config.json", lambda text: json.dumps(json.loads(text) | given).encode())
+    assert f"quantised ({method})" in said
+
+
+@pytest.mark.parametrize(
+    "file", ["hf_quant_config.json", "quantize_config.json", "quant_config.json", "quanto_qmap.json"]
+)
+def test_a_file_of_a_quantiser_beside_the_weights_is_named(file, backend, sound, tmp_path):
+    backend.policies.policy(sound)
+    folder = tmp_path / "model"
+    shutil.copytree(sound, folder)
+    (folder / file).write_text('{"bits": 4}')
+    with pytest.raises(ConfigError, match=rf"holds the settings of quantised weights \({file}\)"):
+        backend.policies.policy(folder)
+
+
+def test_settings_of_quantisation_that_say_nothing_are_taken(backend, sound, tmp_path):
+    folder = tiny_models.changed(
+        sound, tmp_path, quantization_config=None, load_in_4bit=False, vision_config={"quantization_config": {}}
+    )
+    backend.policies.policy(folder)

@@ -76,7 +76,7 @@ def test_fp8_is_unpacked_on_every_device() -> None:
     """transformers unpacks it on a CPU whatever the settings say, and on a GPU where they say so."""
     settings = AutoConfig.for_model("llama")
     settings.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128], "dequantize": False}
-    assert _dequantized(settings)["quantization_config"].dequantize is True
+    assert _dequantized(settings, settings.to_dict())["quantization_config"].dequantize is True
 
 
 @pytest.mark.parametrize(

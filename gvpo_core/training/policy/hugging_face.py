@@ -12,7 +12,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.files.disk import refuse_special
 from gvpo_core.training.files.lfs import is_pointer, pointer_message
 from gvpo_core.training.policy.text import exported_eos
-from gvpo_core.training.policy.weight_files import check_settings, refuse_adapter
+from gvpo_core.training.policy.weight_files import check_settings, refuse_adapter, refuse_quantizer
 
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 _WANTED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.tiktoken", "*.jinja"]
@@ -59,6 +59,7 @@ def local_folder(config: ModelConfig) -> Path:
     path = Path(source(config)["pretrained_model_name_or_path"])
     folder = path if path.is_dir() else _downloaded(config.path, config.revision)
     refuse_adapter(folder)
+    refuse_quantizer(folder)
     for path in folder.iterdir():
         try:
             refuse_special(path)

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,11 @@ from gvpo_core.training.files.lfs import is_pointer, pointer_message
 INDEX = "model.safetensors.index.json"
 _ONE = "model.safetensors"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
+_QUANTIZED = ("quantization_config", "compression_config")  # in config.json, of the model or a part of it
+_QUANTIZED_AT_THE_TOP = ("quantization", "quant_config", "quantize_config", "quantization_bit", "load_in_4bit",
+                         "load_in_8bit")  # fmt: skip
+_QUANTIZERS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quanto_qmap.json",
+               "quant_strategy.json")  # fmt: skip
 _BYTES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "F32": 4, "F64": 8}
 _BYTES |= {"I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8}
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -188,14 +193,21 @@ def refuse_integers(stored: Mapping[str, Tensor], quantized: Iterable[str] = ())
 
 
 def quantization(config: Mapping[str, Any]) -> str | None:
-    """The method that config.json says the weights are quantised with (gptq, awq, fp8, ...), or None."""
-    for part in (config, config.get("text_config") or {}):
-        for name in ("quantization_config", "compression_config", "quantization"):
-            settings = part.get(name)
-            if settings:
-                method = settings.get("quant_method") if isinstance(settings, Mapping) else None
-                return str(method or name)
-    return None
+    """The method that config.json says the weights are quantised with (gptq, awq, fp8, ...), at the top or in any part
+    of the model, or None.
+    """
+    return _method(config, (*_QUANTIZED, *_QUANTIZED_AT_THE_TOP))
+
+
+def _method(part: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    for name in names:
+        settings = part.get(name)
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, Mapping) else None
+            return str(method or name)
+    inner = [(name, value) for name, value in part.items() if isinstance(value, Mapping)]
+    methods = (_method(value, names if name == "text_config" else _QUANTIZED) for name, value in inner)
+    return next((method for method in methods if method), None)
 
 
 def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
@@ -205,6 +217,16 @@ def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
         raise ConfigError(
             f"config.json says that the weights are quantised ({method}), which {backend} does not read: use the "
             "original model"
+        )
+
+
+def refuse_quantizer(folder: Path) -> None:
+    """Raises ConfigError where the folder holds the settings of a quantisation in a file of their own."""
+    held = [name for name in _QUANTIZERS if (folder / name).exists()]
+    if held:
+        raise ConfigError(
+            f"{folder} holds the settings of quantised weights ({held[0]}), which no backend reads: use the original "
+            "model; if the weights are the original ones, take that file out of the folder"
         )
 
 
