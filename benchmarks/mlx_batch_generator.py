@@ -3,7 +3,7 @@
     python benchmarks/mlx_batch_generator.py [--prompts 4 --responses 8 --prompt 64 --tokens 48]
 
 BatchGenerator takes a sampler for each row, which inverts the cumulative distribution on the device, in float32: a
-sampler of the whole batch is not told which rows it holds. Both run in this process on one tiny model, in turns; the
+sampler of the whole batch does not know which rows it holds. Both run in this process on one tiny model, in turns; the
 ratio of their times is the figure. Nothing fails here: docs/mlx.md states what follows.
 """
 

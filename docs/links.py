@@ -13,6 +13,6 @@ def on_page_markdown(markdown: str, *, config: Any, **_: Any) -> str:
         text, path = match[1], match[2]
         if not (root / path).exists():
             raise FileNotFoundError(f"a page links to {path}, which is not in the repository")
-        return f"{text} (`{path}`)"
+        return f"`{path}`" if text.strip("`") == path else f"{text} (`{path}`)"
 
     return re.sub(r"\[([^]]+)\]\(\.\./([^)]+)\)", replace, markdown)

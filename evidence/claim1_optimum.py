@@ -1,4 +1,4 @@
-"""Theorem 3.1 and Corollary 3.2: one optimum, whoever draws the responses."""
+"""Theorem 3.1 and Corollary 3.2: one optimum, for any sampler."""
 
 import tempfile
 from pathlib import Path

@@ -90,7 +90,7 @@ that is from pi\\*, its mean length:
 
 {table(header, reward_rows)}
 
-Shows: the student becomes the teacher whoever draws the responses, and f does not move that optimum.
+Shows: the student becomes the teacher with every sampler, and f does not move that optimum.
 With rewards f moves it: where f is small the implicit reward is cheap, so long responses may go
 farther from pi_ref, up where R + c > 0 and down where it is not.
 Does not show: speed. With alpha = 1 the smallest f is 1/{LENGTHS.max():g} and the descent is that much

@@ -89,7 +89,7 @@ def expected_step(
       sampler: (P, Y) probabilities of the responses.
       log_old: (P, Y) for the ratio; default: the policy itself, a ratio of 1.
       lengths, weights: (Y,) tokens, and f of GVPO++.
-      coefficients: in the place of the table's, a function of the same arguments.
+      coefficients: replaces the table's; a function of the same arguments.
     """
     prompts, responses = logits.shape
     rows, _ = multisets(responses, k)

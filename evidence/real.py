@@ -216,7 +216,7 @@ def main(arguments: list[str]) -> int:
         carry_out_all(path)
     except KeyboardInterrupt:
         stopped = True
-        print("stopped; the same command goes on with the run that was not finished", file=sys.stderr)
+        print("stopped; the same command resumes the unfinished run", file=sys.stderr)
     results, elsewhere = read_results(path), read_results(ELSEWHERE)
     PAGE.write_text(page(results, elsewhere), encoding="utf-8")
     draw(results, elsewhere, PICTURE)

@@ -109,7 +109,7 @@ Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the
 {table(["", "difference", ""], differences)}
 
 "4 steps old": the responses are drawn by the policy of four steps ago, at the rate tuned on-policy. The ratio of grpo
-and rloo is to the policy at the start of the step, so it is 1 here; neither is told the log-probabilities at sampling.
+and rloo is to the policy at the start of the step, so it is 1 here; neither gets the log-probabilities at sampling.
 With that ratio, and the KL penalty in the reward, rloo has the coefficients of gvpo ([Objectives](objectives.md)): at
 one learning rate their runs are the same run.
 {SHOWS if done == total else ""}

@@ -1,4 +1,4 @@
-"""GVPO in a loop of one's own with accelerate: a group's rows lie in any micro-batch and on any process.
+"""GVPO in your own loop with accelerate: the rows of a group may be in any micro-batch and on any process.
 
 accelerate launch --num_processes 2 examples/accelerate_loop.py     or python, for one process
 """

@@ -1,4 +1,4 @@
-"""An objective of one's own for `gvpo train`: name = "examples/own_objective.py:leave_one_out" under [objective].
+"""A custom objective for `gvpo train`: name = "examples/own_objective.py:leave_one_out" under [objective].
 
 It is RLOO without a ratio: each response is pushed by its reward less the mean reward of the others in its group.
 """

@@ -62,8 +62,8 @@ def check_scores(trainer: Any) -> None:
     """Scores two short rows as TRL does, in training mode and padded, and alone as the model itself does.
 
     Raises: ValueError: TRL cannot score the model, the model draws random numbers while it trains, padding changes a
-      row's log-probabilities (not told of experts in 16 bits, whose rounding depends on the batch), or they differ from
-      the row's own.
+      row's log-probabilities (not reported for experts in 16 bits, whose rounding depends on the batch), or they
+      differ from the row's own.
     """
     name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
     modes = {module: module.training for module in trainer.model.modules()}

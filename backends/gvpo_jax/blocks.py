@@ -22,7 +22,7 @@ from gvpo_jax.block_pairs import FIRST, LAST, PADDING, REAL, WHOLE, blocks_of, k
 from gvpo_jax.mesh import BATCH, fitting, is_tpu, parts, tensor_axes
 
 NARROWEST = 256  # tokens of a row: below there is little to skip
-MOST_PAIRS = 2**17  # of blocks, in all rows of a device: they lie in its scalar memory
+MOST_PAIRS = 2**17  # of blocks, in all rows of a device: they are in its scalar memory
 _HIDDEN = -1e30  # a score that no query's maximum is
 
 

@@ -1,7 +1,7 @@
 """The decoder that a `Spec` describes, as functions of its parameters.
 
 Parameters are a flat mapping from transformers' names to arrays. Where all layers are alike, theirs are stacked, with
-`*` in the place of the layer's number, and run through `lax.scan`: one layer is compiled, however many there are.
+`*` instead of the layer's number, and run through `lax.scan`: one layer is compiled, however many there are.
 """
 
 import math

@@ -149,7 +149,7 @@ def fill(units: Sequence[Unit], length: int, rows: int, responses: int) -> list[
 def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh: Mesh) -> list[Rows]:
     """Micro-batches that hold the units, of the same shapes in the same order on every process.
 
-    Rows have the length of the budget, halved as often as that costs the least; as many lie in a shard as the budget
+    Rows have the length of the budget, halved as often as that costs the least; a shard has as many as the budget
     holds. A row that is longer than the budget lies alone in its shard.
     """
     shards = meshes.batch_shards(mesh)
@@ -232,7 +232,7 @@ def lay(arrays: layout.Arrays | None, rows: Sequence[layout.Row], places: Sequen
     laid["positions"][:] = np.arange(t)
     if arrays is None:
         return Rows(laid, None)
-    before = np.zeros(b, np.int64)  # segments that lie in each of the device's rows so far
+    before = np.zeros(b, np.int64)  # segments in each of the device's rows so far
     for number, (row, (at, start)) in enumerate(zip(rows, places, strict=True)):
         here = (at, slice(start, start + row.length))
         laid["ids"][here] = arrays.ids[number, : row.length]

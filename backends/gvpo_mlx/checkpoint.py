@@ -1,4 +1,4 @@
-"""The policy's whole state on disk, for training to go on: safetensors and JSON alone."""
+"""The policy's whole state on disk, from which training resumes: safetensors and JSON only."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

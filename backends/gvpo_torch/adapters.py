@@ -120,7 +120,7 @@ def mergeable(lm: nn.Module) -> int:
     In 16 bits a sum is rounded: after one step of 1e-4 with rank 16, 86 % of the weights would be those of the base.
     """
     bases = [layer.get_base_layer() for layer in lora_layers(lm)]
-    if not all(hasattr(base, "weight") for base in bases):  # experts, whose weights lie in one tensor
+    if not all(hasattr(base, "weight") for base in bases):  # experts, whose weights are in one tensor
         return 0
     weights = [base.weight for base in bases]
     if any(w.dtype != torch.float32 or hasattr(w, "device_mesh") for w in weights):

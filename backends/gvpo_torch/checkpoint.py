@@ -1,4 +1,4 @@
-"""The policy's whole state on disk, for training to go on: safetensors and JSON alone.
+"""The policy's whole state on disk, from which training resumes: safetensors and JSON only.
 
 Each rank writes one file: its rows of every parameter and moment where they are sharded. The file's metadata has the
 first row of each tensor and the number of its rows on all ranks, so any number of ranks reads them.

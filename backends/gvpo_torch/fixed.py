@@ -1,6 +1,6 @@
 """Decoding in buffers of fixed size: no wait for the device but one every few tokens, and on CUDA one graph a token.
 
-Keys, values, tokens and ends stay on the device. Keys and values lie in a ring of slots, and all rows write to the same
+Keys, values, tokens and ends stay on the device. Keys and values are in a ring of slots, and all rows write to the same
 one; a row that has ended is replaced in place by one that waits, whose prompt goes into the slots before the next. Only
 models whose layers all attend to everything before are decoded so, sharded ones too, whose parameters are gathered
 before; the others, and devices other than CUDA, take the loop in `generate`, whose samples are the same up to rounding.
@@ -96,7 +96,7 @@ def _attention(
     if sliding_window is not None or softcap is not None or s_aux is not None or query.shape[2] != 1:
         raise NotImplementedError("attention with a window, a cap or sinks is not decoded in fixed buffers")
     rows, groups, slots, _ = key.shape
-    shared = query.reshape(rows, groups, -1, query.shape[-1])  # the heads of a group in the place of queries
+    shared = query.reshape(rows, groups, -1, query.shape[-1])  # the heads of a group take the axis of queries
     mask = attention_mask.expand(rows, groups, shared.shape[2], slots)
     out = F.scaled_dot_product_attention(shared.to(key.dtype), key, value, attn_mask=mask, scale=scaling)
     return out.reshape(rows, 1, -1, value.shape[-1]), None

@@ -84,7 +84,7 @@ class NCCL:
         return {"master_address": host, "master_port": port, "rank_offset": 1, "world_size": workers + 1}
 
     def join(self, until: float) -> None:
-        """See `Channel`. NCCL waits as long as it likes; whoever called stops waiting for this thread."""
+        """See `Channel`. NCCL has no time limit here; the caller stops waiting for this thread."""
         host, port, size = self._place
         group = self._make(host, port, 0, size, self._device)
         if getattr(group, "disabled", False):

@@ -200,7 +200,7 @@ def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, folder: Pat
 
 
 def _refuse_integers(lm: nn.Module, info: dict[str, Any], folder: Path, unpacked: bool) -> None:
-    """Integers in the place of floats are taken as they are by transformers: quantised weights without scales."""
+    """transformers reads integers as they are where floats are expected: quantised weights without scales."""
     tensors = weight_files.tensors(folder)
     tables = {name.rpartition(".")[2] for name, b in lm.named_buffers() if not b.is_floating_point()}
     tables |= {name.rpartition(".")[2] for name in info["unexpected_keys"]}

@@ -60,7 +60,7 @@ def write_results(results: dict[str, list[Count]]) -> None:
 
 
 def page(text: str, results: dict[str, list[Count]]) -> str:
-    """The page with its tables of jobs and counts made anew; the rest is left as it is."""
+    """The page with new tables of jobs and counts; the rest is unchanged."""
     counts = [(module.partition("_")[0], count) for module in sorted(results) for count in results[module]]
     for name, table in (("jobs", jobs.table()), ("counts", markdown(counts))):
         begin, end = f"<!-- {name}: written by nox -s scale -->", f"<!-- end of {name} -->"

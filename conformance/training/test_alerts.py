@@ -55,7 +55,7 @@ def test_a_healthy_run_raises_none(seed, tmp_path):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_run_that_has_solved_its_prompts_gets_that_alert_alone(seed, tmp_path):
     found = {(a.key, a.level, a.advice) for _, a in raised(simulated(tmp_path / "run", seed=seed, steps=240))}
-    assert found == {("dead_groups", WATCH, "these prompts are solved: take harder ones, or stop here")}
+    assert found == {("dead_groups", WATCH, "these prompts are solved: use harder ones, or stop the run")}
 
 
 def test_a_run_that_really_falls_apart_is_called_bad(tmp_path):
@@ -163,7 +163,7 @@ def test_a_trouble_put_into_the_real_loop_is_named_within_five_steps(spoil, key,
     assert key in {a["key"] for r in records[20:] for a in r["alerts"]}
 
 
-@pytest.mark.parametrize(("value", "advice"), [(0.0, "take easier prompts"), (9.0, "take harder ones")])
+@pytest.mark.parametrize(("value", "advice"), [(0.0, "use easier prompts"), (9.0, "use harder ones")])
 def test_dead_groups_in_the_real_loop(value, advice, tmp_path):
     config = table_config(tmp_path / "run", steps=25)
     policy = Watched(config)
@@ -239,7 +239,7 @@ def test_dead_groups_are_distinguished(healthy):
     assert "finer reward" in middle.advice
     constant = [{**r, **base, "reward/mean": 0.0, "reward/min": 0.0, "reward/max": 0.0} for r in healthy[:5]]
     (alert,) = (a for _, a in raised(constant) if a.key == "dead_groups")
-    assert alert.level == BAD and "every reward so far is the same" in alert.advice
+    assert alert.level == BAD and "all rewards so far are equal" in alert.advice
 
 
 def test_one_spike_is_watched_and_forgotten_and_a_lasting_one_is_bad(healthy):

@@ -157,7 +157,7 @@ def test_groups_without_signal_are_reported_once_with_advice(tmp_path, capfd):
     status, out, _ = gvpo(capfd, "train", config)
     assert status == 0
     assert out.count("dead groups") == 1
-    assert "every reward so far is the same" in " ".join(out.split())
+    assert "all rewards so far are equal" in " ".join(out.split())
     assert all(r["groups/all_equal"] == 2 for r in records(tmp_path))
 
 

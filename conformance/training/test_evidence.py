@@ -103,7 +103,7 @@ def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, mo
     monkeypatch.setattr(real, "PICTURE", tmp_path / "page.png")
     monkeypatch.setattr(real, "FOLDER", tmp_path / "claims")
     assert real.main([]) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert "24 of 24 tuning runs\nand 15 of 48 reported runs are\nfinished" in (tmp_path / "page.md").read_text("utf-8")
     assert real.main([]) == 0
     assert (tmp_path / "page.png").read_bytes().startswith(b"\x89PNG")

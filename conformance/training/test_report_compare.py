@@ -66,7 +66,7 @@ def test_data_and_versions_that_differ_are_listed_too(runs, tmp_path):
 def test_held_out_results_stand_side_by_side_and_paired_by_prompt(runs):
     data = [read_run(run) for run in runs]
     head, first, second = cells(comparison(data), "<h1>")
-    assert head[-2:] == ["Against a", "Now"] and first[0] == "a" and second[0] == "b"
+    assert head[-2:] == ["Compared with a", "Verdict"] and first[0] == "a" and second[0] == "b"
     assert first[1:2] + second[1:2] == ["40 of 40", "60 of 60"]
     last = [{p: r for (_, p), r in prompt_rewards(run.held_out[max(run.held_out)]).items()} for run in data]
     shared = [p for p in last[0] if p in last[1]]

@@ -1,4 +1,4 @@
-"""The small demo from end to end: makes the model and the prompts, trains, and says what came of it.
+"""The small demo from end to end: makes the model and the prompts, trains, and prints the result.
 
     python examples/ascending_letters/demo.py [--backend torch|jax|mlx] [--steps N]
 
@@ -23,12 +23,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="GVPO teaches a tiny random model the order of letters.")
     parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
     parser.add_argument("--steps", type=int, default=0, help="training steps; default those of config.toml")
-    parser.add_argument("--run", type=Path, default=None, help="run folder, made anew; default runs/letters-BACKEND")
+    parser.add_argument(
+        "--run", type=Path, default=None, help="run folder, replaced if it exists; default runs/letters-BACKEND"
+    )
     options, others = parser.parse_known_args()
     run = options.run or Path(f"runs/letters-{options.backend}")
     start = time.monotonic()
     if (run / "metrics.jsonl").exists():
-        print(f"{run} holds an earlier demo: it makes way for this one")
+        print(f"removing the earlier demo in {run}")
         shutil.rmtree(run)
     prepare()
     arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.backend", options.backend]

@@ -1,4 +1,4 @@
-"""The demo of episodes from end to end: makes the model and the games, trains, and says what came of it.
+"""The demo of episodes from end to end: makes the model and the games, trains, and prints the result.
 
     python examples/guess_number/demo.py [--backend torch|jax|mlx] [--steps N]
 
@@ -23,12 +23,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="GVPO teaches a tiny random model to find a number by hints.")
     parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
     parser.add_argument("--steps", type=int, default=0, help="training steps; default those of config.toml")
-    parser.add_argument("--run", type=Path, default=None, help="run folder, made anew; default runs/guess-BACKEND")
+    parser.add_argument(
+        "--run", type=Path, default=None, help="run folder, replaced if it exists; default runs/guess-BACKEND"
+    )
     options, others = parser.parse_known_args()
     run = options.run or Path(f"runs/guess-{options.backend}")
     start = time.monotonic()
     if (run / "metrics.jsonl").exists():
-        print(f"{run} holds an earlier demo: it makes way for this one")
+        print(f"removing the earlier demo in {run}")
         shutil.rmtree(run)
     prepare()
     arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.backend", options.backend]

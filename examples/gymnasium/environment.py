@@ -74,7 +74,7 @@ class Gymnasium:
         self.env.close()
 
     def _text(self, observation: Any) -> str:
-        """The rendered text, with a mark in the place of a colour; else the observation."""
+        """The rendered text, with marks instead of colours; else the observation."""
         if self.env.render_mode == "ansi":
             return _COLOUR.sub(r"[\2]", str(self.env.render())).strip()
         return str(observation)

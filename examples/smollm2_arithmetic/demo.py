@@ -1,8 +1,8 @@
-"""The demo from end to end: makes the model and the problems, trains, and says what came of it.
+"""The demo from end to end: makes the model and the problems, trains, and prints the result.
 
     python examples/smollm2_arithmetic/demo.py [--backend torch|jax|mlx] [--steps N] [--held-out N]
 
-Other options are those of `gvpo train`. A demo that was stopped goes on where it was; a finished one makes way for a
+Other options are those of `gvpo train`. A stopped demo resumes; a finished one is replaced by a
 new one.
 """
 
@@ -38,7 +38,7 @@ def main() -> int:
     name = "demo" if options.backend == "torch" else f"demo-{options.backend}"
     run = Path(f"runs/{name}" if options.steps == steps else f"runs/{name}-{options.steps}-steps")
     if len(evaluations(run)) >= 2:
-        print(f"{run} holds a finished demo: it makes way for this one")
+        print(f"removing the finished demo in {run}")
         shutil.rmtree(run)
     prepare()
     print()

@@ -1,4 +1,4 @@
-"""The demo of a tool from end to end: makes the model and the problems, trains, and says what came of it.
+"""The demo of a tool from end to end: makes the model and the problems, trains, and prints the result.
 
     python examples/smollm2_calculator/demo.py [--backend torch|jax|mlx] [--steps N] [--held-out N]
 
@@ -25,13 +25,15 @@ def main() -> int:
     parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
     parser.add_argument("--steps", type=int, default=0, help="training steps; default those of config.toml")
     parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default those of config.toml")
-    parser.add_argument("--run", type=Path, default=None, help="run folder, made anew; default runs/calculator-BACKEND")
+    parser.add_argument(
+        "--run", type=Path, default=None, help="run folder, replaced if it exists; default runs/calculator-BACKEND"
+    )
     options, others = parser.parse_known_args()
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries while the model loads; the run has its own
     run = options.run or Path(f"runs/calculator-{options.backend}")
     start = time.monotonic()
     if (run / "metrics.jsonl").exists():
-        print(f"{run} holds an earlier demo: it makes way for this one")
+        print(f"removing the earlier demo in {run}")
         shutil.rmtree(run)
     prepare()
     arguments = ["train", str(CONFIG), "--run.folder", str(run), "--run.backend", options.backend]

@@ -177,7 +177,7 @@ async def _serve(env: Mapping[str, Any], policy: str) -> Served:
 
 
 class Verifiers:
-    """One rollout of verifiers, whose model is whoever calls `step`."""
+    """One rollout of verifiers. The caller of `step` acts as its model."""
 
     def __init__(self, env: Mapping[str, Any], policy: str = "") -> None:
         """

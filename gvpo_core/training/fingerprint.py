@@ -174,9 +174,8 @@ def reward_fingerprints(
     """Reward -> SHA-256 of its file and of what that imports, or of the source of a function passed from Python, and of
     the files and model folders that its options name.
 
-    Of its imports those count that lie in its folder or in the working directory, and their imports likewise; of
-    installed packages only those that a built-in reward is made of, by their versions. A reward without a known source
-    is omitted.
+    Imports count, recursively, where they are in its folder or in the working directory. Of installed packages only
+    those that a built-in reward uses count, by their versions. A reward without a known source is omitted.
     """
     hashes = {}
     for name, reward in rewards.items():
@@ -231,7 +230,7 @@ def _code_of(first: Path) -> bytes:
 
 
 def _imported(path: Path, code: bytes, roots: Iterable[Path]) -> Iterator[Path]:
-    """Files of the modules that a file imports, where they lie in one of the roots or beside it."""
+    """Files of the modules that a file imports, where they are in one of the roots or beside it."""
     try:
         nodes = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError):

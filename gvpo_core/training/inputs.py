@@ -54,7 +54,7 @@ class HeldOut:
     prompts: Prompts | None  # to be answered and scored by the rewards
     groups: Groups | None  # recorded responses, for the loss
     reference: ReferenceScores | None = None  # of the groups
-    teacher: Teacher | None = None  # in the place of the reference
+    teacher: Teacher | None = None  # replaces the reference
 
     def describe(self) -> str:
         """What it is, for the header."""

@@ -155,7 +155,7 @@ def _objective_metrics(
         "reward/spread": float(np.sqrt(loss.group_reward_variance).sum() / max(float(loss.counted_groups), 1)),
     }
     if beta > 0:
-        with np.errstate(invalid="ignore"):  # a NaN is for the alerts to tell of
+        with np.errstate(invalid="ignore"):  # alerts report a NaN
             regret = gvpo_regret(logprobs, reference, rewards, groups, **options)
         metrics["regret/second_order"] = float(regret.second_order)
         metrics["regret/series"] = float(regret.series)

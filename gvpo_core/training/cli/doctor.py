@@ -1,4 +1,4 @@
-"""gvpo doctor: what is installed, which devices are seen, what is wrong and how to fix it. Offline, under 3 seconds.
+"""gvpo doctor: what is installed, which devices are seen, what is wrong and how to fix it. Offline.
 
 Versions are read from package metadata, without an import. The array frameworks are imported in separate processes
 under a time limit, since a broken one may hang, crash or end the interpreter.
@@ -20,7 +20,7 @@ from gvpo_core import __version__
 from gvpo_core.training.config.backends import install_line, installable
 from gvpo_core.training.terminal.output import say
 
-LIMIT = 2.0  # seconds for all imports together
+LIMIT = 15.0  # seconds for all imports together, from a cold disk too
 
 REQUIRED: dict[str, dict[str, str]] = {
     "core": {"numpy": ">=2.0", "array-api-compat": ">=1.12"},
@@ -109,7 +109,7 @@ def examine() -> list[Finding]:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version lies in a range like ">=2.13,<3". Compares the leading numbers, as 2.13.0 of 2.13.0+cpu."""
+    """Whether a version is in a range like ">=2.13,<3". Compares the leading numbers, as 2.13.0 of 2.13.0+cpu."""
     have = _numbers(version)
     for clause in wanted.split(","):
         operator, bound = re.fullmatch(r"(>=|<)([\d.]+)", clause).groups()  # type: ignore[union-attr]
@@ -157,7 +157,7 @@ def _framework(name: str, result: tuple[int | None, str, str], gpu: bool) -> lis
     if main.status != "ok":
         return [main, *rest]
     if status is None:
-        detail = f"{main.detail}; its import did not finish in {LIMIT} s, so its devices are unknown"
+        detail = f"{main.detail}; its import did not finish in {LIMIT:g} s, so its devices are unknown"
         trace = f'python -X importtime -c "import {name}"'
         fix = f"run this again if the disk was cold; otherwise find where it hangs: {trace}"
         return [Finding("warning", name, detail, fix), *rest]

@@ -76,8 +76,8 @@ def init(arguments: list[str]) -> int:
         prog="gvpo init",
         description="Writes config.toml, reward.py, train.jsonl and held_out.jsonl, ready for gvpo train.",
     )
-    parser.add_argument("folder", nargs="?", default=".", help="folder for the files; default: this one")
-    parser.add_argument("--model", default=MODEL, help=f"folder or hub name of a language model; default {MODEL}")
+    parser.add_argument("folder", nargs="?", default=".", help="folder for the files. Default: the working directory")
+    parser.add_argument("--model", default=MODEL, help=f"folder or hub name of a language model. Default: {MODEL}")
     options = parser.parse_args(arguments)
     folder = Path(options.folder)
     for path in write_files(folder, options.model):

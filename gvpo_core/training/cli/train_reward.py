@@ -107,30 +107,41 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, help="new folder for the reward model")
     add("--model", required=True, help="folder or hub name of the decoder to start from")
     add("--revision", help="commit or tag of a hub model")
-    add("--held-out", metavar="FILE", help="rows for the accuracy before and after. Default: a part of the data")
-    add("--held-out-share", type=float, default=0.1, help="that part, whole rows. Default: 0.1")
+    add(
+        "--held-out",
+        metavar="FILE",
+        help="held-out rows for the accuracy before and after. Default: a share of the data",
+    )
+    add(
+        "--held-out-share",
+        type=float,
+        default=0.1,
+        help="share of the rows held out if --held-out is not given. Default: 0.1",
+    )
     add("--split", default="", help="split of a hub data set")
     add("--prompt", default="prompt", help="column of the prompt. Default: prompt")
     add(
         "--margin",
         type=float,
         default=0.0,
-        help="scores should differ by this times the rewards' difference. Default: 0",
+        help="target difference of two scores, as a multiple of the difference of their rewards. Default: 0",
     )
     add("--epochs", type=int, default=1, help="passes over the pairs. Default: 1")
     add("--batch", type=int, default=32, help="pairs a step. Default: 32")
-    add("--learning-rate", type=float, default=1e-5, help="of AdamW at its highest. Default: 1e-5")
-    add("--warmup", type=float, default=0.05, help="share of the steps in which it rises. Default: 0.05")
+    add("--learning-rate", type=float, default=1e-5, help="peak learning rate of AdamW. Default: 1e-5")
+    add("--warmup", type=float, default=0.05, help="share of the steps used for warm-up. Default: 0.05")
     add(
         "--max-tokens",
         type=int,
         default=0,
-        help="longest row; longer pairs are left out. Default: 0, the model's context",
+        help="longest row, tokens; longer pairs are dropped. Default: 0, the model's context",
     )
-    add("--micro-batch-tokens", type=int, default=8192, help="tokens of a forward pass. Default: 8192")
+    add("--micro-batch-tokens", type=int, default=8192, help="tokens in a forward pass. Default: 8192")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1. Default: auto")
-    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of products. Default: float32")
-    add("--seed", type=int, default=0, help="of the order and of the held-out part. Default: 0")
+    add(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="dtype of matrix products. Default: float32"
+    )
+    add("--seed", type=int, default=0, help="seed of the order and the held-out split. Default: 0")
     return parser
 
 

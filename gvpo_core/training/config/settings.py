@@ -67,7 +67,7 @@ class ModelConfig:
     compile: bool = False
     """Compile the decoder layers for scores and gradients (torch.compile). Costs minutes at the start; one process."""
     deterministic: bool = False
-    """Only kernels that repeat bit for bit, in scores and updates (torch on CUDA, where usual ones do not). Slower."""
+    """Use only kernels that are bit-for-bit deterministic, in scores and updates (torch on CUDA). Slower."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"
@@ -95,13 +95,13 @@ class DataConfig:
     evaluation: str = ""
     """Held-out rows in the same forms. Empty: no evaluation."""
     subset: str = ""
-    """Configuration of a dataset of the hub, as main of openai/gsm8k; for both."""
+    """Configuration of a hub dataset, such as main of openai/gsm8k, for both splits."""
     split: str = ""
     """Split of the training rows, where the source has several."""
     evaluation_split: str = ""
     """Split of the held-out rows, where their source has several."""
     recorded: str = ""
-    """Recorded groups (docs/recorded.md) that each step takes beside those of `train`. Empty: none."""
+    """Recorded groups (docs/recorded.md) that each step adds to those of `train`. Empty: none."""
     recorded_share: float = 0.25
     """Share of a step's groups that come from `recorded`."""
     prompt: str = "prompt"
@@ -121,7 +121,7 @@ class DataConfig:
     reference_cache: str = ""
     """Folder of the reference's scores of recorded responses, shared by runs. Empty: the run folder."""
     reference_cache_size: int = 256
-    """Largest size of that file, MiB; the oldest scores leave. 0: no limit."""
+    """Largest size of that file, MiB; beyond it the oldest scores are removed. 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ class RolloutConfig:
     """What draws them. policy: the trained policy; engine: the server of [engine]; or a class or function of your own
     that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
     ahead: int = 0
-    """Steps by which responses may be drawn before they are used, beside the update. Needs a sampler. 0: none."""
+    """Steps by which responses may be drawn ahead of their use, during updates. Needs a sampler. 0: none."""
     prompts: int = 8
     """Prompts a step (G)."""
     responses: int = 8
@@ -153,11 +153,11 @@ class RolloutConfig:
     stop: tuple[str, ...] = ()
     """Texts that end a response, which keeps the tokens up to the one that completes such a text."""
     truncated: Literal["keep", "drop"] = "keep"
-    """Responses cut at max_tokens. drop: they leave their group, whatever their reward."""
+    """Responses cut at max_tokens. drop: they leave their group, even if they have a reward."""
     equal: Literal["keep", "skip", "redraw"] = "keep"
     """Groups whose rewards are all equal. skip: not trained on; redraw: skipped, and further prompts drawn instead."""
     redraws: int = 3
-    """Most times that a step draws further prompts. Only for equal = redraw."""
+    """Most times a step draws more prompts. Only for equal = redraw."""
     allow_truncated_support: bool = False
     """Accept top_p, top_k, min_p or temperature 0 in training, which Cor. 3.2 does not cover."""
 
@@ -168,7 +168,7 @@ class RolloutConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """Past groups, trained on again beside new ones (Cor. 3.2)."""
+    """Past groups, trained on again with new ones (Cor. 3.2)."""
 
     groups: int = 0
     """Newest groups kept for replay. 0: none."""
@@ -196,7 +196,7 @@ class EnvironmentConfig:
     """Factor of the environment's reward in the total."""
     history: Literal["segments", "keep", "error"] = "segments"
     """What to do where the chat template rewrites earlier turns (drops thoughts). segments: the next turn has a prompt
-    of its own, as the template renders it; keep: the policy goes on seeing its turns as it drew them; error: stop."""
+    of its own, as the template renders it; keep: the policy keeps seeing its turns as it drew them; error: stop."""
     timeout: float = 30.0
     """Seconds that reset, a step or a message's tools may take. Beyond it the process is ended."""
     workers: int = 2
@@ -225,7 +225,7 @@ class ObjectiveConfig:
     """pi_ref: the initial model (Eq. 5), the policy that sampled the rollout (the authors' code), or the model of
     [teacher] (GVPO++)."""
     reference_every: int = 0
-    """Steps after which the present policy becomes the reference, again and again (TBA). 0: never. Only for initial."""
+    """Interval, steps, at which the current policy becomes the reference (TBA). 0: never. Only for initial."""
     epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1

@@ -52,7 +52,7 @@ class Episode(Drawn):
 
 
 class _Playing:
-    """An episode that goes on."""
+    """An episode in progress."""
 
     def __init__(self, place: tuple[int, int], seed: int, transcript: Transcript) -> None:
         self.place, self.seed, self.transcript = place, seed, transcript

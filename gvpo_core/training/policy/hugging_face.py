@@ -38,7 +38,7 @@ def source(config: ModelConfig) -> dict[str, Any]:
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
-    # Code may lie in another repository than the weights: without this it would come from that one's newest commit.
+    # Code may be in another repository than the weights: without this it would come from that one's newest commit.
     return options | {"code_revision": config.revision} if config.trust_remote_code and config.revision else options
 
 

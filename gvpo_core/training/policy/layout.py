@@ -77,7 +77,7 @@ class Arrays:
     A token that responses of a row have in common, after the same tokens, is predicted once for all of them.
     """
 
-    ids: np.ndarray  # (B, T) int64; padding is id 0, told apart by `segments` alone
+    ids: np.ndarray  # (B, T) int64; padding is id 0; only `segments` marks it
     positions: np.ndarray  # (B, T) int64
     segments: np.ndarray  # (B, T) int64, rising: 0 prompt, 1.. branches of its responses, -1 padding
     last: np.ndarray  # (B, T) int64: a token is seen from itself on, in segments up to this one; -1 padding

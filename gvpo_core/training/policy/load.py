@@ -50,7 +50,7 @@ def load_policy(config: Config, *, trained: bool = True) -> Policy:
     """The configured model as a policy, ready to be trained or restored.
 
     Args:
-      trained: False: it only scores and samples. The backend is told updates = 0, and holds the model in model.dtype
+      trained: False: it only scores and samples. The backend gets updates = 0, and holds the model in model.dtype
         without moments.
     Raises: ConfigError: a setting of another backend, a backend that is not installed, a model that cannot be used.
     """

@@ -18,7 +18,7 @@ from gvpo_core.training.rows import DataError, Row
 
 
 class Stream:
-    """Rows that are read anew each epoch, and the first `size` of them."""
+    """Rows that are read again each epoch, and the first `size` of them."""
 
     def __init__(self, rows: Iterable[Row], head: list[Row], name: str) -> None:
         self.rows, self.head, self.name = rows, head, name

@@ -122,7 +122,15 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
         )
     head = "".join(
         f"<th>{title}</th>"
-        for title in ("Run", "Steps", "Held-out at first", "At last", "Change", f"Against {escaped(names[0])}", "Now")
+        for title in (
+            "Run",
+            "Steps",
+            "Held-out, first",
+            "Held-out, last",
+            "Change",
+            f"Compared with {escaped(names[0])}",
+            "Verdict",
+        )
     )
     body = "".join(rows)
     return f'<div class="card scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'

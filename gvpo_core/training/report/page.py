@@ -89,7 +89,9 @@ def _facts(run: Run) -> str:
     command = environment.get("command")
     resumes = [str(e["step"]) for e in run.events if e.get("event") == "resume"]
     facts = {
-        "Seed": "" if seed is None else f"{seed}; a sample's own comes from it, the step, the prompt and its number",
+        "Seed": ""
+        if seed is None
+        else f"{seed}; each sample's seed is derived from it, the step, the prompt and the response's number",
         "Versions": ", ".join(f"{name} {value}" for name, value in versions.items() if value),
         "Platform": environment.get("platform", ""),
         "Ranks": environment.get("ranks", ""),

@@ -104,7 +104,7 @@ def _state(run: Run) -> str:
     if run.events and run.events[-1].get("event") == "failed":  # not resumed since
         return f"It failed at step {run.events[-1]['step']} of {steps or '?'}: the alert says why."
     if not run.train:
-        return "No step is recorded: the run stopped, or is still, before the end of its first."
+        return "No step is recorded: the first step has not finished, or the run stopped before its end."
     last = run.train[-1]["step"]
     if not isinstance(steps, int):
         return f"Its last recorded step is {last}."

@@ -49,7 +49,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Each reward",
                     "unweighted",
-                    "One should not rise because another is being given up.",
+                    "If one rises while another falls, adjust their weights.",
                     *(
                         line(key.removeprefix("reward/"), key, 1 + i % 6)
                         for i, key in enumerate(parts)
@@ -64,7 +64,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Loss in its three parts",
                     "reward²",
-                    "Loss = implicit + reward variance - 2 x covariance. It falls as beta s comes to equal the reward.",
+                    "Loss = implicit + reward variance - 2 x covariance. It falls as beta s approaches the reward.",
                     line("loss", "loss", 1),
                     line("implicit variance", "loss/implicit_variance", 3),
                     line("reward variance", "loss/reward_variance", 2),
@@ -73,14 +73,14 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Regret",
                     "reward",
-                    "Regularised reward still to be gained: beta KL to the optimum. Zero is the end of training.",
+                    "Regularised reward still to gain: beta KL to the optimum. Zero is the optimum.",
                     line("second order", "regret/second_order", 1),
                     line("whole series", "regret/series", 2),
                 ),
                 chart(
                     "Spread of rewards inside a group",
                     "standard deviation",
-                    "What there is to learn from. Near zero, the rewards have nothing more to say.",
+                    "The learning signal. Near zero, the responses of a group score alike, and a step changes little.",
                     line("spread", "reward/spread", 3),
                     floor=0.0,
                 ),
@@ -102,20 +102,20 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "KL to the reference",
                     "nats a response",
-                    "A steady climb with the reward is the price of it; a jump is an accident.",
+                    "A slow rise beside a rising reward is normal. A jump is not: lower the learning rate.",
                     line("kl", "kl", 1),
                 ),
                 chart(
                     "Entropy",
                     "nats a token",
-                    "How varied the samples are. A fall to zero ends exploration.",
+                    "How varied the samples are. At zero, all responses to a prompt are equal.",
                     line("entropy", "entropy", 4),
                     floor=0.0,
                 ),
                 chart(
                     "Gradient norm",
                     "before clipping",
-                    "Spikes beside jumps of KL say that the learning rate is too high.",
+                    "Spikes together with jumps in KL mean that the learning rate is too high.",
                     line("gradient norm", "gradient_norm", 1),
                     floor=0.0,
                 ),
@@ -138,7 +138,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Learning rate",
                     "",
-                    "As scheduled.",
+                    "The value of each step, after warmup and schedule.",
                     line("learning rate", "learning_rate", 3, smooth=False),
                     floor=0.0,
                 ),
@@ -151,7 +151,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     "Length",
                     "tokens",
                     "Right and wrong: finished responses with the step's highest and lowest reward. Cut ones apart: "
-                    "they would make the wrong ones look long.",
+                    "they would raise the mean length of the wrong ones.",
                     line("all", "length/mean", 1),
                     line("right", "length/best", 3),
                     line("wrong", "length/worst", 2),
@@ -191,7 +191,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 stack(
                     "Where the time goes",
                     "seconds a step",
-                    "The tallest band is what to make faster.",
+                    "Optimise the phase with the tallest band first.",
                     *(
                         Line(phase, run.series(f"seconds/{phase}"), colour)
                         for phase, colour in zip((*PHASES[:4], "other"), (1, 5, 3, 2, 6), strict=True)
@@ -227,7 +227,7 @@ def _how_to_read(training: Series, held_out: Series) -> str:
     return " ".join(
         sentence
         for sentence in (
-            "Points are held-out prompts: trust those." if held_out else "",
+            "Points are held-out prompts: judge the run by them." if held_out else "",
             lines if len(training.values) >= SMOOTHED else "The line is the training prompts of each step.",
             "Bands and bars are 95 % intervals.",
         )

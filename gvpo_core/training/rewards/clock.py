@@ -3,7 +3,7 @@
 import threading
 import time
 
-POLL = 0.05  # seconds; whoever waits for a deadline reads the clock at least this often
+POLL = 0.05  # seconds; a thread that waits for a deadline reads the clock at least this often
 _PAUSE = 1.0  # seconds between two readings that only a pause explains
 
 
@@ -11,7 +11,7 @@ class Clock:
     """Seconds in which this process ran.
 
     A paused machine, container or process group (SIGSTOP, a snapshot) pauses rewards too, while the system's clock may
-    go on: without this, every call that was under way would be late on return.
+    continue: without this, every call in progress would be late afterwards.
     """
 
     def __init__(self) -> None:

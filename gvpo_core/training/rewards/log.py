@@ -36,7 +36,7 @@ class RewardLog:
         self.secrets = secrets_of({name: {"options": c.options} for name, c in (config or {}).items()})
         self._lock = threading.Lock()
         self._folder: Path | None = None
-        self._waiting: list[bytes] = []  # output of before there was a folder
+        self._waiting: list[bytes] = []  # output written before the folder exists
         self._output: IO[bytes] | None = None
         self._room = LARGEST_LOG
         self._failed = False

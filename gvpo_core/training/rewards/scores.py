@@ -33,7 +33,7 @@ from gvpo_core.training.rewards.process import CallFailed
 from gvpo_core.training.rewards.total import members, total_rewards
 from gvpo_core.training.rewards.worker.encoding import LARGEST_REWARD, UnsendableError
 
-_STARTS = 5.0  # seconds; the least that a step waits for processes to start anew
+_STARTS = 5.0  # seconds; the least that a step waits for processes to restart
 
 
 @dataclass(frozen=True)

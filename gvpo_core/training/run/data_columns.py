@@ -1,7 +1,7 @@
 """The columns of a prompt's row as completions.jsonl shows them: short, JSON-safe, without secrets.
 
-They are for people: what a reward compared a response with stands beside it. Text stays text, numbers stay numbers,
-lists and tables become their JSON, and what is no data for the eye (images, arrays, bytes) is told in a few words.
+They are for people, who see what a reward compared a response with. Text stays text, numbers stay numbers,
+lists and tables become their JSON, and images, arrays and bytes are described in a few words.
 """
 
 import json
@@ -17,7 +17,7 @@ TEXT = 400  # characters of a value
 TOTAL = 2000  # characters of all values of a prompt
 _NAME = 60  # characters of a column's name
 _ITEMS, _DEPTH = 20, 4  # of lists and tables
-_LARGEST = 2**63  # a longer integer is told by its size
+_LARGEST = 2**63  # a longer integer is described by its size
 
 
 def with_columns(

@@ -88,7 +88,7 @@ class RunFolder:
                 self._same_settings(config, bool(steps_saved(self.checkpoints)))
 
     def _refuse_other_files(self) -> None:
-        """Raises RunFolderError: a pipe, device or folder is in the place of a file of the run."""
+        """Raises RunFolderError: a pipe, device or folder has the name of a file of the run."""
         for name in _FILES:
             try:
                 mode = retried(lambda name=name: os.stat(self.path / name)).st_mode  # type: ignore[misc]

@@ -16,7 +16,7 @@ from typing import Any
 from gvpo_core.training.rewards.worker.job_signals import TERMINATING
 from gvpo_core.training.terminal.output import show_progress
 
-_ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run takes them whoever else does
+_ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run handles them even if others do
 _AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher forwards its SIGTERM, and the scheduler may send another
 
 

@@ -1,4 +1,4 @@
-"""Responses from a sampler in the place of the policy: asked for, tokenized where they are text, and checked."""
+"""Responses from a sampler instead of the policy: requested, tokenized where they are text, and checked."""
 
 import math
 from collections.abc import Sequence

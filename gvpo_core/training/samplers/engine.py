@@ -208,7 +208,7 @@ class Engine:
     def refresh(self, policy: Policy, version: int) -> None:
         """Sends the policy's weights, where `weights` says so and the engine lacks this version; every rank calls.
 
-        Responses that were asked for before have the weights of before.
+        Responses requested earlier keep the earlier weights.
 
         Raises: SamplerError: the server did not load them, after all tries.
         """
@@ -250,7 +250,7 @@ class Engine:
         self._awake = True
 
     def close(self) -> None:
-        """Drops the requests that have not begun, and wakes the server. A later run sends its weights anew."""
+        """Drops the requests that have not begun, and wakes the server. A later run sends its weights again."""
         with suppress(SamplerError):
             self._wake()
         self._awake = not self._sleeps

@@ -42,7 +42,7 @@ Given = Sequence[Sequence[Response | Text]]
 
 
 class Sampler(Protocol):
-    """Draws responses in the place of the policy. A class may leave out `refresh` and `close`.
+    """Draws responses instead of the policy. A class may leave out `refresh` and `close`.
 
     Attribute `gap_tolerance`, where there is one: largest difference between `Drawn.logprob` and the policy's own
     log-probability, nats a token; a response beyond it stops the run. Attribute `messages`, where it is True:

@@ -53,7 +53,7 @@ class Transfer:
         self._until = 0.0
 
     def send(self, policy: Policy, version: int) -> None:
-        """Gives the server the policy's weights, anew after a failure that may pass; every rank calls.
+        """Sends the server the policy's weights, and retries after a transient failure; every rank calls.
 
         Generation pauses meanwhile, once the requests in flight are answered, and the prefix cache is emptied.
 

@@ -24,7 +24,7 @@ Post = Callable[[str, dict[str, Any]], None]  # a path of the server, and the bo
 
 @dataclass(frozen=True)
 class Commands:
-    """How a server is told what to load."""
+    """The request that makes a server load weights."""
 
     load: str  # path of the command that loads adapters
     unload: str
@@ -48,7 +48,7 @@ SGLANG = Commands("/load_lora_adapter", "/unload_lora_adapter", _from_disk, by_v
 
 
 class WeightFolder:
-    """Where the versions of a policy's weights are written, and how the server is told to load them."""
+    """Where the versions of a policy's weights are written, and the request that makes the server load them."""
 
     def __init__(self, folder: Path, *, adapters: bool, commands: Commands = VLLM) -> None:
         """

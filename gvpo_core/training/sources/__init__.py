@@ -51,4 +51,4 @@ class Source(Protocol):
         """
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` gave after the step that the run resumes from."""
+        """Restores what `state` returned after the step that the run resumes from."""

@@ -123,7 +123,7 @@ class Ahead:
         return {"ahead": gather_objects(self._policy, records)}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""
         self._waiting, self._restored = {}, {}
         for record in state.get("ahead", ()):
             groups = self._restored.setdefault(int(record["step"]), {})

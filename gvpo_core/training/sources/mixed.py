@@ -91,7 +91,7 @@ class Mixed:
         return self.sampled.state() | ({"replay": self.buffer.state()} if self.buffer else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""
         self.sampled.restore(state)
         if self.buffer is not None:
             self.buffer.restore(state.get("replay", ()), self.prompts)

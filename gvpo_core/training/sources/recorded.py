@@ -18,7 +18,7 @@ from gvpo_core.training.sources.join import leave_out
 
 @dataclass(frozen=True)
 class Recorded:
-    """The next groups of the data, whoever drew their responses."""
+    """The next groups of recorded data."""
 
     config: Config
     recorded: Groups

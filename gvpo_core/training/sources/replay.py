@@ -96,7 +96,7 @@ class Buffer:
         ]
 
     def restore(self, state: Sequence[dict[str, Any]], tokens: Prompts) -> None:
-        """Takes back what `state` gave, but for groups whose prompt is another one now (run.allow_changes)."""
+        """Restores the groups that `state` returned. Drops those whose prompt has changed (run.allow_changes)."""
         self.past = []
         for past in state:
             number, prompt = int(past["prompt"]), tuple(past["prompt_tokens"])

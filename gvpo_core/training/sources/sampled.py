@@ -145,7 +145,7 @@ class Sampled:
         return early | ({"offset": self.offset} if self.offset else {}) | ({"spreads": spreads} if spreads else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Takes back what `state` gave."""
+        """Restores what `state` returned."""
         self.offset = int(state.get("offset", 0))
         known = ((int(number), float(spread)) for number, spread in state.get("spreads", ()))
         self.spreads = {number: spread for number, spread in known if number < len(self.prompts)}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Taught:
-    """The groups of another source, with the teacher's log-probabilities in the place of pi_ref's."""
+    """The groups of another source, with the teacher's log-probabilities instead of pi_ref's."""
 
     source: "Source"
     teacher: Teacher

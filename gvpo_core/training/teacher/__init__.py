@@ -1,4 +1,4 @@
-"""Distillation from a teacher in the place of the reference (docs/distillation.md)."""
+"""Distillation: a teacher replaces the reference (docs/distillation.md)."""
 
 from gvpo_core.training.teacher.load import load_teacher
 from gvpo_core.training.teacher.taught import Teacher

@@ -1,7 +1,7 @@
-"""A teacher in the place of pi_ref: distillation at the level of sequences (GVPO++, arXiv 2609.21432).
+"""Sequence-level distillation: a teacher replaces pi_ref (GVPO++, arXiv 2609.21432).
 
 The teacher scores the text of a response with its own tokenizer, so that it need not share the student's. With rewards
-0 the unique minimum of the loss is the teacher, whoever draws the responses; with rewards it is pi_T exp(R / beta) / Z.
+0 the unique minimum of the loss is the teacher, for any sampler; with rewards it is pi_T exp(R / beta) / Z.
 """
 
 from collections.abc import Sequence

@@ -1,6 +1,6 @@
-"""Is the run healthy? A verdict a step, from the lines of metrics.jsonl alone, against the run's own usual numbers.
+"""A verdict on the run after each step, from metrics.jsonl alone, compared with the run's own usual numbers.
 
-    alerts = Alerts.replay(records of the steps before)     # the same state as in a run that was never broken
+    alerts = Alerts.replay(records of the steps before)     # the same state as in an uninterrupted run
     verdict = alerts.update(train record)                   # OK, WATCH or BAD, with reasons and what to do
 
 Nothing here looks at a clock or draws a number: the same records give the same verdicts. What differs between two
@@ -24,30 +24,31 @@ from gvpo_core.training.watch.verdict import BAD, LEVELS, OK, WATCH, Alert, Verd
 __all__ = ["ALERTS", "BAD", "LEVELS", "MACHINE", "OK", "WATCH", "Alert", "Alerts", "Verdict", "failed", "verdict_of"]
 
 ALERTS = {
-    "not_finite": "A number of the step, but a single reward's mean, is NaN or infinite. Where no step can be taken "
-    "for it, the run ends, and the alert stands in an event `failed`.",
-    "no_update": "The gradient or the learning rate is exactly 0, though rewards differ within groups.",
+    "not_finite": "A number of the step is NaN or infinite (the mean of a single reward aside). If no step can be "
+    "taken, the run ends, and the alert is in an event `failed`.",
+    "no_update": "The gradient or the learning rate is exactly 0 although rewards differ within groups.",
     "error": "The run ended by an error in this step, or in the evaluation or save after it: an event `failed`.",
-    "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and enough groups to be sure of 60 %.",
+    "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and there are enough groups to be "
+    "sure of 60 %.",
     "entropy": "Entropy below half of the usual twice in a row, or below a tenth of the start for 5 steps, while the "
-    "reward is no higher.",
-    "kl": "KL beyond 2.5 times the largest of the steps before, by at least 0.5 nats a response and 8 deviations.",
+    "reward did not rise.",
+    "kl": "KL above 2.5 times its largest value in the steps before, by at least 0.5 nats a response and 8 deviations.",
     "kl_cost": "beta x KL grew since the first 10 steps by more than the reward did, beyond noise and 5 % of all "
     "rewards' range. Only where the policy draws the responses itself, at temperature 1.",
-    "gradient": "Gradient norm beyond 5 times the largest of the steps before, and 8 deviations.",
-    "truncation": "Of 5 steps' responses 20 points more are cut than in the first steps, or half of them; of episodes, "
-    "those cut by tokens.",
+    "gradient": "Gradient norm above 5 times its largest value in the steps before, and by 8 deviations.",
+    "truncation": "Half of 5 steps' responses are cut, or 20 percentage points more than in the first steps; of "
+    "episodes, those cut by tokens.",
     "turns": "Half of 5 steps' episodes reach environment.max_turns, or repeat a message or a tool call.",
     "environment": "The environment failed for at least 5 % of 5 steps' episodes.",
-    "length": "Twice the usual length twice in a row, or three times the start's while the reward is no higher.",
+    "length": "Twice the usual length twice in a row, or three times the start's while the reward did not rise.",
     "reward_<kind>/<name>": "One reward failed on at least 5 % of 5 steps' responses: error, timeout, none.",
-    "unscored": "At least 5 % of 5 steps' responses have no reward, for no cause that the step knows of.",
-    "reward": "The mean of 10 steps lies below the best of 20 by 2.5 deviations and 5 % of all rewards' range.",
+    "unscored": "At least 5 % of 5 steps' responses have no reward, and the step knows no cause.",
+    "reward": "The mean of 10 steps is below the best of 20 by 2.5 deviations and 5 % of all rewards' range.",
     "sampler_gap": "Sampler and policy differ by more than 0.05 nats a token, and twice as much as in the first step; "
     "BAD beyond 0.5.",
     "staleness": "A response was drawn with weights older than the policy's.",
-    "throughput": "Half the usual tokens a second and half as long again a step, over 5 steps.",
-    "memory": "Peak memory rose in 20 of 50 steps, by 5 %, while responses grew no longer.",
+    "throughput": "Over 5 steps, half the usual tokens a second and 1.5 times the usual time a step.",
+    "memory": "Peak memory rose in 20 of 50 steps, by 5 %, while responses did not grow longer.",
 }
 """When each alert is raised. Usual: the median of up to 20 earlier steps without the outliers among them. An outlier
 that stays is BAD after three steps (kl, gradient), and is the usual after ten."""
@@ -58,7 +59,7 @@ OF_DRAWN = frozenset({"dead_groups", "truncation", "length", "unscored", "reward
 
 
 def failed(step: int, error: Exception) -> Alert:
-    """The alert of a run that this error ended at `step`."""
+    """The alert of a run that failed at `step` with this error."""
     if isinstance(error, FloatingPointError):
         advice = (
             "lower optimizer.learning_rate or optimizer.max_gradient_norm, and resume the last checkpoint with"
@@ -110,7 +111,7 @@ class Alerts:
         }
 
     def update(self, record: Record) -> Verdict:
-        """Takes in the next step and judges the run as it stands after it.
+        """Adds the next step and returns the verdict on the run after it.
 
         Args:
           record: a train record of metrics.jsonl, or of what will be one: null and NaN are the same.

@@ -73,7 +73,7 @@ LEGEND = (
     " best/worst (one number: equal otherwise). cut%: responses cut at the token limit. ~0: nearly 0."
 )
 ALL_LEGEND = (
-    f"{LEGEND} +-: half of the 95 % interval of reward. regret: reward still to be gained at this KL penalty. gap:"
+    f"{LEGEND} +-: half of the 95 % interval of reward. regret: reward still to gain at this KL penalty. gap:"
     " between sampler and policy, nats a token. A column with a reward's name: its mean."
 )
 

@@ -102,7 +102,7 @@ class Console:
             self._print(line)
 
     def _answers(self, record: Record) -> list[str]:
-        """The part of an evaluation that tells of fresh responses."""
+        """The fields of an evaluation that answered prompts: rewards, length, cut responses."""
         parts = [f"reward {fit(record.get('eval/reward'), 6)}"]
         if "eval/half_width" in record:
             parts.append(f"+- {fit(record['eval/half_width'], 6)}")

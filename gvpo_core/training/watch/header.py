@@ -1,4 +1,4 @@
-"""What a run says of itself before its first step."""
+"""The facts that a run prints before its first step."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -47,7 +47,7 @@ def header(
 
 
 def _merged(facts: dict[str, Any]) -> dict[str, Any]:
-    """A policy's facts in as few lines as a person needs."""
+    """A policy's facts, merged into few lines."""
     for name, of in (("device_name", "device"), ("architecture", "backend"), ("layout_reason", "layout")):
         if name in facts and of in facts:
             removed = str(facts.pop(name))

@@ -114,7 +114,7 @@ METRICS: dict[str, Metric] = {
     "episodes/done": Metric("share", "Episodes that the environment ended, or the first message without a tool call."),
     "episodes/turns": Metric("share", "Episodes cut at environment.max_turns."),
     "episodes/tokens": Metric("share", "Episodes cut at rollout.max_tokens or environment.turn_tokens."),
-    "episodes/failed": Metric("share", "Episodes without a score, as the environment raised, died or ran out of time."),
+    "episodes/failed": Metric("share", "Episodes without a score because the environment raised, died or timed out."),
     "episodes/repeated": Metric("share", "Episodes in which the policy repeated a message or a tool call: loops."),
     "episodes/segments": Metric(
         "segments", "Contexts of an episode: 1, and one more each time that the chat template rewrote earlier turns."
@@ -137,10 +137,10 @@ METRICS: dict[str, Metric] = {
     ),
     "groups/total": Metric("groups", "Groups of the step."),
     "groups/counted": Metric(
-        "groups", "Groups with at least two scored responses: those in the loss, but for groups/left_out."
+        "groups", "Groups with at least two scored responses: those in the loss, except groups/left_out."
     ),
     "groups/left_out": Metric("groups", "Counted groups that leave the update (responses/left_out)."),
-    "groups/redrawn": Metric("groups", "Groups drawn in the place of equal ones (rollout.equal = redraw)."),
+    "groups/redrawn": Metric("groups", "Groups drawn to replace equal ones (rollout.equal = redraw)."),
     "groups/revisited": Metric("groups", "Groups of prompts that were seen before (data.curriculum)."),
     "groups/recorded": Metric("groups", "Groups of data.recorded in the step."),
     "groups/replayed": Metric("groups", "Past groups in the step ([replay])."),
@@ -158,7 +158,7 @@ METRICS: dict[str, Metric] = {
         "groups", "Groups of recorded data that no step takes: too few scored responses. Absent without one."
     ),
     "machine/reference_cached": Metric("responses", "Recorded responses of the step whose reference score was known."),
-    "machine/reference_scored": Metric("responses", "Recorded responses of the step that the reference scored anew."),
+    "machine/reference_scored": Metric("responses", "Recorded responses of the step that the reference had to score."),
     "tokens/sampled": Metric("tokens", "Response tokens drawn in the step, all ranks; 0 where they were recorded."),
     "tokens/computed": Metric("tokens", "Tokens through forward passes of the update, prompt and padding included."),
     "tokens_per_second": Metric(
@@ -175,7 +175,9 @@ METRICS: dict[str, Metric] = {
     "machine/verdict": Metric("text", "OK or WATCH: the worst level of `machine/alerts`."),
     "machine/alerts": Metric("list", "What is wrong with speed or memory, as `alerts`; equal runs may differ in it."),
     "policy/<detail>": Metric("", "A backend's own number, as its `Update.details` gives it."),
-    "eval/reward": Metric("reward", "Mean total reward on held-out prompts: mean over prompts of their means."),
+    "eval/reward": Metric(
+        "reward", "Mean total reward on held-out prompts: the mean over prompts of each prompt's mean."
+    ),
     "eval/half_width": Metric(
         "reward",
         "Half the 95 % interval of eval/reward over prompts: Student's t, or Wilson's larger side where every prompt "
@@ -231,8 +233,8 @@ def metrics_page() -> str:
     lines = [
         "# What metrics.jsonl holds",
         "",
-        "One JSON object a line. `kind` says which: `train` has the keys below but `eval/`; `eval` has `eval/` and",
-        "`seconds/evaluate`; `event` has `event` and `message`. Numbers that are not finite stand as `null`.",
+        "One JSON object a line. `kind` says which: `train` has the keys below except `eval/`; `eval` has `eval/` and",
+        "`seconds/evaluate`; `event` has `event` and `message`. Numbers that are not finite are `null`.",
         "Rewards are in the units of your reward functions. Source: `gvpo_core.training.watch.metric_names.METRICS`.",
         "",
         "| key | unit | meaning |",
@@ -246,7 +248,7 @@ def metrics_page() -> str:
         "",
         "An alert compares a step with the run's own first and usual numbers: `usual` is the median of up to 20 steps",
         "before, without the outliers among them. KL and gradient outliers are WATCH, BAD where three of five steps",
-        "are, and the usual after ten. `throughput` and `memory` stand in `machine/alerts`, the others in `alerts`.",
+        "are, and the usual after ten. `throughput` and `memory` are in `machine/alerts`, the others in `alerts`.",
         "",
         "| key | is raised when |",
         "|---|---|",

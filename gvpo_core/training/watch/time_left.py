@@ -8,7 +8,7 @@ _RECENT = 20  # steps whose mean is the next ones'
 
 
 class TimeLeft:
-    """Told of each step and evaluation as it ends."""
+    """Estimates the rest of a run from the durations of finished steps and evaluations."""
 
     def __init__(self, steps: int, evaluations: Sequence[int] = ()) -> None:
         """

@@ -119,7 +119,7 @@ def open_trackers(
       run: the run folder. `trackers.json` there keeps the run's id and the last step sent, so that a resumed run
         continues there and sends no step twice.
       config: shown by the tracker beside the run.
-      warn: told once when a tracker fails; default: warnings.warn.
+      warn: called once when a tracker fails; default: warnings.warn.
     Raises: ConfigError: as check_trackers. TrackerError: a tracker that does not start (no login, no network), before
       the run.
     """

@@ -64,7 +64,7 @@ def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any]
 def _from_file(path: str) -> Any:
     """The module of a file, which other modules and processes can import by its name.
 
-    Its folder is on the path, as a script's would be. A file that changed since is loaded anew.
+    Its folder is on the path, as a script's would be. A file that changed since is loaded again.
     """
     if not os.path.isfile(path):
         raise LookupError(f"there is no file {path}")

@@ -36,7 +36,7 @@ class MachineChecks:
         if speed >= 0.5 * usual or took < 1.5 * usually + 0.5:  # a step of milliseconds varies by itself
             return None
         seen = f"{speed:.3g} tokens/s, usually {usual:.3g}; {took:.3g} s a step, usually {usually:.3g}"
-        advice = "look at the seconds by phase: something else on the machine, a slow reward, swapping?"
+        advice = "compare the seconds of each phase: another job on this machine, a slow reward, swapping?"
         return Alert("throughput", WATCH, seen, advice)
 
     def _memory_growth(self, recent: Recent) -> Alert | None:
@@ -51,4 +51,4 @@ class MachineChecks:
         if len(self._memory) < 50 or rises < 20 or last < 1.05 * first or long > 1.1 * short:
             return None
         seen = f"peak memory grew from {first / 2**30:.3g} to {last / 2**30:.3g} GiB, in {rises} of the last 50 steps"
-        return Alert("memory", WATCH, seen, "something keeps memory (a reward, a cache): it may run out overnight")
+        return Alert("memory", WATCH, seen, "look for a memory leak (a reward, a cache) before memory runs out")

@@ -34,10 +34,10 @@ class PolicyChecks:
         self._slow = self._slow + 1 if collapsed else 0
         advice = "raise the temperature or beta, or lower the learning rate"
         if usual.outliers >= 2:
-            seen = f"entropy fell to {value:.3g} nats a token, usually {usual.median:.3g}, reward no higher"
+            seen = f"entropy fell to {value:.3g} nats a token, usually {usual.median:.3g}, and the reward did not rise"
             return Alert("entropy", BAD if value < 0.2 * usual.median else WATCH, seen, advice)
         if self._slow >= WINDOW:
-            seen = f"entropy {value:.3g} nats a token, {start:.3g} at the start, reward no higher"
+            seen = f"entropy {value:.3g} nats a token, {start:.3g} at the start, and the reward did not rise"
             return Alert("entropy", BAD, seen, advice)
         return None
 
@@ -63,7 +63,9 @@ class PolicyChecks:
         if not cost - max(gain, 0) > max(2.5 * noise, 0.05 * (recent.range[1] - recent.range[0])):
             return None
         seen = f"beta x KL grew by {cost:.3g} since the start, the reward by {gain:.3g}"
-        return Alert("kl_cost", WATCH, seen, "KL costs more than it brings: raise beta, or lower the learning rate")
+        return Alert(
+            "kl_cost", WATCH, seen, "the KL penalty exceeds the gain in reward: raise beta, or lower the learning rate"
+        )
 
     def _gradient_spike(self, recent: Recent) -> Alert | None:
         record, usual = recent.last[-1], self._gradient
@@ -76,5 +78,5 @@ class PolicyChecks:
         if not usual.recent_outliers:
             return None
         seen = f"gradient norm {usual.outlier:.3g}, at most {usual.largest:.3g} in the steps before"
-        advice = "look at that step's responses and rewards; clip lower or lower the learning rate"
+        advice = "look at that step's responses and rewards; lower optimizer.max_gradient_norm or the learning rate"
         return Alert("gradient", BAD if usual.recent_outliers >= 3 else WATCH, seen, advice)

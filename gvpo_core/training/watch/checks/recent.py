@@ -29,7 +29,7 @@ class Recent:
         self.range = (math.inf, -math.inf)  # of all rewards
 
     def add(self, record: Record) -> None:
-        """Takes in the next step."""
+        """Adds the next step."""
         self.last.append(record)
         self.bad.append([k for k, v in record.items() if not _finite(v) and _is_number_key(k)])
         self.failing.append([k for k, v in record.items() if v and k.startswith("reward_errors/")])

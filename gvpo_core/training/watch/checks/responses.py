@@ -35,15 +35,17 @@ class ResponseChecks:
             f" {wrong / counted:.0%} all wrong)"
         )
         if recent.range[0] == recent.range[1]:
-            advice = "every reward so far is the same: look at responses and at the reward function"
+            advice = "all rewards so far are equal: check the responses and the reward function"
             return Alert("dead_groups", BAD, seen, advice)
         if right >= 0.5 * dead:
-            return Alert("dead_groups", WATCH, seen, "these prompts are solved: take harder ones, or stop here")
+            return Alert("dead_groups", WATCH, seen, "these prompts are solved: use harder ones, or stop the run")
         level = BAD if share >= 0.95 and wilson(dead, counted)[0] >= 0.75 else WATCH
         if wrong >= 0.5 * dead:
-            advice = "raise the temperature or the responses a prompt, or take easier prompts"
+            advice = "raise rollout.temperature or rollout.responses, or use easier prompts"
         else:
-            advice = "a reward between best and worst for all alike: raise the temperature, or use a finer reward"
+            advice = (
+                "all responses of a group get the same medium reward: raise rollout.temperature, or use a finer reward"
+            )
         return Alert("dead_groups", level, seen, advice)
 
     def _truncation(self, recent: Recent) -> Alert | None:
@@ -76,7 +78,7 @@ class ResponseChecks:
             return None
         seen = f"{cut:.0%} of {WINDOW} steps' episodes reach the turn limit, {repeated:.0%} repeat a message or a call"
         advice = (
-            "read some episodes: loops? tell the policy how to end, lower environment.cut_reward, or raise max_turns"
+            "read some episodes for loops; prompt the policy to end, lower environment.cut_reward, or raise max_turns"
         )
         return Alert("turns", WATCH, seen, advice)
 
@@ -102,7 +104,10 @@ class ResponseChecks:
             seen = f"length {value:.3g} tokens, usually {usual.median:.3g}"
             level = BAD if value > 4 * usual.median else WATCH
         elif grown:
-            level, seen = WATCH, f"length {value:.3g} tokens, {mean(start):.3g} at the start, reward no higher"
+            level, seen = (
+                WATCH,
+                f"length {value:.3g} tokens, {mean(start):.3g} at the start, and the reward did not rise",
+            )
         else:
             return None
-        return Alert("length", level, seen, "read some responses: repetition? raise beta, or reward short answers")
+        return Alert("length", level, seen, "read some responses for repetition; raise beta, or reward short answers")

@@ -47,9 +47,9 @@ class RewardChecks:
                 continue
             _, name, kind = key.split("/", 1)[0], *key.removeprefix("reward_errors/").rsplit("/", 1)
             event, advice = {
-                "timeout": ("ran out of time", f"raise rewards.{name}.timeout or .workers, or make it quicker"),
-                "none": ("gave None or NaN", "see in completions.jsonl which responses it does not score"),
-            }.get(kind, ("failed", "see the traceback in the log"))
+                "timeout": ("ran out of time", f"raise rewards.{name}.timeout or .workers, or speed it up"),
+                "none": ("gave None or NaN", "completions.jsonl shows the responses without a score"),
+            }.get(kind, ("failed", "the log has the traceback"))
             seen = f"reward {name} {event} for {failed:.0f} of {total:.0f} responses of {len(recent.last)} steps"
             alerts.append(Alert(f"reward_{kind}/{name}", BAD if failed >= 0.25 * total else WATCH, seen, advice))
         return alerts

@@ -23,11 +23,11 @@ class SamplerChecks:
         gap, start = recent.now("sampler/gap"), next(iter(recent.start["sampler/gap"]), 0.0)
         if gap > LARGE_GAP or (gap > GAP and gap > 2 * start):
             seen = f"sampler and policy differ by {gap:.2g} nats a token, {start:.2g} in the first step"
-            advice = "its weights are old, or it computes in another precision: look at engine.weights and its log"
+            advice = "its weights are old, or its precision differs: check engine.weights and the sampler's log"
             yield Alert("sampler_gap", BAD if gap > LARGE_GAP else WATCH, seen, advice)
         stale = recent.now("sampler/staleness/max")
         if stale > self._ahead:
             seen = (
                 f"weights of sampled responses are {stale:.0f} steps behind the policy, at most {self._ahead} expected"
             )
-            yield Alert("staleness", BAD, seen, "the sampler did not take the newest weights: look at its log")
+            yield Alert("staleness", BAD, seen, "the sampler did not load the newest weights: check its log")

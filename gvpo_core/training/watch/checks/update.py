@@ -24,7 +24,7 @@ class UpdateChecks:
                     "not_finite",
                     BAD,
                     seen,
-                    "stop, lower the learning rate, resume an earlier checkpoint: --from-step N",
+                    "stop, lower the learning rate, and resume an earlier checkpoint: --from-step N",
                 )
         return None
 
@@ -34,9 +34,11 @@ class UpdateChecks:
         if mixed <= 0:
             return None
         if number(record, "gradient_norm") == 0:
-            advice = "the model is beyond repair: go back to a checkpoint before, with a lower learning rate"
+            advice = (
+                "the model no longer learns: resume an earlier checkpoint (--from-step N) with a lower learning rate"
+            )
             return Alert("no_update", BAD, f"gradient exactly 0, and rewards differ in {mixed} groups", advice)
         if number(record, "learning_rate") == 0:
-            advice = "raise optimizer.learning_rate, or give the schedule as many steps as the run has"
+            advice = "raise optimizer.learning_rate, or make the schedule as long as the run"
             return Alert("no_update", BAD, "learning rate 0: the step changed no parameter", advice)
         return None
