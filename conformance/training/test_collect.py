@@ -153,6 +153,18 @@ def test_a_column_that_json_would_change_is_left_out_and_named(tmp_path, caplog,
     assert said.count("column 'day'") == 1 and "'n'" not in said
 
 
+def test_a_column_that_nests_too_deep_is_left_out_and_named(tmp_path, caplog, capsys):
+    config = table_run.make(tmp_path, steps=1)
+    deep = "[" * 900 + "]" * 900
+    (tmp_path / "train.jsonl").write_text(f'{{"prompt": "p0", "answer": "a", "tests": {deep}}}\n' * 2)
+    assert collect(config, tmp_path / "out.jsonl") == 0
+    assert "answer" in rows_of(tmp_path / "out.jsonl")[0] and "tests" not in rows_of(tmp_path / "out.jsonl")[0]
+    assert any(
+        "column 'tests' of row" in r.getMessage() and "its list nests too deep" in r.getMessage()
+        for r in caplog.records
+    )
+
+
 def test_other_settings_do_not_continue_with_a_file(tmp_path, monkeypatch, capsys):
     config, out = table_run.make(tmp_path), tmp_path / "out.jsonl"
     with monkeypatch.context() as patch:

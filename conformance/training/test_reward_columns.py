@@ -32,6 +32,7 @@ VALUES = [
     dt.timedelta(days=-1, microseconds=3), collections.OrderedDict(b=1, a=2), collections.Counter("abca"),
     collections.deque([1, (2,)]), np.arange(6).reshape(2, 3), np.arange(6).reshape(2, 3).T, np.array(3.5),
     np.zeros((0, 3)), np.float32(1.5), np.int64(7), np.bool_(True), np.str_("abc"), np.array(["a", "bé"]),
+    np.str_("a\0"), np.bytes_(b"a\0"), np.str_(""),
     np.array([b"x"]), np.array([1, 2], ">i4"), np.float16(1), np.array(["2024-01-01"], "datetime64[D]"),
     np.datetime64("2024-01-01T00:00:01"), np.array([1, "a", (1, 2), None], dtype=object), np.array([1 + 2j]),
 ]  # fmt: skip
@@ -166,6 +167,22 @@ def test_a_column_that_would_change_is_named_and_one_that_is_not_taken_does_not_
         with pytest.raises(RewardError, match=r"column 'odd' of response 1 .*Point; .*isolation = 'thread'"):
             score(loaded[:1], ["a", "b"], ["x", "yy"], columns)
         assert score(loaded[1:], ["a", "b"], ["x", "yy"], columns).total.tolist() == [1.0, 2.0]
+    finally:
+        close_rewards(loaded)
+
+
+@pytest.mark.parametrize("value", [loop, deep], ids=["loop", "deep"])
+def test_a_column_that_cannot_be_copied_for_a_thread_is_named(value):
+    """It ended in a RecursionError of each response."""
+    rewards = {
+        "r": lambda completions, odd: [1.0] * len(completions),
+        "s": lambda completions: [2.0] * len(completions),
+    }
+    loaded = load_rewards({name: RewardConfig(f"{name}:given") for name in rewards}, rewards)
+    try:
+        with pytest.raises(RewardError, match=r"reward r: column 'odd' nests too deep to be copied"):
+            score(loaded[:1], ["a"], ["x"], {"odd": [value]})
+        assert score(loaded[1:], ["a"], ["x"], {"odd": [value]}).total.tolist() == [2.0]
     finally:
         close_rewards(loaded)
 

@@ -114,7 +114,10 @@ def _unfit(name: str, value: Any) -> str:
     """Why a column of a row is left out of its record; empty where it is not."""
     if name in _OWN:
         return "the file has a column of its own of that name"
-    return "" if _plain(value) else f"JSON would change its {type(value).__name__} ({value!r:.60})"
+    try:
+        return "" if _plain(value) else f"JSON would change its {type(value).__name__} ({value!r:.60})"
+    except RecursionError:
+        return f"its {type(value).__name__} nests too deep"
 
 
 def _plain(value: Any) -> bool:

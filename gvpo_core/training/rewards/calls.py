@@ -127,7 +127,9 @@ class Threads:
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
         """See Caller."""
-        sent = wanted_columns(self.signature, columns, self._options)
+        of_call = {
+            name: _copied(name, columns[name]) for name in wanted_columns(self.signature, columns, self._options)
+        }
         outcome: list[Any] = []
         futures: list[Future[Any]] = []
         done, given_up = threading.Event(), threading.Event()
@@ -141,7 +143,6 @@ class Threads:
         def work() -> None:
             try:
                 with printing_to(self._sink):
-                    of_call = {name: functions.own_copy(columns[name]) for name in sent}
                     of_all = functions.own_copy(prompts), functions.own_copy(completions)
                     value = functions.call(self._function, *of_all, of_call, self._options, run)
                     outcome.append((plain(value, len(completions)), None))
@@ -316,6 +317,17 @@ class Processes:
 
 def _readiness(worker: Worker | None) -> int:
     return 0 if worker is None else 2 if worker.heard_of else 1
+
+
+def _copied(name: str, values: Sequence[Any]) -> Any:
+    """Values for a call in a thread. Raises: UnsendableError: they hold themselves, or nest too deep to be copied."""
+    try:
+        return functions.own_copy(values)
+    except RecursionError as e:
+        raise UnsendableError(
+            f"column {name!r} nests too deep to be copied for each call; use plain values, or remove it from the"
+            " function's arguments"
+        ) from e
 
 
 def _encoded(what: str, values: Sequence[Any]) -> Any:

@@ -135,6 +135,9 @@ def _encode_numpy(value: Any, kind: type, depth: int) -> Any:
         return {"objects": [list(value.shape), [encode(v, depth + 1) for v in value.ravel().tolist()]]}
     if kind is not np.ndarray and not issubclass(kind, np.generic):
         raise UnsendableError(f"it holds a numpy.{kind.__name__}")
+    if kind in (np.str_, np.bytes_):  # as arrays they lose NUL characters at their end
+        text = (str if kind is np.str_ else bytes).__getitem__(value, slice(None))
+        return {kind.__name__: encode(text)}
     dtype = value.dtype
     if dtype.kind not in _NUMPY_KINDS or dtype.metadata:
         raise UnsendableError(f"it holds a numpy.{kind.__name__} of dtype {dtype}")
@@ -153,6 +156,12 @@ def _array(content: Any) -> Any:
 
 def _scalar(content: Any) -> Any:
     return _array(content)[()]
+
+
+def _numpy_text(name: str, content: Any) -> Any:
+    import numpy as np
+
+    return getattr(np, name)(decode(content))
 
 
 def _objects(content: Any) -> Any:
@@ -191,6 +200,8 @@ _DECODERS: dict[str, Callable[[Any], Any]] = {
     "timedelta": lambda c: datetime.timedelta(*c),
     "complex": lambda c: complex(*c),
     "range": lambda c: range(*map(decode, c)),
+    "str_": lambda content: _numpy_text("str_", content),
+    "bytes_": lambda content: _numpy_text("bytes_", content),
     "array": _array,
     "scalar": _scalar,
     "objects": _objects,
