@@ -12,7 +12,7 @@ COPY constraints.txt /src/
 # torch alone first: the largest layer, and the one that changes least.
 RUN grep -E '^torch==' /src/constraints.txt > /src/torch.txt && pip install -r /src/torch.txt
 
-COPY pyproject.toml README.md LICENSE /src/
+COPY pyproject.toml hatch_build.py README.md LICENSE /src/
 COPY gvpo /src/gvpo
 COPY gvpo_core /src/gvpo_core
 COPY backends /src/backends

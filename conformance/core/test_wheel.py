@@ -4,11 +4,14 @@ GVPO_DIST names the folder with the built sdist and wheel (`nox -s checks`); wit
 """
 
 import os
+import re
 import subprocess
 import sys
 import tarfile
 import venv
 import zipfile
+from email import message_from_bytes
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -82,6 +85,48 @@ def test_the_sdist_builds_the_same_wheel(names, tmp_path):
     (again,) = (tmp_path / "dist").glob("*.whl")
     with zipfile.ZipFile(again) as wheel:
         assert sorted(wheel.namelist()) == sorted(names)
+
+
+TAGGED = {
+    "GITHUB_SERVER_URL": "https://host.test",
+    "GITHUB_REPOSITORY": "owner/gvpo",
+    "GITHUB_REF_NAME": "v9.8.7",
+    "GITHUB_REF_TYPE": "tag",
+}
+RELATIVE = re.compile(r"\]\((?!https?:|#)([^)\s]+)\)")
+
+
+def metadata_of(folder: Path, **variables: str) -> tuple[Message, str]:
+    """METADATA of a wheel built here with these variables, and its description."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GITHUB_")} | variables
+    code = f"from hatchling.build import build_wheel; print(build_wheel({str(folder)!r}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    with zipfile.ZipFile(folder / done.stdout.split()[-1]) as wheel:
+        (name,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        message = message_from_bytes(wheel.read(name))
+    return message, message.get_payload(decode=True).decode()
+
+
+def test_a_release_has_absolute_links(tmp_path):
+    message, text = metadata_of(tmp_path, **TAGGED)
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.DOTALL | re.MULTILINE)
+    assert RELATIVE.findall(prose) == []
+    assert "](https://host.test/owner/gvpo/raw/v9.8.7/docs/demo.png)" in prose
+    assert "](https://host.test/owner/gvpo/blob/v9.8.7/docs/getting_started.md)" in prose
+    urls = dict(url.split(", ") for url in message.get_all("Project-URL"))
+    assert urls["Source"] == "https://host.test/owner/gvpo" and urls["Issues"] == f"{urls['Source']}/issues"
+    assert set(urls) == {"Paper", "Source", "Documentation", "Changelog", "Issues"}
+
+
+def test_other_builds_leave_readme_unchanged(tmp_path):
+    branch = TAGGED | {"GITHUB_REF_NAME": "main", "GITHUB_REF_TYPE": "branch"}
+    for i, variables in enumerate(({}, branch)):
+        (tmp_path / str(i)).mkdir()
+        message, text = metadata_of(tmp_path / str(i), **variables)
+        assert text.strip() == (ROOT / "README.md").read_text(encoding="utf-8").strip()
+        assert message["Description-Content-Type"] == "text/markdown"
+        assert [url.split(",")[0] for url in message.get_all("Project-URL")] == ["Paper"]
 
 
 def test_it_requires_only_numpy_and_array_api_compat(installed):
