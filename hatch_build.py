@@ -1,7 +1,7 @@
 """Metadata of the package for its page on a package index: links of README and of the project.
 
-A build of a tag on GitHub (`.github/workflows/release.yml`) makes README's relative links absolute, at that tag, and adds
-the project's links. Any other build leaves README unchanged.
+A build of a tag on GitHub (`.github/workflows/release.yml`) makes the relative links of README absolute, at that tag,
+and adds links of the project. Any other build leaves README unchanged.
 """
 
 import os
