@@ -19,11 +19,12 @@ from gvpo_core.training.policy.tensor_file import Digest
 from gvpo_core.training.samplers.channels import Channel
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import adapters, check, checkpoint, export, generate, memory, model, transfer
+from gvpo_torch.precision import deterministic, tensor_float
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.reference import Reference, named_parameters
-from gvpo_torch.sharding import copies, gathered, gathered_no_more, is_sharded, shard
-from gvpo_torch.update import Backward, clip, deterministic, in_step, make_optimizer, most_passes, step
+from gvpo_torch.sharding import copies, gathered, gathered_no_more, shard
+from gvpo_torch.update import Backward, clip, in_step, make_optimizer, most_passes, step
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
@@ -77,7 +78,7 @@ class TorchPolicy(LanguageModelPolicy):
         self._trained: torch.nn.Module = self.scorer
         if self.world_size > 1 and not sharded and not self.frozen:
             self._trained = copies(self.scorer, self.device)
-        self._sharded = is_sharded(self._trained)
+        self._sharded = sharded
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
         self._samples = False  # its weights are as sampling takes them
         self._optimizer: Any = None
@@ -106,7 +107,7 @@ class TorchPolicy(LanguageModelPolicy):
     def _generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
-        with self._weights_for_sampling(), self._no_gradients(), self.scorer.autocast():
+        with self._weights_for_sampling(), self._no_gradients(), self.scorer.autocast(), self._tensor_float():
             return generate.generate(
                 self.scorer,
                 self.scorer,
@@ -145,8 +146,13 @@ class TorchPolicy(LanguageModelPolicy):
         logprobs, tokens = np.zeros(len(batch)), 0
         scoring = self._reference.scoring() if reference else contextlib.nullcontext(self.scorer)
         self._trained.eval()
-        repeating = deterministic(self.config.deterministic)
-        with self._no_gradients(), repeating, scoring as scorer, scorer.autocast(), self._in_step(scorer) as forward:
+        with (
+            self._kernels(),
+            self._no_gradients(),
+            scoring as scorer,
+            scorer.autocast(),
+            self._in_step(scorer) as forward,
+        ):
             for rows in self._splitting.rows(batch):
                 arrays = layout.arrays(batch, rows)
                 values = model.score(forward, arrays, self.device)
@@ -164,6 +170,15 @@ class TorchPolicy(LanguageModelPolicy):
         """FSDP2 keeps the parameters that it gathers, and those of inference mode cannot be trained on."""
         return torch.no_grad() if self._sharded else torch.inference_mode()
 
+    def _tensor_float(self) -> contextlib.AbstractContextManager[None]:
+        return tensor_float(self.config, self.device)
+
+    @contextlib.contextmanager
+    def _kernels(self) -> Iterator[None]:
+        """Of scores and updates."""
+        with deterministic(self.config.deterministic), self._tensor_float():
+            yield
+
     def _cache_tokens(self) -> int:
         return memory.cache_tokens(self.scorer, self.device)
 
@@ -178,7 +193,7 @@ class TorchPolicy(LanguageModelPolicy):
         def recomputing() -> contextlib.AbstractContextManager[Any]:
             return nothing() if always else model.checkpointing(self.scorer)
 
-        with deterministic(self.config.deterministic), model.checkpointing(self.scorer) if always else nothing():
+        with self._kernels(), model.checkpointing(self.scorer) if always else nothing():
             rounds = [*plan.deferred, *([rows] for rows in plan.grouped)]
             own_passes = [len(micro) for micro in rounds]
             for number, passes in enumerate(most_passes(self._ranks, own_passes) if self._sharded else own_passes):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gvpo_core.training.config import ConfigError, OptimizerConfig
+from gvpo_core.training.config import OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients, layout
 from gvpo_core.training.policy.layout import Row
 from gvpo_core.training.policy.step import factors_of
@@ -44,30 +44,6 @@ def step(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-
-
-@contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Where it is wanted, PyTorch computes by kernels that repeat bit for bit.
-
-    Raises: ConfigError: an operation has none.
-    """
-    if not wanted:
-        yield
-        return
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory
-    try:
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what nothing wrote
-        yield
-    except RuntimeError as error:
-        if "deterministic" in str(error):
-            raise ConfigError(f"model.deterministic = true: {error}".splitlines()[0]) from error
-        raise
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 class Backward:

@@ -11,10 +11,11 @@ from torch_policies import policy, reference_gradients
 require(subject="torch")
 
 import torch
-from gvpo_torch import model, update
+from gvpo_torch import generate, model, precision, update
 
-from gvpo_core.training.config import ConfigError
+from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch
+from gvpo_core.training.sampling import Sampling
 
 OF = batch((4, 3, 1, 5))
 
@@ -42,6 +43,49 @@ def test_deterministic_kernels_are_asked_for_in_scores_and_updates_alone(wanted,
     of_policy.update(OF, coefficients_of(OF))
     assert set(asked) == {wanted} and len(asked) > 2 and not torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(
+    ("settings", "inside"),
+    [
+        ({"dtype": "bfloat16"}, "high"),
+        ({"dtype": "bfloat16", "lora_rank": 2}, "high"),
+        ({"dtype": "bfloat16", "tf32": False}, "highest"),
+        ({"dtype": "float32"}, "highest"),
+    ],
+    ids=str,
+)
+def test_products_that_stay_float32_take_tf32_in_passes_alone(settings, inside, folder, monkeypatch) -> None:
+    """In samples, scores and updates, as on CUDA; what the process had is put back, after an error too."""
+    monkeypatch.setattr(precision, "_HAVE_TENSOR_FLOAT", ("cpu",))
+    of_policy, seen = policy(folder, strategy="score", **SMOOTH, **settings), []
+    spied = lambda own: lambda *given, **o: seen.append(torch.get_float32_matmul_precision()) or own(*given, **o)
+    monkeypatch.setattr(model, "score", spied(model.score))
+    monkeypatch.setattr(generate, "_prefill", spied(generate._prefill))
+    monkeypatch.setattr(update.Backward, "backward", spied(update.Backward.backward))
+    for passes in (
+        lambda: of_policy.generate([(5, 6)], [[1]], Sampling(2)),
+        lambda: of_policy.logprobs(OF),
+        lambda: of_policy.update(OF, coefficients_of(OF)),
+    ):
+        seen.clear()
+        passes()
+        assert seen and set(seen) == {inside} and torch.get_float32_matmul_precision() == "highest"
+    with pytest.raises(ZeroDivisionError):
+        of_policy.update(OF, lambda logprobs, rows: 1 / 0)
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_newer_settings_of_the_process_stand(folder, monkeypatch) -> None:
+    monkeypatch.setattr(precision, "_HAVE_TENSOR_FLOAT", ("cpu",))
+
+    def refuses() -> str:
+        raise RuntimeError("you have used mix of the legacy and new APIs")
+
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", refuses)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", None)
+    with precision.tensor_float(ModelConfig(dtype="bfloat16"), torch.device("cpu")):
+        pass
 
 
 def test_an_operation_without_a_deterministic_kernel_is_named(folder, monkeypatch) -> None:

@@ -51,6 +51,7 @@ FOREIGN = [
     ("quantization", "nf4", ("torch",)),
     ("compile", True, ("torch",)),
     ("deterministic", True, ("torch",)),
+    ("tf32", False, ("torch",)),
 ]
 
 

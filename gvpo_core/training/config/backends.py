@@ -30,6 +30,7 @@ _OWNED = {
     "gradient_checkpointing": "leave it out",
     "compile": "leave it out; jax and mlx compile on their own",
     "deterministic": "leave it out; of jax XLA_FLAGS=--xla_gpu_deterministic_ops=true decides it",
+    "tf32": "leave it out; of jax JAX_DEFAULT_MATMUL_PRECISION decides it",
     "layout": "leave it out",
 }
 """Settings of [model] that not every backend has, and what to do about one in the wrong place."""
@@ -52,7 +53,7 @@ BACKENDS: dict[str, Backend] = {
                 "safetensors": ">=0.6.1",
             },
             "cpu, cuda, cuda:1, mps, xpu",
-            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization", "compile", "deterministic"},
+            _LANGUAGE_MODEL | {"sharding", "lora_kind", "quantization", "compile", "deterministic", "tf32"},
             ("adamw", "adamw_8bit"),
         ),
         Backend(

@@ -68,6 +68,8 @@ class ModelConfig:
     """Compile the decoder layers for scores and gradients (torch.compile). Costs minutes at the start; one process."""
     deterministic: bool = False
     """Use only kernels that are bit-for-bit deterministic, in scores and updates (torch on CUDA). Slower."""
+    tf32: bool = True
+    """With bfloat16 on CUDA: products that stay float32, as those of adapters, take TensorFloat-32 (torch)."""
     template: dict[str, Any] = field(default_factory=dict)
     """Arguments of the chat template, as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"

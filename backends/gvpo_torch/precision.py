@@ -1,0 +1,55 @@
+"""Settings of PyTorch's kernels that hold within a pass, and are put back after it."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+from gvpo_core.training.config import ConfigError, ModelConfig
+
+_HAVE_TENSOR_FLOAT = ("cuda",)  # types of devices
+
+
+@contextlib.contextmanager
+def tensor_float(config: ModelConfig, device: torch.device) -> Iterator[None]:
+    """With model.tf32, float32 products beside bfloat16 ones take TensorFloat-32, which has 10 bits of mantissa.
+
+    A choice that the process made by PyTorch's newer settings (`fp32_precision`) stands, and so does dtype float32.
+    """
+    wanted = config.tf32 and config.dtype == "bfloat16" and device.type in _HAVE_TENSOR_FLOAT
+    try:
+        before = torch.get_float32_matmul_precision() if wanted else None
+    except RuntimeError:  # what it raises of a process that uses the newer ones
+        before = None
+    if before is None:
+        yield
+        return
+    try:
+        torch.set_float32_matmul_precision("high")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Where it is wanted, PyTorch computes by kernels that repeat bit for bit.
+
+    Raises: ConfigError: an operation has none.
+    """
+    if not wanted:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what nothing wrote
+        yield
+    except RuntimeError as error:
+        if "deterministic" in str(error):
+            raise ConfigError(f"model.deterministic = true: {error}".splitlines()[0]) from error
+        raise
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
