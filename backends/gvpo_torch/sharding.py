@@ -37,6 +37,8 @@ def cut(scorer: Scorer, device: torch.device) -> None:
     Linear layers that autocast computes in 16 bits are gathered in that dtype, the cast that autocast would make after
     the gather; the other parameters keep theirs. Gradients are reduced in float32. So the step is that of one process.
     Of weights that are not read yet, each rank reads the rows of its shards.
+
+    Raises: RuntimeError: the model, or one of its layers, is no FSDPModule afterwards.
     """
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     kinds = set(scorer._no_split_modules)
@@ -51,6 +53,10 @@ def cut(scorer: Scorer, device: torch.device) -> None:
             fully_shard(linear, mesh=mesh, mp_policy=half)
         fully_shard(layer, mesh=mesh, mp_policy=full)
     fully_shard(scorer, mesh=mesh, mp_policy=full)
+    if whole := [type(module).__name__ for module in (scorer, *layers) if not is_sharded(module)]:
+        raise RuntimeError(
+            f"fully_shard left {whole[0]} whole ({len(whole)} of {1 + len(layers)} modules); expected FSDPModule"
+        )
     fill(scorer, values, device)
     for method in ("inspect_head", "own_logits"):
         register_fsdp_forward_method(scorer, method)

@@ -117,6 +117,20 @@ def test_a_rank_holds_its_part_of_the_model_and_reads_no_other(
     assert max(read_by_rank) <= 1.1 * min(sizes) / size
 
 
+@pytest.mark.parametrize("left", ["all", "layers"])
+def test_what_was_not_sharded_is_an_error(left: str, tmp_path, monkeypatch) -> None:
+    """As a library would that leaves FSDP aside on this device: the ranks would train copies that drift apart."""
+    made = tiny_models.make_model("llama", tmp_path)
+    plain = sharding.fully_shard
+    skipped = lambda module: left == "all" or isinstance(module, list) or module is not scorer
+    monkeypatch.setattr(sharding, "fully_shard", lambda m, **o: m if skipped(m) else plain(m, **o))
+    with fake_ranks(2):
+        scorer = model.load_scorer(ModelConfig(path=str(made), device="cpu"), CPU, 0, deferred=True)
+        what = "Scorer whole .3 of 3 modules" if left == "all" else "LlamaDecoderLayer whole .2 of 3 modules"
+        with pytest.raises(RuntimeError, match=f"fully_shard left {what}.*expected FSDPModule"):
+            sharding.cut(scorer, CPU)
+
+
 def test_a_sharded_model_is_the_model_and_so_is_its_reference(tmp_path) -> None:
     """One rank of one: FSDP2 shards into one part, and its gathers are true."""
     import torch.distributed as dist
