@@ -11,9 +11,9 @@ import sys
 import pytest
 from console_rows import check_row
 
-from gvpo_core.training.terminal.text import columns, duration, fit, pieces, printable
+from gvpo_core.training.terminal.text import columns, duration, fit, interval, pieces, printable, wrapped
 from gvpo_core.training.watch import time_left
-from gvpo_core.training.watch.columns import COLUMNS, LEGEND, row, titles
+from gvpo_core.training.watch.columns import COLUMNS, columns_for, legend, row, titles
 from gvpo_core.training.watch.console import Console
 
 pytestmark = pytest.mark.core
@@ -105,6 +105,22 @@ def test_fit(value, width, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "half", "text"),
+    [(0.00278, 0.00253, "0.00278 +- 0.00253"), (0.00357, 0.072, "0.004 +- 0.072"), (0.342, 0.0622, "0.342 +- 0.062"),
+     (2.584, 0.82, "2.58 +- 0.82"), (0.0, 0.0, "0 +- 0"), (-12.34, 0.5, "-12.3 +- 0.5"), (0.5, None, "0.500"),
+     (0.5, math.nan, "0.500"), (1e9, 1e-9, "1000000k +- 1.00e-9")],
+)  # fmt: skip
+def test_interval(value, half, text):
+    assert interval(value, half) == text
+
+
+def test_wrapped_cuts_at_spaces_and_keeps_longer_words():
+    assert wrapped("ab  cd ef", 6, " ") == ["ab  cd", " ef"] and wrapped("", 9) == [""]
+    assert wrapped("  a /long/path b", 6, "  ") == ["  a", "  /long/path", "  b"]
+    assert wrapped("日本 語", 6) == ["日本", "語"]
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0s"), (59.6, "1m00s"), (580, "9m40s"), (11100, "3h05m"), (36000, "10h"), (187200, "2d04h"), (9e6, "104d")],
 )
@@ -118,8 +134,9 @@ def test_titles_return_every_20_rows():
     for step in range(1, 46):
         console.step(RECORD | {"step": step})
     lines = out.getvalue().splitlines()
-    assert [i for i, line in enumerate(lines) if line == titles()] == [0, 21, 42]
-    assert len(lines) == 45 + 3
+    begin = lines.index(titles())
+    assert [i - begin for i, line in enumerate(lines) if line == titles()] == [0, 21, 42]
+    assert len(lines) - begin == 45 + 3
 
 
 def test_the_seconds_by_phase_stand_below_every_tenth_row():
@@ -131,7 +148,8 @@ def test_the_seconds_by_phase_stand_below_every_tenth_row():
     lines = out.getvalue().splitlines()
     said = [(i, line) for i, line in enumerate(lines) if line.startswith("    seconds: ")]
     assert [lines[i - 1].split()[0] for i, _ in said] == ["1", "11", "21"]
-    assert said[0][1].strip() == "seconds: generate 4.50, reward .250, score 1.00, update 2.00, memory 3.00 GiB"
+    assert said[0][1].strip() == "seconds: generate 4.50, reward .250, score 1.00, update 2.00, memory 3.00"
+    assert lines[said[0][0] + 1] == "      GiB" and max(map(len, lines)) <= 80
 
 
 def test_a_reason_stands_below_the_row_once_and_again_when_it_is_worse_or_long_ago():
@@ -150,7 +168,7 @@ def test_a_reason_stands_below_the_row_once_and_again_when_it_is_worse_or_long_a
     assert max(map(len, lines)) <= 80 and "\x1b" not in out.getvalue() and "\\x1b[31m" in out.getvalue()
     machine = io.StringIO()
     Console(9, stream=machine).step(RECORD | {"machine/verdict": "WATCH", "machine/alerts": [ALERT]})
-    assert "! WATCH KL 9" in machine.getvalue() and machine.getvalue().splitlines()[1].endswith(" WATCH")
+    assert "! WATCH KL 9" in machine.getvalue() and machine.getvalue().splitlines()[-2].endswith(" WATCH")
 
 
 def test_facts_are_text_that_a_person_reads():
@@ -203,6 +221,33 @@ def test_an_evaluation_shows_the_records_numbers_within_80_columns():
     text = out.getvalue()
     assert "reward 0.812 " in text and "+- 0.140 " in text and "cut 25%" in text and "prompts 32" in text
     assert text.count("0.500") == 9 and max(map(len, text.splitlines())) <= 80
+
+
+def test_a_single_reward_is_not_said_twice_for_a_rounding():
+    record = {"step": 1, "eval/reward": 0.4541666666666666, "eval/reward/environment": 0.4541666666666667}
+    out = io.StringIO()
+    Console(10, stream=out).evaluation(record)
+    Console(10, stream=out).evaluation(record | {"eval/reward/environment": 0.46})
+    first, second = out.getvalue().splitlines()
+    assert "environment" not in first and "environment 0.460" in second
+
+
+def test_episodes_say_at_which_limit_they_were_cut():
+    record = RECORD | {"episodes/turns": 0.25, "episodes/tokens": 0.004, "truncated": 0.254}
+    assert columns_for(80, RECORD) == COLUMNS
+    for width in (80, 120):
+        chosen = columns_for(width, record)
+        assert dict(zip(titles(chosen).split(), row(record, "9m40s", chosen).split(), strict=True))["cut%"] == "25/~0"
+        assert len(titles(chosen)) <= width and "cut%: episodes cut at the turn limit/at the token" in legend(chosen)
+    out = io.StringIO()
+    ends = {"eval/truncated": 0.3, "eval/episodes/turns": 0.125, "eval/episodes/tokens": 0.0}
+    console = Console(10, stream=out)
+    console.evaluation({"step": 10, "eval/reward": 0.8125} | ends)
+    assert "cut at turn limit 12%  cut at token limit 0%" in " ".join(out.getvalue().split("\n          "))
+    played = [r | {"end": end, "turns": 3} for r, end in zip(group(0.0, 1.0), ("turns", "done"), strict=True)]
+    console.sample(played)
+    assert "best: reward 1.00 (r=1.00), 3 tokens, ended after 3 turns" in out.getvalue()
+    assert "worst: reward 0 (r=0), 3 tokens, cut at the turn limit after 3 turns" in out.getvalue()
 
 
 def group(*rewards, response="4"):
@@ -298,7 +343,8 @@ def test_without_rich_a_terminal_gets_plain_lines(monkeypatch):
     console = Console(20, stream=out)
     console.step(RECORD)
     console.close()
-    assert "\x1b" not in out.getvalue() and len(out.getvalue().splitlines()) == 2
+    lines = out.getvalue().splitlines()
+    assert "\x1b" not in out.getvalue() and len(lines) - lines.index(titles()) == 2
 
 
 def test_at_120_columns_a_row_has_every_field_and_the_rewards_by_name():
@@ -317,11 +363,29 @@ def test_at_120_columns_a_row_has_every_field_and_the_rewards_by_name():
     assert "0.58" not in narrow and "1.87" not in narrow and len(narrow) <= 80
 
 
-def test_lines_of_the_legend_are_cut_at_words():
+@pytest.mark.parametrize("width", [80, 120, 160])
+def test_the_legend_explains_the_columns_that_are_shown_and_no_other(width):
+    everything = RECORD | {"sampler/gap": 0.1, "reward/right": 0.25, "reward/format": 0.5}
+    for record in (RECORD, RECORD | {"reward/right": 0.25}, everything):
+        out = io.StringIO()
+        Console(20, stream=out, width=width).step(record)
+        lines = out.getvalue().splitlines()
+        above = lines[: next(i for i, line in enumerate(lines) if line.lstrip().startswith("step "))]
+        shown = columns_for(width, record)
+        assert " ".join(line for line in above if line) == legend(shown) and max(map(len, lines)) <= width
+        explained = re.findall(r"(?:^|\. )([^:]+):", legend(shown))
+        titles_of = [name for names in explained for name in names.split(", ")]
+        assert sorted(titles_of) == sorted({c.title for c in shown} - {"step"} | {"left", "~0"})
+
+
+def test_an_event_is_cut_at_words_and_its_command_is_not():
     out = io.StringIO()
-    Console(20, stream=out).header({"model": "m"})
-    legend = [line for line in out.getvalue().splitlines() if line][1:]
-    assert all(len(line) <= 80 for line in legend) and " ".join(legend) == LEGEND
+    console = Console(20, stream=out)
+    console.event("went back from step 9 to step 2: " + "all later records " * 6, "gvpo train " + "--a.b c " * 20)
+    lines = out.getvalue().splitlines()
+    assert lines[0].startswith("* went back") and re.match("  (all|later|records)", lines[1])
+    assert max(map(len, lines[:-1])) <= 80
+    assert lines[-1].startswith("  resume with: gvpo train --a.b c") and len(lines[-1]) > 160
 
 
 def test_wide_characters_are_cut_by_the_columns_they_take():

@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 from collections import Counter
 
@@ -9,11 +10,13 @@ import pytest
 import table_run
 from console_rows import check_number, check_row
 
+from gvpo_core.training.cli import main
 from gvpo_core.training.config.file import read_config
 from gvpo_core.training.data import load_rows
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.report.read import read_run
+from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.watch.alerts import LEVELS
 from gvpo_core.training.watch.columns import COLUMNS
 from gvpo_core.training.watch.console import Console
@@ -51,7 +54,7 @@ def test_every_number_on_the_console_is_one_of_metrics_jsonl(run):
     assert [int(row[0]) for row in rows] == sorted(trained) == list(range(1, 13))
     for cells in rows:
         check_row(cells, trained[int(cells[0])])
-    phases = re.findall(r"^    seconds: (.*), memory", text, re.MULTILINE)
+    phases = re.findall(r"^    seconds: (.*?), memory", re.sub("\n {6}", " ", text), re.MULTILINE)
     for step, line in zip((1, 11), phases, strict=True):
         for phase, shown in re.findall(r"(\w+) ([^\s,]+)", line):
             check_number(shown, trained[step][f"seconds/{phase}"], phase)
@@ -74,3 +77,31 @@ def test_the_end_tells_what_was_achieved_and_how_to_continue(run):
     verdicts = Counter(max((r["verdict"], r["machine/verdict"]), key=LEVELS.index) for r in records if "verdict" in r)
     assert {level: int(n) for n, level in re.findall(r"(\d+) (OK|WATCH|BAD)", end)} == dict(verdicts)
     assert f"gvpo eval {folder}" in end and f"gvpo export {folder}" in end
+    assert f"report       gvpo report {folder}\n" in re.sub(" {7,}", " " * 7, end)
+
+
+def test_every_line_of_a_run_is_within_80_columns(tmp_path, monkeypatch, capfd):
+    config = table_run.make(tmp_path, extra='[rewards.exactly_the_answer]\nfunction = "exact_match"\nweight = 0.5')
+    config.write_text(config.read_text().replace(f"{tmp_path}/", "").replace(str(tmp_path), "."))
+    monkeypatch.chdir(tmp_path)
+
+    def spoken(*options):
+        assert main(["train", "config.toml", *options]) == 0
+        said = capfd.readouterr()
+        return said.out.splitlines(), said.err.splitlines()
+
+    def loud(self, *given, **named):
+        logging.getLogger("gvpo.torch").warning("%s", "words of many letters " * 9 + "\n" + "a second line " * 9)
+        return step(self, *given, **named)
+
+    step = Journal.step
+    monkeypatch.setattr(Journal, "step", loud)
+    monkeypatch.setattr(logging.root, "handlers", [])  # not those of the test runner
+    first, log = spoken()
+    again, _ = spoken("--run.steps", "13", "--run.allow-changes", "True")
+    back, _ = spoken("--from-step", "9", "--run.steps", "13", "--run.allow-changes", "True")
+    # The run shows what could be too long: phases, an event, several rewards and a warning.
+    assert any(line.startswith("    seconds: ") for line in first) and "* resumed after step 12 of 13" in again
+    assert any(line.startswith("* went back") for line in back)
+    assert "WARNING gvpo.torch: words of many" in log[1] and log[2].startswith("    letters")
+    assert [line for line in [*first, *log, *again, *back] if len(line) > 80] == []

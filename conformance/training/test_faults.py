@@ -55,7 +55,7 @@ def test_a_signal_in_the_first_evaluation_leaves_before_a_step(phase, number, st
     config = make(tmp_path)
     assert faults.run(config, phase, 1, number) == status
     output = (tmp_path / "output.txt").read_text()
-    assert f"stopped by signal {int(number)} before the first step, nothing to save; resume with: " in output
+    assert f"stopped by signal {int(number)} before the first step, nothing to save\n  resume with: " in output
     assert "Traceback" not in output
     assert not [r for r in killing.lasting(tmp_path / "run") if r["kind"] == "train"]
     assert not steps_saved(tmp_path / "run" / "checkpoints")

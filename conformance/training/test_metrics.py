@@ -11,6 +11,7 @@ from places import ROOT
 
 from gvpo_core.training import metrics
 from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
+from gvpo_core.training.episodes.play import NUMBERS
 from gvpo_core.training.intervals import student_t
 from gvpo_core.training.metrics import evaluation_metrics
 from gvpo_core.training.watch import metric_names
@@ -214,6 +215,7 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
         1,
         evaluation_metrics(np.ones(2), [0, 1], np.ones(2), np.ones(2), seconds=1.0, reward_parts={"right": np.ones(2)}),
     )
+    played = evaluation_metrics(np.ones(2), [0, 1], np.ones(2), np.ones(2), seconds=1.0, episodes=np.ones((2, NUMBERS)))
     event = make_record("event", 1, {"event": "resume", "message": "from step 1"})
     recorded = {"nll", "log_ratio", "groups/skipped", "machine/reference_cached", "machine/reference_scored"}
     losses = {"eval/loss", "eval/accuracy", "eval/nll", "eval/groups"}  # test_recorded.py writes these
@@ -235,7 +237,7 @@ def test_every_key_is_documented_and_every_documented_key_is_written():
         "length/context",
     }
     others = recorded | losses | samplers | mixtures | episodes
-    written = {**step, **evaluation, **event} | dict.fromkeys(others, 1.0)
+    written = {**step, **evaluation, **played, **event} | dict.fromkeys(others, 1.0)
     assert metric_names.undocumented(written) == []
     for key, pattern in zip(METRICS, metric_names._PATTERNS, strict=True):
         assert any(pattern.fullmatch(k) for k in written), f"{key} is documented and never written"
@@ -252,6 +254,19 @@ def test_records_are_read_and_a_cut_line_is_passed_over(tmp_path: Path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(encode_record(record) + '[1]\n{"kind": "tra', encoding="utf-8")
     assert list(metrics.read_records(path)) == [record]
+
+
+def test_an_evaluation_of_episodes_tells_the_limits_apart():
+    ends = np.eye(4)[[0, 1, 1, 2]]  # done, turns, turns, tokens
+    rows = np.concatenate([np.ones((4, NUMBERS - 4)), ends], axis=1)
+    rows = np.concatenate([rows, np.full((1, NUMBERS), np.nan)])  # another rank's prompt without an episode
+    finished = np.asarray([True, False, False, False, True])
+    given = (np.ones(5), range(5), np.ones(5), finished)
+    for rewarded in (True, False):
+        metrics = evaluation_metrics(*given, seconds=1.0, rewarded=rewarded, episodes=rows)
+        shares = {name: metrics[f"eval/episodes/{name}"] for name in ("done", "turns", "tokens", "failed")}
+        assert shares == {"done": 0.25, "turns": 0.5, "tokens": 0.25, "failed": 0.0}
+    assert not [key for key in evaluation_metrics(*given, seconds=1.0) if key.startswith("eval/episodes")]
 
 
 def test_the_page_in_docs_is_the_dictionary():

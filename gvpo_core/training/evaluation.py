@@ -84,6 +84,7 @@ def evaluated(
             seconds=time.perf_counter() - clock,
             reward_parts=rollout.parts,
             rewarded=config.scores_responses,
+            episodes=rollout.episodes,
         )
         if held_out.teacher is not None and config.evaluation.temperature == 1:
             metrics |= _teacher_kl(policy, held_out.teacher.taught(policy, rollout))

@@ -14,7 +14,7 @@ import numpy as np
 
 from gvpo_core.objective import gvpo_loss
 from gvpo_core.regret import gvpo_regret
-from gvpo_core.training.episodes import episode_metrics
+from gvpo_core.training.episodes import ends_of, episode_metrics
 from gvpo_core.training.improve import Improvement
 from gvpo_core.training.intervals import mean_half_width, prompts_half_width
 from gvpo_core.training.objective import response_weights
@@ -88,6 +88,7 @@ def evaluation_metrics(
     seconds: float,
     reward_parts: Mapping[str, np.ndarray] | None = None,
     rewarded: bool = True,
+    episodes: np.ndarray | None = None,
 ) -> dict[str, float]:
     """The numbers of one evaluation. N held-out responses, any number a prompt.
 
@@ -99,24 +100,23 @@ def evaluation_metrics(
       seconds: time of the evaluation.
       reward_parts: name -> (N,).
       rewarded: whether anything scores the responses.
+      episodes: (N, NUMBERS) of `episode_rows`; None: single responses.
     """
+    answered = {
+        "eval/length": float(np.mean(lengths)),
+        "eval/truncated": float(1 - np.mean(finished)),
+        "seconds/evaluate": seconds,
+    }
+    answered |= {} if episodes is None else {f"eval/{key}": share for key, share in ends_of(episodes).items()}
     if not rewarded:
-        return {
-            "eval/length": float(np.mean(lengths)),
-            "eval/truncated": float(1 - np.mean(finished)),
-            "eval/prompts": len({*prompt_ids}),
-            "seconds/evaluate": seconds,
-        }
+        return {"eval/prompts": len({*prompt_ids})} | answered
     rewards = np.asarray(rewards, dtype=np.float64)
     means = _group_means(rewards, np.unique(np.asarray(prompt_ids), return_inverse=True)[1])
     metrics = {
         "eval/reward": _mean(means),
-        "eval/length": float(np.mean(lengths)),
-        "eval/truncated": float(1 - np.mean(finished)),
         "eval/prompts": int(means.size),
         "eval/unscored": int(np.isnan(rewards).sum()),
-        "seconds/evaluate": seconds,
-    }
+    } | answered
     if means.size > 1:
         metrics["eval/half_width"] = prompts_half_width(means)
     for name, values in (reward_parts or {}).items():

@@ -13,8 +13,8 @@ from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, hide_command, secrets_of, traceback_of
 from gvpo_core.training.run.signals import without_hang_up
-from gvpo_core.training.terminal.output import say, standard_streams
-from gvpo_core.training.terminal.text import printable
+from gvpo_core.training.terminal.output import line_width, say, standard_streams
+from gvpo_core.training.terminal.text import printable, wrapped
 
 if TYPE_CHECKING:
     from gvpo_core.training.inputs import Inputs
@@ -231,7 +231,15 @@ def _doctor(arguments: list[str], secrets: set[str]) -> int:
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to the current standard error, which a live progress bar replaces."""
+    """Writes to the current standard error, which a live progress bar replaces, in lines that fit it."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See logging.Handler. Tracebacks stay as they are."""
+        text = super().format(record)
+        if record.exc_info or record.stack_info:
+            return text
+        width = line_width(sys.stderr)
+        return "\n".join(line for part in text.split("\n") for line in wrapped(part, width, " " * 4))
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
@@ -240,7 +248,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def _log_to_stderr(secrets: set[str]) -> None:
-    """Logs warnings of gvpo and of rewards, one line each, from the main process only."""
+    """Logs warnings of gvpo and of rewards, from the main process only."""
     handler = _Stderr()
     handler.setFormatter(Hiding("%(levelname)s %(name)s: %(message)s", secrets))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

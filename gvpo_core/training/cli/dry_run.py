@@ -61,7 +61,7 @@ def _preview(inputs: Inputs, policy: Policy, sampler: Sampler | None, console: C
     source, held_out = inputs.source(policy, sampler, cached=False, trained=False), inputs.held_out(policy)
     if policy.rank == 0:
         console = console or Console(config.run.steps)
-        console.header(header(config, policy.describe(), source, held_out, inputs.rewards), legend=False)
+        console.header(header(config, policy.describe(), source, held_out, inputs.rewards))
         console.phase("generate")
     rollout = source.groups(policy, 1, size=min(_PROMPTS, config.rollout.prompts))
     clock = time.perf_counter()

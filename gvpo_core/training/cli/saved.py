@@ -21,7 +21,7 @@ from gvpo_core.training.policy import Policy
 from gvpo_core.training.run.chosen import chosen, refuse_unknown
 from gvpo_core.training.samplers.load import opened_for_evaluation
 from gvpo_core.training.terminal.output import say
-from gvpo_core.training.terminal.text import fit, percent
+from gvpo_core.training.terminal.text import fit, interval, percent
 from gvpo_core.training.watch.metric_names import LOSSES
 
 _CHECKPOINT = "a step, newest, best (highest held-out reward) or initial (the untrained model)"
@@ -66,10 +66,7 @@ def evaluate_run(arguments: list[str]) -> int:
     for name in evaluations:
         say(f"{name}: {_sentence(metrics[name])}")
     if difference is not None:
-        say(
-            f"{options.checkpoint} - {options.compare}: {fit(difference[0], 8)} +- {fit(difference[1], 6)}"
-            " (95 %, paired by prompt)"
-        )
+        say(f"{options.checkpoint} - {options.compare}: {interval(*difference)} (95 %, paired by prompt)")
     return 0
 
 
@@ -91,25 +88,33 @@ def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, fl
 
 
 def _sentence(metrics: Mapping[str, float]) -> str:
-    loss = [f"{key.removeprefix('eval/')} {fit(metrics[key], 8)}" for key in LOSSES if key in metrics]
-    if "eval/teacher_kl_half_width" in metrics:
-        loss[-1] += f" +- {fit(metrics['eval/teacher_kl_half_width'], 6)} (95 %)"
+    loss = [
+        f"{key.removeprefix('eval/')} {_with_interval(metrics[key], metrics.get(f'{key}_half_width'))}"
+        for key in LOSSES
+        if key in metrics
+    ]
     if "eval/teacher_kl" in metrics and "eval/reward" not in metrics:
         loss[-1] += f" on {metrics['eval/prompts']:,} prompts"
     loss += [f"on {metrics['eval/groups']:,} recorded groups"] if "eval/groups" in metrics else []
     if "eval/reward" not in metrics:
         return ", ".join(loss)
-    parts = [f"reward {fit(metrics['eval/reward'], 8)}"]
-    if "eval/half_width" in metrics:
-        parts[0] += f" +- {fit(metrics['eval/half_width'], 6)} (95 %)"
+    parts = [f"reward {_with_interval(metrics['eval/reward'], metrics.get('eval/half_width'))}"]
     parts[0] += f" on {metrics['eval/prompts']:,} prompts"
     names = [key for key in metrics if key.startswith("eval/reward/")]
     if len(names) > 1:
         parts += [f"{key.removeprefix('eval/reward/')} {fit(metrics[key], 8)}" for key in names]
     if metrics["eval/unscored"]:
         parts.append(f"{metrics['eval/unscored']:,} responses without a score")
-    parts += [f"length {fit(metrics['eval/length'], 6)} tokens", f"{percent(metrics['eval/truncated'], ' %')} cut"]
+    parts.append(f"length {fit(metrics['eval/length'], 6)} tokens")
+    cut = {"": "eval/truncated"}
+    if "eval/episodes/turns" in metrics:
+        cut = {f" at the {name[:-1]} limit": f"eval/episodes/{name}" for name in ("turns", "tokens")}
+    parts += [f"{percent(metrics[key], ' %')} cut{where}" for where, key in cut.items()]
     return ", ".join(parts + loss)
+
+
+def _with_interval(value: float, half: float | None) -> str:
+    return fit(value, 8) if half is None else f"{interval(value, half)} (95 %)"
 
 
 def _as_json(

@@ -322,4 +322,10 @@ def episode_metrics(rows: np.ndarray) -> dict[str, float]:
     }
     if calls.sum():
         metrics["tools/failed"] = float(failed.sum() / calls.sum())
-    return metrics | {f"episodes/{end}": float(rows[:, 7 + i].mean()) for i, end in enumerate(_ENDS)}
+    return metrics | ends_of(rows)
+
+
+def ends_of(rows: np.ndarray) -> dict[str, float]:
+    """The shares of the ways in which episodes ended, of all ranks' `episode_rows`; rows of NaN are left out."""
+    rows = rows[~np.isnan(rows).any(axis=1)]
+    return {f"episodes/{end}": float(rows[:, 7 + i].mean()) for i, end in enumerate(_ENDS) if len(rows)}

@@ -37,7 +37,7 @@ from gvpo_core.training.run.folder import RunFolder, RunFolderError
 from gvpo_core.training.run.resume import resume_command
 from gvpo_core.training.run.saving import Saving
 from gvpo_core.training.sources import Source
-from gvpo_core.training.terminal.text import Command, fit
+from gvpo_core.training.terminal.text import Command, fit, interval
 from gvpo_core.training.watch.alerts import LEVELS, Alerts, failed
 from gvpo_core.training.watch.columns import verdict
 from gvpo_core.training.watch.console import Console
@@ -219,18 +219,19 @@ class Journal:
         if self.console:
             self.console.evaluation(record)
 
-    def event(self, name: str, message: str, **more: Any) -> None:
-        """Records something that happened to the run."""
+    def event(self, name: str, message: str, *, command: str = "", **more: Any) -> None:
+        """Records something that happened to the run, and the command that resumes it."""
         if self._main:
-            self.folder.append(self.folder.metrics, [self._record("event", {"event": name, "message": message} | more)])
+            text = f"{message}; resume with: {command}" if command else message
+            self.folder.append(self.folder.metrics, [self._record("event", {"event": name, "message": text} | more)])
             if self.console:
-                self.console.event(message)
+                self.console.event(message, command)
 
     def stopped(self, signal: int) -> None:
         """Records that a signal stopped the run, and the command that resumes it."""
         done = f"after step {self._step}" if self._step else "before the first step, nothing to save"
         command = resume_command(self.policy.world_size, self._secrets)
-        self.event("stop", f"stopped by signal {signal} {done}; resume with: {command}")
+        self.event("stop", f"stopped by signal {signal} {done}", command=command)
 
     def out_of_patience(self) -> bool:
         """Whether `evaluation.patience` evaluations in a row were no better than the best before."""
@@ -293,7 +294,7 @@ class Journal:
         alert = failed(self._step, error)
         alert = alert._replace(seen=hide(alert.seen, self._secrets))
         try:
-            verdict = {"verdict": alert.level, "alerts": [alert._asdict()]}
+            verdict: dict[str, Any] = {"verdict": alert.level, "alerts": [alert._asdict()]}
             self.event("failed", f"{alert.level}: {alert.seen}; {alert.advice}", **verdict)
         except Exception as e:  # a full disk, say: the error itself is what is raised
             _log.warning("the error that ended the run could not be recorded: %s", e)
@@ -319,14 +320,13 @@ class Journal:
         if self._evaluated:
             if "eval/reward" in self._evaluated[0]:
                 facts["held-out reward"] = " -> ".join(
-                    f"{fit(record.get('eval/reward'), 6)} +- {fit(record.get('eval/half_width'), 5)}"
-                    for record in self._evaluated
+                    interval(record.get("eval/reward"), record.get("eval/half_width")) for record in self._evaluated
                 )
             if "eval/loss" in self._evaluated[0]:
                 facts["held-out loss"] = " -> ".join(fit(record.get("eval/loss"), 8) for record in self._evaluated)
             if "eval/teacher_kl" in self._evaluated[0]:
                 facts["KL to the teacher"] = " -> ".join(
-                    f"{fit(record.get('eval/teacher_kl'), 6)} +- {fit(record.get('eval/teacher_kl_half_width'), 5)}"
+                    interval(record.get("eval/teacher_kl"), record.get("eval/teacher_kl_half_width"))
                     for record in self._evaluated
                 )
         if self._verdicts:
@@ -334,7 +334,8 @@ class Journal:
                 f"{self._verdicts[level]} {level}" for level in LEVELS if self._verdicts[level]
             )
         folder = shlex.quote(str(self.folder.path))
-        facts |= {"metrics": self.folder.metrics, "report": report or "not written"}
+        facts |= {"metrics": self.folder.metrics, "report page": report or "not written"}
+        facts |= {"report": Command(f"gvpo report {folder}")}
         with contextlib.suppress(OSError):  # the commands never hide the error that ended the run
             if steps_saved(self.folder.checkpoints):
                 facts |= {"evaluate": Command(f"gvpo eval {folder}")}

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from typing import Any, TextIO, cast
@@ -20,6 +21,14 @@ def open_standard_descriptors() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+
+
+NARROW = 80  # columns of lines that go to no terminal, and the fewest of those that do
+
+
+def line_width(stream: Any) -> int:
+    """Columns of a line on the stream: the terminal's, at least 80; 80 elsewhere."""
+    return max(NARROW, shutil.get_terminal_size().columns) if Forgiving(stream).isatty() else NARROW
 
 
 class Forgiving:

@@ -49,6 +49,21 @@ def fit(value: float | None, width: int) -> str:
     return "*" * width if abs(value) >= 1 else "-~0" if value < 0 and width > 2 else "~0"
 
 
+def interval(value: float | None, half: float | None) -> str:
+    """A number and the half-width of its interval, both to the third digit of the larger one; without one, the number.
+
+    From 0.01 up at most three decimals, as `fit`.
+    """
+    if value is None or half is None or not (math.isfinite(value) and math.isfinite(half)):
+        return fit(value, 8)
+    largest = max(abs(value), abs(half))
+    if largest and not 1e-4 <= largest < 1e6:
+        return f"{fit(value, 8)} +- {fit(half, 8)}"
+    places = max(0, 2 - math.floor(math.log10(largest))) if largest else 0
+    places = min(places, 3) if largest >= 0.01 else places
+    return f"{value:.{places}f} +- {half:.{places}f}"
+
+
 def duration(seconds: float) -> str:
     """Seconds in at most five characters: 42s, 9m40s, 3h05m, 2d04h."""
     rounded = round(seconds)
@@ -103,6 +118,21 @@ def pieces(line: str, room: int) -> list[str]:
             start, used = i, 0
         used += width
     return [*lines, line[start:]]
+
+
+def wrapped(text: str, width: int, indent: str = "") -> list[str]:
+    """Printable text as lines of at most `width` columns, cut at spaces; all but the first begin with `indent`.
+
+    A word that is longer, such as a path, stays whole.
+    """
+    lines, line = [], ""
+    for spaces, word in re.findall("( *)([^ ]+)", text):
+        if line.strip() and columns(line + spaces + word) > width:
+            lines.append(line)
+            line = indent + word
+        else:
+            line += spaces + word
+    return [*lines, line]
 
 
 def percent(share: float | None, unit: str = "") -> str:

@@ -8,7 +8,7 @@ from gvpo_core.training.terminal.text import LEFT, fit, percent, printable
 from gvpo_core.training.terminal.text import columns as width_of
 from gvpo_core.training.watch.alerts import LEVELS
 
-NARROW, WIDE = 80, 120  # columns of the terminal
+WIDE = 120  # columns of a terminal that rows have all their fields in
 Record = Mapping[str, Any]
 
 
@@ -19,10 +19,11 @@ class Column(NamedTuple):
     width: int
     text: Callable[[Record, int], str]  # of a record, in at most `width` characters
     meaning: str  # the key of metrics.jsonl, or how it is made of keys
+    legend: str = ""  # what it says, in words
 
 
-def _number(title: str, width: int, key: str) -> Column:
-    return Column(title, width, lambda record, width: fit(record.get(key), width), key)
+def _number(title: str, width: int, key: str, legend: str = "") -> Column:
+    return Column(title, width, lambda record, width: fit(record.get(key), width), key, legend)
 
 
 def _signed(record: Record, width: int) -> str:
@@ -43,39 +44,54 @@ def _dead(record: Record, width: int) -> str:
     return f"{percent(best / counted)}/{percent(worst / counted)}"
 
 
+def _cut(record: Record, width: int) -> str:
+    return f"{percent(record.get('episodes/turns'))}/{percent(record.get('episodes/tokens'))}"
+
+
 _DEAD = "groups/all_best / groups/all_worst by groups/counted"
+_CUT = Column(
+    "cut%", 4, lambda record, width: percent(record.get("truncated")), "truncated", "responses cut at the token limit"
+)
+_CUT_EPISODES = Column(
+    "cut%", 5, _cut, "episodes/turns / episodes/tokens", "episodes cut at the turn limit/at the token limit"
+)
+_DRIFT = "KL to the reference, nats a response"
+_ENTROPY = "of the policy, nats a token"
+_LENGTH = "mean tokens of a response"
 COLUMNS = (
     _number("step", 5, "step"),
-    _number("reward", 6, "reward/mean"),
-    Column("trend", 5, _signed, "reward/trend"),
-    _number("spread", 6, "reward/spread"),
-    Column("dead%", 6, _dead, _DEAD),
-    Column("cut%", 4, lambda record, width: percent(record.get("truncated")), "truncated"),
-    _number("len", 5, "length/mean"),
-    _number("kl", 5, "kl"),
-    _number("entr", 5, "entropy"),
-    _number("sec", 4, "seconds/step"),
-    _number("tok/s", 5, "tokens_per_second"),
+    _number("reward", 6, "reward/mean", "mean of the step"),
+    Column("trend", 5, _signed, "reward/trend", "reward against the 10 steps before"),
+    _number("spread", 6, "reward/spread", "of the rewards inside groups"),
+    Column("dead%", 6, _dead, _DEAD, "groups with all responses best/worst (one number: equal otherwise)"),
+    _CUT,
+    _number("len", 5, "length/mean", _LENGTH),
+    _number("kl", 5, "kl", _DRIFT),
+    _number("entr", 5, "entropy", f"entropy {_ENTROPY}"),
+    _number("sec", 4, "seconds/step", "seconds of the step"),
+    _number("tok/s", 5, "tokens_per_second", "response tokens a second"),
 )
 ALL_COLUMNS = (
     *COLUMNS[:2],
-    _number("+-", 5, "reward/half_width"),
+    _number("+-", 5, "reward/half_width", "half of the 95 % interval of reward"),
     *COLUMNS[2:6],
-    _number("length", 6, "length/mean"),
+    _number("length", 6, "length/mean", _LENGTH),
     COLUMNS[7],
-    _number("entropy", 7, "entropy"),
-    _number("gradient", 8, "gradient_norm"),
-    _number("regret", 6, "regret/series"),
+    _number("entropy", 7, "entropy", _ENTROPY),
+    _number("gradient", 8, "gradient_norm", "its norm before clipping"),
+    _number("regret", 6, "regret/series", "reward still to gain at this KL penalty"),
     *COLUMNS[9:],
 )
-LEGEND = (
-    "trend: reward against the 10 steps before. spread: of the rewards inside groups. dead%: groups with all responses"
-    " best/worst (one number: equal otherwise). cut%: responses cut at the token limit. ~0: nearly 0."
-)
-ALL_LEGEND = (
-    f"{LEGEND} +-: half of the 95 % interval of reward. regret: reward still to gain at this KL penalty. gap:"
-    " between sampler and policy, nats a token. A column with a reward's name: its mean."
-)
+_GAP = _number("gap", 6, "sampler/gap", "between sampler and policy, nats a token")
+_REWARD = "mean of this reward"  # legend of a reward's own column
+
+
+def legend(columns: Sequence[Column]) -> str:
+    """What the columns of a row mean, in the order in which they are shown."""
+    sentences = [f"{column.title}: {column.legend}." for column in columns if column.legend not in ("", _REWARD)]
+    if names := [column.title for column in columns if column.legend == _REWARD]:
+        sentences.append(f"{', '.join(names)}: {_REWARD}.")
+    return " ".join([*sentences, "left: time left. ~0: nearly 0."])
 
 
 def columns_for(width: int, record: Record) -> tuple[Column, ...]:
@@ -83,21 +99,27 @@ def columns_for(width: int, record: Record) -> tuple[Column, ...]:
     one for the gap of a sampler.
 
     Args:
-      record: a train record, which has the names of the rewards.
+      record: a train record, which has the names of the rewards, and of episodes the shares of their ends.
     """
-    if width < WIDE:
+    if "episodes/turns" in record:
+        return tuple(_CUT_EPISODES if column is _CUT else column for column in _responses_columns(width - 1, record))
+    return _responses_columns(width, record)
+
+
+def _responses_columns(width: int, record: Record) -> tuple[Column, ...]:
+    if width < WIDE - 1:
         return COLUMNS
     names = [key.removeprefix("reward/") for key in record if key.startswith("reward/")]
     names = [name for name in names if name not in RESERVED_REWARD_NAMES]
     extra: list[Column] = []
     room = width - width_of(titles(ALL_COLUMNS))
-    gap = (_number("gap", 6, "sampler/gap"),) if "sampler/gap" in record and room > 7 else ()
+    gap = (_GAP,) if "sampler/gap" in record and room > 7 else ()
     room -= 7 * len(gap)
     for name in names if len(names) > 1 else ():
         title = printable(name)
         taken = max(6, width_of(title))
         if taken + 1 <= room:
-            extra.append(_number(title, taken, f"reward/{name}"))
+            extra.append(_number(title, taken, f"reward/{name}", _REWARD))
             room -= taken + 1
     place = next(i for i, column in enumerate(ALL_COLUMNS) if column.title == "kl")
     return (*ALL_COLUMNS[:2], *extra, *ALL_COLUMNS[2:place], *gap, *ALL_COLUMNS[place:])

@@ -6,16 +6,27 @@ ends with its verdict; the reasons and what to do are printed below it once, not
 """
 
 import math
-import shutil
 import sys
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, TextIO, cast
 
-from gvpo_core.training.terminal.output import Forgiving, encodable
-from gvpo_core.training.terminal.text import Command, columns, duration, fact, fit, percent, pieces, printable, size
+from gvpo_core.training.terminal.output import Forgiving, encodable, line_width
+from gvpo_core.training.terminal.text import (
+    Command,
+    columns,
+    duration,
+    fact,
+    fit,
+    interval,
+    percent,
+    pieces,
+    printable,
+    size,
+    wrapped,
+)
 from gvpo_core.training.watch.alerts import BAD, LEVELS, OK, WATCH
-from gvpo_core.training.watch.columns import ALL_LEGEND, LEGEND, NARROW, WIDE, Column, columns_for, row, titles, verdict
+from gvpo_core.training.watch.columns import Column, columns_for, legend, row, titles, verdict
+from gvpo_core.training.watch.ending import ending
 from gvpo_core.training.watch.metric_names import LOSSES, PHASES
 from gvpo_core.training.watch.time_left import TimeLeft
 
@@ -53,21 +64,16 @@ class Console:
         self._time_left = TimeLeft(steps, evaluations)
         self._bar: Any = None
         self._task: Any = None
-        terminal = self._stream.isatty()
-        self._width = width or (max(NARROW, shutil.get_terminal_size().columns) if terminal else NARROW)
+        self._width = width or line_width(self._stream)
         self._columns: tuple[Column, ...] = ()  # chosen at the first row, which names the rewards
-        self._live = self._open_bar(first_step) if terminal else None
+        self._live = self._open_bar(first_step) if self._stream.isatty() else None
 
-    def header(self, facts: Mapping[str, Any], *, legend: bool = True) -> None:
-        """The run's facts, one a line: name, value; then what the columns of a row mean."""
+    def header(self, facts: Mapping[str, Any]) -> None:
+        """The run's facts, one a line: name, value."""
         width = max((len(name) for name in facts), default=0)
         for name, value in facts.items():
             self._fact(name, value, width)
         self._print("")
-        if legend:
-            for line in textwrap.wrap(ALL_LEGEND if self._width >= WIDE else LEGEND, self._width):
-                self._print(line, style="dim")
-            self._print("")
 
     def phase(self, name: str) -> None:
         """Says on the live bar what is being done; prints nothing elsewhere."""
@@ -75,8 +81,13 @@ class Console:
             self._bar.update(self._task, phase=name)
 
     def step(self, record: Record) -> None:
-        """One row: the numbers of a train record. Below it, where due: what is wrong, and the seconds by phase."""
-        self._columns = self._columns or columns_for(self._width, record)
+        """One row: the numbers of a train record. Above the first, what the columns mean. Below it, where due: what is
+        wrong, and the seconds by phase.
+        """
+        if not self._columns:
+            self._columns = columns_for(self._width, record)
+            self._wrapped(legend(self._columns), style="dim")
+            self._print("")
         if self._rows % _TITLES_EVERY == 0:
             self._print(titles(self._columns), style="bold")
         self._rows += 1
@@ -85,7 +96,7 @@ class Console:
         self._print(line, mark=(len(line) - len(state), {WATCH: "bold yellow", BAD: "bold red"}.get(state, "")))
         self._reasons(record)
         if self._since_phases == 0 and (phases := phase_line(record)):
-            self._print(phases, style="dim")
+            self._wrapped(phases, " " * 6, style="dim")
         self._since_phases = (self._since_phases + 1) % _PHASES_EVERY
         if self._bar is not None:
             self._bar.update(self._task, completed=record["step"])
@@ -103,15 +114,19 @@ class Console:
 
     def _answers(self, record: Record) -> list[str]:
         """The fields of an evaluation that answered prompts: rewards, length, cut responses."""
-        parts = [f"reward {fit(record.get('eval/reward'), 6)}"]
-        if "eval/half_width" in record:
-            parts.append(f"+- {fit(record['eval/half_width'], 6)}")
+        reward = record.get("eval/reward")
+        parts = [f"reward {interval(reward, record.get('eval/half_width'))}"]
         rewards = {key: value for key, value in record.items() if key.startswith("eval/reward/")}
-        if len(rewards) > 1 or record.get("eval/reward") not in rewards.values():  # one, unweighted, says no more
+        # One reward, unweighted, says no more; its mean over responses is rounded otherwise than that over prompts.
+        if len(rewards) > 1 or not any(_same(reward, value) for value in rewards.values()):
             for key, value in rewards.items():
                 parts.append(f"{printable(key.removeprefix('eval/reward/'))} {fit(value, 6)}")
         parts.append(f"len {fit(record.get('eval/length'), 5)}")
-        parts.append(f"cut {percent(record.get('eval/truncated'), '%')}")
+        if "eval/episodes/turns" in record:
+            for name in ("turns", "tokens"):
+                parts.append(f"cut at {name[:-1]} limit {percent(record.get(f'eval/episodes/{name}'), '%')}")
+        else:
+            parts.append(f"cut {percent(record.get('eval/truncated'), '%')}")
         parts.append(f"prompts {record.get('eval/prompts', '-')}")
         return parts
 
@@ -135,21 +150,26 @@ class Console:
         rewards = [fit(r["reward"], 8) for r in scored]
         rewards += ["-"] * (len(groups[scored[0]["group"]]) - len(scored))
         summary = f"its {len(rewards)} responses: rewards {' '.join(rewards)}"
-        for line in textwrap.wrap(summary, self._width, initial_indent="  ", subsequent_indent="    "):
-            self._print(line)
+        self._wrapped(f"  {summary}", " " * 4)
         best, worst = scored[0], scored[-1]
         for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
             parts = " ".join(f"{part}={fit(value, 8)}" for part, value in response["rewards"].items())
-            cut = "" if response["finished"] else ", cut"
             parts = f" ({parts})" if parts else ""
-            title = f"{name}: reward {fit(response['reward'], 8)}{parts}, {response['tokens']} tokens{cut}"
+            facts = [f"reward {fit(response['reward'], 8)}{parts}", f"{response['tokens']} tokens", ending(response)]
+            title = f"{name}: {', '.join(text for text in facts if text)}"
             self._quote(title, response["response"])
         self._print("")
         self._rows = 0  # the titles again, below the sample
 
-    def event(self, message: str) -> None:
-        """A line about something that happened: a resume, a checkpoint, a warning."""
-        self._print(f"* {printable(message)}")
+    def event(self, message: str, command: str = "") -> None:
+        """A line about something that happened: a resume, a checkpoint, a warning.
+
+        Args:
+          command: resumes the run; printed on a line of its own, however long.
+        """
+        self._wrapped(f"* {printable(message)}", "  ")
+        if command:
+            self._print(f"  resume with: {printable(command)}")
 
     def close(self, facts: Mapping[str, Any] | None = None) -> None:
         """Ends the bar and prints the closing lines: what is where."""
@@ -164,15 +184,10 @@ class Console:
 
     def _fact(self, name: str, value: Any, width: int) -> None:
         text = f"{printable(name).replace('_', ' '):<{width}}  {fact(value, name)}"
-        # Whole words, and whole paths, however long.
-        lines = [text]
-        if not isinstance(value, Command):
-            indent = " " * (width + 2)
-            lines = textwrap.wrap(
-                text, self._width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-            )
-        for line in lines:
-            self._print(line)
+        if isinstance(value, Command):
+            self._print(text)
+        else:
+            self._wrapped(text, " " * (width + 2))
 
     def _reasons(self, record: Record) -> None:
         """What is wrong and what to do, where it is new, worse than before, or was said long ago."""
@@ -183,11 +198,10 @@ class Console:
             if LEVELS.index(alert["level"]) > LEVELS.index(level) or step - since >= _REMIND:
                 self._shown[key] = (alert["level"], step)
                 text = printable(f"{alert['level']} {alert['seen']}: {alert['advice']}")
-                for line in textwrap.wrap(text, self._width, initial_indent="    ! ", subsequent_indent="      "):
-                    self._print(line, style="yellow" if alert["level"] == WATCH else "red")
+                self._wrapped(f"    ! {text}", " " * 6, style="yellow" if alert["level"] == WATCH else "red")
 
     def _quote(self, title: str, text: str) -> None:
-        self._print(f"  {printable(title)}")
+        self._wrapped(f"  {printable(title)}", " " * 4)
         lines = printable(text, keep="\n").split("\n")
         room = self._width - 4
         shown = [piece for line in lines for piece in pieces(line, room)]
@@ -195,6 +209,10 @@ class Console:
             self._print(f"  | {line}")
         if len(shown) > 8:
             self._print(f"  | ... {len(shown) - 8} more lines")
+
+    def _wrapped(self, text: str, indent: str = "", *, style: str = "") -> None:
+        for line in wrapped(text, self._width, indent):
+            self._print(line, style=style)
 
     def _print(self, line: str, *, style: str = "", mark: tuple[int, str] = (0, "")) -> None:
         """Prints a line; on a terminal in a style, and from a place on in another."""
@@ -227,6 +245,10 @@ class Console:
         self._task = self._bar.add_task("", total=self._steps, completed=done, phase="")
         self._bar.start()
         return self._bar
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-9))
 
 
 def _scored(response: Mapping[str, Any]) -> bool:

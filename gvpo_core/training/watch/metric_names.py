@@ -86,7 +86,7 @@ METRICS: dict[str, Metric] = {
     ),
     "length/worst": Metric("tokens", "Mean length of the finished ones with its lowest reward (wrong); likewise."),
     "length/truncated": Metric("tokens", "Mean length of the responses cut at the token limit; absent without one."),
-    "truncated": Metric("share", "Responses cut at the token limit; of episodes, at the limit of turns too."),
+    "truncated": Metric("share", "Responses cut at the token limit; of episodes, all but episodes/done."),
     "responses/total": Metric("responses", "Responses of the step."),
     "responses/lost": Metric(
         "responses",
@@ -185,7 +185,13 @@ METRICS: dict[str, Metric] = {
     ),
     "eval/reward/<name>": Metric("reward", "Mean of one reward on held-out prompts, unweighted."),
     "eval/length": Metric("tokens", "Mean length of held-out responses."),
-    "eval/truncated": Metric("share", "Held-out responses cut at the token limit."),
+    "eval/truncated": Metric(
+        "share", "Held-out responses cut at the token limit; of episodes, at the limit of turns too, and failed ones."
+    ),
+    "eval/episodes/done": Metric("share", "As episodes/done, of held-out episodes; likewise the next three."),
+    "eval/episodes/turns": Metric("share", "Held-out episodes cut at environment.max_turns."),
+    "eval/episodes/tokens": Metric("share", "Held-out episodes cut at rollout.max_tokens or environment.turn_tokens."),
+    "eval/episodes/failed": Metric("share", "Held-out episodes without a score, as the environment failed."),
     "eval/loss": Metric(
         "",
         "Loss of the objective on held-out recorded groups: Eq. 16 of gvpo and of an objective of your own, Eq. 8 of "
