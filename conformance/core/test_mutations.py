@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from places import ROOT
 
-pytestmark = pytest.mark.core
-
 VALUES = ["test_objective_values.py", "test_groups.py", "test_paper.py", "test_response_weights.py"]
 GRADIENTS = ["test_objective_gradients.py", "test_objective_constants.py"]
 ERRORS = ["test_objective_errors.py"]
@@ -186,11 +184,24 @@ def copy(tmp_path: Path) -> Path:
 
 
 def _need_torch(tests: list[str]) -> None:
-    if tests == GRADIENTS and importlib.util.find_spec("torch") is None:
+    """Gradients are torch's: they are tested where GVPO_SUBJECTS names torch, or names nothing and torch is there."""
+    if tests != GRADIENTS:
+        return
+    names = [name for name in os.environ.get("GVPO_SUBJECTS", "").split(",") if name]
+    if names and "torch" not in names:
+        pytest.skip("GVPO_SUBJECTS does not name torch")
+    if importlib.util.find_spec("torch") is None:
+        assert not names, "GVPO_SUBJECTS names torch, which is not installed"
         pytest.skip("differentiates with torch")
 
 
-@pytest.mark.parametrize("tests", [VALUES + ERRORS, GRADIENTS], ids=["numpy", "torch"])
+WHOLE = [
+    pytest.param(VALUES + ERRORS, id="numpy", marks=pytest.mark.core),
+    pytest.param(GRADIENTS, id="torch"),  # without the mark: it runs in torch's session
+]
+
+
+@pytest.mark.parametrize("tests", WHOLE)
 def test_green_without_a_mutant(copy: Path, tests: list[str]) -> None:
     _need_torch(tests)
     done = run_suite(copy, tests)
@@ -199,7 +210,13 @@ def test_green_without_a_mutant(copy: Path, tests: list[str]) -> None:
 
 # Three that `nox` runs: of the values, of the groups and of the gradients.
 FAST = ("1/k for 1/(k-1)", "mean over the batch, not the group", "weights differentiated through")
-NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in MUTANTS]
+NAMES = [
+    pytest.param(
+        name,
+        marks=[pytest.mark.slow] * (name not in FAST) + [pytest.mark.core] * (mutant[-1] != GRADIENTS),
+    )
+    for name, mutant in MUTANTS.items()
+]
 
 
 @pytest.mark.parametrize("name", NAMES, ids=lambda x: x.replace(" ", "-"))
