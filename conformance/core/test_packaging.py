@@ -36,8 +36,8 @@ def test_every_file_that_the_image_copies_exists() -> None:
     names = [name for line in copied for name in line.split()]
     assert "gvpo" in names
     assert [name for name in names if not (ROOT / name).exists()] == []
-    readme = PYPROJECT["project"]["readme"]
-    assert {readme, *PYPROJECT["project"]["license-files"], "pyproject.toml"} <= set(names), "the build reads them"
+    read = {"README.md", "hatch_build.py", "pyproject.toml", *PYPROJECT["project"]["license-files"]}
+    assert read <= set(names), "the build reads them"
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / ".github/workflows").glob("*.yml")), ids=lambda path: path.stem)
@@ -50,6 +50,22 @@ def test_every_path_extra_and_session_of_a_workflow_exists(path) -> None:
         extra for listed in re.findall(r"(?:\.\[|extras: \")([\w,-]+)[\]\"]", text) for extra in listed.split(",")
     }
     assert extras <= set(PYPROJECT["project"]["optional-dependencies"])
+
+
+def test_every_session_outside_the_default_runs_weekly() -> None:
+    """By name and parameter: a misspelt one would fail only after a week."""
+    noxfile = (ROOT / "noxfile.py").read_text(encoding="utf-8")
+    weekly = (ROOT / ".github/workflows/newest.yml").read_text(encoding="utf-8")
+    named = re.findall(r"^ {10}- (\w+)(?:\((\w+)\))?$", weekly, re.MULTILINE)
+    assert {"slow", "releases", "verl", "tunix"} <= {name for name, _ in named}
+    assert {f"{name}({of})" for name, of in named if of} >= {
+        "outside(verifiers)",
+        "outside(openenv)",
+        "outside(gymnasium)",
+        "engines(vllm)",
+    }
+    assert all(re.search(rf"^def {name}\(session", noxfile, re.MULTILINE) for name, _ in named)
+    assert all(f'"{of}"' in noxfile for _, of in named if of)
 
 
 def test_the_tested_pythons_are_the_ones_named() -> None:
