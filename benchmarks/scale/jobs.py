@@ -1,7 +1,8 @@
 """Four jobs to think with, and what a step of each costs at least: memory, FLOPs, bytes, and the time that these take.
 
 The bounds follow from shapes and from the chips' data sheets alone. All responses have their full length R, so they are
-upper bounds of the work and lower bounds of the time that this work takes.
+upper bounds of the work and lower bounds of the time that this work takes. The expected times take the shares of its
+peak that one H200 reached (docs/benchmarks.md).
 """
 
 from collections.abc import Iterator
@@ -56,17 +57,35 @@ QWEN_7B = Model("Qwen2.5-7B", 152064, 3584, 28, 18944, 28, 4, False)
 
 @dataclass(frozen=True)
 class Chip:
-    """Peak figures of a data sheet: dense bfloat16 FLOP/s (None: not published), memory bytes and bytes/s."""
+    """Peak figures of a data sheet: dense bfloat16 FLOP/s, memory bytes and bytes/s."""
 
     name: str
-    flops: float | None
+    flops: float
     memory: float
     bandwidth: float
 
 
 H100 = Chip("H100 SXM", 989e12, 80e9, 3.35e12)
 V5E = Chip("TPU v5e", 197e12, 16e9, 0.819e12)
-M4_MAX = Chip("M4 Max", None, 64e9, 0.546e12)
+M4_MAX = Chip("M4 Max", 40 * 128 * 2 * 1.8e9, 64e9, 0.546e12)  # cores x lanes x 2 x clock: Apple publishes no FLOP/s
+H200 = Chip("H200 SXM", 989e12, 141e9, 4.8e12)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What one H200 reached with Qwen2.5-1.5B's shape; see docs/benchmarks.md.
+
+    FLOP/s count 2 (scoring), 6 (update) and 4 (update of LoRA) a parameter and token, without attention and what is
+    computed again.
+    """
+
+    scoring: float
+    update: float
+    decoded: float  # tokens a second in 512 rows, prompts of 512 tokens and responses of 128
+
+
+FULL = Measured(218e12, 122e12, 36_069)  # with gradient checkpointing
+LORA = Measured(132e12, 76e12, 30_529)  # without
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,7 @@ class Job:
     lora_rank: int = 0
     sharded: bool = False
     tensor: int = 1  # chips that hold the copy to sample from together
+    shares: bool = False  # a prompt's keys and values are held once for its responses, not in each row
 
     @property
     def rows(self) -> int:
@@ -117,9 +137,9 @@ class Job:
 
     @property
     def cache(self) -> float:
-        """Bytes a chip of keys and values, if all its rows are decoded at once and a prompt is held once."""
-        shared = self.rows / self.responses * self.prompt
-        return (shared + self.rows * self.response) * self.model.cache_bytes
+        """Bytes a chip of keys and values, if all its rows are decoded at once."""
+        holders = self.rows / self.responses if self.shares else self.rows
+        return (holders * self.prompt + self.rows * self.response) * self.model.cache_bytes
 
     @property
     def tokens(self) -> int:
@@ -147,10 +167,13 @@ class Job:
     @property
     def sampling_bytes(self) -> float:
         """Bytes a chip reads: the weights once a token, the cache of each row once a token, a shared prompt once."""
-        m = self.model
+        return self._read(self.rows / self.responses)
+
+    def _read(self, prompts: float) -> float:
+        """Bytes that sampling reads, with `prompts` prompts' keys and values a token."""
         lengths = self.response * (self.response - 1) / 2
-        prompts = self.rows / self.responses * self.prompt * self.response
-        return self.response * 2 * m.parameters / self.tensor + (self.rows * lengths + prompts) * m.cache_bytes
+        cached = self.rows * lengths + prompts * self.prompt * self.response
+        return self.response * 2 * self.model.parameters / self.tensor + cached * self.model.cache_bytes
 
     @property
     def gathered(self) -> float:
@@ -164,20 +187,39 @@ class Job:
     @property
     def sampling_seconds(self) -> float:
         """What the bytes take at peak, or the FLOPs where they take longer."""
-        flops = self.forward_flops / self.chips / self.chip.flops if self.chip.flops else 0
-        return max(self.sampling_bytes / self.chip.bandwidth, flops)
+        return max(self.sampling_bytes / self.chip.bandwidth, self.forward_flops / self.chips / self.chip.flops)
 
     @property
-    def step_seconds(self) -> float | None:
-        """What the FLOPs take at peak; None where the peak is not published."""
-        return self.step_flops / self.chips / self.chip.flops if self.chip.flops else None
+    def step_seconds(self) -> float:
+        """What the FLOPs take at peak."""
+        return self.step_flops / self.chips / self.chip.flops
+
+    @property
+    def measured(self) -> Measured:
+        return LORA if self.lora_rank else FULL
+
+    @property
+    def expected_sampling_seconds(self) -> float:
+        """A token of all rows takes what it took on the H200 beyond reading its bytes, and its own bytes at peak."""
+        rows, of = 512, QWEN_1_5B
+        read = 2 * of.parameters + rows * (512 + 128 / 2) * of.cache_bytes
+        beyond = rows / self.measured.decoded - read / H200.bandwidth
+        in_place = self._read(self.rows / self.responses if self.shares else self.rows)
+        return self.response * beyond + in_place / self.chip.bandwidth
+
+    @property
+    def expected_step_seconds(self) -> float:
+        """Reference scored, update, at the shares of peak FLOP/s that were measured."""
+        work = self.model.parameters * self.tokens / self.chips
+        update = (4 if self.lora_rank else 6) * work / self.measured.update
+        return (2 * work / self.measured.scoring + update) * H200.flops / self.chip.flops
 
 
 JOBS = (
     Job("J1 full", QWEN_1_5B, H100, 1, 64, 8, 512, 2048),
     Job("J1 LoRA", QWEN_1_5B, H100, 1, 64, 8, 512, 2048, lora_rank=16),
     Job("J2", QWEN_7B, H100, 8, 128, 16, 1024, 4096, sharded=True),
-    Job("J3", QWEN_7B, V5E, 16, 128, 16, 1024, 4096, sharded=True, tensor=4),
+    Job("J3", QWEN_7B, V5E, 16, 128, 16, 1024, 4096, sharded=True, tensor=4, shares=True),
     Job("J4", QWEN_3B, M4_MAX, 1, 8, 8, 512, 1024, lora_rank=16),
 )
 
@@ -205,7 +247,9 @@ def _rows() -> Iterator[str]:
         "bytes read to sample, a chip": lambda j: f"{j.sampling_bytes / 1e12:.1f} TB",
         "sent a chip and micro-batch": lambda j: f"{j.gathered / 1e9:.1f} GB",
         "sampling, at least": lambda j: f"{j.sampling_seconds:.0f} s",
-        "update, at least": lambda j: f"{j.step_seconds:.0f} s" if j.step_seconds else "",
+        "reference and update, at least": lambda j: f"{j.step_seconds:.0f} s",
+        "sampling, expected": lambda j: f"{j.expected_sampling_seconds:.0f} s",
+        "reference and update, expected": lambda j: f"{j.expected_step_seconds:.0f} s",
     }.items():
         yield f"| {title} | " + " | ".join(value(job) for job in JOBS) + " |"
 

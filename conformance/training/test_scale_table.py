@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,3 +85,79 @@ def test_jobs_have_the_models_parameters_and_a_steps_flops(monkeypatch) -> None:
     assert products < short.step_flops < 1.001 * products
     assert JOBS[1].step_flops == pytest.approx(0.75 * JOBS[0].step_flops)  # no gradients of the base's weights
     assert JOBS[2].held == pytest.approx(18 * QWEN_7B.parameters / 8)
+
+
+HELD, OVER = "bytes that {} holds for the backward pass, of full training's", "FLOPs of a step over the bound, {}"
+PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts that its numbers are
+    r"in bfloat16 (\S+) \(tiny Llama\), where peft's .* made it (\S+?)\. DoRA": [
+        (HELD.format("LoRA"), "tiny llama, bfloat16", "now"),
+        (HELD.format("LoRA"), "tiny llama, bfloat16", "before"),
+    ],
+    r"DoRA holds (\S+) in bfloat16 and (\S+) in float32 \((\S+) and (\S+) with peft's products\)": [
+        (HELD.format("DoRA"), "tiny llama, bfloat16", "now"),
+        (HELD.format("DoRA"), "tiny llama, float32", "now"),
+        (HELD.format("DoRA"), "tiny llama, bfloat16", "before"),
+        (HELD.format("DoRA"), "tiny llama, float32", "before"),
+    ],
+    r"(\S+) of the operations, at most (\S+) of the peak memory": [
+        ("operations of a group pass, of one that is not compiled", "tiny llama", "now"),
+        ("peak bytes of a group pass, of one that is not compiled", "tiny llama", "bound"),
+    ],
+    r"16 at once, (\S+) rows are computed a token instead of (\S+) in chunks": [
+        ("rows computed over tokens drawn", "tiny llama, 96 ragged rows, 16 at once", "now"),
+        ("rows computed over tokens drawn", "tiny llama, 96 ragged rows, 16 at once", "before"),
+    ],
+    r"costs (\S+) of the bound in FLOPs where a group fits a micro-batch": [
+        (OVER.format("groups that fit a micro-batch"), "J1 / 16, ragged lengths", "now"),
+    ],
+    r"A group in three micro-batches costs (\S+), or (\S+) with gradient checkpointing, of which (\S+) is left": [
+        (OVER.format("groups in three micro-batches"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups in three micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups in three micro-batches, without recomputation"), "J1 / 16, full lengths", "now"),
+    ],
+}
+
+
+@pytest.mark.parametrize("pattern", PROSE)
+def test_the_page_says_in_words_what_its_table_says(pattern, monkeypatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.scale.table import PAGE, read_results
+
+    counts = {(count.name, count.job): count for of in read_results().values() for count in of}
+    said = re.search(pattern, " ".join(PAGE.read_text(encoding="utf-8").split()))
+    assert said, "the page has no such sentence"
+    assert list(said.groups()) == [f"{getattr(counts[name, job], when):.2f}" for name, job, when in PROSE[pattern]]
+
+
+def test_expected_times_are_of_the_measured_rates(monkeypatch) -> None:
+    """Of the page's H200; a job with the measurement's own lengths takes the time that was measured."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.scale.jobs import FULL, H200, JOBS, LORA
+
+    text = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    rows = {
+        cells[0]: cells[1:]
+        for line in text.splitlines()
+        if len(cells := [c.strip() for c in line.split("|")[1:-1]]) > 3
+    }
+    rates = {kind: float(rows[f"{name}"][1]) * 1e12 for kind, name in {
+        "scoring": "scoring, full", "update": "update, full, gradient checkpointing",
+        "lora scoring": "scoring, LoRA", "lora update": "update, LoRA"}.items()}  # fmt: skip
+    assert [rates[k] for k in ("scoring", "update")] == [FULL.scoring, FULL.update]
+    assert [rates[k] for k in ("lora scoring", "lora update")] == [LORA.scoring, LORA.update]
+    assert [rows["512"][i].replace(",", "") for i in (1, 4)] == [str(FULL.decoded), str(LORA.decoded)]
+    short = replace(JOBS[0], chip=H200, prompt=512, response=128)
+    assert short.expected_sampling_seconds == pytest.approx(512 * 128 / FULL.decoded, rel=0.01)
+    for job in JOBS:
+        assert job.expected_sampling_seconds > job.sampling_bytes / job.chip.bandwidth
+        assert job.expected_step_seconds > job.step_seconds
+
+
+def test_rows_hold_their_prompts_or_share_them(monkeypatch) -> None:
+    """J1: 512 rows of 2,560 tokens of 28 layers x 2 heads x 128; JAX holds a prompt once."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    from benchmarks.scale.jobs import JOBS
+
+    assert JOBS[0].cache == 512 * 2560 * 28 * 2 * 2 * 128 * 2
+    assert replace(JOBS[0], shares=True).cache == (64 * 512 + 512 * 2048) * 28 * 2 * 2 * 128 * 2
+    assert [job.shares for job in JOBS] == [False, False, False, True, False]
