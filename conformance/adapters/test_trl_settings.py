@@ -114,7 +114,7 @@ def test_a_model_that_differs_from_its_reference_is_warned_of(moved, folder, tmp
         assert abs(trainer.state.log_history[0]["gvpo/kl"]) > 1e-3
 
 
-def test_a_response_that_one_of_several_functions_did_not_score_leaves_its_group() -> None:
+def test_a_response_missing_one_of_several_rewards_leaves_its_group() -> None:
     none = float("nan")
     rewards = torch.tensor([[1.0, 5], [2, none], [3, 5], [4, 5], [1, none], [2, none], [none, none], [3, none]])
     total = total_rewards(rewards, torch.tensor([1.0, 2.0]), 4)

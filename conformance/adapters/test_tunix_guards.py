@@ -119,7 +119,7 @@ def test_a_sampled_padding_token_takes_the_score(learner, monkeypatch):
     assert samples.prompt_mask.tolist() == [[False, True, True]] * 4
 
 
-def test_missing_rewards_are_no_zeros():
+def test_missing_rewards_are_not_zero():
     """Tunix adds NaN as 0; a reward of several that is missing leaves the response without a score."""
     one = lambda prompts, completions, **_: [1.0, None, 3.0]
     two = lambda prompts, completions, **_: [0.5, 0.5, float("nan")]

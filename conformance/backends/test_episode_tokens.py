@@ -95,7 +95,7 @@ def test_what_is_heard_is_independent_of_what_was_said(name: str) -> None:
     assert all(tokens == found[0] for tokens in found), "also where the template trims what was said"
 
 
-def test_a_turn_that_ends_with_another_end_token_is_closed_as_the_template_closes() -> None:
+def test_a_turn_with_another_end_token_is_closed_as_the_template_does() -> None:
     transcript, end = opened("qwen3")
     eos = transcript.chat.tokenizer.convert_tokens_to_ids("<|endoftext|>")
     transcript.say(Response((*transcript.chat.ids("12"), eos), True), "12")
@@ -118,7 +118,7 @@ def played(name: str, thought: str) -> tuple[Transcript, list[tuple[tuple[int, .
 
 
 @pytest.mark.parametrize("name", ["qwen3", "drops"])
-def test_a_template_that_drops_thoughts_gives_segments_of_the_tokens_that_were_drawn(name: str) -> None:
+def test_a_template_that_drops_thoughts_gives_segments(name: str) -> None:
     transcript, turns = played(name, "<think>hello</think>")
     segments = transcript.segments
     assert len(segments) == 3
@@ -152,7 +152,7 @@ def test_thoughts_before_a_tool_s_answer_stay_until_the_next_question() -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3", "drops"])
-def test_a_template_that_drops_thoughts_is_refused_or_the_turns_are_kept_where_asked(name: str) -> None:
+def test_history_error_and_keep_with_a_template_that_drops_thoughts(name: str) -> None:
     thought = "<think>12</think>ab"
     transcript, end = opened(name, "error")
     say(transcript, transcript.chat.ids(thought), end)
@@ -215,7 +215,7 @@ CALLS = {
 
 
 @pytest.mark.parametrize("said", CALLS, ids=lambda said: said[:40])
-def test_calls_are_read_or_their_errors_told(said: str) -> None:
+def test_calls_are_parsed_or_their_errors_named(said: str) -> None:
     parsed = parse_calls(said)
     assert (parsed.calls, len(parsed.errors)) == CALLS[said]
     assert all(len(error) <= 300 for error in parsed.errors)

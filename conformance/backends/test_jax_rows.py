@@ -48,7 +48,7 @@ def test_rows_are_full_and_have_few_shapes(packed: bool, monkeypatch) -> None:
     assert len(shapes) <= 4
 
 
-def test_whole_groups_lie_in_one_micro_batch(monkeypatch) -> None:
+def test_whole_groups_are_in_one_micro_batch(monkeypatch) -> None:
     of = ragged(3)
     splitting = rows.ShardSplitting(True, TOKENS, 0, 0, None, 2)
     units, rest = splitting.groups(of)
@@ -61,7 +61,7 @@ def test_whole_groups_lie_in_one_micro_batch(monkeypatch) -> None:
         assert len({where.get(i) for i in range(len(of)) if of.groups[i] == label}) == 1
 
 
-def test_a_row_past_the_budget_lies_alone(monkeypatch) -> None:
+def test_a_row_beyond_the_budget_is_a_batch_of_its_own(monkeypatch) -> None:
     of = Batch([(5,) * 90, (6,) * 10, (7,) * 12], [(1,) * 31, (2,) * 5, (3,) * 9], [0, 1, 2])
     splitting = rows.ShardSplitting(True, 64, 0, 0, None, 1)
     planned = plan(of, splitting, splitting.rows(of), monkeypatch)
@@ -72,7 +72,7 @@ def test_a_row_past_the_budget_lies_alone(monkeypatch) -> None:
     assert [sorted(p.source.responses.tolist()) for p in planned if p.source] == [[0], [1, 2]]
 
 
-def test_every_token_lies_where_its_log_prob_is_read(monkeypatch) -> None:
+def test_every_token_is_where_its_logprob_is_read(monkeypatch) -> None:
     of = ragged(1, prompts=5, responses=3)
     splitting = rows.ShardSplitting(True, TOKENS, 0, 64, None, 2)
     seen = 0

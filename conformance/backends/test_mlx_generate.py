@@ -40,7 +40,7 @@ def test_a_prompt_is_prefilled_once(of_policy, monkeypatch) -> None:
     assert widths[0] == (4, 12) and all(width == 1 for _, width in widths[1:])
 
 
-def test_prompts_of_one_length_alone_are_decoded_together_where_padding_is_not_exact(of_policy, monkeypatch) -> None:
+def test_inexact_padding_decodes_equal_lengths_together(of_policy, monkeypatch) -> None:
     from gvpo_mlx import generate
 
     whole = of_policy.generate(PROMPTS, SEEDS, Sampling(max_tokens=12))

@@ -54,7 +54,7 @@ def test_the_same_tokens_are_drawn_and_what_was_computed_is_not_computed_again(
     assert prefixes.reused and prefixes.computed <= computed < every / (2 if cache_tokens > 240 else 1)
 
 
-def test_a_model_with_windows_computes_turns_anew(tmp_path, caplog) -> None:
+def test_a_model_with_windows_recomputes_turns(tmp_path, caplog) -> None:
     config = {"sliding_window": 6, "use_sliding_window": True}
     windowed = policy(tiny_models.write_model("mistral", tmp_path / "model", **config))
     with caplog.at_level(logging.INFO, "gvpo.mlx"), windowed.reusing_prefixes() as prefixes:

@@ -101,7 +101,7 @@ def test_a_setting_that_is_not_read_is_refused(kind, name, value, default) -> No
     settings.check_dropped({"model_type": kind, **harmless}, known)
 
 
-def test_sizes_infinite_numbers_and_other_parts_are_no_settings() -> None:
+def test_sizes_and_infinite_numbers_are_not_settings() -> None:
     """As transformers saves mamba2 and Mixtral: what it derives from other settings stands in the file too."""
     text = json.dumps({"model_type": "mamba2", "time_step_limit": [0.0, {"__float__": "Infinity"}], "chunk_size": 8})
     written = json.loads(text, object_hook=settings.special_floats)

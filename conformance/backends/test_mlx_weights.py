@@ -44,7 +44,7 @@ def test_another_safetensors_file_is_not_read(name: str, copied) -> None:
     np.testing.assert_array_equal(policy(copied).logprobs(OF), right)
 
 
-def test_the_files_of_an_index_are_read_whatever_their_names(copied) -> None:
+def test_the_files_of_an_index_are_read_by_any_name(copied) -> None:
     right = policy(copied).logprobs(OF)
     (copied / "model.safetensors").rename(copied / "weights-a.safetensors")
     names = load_file(copied / "weights-a.safetensors")
@@ -141,7 +141,7 @@ def test_weights_go_back_to_the_tensors_of_the_files(tmp_path) -> None:
         ("half", "mapped drops a part of both"),
     ],
 )
-def test_a_tensor_that_is_not_read_as_it_stands_is_refused(kind: str, message: str, tmp_path) -> None:
+def test_a_tensor_that_would_be_read_otherwise_is_refused(kind: str, message: str, tmp_path) -> None:
     of, _ = origin(kind, tmp_path)
     with pytest.raises(ConfigError, match=message):
         of.check({"model_type": "mapped"})

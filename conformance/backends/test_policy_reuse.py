@@ -63,7 +63,7 @@ def arrays(backend: Backend, folder: Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["full", "lora"])
-def test_a_used_policy_begins_anew(settings, backend, model, tmp_path, capsys):
+def test_a_used_policy_is_reset(settings, backend, model, tmp_path, capsys):
     """It took 2 steps at its second run's learning rate 0, against the reference of its first."""
     first, second = (config(tmp_path / name, backend, model, **settings) for name in ("first", "second"))
     policy = load_policy(first)

@@ -135,7 +135,7 @@ def test_a_last_assistant_message_without_text_is_refused(style, content):
         encode(chat_tokenizers.make(style), [*QUESTION, {"role": "assistant", "content": content}])
 
 
-def test_messages_that_end_with_a_tool_or_a_system_message_open_the_assistants_turn():
+def test_tool_and_system_messages_open_the_assistants_turn():
     tokenizer = chat_tokenizers.make(CHATS["qwen3"])
     for role in ("tool", "system", "user"):
         messages = [*QUESTION, {"role": role, "content": "5"}]
@@ -144,7 +144,7 @@ def test_messages_that_end_with_a_tool_or_a_system_message_open_the_assistants_t
         assert encode(tokenizer, messages) == tokenizer.encode(want, add_special_tokens=False)
 
 
-def test_what_a_template_leaves_out_is_said(caplog):
+def test_text_that_a_template_leaves_out_is_reported(caplog):
     turn = "<|{{ m.role }}|>{{ m.content }}</s>"
     opens = "{% if add_generation_prompt %}<|assistant|>{% endif %}"
     make = lambda template: chat_tokenizers.make(chat_tokenizers.Style(template, ("</s>",), "</s>", "</s>"))

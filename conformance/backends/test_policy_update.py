@@ -130,7 +130,7 @@ def test_adamw_itself_to_rounding(make, parameters) -> None:
         assert step_difference(found[0], other) < 1e-5
 
 
-def test_logprobs_are_those_before_the_step_which_raises_what_has_positive_coefficients(make) -> None:
+def test_update_returns_old_logprobs_and_raises_positive_responses(make) -> None:
     of_policy = make()
     signs = np.where(ROWS % 2, 1.0, -1.0)
     before = of_policy.logprobs(OF)

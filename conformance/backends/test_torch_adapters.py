@@ -86,7 +86,7 @@ def test_adapters_of_16_bit_weights_are_not_merged(folder) -> None:
     assert calls(of_policy, lambda: of_policy.generate(PROMPTS, SEEDS, Sampling(3)))[1] > 0
 
 
-def test_adapters_are_not_merged_where_the_sums_take_more_than_a_quarter_of_memory(folder, monkeypatch) -> None:
+def test_adapters_are_not_merged_beyond_a_quarter_of_memory(folder, monkeypatch) -> None:
     of_policy = adapted(folder)
     size = adapters.mergeable(of_policy.scorer.lm)
     for total, found in ((4 * size, size), (4 * size - 1, 0)):

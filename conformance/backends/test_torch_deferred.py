@@ -56,7 +56,7 @@ def test_files_in_16_bits_become_float32_masters(tmp_path) -> None:
         assert p.dtype == torch.float32 and torch.equal(parts[name].deferred.rows(), p)
 
 
-def test_weights_that_are_changed_in_place_are_read_whole_and_the_log_says_so(tmp_path, monkeypatch, caplog) -> None:
+def test_weights_changed_in_place_are_read_whole_and_logged(tmp_path, monkeypatch, caplog) -> None:
     from transformers.core_model_loading import MergeModulelist
 
     convert = MergeModulelist.convert

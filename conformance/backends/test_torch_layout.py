@@ -80,7 +80,7 @@ def test_arrays_by_hand() -> None:
     assert arrays.sums(np.arange(6.0)).tolist() == [3.0, 3.0, 9.0]
 
 
-def test_same_prompt_under_two_labels_is_two_rows_and_two_prompts_under_one_label_too() -> None:
+def test_prompts_and_labels_both_separate_rows() -> None:
     same = Batch([(5, 6)] * 4, [(1, 2)] * 4, [0, 0, 1, 1])
     assert len(layout.plan_rows(same, packed=True, tokens=100)) == 2
     mixed = Batch([(5, 6), (5, 7)], [(1, 2)] * 2, [0, 0])

@@ -213,7 +213,7 @@ def test_gpt2_exports_its_adapters_merged(kind: str, tmp_path) -> None:
         ("gemma3", "Gemma3TextModel"),
     ],
 )
-def test_the_decoder_is_what_lies_below_every_head(kind: str, decoder: str) -> None:
+def test_the_decoder_is_below_every_head(kind: str, decoder: str) -> None:
     config = families.make_config(kind)
     with torch.device("meta"):
         lm = families.model_class(config).from_config(config)

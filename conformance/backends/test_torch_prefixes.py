@@ -204,7 +204,7 @@ UNFIT = {
 
 
 @pytest.mark.parametrize("family", UNFIT)
-def test_a_model_whose_cache_does_not_hold_every_token_computes_turns_anew(family, folders, caplog) -> None:
+def test_a_model_with_a_partial_cache_recomputes_turns(family, folders, caplog) -> None:
     of_policy = policy(folders(family))
     with caplog.at_level(logging.INFO, "gvpo.torch"), of_policy.reusing_prefixes():
         assert of_policy._prefixes is None

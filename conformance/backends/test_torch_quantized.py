@@ -133,7 +133,7 @@ def rounded(moment: np.ndarray, levels: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", [{}, LORA], ids=["full", "nf4"])
-def test_a_restored_run_goes_on_bit_for_bit(kind, folder, tmp_path) -> None:
+def test_a_restored_run_continues_bit_for_bit(kind, folder, tmp_path) -> None:
     settings = EIGHT | kind | {"learning_rate": 1e-2}
     whole = policy(folder, **settings)
     expected = train(whole, range(4))
@@ -268,7 +268,7 @@ def test_loading_holds_no_unpacked_model(tmp_path) -> None:
     assert kept < 0.5 * whole and counted.most < kept + 0.1 * whole
 
 
-def test_weights_that_cannot_be_read_in_parts_are_packed_and_the_log_says_so(folder, tmp_path, caplog) -> None:
+def test_weights_unreadable_in_parts_are_packed_and_logged(folder, tmp_path, caplog) -> None:
     named = tiny_models.changed(folder, tmp_path, transformers_weights="model.safetensors")
     with caplog.at_level("WARNING", "gvpo.torch"):
         scores = policy(named, **LORA).logprobs(OF)

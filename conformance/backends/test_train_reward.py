@@ -82,7 +82,7 @@ def test_the_gradient_is_that_of_eq_4_in_float64(folder, tokens):
         torch.testing.assert_close(p.grad.double(), wanted[name].grad, rtol=2e-4, atol=2e-6, msg=name)
 
 
-def test_rows_beyond_the_original_length_are_left_out_where_rope_depends_on_the_longest(folder, tmp_path):
+def test_dynamic_rope_leaves_out_rows_beyond_the_original_length(folder, tmp_path):
     """A row's score would depend on the rows beside it, and on those before."""
     rope = {"rope_type": "dynamic", "rope_theta": 700.0, "factor": 4.0}
     assert model_of(folder).context == 128

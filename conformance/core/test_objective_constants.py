@@ -103,7 +103,7 @@ def test_reference_rewards_old_logprobs_and_beta_have_no_gradient(setting: Setti
 @pytest.mark.needs("grad")
 @pytest.mark.capability("gradients")
 @pytest.mark.dtypes("float32")
-def test_the_policy_as_its_own_reference_has_the_gradient_of_a_constant_reference(setting: Setting) -> None:
+def test_policy_as_its_own_reference_is_a_constant(setting: Setting) -> None:
     """gvpo_loss(x, x, ...): with the reference differentiated too the gradient would be 0."""
     case = replace(EVEN, ref_logprobs=EVEN.logprobs, response_weights=None)
     a = setting.arrays(case)

@@ -68,7 +68,7 @@ def test_the_minimiser_is_the_weighted_optimum(sampler: str, exponent: float) ->
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_distillation_ends_at_the_teacher_whatever_the_weights(sampler: str) -> None:
+def test_distillation_ends_at_the_teacher_for_any_weights(sampler: str) -> None:
     """R = 0 with the teacher instead of the reference: the unique minimum is the teacher itself."""
     teacher = np.array([0.1, 0.4, 0.2, 0.3])
     for factors in (np.ones(4), LENGTHS**-1.0, np.array([1.5, 0.3, 1.0, 2.0])):

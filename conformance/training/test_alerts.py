@@ -156,7 +156,7 @@ def cut(policy, drawn):
     [(cut, "truncation"), (moved_away, "kl"), (sharpened, "entropy")],
     ids=["truncation", "kl", "entropy"],
 )
-def test_a_trouble_put_into_the_real_loop_is_named_within_five_steps(spoil, key, tmp_path):
+def test_a_fault_in_the_real_loop_raises_its_alert_in_five_steps(spoil, key, tmp_path):
     config = table_config(tmp_path / "run", steps=25)
     records = run_table(config, Watched(config, spoil, at=20))
     assert {a["key"] for r in records[:20] for a in r["alerts"]} == set()

@@ -168,7 +168,7 @@ def test_a_column_that_only_a_template_names_is_missed_before_the_model_loads():
 @pytest.mark.parametrize(
     ("function", "package", "extra"), [("judge", "openai", "judge"), ("math_verify", "math_verify", "rewards")]
 )
-def test_a_package_that_a_built_in_reward_needs_is_missed_before_the_model_loads(function, package, extra, monkeypatch):
+def test_missing_package_of_a_built_in_reward_is_found_before_loading(function, package, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     math_answers.library.cache_clear()
     options = {"model": "m"} if function == "judge" else {}

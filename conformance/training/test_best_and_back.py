@@ -156,7 +156,7 @@ def test_a_checkpoint_that_is_read_outlives_the_run_that_continues(tmp_path):
     assert steps_saved(tmp_path / "checkpoints") == [4]
 
 
-def test_a_checkpoint_removed_while_it_is_chosen_is_chosen_anew(tmp_path, monkeypatch):
+def test_a_checkpoint_removed_during_choice_is_chosen_again(tmp_path, monkeypatch):
     from gvpo_core.training.run import chosen as module
 
     run_folders.go(run_folders.config(tmp_path, steps=3, keep_checkpoints=2))

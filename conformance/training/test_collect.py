@@ -197,6 +197,6 @@ def test_recorded_data_is_not_collected_again(tmp_path, capsys):
     assert "holds recorded responses" in capsys.readouterr().err
 
 
-def test_it_says_how_it_is_called(capsys):
+def test_collect_without_arguments_prints_its_usage(capsys):
     assert cli.main(["collect"]) == 2 and cli.main(["collect", "--help"]) == 0
     assert "usage: gvpo collect CONFIG OUT.jsonl" in capsys.readouterr().out

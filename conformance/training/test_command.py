@@ -43,7 +43,7 @@ def test_without_a_known_launcher_it_says_to_start_as_before(tmp_path):
     assert said(*command) == f"{shlex.join(command)} (in each of the 3 processes)"
 
 
-def test_what_was_not_typed_is_not_made_up(monkeypatch):
+def test_settings_not_typed_are_not_invented(monkeypatch):
     assert _own(["/bin/python", "/env/bin/gvpo", "train", "c.toml"], ["/env/bin/gvpo", "train", "c.toml"]) == [
         "gvpo", "train", "c.toml"
     ]  # fmt: skip

@@ -262,7 +262,7 @@ def test_a_word_too_many_or_too_few_is_named(file):
         assert "│" not in str(caught.value) and "╰" not in str(caught.value)
 
 
-def test_neither_help_nor_a_refused_option_says_a_secret(file, capsys):
+def test_help_and_errors_contain_no_secret(file, capsys):
     secret = "canary-4711"
     text = GOOD.replace('options = {column = "target"}', f'options = {{api_key = "{secret}", n = "1"}}')
     with pytest.raises(SystemExit):

@@ -152,7 +152,7 @@ def test_the_seconds_by_phase_stand_below_every_tenth_row():
     assert lines[said[0][0] + 1] == "      GiB" and max(map(len, lines)) <= 80
 
 
-def test_a_reason_stands_below_the_row_once_and_again_when_it_is_worse_or_long_ago():
+def test_an_alert_is_printed_again_only_if_worse_or_old():
     out = io.StringIO()
     console = Console(200, stream=out)
     bad = ALERT | {"level": "BAD", "advice": "stop \x1b[31m" + "and look " * 12}
@@ -294,7 +294,7 @@ def test_printable_leaves_ordinary_text_alone():
     assert printable("a\nb", keep="\n") == "a\nb" and printable("a\nb") == r"a\nb"
 
 
-def test_piped_output_has_no_ansi_and_survives_an_ascii_stream_and_a_closed_reader():
+def test_piped_output_is_plain_and_survives_a_closed_reader():
     code = "from gvpo_core.training.watch.console import Console\nc = Console(3)\nc.header({'model': 'π'})\n"
     code += f"r = {RECORD!r}\nc.phase('generate')\n"
     code += "[c.step(r | {'step': i}) for i in (1, 2, 3)]\nc.close({'report': 'x'})"

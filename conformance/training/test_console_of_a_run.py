@@ -67,7 +67,7 @@ def test_the_report_is_there_with_every_step(run):
     assert len(data.train) == 12 and sorted(data.held_out) == [0, 12] and data.problems == []
 
 
-def test_the_end_tells_what_was_achieved_and_how_to_continue(run):
+def test_the_end_prints_the_result_and_how_to_continue(run):
     folder, records, text = run
     end = text[text.index("\nheld-out reward") :]
     evaluations = [r for r in records if r["kind"] == "eval"]

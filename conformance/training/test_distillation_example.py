@@ -55,7 +55,7 @@ def test_no_held_out_sum_is_trained_on(demo, tmp_path):
     assert not sums & {frozenset(text.split("?")[0].split()[-3::2]) for text in train}
 
 
-def test_the_first_and_the_last_evaluation_are_told(demo, tmp_path):
+def test_the_first_and_the_last_evaluation_are_reported(demo, tmp_path):
     records = [{"kind": "eval", "eval/teacher_kl": kl, "eval/teacher_kl_half_width": 0.5} for kl in (2.0, 1.5, 1.125)]
     lines = [json.dumps(record) for record in [records[0], {"kind": "train"}, *records[1:]]]
     (tmp_path / "metrics.jsonl").write_text("".join(f"{line}\n" for line in lines))

@@ -197,7 +197,7 @@ def test_generation_takes_no_more_than_its_share_of_what_is_left():
     assert estimate_memory(replace(of, memory=tiny), config, 1024).sampling == row  # one row at least
 
 
-def test_attention_by_blocks_has_no_mask_and_shares_a_prompt_in_rows_of_any_length():
+def test_block_attention_needs_no_mask_and_shares_prompts():
     """J1, full, without checkpointing: a dense mask of such a row would be 15 GiB over 28 layers."""
     sizes = MemoryFacts(layers=28, hidden=1536, intermediate=8960, heads=12, kv_heads=2, head_dim=128)
     of = replace(FACTS, dtype="bfloat16", layout="packed", memory=sizes)

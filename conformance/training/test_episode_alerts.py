@@ -38,7 +38,7 @@ def alert_of(found: list[dict], key: str) -> dict:
     return next(alert for alert in found[-1]["alerts"] if alert["key"] == key)
 
 
-def test_a_tool_call_that_is_repeated_is_a_loop_whatever_the_words_around_it(tmp_path) -> None:
+def test_a_repeated_tool_call_is_a_loop_despite_other_text(tmp_path) -> None:
     def script(text: str, u: float) -> str:
         asked = text.count("<tool>")
         call = json.dumps({"name": "add", "arguments": {"a": 1, "b": 1 + asked // 2}})
@@ -74,7 +74,7 @@ def test_a_context_that_overflows_is_named_with_what_helps(tmp_path) -> None:
         assert "of the episodes of 5 steps are cut at the token limit" in page
 
 
-def test_overflow_is_compared_with_overflow_at_the_start_not_with_episodes_cut_at_the_turn_limit() -> None:
+def test_overflow_alert_ignores_episodes_cut_at_the_turn_limit() -> None:
     step = {"kind": "train", "truncated": 0.9, "episodes/turns": 0.9, "episodes/tokens": 0.0, "responses/total": 64}
     alerts = Alerts()
     for number in range(1, 21):

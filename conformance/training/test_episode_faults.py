@@ -66,7 +66,7 @@ def test_results_of_tools_are_text_that_every_tokenizer_takes(pool_of) -> None:
     assert ended["content"] == "error: SystemExit: 3" and raised["content"] == "error: KeyError: '\\ud800'"
 
 
-def test_a_call_of_no_tool_puts_nothing_of_the_policy_into_the_conversation_but_a_short_text(pool_of) -> None:
+def test_an_unknown_tool_call_adds_only_a_short_text(pool_of) -> None:
     pool = pool_of(tools=(f"{ODD}:defaults",))
     name = "\ud800" * 20_000
     unknown, wrong = called(pool, (name, {}), ("defaults", {"a": 1, "\ud800": 2}))
@@ -91,13 +91,13 @@ def test_async_tools_of_several_episodes_wait_side_by_side(pool_of) -> None:
     assert [r["messages"][0]["content"] for r in results] == ["3", "3", "3"]
 
 
-def test_a_call_that_nests_too_deep_is_an_error_of_the_policy_not_of_its_episode() -> None:
+def test_a_deeply_nested_call_is_a_failed_call_not_a_failed_episode() -> None:
     deep = '{"a": ' * 120 + "1" + "}" * 120
     parsed = parse_calls(f'<tool_call>{{"name": "add", "arguments": {deep}}}</tool_call>')
     assert parsed.calls == [] and "it nests deeper than 100 levels" in parsed.errors[0]
 
 
-def test_what_cannot_be_sent_costs_its_own_episode_also_among_those_that_wait_together(pool_of) -> None:
+def test_an_unsendable_value_fails_only_its_own_episode(pool_of) -> None:
     pool = pool_of(path=f"{ODD}:Patient")
     good, bad = pool.ask([Operation("reset", 0, ({},)), Operation("reset", 1, ({"column": object()},))])
     assert "error" not in good and "cannot be sent to the environment's process: it holds a" in bad["error"]
@@ -194,7 +194,7 @@ def run(config: Config, script, rows) -> ScriptedPolicy:
 ROWS = [{"prompt": "one"}, {"prompt": "two"}]
 
 
-def test_why_episodes_failed_stands_in_the_log(tmp_path, caplog) -> None:
+def test_the_log_has_why_episodes_failed(tmp_path, caplog) -> None:
     with caplog.at_level(logging.INFO, "gvpo"):
         run(config_of(tmp_path / "run"), lambda text, u: "raise" if u < 0.3 else "numpy", ROWS)
     failed = sum(c["end"] == "failed" for c in records(tmp_path / "run", "completions"))
@@ -211,7 +211,7 @@ def test_an_error_of_the_protocol_has_no_traceback_of_ours(pool_of) -> None:
     assert ours["traceback"] == "" and "odd_environments.py" in theirs["traceback"]
 
 
-def test_an_error_of_close_is_told_and_costs_nothing(tmp_path, caplog) -> None:
+def test_an_error_of_close_is_logged_and_harmless(tmp_path, caplog) -> None:
     run(config_of(tmp_path / "run", path=f"{ODD}:Open"), lambda text, u: "numpy", ROWS)
     assert [c["reward"] for c in records(tmp_path / "run", "completions")] == [0.5] * 8
     assert "close failed for 8 of 8 episodes; the first: OSError: still open" in caplog.text
@@ -226,7 +226,7 @@ def test_a_row_whose_reset_fails_is_lost_and_counted(tmp_path, caplog) -> None:
     assert "the environment failed for 4 of 8 episodes; the first: OSError: no such game" in caplog.text
 
 
-def test_a_system_prompt_stands_before_what_reset_gives(tmp_path) -> None:
+def test_a_system_prompt_precedes_the_messages_of_reset(tmp_path) -> None:
     seen = []
     config = config_of(tmp_path / "run", path=f"{SUPPORT / 'episode_games.py'}:Guess", max_turns=1)
     config = replace(config, data=replace(config.data, system_prompt="be short"))

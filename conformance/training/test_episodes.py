@@ -86,7 +86,7 @@ def test_an_episode_depends_on_its_seed_alone_and_a_resumed_run_repeats(tmp_path
     assert len({tuple(m["content"] for m in c["episode"]) for c in first}) > 4, "turns have seeds of their own"
 
 
-def test_turns_of_all_episodes_are_drawn_at_once_and_equal_conversations_share_the_prompt(tmp_path) -> None:
+def test_turns_are_drawn_in_one_batch_with_shared_prompts(tmp_path) -> None:
     policy = run(config_of(tmp_path / "run", steps=1, turn_tokens=5))
     assert policy.calls[0] == (1, 8), "both rows begin alike: one conversation"
     assert all(conversations < responses for conversations, responses in policy.calls[:2])
@@ -231,7 +231,7 @@ def test_a_fault_costs_its_episode_alone(fault: str, tmp_path) -> None:
         assert c["reward"] == right, c
 
 
-def test_a_restarted_process_plays_its_episodes_again_and_an_environment_that_differs_loses_them() -> None:
+def test_a_restarted_process_replays_its_episodes() -> None:
     for name, repeats in (("Guess", True), ("Random", False)):
         pool = Environments(EnvironmentConfig(path=f"{GAMES}:{name}", workers=1, timeout=1.0, memory=0.0))
         try:

@@ -47,7 +47,7 @@ def test_the_pages_are_those_of_the_results(evidence, results) -> None:
             assert (ROOT / "docs" / picture).read_bytes().startswith(b"\x89PNG"), picture
 
 
-def test_every_sentence_of_the_pages_is_borne_out(evidence, results) -> None:
+def test_results_support_every_sentence_of_the_pages(evidence, results) -> None:
     assert evidence.broken(results) == []
     assert sum(len(evidence.claim(name).holds(results[name])) for name in evidence.CLAIMS) > 30
 

@@ -233,7 +233,7 @@ def test_the_loss_of_readme_has_a_gradient():
 @pytest.mark.core
 def test_ci_runs_the_test_command_of_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (command,) = re.findall(r"Run every test:\n\n```\n(.*)\n```", readme)
+    (command,) = re.findall(r"Run the tests:\n\n```\n(.*)\n```", readme)
     assert command in (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
 
 

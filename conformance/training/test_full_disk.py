@@ -157,6 +157,6 @@ def test_a_limit_on_file_sizes_during_a_save(tmp_path, whole):
         (ValueError("odd"), "ValueError: odd"),
     ],
 )
-def test_what_went_wrong_is_recognised_whoever_says_it(error, said, tmp_path):
+def test_errors_are_recognised_from_any_server(error, said, tmp_path):
     message = str(save_failed(tmp_path, 3, error))
     assert said in message and "there is no earlier checkpoint" in message

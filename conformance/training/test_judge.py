@@ -86,7 +86,7 @@ def test_grades_are_on_the_scale_and_failures_are_none_never_zero(endpoint, caps
     assert "judge: 1 responses have no grade: no grade from 1 to 10" in said and "InternalServerError" in said
 
 
-def test_the_request_says_everything(endpoint):
+def test_the_request_has_every_field(endpoint):
     chat = [{"role": "user", "content": "How much is {response}?"}]
     grades(endpoint, [[{"role": "assistant", "content": "7 {lowest}"}]], [chat], key="secret", max_tokens=55)
     (request,) = endpoint.asked

@@ -66,7 +66,7 @@ def unlike(of: Batch) -> Batch:
 
 @settings(deadline=None, max_examples=200)
 @given(batches().map(unlike), st.integers(1, 40), st.integers(0, 5), st.sampled_from([0, 1, 64]), st.booleans())
-def test_responses_without_a_common_beginning_lie_as_they_did(of, budget, limit, hidden, packed) -> None:
+def test_responses_without_a_common_beginning_are_packed_as_before(of, budget, limit, hidden, packed) -> None:
     rows = layout.plan_rows(of, packed=packed, tokens=budget, responses=limit, hidden_size=hidden)
     for row in rows:
         lengths = [len(of.responses[i]) for i in row.responses]

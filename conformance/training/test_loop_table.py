@@ -202,7 +202,7 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("step", [0, 3], ids=["first evaluation", "step"])
-def test_what_ends_a_run_stands_in_its_records_and_report(step, tmp_path, monkeypatch):
+def test_the_error_that_ends_a_run_is_in_records_and_report(step, tmp_path, monkeypatch):
     monkeypatch.setenv("SERVICE_API_KEY", "canary-Hq83nXw0")
     config = settings(tmp_path)
     config = replace(config, run=replace(config.run, steps=6, checkpoint_every=2), evaluation=EvaluationConfig(every=6))

@@ -256,7 +256,7 @@ def test_records_are_read_and_a_cut_line_is_passed_over(tmp_path: Path):
     assert list(metrics.read_records(path)) == [record]
 
 
-def test_an_evaluation_of_episodes_tells_the_limits_apart():
+def test_an_evaluation_of_episodes_counts_each_limit():
     ends = np.eye(4)[[0, 1, 1, 2]]  # done, turns, turns, tokens
     rows = np.concatenate([np.ones((4, NUMBERS - 4)), ends], axis=1)
     rows = np.concatenate([rows, np.full((1, NUMBERS), np.nan)])  # another rank's prompt without an episode

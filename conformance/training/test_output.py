@@ -73,7 +73,7 @@ def ran(redirection, *arguments, **environment):
 
 @pytest.mark.parametrize("redirection", ["2</dev/null", "2>/dev/full", "2>&-"])
 @pytest.mark.parametrize("arguments", [("train", "nowhere.toml"), ("nothing",)])
-def test_an_error_that_nobody_can_read_keeps_its_status_and_stays_off_standard_output(redirection, arguments):
+def test_unwritable_stderr_keeps_the_exit_status_and_stdout_clean(redirection, arguments):
     """Before, the message could not be written, which was an error of another kind; without a stderr it was printed."""
     if "full" in redirection and not os.path.exists("/dev/full"):
         pytest.skip("this system has no /dev/full")
@@ -81,7 +81,7 @@ def test_an_error_that_nobody_can_read_keeps_its_status_and_stays_off_standard_o
 
 
 @pytest.mark.parametrize("arguments", [("train", "--help"), ("--version",), ("--help",)])
-def test_a_result_without_a_standard_output_is_lost_and_one_that_cannot_be_written_is_a_line(arguments):
+def test_closed_output_drops_a_result_and_failed_writes_are_one_line(arguments):
     if arguments == ("train", "--help"):
         pytest.importorskip("tyro", reason="the command line's extra is not installed")
     assert ran(">&-", *arguments)[0] == 0

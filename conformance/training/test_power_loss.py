@@ -111,7 +111,7 @@ def test_a_file_that_a_kill_left_empty_is_durable_once_it_is_appended_to(tmp_pat
     assert lost_at_the_end(disk, tmp_path) == {"content": [], "names": []}
 
 
-def test_a_collection_goes_on_after_a_power_loss_at_every_point(tmp_path, capsys):
+def test_a_collection_resumes_after_a_power_loss_at_every_point(tmp_path, capsys):
     config, disk = table_run.make(tmp_path / "made", steps=3), power_loss.Disk(tmp_path / "disk")
     (tmp_path / "disk").mkdir()
     with disk.recording():

@@ -65,7 +65,7 @@ def test_kills_of_a_mixture_change_nothing(tmp_path, monkeypatch, capsys):
     assert any(r["groups/redrawn"] for r in trained) and any(r["groups/revisited"] for r in trained)
 
 
-def test_eval_tells_the_loss_of_a_checkpoint(tmp_path, capsys):
+def test_eval_reports_the_loss_of_a_checkpoint(tmp_path, capsys):
     assert cli.main(["train", str(make(tmp_path, 8))]) == 0
     run = tmp_path / "run"
     told = [r for r in killing.lasting(run) if r["kind"] == "eval"]

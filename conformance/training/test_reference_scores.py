@@ -58,7 +58,7 @@ def test_a_response_is_scored_once_over_epochs_and_runs(tmp_path, model):
 
 
 @pytest.mark.parametrize("use", [{"quantization": "nf4", "lora_rank": 2}, {"lora_rank": 2}, {"compile": True}], ids=str)
-def test_the_same_weights_used_otherwise_are_scored_anew(use, tmp_path, model):
+def test_equal_weights_with_other_settings_are_scored_again(use, tmp_path, model):
     """A base packed in 4 bits has other log-probs. It took those of the base in full from the cache, where both runs
     have an optimizer in 8 bits and thus equal versions."""
     found = []
@@ -70,7 +70,7 @@ def test_the_same_weights_used_otherwise_are_scored_anew(use, tmp_path, model):
     assert found == [(0, 2), (2, 0), (0, 2)]
 
 
-def test_another_model_or_response_is_scored_anew(tmp_path, model):
+def test_another_model_or_response_is_scored_again(tmp_path, model):
     config = settings_of(tmp_path / "a", model, data={"reference_cache": str(tmp_path / "cache")})
     run(config)
     other = groups()

@@ -36,7 +36,7 @@ def test_what_counts_as_noise(differences, verdict):
 
 
 @pytest.mark.parametrize("value", [None, 0.0])
-def test_the_chart_of_failed_responses_says_what_became_of_them(value):
+def test_the_chart_of_failed_responses_explains_their_score(value):
     config = {"rewards": {"judge": {"failure_value": value} if value is not None else {}, "other": {}}}
     run = run_of(config=config, reward_errors__judge__error=[17], reward_errors__judge__none=[0], responses__total=[48])
     (chart,) = [c for _, charts in sections(run) for c in charts if "failed" in c.title]

@@ -84,7 +84,7 @@ def test_a_second_process_on_the_folder_refuses(tmp_path):
         first.communicate()
 
 
-def test_other_settings_are_refused_with_the_difference_unless_told(tmp_path):
+def test_other_settings_are_refused_unless_allowed(tmp_path):
     config = table_run.make(tmp_path, steps=4)
     killing.finish(config)
     process = killing.start(config, "--optimizer.learning_rate", "0.5")
@@ -97,7 +97,7 @@ def test_other_settings_are_refused_with_the_difference_unless_told(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "evaluation"])
-def test_other_data_are_refused_with_what_changed_unless_told(name, tmp_path, capfd):
+def test_other_data_are_refused_unless_allowed(name, tmp_path, capfd):
     """The same path and settings, another file: its prompts would come in another order."""
     config = table_run.make(tmp_path, steps=2)
     config.write_text(config.read_text().replace('"cosine"', '"constant"'))

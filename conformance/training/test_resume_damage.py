@@ -214,7 +214,7 @@ def test_records_with_line_ends_of_windows_are_kept(name, tmp_path, caplog, unbr
     np.testing.assert_array_equal(policy.logits, unbroken)
 
 
-def test_a_run_without_checkpoints_says_that_it_begins_anew(tmp_path, caplog, unbroken):
+def test_a_run_without_checkpoints_reports_that_it_starts_over(tmp_path, caplog, unbroken):
     run_folders.go(run_folders.config(tmp_path))
     shutil.rmtree(tmp_path / "checkpoints")
     said, policy = resumed(tmp_path, caplog)

@@ -160,7 +160,7 @@ def test_prompts_arrive_equal_and_options_keep_their_types(tmp_path):
             close_rewards(loaded)
 
 
-def test_a_column_that_would_change_is_named_and_one_that_is_not_taken_does_not_matter(file):
+def test_only_columns_that_the_function_takes_must_be_sendable(file):
     columns = {"good": [1, 2], "odd": [3, Point()], "completion_ids": [[1], [1]]}
     loaded = load_rewards({"r": RewardConfig(f"{file}:reward"), "s": RewardConfig(f"{file}:one")})
     try:

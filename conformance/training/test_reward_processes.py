@@ -167,7 +167,7 @@ def slow(tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_that_start_anew_do_not_lengthen_a_step_without_bound(slow, tmp_path, monkeypatch):
+def test_restarting_processes_lengthen_a_step_by_a_bound(slow, tmp_path, monkeypatch):
     """32 hung responses would start 32 processes of 1.5 s, two at a time: 24 s and more beside the two limits."""
     monkeypatch.setattr(rewards_module, "_STARTS", 0.0)
     loaded = slow(1.5, timeout=0.5, failure_value=-1.0)
@@ -178,7 +178,7 @@ def test_processes_that_start_anew_do_not_lengthen_a_step_without_bound(slow, tm
     np.testing.assert_array_equal(again.total, [1] * 4)
 
 
-def test_a_process_that_starts_anew_does_so_beside_the_rest(slow, tmp_path):
+def test_a_process_restarts_in_parallel_with_the_others(slow, tmp_path):
     """After a call past its limit the next process is there without being asked for."""
     loaded = slow(0.1, timeout=0.5, workers=1, failure_value=-1.0)
     score(loaded, ["p"], ["bad"], {})

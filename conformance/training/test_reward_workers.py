@@ -58,7 +58,7 @@ def test_all_calls_share_one_event_loop(isolation, load):
         np.testing.assert_array_equal(score(loaded, ["p"] * 3, ["a", "b", "c"], {}).total, [1.0] * 3)
 
 
-def test_functions_given_in_python_share_the_loop_and_survive_one_that_blocks_it():
+def test_python_functions_share_the_loop_and_survive_a_blocking_one():
     lock = asyncio.Lock()
 
     async def judge(completions):
@@ -178,7 +178,7 @@ def r(completions):
 
 @pytest.mark.parametrize("isolation", ["process", "thread"])
 @pytest.mark.parametrize("name", ["rewards_here.py", "random.py"])
-def test_a_module_is_importable_by_name_with_what_lies_beside_it(name, isolation, load, tmp_path, monkeypatch):
+def test_a_module_imports_its_neighbours_by_name(name, isolation, load, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "path", list(sys.path))
     for module in ("helpers_here", "beside", "rewards_here"):
         monkeypatch.delitem(sys.modules, module, raising=False)
@@ -299,7 +299,7 @@ def test_a_worker_that_died_of_a_signal_has_one_more_try(load, tmp_path):
     assert got.total.tolist() == [3.0] * 3 and got.errors["r"]["error"] == 0  # all in one call again
 
 
-def test_the_clock_of_deadlines_stands_still_in_a_pause(monkeypatch):
+def test_the_clock_of_deadlines_stops_in_a_pause(monkeypatch):
     seconds = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: seconds[0])
     clock = Clock()

@@ -229,14 +229,14 @@ def test_a_hub_name_is_asked_for_with_its_subset_and_split(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["data/v1..2", "hf://data/rows.git", "runs/-first"])
-def test_what_no_dataset_can_be_called_is_no_unreachable_hub(name):
+def test_an_impossible_dataset_name_is_not_an_unreachable_hub(name):
     pytest.importorskip("datasets", reason="datasets is not installed")
     said = refused(name)
     assert "no such file or folder here, and not a valid name of the hub" in said and "reached" not in said
 
 
 @pytest.mark.parametrize("name", ["models--a", "me/model.git", "me/a..b"])
-def test_what_no_model_can_be_called_is_no_failed_download(name):
+def test_an_impossible_model_name_is_not_a_failed_download(name):
     pytest.importorskip("huggingface_hub", reason="huggingface_hub is not installed")
     from gvpo_core.training.config import ConfigError, ModelConfig
     from gvpo_core.training.policy.hugging_face import local_folder

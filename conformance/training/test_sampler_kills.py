@@ -48,7 +48,7 @@ def test_two_ranks_with_one_server_take_the_steps_of_one(tmp_path, capsys):
     np.testing.assert_allclose(one, two, rtol=1e-12)
 
 
-def test_each_version_is_sent_once_whatever_the_number_of_ranks(tmp_path, capsys, monkeypatch):
+def test_each_version_is_sent_once_for_any_number_of_ranks(tmp_path, capsys, monkeypatch):
     def export_adapters(policy, directory):
         if policy.rank == 0:
             Sent.export_adapters(policy, directory)

@@ -35,7 +35,7 @@ def written_by(policy: TablePolicy, directory) -> dict[str, Digest]:
     return found
 
 
-def test_the_next_step_is_sampled_while_a_checkpoint_is_written_and_updated_after(tmp_path, monkeypatch) -> None:
+def test_sampling_overlaps_a_checkpoint_and_the_update_waits(tmp_path, monkeypatch) -> None:
     """The writer waits until the next step samples: a run that waits for the writer would never end."""
     sampled, events = threading.Event(), []
     generate, update = TablePolicy.generate, TablePolicy.update

@@ -53,7 +53,7 @@ def test_a_signal_finishes_the_step_saves_and_leaves(name, tmp_path, capsys):
     assert "Stopping after this step and saving" in capsys.readouterr().out
 
 
-def test_a_hang_up_ends_nothing(tmp_path, capsys):
+def test_sighup_is_ignored(tmp_path, capsys):
     result = signalled(tmp_path, [signal.SIGHUP], steps=4)
     assert (result.step, result.exit_status) == (4, 0)
 

@@ -59,7 +59,7 @@ def some_unscored(completions: list[str]) -> list[float | None]:
 
 @pytest.mark.parametrize("kind", STREAMS)
 @pytest.mark.parametrize("name", ["stdout", "stderr"])
-def test_a_run_trains_and_warns_whatever_the_stream_is(name, kind, tmp_path, monkeypatch):
+def test_a_run_trains_and_warns_on_every_stream(name, kind, tmp_path, monkeypatch):
     config = read_config(table_run.make(tmp_path, steps=1))
     policy = TablePolicy(json.loads((tmp_path / "table.json").read_text()), config.optimizer, updates=config.updates)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # as in a program that set up no logging

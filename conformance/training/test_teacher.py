@@ -70,7 +70,7 @@ SAMPLERS = {"student": None, "teacher": TEACHER, "uniform": np.full((3, 5), 0.2)
 @pytest.mark.parametrize(
     ("samples", "exponent"), [("student", 0.0), ("teacher", 0.0), ("uniform", 0.0), ("uniform", 1.0)]
 )
-def test_the_student_ends_at_the_teacher_whoever_draws(samples, exponent, teacher, tmp_path, capsys):
+def test_the_student_ends_at_the_teacher_for_any_sampler(samples, exponent, teacher, tmp_path, capsys):
     config = config_of(tmp_path / "run", teacher, beta=1.0, length_exponent=exponent)
     rate = 4.0 * 4**exponent  # a response of two tokens has f = 2^-exponent, and its gradient f^2
     config = replace(

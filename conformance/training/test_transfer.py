@@ -122,7 +122,7 @@ def test_a_worker_that_does_not_read_ends_the_run_at_the_deadline(tmp_path, caps
             server.let_go.set()
 
 
-def test_a_server_that_was_started_again_with_more_workers_gets_the_next_weights(tmp_path, capsys):
+def test_a_restarted_server_with_more_workers_gets_the_next_weights(tmp_path, capsys):
     class Restarted(Engine):
         def refresh(self, policy, version):
             if version == 2:

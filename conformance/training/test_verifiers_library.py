@@ -147,7 +147,7 @@ def page() -> dict:
     return tomllib.loads(text.partition("```")[0])["environment"]
 
 
-def test_tools_of_a_tool_server_are_shown_and_called_with_the_settings_of_the_page(tmp_path: Path) -> None:
+def test_tool_server_works_with_the_settings_of_the_page(tmp_path: Path) -> None:
     def script(text: str, u: float) -> str:
         if "<tool>" in text:
             return text.rpartition("<tool>")[2].partition("<end>")[0]
@@ -175,7 +175,7 @@ def guess(text: str, u: float) -> str:
     return "<think>hm</think>" + (better if u < 0.6 else "6")
 
 
-def test_a_user_of_verifiers_speaks_between_the_turns_and_thoughts_are_no_answer(tmp_path: Path) -> None:
+def test_verifiers_user_turns_and_thoughts_are_not_answers(tmp_path: Path) -> None:
     policy, [batch] = played_by(tmp_path / "run", "guess_tasks", guess, [{"task": 2}, {"task": 6}], max_turns=3)
     written = records(tmp_path / "run", "completions")
     assert {c["end"] for c in written} == {"done", "turns"} and max(c["turns"] for c in written) == 3
@@ -209,7 +209,7 @@ def test_two_runs_of_one_seed_are_equal_and_a_resumed_one_repeats(tmp_path: Path
     assert len({json.dumps(c["episode"]) for c in records(tmp_path / "a", "completions")}) > 4
 
 
-def test_an_error_of_the_environment_costs_its_episode_and_is_told(tmp_path: Path, monkeypatch, caplog) -> None:
+def test_an_environment_error_is_logged_and_fails_its_episode(tmp_path: Path, monkeypatch, caplog) -> None:
     monkeypatch.syspath_prepend(str(SUPPORT))
     script = lambda text, u: "raise" if u < 0.2 else "hang" if u < 0.35 else "wait" if u < 0.5 else "fine"
     played_by(tmp_path / "run", "odd_tasks", script, [{"task": 0}, {"task": 1}], timeout=20.0)
