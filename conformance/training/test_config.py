@@ -1,5 +1,6 @@
 """Settings: reading, overriding, writing back, and the message of each mistake."""
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -292,3 +293,23 @@ def test_remote_code_needs_a_revision(file):
             read_config(file(text.replace("[data]", f'revision = "{moving}"\n[data]')))
     pinned = read_config(file(text.replace("[data]", f'revision = "{"0a1b" * 10}"\n[data]')))
     assert pinned.model.trust_remote_code
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_help_wraps_each_setting_as_one_paragraph(columns, monkeypatch, capsys):
+    pytest.importorskip("tyro")
+    monkeypatch.setenv("COLUMNS", columns)
+    with pytest.raises(SystemExit):
+        parse_arguments(["--help"])
+    room, paragraphs = int(columns) - 10, []  # within the frame and the indent
+    for line in capsys.readouterr().out.splitlines():
+        assert len(line) <= int(columns)
+        if re.match("[│ ] {7}[^ ]", line):
+            paragraphs[-1].append(line.strip("│ "))
+        else:
+            paragraphs.append([])
+    explained = [lines for lines in paragraphs if "(default: " in " ".join(lines)]
+    for lines in explained:
+        for line, following in itertools.pairwise(lines):
+            assert len(f"{line} {following.split()[0]}") > room, (line, following)
+    assert len(explained) > 100 and max(map(len, explained)) > 1

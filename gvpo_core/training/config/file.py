@@ -13,6 +13,7 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import wrong_values
+from gvpo_core.training.config.help_text import help_registry
 from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
 from gvpo_core.training.config.suggestions import setting_names, suggest
@@ -156,6 +157,7 @@ def _overridden(default: Config, options: list[str]) -> Config:
                 default=default,
                 args=options,
                 config=(tyro.conf.AvoidSubcommands, tyro.conf.FlagConversionOff),
+                registry=help_registry(),
             )
     except SystemExit as e:
         if not e.code:

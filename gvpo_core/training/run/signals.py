@@ -39,11 +39,6 @@ class StopRequest:
         self.signal = 0
         self._before: dict[int, Any] = {}
 
-    @property
-    def exit_status(self) -> int:
-        """The shell's convention, 128 + number: 130 Ctrl-C, 143 SIGTERM, 131 SIGQUIT, 138 SIGUSR1, 152 SIGXCPU."""
-        return 128 + self.signal if self.signal else 0
-
     def __enter__(self) -> "StopRequest":
         if in_main_thread():
             for number in _numbers(_ASKS):
