@@ -1,6 +1,7 @@
 """Fakes of vLLM's and SGLang's servers in this process: token ids, and weights from a folder, by a table policy."""
 
 import json
+import socket
 import threading
 import time
 from collections import Counter
@@ -18,6 +19,7 @@ class Server(ThreadingHTTPServer):
     """A fake of vLLM's /v1/completions: answers from a table policy, after the faults that are queued."""
 
     daemon_threads = True
+    request_queue_size = 64
 
     def __init__(self, policy=None, faults=(), *, text=False):
         """
@@ -32,7 +34,30 @@ class Server(ThreadingHTTPServer):
         self.in_flight, self.counting, self.delay = 0, threading.Lock(), 0.0
         self.at_reload: list[int] = []  # requests in flight
         self.held, self.let_go = threading.Event(), threading.Event()  # of a request with the fault "hold"
+        self.closed = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    def restart(self):
+        """As a server that was started again: it has lost what was sent."""
+        self.policy, self.adapters, self.version = TablePolicy(table(REFERENCE)), {}, "default"
+
+    def arrives(self):
+        """Called for each request for responses, first."""
+
+    def away(self, seconds):
+        """Refuses connections, and is back after some seconds without what was sent."""
+        self.shutdown()
+        self.server_close()
+        self.restart()
+        threading.Thread(target=self._come_back, args=(seconds,), daemon=True).start()
+
+    def _come_back(self, seconds):
+        if self.closed.wait(seconds):
+            return
+        self.socket = socket.socket(self.address_family, self.socket_type)
+        self.server_bind()
+        self.server_activate()
+        self.serve_forever(0.01)
 
     @property
     def url(self):
@@ -68,6 +93,7 @@ class Server(ThreadingHTTPServer):
         return {"model": body["model"], "choices": choices}
 
     def __exit__(self, *_):
+        self.closed.set()
         self.shutdown()
         self.server_close()
 
@@ -77,17 +103,21 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         told = self.server.told if self.path == "/get_model_info" else None
+        if self.path == "/weight_info" and self.server.version is not None:  # None: a server that tells none
+            told = {"weight_version": self.server.version}
         self.send(200 if told else 404, json.dumps(told).encode())
 
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         server = self.server
+        if self.path in ("/generate", "/v1/completions"):
+            server.arrives()
         if self.path == "/generate":
             return self.generate(server, body)
         if self.path not in ("/v1/completions", "/v1/chat/completions"):
             return self.take_weights(server, body)
         if body["model"] not in ("tiny", *server.adapters):
-            return self.send(404, b"no such model")
+            return self.send(404, f"The model `{body['model']}` does not exist.".encode())
         if self.path == "/v1/chat/completions":
             server.asked.append(body)
             choice = {"message": {"role": "assistant", "content": server.said(body)}, "finish_reason": "stop"}
@@ -128,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
         fault = server.faults.pop(0) if server.faults else None
         asked, prompt = body["sampling_params"], tuple(body["input_ids"])
         if body.get("lora_path") and body["lora_path"] not in server.adapters:
-            return self.send(400, b"not loaded")
+            return self.send(400, f"not loaded: {body['lora_path']}".encode())
         policy = server.adapters.get(body.get("lora_path"), server.policy)
         seeds = [[asked["sampling_seed"]]]
         ((response,),) = policy.generate([prompt], seeds, Sampling(asked["max_new_tokens"], asked["temperature"]))
@@ -161,6 +191,9 @@ class Handler(BaseHTTPRequestHandler):
             fault = 200 if server.adapters.pop(body["lora_name"], None) else 404
         elif fault == 200 and self.path == "/update_weights_from_disk":
             server.policy, server.version = Sent.read(body["model_path"]), body["weight_version"]
+        elif fault == 200 and self.path == "/update_weight_version":
+            fault = 404 if server.version is None else 200
+            server.version = server.version and body["new_version"]
         elif fault == 200 and self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             server.at_reload.append(server.in_flight)

@@ -130,7 +130,7 @@ def test_a_collection_continues_after_a_step_that_lost_a_group(engine, server, t
 def test_a_resumed_run_may_ask_another_address_but_not_for_other_weights(engine, server, capsys):
     assert main(["train", str(engine), "--run.steps", "2", "--optimizer.schedule", "constant"]) == 0
     changed = [str(engine), "--optimizer.schedule", "constant"]
-    assert main(["train", *changed, "--engine.url", "http://localhost:1", "--engine.tries", "1"]) == 1
+    assert main(["train", *changed, "--engine.url", "http://localhost:1", "--engine.deadline", "1"]) == 1
     assert "the sampler gave none of 12 responses; http://localhost:1" in capsys.readouterr().err  # it was asked
     assert main(["train", *changed, "--engine.weights", "model", "--engine.folder", "w"]) == 2
     assert "engine.weights: 'kept' -> 'model'" in capsys.readouterr().err

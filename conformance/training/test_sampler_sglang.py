@@ -88,10 +88,10 @@ def test_another_server_is_refused() -> None:
         engine(server).generate([PROMPT], [[1]], Sampling(2))
 
 
-def sends(tmp_path, server, weights, steps=4):
+def sends(tmp_path, server, weights, steps=4, **options):
     """A run whose engine must have the weights of each step, to rounding."""
     config = short(tmp_path, steps)
-    sampler = engine(server, weights=weights, folder=tmp_path / "weights", gap_tolerance=1e-9)
+    sampler = engine(server, weights=weights, folder=tmp_path / "weights", gap_tolerance=1e-9, **options)
     run(config, sampler, Sent(table(REFERENCE), config.optimizer))
     return config
 
@@ -110,23 +110,25 @@ def test_the_engine_has_the_weights_of_each_step(tied, weights, tmp_path, capsys
             assert server.commands == ["/update_weights_from_disk"] * 4 and server.version != "default"
 
 
-def test_an_answer_with_other_weights_is_not_taken(tmp_path, capsys) -> None:
+def test_an_answer_with_other_weights_is_not_taken_and_the_weights_are_sent_again(tmp_path, capsys, caplog) -> None:
     with Server() as server:
         config = short(tmp_path, 1)
         total = config.rollout.prompts * config.rollout.responses
         server.faults = [200, *["wrong version"] * 4]  # the first is the command's
         sampler = engine(server, weights="model", folder=tmp_path / "weights")
         run(config, sampler, Sent(table(REFERENCE), config.optimizer))
-        assert len(server.asked) >= total + 3
+        assert len(server.asked) == 2 * total + 3  # after four tries
+        assert server.commands == ["/update_weights_from_disk"] * 2
     (metrics,) = [m for m in lines(config, "metrics") if m["kind"] == "train"]
-    assert metrics["responses/lost"] == 1  # after four tries
-    assert any("answers with the weights 'of yesterday'" in why for why in sampler.failures)
+    assert metrics["responses/lost"] == 0
+    said = [record.getMessage() for record in caplog.records]
+    assert any("answers with the weights 'of yesterday'" in line and "sent again" in line for line in said)
 
 
 @pytest.mark.parametrize("fault", [400, 500])
 def test_weights_that_do_not_load_end_the_run_by_name(fault, tmp_path, capsys) -> None:
-    with Server(faults=[fault] * 4) as server, pytest.raises(SamplerError, match=f"weights were not loaded.*{fault}"):
-        sends(tmp_path, server, "model")
+    with Server(faults=[fault] * 99) as server, pytest.raises(SamplerError, match=f"weights were not loaded.*{fault}"):
+        sends(tmp_path, server, "model", deadline=1.0)
 
 
 def test_a_run_resumes_bit_for_bit(tmp_path, capsys) -> None:

@@ -14,7 +14,7 @@ from table_problem import PROMPTS, REFERENCE, settings, table
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.samplers import Drawn, Engine, SamplerError, http
-from gvpo_core.training.samplers.protocol import MEAN_GAP
+from gvpo_core.training.samplers.gaps import MOST
 from gvpo_core.training.sampling import Sampling
 
 pytestmark = pytest.mark.core
@@ -37,11 +37,48 @@ def test_old_weights_in_the_sampler_stop_the_run_by_name(tmp_path, capsys):
     assert sampler.versions == [0, 1] and sampler.closed == 1  # the first step's weights are equal
 
 
-def test_the_gap_of_old_weights_is_a_metric_without_a_tolerance(tmp_path, capsys):
+def test_old_weights_under_the_present_version_stop_the_run_without_a_tolerance(tmp_path, capsys):
+    """In float64 the first step's gap is 0, and more than 0.001 nats a token is a sign of other weights."""
+    config = short(tmp_path, 10)
+    with pytest.raises(SamplerError, match=r"at most 0.001 is expected \([\d.e-]+ in the first step compared\)"):
+        run(config, Copy(refreshed=False))
+    gaps = [m["sampler/gap"] for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert gaps[0] < 1e-9 and len(gaps) < 9 and max(gaps) <= 1e-3
+
+
+def test_a_wide_tolerance_shows_the_gap_of_old_weights_as_a_metric(tmp_path, capsys):
     config = short(tmp_path, 3)
-    run(config, Copy(refreshed=False))
+    run(config, Copy(refreshed=False, tolerance=9.0))
     gaps = [m["sampler/gap/max"] for m in lines(config, "metrics") if m["kind"] == "train"]
     assert gaps[0] < 1e-9 and min(gaps[1:]) > 1e-4
+
+
+@pytest.mark.parametrize("weights", ["adapters", "model"])
+def test_a_server_that_goes_back_to_its_first_weights_is_found_without_a_tolerance(weights, tmp_path, capsys):
+    """Every command succeeds, the version that it tells is right, and the staleness is 0."""
+
+    class Back(Server):
+        def arrives(self):
+            self.policy = TablePolicy(table(REFERENCE))
+            self.adapters = dict.fromkeys(self.adapters, self.policy)
+
+    config = short(tmp_path, 10)
+    with Back() as server, pytest.raises(SamplerError, match="says that it has the policy's weights"):
+        run(
+            config,
+            engine(server, weights=weights, folder=tmp_path / "weights"),
+            Sent(table(REFERENCE), config.optimizer),
+        )
+    metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
+    assert metrics and [m["sampler/staleness"] for m in metrics] == [0] * len(metrics)
+
+
+def test_every_nth_step_alone_is_compared(tmp_path, capsys):
+    config, sampler = short(tmp_path, 8), Copy(refreshed=False, tolerance=1e-6)
+    sampler.gap_every = 5
+    with pytest.raises(SamplerError, match="differ from the policy's by up to"):
+        run(config, sampler)
+    assert sampler.versions[-1] == 5, "steps 1 and 6 are compared"
 
 
 class Other(Copy):
@@ -69,7 +106,7 @@ def test_weights_of_no_known_version_or_a_wide_tolerance_go_on(options, tmp_path
     config = short(tmp_path, 2)
     run(config, Other(**options))
     metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
-    assert len(metrics) == 2 and metrics[0]["sampler/gap"] > MEAN_GAP
+    assert len(metrics) == 2 and metrics[0]["sampler/gap"] > MOST
 
 
 def test_a_group_keeps_the_responses_that_come(tmp_path, capsys):
@@ -140,10 +177,10 @@ def test_a_request_past_the_deadline_costs_its_responses_alone():
     assert sorted(map(len, drawn)) == [0, 2]
 
 
-def test_a_server_that_is_down_for_a_step_costs_the_run_nothing_but_responses(tmp_path, capsys):
-    """Of three prompts, the first request of step 1 fails for good; the server is back for the others."""
+def test_a_request_that_fails_for_good_costs_the_run_nothing_but_its_responses(tmp_path, capsys):
+    """The first one of step 1, of three."""
     config = replace(short(tmp_path, 2), rollout=replace(settings(tmp_path).rollout, responses=8))
-    with Server(faults=["reset"] * 4) as server:
+    with Server(faults=[500] * 4) as server:
         run(config, engine(server))
     metrics = [m for m in lines(config, "metrics") if m["kind"] == "train"]
     assert [m["responses/lost"] for m in metrics] == [8, 0]
@@ -153,7 +190,7 @@ def test_an_engine_that_refuses_every_request_ends_the_run_with_the_reason(tmp_p
     with Server() as server:
         url = server.url
     with pytest.raises(SamplerError, match=r"the sampler gave none of \d+ responses; http://127.0.0.1:\d+: URLError"):
-        run(short(tmp_path, 1), Engine(url, "tiny", pause=0.001))
+        run(short(tmp_path, 1), Engine(url, "tiny", pause=0.001, deadline=1.0))
 
 
 def test_an_engine_without_token_ids_is_refused():
@@ -216,7 +253,7 @@ def test_the_engine_has_the_weights_of_each_step(weights, tmp_path, capsys):
         if weights == "adapters":
             assert len({body["model"] for body in server.asked}) == 4 and len(server.adapters) == 2
         else:
-            assert server.commands == ["/collective_rpc", "/reset_prefix_cache"] * 4
+            assert server.commands == ["/update_weight_version", "/collective_rpc", "/reset_prefix_cache"] * 4
 
 
 def test_an_engine_that_is_busy_gets_the_weights_again(tmp_path, capsys):
@@ -227,8 +264,9 @@ def test_an_engine_that_is_busy_gets_the_weights_again(tmp_path, capsys):
 
 @pytest.mark.parametrize("fault", [404, 500])
 def test_weights_that_do_not_load_end_the_run_by_name(fault, tmp_path, capsys):
-    with Server(faults=[fault] * 4) as server, pytest.raises(SamplerError, match=f"weights were not loaded.*{fault}"):
-        sends(tmp_path, server, "model")
+    with Server(faults=[fault] * 99) as server, pytest.raises(SamplerError, match=f"weights were not loaded.*{fault}"):
+        server.version = None
+        sends(tmp_path, server, "model", deadline=1.0)
 
 
 def test_a_tied_model_is_not_sent_whole(tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ from gvpo_core.training.run.journal import Journal
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.load import opened_sampler
-from gvpo_core.training.samplers.protocol import check_gap, closing
+from gvpo_core.training.samplers.protocol import closing, heed, without_stop
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
@@ -85,9 +85,11 @@ def _run(
     def evaluate() -> None:
         if held_out and step in evaluations:
             journal.phase("evaluate")
-            journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards, sampler=sampler, version=step))
+            with without_stop():
+                journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards, sampler=sampler, version=step))
 
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
+        heed(sampler, lambda: bool(stop.signal))
         step = journal.start(source, held_out, from_step)
         if step == 0:
             evaluate()
@@ -95,15 +97,21 @@ def _run(
         while step < last and not stopping and not early:
             step += 1
             journal.begin(step)
-            rollout = source.groups(policy, step)
+            rollout = None
+            with without_stop():
+                rollout = source.groups(policy, step)
+            if rollout is None:  # asked to stop while the sampler's server is away
+                step, stopping = step - 1, highest(policy, stop.signal)
+                journal.not_taken(step)
+                break
             journal.settle()
             journal.phase("update")
             renew_reference(policy, config.objective, step)
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
-            stale = (
-                rollout.staleness if config.objective.minibatches == 1 else None
-            )  # later ones compare a moved policy
-            check_gap(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, rollout.gap_tolerance, stale)
+            if rollout.gaps is not None:
+                fresh = config.objective.minibatches == 1  # later ones compare a policy that has moved
+                stale = rollout.staleness if fresh else None
+                rollout.gaps.check(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, stale)
             journal.step(rollout, improvement)
             evaluate()
             stopping, early = highest(policy, stop.signal), journal.out_of_patience()

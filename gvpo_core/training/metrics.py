@@ -19,7 +19,7 @@ from gvpo_core.training.improve import Improvement
 from gvpo_core.training.intervals import mean_half_width, prompts_half_width
 from gvpo_core.training.objective import response_weights
 from gvpo_core.training.rollout import Rollout
-from gvpo_core.training.samplers.protocol import gaps
+from gvpo_core.training.samplers.gaps import gaps
 from gvpo_core.training.watch.metric_names import PHASES
 
 

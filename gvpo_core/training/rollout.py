@@ -20,6 +20,7 @@ from gvpo_core.training.rewards.scores import call_rewards, stacked
 from gvpo_core.training.rewards.total import members, total_rewards
 from gvpo_core.training.samplers import Drawn, Sampler
 from gvpo_core.training.samplers.drawing import draw_elsewhere
+from gvpo_core.training.samplers.gaps import GapCheck
 from gvpo_core.training.samplers.protocol import staleness
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -44,7 +45,7 @@ class Rollout:
     recorded: np.ndarray | None = None  # (N,) bool: not drawn for this step; None: none
     details: dict[str, float] = field(default_factory=dict)  # metrics of the source
     sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
-    gap_tolerance: float | None = None  # of sampler_logprobs to the policy's, nats a token
+    gaps: GapCheck | None = None  # compares sampler_logprobs with the policy's; None: not in this step
     staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
     episodes: np.ndarray | None = None  # (N, NUMBERS) of `episode_rows`; NaN = no episode of this step
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
@@ -202,7 +203,6 @@ def collect(
         details=details,
         sampler_logprobs=None if sampler is None else gather(np.asarray(logprobs, np.float64)),
         staleness=None if sampler is None else gather(staleness([r for _, r in flat_drawn], version)),
-        gap_tolerance=getattr(sampler, "gap_tolerance", None),
         stopped=gather(np.asarray([r.stopped for _, r in flat_drawn], bool)) if sampling.stop else None,
     )
 

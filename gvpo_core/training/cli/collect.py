@@ -28,6 +28,7 @@ from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers.load import opened_sampler
+from gvpo_core.training.samplers.protocol import heed, without_stop
 from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit
 
@@ -74,13 +75,19 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
         )
     last = inputs.config.run.steps
     with opened_sampler(inputs.config, policy) as sampler, StopRequest() as stop, _Growing(out, inputs, policy) as file:
+        heed(sampler, lambda: bool(stop.signal))
         source = inputs.source(policy, sampler, trained=False)
         step = highest(policy, attempt(policy, file.open, main_only=True) or 0)
         stopping = highest(policy, stop.signal)
         while step < last and not stopping:
             step += 1
-            write = partial(file.append, step, source.groups(policy, step), source.prompts)
-            attempt(policy, write, main_only=True)
+            rollout = None
+            with without_stop():
+                rollout = source.groups(policy, step)
+            if rollout is None:
+                step, stopping = step - 1, highest(policy, stop.signal)
+                break
+            attempt(policy, partial(file.append, step, rollout, source.prompts), main_only=True)
             stopping = highest(policy, stop.signal)
         attempt(policy, partial(file.end, step), main_only=True)
     return 128 + stopping if step < last else 0

@@ -70,6 +70,7 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
         yield "options", f"{name} is set, and kind = {engine.kind!r} starts no vLLM: remove it"
     gap = engine.gap_tolerance
     ranges = [*server_ranges(engine), ("gap_tolerance", gap, gap is None or gap > 0, "a number above 0")]
+    ranges += [("gap_every", engine.gap_every, engine.gap_every >= 0, "0 or more steps")]
     yield from wrong_server(engine.url, engine.api_key, ranges)
     if not engine.model.strip():
         yield "model", f"model = {engine.model!r}; expected the name of the model on the server"
@@ -132,7 +133,7 @@ OWN_OPTIONS = (
     "distributed_executor_backend",
 )
 """Arguments of vLLM's LLM that the run sets itself."""
-IN_PROCESS = ("kind", "options", "folder", "gap_tolerance")
+IN_PROCESS = ("kind", "options", "folder", "gap_tolerance", "gap_every")
 """Fields of an engine in the process; the others are those of a server."""
 
 
@@ -152,6 +153,8 @@ def wrong_in_process(engine: EngineConfig) -> Iterator[tuple[str, str]]:
             break
     if engine.gap_tolerance is not None and not engine.gap_tolerance > 0:
         yield "gap_tolerance", f"gap_tolerance = {engine.gap_tolerance!r}; expected a number above 0"
+    if engine.gap_every < 0:
+        yield "gap_every", f"gap_every = {engine.gap_every!r}; expected 0 or more steps"
     yield from wrong_options(engine.options)
 
 

@@ -31,13 +31,16 @@ class EngineConfig:
     --enable-sleep-mode."""
     gap_tolerance: float | None = None
     """Largest difference of the log-probabilities of engine and policy, nats a token. Beyond it the run stops.
-    Default: a mean difference of 0.25 in a step, where the run sends the weights."""
+    Default: where the run sends the weights, a step's mean is compared with the first step's (docs/samplers.md)."""
+    gap_every: int = 0
+    """Steps between two comparisons of the log-probabilities. 0: 1; with rollout.ahead and no gap_tolerance 20."""
     concurrency: int = 16
     """Requests at a time."""
     deadline: float = 600.0
-    """Seconds that the responses of one step may take. Later ones are lost."""
+    """Seconds that the responses of one step may take. Later ones are lost. Also the seconds for which the server may
+    be away."""
     tries: int = 4
-    """Requests for a prompt, the first one included."""
+    """Requests for a prompt, the first one included, while the server is there."""
     pause: float = 0.5
     """Seconds before the second try; twice as long before each further one."""
     api_key: str = ""
@@ -76,9 +79,10 @@ class TeacherConfig:
     concurrency: int = 16
     """Requests at a time."""
     deadline: float = 600.0
-    """Seconds that the scores of one step may take. Responses without a score leave their group."""
+    """Seconds that the scores of one step may take. Responses without a score leave their group. Also the seconds for
+    which the server may be away."""
     tries: int = 4
-    """Requests for a response, the first one included."""
+    """Requests for a response, the first one included, while the server is there."""
     pause: float = 0.5
     """Seconds before the second try; twice as long before each further one."""
     api_key: str = ""

@@ -72,6 +72,7 @@ class Journal:
         self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
         self._step, self._begun = 0, time.perf_counter()
+        self._saved = 0  # the step of the newest checkpoint
         self._state: Callable[[], dict[str, Any]] = dict  # of the source of groups
         self._saving = Saving(policy, self.folder, self.config.run.keep_checkpoints)
 
@@ -119,7 +120,7 @@ class Journal:
             attempt(self.policy, lambda: source.restore(read_state(checkpoint_at(folder, step))), kind=CheckpointError)
         elif used:
             self.policy.reset()
-        self._step = max(step, 0)
+        self._step = self._saved = max(step, 0)
         last = attempt(self.policy, lambda: self._drop_later_steps(step, from_step), main_only=True)
         self._best.share(self.policy)
         if self._main:
@@ -177,6 +178,12 @@ class Journal:
         """Step `step` begins, with its sampling."""
         self._step, self._begun, self._better = step, time.perf_counter(), False
         self.phase("generate")
+
+    def not_taken(self, step: int) -> None:
+        """The step that has begun is left, and `step` is the present one again; it is saved if it was not."""
+        self._step = step
+        if step > self._saved:
+            self.save()
 
     def phase(self, name: str) -> None:
         """What the run does now, for the console."""
@@ -257,6 +264,7 @@ class Journal:
         self.phase("checkpoint")
         best = (self._best.step,) if self.config.run.keep_best else ()
         self._saving.save(self._step, self._state(), best)
+        self._saved = self._step
 
     def settle(self) -> None:
         """Commits the checkpoint that is being written, if any. Nothing may change the policy before."""

@@ -30,6 +30,16 @@ class InBackground:
         self._workers: Workers[Given] = Workers(1)
         self._asked: list[Future[Given]] = []
 
+    @property
+    def stopping(self) -> Callable[[], bool]:
+        """See `Sampler`."""
+        stopping: Callable[[], bool] = self.sampler.stopping  # type: ignore[attr-defined]
+        return stopping
+
+    @stopping.setter
+    def stopping(self, stopping: Callable[[], bool]) -> None:
+        self.sampler.stopping = stopping  # type: ignore[attr-defined]
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self.sampler, name)  # gap_tolerance, failures, version, describe
 

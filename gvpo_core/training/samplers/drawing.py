@@ -1,6 +1,7 @@
 """Responses from a sampler instead of the policy: requested, tokenized where they are text, and checked."""
 
 import math
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,9 +9,21 @@ import numpy as np
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError, masks_of
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.policy.ranks import agree, attempt
-from gvpo_core.training.samplers.protocol import Drawn, Sampler, SamplerError, Text, asked_with
+from gvpo_core.training.policy.ranks import agree, attempt, highest
+from gvpo_core.training.samplers.http import sleep
+from gvpo_core.training.samplers.protocol import (
+    AGAIN,
+    LOST_WEIGHTS,
+    OTHER_WEIGHTS,
+    Drawn,
+    Sampler,
+    SamplerError,
+    Text,
+    asked_with,
+)
 from gvpo_core.training.sampling import Sampling
+
+_LONGEST = 5.0  # seconds between two draws of which nothing comes
 
 
 def draw_elsewhere(
@@ -25,12 +38,16 @@ def draw_elsewhere(
 ) -> tuple[list[list[Response]], dict[str, float]]:
     """What the sampler gives to this rank's prompts; every rank calls.
 
+    A sampler with `retry` (see `protocol.AGAIN`) is asked again until its `deadline` where nothing came that may come
+    later, or where it had other weights.
+
     Args:
       prompts, tokens: each prompt as the data has it, and its token ids.
       all_lost: accept that no response comes.
     Returns: responses of each prompt, and metrics.
-    Raises: SamplerError: on every rank, where it gives more than was asked for, nothing on all ranks, or a response
-      whose end contradicts `finished`. ConfigError: tokens that the policy does not have.
+    Raises: SamplerError: on every rank, where it gives more than was asked for, nothing on all ranks, a response whose
+      end contradicts `finished`, or responses of other weights until the deadline. ConfigError: tokens that the
+      policy does not have.
     """
 
     def work() -> Sequence[Sequence[Response | Text]]:
@@ -40,22 +57,59 @@ def draw_elsewhere(
             raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")
         return drawn
 
-    given = attempt(policy, work, kind=SamplerError)
-    assert given is not None  # every rank samples
-    tokenizer = _Tokenizer(policy, sampling.max_tokens)
-    drawn = [tokenizer.responses(prompt, many) for prompt, many in zip(prompts, given, strict=True)]
-    attempt(policy, lambda: _check(policy, [r for many in drawn for r in many]), kind=ConfigError)
-    counts = policy.gather(np.asarray([[sum(map(len, drawn)), tokenizer.texts, tokenizer.others]])).sum(axis=0)
     total = int(policy.gather(np.asarray([sum(map(len, seeds))])).sum())
-    if not counts[0] and not all_lost:
+    again = _Again(policy, sampler)
+    while True:
+        given = attempt(policy, work, kind=SamplerError)
+        assert given is not None  # every rank samples
+        tokenizer = _Tokenizer(policy, sampling.max_tokens)
+        drawn = [tokenizer.responses(prompt, many) for prompt, many in zip(prompts, given, strict=True)]
+        attempt(policy, lambda drawn=drawn: _check(policy, [r for many in drawn for r in many]), kind=ConfigError)  # type: ignore[misc]
+        counts = policy.gather(np.asarray([[sum(map(len, drawn)), tokenizer.texts, tokenizer.others]])).sum(axis=0)
+        if not total or not again.wanted(asked=bool(tokens), nothing=not counts[0]):
+            break
+    if again.other_weights or (not counts[0] and not all_lost):
         reasons = dict.fromkeys([*getattr(sampler, "failures", ()), *tokenizer.failures])
+        of = " of the weights that were sent" if again.other_weights else ""
         agree(
             policy,
-            SamplerError("; ".join([f"the sampler gave none of {total} responses", *[*reasons][:3]])),
+            SamplerError("; ".join([f"the sampler gave none of {total} responses{of}", *[*reasons][:3]])),
             SamplerError,
         )
     metrics = {"responses/lost": float(total - counts[0])}
     return drawn, metrics | ({"sampler/retokenized": int(counts[2])} if counts[1] else {})
+
+
+class _Again:
+    """Whether a sampler is to draw once more; every rank calls."""
+
+    def __init__(self, policy: Policy, sampler: Sampler) -> None:
+        self._policy, self._sampler = policy, sampler
+        self._until, self._number = time.monotonic() + getattr(sampler, "deadline", 0.0), 0
+        self.other_weights = False  # the responses are not those that were asked for, and the time is over
+
+    def wanted(self, *, asked: bool, nothing: bool) -> bool:
+        """Also sends the weights again where the sampler has lost them, and waits where nothing came.
+
+        Args:
+          asked: whether this rank had prompts.
+          nothing: whether no rank got a response.
+        """
+        policy, sampler = self._policy, self._sampler
+        need = highest(policy, int(getattr(sampler, "retry", 0)) if asked else 0)
+        if need < OTHER_WEIGHTS and not (nothing and need == AGAIN):
+            return False
+        if highest(policy, int(time.monotonic() > self._until)):
+            self.other_weights = need >= OTHER_WEIGHTS
+            return False
+        self._number += 1
+        if need == LOST_WEIGHTS:
+            sampler.send_again(policy)  # type: ignore[attr-defined]
+        else:
+            seconds = min(0.05 * 2.0**self._number, _LONGEST)
+            stopping = getattr(sampler, "stopping", bool)
+            attempt(policy, lambda: sleep(seconds, stopping), kind=SamplerError)
+        return True
 
 
 class _Tokenizer:

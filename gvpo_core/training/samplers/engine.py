@@ -1,8 +1,9 @@
 """An inference engine behind HTTP as the sampler."""
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -16,12 +17,15 @@ from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.policy.ranks import attempt
 from gvpo_core.training.samplers.completions import Interface, OpenAI
 from gvpo_core.training.samplers.http import Clock, Failed, Server
-from gvpo_core.training.samplers.protocol import SamplerError, Text
+from gvpo_core.training.samplers.protocol import AGAIN, LOST_WEIGHTS, OTHER_WEIGHTS, SamplerError, Text
 from gvpo_core.training.samplers.sglang import SGLang, refuse_other_model
 from gvpo_core.training.samplers.transfer import Transfer, cache_is_empty
-from gvpo_core.training.samplers.weights import SGLANG, VLLM, WeightFolder
+from gvpo_core.training.samplers.weights import NAMES, SGLANG, VLLM, Unknown, WeightFolder
 from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
+
+_log = logging.getLogger("gvpo")
+_AT_THE_END = 10.0  # seconds for a server to wake up
 
 
 @dataclass(eq=False)
@@ -32,6 +36,8 @@ class _Asked:
     version: int | None  # of the weights under that name
     clock: Clock
     failures: list[str] = field(default_factory=list)
+    again: bool = False  # a failure may pass
+    other_weights: bool = False  # the server no longer has these
     work: list[list["Future[list[Response | Text]]"]] = field(default_factory=list)  # requests of each prompt
 
 
@@ -39,8 +45,10 @@ class Engine:
     """Draws responses from POST {url}/v1/completions or /v1/chat/completions: a request a prompt; of text, a response.
     From SGLang's own endpoint, {url}/generate: a request a response.
 
-    A request that fails (refused, too slow, 429, 5xx, an answer that is not JSON or of another model) is repeated
-    with growing pauses. Responses that do not come are lost, and their groups are smaller.
+    A request that fails (too slow, 500, an answer that is not JSON or of another model) is repeated with growing
+    pauses. Responses that do not come are lost, and their groups are smaller. A server that is away (refused, reset,
+    429, 502 to 504) is waited for until the deadline, and so is one that gives nothing at all or does not load the
+    weights. Where it comes back without the weights they are sent again, and what it drew without them is drawn again.
 
     Without `weights` the engine keeps those that it was started with.
     """
@@ -58,6 +66,7 @@ class Engine:
         listen: str = "",
         sleep: bool = False,
         gap_tolerance: float | None = None,
+        gap_every: int = 0,
         concurrency: int = 16,
         deadline: float = 600.0,
         tries: int = 4,
@@ -80,10 +89,12 @@ class Engine:
           listen: HOST or HOST:PORT at which the server reaches the main rank, for nccl and tcp. Empty: found.
           sleep: whether vLLM's server sleeps from the end of `generate` to the next `refresh` or `generate`: its
             weights are in the host's memory, and its cache of keys and values is freed. In a run of one process.
-          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `check_gap`.
+          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `GapCheck`.
+          gap_every: steps between two comparisons. 0: 1; with rollout.ahead and no gap_tolerance 20.
           concurrency: requests at a time.
-          deadline: seconds that the responses of one step may take; later ones are lost.
-          tries: requests for a prompt, the first one included.
+          deadline: seconds that the responses of one step may take; later ones are lost. Also the seconds for which a
+            server may be away.
+          tries: requests for a prompt, the first one included, while the server is there.
           pause: seconds before the second try; twice as long before each further one.
           api_key: "$NAME", the environment variable that holds the key of the server. The key is written nowhere.
           omit: fields that the server rejects and requests leave out, as top_k. Its own default then applies.
@@ -101,6 +112,7 @@ class Engine:
             listen=listen,
             sleep=sleep,
             gap_tolerance=gap_tolerance,
+            gap_every=gap_every,
             concurrency=concurrency,
             deadline=deadline,
             tries=tries,
@@ -112,7 +124,7 @@ class Engine:
         if wrong := [message for _, message in wrong_engine(given)]:
             raise ConfigError("\n".join(wrong))
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
-        self.kind, self.weights = kind, weights
+        self.kind, self.weights, self.gap_every = kind, weights, gap_every
         self.tokens = tokens
         own = kind == "sglang"
         self._interface: Interface = (
@@ -125,6 +137,8 @@ class Engine:
         self.served = "" if own else model  # name to ask for: each version of adapters has its own
         self.version: int | None = None  # of the engine's weights: steps taken
         self.failures: list[str] = []  # why responses of the newest `generate` were lost
+        self.retry = 0  # see `protocol.AGAIN`
+        self._newest = 0  # version of the newest `refresh`
         self._server = Server(url, tries=tries, pause=pause, api_key=api_key)
         self._concurrency = concurrency
         self._workers: Workers[list[Response | Text]] | None = None
@@ -177,7 +191,7 @@ class Engine:
     ) -> Callable[[], list[list[Response | Text]]]:
         """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
         if self.kind == "sglang" and self._workers is None and self.weights != "model":  # else its own was sent
-            told = self._server.told("/get_model_info", time.monotonic() + min(self.deadline, 10.0))
+            told = self._server.told("/get_model_info", time.monotonic() + self.deadline)
             refuse_other_model(told, self.model, self.url)
         self._wake()
         self._workers = self._workers or Workers(self._concurrency)
@@ -191,19 +205,53 @@ class Engine:
     def _take(self, asked: _Asked) -> list[list[Response | Text]]:
         """Waits for responses until the deadline."""
         every = [future for of_prompt in asked.work for future in of_prompt]
-        late = wait(every, timeout=asked.clock.left()).not_done if every else set()
+        late = wait(every, asked.clock.left(), FIRST_EXCEPTION).not_done if every else set()
         for future in late:
             future.cancel()
         if late:
             asked.failures.append(f"no answer within {self.deadline:g} s")
         self._asked.remove(asked)
         self.failures = asked.failures
-        if self._transfer is not None and asked.version == self.version:
-            self._transfer.check()
+        drawn = [[r for future in row if future not in late for r in future.result()] for row in asked.work]
+        if asked.version == self.version:
+            self._see_weights(asked)
         if self._sleeps and not self._asked:
             self._command("/sleep?level=1", {}, "the server does not sleep")
             self._awake = False
-        return [[r for future in row if future not in late for r in future.result()] for row in asked.work]
+        self.retry = AGAIN if asked.again else 0
+        if asked.other_weights:
+            newest = asked.version == self.version and asked.served == self.served
+            self.retry = LOST_WEIGHTS if newest else OTHER_WEIGHTS
+            return [[] for _ in asked.work]
+        return drawn
+
+    def _see_weights(self, *every: _Asked) -> None:
+        """Notes that what was asked for had other weights, where the server tells which it has.
+
+        It loses them when it is started again.
+        """
+        kept = self._transfer or self._weights
+        if kept is None or not kept.named or not every:
+            return
+        version = self._server.told(NAMES, time.monotonic() + self.deadline).get("weight_version")
+        if version in (None, kept.named):
+            return
+        for asked in every:
+            asked.other_weights = True
+            asked.failures.append(
+                f"{self.url} has the weights {version!r}; sent were {kept.named!r}: it was started again, or another"
+                " run sends to it"
+            )
+
+    def send_again(self, policy: Policy) -> None:
+        """Sends the policy's weights to a server that has lost them; every rank calls. Raises as `refresh`."""
+        _log.warning(
+            "%s; the weights are sent again", next(reversed(self.failures), "another rank's server lacks them")
+        )
+        self.version = None
+        if self._transfer is not None:
+            self._transfer.close()  # the connection of before
+        self.refresh(policy, self._newest)
 
     def refresh(self, policy: Policy, version: int) -> None:
         """Sends the policy's weights, where `weights` says so and the engine lacks this version; every rank calls.
@@ -212,7 +260,7 @@ class Engine:
 
         Raises: SamplerError: the server did not load them, after all tries.
         """
-        self._policy = policy
+        self._policy, self._newest = policy, version
         if self._sleeps and policy.world_size > 1:
             raise ConfigError(
                 f"engine.sleep = true, and the run has {policy.world_size} processes: one would put the server to sleep"
@@ -224,41 +272,66 @@ class Engine:
         if self.weights == "model":  # the server has one copy
             for asked in self._asked:
                 wait([f for row in asked.work for f in row], timeout=asked.clock.left() if asked.work else 0)
+            if self.version is not None:  # as on the other ranks
+                attempt(policy, lambda: self._see_weights(*self._asked), kind=SamplerError)
         in_use = {asked.served for asked in self._asked}
         if self._transfer is not None:
-            if in_use:
-                attempt(policy, self._transfer.check, kind=SamplerError)
             self.version = None  # until all of it is there
             self._transfer.send(policy, version)
         elif self._weights is not None:
-            self.served = self._weights.send(policy, version, self.model, self._command, in_use)
+            self.served = self._weights.send(
+                policy, version, self.model, self._command, self._told, seconds=self.deadline, in_use=in_use
+            )
         self.version = version
 
-    def _command(self, path: str, body: dict[str, Any], failed: str = "the weights were not loaded") -> None:
-        """POST of a command. Raises: SamplerError: its status, or the prefix cache was not emptied."""
-        try:
-            self._server.asked(path, body, time.monotonic() + self.deadline, cache_is_empty)
-        except Failed as e:
-            raise SamplerError(f"{failed} ({path}): {e}") from e
+    @property
+    def stopping(self) -> Callable[[], bool]:
+        """See `Sampler`."""
+        return self._server.stopping
 
-    def _wake(self) -> None:
+    @stopping.setter
+    def stopping(self, stopping: Callable[[], bool]) -> None:
+        self._server.stopping = stopping
+        if self._transfer is not None:
+            self._transfer.heed(stopping)
+
+    def _told(self, path: str) -> dict[str, Any]:
+        return self._server.told(path, time.monotonic() + self.deadline)
+
+    def _command(
+        self, path: str, body: dict[str, Any], failed: str = "the weights were not loaded", *, patient: bool = True
+    ) -> None:
+        """POST of a command, repeated until the deadline where it may help.
+
+        Args:
+          patient: whether it may take longer than a few seconds.
+        Raises: SamplerError: its status, or the prefix cache was not emptied.
+        """
+        until = time.monotonic() + (self.deadline if patient else min(self.deadline, _AT_THE_END))
+        try:
+            self._server.asked(path, body, until, cache_is_empty, patient=patient)
+        except Failed as e:
+            kind = Unknown if e.status in (404, 405) else SamplerError
+            raise kind(f"{failed} ({path}): {e}") from e
+
+    def _wake(self, *, patient: bool = True) -> None:
         if self._awake:
             return
         if (release := getattr(self._policy, "release_memory", None)) is not None:
             release()
-        self._command("/wake_up", {}, "the server does not wake up")
+        self._command("/wake_up", {}, "the server does not wake up", patient=patient)
         self._awake = True
 
     def close(self) -> None:
         """Drops the requests that have not begun, and wakes the server. A later run sends its weights again."""
         with suppress(SamplerError):
-            self._wake()
+            self._wake(patient=False)
         self._awake = not self._sleeps
         if self._transfer is not None:
             self._transfer.close()
         if self._workers is not None:
             self._workers.close()
-        self._workers, self._asked, self.version = None, [], None
+        self._workers, self._asked, self.version, self.stopping = None, [], None, bool
 
     def _draw(self, asked: _Asked, body: dict[str, Any]) -> list[Response | Text]:
         """The responses of one request; none where it fails for good."""
@@ -267,6 +340,8 @@ class Engine:
             choices = self._server.asked(self._interface.path, body, asked.clock.start(), read)
         except Failed as e:
             asked.failures.append(str(e))
+            asked.again |= e.again
+            asked.other_weights |= e.other_weights or self._lacks_adapters(e, asked)
             return []
         drawn: list[Response | Text] = []
         for choice in choices[: body.get("n", 1)]:
@@ -275,3 +350,7 @@ class Engine:
             except Failed as e:
                 asked.failures.append(str(e))
         return drawn
+
+    def _lacks_adapters(self, error: Failed, asked: _Asked) -> bool:
+        """Whether a refusal names the version that was asked for: a server that was started again has none."""
+        return self.weights == "adapters" and error.status in (400, 404) and asked.served in str(error)

@@ -41,6 +41,7 @@ class VLLM:
         dtype: str = "float32",
         folder: str | Path = "",
         gap_tolerance: float | None = None,
+        gap_every: int = 0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         """
@@ -48,7 +49,8 @@ class VLLM:
           model: the folder that the policy was loaded from.
           dtype: of the engine's weights and products.
           folder: for weights of a policy without `tensors`. Empty: a temporary folder.
-          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `check_gap`.
+          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `GapCheck`.
+          gap_every: steps between two comparisons. 0: each step.
           options: further arguments of `LLM`, as gpu_memory_utilization.
         Raises: ConfigError: vLLM is missing, or it does not start with this model and these options.
         """
@@ -59,7 +61,8 @@ class VLLM:
             from vllm.platforms import current_platform
         except ImportError as error:
             raise ConfigError(_MISSING) from error
-        self.gap_tolerance, self.failures = gap_tolerance, list[str]()
+        self.gap_tolerance, self.gap_every, self.failures = gap_tolerance, gap_every, list[str]()
+        self.dtype = str((options or {}).get("dtype", dtype))
         self.version: int | None = None  # of the engine's weights: steps taken
         self._platform, self._parameters, self._version = (
             current_platform,

@@ -93,6 +93,7 @@ def _made(config: Config, policy: Policy) -> Any:
                 dtype=policy.describe().dtype,
                 folder=config.engine.folder,
                 gap_tolerance=config.engine.gap_tolerance,
+                gap_every=config.engine.gap_every,
                 options={"trust_remote_code": config.model.trust_remote_code} | config.engine.options,
             )
         names = (f.name for f in dataclasses.fields(config.engine) if f.name != "options")

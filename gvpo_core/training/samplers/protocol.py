@@ -1,6 +1,6 @@
 """The `Sampler` protocol, the responses of a sampler, and the check of its log-probabilities against the policy's."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -13,6 +13,31 @@ from gvpo_core.training.sampling import Sampling
 
 class SamplerError(RuntimeError):
     """A sampler that gave nothing usable, or whose weights are not the policy's; the message says which."""
+
+
+class Stopped(SamplerError):
+    """The run was asked to stop while its sampler waited for a server: the step is not taken."""
+
+    def __init__(self) -> None:
+        super().__init__(_STOPPED)
+
+
+_STOPPED = "asked to stop while the server is away"
+
+
+@contextmanager
+def without_stop() -> Iterator[None]:
+    """Ends its block where `Stopped` is raised, on this rank or on another one."""
+    try:
+        yield
+    except SamplerError as error:
+        if str(error) != _STOPPED:
+            raise
+
+
+AGAIN, OTHER_WEIGHTS, LOST_WEIGHTS = 1, 2, 3
+"""Values of a sampler's `retry` after `generate`: a failure may pass; the responses were drawn with other weights than
+they were asked for, and none is given; the same, and the server lacks the newest weights. 0: nothing of the kind."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +70,11 @@ class Sampler(Protocol):
     """Draws responses instead of the policy. A class may leave out `refresh` and `close`.
 
     Attribute `gap_tolerance`, where there is one: largest difference between `Drawn.logprob` and the policy's own
-    log-probability, nats a token; a response beyond it stops the run. Attribute `messages`, where it is True:
-    `generate` gets the prompts as the data has them, chat messages or text, instead of token ids.
+    log-probability, nats a token; a response beyond it stops the run. `gap_every`: steps between two comparisons.
+    `dtype`: of the sampler's products; see `GapCheck`. Attribute `messages`, where it is True:
+    `generate` gets the prompts as the data has them, chat messages or text, instead of token ids. Attribute `stopping`,
+    where there is one: the run sets it to a function that tells whether it was asked to stop; a `generate` or `refresh`
+    that waits for a server then raises `Stopped`.
     """
 
     def generate(self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
@@ -84,6 +112,12 @@ def refresh(sampler: object, policy: Policy, version: int) -> None:
         method(policy, version)
 
 
+def heed(sampler: object, stopping: Callable[[], bool]) -> None:
+    """Tells a sampler that has `stopping` how to hear that the run was asked to stop."""
+    if hasattr(sampler, "stopping"):
+        sampler.stopping = stopping
+
+
 @contextmanager
 def closing(sampler: object) -> Iterator[None]:
     """Calls the sampler's `close` at the end."""
@@ -99,69 +133,7 @@ def close(sampler: object) -> None:
         method()
 
 
-MEAN_GAP = 0.25
-"""Nats a token between a sampler and the policy whose weights it has: ten times what 16 bits explain."""
-
-
 def staleness(responses: Sequence[Response], version: int) -> np.ndarray:
     """(N,) float64: steps that a policy of `version` has taken since the weights of each response; NaN = unknown."""
     versions = [r.version if isinstance(r, Drawn) else None for r in responses]
     return np.asarray([np.nan if v is None else version - v for v in versions], np.float64)
-
-
-def gaps(sampler_logprobs: np.ndarray, logprobs: np.ndarray, lengths: np.ndarray) -> np.ndarray:
-    """|sampler - policy| of the log-probabilities, nats a token, of the responses that have both.
-
-    Args:
-      sampler_logprobs: (N,) nats, sum over the tokens; NaN = unknown.
-      logprobs: (N,) nats, of the policy; NaN = not scored.
-      lengths: (N,) tokens.
-    Returns: (M,) with M <= N.
-    """
-    gap = np.abs(np.asarray(sampler_logprobs) - np.asarray(logprobs)) / np.asarray(lengths)
-    known: np.ndarray = gap[~np.isnan(gap)]
-    return known
-
-
-def check_gap(
-    sampler_logprobs: np.ndarray | None,
-    logprobs: np.ndarray,
-    lengths: np.ndarray,
-    tolerance: float | None,
-    stale: np.ndarray | None = None,
-) -> None:
-    """Raises: SamplerError: a tolerance, nats a token, and a gap beyond it, or no log-probability to compare.
-
-    Without a tolerance, responses of the policy's present weights, by their `Drawn.version`, must have a mean gap of at
-    most `MEAN_GAP`. For the other arguments see `gaps`; None: no response has a log-probability of its sampler.
-
-    Args:
-      stale: (N,) of `staleness`; None: not known, and nothing is compared without a tolerance.
-    """
-    if tolerance is None:
-        if sampler_logprobs is not None and stale is not None:
-            fresh = np.where(stale == 0, sampler_logprobs, np.nan)
-            _check_mean(gaps(fresh, logprobs, lengths))
-        return
-    gap = np.zeros(0) if sampler_logprobs is None else gaps(sampler_logprobs, logprobs, lengths)
-    if not gap.size:
-        raise SamplerError(
-            "gap_tolerance is set, but no response of the step has its sampler's log-probability (Drawn.logprob), so"
-            " nothing was compared"
-        )
-    if gap.max() > tolerance:
-        raise SamplerError(
-            f"the sampler's log-probabilities differ from the policy's by up to {gap.max():.3g} nats a token; at most"
-            f" {tolerance:g} is allowed (gap_tolerance): its weights are old or partly updated, its prefix cache is"
-            " stale, or it computes in another precision"
-        )
-
-
-def _check_mean(gap: np.ndarray) -> None:
-    if gap.size and gap.mean() > MEAN_GAP:
-        raise SamplerError(
-            f"the sampler says that it has the policy's weights, and their log-probabilities differ by {gap.mean():.3g}"
-            f" nats a token on average; at most {MEAN_GAP:g} is allowed: its weights are old or partly updated, its"
-            " prefix cache is stale, or it serves another model. Where one of the two computes in few bits, set"
-            " gap_tolerance, which replaces this check"
-        )

@@ -74,7 +74,11 @@ class SGLang:
             raise Failed(f"{self.url} answers without meta_info", again=True)
         version = answer["meta_info"].get("weight_version")
         if self.weights == "model" and version != served:
-            raise Failed(f"{self.url} answers with the weights {version!r}; asked for {served!r}", again=True)
+            raise Failed(
+                f"{self.url} answers with the weights {version!r}; asked for {served!r}",
+                again=True,
+                other_weights=True,
+            )
         return [answer]
 
     def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn:

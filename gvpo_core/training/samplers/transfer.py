@@ -5,7 +5,7 @@ HTTP says what comes and when, a `Channel` of the policy's framework carries it.
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -15,7 +15,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.policy.ranks import agree
+from gvpo_core.training.policy.ranks import agree, attempt
 from gvpo_core.training.samplers.channels import Channel, Named, Part, own_address
 from gvpo_core.training.samplers.http import Failed, Server
 from gvpo_core.training.samplers.protocol import SamplerError
@@ -27,6 +27,7 @@ INCOMPLETE = "incomplete"
 """The server's version of weights from the start of an update to its end."""
 _LOOK_EVERY = 0.01  # seconds
 _RESUME = 30.0  # seconds
+_SHORTEST, _LONGEST = 0.05, 5.0  # seconds between two looks for a server that is away
 _LAST_WORDS = 5.0  # seconds in which a request whose part was not carried may still say why
 
 
@@ -40,13 +41,13 @@ class Transfer:
         Args:
           kind: what carries the tensors.
           listen: address at which the server's workers reach the main rank; see `own_address`.
-          tries: updates that may fail before `send` raises, the first one included.
+          tries: updates that may fail before `send` raises, the first one included, while the server is there.
           pause: seconds before the second try; twice as long before each further one.
-          deadline: seconds that one update may take.
+          deadline: seconds that one update may take, and that a server may be away.
         """
         self.kind, self._listen = kind, listen
         self._tries, self._pause, self._deadline = tries, pause, deadline
-        self._server = Server(url, tries=1, pause=pause, api_key=api_key)
+        self._server = Server(url, tries=1, pause=pause, api_key=api_key, waits=False)
         self._run = 0  # in the names of versions, on all ranks
         self._channel: Channel | None = None
         self._name = ""  # of the newest version that the server has whole
@@ -68,19 +69,33 @@ class Transfer:
         if not self._run:
             self._run = int(policy.gather(np.array([time.time_ns()] if policy.rank == 0 else [], dtype=np.int64))[0])
         self._name, name, number = INCOMPLETE, f"{self._run}-{version}", 0
+        until, waited = time.monotonic() + self._deadline, 0
         while True:
-            number += 1
             failed = self._try(policy, name)
-            again = failed is not None and failed.again and number < self._tries
+            away = failed is not None and failed.away and time.monotonic() < until
+            number, waited = number + (not away), waited + away
+            again = failed is not None and failed.again and (away or number < self._tries)
             told = policy.gather(np.array([failed is not None, again] if policy.rank == 0 else [], dtype=np.int64))
             if not told[0]:
                 self._name = name
+                self._server.there()
                 return
             if not told[1]:
-                tries = "" if number == 1 else f", tried {number} times"
+                tries = "" if number + waited == 1 else f", tried {number + waited} times"
                 error = SamplerError(f"the weights were not sent by {self.kind}{tries}: {failed}") if failed else None
                 agree(policy, error, SamplerError)
-            time.sleep(self._pause * 2 ** (number - 1))
+            wait = partial(self._wait, failed, self._pause * 2.0 ** min(number + waited - 1, 60), until)
+            attempt(policy, wait, main_only=True, kind=SamplerError)
+
+    def _wait(self, failed: Failed | None, seconds: float, until: float) -> None:
+        if failed is not None and failed.away:
+            self._server.wait(failed, min(max(seconds, _SHORTEST), _LONGEST), until)
+        else:
+            time.sleep(seconds)
+
+    def heed(self, stopping: Callable[[], bool]) -> None:
+        """See `Sampler.stopping`."""
+        self._server.stopping = stopping
 
     def _try(self, policy: Any, name: str) -> Failed | None:
         """One update. Returns: why it failed, on the main rank."""
@@ -193,23 +208,15 @@ class Transfer:
                 f' \'{{"backend": "{self.kind}"}}\'',
                 again=False,
             )
-        return Failed(f"{text} ({path})", again=error.again)
+        return Failed(f"{text} ({path})", again=error.again, away=error.away)
 
     def _late(self) -> Failed:
         return Failed(f"{self._server.url} did not take the weights within {self._deadline:g} s", again=False)
 
-    def check(self) -> None:
-        """Raises: SamplerError: the server says that it has other weights than those sent last."""
-        self._until = time.monotonic() + self._deadline
-        try:
-            version = self._read("/weight_info", "weight_version")
-        except Failed:  # whatever it gave was drawn before
-            return
-        if version != self._name:
-            raise SamplerError(
-                f"{self._server.url} has the weights {version!r}; sent were {self._name!r}: it was started again, or"
-                " another run sends to it"
-            )
+    @property
+    def named(self) -> str:
+        """The version that the server should tell."""
+        return self._name
 
     def close(self) -> None:
         """Ends the connection. A later `send` makes a new one."""

@@ -4,6 +4,7 @@ Each version gets a new folder: servers map files into memory, and one written a
 """
 
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -16,10 +17,17 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.policy.ranks import attempt
+from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.samplers.protocol import SamplerError
 
+_log = logging.getLogger("gvpo")
 Post = Callable[[str, dict[str, Any]], None]  # a path of the server, and the body; raises SamplerError
+Told = Callable[[str], dict[str, Any]]
+NAMES = "/weight_info"  # where vLLM tells the name of its weights, which it forgets when it is started again
+
+
+class Unknown(SamplerError):
+    """A server that does not have the command."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +37,7 @@ class Commands:
     load: str  # path of the command that loads adapters
     unload: str
     model: Callable[[str, str], list[tuple[str, dict[str, Any]]]]  # (folder, version) -> the commands, in order
+    name: str = ""  # path of the command that names the weights of a server; empty: `model` does
     by_version: bool = False  # whether it then answers with the version's name
     ties_heads: bool = True  # whether a head that is the embedding is new too
 
@@ -43,7 +52,7 @@ def _from_disk(folder: str, version: str) -> list[tuple[str, dict[str, Any]]]:
     return [("/update_weights_from_disk", body)]
 
 
-VLLM = Commands("/v1/load_lora_adapter", "/v1/unload_lora_adapter", _reload, ties_heads=False)
+VLLM = Commands("/v1/load_lora_adapter", "/v1/unload_lora_adapter", _reload, "/update_weight_version", ties_heads=False)
 SGLANG = Commands("/load_lora_adapter", "/unload_lora_adapter", _from_disk, by_version=True)
 
 
@@ -58,11 +67,24 @@ class WeightFolder:
         """
         self.folder, self.adapters, self.commands = Path(folder), adapters, commands
         self._loaded: list[Path] = []  # newest last
+        self.named = ""  # the newest version, where the server tells it at NAMES
 
-    def send(self, policy: Policy, version: int, model: str, post: Post, in_use: Collection[str] = ()) -> str:
+    def send(
+        self,
+        policy: Policy,
+        version: int,
+        model: str,
+        post: Post,
+        told: Told,
+        *,
+        seconds: float,
+        in_use: Collection[str] = (),
+    ) -> str:
         """Writes the weights and has the server load them; every rank calls.
 
         Args:
+          post, told: to the server, and what it answers to a GET.
+          seconds: in which a server that is started again meanwhile may take them.
           in_use: names of older versions that responses are still drawn with.
         Returns: the name under which the server then answers: of adapters, of SGLang's weights, or the model's.
         Raises: SamplerError: the server did not load them. ConfigError: a model that cannot be sent so.
@@ -71,7 +93,9 @@ class WeightFolder:
         target = self.folder / f"{model.replace('/', '-')}-{int(start[0])}-{version}"
         export = policy.export_adapters if self.adapters else policy.export
         attempt(policy, lambda: export(target), kind=SamplerError, explain=self._unwritten)
-        attempt(policy, lambda: self._load(target, post, in_use), main_only=True, kind=SamplerError)
+        named = attempt(policy, lambda: self._load(target, post, told, seconds), main_only=True, kind=SamplerError)
+        self.named = target.name if highest(policy, int(bool(named))) else ""
+        attempt(policy, lambda: self._forget(post, in_use), main_only=True, kind=SamplerError)
         self._loaded.append(target)
         return target.name if self.adapters or self.commands.by_version else model
 
@@ -80,18 +104,37 @@ class WeightFolder:
             return error
         return SamplerError(f"the weights cannot be written to {self.folder}: {error.strerror or error}")
 
-    def _load(self, target: Path, post: Post, in_use: Collection[str]) -> None:
+    def _load(self, target: Path, post: Post, told: Told, seconds: float) -> bool:
+        """Returns: whether the server tells the name of these weights from now on."""
         if self.adapters:
             post(self.commands.load, {"lora_name": target.name, "lora_path": str(target.resolve())})
-        else:
-            settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
-            if settings.get("tie_word_embeddings") and not self.commands.ties_heads:
-                raise ConfigError(
-                    "the head of the model is its embedding (tie_word_embeddings): vLLM keeps the old head when it"
-                    " reloads such a folder. Train adapters and send them (weights = 'adapters'), or set transfer"
-                )
+            return False
+        settings = json.loads((target / "config.json").read_text(encoding="utf-8"))
+        if settings.get("tie_word_embeddings") and not self.commands.ties_heads:
+            raise ConfigError(
+                "the head of the model is its embedding (tie_word_embeddings): vLLM keeps the old head when it"
+                " reloads such a folder. Train adapters and send them (weights = 'adapters'), or set transfer"
+            )
+        until = time.monotonic() + seconds
+        while True:
+            named = bool(self.commands.name)
+            try:  # first: a server that is started again while it loads forgets the name
+                if named:
+                    post(self.commands.name, {"new_version": target.name})
+            except Unknown:
+                named = False
             for path, body in self.commands.model(str(target.resolve()), target.name):
                 post(path, body)
+            name = told(NAMES).get("weight_version") if named else None
+            if name in (None, target.name):
+                return name is not None
+            lost = f"the weights were not loaded: the server then has {name!r}; it was started again, or another run"
+            if time.monotonic() > until:
+                raise SamplerError(f"{lost} sends to it")
+            _log.warning("%s sends to it; they are sent again", lost)
+
+    def _forget(self, post: Post, in_use: Collection[str]) -> None:
+        """Removes older versions."""
         for old in self._loaded[:-1]:  # the one before stays for requests past their deadline
             if old.name in in_use:
                 continue

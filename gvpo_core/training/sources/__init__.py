@@ -6,14 +6,25 @@ from typing import Any, Protocol
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rollout import Rollout
-from gvpo_core.training.sources.ahead import Ahead
+from gvpo_core.training.sources.ahead import Ahead, gap_check
 from gvpo_core.training.sources.mixed import Mixed
 from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rollout
 from gvpo_core.training.sources.replay import Buffer
 from gvpo_core.training.sources.sampled import Sampled
 from gvpo_core.training.sources.taught import Taught
 
-__all__ = ["Ahead", "Buffer", "Mixed", "Recorded", "Sampled", "Source", "Streamed", "Taught", "recorded_rollout"]
+__all__ = [
+    "Ahead",
+    "Buffer",
+    "Mixed",
+    "Recorded",
+    "Sampled",
+    "Source",
+    "Streamed",
+    "Taught",
+    "gap_check",
+    "recorded_rollout",
+]
 
 
 class Source(Protocol):

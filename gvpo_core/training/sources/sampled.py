@@ -14,6 +14,7 @@ from gvpo_core.training.recorded import Groups
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Requests, Rollout, collect, requests_of
 from gvpo_core.training.samplers import Sampler
+from gvpo_core.training.samplers.gaps import GapCheck
 from gvpo_core.training.samplers.protocol import describe, refresh
 from gvpo_core.training.sampling import CURRICULUM, REDRAW, TRAIN
 from gvpo_core.training.sources.ahead import Ahead
@@ -35,6 +36,7 @@ class Sampled:
     offset: int = 0  # prompts that earlier steps took beyond their number; below 0: fewer
     spreads: dict[int, float] = field(default_factory=dict)  # of the newest rewards, by the prompt's number
     numbers: list[int] = field(default_factory=list)  # of the prompts of the newest step, by group
+    gaps: GapCheck | None = None  # whether the sampler has the policy's weights
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -77,7 +79,8 @@ class Sampled:
         self.numbers = [*self._next(taken, size - len(seen)), *seen]
         sampler = self.sampler
         if self.ahead is not None:
-            sampler = self.ahead.ready(policy, step, partial(self._requests, policy, size), rollout.sampling)
+            requests = partial(self._requests, policy, size)
+            sampler = self.ahead.ready(policy, step, requests, rollout.sampling, self.gaps)
         drawn = self._drawn(policy, self.numbers, (TRAIN, step), version, sampler)
         for attempt in range(rollout.redraws if rollout.equal == "redraw" else 0):
             missing = size - int((~equal_groups(leave_out(drawn, replace(rollout, equal="keep")))).sum())
@@ -92,6 +95,8 @@ class Sampled:
             drawn = replace(drawn, details=drawn.details | {"groups/revisited": len(seen)})
         if rollout.equal == "redraw":
             drawn = replace(drawn, details=drawn.details | {"groups/redrawn": len(self.numbers) - size})
+        if self.gaps is not None and self.ahead is None and self.gaps.due(step):
+            drawn = replace(drawn, gaps=self.gaps)
         return leave_out(drawn, rollout)
 
     def _seen(self, step: int, size: int) -> list[int]:
@@ -141,6 +146,7 @@ class Sampled:
     def state(self) -> dict[str, Any]:
         """What the checkpoint needs to hold; see `Source`."""
         early = {} if self.ahead is None else self.ahead.state()
+        early |= {} if self.gaps is None else self.gaps.state()
         spreads = [[number, spread] for number, spread in self.spreads.items()]
         return early | ({"offset": self.offset} if self.offset else {}) | ({"spreads": spreads} if spreads else {})
 
@@ -149,5 +155,7 @@ class Sampled:
         self.offset = int(state.get("offset", 0))
         known = ((int(number), float(spread)) for number, spread in state.get("spreads", ()))
         self.spreads = {number: spread for number, spread in known if number < len(self.prompts)}
+        if self.gaps is not None:
+            self.gaps.restore(state)
         if self.ahead is not None:
             self.ahead.restore(state)
