@@ -63,6 +63,7 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def processes(mesh: Mesh) -> int:
+    """Number of processes that the mesh's devices belong to."""
     return len({d.process_index for d in mesh.devices.flat})
 
 
@@ -98,10 +99,12 @@ def fitting(mesh: Mesh, axes: tuple[str, ...], size: int) -> str | tuple[str, ..
 
 
 def is_tpu(mesh: Mesh) -> bool:
+    """Whether the mesh's devices are TPUs."""
     return bool(mesh.devices.flat[0].platform == "tpu")
 
 
 def parts(mesh: Mesh, axes: Sequence[str]) -> int:
+    """Number of parts into which these axes split an array."""
     return math.prod(mesh.shape[a] for a in axes)
 
 
@@ -134,10 +137,12 @@ def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:
 
 
 def parameter_shardings(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
+    """Name -> `parameter_sharding`, of all parameters."""
     return {name: parameter_sharding(mesh, name, shape) for name, shape in shapes.items()}
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -155,6 +160,7 @@ def put(values: np.ndarray, mesh: Mesh, axis: int | None = 0) -> jax.Array:
 
 
 def put_all(arrays: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, jax.Array]:
+    """`put` of each array."""
     return {name: put(a, mesh, axis) for name, a in arrays.items()}
 
 

@@ -40,6 +40,7 @@ class Setup:
 
     @property
     def compute(self) -> Any:
+        """The dtype of products."""
         return jnp.dtype(self.dtype)
 
 
@@ -64,14 +65,13 @@ class Tables:
         layers = [spec.each[i] for i in members]
         facts: dict[str, Any] = {"window": jnp.asarray([layer.window for layer in layers], jnp.int32)}
         if len(members) > 1 and len(self.turned) > 1:
-            facts["turned"] = tuple(
-                jnp.stack([self.turned[layer.rope][which] for layer in layers]) for which in range(2)
-            )
+            facts["turned"] = tuple(jnp.stack([self.turned[layer.rope][i] for layer in layers]) for i in range(2))
         if self.inputs is not None:
             facts["inputs"] = jnp.moveaxis(self.inputs[:, :, members.start : members.stop], 2, 0)
         return facts
 
     def of(self, layer: Layer, scanned: Mapping[str, Any]) -> Turned:
+        """Sine and cosine of the layer's RoPE: those of the scanned layer, where layers differ."""
         turned: Turned = scanned.get("turned") or self.turned[layer.rope]
         return turned
 
@@ -84,7 +84,7 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
     """
     states = hidden_states(setup, parameters, adapters, *(rows[n] for n in ("ids", "positions", "segments", "last")))
     chosen = jnp.take_along_axis(states, rows["predict"][..., None], axis=1)
-    head = head_weight(setup, parameters)
+    head = _head_weight(setup, parameters)
     a_device = CHUNK_BYTES.get(setup.mesh.devices.flat[0].platform, DEVICE_CHUNK_BYTES)
     chunk = a_device * setup.mesh.size  # logits are sharded over the whole mesh
     return token_logprobs(
@@ -99,13 +99,13 @@ def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapp
     )
 
 
-def head_weight(setup: Setup, parameters: Parameters) -> Array:
+def _head_weight(setup: Setup, parameters: Parameters) -> Array:
     return parameters[EMBEDDING if setup.spec.tied else HEAD].astype(setup.compute)
 
 
 def logits(setup: Setup, parameters: Parameters, states: Array) -> Array:
     """(..., V) float32 of states after the last norm."""
-    products = product("...h,vh->...v", states, head_weight(setup, parameters), wide=jnp.float32)
+    products = product("...h,vh->...v", states, _head_weight(setup, parameters), wide=jnp.float32)
     return capped(products * setup.spec.logit_scale, setup.spec.logit_cap)
 
 
@@ -190,6 +190,7 @@ def stacks(spec: Spec, parameters: Parameters, adapters: Parameters) -> list[Sta
 
 
 def embed(setup: Setup, parameters: Parameters, ids: Array) -> Array:
+    """(B, T, H) embeddings of token ids (B, T), scaled as the family does."""
     embedded = parameters[EMBEDDING][ids].astype(setup.compute)
     if setup.spec.embedding_scale != 1.0:
         embedded = embedded * jnp.asarray(setup.spec.embedding_scale, setup.compute)
@@ -252,18 +253,18 @@ def block(
         k = rotate(k, turned, family.interleaved)
     mixed = attend(q, k, v)
     attended = linear(setup, layer, "self_attn.o_proj", mixed.reshape(*x.shape[:-1], -1))
-    x = added(setup, x, normed(attended, after))
-    h = feed_forward(setup, kind, layer, normed(x, before_mlp))
-    x = added(setup, x, normed(h, after_mlp))
+    x = _added(setup, x, normed(attended, after))
+    h = _feed_forward(setup, kind, layer, normed(x, before_mlp))
+    x = _added(setup, x, normed(h, after_mlp))
     if inputs is not None:
-        h = activate(setup, linear(setup, layer, "per_layer_input_gate", x)) * inputs
+        h = _activate(setup, linear(setup, layer, "per_layer_input_gate", x)) * inputs
         x = x + norm(setup, linear(setup, layer, "per_layer_projection", h), layer["post_per_layer_input_norm.weight"])
     if family.layer_scalar:  # a constant of the model: not trained
         x = x * lax.stop_gradient(layer["layer_scalar"]).astype(setup.compute)
     return over_batch(setup, x), k, v
 
 
-def added(setup: Setup, x: Array, part: Array) -> Array:
+def _added(setup: Setup, x: Array, part: Array) -> Array:
     scale = setup.spec.residual_scale
     return x + (part if scale == 1.0 else part * scale)
 
@@ -292,7 +293,7 @@ def queries_keys_values(setup: Setup, kind: Layer, layer: Parameters, h: Array) 
     return split["q"], split.get("k"), split.get("v")
 
 
-def feed_forward(setup: Setup, kind: Layer, layer: Parameters, h: Array) -> Array:
+def _feed_forward(setup: Setup, kind: Layer, layer: Parameters, h: Array) -> Array:
     spec = setup.spec
     if kind.sparse:
         return mixture(
@@ -300,17 +301,17 @@ def feed_forward(setup: Setup, kind: Layer, layer: Parameters, h: Array) -> Arra
             h,
             count=spec.experts_a_token,
             normalised=spec.experts_normalised,
-            activate=lambda x: activate(setup, x),
+            activate=lambda x: _activate(setup, x),
             compute=setup.compute,
         )
     if spec.family.fused_mlp:
         gate, up = jnp.split(linear(setup, layer, "mlp.gate_up_proj", h), 2, -1)
     else:
         gate, up = (linear(setup, layer, f"mlp.{name}_proj", h) for name in ("gate", "up"))
-    return linear(setup, layer, "mlp.down_proj", activate(setup, gate) * up)
+    return linear(setup, layer, "mlp.down_proj", _activate(setup, gate) * up)
 
 
-def activate(setup: Setup, x: Array) -> Array:
+def _activate(setup: Setup, x: Array) -> Array:
     if setup.spec.activation in ("silu", "swish"):
         return jax.nn.silu(x)
     return jax.nn.gelu(x, approximate=setup.spec.activation != "gelu")

@@ -60,6 +60,7 @@ class JaxPolicy(LanguageModelPolicy):
 
     @property
     def architecture(self) -> str:
+        """See `LanguageModelPolicy.architecture`."""
         return self.setup.spec.family.architecture
 
     def attend_in_blocks(self) -> None:
@@ -129,12 +130,12 @@ class JaxPolicy(LanguageModelPolicy):
             parameters = self._reference
         return self.scorer.logprobs(batch, self._splitting, parameters, adapters)
 
-    def _cache_tokens(self) -> int:
-        return memory.cache_tokens(self.scorer.sampling)
-
     def _renew_reference(self) -> None:
         with out_of_memory("the reference's adapters" if self.config.lora_rank else "the reference model"):
             self._reference = self.learner.copied(np.float32 if self.config.lora_rank else self.setup.compute)
+
+    def _cache_tokens(self) -> int:
+        return memory.cache_tokens(self.scorer.sampling)
 
     # -- training
 

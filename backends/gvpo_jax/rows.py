@@ -66,6 +66,7 @@ class Rows:
 
     @property
     def shape(self) -> Shape:
+        """(B, T, P): rows, tokens and predicted tokens of a row."""
         return (*self.arrays["ids"].shape, self.arrays["targets"].shape[1])
 
     def sums(self, values: np.ndarray) -> np.ndarray:

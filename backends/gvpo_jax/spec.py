@@ -92,6 +92,7 @@ class Spec:
 
     @property
     def layers(self) -> int:
+        """Number of decoder layers."""
         return len(self.each)
 
     @property
@@ -103,6 +104,7 @@ class Spec:
 
     @property
     def windows(self) -> tuple[int, ...]:
+        """Sliding window of each layer, tokens; 0: none."""
         return tuple(layer.window for layer in self.each)
 
     @property

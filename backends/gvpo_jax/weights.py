@@ -42,9 +42,11 @@ class Files:
         return name in self._found
 
     def names(self) -> set[str]:
+        """Names of all tensors."""
         return set(self._found)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
         return self._found[name].shape
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -121,4 +123,5 @@ def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: An
 
 
 def count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Number of parameters of these shapes."""
     return sum(int(np.prod(shape, dtype=np.int64)) for shape in shapes.values())

@@ -44,10 +44,12 @@ class Scorer:
 
     @property
     def name(self) -> str:
+        """Module and class of the model in mlx-lm."""
         return f"{type(self.lm).__module__.rpartition('.')[2]}.{type(self.lm).__name__}"
 
     @property
     def adapted(self) -> bool:
+        """Whether the model has adapters."""
         return bool(adapted(self.lm))
 
     @property
@@ -148,6 +150,7 @@ def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def global_state_kept() -> Iterator[None]:
+    """Keeps the limit of open files and MLX's random state as they are while mlx-lm loads a model."""
     # mlx-lm lowers the limit of open files when it is imported, and new layers draw from MLX's global stream.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
     key = np.array(mx.random.state[0])

@@ -59,6 +59,7 @@ class MLXPolicy(LanguageModelPolicy):
 
     @property
     def architecture(self) -> str:
+        """See `LanguageModelPolicy.architecture`."""
         return self.scorer.name
 
     def _load(self) -> None:

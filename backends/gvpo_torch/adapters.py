@@ -149,6 +149,7 @@ def merged(lm: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_peft_warnings() -> Iterator[None]:
+    """Silences warnings of peft that do not apply to adapters made here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
         warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted

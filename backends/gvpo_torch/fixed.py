@@ -161,6 +161,7 @@ class FixedRows:
 
     @property
     def slots(self) -> int:
+        """Number of key and value slots of a row."""
         return int(self.bias.shape[3])
 
     def place(self, lines: Tensor, prompts: Prefilled, tokens: Tensor, ends: Tensor) -> None:

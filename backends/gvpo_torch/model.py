@@ -64,6 +64,7 @@ class Scorer(nn.Module):
 
     @property
     def adapted(self) -> bool:
+        """Whether the model has adapters."""
         return hasattr(self.lm, "peft_config")
 
     def inspect_head(self) -> None:

@@ -57,6 +57,7 @@ class TorchPolicy(LanguageModelPolicy):
 
     @property
     def architecture(self) -> str:
+        """See `LanguageModelPolicy.architecture`."""
         return type(self.scorer.base).__name__
 
     def _load(self) -> None:

@@ -169,6 +169,7 @@ class Linear4bit(nn.Linear):
         return _unpacked(self.weight, self.absmax, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        """See torch.nn.Module."""
         product: Tensor = _Product.apply(x, self.weight, self.absmax, self.bias, self.shape, self.dtype)
         return product
 

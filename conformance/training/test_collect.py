@@ -199,4 +199,6 @@ def test_recorded_data_is_not_collected_again(tmp_path, capsys):
 
 def test_collect_without_arguments_prints_its_usage(capsys):
     assert cli.main(["collect"]) == 2 and cli.main(["collect", "--help"]) == 0
-    assert "usage: gvpo collect CONFIG OUT.jsonl" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "usage: gvpo collect CONFIG OUT.jsonl" in out
+    assert "OUT.jsonl.partial" in out and "--data.train OUT.jsonl" in out, "what it writes, and what reads it"

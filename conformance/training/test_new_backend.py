@@ -1,8 +1,12 @@
 """docs/new_backend.md is enough: a backend written from it steps, samples, saves, resumes, exports and trains."""
 
+import ast
+import difflib
 import io
 import json
+import re
 from dataclasses import replace
+from itertools import combinations, pairwise
 from typing import Literal
 
 import numpy as np
@@ -57,9 +61,41 @@ def log_pi(weights: np.ndarray, prompt, response) -> float:
 
 
 def test_every_method_that_a_backend_writes_is_on_the_page() -> None:
-    wanted = {*LanguageModelPolicy.__abstractmethods__, "_read_tokenizer"}
+    wanted = {*LanguageModelPolicy.__abstractmethods__, "_read_tokenizer", "_weights_for_sampling"}
     assert len(wanted) > 8
     assert [name for name in sorted(wanted) if f"`{name}" not in PAGE] == []
+
+
+SPELLED = {"torch": "Torch", "jax": "Jax", "mlx": "MLX"}
+SOURCES = {name: (ROOT / f"backends/gvpo_{name}/policy.py").read_text(encoding="utf-8") for name in SPELLED}
+FIGURES = r"(\d+) lines for torch and JAX, (\d+) for torch and MLX and (\d+) for JAX and MLX"
+
+
+def test_the_diffs_of_policies_are_as_long_as_the_page_says() -> None:
+    """To 15 lines; and of the toy's length, to 10."""
+    lines = {
+        name: source.replace(f"gvpo_{name}", "gvpo_NAME").replace(SPELLED[name], "Name").splitlines()
+        for name, source in SOURCES.items()
+    }
+    (figures,) = re.findall(FIGURES, PAGE.replace("\n", " "))
+    for (one, other), figure in zip(combinations(lines, 2), figures, strict=True):
+        diff = list(difflib.unified_diff(lines[one], lines[other], lineterm="", n=0))[2:]
+        changed = sum(line[0] in "+-" for line in diff)
+        assert abs(changed - int(figure)) <= 15, (one, other, changed)
+    (length,) = re.findall(r"about (\d+) lines, tested by", PAGE.replace("\n", " "))
+    toy = (ROOT / "conformance/support/toy_policy.py").read_text(encoding="utf-8")
+    assert abs(len(toy.splitlines()) - int(length)) <= 10
+
+
+def test_members_that_two_policies_share_come_in_the_same_order() -> None:
+    members = {}
+    for name, source in SOURCES.items():
+        (policy_class,) = (node for node in ast.parse(source).body if isinstance(node, ast.ClassDef))
+        members[name] = [node.name for node in policy_class.body if isinstance(node, ast.FunctionDef)]
+        assert len(members[name]) > 15
+    for one, other in combinations(members.values(), 2):
+        places = [other.index(name) for name in one if name in other]
+        assert all(a < b for a, b in pairwise(places)), [other[i] for i in places]
 
 
 def test_it_has_every_member_of_the_protocol(folder) -> None:

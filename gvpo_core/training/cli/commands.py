@@ -39,6 +39,16 @@ _USAGE = """usage: gvpo COMMAND ...
 gvpo train --help explains every setting. Relative paths are from the working directory.
 """
 
+_COLLECT = """usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]
+
+Samples and scores the groups of run.steps steps with the model as it is, and updates nothing.
+
+  CONFIG      TOML file, as of gvpo train; options override it, and gvpo train --help explains them
+  OUT.jsonl   file to write. It is OUT.jsonl.partial until its last step; the same command resumes it
+
+Train on the file later: gvpo train CONFIG --data.train OUT.jsonl
+"""
+
 _HELP = ("-h", "--help", "help")
 
 
@@ -151,7 +161,7 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
     from gvpo_core.training.policy.load import load_policy
 
     if arguments[:1] in ([], ["-h"], ["--help"]) or len(arguments) < 2 or arguments[1].startswith("-"):
-        say("usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]; gvpo train --help explains the settings")
+        say(_COLLECT.rstrip())
         return 0 if {"-h", "--help"} & {*arguments} else 2
     with ExitStack() as stack:
         opened: list[Inputs] = []

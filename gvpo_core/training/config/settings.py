@@ -165,6 +165,7 @@ class RolloutConfig:
 
     @property
     def sampling(self) -> Sampling:
+        """The settings of sampling alone."""
         return Sampling(self.max_tokens, self.temperature, self.top_p, self.top_k, self.min_p, self.stop)
 
 

@@ -43,7 +43,9 @@ class RanksOfBackend(Protocol):
     world_size: int
     auto_dtype: str  # that model.dtype = "auto" stands for on its device
 
-    def gather(self, values: np.ndarray) -> np.ndarray: ...
+    def gather(self, values: np.ndarray) -> np.ndarray:
+        """See `Policy.gather`."""
+        ...
 
 
 class OneRank:
@@ -55,6 +57,7 @@ class OneRank:
         """Takes any device."""
 
     def gather(self, values: np.ndarray) -> np.ndarray:
+        """The values: there is no other process."""
         return values
 
 
@@ -198,6 +201,7 @@ class LanguageModelPolicy(abc.ABC):
         return text.decode(self.tokenizer, tokens, self._end)
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
+        """See `Policy.prompt_text`."""
         return text.prompt_text(self.tokenizer, tokens, self.config.path)
 
     def encode_responses(

@@ -55,4 +55,5 @@ def write_settings(
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes JSON with an indent of two spaces and a final newline."""
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

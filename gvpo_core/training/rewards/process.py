@@ -103,6 +103,7 @@ class Worker:
 
     @property
     def alive(self) -> bool:
+        """Whether the process runs."""
         return self._process.poll() is None
 
     def ask(self, message: Mapping[str, Any], limit: float, largest: int | None = None) -> Any:

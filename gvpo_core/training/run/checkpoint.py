@@ -45,6 +45,7 @@ class Checkpoint:
 
     @property
     def policy(self) -> Path:
+        """Folder of the policy's own files."""
         return self.directory / "policy"
 
 

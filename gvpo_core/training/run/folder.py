@@ -193,6 +193,7 @@ class RunFolder:
             )
 
     def close(self) -> None:
+        """Releases the folder's lock."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
