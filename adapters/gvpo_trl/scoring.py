@@ -4,7 +4,9 @@ TRL pads prompts on the left and hands over no positions, projects hidden states
 own, and scores in training mode. Each can change a response's log-probability, and with it the step.
 """
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -65,20 +67,14 @@ def check_scores(trainer: Any) -> None:
       row's log-probabilities (not reported for experts in 16 bits, whose rounding depends on the batch), or they
       differ from the row's own.
     """
-    name = type(trainer.accelerator.unwrap_model(trainer.model)).__name__
+    name = name_of(trainer)
     modes = {module: module.training for module in trainer.model.modules()}
     checkpointing = trainer.args.gradient_checkpointing_kwargs
     with torch.no_grad(), disable_gradient_checkpointing(trainer.model, checkpointing), trainer.accelerator.autocast():
         try:
             trainer.model.train()
             before = _random_states(trainer.model)
-            try:
-                scores = _padded_scores(trainer, trainer.model)
-            except (AttributeError, TypeError, KeyError) as e:  # of TRL's, which expects the usual layout of a model
-                raise ValueError(
-                    f"TRL cannot score {name} ({type(e).__name__}: {e}): GVPOTrainer does not train it; `gvpo train`"
-                    ' with run.backend = "torch" may'
-                ) from e
+            scores = _padded_scores(trainer, trainer.model)
             if not all(torch.equal(a, b) for a, b in zip(before, _random_states(trainer.model), strict=True)):
                 raise ValueError(
                     f"{name} draws random numbers in training mode: its weights and gradient would be of two different"
@@ -94,6 +90,27 @@ def check_scores(trainer: Any) -> None:
         if trainer.ref_model is not None:
             scores = _padded_scores(trainer, trainer.ref_model)
             _compare(f"the reference, {name},", scores, trainer, trainer.ref_model)
+
+
+def name_of(trainer: Any) -> str:
+    """The class of the trained model, without what wraps it."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+
+
+@contextlib.contextmanager
+def scoring_by_trl(trainer: Any) -> Iterator[None]:
+    """Around TRL's own scoring, which expects the usual layout of a model.
+
+    Raises: ValueError: TRL cannot score the model, naming it.
+    """
+    try:
+        yield
+    except (AttributeError, TypeError, KeyError) as e:
+        raise ValueError(
+            f"TRL cannot score {name_of(trainer)} ({type(e).__name__}: {e}): GVPOTrainer does not train it;"
+            ' `gvpo train` with run.backend = "torch" may'
+        ) from e
 
 
 def _random_states(model: Any) -> list[Tensor]:

@@ -22,7 +22,7 @@ from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logpro
 from gvpo_core.hosts import at_random
 from gvpo_core.training.rewards import total as scores
 from gvpo_trl.config import GVPOConfig, cannot_sample, cuts_support
-from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_of
+from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_of, scoring_by_trl
 
 _WHOLE = (
     DistributedType.NO,
@@ -165,7 +165,8 @@ class GVPOTrainer(GRPOTrainer):
     ) -> Any:
         if self._rope is not None:
             check_lengths(self._rope, attention_mask)
-        return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **named)
+        with scoring_by_trl(self):
+            return super()._get_per_token_logps_and_entropies(model, input_ids, attention_mask, *args, **named)
 
     @torch.no_grad()
     def _weigh(self, batches: list[dict[str, Any]]) -> None:

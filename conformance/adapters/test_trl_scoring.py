@@ -52,11 +52,23 @@ def test_padding_ids_embedding_is_trained_as_any_other(tmp_path: Path) -> None:
     assert not torch.equal(step[name][space], found["start"][name][space])
 
 
-def test_a_model_that_trl_cannot_score_is_refused_before_training(tmp_path: Path) -> None:
-    """TRL takes Llama 4's model with its head for the backbone: AttributeError at the first step."""
+@pytest.mark.parametrize(
+    ("settings", "sharded"),
+    [(SIZES, False), (SIZES, True), (SIZES | {"lora": True}, False)],
+    ids=["full", "full-sharded", "LoRA"],
+)
+def test_a_model_that_trl_cannot_score_is_refused_before_training(
+    settings: dict, sharded: bool, tmp_path: Path, monkeypatch
+) -> None:
+    """TRL takes Llama 4's model with its head for the backbone: AttributeError at the first step.
+
+    Where parameters are in parts (FSDP, DeepSpeed), only a prepared model computes: the first step finds it out.
+    """
+    if sharded:
+        monkeypatch.setattr("gvpo_trl.trainer._WHOLE", ())
     folder = tiny_models.make_model("llama4_text", tmp_path / "model")
     with pytest.raises(ValueError, match=r"TRL cannot score Llama4ForCausalLM \(AttributeError: "):
-        trl_runs.run(folder, tmp_path / "out", SIZES | {"max_steps": 1})
+        trl_runs.run(folder, tmp_path / "out", settings | {"max_steps": 1})
 
 
 def test_longrope_within_its_original_length_is_exact(tmp_path: Path) -> None:
