@@ -82,8 +82,8 @@ class GVPOTrainer(GRPOTrainer):
     def _check_model(self) -> None:
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
-                f"the processing class is a {type(self.processing_class).__name__}; GVPOTrainer takes text alone: pass"
-                " a model and a tokenizer of text"
+                f"the processing class is a {type(self.processing_class).__name__}; GVPOTrainer takes text only: pass"
+                " a text model and its tokenizer"
             )
         active = at_random(self.model.modules())
         if active:

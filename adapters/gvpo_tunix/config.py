@@ -72,7 +72,7 @@ def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None
             )
     _check_sampling(by_mode[rl_cluster_lib.Mode.TRAIN], config)
     if cluster.cluster_config.rollout_engine != "vanilla":
-        _log.warning("gvpo_tunix was tried with rollout_engine 'vanilla' only")
+        _log.warning("gvpo_tunix was tested with rollout_engine 'vanilla' only")
     if config.beta > 0:
         try:
             cluster.inference_worker.get_model("reference")

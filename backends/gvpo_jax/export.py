@@ -88,7 +88,7 @@ def export_adapters(directory: Path, setup: Setup, learner: Learner, config: Mod
     experts = sorted(name for name in learner.adapters if "#" in name)
     if experts:
         raise ConfigError(
-            f"gvpo_jax cannot write adapters of experts ({experts[0]}) as peft reads them: export the merged model "
+            f"gvpo_jax cannot write adapters of experts ({experts[0]}) in peft's format: export the merged model "
             "instead (without --adapters)"
         )
     gathered, tensors = _gathering(setup), {}

@@ -190,14 +190,16 @@ def _refuse(config: Mapping[str, Any], named: str) -> None:
             f"{family.activation} of {named} is {activation!r}; gvpo_jax knows {', '.join(ACTIVATIONS[:-1])}"
         )
     if config.get("use_bidirectional_attention") not in (None, False, "vision"):
-        raise ConfigError(f"{named} has use_bidirectional_attention: gvpo_jax knows causal attention alone")
+        raise ConfigError(f"{named} has use_bidirectional_attention: gvpo_jax supports causal attention only")
     if config.get("enable_moe_block"):
-        raise ConfigError(f"{named} has enable_moe_block = true; gvpo_jax knows its dense layers alone")
+        raise ConfigError(f"{named} has enable_moe_block = true; gvpo_jax supports its dense layers only")
     if config.get("attn_logit_softcapping") is not None and not family.attention_cap:
         raise ConfigError(f"{named} has attn_logit_softcapping, which transformers ignores in this model")
     other = sorted(set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"})
     if other:
-        raise ConfigError(f"{named} has layers of type {', '.join(other)}; gvpo_jax knows full and sliding attention")
+        raise ConfigError(
+            f"{named} has layers of type {', '.join(other)}; gvpo_jax supports full and sliding attention"
+        )
 
 
 def _experts(config: Mapping[str, Any], family: Family) -> dict[str, Any]:

@@ -31,7 +31,7 @@ def add_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> None:
         for target in config.lora_targets:
             if not any(name == target or name.endswith(f".{target}") for name in keys):
                 raise ConfigError(
-                    f"model.lora_targets has {target!r}, which is no linear layer in the layers of {config.path!r}; it "
+                    f"model.lora_targets has {target!r}, which is not a linear layer of {config.path!r}; it "
                     f"has {', '.join(sorted(names))}"
                 )
     alpha = config.lora_alpha or 2 * config.lora_rank

@@ -45,7 +45,7 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
     if difference is not None:
         raise ConfigError(
             f"log-probs of {scorer.name} differ from its own forward pass by up to {difference:.3g} nat a token: "
-            "it does something to its logits that is not known here, and cannot be trained exactly"
+            "it changes its logits in an unknown way, so it cannot be trained exactly"
         )
     _check_head(scorer)
     log.info("%s: %s", scorer.name, scorer.loaded.compared)
@@ -133,8 +133,8 @@ def _check_head(scorer: Scorer) -> None:
             difference = float(mx.abs(ours - direct).max())
             if not difference <= worst:
                 raise ConfigError(
-                    f"logits of {scorer.name} differ from the model's own by up to {difference:.3g}: it does something "
-                    "to its logits that is not known here, and cannot be trained exactly"
+                    f"logits of {scorer.name} differ from the model's own by up to {difference:.3g}: it changes "
+                    "its logits in an unknown way, so it cannot be trained exactly"
                 )
 
 

@@ -51,7 +51,7 @@ def check(scorer: Scorer) -> bool:
     """
     if _padded_differs(scorer, ((1, 2, 3), (5, 6, 7))):
         raise ConfigError(
-            f"{scorer.name} of mlx-lm decodes with its cache otherwise than without: it cannot be sampled"
+            f"{scorer.name} of mlx-lm decodes differently with its cache and without: it cannot be sampled"
         )
     return _takes_padding(scorer) and not _padded_differs(scorer, ((1, 2), (3, 4, 5, 6)))
 

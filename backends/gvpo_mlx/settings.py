@@ -105,8 +105,8 @@ def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> di
     every = full.index(True) + 1 if any(full) else len(full) + 1
     if not any(full) or full != [(i + 1) % every == 0 for i in range(len(full))]:
         raise ConfigError(
-            f"layer_types of {config['model_type']} is {', '.join(kinds)}; mlx-lm's model knows patterns alone whose "
-            "every n-th layer is full_attention: its log-probs would be wrong"
+            f"layer_types of {config['model_type']} is {', '.join(kinds)}; mlx-lm's model supports only patterns "
+            "whose every n-th layer is full_attention: its log-probs would be wrong"
         )
     return {name: every}
 

@@ -65,7 +65,7 @@ def compare(written: Mapping[str, Any], path: str) -> str:
         return f"not compared with transformers: {reason}"
     if not difference <= WORST:
         raise ConfigError(
-            f"mlx-lm computes model.path {path!r} otherwise than transformers: log-probs of a tiny model with its "
+            f"mlx-lm computes model.path {path!r} differently from transformers: log-probs of a tiny model with its "
             f"settings differ by up to {difference:.2g} nat a token. gvpo_torch takes it"
         )
     return f"a tiny twin agrees with transformers within {difference:.0e} nat a token"

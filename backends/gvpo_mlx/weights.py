@@ -99,7 +99,7 @@ class Origin:
                 )
             what = "drops a part of" if least == 0.0 else f"multiplies by {most:g} or reads {most:g} times"
             raise ConfigError(
-                f"mlx-lm's {kind} {what} {name} when it loads the file: a step of it is not a step of the model. "
+                f"mlx-lm's {kind} {what} {name} when it loads the file: its steps would differ from the model's. "
                 "gvpo_torch takes this model"
             )
 

@@ -43,7 +43,7 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         matching = [name for name, module in called.items() if id(module) in text]
         if not matching:
             raise ConfigError(
-                f"model.lora_targets has {target!r}, which is no layer of {type(lm).__name__}: use all-linear, or "
+                f"model.lora_targets has {target!r}, which is not a layer of {type(lm).__name__}: use all-linear, or "
                 "names of its layers such as q_proj"
             )
         why = next((left_out[name] for name in matching if name in left_out), None)

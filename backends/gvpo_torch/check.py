@@ -79,7 +79,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
         if difference is not None:
             raise ConfigError(
                 f"log-probs of {name} differ from its own forward pass by up to {difference:.3g} nat a token: "
-                "it does something to its logits that is not known here, and cannot be trained exactly"
+                "it changes its logits in an unknown way, so it cannot be trained exactly"
             )
         _check_decoding(scorer, name, batch, plain, device)
         if device.type in FAST:
@@ -236,7 +236,7 @@ def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndar
             return
         differences.append(difference)
     raise ConfigError(
-        f"{name} decodes with a cache otherwise than it scores: log-probs differ by up to {differences[-1]:.3g} nat a "
+        f"{name} decodes with a cache differently from scoring: log-probs differ by up to {differences[-1]:.3g} nat a "
         "token. It cannot be sampled exactly"
     )
 

@@ -56,8 +56,8 @@ def head_options(base: nn.Module, decoder: nn.Module, config: Any) -> dict[str, 
         if float((direct - logits_of(plain * factor, **combined)).abs().max()) <= WITHIN:
             return combined
     raise ConfigError(
-        f"logits of {name} are not its head's products, scaled and capped as its configuration says: it does something "
-        "to them that is not known here, and cannot be trained exactly"
+        f"logits of {name} are not its head's products, scaled and capped as its configuration says: it changes them "
+        "in an unknown way, so it cannot be trained exactly"
     )
 
 

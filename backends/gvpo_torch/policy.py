@@ -63,7 +63,7 @@ class TorchPolicy(LanguageModelPolicy):
     def _load(self) -> None:
         config = self.config
         if config.compile and self.world_size > 1:
-            raise ConfigError(f"model.compile = true and {self.world_size} processes do not go together: leave it out")
+            raise ConfigError(f"model.compile = true and {self.world_size} processes exclude each other: leave it out")
         sharded = self.world_size > 1 and config.sharding == "fsdp"
         self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded, frozen=self.frozen)
         if sharded:

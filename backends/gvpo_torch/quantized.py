@@ -159,7 +159,7 @@ class Linear4bit(nn.Linear):
         most = state.absmax.repeat_interleave(WEIGHT_BLOCK)[: len(flat)] * _FURTHEST
         if not bool(((self.dense.view(-1) - flat).abs() <= most).all()):
             raise ConfigError(
-                f"bitsandbytes does not give back a weight of shape {tuple(weight.shape)} on {weight.device.type}: "
+                f"bitsandbytes does not restore a weight of shape {tuple(weight.shape)} on {weight.device.type}: "
                 "leave model.quantization out"
             )
 

@@ -122,7 +122,7 @@ def decoder_of(base: nn.Module) -> nn.Module:
             inner = getattr(part, "model", None)
         part = inner
         if part is None:
-            raise ConfigError(f"{type(base).__name__} has no decoder apart from its head, which is not supported")
+            raise ConfigError(f"{type(base).__name__} has no decoder separate from its head, which is not supported")
     return part
 
 
@@ -185,7 +185,7 @@ def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, folder: Pat
     if missing:
         raise ConfigError(
             f"model.path {config.path!r} lacks {len(missing)} weights of {type(lm).__name__}, "
-            f"the first {missing[0]}: they would start random"
+            f"the first {missing[0]}: they would be initialised at random"
         )
     unlike = sorted(info.get("mismatched_keys") or ())
     if unlike:

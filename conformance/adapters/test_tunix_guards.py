@@ -301,7 +301,7 @@ def test_grpo_settings_and_other_engines(caplog):
     with pytest.raises(SettingsError, match="algo_config is a GRPOConfig; GVPOLearner takes a GVPOConfig"):
         check_cluster(fake_cluster(), GRPOConfig())
     check_cluster(fake_cluster(engine="vllm"), GVPOConfig())
-    assert "tried with rollout_engine 'vanilla' only" in caplog.text
+    assert "tested with rollout_engine 'vanilla' only" in caplog.text
 
 
 def test_the_learner_asks_for_the_folder(learner):

@@ -74,7 +74,7 @@ def test_a_model_that_decodes_wrongly_is_found_at_load(of_policy, monkeypatch) -
             property(lambda self: mx.zeros(len(self.left_padding), mx.int32), lambda *_: None),
             raising=False,
         )
-        with pytest.raises(ConfigError, match="decodes with its cache otherwise than without"):
+        with pytest.raises(ConfigError, match="decodes differently with its cache and without"):
             generate.check(scorer)
 
 

@@ -161,7 +161,7 @@ def test_targets_of_adapters(llama) -> None:
     assert {name.split(".", 3)[3] for name in parameters(made)} == {
         f"{layer}.lora_{which}" for layer in ("self_attn.q_proj", "mlp.up_proj") for which in "ab"
     }
-    with pytest.raises(ConfigError, match=r"'lm_head', which is no linear layer in the layers of .*; it has mlp.down"):
+    with pytest.raises(ConfigError, match=r"'lm_head', which is not a linear layer of .*; it has mlp.down"):
         policy(llama, lora_rank=2, lora_targets=("lm_head",))
 
 

@@ -187,7 +187,7 @@ def test_a_cap_that_is_not_known_is_found_in_every_dtype(dtype: str, llama, monk
 
     monkeypatch.setattr(mlx_llama.Model, "__call__", capped)
     monkeypatch.setattr("gvpo_mlx.twin.compare", lambda *_: "not compared")
-    with pytest.raises(ConfigError, match="it does something to its logits"):
+    with pytest.raises(ConfigError, match="it changes its logits in an unknown way"):
         policy(llama, dtype=dtype, lora_rank=2)
 
 

@@ -224,5 +224,5 @@ def test_a_model_without_a_decoder_is_refused() -> None:
     class Model(torch.nn.Module):
         get_decoder = lambda self: self
 
-    with pytest.raises(ConfigError, match="Model has no decoder apart from its head, which is not supported"):
+    with pytest.raises(ConfigError, match="Model has no decoder separate from its head, which is not supported"):
         decoder_of(Model())

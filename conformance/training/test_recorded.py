@@ -165,13 +165,13 @@ def test_the_header_says_what_is_read(tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["a_star_po", "grpo", "dr_grpo", "rloo", "gspo", "maxrl"])
 def test_objectives_with_a_ratio_are_refused(name, tmp_path):
-    with pytest.raises(ConfigError, match=rf"objective\.name = '{name}' weighs a response by how much likelier"):
+    with pytest.raises(ConfigError, match=rf"objective\.name = '{name}' compares a response's probability now"):
         run(config_of(tmp_path, objective={"name": name}), groups())
 
 
 def test_sft_on_rejected_responses_is_refused(tmp_path):
     pairs = [{"prompt": p, "chosen": "c", "rejected": "d"} for p in PROMPTS]
-    with pytest.raises(ConfigError, match="imitates every scored response, the rejected too"):
+    with pytest.raises(ConfigError, match="imitates every scored response, also the rejected ones"):
         run(config_of(tmp_path, objective={"name": "sft"}), pairs)
 
 

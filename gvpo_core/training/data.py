@@ -207,7 +207,7 @@ def _part(part: Any, where: str) -> str:
         text: str = part["text"]
         return text
     what = f"of type {kind!r}" if kind else f"{part!r:.60}"
-    raise DataError(f'{where}: a content part {what}; expected text alone, as {{"type": "text", "text": ...}}')
+    raise DataError(f'{where}: a content part {what}; expected text only, as {{"type": "text", "text": ...}}')
 
 
 def encodable(text: str, where: str) -> str:

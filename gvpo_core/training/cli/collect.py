@@ -208,7 +208,7 @@ class _Growing:
             raise CollectError(f"cannot read {self.partial}: {e.strerror or e}; its complete steps are kept") from e
         if not there:
             raise CollectError(
-                f"{self.partial} was moved, removed or replaced meanwhile: nothing more is written. Move it back and"
+                f"{self.partial} was moved, removed or replaced meanwhile: nothing more was written. Move it back and"
                 " run the same command, which continues"
             )
 
@@ -228,7 +228,7 @@ class _Growing:
         self._confirm()
         if self.out.exists():
             raise CollectError(
-                f"{self.out} was made meanwhile by somebody else; the collected steps are in {self.partial}"
+                f"{self.out} was created meanwhile by another process; the collected steps are in {self.partial}"
             )
         self.partial.rename(self.out)
         sync_folder(self.out.parent)

@@ -76,7 +76,7 @@ def doctor(json: bool = False) -> int:
             if finding.fix:
                 say(f"{'':<8} {'':<17} -> {finding.fix}")
         count = sum(f.status != "ok" for f in findings)
-        say("all well" if not count else f"{count} to fix; the worst is: {worst}")
+        say("all checks passed" if not count else f"{count} to fix; the worst is: {worst}")
     return int(worst == "wrong")
 
 

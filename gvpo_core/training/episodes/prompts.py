@@ -45,8 +45,8 @@ def episode_prompts(
     chat = Chat(tokenizer, environments.tools, history=config.environment.history)
     if chat.tools and not chat.shows_tools() and policy.rank == 0:
         _log.warning(
-            "the chat template does not show the tools to the model: tell it in data.system_prompt which there are"
-            ' (%s) and that a call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>',
+            "the chat template does not show the tools to the model: list them in data.system_prompt"
+            ' (%s), and say that a call is <tool_call>{"name": ..., "arguments": {...}}</tool_call>',
             ", ".join(tool["function"]["name"] for tool in chat.tools),
         )
     column = config.data.prompt

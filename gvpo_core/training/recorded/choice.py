@@ -77,13 +77,13 @@ def _check_objective(config: Config, shape: Shape, name: str) -> None:
     objective = config.objective.name
     if objective in TABLE and TABLE[objective].needs_old:
         raise ConfigError(
-            f"objective.name = {objective!r} weighs a response by how much likelier it became since the policy drew"
-            f" it, and {name} holds responses that others drew ({shape.description}); use gvpo, which needs no such"
+            f"objective.name = {objective!r} compares a response's probability now with that when the policy drew"
+            f" it, and {name} holds responses of other policies ({shape.description}); use gvpo, which needs no such"
             " ratio, or dpo, reject_sampling or sft"
         )
     if objective == "sft" and shape.compares:
         raise ConfigError(
-            f"objective.name = 'sft' imitates every scored response, the rejected too, and {name} holds"
+            f"objective.name = 'sft' imitates every scored response, also the rejected ones, and {name} holds"
             f" {shape.description}; use reject_sampling, which imitates the best of each group, or gvpo or dpo"
         )
     compares = objective != "sft" and config.rollout.source != "mixed" and config.objective.reference != "teacher"

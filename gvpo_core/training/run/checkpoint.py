@@ -133,7 +133,7 @@ def commit_checkpoint(
             if old not in also and not _is_read(folder / _name(old)):
                 _remove(folder, old)
     except OSError as e:  # the new checkpoint counts all the same
-        _log.warning("old checkpoints in %s stay: %s", folder, e.strerror or e)
+        _log.warning("old checkpoints in %s are kept: %s", folder, e.strerror or e)
     return Checkpoint(step, final)
 
 

@@ -188,7 +188,7 @@ class RunFolder:
         if not there:
             raise RunFolderError(
                 f"the run folder {self.path} was moved or replaced during the run (another lock file);"
-                " the run stops and writes nothing more. Continue from the moved folder: gvpo train"
+                " the run stops and writes nothing more. Resume from the moved folder: gvpo train"
                 " MOVED/config.toml"
             )
 

@@ -51,7 +51,7 @@ def read_json(content: bytes, url: str) -> Any:
     try:
         return json.loads(content)
     except ValueError as e:
-        raise Failed(f"{url} answers no JSON: {e}", again=True) from e
+        raise Failed(f"{url} does not answer with JSON: {e}", again=True) from e
 
 
 class Clock:

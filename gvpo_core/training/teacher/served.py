@@ -128,5 +128,5 @@ def read_scores(content: bytes, ids: Sequence[int], start: int, model: str, url:
         )
     scores = given[start : len(ids)]
     if not all(isinstance(x, int | float) and not math.isnan(x) for x in scores):
-        raise Failed(f"{url} gives log-probabilities that are no numbers: {scores[:4]}", again=False)
+        raise Failed(f"{url} gives log-probabilities that are not numbers: {scores[:4]}", again=False)
     return math.fsum(scores)

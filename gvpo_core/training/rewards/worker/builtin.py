@@ -30,7 +30,7 @@ def compiled(pattern: Any) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as e:
-        raise LookupError(f"options.pattern = {pattern!r} is no regular expression: {e}") from e
+        raise LookupError(f"options.pattern = {pattern!r} is not a regular expression: {e}") from e
 
 
 def _same(text: str, answer: str) -> bool:
