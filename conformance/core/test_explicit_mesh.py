@@ -14,7 +14,7 @@ require("jax", subject="jax")
 from gvpo_core import gvpo_loss, gvpo_weights
 
 RESULTS = ("loss", "gradient", "surrogate_gradient", "weights", "coefficients", "regret")
-OTHERS = ("grpo", "rloo", "reject_sampling", "sft", "dpo")
+OTHERS = ("grpo", "rloo", "mirror_descent", "a_star_po", "gspo", "reject_sampling", "sft", "dpo")
 
 
 @pytest.fixture(scope="module")

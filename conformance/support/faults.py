@@ -4,7 +4,6 @@ import builtins
 import hashlib
 import importlib
 import io
-import multiprocessing
 import os
 import signal
 import sys
@@ -12,7 +11,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-CONTEXT = multiprocessing.get_context("forkserver")
+import forks
+
 PHASES = ("generate", "reward", "update", "evaluate", "save")
 _FUNCTIONS = {
     "reward": ("gvpo_core.training.rollout", "call_rewards"),
@@ -30,25 +30,18 @@ def run(
       fault: "" for none, "call" (sync, rename, make, remove), "write" (which is left half done), or one of PHASES.
       preload: modules imported once before runs are forked, beside the command line's own.
     """
-    CONTEXT.set_forkserver_preload([*PRELOAD, *preload])
-    # The server that forks may be of an earlier test, and have that one's environment.
-    process = CONTEXT.Process(target=_run, args=(str(config), fault, at, int(number), dict(os.environ)))
-    process.start()
+    log = config.parent / "output.txt"
+    process = forks.start(_run, (str(config), fault, at, int(number)), log, preload=(*PRELOAD, *preload))
     process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode
 
 
-def _run(config: str, fault: str, at: int, number: int, environment: dict[str, str]) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
+def _run(config: str, fault: str, at: int, number: int) -> None:
     from gvpo_core.training.cli import main
 
     if os.environ.get("GVPO_TEST_SAVES_BESIDE"):
         _save_beside()
-    with open(Path(config).parent / "output.txt", "a") as log:
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
     count = 0
 
     def event(first: Callable[[], Any] = lambda: None) -> None:

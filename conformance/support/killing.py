@@ -1,16 +1,17 @@
 """Kills a real `gvpo train` process at chosen moments and starts it again, until the run is done."""
 
 import json
-import multiprocessing
-import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import forks
 
 _TIMED = (
     "time",
@@ -41,19 +42,15 @@ def finish(config: Path, *options: str) -> str:
 class Forked:
     """`gvpo train` forked from a server that has imported the framework already: a start in milliseconds."""
 
-    context = multiprocessing.get_context("forkserver")
-
     @classmethod
     def of(cls, preload: Sequence[str]) -> "Callable[[Path, Path], Forked]":
         """What starts runs from a server that has imported these modules."""
-        cls.context.set_forkserver_preload(list(preload))
-        return cls
+        return partial(cls, preload=preload)
 
-    def __init__(self, config: Path, log: Path) -> None:
+    def __init__(self, config: Path, log: Path, preload: Sequence[str] = ()) -> None:
         log.write_text("")
         self.log = log
-        self.process = self.context.Process(target=_train, args=(str(config), str(log)))
-        self.process.start()
+        self.process = forks.start(train, (str(config),), log, preload=preload)
 
     def has_spoken(self) -> bool:
         return "left state" in self.log.read_text()  # the titles above the first row
@@ -86,10 +83,8 @@ class Spawned:
         self.process.wait(60)
 
 
-def _train(config: str, log: str) -> None:
-    with open(log, "a") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+def train(config: str) -> None:
+    """In a forked process: `gvpo train config`."""
     from gvpo_core.training.cli import main
 
     sys.exit(main(["train", config]))

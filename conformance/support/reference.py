@@ -38,11 +38,10 @@ def shift(w: list[float], f: list[float], beta: float) -> float:
     if any(map(math.isnan, w)):
         return math.nan
     low, high = min(w), max(w)
-    for _ in range(200):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:  # until no number lies between them
         mean = math.fsum(exp((x - middle) / (beta * y)) for x, y in zip(w, f, strict=True)) / len(w)
         low, high = (middle, high) if mean > 1 else (low, middle)
-    return (low + high) / 2
+    return middle
 
 
 def regret(w: list[float], f: list[float], beta: float) -> tuple[float, float]:

@@ -1,13 +1,30 @@
 """Processes that torchrun's variables join, on this machine's CPU."""
 
-import os
-import subprocess
+import runpy
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import forks
 from places import SUPPORT
 from ports import free_port
+
+PRELOAD = (
+    "gvpo_core.training.cli",
+    "gvpo_core.training.loop",
+    "gvpo_torch",
+    "transformers.models.llama.modeling_llama",
+)
+SECONDS = 240
+
+
+def environments(size: int) -> list[dict[str, str]]:
+    """torchrun's variables of each of `size` processes."""
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    if size > 1:
+        shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def run_processes(size: int, worker: str, arguments: Sequence[str], out: Path) -> None:
@@ -15,30 +32,24 @@ def run_processes(size: int, worker: str, arguments: Sequence[str], out: Path) -
 
     Raises: AssertionError: one that fails or hangs, with the end of what each printed.
     """
-    path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
-    shared = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    if size > 1:
-        shared |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, str(SUPPORT / worker), *arguments]
-    logs = [open(out / f"rank{rank}.log", "w+") for rank in range(size)]  # noqa: SIM115 - closed below
+    logs = [out / f"rank{rank}.log" for rank in range(size)]
     workers = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=logs[rank],
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(size)
+        forks.start(_run, (str(SUPPORT / worker), *arguments), log, environment=environment, preload=PRELOAD)
+        for log, environment in zip(logs, environments(size), strict=True)
     ]
-    try:
-        statuses = [process.wait(timeout=240) for process in workers]
-    except subprocess.TimeoutExpired:
-        statuses = [process.poll() for process in workers]
-    finally:
-        for process in workers:
-            process.kill()
-            process.wait()
-        for log in logs:
-            log.close()
-    texts = "\n".join((out / f"rank{rank}.log").read_text()[-3000:] for rank in range(size))
+    end = time.monotonic() + SECONDS
+    for process in workers:
+        process.join(max(0.0, end - time.monotonic()))
+    statuses = [process.exitcode for process in workers]
+    for process in workers:
+        process.kill()
+        process.join()
+    texts = "\n".join(log.read_text()[-3000:] for log in logs if log.exists())
     assert statuses == [0] * size, f"workers ended with {statuses}:\n{texts}"
+
+
+def _run(script: str, *arguments: str) -> None:
+    """As `python script arguments` does."""
+    sys.argv = [script, *arguments]
+    sys.path.insert(0, str(Path(script).parent))
+    runpy.run_path(script, run_name="__main__")
