@@ -99,8 +99,9 @@ def test_several_processes_take_the_step_of_one(size: int, sharding: str, kind: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("kind", [{}, {"lora_rank": 2, "learning_rate": 0.2}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    ("size", "kind"), [(4, {}), (2, {"lora_rank": 2, "learning_rate": 0.2})], ids=["full-4", "lora-2"]
+)
 def test_shards_in_bfloat16_take_the_step_of_copies(size: int, kind: dict[str, object], folder, tmp_path) -> None:
     """Gathered in bfloat16 is cast by autocast: the same split of a batch gives the same step, shards or copies."""
     settings = SMOOTH | kind | {"dtype": "bfloat16"}
@@ -154,7 +155,7 @@ for port in ports:
 
 @pytest.mark.parametrize(
     ("how", "pairs"),
-    [pytest.param(how, 10, marks=pytest.mark.slow) for how in ("left", "destroyed")],
+    [pytest.param(how, 5, marks=pytest.mark.slow) for how in ("left", "destroyed")],
 )
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cannot put two processes on one core")
 def test_processes_end(how: str, pairs: int, tmp_path) -> None:

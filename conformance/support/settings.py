@@ -35,11 +35,16 @@ class Setting:
         return self.subject.numpy(x)
 
     def arrays(self, case: Case) -> dict[str, Any]:
-        """The case's arrays; under compilation `valid` always is one, so that all cases share a signature."""
+        """The case's arrays; under compilation `valid` always is one, so that all cases share a signature.
+
+        In other dtypes than float32 so are the response weights: one program a dtype.
+        """
         out = {name: self.array(x) for name, x in case.arrays.items()}
         out["group_ids"] = self.array(case.group_ids)
         mask = np.ones(len(case.rewards), bool) if case.valid is None else case.valid
         out["valid"] = self.array(mask) if case.valid is not None or self.mode == "compiled" else None
+        if self.mode == "compiled" and self.dtype != "float32" and case.response_weights is None:
+            out["response_weights"] = self.array(np.ones(len(case.rewards)))
         out["finite_rewards"] = self.array(np.where(np.isfinite(case.rewards), case.rewards, 0.0))
         return out
 

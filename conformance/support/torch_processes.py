@@ -13,7 +13,8 @@ from ports import free_port
 PRELOAD = (
     "gvpo_core.training.cli",
     "gvpo_core.training.loop",
-    "gvpo_torch",
+    "gvpo_torch.policy",
+    "peft",
     "transformers.models.llama.modeling_llama",
 )
 SECONDS = 240

@@ -77,7 +77,7 @@ BACKENDS = {
         Backend(
             "torch",
             ("torch", "transformers", "peft", "tyro"),
-            ("gvpo_torch.policy", "transformers.models.llama.modeling_llama"),
+            ("gvpo_torch.policy", "peft", "transformers.models.llama.modeling_llama"),
             _torchrun,
             ("data_parallel", "fsdp"),
             decoders=("llama", "mistral-window", "gemma3_text", "gpt_oss", "qwen3_next", "qwen3_moe", "gpt2"),
