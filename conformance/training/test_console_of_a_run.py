@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import re
+import sys
 from collections import Counter
 
 import pytest
@@ -97,11 +98,15 @@ def test_every_line_of_a_run_is_within_80_columns(tmp_path, monkeypatch, capfd):
     step = Journal.step
     monkeypatch.setattr(Journal, "step", loud)
     monkeypatch.setattr(logging.root, "handlers", [])  # not those of the test runner
+    in_file = spoken("--run.folder", "other")[1]
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     first, log = spoken()
     again, _ = spoken("--run.steps", "13", "--run.allow-changes", "True")
     back, _ = spoken("--from-step", "9", "--run.steps", "13", "--run.allow-changes", "True")
     # The run shows what could be too long: phases, an event, several rewards and a warning.
     assert any(line.startswith("    seconds: ") for line in first) and "* resumed after step 12 of 13" in again
     assert any(line.startswith("* went back") for line in back)
+    # In a file a record is as long as it is, to be searched.
+    assert f"WARNING gvpo.torch: {'words of many letters ' * 9}" in in_file
     assert "WARNING gvpo.torch: words of many" in log[1] and log[2].startswith("    letters")
     assert [line for line in [*first, *log, *again, *back] if len(line) > 80] == []

@@ -241,12 +241,12 @@ def _doctor(arguments: list[str], secrets: set[str]) -> int:
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to the current standard error, which a live progress bar replaces, in lines that fit it."""
+    """Writes to the current standard error, which a live progress bar replaces, in lines that fit a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Handler. Tracebacks stay as they are."""
+        """See logging.Handler. Tracebacks stay as they are, and in a file each record is one line, to be searched."""
         text = super().format(record)
-        if record.exc_info or record.stack_info:
+        if record.exc_info or record.stack_info or not sys.stderr.isatty():
             return text
         width = line_width(sys.stderr)
         return "\n".join(line for part in text.split("\n") for line in wrapped(part, width, " " * 4))
