@@ -156,6 +156,29 @@ def write_hostile_run(folder: Path) -> None:
     (folder / "metrics.jsonl").write_text(renamed + encode_record(event), encoding="utf-8")
 
 
+def write_episodes(folder: Path, run: Path) -> Path:
+    """A run of episodes: another run's records and responses, as if every response were an episode."""
+    folder.mkdir(parents=True)
+    (folder / "config.toml").write_text((run / "config.toml").read_text())
+    with (folder / "metrics.jsonl").open("w") as file:
+        for i, record in enumerate(map(json.loads, (run / "metrics.jsonl").read_text().splitlines())):
+            if record["kind"] in ("train", "eval"):
+                share = 1 / (2 + i % 5)
+                ends = {"done": 1 - share, "turns": share / 2, "tokens": share / 3, "failed": share / 6}
+                before = "eval/" if record["kind"] == "eval" else ""
+                record |= {f"{before}episodes/{end}": value for end, value in ends.items()}
+            if record["kind"] == "train":
+                record |= {"turns/mean": 2 + share, "turns/max": 4, "tools/calls": 1 + share, "tools/failed": share / 2}
+                record |= {"episodes/repeated": share / 4, "episodes/seconds": share, "length/context": 50 + 9 * share}
+            file.write(json.dumps(record) + "\n")
+    with (folder / "completions.jsonl").open("w") as file:
+        for i, row in enumerate(map(json.loads, (run / "completions.jsonl").read_text().splitlines())):
+            end = ("done", "done", "turns", "tokens", "failed")[i % 5]
+            row |= {"episode": [], "end": end, "turns": 1 + i % 4, "finished": end == "done"}
+            file.write(json.dumps(row) + "\n")
+    return folder
+
+
 def write_long_run(folder: Path, run: Path) -> Path:
     """10,000 steps made of those of `run`, with 16 long responses each, in two groups."""
     folder.mkdir()

@@ -13,7 +13,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from made_up_run import run_of
-from simulated_run import write_hostile_run, write_long_run, write_run
+from simulated_run import write_episodes, write_hostile_run, write_long_run, write_run
 
 from gvpo_core.training.report import write_report
 from gvpo_core.training.report.changes import held_out_change
@@ -153,7 +153,34 @@ def test_every_chart_has_a_title_a_unit_and_a_reading(run):
     charts = [c for _, group in sections(read_run(run)) for c in group]
     assert len(charts) >= 13 and all(c.title and c.reading for c in charts)
     drawn = {s.name for c in charts for s in c.drawn}
-    assert {"training", "held-out", "implicit variance", "second order", "whole series", "kl", "all wrong"} <= drawn
+    assert {"training", "held-out", "implicit variance", "regret", "kl", "all wrong"} <= drawn
+    regret = next(c for c in charts if c.title == "Regret")  # the second order would dwarf it
+    assert [list(line.series.values) for line in regret.drawn] == [list(read_run(run).series("regret/series").values)]
+
+
+def test_a_report_of_episodes_shows_how_they_ended(run, tmp_path):
+    data = read_run(write_episodes(tmp_path / "played", run))
+    charts = {title: {c.title: [s.name for s in c.drawn] for c in group} for title, group in sections(data)}
+    ends = ["ended", "cut at the turn limit", "cut at the token limit", "environment failed"]
+    assert charts["Episodes"] == {
+        "How episodes end": ends,
+        "Held-out episodes that did not end": ends[1:],
+        "Turns": ["mean", "most"],
+        "Tool calls": ["calls"],
+        "Failures and loops": ["failed tool calls", "repeated"],
+        "Time waited": ["waited"],
+        "Tokens": ["own", "with the environment's"],
+    }
+    assert "Cut at the token limit" not in charts["Responses"]
+    text = page(data)
+    shown = "".join(Strict(text).text)
+    assert "cut at the turn limit after 3 turns" in shown and "environment failed after 1 turn" in shown
+    last = {row[5] for group in rows_of(text)[-1]["groups"] for row in group["rows"]}
+    assert {"ended after 2 turns", "cut at the token limit after 4 turns"} <= last
+    assert '<option value="turns">cut at the turn limit</option>' in text and 'value="cut"' not in text
+    plain = {title: [c.title for c in group] for title, group in sections(read_run(run))}
+    assert "Episodes" not in plain and "Cut at the token limit" in plain["Responses"]
+    assert '<option value="cut">cut at the token limit</option>' in page(read_run(run))
 
 
 @pytest.fixture(scope="module")
@@ -242,7 +269,7 @@ def test_the_browser_has_the_responses_of_the_run(run, broken, hostile):
         for group in step["groups"]:
             own = [r for r in mine if str(r["group"]) == group["group"]]
             assert group["prompt"] == own[0]["prompt"] and group["of"] == len(own)
-            shown = [(r, n, f, t) for r, n, f, t, _ in group["rows"]]
+            shown = [(r, n, end == "", t) for r, n, end, t, *_ in group["rows"]]
             assert sorted(map(str, shown)) == sorted(
                 str((r["reward"], r["tokens"], r["finished"], r["response"])) for r in own
             )

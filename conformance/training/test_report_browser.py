@@ -14,7 +14,7 @@ import shutil
 import subprocess
 
 import pytest
-from simulated_run import HOSTILE, write_hostile_run, write_long_run, write_run
+from simulated_run import HOSTILE, write_episodes, write_hostile_run, write_long_run, write_run
 
 from gvpo_core.training.report import write_report
 from gvpo_core.training.report.page import page
@@ -109,6 +109,23 @@ document.body.dataset.said = [all, document.getElementById("at-step").selectedIn
     assert place.count('<p class="score"><b>') == 1 and f"<b>{best['reward']:g}</b>" in place
     shown = html.unescape(re.search('<p class="text">(.*?)</p></div>', place, re.DOTALL)[1])
     assert HOSTILE[:-8].replace("\x1b", r"\x1b") in shown and r"\u202e\x00" in shown
+
+
+def test_episodes_are_filtered_by_their_end(run, tmp_path):
+    text = write_report(write_episodes(tmp_path / "played", run)).read_text(encoding="utf-8")
+    driver = """
+const which = document.getElementById("which");
+which.value = "turns";
+which.dispatchEvent(new Event("change"));
+document.body.dataset.said = document.querySelectorAll("#responses .answers > div").length;
+"""
+    (tmp_path / "page.html").write_text(driven(text, driver), encoding="utf-8")
+    dom, console = browse(tmp_path / "page.html", tmp_path / "profile")
+    assert console == []
+    place = dom.split('<div id="responses">')[1].split('<div id="rows"')[0]
+    count = int(re.search('data-said="([0-9]+)"', dom)[1])
+    assert count > 0 and place.count("cut at the turn limit after") == count
+    assert "cut at the token limit" not in place and "ended after" not in place
 
 
 @pytest.mark.slow

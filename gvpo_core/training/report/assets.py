@@ -186,8 +186,8 @@ if (store) {
     const ends = scored.length ? [scored[0], scored[scored.length - 1]] : [];
     return {
       all: rows, best: ends.slice(0, 1), worst: ends.slice(1), ends: scored.length > 1 ? ends : ends.slice(1),
-      cut: rows.filter((r) => !r[2]), unscored: rows.filter((r) => r[0] === null),
-    }[which.value];
+      unscored: rows.filter((r) => r[0] === null),
+    }[which.value] || rows.filter((r) => r[2] === which.value);
   };
   const draw = () => {
     const step = steps[atStep.value], place = by("responses");
@@ -210,11 +210,11 @@ if (store) {
       }
       const answers = add(card, "div", "answers");
       const differ = which.value === "ends" && rows.length > 1 && rows[0][0] !== rows[1][0];
-      for (const [i, [reward, tokens, finished, text, parts]] of rows.entries()) {
+      for (const [i, [reward, tokens, , text, parts, ending]] of rows.entries()) {
         const cell = add(answers, "div"), score = add(cell, "p", "score");
         if (differ) add(score, "span", "", i ? "worst " : "best ");
         add(score, "b", "", reward === null ? "no score" : String(reward));
-        const facts = [parts, tokens === null ? "" : tokens + " tokens", finished ? "" : "cut"].filter((f) => f);
+        const facts = [parts, tokens === null ? "" : tokens + " tokens", ending].filter((f) => f);
         add(score, "span", "", " " + facts.join(" \\u00b7 "));
         add(cell, "p", "text", text);
         count += 1;

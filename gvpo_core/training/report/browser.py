@@ -6,6 +6,7 @@ from typing import Any
 
 from gvpo_core.training.report.read import Run, number
 from gvpo_core.training.terminal.text import printable
+from gvpo_core.training.watch.ending import ENDS, ending
 
 _BUDGET = 1_500_000  # characters of all texts, so that a page of any run opens at once
 _CUT = 700  # characters of a text
@@ -16,13 +17,16 @@ _CONTROLS = """
 <label>Step <select id="at-step"></select></label><button type="button" id="later">later</button>
 <label>Group <select id="at-group"></select></label>
 <label>Show <select id="which"><option value="ends">best and worst</option><option value="all">all</option>
-<option value="best">best</option><option value="worst">worst</option><option value="cut">cut at the limit</option>
+<option value="best">best</option><option value="worst">worst</option>{ends}
 <option value="unscored">without a score</option></select></label>
 <span class="small" id="shown"></span></div>"""
 
 
 def browser(run: Run) -> str:
     """The section; empty where the run has no responses."""
+    ends = {str(row["end"]) for rows in run.browsed.values() for row in rows if row.get("end") in ENDS}
+    chosen = {"cut": "cut at the token limit"} if not ends else {k: v for k, v in ENDS.items() if k in ends}
+    options = "".join(f'<option value="{name}">{words}</option>' for name, words in chosen.items())
     steps = _data(run)
     if not steps:
         return ""
@@ -34,7 +38,7 @@ def browser(run: Run) -> str:
         f'<section id="browse"><h2>Responses across steps</h2><p>{rows:,} responses of {len(steps)} of '
         f"{len(run.train)} steps: steps spread over the run, and those at which an alert was raised. All of them are "
         "in completions.jsonl.</p><noscript><p>The page's script shows them; without it, read that file.</p></noscript>"
-        f'{_CONTROLS}<div id="responses"></div><div id="rows" hidden data-rows=\'{data}\'>'
+        f'{_CONTROLS.format(ends=options)}<div id="responses"></div><div id="rows" hidden data-rows=\'{data}\'>'
         "</div></section>"
     )
 
@@ -53,7 +57,7 @@ def _data(run: Run) -> list[dict[str, Any]]:
         for name, group in groups.items():
             shown = _group(name, group)
             size += len(shown["prompt"]) + sum(len(n) + len(v) for n, v in shown["columns"])
-            size += sum(len(r[3]) + 40 for r in shown["rows"])
+            size += sum(len(r[3]) + 70 for r in shown["rows"])
             if kept and size > share:
                 break
             kept.append(shown)
@@ -85,7 +89,7 @@ def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
 
 
 def _row(row: Mapping[str, Any]) -> list[Any]:
-    """[reward or null, tokens or null, finished, response, its rewards in words]"""
+    """[reward or null, tokens or null, its end or "cut" or "", response, its rewards in words, its end in words]"""
     reward, tokens, parts = number(row.get("reward")), number(row.get("tokens")), row.get("rewards")
     parts_text = ""
     if isinstance(parts, dict) and len(parts) > 1:
@@ -93,9 +97,10 @@ def _row(row: Mapping[str, Any]) -> list[Any]:
     return [
         float(f"{reward:.4g}") if reward == reward else None,
         int(tokens) if tokens == tokens else None,
-        bool(row.get("finished", True)),
+        str(row["end"]) if row.get("end") in ENDS else "" if row.get("finished", True) else "cut",
         _text(row["response"]),
         parts_text,
+        _text(ending(row)),
     ]
 
 

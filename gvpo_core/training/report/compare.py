@@ -27,7 +27,7 @@ _CURVES = (
     ("regret/series", "Regret", "reward", None),
     ("reward/spread", "Spread of rewards inside a group", "standard deviation", 0.0),
     ("length/mean", "Length", "tokens", 0.0),
-    ("truncated", "Cut at the token limit", "share", 0.0),
+    ("truncated", "Cut at a limit", "share", 0.0),
     ("gradient_norm", "Gradient norm", "before clipping", 0.0),
     ("seconds/step", "Time of a step", "seconds", 0.0),
 )

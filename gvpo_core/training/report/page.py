@@ -14,6 +14,7 @@ from gvpo_core.training.report.history import Episode, episodes, verdict
 from gvpo_core.training.report.read import Run, number
 from gvpo_core.training.report.reading import read_out
 from gvpo_core.training.report.sections import RESULT, sections
+from gvpo_core.training.watch.ending import ending
 
 _PROMPTS = 12  # held-out prompts shown before and after
 _RESUMED = '<p class="small">A dashed line in a chart: the run was resumed there.</p>'
@@ -145,7 +146,7 @@ def _response(row: Mapping[str, Any], mark: str = "") -> str:
     parts = parts if isinstance(parts, dict) and len(parts) > 1 else {}
     facts = [f"{name} {_number(number(value))}" for name, value in parts.items()]
     facts += [f"{row['tokens']} tokens"] if "tokens" in row else []
-    facts += [] if row.get("finished", True) else ["cut"]
+    facts += [ending(row)] if ending(row) else []
     score = f'<b class="{mark}">{_number(reward)}</b> <span>{escaped(" · ".join(facts))}</span>'
     return f'<p class="score">{score}</p><p class="text">{_text(row["response"])}</p>'
 

@@ -8,8 +8,10 @@ import numpy as np
 from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
 from gvpo_core.training.report.charts import SMOOTHED, Chart, Line, Points
 from gvpo_core.training.report.read import Run, Series
+from gvpo_core.training.watch.ending import ENDS
 from gvpo_core.training.watch.metric_names import PHASES
 
+_NONE = Chart("", "", "")  # draws nothing
 RESULT = "Is it getting better?"
 """The section whose charts show the result."""
 
@@ -33,7 +35,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
     limits = run.reward_range()
     latencies = run.keys("reward_seconds/")
     parts = [key for key in run.keys("reward/") if key.removeprefix("reward/") not in _TOTALS]
-    errors = run.keys("reward_errors/")
+    errors, episodes = run.keys("reward_errors/"), run.keys("episodes/")
     result = [
         (
             RESULT,
@@ -74,8 +76,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     "Regret",
                     "reward",
                     "Regularised reward still to gain: beta KL to the optimum. Zero is the optimum.",
-                    line("second order", "regret/second_order", 1),
-                    line("whole series", "regret/series", 2),
+                    line("regret", "regret/series", 2),
                 ),
                 chart(
                     "Spread of rewards inside a group",
@@ -145,6 +146,70 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
             ],
         ),
         (
+            "Episodes",
+            [
+                stack(
+                    "How episodes end",
+                    "share",
+                    "Ended: by the environment, or by a message without a tool call. Cut ones score cut_reward.",
+                    *(
+                        Line(ENDS[end], run.series(f"episodes/{end}"), colour)
+                        for end, colour in (("done", 3), ("turns", 2), ("tokens", 5), ("failed", 6))
+                    ),
+                ),
+                chart(
+                    "Held-out episodes that did not end",
+                    "share",
+                    "They hide what the model can do: raise the limit that cuts them, or reward short episodes.",
+                    *(
+                        Points(ENDS[end], run.series(f"eval/episodes/{end}", kind="eval"), colour)
+                        for end, colour in (("turns", 2), ("tokens", 5), ("failed", 6))
+                    ),
+                    floor=0.0,
+                ),
+                chart(
+                    "Turns",
+                    "an episode",
+                    "Turns of the policy. A climb to environment.max_turns without more reward is a loop.",
+                    line("mean", "turns/mean", 1),
+                    line("most", "turns/max", 2),
+                    floor=0.0,
+                ),
+                chart(
+                    "Tool calls",
+                    "an episode",
+                    "Calls that could not be read are counted too.",
+                    line("calls", "tools/calls", 1),
+                    floor=0.0,
+                ),
+                chart(
+                    "Failures and loops",
+                    "share",
+                    "Failed: of the tool calls, unreadable or raised. Repeated: episodes that say the same twice.",
+                    line("failed tool calls", "tools/failed", 2),
+                    line("repeated", "episodes/repeated", 4),
+                    floor=0.0,
+                ),
+                chart(
+                    "Time waited",
+                    "seconds a step",
+                    "Of the slowest episode, for tools and environments. It is a part of the time to generate.",
+                    line("waited", "episodes/seconds", 5),
+                    floor=0.0,
+                ),
+                chart(
+                    "Tokens",
+                    "an episode",
+                    "The policy's own, and with what tools and environments say: the context that must fit.",
+                    line("own", "length/mean", 1),
+                    line("with the environment's", "length/context", 5),
+                    floor=0.0,
+                )
+                if episodes
+                else _NONE,
+            ],
+        ),
+        (
             "Responses",
             [
                 chart(
@@ -165,7 +230,9 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     line("training", "truncated", 2),
                     Points("held-out", run.series("eval/truncated", kind="eval"), 1),
                     floor=0.0,
-                ),
+                )
+                if not episodes
+                else _NONE,
                 stack(
                     "Responses on which a reward failed",
                     "responses",
