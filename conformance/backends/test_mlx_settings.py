@@ -159,7 +159,7 @@ def test_the_pattern_of_layers_is_handed_on(every: int) -> None:
 
 @pytest.mark.parametrize("kinds", [[FULL, SLIDING], [SLIDING, SLIDING], [SLIDING, FULL, FULL, SLIDING]])
 def test_a_pattern_that_mlx_lm_does_not_know_is_refused(kinds) -> None:
-    with pytest.raises(ConfigError, match="knows patterns alone whose every n-th layer is full_attention"):
+    with pytest.raises(ConfigError, match="supports only patterns whose every n-th layer is full_attention"):
         settings.pattern_of_layers(KNOWN, gemma(kinds=kinds))
 
 
