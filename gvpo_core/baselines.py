@@ -36,7 +36,7 @@ def reject_sampling_weights(
 
     Args:
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), sums to 1 in each group with a counted response.
@@ -66,7 +66,7 @@ def grpo_weights(
 
     Args:
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
       logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
       ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
@@ -103,7 +103,7 @@ def dr_grpo_weights(
 
     Args:
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
       logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
       ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
@@ -134,7 +134,7 @@ def rloo_weights(
 
     Args:
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
       logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
       ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.

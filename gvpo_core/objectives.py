@@ -217,7 +217,7 @@ def objective_coefficients(
       old_logprobs: (N,) float, nats, of the policy that sampled; a_star_po, grpo, dr_grpo, rloo, gspo and maxrl
         read it, for the others it may be None.
       rewards: (N,) real; NaN = no score, the response leaves its group in every objective, sft too.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: reward units per nat (dpo: per nat), >= 0, for dpo and a_star_po > 0; unused by maxrl, reject_sampling
         and sft. TBA's beta, REBEL's 1/eta, Kimi's tau, A*-PO's beta_1 = beta_2.
       num_groups: static int; default: largest id + 1. Required under compilation.

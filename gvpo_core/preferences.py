@@ -30,7 +30,7 @@ def dpo_weights(
       logprobs: (N,) float, nats; log pi_theta of complete responses.
       ref_logprobs: (N,) float, nats; log pi_ref.
       rewards: (N,) real; they only order the responses. NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: per nat, one finite number > 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
@@ -62,7 +62,7 @@ def dpo_loss(
       logprobs: (N,) float, nats; log pi_theta of complete responses; differentiated.
       ref_logprobs: (N,) float, nats; log pi_ref.
       rewards: (N,) real; they only order the responses. NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: per nat, one finite number > 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.

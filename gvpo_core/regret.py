@@ -46,7 +46,7 @@ def gvpo_regret(
       logprobs: (N,) float, nats; log pi_theta of whole responses; differentiated.
       ref_logprobs: (N,) float, nats; log pi_ref.
       rewards: (N,) real; NaN = no score, the response leaves its group.
-      group_ids: (N,) integer in 0..num_groups-1; rows of a group may lie anywhere.
+      group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: KL coefficient, reward units per nat, one finite number > 0.
       num_groups: static int; default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.

@@ -2,7 +2,7 @@
 
 Every mini-batch is scored without gradient, its scalars are gathered over the data-parallel ranks, and
 `gvpo_core.gvpo_coefficients` are put where verl's loss reads advantages, times the number of rows that it divides by.
-Rows of a group may lie on any rank and in any micro-batch, fixed or dynamic; groups may differ in size.
+Rows of a group may be on any rank and in any micro-batch, fixed or dynamic; groups may differ in size.
 """
 
 from typing import Any

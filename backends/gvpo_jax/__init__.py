@@ -1,6 +1,6 @@
 """GVPO's JAX backend: decoders of the families in `families.py` as policies on TPU, GPU or CPU, over a mesh.
 
-`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` stands alone.
+`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` works alone.
 """
 
 try:

@@ -1,7 +1,7 @@
 """Attention of rows by a Pallas kernel for TPUs: no scores in memory, and no block of them without a visible pair.
 
 JAX's splash attention cannot express this mask: its segments must be equal, where here a token also sees those that
-its own continues, and its results of several masks cannot be differentiated together. In all kernels keys lie along the
+its own continues, and its results of several masks cannot be differentiated together. In all kernels keys are along the
 first axis of a block and queries along the second, so that a query's maximum, sum and segment are rows of numbers.
 """
 

@@ -136,7 +136,7 @@ def decode_and_keep(
         caches = list(caches)
 
         def over(q: Array, prompt_keys: Array, prompt_values: Array, mine: list[Array], window: Array) -> Array:
-            # One query a row: of its prompt, all rows of which lie together, and of its own tokens so far.
+            # One query a row: of its prompt, all rows of which are together, and of its own tokens so far.
             order, own_order = jnp.arange(prompt_keys.shape[1]), jnp.arange(size)
             past = (order < lengths[:, None]) & (positions - order < window)
             since = (own_order <= t) & (t - own_order < window)

@@ -1,4 +1,4 @@
-"""Sampling: one prefill a prompt, whose cache its k responses share as it stands, then decoding until all have ended.
+"""Sampling: one prefill a prompt, whose cache its k responses share unchanged, then decoding until all have ended.
 
 Here is what the host does; `decoding` has the programs. A response does not depend on the batch that it was drawn in,
 up to float rounding.

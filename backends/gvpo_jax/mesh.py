@@ -1,4 +1,4 @@
-"""Devices: the mesh with axes data, fsdp and tensor, and how arrays lie on it."""
+"""Devices: the mesh with axes data, fsdp and tensor, and how arrays are placed on it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -68,7 +68,7 @@ def processes(mesh: Mesh) -> int:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter, an adapter or a moment of it lies: its matrix over fsdp and tensor, vectors everywhere.
+    """Where a parameter, an adapter or a moment of it is placed: its matrix over fsdp and tensor, vectors everywhere.
 
     Columns of the head and of q, k, v, gate and up are split over tensor, rows of o and down; what an axis does not
     divide stays whole along it.
@@ -170,5 +170,5 @@ def local(array: jax.Array, axis: int = 0) -> np.ndarray:
         return np.asarray(array)
     parts: dict[int, Any] = {}
     for shard in array.addressable_shards:
-        parts.setdefault(shard.index[axis].start or 0, shard.data)  # the same rows lie once a tensor part
+        parts.setdefault(shard.index[axis].start or 0, shard.data)  # the same rows are there once a tensor part
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)

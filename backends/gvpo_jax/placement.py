@@ -32,7 +32,7 @@ def sampling_setup(setup: Setup, a_device: int | None = None) -> Setup:
 def place(
     setup: Setup, programs: Programs, parameters: Parameters, adapters: Parameters
 ) -> tuple[Parameters, Parameters]:
-    """Parameters and adapters on the mesh of a `sampling_setup`, in its compute dtype; as they are if they lie so."""
+    """Parameters and adapters on the mesh of a `sampling_setup`, in its compute dtype; unchanged if already there."""
     if setup.mesh.size == 1 and all(a.dtype == setup.compute for a in parameters.values()):
         return parameters, adapters
     out = tuple(

@@ -117,7 +117,7 @@ class JaxPolicy(LanguageModelPolicy):
 
     def _why_no_prefixes(self) -> str:
         if meshes.processes(self.mesh) > 1:
-            return "their rows lie on several processes"
+            return "their rows are on several processes"
         given = (self.scorer, self.learner.parameters, self.learner.adapters, self._splitting)
         return continues(*given, dtype=self.config.dtype)
 

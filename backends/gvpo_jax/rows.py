@@ -151,7 +151,7 @@ def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh:
     """Micro-batches that hold the units, of the same shapes in the same order on every process.
 
     Rows have the length of the budget, halved as often as that costs the least; a shard has as many as the budget
-    holds. A row that is longer than the budget lies alone in its shard.
+    holds. A row that is longer than the budget is alone in its shard.
     """
     shards = meshes.batch_shards(mesh)
     long = sorted((u for u in units if u[0].length > _length(splitting.tokens, 0)), key=_longest, reverse=True)

@@ -1,6 +1,6 @@
 """GVPO's MLX backend: any language model of mlx-lm as a policy, quantized ones with adapters.
 
-`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` stands alone.
+`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` works alone.
 """
 
 try:

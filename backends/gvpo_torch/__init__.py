@@ -1,6 +1,6 @@
 """GVPO's PyTorch backend: a language model of transformers as a policy; docs/models.md lists the families.
 
-`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` stands alone.
+`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` works alone.
 """
 
 try:

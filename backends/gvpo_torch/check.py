@@ -164,7 +164,7 @@ def in_blocks(scorer: Scorer, device: torch.device) -> bool:
     """Has the attention of packed rows computed by blocks where log-probs and gradients are those of the dense mask.
 
     Where FlexAttention has no gradient log-probs alone are compared. Gradients are those of the first parameters that
-    are trained, which lie before all attention. Of a sharded model all parameters are gathered once.
+    are trained, which come before all attention. Of a sharded model all parameters are gathered once.
     """
     if not blocks.fits(scorer.base):
         return _take_dense_mask(scorer, "its attention cannot be replaced")
@@ -213,7 +213,7 @@ def _take_dense_mask(scorer: Scorer, reason: str) -> bool:
 def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndarray], device: torch.device) -> None:
     """Compares decoding with a cache, prompts padded to one length or not, with scoring.
 
-    A response's last token is drawn only, so another one may stand in its place: a token that no response has inside,
+    A response's last token is drawn only, so another one may replace it: a token that no response has inside,
     which ends it.
     """
     if scorer.rope is not None and max(map(len, batch.prompts)) + max(map(len, batch.responses)) > scorer.rope.original:

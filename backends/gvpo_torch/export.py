@@ -72,7 +72,7 @@ def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> It
     """The tensors that the files of the model have, on the main rank; every rank takes part in gathering them.
 
     Args:
-      device: where they come to lie. None: where they are.
+      device: target of the tensors. None: where they are.
     """
     from transformers.core_model_loading import revert_weight_conversion
 

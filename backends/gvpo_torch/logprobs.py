@@ -116,7 +116,7 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
 
 
 def _places(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """(t, 1) each: where in a slice of the vocabulary a target lies, and whether it does. No wait for the device."""
+    """(t, 1) each: where in a slice of the vocabulary a target is, and whether it is there. No wait for the device."""
     places = targets.sub(part.start).unsqueeze(1)
     inside = (places >= 0) & (places < part.stop - part.start)
     return places.clamp_(0, part.stop - part.start - 1), inside

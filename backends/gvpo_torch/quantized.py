@@ -149,7 +149,7 @@ class Linear4bit(nn.Linear):
     def pack(self, weight: Tensor) -> None:
         """Takes the weight (out, in), float32 or in 16 bits, in place of the layer's own.
 
-        Raises: ConfigError: bitsandbytes gives back numbers that are further away than NF4's levels lie apart.
+        Raises: ConfigError: bitsandbytes returns numbers further off than NF4's levels are apart.
         """
         flat = weight.detach().contiguous().view(-1)
         packed, state = library().functional.quantize_4bit(flat, blocksize=WEIGHT_BLOCK, quant_type=_KIND)

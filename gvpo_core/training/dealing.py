@@ -1,6 +1,6 @@
 """Which rank trains on which group: whole groups, longest first, so that ranks finish together.
 
-A rollout's responses lie on the ranks that drew them, in equal runs: a group may lie on two ranks, and a rank may hold
+A rollout's responses are on the ranks that drew them, in equal runs: a group may be on two ranks, and a rank may hold
 the long ones. Before the updates each group moves to one rank. The step is the sum over all groups, so it does not
 depend on who holds which.
 """
@@ -24,7 +24,7 @@ class Deal(NamedTuple):
     batch: Batch  # of this rank
     rows: np.ndarray  # (n,) int64: its rows, as places among the rollout's N
     order: np.ndarray  # (M,) int64: the rows of all ranks in rank order, as `Policy.gather` gives them
-    complete: bool  # no group lies on two ranks
+    complete: bool  # no group is on two ranks
 
     def gathered(self, policy: Policy, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
         """(N,) float64: numbers of each rank's `chosen` rows, at their places; NaN elsewhere.
@@ -41,7 +41,7 @@ class Deal(NamedTuple):
 def deal(policy: Policy, rollout: Rollout, scored: np.ndarray, steps: Sequence[np.ndarray]) -> Deal:
     """Deals the scored rows to the ranks; every rank calls.
 
-    Groups stay as they lie where moving them whole leaves the fullest rank with more work than that: one group on
+    Groups stay where they are if moving them whole leaves the fullest rank with more work than that: one group on
     eight ranks.
 
     Args:
@@ -87,14 +87,14 @@ def assign(
     *,
     split_cost: float = SPLIT_COST,
 ) -> tuple[np.ndarray, bool]:
-    """The rank of each row, and whether each group lies on one.
+    """The rank of each row, and whether each group is on one.
 
     Args:
       group_ids, home: (N,) int64: each row's group, and the rank that holds it now.
       prompts, lengths: (N,) int64, tokens of each row's prompt, and those that it adds; see `added_tokens`.
       scored: (N,) bool: rows that are trained on.
       steps: the groups of each optimizer step.
-      split_cost: of work on a group that lies on two ranks, over that on one that does not.
+      split_cost: of work on a group that is on two ranks, over that on one that is not.
     """
     num_groups = 1 + max((int(groups.max()) for groups in steps if len(groups)), default=-1)
     ids = group_ids[scored]

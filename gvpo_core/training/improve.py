@@ -140,7 +140,7 @@ def _coefficients(
     """The objective's weights for the chosen rows of this rank, in float64, whatever part of them a call brings.
 
     A group's weights depend on its own rows and on how many groups there are, never on other groups' log-probs: where
-    no group lies on two ranks, a call may bring some whole groups. Else, and for a policy that does not ask by group,
+    no group is on two ranks, a call may bring some whole groups. Else, and for a policy that does not ask by group,
     every rank brings all its rows and the log-probs are gathered.
     """
     rows = dealt.rows

@@ -109,7 +109,7 @@ def collect(
 ) -> Rollout:
     """Samples and scores `responses` responses to each prompt in `rows`.
 
-    The P x k responses are cut into equal runs over the ranks, so a group may lie on two. A response's seed comes from
+    The P x k responses are cut into equal runs over the ranks, so a group may be on two. A response's seed comes from
     `seed_path`, its prompt's place and its own, on whichever rank it is drawn.
 
     Args:
@@ -236,7 +236,7 @@ def score_everywhere(
     batch: Batch,
     responses: Sequence[Response],
 ) -> Scores:
-    """The rewards of all ranks' responses. A group may lie on two ranks, so totals are made of what all of them have.
+    """The rewards of all ranks' responses. A group may be on two ranks, so totals are made of what all of them have.
 
     Without any reward, as a teacher allows, every response has 0.
 

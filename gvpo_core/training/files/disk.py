@@ -122,7 +122,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_at(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is the one that lies at a path now: neither moved, removed nor replaced.
+    """Whether an open file is the one at a path now: neither moved, removed nor replaced.
 
     Raises: OSError: unknown, as the path cannot be looked up.
     """

@@ -80,7 +80,7 @@ def library_reads(directory: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def check_files(directory: Path, names: Iterable[str]) -> None:
-    """Raises ConfigError: a file or folder that the header names is not in the checkpoint, or lies outside it."""
+    """Raises ConfigError: a file or folder that the header names is not in the checkpoint, or is outside it."""
     for name in names:
         if os.path.basename(name) != name or not (directory / name).exists():
             raise ConfigError(f"the checkpoint {directory} lacks its file {name}")

@@ -1,4 +1,4 @@
-"""Hugging Face folders as every backend reads and writes them: where they lie, their tokenizer, their config.json."""
+"""Hugging Face folders as every backend reads and writes them: where they are, their tokenizer, their config.json."""
 
 import contextlib
 import json

@@ -343,7 +343,7 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
         positions[b, :start] = np.arange(start)
         segments[b, :start] = 0
         end, number = start, 0
-        path = np.zeros(0, np.int64)  # where the inputs of the response lie
+        path = np.zeros(0, np.int64)  # where the inputs of the response are
         for i, shared in zip(row.responses, row.shared or (0,) * len(row.responses), strict=True):
             response = np.asarray(batch.responses[i], np.int64)
             inputs = slice(end, end + len(response) - 1 - shared)

@@ -66,7 +66,7 @@ class ResponseError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """N responses with their prompts, one row each; rows of a group may lie anywhere, on any rank.
+    """N responses with their prompts, one row each; rows of a group may be anywhere, on any rank.
 
     Lengths come from these lists, never from comparing ids with a padding id. A token that is not the policy's own is
     an input of the model and never a target: log pi(y|x) is the sum over own tokens, of all segments of a response.

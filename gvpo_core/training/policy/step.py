@@ -39,7 +39,7 @@ def plan_step(
     """Scores what does not go through the step as whole groups, and gives it its coefficients.
 
     Args:
-      together: whole groups may go in one pass: strategy "group", and no group lies on two ranks.
+      together: whole groups may go in one pass: strategy "group", and no group is on two ranks.
       scored: (N,) the log-probabilities of all rows, where they are known; then no pass is needed for them.
       score: gives a batch's log-probabilities (n,), nats, and the tokens computed.
       held: tokens of a group in several micro-batches that the backend can hold between forward and backward pass.

@@ -24,7 +24,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Tensor(NamedTuple):
-    """Where one tensor lies."""
+    """Where one tensor is."""
 
     path: Path
     dtype: str  # as safetensors names it: F32, BF16, I8, F8_E4M3, ...
@@ -37,7 +37,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The files that transformers reads, and no others: the one that config.json names as `transformers_weights`, else
     `model.safetensors`, else those of the index.
 
-    Raises: ConfigError: none is there, an index cannot be read, or a file is named that is missing or lies elsewhere.
+    Raises: ConfigError: none is there, an index cannot be read, or a file is named that is missing or is elsewhere.
     """
     if named := _named_by_config(folder / "config.json"):
         by = f"{folder / 'config.json'} (transformers_weights)"
@@ -83,14 +83,14 @@ def _of_index(index: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str, by: str) -> Path:
-    """The file of that name. Raises: ConfigError: it lies outside the folder."""
+    """The file of that name. Raises: ConfigError: it is outside the folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ConfigError(f"{by} names {name}, which lies outside the model's folder {folder}")
+        raise ConfigError(f"{by} names {name}, which is outside the model's folder {folder}")
     return folder / name
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Name -> where it lies, of every tensor in `weight_files`, from the files' headers alone.
+    """Name -> where it is, of every tensor in `weight_files`, from the files' headers alone.
 
     Raises: ConfigError: as `weight_files`; a file that is not safetensors, is damaged, or is a Git LFS pointer; a
       tensor that two files hold.

@@ -82,7 +82,7 @@ def prompt_rewards(rows: Sequence[dict[str, Any]]) -> dict[Any, float]:
 
 
 def signs_tell(differences: np.ndarray) -> bool | None:
-    """Whether paired differences lie beyond noise: the sign-flip test at 5 %.
+    """Whether paired differences are beyond noise: the sign-flip test at 5 %.
 
     Under no change each difference is as likely negative as positive, so their sum has variance sum d^2. Unlike
     Student's t this stays right when all prompts change by the same amount. None: fewer than six changed prompts,

@@ -49,7 +49,7 @@ def episodes(run: Run) -> list[Episode]:
 
 
 def verdict(alerts: Sequence[Episode]) -> str:
-    """The run's verdict as it stands: the worst level of the episodes that still hold."""
+    """The run's current verdict: the worst level of the episodes that still hold."""
     return max((e.level for e in alerts if e.open), key=LEVELS.index, default=OK)
 
 

@@ -76,7 +76,7 @@ class Run:
         return np.asarray([by_step.get(step, np.nan) for step in series.steps])
 
     def reward_range(self) -> tuple[float, float]:
-        """The lowest and the highest reward of any response: no mean lies beyond, whatever its interval says."""
+        """The lowest and the highest reward of any response: no mean is beyond them."""
         low, high = self.series("reward/min").values, self.series("reward/max").values
         if not (np.isfinite(low).any() and np.isfinite(high).any()):
             return -np.inf, np.inf

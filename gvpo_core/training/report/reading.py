@@ -23,7 +23,7 @@ _MARKED = ("resume", "stop")
 
 @dataclass(frozen=True)
 class Reading:
-    """What stands at the top of the report."""
+    """The top of the report."""
 
     sentences: list[str]
     notes: list[str]

@@ -75,7 +75,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checkpoint_at(folder: Path, step: int) -> Checkpoint:
-    """Where the checkpoint of a step lies, whether or not it does."""
+    """Where the checkpoint of a step is, whether or not it exists."""
     return Checkpoint(step, folder / _name(step))
 
 

@@ -77,7 +77,7 @@ class Streamed(Recorded):
 def recorded_rollout(
     policy: Policy, recorded: Groups, rows: Sequence[int], reference: ReferenceScores | None, *, keep: bool = True
 ) -> Rollout:
-    """These groups as a rollout, their N responses cut into equal runs over the ranks; a group may lie on two.
+    """These groups as a rollout, their N responses cut into equal runs over the ranks; a group may be on two.
 
     Args:
       keep: make the rows of completions.jsonl, on the main rank.
