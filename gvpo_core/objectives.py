@@ -168,7 +168,7 @@ OTHER_NAMES = {  # a name that users bring -> the objective
 
 def suggestion(name: str) -> str:
     """`; did you mean ...?` for a name that is no objective; empty where none is near."""
-    meant = OTHER_NAMES.get(name.lower()) or next(iter(get_close_matches(name, OBJECTIVES, n=1)), None)
+    meant = OTHER_NAMES.get(name.lower()) or next(iter(get_close_matches(name.lower(), OBJECTIVES, n=1)), None)
     return f"; did you mean {meant!r}?" if meant else ""
 
 

@@ -269,3 +269,83 @@ def test_one_entry_of_a_mapping_is_set_by_an_option_and_the_others_stay(option, 
     with pytest.raises(ValueError, match=f"--{option} expects one value"):
         with_mapping_option(Config(), [f"--{option}", "1", "2"])
     assert with_mapping_option(Config(), [f"--{section}.other.{name}", "1"]) is None
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--rewards.rigth.weight", "unknown option --rewards.rigth.weight; did you mean --rewards.right.weight?"),
+        ("--rewards.new.function", "; there is no reward 'new': add [rewards.new] to the file"),
+        ("--dryrun", "; did you mean --dry-run?"),
+        ("--dry-runn", "; did you mean --dry-run?"),
+        ("--from_stp", "; did you mean --from-step?"),
+    ],
+)
+def test_a_reward_and_a_switch_of_the_command_are_suggested(option, said, tmp_path, capfd):
+    """--rewards.rigth.weight was taken for --environment.weight."""
+    status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), option, "1")
+    assert status == 2 and said in err
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "meant"),
+    [
+        ("model.dtype", "bf16", "bfloat16"),
+        ("model.dtype", "fp32", "float32"),
+        ("model.dtype", "BFloat16", "bfloat16"),
+        ("run.backend", "pytorch", "torch"),
+        ("run.backend", "Torch", "torch"),
+        ("engine.kind", "vlm", "vllm"),
+        ("optimizer.schedule", "cosine_with_restarts", "cosine"),
+        ("objective.name", "GRPO", "grpo"),
+    ],
+)
+def test_a_value_by_another_name_gets_a_suggestion(name, value, meant, tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    status, _, err = gvpo(capfd, "train", config, f"--{name}", value)
+    assert status == 2 and f"did you mean {meant!r}?" in err
+    section, _, key = name.partition(".")
+    text = config.read_text()
+    lines = [line for line in text.splitlines() if not line.startswith(f"{key} = ")]
+    if f"[{section}]" in lines:
+        lines.insert(lines.index(f"[{section}]") + 1, f'{key} = "{value}"')
+    else:
+        lines += [f"[{section}]", f'{key} = "{value}"']
+    config.write_text("\n".join(lines))
+    status, _, err = gvpo(capfd, "train", config)
+    assert status == 2 and f"did you mean {meant!r}?" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("https://huggingface.co/datasets/openai/gsm8k", "'https://huggingface.co/datasets/openai/gsm8k': there is no"),
+        ("https://hf.co/datasets/openai/gsm8k/tree/main", "a dataset of the hub is given by its name, 'openai/gsm8k'"),
+        ("s3://bucket/rows.jsonl", "'s3://bucket/rows.jsonl': there is no such file or folder; expected a file"),
+        ("openai/gsm8k:main", "given by its name, 'openai/gsm8k', and its part by data.subset or data.split"),
+        ("gsm8k", "a dataset of the hub has an owner: OWNER/gsm8k"),
+    ],
+)
+def test_data_that_is_no_path_is_named_as_it_was_typed(source, said, tmp_path, capfd):
+    status, _, err = gvpo(capfd, "train", table_run.make(tmp_path), "--data.train", source)
+    assert status == 2 and said in err
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("https://huggingface.co/Qwen/Qwen3-0.6B", "a model of the hub is given by its name, 'Qwen/Qwen3-0.6B'"),
+        ("not a name!", "there is no such folder, and a hub name is NAME or OWNER/NAME"),
+    ],
+)
+def test_init_refuses_what_is_no_name_of_the_hub(model, said, tmp_path, capfd):
+    status, _, err = gvpo(capfd, "init", tmp_path / "new", "--model", model)
+    assert status == 2 and said in err and not (tmp_path / "new").exists()
+
+
+def test_a_command_that_is_not_there_and_a_collection_by_another_name(tmp_path, capfd, monkeypatch):
+    status, _, err = gvpo(capfd, "trian")
+    assert status == 2 and "there is no command 'trian'; did you mean 'train'?" in err
+    monkeypatch.setattr("gvpo_core.training.policy.load.load_policy", lambda config: pytest.fail("it loads a model"))
+    status, _, err = gvpo(capfd, "collect", table_run.make(tmp_path), tmp_path / "out.txt")
+    assert status == 2 and "expected a name that ends with .jsonl" in err

@@ -1,6 +1,7 @@
 """Rows of data: from files, `datasets`, DataFrames, and iterables of mappings."""
 
 import json
+import re
 from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
@@ -148,8 +149,8 @@ def _check_unique(columns: list[Any], name: str) -> None:
 
 
 def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
-    where = f"{name} = {str(path)!r}"
-    named = str(path).replace("hf:/", "hf://", 1) if str(path).startswith("hf:/") else str(path)  # Path drops a slash
+    named = re.sub(r"^(\w+):/(?!/)", r"\1://", str(path))  # Path drops a slash
+    where = f"{name} = {named!r}"
     if not path.exists() and is_hub_name(named):
         try:
             loaded = hub_dataset(named, f"{name} = {named!r}", split=split, subset=subset)
@@ -157,7 +158,7 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
             raise DataError(str(e)) from e
         return _given(loaded, f"{name} = {named!r}", split)
     if not path.exists():
-        raise DataError(f"{where}: there is no such file or folder")
+        raise DataError(f"{where}: there is no such file or folder{_meant_name(named)}")
     for file in [*path.glob("*.arrow")] if path.is_dir() else [path]:
         try:
             refuse_special(file)
@@ -172,6 +173,20 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
     if path.suffix in (".jsonl", ".json"):
         return _from_jsonl(path)
     raise DataError(f"{where}: expected .jsonl, .parquet or a folder saved by datasets")
+
+
+def _meant_name(named: str) -> str:
+    """What a text that is neither a path nor a hub name should have been; empty: a path, as far as one can see."""
+    page = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)", named)
+    if page:
+        return f"; a dataset of the hub is given by its name, {page[1]!r}"
+    if "://" in named:
+        return "; expected a file or folder here, or the name of a dataset of the hub: download it first"
+    owned = re.fullmatch(r"([\w.-]+/[\w.-]+):([\w.-]+)", named)
+    if owned:
+        return f"; a dataset of the hub is given by its name, {owned[1]!r}, and its part by data.subset or data.split"
+    bare = re.fullmatch(r"[\w-]+", named)
+    return f"; a dataset of the hub has an owner: OWNER/{named}" if bare else ""
 
 
 def _from_jsonl(path: Path) -> list[Any]:

@@ -61,6 +61,14 @@ def for_collecting(config: Config) -> Config:
     )
 
 
+def refuse_name(out: Path) -> None:
+    """Raises ConfigError: the file exists, or its name does not say that it holds JSON lines."""
+    if out.suffix not in (".jsonl", ".json"):
+        raise ConfigError(f"{out}: expected a name that ends with .jsonl")
+    if out.exists():
+        raise ConfigError(f"{out} already exists; remove it, or give another name")
+
+
 def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
     """Draws and scores `run.steps` steps of groups into `out`, or continues a started file; returns the exit status.
 
@@ -153,10 +161,7 @@ class _Growing:
 
     def open(self) -> int:
         """Takes the file; the steps that it holds whole."""
-        if self.out.suffix not in (".jsonl", ".json"):
-            raise ConfigError(f"{self.out}: expected a name that ends with .jsonl")
-        if self.out.exists():
-            raise ConfigError(f"{self.out} already exists; remove it, or give another name")
+        refuse_name(self.out)
         try:
             make_synced(self.out.parent)
             refuse_special(self.partial)

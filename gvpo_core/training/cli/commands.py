@@ -12,6 +12,7 @@ from gvpo_core import __version__
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.secrets import Hiding, hide, hide_command, secrets_of, traceback_of
+from gvpo_core.training.config.suggestions import nearest
 from gvpo_core.training.run.signals import without_hang_up
 from gvpo_core.training.terminal.output import line_width, say, standard_streams
 from gvpo_core.training.terminal.text import printable, wrapped
@@ -71,7 +72,8 @@ def _run(arguments: list[str]) -> int:
     }
     command = arguments[0] if arguments else "--help"
     if command not in (*commands, *_HELP, "--version"):
-        print(f"gvpo: there is no command {command!r}\n\n{_USAGE}", end="", file=sys.stderr)
+        meant = nearest(command, commands)
+        print(f"gvpo: there is no command {command!r}{meant}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
     secrets = set(secrets_of())
     try:
@@ -155,7 +157,7 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
 
 
 def _collect(arguments: list[str], secrets: set[str]) -> int:
-    from gvpo_core.training.cli.collect import collect, for_collecting
+    from gvpo_core.training.cli.collect import collect, for_collecting, refuse_name
     from gvpo_core.training.config.file import as_table, parse_arguments
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.policy.load import load_policy
@@ -163,6 +165,8 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
     if arguments[:1] in ([], ["-h"], ["--help"]) or len(arguments) < 2 or arguments[1].startswith("-"):
         say(_COLLECT.rstrip())
         return 0 if {"-h", "--help"} & {*arguments} else 2
+    out = Path(arguments[1])
+    refuse_name(out)  # before the slow load of the model
     with ExitStack() as stack:
         opened: list[Inputs] = []
 
@@ -175,7 +179,7 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
         logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
-        return collect(opened[0], load_policy(opened[0].config), Path(arguments[1]))
+        return collect(opened[0], load_policy(opened[0].config), out)
 
 
 def _step_number(text: str | None) -> int | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 
@@ -131,7 +132,10 @@ def _model(name: str) -> str:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"--model {name}: the folder has no config.json, so it holds no model")
         return str(folder.resolve())
-    if folder.exists() or name.startswith((".", "/", "~", os.sep)) or name.count("/") > 1:
+    page = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/([\w.-]+/[\w.-]+)", name)
+    if page:
+        raise ConfigError(f"--model {name}: a model of the hub is given by its name, {page[1]!r}")
+    if folder.exists() or not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?", name):
         raise ConfigError(f"--model {name}: there is no such folder, and a hub name is NAME or OWNER/NAME")
     return name
 

@@ -16,7 +16,7 @@ from gvpo_core.training.config.check import wrong_values
 from gvpo_core.training.config.help_text import help_registry
 from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
-from gvpo_core.training.config.suggestions import setting_names, suggest
+from gvpo_core.training.config.suggestions import nearest, setting_names, suggest
 from gvpo_core.training.files.disk import refuse_special, retried
 from gvpo_core.training.terminal.output import refusing_output
 
@@ -107,7 +107,7 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
         if changed is not None:
             default = changed
         elif one[0].startswith("--") and name not in known:
-            wrong.append(f"unknown option {one[0].split('=')[0]}{suggest(name, known)}")
+            wrong.append(f"unknown option {one[0].split('=')[0]}{_meant(name, known, default)}")
         else:
             taken.append(one)
     try:
@@ -124,6 +124,21 @@ def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[s
     if len(wrong) == before:  # each option is valid alone
         wrong.append(f"options: {hide(together, secrets)}")
     return config, wrong
+
+
+def _meant(option: str, known: Set[str], config: Config) -> str:
+    """What an unknown option may mean: a setting, an option of the command, or one of a reward under another name."""
+    commands = difflib.get_close_matches(option, ["--dry_run", "--from_step"], n=1, cutoff=0.8)
+    if commands:
+        return f"; did you mean {commands[0].replace('_', '-')}?"
+    parts = option.split(".")
+    if parts[0] == "--rewards" and len(parts) > 2 and parts[1] not in config.rewards:
+        close = difflib.get_close_matches(parts[1], config.rewards, n=1)
+        meant = ".".join([parts[0], *close, *parts[2:]])
+        if close and meant in known:
+            return f"; did you mean {meant}?"
+        return f"; there is no reward {parts[1]!r}: add [rewards.{parts[1]}] to the file"
+    return suggest(option, known)
 
 
 def _each(options: list[str]) -> list[list[str]]:
@@ -165,6 +180,8 @@ def _overridden(default: Config, options: list[str]) -> Config:
         reason = _out_of_the_box(printed.getvalue()) or " ".join(options)
         if "Unrecognized options" in reason:  # words that are no value either: key=value as of Hydra, one dash
             reason += "; an option begins with two dashes, as --run.steps 5"
+        if choice := re.search(r"invalid choice '(.*?)' for argument .*Expected one of \((.*)\)", reason):
+            reason = reason.rstrip(".") + nearest(choice[1], re.findall(r"'([^']+)'", choice[2]))
         raise _RefusedError(reason) from e
     return config
 
@@ -296,9 +313,8 @@ class _Reader:
         if origin is Literal:
             if value in arguments:
                 return value
-            close = difflib.get_close_matches(str(value), arguments, n=1)
-            hint_text = f"; did you mean {close[0]!r}?" if close else ""
-            self.error(name, f"{name} = {shown}; expected one of {', '.join(map(repr, arguments))}{hint_text}")
+            choices = ", ".join(map(repr, arguments))
+            self.error(name, f"{name} = {shown}; expected one of {choices}{nearest(str(value), arguments)}")
         elif origin is dict:
             if isinstance(value, dict):
                 read = {k: self.value(arguments[1], v, f"{name}.{k}") for k, v in value.items()}

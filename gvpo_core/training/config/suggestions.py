@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 from gvpo_core.training.config import Config
 
@@ -248,6 +249,20 @@ ABSENT = {
 """What is not supported, or not a setting -> what other trainers call it."""
 
 
+_VALUES = {
+    "bfloat16": "bf16 torch.bfloat16 jnp.bfloat16",
+    "float32": "fp32 f32 float torch.float32 jnp.float32",
+    "torch": "pytorch",
+    "mlx": "mlx-lm mlx_lm",
+    "server": "openai openai-compatible http",
+    "cosine": "cosine_with_restarts cosine_with_min_lr cosine_annealing",
+    "linear": "linear_with_warmup",
+    "constant": "constant_with_warmup none",
+    "nf4": "4bit int4 bnb bitsandbytes",
+}
+"""A value of a setting -> what others call it."""
+
+
 def setting_names(config: Config) -> list[str]:
     """Dotted names of all settings, those of the rewards that are there too."""
     names = []
@@ -288,6 +303,14 @@ def suggest(name: str, known: Iterable[str]) -> str:
         spelt = difflib.get_close_matches(last, [_last(k) for k in settings], n=1, cutoff=0.75)
         close = [k for k in settings if [_last(k)] == spelt]
     return f"; did you mean {close[0]}?" if close else ""
+
+
+def nearest(value: str, choices: Iterable[Any]) -> str:
+    """ "; did you mean ...?" of a value that is not among the choices; empty where none is spelt or called alike."""
+    listed, text = [choice for choice in choices if isinstance(choice, str)], value.strip().lower()
+    meant = [choice for choice in listed if text == choice.lower() or text in _VALUES.get(choice, "").split()]
+    meant = meant or difflib.get_close_matches(text, listed, n=1)
+    return f"; did you mean {meant[0]!r}?" if meant else ""
 
 
 def _of_its_section(name: str, last: str, settings: Iterable[str]) -> str | None:
