@@ -79,7 +79,7 @@ def test_a_paired_change_compares_the_means_of_the_same_prompts():
     [
         (np.full(40, 0.001), "was -1.98 ± 0.40 at first and -1.98 ± 0.40 at last"),  # real, not in the digits
         (np.linspace(-1, 1.1, 40), "within noise"),
-        (np.array([0.1] * 5), "too little to tell"),
+        (np.array([0.1] * 5), "too little data to tell"),
         (np.array([1e-3] * 30 + [40.0]), "within noise"),  # the interval includes 0, though all signs agree
         (np.full(40, -1.0), "fell from"),
         (np.full(40, 1.0), "rose from"),
@@ -105,9 +105,9 @@ def test_noise_is_called_noise_and_little_is_called_little():
     said = " ".join(read_out(run_of(evaluations=evaluations)).sentences)
     assert "within noise: it does not show a change" in said
     assert "no second evaluation" in " ".join(read_out(run_of(evaluations=evaluations[:1])).sentences)
-    assert "nothing here says how the model does on new prompts" in " ".join(read_out(run_of()).sentences)
+    assert "does not show how the model does on new prompts" in " ".join(read_out(run_of()).sentences)
     alone = [e | {"eval/half_width": None} for e in evaluations]
-    assert "too little to tell" in " ".join(read_out(run_of(evaluations=alone)).sentences)
+    assert "too little data to tell" in " ".join(read_out(run_of(evaluations=alone)).sentences)
 
 
 def test_a_run_that_failed_says_so_until_it_is_resumed():

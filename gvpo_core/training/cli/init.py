@@ -109,7 +109,7 @@ def write_files(folder: Path, model: str) -> list[Path]:
     paths = [folder / name for name in files]
     there = [str(path) for path in paths if os.path.lexists(path)]
     if there:
-        raise ConfigError(f"{', '.join(there)}: already there, and gvpo init replaces no file; name another folder")
+        raise ConfigError(f"{', '.join(there)}: already exists, and gvpo init replaces no file; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, files.values(), strict=True):

@@ -35,7 +35,9 @@ def evaluate_run(arguments: list[str]) -> int:
     parser = Parser(prog="gvpo eval", description="Rewards of a run's policy on held-out prompts.")
     parser.add_argument("run", type=Path, help="run folder")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
-    parser.add_argument("--compare", metavar="CHECKPOINT", help=f"evaluate this too, and the difference: {_CHECKPOINT}")
+    parser.add_argument(
+        "--compare", metavar="CHECKPOINT", help=f"also evaluate this checkpoint, and the difference: {_CHECKPOINT}"
+    )
     parser.add_argument("--data", metavar="FILE", help="rows to evaluate on. Default: the run's data.evaluation")
     parser.add_argument("--prompts", type=int, default=0, help="number of held-out prompts used. Default: 0, all")
     parser.add_argument("--json", action="store_true", help="print the metrics as JSON")
@@ -56,7 +58,7 @@ def evaluate_run(arguments: list[str]) -> int:
     difference = None
     if options.compare:
         if "eval/reward" not in metrics[options.checkpoint]:
-            raise ConfigError("--compare needs rewards of the held-out responses, and there is no reward")
+            raise ConfigError("--compare needs rewards of the held-out responses, and none is configured")
         change = evaluations[options.checkpoint][1] - evaluations[options.compare][1]
         change = change[~np.isnan(change)]  # prompts with a score in both
         difference = (float(change.mean()) if change.size else math.nan, mean_half_width(change))
@@ -151,7 +153,7 @@ def export_run(arguments: list[str]) -> int:
         make_synced(folder)
         holds = any(folder.iterdir())
     except OSError as e:
-        raise ConfigError(f"{folder} cannot be exported to: {e.strerror or e}; give a new folder") from e
+        raise ConfigError(f"cannot export to {folder}: {e.strerror or e}; give a new folder") from e
     if holds:
         raise ConfigError(f"{folder} is not empty; give a new folder")
     policy = _restored(config, options.run, options.checkpoint)

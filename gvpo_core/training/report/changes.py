@@ -126,7 +126,7 @@ def in_words(name: str, change: Change, where: str) -> str:
     verdict = {
         True: "beyond noise",
         False: "within noise: it does not show a change",
-        None: "too little to tell from noise",
+        None: "too little data to tell from noise",
     }[change.beyond_noise]
     return f"{change_text} ({where}); the change is {difference_in_words(change)}, {verdict}."
 

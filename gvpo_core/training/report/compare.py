@@ -145,7 +145,7 @@ def _against(first: Run, other: Run) -> str:
         return "no held-out prompt in common"
     before, after = (np.asarray([rewards[prompt] for prompt in shared]) for rewards in by_text)
     change = paired_change(before, after)
-    words = {True: "beyond noise", False: "within noise", None: "too little to tell"}[change.beyond_noise]
+    words = {True: "beyond noise", False: "within noise", None: "too little data to tell"}[change.beyond_noise]
     return f"{difference_in_words(change)} ({len(shared)} prompts), {words}"
 
 

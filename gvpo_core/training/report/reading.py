@@ -45,7 +45,9 @@ def read_out(run: Run) -> Reading:
             f" at step {only['step']}; there is no second evaluation to compare with."
         )
     elif not run.evaluations:
-        sentences.append("There was no held-out evaluation, so nothing here says how the model does on new prompts.")
+        sentences.append(
+            "There was no held-out evaluation, so this report does not show how the model does on new prompts."
+        )
     if losses := [number(e["eval/loss"]) for e in run.evaluations if "eval/loss" in e]:
         change = short(losses[0]) if len(losses) == 1 else f"{short(losses[0])} → {short(losses[-1])}"
         sentences.append(f"Held-out loss on recorded groups: {change}.")
@@ -109,7 +111,7 @@ def _state(run: Run) -> str:
     if not isinstance(steps, int):
         return f"Its last recorded step is {last}."
     if last >= steps:
-        return f"It ran to its end, step {last}."
+        return f"It finished at step {last}."
     return f"It is at step {last} of {steps}: still running, stopped or killed. The same command resumes it."
 
 

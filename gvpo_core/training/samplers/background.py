@@ -66,5 +66,5 @@ class InBackground:
         refresh(self.sampler, policy, version)
 
     def close(self) -> None:
-        """Ends the thread. Whoever opened the sampler closes it."""
+        """Ends the thread. The caller that opened the sampler closes it."""
         self._workers.close()
