@@ -1,5 +1,6 @@
 """The estimate of memory against the peak that a real run of a small model is measured to take."""
 
+import io
 import json
 import os
 import subprocess
@@ -10,6 +11,13 @@ import tiny_models
 from required import require
 
 require(subject="torch")
+import torch
+
+from gvpo_core.training.config import Config, ModelConfig, RolloutConfig, RunConfig
+from gvpo_core.training.loop import train
+from gvpo_core.training.policy.load import load_policy
+from gvpo_core.training.policy.memory import estimate_memory
+from gvpo_core.training.watch.console import Console
 
 # By itself glibc keeps half as much again back for later (with LoRA 764 MB instead of 488). Here it keeps nothing back,
 # and `allocator`, the factor that stands for it in the estimate, is 1.
@@ -48,6 +56,29 @@ peak = max(line.get("memory/peak", 0) for line in lines)
 print(json.dumps({"measured": peak - held, "estimated": memory.peak - memory.framework, "framework": memory.framework,
                   "held": held, "parts": memory._asdict()}))
 """
+
+
+@pytest.mark.parametrize("rank", [0, 4], ids=["full", "lora"])
+def test_what_stays_in_memory_is_estimated_to_the_byte(rank, tmp_path):
+    model = tiny_models.write_model("llama", tmp_path / "model")
+    config = Config(
+        run=RunConfig(folder=str(tmp_path / "run"), backend="torch", steps=1, checkpoint_every=0, show_every=0),
+        model=ModelConfig(path=str(model), device="cpu", dtype="float32", lora_rank=rank),
+        rollout=RolloutConfig(prompts=2, responses=2, max_tokens=4),
+    )
+    policy = load_policy(config)
+    memory = estimate_memory(policy.describe(), config, 4)
+    rewards = {"r": lambda completions, **_: [float(i) for i in range(len(completions))]}
+    rows = [{"prompt": "aa"}, {"prompt": "bb"}]
+    train(config, policy, train_rows=rows, rewards=rewards, console=Console(1, stream=io.StringIO()))
+    assert policy.steps_taken == 1
+    size = lambda tensors: sum(t.untyped_storage().nbytes() for t in {t.data_ptr(): t for t in tensors}.values())
+    moments = [t for state in policy._optimizer.state.values() for t in state.values() if torch.is_tensor(t)]
+    assert memory.parameters == size(policy.scorer.parameters())
+    assert memory.optimizer == size(t for t in moments if t.dim())
+    reference = policy._reference.model
+    assert memory.reference == (0 if reference is None else size(reference.parameters()))
+    assert (memory.reference > 0) == (rank == 0)
 
 
 @pytest.mark.slow

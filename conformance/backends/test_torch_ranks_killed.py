@@ -1,6 +1,7 @@
 """A sharded run on two processes, one of them killed again and again while a thread of each writes its shard."""
 
 import itertools
+import time
 from pathlib import Path
 
 import forks
@@ -14,6 +15,8 @@ from trainer_runs import write_run
 
 require(subject="torch")
 from safetensors.torch import load_file
+
+from gvpo_core.training.run.checkpoint import newest_checkpoint, steps_saved
 
 STEPS, KILLS = 6, 6
 
@@ -59,22 +62,39 @@ def shards(folder: Path) -> dict[str, object]:
     return {f"{n} {name}": tensor for n, file in enumerate(files) for name, tensor in load_file(file).items()}
 
 
+def two_ranks(folder: Path, model: Path, steps: int) -> Path:
+    """The config of a run that saves after each step."""
+    backend = trainer_backends.BACKENDS["torch"]
+    config = write_run(folder, backend, model, steps=steps, extra="", model_extra='sharding = "fsdp"')
+    config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 1"))
+    return config
+
+
+def test_a_rank_whose_peer_is_killed_ends_by_itself_and_leaves_a_checkpoint(tmp_path) -> None:
+    model = tiny_models.make_model("llama", tmp_path / "model")
+    run = TwoRanks(two_ranks(tmp_path, model, 10_000), tmp_path / "output.txt")
+    checkpoints, end = tmp_path / "run" / "checkpoints", time.monotonic() + 120
+    while not steps_saved(checkpoints) and run.exit_status() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    assert run.exit_status() is None, run.log.read_text()
+    run.kill()  # asserts that the other one ends
+    saved = newest_checkpoint(checkpoints)
+    assert saved is not None and saved.step >= 1
+    shards_of = sorted(saved.policy.glob("state-*.safetensors"))
+    assert len(shards_of) == 2 and all(load_file(file) for file in shards_of)
+
+
 @pytest.mark.slow
 def test_a_rank_killed_beside_a_save_loses_nothing_that_counts(tmp_path) -> None:
     """The run ends with the shards, records and responses of one that nothing stopped, to the bit."""
     model = tiny_models.make_model("llama", tmp_path / "model")
-    for name in ("whole", "killed"):
-        extra = 'sharding = "fsdp"'
-        config = write_run(
-            tmp_path / name, trainer_backends.BACKENDS["torch"], model, steps=STEPS, extra="", model_extra=extra
-        )
-        config.write_text(config.read_text().replace("checkpoint_every = 2", "checkpoint_every = 1"))
-    whole = TwoRanks(tmp_path / "whole" / "config.toml", tmp_path / "whole" / "output.txt")
+    configs = {name: two_ranks(tmp_path / name, model, STEPS) for name in ("whole", "killed")}
+    whole = TwoRanks(configs["whole"], tmp_path / "whole" / "output.txt")
     for process in whole.processes:
         process.join(300)
     assert whole.exit_status() == 0, whole.log.read_text()
     run = tmp_path / "killed" / "run"
-    hit = killing.kill_and_resume(tmp_path / "killed" / "config.toml", run, TwoRanks, kills=KILLS, seed=3, longest=1.0)
+    hit = killing.kill_and_resume(configs["killed"], run, TwoRanks, kills=KILLS, seed=3, longest=1.0)
     assert hit["saving"] >= 2, f"too few kills fell into a save: {hit}"
     one, two = shards(tmp_path / "whole"), shards(tmp_path / "killed")
     assert one.keys() == two.keys() and all(tensor.equal(two[name]) for name, tensor in one.items())

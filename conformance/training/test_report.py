@@ -252,7 +252,7 @@ def test_seeds_versions_and_resumes_are_reported(run):
     assert "Resumed after step" in text and "gvpo 0.1.0, Python 3.11" in text
     data = read_run(run)
     data.config["run"]["seed"] = 7
-    assert "Seed7; a sample" in "".join(Strict(page(data)).text)
+    assert "Seed7; each sample" in "".join(Strict(page(data)).text)
 
 
 def rows_of(text):
