@@ -61,7 +61,7 @@ def decoding(monkeypatch, change) -> None:
 def test_model_that_decodes_otherwise_than_it_scores_is_refused(settings, folders, monkeypatch) -> None:
     decoding(monkeypatch, lambda hidden, options: hidden * 1.2)
     with pytest.raises(
-        ConfigError, match=r"LlamaForCausalLM decodes with a cache otherwise than it scores: .* by up to"
+        ConfigError, match=r"LlamaForCausalLM decodes with a cache differently from scoring: .* by up to"
     ):
         policy(folders("llama"), **settings)
 

@@ -301,7 +301,7 @@ def test_a_weight_of_any_shape_is_unpacked_right(shape, dtype) -> None:
 def test_weights_that_come_back_wrong_are_refused(folder, monkeypatch) -> None:
     right = quantized._unpacked
     monkeypatch.setattr(quantized, "_unpacked", lambda *given: right(*given).flip(0))
-    with pytest.raises(ConfigError, match=rf"does not give back a weight of shape \(40, 64\) on {DEVICE}"):
+    with pytest.raises(ConfigError, match=rf"does not restore a weight of shape \(40, 64\) on {DEVICE}"):
         policy(folder, **LORA)
 
 

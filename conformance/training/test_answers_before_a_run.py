@@ -139,8 +139,8 @@ def test_an_option_that_the_file_lacks_can_be_given_by_its_key(tmp_path, capfd):
 # function -> options that no call could work with, what is said
 USELESS = [
     ("regex_match", {"pattern": "(a"}, "options.pattern = '(a' is not a regular expression: missing ), unterminated"),
-    ("regex_match", {"pattern": 5}, "options.pattern = 5 is no regular expression"),
-    ("judge", {"model": "m", "pattern": "*"}, "options.pattern = '*' is no regular expression"),
+    ("regex_match", {"pattern": 5}, "options.pattern = 5 is not a regular expression"),
+    ("judge", {"model": "m", "pattern": "*"}, "options.pattern = '*' is not a regular expression"),
     ("judge", {"model": "m", "lowest": 3, "highest": 3}, "options.highest = 3; expected more than options.lowest = 3"),
     ("judge", {"model": "m", "highest": "10"}, "its options cannot be used: '>' not supported between"),
 ]

@@ -112,7 +112,8 @@ def test_a_file_that_is_moved_meanwhile_gets_nothing_more(how, tmp_path, monkeyp
         patch.setattr("gvpo_core.training.policy.table.TablePolicy", Moving)
         assert collect(config, out) == 1
     assert (
-        "out.jsonl.partial was moved, removed or replaced meanwhile: nothing more is written" in capsys.readouterr().err
+        "out.jsonl.partial was moved, removed or replaced meanwhile: nothing more was written"
+        in capsys.readouterr().err
     )
     assert not out.exists() and (not partial.exists() or not partial.read_text())
     if how != "removed":
@@ -130,7 +131,7 @@ def test_a_result_that_somebody_else_made_is_not_replaced(tmp_path, monkeypatch,
 
     monkeypatch.setattr("gvpo_core.training.policy.table.TablePolicy", Making)
     assert collect(config, out) == 1
-    assert "out.jsonl was made meanwhile by somebody else" in capsys.readouterr().err
+    assert "out.jsonl was created meanwhile by another process" in capsys.readouterr().err
     assert out.read_text() == "mine" and len(rows_of(tmp_path / "out.jsonl.partial")) == 4
 
 

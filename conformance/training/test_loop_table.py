@@ -265,4 +265,4 @@ def test_a_step_of_nan_leaves_its_alert_in_metrics_console_and_report(tmp_path, 
     run(config, TablePolicy(table(REFERENCE), config.optimizer))  # mended: the alert goes with the step
     assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4, 5, 6]
     assert "failed" not in {e["event"] for e in records(tmp_path, "event")}
-    assert "It ran to its end, step 6." in (tmp_path / "report.html").read_text()
+    assert "It finished at step 6." in (tmp_path / "report.html").read_text()

@@ -103,7 +103,7 @@ def test_the_reading_has_the_numbers_of_the_run(run):
     assert [float(x) for x in training.groups()] == pytest.approx(
         [np.mean(means[:10]), np.mean(means[-10:])], abs=0.0051
     )
-    assert text.count("beyond noise") == 2 and "It ran to its end, step 160." in text
+    assert text.count("beyond noise") == 2 and "It finished at step 160." in text
     change = held_out_change(data)
     before, after = ({r["prompt"]: r["reward"] for r in rows} for rows in (data.held_out[0], data.held_out[160]))
     differences = np.array([after[p] - before[p] for p in before])

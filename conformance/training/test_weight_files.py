@@ -59,7 +59,7 @@ def test_the_file_that_the_configuration_names_is_read_and_no_other(tmp_path, na
     ("named", "message"),
     [
         ("gone.safetensors", "names gone.safetensors, which is not in the folder"),
-        ("../up.safetensors", "names ../up.safetensors, which lies outside the model's folder"),
+        ("../up.safetensors", "names ../up.safetensors, which is outside the model's folder"),
         ("pytorch_model.bin", "expected the name of a safetensors file"),
         (3, "expected the name of a safetensors file"),
     ],
@@ -78,7 +78,7 @@ def test_files_in_folders_of_the_model_are_read_where_the_index_names_them(tmp_p
     write_index(tmp_path, a="sub/a.safetensors")
     assert set(weight_files.tensors(tmp_path)) == {"sub/a"}
     write_index(tmp_path, a="../a.safetensors")
-    with pytest.raises(ConfigError, match=r"names ../a.safetensors, which lies outside the model's folder"):
+    with pytest.raises(ConfigError, match=r"names ../a.safetensors, which is outside the model's folder"):
         weight_files.tensors(tmp_path)
 
 
