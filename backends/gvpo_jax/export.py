@@ -1,6 +1,6 @@
 """An export for others: a Hugging Face folder, a layer and a file at a time, or the adapters alone."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +11,11 @@ from safetensors.numpy import load_file, save_file
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.files.disk import sync_tree
-from gvpo_core.training.policy.export import write_json, write_settings, write_weights
+from gvpo_core.training.policy.export import with_own_head, write_json, write_settings, write_weights
 from gvpo_jax import mesh as meshes
 from gvpo_jax.learner import Learner
 from gvpo_jax.model import Setup
-from gvpo_jax.spec import fill
+from gvpo_jax.spec import EMBEDDING, HEAD, fill
 
 
 def export(
@@ -28,6 +28,7 @@ def export(
     end: Sequence[int],
     tokenizer: Any,
     main: bool,
+    own_head: bool = False,
 ) -> None:
     """Writes the folder; every process calls, the main one writes.
 
@@ -35,12 +36,24 @@ def export(
       config: config.json of the model.
       source: the folder that was trained from.
       end: the tokens that ended responses; all of them are in generation_config.json.
+      own_head: see `Policy.export`.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    write_weights(directory, _tensors(setup, learner, dtype, main), _save)
+    tensors = _tensors(setup, learner, dtype, main)
+    if own_head:
+        tensors = _with_head(tensors) if setup.spec.tied else tensors
+        config = with_own_head(config)
+    write_weights(directory, tensors, _save)
     if main:
         write_settings(directory, config, dtype, source, end, tokenizer)
         sync_tree(directory)
+
+
+def _with_head(tensors: Iterable[tuple[str, np.ndarray]]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, array in tensors:
+        yield name, array
+        if name == EMBEDDING:
+            yield HEAD, array.copy()
 
 
 def _save(tensors: dict[str, np.ndarray], path: str) -> None:

@@ -176,10 +176,10 @@ class JaxPolicy(LanguageModelPolicy):
             {"reference": dict(self._reference or self.learner.adapters)} if renewed else {}
         )
 
-    def export(self, directory: Path) -> None:
-        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
+    def export(self, directory: Path, *, own_head: bool = False) -> None:
+        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
         given = (self.config.dtype, self.scorer.config, self.folder, self._end, self.tokenizer)
-        export.export(Path(directory), self.setup, self.learner, *given, self.rank == 0)
+        export.export(Path(directory), self.setup, self.learner, *given, self.rank == 0, own_head)
 
     def export_adapters(self, directory: Path) -> None:
         """Writes the adapters alone, as peft loads them; every rank calls."""

@@ -2,16 +2,17 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.files.disk import sync_tree
-from gvpo_core.training.policy.export import write_json, write_settings, write_weights
+from gvpo_core.training.policy.export import with_own_head, write_json, write_settings, write_weights
 from gvpo_core.training.policy.hugging_face import local_folder
 from gvpo_mlx.adapters import adapted, merged
 from gvpo_mlx.check import read_back, read_back_adapters
@@ -19,16 +20,21 @@ from gvpo_mlx.model import Scorer
 from gvpo_mlx.weights import constants
 
 log = logging.getLogger("gvpo.mlx")
+_HEAD = "lm_head.weight"
 
 
-def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any, end: Sequence[int]) -> None:
+def export(
+    directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any, end: Sequence[int], own_head: bool = False
+) -> None:
     """Writes a Hugging Face folder: weights with adapters merged in and unpacked, by the names and shapes of the folder
     that was trained; config, tokenizer; under `adapters`, where there are any, the adapters alone as mlx-lm loads them
     onto the model that they were trained on. The folder is then read back and scored.
 
     Args:
       end: the tokens that ended responses; all of them are in generation_config.json.
-    Raises: ConfigError: the folder does not score as the model that was trained; its weights are removed.
+      own_head: see `Policy.export`.
+    Raises: ConfigError: the folder does not score as the model that was trained; its weights are removed. mlx-lm has no
+      head of its own for this model.
     """
     directory.mkdir(parents=True, exist_ok=True)
     loaded, dtype = scorer.loaded, scorer.dtype
@@ -40,6 +46,11 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
         elif mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype)
         tensors[name] = value
+    written_config = loaded.written
+    if own_head:
+        written_config = with_own_head(written_config)
+        if isinstance(scorer.head, (nn.Embedding, nn.QuantizedEmbedding)):
+            tensors[_HEAD] = tensors[_embedding(scorer, tensors)]
     if loaded.origin.mlx_format and any(".switch_mlp." in name for name in tensors):
         log.warning(
             "%s is in MLX's own format, and so is its export: mlx-lm reads it, transformers may not", config.path
@@ -50,7 +61,7 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
 
     written = write_weights(directory, tensors.items(), write)
     # The completed settings: mlx-lm asks for some by names that transformers 5 no longer writes.
-    write_settings(directory, loaded.written, config.dtype, local_folder(config), end, tokenizer)
+    write_settings(directory, written_config, config.dtype, local_folder(config), end, tokenizer)
     try:
         read_back(directory, scorer, config)
     except ConfigError:
@@ -60,6 +71,16 @@ def export(directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any,
     if scorer.adapted:
         export_adapters(directory / "adapters", scorer, config)
     sync_tree(directory)
+
+
+def _embedding(scorer: Scorer, tensors: Mapping[str, mx.array]) -> str:
+    """The name of the embedding that is the head. Raises: ConfigError: the export has it under another name."""
+    name = next((n for n, m in scorer.lm.named_modules() if m is scorer.head), "") + ".weight"
+    if name not in tensors:
+        raise ConfigError(
+            f"{scorer.name} has its embedding under another name than {name}: no head of its own is written"
+        )
+    return name
 
 
 def export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:

@@ -187,11 +187,11 @@ class MLXPolicy(LanguageModelPolicy):
         elif self._reference_parameters is not None:
             self._load_reference()
 
-    def export(self, directory: Path) -> None:
-        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
+    def export(self, directory: Path, *, own_head: bool = False) -> None:
+        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
         if self.rank == 0:
             with mx.stream(self.device):
-                export.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end)
+                export.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end, own_head)
 
     def export_adapters(self, directory: Path) -> None:
         """Writes the adapters alone, as mlx-lm loads them; every rank calls."""

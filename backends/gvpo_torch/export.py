@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.files.disk import sync_tree
-from gvpo_core.training.policy.export import write_json, write_weights
+from gvpo_core.training.policy.export import with_own_head, write_json, write_weights
 from gvpo_core.training.policy.hugging_face import generation_eos, portable_config
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_torch.adapters import without_peft_warnings
@@ -24,6 +24,7 @@ from gvpo_torch.weights import without_bars
 
 # What a model of images and text needs beside its tokenizer; copied as they are.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
+_HEAD = "lm_head.weight"
 _QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
 
 
@@ -33,16 +34,21 @@ def name_end_tokens(base: Any, folder: Path, end: Sequence[int]) -> None:
         base.generation_config.eos_token_id = exported_eos(generation_eos(folder), end)
 
 
-def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, main: bool) -> None:
+def export(
+    directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, main: bool, own_head: bool = False
+) -> None:
     """Writes a Hugging Face folder: weights with adapters merged in, config, tokenizer, generation settings.
 
     Every rank calls; the main rank writes. It holds a layer and a file of weights at most, where transformers stores
     each layer alone.
+
+    Args:
+      own_head: see `Policy.export`.
     """
     from transformers.utils import cached_file
 
     base: Any = lm.get_base_model() if hasattr(lm, "peft_config") else lm
-    stored = _stored(base, dtype, main, "cpu")
+    stored = _stored(base, dtype, main, "cpu", own_head)
     if not main:
         for _ in stored:
             pass
@@ -54,7 +60,8 @@ def export(directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, m
     write_weights(directory, stored, lambda part, path: save_file(part, path, metadata={"format": "pt"}))
     tokenizer.save_pretrained(directory)
     path = directory / "config.json"
-    write_json(path, portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch.")))
+    config = portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch."))
+    write_json(path, with_own_head(config) if own_head else config)
     where = {"revision": getattr(base.config, "_commit_hash", None), "local_files_only": True}
     for name in PROCESSORS:
         cached = cached_file(base.config.name_or_path, name, **where, **_QUIETLY)
@@ -68,7 +75,9 @@ def stored_tensors(lm: nn.Module, dtype: torch.dtype, main: bool) -> Iterator[tu
     return _stored(lm.get_base_model() if hasattr(lm, "peft_config") else lm, dtype, main, None)
 
 
-def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> Iterator[tuple[str, Tensor]]:
+def _stored(
+    base: Any, dtype: torch.dtype, main: bool, device: str | None, own_head: bool = False
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors that the files of the model have, on the main rank; every rank takes part in gathering them.
 
     Args:
@@ -76,7 +85,7 @@ def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> It
     """
     from transformers.core_model_loading import revert_weight_conversion
 
-    left_out = {twin for twin, original in (base.all_tied_weights_keys or {}).items()}
+    left_out = {twin for twin in base.all_tied_weights_keys or {} if not (own_head and twin == _HEAD)}
     left_out |= set(base._keys_to_ignore_on_save or ())
     alone = _each_layer_alone(base, left_out)
     block: dict[str, Tensor] = {}
@@ -94,7 +103,8 @@ def _stored(base: Any, dtype: torch.dtype, main: bool, device: str | None) -> It
         key = block_name
         tensor = full_tensor(tensor.detach())
         if main and name not in left_out:
-            block[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            kept = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            block[name] = kept.clone() if own_head and name == _HEAD else kept  # files share no memory
     if block:
         yield from converted()
 

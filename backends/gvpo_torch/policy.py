@@ -234,10 +234,10 @@ class TorchPolicy(LanguageModelPolicy):
         self._reference.restored(of_reference)
         gathered_no_more(self._trained)
 
-    def export(self, directory: Path) -> None:
-        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls."""
+    def export(self, directory: Path, *, own_head: bool = False) -> None:
+        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
         dtype = getattr(torch, self.config.dtype)
-        export.export(Path(directory), self.scorer.lm, self.tokenizer, dtype, self.rank == 0)
+        export.export(Path(directory), self.scorer.lm, self.tokenizer, dtype, self.rank == 0, own_head)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """What `export` writes, as (name, tensor) on the policy's device; every rank goes through it to the end.

@@ -153,6 +153,17 @@ def transferred(python: Path, transfer: str, tied: bool) -> None:
             subprocess.run(arguments, check=True, env=os.environ | VLLM)
 
 
+def with_own_head(python: Path) -> None:
+    """Reloads a model whose head is its embedding by folder. Raises: AssertionError: it does not hold."""
+    with tempfile.TemporaryDirectory() as temporary:
+        model = write_model("llama", Path(temporary) / "model", tie_word_embeddings=True, **SHAPE)
+        folder = Path(temporary) / "own"
+        vllm_trial.write_own_head(str(model), folder)
+        with served("vllm", python, folder, Path(temporary) / "log.txt", adapters=False) as url:
+            print("vLLM reloads a tied model that it serves with a head of its own")
+            vllm_trial.own_head(str(model), url, str(folder))
+
+
 def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
@@ -184,6 +195,7 @@ def main() -> None:
                 else:
                     text_trial.try_server(str(model), url, str(model), transformers=name == "transformers")
     if name == "vllm":
+        with_own_head(python)
         with tempfile.TemporaryDirectory() as temporary:
             model = write_model("llama", Path(temporary) / "model", **SHAPE)
             with served(name, python, model, Path(temporary) / "log.txt", adapters=False) as url:

@@ -4,7 +4,8 @@ python conformance/support/vllm_trial.py MODEL_FOLDER URL NAME
 
 The server serves MODEL_FOLDER as NAME in float32. docs/engines.md has its command. What is sent must stay within 1e-3
 nat a token of the trainer at every step, with prompts long enough for the prefix cache; what is not sent, or sent in
-part, must be stopped by name. A model whose head is its embedding is sent whole against the rule, to show the latter.
+part, must be stopped by name, with and without a gap_tolerance. A model whose head is its embedding is sent whole to a
+server that was not started with a head of its own, to show the latter.
 """
 
 import json
@@ -18,6 +19,7 @@ from typing import Any, Literal, cast
 import numpy as np
 
 import gvpo
+from gvpo_core.training import cli
 from gvpo_core.training.config import ModelConfig, OptimizerConfig, RolloutConfig, RunConfig, TeacherConfig
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.samplers import Engine, SamplerError
@@ -65,36 +67,21 @@ class StaleCache(Watched):
             super()._command(path, body)
 
 
-class Untied:
-    """A policy whose export says that its head is its own, though it is the embedding."""
-
-    def __init__(self, policy: Any) -> None:
-        self.policy = policy
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.policy, name)
-
-    def export(self, folder: Path) -> None:
-        self.policy.export(folder)
-        settings = json.loads((folder / "config.json").read_text())
-        (folder / "config.json").write_text(json.dumps(settings | {"tie_word_embeddings": False}))
-
-
-class HalfSent(Watched):
-    """Sends a model whole of which vLLM keeps the old head."""
-
-    def refresh(self, policy: Any, version: int) -> None:
-        super().refresh(Untied(policy), version)
-
-
 def trained(
-    model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched] = Watched, ahead: int = 0
+    model: str,
+    url: str,
+    name: str,
+    folder: Path,
+    weights: Weights,
+    kind: type[Watched] = Watched,
+    ahead: int = 0,
+    tolerance: float | None = TOLERANCE,
 ) -> list[float]:
     """The largest gap of each step, nats a token; ahead of time it grows by what the updates between changed."""
-    own = folder / f"{kind.__name__}-{weights}-{ahead}"
+    own = folder / f"{kind.__name__}-{weights}-{ahead}-{tolerance}"
     config = config_of(model, own, lora_rank=8 if weights == "adapters" else 0, ahead=ahead)
     place = {"weights": weights, "folder": folder / f"{own.name}-weights"} if weights != "kept" else {}
-    engine = kind(url, name, gap_tolerance=TOLERANCE, deadline=300, **place)
+    engine = kind(url, name, gap_tolerance=tolerance, deadline=300, **place)
     gvpo.train(config, gvpo.load_policy(config), train_rows=ROWS, rewards={"e": reward}, sampler=engine)
     return gaps(own, None if weights == "kept" else ahead)
 
@@ -123,10 +110,19 @@ def gaps(folder: Path, ahead: int | None = 0) -> list[float]:
     return [line["sampler/gap/max"] for line in steps]
 
 
-def stopped(model: str, url: str, name: str, folder: Path, weights: Weights, kind: type[Watched], what: str) -> None:
+def stopped(
+    model: str,
+    url: str,
+    name: str,
+    folder: Path,
+    weights: Weights,
+    kind: type[Watched],
+    what: str,
+    tolerance: float | None = TOLERANCE,
+) -> None:
     """The run must be stopped by the gap. Raises: AssertionError: it was not."""
     try:
-        found = trained(model, url, name, folder, weights, kind)
+        found = trained(model, url, name, folder, weights, kind, tolerance=tolerance)
     except SamplerError as error:
         if "log-probabilities differ" not in str(error):
             raise
@@ -166,10 +162,28 @@ def try_server(model: str, url: str, name: str) -> None:
             found = trained(model, url, name, folder, cast(Weights, weights), ahead=1)
             print(f"{weights}, a step ahead: largest gap of each step {[f'{gap:.1e}' for gap in found]}")
         if tied:
-            stopped(model, url, name, folder, "model", HalfSent, "old head")
+            for tolerance in (TOLERANCE, None):
+                stopped(model, url, name, folder, "model", Watched, f"old head, {tolerance}", tolerance)
         else:
             stopped(model, url, name, folder, "kept", Watched, "weights of the run before")
             stopped(model, url, name, folder, "model", StaleCache, "prefix cache of the run before")
+
+
+def write_own_head(model: str, folder: Path) -> None:
+    """Writes the folder that a server of a model whose head is its embedding is started from."""
+    settings = folder.with_name("settings.toml")
+    settings.write_text(f'[model]\npath = "{model}"\ndevice = "cpu"\n[data]\ntrain = "none.jsonl"\n')
+    assert cli.main(["export", str(settings), str(folder), "--own-head"]) == 0
+
+
+def own_head(model: str, url: str, name: str) -> None:
+    """A server that was started with a head of its own gets all of a model that has none. Raises: AssertionError."""
+    assert json.loads((Path(model) / "config.json").read_text())["tie_word_embeddings"]
+    with tempfile.TemporaryDirectory() as temporary:
+        for tolerance in (TOLERANCE, None):
+            found = trained(model, url, name, Path(temporary), "model", tolerance=tolerance)
+            print(f"a head of its own: largest gap of each step {[f'{gap:.1e}' for gap in found]}")
+            assert max(found) < TOLERANCE
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Samplers: weights of each step, smaller groups, log-probabilities that are compared, and an engine that fails."""
 
+import json
 import math
 import time
 from dataclasses import replace
@@ -269,7 +270,27 @@ def test_weights_that_do_not_load_end_the_run_by_name(fault, tmp_path, capsys):
         sends(tmp_path, server, "model", deadline=1.0)
 
 
-def test_a_tied_model_is_not_sent_whole(tmp_path, capsys, monkeypatch):
+class OwnHead(Sent):
+    """A tied model that can be written with a head of its own."""
+
+    tied = True
+
+    def export(self, directory, *, own_head=False):
+        super().export(directory)
+        (directory / "config.json").write_text(json.dumps({"tie_word_embeddings": not own_head}))
+
+
+def test_a_tied_model_is_sent_with_a_head_of_its_own(tmp_path, capsys):
+    config = short(tmp_path, 3)
+    with Server() as server:
+        sampler = engine(server, weights="model", folder=tmp_path / "weights", gap_tolerance=1e-9)
+        run(config, sampler, OwnHead(table(REFERENCE), config.optimizer))
+        assert server.commands.count("/collective_rpc") == 3
+    written = [json.loads(path.read_text()) for path in (tmp_path / "weights").glob("*/config.json")]
+    assert written == [{"tie_word_embeddings": False}] * 2
+
+
+def test_a_tied_model_that_cannot_be_written_so_is_not_sent_whole(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Sent, "tied", True)
     with Server() as server, pytest.raises(ConfigError, match="tie_word_embeddings"):
         sends(tmp_path, server, "model")

@@ -136,12 +136,21 @@ def export_run(arguments: list[str]) -> int:
     Raises: ConfigError: a folder or checkpoint that cannot be used.
     """
     parser = Parser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
-    parser.add_argument("run", type=Path, help="run folder")
+    parser.add_argument("run", type=Path, help="run folder, or the settings file of a run to come: its initial model")
     parser.add_argument("folder", type=Path, help="folder to create; must be empty")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
     parser.add_argument("--adapters", action="store_true", help="write only the LoRA or DoRA adapters")
+    parser.add_argument(
+        "--own-head",
+        action="store_true",
+        help="write an output layer that is the embedding as a tensor of its own, for a vLLM server that reloads it",
+    )
     options = parser.parse_args(arguments)
-    config, folder = _run_config(options.run), options.folder
+    if _is_settings_file(options.run) and options.checkpoint == "newest":
+        options.checkpoint = "initial"
+    if options.adapters and options.own_head:
+        raise ConfigError("--adapters with --own-head: adapters have no output layer; leave one of them out")
+    config, folder = _exported_config(options.run, options.checkpoint), options.folder
     if options.adapters and not config.model.lora_rank:
         raise ConfigError(
             f"{options.run} trains all parameters (model.lora_rank = 0) and has no adapters: leave --adapters out"
@@ -158,7 +167,12 @@ def export_run(arguments: list[str]) -> int:
         raise ConfigError(f"{folder} is not empty; give a new folder")
     policy = _restored(config, options.run, options.checkpoint)
     try:
-        (policy.export_adapters if options.adapters else policy.export)(folder)
+        if options.adapters:
+            policy.export_adapters(folder)
+        elif options.own_head:
+            policy.export(folder, own_head=True)
+        else:
+            policy.export(folder)
     except ConfigError:  # what does not read back is not left to be taken for the policy
         if policy.rank == 0:
             for path in folder.iterdir():
@@ -167,6 +181,17 @@ def export_run(arguments: list[str]) -> int:
     if policy.rank == 0:
         say(options.folder)
     return 0
+
+
+def _exported_config(run: Path, checkpoint: str) -> Config:
+    from gvpo_core.training.config.file import read_config
+
+    return read_config(run) if _is_settings_file(run) and checkpoint == "initial" else _run_config(run)
+
+
+def _is_settings_file(path: Path) -> bool:
+    """Whether it is a settings file, but not that of a run folder, which has a trained policy."""
+    return path.suffix == ".toml" and path.is_file() and not (path.parent / "checkpoints").is_dir()
 
 
 def _run_config(run: Path) -> Config:

@@ -150,7 +150,7 @@ class LanguageModelPolicy(abc.ABC):
         """The gradient of a planned step, clipped, and AdamW's step at learning rate `rate`."""
 
     @abc.abstractmethod
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, *, own_head: bool = False) -> None:
         """See `Policy.export`; creates the folder."""
 
     def export_adapters(self, directory: Path) -> None:

@@ -39,6 +39,12 @@ def write_weights(
     return written
 
 
+def with_own_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of the same model whose head is a tensor of its own, lm_head.weight, instead of its embedding."""
+    parts = {name: with_own_head(part) for name, part in config.items() if name == "text_config" and part}
+    return {**config, **parts, "tie_word_embeddings": False}
+
+
 def write_settings(
     directory: Path, config: Mapping[str, Any], dtype: str, source: Path, end: Sequence[int], tokenizer: Any
 ) -> None:

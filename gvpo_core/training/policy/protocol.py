@@ -264,8 +264,12 @@ class Policy(Protocol):
     def restore(self, directory: Path) -> None:
         """Reads what `save` wrote; training then continues bit for bit."""
 
-    def export(self, directory: Path) -> None:
+    def export(self, directory: Path, *, own_head: bool = False) -> None:
         """Writes a Hugging Face folder that transformers, vLLM and mlx-lm load.
+
+        Args:
+          own_head: write a head that is the embedding as a tensor of its own (lm_head.weight, tie_word_embeddings =
+            false): a running vLLM server then reloads it. A policy without this argument is exported as it is.
 
         A policy of PyTorch may have `tensors()` beside it: an iterator of (name, tensor) of what `export` writes, which
         every rank goes through to its end and which gives them to the main rank. vLLM in the same process loads these

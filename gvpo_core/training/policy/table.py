@@ -186,8 +186,8 @@ class TablePolicy:
             raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")
         self.logits, self.reference, self.update_count = logits, reference, update_count
 
-    def export(self, directory: Path) -> None:
-        """Writes table.json, which `load` reads: the table has no Hugging Face form."""
+    def export(self, directory: Path, *, own_head: bool = False) -> None:
+        """Writes table.json, which `load` reads: the table has no Hugging Face form, and no head."""
         pi = np.exp(self.log_table())
         table = {
             p: {r: float(pi[x, y]) for y, r in enumerate(self.responses) if pi[x, y] > 0}

@@ -83,7 +83,8 @@ class Engine:
           tokens: what the server takes and gives. text: any OpenAI-compatible server, chat: its chat endpoint, which
             gets the prompts as messages; see `Text`.
           weights: what `refresh` sends to vLLM's or SGLang's server before each step. adapters: the policy's LoRA
-            adapters; model: the whole model. vLLM reloads no folder of one whose head is its embedding.
+            adapters; model: the whole model. Where its head is its embedding, vLLM must have been started from a folder
+            of `gvpo export --own-head`.
           transfer: how vLLM gets the whole model; see `Transfer`.
           folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
           listen: HOST or HOST:PORT at which the server reaches the main rank, for nccl and tcp. Empty: found.

@@ -3,6 +3,7 @@
 Each version gets a new folder: servers map files into memory, and one written again would change under it.
 """
 
+import inspect
 import json
 import logging
 import shutil
@@ -10,6 +11,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,13 +93,18 @@ class WeightFolder:
         """
         start = policy.gather(np.array([time.time_ns() if policy.rank == 0 else 0], dtype=np.int64))
         target = self.folder / f"{model.replace('/', '-')}-{int(start[0])}-{version}"
-        export = policy.export_adapters if self.adapters else policy.export
+        export = policy.export_adapters if self.adapters else self._export_of(policy)
         attempt(policy, lambda: export(target), kind=SamplerError, explain=self._unwritten)
         named = attempt(policy, lambda: self._load(target, post, told, seconds), main_only=True, kind=SamplerError)
         self.named = target.name if highest(policy, int(bool(named))) else ""
         attempt(policy, lambda: self._forget(post, in_use), main_only=True, kind=SamplerError)
         self._loaded.append(target)
         return target.name if self.adapters or self.commands.by_version else model
+
+    def _export_of(self, policy: Policy) -> Callable[[Path], None]:
+        if self.commands.ties_heads or "own_head" not in inspect.signature(policy.export).parameters:
+            return policy.export
+        return partial(policy.export, own_head=True)
 
     def _unwritten(self, error: Exception) -> Exception:
         if not isinstance(error, OSError):
@@ -113,7 +120,8 @@ class WeightFolder:
         if settings.get("tie_word_embeddings") and not self.commands.ties_heads:
             raise ConfigError(
                 "the head of the model is its embedding (tie_word_embeddings): vLLM keeps the old head when it"
-                " reloads such a folder. Train adapters and send them (weights = 'adapters'), or set transfer"
+                " reloads such a folder, and this policy's export has no own_head (see Policy.export). Train adapters"
+                " and send them (weights = 'adapters'), or set transfer"
             )
         until = time.monotonic() + seconds
         while True:
