@@ -111,6 +111,7 @@ ENVIRONMENTS = {
 # Of JAX: what is read off programs, which are to be those that users run.
 JAX_PROGRAMS = [f"conformance/backends/test_jax_{name}.py" for name in ("memory", "collectives", "update", "generate")]
 # Most programs of tests run once: a process compiles one as fast as it can, unless another has done so.
+UNOPTIMIZED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # known to every release of JAX
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
@@ -171,8 +172,8 @@ def jax_next(session: nox.Session) -> None:
     session.install("--constraint", "constraints-jax-next.txt", "-e", ".[jax]", "pytest", "pytest-xdist", "hypothesis")
     names = ("logprobs", "model", "generate", "numbers", "rows", "collectives")
     files = [f"conformance/backends/test_jax_{name}.py" for name in names]
-    env = {"GVPO_SUBJECTS": "jax", "XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env)
+    env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp()).resolve() / "compiled")}
+    pytest(session, "jax-next", *TWO_AT_A_TIME, "conformance/core", *files, **env | QUICKLY_COMPILED | UNOPTIMIZED)
 
 
 @nox.session
@@ -252,7 +253,8 @@ def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
     session.run("python", "-m", "pip", "check")
     script = Path("conformance/support/unconstrained.py").resolve()
     session.chdir(session.create_tmp())  # nothing of the checkout can be imported by accident
-    session.run("python", str(script), backend, *session.posargs, env={"PYTHONPATH": None, "OMP_NUM_THREADS": "2"})
+    env = {"PYTHONPATH": None, "OMP_NUM_THREADS": "2", **UNOPTIMIZED}
+    session.run("python", str(script), backend, *session.posargs, env=env)
 
 
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
