@@ -113,6 +113,24 @@ def test_the_steps_equal_the_float64_reference(kind, recorded_file, tmp_path):
         assert any(r["groups/redrawn"] for r in records(tmp_path / "run"))
 
 
+@pytest.mark.parametrize("kind", ["recorded", "both", "within", "unscored"])
+def test_the_reference_scores_recorded_responses_once(kind, recorded_file, tmp_path):
+    """In 40 steps each file passes several times; the drawn responses alone are scored in each step."""
+    if kind == "unscored":
+        sections, rows = of_kind("within", recorded_file)[0], [{"prompt": p, "responses": ["c", "a"]} for p in PROMPTS]
+    else:
+        sections, rows = of_kind(kind, recorded_file)
+    config = sampled_config(tmp_path / "run", **sections)
+    config = replace(config, run=replace(config.run, steps=20))
+    first = run(config, rows)
+    metrics = records(tmp_path / "run")
+    scored = [m["machine/reference_scored"] for m in metrics]
+    cached = sum(m["machine/reference_cached"] for m in metrics)
+    assert sum(scored) > 0 and not any(scored[10:]) and cached > 2 * sum(scored), scored
+    assert first.reference_rows == sum(m["responses/total"] for m in metrics) - cached
+    assert_steps_by_hand(tmp_path / "run", config, first)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_bit_identical(kind, recorded_file, tmp_path):
     """Stopped after a step, with a full buffer and prompts taken beyond their number."""

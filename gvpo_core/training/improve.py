@@ -72,10 +72,10 @@ def improve(
     batch, rows = dealt.batch, dealt.rows
     by_group = dealt.complete and getattr(policy, "by_group", False)
     ref = old = None
-    if rollout.ref_logprobs is not None:
+    if config.reference == "initial":
+        ref = _of_reference(policy, rollout, scored, dealt)
+    elif rollout.ref_logprobs is not None:
         ref = rollout.ref_logprobs
-    elif config.reference == "initial":
-        ref = dealt.gathered(policy, policy.logprobs(batch, reference=True), scored)
     updates = config.epochs * config.minibatches
     if updates > 1 and (config.reference == "rollout" or objective.needs_old):
         old = dealt.gathered(policy, policy.logprobs(batch), scored)
@@ -103,6 +103,16 @@ def improve(
     result.tokens = int(policy.gather(np.asarray([sum(u.tokens for u in result.updates)])).sum())
     result.peak_memory = int(policy.gather(np.asarray([max(u.peak_memory for u in result.updates)])).max())
     return result
+
+
+def _of_reference(policy: Policy, rollout: Rollout, scored: np.ndarray, dealt: Deal) -> np.ndarray:
+    """(N,) log-probs of pi_ref of the scored rows: from the source, or computed."""
+    known = np.full(len(scored), np.nan) if rollout.ref_logprobs is None else rollout.ref_logprobs
+    missing = scored & np.isnan(known)
+    if not missing.any():
+        return known
+    batch = dealt.batch.take([int(i) for i in np.flatnonzero(missing[dealt.rows])])
+    return np.where(missing, dealt.gathered(policy, policy.logprobs(batch, reference=True), missing), known)
 
 
 def _no_signal(rollout: Rollout, need: int) -> str:

@@ -189,7 +189,7 @@ class Inputs:
     def _source(self, policy: Policy, sampler: Sampler | None, trained: bool, cached: bool) -> Source:
         config = self.config
         if self.recorded is None or config.rollout.source == "mixed":
-            return self._sampled(policy, sampler, trained)
+            return self._sampled(policy, sampler, trained, cached)
         if sampler is not None:
             raise ConfigError(
                 "a sampler is given, and the training data holds recorded responses: leave the sampler"
@@ -208,7 +208,7 @@ class Inputs:
             return Streamed(config, groups, reference, StreamedGroups(self.stream, self.recorded, config, smallest))
         return RecordedSource(config, groups, reference)
 
-    def _sampled(self, policy: Policy, sampler: Sampler | None, trained: bool) -> Source:
+    def _sampled(self, policy: Policy, sampler: Sampler | None, trained: bool, cached: bool) -> Source:
         """Sampled groups, and what the settings mix with them."""
         config, early = self.config, None
         if sampler is not None and trained and config.rollout.ahead:
@@ -219,14 +219,17 @@ class Inputs:
             sampled = Sampled(config, prompts, self.rewards, sampler, trained, early, gaps=compared)
         else:
             groups = encode_groups(policy, self.recorded, config, smallest=0)
-            sampled = Sampled(config, groups.prompts, self.rewards, sampler, trained, early, groups, gaps=compared)
+            reference = self._reference(policy, config.run.folder if cached else None)
+            sampled = Sampled(
+                config, groups.prompts, self.rewards, sampler, trained, early, groups, reference, gaps=compared
+            )
         if self.beside is None and not config.replay.groups:
             return sampled
         recorded = None
         if self.beside is not None:
             smallest = find_objective(config.objective).smallest
             beside = encode_groups(policy, self.beside, config, "data.recorded", smallest=smallest)
-            recorded = RecordedSource(config, beside, None)
+            recorded = RecordedSource(config, beside, self._reference(policy, config.run.folder if cached else None))
         buffer = Buffer(config.replay, config.run.seed) if config.replay.groups else None
         return Mixed(config, sampled, recorded, buffer)
 

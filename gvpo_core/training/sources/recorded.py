@@ -100,7 +100,7 @@ def recorded_rollout(
     ref = None
     if reference is not None:
         hits, misses = reference.hits, reference.misses
-        ref = _reference(reference, groups)
+        ref = _reference(reference, groups, every=not recorded.recorded.scored)
         details = {
             "machine/reference_cached": reference.hits - hits,
             "machine/reference_scored": reference.misses - misses,
@@ -150,9 +150,13 @@ def scored_again(
     return replace(rollout, rewards=scores.total, parts=scores.parts, errors=scores.errors, completions=completions)
 
 
-def _reference(reference: ReferenceScores, groups: Sequence[Group]) -> np.ndarray:
-    """(N,) of the scored responses; NaN of the others, which leave their group."""
-    scored = [group.scored for group in groups]
+def _reference(reference: ReferenceScores, groups: Sequence[Group], *, every: bool) -> np.ndarray:
+    """(N,) of the responses with a reward; NaN of the others, which leave their group.
+
+    Args:
+      every: of all responses, which get their rewards later.
+    """
+    scored = [list(range(len(group.responses))) if every else group.scored for group in groups]
     scores_of = reference.of(
         [
             (group.prompt, tuple(group.responses[i] for i in places))

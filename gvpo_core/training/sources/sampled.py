@@ -10,7 +10,7 @@ import numpy as np
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
-from gvpo_core.training.recorded import Groups
+from gvpo_core.training.recorded import Groups, ReferenceScores
 from gvpo_core.training.rewards import Reward
 from gvpo_core.training.rollout import Requests, Rollout, collect, requests_of
 from gvpo_core.training.samplers import Sampler
@@ -33,6 +33,7 @@ class Sampled:
     trained: bool = True  # the policy moves between the steps
     ahead: Ahead | None = None  # what the sampler was asked for before its step
     beside: Groups | None = None  # recorded responses to the same prompts, part of their groups
+    reference: ReferenceScores | None = None  # of these
     offset: int = 0  # prompts that earlier steps took beyond their number; below 0: fewer
     spreads: dict[int, float] = field(default_factory=dict)  # of the newest rewards, by the prompt's number
     numbers: list[int] = field(default_factory=list)  # of the prompts of the newest step, by group
@@ -138,7 +139,7 @@ class Sampled:
         )
         if self.beside is None:
             return drawn
-        recorded = recorded_rollout(policy, self.beside, numbers, None)
+        recorded = recorded_rollout(policy, self.beside, numbers, self.reference)
         if not self.beside.recorded.scored:
             recorded = scored_again(policy, recorded, self.prompts, numbers, self.rewards)
         return join(policy, [drawn, recorded], together=True)
