@@ -249,6 +249,18 @@ def test_page_is_short(page):
 
 
 @pytest.mark.core
+def test_the_site_shows_a_path_outside_docs_once():
+    spec = importlib.util.spec_from_file_location("links", ROOT / "docs/links.py")
+    links = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(links)
+    shown = lambda text: links.on_page_markdown(text, config={"config_file_path": str(ROOT / "mkdocs.yml")})
+    assert shown("see [`README.md`](../README.md).") == "see `README.md`."
+    assert shown("see [README.md](../README.md).") == "see `README.md`."
+    assert shown("see [the start](../README.md).") == "see the start (`README.md`)."
+    with pytest.raises(FileNotFoundError, match=r"no_such\.md"):
+        shown("[x](../no_such.md)")
+
+
 def test_site_lists_every_page():
     listed = re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(listed) == sorted(page.name for page in ROOT.glob("docs/*.md"))
