@@ -72,6 +72,7 @@ class TorchPolicy(LanguageModelPolicy):
         # Ranks that meet at every pass wait longer by group: worth it where layers are computed again anyway.
         deferring = not self.frozen and (config.gradient_checkpointing or not sharded)
         self.defers = deferring and self._ranks.agree(check.defers(self.scorer, self.device))
+        self.lockstep = sharded and config.gradient_checkpointing
         # By blocks a longer row costs no more attention: rows share their prompt whatever their length.
         hidden = 0 if self.scorer.in_blocks else getattr(self.scorer.config, "hidden_size", 0) or 0
         self._splitting = self._split(hidden, self.scorer.rope)

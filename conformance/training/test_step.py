@@ -1,10 +1,14 @@
 """The learning rate of every step, by hand, and coefficients that are checked before use."""
 
+import itertools
+
 import numpy as np
 import pytest
 
 from gvpo_core.training.config import OptimizerConfig
-from gvpo_core.training.policy.step import factors_of, learning_rate
+from gvpo_core.training.policy import Batch
+from gvpo_core.training.policy.layout import Splitting
+from gvpo_core.training.policy.step import ByGroup, factors_of, learning_rate, plan_step
 
 pytestmark = pytest.mark.core
 
@@ -31,3 +35,28 @@ def test_factors_are_checked() -> None:
         factors_of(lambda logprobs, chosen: np.asarray([1.0, np.inf, np.nan]), np.zeros(3), rows)
     with pytest.raises(ValueError, match=r"coefficients returned shape \(3, 1\); expected \(3,\)"):
         factors_of(lambda logprobs, chosen: np.zeros((3, 1)), np.zeros(3), rows)
+
+
+def test_in_lockstep_all_groups_go_in_rounds_and_those_scored_first_are_not_asked_for_again() -> None:
+    """Groups of one, three and nine rows of 10 tokens; a micro-batch takes 20 tokens, a round 40."""
+    sizes = (1, 3, 9, 1)
+    groups = [label for label, size in enumerate(sizes) for _ in range(size)]
+    batch = Batch([(label,) * 3 for label in groups], [(i,) * 8 for i in range(len(groups))], groups)
+    asked: list[list[int]] = []
+    coefficients = ByGroup(lambda logprobs, rows: asked.append(rows.tolist()) or rows + 1.0, lambda error: None)
+    given = {"together": True, "scored": None, "score": lambda of: (np.zeros(len(of)), 10 * len(of)), "held": 40}
+    plan = plan_step(batch, Splitting(False, 20, 0, 0), coefficients, **given, meets=True, lockstep=True)
+    large = [4, 5, 6, 7, 8, 9, 10, 11, 12]
+    assert asked == [large] and list(plan.known) == large and not plan.rest and not plan.grouped
+    rounds = [[sum(row.length for row in rows) for rows in micro] for micro in plan.deferred]
+    assert rounds == [[20, 20], [20, 20], [20, 20], [20]]  # as full as they can be, the fullest passes first
+    of_rounds = [sorted(i for rows in micro for row in rows for i in row.responses) for micro in plan.deferred]
+    assert sorted(itertools.chain(*of_rounds)) == list(range(len(groups)))
+    assert sum({1, 2, 3} <= set(of_round) for of_round in of_rounds) == 1, "a group lies in two rounds"
+
+    coefficients.known = {i: float(plan.factors[i]) for i in plan.known}
+    for of_round in of_rounds:
+        rows = np.asarray(of_round)
+        assert factors_of(coefficients, np.zeros(len(rows)), rows).tolist() == (rows + 1.0).tolist()
+    assert sorted(itertools.chain(*asked)) == list(range(len(groups)))
+    assert plan_step(batch, Splitting(False, 20, 0, 0), coefficients, **given, meets=True).rest == large

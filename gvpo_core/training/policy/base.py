@@ -73,6 +73,7 @@ class LanguageModelPolicy(abc.ABC):
     packed: bool  # set by `_load`: rows hold a prompt once, then its responses
     layout_reason: str
     defers: bool = False  # set by `_load`: `_update` goes through `StepPlan.deferred`
+    lockstep: bool = False  # set by `_load`: ranks meet at every pass of it, and layers are computed again anyway
     _splitting: Splitting
     _prefixes: Prefixes | None = None  # for `_generate`, within `reusing_prefixes`
     _in_rollout: bool = False  # within `reusing_prefixes`, where weights may be those of sampling
@@ -295,8 +296,10 @@ class LanguageModelPolicy(abc.ABC):
             score=self._logprobs,
             held=HELD_MICRO_BATCHES * c.micro_batch_tokens if self.defers else 0,
             meets=not alone,
+            lockstep=complete and self.lockstep,
         )
         if complete:
+            by_group.known = {i: float(plan.factors[i]) for i in plan.known}
             coefficients, plan = by_group, plan._replace(settle=by_group.settle)
         rate = learning_rate(c, self.steps_taken, self.settings.updates)
         update = self._update(batch, plan, coefficients, rate)

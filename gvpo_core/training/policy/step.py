@@ -22,6 +22,7 @@ class StepPlan(NamedTuple):
     factors: np.ndarray  # (N,) float64: coefficients of the rest, 0 elsewhere
     tokens: int  # computed to score the rest
     deferred: Sequence[list[list[Row]]] = ()  # groups in several micro-batches: all go forward before one goes back
+    known: Sequence[int] = ()  # responses in `deferred` that were scored first: `factors` has their coefficients
     settle: Callable[[], None] = lambda: None  # raises what another rank must refuse; called before the step is taken
 
 
@@ -35,6 +36,7 @@ def plan_step(
     score: Callable[[Batch], tuple[np.ndarray, int]],
     held: int = 0,
     meets: bool = False,
+    lockstep: bool = False,
 ) -> StepPlan:
     """Scores what does not go through the step as whole groups, and gives it its coefficients.
 
@@ -44,13 +46,15 @@ def plan_step(
       score: gives a batch's log-probabilities (n,), nats, and the tokens computed.
       held: tokens of a group in several micro-batches that the backend can hold between forward and backward pass.
       meets: several ranks call `score` together, with or without rows.
+      lockstep: ranks meet at every pass, and compute layers again in each: all groups go in rounds alike on all ranks.
     Raises: FloatingPointError, ValueError: see `factors_of`.
     """
     count = len(batch)
-    grouped, rest = splitting.groups(batch) if together and scored is None else ([], list(range(count)))
+    once = together and scored is None
+    grouped, rest = splitting.groups(batch) if once and not (lockstep and held) else ([], list(range(count)))
     deferred: list[list[list[Row]]] = []
-    if together and scored is None and held:
-        deferred, rest = _deferred(batch, splitting, rest, held)
+    if once and held:
+        deferred, rest = _deferred(batch, splitting, rest, held, lockstep)
     logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
     if rest or meets or not (grouped or deferred):  # a rank without rows calls too: there ranks meet
         chosen = np.asarray(rest, dtype=np.int64)
@@ -61,37 +65,47 @@ def plan_step(
             if logprobs.shape != (count,):
                 raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
         factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
-    return StepPlan(grouped, rest, logprobs, factors, tokens, deferred)
+    in_rounds = lockstep and bool(deferred)
+    return StepPlan(grouped, [] if in_rounds else rest, logprobs, factors, tokens, deferred, rest if in_rounds else ())
 
 
 def _deferred(
-    batch: Batch, splitting: Splitting, rest: list[int], held: int
+    batch: Batch, splitting: Splitting, rest: list[int], held: int, lockstep: bool
 ) -> tuple[list[list[list[Row]]], list[int]]:
     """Rounds of micro-batches of whole groups, each as near to `held` tokens as it can be; the rows of larger groups.
 
-    Full rounds are alike on all ranks, which go through them together.
+    Rounds are alike on all ranks, which go through them together; with `lockstep` they hold those rows, too.
     """
     members: dict[int, list[int]] = {}
     for i in rest:
         members.setdefault(batch.groups[i], []).append(i)
     micro_of = {label: splitting.rows(batch, group) for label, group in members.items()}
     sizes = {label: _computed(micro) for label, micro in micro_of.items()}
+    others = [i for i in rest if sizes[batch.groups[i]] > held]
+    units = [(size, [row for rows in micro_of[label] for row in rows]) for label, size in sizes.items() if size <= held]
+    if lockstep and others:
+        units += [(row.length, [row]) for rows in splitting.rows(batch, others) for row in rows]
     rounds: list[list[Row]] = []
-    for label in sorted((label for label in members if sizes[label] <= held), key=lambda label: -sizes[label]):
-        rows = [row for of_micro in micro_of[label] for row in of_micro]
+    for _, rows in sorted(units, key=lambda unit: -unit[0]):
         for of_round in rounds:
             if _computed(splitting.micro_batches([*of_round, *rows])) <= held:
                 of_round += rows
                 break
         else:
             rounds.append(rows)
-    others = [i for i in rest if sizes[batch.groups[i]] > held]
-    return sorted(map(splitting.micro_batches, rounds), key=_computed, reverse=True), others
+    # In each round the fullest pass first, and rounds by their number of passes and the emptiest one.
+    passes = [sorted(splitting.micro_batches(of_round), key=_tokens, reverse=True) for of_round in rounds]
+    return sorted(passes, key=lambda micro: (len(micro), _tokens(micro[-1])), reverse=True), others
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    """Of a micro-batch, padding included."""
+    return len(rows) * rows[0].length
 
 
 def _computed(micro: list[list[Row]]) -> int:
     """Tokens of micro-batches, padding included."""
-    return sum(len(rows) * rows[0].length for rows in micro)
+    return sum(map(_tokens, micro))
 
 
 class ByGroup:
@@ -100,11 +114,18 @@ class ByGroup:
     def __init__(self, coefficients: Coefficients, agree: Callable[[Exception | None], None]) -> None:
         self.coefficients, self.agree = coefficients, agree
         self.error: Exception | None = None
+        self.known: dict[int, float] = {}  # factors of rows that are not asked for
 
     def __call__(self, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The factors of whole groups; zeros after an error."""
+        """The factors of whole groups, and of rows whose factors are known; zeros after an error."""
+        factors = np.asarray([self.known.get(int(row), np.nan) for row in rows])
+        asked = np.isnan(factors)
         try:
-            return np.zeros(len(rows)) if self.error else factors_of(self.coefficients, logprobs, rows)
+            if self.error:
+                return np.zeros(len(rows))
+            if asked.any() or not len(rows):
+                factors[asked] = factors_of(self.coefficients, logprobs[asked], rows[asked])
+            return factors
         except Exception as error:  # raised by `settle`
             self.error = error
             return np.zeros(len(rows))
