@@ -339,6 +339,7 @@ def bench(session: nox.Session) -> None:
     install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
     failed = []
     every = ("step_vs_trl", "packed_speed", "logprob_memory", "mlx_logprob_memory", "long_resume", "ahead_overlap")
+    every += ("skinny_products",)
     for name in session.posargs or every:
         try:
             session.run("python", f"benchmarks/{name}.py")
