@@ -128,11 +128,15 @@ def test_a_last_assistant_message_is_left_open(style, begun):
     assert closing is None or closing not in ids[-len(begun) :]
 
 
-@pytest.mark.parametrize("content", ["", " \n"])
+@pytest.mark.parametrize("content", ["", " \n", None])
 def test_a_last_assistant_message_without_text_is_refused(style, content):
-    """transformers strips the white space behind the turn's header too, which other tokens would follow."""
+    """transformers strips the white space behind the turn's header too, which other tokens would follow.
+
+    A message that calls tools and says nothing ended in an AttributeError of transformers.
+    """
+    call = {} if content is not None else {"tool_calls": [{"type": "function", "function": {"name": "f"}}]}
     with pytest.raises(ValueError, match="has no text to continue; leave that message out"):
-        encode(chat_tokenizers.make(style), [*QUESTION, {"role": "assistant", "content": content}])
+        encode(chat_tokenizers.make(style), [*QUESTION, {"role": "assistant", "content": content} | call])
 
 
 def test_tool_and_system_messages_open_the_assistants_turn():

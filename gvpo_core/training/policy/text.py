@@ -64,7 +64,8 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
     """
     _check_roles(tokenizer, messages)
     open_turn = messages[-1].get("role") in ASSISTANT
-    if open_turn and not str(messages[-1].get("content")).strip():  # transformers would strip the turn's header too
+    begun = str(messages[-1].get("content") or "")
+    if open_turn and not begun.strip():  # transformers would strip the turn's header too
         raise ValueError("the last chat message is the assistant's and has no text to continue; leave that message out")
     conversation = [dict(message) for message in messages]
     try:
