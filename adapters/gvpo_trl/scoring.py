@@ -1,6 +1,6 @@
 """Checks that TRL's padded batches score responses as the model does for one sequence alone.
 
-TRL pads prompts on the left and hands over no positions, projects hidden states to log-probabilities by a head of its
+TRL pads prompts on the left and passes no positions, projects hidden states to log-probabilities by a head of its
 own, and scores in training mode. Each can change a response's log-probability, and with it the step.
 """
 

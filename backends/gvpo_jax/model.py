@@ -55,7 +55,7 @@ class Stack:
 
 @dataclass(frozen=True)
 class Tables:
-    """What the layers take beside their parameters, of the tokens at hand."""
+    """What the layers take besides their parameters, for the current tokens."""
 
     turned: tuple[Turned, ...]  # by Layer.rope
     inputs: Array | None  # (B, T, layers, size): Gemma 4's own embedding of each token in each layer

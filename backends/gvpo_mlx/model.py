@@ -63,7 +63,7 @@ class Scorer:
 
     @contextlib.contextmanager
     def using(self, values: Sequence[mx.array]) -> Iterator[None]:
-        """The model with other parameters, in the compute dtype; afterwards it has its own again."""
+        """The model with other parameters, in the compute dtype; afterwards it has its own parameters again."""
         before = self.parameters
         # Adapters stay float32: their products are added in the dtype of the layer.
         self.parameters = list(values) if self.adapted else [v.astype(self.dtype) for v in values]

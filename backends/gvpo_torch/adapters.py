@@ -132,7 +132,7 @@ def mergeable(lm: nn.Module) -> int:
 def merged(lm: nn.Module) -> Iterator[None]:
     """The adapters added to the weights of their layers, so that a layer is one product.
 
-    The base weights are held meanwhile and put back, to the bit.
+    The base weights are kept and restored bit for bit.
     """
     held: list[tuple[Any, Tensor]] = []
     try:

@@ -1,4 +1,4 @@
-"""Settings of PyTorch's kernels that hold within a pass, and are put back after it."""
+"""Settings of PyTorch's kernels that hold within a pass, and are restored after it."""
 
 import contextlib
 from collections.abc import Iterator

@@ -1,6 +1,6 @@
 """RoPE whose frequencies depend on the length of a row: found in the configuration, and made a function of the row.
 
-transformers keeps the frequencies of dynamic RoPE from the longest row so far. Here they are put back before each
+transformers keeps the frequencies of dynamic RoPE from the longest row so far. Here they are restored before each
 forward pass, so that a row is scored as in a fresh model.
 """
 
@@ -16,7 +16,7 @@ from gvpo_core.training.policy.layout import RopeByLength, rope_by_length
 def by_length(decoder: nn.Module, config: Any) -> RopeByLength | None:
     """See `layout.rope_by_length`.
 
-    Raises: ConfigError: dynamic RoPE of a module whose frequencies cannot be put back.
+    Raises: ConfigError: dynamic RoPE of a module whose frequencies cannot be restored.
     """
     rope = rope_by_length(config.to_dict())
     if rope is not None and rope.kind == "dynamic" and not any(_turning(decoder)):

@@ -38,7 +38,7 @@ def cut(scorer: Scorer, device: torch.device) -> None:
     the gather; the other parameters keep theirs. Gradients are reduced in float32. So the step is that of one process.
     Of weights that are not read yet, each rank reads the rows of its shards.
 
-    Raises: RuntimeError: the model, or one of its layers, is no FSDPModule afterwards.
+    Raises: RuntimeError: the model, or one of its layers, is not an FSDPModule afterwards.
     """
     mesh = torch.distributed.device_mesh.init_device_mesh(device.type, (dist.get_world_size(),))
     kinds = set(scorer._no_split_modules)

@@ -1,4 +1,4 @@
-"""A Gymnasium environment as an environment of episodes: it speaks by its observations, the policy acts by words.
+"""A Gymnasium environment as an environment of episodes: its observations are messages, the policy's words are actions.
 
     [environment]
     path = "examples/gymnasium/environment.py:Gymnasium"

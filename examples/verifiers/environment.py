@@ -100,7 +100,7 @@ class Policy(Client):
     async def get_response(self, dialect, body, sampling, session_id=None, turn=None, headers=None) -> Response:
         """See Client.get_response. The sampling that verifiers asks for does not count."""
         if not isinstance(dialect, ChatDialect):
-            raise NotImplementedError(f"the harness speaks {type(dialect).__name__}; expected chat completions")
+            raise NotImplementedError(f"the harness uses {type(dialect).__name__}; expected chat completions")
         answer, finish_reason = await self.episodes[session_id].call(turn.prompt, turn.tools)
         response = Response(id="", created=0, model=MODEL, message=answer, finish_reason=finish_reason)
         response.raw = serialize_completion(response, MODEL)

@@ -300,7 +300,7 @@ def _mask(mask: Mask | None) -> dict[str, list[int]]:
 
 
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
-    """The token ids of the responses that their text does not give back: see `encode_responses`. None of the others."""
+    """The token ids of the responses that their text does not reproduce: see `encode_responses`. None of the others."""
     if any(r.mask is not None or r.later or isinstance(r, Episode) for r in responses):
         return [response.tokens for response in responses]
     try:

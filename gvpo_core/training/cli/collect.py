@@ -1,6 +1,6 @@
 """`gvpo collect`: draws and scores the responses of a run's steps, without an update; `gvpo train` trains on the file.
 
-The file is `OUT.jsonl.partial` until its last step, and grows by whole steps: a kill costs the step at hand.
+The file is `OUT.jsonl.partial` until its last step, and grows by whole steps: a kill costs the current step.
 """
 
 import hashlib

@@ -61,7 +61,7 @@ _active = 0
 def printing_to(sink: Sink) -> Iterator[None]:
     """Sends to `sink` what this thread, and what it awaits on an event loop, writes to sys.stdout and sys.stderr.
 
-    The standard streams are replaced while any such call is under way, and put back after the last one.
+    The standard streams are replaced while any such call is in progress, and restored after the last one.
     """
     global _active
     lines = _Lines(sink)

@@ -21,7 +21,7 @@ _KERNEL = 0x200000  # flag of a kernel thread, in /proc/PID/stat
 def start_guard(closed: tuple[int, ...]) -> None:
     """Starts the guard of this process. It acts when this process is gone, and when the run says so or is gone.
 
-    Standard input is how the run speaks to the guard: data, or its end. The guard keeps the standard error open while
+    Standard input is the run's channel to the guard: data, or its end. The guard keeps the standard error open while
     it works: who reads that sees its end when everything is gone.
 
     Args:
