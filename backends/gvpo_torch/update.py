@@ -109,10 +109,12 @@ class Backward:
         return logprobs
 
     def forward(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
+        """(n,) log-probabilities of a micro-batch's own tokens, differentiable; counts its tokens."""
         self.tokens += arrays.ids.size
         return self.score(arrays, reduces)
 
     def backward(self, values: Tensor, factors: np.ndarray, arrays: layout.Arrays) -> None:
+        """Adds the gradient of -sum_i c_i log pi_i, with c = `factors` of the micro-batch's responses."""
         per_token = torch.from_numpy(arrays.spread(factors) * -self.world_size)
         # As the gradient of the output, not as a loss: no product is kept, and 0 factors give exact zeros.
         values.backward(per_token.to(values))

@@ -1,3 +1,5 @@
+"""python -m gvpo_core.training.cli: the command `gvpo`."""
+
 import sys
 
 from gvpo_core.training.cli.commands import main

@@ -70,9 +70,11 @@ class TablePolicy:
 
     @property
     def steps_taken(self) -> int:
+        """See `Policy.steps_taken`."""
         return self.update_count
 
     def reset(self) -> None:
+        """See `Policy.reset`."""
         self.logits, self.update_count = self.initial, 0
         self.reference = self.log_table()
 
@@ -84,15 +86,18 @@ class TablePolicy:
         return result
 
     def encode(self, prompt: Prompt) -> Tokens:
+        """See `Policy.encode`."""
         text = prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
         if text not in self.prompts:
             raise ValueError(f"the table has no prompt {text!r}; it has {len(self.prompts)} others")
         return (self.prompts.index(text),)
 
     def decode(self, tokens: Sequence[int]) -> str:
+        """See `Policy.decode`."""
         return self.responses[tokens[0] - 1]
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
+        """See `Policy.prompt_text`."""
         return self.prompts[tokens[0]]
 
     def encode_responses(
@@ -102,6 +107,7 @@ class TablePolicy:
         finished: Sequence[bool | None],
         masks: Sequence[Mask | None] | None = None,
     ) -> list[Response]:
+        """See `Policy.encode_responses`."""
         encoded = []
         masks = [None] * len(responses) if masks is None else masks
         for number, (response, ended, mask) in enumerate(zip(responses, finished, masks, strict=True)):
@@ -124,6 +130,7 @@ class TablePolicy:
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
+        """See `Policy.generate`."""
         if sampling.top_p < 1 or sampling.top_k or sampling.min_p:
             raise ConfigError(
                 "the table samples complete distributions; it does not support rollout.top_p, top_k or min_p"
@@ -145,14 +152,17 @@ class TablePolicy:
         return result
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
+        """See `Policy.logprobs`."""
         table = self.reference if reference else self.log_table()
         rows, owners = batch.by_segment()
         return summed(table[_cells(rows)], owners, len(batch))
 
     def renew_reference(self) -> None:
+        """See `Policy.renew_reference`."""
         self.reference = self.log_table()
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
+        """See `Policy.update`."""
         logprobs = self.logprobs(batch) if scored is None else scored
         rows, owners = batch.by_segment()
         c = np.asarray(coefficients(logprobs, np.arange(len(batch))))[owners]
@@ -171,10 +181,12 @@ class TablePolicy:
         return Update(logprobs, norm, rate, 3 * len(rows), self.logits.nbytes)
 
     def save(self, directory: Path) -> None:
+        """See `Policy.save`."""
         path = directory / "table.npz"
         np.savez(path, logits=self.logits, reference=self.reference, update_count=self.update_count)
 
     def restore(self, directory: Path) -> None:
+        """See `Policy.restore`."""
         path = directory / "table.npz"
         try:
             with np.load(BytesIO(retried(path.read_bytes)), allow_pickle=False) as saved:
@@ -196,13 +208,16 @@ class TablePolicy:
         write_synced(directory / "table.json", json.dumps(table, indent=1).encode())
 
     def export_adapters(self, directory: Path) -> None:
+        """See `Policy.export_adapters`."""
         raise ConfigError("a table has no adapters")
 
     def describe(self) -> PolicyFacts:
+        """See `Policy.describe`."""
         count = int(np.isfinite(self.logits).sum())
         return PolicyFacts(backend="table", device="cpu", dtype="float64", parameters=count, trainable_parameters=count)
 
     def gather(self, values: np.ndarray) -> np.ndarray:
+        """See `Policy.gather`."""
         return values
 
 
