@@ -22,6 +22,7 @@ _TRAINER = (
     "ConfigError",
     "DataConfig",
     "EngineConfig",
+    "EnvironmentConfig",
     "EvaluationConfig",
     "ModelConfig",
     "ObjectiveConfig",

@@ -1,5 +1,6 @@
 """Settings: reading, overriding, writing back, and the message of each mistake."""
 
+import dataclasses
 import itertools
 import re
 from dataclasses import replace
@@ -313,3 +314,15 @@ def test_help_wraps_each_setting_as_one_paragraph(columns, monkeypatch, capsys):
         for line, following in itertools.pairwise(lines):
             assert len(f"{line} {following.split()[0]}") > room, (line, following)
     assert len(explained) > 100 and max(map(len, explained)) > 1
+
+
+def test_the_class_of_every_section_is_a_name_of_the_package():
+    """EnvironmentConfig was none."""
+    import gvpo
+    import gvpo_core.training
+
+    classes = {type(getattr(Config(), f.name)) for f in dataclasses.fields(Config)} - {dict} | {RewardConfig}
+    assert len(classes) == len(dataclasses.fields(Config))
+    for package in (gvpo, gvpo_core.training):
+        assert {cls.__name__ for cls in classes} <= {*package.__all__}
+        assert all(getattr(package, cls.__name__) is cls for cls in classes)

@@ -80,6 +80,16 @@ def test_unwritable_stderr_keeps_the_exit_status_and_stdout_clean(redirection, a
     assert ran(redirection, *arguments) == (2, "", "")
 
 
+def test_a_collection_goes_on_where_its_progress_cannot_be_written(tmp_path):
+    """It ended at its first step: a full disk behind a log file, say."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("this system has no /dev/full")
+    config = table_run.make(tmp_path, steps=3)
+    status, _, err = ran(">/dev/full", "collect", config, tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text().count("\n") == 6
+    assert status == 1 and err.endswith("cannot write to standard output: No space left on device\n")  # the result
+
+
 @pytest.mark.parametrize("arguments", [("train", "--help"), ("--version",), ("--help",)])
 def test_closed_output_drops_a_result_and_failed_writes_are_one_line(arguments):
     if arguments == ("train", "--help"):

@@ -29,7 +29,7 @@ from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers.load import opened_sampler
 from gvpo_core.training.samplers.protocol import heed, without_stop
-from gvpo_core.training.terminal.output import say
+from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit
 
 _log = logging.getLogger("gvpo")
@@ -203,7 +203,7 @@ class _Growing:
         except OSError as e:
             raise CollectError(f"cannot write {self.partial}: {e.strerror or e}; its complete steps are kept") from e
         mean = fit(float(np.nanmean(rollout.rewards)), 6)
-        say(f"step {step} of {self._steps}: {len(rollout.rewards)} responses, mean reward {mean}")
+        show_progress(f"step {step} of {self._steps}: {len(rollout.rewards)} responses, mean reward {mean}")
 
     def _confirm(self) -> None:
         """Raises CollectError: the file is no longer the one that was opened; what is written would be another."""
@@ -228,7 +228,7 @@ class _Growing:
     def end(self, step: int) -> None:
         """Gives the file its name, once it is whole."""
         if step < self._steps:
-            say(f"stopped after step {step} of {self._steps}; the same command continues")
+            show_progress(f"stopped after step {step} of {self._steps}; the same command continues")
             return
         self._confirm()
         if self.out.exists():
