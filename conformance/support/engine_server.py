@@ -21,12 +21,12 @@ class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64
 
-    def __init__(self, policy=None, faults=(), *, text=False):
+    def __init__(self, policy=None, faults=(), *, text=False, port=0):
         """
         Args:
           text: takes and gives text, ignores `n`, and counts a token too many of the response a.
         """
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", port), Handler)
         self.policy, self.faults, self.asked = policy or TablePolicy(table(REFERENCE)), list(faults), []
         self.version = "default"  # of the weights, as SGLang names it
         self.told = None  # of the model, at /get_model_info; None: no such address
@@ -62,6 +62,12 @@ class Server(ThreadingHTTPServer):
     @property
     def url(self):
         return f"http://127.0.0.1:{self.server_port}"
+
+    def read(self, path):
+        """The policy of a folder that was sent."""
+        return Sent.read(path)
+
+    read_adapters = read
 
     def said(self, body):
         """The answer to a chat."""
@@ -186,18 +192,18 @@ class Handler(BaseHTTPRequestHandler):
         server.commands.append(self.path)
         fault = server.faults.pop(0) if server.faults else 200
         if fault == 200 and self.path in ("/v1/load_lora_adapter", "/load_lora_adapter"):
-            server.adapters[body["lora_name"]] = Sent.read(body["lora_path"])
+            server.adapters[body["lora_name"]] = server.read_adapters(body["lora_path"])
         elif fault == 200 and self.path in ("/v1/unload_lora_adapter", "/unload_lora_adapter"):
             fault = 200 if server.adapters.pop(body["lora_name"], None) else 404
         elif fault == 200 and self.path == "/update_weights_from_disk":
-            server.policy, server.version = Sent.read(body["model_path"]), body["weight_version"]
+            server.policy, server.version = server.read(body["model_path"]), body["weight_version"]
         elif fault == 200 and self.path == "/update_weight_version":
             fault = 404 if server.version is None else 200
             server.version = server.version and body["new_version"]
         elif fault == 200 and self.path == "/collective_rpc":
             assert body["method"] == "reload_weights"
             server.at_reload.append(server.in_flight)
-            server.policy = Sent.read(body["kwargs"]["weights_path"])
+            server.policy = server.read(body["kwargs"]["weights_path"])
         self.send_response(fault)
         self.send_header("Content-Length", "0")
         self.end_headers()
