@@ -113,6 +113,25 @@ def test_the_steps_equal_the_float64_reference(kind, recorded_file, tmp_path):
         assert any(r["groups/redrawn"] for r in records(tmp_path / "run"))
 
 
+class Last:
+    """A sampler that draws the last response, whatever the policy."""
+
+    def generate(self, prompts, seeds, sampling):
+        ids = policy_of(config_of("x")).encode_responses("", [RESPONSES[-1]], [True])[0].tokens
+        return [[Response(ids, True) for _ in row] for row in seeds]
+
+
+def test_a_samplers_responses_beside_the_policys_own_take_the_step_of_the_reference(tmp_path):
+    config = sampled_config(tmp_path, rollout={"prompts": 4, "responses": 6, "own_responses": 4})
+    policy = run(config, sampler=Last())
+    assert_steps_by_hand(tmp_path, config, policy)
+    by_group = {}
+    for line in completions(tmp_path):
+        by_group.setdefault((line["step"], line["group"]), []).append(line["response"])
+    assert all(group[4:] == [RESPONSES[-1]] * 2 for group in by_group.values())
+    assert sum(response != RESPONSES[-1] for group in by_group.values() for response in group[:4]) > 10
+
+
 @pytest.mark.parametrize("kind", ["recorded", "both", "within", "unscored"])
 def test_the_reference_scores_recorded_responses_once(kind, recorded_file, tmp_path):
     """In 40 steps each file passes several times; the drawn responses alone are scored in each step."""

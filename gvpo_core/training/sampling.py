@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-TRAIN, EVALUATE, ORDER, REPLAY, REDRAW, CURRICULUM = range(
-    6
+TRAIN, EVALUATE, ORDER, REPLAY, REDRAW, CURRICULUM, OWN = range(
+    7
 )  # second keys of the seeds: each use has a separate stream
 
 

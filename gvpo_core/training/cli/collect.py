@@ -105,7 +105,8 @@ def _groups(
     step: int, rollout: Rollout, prompts: Prompts, rows: Sequence[Mapping[str, Any]], settings: str
 ) -> Iterator[dict[str, Any]]:
     """One record a group, in the form of recorded groups."""
-    members_of = [list(members) for _, members in groupby(rollout.completions, key=lambda c: c["group"])]
+    ordered = sorted(rollout.completions, key=lambda c: c["group"])  # a sampler's may lie after the policy's own
+    members_of = [list(members) for _, members in groupby(ordered, key=lambda c: c["group"])]
     for responses in members_of:
         first = responses[0]
         record = {"kind": "train", "step": step, "step_groups": len(members_of), "group": first["group"]}

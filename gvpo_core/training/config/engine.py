@@ -179,6 +179,14 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
             "rollout.sampler",
             f"rollout.sampler = {name!r}, and rollout.source = 'recorded' draws nothing: leave one of them out",
         )
+    if not 0 <= config.rollout.own_responses < max(config.rollout.responses, 1):
+        yield (
+            "rollout.own_responses",
+            f"rollout.own_responses = {config.rollout.own_responses}; expected 0 to {config.rollout.responses - 1},"
+            " fewer than rollout.responses",
+        )
+    if config.rollout.own_responses and not sampled:
+        yield "rollout.own_responses", "rollout.own_responses is set, and rollout.source = 'recorded' draws nothing"
     if not 0 <= config.rollout.ahead <= MOST_AHEAD:
         yield "rollout.ahead", f"rollout.ahead = {config.rollout.ahead}; expected 0 to {MOST_AHEAD}"
     if config.rollout.ahead and config.rollout.equal == "redraw":
@@ -231,6 +239,11 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
 def needs_sampler(config: Config) -> list[str]:
     """What is wrong with the settings where the policy draws its responses itself, and none is given in Python."""
     wrong = []
+    if config.rollout.own_responses:
+        wrong.append(
+            f"rollout.own_responses = {config.rollout.own_responses}, and the policy draws all responses itself: name a"
+            " sampler (rollout.sampler), or leave it out"
+        )
     if config.rollout.ahead:
         wrong.append(
             f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: its weights change"

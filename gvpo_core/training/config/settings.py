@@ -138,6 +138,8 @@ class RolloutConfig:
     that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
     ahead: int = 0
     """Steps by which responses may be drawn ahead of their use, during updates. Needs a sampler. 0: none."""
+    own_responses: int = 0
+    """Responses of each prompt that the policy draws itself, beside those of the sampler. 0: none."""
     prompts: int = 8
     """Prompts a step (G)."""
     responses: int = 8

@@ -16,7 +16,7 @@ from gvpo_core.training.rollout import Requests, Rollout, collect, requests_of
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.gaps import GapCheck
 from gvpo_core.training.samplers.protocol import describe, refresh
-from gvpo_core.training.sampling import CURRICULUM, REDRAW, TRAIN
+from gvpo_core.training.sampling import CURRICULUM, OWN, REDRAW, TRAIN
 from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.join import equal_groups, join, leave_out
 from gvpo_core.training.sources.recorded import recorded_rollout, scored_again
@@ -48,8 +48,9 @@ class Sampled:
 
     @property
     def on_policy(self) -> bool:
-        """Whether the responses that are drawn are the policy's own, at temperature 1."""
-        return self.sampler is None and self.config.rollout.sampling.temperature == 1
+        """Whether the responses that count as drawn are the policy's own, at temperature 1."""
+        own = self.sampler is None or self.config.rollout.own_responses > 0
+        return own and self.config.rollout.sampling.temperature == 1
 
     def describe(self, prompts: int | None = None) -> dict[str, str]:
         """For the header: what a step draws.
@@ -58,7 +59,8 @@ class Sampled:
           prompts: of a step. Default: rollout.prompts.
         """
         rollout = self.config.rollout
-        drawn = f"{rollout.responses} responses of at most {rollout.max_tokens} tokens"
+        mine = f" ({rollout.own_responses} the policy's own)" if rollout.own_responses else ""
+        drawn = f"{rollout.responses} responses{mine} of at most {rollout.max_tokens} tokens"
         beside = f" and the recorded ones ({self.beside.describe()})" if self.beside else ""
         step = {"step": f"{prompts or rollout.prompts} prompts x {drawn}{beside}"}
         return step | ({} if self.sampler is None else {"sampler": describe(self.sampler) + self._early()})
@@ -120,23 +122,20 @@ class Sampled:
     def _requests(self, policy: Policy, size: int, step: int) -> Requests:
         path = (self.config.run.seed, TRAIN, step)
         numbers = self._next((step - 1) * size, size)
-        return requests_of(policy, self.prompts, numbers, self.config.rollout.responses, path)
+        rollout = self.config.rollout
+        return requests_of(policy, self.prompts, numbers, rollout.responses - rollout.own_responses, path)
 
     def _drawn(
         self, policy: Policy, numbers: Sequence[int], path: tuple[int, ...], version: int, sampler: Sampler | None
     ) -> Rollout:
         rollout, seed = self.config.rollout, self.config.run.seed
-        drawn = collect(
-            policy,
-            self.prompts,
-            numbers,
-            rollout.responses,
-            rollout.sampling,
-            self.rewards,
-            (seed, *path),
-            sampler=sampler,
-            version=version,
-        )
+        others = rollout.responses - rollout.own_responses
+        given = (rollout.sampling, self.rewards)
+        drawn = collect(policy, self.prompts, numbers, others, *given, (seed, *path), sampler=sampler, version=version)
+        if rollout.own_responses:
+            own = collect(policy, self.prompts, numbers, rollout.own_responses, *given, (seed, OWN, *path))
+            elsewhere = replace(drawn, recorded=np.ones(len(drawn.rewards), bool))
+            drawn = join(policy, [own, elsewhere], together=True)
         if self.beside is None:
             return drawn
         recorded = recorded_rollout(policy, self.beside, numbers, self.reference)
