@@ -223,7 +223,7 @@ def test_evaluation_by_loss_and_by_sampling(tmp_path):
         rewards={"value": reward},
     )
     assert "eval/loss" not in records(tmp_path / "p", "eval")[0]
-    with pytest.raises(ConfigError, match="holds prompts without scored responses, and none is configured"):
+    with pytest.raises(ConfigError, match="holds prompts without scored responses, and there is no reward"):
         run(config_of(tmp_path / "q"), groups(), evaluation_rows=prompts_only)
 
 
