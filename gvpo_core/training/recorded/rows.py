@@ -120,7 +120,7 @@ def _one(
         given = _with_ids(given, row, where)
         if row.get("prompt_ids") is not None:
             ids = plain_list(row["prompt_ids"], f"{where}, column 'prompt_ids'")
-        parts = _parts(row.get("reward_parts"), len(given))
+        parts = _parts(row.get("reward_parts"), len(given), f"{where}, column 'reward_parts'")
     if prompt is None:
         raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
     finished = row.get("finished")
@@ -227,7 +227,7 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                     for i, row in members
                 ],
                 [False if row.get("stopped") else row.get("finished") for _, row in members],
-                _parts([row.get("rewards") or {} for _, row in members], len(members)),
+                _parts([row.get("rewards") or {} for _, row in members], len(members), f"{where}, column 'rewards'"),
                 row=first,
                 prompt_ids=next((row["prompt_ids"] for _, row in members if row.get("prompt_ids")), None),
                 masks=read_masks([row.get("response_mask") for _, row in members], len(members), where),
@@ -248,10 +248,17 @@ def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
     return [response if tokens is None else tokens for response, tokens in zip(responses, ids, strict=True)]
 
 
-def _parts(given: Any, count: int) -> Sequence[Mapping[str, float]]:
-    if not isinstance(given, Sequence) or len(given) != count:
+def _parts(given: Any, count: int, where: str) -> Sequence[Mapping[str, float]]:
+    """Single rewards by name, one table a response; none where the data has none."""
+    if given is None:
         return ()
-    return [{k: math.nan if v is None else float(v) for k, v in part.items()} for part in given]
+    tables = plain_list(given, where)
+    if len(tables) != count or not all(isinstance(table, Mapping) for table in tables):
+        raise DataError(f"{where} is {tables!r:.40}; expected {count} tables of a reward by its name, one a response")
+    return [
+        {str(name): _reward(value, f"{where}, entry {j}, {name!r}") for name, value in part.items()}
+        for j, part in enumerate(tables)
+    ]
 
 
 def _reward(reward: Any, where: str) -> float:
