@@ -11,7 +11,7 @@ import types
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from mlx_lm import lora
@@ -101,7 +101,8 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("model", "data", "adapter_path"):
         if not isinstance(getattr(args, name), str):
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected a path")
-    optimizers = tuple(lora.CONFIG_DEFAULTS["optimizer_config"])
+    defaults: dict[str, Any] = lora.CONFIG_DEFAULTS
+    optimizers = tuple(defaults["optimizer_config"])
     for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", optimizers)):
         if getattr(args, name) not in choices:
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
@@ -135,7 +136,7 @@ def run(args: argparse.Namespace) -> None:
     }
     try:
         callback = get_reporting_callbacks(
-            args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=vars(args)
+            args.report_to, project_name=args.project_name, log_dir=args.adapter_path, config=cast(Any, vars(args))
         )
     except (ImportError, ValueError) as error:
         raise SettingsError(f"report_to = {args.report_to!r}: {error}") from error

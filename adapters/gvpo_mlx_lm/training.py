@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -66,7 +66,7 @@ def train(
         args=args,
         loss=gvpo.loss,
         iterate_batches=gvpo.iterate_batches,
-        training_callback=training_callback,
+        training_callback=cast(Any, training_callback),  # mlx-lm takes None
     )
     return gvpo
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from trl import GRPOConfig
 
@@ -42,6 +42,7 @@ class GVPOConfig(GRPOConfig):
     def check(self) -> None:
         """Raises: SettingsError: names every setting that would change the GVPO update, and what to set."""
         wrong = refused(RULES, lambda name: getattr(self, name))
+        assert self.steps_per_generation is not None and self.num_generations is not None  # set by the host
         if self.steps_per_generation % self.gradient_accumulation_steps:
             wrong.append(
                 f"steps_per_generation is {self.steps_per_generation}; set it to a multiple of"
@@ -56,10 +57,11 @@ class GVPOConfig(GRPOConfig):
                 " divides it, or steps_per_generation to gradient_accumulation_steps: groups would be cut between"
                 " the optimizer steps of a generation"
             )
-        wrong += cannot_sample(self.generation_kwargs or {})
+        own = cast("dict[str, Any]", self.generation_kwargs or {})
+        wrong += cannot_sample(own)
         if not self.allow_truncated_support:
             sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
-            wrong += cuts_support(sampling | (self.generation_kwargs or {}))
+            wrong += cuts_support(sampling | own)
             if self.vllm_structured_outputs_regex is not None:
                 wrong.append(f"vllm_structured_outputs_regex is {self.vllm_structured_outputs_regex!r}; {_CUT}")
         if wrong:

@@ -7,7 +7,7 @@ the old log-probabilities left out TRL's ratio is 1, so that its loss has the gr
 
 import copy
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,7 +39,12 @@ class GVPOTrainer(GRPOTrainer):
     Raises: TypeError, ValueError, RuntimeError: a configuration or model that it cannot be exact with.
     """
 
-    beta: float  # the host's
+    beta: float  # the host's, as the next five
+    num_generations: Any
+    num_generations_eval: Any
+    max_completion_length: Any
+    model: Any
+    args: Any
     _buffered_inputs: Any
 
     _tag_names = ["trl", "gvpo"]  # noqa: RUF012 - as in the host
@@ -59,7 +64,7 @@ class GVPOTrainer(GRPOTrainer):
         args = copy.copy(args)
         # TRL divides logits by its temperature wherever it scores: set it to 1, and pass the real one to the sampler.
         args.temperature = 1.0
-        args.generation_kwargs = {"temperature": temperature, **(args.generation_kwargs or {})}
+        args.generation_kwargs = {"temperature": temperature, **cast("dict[str, Any]", args.generation_kwargs or {})}
         super().__init__(model, reward_funcs, args, *rest, **named)
         self.args.temperature = self.temperature = temperature
         self._gvpo_rewards = torch.empty(0)

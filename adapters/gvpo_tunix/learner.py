@@ -203,6 +203,7 @@ class _WholeSteps:
         if not groups:
             raise NoSignalError("no group of the mini-batch has two scored responses; check the reward functions")
         for example, counted in zip(self._held, counts, strict=True):
+            assert example.share is not None  # `_held` takes those alone that have one
             share = jnp.full_like(example.share, self._micro_batches * counted / groups)
             self._queue.put([dataclasses.replace(example, share=share)])
 

@@ -132,7 +132,7 @@ class GVPOWorker(TrainingWorker):
         return response_from_nested(output["model_output"]["log_probs"], data["response_mask"])
 
 
-def _sums(values: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
+def _sums(values: torch.Tensor, mask: Any) -> np.ndarray:
     """(B,) float64 sums of (B, T) nested values where the mask, of the same rows, counts."""
     kept = values.values().double().cpu() * mask.values().cpu().bool()
     rows = torch.arange(values.size(0)).repeat_interleave(mask.offsets().diff().cpu())

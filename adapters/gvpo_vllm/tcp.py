@@ -6,7 +6,7 @@ Tried with vLLM 0.32.
 import math
 import socket
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from vllm.distributed.weight_transfer.base import (
@@ -83,7 +83,7 @@ class TCPEngine(WeightTransferEngine):  # type: ignore[misc]
 
     def _tensor(self, dtype: torch.dtype, shape: list[int]) -> torch.Tensor:
         content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
-        view, read = memoryview(content.numpy()), 0
+        view, read = memoryview(cast(Any, content.numpy())), 0
         while read < len(view):
             count = self._connection.recv_into(view[read:])  # type: ignore[union-attr]
             if not count:

@@ -32,12 +32,12 @@ def make_adapters(config: ModelConfig, spec: Spec, mesh: Mesh, seed: int) -> dic
             f"model.lora_targets has {', '.join(map(repr, unused)) or 'nothing'}, which match no linear layer: "
             f"use all-linear or some of {', '.join(known)}"
         )
-    made = {}
+    made: dict[str, jax.Array] = {}
     for number, (name, shape) in enumerate(shapes.items()):
         value = np.zeros(shape, np.float32)
         if name.endswith("lora_A"):
             draw = np.random.default_rng((seed, number))
             value = draw.uniform(-1, 1, shape).astype(np.float32) / np.sqrt(np.float32(shape[-1]))
         sharding = meshes.parameter_sharding(mesh, name, shape)
-        made[name] = jax.make_array_from_callback(shape, sharding, lambda index, value=value: value[index])
+        made[name] = jax.make_array_from_callback(shape, sharding, value.__getitem__)
     return made

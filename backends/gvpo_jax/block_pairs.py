@@ -38,8 +38,8 @@ def pairs(of_blocks: Array, *, by_key: bool) -> tuple[Array, Array]:
     rows, n, _ = of_blocks.shape
     i, j = np.tril_indices(n)
     if by_key:
-        order = np.lexsort((i, j))
-        i, j = i[order], j[order]
+        by_column = np.lexsort((i, j))
+        i, j = i[by_column], j[by_column]
     kind = of_blocks[:, i, j]
     order = jnp.argsort(kind == 0, axis=-1, stable=True)
     count = (kind > 0).sum(-1, keepdims=True)

@@ -250,6 +250,7 @@ def _call(
         body(kernel, most, codes_ref, window_ref, given, results, refs[len(arrays) + len(out) :])
 
     grid: tuple[Any, ...] = (rows, key_heads, most_here, group) if by_key else (rows, heads, most_here)
+    semantics: tuple[Any, ...] = ("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
     results: list[Array] = pl.pallas_call(
         run,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -260,9 +261,7 @@ def _call(
             scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
         ),
         out_shape=list(out.values()),
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
-        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics),
         interpret=kernel.interpret,
         name=name,
     )(codes, window.reshape(1), *arrays.values())

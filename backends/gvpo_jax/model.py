@@ -7,7 +7,7 @@ Parameters are a flat mapping from transformers' names to arrays. Where all laye
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def through_layers(
             weights, scanned = inputs
 
             def attend(q: Array, k: Array | None, v: Array | None) -> Array:
-                keys, values = (k, v) if lent is None else (lent[0][0], lent[1][0])
+                keys, values = cast("tuple[Array, Array]", (k, v)) if lent is None else (lent[0][0], lent[1][0])
                 return attention(setup, q, keys, values, positions, segments, last, scanned["window"])
 
             x, k, v = block(

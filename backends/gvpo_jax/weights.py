@@ -109,7 +109,8 @@ def _unread(spec: Spec) -> set[str]:
 def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: Any) -> jax.Array:
     axes = leading(name)
 
-    def part(index: tuple[slice, ...]) -> np.ndarray:
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        assert index is not None  # a shape with axes has slices
         if not axes:
             return np.asarray(files[name][index]).astype(dtype)
         places = [range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]

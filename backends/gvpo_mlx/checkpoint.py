@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -62,7 +62,7 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
     stored: dict[str, mx.array] = {}
     with library_reads(directory, RuntimeError):
         for file in header["files"]:
-            stored |= mx.load(str(directory / file))
+            stored |= cast("dict[str, mx.array]", mx.load(str(directory / file)))
     moved, renewed = bool(header["optimizer_steps"]), bool(header.get("renewed"))
     kinds = ("parameter", *(MOMENTS if moved else ()), *(("reference",) if renewed else ()))
     parameters = dict(zip(scorer.names, scorer.parameters, strict=True))

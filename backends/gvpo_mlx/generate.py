@@ -243,7 +243,7 @@ class _Decoding:
             return
         assert self.cache is not None
         for c in self.cache:
-            c.filter(mx.array(rows))
+            c.filter(mx.array([*rows]))
 
     def step(self, tokens: np.ndarray) -> mx.array:
         """(R, V) logits after one more token a row."""
@@ -308,7 +308,7 @@ def pick(logits: mx.array, numbers: np.ndarray, sampling: Sampling) -> np.ndarra
         return _first(cut.cumsum(1), numbers * cut.sum(1))
     rows, vocabulary = masses.shape
     blocks = -(-vocabulary // BLOCK)
-    masses = mx.pad(masses, ((0, 0), (0, blocks * BLOCK - vocabulary))).reshape(rows, blocks, BLOCK)
+    masses = mx.pad(masses, [(0, 0), (0, blocks * BLOCK - vocabulary)]).reshape(rows, blocks, BLOCK)
     block_sums = masses.sum(2)
     rounded = mx.cumsum(block_sums, 1)
     likely = mx.minimum((rounded <= mx.array(numbers, mx.float32)[:, None] * rounded[:, -1:]).sum(1), blocks - 1)

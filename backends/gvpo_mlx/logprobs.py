@@ -99,7 +99,7 @@ class _Head:
         if self.quantized is None:
             return x @ (weight.T if transpose else weight)
         q = self.quantized
-        options = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
+        options: dict[str, Any] = {"group_size": q.group_size, "bits": q.bits, "mode": q.mode}
         return mx.quantized_matmul(x, weight, q.scales, q.biases, transpose=transpose, **options)
 
     def logits(self, hidden: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:

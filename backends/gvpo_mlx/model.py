@@ -5,7 +5,7 @@ import copy
 import logging
 import resource
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -34,7 +34,7 @@ class Scorer:
         self.decoder: Any = getattr(self.language, "model", None)
         if self.decoder is None or not hasattr(lm, "layers"):
             raise ConfigError(f"{self.name} of mlx-lm has no decoder `model` with `layers`, which is not supported")
-        self.names = [name for name, _ in tree_flatten(lm.trainable_parameters())]
+        self.names = [name for name, _ in _flat(lm.trainable_parameters())]
         self.head = _head_of(self.language, self.decoder, self.name)
         self.trains_head = bool(tree_flatten(self.head.trainable_parameters()))
         scale = config.get("logit_scale") or 1.0
@@ -55,7 +55,7 @@ class Scorer:
     @property
     def parameters(self) -> list[mx.array]:
         """The trainable parameters, in the order of `names`."""
-        return [value for _, value in tree_flatten(self.lm.trainable_parameters())]
+        return [value for _, value in _flat(self.lm.trainable_parameters())]
 
     @parameters.setter
     def parameters(self, values: Sequence[mx.array]) -> None:
@@ -136,6 +136,11 @@ class Scorer:
             )
 
 
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    """`tree_flatten`, as it is without a destination."""
+    return cast("list[tuple[str, Any]]", tree_flatten(tree))
+
+
 def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
     tied = getattr(getattr(lm, "args", None), "tie_word_embeddings", False)
     head = lm.get("lm_head") if not tied else None
@@ -153,7 +158,8 @@ def global_state_kept() -> Iterator[None]:
     """Keeps the limit of open files and MLX's random state as they are while mlx-lm loads a model."""
     # mlx-lm lowers the limit of open files when it is imported, and new layers draw from MLX's global stream.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    key = np.array(mx.random.state[0])
+    random: Any = mx.random  # whose `state` is a list of arrays
+    key = np.array(random.state[0])
     set_limit = resource.setrlimit
     resource.setrlimit = lambda *_: None
     try:
@@ -165,7 +171,7 @@ def global_state_kept() -> Iterator[None]:
     try:
         yield
     finally:
-        state = mx.random.state[0]
+        state = random.state[0]
         state[:] = mx.array(key)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == limit
 

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -335,4 +335,4 @@ def check_head(lm: nn.Module, folder: Path, given: Mapping[str, Any]) -> None:
 
 
 def _lazy(path: Path) -> list[tuple[str, mx.array]]:
-    return list(mx.load(str(path)).items())
+    return list(cast("dict[str, mx.array]", mx.load(str(path))).items())

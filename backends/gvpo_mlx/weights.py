@@ -12,7 +12,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -48,7 +48,8 @@ class Origin:
         self._fresh = functools.partial(make, lm.args)
         self._files = weight_files.tensors(folder)
         paths = {tensor.path for tensor in self._files.values()}
-        formats = {mx.load(str(path), return_metadata=True)[1].get("format") for path in paths}
+        loaded = (cast("tuple[Any, dict[str, str]]", mx.load(str(path), return_metadata=True)) for path in paths)
+        formats = {facts.get("format") for _, facts in loaded}
         self.quantized = any("scales" in module for module in lm.modules())
         self.mlx_format = self.quantized or formats == {"mlx"}
         # Shapes of what is differentiated; masks and position ids stay out.
@@ -158,7 +159,7 @@ class Origin:
 
     def stored(self, name: str) -> mx.array:
         """A tensor of the files as it stands there."""
-        return mx.load(str(self._files[name].path))[name]
+        return cast("dict[str, mx.array]", mx.load(str(self._files[name].path)))[name]
 
 
 def freeze_constants(lm: nn.Module, kind: str) -> None:

@@ -8,7 +8,7 @@ import inspect
 import re
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy.hugging_face import explained
 from gvpo_torch.dora import hold_less
+from gvpo_torch.language_model import LanguageModel
 from gvpo_torch.weights import decoder_of
 
 
-def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
+def with_adapters(lm: LanguageModel, config: ModelConfig, seed: int) -> LanguageModel:
     """The model with new LoRA or DoRA adapters on its text layers, the rest frozen.
 
     Raises: ConfigError: `lora_targets` that are no layers, or layers on which an adapter would not always be used.
@@ -54,7 +55,7 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
             )
     adapters = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha or 2 * config.lora_rank,
+        lora_alpha=cast(int, config.lora_alpha or 2 * config.lora_rank),  # peft takes floats too
         target_modules="all-linear" if everywhere else list(config.lora_targets),
         exclude_modules=[*outside, *left_out] or None,
         lora_dropout=0.0,
@@ -73,7 +74,7 @@ def with_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> nn.Module:
         layer.cast_input_dtype_enabled = False
         for down in layer.lora_A.values():
             down.__class__ = _Down
-    return adapted
+    return cast(LanguageModel, adapted)
 
 
 def lora_layers(lm: nn.Module) -> list[Any]:
@@ -161,7 +162,7 @@ def _is_called(name: str, target: str) -> bool:
     return name == target or name.endswith(f".{target}")
 
 
-def unfit(lm: nn.Module) -> dict[str, str]:
+def unfit(lm: LanguageModel) -> dict[str, str]:
     """Names of the text model's linear layers on which an adapter would not be used, or not always, and why."""
     modules = dict(lm.named_modules())
     text = {id(module) for module in decoder_of(lm).modules()}

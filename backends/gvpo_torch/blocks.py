@@ -6,7 +6,7 @@ by which tokens of a block are seen the farthest.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -97,12 +97,17 @@ def _attention(
     if sliding_window is not None or s_aux is not None:
         raise NotImplementedError("attention with a window or sinks is not computed by blocks")
 
+    cap: Any = softcap  # a number where `capped` is called
+
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return softcap * torch.tanh(score / softcap)
+        result: Tensor = cap * torch.tanh(score / cap)
+        return result
 
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    attend = flex_attention if device == "cpu" else _compiled()  # on CPU, in tests, nothing is compiled
+    attend = (
+        cast("Callable[..., Tensor]", flex_attention) if device == "cpu" else _compiled()
+    )  # nothing is compiled on CPU
     out = attend(
         query.to(dtype),
         key.to(dtype),

@@ -6,7 +6,7 @@ weights (experts into one tensor, say) is repeated later on the rows that are wa
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -154,9 +154,9 @@ def _placeholder(value: Deferred, is_parameter: bool) -> Tensor:
         return value.rows()
     with torch._C.DisableTorchFunctionSubclass():
         shape, dtype, trained = value.shape, value.dtype, value.requires_grad
-    placeholder = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), trained)
+    placeholder: Any = nn.Parameter(torch.zeros((), dtype=dtype).expand(shape), trained)
     placeholder.deferred = value
-    return placeholder
+    return cast(Tensor, placeholder)
 
 
 def _read_generation_settings(lm: Any, path: str) -> None:
@@ -167,16 +167,16 @@ def _read_generation_settings(lm: Any, path: str) -> None:
         try:
             lm.generation_config = GenerationConfig.from_pretrained(path)
         except OSError:
-            of_model = {"config_file_name": "config.json", "_from_model_config": True}
+            of_model: dict[str, Any] = {"config_file_name": "config.json", "_from_model_config": True}
             lm.generation_config = GenerationConfig.from_pretrained(path, **of_model)
 
 
 def to_meta(lm: nn.Module) -> None:
     """Moves the parameters that are not read yet to the meta device, as `fully_shard` and `nn.Module.to` take them."""
-    memo: dict[int, nn.Parameter] = {}
+    memo: dict[int, Any] = {}
     for module in lm.modules():
         for name, p in module._parameters.items():
-            if hasattr(p, "deferred"):
+            if p is not None and hasattr(p, "deferred"):
                 if id(p) not in memo:
                     memo[id(p)] = nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"), p.requires_grad)
                     memo[id(p)].deferred = p.deferred
@@ -192,7 +192,7 @@ def unread(module: nn.Module) -> dict[str, Deferred]:
 def fill(module: nn.Module, unread: Mapping[str, Deferred], device: torch.device) -> None:
     """Reads into sharded parameters the rows that this rank holds, one parameter at a time."""
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-    named = dict(module.named_parameters())
+    named: dict[str, Any] = dict(module.named_parameters())  # of FSDP2: DTensors
     for name, values in unread.items():
         local = named[name].to_local()
         first, end = own_rows(named[name])

@@ -18,6 +18,7 @@ from gvpo_core.training.policy.export import with_own_head, write_json, write_we
 from gvpo_core.training.policy.hugging_face import generation_eos, portable_config
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_torch.adapters import without_peft_warnings
+from gvpo_torch.language_model import LanguageModel
 from gvpo_torch.quantized import dense_shapes, packed_layers
 from gvpo_torch.update import full_tensor
 from gvpo_torch.weights import without_bars
@@ -35,7 +36,7 @@ def name_end_tokens(base: Any, folder: Path, end: Sequence[int]) -> None:
 
 
 def export(
-    directory: Path, lm: nn.Module, tokenizer: Any, dtype: torch.dtype, main: bool, own_head: bool = False
+    directory: Path, lm: LanguageModel, tokenizer: Any, dtype: torch.dtype, main: bool, own_head: bool = False
 ) -> None:
     """Writes a Hugging Face folder: weights with adapters merged in, config, tokenizer, generation settings.
 
@@ -45,7 +46,7 @@ def export(
     Args:
       own_head: see `Policy.export`.
     """
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     base: Any = lm.get_base_model() if hasattr(lm, "peft_config") else lm
     stored = _stored(base, dtype, main, "cpu", own_head)
@@ -70,7 +71,7 @@ def export(
     sync_tree(directory)
 
 
-def stored_tensors(lm: nn.Module, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(lm: LanguageModel, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
     """What the files of an export have, on the device of the model; see `_stored`."""
     return _stored(lm.get_base_model() if hasattr(lm, "peft_config") else lm, dtype, main, None)
 
@@ -169,7 +170,7 @@ def _delta(layer: Any) -> Tensor | None:
     return delta.t() if layer.fan_in_fan_out else delta  # GPT-2 keeps its weights transposed
 
 
-def export_adapters(directory: Path, lm: nn.Module, path: str, main: bool) -> None:
+def export_adapters(directory: Path, lm: LanguageModel, path: str, main: bool) -> None:
     """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors.
 
     Every rank calls; the main rank writes, and reads the folder back with peft.
@@ -194,7 +195,7 @@ def export_adapters(directory: Path, lm: nn.Module, path: str, main: bool) -> No
     sync_tree(directory)
 
 
-def _read_back(directory: Path, lm: nn.Module, named: dict[str, Tensor], name: str) -> None:
+def _read_back(directory: Path, lm: LanguageModel, named: dict[str, Tensor], name: str) -> None:
     """Reads the file, and loads the folder onto the base model without its weights: the same layers must get adapters.
 
     Raises: ConfigError: other layers get them, with another scale, or the file has other numbers.

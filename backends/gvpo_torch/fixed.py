@@ -52,6 +52,8 @@ class _Layer(CacheLayerMixin):
     """Keys and values (R, heads, S, D) of a layer, written at slot `at`."""
 
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
         super().__init__()
@@ -154,7 +156,7 @@ class FixedRows:
 
     def _made(self) -> None:
         """After buffers were replaced: the cache refers to the new ones, and a graph of the old ones is dropped."""
-        layers = [_Layer(k, v, self.at) for k, v in zip(self.keys, self.values, strict=True)]
+        layers: list[Any] = [_Layer(k, v, self.at) for k, v in zip(self.keys, self.values, strict=True)]
         self.cache = Cache(layers=layers)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager = 0

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
+from gvpo_torch.language_model import LanguageModel
 
 FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -23,7 +24,7 @@ def logits_of(products: Tensor, *, softcap: float | None, scale: float) -> Tenso
 
 
 @torch.no_grad()
-def head_options(base: nn.Module, decoder: nn.Module, config: Any) -> dict[str, Any]:
+def head_options(base: LanguageModel, decoder: nn.Module, config: Any) -> dict[str, Any]:
     """`softcap` and `scale` of `token_logprobs` with which `logits_of` is what the model does after its decoder.
 
     Taken from the text model's configuration and compared in float32, whatever the model's dtype: the decoder's result
@@ -97,7 +98,7 @@ def _replaced(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _wide(head: nn.Linear, factor: Tensor) -> Iterator[None]:
-    head.forward = lambda hidden: _products(head, hidden) * factor
+    head.forward = lambda hidden: _products(head, hidden) * factor  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

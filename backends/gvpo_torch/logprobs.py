@@ -146,7 +146,7 @@ class _TokenLogprobs(torch.autograd.Function):
                     hidden[part], weight, bias, targets[part], head, columns, space, ahead is not None
                 )
                 logprobs[part], normalisers[part] = chosen - normaliser, normaliser
-                if ahead is not None:
+                if ahead is not None and gradient is not None:
                     ahead[part] = gradient
         if ahead is not None:
             ctx.save_for_backward(ahead)
@@ -227,7 +227,7 @@ def _forward(
             # The target's own part is 1 - p, which a narrow p would spoil where p is near 1: left out, added below.
             masses.scatter_(1, places, masses.gather(1, places).masked_fill_(inside, 0.0))
             others = others.mul_(shrink).add_(head.multiply(head.sloped(masses, slope), weight[words]))
-        logits = masses = slope = None  # not held while the next tile is made
+        del logits, masses, slope  # not held while the next tile is made
     normaliser = total.log() + highest
     gradient = None
     if others is not None:

@@ -19,6 +19,7 @@ from gvpo_torch.cache import cache_argument
 from gvpo_torch.compiled import as_they_are, compile_layers
 from gvpo_torch.deferred import to_meta
 from gvpo_torch.head import head_options, logits_of
+from gvpo_torch.language_model import LanguageModel
 from gvpo_torch.logprobs import token_logprobs
 from gvpo_torch.quantized import quantize
 from gvpo_torch.weights import decoder_of, pretrained
@@ -31,7 +32,7 @@ _DROPPING = ("dropout", "pdrop", "layerdrop", "drop_path")  # in names of settin
 class Scorer(nn.Module):
     """The language model behind one `forward`, so that the hooks of DDP and FSDP2 see every use of it."""
 
-    def __init__(self, lm: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, lm: LanguageModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.lm = lm
         self.dtype = dtype  # of products; parameters may be wider
@@ -53,7 +54,7 @@ class Scorer(nn.Module):
         self.compiled: list[nn.Module] = []  # layers with compiled programs; see `compiled`
 
     @property
-    def base(self) -> nn.Module:
+    def base(self) -> LanguageModel:
         """The transformers model, without peft around it."""
         return self.lm.get_base_model() if hasattr(self.lm, "peft_config") else self.lm
 
@@ -223,7 +224,7 @@ def _ready(scorer: Scorer, device: torch.device, deferred: bool) -> Scorer:
     return scorer
 
 
-def enable_checkpointing(base: nn.Module) -> None:
+def enable_checkpointing(base: LanguageModel) -> None:
     """Lets the layers of a transformers model be computed again in the backward pass, within `checkpointing`."""
     # Renamed in transformers 5.2x, where the old name warns.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -239,7 +240,8 @@ def checkpointing(scorer: Scorer) -> Iterator[list[nn.Module]]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     able = [module for module in scorer.modules() if getattr(module, "gradient_checkpointing", False) is True]
-    layers = [module for module in able if isinstance(module, GradientCheckpointingLayer)] or able
+    layers: list[nn.Module] = [module for module in able if isinstance(module, GradientCheckpointingLayer)]
+    layers = layers or able
     for layer in layers:
         layer.training = True
     try:
@@ -290,7 +292,7 @@ def train_padding_row(lm: nn.Module) -> None:
             module.padding_idx = None
 
 
-def _exact(lm: nn.Module) -> None:
+def _exact(lm: LanguageModel) -> None:
     """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
 
     Dropout counts although the model stays in evaluation mode: `checkpointing` puts single layers in training mode.

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy.checkpoint import MOMENTS
 from gvpo_torch.adapters import unfit
+from gvpo_torch.language_model import LanguageModel
 from gvpo_torch.weights import decoder_of
 
 MOMENT_BLOCK = 256  # elements of a moment that share a scale
@@ -70,6 +71,7 @@ def _adamw_class(base: Any) -> Any:
                 return
             state, (beta1, beta2) = self.state[p], group["betas"]
             given = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"beta1": beta1, "beta2": beta2}
+            assert p.grad is not None  # bitsandbytes calls for those alone
             moments, step = ([state["state1"]], [state["state2"]]), torch.tensor(float(state["step"]))
             adamw([p], [p.grad], *moments, [], [step], foreach=False, amsgrad=False, maximize=False, **given)
             state["step"] += 1
@@ -201,7 +203,7 @@ def _unpacked(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dt
 
 
 @torch.no_grad()
-def quantize(lm: nn.Module, device: torch.device) -> None:
+def quantize(lm: LanguageModel, device: torch.device) -> None:
     """Packs the weights of the text model's linear layers on the device, one at a time; the rest goes there unpacked.
 
     The head, the embedding, layers that share their weight, routers and experts in one tensor stay as they are.

@@ -21,7 +21,8 @@ def copies(scorer: Scorer, device: torch.device) -> nn.Module:
     ddp = nn.parallel.DistributedDataParallel
     # Newer PyTorch has another name for it.
     synced = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
-    return ddp(scorer, device_ids=devices, gradient_as_bucket_view=True, **{synced: False})
+    more: dict[str, Any] = {synced: False}
+    return ddp(scorer, device_ids=devices, gradient_as_bucket_view=True, **more)
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:
@@ -48,7 +49,8 @@ def cut(scorer: Scorer, device: torch.device) -> None:
     values = unread(scorer)
     to_meta(scorer)
     for layer in layers:
-        linear = [m for m in layer.modules() if type(m) is nn.Linear and m.weight.dtype != scorer.dtype]
+        wide = (m for m in layer.modules() if type(m) is nn.Linear and m.weight.dtype != scorer.dtype)
+        linear: list[nn.Module] = [*wide]
         if linear and not scorer.adapted:  # adapters compute on weights outside their layers' forward
             fully_shard(linear, mesh=mesh, mp_policy=half)
         fully_shard(layer, mesh=mesh, mp_policy=full)

@@ -8,7 +8,7 @@ import pickle
 import socket
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ def channel(kind: str, device: torch.device, world_size: int) -> Channel:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The bytes of a tensor in row-major order, in the host's memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())
+    return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def _nccl_group() -> Any:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -121,8 +121,9 @@ class Backward:
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
         # FSDP2 reduces at every pass: its gradients stay sharded, which is what it is used for.
-        is_copy = isinstance(self.trained, nn.parallel.DistributedDataParallel)
-        return self.trained.no_sync() if is_copy and not last else contextlib.nullcontext()
+        if isinstance(self.trained, nn.parallel.DistributedDataParallel) and not last:
+            return self.trained.no_sync()
+        return contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -156,18 +157,18 @@ def clip(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> float:
 
     Raises: FloatingPointError: naming the parameters whose gradient is not finite.
     """
-    named = [(name, p) for name, p in named if p.grad is not None]
-    squares = sums_of_squares([p.grad for _, p in named])
+    gradients = [(name, p.grad) for name, p in named if p.grad is not None]
+    squares = sums_of_squares([gradient for _, gradient in gradients])
     norm = math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.inf
     if not math.isfinite(norm):
-        bad = [name for (name, _), square in zip(named, squares, strict=True) if not math.isfinite(square)]
+        bad = [name for (name, _), square in zip(gradients, squares, strict=True) if not math.isfinite(square)]
         raise FloatingPointError(
-            f"the gradient norm is not finite: the gradients of {len(bad)} of {len(named)} parameters are not finite, "
-            f"the first {', '.join(bad[:3]) or 'none alone (their sum overflows)'}; no step was taken"
+            f"the gradient norm is not finite: the gradients of {len(bad)} of {len(gradients)} parameters are not "
+            f"finite, the first {', '.join(bad[:3]) or 'none alone (their sum overflows)'}; no step was taken"
         )
     if 0 < limit < norm:
-        for _, p in named:
-            p.grad.mul_(limit / norm)
+        for _, gradient in gradients:
+            gradient.mul_(limit / norm)
     return norm
 
 
@@ -183,7 +184,7 @@ def sums_of_squares(gradients: Sequence[Tensor]) -> list[float]:
         alike.setdefault((gradient.device, mesh, placements), []).append(i)
     result = [0.0] * len(gradients)
     for (_, mesh, placements), members in alike.items():
-        local = [g.to_local() if mesh is not None else g for g in (gradients[i] for i in members)]
+        local = [cast(Any, g).to_local() if mesh is not None else g for g in (gradients[i] for i in members)]
         sums = torch.stack([_sum_of_squares(part) for part in local])
         if mesh is not None:
             from torch.distributed.tensor import DTensor, Partial

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,6 +16,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
 from gvpo_core.training.policy.hugging_face import explained, local_folder, located, read_json
 from gvpo_torch.deferred import NotDeferred, from_files
+from gvpo_torch.language_model import LanguageModel
 
 log = logging.getLogger("gvpo.torch")
 
@@ -39,7 +40,7 @@ def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = False) -> nn.Module:
+def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = False) -> LanguageModel:
     """The model of a folder or hub name, in `dtype`; what text never reaches is frozen.
 
     A checkpoint of a model of images and text is read by its own class, and trained on text.
@@ -110,12 +111,12 @@ def _own_class(auto: Any, settings: Any, unpacked: dict[str, Any]) -> Any:
     return kind
 
 
-def decoder_of(base: nn.Module) -> nn.Module:
+def decoder_of(base: LanguageModel) -> nn.Module:
     """The part of a transformers model that turns tokens into the hidden states that its head takes.
 
     Raises: ConfigError: no such part can be found.
     """
-    part = base
+    part: Any = base
     while getattr(part, "lm_head", None) is not None or part is base:  # some wrap another model with a head
         inner = part.get_decoder()
         if inner is part or not hasattr(inner, "get_input_embeddings"):  # not found, or the head by the name "decoder"
@@ -123,7 +124,7 @@ def decoder_of(base: nn.Module) -> nn.Module:
         part = inner
         if part is None:
             raise ConfigError(f"{type(base).__name__} has no decoder separate from its head, which is not supported")
-    return part
+    return cast(nn.Module, part)
 
 
 def _auto_class(settings: Any, config: ModelConfig) -> Any:
@@ -167,7 +168,7 @@ def _forget_quantization(settings: Any) -> None:
             del part.quantization_config
 
 
-def _say_whether_tied(lm: nn.Module) -> None:
+def _say_whether_tied(lm: LanguageModel) -> None:
     """Sets `tie_word_embeddings` to what the model is: files with a head of its own are not tied, whatever they say."""
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
@@ -178,7 +179,7 @@ def _say_whether_tied(lm: nn.Module) -> None:
             part.tie_word_embeddings = tied
 
 
-def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, folder: Path, unpacked: bool) -> None:
+def _check(lm: LanguageModel, info: dict[str, Any], config: ModelConfig, folder: Path, unpacked: bool) -> None:
     if getattr(lm, "_hf_peft_config_loaded", False):
         raise ConfigError(f"model.path {config.path!r} holds an adapter: merge it into its model first")
     missing = sorted(info["missing_keys"])
@@ -199,7 +200,7 @@ def _check(lm: nn.Module, info: dict[str, Any], config: ModelConfig, folder: Pat
     _refuse_integers(lm, info, folder, unpacked)
 
 
-def _refuse_integers(lm: nn.Module, info: dict[str, Any], folder: Path, unpacked: bool) -> None:
+def _refuse_integers(lm: LanguageModel, info: dict[str, Any], folder: Path, unpacked: bool) -> None:
     """transformers reads integers as they are where floats are expected: quantised weights without scales."""
     tensors = weight_files.tensors(folder)
     tables = {name.rpartition(".")[2] for name, b in lm.named_buffers() if not b.is_floating_point()}
