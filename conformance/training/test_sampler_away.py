@@ -10,11 +10,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import ranks
 from engine_server import Sent, Server
 from sampler_runs import lines, run, short
 from table_problem import PROMPTS, REFERENCE, reward, table
 from transfer_server import SendingTable, TransferServer
 
+from gvpo_core.training import loop
 from gvpo_core.training.cli import main
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
@@ -225,6 +227,53 @@ def test_a_signal_while_the_server_is_away_saves_and_leaves(way, ahead, tmp_path
     assert (result.exit_status, result.step) == (0, 4) and parts.lost() == [0] * 4
     if not ahead or way == "kept":  # else the weights of the responses that did not come are gone
         assert np.array_equal(policy.log_table(), expected)
+
+
+@pytest.mark.parametrize("weights", ["kept", "adapters"])
+def test_a_signal_to_one_rank_ends_both_after_the_same_step(weights, tmp_path, capsys, monkeypatch):
+    """Of two ranks the one that waits for the server, or the other one, hears it."""
+
+    def export_adapters(policy, directory):
+        if policy.rank == 0:
+            Sent.export_adapters(policy, directory)
+
+    monkeypatch.setattr(ranks.RankedTable, "export_adapters", export_adapters, raising=False)
+    heard, results = threading.Event(), []
+
+    class OneHears:
+        made = 0
+
+        def __init__(self):
+            OneHears.made += 1
+            self.mine = OneHears.made == 1
+
+        @property
+        def signal(self):
+            return signal.SIGTERM if heard.is_set() and (self.mine or weights == "adapters") else 0
+
+        __enter__, __exit__ = lambda self: self, lambda self, *error: None
+
+    monkeypatch.setattr(loop, "StopRequest", OneHears)
+    config = Way("kept", tmp_path).config
+    config = replace(config, rollout=replace(config.rollout, prompts=2))
+    with Server() as server:
+
+        class Goes(Engine):
+            def refresh(self, policy, version):
+                if version == 1 and policy.rank == 0:
+                    server.away(3600)
+                    threading.Timer(1.0, heard.set).start()
+                policy.gather(np.zeros(1))  # both know that it is gone
+                super().refresh(policy, version)
+
+        def work(policy):
+            place = {} if weights == "kept" else {"weights": weights, "folder": tmp_path / "weights"}
+            sampler = Goes(server.url, "tiny", pause=0.001, **place)
+            results.append(train(config, policy, train_rows=ROWS, rewards={"value": reward}, sampler=sampler))
+
+        ranks.run_ranks(2, work, table(REFERENCE), config.optimizer)
+    assert [(result.exit_status, result.step) for result in results] == [(143, 1)] * 2
+    assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
 
 
 def test_a_signal_during_an_evaluation_without_a_server_keeps_the_step(tmp_path, capsys):

@@ -51,7 +51,9 @@ def test_where_both_compute_in_float32_the_first_step_is_checked_too():
     random = np.random.default_rng(2)
     step = drawn(random, noise=1e-5, bias=0.002)
     checked(GapCheck(None, 1, "float32"), *step)  # the server may compute in 16 bits
-    with pytest.raises(SamplerError, match=rf"at most {SMALL:g} is expected \(both compute in float32\)"):
+    with pytest.raises(
+        SamplerError, match=rf"at most {SMALL:g} is expected \(both compute in float32; else set engine.dtype\)"
+    ):
         checked(GapCheck(None, 1, "float32", "float32"), *step)
 
 

@@ -74,6 +74,27 @@ def test_a_server_that_goes_back_to_its_first_weights_is_found_without_a_toleran
     assert metrics and [m["sampler/staleness"] for m in metrics] == [0] * len(metrics)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_server_that_was_left_with_other_weights_is_found_in_the_first_step(dtype, tmp_path, capsys):
+    """It keeps what an earlier run sent, whatever this one sends: the first gap is no measure of the precision."""
+
+    class Keeps(Server):
+        def read(self, path):
+            return self.policy
+
+    config = short(tmp_path, 1)
+    with Keeps(TablePolicy(table(REFERENCE**0.9 / (REFERENCE**0.9).sum(axis=1, keepdims=True)))) as server:
+        sampler = engine(server, weights="model", folder=tmp_path / "weights", dtype=dtype)
+        policy = Sent(table(REFERENCE), config.optimizer)
+        if dtype == "auto":
+            with pytest.raises(
+                SamplerError, match=r"at most 0.001 is expected \(both compute in float64; else set eng"
+            ):
+                run(config, sampler, policy)
+        else:  # said to compute in 16 bits: the first gap is what they explain
+            run(config, sampler, policy)
+
+
 def test_every_nth_step_alone_is_compared(tmp_path, capsys):
     config, sampler = short(tmp_path, 8), Copy(refreshed=False, tolerance=1e-6)
     sampler.gap_every = 5

@@ -75,6 +75,8 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
     if not engine.model.strip():
         yield "model", f"model = {engine.model!r}; expected the name of the model on the server"
     yield from _wrong_weights(engine)
+    if engine.dtype not in ("auto", "float32", "bfloat16", "float16"):
+        yield "dtype", f"dtype = {engine.dtype!r}; expected auto, float32, bfloat16 or float16"
     if engine.tokens not in ("ids", "text", "chat"):
         yield "tokens", f"tokens = {engine.tokens!r}; expected ids, text or chat"
     if engine.kind == "sglang" and engine.tokens != "ids":

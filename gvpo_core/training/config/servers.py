@@ -34,6 +34,8 @@ class EngineConfig:
     Default: where the run sends the weights, a step's mean is compared with the first step's (docs/samplers.md)."""
     gap_every: int = 0
     """Steps between two comparisons of the log-probabilities. 0: 1; with rollout.ahead and no gap_tolerance 20."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the server computes in, for that comparison. auto: as the policy."""
     concurrency: int = 16
     """Requests at a time."""
     deadline: float = 600.0

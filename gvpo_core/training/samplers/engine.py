@@ -67,6 +67,7 @@ class Engine:
         sleep: bool = False,
         gap_tolerance: float | None = None,
         gap_every: int = 0,
+        dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
         concurrency: int = 16,
         deadline: float = 600.0,
         tries: int = 4,
@@ -92,6 +93,7 @@ class Engine:
             weights are in the host's memory, and its cache of keys and values is freed. In a run of one process.
           gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `GapCheck`.
           gap_every: steps between two comparisons. 0: 1; with rollout.ahead and no gap_tolerance 20.
+          dtype: what the server computes in, for that comparison. auto: as the policy.
           concurrency: requests at a time.
           deadline: seconds that the responses of one step may take; later ones are lost. Also the seconds for which a
             server may be away.
@@ -114,6 +116,7 @@ class Engine:
             sleep=sleep,
             gap_tolerance=gap_tolerance,
             gap_every=gap_every,
+            dtype=dtype,
             concurrency=concurrency,
             deadline=deadline,
             tries=tries,
@@ -125,7 +128,7 @@ class Engine:
         if wrong := [message for _, message in wrong_engine(given)]:
             raise ConfigError("\n".join(wrong))
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
-        self.kind, self.weights, self.gap_every = kind, weights, gap_every
+        self.kind, self.weights, self.gap_every, self.dtype = kind, weights, gap_every, dtype
         self.tokens = tokens
         own = kind == "sglang"
         self._interface: Interface = (

@@ -97,7 +97,7 @@ class GapCheck:
         mean = seen.means[0]
         limit, why = MOST, "no precision explains more"
         if self.dtype in _FULL and self.sampler_dtype in _FULL:
-            limit, why = SMALL, f"both compute in {self.dtype}"
+            limit, why = SMALL, f"both compute in {self.dtype}; else set engine.dtype"
         if mean > limit:
             raise SamplerError(self._apart(mean, limit, why))
         if self.usual is None:

@@ -62,7 +62,8 @@ class VLLM:
         except ImportError as error:
             raise ConfigError(_MISSING) from error
         self.gap_tolerance, self.gap_every, self.failures = gap_tolerance, gap_every, list[str]()
-        self.dtype = str((options or {}).get("dtype", dtype))
+        chosen = str((options or {}).get("dtype", dtype))
+        self.dtype = "" if chosen == "auto" else chosen  # of vLLM's choice, not the policy's
         self.version: int | None = None  # of the engine's weights: steps taken
         self._platform, self._parameters, self._version = (
             current_platform,

@@ -71,7 +71,7 @@ class Sampler(Protocol):
 
     Attribute `gap_tolerance`, where there is one: largest difference between `Drawn.logprob` and the policy's own
     log-probability, nats a token; a response beyond it stops the run. `gap_every`: steps between two comparisons.
-    `dtype`: of the sampler's products; see `GapCheck`. Attribute `messages`, where it is True:
+    `dtype`: of the sampler's products, or auto: the policy's; see `GapCheck`. Attribute `messages`, where it is True:
     `generate` gets the prompts as the data has them, chat messages or text, instead of token ids. Attribute `stopping`,
     where there is one: the run sets it to a function that tells whether it was asked to stop; a `generate` or `refresh`
     that waits for a server then raises `Stopped`.

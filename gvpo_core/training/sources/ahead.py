@@ -179,4 +179,5 @@ def gap_check(policy: Policy, sampler: Sampler, *, ahead: int) -> GapCheck:
     tolerance = getattr(sampler, "gap_tolerance", None)
     usual = PROBE_EVERY if ahead and tolerance is None else 1  # ahead, responses are drawn for it alone
     every = getattr(sampler, "gap_every", 0) or usual
-    return GapCheck(tolerance, every, policy.describe().dtype, getattr(sampler, "dtype", ""))
+    ours, theirs = policy.describe().dtype, getattr(sampler, "dtype", "")
+    return GapCheck(tolerance, every, ours, ours if theirs == "auto" else theirs)
