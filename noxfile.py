@@ -362,9 +362,8 @@ def scale(session: nox.Session, backend: str) -> None:
 
 # Tests of tiny models that can be on a GPU.
 ON_A_GPU = {"jax": "policy_update policy_generate jax_prefixes"}
-ON_A_GPU["torch"] = (
-    "torch_cuda torch_fixed torch_compiled torch_prefixes torch_quantized trainer policy_* distillation "
-)
+ON_A_GPU["torch"] = "torch_cuda torch_cuda_beside torch_fixed torch_compiled torch_prefixes torch_quantized trainer "
+ON_A_GPU["torch"] += "policy_* distillation "
 ON_A_GPU["torch"] += "episode_runs mixed_steps recorded_steps"
 
 

@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device: nox -s gpu runs these", allow_module_level=True)
 
 import torch.distributed as dist
-from gvpo_torch import fixed, load
+from gvpo_torch import blocks, fixed, load, model
 from gvpo_torch.sharding import is_sharded, shard
 from gvpo_torch.update import full_tensor, make_optimizer
 from torch.distributed.tensor import DTensor
@@ -166,6 +166,16 @@ def test_deterministic_kernels_repeat_bit_for_bit(kind, tmp_path):
         assert step_difference(*ends) == 0.0
 
 
+def sharded(policy):
+    """The policy, its model sharded by FSDP2 over the ranks there are."""
+    shard(policy.scorer, policy.device)
+    policy._sharded = is_sharded(policy._trained)
+    policy._optimizer = make_optimizer(policy.scorer, policy.optimizer_config)
+    policy._named = {n.removeprefix("lm."): p for n, p in policy.scorer.named_parameters() if p.requires_grad}
+    assert policy._sharded and all(isinstance(p, DTensor) for p in policy._named.values())
+    return policy
+
+
 @pytest.fixture
 def one_rank_of_nccl():
     dist.init_process_group("cpu:gloo,cuda:nccl", store=dist.HashStore(), rank=0, world_size=1)
@@ -178,11 +188,7 @@ def one_rank_of_nccl():
 def test_shards_take_the_step_of_a_copy(kind, dtype, folder, one_rank_of_nccl):
     """FSDP2 over NCCL on one device. Several ranks on one device are not possible: NCCL refuses them."""
     copy, shards = (made(folder, "cuda", dtype=dtype, strategy="score", **KINDS[kind]) for _ in range(2))
-    shard(shards.scorer, shards.device)
-    shards._sharded = is_sharded(shards._trained)
-    shards._optimizer = make_optimizer(shards.scorer, shards.optimizer_config)
-    shards._named = {n.removeprefix("lm."): p for n, p in shards.scorer.named_parameters() if p.requires_grad}
-    assert shards._sharded and all(isinstance(p, DTensor) for p in shards._named.values())
+    shards = sharded(shards)
     prompts, seeds = [(5, 6, 7), (9,)], [[row_seed(1, i, j) for j in range(3)] for i in range(2)]
     drawn = [policy.generate(prompts, seeds, Sampling(8)) for policy in (copy, shards)]
     assert dtype == "bfloat16" or drawn[0] == drawn[1]
@@ -197,3 +203,35 @@ def test_shards_take_the_step_of_a_copy(kind, dtype, folder, one_rank_of_nccl):
     lengths = np.asarray([len(response) for response in OF.responses])
     gap = np.abs(shards.logprobs(OF) - copy.logprobs(OF)) / lengths
     assert gap.max() < (0.1 if kind == "lora" and dtype == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("kind", [{}, {"lora_rank": 3}, {"gradient_checkpointing": True}], ids=str)
+def test_shards_go_by_blocks(kind, tmp_path, one_rank_of_nccl, monkeypatch):
+    """FlexAttention within FSDP2: the step of one process with the dense mask."""
+    folder = tiny_models.write_model("qwen2", tmp_path, max_position_embeddings=1024, hidden_size=96)
+    of, moves, masks = batch((3, 2, 4), longest=300), [], []
+    plain = blocks.mask
+    monkeypatch.setattr(blocks, "mask", lambda *given: masks.append(1) or plain(*given))
+    for in_blocks in (True, False):
+        policy = made(folder, "cuda", micro_batch_tokens=700, strategy="score", **kind)
+        assert policy.packed and policy.scorer.in_blocks, "the dense mask was chosen at load; the log says why"
+        policy = sharded(policy) if in_blocks else policy
+        policy.scorer.in_blocks = in_blocks
+        before, made_before = parameters(policy), len(masks)
+        policy.update(of, coefficients_of(of))
+        assert (len(masks) > made_before) == in_blocks
+        moves.append({name: value - before[name] for name, value in parameters(policy).items()})
+    assert step_difference(*moves) < 1e-3
+
+
+def test_tf32_is_set_in_passes_alone(folder, monkeypatch):
+    seen = []
+    score = model.score
+    monkeypatch.setattr(
+        model, "score", lambda *given: seen.append(torch.backends.cuda.matmul.allow_tf32) or score(*given)
+    )
+    for settings, inside in (({"dtype": "bfloat16", "lora_rank": 3}, True), ({"dtype": "float32"}, False)):
+        policy = made(folder, "cuda", **settings)
+        seen.clear()
+        policy.update(OF, coefficients_of(OF))
+        assert set(seen) == {inside} and not torch.backends.cuda.matmul.allow_tf32
