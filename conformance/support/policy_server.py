@@ -32,7 +32,7 @@ class PolicyServer(Server):
 
         self.config, self.work = config, queue.Queue[tuple[Callable[..., Any], tuple[Any, ...], Future[Any]]]()
         self._load = load_policy
-        super().__init__(self.loaded(config.model.path), port=port)
+        super().__init__(port=port)  # what is drawn before weights come is a table's: the run compares it
 
     def loaded(self, path: str | Path) -> Any:
         """The policy of a folder, without adapters."""
