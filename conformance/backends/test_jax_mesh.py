@@ -103,6 +103,7 @@ def test_the_export_of_a_mesh_is_whole(out: Path) -> None:
     np.testing.assert_allclose(of_policy.logprobs(OF), scored, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(folder, environment, out, tmp_path) -> None:
     environment = of_devices(environment, 2)
     runs = {"two": {"device": "cpu", "mesh_fsdp": 2}}
