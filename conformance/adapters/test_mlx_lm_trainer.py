@@ -156,7 +156,9 @@ def test_steps_follow_each_other_through_shuffled_epochs(folder, groups, tmp_pat
     assert apart({name: value - start[name] for name, value in parameters(model).items()}, moved) < 1e-5
 
 
-@pytest.mark.parametrize("batch_size", [7, 4], ids=["whole groups", "split groups"])
+@pytest.mark.parametrize(
+    "batch_size", [pytest.param(7, marks=pytest.mark.slow), 4], ids=["whole groups", "split groups"]
+)
 def test_the_compiled_step_is_the_same(batch_size, folder, groups, tmp_path, capfd):
     changes = []
     for compiled in (False, True):
@@ -248,6 +250,7 @@ def test_groups_without_reference_are_refused(folder, groups, tmp_path):
         next(gvpo.iterate_batches(groups, 14, 2048, loop=True))
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_step_of_one(folder, tmp_path):
     """mlx.launch over its ring: groups whole on a process, groups split over both, and a process without rows."""
     script = SUPPORT / "mlx_lm_worker.py"
