@@ -4,12 +4,19 @@ The bound: each prompt once, 6 a parameter of the layers and a token, 3 products
 visible pairs of tokens alone in the attention. J1's model with all widths and lengths divided by 16, which keeps the
 ratios of layers, head and attention, takes real steps. Products are counted by FlopCounterMode; those of attention from
 the rows, 2 forward and 5 backward a pair: of the dense mask all pairs of a row, of blocks those in visited blocks of
-128 / 16 tokens, as on CUDA.
+128 / 16 tokens, as on CUDA. On two gloo ranks each holds one of the groups, and their FLOPs are added.
+
+python benchmarks/scale/torch_step.py FOLDER OUT     one rank, with torchrun's variables
 """
 
+import json
+import os
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,28 +47,39 @@ SIZES = {
 }
 PROMPT, LONGEST, K = 512 // SCALE, 2048 // SCALE, 8
 ON = "J1 / 16, ragged lengths"
+FITS, SPLIT = 16896 // SCALE, {"micro_batch_tokens": 8192 // SCALE}  # a group in one micro-batch, in three
+LINEAR = M.linear // SCALE**2
+PAIR = 2 * SIZES["hidden_size"] * M.layers  # of one product of queries and keys, or of weights and values
+THREE = "groups in three micro-batches"
+# What a step takes where groups do not fit: settings, and bounds with and without what is computed again. Groups beyond
+# 4 x the budget, and those of strategy "score", are scored before: one more forward pass, for the least memory.
+SEVERAL: dict[str, tuple[dict[str, Any], float, float]] = {
+    THREE: (SPLIT, 1.30, 1.10),
+    f"{THREE}, gradient checkpointing": (SPLIT | {"gradient_checkpointing": True}, 1.36, 1.10),
+    f"{THREE}, scored first": (SPLIT | {"strategy": "score"}, 1.49, 1.45),
+    "groups beyond 4 micro-batches": ({"micro_batch_tokens": 4096 // SCALE}, 1.65, 1.60),
+}
 # All that was computed at 8a31fac, over the same bound, with the dense mask.
-BEFORE = {"fits": 1.890, "ranks": 2.012, "split": 1.739, "checkpointing": 2.016}
+BEFORE = {"fits": 1.890, "ranks": 2.012, THREE: 1.739, f"{THREE}, gradient checkpointing": 2.016}
 
 
 class Passes:
     """What attention computes and computes again in the passes of a step, in pairs of tokens a layer."""
 
-    def __init__(self, of_policy: Any, in_blocks: bool) -> None:
-        self.policy, self.in_blocks = of_policy, in_blocks
-        self.pairs = self.again = self.again_tokens = 0.0
+    def __init__(self, of_policy: Any) -> None:
+        self.policy = of_policy
+        self.pairs = self.again = self.again_tokens = self.predicted = 0.0
 
     def __call__(self, scorer: Any, arrays: Any, device: Any) -> Any:
-        pairs = float(arrays.ids.size * arrays.ids.shape[1])
-        if self.in_blocks:
-            before, blocks.BLOCK = blocks.BLOCK, blocks.BLOCK // SCALE
-            pairs = float((blocks.kinds(arrays.segments, arrays.last) > 0).sum() * blocks.BLOCK**2)
-            blocks.BLOCK = before
+        before, blocks.BLOCK = blocks.BLOCK, blocks.BLOCK // SCALE
+        pairs = float((blocks.kinds(arrays.segments, arrays.last) > 0).sum() * blocks.BLOCK**2)
+        blocks.BLOCK = before
         trains = torch.is_grad_enabled()
         recomputed = trains and any(layer.training for layer in self.policy.scorer.decoder.layers)
         self.pairs += pairs * (7 if trains else 2)
         self.again += 2 * pairs * recomputed
         self.again_tokens += arrays.ids.size * recomputed
+        self.predicted += arrays.targets.size * trains
         return self.plain(scorer, arrays, device)
 
     plain = staticmethod(model.score)
@@ -91,8 +109,8 @@ def groups(full: bool = False) -> Batch:
     return Batch([p for p in prompts for _ in range(K)], responses, [g for g in range(2) for _ in range(K)])
 
 
-def flops(folder: Path, batch: Batch, in_blocks: bool, **settings: Any) -> tuple[float, float]:
-    """FLOPs of a step over the bound: without what is computed again in the backward pass, and that."""
+def work(folder: Path, batch: Batch, **settings: Any) -> tuple[float, float]:
+    """FLOPs of a step on this rank's part of a batch: without what is computed again in the backward pass, and that."""
     always = settings.pop("gradient_checkpointing", False)
     policy = load(
         ModelConfig(path=str(folder), device="cpu", gradient_checkpointing=always),
@@ -101,9 +119,8 @@ def flops(folder: Path, batch: Batch, in_blocks: bool, **settings: Any) -> tuple
         reference=False,
         seed=0,
     )
-    if in_blocks:  # as on CUDA, where rows share their prompt whatever their length
-        policy._splitting = policy._split(0)
-    passes = Passes(policy, in_blocks)
+    policy._splitting = policy._split(0)  # as on CUDA, where rows share their prompt whatever their length
+    passes = Passes(policy)
     factors = np.linspace(-1, 1, len(batch))
     try:
         model.score = passes
@@ -115,41 +132,83 @@ def flops(folder: Path, batch: Batch, in_blocks: bool, **settings: Any) -> tuple
         model.score = passes.plain
     counted = {op: n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
     h, v = SIZES["hidden_size"], SIZES["vocab_size"]
-    linear = M.linear // SCALE**2
-    pair = 2 * h * M.layers  # of one product of queries and keys, or of weights and values
-    bound, again = 0.0, 0.0
-    for g in range(2):
-        rows = [i for i in range(len(batch)) if batch.groups[i] == g]
-        n = np.asarray([len(batch.responses[i]) for i in rows])
-        tokens = PROMPT + (n - 1).sum()
-        visible = PROMPT * (PROMPT + 1) / 2 + ((n - 1) * PROMPT + (n - 1) * n / 2).sum()
-        again += 2 * v * h * n.sum()  # logits, in tiles, once more in the backward pass
-        bound += 6 * linear * tokens + 6 * v * h * n.sum() + 6 * pair * visible
+    again = 2 * v * h * passes.predicted  # logits, in tiles, once more in the backward pass
     # A layer's last product is not computed again: nothing after it needs its result.
-    again += 2 * (linear - M.layers * h * SIZES["intermediate_size"]) * passes.again_tokens + pair * passes.again
-    total = sum(counted.values()) + pair * (passes.pairs + passes.again)
-    return (total - again) / bound, again / bound
+    again += 2 * (LINEAR - M.layers * h * SIZES["intermediate_size"]) * passes.again_tokens + PAIR * passes.again
+    return sum(counted.values()) + PAIR * (passes.pairs + passes.again) - again, again
+
+
+def bound(batch: Batch) -> float:
+    """FLOPs that a step takes at least; see the top of the file."""
+    h, v, total = SIZES["hidden_size"], SIZES["vocab_size"], 0.0
+    for label in set(batch.groups):
+        n = np.asarray([len(r) for r, g in zip(batch.responses, batch.groups, strict=True) if g == label])
+        visible = PROMPT * (PROMPT + 1) / 2 + ((n - 1) * PROMPT + (n - 1) * n / 2).sum()
+        total += 6 * LINEAR * (PROMPT + (n - 1).sum()) + 6 * v * h * n.sum() + 6 * PAIR * visible
+    return total
+
+
+def flops(folder: Path, batch: Batch, **settings: Any) -> tuple[float, float]:
+    """`work` over the bound."""
+    counted, again = work(folder, batch, **settings)
+    return counted / bound(batch), again / bound(batch)
+
+
+def of_two_ranks(folder: Path, batch: Batch) -> tuple[float, float]:
+    """`flops` of two processes that hold a group each and average their gradients."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    env |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, __file__, str(folder), out]
+        ranks = [
+            subprocess.Popen(command, env=os.environ | env | {"RANK": str(r), "LOCAL_RANK": str(r)}) for r in range(2)
+        ]
+        statuses = [rank.wait(timeout=900) for rank in ranks]
+        if any(statuses):
+            raise RuntimeError("a rank failed")
+        counted = np.sum([json.loads((Path(out) / f"{rank}.json").read_text()) for rank in range(2)], axis=0)
+    return tuple((counted / bound(batch)).tolist())
+
+
+def main() -> None:
+    """One of two ranks."""
+    rank, batch = int(os.environ["RANK"]), groups()
+    mine = replace(batch.take([i for i, label in enumerate(batch.groups) if label == rank]), complete=True)
+    counted = work(Path(sys.argv[1]), mine, micro_batch_tokens=FITS)
+    (Path(sys.argv[2]) / f"{rank}.json").write_text(json.dumps(counted))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def counts() -> Iterator[Count]:
     with tempfile.TemporaryDirectory() as made:
         folder = tiny_models.make_model("qwen2", Path(made), spread=0.02, **SIZES)
         ragged, full = groups(), groups(full=True)
-        fits, again = flops(folder, ragged, True, micro_batch_tokens=16896 // SCALE)
+        fits, again = flops(folder, ragged, micro_batch_tokens=FITS)
         what = "FLOPs of a step over the bound, groups that fit a micro-batch"
         yield Count(what, ON, "", BEFORE["fits"], float(fits + again), 1.08)
         yield Count(f"{what}, without recomputation", ON, "", None, float(fits), 1.06)
-        # On several processes each holds whole groups, and takes them as one process does.
-        yield Count(f"{what}, on several processes", ON, "", BEFORE["ranks"], float(fits + again), 1.08)
-        for always in (False, True):
-            settings = {"micro_batch_tokens": 8192 // SCALE, "gradient_checkpointing": always}
-            split, again = flops(folder, full, True, **settings)
-            what = "FLOPs of a step over the bound, groups in three micro-batches"
-            what, key = (f"{what}, gradient checkpointing", "checkpointing") if always else (what, "split")
-            yield Count(what, "J1 / 16, full lengths", "", BEFORE[key], float(split + again), 1.36 if always else 1.30)
-            yield Count(f"{what}, without recomputation", "J1 / 16, full lengths", "", None, float(split), 1.10)
-    for name, (prompt, response, k), bound in (("J1", (512, 2048, 8), 0.105), ("J2", (1024, 4096, 16), 0.05)):
+        ranks, again = of_two_ranks(folder, ragged)
+        yield Count(f"{what}, on two ranks", ON, "", BEFORE["ranks"], ranks + again, 1.08)
+        yield Count(f"{what}, on two ranks, without recomputation", ON, "", None, ranks, 1.06)
+        for kind, (settings, most, without) in SEVERAL.items():
+            several, again = flops(folder, full, **settings)
+            what = f"FLOPs of a step over the bound, {kind}"
+            yield Count(what, "J1 / 16, full lengths", "", BEFORE.get(kind), several + again, most)
+            yield Count(f"{what}, without recomputation", "J1 / 16, full lengths", "", None, several, without)
+        scored, again = flops(folder, ragged, micro_batch_tokens=FITS, strategy="score")
+        what = "FLOPs of a step over the bound, groups that fit a micro-batch, scored first"
+        yield Count(what, ON, "", None, scored + again, 1.42)
+        yield Count(f"{what}, without recomputation", ON, "", None, scored, 1.38)
+    for name, (prompt, response, k), most in (("J1", (512, 2048, 8), 0.105), ("J2", (1024, 4096, 16), 0.05)):
         of = Batch([(0,) * prompt] * k, [(i, *(0,) * (response - 1)) for i in range(k)], [0] * k)
         arrays = layout.arrays(of, layout.plan_rows(of, packed=True, tokens=1 << 30))
         visited = float((blocks.kinds(arrays.segments, arrays.last) > 0).mean())
-        yield Count("blocks of attention visited by a packed row, of all", name, "", 1.0, visited, bound)
+        yield Count("blocks of attention visited by a packed row, of all", name, "", 1.0, visited, most)
+
+
+if __name__ == "__main__":
+    main()
