@@ -125,6 +125,7 @@ def export_adapters(directory: Path, setup: Setup, learner: Learner, config: Mod
         "inference_mode": True,
         "target_modules": sorted(modules),
     }
+    directory.mkdir(parents=True, exist_ok=True)  # an engine's folder of this version is a new one
     path = directory / "adapter_model.safetensors"
     _save(tensors, str(path))
     write_json(directory / "adapter_config.json", settings)
