@@ -103,7 +103,7 @@ def test_packing_that_turns_out_wrong_goes_plain_and_says_so(folder, monkeypatch
     from gvpo_torch import model
 
     honest = model._attention
-    leaky = lambda segments: None if int(segments.max()) > 1 else honest(segments)
+    leaky = lambda segments, last: None if int(segments.max()) > 1 else honest(segments, last)
     monkeypatch.setattr(model, "_attention", leaky)
     with caplog.at_level(logging.INFO, "gvpo.torch"):
         of_policy = policy(folder)
