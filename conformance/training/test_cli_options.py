@@ -181,7 +181,6 @@ def test_names_of_other_trainers_get_the_right_suggestion(given, meant, tmp_path
     [
         ("engine.tensor_parallel_size", "engine.options"),
         ("engine.max_model_len", "engine.options"),
-        ("engine.dtype", "engine.options"),
         ("rollout.tensor_model_parallel_size", "engine.options"),
         ("vllm_tensor_parallel_size", "engine.options"),
         ("engine.base_model", "engine.model"),
