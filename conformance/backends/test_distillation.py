@@ -38,11 +38,6 @@ CHAT = [{"role": "user", "content": "say a"}]
 ROWS = [{"prompt": CHAT}, {"prompt": "say b:"}, {"prompt": "say c:"}]
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def student(tmp_path_factory) -> Path:
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("student"), spread=0.2)

@@ -37,11 +37,6 @@ pause = 0.05
 """
 
 
-@pytest.fixture(params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture
 def served(tmp_path):
     """Starts servers, and ends them."""

@@ -39,11 +39,6 @@ if not PRESENT:
 ENDS = [0, *range(50, 90)]  # so many ids end a turn that a random model takes several turns
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     folder = tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))

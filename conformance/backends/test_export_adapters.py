@@ -35,11 +35,6 @@ of_every_kind = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(params=PRESENT, ids=lambda backend: backend.name)
-def backend(request):
-    return request.param
-
-
 def made(path):
     """A model whose config.json has rope_theta where released ones and mlx-lm have it, too."""
     base = tiny_models.write_model("llama", path)

@@ -16,11 +16,6 @@ if not PRESENT:
     pytest.skip("no backend of a language model is among the subjects", allow_module_level=True)
 
 
-@pytest.fixture(params=PRESENT, ids=lambda backend: backend.name)
-def backend(request):
-    return request.param
-
-
 def tensors(folder):
     from safetensors.numpy import load_file
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_models
-import trainer_backends
 from batches import batch
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -23,11 +22,6 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsiz
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory) -> Path:
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("sound"))
-
-
-@pytest.fixture(scope="module", params=trainer_backends.present(), ids=lambda backend: backend.name)
-def backend(request):
-    return request.param
 
 
 @pytest.fixture

@@ -21,11 +21,6 @@ if not PRESENT:
     pytest.skip("no backend of a language model is among the subjects", allow_module_level=True)
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request):
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def policies(backend):
     return backend.policies

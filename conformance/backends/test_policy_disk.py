@@ -12,7 +12,6 @@ import pytest
 import tiny_models
 import trainer_backends
 from batches import batch, step_difference, train
-from trainer_backends import Backend
 
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.config.backends import BACKENDS
@@ -38,11 +37,6 @@ def kinds(*names: str):
     slow = {"bfloat16": pytest.mark.slow}
     given = [pytest.param(b, name, id=f"{b.name}-{name}", marks=slow.get(name, ())) for b, name in pairs]
     return pytest.mark.parametrize(("backend", "kind"), given, indirect=["backend"])
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,6 @@ def policies(tmp_path_factory):
     return get
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture
 def of_policy(backend, policies):
     return policies(backend, backend.decoders[0])

@@ -8,7 +8,6 @@ import pytest
 import tiny_models
 import trainer_backends
 from batches import SMOOTH, batch, masked, step_difference
-from trainer_backends import Backend
 
 from gvpo_core.training.policy import Batch
 
@@ -53,11 +52,6 @@ def as_prefixes(of: Batch, factors: np.ndarray) -> tuple[Batch, np.ndarray, np.n
                     places.append(i)
     prompts, responses, groups = zip(*rows, strict=True)
     return Batch(prompts, responses, groups), np.asarray(signed), np.asarray(places)
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ import pytest
 import tiny_models
 import trainer_backends
 from batches import batch, train
-from trainer_backends import Backend
 
 PRESENT = trainer_backends.present()
 if not PRESENT:
@@ -14,11 +13,6 @@ if not PRESENT:
 OF = batch((3, 2), seed=9)
 KINDS = {"full": {}, "lora": {"lora_rank": 2}, "bfloat16": {"dtype": "bfloat16"}}
 SLOW = pytest.param("bfloat16", marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

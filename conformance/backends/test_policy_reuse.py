@@ -26,11 +26,6 @@ if not PRESENT:
     pytest.skip("no backend of a language model is among the subjects", allow_module_level=True)
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))

@@ -8,7 +8,6 @@ import pytest
 import tiny_models
 import trainer_backends
 from batches import SMOOTH, coefficients_of, step_difference
-from trainer_backends import Backend
 
 from gvpo_core.training.policy import Batch, Segment, layout
 
@@ -49,11 +48,6 @@ def rows_of(of: Batch) -> list[tuple[int, tuple[int, ...], tuple[int, ...], tupl
         rows.append((i, of.prompts[i], of.responses[i], of.masks[i] or (True,) * len(of.responses[i])))
         rows += [(i, s.prompt, s.response, s.mask or (True,) * len(s.response)) for s in of.later[i]]
     return rows
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

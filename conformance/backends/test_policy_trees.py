@@ -30,11 +30,6 @@ SPLITS = {
 SLOW = [s if s == "tokens-30" else pytest.param(s, marks=pytest.mark.slow) for s in SPLITS]
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("llama"))

@@ -9,7 +9,6 @@ import tiny_models
 import trainer_backends
 from batches import SMOOTH, batch, coefficients_of, step_difference
 from places import DEVICE
-from trainer_backends import Backend
 
 PRESENT = trainer_backends.present()
 if not PRESENT:
@@ -23,11 +22,6 @@ KINDS = {
     "dora": {"lora_rank": 3, "learning_rate": 3.0, "lora_kind": "dora"},
 }
 PAIRS = [(b, kind) for b in PRESENT for kind in KINDS if kind in ("full", *b.lora_kinds)]
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -36,11 +36,6 @@ ROWS = [  # ragged; chat and text; texts and token ids; cut responses; an unscor
 ]
 
 
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
     return tiny_models.write_model("llama", tmp_path_factory.mktemp("model"))

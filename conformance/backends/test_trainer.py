@@ -12,7 +12,6 @@ import pytest
 import tiny_models
 import trainer_backends
 from places import DEVICE
-from trainer_backends import Backend
 from trainer_runs import write_run
 
 from gvpo_core.training import cli
@@ -20,11 +19,6 @@ from gvpo_core.training import cli
 PRESENT = trainer_backends.present()
 if not PRESENT:
     pytest.skip("no backend of a language model is among the subjects", allow_module_level=True)
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,6 @@ import pytest
 import tiny_models
 import trainer_backends
 from places import DEVICE
-from trainer_backends import Backend
 from trainer_runs import write_run
 
 from gvpo_core.training import cli
@@ -21,11 +20,6 @@ if not PRESENT:
 if DEVICE != "cpu":
     pytest.skip("elsewhere auto is bfloat16 already", allow_module_level=True)
 AUTO = ('dtype = "float32"', 'dtype = "auto"')
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

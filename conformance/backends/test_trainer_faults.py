@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 import tiny_models
 import trainer_backends
-from trainer_backends import Backend
 from trainer_runs import write_run
 
 from gvpo_core.training.run.checkpoint import damage, steps_saved
@@ -25,11 +24,6 @@ if not PRESENT:
 STEPS = 3
 EVENTS = {"generate": 5, "reward": 5, "update": STEPS, "evaluate": 2, "save": STEPS}
 """Of an unbroken run with an evaluation at either end."""
-
-
-@pytest.fixture(scope="module", params=PRESENT, ids=lambda backend: backend.name)
-def backend(request) -> Backend:
-    return request.param
 
 
 @pytest.fixture(scope="module")

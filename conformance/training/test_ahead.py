@@ -24,11 +24,10 @@ from gvpo_core.training.data import Prompts
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.rollout import requests_of
-from gvpo_core.training.samplers import Drawn, Engine, SamplerError, Text
+from gvpo_core.training.samplers import Drawn, Engine, SamplerError, Text, gaps
 from gvpo_core.training.samplers.background import InBackground
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.sources import Ahead
-from gvpo_core.training.sources import ahead as sources_ahead
 
 pytestmark = pytest.mark.core
 
@@ -120,7 +119,7 @@ class OneApart(Swapped):
 
 def test_one_response_that_is_apart_does_not_stop_a_run(tmp_path, capsys, monkeypatch):
     """A router of experts in 16 bits may send a token elsewhere: several responses are compared."""
-    monkeypatch.setattr(sources_ahead, "PROBE_EVERY", 3)
+    monkeypatch.setattr(gaps, "PROBE_EVERY", 3)
     config = early(tmp_path / "run", 5, 2)
     run(config, OneApart(at=99))
     assert len(trained(config)) == 5 and config.rollout.responses > 2
@@ -128,7 +127,7 @@ def test_one_response_that_is_apart_does_not_stop_a_run(tmp_path, capsys, monkey
 
 def test_another_model_under_the_present_version_is_found_now_and_then(tmp_path, capsys, monkeypatch):
     """Without a tolerance, and though the responses of a step are of older weights."""
-    monkeypatch.setattr(sources_ahead, "PROBE_EVERY", 3)
+    monkeypatch.setattr(gaps, "PROBE_EVERY", 3)
     with pytest.raises(SamplerError, match="says that it has the policy's weights"):
         run(early(tmp_path / "run", 8, 2), Swapped(at=2))
     assert len(trained(early(tmp_path / "run", 8, 2))) == 3  # compared before steps 1 and 4

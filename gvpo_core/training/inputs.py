@@ -40,8 +40,9 @@ from gvpo_core.training.rewards import Reward, RewardFunction, RewardLog, check_
 from gvpo_core.training.rows import DataError, load_rows, unbounded
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.background import Asks
+from gvpo_core.training.samplers.gaps import GapCheck
 from gvpo_core.training.samplers.load import check_sampler
-from gvpo_core.training.sources import Ahead, Buffer, Mixed, Sampled, Source, Streamed, Taught, gap_check
+from gvpo_core.training.sources import Ahead, Buffer, Mixed, Sampled, Source, Streamed, Taught
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.teacher import Teacher, load_teacher
 from gvpo_core.training.terminal.output import open_standard_descriptors
@@ -213,7 +214,7 @@ class Inputs:
         config, early = self.config, None
         if sampler is not None and trained and config.rollout.ahead:
             early = Ahead(cast(Asks, sampler), config.rollout.ahead, config.run.steps)
-        compared = None if sampler is None else gap_check(policy, sampler, ahead=config.rollout.ahead)
+        compared = None if sampler is None else GapCheck.of(policy, sampler, probed=config.rollout.ahead > 0)
         if self.recorded is None:
             prompts = self._prompts(policy, self.rows)
             sampled = Sampled(config, prompts, self.rewards, sampler, trained, early, gaps=compared)

@@ -10,7 +10,7 @@ from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy, Prompt, Response, ResponseError, masks_of
 from gvpo_core.training.policy.protocol import Tokens
 from gvpo_core.training.policy.ranks import agree, attempt, highest
-from gvpo_core.training.samplers.http import sleep
+from gvpo_core.training.samplers.http import between_looks, sleep
 from gvpo_core.training.samplers.protocol import (
     AGAIN,
     LOST_WEIGHTS,
@@ -22,8 +22,6 @@ from gvpo_core.training.samplers.protocol import (
     asked_with,
 )
 from gvpo_core.training.sampling import Sampling
-
-_LONGEST = 5.0  # seconds between two draws of which nothing comes
 
 
 def draw_elsewhere(
@@ -106,7 +104,7 @@ class _Again:
         if need == LOST_WEIGHTS:
             sampler.send_again(policy)  # type: ignore[attr-defined]
         else:
-            seconds = min(0.05 * 2.0**self._number, _LONGEST)
+            seconds = between_looks(0.05 * 2.0**self._number)
             stopping = getattr(sampler, "stopping", bool)
             attempt(policy, lambda: sleep(seconds, stopping), kind=SamplerError)
         return True

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from gvpo_core.training.samplers.protocol import SamplerError
+from gvpo_core.training.policy import Policy
+from gvpo_core.training.samplers.protocol import Sampler, SamplerError
 
 MOST = 0.25
 """Mean gap of a step, nats a token, that no precision of 16 bits explains: ten times what is usual there."""
@@ -16,6 +17,8 @@ SMALL, SMALL_IN_16_BITS = 1e-3, 1e-2
 TIMES, ERRORS = 4.0, 5.0
 """A later step is apart where its mean is so many times the first one's, and so many standard errors above it."""
 FEWEST = 4  # responses of a mean that is compared with another
+PROBE_EVERY = 20
+"""Steps between two comparisons for which responses are drawn, without `gap_tolerance` and `gap_every`."""
 _FULL = ("float32", "float64")
 
 
@@ -47,6 +50,18 @@ class GapCheck:
     dtype: str  # of the policy's products
     sampler_dtype: str = ""  # of the sampler's; empty: not known
     usual: Usual | None = field(default=None)
+
+    @classmethod
+    def of(cls, policy: Policy, sampler: Sampler, *, probed: bool) -> "GapCheck":
+        """As the sampler's attributes ask for.
+
+        Args:
+          probed: whether responses are drawn for the comparison alone, as with rollout.ahead.
+        """
+        tolerance = getattr(sampler, "gap_tolerance", None)
+        every = getattr(sampler, "gap_every", 0) or (PROBE_EVERY if probed and tolerance is None else 1)
+        ours, theirs = policy.describe().dtype, getattr(sampler, "dtype", "")
+        return cls(tolerance, every, ours, ours if theirs == "auto" else theirs)
 
     def due(self, step: int) -> bool:
         """Whether step `step` (from 1) is compared: the first one, and every `every` steps."""

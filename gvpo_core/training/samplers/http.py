@@ -122,7 +122,7 @@ class Server:
                 waits = self._waits and (e.away or patient)
                 failed, waited = failed + (not waits), waited + waits
                 seconds = self.pause * 2.0 ** min(failed + waited - 1, 60)
-                seconds = min(max(seconds, _SHORTEST), _LONGEST) if waits else seconds
+                seconds = between_looks(seconds) if waits else seconds
                 if not e.again or failed == self.tries or time.monotonic() + seconds >= until:
                     raise
                 if waits:
@@ -193,6 +193,11 @@ class Server:
             reason = e.reason if isinstance(e, urllib.error.URLError) else e
             away = isinstance(reason, ConnectionError) or getattr(reason, "errno", None) in _UNREACHABLE
             raise Failed(f"{self.url}: {type(e).__name__}: {e}", again=True, away=away) from e
+
+
+def between_looks(seconds: float) -> float:
+    """The seconds to wait before the next look for a server that is away: neither a busy loop nor a long sleep."""
+    return min(max(seconds, _SHORTEST), _LONGEST)
 
 
 def sleep(seconds: float, stopping: Callable[[], bool]) -> None:

@@ -17,7 +17,7 @@ from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.ranks import agree, attempt
 from gvpo_core.training.samplers.channels import Channel, Named, Part, own_address
-from gvpo_core.training.samplers.http import Failed, Server
+from gvpo_core.training.samplers.http import Failed, Server, between_looks
 from gvpo_core.training.samplers.protocol import SamplerError
 from gvpo_core.training.samplers.workers import Workers
 
@@ -27,7 +27,6 @@ INCOMPLETE = "incomplete"
 """The server's version of weights from the start of an update to its end."""
 _LOOK_EVERY = 0.01  # seconds
 _RESUME = 30.0  # seconds
-_SHORTEST, _LONGEST = 0.05, 5.0  # seconds between two looks for a server that is away
 _LAST_WORDS = 5.0  # seconds in which a request whose part was not carried may still say why
 
 
@@ -89,7 +88,7 @@ class Transfer:
 
     def _wait(self, failed: Failed | None, seconds: float, until: float) -> None:
         if failed is not None and failed.away:
-            self._server.wait(failed, min(max(seconds, _SHORTEST), _LONGEST), until)
+            self._server.wait(failed, between_looks(seconds), until)
         else:
             time.sleep(seconds)
 

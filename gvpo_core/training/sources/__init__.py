@@ -6,7 +6,7 @@ from typing import Any, Protocol
 from gvpo_core.training.data import Prompts
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rollout import Rollout
-from gvpo_core.training.sources.ahead import Ahead, gap_check
+from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.mixed import Mixed
 from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rollout
 from gvpo_core.training.sources.replay import Buffer
@@ -22,7 +22,6 @@ __all__ = [
     "Source",
     "Streamed",
     "Taught",
-    "gap_check",
     "recorded_rollout",
 ]
 

@@ -24,7 +24,6 @@ from gvpo_core.training.sampling import Sampling
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
 _PROBE_TOKENS = 16
 _PROBES = 8  # responses, where their mean is compared: in 16 bits a single one may be far off
-PROBE_EVERY = 20  # steps between two comparisons, by default, where there is no gap_tolerance
 
 
 @dataclass
@@ -172,12 +171,3 @@ def _response(record: Mapping[str, Any]) -> Response | Text:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k != "kind"}
     made: Response | Text = _KINDS[record["kind"]](**values)
     return made
-
-
-def gap_check(policy: Policy, sampler: Sampler, *, ahead: int) -> GapCheck:
-    """What compares the sampler's log-probabilities with the policy's, as its attributes ask for."""
-    tolerance = getattr(sampler, "gap_tolerance", None)
-    usual = PROBE_EVERY if ahead and tolerance is None else 1  # ahead, responses are drawn for it alone
-    every = getattr(sampler, "gap_every", 0) or usual
-    ours, theirs = policy.describe().dtype, getattr(sampler, "dtype", "")
-    return GapCheck(tolerance, every, ours, ours if theirs == "auto" else theirs)
