@@ -363,6 +363,7 @@ def test_trend_is_the_change_against_the_steps_before(healthy):
     ("changes", "seen"),
     [
         ({"gradient_norm": 0.0}, "gradient exactly 0, and rewards differ in 3 groups"),
+        ({"gradient_norm": 1e-20}, "gradient of norm 1e-20, which changes no weight, and rewards differ in 3 groups"),
         ({"learning_rate": 0.0}, "learning rate 0: the step changed no parameter"),
         ({"gradient_norm": 0.0, "groups/all_equal": 4}, None),  # dead groups at their optimum have no gradient
     ],

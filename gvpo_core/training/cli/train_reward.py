@@ -13,6 +13,7 @@ import numpy as np
 
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
+from gvpo_core.training.config.check import SMALLEST_MOVE
 from gvpo_core.training.data import column_names
 from gvpo_core.training.intervals import wilson
 from gvpo_core.training.policy.load import missing_package
@@ -154,7 +155,7 @@ def _check(options: argparse.Namespace) -> None:
             ("margin", options.margin >= 0, "at least 0"),
             ("epochs", options.epochs >= 1, "at least 1"),
             ("batch", options.batch >= 1, "at least 1"),
-            ("learning_rate", 0 < options.learning_rate < math.inf, "a number above 0"),
+            ("learning_rate", SMALLEST_MOVE <= options.learning_rate <= 1000, f"{SMALLEST_MOVE:g} to 1000"),
             ("warmup", 0 <= options.warmup <= 1, "0 to 1"),
             ("max_tokens", options.max_tokens >= 0, "at least 0"),
             ("micro_batch_tokens", options.micro_batch_tokens >= 1, "at least 1"),

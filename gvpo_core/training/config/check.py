@@ -27,7 +27,12 @@ _AT_MOST = {
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
     "evaluation.prompts": 2**24, "objective.length_exponent": 8, "data.reference_cache_size": 2**24,
     "data.buffer": 2**30, "rollout.redraws": 1000, "objective.reference_every": 10**8, "replay.groups": 2**20,
+    "optimizer.learning_rate": 1000,
 }  # fmt: skip
+SMALLEST_MOVE = 1e-12
+"""Of a weight in a step. A float32 weight of 0.001 does not change by less than 6e-11."""
+SMALLEST_EPS = 1e-16
+"""The square of a gradient below 1e-19 is 0 in float32, and AdamW then divides by eps alone."""
 
 
 def check_config(config: Config) -> None:
@@ -85,6 +90,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(not taken, "model.template", f"arguments of the template's own, not {', '.join(taken)}")
     need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
     need(all(0 <= b < 1 for b in c.optimizer.betas), "optimizer.betas", "two numbers in [0, 1)")
+    wrong += [(name, message) for name, message in _wrong_step(c) if name not in reported]
     need(bool(c.run.folder.strip()), "run.folder", "a folder for the run's files")
     need(bool(c.data.train), "data.train", "a file of training prompts")
     need(bool(c.model.path) or c.run.backend == "table", "model.path", "a model folder or name")
@@ -171,6 +177,34 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
                 " remove it, or set rollout.allow_truncated_support = true",
             )
         )
+    return wrong
+
+
+def _wrong_step(c: Config) -> list[tuple[str, str]]:
+    """Settings with which AdamW's step changes no weight, or makes it NaN or of the other sign."""
+    o, wrong = c.optimizer, []
+    if 0 <= o.eps < SMALLEST_EPS:
+        wanted = f"at least {SMALLEST_EPS:g}: a weight whose gradient is 0 would become NaN"
+        wrong.append(("optimizer.eps", f"optimizer.eps = {o.eps!r}; expected {wanted}"))
+    if 0 < o.learning_rate < SMALLEST_MOVE:
+        wanted = f"at least {SMALLEST_MOVE:g}, or 0: float32 weights do not change by less"
+        wrong.append(("optimizer.learning_rate", f"optimizer.learning_rate = {o.learning_rate!r}; expected {wanted}"))
+    elif o.learning_rate > 0:
+        updates = max(1, c.run.steps * c.objective.epochs * c.objective.minibatches)
+        if o.warmup > 0 and o.learning_rate * min(1.0, updates / o.warmup) < SMALLEST_MOVE:
+            wanted = f"fewer: the learning rate would not reach {SMALLEST_MOVE:g} within {updates} updates"
+            wrong.append(("optimizer.warmup", f"optimizer.warmup = {o.warmup}; expected {wanted}"))
+        norm = o.max_gradient_norm
+        if norm > 0 and o.eps >= SMALLEST_EPS and o.learning_rate * norm / (norm + o.eps) < SMALLEST_MOVE:
+            wanted = (
+                f"0 for no clipping, or a larger norm: beside optimizer.eps = {o.eps:g} no step would change a weight"
+            )
+            wrong.append(("optimizer.max_gradient_norm", f"optimizer.max_gradient_norm = {norm!r}; expected {wanted}"))
+    if o.learning_rate * o.weight_decay >= 1:
+        wanted = (
+            f"less than 1 / optimizer.learning_rate = {1 / o.learning_rate:g}: a step would turn the weights' signs"
+        )
+        wrong.append(("optimizer.weight_decay", f"optimizer.weight_decay = {o.weight_decay!r}; expected {wanted}"))
     return wrong
 
 

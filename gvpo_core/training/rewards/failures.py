@@ -100,7 +100,7 @@ def check_failures(reward: Reward, failures: Sequence[Failure], prompts: Sequenc
     n, failed = len(prompts), [f for f in failures if f.kind != "none"]
     if not failed:
         return
-    if len(failures) == n and reward.failure_value is None:
+    if len(failed) == n and reward.failure_value is None:
         raise _no_score(reward.name, failures[0], prompts, n)
     if len(failed) > reward.max_failures * n:
         first = failed[0]

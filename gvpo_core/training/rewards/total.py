@@ -28,8 +28,12 @@ def total_rewards(parts: np.ndarray, failed: np.ndarray, weights: Sequence[float
     """(N,) float64: the weighted sum over the functions that are part of the group's reward; NaN = no reward.
 
     A response that such a function left without a score has no reward: the others' sum is another reward than that of
-    the rest of its group. A group of which no function scored anything has none. Args: see `members`.
+    the rest of its group. A group of which no function scored anything has none. A function of weight 0 only measures:
+    it is part of no reward, beside others; where all have weight 0, every response has 0. Args: see `members`.
     """
-    part_of = members(parts, failed, group_ids)
-    total = (np.asarray(weights, np.float64)[:, None] * np.where(part_of, parts, 0.0)).sum(axis=0)
+    factors = np.asarray(weights, np.float64)[:, None]
+    if len(factors) and not factors.any():
+        return np.zeros(len(group_ids))
+    part_of = members(parts, failed, group_ids) & (factors != 0)
+    total = (factors * np.where(part_of, parts, 0.0)).sum(axis=0)
     return np.where(part_of.any(axis=0), total, np.nan)

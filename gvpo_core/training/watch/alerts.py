@@ -26,7 +26,7 @@ __all__ = ["ALERTS", "BAD", "LEVELS", "MACHINE", "OK", "WATCH", "Alert", "Alerts
 ALERTS = {
     "not_finite": "A number of the step is NaN or infinite (the mean of a single reward aside). If no step can be "
     "taken, the run ends, and the alert is in an event `failed`.",
-    "no_update": "The gradient or the learning rate is exactly 0 although rewards differ within groups.",
+    "no_update": "The gradient is below 1e-18 or the learning rate is 0 although rewards differ within groups.",
     "error": "The run ended by an error in this step, or in the evaluation or save after it: an event `failed`.",
     "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and there are enough groups to be "
     "sure of 60 %.",

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from gvpo_core.training.watch.checks.recent import Recent, number
 from gvpo_core.training.watch.verdict import BAD, Alert
 
+SMALLEST_GRADIENT = 1e-18  # beside AdamW's usual eps of 1e-8 it moves weights by 1e-10 of the learning rate
+
 
 class UpdateChecks:
     """Alerts `not_finite` and `no_update`."""
@@ -33,11 +35,12 @@ class UpdateChecks:
         mixed = record.get("groups/counted", 0) - record.get("groups/all_equal", 0)
         if mixed <= 0:
             return None
-        if number(record, "gradient_norm") == 0:
+        if (norm := number(record, "gradient_norm")) < SMALLEST_GRADIENT:
             advice = (
                 "the model no longer learns: resume an earlier checkpoint (--from-step N) with a lower learning rate"
             )
-            return Alert("no_update", BAD, f"gradient exactly 0, and rewards differ in {mixed} groups", advice)
+            size = f"of norm {norm:.2g}, which changes no weight" if norm else "exactly 0"
+            return Alert("no_update", BAD, f"gradient {size}, and rewards differ in {mixed} groups", advice)
         if number(record, "learning_rate") == 0:
             advice = "raise optimizer.learning_rate, or make the schedule as long as the run"
             return Alert("no_update", BAD, "learning rate 0: the step changed no parameter", advice)
