@@ -118,7 +118,15 @@ class Learner:
     def arrays(self) -> dict[str, Any]:
         """What a checkpoint keeps as arrays, sharded as they are."""
         adam = self._state
-        return {"parameter": dict(self.trained), "exp_avg": adam.mu, "exp_avg_sq": adam.nu, "count": adam.count}
+        return self.parameters_alone() | {"exp_avg": adam.mu, "exp_avg_sq": adam.nu, "count": adam.count}
+
+    def parameters_alone(self) -> dict[str, Any]:
+        """What is trained, in the form of `arrays`, without moments."""
+        return {"parameter": dict(self.trained)}
+
+    def take_parameters(self, arrays: Mapping[str, Any]) -> None:
+        """Goes on with other parameters, as `parameters_alone` gives them."""
+        self._set_trained(arrays["parameter"])
 
     def take(self, arrays: Mapping[str, Any]) -> None:
         """Goes on from a checkpoint's arrays, shaped and sharded as `arrays` gives them."""

@@ -176,6 +176,15 @@ class JaxPolicy(LanguageModelPolicy):
             {"reference": dict(self._reference or self.learner.adapters)} if renewed else {}
         )
 
+    def save_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        checkpoint.save(Path(directory), self.learner.parameters_alone(), self._header(), self.rank == 0)
+
+    def load_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        self._header_in(directory)
+        self.learner.take_parameters(checkpoint.restore(Path(directory), self.learner.parameters_alone()))
+
     def export(self, directory: Path, *, own_head: bool = False) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
         given = (self.config.dtype, self.scorer.config, self.folder, self._end, self.tokenizer)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
 
 from gvpo_core.training.policy import tensor_file
 from gvpo_core.training.policy.checkpoint import MOMENTS, check_files, check_tensors, library_reads, write_header
@@ -18,23 +19,25 @@ _NAMES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}
 
 
 def saving(
-    directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[str, Any], reference: Sequence[mx.array]
+    directory: Path, scorer: Scorer, optimizer: AdamW | None, header: Mapping[str, Any], reference: Sequence[mx.array]
 ) -> Callable[[], dict[str, Digest]]:
     """A function that writes parameters, moments and `header`, and may run in another thread.
 
     A step replaces arrays and changes none, so the state is that of this call. It returns the file with what it holds.
 
     Args:
+      optimizer: None: the parameters alone are written, for `restore_parameters`.
       reference: parameters of a renewed reference; empty: the reference is the initial model.
     """
     tensors: dict[str, tensor_file.Tensor] = {}
+    all_moments = optimizer.moments if optimizer is not None else []
     for i, (name, value) in enumerate(zip(scorer.names, scorer.parameters, strict=True)):
         tensors[f"parameter.{name}"] = _entry(value)
-        for moment, held in zip(MOMENTS, optimizer.moments[i] if optimizer.moments else (), strict=False):
+        for moment, held in zip(MOMENTS, all_moments[i] if all_moments else (), strict=False):
             tensors[f"{moment}.{name}"] = _entry(held)
     for name, value in zip(scorer.names, reference, strict=False):
         tensors[f"reference.{name}"] = _entry(value)
-    facts = {**header, "optimizer_steps": optimizer.steps, "files": [FILE]}
+    facts = {**header, "optimizer_steps": optimizer.steps if optimizer is not None else 0, "files": [FILE]}
 
     def write() -> dict[str, Digest]:
         written = {FILE: tensor_file.write(directory / FILE, tensors, {"format": "mlx"})}
@@ -58,11 +61,7 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
     Returns: the parameters of a renewed reference, if it has one.
     Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
     """
-    check_files(directory, header["files"])
-    stored: dict[str, mx.array] = {}
-    with library_reads(directory, RuntimeError):
-        for file in header["files"]:
-            stored |= cast("dict[str, mx.array]", mx.load(str(directory / file)))
+    stored = _stored(directory, header)
     moved, renewed = bool(header["optimizer_steps"]), bool(header.get("renewed"))
     kinds = ("parameter", *(MOMENTS if moved else ()), *(("reference",) if renewed else ()))
     parameters = dict(zip(scorer.names, scorer.parameters, strict=True))
@@ -76,3 +75,27 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
     optimizer.moments = moments  # type: ignore[assignment]
     optimizer.steps = int(header["optimizer_steps"])
     return [stored[f"reference.{name}"] for name in parameters] if renewed else []
+
+
+def restore_parameters(directory: Path, scorer: Scorer, header: Mapping[str, Any]) -> None:
+    """Reads the parameters that `saving` wrote without an optimizer, cast to the dtype in which the model holds them.
+
+    Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
+    """
+    stored = {name.removeprefix("parameter."): value for name, value in _stored(directory, header).items()}
+    held = dict(cast("list[tuple[str, mx.array]]", tree_flatten(scorer.lm.parameters())))
+    wanted = {name: held[name].shape for name in scorer.names or stored if name in held}
+    check_tensors(directory, wanted, {name: value.shape for name, value in stored.items()})
+    values = [(name, value.astype(held[name].dtype)) for name, value in stored.items()]
+    with library_reads(directory, RuntimeError):
+        mx.eval([value for _, value in values])
+    scorer.lm.update(tree_unflatten(values))
+
+
+def _stored(directory: Path, header: Mapping[str, Any]) -> dict[str, mx.array]:
+    check_files(directory, header["files"])
+    stored: dict[str, mx.array] = {}
+    with library_reads(directory, RuntimeError):
+        for file in header["files"]:
+            stored |= cast("dict[str, mx.array]", mx.load(str(directory / file)))
+    return stored

@@ -187,6 +187,16 @@ class MLXPolicy(LanguageModelPolicy):
         elif self._reference_parameters is not None:
             self._load_reference()
 
+    def save_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        if self.rank == 0:
+            checkpoint.saving(Path(directory), self.scorer, None, self._header(), [])()
+
+    def load_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        with mx.stream(self.device):
+            checkpoint.restore_parameters(Path(directory), self.scorer, self._header_in(directory))
+
     def export(self, directory: Path, *, own_head: bool = False) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
         if self.rank == 0:

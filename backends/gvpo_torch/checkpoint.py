@@ -26,7 +26,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 def saving(
     directory: Path,
     named: Mapping[str, nn.Parameter],
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer | None,
     header: Mapping[str, Any],
     rank: int,
     ranks: int,
@@ -38,6 +38,7 @@ def saving(
     they are copied to the host now. It waits for no other rank. It returns the files written with what they hold.
 
     Args:
+      optimizer: None: the parameters alone are written, for `restore_parameters`.
       rank, ranks: of those that write; a rank beyond them has the same state as another, and writes nothing.
       reference: tensors of a renewed reference, by the names of `named`; None: it is the initial model.
     """
@@ -99,6 +100,23 @@ def restore(
                     _read(stored[f"{kind}.{name}"], state[kind])
 
 
+def restore_parameters(directory: Path, named: Mapping[str, nn.Parameter], header: Mapping[str, Any]) -> None:
+    """Reads the parameters that `saving` wrote without an optimizer, cast to the dtype of `named`.
+
+    Args:
+      named: of the model by name; one that needs no gradient may be missing, and keeps its values.
+    Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
+    """
+    check_files(directory, header["files"])
+    with library_reads(directory, SafetensorError):
+        stored = {name.removeprefix("parameter."): parts for name, parts in _parts(directory, header["files"]).items()}
+    wanted = {name: tuple(p.shape) for name, p in named.items() if p.requires_grad or name in stored}
+    check_tensors(directory, wanted, {name: _shape(directory, name, parts) for name, parts in stored.items()})
+    with torch.no_grad(), library_reads(directory, SafetensorError):
+        for name, parts in stored.items():
+            _read(parts, named[name])
+
+
 class _Part(NamedTuple):
     """Rows of a tensor in one file."""
 
@@ -150,13 +168,14 @@ def _read(parts: list[_Part], into: Tensor) -> None:
             local[first - start : end - start].copy_(part.read()[first - part.first : end - part.first])
 
 
-def _state(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> Mapping[str, Any]:
-    return optimizer.state.get(p, {})
+def _state(p: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> Mapping[str, Any]:
+    return optimizer.state.get(p, {}) if optimizer is not None else {}
 
 
-def _tensors(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(p: nn.Parameter, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     state = _state(p, optimizer)
-    return {"parameter": p.detach(), **{kind: state[kind] for kind in moment_shapes(p, optimizer) if kind in state}}
+    kinds = moment_shapes(p, optimizer) if optimizer is not None else {}
+    return {"parameter": p.detach(), **{kind: state[kind] for kind in kinds if kind in state}}
 
 
 def _local(tensor: Any) -> Tensor:

@@ -235,6 +235,17 @@ class TorchPolicy(LanguageModelPolicy):
         self._reference.restored(of_reference)
         gathered_no_more(self._trained)
 
+    def save_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        writers = self.world_size if self._sharded else 1
+        checkpoint.saving(Path(directory), self._named, None, self._header(), self.rank, writers)()
+
+    def load_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        named = self._named or named_parameters(self.scorer)
+        checkpoint.restore_parameters(Path(directory), named, self._header_in(directory))
+        gathered_no_more(self._trained)
+
     def export(self, directory: Path, *, own_head: bool = False) -> None:
         """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
         dtype = getattr(torch, self.config.dtype)

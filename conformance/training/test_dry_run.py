@@ -134,6 +134,19 @@ def test_a_teacher_on_the_same_device_counts():
     assert estimate_memory(replace(FACTS, ranks=2), sharded, 11, teacher).teacher == 6_000_000
 
 
+@pytest.mark.parametrize(("device", "counts"), [("", True), ("cuda:0", True), ("cuda", True), ("cuda:1", False)])
+def test_a_copy_that_draws_ahead_on_the_same_device_counts(device, counts):
+    here = replace(FACTS, device="cuda:0")
+    base = estimate_memory(here, CONFIG, 11)
+    early = with_("rollout", ahead=2, ahead_device=device)
+    copy = FACTS.memory.framework + 4_000_000 + base.sampling
+    assert estimate_memory(here, early, 11) == (base._replace(copy=copy) if counts else base)
+    assert estimate_memory(here, early, 11).peak == base.peak + copy * counts
+    assert estimate_memory(here, with_("rollout", ahead=2, sampler="engine"), 11) == base
+    narrow = estimate_memory(replace(here, dtype="bfloat16"), with_("rollout", ahead=2), 11)
+    assert narrow.copy == FACTS.memory.framework + 2_000_000 + narrow.sampling
+
+
 def with_(section, **changes):
     return replace(CONFIG, **{section: replace(getattr(CONFIG, section), **changes)})
 

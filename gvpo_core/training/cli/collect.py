@@ -82,7 +82,8 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
             " 'sampled'"
         )
     last = inputs.config.run.steps
-    with opened_sampler(inputs.config, policy) as sampler, StopRequest() as stop, _Growing(out, inputs, policy) as file:
+    opened = opened_sampler(inputs.config, policy, trained=False)
+    with opened as sampler, StopRequest() as stop, _Growing(out, inputs, policy) as file:
         heed(sampler, lambda: bool(stop.signal))
         source = inputs.source(policy, sampler, trained=False)
         step = highest(policy, attempt(policy, file.open, main_only=True) or 0)

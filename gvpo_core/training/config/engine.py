@@ -200,6 +200,12 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
     if config.rollout.ahead and config.data.curriculum:
         both = f"rollout.ahead = {config.rollout.ahead} and data.curriculum = {config.data.curriculum}"
         yield "rollout.ahead", f"{both}: which prompts come next is not known ahead; leave one of them out"
+    if config.rollout.ahead_device and (name != "policy" or not config.rollout.ahead):
+        why = "rollout.ahead = 0" if not config.rollout.ahead else f"rollout.sampler = {name!r}"
+        yield (
+            "rollout.ahead_device",
+            f"rollout.ahead_device is set, and {why} makes no copy of the policy: leave it out",
+        )
     if config.rollout.ahead and not sampled:
         yield "rollout.ahead", f"rollout.ahead = {config.rollout.ahead}, and rollout.source = 'recorded' draws nothing"
     if name == "engine":
@@ -245,11 +251,6 @@ def needs_sampler(config: Config) -> list[str]:
         wrong.append(
             f"rollout.own_responses = {config.rollout.own_responses}, and the policy draws all responses itself: name a"
             " sampler (rollout.sampler), or leave it out"
-        )
-    if config.rollout.ahead:
-        wrong.append(
-            f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: its weights change"
-            " while it would draw. Name a sampler (rollout.sampler), or leave rollout.ahead out"
         )
     if config.evaluation.sampler == "rollout":
         wrong.append(

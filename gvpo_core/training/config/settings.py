@@ -137,7 +137,10 @@ class RolloutConfig:
     """What draws them. policy: the trained policy; engine: the server of [engine]; or a class or function of your own
     that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
     ahead: int = 0
-    """Steps by which responses may be drawn ahead of their use, during updates. Needs a sampler. 0: none."""
+    """Steps by which responses may be drawn ahead of their use, during updates. Of sampler = policy a copy in another
+    process draws them. 0: none."""
+    ahead_device: str = ""
+    """Device of that copy, as model.device. Empty: the policy's."""
     own_responses: int = 0
     """Responses of each prompt that the policy draws itself, beside those of the sampler. 0: none."""
     prompts: int = 8

@@ -327,6 +327,9 @@ class LanguageModelPolicy(abc.ABC):
         facts = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
         return facts | ({"renewed": True} if self.renewed else {})
 
+    def _header_in(self, directory: Path) -> dict[str, Any]:
+        return checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
+
     def restore(self, directory: Path) -> None:
         """Reads what `save` wrote, from any number of ranks.
 
@@ -334,7 +337,7 @@ class LanguageModelPolicy(abc.ABC):
         """
         self._need_training()
         self._need_own_weights("restore")
-        header = checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
+        header = self._header_in(directory)
         self._restore(Path(directory), header)
         self.steps_taken, self.renewed = int(header["step"]), bool(header.get("renewed"))
 

@@ -32,12 +32,13 @@ class Memory(NamedTuple):
     head: int  # a chunk of logits, and the gradient of the head's and embedding's weights
     sampling: int  # keys, values and logits of the rows that are decoded together, and weights for it alone
     teacher: int = 0  # of a teacher on the same device
+    copy: int = 0  # of the process of a copy of the policy that draws ahead, on the same device
 
     @property
     def peak(self) -> int:
         """The most that is held at once: a step samples, then learns."""
         learning = self.gradients + self.activations + self.head
-        held = self.framework + self.parameters + self.reference + self.optimizer + self.teacher
+        held = self.framework + self.parameters + self.reference + self.optimizer + self.teacher + self.copy
         return held + max(learning, self.sampling)
 
 
@@ -79,6 +80,11 @@ def estimate_memory(
     if teacher is not None and teacher.device == facts.device:
         taught = share(_held(teacher))
     left = None if m.device is None else m.device - m.framework - parameters - reference - optimizer - taught
+    sampling = _sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left)
+    copied = 0
+    if config.rollout.ahead and config.rollout.sampler == "policy" and _beside(config, facts):
+        weights = share(total * narrow) if trained == total else parameters
+        copied = m.framework + weights + sampling
     return Memory(
         framework=m.framework,
         parameters=parameters,
@@ -87,9 +93,18 @@ def estimate_memory(
         gradients=max(0, gradients - kept) if single else gradients,
         activations=kept + (casts if m.split == 1 else share(casts)),
         head=(m.head + 2 * embedding) * m.devices if m.split == 1 else m.head * m.devices + share(2 * embedding),
-        sampling=_sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left),
+        sampling=sampling,
         teacher=taught,
+        copy=copied,
     )
+
+
+def _beside(config: Config, facts: PolicyFacts) -> bool:
+    """Whether the copy that draws ahead is on the policy's device; a device without a number is the first one."""
+    device, *policys = (
+        (*name.split(":"), "0")[:2] for name in (config.rollout.ahead_device, facts.device, config.model.device)
+    )
+    return not config.rollout.ahead_device or device in policys
 
 
 def _held(teacher: PolicyFacts) -> int:

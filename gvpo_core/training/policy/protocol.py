@@ -259,6 +259,10 @@ class Policy(Protocol):
         another thread, without waiting for another rank, and returns the `tensor_file.Digest` of each of its files, by
         name. The run then samples the next step meanwhile, and changes nothing of the policy until the function has
         returned.
+
+        A policy that can be copied has `save_parameters(directory)` and `load_parameters(directory)` beside it: what is
+        trained alone, without moments and reference, which a policy of the same model loads that was made with
+        updates = 0, on any device. It then draws as this one does. Every rank calls.
         """
 
     def restore(self, directory: Path) -> None:

@@ -198,6 +198,14 @@ class TablePolicy:
             raise ConfigError(f"{directory} holds a table {logits.shape}; expected {self.logits.shape}")
         self.logits, self.reference, self.update_count = logits, reference, update_count
 
+    def save_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        self.save(directory)
+
+    def load_parameters(self, directory: Path) -> None:
+        """See `Policy.save`."""
+        self.restore(directory)
+
     def export(self, directory: Path, *, own_head: bool = False) -> None:
         """Writes table.json, which `load` reads: the table has no Hugging Face form, and no head."""
         pi = np.exp(self.log_table())

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +40,19 @@ class CallFailed(Exception):
 class Worker:
     """One process."""
 
-    def __init__(self, setup: Mapping[str, Any], sink: Callable[[Iterable[str]], None]) -> None:
+    def __init__(
+        self,
+        setup: Mapping[str, Any],
+        sink: Callable[[Iterable[str]], None],
+        *,
+        program: Sequence[str] = (_MAIN,),
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         """
         Args:
-          setup: what serve.main reads first.
+          setup: what the process reads first.
           sink: takes lines that the process writes to its standard output or error.
+          program: what Python runs, with its arguments; the descriptors of requests and answers follow.
         Raises: OSError: the process cannot be started.
         """
         ends: list[int] = []
@@ -53,13 +61,13 @@ class Worker:
                 ends += _pipe()
             requests, self._to, self._from, answers, out, out_end, err, err_end = ends
             self._process = subprocess.Popen(
-                [sys.executable, "-P", _MAIN, str(requests), str(answers)],
+                [sys.executable, "-P", *program, str(requests), str(answers)],
                 stdin=subprocess.PIPE,  # closed or written to: the guard ends everything
                 stdout=out_end,
                 stderr=err_end,
                 pass_fds=(requests, answers),
                 start_new_session=True,  # a separate process group, and no Ctrl-C meant for the run
-                env=os.environ | {MARK: f"{os.getpid()}-{uuid.uuid4().hex}"},
+                env={**environment, MARK: f"{os.getpid()}-{uuid.uuid4().hex}"},
             )
         except BaseException:
             for descriptor in ends:
@@ -135,9 +143,9 @@ class Worker:
                 except BlockingIOError:  # less room than a page
                     time.sleep(0.001)
                 except BrokenPipeError as e:
-                    raise self._died() from e
+                    raise self.died() from e
             elif not self.alive:
-                raise self._died()
+                raise self.died()
             elif now() >= deadline:
                 raise TimeoutError
 
@@ -161,14 +169,15 @@ class Worker:
             if select.select([self._from], [], [], _wait(deadline))[0]:
                 part = os.read(self._from, min(size - len(into), 1 << 20))
                 if not part:
-                    raise self._died()
+                    raise self.died()
                 into += part
             elif not self.alive and not select.select([self._from], [], [], 0)[0]:
-                raise self._died()  # its children may hold the pipe open, so there is no end to read
+                raise self.died()  # its children may hold the pipe open, so there is no end to read
             elif now() >= deadline:
                 raise TimeoutError
 
-    def _died(self) -> CallFailed:
+    def died(self) -> CallFailed:
+        """What to say of a process that does not run any more."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         status = self._process.returncode

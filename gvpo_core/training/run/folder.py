@@ -24,7 +24,7 @@ _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoint
          "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache", "engine.url", "engine.folder",
          "engine.gap_tolerance", "engine.gap_every", "engine.dtype", "engine.concurrency", "engine.deadline",
          "engine.tries", "engine.pause", "engine.api_key", "engine.transfer", "engine.listen",
-         "engine.sleep")  # fmt: skip
+         "engine.sleep", "rollout.ahead_device")  # fmt: skip
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
           "report.html", "trackers.json")  # fmt: skip
 _NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # errors of a path that waiting does not fix

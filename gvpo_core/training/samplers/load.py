@@ -12,6 +12,7 @@ from gvpo_core.training.config.secrets import resolved
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.rewards.worker.functions import find_function
 from gvpo_core.training.samplers.background import InBackground
+from gvpo_core.training.samplers.copied import PolicyCopy
 from gvpo_core.training.samplers.engine import Engine
 from gvpo_core.training.samplers.in_process import VLLM, check_installed
 from gvpo_core.training.samplers.protocol import Sampler, close
@@ -49,13 +50,16 @@ def _taken(function: Callable[..., Any]) -> list[str]:
 
 
 @contextlib.contextmanager
-def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None) -> Iterator[Sampler | None]:
+def opened_sampler(
+    config: Config, policy: Policy, given: Sampler | None = None, *, trained: bool = True
+) -> Iterator[Sampler | None]:
     """The sampler of rollout.sampler, closed at the end; or the one given in Python, which its giver closes.
 
-    None: the policy draws its responses itself. With rollout.ahead it can be asked without being waited for.
+    None: the policy draws its responses itself. With rollout.ahead a copy of it does, where it is trained. Then a
+    sampler can be asked without being waited for.
 
-    Raises: ConfigError: both are given, a sampler that cannot be made, one without a `generate` method, or none where
-      rollout.ahead needs one.
+    Raises: ConfigError: both are given, a sampler that cannot be made, one without a `generate` method, or a policy
+      that cannot be copied.
     """
     name = config.rollout.sampler
     if given is not None and name != "policy":
@@ -65,7 +69,14 @@ def opened_sampler(config: Config, policy: Policy, given: Sampler | None = None)
     if given is None and name == "policy":
         if wrong := needs_sampler(config):
             raise ConfigError("\n".join(wrong))
-        yield None
+        if not config.rollout.ahead or not trained:
+            yield None
+            return
+        copy = PolicyCopy(config, policy)
+        try:
+            yield copy
+        finally:
+            copy.close()
         return
     with contextlib.ExitStack() as stack:
         sampler: Any = given

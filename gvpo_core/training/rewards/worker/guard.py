@@ -8,6 +8,7 @@ elsewhere it ends the worker's process group.
 import contextlib
 import os
 import select
+import shutil
 import signal
 import sys
 import time
@@ -18,7 +19,7 @@ _EXECUTING = 0.25  # seconds for a process without an environment to have one: i
 _KERNEL = 0x200000  # flag of a kernel thread, in /proc/PID/stat
 
 
-def start_guard(closed: tuple[int, ...]) -> None:
+def start_guard(closed: tuple[int, ...], folder: str = "") -> None:
     """Starts the guard of this process. It acts when this process is gone, and when the run says so or is gone.
 
     Standard input is the run's channel to the guard: data, or its end. The guard keeps the standard error open while
@@ -26,6 +27,7 @@ def start_guard(closed: tuple[int, ...]) -> None:
 
     Args:
       closed: descriptors that the guard does not keep.
+      folder: removed at the end.
     """
     worker = os.getpid()
     between = os.fork()
@@ -43,6 +45,8 @@ def start_guard(closed: tuple[int, ...]) -> None:
             os.close(descriptor)
         _wait(worker)
         _end_all(worker)
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os._exit(0)
 

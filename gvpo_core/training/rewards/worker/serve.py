@@ -27,7 +27,7 @@ from .messages import read_message, write_message
 
 def main(requests: int, answers: int) -> None:
     """The whole life of a worker, from the set-up to the end of the requests."""
-    _outlive_signals_of_the_job()
+    outlive_signals_of_the_job()
     start_guard((requests, answers))
     os.register_at_fork(after_in_child=_restore_signals)  # what the reward starts can be ended as usual
     for stream in (sys.stdout, sys.stderr):  # whatever the locale; whole lines survive a crash
@@ -52,7 +52,7 @@ def main(requests: int, answers: int) -> None:
     _serve(requests, answers, answer)
 
 
-def _outlive_signals_of_the_job() -> None:
+def outlive_signals_of_the_job() -> None:
     """Does nothing on signals that a scheduler sends to all processes of a job: the run finishes its step with them.
 
     Handlers, and not SIG_IGN, which programs that the reward starts would inherit.
