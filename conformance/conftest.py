@@ -23,6 +23,7 @@ MARKS = {
     "needs(feature)": "run on subjects that have it: grad",
     "capability(name)": "the column of docs/conformance.md that the test counts in",
     "slow": "takes many seconds: `nox` leaves it out, `nox -s full` runs it",
+    "slow_on(*ids)": "slow where the test's id has all words of one of these, which hyphens part",
     "core": "needs no subject but NumPy: runs where NumPy is among the subjects",
 }
 # What tests of the core are skipped without: missing is an error where GVPO_SUBJECTS names "core".
@@ -100,18 +101,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    """Compiled cases with weights of responses or in other dtypes than float32, but for one in bfloat16; MLX's values
-    and gradients of everything, for which g++ compiles some 60 kernels a dtype; array-api-strict's properties.
+    """What slow_on names; compiled cases with weights of responses or in other dtypes than float32; MLX's compiled
+    values and gradients, for which g++ compiles some 60 kernels a dtype; array-api-strict's properties.
     """
-    chosen = item.callspec.params.get("setting") if hasattr(item, "callspec") else None
+    if not hasattr(item, "callspec"):
+        return False
+    words = set(item.callspec.id.split("-"))
+    if any(words.issuperset(name.split("-")) for mark in item.iter_markers("slow_on") for name in mark.args):
+        return True
+    chosen = item.callspec.params.get("setting")
     if not isinstance(chosen, tuple):  # no setting, or none that fits
         return False
     subject, dtype, mode = chosen
     if mode == "compiled":
         if subject == "mlx" and item.originalname in ("test_values", "test_gradients"):
             return True
-        one_of_bfloat16 = dtype == "bfloat16" and "ragged" in item.name
-        return "response-weights" in item.name or not (dtype == "float32" or one_of_bfloat16)
+        return dtype != "float32" or "response-weights" in item.name
     return subject == "array-api-strict" and item.path.name == "test_properties.py"
 
 

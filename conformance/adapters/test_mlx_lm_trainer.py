@@ -156,9 +156,9 @@ def test_steps_follow_each_other_through_shuffled_epochs(folder, groups, tmp_pat
     assert apart({name: value - start[name] for name, value in parameters(model).items()}, moved) < 1e-5
 
 
-@pytest.mark.parametrize(
-    "batch_size", [pytest.param(7, marks=pytest.mark.slow), 4], ids=["whole groups", "split groups"]
-)
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("batch_size", [7, 4], ids=["whole groups", "split groups"])
 def test_the_compiled_step_is_the_same(batch_size, folder, groups, tmp_path, capfd):
     changes = []
     for compiled in (False, True):

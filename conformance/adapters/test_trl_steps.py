@@ -84,6 +84,8 @@ def test_the_steps_of_responses_that_hold_tokens_of_tools(folder, tmp_path) -> N
     check_steps(folder, found, settings)
 
 
+@pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",
     [
@@ -97,7 +99,6 @@ def test_the_steps_of_responses_that_hold_tokens_of_tools(folder, tmp_path) -> N
                 "max_steps": 4,
             },
             id="mini-batches, twice each",
-            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -82,6 +82,7 @@ def run(folder: Path, backend: Backend, model: Path, *, steps: int = 2, train_fi
     return policy, batches, [r for line in lines if (r := json.loads(line))["kind"] == "train"]
 
 
+@pytest.mark.slow_on("jax")
 def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, tmp_path) -> None:
     policy, batches, whole = run(tmp_path / "whole", backend, model)
     batch = batches[0]

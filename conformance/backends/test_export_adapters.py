@@ -87,6 +87,7 @@ def scored(logits, of):
     return np.array(sums)
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks transformers for it
 @of_every_kind
 def test_another_library_scores_exported_adapters_as_the_policy(backend, kind, targets, tmp_path):

@@ -76,6 +76,7 @@ def test_pairs_of_blocks_are_those_with_visible_tokens(name: str, window: int) -
         np.testing.assert_array_equal((real & block_pairs.WHOLE > 0), found[i, j] == 2)
 
 
+@pytest.mark.slow
 def test_visited_blocks_of_the_jobs() -> None:
     """J1 and J2 of docs/scaling.md, every response at its full length; the bound is of all pairs of tokens."""
     for prompt, response, k, bound in ((512, 2048, 8, 0.12), (1024, 4096, 16, 0.055)):

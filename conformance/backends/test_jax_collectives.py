@@ -28,6 +28,7 @@ def counted() -> dict[str, Any]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["fsdp-trained", "fsdp-frozen", "all-trained", "all-frozen"])
 def test_a_chunk_of_the_head_moves_no_part_of_the_head(kind: str, counted) -> None:
     """The head is placed once, and its gradient is summed once; only hidden states move in each of the 3 chunks."""
@@ -40,6 +41,7 @@ def test_a_chunk_of_the_head_moves_no_part_of_the_head(kind: str, counted) -> No
     assert all(str(VOCABULARY) not in c["shape"] for c in in_chunks)
 
 
+@pytest.mark.slow
 def test_a_sampled_token_moves_no_parameters(counted) -> None:
     """Parameters are placed once a rollout, 2 devices a copy; a token moves sums of hidden states and the logits."""
     found = counted["decoding"]

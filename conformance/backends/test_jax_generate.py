@@ -1,6 +1,7 @@
 """What only gvpo_jax's sampling has: programs, and how few they are."""
 
 import numpy as np
+import pytest
 import tiny_models
 from jax_policies import policy
 from required import require
@@ -13,6 +14,7 @@ from gvpo_jax import programs
 from gvpo_core.training.sampling import Sampling, row_seed
 
 
+@pytest.mark.slow
 def test_a_run_compiles_a_handful_of_programs(tmp_path) -> None:
     of_policy = policy(tiny_models.write_model("llama", tmp_path))
     draw, before = np.random.default_rng(0), len(of_policy.programs)
@@ -26,6 +28,7 @@ def decoding(of_policy) -> list[str]:
     return [p.as_text() for key, p in of_policy.programs.used.items() if key[0] is sampler.decode]
 
 
+@pytest.mark.slow
 def test_a_token_reads_what_is_filled_of_the_cache(tmp_path, monkeypatch) -> None:
     """The same samples whether the whole cache is read or its filled quarters, a loop each."""
     of_policy = policy(tiny_models.write_model("llama", tmp_path))

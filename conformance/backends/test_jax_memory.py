@@ -19,6 +19,7 @@ OF = batch((4, 3, 2))
 TOKENS = 2**15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 def test_the_backward_pass_is_given_the_weights_not_copies(settings, tmp_path) -> None:
     of = jax_policies.policy(tiny_models.write_model("qwen2", tmp_path), gradient_checkpointing=True, **settings)

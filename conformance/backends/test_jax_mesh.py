@@ -73,6 +73,7 @@ def compare(one: Path, other: Path) -> None:
         np.testing.assert_allclose(many[name], alone[name], rtol=0, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MESHES)
 def test_a_mesh_takes_the_step_of_one_device(name: str, out: Path) -> None:
     alone = "one-lora" if "lora" in name else "one"

@@ -23,6 +23,7 @@ def folder(tmp_path_factory):
     return tiny_models.write_model("llama-tied", made, attention_bias=True)
 
 
+@pytest.mark.slow
 def test_no_program_of_a_step_holds_logits_of_a_batch(tmp_path, monkeypatch) -> None:
     """The update's own programs: nothing has more rows of the vocabulary's size than the head or one chunk."""
     vocabulary, chunk = 1031, 32  # a prime, so that only the vocabulary has this size
@@ -42,6 +43,7 @@ def test_no_program_of_a_step_holds_logits_of_a_batch(tmp_path, monkeypatch) -> 
     assert seen == chunk
 
 
+@pytest.mark.slow
 def test_packed_rows_cost_less(folder) -> None:
     """FLOPs of the compiled forward and backward pass, as XLA counts them, for 4 prompts of 90 tokens x 8 responses."""
     draw = np.random.default_rng(0)

@@ -73,6 +73,7 @@ def adapters_of_torch(of_torch) -> dict[str, np.ndarray]:
     return {name: np.stack(values) for name, values in stacked.items()}
 
 
+@pytest.mark.slow_on("lora")
 @pytest.mark.parametrize("kind", ["full", "lora", "adamw"])
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_one_update_is_that_of_gvpo_torch(family: str, kind: str, tmp_path) -> None:
@@ -100,6 +101,7 @@ def test_one_update_is_that_of_gvpo_torch(family: str, kind: str, tmp_path) -> N
         assert step_difference(*moved) < 1e-5
 
 
+@pytest.mark.slow_on("bfloat16")
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 3}, {"dtype": "bfloat16"}], ids=["full", "lora", "bfloat16"])
 def test_exports_are_read_by_transformers(settings, tmp_path) -> None:
     folder = tiny_models.write_model("llama3", tmp_path / "model")
@@ -124,6 +126,7 @@ def test_both_draw_the_same(tmp_path) -> None:
         assert one == two
 
 
+@pytest.mark.slow
 def test_smollm2(smollm2_dir) -> None:  # noqa: F811
     of_jax = policy(smollm2_dir)
     prompts = [

@@ -58,6 +58,7 @@ def tiny(name: str, own):
     return AutoConfig.for_model(**settings)
 
 
+@pytest.mark.slow_on("qwen3_next")
 @pytest.mark.parametrize("name", EXACT)
 def test_a_family_is_loaded_trained_and_exported_as_transformers_has_it(name: str, tmp_path) -> None:
     config = tiny(name, EXACT[name])

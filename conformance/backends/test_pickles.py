@@ -59,6 +59,7 @@ def test_the_pickles_go_off_where_something_unpickles_them(tmp_path):
         mark.unlink()
 
 
+@pytest.mark.slow_on("jax")
 def test_a_pickle_in_the_place_of_any_file_of_a_checkpoint_does_not_run(backend, model, tmp_path):
     """Past the checksums: `restore` itself reads what was planted."""
     worker = SUPPORT / "pickle_worker.py"

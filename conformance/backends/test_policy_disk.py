@@ -1,6 +1,7 @@
 """Every backend's policy on disk: save and restore go on bit for bit, exports are the trained model, and folders
 that do not fit or cannot be loaded are named."""
 
+import gc
 import json
 import pickle
 import re
@@ -60,6 +61,7 @@ def state(tmp_path):
     return tmp_path / "state"
 
 
+@pytest.mark.slow_on("jax-lora")
 @kinds("full", "lora", "dora", "bfloat16")
 def test_two_and_two_steps_are_four(kind: str, backend, load, parameters, folder, state) -> None:
     whole = load(folder, **SETTINGS, **KINDS[kind])
@@ -126,6 +128,7 @@ def test_a_checkpoint_of_another_kind_of_adapters_is_named(kind: str, load, fold
             other.restore(tmp_path / name)
 
 
+@pytest.mark.slow_on("jax")
 def test_a_checkpoint_of_another_size_is_named(load, parameters, folder, state, tmp_path) -> None:
     load(folder).save(state)
     wider = load(tiny_models.write_model("llama-tied", tmp_path / "wider", attention_bias=True, intermediate_size=56))
@@ -141,6 +144,8 @@ def test_a_checkpoint_of_another_size_is_named(load, parameters, folder, state, 
         load(shallower).restore(state)
 
 
+# Orbax leaves its other reads where one fails: collected here, not within another test.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_file_that_cannot_be_read_to_its_end_is_an_error_that_names_it(load, folder, state) -> None:
     """A read that fails between the check of the checkpoint and its use; libraries raise kinds of their own there."""
     policy = load(folder, **SETTINGS)
@@ -153,6 +158,7 @@ def test_a_file_that_cannot_be_read_to_its_end_is_an_error_that_names_it(load, f
     with pytest.raises((ConfigError, OSError), match=re.escape(str(state))):
         policy.restore(state)
     np.testing.assert_array_equal(policy.logprobs(batch((2,))), before)
+    gc.collect()
 
 
 def test_a_checkpoint_without_its_files_is_named(load, folder, state) -> None:
@@ -178,6 +184,7 @@ def dtypes_of(path) -> set[str]:
     return {entry["dtype"] for name, entry in entries.items() if name != "__metadata__"}
 
 
+@pytest.mark.slow_on("jax-bfloat16")
 @kinds("full", "lora", "dora", "bfloat16", "lora-bfloat16")
 def test_an_export_is_the_trained_model(kind: str, load, parameters, tmp_path) -> None:
     made, out = tiny_models.write_model("llama", tmp_path / "made"), tmp_path / "out"

@@ -72,6 +72,7 @@ SPLITS = {
 }
 
 
+@pytest.mark.slow_on("jax-lora")
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_step_does_not_depend_on_the_split(split: str, whole_step) -> None:
     take, step, update = whole_step

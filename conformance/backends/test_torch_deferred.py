@@ -74,6 +74,7 @@ def test_weights_changed_in_place_are_read_whole_and_logged(tmp_path, monkeypatc
     assert all(torch.equal(p, other[name]) for name, p in whole.items())
 
 
+@pytest.mark.slow_on("4-qwen3_moe")
 @pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 @pytest.mark.parametrize("name", ["llama", "qwen3_moe"])
 @pytest.mark.parametrize("size", [2, 4])

@@ -40,10 +40,8 @@ def found(tmp_path_factory):
     return get
 
 
-ALL = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.slow) for kind in worker.KINDS]
-
-
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", worker.KINDS)
 def test_blocks_take_the_step_of_one_process_and_of_the_dense_mask(kind: str, found) -> None:
     """Two steps; in the second a rank has no rows. The worker asserts that blocks ran, and that no mask was made."""
     for (size, how), (other_size, other) in COMPARED.items():
@@ -60,7 +58,8 @@ def test_blocks_take_the_step_of_one_process_and_of_the_dense_mask(kind: str, fo
             np.testing.assert_allclose(arrays[name], right[name], **tolerance, err_msg=f"{size} {how} {name}")
 
 
-@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.slow_on(*(kind for kind in worker.KINDS if kind not in QUICK))
+@pytest.mark.parametrize("kind", worker.KINDS)
 def test_rows_are_refilled_and_draw_the_tokens_of_one_process(kind: str, found) -> None:
     """In fixed buffers of three rows; no collective but those that gather the parameters once a rollout."""
     _, (alone,) = found(1, kind, "fast" if kind == "bfloat16" else "dense")

@@ -45,6 +45,7 @@ def test_logprobs_are_transformers_own(sampled) -> None:
     np.testing.assert_allclose(of_policy.logprobs(of), own, rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_greedy_answers_are_language(sampled) -> None:
     of_policy, prompts, _, _ = sampled
     answers = of_policy.generate(prompts, [[0], [0]], Sampling(max_tokens=12, temperature=0.0))

@@ -105,7 +105,9 @@ def test_twenty_kills_change_nothing(model_extra, tmp_path, make, final_state, b
     assert "resume" in killing.events(run)
 
 
-@pytest.mark.parametrize("sharding", [pytest.param("data_parallel", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.slow
+@pytest.mark.parametrize("sharding", ["data_parallel", "fsdp"])
 def test_two_processes_end_where_one_does(sharding, tmp_path, make, final_state, backend, capfd, monkeypatch):
     """One group of six over two processes, by the command line; parameters relative 1e-4 after three Adam steps."""
     if sharding not in backend.shardings:

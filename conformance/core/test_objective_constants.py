@@ -90,6 +90,7 @@ def _gradients(setting: Setting, a: dict[str, Any]) -> dict[str, Any]:
     return (setting.subject.compile(every) if setting.mode == "compiled" else every)(x)
 
 
+@pytest.mark.slow_on("compiled")
 @pytest.mark.needs("grad")
 @pytest.mark.capability("gradients")
 @pytest.mark.dtypes("float32")

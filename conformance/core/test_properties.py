@@ -102,6 +102,7 @@ def test_order_of_rows(setting: Setting, case: Case, order: list[int]) -> None:
         check(setting, name, after[name], values[np.array(order)] if per_row else values)
 
 
+@pytest.mark.slow_on("jax")
 @bounded
 @given(case=batches(rows=8))
 def test_padding_equals_slicing(setting: Setting, case: Case) -> None:
@@ -125,6 +126,7 @@ def test_padding_equals_slicing(setting: Setting, case: Case) -> None:
             check(setting, name, got[name], values)
 
 
+@pytest.mark.slow_on("jax")
 @bounded
 @given(first=batches(rows=6), second=batches(rows=6))
 def test_sub_batches_of_whole_groups(setting: Setting, first: Case, second: Case) -> None:

@@ -73,6 +73,7 @@ def test_a_working_framework_names_its_devices(tmp_path):
     assert found["torch"]["status"] == "ok" and found["torch"]["detail"] == "2.13.0; cpu, 7 threads"
 
 
+@pytest.mark.slow
 def test_a_slow_import_is_no_warning(tmp_path):
     fake(tmp_path, "torch", "2.13.0", f"import time; time.sleep(3)\n{WORKS}")
     found = findings(diagnose(tmp_path, "json=True", limit=doctor.LIMIT))

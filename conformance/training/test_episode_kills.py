@@ -68,6 +68,7 @@ def written(command: str, folder: Path) -> list[dict]:
     return [json.loads(line) | {"settings": ""} for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow_on("collect")
 @pytest.mark.parametrize("command", ["train", "collect"])
 def test_a_kill_within_an_episode_costs_the_step_at_hand(command, tmp_path) -> None:
     for name in ("whole", "killed"):

@@ -47,6 +47,7 @@ DEMOS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", DEMOS, ids=lambda backend: backend.name)
 def test_the_letters_demo_learns(backend, tmp_path):
     command = [sys.executable, "examples/ascending_letters/demo.py", "--backend", backend.name, "--steps", "25"]
@@ -85,7 +86,8 @@ def test_the_guessing_demo_learns_to_play(backend, tmp_path):
     assert several and all("user: " in row["response"] for row in several), "conversations, as people read them"
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_accelerate_loop_learns(processes):
     if not installed("accelerate"):
         assert "torch" not in ASKED, "the session of torch has accelerate"

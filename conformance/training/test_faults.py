@@ -19,10 +19,8 @@ def whole(tmp_path_factory):
     return unbroken(tmp_path_factory.mktemp("whole"))
 
 
-SLOW = [pytest.param(fault, marks=pytest.mark.slow) for fault in ("call", "write")]
-
-
-@pytest.mark.parametrize("fault", [*SLOW, *faults.PHASES])
+@pytest.mark.slow_on("call", "write", "generate", "update", "reward")
+@pytest.mark.parametrize("fault", ["call", "write", *faults.PHASES])
 def test_a_kill_at_every_event_of_a_run(fault, tmp_path, whole):
     kill_at_every_event(fault, tmp_path, whole)
 

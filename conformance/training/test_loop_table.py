@@ -55,6 +55,7 @@ def records(folder: Path, kind: str = "train") -> list[dict]:
     ]
 
 
+@pytest.mark.slow_on("third", "reference", "hot")
 @pytest.mark.parametrize("samples", ["on-policy", "reference", "third", "hot"])
 def test_reaches_the_optimum_from_any_samples(samples, tmp_path, capsys):
     """Thm 3.1 and Cor. 3.2: KL(pi_theta || pi*) < 1e-10, whoever draws the responses."""
@@ -89,6 +90,7 @@ def test_a_sampler_with_tokens_that_the_policy_lacks_is_refused(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_regret_in_the_metrics_is_beta_kl(tmp_path, capsys):
     """On-policy, both regrets of the step estimate beta KL(pi_theta || pi*), here averaged over 4,096 responses."""
     config = settings(tmp_path, rollout=RolloutConfig(prompts=3, responses=4096, max_tokens=2))

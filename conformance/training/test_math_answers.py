@@ -20,6 +20,7 @@ def library():
     pytest.importorskip("math_verify", reason="the rewards extra is not installed")
 
 
+@pytest.mark.slow
 def test_gold_answers_accept_other_notations_and_no_wrong_answer(library):
     """Read by math-verify as they stand, 65 right and 31 wrong answers to 104 of these golds are accepted."""
     missed = [(g, r) for g, right, _ in GOLDS for r in right if math_verify([boxed(r)], answer=[g]) != [1.0]]

@@ -57,6 +57,7 @@ def goes_on(disk, tmp_path, whole) -> None:
             assert (place / "run" / "completions.jsonl").read_bytes() == whole[2], (kind, i)
 
 
+@pytest.mark.slow
 def test_at_every_point_of_a_run_from_nothing(tmp_path, whole, capsys):
     (tmp_path / "disk").mkdir()
     disk = power_loss.Disk(tmp_path / "disk")

@@ -39,6 +39,7 @@ def test_kills_change_nothing(tmp_path, monkeypatch, capsys):
     assert len(set(entries)) == len(recorded_data.groups()), "a singleton is never scored"
 
 
+@pytest.mark.slow
 def test_kills_of_a_mixture_change_nothing(tmp_path, monkeypatch, capsys):
     """With groups kept for replay, prompts drawn again, and prompts that come back."""
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")

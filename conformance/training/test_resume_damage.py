@@ -187,6 +187,7 @@ def test_a_character_that_utf8_does_not_have_is_recorded(tmp_path):
     assert next(records(tmp_path / "m.jsonl"))["command"] == "a\udc80"
 
 
+@pytest.mark.slow
 def test_a_long_run_is_cut_without_being_held(tmp_path):
     """200,000 completions of 40 MB are cut within 2 MB; test_resume_size.py has a whole run."""
     import tracemalloc

@@ -110,6 +110,7 @@ def test_harm_costs_its_response_alone_within_one_budget(name, rewards):
     assert children() <= before
 
 
+@pytest.mark.slow
 def test_the_same_from_a_thread_and_from_asyncio(rewards):
     loaded = rewards("time.sleep(600)")
     results = [score(loaded, PROMPTS, TEXTS, {}).total]
@@ -188,6 +189,7 @@ def test_a_process_restarts_in_parallel_with_the_others(slow, tmp_path):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_slow_start_costs_no_good_response(slow):
     """One hung response among eight; a start takes four limits."""
     loaded = slow(2.0, timeout=0.5, workers=2, failure_value=-1.0)

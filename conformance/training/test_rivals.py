@@ -50,12 +50,14 @@ def test_trajectory_balance_is_gvpo_at_another_learning_rate(tmp_path, capsys) -
     np.testing.assert_allclose(balance.logits, gvpo.logits, rtol=1e-12, atol=1e-13)
 
 
+@pytest.mark.slow_on("rebel", "trajectory_balance", "mirror_descent", "a_star_po", "rloo")
 @pytest.mark.parametrize("name", ["gvpo", "trajectory_balance", "rebel", "mirror_descent", "a_star_po", "rloo"])
 def test_on_policy_the_regularised_objectives_end_near_the_same_optimum(name, tmp_path, capsys) -> None:
     start = distance(TablePolicy(table(REFERENCE)))
     assert distance(trained(tmp_path, name, steps=200)) < start / 10
 
 
+@pytest.mark.slow_on("gspo", "dr_grpo", "maxrl")
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "maxrl", "gspo"])
 def test_without_beta_the_ratio_objectives_leave_the_regularised_optimum_behind(name, tmp_path, capsys) -> None:
     policy = trained(tmp_path, name, steps=200, beta=0.0)

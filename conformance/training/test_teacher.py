@@ -67,6 +67,7 @@ class Elsewhere:
 SAMPLERS = {"student": None, "teacher": TEACHER, "uniform": np.full((3, 5), 0.2)}
 
 
+@pytest.mark.slow_on("uniform")
 @pytest.mark.parametrize(
     ("samples", "exponent"), [("student", 0.0), ("teacher", 0.0), ("uniform", 0.0), ("uniform", 1.0)]
 )
@@ -217,6 +218,7 @@ def test_a_teacher_of_another_backend_takes_no_setting_of_the_students(changed, 
     assert load_teacher(config, policy).facts.backend == "table"
 
 
+@pytest.mark.slow
 def test_the_held_out_kl_is_that_of_the_students_distribution(teacher, tmp_path, capsys):
     config = measured(config_of(tmp_path / "run", teacher, beta=1.0), responses=4000)
     policy = policy_of(config := replace(config, run=replace(config.run, steps=120, keep_best=True)))
