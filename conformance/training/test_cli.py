@@ -82,6 +82,20 @@ def test_usage_and_unknown_commands(capfd):
     assert gvpo(capfd, "--version")[1].startswith("gvpo ")
 
 
+COMMANDS = ("init", "train", "train-reward", "collect", "eval", "export", "report", "doctor")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=["gvpo", *COMMANDS])
+def test_help_fits_80_columns(command, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, _ = gvpo(capfd, *command, "--help")
+    lines = out.splitlines()
+    assert status == 0 and len(lines) > 4
+    assert max(map(len, lines)) <= 80
+    if not command:
+        assert all(f"gvpo {name}" in out for name in COMMANDS)
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [

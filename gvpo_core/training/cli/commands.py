@@ -22,30 +22,34 @@ if TYPE_CHECKING:
 
 _USAGE = """usage: gvpo COMMAND ...
 
-  gvpo init [FOLDER] [--model NAME]             write a config, a reward and rows that run at once
-  gvpo train CONFIG [--section.key value ...]   train, or resume the run in run.folder
-  gvpo train CONFIG --from-step N ...           go back to the checkpoint of step N, and train from there
-  gvpo train CONFIG --dry-run ...               sample and score two prompts, estimate memory; write nothing
-  gvpo train-reward DATA FOLDER --model NAME    train a reward model on preferences (Eq. 4)
-  gvpo collect CONFIG OUT.jsonl [--section.key value ...]
-                                                sample and score run.steps steps; gvpo train reads the file
-  gvpo eval RUN [--checkpoint STEP|best|initial] [--data FILE] [--compare STEP|best|initial] [--json]
-                                                rewards of a run's policy on held-out prompts
-  gvpo export RUN FOLDER [--checkpoint STEP|best] [--adapters]
-                                                write a run's policy as a Hugging Face folder, or its adapters alone
-  gvpo report RUN                               write RUN/report.html
-  gvpo report A B [C ...] [--out FILE]          compare runs on one page, comparison.html
-  gvpo doctor [--json]                          list what is installed and which devices exist
+  gvpo init [FOLDER]         write a config, a reward and rows that run at once
+  gvpo train CONFIG          train, or resume the run in run.folder
+      --dry-run              sample and score two prompts, estimate memory
+      --from-step N          go back to the checkpoint of step N first
+      --section.key value    any setting: gvpo train --help explains them
+  gvpo train-reward DATA FOLDER --model NAME
+                             train a reward model on preferences (Eq. 4)
+  gvpo collect CONFIG OUT.jsonl
+                             sample and score without training, for gvpo train
+  gvpo eval RUN              rewards of a run's policy on held-out prompts
+  gvpo export RUN FOLDER     write a run's policy as a Hugging Face folder
+  gvpo report RUN            write RUN/report.html
+  gvpo report A B [C ...]    compare runs on one page, comparison.html
+  gvpo doctor                list what is installed and which devices exist
 
-gvpo train --help explains every setting. Relative paths are from the working directory.
+gvpo COMMAND --help lists the options of a command. Relative paths are from the
+working directory.
 """
 
 _COLLECT = """usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]
 
-Samples and scores the groups of run.steps steps with the model as it is, and updates nothing.
+Samples and scores the groups of run.steps steps with the model as it is, and
+updates nothing.
 
-  CONFIG      TOML file, as of gvpo train; options override it, and gvpo train --help explains them
-  OUT.jsonl   file to write. It is OUT.jsonl.partial until its last step; the same command resumes it
+  CONFIG      TOML file, as of gvpo train; options override it, and
+              gvpo train --help explains them
+  OUT.jsonl   file to write. It is OUT.jsonl.partial until its last step; the
+              same command resumes it
 
 Train on the file later: gvpo train CONFIG --data.train OUT.jsonl
 """
