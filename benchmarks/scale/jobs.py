@@ -6,7 +6,7 @@ peak that one H200 reached (docs/benchmarks.md).
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 GIB = 2**30
 
@@ -142,6 +142,11 @@ class Job:
         return (holders * self.prompt + self.rows * self.response) * self.model.cache_bytes
 
     @property
+    def copied(self) -> float:
+        """Bytes of `cache` that hold a prompt's keys and values again, beside the first time."""
+        return self.cache - replace(self, shares=True).cache
+
+    @property
     def tokens(self) -> int:
         """Tokens of a step in packed rows: a prompt once, then all its responses."""
         return self.prompts * (self.prompt + self.responses * self.response)
@@ -242,6 +247,7 @@ def _rows() -> Iterator[str]:
         "held a chip: weights, gradients, moments, reference": lambda j: f"{j.held / GIB:.1f} GiB",
         "copy to sample from": lambda j: f"{j.sampling_weights / GIB:.1f} GiB",
         "cache of all rows at once": lambda j: f"{j.cache / GIB:.1f} GiB",
+        "of it copies of prompts": lambda j: f"{j.copied / GIB:.1f} GiB, {j.copied / j.cache:.1%}",
         "tokens of a step, packed": lambda j: f"{j.tokens / 1e6:.2f} M",
         "FLOPs: reference, forward, backward": lambda j: f"{j.step_flops:.2e}",
         "bytes read to sample, a chip": lambda j: f"{j.sampling_bytes / 1e12:.1f} TB",
