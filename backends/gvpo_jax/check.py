@@ -14,7 +14,7 @@ from gvpo_core.training.sampling import Sampling
 from gvpo_jax import memory, mesh, ranks, update
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import Programs
-from gvpo_jax.rows import lay, rows_bucket
+from gvpo_jax.rows import ShardSplitting, lay, rows_bucket
 from gvpo_jax.scorer import Scorer
 from gvpo_jax.spec import EMBEDDING
 
@@ -103,7 +103,7 @@ def check_decoding(
     scorer: Scorer,
     parameters: Parameters,
     adapters: Parameters,
-    splitting: layout.Splitting,
+    splitting: ShardSplitting,
     *,
     dtype: str,
     end: Sequence[int],
@@ -123,7 +123,7 @@ def check_decoding(
 
 
 def continues(
-    scorer: Scorer, parameters: Parameters, adapters: Parameters, splitting: layout.Splitting, *, dtype: str
+    scorer: Scorer, parameters: Parameters, adapters: Parameters, splitting: ShardSplitting, *, dtype: str
 ) -> str:
     """Why turns cannot start from kept keys and values; empty: log-probs are then those of the forward pass."""
     scorer, prefixes = Scorer(scorer.setup, Programs(), scorer.config), Prefixes(1 << 20)
@@ -146,7 +146,7 @@ def _sampled_differs(
     scorer: Scorer,
     parameters: Parameters,
     adapters: Parameters,
-    splitting: layout.Splitting,
+    splitting: ShardSplitting,
     prompts: Sequence[Tokens],
     *,
     dtype: str,
@@ -155,6 +155,7 @@ def _sampled_differs(
 ) -> tuple[float | None, list[Tokens]]:
     """How far the sampler is from the forward pass, nats a token, if it is too far; and what it drew, with prompts."""
     seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
+    splitting = replace(splitting, shapes=[])  # these are not the run's
     given = (parameters, adapters, prompts, seeds, Sampling(SAMPLED_TOKENS))
     cache_tokens = lambda: memory.cache_tokens(scorer.sampling)
     responses, sums = scorer.sample(*given, end=end, cache_tokens=cache_tokens, prefixes=prefixes)

@@ -20,9 +20,10 @@ from gvpo_jax.decoding import decode, decode_and_keep, extend, prefill
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.prefixes import filled_caches, keep
 from gvpo_jax.programs import Programs
-from gvpo_jax.rows import bucket, rows_bucket
+from gvpo_jax.rows import SMALLEST, bucket, rows_bucket
 
 _ADVICE = "lower rollout.responses or rollout.max_tokens, or raise model.mesh_fsdp"
+PADDED = 32  # a prompt is padded by at most this part of the room for its responses, or by what `bucket` adds
 _FILTERS = ("top_k", "min_p", "top_p")
 Unit = tuple[int, list[int]]  # a prompt's place, and places of its seeds
 
@@ -58,11 +59,7 @@ def generate(
         chunks = [part for chunk in chunks for part in _parted(chunk, begun)]
     for number in range(ranks.most(len(chunks))[0]):
         units = chunks[number] if number < len(chunks) else []
-        shape = ranks.most(
-            rows_bucket(len(units), shards),
-            rows_bucket(max((len(places) for _, places in units), default=1), 1),
-            bucket(max((len(prompts[i]) for i, _ in units), default=1)),
-        )
+        shape = ranks.most(*shape_of(units, prompts, room, shards))
         given = (setup, programs, parameters, adapters, prompts, seeds, units, shape, sampling, end)
         texts, scores = _decode(*given, prefixes)
         for (i, places), text, score in zip(units, texts, scores, strict=True):
@@ -77,24 +74,33 @@ def chunks_of(
     """Units to decode together: within the budget as padded, of like prompt lengths and numbers of responses."""
     units: list[Unit] = []
     for i in range(len(prompts)):
-        fit = max(1, (cache_tokens // shards - bucket(len(prompts[i]))) // room)
-        most = 1 << (fit.bit_length() - 1)  # padded to a power of two
+        most = rows_bucket(len(seeds[i]), 1)
+        while most > 1 and prompt_width(len(prompts[i]), most, room) + most * room > cache_tokens // shards:
+            most //= 2
         units += [(i, list(range(j, min(j + most, len(seeds[i]))))) for j in range(0, len(seeds[i]), most)]
     units.sort(key=lambda unit: (len(unit[1]), len(prompts[unit[0]])), reverse=True)
     chunks: list[list[Unit]] = []
-    longest = 0
     for unit in units:
-        size = len(prompts[unit[0]])
         if chunks:
-            most = len(chunks[-1][0][1])  # sorted: the first has the most responses
-            a_prompt = bucket(max(longest, size)) + rows_bucket(most, 1) * room
-            alike = len(unit[1]) * 2 > most
-        if not chunks or not alike or rows_bucket(len(chunks[-1]) + 1, shards) * a_prompt > cache_tokens:
+            alike = len(unit[1]) * 2 > len(chunks[-1][0][1])  # sorted: the first has the most responses
+            rows, k, width = shape_of([*chunks[-1], unit], prompts, room, shards)
+        if not chunks or not alike or rows * (width + k * room) > cache_tokens:
             chunks.append([])
-            longest = 0
         chunks[-1].append(unit)
-        longest = max(longest, size)
     return chunks
+
+
+def shape_of(units: Sequence[Unit], prompts: Sequence[Tokens], room: int, shards: int) -> tuple[int, int, int]:
+    """Prompts, responses of each and tokens of a prompt, as units that are decoded together are padded."""
+    k = rows_bucket(max((len(places) for _, places in units), default=1), 1)
+    longest = max((len(prompts[i]) for i, _ in units), default=1)
+    return rows_bucket(len(units), shards), k, prompt_width(longest, k, room)
+
+
+def prompt_width(longest: int, responses: int, room: int) -> int:
+    """Tokens that prompts are padded to: in steps that are small beside the room of their responses, so few."""
+    step = max(SMALLEST, 1 << (responses * room // PADDED).bit_length() - 1)
+    return -(-bucket(longest) // step) * step
 
 
 def _parted(chunk: list[Unit], begun: Sequence[bool]) -> list[list[Unit]]:

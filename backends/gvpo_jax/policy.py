@@ -42,6 +42,7 @@ class JaxPolicy(LanguageModelPolicy):
 
     backend = "jax"
     _ranks: Ranks
+    _splitting: planning.ShardSplitting
 
     def __init__(
         self, config: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int
@@ -88,9 +89,11 @@ class JaxPolicy(LanguageModelPolicy):
 
     def _split(self, hidden: int, rope: Any = None) -> planning.ShardSplitting:
         c, shards = self.optimizer_config, meshes.batch_shards(self.mesh)
-        return planning.ShardSplitting(self.packed, c.micro_batch_tokens, c.micro_batch_responses, hidden, rope, shards)
+        limits, head = (c.micro_batch_tokens, c.micro_batch_responses), self.setup.spec.head_share
+        return planning.ShardSplitting(self.packed, *limits, hidden, rope, shards, head)
 
     def _unload(self) -> None:
+        self._splitting.shapes.clear()
         del self.learner, self._reference
 
     # -- sampling and scoring
@@ -160,12 +163,14 @@ class JaxPolicy(LanguageModelPolicy):
     # -- on disk
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
+        header = {**header, "shapes": self._splitting.shapes}
         checkpoint.save(directory, self._arrays(self.renewed), header, self.rank == 0)
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
         renewed = bool(header.get("renewed"))
         arrays = checkpoint.restore(directory, self._arrays(renewed))
         self.learner.take(arrays)
+        self._splitting.shapes[:] = [tuple(shape) for shape in header.get("shapes", [])]
         if renewed:
             self._reference = arrays["reference"]
         elif self.renewed:

@@ -2,7 +2,8 @@
 another: all rows of a batch have one length, whatever the lengths of its responses are."""
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,6 +15,11 @@ from gvpo_jax import ranks
 
 SMALLEST = 32  # tokens of a row at least
 SPREAD = 8  # predicted tokens of a row are padded to a multiple of this part of it
+CALL = 1 / 8  # of the budget: tokens that cost as much as a micro-batch costs beside its own
+SPARED = 1.25  # a shape of an earlier plan is taken again where it costs at most so much more than the best one
+ALIKE = 1.1  # costs that differ by less are alike
+FEW = 4  # micro-batches
+IMPOSSIBLE = 1 << 30  # micro-batches
 Unit = list[layout.Row]  # what is kept in one micro-batch
 Shape = tuple[int, int, int]  # rows, their tokens, and those predicted
 Place = tuple[int, int]  # a row of the device, and where in it one starts
@@ -24,6 +30,54 @@ class ShardSplitting(layout.Splitting):
     """A batch as units: rows, or whole groups. `plan` fills micro-batches with them. Budgets are those of a shard."""
 
     shards: int = 1  # of the rows of a process
+    head: float = 0.0  # operations of the head for a token, of those of the layers without attention
+    # Of a shard, in the order of the plans that chose them. A run that resumes pads, and so rounds, as before.
+    shapes: list[Shape] = field(default_factory=list)
+
+    def cost(self, shape: Shape) -> float:
+        """What a micro-batch costs, in tokens of a short row."""
+        rows, tokens, predicted = shape
+        attention = tokens / (6 * self.hidden_size) if self.hidden_size else 0.0
+        return rows * (tokens * (1 + attention) + predicted * self.head) + CALL * self.tokens
+
+    def settled(self, best: Shape, counts: Mapping[Shape, int]) -> Shape:
+        """The first known shape that costs little more than the best one, which else is known from now on.
+
+        Args:
+          counts: shapes that could be taken, and how many micro-batches each of them needs.
+        """
+        limit = SPARED * counts[best] * self.cost(best)
+        for shape in self.shapes:
+            if shape in counts and counts[shape] * self.cost(shape) <= limit:
+                return shape
+        self.shapes.append(best)
+        return best
+
+    def padded(self, tokens: int, predicted: int) -> int:
+        """Places for what a row predicts: as many as it has tokens where that costs little."""
+        part = max(SMALLEST, -(-tokens // SPREAD))
+        least = -(-predicted // part) * part
+        alike = self.cost((1, tokens, tokens)) <= ALIKE * self.cost((1, tokens, least))
+        return max(least, tokens) if alike else least
+
+    def sizes(self, longest: int, tokens: int) -> Iterator[tuple[int, int]]:
+        """Rows and their length to try, for `tokens` of a shard: the shortest lengths that hold the longest row.
+
+        The last one holds every unit that a micro-batch holds.
+        """
+        most = 0
+        while _length(self.tokens, most + 1) >= longest and _length(self.tokens, most) > SMALLEST:
+            most += 1
+        for halvings in range(most, max(-1, most - 3), -1):
+            length = _length(self.tokens, halvings)
+            enough = rows_bucket(-(-tokens // length), 1)
+            if self.responses:
+                enough = min(enough, rows_bucket(self.responses, 1))
+            enough = min(enough, 1 << halvings)
+            yield from (
+                (rows, length) for rows in (2 * enough, enough, enough // 2, enough // 4) if 1 <= rows <= 1 << halvings
+            )
+        yield 1, _length(self.tokens, 0)
 
     def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[Unit]:
         """Each row of the chosen responses (default all) by itself."""
@@ -91,10 +145,12 @@ class Filling:
     places: list[Place]
     responses: int = 0
 
-    @property
-    def used(self) -> int:
-        """Rows that hold anything."""
-        return max((row for row, _ in self.places), default=-1) + 1
+    def predicted(self, counts: Mapping[tuple[int, ...], int]) -> int:
+        """Tokens that one of its rows predicts at most, at least 1; `counts`: by the responses of a layout's row."""
+        totals = Counter[int]()
+        for row, (at, _) in zip(self.rows, self.places, strict=True):
+            totals[at] += counts[row.responses]
+        return max(1, *totals.values()) if totals else 1
 
     def take(self, unit: Unit, length: int) -> bool:
         """Adds the unit if there is room for all of it."""
@@ -147,45 +203,84 @@ def fill(units: Sequence[Unit], length: int, rows: int, responses: int) -> list[
     return made
 
 
-def plan(batch: Batch, units: Sequence[Unit], splitting: layout.Splitting, mesh: Mesh) -> list[Rows]:
+def plan(batch: Batch, units: Sequence[Unit], splitting: ShardSplitting, mesh: Mesh) -> list[Rows]:
     """Micro-batches that hold the units, of the same shapes in the same order on every process.
 
-    Rows have the length of the budget, halved as often as that costs the least; a shard has as many as the budget
-    holds. A row that is longer than the budget is alone in its shard.
+    All have one shape: that of an earlier plan if one costs little more than the best, see `ShardSplitting.settled`.
+    A row that is longer than the budget is alone in its shard.
     """
     shards = meshes.batch_shards(mesh)
-    long = sorted((u for u in units if u[0].length > _length(splitting.tokens, 0)), key=_longest, reverse=True)
-    short = [u for u in units if u[0].length <= _length(splitting.tokens, 0)]
-    halvings = -ranks.most(-_halvings(short, splitting, shards))[0]
-    length = _length(splitting.tokens, halvings)
-    micro = [(length, filling) for filling in _filled(short, splitting, shards, halvings)]
-    alone = [long[start : start + shards] for start in range(0, len(long), shards)]
-    apart = [
-        Filling([], [row for u in us for row in u], [(at, 0) for at, u in enumerate(us) for _ in u]) for us in alone
-    ]
-    counts = ranks.most(len(micro), len(apart))
-    padded = [*apart, *[None] * (counts[1] - len(apart)), *(f for _, f in micro), *[None] * (counts[0] - len(micro))]
-    laid_out = [layout.arrays(batch, filling.rows) if filling else None for filling in padded]
-    lengths = [
-        *[max(bucket(_longest(f.rows)) if f else 0, length) for f in padded[: counts[1]]],
-        *[length] * counts[0],
-    ]
-    wanted = []
-    for filling, arrays, tokens in zip(padded, laid_out, lengths, strict=True):
-        predicted = 1 if filling is None or arrays is None else _most_predicted(filling, arrays)
-        wanted += [1 if filling is None else -(-filling.used // shards), tokens, predicted]
-    if not wanted:
-        return []  # on any process
-    agreed = ranks.most(*wanted)
-    predicted = max(agreed[2 + 3 * counts[1] :: 3], default=1)
+    budget = _length(splitting.tokens, 0)
+    predicted = {row.responses: len(layout.arrays(batch, [row]).targets) for unit in units for row in unit}
+    long = sorted((u for u in units if u[0].length > budget), key=_longest, reverse=True)
+    short = [u for u in units if u[0].length <= budget]
+    tokens = -(-sum(row.length for unit in short for row in unit) // shards)
+    count, longest, tokens = ranks.most(-(-len(long) // shards), max(map(_longest, short), default=0), tokens)
+    parts = [long[start : start + shards] for start in range(0, count * shards, shards)]
+    micro = [*_apart(parts, predicted, splitting), *_together(short, longest, tokens, predicted, splitting, shards)]
     planned = []
-    for number, (filling, arrays) in enumerate(zip(padded, laid_out, strict=True)):
-        rows, tokens, needed = agreed[3 * number : 3 * number + 3]
-        needed = needed if number < counts[1] else predicted
-        part = max(SMALLEST, -(-tokens // SPREAD))
-        shape = (rows_bucket(rows * shards, shards), tokens, -(-needed // part) * part)
-        planned.append(lay(arrays, filling.rows if filling else [], filling.places if filling else [], shape))
+    for filling, (rows, length, predicts) in micro:
+        laid_out = layout.arrays(batch, filling.rows) if filling.rows else None
+        planned.append(lay(laid_out, filling.rows, filling.places, (rows * shards, length, predicts)))
     return planned
+
+
+def _apart(
+    parts: Sequence[Sequence[Unit]], predicted: Mapping[tuple[int, ...], int], splitting: ShardSplitting
+) -> list[tuple[Filling, Shape]]:
+    """Micro-batches of rows that are longer than the budget, one in each shard, and their shapes."""
+    made = [
+        Filling([], [row for unit in part for row in unit], [(at, 0) for at, unit in enumerate(part) for _ in unit])
+        for part in parts
+    ]
+    facts = [n for f in made for n in (max((row.length for row in f.rows), default=1), f.predicted(predicted))]
+    agreed = ranks.most(*facts) if facts else ()
+    shapes = []
+    for longest, predicts in zip(agreed[::2], agreed[1::2], strict=True):
+        best = (1, bucket(longest), splitting.padded(bucket(longest), predicts))
+        fitting = [s for s in splitting.shapes if s[0] == 1 and s[1] >= longest and s[2] >= predicts]
+        shapes.append(splitting.settled(best, dict.fromkeys([best, *fitting], 1)))
+    return list(zip(made, shapes, strict=True))
+
+
+def _together(
+    units: Sequence[Unit],
+    longest: int,
+    tokens: int,
+    predicted: Mapping[tuple[int, ...], int],
+    splitting: ShardSplitting,
+    shards: int,
+) -> list[tuple[Filling, Shape]]:
+    """Micro-batches of all other units, of one shape; `longest`, `tokens`: of the process that has most."""
+    if not longest:
+        return []
+    budget = _length(splitting.tokens, 0)
+    known = [shape for shape in splitting.shapes if shape[0] * shape[1] <= budget]
+    made: dict[tuple[int, int], list[Filling] | None] = {}
+    for rows, length in [*splitting.sizes(longest, tokens), *(shape[:2] for shape in known)]:
+        held = length >= longest and all(fits(unit, length, rows * shards) for unit in units)
+        made[rows, length] = fill(units, length, rows * shards, splitting.responses * shards) if held else None
+    facts: list[int] = []
+    for fillings in made.values():
+        most = max((filling.predicted(predicted) for filling in fillings or ()), default=1)
+        facts += (IMPOSSIBLE if fillings is None else len(fillings), most)
+    agreed = ranks.most(*facts)
+    needed = {
+        size: facts for size, *facts in zip(made, agreed[::2], agreed[1::2], strict=True) if facts[0] < IMPOSSIBLE
+    }
+    counts = {(*size, splitting.padded(size[1], predicts)): count for size, (count, predicts) in needed.items()}
+    costs = {shape: count * splitting.cost(shape) for shape, count in counts.items()}
+    best = min(costs, key=lambda shape: costs[shape])
+    if counts[best] < FEW:  # more of a smaller shape: batches to come will fill it better
+        best = min((s for s in costs if costs[s] <= ALIKE * costs[best]), key=lambda shape: shape[0] * shape[1])
+    for shape in known:
+        count, predicts = needed.get(shape[:2], (0, 0))
+        if count and shape[2] >= predicts:
+            counts[shape] = count
+    shape = splitting.settled(best, counts)
+    fillings = made[shape[:2]]
+    assert fillings is not None
+    return [(filling, shape) for filling in [*fillings, *(Filling([], [], []),) * (counts[shape] - len(fillings))]]
 
 
 def _longest(unit: Unit) -> int:
@@ -194,34 +289,6 @@ def _longest(unit: Unit) -> int:
 
 def _length(tokens: int, halvings: int) -> int:
     return max(SMALLEST, -(-tokens // (SMALLEST << halvings)) * SMALLEST)
-
-
-def _filled(units: Sequence[Unit], splitting: layout.Splitting, shards: int, halvings: int) -> list[Filling]:
-    return fill(units, _length(splitting.tokens, halvings), shards << halvings, splitting.responses * shards)
-
-
-def _halvings(units: Sequence[Unit], splitting: layout.Splitting, shards: int) -> int:
-    """How often the budget is halved for the length of a row: tokens times their cost is the least."""
-    longest = max(map(_longest, units), default=SMALLEST)
-    most = 0
-    while _length(splitting.tokens, most + 1) >= longest and _length(splitting.tokens, most) > SMALLEST:
-        most += 1
-    costs = {}
-    for halvings in range(most, max(-1, most - 3), -1):
-        length, rows = _length(splitting.tokens, halvings), shards << halvings
-        if not all(fits(unit, length, rows) for unit in units):
-            continue
-        made = _filled(units, splitting, shards, halvings)
-        tokens = sum(rows_bucket(filling.used, shards) for filling in made) * length
-        attention = length / (6 * splitting.hidden_size) if splitting.hidden_size else 0.0
-        costs[halvings] = tokens * (1 + attention)
-    best = min(costs.values(), default=0.0)
-    return next((h for h, cost in costs.items() if cost <= 1.1 * best), 0)  # the first: few lengths in a run
-
-
-def _most_predicted(filling: Filling, arrays: layout.Arrays) -> int:
-    owner = np.asarray([row for row, _ in filling.places])[arrays.predict // arrays.ids.shape[1]]
-    return int(np.bincount(owner).max()) if len(owner) else 1
 
 
 def lay(arrays: layout.Arrays | None, rows: Sequence[layout.Row], places: Sequence[Place], shape: Shape) -> Rows:

@@ -9,14 +9,13 @@ from jax.sharding import Mesh
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, Response, Tokens, hugging_face
-from gvpo_core.training.policy.layout import Splitting
 from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.sampling import Sampling
 from gvpo_jax import generate, mesh, placement, update, weights
 from gvpo_jax.families import SETTINGS, TEXT_OF, read_spec, text_config
 from gvpo_jax.model import Parameters, Setup
 from gvpo_jax.programs import Programs
-from gvpo_jax.rows import Rows, plan
+from gvpo_jax.rows import Rows, ShardSplitting, plan
 
 
 def open_scorer(config: ModelConfig, folder: Path, over: Mesh) -> tuple["Scorer", weights.Files]:
@@ -62,7 +61,7 @@ class Scorer:
         return mesh.local(self.programs.call(update.score_rows, (self.setup,), parameters, adapters, given, out=out))
 
     def logprobs(
-        self, batch: Batch, splitting: Splitting, parameters: Parameters, adapters: Parameters
+        self, batch: Batch, splitting: ShardSplitting, parameters: Parameters, adapters: Parameters
     ) -> tuple[np.ndarray, int]:
         """(N,) float64 sums of token log-probs, and the tokens computed.
 

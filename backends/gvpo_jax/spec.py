@@ -96,6 +96,11 @@ class Spec:
         return len(self.each)
 
     @property
+    def head_share(self) -> float:
+        """Operations of the head for a token, of about those of the layers without attention."""
+        return self.vocabulary / (12 * self.hidden * self.layers)
+
+    @property
     def uniform(self) -> bool:
         """All layers have the same parameters: they are stacked, and one is compiled however many there are."""
         alike = {replace(layer, window=0, rope=0) for layer in self.each}

@@ -6,7 +6,7 @@ Planned for J3's batches and for episodes, as one of four processes of 4 chips p
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
-from gvpo_jax import mesh, rows
+from gvpo_jax import generate, mesh, rows
 
 from benchmarks.scale import episodes
 from benchmarks.scale.jobs import JOBS
@@ -33,6 +33,7 @@ def counts() -> Iterator[Count]:
     worst, shapes = planned(ragged(step) for step in range(STEPS))
     yield Count("computed tokens over real ones in an update", "J3, 4 processes", "", 3.37, worst, 1.3)
     yield Count("programs `accumulate` after 15 steps", "J3, 4 processes", "", 96, shapes, 12)
+    yield Count("shapes of `prefill` and `decode` after 15 steps", "J3, 4 processes", "", 9, sampled(), 2)
     on = "groups of " + episodes.ON % 4 + " or up to three times that"
     of_steps = [episodes.segments(4, 16 + step % 3, 3) for step in range(STEPS)]
     least = [episodes.needed(of_rows) for of_rows, _ in of_steps]
@@ -40,6 +41,21 @@ def counts() -> Iterator[Count]:
     worst, shapes = planned((shared for _, shared in of_steps), least)
     yield Count("computed tokens over different ones in an update", on, "", alone, worst, 1.5)
     yield Count("programs `accumulate` after 15 steps", on, "", None, shapes, 12)
+
+
+def sampled() -> int:
+    """Shapes in which a process samples: half of its chips' free memory is for keys and values, as in a run."""
+    spec, chip = JOB.model, JOB.chip
+    held = spec.parameters * (16 + 2) / JOB.chips + 2 * spec.parameters / SHARDS  # a copy to sample from for 4 chips
+    tokens = int(SHARDS * (chip.memory - held) / 2 / spec.cache_bytes)
+    room, shapes = rows.bucket(JOB.response), set()
+    for step in range(STEPS):
+        batch = ragged(step)
+        prompts = batch.prompts[:: JOB.responses]
+        seeds = [range(JOB.responses)] * len(prompts)
+        chunks = generate.chunks_of(prompts, seeds, room, tokens, 1)
+        shapes |= {generate.shape_of(chunk, prompts, room, 1) for chunk in chunks}
+    return len(shapes)
 
 
 def planned(batches: Iterable[Batch], tokens: Sequence[int] = ()) -> tuple[float, int]:

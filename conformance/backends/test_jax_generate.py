@@ -9,7 +9,7 @@ from required import require
 require(subject="jax")
 
 from gvpo_jax import decoding as sampler
-from gvpo_jax import programs
+from gvpo_jax import generate, programs, rows
 
 from gvpo_core.training.sampling import Sampling, row_seed
 
@@ -22,6 +22,17 @@ def test_a_run_compiles_a_handful_of_programs(tmp_path) -> None:
         prompts = [tuple(draw.integers(1, 96, int(draw.integers(3, 16))).tolist()) for _ in range(4)]
         of_policy.generate(prompts, [[row_seed(step, i, j) for j in range(4)] for i in range(4)], Sampling(10))
     assert len(of_policy.programs) - before == 2  # prefill and decode
+
+
+def test_prompts_are_padded_to_few_lengths() -> None:
+    lengths = range(1, 1025)
+    for responses, most, longest in ((16, 4096, 1), (8, 2048, 2), (4, 64, 16), (1, 64, 16)):
+        room = rows.bucket(most)
+        widths = [generate.prompt_width(n, responses, room) for n in lengths]
+        assert len(set(widths)) <= longest
+        assert all(n <= width for n, width in zip(lengths, widths, strict=True))
+        added = [width - rows.bucket(n) for n, width in zip(lengths, widths, strict=True)]
+        assert max(added) <= responses * room / 32
 
 
 def decoding(of_policy) -> list[str]:

@@ -42,9 +42,10 @@ def test_prompts_decoded_together_fit_the_cache_as_padded(shards: int) -> None:
     places = sorted((i, j) for chunk in chunks for i, of in chunk for j in of)
     assert places == [(i, j) for i, row in enumerate(seeds) for j in range(len(row))]
     for chunk in chunks:
-        lines = rows.rows_bucket(len(chunk), shards)
-        responses = rows.rows_bucket(max(len(of) for _, of in chunk), 1)
-        assert lines * (rows.bucket(max(len(prompts[i]) for i, _ in chunk)) + responses * room) <= TOKENS
+        lines, responses, width = generate.shape_of(chunk, prompts, room, shards)
+        assert lines >= len(chunk) and lines % shards == 0
+        assert all(len(of) <= responses and len(prompts[i]) <= width for i, of in chunk)
+        assert lines * (width + responses * room) <= TOKENS
     assert len(chunks) < len(prompts)
 
 

@@ -1,5 +1,7 @@
 """How gvpo_jax fills its rows: little padding, few shapes, the same on every process; no prompt sees another."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import tiny_models
@@ -45,7 +47,34 @@ def test_rows_are_full_and_have_few_shapes(packed: bool, monkeypatch) -> None:
             assert p.shape[0] * p.shape[1] <= SHARDS * TOKENS and p.shape[0] % SHARDS == 0
         found = np.sort(np.concatenate([p.source.responses for p in planned if p.source]))
         np.testing.assert_array_equal(found, np.arange(len(of)))
-    assert len(shapes) <= 4
+    assert len(shapes) <= 2
+
+
+def test_a_known_shape_is_taken_where_it_costs_little_more() -> None:
+    splitting = rows.ShardSplitting(True, TOKENS, 0, 0)
+    many, one = (1, 128, 128), (1, 512, 512)
+    assert splitting.settled(many, {many: 2}) == many and splitting.shapes == [many]
+    assert splitting.settled(one, {one: 1, many: 4}) == one, "four cost more than a quarter more: another shape"
+    close = (1, 256, 256)
+    assert splitting.settled(close, {close: 1, one: 1, many: 2}) == many, "the first of those that cost little more"
+    assert splitting.settled(close, {close: 1}) == close, "of the known shapes none holds the rows"
+    assert splitting.shapes == [many, one, close]
+
+
+def test_a_plan_does_not_depend_on_plans_after_it(monkeypatch) -> None:
+    """A run that resumes knows the shapes of its last checkpoint, and may know some of later plans: the same plans."""
+    splitting = rows.ShardSplitting(True, 8 * TOKENS, 0, 64, None, SHARDS)
+    plans = []
+    for prompts in (1, 16, 2, 8):
+        of = ragged(7, prompts)
+        known = list(splitting.shapes)
+        planned = plan(of, splitting, splitting.rows(of), monkeypatch)
+        plans.append((of, known, [p.shape for p in planned]))
+    assert len(splitting.shapes) > 1
+    for of, known, shapes in plans:
+        for before in (known, splitting.shapes):
+            again = replace(splitting, shapes=list(before))
+            assert [p.shape for p in plan(of, again, again.rows(of), monkeypatch)] == shapes
 
 
 def test_whole_groups_are_in_one_micro_batch(monkeypatch) -> None:

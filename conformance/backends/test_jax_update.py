@@ -67,5 +67,25 @@ def test_few_programs_are_compiled_however_lengths_vary(folder) -> None:
     for seed in range(8):
         of = batch((4, 3, 4), seed=seed)
         counts.append(of_policy.update(of, coefficients_of(of)).details["compiled_programs"])
-    assert counts[-1] <= 10
+    assert counts[-1] <= 8
     assert counts[-1] == len(of_policy.programs)
+
+
+@pytest.mark.slow
+def test_shapes_are_restored_so_that_a_run_resumes_bit_for_bit(folder, tmp_path) -> None:
+    """A shape that another step chose first pads, and so rounds, in its own way."""
+    before, after = batch((4,), seed=1), batch((4, 3, 4), seed=2)
+    whole = policy(folder, micro_batch_tokens=256)
+    whole.update(after, coefficients_of(after))
+    alone = whole._splitting.shapes.copy()
+    whole.reset()
+    assert whole._splitting.shapes == []
+    whole.update(before, coefficients_of(before))
+    whole.save(tmp_path)
+    resumed = policy(folder, micro_batch_tokens=256)
+    resumed.restore(tmp_path)
+    for of_policy in (whole, resumed):
+        of_policy.update(after, coefficients_of(after))
+    assert resumed._splitting.shapes == whole._splitting.shapes != alone
+    for name, value in whole.learner.trained.items():
+        np.testing.assert_array_equal(resumed.learner.trained[name], value)
