@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any
 
 from gvpo_core.training.config import ConfigError
+from gvpo_core.training.policy.hugging_face import check_window
 from gvpo_core.training.policy.weight_files import refuse_quantization
 from gvpo_jax.rope import read_rope
 from gvpo_jax.spec import NO_WINDOW, Family, Layer, Rope, Spec
@@ -48,7 +49,7 @@ FAMILIES: dict[str, Family] = {
     "phi3": Family("Phi3ForCausalLM", fused=True, fused_mlp=True, partial=True, windows="all"),
     "olmo2": Family("Olmo2ForCausalLM", **_OLMO),
     "olmo3": Family("Olmo3ForCausalLM", windows="types", **_OLMO),
-    "smollm3": Family("SmolLM3ForCausalLM", biases="qkvo", mlp_bias=True, windows="switched"),
+    "smollm3": Family("SmolLM3ForCausalLM", biases="qkvo", mlp_bias=True, windows="types"),
     "granite": Family(
         "GraniteForCausalLM",
         biases="qkvo",
@@ -143,6 +144,7 @@ def read_spec(config: Mapping[str, Any]) -> Spec:
             f"{', '.join(f.architecture for f in FAMILIES.values())}. docs/models.md says which backend takes which"
         )
     refuse_quantization(config, "gvpo_jax")
+    check_window(config)
     _refuse(config, named)
     each, ropes = _layers(config, family)
     width = each[0].width

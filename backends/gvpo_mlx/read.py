@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import weight_files
-from gvpo_core.training.policy.hugging_face import explained, read_config
+from gvpo_core.training.policy.hugging_face import check_window, explained, read_config
 from gvpo_mlx import corrections, rope, settings, weights
 
 
@@ -59,6 +59,7 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
         part, as_written = _text_config(folder, completed), written["text_config"]
         as_written = {"model_type": part["model_type"]} | as_written
         known = _text_arguments(completed["model_type"], part["model_type"], config.path)
+    check_window(part)
     settings.check_dropped(as_written, known)
     given = rope.settings_for(known, part)
     override = {k: v for k, v in part.items() if k != "rope_parameters" or (nested and k in known)}

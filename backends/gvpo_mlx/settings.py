@@ -100,7 +100,7 @@ def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> di
     if not kinds or name is None or "layer_types" in known:
         return {}
     full = [kind == "full_attention" for kind in kinds]
-    if config["model_type"] == "exaone4":
+    if config["model_type"] == "exaone4" and any(full):
         return {"sliding_window_pattern": None if all(full) else "".join("LG"[f] for f in full)}
     every = full.index(True) + 1 if any(full) else len(full) + 1
     if not any(full) or full != [(i + 1) % every == 0 for i in range(len(full))]:
@@ -121,8 +121,6 @@ def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int |
     window = config.get("sliding_window")
     if window is None or config.get("use_sliding_window") is False:
         return None
-    if not isinstance(window, int) or window < 1:
-        raise ConfigError(f"sliding_window of {name} is {window!r}; expected at least 1, or null for none")
     windowed = [isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(lm)]
     kinds = config.get("layer_types") or ["sliding_attention"] * len(windowed)
     wanted = [kind == "sliding_attention" for kind in kinds]

@@ -209,8 +209,9 @@ def context(config: Mapping[str, Any]) -> int | None:
 def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[str, Any]:
     """config.json, completed by transformers where it knows the model.
 
-    A file leaves out what is its family's default in transformers, a sliding window of 4096 or a RoPE base of 10000
-    among them; and older files have other names for it.
+    A file leaves out what is its family's default in transformers, or has null there: a sliding window of 4096 or a
+    RoPE base of 10000 among them; and older files have other names for it. transformers also takes some files for
+    another model type (Mistral's with `layer_types` are Ministral's) and makes the last layer of Gemma 4 a full one.
 
     Args:
       wanted: model type -> names of the settings to complete, those of RoPE apart, which always are.
@@ -231,15 +232,42 @@ def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[st
         raise ConfigError(f"{path} cannot be used: {' '.join(str(error).split())}") from error
     except (ValueError, KeyError, OSError, TypeError, AttributeError):
         return config
-    for name in names - config.keys():
-        value = getattr(known, name, None)
-        if isinstance(value, (bool, int, float, str, list)) and not name.startswith("rope"):
-            config[name] = value
+    config["model_type"] = known.model_type
+    for name in names:
+        mended = name == "layer_types" and {*(config.get(name) or ())} <= {"full_attention", "sliding_attention"}
+        if name == "sliding_window" and hasattr(known, name):
+            config[name] = known.sliding_window
+        elif (mended or config.get(name) is None) and not name.startswith("rope"):
+            value = getattr(known, name, None)
+            if isinstance(value, (bool, int, float, str, list)):
+                config[name] = value
     rope = getattr(known, "rope_parameters", None)
     if rope:  # transformers has read older forms into this one
         config = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}
         config["rope_parameters"] = dict(rope)
     return config
+
+
+def check_window(config: Mapping[str, Any]) -> None:
+    """Refuses a sliding window that is none, where layers have one by config.json.
+
+    Args:
+      config: of the language model, completed.
+    Raises: ConfigError: sliding layers and no window, or a window below 1.
+    """
+    window, kind = config.get("sliding_window"), config.get("model_type")
+    sliding = "sliding_attention" in (config.get("layer_types") or ())
+    if window is None and sliding:
+        unused = config.get("use_sliding_window") is False
+        why = "use_sliding_window is false" if unused else "sliding_window is null"
+        raise ConfigError(
+            f"config.json of {kind} has layers of sliding_attention, and {why}: give the window, or layer_types of"
+            " full_attention alone"
+        )
+    if window is None or (config.get("use_sliding_window") is False and not sliding):
+        return
+    if isinstance(window, bool) or not isinstance(window, int) or window < 1:
+        raise ConfigError(f"sliding_window of {kind} is {window!r}; expected at least 1, or null for none")
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
