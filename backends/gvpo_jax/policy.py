@@ -183,7 +183,10 @@ class JaxPolicy(LanguageModelPolicy):
 
     def save_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""
-        checkpoint.save(Path(directory), self.learner.parameters_alone(), self._header(), self.rank == 0)
+        held, compute = self.learner.parameters_alone(), self.setup.compute
+        if not self.config.lora_rank and compute != np.float32:
+            held = {"parameter": self.learner.copied(compute)}
+        checkpoint.save(Path(directory), held, self._header(), self.rank == 0)
 
     def load_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""

@@ -19,7 +19,12 @@ _NAMES = {mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}
 
 
 def saving(
-    directory: Path, scorer: Scorer, optimizer: AdamW | None, header: Mapping[str, Any], reference: Sequence[mx.array]
+    directory: Path,
+    scorer: Scorer,
+    optimizer: AdamW | None,
+    header: Mapping[str, Any],
+    reference: Sequence[mx.array],
+    dtype: mx.Dtype | None = None,
 ) -> Callable[[], dict[str, Digest]]:
     """A function that writes parameters, moments and `header`, and may run in another thread.
 
@@ -28,11 +33,12 @@ def saving(
     Args:
       optimizer: None: the parameters alone are written, for `restore_parameters`.
       reference: parameters of a renewed reference; empty: the reference is the initial model.
+      dtype: of the parameters that are written. None: as they are held.
     """
     tensors: dict[str, tensor_file.Tensor] = {}
     all_moments = optimizer.moments if optimizer is not None else []
     for i, (name, value) in enumerate(zip(scorer.names, scorer.parameters, strict=True)):
-        tensors[f"parameter.{name}"] = _entry(value)
+        tensors[f"parameter.{name}"] = _entry(value if dtype is None else value.astype(dtype))
         for moment, held in zip(MOMENTS, all_moments[i] if all_moments else (), strict=False):
             tensors[f"{moment}.{name}"] = _entry(held)
     for name, value in zip(scorer.names, reference, strict=False):

@@ -190,7 +190,9 @@ class MLXPolicy(LanguageModelPolicy):
     def save_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""
         if self.rank == 0:
-            checkpoint.saving(Path(directory), self.scorer, None, self._header(), [])()
+            dtype = None if self.scorer.adapted else self.scorer.dtype
+            with mx.stream(self.device):
+                checkpoint.saving(Path(directory), self.scorer, None, self._header(), [], dtype)()
 
     def load_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""

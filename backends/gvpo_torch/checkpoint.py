@@ -31,6 +31,7 @@ def saving(
     rank: int,
     ranks: int,
     reference: Mapping[str, Tensor] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Callable[[], dict[str, Digest]]:
     """A function that writes this rank's part of the state and `header`, and may run in another thread.
 
@@ -41,6 +42,7 @@ def saving(
       optimizer: None: the parameters alone are written, for `restore_parameters`.
       rank, ranks: of those that write; a rank beyond them has the same state as another, and writes nothing.
       reference: tensors of a renewed reference, by the names of `named`; None: it is the initial model.
+      dtype: of what is written. None: as it is held.
     """
     if rank >= ranks:
         return dict
@@ -52,7 +54,7 @@ def saving(
         of_reference = {"reference": reference[name]} if reference else {}
         for kind, tensor in (_tensors(p, optimizer) | of_reference).items():
             if first < end or ranks == 1:
-                tensors[f"{kind}.{name}"] = _entry(_local(tensor))
+                tensors[f"{kind}.{name}"] = _entry(_local(tensor).to(dtype or tensor.dtype))
                 rows[f"{kind}.{name}"] = [first, tensor.shape[0] if tensor.ndim else 1]
     steps = {name: float(_state(p, optimizer)["step"]) for name, p in named.items() if _state(p, optimizer)}
 

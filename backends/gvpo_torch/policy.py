@@ -238,7 +238,8 @@ class TorchPolicy(LanguageModelPolicy):
     def save_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""
         writers = self.world_size if self._sharded else 1
-        checkpoint.saving(Path(directory), self._named, None, self._header(), self.rank, writers)()
+        dtype = None if self.config.lora_rank else getattr(torch, self.config.dtype)
+        checkpoint.saving(Path(directory), self._named, None, self._header(), self.rank, writers, dtype=dtype)()
 
     def load_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""

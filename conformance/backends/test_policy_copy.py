@@ -49,7 +49,9 @@ def test_a_policy_that_is_not_trained_draws_with_the_parameters_of_one_that_is(s
     before = copy.logprobs(batch())
     trained.save_parameters(tmp_path)
     copy.load_parameters(tmp_path)
-    assert {name.rpartition("parameter")[1] for name in backend.state(tmp_path)} == {"parameter"}
+    written = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
+    count = sum(p.size for p in backend.policies.parameters(trained).values())
+    assert "lora_rank" in settings or written < (3 if "dtype" in settings else 5) * count + 2**14
     gap = np.abs(copy.logprobs(batch()) - trained.logprobs(batch())).max()
     moved = np.abs(before - trained.logprobs(batch())).max()
     assert moved > 1 and gap < (0.1 * moved if "dtype" in settings else 1e-5)
