@@ -28,6 +28,7 @@ from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.policy.memory import estimate_memory
 from gvpo_core.training.samplers import SamplerError
+from gvpo_core.training.sampling import TRAIN, row_seed
 from gvpo_core.training.teacher import load_teacher
 
 PRESENT = trainer_backends.present()
@@ -116,6 +117,27 @@ def test_the_reference_is_what_the_teacher_gives_to_the_text(tmp_path, backend, 
     w = -(s - s.reshape(3, 4).mean(axis=1).repeat(4))
     np.testing.assert_allclose(factors, w / (3 * 3), rtol=2e-4, atol=2e-5)
     assert "teacher" in capsys.readouterr().out
+
+
+def test_the_teacher_draws_beside_the_student_in_one_group(tmp_path, backend, student, teacher, scoring, capsys):
+    """Two of four responses are the teacher's text, in the student's tokens."""
+    config = config_of(tmp_path, backend, student, teacher, dtype="float32")
+    rollout = replace(config.rollout, sampler="teacher", own_responses=2)
+    config = replace(config, run=replace(config.run, steps=1), rollout=rollout)
+    policy = load_policy(config)
+    train(config, policy, train_rows=ROWS)
+    lines = sorted(texts(tmp_path), key=lambda line: line["group"])  # the policy's own first
+    assert [line["group"] for line in lines] == [0] * 4 + [1] * 4 + [2] * 4
+    asked = [tuple(scoring.encode(row["prompt"])) for row in ROWS]
+    seeds = [[row_seed(config.run.seed, TRAIN, 1, group, i) for i in range(2)] for group in range(3)]
+    drawn = [[scoring.decode(r.tokens) for r in many] for many in scoring.generate(asked, seeds, rollout.sampling)]
+    for group in range(3):
+        mine, theirs = lines[4 * group : 4 * group + 2], lines[4 * group + 2 : 4 * group + 4]
+        cut = [policy.decode(policy.encode_responses("", [text], [False])[0].tokens[:6]) for text in drawn[group]]
+        assert [line["response"] for line in theirs] == cut != [line["response"] for line in mine]
+    (record,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1:]
+    assert record["responses/lost"] == 0 == record["teacher/unread"] and record["gradient_norm"] > 0
+    assert "sampler the teacher, " in " ".join(capsys.readouterr().out.split())
 
 
 def test_the_student_comes_closer_to_its_teacher(tmp_path, backend, student, teacher, capsys):

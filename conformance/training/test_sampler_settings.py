@@ -143,8 +143,14 @@ SET = SAMPLER + '[engine]\nurl = "http://h"\nmodel = "m"\n'
 @pytest.mark.parametrize(
     ("lines", "wanted"),
     [
-        ('[rollout]\nsampler = "engin"', "expected 'policy', 'engine' or file.py:Sampler; did you mean 'engine'?"),
-        ('[rollout]\nsampler = "vllm"', "rollout.sampler = 'vllm'; expected 'policy', 'engine' or file.py:Sampler"),
+        (
+            '[rollout]\nsampler = "engin"',
+            "expected 'policy', 'engine', 'teacher' or file.py:Sampler; did you mean 'engine'?",
+        ),
+        (
+            '[rollout]\nsampler = "vllm"',
+            "rollout.sampler = 'vllm'; expected 'policy', 'engine', 'teacher' or file.py:Sampler",
+        ),
         (SAMPLER + '[engine]\nmodel = "m"', "engine.url = ''; expected http://HOST:PORT"),
         (SAMPLER + '[engine]\nmodel = "m"\nurl = "localhost:80"', "engine.url = 'localhost:80'; expected http://HOST"),
         (SAMPLER + '[engine]\nmodel = "m"\nurl = "http://h:x"', "engine.url = 'http://h:x'; expected http://HOST"),

@@ -45,6 +45,7 @@ from gvpo_core.training.samplers.load import check_sampler
 from gvpo_core.training.sources import Ahead, Buffer, Mixed, Sampled, Source, Streamed, Taught
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.teacher import Teacher, load_teacher
+from gvpo_core.training.teacher.sampler import TeacherSampler
 from gvpo_core.training.terminal.output import open_standard_descriptors
 
 
@@ -177,6 +178,9 @@ class Inputs:
         Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler, and recorded responses.
         """
         source = self._source(policy, sampler, trained, cached)
+        if isinstance(sampler, TeacherSampler):
+            self._teacher = sampler.teacher
+            self._teacher.check(source.prompts)
         if self.config.objective.reference != "teacher":
             return source
         return Taught(source, self._taught_by(policy, source.prompts))

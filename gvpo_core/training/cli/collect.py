@@ -56,9 +56,8 @@ def for_collecting(config: Config) -> Config:
         replace(config.objective, reference="rollout"),
     )
     rollout = replace(config.rollout, equal="keep", truncated="keep")  # training on the file decides
-    return replace(
-        config, data=data, objective=objective, rollout=rollout, replay=ReplayConfig(), teacher=TeacherConfig()
-    )
+    teacher = config.teacher if rollout.sampler == "teacher" else TeacherConfig()
+    return replace(config, data=data, objective=objective, rollout=rollout, replay=ReplayConfig(), teacher=teacher)
 
 
 def refuse_name(out: Path) -> None:
@@ -158,6 +157,8 @@ class _Growing:
         drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
         engine = table.get("engine", {})
         drawn |= {"engine": {name: engine.get(name) for name in _ENGINE}}
+        if inputs.config.rollout.sampler == "teacher":
+            drawn["teacher"] = table.get("teacher")
         identity = json.dumps([drawn, inputs.fingerprints(policy)], sort_keys=True, default=str)
         self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
 

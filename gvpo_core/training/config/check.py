@@ -212,7 +212,7 @@ def _wrong_teacher(c: Config) -> list[tuple[str, str]]:
     taught, path = c.objective.reference == "teacher", c.teacher.path
     if taught and not path:
         return [("teacher.path", "objective.reference = 'teacher', and teacher.path is empty; expected a model folder")]
-    if path and not taught:
+    if path and not taught and c.rollout.sampler != "teacher":
         message = f"teacher.path = {path!r}, and objective.reference = {c.objective.reference!r}; set it to 'teacher'"
         return [("teacher.path", message)]
     if taught and c.objective.name in WITHOUT_REFERENCE:

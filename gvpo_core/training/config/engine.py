@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from gvpo_core.training.config.servers import EngineConfig, TeacherConfig
 from gvpo_core.training.config.settings import Config
 
-SAMPLERS = ("policy", "engine")
+SAMPLERS = ("policy", "engine", "teacher")
 """Values of rollout.sampler that are no import path."""
 
 REQUEST_FIELDS = ("model", "prompt", "messages", "n", "seed", "temperature", "stream", "logprobs", "return_token_ids")
@@ -174,7 +174,10 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
     if name not in SAMPLERS and not (":" in name and all(name.rpartition(":")[::2])):
         close = get_close_matches(name, SAMPLERS, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        yield "rollout.sampler", f"rollout.sampler = {name!r}; expected 'policy', 'engine' or file.py:Sampler{hint}"
+        yield (
+            "rollout.sampler",
+            f"rollout.sampler = {name!r}; expected 'policy', 'engine', 'teacher' or file.py:Sampler{hint}",
+        )
         return
     if name != "policy" and not sampled:
         yield (
@@ -208,6 +211,8 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
         )
     if config.rollout.ahead and not sampled:
         yield "rollout.ahead", f"rollout.ahead = {config.rollout.ahead}, and rollout.source = 'recorded' draws nothing"
+    if name == "teacher":
+        yield from _wrong_teaching(config)
     if name == "engine":
         for field, message in wrong_engine(engine):
             yield f"engine.{field}", f"engine.{message}"
@@ -241,6 +246,30 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
             "evaluation.sampler",
             "evaluation.sampler = 'rollout' and engine.weights = 'kept': the engine's own weights would be evaluated"
             " instead of the policy's; set engine.weights, or leave evaluation.sampler out",
+        )
+
+
+def _wrong_teaching(config: Config) -> Iterator[tuple[str, str]]:
+    """(field, message): what is wrong where the teacher draws."""
+    name = "rollout.sampler = 'teacher'"
+    if not config.teacher.path:
+        yield "teacher.path", f"{name}, and teacher.path is empty; expected a model folder"
+    if config.teacher.url:
+        yield (
+            "rollout.sampler",
+            f"{name} and teacher.url is set: its server scores. Let it draw as rollout.sampler = 'engine', with"
+            " engine.tokens = 'text' where it has another tokenizer",
+        )
+    if config.rollout.ahead:
+        yield (
+            "rollout.ahead",
+            f"rollout.ahead = {config.rollout.ahead} and {name}: it draws on the device that the update needs; leave"
+            " one of them out",
+        )
+    if config.environment.used:
+        yield (
+            "rollout.sampler",
+            f"{name} and [environment]: the teacher draws no turns of episodes; leave one of them out",
         )
 
 

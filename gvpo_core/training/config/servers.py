@@ -60,7 +60,8 @@ class EngineConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """A model to distill from, where objective.reference = "teacher" (docs/distillation.md)."""
+    """A model to distill from, where objective.reference = "teacher" or rollout.sampler = "teacher"
+    (docs/distillation.md)."""
 
     path: str = ""
     """Local Hugging Face folder, or hub name, with any tokenizer. With url: only tokenizer and context are read."""

@@ -134,8 +134,9 @@ class RolloutConfig:
     """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
     mixed: both in one group; auto: recorded where the data's columns hold them."""
     sampler: str = "policy"
-    """What draws them. policy: the trained policy; engine: the server of [engine]; or a class or function of your own
-    that gives a sampler, as file.py:Sampler or package.module:Sampler (docs/samplers.md)."""
+    """What draws them. policy: the trained policy; engine: the server of [engine]; teacher: the model of [teacher]; or
+    a class or function of your own that gives a sampler, as file.py:Sampler or package.module:Sampler
+    (docs/samplers.md)."""
     ahead: int = 0
     """Steps by which responses may be drawn ahead of their use, during updates. Of sampler = policy a copy in another
     process draws them. 0: none."""

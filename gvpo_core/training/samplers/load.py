@@ -17,6 +17,8 @@ from gvpo_core.training.samplers.engine import Engine
 from gvpo_core.training.samplers.in_process import VLLM, check_installed
 from gvpo_core.training.samplers.protocol import Sampler, close
 
+_TEACHER = "gvpo_core.training.teacher.sampler:TeacherSampler"  # by name: the teacher's room is above this one
+
 
 def check_sampler(config: Config) -> None:
     """Raises ConfigError where the sampler is not found, takes other arguments or lacks its key. It is not opened."""
@@ -31,7 +33,7 @@ def check_sampler(config: Config) -> None:
 def _found(config: Config) -> Callable[..., Any]:
     name = config.rollout.sampler
     try:
-        function = find_function(name)
+        function = find_function(_TEACHER if name == "teacher" else name)
     except LookupError as error:
         raise ConfigError(f"rollout.sampler = {name!r}: {error}") from error
     try:
@@ -112,6 +114,8 @@ def _made(config: Config, policy: Policy) -> Any:
     function, arguments = _found(config), {"config": config, "policy": policy}
     try:
         return function(**{name: arguments[name] for name in _taken(function)})
+    except ConfigError:
+        raise
     except Exception as error:  # the user's own
         raise ConfigError(f"rollout.sampler = {name!r} raised {type(error).__name__}: {error}") from error
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy import Policy, PolicyFacts
 from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.sources.ahead import Ahead
 from gvpo_core.training.sources.mixed import Mixed
@@ -12,6 +12,7 @@ from gvpo_core.training.sources.recorded import Recorded, Streamed, recorded_rol
 from gvpo_core.training.sources.replay import Buffer
 from gvpo_core.training.sources.sampled import Sampled
 from gvpo_core.training.sources.taught import Taught
+from gvpo_core.training.teacher.sampler import TeacherSampler
 
 __all__ = [
     "Ahead",
@@ -23,7 +24,18 @@ __all__ = [
     "Streamed",
     "Taught",
     "recorded_rollout",
+    "teacher_of",
 ]
+
+
+def teacher_of(source: "Source") -> PolicyFacts | None:
+    """Facts of a teacher that this process has loaded, which scores or draws."""
+    if isinstance(source, Taught) and source.teacher.facts is not None:
+        return source.teacher.facts
+    sampled = source.source if isinstance(source, Taught) else source
+    sampled = sampled.sampled if isinstance(sampled, Mixed) else sampled
+    sampler = sampled.sampler if isinstance(sampled, Sampled) else None
+    return sampler.teacher.facts if isinstance(sampler, TeacherSampler) else None
 
 
 class Source(Protocol):

@@ -10,7 +10,7 @@ from gvpo_core.training.inputs import HeldOut
 from gvpo_core.training.policy.facts import PolicyFacts
 from gvpo_core.training.policy.memory import advice, available_memory, estimate_memory, gib, in_words
 from gvpo_core.training.rewards import Reward
-from gvpo_core.training.sources import Source, Taught
+from gvpo_core.training.sources import Source, teacher_of
 
 
 def header(
@@ -65,8 +65,7 @@ def _memory(config: Config, facts: PolicyFacts, source: Source) -> dict[str, str
     longest = max(len(tokens) for tokens in source.prompts.tokens)
     responses, tokens = source.largest
     config = replace(config, rollout=replace(config.rollout, responses=responses, max_tokens=tokens))
-    teacher = source.teacher.facts if isinstance(source, Taught) else None
-    memory, have = estimate_memory(facts, config, longest, teacher), available_memory(facts)
+    memory, have = estimate_memory(facts, config, longest, teacher_of(source)), available_memory(facts)
     if memory is None:
         return {}
     lines = {"estimated memory": in_words(memory, have, facts.ranks)}

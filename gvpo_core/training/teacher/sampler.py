@@ -1,0 +1,53 @@
+"""The teacher's own responses, as text: the teacher may have another tokenizer than the policy."""
+
+from collections.abc import Sequence
+
+from gvpo_core.training.config import Config, ConfigError
+from gvpo_core.training.policy import Policy, Prompt
+from gvpo_core.training.samplers.protocol import Text
+from gvpo_core.training.sampling import Sampling
+from gvpo_core.training.teacher.load import load_teacher
+from gvpo_core.training.teacher.taught import Teacher
+
+
+class TeacherSampler:
+    """Draws with the model of [teacher], in the run's process. The teacher is never trained, so nothing is sent to it.
+
+    Its text is tokenized by the policy's tokenizer, as a server's is.
+    """
+
+    messages = True  # the teacher has a chat template of its own
+
+    def __init__(self, config: Config, policy: Policy) -> None:
+        """Loads the teacher.
+
+        Raises: ConfigError: it cannot be used, or several ranks would share it.
+        """
+        self.teacher: Teacher = load_teacher(config, policy)
+        self.failures: list[str] = []
+        facts = self.teacher.facts
+        assert facts is not None  # teacher.url is refused
+        if policy.world_size > 1 and facts.sharding != "data_parallel":
+            raise ConfigError(
+                f"rollout.sampler = 'teacher', and the {policy.world_size} ranks hold the teacher together: each draws"
+                " for itself. Use torch with model.sharding = 'data_parallel', or one process"
+            )
+
+    def describe(self) -> str:
+        """What draws, for the header."""
+        return f"the teacher, {self.teacher.describe()}"
+
+    def generate(
+        self, prompts: Sequence[Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> list[list[Text]]:
+        """Draws a response for each seed of each prompt; none where they would be longer than the teacher's context."""
+        scorer, context = self.teacher.scorer, self.teacher.context
+        asked = [tuple(scorer.encode(prompt)) for prompt in prompts]
+        fits = [not context or len(ids) + sampling.max_tokens <= context for ids in asked]
+        self.failures = [] if all(fits) else [f"prompt and response are longer than the teacher's context, {context}"]
+        places = [i for i, fit in enumerate(fits) if fit]
+        given: list[list[Text]] = [[] for _ in prompts]
+        drawn = scorer.generate([asked[i] for i in places], [seeds[i] for i in places], sampling)  # type: ignore[attr-defined]
+        for i, responses in zip(places, drawn, strict=True):
+            given[i] = [Text(scorer.decode(r.tokens), r.finished) for r in responses]  # type: ignore[attr-defined]
+        return given
