@@ -83,7 +83,7 @@ def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, make, final_state,
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model_extra", ["", "lora_rank = 4"], ids=["full", "lora"])
-def test_twenty_kills_change_nothing(model_extra, tmp_path, make, final_state, backend, capfd, monkeypatch):
+def test_kills_change_nothing(model_extra, tmp_path, make, final_state, backend, capfd, monkeypatch):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     for name in ("whole", "killed"):
         make(tmp_path / name, steps=60, model_extra=model_extra)
@@ -93,7 +93,7 @@ def test_twenty_kills_change_nothing(model_extra, tmp_path, make, final_state, b
     assert whole.exit_status() == 0, whole.log.read_text()
     run = tmp_path / "killed" / "run"
     config = tmp_path / "killed" / "config.toml"
-    hit = killing.kill_and_resume(config, run, launch, kills=20, seed=1, longest=1.0)
+    hit = killing.kill_and_resume(config, run, launch, kills=backend.kills, seed=1, longest=1.0)
     assert hit["saving"] >= 3, hit
     assert hit["running"] >= 3, hit
     one, two = final_state(tmp_path / "whole"), final_state(tmp_path / "killed")

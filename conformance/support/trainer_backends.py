@@ -36,6 +36,7 @@ class Backend:
     state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
     suffixes: frozenset[str] = frozenset((".safetensors", ".json"))  # of the files of a checkpoint
     lora_kinds: tuple[str, ...] = ("lora", "dora")  # model.lora_kind settings
+    kills: int = 20  # of one run
     decoders: tuple[str, ...] = ("llama", "qwen2", "qwen3")  # tiny models that are sampled; the first is the usual one
 
     @property
@@ -90,6 +91,7 @@ BACKENDS = {
             state=_orbax,
             suffixes=frozenset(("", ".json", ".ocdbt", ".txt")),
             lora_kinds=("lora",),
+            kills=10,  # each start traces its programs
             decoders=("llama", "mistral-window"),
         ),
         # MLX starts threads when its layers are imported: nothing of them before the fork.
@@ -98,6 +100,7 @@ BACKENDS = {
             ("mlx", "mlx_lm", "transformers", "tyro"),
             ("mlx.core", "transformers.models.auto.tokenization_auto", "gvpo_core.training.loop"),
             _mlx_launch,
+            kills=10,
         ),
     )
 }
