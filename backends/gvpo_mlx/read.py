@@ -7,6 +7,7 @@ import importlib.util
 import inspect
 import io
 import json
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
         try:
             lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
         except ValueError as error:  # a list of tensors, one a line
-            raise ValueError(" ".join(str(error).split())[:300]) from error
+            raise _explained(" ".join(str(error).split())[:300], completed["model_type"], config.path) from error
     weight_files.refuse_integers(tensors, settings.packed_names(lm, tensors))
     origin = weights.Origin(lm, folder)
     origin.check(part)
@@ -88,6 +89,22 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     corrections.scale_embedding_exactly(language)
     export = {k: v for k, v in (written if nested else completed).items() if k not in settings.QUANTIZATION}
     return Loaded(lm, part, export, origin, window, as_written)
+
+
+_NAMES_OF_TENSORS = {
+    r"Received (\d+) parameters not in model: ": "has {} weights that mlx-lm's {} does not use",
+    r"Missing (\d+) parameters: ": "lacks {} weights of mlx-lm's {}",
+}
+
+
+def _explained(message: str, kind: str, path: str) -> Exception:
+    """mlx-lm's error about tensors that its model lacks, or has no place for, with what to do."""
+    for beginning, what in _NAMES_OF_TENSORS.items():
+        if found := re.match(beginning, message):
+            first = message[found.end() :].partition(",")[0].rstrip(".")
+            said = f"model.path {path!r} {what.format(found[1], kind)}, the first {first}"
+            return ConfigError(f"{said}; gvpo_torch may take the model")
+    return ValueError(message)
 
 
 def language_model(lm: nn.Module) -> nn.Module:

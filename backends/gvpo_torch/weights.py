@@ -21,8 +21,11 @@ from gvpo_torch.language_model import LanguageModel
 log = logging.getLogger("gvpo.torch")
 
 DEQUANTIZED = ("fp8", "mxfp4")  # transformers unpacks these exactly into floats
-# Not part of the text model, or computed again from config.json.
-UNUSED = re.compile(r"vision|visual|image|audio|video|speech|projector|multi_modal|mtp|nextn|inv_freq|masked_bias")
+# Not part of the text model, or computed again from config.json: by the name of a part, never of a layer's own weight.
+UNUSED = re.compile(
+    r"^((?!layers\.\d).)*(vision|visual|image|audio|video|speech|projector|multi_modal|mtp|nextn)"
+    r"|inv_freq$|masked_bias$"
+)
 
 
 @contextlib.contextmanager
@@ -58,6 +61,7 @@ def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = Fals
 
         settings = AutoConfig.from_pretrained(**where)
         options = {**where, "config": settings, "dtype": dtype, "use_safetensors": True, "output_loading_info": True}
+        options["ignore_mismatched_sizes"] = True  # `_check` names them
         unpacked = _dequantized(settings, written)
         options |= unpacked
         auto = _auto_class(settings, config)

@@ -112,7 +112,10 @@ def test_rope_that_a_model_of_mlx_lm_cannot_be_given_is_refused() -> None:
     [
         ({"model_type": "strange"}, "type 'strange', which mlx-lm does not have"),
         ({"model_type": None}, "no model_type"),
-        ({"num_hidden_layers": 3}, "cannot be loaded: ValueError: Missing 9 parameters"),
+        (
+            {"num_hidden_layers": 3},
+            "lacks 9 weights of mlx-lm's llama, the first model.layers.2",
+        ),
     ],
 )
 def test_what_is_not_a_model_of_mlx_lm_is_named(settings, message, llama, tmp_path) -> None:

@@ -190,3 +190,40 @@ def test_settings_of_quantisation_that_say_nothing_are_taken(backend, sound, tmp
         sound, tmp_path, quantization_config=None, load_in_4bit=False, vision_config={"quantization_config": {}}
     )
     backend.policies.policy(folder)
+
+
+def _with_tensor(folder, tmp_path, name, array) -> Path:
+    from safetensors.numpy import load_file, save_file
+
+    copy = shutil.copytree(folder, tmp_path / "model")
+    save_file(load_file(copy / "model.safetensors") | {name: array}, copy / "model.safetensors", {"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.out_projector.weight",  # as the name of a part for images is
+        "model.layers.1.visual_mlp.up_proj.weight",
+        "model.layers.0.mlp.nextn.weight",
+        "model.layers.2.mlp.up_proj.weight",  # of a layer that config.json does not have
+        "lm_head.bias",
+        "score.weight",
+        "model.layers.0.self_attn.q_proj.weight_scale_inv",
+        "model.layers.0.self_attn.q_proj.weight.absmax",
+    ],
+)
+def test_a_tensor_that_nothing_uses_is_named(name, backend, sound, tmp_path):
+    folder = _with_tensor(sound, tmp_path, name, np.ones((4, 4), np.float32))
+    with pytest.raises(ConfigError, match=re.escape(name)) as raised:
+        backend.policies.policy(folder)
+    assert "\n" not in str(raised.value) and "Error:" not in str(raised.value)
+
+
+def test_weights_of_another_shape_are_named(backend, sound, tmp_path):
+    """As a weight packed by bitsandbytes has; transformers prints a table and names nothing in its error."""
+    name = "model.layers.0.self_attn.q_proj.weight"
+    folder = _with_tensor(sound, tmp_path, name, np.ones((512, 1), np.float32))
+    with pytest.raises(ConfigError, match=re.escape(name)) as raised:
+        backend.policies.policy(folder)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 400

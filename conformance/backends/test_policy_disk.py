@@ -287,7 +287,7 @@ def test_a_pickle_is_not_read(load, broken) -> None:
     [
         ({"model_type": "perceptive_llama"}, "perceptive_llama"),
         ({"rope_parameters": {"rope_type": "spiral", "rope_theta": 1.0}}, "spiral"),
-        ({"num_hidden_layers": 3}, r"lacks 13 weights.* the first model\.layers\.2|Missing 13 parameters"),
+        ({"num_hidden_layers": 3}, r"lacks 13 weights.* the first model\.layers\.2"),
     ],
     ids=["model_type", "rope_type", "layers"],
 )

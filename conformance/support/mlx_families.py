@@ -147,7 +147,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": 16, "moe_num_shared_experts": 1},
         "drops .*e_score_correction_bias, which transformers reads",
     ),
-    "gpt_oss": (OTHERS["gpt_oss"], "parameters not in model: model.layers.0.mlp.experts"),
+    "gpt_oss": (OTHERS["gpt_oss"], "does not use, the first model.layers.0.mlp.experts"),
     "mamba2": ({"num_heads": 8, "head_dim": 8, "n_groups": 1, "state_size": 8}, "no decoder `model`"),
 }
 """Refused by name: what mlx-lm drops or does not read."""
