@@ -71,7 +71,7 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, mx.array]]:
         if base_name != name and "lora_a" in _at(lm, base_name):
             continue
         if "lora_a" in module:
-            fused = module.fuse(dequantize=True)
+            fused = _fused(module)
             yield from ((f"{name}.{key}", fused[key]) for key in ("weight", "bias") if key in fused)
             continue
         for key, value in module.items():
@@ -81,9 +81,35 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, mx.array]]:
             if quantized and key in ("scales", "biases"):
                 continue
             if quantized and key == "weight":
-                options = (module.group_size, module.bits, module.mode)
-                value = mx.dequantize(value, module.scales, module.get("biases"), *options)
+                value = _dense(module)
             yield f"{name}.{key}" if name else key, value
+
+
+def _fused(module: Any) -> Any:
+    """The layer with its adapter merged in, unpacked; the sum of packed weights and an adapter in float32.
+
+    `fuse` adds the adapter in the dtype of the scales, in which a change of a thousandth of a weight is lost.
+    """
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    packed = module.linear
+    if "scales" not in packed:
+        return module.fuse(dequantize=True)
+    plain = nn.Linear(1, 1, bias=False) if packed.weight.ndim == 2 else SwitchLinear(1, 1, 1, bias=False)
+    plain.weight = _dense(packed)
+    if "bias" in packed:
+        plain.bias = packed.bias
+    try:
+        module.linear = plain
+        return module.fuse(dequantize=True)
+    finally:
+        module.linear = packed
+
+
+def _dense(packed: Any) -> mx.array:
+    """The weight that a quantized layer stands for, float32: each number is exact."""
+    options = (packed.group_size, packed.bits, packed.mode)
+    return mx.dequantize(packed.weight, packed.scales, packed.get("biases"), *options).astype(mx.float32)
 
 
 def _at(lm: nn.Module, path: str) -> Any:

@@ -51,7 +51,8 @@ def export(
         written_config = with_own_head(written_config)
         if isinstance(scorer.head, (nn.Embedding, nn.QuantizedEmbedding)):
             tensors[_HEAD] = tensors[_embedding(scorer, tensors)]
-    if loaded.origin.mlx_format and any(".switch_mlp." in name for name in tensors):
+    other = "text_config" in loaded.written or any(".switch_mlp." in name for name in tensors)
+    if loaded.origin.mlx_format and other:
         log.warning(
             "%s is in MLX's own format, and so is its export: mlx-lm reads it, transformers may not", config.path
         )

@@ -29,8 +29,8 @@ def policy(
     return MLXPolicy(*given, updates=updates, reference=reference, seed=seed, compiled=compiled)
 
 
-def quantize(folder: Path, bits: int = 4) -> Path:
-    """The folder's model quantized in place, as mlx-lm's own converter does it."""
+def quantize(folder: Path, bits: int = 4, mode: str = "affine", dtype: str = "float32") -> Path:
+    """The folder's model quantized in place, as mlx-lm's own converter does it; scales in `dtype`."""
     import json
 
     import mlx.core as mx
@@ -40,12 +40,13 @@ def quantize(folder: Path, bits: int = 4) -> Path:
 
     from gvpo_core.training.config import ModelConfig
 
-    scorer = load_scorer(ModelConfig(path=str(folder)), 0)
+    scorer = load_scorer(ModelConfig(path=str(folder), dtype=dtype), 0)
+    scorer.lm.set_dtype(getattr(mx, dtype))
     for module in scorer.lm.modules():
         if "rope" in module and "inner" in module.rope:
             module.rope = module.rope.inner
     config = json.loads((folder / "config.json").read_text())
-    lm, config = quantize_model(scorer.lm, config, group_size=32, bits=bits)
+    lm, config = quantize_model(scorer.lm, config, group_size=32, bits=bits, mode=mode)
     mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(lm.parameters())), {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(config))
     return folder
