@@ -14,7 +14,7 @@ import policy_server
 import pytest
 import tiny_models
 import trainer_backends
-from killing import events, finish, lasting, start
+from killing import Forked, events, lasting
 from ports import free_port
 from trainer_backends import Backend
 from trainer_runs import write_run
@@ -117,16 +117,16 @@ def test_a_killed_run_with_an_engine_repeats_its_steps(backend, ahead, served, t
     for config in (whole, killed):
         port = int(config.read_text().split("127.0.0.1:")[1].split('"')[0])
         served(config, port)
-    finish(whole)
-    process = start(killed)
+    launch = Forked.of(backend.preload)
+    launch(whole, tmp_path / "whole.txt").finish()
+    process = launch(killed, tmp_path / "killed.txt")
     metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
     until = time.monotonic() + 300
     while time.monotonic() < until and not (metrics.exists() and len(trained(tmp_path / "killed")) >= 3):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.exit_status() is None, process.log.read_text()
         time.sleep(0.01)
     process.kill()
-    process.communicate()
-    finish(killed)
+    launch(killed, tmp_path / "killed.txt").finish()
     assert "resume" in events(tmp_path / "killed" / "run")
     assert lasting(tmp_path / "killed" / "run") == lasting(tmp_path / "whole" / "run")
     assert_weights_of_each_step(tmp_path / "killed", [0, *[ahead] * 4])

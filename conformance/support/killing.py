@@ -58,6 +58,11 @@ class Forked:
     def exit_status(self) -> int | None:
         return self.process.exitcode
 
+    def finish(self) -> None:
+        """Waits for its end, which must be a good one."""
+        self.process.join(600)
+        assert self.exit_status() == 0, self.log.read_text()
+
     def kill(self) -> None:
         self.process.kill()
         self.process.join(60)
