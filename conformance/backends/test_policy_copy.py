@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -133,3 +134,27 @@ def test_a_killed_run_repeats_its_steps(backend, model, tmp_path):
     assert lasting(tmp_path / "killed" / "run") == lasting(tmp_path / "whole" / "run")
     assert [record["sampler/staleness"] for record in trained(tmp_path / "killed")] == [0, 1, 2, 2, 2]
     assert min(record["gradient_norm"] for record in trained(tmp_path / "killed")) > 0
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_copy_each_draw_what_one_does(backend, model, tmp_path):
+    if backend.name == "jax":
+        pytest.skip("refused by name: conformance/training/test_ahead_copy.py")
+    for sharding in ("one", *backend.shardings):
+        config = made(tmp_path / sharding, backend, model)
+        if sharding == "one":
+            finish(config)
+            continue
+        if len(backend.shardings) > 1:
+            config.write_text(config.read_text().replace("[model]", f'[model]\nsharding = "{sharding}"'))
+        ended = subprocess.run(backend.two_processes(config), capture_output=True, text=True, timeout=600, check=False)
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        responses = [[c["response"] for c in completions(tmp_path / name)] for name in ("one", sharding)]
+        assert responses[0] == responses[1] and len(responses[0]) == 5 * 12
+        assert [record["sampler/staleness"] for record in trained(tmp_path / sharding)] == [0, 1, 2, 2, 2]
+        norms = [[record["gradient_norm"] for record in trained(tmp_path / name)] for name in ("one", sharding)]
+        np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
+
+
+def completions(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "run" / "completions.jsonl").read_text().splitlines()]

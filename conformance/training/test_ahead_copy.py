@@ -1,9 +1,11 @@
 """rollout.ahead where the policy draws for itself: a copy of it, in a process of its own, draws ahead."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +26,7 @@ from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.samplers import Drawn, copied, gaps
 from gvpo_core.training.samplers.copied import PolicyCopy
+from gvpo_core.training.sampling import Sampling
 
 pytestmark = pytest.mark.core
 
@@ -178,11 +181,6 @@ def test_what_cannot_be_copied_is_refused(tmp_path, capsys):
     with pytest.raises(ConfigError, match="a TablePolicy that is given in Python cannot be copied"):
         PolicyCopy(config, TablePolicy(table(REFERENCE)))
 
-    def work(policy):
-        with pytest.raises(ConfigError, match="in a run of one process, and this one has 2 ranks"):
-            PolicyCopy(config, policy)
-
-    ranks.run_ranks(2, work, table(REFERENCE), config.optimizer)
     policy = load_policy(config)
     (tmp_path / "table.json").write_text('{"p0": {"a": 1.0}}')
     with pytest.raises(ConfigError, match=r"copy of the policy that draws ahead failed: it has .*'parameters': 1"):
@@ -190,6 +188,84 @@ def test_what_cannot_be_copied_is_refused(tmp_path, capsys):
     (tmp_path / "table.json").unlink()
     with pytest.raises(ConfigError, match=r"draws ahead failed: ConfigError: model\.path = .*no table can be read"):
         PolicyCopy(config, policy)
+
+
+@pytest.fixture
+def two_ranks(tmp_path):
+    """Runs `work(policy)` on two ranks of the table that the settings name."""
+    config = read_config(early(tmp_path, ahead=1))
+    rows = json.loads((tmp_path / "table.json").read_text())
+
+    def run(work):
+        def of_rank(policy):
+            policy.settings = replace(policy.settings, model=config.model)
+            work(config, policy)
+
+        ranks.run_ranks(2, of_rank, rows, config.optimizer)
+
+    return run
+
+
+def test_each_rank_has_a_copy_of_its_own(two_ranks):
+    """They read what the main rank wrote; the folder holds what a rank may not have read yet, and ends with the run."""
+    folders, processes = [], set()
+    sampling, seeds = Sampling(2), [[11, 12, 13], [14]]
+
+    def work(config, policy):
+        copy = PolicyCopy(config, policy)
+        processes.add(copy._process._process.pid)
+        folders.append(copy._folder)
+        for version in range(4):
+            copy.refresh(policy, version)
+            drawn = copy.generate([(0,), (1,)], seeds, sampling)
+            want = policy.generate([(0,), (1,)], seeds, sampling)
+            assert [[r.tokens for r in many] for many in drawn] == [[r.tokens for r in many] for many in want]
+            policy.logits = policy.logits + np.arange(4.0) * (1 - 2 * (version % 2))
+        assert {path.name for path in copy._folder.iterdir()} == {"2", "3"}
+        policy.gather(np.zeros(1))
+        copy.close()
+
+    two_ranks(work)
+    assert len(processes) == 2 and len({*folders}) == 1 and gone(lambda: not folders[0].exists())
+
+
+def test_a_copy_that_fails_on_one_rank_ends_both_by_name(two_ranks, monkeypatch):
+    made = copied.setup_of
+    broken = lambda config, backend: made(config, "jaxx" if threading.current_thread().name == "second" else backend)
+    monkeypatch.setattr(copied, "setup_of", broken)
+
+    def work(config, policy):
+        threading.current_thread().name = "second" if policy.rank else "first"
+        with pytest.raises(
+            ConfigError, match="the copy of the policy on cpu that draws ahead failed: KeyError: 'jaxx'"
+        ):
+            PolicyCopy(config, policy)
+
+    two_ranks(work)
+
+
+def test_ranks_on_several_hosts_and_of_jax_are_refused(two_ranks, monkeypatch):
+    made, here = [], copied._folder
+    monkeypatch.setattr(copied, "_folder", lambda size: made.append(here(size)) or made[-1])
+    is_dir = Path.is_dir
+    elsewhere = lambda path: is_dir(path) and not (path in made and threading.current_thread().name == "second")
+    monkeypatch.setattr(Path, "is_dir", elsewhere)
+
+    def hosts(config, policy):
+        threading.current_thread().name = "second" if policy.rank else "first"
+        with pytest.raises(ConfigError, match="the ranks are on several hosts"):
+            PolicyCopy(config, policy)
+
+    two_ranks(hosts)
+    assert len(made) == 1 and not made[0].exists()
+
+    def jax(config, policy):
+        facts = replace(policy.describe(), backend="jax")
+        policy.describe = lambda: facts
+        with pytest.raises(ConfigError, match="gvpo_jax makes in a run of one process, and this one has 2"):
+            PolicyCopy(config, policy)
+
+    two_ranks(jax)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,8 @@ class TablePolicy:
 
     def save_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""
-        self.save(directory)
+        if self.rank == 0:
+            self.save(directory)
 
     def load_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gvpo_core.training.config import Config, ConfigError
-from gvpo_core.training.policy import Policy
+from gvpo_core.training.policy import Policy, PolicyFacts
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.policy.ranks import attempt
+from gvpo_core.training.policy.ranks import attempt, gather_objects
 from gvpo_core.training.rewards.process import CallFailed, Worker
 from gvpo_core.training.samplers.copy_worker import setup_of
 from gvpo_core.training.samplers.protocol import Drawn, SamplerError
@@ -45,20 +45,23 @@ class PolicyCopy:
 
     The process does all requests in order: the parameters of a version, then what was asked for with them. So new
     parameters wait in a file, and not for the responses before them. It ends with the run, however that ends.
+
+    Each rank of one host has a copy of its own. All of them read what the ranks have written into one folder.
     """
 
     def __init__(self, config: Config, policy: Policy) -> None:
-        """Starts the process and loads the model there.
+        """Starts the process and loads the model there; every rank calls.
 
         Args:
           config: of the run; the copy is on rollout.ahead_device.
         Raises: ConfigError: a policy that cannot be copied, or a copy that does not load or is another model.
         """
         wanted = f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: that takes a copy"
-        if policy.world_size > 1:
+        facts = policy.describe()
+        if policy.world_size > 1 and facts.backend == "jax":  # whose mesh may be over all processes
             raise ConfigError(
-                f"{wanted} of it, in a run of one process, and this one has {policy.world_size} ranks. Start a server"
-                " (rollout.sampler = 'engine'), or leave rollout.ahead out"
+                f"{wanted}, which gvpo_jax makes in a run of one process, and this one has {policy.world_size}. Start a"
+                " server (rollout.sampler = 'engine'), or leave rollout.ahead out"
             )
         if policy.settings.model is None or not hasattr(policy, "save_parameters"):
             raise ConfigError(
@@ -66,8 +69,7 @@ class PolicyCopy:
                 " from model.path, or has no save_parameters. Name a sampler (rollout.sampler), or leave rollout.ahead"
                 " out"
             )
-        facts = policy.describe()
-        device = config.rollout.ahead_device
+        device = config.rollout.ahead_device or (facts.device if policy.world_size > 1 else "")
         model = replace(config.model, device=device) if device else config.model
         optimizer = replace(config.optimizer, name="adamw")  # which has no packages to import
         setup = setup_of(replace(config, model=model, optimizer=optimizer), facts.backend)
@@ -75,21 +77,31 @@ class PolicyCopy:
         self._workers: Workers[Any] = Workers(1)
         self._asked: list[Future[Any]] = []
         self._failure, self._where = "", f" on {device}" if device else ""
-        self._folder = _folder(4 * facts.trainable_parameters * (config.rollout.ahead + 1))
-        self._process = Worker(setup, _output, program=("-c", _PROGRAM, str(self._folder)), environment=_environment())
+        self._ahead, self._alone, self._main = config.rollout.ahead, policy.world_size == 1, policy.rank == 0
+        size = 4 * facts.trainable_parameters * (config.rollout.ahead + 2)
+        self._folder = _shared_folder(policy, size)
+        removed = str(self._folder) if self._main else ""
+        self._process = Worker(setup, _output, program=("-c", _PROGRAM, removed), environment=_environment())
         try:
-            loaded = self._request("facts")
-            same = {name: getattr(facts, name) for name in ("architecture", "vocabulary", "parameters")}
-            same |= {"end": [*getattr(policy, "end_tokens", ())]}
-            if other := {name: loaded[name] for name, value in same.items() if loaded[name] != value}:
-                raise self._failed(f"it has {other}, and the policy { ({name: same[name] for name in other}) }")
-        except BaseException as error:
+            loaded = attempt(policy, lambda: self._loaded(policy, facts), kind=ConfigError)
+        except BaseException:
             self.close()
-            if isinstance(error, SamplerError):
-                raise ConfigError(str(error)) from error
             raise
+        assert loaded is not None  # every rank loads
         self.dtype: str = loaded["dtype"]
         self._device: str = loaded["device"]
+
+    def _loaded(self, policy: Policy, facts: PolicyFacts) -> dict[str, Any]:
+        """Facts of the copy, once it has loaded. Raises: ConfigError: it does not, or is another model."""
+        same = {name: getattr(facts, name) for name in ("architecture", "vocabulary", "parameters")}
+        same |= {"end": [*getattr(policy, "end_tokens", ())]}
+        try:
+            loaded = self._request("facts")
+            if other := {name: loaded[name] for name, value in same.items() if loaded[name] != value}:
+                raise self._failed(f"it has {other}, and the policy { ({name: same[name] for name in other}) }")
+        except SamplerError as error:
+            raise ConfigError(str(error)) from error
+        return loaded
 
     def describe(self) -> str:
         """What draws, for the header."""
@@ -114,18 +126,23 @@ class PolicyCopy:
     def refresh(self, policy: Policy, version: int) -> None:
         """Writes the policy's parameters, which the copy takes before it draws what is asked for from now on.
 
+        Every rank calls.
+
         Raises: SamplerError: they cannot be written.
         """
         if version == self.version:
             return
         folder = self._folder / str(version)
 
-        def write() -> None:
-            shutil.rmtree(folder, ignore_errors=True)
+        def make() -> None:
+            for old in self._folder.iterdir():  # each rank has waited for what was drawn after these
+                if int(old.name) < version - self._ahead:
+                    shutil.rmtree(old, ignore_errors=True)
             folder.mkdir()
-            policy.save_parameters(folder)  # type: ignore[attr-defined]
 
-        attempt(policy, write, kind=SamplerError, explain=self._unwritten)
+        attempt(policy, make, main_only=True, kind=SamplerError, explain=self._unwritten)
+        save: Callable[[], None] = partial(policy.save_parameters, folder)  # type: ignore[attr-defined]
+        attempt(policy, save, kind=SamplerError, explain=self._unwritten)
         self._submit(partial(self._take, folder, version))
         self.version = version
 
@@ -142,7 +159,8 @@ class PolicyCopy:
         self._process.end()
         wait(self._asked, _END)
         self._process.kill()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._main:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
     def _ask(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling, *, scored: bool
@@ -158,7 +176,8 @@ class PolicyCopy:
 
     def _take(self, folder: Path, version: int) -> None:
         self._request("take", {"folder": str(folder), "version": version})
-        shutil.rmtree(folder, ignore_errors=True)
+        if self._alone:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _draw(self, arguments: dict[str, Any], largest: int, version: int | None) -> list[list[Drawn]]:
         answer = self._request("draw", arguments, largest)
@@ -185,6 +204,28 @@ class PolicyCopy:
 
     def _failed(self, why: str) -> SamplerError:
         return SamplerError(f"the copy of the policy{self._where} that draws ahead failed: {why}")
+
+
+def _shared_folder(policy: Policy, size: int) -> Path:
+    """A new folder for `size` bytes, the same on every rank. Raises: ConfigError: none, or a rank does not see it."""
+    made = attempt(policy, lambda: _folder(size), main_only=True, kind=ConfigError)
+    (told,) = gather_objects(policy, [] if made is None else [{"folder": str(made)}])
+    folder = Path(told["folder"])
+
+    def check() -> None:
+        if not folder.is_dir():
+            raise ConfigError(
+                "rollout.ahead with the policy as its own sampler: the ranks are on several hosts, and the copies read"
+                f" {folder} of one. Start a server (rollout.sampler = 'engine'), or leave rollout.ahead out"
+            )
+
+    try:
+        attempt(policy, check, kind=ConfigError)
+    except ConfigError:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+        raise
+    return folder
 
 
 def _folder(size: int) -> Path:
