@@ -14,13 +14,13 @@ from gvpo_core.training.sampling import Sampling
 from gvpo_jax import memory, mesh, ranks, update
 from gvpo_jax.model import Parameters
 from gvpo_jax.programs import Programs
-from gvpo_jax.rows import ShardSplitting, lay, rows_bucket
+from gvpo_jax.rows import lay, rows_bucket
 from gvpo_jax.scorer import Scorer
 from gvpo_jax.spec import EMBEDDING
 
 log = logging.getLogger("gvpo.jax")
 
-CHECKED = 32  # tokens that hold a row of layout.check_batch
+ROWS, CHECKED = 5, 32  # responses of layout.check_batch, and tokens that hold a row of them, or of what is sampled
 BLOCKS_CHECKED = 768  # tokens of the row that compares attention by blocks
 SAMPLED_TOKENS = 8  # to compare the sampler with the forward pass
 
@@ -31,21 +31,25 @@ def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, c
     Returns: whether rows are packed, and why.
     Raises: ConfigError: a layout that is not exact.
     """
-    spec, shards = scorer.setup.spec, mesh.batch_shards(scorer.mesh)
+    spec = scorer.setup.spec
     batch = layout.check_batch(spec.vocabulary)
 
     def packed_difference() -> float | None:
-        scores = []
-        shape = (rows_bucket(len(batch), shards), CHECKED, CHECKED)
-        for kind in (True, False):
-            planned = layout.plan_rows(batch, packed=kind, tokens=CHECKED)
-            arrays = layout.arrays(batch, planned)
-            rows = lay(arrays, planned, [(i, 0) for i in range(len(planned))], shape)
-            scores.append(arrays.split(scorer.values(rows, parameters, adapters)[rows.places]))
-        packed, plain = scores
+        packed, plain = (_scored(scorer, parameters, adapters, batch, packed=kind) for kind in (True, False))
         return layout.largest_difference(packed, plain, _tolerance(config.dtype))
 
     return layout.choose(scorer.config, config.layout, spec.family.architecture, packed_difference, log)
+
+
+def _scored(
+    scorer: Scorer, parameters: Parameters, adapters: Parameters, batch: Batch, *, packed: bool
+) -> list[np.ndarray]:
+    """Token log-probs of each of at most `ROWS` responses, all in one shape: one program is compiled for all checks."""
+    planned = layout.plan_rows(batch, packed=packed, tokens=CHECKED)
+    arrays = layout.arrays(batch, planned)
+    shape = (rows_bucket(ROWS, mesh.batch_shards(scorer.mesh)), CHECKED, CHECKED)
+    rows = lay(arrays, planned, [(i, 0) for i in range(len(planned))], shape)
+    return arrays.split(scorer.values(rows, parameters, adapters)[rows.places])
 
 
 def _tolerance(dtype: str) -> tuple[float, float]:
@@ -103,8 +107,8 @@ def check_decoding(
     scorer: Scorer,
     parameters: Parameters,
     adapters: Parameters,
-    splitting: ShardSplitting,
     *,
+    packed: bool,
     dtype: str,
     end: Sequence[int],
 ) -> None:
@@ -113,8 +117,8 @@ def check_decoding(
     Raises: ConfigError: they differ, so that the sampler is not the policy that is trained.
     """
     scorer = Scorer(scorer.setup, Programs(), scorer.config)  # these shapes are not the run's
-    given = (scorer, parameters, adapters, splitting, _prompts(scorer))
-    difference, _ = _sampled_differs(*given, dtype=dtype, end=end)
+    given = (scorer, parameters, adapters, _prompts(scorer))
+    difference, _ = _sampled_differs(*given, packed=packed, dtype=dtype, end=end)
     if difference is not None:
         raise ConfigError(
             f"the sampler of {scorer.setup.spec.family.architecture} differs from its forward pass by up to "
@@ -122,15 +126,13 @@ def check_decoding(
         )
 
 
-def continues(
-    scorer: Scorer, parameters: Parameters, adapters: Parameters, splitting: ShardSplitting, *, dtype: str
-) -> str:
+def continues(scorer: Scorer, parameters: Parameters, adapters: Parameters, *, packed: bool, dtype: str) -> str:
     """Why turns cannot start from kept keys and values; empty: log-probs are then those of the forward pass."""
     scorer, prefixes = Scorer(scorer.setup, Programs(), scorer.config), Prefixes(1 << 20)
     prompts, others = _prompts(scorer), [(3, 5), (7,)]
     for _ in range(2):
-        given = (scorer, parameters, adapters, splitting, prompts)
-        difference, drawn = _sampled_differs(*given, dtype=dtype, end=(), prefixes=prefixes)
+        given = (scorer, parameters, adapters, prompts)
+        difference, drawn = _sampled_differs(*given, packed=packed, dtype=dtype, end=(), prefixes=prefixes)
         prompts = [(*tokens, *other) for tokens, other in zip(drawn[::2], others, strict=True)]
     if not prefixes.reused:
         return "none are kept"
@@ -146,23 +148,24 @@ def _sampled_differs(
     scorer: Scorer,
     parameters: Parameters,
     adapters: Parameters,
-    splitting: ShardSplitting,
     prompts: Sequence[Tokens],
     *,
+    packed: bool,
     dtype: str,
     end: Sequence[int],
     prefixes: Prefixes | None = None,
 ) -> tuple[float | None, list[Tokens]]:
     """How far the sampler is from the forward pass, nats a token, if it is too far; and what it drew, with prompts."""
     seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
-    splitting = replace(splitting, shapes=[])  # these are not the run's
     given = (parameters, adapters, prompts, seeds, Sampling(SAMPLED_TOKENS))
     cache_tokens = lambda: memory.cache_tokens(scorer.sampling)
     responses, sums = scorer.sample(*given, end=end, cache_tokens=cache_tokens, prefixes=prefixes)
     drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
     batch = Batch(*(list(column) for column in zip(*drawn, strict=True)))
-    scored, _ = scorer.logprobs(batch, splitting, parameters, adapters)
-    apart = ranks.gather(np.abs(scored - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn])
+    scored = [values.sum() for values in _scored(scorer, parameters, adapters, batch, packed=packed)]
+    apart = ranks.gather(
+        np.abs(np.asarray(scored, np.float64) - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn]
+    )
     tolerance = (2e-3, 5e-4) if dtype == "float32" else (1.0, 0.1)
     difference = layout.largest_difference([apart], [np.zeros_like(apart)], tolerance)
     return difference, [(*prompt, *tokens) for prompt, tokens, _ in drawn]

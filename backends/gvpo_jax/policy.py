@@ -57,7 +57,7 @@ class JaxPolicy(LanguageModelPolicy):
             self.attend_in_blocks()
         self.packed, self.layout_reason = check_layout(*given, config)
         self._splitting = self._split(0 if self.setup.in_blocks else self.setup.spec.hidden)
-        check_decoding(*given, self._splitting, dtype=config.dtype, end=self._end)
+        check_decoding(*given, packed=self.packed, dtype=config.dtype, end=self._end)
 
     @property
     def architecture(self) -> str:
@@ -121,8 +121,8 @@ class JaxPolicy(LanguageModelPolicy):
     def _why_no_prefixes(self) -> str:
         if meshes.processes(self.mesh) > 1:
             return "their rows are on several processes"
-        given = (self.scorer, self.learner.parameters, self.learner.adapters, self._splitting)
-        return continues(*given, dtype=self.config.dtype)
+        given = (self.scorer, self.learner.parameters, self.learner.adapters)
+        return continues(*given, packed=self.packed, dtype=self.config.dtype)
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
         parameters: Any = self.learner.parameters

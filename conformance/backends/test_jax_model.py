@@ -181,3 +181,16 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(of_policy.programs, "used", dict.fromkeys(of_policy.programs.used, full))
     with pytest.raises(programs.OutOfMemoryError, match=r"lower optimizer.micro_batch_tokens.*allocating 123 bytes"):
         of_policy.logprobs(of)
+
+
+def test_the_checks_at_load_take_one_program_to_score(tmp_path, monkeypatch) -> None:
+    """A program takes most of a tiny model's time to load."""
+    compiled, plain = [], programs.compile_program
+    monkeypatch.setattr(programs, "_kept", {})
+    monkeypatch.setattr(
+        programs,
+        "compile_program",
+        lambda function, *given, **options: compiled.append(function.__name__) or plain(function, *given, **options),
+    )
+    assert policy(tiny_models.write_model("llama", tmp_path)).packed
+    assert sorted(compiled) == ["decode", "prefill", "score_rows"]

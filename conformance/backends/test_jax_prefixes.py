@@ -84,5 +84,5 @@ def test_a_cache_that_is_continued_wrongly_is_found_before_it_is_used(policies, 
         assert prefixes is None
     assert "computed from the start (log-probs then differ by up to" in caplog.text
     monkeypatch.undo()
-    given = (of_policy.scorer, of_policy.learner.parameters, of_policy.learner.adapters, of_policy._splitting)
-    assert check.continues(*given, dtype="float32") == ""
+    given = (of_policy.scorer, of_policy.learner.parameters, of_policy.learner.adapters)
+    assert check.continues(*given, packed=of_policy.packed, dtype="float32") == ""
