@@ -59,4 +59,36 @@ def test_in_lockstep_all_groups_go_in_rounds_and_those_scored_first_are_not_aske
         rows = np.asarray(of_round)
         assert factors_of(coefficients, np.zeros(len(rows)), rows).tolist() == (rows + 1.0).tolist()
     assert sorted(itertools.chain(*asked)) == list(range(len(groups)))
-    assert plan_step(batch, Splitting(False, 20, 0, 0), coefficients, **given, meets=True).rest == large
+
+
+def test_of_a_group_beyond_what_is_held_a_part_is_scored_first() -> None:
+    """A group of nine rows of 10 tokens, two a micro-batch, of which two are held; then one that is held as a whole."""
+    groups = [0] * 9 + [1] * 3
+    batch = Batch([(label,) * 3 for label in groups], [(i,) * 8 for i in range(len(groups))], groups)
+    asked: list[list[int]] = []
+    scored: list[int] = []
+
+    def coefficients(logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        asked.append(sorted(rows.tolist()))
+        np.testing.assert_array_equal(logprobs[np.isfinite(logprobs)], (-1.0 - rows)[np.isfinite(logprobs)])
+        return rows + 1.0
+
+    def score(of: Batch) -> tuple[np.ndarray, int]:
+        scored.extend(response[0] for response in of.responses)
+        return -1.0 - np.asarray(scored), 10 * len(of)
+
+    splitting = Splitting(False, 20, 0, 0)
+    plan = plan_step(batch, splitting, coefficients, together=True, scored=None, score=score, held=40)
+    rounds = [[i for rows in micro for row in rows for i in row.responses] for micro in plan.deferred]
+    held = next(of_round for of_round in rounds if len(of_round) == 4)
+    assert len(rounds) == 2 and plan.tokens == 50
+    assert scored == plan.rest == sorted(set(range(9)) - set(held)) and not asked and plan.partly
+    for of_round in rounds:
+        rows = np.asarray(of_round)
+        np.testing.assert_array_equal(factors_of(plan.partly, -1.0 - rows, rows), rows + 1.0)
+    assert sorted(asked) == [list(range(9)), [9, 10, 11]]
+    np.testing.assert_array_equal(plan.factors[plan.rest], np.asarray(plan.rest) + 1.0)
+    with pytest.raises(FloatingPointError, match=f"log-probabilities of 1 of 9 responses .* batch row {held[0]}"):
+        factors_of(
+            plan.partly, np.where(np.asarray(held) == held[0], np.nan, -1.0 - np.asarray(held)), np.asarray(held)
+        )

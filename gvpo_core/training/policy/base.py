@@ -302,7 +302,7 @@ class LanguageModelPolicy(abc.ABC):
             by_group.known = {i: float(plan.factors[i]) for i in plan.known}
             coefficients, plan = by_group, plan._replace(settle=by_group.settle)
         rate = learning_rate(c, self.steps_taken, self.settings.updates)
-        update = self._update(batch, plan, coefficients, rate)
+        update = self._update(batch, plan, plan.partly or coefficients, rate)
         self.steps_taken += 1
         return replace(update, logprobs=summed(update.logprobs, owners, count))
 

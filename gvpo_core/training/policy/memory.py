@@ -15,7 +15,7 @@ from gvpo_core.training.config import Config
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting, plan_rows
-from gvpo_core.training.policy.step import HELD_MICRO_BATCHES
+from gvpo_core.training.policy.step import HELD_MICRO_BATCHES, held_part
 
 _WIDE = 4  # bytes of a float32
 
@@ -148,8 +148,8 @@ def _largest(
     together = (ranks == 1 or m.defers) and optimizer.strategy == "group"
     complete, rest = splitting.groups(batch) if together else ([], list(range(count)))
     group = splitting.rows(batch, rest[: rollout.responses]) if rest and together and m.defers else []
-    held = sum(len(rows) * rows[0].length for rows in group)
-    held = held - len(group[-1]) * group[-1][0].length if held <= HELD_MICRO_BATCHES * splitting.tokens and group else 0
+    group = held_part(group, HELD_MICRO_BATCHES * splitting.tokens)
+    held = sum(len(rows) * rows[0].length for rows in group[:-1])  # the last one keeps its activations
     sizes = [(len(rows), rows[0].length) for rows in complete + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
     layers = 1 if config.model.gradient_checkpointing else m.layers

@@ -1,5 +1,6 @@
 """What every backend's optimizer step shares: which rows are scored first, coefficients checked, the learning rate."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -24,6 +25,10 @@ class StepPlan(NamedTuple):
     deferred: Sequence[list[list[Row]]] = ()  # groups in several micro-batches: all go forward before one goes back
     known: Sequence[int] = ()  # responses in `deferred` that were scored first: `factors` has their coefficients
     settle: Callable[[], None] = lambda: None  # raises what another rank must refuse; called before the step is taken
+    partly: "PartlyScored | None" = (
+        None  # the callback of `deferred` where it holds a part of a group, the rest of which
+    )
+    # is in `rest`: it sets their `factors`, before which they cannot be stepped along
 
 
 def plan_step(
@@ -53,8 +58,9 @@ def plan_step(
     once = together and scored is None
     grouped, rest = splitting.groups(batch) if once and not (lockstep and held) else ([], list(range(count)))
     deferred: list[list[list[Row]]] = []
+    waiting: list[int] = []
     if once and held:
-        deferred, rest = _deferred(batch, splitting, rest, held, lockstep)
+        deferred, rest, waiting = _deferred(batch, splitting, rest, held, lockstep)
     logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
     if rest or meets or not (grouped or deferred):  # a rank without rows calls too: there ranks meet
         chosen = np.asarray(rest, dtype=np.int64)
@@ -64,17 +70,24 @@ def plan_step(
             logprobs = np.asarray(scored, dtype=np.float64)
             if logprobs.shape != (count,):
                 raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
-        factors[chosen] = factors_of(coefficients, logprobs[chosen], chosen)
+        asked = chosen[~np.isin(chosen, waiting)]
+        if len(asked) or not waiting:
+            factors[asked] = factors_of(coefficients, logprobs[asked], asked)
     in_rounds = lockstep and bool(deferred)
-    return StepPlan(grouped, [] if in_rounds else rest, logprobs, factors, tokens, deferred, rest if in_rounds else ())
+    plan = StepPlan(grouped, [] if in_rounds else rest, logprobs, factors, tokens, deferred, rest if in_rounds else ())
+    if not waiting:
+        return plan
+    return plan._replace(partly=PartlyScored(coefficients, batch.groups, waiting, logprobs, factors))
 
 
 def _deferred(
     batch: Batch, splitting: Splitting, rest: list[int], held: int, lockstep: bool
-) -> tuple[list[list[list[Row]]], list[int]]:
-    """Rounds of micro-batches of whole groups, each as near to `held` tokens as it can be; the rows of larger groups.
+) -> tuple[list[list[list[Row]]], list[int], list[int]]:
+    """Rounds of micro-batches of groups, each as near to `held` tokens as it can be; the rows that are scored first;
+    those of them whose groups have their other rows in rounds.
 
-    Rounds are alike on all ranks, which go through them together; with `lockstep` they hold those rows, too.
+    Of a larger group a round holds what it can. Rounds are alike on all ranks, which go through them together; with
+    `lockstep` they hold all rows of larger groups, which were scored first.
     """
     members: dict[int, list[int]] = {}
     for i in rest:
@@ -82,6 +95,13 @@ def _deferred(
     micro_of = {label: splitting.rows(batch, group) for label, group in members.items()}
     sizes = {label: _computed(micro) for label, micro in micro_of.items()}
     others = [i for i in rest if sizes[batch.groups[i]] > held]
+    waiting: list[int] = []
+    if not lockstep:
+        micro_of = {label: held_part(micro, held) for label, micro in micro_of.items()}
+        sizes = {label: _computed(micro) for label, micro in micro_of.items() if micro}
+        taken = {i for micro in micro_of.values() for rows in micro for row in rows for i in row.responses}
+        others = [i for i in rest if i not in taken]
+        waiting = [i for i in others if batch.groups[i] in sizes]
     units = [(size, [row for rows in micro_of[label] for row in rows]) for label, size in sizes.items() if size <= held]
     if lockstep and others:
         units += [(row.length, [row]) for rows in splitting.rows(batch, others) for row in rows]
@@ -95,7 +115,13 @@ def _deferred(
             rounds.append(rows)
     # In each round the fullest pass first, and rounds by their number of passes and the emptiest one.
     passes = [sorted(splitting.micro_batches(of_round), key=_tokens, reverse=True) for of_round in rounds]
-    return sorted(passes, key=lambda micro: (len(micro), _tokens(micro[-1])), reverse=True), others
+    return sorted(passes, key=lambda micro: (len(micro), _tokens(micro[-1])), reverse=True), others, waiting
+
+
+def held_part(micro: Sequence[list[Row]], held: int) -> list[list[Row]]:
+    """The first micro-batches of a group, as many as have `held` tokens."""
+    totals = itertools.accumulate(map(_tokens, micro))
+    return [rows for rows, total in zip(micro, totals, strict=True) if total <= held]
 
 
 def _tokens(rows: Sequence[Row]) -> int:
@@ -135,6 +161,31 @@ class ByGroup:
         self.agree(self.error)
 
 
+class PartlyScored:
+    """The callback of groups of which a part was scored first: it completes them, and sets the factors of that part."""
+
+    def __init__(
+        self,
+        coefficients: Coefficients,
+        groups: Sequence[int],
+        scored: Sequence[int],
+        logprobs: np.ndarray,
+        factors: np.ndarray,
+    ) -> None:
+        """`scored`: rows of the batch with their `logprobs`, and `factors` to be set, (N,) both."""
+        self.coefficients, self.groups = coefficients, groups
+        self.scored, self.logprobs, self.factors = scored, logprobs, factors
+
+    def __call__(self, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """The factors of `rows`."""
+        labels = {self.groups[i] for i in rows.tolist()}
+        mates = np.asarray([i for i in self.scored if self.groups[i] in labels], np.int64)
+        whole = np.concatenate([rows, mates])
+        found = factors_of(self.coefficients, np.concatenate([logprobs, self.logprobs[mates]]), whole)
+        self.factors[mates] = found[len(rows) :]
+        return found[: len(rows)]
+
+
 def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
     """Of update number `step` (from 0) out of `updates`: linear warm-up, then the schedule, 0 after the last."""
     if step < config.warmup:
@@ -153,7 +204,7 @@ def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarra
     Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
       ValueError: a result of the wrong shape.
     """
-    if isinstance(coefficients, ByGroup):
+    if isinstance(coefficients, (ByGroup, PartlyScored)):
         return coefficients(logprobs, rows)
     factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)  # before any check: here ranks meet
     if factors.shape != logprobs.shape:
