@@ -46,7 +46,8 @@ def saving(
     facts = {**header, "optimizer_steps": optimizer.steps if optimizer is not None else 0, "files": [FILE]}
 
     def write() -> dict[str, Digest]:
-        written = {FILE: tensor_file.write(directory / FILE, tensors, {"format": "mlx"})}
+        path, lasting = directory / FILE, optimizer is not None
+        written = {FILE: tensor_file.write(path, tensors, {"format": "mlx"}, lasting=lasting)}
         write_header(directory, facts)
         return written
 

@@ -60,7 +60,8 @@ def saving(
 
     def write() -> dict[str, Digest]:
         metadata = {"format": "pt", "rows": json.dumps(rows)}
-        written = {files[rank]: tensor_file.write(directory / files[rank], tensors, metadata)}
+        path, lasting = directory / files[rank], optimizer is not None
+        written = {files[rank]: tensor_file.write(path, tensors, metadata, lasting=lasting)}
         if rank == 0:
             write_header(directory, {**header, "steps": steps, "files": files})
         return written

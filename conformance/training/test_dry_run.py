@@ -145,6 +145,9 @@ def test_a_copy_that_draws_ahead_on_the_same_device_counts(device, counts):
     assert estimate_memory(here, with_("rollout", ahead=2, sampler="engine"), 11) == base
     narrow = estimate_memory(replace(here, dtype="bfloat16"), with_("rollout", ahead=2), 11)
     assert narrow.copy == FACTS.memory.framework + 2_000_000 + narrow.sampling
+    sharded = replace(with_("model", sharding="fsdp"), rollout=early.rollout)
+    ranked = estimate_memory(replace(here, ranks=2), sharded, 11)
+    assert ranked.copy == (FACTS.memory.framework + 4_000_000 + ranked.sampling) * counts
 
 
 def with_(section, **changes):

@@ -71,7 +71,8 @@ def estimate_memory(
 
     gradients = share(trained * _WIDE)
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
-    parameters = share(trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen))
+    held_parameters = trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)
+    parameters = share(held_parameters)
     reference = share(total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) if separate else 0
     if config.model.lora_rank and config.objective.reference_every:  # the adapters of the reference
         reference = share(trained * _WIDE)
@@ -83,8 +84,8 @@ def estimate_memory(
     sampling = _sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left)
     copied = 0
     if config.rollout.ahead and config.rollout.sampler == "policy" and _beside(config, facts):
-        weights = share(total * narrow) if trained == total else parameters
-        copied = m.framework + weights + sampling
+        weights = total * narrow if trained == total else held_parameters
+        copied = m.framework + weights * m.devices // m.split + sampling  # ranks that shard the model have whole copies
     return Memory(
         framework=m.framework,
         parameters=parameters,

@@ -26,9 +26,11 @@ class Tensor(NamedTuple):
     content: Callable[[], Any]  # its bytes in row-major order, little endian; called when they are written
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Digest:
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, lasting: bool = True) -> Digest:
     """Writes and syncs one safetensors file; one tensor's bytes are held at a time.
 
+    Args:
+      lasting: False: it is read at once and removed, so it is neither hashed nor synced, and the digest is empty.
     Raises: OSError: as writing does. ValueError: a tensor whose content has another size than its `nbytes`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
@@ -47,7 +49,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             view = memoryview(content).cast("B")
             for start in range(0, len(view), _PIECE):
                 piece = view[start : start + _PIECE]
-                digest.update(piece)
+                if lasting:
+                    digest.update(piece)
                 file.write(piece)
             size += len(view)
             return len(view)
@@ -57,5 +60,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
             if tensor.nbytes and (given := put(tensor.content())) != tensor.nbytes:
                 raise ValueError(f"{name} gave {given} bytes to write; expected {tensor.nbytes}")
         file.flush()
-        os.fsync(file.fileno())
-    return Digest(size, digest.hexdigest())
+        if lasting:
+            os.fsync(file.fileno())
+    return Digest(size, digest.hexdigest() if lasting else "")
