@@ -69,12 +69,36 @@ def with_adapters(lm: LanguageModel, config: ModelConfig, seed: int) -> Language
     ):
         torch.manual_seed(seed % 2**63)
         adapted = get_peft_model(lm, adapters)
+    changed = _changed_in_place(adapted)
     for layer in lora_layers(adapted):
-        hold_less(layer)
+        if id(layer) not in changed:
+            hold_less(layer)
         layer.cast_input_dtype_enabled = False
         for down in layer.lora_A.values():
             down.__class__ = _Down
     return cast(LanguageModel, adapted)
+
+
+_IN_PLACE = re.compile(r"\w\.[a-z]\w*_\(|\s[-+*/]=\s")
+
+
+def _changed_in_place(lm: nn.Module) -> set[int]:
+    """Ids of the layers within modules of a decoder layer that change results in place, as Llama 4's experts do.
+
+    What such a layer returns is not what its backward pass would find: see `dora`.
+    """
+    found: set[int] = set()
+    for module in lm.modules():
+        parts = list(module.modules())
+        if not type(module).__module__.startswith("transformers.") or any(isinstance(p, nn.ModuleList) for p in parts):
+            continue
+        try:
+            source = inspect.getsource(type(module).forward)
+        except (OSError, TypeError):
+            continue
+        if _IN_PLACE.search(source):
+            found |= {id(part) for part in parts}
+    return found
 
 
 def lora_layers(lm: nn.Module) -> list[Any]:

@@ -153,6 +153,22 @@ def test_a_dora_step_is_that_of_pefts_own_layers(name, tmp_path) -> None:
     assert batches.step_difference(*magnitudes) < 1e-5
 
 
+def test_dora_trains_layers_whose_results_are_changed_in_place(tmp_path) -> None:
+    """Llama 4 adds its experts' output to the shared expert's, which DoRA's backward pass would have kept."""
+    of_policy = adapted(tiny_models.make_model("llama4_text", tmp_path), lora_kind="dora", **batches.SMOOTH)
+    kinds = {
+        "shared_expert" in name: type(module.lora_variant["default"])
+        for name, module in of_policy.scorer.lm.named_modules()
+        if getattr(module, "lora_variant", None)
+    }
+    assert kinds[False] is dora.Dora and kinds[True] is not dora.Dora
+    before = parameters(of_policy)
+    of_policy.update(OF, coefficients_of(OF))
+    after = parameters(of_policy)
+    moved = {name for name in after if (after[name] != before[name]).any()}
+    assert any("shared_expert.down_proj.lora_magnitude" in name for name in moved)
+
+
 def test_a_model_with_dora_can_be_copied(folder) -> None:
     lm = adapted(folder, lora_kind="dora").scorer.lm
     ids = torch.tensor([[5, 6, 7]])
