@@ -242,7 +242,7 @@ def models(session: nox.Session) -> None:
     session.run("python", *trial, env={"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"})
 
 
-def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
+def try_wheel(session: nox.Session, backend: str, *versions: str, families: int = 6) -> None:
     """Builds the wheel, installs it with `versions` (arguments of pip) and runs unconstrained.py elsewhere."""
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
@@ -255,7 +255,7 @@ def try_wheel(session: nox.Session, backend: str, *versions: str) -> None:
     script = Path("conformance/support/unconstrained.py").resolve()
     session.chdir(session.create_tmp())  # nothing of the checkout can be imported by accident
     env = {"PYTHONPATH": None, "OMP_NUM_THREADS": "2", **UNOPTIMIZED}
-    session.run("python", str(script), backend, *session.posargs, env=env)
+    session.run("python", str(script), backend, str(families), env=env)
 
 
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
@@ -268,10 +268,10 @@ def unconstrained(session: nox.Session, backend: str) -> None:
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def lowest(session: nox.Session, backend: str) -> None:
-    """The same with the oldest releases that pyproject.toml allows, on the Python that runs nox."""
+    """The same, of two families, with the oldest releases that pyproject.toml allows, on the Python that runs nox."""
     constraints = str(Path(session.create_tmp()).resolve() / "lowest.txt")
     session.run("python", "conformance/support/lower_ends.py", constraints)
-    try_wheel(session, backend, "--constraint", constraints)
+    try_wheel(session, backend, "--constraint", constraints, families=2)
 
 
 # Chromium, a disk that is really full, other libraries: extras, tests and packages.

@@ -1,6 +1,7 @@
 """Trains, exports and reloads tiny families with the installed wheel: what a user's `pip install` gives today.
 
-python unconstrained.py BACKEND          torch, jax or mlx; `nox -s unconstrained` makes the environment
+python unconstrained.py BACKEND [COUNT]  torch, jax or mlx, and of how many families; `nox -s unconstrained` makes the
+                                         environment
 
 It imports nothing of this repository but `tiny_models`, which makes the models.
 """
@@ -155,19 +156,20 @@ rewards.length = {{ function = "{folder / "reward.py"}:length" }}
 
 
 def main() -> None:
-    backend = sys.argv[1]
+    backend, count = sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else None
+    families = FAMILIES[backend][:count]
     started = time.monotonic()
     check_installed(backend)
     make = tiny_models.make_model if backend == "torch" else tiny_models.write_model
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        for family in FAMILIES[backend]:
+        for family in families:
             model = make(family, folder / family / "model")
             difference = run(backend, model, folder / family)
             print(f"  {family}: trained, exported, reloaded; log-probabilities within {difference:.1g} nat")
             assert difference < 1e-3, f"{family}: the export scores {difference:.3g} nat away from the policy"
-        command(backend, folder / FAMILIES[backend][0] / "model", folder / "command")
-    print(f"{len(FAMILIES[backend])} families and the command gvpo in {time.monotonic() - started:.0f} s")
+        command(backend, folder / families[0] / "model", folder / "command")
+    print(f"{len(families)} families and the command gvpo in {time.monotonic() - started:.0f} s")
 
 
 if __name__ == "__main__":
