@@ -1,6 +1,7 @@
 """A teacher with another tokenizer, architecture or backend, through every backend that trains."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import trainer_backends
 from echo_server import EchoServer
 from places import DEVICE
 from trainer_backends import Backend
+from trainer_runs import write_run
 
+from gvpo_core.training.cli import main
 from gvpo_core.training.config import (
     Config,
     ConfigError,
@@ -138,6 +141,31 @@ def test_the_teacher_draws_beside_the_student_in_one_group(tmp_path, backend, st
     (record,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()][-1:]
     assert record["responses/lost"] == 0 == record["teacher/unread"] and record["gradient_norm"] > 0
     assert "sampler the teacher, " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.slow
+def test_two_processes_with_a_teacher_that_draws_take_the_steps_of_one(tmp_path, backend, student, teacher):
+    """With copies of it; where the ranks may hold it together the run is refused."""
+    drawn, norms = [], []
+    for name in ("one", "two"):
+        taught = f'[teacher]\npath = "{teacher}"\ndtype = "float32"'
+        config = write_run(tmp_path / name, backend, student, steps=2, extra=taught, model_extra="")
+        text = config.read_text().replace("[rollout]", '[rollout]\nsampler = "teacher"\nown_responses = 2')
+        config.write_text(text.replace("[objective]", '[objective]\nreference = "teacher"').replace("every = 5", ""))
+        if name == "two":
+            command = backend.two_processes(config)
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+            if backend.name != "torch":
+                assert "the 2 ranks hold the teacher together" in ended.stdout + ended.stderr  # mlx.launch exits with 0
+                return
+            assert ended.returncode == 0, ended.stdout + ended.stderr
+        else:
+            assert main(["train", str(config)]) == 0
+        drawn.append([line["response"] for line in texts(tmp_path / name / "run") if line["kind"] == "train"])
+        records = [json.loads(line) for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        norms.append([r["gradient_norm"] for r in records if r["kind"] == "train"])
+    assert sorted(drawn[0]) == sorted(drawn[1]) and len(drawn[0]) == 2 * 12
+    np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
 
 
 def test_the_student_comes_closer_to_its_teacher(tmp_path, backend, student, teacher, capsys):
