@@ -1,6 +1,6 @@
 """What a run trains: parameters or adapters with AdamW's moments, and the parts of an exact step over a mesh."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -41,8 +41,9 @@ class Learner:
         return self.adapters or self.parameters
 
     @property
-    def _frozen(self) -> Parameters:
-        return self.parameters if self.adapters else {}
+    def _all(self) -> tuple[Parameters, Parameters]:
+        """What is trained and what is frozen."""
+        return self.trained, self.parameters if self.adapters else {}
 
     def _empty_state(self) -> Any:
         """AdamW's moments, sharded as the parameters."""
@@ -55,15 +56,29 @@ class Learner:
         static = (self.mesh, tuple(self.shapes.items()))
         return self.programs.call(update.no_gradient, static, out=self._shardings)  # type: ignore[no-any-return]
 
-    def grouped(self, total: Parameters, rows: Rows, coefficients: Coefficients) -> tuple[Parameters, np.ndarray]:
-        """Forward, coefficients, backward of a micro-batch of whole groups: the sum so far, (r,) log-probs."""
-        given = mesh.put_all(rows.arrays, self.mesh)
-        values, saved = self.programs.call(update.forward, (self.setup,), self.trained, self._frozen, given)
-        assert rows.source is not None
-        sums = rows.sums(mesh.local(values))
-        factors = rows.spread(factors_of(coefficients, sums, rows.source.responses))
-        arguments = (total, saved, self.trained, self._frozen, given, mesh.put(factors, self.mesh))
-        return self.programs.call(update.backward, (), *arguments, donate=(0,), out=self._shardings), sums
+    def grouped(
+        self, total: Parameters, micro: Sequence[Rows], coefficients: Coefficients
+    ) -> tuple[Parameters, np.ndarray, np.ndarray]:
+        """Micro-batches of groups: all forward, their coefficients, all backward.
+
+        Returns: the sum so far, (r,) log-probs and the (r,) responses that have them.
+        """
+        held, sums, responses = [], [], []
+        for rows in micro:
+            given = mesh.put_all(rows.arrays, self.mesh)
+            held.append((rows, given, *self.programs.call(update.forward, (self.setup,), *self._all, given)))
+        for rows, _, values, _ in held:
+            assert rows.source is not None
+            sums.append(rows.sums(mesh.local(values)))
+            responses.append(rows.source.responses)
+        logprobs, chosen = np.concatenate(sums), np.concatenate(responses)
+        factors = np.split(factors_of(coefficients, logprobs, chosen), np.cumsum([len(part) for part in sums])[:-1])
+        while held:
+            rows, given, _, saved = held.pop()
+            spread = mesh.put(rows.spread(factors.pop()), self.mesh)
+            arguments = (total, saved, *self._all, given, spread)
+            total = self.programs.call(update.backward, (), *arguments, donate=(0,), out=self._shardings)
+        return total, logprobs, chosen
 
     def known(self, total: Parameters, rows: Rows, factors: np.ndarray) -> Parameters:
         """Backward of a micro-batch whose factors are known: the sum so far. The host does not wait for it."""
@@ -72,8 +87,7 @@ class Learner:
             update.accumulate,
             (self.setup,),
             total,
-            self.trained,
-            self._frozen,
+            *self._all,
             mesh.put_all(rows.arrays, self.mesh),
             mesh.put(spread, self.mesh),
             donate=(0,),

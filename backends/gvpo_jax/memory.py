@@ -7,20 +7,23 @@ from jax.sharding import Mesh
 from gvpo_core.training.policy import MemoryFacts
 from gvpo_core.training.policy.memory import peak_memory
 from gvpo_jax.logprobs import CHUNK_BYTES, DEVICE_CHUNK_BYTES
-from gvpo_jax.mesh import batch_shards, parts, tensor_axes
+from gvpo_jax.mesh import batch_shards, parts, processes, tensor_axes
 from gvpo_jax.model import Setup
 from gvpo_jax.spec import Spec
 
 CPU_CACHE_BYTES = 2**30  # of keys and values
 
 
-def facts(spec: Spec, mesh: Mesh, sampling: Setup, held: int, in_blocks: bool = False) -> MemoryFacts:
+def facts(
+    spec: Spec, mesh: Mesh, sampling: Setup, held: int, in_blocks: bool = False, defers: bool = False
+) -> MemoryFacts:
     """What the core's estimate of memory needs; of layers of different sizes the largest counts.
 
     Args:
       sampling: the setup of prefill and decode.
       held: bytes of a parameter as it is trained or frozen; a copy of another size is made to sample from.
       in_blocks: whether attention of an update goes through `blocks`.
+      defers: whether groups in several micro-batches go forward once.
     """
     first = mesh.local_devices[0]
     limit = (first.memory_stats() or {}).get("bytes_limit")
@@ -33,6 +36,7 @@ def facts(spec: Spec, mesh: Mesh, sampling: Setup, held: int, in_blocks: bool = 
         devices=together,
         fills=True,
         in_blocks=in_blocks,
+        defers=defers and processes(mesh) == 1,
         sampled=copy * together // parts(sampling.mesh, tensor_axes(sampling.mesh)),
         layers=spec.layers,
         hidden=spec.hidden,

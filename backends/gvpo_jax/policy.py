@@ -78,6 +78,7 @@ class JaxPolicy(LanguageModelPolicy):
             parameters = weights.load(spec, files, self.mesh, held)
         adapters = make_adapters(config, spec, self.mesh, settings.seed) if config.lora_rank else {}
         optimizer = None if self.frozen else settings.optimizer
+        self.defers = config.gradient_checkpointing and not self.frozen  # else activations would be held
         self.learner = Learner(self.setup, self.programs, optimizer, parameters, adapters)
         self._load_reference()
 
@@ -144,15 +145,17 @@ class JaxPolicy(LanguageModelPolicy):
 
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
         """Whole groups on one process go through one forward and one backward pass, whose activations stay on the
-        device while the coefficients are made on the host; all else is queued without a wait."""
+        device while the coefficients are made on the host; of groups in several micro-batches the layers' inputs stay.
+        All else is queued without a wait."""
         self.scorer.check_lengths(batch)
         logprobs, tokens = plan.logprobs, plan.tokens
         total = self.learner.no_gradient()
-        for rows in planning.plan(batch, plan.grouped, self._splitting, self.mesh):
-            total, sums = self.learner.grouped(total, rows, coefficients)
-            assert rows.source is not None
-            logprobs[rows.source.responses] = sums
-            tokens += rows.arrays["ids"].size
+        whole = [[rows] for rows in planning.plan(batch, plan.grouped, self._splitting, self.mesh)]
+        units = ([[row] for rows in micro for row in rows] for micro in plan.deferred)
+        for micro in (*whole, *(planning.plan(batch, of_round, self._splitting, self.mesh) for of_round in units)):
+            total, sums, responses = self.learner.grouped(total, micro, coefficients)
+            logprobs[responses] = sums
+            tokens += sum(rows.arrays["ids"].size for rows in micro)
         for rows in planning.plan(batch, self._splitting.rows(batch, plan.rest), self._splitting, self.mesh):
             total = self.learner.known(total, rows, plan.factors)
             tokens += rows.arrays["ids"].size if rows.source is not None else 0
@@ -221,7 +224,7 @@ class JaxPolicy(LanguageModelPolicy):
             parameters=weights.count(spec.shapes()) + (trainable if self.learner.adapters else 0),
             trainable_parameters=trainable,
             packages=("jax", "jaxlib", "optax", "orbax-checkpoint", "transformers"),
-            memory=memory.facts(spec, self.mesh, self.scorer.sampling, self._width, self.setup.in_blocks),
+            memory=memory.facts(spec, self.mesh, self.scorer.sampling, self._width, self.setup.in_blocks, self.defers),
             devices=self.mesh.size,
             mesh=", ".join(f"{name} {size}" for name, size in self.mesh.shape.items()),
         )

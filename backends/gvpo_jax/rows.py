@@ -29,7 +29,6 @@ Place = tuple[int, int]  # a row of the device, and where in it one starts
 class ShardSplitting(layout.Splitting):
     """A batch as units: rows, or whole groups. `plan` fills micro-batches with them. Budgets are those of a shard."""
 
-    shards: int = 1  # of the rows of a process
     head: float = 0.0  # operations of the head for a token, of those of the layers without attention
     # Of a shard, in the order of the plans that chose them. A run that resumes pads, and so rounds, as before.
     shapes: list[Shape] = field(default_factory=list)

@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 import tiny_models
-from batches import batch, coefficients_of
+from batches import SMOOTH, batch, coefficients_of, step_difference
 from jax_policies import policy
 from required import require
 
 require(subject="jax")
 
-from gvpo_jax import model, update
+from gvpo_jax import learner, model, update
 from hlo import arrays_with
 
-from gvpo_core.training.policy import layout
+from gvpo_core.training.policy import base, layout
 
 OF = batch((4, 3, 1, 5))
 
@@ -69,6 +69,29 @@ def test_few_programs_are_compiled_however_lengths_vary(folder) -> None:
         counts.append(of_policy.update(of, coefficients_of(of)).details["compiled_programs"])
     assert counts[-1] <= 8
     assert counts[-1] == len(of_policy.programs)
+
+
+def test_with_checkpointing_no_group_is_scored_first(folder, monkeypatch) -> None:
+    """The layers' inputs of several micro-batches are held, of so many tokens; what is beyond them is scored first."""
+    rounds, plain = [], learner.Learner.grouped
+    monkeypatch.setattr(
+        learner.Learner,
+        "grouped",
+        lambda self, total, micro, *given: rounds.append(len(micro)) or plain(self, total, micro, *given),
+    )
+    monkeypatch.setattr(base, "HELD_MICRO_BATCHES", 3)
+    settings = SMOOTH | {"micro_batch_tokens": 32, "layout": "plain", "gradient_checkpointing": True}
+    steps, computed = {}, {}
+    for strategy in ("group", "score"):
+        of_policy = policy(folder, **settings, strategy=strategy)
+        before = {name: np.asarray(value) for name, value in of_policy.learner.trained.items()}
+        done = of_policy.update(OF, coefficients_of(OF))
+        moved = {name: np.asarray(value) - before[name] for name, value in of_policy.learner.trained.items()}
+        steps[strategy], computed[strategy] = moved, done.tokens
+    assert max(rounds) == 3, "no group took several micro-batches"
+    assert step_difference(steps["score"], steps["group"]) < 1e-5
+    assert computed["group"] < 0.7 * computed["score"]
+    assert not policy(folder).defers, "activations would be held"
 
 
 @pytest.mark.slow

@@ -294,7 +294,7 @@ class LanguageModelPolicy(abc.ABC):
             together=c.strategy == "group" and (alone or complete),
             scored=scored,
             score=self._logprobs,
-            held=HELD_MICRO_BATCHES * c.micro_batch_tokens if self.defers else 0,
+            held=HELD_MICRO_BATCHES * c.micro_batch_tokens * self._splitting.shards if self.defers else 0,
             meets=not alone,
             lockstep=complete and self.lockstep,
         )

@@ -41,6 +41,7 @@ class Splitting:
     responses: int  # of a micro-batch at most; 0: no limit
     hidden_size: int  # the model's; see `plan_rows`
     rope: "RopeByLength | None" = None  # None: no row's numbers depend on the length of another
+    shards: int = 1  # parts of a process's rows that have the budget each
 
     def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
         """Micro-batches of the chosen responses (default all)."""

@@ -142,15 +142,18 @@ def _largest(
     prompt, count = (0,) * prompt_tokens, prompts * rollout.responses
     responses = [(i, *(0,) * (rollout.max_tokens - 1)) for i in range(count)]  # that have no beginning in common
     batch = Batch([prompt] * count, responses, [i // rollout.responses for i in range(count)])
-    if m.fills:
-        return _filled(batch, packed, config, m), 0, 0, False
+    filled = _filled(batch, packed, config, m) if m.fills else 0
     hidden = 0 if m.in_blocks else m.hidden
-    splitting = Splitting(packed, optimizer.micro_batch_tokens, optimizer.micro_batch_responses, hidden)
+    parts = m.parts if m.fills else 1
+    limits = (optimizer.micro_batch_tokens * parts, optimizer.micro_batch_responses * parts)
+    splitting = Splitting(packed, *limits, hidden)
     together = (ranks == 1 or m.defers) and optimizer.strategy == "group"
     complete, rest = splitting.groups(batch) if together else ([], list(range(count)))
     group = splitting.rows(batch, rest[: rollout.responses]) if rest and together and m.defers else []
     group = held_part(group, HELD_MICRO_BATCHES * splitting.tokens)
     held = sum(len(rows) * rows[0].length for rows in group[:-1])  # the last one keeps its activations
+    if m.fills:
+        return filled, 0, held // parts, False
     sizes = [(len(rows), rows[0].length) for rows in complete + splitting.rows(batch, rest)]
     tokens = max(rows * width for rows, width in sizes)
     layers = 1 if config.model.gradient_checkpointing else m.layers
