@@ -211,6 +211,9 @@ def test_no_reward_no_data_no_model():
 def test_a_missing_and_a_broken_file(tmp_path, file):
     with pytest.raises(ConfigError, match=r"cannot read the config .*nowhere.toml"):
         read_config(tmp_path / "nowhere.toml")
+    saved = file("[run]\n")
+    with pytest.raises(ConfigError, match=rf"Is a directory; give the file in it: {saved}$"):
+        read_config(saved.parent)
     with pytest.raises(ConfigError, match=r"config.toml is not valid TOML: .*line 2"):
         read_config(file("[run]\nsteps = = 3\n"))
 

@@ -40,13 +40,17 @@ def read_saved(path: Path) -> Config:
     return _read(path)[0]
 
 
+_SAVED = "config.toml"  # in a run folder, and in one of `gvpo init`
+
+
 def _read(path: Path) -> "tuple[Config, _Reader]":
     """The settings, with defaults for wrong fields, and the reader with the errors."""
     try:
         refuse_special(path)
         text = retried(lambda: path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
     except OSError as e:
-        raise ConfigError(f"cannot read the config {path}: {e.strerror or e}") from e
+        inside = f"; give the file in it: {path / _SAVED}" if (path / _SAVED).is_file() else ""
+        raise ConfigError(f"cannot read the config {path}: {e.strerror or e}{inside}") from e
     except UnicodeDecodeError as e:
         raise ConfigError(f"cannot read the config {path}: {e}") from e
     try:
