@@ -10,6 +10,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, Tokens, layout
 from gvpo_core.training.policy.prefixes import Prefixes
+from gvpo_core.training.policy.step import refuse_not_finite
 from gvpo_core.training.sampling import Sampling
 from gvpo_jax import memory, mesh, ranks, update
 from gvpo_jax.model import Parameters
@@ -166,6 +167,7 @@ def _sampled_differs(
     apart = ranks.gather(
         np.abs(np.asarray(scored, np.float64) - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn]
     )
+    refuse_not_finite([apart], scorer.setup.spec.family.architecture)
     tolerance = (2e-3, 5e-4) if dtype == "float32" else (1.0, 0.1)
     difference = layout.largest_difference([apart], [np.zeros_like(apart)], tolerance)
     return difference, [(*prompt, *tokens) for prompt, tokens, _ in drawn]

@@ -12,6 +12,7 @@ import numpy as np
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.policy.hugging_face import local_folder
+from gvpo_core.training.policy.step import refuse_not_finite
 from gvpo_mlx.adapters import adapted
 from gvpo_mlx.logprobs import logsumexp
 from gvpo_mlx.model import Scorer, global_state_kept, inputs, load_reference
@@ -41,6 +42,7 @@ def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
             logits = scorer.lm(mx.array([prompt + response]))[0, len(prompt) - 1 : -1].astype(mx.float32)
             logits = logits - logsumexp(logits)[:, None]
             direct.append(np.array(mx.take_along_axis(logits, mx.array(response)[:, None], 1).squeeze(1)))
+    refuse_not_finite(direct, scorer.name)
     difference = layout.largest_difference(direct, plain, _tolerance(scorer))
     if difference is not None:
         raise ConfigError(

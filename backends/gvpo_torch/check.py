@@ -12,6 +12,7 @@ from torch import Tensor
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.policy.prefixes import Prefixes
+from gvpo_core.training.policy.step import refuse_not_finite
 from gvpo_core.training.sampling import Sampling
 from gvpo_torch import blocks, fixed, rope
 from gvpo_torch.cache import new_cache
@@ -71,6 +72,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
         with _explained(f"{name} cannot be scored{' with model.compile = true' if scorer.compiled else ''}"):
             plain = _by_response(scorer, batch, False, device)
             direct = _own(scorer, batch, device)
+        refuse_not_finite(direct, name)
         difference = _differ(scorer, direct, plain)
         if difference is not None:  # a model in which padding is seen by the tokens before it
             scorer.masks_padding = True

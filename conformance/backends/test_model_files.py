@@ -227,3 +227,15 @@ def test_weights_of_another_shape_are_named(backend, sound, tmp_path):
     with pytest.raises(ConfigError, match=re.escape(name)) as raised:
         backend.policies.policy(folder)
     assert "\n" not in str(raised.value) and len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers_are_named(value, backend, sound, tmp_path):
+    """A run that diverged saved them: before, the message was that the model changes its logits."""
+    from safetensors.numpy import load_file
+
+    name = "model.layers.1.mlp.up_proj.weight"
+    array = load_file(sound / "model.safetensors")[name]
+    array[3] = value
+    with pytest.raises(ConfigError, match="are not finite: its weights hold NaN or infinity"):
+        backend.policies.policy(_with_tensor(sound, tmp_path, name, array))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from gvpo_core.training.config import OptimizerConfig
+from gvpo_core.training.config import ConfigError, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients
 from gvpo_core.training.policy.layout import Row, Splitting
 
@@ -212,6 +212,19 @@ def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarra
     check_finite("log-probabilities", logprobs, rows)
     check_finite("coefficients", factors, rows)
     return factors
+
+
+def refuse_not_finite(values: Sequence[np.ndarray], name: str) -> None:
+    """Raises ConfigError where log-probs of a model that was just loaded are not finite.
+
+    Args:
+      values: of short texts, (tokens,) each.
+      name: of the model, for the message.
+    """
+    if not all(np.isfinite(value).all() for value in values):
+        raise ConfigError(
+            f"log-probs of {name} are not finite: its weights hold NaN or infinity, or it overflows in model.dtype"
+        )
 
 
 def check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
