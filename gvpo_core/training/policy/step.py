@@ -25,10 +25,8 @@ class StepPlan(NamedTuple):
     deferred: Sequence[list[list[Row]]] = ()  # groups in several micro-batches: all go forward before one goes back
     known: Sequence[int] = ()  # responses in `deferred` that were scored first: `factors` has their coefficients
     settle: Callable[[], None] = lambda: None  # raises what another rank must refuse; called before the step is taken
-    partly: "PartlyScored | None" = (
-        None  # the callback of `deferred` where it holds a part of a group, the rest of which
-    )
-    # is in `rest`: it sets their `factors`, before which they cannot be stepped along
+    # The callback of `deferred` where that holds a part of a group; it sets the `factors` of the part that `rest` has.
+    partly: "PartlyScored | None" = None
 
 
 def plan_step(
