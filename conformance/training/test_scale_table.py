@@ -115,10 +115,15 @@ PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts 
         (OVER.format("groups in three micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
         (OVER.format("groups in three micro-batches, without recomputation"), "J1 / 16, full lengths", "now"),
     ],
-    r"scored first cost (\S+) where they fit a micro-batch, (\S+) in three and (\S+) beyond four": [
+    r"scored first cost (\S+) where they fit a micro-batch and (\S+) in three": [
         (OVER.format("groups that fit a micro-batch, scored first"), "J1 / 16, ragged lengths", "now"),
         (OVER.format("groups in three micro-batches, scored first"), "J1 / 16, full lengths", "now"),
+    ],
+    r"others are scored first: (\S+), or (\S+) with gradient checkpointing \((\S+) and (\S+) when all were\)": [
         (OVER.format("groups beyond 4 micro-batches"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups beyond 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups beyond 4 micro-batches"), "J1 / 16, full lengths", "before"),
+        (OVER.format("groups beyond 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "before"),
     ],
 }
 
