@@ -281,6 +281,20 @@ def test_settings_that_do_nothing_are_refused(lines, ahead, wanted, tmp_path, ca
     assert wanted in capsys.readouterr().err
 
 
+def test_a_ratio_to_the_policy_that_drew_is_refused_ahead(tmp_path, capsys):
+    config = early(tmp_path, ahead=1)
+    assert main(["train", str(config), "--objective.name", "grpo"]) == 2
+    assert "rollout.ahead = 1; objective.name = 'grpo' weighs a response by its ratio" in capsys.readouterr().err
+
+
+def test_the_copys_device_is_named_by_its_own_setting():
+    copy = object.__new__(copied.PolicyCopy)
+    copy._where = " on cuda:7"
+    assert "failed: rollout.ahead_device is 'cuda:7'" in str(copy._failed("model.device is 'cuda:7'"))
+    copy._where = ""
+    assert "failed: model.device is 'cuda:7'" in str(copy._failed("model.device is 'cuda:7'"))
+
+
 def test_a_dry_run_draws_with_the_copy_and_collecting_does_not(tmp_path, capsys, monkeypatch):
     config = early(tmp_path, ahead=2)
     assert main(["train", str(config), "--dry-run"]) == 0

@@ -273,6 +273,16 @@ def test_a_sample_is_the_best_and_the_worst_of_its_group():
     assert out.getvalue() == ""
 
 
+def test_a_sample_without_rewards_shows_none():
+    """As in distillation, where each response counts 0."""
+    out = io.StringIO()
+    Console(10, stream=out).sample([r | {"rewards": {}} for r in group(0.0, 0.0)])
+    lines = [line.strip() for line in out.getvalue().splitlines() if line.strip()]
+    assert lines == [
+        "prompt", "| 2+2?", "its 2 responses", "first: 3 tokens, cut", "| 4#0", "last: 3 tokens", "| 4#1",
+    ]  # fmt: skip
+
+
 def test_model_text_cannot_drive_the_terminal():
     hostile = "a\x1b[2J\x1b]0;title\x07b\rc\x9b31md\u202ee\u200b\ud800\tf\nsecond line" + "x" * 300
     out = io.StringIO()

@@ -256,6 +256,12 @@ def test_a_sampler_that_cannot_be_made_is_refused_by_name(name, wanted, tmp_path
     assert not (tmp_path / "said.txt").exists()
 
 
+def test_a_misspelt_sampler_is_named_once(tmp_path, capsys):
+    assert main(["train", str(made(tmp_path, sampler="techer"))]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'teacher'?" in error and error.count("techer") == 1
+
+
 def test_two_samplers_are_refused(tmp_path):
     config = read_config(own(tmp_path))
     with pytest.raises(ConfigError, match=r"given in Python, and rollout\.sampler = .* names one as well"):

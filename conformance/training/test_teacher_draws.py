@@ -13,11 +13,12 @@ from sampler_runs import lines
 from table_problem import PROMPTS, REFERENCE, RESPONSES, reward, settings, table
 
 from gvpo_core.training.cli import main
-from gvpo_core.training.config import TeacherConfig
+from gvpo_core.training.config import ConfigError, TeacherConfig
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.samplers import Text
 from gvpo_core.training.sampling import Sampling
+from gvpo_core.training.teacher import load
 from gvpo_core.training.teacher.sampler import TeacherSampler
 from gvpo_core.training.teacher.taught import Teacher
 
@@ -120,7 +121,11 @@ def test_the_teachers_responses_can_be_collected(tmp_path, capsys):
         (["--teacher.path", "x", "--teacher.url", "http://h"], "teacher.url is set: its server scores"),
         (["--teacher.path", "x", "--rollout.ahead", "1"], "it draws on the device that the update needs"),
         (["--teacher.path", "x", "--environment.tools", "a:b"], "the teacher draws no turns of episodes"),
-        (["--teacher.path", "x", "--evaluation.sampler", "rollout"], "has no method refresh"),
+        (["--teacher.path", "x", "--evaluation.sampler", "rollout"], "the teacher would be evaluated, not the policy"),
+        (
+            ["--teacher.path", "x", "--objective.name", "grpo"],
+            "rollout.sampler = 'teacher'; objective.name = 'grpo' weighs",
+        ),
     ],
 )
 def test_what_the_teacher_cannot_draw_is_refused(options, wanted, tmp_path, capsys):
@@ -128,3 +133,24 @@ def test_what_the_teacher_cannot_draw_is_refused(options, wanted, tmp_path, caps
     path = [str(tmp_path) if option == "x" else option for option in options]
     assert main(["train", str(config), "--rollout.sampler", "teacher", *path]) == 2
     assert wanted in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "said", "wanted"),
+    [
+        ([], "model.path 'gone' is not a folder", "teacher.path 'gone' is not a folder"),
+        (["--teacher.device", "cuda:7"], "model.device is 'cuda:7'", "teacher.device is 'cuda:7'"),
+        ([], "model.device is 'cuda:7'", "teacher.path = 'gone': model.device is 'cuda:7'"),  # it is the policy's
+        ([], "it has no weights", "teacher.path = 'gone': it has no weights"),
+    ],
+)
+def test_a_teacher_that_cannot_be_loaded_is_named_by_its_own_settings(
+    option, said, wanted, tmp_path, capsys, monkeypatch
+):
+    def fails(*_, **__):
+        raise ConfigError(said)
+
+    monkeypatch.setattr(load, "load_policy", fails)
+    given = ["--rollout.sampler", "teacher", "--teacher.path", "gone", *option]
+    assert main(["train", str(table_run.make(tmp_path)), *given]) == 2
+    assert f"gvpo: {wanted}\n" in capsys.readouterr().err

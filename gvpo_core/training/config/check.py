@@ -243,8 +243,10 @@ def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
             wrong.append(
                 (name, f"{name} = {value!r} and rollout.source = 'recorded': nothing is sampled to mix it with")
             )
-        if c.objective.name in TABLE and TABLE[c.objective.name].needs_old:
-            wrong.append((name, f"{name} = {value!r}; {_NO_RATIO.format(c.objective.name)}"))
+    if c.objective.name in TABLE and TABLE[c.objective.name].needs_old:
+        others = {"rollout.ahead": c.rollout.ahead, "rollout.sampler": c.rollout.sampler == "teacher" and "teacher"}
+        said = _NO_RATIO.format(c.objective.name)
+        wrong += [(name, f"{name} = {value!r}; {said}") for name, value in (mixed | others).items() if value]
     if any(mixed.values()) and shares(c).sampled < 1:
         name = "replay.share" if c.replay.groups else "data.recorded_share"
         wrong.append(

@@ -266,6 +266,12 @@ def _wrong_teaching(config: Config) -> Iterator[tuple[str, str]]:
             f"rollout.ahead = {config.rollout.ahead} and {name}: it draws on the device that the update needs; leave"
             " one of them out",
         )
+    if config.evaluation.sampler == "rollout":
+        yield (
+            "evaluation.sampler",
+            f"evaluation.sampler = 'rollout' and {name}: the teacher would be evaluated, not the policy; leave"
+            " evaluation.sampler out",
+        )
     if config.environment.used:
         yield (
             "rollout.sampler",

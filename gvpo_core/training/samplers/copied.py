@@ -151,7 +151,10 @@ class PolicyCopy:
             return error
         if not self._process.alive:  # the folder ends with it
             return self._failed(str(self._process.died()))
-        return SamplerError(f"the parameters for the copy cannot be written to {self._folder}: {error}")
+        return SamplerError(
+            f"the parameters for the copy cannot be written to {self._folder}: {error}. rollout.ahead = {self._ahead}"
+            f" keeps up to {self._ahead + 2} versions there: free memory, name another folder (TMPDIR), or lower it"
+        )
 
     def close(self) -> None:
         """Ends the process; what was asked for is dropped."""
@@ -203,7 +206,8 @@ class PolicyCopy:
         return answer
 
     def _failed(self, why: str) -> SamplerError:
-        return SamplerError(f"the copy of the policy{self._where} that draws ahead failed: {why}")
+        said = why.replace("model.device", "rollout.ahead_device") if self._where else why
+        return SamplerError(f"the copy of the policy{self._where} that draws ahead failed: {said}")
 
 
 def _shared_folder(policy: Policy, size: int) -> Path:

@@ -27,7 +27,10 @@ def load_teacher(config: Config, policy: Policy) -> Teacher:
     try:
         loaded = load_policy(replace(config, run=run, model=model, optimizer=optimizer), trained=False)
     except ConfigError as error:
-        raise ConfigError(f"teacher.path = {config.teacher.path!r}: {error}") from error
+        said = str(error).replace("model.path", "teacher.path")
+        if config.teacher.device:
+            said = said.replace("model.device", "teacher.device")
+        raise ConfigError(said if "teacher." in said else f"teacher.path = {config.teacher.path!r}: {said}") from error
     if (loaded.rank, loaded.world_size) != (policy.rank, policy.world_size):
         raise ConfigError(
             f"the teacher has {loaded.world_size} ranks and the policy {policy.world_size}; use one backend for both"

@@ -149,13 +149,16 @@ class Console:
         self._quote("prompt", scored[0]["prompt"])
         rewards = [fit(r["reward"], 8) for r in scored]
         rewards += ["-"] * (len(groups[scored[0]["group"]]) - len(scored))
-        summary = f"its {len(rewards)} responses: rewards {' '.join(rewards)}"
+        rated = any(r["rewards"] or r["reward"] for r in scored)  # without rewards, as in distillation, all are 0
+        summary = f"its {len(rewards)} responses" + (f": rewards {' '.join(rewards)}" if rated else "")
         self._wrapped(f"  {summary}", " " * 4)
         best, worst = scored[0], scored[-1]
-        for name, response in [("best", best), ("worst", worst)] if worst is not best else [("only", best)]:
+        names = ("best", "worst") if rated else ("first", "last")
+        for name, response in zip(names, (best, worst), strict=True) if worst is not best else [("only", best)]:
             parts = " ".join(f"{part}={fit(value, 8)}" for part, value in response["rewards"].items())
             parts = f" ({parts})" if parts else ""
-            facts = [f"reward {fit(response['reward'], 8)}{parts}", f"{response['tokens']} tokens", ending(response)]
+            reward = f"reward {fit(response['reward'], 8)}{parts}" if rated else ""
+            facts = [reward, f"{response['tokens']} tokens", ending(response)]
             title = f"{name}: {', '.join(text for text in facts if text)}"
             self._quote(title, response["response"])
         self._print("")
