@@ -21,6 +21,7 @@ from mlx_lm.tuner.utils import build_schedule
 from gvpo_core.hosts import SettingsError, check_beta
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import DataError
+from gvpo_core.training.terminal.text import printable
 from gvpo_mlx_lm import ModelError, load, load_groups, train
 
 _OURS = {"beta": 0.1, "groups_per_step": None}
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run(settings(arguments))
     except (ConfigError, DataError, ModelError, SettingsError) as error:
-        print(f"gvpo_mlx_lm: {error}", file=sys.stderr)
+        print(f"gvpo_mlx_lm: {printable(str(error), keep=chr(10))}", file=sys.stderr)
         return 2
     return 0
 

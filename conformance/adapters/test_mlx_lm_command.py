@@ -104,8 +104,11 @@ def test_what_the_command_line_cannot_use_is_one_line(arguments, message, folder
 
 def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, capfd):
     def nothing(*_, **__):
-        raise OSError("no network")
+        raise OSError("no network\x1b]52;c;aGk=\x07")
 
     monkeypatch.setattr("mlx_lm.utils.snapshot_download", nothing)
     assert main(["--model", "org/name"]) == 2
-    assert "model = 'org/name': there is no such folder, and the hub has none: no network" in capfd.readouterr().err
+    assert "model = 'org/name': there is no such folder, and the hub has none: no network\\x1b]52" in (
+        error := capfd.readouterr().err
+    )
+    assert not {"\x1b", "\x07"} & set(error)

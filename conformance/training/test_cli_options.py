@@ -86,6 +86,18 @@ def test_help_lists_the_settings_of_a_reward(tmp_path, capfd):
     assert "--rewards.NAME.function" in out and "--rewards.NAME.timeout" in out
 
 
+def test_help_escapes_what_would_command_a_terminal_in_values_and_names(tmp_path, capfd):
+    config = table_run.make(tmp_path)
+    odd = json.dumps("a\x1b]52;\x07\u202eb")
+    text = config.read_text().replace("[model]", f"[model]\nrevision = {odd}")
+    config.write_text(f"{text}\n[rewards.{odd}]\nfunction = {odd}\noptions = {{ {odd} = [{odd}] }}\n")
+    with pytest.raises(SystemExit):
+        gvpo(capfd, "train", config, "--help")
+    out = capfd.readouterr().out
+    assert r"rewards.a\x1b]52;\x07\u202eb" in out and r"(default: 'a\x1b]52;" in out
+    assert not set("\x1b\x07\u202e") & set(out)
+
+
 def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capfd):
     config = table_run.make(tmp_path)
     status, _, err = gvpo(capfd, "train", config, "--rollout.responses", "1", "--data.prompt", "")

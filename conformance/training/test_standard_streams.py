@@ -5,6 +5,8 @@ import json
 import logging
 import subprocess
 import sys
+import threading
+import warnings
 
 import pytest
 import table_run
@@ -12,6 +14,7 @@ import table_run
 from gvpo_core.training.config.file import read_config
 from gvpo_core.training.loop import train
 from gvpo_core.training.policy.table import TablePolicy
+from gvpo_core.training.terminal.output import Printable, forgiving_stderr, standard_streams
 
 pytestmark = pytest.mark.core
 
@@ -87,3 +90,64 @@ def test_no_file_gets_the_number_of_a_closed_standard_stream(closed_ones, tmp_pa
     )
     assert done.returncode == 0
     assert int((tmp_path / "opened").read_text()) > 2
+
+
+ODD = "a\x1b]52;c;aGk=\x07\x9b31m\u202eb"
+
+
+def fail() -> None:
+    raise ValueError(ODD)
+
+
+class Fails:
+    def __del__(self) -> None:
+        fail()
+
+
+def in_a_thread() -> None:
+    thread = threading.Thread(target=fail)
+    thread.start()
+    thread.join()
+
+
+def logged_by_its_own_handler() -> None:
+    own = logging.Logger("own")
+    own.addHandler(logging.StreamHandler())
+    own.warning(ODD)
+
+
+SAYINGS = {
+    "warning": lambda: warnings.warn(ODD, stacklevel=1),
+    "thread": in_a_thread,
+    "destructor": lambda: bool(Fails()),
+    "log": logged_by_its_own_handler,
+    "print": lambda: print(ODD, file=sys.stderr),
+    "lines": lambda: sys.stderr.writelines([ODD, "\n"]),
+}
+
+
+@pytest.mark.parametrize("during", [standard_streams, forgiving_stderr])
+@pytest.mark.parametrize("saying", SAYINGS)
+@pytest.mark.filterwarnings("always", "ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nothing_that_a_library_writes_to_stderr_commands_a_terminal(saying, during, monkeypatch):
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(sys, "unraisablehook", sys.__unraisablehook__)  # not the test runner's
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)
+    monkeypatch.setattr(warnings, "showwarning", _showwarning)
+    with during():
+        SAYINGS[saying]()
+    assert r"a\x1b]52;c;aGk=\x07\x9b31m\u202eb" in stream.getvalue()
+    assert not set("\x1b\x07\x9b\u202e") & set(stream.getvalue())
+
+
+def _showwarning(message, category, filename, lineno, file=None, line=None):
+    sys.stderr.write(warnings.formatwarning(message, category, filename, lineno, line))
+
+
+def test_a_progress_bar_on_a_terminal_stays_one():
+    stream = io.StringIO()
+    stream.isatty = lambda: True
+    bar = "\r\x1b[32m 50%\x1b[0m\x1b[K\n\x1b[A"
+    Printable(stream).write(bar + "\x1b]52;c;aGk=\x07\x1b[2J")
+    assert stream.getvalue() == bar + r"\x1b]52;c;aGk=\x07\x1b[2J"

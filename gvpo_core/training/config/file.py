@@ -19,6 +19,7 @@ from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_s
 from gvpo_core.training.config.suggestions import nearest, setting_names, suggest
 from gvpo_core.training.files.disk import refuse_special, retried
 from gvpo_core.training.terminal.output import refusing_output
+from gvpo_core.training.terminal.text import printable
 
 
 def read_config(path: Path) -> Config:
@@ -83,7 +84,7 @@ def parse_arguments(
     options = arguments[len(files) :]
     if {"-h", "--help"} & {*options}:
         rewards = default.rewards or {"NAME": RewardConfig(function="reward.py:reward")}  # help lists their settings
-        _overridden(_without_secrets(dataclasses.replace(default, rewards=rewards)), options)
+        _overridden(_for_help(dataclasses.replace(default, rewards=rewards)), options)
     if path is None or reader is None:
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
     config, wrong = _all_overridden(default, options)
@@ -198,8 +199,17 @@ def _out_of_the_box(text: str) -> str:
     return " ".join(word for line in between for word in line.strip("│| ").split())
 
 
-def _without_secrets(config: Config) -> Config:
-    return cast(Config, _Reader(Path(), {}).build(Config, hide_settings(as_table(config)), ""))
+def _for_help(config: Config) -> Config:
+    """The settings as help prints them: without secrets, and with nothing that commands a terminal."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {printable(str(key)): shown(item) for key, item in value.items()}
+        if isinstance(value, list):
+            return [shown(item) for item in value]
+        return printable(value) if isinstance(value, str) else value
+
+    return cast(Config, _Reader(Path(), {}).build(Config, shown(hide_settings(as_table(config))), ""))
 
 
 def write_config(config: Config, path: Path) -> None:

@@ -2,9 +2,10 @@
 
 import contextlib
 import os
+import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO, cast
 
 from gvpo_core.training.terminal.text import printable
@@ -47,6 +48,11 @@ class Forgiving:
             self._stream.write(text)
         return len(text)
 
+    def writelines(self, lines: Iterable[str]) -> None:
+        """See TextIO.writelines."""
+        for line in lines:
+            self.write(line)
+
     def flush(self) -> None:
         """See TextIO.flush."""
         with _forgiven():
@@ -62,6 +68,25 @@ class Forgiving:
         return getattr(self._stream, name)
 
 
+_BAR = re.compile("(\x1b\\[[0-9;]*[AKm]|\r)")
+"""What progress bars write: the line above, the rest of the line erased, a style; and the line from its start."""
+
+
+class Printable(Forgiving):
+    """A text stream that also escapes what commands a terminal: libraries' warnings quote files, servers and models."""
+
+    def write(self, text: str) -> int:
+        """See TextIO.write. A terminal gets colors and progress bars as they are, and a file "\\r"."""
+        if not isinstance(text, str):
+            return super().write(text)
+        if self.isatty():
+            shown = "".join(part if i % 2 else printable(part, keep="\n\t") for i, part in enumerate(_BAR.split(text)))
+        else:
+            shown = printable(text, keep="\n\t\r")
+        super().write(shown)
+        return len(text)
+
+
 def _forgiven() -> contextlib.suppress:
     # RuntimeError: a signal's handler writes while the stream is being written. ValueError: the stream was closed.
     # AttributeError: a stream with few methods, or none. TypeError: a stream of bytes. LookupError: an encoding that
@@ -71,9 +96,12 @@ def _forgiven() -> contextlib.suppress:
 
 @contextlib.contextmanager
 def forgiving_stderr() -> Iterator[None]:
-    """Drops what standard error cannot take: Python's logging raises where its stream is closed or of another kind."""
+    """Drops what standard error cannot take: Python's logging raises where its stream is closed or of another kind.
+
+    What commands a terminal is escaped.
+    """
     given = sys.stderr
-    sys.stderr = cast(TextIO, Forgiving(given))
+    sys.stderr = cast(TextIO, Printable(given))
     try:
         yield
     finally:
@@ -115,13 +143,14 @@ def refusing_output() -> Iterator[None]:
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
     """Inside `with`, the standard streams of a command: text for one that is closed goes nowhere, and standard error
-    drops what it cannot take, so that an error keeps its exit status. Afterwards nothing is left to fail at the exit.
+    drops what it cannot take, so that an error keeps its exit status, and escapes what commands a terminal. Afterwards
+    nothing is left to fail at the exit.
     """
     before = sys.stdout, sys.stderr
     open_standard_descriptors()
     with open(os.devnull, "w") as nowhere:
         sys.stdout = nowhere if before[0] is None else before[0]
-        sys.stderr = cast(TextIO, Forgiving(nowhere if before[1] is None else before[1]))
+        sys.stderr = cast(TextIO, Printable(nowhere if before[1] is None else before[1]))
         try:
             yield
         finally:
