@@ -301,6 +301,7 @@ def test_model_text_cannot_drive_the_terminal():
 def test_printable_leaves_ordinary_text_alone():
     text = "x² + 1 = π; 日本語, العربية, 👍"
     assert printable(text) == text
+    assert printable("\u3164a\u115f\u180b\uffa0\U0001d173") == r"\u3164a\u115f\u180b\uffa0\u1d173", "they show nothing"
     assert printable("a\nb", keep="\n") == "a\nb" and printable("a\nb") == r"a\nb"
 
 
@@ -400,6 +401,7 @@ def test_an_event_is_cut_at_words_and_its_command_is_not():
 
 def test_wide_characters_are_cut_by_the_columns_they_take():
     assert (columns("日本語"), columns("e\u0301"), columns("ab")) == (6, 1, 2)
+    assert columns("\u1112\u1161\u11ab\u1100\u116e\u11a8") == columns("한국") == 4, "as macOS decomposes file names"
     assert pieces("日本語ab", 4) == ["日本", "語ab"] and pieces("", 4) == [""]
     out = io.StringIO()
     Console(10, stream=out).sample(group(0.0, 1.0, response="汉" * 200))
