@@ -69,6 +69,19 @@ def test_prints_of_a_function_that_fails_are_kept(tmp_path, capfd):
     assert "so far" not in capfd.readouterr().out
 
 
+def test_prints_of_a_file_that_is_imported_into_this_process_go_to_rewards_log(tmp_path, capfd):
+    (tmp_path / "mine.py").write_text(
+        "print('imported')\ndef reward(completions, **_):\n    return [float(len(c)) for c in completions]\n"
+    )
+    log = RewardLog()
+    config = RewardConfig(function=f"{tmp_path / 'mine.py'}:reward", isolation="thread")
+    close_rewards(load_rewards({"r": config}, log=log))
+    log.open(tmp_path)
+    log.close()
+    assert "r: imported\n" in (tmp_path / "rewards.log").read_text()
+    assert capfd.readouterr() == ("", "")
+
+
 def test_other_threads_print_where_they_did(tmp_path, capfd):
     called, printed = threading.Event(), threading.Event()
 

@@ -17,7 +17,7 @@ import pytest
 import run_folders
 from table_problem import PROMPTS, reward
 
-from gvpo_core.training.config import ConfigError
+from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.files import disk
 from gvpo_core.training.rewards import RewardError
 from gvpo_core.training.run.checkpoint import (
@@ -178,6 +178,31 @@ def test_a_run_whose_folder_is_moved_stops_and_writes_nothing_more(then, tmp_pat
         assert [r["step"] for r in killing.lasting(folder)] == [1, 2, 3]
     if then != "a removed lock":
         assert run_folders.go(run_folders.config(moved))[0].step == 3
+
+
+@pytest.mark.parametrize("name", ["run.log", "rewards.log"])
+def test_a_reward_of_a_moved_run_writes_to_no_other_runs_log(name, tmp_path, caplog):
+    """run.log and rewards.log were opened by their path, in the first run's and the second run's folder alike."""
+    folder = tmp_path / "run"
+    calls = []
+
+    def moving(prompts, completions, **columns):
+        calls.append(1)
+        if len(calls) == 2:
+            folder.rename(tmp_path / "moved")
+            shutil.copytree(tmp_path / "moved", folder)
+        if len(calls) >= 2 and name == "run.log":
+            raise ValueError("of the first run")
+        if len(calls) >= 2:
+            print("of the first run")
+        return reward(prompts, completions, **columns)
+
+    with pytest.raises((RunFolderError, RewardError)):
+        config = run_folders.config(folder)
+        forgiven = RewardConfig(function="given", failure_value=0.0, max_failures=1.0)
+        run_folders.go(replace(config, rewards={"value": forgiven}), rewards={"value": moving})
+    assert not {"run.log", "rewards.log"} & {p.name for p in folder.iterdir()}
+    assert f"{name} cannot be written: the run folder was moved or replaced" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from gvpo_core.training.config import ConfigError, RewardConfig
 from gvpo_core.training.config.secrets import resolved
 from gvpo_core.training.rewards.calls import Caller, Processes, Threads
 from gvpo_core.training.rewards.log import RewardLog
+from gvpo_core.training.rewards.prints import printing_to
 from gvpo_core.training.rewards.worker.encoding import UnsendableError
 from gvpo_core.training.rewards.worker.functions import find_function
 
@@ -82,7 +84,9 @@ def _caller(name: str, config: RewardConfig, given: RewardFunction | None, log: 
         if given is not None:
             return Threads(name, given, config.options, log=log)
         if config.isolation == "thread":
-            return Threads(name, find_function(config.function), config.options, log=log)
+            with printing_to(partial(log.output, name)):
+                function = find_function(config.function)
+            return Threads(name, function, config.options, log=log)
         memory = int(config.memory * 2**30)
         return Processes(name, config.function, config.options, width=config.workers, memory=memory, log=log)
     except UnsendableError as e:

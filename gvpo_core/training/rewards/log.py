@@ -36,6 +36,7 @@ class RewardLog:
         self.secrets = secrets_of({name: {"options": c.options} for name, c in (config or {}).items()})
         self._lock = threading.Lock()
         self._folder: Path | None = None
+        self._identity: tuple[int, int] | None = None  # device and inode of the folder
         self._waiting: list[bytes] = []  # output written before the folder exists
         self._output: IO[bytes] | None = None
         self._room = LARGEST_LOG
@@ -44,7 +45,7 @@ class RewardLog:
     def open(self, folder: Path) -> None:
         """Begins to write, into this folder."""
         with self._lock, self._written("rewards.log"):
-            self._folder = folder
+            self._folder, self._identity = folder, _identity(folder)
             waiting, self._waiting = b"".join(self._waiting), []
             self._write(waiting)
 
@@ -63,6 +64,7 @@ class RewardLog:
         if not data or self._folder is None:
             return
         if self._output is None:
+            self._confirm()
             self._output = (self._folder / "rewards.log").open("ab", buffering=0)
             self._room = LARGEST_LOG - self._output.tell()
         if len(data) > self._room:
@@ -76,8 +78,15 @@ class RewardLog:
         if self._folder is None or self._failed:
             return
         at = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-        with self._lock, self._written("run.log"), (self._folder / "run.log").open("ab") as file:
-            file.write(f"{at} {self._safe(text).strip()}\n".encode("utf-8", "backslashreplace"))
+        with self._lock, self._written("run.log"):
+            self._confirm()
+            with (self._folder / "run.log").open("ab") as file:
+                file.write(f"{at} {self._safe(text).strip()}\n".encode("utf-8", "backslashreplace"))
+
+    def _confirm(self) -> None:
+        """Raises OSError: the folder at the path is no longer the run's; it may be another run's now."""
+        if self._folder is not None and _identity(self._folder) != self._identity:
+            raise OSError("the run folder was moved or replaced during the run")
 
     def _safe(self, text: str) -> str:
         """Text without secrets and without characters that command a terminal: people print log files."""
@@ -97,6 +106,11 @@ class RewardLog:
             if self._output is not None:
                 self._output.close()
                 self._output = None
+
+
+def _identity(folder: Path) -> tuple[int, int]:
+    at = os.stat(folder)
+    return at.st_dev, at.st_ino
 
 
 class Output:
