@@ -11,6 +11,7 @@ import pytest
 import table_run
 
 from gvpo_core.training import cli
+from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.terminal.output import Forgiving
 
 pytestmark = pytest.mark.core
@@ -62,6 +63,24 @@ def test_a_whole_run_then_eval_export_report(tmp_path, capfd):
     status, out, _ = gvpo(capfd, "export", tmp_path / "run", tmp_path / "out")
     assert (status, json.loads((tmp_path / "out" / "table.json").read_text()).keys()) == (0, {"p0", "p1", "p2"})
     assert gvpo(capfd, "report", tmp_path / "run")[0] == 0
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_an_export_that_is_cut_short_leaves_nothing_behind(error, tmp_path, capfd, monkeypatch):
+    """Half of a model stayed, and the same command refused the folder as not empty."""
+
+    def cut_short(policy, folder):
+        (folder / "part").mkdir()
+        (folder / "part" / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    config = table_run.make(tmp_path, steps=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(TablePolicy, "export", cut_short)
+        status, _, _ = gvpo(capfd, "export", config, tmp_path / "out")
+    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+    assert not list((tmp_path / "out").iterdir())
+    assert gvpo(capfd, "export", config, tmp_path / "out")[0] == 0
 
 
 def test_a_finished_run_is_not_run_again(tmp_path, capfd):

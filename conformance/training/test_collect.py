@@ -1,6 +1,8 @@
 """`gvpo collect`: sampling and scoring as a job of its own, and training on what it wrote."""
 
 import datetime as dt
+import errno
+import fcntl
 import json
 import os
 import signal
@@ -119,6 +121,17 @@ def test_a_file_that_is_moved_meanwhile_gets_nothing_more(how, tmp_path, monkeyp
     if how != "removed":
         moved.rename(partial)
         assert collect(config, out) == 0 and len(rows_of(out)) == 24
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(number, tmp_path, monkeypatch, capsys):
+    def flock(file, operation):
+        raise OSError(number, os.strerror(number))
+
+    config = table_run.make(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert collect(config, tmp_path / "groups.jsonl") == 1
+    assert f"without file locks (flock: {os.strerror(number)})" in capsys.readouterr().err
 
 
 def test_a_result_that_somebody_else_made_is_not_replaced(tmp_path, monkeypatch, capsys):

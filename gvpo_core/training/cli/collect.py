@@ -20,7 +20,7 @@ import numpy as np
 from gvpo_core.training.config import Config, ConfigError, ReplayConfig, TeacherConfig
 from gvpo_core.training.config.file import as_table
 from gvpo_core.training.data import Prompts
-from gvpo_core.training.files.disk import is_at, lock, make_synced, refuse_special, sync_folder
+from gvpo_core.training.files.disk import is_at, lock, make_synced, refuse_special, sync_folder, without_locks
 from gvpo_core.training.files.records import append_synced, cut, encoded, records
 from gvpo_core.training.inputs import Inputs
 from gvpo_core.training.policy import Policy
@@ -169,13 +169,19 @@ class _Growing:
             make_synced(self.out.parent)
             refuse_special(self.partial)
             self._lock = self.partial.open("ab")
-            lock(self._lock)
+            self._take_lock(self._lock)
             self._confirm()
             return self._whole_steps()
+        except OSError as e:
+            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}") from e
+
+    def _take_lock(self, file: IO[bytes]) -> None:
+        try:
+            lock(file)
         except BlockingIOError as e:
             raise CollectError(f"{self.partial} is in use by another process") from e
         except OSError as e:
-            raise CollectError(f"cannot write {self.partial}: {e.strerror or e}") from e
+            raise CollectError(without_locks(self.partial, e)) from e
 
     def _whole_steps(self) -> int:
         counts: dict[int, int] = {}

@@ -173,7 +173,7 @@ def export_run(arguments: list[str]) -> int:
             policy.export(folder, own_head=True)
         else:
             policy.export(folder)
-    except ConfigError:  # what does not read back is not left to be taken for the policy
+    except BaseException:  # what is not whole, or does not read back, is not left to be taken for the policy
         if policy.rank == 0:
             for path in folder.iterdir():
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -134,6 +134,15 @@ def is_at(file: IO[Any], path: Path) -> bool:
     return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
 
 
+def without_locks(path: Path, error: OSError) -> str:
+    """The message for a file or folder whose file system has no locks, where `lock` raised the error."""
+    return (
+        f"{path} is on a file system without file locks (flock: {error.strerror or error}), so that a second process"
+        " could write to it unnoticed; mount it with locks (Lustre: -o flock; NFS: lock service), or choose another"
+        " disk"
+    )
+
+
 def lock(file: IO[Any]) -> None:
     """Takes the file's advisory lock until it is closed; does nothing on a system without such locks.
 

@@ -13,7 +13,7 @@ from typing import IO, Any
 
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.config.file import config_text, differences, read_saved
-from gvpo_core.training.files.disk import is_at, is_folder, lock, make_synced, retried, write_synced
+from gvpo_core.training.files.disk import is_at, is_folder, lock, make_synced, retried, without_locks, write_synced
 from gvpo_core.training.files.records import Kept, append_synced, cut, encoded, records
 from gvpo_core.training.fingerprint import INPUTS, changes, dtypes
 from gvpo_core.training.run.checkpoint import steps_saved
@@ -238,11 +238,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
         except OSError as e:
             self.close()
-            raise RunFolderError(
-                f"{self.path} is on a file system without file locks (flock: {e.strerror or e}), so that a second"
-                " process could write to it unnoticed; mount it with locks (Lustre: -o flock; NFS: lock service), or"
-                " give a run.folder on another disk"
-            ) from e
+            raise RunFolderError(f"run.folder: {without_locks(self.path, e)}") from e
 
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends records as JSON lines; NaN and infinities become null."""
