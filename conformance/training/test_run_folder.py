@@ -152,7 +152,7 @@ def test_when_every_checkpoint_is_damaged_none_is_moved(tmp_path):
     assert run_folders.content(tmp_path) == before
 
 
-@pytest.mark.parametrize("then", ["a second run", "nothing", "a removed lock"])
+@pytest.mark.parametrize("then", ["a second run", "nothing", "a removed lock", "a copy by hard links"])
 def test_a_run_whose_folder_is_moved_stops_and_writes_nothing_more(then, tmp_path):
     """The same command started anew: the first run wrote into the second's files, at the same path."""
     folder, moved = tmp_path / "run", tmp_path / "moved"
@@ -166,6 +166,8 @@ def test_a_run_whose_folder_is_moved_stops_and_writes_nothing_more(then, tmp_pat
                 (folder / "lock").unlink()
             else:
                 folder.rename(moved)
+            if then == "a copy by hard links":  # as of a backup: its lock file is the same
+                shutil.copytree(moved, folder, copy_function=os.link)
             if then == "a second run":
                 run_folders.go(run_folders.config(folder))
             seen.update({str(p): run_folders.content(p) for p in (folder, moved) if p.exists()})

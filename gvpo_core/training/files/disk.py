@@ -121,12 +121,12 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def is_at(file: IO[Any], path: Path) -> bool:
-    """Whether an open file is the one at a path now: neither moved, removed nor replaced.
+def is_at(file: IO[Any] | int, path: Path) -> bool:
+    """Whether an open file or folder (its descriptor) is the one at a path now: neither moved, removed nor replaced.
 
     Raises: OSError: unknown, as the path cannot be looked up.
     """
-    own = os.fstat(file.fileno())
+    own = os.fstat(file if isinstance(file, int) else file.fileno())
     try:
         there = retried(lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):

@@ -14,6 +14,7 @@ from typing import IO
 
 from gvpo_core.training.config import RewardConfig
 from gvpo_core.training.config.secrets import hide, secrets_of
+from gvpo_core.training.files.disk import is_at
 from gvpo_core.training.terminal.text import printable
 
 LARGEST_LOG = 64 * 2**20  # bytes of rewards.log; a run may last for weeks
@@ -36,7 +37,7 @@ class RewardLog:
         self.secrets = secrets_of({name: {"options": c.options} for name, c in (config or {}).items()})
         self._lock = threading.Lock()
         self._folder: Path | None = None
-        self._identity: tuple[int, int] | None = None  # device and inode of the folder
+        self._opened: int | None = None  # the folder's descriptor
         self._waiting: list[bytes] = []  # output written before the folder exists
         self._output: IO[bytes] | None = None
         self._room = LARGEST_LOG
@@ -45,7 +46,8 @@ class RewardLog:
     def open(self, folder: Path) -> None:
         """Begins to write, into this folder."""
         with self._lock, self._written("rewards.log"):
-            self._folder, self._identity = folder, _identity(folder)
+            self._let_go()
+            self._folder, self._opened = folder, os.open(folder, os.O_RDONLY)
             waiting, self._waiting = b"".join(self._waiting), []
             self._write(waiting)
 
@@ -85,7 +87,7 @@ class RewardLog:
 
     def _confirm(self) -> None:
         """Raises OSError: the folder at the path is no longer the run's; it may be another run's now."""
-        if self._folder is not None and _identity(self._folder) != self._identity:
+        if self._folder is not None and self._opened is not None and not is_at(self._opened, self._folder):
             raise OSError("the run folder was moved or replaced during the run")
 
     def _safe(self, text: str) -> str:
@@ -106,11 +108,12 @@ class RewardLog:
             if self._output is not None:
                 self._output.close()
                 self._output = None
+            self._let_go()
 
-
-def _identity(folder: Path) -> tuple[int, int]:
-    at = os.stat(folder)
-    return at.st_dev, at.st_ino
+    def _let_go(self) -> None:
+        if self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
 
 
 class Output:

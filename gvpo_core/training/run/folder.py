@@ -46,6 +46,7 @@ class RunFolder:
         self._settings = path / "config.toml"
         self._environment = path / "environment.json"
         self._lock: IO[str] | None = None
+        self._opened: int | None = None  # the folder's descriptor: a copy by hard links has the same lock file
         self._changed: list[str] = []
 
     def open(self, config: Config, inputs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
@@ -63,6 +64,7 @@ class RunFolder:
             if not there:
                 make_synced(self.checkpoints)
             self._lock = (self.path / "lock").open("a")
+            self._opened = os.open(self.path, os.O_RDONLY)
         self._take_lock()
         self.confirm()
         with self._reading():
@@ -180,15 +182,15 @@ class RunFolder:
 
     def confirm(self) -> None:
         """Raises RunFolderError: the folder at this path is no longer the one that `open` opened."""
-        if self._lock is None:
+        if self._lock is None or self._opened is None:
             return
         try:
-            there = is_at(self._lock, self.path / "lock")
+            there = is_at(self._lock, self.path / "lock") and is_at(self._opened, self.path)
         except OSError as e:
             raise RunFolderError(f"cannot read the run folder {self.path}: {e}; the checkpoints are intact") from e
         if not there:
             raise RunFolderError(
-                f"the run folder {self.path} was moved or replaced during the run (another lock file);"
+                f"the run folder {self.path} was moved or replaced during the run (another lock file or folder);"
                 " the run stops and writes nothing more. Resume from the moved folder: gvpo train"
                 " MOVED/config.toml"
             )
@@ -198,6 +200,9 @@ class RunFolder:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
+        if self._opened is not None:
+            os.close(self._opened)
+            self._opened = None
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
