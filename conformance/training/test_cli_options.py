@@ -10,7 +10,7 @@ pytest.importorskip("tyro", reason="the command line's extra is not installed")
 from gvpo_core.training import cli
 from gvpo_core.training.config import Config
 from gvpo_core.training.config.mappings import with_mapping_option
-from gvpo_core.training.terminal.text import fit
+from gvpo_core.training.terminal.text import columns, fit
 
 pytestmark = pytest.mark.core
 
@@ -96,6 +96,20 @@ def test_help_escapes_what_would_command_a_terminal_in_values_and_names(tmp_path
     out = capfd.readouterr().out
     assert r"rewards.a\x1b]52;\x07\u202eb" in out and r"(default: 'a\x1b]52;" in out
     assert not set("\x1b\x07\u202e") & set(out)
+
+
+def test_the_frames_of_help_count_columns(tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    config = table_run.make(tmp_path)
+    names = ("日本語の報酬" * 4, "e\u0301" * 9, "👍")
+    text = config.read_text().replace("[model]", f"[model]\nrevision = {json.dumps('日' * 25)}")
+    config.write_text(text + "".join(f'\n[rewards."{name}"]\nfunction = "exact_match"\n' for name in names))
+    with pytest.raises(SystemExit):
+        gvpo(capfd, "train", config, "--help")
+    lines = capfd.readouterr().out.split("\n")
+    framed = [line for line in lines if line.startswith("│")]
+    assert {columns(line.rstrip()) for line in framed} == {80}
+    assert all(any(name in line for line in framed) for name in (*names, "日" * 25))
 
 
 def test_a_mistake_on_the_command_line_is_not_blamed_on_the_file(tmp_path, capfd):

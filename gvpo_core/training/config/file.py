@@ -13,13 +13,12 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from gvpo_core.training.config import Config, ConfigError, RewardConfig
 from gvpo_core.training.config.check import wrong_values
-from gvpo_core.training.config.help_text import help_registry
+from gvpo_core.training.config.help_text import for_help, help_registry, printing_help
 from gvpo_core.training.config.mappings import with_mapping_option
 from gvpo_core.training.config.secrets import HIDDEN, hide, hide_command, hide_settings, is_secret, secrets_of
 from gvpo_core.training.config.suggestions import nearest, setting_names, suggest
 from gvpo_core.training.files.disk import refuse_special, retried
 from gvpo_core.training.terminal.output import refusing_output
-from gvpo_core.training.terminal.text import printable
 
 
 def read_config(path: Path) -> Config:
@@ -84,7 +83,8 @@ def parse_arguments(
     options = arguments[len(files) :]
     if {"-h", "--help"} & {*options}:
         rewards = default.rewards or {"NAME": RewardConfig(function="reward.py:reward")}  # help lists their settings
-        _overridden(_for_help(dataclasses.replace(default, rewards=rewards)), options)
+        with printing_help():
+            _overridden(_for_help(dataclasses.replace(default, rewards=rewards)), options)
     if path is None or reader is None:
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
     config, wrong = _all_overridden(default, options)
@@ -200,14 +200,14 @@ def _out_of_the_box(text: str) -> str:
 
 
 def _for_help(config: Config) -> Config:
-    """The settings as help prints them: without secrets, and with nothing that commands a terminal."""
+    """The settings as help prints them: without secrets, and with nothing that commands a terminal, by columns."""
 
     def shown(value: Any) -> Any:
         if isinstance(value, dict):
-            return {printable(str(key)): shown(item) for key, item in value.items()}
+            return {for_help(str(key)): shown(item) for key, item in value.items()}
         if isinstance(value, list):
             return [shown(item) for item in value]
-        return printable(value) if isinstance(value, str) else value
+        return for_help(value) if isinstance(value, str) else value
 
     return cast(Config, _Reader(Path(), {}).build(Config, shown(hide_settings(as_table(config))), ""))
 

@@ -1,11 +1,20 @@
 """What `gvpo train --help` says of a setting: the docstring below it, as one paragraph."""
 
 import ast
+import contextlib
 import dataclasses
 import functools
 import inspect
+import io
+import sys
 import textwrap
+from collections.abc import Iterator
 from typing import Any, get_type_hints
+
+from gvpo_core.training.terminal.output import Forgiving, encodable, refusing_output
+from gvpo_core.training.terminal.text import columns, printable
+
+_SECOND = "\ue000"  # stands for the second column of a wide character: tyro counts characters
 
 
 @functools.cache
@@ -47,3 +56,47 @@ def help_registry() -> Any:
         return StructConstructorSpec(info.type, tuple(fields))
 
     return registry
+
+
+def for_help(text: str) -> str:
+    """Text of the settings as help can lay it out: with nothing that commands a terminal, a character a column."""
+    return "".join(char + _SECOND * (columns(char) - 1) for char in printable(text.replace(_SECOND, "\ufffd")))
+
+
+class _Captured(io.StringIO):
+    """What is printed, in the form that it would have on the stream."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__()
+        self._stream = stream
+
+    @property
+    def encoding(self) -> Any:  # type: ignore[override]
+        """See TextIO.encoding. It decides on the frames."""
+        return getattr(self._stream, "encoding", None)
+
+    def isatty(self) -> bool:
+        """See TextIO.isatty. It decides on colors."""
+        return Forgiving(self._stream).isatty()
+
+
+@contextlib.contextmanager
+def printing_help() -> Iterator[None]:
+    """Prints what is printed inside `with`, with text of `for_help` as it was.
+
+    Raises: OutputError: standard output cannot be written.
+    """
+    out = _Captured(sys.stdout)
+    try:
+        with contextlib.redirect_stdout(out):
+            yield
+    finally:
+        lines = [_framed(line) for line in out.getvalue().replace(_SECOND, "").split("\n")]
+        with refusing_output():
+            print(encodable("\n".join(lines), sys.stdout), end="", flush=True)
+
+
+def _framed(line: str) -> str:
+    """The line of a frame, as wide as the others although it has characters without a column."""
+    missing, end = sum(columns(char) == 0 for char in line), line.rfind("│")
+    return line if not missing or end < 0 else line[:end] + " " * missing + line[end:]
