@@ -141,7 +141,7 @@ def conformance(session: nox.Session, subject: str) -> None:
         pytest(session, "parity", *TWO_AT_A_TIME, *files, **quick)
         return
     elsewhere = [f"--ignore={name}" for name in JAX_PROGRAMS] if subject == "jax" else []
-    at_a_time = THREE_AT_A_TIME if subject == "numpy" else TWO_AT_A_TIME
+    at_a_time = THREE_AT_A_TIME if subject == "numpy" and "--slow" not in session.posargs else TWO_AT_A_TIME
     pytest(session, f"conformance-{subject}", *at_a_time, "conformance", *elsewhere, **quick)
     if subject == "jax":
         pytest(session, "jax-programs", *TWO_AT_A_TIME, *JAX_PROGRAMS, **env | COMPILED_BY_LLVM)
