@@ -24,8 +24,7 @@ TOKENS = 2**15
 def test_the_backward_pass_is_given_the_weights_not_copies(settings, tmp_path) -> None:
     of = jax_policies.policy(tiny_models.write_model("qwen2", tmp_path), gradient_checkpointing=True, **settings)
     planned = rows.plan(OF, of._splitting.groups(OF)[0], of._splitting, of.mesh)[0]
-    learner = of.learner
-    arguments = (learner.trained, learner._frozen, mesh.put_all(planned.arrays, of.mesh))
+    arguments = (*of.learner._all, mesh.put_all(planned.arrays, of.mesh))
     _, saved = of.programs.call(update.forward, (of.setup,), *arguments)
     weights_shapes = {a.shape for a in jax.tree.leaves(arguments[:2]) if a.ndim > 1}
     assert not weights_shapes & {a.shape for a in saved.arrays}
