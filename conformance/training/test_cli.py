@@ -3,8 +3,10 @@
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -65,20 +67,26 @@ def test_a_whole_run_then_eval_export_report(tmp_path, capfd):
     assert gvpo(capfd, "report", tmp_path / "run")[0] == 0
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device"), SystemExit()])
 def test_an_export_that_is_cut_short_leaves_nothing_behind(error, tmp_path, capfd, monkeypatch):
     """Half of a model stayed, and the same command refused the folder as not empty."""
 
     def cut_short(policy, folder):
         (folder / "part").mkdir()
         (folder / "part" / "model.safetensors").write_bytes(b"half")
+        if isinstance(error, SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(30)
         raise error
 
     config = table_run.make(tmp_path, steps=1)
     with monkeypatch.context() as patched:
         patched.setattr(TablePolicy, "export", cut_short)
-        status, _, _ = gvpo(capfd, "export", config, tmp_path / "out")
-    assert status == (130 if isinstance(error, KeyboardInterrupt) else 1)
+        try:
+            status, _, _ = gvpo(capfd, "export", config, tmp_path / "out")
+        except SystemExit as ended:
+            status = ended.code
+    assert status == {KeyboardInterrupt: 130, OSError: 1, SystemExit: 143}[type(error)]
     assert not list((tmp_path / "out").iterdir())
     assert gvpo(capfd, "export", config, tmp_path / "out")[0] == 0
 

@@ -19,6 +19,7 @@ from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.run.chosen import chosen, refuse_unknown
+from gvpo_core.training.run.signals import ended_by_termination
 from gvpo_core.training.samplers.load import opened_for_evaluation
 from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit, interval, percent
@@ -167,12 +168,13 @@ def export_run(arguments: list[str]) -> int:
         raise ConfigError(f"{folder} is not empty; give a new folder")
     policy = _restored(config, options.run, options.checkpoint)
     try:
-        if options.adapters:
-            policy.export_adapters(folder)
-        elif options.own_head:
-            policy.export(folder, own_head=True)
-        else:
-            policy.export(folder)
+        with ended_by_termination():
+            if options.adapters:
+                policy.export_adapters(folder)
+            elif options.own_head:
+                policy.export(folder, own_head=True)
+            else:
+                policy.export(folder)
     except BaseException:  # what is not whole, or does not read back, is not left to be taken for the policy
         if policy.rank == 0:
             for path in folder.iterdir():
