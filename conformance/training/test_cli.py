@@ -109,24 +109,6 @@ def test_usage_and_unknown_commands(capfd):
     assert gvpo(capfd, "--version")[1].startswith("gvpo ")
 
 
-COMMANDS = ("init", "train", "train-reward", "collect", "eval", "export", "report", "doctor")
-
-
-@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=["gvpo", *COMMANDS])
-def test_help_fits_80_columns(command, capfd, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "80")
-    try:
-        status = cli.main([*command, "--help"])
-    except SystemExit as ended:  # argparse's own
-        status = ended.code
-    out = capfd.readouterr().out
-    lines = out.splitlines()
-    assert not status and len(lines) > 4
-    assert max(map(len, lines)) <= 80
-    if not command:
-        assert all(f"gvpo {name}" in out for name in COMMANDS)
-
-
 @pytest.mark.parametrize(
     ("body", "message"),
     [

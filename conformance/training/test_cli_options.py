@@ -26,6 +26,24 @@ def records(folder, kind):
     return [r for r in map(json.loads, lines) if r["kind"] == kind]
 
 
+COMMANDS = ("init", "train", "train-reward", "collect", "eval", "export", "report", "doctor")
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in COMMANDS)], ids=["gvpo", *COMMANDS])
+def test_help_fits_80_columns(command, capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        status = cli.main([*command, "--help"])
+    except SystemExit as ended:  # argparse's own
+        status = ended.code
+    out = capfd.readouterr().out
+    lines = out.splitlines()
+    assert not status and len(lines) > 4
+    assert max(map(len, lines)) <= 80
+    if not command:
+        assert all(f"gvpo {name}" in out for name in COMMANDS)
+
+
 def test_eval_prints_a_line_takes_another_file_and_compares_with_the_start(tmp_path, capfd):
     config = table_run.make(tmp_path, steps=6)
     assert gvpo(capfd, "train", config)[0] == 0

@@ -14,7 +14,7 @@ from gvpo_core.training.config import Config, ModelConfig, OptimizerConfig, RunC
 from gvpo_core.training.policy import Batch
 from gvpo_core.training.policy.load import load_policy
 from gvpo_core.training.rewards.worker.guard import start_guard
-from gvpo_core.training.rewards.worker.messages import read_message, write_message
+from gvpo_core.training.rewards.worker.messages import messages, read_message, write_message
 from gvpo_core.training.rewards.worker.serve import outlive_signals_of_the_job
 from gvpo_core.training.sampling import Sampling
 
@@ -83,11 +83,7 @@ def main() -> None:
     outlive_signals_of_the_job()
     start_guard((requests, answers), folder)
     setup, copy = read_message(requests), None
-    while True:
-        try:
-            request = read_message(requests)
-        except EOFError:
-            return
+    for request in messages(requests):
         answer: dict[str, Any]
         try:
             copy = copy or Copy(config_of(setup))

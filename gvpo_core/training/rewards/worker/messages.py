@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -10,6 +11,16 @@ def read_message(descriptor: int) -> Any:
     """The next message. Raises: EOFError: the other end is closed."""
     (size,) = struct.unpack("<Q", _read(descriptor, 8))
     return json.loads(_read(descriptor, size))
+
+
+def messages(descriptor: int) -> Iterator[Any]:
+    """Messages until the other end is closed."""
+    while True:
+        try:
+            message = read_message(descriptor)
+        except EOFError:
+            return
+        yield message
 
 
 def message_bytes(message: Any) -> bytes:

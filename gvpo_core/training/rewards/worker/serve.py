@@ -22,7 +22,7 @@ from .environments import Environments
 from .functions import Signature, call, find_function, plain, signature_of, warm_up
 from .guard import start_guard
 from .job_signals import TERMINATING
-from .messages import read_message, write_message
+from .messages import messages, read_message, write_message
 
 
 def main(requests: int, answers: int) -> None:
@@ -102,11 +102,7 @@ def _serve(requests: int, answers: int, work: Callable[[Any, Callable[[Any], Any
         def run(value: Any) -> Any:
             return runner.run(awaited(value))
 
-        while True:
-            try:
-                request = read_message(requests)
-            except EOFError:
-                return
+        for request in messages(requests):
             answer: dict[str, Any]
             try:
                 answer = work(request, run)
