@@ -91,9 +91,11 @@ def draw(name: str, result: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(5, 3.2), layout="constrained")
-    claim(name).draw(result, axes)
-    axes.spines[["top", "right"]].set_visible(False)
+    count = getattr(claim(name), "PANELS", 1)
+    figure, panels = pyplot.subplots(1, count, figsize=(1 + 4 * count, 3.2), layout="constrained")
+    claim(name).draw(result, panels)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(DOCS / "evidence" / f"claim{name}.png", dpi=110, metadata={"Software": None})
     pyplot.close(figure)
 

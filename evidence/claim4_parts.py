@@ -14,6 +14,7 @@ from evidence.problem import (
     entropy,
     expected_step,
     group_probabilities,
+    kl,
     multisets,
     optimum,
     softmax_log,
@@ -23,7 +24,9 @@ from gvpo_core import gvpo_coefficients, gvpo_loss
 CHEAP = False
 TITLE = "4. The variance term keeps the entropy (Section 3.5)"
 STEPS, RATE, K = 400, 5.0, 4
+PARTS = ("Var(beta s)", "Var(R)", "Cov(beta s, R)", "loss")
 BONUSES = (0.05, 0.2, 1.0, 4.0)
+PANELS = 2
 
 
 def without_variance(
@@ -70,9 +73,13 @@ def run() -> dict[str, Any]:
     runs = {"GVPO": ("gvpo", 0.0), "GVPO without the variance": ("no variance", 0.0), "GRPO, beta = 0": ("grpo", 0.0)}
     runs |= {f"GRPO, beta = 0, bonus {b:g}": ("grpo", b) for b in BONUSES}
     runs |= {f"GRPO, beta = {BETA}": ("grpo kl", 0.0)}
-    ends, curves, of_step = {}, {}, []
+    runs |= {f"GVPO, bonus {b:g}": ("gvpo", b) for b in BONUSES[1:3]}
+    ends, curves, predicted, of_step = {}, {}, {}, []
     for label, (method, bonus) in runs.items():
         logits, metrics, path = descend(method, bonus)
+        if method == "gvpo":  # Eq. 20 and 21 with the bonus: R - beta log pi / pi_ref - bonus log pi is one number
+            goal = softmax_log((REWARDS + BETA * LOG_REF) / (BETA + bonus))
+            predicted[label] = max(float(kl(softmax_log(logits), goal).mean()), 0.0)
         of_step = metrics or of_step
         top = np.exp(softmax_log(logits)).max(axis=1).mean()
         value = (np.exp(softmax_log(logits)) * REWARDS).sum(axis=1).mean()
@@ -81,23 +88,28 @@ def run() -> dict[str, Any]:
     return {
         "ends": ends,
         "curves": curves,
+        "predicted": predicted,
         "parts": of_step[:40],
         "entropies": [float(entropy(LOG_REF).mean()), float(entropy(np.log(optimum())).mean())],
     }
 
 
-def draw(result: dict[str, Any], axes: Any) -> None:
+def draw(result: dict[str, Any], panels: Any) -> None:
+    left, right = panels
+    for i, (name, style) in enumerate(zip(PARTS, ("-", "--", "-.", ":"), strict=True)):
+        left.plot([x[i] for x in result["parts"]], style, label=name)
+    left.set(xlabel="step", ylabel="reward^2", title="parts of GVPO's loss")
+    left.legend(fontsize=8)
     for label, path in result["curves"].items():
-        axes.plot(4 * np.arange(len(path)), path, label=label, linestyle="-" if "GVPO" in label else "--")
-    axes.set(xlabel="step", ylabel="entropy, nats", title="entropy on-policy", ylim=(0, 1.75))
-    axes.legend(fontsize=6, ncols=2)
+        right.plot(4 * np.arange(len(path)), path, label=label, linestyle="-" if "GVPO" in label else "--")
+    right.set(xlabel="step", ylabel="entropy, nats", title="entropy on-policy", ylim=(0, 1.75))
+    right.legend(fontsize=6, ncols=2)
 
 
 def text(result: dict[str, Any]) -> str:
     rows = [[label, *map(number, values)] for label, values in result["ends"].items()]
     shown = [0, 5, 10, 20, 39]
-    names = ("Var(beta s)", "Var(R)", "Cov(beta s, R)", "loss")
-    of_step = [[name, *(number(result["parts"][i][j]) for i in shown)] for j, name in enumerate(names)]
+    of_step = [[name, *(number(result["parts"][i][j]) for i in shown)] for j, name in enumerate(PARTS)]
     start, end = result["entropies"]
     return f"""loss = Var(beta s) + Var(R) - 2 Cov(beta s, R) (Eq. 17): the covariance pulls to the reward, the
 variance holds.
@@ -111,9 +123,10 @@ Where each method ends; pi_ref has {start:.2f} nats of entropy, pi\\* {end:.2f}:
 {table(["", "entropy", "largest pi(y)", "reward", "KL to pi*"], rows)}
 
 Shows: at pi\\* the covariance equals both variances, so the loss is 0. Without the variance term
-nothing stops the covariance, and GVPO collapses on the response with the largest R + beta log pi_ref.
-GRPO without KL collapses, with a bonus of 0.2 too; one of 4 gives more entropy than pi\\* has: the
-coefficient decides. GRPO with the KL penalty does not collapse.
+nothing stops the covariance, and GVPO collapses on the response with the largest R + beta log pi_ref, here
+the best one. GRPO without KL collapses, with a bonus of 0.2 too; one of 4 gives more entropy than pi\\*
+has: the coefficient decides. GRPO with the KL penalty does not collapse. GVPO needs no bonus: with one of b
+it ends at pi_ref^(beta / (beta + b)) exp(R / (beta + b)), normalised, which is not pi\\*.
 Does not show: that an entropy bonus cannot work: 1 is near the right size here. Nor that a collapse
 costs reward: without KL the best response alone has the highest reward, and it is what beta = 0 asks
 for. GVPO's beta has to be chosen, too.
@@ -131,4 +144,8 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
         "a bonus of 0.2 does not prevent it": ends["GRPO, beta = 0, bonus 0.2"][0] < 0.1,
         "a bonus of 4 overshoots": ends["GRPO, beta = 0, bonus 4"][0] > end,
         "GRPO with KL does not collapse": ends[f"GRPO, beta = {BETA}"][0] > 0.9 * end,
+        "it collapses on the best response": ends["GVPO without the variance"][2] > 0.99 * REWARDS.max(axis=1).mean()
+        and bool(((REWARDS + BETA * LOG_REF).argmax(axis=1) == REWARDS.argmax(axis=1)).all()),
+        "GVPO with a bonus ends where predicted": max(result["predicted"].values()) < 1e-9,
+        "which is not pi*": min(ends[f"GVPO, bonus {b:g}"][3] for b in BONUSES[1:3]) > 1e-3,
     }

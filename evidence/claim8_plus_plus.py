@@ -63,11 +63,13 @@ def run() -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any], axes: Any) -> None:
-    for sampler in SAMPLERS:
+    for i, sampler in enumerate(SAMPLERS):
         for alpha, style in zip(ALPHAS, ("-", "--", ":"), strict=True):
             path = result["curves"][f"{sampler}|{alpha:g}"]
-            label = f"{sampler}, alpha = {alpha:g}" if alpha in (0.0, 1.0) else None
-            axes.semilogy(5 * np.arange(len(path)), path, style, label=label)
+            label = f"{sampler} draws" if alpha == 0 else None
+            axes.semilogy(5 * np.arange(len(path)), path, style, color=f"C{i}", label=label)
+    for alpha, style in zip(ALPHAS, ("-", "--", ":"), strict=True):
+        axes.plot([], [], style, color="grey", label=f"alpha = {alpha:g}")
     axes.set(xlabel="step", ylabel="KL(pi || teacher), nats", title="distillation, R = 0", ylim=(1e-16, 3))
     axes.legend(fontsize=6, ncols=2)
 

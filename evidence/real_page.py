@@ -83,14 +83,18 @@ def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
     seeds, rates = ", ".join(map(str, SEEDS)), ", ".join(f"{r:g}" for r in RATES)
     chosen = {(run.task, run.method): f"{run.rate:g}" for run in final_runs(results)}
     tuned = table(["", *METHODS], [[task, *(chosen.get((task, m), "") for m in METHODS)] for task in TASKS])
-    before = [f"{task} {accuracy:.3f}" for task, accuracy in _before(results).items()]
+    before, before_there = (
+        ", ".join(f"{task} {accuracy:.3f}" for task, accuracy in _before(runs, of).items()) or "not measured yet"
+        for of in (results, elsewhere)
+    )
+    hours = sum(result["seconds"] for result in results.values()) / 3600
     return f"""# Evidence: a real model
 
 `nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks: {STEPS} steps of {PROMPTS} prompts x
 {RESPONSES} responses, beta {BETA}, products in bfloat16, seeds {seeds}. It keeps each finished run in
 [real.jsonl](evidence/real.jsonl) and resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs
 and {done} of {total} reported runs are
-finished.**
+finished**: {hours:.1f} hours of runs on a CPU, several beside each other. `python -m evidence real --list` names them.
 
 The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems after
 {TUNING_STEPS} steps, on-policy, with seed {TUNING_SEED}:
@@ -98,7 +102,7 @@ The learning rate of each task and objective is the best of {rates} on {VALIDATI
 {tuned}
 
 Accuracy on {HELD_OUT} held-out problems, most likely answer, mean over the seeds and 95 % interval (Student's t over
-seeds). Before training: {", ".join(before) or "not measured yet"}.
+seeds). Before training: {before}.
 
 {means(here)}
 
@@ -115,18 +119,20 @@ one learning rate their runs are the same run.
 {SHOWS if done == total else ""}
 ## The same runs on a GPU
 
-One H200 (PyTorch 2.11.0) carried out the same runs, at the same rates and seeds, ten at a time in three minutes. It
-adds in another order: samples differ from the first steps on. {sum(len(v) for v in there.values())} of {total} results
-are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs; those of the others were lost.
+One H200 (PyTorch 2.11.0) carried out the same runs by the same command, at the same rates and seeds, ten at a time in
+three minutes. It adds in another order: samples differ from the first steps on. {sum(len(v) for v in there.values())}
+of {total} results are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs; those of the
+others were lost. Before training: {before_there}.
 
 {means(there)}
 """
 
 
 SHOWS = """
-Shows: every method learns basic_arithmetic, and none is better there. On gcd with old responses gvpo ends above grpo
-with every seed, each at its own tuned rate; that is the one difference beyond its interval. One seed of gvpo on gcd
-with fresh responses gains nothing at that rate: tuning with one seed and 12 steps chose the highest of the three.
+Shows: every method learns basic_arithmetic, and no difference there is beyond its interval. On gcd with old responses
+gvpo ends above grpo with every seed, each at its own tuned rate; that is the one difference beyond its interval. One
+seed of gvpo on gcd with fresh responses gains nothing at that rate: tuning with one seed and 12 steps chose the highest
+of the three.
 
 Does not show: that gvpo is better than reject sampling, nor that the difference on gcd holds elsewhere: on the GPU,
 below, one seed of gvpo with old responses ends under its start. Three seeds of 24 steps leave intervals wider than
@@ -136,7 +142,8 @@ most differences.
 
 def holds(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]]) -> dict[str, bool]:
     """Each sentence of SHOWS, and whether these results bear it out."""
-    runs, before = final_runs(results), _before(results)
+    runs = final_runs(results)
+    before, before_there = _before(runs, results), _before(runs, elsewhere)
     here, there = accuracies(runs, results), accuracies(runs, elsewhere)
     beyond = []
     for task in TASKS:
@@ -155,7 +162,8 @@ def holds(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any
         "gvpo ends above grpo on gcd with old responses": min(here[gcd, 4, "gvpo"]) > max(here[gcd, 4, "grpo"]),
         "one seed of gvpo gains nothing on gcd": sum(y < before[gcd] + 0.01 for y in here[gcd, 0, "gvpo"]) == 1,
         "tuning chose the highest rate": rates[gcd, "gvpo"] == max(RATES),
-        "on the GPU one seed of gvpo ends under its start": sum(y < before[gcd] for y in there[gcd, 4, "gvpo"]) == 1,
+        "on the GPU one seed of gvpo ends under its start": sum(y < before_there[gcd] for y in there[gcd, 4, "gvpo"])
+        == 1,
     }
 
 
@@ -166,13 +174,13 @@ def draw(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    runs, before = final_runs(results), _before(results)
-    here, there = accuracies(runs, results), accuracies(runs, elsewhere)
+    runs = final_runs(results)
+    before, here, there = _before(runs, results), accuracies(runs, results), accuracies(runs, elsewhere)
     figure, panels = pyplot.subplots(1, len(TASKS), figsize=(9, 3.4), sharey=True, layout="constrained")
     for axes, task in zip(panels, TASKS, strict=True):
         cells = [(age, method) for age in STALENESS for method in METHODS]
         if task in before:
-            axes.axhline(before[task], color="grey", linestyle="--", label="before training")
+            axes.axhline(before[task], color="grey", linestyle="--", label="before training, CPU")
         for name, of, shift, style in (("CPU", here, -0.12, "o"), ("one H200", there, 0.12, "s")):
             points = [(i + shift, y) for i, (age, m) in enumerate(cells) for y in of.get((task, age, m), [])]
             mean = [(i + shift, np.mean(of[task, age, m])) for i, (age, m) in enumerate(cells) if (task, age, m) in of]
@@ -192,6 +200,6 @@ def draw(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
     pyplot.close(figure)
 
 
-def _before(results: dict[str, dict[str, Any]]) -> dict[str, float]:
+def _before(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[str, float]:
     """Task -> held-out accuracy before training, of the tasks with a reported run."""
-    return {run.task: results[run.name]["before"] for run in final_runs(results) if run.name in results}
+    return {run.task: results[run.name]["before"] for run in runs if run.name in results}

@@ -66,15 +66,24 @@ def test_cheap_experiments_give_the_results_again(name: str, evidence, results) 
     np.testing.assert_allclose(numbers(again), numbers(results[name]), rtol=1e-6, atol=1e-9)
 
 
-def test_gvpo_descends_to_the_optimum_again(evidence, results) -> None:
-    """Claim 1 from two samplers, and one cell of the sampled claims 5 and 6."""
+def test_parts_of_the_other_experiments_give_the_results_again(evidence, results) -> None:
+    """Claim 1 from two samplers, an ablation of claim 4, cells of the sampled claims 5 and 6, a descent of claim 8."""
     optimum, stability = evidence.claim("1_optimum"), evidence.claim("5_stability")
     for sampler in ("uniform", "cut"):
         _, path = optimum.descend("gvpo", sampler, False, optimum.RATE, steps=120)
         np.testing.assert_allclose(path[:61], results["1_optimum"]["curves"][sampler], rtol=1e-6, atol=1e-12)
     i = stability.RATES.index(10.0)
-    runs = stability.sampled_steps("gvpo", stability.SEEDS, stability.STEPS, 10.0, beta=0.5, k=8, seed=1000 + i)
+    seed = stability.FIRST_SEED + i
+    runs = stability.sampled_steps("gvpo", stability.SEEDS, stability.STEPS, 10.0, beta=0.5, k=8, seed=seed)
     assert list(stability.outcome(runs, 0.5)) == results["5_stability"]["cells"]["GVPO|0.5|10"]
+    parts, stale, plus_plus = (evidence.claim(name) for name in ("4_parts", "6_off_policy", "8_plus_plus"))
+    _, _, path = parts.descend("no variance")
+    np.testing.assert_allclose(path[::4], results["4_parts"]["curves"]["GVPO without the variance"], rtol=1e-6)
+    regrets = stale.regrets("rloo", True, 16, 0, stale.RATES["rloo"])
+    again = [regrets.mean(), stale.mean_half_width(regrets)]
+    np.testing.assert_allclose(again, results["6_off_policy"]["cells"]["RLOO, clipped ratio|stale 16"], rtol=1e-6)
+    path = plus_plus.descend("pi_ref", 0.0, plus_plus.TEACHER, 0 * plus_plus.REWARDS, plus_plus.TEACHER, 1.0)
+    np.testing.assert_allclose(path[:300:5], results["8_plus_plus"]["curves"]["pi_ref|0"], rtol=1e-6, atol=1e-12)
 
 
 def test_an_unknown_claim_is_answered(evidence, capsys) -> None:
