@@ -231,10 +231,14 @@ SECRET = "k3y\"/+ü with spaces'&more"
         ascii, lambda s: repr(s.encode()), lambda s: s.encode().hex(), lambda s: s.encode().hex().upper(),
         lambda s: re.sub("%..", lambda m: m[0].lower(), urllib.parse.quote(s, safe="")),
         lambda s: urllib.parse.quote(urllib.parse.quote(s, safe=""), safe=""),
-        lambda s: json.dumps(json.dumps(s)),
+        lambda s: json.dumps(json.dumps(s)), lambda s: json.dumps(s).replace("/", "\\/"),
+        lambda s: json.dumps(s, ensure_ascii=False).replace("&", "\\u0026"),
+        lambda s: html.escape(s).replace("&#x27;", "&#39;").replace("&quot;", "&#34;"),
+        lambda s: html.escape(s).replace("&#x27;", "&apos;"),
     ],
     ids=["plain", "repr", "json", "json-utf8", "html", "url", "form", "path", "base64", "basic", "basic-1", "b64-url",
-         "ascii", "bytes", "hex", "HEX", "url-lower", "url-twice", "json-twice"],
+         "ascii", "bytes", "hex", "HEX", "url-lower", "url-twice", "json-twice", "json-php", "json-go", "html-go",
+         "xml"],
 )  # fmt: skip
 def test_a_secret_is_hidden_in_every_form_that_programs_write(form):
     written = form(SECRET)
@@ -337,6 +341,45 @@ def test_the_parts_of_what_the_environment_holds_are_secrets_too():
         "HOME": "/x",
     }
     assert secrets_of(None, environment) == {"proxy-pass", "Bearer sk-4711-abcdef", "sk-4711-abcdef"}
+
+
+NESTED = f"""
+api_key = 4711471147
+password = 471147
+[rewards.right.options.credentials]
+user = "{CANARY}-user"
+more = [{{ a = "{CANARY}-inner" }}]
+[rewards.right.options.headers]
+pairs = [["X-Api-Key", "{CANARY}-pair"], ["Accept", "text/html"]]
+tables = [{{ name = "X-Api-Key", value = "{CANARY}-table" }}, {{ name = "Accept", value = "text/plain" }}]
+"""
+
+
+def test_secrets_in_nested_options_are_in_no_file(run, tmp_path):
+    """A table under a secret's name, headers as pairs and as tables, and passwords that are numbers."""
+    said = "raise RuntimeError(f'401 {options}')"
+    reward = REWARD.replace("answer, api_key, endpoint, **_", "answer, **options").replace(
+        'api_key.startswith("canary") and ', ""
+    )
+    reward = reward.replace('"password" in endpoint and ', "").replace("print(api_key)", "print(options)")
+    assert "api_key" not in reward
+
+    def nested(text):
+        (tmp_path / "mine.py").write_text(reward.replace("BODY", said))
+        return text.replace(OPTIONS, f"[rewards.right.options]{NESTED}")
+
+    _, text = run(change=nested)
+    assert "401" in text, "the reward has raised with all of its options"
+    assert CANARY not in text and "4711" not in text
+    options = read_config_text(tmp_path)["rewards"]["right"]["options"]
+    assert options["headers"]["pairs"] == [["X-Api-Key", "***"], ["Accept", "text/html"]]
+    assert options["headers"]["tables"][1] == {"name": "Accept", "value": "text/plain"}
+
+
+def test_a_table_is_secret_by_its_name_within_options_alone():
+    """A reward may be called secret_santa, and a number that is the id of a token is none."""
+    settings = {"rewards": {"secret_santa": {"function": "a.py:f", "options": {"sep_token": 151643, "auth": True}}}}
+    assert hide_settings(settings) == settings and secrets_of(settings, {}) == frozenset()
 
 
 def test_a_secret_inside_another_option_is_in_no_file(run, tmp_path):

@@ -66,7 +66,9 @@ _ISSUED = re.compile(
 _KEY = re.compile(r"(?=.*\d)\S{16,}")  # a value of an option called key alone: not the name of a column
 _AFTER_SCHEME = re.compile(r"(?i:bearer|basic|token|key)\s+(\S.*)")  # what a header's value is without its scheme
 _FROM_ENVIRONMENT = re.compile(r"\$([A-Za-z_]\w*)")
+_FREE_FORM = ("options", "fields", "template")  # settings that are tables of any form
 _ESCAPE = re.compile("%[0-9A-F]{2}")
+_OF_GO = re.compile("[<>&]")  # in JSON, servers written in Go among them
 _CUT_AT_LEAST = 8  # characters of the beginning of a secret, where a text was cut in it
 _LONG = 12  # characters of a secret whose beginning is looked for
 
@@ -112,8 +114,12 @@ def _forms(secret: str) -> Iterator[str]:
         yield json.dumps(text)[1:-1]
         yield json.dumps(text, ensure_ascii=False)[1:-1]
         yield json.dumps(json.dumps(text)[1:-1])[1:-1]  # JSON inside JSON
+        yield json.dumps(text)[1:-1].replace("/", "\\/")  # of PHP
+        yield _OF_GO.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False)[1:-1])
         yield ascii(text)[1:-1]
         yield html.escape(text)
+        yield html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")  # of Go and Jinja
+        yield html.escape(text).replace("&#x27;", "&apos;")  # XML
         for quoted in (urllib.parse.quote(text), urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)):
             yield quoted
             yield _ESCAPE.sub(lambda match: match[0].lower(), quoted)
@@ -152,14 +158,44 @@ def hide_settings(settings: Any) -> Any:
     return _hidden(settings, "", secrets_of(settings))
 
 
-def _hidden(value: Any, name: str, known: frozenset[str]) -> Any:
+def _hidden(value: Any, name: str, known: frozenset[str], free: bool = False) -> Any:
     if isinstance(value, Mapping):
-        return {key: _hidden(item, str(key), known) for key, item in value.items()}
+        return {key: _hidden(item, of, known, within) for key, item, of, within in _parts(value, name, free)}
     if isinstance(value, list | tuple):
-        return [_hidden(item, name, known) for item in value]
+        return [_hidden(item, of, known, within) for _, item, of, within in _parts(value, name, free)]
+    if free and _is_secret_number(value, name):
+        return HIDDEN
     if not isinstance(value, str) or _FROM_ENVIRONMENT.fullmatch(value):
         return value
     return HIDDEN if _names_secret(name, value) and value else hide(value, known)
+
+
+def _parts(value: Any, name: str, free: bool) -> Iterator[tuple[Any, Any, str, bool]]:
+    """The parts of a table or list called `name`: key, part, the name that tells whether it is a secret, and whether it
+    is within options, which have any form.
+
+    In options a table under a secret's name is one as a whole, and headers may be pairs, or tables with name and value.
+    """
+    within = free or name in _FREE_FORM
+    if not isinstance(value, Mapping):
+        named_here = len(value) == 2 and value[0] == name  # a pair, named by its first part
+        for i, item in enumerate(value):
+            if named_here and not i:
+                yield i, item, "", within
+                continue
+            pair = free and isinstance(item, list | tuple) and len(item) == 2 and isinstance(item[0], str)
+            yield i, item, item[0] if pair and is_secret(item[0]) else name, within
+        return
+    label = next((value[k] for k in ("name", "key", "header") if isinstance(value.get(k), str)), "") if free else ""
+    for key, item in value.items():
+        of = name if free and is_secret(name) else label if key == "value" and is_secret(label) else str(key)
+        yield key, item, of, within
+
+
+def _is_secret_number(value: Any, name: str) -> bool:
+    """Whether an integer is a password or key, by its name; the id of a token has fewer digits than one."""
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    return integer and is_secret(name) and ("token" not in name.casefold() or abs(value) >= 10**7)
 
 
 def hide_command(command: Iterable[str], known: Iterable[str] = ()) -> list[str]:
@@ -194,18 +230,17 @@ def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = Non
     for value in environment.values():  # a proxy's or a database's password
         values |= {user.partition(":")[2] for user in _IN_URL.findall(value)}
     if settings is not None:
-        _collect(settings, "", values, environment)
+        _collect(settings, "", values, environment, False)
     values |= {match[1] for value in values if (match := _AFTER_SCHEME.fullmatch(value))}
     return frozenset(secret for secret in values if len(secret) >= SHORTEST)
 
 
-def _collect(value: Any, name: str, values: set[str], environment: Mapping[str, str]) -> None:
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(item, str(key), values, environment)
-    elif isinstance(value, list | tuple):
-        for item in value:
-            _collect(item, name, values, environment)
+def _collect(value: Any, name: str, values: set[str], environment: Mapping[str, str], free: bool) -> None:
+    if isinstance(value, Mapping | list | tuple):
+        for _, item, of, within in _parts(value, name, free):
+            _collect(item, of, values, environment, within)
+    elif free and _is_secret_number(value, name):
+        values.add(str(value))
     elif isinstance(value, str):
         if _names_secret(name, value):
             reference = _FROM_ENVIRONMENT.fullmatch(value)
