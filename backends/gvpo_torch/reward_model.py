@@ -162,11 +162,15 @@ class RewardModel:
         partial = folder.with_name(f".partial-{folder.name}")
         shutil.rmtree(partial, ignore_errors=True)  # of a save that a kill ended
         make_synced(folder.parent)
-        with without_bars(self.folder):
-            self.model.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(**hugging_face.located(self.config)).save_pretrained(partial)
-        sync_tree(partial)
-        partial.rename(folder)
+        try:
+            with without_bars(self.folder):
+                self.model.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(**hugging_face.located(self.config)).save_pretrained(partial)
+            sync_tree(partial)
+            partial.rename(folder)
+        except BaseException:  # Ctrl-C or a full disk: no gigabytes stay behind under a hidden name
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         sync_folder(folder.parent)
 
 

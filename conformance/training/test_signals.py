@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import killing
 import pytest
@@ -13,6 +14,7 @@ import table_run
 from table_problem import reward
 
 from gvpo_core.training import cli
+from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.run.checkpoint import steps_saved
 from gvpo_core.training.run.signals import StopRequest
 
@@ -178,3 +180,34 @@ def test_the_command_line_saves_on_usr1_and_outlives_its_terminal(tmp_path):
     assert process.returncode == 138, output
     assert "stopped by signal 10" in output and "resume with: " in output and "Traceback" not in output
     assert len(steps_saved(tmp_path / "run" / "checkpoints")) == 1
+
+
+@pytest.mark.parametrize(
+    "names", [("SIGUSR1",), ("SIGXCPU",), ("SIGQUIT",), ("SIGALRM",), ("SIGUSR1", "SIGTERM", "SIGTERM")]
+)
+def test_a_signal_during_an_export_leaves_nothing_half_written(names, tmp_path, capfd, monkeypatch):
+    """The handlers and the signals are real."""
+
+    def cut_short(policy, folder):
+        (folder / "part.safetensors").write_bytes(b"half")
+        os.kill(os.getpid(), getattr(signal, names[0]))
+        time.sleep(30)
+
+    def removing(folder):
+        for name in names[1:] if (tmp_path / "out" / "part.safetensors").exists() else ():
+            os.kill(os.getpid(), getattr(signal, name))
+        return sorted(remove(folder))
+
+    config = table_run.make(tmp_path, steps=1)
+    number = getattr(signal, names[0])
+    before, remove = signal.signal(number, signal.SIG_DFL), Path.iterdir
+    try:
+        with monkeypatch.context() as patched, pytest.raises(SystemExit) as ended:
+            patched.setattr(TablePolicy, "export", cut_short)
+            patched.setattr(Path, "iterdir", removing)
+            cli.main(["export", str(config), str(tmp_path / "out")])
+        assert signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
+    assert ended.value.code == 128 + number and not list((tmp_path / "out").iterdir())
+    assert cli.main(["export", str(config), str(tmp_path / "out")]) == 0

@@ -57,6 +57,14 @@ Train on the file later: gvpo train CONFIG --data.train OUT.jsonl
 _HELP = ("-h", "--help", "help")
 
 
+_QUIT = {
+    "train": "quit without saving; the last checkpoint is kept",
+    "collect": "quit; the complete steps are kept, and the same command continues",
+    "train-reward": "quit; no reward model was written",
+}
+"""What Ctrl-C leaves, by command."""
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Runs one command; returns the exit status: 0 done, 1 failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
     with standard_streams(), without_hang_up():
@@ -89,7 +97,7 @@ def _run(arguments: list[str]) -> int:
             return 0
         return commands[command](arguments[1:], secrets)
     except KeyboardInterrupt:
-        print("\ngvpo: quit without saving; the last checkpoint is kept", file=sys.stderr)
+        print(f"\ngvpo: {_QUIT.get(command, 'quit')}", file=sys.stderr)
         return 130
     except ImportError as e:
         if (e.name or "").partition(".")[0] not in ("tyro", "tomli_w", "rich"):

@@ -13,13 +13,13 @@ import numpy as np
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
-from gvpo_core.training.files.disk import make_synced, refuse_special, retried
+from gvpo_core.training.files.disk import anchored, make_synced, refuse_special, retried
 from gvpo_core.training.fingerprint import dtypes
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.run.chosen import chosen, refuse_unknown
-from gvpo_core.training.run.signals import ended_by_termination
+from gvpo_core.training.run.signals import ended_by_exit
 from gvpo_core.training.samplers.load import opened_for_evaluation
 from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit, interval, percent
@@ -51,8 +51,10 @@ def evaluate_run(arguments: list[str]) -> int:
     names = [options.checkpoint, *([options.compare] if options.compare else [])]
     for name in names:  # before the slow load of the model
         refuse_unknown(options.run, name)
+    run = options.run.absolute()  # a reward in a thread may change the working directory
+    config = replace(config, model=replace(config.model, path=anchored(config.model.path)))
     with open_inputs(config, training=False) as inputs:
-        evaluations = {name: _evaluated(inputs, options.run, name) for name in dict.fromkeys(names)}
+        evaluations = {name: _evaluated(inputs, run, name) for name in dict.fromkeys(names)}
     if evaluations[options.checkpoint][2] != 0:
         return 0
     metrics = {name: values for name, (values, _, _) in evaluations.items()}
@@ -167,19 +169,19 @@ def export_run(arguments: list[str]) -> int:
     if holds:
         raise ConfigError(f"{folder} is not empty; give a new folder")
     policy = _restored(config, options.run, options.checkpoint)
-    try:
-        with ended_by_termination():
+    with ended_by_exit():
+        try:
             if options.adapters:
                 policy.export_adapters(folder)
             elif options.own_head:
                 policy.export(folder, own_head=True)
             else:
                 policy.export(folder)
-    except BaseException:  # what is not whole, or does not read back, is not left to be taken for the policy
-        if policy.rank == 0:
-            for path in folder.iterdir():
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
-        raise
+        except BaseException:  # what is not whole, or does not read back, is not left to be taken for the policy
+            if policy.rank == 0:
+                for path in folder.iterdir():
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            raise
     if policy.rank == 0:
         say(options.folder)
     return 0

@@ -20,6 +20,7 @@ from gvpo_core.training.policy.load import missing_package
 from gvpo_core.training.recorded.rows import recorded_rows
 from gvpo_core.training.recorded.shapes import UNSCORED, shape_of
 from gvpo_core.training.rows import DataError, load_rows
+from gvpo_core.training.run.signals import ended_by_exit
 from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit, percent
 
@@ -93,7 +94,8 @@ def train_reward(arguments: list[str]) -> int:
                 f"step {done:>6}   loss {fit(loss, 6)}   gradient norm {fit(norm, 6)}   {left / 60:.0f} min left"
             )
     _tell(model, held_out, options.micro_batch_tokens, "after")
-    model.save(options.out)
+    with ended_by_exit():
+        model.save(options.out)
     say(f"\nwrote {options.out}; as a reward:\n")
     say(f'[rewards.preferred]\nfunction = "reward_model"\noptions = {{ path = "{options.out}" }}')
     return 0

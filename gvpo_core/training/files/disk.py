@@ -53,6 +53,15 @@ def is_folder(path: Path) -> bool:
         return False
 
 
+def anchored(path: str) -> str:
+    """The absolute path of a folder that is there; other texts, as names of the hub, are unchanged.
+
+    The working directory may change during a run: a reward in a thread of this process may set it.
+    """
+    folder = os.path.expanduser(path)
+    return os.path.abspath(folder) if path and os.path.isdir(folder) else path
+
+
 def names_in(folder: Path) -> list[str]:
     """The sorted names in a folder; empty if it does not exist. Raises: OSError: it cannot be listed."""
     try:

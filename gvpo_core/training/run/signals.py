@@ -82,17 +82,23 @@ def without_hang_up() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ended_by_termination() -> Iterator[None]:
-    """Inside `with`, SIGTERM raises SystemExit, so that what is half done can be removed."""
-    if not in_main_thread() or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        yield
-        return
+def ended_by_exit() -> Iterator[None]:
+    """Inside `with`, the first signal that would end the process raises SystemExit, so that what is half done can be
+    removed. Those after it do nothing: a scheduler's SIGTERM follows its SIGUSR1.
+    """
+    ending = False
 
     def end(number: int, frame: object) -> None:
-        raise SystemExit(128 + number)
+        nonlocal ending
+        if not ending:
+            ending = True
+            raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, end)
+    handled = [n for n in sorted(TERMINATING) if signal.getsignal(n) is signal.SIG_DFL] if in_main_thread() else []
+    for number in handled:
+        signal.signal(number, end)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in handled:
+            signal.signal(number, signal.SIG_DFL)
