@@ -43,6 +43,20 @@ def test_without_a_known_launcher_it_says_to_start_as_before(tmp_path):
     assert said(*command) == f"{shlex.join(command)} (in each of the 3 processes)"
 
 
+def test_a_parents_name_that_is_cut_within_a_character_is_read(tmp_path):
+    """The kernel keeps 15 bytes of a script's name, and of one in Cyrillic the half of a letter."""
+    if not sys.platform.startswith("linux"):
+        pytest.skip("the parent's name is read from /proc")
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import subprocess, sys\n"
+        "open('/proc/self/comm', 'wb').write('обучение.py'.encode()[:15])\n"
+        "subprocess.run([sys.executable, *sys.argv[1:]], check=True)\n"
+    )
+    command = [sys.executable, "-c", SAY, "3"]
+    assert said(sys.executable, parent, *command[1:]) == f"{shlex.join(command)} (in each of the 3 processes)"
+
+
 def test_settings_not_typed_are_not_invented(monkeypatch):
     assert _own(["/bin/python", "/env/bin/gvpo", "train", "c.toml"], ["/env/bin/gvpo", "train", "c.toml"]) == [
         "gvpo", "train", "c.toml"

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -255,6 +256,20 @@ def test_the_estimate_in_words_and_what_there_is():
 class Large(TablePolicy):
     def describe(self):
         return facts(device=2**20)
+
+
+def test_peak_memory_under_a_name_that_is_cut_within_a_character():
+    """The kernel keeps 15 bytes of a script's name."""
+    name = Path("/proc/self/comm")
+    if not name.exists():
+        pytest.skip("a process's name is in /proc on Linux alone")
+    before = name.read_bytes()
+    try:
+        name.write_bytes("обучение.py".encode()[:15])
+        assert b"\xd0\n" in Path("/proc/self/status").read_bytes().partition(b"Umask")[0]
+        assert peak_memory() > 2**20
+    finally:
+        name.write_bytes(before.strip())
 
 
 @pytest.mark.slow

@@ -196,7 +196,8 @@ def peak_memory() -> int:
     On Linux from /proc: there `ru_maxrss` of a process begins with what the one that started it had.
     """
     try:
-        match = re.search(r"^VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+        status = Path("/proc/self/status").read_bytes()  # a script's name in it may be cut within a character
+        match = re.search(rb"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     except OSError:  # not Linux
         match = None
     if match:

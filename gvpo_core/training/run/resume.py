@@ -88,7 +88,7 @@ def _launcher() -> list[str]:
     for _ in range(4):  # a shell or an agent may be in between
         try:
             words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
-            status = Path(f"/proc/{process}/status").read_text()
+            status = Path(f"/proc/{process}/status").read_bytes().decode(errors="replace")
         except OSError:
             return []
         if starts_processes(words):
