@@ -82,6 +82,8 @@ def test_exact_match_compares_numbers_as_numbers(response, answer, wanted):
         ("so 1,234", "1234", 1), ("so 1,234", "234", 0), ("it is 5.0", "5", 1), ("it is .5", "5", 0),
         ("it is .5", "0.5", 1), ("3 + 4 = 7.", 7, 1), ("-1,000.5!", "-1000.5", 1), ("none", "7", 0), ("7", None, None),
         ("6.02e23", "23", 0), ("6.02e23", "6.02e23", 1), ("3,4", "4", 1),
+        ("it is \u22125", "-5", 1), ("it is \u22125", "5", 0), ("it is \u20135", -5, 1), ("it is \u20135", "5", 0),
+        ("so 3-5", "5", 1), ("so 3-5", "-5", 0), ("x=-5", "-5", 1), ("-.5", "-0.5", 1), ("1e-3", "0.001", 1),
     ],
 )  # fmt: skip
 def test_regex_match_compares_numbers_as_numbers(response, answer, wanted):
