@@ -61,7 +61,7 @@ def export(
     write_weights(directory, stored, lambda part, path: save_file(part, path, metadata={"format": "pt"}))
     tokenizer.save_pretrained(directory)
     path = directory / "config.json"
-    config = portable_config(json.loads(path.read_text()), str(dtype).removeprefix("torch."))
+    config = portable_config(json.loads(path.read_text(encoding="utf-8")), str(dtype).removeprefix("torch."))
     write_json(path, with_own_head(config) if own_head else config)
     where = {"revision": getattr(base.config, "_commit_hash", None), "local_files_only": True}
     for name in PROCESSORS:

@@ -333,3 +333,15 @@ def test_describe_is_plain(load, folder) -> None:
     assert not set(named.split()) - plain.keys()
     assert 0 < facts.trainable_parameters < facts.parameters
     assert facts.ranks == 1 and "transformers" in facts.versions
+
+
+def test_a_relative_model_is_exported_after_the_working_directory_changed(load, folder, tmp_path, monkeypatch) -> None:
+    """A reward in a thread of this process may change it before `gvpo train` sends the weights to an engine."""
+    monkeypatch.chdir(folder.parent)
+    policy = load(folder.name, lora_rank=2)
+    monkeypatch.chdir(tmp_path)
+    policy.export(tmp_path / "out")
+    policy.export_adapters(tmp_path / "adapters")
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+    assert any((tmp_path / "adapters").glob("*.safetensors"))
+    policy.reset()

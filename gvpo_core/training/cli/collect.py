@@ -149,7 +149,8 @@ class _Growing:
     """The file; the main rank alone calls its methods."""
 
     def __init__(self, out: Path, inputs: Inputs, policy: Policy) -> None:
-        self.out, self.partial = out, out.with_name(out.name + ".partial")
+        self.out, self._file = out, out.absolute()  # a reward in a thread may change the working directory
+        self.partial = self._file.with_name(out.name + ".partial")
         self._rows, self._steps, self._prompts = inputs.rows, inputs.config.run.steps, inputs.config.rollout.prompts
         self._lock: IO[bytes] | None = None
         self._left_out: set[str] = set()  # columns named in a warning
@@ -164,9 +165,9 @@ class _Growing:
 
     def open(self) -> int:
         """Takes the file; the steps that it holds whole."""
-        refuse_name(self.out)
+        refuse_name(self._file)
         try:
-            make_synced(self.out.parent)
+            make_synced(self._file.parent)
             refuse_special(self.partial)
             self._lock = self.partial.open("ab")
             self._take_lock(self._lock)
@@ -240,12 +241,12 @@ class _Growing:
             show_progress(f"stopped after step {step} of {self._steps}; the same command continues")
             return
         self._confirm()
-        if self.out.exists():
+        if self._file.exists():
             raise CollectError(
                 f"{self.out} was created meanwhile by another process; the collected steps are in {self.partial}"
             )
-        self.partial.rename(self.out)
-        sync_folder(self.out.parent)
+        self.partial.rename(self._file)
+        sync_folder(self._file.parent)
         say(self.out)
 
     def __enter__(self) -> "_Growing":

@@ -15,7 +15,7 @@ from gvpo_core.training.config import ConfigError, EnvironmentConfig
 from gvpo_core.training.config.secrets import resolved
 from gvpo_core.training.rewards import RewardLog
 from gvpo_core.training.rewards.clock import now
-from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker
+from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker, working_folder
 from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
 
 _ANSWER = 4 * 2**20  # bytes of an answer at most, for each operation
@@ -57,7 +57,7 @@ class Environments:
         except UnsendableError as e:
             raise ConfigError(f"environment.options cannot be sent to a process as JSON: {e}") from e
         sink = functools.partial((log or RewardLog()).output, "environment")
-        start = functools.partial(Worker, setup, sink)
+        start = functools.partial(Worker, setup, sink, folder=working_folder())
         self._seats = [_Seat(start, config.timeout) for _ in range(config.workers)]
         try:
             described = self._seats[0].describe()

@@ -16,6 +16,7 @@ import numpy as np
 
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.backends import refuse_settings
+from gvpo_core.training.files.disk import anchored
 from gvpo_core.training.policy import checkpoint, hugging_face, text
 from gvpo_core.training.policy.facts import MemoryFacts, PolicyFacts
 from gvpo_core.training.policy.layout import Splitting
@@ -100,6 +101,7 @@ class LanguageModelPolicy(abc.ABC):
         self.config, self.optimizer_config = replace(config, dtype=dtype), optimizer
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
         self._read_tokenizer()
+        self.config = replace(self.config, path=anchored(config.path))
         self.frozen = updates == 0 and not config.lora_rank  # scores and samples only: no moments, model.dtype
         self.steps_taken = 0
         self.renewed = False  # the reference is no longer the initial model
@@ -175,7 +177,7 @@ class LanguageModelPolicy(abc.ABC):
 
     def _read_tokenizer(self) -> None:
         """Sets `folder`, `tokenizer` and `_end`, of a Hugging Face folder or hub name; override it for another form."""
-        self.folder = hugging_face.local_folder(self.config)
+        self.folder = hugging_face.local_folder(self.config).absolute()
         self.tokenizer = hugging_face.load_tokenizer(self.config)
         self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
 

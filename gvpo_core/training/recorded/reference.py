@@ -33,7 +33,7 @@ Scored = tuple[Tokens, tuple[Response, ...]]  # a prompt and its responses
 def reference_file(config: Config, folder: str | None = None) -> Path | None:
     """The file of reference scores: in data.reference_cache, else in `folder`, where one is given."""
     where = config.data.reference_cache or folder
-    return Path(where).expanduser() / _FILE if where else None
+    return Path(where).expanduser().absolute() / _FILE if where else None
 
 
 class ReferenceScores:

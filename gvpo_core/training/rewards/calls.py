@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from gvpo_core.training.rewards.clock import POLL, now
 from gvpo_core.training.rewards.log import RewardLog
 from gvpo_core.training.rewards.prints import printing_to
-from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker
+from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker, working_folder
 from gvpo_core.training.rewards.worker import functions
 from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
 from gvpo_core.training.rewards.worker.functions import Signature, plain, signature_of, wanted_columns, wrong_arguments
@@ -199,12 +199,13 @@ class Processes:
         """
         self.width = width
         self._options, self._sink = options, functools.partial(log.output, name)
-        self._setup = {"function": function, "options": encode(dict(options)), "memory": memory, "path": list(sys.path)}
+        setup = {"function": function, "options": encode(dict(options)), "memory": memory, "path": list(sys.path)}
+        self._start = functools.partial(Worker, setup, self._sink, folder=working_folder())
         self._busy: set[Worker] = set()
         self._closed = False
         begin = now()
         try:
-            first = Worker(self._setup, self._sink)
+            first = self._start()
         except OSError as e:
             raise LookupError(f"its process cannot be started: {e}") from e
         try:
@@ -288,7 +289,7 @@ class Processes:
                 if worker is None or not worker.alive:
                     if worker is not None:
                         worker.kill()
-                    worker = Worker(self._setup, self._sink)
+                    worker = self._start()
             except OSError as e:
                 self._idle.append(None)
                 raise CallFailed(f"its process cannot be started: {e}") from e
@@ -310,7 +311,7 @@ class Processes:
             self._busy.discard(worker)
             another = None
             with contextlib.suppress(OSError):  # the next call tells
-                another = Worker(self._setup, self._sink) if again and not self._closed else None
+                another = self._start() if again and not self._closed else None
             self._idle.append(another)
             self._changed.notify()
 

@@ -29,6 +29,17 @@ _ANSWER = 256 * 1024  # largest size of an answer, bytes, plus for each response
 _ANSWER_EACH = 4096
 
 
+def working_folder() -> str | None:
+    """The working directory, for processes that start later, when a reward in a thread may have changed it.
+
+    None: it was removed.
+    """
+    try:
+        return os.getcwd()
+    except OSError:
+        return None
+
+
 class CallFailed(Exception):
     """A call that gave no result: the reward raised, or its process died."""
 
@@ -47,12 +58,14 @@ class Worker:
         *,
         program: Sequence[str] = (_MAIN,),
         environment: Mapping[str, str] = os.environ,
+        folder: str | None = None,
     ) -> None:
         """
         Args:
           setup: what the process reads first.
           sink: takes lines that the process writes to its standard output or error.
           program: what Python runs, with its arguments; the descriptors of requests and answers follow.
+          folder: working directory of the process. Default: this process's.
         Raises: OSError: the process cannot be started.
         """
         ends: list[int] = []
@@ -67,6 +80,7 @@ class Worker:
                 stderr=err_end,
                 pass_fds=(requests, answers),
                 start_new_session=True,  # a separate process group, and no Ctrl-C meant for the run
+                cwd=folder,
                 env={**environment, MARK: f"{os.getpid()}-{uuid.uuid4().hex}"},
             )
         except BaseException:

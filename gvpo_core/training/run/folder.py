@@ -39,7 +39,8 @@ class RunFolder:
     """Files of one run. Lines are appended whole and synced once a step; `cut` removes steps that run again."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.shown = path  # in messages and commands
+        self.path = path = path.absolute()  # a reward in a thread may change the working directory
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
         self.checkpoints = path / "checkpoints"
@@ -74,7 +75,7 @@ class RunFolder:
         changed, refused = changes(known, dict(inputs or {}))
         if begun and refused and not config.run.allow_changes:
             raise ConfigError(
-                f"{self.path} holds a run on other data, on another model or in another dtype:\n  "
+                f"{self.shown} holds a run on other data, on another model or in another dtype:\n  "
                 + "\n  ".join(refused)
                 + f"\nuse the original ones, or set {_ALLOW} these"
             )
@@ -116,19 +117,19 @@ class RunFolder:
         except FileNotFoundError:
             if begun and not allowed:
                 raise ConfigError(
-                    f"{self._settings} is missing, and the run has checkpoints. {_recovery(self.path)}"
+                    f"{self._settings} is missing, and the run has checkpoints. {_recovery(self.shown)}"
                 ) from None
             return
         except ConfigError as e:
             if begun and not allowed:
-                raise ConfigError(f"{e}. {_recovery(self.path)}") from e
+                raise ConfigError(f"{e}. {_recovery(self.shown)}") from e
             _log.warning("%s; written again", e)
             return
         changed = [d for d in differences(saved, config) if not (d.startswith(by_device) and "'auto'" in d)]
         fixed = [d for d in changed if not d.startswith(_FREE) or _ends_elsewhere(d, config)]
         if fixed and not allowed:
             raise ConfigError(
-                f"{self.path} holds a run with other settings:\n  "
+                f"{self.shown} holds a run with other settings:\n  "
                 + "\n  ".join(fixed)
                 + f"\nset {_ALLOW} the new settings"
             )
@@ -150,7 +151,7 @@ class RunFolder:
         except (ValueError, RecursionError) as e:
             damaged = f"{self._environment} is damaged ({e}): it records the data and model of the run"
             if begun and not allowed:
-                raise ConfigError(f"{damaged}. {_recovery(self.path)}") from e
+                raise ConfigError(f"{damaged}. {_recovery(self.shown)}") from e
             _log.warning("%s; written again", damaged)
             return {}
         return known
@@ -187,10 +188,10 @@ class RunFolder:
         try:
             there = is_at(self._lock, self.path / "lock") and is_at(self._opened, self.path)
         except OSError as e:
-            raise RunFolderError(f"cannot read the run folder {self.path}: {e}; the checkpoints are intact") from e
+            raise RunFolderError(f"cannot read the run folder {self.shown}: {e}; the checkpoints are intact") from e
         if not there:
             raise RunFolderError(
-                f"the run folder {self.path} was moved or replaced during the run (another lock file or folder);"
+                f"the run folder {self.shown} was moved or replaced during the run (another lock file or folder);"
                 " the run stops and writes nothing more. Resume from the moved folder: gvpo train"
                 " MOVED/config.toml"
             )
@@ -209,9 +210,9 @@ class RunFolder:
         try:
             yield
         except FileExistsError as e:
-            raise RunFolderError(f"run.folder = {str(self.path)!r}: {e.filename} is not a folder; give another") from e
+            raise RunFolderError(f"run.folder = {str(self.shown)!r}: {e.filename} is not a folder; give another") from e
         except OSError as e:
-            raise RunFolderError(f"cannot write the run folder {self.path}: {e.strerror or e}") from e
+            raise RunFolderError(f"cannot write the run folder {self.shown}: {e.strerror or e}") from e
 
     def records(self) -> Iterator[dict[str, Any]]:
         """The steps and evaluations of metrics.jsonl. Raises: RunFolderError: it cannot be read now."""
@@ -224,13 +225,13 @@ class RunFolder:
             yield
         except OSError as e:
             if e.errno in _NO_FOLDER:
-                raise RunFolderError(f"run.folder = {str(self.path)!r} cannot be used: {e.strerror}") from e
+                raise RunFolderError(f"run.folder = {str(self.shown)!r} cannot be used: {e.strerror}") from e
             if isinstance(e, IsADirectoryError):
                 raise RunFolderError(
                     f"{e.filename} is a folder; expected a file of the run. Nothing was changed"
                 ) from e
             raise RunFolderError(
-                f"cannot read the run folder {self.path} now: {e}; nothing in it was changed. Run again when the file"
+                f"cannot read the run folder {self.shown} now: {e}; nothing in it was changed. Run again when the file"
                 " system answers"
             ) from e
 
@@ -240,10 +241,10 @@ class RunFolder:
             lock(self._lock)
         except BlockingIOError as e:
             self.close()
-            raise RunFolderError(f"{self.path} is in use by another process; give another run.folder") from e
+            raise RunFolderError(f"{self.shown} is in use by another process; give another run.folder") from e
         except OSError as e:
             self.close()
-            raise RunFolderError(f"run.folder: {without_locks(self.path, e)}") from e
+            raise RunFolderError(f"run.folder: {without_locks(self.shown, e)}") from e
 
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         """Appends records as JSON lines; NaN and infinities become null."""

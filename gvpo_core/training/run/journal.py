@@ -341,8 +341,10 @@ class Journal:
             facts["verdicts"] = ", ".join(
                 f"{self._verdicts[level]} {level}" for level in LEVELS if self._verdicts[level]
             )
-        folder = shlex.quote(str(self.folder.path))
-        facts |= {"metrics": self.folder.metrics, "report page": report or "not written"}
+        shown = self.folder.shown
+        folder = shlex.quote(str(shown))
+        facts |= {"metrics": shown / self.folder.metrics.name}
+        facts |= {"report page": shown / report.name if report else "not written"}
         facts |= {"report": Command(f"gvpo report {folder}")}
         with contextlib.suppress(OSError):  # the commands never hide the error that ended the run
             if steps_saved(self.folder.checkpoints):

@@ -67,7 +67,7 @@ class WeightFolder:
           folder: seen under the same path by every rank and by the server.
           adapters: whether the policy's LoRA adapters are sent, instead of the whole model.
         """
-        self.folder, self.adapters, self.commands = Path(folder), adapters, commands
+        self.folder, self.adapters, self.commands = Path(folder).absolute(), adapters, commands
         self._loaded: list[Path] = []  # newest last
         self.named = ""  # the newest version, where the server tells it at NAMES
 
