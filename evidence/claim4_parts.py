@@ -127,7 +127,7 @@ nothing stops the covariance, and GVPO collapses on the response with the larges
 the best one. GRPO without KL collapses, with a bonus of 0.2 too; one of 4 gives more entropy than pi\\*
 has: the coefficient decides. GRPO with the KL penalty does not collapse. GVPO needs no bonus: with one of b
 it ends at pi_ref^(beta / (beta + b)) exp(R / (beta + b)), normalised, which is not pi\\*.
-Does not show: that an entropy bonus cannot work: 1 is near the right size here. Nor that a collapse
+Does not show: that an entropy bonus cannot work: between 1 and 4 one gives pi\\*'s entropy. Nor that a collapse
 costs reward: without KL the best response alone has the highest reward, and it is what beta = 0 asks
 for. GVPO's beta has to be chosen, too.
 """
@@ -142,7 +142,9 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
         "without the variance it collapses": ends["GVPO without the variance"][0] < 0.1,
         "GRPO collapses": ends["GRPO, beta = 0"][0] < 0.1,
         "a bonus of 0.2 does not prevent it": ends["GRPO, beta = 0, bonus 0.2"][0] < 0.1,
-        "a bonus of 4 overshoots": ends["GRPO, beta = 0, bonus 4"][0] > end,
+        "pi*'s entropy lies between those of a bonus of 1 and of 4": ends["GRPO, beta = 0, bonus 1"][0]
+        < end
+        < ends["GRPO, beta = 0, bonus 4"][0],
         "GRPO with KL does not collapse": ends[f"GRPO, beta = {BETA}"][0] > 0.9 * end,
         "it collapses on the best response": ends["GVPO without the variance"][2] > 0.99 * REWARDS.max(axis=1).mean()
         and bool(((REWARDS + BETA * LOG_REF).argmax(axis=1) == REWARDS.argmax(axis=1)).all()),

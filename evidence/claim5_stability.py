@@ -174,6 +174,7 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
         "no range begins at the lowest rate tried": all(
             _working(result, m, b)[0] > RATES[0] for m in ("GVPO", "Dr. GRPO", "GRPO") for b in BETAS
         ),
+        "MaxRL is near the pi* of beta = 0.1 on the way": result["cells"]["MaxRL|0.1|0.3"][1] == SEEDS,
         "the best response is nearer to pi* than pi_ref for beta = 0.1 alone": all(
             (result["cells"][f"MaxRL|{b:g}|100"][0] == 0) == (b == 0.1) for b in BETAS
         ),
