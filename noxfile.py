@@ -27,8 +27,8 @@ nox.options.sessions = ["checks", "conformance", "total"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
-# Two test files at a time; three where a third of the time is spent waiting.
-TWO_AT_A_TIME, THREE_AT_A_TIME = (("-n", str(n), "--dist", "loadfile") for n in (2, 3))
+# Test files at a time, on two cores: tests wait for other processes, disks and time limits, too.
+AT_A_TIME = ("-n", "3", "--dist", "loadfile")
 # pip compiles every module of a package to bytecode, half of its time; Python compiles those that are imported, once.
 NO_BYTECODE = ("--no-compile",)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
@@ -116,6 +116,7 @@ QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",  # half the time of compiling
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",  # else inductor finds out by ten programs what g++ can do on this CPU
 }
 COMPILED_BY_LLVM = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}  # a tenth less time, with all optimizations
 
@@ -138,13 +139,12 @@ def conformance(session: nox.Session, subject: str) -> None:
     quick = env | {"JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
     if subject == "parity":
         files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
-        pytest(session, "parity", *TWO_AT_A_TIME, *files, **quick)
+        pytest(session, "parity", *AT_A_TIME, *files, **quick)
         return
     elsewhere = [f"--ignore={name}" for name in JAX_PROGRAMS] if subject == "jax" else []
-    at_a_time = THREE_AT_A_TIME if subject == "numpy" and "--slow" not in session.posargs else TWO_AT_A_TIME
-    pytest(session, f"conformance-{subject}", *at_a_time, "conformance", *elsewhere, **quick)
+    pytest(session, f"conformance-{subject}", *AT_A_TIME, "conformance", *elsewhere, **quick)
     if subject == "jax":
-        pytest(session, "jax-programs", *TWO_AT_A_TIME, *JAX_PROGRAMS, **env | COMPILED_BY_LLVM)
+        pytest(session, "jax-programs", *AT_A_TIME, *JAX_PROGRAMS, **env | COMPILED_BY_LLVM)
 
 
 def find_python(wanted: str) -> str | None:
@@ -175,7 +175,7 @@ def jax_next(session: nox.Session) -> None:
     files = [f"conformance/backends/test_jax_{name}.py" for name in names]
     env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp()).resolve() / "compiled")}
     chosen = ("conformance/core", *files, "-k", "not jax-float64 and not jax-float16 and not jax-bfloat16")
-    pytest(session, "jax-next", *TWO_AT_A_TIME, *chosen, **env | QUICKLY_COMPILED | UNOPTIMIZED)
+    pytest(session, "jax-next", *AT_A_TIME, *chosen, **env | QUICKLY_COMPILED | UNOPTIMIZED)
 
 
 @nox.session
@@ -376,7 +376,7 @@ def gpu(session: nox.Session, backend: str) -> None:
     files = sorted(str(path) for name in names for path in Path("conformance/backends").glob(name))
     env = {"GVPO_SUBJECTS": f"{backend},gpu", "GVPO_DEVICE": "cuda" if backend == "torch" else "gpu"}
     env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
-    pytest(session, f"gpu-{backend}", *TWO_AT_A_TIME, "-k", "not two_processes", *files, **env)  # two need two devices
+    pytest(session, f"gpu-{backend}", *AT_A_TIME, "-k", "not two_processes", *files, **env)  # two need two devices
     if backend == "torch":
         session.run("python", "benchmarks/cuda_step.py")
 

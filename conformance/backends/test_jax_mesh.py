@@ -87,6 +87,7 @@ def test_a_mesh_takes_the_step_of_one_device(name: str, out: Path) -> None:
     assert many["largest_read"] * parts == one["largest_read"]  # the host makes a device's part, never the whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["one", *MESHES])
 def test_the_estimate_of_memory_knows_the_mesh(name: str, out: Path) -> None:
     """Matrices are cut over fsdp and tensor; adapters of rank 2 here are not cut into as many parts."""
@@ -96,6 +97,7 @@ def test_the_estimate_of_memory_knows_the_mesh(name: str, out: Path) -> None:
         assert estimated == pytest.approx(held, rel=0.25), what
 
 
+@pytest.mark.slow
 def test_the_export_of_a_mesh_is_whole(out: Path) -> None:
     of_policy = policy(out / "all-export")
     scored = np.load(out / "one.npz")["scoredFalse"]

@@ -55,6 +55,7 @@ def test_greedy_answers_are_language(sampled) -> None:
     assert ended.finished == (ended.tokens[-1] == of_policy.tokenizer.eos_token_id)
 
 
+@pytest.mark.slow
 def test_alone_and_together_draw_the_same(sampled) -> None:
     of_policy, prompts, seeds, of = sampled
     alone = of_policy.generate(prompts[:1], [seeds[0][1:2]], Sampling(max_tokens=12))

@@ -18,7 +18,7 @@ _FUNCTIONS = {
     "reward": ("gvpo_core.training.rollout", "call_rewards"),
     "evaluate": ("gvpo_core.training.loop", "evaluated"),
 }  # the other phases are methods of the policy, whatever backend it is of
-PRELOAD = ("gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w")
+PRELOAD = ("gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w", "array_api_compat.numpy")
 
 
 def run(

@@ -14,6 +14,8 @@ from gvpo_core.training.policy.prefixes import common
 from gvpo_core.training.policy.step import plan_step
 from gvpo_core.training.policy.tree import depth_first
 
+pytestmark = pytest.mark.core
+
 tokens = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
 
 

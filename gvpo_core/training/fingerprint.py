@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import functools
 import hashlib
 import importlib.util
 import inspect
@@ -231,24 +232,29 @@ def _code_of(first: Path) -> bytes:
 
 def _imported(path: Path, code: bytes, roots: Iterable[Path]) -> Iterator[Path]:
     """Files of the modules that a file imports, where they are in one of the roots or beside it."""
-    try:
-        nodes = list(ast.walk(ast.parse(code)))
-    except (SyntaxError, ValueError, RecursionError):
-        return
-    names: list[tuple[Path | None, str]] = []  # folder where it is known, dotted name
-    for node in nodes:
-        if isinstance(node, ast.Import):
-            names += [(None, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            folder = path.parents[node.level - 1] if 0 < node.level <= len(path.parents) else None
-            names += [
-                (folder, ".".join(filter(None, (node.module, end)))) for end in ("", *(a.name for a in node.names))
-            ]
-    for folder, name in names:
+    for level, name in _import_names(code):
+        folder = path.parents[level - 1] if 0 < level <= len(path.parents) else None
         for root in (folder,) if folder else roots:
             place = root.joinpath(*name.split("."))
             files = (place.with_suffix(".py"), place / "__init__.py") if name else (root / "__init__.py",)
             yield from (file for file in files if file.is_file())
+
+
+@functools.lru_cache(maxsize=_IMPORTS)
+def _import_names(code: bytes) -> tuple[tuple[int, str], ...]:
+    """(level, dotted name) of what the code imports; what stands after `from x import` may be a module, too."""
+    try:
+        nodes = list(ast.walk(ast.parse(code)))
+    except (SyntaxError, ValueError, RecursionError):
+        return ()
+    names: list[tuple[int, str]] = []
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names += [(0, alias.name) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            ends = ("", *(alias.name for alias in node.names))
+            names += [(node.level, ".".join(filter(None, (node.module, end)))) for end in ends]
+    return tuple(names)
 
 
 def _source(function: Callable[..., Any]) -> bytes:

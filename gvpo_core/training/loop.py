@@ -47,13 +47,11 @@ def train(
       train_rows: rows to train on, instead of data.train.
       evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
-      sampler: draws the training responses instead of the policy (an older copy, a teacher, an engine); closed at
-        the end.
+      sampler: draws the responses instead of the policy (an older copy, a teacher, an engine); closed at the end.
       console: where progress is shown. Default: standard output.
       from_step: go back to the checkpoint of this step and delete everything later; 0: the beginning.
     Returns: how the run ended.
-    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError, SamplerError: each
-      names the cause.
+    Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError, SamplerError.
     """
     with closing(sampler), forgiving_stderr():
         given = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
@@ -108,10 +106,7 @@ def _run(
             journal.phase("update")
             renew_reference(policy, config.objective, step)
             improvement = improve(policy, rollout, config.objective, seed=(config.run.seed, ORDER, step))
-            if rollout.gaps is not None:
-                fresh = config.objective.minibatches == 1  # later ones compare a policy that has moved
-                stale = rollout.staleness if fresh else None
-                rollout.gaps.check(rollout.sampler_logprobs, improvement.logprobs, rollout.lengths, stale)
+            rollout.check_gaps(improvement.logprobs, moved=config.objective.minibatches > 1)
             journal.step(rollout, improvement)
             evaluate()
             stopping, early = highest(policy, stop.signal), journal.out_of_patience()

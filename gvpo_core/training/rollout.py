@@ -69,6 +69,17 @@ class Rollout:
         """(N,) float64: the rewards that the update sees; NaN = unscored or left out."""
         return self.rewards if self.left_out is None else np.where(self.left_out, np.nan, self.rewards)
 
+    def check_gaps(self, logprobs: np.ndarray, *, moved: bool) -> None:
+        """Compares the sampler's log-probabilities with the policy's in the steps that ask for it.
+
+        Args:
+          logprobs: (N,) nats, of the policy as the update scored them; NaN = not scored.
+          moved: some were scored after a first optimizer step of this rollout.
+        Raises: SamplerError: the sampler has other weights than the policy.
+        """
+        if self.gaps is not None:
+            self.gaps.check(self.sampler_logprobs, logprobs, self.lengths, None if moved else self.staleness)
+
 
 @dataclass(frozen=True)
 class Requests:
