@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from gvpo_core.training.config import ConfigError
 
@@ -63,3 +64,8 @@ def keep_rows(cache: Any, rows: Tensor) -> None:
         if name != "layers" and isinstance(states, list):
             kept = [state.index_select(0, rows) if isinstance(state, Tensor) else state for state in states]
             setattr(cache, name, kept)
+
+
+def is_plain(cache: Any) -> bool:
+    """Whether every layer of a cache only concatenates keys and values."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)

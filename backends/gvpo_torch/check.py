@@ -14,7 +14,7 @@ from gvpo_core.training.policy import Batch, layout
 from gvpo_core.training.policy.prefixes import Prefixes
 from gvpo_core.training.policy.step import refuse_not_finite
 from gvpo_core.training.sampling import Sampling
-from gvpo_torch import blocks, fixed, rope
+from gvpo_torch import blocks, decode_attention, rope
 from gvpo_torch.cache import new_cache
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
@@ -245,7 +245,7 @@ def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndar
 
 def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device: torch.device) -> bool:
     """Whether decoding in fixed buffers is what scoring is; where it is not, the other loop samples."""
-    if not fixed.fits(scorer):
+    if not decode_attention.fits(scorer):
         return False
     with gathered(scorer), contextlib.suppress(*_FAILS):
         return _differ(scorer, _decoded(scorer, batch, device, in_fixed_buffers=True), plain) is None

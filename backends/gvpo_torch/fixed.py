@@ -1,26 +1,28 @@
 """Decoding in buffers of fixed size: no wait for the device but one every few tokens, and on CUDA one graph a token.
 
-Keys, values, tokens and ends stay on the device. Keys and values are in a ring of slots, and all rows write to the same
-one; a row that has ended is replaced in place by one that waits, whose prompt goes into the slots before the next. Only
-models whose layers all attend to everything before are decoded so, sharded ones too, whose parameters are gathered
-before; the others, and devices other than CUDA, take the loop in `generate`, whose samples are the same up to rounding.
+Keys, values, tokens and ends stay on the device. A prompt's keys and values are held once for all its rows (`Prompts`);
+those of what the rows draw are in a ring of slots, and all rows write to the same one. A row that has ended is replaced
+in place by one that waits. Only models whose layers all attend to everything before are decoded so, sharded ones too,
+whose parameters are gathered before. The others, and devices other than CUDA, take the loop in `generate`, whose
+samples are the same up to rounding.
 """
 
-import contextlib
 import logging
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer
+from torch import Tensor
+from transformers.cache_utils import Cache
 
 from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_torch.cache import is_plain
+from gvpo_torch.decode_attention import ATTENTION, Layer, attending, attending_to
+from gvpo_torch.decode_prompts import Prefilled, Prompts, Slots, aligned
 from gvpo_torch.model import Scorer
 
 log = logging.getLogger("gvpo.torch")
@@ -30,179 +32,93 @@ UNIFORMS_AHEAD = 4 * WAIT_EVERY  # random numbers made at once for each row
 FIRST_TOKENS = 256  # that the buffers have room for at first; doubled when they are full
 REFILL = 1 / 8  # of the rows have ended: waiting ones take their places
 EAGER_STEPS = 2  # before a graph is captured, so that libraries are set up
-ATTENTION = "gvpo_decode"
 
 Pick = Callable[[Tensor, Tensor, Sampling], Tensor]
 Choose = Callable[[Tensor, Sequence[int], int], np.ndarray]
 Keep = Callable[[int, list[int], Callable[[], list[tuple[Tensor, Tensor]]]], None]
 
 
-def fits(scorer: Scorer) -> bool:
-    """Whether the model may be decoded in fixed buffers; `check` then compares that with scoring."""
-    config, base = scorer.config, scorer.base
-    layers = getattr(config, "layer_types", None)
-    kinds = set(layers or ()) - {"full_attention"}
-    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    plain = scorer.rope is None and not scorer.same_length and not kinds and not (window and not layers)
-    able = getattr(base, "_can_set_attn_implementation", lambda: False)()
-    return bool(plain and able and base.config is config)
-
-
-class _Layer(CacheLayerMixin):
-    """Keys and values (R, heads, S, D) of a layer, written at slot `at`."""
-
-    is_sliding = False
-    keys: Tensor
-    values: Tensor
-
-    def __init__(self, keys: Tensor, values: Tensor, at: Tensor) -> None:
-        super().__init__()
-        self.keys, self.values, self.at = keys, values, at
-        self.is_initialized = True
-
-    def lazy_initialization(self, *states: Tensor) -> None:
-        """Made with its buffers."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
-        self.values.index_copy_(2, self.at, value_states.to(self.values.dtype))
-        return self.keys, self.values
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.keys.shape[2], 0
-
-    def get_seq_length(self) -> int:
-        return int(self.keys.shape[2]) - 1  # of no use here: positions and the mask are given
-
-    def get_max_length(self) -> int:
-        return int(self.keys.shape[2])
-
-    get_max_cache_shape = get_max_length  # its name before transformers 5.2x
-
-
-def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor,
-    *,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, None]:
-    """One query a row, (B, H, 1, D), over keys and values (B, G, S, D) that H / G heads share, each read once."""
-    if sliding_window is not None or softcap is not None or s_aux is not None or query.shape[2] != 1:
-        raise NotImplementedError("attention with a window, a cap or sinks is not decoded in fixed buffers")
-    rows, groups, slots, _ = key.shape
-    shared = query.reshape(rows, groups, -1, query.shape[-1])  # the heads of a group take the axis of queries
-    mask = attention_mask.expand(rows, groups, shared.shape[2], slots)
-    out = F.scaled_dot_product_attention(shared.to(key.dtype), key, value, attn_mask=mask, scale=scaling)
-    return out.reshape(rows, 1, -1, value.shape[-1]), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-
-
-@contextlib.contextmanager
-def _attending(base: Any, by: str) -> Iterator[None]:
-    before = base.config._attn_implementation
-    base.set_attn_implementation(by)
-    try:
-        yield
-    finally:
-        base.set_attn_implementation(before)
-
-
-class Prefilled(NamedTuple):
-    """R rows of U prompts, after one forward pass over the prompts."""
-
-    logits: Tensor  # (U, V) float32, after the prompts
-    cache: Any  # transformers' cache of the prompts, W slots each
-    mask: Tensor | None  # (U, W) bool, False on padding; None: no padding
-    owners: Tensor  # (R,) int64, the prompt of each row
-    lengths: np.ndarray  # (R,) int64, tokens of each row's prompt
-
-
 class FixedRows:
-    """R rows that are decoded together."""
+    """L lines, each with a row that is decoded, or that has ended."""
 
-    def __init__(self, scorer: Scorer, first: Prefilled, most: int) -> None:
-        """Buffers for as many rows as `first` has; `most`: tokens of a response."""
+    def __init__(self, scorer: Scorer, first: Prefilled, lines: int, together: int, most: int) -> None:
+        """Buffers for `lines` rows and the prompts of `first`.
+
+        Args:
+          together: most lines of one prompt.
+          most: tokens of a response.
+        """
         if not is_plain(first.cache):
             raise NotImplementedError("layers that do not only concatenate keys and values are not decoded so")
         self.scorer, self.most = scorer, most
-        rows, device = len(first.owners), first.owners.device
-        self.width = first.cache.layers[0].keys.shape[2]
-        slots = _aligned(self.width + min(most, FIRST_TOKENS))
+        device, slots = first.owners.device, aligned(min(most, FIRST_TOKENS))
         held = first.cache.layers[0].values.dtype
         dtype = scorer.dtype if torch.is_autocast_enabled(device.type) else held  # in which attention computes
-        empty = lambda states: torch.zeros((rows, states.shape[1], slots, states.shape[3]), dtype=dtype, device=device)
+        empty = lambda states: torch.zeros((lines, states.shape[1], slots, states.shape[3]), dtype=dtype, device=device)
         self.keys = [empty(layer.keys) for layer in first.cache.layers]
         self.values = [empty(layer.values) for layer in first.cache.layers]
-        self.bias = torch.full((rows, 1, 1, slots), -torch.inf, dtype=dtype, device=device)
-        self.tokens = torch.zeros((rows, 1), dtype=torch.int64, device=device)
-        self.positions = torch.zeros((rows, 1), dtype=torch.int64, device=device)
-        self.at = torch.full((1,), self.width % slots, dtype=torch.int64, device=device)  # the next slot
+        self.prompts = Prompts(first, lines, together, dtype)
+        self.bias = torch.full((lines, 1, 1, slots), -torch.inf, dtype=dtype, device=device)
+        self.tokens = torch.zeros((lines, 1), dtype=torch.int64, device=device)
+        self.positions = torch.zeros((lines, 1), dtype=torch.int64, device=device)
+        self.at = torch.zeros(1, dtype=torch.int64, device=device)  # the next slot
         self.t = torch.ones(1, dtype=torch.int64, device=device)  # tokens drawn by rows that began first
         # A ring, as the slots: what was drawn since the host looked, the token before included.
-        self.drawn = torch.zeros((rows, WAIT_EVERY + 1), dtype=torch.int64, device=device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=device)
-        self.numbers = torch.zeros((rows, UNIFORMS_AHEAD), dtype=torch.float64, device=device)
+        self.drawn = torch.zeros((lines, WAIT_EVERY + 1), dtype=torch.int64, device=device)
+        self.ended = torch.zeros(lines, dtype=torch.bool, device=device)
+        self.numbers = torch.zeros((lines, UNIFORMS_AHEAD), dtype=torch.float64, device=device)
         self._made()
 
     def _made(self) -> None:
         """After buffers were replaced: the cache refers to the new ones, and a graph of the old ones is dropped."""
-        layers: list[Any] = [_Layer(k, v, self.at) for k, v in zip(self.keys, self.values, strict=True)]
+        layers: list[Any] = [Layer(k, v, self.at) for k, v in zip(self.keys, self.values, strict=True)]
         self.cache = Cache(layers=layers)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.eager = 0
 
     @property
     def slots(self) -> int:
-        """Number of key and value slots of a row."""
+        """Slots of a line, for the keys and values of what its row draws."""
         return int(self.bias.shape[3])
 
-    def place(self, lines: Tensor, prompts: Prefilled, tokens: Tensor, ends: Tensor) -> None:
-        """Replaces the rows of the given lines, (n,) int64, by those of `prompts`, whose first tokens are `tokens`."""
-        width = prompts.cache.layers[0].keys.shape[2]
-        slots = (self.at + torch.arange(-width, 0, device=lines.device)) % self.slots
-        for buffers, name in ((self.keys, "keys"), (self.values, "values")):
-            for buffer, layer in zip(buffers, prompts.cache.layers, strict=True):
-                states = getattr(layer, name).to(buffer.dtype).index_select(0, prompts.owners)
-                buffer[lines[:, None], :, slots[None]] = states.transpose(1, 2)
-        seen = torch.zeros((len(lines), width), dtype=self.bias.dtype, device=lines.device)
-        if prompts.mask is not None:
-            seen.masked_fill_(~prompts.mask.index_select(0, prompts.owners), -torch.inf)
+    def hold(self, slots: Sequence[int], prompts: Prefilled, most: int) -> None:
+        """Puts prompts into slots; `most`: slots that may ever be used."""
+        if max(slots) >= self.prompts.slots:
+            self.prompts.grow(min(most, max(2 * self.prompts.slots, max(slots) + 1)))
+            self._made()
+        self.prompts.hold(torch.tensor(slots, device=self.tokens.device), prompts)
+
+    def place(self, lines: Tensor, tokens: Tensor, lengths: Tensor, ends: Tensor) -> None:
+        """Replaces the rows of the given lines; `lengths`: tokens of the new rows' prompts. All (n,) int64."""
         self.bias[lines] = -torch.inf
-        self.bias[lines[:, None], 0, 0, slots[None]] = seen
         self.tokens[lines] = tokens[:, None]
-        self.positions[lines] = torch.from_numpy(prompts.lengths).to(lines.device)[:, None]
+        self.positions[lines] = lengths[:, None]
         self.drawn[lines, (self.t - 1) % self.drawn.shape[1]] = tokens
         self.ended[lines] = _among(tokens, ends)
 
+    def _oldest_first(self) -> Tensor:
+        """(S,) int64, the slots in the order in which they are written."""
+        return (self.at + torch.arange(self.slots, device=self.at.device)) % self.slots
+
     def grow(self) -> None:
         """Twice the room for tokens, up to that of the longest response."""
-        slots = _aligned(min(self.width + self.most, 2 * self.slots - self.width))
-        start, more = -int(self.at), slots - self.slots
+        slots, order = aligned(min(self.most, 2 * self.slots)), self._oldest_first()
         for buffers in (self.keys, self.values):
             for i, held in enumerate(buffers):
                 buffers[i] = held.new_zeros((*held.shape[:2], slots, held.shape[3]))
-                buffers[i][:, :, : held.shape[2]] = held.roll(start, 2)  # the oldest slot is the first
+                buffers[i][:, :, : len(order)] = held.index_select(2, order)
         self.at.fill_(self.slots)
-        self.bias = F.pad(self.bias.roll(start, 3), (0, more), value=-torch.inf)
+        self.bias = F.pad(self.bias.index_select(3, order), (0, slots - self.slots), value=-torch.inf)
         self._made()
 
-    def keep(self, rows: Tensor) -> None:
-        """Keeps the given rows, (n,) int64."""
+    def keep(self, lines: Tensor, slots: Sequence[int], together: int) -> None:
+        """Keeps the given lines, (n,) int64, and the prompts in the given slots."""
         for buffers in (self.keys, self.values):
             for i, held in enumerate(buffers):
-                buffers[i] = held.index_select(0, rows)
+                buffers[i] = held.index_select(0, lines)
         for name in ("bias", "tokens", "positions", "drawn", "ended", "numbers"):
-            setattr(self, name, getattr(self, name).index_select(0, rows))
+            setattr(self, name, getattr(self, name).index_select(0, lines))
+        self.prompts.keep(torch.tensor(slots, device=lines.device), len(lines), together)
         self._made()
 
     def look(self, since: int, now: int) -> tuple[np.ndarray, np.ndarray]:
@@ -210,13 +126,15 @@ class FixedRows:
         held = torch.cat([self.drawn, self.ended[:, None]], dim=1).cpu().numpy()
         return held[:, -1] != 0, held[:, np.arange(since, now) % (held.shape[1] - 1)]
 
-    def states(self, line: int, count: int) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values (heads, count, D) of each layer, of the first `count` tokens of a line, its prompt first."""
-        order = (self.at + torch.arange(self.slots, device=self.at.device)) % self.slots  # the oldest first
-        slots = order[self.bias[line, 0, 0, order] == 0][:count]
+    def states(self, line: int, slot: int, length: int, count: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values (heads, length + count, D) of each layer: a prompt's, and of `count` tokens of a line."""
+        order = self._oldest_first()
+        own = order[self.bias[line, 0, 0, order] == 0][:count]
+        both = lambda prompts, drawn: torch.cat([prompts[slot, :, -length:], drawn[line].index_select(1, own)], dim=1)
+        prompts = self.prompts
         return [
-            (keys[line].index_select(1, slots), values[line].index_select(1, slots))
-            for keys, values in zip(self.keys, self.values, strict=True)
+            (both(k, keys), both(v, values))
+            for k, v, keys, values in zip(prompts.keys, prompts.values, self.keys, self.values, strict=True)
         ]
 
     def put(self, chosen: Tensor, ends: Tensor) -> None:
@@ -229,7 +147,8 @@ class FixedRows:
     def logits(self) -> Tensor:
         """(R, V) float32 after the last tokens, whose keys and values are added."""
         self.bias.index_fill_(3, self.at, 0.0)
-        logits = self.scorer(self.tokens, self.positions, mask=self.bias, cache=self.cache)
+        with attending_to(self.prompts):
+            logits = self.scorer(self.tokens, self.positions, mask=self.bias, cache=self.cache)
         self.positions += (~self.ended)[:, None]  # a row that ended is computed on; its position stays in range
         self.at += 1
         self.at %= self.slots
@@ -276,44 +195,39 @@ def _among(tokens: Tensor, ends: Tensor) -> Tensor:
     return (tokens[:, None] == ends).any(1)
 
 
-def _aligned(slots: int) -> int:
-    return slots + -slots % 8  # the kernel with a mask wants aligned rows
-
-
 def decode(
     scorer: Scorer,
-    first: Prefilled,
-    waiting: deque[int],
+    prompts: Sequence[int],
+    lengths: np.ndarray,
+    at_once: tuple[int, int],
     prefill: Callable[[Sequence[int]], Prefilled],
     seeds: Sequence[int],
     sampling: Sampling,
     end: Sequence[int],
     *,
+    device: torch.device,
     pick: Pick,
     choose: Choose | None = None,
     keep: Keep | None = None,
 ) -> list[tuple[list[int], bool]]:
-    """The tokens of each row, and whether it ended.
+    """The tokens of each of R rows, and whether it ended.
 
     Args:
-      first: rows 0 to R - 1, none with a shorter prompt than any that waits.
-      waiting: the other rows; they take the places of rows that have ended.
-      prefill: of the given rows.
+      prompts: of each row; rows of one prompt follow one another, and no prompt is longer than one before it.
+      lengths: (R,) int64, tokens of each row's prompt.
+      at_once: rows, and prompts, that are held together; the others wait, and take the places of those that ended.
+      prefill: of the given rows, one a prompt; called once for each prompt.
       seeds: of all rows.
       pick: (logits, (R,) float64 in [0, 1), sampling) -> (R,) int64 tokens, all on the device.
       choose: (logits, indices of the rows left, t) -> (R,) int64, their t-th tokens, in place of drawing. No row waits.
       keep: (row, its tokens but the last, what copies the states of its prompt and of these), for rows that have ended.
     """
-    device, most, longest = first.owners.device, sampling.max_tokens, first.lengths.copy()
+    most = sampling.max_tokens
     ends = torch.tensor(list(end), dtype=torch.int64, device=device)
     put = lambda values: torch.from_numpy(np.ascontiguousarray(values)).to(device)
     responses: list[tuple[list[int], bool]] = [([], False)] * len(seeds)
-    held = np.arange(len(first.owners))  # row of each line
-    begun = np.zeros(len(held), dtype=np.int64)  # when each line drew its first token
-    idle = np.zeros(len(held), dtype=bool)  # its row has ended and was taken out
-    texts = np.zeros((len(held), most), dtype=np.int64)  # tokens of each line, as far as the host has seen them
-    rows = FixedRows(scorer, first, most)
-    base, plain = scorer.base, scorer.base.config._attn_implementation
+    slots, waiting = Slots(prompts, at_once[1]), deque(range(len(seeds)))
+    last: dict[int, Tensor] = {}  # logits after prompts that rows wait for
     t, seen = 1, 0  # tokens drawn by lines that began first; those of them that the host has seen
 
     def numbers(lines: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -324,20 +238,39 @@ def decode(
             made[alike] = uniforms([seeds[r] for r in held[lines[alike]].tolist()], start - age, stop - age)
         return made
 
-    def begin(lines: np.ndarray, prompts: Prefilled) -> None:
-        logits = prompts.logits.index_select(0, prompts.owners)
+    def begin(lines: np.ndarray, fresh: list[int], prefilled: Prefilled | None) -> None:
+        """The rows of these lines; `fresh`: those of them whose prompts were computed just now."""
+        if prefilled is not None:
+            rows.hold([slots[row] for row in fresh], prefilled, at_once[1])
+            after = prefilled.logits.index_select(0, prefilled.owners)
+            last.update(zip((prompts[row] for row in fresh), after, strict=True))
+        rows.prompts.assign(np.asarray([-1 if i else slots[r] for r, i in zip(held.tolist(), idle, strict=True)]))
+        logits = torch.stack([last[prompts[row]] for row in held[lines].tolist()])
+        for prompt in [*last]:
+            if not waiting or prompt != prompts[waiting[0]]:
+                del last[prompt]
+            elif prefilled is not None:
+                last[prompt] = last[prompt].clone()  # not with the logits of all others
         if choose is not None:
             tokens = put(choose(logits, held[lines].tolist(), 0))
         else:
             tokens = pick(logits, put(numbers(lines, t - 1, t)[:, 0]), sampling)
-        rows.place(put(lines), prompts, tokens, ends)
+        rows.place(put(lines), tokens, put(lengths[held[lines]]), ends)
         if t % UNIFORMS_AHEAD:
             ahead = numbers(lines, t, t + UNIFORMS_AHEAD - t % UNIFORMS_AHEAD)
             rows.numbers[put(lines), t % UNIFORMS_AHEAD :] = put(ahead)
 
-    begin(held, first)
+    started, fresh = slots.admit(waiting, at_once[0])
+    held = np.asarray(started)  # row of each line
+    begun = np.zeros(len(held), dtype=np.int64)  # when each line drew its first token
+    idle = np.zeros(len(held), dtype=bool)  # its row has ended and was taken out
+    texts = np.zeros((len(held), most), dtype=np.int64)  # tokens of each line, as far as the host has seen them
+    first = prefill(fresh)
+    rows = FixedRows(scorer, first, len(held), min(len(held), _most_alike(prompts)), most)
+    begin(np.arange(len(held)), fresh, first)
     del first  # its cache is copied
-    with _attending(base, ATTENTION):
+    base, plain = scorer.base, scorer.base.config._attn_implementation
+    with attending(base, ATTENTION):
         while True:
             if t % WAIT_EVERY == 0 or choose is not None or t >= begun[~idle].min() + most:
                 ended, drawn = rows.look(seen, t)
@@ -347,35 +280,34 @@ def decode(
                 seen = t - 1  # lines that begin now draw the token of t - 1
                 ended = (ended | (t - begun >= most)) & ~idle
                 if ended.any():
-                    lines = np.flatnonzero(ended)
-                    rows.ended[put(lines)] = True
-                    for line in lines:
-                        text = texts[line, : t - begun[line]].tolist()
-                        responses[held[line]] = sampled, done = _cut(text, set(end))
+                    rows.ended[put(np.flatnonzero(ended))] = True
+                    for line in np.flatnonzero(ended).tolist():
+                        row, text = int(held[line]), texts[line, : t - begun[line]].tolist()
+                        responses[row] = sampled, done = _cut(text, set(end))
                         if done and keep is not None:
-                            count = int(longest[line]) + len(sampled) - 1
-                            keep(int(held[line]), sampled[:-1], partial(rows.states, int(line), count))
+                            count = len(sampled) - 1
+                            keep(row, sampled[:-1], partial(rows.states, line, slots[row], int(lengths[row]), count))
+                        slots.end(row)
                     idle |= ended
                 if waiting and idle.mean() >= REFILL:
-                    lines = np.flatnonzero(idle)[: len(waiting)]
-                    held[lines] = [waiting.popleft() for _ in lines]
-                    begun[lines], idle[lines] = t - 1, False
-                    with _attending(base, plain):
-                        prompts = prefill(held[lines].tolist())
-                    longest[lines] = prompts.lengths
-                    begin(lines, prompts)
-                    del prompts
-                    if most == 1:
-                        continue
+                    started, fresh = slots.admit(waiting, int(idle.sum()))
+                    lines = np.flatnonzero(idle)[: len(started)]
+                    if started:
+                        held[lines], begun[lines], idle[lines] = started, t - 1, False
+                        with attending(base, plain):
+                            begin(lines, fresh, prefill(fresh) if fresh else None)
+                        if most == 1:
+                            continue
                 if idle.all():
                     return responses
                 if idle.mean() >= 0.5 and not waiting:
                     kept = np.flatnonzero(~idle)
-                    rows.keep(put(kept))
-                    held, begun, idle, longest, texts = (a[kept] for a in (held, begun, idle, longest, texts))
+                    held, begun, idle, texts = (a[kept] for a in (held, begun, idle, texts))
+                    rows.keep(put(kept), slots.compact(), _most_alike([slots[row] for row in held.tolist()]))
+                    rows.prompts.assign(np.asarray([slots[row] for row in held.tolist()]))
             if t % UNIFORMS_AHEAD == 0:
                 rows.numbers.copy_(put(numbers(np.arange(len(held)), t, t + UNIFORMS_AHEAD)))
-            if (longest + t - begun)[~idle].max() > rows.slots:
+            if (t - begun)[~idle].max() > rows.slots:
                 rows.grow()
             if choose is not None:
                 rows.put(put(choose(rows.logits(), held.tolist(), t)), ends)
@@ -384,14 +316,14 @@ def decode(
             t += 1
 
 
+def _most_alike(prompts: Sequence[int]) -> int:
+    """Rows of the prompt with most rows."""
+    return max(Counter(prompts).values())
+
+
 def _cut(tokens: list[int], end: set[int]) -> tuple[list[int], bool]:
     """A row's tokens up to its first end token: it may have been decoded on beside others."""
     for n, token in enumerate(tokens):
         if token in end:
             return tokens[: n + 1], True
     return tokens, False
-
-
-def is_plain(cache: Any) -> bool:
-    """Whether every layer of a cache only concatenates keys and values."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)

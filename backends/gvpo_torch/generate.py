@@ -1,4 +1,4 @@
-"""Sampling: one prefill a prompt, its cache shared out to the prompt's rows, then decoding step by step.
+"""Sampling: one prefill a prompt, for all the prompt's rows, then decoding step by step.
 
 A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
 response does not depend on the batch it was drawn in, up to float rounding.
@@ -6,7 +6,6 @@ response does not depend on the batch it was drawn in, up to float rounding.
 
 import contextlib
 import functools
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_core.training.policy import Response, Tokens
+from gvpo_core.training.policy.memory import rows_at_once
 from gvpo_core.training.policy.prefixes import Part, Prefixes, parts_of
 from gvpo_core.training.sampling import Sampling, uniforms
 from gvpo_torch import fixed
 from gvpo_torch.cache import keep_rows, new_cache
+from gvpo_torch.decode_prompts import Prefilled
 from gvpo_torch.model import Scorer
 from gvpo_torch.prefixes import States, copied, fill
 
@@ -49,7 +50,7 @@ def generate(
       end: ids that end a response.
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
       choose: (logits (R, V), R rows (prompt, response), t) -> (R,) int64, their t-th tokens, in place of drawing.
-      in_fixed_buffers: decode as `fixed` does, where `fixed.fits` the model.
+      in_fixed_buffers: decode as `fixed` does, where `decode_attention.fits` the model.
       prefixes: prompts start from what is kept there, and responses that have ended are kept; within `cache_tokens`.
     """
     if prefixes is not None:
@@ -58,19 +59,15 @@ def generate(
     responses: list[list[Response | None]] = [[None] * len(row) for row in seeds]
     skinny = device.type == "cpu" and not torch.is_autocast_enabled("cpu") and _wins_transposed()
     products = _skinny_products(scorer) if skinny else contextlib.nullcontext()
-    chunks = _chunks(scorer, prompts, seeds, sampling, cache_tokens)
-    parts = chunks
-    if in_fixed_buffers and choose is None and chunks:  # rows that have ended make room for those of later chunks
-        parts = [[row for rows in chunks for row in rows]]
+    ordered = _ordered(prompts, seeds)
+    if in_fixed_buffers:  # rows that have ended make room for others
+        parts = [ordered] if ordered else []
+    else:
+        parts = _chunks(scorer, prompts, ordered, sampling, cache_tokens)
     with products:
         for rows in parts:
-            if in_fixed_buffers:
-                at_once = len(chunks[0]) if choose is None else len(rows)
-                texts = _decode_fixed(
-                    scorer, forward, prompts, seeds, rows, at_once, sampling, end, device, choose, prefixes
-                )
-            else:
-                texts = _decode(scorer, forward, prompts, seeds, rows, sampling, end, device, choose, prefixes)
+            given = (scorer, forward, prompts, seeds, rows, sampling, end, device, choose, prefixes)
+            texts = _decode_fixed(*given, cache_tokens) if in_fixed_buffers else _decode(*given)
             for (i, j), response in zip(rows, texts, strict=True):
                 responses[i][j] = response
     return responses  # type: ignore[return-value]
@@ -111,27 +108,35 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     return product.unflatten(0, x.shape[:-1])
 
 
+def _ordered(prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
+    """All rows (prompt, response): longest prompts first, rows of equal prompts one after another."""
+    first: dict[Tokens, int] = {}
+    for i, prompt in enumerate(prompts):
+        first.setdefault(prompt, i)
+    order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), first[prompts[i]]))
+    return [(i, j) for i in order for j in range(len(seeds[i]))]
+
+
 def _chunks(
     scorer: Scorer,
     prompts: Sequence[Tokens],
-    seeds: Sequence[Sequence[int]],
+    rows: Sequence[tuple[int, int]],
     sampling: Sampling,
     cache_tokens: int,
 ) -> list[list[tuple[int, int]]]:
-    """Rows (prompt, response) to decode together: within the budget, prompts of like length."""
+    """The ordered rows in parts to decode together: within the budget, prompts of like length."""
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_tokens
     # Beyond RoPE's original length its frequencies are those of the longest row: all rows must be as long.
     same_length = scorer.same_length or (scorer.rope is not None and longest > scorer.rope.original)
     chunks: list[list[tuple[int, int]]] = []
     width = 0
-    for i in sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True):
+    for i, j in rows:
         length = len(prompts[i])
-        for j in range(len(seeds[i])):
-            full = not chunks or (len(chunks[-1]) + 1) * (width + sampling.max_tokens) > cache_tokens
-            if full or (same_length and length != width):
-                chunks.append([])
-                width = length
-            chunks[-1].append((i, j))
+        full = not chunks or (len(chunks[-1]) + 1) * (width + sampling.max_tokens) > cache_tokens
+        if full or (same_length and length != width):
+            chunks.append([])
+            width = length
+        chunks[-1].append((i, j))
     return chunks
 
 
@@ -142,19 +147,17 @@ def _prefill(
     rows: Sequence[tuple[int, int]],
     device: torch.device,
     prefixes: Prefixes | None,
-) -> fixed.Prefilled:
-    parts = parts_of([prompts[i] for i in sorted({i for i, _ in rows})], prefixes)
+) -> Prefilled:
+    parts = parts_of(list(dict.fromkeys(prompts[i] for i in sorted({i for i, _ in rows}))), prefixes)
     passes = [_pass(scorer, forward, part, device) for part in parts]
     logits, cache, mask = passes[0] if len(passes) == 1 else _together(scorer, passes)
     places = {prompt: n for n, prompt in enumerate(prompt for part in parts for prompt in part.prompts)}
     owners = torch.from_numpy(np.asarray([places[prompts[i]] for i, _ in rows], dtype=np.int64)).to(device)
-    if prefixes is not None:
-        prefixes.started([prompts[i] for i, _ in rows])
-    return fixed.Prefilled(logits, cache, mask, owners, np.asarray([len(prompts[i]) for i, _ in rows]))
+    return Prefilled(logits, cache, mask, owners)
 
 
 def _pass(scorer: Scorer, forward: Forward, part: Part, device: torch.device) -> tuple[Tensor, Any, Tensor | None]:
-    """Logits after the prompts, their cache, and its mask, see `fixed.Prefilled`; computes what is not kept."""
+    """Logits after the prompts, their cache, and its mask, see `Prefilled`; computes what is not kept."""
     width = max(map(len, part.prompts))
     ids = np.zeros((len(part.prompts), width), dtype=np.int64)
     mask = np.zeros((len(part.prompts), width), dtype=bool)
@@ -195,30 +198,41 @@ def _decode_fixed(
     prompts: Sequence[Tokens],
     seeds: Sequence[Sequence[int]],
     rows: Sequence[tuple[int, int]],
-    at_once: int,
     sampling: Sampling,
     end: Sequence[int],
     device: torch.device,
     choose: Choose | None,
     prefixes: Prefixes | None,
+    cache_tokens: int,
 ) -> list[Response]:
-    def prefill(chosen: Sequence[int]) -> fixed.Prefilled:
-        return _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device, prefixes)
+    of = [prompts[i] for i, _ in rows]
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(of))}
+    numbers = [number[prompt] for prompt in of]
+
+    def prefill(chosen: Sequence[int]) -> Prefilled:
+        prefilled = _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device, prefixes)
+        if prefixes is not None:
+            computed = {of[r] for r in chosen}
+            prefixes.started([prompt for prompt in of if prompt in computed])  # the prompts' other rows start from it
+        return prefilled
 
     def keep(r: int, sampled: list[int], states: Callable[[], States]) -> None:
-        tokens = (*prompts[rows[r][0]], *sampled)
+        tokens = (*of[r], *sampled)
         if prefixes is not None and prefixes.wants(tokens):
             prefixes.keep(tokens, states())
 
+    at_once = rows_at_once(numbers, len(of[0]), sampling.max_tokens, cache_tokens)
     choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
     texts = fixed.decode(
         scorer,
-        prefill(range(at_once)),
-        deque(range(at_once, len(rows))),
+        numbers,
+        np.asarray([len(prompt) for prompt in of]),
+        at_once if choose is None else (len(rows), len(number)),
         prefill,
         [seeds[i][j] for i, j in rows],
         sampling,
         end,
+        device=device,
         pick=draw,
         choose=choice,
         keep=None if prefixes is None else keep,
@@ -241,7 +255,10 @@ def _decode(
     def put(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
-    logits, cache, mask_on, shared, lengths = _prefill(scorer, forward, prompts, rows, device, prefixes)
+    logits, cache, mask_on, shared = _prefill(scorer, forward, prompts, rows, device, prefixes)
+    if prefixes is not None:
+        prefixes.started([prompts[i] for i, _ in rows])
+    lengths = np.asarray([len(prompts[i]) for i, _ in rows])
     width = max(lengths.tolist())
     owners = shared.cpu().numpy()
     if len(rows) != len(logits) or not np.array_equal(owners, np.arange(len(logits))):

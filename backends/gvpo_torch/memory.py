@@ -29,7 +29,8 @@ def facts(
     sizes |= {"sampled": sampled, "moments": moments, "frozen": frozen_bytes(scorer), "in_blocks": scorer.in_blocks}
     if device.type == "cuda":  # head: a tile of logprobs.py
         total = torch.cuda.get_device_properties(device).total_memory
-        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, cache_share=0.5, defers=defers)
+        sizes |= {"cache_share": 0.5, "shares_prompts": scorer.decodes_fixed}
+        return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, defers=defers)
     # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
     return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7, defers=defers)
 

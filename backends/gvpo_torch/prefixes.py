@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
 from gvpo_core.training.policy.prefixes import Part
-from gvpo_torch.fixed import is_plain
+from gvpo_torch.cache import is_plain
 from gvpo_torch.model import Scorer
 
 States = list[tuple[Tensor, Tensor]]  # of each layer, keys and values (heads, tokens, width)

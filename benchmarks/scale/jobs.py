@@ -221,9 +221,9 @@ class Job:
 
 
 JOBS = (
-    Job("J1 full", QWEN_1_5B, H100, 1, 64, 8, 512, 2048),
-    Job("J1 LoRA", QWEN_1_5B, H100, 1, 64, 8, 512, 2048, lora_rank=16),
-    Job("J2", QWEN_7B, H100, 8, 128, 16, 1024, 4096, sharded=True),
+    Job("J1 full", QWEN_1_5B, H100, 1, 64, 8, 512, 2048, shares=True),
+    Job("J1 LoRA", QWEN_1_5B, H100, 1, 64, 8, 512, 2048, lora_rank=16, shares=True),
+    Job("J2", QWEN_7B, H100, 8, 128, 16, 1024, 4096, sharded=True, shares=True),
     Job("J3", QWEN_7B, V5E, 16, 128, 16, 1024, 4096, sharded=True, tensor=4, shares=True),
     Job("J4", QWEN_3B, M4_MAX, 1, 8, 8, 512, 1024, lora_rank=16),
 )

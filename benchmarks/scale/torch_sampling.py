@@ -7,14 +7,20 @@ dispatched matrix products, waits by the calls that bring a tensor's values to t
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from gvpo_torch import adapters, fixed, generate, load
+from gvpo_torch.decode_prompts import Prefilled
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache
 
+from benchmarks.scale.jobs import JOBS, Job
 from benchmarks.scale.table import Count
 from gvpo_core.training.config import ModelConfig, OptimizerConfig
 from gvpo_core.training.policy import Batch, layout
@@ -35,6 +41,11 @@ def counts() -> Iterator[Count]:
         prompts = [tuple(np.random.default_rng(i).integers(1, 96, 12).tolist()) for i in range(PROMPTS)]
         plain, in_buffers = (waits(full, prompts[:2], alike, fixed_too) for fixed_too in (False, True))
         yield Count("host waits a sampled token", TINY, "", plain, in_buffers, 1 / 16)
+        for job in (JOBS[0], JOBS[2]):
+            copies = replace(job, shares=False).cache / job.cache
+            yield Count(
+                "bytes of the sampling cache, of those needed", job.name, "", copies, cache(job) / job.cache, 1.01
+            )
         chunks, refilled = computed(full, prompts)
         on = f"{TINY}, {PROMPTS * K} ragged rows, {ROWS} at once"
         yield Count("rows computed over tokens drawn", on, "", chunks, refilled, 1.1)
@@ -75,7 +86,7 @@ def sample(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool, row
             Sampling(TOKENS),
             end=of_policy._end,
             device=of_policy.device,
-            cache_tokens=rows * (max(map(len, prompts)) + TOKENS),
+            cache_tokens=rows * TOKENS + 3 * (rows // K + 1) * max(map(len, prompts)),  # with places for prompts
             in_fixed_buffers=in_fixed_buffers,
         )
 
@@ -125,6 +136,22 @@ def computed(of_policy: Any, prompts: Sequence[Any]) -> tuple[float, float]:
         fixed.FixedRows.logits = logits  # type: ignore[method-assign]
     assert sum(len(r.tokens) for row in again for r in row) == drawn, "the samples differ"
     return chunks / drawn, sum(sizes) / drawn
+
+
+def cache(job: Job) -> int:
+    """Bytes of the buffers of a chip's rows, with room for the whole responses; of fake tensors."""
+    m, prompts = job.model, job.rows // job.responses
+    with FakeTensorMode():
+        held = DynamicCache()
+        for layer in range(m.layers):
+            states = torch.zeros((prompts, m.kv_heads, job.prompt, m.head_size), dtype=torch.bfloat16)
+            held.update(states, states, layer)
+        first = Prefilled(torch.zeros(prompts, 1), held, None, torch.arange(prompts))
+        rows = fixed.FixedRows(SimpleNamespace(dtype=torch.bfloat16), first, job.rows, job.responses, job.response)
+        while rows.slots < job.response:
+            rows.grow()
+        buffers = [rows.bias, rows.prompts.bias, *rows.keys, *rows.values, *rows.prompts.keys, *rows.prompts.values]
+        return sum(buffer.nbytes for buffer in buffers)
 
 
 class Products(TorchDispatchMode):

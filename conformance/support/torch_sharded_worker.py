@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 from batches import SMOOTH, batch, coefficients_of, masked
-from gvpo_torch import blocks, check, fixed, model
+from gvpo_torch import blocks, check, decode_attention, fixed, model
 from gvpo_torch.sharding import gathered
 from torch_policies import policy
 from torch_rank_worker import counted, whole_parameters
@@ -137,7 +137,7 @@ def refused_by_one(folder: Path) -> None:
             if fault == "blocks" and rank == 1:
                 patch.setattr(blocks, "flex_attention", fails)
             if fault == "buffers" and rank == 1:
-                patch.setattr(fixed._Layer, "update", fails)
+                patch.setattr(decode_attention.Layer, "update", fails)
             of_policy = policy(folder, **SETTINGS)
             assert_sharded(of_policy)
             assert of_policy.scorer.in_blocks == (fault != "blocks")

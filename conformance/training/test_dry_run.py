@@ -16,7 +16,14 @@ from gvpo_core.training.cli.dry_run import preview
 from gvpo_core.training.config import Config, ModelConfig, ObjectiveConfig, OptimizerConfig, RolloutConfig
 from gvpo_core.training.config.file import read_config
 from gvpo_core.training.policy import MemoryFacts, PolicyFacts
-from gvpo_core.training.policy.memory import Memory, available_memory, estimate_memory, in_words, peak_memory
+from gvpo_core.training.policy.memory import (
+    Memory,
+    available_memory,
+    estimate_memory,
+    in_words,
+    peak_memory,
+    rows_at_once,
+)
 from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.watch.console import Console
 
@@ -178,6 +185,8 @@ def test_what_changes_the_estimate_and_how():
     grown = estimate_memory(facts(cache_step=32), CONFIG, 11)  # 21 tokens a row take 32
     assert grown.sampling - base.sampling == 12 * 11 * 2 * 2 * 2 * 16 * 4
     assert estimate_memory(facts(sampled=7), CONFIG, 11).sampling == base.sampling + 7  # merged adapters
+    shared = estimate_memory(facts(shares_prompts=True, sampled=7), CONFIG, 11)  # 4 prompts of 11 tokens, not 12
+    assert base.sampling + 7 - shared.sampling == 8 * 11 * 2 * 2 * 2 * 16 * 4
     held = estimate_memory(replace(facts(frozen=5), trainable_parameters=10_000), with_("model", lora_rank=4), 11)
     assert held.parameters == 40_000 + 5
     assert estimate_memory(facts(moments=7), CONFIG, 11).optimizer == 7
@@ -191,6 +200,28 @@ def test_what_changes_the_estimate_and_how():
     assert filled.activations == 160 * (base.activations // 60) and filled.gradients == 1_000_000
     sharded = estimate_memory(replace(FACTS, ranks=2), with_("model", sharding="fsdp"), 11)
     assert sharded.optimizer == base.optimizer // 2 and sharded.sampling == base.sampling // 2
+
+
+def taken(prompts, rows, token, logits):
+    """Bytes of prompts of 1024 tokens, and of rows with 4096 tokens and the logits of one."""
+    return prompts * 1024 * token + rows * (4096 * token + logits)
+
+
+def test_rows_at_once_leave_room_for_prompts_whose_rows_end_late():
+    of = [0] * 3 + [1] * 4 + [2] * 2 + [3] * 3
+    assert rows_at_once(of, 5, 2, None) == (12, 4) == rows_at_once(of, 5, 2, 4 * 5 + 12 * 2)
+    for room in range(4 * 5 + 12 * 2):
+        rows, prompts = rows_at_once(of, 5, 2, room)
+        fit = [n for n in range(1, 13) if needed(of, n) * 5 + n * 2 <= room]
+        assert (rows, prompts) == (max(fit, default=1), needed(of, max(fit, default=1)))
+    alone = list(range(6))  # one row a prompt: as many rows as without sharing
+    assert all(rows_at_once(alone, 5, 2, 7 * n)[0] == n for n in range(1, 7))
+
+
+def needed(of, rows):
+    """Three times the prompts of any rows that follow one another, at most one a row, at most all."""
+    together = max(len(set(of[i : i + rows])) for i in range(len(of) - rows + 1))
+    return min(rows, 3 * together, len(set(of)))
 
 
 def test_generation_takes_no_more_than_its_share_of_what_is_left():
@@ -210,6 +241,12 @@ def test_generation_takes_no_more_than_its_share_of_what_is_left():
     left = 80 * 10**9 - sizes.framework - capped.parameters - capped.reference - capped.optimizer
     row = whole.sampling // 512
     assert capped.sampling == (left // 2) // row * row and capped.peak < 80e9
+    shared = estimate_memory(
+        replace(of, memory=replace(sizes, cache_share=0.5, shares_prompts=True)), config, 1024
+    ).sampling
+    token, logits, room = 2 * 28 * 4 * 128 * 2, 152_064 * 28, left // 2
+    prompts, rows = next((p, n) for n in range(1, 513) for p in range(1, 17) if shared == taken(p, n, token, logits))
+    assert rows > capped.sampling // row and shared <= room < taken(prompts, rows + 1, token, logits)
     tiny = replace(sizes, cache_share=0.5, device=10**9)
     assert estimate_memory(replace(of, memory=tiny), config, 1024).sampling == row  # one row at least
 

@@ -25,6 +25,7 @@ class MemoryFacts:
     cache_share: float | None = None  # of the device that nothing else holds: what generation takes at most; None: all
     sampled: int = 0  # bytes of weights that are held only while responses are drawn
     cache_step: int = 1  # tokens by which a row's keys and values grow
+    shares_prompts: bool = False  # while sampling a prompt's keys and values are held once for all its rows
     block: int | None = None  # bytes that a token of a layer keeps for the backward pass; None: as a Llama in PyTorch
     frozen: int | None = None  # bytes of the parameters that are not trained; None: all in model.dtype
     moments: int | None = None  # bytes of the optimizer's state; None: two float32 moments of what is trained

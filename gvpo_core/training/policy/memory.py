@@ -8,8 +8,12 @@ docs/training.md compares it with measurements.
 import os
 import re
 import sys
+from bisect import bisect_right
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from gvpo_core.training.config import Config
 from gvpo_core.training.policy import Batch
@@ -180,14 +184,46 @@ def _sampling(
     """Bytes of the rows that are decoded together: all of this rank's, or as many as the backend's limit holds."""
     rollout = config.rollout
     rows = -(-rollout.prompts * rollout.responses // (ranks * (m.parts if m.devices == 1 else 1)))
-    length = -(-(prompt_tokens + rollout.max_tokens) // m.cache_step) * m.cache_step
-    row = length * 2 * m.layers * m.kv_heads * m.head_dim * narrow
+    token = 2 * m.layers * m.kv_heads * m.head_dim * narrow
     logits = vocabulary * 28  # in float32, and in float64 thrice while a token is drawn
+    room = None if m.cache_share is None or left is None else int(m.cache_share * (left - m.sampled))
+    if m.shares_prompts:
+        of = [row // rollout.responses for row in range(rows)]
+        prompt, response = prompt_tokens * token, rollout.max_tokens * token + logits
+        rows, prompts = rows_at_once(of, prompt, response, room)
+        return prompts * prompt + rows * response + m.sampled
+    row = -(-(prompt_tokens + rollout.max_tokens) // m.cache_step) * m.cache_step * token
     if m.cache is not None:
         rows = max(1, min(rows, m.cache // row))
-    if m.cache_share is not None and left is not None:
-        rows = max(1, min(rows, int(m.cache_share * (left - m.sampled)) // (row + logits)))
+    if room is not None:
+        rows = max(1, min(rows, room // (row + logits)))
     return rows * (row + logits) + m.sampled
+
+
+def rows_at_once(prompts: Sequence[int], prompt: int, response: int, room: int | None) -> tuple[int, int]:
+    """How many rows are decoded together where a prompt is held once for its rows, and how many prompts that takes.
+
+    Where rows wait for others to end, room is left for three times the prompts that begin together: rows of one prompt
+    end at different times, and the prompt is held until the last one has.
+
+    Args:
+      prompts: of each row, in the order in which rows begin; those of one prompt follow one another, numbered from 0.
+      prompt, response: what a prompt takes, and a row beside its prompt, in the unit of `room`.
+      room: what both may take; None: no limit.
+    Returns: (rows, prompts), at least one of each.
+    """
+    of = np.asarray(prompts)
+    every = (len(of), int(of[-1]) + 1)
+    if room is None or every[1] * prompt + every[0] * response <= room:
+        return every
+
+    def held(rows: int) -> int:
+        together = int((of[rows - 1 :] - of[: len(of) - rows + 1]).max()) + 1
+        return min(rows, 3 * together, every[1])
+
+    sizes = range(1, len(of) + 1)
+    rows = max(1, bisect_right(sizes, room, key=lambda rows: held(rows) * prompt + rows * response))
+    return rows, held(rows)
 
 
 def peak_memory() -> int:
