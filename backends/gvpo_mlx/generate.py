@@ -2,7 +2,9 @@
 
 A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
 response does not depend on the batch it was drawn in, up to float rounding. Rows that ended make room for waiting ones.
-The host waits for the device once a token. mlx-lm's BatchGenerator is not used: docs/mlx.md has the figures.
+The host waits for the device once a token. The next step is queued before, with the tokens that the device offers in
+float32; where the host chooses another, that step is taken back. docs/mlx.md has figures beside mlx-lm's
+BatchGenerator.
 """
 
 from collections import deque
@@ -17,12 +19,12 @@ from gvpo_core.training.config import ConfigError
 from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.policy.prefixes import Part, Prefixes, parts_of
 from gvpo_core.training.sampling import Sampling, uniforms
+from gvpo_mlx.choice import offer, pick
 from gvpo_mlx.corrections import window_of
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.prefixes import copied, fill, unfit
 
 UNIFORMS_AHEAD = 64  # random numbers made at once for each row
-BLOCK = 256  # tokens of the vocabulary whose mass is summed on the device
 
 
 @dataclass
@@ -66,7 +68,7 @@ def continues(scorer: Scorer) -> str:
     try:
         decoding = _Decoding(scorer, prompts, 2, 1 << 30, same_length=False)
         decoding.prefill([_Line(i, 0, 0) for i in range(2)])
-        decoding.step(np.asarray([8, 9]))
+        decoding.step(mx.array([8, 9]))
         for row, prompt in enumerate(prompts):
             prefixes.keep((*prompt, 8 + row), copied(decoding.cache or [], row, len(prompt) + 1))
         later: list[Tokens] = [(*prompts[0], 8, 4, 5), (*prompts[1], 9, 7)]
@@ -84,7 +86,11 @@ def _padded_differs(scorer: Scorer, prompts: Sequence[Tokens]) -> bool:
     worst = 2e-3 if scorer.dtype == mx.float32 else 1.0
     try:
         decoding = _Decoding(scorer, prompts, 2, 1 << 30, same_length=False)
-        both = [decoding.prefill([_Line(i, 0, 0) for i in range(len(prompts))]), decoding.step(np.asarray([8, 9]))]
+        both = [decoding.prefill([_Line(i, 0, 0) for i in range(len(prompts))])]
+        if decoding.takes_back:
+            decoding.step(mx.array([7, 7]))
+            decoding.take_back()
+        both.append(decoding.step(mx.array([8, 9])))
     except (AttributeError, IndexError, TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(f"{scorer.name} of mlx-lm takes no batch of rows: {type(error).__name__}: {error}") from error
     for t, logits in enumerate(both):
@@ -133,7 +139,17 @@ def generate(
             logits = new if logits is None else mx.concatenate([logits, new])
             lines += fresh
         assert logits is not None
-        chosen = pick(logits, np.asarray([line.number(sampling.max_tokens) for line in lines]), sampling)
+        numbers = np.asarray([line.number(sampling.max_tokens) for line in lines])
+        live = [n for n, line in enumerate(lines) if not line.ended]
+        more = any(len(lines[n].tokens) + 1 < sampling.max_tokens for n in live)
+        offered = offer(logits, numbers, sampling)
+        ahead = decoding.step(offered.tokens) if offered is not None and more and decoding.takes_back else None
+        chosen = pick(logits, numbers, sampling, offered)
+        if ahead is not None and offered is not None:
+            guessed = offered.tokens.tolist()  # `pick` has waited for them
+            if any(guessed[n] != chosen[n] for n in live):
+                decoding.take_back()
+                ahead = None
         for line, token in zip(lines, chosen, strict=True):
             if line.ended:
                 line.tokens.append(-1)  # keeps its place in the stream of numbers until it is dropped
@@ -149,7 +165,8 @@ def generate(
             decoding.keep_prefixes(lines, end)
             decoding.keep(keep)
             lines, chosen = [lines[n] for n in keep], chosen[keep]
-        logits = decoding.step(chosen) if lines else None
+            ahead = ahead[mx.array(keep)] if ahead is not None and keep else None
+        logits = ahead if ahead is not None or not lines else decoding.step(mx.array(chosen))
     return responses  # type: ignore[return-value]
 
 
@@ -245,9 +262,20 @@ class _Decoding:
         for c in self.cache:
             c.filter(mx.array([*rows]))
 
-    def step(self, tokens: np.ndarray) -> mx.array:
-        """(R, V) logits after one more token a row."""
-        hidden = self.scorer.decoder(mx.array(tokens[:, None].astype(np.int32)), cache=self.cache)
+    @property
+    def takes_back(self) -> bool:
+        """Whether the last step can be taken back: not where a layer's state or a window's oldest token is lost."""
+        return all(type(c).__name__ == "BatchKVCache" for c in self.cache or [])
+
+    def take_back(self) -> None:
+        """Undoes the last step."""
+        self.width -= 1
+        for c in self.cache or []:
+            c.trim(1)
+
+    def step(self, tokens: mx.array) -> mx.array:
+        """(R, V) logits after one more token a row, (R,)."""
+        hidden = self.scorer.decoder(tokens.astype(mx.int32)[:, None], cache=self.cache)
         self.width += 1
         logits = self.scorer.logits(hidden[:, -1])
         mx.async_eval(logits, [c.state for c in self.cache or []])  # `pick` waits
@@ -286,67 +314,3 @@ def _takes_padding(scorer: Scorer) -> bool:
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
     return all(type(c) in (KVCache, RotatingKVCache) for c in make_prompt_cache(scorer.lm))
-
-
-def pick(logits: mx.array, numbers: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """(R,) int64: one token a row, by the inverse of the cumulative distribution in vocabulary order.
-
-    Masses are float32, as are their sums over blocks of 256 tokens; what is cumulative is float64, on the host: first
-    over the blocks, then within the one that the number falls in. The device finds that block too, in float32, so that
-    one wait brings both; where rounding makes it another block, the host asks once more. Settings that cut the support
-    take all masses there.
-
-    Args:
-      logits: (R, V) float32. numbers: (R,) float64 in [0, 1).
-    """
-    if sampling.temperature == 0:
-        (best,) = _to_host(mx.argmax(logits, 1))
-        return best.astype(np.int64)
-    masses = mx.exp((logits - logits.max(1, keepdims=True)) / sampling.temperature)
-    if sampling.truncated_support:
-        cut = truncate(_to_host(masses)[0].astype(np.float64), sampling)
-        return _first(cut.cumsum(1), numbers * cut.sum(1))
-    rows, vocabulary = masses.shape
-    blocks = -(-vocabulary // BLOCK)
-    masses = mx.pad(masses, [(0, 0), (0, blocks * BLOCK - vocabulary)]).reshape(rows, blocks, BLOCK)
-    block_sums = masses.sum(2)
-    rounded = mx.cumsum(block_sums, 1)
-    likely = mx.minimum((rounded <= mx.array(numbers, mx.float32)[:, None] * rounded[:, -1:]).sum(1), blocks - 1)
-    here = np.arange(rows)
-    sums, expected, inside = _to_host(block_sums, likely, masses[mx.arange(rows), likely])
-    sums = sums.astype(np.float64)
-    cumulative = sums.cumsum(1)
-    wanted = numbers * cumulative[:, -1]
-    block = _first(cumulative, wanted)
-    if not np.array_equal(block, expected):
-        (inside,) = _to_host(masses[mx.arange(rows), mx.array(block)])
-    below = cumulative[here, block] - sums[here, block]
-    return block * BLOCK + _first(inside.astype(np.float64).cumsum(1), wanted - below)
-
-
-def _to_host(*arrays: mx.array) -> list[np.ndarray]:
-    """Waits once for the device: nothing else in sampling does."""
-    mx.eval(*arrays)
-    return [np.array(a) for a in arrays]
-
-
-def _first(cumulative: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each row first exceeds what is wanted; where rounding keeps it from that, the last place with mass."""
-    chosen = (cumulative <= wanted[:, None]).sum(1)
-    return np.minimum(chosen, cumulative.argmax(1))
-
-
-def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The (R, V) masses with those zero that top-k, min-p and top-p cut, in this order; ties at the border stay."""
-    if sampling.top_k and sampling.top_k < masses.shape[1]:
-        border = np.partition(masses, -sampling.top_k, 1)[:, -sampling.top_k, None]
-        masses = np.where(masses < border, 0.0, masses)
-    if sampling.min_p > 0:
-        masses = np.where(masses < sampling.min_p * masses.max(1, keepdims=True), 0.0, masses)
-    if sampling.top_p < 1:
-        ordered = -np.sort(-masses, 1)
-        before = ordered.cumsum(1) - ordered
-        kept = before < sampling.top_p * ordered.sum(1, keepdims=True)
-        border = np.take_along_axis(ordered, kept.sum(1, keepdims=True) - 1, 1)
-        masses = np.where(masses < border, 0.0, masses)
-    return masses

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from gvpo_mlx import buckets, generate, load
+from gvpo_mlx import buckets, choice, load
 from gvpo_mlx.model import inputs
 
 from benchmarks.scale.jobs import JOBS
@@ -36,8 +36,9 @@ def counts() -> Iterator[Count]:
         of_policy = load(
             ModelConfig(path=str(folder), device="cpu"), OptimizerConfig(), updates=1, reference=False, seed=0
         )
-        waits, prefilled = sampled(of_policy)
+        waits, prefilled, before = sampled(of_policy)
         yield Count("host waits a sampled token", TINY, "", 3, waits, 1)
+        yield Count("forward passes queued after the host has chosen, of all", TINY, "", 1, 1 - before, 0.05)
         # mlx-lm's BatchGenerator prefills the prompt of every row
         yield Count("prompt tokens prefilled, of the distinct prompts'", f"{TINY}, {K} responses", "", K, prefilled, 1)
         plain, compiled = passes(of_policy, False), passes(of_policy, True)
@@ -50,13 +51,15 @@ def counts() -> Iterator[Count]:
         yield Count(f"programs of a backward pass after {STEPS} steps", "J4, ragged", "", None, programs, 32)
 
 
-def sampled(of_policy: Any) -> tuple[float, float]:
-    """Waits a token of the longest response, and prompt tokens computed over those of the distinct prompts."""
+def sampled(of_policy: Any) -> tuple[float, float, float]:
+    """Waits a token of the longest response, prompt tokens computed over those of the distinct prompts, and the share
+    of forward passes for a token that are queued before the host waits for that token.
+    """
     draw = np.random.default_rng(0)
     prompts = [tuple(draw.integers(1, 96, 12).tolist()) for _ in range(3)]
     seeds = [[row_seed(1, i, j) for j in range(K)] for i in range(3)]
-    waits, computed, at_once = [], [], []
-    evaluate, array, to_host, decoder = mx.eval, np.array, generate._to_host, of_policy.scorer.decoder
+    waits, computed, at_once, queued = [], [], [], []
+    evaluate, array, to_host, decoder = mx.eval, np.array, choice.to_host, of_policy.scorer.decoder
 
     def evaluated(*arrays: Any) -> None:
         waits.append("eval")
@@ -76,15 +79,17 @@ def sampled(of_policy: Any) -> tuple[float, float]:
 
     def decoded(ids: Any, **options: Any) -> Any:
         computed.append(ids.size if ids.shape[1] > 1 else 0)
+        if ids.shape[1] == 1:
+            queued.append(len(waits) <= len(queued))
         return decoder(ids, **options)
 
-    mx.eval, np.array, generate._to_host, of_policy.scorer.decoder = evaluated, copied, fetched, decoded
+    mx.eval, np.array, choice.to_host, of_policy.scorer.decoder = evaluated, copied, fetched, decoded
     try:
         drawn = of_policy.generate(prompts, seeds, Sampling(TOKENS))
     finally:
-        mx.eval, np.array, generate._to_host, of_policy.scorer.decoder = evaluate, array, to_host, decoder
+        mx.eval, np.array, choice.to_host, of_policy.scorer.decoder = evaluate, array, to_host, decoder
     longest = max(len(r.tokens) for row in drawn for r in row)
-    return len(waits) / longest, sum(computed) / sum(map(len, prompts))
+    return len(waits) / longest, sum(computed) / sum(map(len, prompts)), sum(queued) / len(queued)
 
 
 def passes(of_policy: Any, compiled: bool) -> dict[str, int]:

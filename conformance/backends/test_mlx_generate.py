@@ -80,7 +80,7 @@ def test_a_model_that_decodes_wrongly_is_found_at_load(of_policy, monkeypatch) -
 
 def waits(monkeypatch) -> list[str]:
     """Grows by one at each call with which the host waits for the device."""
-    from gvpo_mlx import generate
+    from gvpo_mlx import choice
 
     found, plain, inside = [], {"eval": mx.eval, "array": np.array}, []
 
@@ -94,7 +94,7 @@ def waits(monkeypatch) -> list[str]:
             found.append("array")
         return plain["array"](value, *args, **options)
 
-    def to_host(*arrays, plain=generate._to_host):
+    def to_host(*arrays, plain=choice.to_host):
         try:
             return plain(*arrays)
         finally:
@@ -102,30 +102,58 @@ def waits(monkeypatch) -> list[str]:
 
     monkeypatch.setattr(mx, "eval", evaluated)
     monkeypatch.setattr(np, "array", copied)
-    monkeypatch.setattr(generate, "_to_host", to_host)
+    monkeypatch.setattr(choice, "to_host", to_host)
     return found
 
 
 @pytest.mark.parametrize("sampling", [Sampling(20), Sampling(20, temperature=0.0), Sampling(20, top_p=0.9)])
 def test_the_host_waits_once_a_token(sampling, of_policy, monkeypatch) -> None:
-    """Prefill and forward passes are queued; only the choice of a token waits."""
-    queued, plain = [], mx.async_eval
-    found = waits(monkeypatch)
-    monkeypatch.setattr(mx, "async_eval", lambda *arrays: queued.append(1) or plain(*arrays))
+    """Passes are queued; only the choice of a token waits, and the next pass is queued before it."""
+    from gvpo_mlx import generate
+
+    found, step = waits(monkeypatch), generate._Decoding.step
+    monkeypatch.setattr(generate._Decoding, "step", lambda rows, tokens: found.append("step") or step(rows, tokens))
     (drawn,) = of_policy.generate([(5, 6, 7)], [[1, 2, 3]], sampling)
     tokens = max(len(r.tokens) for r in drawn)
-    assert found == ["eval"] * tokens and tokens > 5
-    assert len(queued) == tokens  # one of them the prefill
+    assert found.count("eval") == tokens > 5
+    one = ["eval", "step"] if sampling.top_p < 1 else ["step", "eval"]
+    assert found[: 2 * (tokens - 1)] == one * (tokens - 1)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(40), Sampling(40, temperature=0.0), Sampling(9, temperature=0.7)])
+@pytest.mark.parametrize("rows", [3, 100])
+def test_a_step_before_the_choice_changes_no_token(rows, sampling, of_policy, monkeypatch) -> None:
+    """Nor does a wrong offer, whose step is taken back; with rows that end, are dropped and make room."""
+    from gvpo_mlx import generate
+
+    monkeypatch.setattr(of_policy, "_cache_tokens", lambda: rows * (12 + sampling.max_tokens))
+    decoding = generate._Decoding
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "takes_back", False)
+        right = of_policy.generate(PROMPTS, SEEDS, sampling)
+    plain, take_back, taken, offers = generate.offer, decoding.take_back, [], []
+    monkeypatch.setattr(decoding, "take_back", lambda self: taken.append(1) or take_back(self))
+    assert of_policy.generate(PROMPTS, SEEDS, sampling) == right and not taken
+
+    def sometimes_wrong(*given):
+        offered = plain(*given)
+        offers.append(offered)
+        return offered._replace(tokens=(offered.tokens + len(offers) % 3) % tiny_models.VOCABULARY)
+
+    if sampling.temperature:  # at 0 the host decides nothing
+        monkeypatch.setattr(generate, "offer", sometimes_wrong)
+        assert of_policy.generate(PROMPTS, SEEDS, sampling) == right
+        assert len(taken) > 5
 
 
 def test_a_block_that_rounding_misses_is_fetched_again(monkeypatch) -> None:
     """A number whose float32 product lies in the next block of 256 tokens."""
-    from gvpo_mlx import generate
+    from gvpo_mlx import choice
 
     logits = mx.zeros((1, 1024))  # every token has mass 1: the block's border is at 0.25 exactly
     number = np.nextafter(0.25, 0.0)  # 0.25 in float32
     found = waits(monkeypatch)
-    assert generate.pick(logits, np.asarray([number]), Sampling(1)).tolist() == [255]
+    assert choice.pick(logits, np.asarray([number]), Sampling(1)).tolist() == [255]
     assert len(found) == 2
-    assert generate.pick(logits, np.asarray([0.25]), Sampling(1)).tolist() == [256]
+    assert choice.pick(logits, np.asarray([0.25]), Sampling(1)).tolist() == [256]
     assert len(found) == 3

@@ -109,8 +109,8 @@ def sample_watched(
     """
     plain, seen = generate.pick, []
 
-    def pick(logits: Any, numbers: np.ndarray, settings: Sampling) -> np.ndarray:
-        chosen = plain(logits, numbers, settings)
+    def pick(logits: Any, numbers: np.ndarray, settings: Sampling, *offered: Any) -> np.ndarray:
+        chosen = plain(logits, numbers, settings, *offered)
         on_host = logits.cpu() if hasattr(logits, "cpu") else logits
         z = np.asarray(on_host, dtype=np.float64)[0]
         seen.append(z[chosen[0]] - z.max() - np.log(np.exp(z - z.max()).sum()))

@@ -127,13 +127,13 @@ def sample(
 def pick(values: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> list[int]:
     """The sampler's choice from (R, V) logits."""
     import mlx.core as mx
-    from gvpo_mlx import generate
+    from gvpo_mlx import choice
 
-    return generate.pick(mx.array(values.astype(np.float32)), numbers, sampling).tolist()
+    return choice.pick(mx.array(values.astype(np.float32)), numbers, sampling).tolist()
 
 
 def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
     """What the sampler leaves of (R, V) masses."""
-    from gvpo_mlx import generate
+    from gvpo_mlx import choice
 
-    return generate.truncate(masses.copy(), sampling)
+    return choice.truncate(masses.copy(), sampling)
