@@ -244,11 +244,23 @@ def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndar
 
 
 def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device: torch.device) -> bool:
-    """Whether decoding in fixed buffers is what scoring is; where it is not, the other loop samples."""
+    """Whether decoding in fixed buffers is what scoring is; where not, the other loop samples and the log says so.
+
+    Models with other attention than to all tokens before take that loop by design, without a word.
+    """
     if not decode_attention.fits(scorer):
         return False
-    with gathered(scorer), contextlib.suppress(*_FAILS):
-        return _differ(scorer, _decoded(scorer, batch, device, in_fixed_buffers=True), plain) is None
+    try:
+        with gathered(scorer):
+            apart = _differ(scorer, _decoded(scorer, batch, device, in_fixed_buffers=True), plain)
+    except _FAILS as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    else:
+        if apart is None:
+            return True
+        reason = f"log-probs then differ by up to {apart:.3g} nat"
+    name = type(scorer.base).__name__
+    log.warning("%s: sampling waits for the device at each token; buffers of fixed size do not work (%s)", name, reason)
     return False
 
 

@@ -1,5 +1,7 @@
 """Decoding in buffers of fixed size, as on CUDA, draws the tokens of the plain loop; here without graphs, on CPU."""
 
+import re
+
 import pytest
 import tiny_models
 from required import require
@@ -117,7 +119,7 @@ class Watched(fixed.FixedRows):
 
 @pytest.mark.parametrize("settings", [{}, {"dtype": "bfloat16"}, {"dtype": "bfloat16", "lora_rank": 2}], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_is_compared_with_scoring_at_load(family, settings, folders, monkeypatch):
+def test_is_compared_with_scoring_at_load(family, settings, folders, monkeypatch, caplog):
     of_policy = policy(folders(family), **settings)
     batch = layout.check_batch(of_policy.scorer.base.get_output_embeddings().weight.shape[0])
     plain = check._by_response(of_policy.scorer, batch, False, of_policy.device)
@@ -125,6 +127,15 @@ def test_is_compared_with_scoring_at_load(family, settings, folders, monkeypatch
         assert check.decodes_fixed(of_policy.scorer, batch, plain, of_policy.device)
         monkeypatch.setattr(decode_attention.Layer, "update", lambda layer, k, v, *a, **o: (layer.keys, layer.values))
         assert not check.decodes_fixed(of_policy.scorer, batch, plain, of_policy.device)
+        assert re.search(r"sampling waits for the device at each token; .* \(log-probs then differ by", caplog.text)
+
+        def broken(*given):
+            raise RuntimeError("no kernel for these sizes\nand more")
+
+        caplog.clear()
+        monkeypatch.setattr(decode_attention, "attended", broken)
+        assert not check.decodes_fixed(of_policy.scorer, batch, plain, of_policy.device)
+        assert "(RuntimeError: no kernel for these sizes)" in caplog.text
 
 
 @pytest.mark.parametrize("family", ["gemma3_text", "mistral", "gpt2"])
