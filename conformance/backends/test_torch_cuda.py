@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
     pytest.skip("no CUDA device: nox -s gpu runs these", allow_module_level=True)
 
 import torch.distributed as dist
-from gvpo_torch import blocks, fixed, load, model
+from gvpo_torch import blocks, decode_prompts, fixed, load, model
 from gvpo_torch.sharding import is_sharded, shard
 from gvpo_torch.update import full_tensor, make_optimizer
 from torch.distributed.tensor import DTensor
@@ -108,6 +108,27 @@ def test_waiting_rows_take_the_places_of_those_that_ended(folder, monkeypatch):
     monkeypatch.setattr(on_cuda, "_cache_tokens", lambda: 3 * (12 + 60))
     assert on_cuda.generate(prompts, seeds, Sampling(60)) == on_cpu.generate(prompts, seeds, Sampling(60))
     assert len(placed) > 2 and any(graph is not None for graph in placed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("queries", [1, 6, 48, 112])
+def test_attention_of_decoding_gives_the_normaliser_of_its_softmax(queries, dtype):
+    """By the kernel that the rows take, in a graph as there: what plain products give."""
+    draw = torch.Generator("cuda").manual_seed(0)
+    made = lambda *shape: torch.randn(shape, generator=draw, device="cuda").to(dtype)
+    query, keys, values = made(3, 2, queries, 128), made(3, 2, 512, 128), made(3, 2, 512, 128)
+    bias = torch.where(made(3, 1, 1, 512) > 0, 0.0, -torch.inf).to(dtype)
+    assert decode_prompts._kernel(query, values) is decode_prompts._on_cuda
+    decode_prompts.attended(query, keys, values, bias, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = decode_prompts.attended(query, keys, values, bias, None)
+    query.copy_(made(*query.shape))
+    graph.replay()
+    mask = bias.expand(3, 2, queries, 512)
+    for got, want in zip(found, decode_prompts._products(query, keys, values, mask, None), strict=True):
+        assert got.shape == want.shape and got.dtype == want.dtype
+        torch.testing.assert_close(got, want, rtol=0, atol=5e-3 if dtype == torch.float32 else 2e-2)
 
 
 def test_memory_is_the_devices(folder):

@@ -203,6 +203,16 @@ def test_the_check_at_load_finds_what_is_wrong_with_prompts(broken, folders, mon
         assert not check.decodes_fixed(of_policy.scorer, given, plain, of_policy.device)
 
 
+def test_the_check_of_later_turns_finds_states_in_the_wrong_order(folders, monkeypatch) -> None:
+    of_policy, states_of, calls = policy(folders("llama")), fixed.FixedRows.states, []
+    monkeypatch.setattr(fixed.FixedRows, "states", lambda *given: calls.append(1) or states_of(*given))
+    of_policy.scorer.decodes_fixed = True
+    assert check.continues(of_policy.scorer, of_policy.device) == "" and calls
+    turned = lambda *given: [(k.roll(1, 1), v.roll(1, 1)) for k, v in states_of(*given)]
+    monkeypatch.setattr(fixed.FixedRows, "states", turned)
+    assert "log-probs then differ by up to" in check.continues(of_policy.scorer, of_policy.device)
+
+
 # -- the parts
 
 
