@@ -55,6 +55,13 @@ def test_a_gold_answer_that_cannot_be_read_is_not_scored(gold, library):
         (rf"\boxed{{0.\overline{{{'3' * 5000}}}}}", "5", 0), (rf"\boxed{{0.{'3' * 5000}(3)}}", "1/3", 1),
         (f"It is 0.{'3' * 5000}", "5", 0), (f"It is 0.{'3' * 5000}", "1/4", 0), (f"It is {'3' * 5000}.5", "0.25", 0),
         ("The answer is H2O.", "H2O", 1), ("The answer is HO2.", "H2O", 0), (r"so $x_1$", "x1", 1),
+        ("**Answer:** 5", "5", 1), ("**Answer:** \u22125", "5", 0), ("**Answer: 3/4**", "0.75", 1),
+        ("2**10", "1024", 1), ("The answer is 2 ** 10", "1024", 1), ("The answer is \u20135", "5", 0),
+        (r"It is \$1,234.50.", "1234.5", 1),
+        ("The answer is 12.5 percent.", "12.5%", 1), ("The answer is 5 m/s.", "5 km/h", 0), ("so $100 m$", "100 cm", 0),
+        ("The answer is 1.5 million.", "1500000", 1), ("**Answer:** 1 ≤ x ≤ 2", "[1,2]", 1),
+        ("so $1001_3$", "1001_2", 0),
+        ("The answer is [1,inf).", r"[1,\infty)", 1), ("It was May 5th, 2020.", "2020-05-05", 1), ("so 5 3", "15", 0),
     ],
 )  # fmt: skip
 def test_the_final_answer_of_a_response_is_read_whole(response, gold, wanted, library):

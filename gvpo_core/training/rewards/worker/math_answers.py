@@ -6,61 +6,28 @@ here. Answers in words are compared as text.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from decimal import Decimal
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any
-from unicodedata import normalize
 
-from .time_answers import gold_time, last_time
+from .answer_notation import MODULUS, plain, tidied, without_multiple, without_preamble
+from .answer_units import TRAILING, WORDS, factor, same_kind, unit_of
+from .time_answers import gold_date, gold_time, last_date, last_time
 
-_DELIMITED = re.compile(r"\$|\\\(|\\\[|\\boxed|\\fbox")
+_DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\fbox")
+_FORMULA = re.compile(r"(?<!\\)\$\$?(?:[^$\\]|\\.)+\$\$?|\\\(.+?\\\)|\\\[.+?\\\]")
 _FINAL = re.compile(r"(?i)\banswer\b(?:\s+(?:is|are|=))?\s*:?\s*")
+_CHOICE = re.compile(r"\(?([A-H])(?:\)|\.|:)\s+\S.*")  # of several, with its text: B. 42
+_SHARE = re.compile(r"(.*?\d[}\s]*)\\?%\s*", re.DOTALL)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname|mbox)\s*\{([^{}]*)\}")
 _FUNCTION = re.compile(
     r"\b(?:sin|cos|tan|cot|sec|csc|arcsin|arccos|arctan|sinh|cosh|tanh|log|ln|exp|sqrt|pi|min|max|gcd|lcm|mod|det|"
     r"floor|ceil|infty|frac|and|or)\b"
 )
-_PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}")
-_MIXED = re.compile(r"(-?)(\d+)\s+(\d+)\s*/\s*(\d+)")
-_ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[{(]?\s*)(\d+(?:\.\d+)?)\s*(?:\^\s*\{?\s*\\circ\s*\}?)")
-_REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
-_LINE_ABOVE = re.compile("(?:\\d\u0305)+")  # a combining line over each digit that repeats
-_TWO_DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")  # over both ends of what repeats
-_ONE_SIGN = re.compile(r"(?<!\d)(\d*)([¼-¾⅐-⅞↉])")  # ½, 1½
 _BASE = re.compile(r"^\(?([0-9A-Z]+)\)?_\{?\(?(\d+)\)?\}?$")
-_RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
-_LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
-_UNITS = {
-    unit: number
-    for number, units in enumerate(
-        (
-            "mm millimeter millimeters millimetre millimetres", "cm centimeter centimeters centimetre centimetres",
-            "m meter meters metre metres", "km kilometer kilometers kilometre kilometres", "in inch inches",
-            "ft foot feet", "yd yard yards", "mi mile miles", "s sec second seconds", "min minute minutes",
-            "h hr hrs hour hours", "day days", "week weeks", "month months", "year years",
-            "mg milligram milligrams", "g gram grams", "kg kilogram kilograms", "lb lbs pound pounds",
-            "oz ounce ounces", "l liter liters litre litres", "ml milliliter milliliters", "cent cents",
-            "dollar dollars", "degree degrees", "radian radians", "mph milesperhour",
-            "km/h kph kmh kilometersperhour", "m/s mps",
-        )
-    )
-    for unit in units.split()
-}  # fmt: skip
-
-_SHORT = "|".join(sorted((re.escape(u) for u in _UNITS if len(u) > 1), key=len, reverse=True))
-# A unit before the end of an answer or of a formula: \text{ cm}^2, cm, miles per hour. Letters right after a number, of
-# which no known unit is made, are variables: 2ab, 5m.
-_UNIT = re.compile(
-    rf"""(?:(?<=[\d}})])|(?<=[\d}})]\s)|(?<=\s))(?:\\[,;:!\ ]|~|\s)*
-    (?: \\(?:text|textrm|mathrm|mbox)\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?\d\}}?)?
-      | (?<![A-Za-z])(?:{_SHORT})(?:\s*\^\s*\{{?\d\}}?)?
-      | (?<=\s)(?:[mshgl]|(?:(?:sq|cu|per|[A-Za-z]{{4,}}|{_SHORT})\s+)*(?:[A-Za-z]{{4,}}|{_SHORT}))
-        (?:\s*\^\s*\{{?\d\}}?)?
-    )\s*(?=\$|\\\)|\\\]|\Z)""",
-    re.VERBOSE,
-)
 _BASE_IN_WORDS = re.compile(r"_\s*\{?\s*\\(?:text|textrm|mathrm)\s*\{\s*(\w+)\s*\}\s*\}?")
 _BASES = dict(
     zip(
@@ -68,10 +35,6 @@ _BASES = dict(
         (*range(2, 13), 16),
         strict=True,
     )
-)
-_CASES = re.compile(
-    r"(?:\\left\s*\\\{\s*)?\\begin\s*\{(array|cases|aligned)\}(?:\{[^{}]*\})?(.*?)\\end\s*\{\1\}(?:\s*\\right\s*\.)?",
-    re.DOTALL,
 )
 
 
@@ -92,16 +55,28 @@ def library() -> tuple[Any, Any, Any]:
 
 def judge(response: str, gold: str) -> float | None:
     """1.0 where the response's final answer equals the gold answer, 0.0 where not; None where the gold is not read."""
+    response, gold = tidied(response), tidied(gold)
     thought, _, after = response.rpartition("</think>")
     if thought and after.strip():
         response = after
     if tagged := re.findall(r"<answer>(.*?)</answer>", response, re.DOTALL):
         response = tagged[-1]
-    answer = _undelimited(gold.rpartition("####")[2] if "####" in gold else gold)
+    answer = without_preamble(_undelimited(gold.rpartition("####")[2] if "####" in gold else gold))
     if not answer:
         return None
-    if (time := gold_time(answer)) is not None:
-        return float(any(last_time(candidate) == time for candidate in _candidates(response, words=True)))
+    for of_gold, of_response in ((gold_time, last_time), (gold_date, last_date), (_ratio, _ratio)):
+        if (form := of_gold(answer)) is not None:
+            return float(any(of_response(candidate) == form for candidate in _candidates(response, words=True)))
+    if letters := _letters(answer):
+        listed = [_letters(candidate) for candidate in _candidates(response, words=True)]
+        ordered = len(letters) > 2 and answer.isalpha()  # ABC is not BCA; A, C is C and A, and AC is CA
+        if any(other == letters if ordered else other and {*other} == {*letters} for other in listed):
+            return 1.0
+        if ordered or not answer.isalpha():
+            return 0.0
+    if choice := _CHOICE.fullmatch(answer):
+        plains = (_plain(answer), choice[1].casefold())
+        return float(any(_plain(c) in plains for c in _candidates(response, words=True)))
     words = _words(answer)
     if words is not None:
         if any(_plain(c) == _plain(answer) or _choice(c, answer) for c in _candidates(response, words=True)):
@@ -113,7 +88,7 @@ def judge(response: str, gold: str) -> float | None:
     wanted = _read(answer)
     if wanted is None:
         return None
-    for candidate in _candidates(response):
+    for candidate in map(without_preamble, _candidates(response)):
         value = _read(candidate)
         if value is not None:
             return float(_equal(answer, wanted, candidate, value))
@@ -138,10 +113,13 @@ def _candidates(response: str, *, words: bool = False) -> Iterator[str]:
     last = lines[-1]
     after = list(_FINAL.finditer(last))
     stated = last[after[-1].end() :] if after else ""
-    if stated.strip() and (words or (not _DELIMITED.search(stated) and _is_mathematics(stated, 3))):
+    if stated.strip() and (words or (not _DELIMITED.search(bare := _undelimited(stated)) and _is_mathematics(bare, 3))):
         yield _undelimited(stated)
     if words or (not delimited and _is_mathematics(last, 2)):
         yield _undelimited(last)
+    formulas = list(_FORMULA.finditer(last))
+    if not words and len(formulas) == 1 and not last[formulas[0].end() :].strip(" .!*"):
+        yield _undelimited(formulas[0][0])
     tokens = re.findall(r"\S*[\d\\]\S*", last)
     if not words and not delimited and tokens and re.search(r"\d[A-Za-z\\π√^_!]|\\", tokens[-1]):
         yield _undelimited(tokens[-1])  # 2\pi, 2x: not the number at its beginning
@@ -149,7 +127,7 @@ def _candidates(response: str, *, words: bool = False) -> Iterator[str]:
 
 def _is_mathematics(text: str, letters: int) -> bool:
     """Whether a text has no words: runs of this many letters that are no function's name."""
-    bare = _FUNCTION.sub("", re.sub(r"\\[A-Za-z]+", "", text))
+    bare = _FUNCTION.sub("", re.sub(r"\\[A-Za-z]+", "", WORDS.sub("", _TEXT_COMMAND.sub("", text))))
     return len(text) < 200 and not re.search(rf"[A-Za-z]{{{letters},}}", bare)
 
 
@@ -187,7 +165,7 @@ def _undelimited(text: str) -> str:
         for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), (r"\boxed{", "}")):
             if len(text) > len(left + right) and text.startswith(left) and text.endswith(right):
                 inner = text[len(left) : len(text) - len(right)]
-                if left not in inner and not (left == r"\boxed{" and not _balanced(inner)):
+                if left not in inner.replace(r"\$", "") and not (left == r"\boxed{" and not _balanced(inner)):
                     text = inner.strip()
         if text == before:
             return text
@@ -227,9 +205,25 @@ def _words(answer: str) -> list[str] | None:
     return None
 
 
+def _letters(text: str) -> list[str] | None:
+    """The letters of an answer like ABC, or A, B and C; None for any other answer."""
+    text = _undelimited(_TEXT_COMMAND.sub(r"\1", text))
+    listed = re.fullmatch(r"[A-Z](?:\s*(?:,|;|&|\\&|and)\s*(?:and\s+)?[A-Z])+", text)
+    return re.findall("[A-Z]", text) if listed or re.fullmatch("[A-Z]{2,}", text) else None
+
+
+def _ratio(text: str) -> tuple[Fraction, ...] | None:
+    """The parts of a ratio of three numbers or more, of a sum of 1; None for any other answer."""
+    parts = re.split(r"\s*(?::|\{:\}|\\colon)\s*", text.strip())
+    if len(parts) < 3 or not all(re.fullmatch(r"\d{1,30}(?:\.\d{1,30})?", part) for part in parts):
+        return None
+    numbers = [Fraction(part) for part in parts]
+    return tuple(number / sum(numbers) for number in numbers) if any(numbers) else None
+
+
 def _name(text: str) -> str | None:
     """A name that no product is: H2O, x_1, \\angle ABC. None for other answers. As mathematics HO2 would equal H2O."""
-    bare = re.sub(r"[\s{}_$*]", "", _TEXT_COMMAND.sub(r"\1", text)).strip(".")
+    bare = re.sub(r"[\s{}_$]", "", _TEXT_COMMAND.sub(r"\1", text)).strip(".")
     if angle := re.fullmatch(r"(?:\\angle|∠)([A-Z])([A-Z])([A-Z])", bare):
         return "angle " + angle[2].join(sorted((angle[1], angle[3])))
     if not (match := re.fullmatch(r"([A-Za-z]{1,3})\d[A-Za-z\d]*", bare)) or _FUNCTION.fullmatch(match[1]):
@@ -263,50 +257,15 @@ def _choice(candidate: str, answer: str) -> bool:
 @lru_cache(maxsize=4096)
 def _read(answer: str) -> Any:
     """The expression that an answer is as a whole; None where it cannot be parsed."""
-    answer = re.sub(r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", answer)
-    answer = answer.replace(r"\$", "").replace("$", "").replace("π", r"\pi ").replace("√", r"\sqrt ")
-    answer = _RAISED.sub(lambda m: f"^{{{m[0].translate(_LOWERED)}}}", answer)
-    answer = answer.replace("\u2212", "-").replace("×", r"\times ").replace("∞", r"\infty ").replace("°", r"^\circ")
-    answer = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))", "", answer).replace(r"\varnothing", r"\emptyset")
-    answer = _ONE_SIGN.sub(_fraction_of_sign, answer).replace("\u2044", "/")
-    answer = _LINE_ABOVE.sub(lambda m: rf"\overline{{{m[0].replace(chr(0x305), '')}}}", answer)
-    answer = _TWO_DOTS.sub(r"\\overline{\1\2\3}", answer)
-    answer = _REPEATING.sub(_fraction, answer.replace(r"\degree", r"^\circ"))
-    answer = _ANGLE.sub(r"\1\\frac{\2\\pi}{180}", answer).strip()
-    if _PLAIN_NUMBER.fullmatch(answer):
-        answer = f"{Decimal(answer):f}"
-    if mixed := _MIXED.fullmatch(answer):
-        sign, integer, top, bottom = mixed.groups()
-        answer = rf"{sign}({integer}+\frac{{{top}}}{{{bottom}}})"
-    answer = re.sub(r"(?<![\\A-Za-z])sqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", answer)
-    answer = re.sub(r"(?<![\\A-Za-z])(pi|sqrt|sin|cos|tan|log|ln|infty)(?![A-Za-z])", r"\\\1 ", answer)
-    answer = re.sub(r"\\lg(?![A-Za-z])", r"\\log_{10}", answer)
-    answer = _CASES.sub(
-        lambda m: ", ".join(line.replace("&", "") for line in m[2].split(r"\\") if line.strip()), answer
-    )
+    answer = plain(answer)
+    if "\\" not in answer and re.search(r"\d\s+\d", answer):  # math-verify would multiply them
+        return None
     if not _balanced(answer):
         return None
     parsed = _parse(f"${answer}$", delimited=False)
     if parsed is None and (percent := re.fullmatch(r"(.*?)\s*\\?%", answer, re.DOTALL)):
         parsed = _parse(f"${percent[1]}$", delimited=False)  # 9% and 9 are equal to math-verify too
     return parsed
-
-
-def _fraction(match: re.Match[str]) -> str:
-    """A decimal whose last digits repeat, as a fraction."""
-    integer, fixed = match[1] or "0", match[2]
-    digits = match[3] or match[4] or match[5]
-    if len(integer + fixed + digits) > 1000:  # int() reads at most 4,300 digits
-        return f"{integer}.{(fixed + digits)[:1000]}"
-    top = int(integer + fixed + digits) - int(integer + fixed)
-    return rf"\frac{{{top}}}{{{'9' * len(digits) + '0' * len(fixed)}}}"
-
-
-def _fraction_of_sign(match: re.Match[str]) -> str:
-    """A fraction that is one character, with the whole number before it: 1½."""
-    top, _, bottom = normalize("NFKC", match[2]).partition("\u2044")
-    fraction = rf"\frac{{{top}}}{{{bottom}}}"
-    return f"({match[1]}+{fraction})" if match[1] else fraction
 
 
 def _parse(text: str, *, delimited: bool) -> Any:
@@ -316,7 +275,7 @@ def _parse(text: str, *, delimited: bool) -> Any:
       delimited: whether plain numbers count too, in a text that may have delimiters anywhere.
     """
     parse, _, kinds = library()
-    text = _UNIT.sub("", text)
+    text = TRAILING.sub("", text)
     # Its own time limits use SIGALRM, which works in the main thread only; the caller's limit holds here.
     options: dict[str, Any] = {"parsing_timeout": None, "fallback_mode": "no_fallback"}
     parsed = parse(text, kinds if delimited else kinds[:1], **options)
@@ -326,22 +285,38 @@ def _parse(text: str, *, delimited: bool) -> Any:
 def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
     bases = [_BASE.match(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, candidate)]
     if bases[0] and bases[1]:
-        return len({(base[1].lstrip("0"), base[2]) for base in bases if base}) == 1
-    units = [_unit(text) for text in (gold, candidate)]
-    if None not in units and units[0] != units[1]:
+        return len({(base[1].lstrip("0").upper(), base[2]) for base in bases if base}) == 1
+    if _name(candidate) and not _name(gold):  # x2 is not 2x
         return False
+    moduli = [MODULUS.search(text) for text in (gold, candidate)]
+    if moduli[0] and moduli[1] and moduli[0][1] != moduli[1][1]:
+        return False
+    if any(shares := [_SHARE.fullmatch(text) for text in (gold, candidate)]):
+        return _equal_shares(wanted, parsed, shares)
+    if (single := without_multiple(candidate)) != candidate and without_multiple(gold) == gold:
+        return _verified(wanted, parsed) or _verified(wanted, _read(single))
+    units = [unit_of(text) for text in (gold, candidate)]
+    if units[0] and units[1]:
+        if not same_kind(units[0], units[1]):
+            return False
+        if (times := factor(units[0], units[1])) != 1:
+            return hasattr(parsed, "free_symbols") and _verified(wanted, parsed * times.numerator / times.denominator)
     return _verified(wanted, parsed)
 
 
-def _unit(text: str) -> int | None:
-    """A number for the unit at the end of an answer; None without one that is known."""
-    if not (
-        match := re.match(
-            r"^\s*[\d.,\\{}/\s-]*?\d[}\s]*(?:\\[,;! ]|~)*(?:\\(?:text|mathrm)\s*\{([^{}]*)\}|([A-Za-z/ ]+))", text
-        )
-    ):
-        return None
-    return _UNITS.get(re.sub(r"\s", "", match[1] or match[2] or "").casefold())
+def _equal_shares(wanted: Any, parsed: Any, shares: Sequence[re.Match[str] | None]) -> bool:
+    """Whether two numbers are equal, of which one at least is in percent: 25 % is 25 or 0.25."""
+    wanted, parsed = (
+        _read(share[1]) if share else value for share, value in zip(shares, (wanted, parsed), strict=True)
+    )
+    if shares[0] and shares[1]:
+        return _verified(wanted, parsed)
+    if not all(hasattr(value, "free_symbols") for value in (wanted, parsed)):
+        return False
+    if shares[0]:
+        return _verified(wanted, parsed) or _verified(wanted / 100, parsed)
+    whole = wanted.is_number and bool(abs(wanted) > 1)  # 25 may be a share of 25 %, and 0.5 is not 0.5 %
+    return _verified(wanted, parsed / 100) or (whole and _verified(wanted, parsed))
 
 
 def _verified(wanted: Any, parsed: Any) -> bool:
@@ -349,6 +324,10 @@ def _verified(wanted: Any, parsed: Any) -> bool:
         return False
     if (pairs := _assignments(wanted)) and not _assignments(parsed):
         return _in_order(pairs, parsed)
+    if hasattr(wanted, "shape") and 1 in wanted.shape and not hasattr(parsed, "shape"):  # a vector, as (1, 2)
+        return _in_order(list(wanted), parsed)
+    if hasattr(parsed, "shape") and 1 in parsed.shape and type(wanted).__name__ in ("Tuple", "Interval"):
+        return _in_order(list(parsed), wanted)
     verify = library()[1]
     if verify(wanted, parsed, timeout_seconds=None, allow_set_relation_comp=True):
         return _close(wanted, parsed)
@@ -377,7 +356,9 @@ def _assignments(value: Any) -> list[Any]:
 
 def _in_order(wanted: list[Any], parsed: Any) -> bool:
     """Whether (3, 4) or 3, 4 has the values of x = 3, y = 4."""
-    if type(parsed).__name__ == "Interval":
+    if hasattr(parsed, "shape"):
+        parts = list(parsed) if 1 in parsed.shape else []
+    elif type(parsed).__name__ == "Interval":
         parts = [parsed.start, parsed.end] if parsed.left_open and parsed.right_open else []
     else:
         parts = list(getattr(parsed, "_unsorted_args", None) or getattr(parsed, "args", None) or ())

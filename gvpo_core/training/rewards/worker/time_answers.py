@@ -1,4 +1,4 @@
-"""Times of day as answers: 3 p.m., 3:00 PM, 15:00, noon. Imports nothing of gvpo."""
+"""Times of day and dates as answers: 3 p.m., 15:00, noon; May 5, 2020, 2020-05-05. Imports nothing of gvpo."""
 
 import re
 
@@ -9,6 +9,38 @@ _TIME = re.compile(
     r"(?!\s?[ap]\.?\s?m\b))|\b(noon|midnight)\b",
     re.IGNORECASE,
 )
+
+_MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
+_MONTH = (
+    r"(jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
+    r"|nov(?:ember)?|dec(?:ember)?)\.?"
+)
+_DAY = r"(\d{1,2})(?:st|nd|rd|th)?"
+_DATE = re.compile(
+    r"(?<![\d\-/])(\d{4})([\-/])(\d{1,2})\2(\d{1,2})(?![\d\-/])"
+    rf"|\b{_MONTH} {_DAY},? (\d{{4}})\b|\b{_DAY}(?: of)? {_MONTH},? (\d{{4}})\b",
+    re.IGNORECASE,
+)
+
+
+def gold_date(answer: str) -> tuple[int, int, int] | None:
+    """Year, month and day of an answer that is a date; None for any other answer."""
+    match = _DATE.fullmatch(_plain(answer).rstrip("."))
+    return _day(match) if match else None
+
+
+def last_date(text: str) -> tuple[int, int, int] | None:
+    """Year, month and day of the last date in a text; None without one."""
+    matches = list(_DATE.finditer(_plain(text)))
+    return _day(matches[-1]) if matches else None
+
+
+def _day(match: re.Match[str]) -> tuple[int, int, int]:
+    year, _, month, day, month_name, day_after, year_after, day_before, month_after, last_year = match.groups()
+    if year:
+        return int(year), int(month), int(day)
+    number = _MONTHS.index((month_name or month_after)[:3].casefold()) + 1
+    return int(year_after or last_year), number, int(day_after or day_before)
 
 
 def gold_time(answer: str) -> int | None:
