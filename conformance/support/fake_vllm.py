@@ -3,6 +3,7 @@
 conformance/support/vllm_process_trial.py runs the same class with the real one (`nox -s engines`).
 """
 
+import logging
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -41,6 +42,8 @@ class LLM:
         self.policy, self.abort, self.keep = TablePolicy(table(REFERENCE)), False, False
         self.llm_engine = SimpleNamespace(engine_core=SimpleNamespace(shutdown=lambda: self.calls.append("shutdown")))
         LLM.newest = self
+        logging.getLogger("vllm.renderers.base").warning("Chat template warmup failed", exc_info=True)
+        logging.getLogger("vllm.renderers.base").warning("something else")
 
     def collective_rpc(self, method, kwargs):
         self.calls.append(method)

@@ -52,6 +52,14 @@ def test_the_engine_has_the_weights_of_each_step(kind, vllm, tmp_path, capsys):
     assert "vLLM 0.0 in this process" in capsys.readouterr().out
 
 
+def test_vllms_warning_about_chat_templates_is_not_shown(vllm, caplog):
+    """It renders a chat to be ready for them, and has no tokenizer: a traceback that says nothing to a user."""
+    VLLM("m")
+    assert [record.message for record in caplog.records] == ["something else"]
+    LLM("m")  # of the user's own
+    assert "Chat template warmup failed" in caplog.text
+
+
 def test_weights_that_were_not_loaded_stop_the_run(vllm, tmp_path, capsys):
     config = short(tmp_path, 3)
     sampler = VLLM("m", gap_tolerance=1e-9)

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import logging
 import os
 import shutil
 import tempfile
@@ -200,17 +201,26 @@ class VLLM:
 
 @contextlib.contextmanager
 def _engine_in_this_process() -> Iterator[None]:
-    """vLLM makes its engine in a process of its own unless the environment says otherwise when it starts."""
-    name = "VLLM_ENABLE_V1_MULTIPROCESSING"
+    """vLLM makes its engine in a process of its own unless the environment says otherwise when it starts.
+
+    It also renders a chat when it starts; without a tokenizer that fails, which vLLM logs with its traceback.
+    """
+    name, logger = "VLLM_ENABLE_V1_MULTIPROCESSING", logging.getLogger("vllm.renderers.base")
     before = os.environ.get(name)
     os.environ[name] = "0"
+    logger.addFilter(_tells_something)
     try:
         yield
     finally:
+        logger.removeFilter(_tells_something)
         if before is None:
             del os.environ[name]
         else:
             os.environ[name] = before
+
+
+def _tells_something(record: logging.LogRecord) -> bool:
+    return record.msg != "Chat template warmup failed"
 
 
 def pack_heads(model: Any) -> None:
