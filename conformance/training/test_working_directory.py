@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,8 @@ pytest.importorskip("tyro", reason="the command line's extra is not installed")
 
 REWARD = """
 import os
+import subprocess
+import sys
 
 def reward(completions, answer):
     os.chdir("/")
@@ -25,6 +29,8 @@ def reward(completions, answer):
 """
 ENDING = """
 import os
+import subprocess
+import sys
 
 def reward(completions):
     if "end" in completions:
@@ -87,3 +93,50 @@ def test_only_folders_are_made_absolute(tmp_path, monkeypatch):
     Path("model").mkdir()
     assert anchored("model") == str(tmp_path / "model")
     assert anchored("owner/name") == "owner/name" and anchored("") == ""
+
+
+def test_a_folder_that_the_locale_cannot_name_is_evaluated_by_a_relative_path(tmp_path):
+    """The working directory's name is not of the settings, and Python 3.11 opens it all the same."""
+    folder = tmp_path / "ü 日本"
+    config = table_run.make(folder, steps=1)
+    config.write_text(config.read_text().replace(f"{folder}/", "").replace(f'"{folder}"', '"."'))
+    environment = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for arguments in (["train", config.name], ["eval", "run", "--compare", "initial"]):
+        command = [sys.executable, "-m", "gvpo_core.training.cli", *arguments]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_settings_of_a_project_are_not_replaced_by_those_of_the_run(config, tmp_path, capfd):
+    """run.folder = "." wrote config.toml anew, with all defaults and without its comments."""
+    before = config.read_bytes()
+    assert cli.main(["train", str(config), "--run.folder", "."]) == 1
+    assert "config.toml is not of a run" in capfd.readouterr().err
+    assert config.read_bytes() == before and not (tmp_path / "checkpoints").exists()
+
+
+def test_a_working_directory_that_was_removed_is_one_line(tmp_path, monkeypatch, capfd):
+    config = table_run.make(tmp_path, steps=1)
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    for arguments in (["train", config], ["collect", config, "o.jsonl"], ["eval", "run"], ["export", config, "o"]):
+        assert cli.main([str(a) for a in arguments]) == 2
+        assert capfd.readouterr().err.startswith("gvpo: the working directory cannot be used")
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch, capfd):
+    """No shell sees what a file says, and bash leaves --run.folder=~/run as it is."""
+    home, elsewhere = tmp_path / "home", tmp_path / "elsewhere"
+    config = table_run.make(home, steps=1, reward='function = "~/mine.py:reward"')
+    (home / "mine.py").write_text(REWARD)
+    config.write_text(config.read_text().replace(f"{home}/", "~/"))
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    monkeypatch.setenv("HOME", str(home))
+    assert 'train = "~/train.jsonl"' in config.read_text()
+    assert cli.main(["train", str(config), "--run.folder=~/other"]) == 0
+    assert (home / "other" / "metrics.jsonl").exists() and not list(elsewhere.iterdir())
+    assert cli.main(["train", str(home / "other" / "config.toml")]) == 0
+    assert f"gvpo report {home}/other" in capfd.readouterr().out
+    assert "~" in (home / "other" / "config.toml").read_text(), "the settings stay as written"

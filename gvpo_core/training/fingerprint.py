@@ -269,7 +269,7 @@ def _file_of(spec: str) -> Path:
         builtin = _BUILTIN / f"{spec}.py"
         return builtin if spec in ("judge", "reasoning_gym", "reward_model") else _BUILTIN / "builtin.py"
     if where.endswith(".py"):
-        return Path(where)
+        return Path(os.path.expanduser(where))
     package, *inner = where.split(".")
     beside = Path(os.getcwd(), *where.split(".")).with_suffix(".py")  # next to the config, where workers also look
     if os.getcwd() not in sys.path and beside.is_file():

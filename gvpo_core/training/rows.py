@@ -1,6 +1,7 @@
 """Rows of data: from files, `datasets`, DataFrames, and iterables of mappings."""
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from itertools import islice
@@ -40,7 +41,7 @@ def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str =
         except LookupError as e:
             raise DataError(f"{name}: {e}") from e
     elif isinstance(source, str | Path):
-        rows = _from_file(Path(source), name, split, subset)
+        rows = _from_file(Path(os.path.expanduser(source)), name, split, subset)
     else:
         rows = _given(source, name, split)
     if not rows:

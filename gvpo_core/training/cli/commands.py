@@ -95,6 +95,8 @@ def _run(arguments: list[str]) -> int:
         if command == "--version":
             say(f"gvpo {__version__}")
             return 0
+        if command not in ("doctor", "report"):
+            _refuse_lost_directory()
         return commands[command](arguments[1:], secrets)
     except KeyboardInterrupt:
         print(f"\ngvpo: {_QUIT.get(command, 'quit')}", file=sys.stderr)
@@ -106,6 +108,14 @@ def _run(arguments: list[str]) -> int:
         return 2
     except Exception as e:  # printed here, to hide secrets
         return _failed(e, secrets)
+
+
+def _refuse_lost_directory() -> None:
+    """Raises ConfigError: the working directory was removed, and relative paths have no meaning."""
+    try:
+        os.getcwd()
+    except OSError as e:
+        raise ConfigError(f"the working directory cannot be used ({e.strerror}): change to another one") from e
 
 
 def _failed(error: Exception, secrets: set[str]) -> int:

@@ -52,9 +52,9 @@ def evaluate_run(arguments: list[str]) -> int:
     for name in names:  # before the slow load of the model
         refuse_unknown(options.run, name)
     run = options.run.absolute()  # a reward in a thread may change the working directory
-    config = replace(config, model=replace(config.model, path=anchored(config.model.path)))
+    loaded = replace(config, model=replace(config.model, path=anchored(config.model.path)))
     with open_inputs(config, training=False) as inputs:
-        evaluations = {name: _evaluated(inputs, run, name) for name in dict.fromkeys(names)}
+        evaluations = {name: _evaluated(inputs, loaded, run, name) for name in dict.fromkeys(names)}
     if evaluations[options.checkpoint][2] != 0:
         return 0
     metrics = {name: values for name, (values, _, _) in evaluations.items()}
@@ -75,9 +75,9 @@ def evaluate_run(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluated(inputs: Inputs, run: Path, checkpoint: str) -> tuple[dict[str, float], np.ndarray, int]:
+def _evaluated(inputs: Inputs, loaded: Config, run: Path, checkpoint: str) -> tuple[dict[str, float], np.ndarray, int]:
     """The metrics of a checkpoint, the (P,) mean reward of each prompt (NaN: unscored), the rank of this process."""
-    policy = _restored(inputs.config, run, checkpoint)
+    policy = _restored(loaded, run, checkpoint)
     held_out = inputs.held_out(policy)
     if held_out is None:
         raise ConfigError("the run has no data.evaluation: name a file of held-out prompts with --data")

@@ -39,7 +39,7 @@ class RunFolder:
     """Files of one run. Lines are appended whole and synced once a step; `cut` removes steps that run again."""
 
     def __init__(self, path: Path) -> None:
-        self.shown = path  # in messages and commands
+        self.shown = path = Path(os.path.expanduser(path))  # in messages and commands
         self.path = path = path.absolute()  # a reward in a thread may change the working directory
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
@@ -60,7 +60,7 @@ class RunFolder:
         """
         with self._reading():
             there = is_folder(self.checkpoints)
-        self._refuse_other_files()
+            self._refuse_other_files()
         with self._writing():
             if not there:
                 make_synced(self.checkpoints)
@@ -86,13 +86,15 @@ class RunFolder:
 
         Raises: ConfigError: they differ. RunFolderError: the folder cannot be read.
         """
-        self._refuse_other_files()
         with self._reading():
+            self._refuse_other_files()
             if is_folder(self.checkpoints):
                 self._same_settings(config, bool(steps_saved(self.checkpoints)))
 
     def _refuse_other_files(self) -> None:
-        """Raises RunFolderError: a pipe, device or folder has the name of a file of the run."""
+        """Raises RunFolderError: a pipe, device or folder has the name of a file of the run, or its config.toml is not
+        of a run: that of a project, which the run's would replace.
+        """
         for name in _FILES:
             try:
                 mode = retried(lambda name=name: os.stat(self.path / name)).st_mode  # type: ignore[misc]
@@ -101,6 +103,13 @@ class RunFolder:
             if not stat.S_ISREG(mode):
                 kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
                 raise RunFolderError(f"{self.path / name} is a {kind}; expected a file of the run. Nothing was changed")
+
+        ours = is_folder(self.checkpoints) or (self.path / "lock").exists()
+        if not ours and self._settings.exists():
+            raise RunFolderError(
+                f"{self.shown / self._settings.name} is not of a run, and the run's settings would replace it; give"
+                " another run.folder"
+            )
 
     def _same_settings(self, config: Config, begun: bool, known: Iterable[str] = ("model", "teacher")) -> None:
         """

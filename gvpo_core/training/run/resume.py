@@ -58,7 +58,7 @@ def in_its_folder(arguments: Sequence[str], config: Config) -> Config:
     folder = path.parent
     named = any(word.partition("=")[0] == "--run.folder" for word in arguments)
     saved = path.name == "config.toml" and (folder / "lock").is_file() and (folder / "checkpoints").is_dir()
-    if named or not saved or folder.resolve() == Path(config.run.folder).resolve():
+    if named or not saved or folder.resolve() == Path(os.path.expanduser(config.run.folder)).resolve():
         return config
     return replace(config, run=replace(config.run, folder=str(folder)))
 

@@ -72,7 +72,7 @@ class VLLM:
             f"vLLM {vllm.__version__}",
         )
         self._sleeps, self._asleep = bool(current_platform.is_sleep_mode_available()), False
-        self._folder, self._end = Path(folder).absolute() if folder else None, tuple[int, ...]()
+        self._folder, self._end = Path(os.path.expanduser(folder)).absolute() if folder else None, tuple[int, ...]()
         given: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True, "enable_sleep_mode": self._sleeps}
         if current_platform.is_cpu():  # vLLM 0.32 ends there with an error where a request has a seed
             given["enable_chunked_prefill"] = False

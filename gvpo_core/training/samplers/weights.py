@@ -6,6 +6,7 @@ Each version gets a new folder: servers map files into memory, and one written a
 import inspect
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection
@@ -67,7 +68,7 @@ class WeightFolder:
           folder: seen under the same path by every rank and by the server.
           adapters: whether the policy's LoRA adapters are sent, instead of the whole model.
         """
-        self.folder, self.adapters, self.commands = Path(folder).absolute(), adapters, commands
+        self.folder, self.adapters, self.commands = Path(os.path.expanduser(folder)).absolute(), adapters, commands
         self._loaded: list[Path] = []  # newest last
         self.named = ""  # the newest version, where the server tells it at NAMES
 

@@ -44,6 +44,7 @@ def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any]
     if spec in built_in:
         return built_in[spec]  # type: ignore[no-any-return]
     where, colon, attribute = spec.rpartition(":")
+    where = os.path.expanduser(where)
     if not colon or not where or not attribute:
         one_of = f"one of {', '.join(built_in)}, " if built_in else ""
         raise LookupError(f"expected {one_of}package.module:{kind} or file.py:{kind}")
