@@ -83,7 +83,7 @@ def _attention(
     shared = query.reshape(lines, groups, -1, query.shape[-1])  # the heads of a group take the axis of queries
     own = attended(shared, key, value, attention_mask, scaling)
     of_prompt = _prompts.get().attended(module.layer_idx, shared, scaling)
-    return merged(own, of_prompt).reshape(lines, 1, -1, value.shape[-1]), None
+    return merged(own, of_prompt).to(value.dtype).reshape(lines, 1, -1, value.shape[-1]), None
 
 
 AttentionInterface.register(ATTENTION, _attention)

@@ -6,7 +6,7 @@ are read once. Shapes are fixed, and what changes between tokens is changed in p
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -145,23 +145,21 @@ class Prompts:
 
 
 def attended(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of its softmax's normaliser, by a kernel that gives both where there is one.
+    """Attention, and the logarithm of its softmax's normaliser; on CUDA by a kernel that gives both.
 
     Args:
       query: (B, heads, M, D); keys, values: (B, heads, N, D) of the same dtype.
       bias: (B, 1, 1, N) of that dtype, -inf on what is not seen; each row sees something.
-    Returns: (B, heads, M, D) and (B, heads, M), float32.
+    Returns: (B, heads, M, D) in that dtype or in float32, and (B, heads, M) float32.
     """
     query = query.to(keys.dtype)
     mask = bias.expand(*query.shape[:3], keys.shape[2])
-    return _kernel(query, values)(query, keys, values, mask, scaling)
+    kernel = _on_cuda if _has_kernel(query, values) else _products
+    return kernel(query, keys, values, mask, scaling)
 
 
-def _kernel(query: Tensor, values: Tensor) -> Callable[..., tuple[Tensor, Tensor]]:
-    sizes = query.shape[3], values.shape[3]  # of a head
-    if query.device.type == "cuda" and sizes[0] % 8 == sizes[1] % 8 == 0:
-        return _on_cuda
-    return _on_cpu if query.device.type == "cpu" and sizes[0] == sizes[1] else _products
+def _has_kernel(query: Tensor, values: Tensor) -> bool:
+    return query.device.type == "cuda" and query.shape[3] % 8 == values.shape[3] % 8 == 0  # sizes of heads
 
 
 def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
@@ -171,11 +169,6 @@ def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling:
     return out, normaliser.narrow(2, 0, query.shape[2])  # padded to a multiple of 32
 
 
-def _on_cpu(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    return kernel(query, keys, values, attn_mask=mask, scale=scaling)
-
-
 def _products(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -183,14 +176,13 @@ def _products(
         scale = query.shape[3] ** -0.5 if scaling is None else scaling
         scores = query.float() @ keys.float().transpose(2, 3) * scale + mask
         normaliser = scores.logsumexp(3)
-        out = (scores - normaliser.unsqueeze(3)).exp() @ values.float()
-    return out.to(values.dtype), normaliser
+        return (scores - normaliser.unsqueeze(3)).exp() @ values.float(), normaliser
 
 
 def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over two sets of keys, from that over each, as `attended` gives it; computed in float32."""
+    """Attention over two sets of keys, from that over each, as `attended` gives it; float32."""
     weight = (one[1] - other[1]).sigmoid().unsqueeze(-1)
-    return torch.lerp(other[0].to(weight.dtype), one[0].to(weight.dtype), weight).to(one[0].dtype)
+    return torch.lerp(other[0].float(), one[0].float(), weight)
 
 
 def aligned(slots: int) -> int:

@@ -118,7 +118,7 @@ def test_attention_of_decoding_gives_the_normaliser_of_its_softmax(queries, dtyp
     made = lambda *shape: torch.randn(shape, generator=draw, device="cuda").to(dtype)
     query, keys, values = made(3, 2, queries, 128), made(3, 2, 512, 128), made(3, 2, 512, 128)
     bias = torch.where(made(3, 1, 1, 512) > 0, 0.0, -torch.inf).to(dtype)
-    assert decode_prompts._kernel(query, values) is decode_prompts._on_cuda
+    assert decode_prompts._has_kernel(query, values)
     decode_prompts.attended(query, keys, values, bias, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -127,8 +127,8 @@ def test_attention_of_decoding_gives_the_normaliser_of_its_softmax(queries, dtyp
     graph.replay()
     mask = bias.expand(3, 2, queries, 512)
     for got, want in zip(found, decode_prompts._products(query, keys, values, mask, None), strict=True):
-        assert got.shape == want.shape and got.dtype == want.dtype
-        torch.testing.assert_close(got, want, rtol=0, atol=5e-3 if dtype == torch.float32 else 2e-2)
+        assert got.shape == want.shape
+        torch.testing.assert_close(got.float(), want, rtol=0, atol=5e-3 if dtype == torch.float32 else 2e-2)
 
 
 def test_memory_is_the_devices(folder):

@@ -163,9 +163,12 @@ def test_turns_start_from_prompts_and_responses_that_were_held_apart(rows, folde
     assert any(made.made > 1 for made in watched)
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_bfloat16_is_close_to_scoring(family, folders) -> None:
+@pytest.mark.parametrize("kernel", ["products", "CUDA's"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_bfloat16_is_close_to_scoring(family, kernel, folders, monkeypatch) -> None:
     of_policy = policy(folders(family), dtype="bfloat16")
+    if kernel == "CUDA's":
+        with_the_kernel_of_cuda(monkeypatch)
     given = batch((4, 3, 1, 5))
     assert max(Counter(given.prompts).values()) > 1
     with torch.inference_mode(), of_policy.scorer.autocast():
@@ -242,11 +245,10 @@ def test_attention_and_its_normaliser(queries, width, values, dtype) -> None:
     for scaling in (None, 0.7):
         out, normaliser = decode_prompts.attended(*given, scaling)
         want, total = by_hand(*given, scaling)
-        assert out.shape == want.shape and normaliser.shape == total.shape and out.dtype == dtype
-        assert normaliser.dtype == torch.float32
-        loose = 1e-5 if dtype == torch.float32 else 0.03
-        np.testing.assert_allclose(out.double().numpy(), want, rtol=0, atol=loose)
-        np.testing.assert_allclose(normaliser.double().numpy(), total, rtol=0, atol=loose)
+        assert out.shape == want.shape and normaliser.shape == total.shape
+        assert out.dtype == normaliser.dtype == torch.float32
+        np.testing.assert_allclose(out.double().numpy(), want, rtol=0, atol=1e-5)
+        np.testing.assert_allclose(normaliser.double().numpy(), total, rtol=0, atol=1e-5)
 
 
 def test_two_sets_of_keys_are_joined_as_one() -> None:
@@ -260,11 +262,11 @@ def test_two_sets_of_keys_are_joined_as_one() -> None:
 
 def test_cuda_s_kernel_takes_what_it_is_given() -> None:
     """By fake tensors. Heads whose sizes are not aligned go without it."""
-    for width, kernel in ((16, decode_prompts._on_cuda), (6, decode_prompts._products)):
+    for width, has_kernel in ((16, True), (6, False)):
         with FakeTensorMode() as mode:
             made = lambda *shape: FakeTensor(mode, torch.empty(shape, device="meta"), torch.device("cuda", 0))
             query, keys, bias = made(3, 2, 5, width), made(3, 2, 24, width), made(3, 1, 1, 24)
-            assert decode_prompts._kernel(query, keys) is kernel
+            assert decode_prompts._has_kernel(query, keys) == has_kernel
             out, normaliser = decode_prompts.attended(query, keys, keys, bias, None)
         assert out.shape == (3, 2, 5, width) and normaliser.shape == (3, 2, 5) and out.device.type == "cuda"
 
@@ -282,13 +284,20 @@ def kernel_of_cuda(query, keys, values, bias, with_normaliser, *, scale=None):
     return laid_out, padded, torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.int64)
 
 
+def with_the_kernel_of_cuda(monkeypatch) -> list[int]:
+    """Gives a list of its calls."""
+    calls: list[int] = []
+    kernel = lambda *given, **options: calls.append(1) or kernel_of_cuda(*given, **options)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernel)
+    monkeypatch.setattr(decode_prompts, "_has_kernel", lambda query, values: True)
+    return calls
+
+
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_the_tokens_are_those_of_cuda_s_kernel(family, folders, watched, monkeypatch) -> None:
     of_policy, seeds = policy(folders(family)), seeds_of(SIZES)
-    plain, calls = drawn(of_policy, PROMPTS, seeds, Sampling(24), fixed_too=False), []
-    kernel = lambda *given, **options: calls.append(1) or kernel_of_cuda(*given, **options)
-    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernel)
-    monkeypatch.setattr(decode_prompts, "_kernel", lambda query, values: decode_prompts._on_cuda)
+    plain = drawn(of_policy, PROMPTS, seeds, Sampling(24), fixed_too=False)
+    calls = with_the_kernel_of_cuda(monkeypatch)
     assert drawn(of_policy, PROMPTS, seeds, Sampling(24), cache_tokens=4 * (12 + 24)) == plain
     assert len(calls) == 2 * len(watched[0].keys) * len(watched[0].used)
 
