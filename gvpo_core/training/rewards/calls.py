@@ -7,7 +7,6 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future
-from traceback import format_exception
 from typing import Any, Protocol
 
 from gvpo_core.training.rewards.clock import POLL, now
@@ -167,7 +166,7 @@ class Threads:
         if isinstance(error, CallFailed):
             raise error
         if error is not None:
-            raise CallFailed(f"{type(error).__name__}: {error}", "".join(format_exception(error)[-3:])) from error
+            raise CallFailed(functions.described_error(error), functions.end_of_traceback(error)) from error
         return value
 
     def wrong_columns(self, columns: Collection[str] | None) -> str | None:

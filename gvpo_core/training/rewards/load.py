@@ -1,5 +1,6 @@
 """Finds the configured reward functions, checks their arguments, and starts their processes."""
 
+import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,6 +11,7 @@ from gvpo_core.training.config.secrets import resolved
 from gvpo_core.training.rewards.calls import Caller, Processes, Threads
 from gvpo_core.training.rewards.log import RewardLog
 from gvpo_core.training.rewards.prints import printing_to
+from gvpo_core.training.rewards.process import working_folder
 from gvpo_core.training.rewards.worker.encoding import UnsendableError
 from gvpo_core.training.rewards.worker.functions import find_function
 
@@ -84,8 +86,16 @@ def _caller(name: str, config: RewardConfig, given: RewardFunction | None, log: 
         if given is not None:
             return Threads(name, given, config.options, log=log)
         if config.isolation == "thread":
+            before = working_folder()
             with printing_to(partial(log.output, name)):
                 function = find_function(config.function)
+            if before != (after := working_folder()):
+                if before is not None:
+                    os.chdir(before)
+                raise ConfigError(
+                    f"rewards.{name}: importing {config.function} changed the working directory to {after}, from which"
+                    " the settings' relative paths would be read: set isolation = 'process', or leave it as it is"
+                )
             return Threads(name, function, config.options, log=log)
         memory = int(config.memory * 2**30)
         return Processes(name, config.function, config.options, width=config.workers, memory=memory, log=log)

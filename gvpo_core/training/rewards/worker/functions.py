@@ -5,10 +5,12 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import os
 import site
 import sys
 import sysconfig
+import traceback
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Set
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ from typing import Any
 from .all_builtin import BUILTIN
 
 OWN = ("prompts", "completions", "completion_ids")  # arguments that gvpo makes; a data column of the name is not passed
+LONGEST_ERROR = 2000  # characters of an error's text
 _loaded: dict[str, tuple[tuple[int, int], Any]] = {}  # path -> (time of change, size), module
 
 
@@ -53,13 +56,29 @@ def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any]
     except LookupError as e:
         if type(e) is LookupError:
             raise
-        raise LookupError(f"importing {where} failed: {type(e).__name__}: {e}") from e
-    except Exception as e:  # whatever the user's module raises on import
-        raise LookupError(f"importing {where} failed: {type(e).__name__}: {e}") from e
+        raise LookupError(f"importing {where} failed: {described_error(e)}") from e
+    except KeyboardInterrupt:
+        raise
+    except BaseException as e:  # whatever the user's module raises on import: a script calls sys.exit
+        raise LookupError(f"importing {where} failed: {described_error(e)}") from e
     function = getattr(module, attribute, None)
     if not callable(function):
         raise LookupError(f"{where} has no {kind} {attribute}")
     return function  # type: ignore[no-any-return]
+
+
+def described_error(error: BaseException) -> str:
+    """The kind and the text of an error of the user's: of bounded length, and also where it cannot print itself."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its text cannot be read)"
+    return f"{type(error).__name__}: {text}"[:LONGEST_ERROR]
+
+
+def end_of_traceback(error: BaseException) -> str:
+    """The last lines of the traceback that Python would print."""
+    return "".join(traceback.format_exception(error)[-3:])[-2 * LONGEST_ERROR :]
 
 
 def _from_file(path: str) -> Any:
@@ -129,12 +148,16 @@ def warm_up(function: Any, options: Mapping[str, Any]) -> None:
     Raises: LookupError, ImportError: the function cannot work, with these options or at all.
     """
     start = getattr(function, "warm_up", None)
-    if start is None:
+    if start is None or not _is_built_in(function):  # a user's object may have a method of the name
         return
     try:
         start(*([options] if inspect.signature(start).parameters else []))
     except (TypeError, ValueError) as e:
         raise LookupError(f"its options cannot be used: {e}") from e
+
+
+def _is_built_in(function: Any) -> bool:
+    return any(function is own for own in BUILTIN.values())
 
 
 def signature_of(function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Signature:
@@ -143,16 +166,17 @@ def signature_of(function: Callable[..., Any], options: Mapping[str, Any] | None
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as e:
         raise LookupError(f"its arguments cannot be read ({e}); wrap it in a Python function") from e
+    own = function if _is_built_in(function) else None  # a user's object may have attributes of these names
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return Signature(
         names=[p.name for p in named],
         required=[p.name for p in named if p.default is p.empty],
         any=any(p.kind is p.VAR_KEYWORD for p in parameters),
         bound=list(_bound(function)),
-        answer_option=getattr(function, "answer_option", None),
-        runs_code=bool(getattr(function, "runs_code", False)),
-        settings=tuple(getattr(function, "settings", ())),
-        fields=tuple(function.fields(options or {})) if hasattr(function, "fields") else (),
+        answer_option=getattr(own, "answer_option", None),
+        runs_code=isinstance(code := getattr(function, "runs_code", False), int) and bool(code),
+        settings=tuple(getattr(own, "settings", ())),
+        fields=tuple(own.fields(options or {})) if own is not None and hasattr(own, "fields") else (),
     )
 
 
@@ -248,8 +272,8 @@ def call(
     values |= {"prompts": list(prompts), "completions": list(completions), **options}
     by_place = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.POSITIONAL_ONLY and parameter.name in values:
-            by_place.append(values.pop(parameter.name))
+        if parameter.kind is parameter.POSITIONAL_ONLY:  # one that is not given keeps its place
+            by_place.append(values.pop(parameter.name, parameter.default))
     chosen = {k: v for k, v in values.items() if k in signature.names or (signature.any and k not in signature.bound)}
     value = function(*by_place, **chosen)
     return run(value) if inspect.isawaitable(value) else value
@@ -269,14 +293,17 @@ def own_copy(value: Any) -> Any:
 def plain(values: Any, count: int) -> Any:
     """A result as JSON: numbers and None unchanged, anything else as {"text", "type"} for the error message.
 
-    A set has no order, so its numbers belong to no response. A result of a wrong length is {"count": its length}, so
-    that the answer's size stays within bounds.
+    A set has no order, so its numbers belong to no response, and a DataFrame gives the names of its columns. A result
+    of a wrong length is {"count": its length}, so that the answer's size stays within bounds.
     """
-    if isinstance(values, str | bytes | Mapping | Set) or not hasattr(values, "__len__"):
+    if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or hasattr(values, "columns"):
         return _described(values)
-    if len(values) != count:
-        return {"count": len(values)}
-    return [_number(v) for v in values]
+    try:
+        length = len(values)
+    except TypeError:  # a generator, or an array without an axis
+        return _described(values)
+    numbers = [_number(v) for v in itertools.islice(values, count + 1)] if length == count else []
+    return numbers if len(numbers) == count else {"count": length if length != count else len(numbers)}
 
 
 def _number(value: Any) -> Any:
@@ -293,4 +320,8 @@ def _number(value: Any) -> Any:
 
 
 def _described(value: Any) -> dict[str, str]:
-    return {"text": str(value)[:200], "type": type(value).__name__[:80]}
+    try:
+        text = str(value)
+    except Exception:
+        text = "(its text cannot be read)"
+    return {"text": text[:200], "type": type(value).__name__[:80]}

@@ -12,14 +12,22 @@ import functools
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 from .encoding import decode
 from .environments import Environments
-from .functions import Signature, call, find_function, plain, signature_of, warm_up
+from .functions import (
+    Signature,
+    call,
+    described_error,
+    end_of_traceback,
+    find_function,
+    plain,
+    signature_of,
+    warm_up,
+)
 from .guard import start_guard
 from .job_signals import TERMINATING
 from .messages import messages, read_message, write_message
@@ -115,12 +123,7 @@ def _serve(requests: int, answers: int, work: Callable[[Any, Callable[[Any], Any
 
 
 def _error(error: BaseException) -> dict[str, str]:
-    try:
-        text = str(error)
-    except Exception:  # an error of the user's that cannot print itself
-        text = "(its text cannot be read)"
-    last = traceback.format_exception(error)[-3:]
-    return {"error": f"{type(error).__name__}: {text}"[:2000], "traceback": "".join(last)[-4000:]}
+    return {"error": described_error(error), "traceback": end_of_traceback(error)}
 
 
 def _flush() -> None:
