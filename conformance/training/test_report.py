@@ -15,7 +15,7 @@ import pytest
 from made_up_run import run_of
 from simulated_run import write_episodes, write_hostile_run, write_long_run, write_run
 
-from gvpo_core.training.report import write_report
+from gvpo_core.training.report import write_comparison, write_report
 from gvpo_core.training.report.changes import held_out_change
 from gvpo_core.training.report.charts import LIMIT
 from gvpo_core.training.report.history import episodes, verdict
@@ -133,6 +133,30 @@ def test_crashed_and_partial_folders(run, tmp_path):
     for size in range(1, 4000, 271):  # cut anywhere
         (crashed / "metrics.jsonl").write_bytes(lines[:size])
         Strict(write_report(crashed).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("completions.jsonl", rb'"group": ?\d+', b'"group": [1]'),
+        ("completions.jsonl", rb'"kind": ?"(train|eval)"', b'"kind": {}'),
+        ("completions.jsonl", rb'"response": ?', b'"end": ["done"], "response": '),
+        ("completions.jsonl", rb'"reward": ?', b'"more": DEEP, "reward": '),
+        ("metrics.jsonl", rb'"kind": ?"event"', b'"kind": "event", "event": [1], "more": 1'),
+        ("metrics.jsonl", rb'"kind": ?', b'"more": DEEP, "kind": '),
+        ("environment.json", rb'"python": ?', b'"more": DEEP, "python": '),
+        ("config.toml", rb"\[run\]", b"more = DEEP\n[run]"),
+    ],
+)
+def test_a_page_is_written_of_edited_files(name, old, new, run, tmp_path):
+    """Values of other types where names are looked up, and values that nest deeper than a parser goes."""
+    edited = tmp_path / "edited"
+    shutil.copytree(run, edited)
+    content, found = re.subn(old, new.replace(b"DEEP", b"[" * 10_000 + b"]" * 10_000), (edited / name).read_bytes())
+    assert found
+    (edited / name).write_bytes(content)
+    Strict(write_report(edited).read_text(encoding="utf-8"))
+    write_comparison([edited, run], tmp_path / "both.html")
 
 
 def test_a_run_that_stopped_says_so(tmp_path):

@@ -21,6 +21,7 @@ from gvpo_core.training.report.columns import Columns
 _BROWSED_STEPS = 60  # steps whose responses can be looked through
 _ALERTED_STEPS = 20  # and as many at most at which an alert was raised
 _KEPT = ("step", "time")  # of a train record, beside what is no number
+_LABELS = ("group", "end")  # of a row of completions, which are looked up
 _HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
 
 
@@ -121,12 +122,12 @@ def read_run(folder: Path) -> Run:
     text = _text(folder / "config.toml", problems)
     try:
         config = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as e:
+    except (tomllib.TOMLDecodeError, RecursionError) as e:
         config = {}
         problems.append(f"config.toml is not TOML: {e}")
     try:
         environment = json.loads(_text(folder / "environment.json", problems) or "{}")
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         environment = {}
         problems.append(f"environment.json is not JSON: {e}")
     run = Run(folder, config, text, environment if isinstance(environment, dict) else {}, [], [], [])
@@ -157,7 +158,7 @@ def _read_records(run: Run, path: Path) -> None:
             kind, step = record.get("kind"), record.get("step")
             if type(step) is not int:
                 continue
-            if kind == "event":
+            if kind == "event" and isinstance(record.get("event"), str):
                 run.events.append(record)
             elif kind == "eval":
                 evaluations[step] = record
@@ -222,8 +223,8 @@ def _wanted_rows(path: Path, wanted: set[tuple[str, int]]) -> Iterator[tuple[tup
             try:
                 row = json.loads(line)
                 key = (row["kind"], row["step"])
-                usable = isinstance(row["prompt"], str) and isinstance(row["response"], str)
-            except (ValueError, KeyError, TypeError):
+                usable = all(isinstance(row[name], str) for name in ("kind", "prompt", "response"))
+            except (ValueError, KeyError, TypeError, RecursionError):
                 continue
-            if key in wanted and usable:
-                yield key, row
+            if usable and type(row["step"]) is int and key in wanted:
+                yield key, {k: v for k, v in row.items() if k not in _LABELS or isinstance(v, str | int)}
