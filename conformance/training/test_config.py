@@ -57,7 +57,9 @@ def test_reads_what_is_given_and_keeps_the_rest(file):
 
 
 def test_written_settings_read_back_equal(file, tmp_path):
-    config = replace(read_config(file(GOOD)), model=ModelConfig(path="m", revision="abc", lora_targets=("q", "v")))
+    config = replace(
+        read_config(file(GOOD)), model=ModelConfig(path="m", revision="abc", lora_rank=2, lora_targets=("q", "v"))
+    )
     write_config(config, tmp_path / "again.toml")
     assert read_config(tmp_path / "again.toml") == config
 
@@ -187,6 +189,9 @@ def merged(change: str) -> str:
         ("[optimizer]\neps = '1'", r"config.toml:13: optimizer.eps = '1'; expected float$"),
         ("[rewards.slow]\nfunction = 'exact_match'\ntimeout = 0", r"rewards.slow.timeout = 0.0; expected > 0"),
         ("[rewards.mean]\nfunction = 'exact_match'", r"a reward cannot be named 'mean'"),
+        ("[model]\nlora_alpha = 16", r"model.lora_alpha is set and has no effect, as model.lora_rank is 0"),
+        ("[replay]\nage = 3", r"replay.age is set and has no effect, as replay.groups is 0"),
+        ("[environment]\nmax_turns = -1", r"environment.max_turns is set and has no effect, as environment.path and"),
         ("[rewards.empty]\nweight = 2", r"rewards.empty.function is empty"),
     ],
 )

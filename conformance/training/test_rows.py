@@ -3,6 +3,7 @@
 import datetime
 import decimal
 import itertools
+import json
 import time
 
 import numpy as np
@@ -59,6 +60,20 @@ def test_files_that_cannot_be_read(tmp_path, name, content, message):
     with pytest.raises(DataError, match=message) as raised:
         load_rows(tmp_path / name, "data.train")
     assert "\n" not in str(raised.value)
+
+
+def test_an_array_of_objects_is_rows_and_endings_have_any_case(tmp_path):
+    rows = [{"prompt": "a"}, {"prompt": "b", "answer": [1]}]
+    for name, text in (
+        ("x.json", json.dumps(rows)),
+        ("y.JSON", json.dumps(rows, indent=1)),
+        ("z.JSONL", '{"prompt": 1}\n'),
+    ):
+        (tmp_path / name).write_text(text)
+        assert load_rows(tmp_path / name) == (rows if name < "z" else [{"prompt": 1}])
+    (tmp_path / "empty.json").write_text("[]")
+    with pytest.raises(DataError, match="has no rows"):
+        load_rows(tmp_path / "empty.json")
 
 
 def test_missing_and_binary_files(tmp_path):

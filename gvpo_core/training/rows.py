@@ -23,7 +23,7 @@ class DataError(ValueError):
 
 
 def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str = "") -> list[Row]:
-    """Rows of a .jsonl or .parquet file, a folder saved by `datasets`, a dataset of the hub, or rows given in Python.
+    """Rows of a JSON or Parquet file, a folder saved by `datasets`, a dataset of the hub, or rows given in Python.
 
     Args:
       source: a path, the hub's owner/name or reasoning_gym:NAME; or a Dataset, DatasetDict or IterableDataset of
@@ -169,9 +169,10 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
             raise DataError(f"{where}: {pointer_message(file)}")
     if path.is_dir():
         return _from_datasets(path, where, split)
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    if suffix == ".parquet":
         return _from_parquet(path, where)
-    if path.suffix in (".jsonl", ".json"):
+    if suffix in (".jsonl", ".json"):
         return _from_jsonl(path)
     raise DataError(f"{where}: expected .jsonl, .parquet or a folder saved by datasets")
 
@@ -198,6 +199,8 @@ def _from_jsonl(path: Path) -> list[Any]:
         raise DataError(f"{path} is not UTF-8 text: {e}") from e
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror or e}") from e
+    if (whole := _of_array(text)) is not None:
+        return whole
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -209,6 +212,17 @@ def _from_jsonl(path: Path) -> list[Any]:
             raise DataError(f'{path}:{number}: a {type(row).__name__}; expected a JSON object, as {{"prompt": ...}}')
         rows.append(row)
     return rows
+
+
+def _of_array(text: str) -> list[Any] | None:
+    """The rows of a file that is one JSON array of objects; None for any other."""
+    if not text.lstrip().startswith("["):
+        return None
+    try:
+        rows = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        return None
+    return rows if all(isinstance(row, dict) for row in rows) else None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

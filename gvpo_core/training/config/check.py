@@ -85,7 +85,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(0 < c.data.recorded_share < 1, "data.recorded_share", "in (0, 1)")
     need(0 <= c.data.curriculum < 1, "data.curriculum", "in [0, 1)")
     need(not (c.data.curriculum and c.rollout.source == "recorded"), "data.curriculum", "0 for recorded responses")
-    wrong += _wrong_mixture(c)
+    wrong += _wrong_mixture(c) + _without_effect(c)
     taken = sorted({*c.model.template} & _TEMPLATE)
     need(not taken, "model.template", f"arguments of the template's own, not {', '.join(taken)}")
     need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
@@ -205,6 +205,27 @@ def _wrong_step(c: Config) -> list[tuple[str, str]]:
             f"less than 1 / optimizer.learning_rate = {1 / o.learning_rate:g}: a step would turn the weights' signs"
         )
         wrong.append(("optimizer.weight_decay", f"optimizer.weight_decay = {o.weight_decay!r}; expected {wanted}"))
+    return wrong
+
+
+def _without_effect(c: Config) -> list[tuple[str, str]]:
+    """Settings of what is not used: they would be ignored without a word."""
+    wrong, default = [], Config()
+    for section, names, used, why in (
+        ("model", ("lora_alpha", "lora_kind", "lora_targets"), c.model.lora_rank, "model.lora_rank is 0: set it"),
+        ("replay", ("share", "age"), c.replay.groups, "replay.groups is 0: set it"),
+        ("data", ("recorded_share",), c.data.recorded, "data.recorded is empty: name a file"),
+        (
+            "environment",
+            ("max_turns", "turn_tokens", "cut_reward", "weight", "history", "timeout", "workers", "memory", "options"),
+            c.environment.used,
+            "environment.path and environment.tools are empty: set one",
+        ),
+    ):
+        for name in names if not used else ():
+            value, full = getattr(getattr(c, section), name), f"{section}.{name}"
+            if value != getattr(getattr(default, section), name):
+                wrong.append((full, f"{full} is set and has no effect, as {why}, or leave {full} out"))
     return wrong
 
 
