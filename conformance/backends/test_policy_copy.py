@@ -67,7 +67,7 @@ def copied(backend: Backend, model: Path) -> tuple[object, PolicyCopy]:
     config = Config(
         run=RunConfig(backend=backend.name),
         model=ModelConfig(path=str(model), device=DEVICE, dtype="float32"),
-        rollout=RolloutConfig(ahead=1),
+        rollout=RolloutConfig(ahead=2),  # three versions may wait
         optimizer=OptimizerConfig(learning_rate=0.05),
     )
     policy = load_policy(config)
