@@ -189,6 +189,17 @@ def merged(change: str) -> str:
         ("[optimizer]\neps = '1'", r"config.toml:13: optimizer.eps = '1'; expected float$"),
         ("[rewards.slow]\nfunction = 'exact_match'\ntimeout = 0", r"rewards.slow.timeout = 0.0; expected > 0"),
         ("[rewards.mean]\nfunction = 'exact_match'", r"a reward cannot be named 'mean'"),
+        ("[objective]\nbeta = 1e308", r"objective.beta = 1e\+308; expected at most 1,000,000,000,000"),
+        ("[rollout]\ntemperature = 1e-320", r"rollout.temperature = 1e-320; expected at least 1e-06"),
+        ("[evaluation]\ntemperature = 1e308", r"evaluation.temperature = 1e\+308; expected at most 1,000,000"),
+        (
+            "[rewards.w]\nfunction = 'exact_match'\nweight = -1e308",
+            r"rewards.w.weight = -1e\+308; expected within 1e\+12",
+        ),
+        (
+            "[rewards.w]\nfunction = 'exact_match'\nfailure_value = 1e300",
+            r"rewards.w.failure_value = 1e\+300; expected",
+        ),
         ("[model]\nlora_alpha = 16", r"model.lora_alpha is set and has no effect, as model.lora_rank is 0"),
         ("[replay]\nage = 3", r"replay.age is set and has no effect, as replay.groups is 0"),
         ("[environment]\nmax_turns = -1", r"environment.max_turns is set and has no effect, as environment.path and"),

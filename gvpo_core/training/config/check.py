@@ -27,8 +27,10 @@ _AT_MOST = {
     "optimizer.micro_batch_responses": 2**24, "model.lora_rank": 2**16, "evaluation.responses": 2**20,
     "evaluation.prompts": 2**24, "objective.length_exponent": 8, "data.reference_cache_size": 2**24,
     "data.buffer": 2**30, "rollout.redraws": 1000, "objective.reference_every": 10**8, "replay.groups": 2**20,
-    "optimizer.learning_rate": 1000,
+    "optimizer.learning_rate": 1000, "objective.beta": 10**12, "rollout.temperature": 10**6,
+    "evaluation.temperature": 10**6,
 }  # fmt: skip
+_HEAVIEST = 1e12  # of a weight or a reward that a setting gives: squares of their products stay finite in float32
 SMALLEST_MOVE = 1e-12
 """Of a weight in a step. A float32 weight of 0.001 does not change by less than 6e-11."""
 SMALLEST_EPS = 1e-16
@@ -70,6 +72,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         need(_get(c, name) >= 0, name, ">= 0")
     for name, most in _AT_MOST.items():
         need(_get(c, name) <= most, name, f"at most {most:,}")
+    for name in ("rollout.temperature", "evaluation.temperature"):  # float32 divides logits by it
+        need(not 0 < _get(c, name) < 1e-6, name, "at least 1e-06, or 0 for the most likely response")
     need(
         c.rollout.prompts * c.rollout.responses <= 2**24 or c.rollout.prompts > 2**20 or c.rollout.responses > 2**20,
         "rollout.prompts",
@@ -147,6 +151,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
             ("max_turns", 1 <= c.environment.max_turns <= 10_000, "1 to 10,000"),
             ("turn_tokens", 0 <= c.environment.turn_tokens <= c.rollout.max_tokens, "0 to rollout.max_tokens"),
             ("timeout", c.environment.timeout > 0, "> 0"),
+            ("weight", abs(c.environment.weight) <= _HEAVIEST, f"within {_HEAVIEST:g}"),
+            ("cut_reward", abs(c.environment.cut_reward) <= _HEAVIEST, f"within {_HEAVIEST:g}"),
             ("workers", 1 <= c.environment.workers <= 1024, "1 to 1,024"),
             ("memory", c.environment.memory >= 0, ">= 0"),
         ):
@@ -159,10 +165,12 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
         if name in RESERVED_REWARD_NAMES or not re.fullmatch(r"[\w.\-]+", name):
             wrong.append((f"rewards.{name}", f"a reward cannot be named {name!r}; give it another name"))
         for key, good, wanted in (
+            ("weight", abs(reward.weight) <= _HEAVIEST, f"within {_HEAVIEST:g}"),
             ("timeout", reward.timeout > 0, "> 0"),
             ("workers", 1 <= reward.workers <= 1024, "1 to 1,024"),
             ("memory", reward.memory >= 0, ">= 0"),
             ("max_failures", 0 <= reward.max_failures <= 1, "in [0, 1]"),
+            ("failure_value", abs(reward.failure_value or 0) <= _HEAVIEST, f"within {_HEAVIEST:g}"),
         ):
             if not good:
                 full = f"rewards.{name}.{key}"
