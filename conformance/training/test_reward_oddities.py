@@ -107,6 +107,22 @@ def test_what_is_no_list_of_numbers_is_refused_by_name(returned, message):
         score(loaded, ["p"] * 4, ["1", "2", "3", "4"], {})
 
 
+@pytest.mark.parametrize(
+    ("function", "options", "meant"),
+    [
+        ("exact_match", {"colum": "gold"}, "column"),
+        ("regex_match", {"pattren": "x"}, "pattern"),
+        ("judge", {"model": "m", "api_key": "k"}, "key"),
+    ],
+)
+def test_a_misspelt_option_of_a_built_in_reward_is_named(function, options, meant):
+    """They take any column, and took any option: a judge was asked without its key."""
+    if function == "judge":
+        pytest.importorskip("openai", reason="the judge extra is not installed")
+    with pytest.raises(ConfigError, match=rf"rewards.r.options.{[*options][-1]}: .*; did you mean {meant}\?"):
+        load_rewards({"r": RewardConfig(function, options=options, isolation="thread")})
+
+
 @pytest.mark.parametrize("isolation", ["process", "thread"])
 @pytest.mark.parametrize("body", ["import sys; sys.exit(0)", "raise GeneratorExit", "raise ValueError('x' * 10**6)"])
 def test_a_module_that_leaves_on_import_is_named(body, isolation, tmp_path):

@@ -1,6 +1,7 @@
 """Reward functions: found by name or path, asked for their arguments, and called."""
 
 import copy
+import difflib
 import functools
 import importlib
 import importlib.util
@@ -34,6 +35,7 @@ class Signature:
     answer_option: str | None = None  # a built-in reward: the option that names its column, passed as `answer`
     runs_code: bool = False
     settings: tuple[str, ...] = ()  # of a built-in reward: names that options alone set, never a column
+    built_in: bool = False
     fields: tuple[str, ...] = ()  # of a built-in reward: columns that its options name
 
 
@@ -175,6 +177,7 @@ def signature_of(function: Callable[..., Any], options: Mapping[str, Any] | None
         bound=list(_bound(function)),
         answer_option=getattr(own, "answer_option", None),
         runs_code=isinstance(code := getattr(function, "runs_code", False), int) and bool(code),
+        built_in=own is not None,
         settings=tuple(getattr(own, "settings", ())),
         fields=tuple(own.fields(options or {})) if own is not None and hasattr(own, "fields") else (),
     )
@@ -217,9 +220,12 @@ def wrong_arguments(signature: Signature, columns: Collection[str] | None, optio
     for option in options:
         if option in OWN:
             return f"options.{option}: gvpo passes {option} itself; give the option another name"
-        if option in signature.bound or not (signature.any or option in signature.names):
+        any_option = signature.any and not signature.built_in  # whose further arguments are columns
+        if option in signature.bound or not (any_option or option in signature.names):
             takes = ", ".join(names) or "none besides prompts and completions"
-            return f"options.{option}: the function takes no argument {option} (it takes: {takes})"
+            close = difflib.get_close_matches(option, names, n=1)
+            meant = f"; did you mean {close[0]}?" if close else ""
+            return f"options.{option}: the function takes no argument {option} (it takes: {takes}){meant}"
     has = ", ".join(sorted(set(columns or ()) - {*OWN})) or "none"
     if signature.answer_option:
         column = _answer_column(signature, options)
