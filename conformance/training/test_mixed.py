@@ -280,13 +280,14 @@ def test_redrawn_groups_come_from_further_prompts(tmp_path):
 def test_a_curriculum_returns_to_prompts_whose_rewards_differ(tmp_path):
     """Half of each step; the other half goes through the data once, in order."""
     asked = []
+    assert np.std([0.1] * 6) > 0, "equal rewards have a spread by rounding"
 
     def noted(prompts, completions):
-        asked.append(prompts[::4])
+        asked.append(prompts[::6])
         scale = {"p0": 0.0, "p1": 1.0, "p2": 0.0}
-        return [scale[p] * r for p, r in zip(prompts, reward(prompts, completions), strict=True)]
+        return [0.1 + scale[p] * r for p, r in zip(prompts, reward(prompts, completions), strict=True)]
 
-    data, rollout = {"curriculum": 0.5, "shuffle": False}, {"prompts": 4, "responses": 4}
+    data, rollout = {"curriculum": 0.5, "shuffle": False}, {"prompts": 4, "responses": 6}
     run(sampled_config(tmp_path, data=data, rollout=rollout, run={"steps": 9}), function=noted)
     revisited = [r["groups/revisited"] for r in records(tmp_path)]
     assert revisited[0] == 0 and set(revisited[1:]) == {1}, "p1 alone has rewards that differ"

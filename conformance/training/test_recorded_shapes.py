@@ -117,6 +117,26 @@ def test_labels_of_one_prompt_are_a_group():
     ]
 
 
+def test_labels_say_which_responses_were_cut_and_which_tokens_are_the_policys():
+    rows = [
+        {"prompt": "q", "completion": [5, 6], "label": True, "finished": False, "response_mask": [1, 0]},
+        {"prompt": "q", "completion": [7], "label": False},
+        {"prompt": "q", "completion": "b", "label": False, "finished": True, "response_mask": None},
+    ]
+    [found] = read(rows).rows
+    assert found.finished == [False, None, True] and found.masks == [(True, False), None, None]
+    assert found.columns == {}
+    [plain] = read([{"prompt": "q", "completion": "a", "label": True}]).rows
+    assert not plain.masks and not plain.later
+
+
+def test_a_single_completion_says_that_it_was_cut():
+    [found] = read([{"prompt": "q", "completion": "a", "finished": False}]).rows
+    assert found.finished == [False]
+    [masked] = read([{"prompt": "q", "completion": [5, 6], "response_mask": [1, 0]}]).rows
+    assert masked.masks == [(True, False)]
+
+
 def test_other_columns_stay_for_the_rewards():
     [row] = read([{"prompt": "q", "responses": ["a"], "rewards": [1], "finished": [True], "answer": "5"}]).rows
     assert row.columns == {"answer": "5"} and row.finished == [True]
@@ -167,6 +187,10 @@ def test_a_row_that_cannot_be_used_is_named(row, said):
         ({"prompt": "q", "completions": [{"text": "a"}]}, "column 'completions', entry 0 has no response"),
         ({"prompt": "q", "completions": [{"response": "a"}]}, "entry 0 has no score; expected one of score"),
         ({"prompt": "q", "completion": "a", "label": "yes"}, "column 'label' is 'yes'; expected true or false"),
+        ({"prompt": "q", "completion": "a", "label": 1, "finished": 1}, "column 'finished', entry 0 is 1; expected tr"),
+        ({"prompt": "q", "completion": "a", "label": 1, "finished": [True, True]}, "has 1 responses and 2 finished"),
+        ({"prompt": "q", "completion": [5], "label": 1, "response_mask": 1}, "column 'response_mask' is a int"),
+        ({"prompt": "q", "completion": [5], "label": 1, "response_mask": [2]}, "'response_mask', entry 0 is .*; expec"),
     ],
 )
 def test_pairs_and_completions_that_cannot_be_used_are_named(row, said):

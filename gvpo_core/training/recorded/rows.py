@@ -97,7 +97,6 @@ def _one(
 ) -> tuple[str, RecordedRow]:
     rest = {k: v for k, v in row.items() if k not in (*shape.needs, prompt_column, *_OURS)}
     prompt = row.get(prompt_column)
-    finished: Any = None
     parts: Sequence[Mapping[str, float]] = ()
     ids: list[int] | None = None
     if shape is PAIRS:
@@ -111,6 +110,7 @@ def _one(
         column = shape.needs[0]
         values = plain_list(row[column], f"{where}, column {column!r}") if column == "responses" else [row[column]]
         prompt, given = answers(prompt, values, where, (column,) * len(values))
+        row = row if column == "responses" else _as_lists(row)
         scores, rewards = "none: every response counts alike", [1.0] * len(given)
     else:
         values = plain_list(row["responses"], f"{where}, column 'responses'")
@@ -123,20 +123,41 @@ def _one(
         parts = _parts(row.get("reward_parts"), len(given), f"{where}, column 'reward_parts'")
     if prompt is None:
         raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
-    finished = row.get("finished")
-    finished = [None] * len(given) if finished is None else plain_list(finished, f"{where}, column 'finished'")
-    for column, of_each in (("rewards", rewards), ("finished", finished)):
-        if len(of_each) != len(given):
-            raise DataError(f"{where} has {len(given)} responses and {len(of_each)} {column}; expected equal numbers")
+    finished = _finished(row.get("finished"), len(given), where)
+    if len(rewards) != len(given):
+        raise DataError(f"{where} has {len(given)} responses and {len(rewards)} rewards; expected equal numbers")
     checked = [_reward(r, f"{where}, column 'rewards', entry {j}") for j, r in enumerate(rewards)]
-    for j, (response, ended) in enumerate(zip(given, finished, strict=True)):
+    for j, response in enumerate(given):
         if response is None:
             raise DataError(f"{where}, response {j} is None; expected text or token ids")
-        if ended is not None and not isinstance(ended, bool):
-            raise DataError(f"{where}, column 'finished', entry {j} is {ended!r:.40}; expected true, false or null")
     masks = read_masks(row.get("response_mask"), len(given), where)
     later = later_segments(row.get("response_segments"), len(given), where)
     return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, ids, masks, later=later)
+
+
+def _finished(given: Any, count: int, where: str) -> list[bool | None]:
+    column = f"{where}, column 'finished'"
+    finished = [None] * count if given is None else plain_list(given, column)
+    for j, ended in enumerate(finished):
+        if ended is not None and not isinstance(ended, bool):
+            raise DataError(f"{column}, entry {j} is {ended!r:.40}; expected true, false or null")
+    if len(finished) != count:
+        raise DataError(f"{where} has {count} responses and {len(finished)} finished; expected equal numbers")
+    return finished
+
+
+def _as_lists(row: Row) -> Row:
+    """The row of a single response, whose columns may give their one value without a list around it."""
+
+    def nested(value: Any) -> Any:
+        value = value.tolist() if hasattr(value, "tolist") else value
+        flat = isinstance(value, list | tuple) and not any(isinstance(v, list | tuple) for v in value)
+        return [value] if flat else value
+
+    columns = {name: nested(row[name]) for name in ("response_mask", "response_segments") if name in row}
+    finished = row.get("finished")
+    alone = finished is not None and not isinstance(finished, list | tuple)
+    return {**row, **columns, **({"finished": [finished]} if alone else {})}
 
 
 def _pair_rewards(row: Row, columns: Sequence[str], where: str) -> tuple[str, list[Any]]:
@@ -177,6 +198,9 @@ def _scored_completions(completions: Any, where: str) -> tuple[list[Any], list[A
 def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[RecordedRow]:
     """TRL's unpaired preferences: the rows of one prompt are its group."""
     groups: dict[str, list[tuple[int, Any, Any, float]]] = {}
+    ended: list[bool | None] = []
+    masks: list[Mask | None] = []
+    later: list[Sequence[Segment]] = []
     for i, row in enumerate(rows):
         where = f"{name} row {i}"
         if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
@@ -185,16 +209,22 @@ def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[Record
         if prompt is None:
             raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
         groups.setdefault(repr(prompt), []).append((i, prompt, given[0], float(row["label"])))
-    left_out = (prompt_column, "completion", "label")
+        of_one = _as_lists(row)
+        ended += _finished(of_one.get("finished"), 1, where)
+        masks += read_masks(of_one.get("response_mask"), 1, where) or [None]
+        later += later_segments(of_one.get("response_segments"), 1, where) or [()]
+    left_out = (prompt_column, "completion", "label", *_OURS)
     return [
         RecordedRow(
             f"{name} row {members[0][0]}",
             members[0][1],
             [response for _, _, response, _ in members],
             [reward for _, _, _, reward in members],
-            [None] * len(members),
+            [ended[i] for i, *_ in members],
             columns={k: v for k, v in rows[members[0][0]].items() if k not in left_out},
             row=members[0][0],
+            masks=[masks[i] for i, *_ in members] if any(masks[i] is not None for i, *_ in members) else (),
+            later=[later[i] for i, *_ in members] if any(later[i] for i, *_ in members) else (),
         )
         for members in groups.values()
     ]

@@ -114,7 +114,8 @@ class Sampled:
         for group, number in enumerate(self.numbers):
             rewards = drawn.rewards[drawn.drawn & (drawn.group_ids == group)]
             rewards = rewards[~np.isnan(rewards)]
-            self.spreads[number] = float(rewards.std()) if rewards.size else 0.0
+            differ = rewards.size and rewards.min() < rewards.max()  # the spread of equal rewards is 0 up to rounding
+            self.spreads[number] = float(rewards.std()) if differ else 0.0
 
     def _next(self, taken: int, size: int) -> list[int]:
         return self.prompts.after(taken, size, seed=self.config.run.seed, shuffle=self.config.data.shuffle)
