@@ -19,6 +19,7 @@ from gvpo_torch.reward_model import Pair, RewardModel, micro_batches, train
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from gvpo_core.training import cli
+from gvpo_core.training.cli import train_reward as cli_train_reward
 from gvpo_core.training.cli.train_reward import read_preferences, split
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.rewards.worker import reward_model as rewarding
@@ -190,6 +191,23 @@ def test_what_cannot_be_trained_on_is_one_line(folder, tmp_path, capsys, rows, o
     error = capsys.readouterr().err
     assert re.search(message, error) and "Traceback" not in error
     assert not out.exists()
+
+
+def test_a_hub_dataset_is_asked_for_with_its_subset_and_splits(folder, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def load_rows(source, name, **options):
+        asked.append((source, options))
+        return [{"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(2)]
+
+    monkeypatch.setattr(cli_train_reward, "load_rows", load_rows)
+    command = ["train-reward", "me/pairs", str(tmp_path / "out"), "--model", str(folder), "--device", "cpu"]
+    command += ["--subset", "en", "--split", "train_prefs", "--held-out", "me/pairs", "--held-out-split", "test_prefs"]
+    assert cli.main(command) == 0
+    assert asked == [
+        ("me/pairs", {"split": "train_prefs", "subset": "en"}),
+        ("me/pairs", {"split": "test_prefs", "subset": "en"}),
+    ]
 
 
 def test_models_and_folders_that_do_not_fit_are_named(folder, tmp_path, capsys):

@@ -45,9 +45,10 @@ def train_reward(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     _check(options)
-    preferences = read_preferences(options.data, "the data", options.prompt, options.split)
+    preferences = read_preferences(options.data, "the data", options.prompt, options.split, options.subset)
     if options.held_out:
-        kept = read_preferences(options.held_out, "the held-out data", options.prompt, "")
+        held_out_split = options.held_out_split
+        kept = read_preferences(options.held_out, "the held-out data", options.prompt, held_out_split, options.subset)
     else:
         preferences, kept = split(preferences, options.held_out_share, options.seed)
 
@@ -121,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
         default=0.1,
         help="share of the rows held out if --held-out is not given. Default: 0.1",
     )
-    add("--split", default="", help="split of a hub data set")
+    add("--split", default="", help="split of the data, where it has several")
+    add("--held-out-split", default="", metavar="SPLIT", help="split of --held-out, where it has several")
+    add("--subset", default="", help="configuration of a hub dataset")
     add("--prompt", default="prompt", help="column of the prompt. Default: prompt")
     add(
         "--margin",
@@ -172,12 +175,12 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("\n".join(wrong))
 
 
-def read_preferences(source: str, name: str, prompt: str, split: str) -> list[Preference]:
+def read_preferences(source: str, name: str, prompt: str, split: str = "", subset: str = "") -> list[Preference]:
     """Each two responses to a prompt whose rewards differ, the higher one first.
 
     Raises: DataError: rows that hold no preferences.
     """
-    rows = load_rows(source, name, split=split)
+    rows = load_rows(source, name, split=split, subset=subset)
     shape = shape_of(column_names(rows))
     if shape is None or shape in UNSCORED:
         raise DataError(
