@@ -363,7 +363,7 @@ def scale(session: nox.Session, backend: str) -> None:
 
 # Tests of tiny models that can be on a GPU.
 ON_A_GPU = {"jax": "policy_update policy_generate jax_prefixes"}
-ON_A_GPU["torch"] = "torch_cuda torch_cuda_beside torch_fixed torch_compiled torch_prefixes torch_quantized trainer "
+ON_A_GPU["torch"] = "torch_cuda* torch_fixed* torch_compiled torch_prefixes torch_quantized trainer "
 ON_A_GPU["torch"] += "policy_* distillation episode_runs mixed_steps recorded_steps"
 
 

@@ -18,6 +18,7 @@ if not torch.cuda.is_available():
 
 import torch.distributed as dist
 from gvpo_torch import blocks, decode_prompts, fixed, load, model
+from gvpo_torch.deferred import unread
 from gvpo_torch.sharding import is_sharded, shard
 from gvpo_torch.update import full_tensor, make_optimizer
 from torch.distributed.tensor import DTensor
@@ -81,6 +82,16 @@ def test_samples_are_the_cpus(kind, folder, monkeypatch):
     assert len(replays) > 50 and len(set(replays)) > 1
 
 
+def test_heads_that_the_kernel_does_not_take_are_sampled_by_products_in_graphs(tmp_path, monkeypatch):
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    monkeypatch.setattr(decode_prompts, "_on_cuda", lambda *given: 1 / 0)
+    folder = tiny_models.write_model("mistral", tmp_path, head_dim=12)
+    seeds = [[row_seed(1, 0, j) for j in range(4)]]
+    one, other = (made(folder, device).generate([(5, 6, 7)], seeds, Sampling(60)) for device in ("cpu", "cuda"))
+    assert other == one and replays
+
+
 def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(folder, monkeypatch, caplog):
     """A layer that waits for the host: tokens are drawn without a graph, and cached memory can still be released."""
     policy, plain = made(folder, "cuda"), made(folder, "cpu")
@@ -138,6 +149,17 @@ def test_memory_is_the_devices(folder):
     assert policy.describe().device.startswith("cuda")
     done = policy.update(OF, coefficients_of(OF))
     assert 0 < done.peak_memory <= torch.cuda.get_device_properties(0).total_memory
+
+
+def test_room_for_samples_includes_what_the_allocator_keeps(folder):
+    """Else few rows are drawn together after the first update."""
+    policy = made(folder, "cuda")
+    before, size = policy._cache_tokens(), torch.cuda.mem_get_info()[0] // 2
+    held = torch.empty(size, dtype=torch.uint8, device="cuda")
+    assert policy._cache_tokens() < 0.6 * before
+    del held
+    assert torch.cuda.memory_reserved() - torch.cuda.memory_allocated() >= size
+    assert policy._cache_tokens() == pytest.approx(before, rel=0.02)
 
 
 @pytest.mark.parametrize("always", [False, True])
@@ -224,6 +246,37 @@ def test_shards_take_the_step_of_a_copy(kind, dtype, folder, one_rank_of_nccl):
     lengths = np.asarray([len(response) for response in OF.responses])
     gap = np.abs(shards.logprobs(OF) - copy.logprobs(OF)) / lengths
     assert gap.max() < (0.1 if kind == "lora" and dtype == "bfloat16" else 1e-3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_are_read_saved_and_exported_as_a_copy(kind, folder, tmp_path, one_rank_of_nccl):
+    """Read in parts onto the device, copied to the host to be saved, gathered to be exported."""
+    copy, shards = (made(folder, "cuda", strategy="score", **KINDS[kind]) for _ in range(2))
+    right = dict(copy.scorer.named_parameters())
+    scorer = model.load_scorer(copy.config, copy.device, 0, deferred=True)
+    assert unread(scorer), "nothing was left to read in parts"
+    shard(scorer, copy.device)
+    read = dict(scorer.named_parameters())
+    assert read.keys() == right.keys()
+    for name, p in read.items():
+        assert isinstance(p, DTensor) and p.device.type == "cuda" and torch.equal(p.full_tensor(), right[name]), name
+
+    shards = sharded(shards)
+    shards.update(OF, coefficients_of(OF))
+    (tmp_path / "saved").mkdir()
+    shards.save(tmp_path / "saved")
+    copy.restore(tmp_path / "saved")
+    after = parameters(shards)
+    assert all(np.array_equal(value, after[name]) for name, value in parameters(copy).items())
+    for policy, out in ((copy, "copy"), (shards, "shards")):
+        policy.export(tmp_path / out)
+    files = [(tmp_path / out / "model.safetensors").read_bytes() for out in ("copy", "shards")]
+    assert files[0] == files[1]
+    moves = []
+    for policy in (copy, shards):
+        policy.update(OF, coefficients_of(OF))
+        moves.append({name: value - after[name] for name, value in parameters(policy).items()})
+    assert step_difference(*moves) < 1e-4
 
 
 @pytest.mark.parametrize("kind", [{}, {"lora_rank": 3}, {"gradient_checkpointing": True}], ids=str)

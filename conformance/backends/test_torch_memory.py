@@ -9,9 +9,11 @@ import sys
 import pytest
 import tiny_models
 from required import require
+from torch_policies import policy
 
 require(subject="torch")
 import torch
+from gvpo_torch import memory
 
 from gvpo_core.training.config import Config, ModelConfig, RolloutConfig, RunConfig
 from gvpo_core.training.loop import train
@@ -99,3 +101,14 @@ def test_a_run_takes_about_what_was_estimated(rank, tmp_path):
     # What is measured also has the pages of libraries that a first step touches, more on some machines than on others.
     assert found["measured"] == pytest.approx(found["estimated"], rel=0.25), found
     assert found["held"] < 1.5 * found["framework"], found
+
+
+def test_a_cache_on_cuda_may_take_what_the_allocator_keeps_and_does_not_use(tmp_path, monkeypatch):
+    scorer = policy(tiny_models.make_model("llama", tmp_path)).scorer
+    sizes = memory.shape(scorer)
+    token = 2 * 4 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"]  # float32
+    for free, reserved, allocated in ((400, 0, 0), (100, 500, 200), (400, 700, 700)):
+        for name, held in (("memory_reserved", reserved), ("memory_allocated", allocated)):
+            monkeypatch.setattr(torch.cuda, name, lambda device, held=held: held * token)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device, free=free: (free * token, 1000 * token))
+        assert memory.cache_tokens(scorer, torch.device("cuda", 0)) == 100
