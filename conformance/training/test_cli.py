@@ -118,7 +118,11 @@ def test_usage_and_unknown_commands(capfd):
             "raise KeyError('x')",
             "reward right gave no score to any of 3 responses; the first (error), to the prompt 'p0'",
         ),
-        ("return [None] * len(scores)", "reward right gave no score to any of 3 responses; the first (none)"),
+        (
+            "return [None] * len(scores)",
+            "gave no score to any of 3 responses; the first (none), to the prompt 'p0': None or NaN; what the reward"
+            " printed is in rewards.log",
+        ),
         ("return None", "reward right returned 'None'; expected a list of 3 numbers"),
     ],
 )

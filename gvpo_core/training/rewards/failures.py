@@ -85,6 +85,8 @@ def no_score(failures: Mapping[str, Sequence[Failure]], prompts: Sequence[Prompt
 
 def _no_score(name: str, first: Failure, prompts: Sequence[Prompt], n: int) -> RewardError:
     what = f"the first ({first.kind}), to the prompt {start_of(prompts[first.row])!r}: {first.message}"
+    if first.kind == "none":  # as a judge whose requests fail, which prints why
+        what += "; what the reward printed is in rewards.log, in the run folder"
     return RewardError(f"reward {name} gave no score to any of {n} responses; {what}\n{first.traceback}".strip())
 
 
