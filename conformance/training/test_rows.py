@@ -105,6 +105,11 @@ def test_sources_of_datasets(tmp_path):
     assert load_rows(streams) == ROWS  # the only split
     both.save_to_disk(tmp_path / "split")
     assert "is a folder with the splits train, test; name one of them" in refused(tmp_path / "split")
+    assert "train, test; name one of them: data.evaluation_split" in refused(tmp_path / "split", "data.evaluation")
+    assert "train, test; name one of them: --split" in refused(tmp_path / "split", "the data")
+    assert "train, test; name one of them: --held-out-split" in refused(tmp_path / "split", "the held-out data")
+    assert "train, test; give the folder or file of one of them" in refused(tmp_path / "split", "data.recorded")
+    assert load_rows(tmp_path / "split" / "train", "data.recorded") == ROWS
     assert load_rows(tmp_path / "split", split="train") == ROWS
     (arrow,) = (tmp_path / "saved").glob("*.arrow")
     arrow.write_text(POINTER)

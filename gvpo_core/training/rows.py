@@ -17,6 +17,14 @@ Row = Mapping[str, Any]
 _LONGEST_STREAM = 20_000  # rows of an iterable that does not tell its length: it may never end
 _UNREADABLE = (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError)  # pyarrow's are ValueErrors
 
+_SPLITS = {  # how to say which split, by the name of the data
+    "data.recorded": "give the folder or file of one of them, as hf://datasets/owner/name/file.parquet",
+    "data.evaluation": "name one of them: data.evaluation_split",
+    "evaluation_rows": "name one of them: data.evaluation_split",
+    "the data": "name one of them: --split",
+    "the held-out data": "name one of them: --held-out-split",
+}
+
 
 class DataError(ValueError):
     """Data that cannot be trained on; the message names the file, the row and the column."""
@@ -110,7 +118,8 @@ def _split_of(splits: Mapping[str, Any], split: str, what: str) -> Any:
     has = f"{what} with the splits {', '.join(map(str, splits))}"
     if split:
         raise DataError(f"{has}; none of them is named {split!r}")
-    raise DataError(f"{has}; name one of them: data.split, or data.evaluation_split for held-out rows")
+    way = next((way for name, way in _SPLITS.items() if what.startswith(name)), "name one of them: data.split")
+    raise DataError(f"{has}; {way}")
 
 
 def _of_columns(columns: Mapping[Any, Any], name: str) -> list[Any]:
