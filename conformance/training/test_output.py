@@ -99,6 +99,15 @@ def test_closed_output_drops_a_result_and_failed_writes_are_one_line(arguments):
     assert (status, err) == (1, "gvpo: cannot write to standard output: Bad file descriptor\n")
 
 
+@pytest.mark.parametrize("arguments", [("train", "--help"), ("--help",), ("doctor",)])
+def test_a_reader_that_has_seen_enough_is_no_error(arguments):
+    """As in `gvpo --help | head -1`: the reader has ended when a command writes."""
+    if arguments == ("train", "--help"):
+        pytest.importorskip("tyro", reason="the command line's extra is not installed")
+    status, _, err = ran("| true; exit ${PIPESTATUS[0]}", *arguments)
+    assert (status, err) == (0, "")
+
+
 @pytest.mark.parametrize(("encoding", "shown"), [("ascii", r"n\xe4u"), ("latin-1", "n\ufffdu"), ("utf-8", "näu")])
 def test_a_result_is_printed_in_any_encoding(encoding, shown, tmp_path):
     status, out, err = ran("", "init", tmp_path / "näu", PYTHONIOENCODING=encoding)

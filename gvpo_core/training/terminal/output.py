@@ -133,9 +133,15 @@ def show_progress(text: object) -> None:
 
 @contextlib.contextmanager
 def refusing_output() -> Iterator[None]:
-    """Around what prints alone. Raises: OutputError: standard output cannot be written."""
+    """Around what prints alone; a reader that has seen enough, as `head`, is no error.
+
+    Raises: OutputError: standard output cannot be written.
+    """
     try:
         yield
+    except BrokenPipeError:
+        with contextlib.suppress(OSError, ValueError):  # else Python fails to flush what is left, at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         raise OutputError(f"cannot write to standard output: {e.strerror or e}") from e
 
