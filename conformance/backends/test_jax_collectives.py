@@ -4,12 +4,13 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from collectives import collectives, total
-from places import SUPPORT
+from places import ROOT, SUPPORT
 from required import require
 
 require(subject="jax")
@@ -88,3 +89,27 @@ ENTRY %main (a: f32[4]) -> f32[4] {
     ]
     assert total(found) == {"all-reduce": 16, "all-gather": 896}
     assert collectives(text, turn=True) == []
+
+
+@pytest.mark.parametrize("program", ["", "score_rows", "forward", "backward", "step", "placed", "prefill", "decode"])
+@pytest.mark.parametrize("name", ["smollm2-v5e-1x1", "smollm2-v5e-2x2", "qwen2.5-7b-v5e-4x4"])
+def test_tpu_compile_bounds_what_each_program_moves(name, program, monkeypatch) -> None:
+    """Half of the model's parameters once more, in any program, are beyond a bound."""
+    for variable in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "TPU_ACCELERATOR_TYPE", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.setenv(variable, os.environ.get(variable, ""))  # put back afterwards
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import tpu_compile
+
+    case = tpu_compile.CASES[name]
+    names = ("score_rows", "forward", "backward", "accumulate", "step", "placed", "prefill", "decode", "no kernels")
+    sizes = SimpleNamespace(
+        argument_size_in_bytes=0, output_size_in_bytes=0, alias_size_in_bytes=0, temp_size_in_bytes=1
+    )
+    compiled = SimpleNamespace(memory_analysis=lambda: sizes)
+    more = 7.0 if "7b" in name else 0.13
+    crossing = lambda of, *_: case.moved.get(of, 0.0) / 1.15 + more * (of == program)
+    monkeypatch.setattr(tpu_compile, "make_mesh", lambda case: SimpleNamespace(size=4))
+    monkeypatch.setattr(tpu_compile, "programs", lambda case: [(of, compiled, 0) for of in names])
+    monkeypatch.setattr(tpu_compile, "moved", crossing)
+    monkeypatch.setattr(tpu_compile.blocks, "fits", lambda *given: False)
+    assert tpu_compile.examine(name, case) == (not program)
