@@ -53,6 +53,8 @@ def test_a_gold_answer_that_cannot_be_read_is_not_scored(gold, library):
         ("From 1 p.m. on, so at 3 p.m.", "3 p.m.", 1),
         ("The answer is 3 p.m.", "3:00 PM", 1), ("It leaves at 3 p.m. and arrives at 4 p.m.", "3 p.m.", 0),
         (rf"\boxed{{0.\overline{{{'3' * 5000}}}}}", "5", 0), (rf"\boxed{{0.{'3' * 5000}(3)}}", "1/3", 1),
+        (rf"\boxed{{0.{'3' * 5000}...}}", "1/3", 1), (rf"\boxed{{5{' ' * 5000}!}}", "1/3", 0),
+        (rf"\boxed{{5{chr(10) * 5000}!}}", "1/3", 0),
         (f"It is 0.{'3' * 5000}", "5", 0), (f"It is 0.{'3' * 5000}", "1/4", 0), (f"It is {'3' * 5000}.5", "0.25", 0),
         ("The answer is H2O.", "H2O", 1), ("The answer is HO2.", "H2O", 0), (r"so $x_1$", "x1", 1),
         ("**Answer:** 5", "5", 1), ("**Answer:** \u22125", "5", 0), ("**Answer: 3/4**", "0.75", 1),

@@ -99,6 +99,8 @@ def _one(
     prompt = row.get(prompt_column)
     parts: Sequence[Mapping[str, float]] = ()
     ids: list[int] | None = None
+    if shape is not GROUPS:
+        _refuse_ids(row, where)
     if shape is PAIRS:
         prompt, given = answers(prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"), implicit=True)
         scores, rewards = _pair_rewards(row, columns, where)
@@ -133,6 +135,16 @@ def _one(
     masks = read_masks(row.get("response_mask"), len(given), where)
     later = later_segments(row.get("response_segments"), len(given), where)
     return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, ids, masks, later=later)
+
+
+def _refuse_ids(row: Row, where: str) -> None:
+    """Raises DataError: token ids that a row of this shape would not train on."""
+    for column in ("prompt_ids", "response_ids"):
+        if row.get(column) is not None:
+            raise DataError(
+                f"{where}, column {column!r}: token ids beside text are read of rows with 'responses' and 'rewards';"
+                " give these, or leave the column out"
+            )
 
 
 def _finished(given: Any, count: int, where: str) -> list[bool | None]:
@@ -203,6 +215,7 @@ def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[Record
     later: list[Sequence[Segment]] = []
     for i, row in enumerate(rows):
         where = f"{name} row {i}"
+        _refuse_ids(row, where)
         if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
             raise DataError(f"{where}, column 'label' is {row['label']!r:.40}; expected true or false")
         prompt, given = answers(row.get(prompt_column), (row["completion"],), where, ("completion",))

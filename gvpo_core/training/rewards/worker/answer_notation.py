@@ -6,6 +6,7 @@ from unicodedata import normalize
 
 _MARKUP = re.compile(r"(?<![\w)\]}])\*\*|\*\*(?![\w(\[{\\-])")  # of bold text: not 2**10
 _SPACES = re.compile("[\xa0\u2000-\u200a\u202f\u3000]")
+_GAP = re.compile(r"\s{2,}")  # the time that patterns take grows with the square of its length
 _MINUS = re.compile(
     "[\u2212\ufe63\uff0d]|(?<![\\w)\\]}])[\u2010-\u2013](?=[\\d.\\\\(a-z])"
 )  # a dash after a digit is a range
@@ -37,7 +38,7 @@ _ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[{(]?\s*)(\d+(?:\.\d+)?)\
 _TEMPERATURE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\[,; ])?(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF]\b)")
 
 _DOTS = r"(?:\.\.\.|…|\\l?dots)"
-_ELLIPSIS = re.compile(rf"(?<!\d)(\d*)\.(\d*?)(\d+?)\3{{2,}}{_DOTS}")  # 0.333...: three times at least
+_ELLIPSIS = re.compile(rf"(?<!\d)(\d*)\.(\d{{0,40}}?)(\d{{1,20}}?)\3{{2,}}{_DOTS}")  # 0.333...: three times at least
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
 _LINE_ABOVE = re.compile("(?:\\d\u0305)+")  # a combining line over each digit that repeats
 _TWO_DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")  # over both ends of what repeats
@@ -61,9 +62,13 @@ _OUTSIDE = re.compile(r"([\[\]])\s*([^\[\]()]+,[^\[\]()]+?)\s*([\[\]])")  # ]1, 
 def tidied(text: str) -> str:
     """A text without the marks of bold type, with ASCII's minus and spaces, and without words for signs."""
     text = re.sub(r"(?<=[\w)])\s+\*\*\s+(?=[\w(])", "**", text)
-    text = _MINUS.sub("-", _SPACES.sub(" ", _MARKUP.sub("", text)))
+    text = _MINUS.sub("-", _GAP.sub(_one_space, _SPACES.sub(" ", _MARKUP.sub("", text))))
     text = _PER_CENT.sub(r"\\%", _IN_WORDS.sub("-", text))
     return _ROOT.sub(lambda m: rf"\sqrt{_ROOTS[m[1]]}{{{m[2] or m[3]}}}", text)
+
+
+def _one_space(gap: re.Match[str]) -> str:
+    return "\n" if "\n" in gap[0] else " "
 
 
 def without_multiple(text: str) -> str:
