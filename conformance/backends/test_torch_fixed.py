@@ -4,6 +4,7 @@ import re
 
 import pytest
 import tiny_models
+import torch_policies
 from required import require
 from torch_policies import policy
 
@@ -25,20 +26,8 @@ def folders(tmp_path_factory):
     return tiny_models.made_once(tmp_path_factory)
 
 
-def sampled(of_policy, sampling: Sampling, *, in_fixed_buffers: bool, cache_tokens: int = 1 << 20):
-    of_policy.scorer.eval()
-    with torch.inference_mode(), of_policy.scorer.autocast():
-        return generate.generate(
-            of_policy.scorer,
-            of_policy.scorer,
-            PROMPTS,
-            SEEDS,
-            sampling,
-            end=of_policy._end,
-            device=of_policy.device,
-            cache_tokens=cache_tokens,
-            in_fixed_buffers=in_fixed_buffers,
-        )
+def sampled(of_policy, sampling: Sampling, **options):
+    return torch_policies.drawn(of_policy, PROMPTS, SEEDS, sampling, **options)
 
 
 @pytest.mark.parametrize("kind", [{}, {"lora_rank": 2}], ids=["full", "lora"])

@@ -5,6 +5,7 @@ from collections import Counter, deque
 import numpy as np
 import pytest
 import tiny_models
+import torch_policies
 from batches import batch
 from conversations import play
 from places import DEVICE
@@ -79,21 +80,8 @@ class Watched(fixed.FixedRows):
         return logits
 
 
-def drawn(of_policy, prompts, seeds, sampling, *, fixed_too=True, cache_tokens=1 << 20, prefixes=None, end=None):
-    of_policy.scorer.eval()
-    with torch.inference_mode(), of_policy.scorer.autocast():
-        return generate.generate(
-            of_policy.scorer,
-            of_policy.scorer,
-            prompts,
-            seeds,
-            sampling,
-            end=of_policy._end if end is None else end,
-            device=of_policy.device,
-            cache_tokens=cache_tokens,
-            in_fixed_buffers=fixed_too,
-            prefixes=prefixes,
-        )
+def drawn(of_policy, prompts, seeds, sampling, *, fixed_too=True, **options):
+    return torch_policies.drawn(of_policy, prompts, seeds, sampling, in_fixed_buffers=fixed_too, **options)
 
 
 def seeds_of(sizes):

@@ -99,6 +99,21 @@ def sample(
         of.scorer.decodes_fixed = fixed
 
 
+def drawn(
+    of: Any, prompts: Any, seeds: Any, sampling: Sampling, *, in_fixed_buffers: bool, end: Any = None, **options: Any
+) -> list[list[Response]]:
+    """Responses by the loop that is named; `options`: of `gvpo_torch.generate.generate`."""
+    import torch
+    from gvpo_torch import generate
+
+    of.scorer.eval()
+    options = {"cache_tokens": 1 << 20, "end": of._end if end is None else end, "device": of.device} | options
+    with torch.inference_mode(), of.scorer.autocast():
+        return generate.generate(
+            of.scorer, of.scorer, prompts, seeds, sampling, in_fixed_buffers=in_fixed_buffers, **options
+        )
+
+
 def pick(values: np.ndarray, numbers: np.ndarray, sampling: Sampling) -> list[int]:
     """The sampler's choice from (R, V) logits."""
     import torch

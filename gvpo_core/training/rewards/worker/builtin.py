@@ -13,6 +13,7 @@ from .math_answers import judge, library
 _NUMBER = re.compile(
     r"[+\-\u2212\u2013]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?"
 )
+_AS_ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", ",": None})
 _SIGN = r"(?:(?<!\d)[-\u2212\u2013])?"  # after a digit it is a difference or a range: 3-5
 _LAST_NUMBER = rf"{_SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 
@@ -25,11 +26,7 @@ def text_of(completion: Any) -> str:
 def number_in(text: str) -> Decimal | None:
     """The number that a text is: 5, 5.0, -1,234.5, 1e-3; None for any other text, and for digits like 007."""
     text = text.strip()
-    return (
-        Decimal(text.replace(",", "").replace("\u2212", "-").replace("\u2013", "-"))
-        if _NUMBER.fullmatch(text)
-        else None
-    )
+    return Decimal(text.translate(_AS_ASCII)) if _NUMBER.fullmatch(text) else None
 
 
 def compiled(pattern: Any) -> re.Pattern[str]:
