@@ -40,6 +40,7 @@ KINDS: dict[str, dict[str, object]] = {
     "lora": {"lora_rank": 16},
     "nf4": {"lora_rank": 16, "quantization": "nf4"},
     "dora": {"lora_rank": 16, "lora_kind": "dora"},
+    "deterministic": {"deterministic": True},
 }
 SAMPLED = ("full", "lora", "nf4")  # kinds of which sampling is measured
 
@@ -63,10 +64,10 @@ def measured(what: str, **facts: float) -> Iterator[dict[str, float]]:
     print(json.dumps({"what": what} | {name: round(value, 3) for name, value in figures.items()}), flush=True)
 
 
-def make_folder(folder: Path, settings: dict[str, object]) -> Path:
+def make_folder(folder: Path, settings: dict[str, object], device: str = "cuda") -> Path:
     """Random weights of a shape, and a tokenizer that only marks the end."""
     config = Qwen2Config(**settings, max_position_embeddings=32768, dtype="bfloat16", eos_token_id=0)
-    with torch.device("cuda"):
+    with torch.device(device):
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model.generation_config.eos_token_id = 0
     model.save_pretrained(folder)

@@ -137,11 +137,11 @@ class Prompts:
 
     def attended(self, layer: int, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
         """`attended` of one query a line, (L, heads, shared, D), over the keys and values of its prompt."""
-        asked = query.index_select(0, self.lines.flatten()).unflatten(0, self.lines.shape)
+        asked = query[self.lines]  # `index_select` takes thrice as long on CUDA for 16 lines or fewer
         asked = asked.transpose(1, 2).flatten(2, 3)  # all lines of a prompt in the axis of queries
         found = attended(asked, self.keys[layer], self.values[layer], self.bias, scaling)
         out, normaliser = (x.unflatten(2, (self.lines.shape[1], -1)).transpose(1, 2).flatten(0, 1) for x in found)
-        return out.index_select(0, self.places), normaliser.index_select(0, self.places)
+        return out[self.places], normaliser[self.places]
 
 
 def attended(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:

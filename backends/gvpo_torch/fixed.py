@@ -167,14 +167,20 @@ class FixedRows:
             return
         if self.graph is None:
             graph, stream, pool = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.graph_pool_handle()
+            failed: RuntimeError | None = None
             try:
                 with torch.cuda.graph(graph, pool=pool):
-                    step()
+                    try:
+                        step()
+                    except RuntimeError as error:  # a layer that waits for the host, as some of experts do
+                        failed = error
+                        raise
             except torch.OutOfMemoryError:
                 raise
-            except RuntimeError as error:  # a layer that waits for the host, as some of experts do
-                _end_capture(stream, pool)
-                reason = str(error.__context__ or error).splitlines()[0]
+            except RuntimeError as error:
+                if error is not failed:  # CUDA broke the capture off, so ending it raised too
+                    _end_capture(stream, pool)
+                reason = str(failed or error).splitlines()[0]
                 log.warning("%s: tokens are drawn without CUDA graphs (%s)", type(self.scorer.base).__name__, reason)
                 self.scorer.in_graphs = False
                 step()

@@ -338,15 +338,15 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(1)
-    z = logits.double()
-    z = z.sub_(z.amax(1, keepdim=True)).div_(sampling.temperature)
-    masses = truncate(z.exp_(), sampling)
-    cumulative = masses.cumsum(1)
-    wanted = numbers * cumulative[:, -1]
-    chosen = torch.searchsorted(cumulative, wanted.unsqueeze(1), right=True).squeeze(1)
+    z = logits - logits.amax(1, keepdim=True).double()  # float64 in one pass: all vocabularies of all rows are read
+    if sampling.temperature != 1:
+        z = z.div_(sampling.temperature)
+    cumulative = truncate(z.exp_(), sampling).cumsum(1)
+    total = cumulative[:, -1:].contiguous()
+    chosen = torch.searchsorted(cumulative, numbers.unsqueeze(1) * total, right=True)
     # Rounding of u * total may reach the total itself: then the last token with any mass.
-    last = cumulative.argmax(1)
-    return torch.minimum(chosen, last)
+    last = torch.searchsorted(cumulative, total)
+    return torch.minimum(chosen, last).squeeze(1)
 
 
 def truncate(masses: Tensor, sampling: Sampling) -> Tensor:

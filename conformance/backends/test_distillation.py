@@ -76,7 +76,7 @@ def config_of(folder: Path, backend: Backend, student: Path, teacher: Path, **te
         model=ModelConfig(path=str(student), device=DEVICE, dtype="float32"),
         data=DataConfig(train="given", shuffle=False),
         rollout=RolloutConfig(prompts=3, responses=4, max_tokens=6),
-        teacher=TeacherConfig(path=str(teacher), **teaching),
+        teacher=TeacherConfig(path=str(teacher), **({"dtype": "float32"} | teaching)),
         objective=ObjectiveConfig(beta=1.0, reference="teacher"),
         optimizer=OptimizerConfig(learning_rate=1e-3),
     )

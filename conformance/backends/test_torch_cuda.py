@@ -92,13 +92,21 @@ def test_heads_that_the_kernel_does_not_take_are_sampled_by_products_in_graphs(t
     assert other == one and replays
 
 
-def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(folder, monkeypatch, caplog):
+def refused(x):
+    """As PyTorch does of a copy from the host's memory that is not pinned, before CUDA breaks the capture off."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("not while a graph is captured")
+    return x
+
+
+@pytest.mark.parametrize("wait", [lambda x: x + 0 * float(x.sum()), refused], ids=["broken off", "refused before"])
+def test_a_failed_capture_leaves_stream_and_allocator_as_they_were(wait, folder, monkeypatch, caplog):
     """A layer that waits for the host: tokens are drawn without a graph, and cached memory can still be released."""
     policy, plain = made(folder, "cuda"), made(folder, "cpu")
     prompts, seeds = [(5, 6, 7)], [[row_seed(1, 0, j) for j in range(3)]]
     layer = policy.scorer.decoder.layers[0].mlp
     forward = layer.forward
-    monkeypatch.setattr(layer, "forward", lambda x: forward(x) + 0 * float(x.sum()))
+    monkeypatch.setattr(layer, "forward", lambda x: wait(forward(x)))
     stream = torch.cuda.current_stream()
     assert policy.generate(prompts, seeds, Sampling(40)) == plain.generate(prompts, seeds, Sampling(40))
     assert not policy.scorer.in_graphs and "tokens are drawn without CUDA graphs" in caplog.text

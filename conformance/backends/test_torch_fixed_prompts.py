@@ -80,6 +80,13 @@ class Watched(fixed.FixedRows):
         return logits
 
 
+def loaded(folder, watched):
+    """A policy; what its check at load drew is forgotten, which on CUDA goes through the buffers."""
+    of_policy = policy(folder)
+    watched.clear()
+    return of_policy
+
+
 def drawn(of_policy, prompts, seeds, sampling, *, fixed_too=True, **options):
     return torch_policies.drawn(of_policy, prompts, seeds, sampling, in_fixed_buffers=fixed_too, **options)
 
@@ -91,7 +98,7 @@ def seeds_of(sizes):
 @pytest.mark.parametrize("rows", [2, 4, 7])
 def test_a_prompt_is_computed_and_held_once_for_rows_that_begin_at_different_times(rows, folders, watched, monkeypatch):
     """Rows draw the plain loop's tokens; slots grow, and are taken again; no buffer is replaced between."""
-    of_policy, prefilled, sampling = policy(folders("llama")), Counter(), Sampling(40)
+    of_policy, prefilled, sampling = loaded(folders("llama"), watched), Counter(), Sampling(40)
     seeds = seeds_of(SIZES)
     plain = drawn(of_policy, PROMPTS, seeds, sampling, fixed_too=False)
     prefill = generate._prefill
@@ -115,7 +122,7 @@ def test_a_prompt_is_computed_and_held_once_for_rows_that_begin_at_different_tim
 
 
 def test_the_bytes_held_are_those_of_the_prompts_not_of_the_rows(folders, watched) -> None:
-    of_policy, prompt = policy(folders("llama")), tuple(range(20, 60))
+    of_policy, prompt = loaded(folders("llama"), watched), tuple(range(20, 60))
     drawn(of_policy, [prompt, (5, 6)], seeds_of((8, 8)), Sampling(4))
     (rows,) = watched
     heads, width = rows.keys[0].shape[1], rows.keys[0].shape[3]
@@ -126,7 +133,7 @@ def test_the_bytes_held_are_those_of_the_prompts_not_of_the_rows(folders, watche
 
 
 def test_equal_prompts_of_several_groups_share_a_slot(folders, watched) -> None:
-    of_policy, prompts = policy(folders("llama")), [(5, 6, 7), (9,), (5, 6, 7), (8, 6, 7), (5, 6, 7)]
+    of_policy, prompts = loaded(folders("llama"), watched), [(5, 6, 7), (9,), (5, 6, 7), (8, 6, 7), (5, 6, 7)]
     seeds = seeds_of((2, 1, 1, 2, 3))
     plain = drawn(of_policy, prompts, seeds, Sampling(12), fixed_too=False)
     for room in (1 << 20, 2 * (3 + 12)):
@@ -137,7 +144,7 @@ def test_equal_prompts_of_several_groups_share_a_slot(folders, watched) -> None:
 @pytest.mark.parametrize("rows", [2, 5])
 def test_turns_start_from_prompts_and_responses_that_were_held_apart(rows, folders, watched) -> None:
     """Kept states are a prompt's and those of what a row drew after it, also where rows wait and buffers grow."""
-    of_policy, ends = policy(folders("llama")), [0, *range(60, 90)]
+    of_policy, ends = loaded(folders("llama"), watched), [0, *range(60, 90)]
     opening = [tuple(range(20, 40)), (5, 6, 7), (9, 5), tuple(range(20, 30))]
 
     def played(prefixes, fixed_too):
@@ -287,7 +294,7 @@ def with_the_kernel_of_cuda(monkeypatch) -> list[int]:
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_the_tokens_are_those_of_cuda_s_kernel(family, folders, watched, monkeypatch) -> None:
-    of_policy, seeds = policy(folders(family)), seeds_of(SIZES)
+    of_policy, seeds = loaded(folders(family), watched), seeds_of(SIZES)
     plain = drawn(of_policy, PROMPTS, seeds, Sampling(24), fixed_too=False)
     calls = with_the_kernel_of_cuda(monkeypatch)
     assert drawn(of_policy, PROMPTS, seeds, Sampling(24), cache_tokens=4 * (12 + 24)) == plain
