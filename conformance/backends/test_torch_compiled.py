@@ -17,10 +17,7 @@ from gvpo_torch import compiled
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.sampling import Sampling
 
-pytestmark = [  # dynamo's own
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
-    pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")  # dynamo's own
 OF = batch((4, 3))
 KINDS = {
     "packed": {},
@@ -88,7 +85,7 @@ def test_scores_run_a_compiled_program_and_sampling_runs_none(folder, runs) -> N
     np.testing.assert_allclose(of_policy.logprobs(OF), scored, rtol=0, atol=1e-4)
     assert len(runs) == len(scorer.compiled) == 2 and min(runs) > 20
     assert of_policy.generate(*asked) == drawn
-    scorer.own_logits(torch.tensor([[5, 6, 7]]))
+    scorer.own_logits(torch.tensor([[5, 6, 7]], device=of_policy.device))
     assert len(runs) == 2 and all(layer._compiled_call_impl is not None for layer in scorer.compiled)
 
 
