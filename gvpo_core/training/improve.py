@@ -40,6 +40,19 @@ def renew_reference(policy: Policy, config: ObjectiveConfig, step: int) -> None:
         policy.renew_reference()
 
 
+def refuse_no_signal(rollout: Rollout, config: ObjectiveConfig) -> None:
+    """Raises NoSignalError: no group has enough scored responses."""
+    need = find_objective(config).smallest
+    if not (_scored(rollout)[1] >= need).any():
+        raise NoSignalError(_no_signal(rollout, need))
+
+
+def _scored(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) whether a response has a reward, (G,) how many of each group have."""
+    scored = ~np.isnan(rollout.trained_rewards)
+    return scored, np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
+
+
 def improve(
     policy: Policy,
     rollout: Rollout,
@@ -57,11 +70,9 @@ def improve(
       or a negative reward in maxrl.
     """
     objective = find_objective(config)
-    scored = ~np.isnan(rollout.trained_rewards)
+    scored, sizes = _scored(rollout)
     need = objective.smallest
-    sizes = np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
-    if not (sizes >= need).any():
-        raise NoSignalError(_no_signal(rollout, need))
+    refuse_no_signal(rollout, config)
     if objective.no_negative_rewards and (lowest := float(rollout.rewards[scored].min())) < 0:
         raise ObjectiveError(
             f"objective.name = {objective.name!r} divides by a group's mean reward and expects rewards >= 0; the lowest"

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Row
 from gvpo_core.training.evaluation import evaluated, evaluation_steps
-from gvpo_core.training.improve import improve, renew_reference
+from gvpo_core.training.improve import improve, refuse_no_signal, renew_reference
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.load import check_policy
@@ -20,10 +20,11 @@ from gvpo_core.training.policy.ranks import highest
 from gvpo_core.training.report.result import Result
 from gvpo_core.training.rewards import RewardFunction
 from gvpo_core.training.run.journal import Journal
+from gvpo_core.training.run.leaving import leaving
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.load import opened_sampler
-from gvpo_core.training.samplers.protocol import closing, heed, without_stop
+from gvpo_core.training.samplers.protocol import closing, heed
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
@@ -83,22 +84,24 @@ def _run(
     def evaluate() -> None:
         if held_out and step in evaluations:
             journal.phase("evaluate")
-            with without_stop():
+            with journal.keeping(step), leaving(policy, stop):
                 journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards, sampler=sampler, version=step))
 
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
         heed(sampler, lambda: bool(stop.signal))
         step = journal.start(source, held_out, from_step)
-        if step == 0:
+        if highest(policy, not journal.evaluated(step)):  # also where the evaluation after the last step failed
             evaluate()
         stopping, early = highest(policy, stop.signal), journal.out_of_patience()
         while step < last and not stopping and not early:
             step += 1
             journal.begin(step)
             rollout = None
-            with without_stop():
-                rollout = source.groups(policy, step)
-            if rollout is None:  # asked to stop while the sampler's server is away
+            with journal.keeping(step - 1), leaving(policy, stop):
+                drawn = source.groups(policy, step)
+                refuse_no_signal(drawn, config.objective)
+                rollout = drawn
+            if rollout is None:  # asked to stop, and the server is away or the rewards failed
                 step, stopping = step - 1, highest(policy, stop.signal)
                 journal.not_taken(step)
                 break

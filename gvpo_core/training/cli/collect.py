@@ -26,9 +26,10 @@ from gvpo_core.training.inputs import Inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.ranks import attempt, highest
 from gvpo_core.training.rollout import Rollout
+from gvpo_core.training.run.leaving import leaving
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers.load import opened_sampler
-from gvpo_core.training.samplers.protocol import heed, without_stop
+from gvpo_core.training.samplers.protocol import heed
 from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit
 
@@ -90,7 +91,7 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
         while step < last and not stopping:
             step += 1
             rollout = None
-            with without_stop():
+            with leaving(policy, stop):
                 rollout = source.groups(policy, step)
             if rollout is None:
                 step, stopping = step - 1, highest(policy, stop.signal)

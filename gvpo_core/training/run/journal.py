@@ -7,7 +7,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -34,6 +34,7 @@ from gvpo_core.training.run.checkpoint import (
 )
 from gvpo_core.training.run.data_columns import with_columns
 from gvpo_core.training.run.folder import RunFolder, RunFolderError
+from gvpo_core.training.run.leaving import SHARED
 from gvpo_core.training.run.resume import resume_command
 from gvpo_core.training.run.saving import Saving
 from gvpo_core.training.sources import Source
@@ -184,6 +185,30 @@ class Journal:
         self._step = step
         if step > self._saved:
             self.save()
+
+    @contextlib.contextmanager
+    def keeping(self, step: int) -> Iterator[None]:
+        """Inside `with`, the policy is that of `step`: it is saved before an error ends the run.
+
+        Of several processes, only where all of them raise the error.
+        """
+        try:
+            yield
+        except Exception as error:
+            everywhere = self.policy.world_size == 1 or isinstance(error, SHARED)
+            if everywhere and not isinstance(error, RunFolderError | CheckpointError | FloatingPointError):
+                begun = self._step
+                try:
+                    self.not_taken(step)
+                    self.settle()
+                except Exception as unsaved:  # the first error is the one to raise
+                    _log.warning("%s", unsaved)
+                self._step = begun
+            raise
+
+    def evaluated(self, step: int) -> bool:
+        """Whether the newest evaluation is that of `step`; the main rank knows."""
+        return not self._main or (bool(self._evaluated) and self._evaluated[-1]["step"] == step)
 
     def phase(self, name: str) -> None:
         """What the run does now, for the console."""

@@ -19,20 +19,10 @@ class Stopped(SamplerError):
     """The run was asked to stop while its sampler waited for a server: the step is not taken."""
 
     def __init__(self) -> None:
-        super().__init__(_STOPPED)
+        super().__init__(STOPPED)
 
 
-_STOPPED = "asked to stop while the server is away"
-
-
-@contextmanager
-def without_stop() -> Iterator[None]:
-    """Ends its block where `Stopped` is raised, on this rank or on another one."""
-    try:
-        yield
-    except SamplerError as error:
-        if str(error) != _STOPPED:
-            raise
+STOPPED = "asked to stop while the server is away"
 
 
 AGAIN, OTHER_WEIGHTS, LOST_WEIGHTS = 1, 2, 3
