@@ -1,5 +1,6 @@
 """TRL's settings with GVPO's defaults, and checks for settings that would change the GVPO update."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -59,6 +60,11 @@ class GVPOConfig(GRPOConfig):
             )
         own = cast("dict[str, Any]", self.generation_kwargs or {})
         wrong += cannot_sample(own)
+        if own.get("eos_token_id") is not None:
+            wrong.append(
+                f"eos_token_id is {own['eos_token_id']!r}; set it in the model's generation_config: TRL cuts a response"
+                " at the end tokens of the model and tokenizer, and would count padding after another one as sampled"
+            )
         if not self.allow_truncated_support:
             sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
             wrong += cuts_support(sampling | own)
@@ -110,6 +116,12 @@ RULES = (
     Rule("entropy_coef", equals(0.0), "0.0", _OTHER),
     Rule("use_adaptive_entropy", equals(False), "False", _OTHER),
     Rule("router_aux_loss_coef", equals(0.0), "0.0", _OTHER),
+    Rule(
+        "accelerator_config",
+        lambda c: not getattr(c, "split_batches", False),
+        "one with split_batches=False",
+        "each process would get a part of the rows that its micro-batches are cut from, and parts of groups",
+    ),
     Rule("disable_dropout", equals(True), "True", "weights and gradient would belong to two different sub-networks"),
     Rule("neftune_noise_alpha", equals(None), "None", "weights and gradient would belong to two different models"),
     Rule(
@@ -136,6 +148,7 @@ _SUPPORT: dict[str, Callable[[Any], bool]] = {
     "eta_cutoff": lambda x: not x,
     "do_sample": lambda x: x is None or bool(x),
     "num_beams": lambda x: x is None or x == 1,
+    "sequence_bias": lambda x: not x or all(bias > -math.inf for bias in _biases(x)),
     **dict.fromkeys(
         (
             "penalty_alpha",
@@ -160,14 +173,21 @@ _SUPPORT: dict[str, Callable[[Any], bool]] = {
 }
 
 
+def _biases(given: Any) -> list[float]:
+    """The numbers of transformers' `sequence_bias`: {tokens: bias}, or pairs [tokens, bias]."""
+    return [float(bias) for bias in (given.values() if isinstance(given, Mapping) else (pair[1] for pair in given))]
+
+
 def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
-    """Mistakes in sampling settings: greedy sampling, or a wrong number of samples."""
+    """Mistakes in sampling settings: greedy sampling, a wrong number of samples, or ends that TRL does not see."""
     wrong = []
     temperature, sequences = sampling.get("temperature"), sampling.get("num_return_sequences")
     if temperature is not None and not (is_number(temperature) and temperature > 0):
         wrong.append(f"temperature is {temperature!r}; set it to more than 0: all greedy responses are equal")
     if sequences not in (None, 1):
         wrong.append(f"num_return_sequences is {sequences!r}; unset it: num_generations is the number of responses")
+    if stop := sampling.get("stop_strings"):
+        wrong.append(f"stop_strings is {stop!r}; unset it: TRL would count the padding after them as sampled")
     return wrong
 
 

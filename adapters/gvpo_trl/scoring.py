@@ -74,21 +74,21 @@ def check_scores(trainer: Any) -> None:
         try:
             trainer.model.train()
             before = _random_states(trainer.model)
-            scores = _padded_scores(trainer, trainer.model)
+            scores = padded_scores(trainer, trainer.model)
             if not all(torch.equal(a, b) for a, b in zip(before, _random_states(trainer.model), strict=True)):
                 raise ValueError(
                     f"{name} draws random numbers in training mode: its weights and gradient would be of two different"
                     " sub-networks. Load it with router noise, stochastic depth and the like set to 0"
                 )
             if not (_rounds(trainer, trainer.model) and _has_experts(trainer.model)):
-                _compare_paddings(name, scores, _padded_scores(trainer, trainer.model, padding=1))
+                _compare_paddings(name, scores, padded_scores(trainer, trainer.model, padding=1))
             trainer.model.eval()
             _compare(name, scores, trainer, trainer.model)
         finally:
             for module, training in modes.items():
                 module.training = training
         if trainer.ref_model is not None:
-            scores = _padded_scores(trainer, trainer.ref_model)
+            scores = padded_scores(trainer, trainer.ref_model)
             _compare(f"the reference, {name},", scores, trainer, trainer.ref_model)
 
 
@@ -126,7 +126,7 @@ def _rows(trainer: Any) -> list[tuple[list[int], list[int]]]:
     return [([i % size for i in p], [i % size for i in c]) for p, c in zip(_PROMPTS, _COMPLETIONS, strict=True)]
 
 
-def _padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
+def padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
     """The log-probabilities of the rows' completions, padded: once as a batch, and once each row in a batch of one.
 
     Args:
@@ -173,16 +173,23 @@ def _compare_paddings(name: str, scores: list[Tensor], others: list[Tensor]) -> 
         )
 
 
+def differ(trainer: Any, scores: list[Tensor], others: list[Tensor]) -> float | None:
+    """The largest difference between two models' scores of the same tokens, nats; None: they differ by rounding."""
+    apart = (torch.cat(scores) - torch.cat(others)).abs()
+    same = apart.mean() <= 0.1 if _rounds(trainer, trainer.model) else apart.max() <= 2e-3  # in 16 bits a mean decides
+    return None if same else float(apart.max())
+
+
 def _compare(name: str, padded: list[Tensor], trainer: Any, model: Any) -> None:
     alone = []
     for prompt, completion in _rows(trainer):
         ids = torch.tensor([prompt + completion], device=padded[0].device)
-        logits = model(input_ids=ids).logits[0, len(prompt) - 1 : -1].float()
+        logits = model(input_ids=ids).logits[0, -len(completion) - 1 : -1].float()  # prompt tuning puts tokens before
         alone.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
-    apart = (torch.cat(padded) - torch.cat(alone + alone)).abs()
-    if not (apart.mean() <= 0.1 if _rounds(trainer, model) else apart.max() <= 2e-3):  # 16-bit numbers: a mean decides
+    apart = differ(trainer, padded, alone + alone)
+    if apart is not None:
         raise ValueError(
-            f"{name} scores tokens differently in TRL's padded batches, by up to {float(apart.max()):.2g} nat"
+            f"{name} scores tokens differently in TRL's padded batches, by up to {apart:.2g} nat"
             " each: it does not mask padding, or changes its logits in a way that TRL's head omits. GVPO cannot"
             " be exact with it in TRL"
         )

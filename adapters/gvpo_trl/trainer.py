@@ -6,7 +6,6 @@ the old log-probabilities left out TRL's ratio is 1, so that its loss has the gr
 """
 
 import copy
-import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -22,6 +21,7 @@ from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_regret, sequence_logpro
 from gvpo_core.hosts import at_random
 from gvpo_core.training.rewards import total as scores
 from gvpo_trl.config import GVPOConfig, cannot_sample, cuts_support
+from gvpo_trl.reference import check_adapters, check_reference, check_trainable
 from gvpo_trl.scoring import check_lengths, check_scores, count_positions_from_the_mask, rope_of, scoring_by_trl
 
 _WHOLE = (
@@ -39,10 +39,12 @@ class GVPOTrainer(GRPOTrainer):
     Raises: TypeError, ValueError, RuntimeError: a configuration or model that it cannot be exact with.
     """
 
-    beta: float  # the host's, as the next five
+    beta: float  # the host's, as the next seven
     num_generations: Any
     num_generations_eval: Any
     max_completion_length: Any
+    eos_token_ids: Any
+    reward_func_names: Any
     model: Any
     args: Any
     _buffered_inputs: Any
@@ -60,6 +62,8 @@ class GVPOTrainer(GRPOTrainer):
         if not isinstance(args, GVPOConfig):
             raise TypeError(f"args is a {type(args).__name__}; expected a gvpo_trl.GVPOConfig")
         args.check()
+        if args.beta:
+            check_adapters(model)
         temperature = args.temperature
         args = copy.copy(args)
         # TRL divides logits by its temperature wherever it scores: set it to 1, and pass the real one to the sampler.
@@ -69,6 +73,7 @@ class GVPOTrainer(GRPOTrainer):
         self.args.temperature = self.temperature = temperature
         self._gvpo_rewards = torch.empty(0)
         self._gvpo_groups = 0
+        check_trainable(self.model)
         self._check_model()
         for module in self.model.modules():
             if isinstance(module, nn.Embedding):
@@ -81,10 +86,12 @@ class GVPOTrainer(GRPOTrainer):
         self._scores_checked = self.accelerator.distributed_type in _WHOLE
         if self._scores_checked:
             check_scores(self)
-        if self.ref_model is not None and self.accelerator.distributed_type in _WHOLE:
-            self._compare_with_reference()
+        if self.beta and self.accelerator.distributed_type in _WHOLE:
+            check_reference(self)
 
     def _check_model(self) -> None:
+        if None in self.eos_token_ids:
+            raise ValueError("the tokenizer has no eos_token, with which TRL ends responses; set it")
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
                 f"the processing class is a {type(self.processing_class).__name__}; GVPOTrainer takes text only: pass"
@@ -104,20 +111,15 @@ class GVPOTrainer(GRPOTrainer):
         if wrong:
             raise ValueError("the model's generation_config does not fit GVPO:\n" + "\n".join(wrong))
 
-    def _compare_with_reference(self) -> None:
-        reference = dict(self.accelerator.unwrap_model(self.ref_model).named_parameters())
-        for name, p in self.model.named_parameters():
-            if name in reference and not torch.equal(p, reference[name].to(p)):
-                warnings.warn(
-                    f"the model is not the one in {self.model.config._name_or_path!r}, from which TRL has loaded the"
-                    f" reference ({name} differs): KL starts away from 0. To use the current model as the"
-                    " reference, save it and pass its folder",
-                    stacklevel=4,
-                )
-                return
-
     def _calculate_rewards(self, *args: Any, **named: Any) -> Tensor:
         rewards = super()._calculate_rewards(*args, **named)
+        infinite = rewards.isinf().any(dim=0).tolist()
+        if any(infinite):
+            names = [name for name, bad in zip(self.reward_func_names, infinite, strict=True) if bad]
+            raise FloatingPointError(
+                f"reward function {', '.join(names)} returned an infinite reward, or one beyond float32; return None"
+                " for a completion without a score"
+            )
         self._gvpo_rewards = total_rewards(rewards, self.reward_weights.to(rewards), self._group_size)
         return rewards
 

@@ -10,7 +10,7 @@ require("trl", "datasets", "peft", subject="trl")
 
 import torch
 import trl_runs
-from gvpo_trl.scoring import _padded_scores, check_scores, rope_of
+from gvpo_trl.scoring import check_scores, padded_scores, rope_of
 from transformers import AutoConfig
 from trl_checks import check_steps
 
@@ -143,7 +143,7 @@ def test_padding_changes_no_score_in_16_bits(kind: str, tmp_path: Path) -> None:
     trainer = trl_runs.make_trainer(folder, tmp_path / "out", dtype=torch.bfloat16, **SIZES)
     assert next(trainer.model.parameters()).dtype == torch.bfloat16
     with torch.no_grad():
-        one, other = (_padded_scores(trainer, trainer.model, padding) for padding in (0, 1))
+        one, other = (padded_scores(trainer, trainer.model, padding) for padding in (0, 1))
     assert torch.equal(torch.cat(one), torch.cat(other))
 
 

@@ -1,5 +1,7 @@
 """What GVPOTrainer refuses at its start, each with its name and what to set, and a short run that learns."""
 
+import re
+
 import numpy as np
 import pytest
 import tiny_models
@@ -35,6 +37,7 @@ REFUSED = {
     "entropy_coef": 0.01,
     "use_adaptive_entropy": True,
     "router_aux_loss_coef": 0.001,
+    "accelerator_config": {"split_batches": True},
     "disable_dropout": False,
     "neftune_noise_alpha": 5.0,
     "optim": "lomo",
@@ -73,11 +76,18 @@ def test_every_rule_has_a_refused_value() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("top_k", 5), ("typical_p", 0.5), ("no_repeat_ngram_size", 2), ("do_sample", False), ("min_new_tokens", 3)],
+    [
+        ("top_k", 5),
+        ("typical_p", 0.5),
+        ("no_repeat_ngram_size", 2),
+        ("do_sample", False),
+        ("min_new_tokens", 3),
+        ("sequence_bias", [[[5], float("-inf")]]),
+    ],
 )
 def test_sampling_that_cuts_the_support_is_refused_wherever_it_is_set(name, value, folder, tmp_path) -> None:
     given = ON_CPU | SIZES | {"generation_kwargs": {name: value}}
-    with pytest.raises(ValueError, match=rf"{name} is {value}; .*allow_truncated_support=True"):
+    with pytest.raises(ValueError, match=rf"{name} is {re.escape(str(value))}; .*allow_truncated_support=True"):
         GVPOConfig(str(tmp_path), **given)
     assert GVPOConfig(str(tmp_path), **given, allow_truncated_support=True).generation_kwargs == {name: value}
     GVPOConfig(str(tmp_path), **(given | {"generation_kwargs": {"repetition_penalty": 1.1}}))
@@ -89,6 +99,8 @@ def test_sampling_that_cuts_the_support_is_refused_wherever_it_is_set(name, valu
         ("temperature", 0, "temperature is 0; set it to more than 0"),
         ("temperature", 0.0, "temperature is 0.0; set it to more than 0"),
         ("num_return_sequences", 2, "num_return_sequences is 2; unset it"),
+        ("eos_token_id", [5], r"eos_token_id is \[5\]; set it in the model's generation_config"),
+        ("stop_strings", ["a"], r"stop_strings is \['a'\]; unset it"),
     ],
 )
 def test_generation_that_gives_no_group_is_refused(name, value, message, folder, tmp_path) -> None:
@@ -174,6 +186,23 @@ def test_a_generation_without_a_reward_stops_the_run(folder, tmp_path) -> None:
     trainer = trl_runs.make_trainer(folder, tmp_path, reward_funcs=nothing, **SIZES)
     with pytest.raises(RuntimeError, match="no group has 2 scored completions: 0 of 8 have a reward"):
         trainer.train()
+
+
+def test_an_infinite_reward_is_named_with_its_function(folder, tmp_path) -> None:
+    def beyond(completions, **_):
+        return [1e39, *[0.0] * (len(completions) - 1)]
+
+    trainer = trl_runs.make_trainer(folder, tmp_path, reward_funcs=[trl_runs.rewards, beyond], **SIZES)
+    with pytest.raises(FloatingPointError, match="reward function beyond returned an infinite reward"):
+        trainer.train()
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(folder, tmp_path, monkeypatch) -> None:
+    tokenizer = tiny_models.make_tokenizer()
+    tokenizer.eos_token = None
+    monkeypatch.setattr(tiny_models, "make_tokenizer", lambda: tokenizer)
+    with pytest.raises(ValueError, match="the tokenizer has no eos_token"):
+        trl_runs.make_trainer(folder, tmp_path, **SIZES)
 
 
 def test_evaluation_weighs_too(folder, tmp_path) -> None:
