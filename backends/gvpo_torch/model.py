@@ -68,6 +68,12 @@ class Scorer(nn.Module):
         """Whether the model has adapters."""
         return hasattr(self.lm, "peft_config")
 
+    def score_as(self, other: "Scorer") -> None:
+        """Scores as another one of the same layers does, by what `check` found of it."""
+        self.masks_padding, self.in_blocks = other.masks_padding, other.in_blocks
+        if self.in_blocks:
+            self.base.set_attn_implementation(blocks.ATTENTION)
+
     def inspect_head(self) -> None:
         """Finds what the model does to the products of its head, once the weights are there; see `head_options`."""
         with self.autocast(), as_they_are(self.compiled):

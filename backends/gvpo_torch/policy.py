@@ -99,6 +99,7 @@ class TorchPolicy(LanguageModelPolicy):
         initial = model.load_reference(self.config, self.device, deferred=sharded)
         if sharded:
             shard(initial, self.device)
+        initial.score_as(self.scorer)
         return initial
 
     def _unload(self) -> None:

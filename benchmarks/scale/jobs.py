@@ -76,16 +76,18 @@ class Measured:
     """What one H200 reached with Qwen2.5-1.5B's shape; see docs/benchmarks.md.
 
     FLOP/s count 2 (scoring), 6 (update) and 4 (update of LoRA) a parameter and token, without attention and what is
-    computed again.
+    computed again. Sampling is of 64 prompts of 512 tokens, 8 rows each.
     """
 
     scoring: float
     update: float
-    decoded: float  # tokens a second in 512 rows, prompts of 512 tokens and responses of 128
+    decoded: float  # tokens a second
+    response: int  # tokens of each row
+    shares: bool  # whether rows shared their prompts' keys and values
 
 
-FULL = Measured(218e12, 122e12, 36_069)  # with gradient checkpointing
-LORA = Measured(132e12, 76e12, 30_529)  # without
+FULL = Measured(127e12, 170e12, 24_870, 2035, True)  # a step of J1
+LORA = Measured(132e12, 76e12, 30_529, 128, False)  # short responses, without gradient checkpointing
 
 
 @dataclass(frozen=True)
@@ -206,11 +208,15 @@ class Job:
     @property
     def expected_sampling_seconds(self) -> float:
         """A token of all rows takes what it took on the H200 beyond reading its bytes, and its own bytes at peak."""
-        rows, of = 512, QWEN_1_5B
-        read = 2 * of.parameters + rows * (512 + 128 / 2) * of.cache_bytes
-        beyond = rows / self.measured.decoded - read / H200.bandwidth
-        in_place = self._read(self.rows / self.responses if self.shares else self.rows)
-        return self.response * beyond + in_place / self.chip.bandwidth
+        of = self.measured
+        there = Job("", QWEN_1_5B, H200, 1, 64, 8, 512, of.response, shares=of.shares)
+        beyond = there.rows / of.decoded - there._decoding_bytes / there.response / H200.bandwidth
+        return self.response * beyond + self._decoding_bytes / self.chip.bandwidth
+
+    @property
+    def _decoding_bytes(self) -> float:
+        """Bytes that sampling reads, of prompts in each row or once."""
+        return self._read(self.rows / self.responses if self.shares else self.rows)
 
     @property
     def expected_step_seconds(self) -> float:

@@ -107,6 +107,47 @@ def test_log_probs_are_those_of_the_dense_mask(family, tmp_path, monkeypatch) ->
     assert of_policy.generate([(5, 6)], [[1, 2]], sampling()) == drawn
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_the_reference_is_scored_as_the_policy_is(anew, tmp_path, monkeypatch) -> None:
+    """By blocks, and without padding where it counts; also the initial model that is read again after a renewed one."""
+    monkeypatch.setattr(check, "FAST", ("cpu",))
+    monkeypatch.setattr(blocks, "WITHOUT_GRADIENT", ())
+    monkeypatch.setattr(blocks, "flex_attention", block_kernel.flex_attention)
+    folder = tiny_models.make_model("qwen2", tmp_path / "model", max_position_embeddings=512)
+    of_policy, of = policy(folder, reference=True), long_batch()
+    assert of_policy.scorer.in_blocks, "the policy is not scored by blocks"
+    if anew:
+        (tmp_path / "initial").mkdir()
+        of_policy.save(tmp_path / "initial")
+        of_policy.renew_reference()
+        of_policy.restore(tmp_path / "initial")
+    with of_policy._reference.scoring() as reference:
+        assert reference is not of_policy.scorer
+    monkeypatch.setattr(model, "_attention", None)  # no dense mask
+    block_kernel.calls.clear()
+    found = of_policy.logprobs(of, reference=True)
+    visited = [*block_kernel.calls]
+    assert visited
+    block_kernel.calls.clear()
+    np.testing.assert_allclose(found, of_policy.logprobs(of), rtol=0, atol=1e-5)
+    assert block_kernel.calls == visited
+
+
+def test_the_reference_sees_no_padding_where_that_counts(tmp_path, monkeypatch) -> None:
+    own = check.check_whole
+
+    def found(scorer, *given):
+        scorer.masks_padding = True  # as of a model whose tokens depend on the padding after them
+        return own(scorer, *given)
+
+    monkeypatch.setattr(check, "check_whole", found)
+    of_policy = policy(tiny_models.make_model("llama", tmp_path), layout="plain", reference=True)
+    masks, sees = [], model.Scorer._sees
+    monkeypatch.setattr(model.Scorer, "_sees", lambda *given: masks.append(sees(*given)) or masks[-1])
+    of_policy.logprobs(batch(), reference=True)
+    assert any(mask is not None for mask in masks)
+
+
 def sampling():
     from gvpo_core.training.sampling import Sampling
 

@@ -150,14 +150,15 @@ def test_expected_times_are_of_the_measured_rates(monkeypatch) -> None:
         for line in text.splitlines()
         if len(cells := [c.strip() for c in line.split("|")[1:-1]]) > 3
     }
-    rates = {kind: float(rows[f"{name}"][1]) * 1e12 for kind, name in {
-        "scoring": "scoring, full", "update": "update, full, gradient checkpointing",
-        "lora scoring": "scoring, LoRA", "lora update": "update, LoRA"}.items()}  # fmt: skip
-    assert [rates[k] for k in ("scoring", "update")] == [FULL.scoring, FULL.update]
-    assert [rates[k] for k in ("lora scoring", "lora update")] == [LORA.scoring, LORA.update]
-    assert [rows["512"][i].replace(",", "") for i in (1, 4)] == [str(FULL.decoded), str(LORA.decoded)]
-    short = replace(JOBS[0], chip=H200, prompt=512, response=128, shares=False)  # rows held copies of their prompts
-    assert short.expected_sampling_seconds == pytest.approx(512 * 128 / FULL.decoded, rel=0.01)
+    shown = lambda name, column: float(rows[name][column].replace(",", ""))
+    assert [shown(name, 2) * 1e12 for name in ("reference scored", "update")] == [FULL.scoring, FULL.update]
+    assert [shown(name, 1) * 1e12 for name in ("scoring, LoRA", "update, LoRA")] == [LORA.scoring, LORA.update]
+    assert [shown("sampling", 1), shown("512, LoRA", 1)] == [FULL.decoded, LORA.decoded]
+    measured = replace(JOBS[0], chip=H200, response=FULL.response)
+    assert measured.expected_sampling_seconds == pytest.approx(512 * FULL.response / FULL.decoded, rel=0.01)
+    assert measured.expected_sampling_seconds == pytest.approx(shown("sampling", 0), rel=0.01)
+    phases = shown("reference scored", 0) + shown("update", 0)
+    assert measured.expected_step_seconds == pytest.approx(phases, rel=0.01)
     for job in JOBS:
         assert job.expected_sampling_seconds > job.sampling_bytes / job.chip.bandwidth
         assert job.expected_step_seconds > job.step_seconds
