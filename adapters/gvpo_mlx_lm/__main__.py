@@ -5,6 +5,8 @@ valid.jsonl. mlx-lm's `train_model` runs as it is: with our `train` instead of i
 """
 
 import argparse
+import inspect
+import math
 import os
 import sys
 import types
@@ -13,12 +15,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import mlx.core as mx
 import yaml
+from mlx import optimizers
+from mlx.utils import tree_flatten
 from mlx_lm import lora
 from mlx_lm.tuner.callbacks import get_reporting_callbacks
 from mlx_lm.tuner.utils import build_schedule
 
-from gvpo_core.hosts import SettingsError, check_beta
+from gvpo_core.hosts import SettingsError, check_beta, is_number
 from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import DataError
 from gvpo_core.training.terminal.text import printable
@@ -32,6 +37,8 @@ _COUNTS = {  # name -> the least it may be
     "num_layers": -1,
     "seed": 0,
 }
+_SWITCHES = ("train", "test", "grad_checkpoint", "mask_prompt", "trust_remote_code")
+_LORA = ("rank", "scale", "dropout", "keys")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +73,8 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = argparse.Namespace(**(known | options))
     if not options.get("model"):  # mlx-lm's default would be downloaded
         raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
+    if args.train is False:
+        raise SettingsError("train is not set; add --train, without which mlx_lm.lora does not train either")
     if args.test:
         raise SettingsError("test is not supported here; remove it, and give valid.jsonl for a held-out loss")
     if args.resume_adapter_file is not None and args.fine_tune_type == "full":
@@ -99,16 +108,28 @@ def _check(args: argparse.Namespace) -> None:
             continue
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise SettingsError(f"{name} = {value!r}; expected an integer of at least {least}")
+    if args.num_layers == 0:
+        raise SettingsError("num_layers = 0, for which mlx-lm takes all; expected -1 for all, or at least 1")
+    if args.val_batches == 0:
+        raise SettingsError("val_batches = 0, a mean over nothing; expected -1 for all, or at least 1")
+    if args.seed >= 2**64:
+        raise SettingsError(f"seed = {args.seed}; expected an integer below 2**64")
+    for name in _SWITCHES:
+        if not isinstance(getattr(args, name), bool):
+            raise SettingsError(f"{name} = {getattr(args, name)!r}; expected true or false")
     for name in ("model", "data", "adapter_path"):
         if not isinstance(getattr(args, name), str):
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected a path")
+    if Path(args.adapter_path).exists() and not Path(args.adapter_path).is_dir():
+        raise SettingsError(f"adapter_path = {args.adapter_path!r} is a file; expected a folder")
     defaults: dict[str, Any] = lora.CONFIG_DEFAULTS
-    optimizers = tuple(defaults["optimizer_config"])
-    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", optimizers)):
+    names = tuple(defaults["optimizer_config"])
+    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", names)):
         if getattr(args, name) not in choices:
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
-    if not isinstance(args.learning_rate, int | float):
-        raise SettingsError(f"learning_rate = {args.learning_rate!r}; expected a number")
+    if not is_number(args.learning_rate) or not 0 < args.learning_rate < math.inf:
+        raise SettingsError(f"learning_rate = {args.learning_rate!r}; expected a finite number above 0")
+    _check_optimizer(args)
     if args.lr_schedule:
         try:
             build_schedule(args.lr_schedule)
@@ -116,11 +137,63 @@ def _check(args: argparse.Namespace) -> None:
             what = " ".join(f"{type(error).__name__}: {error}".split())
             raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is not in mlx.optimizers: {what}") from error
     if args.fine_tune_type != "full":
-        parameters = args.lora_parameters if isinstance(args.lora_parameters, dict) else {}
-        if missing := {"rank", "dropout", "scale"} - parameters.keys():
-            raise SettingsError(f"lora_parameters = {args.lora_parameters!r} has no {', '.join(sorted(missing))}")
+        _check_lora(args.lora_parameters)
     if args.resume_adapter_file is not None and not Path(args.resume_adapter_file).is_file():
         raise SettingsError(f"resume_adapter_file = {args.resume_adapter_file!r}: there is no such file")
+
+
+def _check_optimizer(args: argparse.Namespace) -> None:
+    config = args.optimizer_config
+    options = config.get(args.optimizer, {}) if isinstance(config, dict) else None
+    if not isinstance(options, dict):
+        raise SettingsError(f"optimizer_config = {config!r}; expected {{{args.optimizer}: {{name: value}}}}")
+    kind = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD"}.get(args.optimizer, args.optimizer.capitalize())
+    known = [name for name in inspect.signature(getattr(optimizers, kind)).parameters if name != "learning_rate"]
+    if unknown := sorted(map(str, options.keys() - {*known})):
+        raise SettingsError(f"optimizer_config.{args.optimizer} has {', '.join(unknown)}; expected {', '.join(known)}")
+
+
+def _check_lora(given: Any) -> None:
+    parameters = given if isinstance(given, dict) else {}
+    if missing := {"rank", "dropout", "scale"} - parameters.keys():
+        raise SettingsError(f"lora_parameters = {given!r} has no {', '.join(sorted(missing))}")
+    if unknown := sorted(map(str, parameters.keys() - {*_LORA})):
+        raise SettingsError(f"lora_parameters has {', '.join(unknown)}; expected {', '.join(_LORA)}")
+    rank, scale, keys = parameters["rank"], parameters["scale"], parameters.get("keys")
+    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+        raise SettingsError(f"lora_parameters: rank = {rank!r}; expected an integer of at least 1")
+    if not is_number(scale) or not math.isfinite(scale) or not scale:
+        raise SettingsError(f"lora_parameters: scale = {scale!r}; expected a finite number that is not 0")
+    if not is_number(parameters["dropout"]) or parameters["dropout"]:
+        raise SettingsError(
+            f"lora_parameters: dropout = {parameters['dropout']!r}; expected 0: GVPO's weights hold for the"
+            " log-probabilities of the model itself"
+        )
+    if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
+        raise SettingsError(f"lora_parameters: keys = {keys!r}; expected a list of names of layers")
+
+
+def _add_adapters(model: Any, *args: Any, file: str | None, **named: Any) -> None:
+    """mlx-lm's `linear_to_lora_layers`, then a look at the file of adapters that it will load without one.
+
+    Raises: SettingsError: the file holds other tensors than these adapters have.
+    """
+    lora.linear_to_lora_layers(model, *args, **named)
+    if file is None:
+        return
+    wanted = {name: tuple(p.shape) for name, p in tree_flatten(model.trainable_parameters())}
+    try:
+        found = {name: tuple(tensor.shape) for name, tensor in cast("dict[str, Any]", mx.load(file)).items()}
+    except (RuntimeError, ValueError) as error:
+        raise SettingsError(f"resume_adapter_file = {file!r} cannot be read: {error}") from error
+    different = (name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
+    if (name := next(different, None)) is not None:
+        has = f"has {name} of shape {found[name]}" if name in found else f"has no {name}"
+        asked = f"shape {wanted[name]}" if name in wanted else "no such tensor"
+        raise SettingsError(
+            f"resume_adapter_file = {file!r} {has}, and fine_tune_type, num_layers and lora_parameters ask for {asked}:"
+            " mlx-lm would not load it; set them as in the adapter_config.json beside the file"
+        )
 
 
 def run(args: argparse.Namespace) -> None:
@@ -143,7 +216,9 @@ def run(args: argparse.Namespace) -> None:
         raise SettingsError(f"report_to = {args.report_to!r}: {error}") from error
     train_model = types.FunctionType(
         lora.train_model.__code__,
-        vars(lora) | {"train": partial(_train, of=args), "CacheDataset": lambda groups: groups},
+        vars(lora)
+        | {"train": partial(_train, of=args), "CacheDataset": lambda groups: groups}
+        | {"linear_to_lora_layers": partial(_add_adapters, file=args.resume_adapter_file)},
         argdefs=lora.train_model.__defaults__,
     )
     train_model(args, model, sets["train"], sets.get("valid"), callback)

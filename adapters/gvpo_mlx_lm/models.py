@@ -46,7 +46,8 @@ def load(
       path: a folder or hub name.
       tokenizer_config, adapter_path, lazy, return_config, revision, trust_remote_code: as mlx_lm.load's.
     Returns: as mlx_lm.load: (model, tokenizer), and the config with `return_config`.
-    Raises: ModelError: no such model, one that mlx-lm cannot load, or one that it computes otherwise than transformers.
+    Raises: ModelError: no such model, one that mlx-lm cannot load, or one that it computes otherwise than transformers;
+      adapters of another model.
     """
     folder = _folder(path, revision)
     loaded = _pretrained(path, folder, trust_remote_code)
@@ -54,7 +55,11 @@ def load(
     if not lazy:
         mx.eval(model.parameters())
     if adapter_path is not None:
-        model = utils.load_adapters(model, adapter_path)
+        try:
+            model = utils.load_adapters(model, adapter_path)
+        except (OSError, ValueError, KeyError, AttributeError) as error:  # no such files, other tensors, no rank
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ModelError(f"adapter_path = {adapter_path!r} does not fit {str(path)!r}: {text}") from error
     model.eval()
     config = utils.load_config(folder)
     try:

@@ -17,11 +17,13 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from gvpo_mlx.logprobs import logsumexp
+from mlx.utils import tree_flatten
 from mlx_lm.tuner import trainer
 from mlx_lm.tuner.callbacks import TrainingCallback
 
 from gvpo_core import gvpo_coefficients, gvpo_loss, gvpo_surrogate
 from gvpo_core.hosts import SettingsError, check_beta
+from gvpo_core.training.data import DataError
 from gvpo_mlx_lm import batches
 from gvpo_mlx_lm.batches import StepResponse
 from gvpo_mlx_lm.groups import Group
@@ -104,6 +106,10 @@ class GVPO:
                 f"iters = {args.iters} is not a multiple of grad_accumulation_steps = {args.grad_accumulation_steps}:"
                 " mlx-lm would compute the last micro-batches and discard them; set a multiple"
             )
+        if not sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())):
+            raise SettingsError(
+                "no parameter of the model is trainable: check lora_parameters' keys and rank, or unfreeze layers"
+            )
         if active := dropouts(self.model):
             raise SettingsError(
                 f"dropout of {active[0][1]:g} in {active[0][0]}: GVPO's weights hold for the log-probabilities of the"
@@ -113,7 +119,11 @@ class GVPO:
     # -- data
 
     def with_reference(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with the log-probs of the reference, computed once."""
+        """The groups with the log-probs of the reference, computed once.
+
+        Raises: SettingsError: rows beyond a window that mlx-lm omits. DataError: ids that are not the model's tokens.
+        """
+        self._check_ids(groups)
         rows = [(group.prompt, response) for group in groups for response in group.responses]
         tokens = max((len(prompt) + len(response) for prompt, response in rows), default=0)
         if self.longest is not None and tokens > self.longest:
@@ -124,6 +134,15 @@ class GVPO:
         with adapters_off(self.model):
             scores = iter(self._score(rows).tolist())
         return [replace(group, ref_logprobs=tuple(islice(scores, len(group)))) for group in groups]
+
+    def _check_ids(self, groups: Sequence[Group]) -> None:
+        vocabulary = self.model(mx.array([[0]])).shape[-1]  # not evaluated: a shape
+        for number, group in enumerate(groups):
+            ids = [*group.prompt, *(i for response in group.responses for i in response)]
+            if wrong := [i for i in ids if not 0 <= i < vocabulary]:
+                raise DataError(
+                    f"group {number} holds {wrong[0]}, which is not a token id of the model (0 to {vocabulary - 1})"
+                )
 
     def iterate_batches(
         self, dataset: Sequence[Group], batch_size: int, max_seq_length: int, loop: bool = False, comm_group: Any = None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,27 @@ def test_the_command_line(folder, tmp_path, capfd):
         ("{model: here, lr_schedule: {name: cosine}}", "is not in mlx.optimizers: AttributeError: "),
         ("{model: here, lr_schedule: {name: cosine_decay}}", "is not in mlx.optimizers: KeyError: 'arguments'"),
         ("{model: here, lr_schedule: {name: cosine_decay, arguments: [1, 2, 3, 4]}}", "optimizers: TypeError: "),
+        ("{model: here, lora_parameters: {rank: 0, scale: 1.0, dropout: 0.0}}", "rank = 0; expected an integer of at"),
+        (
+            "{model: here, lora_parameters: {rank: 2, scale: .nan, dropout: 0.0}}",
+            "scale = nan; expected a finite number",
+        ),
+        ("{model: here, lora_parameters: {rank: 2, scale: 0, dropout: 0.0}}", "scale = 0; expected a finite number"),
+        ("{model: here, lora_parameters: {rank: 2, scale: 1.0, dropout: 0.1}}", "dropout = 0.1; expected 0: GVPO's"),
+        (
+            "{model: here, lora_parameters: {rank: 2, scale: 1, dropout: 0, alpha: 4}}",
+            "has alpha; expected rank, scale",
+        ),
+        ("{model: here, lora_parameters: {rank: 2, scale: 1, dropout: 0, keys: q}}", "keys = 'q'; expected a list of"),
+        ("{model: here, learning_rate: .nan}", "learning_rate = nan; expected a finite number above 0"),
+        ("{model: here, learning_rate: 0}", "learning_rate = 0; expected a finite number above 0"),
+        ("{model: here, optimizer_config: [1]}", "optimizer_config = [1]; expected {adam: {name: value}}"),
+        ("{model: here, optimizer_config: {adam: {beta: 1}}}", "optimizer_config.adam has beta; expected betas, eps"),
+        ("{model: here, grad_checkpoint: 'false'}", "grad_checkpoint = 'false'; expected true or false"),
+        ("{model: here, val_batches: 0}", "val_batches = 0, a mean over nothing; expected -1"),
+        ("{model: here, num_layers: 0}", "num_layers = 0, for which mlx-lm takes all; expected -1"),
+        ("{model: here, seed: 18446744073709551616}", "seed = 18446744073709551616; expected an integer below 2**64"),
+        ("{model: here, adapter_path: lora.yaml}", "adapter_path = 'lora.yaml' is a file; expected a folder"),
         ("{model: here, data: scored, num_layers: 2, report_to: it}", "report_to = 'it': it callback doesn't exist"),
     ],
 )
@@ -97,9 +119,65 @@ def test_what_the_command_line_cannot_use_is_one_line(arguments, message, folder
     if isinstance(arguments, str):
         (tmp_path / "lora.yaml").write_text(arguments)
         arguments = ["--config", "lora.yaml"]
-    assert main(arguments) == 2
+    assert main([*arguments, "--train"]) == 2
     error = capfd.readouterr().err
     assert error.startswith("gvpo_mlx_lm: ") and message in error and error.count("\n") == 1
+
+
+def trains(
+    folder: Path, tmp_path: Path, name: str, *more: str, lora: str = "{rank: 2, dropout: 0.0, scale: 4.0}"
+) -> int:
+    (tmp_path / f"{name}.yaml").write_text(
+        f"model: {folder}\ndata: {tmp_path / 'data'}\nnum_layers: 2\niters: 2\nbatch_size: 2\nlearning_rate: 0.01\n"
+        f"adapter_path: {tmp_path / name}\nlora_parameters: {lora}\n"
+    )
+    return main(["--config", str(tmp_path / f"{name}.yaml"), *more])
+
+
+def test_without_train_nothing_is_trained(folder, tmp_path, capfd):
+    scored_responses(tmp_path / "data")
+    assert trains(folder, tmp_path, "not") == 2
+    assert "train is not set; add --train" in capfd.readouterr().err
+    assert not (tmp_path / "not").exists()
+
+
+@pytest.mark.parametrize(
+    ("more", "lora", "message"),
+    [
+        (("--fine-tune-type", "dora"), "{rank: 2, dropout: 0.0, scale: 4.0}", r"has no model\.layers\.0\..*\.m, and"),
+        ((), "{rank: 3, dropout: 0.0, scale: 4.0}", r"lora_a of shape \(48, 2\), .* ask for shape \(48, 3\): mlx-lm"),
+        (("--num-layers", "1"), "{rank: 2, dropout: 0.0, scale: 4.0}", "lora_a of shape .* ask for no such tensor"),
+    ],
+)
+def test_adapters_of_other_settings_are_not_resumed(more, lora, message, folder, tmp_path, capfd):
+    """mlx-lm loads what has a name it knows, without a word about the rest."""
+    scored_responses(tmp_path / "data")
+    assert trains(folder, tmp_path, "first", "--train") == 0
+    resume = ("--train", "--resume-adapter-file", str(tmp_path / "first" / "adapters.safetensors"))
+    assert trains(folder, tmp_path, "again", *resume) == 0
+    capfd.readouterr()
+    assert trains(folder, tmp_path, "other", *resume, *more, lora=lora) == 2
+    assert re.search(message, capfd.readouterr().err)
+    (tmp_path / "junk.safetensors").write_bytes(b"junk")
+    assert trains(folder, tmp_path, "junk", "--train", "--resume-adapter-file", str(tmp_path / "junk.safetensors")) == 2
+    assert "junk.safetensors' cannot be read" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "row"), [(999, "responses"), (-1, "responses"), (96, "prompt_ids")])
+def test_ids_that_the_model_does_not_have_are_refused(wrong, row, folder, tmp_path, capfd):
+    data = scored_responses(tmp_path / "data")
+    given = {"prompt": "a", "responses": [[7, 8], [9]], "rewards": [1, 0]}
+    given |= {"prompt_ids": [5, wrong]} if row == "prompt_ids" else {"responses": [[7, wrong], [9]]}
+    (data / "train.jsonl").write_text(json.dumps(given) + "\n")
+    assert trains(folder, tmp_path, "ids", "--train") == 2
+    assert f"group 0 holds {wrong}, which is not a token id of the model (0 to 95)" in capfd.readouterr().err
+
+
+def test_keys_that_name_no_layer_are_refused(folder, tmp_path, capfd):
+    scored_responses(tmp_path / "data")
+    lora = "{rank: 2, dropout: 0.0, scale: 4.0, keys: [self_attn.q_prj]}"
+    assert trains(folder, tmp_path, "keys", "--train", lora=lora) == 2
+    assert "no parameter of the model is trainable: check lora_parameters' keys" in capfd.readouterr().err
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, capfd):
@@ -107,7 +185,7 @@ def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, capfd):
         raise OSError("no network\x1b]52;c;aGk=\x07")
 
     monkeypatch.setattr("mlx_lm.utils.snapshot_download", nothing)
-    assert main(["--model", "org/name"]) == 2
+    assert main(["--model", "org/name", "--train"]) == 2
     assert "model = 'org/name': there is no such folder, and the hub has none: no network\\x1b]52" in (
         error := capfd.readouterr().err
     )

@@ -123,3 +123,16 @@ def test_a_model_with_adapters_is_compared_without_them(tmp_path):
 def test_other_versions_are_refused(found):
     with pytest.raises(ImportError, match=f"mlx-lm {found} is installed; gvpo_mlx_lm was tried with >=0.32.0,<0.33"):
         gvpo_mlx_lm.HOST.check(found)
+
+
+@pytest.mark.parametrize("wrong", ["no folder", "no config", "another model's"])
+def test_adapters_that_do_not_fit_are_named(wrong, tmp_path):
+    folder, adapters = tiny_models.write_model("llama", tmp_path / "model"), tmp_path / "adapters"
+    if wrong != "no folder":
+        adapters.mkdir()
+    if wrong == "another model's":
+        settings = {"num_layers": 2, "lora_parameters": {"rank": 2, "scale": 1.0, "dropout": 0.0}}
+        (adapters / "adapter_config.json").write_text(json.dumps(settings))
+        mx.save_safetensors(str(adapters / "adapters.safetensors"), {"model.layers.7.lora_a": mx.zeros((2, 2))})
+    with pytest.raises(ModelError, match=r"adapter_path = '.*adapters' does not fit '.*model': "):
+        load(folder, adapter_path=str(adapters))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gvpo_core.training.config import DataConfig
-from gvpo_core.training.data import DataError, Prompts, _checked, encode_prompts
+from gvpo_core.training.data import DataError, Prompts, checked_prompt, encode_prompts
 from gvpo_core.training.policy import PolicyFacts
 from gvpo_core.training.policy.hugging_face import context
 
@@ -102,13 +102,13 @@ def test_tool_messages_pass_and_keys_without_a_value_are_left_out():
         call,
         {"role": "tool", "content": "5", "name": "add"},
     ]
-    assert _checked(chat, "here", "") == [
+    assert checked_prompt(chat, "here", "") == [
         {"role": "user", "content": "2 + 3?"},
         {"role": "assistant", "tool_calls": call["tool_calls"]},
         {"role": "tool", "content": "5", "name": "add"},
     ]
     with pytest.raises(DataError, match="needs a text role and a text content"):
-        _checked([{"role": "assistant", "content": None}], "here", "")
+        checked_prompt([{"role": "assistant", "content": None}], "here", "")
 
 
 def test_messages_in_arrays_are_messages():

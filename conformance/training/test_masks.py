@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny_models
 from toy_run import config_of, policy, records, run, write_model
 
 from gvpo_core.training.data import DataError
@@ -160,4 +161,4 @@ def test_mlx_lm_s_trainer_refuses_masks() -> None:
     from gvpo_mlx_lm.groups import load_groups
 
     with pytest.raises(DataError, match="train row 0 has a response_mask"):
-        load_groups(rows(), None)
+        load_groups(rows(), tiny_models.make_tokenizer())

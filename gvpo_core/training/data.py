@@ -128,7 +128,7 @@ def encode_prompts(
     for i, row in enumerate(rows):
         where = wheres[i] if wheres else f"{name} row {i}"
         _check_prompt_column(row, config, where)
-        prompt = _checked(row[config.prompt], f"{where}, column {config.prompt!r}", config.system_prompt)
+        prompt = checked_prompt(row[config.prompt], f"{where}, column {config.prompt!r}", config.system_prompt)
         try:
             ids = tuple(policy.encode(prompt) if encode is None else encode(i, prompt))
         except ConfigError:
@@ -168,7 +168,7 @@ def encode_prompts(
     return Prompts(prompts, tokens, columns, len(rows) - len(prompts), kept)
 
 
-def _checked(prompt: Any, where: str, system_prompt: str) -> Prompt:
+def checked_prompt(prompt: Any, where: str, system_prompt: str = "") -> Prompt:
     """The prompt as the model reads it: text, or messages with text contents. Raises: DataError: neither."""
     if isinstance(prompt, str):
         if system_prompt:
