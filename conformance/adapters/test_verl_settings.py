@@ -131,9 +131,13 @@ REFUSED = {
     "actor_rollout_ref.actor.use_kl_loss": "True",
     "actor_rollout_ref.actor.entropy_coeff": "0.01",
     "actor_rollout_ref.actor.shuffle": "True",
+    "actor_rollout_ref.actor.fsdp_config.qat.enable": "True",
+    "actor_rollout_ref.model.lora.rank": "8",
     "distillation.enabled": "True",
     "actor_rollout_ref.rollout.n": "1",
     "actor_rollout_ref.rollout.temperature": "0.8",
+    "actor_rollout_ref.rollout.do_sample": "False",
+    "actor_rollout_ref.rollout.ignore_eos": "True",
     "actor_rollout_ref.rollout.top_p": "0.9",
     "actor_rollout_ref.rollout.top_k": "50",
 }
@@ -164,6 +168,13 @@ def test_every_rule_has_a_refused_value() -> None:
 def test_a_reference_that_is_not_there_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"algorithm\.use_kl_in_reward is False and .* is 0\.1; set the first"):
         check_settings(config("algorithm.use_kl_in_reward=False"))
+
+
+def test_an_adapter_that_verl_would_not_load_is_refused() -> None:
+    adapter = "actor_rollout_ref.model.lora_adapter_path=here"
+    with pytest.raises(ValueError, match=r"lora_adapter_path is 'here' and .*lora_rank is 0; set the second"):
+        check_settings(config(adapter))
+    assert check_settings(config(adapter, "actor_rollout_ref.model.lora_rank=8")) == 0.1
 
 
 @pytest.mark.parametrize("found", ["0.8.2", "0.10.0", "1.0"])
