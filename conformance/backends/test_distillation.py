@@ -1,7 +1,11 @@
 """A teacher with another tokenizer, architecture or backend, through every backend that trains."""
 
 import json
+import os
+import signal
 import subprocess
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -283,3 +287,32 @@ def test_a_server_that_cannot_score_is_named(tmp_path, backend, student, teacher
         config = served_config(config_of(tmp_path, backend, student, teacher), server)
         with pytest.raises(kind, match=message):
             train(config, load_policy(config), train_rows=ROWS)
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+def test_a_signal_while_the_teachers_server_is_away_saves_and_leaves(
+    tmp_path, backend, student, teacher, scoring, steps, capsys
+):
+    """It is waited for, for 600 s: asked to stop, the run leaves the step and keeps the one before."""
+    with EchoServer(scoring, "big") as server:
+        config = served_config(config_of(tmp_path, backend, student, teacher), server)
+        config = replace(config, run=replace(config.run, checkpoint_every=0))
+        assert config.teacher.deadline == 600
+
+        def send():
+            while len(server.asked) < max(2, 1 + 12 * steps):  # one check, and a step has begun
+                time.sleep(0.01)
+            server.go()
+            time.sleep(1.0)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        policy = load_policy(config)
+        thread = threading.Thread(target=send)
+        thread.start()
+        start = time.monotonic()
+        result = train(config, policy, train_rows=ROWS)
+        thread.join()
+    assert (result.exit_status, result.step) == (143, steps) and time.monotonic() - start < 30
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["kind"] for r in records] == ["train"] * steps + ["event"]
+    assert (tmp_path / "checkpoints" / "step-00000001").exists() == bool(steps)

@@ -34,6 +34,11 @@ class EchoServer(ThreadingHTTPServer):
         batch = Batch([tuple(ids[:i]) for i in places], [(ids[i],) for i in places], [*range(len(places))])
         return [None, *map(float, self.policy.logprobs(batch))]
 
+    def go(self) -> None:
+        """Refuses connections from now on."""
+        self.shutdown()
+        self.server_close()
+
     def __exit__(self, *_) -> None:
         self.shutdown()
         self.server_close()

@@ -42,6 +42,7 @@ from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.background import Asks
 from gvpo_core.training.samplers.gaps import GapCheck
 from gvpo_core.training.samplers.load import check_sampler
+from gvpo_core.training.samplers.protocol import heed
 from gvpo_core.training.sources import Ahead, Buffer, Mixed, Sampled, Source, Streamed, Taught
 from gvpo_core.training.sources import Recorded as RecordedSource
 from gvpo_core.training.teacher import Teacher, load_teacher
@@ -190,6 +191,11 @@ class Inputs:
         self._teacher = self._teacher or load_teacher(self.config, policy)
         self._teacher.check(prompts)
         return self._teacher
+
+    def heed(self, stopping: Callable[[], bool]) -> None:
+        """Tells a teacher behind a URL how to hear that the run was asked to stop; see `Sampler.stopping`."""
+        if self._teacher is not None:
+            heed(self._teacher.scorer, stopping)
 
     def _source(self, policy: Policy, sampler: Sampler | None, trained: bool, cached: bool) -> Source:
         config = self.config

@@ -89,6 +89,7 @@ def _run(
 
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
         heed(sampler, lambda: bool(stop.signal))
+        inputs.heed(lambda: bool(stop.signal))
         step = journal.start(source, held_out, from_step)
         if highest(policy, not journal.evaluated(step)):  # also where the evaluation after the last step failed
             evaluate()

@@ -5,7 +5,7 @@ The tokenizer is read here: token ids go to the server, and each comes back with
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import wait
 from functools import partial
 from typing import Any
@@ -55,7 +55,8 @@ class ServedTeacher:
     def logprobs(self, batch: Batch) -> np.ndarray:
         """(N,) float64 sums over each response's tokens, nats; NaN where no score came within the deadline.
 
-        Raises: SamplerError: no score came at all, or the server scored other tokens than those it was given.
+        Raises: SamplerError: no score came at all, or the server scored other tokens than those it was given. Stopped:
+          the run was asked to stop while the server was away.
         """
         if not len(batch):
             return np.zeros(0)
@@ -78,6 +79,15 @@ class ServedTeacher:
             reasons = "; ".join([*failures][:_MOST_NAMED])
             raise SamplerError(f"the teacher scored none of {len(batch)} responses: {reasons}")
         return scores
+
+    @property
+    def stopping(self) -> Callable[[], bool]:
+        """Tells whether the run was asked to stop: a server that is away is then waited for no longer."""
+        return self._server.stopping
+
+    @stopping.setter
+    def stopping(self, stopping: Callable[[], bool]) -> None:
+        self._server.stopping = stopping
 
     def check(self) -> None:
         """Scores one text. Raises: ConfigError: the server cannot do it."""
