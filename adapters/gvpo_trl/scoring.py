@@ -149,8 +149,8 @@ def padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
 
 
 def _rounds(trainer: Any, model: Any) -> bool:
-    """Whether scores are rounded to 16 bits on the way."""
-    return bool(trainer.args.bf16 or trainer.args.fp16 or next(model.parameters()).dtype.itemsize < 4)
+    """Whether scores are rounded to 16 bits or fewer on the way, as by quantized weights."""
+    return bool(trainer.args.bf16 or trainer.args.fp16 or any(p.dtype.itemsize < 4 for p in model.parameters()))
 
 
 def _has_experts(model: Any) -> bool:

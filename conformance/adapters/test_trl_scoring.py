@@ -156,3 +156,21 @@ def test_the_check_leaves_modes_and_random_numbers_alone(tmp_path: Path) -> None
     check_scores(trainer)
     assert [module.training for module in trainer.model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_adapters_on_quantized_weights_train(bits: int, tmp_path: Path) -> None:
+    """Quantized layers round by what is in a batch: their scores alone and padded are compared as 16-bit ones."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    sizes = {"hidden_size": 64, "intermediate_size": 128}
+    folder = tiny_models.make_model("llama", tmp_path / "model", **sizes)
+    quantized = AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    )
+    assert {p.dtype for p in quantized.parameters()} > {torch.uint8 if bits == 4 else torch.int8}
+    trainer = trl_runs.make_trainer(folder, tmp_path / "out", model=quantized, lora=True, max_steps=2, **SIZES)
+    trainer.train()
+    kl = [line["gvpo/kl"] for line in trainer.state.log_history if "gvpo/kl" in line]
+    assert abs(kl[0]) < 1e-3 < abs(kl[1])

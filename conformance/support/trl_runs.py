@@ -53,9 +53,13 @@ def make_trainer(
     generation: dict[str, Any] | None = None,
     moved: float = 0.0,
     dtype: torch.dtype = torch.float32,
+    model: Any = None,
     **settings: Any,
 ) -> Any:
-    """`moved`: what is added to a parameter of the model in memory, which its folder does not know of."""
+    """`moved`: what is added to a parameter of the model in memory, which its folder does not know of.
+
+    `model`: in place of the folder's.
+    """
     from datasets import Dataset
     from gvpo_trl import GVPOConfig, GVPOTrainer
     from peft import LoraConfig
@@ -77,7 +81,7 @@ def make_trainer(
         "disable_tqdm": True,
         "max_steps": 3,
     }
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     if moved:
         model.model.norm.weight.data += moved
     model.generation_config.eos_token_id = [0, *range(50, 70)]  # so that some completions end
