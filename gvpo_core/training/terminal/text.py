@@ -3,7 +3,8 @@
 import math
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 LEFT = 5  # columns of a duration
@@ -97,9 +98,21 @@ def printable(text: str, *, keep: str = "") -> str:
     return _HIDDEN.sub(escape, text)
 
 
+_EMOJI = "\ufe0f"  # the character before it is drawn as an emoji: two columns
+_MARKS = 4  # combining marks on one character; more of them count as characters, so that no line grows without end
+
+
 def columns(text: str) -> int:
     """Columns of a terminal that printable text takes: two for a wide character, none for a combining one."""
-    return sum(map(_columns, text)) if not text.isascii() else len(text)
+    return sum(_widths(text)) if not text.isascii() else len(text)
+
+
+def _widths(text: str) -> Iterator[int]:
+    marks = 0
+    for char, after in pairwise(text + " "):
+        width = _columns(char)
+        marks = 0 if width else marks + 1
+        yield 2 if width and after == _EMOJI else width or int(marks > _MARKS)
 
 
 def _columns(char: str) -> int:
@@ -107,14 +120,15 @@ def _columns(char: str) -> int:
         return 0
     if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff":
         return 0  # vowels and ends of decomposed Korean syllables, as in file names of macOS: part of the first
+    if "\U0001f1e6" <= char <= "\U0001f1ff":
+        return 1  # two are a flag; wide since Unicode 16
     return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
 
 
 def pieces(line: str, room: int) -> list[str]:
     """A line of printable text cut into pieces of at most `room` columns; one piece at least."""
     lines, start, used = [], 0, 0
-    for i, char in enumerate(line):
-        width = _columns(char)
+    for i, width in enumerate(_widths(line)):
         if used + width > room:
             lines.append(line[start:i])
             start, used = i, 0

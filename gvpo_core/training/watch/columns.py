@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from gvpo_core.training.config.check import RESERVED_REWARD_NAMES
+from gvpo_core.training.terminal.output import encodable
 from gvpo_core.training.terminal.text import LEFT, fit, percent, printable
 from gvpo_core.training.terminal.text import columns as width_of
 from gvpo_core.training.watch.alerts import LEVELS
@@ -94,19 +95,21 @@ def legend(columns: Sequence[Column]) -> str:
     return " ".join([*sentences, "left: time left. ~0: nearly 0."])
 
 
-def columns_for(width: int, record: Record) -> tuple[Column, ...]:
+def columns_for(width: int, record: Record, stream: Any = None) -> tuple[Column, ...]:
     """The columns of rows in a terminal of `width` columns; where there is room, one for each of several rewards and
     one for the gap of a sampler.
 
     Args:
       record: a train record, which has the names of the rewards, and of episodes the shares of their ends.
+      stream: that they are written to, in its encoding. None: UTF-8.
     """
     if "episodes/turns" in record:
-        return tuple(_CUT_EPISODES if column is _CUT else column for column in _responses_columns(width - 1, record))
-    return _responses_columns(width, record)
+        chosen = _responses_columns(width - 1, record, stream)
+        return tuple(_CUT_EPISODES if column is _CUT else column for column in chosen)
+    return _responses_columns(width, record, stream)
 
 
-def _responses_columns(width: int, record: Record) -> tuple[Column, ...]:
+def _responses_columns(width: int, record: Record, stream: Any) -> tuple[Column, ...]:
     if width < WIDE - 1:
         return COLUMNS
     names = [key.removeprefix("reward/") for key in record if key.startswith("reward/")]
@@ -116,7 +119,7 @@ def _responses_columns(width: int, record: Record) -> tuple[Column, ...]:
     gap = (_GAP,) if "sampler/gap" in record and room > 7 else ()
     room -= 7 * len(gap)
     for name in names if len(names) > 1 else ():
-        title = printable(name)
+        title = encodable(printable(name), stream)
         taken = max(6, width_of(title))
         if taken + 1 <= room:
             extra.append(_number(title, taken, f"reward/{name}", _REWARD))

@@ -85,7 +85,7 @@ class Console:
         wrong, and the seconds by phase.
         """
         if not self._columns:
-            self._columns = columns_for(self._width, record)
+            self._columns = columns_for(self._width, record, self._stream)
             self._wrapped(legend(self._columns), style="dim")
             self._print("")
         if self._rows % _TITLES_EVERY == 0:
@@ -120,7 +120,8 @@ class Console:
         # One reward, unweighted, says no more; its mean over responses is rounded otherwise than that over prompts.
         if len(rewards) > 1 or not any(_same(reward, value) for value in rewards.values()):
             for key, value in rewards.items():
-                parts.append(f"{printable(key.removeprefix('eval/reward/'))} {fit(value, 6)}")
+                name = encodable(printable(key.removeprefix("eval/reward/")), self._stream)
+                parts.append(f"{name} {fit(value, 6)}")
         parts.append(f"len {fit(record.get('eval/length'), 5)}")
         if "eval/episodes/turns" in record:
             for name in ("turns", "tokens"):
@@ -205,7 +206,7 @@ class Console:
 
     def _quote(self, title: str, text: str) -> None:
         self._wrapped(f"  {printable(title)}", " " * 4)
-        lines = printable(text, keep="\n").split("\n")
+        lines = encodable(printable(text, keep="\n"), self._stream).split("\n")
         room = self._width - 4
         shown = [piece for line in lines for piece in pieces(line, room)]
         for line in shown[:8]:
@@ -214,7 +215,7 @@ class Console:
             self._print(f"  | ... {len(shown) - 8} more lines")
 
     def _wrapped(self, text: str, indent: str = "", *, style: str = "") -> None:
-        for line in wrapped(text, self._width, indent):
+        for line in wrapped(encodable(text, self._stream), self._width, indent):
             self._print(line, style=style)
 
     def _print(self, line: str, *, style: str = "", mark: tuple[int, str] = (0, "")) -> None:
