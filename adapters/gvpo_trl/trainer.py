@@ -134,8 +134,8 @@ class GVPOTrainer(GRPOTrainer):
         ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own grouping, of the gathered rows
         self._gvpo_groups = len(rewards) // size
         local_rows = slice(start, start + len(inputs))
-        # A completion that TRL masks whole (mask_truncated_completions) leaves its group (Cor. 3.4).
-        output["rewards"] = rewards[local_rows].masked_fill(~output["completion_mask"].any(dim=1), float("nan"))
+        # A completion that is masked whole (mask_truncated_completions, env_mask) leaves its group (Cor. 3.4).
+        output["rewards"] = rewards[local_rows].masked_fill(~mask_of(output).any(dim=1), float("nan"))
         output["group_ids"] = ids[local_rows]
         scored = ~self.accelerator.gather(output["rewards"]).isnan()
         if self.model.training and not bool((torch.bincount(ids[scored]) >= 2).any()):

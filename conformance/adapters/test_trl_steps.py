@@ -84,7 +84,18 @@ def test_the_steps_of_responses_that_hold_tokens_of_tools(folder, tmp_path) -> N
     check_steps(folder, found, settings)
 
 
-@pytest.mark.slow
+def test_a_response_without_a_token_of_its_own_leaves_its_group(folder, tmp_path) -> None:
+    def silent(prompts, trainer):
+        made = trl_runs.tool_calls(prompts, trainer)
+        made["env_mask"][0] = [0] * len(made["env_mask"][0])
+        return made
+
+    settings = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+    found = trl_runs.run(folder, tmp_path, settings, rollout_func=silent)
+    assert all(sum(not any(own) for _, _, own in rows) == 1 for rows in found["seen"])
+    check_steps(folder, found, settings)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "settings",

@@ -144,7 +144,7 @@ def reference(
         ids, groups = dense_group_ids(tuple(prompt) for prompt, _, _ in rows)
         given = [reward(completion) for _, completion, _ in rows]
         scores = torch.tensor([float("nan") if x is None else x for x in given], dtype=torch.float64)
-        scores[[not completion for _, completion, _ in rows]] = float("nan")  # masked by TRL
+        scores[[not any(own) for *_, own in rows]] = float("nan")  # masked by TRL or an environment
         logprobs = torch.stack([logprob(model, *row) for row in rows])
         with torch.no_grad():
             ref = torch.stack([logprob(initial, *row) for row in rows])
