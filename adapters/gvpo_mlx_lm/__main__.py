@@ -28,6 +28,7 @@ from gvpo_core.training.config import ConfigError
 from gvpo_core.training.data import DataError
 from gvpo_core.training.terminal.text import printable
 from gvpo_mlx_lm import ModelError, load, load_groups, train
+from gvpo_mlx_lm.models import quantized
 
 _OURS = {"beta": 0.1, "groups_per_step": None}
 _COUNTS = {  # name -> the least it may be
@@ -202,6 +203,11 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
     if args.num_layers > len(model.layers):
         raise SettingsError(f"num_layers = {args.num_layers}, and the model has {len(model.layers)}; -1 takes all")
+    if args.fine_tune_type == "full" and quantized(model):
+        raise SettingsError(
+            f"fine_tune_type full, and {args.model!r} has quantized weights, which take no gradient: use lora or dora,"
+            " or a model in 16 or 32 bits"
+        )
     files = {name: Path(args.data) / f"{name}.jsonl" for name in ("train", "valid")}
     sets = {
         name: load_groups(path, tokenizer, max_seq_length=args.max_seq_length, name=str(path))

@@ -166,3 +166,8 @@ def dropouts(model: nn.Module) -> list[tuple[str, float]]:
     """(name, probability) of each dropout layer that drops anything."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout))
     return [(name, 1 - layer._p_1) for name, layer in layers if layer._p_1 < 1]
+
+
+def quantized(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """(name, layer) of each layer of quantized weights."""
+    return [(name, module) for name, module in model.named_modules() if "scales" in module]

@@ -27,7 +27,7 @@ from gvpo_core.training.data import DataError
 from gvpo_mlx_lm import batches
 from gvpo_mlx_lm.batches import StepResponse
 from gvpo_mlx_lm.groups import Group
-from gvpo_mlx_lm.models import adapters_off, check_model, dropouts
+from gvpo_mlx_lm.models import adapters_off, check_model, dropouts, quantized
 
 _BLOCK = 32  # lengths are padded to multiples of it, so that few shapes are compiled
 
@@ -109,6 +109,11 @@ class GVPO:
         if not sum(p.size for _, p in tree_flatten(self.model.trainable_parameters())):
             raise SettingsError(
                 "no parameter of the model is trainable: check lora_parameters' keys and rank, or unfreeze layers"
+            )
+        if trained := [name for name, module in quantized(self.model) if module.trainable_parameters()]:
+            raise SettingsError(
+                f"{trained[0]} has quantized weights, which take no gradient: train LoRA or DoRA adapters, or load the"
+                " model in 16 or 32 bits"
             )
         if active := dropouts(self.model):
             raise SettingsError(

@@ -16,6 +16,7 @@ require("mlx_lm", "mlx.core", subject="mlx_lm")
 import mlx.core as mx
 import mlx_lm
 from gvpo_mlx_lm.__main__ import main
+from mlx_lm.convert import convert
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +179,14 @@ def test_keys_that_name_no_layer_are_refused(folder, tmp_path, capfd):
     lora = "{rank: 2, dropout: 0.0, scale: 4.0, keys: [self_attn.q_prj]}"
     assert trains(folder, tmp_path, "keys", "--train", lora=lora) == 2
     assert "no parameter of the model is trainable: check lora_parameters' keys" in capfd.readouterr().err
+
+
+def test_full_training_of_quantized_weights_is_refused(tmp_path, capfd):
+    whole = tiny_models.make_model("llama", tmp_path / "whole", hidden_size=64, intermediate_size=128)
+    convert(str(whole), str(tmp_path / "q4"), quantize=True, q_bits=4, q_group_size=32)
+    scored_responses(tmp_path / "data")
+    assert trains(tmp_path / "q4", tmp_path, "full", "--train", "--fine-tune-type", "full") == 2
+    assert "has quantized weights, which take no gradient: use lora or dora" in capfd.readouterr().err
 
 
 def test_a_name_that_the_hub_does_not_give_is_one_line(monkeypatch, capfd):

@@ -23,7 +23,9 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from gvpo_mlx_lm import GVPO, SettingsError, load, load_groups, response_logprobs, train
 from gvpo_mlx_lm.batches import epochs
+from gvpo_mlx_lm.models import quantized
 from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.convert import convert
 from mlx_lm.tuner.trainer import TrainingArgs
 from mlx_lm_model import BETA, RATE, adapted, parameters, scored_rows
 
@@ -237,6 +239,33 @@ def test_refused_settings(settings, options, message, folder, groups, tmp_path, 
             model_path=folder,
             **options,
         )
+
+
+@pytest.fixture(scope="module")
+def in_four_bits(tmp_path_factory) -> Path:
+    made = tmp_path_factory.mktemp("quantized")
+    whole = tiny_models.make_model("llama", made / "whole", hidden_size=64, intermediate_size=128)
+    convert(str(whole), str(made / "q4"), quantize=True, q_bits=4, q_group_size=32)
+    return made / "q4"
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_on_quantized_weights_take_the_whole_batchs_step(kind, in_four_bits, tmp_path, capfd):
+    model, base = adapted(in_four_bits, kind=kind), load(in_four_bits)[0]
+    assert quantized(model)
+    groups = load_groups(scored_rows(), load(in_four_bits)[1])
+    start, wanted = parameters(model), reference_step(model, base, groups)
+    args = arguments(tmp_path, batch_size=7, grad_accumulation_steps=2, iters=2)
+    options = {"model_path": in_four_bits, "beta": BETA, "groups_per_step": len(groups)}
+    train(model, optim.SGD(learning_rate=RATE), groups, args=args, **options)
+    assert apart({name: p - start[name] for name, p in parameters(model).items()}, wanted) < 2e-5
+
+
+def test_quantized_weights_are_not_trained(in_four_bits, tmp_path):
+    model, _ = load(in_four_bits)
+    model.unfreeze()
+    with pytest.raises(SettingsError, match="has quantized weights, which take no gradient: train LoRA"):
+        GVPO(model, arguments(tmp_path), in_four_bits)
 
 
 def test_dropout_is_refused(folder, groups, tmp_path):
