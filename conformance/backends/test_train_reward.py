@@ -2,8 +2,12 @@
 
 import json
 import math
+import os
 import random
 import re
+import resource
+import signal
+import time
 from pathlib import Path
 
 import power_loss
@@ -16,7 +20,7 @@ require(subject="torch")
 
 import torch
 from gvpo_torch.reward_model import Pair, RewardModel, micro_batches, train
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from gvpo_core.training import cli
 from gvpo_core.training.cli import train_reward as cli_train_reward
@@ -246,3 +250,62 @@ def test_a_saved_model_outlives_a_power_loss_and_holds_nothing_of_a_killed_save(
     assert "new/out/model.safetensors" in there and "new/out/model-00001-of-00002.safetensors" not in there
     for states in disk.states.values():
         assert sorted(name for name, content in there.items() if states[-1].get(name, "lost") != content) == []
+
+
+def command(folder: Path, tmp_path: Path, out: Path) -> list[str]:
+    """`gvpo train-reward` on 8 pairs."""
+    data = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"p{i}", "chosen": "aa", "rejected": "b"} for i in range(8)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return ["train-reward", str(data), str(out), "--model", str(folder), "--device", "cpu"]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGXCPU", "SIGINT"])
+def test_a_signal_while_the_model_is_written_leaves_nothing(name, folder, tmp_path, capsys, monkeypatch):
+    """The handlers and the signals are real."""
+    out, number, written = tmp_path / "new" / "out", getattr(signal, name), []
+
+    def cut_short(model, directory, **options):
+        Path(directory).mkdir()
+        (Path(directory) / "model-00001-of-00002.safetensors").write_bytes(b"half")
+        written.extend(Path(directory).iterdir())
+        os.kill(os.getpid(), number)
+        time.sleep(30)
+
+    default = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL
+    before = signal.signal(number, default)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(PreTrainedModel, "save_pretrained", cut_short)
+            if name == "SIGINT":
+                assert cli.main(command(folder, tmp_path, out)) == 130
+            else:
+                with pytest.raises(SystemExit) as ended:
+                    cli.main(command(folder, tmp_path, out))
+                assert ended.value.code == 128 + number
+        assert signal.getsignal(number) is default
+    finally:
+        signal.signal(number, before)
+    assert written and not list((tmp_path / "new").iterdir())
+    assert cli.main(command(folder, tmp_path, out)) == 0 and (out / "model.safetensors").exists()
+
+
+def test_a_limit_on_file_sizes_is_one_line_and_leaves_nothing(folder, tmp_path, capsys):
+    out = tmp_path / "new" / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    try:
+        assert cli.main(command(folder, tmp_path, out)) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    said = capsys.readouterr().err
+    assert "a file may not grow this large here: check ulimit -f" in said and "Traceback" not in said
+    assert not list((tmp_path / "new").iterdir())
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_model_loads(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli_train_reward, "read_preferences", lambda *_: pytest.fail("the data was read"))
+    (tmp_path / "file").write_text("")
+    assert cli.main(command(folder, tmp_path, tmp_path / "file" / "out")) == 2
+    file = tmp_path / "file"
+    assert capsys.readouterr().err == f"gvpo: cannot write {file / 'out'}: {file}: File exists; give another folder\n"

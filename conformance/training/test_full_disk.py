@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import table_run
 
+from gvpo_core.training import cli
+from gvpo_core.training.policy.table import TablePolicy
 from gvpo_core.training.run.checkpoint import damage, newest_checkpoint, save_failed, steps_saved
 
 pytestmark = pytest.mark.core
@@ -154,9 +156,33 @@ def test_a_limit_on_file_sizes_during_a_save(tmp_path, whole):
         (Exception("Error while serializing: No space left on device (os error 28)"), "the disk is full"),
         (OSError(122, "Disk quota exceeded"), "the disk is full"),
         (Exception("I/O error: File too large (os error 27)"), "ulimit -f"),
+        (
+            Exception("Error while serializing: IoError(Os { code: 30, kind: ReadOnlyFilesystem })"),
+            "Read-only file system",
+        ),
+        (OSError(30, "Read-only file system", "/x"), ": Read-only file system"),
+        (RuntimeError("[save] cannot write: Input/output error"), ": Input/output error"),
+        (OSError("odd"), ": odd"),
         (ValueError("odd"), "ValueError: odd"),
     ],
 )
 def test_errors_are_recognised_from_any_server(error, said, tmp_path):
     message = str(save_failed(tmp_path, 3, error))
     assert said in message and "there is no earlier checkpoint" in message
+
+
+@pytest.mark.parametrize("error", ["(os error 28)", "(os error 30)", "of another kind"])
+def test_an_export_that_cannot_be_written_is_one_line(error, tmp_path, capsys, monkeypatch):
+    def cut_short(policy, folder):
+        (folder / "part.safetensors").write_bytes(b"half")
+        raise Exception(f"Error while serializing: I/O error: {error}")  # as safetensors' writer
+
+    config, out = table_run.make(tmp_path, steps=1), tmp_path / "out"
+    monkeypatch.setattr(TablePolicy, "export", cut_short)
+    assert cli.main(["export", str(config), str(out)]) == 1 and not list(out.iterdir())
+    said = capsys.readouterr().err
+    if error == "of another kind":
+        assert "Traceback" in said
+        return
+    why = "the disk is full; free space and run again" if "28" in error else "Read-only file system"
+    assert said.splitlines()[-1] == f"gvpo: cannot write {out}: {why}" and "Traceback" not in said

@@ -13,7 +13,7 @@ import numpy as np
 from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import Config, ConfigError
 from gvpo_core.training.evaluation import evaluated
-from gvpo_core.training.files.disk import anchored, make_synced, refuse_special, retried
+from gvpo_core.training.files.disk import UnwritableError, anchored, make_synced, refuse_special, retried, unwritable
 from gvpo_core.training.fingerprint import dtypes
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.intervals import mean_half_width
@@ -177,10 +177,12 @@ def export_run(arguments: list[str]) -> int:
                 policy.export(folder, own_head=True)
             else:
                 policy.export(folder)
-        except BaseException:  # what is not whole, or does not read back, is not left to be taken for the policy
+        except BaseException as e:  # what is not whole, or does not read back, is not left to be taken for the policy
             if policy.rank == 0:
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+            if isinstance(e, Exception) and (why := unwritable(e)):
+                raise UnwritableError(f"cannot write {options.folder}: {why}") from e
             raise
     if policy.rank == 0:
         say(options.folder)

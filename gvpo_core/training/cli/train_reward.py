@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from gvpo_core.training.cli.parser import Parser
 from gvpo_core.training.config import ConfigError, ModelConfig, OptimizerConfig
 from gvpo_core.training.config.check import SMALLEST_MOVE
 from gvpo_core.training.data import column_names
+from gvpo_core.training.files.disk import UnwritableError, make_synced, unwritable
 from gvpo_core.training.intervals import wilson
 from gvpo_core.training.policy.load import missing_package
 from gvpo_core.training.recorded.rows import recorded_rows
@@ -45,6 +47,7 @@ def train_reward(arguments: list[str]) -> int:
     """
     options = _parser().parse_args(arguments)
     _check(options)
+    _refuse_unwritable(options.out)
     preferences = read_preferences(options.data, "the data", options.prompt, options.split, options.subset)
     if options.held_out:
         held_out_split = options.held_out_split
@@ -96,7 +99,12 @@ def train_reward(arguments: list[str]) -> int:
             )
     _tell(model, held_out, options.micro_batch_tokens, "after")
     with ended_by_exit():
-        model.save(options.out)
+        try:
+            model.save(options.out)
+        except Exception as e:
+            if why := unwritable(e):
+                raise UnwritableError(f"cannot write {options.out}: {why}") from e
+            raise
     say(f"\nwrote {options.out}; as a reward:\n")
     say(f'[rewards.preferred]\nfunction = "reward_model"\noptions = {{ path = "{options.out}" }}')
     return 0
@@ -173,6 +181,16 @@ def _check(options: argparse.Namespace) -> None:
     wrong += [line for name in ("torch", "transformers") for line in missing_package(name, "torch")]
     if wrong:
         raise ConfigError("\n".join(wrong))
+
+
+def _refuse_unwritable(folder: Path) -> None:
+    """Raises ConfigError: the folder cannot be made there; hours of training would be lost."""
+    try:
+        make_synced(folder.parent)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-"):
+            pass
+    except OSError as e:
+        raise ConfigError(f"cannot write {folder}: {e.filename}: {e.strerror or e}; give another folder") from e
 
 
 def read_preferences(source: str, name: str, prompt: str, split: str = "", subset: str = "") -> list[Preference]:

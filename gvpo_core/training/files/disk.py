@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import stat
 import time
 from collections.abc import Callable
@@ -167,3 +168,33 @@ def lock(file: IO[Any]) -> None:
         if e.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
             raise BlockingIOError(e.errno, e.strerror) from e
         raise
+
+
+class UnwritableError(RuntimeError):
+    """A result that cannot be written; the message says where and why."""
+
+
+_SAYS = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)|\[Errno (\d+)\]")
+_TEXTS = {
+    number: os.strerror(number)
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+}
+
+
+def unwritable(error: Exception) -> str:
+    """Why a file could not be written, and what to do; empty where the error is not about that.
+
+    Writers in other languages, as that of safetensors, give the system's text alone.
+    """
+    number, text = getattr(error, "errno", None), str(error)
+    if number is None and (match := _SAYS.search(text)):
+        number = int(next(filter(None, match.groups())))
+    if number is None:
+        number = next((number for number, known in _TEXTS.items() if known in text), None)
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full; free space and run again"
+    if number == errno.EFBIG:
+        return "a file may not grow this large here: check ulimit -f and the file system, then run again"
+    if isinstance(error, OSError) or number in _TEXTS:
+        return os.strerror(number) if number else text
+    return ""

@@ -6,7 +6,6 @@ checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of every othe
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import logging
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gvpo_core.training.files.disk import is_folder, names_in, retried, sync_folder, tree, write_synced
+from gvpo_core.training.files.disk import is_folder, names_in, retried, sync_folder, tree, unwritable, write_synced
 from gvpo_core.training.policy.tensor_file import Digest
 
 _log = logging.getLogger("gvpo.checkpoint")
@@ -145,13 +144,7 @@ def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
         left = f"the checkpoint of step {steps[0]} is intact" if steps else "there is no earlier checkpoint"
     except OSError as e:
         left = f"earlier checkpoints cannot be listed now: {e.strerror or e}"
-    number, text = getattr(error, "errno", None), str(error)  # writers in other languages give the text alone
-    if number in (errno.ENOSPC, errno.EDQUOT) or "No space left" in text or "Disk quota exceeded" in text:
-        what = "the disk is full; free space and run again"
-    elif number == errno.EFBIG or "File too large" in text:
-        what = "a file may not grow this large here: check ulimit -f and the file system, then run again"
-    else:
-        what = f"{type(error).__name__}: {text}"
+    what = unwritable(error) or f"{type(error).__name__}: {error}"
     return CheckpointError(f"could not save step {step} in {folder} ({left}): {what}")
 
 
