@@ -136,6 +136,7 @@ def conformance(session: nox.Session, subject: str) -> None:
     compiled = Path(session.create_tmp()).resolve() / "compiled"
     if "--slow" not in session.posargs:
         shutil.rmtree(compiled, ignore_errors=True)
+    session.run("python", "conformance/support/mlx_header.py")  # in environments with MLX
     quick = env | {"JAX_COMPILATION_CACHE_DIR": str(compiled)} | QUICKLY_COMPILED
     if subject == "parity":
         files = sorted(str(path) for path in Path("conformance/backends").glob("test_parity_*.py"))
@@ -339,9 +340,8 @@ def bench(session: nox.Session) -> None:
     """
     install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
     failed = []
-    every = ("step_vs_trl", "packed_speed", "logprob_memory", "mlx_logprob_memory", "long_resume", "ahead_overlap")
-    every += ("skinny_products",)
-    for name in session.posargs or every:
+    every = "step_vs_trl packed_speed logprob_memory mlx_logprob_memory long_resume ahead_overlap skinny_products"
+    for name in session.posargs or every.split():
         try:
             session.run("python", f"benchmarks/{name}.py")
         except CommandFailed:  # the others are measured all the same
@@ -362,9 +362,9 @@ def scale(session: nox.Session, backend: str) -> None:
 
 
 # Tests of tiny models that can be on a GPU.
-ON_A_GPU = {"jax": "policy_update policy_generate jax_prefixes"}
-ON_A_GPU["torch"] = "torch_cuda* torch_fixed* torch_compiled torch_prefixes torch_quantized trainer "
-ON_A_GPU["torch"] += "policy_* distillation episode_runs mixed_steps recorded_steps"
+ON_A_GPU = {"torch": "torch_cuda* torch_fixed* torch_compiled torch_prefixes torch_quantized trainer policy_* "}
+ON_A_GPU["torch"] += "distillation episode_runs mixed_steps recorded_steps"
+ON_A_GPU["jax"] = "policy_update policy_generate jax_prefixes"
 
 
 @nox.session

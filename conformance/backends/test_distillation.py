@@ -90,6 +90,7 @@ def texts(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "completions.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow_on("jax")
 def test_the_reference_is_what_the_teacher_gives_to_the_text(tmp_path, backend, student, teacher, capsys):
     config = config_of(tmp_path, backend, student, teacher)
     policy = load_policy(config)

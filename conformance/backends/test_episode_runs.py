@@ -119,6 +119,7 @@ def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, t
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
 
 
+@pytest.mark.slow_on("jax")
 def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, rewriting, tmp_path) -> None:
     _, batches, whole = run(tmp_path / "whole", backend, rewriting)
     counts = [1 + len(segments) for segments in batches[0].later]

@@ -39,6 +39,7 @@ def gradient(folder: Path, dtype: str) -> dict[str, np.ndarray]:
     return {name: np.asarray(a, np.float64) for name, a in total.items()}
 
 
+@pytest.mark.slow
 def test_bfloat16_gradients_of_vectors_are_summed_in_float32(tmp_path) -> None:
     folder = tiny_models.write_model("qwen2", tmp_path, spread=0.05, num_hidden_layers=1)
     exact, found = (gradient(folder, dtype) for dtype in ("float32", "bfloat16"))

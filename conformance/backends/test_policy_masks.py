@@ -113,6 +113,7 @@ def test_gradients_are_those_of_own_tokens_in_float64(backend, folder) -> None:
     assert step_difference(exact, reference_gradients(folder, WHOLE, factors)) > 0.1, "the masks matter"
 
 
+@pytest.mark.slow_on("jax-lora")
 def test_the_step_is_that_of_differences_of_prefixes(take) -> None:
     factors = np.random.default_rng(2).normal(size=len(OF))
     step, update = take(OF, lambda logprobs, rows: factors[rows])
@@ -139,6 +140,7 @@ def test_context_counts_in_the_token_budget(take, step) -> None:
     assert step[1].tokens == take(WHOLE)[1].tokens
 
 
+@pytest.mark.slow_on("jax-lora")
 @pytest.mark.parametrize("split", [s if s == "one" else pytest.param(s, marks=pytest.mark.slow) for s in SPLITS])
 def test_the_step_does_not_depend_on_the_split(split: str, take, step) -> None:
     found, other = take(OF, **SPLITS[split])

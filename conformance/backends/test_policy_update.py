@@ -72,7 +72,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.slow_on("jax-lora")
+@pytest.mark.slow_on("jax-lora", "jax-one")
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_step_does_not_depend_on_the_split(split: str, whole_step) -> None:
     take, step, update = whole_step
@@ -83,6 +83,7 @@ def test_the_step_does_not_depend_on_the_split(split: str, whole_step) -> None:
     assert other.gradient_norm == pytest.approx(update.gradient_norm, rel=1e-5)
 
 
+@pytest.mark.slow_on("jax-lora")
 def test_nor_on_the_order_of_rows(whole_step) -> None:
     take, step, update = whole_step
     order = np.random.default_rng(3).permutation(len(OF))

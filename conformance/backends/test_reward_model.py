@@ -91,6 +91,7 @@ def test_a_response_beyond_the_context_has_no_score(folder, capsys):
     assert "1 of 2 responses with their prompts exceed 128 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_runs_in_its_process_and_loads_before_any_time_limit(folder):
     options = {"path": str(folder)}
     config = RewardConfig(function="reward_model", options=options, workers=1, memory=0)

@@ -50,6 +50,7 @@ def records(folder: Path, kind: str = "train") -> list[dict]:
     return [r for line in lines if (r := json.loads(line))["kind"] == kind]
 
 
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize(
     ("extra", "model_extra"),
     [

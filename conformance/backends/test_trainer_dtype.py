@@ -84,6 +84,7 @@ def test_a_written_dtype_is_compared_as_well(copied, capfd):
     assert goes_on(copied, "--model.dtype", "float32")
 
 
+@pytest.mark.slow_on("jax")
 def test_allowed_changes_continue_in_the_other_dtype(copied, accelerator):
     assert goes_on(copied, "--run.allow_changes", "True")
     now = known(copied.parent)

@@ -136,7 +136,7 @@ def _large(beta: float, num_groups: int) -> Callable[..., Any]:
     return call
 
 
-@pytest.mark.slow_on("mlx", "array-api-strict", "eager-torch", "eager-jax")
+@pytest.mark.slow_on("mlx", "array-api-strict", "eager-torch", "eager-jax", "compiled")
 @pytest.mark.capability("N = 65,536")
 @pytest.mark.dtypes("float32")
 def test_large(setting: Setting) -> None:
