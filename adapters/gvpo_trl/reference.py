@@ -16,6 +16,7 @@ from trl.trainer.utils import use_adapter
 from gvpo_trl.scoring import differ, padded_scores
 
 _COPY = "ref"  # TRL's name of the copied adapter
+_SUBTRACTED = ("pissa", "corda", "olora", "loftq", "lora_ga")  # PEFT subtracts such an adapter from the base weights
 
 
 def check_adapters(model: Any) -> None:
@@ -60,7 +61,7 @@ def check_reference(trainer: Any) -> None:
     apart = differ(trainer, scores, [row.detach() for row in ref_scores])
     if trainer.ref_model is not None:
         _warn_of_another_model(trainer, apart)
-    elif apart is not None:
+    elif _COPY not in trainer.accelerator.unwrap_model(trainer.model).peft_config:
         _check_initial_adapter(trainer, apart)
 
 
@@ -110,17 +111,19 @@ def _same(p: Tensor, other: Tensor) -> bool:
     return p.shape == other.shape and torch.equal(p, other.to(p))
 
 
-def _check_initial_adapter(trainer: Any, apart: float) -> None:
+def _check_initial_adapter(trainer: Any, apart: float | None) -> None:
     config = trainer.accelerator.unwrap_model(trainer.model).peft_config["default"]
     start = getattr(config, "init_lora_weights", None)
-    if isinstance(start, str):  # PEFT has subtracted the new adapter from the base weights
+    by = "" if apart is None else f", by up to {apart:.2g} nat a token"
+    if isinstance(start, str) and (by or start.lower().startswith(_SUBTRACTED)):
         raise ValueError(
             f"init_lora_weights is {start!r}, which changes the base weights: the model without its adapter, TRL's"
-            f" reference, would be another one than the model before training, by up to {apart:.2g} nat a token. Set it"
-            " to True, 'gaussian', 'orthogonal' or 'eva'"
+            f" reference, would be another one than the model before training{by}. Set it to True, 'gaussian',"
+            " 'orthogonal' or 'eva'"
         )
-    warnings.warn(
-        f"the new {type(config).__name__} adapter changes the model before it is trained, by up to {apart:.2g} nat a"
-        " token: KL to the reference, the model without it, starts away from 0",
-        stacklevel=4,
-    )
+    if by:
+        warnings.warn(
+            f"the new {type(config).__name__} adapter changes the model before it is trained{by}: KL to the reference,"
+            " the model without it, starts away from 0",
+            stacklevel=4,
+        )

@@ -57,6 +57,13 @@ def test_an_adapter_that_changes_the_base_weights_is_refused(start, folder, tmp_
     assert trainer_of(loaded(folder), tmp_path, config, beta=0.0).beta == 0.0, "without a reference it is not asked for"
 
 
+def test_such_an_adapter_is_refused_where_16_bits_hide_the_change(tmp_path) -> None:
+    small = tiny_models.make_model("llama", tmp_path / "model", spread=0.01)
+    model = AutoModelForCausalLM.from_pretrained(small, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="init_lora_weights is 'pissa', which changes the base weights"):
+        trainer_of(model, tmp_path, peft.LoraConfig(**LORA, init_lora_weights="pissa"))
+
+
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
 def test_an_adapter_that_starts_as_the_model_has_it_as_its_reference(start, folder, tmp_path) -> None:
     with warnings.catch_warnings(record=True) as caught:
