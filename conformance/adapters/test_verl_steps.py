@@ -32,6 +32,7 @@ REFUSED = {  # changes of config.json, and the message
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {
         "one mini-batch twice": {"groups": EVEN, "mini": 16, "epochs": 2},
+        "adapters": {"groups": EVEN, "mini": 8, "epochs": 2, "lora": 3},
         "dynamic mini-batches of unequal groups": {"groups": UNEVEN, "mini": 8, "epochs": 2, "dynamic": True},
     },
     2: {
@@ -84,8 +85,9 @@ def test_the_steps_are_those_of_the_core(processes: int, name: str, folder, out)
             steps.append([rows[i] for part in parts for i in part[start : start + size]])
     if name == "groups on both":
         assert {row["uid"] for row in rows[:8]} & {row["uid"] for row in rows[8:]}
-    wanted = verl_runs.reference(folder, steps)
     begin, end = (np.load(out(processes) / f"{name} {when}.npz") for when in ("start", "end"))
+    wanted = verl_runs.reference(folder, steps, lora=settings.get("lora", 0), start=begin)
+    assert all("lora_" in n for n in wanted) == ("lora" in settings)
     norm = lambda of: sum(float((x**2).sum()) for x in of) ** 0.5
     moved = norm(wanted[n] - begin[n] for n in wanted)
     apart = norm(wanted[n] - end[n] for n in wanted)

@@ -24,12 +24,19 @@ from verl.workers.utils.losses import ppo_loss
 from gvpo_core import dense_group_ids, gvpo_surrogate
 from gvpo_core.hosts import SettingsError
 
-BETA, RATE = 0.2, 0.05
+BETA, RATE, LORA_ALPHA = 0.2, 0.05, 8
 SMOOTH: dict[str, Any] = {"betas": (0.0, 0.0), "override_optimizer_config": {"eps": 1.0}}  # near gradient descent
 
 
 def make_worker(
-    folder: Path, *, dynamic: bool = False, micro: int = 2, smooth: bool = True, rate: float = RATE, clip: float = 1e9
+    folder: Path,
+    *,
+    dynamic: bool = False,
+    micro: int = 2,
+    smooth: bool = True,
+    rate: float = RATE,
+    clip: float = 1e9,
+    lora: int = 0,
 ) -> Any:
     from gvpo_verl import GVPOWorker
 
@@ -40,6 +47,8 @@ def make_worker(
         override_config={"attn_implementation": "sdpa"},
         use_remove_padding=False,
         enable_gradient_checkpointing=False,
+        lora_rank=lora,
+        lora_alpha=LORA_ALPHA,
     )
     mixed = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine = FSDPEngineConfig(
@@ -140,15 +149,30 @@ def parameters(worker: Any) -> dict[str, np.ndarray]:
     return {name: whole(p.detach()).double().numpy().copy() for name, p in worker.engine.module.named_parameters()}
 
 
-def reference(folder: Path, steps: list[list[dict[str, Any]]], *, beta: float = BETA) -> dict[str, np.ndarray]:
-    """The parameters after a step along gvpo_surrogate of each mini-batch's rows, in float64."""
+def reference(
+    folder: Path, steps: list[list[dict[str, Any]]], *, beta: float = BETA, lora: int = 0, start: Any = None
+) -> dict[str, np.ndarray]:
+    """The trained parameters after a step along gvpo_surrogate of each mini-batch's rows, in float64.
+
+    Args:
+      lora: rank of adapters, which begin as in `start`, by their names.
+    """
+    from peft import LoraConfig, get_peft_model
+
     load = lambda: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
-    model, initial = load(), load()
+    model: Any = load()
+    initial = load()
     assert model.config.pad_token_id == 0
     for module in model.modules():
         if isinstance(module, torch.nn.Embedding):
             module.padding_idx = None  # transformers sets it, and the row would get no gradient as an input
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
+    if lora:
+        adapters = LoraConfig(r=lora, lora_alpha=LORA_ALPHA, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, adapters, autocast_adapter_dtype=False)
+        for name, p in model.named_parameters():
+            p.data.copy_(torch.from_numpy(start[name]))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained.values(), lr=RATE, betas=(0.0, 0.0), eps=1.0, weight_decay=0.0)
     for rows in steps:
         ids, groups = dense_group_ids(row["uid"] for row in rows)
         rewards = torch.tensor([np.nan if row["reward"] is None else row["reward"] for row in rows])
@@ -158,7 +182,7 @@ def reference(folder: Path, steps: list[list[dict[str, Any]]], *, beta: float = 
         gvpo_surrogate(own, ref, rewards.double(), torch.from_numpy(ids), beta=beta, num_groups=groups).backward()
         optimizer.step()
         optimizer.zero_grad()
-    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    return {name: p.detach().numpy().copy() for name, p in trained.items()}
 
 
 def learn(folder: Path, out: Path, steps: int = 14) -> None:
