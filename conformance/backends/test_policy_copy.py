@@ -12,7 +12,7 @@ import pytest
 import tiny_models
 import trainer_backends
 from batches import batch, train
-from killing import events, finish, lasting, start
+from killing import Forked, events, lasting
 from places import DEVICE
 from trainer_backends import Backend
 from trainer_runs import write_run
@@ -112,6 +112,10 @@ def made(folder: Path, backend: Backend, model: Path) -> Path:
     return config
 
 
+def started(config: Path, backend: Backend) -> Forked:
+    return Forked.of(backend.preload)(config, config.with_suffix(".log"))
+
+
 def trained(folder: Path) -> list[dict]:
     records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
     return [record for record in records if record["kind"] == "train"]
@@ -121,15 +125,14 @@ def trained(folder: Path) -> list[dict]:
 def test_a_killed_run_repeats_its_steps(backend, model, tmp_path):
     """SIGKILL after three of five steps, with a checkpoint after each second one, and two steps drawn ahead."""
     whole, killed = (made(tmp_path / name, backend, model) for name in ("whole", "killed"))
-    finish(whole)
-    process = start(killed)
+    started(whole, backend).finish()
+    process = started(killed, backend)
     metrics, until = tmp_path / "killed" / "run" / "metrics.jsonl", time.monotonic() + 300
     while time.monotonic() < until and not (metrics.exists() and len(trained(tmp_path / "killed")) >= 3):
-        assert process.poll() is None, process.communicate()[0]
+        assert process.exit_status() is None, process.log.read_text()
         time.sleep(0.01)
     process.kill()
-    process.communicate()
-    finish(killed)
+    started(killed, backend).finish()
     assert "resume" in events(tmp_path / "killed" / "run")
     assert lasting(tmp_path / "killed" / "run") == lasting(tmp_path / "whole" / "run")
     assert [record["sampler/staleness"] for record in trained(tmp_path / "killed")] == [0, 1, 2, 2, 2]
@@ -143,7 +146,7 @@ def test_two_processes_with_a_copy_each_draw_what_one_does(backend, model, tmp_p
     for sharding in ("one", *backend.shardings):
         config = made(tmp_path / sharding, backend, model)
         if sharding == "one":
-            finish(config)
+            started(config, backend).finish()
             continue
         if len(backend.shardings) > 1:
             config.write_text(config.read_text().replace("[model]", f'[model]\nsharding = "{sharding}"'))
