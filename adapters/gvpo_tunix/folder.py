@@ -1,10 +1,21 @@
-"""The weight files of a model's folder; Tunix reads more of them than transformers."""
+"""A model against its folder: Tunix reads more weight files than transformers, and nothing of config.json."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 from gvpo_core.hosts import SettingsError
 
+_SAME = {  # names in Tunix's configurations, and in config.json
+    "num_layers": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "norm_eps": "rms_norm_eps",
+    "weight_tying": "tie_word_embeddings",
+    "use_tied_embedding": "tie_word_embeddings",
+}
+_SILU = ("Llama3", "Qwen2", "Qwen3")  # of Tunix
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -27,3 +38,33 @@ def check_files(model_path: str | Path) -> None:
             f"{folder} has {', '.join(stray)} beside {source}: Tunix reads all *.safetensors of a folder, so the actor"
             " may have weights of something else; move what is not the model elsewhere and load it again"
         )
+
+
+def check_config(model: Any, model_path: str | Path) -> None:
+    """Compares what the model computes with config.json; RoPE aside, see `check_rope`.
+
+    Raises: SettingsError: they differ, as in a number of heads that fits the weights' shapes too, or config.json asks
+      for what Tunix's models do not have.
+    """
+    path, name = Path(model_path) / "config.json", type(model).__name__
+    given = json.loads(path.read_text(encoding="utf-8"))
+    if heads := given.get("num_attention_heads"):
+        given = {"head_dim": given["hidden_size"] // heads, "num_key_value_heads": heads} | {
+            key: value for key, value in given.items() if value is not None
+        }
+    for ours, theirs in _SAME.items():
+        value = getattr(model.config, ours, None)
+        if value is not None and theirs in given and value != given[theirs]:
+            raise SettingsError(
+                f"the model's config.{ours} is {value}, and {path} has {theirs} = {given[theirs]}: make the model with"
+                f" dataclasses.replace(config, {ours}={given[theirs]})"
+            )
+    activation = given.get("hidden_act", "silu")
+    if name in _SILU and activation != "silu":
+        raise SettingsError(f"{path} has hidden_act = {activation!r}, and Tunix's {name} computes silu: another model")
+    for key in ("attention_bias", "mlp_bias"):
+        if given.get(key):
+            raise SettingsError(f"{path} has {key} = true, and Tunix's {name} leaves these biases out: another model")
+    window = given.get("sliding_window") if given.get("use_sliding_window", True) else None
+    if window and not hasattr(model.config, "sliding_window_size"):
+        raise SettingsError(f"{path} has sliding_window = {window}, and Tunix's {name} has no window: another model")

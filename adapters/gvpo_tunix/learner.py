@@ -22,7 +22,7 @@ from tunix.rl.grpo.grpo_learner import GRPOLearner
 from gvpo_core.hosts import SettingsError
 from gvpo_core.training.improve import NoSignalError
 from gvpo_tunix.config import GVPOConfig, check_cluster
-from gvpo_tunix.folder import check_files
+from gvpo_tunix.folder import check_config, check_files
 from gvpo_tunix.objective import METRICS, TrainExample, centred_rewards
 from gvpo_tunix.rope import mend_and_check
 
@@ -44,7 +44,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
     """Replaces GRPOLearner. Same arguments and `train`, and:
 
     Args:
-      model_path: the Hugging Face folder that the actor was loaded from, whose config.json its RoPE is compared with
+      model_path: the Hugging Face folder that the actor was loaded from, whose config.json it is compared with
         and which must hold no other safetensors; None: there is none.
     Raises: SettingsError: a setting under which steps would not be exact.
     """
@@ -63,6 +63,8 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         if model_path is not None:
             check_files(model_path)
         mend_and_check(rl_cluster.actor_trainer.model, model_path)
+        if model_path is not None:
+            check_config(rl_cluster.actor_trainer.model, model_path)
         self._sampling = threading.Lock()  # evaluation may run while the next batch is sampled
         self._calls = 0
         super().__init__(rl_cluster, algo_config, reward_fns, metric_fns, data_shuffle_seed)

@@ -19,11 +19,12 @@ import optax
 import tunix_runs as runs
 from gvpo_tunix import GVPOConfig, GVPOLearner, SettingsError, check_rope, mend_llama, rope
 from gvpo_tunix.config import check_cluster
-from gvpo_tunix.folder import check_files
+from gvpo_tunix.folder import check_config, check_files
 from gvpo_tunix.learner import _WholeSteps
 from gvpo_tunix.objective import GVPORewardManager, centred_rewards
 from safetensors.numpy import load_file, save_file
 from tunix.models.llama3 import model as llama
+from tunix.models.llama3 import params
 from tunix.rl import rl_cluster
 from tunix.rl.rollout.base_rollout import RolloutConfig
 
@@ -154,6 +155,36 @@ def test_weights_that_are_not_the_models_are_refused(learner, folder, tmp_path):
     np.testing.assert_array_equal(found, other, "Tunix leaves others alone: the check can go")
     with pytest.raises(SettingsError, match=r"has other\.safetensors beside model\.safetensors: Tunix reads all"):
         GVPOLearner(learner.rl_cluster, learner.algo_config, runs.vowels, model_path=tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 2}, r"config\.num_layers is 1, and .* has num_hidden_layers = 2: make the model with"),
+        ({"num_attention_heads": 8, "head_dim": 4, "num_key_value_heads": 4}, r"config\.num_heads is 4, and .* = 8"),
+        ({"head_dim": None, "hidden_size": 64}, r"config\.head_dim is 8, and .* has head_dim = 16"),
+        ({"rms_norm_eps": 1e-5}, r"config\.norm_eps is 1e-06, and .* has rms_norm_eps = 1e-05"),
+        ({"tie_word_embeddings": True}, r"config\.weight_tying is False, and .* has tie_word_embeddings = True"),
+        ({"hidden_act": "gelu"}, "has hidden_act = 'gelu', and Tunix's Llama3 computes silu"),
+        ({"attention_bias": True}, "has attention_bias = true, and Tunix's Llama3 leaves these biases out"),
+        ({"sliding_window": 6}, "has sliding_window = 6, and Tunix's Llama3 has no window"),
+    ],
+)
+def test_a_model_that_is_not_the_folders_is_refused(changes, message, folder, learner, tmp_path):
+    """Tunix makes each of these models of the folder's weights, as the test after this one shows of two."""
+    shutil.copytree(folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SettingsError, match=message):
+        GVPOLearner(learner.rl_cluster, learner.algo_config, runs.vowels, model_path=tmp_path / "model")
+    check_config(runs.load(folder), folder)
+
+
+def test_tunix_takes_weights_into_another_model(folder):
+    """If it refuses them one day, these checks can go."""
+    one = runs.load(folder)
+    config = dataclasses.replace(one.config, num_heads=8, head_dim=4, num_kv_heads=4, norm_eps=1e-2)
+    params.create_model_from_safe_tensors(str(folder), config, runs.mesh(), dtype=jnp.float32)
 
 
 def test_an_index_says_which_files_are_the_models(tmp_path):
