@@ -68,3 +68,19 @@ def check_config(model: Any, model_path: str | Path) -> None:
     window = given.get("sliding_window") if given.get("use_sliding_window", True) else None
     if window and not hasattr(model.config, "sliding_window_size"):
         raise SettingsError(f"{path} has sliding_window = {window}, and Tunix's {name} has no window: another model")
+
+
+def check_reference(actor: Any, reference: Any) -> None:
+    """Compares the settings of two models of one class.
+
+    Raises: SettingsError: the reference computes another function than the actor, of the same weights too.
+    """
+    if type(actor) is not type(reference):
+        return
+    for name in (*_SAME, "rope_theta"):
+        values = [getattr(model.config, name, None) for model in (actor, reference)]
+        if values[0] != values[1]:
+            raise SettingsError(
+                f"the actor's config.{name} is {values[0]} and the reference's {values[1]}: the reference is the actor"
+                " before training; make both with one configuration"
+            )

@@ -22,7 +22,7 @@ from tunix.rl.grpo.grpo_learner import GRPOLearner
 from gvpo_core.hosts import SettingsError
 from gvpo_core.training.improve import NoSignalError
 from gvpo_tunix.config import GVPOConfig, check_cluster
-from gvpo_tunix.folder import check_config, check_files
+from gvpo_tunix.folder import check_config, check_files, check_reference
 from gvpo_tunix.objective import METRICS, TrainExample, centred_rewards
 from gvpo_tunix.rope import mend_and_check
 
@@ -65,6 +65,8 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         mend_and_check(rl_cluster.actor_trainer.model, model_path)
         if model_path is not None:
             check_config(rl_cluster.actor_trainer.model, model_path)
+        if algo_config.beta > 0:
+            check_reference(rl_cluster.actor_trainer.model, rl_cluster.inference_worker.get_model("reference"))
         self._sampling = threading.Lock()  # evaluation may run while the next batch is sampled
         self._calls = 0
         super().__init__(rl_cluster, algo_config, reward_fns, metric_fns, data_shuffle_seed)

@@ -180,6 +180,14 @@ def test_a_model_that_is_not_the_folders_is_refused(changes, message, folder, le
     check_config(runs.load(folder), folder)
 
 
+def test_a_reference_of_another_configuration_is_refused(folder, learner, monkeypatch):
+    other = runs.load(folder, theta=50.0)
+    monkeypatch.setattr(learner.rl_cluster.inference_worker, "get_model", lambda name: other)
+    with pytest.raises(SettingsError, match=r"the actor's config\.rope_theta is 700\.0 and the reference's 50\.0"):
+        GVPOLearner(learner.rl_cluster, learner.algo_config, runs.vowels, model_path=folder)
+    GVPOLearner(learner.rl_cluster, GVPOConfig(num_generations=4, beta=0.0), runs.vowels, model_path=folder)
+
+
 def test_tunix_takes_weights_into_another_model(folder):
     """If it refuses them one day, these checks can go."""
     one = runs.load(folder)
