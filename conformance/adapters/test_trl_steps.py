@@ -1,16 +1,13 @@
 """GVPOTrainer's parameters after each optimizer step are those of plain PyTorch on the whole batch with gvpo_core."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny_models
-from places import SUPPORT
 from required import require
+from torch_processes import run_processes
 
 require("trl", "datasets", "peft", subject="trl")
 
@@ -114,12 +111,7 @@ def test_a_response_without_a_token_of_its_own_leaves_its_group(folder, tmp_path
     ],
 )
 def test_the_steps_of_two_processes(settings: dict, folder, tmp_path) -> None:
-    path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(SUPPORT / "trl_runs.py"), str(folder), str(tmp_path), json.dumps(settings)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
+    run_processes(2, "trl_runs.py", [str(folder), str(tmp_path), json.dumps(settings)], tmp_path)
     seen = [json.loads((tmp_path / f"seen{rank}.json").read_text()) for rank in (0, 1)]
     start = {name: torch.from_numpy(x) for name, x in np.load(tmp_path / "start.npz").items()}
     steps: list[dict[str, torch.Tensor]] = []

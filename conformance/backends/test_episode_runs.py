@@ -3,10 +3,7 @@
 import contextlib
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import trainer_backends
 from places import DEVICE, SUPPORT
 from trainer_backends import Backend
 
+from gvpo_core.training import cli
 from gvpo_core.training.config import (
     Config,
     DataConfig,
@@ -197,12 +195,11 @@ turn_tokens = 3
 workers = 1
 memory = 0.0
 """)
-        alone = [sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
-        command = alone if processes == 1 else backend.two_processes(config)
-        path = os.pathsep.join(path for path in sys.path if path)
-        env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stderr[-3000:]
+        if processes == 1:
+            assert cli.main(["train", str(config)]) == 0
+        else:
+            status, output = backend.two_processes(config)
+            assert status == 0, output[-3000:]
         for name in ("completions", "metrics"):
             lines = (tmp_path / f"{processes}/{name}.jsonl").read_text().splitlines()
             records[processes, name] = [json.loads(line) for line in lines]

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ class Backend:
     name: str
     modules: tuple[str, ...]  # what must be installed
     preload: tuple[str, ...]  # imported once before processes are forked to be killed
-    two_processes: Callable[[Path], list[str]] | None  # config -> command that trains in two processes
+    two_processes: Callable[[Path], tuple[int, str]] | None  # trains by a config; exit status and output
     shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
     state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
     suffixes: frozenset[str] = frozenset((".safetensors", ".json"))  # of the files of a checkpoint
@@ -49,21 +50,28 @@ class Backend:
         return importlib.import_module(f"{self.name}_policies")
 
 
-def _torchrun(config: Path) -> list[str]:
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+def _torch_processes(config: Path) -> tuple[int, str]:
+    """Forked, with torchrun's variables; torchrun itself is in `test_launch`."""
+    import torch_processes
+
+    return torch_processes.train(2, config)
 
 
-def _jax_processes(config: Path) -> list[str]:
-    launch = [sys.executable, str(SUPPORT / "jax_processes.py"), "2", sys.executable]
-    return [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+def _jax_processes(config: Path) -> tuple[int, str]:
+    return _ended([sys.executable, str(SUPPORT / "jax_processes.py"), "2", sys.executable], config)
 
 
-def _mlx_launch(config: Path) -> list[str]:
+def _mlx_launch(config: Path) -> tuple[int, str]:
+    path = os.pathsep.join(path for path in sys.path if path)
     launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring"]
-    path = os.environ.get("PYTHONPATH")
-    launch += ["--env", f"PYTHONPATH={path}"] if path else []
-    return [*launch, "--", sys.executable, "-m", "gvpo_core.training.cli", "train", str(config)]
+    return _ended([*launch, "--env", f"PYTHONPATH={path}", "--", sys.executable], config)
+
+
+def _ended(launch: list[str], config: Path) -> tuple[int, str]:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
+    command = [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
+    return done.returncode, done.stdout + done.stderr
 
 
 def _orbax(folder: Path) -> dict[str, np.ndarray]:
@@ -79,7 +87,7 @@ BACKENDS = {
             "torch",
             ("torch", "transformers", "peft", "tyro"),
             ("gvpo_torch.policy", "peft", "transformers.models.llama.modeling_llama"),
-            _torchrun,
+            _torch_processes,
             ("data_parallel", "fsdp"),
             decoders=("llama", "mistral-window", "gemma3_text", "gpt_oss", "qwen3_next", "qwen3_moe", "gpt2"),
         ),
