@@ -105,6 +105,7 @@ def test_it_runs_in_its_process_and_loads_before_any_time_limit(folder):
             reward.call.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_is_missing_is_named_with_the_settings():
     config = RewardConfig(function="reward_model", options={"path": "nowhere/at-all"}, workers=1, memory=0)
     with pytest.raises((RewardError, ValueError), match="'nowhere/at-all'"):

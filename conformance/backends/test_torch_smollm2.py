@@ -45,7 +45,6 @@ def test_logprobs_are_transformers_own(sampled) -> None:
     np.testing.assert_allclose(of_policy.logprobs(of), own, rtol=0, atol=1e-4)
 
 
-@pytest.mark.slow
 def test_greedy_answers_are_language(sampled) -> None:
     of_policy, prompts, _, _ = sampled
     answers = of_policy.generate(prompts, [[0], [0]], Sampling(max_tokens=12, temperature=0.0))
@@ -62,6 +61,7 @@ def test_alone_and_together_draw_the_same(sampled) -> None:
     assert alone[0][0].tokens == of.responses[1]
 
 
+@pytest.mark.slow
 def test_adapters_over_bfloat16_weights_load(smollm2_dir) -> None:  # noqa: F811
     """The load check compares random tokens of 30 nats, of which 16 bits round 1.03 away; it must not be refused."""
     of_policy = policy(smollm2_dir, lora_rank=4, dtype="bfloat16")
