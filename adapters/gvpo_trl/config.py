@@ -118,9 +118,9 @@ RULES = (
     Rule("router_aux_loss_coef", equals(0.0), "0.0", _OTHER),
     Rule(
         "accelerator_config",
-        lambda c: not getattr(c, "split_batches", False),
-        "one with split_batches=False",
-        "each process would get a part of the rows that its micro-batches are cut from, and parts of groups",
+        lambda c: not getattr(c, "split_batches", False) and getattr(c, "even_batches", True),
+        "one with split_batches=False and even_batches=True",
+        "the processes would get other numbers of rows than TRL counts on, and parts of groups",
     ),
     Rule("disable_dropout", equals(True), "True", "weights and gradient would belong to two different sub-networks"),
     Rule("neftune_noise_alpha", equals(None), "None", "weights and gradient would belong to two different models"),

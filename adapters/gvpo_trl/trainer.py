@@ -6,6 +6,7 @@ the old log-probabilities left out TRL's ratio is 1, so that its loss has the gr
 """
 
 import copy
+import zlib
 from typing import Any, cast
 
 import numpy as np
@@ -128,8 +129,9 @@ class GVPOTrainer(GRPOTrainer):
         return int(self.num_generations if self.model.training else self.num_generations_eval)
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
         size = self._group_size
+        self._check_groups([repr(row.get("prompt")) for row in inputs], size)
+        output = super()._generate_and_score_completions(inputs)
         rewards, start = self._gvpo_rewards, self.accelerator.process_index * len(inputs)
         ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own grouping, of the gathered rows
         self._gvpo_groups = len(rewards) // size
@@ -144,6 +146,19 @@ class GVPOTrainer(GRPOTrainer):
                 " masked; check the warnings of the reward functions and mask_truncated_completions"
             )
         return output
+
+    def _check_groups(self, prompts: list[str], size: int) -> None:
+        """Compares the prompts of each group's rows, which TRL counts off over the processes.
+
+        Raises: RuntimeError: a group has several, as where each process reads other shards of a stream.
+        """
+        marks = torch.tensor([zlib.crc32(prompt.encode()) for prompt in prompts], device=self.accelerator.device)
+        marks = self.accelerator.gather(marks)
+        if len(marks) % size or bool((marks.view(-1, size) != marks.view(-1, size)[:, :1]).any()):
+            raise RuntimeError(
+                f"the rows of a group of {size} have different prompts, so their rewards cannot be compared: the"
+                " processes read different parts of the data. Give a Dataset, or an IterableDataset of one shard"
+            )
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         before = self._buffered_inputs

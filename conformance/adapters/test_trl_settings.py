@@ -181,6 +181,21 @@ def test_a_models_own_generation_settings_are_refused(folder, tmp_path) -> None:
         trl_runs.make_trainer(folder, tmp_path, generation={"no_repeat_ngram_size": 3, "top_k": 7}, **SIZES)
 
 
+def test_a_group_of_several_prompts_is_refused(folder, tmp_path) -> None:
+    """As where each process reads shards of its own of a stream: TRL counts groups off by their places."""
+    trainer = trl_runs.make_trainer(folder, tmp_path, **SIZES)
+    trainer._get_train_sampler = torch.utils.data.SequentialSampler
+    with pytest.raises(RuntimeError, match="the rows of a group of 4 have different prompts"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("setting", ["split_batches", "even_batches"])
+def test_batches_that_accelerate_deals_otherwise_are_refused(setting, tmp_path) -> None:
+    dealt = {"accelerator_config": {setting: setting == "split_batches"}}
+    with pytest.raises(ValueError, match="set it to one with split_batches=False and even_batches=True"):
+        GVPOConfig(str(tmp_path), **(ON_CPU | SIZES | dealt))
+
+
 def test_a_generation_without_a_reward_stops_the_run(folder, tmp_path) -> None:
     nothing = lambda completions, **_: [None] * len(completions)
     trainer = trl_runs.make_trainer(folder, tmp_path, reward_funcs=nothing, **SIZES)
