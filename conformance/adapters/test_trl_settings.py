@@ -189,9 +189,9 @@ def test_a_group_of_several_prompts_is_refused(folder, tmp_path) -> None:
         trainer.train()
 
 
-@pytest.mark.parametrize("setting", ["split_batches", "even_batches"])
-def test_batches_that_accelerate_deals_otherwise_are_refused(setting, tmp_path) -> None:
-    dealt = {"accelerator_config": {setting: setting == "split_batches"}}
+@pytest.mark.parametrize("name", ["split_batches", "even_batches"])
+def test_batches_that_accelerate_deals_otherwise_are_refused(name, tmp_path) -> None:
+    dealt = {"accelerator_config": {name: name == "split_batches"}}
     with pytest.raises(ValueError, match="set it to one with split_batches=False and even_batches=True"):
         GVPOConfig(str(tmp_path), **(ON_CPU | SIZES | dealt))
 
