@@ -40,11 +40,12 @@ def renew_reference(policy: Policy, config: ObjectiveConfig, step: int) -> None:
         policy.renew_reference()
 
 
-def refuse_no_signal(rollout: Rollout, config: ObjectiveConfig) -> None:
-    """Raises NoSignalError: no group has enough scored responses."""
+def with_signal(rollout: Rollout, config: ObjectiveConfig) -> Rollout:
+    """The rollout. Raises: NoSignalError: no group has enough scored responses."""
     need = find_objective(config).smallest
     if not (_scored(rollout)[1] >= need).any():
         raise NoSignalError(_no_signal(rollout, need))
+    return rollout
 
 
 def _scored(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
@@ -72,7 +73,7 @@ def improve(
     objective = find_objective(config)
     scored, sizes = _scored(rollout)
     need = objective.smallest
-    refuse_no_signal(rollout, config)
+    with_signal(rollout, config)
     if objective.no_negative_rewards and (lowest := float(rollout.rewards[scored].min())) < 0:
         raise ObjectiveError(
             f"objective.name = {objective.name!r} divides by a group's mean reward and expects rewards >= 0; the lowest"

@@ -192,8 +192,11 @@ class Inputs:
         self._teacher.check(prompts)
         return self._teacher
 
-    def heed(self, stopping: Callable[[], bool]) -> None:
-        """Tells a teacher behind a URL how to hear that the run was asked to stop; see `Sampler.stopping`."""
+    def heed(self, sampler: Sampler | None, stopping: Callable[[], bool]) -> None:
+        """Tells the sampler, and a teacher behind a URL, how to hear that the run was asked to stop; see
+        `Sampler.stopping`.
+        """
+        heed(sampler, stopping)
         if self._teacher is not None:
             heed(self._teacher.scorer, stopping)
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from gvpo_core.training.config import Config
 from gvpo_core.training.data import Row
 from gvpo_core.training.evaluation import evaluated, evaluation_steps
-from gvpo_core.training.improve import improve, refuse_no_signal, renew_reference
+from gvpo_core.training.improve import improve, renew_reference, with_signal
 from gvpo_core.training.inputs import Inputs, open_inputs
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.load import check_policy
@@ -24,7 +24,7 @@ from gvpo_core.training.run.leaving import leaving
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers import Sampler
 from gvpo_core.training.samplers.load import opened_sampler
-from gvpo_core.training.samplers.protocol import closing, heed
+from gvpo_core.training.samplers.protocol import closing
 from gvpo_core.training.sampling import ORDER
 from gvpo_core.training.terminal.output import forgiving_stderr
 from gvpo_core.training.watch.console import Console
@@ -88,8 +88,7 @@ def _run(
                 journal.evaluation(*evaluated(config, policy, held_out, inputs.rewards, sampler=sampler, version=step))
 
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
-        heed(sampler, lambda: bool(stop.signal))
-        inputs.heed(lambda: bool(stop.signal))
+        inputs.heed(sampler, lambda: bool(stop.signal))
         step = journal.start(source, held_out, from_step)
         if highest(policy, not journal.evaluated(step)):  # also where the evaluation after the last step failed
             evaluate()
@@ -99,9 +98,7 @@ def _run(
             journal.begin(step)
             rollout = None
             with journal.keeping(step - 1), leaving(policy, stop):
-                drawn = source.groups(policy, step)
-                refuse_no_signal(drawn, config.objective)
-                rollout = drawn
+                rollout = with_signal(source.groups(policy, step), config.objective)
             if rollout is None:  # asked to stop, and the server is away or the rewards failed
                 step, stopping = step - 1, highest(policy, stop.signal)
                 journal.not_taken(step)
@@ -117,8 +114,5 @@ def _run(
             if stopping or early or journal.save_due():
                 journal.save()
         journal.settle()
-        if stopping:
-            journal.stopped(stopping)
-        elif early and step < last:
-            journal.stopped_early()
+        journal.ended(stopping, early)
         return Result(step, journal.folder.path, 128 + stopping if stopping else 0)

@@ -29,7 +29,6 @@ from gvpo_core.training.rollout import Rollout
 from gvpo_core.training.run.leaving import leaving
 from gvpo_core.training.run.signals import StopRequest
 from gvpo_core.training.samplers.load import opened_sampler
-from gvpo_core.training.samplers.protocol import heed
 from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit
 
@@ -84,7 +83,7 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
     last = inputs.config.run.steps
     opened = opened_sampler(inputs.config, policy, trained=False)
     with opened as sampler, StopRequest() as stop, _Growing(out, inputs, policy) as file:
-        heed(sampler, lambda: bool(stop.signal))
+        inputs.heed(sampler, lambda: bool(stop.signal))
         source = inputs.source(policy, sampler, trained=False)
         step = highest(policy, attempt(policy, file.open, main_only=True) or 0)
         stopping = highest(policy, stop.signal)

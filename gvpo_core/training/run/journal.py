@@ -259,24 +259,28 @@ class Journal:
             if self.console:
                 self.console.event(message, command)
 
-    def stopped(self, signal: int) -> None:
-        """Records that a signal stopped the run, and the command that resumes it."""
-        done = f"after step {self._step}" if self._step else "before the first step, nothing to save"
-        command = resume_command(self.policy.world_size, self._secrets)
-        self.event("stop", f"stopped by signal {signal} {done}", command=command)
-
     def out_of_patience(self) -> bool:
         """Whether `evaluation.patience` evaluations in a row were no better than the best before."""
         patience = self.config.evaluation.patience
         return bool(patience) and self._best.since >= patience
 
-    def stopped_early(self) -> None:
-        """Records that the run ended for want of a better evaluation."""
-        self.event(
-            "early",
-            f"stopped early after step {self._step}: {self._best.since} evaluations without {self._best.describe()}"
-            f" (evaluation.patience = {self.config.evaluation.patience})",
-        )
+    def ended(self, signal: int, early: bool) -> None:
+        """Records what ended the run before its last step, and of a signal the command that resumes it.
+
+        Args:
+          signal: that asked the run to stop; 0: none.
+          early: whether it is out of patience.
+        """
+        if signal:
+            done = f"after step {self._step}" if self._step else "before the first step, nothing to save"
+            command = resume_command(self.policy.world_size, self._secrets)
+            self.event("stop", f"stopped by signal {signal} {done}", command=command)
+        elif early and self._step < self.config.run.steps:
+            self.event(
+                "early",
+                f"stopped early after step {self._step}: {self._best.since} evaluations without {self._best.describe()}"
+                f" (evaluation.patience = {self.config.evaluation.patience})",
+            )
 
     def save_due(self) -> bool:
         """Whether the settings ask for a checkpoint of the present step."""
