@@ -93,6 +93,12 @@ RULES = (
         "one response has no variance: every evaluation's loss would be 0",
     ),
     Rule("max_completion_length", lambda n: bool(n), "a number of tokens", "the loss is divided by it"),
+    Rule(
+        "reward_weights",
+        lambda weights: weights is None or all(is_number(w) and math.isfinite(w) for w in weights),
+        "finite numbers",
+        "a reward would have no value",
+    ),
     Rule("loss_type", equals("dr_grpo"), '"dr_grpo"', "the others divide by a response's or a batch's tokens"),
     Rule("scale_rewards", equals("none"), '"none"', "GVPO does not divide by a group's standard deviation"),
     Rule(

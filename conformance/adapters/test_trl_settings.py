@@ -24,6 +24,7 @@ REFUSED = {
     "temperature": 0.0,
     "num_generations_eval": 1,
     "max_completion_length": None,
+    "reward_weights": [float("nan")],
     "loss_type": "dapo",
     "scale_rewards": "group",
     "multi_objective_aggregation": "normalize_then_sum",
