@@ -112,6 +112,7 @@ def test_a_hub_name_is_looked_up_once_a_process(monkeypatch, sound):
 
     hugging_face._downloaded.cache_clear()
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hugging_face, "unreachable_for", lambda *_: "")
     config = ModelConfig(path="someone/some-model", revision="main")
     assert hugging_face.load_tokenizer(config).eos_token_id == 0
     assert hugging_face.located(config)["pretrained_model_name_or_path"] == str(sound)

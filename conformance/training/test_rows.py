@@ -237,7 +237,7 @@ def test_a_hub_name_is_asked_for_with_its_subset_and_split(name, monkeypatch):
         return made if split else datasets.DatasetDict(train=made, test=made)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    monkeypatch.setattr(hub, "_unreachable", lambda name: "")
+    monkeypatch.setattr(hub, "unreachable_for", lambda name, kind: "")
     assert load_rows(name, split="train", subset="main") == ROWS
     assert "with the splits train, test; name one of them: data.split" in refused(name)
     assert load_rows("hf://datasets/me/mine/deep/rows.jsonl") == ROWS

@@ -1,4 +1,4 @@
-"""Rows of a dataset that is named on the Hugging Face hub, through `datasets`."""
+"""Rows of a dataset that is named on the Hugging Face hub, through `datasets`; whether the hub answers at all."""
 
 import contextlib
 import re
@@ -45,7 +45,7 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
     if file and kind is None:
         raise HubError(f"{where}: expected a file that ends with {', '.join(_FORMATS)}")
     try:
-        unreachable = _unreachable(name)
+        unreachable = unreachable_for(name, "dataset")
     except HFValidationError as e:
         raise HubError(f"{where}: no such file or folder here, and not a valid name of the hub: {e}") from e
     try:
@@ -63,16 +63,20 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
         ) from e
 
 
-def _unreachable(name: str) -> str:
+def unreachable_for(name: str, kind: str, revision: str | None = None) -> str:
     """Why the hub does not answer one request; empty: it does, or must not be asked (HF_HUB_OFFLINE).
 
-    Raises: HFValidationError: no dataset can have this name.
+    Its own client waits for an answer without end.
+
+    Args:
+      kind: model or dataset.
+    Raises: HFValidationError: no repository can have this name.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
-        HfApi().dataset_info(name, timeout=_SECONDS)
+        HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_SECONDS)
     except (HfHubHTTPError, OfflineModeIsEnabled):  # which `datasets` gets too
         return ""
     except HFValidationError:

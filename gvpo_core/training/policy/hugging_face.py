@@ -10,6 +10,7 @@ from typing import Any
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.files.disk import refuse_special
+from gvpo_core.training.files.hub import unreachable_for
 from gvpo_core.training.files.lfs import is_pointer, pointer_message
 from gvpo_core.training.policy.text import exported_eos
 from gvpo_core.training.policy.weight_files import check_settings, refuse_adapter, refuse_quantizer
@@ -78,15 +79,24 @@ def _downloaded(name: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
-    at = f" at revision {revision!r}" if revision else ""
+    at, unreachable = f" at revision {revision!r}" if revision else "", ""
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED, ignore_patterns=_UNUSED))
+        unreachable = unreachable_for(name, "model", revision)
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=_WANTED,
+                ignore_patterns=_UNUSED,
+                local_files_only=bool(unreachable),
+            )
+        )
     except LocalEntryNotFoundError as error:  # of the other errors' kinds too
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
         why = (
             "HF_HUB_OFFLINE is set"
             if offline
-            else f"the hub cannot be reached: {_first_line(error.__cause__ or error)}"
+            else f"the hub cannot be reached: {unreachable or _first_line(error.__cause__ or error)}"
         )
         raise ConfigError(
             f"model.path {name!r} is not a folder here, was not downloaded before{at}, and {why}; give a folder, or"
@@ -101,10 +111,11 @@ def _downloaded(name: str, revision: str | None) -> Path:
         raise ConfigError(
             f"model.path {name!r}: no such folder here, and not a valid name of the hub: {_first_line(error)}"
         ) from error
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # huggingface_hub and its HTTP client raise what they like
+        access = "; a private or gated model needs HF_TOKEN" if "401" in str(error) or "403" in str(error) else ""
         raise ConfigError(
             f"model.path {name!r} is not a folder here and cannot be downloaded: {type(error).__name__}:"
-            f" {_first_line(error)}"
+            f" {_first_line(error)}{access}"
         ) from error
 
 
