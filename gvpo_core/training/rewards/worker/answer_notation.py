@@ -56,7 +56,7 @@ _MATRIX = re.compile(
     re.DOTALL,
 )
 _ROWS = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])+\s*\]")  # of a program: [[1, 0], [0, 1]]
-_OUTSIDE = re.compile(r"([\[\]])\s*([^\[\]()]+,[^\[\]()]+?)\s*([\[\]])")  # ]1, 2]: an open end, as in France
+_OUTSIDE = re.compile(r"([\[\]])([^\[\]()]*)([\[\]])")  # ]1, 2]: an open end, as in France
 
 
 def tidied(text: str) -> str:
@@ -137,8 +137,9 @@ def _lists(answer: str) -> str:
         lambda m: ", ".join(line.replace("&", "") for line in m[2].split(r"\\") if line.strip()), answer
     )
     answer = re.sub(r"(?<!\\);", ",", re.sub(r"\\langle\b", "(", re.sub(r"\\rangle\b", ")", answer)))
-    if (ends := _OUTSIDE.fullmatch(answer)) and ends[1] + ends[3] != "[]":
-        answer = f"{'[' if ends[1] == '[' else '('}{ends[2]}{']' if ends[3] == ']' else ')'}"
+    ends = _OUTSIDE.fullmatch(answer)
+    if ends and ends[1] + ends[3] != "[]" and "," in (inside := ends[2].strip())[1:-1]:
+        answer = f"{'[' if ends[1] == '[' else '('}{inside}{']' if ends[3] == ']' else ')'}"
     return answer
 
 

@@ -18,7 +18,9 @@ from .answer_units import TRAILING, WORDS, factor, same_kind, unit_of
 from .time_answers import gold_date, gold_time, last_date, last_time
 
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\fbox")
-_FORMULA = re.compile(r"(?<!\\)\$\$?(?:[^$\\]|\\.)+\$\$?|\\\(.+?\\\)|\\\[.+?\\\]")
+_FORMULA = re.compile(  # which holds no beginning of another: the time would grow with the square of the length
+    r"(?<!\\)\$\$?(?:[^$\\]|\\.)+\$\$?|\\\((?:(?!\\\().)+?\\\)|\\\[(?:(?!(?<!\\)\\\[).)+?\\\]"
+)
 _FINAL = re.compile(r"(?i)\banswer\b(?:\s+(?:is|are|=))?\s*:?\s*")
 _CHOICE = re.compile(r"\(?([A-H])(?:\)|\.|:)\s+\S.*")  # of several, with its text: B. 42
 _SHARE = re.compile(r"(.*?\d[}\s]*)\\?%\s*", re.DOTALL)
@@ -120,7 +122,7 @@ def _candidates(response: str, *, words: bool = False) -> Iterator[str]:
     formulas = list(_FORMULA.finditer(last))
     if not words and len(formulas) == 1 and not last[formulas[0].end() :].strip(" .!*"):
         yield _undelimited(formulas[0][0])
-    tokens = re.findall(r"\S*[\d\\]\S*", last)
+    tokens = [token for token in last.split() if re.search(r"[\d\\]", token)]
     if not words and not delimited and tokens and re.search(r"\d[A-Za-z\\π√^_!]|\\", tokens[-1]):
         yield _undelimited(tokens[-1])  # 2\pi, 2x: not the number at its beginning
 
@@ -134,24 +136,33 @@ def _is_mathematics(text: str, letters: int) -> bool:
 def _boxed(text: str) -> str:
     """The content of the last \\boxed{...}; adjacent ones (\\boxed{1} and \\boxed{2}) are joined by commas."""
     contents: list[str] = []
-    end = -1
+    closing, end = _closing(text), -1
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=[\w]))", text):
         if match.start() < end:  # inside the one before
             continue
         if end >= 0 and not re.fullmatch(r"(?:[\s$,.;&]|\\[,;\])(\[]|and|or)*", text[end : match.start()]):
             contents = []
         if match[1] == "{":
-            depth, at = 1, match.end()
-            while at < len(text) and depth:
-                depth += {"{": 1, "}": -1}.get(text[at], 0) if text[at - 1] != "\\" else 0
-                at += 1
-            if depth:
+            close = closing.get(match.end() - 1)
+            if close is None:
                 continue  # cut at the token limit
-            content, end = text[match.end() : at - 1], at
+            content, end = text[match.end() : close], close + 1
         else:
             content, end = text[match.end()], match.end() + 1
         contents.append(content)
     return ", ".join(_undelimited(content) for content in contents)
+
+
+def _closing(text: str) -> dict[int, int]:
+    """The place of each brace that opens -> that of the one that closes it, where one does."""
+    opened: list[int] = []
+    closing: dict[int, int] = {}
+    for match in re.finditer(r"(?<!\\)[{}]", text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 def _undelimited(text: str) -> str:
