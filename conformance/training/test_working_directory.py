@@ -8,12 +8,17 @@ from pathlib import Path
 
 import pytest
 import table_run
+import toy_run
+from engine_server import Sent, Server
+from sampler_runs import short
+from table_problem import PROMPTS, REFERENCE, reward, table
 
-from gvpo_core.training import cli
+from gvpo_core.training import cli, train
 from gvpo_core.training.files.disk import anchored
 from gvpo_core.training.rewards.calls import Processes
 from gvpo_core.training.rewards.log import RewardLog
 from gvpo_core.training.run.checkpoint import steps_saved
+from gvpo_core.training.samplers import Engine
 
 pytestmark = pytest.mark.core
 pytest.importorskip("tyro", reason="the command line's extra is not installed")
@@ -140,3 +145,39 @@ def test_a_tilde_in_a_path_is_the_home_folder(tmp_path, monkeypatch, capfd):
     assert cli.main(["train", str(home / "other" / "config.toml")]) == 0
     assert f"gvpo report {home}/other" in capfd.readouterr().out
     assert "~" in (home / "other" / "config.toml").read_text(), "the settings stay as written"
+
+
+def changing(prompts, completions):
+    """A reward that changes the working directory."""
+    os.chdir("/")
+    return reward(prompts, completions)
+
+
+def test_the_folder_of_an_engines_weights_holds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = short(tmp_path / "run", 3)
+    policy = Sent(table(REFERENCE), config.optimizer)
+    rows = [{"prompt": prompt} for prompt in PROMPTS]
+    with Server() as server:
+        engine = Engine(server.url, "tiny", weights="model", folder="weights", pause=0.001)
+        result = train(config, policy, train_rows=rows, rewards={"value": changing}, sampler=engine)
+    assert Path.cwd() == Path("/") and result.step == 3, "the reward was called in this process"
+    assert server.commands.count("/collective_rpc") == 3, "the weights of each step were loaded"
+    assert list((tmp_path / "weights").iterdir()) and not Path("/weights").exists()
+
+
+def test_the_cache_of_reference_scores_holds(tmp_path, monkeypatch, capsys):
+    """The evaluation before the first step changes the directory, and the scores are computed in that step."""
+
+    def scores(prompts, completions):
+        os.chdir("/")
+        return [0.0] * len(completions)
+
+    monkeypatch.chdir(tmp_path)
+    model = toy_run.write_model(tmp_path / "model")
+    evaluation = {"every": 1, "responses": 2}
+    config = toy_run.config_of(tmp_path / "run", model, data={"reference_cache": "cache"}, evaluation=evaluation)
+    recorded = [{"prompt": p, "responses": ["a", "b"], "rewards": [0.0, 1.0]} for p in ("ab", "cd", "ef")]
+    toy_run.run(config, recorded, evaluation_rows=[{"prompt": "ab"}], rewards={"value": scores})
+    assert Path.cwd() == Path("/"), "the reward was called in this process"
+    assert (tmp_path / "cache" / "reference_scores.jsonl").stat().st_size and not Path("/cache").exists()
