@@ -182,7 +182,7 @@ def test_keys_that_name_no_layer_are_refused(folder, tmp_path, capfd):
 
 
 def test_full_training_of_quantized_weights_is_refused(tmp_path, capfd):
-    whole = tiny_models.make_model("llama", tmp_path / "whole", hidden_size=64, intermediate_size=128)
+    whole = tiny_models.write_model("llama", tmp_path / "whole", hidden_size=64, intermediate_size=128)
     convert(str(whole), str(tmp_path / "q4"), quantize=True, q_bits=4, q_group_size=32)
     scored_responses(tmp_path / "data")
     assert trains(tmp_path / "q4", tmp_path, "full", "--train", "--fine-tune-type", "full") == 2

@@ -244,7 +244,7 @@ def test_refused_settings(settings, options, message, folder, groups, tmp_path, 
 @pytest.fixture(scope="module")
 def in_four_bits(tmp_path_factory) -> Path:
     made = tmp_path_factory.mktemp("quantized")
-    whole = tiny_models.make_model("llama", made / "whole", hidden_size=64, intermediate_size=128)
+    whole = tiny_models.write_model("llama", made / "whole", hidden_size=64, intermediate_size=128)
     convert(str(whole), str(made / "q4"), quantize=True, q_bits=4, q_group_size=32)
     return made / "q4"
 
