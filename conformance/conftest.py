@@ -101,8 +101,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_slow(item: pytest.Item) -> bool:
-    """What slow_on names; compiled cases with weights of responses or in other dtypes than float32; MLX's compiled
-    values and gradients, for which g++ compiles some 60 kernels a dtype; JAX's values and gradients in 16 bits but one
+    """What slow_on names; compiled cases with weights of responses or in other dtypes than float32; compiled values and
+    gradients of MLX and PyTorch, whose compilers another file tries once; JAX's values and gradients in 16 bits but one
     case, as each operation is a program; array-api-strict's properties.
     """
     if not hasattr(item, "callspec"):
@@ -115,7 +115,7 @@ def _is_slow(item: pytest.Item) -> bool:
         return False
     subject, dtype, mode = chosen
     if mode == "compiled":
-        if subject == "mlx" and item.originalname in ("test_values", "test_gradients"):
+        if subject in ("mlx", "torch") and item.originalname in ("test_values", "test_gradients"):
             return True
         return dtype != "float32" or "response-weights" in item.name
     if subject == "jax" and dtype in ("float16", "bfloat16") and item.originalname in ("test_values", "test_gradients"):

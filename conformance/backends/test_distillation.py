@@ -126,6 +126,7 @@ def test_the_reference_is_what_the_teacher_gives_to_the_text(tmp_path, backend, 
     assert "teacher" in capsys.readouterr().out
 
 
+@pytest.mark.slow_on("jax")
 def test_the_teacher_draws_beside_the_student_in_one_group(tmp_path, backend, student, teacher, scoring, capsys):
     """Two of four responses are the teacher's text, in the student's tokens."""
     config = config_of(tmp_path, backend, student, teacher, dtype="float32")

@@ -133,6 +133,7 @@ def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, re
 REUSING = [backend for backend in PRESENT if backend.name in ("torch", "jax", "mlx")]
 
 
+@pytest.mark.slow_on("model-jax")
 @pytest.mark.parametrize("backend", REUSING, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("kind", ["model", "rewriting"])
 def test_later_turns_compute_what_is_new_and_say_the_same(backend, kind, request, tmp_path, monkeypatch) -> None:

@@ -51,6 +51,16 @@ def finish(processes: list[subprocess.Popen[bytes]]) -> list[int]:
             process.wait()
 
 
+def test_the_shells_of_two_nodes_read_their_scripts() -> None:
+    yaml = pytest.importorskip("yaml")
+    launch = ROOT / "examples" / "launch"
+    of_skypilot = yaml.safe_load((launch / "skypilot.yaml").read_text())["run"]
+    for script in ((launch / "slurm.sh").read_text(), of_skypilot):
+        subprocess.run(["bash", "-n"], input=script, text=True, check=True)
+        assert "gvpo" in script
+
+
+@pytest.mark.slow
 def test_two_nodes_by_torchrun(job: Path, monkeypatch) -> None:
     place = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1", "--master-port", str(free_port())]
     train = ["-m", "gvpo_core.training.cli", "train", "config.toml"]

@@ -47,7 +47,6 @@ def _check(setting: Setting, case: Case) -> None:
         setting.check(f"{case.name} d {name}", setting.array(values), expected, gradient=True)
 
 
-@pytest.mark.slow_on("torch-compiled")
 @pytest.mark.needs("grad")
 @pytest.mark.capability("gradients")
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.name.replace(" ", "-"))
