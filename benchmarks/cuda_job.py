@@ -3,7 +3,7 @@
 python benchmarks/cuda_job.py                       one step of 64 prompts x 8 responses of 2,048 tokens; needs CUDA
 python benchmarks/cuda_job.py --steps 2 --lora 16   two steps of LoRA
 
-Random weights almost never draw the end token, so each response has its full length.
+Random weights almost never draw the end token, so nearly all responses have their full length.
 """
 
 import argparse

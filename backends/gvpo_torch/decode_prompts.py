@@ -137,7 +137,7 @@ class Prompts:
 
     def attended(self, layer: int, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
         """`attended` of one query a line, (L, heads, shared, D), over the keys and values of its prompt."""
-        asked = query[self.lines]  # `index_select` takes thrice as long on CUDA for 16 lines or fewer
+        asked = query[self.lines]  # on CUDA `index_select` takes three times as long for up to 16 lines
         asked = asked.transpose(1, 2).flatten(2, 3)  # all lines of a prompt in the axis of queries
         found = attended(asked, self.keys[layer], self.values[layer], self.bias, scaling)
         out, normaliser = (x.unflatten(2, (self.lines.shape[1], -1)).transpose(1, 2).flatten(0, 1) for x in found)

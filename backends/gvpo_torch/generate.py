@@ -338,7 +338,7 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     """
     if sampling.temperature == 0:
         return logits.argmax(1)
-    z = logits - logits.amax(1, keepdim=True).double()  # float64 in one pass: all vocabularies of all rows are read
+    z = logits - logits.amax(1, keepdim=True).double()  # cast and subtracted in one pass
     if sampling.temperature != 1:
         z = z.div_(sampling.temperature)
     cumulative = truncate(z.exp_(), sampling).cumsum(1)

@@ -69,7 +69,7 @@ class Scorer(nn.Module):
         return hasattr(self.lm, "peft_config")
 
     def score_as(self, other: "Scorer") -> None:
-        """Scores as another one of the same layers does, by what `check` found of it."""
+        """Takes the masks and attention that `check` chose for another scorer of the same architecture."""
         self.masks_padding, self.in_blocks = other.masks_padding, other.in_blocks
         if self.in_blocks:
             self.base.set_attn_implementation(blocks.ATTENTION)

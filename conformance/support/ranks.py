@@ -1,5 +1,6 @@
 """Several ranks of the table policy in one process: a thread each, with a gather that meets at a barrier."""
 
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -51,6 +52,23 @@ class Meeting:
 
     def abandon(self) -> None:
         self._barrier.abort()
+
+
+class Stops:
+    """In place of `StopRequest`, for ranks that are threads and get no signals: SIGTERM once `heard` is set."""
+
+    def __init__(self, heard: threading.Event) -> None:
+        self._heard = heard
+
+    @property
+    def signal(self) -> int:
+        return signal.SIGTERM if self._heard.is_set() else 0
+
+    def __enter__(self) -> "Stops":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 def run_ranks(

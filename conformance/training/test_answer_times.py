@@ -13,46 +13,10 @@ import pytest
 pytestmark = pytest.mark.core
 LENGTH, SECONDS = 20_000, 20
 PARTS = (
-    *(
-        "x",
-        "-",
-        "{",
-        "}",
-        "(",
-        "$",
-        "=",
-        "3",
-        "1,",
-        "**",
-        " ",
-        "\n",
-        "\\",
-        "[",
-        "]1,",
-        "1 ",
-        "A. ",
-        "and ",
-        "abc=",
-        "5 % ",
-    ),
-    *(
-        "0.12",
-        "1e5",
-        "2^",
-        "\u221a",
-        "5 cm ",
-        "3 p.m. ",
-        "May 5, ",
-        "answer: ",
-        "1 1/2 ",
-        "[[1,",
-        "1_",
-        "1/",
-        "3-",
-        "+",
-    ),
-    *("\\boxed{", "\\boxed{5} ", "\\frac{1}", "\\text{", "\\( ", "\\begin{array}", "^\\circ "),
-)
+    "x", "-", "{", "}", "(", "$", "=", "3", "1,", "**", " ", "\n", "\\", "[", "]1,", "1 ", "A. ", "and ", "abc=",
+    "5 % ", "0.12", "1e5", "2^", "\u221a", "5 cm ", "3 p.m. ", "May 5, ", "answer: ", "1 1/2 ", "[[1,", "1_", "1/",
+    "3-", "+", "\\boxed{", "\\boxed{5} ", "\\frac{1}", "\\text{", "\\( ", "\\begin{array}", "^\\circ ",
+)  # fmt: skip
 SCRIPT = """
 import resource, sys
 from gvpo_core.training.rewards.builtin import exact_match, regex_match

@@ -135,17 +135,9 @@ def test_an_error_while_the_policy_changes_saves_nothing_of_it(tmp_path, capsys)
 
 @pytest.mark.parametrize("stopping", [False, True])
 def test_ranks_that_fail_together_save_together(stopping, tmp_path, capsys, monkeypatch):
-    """One rank's reward fails; ranks are threads here, which get no signals."""
+    """One rank's reward fails."""
     heard, results = threading.Event(), []
-
-    class Hears:
-        @property
-        def signal(self):
-            return signal.SIGTERM if heard.is_set() else 0
-
-        __enter__, __exit__ = lambda self: self, lambda self, *error: None
-
-    monkeypatch.setattr(loop, "StopRequest", Hears)
+    monkeypatch.setattr(loop, "StopRequest", lambda: ranks.Stops(heard))
     config = settings(tmp_path / "run", "step")
     calls = []
 

@@ -239,17 +239,7 @@ def test_a_signal_ends_both_ranks_after_the_same_step(weights, tmp_path, capsys,
 
     monkeypatch.setattr(ranks.RankedTable, "export_adapters", export_adapters, raising=False)
     heard, results = threading.Event(), []
-
-    class Hears:
-        """Ranks are threads here, which get no signals."""
-
-        @property
-        def signal(self):
-            return signal.SIGTERM if heard.is_set() else 0
-
-        __enter__, __exit__ = lambda self: self, lambda self, *error: None
-
-    monkeypatch.setattr(loop, "StopRequest", Hears)
+    monkeypatch.setattr(loop, "StopRequest", lambda: ranks.Stops(heard))
     config = Way("kept", tmp_path).config
     config = replace(config, rollout=replace(config.rollout, prompts=2))
     with Server() as server:
