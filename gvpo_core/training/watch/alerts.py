@@ -24,34 +24,38 @@ from gvpo_core.training.watch.verdict import BAD, LEVELS, OK, WATCH, Alert, Verd
 __all__ = ["ALERTS", "BAD", "LEVELS", "MACHINE", "OK", "WATCH", "Alert", "Alerts", "Verdict", "failed", "verdict_of"]
 
 ALERTS = {
-    "not_finite": "A number of the step is NaN or infinite (the mean of a single reward aside). If no step can be "
+    "not_finite": "A number of the step is NaN or infinite, except the mean of a single reward. If no step can be "
     "taken, the run ends, and the alert is in an event `failed`.",
-    "no_update": "The gradient is below 1e-18 or the learning rate is 0 although rewards differ within groups.",
-    "error": "The run ended by an error in this step, or in the evaluation or save after it: an event `failed`.",
-    "dead_groups": "At least 85 % of 5 steps' groups have all rewards equal, and there are enough groups to be "
-    "sure of 60 %.",
-    "entropy": "Entropy below half of the usual twice in a row, or below a tenth of the start for 5 steps, while the "
-    "reward did not rise.",
-    "kl": "KL above 2.5 times its largest value in the steps before, by at least 0.5 nats a response and 8 deviations.",
-    "kl_cost": "beta x KL grew since the first 10 steps by more than the reward did, beyond noise and 5 % of all "
-    "rewards' range. Only where the policy draws the responses itself, at temperature 1.",
-    "gradient": "Gradient norm above 5 times its largest value in the steps before, and by 8 deviations.",
-    "truncation": "Half of 5 steps' responses are cut, or 20 percentage points more than in the first steps; of "
-    "episodes, those cut by tokens.",
-    "turns": "Half of 5 steps' episodes reach environment.max_turns, or repeat a message or a tool call.",
-    "environment": "The environment failed for at least 5 % of 5 steps' episodes.",
-    "length": "Twice the usual length twice in a row, or three times the start's while the reward did not rise.",
-    "reward_<kind>/<name>": "One reward failed on at least 5 % of 5 steps' responses: error, timeout, none.",
-    "unscored": "At least 5 % of 5 steps' responses have no reward, and the step knows no cause.",
-    "reward": "The mean of 10 steps is below the best of 20 by 2.5 deviations and 5 % of all rewards' range.",
-    "sampler_gap": "Sampler and policy differ by more than 0.05 nats a token, and twice as much as in the first step; "
-    "BAD beyond 0.5.",
-    "staleness": "A response was drawn with weights older than the policy's.",
-    "throughput": "Over 5 steps, half the usual tokens a second and 1.5 times the usual time a step.",
-    "memory": "Peak memory rose in 20 of 50 steps, by 5 %, while responses did not grow longer.",
+    "no_update": "The gradient is below 1e-18 or the learning rate is 0, although rewards differ within groups.",
+    "error": "An error ended the run in this step, or in the evaluation or save after it. The alert is in an event "
+    "`failed`.",
+    "dead_groups": "In 5 steps, at least 85 % of the groups are dead (all rewards equal), and the 95 % interval of "
+    "that share begins at 60 % or above.",
+    "entropy": "Entropy is below half of the usual twice in a row, or below a tenth of the start for 5 steps. In both "
+    "cases the reward did not rise.",
+    "kl": "KL is above 2.5 times its largest value in the steps before, by at least 0.5 nats a response and 8 "
+    "deviations.",
+    "kl_cost": "Since the first 10 steps, beta x KL grew by more than the reward did. The difference exceeds noise and "
+    "5 % of the range of all rewards. Only if the policy draws the responses itself, at temperature 1.",
+    "gradient": "Gradient norm is above 5 times its largest value in the steps before, and by 8 deviations.",
+    "truncation": "In 5 steps, half of the responses are cut, or 20 percentage points more than in the first steps. Of "
+    "episodes: those cut at a token limit.",
+    "turns": "In 5 steps, half of the episodes reach environment.max_turns, or half repeat a message or a tool call.",
+    "environment": "In 5 steps, the environment failed for at least 5 % of the episodes.",
+    "length": "Length is twice the usual twice in a row, or three times that of the start while the reward did not "
+    "rise.",
+    "reward_<kind>/<name>": "In 5 steps, one reward failed on at least 5 % of the responses: error, timeout or none.",
+    "unscored": "In 5 steps, at least 5 % of the responses have no reward, and no failure of a reward explains it.",
+    "reward": "The mean reward of 10 steps is below the best mean of 20 steps by 2.5 deviations and 5 % of the range "
+    "of all rewards.",
+    "sampler_gap": "Sampler and policy differ by more than 0.05 nats a token, and by more than twice the difference of "
+    "the first step. BAD above 0.5.",
+    "staleness": "A response was drawn with weights that are older than rollout.ahead allows.",
+    "throughput": "Over 5 steps, tokens a second are half the usual, and the time of a step is 1.5 times the usual.",
+    "memory": "Peak memory rose in 20 of 50 steps and by 5 % in total, while responses did not grow longer.",
 }
-"""When each alert is raised. Usual: the median of up to 20 earlier steps without the outliers among them. An outlier
-that stays is BAD after three steps (kl, gradient), and is the usual after ten."""
+"""When each alert is raised. Usual: the median of up to 20 earlier steps without outliers. Three outliers in five steps
+are BAD (kl, gradient); ten in a row become the usual."""
 MACHINE = frozenset({"throughput", "memory"})
 """Keys of alerts about the machine, which two equal runs need not share."""
 OF_DRAWN = frozenset({"dead_groups", "truncation", "length", "unscored", "reward"})
