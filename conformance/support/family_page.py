@@ -47,20 +47,21 @@ NOT_TRIED = (
 )
 INTRODUCTION = """# Models
 
-Which families of transformers each backend trains, as tried by `nox -s models`. For each family a model of two
-layers is made from the configuration class of transformers, with random weights and with every setting that
-is easily missed: windows, caps, multipliers, norms away from one. No released checkpoint was used.
+This page lists which transformers model families each backend trains exactly. `nox -s models` tested them and wrote the
+page. For each family it creates a two-layer model with random weights from the configuration class of transformers, and
+turns on every setting that an implementation can easily miss: attention windows, caps, multipliers, norms other than one.
+No released checkpoint was used.
 
-**exact** means that all of this held, for full fine-tuning and for LoRA:
+**exact** means that all of these hold, for full fine-tuning and for LoRA:
 
-- log-probs of a batch of unequal rows are within {within} nat a response of transformers' own float64 forward pass;
-- each sampled token is the one that the row's random number picks from that distribution, within {drawn} of the mass;
-- the gradient's norm is transformers' own within {norm}, and a step changes parameters;
-- after the step, `gvpo export` writes a folder that transformers loads and scores the same.
+- Log-probs of a batch of unequal rows are within {within} nat per response of transformers' float64 forward pass.
+- Each sampled token is the one that the row's random number selects from that distribution, within {drawn} of the mass.
+- The gradient norm is within {norm} of transformers', and a step changes the parameters.
+- After the step, `gvpo export` writes a folder that transformers loads and scores the same.
 
-**refused** means that loading ends with one line that says why; the number is that of the reason below.
-**window**: exact while rows are no longer than the model's sliding window, refused beyond.
-**full**: exact for full fine-tuning, LoRA is not. An empty cell was not tried. The name is `model_type` in config.json.
+**refused**: loading ends with a one-line error. The number refers to the reasons below.
+**window**: exact while rows are no longer than the model's sliding window; longer rows are rejected.
+**full**: exact for full fine-tuning only, not for LoRA. An empty cell was not tried. The name is `model_type` in config.json.
 """
 
 
@@ -98,13 +99,13 @@ def text_of(results: dict[str, dict[str, Any]], limits: dict[str, float]) -> str
     lines += [
         "## Encoders, and decoders of translation and speech",
         "",
-        "In transformers' list, but not made for chat.",
+        "Transformers lists these as causal models, but they are not chat models.",
         "",
     ]
     lines += _joined(results, [name for name in results if name in OTHER], reasons)
     lines += ["## Reasons", "", *reasons.lines(), ""]
     unmade = sorted({n for n in results if results[n]["made"]["state"] != "made"} | set(NOT_TRIED))
-    lines += ["## Not tried", "", f"No tiny model was made of: {', '.join(unmade)}.", ""]
+    lines += ["## Not tried", "", f"No tiny model could be created for: {', '.join(unmade)}.", ""]
     return "\n".join(lines)
 
 
