@@ -1,7 +1,7 @@
-"""GVPO (Group Variance Policy Optimization, arXiv 2504.19599): the maths at once, the trainer when it is first used.
+"""GVPO (Group Variance Policy Optimization, arXiv 2504.19599): the core functions, and the trainer on first use.
 
-The functions of `gvpo_core` work on the arrays you hold. `train`, `load_policy`, `Config` and the other names of
-`gvpo_core.training` are imported on first access, so that `import gvpo` costs NumPy and array-api-compat alone.
+The functions of `gvpo_core` work on your own arrays. `train`, `load_policy`, `Config` and the other names of
+`gvpo_core.training` are imported on first access, so `import gvpo` needs only NumPy and array-api-compat.
 """
 
 from difflib import get_close_matches

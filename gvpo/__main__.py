@@ -1,4 +1,4 @@
-"""`python -m gvpo`: the command `gvpo`."""
+"""Runs the command `gvpo` as `python -m gvpo`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""What the core needs from an array library beyond the Array API standard, and its argument checks."""
+"""Array functions that the Array API standard lacks, and the checks of the core's arguments."""
 
 import sys
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any
 import array_api_compat
 import numpy as np
 
-Array = Any  # any Array API array; the standard has no runtime type to name
+Array = Any  # any Array API array; the standard defines no type for it
 
 
 def namespace(x: Any) -> Any:
-    """The Array API namespace of an array.
+    """Returns the Array API namespace of an array.
 
     Raises: TypeError: not an array of any known library, or a masked array.
     """
@@ -36,24 +36,24 @@ def namespace(x: Any) -> Any:
 
 
 def is_jax_array(x: Any) -> bool:
-    """Whether x is a JAX array. Tensors are excluded first: torch.compile cannot trace the cached look-up."""
+    """Returns whether x is a JAX array. Tests for tensors first: torch.compile cannot trace the cached look-up."""
     return not hasattr(x, "detach") and array_api_compat.is_jax_array(x)
 
 
 def stop_gradient(x: Array) -> Array:
-    """The same values, constant under differentiation. The standard has no such function."""
+    """Returns the same values as constants under differentiation. The standard has no such function."""
     if hasattr(x, "detach"):  # torch
         return x.detach()
     if is_jax_array(x):
         return sys.modules["jax"].lax.stop_gradient(x)
     xp = namespace(x)
-    return xp.stop_gradient(x) if hasattr(xp, "stop_gradient") else x  # mlx; the rest do not differentiate
+    return xp.stop_gradient(x) if hasattr(xp, "stop_gradient") else x  # mlx; the other libraries do not differentiate
 
 
 def explicit_mesh(x: Array) -> Any:
-    """The mesh of a JAX array whose axes are Explicit, the default of jax.make_mesh; None for every other array.
+    """Returns the mesh of a JAX array if it has Explicit axes, the default of jax.make_mesh, and None otherwise.
 
-    On such a mesh the results of gathers and scatters need a sharding that the caller names.
+    On such a mesh the caller must name the sharding of the results of gathers and scatters.
     """
     if not is_jax_array(x):
         return None
@@ -65,7 +65,7 @@ def explicit_mesh(x: Array) -> Any:
 
 
 def _explicit_spec(x: Array) -> tuple[Any, ...]:
-    """How a JAX array is split over the Explicit axes of its mesh; () where it is not."""
+    """Returns how a JAX array is split over the Explicit axes of its mesh; () if it is not."""
     if explicit_mesh(x) is None:
         return ()
     spec = tuple(sys.modules["jax"].typeof(x).sharding.spec)
@@ -73,14 +73,14 @@ def _explicit_spec(x: Array) -> tuple[Any, ...]:
 
 
 def take_rows(values: Array, ids: Array) -> Array:
-    """values[ids] along axis 0; on an Explicit mesh sharded as `ids`."""
+    """Returns values[ids] along axis 0, on an Explicit mesh with the sharding of `ids`."""
     if explicit_mesh(ids) is not None:
         return values.at[ids].get(out_sharding=sys.modules["jax"].typeof(ids).sharding)
     return namespace(values).take(values, ids, axis=0)
 
 
 def scatter_options(values: Array) -> dict[str, Any]:
-    """Arguments of a JAX scatter of rows into groups: on an Explicit mesh every device holds all groups."""
+    """Returns the arguments of a JAX scatter of rows into groups: on an Explicit mesh every device holds all groups."""
     mesh = explicit_mesh(values)
     if mesh is None:
         return {}
@@ -89,23 +89,23 @@ def scatter_options(values: Array) -> dict[str, Any]:
 
 
 def constant(number: Any) -> Any:
-    """A number unchanged; a 0-d array without its gradient."""
+    """Returns a number unchanged, and a 0-d array without its gradient."""
     return number if isinstance(number, int | float) else stop_gradient(number)
 
 
 def concrete(x: Any) -> float | None:
-    """The value of a 0-d array, or None while a compiler traces it."""
+    """Returns the value of a 0-d array, or None while a compiler traces it."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.compiler.is_compiling():
         return None
     try:
         return float(x)
-    except Exception:  # each library has its own tracing error, and none is importable here
+    except Exception:  # each library has its own tracing error, and the core imports none of them
         return None
 
 
 def wide_dtype(xp: Any, *arrays: Array) -> Any:
-    """The dtype to compute in: the widest floating dtype among `arrays`, float32 at least."""
+    """Returns the dtype to compute in: the widest floating dtype among `arrays`, at least float32."""
     # not result_type: torch.compile cannot trace it for 16-bit dtypes
     floats = [x.dtype for x in arrays if xp.isdtype(x.dtype, "real floating")]
     return max([xp.float32, *floats], key=lambda dtype: xp.finfo(dtype).bits)
@@ -118,7 +118,7 @@ _REAL = ("bool", "integral", "real floating")
 def check_rows(
     rows: Mapping[str, Array], *, floating: bool = True, tokens: bool = False, **others: Array | None
 ) -> Any:
-    """Checks arrays of one shape and one library; returns their namespace.
+    """Checks that arrays have one shape and come from one library; returns their namespace.
 
     Args:
       rows: name -> (N,) real array; the first must be floating, unless `floating` is False.
@@ -153,7 +153,7 @@ def check_rows(
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}")
         if hasattr(x, "get_device") and x.device != arrays[first].device:  # torch
             raise ValueError(f"{name} is on {x.device}; expected {arrays[first].device}, as {first}")
-        if name != "group_ids" and _explicit_spec(x) != _explicit_spec(arrays[first]):  # ids are indices: any will do
+        if name != "group_ids" and _explicit_spec(x) != _explicit_spec(arrays[first]):  # any do for ids
             raise ValueError(
                 f"{name} is sharded as P{_explicit_spec(x)}, and {first} as P{_explicit_spec(arrays[first])}; expected"
                 f" the same on a mesh with Explicit axes: jax.sharding.reshard({name}, jax.typeof({first}).sharding)"
@@ -166,9 +166,11 @@ def check_rows(
 
 
 def check_number(name: str, value: Any, *, positive: bool = False, finite: bool = True) -> None:
-    """Checks one real number, >= 0 (> 0 with `positive`), finite unless `finite` is False; a traced one passes.
+    """Checks that a value is a real number >= 0 (> 0 with `positive`), and finite unless `finite` is False.
 
-    Raises: TypeError: not a real number. ValueError: an array of several, or out of range.
+    A number that a compiler traces passes.
+
+    Raises: TypeError: not a real number. ValueError: an array of several numbers, or out of range.
     """
     wanted = f"a {'finite ' if finite else ''}number {'> 0' if positive else '>= 0'}"
     if not isinstance(value, int | float):
@@ -188,5 +190,5 @@ def check_number(name: str, value: Any, *, positive: bool = False, finite: bool 
 
 
 def check_beta(beta: Any, *, positive: bool = False) -> None:
-    """check_number of the KL coefficient."""
+    """Checks the KL coefficient; see check_number."""
     check_number("beta", beta, positive=positive)

@@ -1,8 +1,8 @@
-"""The other methods in the unified framework (Eq. 9): a step along sum_i w_i grad log pi_theta(y_i|x).
+"""Weights of the other methods in the unified framework (Eq. 9): a step follows sum_i w_i grad log pi_theta(y_i|x).
 
-Notation and conventions are those of `objective`: arrays in, namespace inferred, 16-bit inputs upcast,
-weights constant under differentiation, and a row that is not `valid` or whose reward is NaN leaves its group.
-All ratios and log-probabilities are of whole responses, as in the paper, not of tokens.
+Notation and conventions are those of `objective`: the namespace is inferred from the arrays, 16-bit inputs are upcast,
+and weights are constant under differentiation. A row leaves its group if it is not `valid` or its reward is NaN.
+As in the paper, all ratios and log-probabilities are those of whole responses, not of tokens.
 """
 
 from gvpo_core._arrays import Array, check_beta, check_number, check_rows, stop_gradient, wide_dtype
@@ -11,15 +11,15 @@ from gvpo_core.objective import checked_groups
 
 
 def sft_weights(logprobs: Array, *, valid: Array | None = None) -> Array:
-    """Supervised fine-tuning: every demonstration counts alike.
+    """Supervised fine-tuning: every demonstration has the same weight.
 
     w_i = 1
 
     Args:
-      logprobs: (N,) float, nats; its shape, dtype and device alone are read.
+      logprobs: (N,) float, nats; only its shape, dtype and device are read.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,) float32 or wider; 0 for rows not counted.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 1 and 9. Departures: none.
     """
     xp = check_rows({"logprobs": logprobs}, valid=valid)
@@ -30,7 +30,7 @@ def sft_weights(logprobs: Array, *, valid: Array | None = None) -> Array:
 def reject_sampling_weights(
     rewards: Array, group_ids: Array, *, num_groups: int | None = None, valid: Array | None = None
 ) -> Array:
-    """Reject sampling: the best response of each group is imitated, the others are not.
+    """Reject sampling: only the best response of each group has a weight.
 
     w_i = 1/m if R_i is the largest reward of i's group, reached by m responses; else 0
 
@@ -40,7 +40,7 @@ def reject_sampling_weights(
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), sums to 1 in each group with a counted response.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 2 and 9. Departures: tied best responses share the
       weight, so that the order of rows does not matter; Eq. 2's argmax leaves open which of them is taken.
     """
@@ -68,15 +68,16 @@ def grpo_weights(
       rewards: (N,) real; NaN = no score, the response leaves its group.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
-      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
+      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN makes the weights
+        of its group NaN, as in GVPO.
       ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
       ddof: 1 for the sample's standard deviation, as in TRL; 0 for the population's.
       eps: added to the standard deviation, reward units, finite, >= 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
-    Returns: (N,); 0 in groups with fewer than two counted responses, and where all of R' are equal.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; beta > 0 without
-      log-probabilities.
+    Returns: (N,); 0 in groups with fewer than two counted responses, and in groups whose R' are all equal.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+      ValueError: beta > 0 without log-probabilities.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 3 and 9; R' from Eq. 18. Departures: eps, and ddof,
       which Eq. 3 leaves open.
     """
@@ -105,14 +106,15 @@ def dr_grpo_weights(
       rewards: (N,) real; NaN = no score, the response leaves its group.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
-      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
+      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN makes the weights
+        of its group NaN, as in GVPO.
       ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), reward units; 0 in groups with fewer than two counted responses.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; beta > 0 without
-      log-probabilities.
-    Reference: Liu et al., arXiv 2503.20783; Eq. 9 and 18 of arXiv 2504.19599. Departures: none; its other
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+      ValueError: beta > 0 without log-probabilities.
+    Reference: Liu et al., arXiv 2503.20783; Eq. 9 and 18 of arXiv 2504.19599. Departures: none. Its other
       change, no division by response length, holds for every objective here.
     """
     return stop_gradient(penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)[1])
@@ -136,13 +138,14 @@ def rloo_weights(
       rewards: (N,) real; NaN = no score, the response leaves its group.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: coefficient of the KL penalty (k1) in the reward, reward units per nat, >= 0.
-      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN spoils its group, as in GVPO.
+      logprobs: (N,) float, nats; of the policy at sampling. Required with beta > 0. A NaN makes the weights
+        of its group NaN, as in GVPO.
       ref_logprobs: (N,) float, nats; of the reference. Required with beta > 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), reward units; 0 in groups with fewer than two counted responses.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; beta > 0 without
-      log-probabilities.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+      ValueError: beta > 0 without log-probabilities.
     Reference: Ahmadian et al., arXiv 2402.14740; Eq. 9 and 18 of arXiv 2504.19599. Departures: none.
     """
     groups, advantages = penalised(rewards, group_ids, beta, logprobs, ref_logprobs, num_groups, valid)
@@ -150,7 +153,7 @@ def rloo_weights(
 
 
 def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
-    """How much likelier a response is now than when it was sampled.
+    """The probability of each response now, divided by its probability when it was sampled.
 
     rho_i = pi_theta(y_i|x) / pi_old(y_i|x) = exp(logprobs - old_logprobs)
 
@@ -158,7 +161,7 @@ def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
       logprobs: (N,) float, nats; differentiated.
       old_logprobs: (N,) float, nats, of the policy that sampled; a constant.
     Returns: (N,) float32 or wider; inf where the difference exceeds 88 nats in float32, 709 in float64.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 19, of whole responses. Departures: none.
     """
     xp = check_rows({"logprobs": logprobs, "old_logprobs": old_logprobs})
@@ -182,9 +185,9 @@ def clipped_ratio_weights(
       clip: > 0; float("inf") never clips and gives Eq. 19 itself.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (N,), reward units; 0 for rows not counted.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 19, and for the clip Schulman et al., arXiv
-      1707.06347, Eq. 7. Departures: the ratio is of whole responses, as Eq. 19's, where PPO's is of tokens.
+      1707.06347, Eq. 7. Departures: the ratio is that of whole responses, as in Eq. 19; PPO's is that of tokens.
     """
     check_number("clip", clip, positive=True, finite=False)
     rows = {"logprobs": logprobs, "old_logprobs": old_logprobs, "advantages": advantages}
@@ -192,14 +195,14 @@ def clipped_ratio_weights(
     ratio = importance_ratio(logprobs, old_logprobs)
     advantages = xp.astype(advantages, wide_dtype(xp, ratio, advantages))
     clipped = ((advantages > 0) & (ratio > 1 + clip)) | ((advantages < 0) & (ratio < 1 - clip))
-    left = clipped | (advantages == 0) if valid is None else clipped | (advantages == 0) | ~valid
-    return stop_gradient(xp.where(left, xp.zeros_like(advantages), ratio * advantages))
+    zeroed = clipped | (advantages == 0) if valid is None else clipped | (advantages == 0) | ~valid
+    return stop_gradient(xp.where(zeroed, xp.zeros_like(advantages), ratio * advantages))
 
 
 def scored(
     rewards: Array, group_ids: Array, num_groups: int | None, valid: Array | None, *, smallest: int
 ) -> tuple[Groups, Array]:
-    """Groups of `smallest` and more, and (N,) R in float32 or wider."""
+    """Returns the groups, which count with `smallest` scored rows or more, and (N,) R in float32 or wider."""
     xp = check_rows({"rewards": rewards}, floating=False, group_ids=group_ids, valid=valid)
     rewards = xp.astype(rewards, wide_dtype(xp, rewards))
     return counted_groups(xp, rewards, group_ids, num_groups, valid, smallest=smallest), rewards
@@ -214,7 +217,7 @@ def penalised(
     num_groups: int | None,
     valid: Array | None,
 ) -> tuple[Groups, Array]:
-    """Groups of two and more, and (N,) D(R - beta s)."""
+    """Returns the groups, which count with two scored rows or more, and (N,) D(R - beta s)."""
     check_beta(beta)
     if logprobs is None or ref_logprobs is None:
         if not (isinstance(beta, int | float) and beta == 0):
@@ -228,21 +231,21 @@ def penalised(
 
 
 def standardise(groups: Groups, advantages: Array, ddof: int, eps: float) -> Array:
-    """(N,) centred rewards over their group's standard deviation plus eps; 0 where all are equal."""
+    """Divides (N,) centred rewards by their group's standard deviation plus eps; 0 in a group of equal rewards."""
     xp = groups.xp
     scale = xp.sqrt(groups.sum(advantages**2) / groups.divisor(less=ddof)) + eps
-    equal = groups.max(advantages) == -groups.max(-advantages)  # with eps = 0 rounding would be all that is left
+    equal = groups.max(advantages) == -groups.max(-advantages)  # with eps = 0 the result would be rounding errors only
     scale = groups.per_row(xp.where(equal | (scale == 0), xp.ones_like(scale), scale))
     return xp.where(groups.per_row(equal), xp.zeros_like(advantages), advantages / scale)
 
 
 def leave_one_out(groups: Groups, advantages: Array) -> Array:
-    """(N,) centred rewards as the difference to the mean of the others."""
+    """Turns (N,) centred rewards into differences from the mean of the group's other rewards."""
     return advantages * groups.per_row(groups.divisor() / groups.divisor(less=1))
 
 
 def over_the_mean(groups: Groups, rewards: Array) -> Array:
-    """(N,) centred rewards over their group's mean; 0 where the mean is not positive."""
+    """Returns (N,) centred rewards divided by their group's mean; 0 if the mean is not positive."""
     mean = groups.sum(groups.xp.where(groups.counted, rewards, groups.xp.zeros_like(rewards))) / groups.divisor()
     positive = groups.kept & (mean > 0)
     scale = groups.per_row(groups.xp.where(positive, mean, groups.xp.ones_like(mean)))

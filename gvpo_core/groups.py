@@ -1,4 +1,4 @@
-"""Groups: labels to dense ids on the host, and sums and means of rows within groups on any device."""
+"""Groups: dense ids from labels on the host, and sums and means of rows within groups on any device."""
 
 import operator
 from collections.abc import Hashable, Iterable
@@ -15,10 +15,10 @@ def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
 
     Args:
       labels: N labels, any hashable values (prompt ids, strings, tuples, 0-d arrays); rows of a group share
-        one, in any order.
+        a label and may be anywhere.
     Returns: (group_ids, num_groups): (N,) int64 NumPy array and G.
-    Raises: TypeError: no iterable, a label that cannot be hashed or is an array of several numbers, or NaN,
-      which equals nothing, or a masked array. ValueError: no labels.
+    Raises: TypeError: not an iterable, a masked array, or a label that cannot be hashed, is an array of several
+      numbers or is NaN, which equals nothing. ValueError: no labels.
     """
     if isinstance(labels, np.ma.MaskedArray):
         raise TypeError("labels is a numpy masked array; expected a label for each response, without a mask")
@@ -28,8 +28,8 @@ def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
         raise TypeError(f"labels is a {type(labels).__name__}; expected one label a response, in a list") from None
     seen: dict[Hashable, int] = {}
     ids = []
-    for i, given in enumerate(rows):
-        label = _label(given, f"labels[{i}]")
+    for i, raw_label in enumerate(rows):
+        label = _label(raw_label, f"labels[{i}]")
         if label != label:
             raise TypeError(f"labels[{i}] is NaN; NaN equals nothing, so it names no group")
         try:
@@ -41,23 +41,23 @@ def dense_group_ids(labels: Iterable[Hashable]) -> tuple[np.ndarray, int]:
     return np.asarray(ids, dtype=np.int64), len(seen)
 
 
-def _label(given: Any, where: str) -> Any:
-    """The label with the values of 0-d arrays in their place: torch's and MLX's hash by identity, not by value."""
-    if isinstance(given, tuple):
-        return tuple(_label(part, where) for part in given)
-    if isinstance(given, np.ma.MaskedArray):
+def _label(raw_label: Any, where: str) -> Any:
+    """Replaces 0-d arrays in a label by their values: those of torch and MLX hash by identity, not by value."""
+    if isinstance(raw_label, tuple):
+        return tuple(_label(part, where) for part in raw_label)
+    if isinstance(raw_label, np.ma.MaskedArray):
         raise TypeError(f"{where} is masked; expected a label")
-    if not array_api_compat.is_array_api_obj(given):
-        return given
-    if tuple(given.shape) != ():
-        raise TypeError(f"{where} is an array of shape {tuple(given.shape)}; expected a hashable label")
-    if hasattr(given, "item"):
-        return given.item()
-    return float(given) if namespace(given).isdtype(given.dtype, "real floating") else int(given)
+    if not array_api_compat.is_array_api_obj(raw_label):
+        return raw_label
+    if tuple(raw_label.shape) != ():
+        raise TypeError(f"{where} is an array of shape {tuple(raw_label.shape)}; expected a hashable label")
+    if hasattr(raw_label, "item"):
+        return raw_label.item()
+    return float(raw_label) if namespace(raw_label).isdtype(raw_label.dtype, "real floating") else int(raw_label)
 
 
 def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
-    """G: `num_groups` as given, or one more than the largest id.
+    """Checks the ids; returns G: `num_groups`, or one more than the largest id if it is None.
 
     Raises: TypeError, ValueError: num_groups is not an integer, < 1 or missing under compilation; an id outside 0..G-1.
     """
@@ -82,9 +82,9 @@ def check_group_ids(xp: Any, group_ids: Array, num_groups: int | None) -> int:
 
 
 def group_sum(values: Array, group_ids: Array, num_groups: int) -> Array:
-    """Sums rows by group in O(N), no N x G array, so that a NaN stays in its group.
+    """Sums rows by group in O(N), without an N x G array, so that a NaN stays in its group.
 
-    The standard has no scatter-add: each library's own is used, and a segmented scan otherwise.
+    The standard has no scatter-add. This uses the library's own, and a segmented scan if it has none.
 
     Args:
       values: (N,) float; differentiated.
@@ -105,9 +105,9 @@ def group_sum(values: Array, group_ids: Array, num_groups: int) -> Array:
 
 
 def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
-    """(G,) largest value in each group; the lowest finite number where a group is empty.
+    """Returns (G,) the largest value in each group; the lowest finite number for an empty group.
 
-    Not to be differentiated: pass values through stop_gradient.
+    It must not be differentiated: pass `values` through stop_gradient first.
     """
     xp = namespace(values)
     lowest = float(xp.finfo(values.dtype).min)
@@ -124,55 +124,55 @@ def group_max(values: Array, group_ids: Array, num_groups: int) -> Array:
 
 
 class Groups(NamedTuple):
-    """Which rows count, and in which group: valid, scored, and in a group with enough of them."""
+    """The rows that count, and their groups. Such a row is valid and scored, and its group has enough of them."""
 
     xp: Any
     group_ids: Array  # (N,) integer
     num_groups: int
     counted: Array  # (N,) bool
-    size: Array  # (num_groups,) float, scored rows, in groups that do not count too
+    size: Array  # (num_groups,) float, scored rows, also of groups that do not count
     kept: Array  # (num_groups,) bool, groups that count
 
     def sum(self, values: Array) -> Array:
-        """(N,) -> (num_groups,)."""
+        """(N,) -> (num_groups,) sums."""
         return group_sum(values, self.group_ids, self.num_groups)
 
     def max(self, values: Array) -> Array:
-        """(N,) -> (num_groups,) over counted rows; the lowest finite number where none counts."""
+        """(N,) -> (num_groups,) largest values of counted rows; the lowest finite number if none counts."""
         lowest = self.xp.full_like(values, float(self.xp.finfo(values.dtype).min))
         return group_max(self.xp.where(self.counted, values, lowest), self.group_ids, self.num_groups)
 
     def center(self, values: Array) -> Array:
-        """(N,) -> (N,) less the mean of the counted rows of the group; 0 for rows not counted."""
+        """(N,) -> (N,) values minus the mean of their group's counted rows; 0 for rows not counted."""
         return center(values, self.counted, self.group_ids, self.num_groups)
 
     def per_row(self, group_values: Array) -> Array:
-        """(num_groups,) -> (N,)."""
+        """(num_groups,) -> (N,) value of each row's group."""
         return take_rows(group_values, self.group_ids)
 
     def divisor(self, less: int = 0) -> Array:
-        """(num_groups,) k - less in groups that count, 1 elsewhere."""
+        """Returns (num_groups,) k - less for groups that count, 1 for the others."""
         return self.xp.where(self.kept, self.size - less, self.xp.ones_like(self.size))
 
     def total(self) -> Array:
-        """() float: groups that count."""
+        """Returns () float, the number of groups that count."""
         return self.xp.sum(self.xp.astype(self.kept, self.size.dtype))
 
     def total_divisor(self) -> Array:
-        """() float: groups that count, at least 1."""
+        """Returns () float, the number of groups that count, at least 1."""
         total = self.total()
         return self.xp.where(total > 0, total, self.xp.ones_like(total))
 
     def mean(self, group_values: Array) -> Array:
-        """(num_groups,), 0 in groups that do not count -> () mean over those that do, 0 without any."""
+        """(num_groups,), 0 for groups that do not count -> () mean over the groups that count, 0 if none does."""
         return self.xp.sum(group_values) / self.total_divisor()
 
     def at_the_top(self, values: Array) -> Array:
-        """(N,) bool: counted rows that reach the largest value of their group."""
+        """Returns (N,) bool, the counted rows that have the largest value of their group."""
         return self.counted & (values == self.per_row(self.max(stop_gradient(values))))
 
     def share(self, chosen: Array) -> Array:
-        """(N,) one over the number of chosen rows in the group, 0 for the others."""
+        """Returns (N,) 1 / the number of chosen rows in the group for chosen rows, 0 for the others."""
         chosen = self.xp.astype(chosen, self.size.dtype)
         number = self.sum(chosen)
         return chosen / self.per_row(self.xp.where(number > 0, number, self.xp.ones_like(number)))
@@ -181,10 +181,10 @@ class Groups(NamedTuple):
 def counted_groups(
     xp: Any, rewards: Array, group_ids: Array, num_groups: int | None, valid: Array | None, *, smallest: int
 ) -> Groups:
-    """The groups of checked arguments, in the dtype of `rewards`; NaN = no score.
+    """Builds the groups from checked arguments, in the dtype of `rewards`; NaN = no score.
 
-    A row that is not valid or not scored leaves its group, and k is what remains (Cor. 3.4); a group with fewer
-    than `smallest` does not count.
+    A row that is not valid or not scored leaves its group, and k is the number that remains (Cor. 3.4). A group with
+    fewer than `smallest` rows does not count.
     """
     group_ids = _indices(xp, group_ids)
     num_groups = check_group_ids(xp, group_ids, num_groups)
@@ -195,16 +195,16 @@ def counted_groups(
 
 
 def _indices(xp: Any, group_ids: Array) -> Array:
-    """The ids in a dtype that every library indexes with, and that can hold any number of groups."""
+    """Returns the ids in a dtype that the library can index with and that can hold any number of groups."""
     if hasattr(group_ids, "long"):  # torch
         return group_ids.long()
-    if is_jax_array(group_ids):  # which has int64 with x64 alone
+    if is_jax_array(group_ids):  # JAX has int64 only with x64
         return group_ids if group_ids.dtype.itemsize >= 4 else xp.astype(group_ids, xp.int32)
     return xp.astype(group_ids, xp.int64)
 
 
 def group_mean_of_rows(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:
-    """(N,) mean over the counted rows of each row's group; 0 in a group without any."""
+    """Returns (N,) the mean over the counted rows of each row's group; 0 for a group without any."""
     xp = namespace(values)
     total = group_sum(values, group_ids, num_groups)
     size = group_sum(xp.astype(counted, values.dtype), group_ids, num_groups)
@@ -214,7 +214,7 @@ def group_mean_of_rows(values: Array, counted: Array, group_ids: Array, num_grou
 def center(values: Array, counted: Array, group_ids: Array, num_groups: int) -> Array:
     """D(v)_i = v_i - mean of v over the counted rows of i's group; 0 for rows that are not counted.
 
-    Centred twice: the second pass takes away what rounding left in the first mean.
+    Centres twice: the second pass removes the rounding error of the first mean.
     """
     xp = namespace(values)
     zeros = xp.zeros_like(values)
@@ -226,7 +226,7 @@ def center(values: Array, counted: Array, group_ids: Array, num_groups: int) -> 
 
 
 def _scan(xp: Any, combine: Any, values: Array, group_ids: Array, empty: Array) -> Array:
-    """Groups combined in the standard's own functions: sort, then a segmented scan of log2(N) steps."""
+    """Combines rows by group with the standard's functions only: a sort, then a segmented scan of log2(N) steps."""
     order = xp.argsort(group_ids, stable=True)
     ids, scan = xp.take(group_ids, order), xp.take(values, order)
     row = xp.arange(ids.shape[0], dtype=xp.int64)
@@ -236,7 +236,7 @@ def _scan(xp: Any, combine: Any, values: Array, group_ids: Array, empty: Array) 
         same = (row >= step) & (xp.take(ids, back) == ids)
         scan = xp.where(same, combine(scan, xp.take(scan, back)), scan)
         step *= 2
-    wanted = xp.arange(empty.shape[0], dtype=ids.dtype)
-    last = xp.searchsorted(ids, wanted, side="right") - 1
+    all_ids = xp.arange(empty.shape[0], dtype=ids.dtype)
+    last = xp.searchsorted(ids, all_ids, side="right") - 1
     last = xp.where(last >= 0, last, xp.zeros_like(last))
-    return xp.where(xp.take(ids, last) == wanted, xp.take(scan, last), empty)
+    return xp.where(xp.take(ids, last) == all_ids, xp.take(scan, last), empty)

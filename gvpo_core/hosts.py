@@ -1,4 +1,4 @@
-"""What every adapter checks in its host: a version that was tried, and settings that keep the GVPO update."""
+"""The checks that every adapter makes of its host: a tried version, and settings that keep the GVPO update."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -13,15 +13,15 @@ class HostError(ImportError, RuntimeError):
 class Host(NamedTuple):
     """A host trainer and the releases that an adapter was tried with."""
 
-    adapter: str  # import name, as gvpo_trl
-    extra: str  # of the package gvpo, as trl
-    distribution: str  # on the package index, as trl
-    low: str  # the first release
-    high: str  # below this one
+    adapter: str  # import name, such as gvpo_trl
+    extra: str  # of the package gvpo, such as trl
+    distribution: str  # on the package index, such as trl
+    low: str  # the first release that was tried
+    high: str  # only releases below this one were tried
     why: str  # what another release may do differently
 
     def check(self, installed: str | None = None) -> None:
-        """Compares a release with those that were tried.
+        """Checks that a release is among those that were tried.
 
         Args:
           installed: a version. Default: the installed one.
@@ -41,7 +41,7 @@ class Host(NamedTuple):
             )
 
     def missing(self, error: Exception) -> HostError:
-        """The error to raise where the host is not installed or cannot be imported."""
+        """Returns the error for a host that is not installed or cannot be imported."""
         return HostError(f'{self.adapter} needs {self.distribution} ({error}): pip install "gvpo[{self.extra}]"')
 
 
@@ -64,7 +64,7 @@ class Rule(NamedTuple):
 
 
 def refused(rules: Iterable[Rule], value_of: Callable[[str], Any]) -> list[str]:
-    """One line for each rule that its setting breaks.
+    """Returns one line for each setting that breaks its rule.
 
     Args:
       value_of: name of a setting -> its value.
@@ -77,30 +77,30 @@ def refused(rules: Iterable[Rule], value_of: Callable[[str], Any]) -> list[str]:
 
 
 def equals(*values: Any) -> Callable[[Any], bool]:
-    """Whether a setting is one of `values`."""
-    return lambda given: any(given == value for value in values)
+    """Returns a check that a setting is one of `values`."""
+    return lambda setting: any(setting == value for value in values)
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number; booleans are not."""
+    """Returns whether a value is a real number; booleans are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def is_beta(value: Any) -> bool:
-    """Whether it is a KL coefficient: a finite number of at least 0, reward units per nat."""
+    """Returns whether a value is a KL coefficient: a finite number of at least 0, reward units per nat."""
     return is_number(value) and 0 <= value < float("inf")
 
 
 def check_beta(beta: Any) -> None:
-    """Raises: SettingsError: not a finite number of at least 0."""
+    """Checks a KL coefficient. Raises: SettingsError: not a finite number of at least 0."""
     if not is_beta(beta):
         raise SettingsError(f"beta is {beta!r}; expected a finite number of at least 0, reward units per nat")
 
 
 def at_random(modules: Iterable[Any]) -> list[str]:
-    """What changes activations at random in a torch model's training mode, as "MixtralBlock.jitter_noise = 0.1".
+    """Lists what makes activations random in a torch model's training mode, such as "MixtralBlock.jitter_noise = 0.1".
 
-    These are probabilities and noise above 0, found by the names of the modules' attributes.
+    These are probabilities and noise levels above 0. They are found by the names of the modules' attributes.
     """
     words = ("drop", "jitter", "noise")
     active = {

@@ -2,7 +2,7 @@
 
 Notation: s_i = log pi_theta(y_i|x) - log pi_ref(y_i|x), summed over the response's tokens, nats; R_i the
 reward; D(v)_i = v_i - mean of v over i's group; k the counted responses of a group; G the groups with k >= 2.
-A row is counted when `valid` and its reward is not NaN; the rest leave their group, and k is what remains
+A row counts if it is `valid` and its reward is not NaN. The others leave their group, and k is the number that remains
 (Cor. 3.4). f_i is the response's weight inside the implicit reward, 1 unless `response_weights` is given (GVPO++).
 Every function takes NumPy, torch, JAX, MLX, CuPy or any Array API arrays, eager or compiled, and
 computes in float32 or wider: 16-bit inputs are upcast before any sum.
@@ -45,7 +45,7 @@ class GVPOLoss(NamedTuple):
 
 
 class CentredRows(NamedTuple):
-    """The two sides of w = D(R) - beta * D(f * s)."""
+    """The two terms of w = D(R) - beta * D(f * s)."""
 
     groups: Groups
     implicit: Array  # (N,) beta * D(f * s)
@@ -53,11 +53,11 @@ class CentredRows(NamedTuple):
     factors: Array | None  # (N,) f, 1 in rows not counted; None: all 1
 
     def weights(self) -> Array:
-        """(N,) w."""
+        """Returns (N,) w."""
         return self.reward - self.implicit
 
     def gradient_weights(self) -> Array:
-        """(N,) f * w, the factor of grad log pi."""
+        """Returns (N,) f * w, the factor of grad log pi."""
         return self.weights() if self.factors is None else self.factors * self.weights()
 
 
@@ -71,7 +71,7 @@ def centred_rows(
     valid: Array | None,
     response_weights: Array | None,
 ) -> CentredRows:
-    """Checks the arguments of gvpo_weights and centres both kinds of reward."""
+    """Checks the arguments of gvpo_weights and centres the implicit and the actual rewards."""
     check_beta(beta)
     groups, log_ratio, rewards = checked_groups(
         logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
@@ -84,7 +84,7 @@ def centred_rows(
 
 
 def _factors(groups: Groups, rewards: Array, response_weights: Array) -> Array:
-    """(N,) f, checked to be finite and > 0 in counted rows; 1 in the others."""
+    """Returns (N,) f, checked to be finite and > 0 in counted rows; 1 in the others."""
     xp = check_rows({"rewards": rewards, "response_weights": response_weights})
     factors = stop_gradient(xp.astype(response_weights, rewards.dtype))
     factors = xp.where(groups.counted, factors, xp.ones_like(factors))
@@ -104,9 +104,10 @@ def checked_groups(
     *,
     smallest: int,
 ) -> tuple[Groups, Array, Array]:
-    """Checks the arguments of gvpo_weights; returns the groups of `smallest` or more, and (N,) s and R.
+    """Checks the arguments of gvpo_weights; returns the groups, and (N,) s and R.
 
-    `s` is differentiated through logprobs alone; the reference and the rewards are constants.
+    A group counts with `smallest` scored rows or more. `s` is differentiated through logprobs only; the reference and
+    the rewards are constants.
     """
     xp = check_rows(
         {"logprobs": logprobs, "ref_logprobs": ref_logprobs, "rewards": rewards},
@@ -136,8 +137,8 @@ def gvpo_weights(
     w_i = D(R)_i - beta * D(f * s)_i, with f = 1 unless response_weights is given
 
     With response weights the optimum is pi_ref exp((R + c) / (beta f)), where c(x) makes it sum to 1, and the
-    factor of grad log pi_i is f_i w_i. The result is constant under differentiation: a gradient through the
-    weights would be another, wrong one.
+    factor of grad log pi_i is f_i w_i. The result is constant under differentiation, because a gradient
+    through the weights would be wrong.
 
     Args:
       logprobs: (N,) float, nats; log pi_theta of whole responses.
@@ -149,7 +150,7 @@ def gvpo_weights(
       valid: (N,) bool; True = counted. Default: all.
       response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: (N,), reward units; 0 for rows not counted and in groups with fewer than two counted responses.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12; f: GVPO++, arXiv 2609.21432. Departures: none.
     """
     rows = centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights)
@@ -171,8 +172,8 @@ def gvpo_coefficients(
 
     c_i = f_i w_i / ((k - 1) G), so that -sum_i c_i grad log pi_i = grad(gvpo_loss) / (2 beta)
 
-    With beta = 0 this is REINFORCE with RLOO's baseline; learning rates carry over from there. Constant under
-    differentiation, like gvpo_weights.
+    With beta = 0 this is REINFORCE with RLOO's baseline; learning rates carry over from there. The result
+    is constant under differentiation, like gvpo_weights.
 
     Args:
       logprobs: (N,) float, nats; log pi_theta of whole responses.
@@ -184,9 +185,9 @@ def gvpo_coefficients(
       valid: (N,) bool; True = counted. Default: all.
       response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: (N,), reward units; 0 where gvpo_weights is 0.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12 and 16. Departures: scale. The gradient of Eq. 16
-      is 2 beta times this one; the authors' released code steps along beta * w_i / (k - 1).
+      is 2 beta times this one. The authors' released code steps along beta * w_i / (k - 1).
     """
     rows = centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights)
     return stop_gradient(_coefficients(rows))
@@ -208,9 +209,9 @@ def gvpo_surrogate(
     valid: Array | None = None,
     response_weights: Array | None = None,
 ) -> Array:
-    """A scalar to differentiate: its gradient is a GVPO step at policy-gradient scale, for any beta, 0 too.
+    """A scalar to differentiate: its gradient is a GVPO step at policy-gradient scale, for any beta, including 0.
 
-    -sum_i c_i log pi_i with the coefficients constant. Its value means nothing; report gvpo_loss.
+    -sum_i c_i log pi_i, with constant coefficients. Its value has no meaning; report gvpo_loss instead.
 
     Args:
       logprobs: (N,) float, nats; log pi_theta of whole responses; differentiated.
@@ -222,8 +223,8 @@ def gvpo_surrogate(
       valid: (N,) bool; True = counted. Default: all.
       response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: (), nats times reward units.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12. Departures: scale, as gvpo_coefficients.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 12. Departures: scale, as in gvpo_coefficients.
     """
     coefficients = gvpo_coefficients(
         logprobs,
@@ -237,7 +238,7 @@ def gvpo_surrogate(
     )
     xp = namespace(logprobs)
     logprobs = xp.astype(logprobs, coefficients.dtype)
-    logprobs = xp.where(coefficients != 0, logprobs, xp.zeros_like(logprobs))  # -inf in an uncounted row
+    logprobs = xp.where(coefficients != 0, logprobs, xp.zeros_like(logprobs))  # an uncounted row may have -inf
     return -xp.sum(coefficients * logprobs)
 
 
@@ -252,7 +253,7 @@ def gvpo_loss(
     valid: Array | None = None,
     response_weights: Array | None = None,
 ) -> GVPOLoss:
-    """The unbiased estimate of the variance, within groups, of implicit minus actual reward.
+    """The unbiased estimate of the within-group variance of implicit minus actual reward.
 
     loss = (1/G) sum_g 1/(k_g - 1) sum_{i in g} w_i^2, w = gvpo_weights
 
@@ -266,15 +267,15 @@ def gvpo_loss(
       valid: (N,) bool; True = counted. Default: all.
       response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
     Returns: GVPOLoss; its field `loss`, (), mean over G, reward^2 units, is the scalar to differentiate:
-      gvpo_loss(...).loss. The other fields are the loss's parts and their values per group.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+      gvpo_loss(...).loss. The other fields are the parts of the loss and the values per group.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 15, 16 (ragged k), 17 (parts). Departures: none.
     """
     return loss_of(centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights))
 
 
 def loss_of(rows: CentredRows) -> GVPOLoss:
-    """gvpo_loss of checked arguments."""
+    """Computes gvpo_loss from checked arguments."""
     groups = rows.groups
     weights = rows.weights()
     products = (weights**2, rows.implicit**2, rows.reward**2, rows.implicit * rows.reward)
@@ -297,10 +298,10 @@ def sequence_logprobs(token_logprobs: Array, mask: Array) -> Array:
     """log pi(y|x) of each response: the sum of its tokens' log-probabilities.
 
     Args:
-      token_logprobs: (N, T) float, nats; differentiated. Outside the mask nothing is read, NaN included.
+      token_logprobs: (N, T) float, nats; differentiated. Values outside the mask are ignored, NaN included.
       mask: (N, T) bool; True = a response token, its end token included.
-    Returns: (N,) float32 or wider, nats. A sum, never a mean: GVPO's s is of whole responses.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
+    Returns: (N,) float32 or wider, nats. A sum, never a mean: GVPO's s is that of a whole response.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it.
     Reference: the chain rule under log pi_theta(y|x), Section 2 of arXiv 2504.19599.
     """
     xp = check_rows({"token_logprobs": token_logprobs}, tokens=True, mask=mask)

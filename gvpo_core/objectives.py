@@ -1,4 +1,4 @@
-"""The table of objectives (Eq. 9): how each weighs the responses of a group, and how a step adds them up."""
+"""The table of objectives (Eq. 9): how each weights the responses of a group, and how a step sums them."""
 
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -13,7 +13,7 @@ from gvpo_core.residuals import mirror_descent_residual, optimal_advantage_resid
 
 
 class Scores(NamedTuple):
-    """The arguments of `objective_coefficients`, checked."""
+    """The checked arguments of `objective_coefficients`."""
 
     logprobs: Array
     ref_logprobs: Array
@@ -47,7 +47,7 @@ def _gvpo(x: Scores) -> tuple[Groups, Array]:
 
 
 def _clipped(advantages_of: Callable[[Groups, Array], Array]) -> Callable[[Scores], tuple[Groups, Array]]:
-    """Weights by the clipped ratio; the KL penalty in the reward is taken at old_logprobs (Eq. 18)."""
+    """Makes a weight function with the clipped ratio. The KL penalty in the reward is that at old_logprobs (Eq. 18)."""
 
     def weights(x: Scores) -> tuple[Groups, Array]:
         groups, centred = penalised(
@@ -64,7 +64,7 @@ def _grpo_advantages(groups: Groups, centred: Array) -> Array:
 
 
 def _gspo(x: Scores) -> tuple[Groups, Array]:
-    """GRPO's advantages; the ratio is the geometric mean of the tokens' ratios."""
+    """Weights of GSPO: GRPO's advantages, with the geometric mean of the tokens' ratios as the ratio."""
     groups, centred = penalised(x.rewards, x.group_ids, x.beta, x.old_logprobs, x.ref_logprobs, x.num_groups, x.valid)
     lengths = _lengths(groups, x.lengths, centred.dtype)
     now, old = (groups.xp.astype(scores, centred.dtype) / lengths for scores in (x.logprobs, x.old_logprobs))
@@ -73,7 +73,7 @@ def _gspo(x: Scores) -> tuple[Groups, Array]:
 
 
 def _lengths(groups: Groups, lengths: Any, dtype: Any) -> Array:
-    """(N,) lengths, checked to be at least 1 in counted rows; 1 in the others."""
+    """Returns (N,) lengths, checked to be at least 1 in counted rows; 1 in the others."""
     xp = groups.xp
     lengths = stop_gradient(xp.astype(lengths, dtype))
     lengths = xp.where(groups.counted, lengths, xp.ones_like(lengths))
@@ -149,7 +149,7 @@ TABLE: dict[str, Objective] = {
     "dpo": Objective(_dpo, 2, False, lambda groups, beta: _groups(groups) / beta, positive_beta=True),
 }
 OBJECTIVES = tuple(TABLE)
-OTHER_NAMES = {  # a name that users bring -> the objective
+OTHER_NAMES = {  # name used elsewhere -> objective
     "tba": "trajectory_balance",
     "tb": "trajectory_balance",
     "vargrad": "trajectory_balance",
@@ -167,7 +167,7 @@ OTHER_NAMES = {  # a name that users bring -> the objective
 
 
 def suggestion(name: str) -> str:
-    """`; did you mean ...?` for a name that is no objective; empty where none is near."""
+    """Returns `; did you mean ...?` for an unknown objective; empty if no name is similar."""
     meant = OTHER_NAMES.get(name.lower()) or next(iter(get_close_matches(name.lower(), OBJECTIVES, n=1)), None)
     return f"; did you mean {meant!r}?" if meant else ""
 
@@ -205,30 +205,30 @@ def objective_coefficients(
       sft                 -1/k sum log pi                                          k >= 1   c = w / (k G)
       dpo                 -log sigmoid(beta s_best - beta s_worst), Eq. 8      two rewards  c = beta w / G
 
-    with w that objective's weights (gvpo_weights for the first three), w_clip = clipped_ratio_weights(A) and n a
-    response's length. In grpo, dr_grpo, rloo and gspo beta is the coefficient of the KL penalty (k1) in the reward,
-    taken at old_logprobs and constant (Eq. 18). At logprobs = old_logprobs the coefficients of rloo are those of gvpo.
-    V = beta log mean exp(R/beta - s_old) over the group, s_old = old_logprobs - ref_logprobs.
+    where w are that objective's weights (gvpo_weights for the first three), w_clip = clipped_ratio_weights(A), and n is
+    a response's length. In grpo, dr_grpo, rloo and gspo, beta is the coefficient of the KL penalty (k1) in the reward.
+    The penalty is constant and computed at old_logprobs (Eq. 18). At logprobs = old_logprobs the coefficients of rloo
+    are those of gvpo. V = beta log mean exp(R/beta - s_old) over the group, s_old = old_logprobs - ref_logprobs.
 
     Args:
       name: one of OBJECTIVES.
       logprobs: (N,) float, nats; log pi_theta of whole responses.
       ref_logprobs: (N,) float, nats; log pi_ref.
       old_logprobs: (N,) float, nats, of the policy that sampled; a_star_po, grpo, dr_grpo, rloo, gspo and maxrl
-        read it, for the others it may be None.
-      rewards: (N,) real; NaN = no score, the response leaves its group in every objective, sft too.
+        read it. For the others it may be None.
+      rewards: (N,) real; NaN = no score, the response leaves its group in every objective, also in sft.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
-      beta: reward units per nat (dpo: per nat), >= 0, for dpo and a_star_po > 0; unused by maxrl, reject_sampling
-        and sft. TBA's beta, REBEL's 1/eta, Kimi's tau, A*-PO's beta_1 = beta_2.
+      beta: reward units per nat (dpo: per nat), >= 0, and > 0 for dpo and a_star_po. Unused by maxrl, reject_sampling
+        and sft. It is TBA's beta, REBEL's 1/eta, Kimi's tau, A*-PO's beta_1 = beta_2.
       num_groups: static int; default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
-      clip: > 0, the bound of the ratio's distance from 1; used by grpo, dr_grpo, rloo, gspo and maxrl.
-      response_weights: (N,) float > 0, f of GVPO++, for gvpo alone. Default: 1.
-      lengths: (N,) real >= 1, tokens of each response; gspo alone reads it.
+      clip: > 0, the largest distance of the ratio from 1; used by grpo, dr_grpo, rloo, gspo and maxrl.
+      response_weights: (N,) float > 0, f of GVPO++, only for gvpo. Default: 1.
+      lengths: (N,) real >= 1, tokens of each response; only gspo reads it.
     Returns: (N,), constant under differentiation; 0 for rows and groups that do not count.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it; an unknown name;
-      old_logprobs or lengths missing where they are read; response_weights with another objective than gvpo; a
-      negative reward in maxrl.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+      ValueError: an unknown name; old_logprobs or lengths missing although the objective reads them; response_weights
+      with an objective other than gvpo; a negative reward in maxrl.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 9, 12, 18 and 19; f: GVPO++, arXiv 2609.21432. The others:
       docs/objectives.md lists the papers, their equations and the departures.
     """

@@ -24,18 +24,18 @@ def dpo_weights(
 
     w = sigmoid(beta s_worst - beta s_best) for the best, -w for the worst, 0 for the others
 
-    These are Eq. 9's weights; the gradient of Eq. 8 is -beta sum_i w_i grad log pi_i, beta times as long.
+    These are the weights of Eq. 9. The gradient of Eq. 8 is beta times as large: -beta sum_i w_i grad log pi_i.
 
     Args:
       logprobs: (N,) float, nats; log pi_theta of complete responses.
       ref_logprobs: (N,) float, nats; log pi_ref.
-      rewards: (N,) real; they only order the responses. NaN = no score, the response leaves its group.
+      rewards: (N,) real; only their order matters. NaN = no score, the response leaves its group.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: per nat, one finite number > 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
-    Returns: (N,); sums to zero in each group; 0 where all rewards are equal or fewer than two count.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
+    Returns: (N,); sums to zero in each group; 0 if all rewards of the group are equal or fewer than two count.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8 and 9. Departures: tied best (worst) responses
       share the weight, and s is then their mean, so that the order of rows does not matter.
     """
@@ -61,15 +61,15 @@ def dpo_loss(
     Args:
       logprobs: (N,) float, nats; log pi_theta of complete responses; differentiated.
       ref_logprobs: (N,) float, nats; log pi_ref.
-      rewards: (N,) real; they only order the responses. NaN = no score, the response leaves its group.
+      rewards: (N,) real; only their order matters. NaN = no score, the response leaves its group.
       group_ids: (N,) integer in 0..num_groups-1; rows of a group may be anywhere.
       beta: per nat, one finite number > 0.
       num_groups: static int. Default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
     Returns: (), nats; mean over the groups whose rewards are not all equal, 0 without any.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8. Departures: the mean, for Eq. 8's sum; ties as
-      dpo_weights.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 8. Departures: the mean instead of Eq. 8's sum; ties as
+      in dpo_weights.
     """
     groups, _, _, margin = pairs(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid)
     return groups.mean(groups.xp.where(groups.kept, _softplus(groups.xp, -margin), groups.xp.zeros_like(margin)))
@@ -85,8 +85,8 @@ def bradley_terry_loss(chosen_rewards: Array, rejected_rewards: Array, *, valid:
       rejected_rewards: (M,) float, as chosen_rewards.
       valid: (M,) bool; True = counted. Default: all.
     Returns: (), nats; mean over the counted pairs, 0 without any.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape or device, naming it.
-    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 4. Departures: the mean, for Eq. 4's sum.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it.
+    Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 4. Departures: the mean instead of Eq. 4's sum.
     """
     xp = check_rows({"chosen_rewards": chosen_rewards, "rejected_rewards": rejected_rewards}, valid=valid)
     dtype = wide_dtype(xp, chosen_rewards, rejected_rewards)
@@ -107,7 +107,11 @@ def pairs(
     num_groups: int | None,
     valid: Array | None,
 ) -> tuple[Groups, Array, Array, Array]:
-    """Groups with two rewards; each row's share of the best, of the worst; (num_groups,) beta (s+ - s-)."""
+    """Finds the best and the worst responses of each group.
+
+    Returns: the groups, which count with two different rewards; (N,) each row's share among the best responses, and
+      among the worst; (num_groups,) beta (s_best - s_worst).
+    """
     check_beta(beta, positive=True)
     groups, log_ratio, rewards = checked_groups(
         logprobs, ref_logprobs, rewards, group_ids, num_groups, valid, smallest=2
@@ -116,8 +120,8 @@ def pairs(
     differ = groups.kept & (groups.sum(groups.xp.astype(best & worst, groups.size.dtype)) == 0)
     groups = groups._replace(kept=differ, counted=groups.counted & groups.per_row(differ))
     chosen, rejected = groups.share(best & groups.counted), groups.share(worst & groups.counted)
-    of_pair = (chosen > 0) | (rejected > 0)
-    paired = groups.xp.where(of_pair, log_ratio, groups.xp.zeros_like(log_ratio))
+    in_pair = (chosen > 0) | (rejected > 0)
+    paired = groups.xp.where(in_pair, log_ratio, groups.xp.zeros_like(log_ratio))
     return groups, chosen, rejected, constant(beta) * groups.sum((chosen - rejected) * paired)
 
 

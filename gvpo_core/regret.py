@@ -1,4 +1,4 @@
-"""The regret gauge: the regularised reward still to be gained, from the policy's samples."""
+"""The regret: the regularised reward that the policy can still gain, estimated from its own samples."""
 
 from typing import Any, NamedTuple
 
@@ -6,13 +6,13 @@ from gvpo_core._arrays import Array, check_beta, constant, stop_gradient
 from gvpo_core.groups import Groups
 from gvpo_core.objective import centred_rows, loss_of
 
-NEWTON_STEPS = 12  # from below, on a convex function that is nearly a line: quadratic, and each step is cheap
+NEWTON_STEPS = 12  # the function is convex and nearly a line: they converge quadratically, and are cheap
 
 
 class GVPORegret(NamedTuple):
     """beta KL(pi_theta || pi*) = J(pi*) - J(pi_theta) for samples from pi_theta (J: Eq. 5). Reward units."""
 
-    second_order: Array  # (), loss / (2 beta) where f = 1
+    second_order: Array  # (), loss / (2 beta) if f = 1
     series: Array  # (), mean over groups of beta log mean exp(w / beta)
     group_second_order: Array  # (num_groups,)
     group_series: Array  # (num_groups,)
@@ -29,15 +29,15 @@ def gvpo_regret(
     valid: Array | None = None,
     response_weights: Array | None = None,
 ) -> GVPORegret:
-    """The regularised reward still to be gained, for responses sampled from pi_theta itself.
+    """The regularised reward that pi_theta can still gain, from responses that pi_theta itself sampled.
 
     J(pi*) - J(pi_theta) = beta KL(pi_theta || pi*) = beta log E exp(w / beta) = Var(w) / (2 beta) + O(w^3)
 
-    `second_order` is unbiased for its limit; `series` estimates the log of a mean from k samples, so it is
-    low by O(1/k), and never more than max(w) of its group.
+    `second_order` is unbiased for its limit. `series` estimates the log of a mean from k samples, so it is too
+    low by O(1/k), and never above max(w) of its group.
 
-    With response weights f, J(pi) = E_pi[R - beta f (s - 1)], which pi* = pi_ref exp((R + c) / (beta f))
-    maximises, and with u = (w - c) / (beta f)
+    With response weights f, pi* = pi_ref exp((R + c) / (beta f)) maximises J(pi) = E_pi[R - beta f (s - 1)]. With
+    u = (w - c) / (beta f),
 
       J(pi*) - J(pi_theta) = beta E f (exp(u) - 1 - u), where c solves E exp(u) = 1
                            = (E[w^2 / f] - E[w / f]^2 / E[1 / f]) / (2 beta) + O(w^3)
@@ -51,10 +51,10 @@ def gvpo_regret(
       num_groups: static int; default: largest id + 1. Required under compilation.
       valid: (N,) bool; True = counted. Default: all.
       response_weights: (N,) float > 0, f of GVPO++; constants. Default: 1.
-    Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0, not in the means.
-    Raises: TypeError, ValueError: an argument's type, dtype, shape, device or value, naming it.
-    Reference: from Eq. 5 and 6 of Zhang et al., GVPO, arXiv 2504.19599, and for f from GVPO++, arXiv 2609.21432;
-      the papers do not state it.
+    Returns: GVPORegret, reward units; groups with fewer than two counted responses are 0 and not in the means.
+    Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape, device or value; the message names it.
+    Reference: derived from Eq. 5 and 6 of Zhang et al., GVPO, arXiv 2504.19599, and for f from GVPO++, arXiv
+      2609.21432. The papers do not state it.
     """
     check_beta(beta, positive=True)
     rows = centred_rows(logprobs, ref_logprobs, rewards, group_ids, beta, num_groups, valid, response_weights)
@@ -79,7 +79,7 @@ def log_mean_exp(groups: Groups, exponent: Array) -> Array:
 
 
 def _weighted(groups: Groups, weights: Array, factors: Array, beta: Any) -> tuple[Array, Array]:
-    """(num_groups,) second order and series for w (N,) and f (N,)."""
+    """Returns (num_groups,) second order and series for w (N,) and f (N,)."""
     xp = groups.xp
 
     def mean(values: Array) -> Array:
