@@ -153,7 +153,7 @@ def check_rows(
             raise ValueError(f"{name} has shape {tuple(x.shape)}; expected {tuple(arrays[first].shape)}, as {first}")
         if hasattr(x, "get_device") and x.device != arrays[first].device:  # torch
             raise ValueError(f"{name} is on {x.device}; expected {arrays[first].device}, as {first}")
-        if name != "group_ids" and _explicit_spec(x) != _explicit_spec(arrays[first]):  # any do for ids
+        if name != "group_ids" and _explicit_spec(x) != _explicit_spec(arrays[first]):  # ids may be sharded otherwise
             raise ValueError(
                 f"{name} is sharded as P{_explicit_spec(x)}, and {first} as P{_explicit_spec(arrays[first])}; expected"
                 f" the same on a mesh with Explicit axes: jax.sharding.reshard({name}, jax.typeof({first}).sharding)"

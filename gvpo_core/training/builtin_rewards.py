@@ -1,4 +1,4 @@
-"""The built-in rewards, by the name under which scripts import them."""
+"""The built-in rewards, under the module name that scripts import."""
 
 from gvpo_core.training.rewards.builtin import exact_match, judge, math_verify, reasoning_gym, regex_match, reward_model
 

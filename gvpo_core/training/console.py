@@ -1,4 +1,4 @@
-"""The console, by the name under which scripts import it."""
+"""The console, under the module name that scripts import."""
 
 from gvpo_core.training.watch.console import Console
 

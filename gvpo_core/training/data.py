@@ -31,18 +31,18 @@ _GIVEN = "given in Python"
 
 
 class NothingLeft(DataError):
-    """Data of which every row leaves: too long, or without the scores that are needed."""
+    """Data without a usable row: all are too long, or lack the scores that are needed."""
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of a run, encoded; `columns` go to the rewards."""
+    """The encoded prompts of a run; `columns` go to the rewards."""
 
     prompts: Sequence[Prompt]
     tokens: Sequence[Tokens]
     columns: Sequence[Row]
-    dropped: int = 0  # rows left out for their length
-    rows: Sequence[int] | None = None  # of the data, one a prompt; None: all, in order
+    dropped: int = 0  # rows left out because they are too long
+    rows: Sequence[int] | None = None  # the data row of each prompt; None: all rows, in order
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -53,21 +53,22 @@ class Prompts:
         return column_names(self.columns)
 
     def columns_of(self, rows: Sequence[int]) -> dict[str, list[Any]]:
-        """Every column's values in these rows; None where a row has none, so that a step's columns never differ."""
+        """Returns every column's values in these rows. A missing value is None, so all steps have the same columns."""
         return {name: [self.columns[row].get(name) for row in rows] for name in self.names}
 
     def row(self, i: int) -> int:
-        """The row of the data that prompt `i` comes from."""
+        """Returns the data row that prompt `i` comes from."""
         return i if self.rows is None else self.rows[i]
 
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
-        """The prompts of one step (from 0), where every step takes `size`; see `after`."""
+        """Returns the prompts of one step (from 0) if every step takes `size`; see `after`."""
         return self.after(step * size, size, seed=seed, shuffle=shuffle)
 
     def after(self, taken: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
-        """Prompts by number: the next `size` of an endless run of epochs, each in a new order, after the first `taken`.
+        """Returns the numbers of the next `size` prompts after the first `taken`, over any number of epochs.
 
-        It depends on its arguments alone, so a resumed run sees the same prompts.
+        With `shuffle` each epoch has a new order. The result depends only on the arguments, so a resumed run sees the
+        same prompts.
         """
         chosen = []
         for position in range(taken, taken + size):
@@ -81,16 +82,16 @@ def column_names(rows: Iterable[Row]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for row in rows for name in row))
 
 
-@lru_cache(maxsize=2)  # an epoch's order is asked for once a row
+@lru_cache(maxsize=2)  # it is called for every row of an epoch
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng(np.random.SeedSequence((seed, epoch))).permutation(n)
 
 
-_PROMPTS = ("question", "problem", "instruction", "query", "input", "messages", "text")  # as data sets call them
+_PROMPTS = ("question", "problem", "instruction", "query", "input", "messages", "text")  # common names in data sets
 
 
 def check_prompt_columns(rows: Sequence[Row], config: DataConfig, name: str) -> None:
-    """Raises DataError: a row without the column of the prompts; naming it, and one that may be meant."""
+    """Raises DataError if a row has no prompt column. The message names the row, and a column that may be meant."""
     for i, row in enumerate(rows):
         _check_prompt_column(row, config, f"{name} row {i}")
 
@@ -116,13 +117,13 @@ def encode_prompts(
     """Checks and encodes the prompt of every row.
 
     Args:
-      max_tokens: of a response, which the model's context must hold after the prompt. 0: not checked.
-      wheres: of each row, for messages. Default: its number.
-      encode: token ids of the prompt of row i. Default: by the policy.
-    Raises: DataError: a missing column, a prompt of a wrong type, an empty one, one over the limit or beyond the
-      model's context, or one with a token that the model does not have.
+      max_tokens: the longest response, which must fit the model's context after the prompt. 0: not checked.
+      wheres: the name of each row in messages. Default: its number.
+      encode: (i, prompt) -> token ids of the prompt of row i. Default: the policy's.
+    Raises: DataError: a missing column; or a prompt that has a wrong type, is empty, exceeds the limit or the
+      model's context, or has a token that the model does not have.
     """
-    prompts, tokens, columns, kept = [], [], [], []
+    prompts, tokens, columns, kept_rows = [], [], [], []
     facts = policy.describe()
     vocabulary, context = facts.vocabulary or math.inf, facts.context or math.inf
     for i, row in enumerate(rows):
@@ -133,7 +134,7 @@ def encode_prompts(
             ids = tuple(policy.encode(prompt) if encode is None else encode(i, prompt))
         except ConfigError:
             raise
-        except Exception as e:  # a model's chat template and tokenizer raise what they like
+        except Exception as e:  # chat templates and tokenizers may raise any error
             reason = f"{type(e).__name__}: {e}".splitlines()[0]
             raise DataError(f"{where}, column {config.prompt!r} cannot be encoded: {reason}") from e
         if not ids:
@@ -159,17 +160,17 @@ def encode_prompts(
             )
         prompts.append(prompt)
         tokens.append(ids)
-        kept.append(i)
+        kept_rows.append(i)
         columns.append({key: value for key, value in row.items() if key != config.prompt})
     if not prompts:
         raise NothingLeft(
             f"{name}: all {len(rows)} prompts are longer than data.max_prompt_tokens = {config.max_prompt_tokens}"
         )
-    return Prompts(prompts, tokens, columns, len(rows) - len(prompts), kept)
+    return Prompts(prompts, tokens, columns, len(rows) - len(prompts), kept_rows)
 
 
 def checked_prompt(prompt: Any, where: str, system_prompt: str = "") -> Prompt:
-    """The prompt as the model reads it: text, or messages with text contents. Raises: DataError: neither."""
+    """Returns the prompt as the model reads it: text, or messages with text contents. Raises: DataError: neither."""
     if isinstance(prompt, str):
         if system_prompt:
             raise DataError(
@@ -177,7 +178,7 @@ def checked_prompt(prompt: Any, where: str, system_prompt: str = "") -> Prompt:
                 " give chat messages"
             )
         return encodable(prompt, where)
-    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # an array, as pandas reads lists
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt  # pandas reads lists as arrays
     if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) for m in prompt):
         messages = [_message(m, where) for m in prompt]
         if system_prompt and messages[0]["role"] not in ("system", "developer"):
@@ -186,22 +187,24 @@ def checked_prompt(prompt: Any, where: str, system_prompt: str = "") -> Prompt:
     raise DataError(f"{where} is a {type(prompt).__name__} ({prompt!r:.60}); expected text or a list of chat messages")
 
 
-def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A chat message whose content is text. `datasets` gives every message the keys of all, as None: those are left
-    out, since templates ask for them by their presence."""
-    message = {key: value for key, value in given.items() if value is not None}
+def _message(raw_message: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Returns a chat message with its content as text, without keys whose value is None.
+
+    `datasets` gives every message the keys of all messages, with None as value. Templates test whether a key exists.
+    """
+    message = {key: value for key, value in raw_message.items() if value is not None}
     content: Any = message.get("content")
     if isinstance(content, list | tuple) or hasattr(content, "tolist"):
         content = message["content"] = "".join(_part(part, where) for part in content)
     calls_tools = content is None and message.get("tool_calls")
     if not isinstance(message.get("role"), str) or not (isinstance(content, str) or calls_tools):
-        raise DataError(f"{where}: the chat message {dict(given)!r:.200} needs a text role and a text content")
+        raise DataError(f"{where}: the chat message {dict(raw_message)!r:.200} needs a text role and a text content")
     encodable(message["role"] + (content or ""), where)
     return message
 
 
 def _part(part: Any, where: str) -> str:
-    """The text of one part of a message's content."""
+    """Returns the text of one part of a message's content."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if kind == "text" and isinstance(part.get("text"), str):
         text: str = part["text"]
@@ -211,7 +214,7 @@ def _part(part: Any, where: str) -> str:
 
 
 def encodable(text: str, where: str) -> str:
-    """The text. Raises: DataError: half of a surrogate pair in it, which no tokenizer and no file takes."""
+    """Returns the text. Raises: DataError: it has half of a surrogate pair, which no tokenizer and no file accepts."""
     try:
         text.encode()
     except UnicodeEncodeError as e:
@@ -219,26 +222,26 @@ def encodable(text: str, where: str) -> str:
     return text
 
 
-def training_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
-    """The rows passed as `train_rows`, or those of the configured file. Raises: DataError: there are none."""
-    name, data = "data.train" if given is None else "train_rows", config.data
-    return load_rows(data.train if given is None else given, name, split=data.split, subset=data.subset)
+def training_rows(config: Config, train_rows: Iterable[Row] | None) -> list[Row]:
+    """Returns the rows passed as `train_rows`, or those of the configured file. Raises: DataError: there are none."""
+    name, data = "data.train" if train_rows is None else "train_rows", config.data
+    return load_rows(data.train if train_rows is None else train_rows, name, split=data.split, subset=data.subset)
 
 
-def held_out_rows(config: Config, given: Iterable[Row] | None) -> list[Row]:
-    """All rows handed over as `evaluation_rows`, else those of the configured file; none where there is neither.
+def held_out_rows(config: Config, evaluation_rows: Iterable[Row] | None) -> list[Row]:
+    """Returns the rows passed as `evaluation_rows`, or those of the configured file; none if there is neither.
 
-    Raises: DataError: one of them is named and has no rows.
+    Raises: DataError: the source has no rows.
     """
-    data, name = config.data, "data.evaluation" if given is None else "evaluation_rows"
-    if given is None and not data.evaluation:
+    data, name = config.data, "data.evaluation" if evaluation_rows is None else "evaluation_rows"
+    if evaluation_rows is None and not data.evaluation:
         return []
-    source = data.evaluation if given is None else given
+    source = data.evaluation if evaluation_rows is None else evaluation_rows
     return load_rows(source, name, split=data.evaluation_split, subset=data.subset)
 
 
 def with_given(config: Config, rows: Iterable[Row] | None, rewards: Mapping[str, Callable[..., Any]] | None) -> Config:
-    """Says in the settings, which the run folder keeps, what was handed over as Python objects."""
+    """Records in the settings, which the run folder keeps, which inputs were passed as Python objects."""
     if rows is not None and not config.data.train:
         config = replace(config, data=replace(config.data, train=_GIVEN))
     named = {name: RewardConfig(function=_GIVEN) for name in rewards or {}}

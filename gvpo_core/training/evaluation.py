@@ -35,7 +35,7 @@ def evaluate(
     Args:
       evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
-    Returns: metrics by their names in metrics.jsonl, as `eval/reward`.
+    Returns: metrics by their names in metrics.jsonl, such as `eval/reward`.
     Raises: ConfigError, DataError, RewardError: settings, rows or rewards that cannot be used.
     """
     with open_inputs(config, evaluation_rows=evaluation_rows, rewards=rewards, training=False) as inputs:
@@ -47,7 +47,7 @@ def evaluate(
 
 
 def evaluation_steps(config: Config) -> list[int]:
-    """The steps after which the held-out prompts are answered: both ends and, where asked, every n-th."""
+    """Returns the steps that an evaluation follows: step 0, the last, and every n-th with evaluation.every = n."""
     every, last = config.evaluation.every, config.run.steps
     return sorted({*range(0, last, every or last), last})
 
@@ -61,12 +61,12 @@ def evaluated(
     sampler: Sampler | None = None,
     version: int = 0,
 ) -> tuple[dict[str, float], Rollout | None]:
-    """The metrics of the held-out data, and the fresh responses behind them.
+    """Returns the metrics of the held-out data, and the fresh responses behind them.
 
-    Prompts are answered and scored; recorded groups give the loss. Of both, where the data and the settings have both.
+    Prompts are answered and scored. Recorded groups give the loss. The data and the settings may have both.
 
     Args:
-      sampler: of the rollouts; it answers where evaluation.sampler says so.
+      sampler: the sampler of the rollouts; it answers the prompts if evaluation.sampler is 'rollout'.
       version: steps that the policy has taken.
     """
     answering = sampler if config.evaluation.sampler == "rollout" else None
@@ -103,13 +103,13 @@ def _answers(
         config.evaluation.responses,
         Sampling(config.rollout.max_tokens, config.evaluation.temperature, stop=config.rollout.stop),
         rewards,
-        (config.run.seed, EVALUATE),  # the same numbers each time: a paired comparison
+        (config.run.seed, EVALUATE),  # the same random numbers each time, for a paired comparison
         sampler=sampler,
     )
 
 
 def _teacher_kl(policy: Policy, rollout: Rollout) -> dict[str, float]:
-    """KL(pi || pi_T) a response, estimated from responses that the policy drew at temperature 1."""
+    """Returns KL(pi || pi_T) per response, estimated from responses that the policy drew at temperature 1."""
     assert rollout.ref_logprobs is not None  # the teacher's
     logprobs = policy.gather(np.asarray(policy.logprobs(rollout.batch), np.float64))
     return teacher_metrics(logprobs - rollout.ref_logprobs, [int(g) for g in rollout.group_ids])
@@ -121,7 +121,7 @@ def _losses(
     rollout = recorded_rollout(policy, groups, range(len(groups)), reference, keep=False)
     if teacher is not None:
         rollout = teacher.taught(policy, rollout)
-        rollout = replace(rollout, rewards=rollout.trained_rewards)  # without those that it cannot score
+        rollout = replace(rollout, rewards=rollout.trained_rewards)  # without responses that it cannot score
     local_rows = slice(rollout.start, rollout.start + len(rollout.batch))
     scored = np.flatnonzero(~np.isnan(rollout.rewards[local_rows]))
     batch = rollout.batch.take([int(i) for i in scored])

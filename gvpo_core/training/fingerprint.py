@@ -1,4 +1,4 @@
-"""What a run was trained on and with, small enough to keep: a later start can tell whether it is given the same."""
+"""Fingerprints of a run's inputs, small enough to keep. With them a later start detects changes of the inputs."""
 
 import ast
 import contextlib
@@ -26,9 +26,9 @@ from gvpo_core.training.files.disk import names_in, retried
 from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
 
 _log = logging.getLogger("gvpo")
-_WHOLE = 64 * 2**20  # bytes of a file up to which every byte counts
-_IMPORTS = 1000  # files at most of a reward's code
-_PIECE, _PIECES = 2**20, 16  # of a larger one: pieces of this size, evenly spaced, its first and last bytes among them
+_WHOLE = 64 * 2**20  # bytes of the largest file that is hashed completely
+_IMPORTS = 1000  # most files of a reward's code
+_PIECE, _PIECES = 2**20, 16  # of a larger file: pieces of this size, evenly spaced from start to end
 _TOKENIZER = ("tokenizer", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece")
 _MODEL = ("config.json", "generation_config.json", "table.json")
 _BUILTIN = Path(__file__).parent / "rewards" / "worker"
@@ -48,12 +48,12 @@ def run_inputs(
     rewards: Mapping[str, Callable[..., Any]] | None = None,
     beside: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Mapping[str, Any]]:
-    """What a run is made from, for environment.json: name of INPUTS -> name -> fingerprint.
+    """Returns the fingerprints of a run's inputs, for environment.json: name of INPUTS -> name -> fingerprint.
 
     Args:
       held_out: rows of the evaluation; empty without one.
-      rewards: functions given in Python.
-      beside: rows of data.recorded; empty without them.
+      rewards: functions passed from Python.
+      beside: rows of data.recorded; empty if there are none.
     """
     more = {"evaluation": held_out, "recorded": beside}
     data = {"train": fingerprint(rows)} | {name: fingerprint(rows) for name, rows in more.items() if rows}
@@ -66,8 +66,8 @@ def run_inputs(
         section: reward_fingerprints({"name": RewardConfig(function=name)}) if name else {}
         for section, name in paths.items()
     }
-    played = (config.environment.path, *config.environment.tools)
-    functions["environment"] = reward_fingerprints({name: RewardConfig(function=name) for name in played if name})
+    env_paths = (config.environment.path, *config.environment.tools)
+    functions["environment"] = reward_fingerprints({name: RewardConfig(function=name) for name in env_paths if name})
     model = dict(model_fingerprint(config.model))
     if config.teacher.path:
         teacher = replace(config.model, path=config.teacher.path, revision=config.teacher.revision)
@@ -76,10 +76,10 @@ def run_inputs(
 
 
 def fingerprint(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """How many rows, and the SHA-256 of their values in order: the same for a file and for its rows given in Python.
+    """Returns the number of rows, and the SHA-256 of their values in order.
 
-    Columns may come in any order. Of a value that is neither JSON nor can be sent to a reward's process only the type
-    counts.
+    A file and the same rows passed from Python have the same fingerprint, in any order of the columns. A value that is
+    not JSON and cannot be sent to a reward's process counts only by its type.
     """
     digest = hashlib.sha256()
     for row in rows:
@@ -99,7 +99,7 @@ def _with_text_keys(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Nothing that differs between two processes, as an object's address or the order of a set does."""
+    """Converts a value for JSON. Leaves out what differs between processes: an object's address, a set's order."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, Mapping):
@@ -115,10 +115,11 @@ def _plain(value: Any) -> Any:
 
 
 def model_fingerprint(config: ModelConfig) -> dict[str, dict[str, str]]:
-    """ "weights" and "tokenizer" -> SHA-256 of the names and contents of the files in `model.path`.
+    """Returns "weights" and "tokenizer" -> SHA-256 of the names and contents of the files in `model.path`.
 
-    weights: settings, safetensors, and code where it is run; tokenizer: its files and chat template. Of a file beyond
-    64 MiB its size and 16 pieces of 1 MiB count. Empty if the model is neither a folder nor in the hub's cache.
+    weights: settings, safetensors files, and code if it is run; tokenizer: its files and chat template. Of a file
+    larger than 64 MiB only the size and 16 pieces of 1 MiB count. Empty if the model is neither a folder nor in the
+    hub's cache.
     """
     folder = _model_folder(config)
     if folder is None:
@@ -170,18 +171,18 @@ def _of_file(path: Path) -> str:
 
 
 def reward_fingerprints(
-    rewards: Mapping[str, RewardConfig], given: Mapping[str, Callable[..., Any]] | None = None
+    rewards: Mapping[str, RewardConfig], functions: Mapping[str, Callable[..., Any]] | None = None
 ) -> dict[str, dict[str, str]]:
-    """Reward -> SHA-256 of its file and of what that imports, or of the source of a function passed from Python, and of
-    the files and model folders that its options name.
+    """Returns reward -> SHA-256 of its code, and of the files and model folders that its options name.
 
-    Imports count, recursively, where they are in its folder or in the working directory. Of installed packages only
-    those that a built-in reward uses count, by their versions. A reward without a known source is omitted.
+    The code is the reward's file with its imports, or the source of a function passed from Python. Imports count,
+    recursively, if they are in the file's folder or in the working directory. Installed packages count only for
+    built-in rewards, by their versions. A reward without a known source is omitted.
     """
     hashes = {}
     for name, reward in rewards.items():
         try:
-            function = (given or {}).get(name)
+            function = (functions or {}).get(name)
             code = _source(function) if function is not None else _code_of(_file_of(reward.function))
             code += _named_by_options(reward.options) + _versions_of(reward.function if function is None else "")
         except (OSError, TypeError, ValueError, ImportError):
@@ -191,21 +192,21 @@ def reward_fingerprints(
 
 
 def _named_by_options(options: Mapping[str, Any]) -> bytes:
-    """Hashes of the files and model folders that options name; other values are left out. Raises: OSError."""
-    found = b""
+    """Hashes the files and model folders that options name; other values are left out. Raises: OSError."""
+    digests = b""
     for name, value in sorted(options.items()):
         if not isinstance(value, str) or not 0 < len(value) < 4096 or "\0" in value or name == "cache":
             continue
         path = Path(os.path.expanduser(value))
-        if os.path.isfile(path):  # False of a text too long for a name, where Path.is_file raises
-            found += f"\n{name} {retried(lambda path=path: _of_file(path))}".encode()  # type: ignore[misc]
+        if os.path.isfile(path):  # False for a text too long for a name; Path.is_file raises
+            digests += f"\n{name} {retried(lambda path=path: _of_file(path))}".encode()  # type: ignore[misc]
         elif os.path.isfile(path / "config.json"):
-            found += f"\n{name} {model_fingerprint(ModelConfig(path=str(path)))}".encode()
-    return found
+            digests += f"\n{name} {model_fingerprint(ModelConfig(path=str(path)))}".encode()
+    return digests
 
 
 def _versions_of(function: str) -> bytes:
-    """Versions of the packages that a built-in reward's scores come from; nothing for other rewards."""
+    """Returns the versions of the packages that compute a built-in reward's scores; empty for other rewards."""
     versions = b""
     for package in _PACKAGES.get(function.partition(":")[0], ()):
         with contextlib.suppress(PackageNotFoundError):
@@ -214,7 +215,7 @@ def _versions_of(function: str) -> bytes:
 
 
 def _code_of(first: Path) -> bytes:
-    """The code of a file and of the files that it imports. Raises: OSError: one cannot be read."""
+    """Returns the code of a file and of the files that it imports. Raises: OSError: a file cannot be read."""
     codes: dict[Path, bytes] = {}
     waiting, installed = [first.absolute()], {Path(path) for path in sysconfig.get_paths().values()}
     roots = [root for root in (first.absolute().parent, Path.cwd()) if root not in installed]
@@ -231,7 +232,7 @@ def _code_of(first: Path) -> bytes:
 
 
 def _imported(path: Path, code: bytes, roots: Iterable[Path]) -> Iterator[Path]:
-    """Files of the modules that a file imports, where they are in one of the roots or beside it."""
+    """Yields the files of the modules that a file imports, if they are in one of the roots or beside the file."""
     for level, name in _import_names(code):
         folder = path.parents[level - 1] if 0 < level <= len(path.parents) else None
         for root in (folder,) if folder else roots:
@@ -242,7 +243,7 @@ def _imported(path: Path, code: bytes, roots: Iterable[Path]) -> Iterator[Path]:
 
 @functools.lru_cache(maxsize=_IMPORTS)
 def _import_names(code: bytes) -> tuple[tuple[int, str], ...]:
-    """(level, dotted name) of what the code imports; what stands after `from x import` may be a module, too."""
+    """Returns (level, dotted name) of each import; a name after `from x import` may be a module, so it counts too."""
     try:
         nodes = list(ast.walk(ast.parse(code)))
     except (SyntaxError, ValueError, RecursionError):
@@ -263,7 +264,7 @@ def _source(function: Callable[..., Any]) -> bytes:
 
 
 def _file_of(spec: str) -> Path:
-    """The file of a reward's code; no user module is imported. Raises: OSError, ImportError, ValueError."""
+    """Finds the file of a reward's code without importing it. Raises: OSError, ImportError, ValueError."""
     where, colon, _ = spec.rpartition(":")
     if not colon:
         builtin = _BUILTIN / f"{spec}.py"
@@ -274,21 +275,21 @@ def _file_of(spec: str) -> Path:
     beside = Path(os.getcwd(), *where.split(".")).with_suffix(".py")  # next to the config, where workers also look
     if os.getcwd() not in sys.path and beside.is_file():
         return beside
-    spec_of = importlib.util.find_spec(package)
-    if spec_of is None or spec_of.origin is None:
+    module_spec = importlib.util.find_spec(package)
+    if module_spec is None or module_spec.origin is None:
         raise ImportError(where)
     if not inner:
-        return Path(spec_of.origin)
-    path = Path(spec_of.origin).parent.joinpath(*inner)
+        return Path(module_spec.origin)
+    path = Path(module_spec.origin).parent.joinpath(*inner)
     return path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs between two environments of a run, one line each: (what may, what must not).
+    """Returns the differences between two environments of a run, one line each: (those allowed, those refused).
 
-    Data, model and dtype must not. Code of rewards, objective and sampler, versions, the machine and the number of
-    ranks may: the steps to come are then not those of an uninterrupted run. Unknown entries are not compared, except
-    for the data.
+    Data, model, dtype and the code of the environment must not change. The code of rewards, objective and sampler,
+    versions, the machine and the number of ranks may; later steps then differ from those of an uninterrupted run. An
+    entry that one of the two lacks is compared only for the data.
     """
     noted: list[str] = []
     refused: list[str] = []
@@ -297,7 +298,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
         for name in dict.fromkeys((*a, *b)):
             both = (name in a and name in b) or (section == "data" and a and b)  # an evaluation may come or go
             if both and a.get(name) != b.get(name):
-                line = f"{section}.{name}: {_told(a.get(name))} -> {_told(b.get(name))}"
+                line = f"{section}.{name}: {_shown(a.get(name))} -> {_shown(b.get(name))}"
                 if section == "dtype":
                     line = f"{name}.dtype: {a[name]} -> {b[name]} (--{name}.dtype {a[name]} continues as before)"
                 (noted if section in ("rewards", "objective", "sampler") else refused).append(line)
@@ -307,7 +308,7 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def dtypes(environment: Mapping[str, Any]) -> dict[str, str]:
-    """ "model" and "teacher" -> dtype of their products; of runs that did not record it so, the policy's."""
+    """Returns "model" and "teacher" -> dtype of their products. Runs without that record have the policy's dtype."""
     policy = _table(environment.get("policy")).get("dtype")
     return ({"model": policy} if policy else {}) | _table(environment.get("dtype"))
 
@@ -323,7 +324,7 @@ def _table(value: Any) -> dict[str, Any]:
     return dict(value) if isinstance(value, Mapping) else {}
 
 
-def _told(value: Any) -> str:
+def _shown(value: Any) -> str:
     value = _table(value)
     rows = f"{value['rows']:,} rows, " if isinstance(value.get("rows"), int) else ""
     return f"{rows}SHA-256 {str(value['sha256'])[:12]}" if "sha256" in value else "none"

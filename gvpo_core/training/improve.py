@@ -1,4 +1,4 @@
-"""From a rollout to optimizer steps: which rows, which weights (Eq. 9), and what the policy is asked to do."""
+"""Turns a rollout into optimizer steps: chooses the rows, computes the weights (Eq. 9), and calls the policy."""
 
 import time
 from dataclasses import dataclass, field, replace
@@ -14,12 +14,12 @@ from gvpo_core.training.rollout import Rollout
 
 
 class NoSignalError(RuntimeError):
-    """A rollout in which no group can be learned from."""
+    """No group of a rollout can be learned from."""
 
 
 @dataclass
 class Improvement:
-    """What the updates of one rollout leave for the metrics. N rows over all ranks; NaN where a row has no score."""
+    """The results of one rollout's updates, for the metrics. N rows over all ranks; NaN = no score."""
 
     logprobs: np.ndarray  # (N,) of the policy before each row's first update
     ref_logprobs: np.ndarray  # (N,)
@@ -27,21 +27,21 @@ class Improvement:
     score_seconds: float = 0.0
     update_seconds: float = 0.0
     tokens: int = 0  # computed in the updates, over all ranks
-    peak_memory: int = 0  # bytes, of the rank that took most
+    peak_memory: int = 0  # bytes, of the rank that used most
 
 
 def renew_reference(policy: Policy, config: ObjectiveConfig, step: int) -> None:
-    """Makes the policy the reference where `config.reference_every` steps were taken since the last time.
+    """Makes the policy the reference every `config.reference_every` steps.
 
     Args:
-      step: the one that is about to be taken, from 1.
+      step: the next step, from 1.
     """
     if config.reference_every and step > 1 and (step - 1) % config.reference_every == 0:
         policy.renew_reference()
 
 
 def with_signal(rollout: Rollout, config: ObjectiveConfig) -> Rollout:
-    """The rollout. Raises: NoSignalError: no group has enough scored responses."""
+    """Returns the rollout. Raises: NoSignalError: no group has enough scored responses."""
     need = find_objective(config).smallest
     if not (_scored(rollout)[1] >= need).any():
         raise NoSignalError(_no_signal(rollout, need))
@@ -49,7 +49,7 @@ def with_signal(rollout: Rollout, config: ObjectiveConfig) -> Rollout:
 
 
 def _scored(rollout: Rollout) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) whether a response has a reward, (G,) how many of each group have."""
+    """Returns (N,) whether a response has a reward, and (G,) the number of such responses in each group."""
     scored = ~np.isnan(rollout.trained_rewards)
     return scored, np.bincount(rollout.group_ids[scored], minlength=rollout.num_groups)
 
@@ -61,12 +61,13 @@ def improve(
     *,
     seed: tuple[int, ...],
 ) -> Improvement:
-    """The optimizer steps that a rollout is good for: `epochs` passes of `minibatches` steps of whole groups.
+    """Takes the optimizer steps of a rollout: `epochs` passes of `minibatches` steps of whole groups.
 
-    Responses without a score leave here. While the policy has not moved since a pass scored it, that pass is used.
+    Responses without a score are dropped. The first step uses the log-probs of a scoring pass before it, if there was
+    one, because the policy has not changed since.
 
     Args:
-      seed: of the order of the groups in epochs after the first.
+      seed: seed of the order of the groups in epochs after the first.
     Raises: NoSignalError: no group has enough scored responses. ObjectiveError: a user's objective failed,
       or a negative reward in maxrl.
     """
@@ -100,11 +101,11 @@ def improve(
             if not (sizes[groups] >= need).any():
                 continue
             coefficients = _coefficients(policy, rollout, objective, ref, old, chosen, dealt)
-            mine = np.flatnonzero(chosen[rows])
-            part = replace(batch.take([int(i) for i in mine]), complete=by_group)
+            local_chosen = np.flatnonzero(chosen[rows])
+            part = replace(batch.take([int(i) for i in local_chosen]), complete=by_group)
             first = not result.updates
-            known = old[rows[mine]] if old is not None and first else None
-            update = policy.update(part, coefficients, scored=known)
+            scored_logprobs = old[rows[local_chosen]] if old is not None and first else None
+            update = policy.update(part, coefficients, scored=scored_logprobs)
             result.updates.append(update)
             if epoch == 0:
                 result.logprobs[chosen] = dealt.gathered(policy, update.logprobs, chosen)[chosen]
@@ -118,13 +119,13 @@ def improve(
 
 
 def _of_reference(policy: Policy, rollout: Rollout, scored: np.ndarray, dealt: Deal) -> np.ndarray:
-    """(N,) log-probs of pi_ref of the scored rows: from the source, or computed."""
-    known = np.full(len(scored), np.nan) if rollout.ref_logprobs is None else rollout.ref_logprobs
-    missing = scored & np.isnan(known)
+    """Returns (N,) log-probs of pi_ref for the scored rows, from the source or computed."""
+    ref_logprobs = np.full(len(scored), np.nan) if rollout.ref_logprobs is None else rollout.ref_logprobs
+    missing = scored & np.isnan(ref_logprobs)
     if not missing.any():
-        return known
+        return ref_logprobs
     batch = dealt.batch.take([int(i) for i in np.flatnonzero(missing[dealt.rows])])
-    return np.where(missing, dealt.gathered(policy, policy.logprobs(batch, reference=True), missing), known)
+    return np.where(missing, dealt.gathered(policy, policy.logprobs(batch, reference=True), missing), ref_logprobs)
 
 
 def _no_signal(rollout: Rollout, need: int) -> str:
@@ -144,7 +145,7 @@ def _steps(groups: int, config: ObjectiveConfig, seed: tuple[int, ...], epoch: i
 
 
 def _order(groups: int, seed: tuple[int, ...], epoch: int) -> np.ndarray:
-    """A permutation of the groups. The first epoch needs none: the prompts come in a random order already."""
+    """Returns a permutation of the groups. The first epoch needs none: the prompts are already in random order."""
     if epoch == 0:
         return np.arange(groups)
     return np.random.default_rng(np.random.SeedSequence((*seed, epoch))).permutation(groups)
@@ -159,29 +160,29 @@ def _coefficients(
     chosen: np.ndarray,
     dealt: Deal,
 ) -> Coefficients:
-    """The objective's weights for the chosen rows of this rank, in float64, whatever part of them a call brings.
+    """Returns a function that computes the objective's float64 weights for any part of this rank's chosen rows.
 
-    A group's weights depend on its own rows and on how many groups there are, never on other groups' log-probs: where
-    no group is on two ranks, a call may bring some whole groups. Else, and for a policy that does not ask by group,
-    every rank brings all its rows and the log-probs are gathered.
+    A group's weights depend on its own rows and on the number of groups, never on other groups' log-probs. So if no
+    group is on two ranks, a call may pass only some whole groups. Otherwise, and for a policy that does not call by
+    group, every rank passes all its rows and the log-probs are gathered.
     """
     rows = dealt.rows
-    places = np.cumsum(chosen) - 1  # of each chosen row among the chosen
+    places = np.cumsum(chosen) - 1  # position of each chosen row among the chosen rows
     local_places = places[rows[chosen[rows]]]
-    together = policy.world_size > 1 and not (dealt.complete and getattr(policy, "by_group", False))
+    gathering = policy.world_size > 1 and not (dealt.complete and getattr(policy, "by_group", False))
     _, group_ids = np.unique(rollout.group_ids[chosen], return_inverse=True)
     num_groups = int(group_ids.max()) + 1
-    known = ref if old is None else old  # placeholder for the other groups: harmless numbers of the right size
+    placeholder = ref if old is None else old  # for the other groups: harmless numbers of the right size
 
     def coefficients(logprobs: np.ndarray, part: np.ndarray) -> np.ndarray:
         logprobs = np.asarray(logprobs, np.float64)
-        if together:
+        if gathering:
             full = dealt.gathered(policy, logprobs, chosen)[chosen]
         else:
-            full = np.zeros(len(group_ids)) if known is None else known[chosen].copy()
+            full = np.zeros(len(group_ids)) if placeholder is None else placeholder[chosen].copy()
             full[local_places[part]] = logprobs
         factors = factors_at(full)
-        if together:  # what one rank must refuse, all refuse: none is left waiting for it
+        if gathering:  # all ranks raise together, so none waits for another
             check_finite("log-probabilities", full, np.flatnonzero(chosen))
             check_finite("coefficients", factors, np.flatnonzero(chosen))
         elif objective.function is not None and len(part) < len(group_ids):

@@ -1,4 +1,4 @@
-"""What a run is fed: settings, rows and reward functions, opened once for training, evaluation and the dry run."""
+"""The inputs of a run: settings, rows and reward functions, opened once for training, evaluation and the dry run."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -52,15 +52,15 @@ from gvpo_core.training.terminal.output import open_standard_descriptors
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What an evaluation uses."""
+    """The data of an evaluation."""
 
     prompts: Prompts | None  # to be answered and scored by the rewards
     groups: Groups | None  # recorded responses, for the loss
-    reference: ReferenceScores | None = None  # of the groups
+    reference: ReferenceScores | None = None  # scores of the groups
     teacher: Teacher | None = None  # replaces the reference
 
     def describe(self) -> str:
-        """What it is, for the header."""
+        """Describes the data, for the header."""
         parts = (
             f"{len(self.prompts)} held out" if self.prompts else "",
             f"{len(self.groups)} recorded groups held out" if self.groups else "",
@@ -69,23 +69,23 @@ class HeldOut:
 
 
 class Inputs:
-    """The inputs of one run. `with` ends the reward processes."""
+    """The inputs of one run. The end of `with` ends the reward processes."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
         self.rows: list[Row] = []  # of data.train
         self.held_out_rows: list[Row] = []  # of data.evaluation
-        self.recorded: Recorded | None = None  # the training rows, where they hold responses to train on
+        self.recorded: Recorded | None = None  # the training rows, if they hold responses to train on
         self.held_out_recorded: Recorded | None = None
         self.beside_rows: list[Row] = []  # of data.recorded
         self.beside: Recorded | None = None
-        self.stream: Stream | None = None  # the training rows, where they are too many to hold: `rows` are the first
+        self.stream: Stream | None = None  # the training rows, if they are too many to hold; `rows` has the first
         self.rewards: list[Reward] = []
         self.environments: Environments | None = None
-        played = {"environment": RewardConfig(options=config.environment.options)}
-        self.reward_log = RewardLog(config.rewards | played)  # without the secrets of either
-        self.errors: list[ValueError] = []  # what could not be opened, in order
-        self._functions: Mapping[str, RewardFunction] = {}  # rewards given in Python
+        environment = {"environment": RewardConfig(options=config.environment.options)}
+        self.reward_log = RewardLog(config.rewards | environment)  # hides the secrets of both
+        self.errors: list[ValueError] = []  # failures of `open`, in order
+        self._functions: Mapping[str, RewardFunction] = {}  # rewards passed from Python
         self._teacher: Teacher | None = None
 
     def open(
@@ -103,11 +103,11 @@ class Inputs:
           train_rows: rows to train on, instead of data.train.
           evaluation_rows: held-out rows, instead of data.evaluation.
           rewards: functions by name, added to the configured ones or used instead of their import paths.
-          training: whether the training rows are needed; an evaluation does without.
+          training: whether the training rows are needed; an evaluation does not need them.
           scoring: whether the rewards are needed.
         """
         self._functions = rewards or {}
-        open_standard_descriptors()  # before the rewards' pipes
+        open_standard_descriptors()  # before the rewards open pipes
         if scoring:
             self._attempt("rewards", lambda: load_rewards(self.config.rewards, rewards, log=self.reward_log))
             if self.config.environment.used:
@@ -152,7 +152,7 @@ class Inputs:
         self._check(lambda: check_columns(self.rewards, columns, name))
 
     def _check_prompts(self, rows: Sequence[Row], name: str) -> None:
-        if not self.config.environment.path:  # whose prompts are its own
+        if not self.config.environment.path:  # an environment makes its own prompts
             self._check(lambda: check_prompt_columns(rows, self.config.data, name))
 
     def _attempt(self, name: str, work: Callable[[], Any]) -> None:
@@ -170,13 +170,14 @@ class Inputs:
     def source(
         self, policy: Policy, sampler: Sampler | None = None, *, cached: bool = True, trained: bool = True
     ) -> Source:
-        """Where the groups of the training steps come from.
+        """Returns the source of the groups of the training steps.
 
         Args:
           sampler: draws the responses instead of the policy.
           cached: keep reference scores on disk.
           trained: whether the policy moves between the steps.
-        Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler, and recorded responses.
+        Raises: DataError: see `encode_prompts` and `encode_groups`. ConfigError: a sampler or a mixture is set, and the
+          data has recorded responses.
         """
         source = self._source(policy, sampler, trained, cached)
         if isinstance(sampler, TeacherSampler):
@@ -187,15 +188,13 @@ class Inputs:
         return Taught(source, self._taught_by(policy, source.prompts))
 
     def _taught_by(self, policy: Policy, prompts: Prompts) -> Teacher:
-        """The teacher, loaded once. Raises: ConfigError: one that cannot be used, or cannot read these prompts."""
+        """Returns the teacher, loaded once. Raises: ConfigError: it cannot be used, or cannot read these prompts."""
         self._teacher = self._teacher or load_teacher(self.config, policy)
         self._teacher.check(prompts)
         return self._teacher
 
     def heed(self, sampler: Sampler | None, stopping: Callable[[], bool]) -> None:
-        """Tells the sampler, and a teacher behind a URL, how to hear that the run was asked to stop; see
-        `Sampler.stopping`.
-        """
+        """Tells the sampler, and a teacher on a server, how to learn that the run must stop; see `Sampler.stopping`."""
         heed(sampler, stopping)
         if self._teacher is not None:
             heed(self._teacher.scorer, stopping)
@@ -212,8 +211,8 @@ class Inputs:
         if config.replay.groups or self.beside is not None:
             name = "replay.groups" if config.replay.groups else "data.recorded"
             raise ConfigError(
-                f"{name} is set, and the training data holds recorded responses, so that nothing is sampled that it"
-                " could be mixed with: leave it out, or set rollout.source = 'sampled' or 'mixed'"
+                f"{name} is set, and the training data holds recorded responses, so nothing is sampled to mix it"
+                " with: leave it out, or set rollout.source = 'sampled' or 'mixed'"
             )
         smallest = find_objective(config.objective).smallest
         groups = encode_groups(policy, self.recorded, config, smallest=smallest)
@@ -223,19 +222,19 @@ class Inputs:
         return RecordedSource(config, groups, reference)
 
     def _sampled(self, policy: Policy, sampler: Sampler | None, trained: bool, cached: bool) -> Source:
-        """Sampled groups, and what the settings mix with them."""
-        config, early = self.config, None
+        """Returns the source of sampled groups, mixed with others as the settings say."""
+        config, ahead = self.config, None
         if sampler is not None and trained and config.rollout.ahead:
-            early = Ahead(cast(Asks, sampler), config.rollout.ahead, config.run.steps)
-        compared = None if sampler is None else GapCheck.of(policy, sampler, probed=config.rollout.ahead > 0)
+            ahead = Ahead(cast(Asks, sampler), config.rollout.ahead, config.run.steps)
+        gap_check = None if sampler is None else GapCheck.of(policy, sampler, probed=config.rollout.ahead > 0)
         if self.recorded is None:
             prompts = self._prompts(policy, self.rows)
-            sampled = Sampled(config, prompts, self.rewards, sampler, trained, early, gaps=compared)
+            sampled = Sampled(config, prompts, self.rewards, sampler, trained, ahead, gaps=gap_check)
         else:
             groups = encode_groups(policy, self.recorded, config, smallest=0)
             reference = self._reference(policy, config.run.folder if cached else None)
             sampled = Sampled(
-                config, groups.prompts, self.rewards, sampler, trained, early, groups, reference, gaps=compared
+                config, groups.prompts, self.rewards, sampler, trained, ahead, groups, reference, gaps=gap_check
             )
         if self.beside is None and not config.replay.groups:
             return sampled
@@ -248,10 +247,10 @@ class Inputs:
         return Mixed(config, sampled, recorded, buffer)
 
     def held_out(self, policy: Policy, *, folder: str | None = None) -> HeldOut | None:
-        """What an evaluation uses of the held-out rows, encoded; None without held-out rows.
+        """Returns the encoded data of an evaluation; None without held-out rows.
 
         Args:
-          folder: of the reference scores, where data.reference_cache names none.
+          folder: folder of the reference scores if data.reference_cache names none.
         """
         config, rows, recorded = self.config, self.held_out_rows, self.held_out_recorded
         if not rows:
@@ -260,8 +259,8 @@ class Inputs:
         taught = config.objective.reference == "teacher"
         if recorded is None:
             prompts = self._prompts(policy, rows[:limit], name)
-            measured = taught and config.evaluation.temperature == 1  # a KL needs the policy's own distribution
-            return HeldOut(prompts, None, teacher=self._taught_by(policy, prompts) if measured else None)
+            measures_kl = taught and config.evaluation.temperature == 1  # a KL needs the policy's own distribution
+            return HeldOut(prompts, None, teacher=self._taught_by(policy, prompts) if measures_kl else None)
         chosen = replace(recorded, rows=recorded.rows[:limit])
         smallest = find_objective(config.objective).smallest
         groups = encode_groups(policy, chosen, config, name, smallest=smallest)
@@ -276,14 +275,14 @@ class Inputs:
 
     def _reference(self, policy: Policy, folder: str | None) -> ReferenceScores | None:
         objective = self.config.objective
-        if objective.reference != "initial" or objective.reference_every:  # a renewed one has other scores
+        if objective.reference != "initial" or objective.reference_every:  # a renewed reference has other scores
             return None
         return ReferenceScores(self.config, policy, reference_file(self.config, folder))
 
     def fingerprints(self, policy: Policy) -> dict[str, Mapping[str, Any]]:
-        """Name of INPUTS -> name -> fingerprint; see fingerprint.py. The teacher counts once it is loaded."""
+        """Returns name of INPUTS -> name -> fingerprint; see fingerprint.py. A teacher counts once it is loaded."""
         facts = {"model": policy.describe(), "teacher": self._teacher.facts if self._teacher else None}
-        dtypes = {name: known.dtype for name, known in facts.items() if known is not None and known.dtype}
+        dtypes = {name: fact.dtype for name, fact in facts.items() if fact is not None and fact.dtype}
         made_from = run_inputs(self.config, self.rows, self.held_out_rows, self._functions, self.beside_rows)
         return made_from | {"dtype": dtypes}
 
@@ -309,9 +308,9 @@ def open_inputs(
     rewards: Mapping[str, RewardFunction] | None = None,
     training: bool = True,
 ) -> Inputs:
-    """The inputs that `config` names, or that are given in Python; use it in `with`.
+    """Opens the inputs that `config` names or that are passed from Python; use it in `with`.
 
-    Raises: ConfigError, DataError: the first thing that is wrong with the settings, the rows or the rewards.
+    Raises: ConfigError, DataError: the first mistake in the settings, the rows or the rewards.
     """
     config = with_given(config, train_rows if training else evaluation_rows, rewards)
     check_config(config)

@@ -17,8 +17,8 @@ def mean_half_width(values: np.ndarray) -> float:
 def prompts_half_width(means: np.ndarray) -> float:
     """Half the 95 % interval of the mean of (P,) prompts' mean rewards; NaN for fewer than two.
 
-    Student's t, or the larger side of Wilson's interval where every prompt scores 0 or 1: Student's t would give 0
-    right of 24 a width of 0.
+    Student's t, or the larger side of Wilson's interval if every prompt scores 0 or 1: for 0 of 24 correct prompts,
+    Student's t would give a width of 0.
     """
     if len(means) < 2 or not np.isin(means, (0.0, 1.0)).all():
         return mean_half_width(means)
@@ -28,7 +28,7 @@ def prompts_half_width(means: np.ndarray) -> float:
 
 
 def wilson(hits: float, total: float) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share; (0, 1) of nothing."""
+    """Wilson's 95 % interval of a share; (0, 1) if `total` is 0."""
     if total <= 0:
         return 0.0, 1.0
     p = hits / total

@@ -3,8 +3,8 @@
     for each step: groups of scored responses from a source -> updates along the objective's weights -> a record
                    evaluate and save where due
 
-It does not depart from the paper: the objective is `gvpo_core.objective`, the sum over groups Eq. 16. All randomness is
-a function of (seed, step, prompt, response), so a resumed run repeats an uninterrupted one.
+It does not depart from the paper: the objective is `gvpo_core.objective`, and a step sums over groups as in Eq. 16. All
+randomness is a function of (seed, step, prompt, response), so a resumed run repeats an uninterrupted one.
 """
 
 from collections.abc import Iterable, Mapping
@@ -49,14 +49,14 @@ def train(
       evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
       sampler: draws the responses instead of the policy (an older copy, a teacher, an engine); closed at the end.
-      console: where progress is shown. Default: standard output.
+      console: shows the progress. Default: on standard output.
       from_step: go back to the checkpoint of this step and delete everything later; 0: the beginning.
     Returns: how the run ended.
     Raises: ConfigError, DataError, RewardError, NoSignalError, CheckpointError, RunFolderError, SamplerError.
     """
     with closing(sampler), forgiving_stderr():
-        given = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
-        with given as inputs:
+        opened_inputs = open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards)
+        with opened_inputs as inputs:
             return run(inputs, policy, sampler=sampler, console=console, from_step=from_step)
 
 
@@ -68,7 +68,7 @@ def run(
     console: Console | None = None,
     from_step: int | None = None,
 ) -> Result:
-    """`train` on inputs that are open."""
+    """Runs `train` on opened inputs."""
     check_policy(policy, inputs.config)
     with opened_sampler(inputs.config, policy, sampler) as opened:
         return _run(inputs, policy, opened, console, from_step)
@@ -90,7 +90,7 @@ def _run(
     with StopRequest() as stop, Journal(inputs, policy, evaluations, console) as journal:
         inputs.heed(sampler, lambda: bool(stop.signal))
         step = journal.start(source, held_out, from_step)
-        if highest(policy, not journal.evaluated(step)):  # also where the evaluation after the last step failed
+        if highest(policy, not journal.evaluated(step)):  # also if the evaluation after the last step failed
             evaluate()
         stopping, early = highest(policy, stop.signal), journal.out_of_patience()
         while step < last and not stopping and not early:
@@ -99,7 +99,7 @@ def _run(
             rollout = None
             with journal.keeping(step - 1), leaving(policy, stop):
                 rollout = with_signal(source.groups(policy, step), config.objective)
-            if rollout is None:  # asked to stop, and the server is away or the rewards failed
+            if rollout is None:  # a stop was requested while the server was away or rewards failed
                 step, stopping = step - 1, highest(policy, stop.signal)
                 journal.not_taken(step)
                 break

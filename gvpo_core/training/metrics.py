@@ -1,7 +1,7 @@
-"""Every number of a run: from one step's rollout and improvement to one line of metrics.jsonl.
+"""Computes the numbers of a run: one line of metrics.jsonl from one step's rollout and improvement.
 
 A line is one JSON object with `kind` ("train", "eval" or "event"), `step` and `time`; non-finite numbers are written
-as null. Pure NumPy, float64. No other file makes a key.
+as null. Pure NumPy, float64.
 """
 
 import json
@@ -32,14 +32,14 @@ def step_metrics(
     seconds: float | None = None,
     reward_range: tuple[float, float] | None = None,
 ) -> dict[str, float]:
-    """The numbers of one training step, by the names in METRICS; keys that mean nothing for it are left out.
+    """Returns the numbers of one training step, by the names in METRICS. Keys without a meaning are left out.
 
     Args:
-      beta: of the objective.
-      length_exponent: of the objective (GVPO++); 0: responses weigh the same.
+      beta: the objective's.
+      length_exponent: the objective's (GVPO++); 0: all responses have the same weight.
       seconds: wall time of the whole step. Default: the sum of its phases.
-      reward_range: lowest and highest reward of earlier steps, where known.
-    Raises: ValueError: arrays whose lengths differ, or a group id out of range, naming it.
+      reward_range: lowest and highest reward of earlier steps, if known.
+    Raises: ValueError: arrays whose lengths differ, or a group id out of range; the message names it.
     """
     rewards = np.asarray(rollout.rewards, dtype=np.float64)
     scored = ~np.isnan(rewards)
@@ -47,7 +47,7 @@ def step_metrics(
     if rollout.left_out is not None:
         metrics["responses/left_out"] = int((rollout.left_out & scored).sum())
     metrics |= _objective_metrics(rollout, improvement, beta, length_exponent)
-    drawn = rollout.drawn if rollout.drawn.any() else np.ones(rewards.size, bool)  # a mixture is judged by what it drew
+    drawn = rollout.drawn if rollout.drawn.any() else np.ones(rewards.size, bool)  # a mixture counts its drawn rows
     metrics |= _group_metrics(rollout, rewards, drawn, reward_range)
     for name, values in rollout.parts.items():
         metrics[f"reward/{name}"] = _mean(np.asarray(values, dtype=np.float64)[drawn])
@@ -90,7 +90,7 @@ def evaluation_metrics(
     rewarded: bool = True,
     episodes: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """The numbers of one evaluation. N held-out responses, any number a prompt.
+    """Returns the numbers of one evaluation. N held-out responses, any number per prompt.
 
     Args:
       rewards: (N,) float, total; NaN = unscored.
@@ -125,7 +125,7 @@ def evaluation_metrics(
 
 
 def teacher_metrics(log_ratios: np.ndarray, prompt_ids: Sequence[int]) -> dict[str, float]:
-    """The KL of the policy to its teacher on held-out prompts.
+    """Returns the KL of the policy to its teacher on held-out prompts.
 
     Args:
       log_ratios: (N,) log pi - log pi_T of responses that the policy drew at temperature 1, nats; NaN = unscored.
@@ -160,11 +160,11 @@ def _objective_metrics(
         metrics["regret/second_order"] = float(regret.second_order)
         metrics["regret/series"] = float(regret.series)
     counted = ~np.isnan(rewards) & (loss.group_size[groups] >= 2)
-    # Rows outside the loss may have met no policy, and their NaN says nothing; one inside it must be seen.
-    met = counted | ~np.isnan(logprobs)
+    # Rows outside the loss may not have been scored, so their NaN means nothing. A NaN inside the loss must show.
+    shown = counted | ~np.isnan(logprobs)
     for rows, entropy, kl in ((rollout.drawn, "entropy", "kl"), (~rollout.drawn, "nll", "log_ratio")):
-        if (met & rows).any():
-            metrics[entropy] = float(-logprobs[met & rows].sum() / np.sum(np.asarray(rollout.lengths)[met & rows]))
+        if (shown & rows).any():
+            metrics[entropy] = float(-logprobs[shown & rows].sum() / np.sum(np.asarray(rollout.lengths)[shown & rows]))
         if (counted & rows).any():
             metrics[kl] = float((logprobs - reference)[counted & rows].mean())
     if rollout.left_out is not None:
@@ -191,7 +191,7 @@ def _length_metrics(lengths: np.ndarray, finished: np.ndarray, rewards: np.ndarr
 def _group_metrics(
     rollout: Rollout, rewards: np.ndarray, drawn: np.ndarray, reward_range: tuple[float, float] | None
 ) -> dict[str, float]:
-    """Args: drawn: (N,) bool, the rows whose rewards are the policy's."""
+    """Returns the numbers of groups and rewards. Args: drawn: (N,) bool, the rows whose rewards are the policy's."""
     groups, scored = np.asarray(rollout.group_ids), ~np.isnan(rewards)
     size = np.bincount(groups[scored], minlength=rollout.num_groups)
     low = np.full(rollout.num_groups, np.inf)
@@ -218,9 +218,9 @@ def _group_metrics(
         worst, best = min(worst, reward_range[0]), max(best, reward_range[1])
     if rollout.taught:
         return metrics
-    told_apart = best > worst  # a single value so far is neither best nor worst
-    metrics["groups/all_best"] = int((dead & (high == best)).sum()) if told_apart else 0
-    metrics["groups/all_worst"] = int((dead & (low == worst)).sum()) if told_apart else 0
+    rewards_differ = best > worst  # a single value so far is neither best nor worst
+    metrics["groups/all_best"] = int((dead & (high == best)).sum()) if rewards_differ else 0
+    metrics["groups/all_worst"] = int((dead & (low == worst)).sum()) if rewards_differ else 0
     return metrics
 
 
@@ -236,7 +236,7 @@ def _time_metrics(phases: dict[str, float], step: float | None, tokens_sampled: 
 
 
 def _group_means(values: np.ndarray, groups: np.ndarray) -> np.ndarray:
-    """Means over the scored rows of each group that has one."""
+    """Returns the mean over the scored rows of each group that has any."""
     scored = ~np.isnan(values)
     size = np.bincount(groups[scored])
     total = np.bincount(groups[scored], weights=values[scored])
@@ -250,7 +250,7 @@ def _mean(values: np.ndarray) -> float:
 
 
 def read_records(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a file; skips lines that are not JSON objects (a run was killed while writing)."""
+    """Yields the records of a file; skips lines that are not JSON objects, which a killed run may leave."""
     with path.open("rb") as file:
         for line in file:
             try:

@@ -1,4 +1,4 @@
-"""The configured objective: a row of the table of objectives, or a function of the user's own."""
+"""The configured objective: an entry of the table of objectives, or the user's own function."""
 
 import inspect
 from collections.abc import Callable
@@ -17,17 +17,17 @@ _OPTIONS = ("beta", "num_groups", "clip", "lengths")
 
 
 class ObjectiveError(RuntimeError):
-    """An objective that raised, gave what no step can be made of, or cannot use the rewards; the message names it."""
+    """An objective raised an error, returned unusable values, or cannot use the rewards. The message names it."""
 
 
 @dataclass(frozen=True)
 class TrainingObjective:
-    """What the trainer asks of an objective."""
+    """An objective in the form that the trainer uses."""
 
     name: str
     smallest: int  # scored responses that a group needs
     needs_old: bool  # reads the policy's log-probabilities before the rollout's first step
-    function: Callable[..., Any] | None  # the user's function; None: the table's
+    function: Callable[..., Any] | None  # the user's function; None: an entry of the table
     options: dict[str, Any]  # beta, clip
     length_exponent: float = 0.0
     no_negative_rewards: bool = False
@@ -42,9 +42,11 @@ class TrainingObjective:
         num_groups: int,
         lengths: np.ndarray,
     ) -> np.ndarray:
-        """(N,) float64, the factor of each response's log-probability gradient; arrays (N,), `lengths` in tokens.
+        """Returns (N,) float64, the factor of each response's log-probability gradient.
 
-        Raises: ObjectiveError: the user's function raised, or gave no N numbers.
+        All arrays are (N,); `lengths` are in tokens.
+
+        Raises: ObjectiveError: the user's function raised an error, or did not return N numbers.
         """
         arrays = (logprobs, ref_logprobs, old_logprobs, rewards, group_ids)
         options = self.options | {"num_groups": num_groups}
@@ -54,13 +56,15 @@ class TrainingObjective:
             return np.asarray(
                 objective_coefficients(self.name, *arrays, **options, response_weights=factors, lengths=tokens)
             )
-        taken = _taken(self.function)
+        accepted = _accepted_options(self.function)
         options["lengths"] = np.array(lengths)
-        copies = [np.array(array) for array in arrays]  # what the function changes in place changes nothing here
+        copies = [np.array(array) for array in arrays]  # the function may change its arguments in place
         try:
-            coefficients = self.function(*copies, **{name: value for name, value in options.items() if name in taken})
+            coefficients = self.function(
+                *copies, **{name: value for name, value in options.items() if name in accepted}
+            )
             result = np.array(coefficients, np.float64)
-        except Exception as error:  # the function's own
+        except Exception as error:  # the function may raise any error
             raise ObjectiveError(f"objective.name = {self.name!r} raised {type(error).__name__}: {error}") from error
         if result.shape != logprobs.shape:
             raise ObjectiveError(
@@ -71,7 +75,7 @@ class TrainingObjective:
 
 
 def response_weights(lengths: np.ndarray, exponent: float) -> np.ndarray | None:
-    """(N,) f = |y|^-exponent of responses of `lengths` tokens (GVPO++, arXiv 2609.21432); None where all are 1."""
+    """Returns (N,) f = |y|^-exponent for `lengths` in tokens (GVPO++, arXiv 2609.21432); None if all are 1."""
     if not exponent:
         return None
     weights: np.ndarray = np.maximum(np.asarray(lengths, np.float64), 1.0) ** -exponent
@@ -79,15 +83,15 @@ def response_weights(lengths: np.ndarray, exponent: float) -> np.ndarray | None:
 
 
 def find_objective(config: ObjectiveConfig) -> TrainingObjective:
-    """The objective that `objective.name` names.
+    """Finds the objective that `objective.name` names.
 
-    A user's function is `file.py:function` or `package.module:function`. It takes (N,) NumPy arrays by position,
-    logprobs, ref_logprobs, old_logprobs, rewards and group_ids, and by name those of beta, num_groups, clip and lengths
-    (N,) that it has parameters for. Every row has a reward. It returns (N,) coefficients c: the loss has the gradient
-    -sum_i c_i grad log pi_i. A row's coefficient must depend on its own group alone, and on how many groups there are.
-    Its attribute `smallest` (default 2) is the number of scored responses that a group needs.
+    A user's function is `file.py:function` or `package.module:function`. It takes (N,) NumPy arrays by position:
+    logprobs, ref_logprobs, old_logprobs, rewards and group_ids. By name it takes any of beta, num_groups, clip and
+    lengths (N,). Every row has a reward. It returns (N,) coefficients c: the loss has the gradient
+    -sum_i c_i grad log pi_i. A row's coefficient may depend only on its own group and on the number of groups.
+    The function's attribute `smallest` (default 2) is the number of scored responses that a group needs.
 
-    Raises: ConfigError: an unknown name, a function that is not there, or one with other arguments.
+    Raises: ConfigError: an unknown name, a function that does not exist, or one with other arguments.
     """
     options = {"beta": config.beta, "clip": config.clip}
     if config.name in TABLE:
@@ -102,7 +106,7 @@ def find_objective(config: ObjectiveConfig) -> TrainingObjective:
         raise ConfigError(f"objective.name = {config.name!r}: {error}") from error
     try:
         signature = inspect.signature(function)
-        signature.bind(*_ARRAYS, **{name: None for name in _OPTIONS if name in _taken(function)})
+        signature.bind(*_ARRAYS, **{name: None for name in _OPTIONS if name in _accepted_options(function)})
     except TypeError as error:
         raise ConfigError(
             f"objective.name = {config.name!r} has other arguments ({error}); expected"
@@ -115,17 +119,17 @@ def find_objective(config: ObjectiveConfig) -> TrainingObjective:
 
 
 def check_objective(config: Config) -> None:
-    """Raises ConfigError where the objective cannot be found, or compares more responses than a prompt has."""
+    """Raises ConfigError if the objective cannot be found, or needs more responses than a prompt has."""
     objective = find_objective(config.objective)
-    if objective.name not in TABLE and config.rollout.responses < objective.smallest:  # of TABLE: see config.check
+    if objective.name not in TABLE and config.rollout.responses < objective.smallest:  # config.check covers TABLE
         raise ConfigError(
             f"rollout.responses = {config.rollout.responses}; expected at least {objective.smallest} for"
             f" objective.name = {config.objective.name!r}"
         )
 
 
-def _taken(function: Callable[..., Any]) -> set[str]:
-    """The options that a function has parameters for."""
+def _accepted_options(function: Callable[..., Any]) -> set[str]:
+    """Returns the options for which a function has parameters."""
     parameters = inspect.signature(function).parameters.values()
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return set(_OPTIONS)

@@ -1,4 +1,4 @@
-"""One rollout: responses of the step's prompts, shared out over ranks, with their rewards gathered from all of them."""
+"""One rollout: responses to the step's prompts, drawn by all ranks, with the rewards of all ranks."""
 
 import math
 import time
@@ -41,14 +41,14 @@ class Rollout:
     completions: list[dict[str, Any]]  # rows of completions.jsonl without kind and step; all N on every rank
     seconds: dict[str, float]  # generate, reward
     reward_seconds: dict[str, float]  # name -> s, of the slowest rank
-    ref_logprobs: np.ndarray | None = None  # (N,) nats, of pi_ref, where the source has them; NaN = unscored
+    ref_logprobs: np.ndarray | None = None  # (N,) nats, of pi_ref, if the source has them; NaN = unscored
     recorded: np.ndarray | None = None  # (N,) bool: not drawn for this step; None: none
     details: dict[str, float] = field(default_factory=dict)  # metrics of the source
-    sampler_logprobs: np.ndarray | None = None  # (N,) nats, as the sampler has them; NaN = unknown
+    sampler_logprobs: np.ndarray | None = None  # (N,) nats, from the sampler; NaN = unknown
     gaps: GapCheck | None = None  # compares sampler_logprobs with the policy's; None: not in this step
     staleness: np.ndarray | None = None  # (N,) steps that the policy took since the sampler's weights; NaN = unknown
     episodes: np.ndarray | None = None  # (N, NUMBERS) of `episode_rows`; NaN = no episode of this step
-    columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's row
+    columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's data row
     prompts: Sequence[Prompt] = ()  # by group, as in the data
     left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
     stopped: np.ndarray | None = None  # (N,) bool: ended by a stop text; None: none
@@ -61,7 +61,7 @@ class Rollout:
 
     @property
     def rewarded(self) -> bool:
-        """Whether the rewards say anything: drawn responses that no function scored all have 0."""
+        """Whether the rewards have a meaning: without a reward function all drawn responses have 0."""
         return bool(self.parts) or not self.drawn.any()
 
     @property
@@ -70,11 +70,11 @@ class Rollout:
         return self.rewards if self.left_out is None else np.where(self.left_out, np.nan, self.rewards)
 
     def check_gaps(self, logprobs: np.ndarray, *, moved: bool) -> None:
-        """Compares the sampler's log-probabilities with the policy's in the steps that ask for it.
+        """Compares the sampler's log-probabilities with the policy's, if this step has a comparison.
 
         Args:
           logprobs: (N,) nats, of the policy as the update scored them; NaN = not scored.
-          moved: some were scored after a first optimizer step of this rollout.
+          moved: whether some were scored after an optimizer step of this rollout.
         Raises: SamplerError: the sampler has other weights than the policy.
         """
         if self.gaps is not None:
@@ -83,19 +83,19 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Requests:
-    """The responses of a step that one rank draws."""
+    """The responses of a step that this rank draws."""
 
-    start: int  # responses of the ranks before it
-    places: dict[int, list[int]]  # group -> places of this rank's responses in it
+    start: int  # number of responses of the ranks before this one
+    places: dict[int, list[int]]  # group -> positions of this rank's responses in it
     tokens: list[Tokens]  # prompt of each group
-    prompts: list[Prompt]  # the same as in the data
-    seeds: list[list[int]]  # of each response, by group
+    prompts: list[Prompt]  # prompt of each group, as in the data
+    seeds: list[list[int]]  # seed of each response, by group
 
 
 def requests_of(
     policy: Policy, prompts: Prompts, rows: Sequence[int], responses: int, seed_path: tuple[int, ...]
 ) -> Requests:
-    """This rank's part of `responses` responses to each prompt in `rows`; see `collect`."""
+    """Returns this rank's part of `responses` responses to each prompt in `rows`; see `collect`."""
     total = len(rows) * responses
     start, stop = (total * r // policy.world_size for r in (policy.rank, policy.rank + 1))
     places: dict[int, list[int]] = {}
@@ -120,18 +120,18 @@ def collect(
 ) -> Rollout:
     """Samples and scores `responses` responses to each prompt in `rows`.
 
-    The P x k responses are cut into equal runs over the ranks, so a group may be on two. A response's seed comes from
-    `seed_path`, its prompt's place and its own, on whichever rank it is drawn.
+    The P x k responses are split over the ranks in equal contiguous parts, so a group may be on two ranks. A response's
+    seed depends on `seed_path`, its prompt's position and its own position, not on its rank.
 
     Args:
-      sampler: draws the responses instead of the policy: an older copy, a teacher (Cor. 3.2). A group keeps those that
-        come.
-      version: steps that the policy has taken, from which those of the sampler's weights are subtracted.
-    Raises: RewardError: on every rank, where a reward of any rank cannot be used. SamplerError: no response came.
+      sampler: draws the responses instead of the policy: an older copy, a teacher (Cor. 3.2). A group has those that
+        arrive.
+      version: steps that the policy has taken. Staleness is this number minus that of the sampler's weights.
+    Raises: RewardError: on every rank, if a reward of any rank cannot be used. SamplerError: no response arrived.
     """
     clock = time.perf_counter()
     requests = requests_of(policy, prompts, rows, responses, seed_path)
-    start, local_places, asked, seeds = requests.start, requests.places, requests.tokens, requests.seeds
+    start, local_places, prompt_tokens, seeds = requests.start, requests.places, requests.tokens, requests.seeds
     details: dict[str, float] = {}
     if isinstance(prompts, EpisodePrompts):
         reusing = getattr(policy, "reusing_prefixes", nullcontext) if sampler is None else nullcontext
@@ -139,33 +139,37 @@ def collect(
             drawn: Sequence[Sequence[Response]] = prompts.play(
                 policy, [rows[group] for group in local_places], seeds, sampling, _turns_of(policy, sampler)
             )
-        came = int(policy.gather(np.asarray([sum(map(len, drawn))])).sum())
-        details = {} if sampler is None else {"responses/lost": float(len(rows) * responses - came)}
-        if came < len(rows) * responses:
-            details["responses/lost"] = float(len(rows) * responses - came)
+        arrived = int(policy.gather(np.asarray([sum(map(len, drawn))])).sum())
+        details = {} if sampler is None else {"responses/lost": float(len(rows) * responses - arrived)}
+        if arrived < len(rows) * responses:
+            details["responses/lost"] = float(len(rows) * responses - arrived)
         if prefixes is not None:
             reused, computed = policy.gather(np.asarray([[prefixes.reused, prefixes.computed]])).sum(axis=0)
             details |= {"episodes/reused": int(reused), "episodes/prefilled": int(computed)}
     elif sampler is None:
-        drawn = policy.generate(asked, seeds, sampling)
+        drawn = policy.generate(prompt_tokens, seeds, sampling)
     else:
-        texts_asked = [prompts.prompts[rows[group]] for group in local_places]
-        drawn, details = draw_elsewhere(policy, sampler, texts_asked, asked, seeds, sampling)
+        group_prompts = [prompts.prompts[rows[group]] for group in local_places]
+        drawn, details = draw_elsewhere(policy, sampler, group_prompts, prompt_tokens, seeds, sampling)
     if sampling.stop:
-        drawn = [[stopped(policy, response, sampling.stop) for response in many] for many in drawn]
-    flat_drawn: list[tuple[int, Response]] = [(g, r) for g, many in zip(local_places, drawn, strict=True) for r in many]
-    loses = sampler is not None or isinstance(prompts, EpisodePrompts)  # a rank may have drawn fewer than it asked for
-    if loses:
+        drawn = [
+            [stopped(policy, response, sampling.stop) for response in group_responses] for group_responses in drawn
+        ]
+    flat_drawn: list[tuple[int, Response]] = [
+        (g, r) for g, group_responses in zip(local_places, drawn, strict=True) for r in group_responses
+    ]
+    may_lose = sampler is not None or isinstance(prompts, EpisodePrompts)  # a rank may have fewer than it requested
+    if may_lose:
         start = int(policy.gather(np.asarray([len(flat_drawn)]))[: policy.rank].sum())
     groups = [g for g, _ in flat_drawn]
     responses_drawn = [r for _, r in flat_drawn]
-    asked_each = [prompts.tokens[rows[g]] for g in groups]
+    tokens_of_rows = [prompts.tokens[rows[g]] for g in groups]
     masks, later = masks_of(responses_drawn), later_of(responses_drawn)
-    batch = Batch(asked_each, [r.tokens for r in responses_drawn], groups, masks, later=later)
+    batch = Batch(tokens_of_rows, [r.tokens for r in responses_drawn], groups, masks, later=later)
     texts = [policy.decode(r.tokens) for _, r in flat_drawn]
     generated = time.perf_counter()
     scores = score_everywhere(policy, rewards, prompts, [rows[g] for g in groups], texts, batch, responses_drawn)
-    own_rewards = scores.total[start : start + len(batch)]
+    local_rewards = scores.total[start : start + len(batch)]
     completions: list[dict[str, Any]] = [
         {
             "prompt": plain_prompt(prompts.prompts[rows[g]]),
@@ -174,7 +178,7 @@ def collect(
             "response": plain_prompt(r.messages) if isinstance(r, Episode) else text,
             "tokens": r.length,
             "finished": r.finished,
-            "reward": float(own_rewards[i]),
+            "reward": float(local_rewards[i]),
             "rewards": {name: float(values[start + i]) for name, values in scores.parts.items()},
         }
         | ({"version": r.version} if isinstance(r, Drawn) and r.version is not None else {})
@@ -183,16 +187,16 @@ def collect(
         for i, ((g, r), text) in enumerate(zip(flat_drawn, texts, strict=True))
     ]
     row = 0
-    for (g, places), of_group in zip(local_places.items(), drawn, strict=True):
-        prompt, rest = prompts.prompts[rows[g]], slice(row, row + len(of_group))
-        if of_group and (places[0] == 0 or loses):  # once a group: what a later run needs to train on it
+    for (g, places), group_responses in zip(local_places.items(), drawn, strict=True):
+        prompt, group_rows = prompts.prompts[rows[g]], slice(row, row + len(group_responses))
+        if group_responses and (places[0] == 0 or may_lose):  # once per group: what a later run needs to train
             completions[row]["messages"] = None if isinstance(prompt, str) else prompt
-            if isinstance(prompts, EpisodePrompts) and prompts.chat.tools:  # the messages alone give other tokens
+            if isinstance(prompts, EpisodePrompts) and prompts.chat.tools:  # without tools, messages give other tokens
                 completions[row]["prompt_ids"] = prompts.tokens[rows[g]]
-        ids = odd_ids(policy, prompt, of_group, texts[rest])
-        for completion, response, kept in zip(completions[rest], of_group, ids, strict=True):
-            completion |= exact_tokens(response, kept)
-        row += len(of_group)
+        ids = odd_ids(policy, prompt, group_responses, texts[group_rows])
+        for completion, response, response_ids in zip(completions[group_rows], group_responses, ids, strict=True):
+            completion |= exact_tokens(response, response_ids)
+        row += len(group_responses)
     gather = policy.gather
     logprobs = [r.logprob if isinstance(r, Drawn) else math.nan for _, r in flat_drawn]
     return Rollout(
@@ -219,7 +223,7 @@ def collect(
 
 
 def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response:
-    """The response up to the token that completes the first of the texts in it; itself where there is none."""
+    """Cuts a response after the token that completes the first stop text in it. Without one it stays as it is."""
 
     def ends(count: int) -> bool:
         text = policy.decode(response.tokens[:count])
@@ -231,11 +235,11 @@ def stopped(policy: Policy, response: Response, stop: Sequence[str]) -> Response
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if ends(middle) else (middle, high)
-    unknown: dict[str, Any] = {}
+    changes: dict[str, Any] = {}
     if isinstance(response, Drawn):
-        unknown["logprob"] = math.nan  # a sampler's covers what is cut off
+        changes["logprob"] = math.nan  # a sampler's value covers the cut tokens too
     mask = None if response.mask is None else response.mask[:high]
-    return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, mask=mask, **unknown)
+    return replace(response, tokens=response.tokens[:high], finished=True, stopped=True, mask=mask, **changes)
 
 
 def score_everywhere(
@@ -247,22 +251,22 @@ def score_everywhere(
     batch: Batch,
     responses: Sequence[Response],
 ) -> Scores:
-    """The rewards of all ranks' responses. A group may be on two ranks, so totals are made of what all of them have.
+    """Scores the responses of all ranks. A group may be on two ranks, so totals need the values of all ranks.
 
-    Without any reward, as a teacher allows, every response has 0.
+    Without any reward, which a teacher allows, every response has 0.
 
     Raises: RewardError: on every rank.
     """
     if not rewards:
         return Scores(np.zeros(int(policy.gather(np.asarray([len(texts)])).sum())), {}, {}, {})
     columns = prompts.columns_of(rows) | {"completion_ids": completion_ids(batch)}
-    given: list[Any] = list(texts)
+    answers: list[Any] = list(texts)
     if isinstance(prompts, EpisodePrompts):
         episodes = [response for response in responses if isinstance(response, Episode)]
-        given, columns[COLUMN] = [list(e.messages) for e in episodes], [e.reward for e in episodes]
-    asked, gather = [prompts.prompts[row] for row in rows], policy.gather
+        answers, columns[COLUMN] = [list(e.messages) for e in episodes], [e.reward for e in episodes]
+    asked_prompts, gather = [prompts.prompts[row] for row in rows], policy.gather
     calls = attempt(
-        policy, lambda: call_rewards(rewards, asked, given, columns), catch=(RewardError,), kind=RewardError
+        policy, lambda: call_rewards(rewards, asked_prompts, answers, columns), catch=(RewardError,), kind=RewardError
     )
     assert calls is not None  # every rank scores its own rows
     parts, failed = (np.stack([gather(x) for x in values]) for values in stacked(rewards, calls, len(texts)))
@@ -271,9 +275,9 @@ def score_everywhere(
     start = int(gather(np.asarray([len(texts)]))[: policy.rank].sum())
     part_of = members(parts, failed, group_ids)[:, start : start + len(texts)]
     failures = counted_failures(rewards, calls.failures, part_of)
-    report(rewards, failures, asked, given)
+    report(rewards, failures, asked_prompts, answers)
     if np.isnan(total).all():
-        agree(policy, no_score(failures, asked, len(total)), RewardError)
+        agree(policy, no_score(failures, asked_prompts, len(total)), RewardError)
     errors = {
         name: {kind: int(gather(np.asarray([count])).sum()) for kind, count in counts.items()}
         for name, counts in count_errors(failures).items()
@@ -282,7 +286,7 @@ def score_everywhere(
 
 
 def completion_ids(batch: Batch) -> list[list[int]]:
-    """The token ids of each response as reward functions get them: of all segments, one after the other."""
+    """Returns the token ids of each response as reward functions get them: those of all segments, concatenated."""
     later = batch.later or [()] * len(batch)
     return [
         [*tokens, *(token for segment in segments for token in segment.response)]
@@ -291,7 +295,7 @@ def completion_ids(batch: Batch) -> list[list[int]]:
 
 
 def _turns_of(policy: Policy, sampler: Sampler | None) -> Draw:
-    """What draws the turns of episodes."""
+    """Returns the function that draws the turns of episodes."""
     if sampler is None:
         return lambda conversations, tokens, seeds, sampling: policy.generate(tokens, seeds, sampling)
     return lambda conversations, tokens, seeds, sampling: draw_elsewhere(
@@ -300,7 +304,7 @@ def _turns_of(policy: Policy, sampler: Sampler | None) -> Draw:
 
 
 def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
-    """What completions.jsonl has beside the text: `odd_ids` of the response, its mask, and its later segments."""
+    """Fields of completions.jsonl beside the text: the response's `odd_ids`, its mask and its later segments."""
     exact = _mask(response.mask) | ({} if ids is None else {"response_ids": ids})
     segments = [{"prompt_ids": s.prompt, "response_ids": s.response} | _mask(s.mask) for s in response.later]
     return exact | ({"response_segments": segments} if segments else {})
@@ -311,18 +315,18 @@ def _mask(mask: Mask | None) -> dict[str, list[int]]:
 
 
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:
-    """The token ids of the responses that their text does not reproduce: see `encode_responses`. None of the others."""
+    """Returns the token ids of each response that its text does not reproduce, else None; see `encode_responses`."""
     if any(r.mask is not None or r.later or isinstance(r, Episode) for r in responses):
         return [response.tokens for response in responses]
     try:
-        again = policy.encode_responses(prompt, texts, [r.finished for r in responses])
-        return [None if a == r else r.tokens for a, r in zip(again, responses, strict=True)]
-    except (ResponseError, AttributeError):  # one of them, or a policy that reads no recorded responses
+        encoded = policy.encode_responses(prompt, texts, [r.finished for r in responses])
+        return [None if a == r else r.tokens for a, r in zip(encoded, responses, strict=True)]
+    except (ResponseError, AttributeError):  # one of them fails, or the policy reads no recorded responses
         if len(responses) == 1 or not hasattr(policy, "encode_responses"):
             return [r.tokens for r in responses]
     return [odd_ids(policy, prompt, [r], [text])[0] for r, text in zip(responses, texts, strict=True)]
 
 
 def plain_prompt(prompt: Any) -> str:
-    """A prompt as text for people: chat messages one below the other."""
+    """Returns a prompt as readable text, with each chat message on a new line."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content', '')}" for m in prompt)

@@ -1,4 +1,4 @@
-"""Rows of data: from files, `datasets`, DataFrames, and iterables of mappings."""
+"""Reads rows of data from files, `datasets`, DataFrames, and iterables of mappings."""
 
 import json
 import os
@@ -14,10 +14,10 @@ from gvpo_core.training.files.lfs import is_pointer, pointer_message
 from gvpo_core.training.rewards.worker.reasoning_gym import is_spec, rows_of
 
 Row = Mapping[str, Any]
-_LONGEST_STREAM = 20_000  # rows of an iterable that does not tell its length: it may never end
+_LONGEST_STREAM = 20_000  # most rows of an iterable without a length, which may never end
 _UNREADABLE = (ArithmeticError, ImportError, LookupError, OSError, TypeError, ValueError)  # pyarrow's are ValueErrors
 
-_SPLITS = {  # how to say which split, by the name of the data
+_SPLITS = {  # how to choose a split, by the name of the data
     "data.recorded": "give the folder or file of one of them, as hf://datasets/owner/name/file.parquet",
     "data.evaluation": "name one of them: data.evaluation_split",
     "evaluation_rows": "name one of them: data.evaluation_split",
@@ -31,17 +31,16 @@ class DataError(ValueError):
 
 
 def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str = "") -> list[Row]:
-    """Rows of a JSON or Parquet file, a folder saved by `datasets`, a dataset of the hub, or rows given in Python.
+    """Loads rows of a JSON or Parquet file, a folder saved by `datasets`, a dataset of the hub, or a Python object.
 
     Args:
       source: a path, the hub's owner/name or reasoning_gym:NAME; or a Dataset, DatasetDict or IterableDataset of
         `datasets`, a DataFrame of pandas or polars, a table of pyarrow, a mapping of columns, or any iterable of
         mappings. Missing values of a DataFrame become None.
-      name: of the data, for messages.
-      split, subset: of a source that has several.
+      name: name of the data in messages.
+      split, subset: which part of a source that has several.
     Raises: DataError: no such file, a line that is not a JSON object (with its number), no rows, a row that is not a
-      mapping, or a source without rows: several splits, columns of unequal lengths, a stream
-      without end.
+      mapping, or a source that cannot be read as rows: several splits, columns of unequal lengths, an endless stream.
     """
     if is_spec(source):
         try:
@@ -51,12 +50,12 @@ def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str =
     elif isinstance(source, str | Path):
         rows = _from_file(Path(os.path.expanduser(source)), name, split, subset)
     else:
-        rows = _given(source, name, split)
+        rows = _from_python(source, name, split)
     if not rows:
         raise DataError(f"{name} = {str(source)[:80]!r} has no rows; expected at least one prompt")
     for i, row in enumerate(rows):
         if not isinstance(row, Mapping):
-            shown = " ".join(repr(row).split())  # some write their rows on lines of their own
+            shown = " ".join(repr(row).split())  # some objects print on several lines
             raise DataError(
                 f'{name} row {i} is a {type(row).__name__} ({shown:.60}); expected a mapping, as {{"prompt": ...}}'
             )
@@ -68,12 +67,12 @@ def load_rows(source: Any, name: str = "data", *, split: str = "", subset: str =
     return rows
 
 
-def _given(source: Any, name: str, split: str = "") -> list[Any]:
-    """Rows handed over in Python."""
+def _from_python(source: Any, name: str, split: str = "") -> list[Any]:
+    """Returns the rows of a Python object."""
     kind = type(source).__name__
     if isinstance(source, Mapping):
         if source and all(hasattr(value, "column_names") for value in source.values()):
-            return _given(_split_of(source, split, f"{name} is a {kind}"), name)
+            return _from_python(_split_of(source, split, f"{name} is a {kind}"), name)
         return _of_columns(source, name)
     if isinstance(source, type):
         raise DataError(f"{name} is the class {source.__name__}; expected rows, or an object of it")
@@ -101,29 +100,29 @@ def _given(source: Any, name: str, split: str = "") -> list[Any]:
     return first_rows
 
 
-def unbounded(what: str, rows: int) -> str:
-    """What is wrong with a stream that has more rows than are held, and what to do."""
+def unbounded(source: str, rows: int) -> str:
+    """Returns the error message for a stream with more rows than are held."""
     return (
-        f"{what}: it gave more than {rows:,} rows; give the rows to train on, as list(rows), or"
+        f"{source}: it gave more than {rows:,} rows; give the rows to train on, as list(rows), or"
         " list(itertools.islice(rows, 50000)) of an endless one"
     )
 
 
-def _split_of(splits: Mapping[str, Any], split: str, what: str) -> Any:
-    """The split of that name; without a name the only one. Raises: DataError: it is not clear which."""
+def _split_of(splits: Mapping[str, Any], split: str, source: str) -> Any:
+    """Returns the split of that name, or the only split. Raises: DataError: it is not clear which."""
     if split in splits:
         return splits[split]
     if not split and len(splits) == 1:
         return next(iter(splits.values()))
-    has = f"{what} with the splits {', '.join(map(str, splits))}"
+    listed = f"{source} with the splits {', '.join(map(str, splits))}"
     if split:
-        raise DataError(f"{has}; none of them is named {split!r}")
-    way = next((way for name, way in _SPLITS.items() if what.startswith(name)), "name one of them: data.split")
-    raise DataError(f"{has}; {way}")
+        raise DataError(f"{listed}; none of them is named {split!r}")
+    hint = next((hint for name, hint in _SPLITS.items() if source.startswith(name)), "name one of them: data.split")
+    raise DataError(f"{listed}; {hint}")
 
 
 def _of_columns(columns: Mapping[Any, Any], name: str) -> list[Any]:
-    """Rows of a mapping from columns to their values."""
+    """Returns the rows of a mapping from columns to their values."""
     lists = {
         column: list(values)
         for column, values in columns.items()
@@ -144,7 +143,7 @@ def _of_columns(columns: Mapping[Any, Any], name: str) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """Lists instead of arrays, at any depth."""
+    """Replaces arrays by lists, at any depth."""
     if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if hasattr(value, "tolist"):
@@ -166,7 +165,7 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
             loaded = hub_dataset(named, f"{name} = {named!r}", split=split, subset=subset)
         except HubError as e:
             raise DataError(str(e)) from e
-        return _given(loaded, f"{name} = {named!r}", split)
+        return _from_python(loaded, f"{name} = {named!r}", split)
     if not path.exists():
         raise DataError(f"{where}: there is no such file or folder{_meant_name(named)}")
     for file in [*path.glob("*.arrow")] if path.is_dir() else [path]:
@@ -187,7 +186,7 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
 
 
 def _meant_name(named: str) -> str:
-    """What a text that is neither a path nor a hub name should have been; empty: a path, as far as one can see."""
+    """Returns a hint for a text that is neither a path nor a hub name; empty if it looks like a path."""
     page = re.match(r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([\w.-]+/[\w.-]+)", named)
     if page:
         return f"; a dataset of the hub is given by its name, {page[1]!r}"
@@ -208,8 +207,8 @@ def _from_jsonl(path: Path) -> list[Any]:
         raise DataError(f"{path} is not UTF-8 text: {e}") from e
     except OSError as e:
         raise DataError(f"{path} cannot be read: {e.strerror or e}") from e
-    if (whole := _of_array(text)) is not None:
-        return whole
+    if (array_rows := _of_array(text)) is not None:
+        return array_rows
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -224,7 +223,7 @@ def _from_jsonl(path: Path) -> list[Any]:
 
 
 def _of_array(text: str) -> list[Any] | None:
-    """The rows of a file that is one JSON array of objects; None for any other."""
+    """Returns the rows of a file that is one JSON array of objects; None for any other file."""
     if not text.lstrip().startswith("["):
         return None
     try:
@@ -235,7 +234,7 @@ def _of_array(text: str) -> list[Any] | None:
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The object of a line. Raises: ValueError: a key that is there twice, of which JSON readers keep the last."""
+    """Returns the object of a line. Raises: ValueError: a key is there twice; JSON readers keep only the last."""
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -256,7 +255,7 @@ def _from_parquet(path: Path, where: str) -> list[Any]:
 
 
 def _of_table(table: Any, where: str) -> list[Any]:
-    """Rows of a pyarrow table. Raises: DataError: a column with values that Python does not have."""
+    """Returns the rows of a pyarrow table. Raises: DataError: a column has values that Python does not have."""
     _check_unique(table.schema.names, where)
     columns = []
     for column in table.schema.names:

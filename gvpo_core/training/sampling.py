@@ -1,7 +1,7 @@
-"""How responses are drawn: settings, one seed a row, and the random numbers behind each token.
+"""How responses are drawn: settings, one seed per row, and the random numbers behind each token.
 
-Random numbers are made on the host from (seed, position) alone, so that a response does not depend on the batch it was
-drawn in, on the number of ranks, or on the array library, and a resumed run needs no generator state.
+Random numbers are made on the host from (seed, position) only. So a response does not depend on the batch in which it
+is drawn, the number of ranks or the array library, and a resumed run needs no generator state.
 """
 
 from collections.abc import Sequence
@@ -18,12 +18,12 @@ TRAIN, EVALUATE, ORDER, REPLAY, REDRAW, CURRICULUM, OWN = range(
 class Sampling:
     """Settings of one generation."""
 
-    max_tokens: int  # tokens a response, end token included
+    max_tokens: int  # tokens per response, end token included
     temperature: float = 1.0  # 0: the most likely token
     top_p: float = 1.0  # 1: off
     top_k: int = 0  # 0: off
     min_p: float = 0.0  # 0: off
-    stop: tuple[str, ...] = ()  # texts that end a response: the rollout cuts there, whatever was drawn after them
+    stop: tuple[str, ...] = ()  # texts that end a response; the rollout drops what was drawn after them
 
     def __post_init__(self) -> None:
         for name, good, wanted in (
@@ -38,7 +38,7 @@ class Sampling:
 
     @property
     def truncated_support(self) -> tuple[str, ...]:
-        """The settings under which some response of the model has probability 0 (against Cor. 3.2)."""
+        """The settings that give some of the model's responses probability 0, which Cor. 3.2 excludes."""
         cut = {
             "temperature": self.temperature == 0,
             "top_p": self.top_p < 1,
@@ -49,12 +49,12 @@ class Sampling:
 
 
 def row_seed(*keys: int) -> int:
-    """A 64-bit seed from a path of non-negative integers, as (run seed, step, prompt, response)."""
+    """A 64-bit seed from a path of non-negative integers, such as (run seed, step, prompt, response)."""
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0])
 
 
 def uniforms(seeds: Sequence[int], start: int, stop: int) -> np.ndarray:
-    """Numbers `start`..`stop`-1 of each row's stream.
+    """Returns numbers `start`..`stop`-1 of each row's stream.
 
     Args:
       seeds: R row seeds.
