@@ -1,4 +1,4 @@
-"""The settings of a run: what they are, and how files and command lines give them."""
+"""The settings of a run, and how files and command lines set them."""
 
 from gvpo_core.training.config.servers import EngineConfig, TeacherConfig
 from gvpo_core.training.config.settings import (

@@ -12,14 +12,14 @@ class Backend:
 
     name: str  # in run.backend; its extra has the same name
     module: str
-    needs: tuple[str, ...]  # modules that its extra installs; "auto" takes it where all are found
+    needs: tuple[str, ...]  # modules that its extra installs; "auto" chooses it if all are found
     versions: Mapping[str, str]  # distribution -> versions, as pyproject.toml has them
     devices: str  # values of model.device, apart from auto
-    settings: frozenset[str]  # of those in `_OWNED`, the ones it has
+    settings: frozenset[str]  # those of `_SPECIAL` that it has
     optimizers: tuple[str, ...] = ("adamw",)  # values of optimizer.name
 
 
-_OWNED = {
+_SPECIAL = {
     "sharding": "fsdp is torch's; in jax it is model.mesh_fsdp",
     "mesh_fsdp": "in torch it is model.sharding = 'fsdp'",
     "mesh_tensor": "leave it at 1",
@@ -29,13 +29,13 @@ _OWNED = {
     "dtype": "leave it at float32",
     "gradient_checkpointing": "leave it out",
     "compile": "leave it out; jax and mlx compile on their own",
-    "deterministic": "leave it out; of jax XLA_FLAGS=--xla_gpu_deterministic_ops=true decides it",
-    "tf32": "leave it out; of jax JAX_DEFAULT_MATMUL_PRECISION decides it",
+    "deterministic": "leave it out; in jax XLA_FLAGS=--xla_gpu_deterministic_ops=true decides it",
+    "tf32": "leave it out; in jax JAX_DEFAULT_MATMUL_PRECISION decides it",
     "layout": "leave it out",
 }
 """Settings of [model] that not every backend has, and what to do about one in the wrong place."""
-_AS_GOOD = {"dtype": "float32"}
-"""Values beside the default that ask for nothing."""
+_ACCEPTED_BY_ALL = {"dtype": "float32"}
+"""Values other than the default that every backend accepts."""
 
 _LANGUAGE_MODEL = frozenset(("lora_rank", "dtype", "gradient_checkpointing", "layout"))
 
@@ -88,27 +88,27 @@ BACKENDS: dict[str, Backend] = {
         Backend("table", "gvpo_core.training.policy.table", (), {}, "cpu", frozenset()),
     )
 }
-"""Name -> backend, in the order in which "auto" looks for one; one that needs nothing is taken by name alone."""
+"""Name -> backend, in the order in which "auto" tries them. One that needs nothing is chosen only by name."""
 
 
 def installable() -> list[Backend]:
-    """The backends that have an extra."""
+    """Returns the backends that have an extra."""
     return [backend for backend in BACKENDS.values() if backend.needs]
 
 
 def install_line() -> str:
-    """How to install any of them."""
+    """Returns the command that installs one of them."""
     *others, last = (f'"gvpo[{backend.name}]"' for backend in installable())
     return f"pip install {', '.join(others)} or {last}"
 
 
 def in_few_bits(model: ModelConfig, optimizer: OptimizerConfig) -> bool:
-    """Whether something is held in 4 or 8 bits by the package bitsandbytes."""
+    """Returns whether the package bitsandbytes holds weights or moments in 4 or 8 bits."""
     return model.quantization != "none" or optimizer.name == "adamw_8bit"
 
 
 def wrong_together(model: ModelConfig, optimizer: OptimizerConfig) -> list[tuple[str, str]]:
-    """Settings that do not go together: (field, message)."""
+    """Returns settings that do not go together: (field, message)."""
     wrong = []
     if model.quantization != "none":
         value = f"model.quantization = {model.quantization!r}"
@@ -133,18 +133,18 @@ def wrong_together(model: ModelConfig, optimizer: OptimizerConfig) -> list[tuple
 
 
 def without_settings_of_others(config: ModelConfig, name: str) -> ModelConfig:
-    """The settings for a model of another backend than the one that they were chosen for: its own ones, as they are."""
+    """Resets the settings that the backend `name` does not have, for a model that another backend loads."""
     backend, default = BACKENDS.get(name), ModelConfig()
-    others = {setting: getattr(default, setting) for setting in _OWNED if backend and setting not in backend.settings}
+    others = {setting: getattr(default, setting) for setting in _SPECIAL if backend and setting not in backend.settings}
     return replace(config, **others)
 
 
 def refuse_settings(config: ModelConfig, name: str, optimizer: OptimizerConfig) -> None:
-    """Refuses settings of another backend, which this one would pass over, and those that do not go together.
+    """Rejects settings of another backend, which this one would ignore, and those that do not go together.
 
-    A setting is refused where its value is not the default's. A backend that is not in the table has all of them.
+    A setting is rejected if its value is not the default. A backend that is not in the table has all settings.
 
-    Raises: ConfigError: naming the setting, its value and the backends that have it.
+    Raises: ConfigError: the message names the setting, its value and the backends that have it.
     """
     if wrong := wrong_together(config, optimizer):
         raise ConfigError("\n".join(message for _, message in wrong))
@@ -152,9 +152,9 @@ def refuse_settings(config: ModelConfig, name: str, optimizer: OptimizerConfig) 
     if backend is None:
         return
     default = ModelConfig()
-    for setting, advice in _OWNED.items():
+    for setting, advice in _SPECIAL.items():
         value = getattr(config, setting)
-        if setting in backend.settings or value in (getattr(default, setting), _AS_GOOD.get(setting)):
+        if setting in backend.settings or value in (getattr(default, setting), _ACCEPTED_BY_ALL.get(setting)):
             continue
         others = [b.name for b in BACKENDS.values() if setting in b.settings]
         raise ConfigError(

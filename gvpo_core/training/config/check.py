@@ -1,4 +1,4 @@
-"""Which settings cannot run, alone or together: all that can be said before a file is opened or a model loaded."""
+"""Finds settings that cannot run, alone or together, before a file is opened or a model loaded."""
 
 import dataclasses
 import datetime
@@ -19,8 +19,8 @@ WITHOUT_REFERENCE = ("sft", "reject_sampling")  # objectives that read no refere
 NO_REWARD = "no reward: add a [rewards.NAME] section with function = ..."
 RESERVED_REWARD_NAMES = frozenset({"mean", "half_width", "trend", "spread", "min", "max"})
 """Names that a reward cannot have: reward/<name> is another metric."""
-_LARGEST = 2**53  # beyond it numbers are no longer exact in JSON
-# More than any run has: beyond these a step or its plan would not fit in memory, and the start would seem to hang.
+_LARGEST = 2**53  # larger numbers are not exact in JSON
+# More than any run needs. Beyond these a step or its plan would not fit in memory, and the start would seem to hang.
 _AT_MOST = {
     "run.steps": 10**8, "rollout.prompts": 2**20, "rollout.responses": 2**20, "rollout.max_tokens": 2**24,
     "data.max_prompt_tokens": 2**24, "objective.epochs": 10**4, "optimizer.micro_batch_tokens": 2**32,
@@ -30,9 +30,9 @@ _AT_MOST = {
     "optimizer.learning_rate": 1000, "objective.beta": 10**12, "rollout.temperature": 10**6,
     "evaluation.temperature": 10**6,
 }  # fmt: skip
-_HEAVIEST = 1e12  # of a weight or a reward that a setting gives: squares of their products stay finite in float32
+_HEAVIEST = 1e12  # largest weight or reward of a setting: squares of their products stay finite in float32
 SMALLEST_MOVE = 1e-12
-"""Of a weight in a step. A float32 weight of 0.001 does not change by less than 6e-11."""
+"""Smallest change of a weight in a step. A float32 weight of 0.001 cannot change by less than 6e-11."""
 SMALLEST_EPS = 1e-16
 """The square of a gradient below 1e-19 is 0 in float32, and AdamW then divides by eps alone."""
 
@@ -44,9 +44,9 @@ def check_config(config: Config) -> None:
 
 
 def wrong_values(config: Config) -> list[tuple[str, str]]:
-    """Every value or combination that cannot run: (field, message)."""
+    """Returns every value or combination that cannot run: (field, message)."""
     c = config
-    wrong = _of_no_use(config)
+    wrong = _impossible_values(config)
     reported = {name for name, _ in wrong}
 
     def need(good: bool, name: str, wanted: str) -> None:
@@ -189,7 +189,7 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
 
 
 def _wrong_step(c: Config) -> list[tuple[str, str]]:
-    """Settings with which AdamW's step changes no weight, or makes it NaN or of the other sign."""
+    """Finds settings with which AdamW's step changes no weight, makes weights NaN, or flips their signs."""
     o, wrong = c.optimizer, []
     if 0 <= o.eps < SMALLEST_EPS:
         wanted = f"at least {SMALLEST_EPS:g}: a weight whose gradient is 0 would become NaN"
@@ -217,7 +217,7 @@ def _wrong_step(c: Config) -> list[tuple[str, str]]:
 
 
 def _without_effect(c: Config) -> list[tuple[str, str]]:
-    """Settings of what is not used: they would be ignored without a word."""
+    """Finds settings of unused features, which would be ignored silently."""
     wrong, default = [], Config()
     for section, names, used, why in (
         ("model", ("lora_alpha", "lora_kind", "lora_targets"), c.model.lora_rank, "model.lora_rank is 0: set it"),
@@ -263,7 +263,7 @@ def _wrong_teacher(c: Config) -> list[tuple[str, str]]:
 
 
 def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
-    """Sources that cannot be mixed in one step."""
+    """Finds sources that cannot be mixed in one step."""
     wrong = []
     mixed = {"replay.groups": c.replay.groups, "data.recorded": c.data.recorded}
     for name in (name for name, value in mixed.items() if value):
@@ -274,8 +274,8 @@ def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
             )
     if c.objective.name in TABLE and TABLE[c.objective.name].needs_old:
         others = {"rollout.ahead": c.rollout.ahead, "rollout.sampler": c.rollout.sampler == "teacher" and "teacher"}
-        said = _NO_RATIO.format(c.objective.name)
-        wrong += [(name, f"{name} = {value!r}; {said}") for name, value in (mixed | others).items() if value]
+        why = _NO_RATIO.format(c.objective.name)
+        wrong += [(name, f"{name} = {value!r}; {why}") for name, value in (mixed | others).items() if value]
     if any(mixed.values()) and shares(c).sampled < 1:
         name = "replay.share" if c.replay.groups else "data.recorded_share"
         wrong.append(
@@ -285,7 +285,7 @@ def _wrong_mixture(c: Config) -> list[tuple[str, str]]:
 
 
 def wrong_objective(name: str) -> str | None:
-    """What is wrong with an objective's name, as far as can be said without looking for its function."""
+    """Returns what is wrong with an objective's name, without looking for its function; None if nothing is."""
     if name in TABLE or (":" in name and all(name.rpartition(":")[::2])):
         return None
     names = ", ".join(map(repr, OBJECTIVES))
@@ -301,8 +301,8 @@ def _is_commit(revision: str | None) -> bool:
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
-def _of_no_use(config: Config) -> list[tuple[str, str]]:
-    """Numbers that are not finite or too large, and what was hidden when the settings were saved."""
+def _impossible_values(config: Config) -> list[tuple[str, str]]:
+    """Finds values that no setting can have, and secrets that were hidden when the settings were saved."""
     wrong: list[tuple[str, str]] = []
 
     def look(value: Any, name: str) -> None:
@@ -335,10 +335,10 @@ def _of_no_use(config: Config) -> list[tuple[str, str]]:
 
 
 def _unwritable(value: str, name: str) -> str:
-    """What a text or path should be where its characters cannot be written or opened; empty: they can.
+    """Returns what was expected instead of a text that cannot be written or a path that cannot be opened, or "".
 
-    Python keeps bytes of a command line or file name that are not text as lone surrogates: no TOML file and no tracker
-    takes them. Under a locale such as LC_ALL=C with PYTHONUTF8=0 all beyond ASCII is of this kind.
+    Python keeps undecodable bytes of a command line or file name as lone surrogates, which no TOML file and no tracker
+    accepts. Under a locale such as LC_ALL=C with PYTHONUTF8=0, every character beyond ASCII becomes one.
     """
     encoding = sys.getfilesystemencoding()
     advice = "" if encoding == "utf-8" else f"; the locale's encoding is {encoding}: set PYTHONUTF8=1"

@@ -1,4 +1,4 @@
-"""Which settings of the sampler and its engine cannot run."""
+"""Finds settings of the sampler and its engine that cannot run."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from gvpo_core.training.config.servers import EngineConfig, TeacherConfig
 from gvpo_core.training.config.settings import Config
 
 SAMPLERS = ("policy", "engine", "teacher")
-"""Values of rollout.sampler that are no import path."""
+"""Values of rollout.sampler that are not import paths."""
 
 REQUEST_FIELDS = ("model", "prompt", "messages", "n", "seed", "temperature", "stream", "logprobs", "return_token_ids")
 """Fields that every request sets."""
@@ -34,7 +34,7 @@ SGLANG_OPTIONAL_FIELDS = tuple(name for name in OPTIONAL_FIELDS if name != "max_
 
 
 def wrong_server(url: str, api_key: str, ranges: Iterable[tuple[str, Any, bool, str]]) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with it): of the address, the key and the numbers of a server.
+    """Yields (field, what is wrong with it) for the address, the key and the numbers of a server.
 
     Args:
       ranges: (field, its value, whether it is good, what was expected) of further fields.
@@ -51,7 +51,7 @@ def wrong_server(url: str, api_key: str, ranges: Iterable[tuple[str, Any, bool, 
 
 
 def server_ranges(server: EngineConfig | TeacherConfig) -> list[tuple[str, Any, bool, str]]:
-    """What `wrong_server` checks of the numbers that all servers have."""
+    """Returns the ranges for `wrong_server` of the numbers that all servers have."""
     return [
         ("concurrency", server.concurrency, 1 <= server.concurrency <= 4096, "1 to 4,096"),
         ("tries", server.tries, 1 <= server.tries <= 1000, "1 to 1,000"),
@@ -61,7 +61,7 @@ def server_ranges(server: EngineConfig | TeacherConfig) -> list[tuple[str, Any, 
 
 
 def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with it): of an engine alone, whatever the run."""
+    """Yields (field, what is wrong with it) for an engine alone, in any run."""
     if engine.kind == "vllm":
         yield from wrong_in_process(engine)
         return
@@ -91,8 +91,8 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
             f"gap_tolerance = {engine.gap_tolerance} and tokens = {engine.tokens!r}: text has no log-probabilities to"
             " compare",
         )
-    own = engine.kind == "sglang"
-    required, optional = (SGLANG_FIELDS, SGLANG_OPTIONAL_FIELDS) if own else (REQUEST_FIELDS, OPTIONAL_FIELDS)
+    is_sglang = engine.kind == "sglang"
+    required, optional = (SGLANG_FIELDS, SGLANG_OPTIONAL_FIELDS) if is_sglang else (REQUEST_FIELDS, OPTIONAL_FIELDS)
     for name in engine.omit:
         if name not in optional:
             yield "omit", f"omit = {name!r}; expected names among {', '.join(optional)}"
@@ -102,7 +102,7 @@ def wrong_engine(engine: EngineConfig) -> Iterator[tuple[str, str]]:
 
 
 def _wrong_weights(engine: EngineConfig) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with it): of what is sent to a server, and how."""
+    """Yields (field, what is wrong with it) for the settings that send weights to a server."""
     if engine.transfer not in ("folder", "nccl", "ipc", "tcp"):
         yield "transfer", f"transfer = {engine.transfer!r}; expected folder, nccl, ipc or tcp"
     elif engine.transfer == "folder":
@@ -136,18 +136,18 @@ OWN_OPTIONS = (
 )
 """Arguments of vLLM's LLM that the run sets itself."""
 IN_PROCESS = ("kind", "options", "folder", "gap_tolerance", "gap_every")
-"""Fields of an engine in the process; the others are those of a server."""
+"""Fields of an engine in this process. The others are for servers."""
 
 
 def wrong_options(options: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with it): of the arguments of vLLM's LLM."""
+    """Yields (field, what is wrong with it) for the arguments of vLLM's LLM."""
     for name in options:
         if name in OWN_OPTIONS:
             yield "options", f"options.{name} is set by the run itself; expected other arguments of LLM"
 
 
 def wrong_in_process(engine: EngineConfig) -> Iterator[tuple[str, str]]:
-    """(field, what is wrong with it): of vLLM in the process."""
+    """Yields (field, what is wrong with it) for vLLM in this process."""
     default = EngineConfig()
     for name in (f.name for f in dataclasses.fields(engine) if f.name not in IN_PROCESS):
         if getattr(engine, name) != getattr(default, name):
@@ -164,12 +164,12 @@ def _is_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port is None or parts.port > 0)
-    except ValueError:  # a port that is no number
+    except ValueError:  # a port that is not a number
         return False
 
 
 def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
-    """(field, message): what is wrong with rollout.sampler, [engine] and evaluation.sampler, alone or together."""
+    """Yields (field, message) for mistakes in rollout.sampler, [engine] and evaluation.sampler, alone or together."""
     name, engine, sampled = config.rollout.sampler, config.engine, config.rollout.source != "recorded"
     if name not in SAMPLERS and not (":" in name and all(name.rpartition(":")[::2])):
         close = get_close_matches(name, SAMPLERS, n=1)
@@ -250,7 +250,7 @@ def wrong_sampler(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def _wrong_teaching(config: Config) -> Iterator[tuple[str, str]]:
-    """(field, message): what is wrong where the teacher draws."""
+    """Yields (field, message) for mistakes in the settings of a teacher that draws the responses."""
     name = "rollout.sampler = 'teacher'"
     if not config.teacher.path:
         yield "teacher.path", f"{name}, and teacher.path is empty; expected a model folder"
@@ -280,7 +280,7 @@ def _wrong_teaching(config: Config) -> Iterator[tuple[str, str]]:
 
 
 def needs_sampler(config: Config) -> list[str]:
-    """What is wrong with the settings where the policy draws its responses itself, and none is given in Python."""
+    """Returns what is wrong with the settings if the policy draws its responses and no sampler comes from Python."""
     wrong = []
     if config.rollout.own_responses:
         wrong.append(

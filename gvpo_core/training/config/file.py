@@ -1,4 +1,4 @@
-"""Reads a run's settings from TOML, with every mistake reported at once by field and line, and writes them back."""
+"""Reads a run's settings from TOML, reports all mistakes at once by field and line, and writes the settings back."""
 
 import contextlib
 import dataclasses
@@ -22,10 +22,10 @@ from gvpo_core.training.terminal.output import refusing_output
 
 
 def read_config(path: Path) -> Config:
-    """The settings in a TOML file; missing settings keep their defaults.
+    """Reads the settings of a TOML file; missing settings keep their defaults.
 
-    Raises: ConfigError: the file is missing or not TOML, or fields are unknown, of a wrong type or out of range;
-      every one is listed, with its line and a suggestion.
+    Raises: ConfigError: the file is missing or not TOML, or fields are unknown, of a wrong type or out of range.
+      Every mistake is listed, with its line and a suggestion.
     """
     config, reader = _read(path)
     _refuse(reader.wrong(config))
@@ -33,21 +33,21 @@ def read_config(path: Path) -> Config:
 
 
 def read_saved(path: Path) -> Config:
-    """The saved settings of a run folder, for comparison. Secrets were not saved.
+    """Reads the saved settings of a run folder, for comparison. Secrets were not saved.
 
     Raises: ConfigError: the file is missing or not TOML.
     """
     return _read(path)[0]
 
 
-_SAVED = "config.toml"  # in a run folder, and in one of `gvpo init`
+_SAVED = "config.toml"  # in a run folder, and in a folder that `gvpo init` makes
 
 
 def _read(path: Path) -> "tuple[Config, _Reader]":
-    """The settings, with defaults for wrong fields, and the reader with the errors."""
+    """Returns the settings, with defaults for wrong fields, and the reader, which has the errors."""
     try:
         refuse_special(path)
-        text = retried(lambda: path.read_text(encoding="utf-8-sig"))  # editors on Windows begin a file with a mark
+        text = retried(lambda: path.read_text(encoding="utf-8-sig"))  # editors on Windows may write a BOM
     except OSError as e:
         inside = f"; give the file in it: {path / _SAVED}" if (path / _SAVED).is_file() else ""
         raise ConfigError(f"cannot read the config {path}: {e.strerror or e}{inside}") from e
@@ -69,7 +69,7 @@ def _refuse(messages: list[str]) -> None:
 def parse_arguments(
     arguments: list[str], also: Callable[[Config], list[str]] = lambda config: []
 ) -> tuple[Path, Config]:
-    """`CONFIG --section.key value ...` -> the file's path and its settings with the overrides.
+    """Turns `CONFIG --section.key value ...` into the file's path and its settings with the overrides.
 
     `--help` explains every field and exits.
 
@@ -88,51 +88,55 @@ def parse_arguments(
     if path is None or reader is None:
         raise ConfigError("no config given: gvpo train CONFIG [--section.key value ...]")
     config, wrong = _all_overridden(default, options)
-    option_names = {one[0].split("=")[0].replace("-", "_").lstrip("_") for one in _each(options)}
+    option_names = {option[0].split("=")[0].replace("-", "_").lstrip("_") for option in _split_options(options)}
     wrong += reader.wrong(config, option_names)
-    _refuse(wrong + [message for message in also(config) if not any(known.endswith(f": {message}") for known in wrong)])
+    _refuse(wrong + [message for message in also(config) if not any(line.endswith(f": {message}") for line in wrong)])
     return path, config
 
 
 def _all_overridden(default: Config, options: list[str]) -> tuple[Config, list[str]]:
-    """The settings with every valid option, and what is wrong with the others."""
+    """Returns the settings with every valid option applied, and what is wrong with the others."""
     wrong: list[str] = []
-    taken: list[list[str]] = []  # an option and its values each
-    known, secrets = {f"--{name}" for name in setting_names(default)}, secrets_of(as_table(default))
+    valid: list[list[str]] = []  # each an option with its values
+    option_names, secrets = {f"--{name}" for name in setting_names(default)}, secrets_of(as_table(default))
     switches = {f"--{name}" for name, value in _flat(as_table(default)).items() if isinstance(value, bool)}
-    for one in _each(options):
-        name = one[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
+    for option in _split_options(options):
+        name = option[0].split("=")[0].replace("-", "_").replace("__", "--", 1)
         if name in switches:
-            one = [re.sub(r"(^|=)(true|false)$", lambda m: m[1] + m[2].capitalize(), word) for word in one]
+            option = [re.sub(r"(^|=)(true|false)$", lambda m: m[1] + m[2].capitalize(), word) for word in option]
         try:
-            changed = with_mapping_option(default, one)
+            changed = with_mapping_option(default, option)
         except ValueError as e:
             wrong.append(f"options: {e}")
             continue
         if changed is not None:
             default = changed
-        elif one[0].startswith("--") and name not in known:
-            wrong.append(f"unknown option {one[0].split('=')[0]}{_meant(name, known, default)}")
+        elif option[0].startswith("--") and name not in option_names:
+            wrong.append(f"unknown option {option[0].split('=')[0]}{_meant(name, option_names, default)}")
         else:
-            taken.append(one)
+            valid.append(option)
     try:
-        return (_overridden(default, [word for one in taken for word in one]) if taken else default), wrong
+        return (_overridden(default, [word for option in valid for word in option]) if valid else default), wrong
     except _RefusedError as e:
-        together = str(e)
+        combined_error = str(e)
     config, before = default, len(wrong)
-    for one in taken:  # one by one, so that each mistake is reported
+    for option in valid:  # option by option, so that each mistake is reported
         try:
-            config = _overridden(config, one)
+            config = _overridden(config, option)
         except _RefusedError as e:
-            shown = str(e) if hide_command(one, secrets) == one else f"{one[0].split('=')[0]} = {HIDDEN} cannot be read"
+            shown = (
+                str(e)
+                if hide_command(option, secrets) == option
+                else f"{option[0].split('=')[0]} = {HIDDEN} cannot be read"
+            )
             wrong.append(f"options: {hide(shown, secrets)}")
     if len(wrong) == before:  # each option is valid alone
-        wrong.append(f"options: {hide(together, secrets)}")
+        wrong.append(f"options: {hide(combined_error, secrets)}")
     return config, wrong
 
 
-def _meant(option: str, known: Set[str], config: Config) -> str:
-    """What an unknown option may mean: a setting, an option of the command, or one of a reward under another name."""
+def _meant(option: str, option_names: Set[str], config: Config) -> str:
+    """Suggests what an unknown option may mean: a setting, an option of the command, or one of a misspelt reward."""
     commands = difflib.get_close_matches(option, ["--dry_run", "--from_step"], n=1, cutoff=0.8)
     if commands:
         return f"; did you mean {commands[0].replace('_', '-')}?"
@@ -140,14 +144,14 @@ def _meant(option: str, known: Set[str], config: Config) -> str:
     if parts[0] == "--rewards" and len(parts) > 2 and parts[1] not in config.rewards:
         close = difflib.get_close_matches(parts[1], config.rewards, n=1)
         meant = ".".join([parts[0], *close, *parts[2:]])
-        if close and meant in known:
+        if close and meant in option_names:
             return f"; did you mean {meant}?"
         return f"; there is no reward {parts[1]!r}: add [rewards.{parts[1]}] to the file"
-    return suggest(option, known)
+    return suggest(option, option_names)
 
 
-def _each(options: list[str]) -> list[list[str]]:
-    """The options, each with the words up to the next."""
+def _split_options(options: list[str]) -> list[list[str]]:
+    """Splits the words into options, each with its values."""
     each: list[list[str]] = []
     for word in options:
         if word.startswith("--") or not each:
@@ -162,12 +166,12 @@ class _RefusedError(Exception):
 
 
 def _overridden(default: Config, options: list[str]) -> Config:
-    """The settings with the options applied; `--help` prints and exits. Raises: _RefusedError."""
+    """Returns the settings with the options applied; `--help` prints and exits. Raises: _RefusedError."""
     try:
         import tyro
     except ImportError as e:
         raise ConfigError('command-line options need tyro: pip install "gvpo[train]"') from e
-    printed = io.StringIO()  # a refusal comes in a box, with the settings' values in it
+    printed = io.StringIO()  # tyro prints an error as a box, which may show the settings' values
     try:
         with refusing_output(), contextlib.redirect_stderr(printed):
             config: Config = tyro.cli(
@@ -182,8 +186,8 @@ def _overridden(default: Config, options: list[str]) -> Config:
     except SystemExit as e:
         if not e.code:
             raise
-        reason = _out_of_the_box(printed.getvalue()) or " ".join(options)
-        if "Unrecognized options" in reason:  # words that are no value either: key=value as of Hydra, one dash
+        reason = _without_box(printed.getvalue()) or " ".join(options)
+        if "Unrecognized options" in reason:  # not values either: Hydra's key=value, or one dash
             reason += "; an option begins with two dashes, as --run.steps 5"
         if choice := re.search(r"invalid choice '(.*?)' for argument .*Expected one of \((.*)\)", reason):
             reason = reason.rstrip(".") + nearest(choice[1], re.findall(r"'([^']+)'", choice[2]))
@@ -191,8 +195,8 @@ def _overridden(default: Config, options: list[str]) -> Config:
     return config
 
 
-def _out_of_the_box(text: str) -> str:
-    """The words of a refusal: those between the first two rules of its frame, which may be of ASCII."""
+def _without_box(text: str) -> str:
+    """Returns the words of an error in a box: those between its first two horizontal lines, which may be ASCII."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", text).splitlines()
     rules = [number for number, line in enumerate(lines) if re.search("─{3}|-{3}", line)]
     between = lines[rules[0] + 1 : rules[1]] if len(rules) > 1 else lines
@@ -200,7 +204,7 @@ def _out_of_the_box(text: str) -> str:
 
 
 def _for_help(config: Config) -> Config:
-    """The settings as help prints them: without secrets, and with nothing that commands a terminal, by columns."""
+    """Returns the settings for help: without secrets and terminal commands, and with one character per column."""
 
     def shown(value: Any) -> Any:
         if isinstance(value, dict):
@@ -213,19 +217,19 @@ def _for_help(config: Config) -> Config:
 
 
 def write_config(config: Config, path: Path) -> None:
-    """Writes all settings as TOML that read_config reads back equal. Secrets are left out."""
+    """Writes all settings as TOML, which read_config reads back unchanged. Secrets are left out."""
     path.write_bytes(config_text(config).encode("utf-8", "backslashreplace"))
 
 
 def config_text(config: Config) -> str:
-    """The text that `write_config` writes."""
+    """Returns the text that `write_config` writes."""
     import tomli_w
 
     return tomli_w.dumps(hide_settings(as_table(config)))
 
 
 def as_table(config: Any) -> dict[str, Any]:
-    """The settings as plain TOML values; None is left out."""
+    """Returns the settings as plain TOML values; None is left out."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, dict):
@@ -237,7 +241,7 @@ def as_table(config: Any) -> dict[str, Any]:
 
 
 def differences(old: Config, new: Config) -> list[str]:
-    """One line a setting that differs: `section.key: old -> new`. Secrets, which are not kept, are not compared."""
+    """Returns one line per setting that differs: `section.key: old -> new`. Secrets are not saved, so not compared."""
     a, b = (_flat(hide_settings(as_table(config))) for config in (old, new))
     names = [k for k in sorted({*a, *b}) if a.get(k) != b.get(k) and HIDDEN not in (a.get(k), b.get(k))]
     return [f"{k}: {a.get(k, 'unset')!r} -> {b.get(k, 'unset')!r}" for k in names]
@@ -251,7 +255,7 @@ def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _line_numbers(text: str) -> dict[str, int]:
-    """Dotted key -> line, for tables and `key = value` lines; enough to point at a mistake."""
+    """Returns dotted key -> line, for tables and `key = value` lines; enough to point at a mistake."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.split("\n"), 1):
@@ -265,7 +269,7 @@ def _line_numbers(text: str) -> dict[str, int]:
 
 
 class _Reader:
-    """Builds dataclasses from a TOML table, collecting every error; what is wrong keeps its default."""
+    """Builds dataclasses from a TOML table and collects every error; a wrong field keeps its default."""
 
     def __init__(self, path: Path, lines: dict[str, int]) -> None:
         self.path, self.lines = path, lines
@@ -274,16 +278,20 @@ class _Reader:
     def error(self, name: str, message: str) -> None:
         self.errors.append((name, message))
 
-    def wrong(self, config: Config, given: Set[str] = frozenset()) -> list[str]:
-        """Every mistake in the file and in the settings read from it, by line.
+    def wrong(self, config: Config, option_names: Set[str] = frozenset()) -> list[str]:
+        """Returns every mistake in the file and in the settings read from it, by line.
 
         Args:
-          given: names of the settings given on the command line; their mistakes are reported as options, not by line.
+          option_names: settings given on the command line; their mistakes are reported as options, not by line.
         """
-        known = {name for name, _ in self.errors}
-        values = [(name, text) for name, text in wrong_values(config) if not _covered(name, known)]
-        # A combination that an option is part of is the option's mistake, whichever setting is reported.
-        options = [m for name, m in values if name in given or any(re.search(rf"\b{re.escape(g)}\b", m) for g in given)]
+        failed = {name for name, _ in self.errors}
+        values = [(name, text) for name, text in wrong_values(config) if not _covered(name, failed)]
+        # If an option is part of a wrong combination, the mistake is the option's, whichever setting is reported.
+        options = [
+            m
+            for name, m in values
+            if name in option_names or any(re.search(rf"\b{re.escape(option)}\b", m) for option in option_names)
+        ]
         messages = [(self._line(name), message) for name, message in self.errors]
         messages += [(self._line(name), message) for name, message in values if message not in options]
         messages.sort(key=lambda pair: pair[0] or len(self.lines) + 10**6)
@@ -315,7 +323,7 @@ class _Reader:
         return cls(**values)
 
     def value(self, hint: Any, value: Any, name: str) -> Any:
-        """The value as the type says; None, and an error, where it does not fit."""
+        """Converts a value to its type. If it does not fit, records an error and returns None."""
         origin, arguments = get_origin(hint), get_args(hint)
         if hint is Any:
             return value
@@ -351,6 +359,6 @@ class _Reader:
         return None
 
 
-def _covered(name: str, known: set[str]) -> bool:
-    """Whether an error of this field, or of a part of it, is already listed."""
-    return any(k == name or k.startswith(f"{name}.") or name.startswith(f"{k}.") for k in known)
+def _covered(name: str, failed: set[str]) -> bool:
+    """Returns whether an error of this field, or of a part of it, is already listed."""
+    return any(k == name or k.startswith(f"{name}.") or name.startswith(f"{k}.") for k in failed)

@@ -1,4 +1,4 @@
-"""What `gvpo train --help` says of a setting: the docstring below it, as one paragraph."""
+"""The text of a setting in `gvpo train --help`: the docstring below it, as one paragraph."""
 
 import ast
 import contextlib
@@ -19,7 +19,7 @@ _SECOND = "\ue000"  # stands for the second column of a wide character: tyro cou
 
 @functools.cache
 def setting_docs(section: type) -> dict[str, str]:
-    """The docstrings of a section's settings by name, each in one line, so that help can wrap it at any width."""
+    """Returns name -> docstring of a section's settings. Each is one line, so that help can wrap it at any width."""
     docs: dict[str, str] = {}
     for cls in (c for c in reversed(section.__mro__) if dataclasses.is_dataclass(c)):
         tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
@@ -32,18 +32,18 @@ def setting_docs(section: type) -> dict[str, str]:
 
 
 def _doc(section: type, name: str) -> str | None:
-    return setting_docs(section).get(name)  # read where help is printed alone
+    return setting_docs(section).get(name)  # read only when help is printed
 
 
 def help_registry() -> Any:
-    """The tyro registry that reads sections with these docstrings; tyro itself keeps the breaks of their lines."""
+    """Returns the tyro registry that reads sections with these docstrings. tyro alone would keep their line breaks."""
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
     registry = ConstructorRegistry()
 
     @registry.struct_rule
     def section(info: StructTypeInfo) -> StructConstructorSpec | None:
-        """The settings of one section, with the values of the file as defaults."""
+        """Returns the settings of one section, with the values of the file as defaults."""
         if not (dataclasses.is_dataclass(info.type) and isinstance(info.default, info.type)):
             return None
         hints = get_type_hints(info.type)
@@ -59,12 +59,12 @@ def help_registry() -> Any:
 
 
 def for_help(text: str) -> str:
-    """Text of the settings as help can lay it out: with nothing that commands a terminal, a character a column."""
+    """Prepares a text of the settings for help: no terminal control characters, and one character per column."""
     return "".join(char + _SECOND * (columns(char) - 1) for char in printable(text.replace(_SECOND, "\ufffd")))
 
 
 class _Captured(io.StringIO):
-    """What is printed, in the form that it would have on the stream."""
+    """Captures what is printed, in the form that it would have on the stream."""
 
     def __init__(self, stream: Any) -> None:
         super().__init__()
@@ -72,17 +72,17 @@ class _Captured(io.StringIO):
 
     @property
     def encoding(self) -> Any:  # type: ignore[override]
-        """See TextIO.encoding. It decides on the frames."""
+        """See TextIO.encoding. tyro chooses its frames by it."""
         return getattr(self._stream, "encoding", None)
 
     def isatty(self) -> bool:
-        """See TextIO.isatty. It decides on colors."""
+        """See TextIO.isatty. tyro chooses its colors by it."""
         return Forgiving(self._stream).isatty()
 
 
 @contextlib.contextmanager
 def printing_help() -> Iterator[None]:
-    """Prints what is printed inside `with`, with text of `for_help` as it was.
+    """Prints the help that is printed inside `with`, and undoes the padding of `for_help`.
 
     Raises: OutputError: standard output cannot be written.
     """
@@ -97,6 +97,6 @@ def printing_help() -> Iterator[None]:
 
 
 def _framed(line: str) -> str:
-    """The line of a frame, as wide as the others although it has characters without a column."""
+    """Pads a line of a frame that has characters without a column, so that it is as wide as the others."""
     missing, end = sum(columns(char) == 0 for char in line), line.rfind("│")
     return line if not missing or end < 0 else line[:end] + " " * missing + line[end:]

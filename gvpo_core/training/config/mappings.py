@@ -1,8 +1,8 @@
 """Settings that are mappings, on the command line: options of rewards, arguments of chat templates and of engines.
 
-`--rewards.NAME.options.KEY VALUE` sets one, whether or not the file has it; `--rewards.NAME.options KEY VALUE ...`
-gives some to a reward that has none. `--model.template.KEY VALUE` sets one argument of the chat template, and so do
-`--teacher.template.KEY`, `--engine.fields.KEY` and `--engine.options.KEY` with theirs.
+`--rewards.NAME.options.KEY VALUE` sets one option, whether or not the file has it; `--rewards.NAME.options KEY VALUE
+...` sets options of a reward that has none. `--model.template.KEY VALUE` sets one argument of the chat template.
+`--teacher.template.KEY`, `--engine.fields.KEY` and `--engine.options.KEY` do the same for their tables.
 """
 
 import re
@@ -18,12 +18,12 @@ _NAME = re.compile(r"--rewards\.([\w.\-]+?)\.options(?:\.([^=]+))?")
 
 
 def with_mapping_option(config: Config, words: list[str]) -> Config | None:
-    """The settings with one entry of a mapping set; None where the words are another option.
+    """Sets one entry of a mapping; returns the settings, or None if the words are another option.
 
-    A value takes the type of a TOML value (50, true, [1, 2]), and is text otherwise; it stays text where the file has
-    text for the same key.
+    A value is read as TOML (50, true, [1, 2]), or else as text. A reward's option stays text if the file has text for
+    the same key.
 
-    Raises: ValueError: the words are not keys and values; saying so.
+    Raises: ValueError: the words are not keys and values.
     """
     head, equals, value = words[0].partition("=")
     entry = _ENTRY.fullmatch(head)
@@ -56,7 +56,7 @@ def with_mapping_option(config: Config, words: list[str]) -> Config | None:
 
 
 def _spelled(name: str, known: Mapping[str, Any]) -> str:
-    """The canonical name: on the command line a dash may replace an underscore."""
+    """Returns the name as the settings spell it: on the command line a dash may replace an underscore."""
     return next((k for k in known if k.replace("-", "_") == name.replace("-", "_")), name)
 
 

@@ -1,9 +1,9 @@
 """Keeps secrets out of what a run writes and prints: settings, command lines, logs and tracebacks.
 
-A secret is the value of a setting, option or environment variable that is named like one, a password in a URL, or a
-query parameter named like one. It is looked for in every text, also in the forms that repr, JSON, HTML, URLs and base64
-give it, and where the text was cut in the middle of it. Write a reward's option as "$NAME" to read it from the
-environment when the run starts; it is then in no file.
+A secret is the value of a setting, option, environment variable or query parameter with a name such as api_key, or a
+password in a URL. Every text is searched for it, also in the forms that repr, JSON, HTML, URLs and base64 give it, and
+for its beginning, because a text may be cut in the middle of it. Write a reward's option as "$NAME" to read it from
+the environment when the run starts; then it is in no file.
 """
 
 import base64
@@ -23,7 +23,7 @@ from gvpo_core.training.terminal.text import printable
 
 HIDDEN = "***"
 SHORTEST = 6
-"""Characters of the shortest value that is looked for in text: a shorter one would be found in ordinary words."""
+"""Length of the shortest value that is searched for: a shorter one would be found in ordinary words."""
 _NAMED = re.compile(
     r"((?<!eos_)(?<!bos_)(?<!pad_)(?<!end_)(?<!stop_)(?<!start_)(?<!mask_)(?<!image_)(?<!special_)"
     r"token(?!s|iz|_(?:counts?|ids?|types?|limit|budget|weights?|penalty)\b)"
@@ -37,13 +37,13 @@ _NAMED = re.compile(
 )
 # For environment variables only; a setting max_tokens or label_keys is not a secret.
 _VARIABLE = re.compile(r"(?!(?:MAX|MIN|NUM|N)_)[A-Z0-9_]*_(?:TOKENS|KEYS)")
-# A password may hold @ and /, though a URL should not: all up to the last @ before a host. Digits alone are a port.
-# It ends where another URL begins: many of them would take quadratic time.
+# A password may contain @ and /, although a URL should not: it reaches to the last @ before a host. Digits alone are a
+# port. It ends where another URL begins: otherwise a text with many URLs would take quadratic time.
 _IN_URL = re.compile(
     r"(?<=://)(?:[^/@:\s'\"]*:(?!\d+(?:[/?#]|$))(?:(?!://)[^\s'\"<>])+(?=@[\w.\-\[\]]+(?::\d+)?(?:[/?#\s'\",;)]|$))"
     r"|[^/@\s'\"]+(?=@))"
 )
-_IN_QUERY = re.compile(  # of a URL, or of a database's connection string
+_IN_QUERY = re.compile(  # in a URL, or in a database's connection string
     r"(?<=[?&#;])([\w.\-]*(?:token|secret|passw|pwd|key|credential|signature|sig|auth)[\w.\-]*=)[^&\s'\"#;]+",
     re.IGNORECASE,
 )
@@ -51,44 +51,44 @@ _SCHEME = re.compile(r"(?<=\bBearer )(?=\S*\d)[\w.~+/=\-]{8,}|(?<=\bBasic )(?=\S
 _IN_CONNECTION = re.compile(  # libpq's
     r"(?<=\s)((?:ssl)?(?:password|passwd|pwd)=)(?:'[^'\n]+'|[^\s'\";]+)", re.IGNORECASE
 )
-_HEADER = re.compile(  # as an HTTP client shows its headers, the scheme kept
+_HEADER = re.compile(  # headers as an HTTP client shows them; the scheme stays
     r"(\b(?:proxy-)?(?:authorization|x-api-key|api-key|set-cookie|cookie)['\"]?\s*[:=]\s*b?['\"]?"
     r"(?:(?:bearer|basic|token|apikey|digest)\s+)?)(?!\*|(?:bearer|basic|token|apikey|digest)\s)[^\s'\",;]{6,}(?:;\s?[^\s'\",;]+)*",
     re.IGNORECASE,
 )
-# By OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS, Google; a JWT. Looked for at the start of a word alone: from
-# every hyphen a long text would take quadratic time.
+# Keys of OpenAI, Hugging Face, GitHub, GitLab, Slack, AWS and Google, and JWTs. They match only at the start of a word:
+# a match from every hyphen would take quadratic time on a long text.
 _ISSUED = re.compile(
     r"(?<![\w\-])(?:sk-(?=[\w\-]*\d)[\w\-]{16,}|hf_[A-Za-z0-9]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|github_pat_\w{20,}"
     r"|glpat-[\w\-]{16,}|xox[abeoprs]-[\w\-]{10,}|AKIA[0-9A-Z]{16}\b|AIza[\w\-]{30,}"
     r"|eyJ[\w\-]{8,}\.[\w\-]{8,}\.[\w\-]{8,})"
 )
-_KEY = re.compile(r"(?=.*\d)\S{16,}")  # a value of an option called key alone: not the name of a column
-_AFTER_SCHEME = re.compile(r"(?i:bearer|basic|token|key)\s+(\S.*)")  # what a header's value is without its scheme
+_KEY = re.compile(r"(?=.*\d)\S{16,}")  # the value of an option `key`, if it is not the name of a column
+_AFTER_SCHEME = re.compile(r"(?i:bearer|basic|token|key)\s+(\S.*)")  # a header's value without its scheme
 _FROM_ENVIRONMENT = re.compile(r"\$([A-Za-z_]\w*)")
-_FREE_FORM = ("options", "fields", "template")  # settings that are tables of any form
+_FREE_FORM = ("options", "fields", "template")  # settings whose tables have any form
 _ESCAPE = re.compile("%[0-9A-F]{2}")
-_OF_GO = re.compile("[<>&]")  # in JSON, servers written in Go among them
-_CUT_AT_LEAST = 8  # characters of the beginning of a secret, where a text was cut in it
-_LONG = 12  # characters of a secret whose beginning is looked for
+_OF_GO = re.compile("[<>&]")  # JSON encoders such as Go's escape them
+_CUT_AT_LEAST = 8  # length of the shortest beginning of a secret that is hidden
+_LONG = 12  # length of the shortest secret whose beginning is searched for
 
 
 def is_secret(name: str) -> bool:
-    """Whether a setting, option or variable of this name holds a secret; `max_tokens` does not."""
+    """Returns whether a setting, option or variable of this name holds a secret; `max_tokens` does not."""
     name = name.rpartition(".")[2]
     return bool(_NAMED.search(name) or _VARIABLE.fullmatch(name))
 
 
 def _names_secret(name: str, value: str) -> bool:
-    """Whether the value of an option is a secret, by the option's name; of `key` alone, where it looks like a key."""
+    """Returns whether an option's value is a secret, by its name. The value of `key` must also look like a key."""
     return is_secret(name) or (
         name.casefold() == "key" and bool(_FROM_ENVIRONMENT.fullmatch(value) or _KEY.fullmatch(value))
     )
 
 
 def hide(text: str, known: Iterable[str] = ()) -> str:
-    """Text without the `known` secrets, passwords in URLs, parameters and headers named like secrets, and keys and
-    tokens that their form gives away.
+    """Hides secrets in a text: the `known` ones, passwords in URLs, parameters and headers with the name of a secret,
+    and keys and tokens with a recognizable form.
 
     Call it before the text is cut.
     """
@@ -107,18 +107,18 @@ def _all_forms(known: frozenset[str]) -> tuple[str, ...]:
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """A secret as programs write it; its lines alone too, where it has several."""
+    """Yields a secret in the forms in which programs write it, and so for each of its lines if it has several."""
     for text in (secret, *(line for line in secret.splitlines() if len(line) >= 16)):
         yield text
         yield repr(text)[1:-1]
         yield json.dumps(text)[1:-1]
         yield json.dumps(text, ensure_ascii=False)[1:-1]
         yield json.dumps(json.dumps(text)[1:-1])[1:-1]  # JSON inside JSON
-        yield json.dumps(text)[1:-1].replace("/", "\\/")  # of PHP
+        yield json.dumps(text)[1:-1].replace("/", "\\/")  # PHP's
         yield _OF_GO.sub(lambda match: f"\\u{ord(match[0]):04x}", json.dumps(text, ensure_ascii=False)[1:-1])
         yield ascii(text)[1:-1]
         yield html.escape(text)
-        yield html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")  # of Go and Jinja
+        yield html.escape(text).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")  # Go's and Jinja's
         yield html.escape(text).replace("&#x27;", "&apos;")  # XML
         for quoted in (urllib.parse.quote(text), urllib.parse.quote(text, safe=""), urllib.parse.quote_plus(text)):
             yield quoted
@@ -128,8 +128,8 @@ def _forms(secret: str) -> Iterator[str]:
         yield repr(encoded)[2:-1]
         yield encoded.hex()
         yield encoded.hex().upper()
-        for before in range(3):  # a form of base64 for each place in a group of three bytes
-            complete = (before + len(encoded)) // 3 * 4  # characters that depend on nothing behind the secret
+        for before in range(3):  # base64 has one form for each position in a group of three bytes
+            complete = (before + len(encoded)) // 3 * 4  # characters that do not depend on what follows the secret
             for encode in (base64.b64encode, base64.urlsafe_b64encode):
                 code = encode(b"\0" * before + encoded).decode()[-(-before * 8 // 6) : complete]
                 if len(code) >= _CUT_AT_LEAST:
@@ -137,9 +137,9 @@ def _forms(secret: str) -> Iterator[str]:
 
 
 def _without_beginning(text: str, secret: str) -> str:
-    """Text that was cut in the middle of a secret, without the part that is left of it."""
+    """Hides the beginning of a secret in a text that was cut in the middle of it."""
     head = _CUT_AT_LEAST
-    while head < len(secret) and secret[:head].isalpha():  # a word alone is not yet a secret
+    while head < len(secret) and secret[:head].isalpha():  # a plain word is no secret
         head += 1
     if len(secret) < _LONG or head == len(secret):
         return text
@@ -154,15 +154,15 @@ def _without_beginning(text: str, secret: str) -> str:
 
 
 def hide_settings(settings: Any) -> Any:
-    """Settings as plain values, without the secrets that they or the environment hold; references to it stay."""
+    """Returns settings as plain values without the secrets of settings and environment; references "$NAME" stay."""
     return _hidden(settings, "", secrets_of(settings))
 
 
 def _hidden(value: Any, name: str, known: frozenset[str], free: bool = False) -> Any:
     if isinstance(value, Mapping):
-        return {key: _hidden(item, of, known, within) for key, item, of, within in _parts(value, name, free)}
+        return {key: _hidden(item, named, known, within) for key, item, named, within in _parts(value, name, free)}
     if isinstance(value, list | tuple):
-        return [_hidden(item, of, known, within) for _, item, of, within in _parts(value, name, free)]
+        return [_hidden(item, named, known, within) for _, item, named, within in _parts(value, name, free)]
     if free and _is_secret_number(value, name):
         return HIDDEN
     if not isinstance(value, str) or _FROM_ENVIRONMENT.fullmatch(value):
@@ -171,10 +171,11 @@ def _hidden(value: Any, name: str, known: frozenset[str], free: bool = False) ->
 
 
 def _parts(value: Any, name: str, free: bool) -> Iterator[tuple[Any, Any, str, bool]]:
-    """The parts of a table or list called `name`: key, part, the name that tells whether it is a secret, and whether it
-    is within options, which have any form.
+    """Yields the parts of a table or list called `name`: key, part, the name that decides whether the part is a secret,
+    and whether it is within options, which have any form.
 
-    In options a table under a secret's name is one as a whole, and headers may be pairs, or tables with name and value.
+    In options, a table with the name of a secret is a secret as a whole. Headers may be pairs, or tables with name and
+    value.
     """
     within = free or name in _FREE_FORM
     if not isinstance(value, Mapping):
@@ -188,43 +189,43 @@ def _parts(value: Any, name: str, free: bool) -> Iterator[tuple[Any, Any, str, b
         return
     label = next((value[k] for k in ("name", "key", "header") if isinstance(value.get(k), str)), "") if free else ""
     for key, item in value.items():
-        of = name if free and is_secret(name) else label if key == "value" and is_secret(label) else str(key)
-        yield key, item, of, within
+        named = name if free and is_secret(name) else label if key == "value" and is_secret(label) else str(key)
+        yield key, item, named, within
 
 
 def _is_secret_number(value: Any, name: str) -> bool:
-    """Whether an integer is a password or key, by its name; the id of a token has fewer digits than one."""
+    """Returns whether an integer is a password or key, by its name; the id of a token has fewer digits."""
     integer = isinstance(value, int) and not isinstance(value, bool)
     return integer and is_secret(name) and ("token" not in name.casefold() or abs(value) >= 10**7)
 
 
 def hide_command(command: Iterable[str], known: Iterable[str] = ()) -> list[str]:
-    """A command line without the values of options named like secrets, secrets in URLs, and the `known` secrets.
+    """Hides secrets in a command line: values of options with the name of a secret, secrets in URLs, and `known` ones.
 
-    An option may also be a key and a value after `--rewards.NAME.options`: a key named like a secret hides the next
-    word, as an option does.
+    After `--rewards.NAME.options`, keys and values follow. There a key with the name of a secret hides the next word,
+    as an option does.
     """
-    kept: list[str] = []
+    shown_words: list[str] = []
     known, within = list(known), False  # within: after an option that takes keys and values
     for word in command:
         name, equals, value = word.partition("=")
-        before = kept[-1] if kept else ""
+        before = shown_words[-1] if shown_words else ""
         if "=" not in before and (within or before.startswith("-")) and is_secret(before) and not _refers(word):
             word = HIDDEN
         elif equals and (within or name.startswith("-")) and is_secret(name) and not _refers(value):
             word = f"{name}={HIDDEN}"
         within = name.endswith(".options") if word.startswith("-") else within
-        kept.append(hide(word, known))
-    return kept
+        shown_words.append(hide(word, known))
+    return shown_words
 
 
 def _refers(value: str) -> bool:
-    """Whether a value is "$NAME"; the name of the variable is not a secret."""
+    """Returns whether a value is "$NAME"; the name of the variable is not a secret."""
     return _FROM_ENVIRONMENT.fullmatch(value) is not None
 
 
 def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = None) -> frozenset[str]:
-    """The secrets that settings and the environment (default: this process's) hold, to be looked for in text."""
+    """Returns the secrets of settings and of the environment (default: this process's), for use in `hide`."""
     environment = os.environ if environment is None else environment
     values = {value for name, value in environment.items() if _names_secret(name, value)}
     for value in environment.values():  # a proxy's or a database's password
@@ -237,8 +238,8 @@ def secrets_of(settings: Any = None, environment: Mapping[str, str] | None = Non
 
 def _collect(value: Any, name: str, values: set[str], environment: Mapping[str, str], free: bool) -> None:
     if isinstance(value, Mapping | list | tuple):
-        for _, item, of, within in _parts(value, name, free):
-            _collect(item, of, values, environment, within)
+        for _, item, named, within in _parts(value, name, free):
+            _collect(item, named, values, environment, within)
     elif free and _is_secret_number(value, name):
         values.add(str(value))
     elif isinstance(value, str):
@@ -251,7 +252,7 @@ def _collect(value: Any, name: str, values: set[str], environment: Mapping[str, 
 
 
 def resolved(options: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A reward's options with every "$NAME" read from the environment, within lists and tables too.
+    """Returns a reward's options with every "$NAME" read from the environment, also within lists and tables.
 
     Raises: ConfigError: a variable that is not set, or a value that was hidden when the settings were saved.
     """
@@ -277,7 +278,7 @@ def _resolved(value: Any, where: str) -> Any:
 
 
 class Hiding(logging.Formatter):
-    """Formats log records, tracebacks included, without secrets and without characters that command a terminal."""
+    """Formats log records, tracebacks included, without secrets and terminal control characters."""
 
     def __init__(self, form: str, known: Iterable[str]) -> None:
         super().__init__(form)
@@ -289,5 +290,5 @@ class Hiding(logging.Formatter):
 
 
 def traceback_of(error: BaseException, known: Iterable[str]) -> str:
-    """The traceback that Python would print, without secrets and without characters that command a terminal."""
+    """Returns the traceback that Python would print, without secrets and terminal control characters."""
     return printable(hide("".join(traceback.format_exception(error)), known), keep="\n\t")

@@ -22,7 +22,7 @@ class RunConfig:
     steps: int = 100
     """Rollouts in the run."""
     seed: int = 0
-    """Seed of the data order, the samples and any newly made parameters."""
+    """Seed of the data order, the samples and new parameters."""
     checkpoint_every: int = 50
     """Steps between checkpoints. The last step always has one. 0: only the last step."""
     keep_checkpoints: int = 2
@@ -42,7 +42,7 @@ class ModelConfig:
     """The model and how it is loaded."""
 
     path: str = ""
-    """Local Hugging Face folder, or hub name where the framework downloads."""
+    """Local Hugging Face folder, or hub name if the framework downloads."""
     revision: str | None = None
     """Commit or tag of a hub model."""
     trust_remote_code: bool = False
@@ -61,35 +61,36 @@ class ModelConfig:
     lora_targets: tuple[str, ...] = ("all-linear",)
     """Module names that get adapters. all-linear: every linear layer except the head."""
     quantization: Literal["none", "nf4"] = "none"
-    """How LoRA's frozen linear layers are held. nf4: in 4 bits (torch, bitsandbytes). mlx: use a quantized folder."""
+    """How LoRA's frozen linear layers are stored. nf4: in 4 bits (torch, bitsandbytes). mlx: use a quantized folder."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass. Less memory, about a third more time."""
     compile: bool = False
-    """Compile the decoder layers for scores and gradients (torch.compile). Costs minutes at the start; one process."""
+    """Compile the decoder layers for scores and gradients (torch.compile). Takes minutes at the start. Only for one
+    process."""
     deterministic: bool = False
     """Use only kernels that are bit-for-bit deterministic, in scores and updates (torch on CUDA). Slower."""
     tf32: bool = True
-    """With bfloat16 on CUDA: products that stay float32, as those of adapters, take TensorFloat-32 (torch)."""
+    """With bfloat16 on CUDA: use TensorFloat-32 for products that stay float32, such as those of adapters (torch)."""
     template: dict[str, Any] = field(default_factory=dict)
-    """Arguments of the chat template, as { enable_thinking = false }."""
+    """Arguments of the chat template, such as { enable_thinking = false }."""
     layout: Literal["auto", "packed", "plain"] = "auto"
-    """Training rows. packed: a prompt and common beginnings once; plain: one row a response; auto: packed if exact."""
+    """Training rows. packed: a prompt and common beginnings once; plain: a row per response; auto: packed if exact."""
     sharding: Literal["data_parallel", "fsdp"] = "data_parallel"
-    """How several processes of torch share the model: a copy each, or parameters sharded (FSDP2)."""
+    """How several torch processes share the model. data_parallel: one copy each; fsdp: sharded parameters (FSDP2)."""
     mesh_fsdp: int = 1
-    """Devices of jax over which parameters, optimizer state and batch are sharded."""
+    """jax devices over which parameters, optimizer state and batch are sharded."""
     mesh_tensor: int = 1
-    """Devices of jax over which each layer is split. The remaining devices form the data axis."""
+    """jax devices over which each layer is split. The remaining devices form the data axis."""
 
     @property
     def compute_dtype(self) -> str:
-        """`dtype`; float32 where it is auto and no policy has chosen yet."""
+        """`dtype`; float32 if it is auto and no policy has chosen yet."""
         return "float32" if self.dtype == "auto" else self.dtype
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts."""
+    """Training and held-out data."""
 
     train: str = ""
     """Training rows: a .jsonl or .parquet file, a `datasets` folder saved to disk, or a dataset of the hub. Prompts,
@@ -99,9 +100,9 @@ class DataConfig:
     subset: str = ""
     """Configuration of a hub dataset, such as main of openai/gsm8k, for both splits."""
     split: str = ""
-    """Split of the training rows, where the source has several."""
+    """Split of the training rows, if the source has several."""
     evaluation_split: str = ""
-    """Split of the held-out rows, where their source has several."""
+    """Split of the held-out rows, if their source has several."""
     recorded: str = ""
     """Recorded groups (docs/recorded.md) that each step adds to those of `train`. Empty: none."""
     recorded_share: float = 0.25
@@ -117,11 +118,11 @@ class DataConfig:
     shuffle: bool = True
     """Use a new order of the prompts in every epoch, from run.seed."""
     curriculum: float = 0.0
-    """Share of a step's prompts drawn from those seen before, by how much their rewards differed. 0: off."""
+    """Share of a step's prompts drawn from earlier ones, in proportion to the spread of their rewards. 0: off."""
     buffer: int = 20_000
-    """Rows of a stream (train_rows without a length) that are held at a time; shuffling happens among them."""
+    """Rows of a stream (train_rows without a length) held at a time. Shuffling happens among them."""
     reference_cache: str = ""
-    """Folder of the reference's scores of recorded responses, shared by runs. Empty: the run folder."""
+    """Folder for the reference's scores of recorded responses, which runs can share. Empty: the run folder."""
     reference_cache_size: int = 256
     """Largest size of that file, MiB; beyond it the oldest scores are removed. 0: no limit."""
 
@@ -132,22 +133,22 @@ class RolloutConfig:
 
     source: Literal["auto", "sampled", "recorded", "mixed"] = "auto"
     """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
-    mixed: both in one group; auto: recorded where the data's columns hold them."""
+    mixed: both in one group; auto: recorded if the data's columns hold them."""
     sampler: str = "policy"
     """What draws them. policy: the trained policy; engine: the server of [engine]; teacher: the model of [teacher]; or
-    a class or function of your own that gives a sampler, as file.py:Sampler or package.module:Sampler
+    your own class or function that returns a sampler, as file.py:Sampler or package.module:Sampler
     (docs/samplers.md)."""
     ahead: int = 0
-    """Steps by which responses may be drawn ahead of their use, during updates. Of sampler = policy a copy in another
-    process draws them. 0: none."""
+    """Steps by which responses may be drawn ahead of their use, during updates. With sampler = policy, a copy in
+    another process draws them. 0: none."""
     ahead_device: str = ""
     """Device of that copy, as model.device. Empty: the policy's."""
     own_responses: int = 0
-    """Responses of each prompt that the policy draws itself, beside those of the sampler. 0: none."""
+    """Responses to each prompt that the policy draws itself, in addition to those of the sampler. 0: none."""
     prompts: int = 8
-    """Prompts a step (G)."""
+    """Prompts per step (G)."""
     responses: int = 8
-    """Responses a prompt (k), at least 2 for objectives that compare within groups."""
+    """Responses per prompt (k), at least 2 for objectives that compare within groups."""
     max_tokens: int = 256
     """Longest response, tokens, end token included."""
     temperature: float = 1.0
@@ -159,13 +160,13 @@ class RolloutConfig:
     min_p: float = 0.0
     """Min-p sampling. 0: off. Cuts the support that Cor. 3.2 needs."""
     stop: tuple[str, ...] = ()
-    """Texts that end a response, which keeps the tokens up to the one that completes such a text."""
+    """Texts that end a response. It keeps the tokens up to the one that completes such a text."""
     truncated: Literal["keep", "drop"] = "keep"
     """Responses cut at max_tokens. drop: they leave their group, even if they have a reward."""
     equal: Literal["keep", "skip", "redraw"] = "keep"
     """Groups whose rewards are all equal. skip: not trained on; redraw: skipped, and further prompts drawn instead."""
     redraws: int = 3
-    """Most times a step draws more prompts. Only for equal = redraw."""
+    """Largest number of times that a step draws more prompts. Only for equal = redraw."""
     allow_truncated_support: bool = False
     """Accept top_p, top_k, min_p or temperature 0 in training, which Cor. 3.2 does not cover."""
 
@@ -180,11 +181,11 @@ class ReplayConfig:
     """Past groups, trained on again with new ones (Cor. 3.2)."""
 
     groups: int = 0
-    """Newest groups kept for replay. 0: none."""
+    """Number of newest groups kept for replay. 0: none."""
     share: float = 0.5
     """Share of a step's groups that are replayed, once enough are kept. The others are new."""
     age: int = 0
-    """Oldest replayed group, steps. 0: no limit."""
+    """Largest age of a replayed group, steps. 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,7 @@ class EnvironmentConfig:
     tools: tuple[str, ...] = ()
     """Tools: import paths of Python functions with types and a docstring."""
     max_turns: int = 8
-    """Turns of the policy in an episode. Beyond it the episode is cut."""
+    """Most turns of the policy in an episode. After them the episode is cut."""
     turn_tokens: int = 0
     """Longest turn, tokens. 0: what is left of rollout.max_tokens, which counts all tokens after the prompt."""
     cut_reward: float = 0.0
@@ -204,12 +205,12 @@ class EnvironmentConfig:
     weight: float = 1.0
     """Factor of the environment's reward in the total."""
     history: Literal["segments", "keep", "error"] = "segments"
-    """What to do where the chat template rewrites earlier turns (drops thoughts). segments: the next turn has a prompt
-    of its own, as the template renders it; keep: the policy keeps seeing its turns as it drew them; error: stop."""
+    """What to do if the chat template rewrites earlier turns (drops thoughts). segments: the next turn has its own
+    prompt, as the template renders it; keep: the policy sees its earlier turns as it drew them; error: stop."""
     timeout: float = 30.0
-    """Seconds that reset, a step or a message's tools may take. Beyond it the process is ended."""
+    """Seconds that reset, a step or a message's tools may take. After that the process is ended."""
     workers: int = 2
-    """Processes, over which the episodes are dealt."""
+    """Processes that share the episodes."""
     memory: float = 8.0
     """GiB of address space for each process. 0: no limit."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -229,7 +230,7 @@ class ObjectiveConfig:
     """gvpo, trajectory_balance, rebel, mirror_descent, a_star_po, grpo, dr_grpo, rloo, gspo, maxrl, reject_sampling,
     sft or dpo; or your function, as file.py:function or package.module:function."""
     beta: float = 0.1
-    """KL coefficient, reward units per nat. grpo, dr_grpo, rloo, gspo: of the KL term in the reward."""
+    """KL coefficient, reward units per nat. In grpo, dr_grpo, rloo and gspo: that of the KL term in the reward."""
     reference: Literal["initial", "rollout", "teacher"] = "initial"
     """pi_ref: the initial model (Eq. 5), the policy that sampled the rollout (the authors' code), or the model of
     [teacher] (GVPO++)."""
@@ -238,12 +239,12 @@ class ObjectiveConfig:
     epochs: int = 1
     """Passes over each rollout."""
     minibatches: int = 1
-    """Optimizer steps a pass. Each takes complete groups."""
+    """Optimizer steps per pass. Each takes complete groups."""
     clip: float = 0.2
-    """Clip range of the importance ratio (Eq. 19). Only for grpo, dr_grpo, rloo, maxrl and gspo, whose ratio is a
-    geometric mean over tokens and wants a range near 3e-4."""
+    """Clip range of the importance ratio (Eq. 19). Only for grpo, dr_grpo, rloo, maxrl and gspo. The ratio of
+    gspo is a geometric mean over tokens and needs a range near 3e-4."""
     length_exponent: float = 0.0
-    """GVPO++: a response of n tokens weighs n^-length_exponent in the implicit reward. 0: GVPO. gvpo only."""
+    """GVPO++: a response of n tokens weighs n^-length_exponent in the implicit reward. 0: GVPO. Only for gvpo."""
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,7 @@ class OptimizerConfig:
     max_gradient_norm: float = 1.0
     """Gradients are scaled down to this norm. 0: off."""
     micro_batch_tokens: int = 8192
-    """Tokens in a forward-backward pass, padding included; in jax of each device's rows. Determines peak memory."""
+    """Tokens in a forward-backward pass, padding included; in jax per device. Determines peak memory."""
     micro_batch_responses: int = 0
     """Responses in such a pass. 0: as many as micro_batch_tokens allows."""
     strategy: Literal["group", "score"] = "group"
@@ -283,7 +284,7 @@ class EvaluationConfig:
     prompts: int = 0
     """Number of held-out prompts used. 0: all."""
     responses: int = 1
-    """Responses a prompt."""
+    """Responses per prompt."""
     temperature: float = 0.0
     """Sampling temperature. 0: the most likely token."""
     sampler: Literal["policy", "rollout"] = "policy"
@@ -339,7 +340,7 @@ class Config:
 
     @property
     def scores_responses(self) -> bool:
-        """Whether sampled responses get rewards: of functions, or of an environment."""
+        """Whether sampled responses get rewards, from functions or an environment."""
         return bool(self.rewards or self.environment.path)
 
     @property

@@ -1,4 +1,4 @@
-"""How many groups of a step come from where: drawn, of data.recorded, and past ones of [replay]."""
+"""The numbers of a step's groups by origin: sampled, from data.recorded, and replayed ([replay])."""
 
 from dataclasses import dataclass
 
@@ -7,15 +7,15 @@ from gvpo_core.training.config.settings import Config
 
 @dataclass(frozen=True)
 class Shares:
-    """Groups of a step."""
+    """Numbers of groups of a step."""
 
-    sampled: int  # below 1: settings that `check_config` refuses
+    sampled: int  # below 1 in settings that `check_config` rejects
     recorded: int
     replayed: int
 
 
 def shares(config: Config, size: int | None = None) -> Shares:
-    """The groups of a step of `size`; default rollout.prompts."""
+    """Returns the numbers for a step of `size` groups. Default: rollout.prompts."""
     size = size or config.rollout.prompts
     recorded = round(size * config.data.recorded_share) if config.data.recorded else 0
     replayed = round(size * config.replay.share) if config.replay.groups else 0

@@ -1,4 +1,4 @@
-"""Suggestions for a setting that does not exist: by its name in another section or trainer, or by its spelling."""
+"""Suggests a setting for one that does not exist, by its name in another section or trainer, or by its spelling."""
 
 import dataclasses
 import difflib
@@ -86,7 +86,7 @@ ELSEWHERE = {
     "evaluation.prompts": ("val_batches", "test_batches", "eval_batches"),
     "evaluation.patience": ("early_stopping_patience",),
 }
-"""Setting -> what TRL, verl, transformers and mlx-lm call it."""
+"""Setting -> its names in TRL, verl, transformers and mlx-lm."""
 _SPELLINGS = {
     "run.folder": (
         "output_path output_directory checkpoint_dir ckpt_dir log_dir logging_dir results_dir work_dir exp_dir"
@@ -168,7 +168,7 @@ _SPELLINGS = {
     "environment.max_turns": "max_tool_calls max_tool_calling_iterations max_assistant_turns",
     "teacher.path": "teacher_model teacher_model_name_or_path",
 }
-"""Setting -> other spellings that people bring; not the name of a setting of one certain trainer."""
+"""Setting -> other spellings in use, which are not names from one certain trainer."""
 _OF_A_SECTION = {
     "engine": {
         "engine.model": "path model model_name base_model model_name_or_path model_path served_model_name model_id",
@@ -182,17 +182,17 @@ _OF_A_SECTION = {
         "teacher.deadline": "timeout request_timeout",
     },
 }
-"""Section -> setting -> what is meant by names that mean something else in other sections."""
+"""Section -> setting -> names that mean this setting in this section, and something else in others."""
 _OF_ENGINES = (
     "tensor_parallel_size tensor_parallel tp_size gpu_memory_utilization enforce_eager max_num_seqs dtype "
     "max_model_len max_num_batched_tokens enable_prefix_caching quantization seed kv_cache_dtype"
 )
 """Arguments of vLLM, for engine.options."""
-_WITHOUT = (
+_NO_COUNTERPART = (
     "logging_steps",
     "steps_per_report",
     "ddp_timeout",
-)  # of them, those that spell like a setting here and have none
+)  # names in other trainers that look like a setting here, and have no counterpart
 ABSENT = {
     "context parallel is not supported: a row must fit one device": (
         *("context_parallel_size", "context_parallel", "cp_size", "sequence_parallel_size", "sequence_parallel"),
@@ -246,7 +246,7 @@ ABSENT = {
         "attention_dropout",
     ),
 }
-"""What is not supported, or not a setting -> what other trainers call it."""
+"""Why there is no such setting -> its names in other trainers."""
 
 
 _VALUES = {
@@ -260,11 +260,11 @@ _VALUES = {
     "constant": "constant_with_warmup none",
     "nf4": "4bit int4 bnb bitsandbytes",
 }
-"""A value of a setting -> what others call it."""
+"""Value of a setting -> its other names."""
 
 
 def setting_names(config: Config) -> list[str]:
-    """Dotted names of all settings, those of the rewards that are there too."""
+    """Returns the dotted names of all settings, including those of the configured rewards."""
     names = []
     for section in dataclasses.fields(Config):
         value = getattr(config, section.name)
@@ -278,11 +278,11 @@ def setting_names(config: Config) -> list[str]:
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?", or that it is not supported; nothing where no setting is called or spelt alike."""
+    """Returns "; did you mean ...?", or why there is no such setting; empty if no setting has a similar name."""
     order = {setting: i for i, setting in enumerate(setting_names(Config()))}
-    settings = sorted(known, key=lambda k: (order.get(k.lstrip("-"), len(order)), k))  # of equal ones the first section
+    settings = sorted(known, key=lambda k: (order.get(k.lstrip("-"), len(order)), k))  # ties: first section
     last = _last(name)
-    if last in _WITHOUT:
+    if last in _NO_COUNTERPART:
         return ""
     meant = _of_its_section(name, last, settings)
     if meant:
@@ -293,8 +293,8 @@ def suggest(name: str, known: Iterable[str]) -> str:
     listed = [*ELSEWHERE.items(), *((ours, theirs.split()) for ours, theirs in _SPELLINGS.items())]
     ours = next((ours for ours, theirs in listed if _among(last, theirs)), None)
     close = [k for k in settings if _last(k) == last and last != "model"]  # engine.model is not meant
-    own = f"{_section(name)}.{ours.partition('.')[2]}" if ours else None  # teacher.precision: teacher.dtype
-    for setting in (own, ours):
+    in_same_section = f"{_section(name)}.{ours.partition('.')[2]}" if ours else None  # teacher.precision: teacher.dtype
+    for setting in (in_same_section, ours):
         close = close or [k for k in settings if setting is not None and k.lstrip("-") == setting]
     if not close and "." in name:
         alike = [k for k in settings if difflib.get_close_matches(last, [_last(k)])]
@@ -306,7 +306,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(value: str, choices: Iterable[Any]) -> str:
-    """ "; did you mean ...?" of a value that is not among the choices; empty where none is spelt or called alike."""
+    """Returns "; did you mean ...?" for a value that is not among the choices; empty if none has a similar name."""
     listed, text = [choice for choice in choices if isinstance(choice, str)], value.strip().lower()
     meant = [choice for choice in listed if text == choice.lower() or text in _VALUES.get(choice, "").split()]
     meant = meant or difflib.get_close_matches(text, listed, n=1)
@@ -314,7 +314,7 @@ def nearest(value: str, choices: Iterable[Any]) -> str:
 
 
 def _of_its_section(name: str, last: str, settings: Iterable[str]) -> str | None:
-    """The setting that a name means in its section."""
+    """Returns the setting that a name means in its own section."""
     section = _section(name)
     listed = [(ours, theirs.split()) for ours, theirs in _OF_A_SECTION.get(section, {}).items()]
     listed += [("engine.options", _OF_ENGINES.split())] if section == "engine" or last.startswith("vllm_") else []
@@ -323,12 +323,12 @@ def _of_its_section(name: str, last: str, settings: Iterable[str]) -> str | None
 
 
 def _section(name: str) -> str:
-    """ "rollout" of actor_rollout_ref.rollout.n; empty of a name without a section."""
+    """Returns "rollout" for actor_rollout_ref.rollout.n; empty for a name without a section."""
     return name.lstrip("-").rpartition(".")[0].rpartition(".")[2]
 
 
 def _among(name: str, theirs: Iterable[str]) -> bool:
-    """Whether a name is one of theirs, written with or without underscores."""
+    """Returns whether a name is one of theirs, with or without underscores."""
     return name.replace("_", "") in (their.replace("_", "") for their in theirs)
 
 
