@@ -20,9 +20,9 @@ def namespace(x: Any) -> Any:
         if isinstance(x, torch.masked.MaskedTensor):
             raise TypeError("got a MaskedTensor; expected a tensor without a mask: pass `valid`, or NaN as the reward")
         if x.is_nested:
-            raise TypeError("got a nested tensor; expected a dense one, as torch.nested.to_padded_tensor makes")
+            raise TypeError("got a nested tensor; expected a dense one: use torch.nested.to_padded_tensor")
         if x.layout is not torch.strided:
-            raise TypeError(f"got a tensor of layout {x.layout}; expected a dense one, as x.to_dense()")
+            raise TypeError(f"got a tensor of layout {x.layout}; expected a dense one: use x.to_dense()")
         from array_api_compat import torch as torch_namespace
 
         return torch_namespace

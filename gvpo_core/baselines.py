@@ -160,7 +160,7 @@ def importance_ratio(logprobs: Array, old_logprobs: Array) -> Array:
     Args:
       logprobs: (N,) float, nats; differentiated.
       old_logprobs: (N,) float, nats, of the policy that sampled; a constant.
-    Returns: (N,) float32 or wider; inf where the difference exceeds 88 nats in float32, 709 in float64.
+    Returns: (N,) float32 or wider; inf if the difference exceeds 88 nats in float32, 709 in float64.
     Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it.
     Reference: Zhang et al., GVPO, arXiv 2504.19599, Eq. 19, of whole responses. Departures: none.
     """
@@ -174,7 +174,7 @@ def clipped_ratio_weights(
 ) -> Array:
     """PPO's clipped importance ratio, as the factor of grad log pi.
 
-    w_i = rho_i A_i, and 0 where rho_i > 1 + clip with A_i > 0 or rho_i < 1 - clip with A_i < 0
+    w_i = rho_i A_i, but 0 if A_i > 0 and rho_i > 1 + clip, or if A_i < 0 and rho_i < 1 - clip
 
     This is the gradient of min(rho A, clamp(rho, 1 - clip, 1 + clip) A) in log pi.
 

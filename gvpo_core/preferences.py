@@ -82,7 +82,7 @@ def bradley_terry_loss(chosen_rewards: Array, rejected_rewards: Array, *, valid:
 
     Args:
       chosen_rewards: (M,) float, a reward model's scores; differentiated. A pair with a NaN is dropped.
-      rejected_rewards: (M,) float, as chosen_rewards.
+      rejected_rewards: (M,) float, like chosen_rewards.
       valid: (M,) bool; True = counted. Default: all.
     Returns: (), nats; mean over the counted pairs, 0 without any.
     Raises: TypeError, ValueError: an argument of a wrong type, dtype, shape or device; the message names it.

@@ -133,8 +133,8 @@ class Inputs:
             name = "data.evaluation" if evaluation_rows is None else "evaluation_rows"
             self._attempt("held_out_recorded", lambda: recorded_evaluation(self.config, self.held_out_rows, name))
         if self.stream is not None and (self.recorded is None or self.recorded.shape in WHOLE):
-            what = f"{self.stream.name} is a stream, perhaps endless, and not of whole recorded groups"
-            self.errors.append(DataError(unbounded(what, self.config.data.buffer)))
+            source = f"{self.stream.name} is a stream, perhaps endless, and not of whole recorded groups"
+            self.errors.append(DataError(unbounded(source, self.config.data.buffer)))
         if self.rows and (not self.recorded or self.config.rollout.source == "mixed"):
             self._check_columns(self.rows, "the training data")
         if self.rows and not self.recorded:

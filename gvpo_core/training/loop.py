@@ -1,7 +1,7 @@
 """The training loop, written once for every backend.
 
     for each step: groups of scored responses from a source -> updates along the objective's weights -> a record
-                   evaluate and save where due
+                   evaluate and save when due
 
 It does not depart from the paper: the objective is `gvpo_core.objective`, and a step sums over groups as in Eq. 16. All
 randomness is a function of (seed, step, prompt, response), so a resumed run repeats an uninterrupted one.

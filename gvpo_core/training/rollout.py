@@ -311,7 +311,7 @@ def exact_tokens(response: Response, ids: Tokens | None) -> dict[str, Any]:
 
 
 def _mask(mask: Mask | None) -> dict[str, list[int]]:
-    return {} if mask is None else {"response_mask": [int(mine) for mine in mask]}
+    return {} if mask is None else {"response_mask": [int(flag) for flag in mask]}
 
 
 def odd_ids(policy: Policy, prompt: Prompt, responses: Sequence[Response], texts: Sequence[str]) -> list[Tokens | None]:

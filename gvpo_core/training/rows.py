@@ -103,8 +103,8 @@ def _from_python(source: Any, name: str, split: str = "") -> list[Any]:
 def unbounded(source: str, rows: int) -> str:
     """Returns the error message for a stream with more rows than are held."""
     return (
-        f"{source}: it gave more than {rows:,} rows; give the rows to train on, as list(rows), or"
-        " list(itertools.islice(rows, 50000)) of an endless one"
+        f"{source}: it gave more than {rows:,} rows; pass the rows to train on, such as list(rows), or"
+        " list(itertools.islice(rows, 50000)) for an endless stream"
     )
 
 

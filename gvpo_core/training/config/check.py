@@ -90,8 +90,8 @@ def wrong_values(config: Config) -> list[tuple[str, str]]:
     need(0 <= c.data.curriculum < 1, "data.curriculum", "in [0, 1)")
     need(not (c.data.curriculum and c.rollout.source == "recorded"), "data.curriculum", "0 for recorded responses")
     wrong += _wrong_mixture(c) + _without_effect(c)
-    taken = sorted({*c.model.template} & _TEMPLATE)
-    need(not taken, "model.template", f"arguments of the template's own, not {', '.join(taken)}")
+    reserved = sorted({*c.model.template} & _TEMPLATE)
+    need(not reserved, "model.template", f"arguments of the template's own, not {', '.join(reserved)}")
     need(0 < c.objective.clip < 1, "objective.clip", "in (0, 1)")
     need(all(0 <= b < 1 for b in c.optimizer.betas), "optimizer.betas", "two numbers in [0, 1)")
     wrong += [(name, message) for name, message in _wrong_step(c) if name not in reported]

@@ -258,7 +258,7 @@ def _wrong_teaching(config: Config) -> Iterator[tuple[str, str]]:
         yield (
             "rollout.sampler",
             f"{name} and teacher.url is set: its server scores. Let it draw as rollout.sampler = 'engine', with"
-            " engine.tokens = 'text' where it has another tokenizer",
+            " engine.tokens = 'text' if it has another tokenizer",
         )
     if config.rollout.ahead:
         yield (

@@ -313,8 +313,8 @@ class _Reader:
         for key, value in table.items():
             name = prefix + key
             if key not in hints:
-                known = {prefix + k for k in hints} | set(setting_names(Config()))
-                self.error(name, f"unknown {'field' if prefix else 'section'} {name}{suggest(name, known)}")
+                known_names = {prefix + k for k in hints} | set(setting_names(Config()))
+                self.error(name, f"unknown {'field' if prefix else 'section'} {name}{suggest(name, known_names)}")
                 continue
             before = len(self.errors)
             read = self.value(hints[key], value, name)

@@ -55,9 +55,9 @@ def with_mapping_option(config: Config, words: list[str]) -> Config | None:
     return replace(config, rewards=config.rewards | {name: replace(reward, options=options)})
 
 
-def _spelled(name: str, known: Mapping[str, Any]) -> str:
+def _spelled(name: str, names: Mapping[str, Any]) -> str:
     """Returns the name as the settings spell it: on the command line a dash may replace an underscore."""
-    return next((k for k in known if k.replace("-", "_") == name.replace("-", "_")), name)
+    return next((k for k in names if k.replace("-", "_") == name.replace("-", "_")), name)
 
 
 def _typed(text: str) -> Any:

@@ -142,7 +142,7 @@ class RolloutConfig:
     """Steps by which responses may be drawn ahead of their use, during updates. With sampler = policy, a copy in
     another process draws them. 0: none."""
     ahead_device: str = ""
-    """Device of that copy, as model.device. Empty: the policy's."""
+    """Device of that copy, in the form of model.device. Empty: the policy's."""
     own_responses: int = 0
     """Responses to each prompt that the policy draws itself, in addition to those of the sampler. 0: none."""
     prompts: int = 8

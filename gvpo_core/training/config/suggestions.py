@@ -277,24 +277,24 @@ def setting_names(config: Config) -> list[str]:
     return names
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
+def suggest(name: str, names: Iterable[str]) -> str:
     """Returns "; did you mean ...?", or why there is no such setting; empty if no setting has a similar name."""
     order = {setting: i for i, setting in enumerate(setting_names(Config()))}
-    settings = sorted(known, key=lambda k: (order.get(k.lstrip("-"), len(order)), k))  # ties: first section
+    settings = sorted(names, key=lambda k: (order.get(k.lstrip("-"), len(order)), k))  # ties: first section
     last = _last(name)
     if last in _NO_COUNTERPART:
         return ""
     meant = _of_its_section(name, last, settings)
     if meant:
         return f"; did you mean {meant}?"
-    absent = next((why for why, theirs in ABSENT.items() if _among(last, theirs)), None)
+    absent = next((why for why, other_names in ABSENT.items() if _among(last, other_names)), None)
     if absent:
         return f"; {absent}"
-    listed = [*ELSEWHERE.items(), *((ours, theirs.split()) for ours, theirs in _SPELLINGS.items())]
-    ours = next((ours for ours, theirs in listed if _among(last, theirs)), None)
+    listed = [*ELSEWHERE.items(), *((setting, other_names.split()) for setting, other_names in _SPELLINGS.items())]
+    match = next((setting for setting, other_names in listed if _among(last, other_names)), None)
     close = [k for k in settings if _last(k) == last and last != "model"]  # engine.model is not meant
-    in_same_section = f"{_section(name)}.{ours.partition('.')[2]}" if ours else None  # teacher.precision: teacher.dtype
-    for setting in (in_same_section, ours):
+    in_section = f"{_section(name)}.{match.partition('.')[2]}" if match else None  # teacher.precision: teacher.dtype
+    for setting in (in_section, match):
         close = close or [k for k in settings if setting is not None and k.lstrip("-") == setting]
     if not close and "." in name:
         alike = [k for k in settings if difflib.get_close_matches(last, [_last(k)])]
@@ -316,10 +316,10 @@ def nearest(value: str, choices: Iterable[Any]) -> str:
 def _of_its_section(name: str, last: str, settings: Iterable[str]) -> str | None:
     """Returns the setting that a name means in its own section."""
     section = _section(name)
-    listed = [(ours, theirs.split()) for ours, theirs in _OF_A_SECTION.get(section, {}).items()]
+    listed = [(setting, other_names.split()) for setting, other_names in _OF_A_SECTION.get(section, {}).items()]
     listed += [("engine.options", _OF_ENGINES.split())] if section == "engine" or last.startswith("vllm_") else []
-    ours = next((ours for ours, theirs in listed if _among(last.removeprefix("vllm_"), theirs)), None)
-    return next((k for k in settings if k.lstrip("-") == ours), None)
+    match = next((setting for setting, other_names in listed if _among(last.removeprefix("vllm_"), other_names)), None)
+    return next((k for k in settings if k.lstrip("-") == match), None)
 
 
 def _section(name: str) -> str:
@@ -327,9 +327,9 @@ def _section(name: str) -> str:
     return name.lstrip("-").rpartition(".")[0].rpartition(".")[2]
 
 
-def _among(name: str, theirs: Iterable[str]) -> bool:
-    """Returns whether a name is one of theirs, with or without underscores."""
-    return name.replace("_", "") in (their.replace("_", "") for their in theirs)
+def _among(name: str, other_names: Iterable[str]) -> bool:
+    """Returns whether a name is one of the others, with or without underscores."""
+    return name.replace("_", "") in (other.replace("_", "") for other in other_names)
 
 
 def _last(name: str) -> str:
