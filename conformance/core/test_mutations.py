@@ -75,8 +75,8 @@ MUTANTS = {
     "one Newton step": ("regret.py", "NEWTON_STEPS = 12", "NEWTON_STEPS = 1", VALUES),
     "ratio not clipped": (
         "baselines.py",
-        "left = clipped | (advantages == 0) if",
-        "left = (advantages == 0) if",
+        "zeroed = clipped | (advantages == 0) if",
+        "zeroed = (advantages == 0) if",
         VALUES,
     ),
     "clipped on the wrong side": (
