@@ -1,6 +1,7 @@
 """`gvpo collect`: draws and scores the responses of a run's steps, without an update; `gvpo train` trains on the file.
 
-The file is `OUT.jsonl.partial` until its last step, and grows by whole steps: a kill costs the current step.
+The file is called `OUT.jsonl.partial` until the last step is done. It grows by whole steps, so a kill loses only the
+current step.
 """
 
 import hashlib
@@ -33,35 +34,35 @@ from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit
 
 _log = logging.getLogger("gvpo")
-# Sections that the responses and rewards depend on, and settings of the engine.
-_DRAWN_WITH = ("model", "data", "rollout", "rewards", "environment")
-_OWN = frozenset(
+# Sections, and settings of the engine, that the responses and rewards depend on.
+_IDENTITY_SECTIONS = ("model", "data", "rollout", "rewards", "environment")
+_WRITTEN_COLUMNS = frozenset(
     (
         *("kind", "step", "step_groups", "group", "row", "settings", "prompt", "prompt_ids"),
         *("responses", "rewards", "finished", "reward_parts", "response_ids", "response_mask", "response_segments"),
     )
 )
-"""Columns that the file has of its own."""
-_ENGINE = ("kind", "options", "model", "tokens", "weights", "omit", "fields")
+"""Columns that gvpo collect writes itself."""
+_IDENTITY_ENGINE_KEYS = ("kind", "options", "model", "tokens", "weights", "omit", "fields")
 
 
 class CollectError(RuntimeError):
-    """A file that cannot be collected into."""
+    """The output file cannot be written or has changed."""
 
 
 def for_collecting(config: Config) -> Config:
-    """The settings as a collection needs them: sampled groups alone, no held-out data, no reference of the policy."""
+    """The settings for a collection: only sampled groups, no held-out data, no reference model."""
     data, objective = (
         replace(config.data, evaluation="", recorded=""),
         replace(config.objective, reference="rollout"),
     )
-    rollout = replace(config.rollout, equal="keep", truncated="keep")  # training on the file decides
+    rollout = replace(config.rollout, equal="keep", truncated="keep")  # applied later, when a run trains on the file
     teacher = config.teacher if rollout.sampler == "teacher" else TeacherConfig()
     return replace(config, data=data, objective=objective, rollout=rollout, replay=ReplayConfig(), teacher=teacher)
 
 
 def refuse_name(out: Path) -> None:
-    """Raises ConfigError: the file exists, or its name does not say that it holds JSON lines."""
+    """Raises ConfigError: the file exists, or its name does not end with .jsonl or .json."""
     if out.suffix not in (".jsonl", ".json"):
         raise ConfigError(f"{out}: expected a name that ends with .jsonl")
     if out.exists():
@@ -71,9 +72,9 @@ def refuse_name(out: Path) -> None:
 def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
     """Draws and scores `run.steps` steps of groups into `out`, or continues a started file; returns the exit status.
 
-    Step t has the prompts and the seeds of step t of the run. Every rank calls.
+    Step t uses the prompts and seeds of step t of the run. Every rank must call this function.
 
-    Raises: ConfigError: `out` exists, or was started with other settings. CollectError: it cannot be written.
+    Raises: ConfigError: `out` exists, or was started with other settings. CollectError: `out` cannot be written.
     """
     if inputs.recorded is not None:
         raise ConfigError(
@@ -104,8 +105,8 @@ def collect(inputs: Inputs, policy: Policy, out: Path) -> int:
 def _groups(
     step: int, rollout: Rollout, prompts: Prompts, rows: Sequence[Mapping[str, Any]], settings: str
 ) -> Iterator[dict[str, Any]]:
-    """One record a group, in the form of recorded groups."""
-    ordered = sorted(rollout.completions, key=lambda c: c["group"])  # a sampler's may lie after the policy's own
+    """Yields one record for each group, in the format of recorded groups."""
+    ordered = sorted(rollout.completions, key=lambda c: c["group"])  # a sampler's may follow the policy's own
     members_of = [list(members) for _, members in groupby(ordered, key=lambda c: c["group"])]
     for responses in members_of:
         first = responses[0]
@@ -123,30 +124,30 @@ def _groups(
             values = [response.get(column) for response in responses]
             record |= {column: values} if any(value is not None for value in values) else {}
         row = rows[first["row"]]
-        yield record | {name: row[name] for name in prompts.names if name in row and not _unfit(name, row[name])}
+        yield record | {name: row[name] for name in prompts.names if name in row and not _why_left_out(name, row[name])}
 
 
-def _unfit(name: str, value: Any) -> str:
-    """Why a column of a row is left out of its record; empty where it is not."""
-    if name in _OWN:
+def _why_left_out(name: str, value: Any) -> str:
+    """The reason why a column is left out of a row's record; empty if it is not left out."""
+    if name in _WRITTEN_COLUMNS:
         return "the file has a column of its own of that name"
     try:
-        return "" if _plain(value) else f"JSON would change its {type(value).__name__} ({value!r:.60})"
+        return "" if _survives_json(value) else f"JSON would change its {type(value).__name__} ({value!r:.60})"
     except RecursionError:
         return f"its {type(value).__name__} nests too deep"
 
 
-def _plain(value: Any) -> bool:
-    """Whether a line of JSON gives an equal value back: no tuple, date, NaN, or mapping with other keys than text."""
+def _survives_json(value: Any) -> bool:
+    """Whether JSON preserves the value: no tuple, date or NaN, and no mapping with keys other than strings."""
     if isinstance(value, Mapping):
-        return type(value) is dict and all(type(k) is str and _plain(v) for k, v in value.items())
+        return type(value) is dict and all(type(k) is str and _survives_json(v) for k, v in value.items())
     if type(value) is list:
-        return all(map(_plain, value))
+        return all(map(_survives_json, value))
     return value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value))
 
 
 class _Growing:
-    """The file; the main rank alone calls its methods."""
+    """The output file while it grows. Only the main rank calls its methods."""
 
     def __init__(self, out: Path, inputs: Inputs, policy: Policy) -> None:
         self.out, self._file = out, out.absolute()  # a reward in a thread may change the working directory
@@ -155,16 +156,18 @@ class _Growing:
         self._lock: IO[bytes] | None = None
         self._left_out: set[str] = set()  # columns named in a warning
         table = as_table(inputs.config)
-        drawn = {section: table.get(section) for section in _DRAWN_WITH} | {"seed": inputs.config.run.seed}
+        identity_settings = {section: table.get(section) for section in _IDENTITY_SECTIONS} | {
+            "seed": inputs.config.run.seed
+        }
         engine = table.get("engine", {})
-        drawn |= {"engine": {name: engine.get(name) for name in _ENGINE}}
+        identity_settings |= {"engine": {name: engine.get(name) for name in _IDENTITY_ENGINE_KEYS}}
         if inputs.config.rollout.sampler == "teacher":
-            drawn["teacher"] = table.get("teacher")
-        identity = json.dumps([drawn, inputs.fingerprints(policy)], sort_keys=True, default=str)
+            identity_settings["teacher"] = table.get("teacher")
+        identity = json.dumps([identity_settings, inputs.fingerprints(policy)], sort_keys=True, default=str)
         self.settings = hashlib.sha256(identity.encode()).hexdigest()[:16]
 
     def open(self) -> int:
-        """Takes the file; the steps that it holds whole."""
+        """Locks the file and returns the number of complete steps in it."""
         refuse_name(self._file)
         try:
             make_synced(self._file.parent)
@@ -172,7 +175,7 @@ class _Growing:
             self._lock = self.partial.open("ab")
             self._take_lock(self._lock)
             self._confirm()
-            return self._whole_steps()
+            return self._complete_steps()
         except OSError as e:
             raise CollectError(f"cannot write {self.partial}: {e.strerror or e}") from e
 
@@ -184,9 +187,9 @@ class _Growing:
         except OSError as e:
             raise CollectError(without_locks(self.partial, e)) from e
 
-    def _whole_steps(self) -> int:
+    def _complete_steps(self) -> int:
         counts: dict[int, int] = {}
-        sizes: dict[int, int] = {}  # groups of a step: fewer than its prompts where a sampler lost one
+        sizes: dict[int, int] = {}  # groups of a step: fewer than its prompts if a sampler lost one
         for record in records(self.partial):
             if record.get("settings") != self.settings:
                 raise ConfigError(
@@ -204,7 +207,7 @@ class _Growing:
         return complete
 
     def append(self, step: int, rollout: Rollout, prompts: Prompts) -> None:
-        """Appends a step, synced."""
+        """Appends a step and syncs the file to disk."""
         groups = _groups(step, rollout, prompts, self._rows, self.settings)
         self._name_left_out(rollout, prompts)
         self._confirm()
@@ -216,27 +219,27 @@ class _Growing:
         show_progress(f"step {step} of {self._steps}: {len(rollout.rewards)} responses, mean reward {mean}")
 
     def _confirm(self) -> None:
-        """Raises CollectError: the file is no longer the one that was opened; what is written would be another."""
+        """Raises CollectError: the path now leads to another file than the one that was opened."""
         try:
-            there = self._lock is None or is_at(self._lock, self.partial)
+            unchanged = self._lock is None or is_at(self._lock, self.partial)
         except OSError as e:
             raise CollectError(f"cannot read {self.partial}: {e.strerror or e}; its complete steps are kept") from e
-        if not there:
+        if not unchanged:
             raise CollectError(
                 f"{self.partial} was moved, removed or replaced meanwhile: nothing more was written. Move it back and"
                 " run the same command, which continues"
             )
 
     def _name_left_out(self, rollout: Rollout, prompts: Prompts) -> None:
-        """One warning for each column that the file cannot hold."""
+        """Logs one warning for each column that the file cannot hold."""
         for row in sorted({completion["row"] for completion in rollout.completions}):
             for name in sorted({*prompts.names} & self._rows[row].keys() - self._left_out):
-                if why := _unfit(name, self._rows[row][name]):
+                if why := _why_left_out(name, self._rows[row][name]):
                     self._left_out.add(name)
                     _log.warning("column %r of row %d is left out of %s: %s", name, row, self.out, why)
 
     def end(self, step: int) -> None:
-        """Gives the file its name, once it is whole."""
+        """Renames the file to its final name if all steps are done."""
         if step < self._steps:
             show_progress(f"stopped after step {step} of {self._steps}; the same command continues")
             return

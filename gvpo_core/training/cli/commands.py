@@ -62,7 +62,7 @@ _QUIT = {
     "collect": "quit; the complete steps are kept, and the same command continues",
     "train-reward": "quit; no reward model was written",
 }
-"""What Ctrl-C leaves, by command."""
+"""Message after Ctrl-C, by command."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,8 +84,8 @@ def _run(arguments: list[str]) -> int:
     }
     command = arguments[0] if arguments else "--help"
     if command not in (*commands, *_HELP, "--version"):
-        meant = nearest(command, commands)
-        print(f"gvpo: there is no command {command!r}{meant}\n\n{_USAGE}", end="", file=sys.stderr)
+        suggestion = nearest(command, commands)
+        print(f"gvpo: there is no command {command!r}{suggestion}\n\n{_USAGE}", end="", file=sys.stderr)
         return 2
     secrets = set(secrets_of())
     try:
@@ -111,7 +111,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _refuse_lost_directory() -> None:
-    """Raises ConfigError: the working directory was removed, and relative paths have no meaning."""
+    """Raises ConfigError: the working directory was removed, so relative paths have no meaning."""
     try:
         os.getcwd()
     except OSError as e:
@@ -128,7 +128,7 @@ def _failed(error: Exception, secrets: set[str]) -> int:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether the error is ours: its message suffices. Others keep their traceback."""
+    """Whether the error is one of gvpo's own, whose message is enough. Other errors are shown with a traceback."""
     return type(error).__module__.startswith("gvpo_") or isinstance(error, FloatingPointError)
 
 
@@ -154,12 +154,12 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
     with ExitStack() as stack:
         opened: list[Inputs] = []
 
-        def wrong(config: Config) -> list[str]:
+        def open_and_check(config: Config) -> list[str]:
             inputs, messages = _opened(in_its_folder(arguments, config))
             opened.append(stack.enter_context(inputs))
             return messages
 
-        _, settings = parse_arguments(arguments, wrong)
+        _, settings = parse_arguments(arguments, open_and_check)
         config = opened[0].config
         folder = RunFolder(Path(config.run.folder))
         folder.refuse_changes(config)  # before the slow load of the model
@@ -167,9 +167,9 @@ def _train(arguments: list[str], secrets: set[str]) -> int:
             refuse_unsaved(folder.checkpoints, from_step)
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
-        log, was = logging.getLogger("gvpo"), settings.run.folder
-        if config.run.folder != was:
-            log.warning("%s holds the run that was started in %s; it continues here", config.run.folder, was)
+        log, old_folder = logging.getLogger("gvpo"), settings.run.folder
+        if config.run.folder != old_folder:
+            log.warning("%s holds the run that was started in %s; it continues here", config.run.folder, old_folder)
         log.info("loading %s", hide(config.model.path))
         policy = load_policy(config)
         if dry:
@@ -192,12 +192,12 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
     with ExitStack() as stack:
         opened: list[Inputs] = []
 
-        def wrong(config: Config) -> list[str]:
+        def open_and_check(config: Config) -> list[str]:
             inputs, messages = _opened(for_collecting(config))
             opened.append(stack.enter_context(inputs))
             return messages
 
-        _, config = parse_arguments([arguments[0], *arguments[2:]], wrong)
+        _, config = parse_arguments([arguments[0], *arguments[2:]], open_and_check)
         secrets |= secrets_of(as_table(config))
         _log_to_stderr(secrets)
         logging.getLogger("gvpo").info("loading %s", hide(config.model.path))
@@ -205,22 +205,25 @@ def _collect(arguments: list[str], secrets: set[str]) -> int:
 
 
 def _step_number(text: str | None) -> int | None:
-    """The number after `--from-step`. Raises: ConfigError: not a number."""
+    """The number after `--from-step`; None without the option. Raises: ConfigError: not a number."""
     if text is not None and not (text.isascii() and text.isdigit()):
         raise ConfigError(f"--from-step {text}: expected the step of a saved checkpoint, or 0 for the beginning")
     return None if text is None else int(text)
 
 
 def _opened(config: Config) -> "tuple[Inputs, list[str]]":
-    """The files and functions that settings name, opened before the model loads, and the mistakes in them."""
+    """Opens the files and functions that the settings name. Also returns a list of what is wrong with them.
+
+    This runs before the slow load of the model.
+    """
     from gvpo_core.training.config.check import wrong_values
     from gvpo_core.training.config.engine import needs_sampler
     from gvpo_core.training.inputs import Inputs
     from gvpo_core.training.policy.load import missing_of_backend
     from gvpo_core.training.watch.trackers import check_trackers
 
-    named = {name.partition(".")[0] for name, _ in wrong_values(config)}
-    inputs = Inputs(config).open(training=bool(config.data.train), scoring="rewards" not in named)
+    wrong_sections = {name.partition(".")[0] for name, _ in wrong_values(config)}
+    inputs = Inputs(config).open(training=bool(config.data.train), scoring="rewards" not in wrong_sections)
     wrong = [str(e) for e in inputs.errors]
     wrong += missing_of_backend(config)
     wrong += needs_sampler(config) if config.rollout.sampler == "policy" else []
@@ -267,10 +270,10 @@ def _doctor(arguments: list[str], secrets: set[str]) -> int:
 
 
 class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
-    """Writes to the current standard error, which a live progress bar replaces, in lines that fit a terminal."""
+    """Writes lines that fit the terminal to the current sys.stderr, which a live progress bar replaces."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Handler. Tracebacks stay as they are, and in a file each record is one line, to be searched."""
+        """See logging.Handler. Does not wrap tracebacks, or records that go to a file: one line each is searchable."""
         text = super().format(record)
         if record.exc_info or record.stack_info or not sys.stderr.isatty():
             return text
@@ -284,7 +287,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
 
 
 def _log_to_stderr(secrets: set[str]) -> None:
-    """Logs warnings of gvpo and of rewards, from the main process only."""
+    """Logs warnings of all libraries to standard error; from gvpo, all messages of rank 0 and errors of the others."""
     handler = _Stderr()
     handler.setFormatter(Hiding("%(levelname)s %(name)s: %(message)s", secrets))
     logging.basicConfig(level=logging.WARNING, handlers=[handler])

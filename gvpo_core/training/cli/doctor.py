@@ -1,7 +1,7 @@
-"""gvpo doctor: what is installed, which devices are seen, what is wrong and how to fix it. Offline.
+"""gvpo doctor: lists what is installed, which devices exist, what is wrong and how to fix it. Works offline.
 
 Versions are read from package metadata, without an import. The array frameworks are imported in separate processes
-under a time limit, since a broken one may hang, crash or end the interpreter.
+with a time limit, because a broken one may hang, crash or exit the interpreter.
 """
 
 import os
@@ -20,7 +20,7 @@ from gvpo_core import __version__
 from gvpo_core.training.config.backends import install_line, installable
 from gvpo_core.training.terminal.output import say
 
-LIMIT = 15.0  # seconds for all imports together, from a cold disk too
+LIMIT = 15.0  # seconds for all imports together, also from a cold disk
 
 REQUIRED: dict[str, dict[str, str]] = {
     "core": {"numpy": ">=2.0", "array-api-compat": ">=1.12"},
@@ -28,7 +28,7 @@ REQUIRED: dict[str, dict[str, str]] = {
     **{backend.name: dict(backend.versions) for backend in installable()},
     "rewards": {"math-verify": ">=0.9,<1"},
 }
-"""Extra -> distribution -> versions, as in pyproject.toml (a test compares)."""
+"""Extra -> distribution -> versions. Must equal pyproject.toml; a test compares them."""
 _OPTIONAL = ("wandb", "trackio", "tensorboard")
 
 _PROBES = {
@@ -60,11 +60,11 @@ class Finding(NamedTuple):
 
 
 def doctor(json: bool = False) -> int:
-    """Prints what is installed, which devices are seen, and how to fix what is wrong.
+    """Prints what is installed, which devices exist, and how to fix what is wrong.
 
     Args:
-      json: one JSON object instead of lines: {"status": the worst, "findings": [{status, name, detail, fix}]}.
-    Returns: 0, or 1 when something is wrong; a warning is not.
+      json: print one JSON object instead of lines: {"status": the worst, "findings": [{status, name, detail, fix}]}.
+    Returns: 1 if any finding is "wrong", else 0. Warnings do not count.
     """
     findings = examine()
     worst = next((s for s in ("wrong", "warning") if any(f.status == s for f in findings)), "ok")
@@ -81,7 +81,7 @@ def doctor(json: bool = False) -> int:
 
 
 def examine() -> list[Finding]:
-    """All findings, in the order in which they are printed. Raises nothing for what is broken."""
+    """All findings, in the order in which they are printed. Broken packages are findings, not exceptions."""
     deadline = time.monotonic() + LIMIT
     installed = {name: _version(name) for name in _PROBES}
     probes = {name: _start(code) for name, code in _PROBES.items() if installed[name]}
@@ -109,7 +109,7 @@ def examine() -> list[Finding]:
 
 
 def satisfies(version: str, wanted: str) -> bool:
-    """Whether a version is in a range like ">=2.13,<3". Compares the leading numbers, as 2.13.0 of 2.13.0+cpu."""
+    """Whether a version is in a range like ">=2.13,<3". Compares only the leading numbers: 2.13.0 of 2.13.0+cpu."""
     have = _numbers(version)
     for clause in wanted.split(","):
         operator, bound = re.fullmatch(r"(>=|<)([\d.]+)", clause).groups()  # type: ignore[union-attr]
@@ -142,9 +142,9 @@ def _package(name: str, wanted: str, extra: str, *, needed: bool) -> list[Findin
     version = _version(name)
     fix = f'pip install "{name}{wanted}"'
     if version is None:
-        what = f"not installed; {f'the extra {extra}' if extra else 'gvpo'} needs {wanted}"
+        detail = f"not installed; {f'the extra {extra}' if extra else 'gvpo'} needs {wanted}"
         missing: Literal["ok", "warning", "wrong"] = "ok" if not needed else "warning" if extra else "wrong"
-        return [Finding(missing, name, what, fix if needed else "")]
+        return [Finding(missing, name, detail, fix if needed else "")]
     if not satisfies(version, wanted):
         return [Finding("wrong" if needed else "warning", name, f"{version}; gvpo needs {wanted}", fix)]
     return [Finding("ok", name, version)]
@@ -182,7 +182,7 @@ def _version(distribution: str) -> str | None:
 
 
 def _start(code: str) -> "subprocess.Popen[str]":
-    # -P: a file called torch.py in this folder is not the framework. No preallocation: we only look.
+    # -P: do not import a file called torch.py in this folder. No preallocation: JAX would reserve GPU memory.
     environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return _open([sys.executable, "-P", "-W", "ignore", "-c", code], environment)
 
@@ -203,7 +203,7 @@ def _open(command: list[str], environment: dict[str, str]) -> "subprocess.Popen[
 
 
 def _finish(process: "subprocess.Popen[str]", deadline: float) -> tuple[int | None, str, str]:
-    """(exit status, stdout, stderr); status None when the deadline passed, with the process and its children killed."""
+    """Returns (exit status, stdout, stderr). At the deadline, kills the process and its children: status None."""
     try:
         out, errors = process.communicate(timeout=max(0.05, deadline - time.monotonic()))
         return process.returncode, out, errors

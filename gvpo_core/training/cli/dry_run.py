@@ -1,4 +1,4 @@
-"""`gvpo train --dry-run`: everything that a run does before its first update, for two prompts, writing nothing."""
+"""`gvpo train --dry-run`: does all that a run does before its first update, for two prompts, and writes no file."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ def preview(
     rewards: Mapping[str, RewardFunction] | None = None,
     console: Console | None = None,
 ) -> Rollout:
-    """Takes the first two groups of the run as its first step would, and prints what to expect of it.
+    """Samples and scores the first two groups of the run's first step, and prints what to expect of the run.
 
     No parameter changes, and no file is written.
 
@@ -35,8 +35,8 @@ def preview(
       train_rows: rows to train on, instead of data.train.
       evaluation_rows: held-out rows, instead of data.evaluation.
       rewards: functions by name, added to the configured ones or used instead of their import paths.
-      console: where the facts are shown. Default: standard output.
-    Returns: the two prompts' responses with their rewards.
+      console: shows the facts. Default: standard output.
+    Returns: the responses to the two prompts with their rewards.
     Raises: ConfigError, DataError, RewardError: settings, rows or rewards that cannot be used.
     """
     with open_inputs(config, train_rows=train_rows, evaluation_rows=evaluation_rows, rewards=rewards) as inputs:
@@ -46,10 +46,10 @@ def preview(
 def preview_inputs(
     inputs: Inputs, policy: Policy, *, console: Console | None = None, command: str = "gvpo train CONFIG"
 ) -> Rollout:
-    """`preview` on inputs that are open.
+    """Does the same as `preview`, with inputs that are already open.
 
     Args:
-      command: that starts the run, for the last line.
+      command: the command that starts the run, for the last line.
     """
     config = inputs.config
     with opened_sampler(config, policy) as sampler:
@@ -76,10 +76,10 @@ def _preview(inputs: Inputs, policy: Policy, sampler: Sampler | None, console: C
 
 
 def _expected(config: Config, prompts: int, rollout: Rollout, score_seconds: float) -> dict[str, str]:
-    """What the whole run will take, from the two prompts.
+    """Estimates the time of the whole run from the two prompts.
 
     Args:
-      score_seconds: of one forward pass over them. An update takes about three, the reference one.
+      score_seconds: time of one forward pass over them. An update takes about three such passes, the reference one.
     """
     steps, a_step = config.run.steps, config.rollout.prompts
     share = a_step / rollout.num_groups

@@ -1,4 +1,4 @@
-"""gvpo init: a config, a reward and rows that run at once."""
+"""gvpo init: writes a config, a reward and rows for a first run."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from gvpo_core.training.policy.load import backend_of
 from gvpo_core.training.terminal.output import say
 
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""Small enough for a CPU, right about some of the sums from the start, and never about all."""
+"""A model that is small enough for a CPU, and that solves some of the sums at the start but never all."""
 TRAIN = ((23, 19), (8, 27), (14, 12), (29, 6), (17, 25), (3, 18), (21, 30), (11, 16), (26, 9), (5, 22))
 HELD_OUT = ((12, 24), (28, 7), (15, 13), (19, 20), (4, 29), (16, 10), (27, 18), (9, 14), (22, 21), (6, 25))
 
@@ -85,18 +85,18 @@ def init(arguments: list[str]) -> int:
         say(f"wrote {path}")
     if _backend() == "auto":
         say(f"\nNo backend is installed yet. Install one of them:\n  {install_line()}")
-    there = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}\n  "
-    say(f"\nNext:\n  {there}gvpo train config.toml")
+    change_folder = "" if folder.resolve() == Path.cwd() else f"cd {shlex.quote(str(folder))}\n  "
+    say(f"\nNext:\n  {change_folder}gvpo train config.toml")
     return 0
 
 
 def write_files(folder: Path, model: str) -> list[Path]:
-    """Writes what a first run needs; returns the files.
+    """Writes the files of a first run and returns their paths.
 
     Args:
       model: folder or hub name of the model. The prompts are chat messages unless it is a folder without a chat
         template.
-    Raises: ConfigError: a file is there already, the folder cannot be written, or the model is no folder of one.
+    Raises: ConfigError: a file already exists, the folder cannot be written, or `model` does not name a model.
     """
     name = _model(model)
     chat = not Path(name).is_dir() or _has_chat_template(Path(name))
@@ -107,9 +107,9 @@ def write_files(folder: Path, model: str) -> list[Path]:
         "held_out.jsonl": _rows(HELD_OUT, chat),
     }
     paths = [folder / name for name in files]
-    there = [str(path) for path in paths if os.path.lexists(path)]
-    if there:
-        raise ConfigError(f"{', '.join(there)}: already exists, and gvpo init replaces no file; give another folder")
+    existing = [str(path) for path in paths if os.path.lexists(path)]
+    if existing:
+        raise ConfigError(f"{', '.join(existing)}: already exists, and gvpo init replaces no file; give another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in zip(paths, files.values(), strict=True):
@@ -121,9 +121,9 @@ def write_files(folder: Path, model: str) -> list[Path]:
 
 
 def _model(name: str) -> str:
-    """The model as the config names it: a folder by its absolute path, since the config may be in another one.
+    """The value of model.path in the config. A folder becomes an absolute path: the config may be elsewhere.
 
-    Raises: ConfigError: a path of no folder, a folder without config.json, or a name that UTF-8 cannot encode.
+    Raises: ConfigError: the folder does not exist or has no config.json, or the name is not a valid hub name.
     """
     folder = Path(name).expanduser()
     if not name.isprintable() or not name:
@@ -152,7 +152,7 @@ def _has_chat_template(folder: Path) -> bool:
 
 
 def _backend() -> str:
-    """The backend that is installed, which "auto" takes; "auto" where none is."""
+    """The installed backend that "auto" would choose; "auto" if none is installed."""
     try:
         return backend_of(Config())
     except ConfigError:

@@ -1,4 +1,4 @@
-"""The options of a command."""
+"""The argument parser of the commands."""
 
 import argparse
 from typing import NoReturn
@@ -7,7 +7,7 @@ from gvpo_core.training.terminal.text import printable
 
 
 class Parser(argparse.ArgumentParser):
-    """Parses a command's arguments. Its errors quote them, and hold nothing that commands a terminal."""
+    """Parses a command's arguments. Error messages quote the arguments with control characters escaped."""
 
     def error(self, message: str) -> NoReturn:
         """See argparse.ArgumentParser."""

@@ -1,4 +1,4 @@
-"""`gvpo report`: the page of a run, or of several side by side."""
+"""`gvpo report`: writes the page of one run, or one page that compares several."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""`gvpo eval` and `gvpo export`: what is done with the policy of a run folder."""
+"""`gvpo eval` and `gvpo export`: evaluate and export the policy of a run folder."""
 
 import json
 import logging
@@ -52,9 +52,9 @@ def evaluate_run(arguments: list[str]) -> int:
     for name in names:  # before the slow load of the model
         refuse_unknown(options.run, name)
     run = options.run.absolute()  # a reward in a thread may change the working directory
-    loaded = replace(config, model=replace(config.model, path=anchored(config.model.path)))
+    policy_config = replace(config, model=replace(config.model, path=anchored(config.model.path)))
     with open_inputs(config, training=False) as inputs:
-        evaluations = {name: _evaluated(inputs, loaded, run, name) for name in dict.fromkeys(names)}
+        evaluations = {name: _evaluated(inputs, policy_config, run, name) for name in dict.fromkeys(names)}
     if evaluations[options.checkpoint][2] != 0:
         return 0
     metrics = {name: values for name, (values, _, _) in evaluations.items()}
@@ -75,9 +75,11 @@ def evaluate_run(arguments: list[str]) -> int:
     return 0
 
 
-def _evaluated(inputs: Inputs, loaded: Config, run: Path, checkpoint: str) -> tuple[dict[str, float], np.ndarray, int]:
-    """The metrics of a checkpoint, the (P,) mean reward of each prompt (NaN: unscored), the rank of this process."""
-    policy = _restored(loaded, run, checkpoint)
+def _evaluated(
+    inputs: Inputs, policy_config: Config, run: Path, checkpoint: str
+) -> tuple[dict[str, float], np.ndarray, int]:
+    """Returns a checkpoint's metrics, the (P,) mean reward of each prompt (NaN: no score), and this process's rank."""
+    policy = _restored(policy_config, run, checkpoint)
     held_out = inputs.held_out(policy)
     if held_out is None:
         raise ConfigError("the run has no data.evaluation: name a file of held-out prompts with --data")
@@ -93,16 +95,16 @@ def _evaluated(inputs: Inputs, loaded: Config, run: Path, checkpoint: str) -> tu
 
 
 def _sentence(metrics: Mapping[str, float]) -> str:
-    loss = [
+    loss_parts = [
         f"{key.removeprefix('eval/')} {_with_interval(metrics[key], metrics.get(f'{key}_half_width'))}"
         for key in LOSSES
         if key in metrics
     ]
     if "eval/teacher_kl" in metrics and "eval/reward" not in metrics:
-        loss[-1] += f" on {metrics['eval/prompts']:,} prompts"
-    loss += [f"on {metrics['eval/groups']:,} recorded groups"] if "eval/groups" in metrics else []
+        loss_parts[-1] += f" on {metrics['eval/prompts']:,} prompts"
+    loss_parts += [f"on {metrics['eval/groups']:,} recorded groups"] if "eval/groups" in metrics else []
     if "eval/reward" not in metrics:
-        return ", ".join(loss)
+        return ", ".join(loss_parts)
     parts = [f"reward {_with_interval(metrics['eval/reward'], metrics.get('eval/half_width'))}"]
     parts[0] += f" on {metrics['eval/prompts']:,} prompts"
     names = [key for key in metrics if key.startswith("eval/reward/")]
@@ -115,7 +117,7 @@ def _sentence(metrics: Mapping[str, float]) -> str:
     if "eval/episodes/turns" in metrics:
         cut = {f" at the {name[:-1]} limit": f"eval/episodes/{name}" for name in ("turns", "tokens")}
     parts += [f"{percent(metrics[key], ' %')} cut{where}" for where, key in cut.items()]
-    return ", ".join(parts + loss)
+    return ", ".join(parts + loss_parts)
 
 
 def _with_interval(value: float, half: float | None) -> str:
@@ -163,10 +165,10 @@ def export_run(arguments: list[str]) -> int:
     refuse_unknown(options.run, options.checkpoint)
     try:
         make_synced(folder)
-        holds = any(folder.iterdir())
+        occupied = any(folder.iterdir())
     except OSError as e:
         raise ConfigError(f"cannot export to {folder}: {e.strerror or e}; give a new folder") from e
-    if holds:
+    if occupied:
         raise ConfigError(f"{folder} is not empty; give a new folder")
     policy = _restored(config, options.run, options.checkpoint)
     with ended_by_exit():
@@ -177,7 +179,7 @@ def export_run(arguments: list[str]) -> int:
                 policy.export(folder, own_head=True)
             else:
                 policy.export(folder)
-        except BaseException as e:  # what is not whole, or does not read back, is not left to be taken for the policy
+        except BaseException as e:  # remove an incomplete or corrupt export: it could be mistaken for the policy
             if policy.rank == 0:
                 for path in folder.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -196,7 +198,7 @@ def _exported_config(run: Path, checkpoint: str) -> Config:
 
 
 def _is_settings_file(path: Path) -> bool:
-    """Whether it is a settings file, but not that of a run folder, which has a trained policy."""
+    """Whether the path is a settings file outside a run folder. A run folder's config.toml has a trained policy."""
     return path.suffix == ".toml" and path.is_file() and not (path.parent / "checkpoints").is_dir()
 
 
@@ -207,18 +209,18 @@ def _run_config(run: Path) -> Config:
         if run.is_file():
             raise ConfigError(f"{run} is a file; expected a run folder, such as {run.parent}")
         raise ConfigError(f"{run} is not a run folder: it has no config.toml")
-    return _in_its_dtypes(read_config(run / "config.toml"), run)
+    return _with_trained_dtypes(read_config(run / "config.toml"), run)
 
 
-def _in_its_dtypes(config: Config, run: Path) -> Config:
-    """The settings with the dtypes in which the run was trained, where this device would choose others."""
+def _with_trained_dtypes(config: Config, run: Path) -> Config:
+    """The settings with each dtype "auto" replaced by the dtype in which the run was trained."""
     try:
         refuse_special(run / "environment.json")
-        known = dtypes(json.loads(retried((run / "environment.json").read_bytes)))
+        trained_dtypes = dtypes(json.loads(retried((run / "environment.json").read_bytes)))
     except (OSError, ValueError, RecursionError, AttributeError) as e:
         logging.getLogger("gvpo").warning("%s: the dtype of the run is not known: %s", run / "environment.json", e)
         return config
-    for name, dtype in known.items():
+    for name, dtype in trained_dtypes.items():
         section = getattr(config, name)
         if section.dtype == "auto" and dtype in ("float32", "bfloat16"):
             config = replace(config, **{name: replace(section, dtype=dtype)})
@@ -226,7 +228,7 @@ def _in_its_dtypes(config: Config, run: Path) -> Config:
 
 
 def _restored(config: Config, run: Path, checkpoint: str) -> Policy:
-    """The run's policy at a checkpoint. A run in progress does not remove the checkpoint meanwhile."""
+    """Loads the run's policy at a checkpoint, which a run in progress does not remove meanwhile."""
     from gvpo_core.training.policy.load import load_policy
 
     with chosen(run, checkpoint) as saved:

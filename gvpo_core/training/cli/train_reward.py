@@ -1,4 +1,4 @@
-"""`gvpo train-reward`: a reward model from preferences, by the Bradley-Terry loss (Eq. 4 of the paper)."""
+"""`gvpo train-reward`: trains a reward model on preferences with the Bradley-Terry loss (Eq. 4 of the paper)."""
 
 import argparse
 import math
@@ -26,7 +26,7 @@ from gvpo_core.training.run.signals import ended_by_exit
 from gvpo_core.training.terminal.output import say, show_progress
 from gvpo_core.training.terminal.text import fit, percent
 
-_SHOWN = 20  # lines of progress, about
+_PROGRESS_LINES = 20  # approximate number of progress lines
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Preference:
     prompt: Any
     chosen: str
     rejected: str
-    difference: float  # of their rewards
-    row: int  # of the data
+    difference: float  # reward of chosen minus reward of rejected
+    row: int  # row of the data
 
 
 def train_reward(arguments: list[str]) -> int:
@@ -51,9 +51,11 @@ def train_reward(arguments: list[str]) -> int:
     preferences = read_preferences(options.data, "the data", options.prompt, options.split, options.subset)
     if options.held_out:
         held_out_split = options.held_out_split
-        kept = read_preferences(options.held_out, "the held-out data", options.prompt, held_out_split, options.subset)
+        held_out_preferences = read_preferences(
+            options.held_out, "the held-out data", options.prompt, held_out_split, options.subset
+        )
     else:
-        preferences, kept = split(preferences, options.held_out_share, options.seed)
+        preferences, held_out_preferences = split(preferences, options.held_out_share, options.seed)
 
     from gvpo_torch.reward_model import Pair, RewardModel, train
 
@@ -64,31 +66,31 @@ def train_reward(arguments: list[str]) -> int:
     model = RewardModel(config, seed=options.seed)
     longest = min(options.max_tokens or math.inf, model.context or math.inf)
 
-    def encoded(of: Sequence[Preference]) -> list[Pair]:
-        made = [
+    def encoded(rows: Sequence[Preference]) -> list[Pair]:
+        all_pairs = [
             Pair(model.ids(p.prompt, p.chosen), model.ids(p.prompt, p.rejected), options.margin * p.difference)
-            for p in of
+            for p in rows
         ]
-        return [pair for pair in made if pair.width <= longest and pair.chosen != pair.rejected]
+        return [pair for pair in all_pairs if pair.width <= longest and pair.chosen != pair.rejected]
 
-    pairs, held_out = encoded(preferences), encoded(kept)
+    pairs, held_out = encoded(preferences), encoded(held_out_preferences)
     if not pairs:
         raise DataError(f"no pair has at most {longest:,} tokens; raise --max-tokens, or use shorter responses")
-    model.check(_lengths(pairs))
+    model.check(_sample_rows(pairs))
     steps = options.epochs * math.ceil(len(pairs) / options.batch)
     optimizer = replace(optimizer, warmup=math.ceil(options.warmup * steps))
     show_progress(
         f"model            {options.model}, {type(model.model).__name__}, {model.device}, products in {options.dtype}"
     )
-    left_out = len(preferences) + len(kept) - len(pairs) - len(held_out)
+    left_out = len(preferences) + len(held_out_preferences) - len(pairs) - len(held_out)
     show_progress(
         f"pairs            {len(pairs):,} training, {len(held_out):,} held-out, {left_out:,} too long or equal"
     )
     show_progress(
         f"steps            {steps:,} of {options.batch} pairs, learning rate {options.learning_rate:g}, linear\n"
     )
-    _tell(model, held_out, options.micro_batch_tokens, "before")
-    start, every = time.monotonic(), max(1, steps // _SHOWN)
+    _show_accuracy(model, held_out, options.micro_batch_tokens, "before")
+    start, every = time.monotonic(), max(1, steps // _PROGRESS_LINES)
     for done, loss, norm in train(
         model, pairs, optimizer, batch=options.batch, epochs=options.epochs, seed=options.seed
     ):
@@ -97,7 +99,7 @@ def train_reward(arguments: list[str]) -> int:
             show_progress(
                 f"step {done:>6}   loss {fit(loss, 6)}   gradient norm {fit(norm, 6)}   {left / 60:.0f} min left"
             )
-    _tell(model, held_out, options.micro_batch_tokens, "after")
+    _show_accuracy(model, held_out, options.micro_batch_tokens, "after")
     with ended_by_exit():
         try:
             model.save(options.out)
@@ -160,10 +162,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises: ConfigError: all that is wrong with the options, a line each."""
+    """Raises: ConfigError: an option is wrong; the message has one line for each."""
     wrong = [
-        f"--{name.replace('_', '-')} {getattr(options, name)}: expected {wanted}"
-        for name, good, wanted in (
+        f"--{name.replace('_', '-')} {getattr(options, name)}: expected {expected}"
+        for name, good, expected in (
             ("held_out_share", 0 <= options.held_out_share < 1, "0 to below 1"),
             ("margin", options.margin >= 0, "at least 0"),
             ("epochs", options.epochs >= 1, "at least 1"),
@@ -184,7 +186,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _refuse_unwritable(folder: Path) -> None:
-    """Raises ConfigError: the folder cannot be made there; hours of training would be lost."""
+    """Raises ConfigError: the folder cannot be created. Checked first, since training may take hours."""
     try:
         make_synced(folder.parent)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-"):
@@ -194,9 +196,9 @@ def _refuse_unwritable(folder: Path) -> None:
 
 
 def read_preferences(source: str, name: str, prompt: str, split: str = "", subset: str = "") -> list[Preference]:
-    """Each two responses to a prompt whose rewards differ, the higher one first.
+    """Returns every pair of responses to the same prompt with different rewards; the higher reward is `chosen`.
 
-    Raises: DataError: rows that hold no preferences.
+    Raises: DataError: the rows hold no preferences.
     """
     rows = load_rows(source, name, split=split, subset=subset)
     shape = shape_of(column_names(rows))
@@ -220,27 +222,27 @@ def read_preferences(source: str, name: str, prompt: str, split: str = "", subse
 
 
 def split(preferences: Sequence[Preference], share: float, seed: int) -> tuple[list[Preference], list[Preference]]:
-    """The pairs to train on, and those held out: all pairs of a share of the prompts.
+    """Returns the training pairs and the held-out pairs, which are all pairs of a random share of the prompts.
 
-    Raises: DataError: nothing would be left to train on.
+    Raises: DataError: no pair is left to train on.
     """
     prompts = sorted({repr(p.prompt) for p in preferences})
     order = np.random.default_rng((seed, 1)).permutation(len(prompts))
-    apart = {prompts[i] for i in order[: round(share * len(prompts))]}
-    kept = [p for p in preferences if repr(p.prompt) in apart]
-    rest = [p for p in preferences if repr(p.prompt) not in apart]
-    if not rest:
+    held_out_prompts = {prompts[i] for i in order[: round(share * len(prompts))]}
+    held_out = [p for p in preferences if repr(p.prompt) in held_out_prompts]
+    training = [p for p in preferences if repr(p.prompt) not in held_out_prompts]
+    if not training:
         raise DataError(f"--held-out-share {share:g} of {len(prompts)} prompts leaves none to train on")
-    return rest, kept
+    return training, held_out
 
 
-def _lengths(pairs: Sequence[Any]) -> list[tuple[int, ...]]:
-    """Up to four rows, the shortest and the longest among them."""
+def _sample_rows(pairs: Sequence[Any]) -> list[tuple[int, ...]]:
+    """Up to four rows of the first 64 pairs, with the shortest and the longest among them."""
     rows = sorted((row for pair in pairs[:64] for row in (pair.chosen, pair.rejected)), key=len)
     return rows if len(rows) <= 4 else [rows[0], rows[len(rows) // 3], rows[2 * len(rows) // 3], rows[-1]]
 
 
-def _tell(model: Any, held_out: Sequence[Any], tokens: int, when: str) -> None:
+def _show_accuracy(model: Any, held_out: Sequence[Any], tokens: int, when: str) -> None:
     if held_out:
         loss, right = model.evaluate(held_out, tokens)
         low, high = wilson(right * len(held_out), len(held_out))
