@@ -1,1 +1,1 @@
-"""Text for a terminal: short numbers, printable text, output that may be closed."""
+"""Text for a terminal: short numbers, escaped text, and output streams that may be closed."""

@@ -1,4 +1,4 @@
-"""Standard output whose reader may go away, a full disk behind it, or a terminal that is closed: no reason to stop."""
+"""Output that does not stop a run when its reader exits, its disk is full or its terminal is closed."""
 
 import contextlib
 import os
@@ -12,31 +12,31 @@ from gvpo_core.training.terminal.text import printable
 
 
 def open_standard_descriptors() -> None:
-    """Opens the descriptors 0, 1 and 2 on the null device where they are closed.
+    """Opens the descriptors 0, 1 and 2 on the null device if they are closed.
 
-    Otherwise the next file or pipe that is opened gets the number of a standard stream: prints go into it, and a
-    process that starts with it has it closed.
+    Otherwise the next file or pipe gets the number of a standard stream: prints would go into it, and new processes
+    would start without it.
     """
     for number in (0, 1, 2):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free: this one
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
-NARROW = 80  # columns of lines that go to no terminal, and the fewest of those that do
+NARROW = 80  # columns of lines outside a terminal, and at least so many in one
 
 
 def line_width(stream: Any) -> int:
-    """Columns of a line on the stream: the terminal's, at least 80; 80 elsewhere."""
+    """Columns of a line on the stream: in a terminal its width, but at least 80; elsewhere 80."""
     return max(NARROW, shutil.get_terminal_size().columns) if Forgiving(stream).isatty() else NARROW
 
 
 class Forgiving:
-    """A text stream that drops what it cannot write; everything else is the stream's own.
+    """Wraps a text stream and drops what the stream cannot write. Other attributes are those of the stream.
 
     Args:
-      stream: anything with `write`, or None: a program without standard output.
+      stream: anything with `write`; None if the program has no standard output.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -44,7 +44,7 @@ class Forgiving:
 
     def write(self, text: str) -> int:
         """See TextIO.write."""
-        with _forgiven():
+        with _suppressed():
             self._stream.write(text)
         return len(text)
 
@@ -55,12 +55,12 @@ class Forgiving:
 
     def flush(self) -> None:
         """See TextIO.flush."""
-        with _forgiven():
+        with _suppressed():
             self._stream.flush()
 
     def isatty(self) -> bool:
-        """See TextIO.isatty. False for a stream that does not say."""
-        with _forgiven():
+        """See TextIO.isatty. False if the stream has no such method."""
+        with _suppressed():
             return bool(self._stream.isatty())
         return False
 
@@ -68,44 +68,46 @@ class Forgiving:
         return getattr(self._stream, name)
 
 
-_BAR = re.compile("(\x1b\\[[0-9;]*[AKm]|\r)")
-"""What progress bars write: the line above, the rest of the line erased, a style; and the line from its start."""
+_PROGRESS_BAR = re.compile("(\x1b\\[[0-9;]*[AKm]|\r)")
+"""Control sequences of progress bars: cursor up, erase to the end of the line, style, and carriage return."""
 
 
 class Printable(Forgiving):
-    """A text stream that also escapes what commands a terminal: libraries' warnings quote files, servers and models."""
+    """A forgiving stream that also escapes control characters: warnings quote text of files, servers and models."""
 
     def write(self, text: str) -> int:
-        """See TextIO.write. A terminal gets colors and progress bars as they are, and a file "\\r"."""
+        """See TextIO.write. Colors and progress bars are not escaped in a terminal, nor "\\r" in a file."""
         if not isinstance(text, str):
             return super().write(text)
         if self.isatty():
-            shown = "".join(part if i % 2 else printable(part, keep="\n\t") for i, part in enumerate(_BAR.split(text)))
+            shown = "".join(
+                part if i % 2 else printable(part, keep="\n\t") for i, part in enumerate(_PROGRESS_BAR.split(text))
+            )
         else:
             shown = printable(text, keep="\n\t\r")
         super().write(shown)
         return len(text)
 
 
-def _forgiven() -> contextlib.suppress:
-    # RuntimeError: a signal's handler writes while the stream is being written. ValueError: the stream was closed.
-    # AttributeError: a stream with few methods, or none. TypeError: a stream of bytes. LookupError: an encoding that
-    # Python does not have.
+def _suppressed() -> contextlib.suppress:
+    # RuntimeError: a signal handler writes during another write. ValueError: the stream was closed.
+    # AttributeError: the stream lacks a method, or is None. TypeError: a stream of bytes. LookupError: an encoding
+    # that Python does not have.
     return contextlib.suppress(AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 @contextlib.contextmanager
 def forgiving_stderr() -> Iterator[None]:
-    """Drops what standard error cannot take: Python's logging raises where its stream is closed or of another kind.
+    """Inside `with`, drops what standard error cannot write, and escapes control characters.
 
-    What commands a terminal is escaped.
+    Python's logging raises if its stream is closed or of another kind.
     """
-    given = sys.stderr
-    sys.stderr = cast(TextIO, Printable(given))
+    original_stream = sys.stderr
+    sys.stderr = cast(TextIO, Printable(original_stream))
     try:
         yield
     finally:
-        sys.stderr = given
+        sys.stderr = original_stream
 
 
 class OutputError(RuntimeError):
@@ -113,7 +115,7 @@ class OutputError(RuntimeError):
 
 
 def encodable(text: str, stream: Any) -> str:
-    r"""The text with what the stream's encoding does not have as escapes, as \xe4; a lone surrogate among them."""
+    r"""The text with characters that the stream's encoding lacks as escapes like \xe4; also lone surrogates."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     with contextlib.suppress(LookupError):  # an encoding that Python does not have
         return text.encode(encoding, "backslashreplace").decode(encoding)
@@ -127,20 +129,20 @@ def say(text: object) -> None:
 
 
 def show_progress(text: object) -> None:
-    """Prints what work under way has come to; a stream that cannot take it does not stop the work."""
+    """Prints progress. Continues without an error if standard output cannot be written."""
     print(encodable(printable(str(text), keep="\n\t"), sys.stdout), file=Forgiving(sys.stdout), flush=True)
 
 
 @contextlib.contextmanager
 def refusing_output() -> Iterator[None]:
-    """Around what prints alone; a reader that has seen enough, as `head`, is no error.
+    """Wraps code that only prints. A reader that closes the pipe early, such as `head`, is no error.
 
     Raises: OutputError: standard output cannot be written.
     """
     try:
         yield
     except BrokenPipeError:
-        with contextlib.suppress(OSError, ValueError):  # else Python fails to flush what is left, at its end
+        with contextlib.suppress(OSError, ValueError):  # otherwise Python's flush at exit fails
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as e:
         raise OutputError(f"cannot write to standard output: {e.strerror or e}") from e
@@ -148,31 +150,32 @@ def refusing_output() -> Iterator[None]:
 
 @contextlib.contextmanager
 def standard_streams() -> Iterator[None]:
-    """Inside `with`, the standard streams of a command: text for one that is closed goes nowhere, and standard error
-    drops what it cannot take, so that an error keeps its exit status, and escapes what commands a terminal. Afterwards
-    nothing is left to fail at the exit.
+    """Inside `with`, makes the standard streams of a command safe.
+
+    Text for a closed stream is dropped. Standard error also drops what it cannot write, so that an error keeps its
+    exit status, and escapes control characters. Afterwards, Python's flush at exit cannot fail.
     """
-    before = sys.stdout, sys.stderr
+    original_streams = sys.stdout, sys.stderr
     open_standard_descriptors()
-    with open(os.devnull, "w") as nowhere:
-        sys.stdout = nowhere if before[0] is None else before[0]
-        sys.stderr = cast(TextIO, Printable(nowhere if before[1] is None else before[1]))
+    with open(os.devnull, "w") as null_stream:
+        sys.stdout = null_stream if original_streams[0] is None else original_streams[0]
+        sys.stderr = cast(TextIO, Printable(null_stream if original_streams[1] is None else original_streams[1]))
         try:
             yield
         finally:
-            sys.stdout, sys.stderr = before
-            for stream in before:
-                _let_go(stream)
+            sys.stdout, sys.stderr = original_streams
+            for stream in original_streams:
+                _flush_or_drop(stream)
 
 
-def _let_go(stream: Any) -> None:
-    """Drops what a stream holds and cannot write: else Python would fail at its exit, with its own status."""
+def _flush_or_drop(stream: Any) -> None:
+    """Flushes a stream, or drops what it cannot write. Otherwise Python would fail at exit, with its own status."""
     try:
         stream.flush()
     except OSError:
         with contextlib.suppress(OSError, ValueError):
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, stream.fileno())
-            os.close(nowhere)
+            null_device = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null_device, stream.fileno())
+            os.close(null_device)
     except (ValueError, AttributeError):  # closed, or never there
         pass

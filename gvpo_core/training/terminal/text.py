@@ -1,4 +1,4 @@
-"""Numbers and text as a person reads them on a terminal: short, in few columns, and with nothing that commands it."""
+"""Numbers and text for a terminal: short, within a number of columns, and without control characters."""
 
 import math
 import re
@@ -7,19 +7,19 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-LEFT = 5  # columns of a duration
+LEFT = 5  # columns of the time left, a duration
 
 
 class Command(str):
-    """A command to copy: it is printed on one line, however long."""
+    """A command for the user to copy. It is printed on one line, however long it is."""
 
 
 def fit(value: float | None, width: int) -> str:
-    """A number in at most `width` characters; "-" for none.
+    """A number in at most `width` characters; "-" for None, NaN and infinities.
 
-    Three significant digits where they fit, and from 0.01 up at most three decimals, so that a column stays in line.
-    Integers are written in full if they fit. Only if needed, 0.5 becomes .5 and 12345 becomes 12k. 0 is
-    exactly 0; too small for any form: ~0, with its sign; too large: asterisks.
+    Has three significant digits if they fit, and from 0.01 up at most three decimals, so that columns align. Integers
+    are written in full if they fit. Only if needed, 0.5 becomes .5 and 12345 becomes 12k. "0" means exactly 0. A
+    number too small for any form is ~0, with its sign; one too large is written as asterisks.
     """
     if value is None or not math.isfinite(value):
         return "-"
@@ -44,16 +44,16 @@ def fit(value: float | None, width: int) -> str:
         text = re.sub(r"e([+-])0*(\d)", lambda m: "e" + m[1].strip("+") + m[2], f"{value:.{digits}e}")
         if len(text) <= width:
             return text
-    text = f"{value:.{max(0, width - 1 - (value < 0))}f}".replace("0.", ".", 1)  # one digit, but not the first
+    text = f"{value:.{max(0, width - 1 - (value < 0))}f}".replace("0.", ".", 1)  # one significant digit
     if len(text) <= width and re.search("[1-9]", text):
         return text
     return "*" * width if abs(value) >= 1 else "-~0" if value < 0 and width > 2 else "~0"
 
 
 def interval(value: float | None, half: float | None) -> str:
-    """A number and the half-width of its interval, both to the third digit of the larger one; without one, the number.
+    """A number and the half-width of its interval, both rounded to the third digit of the larger one.
 
-    From 0.01 up at most three decimals, as `fit`.
+    Without a half-width, only the number. From 0.01 up at most three decimals, like `fit`.
     """
     if value is None or half is None or not (math.isfinite(value) and math.isfinite(half)):
         return fit(value, 8)
@@ -82,7 +82,7 @@ _HIDDEN = re.compile(
 
 
 def printable(text: str, *, keep: str = "") -> str:
-    r"""Text with every control, direction-changing and invisible character written as an escape, as \x1b.
+    r"""Text with every control, direction-changing and invisible character written as an escape like \x1b.
 
     Args:
       keep: characters left unchanged, such as a newline.
@@ -99,11 +99,11 @@ def printable(text: str, *, keep: str = "") -> str:
 
 
 _EMOJI = "\ufe0f"  # the character before it is drawn as an emoji: two columns
-_MARKS = 4  # combining marks on one character; more of them count as characters, so that no line grows without end
+_MARKS = 4  # combining marks on one character that take no column; further ones do, so that line length is bounded
 
 
 def columns(text: str) -> int:
-    """Columns of a terminal that printable text takes: two for a wide character, none for a combining one."""
+    """Terminal columns that printable text takes: two for a wide character, none for a combining one."""
     return sum(_widths(text)) if not text.isascii() else len(text)
 
 
@@ -119,14 +119,14 @@ def _columns(char: str) -> int:
     if unicodedata.category(char) in ("Mn", "Me"):
         return 0
     if "\u1160" <= char <= "\u11ff" or "\ud7b0" <= char <= "\ud7ff":
-        return 0  # vowels and ends of decomposed Korean syllables, as in file names of macOS: part of the first
+        return 0  # later parts of decomposed Korean syllables, as in file names of macOS
     if "\U0001f1e6" <= char <= "\U0001f1ff":
-        return 1  # two are a flag; wide since Unicode 16
+        return 1  # two of them make a flag; wide since Unicode 16
     return 2 if unicodedata.east_asian_width(char) in ("W", "F") else 1
 
 
 def pieces(line: str, room: int) -> list[str]:
-    """A line of printable text cut into pieces of at most `room` columns; one piece at least."""
+    """A line of printable text cut into at least one piece; each has at most `room` columns."""
     lines, start, used = [], 0, 0
     for i, width in enumerate(_widths(line)):
         if used + width > room:
@@ -139,7 +139,7 @@ def pieces(line: str, room: int) -> list[str]:
 def wrapped(text: str, width: int, indent: str = "") -> list[str]:
     """Printable text as lines of at most `width` columns, cut at spaces; all but the first begin with `indent`.
 
-    A word that is longer, such as a path, stays whole.
+    A longer word, such as a path, is not cut.
     """
     lines, line = [], ""
     for spaces, word in re.findall("( *)([^ ]+)", text):
@@ -152,7 +152,7 @@ def wrapped(text: str, width: int, indent: str = "") -> list[str]:
 
 
 def percent(share: float | None, unit: str = "") -> str:
-    """0 and 100 mean exactly none and all; other values never round to them."""
+    """A share in percent. 0 and 100 mean exactly none and all; other values never round to them."""
     if share is None or not math.isfinite(share):
         return "-"
     percent = round(100 * share)
@@ -161,7 +161,11 @@ def percent(share: float | None, unit: str = "") -> str:
 
 
 def fact(value: Any, name: str = "") -> str:
-    """A fact as a person reads it."""
+    """A value as text for people.
+
+    Args:
+      name: name of the fact; a number whose name contains "memory" is a size in bytes.
+    """
     if isinstance(value, bool) or value is None:
         return {True: "yes", False: "no", None: "none"}[value]
     if isinstance(value, int | float) and "memory" in name:
