@@ -1,1 +1,1 @@
-"""What people and trackers see of a run: console, alerts, metrics by name."""
+"""The views of a run for people and trackers: console, alerts, named metrics."""

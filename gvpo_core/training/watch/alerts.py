@@ -1,10 +1,10 @@
-"""A verdict on the run after each step, from metrics.jsonl alone, compared with the run's own usual numbers.
+"""A verdict on the run after each step, from metrics.jsonl alone: compares a step with the run's own usual numbers.
 
-    alerts = Alerts.replay(records of the steps before)     # the same state as in an uninterrupted run
+    alerts = Alerts.replay(records of earlier steps)        # the same state as in an uninterrupted run
     verdict = alerts.update(train record)                   # OK, WATCH or BAD, with reasons and what to do
 
-Nothing here looks at a clock or draws a number: the same records give the same verdicts. What differs between two
-equal runs (speed, memory) is kept apart, so that the verdict on the training itself is repeated by a resumed run.
+This code reads no clock and draws no random numbers: the same records give the same verdicts. Speed and memory differ
+between two equal runs, so they have a verdict of their own; a resumed run repeats the verdict on the training.
 """
 
 import math
@@ -57,9 +57,9 @@ ALERTS = {
 """When each alert is raised. Usual: the median of up to 20 earlier steps without outliers. Three outliers in five steps
 are BAD (kl, gradient); ten in a row become the usual."""
 MACHINE = frozenset({"throughput", "memory"})
-"""Keys of alerts about the machine, which two equal runs need not share."""
+"""Keys of alerts about the machine. Two equal runs may differ in them."""
 OF_DRAWN = frozenset({"dead_groups", "truncation", "length", "unscored", "reward"})
-"""Keys of alerts about what the policy draws; recorded responses raise none of them."""
+"""Keys of alerts about sampled responses; recorded responses raise none of them."""
 
 
 def failed(step: int, error: Exception) -> Alert:
@@ -83,8 +83,8 @@ class Alerts:
     def __init__(self, beta: float | None = None, ahead: int = 0) -> None:
         """
         Args:
-          beta: what a nat of KL costs, in units of reward. None: not known, or the record's `kl` is no KL, because
-            the policy did not draw the responses itself at temperature 1.
+          beta: cost of one nat of KL, in units of reward. None: unknown, or the record's `kl` does not estimate the
+            KL, because the policy did not sample the responses itself at temperature 1.
           ahead: steps by which the sampler's weights may be older than the policy.
         """
         self._recent = Recent()
@@ -93,7 +93,7 @@ class Alerts:
 
     @classmethod
     def replay(cls, records: Iterable[Record], beta: float | None = None) -> "Alerts":
-        """The state after these records, of which those of kind "train" count."""
+        """The state after these records. Only those of kind "train" count."""
         alerts = cls(beta)
         for record in records:
             if record.get("kind") == "train":
@@ -101,7 +101,7 @@ class Alerts:
         return alerts
 
     def annotate(self, record: Record) -> dict[str, Any]:
-        """Judges the record; the keys of METRICS that the verdict adds to it."""
+        """Judges the record and returns the keys of METRICS that the verdict adds to it."""
         now, before = number(record, "reward/mean"), list(self._recent.rewards)[-START:]
         verdict = self.update(record)
         training = verdict_of(a for a in verdict.reasons if a.key not in MACHINE)
@@ -118,7 +118,7 @@ class Alerts:
         """Adds the next step and returns the verdict on the run after it.
 
         Args:
-          record: a train record of metrics.jsonl, or of what will be one: null and NaN are the same.
+          record: a train record of metrics.jsonl, or one that is not written yet. null and NaN mean the same.
         """
         self._recent.add(record)
         alerts = [alert for checks in self._checks for alert in checks.alerts(self._recent)]
@@ -126,5 +126,5 @@ class Alerts:
 
 
 def _drawn(record: Record) -> bool:
-    """Whether the step's responses were drawn for it, and not recorded."""
+    """Whether the step's responses were sampled in the step, not recorded before."""
     return record.get("tokens/sampled") != 0

@@ -1,4 +1,4 @@
-"""The columns of the console's rows: what fits a terminal of 80 columns, and all of it at 120 and more."""
+"""The columns of the console's rows: some in a terminal of 80 columns, all of them in one of 120 or more."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from gvpo_core.training.terminal.text import LEFT, fit, percent, printable
 from gvpo_core.training.terminal.text import columns as width_of
 from gvpo_core.training.watch.alerts import LEVELS
 
-WIDE = 120  # columns of a terminal that rows have all their fields in
+WIDE = 120  # columns of a terminal from which on rows have all fields
 Record = Mapping[str, Any]
 
 
@@ -18,9 +18,9 @@ class Column(NamedTuple):
 
     title: str
     width: int
-    text: Callable[[Record, int], str]  # of a record, in at most `width` characters
-    meaning: str  # the key of metrics.jsonl, or how it is made of keys
-    legend: str = ""  # what it says, in words
+    text: Callable[[Record, int], str]  # formats a record's value in at most `width` characters
+    meaning: str  # the key of metrics.jsonl, or the expression of keys
+    legend: str = ""  # meaning in words
 
 
 def _number(title: str, width: int, key: str, legend: str = "") -> Column:
@@ -40,7 +40,7 @@ def _dead(record: Record, width: int) -> str:
     best, worst = record.get("groups/all_best", 0), record.get("groups/all_worst", 0)
     if not counted or "groups/all_equal" not in record:
         return "-"
-    if best + worst < dead:  # alike in between, or nothing to tell best from worst by
+    if best + worst < dead:  # some groups have equal rewards between best and worst, or all rewards are equal
         return percent(dead / counted)
     return f"{percent(best / counted)}/{percent(worst / counted)}"
 
@@ -88,7 +88,7 @@ _REWARD = "mean of this reward"  # legend of a reward's own column
 
 
 def legend(columns: Sequence[Column]) -> str:
-    """What the columns of a row mean, in the order in which they are shown."""
+    """Explains the columns of a row, in their order."""
     sentences = [f"{column.title}: {column.legend}." for column in columns if column.legend not in ("", _REWARD)]
     if names := [column.title for column in columns if column.legend == _REWARD]:
         sentences.append(f"{', '.join(names)}: {_REWARD}.")
@@ -96,12 +96,13 @@ def legend(columns: Sequence[Column]) -> str:
 
 
 def columns_for(width: int, record: Record, stream: Any = None) -> tuple[Column, ...]:
-    """The columns of rows in a terminal of `width` columns; where there is room, one for each of several rewards and
-    one for the gap of a sampler.
+    """The columns of rows in a terminal of `width` columns.
+
+    If there is room, they include one for each of several rewards and one for the sampler's gap.
 
     Args:
-      record: a train record, which has the names of the rewards, and of episodes the shares of their ends.
-      stream: that they are written to, in its encoding. None: UTF-8.
+      record: a train record: it has the names of the rewards and, for episodes, the shares of how they ended.
+      stream: the stream that rows are written to; titles use its encoding. None: UTF-8.
     """
     if "episodes/turns" in record:
         chosen = _responses_columns(width - 1, record, stream)
@@ -114,22 +115,22 @@ def _responses_columns(width: int, record: Record, stream: Any) -> tuple[Column,
         return COLUMNS
     names = [key.removeprefix("reward/") for key in record if key.startswith("reward/")]
     names = [name for name in names if name not in RESERVED_REWARD_NAMES]
-    extra: list[Column] = []
+    reward_columns: list[Column] = []
     room = width - width_of(titles(ALL_COLUMNS))
     gap = (_GAP,) if "sampler/gap" in record and room > 7 else ()
     room -= 7 * len(gap)
     for name in names if len(names) > 1 else ():
         title = encodable(printable(name), stream)
-        taken = max(6, width_of(title))
-        if taken + 1 <= room:
-            extra.append(_number(title, taken, f"reward/{name}", _REWARD))
-            room -= taken + 1
+        column_width = max(6, width_of(title))
+        if column_width + 1 <= room:
+            reward_columns.append(_number(title, column_width, f"reward/{name}", _REWARD))
+            room -= column_width + 1
     place = next(i for i, column in enumerate(ALL_COLUMNS) if column.title == "kl")
-    return (*ALL_COLUMNS[:2], *extra, *ALL_COLUMNS[2:place], *gap, *ALL_COLUMNS[place:])
+    return (*ALL_COLUMNS[:2], *reward_columns, *ALL_COLUMNS[2:place], *gap, *ALL_COLUMNS[place:])
 
 
 def titles(columns: Sequence[Column] = COLUMNS) -> str:
-    """The line above the rows."""
+    """The line of titles above the rows."""
     cells = [" " * (column.width - width_of(column.title)) + column.title for column in columns]
     return f"{' '.join(cells)} {'left':>{LEFT}} state"
 

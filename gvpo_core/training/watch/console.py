@@ -1,8 +1,8 @@
-"""What a person sees of a run: a header, one row a step, evaluations, samples, the end.
+"""The console output of a run: a header, one row for each step, evaluations, samples, closing lines.
 
-On a terminal a live bar (rich) is below the rows. Elsewhere the output is plain lines of at most 80 columns without
-ANSI: spaces separate the fields of a row, a missing number is "-". Every number is one of metrics.jsonl, rounded. A row
-ends with its verdict; the reasons and what to do are printed below it once, not at every step.
+On a terminal, a live bar (rich) is below the rows. Elsewhere the output is plain lines of at most 80 columns without
+ANSI codes: spaces separate the fields of a row, and a missing number is "-". Every number is one of metrics.jsonl,
+rounded. A row ends with its verdict. The reasons and what to do are printed below it once, not at every step.
 """
 
 import math
@@ -34,11 +34,11 @@ Record = Mapping[str, Any]
 _TITLES_EVERY = 20
 _PHASES_EVERY = 10
 _ALERTS = ("alerts", "machine/alerts")
-_REMIND = 50  # steps after which a reason that still holds is said again
+_REMIND = 50  # steps after which a reason that still holds is printed again
 
 
 class Console:
-    """Prints a run. Never raises because a terminal cannot show a character, or because its reader went away."""
+    """Prints a run. Never raises if the terminal cannot show a character or the reader of the output is gone."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Console:
           stream: default: standard output.
           first_step: steps already done, in a resumed run.
           evaluations: steps after which the run evaluates.
-          width: columns; at 120 and more rows have all their fields. Default: the terminal's, 80 elsewhere.
+          width: columns; with 120 or more, rows have all fields. Default: the terminal's width, 80 elsewhere.
         """
         self._steps, self._stream = steps, Forgiving(stream or sys.stdout)
         self._rows = 0
@@ -65,24 +65,26 @@ class Console:
         self._bar: Any = None
         self._task: Any = None
         self._width = width or line_width(self._stream)
-        self._columns: tuple[Column, ...] = ()  # chosen at the first row, which names the rewards
+        self._columns: tuple[Column, ...] = ()  # chosen at the first row, whose record has the names of the rewards
         self._live = self._open_bar(first_step) if self._stream.isatty() else None
 
     def header(self, facts: Mapping[str, Any]) -> None:
-        """The run's facts, one a line: name, value."""
+        """Prints the run's facts, one a line: name, value."""
         width = max((len(name) for name in facts), default=0)
         for name, value in facts.items():
             self._fact(name, value, width)
         self._print("")
 
     def phase(self, name: str) -> None:
-        """Says on the live bar what is being done; prints nothing elsewhere."""
+        """Shows the current phase on the live bar; without a bar, prints nothing."""
         if self._bar is not None:
             self._bar.update(self._task, phase=name)
 
     def step(self, record: Record) -> None:
-        """One row: the numbers of a train record. Above the first, what the columns mean. Below it, where due: what is
-        wrong, and the seconds by phase.
+        """Prints the numbers of a train record as one row.
+
+        The legend of the columns is above the first row. New alerts and, every 10 steps, the seconds by phase are
+        below the row.
         """
         if not self._columns:
             self._columns = columns_for(self._width, record, self._stream)
@@ -102,7 +104,7 @@ class Console:
             self._bar.update(self._task, completed=record["step"])
 
     def evaluation(self, record: Record) -> None:
-        """One line: the numbers of an eval record."""
+        """Prints the numbers of an eval record on one line, wrapped if needed."""
         self._time_left.evaluated(record.get("seconds/evaluate", 0.0))
         parts = [f"eval {record['step']:>5}"]
         parts += [f"{key.removeprefix('eval/')} {fit(record[key], 6)}" for key in LOSSES if key in record]
@@ -113,11 +115,11 @@ class Console:
             self._print(line)
 
     def _answers(self, record: Record) -> list[str]:
-        """The fields of an evaluation that answered prompts: rewards, length, cut responses."""
+        """The fields of an evaluation that sampled responses: rewards, length, cut responses."""
         reward = record.get("eval/reward")
         parts = [f"reward {interval(reward, record.get('eval/half_width'))}"]
         rewards = {key: value for key, value in record.items() if key.startswith("eval/reward/")}
-        # One reward, unweighted, says no more; its mean over responses is rounded otherwise than that over prompts.
+        # A single reward of weight 1 is the total itself, up to rounding: it is not repeated.
         if len(rewards) > 1 or not any(_same(reward, value) for value in rewards.values()):
             for key, value in rewards.items():
                 name = encodable(printable(key.removeprefix("eval/reward/")), self._stream)
@@ -132,17 +134,17 @@ class Console:
         return parts
 
     def sample(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """One group: its prompt, the rewards of all its responses, and the best and the worst of them.
+        """Prints one group: its prompt, all its rewards, and its best and worst response.
 
         Args:
-          rows: a step's rows of completions.jsonl; the group whose rewards differ most is shown. Nothing is printed
-            when none is scored.
+          rows: a step's rows of completions.jsonl; the group with the largest difference of rewards is shown. Nothing
+            is printed if no response is scored.
         """
         groups: dict[Any, list[Mapping[str, Any]]] = {}
         for response in rows:
             groups.setdefault(response["group"], []).append(response)
-        known = [[r for r in group if _scored(r)] for group in groups.values()]
-        ranked = [sorted(group, key=lambda r: -r["reward"]) for group in known if group]
+        scored_groups = [[r for r in group if _scored(r)] for group in groups.values()]
+        ranked = [sorted(group, key=lambda r: -r["reward"]) for group in scored_groups if group]
         if not ranked:
             return
         scored = max(ranked, key=lambda group: group[0]["reward"] - group[-1]["reward"])
@@ -150,33 +152,33 @@ class Console:
         self._quote("prompt", scored[0]["prompt"])
         rewards = [fit(r["reward"], 8) for r in scored]
         rewards += ["-"] * (len(groups[scored[0]["group"]]) - len(scored))
-        rated = any(r["rewards"] or r["reward"] for r in scored)  # without rewards, as in distillation, all are 0
-        summary = f"its {len(rewards)} responses" + (f": rewards {' '.join(rewards)}" if rated else "")
+        has_rewards = any(r["rewards"] or r["reward"] for r in scored)  # in distillation without rewards all are 0
+        summary = f"its {len(rewards)} responses" + (f": rewards {' '.join(rewards)}" if has_rewards else "")
         self._wrapped(f"  {summary}", " " * 4)
         best, worst = scored[0], scored[-1]
-        names = ("best", "worst") if rated else ("first", "last")
+        names = ("best", "worst") if has_rewards else ("first", "last")
         for name, response in zip(names, (best, worst), strict=True) if worst is not best else [("only", best)]:
             parts = " ".join(f"{part}={fit(value, 8)}" for part, value in response["rewards"].items())
             parts = f" ({parts})" if parts else ""
-            reward = f"reward {fit(response['reward'], 8)}{parts}" if rated else ""
+            reward = f"reward {fit(response['reward'], 8)}{parts}" if has_rewards else ""
             facts = [reward, f"{response['tokens']} tokens", ending(response)]
             title = f"{name}: {', '.join(text for text in facts if text)}"
             self._quote(title, response["response"])
         self._print("")
-        self._rows = 0  # the titles again, below the sample
+        self._rows = 0  # print the titles again below the sample
 
     def event(self, message: str, command: str = "") -> None:
-        """A line about something that happened: a resume, a checkpoint, a warning.
+        """Prints a line about something that happened: a resume, a checkpoint, a warning.
 
         Args:
-          command: resumes the run; printed on a line of its own, however long.
+          command: the command that resumes the run, printed on one line, however long it is.
         """
         self._wrapped(f"* {printable(message)}", "  ")
         if command:
             self._print(f"  resume with: {printable(command)}")
 
     def close(self, facts: Mapping[str, Any] | None = None) -> None:
-        """Ends the bar and prints the closing lines: what is where."""
+        """Removes the bar and prints the closing facts, such as the files that the run wrote."""
         if self._live is not None:
             self._live.stop()
             self._live = self._bar = None
@@ -194,10 +196,10 @@ class Console:
             self._wrapped(text, " " * (width + 2))
 
     def _reasons(self, record: Record) -> None:
-        """What is wrong and what to do, where it is new, worse than before, or was said long ago."""
-        step, now = int(record["step"]), {a["key"]: a for key in _ALERTS for a in record.get(key, ())}
-        self._shown = {key: last for key, last in self._shown.items() if key in now or step - last[1] < _REMIND}
-        for key, alert in now.items():
+        """Prints each alert and what to do if it is new, worse than before, or was printed long ago."""
+        step, alerts = int(record["step"]), {a["key"]: a for key in _ALERTS for a in record.get(key, ())}
+        self._shown = {key: last for key, last in self._shown.items() if key in alerts or step - last[1] < _REMIND}
+        for key, alert in alerts.items():
             level, since = self._shown.get(key, (OK, step - _REMIND))
             if LEVELS.index(alert["level"]) > LEVELS.index(level) or step - since >= _REMIND:
                 self._shown[key] = (alert["level"], step)
@@ -219,7 +221,12 @@ class Console:
             self._print(line, style=style)
 
     def _print(self, line: str, *, style: str = "", mark: tuple[int, str] = (0, "")) -> None:
-        """Prints a line; on a terminal in a style, and from a place on in another."""
+        """Prints a line.
+
+        Args:
+          style: style of the line on a terminal.
+          mark: (place, style): the style on a terminal from this place on.
+        """
         line = encodable(line.rstrip(), self._stream)
         if self._live is not None:
             from rich.text import Text
@@ -235,7 +242,7 @@ class Console:
         try:
             from rich.console import Console as RichConsole
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-        except ImportError:  # the extra "train" is not there: plain lines
+        except ImportError:  # the extra "train" is not installed: print plain lines
             return None
         self._bar = Progress(
             BarColumn(bar_width=30),
@@ -260,7 +267,7 @@ def _scored(response: Mapping[str, Any]) -> bool:
 
 
 def phase_line(record: Record) -> str:
-    """The seconds of a step by phase and its peak memory, as a line; empty where a record has none."""
+    """The seconds of a step by phase and its peak memory, as a line; empty if the record has neither."""
     parts = [f"{p} {fit(record[key], 4)}" for p in (*PHASES, "other") if (key := f"seconds/{p}") in record]
     if record.get("memory/peak"):
         parts.append(f"memory {size(record['memory/peak'])}")

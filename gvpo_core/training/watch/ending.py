@@ -13,7 +13,7 @@ ENDS = {
 
 
 def ending(row: Mapping[str, Any]) -> str:
-    """How a row of completions.jsonl ended; empty where a single response ended by itself."""
+    """How a row of completions.jsonl ended, in words; empty for a response outside an episode that was not cut."""
     end = row.get("end")
     if end is None:
         return "" if row.get("finished", True) else "cut"

@@ -19,10 +19,10 @@ def header(
     """The facts of a run, by name, in the order in which the console prints them.
 
     Args:
-      facts: what `Policy.describe` gives.
+      facts: the facts that `Policy.describe` returns.
     """
-    described, prompts = facts.as_dict(), source.prompts
-    counted = ", ".join(
+    policy_facts, prompts = facts.as_dict(), source.prompts
+    prompt_counts = ", ".join(
         text
         for text in (
             f"{len(prompts)} training",
@@ -35,11 +35,11 @@ def header(
     return {
         "model": hide(config.model.path) or "given in Python",
         **code,
-        **_merged(described),
+        **_merged(policy_facts),
         "objective": f"{config.objective.name}, beta {config.objective.beta:g}, reference {config.objective.reference}",
         **source.describe(),
         "updates a step": str(config.objective.epochs * config.objective.minibatches),
-        "prompts": counted,
+        "prompts": prompt_counts,
         **({"rewards": ", ".join(f"{r.name} x {r.weight:g}" for r in rewards)} if rewards else {}),
         **_memory(config, facts, source),
         "run folder": config.run.folder,
@@ -47,12 +47,12 @@ def header(
 
 
 def _merged(facts: dict[str, Any]) -> dict[str, Any]:
-    """A policy's facts, merged into few lines."""
-    for name, of in (("device_name", "device"), ("architecture", "backend"), ("layout_reason", "layout")):
-        if name in facts and of in facts:
-            removed = str(facts.pop(name))
-            if removed.lower() != str(facts[of]).lower():
-                facts[of] = f"{facts[of]}, {removed}"
+    """Merges a policy's facts into fewer lines."""
+    for name, target in (("device_name", "device"), ("architecture", "backend"), ("layout_reason", "layout")):
+        if name in facts and target in facts:
+            detail = str(facts.pop(name))
+            if detail.lower() != str(facts[target]).lower():
+                facts[target] = f"{facts[target]}, {detail}"
     if facts.get("ranks") == 1:
         del facts["ranks"]
         facts.pop("sharding", None)
@@ -65,10 +65,12 @@ def _memory(config: Config, facts: PolicyFacts, source: Source) -> dict[str, str
     longest = max(len(tokens) for tokens in source.prompts.tokens)
     responses, tokens = source.largest
     config = replace(config, rollout=replace(config.rollout, responses=responses, max_tokens=tokens))
-    memory, have = estimate_memory(facts, config, longest, teacher_of(source)), available_memory(facts)
+    memory, available = estimate_memory(facts, config, longest, teacher_of(source)), available_memory(facts)
     if memory is None:
         return {}
-    lines = {"estimated memory": in_words(memory, have, facts.ranks)}
-    if have and memory.peak > have:
-        lines["too much memory"] = f"{gib(memory.peak)} GiB estimated, {gib(have)} GiB there: {advice(facts, config)}"
+    lines = {"estimated memory": in_words(memory, available, facts.ranks)}
+    if available and memory.peak > available:
+        lines["too much memory"] = (
+            f"{gib(memory.peak)} GiB estimated, {gib(available)} GiB there: {advice(facts, config)}"
+        )
     return lines

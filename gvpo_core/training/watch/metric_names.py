@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 from gvpo_core.training.watch.alerts import ALERTS
 
 PHASES = ("generate", "reward", "score", "update", "evaluate", "checkpoint")
-LOSSES = ("eval/loss", "eval/accuracy", "eval/nll", "eval/teacher_kl")  # of an evaluation, beside its reward
+LOSSES = ("eval/loss", "eval/accuracy", "eval/nll", "eval/teacher_kl")  # metrics of an evaluation other than its reward
 
 
 class Metric(NamedTuple):
-    """What a key of metrics.jsonl means."""
+    """The meaning of a key of metrics.jsonl."""
 
     unit: str
     meaning: str
@@ -280,7 +280,7 @@ def undocumented(record: Mapping[str, Any]) -> list[str]:
 
 
 def metrics_page() -> str:
-    """docs/metrics.md: the dictionary as a page."""
+    """The text of docs/metrics.md."""
     lines = [
         "# What metrics.jsonl holds",
         "",

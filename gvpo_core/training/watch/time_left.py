@@ -1,14 +1,14 @@
-"""How long a run still takes, from what its last steps and its last evaluation took."""
+"""Estimates the time until the end of a run from its last steps and its last evaluation."""
 
 import time
 from collections import deque
 from collections.abc import Sequence
 
-_RECENT = 20  # steps whose mean is the next ones'
+_RECENT = 20  # steps whose mean time is the estimate for the next ones
 
 
 class TimeLeft:
-    """Estimates the rest of a run from the durations of finished steps and evaluations."""
+    """Estimates the remaining time of a run from the durations of finished steps and evaluations."""
 
     def __init__(self, steps: int, evaluations: Sequence[int] = ()) -> None:
         """
@@ -17,24 +17,26 @@ class TimeLeft:
           evaluations: steps after which the run evaluates.
         """
         self._steps, self._evaluations = steps, evaluations
-        self._last, self._took = time.monotonic(), deque[float](maxlen=_RECENT)
+        self._last, self._step_seconds = time.monotonic(), deque[float](maxlen=_RECENT)
         self._count = 0
-        self._aside = self._evaluation = 0.0
+        self._evaluation_seconds = self._last_evaluation_seconds = 0.0
 
     def evaluated(self, seconds: float) -> None:
-        """An evaluation has ended, which took this long."""
-        self._aside += seconds
-        self._evaluation = seconds
+        """Records the duration of an evaluation that has ended."""
+        self._evaluation_seconds += seconds
+        self._last_evaluation_seconds = seconds
 
     def stepped(self, step: int) -> float:
-        """Step number `step` has ended: the seconds from here to the end of the run.
+        """Records that step `step` has ended; returns the estimated seconds to the end of the run.
 
-        The first step of a process compiles: it counts while it is alone.
+        The first step of a process includes compilation: it counts only until the second step has ended.
         """
         now = time.monotonic()
         if self._count == 1:
-            self._took.clear()
-        self._took.append(now - self._last - self._aside)
-        self._last, self._aside, self._count = now, 0.0, self._count + 1
+            self._step_seconds.clear()
+        self._step_seconds.append(now - self._last - self._evaluation_seconds)
+        self._last, self._evaluation_seconds, self._count = now, 0.0, self._count + 1
         evaluations = sum(at >= step for at in self._evaluations)
-        return (self._steps - step) * sum(self._took) / len(self._took) + evaluations * self._evaluation
+        return (self._steps - step) * sum(self._step_seconds) / len(
+            self._step_seconds
+        ) + evaluations * self._last_evaluation_seconds

@@ -1,7 +1,7 @@
-"""wandb, trackio and TensorBoard beside metrics.jsonl: the same numbers under the same names.
+"""Sends the numbers of metrics.jsonl, under the same names, to wandb, trackio and TensorBoard.
 
-A tracker is a convenience. One that is missing is an error before the run; one that fails during it is dropped with one
-warning, and the run continues. Nothing here is imported until a tracker is asked for by name.
+A missing tracker is an error before the run. A tracker that fails during the run is dropped with one warning, and the
+run continues. A tracker's package is imported only if run.trackers names it.
 """
 
 import contextlib
@@ -24,17 +24,17 @@ Numbers = dict[str, float]
 
 
 class TrackerError(RuntimeError):
-    """A tracker that does not start."""
+    """A tracker did not start."""
 
 
 class Tracker(Protocol):
-    """Where records of metrics.jsonl also go."""
+    """A destination for records of metrics.jsonl."""
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Sends the numbers of one record; events and nulls are left out."""
 
     def close(self) -> None:
-        """Flushes and ends; further calls do nothing."""
+        """Flushes and closes the tracker; further calls do nothing."""
 
 
 class _Backend(Protocol):
@@ -46,7 +46,7 @@ class _TensorBoard:
     module, install = "tensorboard.summary", "tensorboard"
 
     def __init__(self, module: Any, run: Path, identity: str, config: Mapping[str, Any]) -> None:
-        del identity, config  # a folder of event files is the run
+        del identity, config  # TensorBoard identifies a run by its folder
         self._writer = module.Writer(str(run / "tensorboard"))  # needs no framework, unlike torch.utils.tensorboard
 
     def send(self, numbers: Numbers, step: int, time: float) -> None:
@@ -69,9 +69,9 @@ class _Wandb:
             resume="allow",
             dir=str(run),
             config=dict(config),
-            settings=module.Settings(console="off"),  # the console stays ours, and is not copied to their server
+            settings=module.Settings(console="off"),  # do not capture the console or copy it to wandb's server
         )
-        # wandb's own step may never repeat; evaluations share theirs with training, so ours is the axis.
+        # wandb's own step must increase, but an evaluation has the same step as a training record: use ours as axis.
         self._run.define_metric("*", step_metric="step")
 
     def send(self, numbers: Numbers, step: int, time: float) -> None:
@@ -112,16 +112,15 @@ def open_trackers(
     *,
     warn: Callable[[str], None] | None = None,
 ) -> Tracker:
-    """One tracker that feeds all those named; it does nothing for no names.
+    """Returns one tracker that sends records to all named trackers; without names it does nothing.
 
     Args:
-      names: of wandb, trackio, tensorboard.
-      run: the run folder. `trackers.json` there keeps the run's id and the last step sent, so that a resumed run
-        continues there and sends no step twice.
-      config: shown by the tracker beside the run.
-      warn: called once when a tracker fails; default: warnings.warn.
-    Raises: ConfigError: as check_trackers. TrackerError: a tracker that does not start (no login, no network), before
-      the run.
+      names: any of wandb, trackio, tensorboard.
+      run: the run folder. Its `trackers.json` holds the run's id and the last step sent, so that a resumed run
+        continues the same run in the tracker and sends no step twice.
+      config: settings that the tracker shows with the run.
+      warn: called once when a tracker fails. Default: warnings.warn.
+    Raises: ConfigError: see check_trackers. TrackerError: a tracker does not start (no login, no network).
     """
     modules = check_trackers(names)
     state = _State(run / "trackers.json") if names else None
@@ -139,9 +138,9 @@ def open_trackers(
 
 
 def check_trackers(names: Sequence[str]) -> dict[str, Any]:
-    """The trackers' packages, imported.
+    """Imports the trackers' packages; returns them by name.
 
-    Raises: ConfigError: a tracker that is not known, or a package that is missing or broken, with the line that
+    Raises: ConfigError: a tracker is unknown, or its package is missing or broken; the message has the command that
       installs it.
     """
     for name in names:
@@ -194,22 +193,22 @@ class _Trackers:
 
 
 class _State:
-    """trackers.json: the id under which trackers know the run, and the last step sent of each kind of record."""
+    """trackers.json: the run's id in the trackers, and the last step sent for each kind of record."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             self.identity, self.sent = str(state["id"]), {k: int(v) for k, v in state["sent"].items()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none yet, or cut by a kill
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):  # no file yet, or one cut short by a kill
             self.identity, self.sent = secrets.token_hex(8), {}
 
     def mark(self, kind: str, step: int) -> None:
         self.sent[kind] = step
-        with contextlib.suppress(OSError):  # a full disk is the checkpoint's to report
+        with contextlib.suppress(OSError):  # the next checkpoint reports a full disk
             write_synced(self._path, json.dumps({"id": self.identity, "sent": self.sent}).encode())
 
 
 def _stdout_to_stderr() -> contextlib.redirect_stdout[Any]:
-    # trackio greets on stdout, which is the run's own parsable output.
+    # trackio prints to stdout, which must hold only the run's own parsable output.
     return contextlib.redirect_stdout(sys.stderr)

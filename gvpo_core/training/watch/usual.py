@@ -1,11 +1,11 @@
-"""What is usual in a run: the last numbers that were no outliers, and the few statistics that alerts compare with."""
+"""The usual values in a run: the last values without outliers, and the statistics that alerts compare with."""
 
 import math
 from collections import deque
 
 WINDOW = 5  # steps that are judged together
-USUAL = 20  # steps before them that say what is usual
-NEW_NORMAL = 10  # outliers in a row after which they are the usual
+USUAL = 20  # earlier steps that define what is usual
+NEW_NORMAL = 10  # outliers in a row after which they count as usual
 
 
 class Usual:
@@ -13,73 +13,73 @@ class Usual:
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=USUAL)
-        self._strange: list[float] = []
+        self._outlier_values: list[float] = []
         self._flags: deque[bool] = deque(maxlen=WINDOW)
-        self.outlier = math.nan  # the latest
+        self.outlier = math.nan  # the latest outlier
 
     def __len__(self) -> int:
         return len(self._values)
 
     def add(self, value: float, *, outlier: bool) -> None:
-        """Takes in a value; one that is no finite number says nothing about what is usual."""
+        """Adds a value. Values that are not finite are ignored."""
         self._flags.append(outlier and math.isfinite(value))
         if not math.isfinite(value):
             return
         if not outlier:
-            self._strange.clear()
+            self._outlier_values.clear()
             self._values.append(value)
             return
         self.outlier = value
-        self._strange.append(value)
-        if len(self._strange) >= NEW_NORMAL:
+        self._outlier_values.append(value)
+        if len(self._outlier_values) >= NEW_NORMAL:
             self._values.clear()
-            self._values.extend(self._strange)
-            self._strange.clear()
+            self._values.extend(self._outlier_values)
+            self._outlier_values.clear()
             self._flags.clear()
 
     def pass_over(self) -> None:
-        """A step that says nothing."""
+        """Adds a step without a value."""
         self._flags.append(False)
 
     @property
     def ready(self) -> bool:
-        """Whether there is enough to compare with."""
+        """Whether there are enough values to compare with."""
         return len(self._values) >= WINDOW
 
     @property
     def outliers(self) -> int:
-        """Outliers in a row, up to now."""
-        return len(self._strange)
+        """Number of outliers in a row, up to the latest value."""
+        return len(self._outlier_values)
 
     @property
     def recent_outliers(self) -> int:
-        """Outliers in the last WINDOW steps."""
+        """Number of outliers in the last WINDOW steps."""
         return sum(self._flags)
 
     @property
     def median(self) -> float:
-        """Of what is usual."""
+        """Median of the usual values; 0 without any."""
         return median(list(self._values))
 
     @property
     def largest(self) -> float:
-        """Of what is usual; 0 of none."""
+        """Largest of the usual values; 0 without any."""
         return max(self._values, default=0.0)
 
     @property
     def sigma(self) -> float:
-        """Standard deviation by the median of the deviations, which a few strange values do not move."""
+        """Standard deviation estimated from the median absolute deviation, which a few outliers do not change."""
         middle = self.median
         return 1.4826 * median([abs(v - middle) for v in self._values])
 
 
 def mean(values: list[float]) -> float:
-    """NaN of none."""
+    """The mean; NaN without values."""
     return math.fsum(values) / len(values) if values else math.nan
 
 
 def median(values: list[float]) -> float:
-    """0 of none."""
+    """The median; 0 without values."""
     if not values:
         return 0.0
     ordered, middle = sorted(values), len(values) // 2

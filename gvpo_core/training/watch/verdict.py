@@ -1,4 +1,4 @@
-"""What a step's record says of the run: a level, and the alerts that it comes from."""
+"""The verdict on a run after a step: a level, and the alerts that cause it."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -7,22 +7,22 @@ OK, WATCH, BAD = LEVELS = ("OK", "WATCH", "BAD")
 
 
 class Alert(NamedTuple):
-    """One thing wrong, in words."""
+    """One problem, in words."""
 
     key: str
     level: str  # WATCH or BAD
-    seen: str  # with the numbers
+    seen: str  # what is wrong, with numbers
     advice: str
 
 
 class Verdict(NamedTuple):
-    """What a step's record says of the run."""
+    """The verdict on a run after a step."""
 
-    level: str  # the worst of the reasons'; OK without one
+    level: str  # the worst level of the reasons; OK without reasons
     reasons: tuple[Alert, ...]
 
 
 def verdict_of(reasons: Iterable[Alert]) -> Verdict:
-    """The verdict that these reasons make, worst first."""
+    """The verdict of these reasons, sorted with the worst first."""
     ordered = tuple(sorted(reasons, key=lambda a: -LEVELS.index(a.level)))
     return Verdict(ordered[0].level if ordered else OK, ordered)

@@ -1,1 +1,1 @@
-"""The checks behind the alerts, by subject. Each looks at `Recent` after a step and yields what is wrong."""
+"""The checks behind the alerts, by subject. Each reads `Recent` after a step and yields alerts."""

@@ -1,4 +1,4 @@
-"""Speed and memory, which two equal runs need not share."""
+"""Checks of speed and memory. Two equal runs may differ in them."""
 
 import math
 from collections import deque
@@ -14,10 +14,10 @@ class MachineChecks:
 
     def __init__(self) -> None:
         self._machine: deque[tuple[float, float]] = deque(maxlen=USUAL + WINDOW)  # tokens/s, seconds
-        self._memory: deque[tuple[float, float, int]] = deque(maxlen=50)  # highest so far, tokens, 1 where it rose
+        self._memory: deque[tuple[float, float, int]] = deque(maxlen=50)  # highest so far, tokens, 1 if it rose
 
     def alerts(self, recent: Recent) -> Iterator[Alert]:
-        """What is wrong after the last step of `recent`."""
+        """The alerts after the last step of `recent`."""
         for check in (self._throughput, self._memory_growth):
             if alert := check(recent):
                 yield alert
@@ -30,12 +30,16 @@ class MachineChecks:
         if len(self._machine) < START + WINDOW:
             return None
         rows = list(self._machine)
-        (speed, took), (usual, usually) = (
+        (speed, step_seconds), (usual_speed, usual_seconds) = (
             (median([s for s, _ in part]), median([t for _, t in part])) for part in (rows[-WINDOW:], rows[:-WINDOW])
         )
-        if speed >= 0.5 * usual or took < 1.5 * usually + 0.5:  # a step of milliseconds varies by itself
+        if (
+            speed >= 0.5 * usual_speed or step_seconds < 1.5 * usual_seconds + 0.5
+        ):  # 0.5: the time of very short steps varies
             return None
-        seen = f"{speed:.3g} tokens/s, usually {usual:.3g}; {took:.3g} s a step, usually {usually:.3g}"
+        seen = (
+            f"{speed:.3g} tokens/s, usually {usual_speed:.3g}; {step_seconds:.3g} s a step, usually {usual_seconds:.3g}"
+        )
         advice = "compare the seconds of each phase: another job on this machine, a slow reward, swapping?"
         return Alert("throughput", WATCH, seen, advice)
 
@@ -47,7 +51,7 @@ class MachineChecks:
         length = number(record, "length/mean")
         self._memory.append((max(highest, size), length, int(size > highest)))
         (first, short, _), (last, long, _), rises = self._memory[0], self._memory[-1], sum(m[2] for m in self._memory)
-        # Peaks of a healthy run are beaten ever more rarely; longer responses take more.
+        # In a healthy run the peak rises ever more rarely. Longer responses need more memory.
         if len(self._memory) < 50 or rises < 20 or last < 1.05 * first or long > 1.1 * short:
             return None
         seen = f"peak memory grew from {first / 2**30:.3g} to {last / 2**30:.3g} GiB, in {rises} of the last 50 steps"

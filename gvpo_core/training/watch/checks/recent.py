@@ -1,4 +1,4 @@
-"""The last steps of a run, its first ones, and the sums that the checks compare."""
+"""The first and the last steps of a run, and the statistics that the checks compare."""
 
 import math
 from collections import deque
@@ -10,13 +10,13 @@ from gvpo_core.training.watch.usual import USUAL, WINDOW, mean
 
 Record = Mapping[str, Any]
 
-START = 10  # first steps, that say what the run began with
+START = 10  # first steps, which define the start of the run
 _TOTALS = ("reward/mean", "reward/half_width", "reward/spread", "reward/min", "reward/max", "reward/trend")
-_MAY_BE_NULL = ("reward/", "policy/", "reward_seconds/")  # a reward that scored nothing has no mean
+_MAY_BE_NULL = ("reward/", "policy/", "reward_seconds/")  # a reward without scores has no mean
 
 
 class Recent:
-    """What the checks know of the run after each step."""
+    """The data about the run that the checks use after each step."""
 
     def __init__(self) -> None:
         self.last: deque[Record] = deque(maxlen=WINDOW)
@@ -47,33 +47,33 @@ class Recent:
                 values.append(number(record, key))
 
     def now(self, key: str) -> float:
-        """The step's value; NaN where it has none."""
+        """The value in the last step; NaN if it has none."""
         return number(self.last[-1], key)
 
     def sum(self, key: str) -> float:
-        """Over the last WINDOW steps."""
+        """The sum over the last WINDOW steps."""
         return sum(v for r in self.last if math.isfinite(v := number(r, key)))
 
     def noise(self) -> float:
-        """Standard deviation of a step's mean reward, from the changes between neighbours: a trend does not count."""
+        """Standard deviation of a step's mean reward, from changes between adjacent steps; a trend has no effect."""
         values = list(self.rewards)
         changes = [b - a for a, b in pairwise(values)]
         return math.sqrt(sum(c * c for c in changes) / (2 * len(changes))) if changes else math.inf
 
     def rising(self) -> bool:
-        """Whether the last steps' reward is above that of the steps before by more than noise."""
+        """Whether the reward of the last steps is above that of the steps before by more than noise."""
         values = list(self.rewards)
         before = values[-USUAL - WINDOW : -WINDOW]
         return bool(before) and mean(values[-WINDOW:]) - mean(before) > self.noise()
 
     def above_start(self) -> bool:
-        """Whether the reward has risen since the first steps. The mean of 10 of them is off by a third of the noise."""
+        """Whether the reward has risen since the first steps. The error of their mean is a third of the noise."""
         values = list(self.rewards)[-50:]
         return bool(values) and mean(values) - mean(self.start["reward/mean"]) > 0.4 * self.noise()
 
 
 def number(record: Record, key: str) -> float:
-    """A value of a record; NaN for null and for none."""
+    """A value of a record; NaN if it is null or missing."""
     value = record.get(key)
     return math.nan if value is None else float(value)
 

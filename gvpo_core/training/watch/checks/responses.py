@@ -1,4 +1,4 @@
-"""The responses: dead groups, cut ones, long ones."""
+"""Checks of the responses: dead groups, truncation, length, turns and environment."""
 
 import math
 from collections.abc import Iterator
@@ -16,17 +16,17 @@ class ResponseChecks:
         self._length = Usual()
 
     def alerts(self, recent: Recent) -> Iterator[Alert]:
-        """What is wrong after the last step of `recent`."""
+        """The alerts after the last step of `recent`."""
         for check in (self._dead_groups, self._truncation, self._length_blow_up, self._turns, self._environment):
             if alert := check(recent):
                 yield alert
 
     def _dead_groups(self, recent: Recent) -> Alert | None:
-        if "groups/all_equal" not in recent.last[-1]:  # a teacher: equal rewards are no loss
+        if "groups/all_equal" not in recent.last[-1]:  # with a teacher, groups of equal rewards still teach
             return None
         counted = recent.sum("groups/counted")
         dead, right, wrong = (recent.sum(f"groups/all_{x}") for x in ("equal", "best", "worst"))
-        # The lower end of a 95 % interval: two dead groups of two say little.
+        # Use the lower end of a 95 % interval: two dead groups of two are little evidence.
         if len(recent.last) < WINDOW or dead < 0.85 * counted or wilson(dead, counted)[0] < 0.6:
             return None
         share = dead / counted
@@ -56,17 +56,19 @@ class ResponseChecks:
         total = recent.sum("responses/total") or len(recent.last)
         if not math.isfinite(cut):
             return None
-        share, began = cut / total, mean(recent.start[key])
-        first = recent.count <= START  # the steps judged are the ones the run began with
-        noise = 5 * math.sqrt(max(began * (1 - began), 0.01) / total)
-        if not (share > began + max(0.2, noise) and not first) and not (share >= 0.5 and recent.count >= WINDOW):
+        share, start_share = cut / total, mean(recent.start[key])
+        at_start = recent.count <= START  # the judged steps are among the first steps of the run
+        noise = 5 * math.sqrt(max(start_share * (1 - start_share), 0.01) / total)
+        if not (share > start_share + max(0.2, noise) and not at_start) and not (
+            share >= 0.5 and recent.count >= WINDOW
+        ):
             return None
-        played = key != "truncated"
-        what = "episodes" if played else "responses"
-        seen = f"{share:.0%} of the {what} of {len(recent.last)} steps are cut at the token limit"
-        seen += "" if first else f", {began:.0%} in the first steps"
+        in_episodes = key != "truncated"
+        subject = "episodes" if in_episodes else "responses"
+        seen = f"{share:.0%} of the {subject} of {len(recent.last)} steps are cut at the token limit"
+        seen += "" if at_start else f", {start_share:.0%} in the first steps"
         advice = "raise rollout.max_tokens, or reward short answers"
-        if played:
+        if in_episodes:
             advice = "raise rollout.max_tokens or environment.turn_tokens, return shorter answers, or allow fewer turns"
         return Alert("truncation", BAD if share >= 0.8 else WATCH, seen, advice)
 

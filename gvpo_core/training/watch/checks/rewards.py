@@ -1,4 +1,4 @@
-"""The rewards: falling, missing, failing."""
+"""Checks of the rewards: falling, missing, failing."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ class RewardChecks:
     """Alerts `reward`, `unscored` and `reward_<kind>/<name>`."""
 
     def alerts(self, recent: Recent) -> Iterator[Alert]:
-        """What is wrong after the last step of `recent`."""
+        """The alerts after the last step of `recent`."""
         for check in (self._unscored, self._reward_falling):
             if alert := check(recent):
                 yield alert
@@ -19,7 +19,7 @@ class RewardChecks:
 
     def _unscored(self, recent: Recent) -> Alert | None:
         unscored, total = recent.sum("responses/unscored"), recent.sum("responses/total")
-        # Where a cause is known, the alert of that reward says more.
+        # If the cause is known, the alert of that reward has more detail.
         if any(recent.failing) or unscored < 4 or unscored < 0.05 * total:
             return None
         seen = f"{unscored:.0f} of {total:.0f} responses of {len(recent.last)} steps have no reward"

@@ -1,4 +1,4 @@
-"""How far the sampler is from the policy: the gap of their log-probabilities, and the age of its weights."""
+"""Checks of the sampler: how far its log-probabilities are from the policy's, and the age of its weights."""
 
 from collections.abc import Iterator
 
@@ -19,7 +19,7 @@ class SamplerChecks:
         self._ahead = ahead
 
     def alerts(self, recent: Recent) -> Iterator[Alert]:
-        """What is wrong after the last step of `recent`."""
+        """The alerts after the last step of `recent`."""
         gap, start = recent.now("sampler/gap"), next(iter(recent.start["sampler/gap"]), 0.0)
         if gap > LARGE_GAP or (gap > GAP and gap > 2 * start):
             seen = f"sampler and policy differ by {gap:.2g} nats a token, {start:.2g} in the first step"

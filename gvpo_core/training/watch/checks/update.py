@@ -1,18 +1,18 @@
-"""Whether a step can be taken: finite numbers, a gradient, a learning rate."""
+"""Checks whether an update works: finite numbers, a gradient and a learning rate that are not 0."""
 
 from collections.abc import Iterator
 
 from gvpo_core.training.watch.checks.recent import Recent, number
 from gvpo_core.training.watch.verdict import BAD, Alert
 
-SMALLEST_GRADIENT = 1e-18  # beside AdamW's usual eps of 1e-8 it moves weights by 1e-10 of the learning rate
+SMALLEST_GRADIENT = 1e-18  # with AdamW's usual eps of 1e-8 it moves weights by 1e-10 of the learning rate
 
 
 class UpdateChecks:
     """Alerts `not_finite` and `no_update`."""
 
     def alerts(self, recent: Recent) -> Iterator[Alert]:
-        """What is wrong after the last step of `recent`."""
+        """The alerts after the last step of `recent`."""
         for check in (self._not_finite, self._no_update):
             if alert := check(recent):
                 yield alert
