@@ -1,1 +1,1 @@
-"""Files: writes that survive a power loss, JSON lines, Git LFS pointers."""
+"""Files: writes that survive a power loss, JSON-lines files, Git LFS pointers, datasets of the hub."""

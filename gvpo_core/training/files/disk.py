@@ -1,4 +1,4 @@
-"""Writes that survive a power loss, and reads that are tried again where a file system fails for a moment."""
+"""Writes that survive a power loss, and reads that are retried when a file system fails briefly."""
 
 import errno
 import os
@@ -11,20 +11,20 @@ from typing import IO, Any, TypeVar
 
 T = TypeVar("T")
 RETRY_SECONDS = (0.1, 0.5, 2.0)
-"""Waits before a failed read is tried again: a network file system answers ESTALE or EIO for a moment."""
+"""Seconds to wait before each retry of a read: a network file system may return ESTALE or EIO briefly."""
 _SPECIAL = {stat.S_ISFIFO: "pipe", stat.S_ISSOCK: "socket", stat.S_ISCHR: "device", stat.S_ISBLK: "device"}
-_ANSWERS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # no failures: nothing to retry
+_FINAL = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)  # a retry would not help
 
 
 def retried(read: Callable[[], T]) -> T:
-    """What `read` returns, tried again after each of RETRY_SECONDS.
+    """Returns the result of `read`; on an error, tries again after each of RETRY_SECONDS.
 
-    Raises: OSError: the file is not there or may not be read, or the last try failed.
+    Raises: OSError: the file does not exist, may not be read, or the last try failed.
     """
     for seconds in RETRY_SECONDS:
         try:
             return read()
-        except _ANSWERS:
+        except _FINAL:
             raise
         except OSError:
             time.sleep(seconds)
@@ -32,9 +32,9 @@ def retried(read: Callable[[], T]) -> T:
 
 
 def refuse_special(path: Path) -> None:
-    """Rejects files whose reading may never begin or end. Missing paths and folders are left to the caller's open.
+    """Rejects files that may block a reader forever. Accepts missing paths and folders: the caller's open reports them.
 
-    Raises: OSError: the path is a pipe, socket or device. A pipe of a shell's process substitution, `<(...)`, is
+    Raises: OSError: the path is a pipe, socket or device. The pipe of a shell's process substitution, `<(...)`, is
       accepted.
     """
     try:
@@ -47,7 +47,7 @@ def refuse_special(path: Path) -> None:
 
 
 def is_folder(path: Path) -> bool:
-    """Whether a folder is there. Raises: OSError: unknown; `Path.is_dir` would return False."""
+    """Whether the path is a folder. Raises: OSError: it cannot be looked up; `Path.is_dir` would return False."""
     try:
         return stat.S_ISDIR(retried(lambda: os.stat(path)).st_mode)
     except (FileNotFoundError, NotADirectoryError):
@@ -55,7 +55,7 @@ def is_folder(path: Path) -> bool:
 
 
 def anchored(path: str) -> str:
-    """The absolute path of a folder that is there; other texts, as names of the hub, are unchanged.
+    """Makes the path of an existing folder absolute. Returns other texts, such as hub names, unchanged.
 
     The working directory may change during a run: a reward in a thread of this process may set it.
     """
@@ -72,15 +72,15 @@ def names_in(folder: Path) -> list[str]:
 
 
 def tree(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files in a folder and in those below it, sorted, and all these folders, itself first.
+    """Returns the sorted files in a folder and its subfolders, and all these folders, with `folder` first.
 
-    Raises: OSError: one cannot be listed; `Path.rglob` would leave it out.
+    Raises: OSError: a folder cannot be listed; `Path.rglob` would leave it out.
     """
     files: list[Path] = []
     folders: list[Path] = []
-    for at, _, names in os.walk(folder, onerror=_raised):
-        folders.append(Path(at))
-        files += [Path(at, name) for name in names]
+    for directory, _, names in os.walk(folder, onerror=_raised):
+        folders.append(Path(directory))
+        files += [Path(directory, name) for name in names]
     return sorted(files), folders
 
 
@@ -89,7 +89,7 @@ def _raised(error: OSError) -> None:
 
 
 def write_synced(path: Path, content: bytes) -> None:
-    """Replaces a file in one move: written aside, synced, renamed. After a power loss it is the old or the new one."""
+    """Replaces a file atomically: writes another file, syncs and renames it. A power loss leaves the old or the new."""
     aside = path.with_name(f".{path.name}.aside")
     with aside.open("wb") as f:
         f.write(content)
@@ -100,7 +100,7 @@ def write_synced(path: Path, content: bytes) -> None:
 
 
 def make_synced(folder: Path) -> None:
-    """Makes a folder and those above it that are missing, so that they outlive a power loss."""
+    """Creates a folder and its missing parents, so that they survive a power loss."""
     if is_folder(folder):
         return
     make_synced(folder.parent)
@@ -109,7 +109,7 @@ def make_synced(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes all that other libraries wrote into a folder durable, with its own name."""
+    """Syncs a folder, its name and everything in it, written by another library, to disk."""
     files, folders = tree(folder)
     for path in files:
         with path.open("rb") as f:
@@ -120,7 +120,7 @@ def sync_tree(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes the names in a folder durable; nothing where the file system has no sync of folders."""
+    """Syncs the names in a folder to disk. Does nothing if the file system cannot sync folders."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -132,20 +132,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_at(file: IO[Any] | int, path: Path) -> bool:
-    """Whether an open file or folder (its descriptor) is the one at a path now: neither moved, removed nor replaced.
+    """Whether an open file or folder (by its descriptor) is still the one at a path: not moved, removed or replaced.
 
-    Raises: OSError: unknown, as the path cannot be looked up.
+    Raises: OSError: the path cannot be looked up.
     """
-    own = os.fstat(file if isinstance(file, int) else file.fileno())
+    opened = os.fstat(file if isinstance(file, int) else file.fileno())
     try:
-        there = retried(lambda: os.stat(path))
+        at_path = retried(lambda: os.stat(path))
     except (FileNotFoundError, NotADirectoryError):
         return False
-    return (there.st_dev, there.st_ino) == (own.st_dev, own.st_ino)
+    return (at_path.st_dev, at_path.st_ino) == (opened.st_dev, opened.st_ino)
 
 
 def without_locks(path: Path, error: OSError) -> str:
-    """The message for a file or folder whose file system has no locks, where `lock` raised the error."""
+    """The error message for a file system without locks.
+
+    Args:
+      error: raised by `lock`.
+    """
     return (
         f"{path} is on a file system without file locks (flock: {error.strerror or error}), so that a second process"
         " could write to it unnoticed; mount it with locks (Lustre: -o flock; NFS: lock service), or choose another"
@@ -154,9 +158,9 @@ def without_locks(path: Path, error: OSError) -> str:
 
 
 def lock(file: IO[Any]) -> None:
-    """Takes the file's advisory lock until it is closed; does nothing on a system without such locks.
+    """Takes the file's advisory lock until the file is closed. Does nothing on a system without fcntl.
 
-    Raises: BlockingIOError: another process has it. OSError: the file system has no locks.
+    Raises: BlockingIOError: another process has the lock. OSError: the file system has no locks.
     """
     try:
         import fcntl
@@ -171,7 +175,7 @@ def lock(file: IO[Any]) -> None:
 
 
 class UnwritableError(RuntimeError):
-    """A result that cannot be written; the message says where and why."""
+    """A result cannot be written; the message says where and why."""
 
 
 _SAYS = re.compile(r"\(os error (\d+)\)|\bcode: (\d+)|\[Errno (\d+)\]")
@@ -182,9 +186,9 @@ _TEXTS = {
 
 
 def unwritable(error: Exception) -> str:
-    """Why a file could not be written, and what to do; empty where the error is not about that.
+    """Why a file could not be written, and what to do; empty if the error is not about writing.
 
-    Writers in other languages, as that of safetensors, give the system's text alone.
+    Writers in other languages, such as that of safetensors, give only the system's error text.
     """
     number, text = getattr(error, "errno", None), str(error)
     if number is None and (match := _SAYS.search(text)):

@@ -1,4 +1,4 @@
-"""Rows of a dataset that is named on the Hugging Face hub, through `datasets`; whether the hub answers at all."""
+"""Loads a dataset from the Hugging Face hub through `datasets`, and checks whether the hub answers."""
 
 import contextlib
 import re
@@ -9,28 +9,28 @@ _PREFIX = re.compile(r"hf://(datasets/)?")
 _NAME = re.compile(r"[\w.\-]+/[\w.\-]+")
 _FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
 
-_SECONDS = 10.0  # for the hub to answer
+_SECONDS = 10.0  # time limit for the hub to answer
 
 
 class HubError(ValueError):
-    """A dataset of the hub that cannot be read."""
+    """A dataset of the hub cannot be read."""
 
 
 def is_hub_name(source: str) -> bool:
-    """Whether a text that is no path here may name a dataset of the hub: `hf://...` or `owner/name`."""
+    """Whether a text that is not a local path may name a dataset of the hub: `hf://...` or `owner/name`."""
     if source.startswith("hf://"):
         return True
     return bool(_NAME.fullmatch(source)) and not source.endswith((*_FORMATS, ".arrow", ".txt"))
 
 
 def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -> Any:
-    """A dataset, or all its splits where none is named.
+    """Loads a dataset. Returns all its splits if `split` is empty.
 
     Args:
       source: `owner/name`, `hf://owner/name`, `hf://datasets/owner/name`, or a file in one of the latter.
-      where: for messages.
+      where: name of the source in error messages.
       subset: the dataset's configuration. Empty: its only or default one.
-    Raises: HubError: `datasets` is missing, or the dataset cannot be read, in one line.
+    Raises: HubError: `datasets` is missing, or the dataset cannot be read; the message is one line.
     """
     try:
         from datasets import load_dataset
@@ -53,7 +53,7 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
             if not file:
                 return load_dataset(name, subset or None, split=split or None)
             return load_dataset(kind, data_files=f"hf://datasets/{name}/{file}", split="train")
-    except Exception as e:  # datasets, huggingface_hub and their HTTP client raise what they like
+    except Exception as e:  # datasets, huggingface_hub and their HTTP client may raise any exception
         reason = f"{type(e).__name__}: {e}".strip().partition("\n")[0]
         if unreachable:
             reason = f"it was not read before, and the hub cannot be reached: {unreachable}"
@@ -64,31 +64,31 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
 
 
 def unreachable_for(name: str, kind: str, revision: str | None = None) -> str:
-    """Why the hub does not answer one request; empty: it does, or must not be asked (HF_HUB_OFFLINE).
+    """Sends one request to the hub and returns why it failed; empty if the hub answered, or if HF_HUB_OFFLINE is set.
 
-    Its own client waits for an answer without end.
+    The request has a time limit; the hub's own client waits forever.
 
     Args:
       kind: model or dataset.
-    Raises: HFValidationError: no repository can have this name.
+    Raises: HFValidationError: `name` is not a valid repository name.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 
     try:
         HfApi().repo_info(name, repo_type=kind, revision=revision, timeout=_SECONDS)
-    except (HfHubHTTPError, OfflineModeIsEnabled):  # which `datasets` gets too
+    except (HfHubHTTPError, OfflineModeIsEnabled):  # `datasets` gets and reports the same error
         return ""
     except HFValidationError:
         raise
-    except Exception as e:  # its HTTP client raises what it likes
+    except Exception as e:  # the HTTP client may raise any exception
         return f"{type(e).__name__}: {e}".strip().partition("\n")[0]
     return ""
 
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """Inside `with`, `datasets` reads its cache alone. It would ask six times, with waits of 23 s and a line each."""
+    """Inside `with`, `datasets` reads only its cache; otherwise it tries six times, waits 23 s and prints each time."""
     from datasets import config
     from huggingface_hub import constants
 

@@ -6,7 +6,7 @@ _BEGINS = b"version https://git-lfs.github.com/spec/"
 
 
 def is_pointer(path: Path) -> bool:
-    """Whether a file is a Git LFS pointer. False for what cannot be read."""
+    """Whether a file is a Git LFS pointer. False if it cannot be read."""
     try:
         with path.open("rb") as file:
             return file.read(len(_BEGINS)) == _BEGINS
@@ -15,5 +15,5 @@ def is_pointer(path: Path) -> bool:
 
 
 def pointer_message(path: Path) -> str:
-    """What such a file is, and what to do."""
+    """The error message for a Git LFS pointer."""
     return f"{path} is a Git LFS pointer, not the file itself: run `git lfs pull` in {path.parent}, or download it"

@@ -1,6 +1,6 @@
-"""Files of one JSON record a line that grow with a run: appended to, and cut back to a step, a line at a time.
+"""JSON-lines files that grow with a run: appends records, and cuts a file back to a step.
 
-A run of 100,000 steps leaves gigabytes, so nothing here holds more than a line.
+A run of 100,000 steps writes gigabytes, so this code reads one line at a time.
 """
 
 import contextlib
@@ -16,8 +16,8 @@ from typing import Any
 from gvpo_core.training.files.disk import retried, sync_folder
 
 _HEAD = re.compile(rb'\{"kind": ?"(train|eval|event)", ?"step": ?(\d{1,15}), ?"')
-_LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})  # str.splitlines breaks lines there
-LARGEST = 1e150  # of a metric's magnitude: rewards are within float32, and their variances far below this
+_LINE_BREAKS = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})  # str.splitlines splits at these
+LARGEST = 1e150  # largest magnitude of a metric: rewards are within float32, and their variances far below this
 _NAMED = 5  # line numbers that a message lists
 _VERDICTS, _LEVELS = ("verdict", "machine/verdict"), ("OK", "WATCH", "BAD")
 _ALERTS, _OF_ALERT = ("alerts", "machine/alerts"), ("key", "level", "seen", "advice")
@@ -25,23 +25,23 @@ _ALERTS, _OF_ALERT = ("alerts", "machine/alerts"), ("key", "level", "seen", "adv
 
 @dataclass
 class Kept:
-    """What `cut` left of a file, and what is odd about it, in words."""
+    """The result of `cut`."""
 
     trained: int = 0  # steps that have a train record
-    last: int = 0  # the largest step that the file had before
-    odd: list[str] = field(default_factory=list)
+    last: int = 0  # largest step in the file before the cut
+    odd: list[str] = field(default_factory=list)  # messages about unexpected content
 
 
 def encoded(records: Iterable[Mapping[str, Any]]) -> bytes:
-    """Records as JSON lines; NaN and infinities become null, characters that no UTF-8 has become escapes."""
+    """Records as JSON lines. NaN and infinities become null; characters that UTF-8 cannot encode become escapes."""
     lines = (json.dumps(_finite(r), ensure_ascii=False, allow_nan=False).translate(_LINE_BREAKS) for r in records)
     return "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
 
 
 def append_synced(path: Path, content: bytes) -> None:
-    """Appends to a file, which after a power loss holds all of `content` once this has returned."""
+    """Appends to a file. Once this has returned, a power loss cannot remove any of `content`."""
     with path.open("ab") as f:
-        if not f.tell():  # new: its name is durable before it holds anything, so that a kill between leaves no doubt
+        if not f.tell():  # a new file: sync its name before it has content
             sync_folder(path.parent)
         f.write(content)
         f.flush()
@@ -51,57 +51,59 @@ def append_synced(path: Path, content: bytes) -> None:
 def cut(path: Path, step: int, *, parse: bool) -> Kept:
     """Drops the records after `step` (-1: all), and a last line that a kill or a power loss left incomplete.
 
-    Lines that are not records stay in the file between kept ones; `odd` names them.
+    Lines between kept records that are not records stay in the file; `Kept.odd` names them.
 
     Args:
-      parse: parse every line, and check the types of its metrics; otherwise only check how lines begin.
-    Raises: OSError. FileNotFoundError: no such file.
+      parse: parse every line and check the types of its metrics; otherwise only check how lines begin.
+    Raises: OSError: the file cannot be read or written. FileNotFoundError: no such file.
     """
     kept, steps = Kept(), bytearray(step + 1)
     end = position = dropped = 0
-    bad: list[int] = []  # line numbers, of lines that stay
-    after: list[int] = []  # of lines behind the last record kept
-    incomplete: set[int] = set()  # of these, the ones that a kill or a power loss explains
-    straight, passed = True, False
+    stray_lines: list[int] = []  # numbers of the lines that stay without being records
+    trailing_lines: list[int] = []  # numbers of the lines after the last kept record that are not records
+    incomplete: set[int] = set()  # those in `trailing_lines` that a kill or a power loss explains
+    in_order, later_step_seen = True, False
     with retried(lambda: path.open("rb")) as f:
         for number, line in enumerate(f, 1):
             position += len(line)
-            kind, of = _kind_and_step(line, parse)
-            if of is None:
-                after.append(number)
+            kind, record_step = _kind_and_step(line, parse)
+            if record_step is None:
+                trailing_lines.append(number)
                 if not line.endswith(b"\n") or b"\0" in line:
                     incomplete.add(number)
                 continue
-            kept.last = max(kept.last, of)
-            if of > step:
-                passed, dropped = True, dropped + 1
+            kept.last = max(kept.last, record_step)
+            if record_step > step:
+                later_step_seen, dropped = True, dropped + 1
                 continue
-            straight = straight and not passed
-            bad, after, end = bad + after, [], position
+            in_order = in_order and not later_step_seen
+            stray_lines, trailing_lines, end = stray_lines + trailing_lines, [], position
             if kind == "train":
-                steps[of] = min(2, steps[of] + 1)
-    if not straight:
+                steps[record_step] = min(2, steps[record_step] + 1)
+    if not in_order:
         _filtered(path, step, parse, end)
     elif end < position:
         with path.open("r+b") as out:
             out.truncate(end)
             os.fsync(out.fileno())
     kept.trained = sum(map(bool, steps[1:]))
-    if bad:
-        kept.odd.append(f"{path}: {_lines(bad)} not a record (edited or damaged); kept, but not used")
-    if cut_short := [number for number in after if number in incomplete]:
+    if stray_lines:
+        kept.odd.append(f"{path}: {_lines(stray_lines)} not a record (edited or damaged); kept, but not used")
+    if cut_short := [number for number in trailing_lines if number in incomplete]:
         kept.odd.append(f"{path}: {_lines(cut_short)} not a complete record (cut by a kill or a power loss); dropped")
-    if others := [number for number in after if number not in incomplete]:
+    if others := [number for number in trailing_lines if number not in incomplete]:
         kept.odd.append(f"{path}: {_lines(others)} not a record (edited or damaged); dropped")
-    if not straight:
+    if not in_order:
         kept.odd.append(f"{path}: its steps are out of order (edited); {dropped} records after step {step} dropped")
-    if parse and (twice := [s for s, times in enumerate(steps) if times > 1 and s]):
-        kept.odd.append(f"{path}: {len(twice)} steps have more than one record, the first is step {twice[0]} (edited)")
-    if parse and kept.trained < step:
-        lacking = next(s for s in range(1, step + 1) if not steps[s])
+    if parse and (repeated := [s for s, times in enumerate(steps) if times > 1 and s]):
         kept.odd.append(
-            f"{path}: {step - kept.trained} of the {step} steps done have no record, the first is step {lacking}: the"
-            " report and the verdicts lack them"
+            f"{path}: {len(repeated)} steps have more than one record, the first is step {repeated[0]} (edited)"
+        )
+    if parse and kept.trained < step:
+        first_missing = next(s for s in range(1, step + 1) if not steps[s])
+        kept.odd.append(
+            f"{path}: {step - kept.trained} of the {step} steps done have no record, the first is step {first_missing}:"
+            " the report and the verdicts lack them"
         )
     return kept
 
@@ -112,13 +114,13 @@ def _lines(numbers: list[int]) -> str:
 
 
 def _filtered(path: Path, step: int, parse: bool, end: int) -> None:
-    """Replaces the file by its lines up to the byte `end`, without the records after `step`."""
+    """Replaces the file by its lines up to the byte `end`, without records after `step`."""
     aside, position = path.with_name(f".{path.name}.aside"), 0
     with path.open("rb") as lines, aside.open("wb") as out:
         for line in lines:
             position += len(line)
-            of = _kind_and_step(line, parse)[1]
-            if position <= end and (of is None or of <= step):
+            record_step = _kind_and_step(line, parse)[1]
+            if position <= end and (record_step is None or record_step <= step):
                 out.write(line)
         out.flush()
         os.fsync(out.fileno())
@@ -128,7 +130,7 @@ def _filtered(path: Path, step: int, parse: bool, end: int) -> None:
 
 def _kind_and_step(line: bytes, parse: bool) -> tuple[str, int | None]:
     """The kind and the step of a record; the step is None if the line is not a complete record."""
-    if not line.endswith((b"}\n", b"}\r\n")):  # the second: a copy through Windows or git
+    if not line.endswith((b"}\n", b"}\r\n")):  # \r\n: copied through Windows or git
         return "", None
     if not parse and (head := _HEAD.match(line)):
         return head[1].decode(), (int(head[2]) if b"\0" not in line else None)
@@ -140,7 +142,7 @@ def parsed(line: bytes, *, metrics: bool = False) -> dict[str, Any] | None:
     """The record of a line; None if it is not a JSON object with a kind and a step.
 
     Args:
-      metrics: None too where a value of a step or an evaluation is not of the type that metrics.jsonl has.
+      metrics: also return None if a value of a step or an evaluation has a type that metrics.jsonl does not have.
     """
     try:
         record = json.loads(line)
@@ -153,7 +155,7 @@ def parsed(line: bytes, *, metrics: bool = False) -> dict[str, Any] | None:
 
 
 def _is_metric(name: str, value: Any) -> bool:
-    """A number within LARGEST or null; a level; or a list of alerts."""
+    """Whether the value of a metric is a number within LARGEST or null, a level, or a list of alerts."""
     if name in _VERDICTS:
         return value in _LEVELS
     if name in _ALERTS:
@@ -164,15 +166,15 @@ def _is_metric(name: str, value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is a number that can be added up and squared: no edited 1e308, no integer of 400 digits."""
+    """Whether a value is a number that can be summed and squared: not an edited 1e308 or an integer of 400 digits."""
     return isinstance(value, int | float) and not abs(value) > LARGEST
 
 
 def records(path: Path, *, metrics: bool = False) -> Iterator[dict[str, Any]]:
-    """The records of a file, one at a time; other lines, or a missing file, are passed over, since `cut` names them.
+    """Yields the records of a file. Skips other lines, and yields nothing for a missing file: `cut` reports both.
 
     Args:
-      metrics: as of `parsed`.
+      metrics: see `parsed`.
     """
     with contextlib.suppress(FileNotFoundError), retried(lambda: path.open("rb")) as f:
         for line in f:
