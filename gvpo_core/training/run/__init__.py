@@ -1,1 +1,1 @@
-"""The run folder: what is written where, so that a killed run resumes."""
+"""The run folder and its files, from which a killed run resumes."""

@@ -1,8 +1,8 @@
-"""Checkpoints: written aside, checksummed, synced and renamed, so that a kill at any moment leaves a good one.
+"""Checkpoints. Each is written to a temporary folder, checksummed, synced and renamed, so that a kill cannot damage it.
 
-checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of every other file, and its own
-                          policy/...       what `Policy.save` wrote
-                          source.json      what the source of groups holds, where it holds anything
+checkpoints/step-00000010/manifest.json    step, sizes and SHA-256 of all other files, and its own SHA-256
+                          policy/...       files written by `Policy.save`
+                          source.json      state of the source of groups, if it has any
 """
 
 import contextlib
@@ -27,12 +27,12 @@ _STATE = "source.json"
 _PREFIX = "step-"
 _PARTIAL = ".partial-"
 _DAMAGED = "damaged-"
-_OURS = re.compile(rf"{_PREFIX}([0-9]{{8,}})")
+_CHECKPOINT_NAME = re.compile(rf"{_PREFIX}([0-9]{{8,}})")
 _LEFT_OVER = re.compile(rf"{re.escape(_PARTIAL)}(old-)?{_PREFIX}[0-9]{{8,}}")
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written, or none that can be trusted."""
+    """A checkpoint could not be written, is damaged, or does not exist."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class Checkpoint:
 
 
 def write_state(checkpoint: Checkpoint, state: Mapping[str, Any]) -> None:
-    """Writes what the source of groups holds, where it holds anything."""
+    """Writes the state of the source of groups, if it is not empty."""
     if state:
         (checkpoint.directory / _STATE).write_text(json.dumps(state), encoding="utf-8")
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What `write_state` wrote; empty where it wrote nothing.
+    """Returns the state that `write_state` wrote; empty if it wrote none.
 
     Raises: CheckpointError: the file holds something else, or cannot be read now.
     """
@@ -74,12 +74,12 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def checkpoint_at(folder: Path, step: int) -> Checkpoint:
-    """Where the checkpoint of a step is, whether or not it exists."""
+    """The checkpoint of a step, which may not exist."""
     return Checkpoint(step, folder / _name(step))
 
 
 def begin_checkpoint(folder: Path, step: int) -> Checkpoint:
-    """An empty folder for `Policy.save` to write into; `commit_checkpoint` makes it count."""
+    """Creates an empty folder for `Policy.save`. It becomes a checkpoint with `commit_checkpoint`."""
     partial = partial_checkpoint(folder, step)
     shutil.rmtree(partial.directory, ignore_errors=True)
     partial.policy.mkdir(parents=True)
@@ -87,7 +87,7 @@ def begin_checkpoint(folder: Path, step: int) -> Checkpoint:
 
 
 def read_back(directory: Path, written: Mapping[str, Digest]) -> None:
-    """Raises CheckpointError: a file of the folder, read again, does not hold what was written into it."""
+    """Reads the written files again. Raises: CheckpointError: a file does not hold what was written into it."""
     for name, digest in written.items():
         if (directory / name).stat().st_size != digest.bytes or _sha256(directory / name) != digest.sha256:
             raise CheckpointError(f"{directory / name} does not hold what was written into it")
@@ -96,48 +96,48 @@ def read_back(directory: Path, written: Mapping[str, Digest]) -> None:
 def commit_checkpoint(
     folder: Path, step: int, keep: int, also: Collection[int] = (), written: Mapping[str, Digest] | None = None
 ) -> Checkpoint:
-    """Checksums, syncs and renames what `begin_checkpoint` opened; then removes old checkpoints.
+    """Checksums, syncs and renames the folder that `begin_checkpoint` created; then removes old checkpoints.
 
     Args:
-      keep: newest checkpoints kept.
-      also: further steps to keep. One that `gvpo eval` or `gvpo export` is reading is kept too.
-      written: files, by their path in the checkpoint, that were hashed while they were written and passed `read_back`:
-        they are not read here. All others are read once, which hashes them.
-    Raises: OSError: the disk is full, say; nothing saved before is touched.
+      keep: number of newest checkpoints to keep.
+      also: further steps to keep. A checkpoint that `gvpo eval` or `gvpo export` is reading is kept too.
+      written: files, by their path in the checkpoint, that were hashed while they were written and passed `read_back`.
+        They are not read again. All other files are read once to hash them.
+    Raises: OSError: a write failed, for example on a full disk. Earlier checkpoints are unchanged.
     """
-    partial, known = partial_checkpoint(folder, step).directory, written or {}
+    partial, hashed = partial_checkpoint(folder, step).directory, written or {}
     files, directories = tree(partial)
     entries = {}
     for path in files:
         with path.open("rb") as f:
             os.fsync(f.fileno())
         name, size = path.relative_to(partial).as_posix(), path.stat().st_size
-        entries[name] = {"bytes": size, "sha256": known[name].sha256 if name in known else _sha256(path)}
-    missing = sorted(known.keys() - entries.keys())
+        entries[name] = {"bytes": size, "sha256": hashed[name].sha256 if name in hashed else _sha256(path)}
+    missing = sorted(hashed.keys() - entries.keys())
     if missing:
         raise CheckpointError(f"{partial / missing[0]} was written and is not there")
     write_synced(partial / _MANIFEST, _manifest({"step": step, "files": entries}))
     for directory in directories:
         sync_folder(directory)
     final = folder / _name(step)
-    if is_folder(final):  # an older, damaged one; a good one would have been resumed from
+    if is_folder(final):  # damaged, otherwise the run would have resumed from it
         _set_aside(final)
     partial.rename(final)
     sync_folder(folder)
-    reason = damage(final, but=entries)  # each was read after it was written
+    reason = damage(final, but=entries)  # each file was read after it was written
     if reason:
         raise CheckpointError(f"the new checkpoint is not valid: {reason}")
     try:
         for old in steps_saved(folder)[keep:]:
             if old not in also and not _is_read(folder / _name(old)):
                 _remove(folder, old)
-    except OSError as e:  # the new checkpoint counts all the same
+    except OSError as e:  # the new checkpoint is complete
         _log.warning("old checkpoints in %s are kept: %s", folder, e.strerror or e)
     return Checkpoint(step, final)
 
 
 def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
-    """Removes a half-written save and says what is left."""
+    """Removes an incomplete save; returns the error, which says which checkpoint is left."""
     shutil.rmtree(partial_checkpoint(folder, step).directory, ignore_errors=True)
     try:
         steps = steps_saved(folder)
@@ -149,13 +149,13 @@ def save_failed(folder: Path, step: int, error: Exception) -> CheckpointError:
 
 
 def newest_checkpoint(folder: Path, at: int | None = None) -> Checkpoint | None:
-    """The newest checkpoint that verifies. None: nothing saved yet.
+    """The newest checkpoint that passes verification; None if nothing was saved yet.
 
-    Damaged ones are named in the log and set aside, but only once a good one is found: an error leaves all as it is.
+    Damaged checkpoints are logged and renamed, but only after a good one is found: an error changes nothing.
 
     Args:
-      at: the step whose checkpoint is wanted instead of the newest.
-    Raises: CheckpointError: every checkpoint is damaged, one cannot be read, or there is none of step `at`.
+      at: use the checkpoint of this step instead of the newest.
+    Raises: CheckpointError: every checkpoint is damaged, one cannot be read, or step `at` has none.
     """
     try:
         return _newest(folder, at)
@@ -164,7 +164,7 @@ def newest_checkpoint(folder: Path, at: int | None = None) -> Checkpoint | None:
 
 
 def unreadable(folder: Path, error: OSError) -> CheckpointError:
-    """The error of a checkpoint that cannot be read now, which says nothing about its content."""
+    """The error for a checkpoint that cannot be read now. Its content may be intact."""
     where = error.filename or folder
     return CheckpointError(
         f"{where} cannot be read now ({error.strerror or error}); nothing in {folder} was changed. Run again when the"
@@ -185,8 +185,8 @@ def _newest(folder: Path, at: int | None) -> Checkpoint | None:
             break
         damaged[folder / _name(step)] = reason
     if newest is None:
-        old = [name for name in names_in(folder) if name.startswith(_DAMAGED)]
-        if damaged or old:
+        damaged_names = [name for name in names_in(folder) if name.startswith(_DAMAGED)]
+        if damaged or damaged_names:
             why = "; ".join(damaged.values()) or "all were set aside as damaged"
             which = f"no checkpoint in {folder} is valid" if at is None else f"the checkpoint of step {at} is damaged"
             raise CheckpointError(
@@ -201,7 +201,7 @@ def _newest(folder: Path, at: int | None) -> Checkpoint | None:
 
 
 def _clean(folder: Path) -> None:
-    """Removes what a kill left half written or half removed, and names what is not ours."""
+    """Removes folders that a kill left incomplete, and logs names that are not checkpoints."""
     for name in names_in(folder):
         path = folder / name
         if _LEFT_OVER.fullmatch(name) and path.is_dir() and not path.is_symlink():
@@ -211,7 +211,7 @@ def _clean(folder: Path) -> None:
 
 
 def go_back(folder: Path, step: int) -> list[int]:
-    """Removes the checkpoints of later steps, the newest first; returns their steps."""
+    """Removes the checkpoints after `step`, newest first; returns their steps."""
     later = [s for s in steps_saved(folder) if s > step]
     for s in later:
         _remove(folder, s)
@@ -219,11 +219,11 @@ def go_back(folder: Path, step: int) -> list[int]:
 
 
 def damage(directory: Path, but: Collection[str] = ()) -> str | None:
-    """What is wrong with a checkpoint for sure, naming the file; None if it is whole.
+    """Describes the damage of a checkpoint, with the file's name; None if there is none.
 
     Args:
       but: files whose content is not read.
-    Raises: OSError: a file exists and cannot be read; it may be intact.
+    Raises: OSError: a file exists but cannot be read; it may be intact.
     """
     manifest = directory / _MANIFEST
     try:
@@ -236,33 +236,33 @@ def damage(directory: Path, but: Collection[str] = ()) -> str | None:
             return f"{manifest} does not match its own SHA-256"
         entries = {str(name): (entry["bytes"], entry["sha256"]) for name, entry in manifest_content["files"].items()}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-        return f"{manifest} is not a checkpoint's manifest ({_wrong(e)})"
+        return f"{manifest} is not a checkpoint's manifest ({_manifest_problem(e)})"
     if _step_of(directory.name) not in (None, manifest_content["step"]):
         return f"{manifest} belongs to step {manifest_content['step']}"
     for name, (size, digest) in entries.items():
         path = directory / name
         try:
-            known = retried(lambda path=path: os.stat(path))  # type: ignore[misc]
+            file_stat = retried(lambda path=path: os.stat(path))  # type: ignore[misc]
         except (FileNotFoundError, NotADirectoryError):
             return f"{path} is missing"
-        if not stat.S_ISREG(known.st_mode):
+        if not stat.S_ISREG(file_stat.st_mode):
             return f"{path} is not a file"
-        if known.st_size != size:
-            return f"{path} has {known.st_size} bytes instead of {size}"
+        if file_stat.st_size != size:
+            return f"{path} has {file_stat.st_size} bytes instead of {size}"
         if name not in but and retried(lambda path=path: _sha256(path)) != digest:  # type: ignore[misc]
             return f"{path} does not match the SHA-256 in its manifest"
     return None
 
 
-def _wrong(error: Exception) -> str:
-    """What a manifest lacks, in words."""
+def _manifest_problem(error: Exception) -> str:
+    """Describes what is wrong with a manifest."""
     if isinstance(error, KeyError):
         return f"it has no {error.args[0]!r}"
     return "its values have other types" if isinstance(error, TypeError | AttributeError) else f"not JSON: {error}"
 
 
 def refuse_unsaved(folder: Path, step: int) -> None:
-    """Raises CheckpointError: a step that is not 0 has no checkpoint; naming those saved."""
+    """Raises CheckpointError: `step` is not 0 and has no checkpoint. The message lists the saved steps."""
     try:
         steps = steps_saved(folder)
     except OSError as e:
@@ -275,14 +275,14 @@ def refuse_unsaved(folder: Path, step: int) -> None:
 def reading(checkpoint: Checkpoint) -> Iterator[None]:
     """Inside `with`, a run in progress does not remove this checkpoint.
 
-    Raises: FileNotFoundError: it has been removed.
+    Raises: FileNotFoundError: the checkpoint was removed before.
     """
     with (checkpoint.directory / _MANIFEST).open("rb") as manifest:
-        with contextlib.suppress(ImportError, OSError):  # no locks here: it may be removed, which restore then says
+        with contextlib.suppress(ImportError, OSError):  # without locks it may be removed; restore reports that
             import fcntl
 
             fcntl.flock(manifest, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        os.stat(checkpoint.directory / _MANIFEST)  # renamed to be removed, between open and lock
+        os.stat(checkpoint.directory / _MANIFEST)  # fails if the run removed it between open and lock
         yield
 
 
@@ -290,7 +290,7 @@ def _is_read(directory: Path) -> bool:
     try:
         import fcntl
 
-        with (directory / _MANIFEST).open("r+b") as manifest:  # NFS gives LOCK_EX to writers alone
+        with (directory / _MANIFEST).open("r+b") as manifest:  # on NFS, LOCK_EX needs write access
             fcntl.flock(manifest, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
@@ -300,13 +300,13 @@ def _is_read(directory: Path) -> bool:
 
 
 def _manifest(facts: dict[str, Any]) -> bytes:
-    """A manifest with its own checksum, so that a byte changed in it is known as well."""
+    """A manifest with its own checksum, so that changes in the manifest are detected too."""
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
     return json.dumps(facts | {"sha256": digest}, indent=1).encode()
 
 
 def partial_checkpoint(folder: Path, step: int) -> Checkpoint:
-    """Where a checkpoint is written before it counts."""
+    """The temporary folder that a checkpoint is written into."""
     return Checkpoint(step, folder / f"{_PARTIAL}{_name(step)}")
 
 
@@ -321,8 +321,8 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 def _step_of(name: str) -> int | None:
-    """The step of a checkpoint's folder by its name; None: the name is not one that this module gives."""
-    match = _OURS.fullmatch(name)
+    """The step in the name of a checkpoint's folder; None if the name has not the form that `_name` gives."""
+    match = _CHECKPOINT_NAME.fullmatch(name)
     return int(match[1]) if match and name == _name(int(match[1])) else None
 
 
@@ -331,20 +331,20 @@ def _listed(steps: Collection[int]) -> str:
 
 
 def _remove(folder: Path, step: int) -> None:
-    leaving = folder / f"{_PARTIAL}old-{_name(step)}"  # a kill half way leaves no half checkpoint under its name
-    (folder / _name(step)).rename(leaving)
+    aside = folder / f"{_PARTIAL}old-{_name(step)}"  # rename first: a kill leaves no incomplete checkpoint
+    (folder / _name(step)).rename(aside)
     sync_folder(folder)
-    if leaving.is_symlink():  # somebody keeps the checkpoint itself elsewhere
-        leaving.unlink()
+    if aside.is_symlink():  # the checkpoint itself is stored elsewhere
+        aside.unlink()
     else:
-        _clear(leaving, "an old checkpoint")
+        _clear(aside, "an old checkpoint")
 
 
 def _clear(folder: Path, what: str) -> None:
-    """Removes a folder that no longer counts; one that cannot be removed costs space, not the run."""
+    """Removes a folder that is no longer used. Only warns if it cannot be removed."""
     try:
         shutil.rmtree(folder)
-    except OSError as e:  # a file that somebody holds open on NFS, say
+    except OSError as e:  # for example a file that another process has open on NFS
         _log.warning("%s, %s, cannot be removed: %s", folder, what, e.strerror or e)
 
 

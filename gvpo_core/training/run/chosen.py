@@ -1,4 +1,4 @@
-"""The policy of a run at a checkpoint, for `gvpo eval` and `gvpo export`; the run may be in progress."""
+"""Selects a checkpoint of a run for `gvpo eval` and `gvpo export`. The run may be in progress."""
 
 import contextlib
 from collections.abc import Iterator
@@ -15,15 +15,15 @@ NAMED = ("newest", "best", "initial")
 
 @contextlib.contextmanager
 def chosen(run: Path, name: str) -> Iterator[Checkpoint | None]:
-    """The checkpoint of a run folder; inside `with`, the run that may be going on does not remove it.
+    """Yields a checkpoint of a run folder. Inside `with`, a run in progress does not remove it.
 
     Args:
-      name: a step, "newest", "best" (of the saved steps the one with the highest held-out reward), or "initial".
-    Yields: None for "initial", the model that the run began with.
+      name: a step, "newest", "best" (the saved step with the highest held-out reward), or "initial".
+    Yields: the checkpoint; None for "initial", the model that the run began with.
     Raises: ConfigError: there is no such checkpoint, or it is damaged. CheckpointError: it cannot be read now.
     """
     with contextlib.ExitStack() as stack:
-        checkpoint_used = None if name == "initial" else _held(run, name, stack)
+        checkpoint_used = None if name == "initial" else _opened_checkpoint(run, name, stack)
         if checkpoint_used is not None:
             try:
                 reason = damage(checkpoint_used.directory)
@@ -35,20 +35,20 @@ def chosen(run: Path, name: str) -> Iterator[Checkpoint | None]:
 
 
 def refuse_unknown(run: Path, name: str) -> None:
-    """Raises ConfigError: the run has no checkpoint of that name or step; CheckpointError: it cannot be read now."""
+    """Raises ConfigError: the run has no checkpoint of this name or step. CheckpointError: it cannot be read now."""
     if name != "initial":
         _step(run, name)
 
 
-def _held(run: Path, name: str, stack: contextlib.ExitStack) -> Checkpoint:
+def _opened_checkpoint(run: Path, name: str, stack: contextlib.ExitStack) -> Checkpoint:
     for _ in range(_TRIES):
-        held = checkpoint_at(run / "checkpoints", _step(run, name))
+        checkpoint = checkpoint_at(run / "checkpoints", _step(run, name))
         try:
-            stack.enter_context(reading(held))
+            stack.enter_context(reading(checkpoint))
         except FileNotFoundError:
             continue
-        return held
-    return held  # without a manifest: reported as damaged
+        return checkpoint
+    return checkpoint  # without a manifest: reported as damaged
 
 
 def _step(run: Path, name: str) -> int:

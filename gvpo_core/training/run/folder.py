@@ -1,4 +1,4 @@
-"""The folder of a run: settings, environment, metrics, completions, and the lock that keeps it to one process."""
+"""The folder of a run: settings, environment, metrics, completions, and a lock so that only one process uses it."""
 
 import contextlib
 import errno
@@ -19,7 +19,7 @@ from gvpo_core.training.fingerprint import INPUTS, changes, dtypes
 from gvpo_core.training.run.checkpoint import steps_saved
 
 _log = logging.getLogger("gvpo")
-# Settings that change nothing about the numbers of the steps still to come.
+# Settings that do not change the numbers of later steps.
 _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoints", "run.keep_best", "run.trackers",
          "run.show_every", "run.allow_changes", "evaluation.", "data.reference_cache", "engine.url", "engine.folder",
          "engine.gap_tolerance", "engine.gap_every", "engine.dtype", "engine.concurrency", "engine.deadline",
@@ -27,19 +27,19 @@ _FREE = ("run.folder", "run.steps", "run.checkpoint_every", "run.keep_checkpoint
          "engine.sleep", "rollout.ahead_device")  # fmt: skip
 _FILES = ("config.toml", "environment.json", "metrics.jsonl", "completions.jsonl", "rewards.log", "run.log", "lock",
           "report.html", "trackers.json")  # fmt: skip
-_NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # errors of a path that waiting does not fix
+_NO_FOLDER = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)  # errors of the path itself: a retry does not help
 _ALLOW = "another run.folder, or run.allow_changes = true to continue with"
 
 
 class RunFolderError(RuntimeError):
-    """A run folder that cannot be used."""
+    """A run folder cannot be used."""
 
 
 class RunFolder:
-    """Files of one run. Lines are appended whole and synced once a step; `cut` removes steps that run again."""
+    """Files of one run. Whole lines are appended and synced once a step; `cut` removes steps that will run again."""
 
     def __init__(self, path: Path) -> None:
-        self.shown = path = Path(os.path.expanduser(path))  # in messages and commands
+        self.shown = path = Path(os.path.expanduser(path))  # the path in messages and commands
         self.path = path = path.absolute()  # a reward in a thread may change the working directory
         self.metrics = path / "metrics.jsonl"
         self.completions = path / "completions.jsonl"
@@ -51,18 +51,18 @@ class RunFolder:
         self._changed: list[str] = []
 
     def open(self, config: Config, inputs: Mapping[str, Mapping[str, Any]] | None = None) -> None:
-        """Takes the folder for `config`, and compares it with the run that is there. Changes no file of that run.
+        """Locks the folder and compares `config` with the run in it. Changes no file of that run.
 
         Args:
-          inputs: name of INPUTS -> name -> fingerprint: see fingerprint.py.
-        Raises: RunFolderError: another process has it, or it cannot be read or written. ConfigError: it holds a run
-          with other settings, data or model.
+          inputs: name of INPUTS -> name -> fingerprint; see fingerprint.py.
+        Raises: RunFolderError: another process uses the folder, or it cannot be read or written. ConfigError: it holds
+          a run with other settings, data or model.
         """
         with self._reading():
-            there = is_folder(self.checkpoints)
+            exists = is_folder(self.checkpoints)
             self._refuse_other_files()
         with self._writing():
-            if not there:
+            if not exists:
                 make_synced(self.checkpoints)
             self._lock = (self.path / "lock").open("a")
             self._opened = os.open(self.path, os.O_RDONLY)
@@ -70,9 +70,9 @@ class RunFolder:
         self.confirm()
         with self._reading():
             begun = bool(steps_saved(self.checkpoints))
-            known = self._known(begun, config.run.allow_changes)
-            self._same_settings(config, begun, dtypes(known))
-        changed, refused = changes(known, dict(inputs or {}))
+            saved_environment = self._saved_environment(begun, config.run.allow_changes)
+            self._same_settings(config, begun, dtypes(saved_environment))
+        changed, refused = changes(saved_environment, dict(inputs or {}))
         if begun and refused and not config.run.allow_changes:
             raise ConfigError(
                 f"{self.shown} holds a run on other data, on another model or in another dtype:\n  "
@@ -82,7 +82,7 @@ class RunFolder:
         self._changed += refused + changed if begun else []
 
     def refuse_changes(self, config: Config) -> None:
-        """Compares the settings with those of the run that is there; `open` does so again, with the folder locked.
+        """Compares the settings with those of the run in the folder. `open` repeats this with the folder locked.
 
         Raises: ConfigError: they differ. RunFolderError: the folder cannot be read.
         """
@@ -92,31 +92,33 @@ class RunFolder:
                 self._same_settings(config, bool(steps_saved(self.checkpoints)))
 
     def _refuse_other_files(self) -> None:
-        """Raises RunFolderError: a pipe, device or folder has the name of a file of the run, or its config.toml is not
-        of a run: that of a project, which the run's would replace.
+        """Raises RunFolderError: the folder holds something that the run must not read or replace.
+
+        That is a pipe, device or folder with the name of a run file, or a config.toml that is not of a run.
         """
         for name in _FILES:
             try:
                 mode = retried(lambda name=name: os.stat(self.path / name)).st_mode  # type: ignore[misc]
             except OSError:
-                continue  # not there, or the open says why it cannot be read
+                continue  # missing, or the later open reports the error
             if not stat.S_ISREG(mode):
                 kind = "folder" if stat.S_ISDIR(mode) else "pipe, socket or device"
                 raise RunFolderError(f"{self.path / name} is a {kind}; expected a file of the run. Nothing was changed")
 
-        ours = is_folder(self.checkpoints) or (self.path / "lock").exists()
-        if not ours and self._settings.exists():
+        is_run = is_folder(self.checkpoints) or (self.path / "lock").exists()
+        if not is_run and self._settings.exists():
             raise RunFolderError(
                 f"{self.shown / self._settings.name} is not of a run, and the run's settings would replace it; give"
                 " another run.folder"
             )
 
-    def _same_settings(self, config: Config, begun: bool, known: Iterable[str] = ("model", "teacher")) -> None:
-        """
+    def _same_settings(self, config: Config, begun: bool, dtype_sections: Iterable[str] = ("model", "teacher")) -> None:
+        """Compares the settings with the saved ones, and notes what changed.
+
         Args:
-          known: whose dtype is compared once the model is loaded, where a setting is "auto".
+          known: sections whose dtype is compared after the model is loaded if the setting is "auto".
         """
-        by_device = tuple(f"{name}.dtype: " for name in known)
+        by_device = tuple(f"{name}.dtype: " for name in dtype_sections)
         allowed = config.run.allow_changes
         try:
             content = retried(self._settings.read_bytes)
@@ -135,20 +137,20 @@ class RunFolder:
             _log.warning("%s; written again", e)
             return
         changed = [d for d in differences(saved, config) if not (d.startswith(by_device) and "'auto'" in d)]
-        fixed = [d for d in changed if not d.startswith(_FREE) or _ends_elsewhere(d, config)]
-        if fixed and not allowed:
+        refused = [d for d in changed if not d.startswith(_FREE) or _changes_later_steps(d, config)]
+        if refused and not allowed:
             raise ConfigError(
                 f"{self.shown} holds a run with other settings:\n  "
-                + "\n  ".join(fixed)
+                + "\n  ".join(refused)
                 + f"\nset {_ALLOW} the new settings"
             )
         self._changed += changed
 
-    def _known(self, begun: bool, allowed: bool) -> dict[str, Any]:
+    def _saved_environment(self, begun: bool, allowed: bool) -> dict[str, Any]:
         """The content of environment.json; empty if it does not exist."""
         try:
-            known = json.loads(retried(self._environment.read_bytes))
-            if not isinstance(known, dict):
+            environment = json.loads(retried(self._environment.read_bytes))
+            if not isinstance(environment, dict):
                 raise ValueError("no JSON object")
         except FileNotFoundError:
             if begun:
@@ -163,23 +165,23 @@ class RunFolder:
                 raise ConfigError(f"{damaged}. {_recovery(self.shown)}") from e
             _log.warning("%s; written again", damaged)
             return {}
-        return known
+        return environment
 
     def begin(self, config: Config, facts: Mapping[str, Any], step: int) -> list[str]:
-        """Saves the settings and the environment of this start, once nothing can refuse it any more.
+        """Saves the settings and the environment of this start. Called after all checks have passed.
 
         Args:
-          facts: for environment.json, with the inputs given to `open`.
+          facts: content of environment.json, including the inputs given to `open`.
           step: steps done.
-        Returns: what changed since the start before, one line each.
+        Returns: the changes since the last start, one line each.
         """
         self.confirm()
         with self._reading():
-            known = self._known(begun=False, allowed=True)
-        before = {k: v for k, v in known.items() if k not in INPUTS}
-        noted = self._changed + (changes(before, facts)[0] if step > 0 else [])
-        starts = known.get("starts")
-        start = {"time": time.time(), "step": step, "changed": noted}
+            saved_environment = self._saved_environment(begun=False, allowed=True)
+        before = {k: v for k, v in saved_environment.items() if k not in INPUTS}
+        all_changes = self._changed + (changes(before, facts)[0] if step > 0 else [])
+        starts = saved_environment.get("starts")
+        start = {"time": time.time(), "step": step, "changed": all_changes}
         start |= {k: facts[k] for k in ("command", "gvpo", "python", "platform", "ranks") if k in facts}
         policy = facts.get("policy")
         start |= {k: policy[k] for k in ("versions", "device_name") if isinstance(policy, Mapping) and k in policy}
@@ -188,17 +190,17 @@ class RunFolder:
             write_synced(self._settings, config_text(config).encode("utf-8", "backslashreplace"))
             text = json.dumps({**facts, "starts": history}, indent=1, default=str)
             write_synced(self._environment, text.encode("utf-8", "backslashreplace"))
-        return noted
+        return all_changes
 
     def confirm(self) -> None:
         """Raises RunFolderError: the folder at this path is no longer the one that `open` opened."""
         if self._lock is None or self._opened is None:
             return
         try:
-            there = is_at(self._lock, self.path / "lock") and is_at(self._opened, self.path)
+            unchanged = is_at(self._lock, self.path / "lock") and is_at(self._opened, self.path)
         except OSError as e:
             raise RunFolderError(f"cannot read the run folder {self.shown}: {e}; the checkpoints are intact") from e
-        if not there:
+        if not unchanged:
             raise RunFolderError(
                 f"the run folder {self.shown} was moved or replaced during the run (another lock file or folder);"
                 " the run stops and writes nothing more. Resume from the moved folder: gvpo train"
@@ -256,7 +258,7 @@ class RunFolder:
             raise RunFolderError(f"run.folder: {without_locks(self.shown, e)}") from e
 
     def append(self, path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-        """Appends records as JSON lines; NaN and infinities become null."""
+        """Appends records as JSON lines. NaN and infinities become null."""
         self.confirm()
         try:
             append_synced(path, encoded(records))
@@ -264,7 +266,7 @@ class RunFolder:
             raise RunFolderError(f"cannot write {path}: {e.strerror or e}; the checkpoints are intact") from e
 
     def cut(self, step: int) -> int:
-        """Drops the records after `step` (-1: all), and says what else is odd about the files, one warning each.
+        """Drops the records after `step` (-1: all). Logs a warning for everything unexpected in the files.
 
         Returns: the last step that had a record.
         """
@@ -290,10 +292,10 @@ class RunFolder:
         return last
 
 
-def _ends_elsewhere(difference: str, config: Config) -> bool:
-    """Whether a difference changes steps to come: a schedule ends at the last step, and nothing is drawn beyond it."""
-    fixed = config.optimizer.schedule != "constant" or config.rollout.ahead > 0
-    return difference.startswith("run.steps:") and fixed
+def _changes_later_steps(difference: str, config: Config) -> bool:
+    """Whether a difference of run.steps changes later steps: schedules and sampling ahead depend on the last step."""
+    depends_on_end = config.optimizer.schedule != "constant" or config.rollout.ahead > 0
+    return difference.startswith("run.steps:") and depends_on_end
 
 
 def _recovery(path: Path) -> str:

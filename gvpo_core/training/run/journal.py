@@ -1,4 +1,4 @@
-"""The record of a run: its folder, metrics, checkpoints, alerts, trackers and console. The main rank writes it."""
+"""Records a run: its folder, metrics, checkpoints, alerts, trackers and console. The main rank writes them."""
 
 import contextlib
 import logging
@@ -49,15 +49,15 @@ _log = logging.getLogger("gvpo")
 
 
 class Journal:
-    """One rank's part in the record of a run. Every rank calls every method.
+    """Records a run. Every rank has one and must call every method.
 
-    Inside `with`, the folder is locked; an error that leaves it is recorded as the event `failed`.
+    Inside `with`, the folder is locked. An error that ends the block is recorded as the event `failed`.
     """
 
     def __init__(self, inputs: Inputs, policy: Policy, evaluations: Sequence[int], console: Console | None) -> None:
         """
         Args:
-          evaluations: steps after which an evaluation is due.
+          evaluations: steps after which the run evaluates.
         """
         self.config, self.policy, self.inputs = inputs.config, policy, inputs
         self.folder = RunFolder(Path(self.config.run.folder))
@@ -70,11 +70,11 @@ class Journal:
         self._verdicts: Counter[str] = Counter()
         self._evaluated: list[Mapping[str, Any]] = []  # the first and the last evaluation
         self._started = False
-        self._best, self._better = Best(), False  # better: the present step's evaluation is the best so far
+        self._best, self._better = Best(), False  # better: the current step's evaluation is the best so far
         self._fingerprints: dict[str, Mapping[str, Any]] = {}
-        self._step, self._begun = 0, time.perf_counter()
+        self._step, self._step_began = 0, time.perf_counter()
         self._saved = 0  # the step of the newest checkpoint
-        self._state: Callable[[], dict[str, Any]] = dict  # of the source of groups
+        self._state: Callable[[], dict[str, Any]] = dict  # returns the state of the source of groups
         self._saving = Saving(policy, self.folder, self.config.run.keep_checkpoints)
 
     def __enter__(self) -> "Journal":
@@ -104,22 +104,22 @@ class Journal:
     def start(self, source: Source, held_out: HeldOut | None, from_step: int | None = None) -> int:
         """Restores the newest good checkpoint and drops the records of later steps. Returns the steps done.
 
-        A policy that was trained before, in a run that is not this one, is reset to its initial state.
+        Without a checkpoint, a policy that was already trained in another run is reset to its initial state.
 
         Args:
-          from_step: restore the checkpoint of this step instead (0: the initial policy), and drop the later ones.
+          from_step: restore the checkpoint of this step instead (0: the initial policy), and drop later checkpoints.
         """
         folder = self.folder.checkpoints
         self._state = source.state
         self._alerts = Alerts(self._price_of_kl(source), self.config.rollout.ahead)
         checkpoint = attempt(self.policy, lambda: self._checkpoint(from_step), main_only=True)
         step = highest(self.policy, checkpoint.step if checkpoint else -1)
-        used = highest(self.policy, self.policy.steps_taken)
+        earlier_updates = highest(self.policy, self.policy.steps_taken)
         if step >= 0:
             restore = lambda: self.policy.restore(checkpoint_at(folder, step).policy)
             attempt(self.policy, restore, explain=lambda e: unreadable(folder, e) if isinstance(e, OSError) else e)
             attempt(self.policy, lambda: source.restore(read_state(checkpoint_at(folder, step))), kind=CheckpointError)
-        elif used:
+        elif earlier_updates:
             self.policy.reset()
         self._step = self._saved = max(step, 0)
         last = attempt(self.policy, lambda: self._drop_later_steps(step, from_step), main_only=True)
@@ -133,12 +133,14 @@ class Journal:
             )
         if self._step:
             self.event("resume", f"resumed after step {step} of {self.config.run.steps}")
-        elif used:
-            self.event("reset", f"the policy had taken {used} optimizer steps before: reset to its initial state")
+        elif earlier_updates:
+            self.event(
+                "reset", f"the policy had taken {earlier_updates} optimizer steps before: reset to its initial state"
+            )
         return self._step
 
     def _price_of_kl(self, source: Source) -> float | None:
-        """beta, where the metric `kl` is the KL to the reference and costs beta a nat; else None."""
+        """Returns beta if the metric `kl` estimates the KL to the reference, which costs beta a nat; else None."""
         objective = self.config.objective
         return objective.beta if source.on_policy and objective.length_exponent == 0 else None
 
@@ -146,7 +148,7 @@ class Journal:
         return None if from_step == 0 else newest_checkpoint(self.folder.checkpoints, from_step)
 
     def _drop_later_steps(self, step: int, from_step: int | None) -> int:
-        """Returns the last step that had a record or a checkpoint."""
+        """Drops later records and checkpoints; returns the last step that had one."""
         later = [] if from_step is None else go_back(self.folder.checkpoints, from_step)
         last = self.folder.cut(step)
         for record in self.folder.records() if step >= 0 else ():
@@ -176,42 +178,42 @@ class Journal:
         self.console.header(header(config, facts, source, held_out, self.inputs.rewards))
 
     def begin(self, step: int) -> None:
-        """Step `step` begins, with its sampling."""
-        self._step, self._begun, self._better = step, time.perf_counter(), False
+        """Marks the start of step `step`, which begins with sampling."""
+        self._step, self._step_began, self._better = step, time.perf_counter(), False
         self.phase("generate")
 
     def not_taken(self, step: int) -> None:
-        """The step that has begun is left, and `step` is the present one again; it is saved if it was not."""
+        """Returns from an unfinished step to `step`, and saves `step` if it was not saved."""
         self._step = step
         if step > self._saved:
             self.save()
 
     @contextlib.contextmanager
     def keeping(self, step: int) -> Iterator[None]:
-        """Inside `with`, the policy is that of `step`: it is saved before an error ends the run.
+        """Saves the policy of `step` if an error ends the block.
 
-        Of several processes, only where all of them raise the error.
+        With several processes, only for errors that all of them raise.
         """
         try:
             yield
         except Exception as error:
-            everywhere = self.policy.world_size == 1 or isinstance(error, SHARED)
-            if everywhere and not isinstance(error, RunFolderError | CheckpointError | FloatingPointError):
-                begun = self._step
+            on_all_ranks = self.policy.world_size == 1 or isinstance(error, SHARED)
+            if on_all_ranks and not isinstance(error, RunFolderError | CheckpointError | FloatingPointError):
+                unfinished_step = self._step
                 try:
                     self.not_taken(step)
                     self.settle()
-                except Exception as unsaved:  # the first error is the one to raise
-                    _log.warning("%s", unsaved)
-                self._step = begun
+                except Exception as save_error:  # raise the first error
+                    _log.warning("%s", save_error)
+                self._step = unfinished_step
             raise
 
     def evaluated(self, step: int) -> bool:
-        """Whether the newest evaluation is that of `step`; the main rank knows."""
+        """Whether the newest evaluation is that of `step`. Only the main rank knows; the others return True."""
         return not self._main or (bool(self._evaluated) and self._evaluated[-1]["step"] == step)
 
     def phase(self, name: str) -> None:
-        """What the run does now, for the console."""
+        """Shows the current phase of the run on the console."""
         if self.console:
             self.console.phase(name)
 
@@ -226,7 +228,7 @@ class Journal:
             improvement,
             beta=self.config.objective.beta,
             length_exponent=self.config.objective.length_exponent,
-            seconds=time.perf_counter() - self._begun,
+            seconds=time.perf_counter() - self._step_began,
             reward_range=self._reward_range,
         )
         record = self._record("train", metrics)
@@ -239,7 +241,7 @@ class Journal:
                 self.console.sample(rollout.completions)
 
     def evaluation(self, metrics: Mapping[str, float], rollout: Rollout | None) -> None:
-        """Records an evaluation after the present step."""
+        """Records an evaluation after the current step."""
         self._better = self._best.see(self._step, metrics)
         if not self._main:
             return
@@ -260,16 +262,16 @@ class Journal:
                 self.console.event(message, command)
 
     def out_of_patience(self) -> bool:
-        """Whether `evaluation.patience` evaluations in a row were no better than the best before."""
+        """Whether the last `evaluation.patience` evaluations were no better than the best one before them."""
         patience = self.config.evaluation.patience
         return bool(patience) and self._best.since >= patience
 
     def ended(self, signal: int, early: bool) -> None:
-        """Records what ended the run before its last step, and of a signal the command that resumes it.
+        """Records why the run ended before its last step; after a signal, also the command that resumes it.
 
         Args:
-          signal: that asked the run to stop; 0: none.
-          early: whether it is out of patience.
+          signal: number of the signal that asked the run to stop; 0: none.
+          early: whether the run is out of patience.
         """
         if signal:
             done = f"after step {self._step}" if self._step else "before the first step, nothing to save"
@@ -283,20 +285,20 @@ class Journal:
             )
 
     def save_due(self) -> bool:
-        """Whether the settings ask for a checkpoint of the present step."""
+        """Whether the settings ask for a checkpoint of the current step."""
         run = self.config.run
         periodic = run.checkpoint_every and self._step % run.checkpoint_every == 0
         return self._step == run.steps or bool(periodic) or (self._better and run.keep_best)
 
     def save(self) -> None:
-        """Saves a checkpoint of the present step, which counts once `settle` returns."""
+        """Saves a checkpoint of the current step. It is complete only after `settle` returns."""
         self.phase("checkpoint")
         best = (self._best.step,) if self.config.run.keep_best else ()
         self._saving.save(self._step, self._state(), best)
         self._saved = self._step
 
     def settle(self) -> None:
-        """Commits the checkpoint that is being written, if any. Nothing may change the policy before."""
+        """Commits the checkpoint that is being written, if any. The policy must not change before this call."""
         self._saving.settle()
 
     def _record(self, kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -310,13 +312,13 @@ class Journal:
     def _responses(self, kind: str, rollout: Rollout) -> None:
         completions: Iterable[dict[str, Any]] = rollout.completions
         if rollout.columns:
-            taken = {name for reward in self.inputs.rewards for name in reward.call.signature.names}
-            completions = with_columns(completions, rollout.columns, self._secrets, taken)
+            reward_columns = {name for reward in self.inputs.rewards for name in reward.call.signature.names}
+            completions = with_columns(completions, rollout.columns, self._secrets, reward_columns)
         head = {"kind": kind, "step": self._step}
         self.folder.append(self.folder.completions, [head | completion for completion in completions])
 
     def _remember(self, record: Mapping[str, Any]) -> None:
-        """Keeps what the end of the run and later steps need of a record."""
+        """Keeps the values of a record that later steps and the final summary need."""
         if record.get("kind") == "eval":
             self._evaluated = [*self._evaluated[:1], record]
         if record.get("kind") != "train":
@@ -327,13 +329,13 @@ class Journal:
             self._reward_range = (min(seen), max(seen))
 
     def _failed(self, error: Exception) -> None:
-        """Records the error that ends the run as a BAD event, for readers of the folder who do not have the log."""
+        """Records the error that ends the run as a BAD event, so that it is in the run folder."""
         alert = failed(self._step, error)
         alert = alert._replace(seen=hide(alert.seen, self._secrets))
         try:
             verdict: dict[str, Any] = {"verdict": alert.level, "alerts": [alert._asdict()]}
             self.event("failed", f"{alert.level}: {alert.seen}; {alert.advice}", **verdict)
-        except Exception as e:  # a full disk, say: the error itself is what is raised
+        except Exception as e:  # for example a full disk; the original error is raised
             _log.warning("the error that ended the run could not be recorded: %s", e)
 
     def _finish(self) -> None:
@@ -345,14 +347,14 @@ class Journal:
 
             self.folder.confirm()
             report = write_report(self.folder.path)
-        except Exception as e:  # a report never costs a run
-            known = isinstance(e, OSError | RunFolderError)
-            _log.warning("the report could not be written: %s: %s", type(e).__name__, e, exc_info=not known)
+        except Exception as e:  # a failed report must not end the run with an error
+            expected_error = isinstance(e, OSError | RunFolderError)
+            _log.warning("the report could not be written: %s: %s", type(e).__name__, e, exc_info=not expected_error)
         if self.console:
             self.console.close(self._summary(report))
 
     def _summary(self, report: Path | None) -> dict[str, Any]:
-        """What the run achieved, and the commands that come next."""
+        """The results of the run, and the commands to run next."""
         facts: dict[str, Any] = {}
         if self._evaluated:
             if "eval/reward" in self._evaluated[0]:
@@ -375,7 +377,7 @@ class Journal:
         facts |= {"metrics": shown / self.folder.metrics.name}
         facts |= {"report page": shown / report.name if report else "not written"}
         facts |= {"report": Command(f"gvpo report {folder}")}
-        with contextlib.suppress(OSError):  # the commands never hide the error that ended the run
+        with contextlib.suppress(OSError):  # listing the commands must not hide the error that ended the run
             if steps_saved(self.folder.checkpoints):
                 facts |= {"evaluate": Command(f"gvpo eval {folder}")}
                 facts |= {"export": Command(f"gvpo export {folder} NEW_FOLDER")}

@@ -1,4 +1,4 @@
-"""Leaves a step that cannot be finished, once the run was asked to stop."""
+"""Abandons a step that cannot be finished after the run was asked to stop."""
 
 import logging
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ from gvpo_core.training.samplers.protocol import STOPPED, SamplerError
 
 _log = logging.getLogger("gvpo")
 SHARED = (RewardError, SamplerError, NoSignalError)
-"""Errors that every rank raises where one does."""
+"""Errors that all ranks raise if one does."""
 
 
 @contextmanager
 def leaving(policy: Policy, stop: StopRequest) -> Iterator[None]:
-    """Ends its block without an error where the run was asked to stop and the responses or scores do not come.
+    """Suppresses SHARED errors, such as missing responses or scores, if the run was asked to stop.
 
-    A scheduler that ends a job ends the servers of its rewards too: what was trained so far must be saved all the same.
+    A scheduler that ends a job also ends the servers of its rewards. The run must still save the steps done.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""The command line that resumes a run, as far as a process can know it: interpreter, module, launcher."""
+"""The command line that resumes a run, with interpreter, module and launcher as far as the process can tell."""
 
 import multiprocessing
 import os
@@ -17,25 +17,25 @@ _AS_BEFORE = "the command that started it"
 
 
 def resume_command(processes: int, secrets: Iterable[str] = ()) -> str:
-    """What to type to resume the run that this process is in, without the secrets in it.
+    """The command that resumes this process's run, with secrets hidden.
 
     Args:
-      processes: in the whole run. Of several, the launcher's command line is given where a parent process is a known
-        launcher; else the command of one process, and that each is to be started as before.
-      secrets: to hide, in addition to those recognised by their form.
+      processes: number of processes in the run. With several, this is the launcher's command line if a parent process
+        is a known launcher; otherwise it is the command of one process with a note to run it in each.
+      secrets: secrets to hide, in addition to those recognised by their form.
     """
     launcher = _launcher() if processes > 1 else []
     if launcher:
-        on = " (on every machine)" if _machines() > 1 else ""
-        return shlex.join(hide_command(without_from_step(launcher)[0], secrets)) + on
-    command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # given again, it would go back again
+        suffix = " (on every machine)" if _machines() > 1 else ""
+        return shlex.join(hide_command(without_from_step(launcher)[0], secrets)) + suffix
+    command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # the option would go back again
     as_typed = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
     return as_typed if processes == 1 else f"{as_typed} (in each of the {processes} processes)"
 
 
 def without_from_step(words: Sequence[str]) -> tuple[list[str], str | None]:
-    """A command line without `--from-step N`, and N as it was typed; None: it is not there."""
-    kept: list[str] = []
+    """Returns a command line without `--from-step N`, and N as typed, or None without the option."""
+    other_words: list[str] = []
     step: str | None = None
     rest = iter(words)
     for word in rest:
@@ -43,31 +43,36 @@ def without_from_step(words: Sequence[str]) -> tuple[list[str], str | None]:
         if name in ("--from-step", "--from_step"):
             step = value if equals else next(rest, "")
         else:
-            kept.append(word)
-    return kept, step
+            other_words.append(word)
+    return other_words, step
 
 
 def in_its_folder(arguments: Sequence[str], config: Config) -> Config:
-    """The settings of `gvpo train RUN/config.toml`: of a run folder that was moved or copied, with the folder's own
-    place as run.folder, unless an option names another.
+    """The settings of `gvpo train RUN/config.toml`. If the run folder was moved or copied, run.folder is its new path.
+
+    An option --run.folder takes precedence.
 
     Args:
-      arguments: after `gvpo train`.
+      arguments: the arguments after `gvpo train`.
     """
     path = Path(arguments[0]) if arguments else Path()
     folder = path.parent
-    named = any(word.partition("=")[0] == "--run.folder" for word in arguments)
-    saved = path.name == "config.toml" and (folder / "lock").is_file() and (folder / "checkpoints").is_dir()
-    if named or not saved or folder.resolve() == Path(os.path.expanduser(config.run.folder)).resolve():
+    has_folder_option = any(word.partition("=")[0] == "--run.folder" for word in arguments)
+    is_run_folder = path.name == "config.toml" and (folder / "lock").is_file() and (folder / "checkpoints").is_dir()
+    if (
+        has_folder_option
+        or not is_run_folder
+        or folder.resolve() == Path(os.path.expanduser(config.run.folder)).resolve()
+    ):
         return config
     return replace(config, run=replace(config.run, folder=str(folder)))
 
 
 def _own(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """This process's own command; empty where it was not typed: a notebook, a prompt, a worker of another program.
+    """The command of this process; empty if nobody typed one: in a notebook, a prompt or a worker process.
 
     Args:
-      original: sys.orig_argv, the interpreter's options and -m or -c with it.
+      original: sys.orig_argv, with the interpreter's options and -m or -c.
       arguments: sys.argv.
     """
     if hasattr(sys, "ps1") or "ipykernel" in sys.modules or multiprocessing.parent_process() is not None:
@@ -75,7 +80,7 @@ def _own(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
     if not arguments or arguments[0] in ("", "-") or len(original) < 2:
         return []
     program = Path(arguments[0])
-    if program.name == "gvpo":  # the installed command: its interpreter says nothing more
+    if program.name == "gvpo":  # the installed command: no interpreter needed
         return [program.name, *arguments[1:]]
     if "-c" in original and arguments[0] != "-c":
         return []  # a program that replaced its arguments
@@ -83,9 +88,9 @@ def _own(original: Sequence[str], arguments: Sequence[str]) -> list[str]:
 
 
 def _launcher() -> list[str]:
-    """The command line of the nearest parent that starts processes; empty: none is known, or this system hides it."""
+    """The command line of the nearest parent that is a known launcher; empty if there is none or /proc is missing."""
     process = os.getppid()
-    for _ in range(4):  # a shell or an agent may be in between
+    for _ in range(4):  # a shell or another program may be in between
         try:
             words = Path(f"/proc/{process}/cmdline").read_bytes().decode(errors="replace").split("\0")[:-1]
             status = Path(f"/proc/{process}/status").read_bytes().decode(errors="replace")
@@ -98,7 +103,7 @@ def _launcher() -> list[str]:
 
 
 def starts_processes(words: Sequence[str]) -> bool:
-    """Whether a command line is that of a known launcher, itself or as a Python script or module."""
+    """Whether a command line runs a known launcher, directly or as a Python script or module."""
     if not words:
         return False
     if Path(words[0]).name in _LAUNCHERS:
@@ -110,7 +115,7 @@ def starts_processes(words: Sequence[str]) -> bool:
 
 
 def _machines() -> int:
-    """Machines of the run, where the launcher tells its processes."""
+    """Number of machines of the run, if the launcher sets it in the environment; else 1."""
     for name in ("GROUP_WORLD_SIZE", "SLURM_NNODES"):
         if os.environ.get(name, "").isdigit():
             return int(os.environ[name])

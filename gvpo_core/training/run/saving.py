@@ -1,4 +1,4 @@
-"""Saves checkpoints: begins one, has the policy write it, beside the next step where it can, and commits it."""
+"""Saves checkpoints: creates one, lets the policy write it, in a thread if it can, and commits it."""
 
 import logging
 import threading
@@ -24,17 +24,17 @@ _log = logging.getLogger("gvpo.checkpoint")
 
 
 class Saving:
-    """One rank's part in saving the checkpoints of a run. Every rank calls every method but `abandon`.
+    """Saves the checkpoints of a run. Every rank has one and must call every method except `abandon`.
 
-    A policy with `saving` writes in a thread, which waits for no other rank: `save` returns at once, and `settle` waits
-    for the thread and commits. Until then the checkpoint does not count, and nothing may change the policy. A policy
-    without it writes in `save`, which then commits.
+    A policy with `saving` writes in a thread that waits for no other rank. `save` then returns at once, and `settle`
+    waits for the thread and commits. Until then the checkpoint does not count, and the policy must not change. A policy
+    without `saving` writes and commits in `save`.
     """
 
     def __init__(self, policy: Policy, folder: RunFolder, keep: int) -> None:
         """
         Args:
-          keep: newest checkpoints kept.
+          keep: number of newest checkpoints to keep.
         """
         self.policy, self.folder, self.keep = policy, folder, keep
         self._pending: _Pending | None = None
@@ -44,7 +44,7 @@ class Saving:
 
         Args:
           also: steps of further checkpoints to keep.
-        Raises: CheckpointError: on every rank, where it failed on one.
+        Raises: CheckpointError: the save failed on one rank; all ranks raise it.
         """
         self.settle()
         folder = self.folder.checkpoints
@@ -68,7 +68,7 @@ class Saving:
     def settle(self) -> None:
         """Waits for the checkpoint that is being written, if any, and commits it.
 
-        Raises: CheckpointError: on every rank, where it failed on one.
+        Raises: CheckpointError: the save failed on one rank; all ranks raise it.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -78,7 +78,10 @@ class Saving:
         self._commit(pending.step, pending.also, {f"policy/{n}": Digest(*d) for part in parts for n, d in part.items()})
 
     def abandon(self) -> None:
-        """After an error: commits what a single process writes; of several, which cannot agree, says what is lost."""
+        """Finishes a pending save after an error.
+
+        A single process commits it. Several processes can no longer agree, so they drop it with a warning.
+        """
         pending = self._pending
         if pending is None:
             return
@@ -113,7 +116,7 @@ class Saving:
             return error
         try:
             self.folder.confirm()
-        except RunFolderError as moved:  # the reason that the save failed
+        except RunFolderError as moved:  # this is why the save failed
             return moved
         return save_failed(self.folder.checkpoints, step, error)
 
@@ -127,7 +130,7 @@ class _Pending:
         self.step, self.also = step, also
         self._written: Mapping[str, Digest] = {}
         self._error: Exception | None = None
-        # A daemon: a run that is quit at once does not wait for a checkpoint that will not count.
+        # A daemon thread: a run that quits at once must not wait for a checkpoint that it will not commit.
         self._thread = threading.Thread(target=self._run, args=(directory, write), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -140,7 +143,7 @@ class _Pending:
             self._error = error
 
     def result(self) -> Mapping[str, Digest]:
-        """What was written, once it is. Raises: the error that ended the writing."""
+        """Waits for the thread and returns the digests of the written files. Raises: the error of the thread."""
         self._thread.join()
         if self._error is not None:
             raise self._error

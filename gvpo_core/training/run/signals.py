@@ -1,9 +1,9 @@
-"""Signals of a run: asked to stop, it finishes its step, saves and leaves.
+"""Signals of a run: on a request to stop, it finishes its step, saves and exits.
 
-SIGINT (Ctrl-C), SIGTERM, SIGQUIT                  finish the step, save, leave; Ctrl-C or SIGQUIT once more: at once
-every other one that would end the process        the same, however often: warnings of a job's end, as SLURM sends, a
-(SIGUSR1, SIGXCPU, SIGALRM, SIGPWR, real-time)     watchdog's, and of a container or machine that shuts down
-SIGHUP                                             ignored: the run survives its terminal
+SIGINT (Ctrl-C), SIGTERM, SIGQUIT                  finish the step, save, exit; a second Ctrl-C or SIGQUIT: exit at once
+all others that would end the process              the same, also if repeated: warnings before the end of a job (SLURM),
+(SIGUSR1, SIGXCPU, SIGALRM, SIGPWR, real-time)     from a watchdog, or from a container or machine that shuts down
+SIGHUP                                             ignored: the run continues without its terminal
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from typing import Any
 from gvpo_core.training.rewards.worker.job_signals import TERMINATING
 from gvpo_core.training.terminal.output import show_progress
 
-_ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # by a person or a scheduler: the run handles them even if others do
+_ASKS = ("SIGINT", "SIGTERM", "SIGQUIT")  # from a person or a scheduler: the run replaces existing handlers
 _AT_ONCE = ("SIGINT", "SIGQUIT")  # not SIGTERM: a launcher forwards its SIGTERM, and the scheduler may send another
 
 
@@ -25,14 +25,14 @@ def _numbers(names: tuple[str, ...]) -> set[int]:
 
 
 def in_main_thread() -> bool:
-    """Whether signals can be handled from here."""
+    """Whether this is the main thread, in which alone Python sets signal handlers."""
     return threading.current_thread() is threading.main_thread()
 
 
 class StopRequest:
-    """Inside `with`, `signal` is the number of the first signal that asks the run to stop, 0 until then.
+    """Inside `with`, `signal` is the number of the first signal that asks the run to stop; 0 until then.
 
-    A handler that the program has set for a warning or SIGHUP, or that it ignores them, stays.
+    For signals other than SIGINT, SIGTERM and SIGQUIT, handlers that the program has set (also SIG_IGN) stay.
     """
 
     def __init__(self) -> None:
@@ -52,7 +52,7 @@ class StopRequest:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self._before.items():
             if number in _numbers(_ASKS) or signal.getsignal(number) in (self._handle, _hung_up):
-                signal.signal(number, handler)  # else somebody set one meanwhile, as a profiler does
+                signal.signal(number, handler)  # else another handler was set meanwhile, for example by a profiler
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.signal and number in _numbers(_AT_ONCE):
@@ -65,12 +65,12 @@ class StopRequest:
 
 
 def _hung_up(number: int, frame: FrameType | None) -> None:
-    """The terminal is gone: what is still printed goes nowhere, and the run continues."""
+    """Handles SIGHUP: the terminal is gone. The run continues, and its prints are dropped."""
 
 
 @contextlib.contextmanager
 def without_hang_up() -> Iterator[None]:
-    """Inside `with`, a terminal that is gone ends nothing, unless the program handles SIGHUP itself."""
+    """Inside `with`, SIGHUP does not end the process. Keeps a handler that the program has set."""
     if not hasattr(signal, "SIGHUP") or not in_main_thread() or signal.getsignal(signal.SIGHUP) is not signal.SIG_DFL:
         yield
         return
@@ -83,8 +83,8 @@ def without_hang_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ended_by_exit() -> Iterator[None]:
-    """Inside `with`, the first signal that would end the process raises SystemExit, so that what is half done can be
-    removed. Those after it do nothing: a scheduler's SIGTERM follows its SIGUSR1.
+    """Inside `with`, the first signal that would end the process raises SystemExit, so that partial files can be
+    removed. Later signals do nothing: a scheduler's SIGTERM follows its SIGUSR1.
     """
     ending = False
 
