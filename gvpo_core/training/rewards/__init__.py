@@ -1,4 +1,4 @@
-"""Reward functions: how they are found, called and turned into scores."""
+"""Reward functions: finding them, calling them and turning their results into scores."""
 
 from gvpo_core.training.rewards.failures import RewardError
 from gvpo_core.training.rewards.load import Reward, RewardFunction, check_columns, close_rewards, load_rewards

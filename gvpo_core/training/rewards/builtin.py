@@ -1,4 +1,4 @@
-"""The built-in rewards, by the name under which Python code imports them."""
+"""The built-in rewards, for import in Python code."""
 
 from gvpo_core.training.rewards.worker.all_builtin import BUILTIN
 from gvpo_core.training.rewards.worker.builtin import exact_match, math_verify, regex_match

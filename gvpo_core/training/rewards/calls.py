@@ -1,4 +1,4 @@
-"""Calls of one reward function with a time limit: in processes that can be killed, or in threads of this one."""
+"""Calls one reward function with a time limit: in processes that can be killed, or in threads of this process."""
 
 import asyncio
 import contextlib
@@ -22,44 +22,48 @@ _REACTION = 1.0  # seconds that a shared event loop may take to notice a cancell
 
 
 class Caller(Protocol):
-    """How a reward is called; `width` calls may run at once."""
+    """Calls a reward function."""
 
-    width: int
+    width: int  # calls that may run at once
     signature: Signature
-    start: float  # seconds that it takes to be ready again after a call past its limit
+    start: float  # seconds to be ready again after a call that exceeded its limit
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
-        """The result as `plain` has it.
+        """Calls the function and returns its result in the form of `plain`.
 
         Args:
           limit: seconds for the function itself.
-          until: when to give up by `clock.now`, also where the call has yet to begin.
+          until: time of `clock.now` at which to give up, even if the call has not begun.
         Raises: TimeoutError, CallFailed, UnsendableError.
         """
 
     def wrong_columns(self, columns: Collection[str] | None) -> str | None:
-        """Why the function cannot be called with data of these columns (None: not known), or None."""
+        """Why the function cannot be called with these data columns; None if it can.
+
+        Args:
+          columns: names of the columns; None: unknown.
+        """
 
     def close(self) -> None:
-        """Lets go of what calls need."""
+        """Releases the resources of the calls."""
 
 
 class EventLoop:
-    """The event loop of all async rewards in this process: clients and locks that they keep belong to one loop."""
+    """One event loop for all async rewards in this process: their clients and locks are bound to a loop."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
 
     def submit(self, value: Awaitable[Any]) -> "Future[Any]":
-        """Begins to await a value on the loop."""
+        """Awaits a value on the loop; returns the future of its result."""
 
         async def awaited() -> Any:
             try:
                 return await value
-            except (SystemExit, KeyboardInterrupt) as e:  # else the loop would end with them
+            except (SystemExit, KeyboardInterrupt) as e:  # they would end the loop
                 raise CallFailed(f"{type(e).__name__}: {e}") from e
 
         with self._lock:
@@ -69,7 +73,7 @@ class EventLoop:
             return asyncio.run_coroutine_threadsafe(awaited(), self._loop)
 
     def cancel(self, future: "Future[Any]") -> None:
-        """Cancels what `submit` began. A loop that does not react, because a reward blocks it, is replaced."""
+        """Cancels a future of `submit`. If a reward blocks the loop, the next call starts a new loop."""
         with self._lock:
             loop = self._loop
         if loop is None:
@@ -90,7 +94,7 @@ def _run_forever(loop: asyncio.AbstractEventLoop) -> None:
         try:
             loop.run_forever()
             stopped = True
-        except (SystemExit, KeyboardInterrupt):  # of a further task that a reward started
+        except (SystemExit, KeyboardInterrupt):  # raised by another task that a reward started
             pass
     loop.close()
 
@@ -99,12 +103,11 @@ _LOOP = EventLoop()
 
 
 class Threads:
-    """A function of this process, each call in a thread that is given up past its limit.
+    """Calls a function of this process, each call in a thread. Used for functions given as Python objects.
 
-    An async function runs on an event loop that all calls share, and is cancelled past its limit. Other calls are not
-    killed, and one that never releases the interpreter blocks the run. For functions that exist as Python objects only.
-    A call has lists, mappings, sets and arrays of its own, as it has in a process: what it changes in them changes
-    nothing for other rewards, other responses and later steps.
+    An async function runs on an event loop that all calls share, and is cancelled when its time is up. Other calls are
+    abandoned but keep running, and one that never releases the interpreter lock blocks the run. Each call gets its own
+    copy of lists, mappings, sets and arrays, as in a process: changes in them do not affect other calls.
     """
 
     width = 64
@@ -113,7 +116,7 @@ class Threads:
     def __init__(self, name: str, function: Callable[..., Any], options: Mapping[str, Any], *, log: RewardLog) -> None:
         """
         Args:
-          log: takes what the function prints.
+          log: receives what the function prints.
         Raises: LookupError, ImportError: the function cannot work, or its signature cannot be read.
         """
         self._function, self._options = function, options
@@ -126,7 +129,7 @@ class Threads:
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
         """See Caller."""
-        of_call = {
+        call_columns = {
             name: _copied(name, columns[name]) for name in wanted_columns(self.signature, columns, self._options)
         }
         outcome: list[Any] = []
@@ -142,8 +145,8 @@ class Threads:
         def work() -> None:
             try:
                 with printing_to(self._sink):
-                    of_all = functions.own_copy(prompts), functions.own_copy(completions)
-                    value = functions.call(self._function, *of_all, of_call, self._options, run)
+                    copies = functions.own_copy(prompts), functions.own_copy(completions)
+                    value = functions.call(self._function, *copies, call_columns, self._options, run)
                     outcome.append((plain(value, len(completions)), None))
             except BaseException as e:  # SystemExit too: a reward must not end the run
                 outcome.append((None, e))
@@ -174,16 +177,16 @@ class Threads:
         return wrong_arguments(self.signature, columns, self._options)
 
     def close(self) -> None:
-        """Gives up the calls that are under way."""
+        """Abandons the running calls."""
         self._closed = True
 
 
 class Processes:
-    """A function found by its import path, in `width` separate processes, started when first needed.
+    """Calls a function, found by its import path, in up to `width` processes, which are started when needed.
 
-    A process past its limit is ended with all that it started. Another starts immediately, next to whatever
-    else is done. It runs with the user's rights: it is kept from hanging or crashing the run, not from reading files or
-    the network.
+    A process that exceeds its limit is killed with all its children, and another one starts in the background. The
+    processes have the user's permissions: they cannot hang or crash the run, but they can read files and use the
+    network.
     """
 
     def __init__(
@@ -191,9 +194,9 @@ class Processes:
     ) -> None:
         """
         Args:
-          name: of the reward, for its lines in `log`.
-          function: as functions.find_function takes it.
-          memory: bytes of address space a process may take; 0: no limit.
+          name: name of the reward, for its lines in `log`.
+          function: the import path, as for functions.find_function.
+          memory: limit of a process's address space, bytes; 0: no limit.
         Raises: LookupError: the function cannot be found or imported.
         """
         self.width = width
@@ -209,22 +212,24 @@ class Processes:
             raise LookupError(f"its process cannot be started: {e}") from e
         try:
             self.signature = first.ready(begin + 2 * START_LIMIT)
-        except BaseException as e:  # Ctrl-C too: no process stays behind
+        except BaseException as e:  # also Ctrl-C: leave no process behind
             first.kill()
             if isinstance(e, CallFailed):
                 raise LookupError(f"importing {function} failed: {e}") from e
             raise
         self.start = now() - begin
-        self._idle: list[Worker | None] = [*[None] * (width - 1), first]  # None: to be started
+        self._idle: list[Worker | None] = [*[None] * (width - 1), first]  # None: not started
         self._changed = threading.Condition()
 
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[Any], columns: Columns, limit: float, until: float
     ) -> Any:
-        """See Caller. A call whose process died of a signal (the system was short of memory, say) has one more try."""
-        sent = {name: columns[name] for name in wanted_columns(self.signature, columns, self._options)}
+        """See Caller. Tries once more if a signal killed the process, for example when memory was short."""
+        sent_columns = {name: columns[name] for name in wanted_columns(self.signature, columns, self._options)}
         request = {"prompts": _encoded("the prompt", prompts), "completions": encode(list(completions))}
-        request["columns"] = {"dict": [[name, _encoded(f"column {name!r}", values)] for name, values in sent.items()]}
+        request["columns"] = {
+            "dict": [[name, _encoded(f"column {name!r}", values)] for name, values in sent_columns.items()]
+        }
         begin = now()
         try:
             return self._call(request, limit, until)
@@ -235,7 +240,7 @@ class Processes:
             return self._call(request, left, until)
 
     def _call(self, request: Mapping[str, Any], limit: float, until: float) -> Any:
-        worker = self._take(until)
+        worker = self._acquire(until)
         try:
             if self._closed:
                 raise CallFailed("the run is stopping")
@@ -243,8 +248,8 @@ class Processes:
             limit = min(limit, until - now())
             if limit <= 0:
                 raise TimeoutError
-        except TimeoutError:  # it continues to start, for the next call
-            self._give(worker)
+        except TimeoutError:  # the worker continues to start, for the next call
+            self._release(worker)
             raise
         except BaseException as e:
             self._end(worker, again=False)
@@ -253,10 +258,10 @@ class Processes:
             raise
         try:
             answer = worker.ask(request, limit)
-        except BaseException:  # Ctrl-C too: an interrupted worker cannot be used again
+        except BaseException:  # also Ctrl-C: an interrupted worker cannot be used again
             self._end(worker, again=True)
             raise
-        self._give(worker)
+        self._release(worker)
         if "error" in answer:
             raise CallFailed(answer["error"], answer["traceback"])
         return answer["values"]
@@ -266,18 +271,18 @@ class Processes:
         return wrong_arguments(self.signature, columns, self._options)
 
     def close(self) -> None:
-        """Ends the processes; a call that is under way fails."""
+        """Ends the processes. Running calls fail."""
         with self._changed:
             self._closed = True
             for worker in self._busy:
-                worker.end()  # its call then cleans up
+                worker.end()  # the worker's call cleans up
             for idle in self._idle:
                 if idle is not None:
                     idle.kill()
             self._idle = [None] * len(self._idle)
 
-    def _take(self, until: float) -> Worker:
-        """One that waits for work: rather one that is ready than one that is starting, or is to be started."""
+    def _acquire(self, until: float) -> Worker:
+        """Waits for an idle worker. Prefers one that is ready to one that is starting, and that to a new one."""
         with self._changed:
             while not self._idle:
                 if now() >= until:
@@ -295,7 +300,7 @@ class Processes:
             self._busy.add(worker)
             return worker
 
-    def _give(self, worker: Worker) -> None:
+    def _release(self, worker: Worker) -> None:
         with self._changed:
             self._busy.discard(worker)
             if self._closed:
@@ -304,14 +309,14 @@ class Processes:
             self._changed.notify()
 
     def _end(self, worker: Worker, *, again: bool) -> None:
-        """Ends a worker; where `again`, another begins to start in its place."""
+        """Kills a worker. If `again`, starts another in its place."""
         worker.kill()
         with self._changed:
             self._busy.discard(worker)
-            another = None
-            with contextlib.suppress(OSError):  # the next call tells
-                another = self._start() if again and not self._closed else None
-            self._idle.append(another)
+            replacement = None
+            with contextlib.suppress(OSError):  # the next call reports the error
+                replacement = self._start() if again and not self._closed else None
+            self._idle.append(replacement)
             self._changed.notify()
 
 
@@ -320,7 +325,7 @@ def _readiness(worker: Worker | None) -> int:
 
 
 def _copied(name: str, values: Sequence[Any]) -> Any:
-    """Values for a call in a thread. Raises: UnsendableError: they hold themselves, or nest too deep to be copied."""
+    """Copies values for a call in a thread. Raises: UnsendableError: they contain themselves, or nest too deep."""
     try:
         return functions.own_copy(values)
     except RecursionError as e:
@@ -331,7 +336,7 @@ def _copied(name: str, values: Sequence[Any]) -> Any:
 
 
 def _encoded(what: str, values: Sequence[Any]) -> Any:
-    """Values for a process. Raises: UnsendableError: one would not arrive equal; naming it."""
+    """Encodes values for a process. Raises: UnsendableError: a value would not arrive equal; the message names it."""
     encoded = encode(list(values)) if all(type(v) in (str, int, float, bool) for v in values) else []
     for row, value in enumerate(values[len(encoded) :]):
         try:

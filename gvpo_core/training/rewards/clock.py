@@ -4,14 +4,14 @@ import threading
 import time
 
 POLL = 0.05  # seconds; a thread that waits for a deadline reads the clock at least this often
-_PAUSE = 1.0  # seconds between two readings that only a pause explains
+_PAUSE = 1.0  # seconds between two readings that count as a pause
 
 
 class Clock:
-    """Seconds in which this process ran.
+    """Counts the seconds in which this process ran.
 
-    A paused machine, container or process group (SIGSTOP, a snapshot) pauses rewards too, while the system's clock may
-    continue: without this, every call in progress would be late afterwards.
+    A paused machine, container or process group (SIGSTOP, a snapshot) pauses the rewards too, but the system's clock
+    may continue. Without this clock, every call in progress would exceed its limit after a pause.
     """
 
     def __init__(self) -> None:

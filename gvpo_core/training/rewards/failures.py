@@ -1,4 +1,4 @@
-"""Responses that a reward left without a score: counted, reported, and refused where they are too many."""
+"""Counts and reports responses that a reward did not score; raises an error if there are too many."""
 
 import logging
 from collections import Counter
@@ -12,16 +12,16 @@ from gvpo_core.training.policy import Prompt
 from gvpo_core.training.rewards.load import Reward
 
 _log = logging.getLogger("gvpo.rewards")
-_TRACEBACKS = 3  # different ones of a reward that a step writes to run.log
+_TRACEBACKS = 3  # different tracebacks of a reward that a step writes to run.log
 
 
 class RewardError(RuntimeError):
-    """A reward that cannot be used: a wrong count, a wrong type, too many failures, or no response scored at all."""
+    """A reward cannot be used: wrong number or type of results, too many failures, or no response scored."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A response that a reward left without a score."""
+    """A response that a reward did not score."""
 
     kind: str  # error, timeout, none
     row: int
@@ -32,22 +32,22 @@ class Failure:
 def counted_failures(
     rewards: Sequence[Reward], failures: Mapping[str, Sequence[Failure]], part_of: np.ndarray
 ) -> dict[str, list[Failure]]:
-    """The failures by reward, without those responses that are of another task: not of concern to the reward.
+    """The failures by reward, without None results for responses of tasks that the reward does not score.
 
     Args:
-      part_of: (F, N) bool, as total.members has it.
+      part_of: (F, N) bool, from total.members.
     """
-    nobody = np.asarray(~part_of.any(axis=0))
+    unclaimed = np.asarray(~part_of.any(axis=0))
     return {
-        r.name: [f for f in failures[r.name] if f.kind != "none" or part_of[i, f.row] or nobody[f.row]]
+        r.name: [f for f in failures[r.name] if f.kind != "none" or part_of[i, f.row] or unclaimed[f.row]]
         for i, r in enumerate(rewards)
     }
 
 
 def count_errors(failures: Mapping[str, Sequence[Failure]]) -> dict[str, dict[str, int]]:
-    """Name -> kind -> responses."""
-    none: dict[str, int] = {"error": 0, "timeout": 0, "none": 0}
-    return {name: none | dict(Counter(f.kind for f in errors)) for name, errors in failures.items()}
+    """The number of failed responses: reward -> kind -> count."""
+    zero_counts: dict[str, int] = {"error": 0, "timeout": 0, "none": 0}
+    return {name: zero_counts | dict(Counter(f.kind for f in errors)) for name, errors in failures.items()}
 
 
 def report(
@@ -56,7 +56,7 @@ def report(
     prompts: Sequence[Prompt],
     responses: Sequence[Any],
 ) -> None:
-    """Logs one warning for all failures of a step, with the first question and response of each reward that failed."""
+    """Logs one warning for all failures of a step, with the first failed prompt and response of each reward."""
     messages = []
     for reward in rewards:
         if not (failed := failures[reward.name]):
@@ -76,7 +76,7 @@ def report(
 
 
 def no_score(failures: Mapping[str, Sequence[Failure]], prompts: Sequence[Prompt], n: int) -> RewardError:
-    """The error of a step in which no response has a reward."""
+    """The error for a step in which no response has a reward."""
     name, failed = max(failures.items(), key=lambda item: len(item[1]), default=("", ()))
     if not failed:
         return RewardError(f"no reward gave a score to any of {n} responses")
@@ -84,10 +84,10 @@ def no_score(failures: Mapping[str, Sequence[Failure]], prompts: Sequence[Prompt
 
 
 def _no_score(name: str, first: Failure, prompts: Sequence[Prompt], n: int) -> RewardError:
-    what = f"the first ({first.kind}), to the prompt {start_of(prompts[first.row])!r}: {first.message}"
-    if first.kind == "none":  # as a judge whose requests fail, which prints why
-        what += "; what the reward printed is in rewards.log, in the run folder"
-    return RewardError(f"reward {name} gave no score to any of {n} responses; {what}\n{first.traceback}".strip())
+    detail = f"the first ({first.kind}), to the prompt {start_of(prompts[first.row])!r}: {first.message}"
+    if first.kind == "none":  # for example a judge, which prints why its requests fail
+        detail += "; what the reward printed is in rewards.log, in the run folder"
+    return RewardError(f"reward {name} gave no score to any of {n} responses; {detail}\n{first.traceback}".strip())
 
 
 def write_tracebacks(reward: Reward, failures: Sequence[Failure]) -> None:
@@ -98,7 +98,7 @@ def write_tracebacks(reward: Reward, failures: Sequence[Failure]) -> None:
 
 
 def check_failures(reward: Reward, failures: Sequence[Failure], prompts: Sequence[Prompt]) -> None:
-    """Raises RewardError where too many calls failed."""
+    """Raises RewardError: too many calls failed."""
     n, failed = len(prompts), [f for f in failures if f.kind != "none"]
     if not failed:
         return

@@ -20,7 +20,7 @@ RewardFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Reward:
-    """A reward function, how it is called, and the weight of its results."""
+    """A reward function, its caller, and its settings."""
 
     name: str
     call: Caller
@@ -40,43 +40,52 @@ def load_rewards(
     """Finds the configured functions and starts their processes; `close_rewards` ends them.
 
     Args:
-      given: functions by name that take the place of the configured ones; they are called in threads.
-      log: takes what the rewards print and their errors. Default: both are dropped.
-    Raises: ConfigError: a module, file or function that is not there, an import that fails, arguments that the function
-      does not take or that nobody gives, or a function that runs code while nothing is said to contain it; naming it.
+      given: functions by name that replace the configured ones; they are called in threads.
+      log: receives the output and the errors of the rewards. Default: both are dropped.
+    Raises: ConfigError: a module, file or function is missing, its import fails, its arguments do not match, or it runs
+      code from responses and no sandbox is named. The message names the reward.
     """
     rewards: list[Reward] = []
     log = log or RewardLog()
     try:
-        for name, c in config.items():
-            c = replace(c, options=resolved(c.options, f"rewards.{name}.options"))
-            call = _caller(name, c, (given or {}).get(name), log)
-            rewards.append(Reward(name, call, c.weight, c.timeout, c.max_failures, c.failure_value, log))
+        for name, settings in config.items():
+            settings = replace(settings, options=resolved(settings.options, f"rewards.{name}.options"))
+            call = _caller(name, settings, (given or {}).get(name), log)
+            rewards.append(
+                Reward(
+                    name, call, settings.weight, settings.timeout, settings.max_failures, settings.failure_value, log
+                )
+            )
             if wrong := call.wrong_columns(None):
                 raise ConfigError(
                     f"rewards.{name}.{wrong}" if wrong.startswith("options") else f"rewards.{name}: {wrong}"
                 )
-            if call.signature.runs_code and not c.sandbox:
+            if call.signature.runs_code and not settings.sandbox:
                 raise ConfigError(
-                    f"rewards.{name} = {c.function!r} runs code from responses, and gvpo's processes do not contain it:"
-                    " run it in a sandbox (for example a container without network) and name that in"
+                    f"rewards.{name} = {settings.function!r} runs code from responses, and gvpo's processes do not"
+                    " contain it: run it in a sandbox (for example a container without network) and name that in"
                     f" rewards.{name}.sandbox"
                 )
-    except BaseException:  # Ctrl-C too: no process stays behind
+    except BaseException:  # also Ctrl-C: leave no process behind
         close_rewards(rewards)
         raise
     return rewards
 
 
 def check_columns(rewards: Sequence[Reward], columns: Collection[str], name: str) -> None:
-    """Raises ConfigError where a reward cannot be called with the data `name`, which has these columns."""
+    """Checks that the rewards can be called with data of these columns.
+
+    Args:
+      name: name of the data in error messages.
+    Raises: ConfigError: a reward cannot be called with them.
+    """
     for reward in rewards:
         if wrong := reward.call.wrong_columns({*columns, "completion_ids"}):
             raise ConfigError(f"rewards.{reward.name}: with {name}, {wrong}")
 
 
 def close_rewards(rewards: Sequence[Reward]) -> None:
-    """Ends what the rewards hold."""
+    """Ends the processes and calls of the rewards."""
     for reward in rewards:
         reward.call.close()
 

@@ -1,4 +1,4 @@
-"""What rewards say: their output in rewards.log, their errors with tracebacks in run.log, both in the run's folder."""
+"""Logs of the rewards in the run folder: their output in rewards.log, their errors with tracebacks in run.log."""
 
 import collections
 import contextlib
@@ -18,8 +18,8 @@ from gvpo_core.training.files.disk import is_at
 from gvpo_core.training.terminal.text import printable
 
 LARGEST_LOG = 64 * 2**20  # bytes of rewards.log; a run may last for weeks
-_RATE = 4 * 2**20  # bytes a second that are read of one worker's output; a flood waits
-_WAITING = 2**20  # bytes of output that are kept until there is a folder
+_RATE = 4 * 2**20  # bytes a second read from one worker's output; faster output makes the worker wait
+_WAITING = 2**20  # bytes of output that are kept until the folder exists
 _LONGEST_LINE = 8192
 _LAST_LINES = 20
 
@@ -27,12 +27,12 @@ _log = logging.getLogger("gvpo.rewards")
 
 
 class RewardLog:
-    """Writes rewards.log and run.log, without the secrets known of. A log that cannot be written never stops a run."""
+    """Writes rewards.log and run.log with known secrets hidden. A log that cannot be written does not stop the run."""
 
     def __init__(self, config: Mapping[str, RewardConfig] | None = None) -> None:
         """
         Args:
-          config: of the rewards, for the secrets among their options.
+          config: settings of the rewards; secrets in their options are hidden.
         """
         self.secrets = secrets_of({name: {"options": c.options} for name, c in (config or {}).items()})
         self._lock = threading.Lock()
@@ -44,9 +44,9 @@ class RewardLog:
         self._failed = False
 
     def open(self, folder: Path) -> None:
-        """Begins to write, into this folder."""
+        """Starts writing into this folder."""
         with self._lock, self._written("rewards.log"):
-            self._let_go()
+            self._close_folder()
             self._folder, self._opened = folder, os.open(folder, os.O_RDONLY)
             waiting, self._waiting = b"".join(self._waiting), []
             self._write(waiting)
@@ -86,12 +86,12 @@ class RewardLog:
                 file.write(f"{at} {self._safe(text).strip()}\n".encode("utf-8", "backslashreplace"))
 
     def _confirm(self) -> None:
-        """Raises OSError: the folder at the path is no longer the run's; it may be another run's now."""
+        """Raises OSError: the path no longer leads to the run's folder; it may be another run's now."""
         if self._folder is not None and self._opened is not None and not is_at(self._opened, self._folder):
             raise OSError("the run folder was moved or replaced during the run")
 
     def _safe(self, text: str) -> str:
-        """Text without secrets and without characters that command a terminal: people print log files."""
+        """The text with secrets hidden and control characters escaped: people print log files."""
         return printable(hide(text, self.secrets), keep="\n\t")
 
     @contextlib.contextmanager
@@ -103,21 +103,21 @@ class RewardLog:
             _log.warning("%s cannot be written: %s", name, e.strerror or e)
 
     def close(self) -> None:
-        """Closes the file of the output."""
+        """Closes rewards.log and the folder."""
         with self._lock:
             if self._output is not None:
                 self._output.close()
                 self._output = None
-            self._let_go()
+            self._close_folder()
 
-    def _let_go(self) -> None:
+    def _close_folder(self) -> None:
         if self._opened is not None:
             os.close(self._opened)
             self._opened = None
 
 
 class Output:
-    """Reads a worker's standard output and error in a thread, until both are closed."""
+    """Reads a worker's standard output and error in a thread until both are closed."""
 
     def __init__(self, out: int, err: int, sink: Callable[[Iterable[str]], None]) -> None:
         self._sink = sink
@@ -127,42 +127,42 @@ class Output:
         self._thread.start()
 
     def last_lines(self, wait: float) -> list[str]:
-        """The last lines of standard error, after at most `wait` seconds for it to be closed."""
+        """Waits at most `wait` seconds for the end of the output; returns the last lines of standard error."""
         self._thread.join(wait)
         return list(self._last)
 
     def stop(self) -> None:
-        """Lets go of the descriptors, which a process that escaped may hold open at the other end."""
+        """Closes the descriptors, even if an escaped process holds their other ends open."""
         self._stop = True
 
     def _read(self, out: int, err: int) -> None:
-        rest = {out: b"", err: b""}
-        begin, amount = time.monotonic(), 0
-        while rest:
-            ready = select.select(list(rest), [], [], 0.1)[0]
+        partial_lines = {out: b"", err: b""}
+        begin, bytes_read = time.monotonic(), 0
+        while partial_lines:
+            ready = select.select(list(partial_lines), [], [], 0.1)[0]
             if self._stop and not ready:
                 break
             for descriptor in ready:
                 with contextlib.suppress(OSError):
                     data = os.read(descriptor, 1 << 16)
-                lines = (rest[descriptor] + data).split(b"\n")
-                rest[descriptor] = lines.pop()
-                if len(rest[descriptor]) > _LONGEST_LINE or not data:
-                    lines += [rest[descriptor]] if rest[descriptor] else []
-                    rest[descriptor] = b""
+                lines = (partial_lines[descriptor] + data).split(b"\n")
+                partial_lines[descriptor] = lines.pop()
+                if len(partial_lines[descriptor]) > _LONGEST_LINE or not data:
+                    lines += [partial_lines[descriptor]] if partial_lines[descriptor] else []
+                    partial_lines[descriptor] = b""
                 texts = [line.decode("utf-8", "backslashreplace")[:_LONGEST_LINE] for line in lines]
                 if descriptor == err:
                     self._last.extend(text for text in texts if text.strip())
                 if texts:
                     self._sink(texts)
-                amount += len(data)
+                bytes_read += len(data)
                 if not data:
                     os.close(descriptor)
-                    del rest[descriptor]
-            passed = time.monotonic() - begin
-            if passed >= 1.0:
-                begin, amount = time.monotonic(), 0
-            elif amount > _RATE and not self._stop:
-                time.sleep(1.0 - passed)
-        for descriptor in rest:
+                    del partial_lines[descriptor]
+            elapsed = time.monotonic() - begin
+            if elapsed >= 1.0:
+                begin, bytes_read = time.monotonic(), 0
+            elif bytes_read > _RATE and not self._stop:
+                time.sleep(1.0 - elapsed)
+        for descriptor in partial_lines:
             os.close(descriptor)

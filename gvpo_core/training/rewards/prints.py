@@ -1,4 +1,4 @@
-"""What a reward function that runs in a thread of this process prints: its own lines, apart from the run's output."""
+"""Separates the prints of a reward function in a thread of this process from the run's output."""
 
 import contextlib
 import sys
@@ -11,7 +11,7 @@ Sink = Callable[[Iterable[str]], None]
 
 
 class _Lines:
-    """Collects what is printed and passes on whole lines."""
+    """Collects printed text and passes on whole lines."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink, self._rest, self._lock = sink, "", threading.Lock()
@@ -23,7 +23,7 @@ class _Lines:
             self._sink(lines)
 
     def end(self) -> None:
-        """Passes on a last line without a line break."""
+        """Passes on the last line if it has no line break."""
         if self._rest:
             self.write("\n")
 
@@ -32,7 +32,7 @@ _LINES: ContextVar[_Lines | None] = ContextVar("gvpo_reward_lines", default=None
 
 
 class _Divided:
-    """A standard stream: what is written under `printing_to` goes to its sink, everything else to the stream."""
+    """Replaces a standard stream: text written inside `printing_to` goes to its sink, other text to the stream."""
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
@@ -59,9 +59,9 @@ _active = 0
 
 @contextlib.contextmanager
 def printing_to(sink: Sink) -> Iterator[None]:
-    """Sends to `sink` what this thread, and what it awaits on an event loop, writes to sys.stdout and sys.stderr.
+    """Inside `with`, sends to `sink` what this thread and its coroutines write to sys.stdout and sys.stderr.
 
-    The standard streams are replaced while any such call is in progress, and restored after the last one.
+    The standard streams are replaced while any such block is active, and restored after the last one.
     """
     global _active
     lines = _Lines(sink)

@@ -1,4 +1,4 @@
-"""One worker process, as the run sees it: start, requests with a number each, answers of bounded size, end."""
+"""The run's side of a worker process: starts it, sends numbered requests, reads answers of bounded size, ends it."""
 
 import contextlib
 import fcntl
@@ -24,15 +24,15 @@ from gvpo_core.training.rewards.worker.messages import message_bytes
 
 START_LIMIT = 120.0  # seconds for a worker to import the user's module
 _MAIN = str(Path(_worker).with_name("__main__.py"))
-_GONE = 10.0  # seconds to wait for the guard; what it cannot end, only the kernel can
-_ANSWER = 256 * 1024  # largest size of an answer, bytes, plus for each response:
+_GONE = 10.0  # seconds to wait for the guard to end all processes
+_ANSWER = 256 * 1024  # largest size of an answer in bytes, plus _ANSWER_EACH for each response
 _ANSWER_EACH = 4096
 
 
 def working_folder() -> str | None:
-    """The working directory, for processes that start later, when a reward in a thread may have changed it.
+    """The working directory; None if it was removed.
 
-    None: it was removed.
+    Processes that start later need it: a reward in a thread may have changed it by then.
     """
     try:
         return os.getcwd()
@@ -41,7 +41,7 @@ def working_folder() -> str | None:
 
 
 class CallFailed(Exception):
-    """A call that gave no result: the reward raised, or its process died."""
+    """A call gave no result: the reward raised an error, or its process died."""
 
     def __init__(self, message: str, traceback: str = "", *, by_signal: bool = False) -> None:
         super().__init__(message)
@@ -49,7 +49,7 @@ class CallFailed(Exception):
 
 
 class Worker:
-    """One process."""
+    """One worker process."""
 
     def __init__(
         self,
@@ -62,9 +62,9 @@ class Worker:
     ) -> None:
         """
         Args:
-          setup: what the process reads first.
-          sink: takes lines that the process writes to its standard output or error.
-          program: what Python runs, with its arguments; the descriptors of requests and answers follow.
+          setup: the first message to the process.
+          sink: receives lines that the process writes to its standard output or error.
+          program: the program for Python with its arguments; the descriptors of requests and answers are appended.
           folder: working directory of the process. Default: this process's.
         Raises: OSError: the process cannot be started.
         """
@@ -75,11 +75,11 @@ class Worker:
             requests, self._to, self._from, answers, out, out_end, err, err_end = ends
             self._process = subprocess.Popen(
                 [sys.executable, "-P", *program, str(requests), str(answers)],
-                stdin=subprocess.PIPE,  # closed or written to: the guard ends everything
+                stdin=subprocess.PIPE,  # when closed or written to, the guard ends everything
                 stdout=out_end,
                 stderr=err_end,
                 pass_fds=(requests, answers),
-                start_new_session=True,  # a separate process group, and no Ctrl-C meant for the run
+                start_new_session=True,  # a separate process group, which does not get the run's Ctrl-C
                 cwd=folder,
                 env={**environment, MARK: f"{os.getpid()}-{uuid.uuid4().hex}"},
             )
@@ -94,23 +94,23 @@ class Worker:
         self._begun, self._unsent = now(), memoryview(message_bytes(setup))
         self._number = 0
         self._signature: Signature | None = None
-        self._head, self._body = bytearray(), bytearray()  # of an answer that is being received
-        with contextlib.suppress(TimeoutError, CallFailed):  # sent, or reported, when it is asked
+        self._head, self._body = bytearray(), bytearray()  # the answer that is being received
+        with contextlib.suppress(TimeoutError, CallFailed):  # `ready` sends the rest or reports the error
             self._send(0.0)
 
     def ready(self, until: float) -> Signature:
-        """Waits until the function is imported, and gives its signature.
+        """Waits until the function is imported; returns its signature.
 
-        Raises: TimeoutError: it is not yet. CallFailed: the process died, or is not heard of for too long. LookupError:
-          the function cannot be found or imported.
+        Raises: TimeoutError: it is not imported by `until`. CallFailed: the process died, or did not answer within
+          START_LIMIT. LookupError: the function cannot be found or imported.
         """
         if self._signature is None:
-            late = self._begun + START_LIMIT
+            start_deadline = self._begun + START_LIMIT
             try:
-                self._send(min(until, late))
-                answer = self._answer(min(until, late), _ANSWER)
+                self._send(min(until, start_deadline))
+                answer = self._answer(min(until, start_deadline), _ANSWER)
             except TimeoutError:
-                if now() < late:
+                if now() < start_deadline:
                     raise
                 raise CallFailed(f"its process did not answer for {START_LIMIT:g} s") from None
             if "missing" in answer:
@@ -120,7 +120,7 @@ class Worker:
 
     @property
     def heard_of(self) -> bool:
-        """Whether it is ready, or has said something by now."""
+        """Whether the process is ready, or has sent an answer that is not read yet."""
         return self._signature is not None or bool(select.select([self._from], [], [], 0)[0])
 
     @property
@@ -129,11 +129,11 @@ class Worker:
         return self._process.poll() is None
 
     def ask(self, message: Mapping[str, Any], limit: float, largest: int | None = None) -> Any:
-        """The answer, within `limit` seconds.
+        """Sends a request and returns the answer, within `limit` seconds.
 
         Args:
-          largest: bytes of an answer. Default: by the number of completions.
-        Raises: TimeoutError; CallFailed: the process died, or sent no answer.
+          largest: largest size of an answer, bytes. Default: by the number of completions.
+        Raises: TimeoutError: no answer in time. CallFailed: the process died, or its answer cannot be read.
         """
         deadline = now() + limit
         self._number += 1
@@ -145,16 +145,17 @@ class Worker:
             number = answer.get("id") if isinstance(answer, dict) else None
             if number == self._number:
                 return answer
-            if not isinstance(number, int) or not 0 < number < self._number:  # older: a second answer to a request
+            # A smaller number is a second answer to an earlier request: skip it.
+            if not isinstance(number, int) or not 0 < number < self._number:
                 raise CallFailed("its process wrote to the pipe of its answers, so they cannot be read")
 
     def _send(self, deadline: float) -> None:
-        """Writes what is unsent. A reward of which a thread holds the interpreter does not read, so this may wait."""
+        """Sends the rest of the message. May wait: a worker whose reward holds the interpreter lock does not read."""
         while self._unsent:
             if select.select([], [self._to], [], _wait(deadline))[1]:
                 try:
                     self._unsent = self._unsent[os.write(self._to, self._unsent) :]
-                except BlockingIOError:  # less room than a page
+                except BlockingIOError:  # the pipe has less room than a page
                     time.sleep(0.001)
                 except BrokenPipeError as e:
                     raise self.died() from e
@@ -178,7 +179,7 @@ class Worker:
         return answer
 
     def _receive(self, into: bytearray, size: int, deadline: float) -> None:
-        """Fills `into` to its size; a later call continues where one ran out of time."""
+        """Reads until `into` has `size` bytes. After a timeout, a later call continues."""
         while len(into) < size:
             if select.select([self._from], [], [], _wait(deadline))[0]:
                 part = os.read(self._from, min(size - len(into), 1 << 20))
@@ -186,12 +187,12 @@ class Worker:
                     raise self.died()
                 into += part
             elif not self.alive and not select.select([self._from], [], [], 0)[0]:
-                raise self.died()  # its children may hold the pipe open, so there is no end to read
+                raise self.died()  # its children may hold the pipe open, so no end of file arrives
             elif now() >= deadline:
                 raise TimeoutError
 
     def died(self) -> CallFailed:
-        """What to say of a process that does not run any more."""
+        """The error for a process that has ended, with its last output."""
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(1)
         status = self._process.returncode
@@ -206,13 +207,13 @@ class Worker:
         """Ends the process and all that it started, without waiting for it."""
         assert self._process.stdin is not None
         with contextlib.suppress(OSError, ValueError):
-            os.write(self._process.stdin.fileno(), b"x")  # to the guard
+            os.write(self._process.stdin.fileno(), b"x")  # tells the guard to end everything
         if self._process.returncode is None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def kill(self) -> None:
-        """Ends the process and all that it started; leaves no zombie and no pipe."""
+        """Ends the process and all that it started, waits for them, and closes the pipes."""
         self.end()
         self._process.wait()
         self._output.last_lines(_GONE)
@@ -229,7 +230,7 @@ def _wait(deadline: float) -> float:
 
 
 def _pipe() -> tuple[int, int]:
-    """A pipe whose ends are above the standard descriptors, which a run may have closed."""
+    """Creates a pipe with descriptors above 2: a run may have closed standard descriptors."""
     ends = list(os.pipe())
     for i, end in enumerate(ends):
         if end < 3:

@@ -1,8 +1,8 @@
-"""Rewards: the user's functions, called so that one bad response or one hung call never stops a run.
+"""Calls the user's reward functions so that one bad response or one hung call does not stop a run.
 
 A reward function follows TRL's convention: `reward(prompts, completions, **columns) -> list[float | None]`, plain or
-async; it may leave out arguments that it does not use. A completion is text, or a list of one assistant message where
-the prompt is chat messages. `columns` are the other columns of the data, one value a response, and `completion_ids`.
+async. It may leave out arguments that it does not use. A completion is text, or a list of one assistant message if the
+prompt is chat messages. `columns` are the other columns of the data, one value for each response, and `completion_ids`.
 """
 
 import math
@@ -33,19 +33,19 @@ from gvpo_core.training.rewards.process import CallFailed
 from gvpo_core.training.rewards.total import members, total_rewards
 from gvpo_core.training.rewards.worker.encoding import LARGEST_REWARD, UnsendableError
 
-_STARTS = 5.0  # seconds; the least that a step waits for processes to restart
+_STARTS = 5.0  # minimum of the seconds that a step allows for processes to restart
 
 
 @dataclass(frozen=True)
 class Calls:
-    """What the reward functions gave for N responses, before groups are looked at."""
+    """Results of the reward functions for N responses, before they are combined by group."""
 
     parts: dict[str, np.ndarray]  # name -> (N,) float64, unweighted; NaN = missing
-    failures: dict[str, list[Failure]]  # name -> one a response without a score, or with a failure_value for it
+    failures: dict[str, list[Failure]]  # name -> one for each response without a score of its own
     seconds: dict[str, float]  # name -> seconds the reward took
 
     def failed(self, name: str) -> np.ndarray:
-        """(N,) bool: errors and timeouts."""
+        """(N,) bool: the reward raised an error or timed out."""
         mask = np.zeros(len(self.parts[name]), bool)
         mask[[f.row for f in self.failures[name] if f.kind != "none"]] = True
         return mask
@@ -68,15 +68,15 @@ def score(
     columns: Mapping[str, Sequence[Any]],
     group_ids: Sequence[int] | None = None,
 ) -> Scores:
-    """Calls every reward, all at the same time, on the N responses, and adds up what they give.
+    """Calls all rewards at the same time on the N responses, and computes the weighted totals.
 
-    A response for which a reward raises, runs out of time, or gives None or NaN is left without a score. A call for
-    all responses that fails is tried again response by response, so that only the bad ones are lost. A reward that
-    gives None for all responses of a group does not count in that group's total (see total.total_rewards).
+    A response has no score if a reward raises an error, runs out of time, or returns None or NaN for it. If the call
+    for all responses fails, each response is tried alone, so that only the bad ones are lost. A reward that returns
+    None for all responses of a group does not count in that group's total (see total.total_rewards).
 
     Args:
       group_ids: (N,) labels. Default: responses to equal prompts are a group.
-    Raises: RewardError: a wrong number of rewards, something that is not a number, or no response scored.
+    Raises: RewardError: a wrong number of results, a result that is not a number, or no response scored.
     """
     calls = call_rewards(rewards, prompts, responses, columns)
     if group_ids is None:
@@ -93,7 +93,7 @@ def score(
 
 
 def stacked(rewards: Sequence[Reward], calls: Calls, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """(F, N) scores and (F, N) whether a function failed."""
+    """Returns (F, N) float scores and (F, N) bool, True if the function failed."""
     parts = np.asarray([calls.parts[r.name] for r in rewards], np.float64).reshape(len(rewards), n)
     failed = np.asarray([calls.failed(r.name) for r in rewards], bool).reshape(len(rewards), n)
     return parts, failed
@@ -105,13 +105,17 @@ def call_rewards(
     responses: Sequence[str | list[dict[str, Any]]],
     columns: Mapping[str, Sequence[Any]],
 ) -> Calls:
-    """Calls every reward, all at the same time; a response is text, or messages after the prompt's.
+    """Calls all rewards at the same time.
 
-    Raises: RewardError: an invalid result, too many failures.
+    Args:
+      responses: text, or messages that follow the prompt's.
+    Raises: RewardError: an invalid result, or too many failures.
     """
     completions = [
-        given if isinstance(prompt, str) or not isinstance(given, str) else [{"role": "assistant", "content": given}]
-        for prompt, given in zip(prompts, responses, strict=True)
+        response
+        if isinstance(prompt, str) or not isinstance(response, str)
+        else [{"role": "assistant", "content": response}]
+        for prompt, response in zip(prompts, responses, strict=True)
     ]
     if not completions:
         return Calls({r.name: np.zeros(0) for r in rewards}, {r.name: [] for r in rewards}, {})
@@ -119,7 +123,7 @@ def call_rewards(
         try:
             outcomes = list(pool.map(lambda r: _score_one(r, prompts, completions, columns), rewards))
         except (KeyboardInterrupt, SystemExit):
-            close_rewards(rewards)  # else the pool would wait for them to the end of their limits
+            close_rewards(rewards)  # otherwise the pool waits until their time limits
             raise
     for reward, (_, failures, _) in zip(rewards, outcomes, strict=True):
         write_tracebacks(reward, failures)
@@ -135,10 +139,11 @@ def call_rewards(
 def _score_one(
     reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> tuple[np.ndarray, list[Failure], float]:
-    """(N,) rewards, failures, seconds: one call for all, and where that fails, one a response within the same time.
+    """Returns (N,) rewards, failures, and seconds.
 
-    Processes that restart get more: one limit, twice the first start, or 5 s, whichever is longest;
-    what has no score when all of it has passed is given up.
+    Makes one call for all responses. If it fails, makes one call for each within the same time limit. Restarts of
+    processes get extra time: one limit, twice the first start, or 5 s, whichever is longest. Responses without a score
+    after all this time have failed.
     """
     start, n = time.perf_counter(), len(completions)
     until = now() + 2 * reward.timeout + max(reward.timeout, 2 * reward.call.start, _STARTS)
@@ -169,15 +174,15 @@ def _one_by_one(
     result: np.ndarray,
     until: float,
 ) -> list[Failure]:
-    """Fills `result` from a call a response.
+    """Calls the reward for each response alone and writes the scores into `result`. Returns the failures.
 
-    All together they have one limit's time in each of the processes; a response has at least its equal share of it, and
-    what others leave, so that no number of hung ones costs the rest.
+    All calls share one time limit in each process. Each response gets an equal share of the time plus what earlier
+    ones did not use, so that hung calls do not take the time of the others.
     """
     n, width = len(completions), min(reward.call.width, len(completions))
     budget, waiting, lock = reward.timeout * width, n, threading.Lock()
 
-    def one(row: int) -> float | Exception:
+    def score_row(row: int) -> float | Exception:
         nonlocal budget, waiting
         with lock:
             limit = min(reward.timeout, budget / waiting)
@@ -185,8 +190,8 @@ def _one_by_one(
         row_columns = {name: [values[row]] for name, values in columns.items()}
         start = now()
         try:
-            alone = reward.call([prompts[row]], [completions[row]], row_columns, limit, until)
-            return float(_numbers(reward.name, alone, 1)[0])
+            answer = reward.call([prompts[row]], [completions[row]], row_columns, limit, until)
+            return float(_numbers(reward.name, answer, 1)[0])
         except (TimeoutError, CallFailed, RewardError) as e:
             return e
         finally:
@@ -195,7 +200,7 @@ def _one_by_one(
 
     failures = []
     with ThreadPoolExecutor(width) as pool:
-        for row, outcome in enumerate(pool.map(one, range(n))):
+        for row, outcome in enumerate(pool.map(score_row, range(n))):
             if isinstance(outcome, RewardError):
                 raise outcome
             if isinstance(outcome, Exception):
@@ -212,7 +217,10 @@ def _failure(row: int, error: Exception, limit: float) -> Failure:
 
 
 def _numbers(name: str, values: Any, n: int) -> np.ndarray:
-    """(n,) float64 from what a caller gave. Raises: RewardError: not one finite number or None each."""
+    """(n,) float64 from a caller's result; None becomes NaN.
+
+    Raises: RewardError: the result is not a list of n finite numbers or None.
+    """
     if isinstance(values, dict) and "count" in values:
         raise RewardError(f"reward {name} returned {values['count']} values for {n} completions; expected one each")
     if not isinstance(values, list):

@@ -1,4 +1,4 @@
-"""The total reward of responses that several functions score, not all of them every response."""
+"""The total reward of responses from several functions, each of which may score only some groups."""
 
 from collections.abc import Sequence
 
@@ -8,8 +8,8 @@ import numpy as np
 def members(parts: np.ndarray, failed: np.ndarray, group_ids: np.ndarray) -> np.ndarray:
     """(F, N) bool: whether a function is part of the reward of a response's group.
 
-    It does not if it gave None or NaN for every response of the group, as in a run on several tasks. A function
-    that failed on a response (it raised or ran out of time) is part of the reward.
+    It is not if it gave None or NaN for every response of the group, as in a run on several tasks. A function that
+    failed on a response (it raised an error or ran out of time) is part of the reward.
 
     Args:
       parts: (F, N) float; NaN = no score.
@@ -18,18 +18,18 @@ def members(parts: np.ndarray, failed: np.ndarray, group_ids: np.ndarray) -> np.
     """
     _, groups = np.unique(group_ids, return_inverse=True)
     count = int(groups.max()) + 1 if groups.size else 0
-    spoke = np.zeros((len(parts), count), bool)
-    for function, known in enumerate(~np.isnan(parts) | failed):
-        spoke[function, groups[known]] = True
-    return spoke[:, groups]
+    scores_group = np.zeros((len(parts), count), bool)
+    for function, answered in enumerate(~np.isnan(parts) | failed):
+        scores_group[function, groups[answered]] = True
+    return scores_group[:, groups]
 
 
 def total_rewards(parts: np.ndarray, failed: np.ndarray, weights: Sequence[float], group_ids: np.ndarray) -> np.ndarray:
     """(N,) float64: the weighted sum over the functions that are part of the group's reward; NaN = no reward.
 
-    A response that such a function left without a score has no reward: the others' sum is another reward than that of
-    the rest of its group. A group of which no function scored anything has none. A function of weight 0 only measures:
-    it is part of no reward, beside others; where all have weight 0, every response has 0. Args: see `members`.
+    A response without a score from such a function has no reward: the sum of the other scores is not comparable with
+    the totals of its group. A group without any score has no reward. A function of weight 0 is only a metric and part
+    of no reward. If all weights are 0, every response has reward 0. Args: see `members`.
     """
     factors = np.asarray(weights, np.float64)[:, None]
     if len(factors) and not factors.any():
