@@ -1,1 +1,1 @@
-"""The process that one reward function runs in. Imports nothing of gvpo, so that it starts in a tenth of a second."""
+"""The worker process of one reward function. It imports nothing else of gvpo, so that it starts in 0.1 s."""

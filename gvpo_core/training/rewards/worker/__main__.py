@@ -1,4 +1,4 @@
-"""Starts the worker from its files alone: under a separate name, without importing gvpo and what gvpo imports."""
+"""Starts the worker from its own files, as a package with another name, so that gvpo is not imported."""
 
 import importlib.util
 import os

@@ -1,12 +1,12 @@
-"""One notation for the many in which people and models write an answer. Imports nothing of gvpo."""
+"""Converts the many notations of answers into one. Imports nothing of gvpo."""
 
 import re
 from decimal import Decimal
 from unicodedata import normalize
 
-_MARKUP = re.compile(r"(?<![\w)\]}])\*\*|\*\*(?![\w(\[{\\-])")  # of bold text: not 2**10
+_MARKUP = re.compile(r"(?<![\w)\]}])\*\*|\*\*(?![\w(\[{\\-])")  # bold text, but not 2**10
 _SPACES = re.compile("[\xa0\u2000-\u200a\u202f\u3000]")
-_GAP = re.compile(r"\s{2,}")  # the time that patterns take grows with the square of its length
+_GAP = re.compile(r"\s{2,}")  # long gaps slow the patterns down quadratically
 _MINUS = re.compile(
     "[\u2212\ufe63\uff0d]|(?<![\\w)\\]}])[\u2010-\u2013](?=[\\d.\\\\(a-z])"
 )  # a dash after a digit is a range
@@ -30,7 +30,7 @@ MODULUS = re.compile(r"\\?\s*\(?\s*(?:\\[pb]?mod|\bmod)\s*\{?\s*(\d+)\s*\}?\s*\)
 
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d])")
 _OF_EUROPE = re.compile(r"-?\d{1,3}(?:(?:\.\d{3})+,\d+|(?:\.\d{3}){2,}|(?: \d{3})+,\d+)")
-_IN_ROW = re.compile(r"-?\d+(?:\.\d+)?(?:\s+-?\d+(?:\.\d+)?)+")  # 1 2 3: neither a product nor one number
+_IN_ROW = re.compile(r"-?\d+(?:\.\d+)?(?:\s+-?\d+(?:\.\d+)?)+")  # 1 2 3: a list, not a product or one number
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)[eE][+-]?\d{1,3}")
 _LITERAL = re.compile(r"0(?:[xX][0-9A-Fa-f]+|[bB][01]+|[oO][0-7]+)")
 _MIXED = re.compile(r"(-?)(\d+)\s+(\d+)\s*/\s*(\d+)")
@@ -38,10 +38,10 @@ _ANGLE = re.compile(r"(\\(?:sin|cos|tan|cot|sec|csc)\s*[{(]?\s*)(\d+(?:\.\d+)?)\
 _TEMPERATURE = re.compile(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\[,; ])?(?:\\(?:text|mathrm)\s*\{\s*[CF]\s*\}|[CF]\b)")
 
 _DOTS = r"(?:\.\.\.|…|\\l?dots)"
-_ELLIPSIS = re.compile(rf"(?<!\d)(\d*)\.(\d{{0,40}}?)(\d{{1,20}}?)\3{{2,}}{_DOTS}")  # 0.333...: three times at least
+_ELLIPSIS = re.compile(rf"(?<!\d)(\d*)\.(\d{{0,40}}?)(\d{{1,20}}?)\3{{2,}}{_DOTS}")  # 0.333...: at least three times
 _REPEATING = re.compile(r"(?<!\d)(\d*)\.(\d*)(?:\\(?:overline|bar|dot)\s*(?:\{(\d+)\}|(\d))|\((\d+)\))")
-_LINE_ABOVE = re.compile("(?:\\d\u0305)+")  # a combining line over each digit that repeats
-_TWO_DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")  # over both ends of what repeats
+_LINE_ABOVE = re.compile("(?:\\d\u0305)+")  # a combining overline on each repeating digit
+_TWO_DOTS = re.compile(r"\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?")  # dots over the first and the last repeating digit
 _ONE_SIGN = re.compile(r"(?<!\d)(\d*)\s*([¼-¾⅐-⅞↉])")  # ½, 1½
 _RAISED = re.compile("[⁻⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _LOWERED = str.maketrans("⁻⁰¹²³⁴⁵⁶⁷⁸⁹", "-0123456789")
@@ -55,12 +55,12 @@ _MATRIX = re.compile(
     r"(?:\\left\s*)?[\[(]\s*\\begin\s*\{array\}(?:\s*\{[^{}]*\})?(.*?)\\end\s*\{array\}\s*(?:\\right\s*)?[\])]",
     re.DOTALL,
 )
-_ROWS = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])+\s*\]")  # of a program: [[1, 0], [0, 1]]
+_ROWS = re.compile(r"\[\s*\[[^\[\]]*\](?:\s*,\s*\[[^\[\]]*\])+\s*\]")  # as in code: [[1, 0], [0, 1]]
 _OUTSIDE = re.compile(r"([\[\]])([^\[\]()]*)([\[\]])")  # ]1, 2]: an open end, as in France
 
 
 def tidied(text: str) -> str:
-    """A text without the marks of bold type, with ASCII's minus and spaces, and without words for signs."""
+    """Removes bold markup; rewrites Unicode minus signs, spaces and roots, and words like "minus" and "percent"."""
     text = re.sub(r"(?<=[\w)])\s+\*\*\s+(?=[\w(])", "**", text)
     text = _MINUS.sub("-", _GAP.sub(_one_space, _SPACES.sub(" ", _MARKUP.sub("", text))))
     text = _PER_CENT.sub(r"\\%", _IN_WORDS.sub("-", text))
@@ -72,17 +72,17 @@ def _one_space(gap: re.Match[str]) -> str:
 
 
 def without_multiple(text: str) -> str:
-    """A text without the words that multiply its numbers, as in a question that asks for millions."""
+    """Removes words that multiply numbers: a question may ask for millions and expect 5 for 5 million."""
     return _MULTIPLE.sub(r"\1", text)
 
 
 def without_preamble(answer: str) -> str:
-    """An answer without "about", and with its currency behind the number."""
+    """Removes "about" from an answer, and moves a currency code behind the number."""
     return re.sub(rf"^({_CODES})\s*(?=[\d.])(.*)$", r"\2 \1", _ABOUT.sub("", answer))
 
 
 def plain(answer: str) -> str:
-    """The answer as math-verify reads it: LaTeX, and one notation of numbers, lists, intervals and matrices."""
+    """The answer in the form that math-verify reads: LaTeX, with one notation of numbers, lists and matrices."""
     answer = re.sub(r"\\text\s*\{\s*(?:and|or)\s*\}|\b(?:and|or)\b", ",", without_preamble(answer.strip()))
     answer = MODULUS.sub("", _LABEL.sub("", answer)).replace(r"\equiv", "=").strip()
     answer = _MULTIPLE.sub(_multiplied, answer)
@@ -115,7 +115,7 @@ def plain(answer: str) -> str:
 
 
 def _numbers(answer: str) -> str:
-    """Numbers without the separators of thousands, and in ten's base."""
+    """Removes thousands separators, and converts literals such as 0xff to decimal."""
     if _LITERAL.fullmatch(answer):
         return str(int(answer, 0))
     answer = re.sub(r"(?<=\d)(?:\\[,!;: ]|\{,\})(?=\d{3}(?!\d))", "", answer)
@@ -128,7 +128,7 @@ def _numbers(answer: str) -> str:
 
 
 def _lists(answer: str) -> str:
-    """Systems as lists, arrays in brackets and lists of lists as matrices, and one notation of intervals."""
+    """Converts systems to lists, arrays and nested lists to matrices, and intervals to one notation."""
     answer = _MATRIX.sub(r"\\begin{pmatrix}\1\\end{pmatrix}", answer)
     if _ROWS.fullmatch(answer):
         rows = re.findall(r"\[([^\[\]]*)\]", answer)
@@ -152,7 +152,7 @@ def _binomial(match: re.Match[str]) -> str:
 
 
 def _fraction(match: re.Match[str]) -> str:
-    """A decimal whose last digits repeat, as a fraction."""
+    """Converts a repeating decimal to a fraction."""
     integer, fixed = match[1] or "0", match[2]
     digits = match[3] or match[4] or match[5]
     if len(integer + fixed + digits) > 1000:  # int() reads at most 4,300 digits
@@ -162,7 +162,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _fraction_of_sign(match: re.Match[str]) -> str:
-    """A fraction that is one character, with the whole number before it: 1½."""
+    """Converts a one-character fraction, with the whole number before it: 1½."""
     top, _, bottom = normalize("NFKC", match[2]).partition("\u2044")
     fraction = rf"\frac{{{top}}}{{{bottom}}}"
     return f"({match[1]}+{fraction})" if match[1] else fraction

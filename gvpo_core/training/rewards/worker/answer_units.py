@@ -39,9 +39,9 @@ WORDS = re.compile(
     rf"(?<=[\d}}\s])(?:{_LETTERS}|per|square|sq|cubic|cu|hundred|thousand|million|billion|trillion|dozen)(?![A-Za-z])"
     r"|\b(?:USD|EUR|GBP|JPY|INR|CNY|CAD|AUD|CHF|inf|infinity)\b"
 )
-"""Words beside a number that leave an answer a number."""
-# A unit before the end of an answer or of a formula: \text{ cm}^2, cm, miles per hour. Letters right after a number, of
-# which no known unit is made, are variables: 2ab, 5m.
+"""Words next to a number that do not make the answer a text."""
+# A unit at the end of an answer or of a formula: \text{ cm}^2, cm, miles per hour. Letters directly after a number that
+# are not a known unit are variables: 2ab, 5m.
 TRAILING = re.compile(
     rf"""(?:(?<=[\d}})])|(?<=[\d}})]\s)|(?<=\s))(?:\\[,;:!\ ]|~|\s)*
     (?: \\(?:text|textrm|mathrm|mbox)\s*\{{[^{{}}]*\}}(?:\s*\^\s*\{{?\d\}}?)?
@@ -60,7 +60,7 @@ _POWERS = {"square": 2, "sq": 2, "cubic": 3, "cu": 3}
 
 
 def unit_of(text: str) -> Unit | None:
-    """The unit or currency of an answer; None without one that is known."""
+    """The unit or currency of an answer; None if there is none, or if it is unknown."""
     text = re.sub(r"\^\s*\{?\s*\\circ\s*\}?\s*(?:\\(?:text|mathrm)\s*\{\s*([CF])\s*\}|([CF])\b)", r"°\1\2", text)
     if before := _BEFORE.match(text):
         dimension, size = _UNITS[before[1]]
@@ -73,15 +73,15 @@ def unit_of(text: str) -> Unit | None:
         name, power = rest, _POWERS[first]
     if raised := re.search(r"(?:\^\s*\{?([23])\}?|([²³]))$", name):
         name, power = name[: raised.start()], int(raised[1] or "23"["²³".index(raised[2])])
-    known = _UNITS.get(re.sub(r"\s", "", name))
-    return known and (known[0], power, known[1] ** power)
+    unit = _UNITS.get(re.sub(r"\s", "", name))
+    return unit and (unit[0], power, unit[1] ** power)
 
 
 def same_kind(a: Unit, b: Unit) -> bool:
-    """Whether one unit can stand for the other: pounds are a mass and a currency."""
+    """Whether two units measure the same quantity. Pounds may be a mass or a currency."""
     return a[:2] == b[:2] or {a[0], b[0]} == {"mass", "sterling"}
 
 
 def factor(a: Unit, b: Unit) -> Fraction:
-    """What a number in unit `b` is multiplied by to be one in `a`, of the same kind."""
+    """The factor that converts a number in unit `b` to unit `a` of the same kind."""
     return b[2] / a[2] if a[0] == b[0] else Fraction(1)

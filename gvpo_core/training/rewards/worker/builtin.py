@@ -1,6 +1,6 @@
-"""Rewards that come with gvpo: 1 for a right response, 0 for a wrong one, against one column of the data.
+"""Built-in rewards that compare a response with one column of the data: 1 for a right response, 0 for a wrong one.
 
-A row whose answer is missing (None or NaN) is not scored: its reward is None.
+A row with a missing answer (None or NaN) is not scored: its reward is None.
 """
 
 import re
@@ -14,23 +14,23 @@ _NUMBER = re.compile(
     r"[+\-\u2212\u2013]?(?:(?:[1-9]\d{0,2}(?:,\d{3})+|0|[1-9]\d*)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d{1,3})?"
 )
 _AS_ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", ",": None})
-_SIGN = r"(?:(?<!\d)[-\u2212\u2013])?"  # after a digit it is a difference or a range: 3-5
+_SIGN = r"(?:(?<!\d)[-\u2212\u2013])?"  # not after a digit, where it is a difference or a range: 3-5
 _LAST_NUMBER = rf"{_SIGN}(?:(?:\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?"
 
 
 def text_of(completion: Any) -> str:
-    """The text of a completion, which is a string or a list of chat messages."""
+    """The text of a completion, which may be a string or a list of chat messages."""
     return completion if isinstance(completion, str) else "".join(m.get("content") or "" for m in completion)
 
 
 def number_in(text: str) -> Decimal | None:
-    """The number that a text is: 5, 5.0, -1,234.5, 1e-3; None for any other text, and for digits like 007."""
+    """The number that the whole text is, such as 5, 5.0, -1,234.5, 1e-3; None for other texts and digits like 007."""
     text = text.strip()
     return Decimal(text.translate(_AS_ASCII)) if _NUMBER.fullmatch(text) else None
 
 
 def compiled(pattern: Any) -> re.Pattern[str]:
-    """The regular expression of options.pattern. Raises: LookupError: it is none."""
+    """Compiles options.pattern. Raises: LookupError: it is not a regular expression."""
     try:
         return re.compile(pattern)
     except (re.error, TypeError) as e:
@@ -38,18 +38,21 @@ def compiled(pattern: Any) -> re.Pattern[str]:
 
 
 def _same(text: str, answer: str) -> bool:
-    """Whether two texts are equal, as numbers where both are numbers; white space at their ends does not count."""
+    """Whether two texts are equal without white space at their ends, or equal as numbers if both are numbers."""
     if text.strip() == answer.strip():
         return True
-    number, wanted = number_in(text), number_in(answer)
-    return number is not None and number == wanted
+    number, expected = number_in(text), number_in(answer)
+    return number is not None and number == expected
 
 
 def _texts(columns: dict[str, Any], column: str, n: int) -> list[str | None]:
-    """The answers as text; None for a missing one. Raises: KeyError, TypeError: what is wrong with the column."""
+    """The answers as text; None for a missing answer.
+
+    Raises: KeyError: the data has no such column. ValueError: the column has another number of answers.
+    """
     if column not in columns:
-        known = ", ".join(sorted(set(columns) - {"prompts", "completion_ids"})) or "none"
-        raise KeyError(f"the data has no column {column!r} (it has: {known}); set options.column")
+        available = ", ".join(sorted(set(columns) - {"prompts", "completion_ids"})) or "none"
+        raise KeyError(f"the data has no column {column!r} (it has: {available}); set options.column")
     answers: Sequence[Any] = columns[column]
     if len(answers) != n:
         raise ValueError(f"column {column!r} has {len(answers)} answers for {n} responses")
@@ -63,7 +66,7 @@ def _text(answer: Any) -> str | None:
 
 
 def exact_match(completions: Sequence[Any], *, column: str = "answer", **columns: Any) -> list[float | None]:
-    """1 where the response is the answer, white space at its ends aside. Numbers are compared as numbers."""
+    """1 if the response is the answer, apart from white space at its ends. Numbers are compared as numbers."""
     answers = _texts(columns, column, len(completions))
     return [
         None if answer is None else float(_same(text_of(c), answer))
@@ -74,7 +77,7 @@ def exact_match(completions: Sequence[Any], *, column: str = "answer", **columns
 def regex_match(
     completions: Sequence[Any], *, pattern: str = _LAST_NUMBER, column: str = "answer", **columns: Any
 ) -> list[float | None]:
-    """1 where the last match of `pattern` in the response (its first group, where it has one) is the answer.
+    """1 if the last match of `pattern` in the response (its first group, if it has one) is the answer.
 
     Numbers are compared as numbers. Default pattern: a number.
     """
@@ -88,9 +91,9 @@ def regex_match(
 
 
 def math_verify(completions: Sequence[Any], *, column: str = "answer", **columns: Any) -> list[float | None]:
-    """1 where math-verify finds the response's final answer equal to the answer, which may be LaTeX without delimiters.
+    """1 if the response's final answer equals the answer by math-verify. The answer may be LaTeX without delimiters.
 
-    None where the answer cannot be read: the row is not scored.
+    None if the answer cannot be read: the row is not scored.
     """
     answers = _texts(columns, column, len(completions))
     for answer in columns[column]:
@@ -103,7 +106,7 @@ def math_verify(completions: Sequence[Any], *, column: str = "answer", **columns
     ]
 
 
-# The option that names the one column that is passed, as `answer`.
+# The option that names the column to compare with. Only this column is passed to the function.
 exact_match.answer_option = "column"  # type: ignore[attr-defined]
 regex_match.answer_option = "column"  # type: ignore[attr-defined]
 math_verify.answer_option = "column"  # type: ignore[attr-defined]

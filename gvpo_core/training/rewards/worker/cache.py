@@ -1,4 +1,4 @@
-"""Scores of a reward that is a model, kept by the content of what was scored: a text is paid for once."""
+"""A cache of model-based scores by the content that was scored, so that no text is scored twice."""
 
 import functools
 import hashlib
@@ -9,12 +9,12 @@ from typing import Any
 
 
 class ScoreCache:
-    """Scores by key, in memory and, where a file is named, on disk. Several processes may share the file."""
+    """Scores by key, in memory and, if a file is given, on disk. Several processes may share the file."""
 
     def __init__(self, path: str) -> None:
         """
         Args:
-          path: a JSON-lines file, made where it is missing. Empty: memory alone.
+          path: a JSON-lines file, created if it is missing. Empty: memory only.
         """
         self.path = os.path.expanduser(path)
         self.scores: dict[str, float] = {}
@@ -35,17 +35,17 @@ class ScoreCache:
         try:
             entry = json.loads(line)
             self.scores[str(entry["key"])] = float(entry["score"])
-        except (ValueError, KeyError, TypeError):  # a line that a kill cut
+        except (ValueError, KeyError, TypeError):  # a line that a kill cut short
             return
 
     def put(self, scores: Mapping[str, float]) -> None:
-        """Keeps new scores."""
+        """Adds new scores."""
         self.scores |= scores
         if self.path and scores:
             lines = "".join(json.dumps({"key": key, "score": score}) + "\n" for key, score in scores.items())
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
             try:
-                os.write(file, ("\n" + lines).encode())  # one write, and never behind a line that a kill cut
+                os.write(file, ("\n" + lines).encode())  # one write; "\n" ends a line that a kill cut short
                 os.fsync(file)
             finally:
                 os.close(file)
@@ -53,10 +53,10 @@ class ScoreCache:
 
 @functools.lru_cache(maxsize=8)
 def cache_of(path: str) -> ScoreCache:
-    """The cache of a file, one in a process. Raises: LookupError: it cannot be used."""
+    """The cache of a file; a process has one for each file. Raises: LookupError: the file cannot be used."""
     return ScoreCache(path)
 
 
 def key_of(*content: Any) -> str:
-    """The key of what was scored: anything that JSON has, other values by their text."""
+    """The key of scored content. Values that JSON does not have count by their text."""
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

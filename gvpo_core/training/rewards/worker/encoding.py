@@ -1,8 +1,8 @@
-"""Values of a data column as JSON that decodes to equal values of the same types. Imports nothing of gvpo.
+"""Encodes values of a data column as JSON that decodes to equal values of the same types. Imports nothing of gvpo.
 
-Values that JSON supports are unchanged, also in lists. Everything else is an object with one key,
-its tag: `{"tuple": [...]}`, `{"dict": [[key, value], ...]}`. Types are matched exactly: a subclass (an enum, a named
-tuple) is refused, because it would arrive as its base class. Nothing is ever executed, as unpickling would.
+Values that JSON supports are unchanged, also in lists. Everything else becomes an object with one key, its tag:
+`{"tuple": [...]}`, `{"dict": [[key, value], ...]}`. Types are matched exactly: a subclass (an enum, a named tuple) is
+rejected, because it would arrive as its base class. Unlike pickle, decoding executes nothing.
 """
 
 import base64
@@ -16,9 +16,9 @@ from collections.abc import Callable
 from typing import Any
 
 LARGEST_REWARD = 3.4e38
-"""Of a score's magnitude: what float32 holds, whose squares float64 still adds up."""
-DEEPEST = 100  # levels of nesting; JSON's parser recurses
-_LARGEST = 2**63  # larger integers are written in hexadecimal: their decimal text is limited and slow
+"""Largest magnitude of a score: float32 can hold it, and float64 can sum its squares."""
+DEEPEST = 100  # levels of nesting; the JSON parser is recursive
+_LARGEST = 2**63  # larger integers are written in hexadecimal: Python limits decimal text, and it is slow
 _PLAIN = {type(None), bool, int, float, str}
 _LISTS: dict[str, Callable[[Any], Any]] = {
     "tuple": tuple,
@@ -43,7 +43,7 @@ _NUMPY_KINDS = "biufcSUmM"  # no objects, records or extension types
 
 
 class UnsendableError(ValueError):
-    """A value that would not arrive equal; the message says which and why."""
+    """A value would not arrive equal; the message says which and why."""
 
 
 def encode(value: Any, depth: int = 0) -> Any:
@@ -76,13 +76,13 @@ def encode(value: Any, depth: int = 0) -> Any:
     if kind.__module__ == "numpy":
         return _encode_numpy(value, kind, depth)
     if kind.__module__.partition(".")[0] == "pandas" and name == "Timestamp":
-        count = value.asm8.view("i8")  # of its own unit: years beyond 2262 do not fit into nanoseconds
+        count = value.asm8.view("i8")  # in its own unit: years beyond 2262 do not fit into nanoseconds
         return {"Timestamp": [int(count), value.unit, _zone(value.tzinfo)]}
     raise UnsendableError(f"it holds a {kind.__module__}.{kind.__qualname__}")
 
 
 def decode(value: Any) -> Any:
-    """The value that `encode` was given."""
+    """Returns the value that was given to `encode`."""
     if type(value) is list:
         return value if _PLAIN.issuperset(map(type, value)) else [decode(v) for v in value]
     if type(value) is not dict:
@@ -96,7 +96,7 @@ def decode(value: Any) -> Any:
 
 
 def _as_it_is(values: list[Any]) -> bool:
-    """Whether JSON gives this list back as it is. Long lists of token ids are checked without a loop in Python."""
+    """Whether JSON preserves this list. Long lists of token ids are checked without a Python loop."""
     kinds = set(map(type, values))
     if not kinds <= _PLAIN:
         return False
@@ -135,7 +135,7 @@ def _encode_numpy(value: Any, kind: type, depth: int) -> Any:
         return {"objects": [list(value.shape), [encode(v, depth + 1) for v in value.ravel().tolist()]]}
     if kind is not np.ndarray and not issubclass(kind, np.generic):
         raise UnsendableError(f"it holds a numpy.{kind.__name__}")
-    if kind in (np.str_, np.bytes_):  # as arrays they lose NUL characters at their end
+    if kind in (np.str_, np.bytes_):  # arrays would drop trailing NUL characters
         text = (str if kind is np.str_ else bytes).__getitem__(value, slice(None))
         return {kind.__name__: encode(text)}
     dtype = value.dtype

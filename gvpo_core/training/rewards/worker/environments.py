@@ -1,4 +1,4 @@
-"""Environments and tools in a worker process: one object for each episode, and operations on it by name.
+"""Environments and tools in a worker process: one object for each episode, and named operations on it.
 
 An operation is a list: ["reset", episode, row], ["step", episode, message], ["tools", episode, calls],
 ["at_limit", episode, message or null] or ["close", episode]. Its result is an object with its values, or with
@@ -18,7 +18,7 @@ from .functions import find_function, own_copy
 from .tools import schema_of
 
 LONGEST_RESULT = 16_384  # characters of a tool's result that go to the model
-LARGEST_MESSAGES = 3 * 2**20  # bytes as JSON of what an operation answers; the run reads somewhat more
+LARGEST_MESSAGES = 3 * 2**20  # bytes of an operation's messages as JSON; the run accepts slightly more
 
 
 class Environments:
@@ -27,20 +27,22 @@ class Environments:
     def __init__(self, path: str, tools: Sequence[str], options: Mapping[str, Any], limit: float) -> None:
         """
         Args:
-          path: class of the environment; empty: tools alone.
+          path: import path of the environment's class; empty: only tools.
           tools: import paths of functions.
-          limit: seconds for an async operation; others are limited from outside.
-        Raises: LookupError: a class or function that is not there, or a tool whose schema cannot be made.
+          limit: time limit of an async operation, seconds; the run limits the others.
+        Raises: LookupError: a class or function does not exist, or a tool's schema cannot be made.
         """
         self._make: Any = find_function(path, "class", {}) if path else ToolsAlone
         self._options, self._limit = dict(options), limit
-        own = getattr(self._make, "tools", ())
-        if not isinstance(own, tuple | list):
-            raise LookupError(f"the attribute tools of {path} is {_start(own)}; expected a list of functions and names")
+        class_tools = getattr(self._make, "tools", ())
+        if not isinstance(class_tools, tuple | list):
+            raise LookupError(
+                f"the attribute tools of {path} is {_start(class_tools)}; expected a list of functions and names"
+            )
         functions = [find_function(tool, built_in={}) for tool in tools] + [
-            tool for tool in own if not isinstance(tool, str)
+            tool for tool in class_tools if not isinstance(tool, str)
         ]
-        self._methods = [tool for tool in own if isinstance(tool, str)]
+        self._methods = [tool for tool in class_tools if isinstance(tool, str)]
         for name in ("reset", "step"):
             if not callable(getattr(self._make, name, None)):
                 raise LookupError(f"{path} has no method {name}; expected reset(row) and step(message)")
@@ -57,10 +59,10 @@ class Environments:
             raise LookupError(str(e)) from e
         self._functions = dict(zip((schema["function"]["name"] for schema in schemas), functions, strict=False))
         names = [schema["function"]["name"] for schema in schemas]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise LookupError(f"two tools are named {twice[0]}; rename one, since the model calls tools by name")
-        waits = inspect.iscoroutinefunction
-        concurrent = waits(getattr(self._make, "step", None)) if path else all(map(waits, functions))
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise LookupError(f"two tools are named {duplicates[0]}; rename one, since the model calls tools by name")
+        is_async = inspect.iscoroutinefunction
+        concurrent = is_async(getattr(self._make, "step", None)) if path else all(map(is_async, functions))
         self._schemas = getattr(self._make, "tool_schemas", None)
         if self._schemas is not None and schemas:
             raise LookupError(
@@ -72,11 +74,11 @@ class Environments:
         self._living: dict[int, Any] = {}
 
     def _bound(self, name: str) -> bool:
-        """Whether a method's first parameter is the object; a static method or one of the class shows none."""
+        """Whether a method's signature shows the object as first parameter: not for static and class methods."""
         return not isinstance(inspect.getattr_static(self._make, name), staticmethod | classmethod)
 
     def answer(self, request: Mapping[str, Any], run: Callable[[Any], Any]) -> dict[str, Any]:
-        """The results of the operations; async ones wait side by side."""
+        """The results of the operations. Async operations run concurrently."""
         if "describe" in request:
             return {"values": run(self._describe())}
 
@@ -92,12 +94,12 @@ class Environments:
         return self.described | {"tools": [_schema(schema) for schema in schemas]}
 
     async def _one(self, operation: Sequence[Any]) -> dict[str, Any]:
-        name, episode, *given = operation
+        name, episode, *arguments = operation
         try:
-            return await asyncio.wait_for(getattr(self, f"_{name}")(episode, *map(decode, given)), self._limit)
+            return await asyncio.wait_for(getattr(self, f"_{name}")(episode, *map(decode, arguments)), self._limit)
         except TimeoutError:
             return {"error": f"no result within {self._limit:g} s", "traceback": ""}
-        except BaseException as e:  # SystemExit too: an environment must not end the run
+        except BaseException as e:  # also SystemExit: an environment must not end the run
             return {"error": _text(e), "traceback": _of_the_user(e)}
 
     async def _reset(self, episode: int, row: dict[str, Any]) -> dict[str, Any]:
@@ -110,7 +112,7 @@ class Environments:
         if not isinstance(result, tuple | list) or len(result) != 3:
             raise TypeError(f"step returned {_start(result)}; expected (messages, reward, done)")
         messages, reward, done = result
-        done = done.item() if hasattr(done, "item") else done  # of numpy
+        done = done.item() if hasattr(done, "item") else done  # a NumPy scalar
         if not isinstance(done, bool | int):
             raise TypeError(f"step returned done = {_start(done)}; expected true or false")
         return {"messages": _messages(messages or [], "step"), "reward": _reward(reward, "step"), "done": bool(done)}
@@ -120,12 +122,12 @@ class Environments:
 
     async def _tools(self, episode: int, calls: list[dict[str, Any]]) -> dict[str, Any]:
         environment = self._living[episode]
-        known = self._functions | {name: getattr(environment, name) for name in self._methods}
+        tools = self._functions | {name: getattr(environment, name) for name in self._methods}
         messages, failures = [], 0
         for call in calls:
-            text, failed = await _called(known, call)
+            text, failed = await _called(tools, call)
             failures += failed
-            called = {"name": call["name"]} if call["name"] in known else {}
+            called = {"name": call["name"]} if call["name"] in tools else {}
             messages.append({"role": "tool", **called, "content": _writable(text[:LONGEST_RESULT])})
         return {"messages": messages, "failures": failures}
 
@@ -138,29 +140,29 @@ class Environments:
 
 
 class ToolsAlone:
-    """The environment of tools without another one: it ends with the first message that calls no tool."""
+    """The environment for tools without a user's environment. It ends with the first message that calls no tool."""
 
     def reset(self, row: Mapping[str, Any]) -> None:
-        """The prompt is the row's."""
+        """Returns no messages: the prompt is the row's."""
 
     def step(self, message: Mapping[str, Any]) -> tuple[list[Any], None, bool]:
-        """Ends the episode; the rewards score it."""
+        """Ends the episode without a reward; the configured rewards score it."""
         return [], None, True
 
 
-async def _called(known: Mapping[str, Callable[..., Any]], call: Mapping[str, Any]) -> tuple[str, bool]:
-    """A tool's result as text, and whether it failed. Its errors are for the model."""
+async def _called(tools: Mapping[str, Callable[..., Any]], call: Mapping[str, Any]) -> tuple[str, bool]:
+    """Calls a tool. Returns its result as text and whether it failed; the model reads the error."""
     name, arguments = str(call.get("name")), call.get("arguments")
-    if name not in known:
-        return f"error: there is no tool {name!r:.80}; there are: {', '.join(known)}", True
+    if name not in tools:
+        return f"error: there is no tool {name!r:.80}; there are: {', '.join(tools)}", True
     if not isinstance(arguments, dict):
         return f"error: the arguments of {name} are {_start(arguments)}; expected an object", True
     try:
-        inspect.signature(known[name]).bind(**arguments)
+        inspect.signature(tools[name]).bind(**arguments)
     except TypeError as e:
         return f"error: {name}: {e}", True
     try:
-        result = await _awaited(known[name](**arguments))
+        result = await _awaited(tools[name](**arguments))
         return result if isinstance(result, str) else json.dumps(result, ensure_ascii=False, default=str), False
     except (Exception, SystemExit) as e:
         return f"error: {_text(e)}"[:500], True
@@ -199,7 +201,7 @@ def _messages(messages: Any, of: str) -> list[dict[str, Any]]:
         try:
             json.dumps(dict(message), ensure_ascii=False).encode()
             size += len(json.dumps(dict(message)))
-        except (TypeError, ValueError, RecursionError) as e:  # no JSON, or halves of surrogate pairs
+        except (TypeError, ValueError, RecursionError) as e:  # not JSON, or lone surrogates
             raise TypeError(f"{of} returned a message that cannot be sent as JSON: {_text(e)}") from e
     if size > LARGEST_MESSAGES:
         raise ValueError(f"{of} returned messages of {size:,} bytes; expected at most {LARGEST_MESSAGES:,}")
@@ -207,7 +209,7 @@ def _messages(messages: Any, of: str) -> list[dict[str, Any]]:
 
 
 def _of_the_user(error: BaseException) -> str:
-    """The last lines of the traceback; nothing where no line of it is the user's."""
+    """The last lines of the traceback; empty if no line of it is from the user's code."""
     ours = {__file__, asyncio.tasks.__file__, asyncio.futures.__file__}
     if all(frame.filename in ours for frame in traceback.extract_tb(error.__traceback__)):
         return ""
@@ -222,7 +224,7 @@ def _text(error: BaseException) -> str:
 
 
 def _writable(text: str) -> str:
-    """The text with halves of surrogate pairs escaped, which no file and no tokenizer takes."""
+    """The text with lone surrogates escaped: files and tokenizers do not accept them."""
     return text.encode(errors="backslashreplace").decode()
 
 

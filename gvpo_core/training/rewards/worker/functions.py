@@ -1,4 +1,4 @@
-"""Reward functions: found by name or path, asked for their arguments, and called."""
+"""Finds reward functions by name or path, reads their signatures, and calls them."""
 
 import copy
 import difflib
@@ -19,32 +19,32 @@ from typing import Any
 
 from .all_builtin import BUILTIN
 
-OWN = ("prompts", "completions", "completion_ids")  # arguments that gvpo makes; a data column of the name is not passed
+OWN = ("prompts", "completions", "completion_ids")  # arguments from gvpo; data columns of these names are not passed
 LONGEST_ERROR = 2000  # characters of an error's text
 _loaded: dict[str, tuple[tuple[int, int], Any]] = {}  # path -> (time of change, size), module
 
 
 @dataclass(frozen=True)
 class Signature:
-    """What a reward function takes."""
+    """The arguments that a reward function takes."""
 
     names: list[str]  # parameters by name
     required: list[str]  # those without a default
     any: bool  # has **kwargs
-    bound: list[str]  # names that no keyword can have: `self` of a bound method
-    answer_option: str | None = None  # a built-in reward: the option that names its column, passed as `answer`
+    bound: list[str]  # parameters already bound, such as `self`: they cannot be passed by keyword
+    answer_option: str | None = None  # of a built-in reward: the option that names its column, passed as `answer`
     runs_code: bool = False
-    settings: tuple[str, ...] = ()  # of a built-in reward: names that options alone set, never a column
+    settings: tuple[str, ...] = ()  # of a built-in reward: parameters that only options set, never a column
     built_in: bool = False
     fields: tuple[str, ...] = ()  # of a built-in reward: columns that its options name
 
 
 def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any] = BUILTIN) -> Callable[..., Any]:
-    """A built-in by name, or `package.module:function`, or `path/to/file.py:function`.
+    """Finds a built-in by name, or imports `package.module:function` or `path/to/file.py:function`.
 
     Args:
-      kind: what it is called in messages: function or class.
-    Raises: LookupError: no such file, module or function, or its import failed, with the reason.
+      kind: the word for it in messages: function or class.
+    Raises: LookupError: no such file, module or function, or its import failed; the message has the reason.
     """
     if spec in built_in:
         return built_in[spec]  # type: ignore[no-any-return]
@@ -61,7 +61,7 @@ def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any]
         raise LookupError(f"importing {where} failed: {described_error(e)}") from e
     except KeyboardInterrupt:
         raise
-    except BaseException as e:  # whatever the user's module raises on import: a script calls sys.exit
+    except BaseException as e:  # also SystemExit: a script may call sys.exit on import
         raise LookupError(f"importing {where} failed: {described_error(e)}") from e
     function = getattr(module, attribute, None)
     if not callable(function):
@@ -70,7 +70,7 @@ def find_function(spec: str, kind: str = "function", built_in: Mapping[str, Any]
 
 
 def described_error(error: BaseException) -> str:
-    """The kind and the text of an error of the user's: of bounded length, and also where it cannot print itself."""
+    """The type and text of an error from user code, with bounded length. Works even if str(error) fails."""
     try:
         text = str(error)
     except Exception:
@@ -84,9 +84,9 @@ def end_of_traceback(error: BaseException) -> str:
 
 
 def _from_file(path: str) -> Any:
-    """The module of a file, which other modules and processes can import by its name.
+    """Imports a file as a module that other modules and processes can import by its name.
 
-    Its folder is on the path, as a script's would be. A file that changed since is loaded again.
+    Its folder is added to sys.path, as for a script. A file that has changed is loaded again.
     """
     if not os.path.isfile(path):
         raise LookupError(f"there is no file {path}")
@@ -118,7 +118,7 @@ def _from_file(path: str) -> Any:
 
 
 def _is_taken(name: str, path: str) -> bool:
-    """Whether `import name` gives another file: a module that is imported already, or an installed package."""
+    """Whether `import name` would give another file: an imported module or an installed package."""
     if name in sys.modules:
         return os.path.abspath(getattr(sys.modules[name], "__file__", None) or "") != path
     try:
@@ -129,12 +129,12 @@ def _is_taken(name: str, path: str) -> bool:
 
 
 def _from_name(name: str) -> Any:
-    _onto_path(os.getcwd())  # a console script lacks it, and users keep rewards next to the config
+    _onto_path(os.getcwd())  # not on the path of a console script, but users keep rewards there
     return importlib.import_module(name)
 
 
 def _onto_path(folder: str) -> None:
-    """Puts a folder before the installed packages and after the standard library, which its files must not replace."""
+    """Inserts a folder into sys.path after the standard library, which it must not shadow, and before packages."""
     if folder in sys.path:
         return
     paths = sysconfig.get_paths()
@@ -145,12 +145,12 @@ def _onto_path(folder: str) -> None:
 
 
 def warm_up(function: Any, options: Mapping[str, Any]) -> None:
-    """Calls the function's `warm_up`, where it has one, with the options where it takes them.
+    """Calls the `warm_up` of a built-in function, if it has one. Passes the options if it takes an argument.
 
     Raises: LookupError, ImportError: the function cannot work, with these options or at all.
     """
     start = getattr(function, "warm_up", None)
-    if start is None or not _is_built_in(function):  # a user's object may have a method of the name
+    if start is None or not _is_built_in(function):  # a user's object may have a method of this name
         return
     try:
         start(*([options] if inspect.signature(start).parameters else []))
@@ -159,32 +159,39 @@ def warm_up(function: Any, options: Mapping[str, Any]) -> None:
 
 
 def _is_built_in(function: Any) -> bool:
-    return any(function is own for own in BUILTIN.values())
+    return any(function is reward for reward in BUILTIN.values())
 
 
 def signature_of(function: Callable[..., Any], options: Mapping[str, Any] | None = None) -> Signature:
-    """The function's signature; `options` may name columns. Raises: LookupError: it cannot be read."""
+    """The function's signature.
+
+    Args:
+      options: settings of the reward; those of a built-in reward may name columns.
+    Raises: LookupError: the signature cannot be read.
+    """
     try:
         parameters = inspect.signature(function).parameters.values()
     except (TypeError, ValueError) as e:
         raise LookupError(f"its arguments cannot be read ({e}); wrap it in a Python function") from e
-    own = function if _is_built_in(function) else None  # a user's object may have attributes of these names
+    builtin_reward = function if _is_built_in(function) else None  # a user's object may have attributes of these names
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return Signature(
         names=[p.name for p in named],
         required=[p.name for p in named if p.default is p.empty],
         any=any(p.kind is p.VAR_KEYWORD for p in parameters),
         bound=list(_bound(function)),
-        answer_option=getattr(own, "answer_option", None),
+        answer_option=getattr(builtin_reward, "answer_option", None),
         runs_code=isinstance(code := getattr(function, "runs_code", False), int) and bool(code),
-        built_in=own is not None,
-        settings=tuple(getattr(own, "settings", ())),
-        fields=tuple(own.fields(options or {})) if own is not None and hasattr(own, "fields") else (),
+        built_in=builtin_reward is not None,
+        settings=tuple(getattr(builtin_reward, "settings", ())),
+        fields=tuple(builtin_reward.fields(options or {}))
+        if builtin_reward is not None and hasattr(builtin_reward, "fields")
+        else (),
     )
 
 
 def _bound(function: Any) -> Iterator[str]:
-    """Parameters that are filled before the call, by an instance or by functools.partial."""
+    """Parameters that an instance or functools.partial has already bound."""
     if isinstance(function, functools.partial):
         yield from list(inspect.signature(function.func).parameters)[: len(function.args)]
         yield from _bound(function.func)
@@ -197,12 +204,16 @@ def _bound(function: Any) -> Iterator[str]:
 
 
 def wanted_columns(signature: Signature, columns: Collection[str], options: Mapping[str, Any]) -> list[str]:
-    """The columns that the function is given: those that it names, with **kwargs all; none that options set."""
+    """The columns to pass: those that the function names, or all if it has **kwargs; none that options set."""
     if signature.answer_option:
         return [name for name in (_answer_column(signature, options),) if name in columns]
-    taken = {*options, *OWN[:2], *signature.settings}
-    named = {*signature.names}
-    return [c for c in columns if c not in taken and (c in named or (signature.any and c not in signature.bound))]
+    excluded = {*options, *OWN[:2], *signature.settings}
+    parameter_names = {*signature.names}
+    return [
+        c
+        for c in columns
+        if c not in excluded and (c in parameter_names or (signature.any and c not in signature.bound))
+    ]
 
 
 def _answer_column(signature: Signature, options: Mapping[str, Any]) -> str:
@@ -211,26 +222,26 @@ def _answer_column(signature: Signature, options: Mapping[str, Any]) -> str:
 
 
 def wrong_arguments(signature: Signature, columns: Collection[str] | None, options: Mapping[str, Any]) -> str | None:
-    """Why a call would fail, or None.
+    """Why a call would fail; None if it would not.
 
     Args:
-      columns: names of the data's columns; None: not known, and not checked.
+      columns: names of the data's columns; None: unknown, so they are not checked.
     """
     names = [n for n in signature.names if n not in OWN]
     for option in options:
         if option in OWN:
             return f"options.{option}: gvpo passes {option} itself; give the option another name"
-        any_option = signature.any and not signature.built_in  # whose further arguments are columns
+        any_option = signature.any and not signature.built_in  # a built-in's **kwargs are columns
         if option in signature.bound or not (any_option or option in signature.names):
             takes = ", ".join(names) or "none besides prompts and completions"
             close = difflib.get_close_matches(option, names, n=1)
-            meant = f"; did you mean {close[0]}?" if close else ""
-            return f"options.{option}: the function takes no argument {option} (it takes: {takes}){meant}"
-    has = ", ".join(sorted(set(columns or ()) - {*OWN})) or "none"
+            suggestion = f"; did you mean {close[0]}?" if close else ""
+            return f"options.{option}: the function takes no argument {option} (it takes: {takes}){suggestion}"
+    available = ", ".join(sorted(set(columns or ()) - {*OWN})) or "none"
     if signature.answer_option:
         column = _answer_column(signature, options)
         if columns is not None and column not in columns:
-            return f"the data has no column {column!r} (it has: {has}); set options.{signature.answer_option}"
+            return f"the data has no column {column!r} (it has: {available}); set options.{signature.answer_option}"
         return None
     if not (signature.any or {"completions", "completion_ids"} & {*signature.names}):
         return (
@@ -243,12 +254,12 @@ def wrong_arguments(signature: Signature, columns: Collection[str] | None, optio
     if columns is not None:
         for name in signature.fields:
             if name not in columns:
-                return f"the options name the column {name!r}, which the data does not have (it has: {has})"
+                return f"the options name the column {name!r}, which the data does not have (it has: {available})"
         for name in signature.required:
             if name not in (*OWN, *columns, *options):
                 return (
-                    f"the function needs an argument {name!r}, and the data has no column of that name (it has: {has});"
-                    " rename the argument or the column, give it a default, or set it in options"
+                    f"the function needs an argument {name!r}, and the data has no column of that name (it has:"
+                    f" {available}); rename the argument or the column, give it a default, or set it in options"
                 )
     return None
 
@@ -261,10 +272,10 @@ def call(
     options: Mapping[str, Any],
     run: Callable[[Any], Any],
 ) -> Any:
-    """The function's result for one batch.
+    """Calls the function for one batch and returns its result.
 
     Args:
-      run: waits for an awaitable, on the event loop that all calls share.
+      run: waits for an awaitable on the event loop that all calls share.
     """
     signature, options = signature_of(function), own_copy(dict(options))
     if wrong := wrong_arguments(signature, columns, options):
@@ -278,7 +289,7 @@ def call(
     values |= {"prompts": list(prompts), "completions": list(completions), **options}
     by_place = []
     for parameter in inspect.signature(function).parameters.values():
-        if parameter.kind is parameter.POSITIONAL_ONLY:  # one that is not given keeps its place
+        if parameter.kind is parameter.POSITIONAL_ONLY:  # the default fills a missing one
             by_place.append(values.pop(parameter.name, parameter.default))
     chosen = {k: v for k, v in values.items() if k in signature.names or (signature.any and k not in signature.bound)}
     value = function(*by_place, **chosen)
@@ -286,7 +297,7 @@ def call(
 
 
 def own_copy(value: Any) -> Any:
-    """The value with lists, tuples, mappings, sets and arrays of its own; other objects are the same ones."""
+    """Copies lists, tuples, mappings, sets and arrays, also nested ones; does not copy other objects."""
     kind = type(value)
     if kind in (list, tuple):
         same = {*map(type, value)} <= {int, float, str, bool, type(None)}
@@ -299,8 +310,8 @@ def own_copy(value: Any) -> Any:
 def plain(values: Any, count: int) -> Any:
     """A result as JSON: numbers and None unchanged, anything else as {"text", "type"} for the error message.
 
-    A set has no order, so its numbers belong to no response, and a DataFrame gives the names of its columns. A result
-    of a wrong length is {"count": its length}, so that the answer's size stays within bounds.
+    Sets are rejected because they have no order, and DataFrames because they iterate over their column names. A result
+    of a wrong length becomes {"count": its length}, so that the size of the answer is bounded.
     """
     if isinstance(values, str | bytes | bytearray | memoryview | Mapping | Set) or hasattr(values, "columns"):
         return _described(values)

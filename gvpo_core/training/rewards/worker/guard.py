@@ -1,8 +1,8 @@
-"""The guard of a worker: a small process that ends everything that the worker started, when the worker must end.
+"""The guard of a worker: a small process that kills everything the worker started when the worker must end.
 
-The worker stays a child of the run. Its guard is a child of neither, and waits for the worker's death, and for the
-run's. On Linux it then finds what the worker started by a mark in the environment, in separate sessions too;
-elsewhere it ends the worker's process group.
+The worker is a child of the run. The guard is a child of neither, and waits until the worker or the run has ended. On
+Linux it then finds the worker's descendants by a mark in their environment, also in other sessions; elsewhere it kills
+the worker's process group.
 """
 
 import contextlib
@@ -13,26 +13,26 @@ import signal
 import sys
 import time
 
-MARK = "GVPO_REWARD_WORKER"  # environment variable, unique to a worker, inherited by what it starts
-_PATIENCE = 5.0  # seconds for killed processes to be gone; one in the kernel's hands may never be
-_EXECUTING = 0.25  # seconds for a process without an environment to have one: it may be within exec
+MARK = "GVPO_REWARD_WORKER"  # environment variable with a value unique to a worker; its descendants inherit it
+_PATIENCE = 5.0  # seconds to wait until killed processes are gone; one blocked in the kernel may never be
+_EXECUTING = 0.25  # seconds to wait for a process without an environment: it may be within exec
 _KERNEL = 0x200000  # flag of a kernel thread, in /proc/PID/stat
 
 
 def start_guard(closed: tuple[int, ...], folder: str = "") -> None:
-    """Starts the guard of this process. It acts when this process is gone, and when the run says so or is gone.
+    """Starts the guard of this process. It acts when this process ends, or when the run ends or asks for it.
 
-    Standard input is the run's channel to the guard: data, or its end. The guard keeps the standard error open while
-    it works: who reads that sees its end when everything is gone.
+    Standard input is the run's channel to the guard: data or end of file. The guard keeps standard error open while it
+    works, so a reader of standard error gets end of file when everything is gone.
 
     Args:
-      closed: descriptors that the guard does not keep.
-      folder: removed at the end.
+      closed: descriptors that the guard closes.
+      folder: a folder to remove at the end.
     """
     worker = os.getpid()
-    between = os.fork()
-    if between:
-        os.waitpid(between, 0)
+    intermediate = os.fork()
+    if intermediate:
+        os.waitpid(intermediate, 0)
         nothing = os.open(os.devnull, os.O_RDWR)
         os.dup2(nothing, 0)
         os.close(nothing)
@@ -69,7 +69,7 @@ def _end_all(worker: int) -> None:
     if sys.platform != "linux":
         return
     mark = f"{MARK}={os.environ[MARK]}".encode()
-    seen = time.monotonic()  # the last time that one was found
+    seen = time.monotonic()  # time at which a marked process was last found
     while (now := time.monotonic()) < deadline:
         living, unknown = _marked(mark)
         for process in living:
@@ -82,7 +82,7 @@ def _end_all(worker: int) -> None:
 
 
 def _marked(mark: bytes) -> tuple[list[int], bool]:
-    """Other processes with this mark, and whether one has no environment to tell by: within exec it has none yet."""
+    """Other processes with this mark, and whether any process has no environment yet because it is within exec."""
     pids, unknown, this_pid = [], False, os.getpid()
     for entry in os.listdir("/proc"):
         if entry.isdigit() and int(entry) != this_pid:
@@ -95,7 +95,7 @@ def _marked(mark: bytes) -> tuple[list[int], bool]:
 
 
 def _runs_a_program(entry: str) -> bool:
-    """Neither a zombie nor a kernel thread."""
+    """Whether a process is neither a zombie nor a kernel thread."""
     with open(f"/proc/{entry}/stat", "rb") as file:
         state, *_, flags = file.read().rpartition(b")")[2].split()[:7]
     return state not in (b"Z", b"X") and not int(flags) & _KERNEL

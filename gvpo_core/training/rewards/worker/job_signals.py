@@ -1,8 +1,8 @@
-"""The signals that end a process unless it handles them, as a scheduler, a watchdog or a person sends them."""
+"""The signals from schedulers, watchdogs or people that end a process unless it handles them."""
 
 import signal
 
-_OF_THE_PROCESS = (  # its own faults; what a debugger or Python takes; what does not end it
+_OF_THE_PROCESS = (  # faults of the process, signals that debuggers or Python use, and signals that do not end it
     *("SIGKILL", "SIGSTOP", "SIGSEGV", "SIGBUS", "SIGFPE", "SIGILL", "SIGABRT", "SIGTRAP", "SIGSYS", "SIGEMT"),
     *("SIGPIPE", "SIGXFSZ", "SIGCHLD", "SIGCONT", "SIGTSTP", "SIGTTIN", "SIGTTOU", "SIGURG", "SIGWINCH", "SIGINFO"),
 )

@@ -25,7 +25,7 @@ Score: N
 where N is a number from {lowest} (worst) to {highest} (best)."""
 PATTERN = r"[Ss]core\W{0,6}(-?\d+(?:\.\d+)?)"
 _FIELD = re.compile(r"\{(\w+)\}")
-_OWN = ("prompt", "response", "lowest", "highest")  # fields that are no columns
+_BUILT_IN_FIELDS = ("prompt", "response", "lowest", "highest")  # fields of the template that are not columns
 
 
 async def judge(
@@ -46,40 +46,40 @@ async def judge(
     cache: str = "",
     **columns: Any,
 ) -> list[float | None]:
-    """The grade that a model gives each response, from 0 (`lowest`) to 1 (`highest`).
+    """Asks a model to grade each response, and scales the grades to 0 (`lowest`) to 1 (`highest`).
 
     Args:
-      model: its name at the endpoint.
-      url: address of the endpoint, with /v1. Empty: that of the openai package.
+      model: name of the model at the endpoint.
+      url: address of the endpoint, with /v1. Empty: the default of the openai package.
       key: "$NAME", the environment variable that holds the key. Empty: the package's own variable, or none.
-      template: what the judge reads; {prompt}, {response}, {lowest}, {highest} and {COLUMN} are replaced. A column that
-        has one of the first four names is not used.
+      template: text for the judge; {prompt}, {response}, {lowest}, {highest} and {COLUMN} are replaced. A column with
+        one of the first four names is not used.
       pattern: regular expression whose last match has the grade as its first group.
       lowest, highest: ends of the scale.
-      max_tokens: of the judge's answer.
-      concurrency: requests at a time.
-      retries: further tries of a request that failed.
+      max_tokens: largest number of tokens of the judge's answer.
+      concurrency: number of requests at the same time.
+      retries: further tries of a failed request.
       seconds: time limit of a request.
-      cache: file of grades that later calls and runs read. Empty: memory alone.
-    Returns: a grade each; None, never 0, where the endpoint failed or its answer has no grade on the scale.
+      cache: file of grades that later calls and runs reuse. Empty: memory only.
+    Returns: a grade each; None, not 0, if the endpoint failed or its answer has no grade on the scale.
     Raises: LookupError: the openai package is missing, or the template has another field.
     """
     check({"pattern": pattern, "lowest": lowest, "highest": highest})
     from openai import AsyncOpenAI, OpenAIError
 
-    known, gate, failures = cache_of(cache), asyncio.Semaphore(max(1, concurrency)), Counter[str]()
-    read, fixed = re.compile(pattern), {"lowest": f"{lowest:g}", "highest": f"{highest:g}"}
-    asked = [
+    score_cache, semaphore, failures = cache_of(cache), asyncio.Semaphore(max(1, concurrency)), Counter[str]()
+    grade_pattern, fixed = re.compile(pattern), {"lowest": f"{lowest:g}", "highest": f"{highest:g}"}
+    texts = [
         filled(template, _row(columns, i) | {"prompt": shown(prompt), "response": text_of(completion), **fixed})
         for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True))
     ]
-    keys = [key_of("judge", url, model, max_tokens, pattern, lowest, highest, text) for text in asked]
+    keys = [key_of("judge", url, model, max_tokens, pattern, lowest, highest, text) for text in texts]
     options: dict[str, Any] = {"timeout": seconds, "max_retries": retries}
     options |= {"base_url": url} if url else {}
     options |= {"api_key": key or "none"} if key or url else {}
 
     async def graded(client: Any, text: str) -> float | None:
-        async with gate:
+        async with semaphore:
             try:
                 messages = [{"role": "user", "content": text}]
                 answer = await client.chat.completions.create(
@@ -89,23 +89,23 @@ async def judge(
             except (OpenAIError, IndexError, AttributeError) as e:
                 failures[f"{type(e).__name__}: {e}"[:200]] += 1
                 return None
-        value = grade(reply, read, lowest, highest)
+        value = grade(reply, grade_pattern, lowest, highest)
         if value is None:
             failures[f"no grade from {lowest:g} to {highest:g} at the end of {reply[-80:]!r}"] += 1
         return value
 
-    wanted = {k: text for k, text in zip(keys, asked, strict=True) if k not in known.scores}
-    if wanted:
+    new_texts = {k: text for k, text in zip(keys, texts, strict=True) if k not in score_cache.scores}
+    if new_texts:
         async with AsyncOpenAI(**options) as client:
-            grades = await asyncio.gather(*(graded(client, text) for text in wanted.values()))
-        known.put({k: value for k, value in zip(wanted, grades, strict=True) if value is not None})
+            grades = await asyncio.gather(*(graded(client, text) for text in new_texts.values()))
+        score_cache.put({k: value for k, value in zip(new_texts, grades, strict=True) if value is not None})
     for reason, count in failures.most_common(3):
         print(f"judge: {count} responses have no grade: {reason}")
-    return [known.scores.get(k) for k in keys]
+    return [score_cache.scores.get(k) for k in keys]
 
 
 def check(options: Mapping[str, Any]) -> None:
-    """Raises: LookupError: the openai package is missing, or options that no request could use."""
+    """Raises LookupError: the openai package is missing, or the options are not valid."""
     try:
         import openai  # noqa: F401
     except ImportError as e:
@@ -119,11 +119,11 @@ def check(options: Mapping[str, Any]) -> None:
 
 def fields(options: Mapping[str, Any]) -> list[str]:
     """Columns that the template names."""
-    return sorted({*_FIELD.findall(str(options.get("template", TEMPLATE)))} - {*_OWN})
+    return sorted({*_FIELD.findall(str(options.get("template", TEMPLATE)))} - {*_BUILT_IN_FIELDS})
 
 
 def grade(text: str, pattern: re.Pattern[str], lowest: float, highest: float) -> float | None:
-    """The last grade in the judge's answer, on the scale from 0 to 1; None: there is none within the scale."""
+    """The last grade in the judge's answer, scaled to 0 to 1; None if there is none or it is outside the scale."""
     matches = pattern.findall(text)
     try:
         value = float(matches[-1][0] if matches and isinstance(matches[-1], tuple) else matches[-1])
@@ -135,7 +135,7 @@ def grade(text: str, pattern: re.Pattern[str], lowest: float, highest: float) ->
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """The template with its fields replaced, in one pass. Raises: LookupError: a field that has no value."""
+    """The template with its fields replaced in one pass. Raises: LookupError: a field has no value."""
     unknown = sorted({name for name in _FIELD.findall(template) if name not in values})
     if unknown:
         raise LookupError(f"options.template has {{{unknown[0]}}}; expected any of {', '.join(sorted(values))}")
@@ -143,7 +143,7 @@ def filled(template: str, values: Mapping[str, str]) -> str:
 
 
 def shown(prompt: Any) -> str:
-    """A prompt as text: chat messages one below the other."""
+    """A prompt as text, with one chat message per line."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{m['role']}: {m.get('content') or ''}" for m in prompt)
 
 

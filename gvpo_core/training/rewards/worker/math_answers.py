@@ -1,8 +1,8 @@
-"""Whether a response's final answer equals a mathematical gold answer, through math-verify.
+"""Compares a response's final answer with a mathematical gold answer through math-verify.
 
-Data sets write gold answers as LaTeX without delimiters (`2\\pi`), where math-verify would find the number 2 alone.
-Both sides are therefore read whole, as LaTeX. What math-verify leaves out (units, bases) or rounds away is compared
-here. Answers in words are compared as text.
+Data sets write gold answers as LaTeX without delimiters (`2\\pi`), in which math-verify would find only the number 2.
+So both sides are read as LaTeX in full. This module also compares what math-verify ignores (units, bases) or rounds.
+Answers in words are compared as text.
 """
 
 import re
@@ -18,11 +18,11 @@ from .answer_units import TRAILING, WORDS, factor, same_kind, unit_of
 from .time_answers import gold_date, gold_time, last_date, last_time
 
 _DELIMITED = re.compile(r"(?<!\\)\$|\\\(|\\\[|\\boxed|\\fbox")
-_FORMULA = re.compile(  # which holds no beginning of another: the time would grow with the square of the length
+_FORMULA = re.compile(  # must not contain the start of another formula: the time would grow quadratically
     r"(?<!\\)\$\$?(?:[^$\\]|\\.)+\$\$?|\\\((?:(?!\\\().)+?\\\)|\\\[(?:(?!(?<!\\)\\\[).)+?\\\]"
 )
 _FINAL = re.compile(r"(?i)\banswer\b(?:\s+(?:is|are|=))?\s*:?\s*")
-_CHOICE = re.compile(r"\(?([A-H])(?:\)|\.|:)\s+\S.*")  # of several, with its text: B. 42
+_CHOICE = re.compile(r"\(?([A-H])(?:\)|\.|:)\s+\S.*")  # a multiple choice with its text: B. 42
 _SHARE = re.compile(r"(.*?\d[}\s]*)\\?%\s*", re.DOTALL)
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|operatorname|mbox)\s*\{([^{}]*)\}")
 _FUNCTION = re.compile(
@@ -44,7 +44,7 @@ _BASES = dict(
 def library() -> tuple[Any, Any, Any]:
     """math-verify's parse, verify and settings for LaTeX and plain numbers. Raises: ImportError: it is not installed.
 
-    Its own removal of units is off: it takes letters like ab, m and t after a number for units.
+    Its own removal of units is off: it treats letters like ab, m and t after a number as units.
     """
     try:
         from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
@@ -56,7 +56,7 @@ def library() -> tuple[Any, Any, Any]:
 
 
 def judge(response: str, gold: str) -> float | None:
-    """1.0 where the response's final answer equals the gold answer, 0.0 where not; None where the gold is not read."""
+    """1.0 if the response's final answer equals the gold answer, else 0.0; None if the gold answer cannot be read."""
     response, gold = tidied(response), tidied(gold)
     thought, _, after = response.rpartition("</think>")
     if thought and after.strip():
@@ -87,23 +87,23 @@ def judge(response: str, gold: str) -> float | None:
     if name := _name(answer):
         stated = [*_candidates(response, words=True), *re.findall(r"\$([^$]+)\$", response)[-1:]]
         return float(any(_name(candidate) == name for candidate in stated))
-    wanted = _read(answer)
-    if wanted is None:
+    expected = _read(answer)
+    if expected is None:
         return None
     for candidate in map(without_preamble, _candidates(response)):
         value = _read(candidate)
         if value is not None:
-            return float(_equal(answer, wanted, candidate, value))
+            return float(_equal(answer, expected, candidate, value))
     if _DELIMITED.search(response) or not re.search(r"\d\S*[^\d\s.,;:!?%)*+/^($€£-]", response):
-        return float(_verified(wanted, _parse(response, delimited=True)))
+        return float(_verified(expected, _parse(response, delimited=True)))
     return 0.0
 
 
 def _candidates(response: str, *, words: bool = False) -> Iterator[str]:
-    """What the response says its final answer is, most reliable first: boxed, or after "answer", or its last line.
+    """Yields candidates for the final answer, most reliable first: boxed, after "answer", or the last line.
 
     Args:
-      words: whether the answer is text; else only what is mathematics without words counts.
+      words: whether the answer is text; otherwise only mathematics without words counts.
     """
     if boxed := _boxed(response):
         yield boxed
@@ -124,11 +124,15 @@ def _candidates(response: str, *, words: bool = False) -> Iterator[str]:
         yield _undelimited(formulas[0][0])
     tokens = [token for token in last.split() if re.search(r"[\d\\]", token)]
     if not words and not delimited and tokens and re.search(r"\d[A-Za-z\\π√^_!]|\\", tokens[-1]):
-        yield _undelimited(tokens[-1])  # 2\pi, 2x: not the number at its beginning
+        yield _undelimited(tokens[-1])  # 2\pi, 2x: not only the number 2
 
 
 def _is_mathematics(text: str, letters: int) -> bool:
-    """Whether a text has no words: runs of this many letters that are no function's name."""
+    """Whether a text has no words.
+
+    Args:
+      letters: a run of at least this many letters is a word, unless it is the name of a function.
+    """
     bare = _FUNCTION.sub("", re.sub(r"\\[A-Za-z]+", "", WORDS.sub("", _TEXT_COMMAND.sub("", text))))
     return len(text) < 200 and not re.search(rf"[A-Za-z]{{{letters},}}", bare)
 
@@ -138,7 +142,7 @@ def _boxed(text: str) -> str:
     contents: list[str] = []
     closing, end = _closing(text), -1
     for match in re.finditer(r"\\(?:boxed|fbox)\s*(\{|(?=[\w]))", text):
-        if match.start() < end:  # inside the one before
+        if match.start() < end:  # inside the previous box
             continue
         if end >= 0 and not re.fullmatch(r"(?:[\s$,.;&]|\\[,;\])(\[]|and|or)*", text[end : match.start()]):
             contents = []
@@ -154,7 +158,7 @@ def _boxed(text: str) -> str:
 
 
 def _closing(text: str) -> dict[int, int]:
-    """The place of each brace that opens -> that of the one that closes it, where one does."""
+    """Position of each opening brace -> position of its closing brace, if there is one."""
     opened: list[int] = []
     closing: dict[int, int] = {}
     for match in re.finditer(r"(?<!\\)[{}]", text):
@@ -166,7 +170,7 @@ def _closing(text: str) -> dict[int, int]:
 
 
 def _undelimited(text: str) -> str:
-    """The mathematics in a text without delimiters, a box or a full stop around it. Bases in words become digits."""
+    """Removes delimiters, a box and a full stop around mathematics. Bases in words become digits."""
     text = _BASE_IN_WORDS.sub(lambda m: f"_{{{_BASES.get(m[1].casefold(), m[1])}}}", text.strip())
     text = re.sub(r"^\(([0-9A-Z]+)\)(?=_\{?\(?\d+\)?\}?$)", r"\1", text)
     while True:
@@ -192,7 +196,7 @@ def _balanced(text: str) -> bool:
 
 
 def _words(answer: str) -> list[str] | None:
-    """The words of an answer that is text, as Evelyn, \\text{no solution} or May 5; None for mathematics."""
+    """The words of an answer that is text, such as Evelyn, \\text{no solution} or May 5; None for mathematics."""
     bare = _TEXT_COMMAND.sub(r" \1 ", answer)
     has_command = bare != answer
     outside = _TEXT_COMMAND.sub(" ", answer)
@@ -204,10 +208,10 @@ def _words(answer: str) -> list[str] | None:
         words = re.findall(r"[A-Za-z0-9'&.-]+", bare)
         if has_command or re.match(r"\s*[-+(]*[\d.,$]", bare):  # a number and its unit
             return None
-    known = {"yes", "no", "true", "false", "odd", "even"}
+    answer_words = {"yes", "no", "true", "false", "odd", "even"}
     if len(words) == 1 and re.fullmatch(r"\(?[A-Z]\)?\.?", words[0]):
         return words
-    if any((len(w) >= 4 and w.isalpha()) or w.lower() in known for w in words) or (
+    if any((len(w) >= 4 and w.isalpha()) or w.lower() in answer_words for w in words) or (
         has_command and any(map(str.isalpha, words))
     ):
         return words if _FUNCTION.sub("", " ".join(words)).strip() else None
@@ -224,7 +228,7 @@ def _letters(text: str) -> list[str] | None:
 
 
 def _ratio(text: str) -> tuple[Fraction, ...] | None:
-    """The parts of a ratio of three numbers or more, of a sum of 1; None for any other answer."""
+    """The parts of a ratio of at least three numbers, scaled to a sum of 1; None for any other answer."""
     parts = re.split(r"\s*(?::|\{:\}|\\colon)\s*", text.strip())
     if len(parts) < 3 or not all(re.fullmatch(r"\d{1,30}(?:\.\d{1,30})?", part) for part in parts):
         return None
@@ -233,7 +237,7 @@ def _ratio(text: str) -> tuple[Fraction, ...] | None:
 
 
 def _name(text: str) -> str | None:
-    """A name that no product is: H2O, x_1, \\angle ABC. None for other answers. As mathematics HO2 would equal H2O."""
+    """A name that is not a product: H2O, x_1, \\angle ABC; None for other answers. As products, HO2 would equal H2O."""
     bare = re.sub(r"[\s{}_$]", "", _TEXT_COMMAND.sub(r"\1", text)).strip(".")
     if angle := re.fullmatch(r"(?:\\angle|∠)([A-Z])([A-Z])([A-Z])", bare):
         return "angle " + angle[2].join(sorted((angle[1], angle[3])))
@@ -252,7 +256,7 @@ def _is_numeral(text: str) -> bool:
 
 
 def _plain(text: str) -> str:
-    """A text for comparison: without commands for text, delimiters, white space, case."""
+    """A text for comparison, without text commands, delimiters, white space and case."""
     text = _TEXT_COMMAND.sub(r"\1", text)
     text = re.sub(r"\\[,;:! ]|[\s$~{}*\"]|\\[()\[\]]", "", text).strip(".,;:!").casefold()
     return text[1:-1] if re.fullmatch(r"\(.\)", text) else text
@@ -267,7 +271,7 @@ def _choice(candidate: str, answer: str) -> bool:
 
 @lru_cache(maxsize=4096)
 def _read(answer: str) -> Any:
-    """The expression that an answer is as a whole; None where it cannot be parsed."""
+    """Parses the whole answer as one expression; None if it cannot be parsed."""
     answer = plain(answer)
     if "\\" not in answer and re.search(r"\d\s+\d", answer):  # math-verify would multiply them
         return None
@@ -283,7 +287,7 @@ def _parse(text: str, *, delimited: bool) -> Any:
     """The first expression of a text; None without one.
 
     Args:
-      delimited: whether plain numbers count too, in a text that may have delimiters anywhere.
+      delimited: whether the text may have delimiters anywhere, so that plain numbers count too.
     """
     parse, _, kinds = library()
     text = TRAILING.sub("", text)
@@ -293,7 +297,7 @@ def _parse(text: str, *, delimited: bool) -> Any:
     return parsed[0] if parsed else None
 
 
-def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
+def _equal(gold: str, expected: Any, candidate: str, parsed: Any) -> bool:
     bases = [_BASE.match(re.sub(r"\s|\\text|\\mathrm", "", text)) for text in (gold, candidate)]
     if bases[0] and bases[1]:
         return len({(base[1].lstrip("0").upper(), base[2]) for base in bases if base}) == 1
@@ -303,58 +307,58 @@ def _equal(gold: str, wanted: Any, candidate: str, parsed: Any) -> bool:
     if moduli[0] and moduli[1] and moduli[0][1] != moduli[1][1]:
         return False
     if any(shares := [_SHARE.fullmatch(text) for text in (gold, candidate)]):
-        return _equal_shares(wanted, parsed, shares)
+        return _equal_shares(expected, parsed, shares)
     if (single := without_multiple(candidate)) != candidate and without_multiple(gold) == gold:
-        return _verified(wanted, parsed) or _verified(wanted, _read(single))
+        return _verified(expected, parsed) or _verified(expected, _read(single))
     units = [unit_of(text) for text in (gold, candidate)]
     if units[0] and units[1]:
         if not same_kind(units[0], units[1]):
             return False
         if (times := factor(units[0], units[1])) != 1:
-            return hasattr(parsed, "free_symbols") and _verified(wanted, parsed * times.numerator / times.denominator)
-    return _verified(wanted, parsed)
+            return hasattr(parsed, "free_symbols") and _verified(expected, parsed * times.numerator / times.denominator)
+    return _verified(expected, parsed)
 
 
-def _equal_shares(wanted: Any, parsed: Any, shares: Sequence[re.Match[str] | None]) -> bool:
-    """Whether two numbers are equal, of which one at least is in percent: 25 % is 25 or 0.25."""
-    wanted, parsed = (
-        _read(share[1]) if share else value for share, value in zip(shares, (wanted, parsed), strict=True)
+def _equal_shares(expected: Any, parsed: Any, shares: Sequence[re.Match[str] | None]) -> bool:
+    """Whether two numbers are equal if at least one is in percent: 25 % equals 25 or 0.25."""
+    expected, parsed = (
+        _read(share[1]) if share else value for share, value in zip(shares, (expected, parsed), strict=True)
     )
     if shares[0] and shares[1]:
-        return _verified(wanted, parsed)
-    if not all(hasattr(value, "free_symbols") for value in (wanted, parsed)):
+        return _verified(expected, parsed)
+    if not all(hasattr(value, "free_symbols") for value in (expected, parsed)):
         return False
     if shares[0]:
-        return _verified(wanted, parsed) or _verified(wanted / 100, parsed)
-    whole = wanted.is_number and bool(abs(wanted) > 1)  # 25 may be a share of 25 %, and 0.5 is not 0.5 %
-    return _verified(wanted, parsed / 100) or (whole and _verified(wanted, parsed))
+        return _verified(expected, parsed) or _verified(expected / 100, parsed)
+    whole = expected.is_number and bool(abs(expected) > 1)  # 25 may be a share of 25 %, and 0.5 is not 0.5 %
+    return _verified(expected, parsed / 100) or (whole and _verified(expected, parsed))
 
 
-def _verified(wanted: Any, parsed: Any) -> bool:
+def _verified(expected: Any, parsed: Any) -> bool:
     if parsed is None:
         return False
-    if (pairs := _assignments(wanted)) and not _assignments(parsed):
+    if (pairs := _assignments(expected)) and not _assignments(parsed):
         return _in_order(pairs, parsed)
-    if hasattr(wanted, "shape") and 1 in wanted.shape and not hasattr(parsed, "shape"):  # a vector, as (1, 2)
-        return _in_order(list(wanted), parsed)
-    if hasattr(parsed, "shape") and 1 in parsed.shape and type(wanted).__name__ in ("Tuple", "Interval"):
-        return _in_order(list(parsed), wanted)
+    if hasattr(expected, "shape") and 1 in expected.shape and not hasattr(parsed, "shape"):  # a vector such as (1, 2)
+        return _in_order(list(expected), parsed)
+    if hasattr(parsed, "shape") and 1 in parsed.shape and type(expected).__name__ in ("Tuple", "Interval"):
+        return _in_order(list(parsed), expected)
     verify = library()[1]
-    if verify(wanted, parsed, timeout_seconds=None, allow_set_relation_comp=True):
-        return _close(wanted, parsed)
-    return _same_decimals(wanted, parsed)
+    if verify(expected, parsed, timeout_seconds=None, allow_set_relation_comp=True):
+        return _close(expected, parsed)
+    return _same_decimals(expected, parsed)
 
 
-def _same_decimals(wanted: Any, parsed: Any) -> bool:
-    """Whether two numbers are equal with their decimals taken exactly: 6.02 * 10^23 has more digits than a float."""
+def _same_decimals(expected: Any, parsed: Any) -> bool:
+    """Whether two numbers are equal with exact decimals: 6.02 * 10^23 has more digits than a float."""
     import sympy
 
     values, exact = [], lambda e: sympy.Rational(*Decimal(str(e)).as_integer_ratio())  # of any number of digits
-    for value in (wanted, parsed):
+    for value in (expected, parsed):
         if not isinstance(value, sympy.Expr) or value.free_symbols:
             return False
         values.append(value.replace(lambda e: e.is_Float, exact).doit())
-    return any(value.has(sympy.Float) for value in (wanted, parsed)) and bool(values[0] == values[1])
+    return any(value.has(sympy.Float) for value in (expected, parsed)) and bool(values[0] == values[1])
 
 
 def _assignments(value: Any) -> list[Any]:
@@ -365,7 +369,7 @@ def _assignments(value: Any) -> list[Any]:
     return [p.rhs for p in parts] if len({p.lhs for p in parts}) == len(parts) else []
 
 
-def _in_order(wanted: list[Any], parsed: Any) -> bool:
+def _in_order(expected: list[Any], parsed: Any) -> bool:
     """Whether (3, 4) or 3, 4 has the values of x = 3, y = 4."""
     if hasattr(parsed, "shape"):
         parts = list(parsed) if 1 in parsed.shape else []
@@ -373,18 +377,18 @@ def _in_order(wanted: list[Any], parsed: Any) -> bool:
         parts = [parsed.start, parsed.end] if parsed.left_open and parsed.right_open else []
     else:
         parts = list(getattr(parsed, "_unsorted_args", None) or getattr(parsed, "args", None) or ())
-    return len(parts) == len(wanted) and all(map(_verified, wanted, parts))
+    return len(parts) == len(expected) and all(map(_verified, expected, parts))
 
 
-def _close(wanted: Any, parsed: Any) -> bool:
-    """Whether two real numbers agree to six digits: math-verify compares six decimals, in which 1e-7 is 0."""
+def _close(expected: Any, parsed: Any) -> bool:
+    """Whether two real numbers agree to six digits. math-verify compares six decimals, so 1e-7 would equal 0."""
     try:
-        a, b = (float(value) for value in (wanted, parsed))
+        a, b = (float(value) for value in (expected, parsed))
     except (TypeError, ValueError, OverflowError, AttributeError):
         return True
     if a == b or min(abs(a), abs(b)) >= 0.1:
         return True
-    return abs(a - b) <= 2e-6 * max(abs(a), abs(b)) or "%" in str(parsed) or _percent(wanted) or _percent(parsed)
+    return abs(a - b) <= 2e-6 * max(abs(a), abs(b)) or "%" in str(parsed) or _percent(expected) or _percent(parsed)
 
 
 def _percent(value: Any) -> bool:

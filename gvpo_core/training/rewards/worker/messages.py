@@ -1,4 +1,4 @@
-"""Messages between the run and a worker: JSON, each after its length in 8 bytes, on separate pipes."""
+"""Messages between the run and a worker: JSON after its length in 8 bytes. Each direction has a pipe."""
 
 import json
 import os
@@ -14,7 +14,7 @@ def read_message(descriptor: int) -> Any:
 
 
 def messages(descriptor: int) -> Iterator[Any]:
-    """Messages until the other end is closed."""
+    """Yields messages until the other end is closed."""
     while True:
         try:
             message = read_message(descriptor)
@@ -24,13 +24,13 @@ def messages(descriptor: int) -> Iterator[Any]:
 
 
 def message_bytes(message: Any) -> bytes:
-    """A message encoded for a pipe."""
+    """Encodes a message for a pipe."""
     body = json.dumps(message).encode()
     return struct.pack("<Q", len(body)) + body
 
 
 def write_message(descriptor: int, message: Any) -> None:
-    """Writes a whole message; waits where the pipe is full."""
+    """Writes a whole message; waits while the pipe is full."""
     rest = memoryview(message_bytes(message))
     while rest:
         rest = rest[os.write(descriptor, rest) :]

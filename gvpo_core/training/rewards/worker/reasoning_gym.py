@@ -1,7 +1,7 @@
-"""reasoning-gym's datasets as rows, and its verifiers as a reward.
+"""Uses reasoning-gym's datasets as rows, and its verifiers as a reward.
 
-A row says which dataset and which of its entries it is. The verifier makes the entry again from them, since an entry's
-metadata has types that no file keeps: tuples, sets, keys that are numbers.
+A row names its dataset and the index of its entry. The verifier generates the entry again from them, because an entry's
+metadata has types that files do not preserve: tuples, sets, numeric keys.
 """
 
 import functools
@@ -24,7 +24,7 @@ def is_spec(source: object) -> bool:
 
 @functools.lru_cache(maxsize=16)
 def open_dataset(spec: str) -> Any:
-    """The dataset of "reasoning_gym:NAME?SETTING=VALUE&..."; size is 1000 and seed 0 where they are not given.
+    """The dataset of "reasoning_gym:NAME?SETTING=VALUE&...". Defaults: size 1000, seed 0.
 
     Raises: LookupError: reasoning-gym cannot be imported, has no such dataset, or takes no such settings.
     """
@@ -36,7 +36,7 @@ def open_dataset(spec: str) -> Any:
         raise LookupError(f"{spec} needs reasoning-gym ({e}): pip install reasoning-gym") from e
     try:
         return library.create_dataset(name, **settings)
-    except Exception as e:  # what a dataset raises at settings is its own
+    except Exception as e:  # datasets raise various errors for wrong settings
         raise LookupError(f"{spec}: reasoning-gym cannot make it: {type(e).__name__}: {e}") from e
 
 
@@ -50,7 +50,7 @@ def rows_of(spec: str) -> list[dict[str, Any]]:
 
 
 def reasoning_gym(completions: Sequence[Any], dataset: Sequence[str], index: Sequence[int]) -> list[float]:
-    """What reasoning-gym's verifier gives, 0 to 1, for the text in the last <answer> element, else for all of it."""
+    """The score of reasoning-gym's verifier, 0 to 1, for the last <answer> element, or the whole text without one."""
     scores = []
     for completion, spec, i in zip(completions, dataset, index, strict=True):
         text = text_of(completion)

@@ -1,4 +1,4 @@
-"""The reward `reward_model`: a sequence-classification folder of transformers with one output."""
+"""The reward `reward_model`: a transformers model for sequence classification with one output."""
 
 import functools
 import os
@@ -18,8 +18,8 @@ class Classifier:
             from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
         except ImportError as e:
             raise LookupError(f'reward_model needs PyTorch and transformers ({e}): pip install "gvpo[torch]"') from e
-        kinds = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-        if dtype not in kinds:
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+        if dtype not in dtypes:
             raise LookupError(f"options.dtype = {dtype!r}; expected float32, bfloat16 or float16")
         folder = _folder(path)
         try:
@@ -28,7 +28,7 @@ class Classifier:
             if outputs != 1:
                 raise LookupError(f"options.path = {path!r}: the model has {outputs} outputs; expected 1, a score")
             model, loaded = AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=kinds[dtype], use_safetensors=True, output_loading_info=True
+                folder, dtype=dtypes[dtype], use_safetensors=True, output_loading_info=True
             )
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder)
             self.device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
@@ -40,8 +40,8 @@ class Classifier:
                 f"options.path = {path!r}: its files lack {', '.join(missing[:3])}, so its scores would be random;"
                 " expected a folder of a trained reward model"
             )
-        # Rows of equal length are scored together, so that no token is padding: an end token that is also the padding
-        # token would be taken for it, and the score read one token early.
+        # Only rows of equal length are scored together, so no token is padding. If the end token is also the padding
+        # token, transformers would take it for padding and read the score one token early.
         self.model.config.get_text_config().pad_token_id = -1
         sizes = getattr(config.get_text_config(), "max_position_embeddings", None)
         self.longest = sizes if isinstance(sizes, int) and sizes > 0 else sys.maxsize
@@ -57,9 +57,9 @@ class Classifier:
 
 
 def _folder(path: str) -> str:
-    """The folder of the model, downloaded first where `path` is a hub name.
+    """The folder of the model, which is downloaded first if `path` is a hub name.
 
-    Raises: LookupError: it has no safetensors, an adapter beside the model, or weights that are quantised.
+    Raises: LookupError: the folder has no safetensors files, has an adapter, or has quantised weights.
     """
     from gvpo_core.training.config import ConfigError, ModelConfig
     from gvpo_core.training.policy import hugging_face, weight_files
@@ -76,13 +76,13 @@ def _folder(path: str) -> str:
 
 
 def row_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
-    """Token ids of prompt and response: by the chat template for messages; else both texts, and the end token."""
+    """Token ids of prompt and response: messages by the chat template; texts concatenated, with the end token."""
     if isinstance(prompt, str):
         ids = list(tokenizer(prompt + completion)["input_ids"])
         end = tokenizer.eos_token_id
         return ids if end is None or ids[-1:] == [end] else [*ids, end]
     messages, answer = [dict(m) for m in prompt], completion[-1]["content"]
-    if messages and messages[-1]["role"] == "assistant":  # the response continues it
+    if messages and messages[-1]["role"] == "assistant":  # the response continues this message
         messages[-1]["content"] += answer
     else:
         messages.append({"role": "assistant", "content": answer})
@@ -90,7 +90,7 @@ def row_ids(tokenizer: Any, prompt: Any, completion: Any) -> list[int]:
 
 
 def _files(path: str) -> list[str]:
-    """Names, sizes and times of a folder's files: other files are another model."""
+    """Names, sizes and times of a folder's files. They identify the model in the cache."""
     if not os.path.isdir(path):
         return []
     facts = sorted((entry.name, entry.stat()) for entry in os.scandir(path) if entry.is_file())
@@ -115,40 +115,40 @@ def reward_model(
     """Scores of a reward model: a folder or hub name that transformers loads for sequence classification.
 
     Args:
-      path: the model, with one output.
+      path: folder or hub name of the model, which must have one output.
       device: "cpu", "cuda", "cuda:1", or "auto".
       dtype: float32, bfloat16 or float16.
-      batch_tokens: tokens of a forward pass at most, unless one row is longer.
-      cache: file of scores that later calls and runs read. Empty: memory alone.
-    Returns: a score each; None where prompt and response are longer than the model's context.
-    Raises: LookupError: a model that cannot be used.
+      batch_tokens: largest number of tokens in a forward pass, unless one row is longer.
+      cache: file of scores that later calls and runs reuse. Empty: memory only.
+    Returns: a score each; None if prompt and response are longer than the model's context.
+    Raises: LookupError: the model cannot be used.
     """
-    model, known = _loaded(path, device, dtype), cache_of(cache)
+    model, score_cache = _loaded(path, device, dtype), cache_of(cache)
     rows = [row_ids(model.tokenizer, p, completion) for p, completion in zip(prompts, completions, strict=True)]
     keys = [key_of(model.identity, row) for row in rows]
-    wanted: dict[int, dict[str, list[int]]] = {}  # by length
+    rows_by_length: dict[int, dict[str, list[int]]] = {}  # by length
     long = 0
     for key, row in zip(keys, rows, strict=True):
         if len(row) > model.longest:
             long += 1
-        elif key not in known.scores:
-            wanted.setdefault(len(row), {})[key] = row
+        elif key not in score_cache.scores:
+            rows_by_length.setdefault(len(row), {})[key] = row
     if long:
         print(
             f"reward_model: {long} of {len(rows)} responses with their prompts exceed {model.longest} tokens: no score"
         )
-    for length, same in sorted(wanted.items(), reverse=True):
+    for length, same in sorted(rows_by_length.items(), reverse=True):
         size, chosen = max(1, batch_tokens // length), list(same)
         for start in range(0, len(chosen), size):
             part = chosen[start : start + size]
-            known.put(dict(zip(part, model.score([same[key] for key in part]), strict=True)))
-    return [known.scores.get(key) for key in keys]
+            score_cache.put(dict(zip(part, model.score([same[key] for key in part]), strict=True)))
+    return [score_cache.scores.get(key) for key in keys]
 
 
 def _load(options: Mapping[str, Any]) -> None:
-    given = {name: options.get(name, default) for name, default in (("device", "cpu"), ("dtype", "float32"))}
+    settings = {name: options.get(name, default) for name, default in (("device", "cpu"), ("dtype", "float32"))}
     if options.get("path"):
-        _loaded(str(options["path"]), **given)
+        _loaded(str(options["path"]), **settings)
         cache_of(str(options.get("cache", "")))
 
 

@@ -1,7 +1,7 @@
-"""Answers requests: one reward function or the environments of some episodes, one process, one event loop.
+"""Answers requests to one reward function, or to the environments of some episodes, in one process and event loop.
 
-What a reward prints goes to the run's log, and requests and answers have separate pipes. The run reads numbers and
-text alone: nothing that a reward returns is ever executed.
+Prints of a reward go to the run's log; requests and answers have pipes of their own. The run reads only numbers and
+text from the answers: it never executes anything that a reward returns.
 """
 
 import asyncio
@@ -34,11 +34,11 @@ from .messages import messages, read_message, write_message
 
 
 def main(requests: int, answers: int) -> None:
-    """The whole life of a worker, from the set-up to the end of the requests."""
+    """Runs a worker, from the set-up to the end of the requests."""
     outlive_signals_of_the_job()
     start_guard((requests, answers))
-    os.register_at_fork(after_in_child=_restore_signals)  # what the reward starts can be ended as usual
-    for stream in (sys.stdout, sys.stderr):  # whatever the locale; whole lines survive a crash
+    os.register_at_fork(after_in_child=_restore_signals)  # signals end the reward's own children as usual
+    for stream in (sys.stdout, sys.stderr):  # for any locale; written lines survive a crash
         stream.reconfigure(encoding="utf-8", errors="backslashreplace", line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable()
     setup = read_message(requests)
@@ -61,9 +61,9 @@ def main(requests: int, answers: int) -> None:
 
 
 def outlive_signals_of_the_job() -> None:
-    """Does nothing on signals that a scheduler sends to all processes of a job: the run finishes its step with them.
+    """Ignores signals that a scheduler sends to all processes of a job: the run needs its workers to finish its step.
 
-    Handlers, and not SIG_IGN, which programs that the reward starts would inherit.
+    Uses handlers instead of SIG_IGN, which child programs would inherit.
     """
     for number in TERMINATING:
         signal.signal(number, _outlived)
@@ -74,14 +74,14 @@ def _outlived(number: int, frame: FrameType | None) -> None:
 
 
 def _restore_signals() -> None:
-    """In a process that the reward forks: a handler of the reward's own stays."""
+    """Restores the default signals in a process that the reward forks. Keeps handlers that the reward has set."""
     for number in TERMINATING:
         if signal.getsignal(number) is _outlived:
             signal.signal(number, signal.SIG_DFL)
 
 
 def _limit_memory(size: int) -> None:
-    """Limits the address space, within the hard limit that the system has set. Raises: LookupError: it cannot be."""
+    """Limits the address space, within the system's hard limit. Raises: LookupError: it cannot be limited."""
     if not size:
         return
     import resource
@@ -114,9 +114,9 @@ def _serve(requests: int, answers: int, work: Callable[[Any, Callable[[Any], Any
             answer: dict[str, Any]
             try:
                 answer = work(request, run)
-            except BaseException as e:  # SystemExit too: a reward must not end the run
+            except BaseException as e:  # also SystemExit: a reward must not end the run
                 answer = _error(e)
-            if os.getpid() != worker_pid:  # a child that the function forked and that returned from it
+            if os.getpid() != worker_pid:  # a child that the function forked has returned here
                 os._exit(0)
             _flush()
             write_message(answers, {"id": request["id"]} | answer)
@@ -128,5 +128,5 @@ def _error(error: BaseException) -> dict[str, str]:
 
 def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the function has closed or replaced it
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the function has closed or replaced the stream
             stream.flush()

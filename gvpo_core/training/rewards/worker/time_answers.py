@@ -1,4 +1,4 @@
-"""Times of day and dates as answers: 3 p.m., 15:00, noon; May 5, 2020, 2020-05-05. Imports nothing of gvpo."""
+"""Reads times of day and dates in answers: 3 p.m., 15:00, noon; May 5, 2020, 2020-05-05. Imports nothing of gvpo."""
 
 import re
 
@@ -44,9 +44,9 @@ def _day(match: re.Match[str]) -> tuple[int, int, int]:
 
 
 def gold_time(answer: str) -> int | None:
-    """Minutes after midnight of an answer that is a time with its half of the day; None for any other answer.
+    """Minutes after midnight of an answer that is a time with a.m. or p.m., noon or midnight; None for other answers.
 
-    3:30 alone is none: it may be a ratio, a duration, or either half of the day.
+    3:30 alone gives None: it may be a ratio, a duration, or either half of the day.
     """
     text = _plain(answer)
     match = _TIME.fullmatch(text) or _TIME.fullmatch(text.rstrip("."))

@@ -1,4 +1,4 @@
-"""A Python function as a tool: its schema in OpenAI's form, from its signature and docstring."""
+"""Makes the tool schema of a Python function, in OpenAI's format, from its signature and docstring."""
 
 import inspect
 import re
@@ -14,8 +14,8 @@ def schema_of(function: Callable[..., Any], *, method: bool = False) -> dict[str
     """The function's schema.
 
     Args:
-      method: the first parameter is the object.
-    Raises: ValueError: no docstring, a parameter without a type, or a type that JSON does not have; naming it.
+      method: whether the first parameter is the object, which is left out.
+    Raises: ValueError: no docstring, a parameter without a type, or a type that JSON does not have.
     """
     name = getattr(function, "__name__", type(function).__name__)
     text = inspect.getdoc(function)
@@ -47,7 +47,7 @@ def schema_of(function: Callable[..., Any], *, method: bool = False) -> dict[str
     }
 
 
-def _json_type(hint: Any, what: str) -> dict[str, Any]:
+def _json_type(hint: Any, subject: str) -> dict[str, Any]:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
         return {}
@@ -55,17 +55,19 @@ def _json_type(hint: Any, what: str) -> dict[str, Any]:
         return {"enum": list(arguments)} | ({"type": "string"} if all(isinstance(a, str) for a in arguments) else {})
     if origin in (typing.Union, types.UnionType):
         chosen = [a for a in arguments if a is not type(None)]
-        kinds = [_json_type(a, what) for a in chosen]
+        kinds = [_json_type(a, subject) for a in chosen]
         return kinds[0] if len(kinds) == 1 else {"anyOf": kinds}
     kind = _TYPES.get(origin or hint)
     if kind is None:
-        raise ValueError(f"{what} has the type {hint}; expected one that JSON has: str, int, float, bool, list, dict")
-    items = {"items": _json_type(arguments[0], what)} if kind == "array" and arguments else {}
+        raise ValueError(
+            f"{subject} has the type {hint}; expected one that JSON has: str, int, float, bool, list, dict"
+        )
+    items = {"items": _json_type(arguments[0], subject)} if kind == "array" and arguments else {}
     return {"type": kind} | items
 
 
 def _described(text: str) -> dict[str, str]:
-    """Parameter -> what its line in the section "Args:" says."""
+    """Parameter -> its description in the section "Args:"."""
     section = re.search(r"^Args:\n((?:[ \t]+.*\n?|\n)+)", text, re.MULTILINE)
     descriptions = {}
     for line in section.group(1).splitlines() if section else ():
