@@ -1,6 +1,6 @@
-"""A run as one self-contained HTML page: `write_report(RUN)`; works on runs that are still going or crashed.
+"""Writes a run as one self-contained HTML page: `write_report(RUN)`. Also works for runs in progress or crashed ones.
 
-`write_comparison(RUNS, FILE)` puts several on one page.
+`write_comparison(RUNS, FILE)` compares several runs on one page.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ __all__ = ["write_comparison", "write_report"]
 
 
 def write_report(run: Path) -> Path:
-    """Writes RUN/report.html from what the folder holds; returns its path.
+    """Writes RUN/report.html from the files of the run folder; returns its path.
 
     Raises: FileNotFoundError: not a run folder. OSError: the page cannot be written.
     """
@@ -25,10 +25,10 @@ def write_report(run: Path) -> Path:
 
 
 def write_comparison(runs: Sequence[Path], path: Path) -> Path:
-    """Writes the page of several runs to `path`, and returns it.
+    """Writes a page that compares several runs to `path`, and returns `path`.
 
-    Raises: FileNotFoundError: one is not a run folder. ConfigError: their rewards differ. OSError: the page cannot be
-      written.
+    Raises: FileNotFoundError: a folder is not a run folder. ConfigError: the runs have different rewards. OSError: the
+      page cannot be written.
     """
     write_synced(path, comparison([read_run(run) for run in runs]).encode("utf-8", "replace"))
     return path

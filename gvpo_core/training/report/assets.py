@@ -1,4 +1,4 @@
-"""The page's style sheet and its one script, as text: the report is a single file."""
+"""The style sheet and the script of the page, as text that goes into the single file of the report."""
 
 STYLE = """
 :root {
@@ -127,7 +127,7 @@ details pre { overflow-x: auto; white-space: pre; }
 @media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
 """
 
-# Values under the pointer. Text goes in by textContent alone, so that nothing in it is ever markup.
+# Shows values under the pointer, and the responses. Text is set only by textContent, so it is never read as markup.
 SCRIPT = """
 "use strict";
 const tip = document.getElementById("tip");

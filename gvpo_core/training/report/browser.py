@@ -1,4 +1,4 @@
-"""The responses of many steps, to be filtered by step, group and rank; drawn by the page's script from inert data."""
+"""The responses of many steps with filters for step, group and rank. The page's script shows them from inert data."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,7 @@ _CONTROLS = """
 
 
 def browser(run: Run) -> str:
-    """The section; empty where the run has no responses."""
+    """The HTML section; empty if the run has no responses."""
     ends = {str(row["end"]) for rows in run.browsed.values() for row in rows if row.get("end") in ENDS}
     chosen = {"cut": "cut at the token limit"} if not ends else {k: v for k, v in ENDS.items() if k in ends}
     options = "".join(f'<option value="{name}">{words}</option>' for name, words in chosen.items())
@@ -31,7 +31,7 @@ def browser(run: Run) -> str:
     if not steps:
         return ""
     rows = sum(len(group["rows"]) for step in steps for group in step["groups"])
-    # Characters that end an attribute or an element stand as entities; all else is ASCII by JSON.
+    # Escape characters that could end an attribute or an element. JSON makes everything else ASCII.
     data = json.dumps(steps, separators=(",", ":"))
     data = data.replace("&", "&amp;").replace("'", "&#39;").replace("<", "&lt;").replace(">", "&gt;")
     return (
@@ -83,13 +83,13 @@ def _group(name: Any, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def data_columns(rows: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """The columns of a group's prompt, (name, value) as text; the group's first response holds them."""
-    held: Mapping[str, Any] = next((row["columns"] for row in rows if isinstance(row.get("columns"), dict)), {})
-    return [(str(k), v if isinstance(v, str) else json.dumps(v)) for k, v in held.items()]
+    """The data columns of a group's prompt as pairs of text (name, value). The group's first response has them."""
+    columns: Mapping[str, Any] = next((row["columns"] for row in rows if isinstance(row.get("columns"), dict)), {})
+    return [(str(k), v if isinstance(v, str) else json.dumps(v)) for k, v in columns.items()]
 
 
 def _row(row: Mapping[str, Any]) -> list[Any]:
-    """[reward or null, tokens or null, its end or "cut" or "", response, its rewards in words, its end in words]"""
+    """[reward or null, tokens or null, end, "cut" or "", response, rewards in words, end in words]."""
     reward, tokens, parts = number(row.get("reward")), number(row.get("tokens")), row.get("rewards")
     parts_text = ""
     if isinstance(parts, dict) and len(parts) > 1:

@@ -1,4 +1,4 @@
-"""What changed over a run, and whether that is more than noise: held-out reward paired by prompt, training reward."""
+"""Changes of a run's rewards and whether they are more than noise. Held-out rewards are paired by prompt."""
 
 import math
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from gvpo_core.training.report.read import Run, number
 class Change:
     """A mean at the start and at the end, with half-widths of 95 % intervals (NaN: unknown).
 
-    `difference` and `half` are those of the paired differences where `paired` is not 0.
+    `difference` and `half` are of the paired differences if `paired` is not 0.
     """
 
     start: float
@@ -24,12 +24,12 @@ class Change:
     end_half: float
     difference: float
     half: float
-    beyond_noise: bool | None  # None: too little to tell
-    paired: int = 0  # prompts that both means are over; 0: the means are over different prompts
+    beyond_noise: bool | None  # None: too little data to tell
+    paired: int = 0  # number of prompts in both means; 0: not paired
 
 
 def held_out_change(run: Run) -> Change | None:
-    """First against last evaluation; paired by prompt where the completions allow, which takes most noise away."""
+    """The change from the first to the last evaluation. Paired by prompt if possible, which removes most noise."""
     rewards = [
         (number(r.get("eval/reward")), number(r.get("eval/half_width"))) for r in run.evaluations if "eval/reward" in r
     ]
@@ -61,9 +61,9 @@ def paired_change(before: np.ndarray, after: np.ndarray) -> Change:
 
 
 def paired_rewards(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
-    """(P,) mean rewards of the prompts scored in both the first and the last evaluation.
+    """Two (P,) arrays: mean rewards of the prompts with scores in both the first and the last evaluation.
 
-    None without completions of both, or without such a prompt.
+    None without completions of both evaluations, or without such a prompt.
     """
     if len(run.held_out) < 2:
         return None
@@ -73,7 +73,7 @@ def paired_rewards(run: Run) -> tuple[np.ndarray, np.ndarray] | None:
 
 
 def prompt_rewards(rows: Sequence[dict[str, Any]]) -> dict[Any, float]:
-    """Mean reward of each prompt's scored responses, by the prompt's place and text."""
+    """Mean reward of each prompt's scored responses, by the prompt's group and text."""
     rewards: dict[Any, list[float]] = {}
     for row in rows:
         if number(row.get("reward")) == number(row.get("reward")):
@@ -82,11 +82,13 @@ def prompt_rewards(rows: Sequence[dict[str, Any]]) -> dict[Any, float]:
 
 
 def signs_tell(differences: np.ndarray) -> bool | None:
-    """Whether paired differences are beyond noise: the sign-flip test at 5 %.
+    """Whether paired differences are beyond noise, by the sign-flip test at 5 %.
 
-    Under no change each difference is as likely negative as positive, so their sum has variance sum d^2. Unlike
-    Student's t this stays right when all prompts change by the same amount. None: fewer than six changed prompts,
-    where no outcome could reach 5 %, unless none of at least six changed.
+    Without a real change each difference is as likely negative as positive, so their sum has variance sum d^2. Unlike
+    Student's t, this is also right if all prompts change by the same amount.
+
+    Returns: None if fewer than six prompts changed, because no outcome could reach 5 %; but False if none of at least
+      six prompts changed.
     """
     changed = differences[differences != 0]
     if len(changed) < 6:
@@ -95,7 +97,7 @@ def signs_tell(differences: np.ndarray) -> bool | None:
 
 
 def training_change(run: Run) -> Change | None:
-    """Mean training reward of the first and of the last steps; None with fewer than two steps."""
+    """The change of the mean training reward from the first steps to the last; None with fewer than two steps."""
     series, halves = run.series("reward/mean"), run.series("reward/half_width")
     size = window(len(series.values))
     if len(series.values) < 2:
@@ -111,12 +113,12 @@ def training_change(run: Run) -> Change | None:
 
 
 def window(n: int) -> int:
-    """Steps of a run of `n` that stand for its start, and for its end."""
+    """Number of steps that represent the start, and the end, of a run of `n` steps."""
     return max(1, min(10, n // 4))
 
 
 def in_words(name: str, change: Change, where: str) -> str:
-    """The change as a sentence. It says rose or fell only where the change is beyond noise and the digits show it."""
+    """The change as a sentence. It says "rose" or "fell" only if the change is beyond noise and shows in the digits."""
     start, end = plus_minus(change.start, change.start_half), plus_minus(change.end, change.end_half)
     shown = [float(text.partition(" ")[0].replace("?", "nan")) for text in (start, end)]
     if change.beyond_noise and (shown[1] - shown[0]) * change.difference > 0:
@@ -138,8 +140,8 @@ def difference_in_words(change: Change) -> str:
 
 
 def plus_minus(value: float, half: float) -> str:
-    """A number and its half-width, both to the half-width's second digit, or the larger one's third."""
-    if half < 1e-9 * abs(value):  # rounding
+    """A number and its half-width, rounded to the second digit of the half-width or the third of the larger one."""
+    if half < 1e-9 * abs(value):  # rounding error
         half = 0.0
     if not (math.isfinite(half) and half > 0 and math.isfinite(value)):
         return f"{short(value)} ± {short(half)}"
@@ -148,7 +150,7 @@ def plus_minus(value: float, half: float) -> str:
 
 
 def short(value: float) -> str:
-    """Three digits; "?" for what is not finite."""
+    """A number with three digits; "?" if it is not finite."""
     return f"{value:.3g}" if math.isfinite(value) else "?"
 
 

@@ -1,4 +1,4 @@
-"""Inline SVG charts: lines with bands, points with error bars, stacked areas. The page gives the colours."""
+"""Inline SVG charts: lines with bands, points with error bars, stacked areas. The style sheet has the colours."""
 
 import html
 import json
@@ -11,12 +11,12 @@ import numpy as np
 from gvpo_core.training.report.read import Series
 
 _Scale = Callable[[np.ndarray], np.ndarray]
-LIMIT = 500  # points drawn of a series
+LIMIT = 500  # largest number of points drawn of a series
 SMOOTHED = 20
-"""Steps from which on a line is smoothed."""
-_SMOOTHEST = 5  # steps that a smoothed line is the mean of, at least
+"""Number of steps from which on a line is smoothed."""
+_SMOOTHEST = 5  # smallest window of a smoothed line, steps
 _WIDTH, _WIDE, _HEIGHT = 560, 900, 240
-_X0, _Y0, _Y1 = 54, _HEIGHT - 26, 10  # the axes' corner, and the top
+_X0, _Y0, _Y1 = 54, _HEIGHT - 26, 10  # the corner of the axes, and the top
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Line:
     name: str
     series: Series
     colour: int  # 1..6
-    half: np.ndarray | None = None  # (n,), as series.values
-    smooth: bool = False  # the curve thin, a moving mean over it
-    limits: tuple[float, float] = (-math.inf, math.inf)  # that no value can pass, whatever a band says
+    half: np.ndarray | None = None  # (n,), like series.values
+    smooth: bool = False  # draw a thin curve with a moving mean over it
+    limits: tuple[float, float] = (-math.inf, math.inf)  # bounds of the values: bands end there
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Points:
 
 @dataclass(frozen=True)
 class Chart:
-    """One chart. `stack` are areas on top of each other over the same steps; it does not mix with lines."""
+    """One chart. `stack` are areas on top of each other over the same steps; a chart has either a stack or lines."""
 
     title: str
     unit: str
@@ -52,9 +52,9 @@ class Chart:
     lines: Sequence[Line] = ()
     points: Sequence[Points] = ()
     stack: Sequence[Line] = ()
-    floor: float | None = None  # where the axis starts, in place of what the values say
-    wide: bool = False  # over the whole page
-    marks: Sequence[float] = field(default=())  # steps with a vertical mark: the run was resumed there
+    floor: float | None = None  # start of the axis, instead of one chosen from the values
+    wide: bool = False  # as wide as the page
+    marks: Sequence[float] = field(default=())  # steps with a vertical mark, after which the run was resumed
 
     @property
     def drawn(self) -> list[Line | Points]:
@@ -66,7 +66,7 @@ class Chart:
 
 
 def figure(chart: Chart) -> str:
-    """The chart as an HTML figure: title, unit, legend, SVG, how to read it."""
+    """The chart as an HTML figure: title, unit, legend, SVG, and how to read it."""
     esc = html.escape
     series = chart.drawn
     legend = ""
@@ -76,7 +76,7 @@ def figure(chart: Chart) -> str:
     unit = f' <span class="unit">{esc(chart.unit)}</span>' if chart.unit else ""
     start = '<figure class="wide">' if chart.wide else "<figure>"
     drawn = svg(chart)
-    if chart.wide:  # on a narrow screen the same at a shape that can be read there
+    if chart.wide:  # narrow screens show a second SVG with readable text
         drawn = f'<div class="broad">{drawn}</div><div class="narrow">{svg(replace(chart, wide=False))}</div>'
     return (
         f"{start}<figcaption><h3>{esc(chart.title)}{unit}</h3>{legend}</figcaption>{drawn}"
@@ -84,10 +84,10 @@ def figure(chart: Chart) -> str:
     )
 
 
-def _ends(drawn: Line | Points, kept: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
-    """Where the band or the bars end, within the limits."""
-    values = drawn.series.values[kept]
-    half = np.zeros_like(values) if drawn.half is None else np.nan_to_num(drawn.half[kept])
+def _ends(drawn: Line | Points, indices: np.ndarray | slice = slice(None)) -> tuple[np.ndarray, np.ndarray]:
+    """The lower and upper ends of the band or the bars, clipped to the limits."""
+    values = drawn.series.values[indices]
+    half = np.zeros_like(values) if drawn.half is None else np.nan_to_num(drawn.half[indices])
     low, high = drawn.limits
     return np.clip(values - half, low, high), np.clip(values + half, low, high)
 
@@ -97,7 +97,7 @@ def _swatch(chart: Chart, drawn: Line | Points) -> str:
 
 
 def svg(chart: Chart) -> str:
-    """The drawing alone, with its data for the pointer in `data-series`."""
+    """The chart as SVG. `data-series` has the values to show at the pointer."""
     stacked = _stacked(chart.stack)
     x_low, x_high = _x_range([s.series.steps for s in chart.drawn])
     low, high, y_ticks = _y_axis(chart, stacked)
@@ -127,12 +127,12 @@ def svg(chart: Chart) -> str:
             parts.append(f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{_Y0}" y2="{_Y1}">{title}</line>')
     if stacked is not None:
         steps, values, tops = stacked
-        kept = downsample(values)
+        indices = downsample(values)
         for i, area in enumerate(chart.stack):
             bottom = tops[i - 1] if i else np.zeros_like(steps)
-            outline = _band(px(steps[kept]), py(bottom[kept]), py(tops[i][kept]))
+            outline = _band(px(steps[indices]), py(bottom[indices]), py(tops[i][indices]))
             parts.append(f'<path class="area f{area.colour}" d="{outline}"/>')
-            hover.append(_hover(area, px(steps[kept]), steps[kept], values[i][kept]))
+            hover.append(_hover(area, px(steps[indices]), steps[indices], values[i][indices]))
     for line in chart.lines:
         parts.extend(_draw_line(line, px, py, hover))
     for points in chart.points:
@@ -146,27 +146,27 @@ def svg(chart: Chart) -> str:
 
 
 def downsample(rows: Sequence[np.ndarray], limit: int = LIMIT) -> np.ndarray:
-    """At most `limit` indices of arrays of one length n, in order: the ends, and each bucket's lowest and highest.
+    """At most `limit` sorted indices into arrays of equal length: both ends, and each bucket's minimum and maximum.
 
-    A spike in any of the arrays stays, however long the run.
+    So a spike in any of the arrays stays visible, however long the run is.
     """
     n = len(rows[0])
     if n <= limit:
         return np.arange(n)
     buckets = max(1, (limit - 2) // (2 * len(rows)))
-    kept = {0, n - 1}
+    indices = {0, n - 1}
     for part in np.array_split(np.arange(n), buckets):
         for row in rows:
             values = row[part]
             if np.isfinite(values).any():
-                kept |= {int(part[np.nanargmin(values)]), int(part[np.nanargmax(values)])}
+                indices |= {int(part[np.nanargmin(values)]), int(part[np.nanargmax(values)])}
             else:
-                kept.add(int(part[0]))  # a gap stays a gap
-    return np.asarray(sorted(kept))
+                indices.add(int(part[0]))  # a gap stays a gap
+    return np.asarray(sorted(indices))
 
 
 def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred mean over `window` values, fewer at the ends; NaN is passed over."""
+    """Centred mean over `window` values, fewer at the ends. Ignores values that are not finite."""
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
@@ -177,7 +177,7 @@ def moving_mean(values: np.ndarray, window: int) -> np.ndarray:
 
 
 def label(value: float) -> str:
-    """A tick's number: short, k and M for thousands and millions, powers of ten for the very small."""
+    """A short number for a tick: k and M for thousands and millions, powers of ten for very small numbers."""
     if value == 0:
         return "0"
     size = abs(value)
@@ -196,32 +196,34 @@ def _draw_line(line: Line, px: _Scale, py: _Scale, hover: list[dict[str, object]
     if not line.series:
         return []
     parts = []
-    kept = downsample([values] if line.half is None else [values, *_ends(line)])
-    x, y = px(steps[kept]), py(values[kept])
+    indices = downsample([values] if line.half is None else [values, *_ends(line)])
+    x, y = px(steps[indices]), py(values[indices])
     if line.half is not None:
-        low, high = (np.clip(py(end), _Y1, _Y0) for end in _ends(line, kept))
+        low, high = (np.clip(py(end), _Y1, _Y0) for end in _ends(line, indices))
         parts.append(f'<path class="band f{line.colour}" d="{_band(x, low, high)}"/>')
     window = max(_SMOOTHEST, len(values) // 15)
     smooth = line.smooth and len(values) >= SMOOTHED
     parts.append(f'<path class="line s{line.colour}{" thin" if smooth else ""}" d="{_path(x, y)}"/>')
-    parts.extend(f'<circle class="f{line.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2"/>' for i in _lonely(y))
+    parts.extend(f'<circle class="f{line.colour}" cx="{x[i]:.1f}" cy="{y[i]:.1f}" r="2"/>' for i in _isolated(y))
     if smooth:
         mean = moving_mean(values, window)
-        kept_mean = downsample([mean])
-        drawn = _path(px(steps[kept_mean]), py(mean[kept_mean]))
+        mean_indices = downsample([mean])
+        drawn = _path(px(steps[mean_indices]), py(mean[mean_indices]))
         parts.append(f'<path class="line s{line.colour}" d="{drawn}"/>')
-    hover.append(_hover(line, x, steps[kept], values[kept], line.half[kept] if line.half is not None else None))
+    hover.append(
+        _hover(line, x, steps[indices], values[indices], line.half[indices] if line.half is not None else None)
+    )
     return parts
 
 
 def _draw_points(points: Points, px: _Scale, py: _Scale, hover: list[dict[str, object]]) -> list[str]:
     if not points.series:
         return []
-    kept = downsample([points.series.values])
-    steps, values = points.series.steps[kept], points.series.values[kept]
+    indices = downsample([points.series.values])
+    steps, values = points.series.steps[indices], points.series.values[indices]
     x, y = px(steps), py(values)
-    half = points.half[kept] if points.half is not None else None
-    low, high = _ends(points, kept)
+    half = points.half[indices] if points.half is not None else None
+    low, high = _ends(points, indices)
     parts = [f'<path class="line s{points.colour}" d="{_path(x, y)}"/>']
     for i in np.flatnonzero(np.isfinite(y)):
         if half is not None and np.isfinite(half[i]):
@@ -249,7 +251,7 @@ def _hover(
 
 
 def _path(x: np.ndarray, y: np.ndarray) -> str:
-    """A polyline that breaks where y is not finite."""
+    """An SVG path that is interrupted where y is not finite."""
     parts, pen_up = [], True
     for a, b in zip(x, y, strict=True):
         if math.isfinite(b):
@@ -258,8 +260,8 @@ def _path(x: np.ndarray, y: np.ndarray) -> str:
     return "".join(parts)
 
 
-def _lonely(y: np.ndarray) -> list[int]:
-    """Points without a neighbour, which a line would not show."""
+def _isolated(y: np.ndarray) -> list[int]:
+    """Indices of points without a neighbour, which a line would not show."""
     finite = np.concatenate([[False], np.isfinite(y), [False]])
     return [int(i) for i in np.flatnonzero(finite[1:-1] & ~finite[:-2] & ~finite[2:])]
 
@@ -270,14 +272,14 @@ def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray) -> str:
     for run in np.split(np.arange(len(x)), np.flatnonzero(~good)):
         part = run[good[run]]
         if len(part):
-            there = [f"{x[i]:.1f} {high[i]:.1f}" for i in part]
-            back = [f"{x[i]:.1f} {low[i]:.1f}" for i in part[::-1]]
-            shapes.append(f"M{'L'.join(there + back)}Z")
+            upper = [f"{x[i]:.1f} {high[i]:.1f}" for i in part]
+            lower = [f"{x[i]:.1f} {low[i]:.1f}" for i in part[::-1]]
+            shapes.append(f"M{'L'.join(upper + lower)}Z")
     return "".join(shapes)
 
 
 def _stacked(stack: Sequence[Line]) -> tuple[np.ndarray, list[np.ndarray], np.ndarray] | None:
-    """(steps (n,), values of each area, their tops); a step that an area lacks counts as 0 there."""
+    """(steps (n,), values of each area, their tops). A step that an area lacks counts as 0."""
     if not stack:
         return None
     steps = np.unique(np.concatenate([area.series.steps for area in stack]))
@@ -290,18 +292,18 @@ def _stacked(stack: Sequence[Line]) -> tuple[np.ndarray, list[np.ndarray], np.nd
 
 
 def _x_range(steps: Sequence[np.ndarray]) -> tuple[float, float]:
-    known = np.concatenate([s for s in steps if len(s)] or [np.zeros(1)])
-    low, high = float(known.min()), float(known.max())
+    all_steps = np.concatenate([s for s in steps if len(s)] or [np.zeros(1)])
+    low, high = float(all_steps.min()), float(all_steps.max())
     return (low, high) if high > low else (low - 1, high + 1)
 
 
 def _y_axis(
     chart: Chart, stacked: tuple[np.ndarray, list[np.ndarray], np.ndarray] | None
 ) -> tuple[float, float, list[float]]:
-    known = [np.zeros(1), stacked[2][-1]] if stacked is not None else []
+    arrays = [np.zeros(1), stacked[2][-1]] if stacked is not None else []
     for line in [] if stacked is not None else chart.drawn:
-        known += _ends(line)
-    values = np.concatenate(known) if known else np.zeros(1)
+        arrays += _ends(line)
+    values = np.concatenate(arrays) if arrays else np.zeros(1)
     values = values[np.isfinite(values)] if np.isfinite(values).any() else np.zeros(1)
     low, high = float(values.min()), float(values.max())
     if 0 < low < 0.6 * high:
@@ -317,7 +319,7 @@ def _y_axis(
 
 
 def _ticks(low: float, high: float, count: int, *, integers: bool = False) -> list[float]:
-    """Round numbers from low to high, about `count`."""
+    """About `count` round numbers from low to high."""
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     spacing = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * (1 - 1e-9))

@@ -1,4 +1,4 @@
-"""The numbers of many records as one array a key: a tenth of the memory that the records take."""
+"""Stores the numbers of many records as one array for each key, in a tenth of the memory of the records."""
 
 from array import array
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ import numpy as np
 
 
 class Columns:
-    """Numbers by key and step. A step that is put again replaces what it had."""
+    """Numbers by key and step. Putting a step again replaces its numbers."""
 
     def __init__(self) -> None:
         self._places: dict[int, int] = {}  # step -> place in every array
@@ -16,14 +16,14 @@ class Columns:
         self._present: dict[str, bytearray] = {}  # 1 where the step has the key
 
     def put(self, step: int, numbers: Mapping[str, Any]) -> None:
-        """Takes in the numbers of a step; None is NaN."""
+        """Adds the numbers of a step; None becomes NaN."""
         place = self._places.get(step)
         if place is None:
             place = self._places[step] = len(self._places)
         else:
-            for known in self._present.values():
-                if place < len(known):
-                    known[place] = 0
+            for flags in self._present.values():
+                if place < len(flags):
+                    flags[place] = 0
         for key, value in numbers.items():
             values, present = self._values.get(key), self._present.get(key)
             if values is None or present is None:
@@ -36,11 +36,11 @@ class Columns:
             values[place], present[place] = np.nan if value is None else value, 1
 
     def keys(self) -> list[str]:
-        """In order of first appearance."""
+        """The keys in order of first appearance."""
         return list(self._values)
 
     def series(self, key: str) -> tuple[np.ndarray, np.ndarray]:
-        """(steps (n,), values (n,)), float64, by step, of the records that have the key."""
+        """(steps (n,), values (n,)) of the records that have the key, float64, sorted by step."""
         if key not in self._values:
             return np.zeros(0), np.zeros(0)
         present = np.frombuffer(self._present[key], np.uint8) > 0

@@ -1,4 +1,4 @@
-"""Several runs on one page: held-out results, the settings that differ, and their curves over each other."""
+"""Compares several runs on one page: held-out results, settings that differ, and curves in shared charts."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ from gvpo_core.training.report.document import chart_section, document, escaped
 from gvpo_core.training.report.history import episodes, verdict
 from gvpo_core.training.report.read import Run, number
 
-MOST = 6  # runs on a page; a colour each
+MOST = 6  # largest number of runs on a page: one for each colour
 _CURVES = (
     ("kl", "KL to the reference", "nats a response", None),
     ("entropy", "Entropy", "nats a token", 0.0),
@@ -33,13 +33,13 @@ _CURVES = (
 )
 _OF_A_REWARD = ("function", "weight", "options", "failure_value")  # settings that a reward's scale depends on
 _DEFAULT = RewardConfig()
-_NAMES = {"run.folder"}  # settings that differ by nature
+_NAMES = {"run.folder"}  # settings that always differ
 
 
 def comparison(runs: Sequence[Run]) -> str:
     """The page of two to MOST runs.
 
-    Raises: ConfigError: their rewards differ, so that their numbers are not of one scale.
+    Raises: ConfigError: the runs have different rewards, so their numbers cannot be compared.
     """
     names = labels([run.folder for run in runs])
     _refuse_different_rewards(runs, names)
@@ -58,17 +58,17 @@ def comparison(runs: Sequence[Run]) -> str:
 
 
 def _refuse_different_rewards(runs: Sequence[Run], names: Sequence[str]) -> None:
-    known = [(name, run, _rewards(run)) for name, run in zip(names, runs, strict=True) if _rewards(run)]
-    for name, run, rewards in known[1:]:
-        first, other, wanted = known[0]
-        if [*rewards] != [*wanted]:
+    runs_with_rewards = [(name, run, _rewards(run)) for name, run in zip(names, runs, strict=True) if _rewards(run)]
+    for name, run, rewards in runs_with_rewards[1:]:
+        first, other, first_rewards = runs_with_rewards[0]
+        if [*rewards] != [*first_rewards]:
             raise ConfigError(
-                f"{first} has the rewards {', '.join(wanted)}, {name} has {', '.join(rewards)}; runs are compared on"
-                " the same rewards"
+                f"{first} has the rewards {', '.join(first_rewards)}, {name} has {', '.join(rewards)}; runs are"
+                " compared on the same rewards"
             )
         for reward, table in rewards.items():
             for key in _OF_A_REWARD:
-                a, b = (of.get(key, getattr(_DEFAULT, key)) for of in (wanted[reward], table))
+                a, b = (settings.get(key, getattr(_DEFAULT, key)) for settings in (first_rewards[reward], table))
                 if a != b and not (key == "function" and _code(other, reward) == _code(run, reward) != ""):
                     raise ConfigError(
                         f"rewards.{reward}.{key} is {a!r} in {first} and {b!r} in {name}; runs are compared on the same"
@@ -77,21 +77,21 @@ def _refuse_different_rewards(runs: Sequence[Run], names: Sequence[str]) -> None
 
 
 def _rewards(run: Run) -> dict[str, dict[str, Any]]:
-    """The tables of a run's rewards by name, sorted; none where the settings are not known."""
+    """The settings of a run's rewards, sorted by name; empty if the settings are unknown."""
     tables = run.config.get("rewards")
     tables = tables if isinstance(tables, dict) else {}
     return {name: table for name, table in sorted(tables.items()) if isinstance(table, dict)}
 
 
 def _code(run: Run, reward: str) -> str:
-    """The SHA-256 of a reward's file; "" where it is not known."""
+    """The SHA-256 of a reward's file; "" if it is unknown."""
     rewards = run.environment.get("rewards")
     entry = rewards.get(reward) if isinstance(rewards, dict) else None
     return str(entry.get("sha256", "")) if isinstance(entry, dict) else ""
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """The folders' names, with as many parents as it takes to tell them apart."""
+    """The names of the folders, with as many parents as needed to make them unique."""
     parts = [folder.resolve().parts for folder in folders]
     for count in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-count:]) for part in parts]
@@ -108,8 +108,12 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
             start, end = plus_minus(change.start, change.start_half), plus_minus(change.end, change.end_half)
             cells = [start, end, difference_in_words(change)]
         elif answered := [e for e in run.evaluations if "eval/reward" in e]:
-            only = answered[0]
-            cells = [plus_minus(number(only.get("eval/reward")), number(only.get("eval/half_width"))), "", ""]
+            evaluation = answered[0]
+            cells = [
+                plus_minus(number(evaluation.get("eval/reward")), number(evaluation.get("eval/half_width"))),
+                "",
+                "",
+            ]
         else:
             cells = ["no held-out reward", "", ""]
         against = _against(runs[0], run) if i else "" if len(runs) == 1 else "-"
@@ -137,7 +141,7 @@ def _results(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _against(first: Run, other: Run) -> str:
-    """The difference of the last evaluations, over the held-out prompts that both runs answered."""
+    """The difference of the last evaluations over the held-out prompts of both runs, in words."""
     a, b = (prompt_rewards(run.held_out[max(run.held_out)]) if run.held_out else {} for run in (first, other))
     by_text = [{prompt: reward for (_, prompt), reward in rewards.items()} for rewards in (a, b)]
     shared = [prompt for prompt in by_text[0] if prompt in by_text[1]]
@@ -200,14 +204,14 @@ def _differences(runs: Sequence[Run], names: Sequence[str]) -> str:
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    """What a run was made from, beside its settings: data, model, rewards, versions, device."""
+    """The facts of a run beside its settings: data, model, rewards, versions, device."""
     policy = run.environment.get("policy")
     policy = policy if isinstance(policy, dict) else {}
-    kept: dict[str, Any] = {
+    facts: dict[str, Any] = {
         k: run.environment.get(k) for k in ("data", "model", "rewards", "objective", "gvpo", "ranks")
     }
-    kept |= {k: policy.get(k) for k in ("backend", "device", "versions")}
-    flat = _flat({k: v for k, v in kept.items() if v is not None}, "environment")
+    facts |= {k: policy.get(k) for k in ("backend", "device", "versions")}
+    flat = _flat({k: v for k, v in facts.items() if v is not None}, "environment")
     hashes = {k: v[:12] if isinstance(v, str) and re.fullmatch("[0-9a-f]{64}", v) else v for k, v in flat.items()}
     return hashes
 

@@ -1,4 +1,4 @@
-"""A page as one HTML document that fetches nothing, and foreign text made inert."""
+"""Makes one HTML document that loads nothing from elsewhere, and escapes foreign text."""
 
 import base64
 import hashlib
@@ -11,7 +11,12 @@ from gvpo_core.training.terminal.text import printable
 
 
 def document(title: str, parts: Iterable[str]) -> str:
-    """The page of these parts, which are HTML; the title is text."""
+    """The HTML document.
+
+    Args:
+      title: text, which is escaped here.
+      parts: HTML.
+    """
     policy = f"default-src 'none'; style-src '{_digest(STYLE)}'; script-src '{_digest(SCRIPT)}'; base-uri 'none'"
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -24,13 +29,13 @@ def document(title: str, parts: Iterable[str]) -> str:
 
 
 def chart_section(title: str, charts: Iterable[Chart]) -> str:
-    """Charts below a heading."""
+    """A heading with charts below it, as HTML."""
     drawn = "".join(figure(chart) for chart in charts)
     return f'<section><h2>{escaped(title)}</h2><div class="charts">{drawn}</div></section>'
 
 
 def escaped(text: object, keep: str = "") -> str:
-    """Foreign text: control characters shown, but those in `keep`; markup inert."""
+    """Escapes foreign text: control characters, except those in `keep`, and markup."""
     return html.escape(printable(str(text), keep=keep), quote=True)
 
 

@@ -1,4 +1,4 @@
-"""The reward curve of a run as a PNG, for a README or a note. Needs matplotlib: the extra "demo"."""
+"""Draws the reward curve of a run as a PNG. Needs matplotlib: the extra "demo"."""
 
 from pathlib import Path
 
@@ -24,13 +24,13 @@ def reward_curve_png(run: Path, out: Path) -> Path:
     if not reward:
         raise ValueError(f"{run / 'metrics.jsonl'} has no step with a reward; run at least one step")
     figure = Figure(figsize=(7.2, 3.8), dpi=200, layout="constrained")
-    FigureCanvasAgg(figure)  # a canvas of our own: no global backend is chosen, no window opened
+    FigureCanvasAgg(figure)  # our own canvas, so matplotlib chooses no global backend and opens no window
     axes = figure.add_subplot()
     halves = np.nan_to_num(data.along(reward, "reward/half_width"))
     window = max(1, len(reward.values) // 15) | 1  # odd: moving_mean is centred
     smooth, place = moving_mean(reward.values, window), np.arange(len(halves))
     averaged = np.minimum(place + window // 2 + 1, len(halves)) - np.maximum(place - window // 2, 0)
-    band = np.sqrt(moving_mean(halves**2, window) / averaged)  # of the mean that the line shows
+    band = np.sqrt(moving_mean(halves**2, window) / averaged)  # half-width of the mean that the line shows
     low, high = np.clip(smooth - band, *limits), np.clip(smooth + band, *limits)
     axes.fill_between(reward.steps, low, high, color="#2563c9", alpha=0.14, linewidth=0)
     axes.plot(reward.steps, reward.values, color="#2563c9", alpha=0.35, linewidth=0.8)

@@ -1,4 +1,4 @@
-"""The alerts of a run as episodes with dates: from the verdicts that the run recorded."""
+"""Groups the alerts that a run recorded into episodes with dates."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,33 +12,33 @@ _GAP = 5  # steps without an alert that do not end its episode
 
 @dataclass(frozen=True)
 class Episode:
-    """One alert from the step at which it was raised to the last at which it held."""
+    """One alert, from the step that raised it to the last step at which it held."""
 
     key: str
-    level: str  # the worst
+    level: str  # the worst level
     first: int
     last: int
-    begun: float  # Unix time, NaN: unknown
-    seen: str  # at the worst
+    begun: float  # Unix time; NaN: unknown
+    seen: str  # text of the alert at its worst level
     advice: str
-    open: bool = False  # it holds at the run's last step
+    open: bool = False  # whether the alert holds at the run's last step
 
 
 def episodes(run: Run) -> list[Episode]:
-    """All of them: those that still hold first, then the worst, then the latest."""
+    """All episodes, sorted: those that still hold first, then the worst level, then the latest."""
     current: dict[str, Episode] = {}
     done: list[Episode] = []
     for record, alerts in _judged(run):
         step = record["step"]
         for alert in alerts:
-            known = current.get(alert.key)
-            if known is not None and step - known.last <= _GAP:
-                if LEVELS.index(alert.level) > LEVELS.index(known.level):
-                    known = replace(known, level=alert.level, seen=alert.seen, advice=alert.advice)
-                current[known.key] = replace(known, last=step)
+            episode = current.get(alert.key)
+            if episode is not None and step - episode.last <= _GAP:
+                if LEVELS.index(alert.level) > LEVELS.index(episode.level):
+                    episode = replace(episode, level=alert.level, seen=alert.seen, advice=alert.advice)
+                current[episode.key] = replace(episode, last=step)
                 continue
-            if known is not None:
-                done.append(known)
+            if episode is not None:
+                done.append(episode)
             begun = number(record.get("time"))
             current[alert.key] = Episode(alert.key, alert.level, step, step, begun, alert.seen, alert.advice)
     end = max(
@@ -54,7 +54,7 @@ def verdict(alerts: Sequence[Episode]) -> str:
 
 
 def _judged(run: Run) -> Iterator[tuple[dict[str, Any], Sequence[Alert]]]:
-    """The records with their alerts, by step: those of the steps taken, then of the one that failed."""
+    """Yields records with their alerts: first the training steps, then the failed step."""
     for record in run.train:
         yield record, _written(record, "alerts", "machine/alerts")
     for event in run.events:

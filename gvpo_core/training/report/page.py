@@ -1,4 +1,4 @@
-"""The page: result, alerts, charts, examples, settings. Everything that a model or a user wrote is escaped."""
+"""The report page: result, alerts, charts, examples, settings. All text from models and users is escaped."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ _CUT = 1500  # characters of a text shown
 
 
 def page(run: Run) -> str:
-    """The report of a run as one HTML document that fetches nothing."""
+    """The report of a run as one HTML document that loads nothing from elsewhere."""
     reading, alerts, drawn = read_out(run), episodes(run), sections(run)
     cards = "".join(
         f'<div class="card"><span class="label">{escaped(name)}</span><b>{escaped(value)}</b>'
@@ -52,15 +52,15 @@ def page(run: Run) -> str:
 
 
 def _alerts(run: Run, alerts: Sequence[Episode]) -> str:
-    """The verdict, and every alert with its date."""
+    """The verdict, and a table of the alerts with dates."""
     if not run.train and not alerts:
         return ""
-    level, held = verdict(alerts), sum(e.open for e in alerts)
+    level, still_open = verdict(alerts), sum(e.open for e in alerts)
     count = len(run.train)
     if not alerts:
         summary = f"no alert in {count:,} step{'s' * (count != 1)}"
     else:
-        now = f"{held or 'none'} of them at the last step"
+        now = f"{still_open or 'none'} of them at the last step"
         summary = f"{len(alerts)} alert{'s' * (len(alerts) != 1)} in {count:,} step{'s' * (count != 1)}, {now}"
     rows = []
     for e in alerts[:_EPISODES]:
@@ -81,7 +81,7 @@ def _alerts(run: Run, alerts: Sequence[Episode]) -> str:
 
 
 def _facts(run: Run) -> str:
-    """Seed, versions, command and resumes: what it takes to run it again."""
+    """What is needed to repeat the run: seed, versions, command and resumes."""
     seed, environment = run.setting("run", "seed"), run.environment
     policy = environment.get("policy")
     libraries = policy.get("versions") if isinstance(policy, dict) else None
@@ -104,7 +104,7 @@ def _facts(run: Run) -> str:
 
 
 def _before_after(run: Run) -> str:
-    """The same held-out prompts at the first and the last evaluation, in the data's order: nothing is picked."""
+    """The same held-out prompts at the first and the last evaluation, in the order of the data, without selection."""
     if len(run.held_out) < 2:
         return ""
     first, last = min(run.held_out), max(run.held_out)
@@ -179,7 +179,7 @@ def _fold(title: str, content: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Foreign text: control characters shown, markup inert, at most _CUT characters."""
+    """Escapes foreign text, and cuts it to _CUT characters."""
     more = len(text) - _CUT
     shown = text[:_CUT] if more > 0 else text
     return escaped(shown, keep="\n") + (f" … ({more:,} more characters)" if more > 0 else "")

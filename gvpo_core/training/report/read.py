@@ -1,6 +1,6 @@
-"""From a run folder to plain data: series of numbers, and the few completions a page can show.
+"""Reads a run folder: series of numbers, and the completions that the page shows.
 
-Every file may be missing, cut or damaged: a report is most wanted of a run that crashed.
+Every file may be missing, cut short or damaged: a crashed run needs a report most.
 """
 
 import json
@@ -18,10 +18,10 @@ from gvpo_core.training.files.records import is_number
 from gvpo_core.training.metrics import read_records
 from gvpo_core.training.report.columns import Columns
 
-_BROWSED_STEPS = 60  # steps whose responses can be looked through
-_ALERTED_STEPS = 20  # and as many at most at which an alert was raised
-_KEPT = ("step", "time")  # of a train record, beside what is no number
-_LABELS = ("group", "end")  # of a row of completions, which are looked up
+_BROWSED_STEPS = 60  # steps whose responses the page shows
+_ALERTED_STEPS = 20  # largest number of further steps, at which an alert was raised
+_KEPT = ("step", "time")  # numbers that stay in a train record
+_LABELS = ("group", "end")  # keys of a row of completions that must be text or integers
 _HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
 
 
@@ -38,16 +38,16 @@ class Series:
 
 @dataclass
 class Run:
-    """What a run folder holds."""
+    """The content of a run folder."""
 
     folder: Path
     config: dict[str, Any]
     config_text: str
     environment: dict[str, Any]
-    train: list[dict[str, Any]]  # one a step, in order; their numbers are in `numbers`
-    evaluations: list[dict[str, Any]]  # one a step, in order
+    train: list[dict[str, Any]]  # one for each step, in order; their numbers are in `numbers`
+    evaluations: list[dict[str, Any]]  # one for each step, in order
     events: list[dict[str, Any]]
-    numbers: Columns = field(default_factory=Columns)  # of the train records
+    numbers: Columns = field(default_factory=Columns)  # numbers of the train records
     held_out: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # first and last evaluated step -> rows
     browsed: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # step -> all its rows
     problems: list[str] = field(default_factory=list)  # files that could not be read, in words
@@ -59,7 +59,7 @@ class Run:
             self.numbers.put(record["step"], _numbers(record))
 
     def series(self, key: str, *, kind: str = "train") -> Series:
-        """The values of `key` in the train or eval records that have it; null as NaN."""
+        """The values of `key` in the train or eval records that have it. null becomes NaN."""
         if (kind, key) not in self._series and kind == "train":
             self._series[kind, key] = Series(*self.numbers.series(key))
         elif (kind, key) not in self._series:
@@ -69,31 +69,33 @@ class Run:
         return self._series[kind, key]
 
     def along(self, series: Series, key: str, *, kind: str = "train") -> np.ndarray:
-        """The values of `key` at the steps of another series; NaN where it has none."""
-        known = self.series(key, kind=kind)
-        if np.array_equal(known.steps, series.steps):
-            return known.values
-        by_step = dict(zip(known.steps, known.values, strict=True))
+        """The values of `key` at the steps of another series; NaN for steps without a value."""
+        other = self.series(key, kind=kind)
+        if np.array_equal(other.steps, series.steps):
+            return other.values
+        by_step = dict(zip(other.steps, other.values, strict=True))
         return np.asarray([by_step.get(step, np.nan) for step in series.steps])
 
     def reward_range(self) -> tuple[float, float]:
-        """The lowest and the highest reward of any response: no mean is beyond them."""
+        """The lowest and the highest reward of any response. All means lie between them."""
         low, high = self.series("reward/min").values, self.series("reward/max").values
         if not (np.isfinite(low).any() and np.isfinite(high).any()):
             return -np.inf, np.inf
         held_out = self.series("eval/reward", kind="eval").values
-        known = held_out[np.isfinite(held_out)]
-        return float(min([np.nanmin(low), *known])), float(max([np.nanmax(high), *known]))
+        finite_means = held_out[np.isfinite(held_out)]
+        return float(min([np.nanmin(low), *finite_means])), float(max([np.nanmax(high), *finite_means]))
 
     def keys(self, prefix: str, *, kind: str = "train") -> list[str]:
         """The keys with a prefix, in order of first appearance."""
         if kind not in self._keys:
-            of = self.numbers.keys() if kind == "train" else dict.fromkeys(key for r in self.evaluations for key in r)
-            self._keys[kind] = list(of)
+            all_keys = (
+                self.numbers.keys() if kind == "train" else dict.fromkeys(key for r in self.evaluations for key in r)
+            )
+            self._keys[kind] = list(all_keys)
         return [key for key in self._keys[kind] if key.startswith(prefix)]
 
     def failure_value(self, reward: str) -> float | None:
-        """What an error or a timeout of a reward counts as; None: its response leaves the group."""
+        """The value that an error or a timeout of a reward counts as; None: the response leaves its group."""
         settings = self.setting("rewards", reward)
         value = number(settings.get("failure_value")) if isinstance(settings, dict) else float("nan")
         return value if value == value else None
@@ -105,7 +107,7 @@ class Run:
 
 
 def number(value: Any) -> float:
-    """A JSON number as float; NaN for null and for what is no number."""
+    """A JSON number as float; NaN for null and values that are not numbers."""
     return float(value) if is_number(value) and not isinstance(value, bool) else float("nan")
 
 
@@ -149,7 +151,7 @@ def _text(path: Path, problems: list[str]) -> str:
 
 
 def _read_records(run: Run, path: Path) -> None:
-    """Streams the file, whose numbers go into `run.numbers`. A step run again after a crash counts once."""
+    """Reads the file line by line into `run`. A step that ran again after a crash counts once."""
     train: dict[int, dict[str, Any]] = {}
     evaluations: dict[int, dict[str, Any]] = {}
     try:
@@ -170,7 +172,7 @@ def _read_records(run: Run, path: Path) -> None:
         run.problems.append("metrics.jsonl is missing: the run ended before its first step")
     except OSError as e:
         run.problems.append(f"metrics.jsonl cannot be read: {e.strerror or e}")
-    run.train, run.evaluations = ([of[step] for step in sorted(of)] for of in (train, evaluations))
+    run.train, run.evaluations = ([records[step] for step in sorted(records)] for records in (train, evaluations))
 
 
 def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,7 +180,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read_completions(run: Run, path: Path) -> None:
-    """Streams the file, which may be larger than memory, and parses only the lines that will be shown."""
+    """Reads the file line by line, since it may be larger than memory, and parses only the lines to be shown."""
     steps = [r["step"] for r in run.train]
     evaluated = [r["step"] for r in run.evaluations]
     browsed = {steps[i] for i in np.linspace(0, len(steps) - 1, min(_BROWSED_STEPS, len(steps))).astype(int)}
@@ -202,7 +204,7 @@ def _read_completions(run: Run, path: Path) -> None:
 
 
 def _alerted(train: list[dict[str, Any]]) -> set[int]:
-    """The first steps at which an alert was raised that the step before had not."""
+    """The first steps with an alert that the step before did not have."""
     steps: list[int] = []
     before: set[str] = set()
     for record in train:

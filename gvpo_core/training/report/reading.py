@@ -1,4 +1,4 @@
-"""A run in plain words: what was trained, what changed, and whether that is more than noise. Troubles: the alerts."""
+"""Describes a run in words: what was trained, what changed, and whether that is more than noise."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ class Reading:
 
 
 def read_out(run: Run) -> Reading:
-    """The run in words. Every number comes from metrics.jsonl or completions.jsonl."""
+    """Describes the run in words. Every number comes from metrics.jsonl or completions.jsonl."""
     sentences, figures = [], []
     held_out, training = held_out_change(run), training_change(run)
     if held_out is not None:
@@ -39,10 +39,11 @@ def read_out(run: Run) -> Reading:
         sentences.append(in_words("Held-out reward", held_out, f"over {prompts} prompts"))
         figures.append((f"Held-out reward, {prompts} prompts", _arrow(held_out), _small(held_out)))
     elif answered := [e for e in run.evaluations if "eval/reward" in e]:
-        only = answered[0]
+        evaluation = answered[0]
+        reward, half = number(evaluation.get("eval/reward")), number(evaluation.get("eval/half_width"))
         sentences.append(
-            f"Held-out reward was {plus_minus(number(only.get('eval/reward')), number(only.get('eval/half_width')))}"
-            f" at step {only['step']}; there is no second evaluation to compare with."
+            f"Held-out reward was {plus_minus(reward, half)}"
+            f" at step {evaluation['step']}; there is no second evaluation to compare with."
         )
     elif not run.evaluations:
         sentences.append(
@@ -68,22 +69,22 @@ def read_out(run: Run) -> Reading:
     if run.train:
         took = duration(float(np.nansum(run.series("seconds/step").values)))
         figures.append(("Steps", f"{run.train[-1]['step']} of {steps}", f"in {took} of training"))
-    return Reading([*sentences, _what(run), _state(run)], _notes(run), figures)
+    return Reading([*sentences, _description(run), _state(run)], _notes(run), figures)
 
 
 def run_end(series: Series) -> float | None:
-    """Mean over the last steps; None without a finite value."""
+    """The mean over the last steps; None without a finite value."""
     values = series.values[np.isfinite(series.values)]
     return float(values[-window(len(values)) :].mean()) if len(values) else None
 
 
 def _recorded(run: Run) -> bool:
-    """Whether the last step trained on recorded responses: their rewards say nothing of the policy."""
+    """Whether the last step trained on recorded responses, whose rewards do not measure the policy."""
     drawn = run.series("tokens/sampled").values
     return len(drawn) > 0 and float(drawn[-1]) == 0
 
 
-def _what(run: Run) -> str:
+def _description(run: Run) -> str:
     if not run.config:
         return "Its settings are not known."
     name = run.setting("model", "path", "") or run.setting("run", "backend", "a policy")

@@ -1,4 +1,4 @@
-"""What `train` returns: how the run ended, its numbers, and in a notebook its curves."""
+"""The result that `train` returns: how the run ended, its numbers, and its curves in a notebook."""
 
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,10 +20,10 @@ _SHOWN = ("Reward", "Each reward", "KL to the reference")  # charts by title
 
 @dataclass(frozen=True)
 class Result:
-    """How a run ended. In a notebook it shows the held-out reward before and after, and the curves.
+    """The result of a run. A notebook displays it as held-out reward before and after, with curves.
 
-    `metrics`, `evaluations` and `held_out` are read from the run folder when they are first asked for, and cover the
-    whole run, with the steps before a resume. They raise FileNotFoundError where the folder is gone.
+    `metrics`, `evaluations` and `held_out` are read from the run folder on first access. They cover the whole run, also
+    the steps before a resume. They raise FileNotFoundError if the folder no longer exists.
     """
 
     step: int
@@ -31,37 +31,37 @@ class Result:
     folder: Path
     """The run folder."""
     exit_status: int
-    """0: all steps done, or stopped early as `evaluation.patience` asks; 128 + the signal's number: stopped by it, with
-    the state saved."""
+    """0: all steps done, or stopped early by `evaluation.patience`. 128 + the signal's number: stopped by a signal,
+    with the state saved."""
 
     @cached_property
     def metrics(self) -> dict[str, np.ndarray]:
-        """The numbers of the training steps: key of docs/metrics.md -> (steps,) float64; NaN where a step has none.
+        """The numbers of the training steps: key of docs/metrics.md -> (steps,) float64; NaN if a step has no value.
 
-        "step" holds the numbers of the steps. `pandas.DataFrame(result.metrics)` is a table of them.
+        "step" holds the step numbers. `pandas.DataFrame(result.metrics)` makes a table.
         """
         numbers = self._run.numbers
         steps = np.asarray([record["step"] for record in self._run.train], np.float64)
         columns = {"step": steps}
         for key in numbers.keys():  # noqa: SIM118
             if key != "step":
-                known, values = numbers.series(key)
+                known_steps, values = numbers.series(key)
                 columns[key] = np.full(len(steps), np.nan)
-                columns[key][np.searchsorted(steps, known)] = values
+                columns[key][np.searchsorted(steps, known_steps)] = values
         return columns
 
     @cached_property
     def evaluations(self) -> list[dict[str, Any]]:
-        """The evaluations, first to last: "step", "eval/reward" and the other keys of docs/metrics.md."""
+        """The evaluations in order: "step", "eval/reward" and the other keys of docs/metrics.md."""
         return self._run.evaluations
 
     @cached_property
     def held_out(self) -> Change | None:
-        """Held-out reward of the first and of the last evaluation; None with fewer than two.
+        """The change of the held-out reward from the first to the last evaluation; None with fewer than two.
 
-        `start` and `end` are the means, `difference` their difference, `paired` the prompts that both are over (0: not
-        paired); `start_half`, `end_half` and `half` are half-widths of 95 % intervals, `beyond_noise` whether the
-        difference is more than noise (None: too little to tell).
+        `start` and `end` are the means, `difference` is their difference, and `paired` is the number of prompts in both
+        (0: not paired). `start_half`, `end_half` and `half` are half-widths of 95 % intervals. `beyond_noise` says
+        whether the difference is more than noise (None: too little data to tell).
         """
         return held_out_change(self._run)
 
@@ -77,14 +77,14 @@ class Result:
 
 
 def _html(run: Run) -> str:
-    """The run as a piece of HTML with a style of its own, for a page of somebody else's."""
+    """The run as an HTML fragment with its own style, for display in another page such as a notebook."""
     reading = read_out(run)
     cards = "".join(
         f'<div class="card"><span class="label">{escaped(name)}</span><b>{escaped(value)}</b>'
         f'<span class="small">{escaped(small)}</span></div>'
         for name, value, small in reading.figures
     )
-    charts = [chart for _, of in sections(run) for chart in of if chart.title in _SHOWN]
+    charts = [chart for _, section_charts in sections(run) for chart in section_charts if chart.title in _SHOWN]
     drawn = "".join(figure(replace(chart, wide=False)) for chart in charts)
     report = run.folder / "report.html"
     box = "background: var(--page); color: var(--ink); padding: 14px 16px; border-radius: 8px;"

@@ -1,4 +1,4 @@
-"""Which charts a report has, in which order, and how to read each."""
+"""The charts of a report, their order, and how to read each."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +13,11 @@ from gvpo_core.training.watch.metric_names import PHASES
 
 _NONE = Chart("", "", "")  # draws nothing
 RESULT = "Is it getting better?"
-"""The section whose charts show the result."""
+"""Title of the section whose charts show the result."""
 
 
 def sections(run: Run) -> list[tuple[str, list[Chart]]]:
-    """The charts under their headings; those without a finite number are left out."""
+    """The charts by section title, in order. Charts without a finite number are left out."""
     marks = [e["step"] for e in run.events if e.get("event") == "resume"]
 
     def line(name: str, key: str, colour: int, *, kind: str = "train", smooth: bool = True) -> Line:
