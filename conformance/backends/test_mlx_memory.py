@@ -95,5 +95,5 @@ def test_too_little_memory_is_reported_with_advice(folder, tmp_path, monkeypatch
     assert "too much memory" not in header(config, made.describe(), source, None, [])
     facts = made.describe()
     small = header(config, replace(facts, memory=replace(facts.memory, device=2**20)), source, None, [])
-    assert small["too much memory"].endswith(f"0.00 GiB there: {said}")
+    assert small["too much memory"].endswith(f"0.00 GiB available: {said}")
     assert not {"memory", "vocabulary"} & small.keys()

@@ -164,7 +164,7 @@ def test_failures_under_a_failure_value_are_reported_as_counted(tmp_path, capfd,
     assert "errors and timeouts count as 0, its failure_value" in caplog.text
     assert "without a score" not in caplog.text
     report = (tmp_path / "run" / "report.html").read_text()
-    assert "count as the failure_value: 0 (right)" in report and "never count as zero" not in report
+    assert "count as the failure_value: 0 (right)" in report and "do not count as zero" not in report
 
 
 def test_a_group_with_one_response_left_is_counted_out(tmp_path, capfd):

@@ -332,4 +332,4 @@ def test_a_model_that_is_too_large_is_reported(tmp_path):
     preview(config, policy, console=Console(1, stream=out))
     text = " ".join(out.getvalue().split())
     assert "estimated memory 0.02 of 0.00 GiB: framework 0.00, parameters 0.00" in text
-    assert "too much memory 0.02 GiB estimated, 0.00 GiB there: lower optimizer.micro_batch_tokens (8192)" in text
+    assert "too much memory 0.02 GiB estimated, 0.00 GiB available: lower optimizer.micro_batch_tokens (8192)" in text

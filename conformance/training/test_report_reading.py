@@ -41,7 +41,7 @@ def test_the_chart_of_failed_responses_explains_their_score(value):
     run = run_of(config=config, reward_errors__judge__error=[17], reward_errors__judge__none=[0], responses__total=[48])
     (chart,) = [c for _, charts in sections(run) for c in charts if "failed" in c.title]
     if value is None:
-        assert "They leave their group; they never count as zero." in chart.reading
+        assert "These responses leave their group; they do not count as zero." in chart.reading
     else:
         assert "count as the failure_value: 0 (judge); others leave their group." in chart.reading
 

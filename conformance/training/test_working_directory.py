@@ -116,7 +116,7 @@ def test_the_settings_of_a_project_are_not_replaced_by_those_of_the_run(config, 
     """run.folder = "." wrote config.toml anew, with all defaults and without its comments."""
     before = config.read_bytes()
     assert cli.main(["train", str(config), "--run.folder", "."]) == 1
-    assert "config.toml is not of a run" in capfd.readouterr().err
+    assert "config.toml does not belong to a run" in capfd.readouterr().err
     assert config.read_bytes() == before and not (tmp_path / "checkpoints").exists()
 
 

@@ -43,10 +43,10 @@ working directory.
 
 _COLLECT = """usage: gvpo collect CONFIG OUT.jsonl [--section.key value ...]
 
-Samples and scores the groups of run.steps steps with the model as it is, and
-updates nothing.
+Samples and scores the groups of run.steps steps with the initial model,
+without training.
 
-  CONFIG      TOML file, as of gvpo train; options override it, and
+  CONFIG      TOML file, as for gvpo train; options override it, and
               gvpo train --help explains them
   OUT.jsonl   file to write. It is OUT.jsonl.partial until its last step; the
               same command resumes it

@@ -62,7 +62,7 @@ import re
 def reward(completions, answer):
     """Scores responses: whether the last number of each is its row's answer.
 
-    completions: a string each, or a list of chat messages where the prompts are chat messages.
+    completions: strings, or lists of chat messages if the prompts are chat messages.
     answer: the column "answer" of train.jsonl, one value for each completion. Every column can be an argument.
     """
     texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]

@@ -141,14 +141,14 @@ def export_run(arguments: list[str]) -> int:
     Raises: ConfigError: a folder or checkpoint that cannot be used.
     """
     parser = Parser(prog="gvpo export", description="Writes a run's policy as a Hugging Face folder.")
-    parser.add_argument("run", type=Path, help="run folder, or the settings file of a run to come: its initial model")
+    parser.add_argument("run", type=Path, help="run folder, or a settings file to export its initial model")
     parser.add_argument("folder", type=Path, help="folder to create; must be empty")
     parser.add_argument("--checkpoint", default="newest", help=f"{_CHECKPOINT}. Default: newest")
     parser.add_argument("--adapters", action="store_true", help="write only the LoRA or DoRA adapters")
     parser.add_argument(
         "--own-head",
         action="store_true",
-        help="write an output layer that is the embedding as a tensor of its own, for a vLLM server that reloads it",
+        help="write a tied output layer as a separate tensor, for a vLLM server that reloads it",
     )
     options = parser.parse_args(arguments)
     if _is_settings_file(options.run) and options.checkpoint == "newest":

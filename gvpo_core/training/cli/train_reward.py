@@ -132,8 +132,8 @@ def _parser() -> argparse.ArgumentParser:
         default=0.1,
         help="share of the rows held out if --held-out is not given. Default: 0.1",
     )
-    add("--split", default="", help="split of the data, where it has several")
-    add("--held-out-split", default="", metavar="SPLIT", help="split of --held-out, where it has several")
+    add("--split", default="", help="split of the data, if it has several")
+    add("--held-out-split", default="", metavar="SPLIT", help="split of --held-out, if it has several")
     add("--subset", default="", help="configuration of a hub dataset")
     add("--prompt", default="prompt", help="column of the prompt. Default: prompt")
     add(

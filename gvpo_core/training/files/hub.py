@@ -40,7 +40,7 @@ def hub_dataset(source: str, where: str, *, split: str = "", subset: str = "") -
     path = _PREFIX.sub("", source).rstrip("/")
     name, file = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:])
     if not _NAME.fullmatch(name):
-        raise HubError(f"{where} names no dataset; expected owner/name, as openai/gsm8k")
+        raise HubError(f"{where} names no dataset; expected owner/name, such as openai/gsm8k")
     kind = next((kind for ending, kind in _FORMATS.items() if file.endswith(ending)), None)
     if file and kind is None:
         raise HubError(f"{where}: expected a file that ends with {', '.join(_FORMATS)}")

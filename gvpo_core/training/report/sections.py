@@ -123,7 +123,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Sampler and policy",
                     "nats a token",
-                    "How far their log-probabilities differ. It grows where the sampler keeps old weights.",
+                    "How far their log-probabilities differ. The gap grows if the sampler keeps old weights.",
                     line("mean", "sampler/gap", 1),
                     line("worst response", "sampler/gap/max", 2),
                     floor=0.0,
@@ -131,7 +131,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Age of the sampler's weights",
                     "steps",
-                    "How many steps the policy has taken since.",
+                    "Steps that the policy has taken since these weights.",
                     line("mean", "sampler/staleness", 1, smooth=False),
                     line("oldest", "sampler/staleness/max", 2, smooth=False),
                     floor=0.0,
@@ -151,7 +151,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 stack(
                     "How episodes end",
                     "share",
-                    "Ended: by the environment, or by a message without a tool call. Cut ones score cut_reward.",
+                    "Ended: by the environment, or by a message without a tool call. Cut episodes score cut_reward.",
                     *(
                         Line(ENDS[end], run.series(f"episodes/{end}"), colour)
                         for end, colour in (("done", 3), ("turns", 2), ("tokens", 5), ("failed", 6))
@@ -178,14 +178,14 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Tool calls",
                     "an episode",
-                    "Calls that could not be read are counted too.",
+                    "Includes calls that could not be read.",
                     line("calls", "tools/calls", 1),
                     floor=0.0,
                 ),
                 chart(
                     "Failures and loops",
                     "share",
-                    "Failed: of the tool calls, unreadable or raised. Repeated: episodes that say the same twice.",
+                    "Failed: tool calls, unreadable or raised. Repeated: episodes that repeat a message or a call.",
                     line("failed tool calls", "tools/failed", 2),
                     line("repeated", "episodes/repeated", 4),
                     floor=0.0,
@@ -193,14 +193,14 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Time waited",
                     "seconds a step",
-                    "Of the slowest episode, for tools and environments. It is a part of the time to generate.",
+                    "Wait of the slowest episode for tools and environments. It is part of the time to generate.",
                     line("waited", "episodes/seconds", 5),
                     floor=0.0,
                 ),
                 chart(
                     "Tokens",
                     "an episode",
-                    "The policy's own, and with what tools and environments say: the context that must fit.",
+                    "The policy's own, and all with those of tools and environments: the context that must fit.",
                     line("own", "length/mean", 1),
                     line("with the environment's", "length/context", 5),
                     floor=0.0,
@@ -215,8 +215,8 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Length",
                     "tokens",
-                    "Right and wrong: finished responses with the step's highest and lowest reward. Cut ones apart: "
-                    "they would raise the mean length of the wrong ones.",
+                    "Right and wrong: finished responses with the step's highest and lowest reward. Cut responses "
+                    "are apart: they would raise the mean length of the wrong ones.",
                     line("all", "length/mean", 1),
                     line("right", "length/best", 3),
                     line("wrong", "length/worst", 2),
@@ -246,7 +246,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Time that a reward takes",
                     "seconds a step",
-                    "All its responses. The slowest sets the pace; near its limit, it begins to lose responses.",
+                    "For all responses. The slowest reward sets the pace; near its limit, it begins to lose responses.",
                     *(line(key.removeprefix("reward_seconds/"), key, 1 + i % 6) for i, key in enumerate(latencies)),
                     floor=0.0,
                 ),
@@ -275,7 +275,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Peak memory",
                     "GiB",
-                    "Of the fullest device, or of the process on CPU. It should be flat.",
+                    "Of the device with the highest peak, or of the process on CPU. It should be flat.",
                     Line("memory", _scaled(run.series("memory/peak"), 2.0**-30), 4),
                     floor=0.0,
                 ),
@@ -306,7 +306,7 @@ def _failures(run: Run, keys: Sequence[str]) -> str:
     names = dict.fromkeys(key.removeprefix("reward_errors/").rpartition("/")[0] for key in keys)
     values = [(name, value) for name in names if (value := run.failure_value(name)) is not None]
     if not values:
-        return "By reward and cause. They leave their group; they never count as zero."
+        return "By reward and cause. These responses leave their group; they do not count as zero."
     counted = ", ".join(f"{value:g} ({name})" for name, value in values)
     return f"By reward and cause. Errors and timeouts count as the failure_value: {counted}; others leave their group."
 

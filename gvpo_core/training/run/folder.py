@@ -108,8 +108,8 @@ class RunFolder:
         is_run = is_folder(self.checkpoints) or (self.path / "lock").exists()
         if not is_run and self._settings.exists():
             raise RunFolderError(
-                f"{self.shown / self._settings.name} is not of a run, and the run's settings would replace it; give"
-                " another run.folder"
+                f"{self.shown / self._settings.name} does not belong to a run, and the run's settings would replace"
+                " it; give another run.folder"
             )
 
     def _same_settings(self, config: Config, begun: bool, dtype_sections: Iterable[str] = ("model", "teacher")) -> None:

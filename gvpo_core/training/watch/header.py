@@ -71,6 +71,6 @@ def _memory(config: Config, facts: PolicyFacts, source: Source) -> dict[str, str
     lines = {"estimated memory": in_words(memory, available, facts.ranks)}
     if available and memory.peak > available:
         lines["too much memory"] = (
-            f"{gib(memory.peak)} GiB estimated, {gib(available)} GiB there: {advice(facts, config)}"
+            f"{gib(memory.peak)} GiB estimated, {gib(available)} GiB available: {advice(facts, config)}"
         )
     return lines
