@@ -1,4 +1,4 @@
-"""The command line: gvpo train, eval, export, report, doctor."""
+"""The command line `gvpo`."""
 
 from gvpo_core.training.cli.commands import main
 

@@ -133,7 +133,7 @@ def _before_after(run: Run) -> str:
 
 
 def _by_prompt(rows: Iterable[Mapping[str, Any]]) -> dict[Any, Mapping[str, Any]]:
-    """The first response to each prompt."""
+    """The first response to each prompt, by the prompt's group and text."""
     by_prompt: dict[Any, Mapping[str, Any]] = {}
     for row in rows:
         by_prompt.setdefault((row.get("group"), row["prompt"]), row)

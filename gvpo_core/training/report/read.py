@@ -27,7 +27,7 @@ _HEAD = re.compile(rb'^\{"kind": ?"(train|eval)", ?"step": ?(\d+)')
 
 @dataclass
 class Series:
-    """One key over the records that have it."""
+    """The values of one key in the records that have it."""
 
     steps: np.ndarray  # (n,) float64, increasing
     values: np.ndarray  # (n,) float64; NaN where null

@@ -23,7 +23,7 @@ _MARKED = ("resume", "stop")
 
 @dataclass(frozen=True)
 class Reading:
-    """The top of the report."""
+    """The texts and figures at the top of the report."""
 
     sentences: list[str]
     notes: list[str]

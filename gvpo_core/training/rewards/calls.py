@@ -148,7 +148,7 @@ class Threads:
                     copies = functions.own_copy(prompts), functions.own_copy(completions)
                     value = functions.call(self._function, *copies, call_columns, self._options, run)
                     outcome.append((plain(value, len(completions)), None))
-            except BaseException as e:  # SystemExit too: a reward must not end the run
+            except BaseException as e:  # also SystemExit: a reward must not end the run
                 outcome.append((None, e))
             done.set()
 

@@ -28,7 +28,7 @@ def resume_command(processes: int, secrets: Iterable[str] = ()) -> str:
     if launcher:
         suffix = " (on every machine)" if _machines() > 1 else ""
         return shlex.join(hide_command(without_from_step(launcher)[0], secrets)) + suffix
-    command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # the option would go back again
+    command = without_from_step(_own(sys.orig_argv, sys.argv))[0]  # --from-step would go back once more
     as_typed = shlex.join(hide_command(command, secrets)) if command else _AS_BEFORE
     return as_typed if processes == 1 else f"{as_typed} (in each of the {processes} processes)"
 

@@ -62,7 +62,7 @@ class Saving:
             self._commit(step, also, {})
         else:
             write = self._attempt(step, lambda: saving(partial.policy))
-            assert write is not None  # on every rank
+            assert write is not None  # every rank made the call
             self._pending = _Pending(step, also, partial.policy, write)
 
     def settle(self) -> None:

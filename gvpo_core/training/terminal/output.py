@@ -24,7 +24,7 @@ def open_standard_descriptors() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number: this one
 
 
-NARROW = 80  # columns of lines outside a terminal, and at least so many in one
+NARROW = 80  # columns of lines outside a terminal; the minimum in a terminal
 
 
 def line_width(stream: Any) -> int:
@@ -111,7 +111,7 @@ def forgiving_stderr() -> Iterator[None]:
 
 
 class OutputError(RuntimeError):
-    """A result that could not be printed."""
+    """A result could not be printed."""
 
 
 def encodable(text: str, stream: Any) -> str:

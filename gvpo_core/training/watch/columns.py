@@ -136,12 +136,12 @@ def titles(columns: Sequence[Column] = COLUMNS) -> str:
 
 
 def row(record: Record, left: str = "-", columns: Sequence[Column] = COLUMNS) -> str:
-    """One step as a line of fixed width."""
+    """A step's record as a line of fixed width."""
     cells = [f"{column.text(record, column.width):>{column.width}}" for column in columns]
     return f"{' '.join(cells)} {left:>{LEFT}} {verdict(record)}"
 
 
 def verdict(record: Record) -> str:
-    """The worse of the record's two verdicts, on the training and on the machine; "-" without one."""
+    """The worse of the record's verdicts on the training and on the machine; "-" if it has none."""
     verdicts = [record[key] for key in ("verdict", "machine/verdict") if key in record]
     return max(verdicts, key=LEVELS.index, default="-")

@@ -9,7 +9,7 @@ NEW_NORMAL = 10  # outliers in a row after which they count as usual
 
 
 class Usual:
-    """The last values of a key that were no outliers. Many outliers in a row become the usual."""
+    """The last values of a key without outliers. Many outliers in a row become the usual values."""
 
     def __init__(self) -> None:
         self._values: deque[float] = deque(maxlen=USUAL)

@@ -71,7 +71,7 @@ def judge(response: str, gold: str) -> float | None:
             return float(any(of_response(candidate) == form for candidate in _candidates(response, words=True)))
     if letters := _letters(answer):
         listed = [_letters(candidate) for candidate in _candidates(response, words=True)]
-        ordered = len(letters) > 2 and answer.isalpha()  # ABC is not BCA; A, C is C and A, and AC is CA
+        ordered = len(letters) > 2 and answer.isalpha()  # order matters in ABC, but not in AC or in "A, C"
         if any(other == letters if ordered else other and {*other} == {*letters} for other in listed):
             return 1.0
         if ordered or not answer.isalpha():
@@ -353,7 +353,7 @@ def _same_decimals(expected: Any, parsed: Any) -> bool:
     """Whether two numbers are equal with exact decimals: 6.02 * 10^23 has more digits than a float."""
     import sympy
 
-    values, exact = [], lambda e: sympy.Rational(*Decimal(str(e)).as_integer_ratio())  # of any number of digits
+    values, exact = [], lambda e: sympy.Rational(*Decimal(str(e)).as_integer_ratio())  # exact for any number of digits
     for value in (expected, parsed):
         if not isinstance(value, sympy.Expr) or value.free_symbols:
             return False

@@ -70,7 +70,7 @@ def outlive_signals_of_the_job() -> None:
 
 
 def _outlived(number: int, frame: FrameType | None) -> None:
-    """The run finishes its step."""
+    """Does nothing: the run finishes its step."""
 
 
 def _restore_signals() -> None:
