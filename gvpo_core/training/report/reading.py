@@ -39,11 +39,10 @@ def read_out(run: Run) -> Reading:
         sentences.append(in_words("Held-out reward", held_out, f"over {prompts} prompts"))
         figures.append((f"Held-out reward, {prompts} prompts", _arrow(held_out), _small(held_out)))
     elif answered := [e for e in run.evaluations if "eval/reward" in e]:
-        evaluation = answered[0]
-        reward, half = number(evaluation.get("eval/reward")), number(evaluation.get("eval/half_width"))
+        first = answered[0]
         sentences.append(
-            f"Held-out reward was {plus_minus(reward, half)}"
-            f" at step {evaluation['step']}; there is no second evaluation to compare with."
+            f"Held-out reward was {plus_minus(number(first.get('eval/reward')), number(first.get('eval/half_width')))}"
+            f" at step {first['step']}; there is no second evaluation to compare with."
         )
     elif not run.evaluations:
         sentences.append(
