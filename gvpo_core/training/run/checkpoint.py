@@ -321,7 +321,7 @@ def steps_saved(folder: Path) -> list[int]:
 
 
 def _step_of(name: str) -> int | None:
-    """The step in the name of a checkpoint's folder; None if the name has not the form that `_name` gives."""
+    """The step in the name of a checkpoint's folder; None if the name does not have the form of `_name`."""
     match = _CHECKPOINT_NAME.fullmatch(name)
     return int(match[1]) if match and name == _name(int(match[1])) else None
 

@@ -30,7 +30,7 @@ def with_columns(
 
     Args:
       columns: the row of each group's prompt, by group.
-      known: secrets to hide.
+      secrets: secrets to hide.
       first: columns to put first, such as those that the rewards take by name.
     """
     seen = set()

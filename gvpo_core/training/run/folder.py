@@ -116,7 +116,7 @@ class RunFolder:
         """Compares the settings with the saved ones, and notes what changed.
 
         Args:
-          known: sections whose dtype is compared after the model is loaded if the setting is "auto".
+          dtype_sections: sections whose dtype is compared after the model is loaded if the setting is "auto".
         """
         by_device = tuple(f"{name}.dtype: " for name in dtype_sections)
         allowed = config.run.allow_changes
