@@ -1,6 +1,6 @@
-"""`LanguageModelPolicy`: the part of a language model's policy that has no tensor in it.
+"""`LanguageModelPolicy`: the part of a language model's policy that needs no tensors.
 
-A backend subclasses it and adds its framework's computations; docs/new_backend.md lists them.
+A backend subclasses it and adds the computations of its framework; docs/new_backend.md lists them.
 """
 
 import abc
@@ -42,7 +42,7 @@ class RanksOfBackend(Protocol):
 
     rank: int
     world_size: int
-    auto_dtype: str  # that model.dtype = "auto" stands for on its device
+    auto_dtype: str  # the dtype that model.dtype = "auto" selects on its device
 
     def gather(self, values: np.ndarray) -> np.ndarray:
         """See `Policy.gather`."""
@@ -50,35 +50,35 @@ class RanksOfBackend(Protocol):
 
 
 class OneRank:
-    """The only process of a run, for a backend that has no more."""
+    """The only process of a run, for a backend without ranks."""
 
     rank, world_size, auto_dtype = 0, 1, "float32"
 
     def __init__(self, config: ModelConfig) -> None:
-        """Takes any device."""
+        """Accepts any device."""
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """The values: there is no other process."""
+        """Returns `values`: there is no other process."""
         return values
 
 
 class LanguageModelPolicy(abc.ABC):
-    """See `gvpo_core.training.policy.Policy`. A subclass adds the abstract members."""
+    """A `gvpo_core.training.policy.Policy`. A subclass adds the abstract members."""
 
-    backend: ClassVar[str]  # as in run.backend
-    by_group: ClassVar[bool] = False  # takes complete batches: asks for coefficients by group, and settles their errors
+    backend: ClassVar[str]  # its name in run.backend
+    by_group: ClassVar[bool] = False  # supports complete batches: computes coefficients by group, and settles errors
 
     folder: Path  # of the model
     tokenizer: Any
     _end: list[int]  # ids that end a response
-    packed: bool  # set by `_load`: rows hold a prompt once, then its responses
+    packed: bool  # set by `_load`: a row holds a prompt once, then its responses
     layout_reason: str
     defers: bool = False  # set by `_load`: `_update` goes through `StepPlan.deferred`
-    lockstep: bool = False  # set by `_load`: ranks meet at every pass of it, and layers are computed again anyway
+    lockstep: bool = False  # set by `_load`: ranks synchronise at every pass, and layers are recomputed anyway
     _splitting: Splitting
-    _prefixes: Prefixes | None = None  # for `_generate`, within `reusing_prefixes`
-    _in_rollout: bool = False  # within `reusing_prefixes`, where weights may be those of sampling
-    _keeps_nothing: str | None = None  # what `_why_no_prefixes` gave; None: not asked yet
+    _prefixes: Prefixes | None = None  # for `_generate`, inside `reusing_prefixes`
+    _in_rollout: bool = False  # inside `reusing_prefixes`, where weights may be prepared for sampling
+    _keeps_nothing: str | None = None  # result of `_why_no_prefixes`; None: not called yet
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class LanguageModelPolicy(abc.ABC):
     ) -> None:
         """Joins the ranks and reads the tokenizer; the subclass then calls `_load`.
 
-        Raises: ConfigError: settings, a device or a folder that cannot be used.
+        Raises: ConfigError: the settings, the device or the folder cannot be used.
         """
         refuse_settings(config, self.backend, optimizer)
         self.settings = PolicySettings(optimizer, updates, reference, seed, config)
@@ -102,16 +102,16 @@ class LanguageModelPolicy(abc.ABC):
         self.rank, self.world_size = self._ranks.rank, self._ranks.world_size
         self._read_tokenizer()
         self.config = replace(self.config, path=anchored(config.path))
-        self.frozen = updates == 0 and not config.lora_rank  # scores and samples only: no moments, model.dtype
+        self.frozen = updates == 0 and not config.lora_rank  # only scores and samples: no moments, all in model.dtype
         self.steps_taken = 0
         self.renewed = False  # the reference is no longer the initial model
 
-    # -- what a backend gives
+    # -- what a backend implements
 
     @property
     @abc.abstractmethod
     def architecture(self) -> str:
-        """The model's class, as checkpoints and the log name it."""
+        """Name of the model's class, for checkpoints and the log."""
 
     @abc.abstractmethod
     def _load(self) -> None:
@@ -119,7 +119,7 @@ class LanguageModelPolicy(abc.ABC):
 
     @abc.abstractmethod
     def _unload(self) -> None:
-        """Frees what `_load` made."""
+        """Frees what `_load` created."""
 
     @abc.abstractmethod
     def _generate(
@@ -128,41 +128,43 @@ class LanguageModelPolicy(abc.ABC):
         """See `Policy.generate`."""
 
     def _cache_tokens(self) -> int:
-        """Tokens of keys and values that sampling may hold; a backend that can keep prefixes overrides it."""
+        """Number of tokens whose keys and values sampling may hold. A backend that can keep prefixes overrides it."""
         return 0
 
     def _why_no_prefixes(self) -> str:
-        """Why `_generate` cannot keep keys and values in `_prefixes`; empty: it can, as a check has shown."""
+        """Says why `_generate` cannot keep keys and values in `_prefixes`; empty if a check has shown that it can."""
         return f"gvpo_{self.backend} keeps no keys and values"
 
     def _weights_for_sampling(self) -> contextlib.AbstractContextManager[None]:
-        """Makes of the weights what `_generate` needs, once for all turns of a rollout."""
+        """Prepares the weights for `_generate`, once for all turns of a rollout."""
         return contextlib.nullcontext()
 
     @abc.abstractmethod
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
-        """(N,) float64 log-probabilities of a batch without later segments, nats, and the tokens computed, padding
-        included."""
+        """Scores a batch without later segments.
+
+        Returns: (N,) float64 log-probabilities, nats; the tokens computed, including padding.
+        """
 
     @abc.abstractmethod
     def _renew_reference(self) -> None:
-        """Keeps a copy of what is trained as the reference, for `_logprobs`, `_save` and `_restore`."""
+        """Keeps a copy of the trained parameters as the reference, for `_logprobs`, `_save` and `_restore`."""
 
     @abc.abstractmethod
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
-        """The gradient of a planned step, clipped, and AdamW's step at learning rate `rate`."""
+        """Computes and clips the gradient of a planned step, and takes AdamW's step at learning rate `rate`."""
 
     @abc.abstractmethod
     def export(self, directory: Path, *, own_head: bool = False) -> None:
-        """See `Policy.export`; creates the folder."""
+        """See `Policy.export`. Creates the folder."""
 
     def export_adapters(self, directory: Path) -> None:
-        """See `Policy.export_adapters`; a backend with model.lora_rank overrides it."""
+        """See `Policy.export_adapters`. A backend that supports model.lora_rank overrides it."""
         raise ConfigError(f"gvpo_{self.backend} has no adapters to export")
 
     @abc.abstractmethod
     def describe(self) -> PolicyFacts:
-        """See `Policy.describe`; `_describe` completes what the backend knows."""
+        """See `Policy.describe`. `_describe` adds the facts that all backends share."""
 
     @abc.abstractmethod
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
@@ -170,13 +172,13 @@ class LanguageModelPolicy(abc.ABC):
 
     @abc.abstractmethod
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        """Reads what `_save` wrote; checks all of it before it changes anything.
+        """Reads what `_save` wrote. Checks all of it before it changes anything.
 
-        header["renewed"] is True where it holds a reference; else the reference is the initial model again.
+        If header["renewed"] is True, the checkpoint holds a reference. Otherwise the reference is the initial model.
         """
 
     def _read_tokenizer(self) -> None:
-        """Sets `folder`, `tokenizer` and `_end`, of a Hugging Face folder or hub name; override it for another form."""
+        """Sets `folder`, `tokenizer`, `_end` from a Hugging Face folder or hub name. Override it for other formats."""
         self.folder = hugging_face.local_folder(self.config).absolute()
         self.tokenizer = hugging_face.load_tokenizer(self.config)
         self._end = text.end_tokens(hugging_face.generation_eos(self.folder), self.tokenizer)
@@ -189,7 +191,7 @@ class LanguageModelPolicy(abc.ABC):
         return tuple(self._end)
 
     def reset(self) -> None:
-        """Loads the initial model again, without optimizer state; every rank calls."""
+        """Loads the initial model again, without optimizer state. Every rank calls this."""
         self._need_own_weights("reset")
         self._unload()
         self._load()
@@ -200,7 +202,7 @@ class LanguageModelPolicy(abc.ABC):
         return text.encode(self.tokenizer, prompt, self.config)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Text of a response without its end token; see `policy.text`."""
+        """Text of a response, without its end token; see `policy.text`."""
         return text.decode(self.tokenizer, tokens, self._end)
 
     def prompt_text(self, tokens: Sequence[int]) -> str:
@@ -220,16 +222,16 @@ class LanguageModelPolicy(abc.ABC):
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
-        """len(seeds[i]) responses to prompts[i]; see the protocol."""
+        """Draws len(seeds[i]) responses to prompts[i]; see `Policy.generate`."""
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts and {len(seeds)} rows of seeds; expected equal numbers")
         return self._generate(prompts, seeds, sampling)
 
     @contextlib.contextmanager
     def reusing_prefixes(self) -> Iterator[Prefixes | None]:
-        """See `Policy.generate`. Half of the cache's memory may hold conversations between their turns.
+        """See `Policy.generate`. Kept conversations may take half of the cache's memory.
 
-        Within it, what changes, saves or renews parameters raises RuntimeError.
+        Inside it, methods that change, save or renew parameters raise RuntimeError.
         """
         if self._keeps_nothing is None:
             self._keeps_nothing = why = self._why_no_prefixes()
@@ -242,13 +244,13 @@ class LanguageModelPolicy(abc.ABC):
                 yield prefixes
             finally:
                 self._prefixes, self._in_rollout = None, False
-                if prefixes is not None:  # the caller reads its counts, and scores next
+                if prefixes is not None:  # frees memory for scoring; the caller may still read the counts
                     prefixes.clear()
 
     def logprobs(self, batch: Batch, *, reference: bool = False) -> np.ndarray:
         """(N,) float64 sums of float32 log-probs of own tokens, nats, at temperature 1.
 
-        Raises: RuntimeError: the reference was asked for, and `load` had reference=False.
+        Raises: RuntimeError: `reference` is True, and the policy was loaded with reference=False.
         """
         if reference:
             self._need_reference()
@@ -256,14 +258,14 @@ class LanguageModelPolicy(abc.ABC):
         return summed(self._logprobs(rows, reference)[0], owners, len(batch))
 
     def _rows_of(self, batch: Batch) -> tuple[Batch, np.ndarray]:
-        """A row for each segment, see `Batch.by_segment`; where rows are packed, they share beginnings."""
+        """Returns `Batch.by_segment`: one row for each segment. If rows are packed, they share beginnings."""
         rows, owners = batch.by_segment()
         return (sharing_beginnings(rows, len(batch)) if self.packed else rows), owners
 
     def renew_reference(self) -> None:
-        """Makes the present policy the reference; see the protocol.
+        """Makes the current policy the reference; see `Policy.renew_reference`.
 
-        Raises: RuntimeError: `load` had reference=False.
+        Raises: RuntimeError: the policy was loaded with reference=False.
         """
         self._need_reference()
         self._need_own_weights("renew_reference")
@@ -275,9 +277,9 @@ class LanguageModelPolicy(abc.ABC):
             raise RuntimeError("the reference was not loaded: load(..., reference=True)")
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
-        """One AdamW step along -sum_i c_i grad log pi_i; see the protocol.
+        """Takes one AdamW step along -sum_i c_i grad log pi_i; see `Policy.update`.
 
-        Raises: FloatingPointError: log-probs, coefficients or gradients that are not finite; nothing was changed.
+        Raises: FloatingPointError: log-probs, coefficients or gradients are not finite. Nothing was changed.
         """
         self._need_training()
         self._need_own_weights("update")
@@ -309,7 +311,7 @@ class LanguageModelPolicy(abc.ABC):
         return replace(update, logprobs=summed(update.logprobs, owners, count))
 
     def save(self, directory: Path) -> None:
-        """Writes parameters or adapters, AdamW's moments, the step and a renewed reference; every rank calls."""
+        """Writes parameters or adapters, AdamW's moments, the step and a renewed reference. Every rank calls this."""
         self._save(Path(directory), self._header())
 
     def _need_training(self) -> None:
@@ -323,7 +325,7 @@ class LanguageModelPolicy(abc.ABC):
             )
 
     def _header(self) -> dict[str, Any]:
-        """Facts of a checkpoint of the present state, for `checkpoint.write_header`."""
+        """Facts of a checkpoint of the current state, for `checkpoint.write_header`."""
         self._need_training()
         self._need_own_weights("save")
         facts = {**checkpoint.identity(self.config, self.architecture), "step": self.steps_taken}
@@ -333,9 +335,9 @@ class LanguageModelPolicy(abc.ABC):
         return checkpoint.read_header(Path(directory), checkpoint.identity(self.config, self.architecture))
 
     def restore(self, directory: Path) -> None:
-        """Reads what `save` wrote, from any number of ranks.
+        """Reads what `save` wrote, with any number of ranks.
 
-        Raises: ConfigError: a checkpoint that does not fit, and where.
+        Raises: ConfigError: the checkpoint does not fit; the message says where.
         """
         self._need_training()
         self._need_own_weights("restore")
@@ -344,10 +346,10 @@ class LanguageModelPolicy(abc.ABC):
         self.steps_taken, self.renewed = int(header["step"]), bool(header.get("renewed"))
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
+        """Concatenates the ranks' arrays in rank order along axis 0. Lengths may differ."""
         return self._ranks.gather(values)
 
-    # -- for the backend
+    # -- helpers for backends
 
     def _describe(
         self,
@@ -363,12 +365,12 @@ class LanguageModelPolicy(abc.ABC):
         sharding: str = "",
         **details: Any,
     ) -> PolicyFacts:
-        """The facts of `describe`, completed.
+        """Returns the facts for `describe`, with those that all backends share.
 
         Args:
           model: config.json of the language model.
-          packages: distributions whose versions are logged.
-          details: a backend's own facts.
+          packages: distributions to log the versions of.
+          details: further facts of the backend.
         """
         return PolicyFacts(
             backend=self.backend,

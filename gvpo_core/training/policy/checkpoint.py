@@ -1,6 +1,6 @@
-"""What every backend's checkpoint shares: the header `state.json` and its checks, tensors cut into files.
+"""Parts of a checkpoint that all backends share: the header `state.json`, its checks, tensors split into files.
 
-A backend's `checkpoint.py` writes and reads the arrays; docs/new_backend.md says how.
+A backend's `checkpoint.py` writes and reads the arrays; see docs/new_backend.md.
 """
 
 import contextlib
@@ -15,10 +15,10 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.files.disk import retried
 
 FORMAT = 1
-SHARD_BYTES = 2**30  # of a file; a larger tensor has a separate file
+SHARD_BYTES = 2**30  # largest file; a larger tensor gets its own file
 HEADER = "state.json"
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_OF_OLDER = {"lora_kind": "lora", "quantization": "none"}  # what headers of earlier versions left out
+_OF_OLDER = {"lora_kind": "lora", "quantization": "none"}  # values that headers of earlier versions leave out
 
 
 class _Sized(Protocol):
@@ -30,7 +30,7 @@ T = TypeVar("T", bound=_Sized)
 
 
 def identity(config: ModelConfig, architecture: str) -> dict[str, Any]:
-    """What a checkpoint and the run that restores it must agree on."""
+    """Facts that must be equal in a checkpoint and the run that restores it."""
     facts: dict[str, Any] = {"architecture": architecture, "lora_rank": config.lora_rank}
     if config.lora_rank:
         facts |= {"lora_kind": config.lora_kind, "lora_alpha": config.lora_alpha or 2 * config.lora_rank}
@@ -39,17 +39,17 @@ def identity(config: ModelConfig, architecture: str) -> dict[str, Any]:
 
 
 def write_header(directory: Path, facts: Mapping[str, Any]) -> None:
-    """Writes `facts` as state.json; the main rank calls, once the arrays are written."""
+    """Writes `facts` as state.json. The main rank calls this after the arrays are written."""
     text = json.dumps({"format": FORMAT, **facts}, indent=1) + "\n"
     (directory / HEADER).write_text(text, encoding="utf-8")
 
 
 def read_header(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What `write_header` wrote.
+    """Reads what `write_header` wrote.
 
     Args:
       facts: `identity` of the run; the header must have the same values.
-    Raises: ConfigError: no header, one of another format, or the state of another model or kind of training.
+    Raises: ConfigError: there is no header, it has another format, or it is of another model or kind of training.
     """
     path = directory / HEADER
     try:
@@ -67,8 +67,9 @@ def read_header(directory: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def library_reads(directory: Path, *errors: type[Exception]) -> Iterator[None]:
-    """Around the reading of a checkpoint by a library: its own kinds of errors become OSError, which says that the
-    checkpoint cannot be read, and nothing about what it holds. Every rank learns of it (`attempt`).
+    """Converts errors of a library that reads a checkpoint to OSError: the checkpoint cannot be read.
+
+    The error says nothing about its content. `attempt` then shares it with all ranks.
     """
     try:
         yield
@@ -80,7 +81,7 @@ def library_reads(directory: Path, *errors: type[Exception]) -> Iterator[None]:
 
 
 def check_files(directory: Path, names: Iterable[str]) -> None:
-    """Raises ConfigError: a file or folder that the header names is not in the checkpoint, or is outside it."""
+    """Raises ConfigError if a file or folder in the header is missing from the checkpoint, or is outside it."""
     for name in names:
         if os.path.basename(name) != name or not (directory / name).exists():
             raise ConfigError(f"the checkpoint {directory} lacks its file {name}")
@@ -89,9 +90,9 @@ def check_files(directory: Path, names: Iterable[str]) -> None:
 def check_tensors(
     directory: Path, wanted: Mapping[str, tuple[int, ...]], stored: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Compares names and shapes; call it before anything is changed.
+    """Compares names and shapes. Call this before anything is changed.
 
-    Raises: ConfigError: tensors that are missing, unknown or of another shape, with the first one's name.
+    Raises: ConfigError: tensors are missing, unknown or have another shape. The message names the first one.
     """
     lacking, foreign = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     unlike = sorted(name for name in wanted.keys() & stored.keys() if tuple(wanted[name]) != tuple(stored[name]))
@@ -106,12 +107,12 @@ def check_tensors(
 def write_shards(
     directory: Path, tensors: Iterable[tuple[str, T]], pattern: str, save: Callable[[dict[str, T], str], None]
 ) -> dict[str, list[str]]:
-    """Writes tensors as they come, `SHARD_BYTES` a file, so that few are in memory together.
+    """Writes tensors as they arrive, up to `SHARD_BYTES` per file, so that few are in memory at once.
 
     Args:
-      tensors: names and tensors. On ranks that only help to gather them it yields nothing.
-      pattern: of the files' names, as "state-{:05d}.safetensors"; counted from 1.
-      save: writes one file: its tensors by name, its path.
+      tensors: names and tensors. Yields nothing on ranks that only help to gather them.
+      pattern: file names, such as "state-{:05d}.safetensors"; counted from 1.
+      save: writes one file, given its tensors by name and its path.
     Returns: file name -> names of its tensors.
     """
     files: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""What every backend's export shares: the files of a Hugging Face folder."""
+"""Writes the files of a Hugging Face folder, for the exports of all backends."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from gvpo_core.training.policy.weight_files import INDEX
 def write_weights(
     directory: Path, tensors: Iterable[tuple[str, T]], save: Callable[[dict[str, T], str], None]
 ) -> list[Path]:
-    """Writes model.safetensors, or several files and their index where the tensors take more than `SHARD_BYTES`.
+    """Writes model.safetensors, or several files and an index if the tensors take more than `SHARD_BYTES`.
 
-    Args: as `write_shards`. Returns: the files of weights.
+    Args: see `write_shards`. Returns: the weight files.
     """
     total = 0
 
@@ -26,21 +26,21 @@ def write_weights(
             yield name, tensor
 
     files = write_shards(directory, counted(), "model-{:05d}.safetensors", save)
-    if len(files) == 1:  # the name that every reader knows
+    if len(files) == 1:  # the name that every library reads
         return [(directory / next(iter(files))).rename(directory / "model.safetensors")]
-    where: dict[str, str] = {}
+    weight_map: dict[str, str] = {}
     written = []
     for i, (file, names) in enumerate(files.items(), 1):
         path = directory / f"model-{i:05d}-of-{len(files):05d}.safetensors"
         written.append((directory / file).rename(path))
-        where |= dict.fromkeys(names, path.name)
+        weight_map |= dict.fromkeys(names, path.name)
     if files:
-        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(directory / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return written
 
 
 def with_own_head(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the same model whose head is a tensor of its own, lm_head.weight, instead of its embedding."""
+    """Returns config.json with an untied head: a separate tensor lm_head.weight instead of the embedding."""
     parts = {name: with_own_head(part) for name, part in config.items() if name == "text_config" and part}
     return {**config, **parts, "tie_word_embeddings": False}
 
@@ -51,9 +51,9 @@ def write_settings(
     """Writes config.json, generation_config.json and the tokenizer's files.
 
     Args:
-      config: of the model, as config.json has it.
-      source: the folder that was trained from.
-      end: the tokens that ended responses; all of them are in generation_config.json.
+      config: the model's config.json.
+      source: the folder of the model before training.
+      end: the tokens that end a response; all of them are written to generation_config.json.
     """
     write_json(directory / "config.json", portable_config(config, dtype))
     write_json(directory / "generation_config.json", generation_settings(source, end))

@@ -1,4 +1,4 @@
-"""Hugging Face folders as every backend reads and writes them: where they are, their tokenizer, their config.json."""
+"""Reads and writes Hugging Face folders for all backends: location, tokenizer, config.json."""
 
 import contextlib
 import json
@@ -21,9 +21,9 @@ _UNUSED = ["consolidated*", "original/*", "onnx/*"]  # second copies of the weig
 
 
 def source(config: ModelConfig) -> dict[str, Any]:
-    """What transformers' `from_pretrained` needs to find the model.
+    """Arguments of transformers' `from_pretrained` that locate the model.
 
-    Raises: ConfigError: an empty path, a folder that is not there, has no config.json or holds an adapter.
+    Raises: ConfigError: the path is empty; the folder does not exist, has no config.json or holds an adapter.
     """
     path = os.path.expanduser(config.path)
     if not path:
@@ -39,23 +39,25 @@ def source(config: ModelConfig) -> dict[str, Any]:
         "revision": config.revision,
         "trust_remote_code": config.trust_remote_code,
     }
-    # Code may be in another repository than the weights: without this it would come from that one's newest commit.
+    # Code may be in another repository than the weights. Without this, its newest commit would be used.
     return options | {"code_revision": config.revision} if config.trust_remote_code and config.revision else options
 
 
 def located(config: ModelConfig) -> dict[str, Any]:
-    """`source`, with the downloaded folder instead of a hub name, so that the hub is asked once.
+    """Returns `source` with the downloaded folder instead of a hub name, so that the hub is asked once.
 
-    Code that was asked for keeps the name: transformers looks for it there. Raises: ConfigError: as `local_folder`.
+    With trust_remote_code the hub name stays: transformers looks up the code by it.
+
+    Raises: ConfigError: see `local_folder`.
     """
-    where, folder = source(config), local_folder(config)
-    return where if config.trust_remote_code else where | {"pretrained_model_name_or_path": str(folder)}
+    arguments, folder = source(config), local_folder(config)
+    return arguments if config.trust_remote_code else arguments | {"pretrained_model_name_or_path": str(folder)}
 
 
 def local_folder(config: ModelConfig) -> Path:
-    """The model's folder, downloaded first where `model.path` is a hub name.
+    """Returns the model's folder. Downloads it first if `model.path` is a hub name.
 
-    Raises: ConfigError: as `source`, or a name that cannot be downloaded.
+    Raises: ConfigError: see `source`; or the model cannot be downloaded.
     """
     path = Path(source(config)["pretrained_model_name_or_path"])
     folder = path if path.is_dir() else _downloaded(config.path, config.revision)
@@ -69,7 +71,7 @@ def local_folder(config: ModelConfig) -> Path:
     return folder
 
 
-@lru_cache(maxsize=8)  # one answer of the hub a process: tokenizer, model and reference are of the same commit
+@lru_cache(maxsize=8)  # the hub is asked once per process, so tokenizer, model and reference are of one commit
 def _downloaded(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -91,7 +93,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
                 local_files_only=bool(unreachable),
             )
         )
-    except LocalEntryNotFoundError as error:  # of the other errors' kinds too
+    except LocalEntryNotFoundError as error:  # checked first: it shares base classes with the errors below
         offline = os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "on", "yes", "true")
         why = (
             "HF_HUB_OFFLINE is set"
@@ -111,7 +113,7 @@ def _downloaded(name: str, revision: str | None) -> Path:
         raise ConfigError(
             f"model.path {name!r}: no such folder here, and not a valid name of the hub: {_first_line(error)}"
         ) from error
-    except Exception as error:  # huggingface_hub and its HTTP client raise what they like
+    except Exception as error:  # huggingface_hub and its HTTP client may raise anything
         access = "; a private or gated model needs HF_TOKEN" if "401" in str(error) or "403" in str(error) else ""
         raise ConfigError(
             f"model.path {name!r} is not a folder here and cannot be downloaded: {type(error).__name__}:"
@@ -124,28 +126,28 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained(what: str, config: ModelConfig) -> Iterator[None]:
-    """Turns an error of the library that loads `what` into one line that names the model."""
+def explained(part: str, config: ModelConfig) -> Iterator[None]:
+    """Converts an error of the library that loads `part` into a one-line ConfigError that names the model."""
     try:
         yield
     except ConfigError:
         raise
-    except Exception as error:  # a damaged file ends in whatever the library's code does with it
+    except Exception as error:  # a damaged file may raise anything in the library
         if "trust_remote_code" in str(error) and not config.trust_remote_code:
             raise ConfigError(
-                f"{what} of model.path {config.path!r} needs code that comes with it: read that code, then set"
+                f"{part} of model.path {config.path!r} needs code that comes with it: read that code, then set"
                 " model.trust_remote_code = true, and for a hub name model.revision to the commit that you read"
             ) from error
         raise ConfigError(
-            f"{what} of model.path {config.path!r} cannot be loaded: {type(error).__name__}:"
+            f"{part} of model.path {config.path!r} cannot be loaded: {type(error).__name__}:"
             f" {' '.join(str(error).split())[:300]}"
         ) from error
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
-    """transformers' tokenizer of the model.
+    """Loads the model's tokenizer with transformers.
 
-    Raises: ConfigError: no tokenizer there, or one that cannot be read.
+    Raises: ConfigError: there is no tokenizer, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
@@ -163,9 +165,9 @@ def load_tokenizer(config: ModelConfig) -> Any:
 
 
 def generation_eos(folder: Path) -> int | list[int] | None:
-    """The end tokens that generation_config.json names, else those of config.json.
+    """Returns the end tokens of generation_config.json, or else those of config.json.
 
-    Raises: ConfigError: a file that is not a JSON object.
+    Raises: ConfigError: a file is not a JSON object.
     """
     config = read_json(folder / "config.json")
     for settings in (read_json(folder / "generation_config.json"), config, text_config(config)):
@@ -176,17 +178,17 @@ def generation_eos(folder: Path) -> int | list[int] | None:
 
 
 def generation_settings(folder: Path, end: Sequence[int]) -> dict[str, Any]:
-    """generation_config.json for an export of the model in `folder`.
+    """Returns generation_config.json for an export of the model in `folder`.
 
     Args:
-      end: the tokens that ended responses; all of them are in its eos_token_id.
+      end: the tokens that end a response; eos_token_id will have all of them.
     """
     settings = read_json(folder / "generation_config.json")
     return settings | {"eos_token_id": exported_eos(generation_eos(folder), end)}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file's object; empty where there is no file. Raises: ConfigError: not a JSON object."""
+    """Reads a JSON object; empty if the file does not exist. Raises: ConfigError: it is not a JSON object."""
     if not path.is_file():
         return {}
     if is_pointer(path):
@@ -201,32 +203,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The settings of the text model: config.json itself, or its `text_config` where the model reads images too."""
+    """Settings of the text model: `text_config` if config.json has one, as for models that also read images."""
     inner = config.get("text_config")
     return inner if isinstance(inner, Mapping) else config
 
 
 def context(config: Mapping[str, Any]) -> int | None:
-    """Positions that a model is made for, RoPE scaling included; None where its config.json does not say."""
+    """Number of positions that a model supports, including RoPE scaling; None if config.json does not say."""
     config = text_config(config)
     positions = config.get("max_position_embeddings") or config.get("n_positions")
     if not isinstance(positions, int):
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    each = [rope, *(v for v in rope.values() if isinstance(v, Mapping))]  # one for all layers, or one a kind of layer
+    each = [rope, *(v for v in rope.values() if isinstance(v, Mapping))]  # one for all layers, or one per kind of layer
     return int(positions * max(1.0, *(float(r.get("factor") or 1.0) for r in each)))
 
 
 def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[str, Any]:
-    """config.json, completed by transformers where it knows the model.
+    """Reads config.json and completes it with transformers, if transformers knows the model.
 
-    A file leaves out what is its family's default in transformers, or has null there: a sliding window of 4096 or a
-    RoPE base of 10000 among them; and older files have other names for it. transformers also takes some files for
-    another model type (Mistral's with `layer_types` are Ministral's) and makes the last layer of Gemma 4 a full one.
+    A file may leave out the defaults of its family, or set them to null: for example a sliding window of 4096 or a RoPE
+    base of 10000. Older files use other names. transformers also reads some files as another model type (Mistral with
+    `layer_types` becomes Ministral), and gives the last layer of Gemma 4 full attention.
 
     Args:
-      wanted: model type -> names of the settings to complete, those of RoPE apart, which always are.
-    Raises: ConfigError: a file that is not JSON, names no model type, or has a value that its family cannot have.
+      wanted: model type -> names of the settings to complete. Settings of RoPE are always completed.
+    Raises: ConfigError: the file is not JSON, has no model type, or has a value that is invalid for its family.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
@@ -253,18 +255,18 @@ def read_config(folder: Path, wanted: Callable[[str], Iterable[str]]) -> dict[st
             if isinstance(value, (bool, int, float, str, list)):
                 config[name] = value
     rope = getattr(known, "rope_parameters", None)
-    if rope:  # transformers has read older forms into this one
+    if rope:  # transformers has converted older forms to this one
         config = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}
         config["rope_parameters"] = dict(rope)
     return config
 
 
 def check_window(config: Mapping[str, Any]) -> None:
-    """Refuses a sliding window that is none, where layers have one by config.json.
+    """Rejects a missing or invalid sliding window if config.json has layers that need one.
 
     Args:
-      config: of the language model, completed.
-    Raises: ConfigError: sliding layers and no window, or a window below 1.
+      config: completed config.json of the language model.
+    Raises: ConfigError: there are sliding layers and no window, or the window is below 1.
     """
     window, kind = config.get("sliding_window"), config.get("model_type")
     sliding = "sliding_attention" in (config.get("layer_types") or ())
@@ -282,11 +284,11 @@ def check_window(config: Mapping[str, Any]) -> None:
 
 
 def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """RoPE's settings from wherever config.json keeps them: rope_type, rope_theta and what the type needs.
+    """Reads RoPE's settings from config.json: rope_type, rope_theta and the settings of the type.
 
-    transformers 5 writes `rope_parameters`; before it there were a top-level `rope_theta` and `rope_scaling`.
+    transformers 5 writes `rope_parameters`; earlier versions write a top-level `rope_theta` and `rope_scaling`.
 
-    Raises: ConfigError: no rope_theta in either place, or two that differ.
+    Raises: ConfigError: neither place has rope_theta, or their values differ.
     """
     rope = dict(config.get("rope_scaling") or {}) | dict(config.get("rope_parameters") or {})
     rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
@@ -300,9 +302,9 @@ def rope_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def portable_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """config.json for an export: with RoPE's settings where older readers, mlx-lm among them, look for them alone.
+    """Returns config.json for an export. It also has RoPE's settings in the old place, where mlx-lm reads them.
 
-    Without the name of the weight file, which the export does not keep.
+    Leaves out the name of the weight file, which changes in an export.
     """
     left_out = ("torch_dtype", "transformers_weights")
     result = {name: value for name, value in config.items() if name not in left_out} | {"dtype": dtype}

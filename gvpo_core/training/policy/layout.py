@@ -1,8 +1,8 @@
-"""How responses are laid out in rows, and rows in micro-batches: plain data, no framework.
+"""Layout of responses in rows, and of rows in micro-batches: plain data, no framework.
 
-A packed row holds a prompt once and its responses after it, as a tree: what responses begin with in common is computed
-once, and each token sees those before it in its own responses, from where its position is counted. A plain row is a
-packed row of one response. The last token of a response is an input only where it is one of another response.
+A packed row holds a prompt once, followed by its responses as a tree. Common beginnings of responses are computed once.
+A token attends only to the tokens before it in its own responses; its position is counted along the same path. A plain
+row is a packed row of one response. The last token of a response is an input only if another response continues it.
 """
 
 import logging
@@ -19,7 +19,7 @@ from gvpo_core.training.policy.tree import depth_first
 
 PACKABLE = frozenset(
     ("llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "phi3", "olmo2", "smollm3", "granite")
-)  # each shown exact in conformance/backends/test_torch_layout.py
+)  # conformance/backends/test_torch_layout.py shows that packing is exact for each
 
 
 @dataclass(frozen=True)
@@ -29,22 +29,22 @@ class Row:
     prompt: Tokens
     responses: tuple[int, ...]  # rows of the batch
     length: int  # tokens
-    shared: tuple[int, ...] = ()  # of each response: inputs that are those of the response before it; default: none
+    shared: tuple[int, ...] = ()  # for each response: inputs shared with the response before it; default: none
 
 
 @dataclass(frozen=True)
 class Splitting:
-    """How a batch is laid out in rows and split into micro-batches."""
+    """Settings for laying out a batch in rows and splitting it into micro-batches."""
 
     packed: bool
-    tokens: int  # budget of a micro-batch, padding included
-    responses: int  # of a micro-batch at most; 0: no limit
-    hidden_size: int  # the model's; see `plan_rows`
-    rope: "RopeByLength | None" = None  # None: no row's numbers depend on the length of another
-    shards: int = 1  # parts of a process's rows that have the budget each
+    tokens: int  # budget of a micro-batch, including padding
+    responses: int  # most responses in a micro-batch; 0: no limit
+    hidden_size: int  # of the model; see `plan_rows`
+    rope: "RopeByLength | None" = None  # None: results of a row do not depend on the length of other rows
+    shards: int = 1  # parts into which a process splits its rows; each has the budget
 
     def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[list[Row]]:
-        """Micro-batches of the chosen responses (default all)."""
+        """Micro-batches of the chosen responses (default: all)."""
         rows = plan_rows(
             batch,
             packed=self.packed,
@@ -56,11 +56,11 @@ class Splitting:
         return self.micro_batches(rows)
 
     def micro_batches(self, rows: Sequence[Row]) -> list[list[Row]]:
-        """Micro-batches that hold these rows."""
+        """Packs these rows into micro-batches."""
         return micro_batches(rows, tokens=self.tokens, responses=self.responses, rope=self.rope)
 
     def groups(self, batch: Batch) -> tuple[list[list[Row]], list[int]]:
-        """Micro-batches of whole groups, and the responses of groups that do not fit in one."""
+        """Micro-batches of whole groups, and the responses of groups that do not fit in a micro-batch."""
         return whole_groups(
             batch,
             packed=self.packed,
@@ -73,58 +73,58 @@ class Splitting:
 
 @dataclass(frozen=True)
 class Arrays:
-    """A micro-batch of B rows, right-padded to T tokens, predicting n response tokens, the policy's own.
+    """A micro-batch of B rows, right-padded to T tokens, that predicts n response tokens, the policy's own.
 
-    A token that responses of a row have in common, after the same tokens, is predicted once for all of them.
+    A token that several responses of a row share, after the same tokens, is predicted once for all of them.
     """
 
-    ids: np.ndarray  # (B, T) int64; padding is id 0; only `segments` marks it
+    ids: np.ndarray  # (B, T) int64; padding has id 0, but only `segments` marks it
     positions: np.ndarray  # (B, T) int64
-    segments: np.ndarray  # (B, T) int64, rising: 0 prompt, 1.. branches of its responses, -1 padding
-    last: np.ndarray  # (B, T) int64: a token is seen from itself on, in segments up to this one; -1 padding
-    predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state predicts
-    targets: np.ndarray  # (n,) int64: the response token predicted; own tokens only (`Batch.masks`)
-    own: np.ndarray  # (m,) int64: index into `targets` of each own token, one response after the other
+    segments: np.ndarray  # (B, T) int64, ascending: 0 prompt, 1.. branches of its responses, -1 padding
+    last: np.ndarray  # (B, T) int64: later tokens attend to this one in segments up to this value; -1 padding
+    predict: np.ndarray  # (n,) int64: index into B * T of the token whose hidden state makes the prediction
+    targets: np.ndarray  # (n,) int64: the predicted response token; own tokens only (`Batch.masks`)
+    own: np.ndarray  # (m,) int64: index into `targets` of each own token, response by response
     responses: np.ndarray  # (r,) int64: rows of the batch, in the order of their tokens in `own`
     lengths: np.ndarray  # (r,) int64: own tokens of each response, at least 1
 
     def sums(self, values: np.ndarray) -> np.ndarray:
-        """(r,) float64: sum of `values` (n,) over each response's own tokens."""
+        """(r,) float64: sum of `values` (n,) over the own tokens of each response."""
         starts = np.cumsum(self.lengths) - self.lengths
         sums: np.ndarray = np.add.reduceat(np.asarray(values, dtype=np.float64)[self.own], starts)
         return sums
 
     def spread(self, factors: np.ndarray) -> np.ndarray:
-        """(n,) float64: of each target the sum of `factors` (r,) of the responses that it is an own token of."""
+        """(n,) float64: for each target, the sum of `factors` (r,) over the responses that have it as an own token."""
         weights = np.repeat(np.asarray(factors, dtype=np.float64), self.lengths)
         return np.bincount(self.own, weights=weights, minlength=len(self.targets))
 
     def split(self, values: np.ndarray) -> list[np.ndarray]:
-        """`values` (n,) cut into the own tokens of each response, in the order of the batch."""
+        """Splits `values` (n,) into the own tokens of each response, in the order of the batch."""
         parts = np.split(values[self.own], np.cumsum(self.lengths)[:-1])
         return [parts[i] for i in np.argsort(self.responses)]
 
 
 @dataclass(frozen=True)
 class RopeByLength:
-    """RoPE whose frequencies depend on the longest sequence of a forward pass, beyond `original` tokens."""
+    """RoPE with frequencies that depend on the longest sequence of a forward pass, beyond `original` tokens."""
 
-    kind: str  # dynamic: other frequencies at every length; longrope: one other set
+    kind: str  # dynamic: new frequencies at every length; longrope: one second set
     original: int  # tokens
 
     def frequencies(self, tokens: int) -> int:
-        """Number of the set of frequencies that a sequence of `tokens` tokens takes; 0 up to the original length."""
+        """Id of the frequencies that a sequence of `tokens` tokens uses; 0 up to the original length."""
         if tokens <= self.original:
             return 0
         return 1 if self.kind == "longrope" else tokens
 
     def of_row(self, row: "Row") -> int:
-        """Number of frequencies of a row with one response; its last token is not an input but counts."""
+        """Id of the frequencies of a row with one response. Its last token is not an input, but counts."""
         return self.frequencies(row.length + 1)
 
 
 def rope_by_length(config: Mapping[str, Any]) -> RopeByLength | None:
-    """The RoPE of a configuration (config.json as a mapping) where it depends on the length of a row, else None."""
+    """Returns the RoPE of a config.json if it depends on the length of a row, else None."""
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     by_length = []
     for settings in (
@@ -137,13 +137,13 @@ def rope_by_length(config: Mapping[str, Any]) -> RopeByLength | None:
             by_length.append(RopeByLength(kind, int(next((n for n in names if n), 0))))
         elif "dynamic" in kind:
             by_length.append(RopeByLength("dynamic", int(config.get("max_position_embeddings") or 0)))
-    if len(set(by_length)) > 1:  # several lengths at which something changes: none is shared beyond the first
+    if len(set(by_length)) > 1:  # frequencies change at several lengths: beyond the first, rows share none
         return RopeByLength("dynamic", min(rope.original for rope in by_length))
     return by_length[0] if by_length else None
 
 
 def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether packed rows are exact for a model of this configuration (config.json as a mapping), and why."""
+    """Decides from config.json whether packed rows are exact for a model. Returns the answer and the reason."""
     kind = config.get("model_type")
     if kind not in PACKABLE:
         return False, f"packing is not verified for model type {kind}"
@@ -160,32 +160,33 @@ def packing(config: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 class NotPackable(Exception):
-    """The model takes no packed rows; the message says why."""
+    """The model does not support packed rows; the message says why."""
 
 
 def choose(
     config: Mapping[str, Any], wanted: str, name: str, difference: Callable[[], float | None], log: logging.Logger
 ) -> tuple[bool, str]:
-    """Whether rows are packed, and why: where that is exact by the configuration and by a comparison at load.
+    """Decides whether rows are packed. They must be exact by config.json and in a comparison at load.
 
     Args:
       config: config.json of the language model.
       wanted: model.layout.
-      name: of the model, for messages.
+      name: name of the model, for messages.
       difference: compares packed with plain rows; see `largest_difference`. May raise NotPackable.
-    Raises: ConfigError: packed rows were asked for and are not exact.
+    Returns: whether rows are packed; the reason.
+    Raises: ConfigError: the settings ask for packed rows, which are not exact.
     """
     exact, reason = packing(config)
     if wanted == "plain":
         exact, reason = False, "model.layout = plain"
     elif exact:
         try:
-            apart = difference()
+            packed_difference = difference()
         except NotPackable as error:
             exact, reason = False, str(error)
         else:
-            if apart is not None:
-                exact, reason = False, f"packed log-probs differ by up to {apart:.3g} nat at load"
+            if packed_difference is not None:
+                exact, reason = False, f"packed log-probs differ by up to {packed_difference:.3g} nat at load"
     if wanted == "packed" and not exact:
         raise ConfigError(f"model.layout is packed, which is not exact for {name}: {reason}. Use auto or plain")
     log.info("%s: %s rows (%s)", name, "packed" if exact else "plain", reason)
@@ -195,13 +196,13 @@ def choose(
 def largest_difference(
     values: Sequence[np.ndarray], others: Sequence[np.ndarray], tolerance: tuple[float, float]
 ) -> float | None:
-    """The largest difference of two computations of the same log-probs, nat a token; None where it is rounding.
+    """Largest difference of two computations of the same log-probs, nats per token; None if it is only rounding.
 
     Args:
-      values, others: by response, (tokens,) each.
-      tolerance: the largest and the mean difference that rounding explains, of a token of 8 nats or less. Rounding
-        grows with logits: a token of 32 nats may differ by four times as much. In 16 bits the mean decides, as a
-        router may send a token elsewhere.
+      values, others: one array per response, (tokens,) each.
+      tolerance: the largest and the mean difference that rounding explains, for a token of at most 8 nats. Rounding
+        grows with logits: a token of 32 nats may differ by four times as much. In 16 bits the mean decides, since a
+        router may send a token to another expert.
     """
     a, b = np.concatenate(values), np.concatenate(others)
     difference = np.abs(a - b)
@@ -219,15 +220,15 @@ def plan_rows(
     hidden_size: int = 0,
     rows: Sequence[int] | None = None,
 ) -> list[Row]:
-    """Rows for the given responses (default all) of a batch, longest first.
+    """Plans rows for the given responses (default: all) of a batch, longest row first.
 
-    Responses share a row when their prompt tokens and group label are equal; in it, what they begin with in common.
+    Responses share a row if their prompt tokens and group label are equal. In it, they share their common beginnings.
 
     Args:
-      packed: False: one response a row.
-      tokens: token budget of a row; only a row of a single response may exceed it.
-      responses: responses a row at most. 0: no limit.
-      hidden_size: the model's, to weigh attention (quadratic in the row) against sharing. 0: share always.
+      packed: False: one response per row.
+      tokens: token budget of a row. Only a row of a single response may exceed it.
+      responses: most responses in a row. 0: no limit.
+      hidden_size: of the model, to weigh attention (quadratic in the row) against sharing. 0: always share.
     """
     together: dict[tuple[int, Tokens], list[int]] = {}
     for i in range(len(batch)) if rows is None else rows:
@@ -246,8 +247,8 @@ def plan_rows(
         length = len(prompt)
 
         def close(row: list[tuple[int, int]], length: int, prompt: Tokens = prompt) -> None:
-            of_row, shared_of_row = zip(*row, strict=True)
-            planned.append(Row(prompt, of_row, length, shared_of_row))
+            row_responses, row_shared = zip(*row, strict=True)
+            planned.append(Row(prompt, row_responses, length, row_shared))
 
         for i, inputs, common in zip(members, extra, shared, strict=True):
             if row and (len(row) == limit or length + inputs - common > tokens):
@@ -261,14 +262,14 @@ def plan_rows(
 
 
 def _responses_a_row(prompt: int, extra: Sequence[int], shared: Sequence[int], hidden_size: int) -> int:
-    # A token costs about 24 H^2 operations a layer outside attention, and 4 H for every token of its row inside.
+    # Per layer, a token costs about 24 H^2 operations outside attention, and 4 H for every token of its row in it.
     n = len(extra)
     if not hidden_size:
         return n
     tokens = sum(extra) - sum(shared)
 
     def cost(size: int) -> float:
-        length = prompt + size * (tokens + sum(shared[::size])) / n  # the first of a row shares nothing
+        length = prompt + size * (tokens + sum(shared[::size])) / n  # the first response of a row shares nothing
         return math.ceil(n / size) * (length + length**2 / (6 * hidden_size))
 
     return min(range(n, 0, -1), key=cost)
@@ -277,10 +278,10 @@ def _responses_a_row(prompt: int, extra: Sequence[int], shared: Sequence[int], h
 def micro_batches(
     rows: Sequence[Row], *, tokens: int, responses: int = 0, rope: RopeByLength | None = None
 ) -> list[list[Row]]:
-    """Fills micro-batches with rows, longest first, so that rows times the longest stays within the token budget.
+    """Fills micro-batches with rows, longest first. Number of rows times longest row stays within the token budget.
 
     Args:
-      rope: rows that take different frequencies go into different micro-batches.
+      rope: rows with different frequencies go into different micro-batches.
     """
     return _fill([[row] for row in rows], tokens, responses, rope)
 
@@ -294,7 +295,7 @@ def whole_groups(
     hidden_size: int = 0,
     rope: RopeByLength | None = None,
 ) -> tuple[list[list[Row]], list[int]]:
-    """Micro-batches that hold whole groups, and the responses of groups that do not fit in one."""
+    """Micro-batches of whole groups, and the responses of groups that do not fit in a micro-batch."""
     members: dict[int, list[int]] = {}
     for i, label in enumerate(batch.groups):
         members.setdefault(label, []).append(i)
@@ -329,7 +330,7 @@ def _fill(units: list[list[Row]], tokens: int, responses: int, rope: RopeByLengt
 
 
 def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
-    """The micro-batch as arrays."""
+    """Converts a micro-batch to arrays."""
     width = max(row.length for row in rows)
     ids = np.zeros((len(rows), width), dtype=np.int64)
     positions = np.zeros((len(rows), width), dtype=np.int64)
@@ -344,11 +345,11 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
         positions[b, :start] = np.arange(start)
         segments[b, :start] = 0
         end, number = start, 0
-        path = np.zeros(0, np.int64)  # where the inputs of the response are
+        path = np.zeros(0, np.int64)  # places of the response's inputs in the row
         for i, shared in zip(row.responses, row.shared or (0,) * len(row.responses), strict=True):
             response = np.asarray(batch.responses[i], np.int64)
             inputs = slice(end, end + len(response) - 1 - shared)
-            continues = shared > 0 and path[shared - 1] == end - 1  # the branch that was written last
+            continues = shared > 0 and path[shared - 1] == end - 1  # the branch written last
             path = np.concatenate([path[:shared], np.arange(inputs.start, inputs.stop)])
             if inputs.start < inputs.stop:
                 number += not continues
@@ -363,9 +364,9 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
             members.append(i)
             end = inputs.stop
         last[b, :start] = number
-        # Padding continues the count, so that it does not look like the start of another sequence.
+        # Padding continues the positions, so that it does not look like the start of another sequence.
         positions[b, end:] = np.arange(width - end) + (positions[b, end - 1] + 1)
-    lengths = np.asarray([len(of_response) for of_response in targets], dtype=np.int64)
+    lengths = np.asarray([len(response_targets) for response_targets in targets], dtype=np.int64)
     places, tokens = np.concatenate(predict), np.concatenate(targets)
     first, own = _without_repeats(places * (tokens.max() + 1) + tokens)
     return Arrays(
@@ -374,7 +375,7 @@ def arrays(batch: Batch, rows: Sequence[Row]) -> Arrays:
 
 
 def _without_repeats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where each different value is first, in their order; and (len(values),) which of these each value is."""
+    """Returns the first place of each distinct value, in order of appearance, and for each value its index in them."""
     _, first, which = np.unique(values, return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
@@ -383,9 +384,9 @@ def _without_repeats(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check_batch(vocabulary: int) -> Batch:
-    """A short synthetic batch to check a model with: 2 prompts and 5 responses of different lengths.
+    """Returns a short synthetic batch to check a model with: 2 prompts and 5 responses of different lengths.
 
-    The third response begins as the first, the fifth with all of the fourth.
+    The third response begins like the first. The fifth begins with all of the fourth.
     """
     draw = np.random.default_rng(0)
     prompts = [tuple(draw.integers(0, vocabulary, n).tolist()) for n in (5, 8)]

@@ -14,9 +14,9 @@ from gvpo_core.training.policy.compiled import keep_compiled
 
 
 def backend_of(config: Config) -> str:
-    """The backend that the settings ask for; for "auto" the first that is installed.
+    """Returns the backend that the settings name; for "auto", the first one that is installed.
 
-    Raises: ConfigError: "auto" where none is installed.
+    Raises: ConfigError: "auto", and no backend is installed.
     """
     if config.run.backend != "auto":
         return config.run.backend
@@ -27,12 +27,12 @@ def backend_of(config: Config) -> str:
 
 
 def missing_package(name: str, extra: str) -> list[str]:
-    """What to say where a package is not installed; empty where it is."""
+    """Error lines for a package that is not installed; empty if it is installed."""
     return [] if find_spec(name) else [f'{name} is not installed: pip install "gvpo[{extra}]"']
 
 
 def missing_of_backend(config: Config) -> list[str]:
-    """What to say of the packages that the backend imports while it loads or saves a model, and that are not there."""
+    """Error lines for missing packages that the backend imports to load or save a model."""
     try:
         name = backend_of(config)
     except ConfigError as e:
@@ -47,11 +47,11 @@ def missing_of_backend(config: Config) -> list[str]:
 
 
 def load_policy(config: Config, *, trained: bool = True) -> Policy:
-    """The configured model as a policy, ready to be trained or restored.
+    """Loads the configured model as a policy, ready to be trained or restored.
 
     Args:
-      trained: False: it only scores and samples. The backend gets updates = 0, and holds the model in model.dtype
-        without moments.
+      trained: False: the policy only scores and samples. The backend gets updates = 0, and holds the model in
+        model.dtype without moments.
     Raises: ConfigError: a setting of another backend, a backend that is not installed, a model that cannot be used.
     """
     name = backend_of(config)
@@ -73,7 +73,7 @@ def load_policy(config: Config, *, trained: bool = True) -> Policy:
 
 
 def check_policy(policy: Policy, config: Config) -> None:
-    """Raises ConfigError: the policy was loaded with other settings than the run's, which it would train with."""
+    """Raises ConfigError if the policy was loaded with other settings than the run has."""
     loaded = policy.settings
     different = _differences("optimizer", loaded.optimizer, config.optimizer)
     if loaded.model is not None:
@@ -91,10 +91,10 @@ def check_policy(policy: Policy, config: Config) -> None:
         )
 
 
-def _differences(section: str, loaded: Any, wanted: Any) -> list[str]:
+def _differences(section: str, loaded: Any, configured: Any) -> list[str]:
     different = []
-    for field in dataclasses.fields(wanted):
-        a, b = getattr(loaded, field.name), getattr(wanted, field.name)
+    for field in dataclasses.fields(configured):
+        a, b = getattr(loaded, field.name), getattr(configured, field.name)
         if a != b and not (field.name == "path" and Path(a).absolute() == Path(b).absolute()):
             different.append(f"{section}.{field.name} is {a!r}, and the run has {b!r}")
     return different

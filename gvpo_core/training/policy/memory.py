@@ -1,8 +1,8 @@
-"""How much memory a run will take, by arithmetic from the policy's facts and the settings, and how much there is.
+"""Estimates the memory of a run from the policy's facts and the settings, and finds the available memory.
 
 Parameters, AdamW's moments and the reference are held throughout. A step also holds its sampling state (the
 cache of keys and values) or its training state (gradients, activations of one micro-batch, a chunk of the head).
-docs/training.md compares it with measurements.
+docs/training.md compares the estimate with measurements.
 """
 
 import os
@@ -25,37 +25,37 @@ _WIDE = 4  # bytes of a float32
 
 
 class Memory(NamedTuple):
-    """Bytes on one device, by what they are for."""
+    """Bytes on one device, by purpose."""
 
     framework: int
     parameters: int
     reference: int
     optimizer: int
-    gradients: int  # not counted: those that replace freed activations in a step of one micro-batch
-    activations: int  # of the largest micro-batch, with what the allocator keeps back
-    head: int  # a chunk of logits, and the gradient of the head's and embedding's weights
-    sampling: int  # keys, values and logits of the rows that are decoded together, and weights for it alone
+    gradients: int  # without those that replace freed activations in a step of one micro-batch
+    activations: int  # of the largest micro-batch, including memory that the allocator keeps
+    head: int  # a chunk of logits, and the gradients of the head's and the embedding's weights
+    sampling: int  # keys, values and logits of the rows decoded together, and weights held only for sampling
     teacher: int = 0  # of a teacher on the same device
-    copy: int = 0  # of the process of a copy of the policy that draws ahead, on the same device
+    copy: int = 0  # of a copy of the policy that draws ahead, in its own process on the same device
 
     @property
     def peak(self) -> int:
-        """The most that is held at once: a step samples, then learns."""
+        """The most that is held at once. A step first samples, then learns."""
         learning = self.gradients + self.activations + self.head
-        held = self.framework + self.parameters + self.reference + self.optimizer + self.teacher + self.copy
-        return held + max(learning, self.sampling)
+        permanent = self.framework + self.parameters + self.reference + self.optimizer + self.teacher + self.copy
+        return permanent + max(learning, self.sampling)
 
 
 def estimate_memory(
     facts: PolicyFacts, config: Config, prompt_tokens: int, teacher: PolicyFacts | None = None
 ) -> Memory | None:
-    """The memory of one of a rank's devices, or of all that a CPU simulates.
+    """Estimates the memory of one device of a rank, or of all devices that a CPU simulates.
 
     Args:
-      facts: what `Policy.describe` gives.
+      facts: result of `Policy.describe`.
       prompt_tokens: length of the longest prompt.
-      teacher: what `describe` of a teacher gives that this process has loaded; it counts on the policy's device alone.
-    Returns: None where the facts say nothing of the model's sizes.
+      teacher: result of `describe` of a teacher that this process has loaded. Counts only on the policy's device.
+    Returns: the estimate; None if the facts do not have the model's sizes.
     """
     if facts.memory is None or facts.vocabulary is None:
         return None
@@ -75,10 +75,10 @@ def estimate_memory(
 
     gradients = share(trained * _WIDE)
     casts = total * narrow if narrow < _WIDE and trained == total else 0  # kept from forward to backward
-    held_parameters = trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)
-    parameters = share(held_parameters)
+    parameter_bytes = trained * _WIDE + (frozen * narrow if m.frozen is None else m.frozen)
+    parameters = share(parameter_bytes)
     reference = share(total * narrow + 2 * vocabulary * m.hidden * (_WIDE - narrow)) if separate else 0
-    if config.model.lora_rank and config.objective.reference_every:  # the adapters of the reference
+    if config.model.lora_rank and config.objective.reference_every:  # adapters of the reference
         reference = share(trained * _WIDE)
     optimizer = share(2 * trained * _WIDE if m.moments is None else m.moments)
     taught = 0
@@ -88,8 +88,8 @@ def estimate_memory(
     sampling = _sampling(m, vocabulary, config, prompt_tokens, ranks, narrow, left)
     copied = 0
     if config.rollout.ahead and config.rollout.sampler == "policy" and _beside(config, facts):
-        weights = total * narrow if trained == total else held_parameters
-        copied = m.framework + weights * m.devices // m.split + sampling  # ranks that shard the model have whole copies
+        weights = total * narrow if trained == total else parameter_bytes
+        copied = m.framework + weights * m.devices // m.split + sampling  # a full copy, also of a sharded model
     return Memory(
         framework=m.framework,
         parameters=parameters,
@@ -105,7 +105,7 @@ def estimate_memory(
 
 
 def _beside(config: Config, facts: PolicyFacts) -> bool:
-    """Whether the copy that draws ahead is on the policy's device; a device without a number is the first one."""
+    """Whether the copy that draws ahead is on the policy's device. A device without a number is the first one."""
     device, *policys = (
         (*name.split(":"), "0")[:2] for name in (config.rollout.ahead_device, facts.device, config.model.device)
     )
@@ -113,7 +113,7 @@ def _beside(config: Config, facts: PolicyFacts) -> bool:
 
 
 def _held(teacher: PolicyFacts) -> int:
-    """Bytes of the parameters of a model that is not trained, of one process or of all shards."""
+    """Bytes of the parameters of a model that is not trained, over all its shards."""
     frozen = teacher.parameters - teacher.trainable_parameters
     narrow = 2 if teacher.dtype == "bfloat16" else _WIDE
     exact = teacher.memory.frozen if teacher.memory is not None else None
@@ -121,10 +121,11 @@ def _held(teacher: PolicyFacts) -> int:
 
 
 def _per_token(m: MemoryFacts, config: Config, narrow: int) -> int:
-    """Bytes that a token's forward pass keeps for its backward pass: what a Llama block saves, times the blocks."""
+    """Bytes that a token's forward pass keeps for the backward pass: those of a Llama block, times the blocks."""
     queries = m.heads * m.head_dim
-    # Two norms keep their input and its normalised form in float32 and hand on a third; attention keeps queries, keys
-    # and values (repeated to as many heads) and its result twice; the feed-forward part keeps four of its width.
+    # Each of two norms keeps its input and the normalised input in float32, and passes on a third tensor. Attention
+    # keeps queries, keys and values (repeated to the number of heads) and its result twice. The feed-forward part keeps
+    # four tensors of its width.
     block = 4 * m.hidden * _WIDE + (2 * m.hidden + 5 * queries + 4 * m.intermediate) * narrow
     block = block if m.block is None else m.block
     return m.layers * m.hidden * _WIDE + block if config.model.gradient_checkpointing else m.layers * block
@@ -133,18 +134,18 @@ def _per_token(m: MemoryFacts, config: Config, narrow: int) -> int:
 def _largest(
     m: MemoryFacts, packed: bool, config: Config, prompt_tokens: int, ranks: int
 ) -> tuple[int, int, int, bool]:
-    """(tokens, entries of attention masks over all layers) of the largest micro-batch, the tokens whose layer inputs a
-    deferred backward pass holds beside it, and whether it is the only one.
+    """Plans the micro-batches of a step as the backends do, with rows of the greatest length.
 
-    Planned as the backends do, with rows as long as they can be.
+    Returns: tokens of the largest micro-batch; entries of its attention masks over all layers; further tokens for which
+      a deferred backward pass holds layer inputs; whether it is the only micro-batch.
     """
     rollout, optimizer = config.rollout, config.optimizer
     prompts = max(1, rollout.prompts // config.objective.minibatches // (ranks * m.parts))
-    # Beyond those of one micro-batch groups change nothing but that there are more.
+    # More groups than fit in one micro-batch do not change its size.
     row = prompt_tokens + rollout.max_tokens - 1
     prompts = min(prompts, optimizer.micro_batch_tokens // row + 2)
     prompt, count = (0,) * prompt_tokens, prompts * rollout.responses
-    responses = [(i, *(0,) * (rollout.max_tokens - 1)) for i in range(count)]  # that have no beginning in common
+    responses = [(i, *(0,) * (rollout.max_tokens - 1)) for i in range(count)]  # without common beginnings
     batch = Batch([prompt] * count, responses, [i // rollout.responses for i in range(count)])
     filled = _filled(batch, packed, config, m) if m.fills else 0
     hidden = 0 if m.in_blocks else m.hidden
@@ -166,8 +167,10 @@ def _largest(
 
 
 def _filled(batch: Batch, packed: bool, config: Config, m: MemoryFacts) -> int:
-    """Tokens of a device's part of a micro-batch with filled rows, which are as long as the budget, halved as often as
-    the longest row still fits."""
+    """Tokens in a device's part of a micro-batch with filled rows.
+
+    Filled rows have the length of the budget, halved as often as the longest row still fits.
+    """
     budget, responses = config.optimizer.micro_batch_tokens, config.optimizer.micro_batch_responses
     hidden = 0 if m.in_blocks else m.hidden
     rows = plan_rows(batch, packed=packed, tokens=budget, responses=responses, hidden_size=hidden)
@@ -181,16 +184,16 @@ def _filled(batch: Batch, packed: bool, config: Config, m: MemoryFacts) -> int:
 def _sampling(
     m: MemoryFacts, vocabulary: int, config: Config, prompt_tokens: int, ranks: int, narrow: int, left: int | None
 ) -> int:
-    """Bytes of the rows that are decoded together: all of this rank's, or as many as the backend's limit holds."""
+    """Bytes of the rows decoded together: all rows of this rank, or as many as fit in the backend's limit."""
     rollout = config.rollout
     rows = -(-rollout.prompts * rollout.responses // (ranks * (m.parts if m.devices == 1 else 1)))
     token = 2 * m.layers * m.kv_heads * m.head_dim * narrow
-    logits = vocabulary * 28  # in float32, and in float64 thrice while a token is drawn
+    logits = vocabulary * 28  # one float32, and three float64 while a token is drawn
     room = None if m.cache_share is None or left is None else int(m.cache_share * (left - m.sampled))
     if m.shares_prompts:
-        of = [row // rollout.responses for row in range(rows)]
+        prompt_of_row = [row // rollout.responses for row in range(rows)]
         prompt, response = prompt_tokens * token, rollout.max_tokens * token + logits
-        rows, prompts = rows_at_once(of, prompt, response, room)
+        rows, prompts = rows_at_once(prompt_of_row, prompt, response, room)
         return prompts * prompt + rows * response + m.sampled
     row = -(-(prompt_tokens + rollout.max_tokens) // m.cache_step) * m.cache_step * token
     if m.cache is not None:
@@ -201,38 +204,38 @@ def _sampling(
 
 
 def rows_at_once(prompts: Sequence[int], prompt: int, response: int, room: int | None) -> tuple[int, int]:
-    """How many rows are decoded together where a prompt is held once for its rows, and how many prompts that takes.
+    """Returns how many rows, and how many prompts, are decoded together if a prompt is held once for all its rows.
 
-    Where rows wait for others to end, room is left for three times the prompts that begin together: rows of one prompt
-    end at different times, and the prompt is held until the last one has.
+    If some rows must wait, there is room for three times the prompts that begin together. Rows of one prompt end at
+    different times, and the prompt is held until its last row has ended.
 
     Args:
-      prompts: of each row, in the order in which rows begin; those of one prompt follow one another, numbered from 0.
-      prompt, response: what a prompt takes, and a row beside its prompt, in the unit of `room`.
-      room: what both may take; None: no limit.
+      prompts: prompt number of each row, from 0, in the order in which rows begin; rows of one prompt are adjacent.
+      prompt, response: size of a prompt, and of a row without its prompt, in the unit of `room`.
+      room: limit for both together; None: no limit.
     Returns: (rows, prompts), at least one of each.
     """
-    of = np.asarray(prompts)
-    every = (len(of), int(of[-1]) + 1)
-    if room is None or every[1] * prompt + every[0] * response <= room:
-        return every
+    prompt_of_row = np.asarray(prompts)
+    all_rows, all_prompts = len(prompt_of_row), int(prompt_of_row[-1]) + 1
+    if room is None or all_prompts * prompt + all_rows * response <= room:
+        return all_rows, all_prompts
 
-    def held(rows: int) -> int:
-        together = int((of[rows - 1 :] - of[: len(of) - rows + 1]).max()) + 1
-        return min(rows, 3 * together, every[1])
+    def prompts_held(rows: int) -> int:
+        together = int((prompt_of_row[rows - 1 :] - prompt_of_row[: all_rows - rows + 1]).max()) + 1
+        return min(rows, 3 * together, all_prompts)
 
-    sizes = range(1, len(of) + 1)
-    rows = max(1, bisect_right(sizes, room, key=lambda rows: held(rows) * prompt + rows * response))
-    return rows, held(rows)
+    sizes = range(1, all_rows + 1)
+    rows = max(1, bisect_right(sizes, room, key=lambda rows: prompts_held(rows) * prompt + rows * response))
+    return rows, prompts_held(rows)
 
 
 def peak_memory() -> int:
-    """Bytes that this process has had in memory at most.
+    """Returns the peak resident memory of this process, bytes.
 
-    On Linux from /proc: there `ru_maxrss` of a process begins with what the one that started it had.
+    On Linux it comes from /proc, since `ru_maxrss` there starts at the value of the parent process.
     """
     try:
-        status = Path("/proc/self/status").read_bytes()  # a script's name in it may be cut within a character
+        status = Path("/proc/self/status").read_bytes()  # the script's name in it may end inside a character
         match = re.search(rb"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
     except OSError:  # not Linux
         match = None
@@ -244,26 +247,26 @@ def peak_memory() -> int:
 
 
 def available_memory(facts: PolicyFacts) -> int | None:
-    """Bytes that the device has, or a process of the machine may take; None: not known."""
+    """Bytes of the device, or bytes that a process may take on this machine; None: not known."""
     return facts.memory.device if facts.memory is not None and facts.memory.device else machine_memory()
 
 
 def machine_memory() -> int | None:
-    """Bytes that a process of this machine may take; None: not known."""
+    """Bytes that a process may take on this machine; None: not known."""
     try:
-        known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+        limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     except (ValueError, OSError, AttributeError):  # not on every system
-        known = []
+        limits = []
     for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         try:
-            known.append(int(Path(path).read_text()))
+            limits.append(int(Path(path).read_text()))
         except (OSError, ValueError):  # no such control group, or "max"
             continue
-    return min(known, default=None)
+    return min(limits, default=None)
 
 
 def advice(facts: PolicyFacts, config: Config) -> str:
-    """What makes a run take less, of the settings that are not taken yet."""
+    """Suggests settings that reduce the memory of a run and are not used yet."""
     steps = [f"lower optimizer.micro_batch_tokens ({config.optimizer.micro_batch_tokens})"]
     steps += [] if config.model.gradient_checkpointing else ["set model.gradient_checkpointing = true"]
     steps += [] if config.model.lora_rank else ["set model.lora_rank (then the reference needs no copy)"]
@@ -272,7 +275,7 @@ def advice(facts: PolicyFacts, config: Config) -> str:
 
 
 def in_words(memory: Memory, available: int | None, ranks: int = 1) -> str:
-    """The estimate for the header: the peak, the available memory, and the parts held at the peak."""
+    """Formats the estimate for the header: the peak, the available memory, and the parts held at the peak."""
     learning = ("gradients", "activations", "head")
     absent = learning if memory.sampling > sum(getattr(memory, name) for name in learning) else ("sampling",)
     parts = [f"{name} {gib(size)}" for name, size in memory._asdict().items() if size and name not in absent]
@@ -281,5 +284,5 @@ def in_words(memory: Memory, available: int | None, ranks: int = 1) -> str:
 
 
 def gib(size: int) -> str:
-    """Bytes as GiB with two decimals."""
+    """Formats bytes as GiB with two decimals."""
     return f"{size / 2**30:.2f}"

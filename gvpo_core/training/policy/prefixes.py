@@ -1,8 +1,8 @@
-"""Which conversations a policy keeps keys and values of between the turns of episodes, and what a prompt starts from.
+"""Keeps keys and values of conversations between the turns of episodes, and finds those that a prompt can start from.
 
 After a turn, the keys and values of its prompt and response are kept. The next prompt that begins with the same tokens
-starts from them. This is exact where a token's keys and values depend on the tokens before it alone: layers that all
-attend to everything, and RoPE that does not depend on the length. The tensors are the backend's.
+starts from them. This is exact if a token's keys and values depend only on the tokens before it: all layers have full
+attention, and RoPE does not depend on the length. The tensors are the backend's.
 """
 
 from bisect import bisect_left, insort
@@ -14,49 +14,49 @@ from gvpo_core.training.policy.protocol import Tokens
 
 
 class Start(NamedTuple):
-    """What a prompt can start from."""
+    """The kept conversation that a prompt can start from."""
 
     tokens: Tokens  # of the kept conversation; empty: none
-    length: int  # tokens that the prompt shares with it, at most all but its last
+    length: int  # tokens that the prompt shares with it, at most all of its own but the last
 
 
 NOTHING = Start((), 0)
 
 
 class Part(NamedTuple):
-    """Prompts that are computed in one pass, padded on the left to equal lengths."""
+    """Prompts computed in one pass, padded on the left to equal lengths."""
 
     prompts: list[Tokens]
-    states: list[Any]  # of each prompt; None: nothing is kept
-    fresh: int  # last columns, which are computed; those before are filled from `states`
+    states: list[Any]  # kept keys and values of each prompt; None: nothing is kept
+    fresh: int  # number of last columns to compute; the columns before are filled from `states`
 
     @property
     def filled(self) -> list[int]:
-        """Of each prompt, the tokens that are not computed; at most 0: none."""
+        """For each prompt, the number of tokens that are not computed; 0 or less: none."""
         return [len(prompt) - self.fresh for prompt in self.prompts]
 
 
 class Prefixes:
-    """Kept keys and values, by the tokens that they are of."""
+    """Kept keys and values, by the tokens that they belong to."""
 
     def __init__(self, most: int) -> None:
-        """`most`: tokens kept at most; conversations beyond it are computed again."""
+        """`most`: limit of kept tokens; conversations beyond it are computed again."""
         self.most, self.held = most, 0
         self.reused = self.computed = 0  # tokens of prompts since the start, without padding
         self._keys: list[Tokens] = []  # sorted
         self._states: dict[Tokens, Any] = {}  # oldest first
-        self._starts: dict[Tokens, Start] = {}  # of the prompts of the present call
-        self._uses: Counter[Tokens] = Counter()  # rows of the present call that have yet to start from it
+        self._starts: dict[Tokens, Start] = {}  # by prompt of the current call
+        self._uses: Counter[Tokens] = Counter()  # rows of the current call that have not started from it yet
 
     def plan(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]]) -> None:
-        """Begins a call: finds what each prompt starts from."""
+        """Begins a call: finds the conversation that each prompt starts from."""
         self._starts = {prompt: self._longest(prompt) for prompt in prompts}
         self._uses = Counter()
         for prompt, row in zip(prompts, seeds, strict=True):
             self._uses[self._starts[prompt].tokens] += len(row)
 
     def _longest(self, prompt: Tokens) -> Start:
-        """The kept conversation with the most tokens in common: a neighbour of the prompt in sorted order."""
+        """Returns the kept conversation with the most tokens in common: a neighbour of the prompt in sorted order."""
         at, best = bisect_left(self._keys, prompt), NOTHING
         for tokens in self._keys[max(0, at - 1) : at + 1]:
             length = common(tokens, prompt)
@@ -64,12 +64,12 @@ class Prefixes:
         return best if best.length else NOTHING
 
     def start(self, prompt: Tokens) -> Start:
-        """What a prompt of the present call starts from."""
+        """Returns the conversation that a prompt of the current call starts from."""
         start = self._starts.get(prompt, NOTHING)
         return start if start.tokens in self._states else NOTHING
 
     def started(self, prompts: Sequence[Tokens]) -> None:
-        """Rows of these prompts have their caches. What no other row of the call starts from is dropped."""
+        """Notes that rows of these prompts have their caches. Drops conversations that no other row needs."""
         for prompt in prompts:
             tokens = self._starts[prompt].tokens
             self._uses[tokens] -= 1
@@ -77,7 +77,7 @@ class Prefixes:
                 self._drop(tokens)
 
     def wants(self, tokens: Tokens) -> bool:
-        """Makes room for a conversation, by older ones that no row waits for; whether `keep` is to be called."""
+        """Makes room for a conversation: drops older ones that no row needs. Returns whether to call `keep`."""
         if tokens in self._states or len(tokens) > self.most:
             return False
         if self.held + len(tokens) > self.most:
@@ -88,13 +88,13 @@ class Prefixes:
         return self.held + len(tokens) <= self.most
 
     def keep(self, tokens: Tokens, states: Any) -> None:
-        """Keeps a conversation that `wants` takes: keys and values of its tokens, copies of a cache's."""
+        """Keeps a conversation that `wants` accepted: keys and values of its tokens, copied from a cache."""
         self._states[tokens] = states
         insort(self._keys, tokens)
         self.held += len(tokens)
 
     def clear(self) -> None:
-        """Drops everything that is kept; the counts stay."""
+        """Drops everything that is kept. Keeps the counts."""
         for tokens in [*self._states]:
             self._drop(tokens)
 
@@ -105,16 +105,16 @@ class Prefixes:
 
 
 def parts_of(prompts: Sequence[Tokens], prefixes: Prefixes | None) -> list[Part]:
-    """The prompts in passes: up to two of those that start from what is kept, see `_alike`, and one of the others."""
+    """Splits prompts into passes: up to two that start from kept tokens, see `_alike`, and one for the others."""
     starts = [NOTHING if prefixes is None else prefixes.start(prompt) for prompt in prompts]
     new = [len(prompt) - start.length for prompt, start in zip(prompts, starts, strict=True)]
-    begun = _alike([i for i, start in enumerate(starts) if start.length], new)
+    continued = _alike([i for i, start in enumerate(starts) if start.length], new)
     others = [i for i, start in enumerate(starts) if not start.length]
-    return [part_of([prompts[i] for i in chosen], prefixes) for chosen in (*begun, others) if chosen]
+    return [part_of([prompts[i] for i in chosen], prefixes) for chosen in (*continued, others) if chosen]
 
 
 def part_of(prompts: list[Tokens], prefixes: Prefixes | None) -> Part:
-    """The prompts, at least one, in one pass: all start from what is kept, or none does. Counts their tokens."""
+    """Returns the pass for one or more prompts. Either all or none start from kept tokens. Counts their tokens."""
     starts = [NOTHING if prefixes is None else prefixes.start(prompt) for prompt in prompts]
     states = [prefixes._states.get(start.tokens) if prefixes else None for start in starts]
     part = Part(prompts, states, max(len(prompt) - start.length for prompt, start in zip(prompts, starts, strict=True)))
@@ -126,10 +126,10 @@ def part_of(prompts: list[Tokens], prefixes: Prefixes | None) -> Part:
 
 
 def _alike(rows: Sequence[int], new: Sequence[int]) -> list[list[int]]:
-    """The rows in one part, or in two where those compute at most half as much: some heard more than others.
+    """Splits rows into one part, or into two if two compute at most half as many tokens: turns differ in length.
 
     Args:
-      new: tokens of each row to be computed; a part computes as many for each of its rows as for the one with the most.
+      new: tokens to compute for each row. For every row, a part computes as many as for the row with the most.
     """
     ordered, count = sorted(rows, key=lambda i: new[i]), len(rows)
     computed = [n * new[ordered[n - 1]] + (count - n) * new[ordered[-1]] for n in range(count)]  # by rows of the first
@@ -138,9 +138,9 @@ def _alike(rows: Sequence[int], new: Sequence[int]) -> list[list[int]]:
 
 
 def common(a: Tokens, b: Tokens) -> int:
-    """Tokens with which both begin."""
+    """Returns the number of tokens with which both begin."""
     least, most = 0, min(len(a), len(b)) if a[:1] == b[:1] else 0
-    while least < most:  # whole slices are compared many times as fast as token by token
+    while least < most:  # comparing slices is many times faster than comparing tokens
         middle = (least + most + 1) // 2
         least, most = (middle, most) if a[least:middle] == b[least:middle] else (least, middle - 1)
     return least

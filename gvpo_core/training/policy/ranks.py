@@ -1,4 +1,4 @@
-"""What the ranks of a run do together."""
+"""Collective operations over the ranks of a run."""
 
 import json
 from collections.abc import Callable
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def agree(policy: Policy, error: Exception | None, kind: type[Exception] = RuntimeError) -> None:
-    """Raises on every rank when any rank has an error, so that no rank waits for one that stopped.
+    """Raises on every rank if any rank has an error, so that no rank waits for one that stopped.
 
     Args:
-      kind: the error raised, with the same message, on ranks without an error.
+      kind: type of the error on ranks that had none; its message is the same.
     """
     message = np.frombuffer((f"{error}\n" if error else "").encode("utf-8", "backslashreplace"), np.uint8)
     text = policy.gather(message).tobytes().decode().strip()
@@ -34,13 +34,13 @@ def attempt(
     kind: type[Exception] = RuntimeError,
     explain: Callable[[Exception], Exception] = lambda error: error,
 ) -> T | None:
-    """Does `work` on every rank, or on the main rank alone, and raises on every rank if it raised on any.
+    """Calls `work` on every rank, or only on the main rank, and raises on every rank if it raised on any.
 
     Args:
-      catch: errors that are shared; others are raised where they occur.
+      catch: errors to share with all ranks; others are raised only where they occur.
       kind: as in `agree`.
-      explain: turns an error into the one to raise.
-    Returns: what `work` gave; None on a rank that did not do it.
+      explain: converts an error into the one to raise.
+    Returns: the result of `work`; None on a rank that did not call it.
     """
     result, error = None, None
     if policy.rank == 0 or not main_only:
@@ -53,12 +53,12 @@ def attempt(
 
 
 def highest(policy: Policy, value: int) -> int:
-    """The largest value of any rank."""
+    """Returns the largest value over all ranks."""
     return int(policy.gather(np.asarray([value])).max())
 
 
 def gather_objects(policy: Policy, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The ranks' objects in rank order, on every rank; values that JSON has."""
+    """Returns the objects of all ranks in rank order, on every rank. They must be JSON values."""
     if policy.world_size == 1:
         return objects
     lines = "".join(json.dumps(o) + "\n" for o in objects).encode()

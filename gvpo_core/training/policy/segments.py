@@ -1,4 +1,4 @@
-"""Episodes of several segments: a model scores a row for each; all rows of an episode share a sum and a coefficient."""
+"""Episodes of several segments. The model scores one row per segment; all rows of an episode share one coefficient."""
 
 import numpy as np
 
@@ -8,11 +8,11 @@ from gvpo_core.training.policy.step import factors_of
 
 
 def summed(values: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
-    """(count,) float64: the sum of each response's rows.
+    """(count,) float64: sum of the values of each response's rows.
 
     Args:
-      values: (M,) of rows.
-      owners: (M,) int64, the response of each row; see `Batch.by_segment`.
+      values: (M,) one per row.
+      owners: (M,) int64, response index of each row; see `Batch.by_segment`.
     """
     if len(owners) == count:
         return values
@@ -22,21 +22,21 @@ def summed(values: np.ndarray, owners: np.ndarray, count: int) -> np.ndarray:
 
 
 def firsts(values: np.ndarray, owners: np.ndarray) -> np.ndarray:
-    """(M,) float64: numbers of rows that have the given sums: each sum at the response's first row, 0 at the others."""
+    """(M,) float64: row values that add up to the given sums. The first row of a response has its sum, the others 0."""
     rows = np.zeros(len(owners))
     rows[: len(values)] = values
     return rows
 
 
 def sharing_beginnings(batch: Batch, responses: int) -> Batch:
-    """The same tokens, cut elsewhere into prompts and responses, so that packed rows compute a group's beginnings once.
+    """Moves the border between prompts and responses, so that packed rows compute a group's common beginning once.
 
-    What all prompts of a group begin with becomes the prompt of them all; as a rule it is that of the episodes, with
-    which prompts of later segments begin. What follows it in a prompt goes before the response, as tokens that are not
-    the policy's own. Prompts whose first tokens differ stay apart.
+    The longest common beginning of a group's prompts becomes their prompt. Usually it is the episode's prompt, since
+    prompts of later segments begin with it. The rest of each prompt moves to the front of the response, as tokens that
+    are not the policy's own. Prompts with different first tokens are handled separately.
 
     Args:
-      batch: of `Batch.by_segment`, with the first segments of `responses` episodes.
+      batch: result of `Batch.by_segment`; its first rows are the first segments of `responses` episodes.
     """
     if len(batch) == responses:
         return batch
@@ -45,8 +45,8 @@ def sharing_beginnings(batch: Batch, responses: int) -> Batch:
         members.setdefault((label, batch.prompts[i][0]), []).append(i)
     prompts, texts, masks = list(batch.prompts), list(batch.responses), list(batch.masks or [None] * len(batch))
     for rows in members.values():
-        of_rows = {batch.prompts[i] for i in rows}
-        beginning = common(min(of_rows), max(of_rows))
+        row_prompts = {batch.prompts[i] for i in rows}
+        beginning = common(min(row_prompts), max(row_prompts))
         for i in rows:
             context = batch.prompts[i][beginning:]
             if context:
@@ -60,13 +60,13 @@ def sharing_beginnings(batch: Batch, responses: int) -> Batch:
 
 
 def spread(coefficients: Coefficients, owners: np.ndarray) -> Coefficients:
-    """Coefficients of responses as those of their rows. A call has all rows of each response that it touches."""
+    """Converts coefficients of responses to coefficients of rows. A call must have all rows of each response in it."""
 
     def of_rows(logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        members, places = np.unique(owners[rows], return_inverse=True)
-        sums = np.zeros(len(members))
+        responses, places = np.unique(owners[rows], return_inverse=True)
+        sums = np.zeros(len(responses))
         np.add.at(sums, places, logprobs)
-        result: np.ndarray = factors_of(coefficients, sums, members)[places]
+        result: np.ndarray = factors_of(coefficients, sums, responses)[places]
         return result
 
     return of_rows

@@ -1,4 +1,4 @@
-"""What every backend's optimizer step shares: which rows are scored first, coefficients checked, the learning rate."""
+"""Parts of the optimizer step that all backends share: plan of the passes, checked coefficients, learning rate."""
 
 import itertools
 import math
@@ -11,21 +11,22 @@ from gvpo_core.training.config import ConfigError, OptimizerConfig
 from gvpo_core.training.policy import Batch, Coefficients
 from gvpo_core.training.policy.layout import Row, Splitting
 
-HELD_MICRO_BATCHES = 4  # times micro_batch_tokens: tokens whose layer inputs a deferred backward pass holds at most
+# Times micro_batch_tokens: the most tokens for which a deferred backward pass holds layer inputs.
+HELD_MICRO_BATCHES = 4
 
 
 class StepPlan(NamedTuple):
-    """How a step goes over its N responses: whole groups in one pass, the rest scored before it is stepped along."""
+    """How a step goes through its N responses: whole groups in one pass, the rest scored first."""
 
     grouped: list[list[Row]]  # micro-batches of whole groups: one forward pass serves coefficients and gradient
     rest: list[int]  # all other responses
-    logprobs: np.ndarray  # (N,) float64, nats: of the rest, 0 elsewhere
-    factors: np.ndarray  # (N,) float64: coefficients of the rest, 0 elsewhere
-    tokens: int  # computed to score the rest
-    deferred: Sequence[list[list[Row]]] = ()  # groups in several micro-batches: all go forward before one goes back
-    known: Sequence[int] = ()  # responses in `deferred` that were scored first: `factors` has their coefficients
-    settle: Callable[[], None] = lambda: None  # raises what another rank must refuse; called before the step is taken
-    # The callback of `deferred` where that holds a part of a group; it sets the `factors` of the part that `rest` has.
+    logprobs: np.ndarray  # (N,) float64, nats: of the responses scored first, 0 elsewhere
+    factors: np.ndarray  # (N,) float64: coefficients of the responses scored first, 0 elsewhere
+    tokens: int  # computed to score responses first
+    deferred: Sequence[list[list[Row]]] = ()  # rounds of micro-batches: all go forward before the first goes backward
+    known: Sequence[int] = ()  # responses in `deferred` that were scored first; their coefficients are in `factors`
+    settle: Callable[[], None] = lambda: None  # raises errors of all ranks; called before the step is taken
+    # Replaces `coefficients` if `deferred` holds only a part of a group. It sets the `factors` of the part in `rest`.
     partly: "PartlyScored | None" = None
 
 
@@ -41,126 +42,128 @@ def plan_step(
     meets: bool = False,
     lockstep: bool = False,
 ) -> StepPlan:
-    """Scores what does not go through the step as whole groups, and gives it its coefficients.
+    """Plans a step. Scores the responses that cannot go through it as whole groups, and computes their coefficients.
 
     Args:
-      together: whole groups may go in one pass: strategy "group", and no group is on two ranks.
-      scored: (N,) the log-probabilities of all rows, where they are known; then no pass is needed for them.
-      score: gives a batch's log-probabilities (n,), nats, and the tokens computed.
-      held: tokens of a group in several micro-batches that the backend can hold between forward and backward pass.
+      together: whole groups may go in one pass: the strategy is "group", and no group is on two ranks.
+      scored: (N,) log-probabilities of all rows, if known; then no scoring pass is needed.
+      score: returns the log-probabilities (n,) of a batch, nats, and the tokens computed.
+      held: tokens that the backend can hold between the forward and the backward pass of several micro-batches.
       meets: several ranks call `score` together, with or without rows.
-      lockstep: ranks meet at every pass, and compute layers again in each: all groups go in rounds alike on all ranks.
+      lockstep: ranks synchronise at every pass, and recompute layers in each. All groups then go through rounds, and
+        every rank has the same rounds.
     Raises: FloatingPointError, ValueError: see `factors_of`.
     """
     count = len(batch)
-    once = together and scored is None
-    grouped, rest = splitting.groups(batch) if once and not (lockstep and held) else ([], list(range(count)))
+    single_pass = together and scored is None
+    grouped, rest = splitting.groups(batch) if single_pass and not (lockstep and held) else ([], list(range(count)))
     deferred: list[list[list[Row]]] = []
-    waiting: list[int] = []
-    if once and held:
-        deferred, rest, waiting = _deferred(batch, splitting, rest, held, lockstep)
+    split_rows: list[int] = []  # scored first, while the other rows of their groups are deferred
+    if single_pass and held:
+        deferred, rest, split_rows = _deferred(batch, splitting, rest, held, lockstep)
     logprobs, factors, tokens = np.zeros(count), np.zeros(count), 0
-    if rest or meets or not (grouped or deferred):  # a rank without rows calls too: there ranks meet
-        chosen = np.asarray(rest, dtype=np.int64)
+    if rest or meets or not (grouped or deferred):  # a rank without rows calls too: ranks synchronise here
+        scored_rows = np.asarray(rest, dtype=np.int64)
         if scored is None:
-            logprobs[chosen], tokens = score(batch.take(rest))
+            logprobs[scored_rows], tokens = score(batch.take(rest))
         else:
             logprobs = np.asarray(scored, dtype=np.float64)
             if logprobs.shape != (count,):
                 raise ValueError(f"scored has shape {logprobs.shape}; expected ({count},)")
-        asked = chosen[~np.isin(chosen, waiting)]
-        if len(asked) or not waiting:
-            factors[asked] = factors_of(coefficients, logprobs[asked], asked)
+        whole_rows = scored_rows[~np.isin(scored_rows, split_rows)]
+        if len(whole_rows) or not split_rows:
+            factors[whole_rows] = factors_of(coefficients, logprobs[whole_rows], whole_rows)
     in_rounds = lockstep and bool(deferred)
     plan = StepPlan(grouped, [] if in_rounds else rest, logprobs, factors, tokens, deferred, rest if in_rounds else ())
-    if not waiting:
+    if not split_rows:
         return plan
-    return plan._replace(partly=PartlyScored(coefficients, batch.groups, waiting, logprobs, factors))
+    return plan._replace(partly=PartlyScored(coefficients, batch.groups, split_rows, logprobs, factors))
 
 
 def _deferred(
     batch: Batch, splitting: Splitting, rest: list[int], held: int, lockstep: bool
 ) -> tuple[list[list[list[Row]]], list[int], list[int]]:
-    """Rounds of micro-batches of groups, each as near to `held` tokens as it can be; the rows that are scored first;
-    those of them whose groups have their other rows in rounds.
+    """Fills rounds of micro-batches with groups, each round up to `held` tokens.
 
-    Of a larger group a round holds what it can. Rounds are alike on all ranks, which go through them together; with
-    `lockstep` they hold all rows of larger groups, which were scored first.
+    If a group is larger, a round holds the part of it that fits. Ranks go through their rounds together. With
+    `lockstep`, rounds also hold all rows of larger groups, which are scored first.
+
+    Returns: the rounds; the rows to score first; the subset of these rows whose groups have other rows in rounds.
     """
     members: dict[int, list[int]] = {}
     for i in rest:
         members.setdefault(batch.groups[i], []).append(i)
     micro_of = {label: splitting.rows(batch, group) for label, group in members.items()}
     sizes = {label: _computed(micro) for label, micro in micro_of.items()}
-    others = [i for i in rest if sizes[batch.groups[i]] > held]
-    waiting: list[int] = []
+    scored_rows = [i for i in rest if sizes[batch.groups[i]] > held]
+    split_rows: list[int] = []
     if not lockstep:
         micro_of = {label: held_part(micro, held) for label, micro in micro_of.items()}
         sizes = {label: _computed(micro) for label, micro in micro_of.items() if micro}
-        taken = {i for micro in micro_of.values() for rows in micro for row in rows for i in row.responses}
-        others = [i for i in rest if i not in taken]
-        waiting = [i for i in others if batch.groups[i] in sizes]
+        deferred_rows = {i for micro in micro_of.values() for rows in micro for row in rows for i in row.responses}
+        scored_rows = [i for i in rest if i not in deferred_rows]
+        split_rows = [i for i in scored_rows if batch.groups[i] in sizes]
     units = [(size, [row for rows in micro_of[label] for row in rows]) for label, size in sizes.items() if size <= held]
-    if lockstep and others:
-        units += [(row.length, [row]) for rows in splitting.rows(batch, others) for row in rows]
+    if lockstep and scored_rows:
+        units += [(row.length, [row]) for rows in splitting.rows(batch, scored_rows) for row in rows]
     rounds: list[list[Row]] = []
     for _, rows in sorted(units, key=lambda unit: -unit[0]):
-        for of_round in rounds:
-            if _computed(splitting.micro_batches([*of_round, *rows])) <= held:
-                of_round += rows
+        for round_rows in rounds:
+            if _computed(splitting.micro_batches([*round_rows, *rows])) <= held:
+                round_rows += rows
                 break
         else:
             rounds.append(rows)
-    # In each round the fullest pass first, and rounds by their number of passes and the emptiest one.
-    passes = [sorted(splitting.micro_batches(of_round), key=_tokens, reverse=True) for of_round in rounds]
-    return sorted(passes, key=lambda micro: (len(micro), _tokens(micro[-1])), reverse=True), others, waiting
+    # Sorts the passes of a round by size, and rounds by their number of passes and then by their smallest pass.
+    passes = [sorted(splitting.micro_batches(round_rows), key=_tokens, reverse=True) for round_rows in rounds]
+    return sorted(passes, key=lambda micro: (len(micro), _tokens(micro[-1])), reverse=True), scored_rows, split_rows
 
 
 def held_part(micro: Sequence[list[Row]], held: int) -> list[list[Row]]:
-    """The first micro-batches of a group, as many as have `held` tokens."""
+    """The first micro-batches of a group, as many as fit into `held` tokens."""
     totals = itertools.accumulate(map(_tokens, micro))
     return [rows for rows, total in zip(micro, totals, strict=True) if total <= held]
 
 
 def _tokens(rows: Sequence[Row]) -> int:
-    """Of a micro-batch, padding included."""
+    """Tokens of a micro-batch, including padding."""
     return len(rows) * rows[0].length
 
 
 def _computed(micro: list[list[Row]]) -> int:
-    """Tokens of micro-batches, padding included."""
+    """Tokens of several micro-batches, including padding."""
     return sum(map(_tokens, micro))
 
 
 class ByGroup:
-    """The callback of a complete batch: an error on one rank waits until all ranks raise it."""
+    """The callback of a complete batch. It keeps an error of one rank until all ranks raise it together."""
 
     def __init__(self, coefficients: Coefficients, agree: Callable[[Exception | None], None]) -> None:
         self.coefficients, self.agree = coefficients, agree
         self.error: Exception | None = None
-        self.known: dict[int, float] = {}  # factors of rows that are not asked for
+        self.known: dict[int, float] = {}  # factors of rows that were computed before
 
     def __call__(self, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The factors of whole groups, and of rows whose factors are known; zeros after an error."""
+        """Returns the factors of whole groups, and of rows with known factors; zeros after an error."""
         factors = np.asarray([self.known.get(int(row), np.nan) for row in rows])
-        asked = np.isnan(factors)
+        unknown = np.isnan(factors)
         try:
             if self.error:
                 return np.zeros(len(rows))
-            if asked.any() or not len(rows):
-                factors[asked] = factors_of(self.coefficients, logprobs[asked], rows[asked])
+            if unknown.any() or not len(rows):
+                factors[unknown] = factors_of(self.coefficients, logprobs[unknown], rows[unknown])
             return factors
         except Exception as error:  # raised by `settle`
             self.error = error
             return np.zeros(len(rows))
 
     def settle(self) -> None:
-        """Raises the error of any rank on every rank; each calls it once, before it steps."""
+        """Raises the error of any rank on every rank. Every rank calls this once, before the step."""
         self.agree(self.error)
 
 
 class PartlyScored:
-    """The callback of groups of which a part was scored first: it completes them, and sets the factors of that part."""
+    """The callback of groups that were partly scored first. It also sets the factors of the part scored first."""
 
     def __init__(
         self,
@@ -170,22 +173,27 @@ class PartlyScored:
         logprobs: np.ndarray,
         factors: np.ndarray,
     ) -> None:
-        """`scored`: rows of the batch with their `logprobs`, and `factors` to be set, (N,) both."""
+        """
+        Args:
+          scored: rows of the batch that were scored first.
+          logprobs: (N,) nats; set for these rows.
+          factors: (N,) to be set for these rows.
+        """
         self.coefficients, self.groups = coefficients, groups
         self.scored, self.logprobs, self.factors = scored, logprobs, factors
 
     def __call__(self, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """The factors of `rows`."""
+        """Returns the factors of `rows`."""
         labels = {self.groups[i] for i in rows.tolist()}
         mates = np.asarray([i for i in self.scored if self.groups[i] in labels], np.int64)
-        whole = np.concatenate([rows, mates])
-        found = factors_of(self.coefficients, np.concatenate([logprobs, self.logprobs[mates]]), whole)
-        self.factors[mates] = found[len(rows) :]
-        return found[: len(rows)]
+        group_rows = np.concatenate([rows, mates])
+        factors = factors_of(self.coefficients, np.concatenate([logprobs, self.logprobs[mates]]), group_rows)
+        self.factors[mates] = factors[len(rows) :]
+        return factors[: len(rows)]
 
 
 def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
-    """Of update number `step` (from 0) out of `updates`: linear warm-up, then the schedule, 0 after the last."""
+    """Learning rate of update `step` (from 0) of `updates`: linear warm-up, then the schedule, 0 after the last."""
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup
     if config.schedule == "constant":
@@ -197,14 +205,14 @@ def learning_rate(config: OptimizerConfig, step: int, updates: int) -> float:
 
 
 def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """The coefficients of rows, checked.
+    """Computes the coefficients of rows, and checks them.
 
     Raises: FloatingPointError: log-probs or coefficients that are not finite, with their rows.
       ValueError: a result of the wrong shape.
     """
     if isinstance(coefficients, (ByGroup, PartlyScored)):
         return coefficients(logprobs, rows)
-    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)  # before any check: here ranks meet
+    factors = np.asarray(coefficients(logprobs, rows), dtype=np.float64)  # before any check: ranks synchronise here
     if factors.shape != logprobs.shape:
         raise ValueError(f"coefficients returned shape {factors.shape}; expected {logprobs.shape}")
     check_finite("log-probabilities", logprobs, rows)
@@ -213,11 +221,11 @@ def factors_of(coefficients: Coefficients, logprobs: np.ndarray, rows: np.ndarra
 
 
 def refuse_not_finite(values: Sequence[np.ndarray], name: str) -> None:
-    """Raises ConfigError where log-probs of a model that was just loaded are not finite.
+    """Raises ConfigError if log-probs of a newly loaded model are not finite.
 
     Args:
-      values: of short texts, (tokens,) each.
-      name: of the model, for the message.
+      values: log-probs of short texts, (tokens,) each.
+      name: name of the model, for the message.
     """
     if not all(np.isfinite(value).all() for value in values):
         raise ConfigError(
@@ -226,7 +234,7 @@ def refuse_not_finite(values: Sequence[np.ndarray], name: str) -> None:
 
 
 def check_finite(name: str, values: np.ndarray, rows: np.ndarray) -> None:
-    """Raises: FloatingPointError: how many values are not finite, and the row of the first."""
+    """Raises FloatingPointError if values are not finite. The message has their number and the first row."""
     bad = rows[~np.isfinite(values)]
     if len(bad):
         raise FloatingPointError(

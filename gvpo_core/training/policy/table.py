@@ -1,7 +1,7 @@
 """The reference policy: a NumPy softmax table over enumerable responses, exact in float64, small enough to read.
 
-It is the first test of the training loop, because pi, KL and pi* are known exactly. A prompt is one
-token, its index; a response is two: 1 + its index among all responses, then the end token 0.
+It is the first test of the training loop, because pi, KL and pi* are known exactly. A prompt is one token: its index.
+A response is two tokens: 1 + its index among all responses, then the end token 0.
 """
 
 import json
@@ -52,7 +52,7 @@ class TablePolicy:
         """Args:
         table: prompt -> response -> initial probability, each > 0; normalised for each prompt.
         updates: optimizer steps of the whole run, for the schedule.
-        model: where the table was read, if it was.
+        model: settings that the table was loaded with, if any.
         """
         self.prompts = list(table)
         self.responses = list(dict.fromkeys(response for row in table.values() for response in row))
@@ -79,7 +79,7 @@ class TablePolicy:
         self.reference = self.log_table()
 
     def log_table(self) -> np.ndarray:
-        """(P, Y) float64: log pi(y|x); -inf where prompt x has no such response."""
+        """(P, Y) float64: log pi(y|x); -inf if prompt x does not list response y."""
         largest = self.logits.max(axis=1, keepdims=True)
         shifted = self.logits - largest
         result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -208,7 +208,7 @@ class TablePolicy:
         self.restore(directory)
 
     def export(self, directory: Path, *, own_head: bool = False) -> None:
-        """Writes table.json, which `load` reads: the table has no Hugging Face form, and no head."""
+        """Writes table.json, which `load` reads. A table has no Hugging Face format, and no head."""
         pi = np.exp(self.log_table())
         table = {
             p: {r: float(pi[x, y]) for y, r in enumerate(self.responses) if pi[x, y] > 0}
@@ -231,7 +231,7 @@ class TablePolicy:
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> TablePolicy:
-    """The table in `model.path`/table.json: prompt -> response -> probability under the initial policy.
+    """Loads the table in `model.path`/table.json: prompt -> response -> probability under the initial policy.
 
     Raises: ConfigError: settings of another backend, or an invalid file.
     """

@@ -1,4 +1,4 @@
-"""Safetensors files written tensor by tensor, and hashed while they are written."""
+"""Writes safetensors files tensor by tensor, and hashes them while writing."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ _PIECE = 2**24  # bytes hashed and written at once
 
 
 class Digest(NamedTuple):
-    """What a file holds, if it holds what was written."""
+    """Size and hash of a file as it was written."""
 
     bytes: int
     sha256: str
@@ -23,15 +23,15 @@ class Tensor(NamedTuple):
     dtype: str  # as safetensors names it: F32, BF16, ...
     shape: tuple[int, ...]
     nbytes: int
-    content: Callable[[], Any]  # its bytes in row-major order, little endian; called when they are written
+    content: Callable[[], Any]  # returns its bytes in row-major order, little endian; called when they are written
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], *, lasting: bool = True) -> Digest:
-    """Writes and syncs one safetensors file; one tensor's bytes are held at a time.
+    """Writes and syncs one safetensors file. Holds the bytes of one tensor at a time.
 
     Args:
-      lasting: False: it is read at once and removed, so it is neither hashed nor synced, and the digest is empty.
-    Raises: OSError: as writing does. ValueError: a tensor whose content has another size than its `nbytes`.
+      lasting: False: the file is read at once and then removed. It is not hashed or synced, and the digest is empty.
+    Raises: OSError: writing failed. ValueError: the content of a tensor differs in size from its `nbytes`.
     """
     entries: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     offset = 0
@@ -57,8 +57,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
         put(len(header).to_bytes(8, "little") + header)
         for name, tensor in tensors.items():
-            if tensor.nbytes and (given := put(tensor.content())) != tensor.nbytes:
-                raise ValueError(f"{name} gave {given} bytes to write; expected {tensor.nbytes}")
+            if tensor.nbytes and (written := put(tensor.content())) != tensor.nbytes:
+                raise ValueError(f"{name} gave {written} bytes to write; expected {tensor.nbytes}")
         file.flush()
         if lasting:
             os.fsync(file.fileno())

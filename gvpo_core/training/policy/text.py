@@ -1,8 +1,8 @@
 """Text to tokens and back, through a model's tokenizer: one rule for all backends and adapters.
 
-text prompt    its tokens unchanged; the tokenizer's leading special tokens at most once, and none where the text begins
-               as the chat template begins; no end token
-chat messages  the chat template; a last message of the assistant's is continued, else the next turn is opened
+text prompt    its tokens unchanged; the tokenizer's leading special tokens at most once, and none if the text begins
+               like the chat template; no end token
+chat messages  the chat template; continues a last message of the assistant, otherwise opens the next turn
 response       ends at the model's end tokens, or at the token that closes an assistant's turn in the template
 recorded       a text's tokens unchanged, then the end token if the response is finished; token ids unchanged
 """
@@ -17,7 +17,7 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 from gvpo_core.training.policy import Mask, Prompt, Response, ResponseError, Tokens
 from gvpo_core.training.policy.protocol import mask_problem
 
-ASSISTANT = ("assistant", "model")  # roles whose turns the model writes
+ASSISTANT = ("assistant", "model")  # roles of the model's turns
 _PROBE = "zqxj"  # a response that no template contains
 _QUESTION = ({"role": "user", "content": "hello"},)
 
@@ -27,13 +27,13 @@ log = logging.getLogger("gvpo.text")
 def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
     """Token ids of a text, or of chat messages through the chat template.
 
-    A text may have been through a chat template: the special tokens that the tokenizer puts first (BOS) are left out
-    where the text begins with them, and where it begins as the template does: the template alone decides about BOS.
-    Those that it puts last (EOS) are always left out. Messages get the template's generation prompt; where the
-    assistant speaks last, that message is left open to be continued.
+    A text may already have gone through a chat template. The tokenizer's leading special tokens (BOS) are therefore not
+    added if the text begins with them, or if it begins like the template: then the template decides about BOS. Trailing
+    special tokens (EOS) are never added. Messages get the template's generation prompt. If the last message is the
+    assistant's, it is left open to be continued.
 
-    Raises: ConfigError: messages for a tokenizer without a chat template, or a tokenizer that changes a text's tokens
-      when it adds special tokens.
+    Raises: ConfigError: messages, but the tokenizer has no chat template; or the tokenizer changes a text's tokens when
+      it adds special tokens.
     """
     if isinstance(prompt, str):
         return text_tokens(tokenizer, prompt, config.path)
@@ -47,11 +47,11 @@ def encode(tokenizer: Any, prompt: Prompt, config: ModelConfig) -> Tokens:
 
 def text_tokens(tokenizer: Any, text: str, name: str = "the model") -> Tokens:
     """Token ids of a text prompt; see `encode`."""
-    plain, first = _plain_tokens(tokenizer, text), _leading_tokens(tokenizer, name)
-    if first and text.startswith(_openings(tokenizer)):
+    plain, leading = _plain_tokens(tokenizer, text), _leading_tokens(tokenizer, name)
+    if leading and text.startswith(_openings(tokenizer)):
         return tuple(plain)
-    shared = next(n for n in range(len(first), -1, -1) if plain[:n] == first[len(first) - n :])
-    return tuple(first[: len(first) - shared] + plain)
+    shared = next(n for n in range(len(leading), -1, -1) if plain[:n] == leading[len(leading) - n :])
+    return tuple(leading[: len(leading) - shared] + plain)
 
 
 def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **template: Any) -> Tokens:
@@ -59,13 +59,13 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
 
     Args:
       template: further arguments of the chat template.
-    Raises: ValueError: the last message is the assistant's, and empty or changed by the template; the template leaves
-      out what the user says. What the template raises.
+    Raises: ValueError: the last message is the assistant's, and it is empty or changed by the template; or the template
+      leaves out a user's message. Errors of the template itself.
     """
     _check_roles(tokenizer, messages)
     open_turn = messages[-1].get("role") in ASSISTANT
-    begun = str(messages[-1].get("content") or "")
-    if open_turn and not begun.strip():  # transformers would strip the turn's header too
+    last_text = str(messages[-1].get("content") or "")
+    if open_turn and not last_text.strip():  # transformers would strip the turn's header too
         raise ValueError("the last chat message is the assistant's and has no text to continue; leave that message out")
     conversation = [dict(message) for message in messages]
     try:
@@ -89,7 +89,7 @@ def chat_tokens(tokenizer: Any, messages: Sequence[Mapping[str, Any]], **templat
 
 
 def _check_roles(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> None:
-    """Warns of system messages that the template leaves out. Raises: ValueError: it leaves out the user's."""
+    """Warns if the template leaves out system messages. Raises: ValueError: it leaves out a user's message."""
     written = {str(m.get("role")) for m in messages if isinstance(m.get("content"), str) and m["content"].strip()}
     left_out = written & _left_out(tokenizer, str(tokenizer.chat_template))
     if "user" in left_out:
@@ -103,7 +103,7 @@ def _check_roles(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> None:
 
 @functools.lru_cache(maxsize=4)
 def _left_out(tokenizer: Any, template: str) -> frozenset[str]:
-    """The roles, of system and user, whose texts are not in what the template writes."""
+    """Returns which of the roles system and user the template leaves out."""
     texts = {"system": _PROBE + "s", "user": _PROBE + "u"}
     for roles in (("system", "user"), ("user",)):
         with contextlib.suppress(Exception):  # a template may reject a role
@@ -121,18 +121,18 @@ def _warn_once(message: str) -> None:
 
 
 def prompt_text(tokenizer: Any, tokens: Sequence[int], name: str = "the model") -> str:
-    """Text of a prompt without the special tokens that a tokenizer puts first: who reads it puts them there again.
+    """Text of a prompt, without the tokenizer's leading special tokens: the reader's tokenizer adds them again.
 
-    Raises: ConfigError: as `text_tokens`.
+    Raises: ConfigError: see `text_tokens`.
     """
-    first = _leading_tokens(tokenizer, name)
-    rest = tokens[len(first) :] if first and list(tokens[: len(first)]) == first else tokens
+    leading = _leading_tokens(tokenizer, name)
+    rest = tokens[len(leading) :] if leading and list(tokens[: len(leading)]) == leading else tokens
     text: str = tokenizer.decode(list(rest), skip_special_tokens=False)
     return text
 
 
 def _openings(tokenizer: Any) -> tuple[str, ...]:
-    """What a chat that went through the template begins with: the text before a first message."""
+    """Possible beginnings of a chat rendered by the template: the text before the first message."""
     openings = []
     for role in ("user", "system"):
         with contextlib.suppress(Exception):  # a template may reject a role
@@ -146,7 +146,7 @@ def _plain_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def _leading_tokens(tokenizer: Any, name: str) -> list[int]:
-    """The special tokens that the tokenizer puts before a text."""
+    """The special tokens that the tokenizer adds before a text."""
     plain = _plain_tokens(tokenizer, _PROBE)
     with_special = [int(i) for i in tokenizer.encode(_PROBE, add_special_tokens=True)]
     for start in range(len(with_special) - len(plain) + 1):
@@ -159,9 +159,9 @@ def _leading_tokens(tokenizer: Any, name: str) -> list[int]:
 
 
 def decode(tokenizer: Any, tokens: Sequence[int], end: Sequence[int] = ()) -> str:
-    """Text of a response without BOS, EOS, padding and the tokens of `end`.
+    """Text of a response, without BOS, EOS, padding and the tokens of `end`.
 
-    Other special tokens stay, <think> and tool calls among them: they are what the model said.
+    Keeps other special tokens, such as <think> and those of tool calls: they are part of the model's answer.
     """
     left_out = {*end, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id}
     text: str = tokenizer.decode([i for i in tokens if i not in left_out], skip_special_tokens=False)
@@ -176,18 +176,19 @@ def encode_responses(
     end: Sequence[int],
     masks: Sequence[Mask | None] | None = None,
 ) -> list[Response]:
-    """Recorded responses to a prompt as the model would have drawn them.
+    """Encodes recorded responses to a prompt as the model would have drawn them.
 
-    A finished text gets an end token: after chat messages the one that closes an assistant's turn in the template,
-    else the tokenizer's EOS. It gets none where it ends with an end token already; white space after that is left out.
-    Token ids are used unchanged.
+    A finished text gets an end token: after chat messages, the token that closes an assistant's turn in the template;
+    otherwise the tokenizer's EOS. A text that already ends with an end token does not get a second one; white space
+    after it is dropped. Token ids are used unchanged.
 
     Args:
-      finished: of each response; None: a text is finished, token ids are where they end with an end token.
+      finished: for each response. None: a text is finished; token ids are finished if they end with an end token.
       end: ids that end a response.
-      masks: of each response, the mask of the policy's own tokens; token ids only. None: all tokens of all responses.
+      masks: for each response, the mask of the policy's own tokens; only for token ids. None: all tokens of all
+        responses.
     Raises: ResponseError: an end token before the end, or one that contradicts `finished`; no tokens; a finished text
-      where no end token is known; a mask that does not fit, or one of a text.
+      if no end token is known; a mask that does not fit, or a mask for a text.
     """
     encoded: list[Response] = []
     masks = [None] * len(responses) if masks is None else masks
@@ -211,7 +212,7 @@ def encode_responses(
 def checked_response(
     tokens: Sequence[int], finished: bool | None, end: Sequence[int], mask: Mask | None = None
 ) -> Response:
-    """The response of these tokens. Raises: ValueError: see `encode_responses`."""
+    """Returns the response with these tokens. Raises: ValueError: see `encode_responses`."""
     if not tokens:
         raise ValueError("it has no tokens; expected at least its end token")
     if mask is not None and (problem := mask_problem(mask, len(tokens))):
@@ -234,7 +235,7 @@ def checked_response(
 
 
 def _up_to_end(tokenizer: Any, tokens: list[int], end: Sequence[int]) -> list[int]:
-    """The tokens without white space behind the first end token."""
+    """Drops white space after the first end token."""
     first = next((place for place, i in enumerate(tokens) if i in end), len(tokens))
     after = tokens[first + 1 :]
     return tokens if after and tokenizer.decode(after, skip_special_tokens=False).strip() else tokens[: first + 1]
@@ -244,7 +245,7 @@ def _closing(tokenizer: Any, prompt: Prompt, end: Sequence[int]) -> int:
     """The end token of a finished answer to `prompt`. Raises: ValueError: the model does not define it."""
     closing = None
     if not isinstance(prompt, str):
-        before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # a last answer is being continued
+        before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # continues the last answer
         with contextlib.suppress(Exception):  # a template may raise anything; then the tokenizer decides
             closing = turn_end(tokenizer, before)
     closing = tokenizer.eos_token_id if closing is None else closing
@@ -256,21 +257,21 @@ def _closing(tokenizer: Any, prompt: Prompt, end: Sequence[int]) -> int:
 
 
 def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> list[int]:
-    """Ids that end a response: the generation settings', the tokenizer's and the chat template's own.
+    """Ids that end a response: those of the generation settings, the tokenizer and the chat template.
 
     Warns if there is none.
 
-    Raises: ConfigError: generation settings with an invalid eos_token_id.
+    Raises: ConfigError: the generation settings have an invalid eos_token_id.
     """
-    given = list(generation_eos) if isinstance(generation_eos, list | tuple) else [generation_eos]
-    for i in given:
+    generation_ids = list(generation_eos) if isinstance(generation_eos, list | tuple) else [generation_eos]
+    for i in generation_ids:
         if i is not None and (isinstance(i, bool) or not isinstance(i, int)):
             raise ConfigError(f"eos_token_id = {generation_eos!r} in the model's settings; expected token ids")
     closing = None
     if getattr(tokenizer, "chat_template", None):
         with contextlib.suppress(Exception):  # a template that rejects the probe may raise anything
             closing = turn_end(tokenizer)
-    ids = sorted({i for i in (*given, tokenizer.eos_token_id, closing) if i is not None})
+    ids = sorted({i for i in (*generation_ids, tokenizer.eos_token_id, closing) if i is not None})
     if not ids:
         log.warning(
             "no end token: neither the generation settings, the tokenizer nor a chat template names one, so every"
@@ -282,7 +283,7 @@ def end_tokens(generation_eos: int | Sequence[int] | None, tokenizer: Any) -> li
 def turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]] = _QUESTION) -> int | None:
     """The special token that follows an assistant's answer to `messages` in the chat template; None: no such token.
 
-    Raises: what the template raises at an answer there.
+    Raises: errors of the template, if it rejects an answer there.
     """
     answered = [*(dict(m) for m in messages), {"role": "assistant", "content": _PROBE}]
     text = tokenizer.apply_chat_template(answered, tokenize=False)
@@ -294,12 +295,12 @@ def turn_end(tokenizer: Any, messages: Sequence[Mapping[str, Any]] = _QUESTION) 
 
 
 def exported_eos(generation_eos: int | Sequence[int] | None, end: Sequence[int]) -> int | list[int] | None:
-    """eos_token_id of an exported model: as given, or all tokens of `end` if some are missing."""
+    """eos_token_id of an exported model: `generation_eos`, or all of `end` if it lacks some of them."""
     if generation_eos is None or isinstance(generation_eos, int):
         return generation_eos if {*end} <= {generation_eos} else list(end)
     return list(generation_eos) if {*end} <= {*generation_eos} else list(end)
 
 
 def told_end_tokens(tokenizer: Any, end: Sequence[int]) -> str:
-    """The end tokens in words, for `Policy.describe`."""
+    """Names the end tokens, for `Policy.describe`."""
     return ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(end)))) or "none: responses run to max_tokens"

@@ -1,4 +1,4 @@
-"""Responses to one prompt as a tree of common beginnings: the order in which a packed row computes each token once."""
+"""Orders the responses to a prompt as a tree of common beginnings, so that a packed row computes each token once."""
 
 from collections.abc import Sequence
 
@@ -7,16 +7,16 @@ from gvpo_core.training.policy.protocol import Tokens
 
 
 def depth_first(responses: Sequence[Tokens]) -> list[tuple[int, int]]:
-    """The responses in depth-first order of their tree, and how many inputs each shares with the one before it.
+    """Returns the responses in depth-first order of their tree, with the inputs that each shares with the one before.
 
-    No two responses share more than the least of the numbers after the first up to the second. Branches of a node keep
-    the given order, so that of responses without a common beginning is the given one. A response's last token is not
-    an input.
+    Two responses share at most the minimum of the counts after the first one, up to and including the second one.
+    Branches of a node keep the given order, so responses without a common beginning keep it too. A response's last
+    token is not an input.
 
-    Returns: (number of the response, inputs that it has in common with the response before) each.
+    Returns: (index of the response, inputs in common with the response before it) for each response.
     """
     shared = [0] * len(responses)
-    nodes: list[tuple[int, list[tuple[int, list[int]]]]] = [(0, [])]  # depth, branches: (the first given, members)
+    nodes: list[tuple[int, list[tuple[int, list[int]]]]] = [(0, [])]  # depth, branches: (first in order given, members)
 
     def closed(depth: int, branches: list[tuple[int, list[int]]]) -> tuple[int, list[int]]:
         branches.sort()
@@ -24,7 +24,7 @@ def depth_first(responses: Sequence[Tokens]) -> list[tuple[int, int]]:
             shared[members[0]] = depth
         return branches[0][0], [i for _, members in branches for i in members]
 
-    # Neighbours in sorted order have the most in common. A node is open while the next response may belong to it.
+    # In sorted order, neighbours have the most in common. A node stays open while the next response may belong to it.
     order = sorted(range(len(responses)), key=responses.__getitem__)
     for i, after in zip(order, [*order[1:], None], strict=True):
         depth = 0 if after is None else _common_inputs(responses[i], responses[after])

@@ -1,4 +1,4 @@
-"""Safetensors files of a Hugging Face folder: which ones transformers reads, what they hold, and what is refused."""
+"""Safetensors files of a Hugging Face folder: which ones transformers reads, their tensors, and checks of them."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from gvpo_core.training.files.lfs import is_pointer, pointer_message
 INDEX = "model.safetensors.index.json"
 _ONE = "model.safetensors"
 _ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "adapters.safetensors")
-_QUANTIZED = ("quantization_config", "compression_config")  # in config.json, of the model or a part of it
+_QUANTIZED = ("quantization_config", "compression_config")  # in config.json, at the top level or in a part of the model
 _QUANTIZED_AT_THE_TOP = ("quantization", "quant_config", "quantize_config", "quantization_bit", "load_in_4bit",
                          "load_in_8bit")  # fmt: skip
 _QUANTIZERS = ("hf_quant_config.json", "quantize_config.json", "quant_config.json", "quanto_qmap.json",
@@ -24,7 +24,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Tensor(NamedTuple):
-    """Where one tensor is."""
+    """Location of a tensor."""
 
     path: Path
     dtype: str  # as safetensors names it: F32, BF16, I8, F8_E4M3, ...
@@ -34,10 +34,11 @@ class Tensor(NamedTuple):
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers reads, and no others: the one that config.json names as `transformers_weights`, else
-    `model.safetensors`, else those of the index.
+    """Returns the files that transformers reads, and no others.
 
-    Raises: ConfigError: none is there, an index cannot be read, or a file is named that is missing or is elsewhere.
+    That is the file in `transformers_weights` of config.json, else `model.safetensors`, else the files of the index.
+
+    Raises: ConfigError: no file exists, the index cannot be read, or a named file is missing or outside the folder.
     """
     if named := _named_by_config(folder / "config.json"):
         by = f"{folder / 'config.json'} (transformers_weights)"
@@ -55,7 +56,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _named_by_config(path: Path) -> str | None:
-    """The weight file that config.json names. Another reader of this file says what else is wrong with it."""
+    """Returns the weight file that config.json names. Other errors in config.json are reported elsewhere."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -83,29 +84,29 @@ def _of_index(index: Path) -> list[Path]:
 
 
 def _inside(folder: Path, name: str, by: str) -> Path:
-    """The file of that name. Raises: ConfigError: it is outside the folder."""
+    """Returns the path of a file. Raises: ConfigError: it is outside the folder."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ConfigError(f"{by} names {name}, which is outside the model's folder {folder}")
     return folder / name
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Name -> where it is, of every tensor in `weight_files`, from the files' headers alone.
+    """Returns name -> location of every tensor in `weight_files`. Reads only the headers of the files.
 
-    Raises: ConfigError: as `weight_files`; a file that is not safetensors, is damaged, or is a Git LFS pointer; a
-      tensor that two files hold.
+    Raises: ConfigError: see `weight_files`; a file is not safetensors, is damaged, or is a Git LFS pointer; two files
+      hold the same tensor.
     """
     headers: dict[str, Tensor] = {}
     for path in weight_files(folder):
         try:
-            of_file = _header(path)
-            if twice := headers.keys() & of_file.keys():
-                name = min(twice)
+            file_header = _header(path)
+            if duplicates := headers.keys() & file_header.keys():
+                name = min(duplicates)
                 raise ConfigError(
                     f"{folder}: {name} is in {headers[name].path.name} and in {path.name}: take the file that does not"
                     " belong to the model out of the index"
                 )
-            headers |= of_file
+            headers |= file_header
         except ConfigError:
             raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,13 +132,13 @@ def _header(path: Path) -> dict[str, Tensor]:
         if last > size:
             raise ValueError(f"the file ends inside {name}")
         tensor = Tensor(path, str(entry["dtype"]), tuple(entry["shape"]), first, last)
-        wanted = math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 0)
-        if tensor.dtype in _BYTES and last - first != wanted:
-            raise ValueError(f"{name}, {tensor.dtype} of {list(tensor.shape)}, has {last - first} bytes, not {wanted}")
+        nbytes = math.prod(tensor.shape) * _BYTES.get(tensor.dtype, 0)
+        if tensor.dtype in _BYTES and last - first != nbytes:
+            raise ValueError(f"{name}, {tensor.dtype} of {list(tensor.shape)}, has {last - first} bytes, not {nbytes}")
         entries[name] = tensor
     at = 8 + length
     for name, tensor in sorted(entries.items(), key=lambda item: (item[1].start, item[1].stop)):
-        if tensor.start != at:  # as the safetensors library has it: no two tensors share bytes, and no byte is unused
+        if tensor.start != at:  # as in the safetensors library: tensors do not overlap and leave no gaps
             raise ValueError(f"{name} begins at byte {tensor.start} and the tensor before it ends at byte {at}")
         at = tensor.stop
     if at != size:
@@ -146,10 +147,10 @@ def _header(path: Path) -> dict[str, Tensor]:
 
 
 def check_settings(config: Mapping[str, Any], folder: Path) -> None:
-    """Refuses sizes in config.json that the weight files cannot hold: building such a model takes all memory, or hours.
+    """Rejects sizes in config.json that the weight files cannot have. Building such a model takes all memory, or hours.
 
-    Raises: ConfigError: more layers than tensors, a size larger than all weights together, architectures that are no
-      names; as `tensors`.
+    Raises: ConfigError: more layers than tensors; a size larger than all weights together; architectures that are not
+      names; see `tensors`.
     """
     named = config.get("architectures") or []
     if not isinstance(named, list) or not all(isinstance(name, str) for name in named):
@@ -160,7 +161,7 @@ def check_settings(config: Mapping[str, Any], folder: Path) -> None:
         for name, value in part.items():
             if isinstance(value, bool) or not isinstance(value, int) or not _is_size(name):
                 continue
-            if value > (len(stored) if "layer" in name else 32 * weights):  # 4-bit weights are eight to a number
+            if value > (len(stored) if "layer" in name else 32 * weights):  # a number may hold eight 4-bit weights
                 holds = f"{len(stored)} tensors" if "layer" in name else f"{weights} numbers"
                 raise ConfigError(f"config.json has {name} = {value}, and the weight files hold {holds}")
 
@@ -172,13 +173,13 @@ def _is_size(name: str) -> bool:
 
 
 def refuse_integers(stored: Mapping[str, Tensor], quantized: Iterable[str] = ()) -> None:
-    """Refuses weights that are integers or 8-bit floats: without their scales their values are wrong.
+    """Rejects weights that are integers or 8-bit floats: without their scales, their values are wrong.
 
-    Masks (BOOL, of a name that does not end in weight), single numbers and `position_ids` are not weights.
+    Masks (BOOL, with a name that does not end in weight), single numbers and `position_ids` are not weights.
 
     Args:
       quantized: names that the backend reads together with their scales.
-    Raises: ConfigError: naming the first such weight.
+    Raises: ConfigError: there is such a weight; the message names the first one.
     """
     allowed = set(quantized)
     masks = {name for name, t in stored.items() if t.dtype == "BOOL" and not name.endswith("weight")}
@@ -193,8 +194,9 @@ def refuse_integers(stored: Mapping[str, Tensor], quantized: Iterable[str] = ())
 
 
 def quantization(config: Mapping[str, Any]) -> str | None:
-    """The method that config.json says the weights are quantised with (gptq, awq, fp8, ...), at the top or in any part
-    of the model, or None.
+    """Returns the quantisation method in config.json (gptq, awq, fp8, ...), or None.
+
+    Looks at the top level and in all parts of the model.
     """
     return _method(config, (*_QUANTIZED, *_QUANTIZED_AT_THE_TOP))
 
@@ -211,7 +213,7 @@ def _method(part: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 
 def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
-    """Raises ConfigError where config.json says that the weights are quantised, naming the method."""
+    """Raises ConfigError if config.json says that the weights are quantised. The message names the method."""
     method = quantization(config)
     if method:
         raise ConfigError(
@@ -221,24 +223,23 @@ def refuse_quantization(config: Mapping[str, Any], backend: str) -> None:
 
 
 def refuse_quantizer(folder: Path) -> None:
-    """Raises ConfigError where the folder holds the settings of a quantisation in a file of their own."""
-    held = [name for name in _QUANTIZERS if (folder / name).exists()]
-    if held:
+    """Raises ConfigError if the folder holds settings of a quantisation in a separate file."""
+    files = [name for name in _QUANTIZERS if (folder / name).exists()]
+    if files:
         raise ConfigError(
-            f"{folder} holds the settings of quantised weights ({held[0]}), which no backend reads: use the original "
+            f"{folder} holds the settings of quantised weights ({files[0]}), which no backend reads: use the original "
             "model; if the weights are the original ones, take that file out of the folder"
         )
 
 
 def refuse_adapter(folder: Path) -> None:
-    """Raises ConfigError where the folder holds an adapter's file, with or without the model it belongs to.
+    """Raises ConfigError if the folder holds an adapter's file, with or without its model.
 
-    transformers loads an adapter with its settings on top of the model, other readers the model alone: neither is what
-    the path says.
+    transformers loads the adapter on top of the model, other libraries load only the model. Either could be wrong.
     """
-    held = [name for name in _ADAPTERS if (folder / name).exists()]
-    if held:
+    files = [name for name in _ADAPTERS if (folder / name).exists()]
+    if files:
         raise ConfigError(
-            f"{folder} holds an adapter ({held[0]}): merge it into its model first (in peft: "
+            f"{folder} holds an adapter ({files[0]}): merge it into its model first (in peft: "
             "`merge_and_unload()`, then `save_pretrained`), or take the adapter's files out of the folder"
         )
