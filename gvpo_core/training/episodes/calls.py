@@ -1,7 +1,7 @@
-"""Tool calls in what a model wrote: the forms of Hermes (Qwen, SmolLM2) and of Llama 3.
+"""Finds tool calls in a model's message, in the formats of Hermes (Qwen, SmolLM2) and Llama 3.
 
-Hermes: one or more `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, text around them allowed.
-Llama 3: the whole message is `{"name": ..., "parameters": {...}}`, perhaps after `<|python_tag|>`.
+Hermes: one or more `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`; other text may stand around them.
+Llama 3: the whole message is `{"name": ..., "parameters": {...}}`, optionally after `<|python_tag|>`.
 """
 
 import json
@@ -10,20 +10,20 @@ from typing import Any, NamedTuple
 
 from gvpo_core.training.rewards.worker.encoding import encode
 
-MOST_CALLS = 16  # of a message; later ones are errors
+MOST_CALLS = 16  # per message; further calls are errors
 _LONGEST = 65_536  # characters of one call
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 
 
 class Parsed(NamedTuple):
-    """The calls of a message, and why others cannot be read."""
+    """The calls of a message, and an error for each call that cannot be read."""
 
     calls: list[dict[str, Any]]  # {"name": str, "arguments": dict}
     errors: list[str]
 
 
 def parse_calls(text: str) -> Parsed:
-    """The tool calls in a message; none where it has no form of a call."""
+    """Returns the tool calls in a message; none if no part of it looks like a call."""
     calls: list[dict[str, Any]] = []
     errors: list[str] = []
     parts = text.split(_OPEN)[1:]

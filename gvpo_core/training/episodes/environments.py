@@ -1,7 +1,7 @@
-"""The environments of a run: objects in worker processes, one for each episode, asked with time limits.
+"""The environments of a run: objects in worker processes, one for each episode, called with time limits.
 
-A process past its limit is ended with all that it started. Its other episodes are played again in a new one, message by
-message; an environment that does not repeat itself loses them.
+A process that exceeds its limit is killed with all its children. Its other episodes are replayed in a new process,
+message by message. If an environment does not give the same results again, its episodes are lost.
 """
 
 import functools
@@ -18,31 +18,31 @@ from gvpo_core.training.rewards.clock import now
 from gvpo_core.training.rewards.process import START_LIMIT, CallFailed, Worker, working_folder
 from gvpo_core.training.rewards.worker.encoding import UnsendableError, encode
 
-_ANSWER = 4 * 2**20  # bytes of an answer at most, for each operation
-_GRACE = 5.0  # seconds beyond the limit of async operations, which the process watches itself
+_ANSWER = 4 * 2**20  # largest answer to an operation, bytes
+_GRACE = 5.0  # further seconds for async operations: the process enforces their limit itself
 
 
 @dataclass(frozen=True)
 class Operation:
-    """What is asked of an episode's environment."""
+    """A call to an episode's environment."""
 
     name: str  # reset, step, tools, at_limit, close
     episode: int
-    given: tuple[Any, ...] = ()  # row, message or calls
+    arguments: tuple[Any, ...] = ()  # row, message or calls
 
     def message(self) -> list[Any]:
-        """For the process. Raises: UnsendableError."""
-        return [self.name, self.episode, *map(encode, self.given)]
+        """Returns the message for the process. Raises: UnsendableError."""
+        return [self.name, self.episode, *map(encode, self.arguments)]
 
 
 Result = dict[str, Any]  # values, or "error" and "traceback"
 
 
 class Environments:
-    """A pool of processes; episodes are dealt over them by their number."""
+    """A pool of processes. The number of an episode determines its process."""
 
     def __init__(self, config: EnvironmentConfig, log: RewardLog | None = None) -> None:
-        """Starts the first process. Raises: ConfigError: a class or tool that is not there or cannot be used."""
+        """Starts the first process. Raises: ConfigError: a class or tool does not exist or cannot be used."""
         self.config = config
         options = resolved(config.options, "environment.options")
         try:
@@ -61,31 +61,31 @@ class Environments:
         self._seats = [_Seat(start, config.timeout) for _ in range(config.workers)]
         try:
             described = self._seats[0].describe()
-        except BaseException as e:  # Ctrl-C too: no process stays behind
+        except BaseException as e:  # also on Ctrl-C: no process may stay behind
             self.close()
             if isinstance(e, LookupError | CallFailed | OSError | TimeoutError):
                 name = f"environment.path = {config.path!r}" if config.path else f"environment.tools = {config.tools}"
                 raise ConfigError(f"{name}: {e}") from e
             raise
         self.tools: list[dict[str, Any]] = described["tools"]
-        self.answers: bool = described["answers"]  # whether step answers the calls of tools
-        self.scores_cut: bool = described["at_limit"]  # whether it scores episodes that a limit cuts
+        self.answers: bool = described["answers"]  # whether step answers tool calls
+        self.scores_cut: bool = described["at_limit"]  # whether the environment scores episodes that a limit cuts
         for seat in self._seats:
             seat.concurrent = described["concurrent"]
 
     def ask(self, operations: Sequence[Operation]) -> list[Result]:
-        """The results, in the order of the operations; an episode has at most one of them."""
+        """Returns the results in the order of the operations. An episode may have at most one operation."""
         places: list[list[int]] = [[] for _ in self._seats]
         for place, operation in enumerate(operations):
             places[operation.episode % len(self._seats)].append(place)
-        busy = [(seat, places_of) for seat, places_of in zip(self._seats, places, strict=True) if places_of]
+        busy = [(seat, indices) for seat, indices in zip(self._seats, places, strict=True) if indices]
         results: list[Result] = [{}] * len(operations)
         if not busy:
             return results
         with ThreadPoolExecutor(len(busy)) as pool:
-            asked = [(places_of, pool.submit(seat.ask, [operations[i] for i in places_of])) for seat, places_of in busy]
-            for places_of, future in asked:
-                for place, result in zip(places_of, future.result(), strict=True):
+            calls = [(indices, pool.submit(seat.ask, [operations[i] for i in indices])) for seat, indices in busy]
+            for indices, future in calls:
+                for place, result in zip(indices, future.result(), strict=True):
                     results[place] = result
         return results
 
@@ -105,16 +105,16 @@ class _Seat:
     def __init__(self, start: functools.partial[Worker], limit: float) -> None:
         self._start, self._limit, self.concurrent = start, limit, False
         self._worker: Worker | None = None
-        self._past: dict[int, list[tuple[Operation, Result]]] = {}  # of living episodes
-        self._lost: set[int] = set()  # living episodes that the process does not have
+        self._past: dict[int, list[tuple[Operation, Result]]] = {}  # by open episode
+        self._lost: set[int] = set()  # open episodes that the process does not have
 
     def describe(self) -> dict[str, Any]:
-        """Tools, and whether operations wait side by side. Raises: LookupError, CallFailed, TimeoutError, OSError."""
+        """Returns facts about the environment. Raises: LookupError, CallFailed, TimeoutError, OSError."""
         described: dict[str, Any] = self._answer({"describe": True}, self._limit)
         return described
 
     def ask(self, operations: Sequence[Operation]) -> list[Result]:
-        """The results. Where a process fails on several operations at once, they are tried one by one."""
+        """Returns the results. If a process fails on several operations at once, they are retried one by one."""
         results: list[Result] | None = None
         if self.concurrent and not any(operation.episode in self._lost for operation in operations):
             results = self._send(operations)
@@ -143,7 +143,7 @@ class _Seat:
             self._past.setdefault(operation.episode, []).append((operation, result))
 
     def _send(self, operations: Sequence[Operation]) -> list[Result]:
-        """The results; where the process fails, those of all operations are errors and it is gone."""
+        """Returns the results. If the process fails, it is ended, and all results are errors."""
         results: list[Result] = [{}] * len(operations)
         sent, messages = [], []
         for place, operation in enumerate(operations):
@@ -175,7 +175,7 @@ class _Seat:
         return answer["values"]
 
     def _replay(self, episode: int) -> None:
-        """Plays an episode again in the new process; it stays lost where a result is another one."""
+        """Replays an episode in the new process. It stays lost if a result differs."""
         past = self._past.get(episode, [])
         self._lost.discard(episode)
         for operation, before in past:

@@ -1,4 +1,4 @@
-"""Plays episodes: the policy's turns, drawn for all episodes at once, and what tools and environments answer."""
+"""Plays episodes: draws the policy's turns for all episodes at once, and gets the answers of tools and environments."""
 
 import json
 import logging
@@ -23,32 +23,32 @@ _log = logging.getLogger("gvpo")
 
 End = Literal["done", "turns", "tokens", "failed"]
 _ENDS = ("done", "turns", "tokens", "failed")
-NUMBERS = 7 + len(_ENDS)  # of an episode, for metrics; see `episode_rows`
+NUMBERS = 7 + len(_ENDS)  # numbers per episode, for metrics; see `episode_rows`
 Draw = Callable[
     [Sequence[Sequence[Mapping[str, Any]]], Sequence[Tokens], Sequence[Sequence[int]], Sampling],
     Sequence[Sequence[Response]],
 ]
-"""(conversations, their tokens, seeds of each, settings) -> responses of each; every rank calls it equally often."""
+"""(conversations, their tokens, seeds of each, settings) -> responses of each. All ranks make equally many calls."""
 
 _episodes = count()  # numbers of the episodes of this process
 
 
 class EnvironmentFailed(RewardError):
-    """Environments that failed for too many episodes, or a user's that breaks the protocol."""
+    """Environments failed for too many episodes, or a user's environment broke the protocol."""
 
 
 @dataclass(frozen=True)
 class Episode(Drawn):
-    """A response of several turns: tokens from outside are not the policy's own."""
+    """A response of several turns. Tokens of tools and environments are not the policy's own."""
 
     messages: Sequence[dict[str, Any]] = field(default=(), kw_only=True)  # after the prompt
     reward: float | None = field(default=None, kw_only=True)  # sum over the turns; None: unscored
-    end: End = field(default="done", kw_only=True)  # turns, tokens: cut by a limit; failed: by the environment
-    turns: int = field(default=1, kw_only=True)  # of the policy
-    calls: int = field(default=0, kw_only=True)  # of tools
-    failed_calls: int = field(default=0, kw_only=True)  # that could not be read, or whose tool raised
-    seconds: float = field(default=0.0, kw_only=True)  # waited for tools and environments
-    error: str = field(default="", kw_only=True)  # of the environment
+    end: End = field(default="done", kw_only=True)  # turns, tokens: cut by a limit; failed: the environment failed
+    turns: int = field(default=1, kw_only=True)  # turns of the policy
+    calls: int = field(default=0, kw_only=True)  # tool calls
+    failed_calls: int = field(default=0, kw_only=True)  # calls that could not be read, or with a tool that raised
+    seconds: float = field(default=0.0, kw_only=True)  # time spent waiting for tools and environments
+    error: str = field(default="", kw_only=True)  # error of the environment
 
 
 class _Playing:
@@ -98,16 +98,16 @@ def play(
     *,
     system_prompt: str = "",
 ) -> list[list[Episode]]:
-    """An episode for each seed of each prompt; every rank calls.
+    """Plays an episode for each seed of each prompt. Every rank calls this.
 
-    Turn t of an episode is drawn with a seed made of the episode's and t. So an episode depends on its prompt, its
-    seed, the parameters and its environment alone.
+    The seed of turn t is made from the episode's seed and t. So an episode depends only on its prompt, its seed, the
+    parameters and its environment.
 
     Args:
-      prompts: messages, token ids and row of the data, each.
-      sampling: `max_tokens` are those that the policy sees after the prompt, the environment's included.
-      system_prompt: data.system_prompt, with which prompts begin that have no system message of their own.
-    Raises: EnvironmentFailed: an environment that broke the protocol, or failed for more than half of the episodes.
+      prompts: messages, token ids and data row of each prompt.
+      sampling: `max_tokens` limits all tokens after the prompt, including those of the environment.
+      system_prompt: data.system_prompt; prompts without a system message of their own begin with it.
+    Raises: EnvironmentFailed: an environment broke the protocol, or failed for more than half of the episodes.
     """
     config = environments.config
     playing = [
@@ -120,10 +120,10 @@ def play(
     def begin() -> None:
         operations = [Operation("reset", one.number, (dict(prompts[one.place[0]][2]),)) for one in playing]
         for one, result in _asked(environments, playing, operations):
-            given = result.get("messages")
+            messages = result.get("messages")
             prompt = one.transcript.prompt
-            own = prompt[1:] if prompt[0] == {"role": "system", "content": system_prompt} else prompt
-            if given is not None and given not in (prompt, own):
+            row_prompt = prompt[1:] if prompt[0] == {"role": "system", "content": system_prompt} else prompt
+            if messages is not None and messages not in (prompt, row_prompt):
                 raise EnvironmentFailed(
                     "reset gave other messages than the prompt of the row: the episodes of a group must begin alike."
                     " Make reset depend on its row alone, or return None to use the row's prompt"
@@ -136,7 +136,7 @@ def play(
         requests = _requests(active, sampling, config.turn_tokens, positions)
         if not (rounds := highest(policy, len(requests))):
             break
-        for number in range(rounds):  # as many on every rank: there a model may be sharded
+        for number in range(rounds):  # equally many on every rank: the model may be sharded
             members, limit = requests[number] if number < len(requests) else ([], sampling.max_tokens)
             settings = Sampling(limit, sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p)
             firsts = [many[0].transcript for many in members]
@@ -167,10 +167,10 @@ def play(
 def _requests(
     active: Sequence[_Playing], sampling: Sampling, turn: int, positions: int
 ) -> list[tuple[list[list[_Playing]], int]]:
-    """Calls of `draw`: episodes by their context, and tokens of a turn at most.
+    """Plans the calls of `draw`: each has episodes, grouped by context, and the token limit of a turn.
 
-    One call, whose longer turns are cut to the room of their episode, where the model has the positions for it; else a
-    call for each limit. The turns are the same.
+    If the model has enough positions, one call draws all turns, and turns that are too long for their episode are cut
+    later. Otherwise there is one call for each limit. Both give the same turns.
     """
     limits = [min(turn or sampling.max_tokens, sampling.max_tokens - one.transcript.length) for one in active]
     longest = max((len(one.transcript.context) for one in active), default=0)
@@ -183,7 +183,7 @@ def _requests(
 
 
 def _say(policy: Policy, one: _Playing, response: Response, room: int) -> None:
-    if len(response.tokens) > room:  # what the same seed draws within the room
+    if len(response.tokens) > room:  # the same seed would draw this within the room
         response = Response(response.tokens[:room], False)
     one.transcript.say(response, policy.decode(response.tokens))
     one.turns += 1
@@ -197,9 +197,9 @@ def _say(policy: Policy, one: _Playing, response: Response, room: int) -> None:
 
 
 def _answered(environments: Environments, active: Sequence[_Playing], sampling: Sampling) -> None:
-    """What tools and environments answer to the newest turns, added to the transcripts."""
+    """Adds the answers of tools and environments to the newest turns to the transcripts."""
     operations, asked = [], []
-    unheard = [one for one in active if one.end]  # cut within a turn, which no environment hears
+    unheard = [one for one in active if one.end]  # cut inside a turn, which is not sent to the environment
     for one in active:
         if one.end:
             continue
@@ -221,7 +221,7 @@ def _answered(environments: Environments, active: Sequence[_Playing], sampling: 
         if result.get("reward") is not None:
             one.rewards.append(result["reward"])
         if result.get("done"):
-            one.transcript.messages += messages  # shown; no turn of the policy reads them
+            one.transcript.messages += messages  # recorded only: the policy has no further turn
             one.end = "done"
         elif not messages:
             raise EnvironmentFailed("step gave no messages and done = False; expected messages for the next turn")
@@ -247,7 +247,7 @@ def _answered(environments: Environments, active: Sequence[_Playing], sampling: 
 
 
 def _last_turn(one: _Playing, environments: Environments) -> dict[str, Any]:
-    """The newest turn as `step` gets it: with the calls that are whole in it, where the environment answers them."""
+    """Returns the newest turn as `step` gets it: with its complete calls, if the environment answers calls."""
     message = dict(one.transcript.messages[-1])
     if environments.answers:
         message["tool_calls"] = parse_calls(message["content"])[0]
@@ -257,7 +257,7 @@ def _last_turn(one: _Playing, environments: Environments) -> dict[str, Any]:
 def _asked(
     environments: Environments, episodes: Sequence[_Playing], operations: Sequence[Operation]
 ) -> list[tuple[_Playing, Result]]:
-    """The results of the operations that did not fail; an episode whose operation failed has ended."""
+    """Returns the results of operations that did not fail. If an operation fails, its episode ends."""
     clock, answered = time.perf_counter(), []
     results = environments.ask(operations)
     seconds = time.perf_counter() - clock
@@ -283,7 +283,7 @@ def _check_failures(playing: Sequence[_Playing]) -> None:
 
 
 def _repeats(episode: Episode) -> bool:
-    """Whether two turns say the same, or make the same tool calls, whatever the words around them."""
+    """Whether two turns have the same text or make the same tool calls, regardless of the text around the calls."""
     turns = []
     for message in episode.messages:
         if message["role"] == "assistant":
@@ -293,7 +293,7 @@ def _repeats(episode: Episode) -> bool:
 
 
 def episode_rows(episodes: Sequence[Response]) -> np.ndarray:
-    """(N, NUMBERS) numbers of a step's episodes, of which `episode_metrics` makes metrics."""
+    """(N, NUMBERS) numbers of a step's episodes, for `episode_metrics`."""
     rows = [
         [
             *(e.turns, e.calls, e.failed_calls, e.seconds, len(e.all_tokens), _repeats(e), 1 + len(e.later)),
@@ -306,7 +306,7 @@ def episode_rows(episodes: Sequence[Response]) -> np.ndarray:
 
 
 def episode_metrics(rows: np.ndarray) -> dict[str, float]:
-    """The metrics of episodes, of all ranks' `episode_rows`; rows of NaN are left out."""
+    """Metrics of episodes, from the `episode_rows` of all ranks. Ignores rows with NaN."""
     rows = rows[~np.isnan(rows).any(axis=1)]
     if not len(rows):
         return {}
@@ -326,6 +326,6 @@ def episode_metrics(rows: np.ndarray) -> dict[str, float]:
 
 
 def ends_of(rows: np.ndarray) -> dict[str, float]:
-    """The shares of the ways in which episodes ended, of all ranks' `episode_rows`; rows of NaN are left out."""
+    """Shares of the ways in which episodes ended, from the `episode_rows` of all ranks. Ignores rows with NaN."""
     rows = rows[~np.isnan(rows).any(axis=1)]
     return {f"episodes/{end}": float(rows[:, 7 + i].mean()) for i, end in enumerate(_ENDS) if len(rows)}

@@ -1,4 +1,4 @@
-"""The prompts of episodes, and what turns a prompt into episodes."""
+"""Prompts of episodes, and their method that plays the episodes."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ _log = logging.getLogger("gvpo")
 
 @dataclass(frozen=True)
 class EpisodePrompts(Prompts):
-    """Prompts that begin episodes."""
+    """Prompts that start episodes."""
 
     environments: Environments = None  # type: ignore[assignment]
     chat: Chat = None  # type: ignore[assignment]
@@ -28,18 +28,20 @@ class EpisodePrompts(Prompts):
     def play(
         self, policy: Policy, rows: Sequence[int], seeds: Sequence[Sequence[int]], sampling: Sampling, draw: Draw
     ) -> list[list[Episode]]:
-        """An episode for each seed of each row; see `play`."""
-        given = [(self.prompts[r], self.tokens[r], {**self.columns[r], self.column: self.prompts[r]}) for r in rows]
+        """Plays an episode for each seed of each row; see `play`."""
+        inputs = [(self.prompts[r], self.tokens[r], {**self.columns[r], self.column: self.prompts[r]}) for r in rows]
         environments, chat, system = self.environments, self.chat, self.system_prompt
-        return play(policy, environments, chat, given, seeds, sampling, draw, system_prompt=system)  # type: ignore[arg-type]
+        return play(policy, environments, chat, inputs, seeds, sampling, draw, system_prompt=system)  # type: ignore[arg-type]
 
 
 def episode_prompts(
     policy: Policy, environments: Environments, rows: Sequence[Row], config: Config, name: str = "data.train"
 ) -> EpisodePrompts:
-    """The rows' prompts: the column's, where a text is a message of the user's; else what `reset(row)` gives.
+    """Encodes the prompts of the rows: those of the prompt column, or else those that `reset(row)` returns.
 
-    Raises: DataError: see `encode_prompts`; a row of which neither has a prompt. ConfigError: no chat template.
+    A text in the column becomes a message of the user.
+
+    Raises: DataError: see `encode_prompts`; a row without a prompt from either. ConfigError: no chat template.
     """
     tokenizer = getattr(policy, "tokenizer", None)
     chat = Chat(tokenizer, environments.tools, history=config.environment.history)
@@ -73,7 +75,7 @@ def _messages(prompt: Any) -> Any:
 def _prompts_of(
     environments: Environments, rows: Sequence[Mapping[str, Any]], numbers: Sequence[int], name: str, column: str
 ) -> list[Any]:
-    """What `reset` gives for the rows, a number of them at a time."""
+    """Returns the prompts that `reset` gives for the rows; 64 environments are open at a time."""
     prompts: list[Any] = []
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]

@@ -1,4 +1,4 @@
-"""The environment's reward beside the reward functions of a run."""
+"""The environment's reward, used together with the reward functions of a run."""
 
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -8,11 +8,11 @@ from gvpo_core.training.rewards.calls import Columns
 from gvpo_core.training.rewards.worker.functions import Signature
 
 COLUMN = "environment_reward"
-"""Column of the episodes' rewards, which reward functions may read too."""
+"""Column of the episodes' rewards. Reward functions may read it too."""
 
 
 class FromEpisodes:
-    """A `Caller` that gives what the environments gave."""
+    """A `Caller` that returns the rewards of the environments."""
 
     width = 1
     start = 0.0
@@ -33,5 +33,5 @@ class FromEpisodes:
 
 
 def environment_reward(weight: float, log: RewardLog) -> Reward:
-    """The reward named environment."""
+    """Returns the reward named environment."""
     return Reward("environment", FromEpisodes(), weight, log=log)

@@ -1,9 +1,9 @@
 """A conversation as the tokens that the policy saw and drew.
 
-What the policy said stays the tokens that it drew, whatever its text would tokenize to. What it hears is tokenized
-once: the part that the chat template adds to the text of the conversation so far, the turn's end included. A template
-that changes earlier text (it drops thoughts, say) has no such part: there a new segment begins, whose prompt is the
-conversation as the template renders it then.
+The policy's turns keep the tokens that it drew, even if their text would tokenize differently. Messages from outside
+are tokenized once: the text that the chat template adds to the conversation so far, including the end of the turn. If a
+template changes earlier text (for example, drops thoughts), there is no such text. A new segment then begins; its
+prompt is the conversation as the template renders it at that point.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,19 +18,19 @@ History = Literal["segments", "keep", "error"]  # see `EnvironmentConfig.history
 
 
 class RewrittenError(ConfigError):
-    """A chat template that renders earlier turns in another way than the policy saw them."""
+    """A chat template renders earlier turns differently from how the policy saw them."""
 
 
 class Chat:
-    """A tokenizer's chat template with the tools of a run."""
+    """The chat template of a tokenizer, with the tools of a run."""
 
     def __init__(
         self, tokenizer: Any, tools: Sequence[Mapping[str, Any]] = (), *, history: History = "segments"
     ) -> None:
         """
         Args:
-          tools: schemas in OpenAI's form.
-          history: what to do where the template rewrites earlier turns; see `EnvironmentConfig.history`.
+          tools: schemas in OpenAI's format.
+          history: what to do if the template rewrites earlier turns; see `EnvironmentConfig.history`.
         Raises: ConfigError: there is no chat template.
         """
         if not getattr(tokenizer, "chat_template", None):
@@ -39,13 +39,13 @@ class Chat:
         self.tools = [dict(tool) for tool in tools] or None
 
     def text(self, messages: Sequence[Message]) -> str:
-        """The conversation with an open turn of the assistant. Raises: ConfigError: the template refuses it."""
+        """Renders the conversation with an open assistant turn. Raises: ConfigError: the template rejects it."""
         try:
-            given = [dict(message) for message in messages]
+            copies = [dict(message) for message in messages]
             return str(
-                self.tokenizer.apply_chat_template(given, tools=self.tools, add_generation_prompt=True, tokenize=False)
+                self.tokenizer.apply_chat_template(copies, tools=self.tools, add_generation_prompt=True, tokenize=False)
             )
-        except Exception as e:  # a template raises what it likes
+        except Exception as e:  # a template may raise anything
             roles = ", ".join(str(m.get("role")) for m in messages)
             raise ConfigError(f"the chat template cannot render messages of the roles {roles}: {e}") from e
 
@@ -64,59 +64,59 @@ class Chat:
 
 
 class Heard(NamedTuple):
-    """What the policy reads before its next turn."""
+    """The input of the policy's next turn."""
 
-    tokens: list[int]  # after its last turn; of a new segment, the whole prompt
-    text: str | None  # the whole conversation as the policy sees it; None: the template renders it otherwise
-    anew: bool  # begins a new segment
+    tokens: list[int]  # those after its last turn; for a new segment, the whole prompt
+    text: str | None  # the whole conversation as the policy sees it; None: the template renders it differently
+    anew: bool  # whether a new segment begins
 
 
 class Transcript:
-    """One episode so far: `messages`, and the tokens of its segments with the masks of the policy's own."""
+    """One episode so far: `messages`, and the tokens of its segments with the masks of the policy's own tokens."""
 
     def __init__(self, chat: Chat, prompt: Sequence[Message], tokens: Tokens) -> None:
-        """`tokens`: of the prompt."""
-        self.chat, self.prompt, self.asked = chat, [dict(m) for m in prompt], len(tokens)
+        """`tokens`: token ids of the prompt."""
+        self.chat, self.prompt, self.prompt_length = chat, [dict(m) for m in prompt], len(tokens)
         self.messages: list[dict[str, Any]] = []  # after the prompt
         self.before: list[Segment] = []  # segments that have ended
-        self.segment_prompt = tokens  # of the present segment
-        self.tokens: list[int] = []  # after it
+        self.segment_prompt = tokens  # of the current segment
+        self.tokens: list[int] = []  # after the segment's prompt
         self._own: list[bool] = []
-        self._text: str | None = chat.text(prompt)  # as the policy saw it; None: the template renders it otherwise
+        self._text: str | None = chat.text(prompt)  # as the policy saw it; None: the template differs
         self._end = -1
 
     @property
     def context(self) -> Tokens:
-        """What the policy sees."""
+        """All tokens that the policy sees."""
         return (*self.segment_prompt, *self.tokens)
 
     @property
     def length(self) -> int:
-        """Tokens that the policy sees beyond those of the episode's prompt."""
-        return len(self.segment_prompt) + len(self.tokens) - self.asked
+        """Number of tokens that the policy sees after the episode's prompt."""
+        return len(self.segment_prompt) + len(self.tokens) - self.prompt_length
 
     @property
     def mask(self) -> Mask | None:
-        """Of the present segment; see `Response.mask`."""
+        """Mask of the current segment; see `Response.mask`."""
         return None if all(self._own) else tuple(self._own)
 
     @property
     def segments(self) -> list[Segment]:
-        """All of them, in order."""
+        """All segments, in order."""
         return [*self.before, Segment(self.segment_prompt, tuple(self.tokens), self.mask)]
 
     def say(self, response: Response, text: str) -> None:
-        """Adds a turn of the policy; `text` is the response's, without its end token."""
+        """Adds a turn of the policy; `text` is the text of the response, without its end token."""
         self.messages.append({"role": "assistant", "content": text})
         self.tokens += response.tokens
         self._own += [True] * len(response.tokens)
         self._end = response.tokens[-1]
 
     def heard(self, messages: Sequence[Message]) -> Heard:
-        """What the policy reads after its last turn.
+        """Returns the input that `messages` add after the policy's last turn.
 
-        Raises: RewrittenError: the template renders what came before in another way than the policy saw it, and may
-          not begin a segment.
+        Raises: RewrittenError: the template renders earlier turns differently from how the policy saw them, and the
+          settings do not allow a new segment.
         """
         rendered = self.chat.text([*self.prompt, *self.messages, *messages])
         try:
@@ -152,18 +152,18 @@ class Transcript:
         return Heard(self._after_end(end, after.removeprefix(end)), None, False)
 
     def _after_end(self, end: str, text: str) -> list[int]:
-        """Tokens of `text` as they are after the end token: some tokenizers begin a text with a space."""
+        """Tokens of `text` after the end token. Encodes both: some tokenizers begin a text with a space."""
         ids = self.chat.ids(end + text)
         if not ids or ids[0] != self._end:
             raise RewrittenError(f"the tokenizer does not read the end token {end!r} as the one token {self._end}")
         return ids[1:]
 
     def length_with(self, heard: Heard) -> int:
-        """`length` after `hear`."""
-        return len(heard.tokens) - self.asked if heard.anew else self.length + len(heard.tokens)
+        """Value of `length` after `hear`."""
+        return len(heard.tokens) - self.prompt_length if heard.anew else self.length + len(heard.tokens)
 
     def hear(self, messages: Sequence[Message], heard: Heard) -> None:
-        """Adds messages from outside, as `heard` gave them."""
+        """Adds messages from outside; `heard` is the result of the method `heard` for them."""
         self.messages += [dict(message) for message in messages]
         self._text = heard.text
         if heard.anew:
