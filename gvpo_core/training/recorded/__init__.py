@@ -1,4 +1,4 @@
-"""Recorded groups: prompts with responses that somebody scored, for training and evaluation without sampling."""
+"""Recorded groups: prompts with scored responses, for training and evaluation without sampling."""
 
 from gvpo_core.training.recorded.choice import recorded_beside, recorded_evaluation, recorded_training
 from gvpo_core.training.recorded.groups import Group, Groups, encode_groups

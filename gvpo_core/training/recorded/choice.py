@@ -1,4 +1,4 @@
-"""Whether a run trains on recorded responses, and with which objectives it may."""
+"""Decides whether a run trains on recorded responses, and which objectives allow it."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ from gvpo_core.training.rows import DataError, Row
 
 
 def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorded | None:
-    """The training rows as recorded responses; None: they are prompts, to be answered by sampling.
+    """Returns the training rows as recorded responses; None if the rows are prompts to sample from.
 
-    Raises: DataError: a row that cannot be used. ConfigError: settings that leave open which of the two is meant, or
-      an objective that recorded responses do not serve.
+    Raises: DataError: a row cannot be used. ConfigError: the settings allow both readings, or the objective does not
+      support recorded responses.
     """
     shape, columns = shape_of(column_names(rows)), column_names(rows)
     source = config.rollout.source
@@ -26,7 +26,7 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
             f" {', '.join(columns)}; expected one of: {known}"
         )
     if source == "auto" and shape is not None and shape not in (RUN, GROUPS) and config.rewards:
-        if shape in UNSCORED:  # no scores: the rewards are to give them
+        if shape in UNSCORED:  # no scores: the rewards score these responses
             return None
         raise ConfigError(
             f"{name} holds {shape.description}, and rewards are configured: set rollout.source = 'recorded' to train on"
@@ -42,9 +42,9 @@ def recorded_training(config: Config, rows: Sequence[Row], name: str) -> Recorde
 
 
 def recorded_evaluation(config: Config, rows: Sequence[Row], name: str) -> Recorded | None:
-    """The held-out rows as recorded responses; None: they are prompts alone.
+    """Returns the held-out rows as recorded responses; None if the rows are prompts only.
 
-    Raises: DataError: a row that cannot be used. ConfigError: prompts alone, and no reward for answers to them.
+    Raises: DataError: a row cannot be used. ConfigError: the rows are prompts only, and there is no reward.
     """
     shape, source = shape_of(column_names(rows)), config.rollout.source
     if source != "sampled" and shape in UNSCORED and config.objective.name != "sft":
@@ -61,10 +61,10 @@ def recorded_evaluation(config: Config, rows: Sequence[Row], name: str) -> Recor
 
 
 def recorded_beside(config: Config, rows: Sequence[Row], name: str) -> Recorded:
-    """Recorded groups that a step takes beside sampled ones.
+    """Returns recorded groups that a step uses in addition to sampled ones.
 
-    Raises: DataError: rows without recorded responses, or one that cannot be used. ConfigError: an objective that
-      recorded responses do not serve.
+    Raises: DataError: the rows have no recorded responses, or a row cannot be used. ConfigError: the objective does not
+      support recorded responses.
     """
     shape = shape_of(column_names(rows))
     if shape is None:

@@ -1,4 +1,4 @@
-"""A prompt and its responses out of text, token ids and message lists, explicit and implicit prompts among them."""
+"""Reads a prompt and its responses from text, token ids or message lists, with an explicit or implicit prompt."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,7 +8,7 @@ from gvpo_core.training.rows import DataError
 
 
 def plain_list(value: Any, where: str) -> list[Any]:
-    """A list, also from an array. Raises: DataError: not a list or array."""
+    """Converts a list or array to a list. Raises: DataError: it is neither."""
     value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
         raise DataError(f"{where} is a {type(value).__name__} ({value!r:.40}); expected a list, one entry a response")
@@ -16,32 +16,33 @@ def plain_list(value: Any, where: str) -> list[Any]:
 
 
 def answers(
-    prompt: Any, given: Sequence[Any], where: str, columns: Sequence[str], *, implicit: bool = False
+    prompt: Any, values: Sequence[Any], where: str, columns: Sequence[str], *, implicit: bool = False
 ) -> tuple[Any, list[Any]]:
-    """The prompt, and the responses as text or token ids.
+    """Returns the prompt, and the responses as text or token ids.
 
-    A response is text, token ids, or messages of which the last is the assistant's. Messages before it are the end of
-    the prompt, or the whole of it (an implicit prompt).
+    A response is text, token ids, or messages that end with one of the assistant. The messages before the last one are
+    the end of the prompt, or all of it (an implicit prompt).
 
     Args:
-      prompt: text, messages, or None where it is implicit.
-      columns: of each response, for messages.
-      implicit: without a prompt, what texts share at their beginning is it, up to a space.
-    Raises: DataError: responses to different prompts, or none that fits the prompt.
+      prompt: text, messages, or None if it is implicit.
+      values: the responses.
+      columns: the column of each response, for error messages.
+      implicit: if there is no prompt, use the common beginning of the texts, up to a space.
+    Raises: DataError: the responses answer different prompts, or do not fit the prompt.
     """
     prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
     conversation = prompt
     responses: list[Any] = []
-    for j, (response, column) in enumerate(zip(given, columns, strict=True)):
+    for j, (response, column) in enumerate(zip(values, columns, strict=True)):
         at = f"{where}, column {column!r}" + (f", entry {j}" if columns.count(column) > 1 else "")
         response = [response] if isinstance(response, Mapping) else response
         response = response.tolist() if hasattr(response, "tolist") else response
         if _is_messages(response):
             before, answer = _last(response, at)
-            asked = _whole_prompt(prompt, before, at)
-            if j and responses and asked != conversation:
+            full_prompt = _whole_prompt(prompt, before, at)
+            if j and responses and full_prompt != conversation:
                 raise DataError(f"{at} answers another conversation than the response before it; expected one prompt")
-            conversation, response = asked, answer
+            conversation, response = full_prompt, answer
         elif not isinstance(response, str) and not _is_ids(response):
             raise DataError(
                 f"{at} is a {type(response).__name__} ({response!r:.40}); expected text, token ids or messages"
@@ -74,7 +75,7 @@ def _without_none(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _whole_prompt(prompt: Any, before: list[Mapping[str, Any]], where: str) -> Any:
-    """The prompt of a response that came as messages, `before` those in front of the answer."""
+    """Returns the prompt of a response that is a list of messages; `before`: the messages before the answer."""
     if prompt is None:
         return before or None
     if isinstance(prompt, str):
@@ -83,10 +84,10 @@ def _whole_prompt(prompt: Any, before: list[Mapping[str, Any]], where: str) -> A
         if any(message.get("content") == prompt for message in before):
             return before
         raise DataError(f"{where} does not answer the prompt {prompt!r:.60}: none of its messages is that text")
-    asked = [_without_none(m) for m in prompt] if _is_messages(prompt) else prompt
-    if not before or before == asked:
-        return asked
-    if before[: len(asked)] == asked:
+    messages = [_without_none(m) for m in prompt] if _is_messages(prompt) else prompt
+    if not before or before == messages:
+        return messages
+    if before[: len(messages)] == messages:
         return before
     raise DataError(f"{where} begins with other messages than the prompt; expected the same, or the answer alone")
 

@@ -1,4 +1,4 @@
-"""Recorded rows as a policy reads them: prompts and responses as tokens, within the limits of the settings."""
+"""Encodes recorded rows for a policy: prompts and responses as tokens, within the limits of the settings."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,26 +25,26 @@ class Group:
 
     @property
     def scored(self) -> list[int]:
-        """Places of the scored responses."""
+        """Indices of the scored responses."""
         return [i for i, reward in enumerate(self.rewards) if not math.isnan(reward)]
 
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of recorded data, encoded; `prompts` are theirs, in the same order."""
+    """The encoded groups of recorded data, and their prompts in the same order."""
 
     prompts: Prompts
     groups: Sequence[Group]
     recorded: Recorded
     skipped: int = 0  # groups without enough scored responses
-    dropped_responses: int = 0  # too long
+    dropped_responses: int = 0  # responses that were too long
 
     def __len__(self) -> int:
         return len(self.groups)
 
     @cached_property
     def sizes(self) -> list[int]:
-        """Responses of each group."""
+        """Number of responses in each group."""
         return [len(group.responses) for group in self.groups]
 
     @cached_property
@@ -53,7 +53,7 @@ class Groups:
         return max((len(response.tokens) for group in self.groups for response in group.responses), default=0)
 
     def batch(self, step: int, size: int, *, seed: int, shuffle: bool) -> list[int]:
-        """The groups of one step (from 0), as `Prompts.batch`. What a run wrote comes in its order at first."""
+        """Groups of a step (from 0), see `Prompts.batch`. Data written by a run keeps its order in the first epoch."""
         if not self.recorded.in_order or not shuffle:
             return self.prompts.batch(step, size, seed=seed, shuffle=shuffle)
         first = range(step * size, min((step + 1) * size, len(self)))
@@ -61,7 +61,7 @@ class Groups:
         return [*first, *later[len(first) :]]
 
     def describe(self) -> str:
-        """What was read, in one line."""
+        """Describes the data in one line."""
         sizes, count = self.sizes, sum(self.sizes)
         each = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
         unscored = count - sum(len(group.scored) for group in self.groups)
@@ -81,9 +81,11 @@ def encode_groups(
     """Encodes every prompt and response.
 
     A prompt or response over its limit is an error, or is dropped with data.too_long = "drop"; nothing is cut. A
-    group with fewer than `smallest` scored responses is skipped; 0: none is. In rows that a run wrote it keeps its
-    place in its step instead, and the objective leaves it out.
+    group with fewer than `smallest` scored responses is skipped. In rows written by a run, such a group keeps its place
+    in its step instead, and the objective leaves it out.
 
+    Args:
+      smallest: fewest scored responses of a group. 0: skip none.
     Raises: DataError: see `encode_prompts`; a response that cannot be one of this policy, with its row; no group left.
     """
     if not hasattr(policy, "encode_responses"):
@@ -129,7 +131,7 @@ def encode_groups(
 
 
 def joined(parts: Sequence[Groups], recorded: Recorded) -> Groups:
-    """The groups of several parts."""
+    """Concatenates the groups of several parts."""
     prompts = Prompts(
         [prompt for part in parts for prompt in part.prompts.prompts],
         [tokens for part in parts for tokens in part.prompts.tokens],
@@ -149,8 +151,8 @@ def _group(
     context: float,
     of_run: bool,
 ) -> tuple[Group, int]:
-    """The group of one row, and how many of its responses were dropped as too long."""
-    asked = prompts.tokens[place]
+    """Returns the group of one row, and the number of its responses that were dropped as too long."""
+    prompt = prompts.tokens[place]
     for j, response in enumerate(row.responses):
         if isinstance(response, str):
             encodable(response, f"{row.where}, response {j}")
@@ -162,8 +164,8 @@ def _group(
         responses = [replace(r, finished=True, stopped=True) if by_text else r for r, by_text in ends]
     kept = []
     for j, response in enumerate(responses):
-        contexts = (len(segment.prompt) + len(segment.response) - len(asked) for segment in response.later)
-        count, limit = max(len(response.tokens), *contexts, 0), min(config.rollout.max_tokens, context - len(asked))
+        contexts = (len(segment.prompt) + len(segment.response) - len(prompt) for segment in response.later)
+        count, limit = max(len(response.tokens), *contexts, 0), min(config.rollout.max_tokens, context - len(prompt))
         if count <= limit:
             kept.append(j)
         elif config.data.too_long == "error":
@@ -176,18 +178,18 @@ def _group(
             )
     rewards = np.asarray([row.rewards[j] for j in kept], np.float64)
     parts = [row.parts[j] for j in kept] if row.parts else ()
-    return Group(asked, tuple(responses[j] for j in kept), rewards, parts), len(responses) - len(kept)
+    return Group(prompt, tuple(responses[j] for j in kept), rewards, parts), len(responses) - len(kept)
 
 
 def _encoded(policy: Policy, prompt: Prompt, row: RecordedRow, vocabulary: float, of_run: bool) -> list[Response]:
-    """The row's responses with their later segments.
+    """Encodes the row's responses with their later segments.
 
     Args:
-      of_run: a run wrote the data.
-    Raises: DataError: a response that the policy cannot score.
+      of_run: the data was written by a run.
+    Raises: DataError: the policy cannot score a response.
     """
     later = row.later or [()] * len(row.responses)
-    # An episode may be cut between two turns, each with its end token; what else is not finished has none at its end.
+    # An episode may be cut between two turns, each with its end token. Other unfinished responses have none at the end.
     cut = [ended is False and (of_run or bool(s)) for s, ended in zip(later, row.finished, strict=True)]
     cut = [c and not isinstance(response, str) for c, response in zip(cut, row.responses, strict=True)]
     ends = [None if c else ended for c, ended in zip(cut, row.finished, strict=True)]
@@ -205,9 +207,9 @@ def _encoded(policy: Policy, prompt: Prompt, row: RecordedRow, vocabulary: float
             _check_ids((*segment.prompt, *segment.response), vocabulary, where)
         if segments:
             ended = [*[None] * (len(segments) - 1), ends[j]]
-            ids, of_segments = [s.response for s in segments], [s.mask for s in segments]
+            ids, segment_masks = [s.response for s in segments], [s.mask for s in segments]
             try:
-                checked = policy.encode_responses(prompt, ids, ended, of_segments)
+                checked = policy.encode_responses(prompt, ids, ended, segment_masks)
             except ResponseError as e:
                 raise DataError(f"{where} cannot be used: its segment {e.number + 1}: {e}") from e
             responses[j] = replace(responses[j], finished=checked[-1].finished, later=tuple(segments))

@@ -1,4 +1,4 @@
-"""The numbers of an evaluation by loss: held-out recorded groups under the policy."""
+"""Metrics of an evaluation by loss: held-out recorded groups under the policy."""
 
 import numpy as np
 
@@ -10,7 +10,7 @@ from gvpo_core.training.rollout import Rollout
 
 
 def loss_metrics(rollout: Rollout, logprobs: np.ndarray, objective: ObjectiveConfig) -> dict[str, float]:
-    """The objective's loss, how well the policy orders the responses, and their log-probability.
+    """Computes the loss of the objective, how well the policy orders the responses, and their log-probability.
 
     Args:
       rollout: N recorded responses.
@@ -53,7 +53,7 @@ def _loss(rollout: Rollout, logprobs: np.ndarray, reference: np.ndarray, objecti
 
 
 def _ordered(ratios: np.ndarray, rewards: np.ndarray) -> float | None:
-    """The share of pairs with different rewards that the ratios order alike, ties half; None without pairs."""
+    """Share of pairs with different rewards that the ratios order like the rewards; ties count half. None: no pairs."""
     better = rewards[:, None] > rewards[None, :]
     if not better.any():
         return None

@@ -1,4 +1,4 @@
-"""Rows of recorded data in one form, whatever shape they came in. No model is needed: mistakes show before it loads."""
+"""Converts recorded data of all shapes to one form. Needs no model, so mistakes are found before one is loaded."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from gvpo_core.training.recorded.shapes import COMPLETIONS, GROUPS, LABELS, PAIR
 from gvpo_core.training.rewards.worker.encoding import LARGEST_REWARD
 from gvpo_core.training.rows import DataError, Row
 
-_SCORE_NAMES = ("score", "reward", "overall_score", "fine-grained_score")  # of one of UltraFeedback's completions
+_SCORE_NAMES = ("score", "reward", "overall_score", "fine-grained_score")  # in UltraFeedback's completions
 _OURS = ("finished", "prompt_ids", "response_ids", "response_mask", "response_segments", "reward_parts")
 
 
@@ -26,11 +26,11 @@ class RecordedRow:
     responses: Sequence[Any]  # k, text or token ids
     rewards: Sequence[float]  # k; NaN: unscored
     finished: Sequence[bool | None]  # k; None: the data does not say
-    parts: Sequence[Mapping[str, float]] = ()  # k; single rewards by name, or nothing
-    columns: Row = field(default_factory=dict)  # the rest of the row
-    row: int = 0  # of the data
-    prompt_ids: Sequence[int] | None = None  # of the prompt, where its messages alone give others
-    masks: Sequence[Mask | None] = ()  # k, of the policy's own tokens; or none: all tokens of all responses
+    parts: Sequence[Mapping[str, float]] = ()  # k, or none; single rewards by name
+    columns: Row = field(default_factory=dict)  # other columns of the row
+    row: int = 0  # number of the row in the data
+    prompt_ids: Sequence[int] | None = None  # of the prompt, if its messages alone would give other ids
+    masks: Sequence[Mask | None] = ()  # k, or none; masks of the policy's own tokens. Default: all tokens
     stopped: Sequence[bool] = ()  # k, or none: ended by a stop text, without an end token
     later: Sequence[Sequence[Segment]] = ()  # k, or none: segments after the first; see `Response.later`
 
@@ -42,7 +42,7 @@ class Recorded:
     shape: Shape
     scores: str  # where the rewards come from, in words
     rows: Sequence[RecordedRow]
-    in_order: bool = False  # a run wrote it: the first pass keeps the order of its steps
+    in_order: bool = False  # written by a run: the first epoch keeps the order of its steps
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -62,15 +62,15 @@ def recorded_rows(
     first: int = 0,
     columns: Sequence[str] = (),
 ) -> Recorded:
-    """The rows as prompts with responses and rewards.
+    """Reads rows as prompts with responses and rewards.
 
     Args:
-      shape: of the rows; see `shape_of`.
-      name: of the data, for messages.
+      shape: shape of the rows; see `shape_of`.
+      name: name of the data, for messages.
       prompt: column of the prompt.
       first: number of the first row.
-      columns: of all rows, where these are some of them.
-    Raises: DataError: a value that cannot be used, with its row and column, or a row of another kind than the others.
+      columns: columns of the complete data, if `rows` are only a part of it.
+    Raises: DataError: a value that cannot be used, with its row and column; or rows of different kinds.
     """
     for i, row in enumerate(rows, first):
         missing = [column for column in shape.needs if column not in row or (row[column] is None and shape is not RUN)]
@@ -84,15 +84,15 @@ def recorded_rows(
         return _of_run(rows, name)
     if shape is LABELS:
         return Recorded(shape, "label: 1 or 0", _labelled(rows, name, prompt))
-    scores, made = "", []
+    scores, recorded = "", []
     for i, row in enumerate(rows, first):
-        scores, one = _one(row, shape, columns, f"{name} row {i}", prompt, i)
-        made.append(one)
+        scores, recorded_row = _recorded_row(row, shape, columns, f"{name} row {i}", prompt, i)
+        recorded.append(recorded_row)
     in_order = shape is GROUPS and {"kind", "step", "group"} <= {*columns}
-    return Recorded(shape, scores, made, in_order=in_order)
+    return Recorded(shape, scores, recorded, in_order=in_order)
 
 
-def _one(
+def _recorded_row(
     row: Row, shape: Shape, columns: Sequence[str], where: str, prompt_column: str, number: int
 ) -> tuple[str, RecordedRow]:
     rest = {k: v for k, v in row.items() if k not in (*shape.needs, prompt_column, *_OURS)}
@@ -102,43 +102,47 @@ def _one(
     if shape is not GROUPS:
         _refuse_ids(row, where)
     if shape is PAIRS:
-        prompt, given = answers(prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"), implicit=True)
+        prompt, responses = answers(
+            prompt, (row["chosen"], row["rejected"]), where, ("chosen", "rejected"), implicit=True
+        )
         scores, rewards = _pair_rewards(row, columns, where)
     elif shape is COMPLETIONS:
         prompt = row.get("instruction") if prompt is None else prompt
-        given, rewards, scores = _scored_completions(row["completions"], where)
-        prompt, given = answers(prompt, given, where, ("completions",) * len(given))
+        responses, rewards, scores = _scored_completions(row["completions"], where)
+        prompt, responses = answers(prompt, responses, where, ("completions",) * len(responses))
     elif shape in UNSCORED:
         column = shape.needs[0]
         values = plain_list(row[column], f"{where}, column {column!r}") if column == "responses" else [row[column]]
-        prompt, given = answers(prompt, values, where, (column,) * len(values))
+        prompt, responses = answers(prompt, values, where, (column,) * len(values))
         row = row if column == "responses" else _as_lists(row)
-        scores, rewards = "none: every response counts alike", [1.0] * len(given)
+        scores, rewards = "none: every response counts alike", [1.0] * len(responses)
     else:
         values = plain_list(row["responses"], f"{where}, column 'responses'")
-        prompt, given = answers(prompt, values, where, ("responses",) * len(values))
+        prompt, responses = answers(prompt, values, where, ("responses",) * len(values))
         rewards = plain_list(row["rewards"], f"{where}, column 'rewards'")
         scores = "rewards"
-        given = _with_ids(given, row, where)
+        responses = _with_ids(responses, row, where)
         if row.get("prompt_ids") is not None:
             ids = plain_list(row["prompt_ids"], f"{where}, column 'prompt_ids'")
-        parts = _parts(row.get("reward_parts"), len(given), f"{where}, column 'reward_parts'")
+        parts = _parts(row.get("reward_parts"), len(responses), f"{where}, column 'reward_parts'")
     if prompt is None:
         raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
-    finished = _finished(row.get("finished"), len(given), where)
-    if len(rewards) != len(given):
-        raise DataError(f"{where} has {len(given)} responses and {len(rewards)} rewards; expected equal numbers")
+    finished = _finished(row.get("finished"), len(responses), where)
+    if len(rewards) != len(responses):
+        raise DataError(f"{where} has {len(responses)} responses and {len(rewards)} rewards; expected equal numbers")
     checked = [_reward(r, f"{where}, column 'rewards', entry {j}") for j, r in enumerate(rewards)]
-    for j, response in enumerate(given):
+    for j, response in enumerate(responses):
         if response is None:
             raise DataError(f"{where}, response {j} is None; expected text or token ids")
-    masks = read_masks(row.get("response_mask"), len(given), where)
-    later = later_segments(row.get("response_segments"), len(given), where)
-    return scores, RecordedRow(where, prompt, given, checked, finished, parts, rest, number, ids, masks, later=later)
+    masks = read_masks(row.get("response_mask"), len(responses), where)
+    later = later_segments(row.get("response_segments"), len(responses), where)
+    return scores, RecordedRow(
+        where, prompt, responses, checked, finished, parts, rest, number, ids, masks, later=later
+    )
 
 
 def _refuse_ids(row: Row, where: str) -> None:
-    """Raises DataError: token ids that a row of this shape would not train on."""
+    """Raises DataError if the row has token ids: they are not used for rows of this shape."""
     for column in ("prompt_ids", "response_ids"):
         if row.get(column) is not None:
             raise DataError(
@@ -147,9 +151,9 @@ def _refuse_ids(row: Row, where: str) -> None:
             )
 
 
-def _finished(given: Any, count: int, where: str) -> list[bool | None]:
+def _finished(value: Any, count: int, where: str) -> list[bool | None]:
     column = f"{where}, column 'finished'"
-    finished = [None] * count if given is None else plain_list(given, column)
+    finished = [None] * count if value is None else plain_list(value, column)
     for j, ended in enumerate(finished):
         if ended is not None and not isinstance(ended, bool):
             raise DataError(f"{column}, entry {j} is {ended!r:.40}; expected true, false or null")
@@ -159,7 +163,7 @@ def _finished(given: Any, count: int, where: str) -> list[bool | None]:
 
 
 def _as_lists(row: Row) -> Row:
-    """The row of a single response, whose columns may give their one value without a list around it."""
+    """Puts the values of a single response into lists, if the row has them without a list."""
 
     def nested(value: Any) -> Any:
         value = value.tolist() if hasattr(value, "tolist") else value
@@ -188,9 +192,9 @@ def _pair_rewards(row: Row, columns: Sequence[str], where: str) -> tuple[str, li
 
 
 def _scored_completions(completions: Any, where: str) -> tuple[list[Any], list[Any], str]:
-    """The responses of UltraFeedback's column, their scores, and the name of the scores."""
+    """Reads UltraFeedback's column. Returns the responses, their scores, and a description of the scores."""
     column = f"{where}, column 'completions'"
-    if isinstance(completions, Mapping):  # a list of records as `datasets` may store it: a record of lists
+    if isinstance(completions, Mapping):  # `datasets` may store a list of records as a record of lists
         keys, values = list(completions), [plain_list(v, column) for v in completions.values()]
         completions = [dict(zip(keys, record, strict=False)) for record in zip(*values, strict=False)]
     completions = plain_list(completions, column)
@@ -208,7 +212,7 @@ def _scored_completions(completions: Any, where: str) -> tuple[list[Any], list[A
 
 
 def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[RecordedRow]:
-    """TRL's unpaired preferences: the rows of one prompt are its group."""
+    """Reads TRL's unpaired preferences: rows with the same prompt are a group."""
     groups: dict[str, list[tuple[int, Any, Any, float]]] = {}
     ended: list[bool | None] = []
     masks: list[Mask | None] = []
@@ -218,14 +222,14 @@ def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[Record
         _refuse_ids(row, where)
         if not isinstance(row["label"], bool) and row["label"] not in (0, 1):
             raise DataError(f"{where}, column 'label' is {row['label']!r:.40}; expected true or false")
-        prompt, given = answers(row.get(prompt_column), (row["completion"],), where, ("completion",))
+        prompt, responses = answers(row.get(prompt_column), (row["completion"],), where, ("completion",))
         if prompt is None:
             raise DataError(f"{where} has no column {prompt_column!r}; it has {', '.join(row)}")
-        groups.setdefault(repr(prompt), []).append((i, prompt, given[0], float(row["label"])))
-        of_one = _as_lists(row)
-        ended += _finished(of_one.get("finished"), 1, where)
-        masks += read_masks(of_one.get("response_mask"), 1, where) or [None]
-        later += later_segments(of_one.get("response_segments"), 1, where) or [()]
+        groups.setdefault(repr(prompt), []).append((i, prompt, responses[0], float(row["label"])))
+        row_lists = _as_lists(row)
+        ended += _finished(row_lists.get("finished"), 1, where)
+        masks += read_masks(row_lists.get("response_mask"), 1, where) or [None]
+        later += later_segments(row_lists.get("response_segments"), 1, where) or [()]
     left_out = (prompt_column, "completion", "label", *_OURS)
     return [
         RecordedRow(
@@ -244,14 +248,14 @@ def _labelled(rows: Sequence[Row], name: str, prompt_column: str) -> list[Record
 
 
 def _of_run(rows: Sequence[Row], name: str) -> Recorded:
-    """A run's completions.jsonl: a line a response, in the order of the steps."""
+    """Reads completions.jsonl of a run: one line per response, in the order of the steps."""
     groups: dict[tuple[int, int], list[tuple[int, Row]]] = {}
     for i, row in enumerate(rows):
         if row.get("kind") == "train":
             groups.setdefault((row["step"], row["group"]), []).append((i, row))
     if not groups:
         raise DataError(f"{name} holds no responses of training steps (kind = 'train')")
-    made = []
+    recorded = []
     for members in groups.values():
         (first, head), where = members[0], f"{name} row {members[0][0]}"
         if not any("messages" in row for _, row in members):
@@ -260,7 +264,7 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                 " the responses again with gvpo collect, or give rows with prompt, responses and rewards"
             )
         messages = next((row["messages"] for _, row in members if row.get("messages")), None)
-        made.append(
+        recorded.append(
             RecordedRow(
                 where,
                 messages or head.get("prompt"),
@@ -278,11 +282,11 @@ def _of_run(rows: Sequence[Row], name: str) -> Recorded:
                 stopped=[bool(row.get("stopped")) for _, row in members],
             )
         )
-    return Recorded(RUN, "the run's own rewards", made, in_order=True)
+    return Recorded(RUN, "the run's own rewards", recorded, in_order=True)
 
 
 def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
-    """The responses, with their token ids instead of a text that does not tokenize back to them."""
+    """Replaces texts with their token ids in column `response_ids`, if a text does not tokenize back to them."""
     if row.get("response_ids") is None:
         return responses
     ids = plain_list(row["response_ids"], f"{where}, column 'response_ids'")
@@ -291,21 +295,21 @@ def _with_ids(responses: list[Any], row: Row, where: str) -> list[Any]:
     return [response if tokens is None else tokens for response, tokens in zip(responses, ids, strict=True)]
 
 
-def _parts(given: Any, count: int, where: str) -> Sequence[Mapping[str, float]]:
-    """Single rewards by name, one table a response; none where the data has none."""
-    if given is None:
+def _parts(value: Any, count: int, where: str) -> Sequence[Mapping[str, float]]:
+    """Reads single rewards by name, one table per response; empty if the data has none."""
+    if value is None:
         return ()
-    tables = plain_list(given, where)
+    tables = plain_list(value, where)
     if len(tables) != count or not all(isinstance(table, Mapping) for table in tables):
         raise DataError(f"{where} is {tables!r:.40}; expected {count} tables of a reward by its name, one a response")
     return [
-        {str(name): _reward(value, f"{where}, entry {j}, {name!r}") for name, value in part.items()}
+        {str(name): _reward(reward, f"{where}, entry {j}, {name!r}") for name, reward in part.items()}
         for j, part in enumerate(tables)
     ]
 
 
 def _reward(reward: Any, where: str) -> float:
-    """NaN: no score."""
+    """Converts a reward to a float; NaN if it is None. Raises: DataError: it is not a usable number."""
     if reward is None:
         return math.nan
     if isinstance(reward, str | bytes) or not hasattr(reward, "__float__"):

@@ -1,16 +1,16 @@
-"""Which of the known shapes recorded data has, said by its columns alone."""
+"""Known shapes of recorded data, recognised by their columns."""
 
 from collections.abc import Collection
 from typing import NamedTuple
 
 
 class Shape(NamedTuple):
-    """One way in which people store scored responses."""
+    """A common way to store scored responses."""
 
     name: str
     description: str  # for the header and messages
-    needs: tuple[str, ...]  # columns that every row has a value in
-    compares: bool  # its rewards say which response is better, not which to imitate
+    needs: tuple[str, ...]  # columns with a value in every row
+    compares: bool  # rewards only say which response is better, not which to imitate
 
 
 RUN = Shape("run", "the completions of a run of gvpo", ("kind", "step", "group", "response", "reward"), False)
@@ -21,7 +21,7 @@ COMPLETIONS = Shape("completions", "UltraFeedback: completions with scores", ("c
 LABELS = Shape("labels", "unpaired preferences: completion, label", ("completion", "label"), True)
 COMPLETION = Shape("completion", "demonstrations: completion", ("completion",), False)
 
-# In this order: the first whose columns are there.
+# The first shape with all its columns present is used.
 SHAPES = (RUN, GROUPS, PAIRS, LABELS, COMPLETIONS, DEMONSTRATIONS, COMPLETION)
 SCORES = (  # columns of the scores of chosen and rejected
     ("score_chosen", "score_rejected"),
@@ -29,10 +29,10 @@ SCORES = (  # columns of the scores of chosen and rejected
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
-WHOLE = (RUN, LABELS)  # a group is made of several rows: all of them must be held
+WHOLE = (RUN, LABELS)  # a group consists of several rows: all of them must be in memory
 UNSCORED = (DEMONSTRATIONS, COMPLETION)  # only the objective sft reads them
 
 
 def shape_of(columns: Collection[str]) -> Shape | None:
-    """The shape of rows with these columns; None: they hold no recorded responses."""
+    """Returns the shape of rows with these columns; None if they hold no recorded responses."""
     return next((shape for shape in SHAPES if {*shape.needs} <= {*columns}), None)

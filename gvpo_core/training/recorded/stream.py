@@ -1,7 +1,7 @@
-"""Recorded groups of a stream, of which no more than a buffer of rows is held: an IterableDataset, say.
+"""Recorded groups of a stream, such as an IterableDataset. Only a buffer of rows is held in memory.
 
-The order depends on the seed and the epoch alone, so a resumed run sees the same groups: it reads the stream again up
-to where it was.
+The order depends only on the seed and the epoch, so a resumed run sees the same groups. It reads the stream again up to
+its place.
 """
 
 from collections.abc import Iterable, Iterator
@@ -18,13 +18,13 @@ from gvpo_core.training.rows import DataError, Row
 
 
 class Stream:
-    """Rows that are read again each epoch, and the first `size` of them."""
+    """Rows that are read again in each epoch; `head` holds the first ones."""
 
     def __init__(self, rows: Iterable[Row], head: list[Row], name: str) -> None:
         self.rows, self.head, self.name = rows, head, name
 
     def epoch(self, epoch: int, seed: int, shuffle: bool) -> Iterator[tuple[int, Row]]:
-        """The rows of an epoch with their numbers: in order, or each drawn from a buffer that the next row refills."""
+        """Yields the rows of an epoch with their numbers: in order, or drawn from a buffer refilled by the next row."""
         rows = enumerate(self.rows)
         if not shuffle:
             yield from rows
@@ -40,7 +40,7 @@ class Stream:
 
 
 def stream_of(source: object, name: str, size: int) -> Stream | None:
-    """The source as a stream, where it tells no length, can be read more than once and has more than `size` rows."""
+    """Returns a stream if the source has no length, can be read repeatedly and has more than `size` rows; else None."""
     if not isinstance(source, Iterable) or hasattr(source, "__len__") or iter(source) is source:
         return None
     rows = source.with_format(None) if hasattr(source, "with_format") else source
@@ -49,21 +49,21 @@ def stream_of(source: object, name: str, size: int) -> Stream | None:
 
 
 class StreamedGroups:
-    """The usable groups of a stream, one after another over its epochs."""
+    """The usable groups of a stream, in order, over all epochs."""
 
     def __init__(self, stream: Stream, recorded: Recorded, config: Config, smallest: int) -> None:
         """
         Args:
-          recorded: the rows of the stream's head: their shape is that of all.
+          recorded: the rows of the stream's head. All rows must have their shape.
         """
         self._stream, self._recorded, self._config, self._smallest = stream, recorded, config, smallest
         self._columns = column_names(stream.head)
-        self._place = 0  # of the next group
-        self._groups: Iterator[Groups] = iter(())  # those from there on
+        self._place = 0  # number of the next group
+        self._groups: Iterator[Groups] = iter(())  # groups from that place on
         self._policy: Policy | None = None
 
     def at(self, policy: Policy, place: int, size: int) -> Groups:
-        """`size` groups from number `place` on."""
+        """Returns `size` groups, starting at number `place`."""
         if place < self._place or policy is not self._policy:
             self._place, self._policy, self._groups = 0, policy, self._all(policy)
         for _ in islice(self._groups, place - self._place):
@@ -72,13 +72,13 @@ class StreamedGroups:
         return joined([*islice(self._groups, size)], self._recorded)
 
     def _all(self, policy: Policy) -> Iterator[Groups]:
-        """Groups of one row each, without end. Raises: DataError: a bad row, or an epoch without a usable one."""
+        """Yields groups of one row each, endlessly. Raises: DataError: a bad row, or an epoch without a usable row."""
         data, seed = self._config.data, self._config.run.seed
         epoch = 0
         while True:
             usable = 0
             for number, row in self._stream.epoch(epoch, seed, data.shuffle):
-                one = recorded_rows(
+                recorded = recorded_rows(
                     [row],
                     self._recorded.shape,
                     self._stream.name,
@@ -87,7 +87,7 @@ class StreamedGroups:
                     columns=self._columns,
                 )
                 try:
-                    groups = encode_groups(policy, one, self._config, self._stream.name, smallest=self._smallest)
+                    groups = encode_groups(policy, recorded, self._config, self._stream.name, smallest=self._smallest)
                 except NothingLeft:
                     continue
                 usable += 1
