@@ -64,7 +64,7 @@ class _Playing:
         self.version: int | None = None
         self.pending: list[str] = []  # errors of the last turn's calls
 
-    def episode(self, cut_reward: float) -> Episode:
+    def result(self, cut_reward: float) -> Episode:
         cut = [cut_reward] if self.end in ("turns", "tokens") else []
         scored = self.end != "failed" and bool(self.rewards or cut)
         end: Any = self.end
@@ -118,10 +118,10 @@ def play(
     lost: set[tuple[int, int]] = set()
 
     def begin() -> None:
-        operations = [Operation("reset", one.number, (dict(prompts[one.place[0]][2]),)) for one in playing]
-        for one, result in _asked(environments, playing, operations):
+        operations = [Operation("reset", episode.number, (dict(prompts[episode.place[0]][2]),)) for episode in playing]
+        for episode, result in _asked(environments, playing, operations):
             messages = result.get("messages")
-            prompt = one.transcript.prompt
+            prompt = episode.transcript.prompt
             row_prompt = prompt[1:] if prompt[0] == {"role": "system", "content": system_prompt} else prompt
             if messages is not None and messages not in (prompt, row_prompt):
                 raise EnvironmentFailed(
@@ -130,7 +130,7 @@ def play(
                 )
 
     attempt(policy, begin, kind=EnvironmentFailed)
-    active = [one for one in playing if not one.end]
+    active = [episode for episode in playing if not episode.end]
     positions = policy.describe().context or 0  # 0: not known
     while True:
         requests = _requests(active, sampling, config.turn_tokens, positions)
@@ -143,24 +143,24 @@ def play(
             drawn = draw(
                 [[*t.prompt, *t.messages] for t in firsts],
                 [t.context for t in firsts],
-                [[row_seed(one.seed, one.turns) for one in many] for many in members],
+                [[row_seed(episode.seed, episode.turns) for episode in many] for many in members],
                 settings,
             )
             for many, responses in zip(members, drawn, strict=True):
-                for one, response in zip(many, responses, strict=False):
-                    _say(policy, one, response, sampling.max_tokens - one.transcript.length)
-                lost |= {one.place for one in many[len(responses) :]}
-        active = [one for one in active if one.place not in lost]
+                for episode, response in zip(many, responses, strict=False):
+                    _say(policy, episode, response, sampling.max_tokens - episode.transcript.length)
+                lost |= {episode.place for episode in many[len(responses) :]}
+        active = [episode for episode in active if episode.place not in lost]
         attempt(policy, lambda: _answered(environments, active, sampling), kind=EnvironmentFailed)  # noqa: B023
-        active = [one for one in active if not one.end]
-    closed = environments.ask([Operation("close", one.number) for one in playing])
+        active = [episode for episode in active if not episode.end]
+    closed = environments.ask([Operation("close", episode.number) for episode in playing])
     if errors := [result["error"] for result in closed if "error" in result]:
         _log.warning("close failed for %d of %d episodes; the first: %s", len(errors), len(playing), errors[0])
     attempt(policy, lambda: _check_failures(playing), kind=EnvironmentFailed)
     episodes: list[list[Episode]] = [[] for _ in seeds]
-    for one in playing:
-        if one.place not in lost and one.turns:
-            episodes[one.place[0]].append(one.episode(config.cut_reward))
+    for episode in playing:
+        if episode.place not in lost and episode.turns:
+            episodes[episode.place[0]].append(episode.result(config.cut_reward))
     return episodes
 
 
@@ -172,83 +172,83 @@ def _requests(
     If the model has enough positions, one call draws all turns, and turns that are too long for their episode are cut
     later. Otherwise there is one call for each limit. Both give the same turns.
     """
-    limits = [min(turn or sampling.max_tokens, sampling.max_tokens - one.transcript.length) for one in active]
-    longest = max((len(one.transcript.context) for one in active), default=0)
+    limits = [min(turn or sampling.max_tokens, sampling.max_tokens - episode.transcript.length) for episode in active]
+    longest = max((len(episode.transcript.context) for episode in active), default=0)
     if active and longest + max(limits) <= positions:
         limits = [max(limits)] * len(active)
     calls: dict[int, dict[Tokens, list[_Playing]]] = {}
-    for one, limit in zip(active, limits, strict=True):
-        calls.setdefault(limit, {}).setdefault(one.transcript.context, []).append(one)
+    for episode, limit in zip(active, limits, strict=True):
+        calls.setdefault(limit, {}).setdefault(episode.transcript.context, []).append(episode)
     return [(list(contexts.values()), limit) for limit, contexts in sorted(calls.items())]
 
 
-def _say(policy: Policy, one: _Playing, response: Response, room: int) -> None:
+def _say(policy: Policy, episode: _Playing, response: Response, room: int) -> None:
     if len(response.tokens) > room:  # the same seed would draw this within the room
         response = Response(response.tokens[:room], False)
-    one.transcript.say(response, policy.decode(response.tokens))
-    one.turns += 1
+    episode.transcript.say(response, policy.decode(response.tokens))
+    episode.turns += 1
     if isinstance(response, Drawn):
-        one.logprob += response.logprob
-        one.version = response.version
+        episode.logprob += response.logprob
+        episode.version = response.version
     else:
-        one.logprob = float("nan")
+        episode.logprob = float("nan")
     if not response.finished:
-        one.end = "tokens"
+        episode.end = "tokens"
 
 
 def _answered(environments: Environments, active: Sequence[_Playing], sampling: Sampling) -> None:
     """Adds the answers of tools and environments to the newest turns to the transcripts."""
-    operations, asked = [], []
-    unheard = [one for one in active if one.end]  # cut inside a turn, which is not sent to the environment
-    for one in active:
-        if one.end:
+    operations, stepped = [], []
+    unheard = [episode for episode in active if episode.end]  # cut inside a turn, which is not sent to the environment
+    for episode in active:
+        if episode.end:
             continue
-        message = dict(one.transcript.messages[-1])
-        calls, one.pending = parse_calls(message["content"]) if environments.tools else ([], [])
-        one.calls += len(calls) + len(one.pending)
-        one.failed_calls += len(one.pending)
-        asked.append(one)
+        message = dict(episode.transcript.messages[-1])
+        calls, episode.pending = parse_calls(message["content"]) if environments.tools else ([], [])
+        episode.calls += len(calls) + len(episode.pending)
+        episode.failed_calls += len(episode.pending)
+        stepped.append(episode)
         if environments.answers:
-            one.pending = []
-            operations.append(Operation("step", one.number, (message | {"tool_calls": calls},)))
-        elif calls or one.pending:
-            operations.append(Operation("tools", one.number, (calls,)))
+            episode.pending = []
+            operations.append(Operation("step", episode.number, (message | {"tool_calls": calls},)))
+        elif calls or episode.pending:
+            operations.append(Operation("tools", episode.number, (calls,)))
         else:
-            operations.append(Operation("step", one.number, (message,)))
-    for one, result in _asked(environments, asked, operations):
-        messages = result["messages"] + [{"role": "tool", "content": f"error: {text}"} for text in one.pending]
-        one.failed_calls += result.get("failures", 0)
+            operations.append(Operation("step", episode.number, (message,)))
+    for episode, result in _asked(environments, stepped, operations):
+        messages = result["messages"] + [{"role": "tool", "content": f"error: {text}"} for text in episode.pending]
+        episode.failed_calls += result.get("failures", 0)
         if result.get("reward") is not None:
-            one.rewards.append(result["reward"])
+            episode.rewards.append(result["reward"])
         if result.get("done"):
-            one.transcript.messages += messages  # recorded only: the policy has no further turn
-            one.end = "done"
+            episode.transcript.messages += messages  # recorded only: the policy has no further turn
+            episode.end = "done"
         elif not messages:
             raise EnvironmentFailed("step gave no messages and done = False; expected messages for the next turn")
-        elif one.turns == environments.config.max_turns:
-            one.transcript.messages += messages
-            one.end = "turns"
+        elif episode.turns == environments.config.max_turns:
+            episode.transcript.messages += messages
+            episode.end = "turns"
         else:
-            heard = one.transcript.heard(messages)
-            if one.transcript.length_with(heard) >= sampling.max_tokens:
-                one.transcript.messages += messages
-                one.end = "tokens"
+            heard = episode.transcript.heard(messages)
+            if episode.transcript.length_with(heard) >= sampling.max_tokens:
+                episode.transcript.messages += messages
+                episode.end = "tokens"
             else:
-                one.transcript.hear(messages, heard)
+                episode.transcript.hear(messages, heard)
     if environments.scores_cut:
-        cut = [one for one in active if one.end in ("turns", "tokens")]
+        cut = [episode for episode in active if episode.end in ("turns", "tokens")]
         operations = [
-            Operation("at_limit", one.number, (_last_turn(one, environments) if one in unheard else None,))
-            for one in cut
+            Operation("at_limit", episode.number, (_last_turn(episode, environments) if episode in unheard else None,))
+            for episode in cut
         ]
-        for one, result in _asked(environments, cut, operations):
+        for episode, result in _asked(environments, cut, operations):
             if result["reward"] is not None:
-                one.rewards.append(result["reward"])
+                episode.rewards.append(result["reward"])
 
 
-def _last_turn(one: _Playing, environments: Environments) -> dict[str, Any]:
+def _last_turn(episode: _Playing, environments: Environments) -> dict[str, Any]:
     """Returns the newest turn as `step` gets it: with its complete calls, if the environment answers calls."""
-    message = dict(one.transcript.messages[-1])
+    message = dict(episode.transcript.messages[-1])
     if environments.answers:
         message["tool_calls"] = parse_calls(message["content"])[0]
     return message
@@ -261,17 +261,17 @@ def _asked(
     clock, answered = time.perf_counter(), []
     results = environments.ask(operations)
     seconds = time.perf_counter() - clock
-    for one, result in zip(episodes, results, strict=True):
-        one.seconds += seconds
+    for episode, result in zip(episodes, results, strict=True):
+        episode.seconds += seconds
         if "error" in result:
-            one.end, one.error = "failed", f"{result['error']}\n{result.get('traceback', '')}".strip()
+            episode.end, episode.error = "failed", f"{result['error']}\n{result.get('traceback', '')}".strip()
         else:
-            answered.append((one, result))
+            answered.append((episode, result))
     return answered
 
 
 def _check_failures(playing: Sequence[_Playing]) -> None:
-    failed = [one for one in playing if one.end == "failed"]
+    failed = [episode for episode in playing if episode.end == "failed"]
     if len(failed) * 2 > len(playing):
         raise EnvironmentFailed(
             f"the environment failed for {len(failed)} of {len(playing)} episodes: {failed[0].error}"
