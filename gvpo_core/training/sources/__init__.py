@@ -1,4 +1,4 @@
-"""Where the groups of a step come from. The loop asks a source and does not know which one it is."""
+"""Sources of the groups of a step. The loop calls a source without knowing which one it is."""
 
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def teacher_of(source: "Source") -> PolicyFacts | None:
-    """Facts of a teacher that this process has loaded, which scores or draws."""
+    """Returns facts of the teacher that this process has loaded, to score or to draw; None if there is none."""
     if isinstance(source, Taught) and source.teacher.facts is not None:
         return source.teacher.facts
     sampled = source.source if isinstance(source, Taught) else source
@@ -47,29 +47,29 @@ class Source(Protocol):
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Responses of the largest group, tokens of the longest response: for the estimate of memory."""
+        """Responses in the largest group, and tokens of the longest response, for the memory estimate."""
 
     @property
     def on_policy(self) -> bool:
-        """Whether the responses that are drawn are the policy's own, at temperature 1."""
+        """Whether the drawn responses come from the policy itself, at temperature 1."""
 
     def describe(self) -> dict[str, str]:
-        """Lines of the header: what a step takes."""
+        """Lines of the header that say what a step uses."""
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
-        """The groups of step `step` (from 1), with the rewards of all ranks; every rank calls.
+        """Returns the groups of step `step` (from 1), with the rewards of all ranks. Every rank calls this.
 
         Args:
-          size: groups wanted. Default: rollout.prompts.
+          size: number of groups. Default: rollout.prompts.
 
-        It must depend on the policy's parameters, the settings, `step` and `state` alone, so that a resumed run
-        repeats it. The loop asks for every step once, in order.
+        The result must depend only on the policy's parameters, the settings, `step` and `state`, so that a resumed run
+        repeats it. The loop calls this once for every step, in order.
         """
 
     def state(self) -> dict[str, Any]:
-        """What later steps depend on beside the step's number, as values that JSON has: the checkpoint holds it.
+        """State, besides the step's number, that later steps depend on, as JSON values for the checkpoint.
 
-        Every rank calls.
+        Every rank calls this.
         """
 
     def restore(self, state: Mapping[str, Any]) -> None:

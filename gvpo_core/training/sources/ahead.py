@@ -1,8 +1,9 @@
-"""Responses of the next steps, asked for while the policy is updated.
+"""Requests responses of the next steps while the policy is updated.
 
-With `ahead` = n those of step s are drawn with the weights of s - 1 - n steps (0 at first). At step t, once the sampler
-has the weights of t - 1 steps, step t + n is asked for, then step t is waited for: the staleness is n at any speed.
-A checkpoint waits for what was asked for and holds it, since its weights are gone when the run resumes.
+With `ahead` = n, the responses of step s are drawn with the weights after s - 1 - n steps (0 at first). At step t, once
+the sampler has the weights after t - 1 steps, the run requests step t + n and then waits for step t. So the staleness
+is n at any speed. A checkpoint waits for the requested responses and stores them, since the weights that they were
+drawn with no longer exist when the run resumes.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,12 +24,12 @@ from gvpo_core.training.sampling import Sampling
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
 _PROBE_TOKENS = 16
-_PROBES = 8  # responses, where their mean is compared: in 16 bits a single one may be far off
+_PROBES = 8  # responses, if their mean is compared: in 16 bits, a single response may differ much
 
 
 @dataclass
 class _Ready:
-    """A sampler that gives what was drawn before; asked once more, it draws with the weights of now."""
+    """A sampler that returns responses drawn before. The second call draws with the current weights."""
 
     drawn: Callable[[], Given]
     sampler: Sampler
@@ -38,8 +39,8 @@ class _Ready:
     def generate(
         self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> Sequence[Sequence[Response | Text]]:
-        """The responses, once they are there."""
-        if self.taken:  # not the responses that were asked for: their weights are gone
+        """Waits for the responses and returns them."""
+        if self.taken:  # not the requested responses: their weights no longer exist
             drawn = self.sampler.generate(prompts, seeds, sampling)
         else:
             drawn, self.taken = self.drawn(), True
@@ -54,11 +55,11 @@ class _Ready:
 
 @dataclass
 class Ahead:
-    """What was asked for and not yet used, by step."""
+    """Requested responses that are not used yet, by step."""
 
     sampler: Asks
     ahead: int
-    steps: int  # of the run: no later step is asked for
+    steps: int  # of the run: no later step is requested
     _waiting: dict[int, tuple[Requests, Callable[[], Given]]] = field(default_factory=dict)
     _restored: dict[int, dict[int, list[Response | Text]]] = field(default_factory=dict)  # step -> group -> responses
     _policy: Policy | None = None
@@ -71,12 +72,14 @@ class Ahead:
         sampling: Sampling,
         gaps: GapCheck | None = None,
     ) -> Sampler:
-        """Asks for what is due at `step`; every rank calls, once the sampler has the weights of `step` - 1 steps.
+        """Requests the responses due at `step`.
+
+        Every rank calls this, once the sampler has the weights after `step` - 1 steps.
 
         Args:
-          requests: of this rank for a step.
-          gaps: compares log-probabilities of responses that are drawn for it. None: nothing is compared.
-        Returns: what waits for the responses of `step` and gives them as a sampler.
+          requests: returns this rank's requests for a step.
+          gaps: compares log-probabilities of responses drawn for the comparison. None: no comparison.
+        Returns: a sampler that waits for the responses of `step` and returns them.
         Raises: SamplerError: the engine's weights are not the policy's; see `GapCheck`.
         """
         self._policy = policy
@@ -93,28 +96,28 @@ class Ahead:
         ready: Any = _Ready(self._waiting.pop(step)[1], self.sampler)
         return cast(Sampler, ready)
 
-    def _asked(self, step: int, asked: Requests, sampling: Sampling) -> tuple[Requests, Callable[[], Given]]:
+    def _asked(self, step: int, requests: Requests, sampling: Sampling) -> tuple[Requests, Callable[[], Given]]:
         if step not in self._restored:
-            given = asked_with(self.sampler, asked.prompts, asked.tokens)
-            return asked, self.sampler.ask(given, asked.seeds, sampling)
+            prompts = asked_with(self.sampler, requests.prompts, requests.tokens)
+            return requests, self.sampler.ask(prompts, requests.seeds, sampling)
         groups = self._restored.pop(step)
-        known = [
+        responses = [
             [groups[group][place] for place in places if place < len(groups.get(group, ()))]
-            for group, places in asked.places.items()
+            for group, places in requests.places.items()
         ]
-        return asked, lambda: known
+        return requests, lambda: responses
 
-    def _probe(self, policy: Policy, asked: Requests, sampling: Sampling, gaps: GapCheck) -> None:
-        """Compares log-probabilities of short responses with the policy's: one of each rank, or several for a mean.
+    def _probe(self, policy: Policy, requests: Requests, sampling: Sampling, gaps: GapCheck) -> None:
+        """Compares log-probabilities of short responses with the policy's: one per rank, or several for a mean.
 
-        The responses of the step cannot be compared: they are of older weights.
+        The responses of the step cannot be compared: they were drawn with older weights.
         """
         short = Sampling(min(sampling.max_tokens, _PROBE_TOKENS), sampling.temperature)
         count = _PROBES if gaps.tolerance is None else 1
-        tokens, seeds = asked.tokens[:1], [seeds[:count] for seeds in asked.seeds[:1]]
-        prompts = asked_with(self.sampler, asked.prompts[:1], tokens)
-        given = attempt(policy, lambda: self.sampler.probe(prompts, seeds, short), kind=SamplerError)
-        rows = [(p, r) for p, many in zip(tokens, given or [], strict=True) for r in many if isinstance(r, Drawn)]
+        tokens, seeds = requests.tokens[:1], [seeds[:count] for seeds in requests.seeds[:1]]
+        prompts = asked_with(self.sampler, requests.prompts[:1], tokens)
+        drawn = attempt(policy, lambda: self.sampler.probe(prompts, seeds, short), kind=SamplerError)
+        rows = [(p, r) for p, many in zip(tokens, drawn or [], strict=True) for r in many if isinstance(r, Drawn)]
         batch = Batch([p for p, _ in rows], [r.tokens for _, r in rows], list(range(len(rows))))
         ours = policy.gather(np.asarray(policy.logprobs(batch), np.float64))
         theirs = policy.gather(np.asarray([r.logprob for _, r in rows], np.float64))
@@ -122,9 +125,10 @@ class Ahead:
         gaps.check(theirs, ours, lengths, np.zeros(len(ours)))
 
     def state(self) -> dict[str, Any]:
-        """What was asked for and not yet used, once it is there; every rank calls.
+        """Waits for the requested responses that are not used yet, and returns them. Every rank calls this.
 
-        A run that is asked to stop while its server is away leaves out what does not come: it is asked for again.
+        If the run is asked to stop while its server is away, missing responses are left out. They are requested again
+        later.
         """
         if self._policy is None or not self._waiting:
             return {}
@@ -134,12 +138,12 @@ class Ahead:
             del self._waiting[step], drawn[step]
         records: list[dict[str, Any]] = []
         for step, groups in drawn.items():
-            assert groups is not None  # in no step that is lost
-            asked, _ = self._waiting[step]
-            self._waiting[step] = asked, partial(_same, groups)
+            assert groups is not None  # lost steps were removed
+            requests, _ = self._waiting[step]
+            self._waiting[step] = requests, partial(_same, groups)
             records += [
                 {"step": step, "group": group, "responses": [_record(r) for r in many]}
-                for group, many in zip(asked.places, groups, strict=True)
+                for group, many in zip(requests.places, groups, strict=True)
             ]
         return {"ahead": gather_objects(self._policy, records)}
 
@@ -169,5 +173,5 @@ def _record(response: Response | Text) -> dict[str, Any]:
 
 def _response(record: Mapping[str, Any]) -> Response | Text:
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items() if k != "kind"}
-    made: Response | Text = _KINDS[record["kind"]](**values)
-    return made
+    response: Response | Text = _KINDS[record["kind"]](**values)
+    return response

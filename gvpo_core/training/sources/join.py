@@ -1,4 +1,4 @@
-"""Several rollouts as one, and which of its responses the update leaves out."""
+"""Joins rollouts into one, and leaves responses out of the update."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,10 +13,10 @@ from gvpo_core.training.rollout import Rollout
 
 
 def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) -> Rollout:
-    """The rollout of all parts' responses, in rank order; every rank calls.
+    """Joins the responses of all parts into one rollout, in rank order. Every rank calls this.
 
     Args:
-      together: group i of each part is one group. Otherwise the groups of each part come after those before it.
+      together: group i of all parts is one group. Otherwise the groups of the parts follow one another.
     """
     if len(parts) == 1:
         return parts[0]
@@ -24,7 +24,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
     counts = np.stack([policy.gather(np.asarray([len(part.batch)])) for part in parts])  # (parts, ranks)
     order = _rank_order(counts)
 
-    def of_all(values: Sequence[np.ndarray]) -> np.ndarray:
+    def in_rank_order(values: Sequence[np.ndarray]) -> np.ndarray:
         joined: np.ndarray = np.concatenate(values)[order]
         return joined
 
@@ -33,7 +33,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
         if all(value is None for value in values):
             return None
         sizes = counts.sum(axis=1)
-        return of_all(
+        return in_rank_order(
             [np.full((n, *np.shape(missing)), missing) if v is None else v for v, n in zip(values, sizes, strict=True)]
         )
 
@@ -41,7 +41,7 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
     unscored = [np.full(len(part.rewards), np.nan) for part in parts]
     local_groups = [g + first for part, first in zip(parts, firsts, strict=True) for g in part.batch.groups]
     completions = [c | {"group": c["group"] + f} for p, f in zip(parts, firsts, strict=True) for c in p.completions]
-    known = len(completions) == len(order)  # on the main rank at least
+    complete = len(completions) == len(order)  # at least on the main rank
     return Rollout(
         batch=Batch(
             [prompt for part in parts for prompt in part.batch.prompts],
@@ -51,14 +51,14 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
             later=_later([part.batch for part in parts]),
         ),
         start=int(counts[:, : policy.rank].sum()),
-        group_ids=of_all([part.group_ids + first for part, first in zip(parts, firsts, strict=True)]),
+        group_ids=in_rank_order([part.group_ids + first for part, first in zip(parts, firsts, strict=True)]),
         num_groups=parts[0].num_groups if together else sum(part.num_groups for part in parts),
-        rewards=of_all([part.rewards for part in parts]),
-        parts={n: of_all([p.parts.get(n, u) for p, u in zip(parts, unscored, strict=True)]) for n in names},
+        rewards=in_rank_order([part.rewards for part in parts]),
+        parts={n: in_rank_order([p.parts.get(n, u) for p, u in zip(parts, unscored, strict=True)]) for n in names},
         errors=_sums([part.errors for part in parts]),
-        lengths=of_all([part.lengths for part in parts]),
-        finished=of_all([part.finished for part in parts]),
-        completions=[completions[i] for i in order] if known else [],
+        lengths=in_rank_order([part.lengths for part in parts]),
+        finished=in_rank_order([part.finished for part in parts]),
+        completions=[completions[i] for i in order] if complete else [],
         seconds=_sum([part.seconds for part in parts]),
         reward_seconds=_sum([part.reward_seconds for part in parts]),
         ref_logprobs=optional("ref_logprobs", np.nan),  # NaN: `improve` scores them
@@ -76,17 +76,17 @@ def join(policy: Policy, parts: Sequence[Rollout], *, together: bool = False) ->
 
 
 def leave_out(rollout: Rollout, config: RolloutConfig) -> Rollout:
-    """The rollout without what the settings keep from the update: its rewards, records and metrics stay.
+    """Leaves responses out of the update, as the settings say. Their rewards, records and metrics stay.
 
-    truncated = "drop" leaves out responses that were cut. equal = "skip" or "redraw" leaves out groups whose remaining
-    rewards are all equal, unless all are: then the step is taken along them.
+    truncated = "drop" leaves out responses that were cut. equal = "skip" or "redraw" leaves out groups with equal
+    remaining rewards. If all groups are like that, none of them is left out.
     """
     unused = np.zeros(len(rollout.rewards), bool)
     if config.truncated == "drop":
         unused |= ~rollout.finished
     if config.equal != "keep":
-        dead = equal_groups(replace(rollout, left_out=unused))
-        unused |= dead[rollout.group_ids] if not dead.all() else False
+        equal = equal_groups(replace(rollout, left_out=unused))
+        unused |= equal[rollout.group_ids] if not equal.all() else False
     if not unused.any():
         return rollout
     completions = rollout.completions
@@ -96,7 +96,7 @@ def leave_out(rollout: Rollout, config: RolloutConfig) -> Rollout:
 
 
 def equal_groups(rollout: Rollout) -> np.ndarray:
-    """(G,) bool: groups without two different rewards among the responses of the update."""
+    """(G,) bool: True for groups without two different rewards among the responses of the update."""
     rewards = rollout.trained_rewards
     scored = ~np.isnan(rewards)
     low, high = np.full(rollout.num_groups, np.inf), np.full(rollout.num_groups, -np.inf)
@@ -107,24 +107,24 @@ def equal_groups(rollout: Rollout) -> np.ndarray:
 
 
 def _masks(batches: Sequence[Batch]) -> list[Mask | None] | None:
-    """`Batch.masks` of the batches, one after the other."""
+    """Concatenates `Batch.masks` of the batches."""
     if all(batch.masks is None for batch in batches):
         return None
     return [mask for batch in batches for mask in (batch.masks or [None] * len(batch))]
 
 
 def _later(batches: Sequence[Batch]) -> list[Sequence[Segment]] | None:
-    """`Batch.later` of the batches, one after the other."""
+    """Concatenates `Batch.later` of the batches."""
     if all(batch.later is None for batch in batches):
         return None
     return [segments for batch in batches for segments in (batch.later or [()] * len(batch))]
 
 
 def _rank_order(counts: np.ndarray) -> np.ndarray:
-    """Places in the parts' arrays, one after the other, of the joined rows: rank by rank, part by part.
+    """Returns the index of each joined row in the concatenated arrays of the parts: rank by rank, part by part.
 
     Args:
-      counts: (parts, ranks) rows of each part on each rank.
+      counts: (parts, ranks) number of rows of each part on each rank.
     """
     sizes = counts.sum(axis=1)
     bases = np.cumsum([0, *sizes])[:-1]

@@ -1,4 +1,4 @@
-"""Groups of several sources in one step: sampled for it, recorded by others, and past ones of the run."""
+"""Groups of several sources in one step: sampled, recorded elsewhere, and replayed from earlier steps."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from gvpo_core.training.sources.sampled import Sampled
 
 @dataclass
 class Mixed:
-    """A step's sampled groups, with recorded and replayed ones beside them."""
+    """A step's sampled groups, with recorded and replayed groups added."""
 
     config: Config
     sampled: Sampled
@@ -36,17 +36,17 @@ class Mixed:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Responses of the largest group, tokens of the longest response."""
+        """Responses in the largest group, and tokens of the longest response."""
         sizes = [self.sampled.largest, *([self.recorded.largest] if self.recorded else [])]
         return max(responses for responses, _ in sizes), max(tokens for _, tokens in sizes)
 
     @property
     def on_policy(self) -> bool:
-        """Of the responses that are drawn; see `Sampled`."""
+        """Applies to the drawn responses; see `Sampled`."""
         return self.sampled.on_policy
 
     def describe(self) -> dict[str, str]:
-        """For the header: what a step takes."""
+        """Lines of the header that say what a step uses."""
         parts, replay = shares(self.config), self.config.replay
         lines = self.sampled.describe(parts.sampled)
         if self.recorded is not None:
@@ -57,7 +57,7 @@ class Mixed:
         return lines
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
-        """The sampled groups, then the recorded, then the replayed; the step is smaller until enough are kept."""
+        """Returns sampled, recorded and replayed groups, in this order. Early steps are smaller: fewer are kept."""
         counts = shares(self.config, size)
         sampled = self.sampled.groups(policy, step, size=max(1, counts.sampled))
         parts, details = [sampled], dict[str, float]()
@@ -87,7 +87,7 @@ class Mixed:
         return Groups(chosen, [group.group for group in past], RecordedRows(RUN, "its own", ()))
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint needs to hold; see `Source`."""
+        """State for the checkpoint; see `Source`."""
         return self.sampled.state() | ({"replay": self.buffer.state()} if self.buffer else {})
 
     def restore(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Groups that were recorded: no sampling, and no reward is called (Cor. 3.2 and 3.4)."""
+"""Recorded groups: no sampling, and no calls of rewards (Cor. 3.2 and 3.4)."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ from gvpo_core.training.sources.join import leave_out
 
 @dataclass(frozen=True)
 class Recorded:
-    """The next groups of recorded data."""
+    """Takes the next groups of recorded data."""
 
     config: Config
     recorded: Groups
@@ -31,13 +31,13 @@ class Recorded:
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Responses of the largest group, tokens of the longest response."""
+        """Responses in the largest group, and tokens of the longest response."""
         return max(self.recorded.sizes), self.recorded.longest
 
-    on_policy = False  # the responses are others'
+    on_policy = False  # other policies drew the responses
 
     def describe(self) -> dict[str, str]:
-        """For the header: what the groups are, and what a step takes of them."""
+        """Lines of the header: a description of the groups, and how many a step uses."""
         each = f"{self.config.rollout.prompts} recorded groups, nothing is sampled"
         return {"source": self.recorded.describe(), "step": each}
 
@@ -48,7 +48,7 @@ class Recorded:
         return leave_out(recorded_rollout(policy, self.recorded, rows, self.reference), self.config.rollout)
 
     def state(self) -> dict[str, Any]:
-        """Nothing: the groups of a step follow from the settings."""
+        """Returns nothing: the groups of a step depend only on the settings."""
         return {}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -57,15 +57,15 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Streamed(Recorded):
-    """The next groups of a stream; `recorded` are the first ones, which stand for all in the header."""
+    """Takes the next groups of a stream. The header describes its first groups, `recorded`."""
 
     stream: StreamedGroups
 
     def describe(self) -> dict[str, str]:
-        """For the header; see `Recorded`."""
-        held = self.config.data.buffer
+        """Lines of the header; see `Recorded`."""
+        buffer = self.config.data.buffer
         lines = super().describe()
-        return lines | {"source": f"a stream, at most {held:,} rows held; at its beginning {lines['source']}"}
+        return lines | {"source": f"a stream, at most {buffer:,} rows held; at its beginning {lines['source']}"}
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
         """`rollout.prompts` groups with all their responses."""
@@ -77,22 +77,22 @@ class Streamed(Recorded):
 def recorded_rollout(
     policy: Policy, recorded: Groups, rows: Sequence[int], reference: ReferenceScores | None, *, keep: bool = True
 ) -> Rollout:
-    """These groups as a rollout, their N responses cut into equal runs over the ranks; a group may be on two.
+    """Returns groups as a rollout. Their N responses are split evenly over the ranks, so a group may be on two ranks.
 
     Args:
-      keep: make the rows of completions.jsonl, on the main rank.
+      keep: whether the main rank makes the rows of completions.jsonl.
     """
     clock = time.perf_counter()
     groups = [recorded.groups[row] for row in rows]
-    every = [(g, i) for g, group in enumerate(groups) for i in range(len(group.responses))]
-    start, stop = (len(every) * r // policy.world_size for r in (policy.rank, policy.rank + 1))
-    local_groups = every[start:stop]
-    local = [groups[g].responses[i] for g, i in local_groups]
-    asked = [groups[g].prompt for g, _ in local_groups]
+    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group.responses))]
+    start, stop = (len(places) * r // policy.world_size for r in (policy.rank, policy.rank + 1))
+    local_places = places[start:stop]
+    local = [groups[g].responses[i] for g, i in local_places]
+    prompts = [groups[g].prompt for g, _ in local_places]
     batch = Batch(
-        asked,
+        prompts,
         [response.tokens for response in local],
-        [g for g, _ in local_groups],
+        [g for g, _ in local_places],
         masks_of(local),
         later=later_of(local),
     )
@@ -111,19 +111,19 @@ def recorded_rollout(
     return Rollout(
         batch=batch,
         start=start,
-        group_ids=np.asarray([g for g, _ in every], np.int64),
+        group_ids=np.asarray([g for g, _ in places], np.int64),
         num_groups=len(groups),
         rewards=np.concatenate([group.rewards for group in groups]),
-        parts={name: np.asarray([_part(groups[g], i, name) for g, i in every]) for name in names},
+        parts={name: np.asarray([_part(groups[g], i, name) for g, i in places]) for name in names},
         errors={},
-        lengths=np.asarray([groups[g].responses[i].length for g, i in every], np.int64),
-        finished=np.asarray([groups[g].responses[i].finished for g, i in every], bool),
+        lengths=np.asarray([groups[g].responses[i].length for g, i in places], np.int64),
+        finished=np.asarray([groups[g].responses[i].finished for g, i in places], bool),
         completions=_completions(policy, recorded, rows) if keep and policy.rank == 0 else [],
         seconds={"score": time.perf_counter() - clock},
         reward_seconds={},
         ref_logprobs=ref,
-        recorded=np.ones(len(every), bool),
-        stopped=np.asarray([groups[g].responses[i].stopped for g, i in every], bool),
+        recorded=np.ones(len(places), bool),
+        stopped=np.asarray([groups[g].responses[i].stopped for g, i in places], bool),
         details=details,
         columns=[recorded.prompts.columns[row] for row in rows],
         prompts=[recorded.prompts.prompts[row] for row in rows],
@@ -133,15 +133,15 @@ def recorded_rollout(
 def scored_again(
     policy: Policy, rollout: Rollout, prompts: Prompts, rows: Sequence[int], rewards: Sequence[Reward]
 ) -> Rollout:
-    """The recorded responses with the scores that the run's rewards give them.
+    """Scores recorded responses with the run's rewards.
 
     Args:
-      rows: of each group, the number of its prompt.
+      rows: for each group, the number of its prompt.
     Raises: RewardError: see `score_everywhere`.
     """
     texts = [policy.decode(response) for response in rollout.batch.responses]
-    asked = [rows[group] for group in rollout.batch.groups]
-    scores = score_everywhere(policy, rewards, prompts, asked, texts, rollout.batch, [])
+    prompt_rows = [rows[group] for group in rollout.batch.groups]
+    scores = score_everywhere(policy, rewards, prompts, prompt_rows, texts, rollout.batch, [])
     completions = [
         completion
         | {"reward": float(scores.total[i]), "rewards": {n: float(values[i]) for n, values in scores.parts.items()}}
@@ -151,10 +151,10 @@ def scored_again(
 
 
 def _reference(reference: ReferenceScores, groups: Sequence[Group], *, every: bool) -> np.ndarray:
-    """(N,) of the responses with a reward; NaN of the others, which leave their group.
+    """(N,) reference scores of the responses with a reward; NaN for the others, which leave their group.
 
     Args:
-      every: of all responses, which get their rewards later.
+      every: score all responses; they get their rewards later.
     """
     scored = [list(range(len(group.responses))) if every else group.scored for group in groups]
     scores_of = reference.of(
@@ -178,7 +178,7 @@ def _part(group: Group, i: int, name: str) -> float:
 
 
 def _completions(policy: Policy, recorded: Groups, rows: Sequence[int]) -> list[dict[str, Any]]:
-    """Rows of completions.jsonl; see `rollout.collect`."""
+    """Returns rows of completions.jsonl; see `rollout.collect`."""
     completions: list[dict[str, Any]] = []
     for g, row in enumerate(rows):
         group, prompt = recorded.groups[row], recorded.prompts.prompts[row]

@@ -1,4 +1,4 @@
-"""Past groups of a run, kept to be trained on again. GVPO needs no ratio to the policy that drew them (Cor. 3.2)."""
+"""Keeps past groups of a run to train on them again. GVPO needs no ratio to the policy that drew them (Cor. 3.2)."""
 
 import math
 from collections.abc import Sequence
@@ -18,10 +18,10 @@ from gvpo_core.training.sampling import REPLAY
 
 @dataclass(frozen=True)
 class Past:
-    """A group that was drawn in an earlier step."""
+    """A group drawn in an earlier step."""
 
     step: int
-    prompt: int  # number of its prompt in the run's prompts
+    prompt: int  # index of its prompt in the run's prompts
     group: Group
 
 
@@ -33,35 +33,35 @@ class Buffer:
         self.past: list[Past] = []
 
     def drawn(self, step: int, count: int) -> list[Past]:
-        """`count` different groups for step `step`, or as many as there are, of those young enough; oldest first."""
+        """Draws up to `count` different groups for step `step` from those that are young enough; oldest first."""
         oldest = step - self.config.age if self.config.age else 0
         eligible = [past for past in self.past if past.step >= oldest]
         random = np.random.default_rng(np.random.SeedSequence((self.seed, REPLAY, step)))
         chosen = random.permutation(len(eligible))[:count]
         return [eligible[i] for i in sorted(chosen)]
 
-    def add(self, policy: Policy, step: int, rollout: Rollout, prompts: Sequence[int], tokens: Prompts) -> None:
-        """Keeps the groups of a rollout that have a reward; every rank calls.
+    def add(self, policy: Policy, step: int, rollout: Rollout, numbers: Sequence[int], prompts: Prompts) -> None:
+        """Keeps the groups of a rollout that have a reward. Every rank calls this.
 
         Args:
-          prompts: of each group, the number of its prompt.
-          tokens: all prompts.
+          numbers: for each group, the index of its prompt.
+          prompts: all prompts.
         """
         batch = rollout.batch
         masks, later = batch.masks or [None] * len(batch), batch.later or [()] * len(batch)
-        tokens_of = [
+        local_rows = [
             {"tokens": tokens, "mask": mask, "later": [astuple(segment) for segment in segments]}
             for tokens, mask, segments in zip(batch.responses, masks, later, strict=True)
         ]
-        rows = gather_objects(policy, tokens_of)
+        rows = gather_objects(policy, local_rows)
         rewards = rollout.trained_rewards
         stopped = np.zeros(len(rewards), bool) if rollout.stopped is None else rollout.stopped
-        for g, prompt in enumerate(prompts):
+        for g, number in enumerate(numbers):
             members = [int(i) for i in np.flatnonzero((rollout.group_ids == g) & ~np.isnan(rewards))]
             if not members:
                 continue
             group = Group(
-                tokens.tokens[prompt],
+                prompts.tokens[number],
                 tuple(
                     _response(
                         rows[i]["tokens"],
@@ -75,11 +75,11 @@ class Buffer:
                 rewards[members],
                 [{name: float(values[i]) for name, values in rollout.parts.items()} for i in members],
             )
-            self.past.append(Past(step, prompt, group))
+            self.past.append(Past(step, number, group))
         del self.past[: -self.config.groups]
 
     def state(self) -> list[dict[str, Any]]:
-        """For the checkpoint: values that JSON has."""
+        """State for the checkpoint, as JSON values."""
         return [
             {
                 "step": past.step,
@@ -95,12 +95,12 @@ class Buffer:
             for past in self.past
         ]
 
-    def restore(self, state: Sequence[dict[str, Any]], tokens: Prompts) -> None:
-        """Restores the groups that `state` returned. Drops those whose prompt has changed (run.allow_changes)."""
+    def restore(self, state: Sequence[dict[str, Any]], prompts: Prompts) -> None:
+        """Restores the groups that `state` returned. Drops groups with changed prompts (run.allow_changes)."""
         self.past = []
         for past in state:
             number, prompt = int(past["prompt"]), tuple(past["prompt_tokens"])
-            if number >= len(tokens) or tuple(tokens.tokens[number]) != prompt:
+            if number >= len(prompts) or tuple(prompts.tokens[number]) != prompt:
                 continue
             responses = tuple(_response(*response) for response in past["responses"])
             rewards = np.asarray(past["rewards"], np.float64)

@@ -1,4 +1,4 @@
-"""Groups that are sampled for the step: prompts, a sampler, rewards; and recorded responses in the same group."""
+"""Groups sampled for a step, from prompts, a sampler and rewards. They may also contain recorded responses."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,39 +24,39 @@ from gvpo_core.training.sources.recorded import recorded_rollout, scored_again
 
 @dataclass
 class Sampled:
-    """The next prompts of the data, answered by the policy or by `sampler` in its place (Cor. 3.2)."""
+    """Samples responses to the next prompts of the data, with the policy or with `sampler` (Cor. 3.2)."""
 
     config: Config
     prompts: Prompts
     rewards: Sequence[Reward]
     sampler: Sampler | None = None
-    trained: bool = True  # the policy moves between the steps
-    ahead: Ahead | None = None  # what the sampler was asked for before its step
-    beside: Groups | None = None  # recorded responses to the same prompts, part of their groups
-    reference: ReferenceScores | None = None  # of these
-    offset: int = 0  # prompts that earlier steps took beyond their number; below 0: fewer
-    spreads: dict[int, float] = field(default_factory=dict)  # of the newest rewards, by the prompt's number
-    numbers: list[int] = field(default_factory=list)  # of the prompts of the newest step, by group
-    gaps: GapCheck | None = None  # whether the sampler has the policy's weights
+    trained: bool = True  # the policy changes between steps
+    ahead: Ahead | None = None  # responses requested before their step
+    beside: Groups | None = None  # recorded responses to the same prompts, added to their groups
+    reference: ReferenceScores | None = None  # reference scores of `beside`
+    offset: int = 0  # prompts that earlier steps took beyond their size; below 0: fewer
+    spreads: dict[int, float] = field(default_factory=dict)  # standard deviation of the newest rewards, by prompt index
+    numbers: list[int] = field(default_factory=list)  # prompt index of each group of the newest step
+    gaps: GapCheck | None = None  # checks that the sampler has the policy's weights
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Responses of a group, tokens of the longest response."""
+        """Responses in a group, and tokens of the longest response."""
         rollout = self.config.rollout
         recorded = max(self.beside.sizes) if self.beside else 0
         return rollout.responses + recorded, rollout.max_tokens
 
     @property
     def on_policy(self) -> bool:
-        """Whether the responses that count as drawn are the policy's own, at temperature 1."""
+        """Whether the drawn responses come from the policy itself, at temperature 1."""
         own = self.sampler is None or self.config.rollout.own_responses > 0
         return own and self.config.rollout.sampling.temperature == 1
 
     def describe(self, prompts: int | None = None) -> dict[str, str]:
-        """For the header: what a step draws.
+        """Lines of the header that say what a step draws.
 
         Args:
-          prompts: of a step. Default: rollout.prompts.
+          prompts: number of prompts in a step. Default: rollout.prompts.
         """
         rollout = self.config.rollout
         mine = f" ({rollout.own_responses} the policy's own)" if rollout.own_responses else ""
@@ -70,9 +70,9 @@ class Sampled:
         return f", up to {ahead} step{'s' * (ahead > 1)} ahead" if ahead else ""
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
-        """`rollout.prompts` prompts with `rollout.responses` scored responses each.
+        """Returns `rollout.prompts` prompts with `rollout.responses` scored responses each.
 
-        Where equal groups are redrawn the step has more groups: those left out, and those drawn in their place.
+        If groups with equal rewards are redrawn, the rollout also contains the groups that were replaced.
         """
         rollout, size = self.config.rollout, size or self.config.rollout.prompts
         version = step - 1 if self.trained else 0
@@ -103,18 +103,18 @@ class Sampled:
         return leave_out(drawn, rollout)
 
     def _seen(self, step: int, size: int) -> list[int]:
-        """Prompts that were seen before, each drawn in proportion to its spread; none twice."""
-        known = sorted(number for number, spread in self.spreads.items() if spread > 0)
-        count = min(round(size * self.config.data.curriculum), len(known))
-        weights = np.asarray([self.spreads[number] for number in known])
+        """Draws prompts seen before, in proportion to their spread, without repetition."""
+        seen = sorted(number for number, spread in self.spreads.items() if spread > 0)
+        count = min(round(size * self.config.data.curriculum), len(seen))
+        weights = np.asarray([self.spreads[number] for number in seen])
         random = np.random.default_rng(np.random.SeedSequence((self.config.run.seed, CURRICULUM, step)))
-        return [int(i) for i in random.choice(known, count, replace=False, p=weights / weights.sum())] if count else []
+        return [int(i) for i in random.choice(seen, count, replace=False, p=weights / weights.sum())] if count else []
 
     def _remember(self, drawn: Rollout) -> None:
         for group, number in enumerate(self.numbers):
             rewards = drawn.rewards[drawn.drawn & (drawn.group_ids == group)]
             rewards = rewards[~np.isnan(rewards)]
-            differ = rewards.size and rewards.min() < rewards.max()  # the spread of equal rewards is 0 up to rounding
+            differ = rewards.size and rewards.min() < rewards.max()  # rounding may give equal rewards a spread above 0
             self.spreads[number] = float(rewards.std()) if differ else 0.0
 
     def _next(self, taken: int, size: int) -> list[int]:
@@ -131,10 +131,10 @@ class Sampled:
     ) -> Rollout:
         rollout, seed = self.config.rollout, self.config.run.seed
         others = rollout.responses - rollout.own_responses
-        given = (rollout.sampling, self.rewards)
-        drawn = collect(policy, self.prompts, numbers, others, *given, (seed, *path), sampler=sampler, version=version)
+        how = (rollout.sampling, self.rewards)
+        drawn = collect(policy, self.prompts, numbers, others, *how, (seed, *path), sampler=sampler, version=version)
         if rollout.own_responses:
-            own = collect(policy, self.prompts, numbers, rollout.own_responses, *given, (seed, OWN, *path))
+            own = collect(policy, self.prompts, numbers, rollout.own_responses, *how, (seed, OWN, *path))
             elsewhere = replace(drawn, recorded=np.ones(len(drawn.rewards), bool))
             drawn = join(policy, [own, elsewhere], together=True)
         if self.beside is None:
@@ -145,7 +145,7 @@ class Sampled:
         return join(policy, [drawn, recorded], together=True)
 
     def state(self) -> dict[str, Any]:
-        """What the checkpoint needs to hold; see `Source`."""
+        """State for the checkpoint; see `Source`."""
         early = {} if self.ahead is None else self.ahead.state()
         early |= {} if self.gaps is None else self.gaps.state()
         spreads = [[number, spread] for number, spread in self.spreads.items()]
@@ -154,8 +154,8 @@ class Sampled:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Restores what `state` returned."""
         self.offset = int(state.get("offset", 0))
-        known = ((int(number), float(spread)) for number, spread in state.get("spreads", ()))
-        self.spreads = {number: spread for number, spread in known if number < len(self.prompts)}
+        spreads = ((int(number), float(spread)) for number, spread in state.get("spreads", ()))
+        self.spreads = {number: spread for number, spread in spreads if number < len(self.prompts)}
         if self.gaps is not None:
             self.gaps.restore(state)
         if self.ahead is not None:

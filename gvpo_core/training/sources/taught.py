@@ -1,4 +1,4 @@
-"""Groups whose reference is a teacher."""
+"""Groups with a teacher as the reference."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,38 +15,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Taught:
-    """The groups of another source, with the teacher's log-probabilities instead of pi_ref's."""
+    """Groups of another source, with the teacher's log-probabilities instead of those of pi_ref."""
 
     source: "Source"
     teacher: Teacher
 
     @property
     def prompts(self) -> Prompts:
-        """Of the source."""
+        """The prompts of the source."""
         return self.source.prompts
 
     @property
     def largest(self) -> tuple[int, int]:
-        """Of the source."""
+        """See `Source`."""
         return self.source.largest
 
     @property
     def on_policy(self) -> bool:
-        """Of the source."""
+        """See `Source`."""
         return self.source.on_policy
 
     def describe(self) -> dict[str, str]:
-        """For the header: the source's lines and the teacher."""
+        """Lines of the header: those of the source, and the teacher."""
         return self.source.describe() | {"teacher": self.teacher.describe()}
 
     def groups(self, policy: Policy, step: int, *, size: int | None = None) -> Rollout:
-        """The source's groups, scored by the teacher."""
+        """Returns the source's groups, scored by the teacher."""
         return self.teacher.taught(policy, self.source.groups(policy, step, size=size))
 
     def state(self) -> dict[str, Any]:
-        """Of the source."""
+        """State of the source."""
         return self.source.state()
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Of the source."""
+        """Restores the state of the source."""
         self.source.restore(state)

@@ -11,26 +11,26 @@ from gvpo_core.training.teacher.taught import Teacher
 
 
 def load_teacher(config: Config, policy: Policy) -> Teacher:
-    """The model of [teacher]: behind teacher.url, or loaded by its backend or the student's.
+    """Returns the model of [teacher]: a server at teacher.url, or a model loaded with its backend or the student's.
 
-    Raises: ConfigError: a model or server that cannot be used; a teacher whose ranks are not the student's.
+    Raises: ConfigError: the model or server cannot be used; the teacher has other ranks than the student.
     """
     model = teacher_model(config)
     if config.teacher.url:
         return _served(config, model)
-    backend, students = config.teacher.backend, policy.describe().backend
+    backend, student_backend = config.teacher.backend, policy.describe().backend
     if backend == "auto":
-        backend = students  # type: ignore[assignment]
-    if backend != students:
+        backend = student_backend  # type: ignore[assignment]
+    if backend != student_backend:
         model = replace(without_settings_of_others(model, backend), dtype=model.dtype)
     run, optimizer = replace(config.run, backend=backend), replace(config.optimizer, name="adamw")
     try:
         loaded = load_policy(replace(config, run=run, model=model, optimizer=optimizer), trained=False)
     except ConfigError as error:
-        said = str(error).replace("model.path", "teacher.path")
+        text = str(error).replace("model.path", "teacher.path")
         if config.teacher.device:
-            said = said.replace("model.device", "teacher.device")
-        raise ConfigError(said if "teacher." in said else f"teacher.path = {config.teacher.path!r}: {said}") from error
+            text = text.replace("model.device", "teacher.device")
+        raise ConfigError(text if "teacher." in text else f"teacher.path = {config.teacher.path!r}: {text}") from error
     if (loaded.rank, loaded.world_size) != (policy.rank, policy.world_size):
         raise ConfigError(
             f"the teacher has {loaded.world_size} ranks and the policy {policy.world_size}; use one backend for both"
@@ -42,20 +42,20 @@ def load_teacher(config: Config, policy: Policy) -> Teacher:
 
 
 def teacher_model(config: Config) -> ModelConfig:
-    """The settings that the teacher's model or tokenizer is read with."""
-    given = config.teacher
+    """Returns the settings for loading the teacher's model or tokenizer."""
+    teacher = config.teacher
     return replace(
         config.model,
-        path=given.path,
-        revision=given.revision,
-        dtype=given.dtype,
-        device=given.device or config.model.device,
+        path=teacher.path,
+        revision=teacher.revision,
+        dtype=teacher.dtype,
+        device=teacher.device or config.model.device,
         lora_rank=0,
         lora_kind="lora",
         quantization="none",
         compile=False,
         gradient_checkpointing=False,
-        template=given.template,
+        template=teacher.template,
     )
 
 

@@ -1,6 +1,6 @@
 """A teacher behind an OpenAI-compatible server that echoes the log-probabilities of a prompt, as vLLM does.
 
-The tokenizer is read here: token ids go to the server, and each comes back with its log-probability.
+The tokenizer is loaded here. The server gets token ids, and returns the log-probability of each.
 """
 
 import json
@@ -22,21 +22,23 @@ from gvpo_core.training.samplers.workers import Workers
 
 _CHECK = "2 + 2 = 4"  # any text of several tokens
 _CHECK_SECONDS = 60.0
-_MOST_NAMED = 3  # failures
+_MOST_NAMED = 3  # most failures in an error message
 
 
 class ServedTeacher:
-    """Scores tokens by POST {url}/v1/completions with echo, one request a response."""
+    """Scores tokens by POST {url}/v1/completions with echo, one request per response."""
 
-    def __init__(self, given: TeacherConfig, model: ModelConfig) -> None:
+    def __init__(self, teacher: TeacherConfig, model: ModelConfig) -> None:
         """
         Args:
-          model: where the tokenizer and the context are read; its weights are not.
-        Raises: ConfigError: no tokenizer there, or an environment variable that is not set.
+          model: the model to read the tokenizer and the context from, without its weights.
+        Raises: ConfigError: there is no tokenizer, or an environment variable is not set.
         """
-        self.url, self.model, self.config = given.url.rstrip("/"), given.model or given.path, model
-        self._deadline, self._concurrency = given.deadline, given.concurrency
-        self._server = Server(given.url, tries=given.tries, pause=given.pause, api_key=given.api_key, section="teacher")
+        self.url, self.model, self.config = teacher.url.rstrip("/"), teacher.model or teacher.path, model
+        self._deadline, self._concurrency = teacher.deadline, teacher.concurrency
+        self._server = Server(
+            teacher.url, tries=teacher.tries, pause=teacher.pause, api_key=teacher.api_key, section="teacher"
+        )
         folder = hugging_face.local_folder(model)
         self.tokenizer = hugging_face.load_tokenizer(model)
         self.context = hugging_face.context(hugging_face.text_config(hugging_face.read_json(folder / "config.json")))
@@ -49,14 +51,14 @@ class ServedTeacher:
     def encode_responses(
         self, prompt: Prompt, responses: Sequence[str], finished: Sequence[bool | None]
     ) -> list[Response]:
-        """Texts as the teacher would have drawn them; see `policy.text`."""
+        """Encodes texts as the teacher would have drawn them; see `policy.text`."""
         return text.encode_responses(self.tokenizer, prompt, responses, finished, self._end)
 
     def logprobs(self, batch: Batch) -> np.ndarray:
-        """(N,) float64 sums over each response's tokens, nats; NaN where no score came within the deadline.
+        """(N,) float64 sums over each response's tokens, nats; NaN if no score arrived within the deadline.
 
-        Raises: SamplerError: no score came at all, or the server scored other tokens than those it was given. Stopped:
-          the run was asked to stop while the server was away.
+        Raises: SamplerError: no score arrived at all, or the server scored different tokens. Stopped: the run was asked
+          to stop while the server was away.
         """
         if not len(batch):
             return np.zeros(0)
@@ -82,7 +84,7 @@ class ServedTeacher:
 
     @property
     def stopping(self) -> Callable[[], bool]:
-        """Tells whether the run was asked to stop: a server that is away is then waited for no longer."""
+        """Returns whether the run was asked to stop. Then the client no longer waits for a server that is away."""
         return self._server.stopping
 
     @stopping.setter
@@ -90,7 +92,7 @@ class ServedTeacher:
         self._server.stopping = stopping
 
     def check(self) -> None:
-        """Scores one text. Raises: ConfigError: the server cannot do it."""
+        """Scores a test text. Raises: ConfigError: the server cannot score it."""
         ids = self.tokenizer.encode(_CHECK, add_special_tokens=False)
         clock = Clock(_CHECK_SECONDS)
         clock.start()
@@ -117,26 +119,26 @@ class ServedTeacher:
 
 
 def read_scores(content: bytes, ids: Sequence[int], start: int, model: str, url: str) -> float:
-    """The sum of the log-probabilities of ids[start:], nats.
+    """Returns the sum of the log-probabilities of ids[start:], nats.
 
-    Raises: Failed: no usable answer. SamplerError: the server does not echo, or has read other tokens.
+    Raises: Failed: there is no usable answer. SamplerError: the server does not echo, or read different tokens.
     """
     choice: dict[str, Any] = next(iter(read_answer(content, model, url)["choices"]), {})
-    given = (choice.get("logprobs") or {}).get("token_logprobs")
-    if not isinstance(given, list) or len(given) < len(ids):
-        shown = "no" if not given else str(len(given))
+    logprobs = (choice.get("logprobs") or {}).get("token_logprobs")
+    if not isinstance(logprobs, list) or len(logprobs) < len(ids):
+        shown = "no" if not logprobs else str(len(logprobs))
         raise SamplerError(
             f"{url} gives {shown} log-probabilities for {len(ids)} tokens: expected one for each token of the prompt"
             ' ("echo" with "logprobs"), as vLLM gives'
         )
-    read = choice.get("prompt_token_ids")
-    if len(given) > len(ids) + 1 or (isinstance(read, list) and read != list(ids)):
-        shown = json.dumps(read[:8]) if isinstance(read, list) else f"{len(given)} tokens"
+    ids_read = choice.get("prompt_token_ids")
+    if len(logprobs) > len(ids) + 1 or (isinstance(ids_read, list) and ids_read != list(ids)):
+        shown = json.dumps(ids_read[:8]) if isinstance(ids_read, list) else f"{len(logprobs)} tokens"
         raise SamplerError(
             f"{url} scored other tokens than it was given ({shown} for {json.dumps(list(ids)[:8])}): it adds special"
             " tokens; use a server that takes token ids unchanged"
         )
-    scores = given[start : len(ids)]
+    scores = logprobs[start : len(ids)]
     if not all(isinstance(x, int | float) and not math.isnan(x) for x in scores):
         raise Failed(f"{url} gives log-probabilities that are not numbers: {scores[:4]}", again=False)
     return math.fsum(scores)

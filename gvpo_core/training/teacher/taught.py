@@ -1,7 +1,7 @@
 """Sequence-level distillation: a teacher replaces pi_ref (GVPO++, arXiv 2609.21432).
 
-The teacher scores the text of a response with its own tokenizer, so that it need not share the student's. With rewards
-0 the unique minimum of the loss is the teacher, for any sampler; with rewards it is pi_T exp(R / beta) / Z.
+The teacher scores the text of a response with its own tokenizer, which may differ from the student's. If all rewards
+are 0, the unique minimum of the loss is the teacher, for any sampler. With rewards it is pi_T exp(R / beta) / Z.
 """
 
 from collections.abc import Sequence
@@ -19,18 +19,18 @@ from gvpo_core.training.samplers import SamplerError
 
 
 class Scorer(Protocol):
-    """A model that reads text and scores tokens: a policy that is not trained, or a server."""
+    """A model that encodes text and scores tokens: a policy that is not trained, or a server."""
 
     def encode(self, prompt: Prompt) -> Tokens:
-        """As `Policy.encode`."""
+        """See `Policy.encode`."""
 
     def encode_responses(
         self, prompt: Prompt, responses: Sequence[str], finished: Sequence[bool | None]
     ) -> list[Response]:
-        """As `Policy.encode_responses`."""
+        """See `Policy.encode_responses`."""
 
     def logprobs(self, batch: Batch) -> np.ndarray:
-        """(N,) float64 sums of log-probabilities at temperature 1, nats; NaN where a score did not come."""
+        """(N,) float64 sums of log-probabilities at temperature 1, nats; NaN if a score is missing."""
 
 
 class Teacher:
@@ -39,29 +39,29 @@ class Teacher:
     def __init__(self, scorer: Scorer, description: str, context: int | None, facts: PolicyFacts | None = None) -> None:
         """
         Args:
-          description: what it is, for the header.
-          context: longest prompt and response together, tokens. None: not known.
-          facts: of a model that this process has loaded, for the estimate of memory.
+          description: for the header.
+          context: most tokens of prompt and response together. None: not known.
+          facts: facts of a model that this process has loaded, for the memory estimate.
         """
         self.scorer, self._description, self.context, self.facts = scorer, description, context, facts
 
     def describe(self) -> str:
-        """What it is, for the header."""
+        """Describes the teacher for the header."""
         return self._description
 
     def check(self, prompts: Prompts) -> None:
-        """Raises ConfigError: the teacher cannot read the first prompt, as where it has no chat template for a chat."""
+        """Raises ConfigError if the teacher cannot encode the first prompt: for example, it has no chat template."""
         self.scorer.encode(prompts.prompts[0])
 
     def taught(self, policy: Policy, rollout: Rollout) -> Rollout:
-        """The rollout with the teacher's log-probabilities as those of the reference; every rank calls.
+        """Returns the rollout with the teacher's log-probabilities as those of the reference. Every rank calls this.
 
-        A response that the teacher cannot read, that is longer than its context, or whose score does not come, leaves
-        its group.
+        A response leaves its group if the teacher cannot encode it, if it is longer than the teacher's context, or if
+        its score is missing.
 
         Args:
-          policy: the student, whose tokens the rollout has.
-        Raises: ConfigError: responses with tokens that are not the policy's own. SamplerError: a server that gives no
+          policy: the student; the rollout has its tokens.
+        Raises: ConfigError: responses have tokens that are not the policy's own. SamplerError: a server returns no
           score at all.
         """
         batch = rollout.batch
@@ -96,11 +96,11 @@ class Teacher:
         return replace(rollout, ref_logprobs=reference, left_out=left, details=details, taught=True)
 
     def _read(self, prompt: Prompt, text: str, finished: bool) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
-        """Prompt and response as the teacher's tokens; None: it cannot read them."""
+        """Encodes prompt and response with the teacher's tokenizer; None if they cannot be encoded or are too long."""
         try:
-            asked = tuple(self.scorer.encode(prompt))
+            prompt_ids = tuple(self.scorer.encode(prompt))
             response = self.scorer.encode_responses(prompt, [text], [finished])[0]
         except ResponseError:
             return None
-        fits = not self.context or len(asked) + len(response.tokens) <= self.context
-        return (asked, response.tokens) if fits else None
+        fits = not self.context or len(prompt_ids) + len(response.tokens) <= self.context
+        return (prompt_ids, response.tokens) if fits else None
