@@ -1,4 +1,4 @@
-"""What draws responses instead of the policy."""
+"""Samplers: they draw responses instead of the policy."""
 
 from gvpo_core.training.samplers.engine import Engine
 from gvpo_core.training.samplers.in_process import VLLM

@@ -1,4 +1,4 @@
-"""Samplers that are asked without being waited for."""
+"""Samplers that draw in the background, while the caller continues."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -16,14 +16,14 @@ class Asks(Sampler, Protocol):
     """A sampler that rollout.ahead can use."""
 
     def ask(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Callable[[], Given]:
-        """Asks for responses with the weights of now. Returns: what waits for them, and gives them."""
+        """Requests responses with the current weights. Returns: a function that waits for them and returns them."""
 
     def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
-        """Draws before everything that was asked for and has not begun."""
+        """Draws before all requests that have not begun."""
 
 
 class InBackground:
-    """A sampler that has `generate` alone, in one thread. Its weights change once all that was asked for is there."""
+    """Runs a sampler that only has `generate` in a thread. Its weights change after all requests are answered."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler

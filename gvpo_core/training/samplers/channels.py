@@ -1,4 +1,4 @@
-"""What carries weights to the workers of a server: protocol, parts, and a channel over TCP."""
+"""Channels that carry weights to the workers of a server: protocol, parts, and a channel over TCP."""
 
 import secrets
 import socket
@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 from gvpo_core.training.samplers.http import Failed
 
 PART_BYTES = 2**28
-"""Of the weights in one request: beside the model, one part and one tensor are in memory."""
-_SLICE, _LOOK_EVERY = 2**20, 0.5  # bytes handed to the system at a time, seconds
+"""Bytes of weights in one request. In addition to the model, one part and one tensor are in memory."""
+_SLICE, _LOOK_EVERY = 2**20, 0.5  # bytes sent at a time; seconds between checks
 _TOKEN = 32  # bytes
 
-Named = tuple[str, Any]  # a tensor by its name in a Hugging Face folder
+Named = tuple[str, Any]  # a tensor and its name in a Hugging Face folder
 Watch = Callable[[], None]
-"""Raises Failed where the server has refused the part, or the time is over."""
+"""Raises Failed if the server has rejected the part, or the time is over."""
 
 
 @dataclass(frozen=True)
@@ -32,45 +32,45 @@ class Channel(Protocol):
     """The trainer's end. `open` and `join` are called once, then `parts` and `finished` for each version."""
 
     def open(self, host: str, port: int, workers: int) -> dict[str, Any]:
-        """Prepares a meeting with all workers of the server. Returns: the init_info that tells them where.
+        """Prepares a connection to all workers of the server. Returns: the init_info that tells them the address.
 
         Args:
-          host, port: address of this machine; port 0: a free one.
-        Raises: Failed: so many workers cannot be reached, or the address cannot be used.
+          host, port: address of this machine; port 0: any free port.
+        Raises: Failed: the channel cannot serve so many workers, or the address cannot be used.
         """
 
     def join(self, until: float) -> None:
-        """Meets the workers, in a thread, while the server answers the request with the init_info. Raises: Failed."""
+        """Connects to the workers, in a thread, while the server handles the init_info. Raises: Failed."""
 
     def parts(self, tensors: Iterator[Named]) -> Iterator[Part]:
-        """The tensors, a part at a time. The next one is asked for when the server has the one before."""
+        """Yields the tensors in parts. The caller takes the next part after the server has received the one before."""
 
     def finished(self) -> None:
-        """The server has finished the update."""
+        """Called after the server has finished the update."""
 
     def close(self) -> None:
-        """Ends the connection, also within `join` and `carry`."""
+        """Ends the connection, even during `join` and `carry`."""
 
 
 def collected(tensors: Iterable[Named], size: Callable[[Any], int]) -> Iterator[list[Named]]:
-    """Lists of tensors of up to about PART_BYTES each.
+    """Yields lists of tensors of up to about PART_BYTES each.
 
     Args:
-      size: bytes of a tensor.
+      size: returns the bytes of a tensor.
     """
-    part, held = list[Named](), 0
+    part, nbytes = list[Named](), 0
     for name, tensor in tensors:
-        if part and held + size(tensor) > PART_BYTES:
+        if part and nbytes + size(tensor) > PART_BYTES:
             yield part
-            part, held = [], 0
+            part, nbytes = [], 0
         part.append((name, tensor))
-        held += size(tensor)
+        nbytes += size(tensor)
     if part:
         yield part
 
 
 def described(part: Iterable[Named]) -> dict[str, Any]:
-    """The update_info that vLLM's engines have in common."""
+    """Returns the update_info fields that all of vLLM's transfer engines share."""
     named = list(part)
     return {
         "names": [name for name, _ in named],
@@ -80,7 +80,7 @@ def described(part: Iterable[Named]) -> dict[str, Any]:
 
 
 def own_address(url: str, listen: str) -> tuple[str, int]:
-    """The host and port at which workers of the server reach this machine; port 0: a free one.
+    """Returns the host and port at which the server's workers reach this machine; port 0: any free port.
 
     Args:
       listen: engine.listen, "HOST" or "HOST:PORT". Empty: the address from which this machine reaches the server.
@@ -100,7 +100,7 @@ def own_address(url: str, listen: str) -> tuple[str, int]:
 
 
 def listening(host: str, port: int) -> socket.socket:
-    """A socket that listens. Raises: Failed: the address cannot be used."""
+    """Opens a listening socket. Raises: Failed: the address cannot be used."""
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family)
@@ -116,13 +116,13 @@ def listening(host: str, port: int) -> socket.socket:
 class TCP:
     """Sends the bytes of the tensors to each worker over a connection that the worker opens (`gvpo_vllm`).
 
-    A worker says the token of the init_info first; other connections are closed.
+    A worker first sends the token of the init_info. Connections without it are closed.
     """
 
     def __init__(self, as_bytes: Callable[[Any], memoryview]) -> None:
         """
         Args:
-          as_bytes: the bytes of a tensor in row-major order.
+          as_bytes: returns the bytes of a tensor in row-major order.
         """
         self._as_bytes, self._token = as_bytes, secrets.token_hex(_TOKEN // 2)
         self._server: socket.socket | None = None
@@ -150,11 +150,11 @@ class TCP:
                 raise Failed(f"the connection was ended: {e}", again=True) from e
             connection.settimeout(5)
             try:
-                said = _received(connection, _TOKEN + 4)
+                greeting = _received(connection, _TOKEN + 4)
             except OSError:
-                said = b""
-            rank = int.from_bytes(said[_TOKEN:], "big")
-            if said[:_TOKEN].decode("ascii", "replace") != self._token or not rank < self._workers:
+                greeting = b""
+            rank = int.from_bytes(greeting[_TOKEN:], "big")
+            if greeting[:_TOKEN].decode("ascii", "replace") != self._token or not rank < self._workers:
                 connection.close()
                 continue
             connection.settimeout(_LOOK_EVERY)
@@ -172,10 +172,10 @@ class TCP:
                 sent = 0
                 while sent < len(content):
                     watch()
-                    with_timeout = content[sent : sent + _SLICE]
+                    piece = content[sent : sent + _SLICE]
                     try:
-                        sent += connection.send(with_timeout)
-                    except TimeoutError:  # the worker is busy with what it has, or does not read at all
+                        sent += connection.send(piece)
+                    except TimeoutError:  # the worker is busy, or does not read
                         continue
                     except OSError as e:
                         raise Failed(f"a worker ended the connection: {e}", again=True) from e
@@ -185,9 +185,9 @@ class TCP:
 
     def close(self) -> None:
         """See `Channel`."""
-        for one in (self._server, *self._connections.values()):
-            if one is not None:
-                one.close()
+        for connection in (self._server, *self._connections.values()):
+            if connection is not None:
+                connection.close()
         self._server, self._connections = None, {}
 
 

@@ -11,33 +11,33 @@ from gvpo_core.training.sampling import Sampling
 
 
 class Interface(Protocol):
-    """How a server is asked for responses, and how its answers are read."""
+    """Builds requests to a server, and reads its answers."""
 
     path: str
 
     def requests(
         self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
     ) -> list[dict[str, Any]]:
-        """Bodies of the requests for len(seeds) responses to a prompt.
+        """Returns the bodies of the requests for len(seeds) responses to a prompt.
 
         Args:
-          served: name to ask for; empty: of what the server was started with, where it has no name.
-          policy: whose weights were sent last; None before `refresh`.
-        Raises: SamplerError: a prompt that cannot be sent.
+          served: name of the model to request. Empty: the server's weights have no name.
+          policy: the policy whose weights were sent last; None before `refresh`.
+        Raises: SamplerError: the prompt cannot be sent.
         """
         ...
 
     def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
-        """The responses of an answer under the name that was asked for. Raises: Failed."""
+        """Returns the responses in an answer, which must have the requested name. Raises: Failed."""
         ...
 
     def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn | Text:
-        """Raises: SamplerError: without token ids. Failed: the response was aborted."""
+        """Reads a response. Raises: SamplerError: it has no token ids. Failed: it was aborted."""
         ...
 
 
 class OpenAI:
-    """See `Interface`: /v1/completions, or /v1/chat/completions."""
+    """An `Interface` to /v1/completions or /v1/chat/completions."""
 
     def __init__(
         self, url: str, tokens: Literal["ids", "text", "chat"], omit: Sequence[str], fields: Mapping[str, Any]
@@ -48,7 +48,7 @@ class OpenAI:
     def requests(
         self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
     ) -> list[dict[str, Any]]:
-        """One request for the ids of all responses, whose seeds the server makes of the first; of text, one each."""
+        """For ids, returns one request: the server derives all seeds from the first. For text, one per response."""
         bodies = self._requests(served, prompt, seeds, sampling, policy)
         return [{k: v for k, v in body.items() if k not in self.omit} | dict(self.fields) for body in bodies]
 
@@ -74,19 +74,19 @@ class OpenAI:
         return [request_of_text(served, text, seed, sampling) for seed in seeds]
 
     def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
-        """Each with the answer's `usage`, which counts one choice alone."""
+        """See `Interface`. Adds the answer's `usage`, which belongs to the choice only if there is just one."""
         answer = read_answer(content, served, self.url)
         return [choice | {"usage": answer.get("usage")} for choice in answer["choices"]]
 
     def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn | Text:
-        """Of ids or text, as was asked for."""
+        """Reads a response as ids or text, depending on the request."""
         if self.tokens != "ids":
             return read_text(choice, choice["usage"], version, self.url)
         return read_ids(choice, version, self.url)
 
 
 def _sampling_fields(sampling: Sampling, off: int) -> dict[str, Any]:
-    """Every field, so that no default of the server applies. `off`: the value of top_k that means all tokens."""
+    """Sets every field, so that no default of the server applies. `off`: the value of top_k that means all tokens."""
     return {
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
@@ -101,24 +101,24 @@ def _sampling_fields(sampling: Sampling, off: int) -> dict[str, Any]:
 
 
 def request_of_ids(model: str, prompt: Tokens, seeds: Sequence[int], sampling: Sampling) -> dict[str, Any]:
-    """One request for all responses to a prompt; the server makes its seeds of the first."""
+    """One request for all responses to a prompt. The server derives their seeds from the first."""
     fields = {"model": model, "prompt": list(prompt), "n": len(seeds), "seed": seeds[0] % 2**31}
     return fields | _sampling_fields(sampling, -1) | {"logprobs": 0, "return_token_ids": True}
 
 
 def request_of_text(model: str, prompt: str, seed: int, sampling: Sampling) -> dict[str, Any]:
-    """A request for one response: many servers ignore `n`."""
+    """A request for one response, since many servers ignore `n`."""
     return {"model": model, "prompt": prompt, "seed": seed % 2**31} | _sampling_fields(sampling, 0)
 
 
 def request_of_chat(model: str, messages: Sequence[Mapping[str, Any]], seed: int, sampling: Sampling) -> dict[str, Any]:
-    """A request to /v1/chat/completions for one response; the server applies its own chat template."""
+    """A request to /v1/chat/completions for one response. The server applies its own chat template."""
     messages_sent = [dict(message) for message in messages]
     return {"model": model, "messages": messages_sent, "seed": seed % 2**31} | _sampling_fields(sampling, 0)
 
 
 def read_answer(content: bytes, model: str, url: str) -> dict[str, Any]:
-    """An answer that has choices and is of this model. Raises: Failed."""
+    """Reads an answer. Raises: Failed: it has no choices, or is of another model."""
     answer = read_json(content, url)
     if not isinstance(answer, dict) or not isinstance(answer.get("choices"), list):
         raise Failed(f"{url} answers without choices", again=True)
@@ -128,7 +128,7 @@ def read_answer(content: bytes, model: str, url: str) -> dict[str, Any]:
 
 
 def read_ids(choice: dict[str, Any], version: int | None, url: str) -> Drawn:
-    """The response of a choice with token ids. Raises: SamplerError: it has none. Failed: the response was aborted."""
+    """Reads a response with token ids. Raises: SamplerError: it has none. Failed: the response was aborted."""
     ids, reason = choice.get("token_ids"), choice.get("finish_reason")
     if not isinstance(ids, list):
         raise SamplerError(
@@ -143,14 +143,14 @@ def read_ids(choice: dict[str, Any], version: int | None, url: str) -> Drawn:
 
 
 def read_text(choice: dict[str, Any], usage: Any, version: int | None, url: str) -> Text:
-    """The response of a choice with text or a message. Raises: Failed: it has none, or the response was aborted.
+    """Reads a response with text or a message. Raises: Failed: it has neither, or the response was aborted.
 
     Args:
-      usage: of the answer, which has this choice alone.
+      usage: usage field of the answer, which must have only this choice.
     """
     reason, message = choice.get("finish_reason"), choice.get("message")
     text = message.get("content") if isinstance(message, dict) else choice.get("text")
     if not isinstance(text, str) or reason not in ("stop", "length"):
         raise Failed(f"{url} ended a response with {reason!r} and {type(text).__name__} as its text", again=False)
-    counted = usage.get("completion_tokens") if isinstance(usage, dict) else None
-    return Text(text, reason == "stop", version, counted if isinstance(counted, int) else None)
+    count = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return Text(text, reason == "stop", version, count if isinstance(count, int) else None)

@@ -1,4 +1,4 @@
-"""A copy of the policy in a process of its own, which draws while the policy is updated."""
+"""A copy of the policy in a separate process. It draws while the policy is updated."""
 
 import logging
 import math
@@ -36,42 +36,43 @@ _OF_RANKS = (
 )
 """Environment variables by which a backend would join the run's processes."""
 _MEMORY = Path("/dev/shm")
-_ANSWER, _ANSWER_TOKEN = 2**20, 16  # largest size of an answer, bytes, plus for each token
-_END = 10.0  # seconds for a request to fail, once the process is ended
+_ANSWER, _ANSWER_TOKEN = 2**20, 16  # largest size of an answer, bytes: fixed part, and part per token
+_END = 10.0  # seconds for running requests to fail after the process has ended
 
 
 class PolicyCopy:
-    """Draws as the policy itself does, with the parameters that it had when it was asked.
+    """Draws like the policy itself, with the parameters that the policy had at the time of the request.
 
-    The process does all requests in order: the parameters of a version, then what was asked for with them. So new
-    parameters wait in a file, and not for the responses before them. It ends with the run, however that ends.
+    The process handles requests in order: the parameters of a version, then the responses requested with them. New
+    parameters wait in a file, so the policy does not wait for earlier responses. The process ends with the run, however
+    the run ends.
 
-    Each rank of one host has a copy of its own. All of them read what the ranks have written into one folder.
+    Each rank has its own copy, on the same host. All copies read the parameters from one folder.
     """
 
     def __init__(self, config: Config, policy: Policy) -> None:
-        """Starts the process and loads the model there; every rank calls.
+        """Starts the process and loads the model there. Every rank calls this.
 
         Args:
-          config: of the run; the copy is on rollout.ahead_device.
-        Raises: ConfigError: a policy that cannot be copied, or a copy that does not load or is another model.
+          config: settings of the run; the copy is on rollout.ahead_device.
+        Raises: ConfigError: the policy cannot be copied, or its copy does not load or is another model.
         """
-        wanted = f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: that takes a copy"
+        reason = f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: that takes a copy"
         facts = policy.describe()
-        if policy.world_size > 1 and facts.backend == "jax":  # whose mesh may be over all processes
+        if policy.world_size > 1 and facts.backend == "jax":  # its mesh may span all processes
             raise ConfigError(
-                f"{wanted}, which gvpo_jax makes in a run of one process, and this one has {policy.world_size}. Start a"
+                f"{reason}, which gvpo_jax makes in a run of one process, and this one has {policy.world_size}. Start a"
                 " server (rollout.sampler = 'engine'), or leave rollout.ahead out"
             )
         if policy.settings.model is None or not hasattr(policy, "save_parameters"):
             raise ConfigError(
-                f"{wanted}, and a {type(policy).__name__} that is given in Python cannot be copied: it was not loaded"
+                f"{reason}, and a {type(policy).__name__} that is given in Python cannot be copied: it was not loaded"
                 " from model.path, or has no save_parameters. Name a sampler (rollout.sampler), or leave rollout.ahead"
                 " out"
             )
         device = config.rollout.ahead_device or (facts.device if policy.world_size > 1 else "")
         model = replace(config.model, device=device) if device else config.model
-        optimizer = replace(config.optimizer, name="adamw")  # which has no packages to import
+        optimizer = replace(config.optimizer, name="adamw")  # needs no further packages
         setup = setup_of(replace(config, model=model, optimizer=optimizer), facts.backend)
         self.version: int | None = None  # of the parameters that were sent last
         self._workers: Workers[Any] = Workers(1)
@@ -92,27 +93,27 @@ class PolicyCopy:
         self._device: str = loaded["device"]
 
     def _loaded(self, policy: Policy, facts: PolicyFacts) -> dict[str, Any]:
-        """Facts of the copy, once it has loaded. Raises: ConfigError: it does not, or is another model."""
-        same = {name: getattr(facts, name) for name in ("architecture", "vocabulary", "parameters")}
-        same |= {"end": [*getattr(policy, "end_tokens", ())]}
+        """Waits for the copy and returns its facts. Raises: ConfigError: it does not load, or is another model."""
+        expected = {name: getattr(facts, name) for name in ("architecture", "vocabulary", "parameters")}
+        expected |= {"end": [*getattr(policy, "end_tokens", ())]}
         try:
             loaded = self._request("facts")
-            if other := {name: loaded[name] for name, value in same.items() if loaded[name] != value}:
-                raise self._failed(f"it has {other}, and the policy { ({name: same[name] for name in other}) }")
+            if other := {name: loaded[name] for name, value in expected.items() if loaded[name] != value}:
+                raise self._failed(f"it has {other}, and the policy { ({name: expected[name] for name in other}) }")
         except SamplerError as error:
             raise ConfigError(str(error)) from error
         return loaded
 
     def describe(self) -> str:
-        """What draws, for the header."""
+        """Describes the sampler for the header."""
         return f"a copy of the policy on {self._device}, in a process of its own"
 
     def ask(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Callable[[], Any]:
-        """Asks for responses with the parameters of now. Returns: what waits for them, and gives them."""
+        """Requests responses with the current parameters. Returns: a function that waits for them and returns them."""
         return self._ask(prompts, seeds, sampling, scored=False)
 
     def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Drawn]]:
-        """Draws with the parameters of now, after all that was asked for, and with log-probabilities."""
+        """Draws with the current parameters, after all earlier requests. The responses have log-probabilities."""
         drawn: list[list[Drawn]] = self._ask(prompts, seeds, sampling, scored=True)()
         return drawn
 
@@ -124,9 +125,7 @@ class PolicyCopy:
         return drawn
 
     def refresh(self, policy: Policy, version: int) -> None:
-        """Writes the policy's parameters, which the copy takes before it draws what is asked for from now on.
-
-        Every rank calls.
+        """Writes the policy's parameters. The copy loads them before it draws later requests. Every rank calls this.
 
         Raises: SamplerError: they cannot be written.
         """
@@ -135,7 +134,7 @@ class PolicyCopy:
         folder = self._folder / str(version)
 
         def make() -> None:
-            for old in self._folder.iterdir():  # each rank has waited for what was drawn after these
+            for old in self._folder.iterdir():  # every rank has received responses of newer versions
                 if int(old.name) < version - self._ahead:
                     shutil.rmtree(old, ignore_errors=True)
             folder.mkdir()
@@ -149,7 +148,7 @@ class PolicyCopy:
     def _unwritten(self, error: Exception) -> Exception:
         if not isinstance(error, OSError):
             return error
-        if not self._process.alive:  # the folder ends with it
+        if not self._process.alive:  # its guard removes the folder
             return self._failed(str(self._process.died()))
         return SamplerError(
             f"the parameters for the copy cannot be written to {self._folder}: {error}. rollout.ahead = {self._ahead}"
@@ -157,7 +156,7 @@ class PolicyCopy:
         )
 
     def close(self) -> None:
-        """Ends the process; what was asked for is dropped."""
+        """Ends the process and drops all requests."""
         self._workers.close()
         self._process.end()
         wait(self._asked, _END)
@@ -192,7 +191,7 @@ class PolicyCopy:
         ]
 
     def _request(self, work: str, arguments: dict[str, Any] | None = None, largest: int = _ANSWER) -> dict[str, Any]:
-        """The answer. After a failure there is none any more. Raises: SamplerError: the process died or failed."""
+        """Returns the answer. After a failure, all requests fail. Raises: SamplerError: the process died or failed."""
         if not self._failure:
             try:
                 answer: dict[str, Any] = self._process.ask(
@@ -206,15 +205,15 @@ class PolicyCopy:
         return answer
 
     def _failed(self, why: str) -> SamplerError:
-        said = why.replace("model.device", "rollout.ahead_device") if self._where else why
-        return SamplerError(f"the copy of the policy{self._where} that draws ahead failed: {said}")
+        reason = why.replace("model.device", "rollout.ahead_device") if self._where else why
+        return SamplerError(f"the copy of the policy{self._where} that draws ahead failed: {reason}")
 
 
 def _shared_folder(policy: Policy, size: int) -> Path:
-    """A new folder for `size` bytes, the same on every rank. Raises: ConfigError: none, or a rank does not see it."""
-    made = attempt(policy, lambda: _folder(size), main_only=True, kind=ConfigError)
-    (told,) = gather_objects(policy, [] if made is None else [{"folder": str(made)}])
-    folder = Path(told["folder"])
+    """Creates a folder for `size` bytes for all ranks. Raises: ConfigError: it fails, or a rank cannot see it."""
+    created = attempt(policy, lambda: _folder(size), main_only=True, kind=ConfigError)
+    (shared,) = gather_objects(policy, [] if created is None else [{"folder": str(created)}])
+    folder = Path(shared["folder"])
 
     def check() -> None:
         if not folder.is_dir():
@@ -226,14 +225,14 @@ def _shared_folder(policy: Policy, size: int) -> Path:
     try:
         attempt(policy, check, kind=ConfigError)
     except ConfigError:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        if created is not None:
+            shutil.rmtree(created, ignore_errors=True)
         raise
     return folder
 
 
 def _folder(size: int) -> Path:
-    """A new folder for `size` bytes, in memory where there is room."""
+    """Creates a folder for `size` bytes, in memory if there is room."""
     try:
         place = str(_MEMORY) if _MEMORY.is_dir() and shutil.disk_usage(_MEMORY).free > size else None
         return Path(tempfile.mkdtemp(prefix="gvpo-copy-", dir=place))
@@ -242,11 +241,11 @@ def _folder(size: int) -> Path:
 
 
 def _environment() -> dict[str, str]:
-    """Of the process: it finds the same packages, and joins no other."""
-    kept = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
+    """Environment of the process: it finds the same packages, and joins no other processes."""
+    inherited = {name: value for name, value in os.environ.items() if name not in _OF_RANKS}
     paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
-    # Else JAX takes three quarters of a GPU that the policy may be on.
-    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | kept | {"PYTHONPATH": paths}
+    # Otherwise JAX would take three quarters of a GPU that the policy may use.
+    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | inherited | {"PYTHONPATH": paths}
 
 
 def _output(lines: Iterable[str]) -> None:

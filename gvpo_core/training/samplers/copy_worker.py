@@ -1,4 +1,4 @@
-"""The process of a copy of the policy: it loads the model, takes parameters, and draws. See `PolicyCopy`.
+"""The process of a copy of the policy: loads the model and parameters, and draws. See `PolicyCopy`.
 
 It imports no framework before its guard is forked.
 """
@@ -20,13 +20,13 @@ from gvpo_core.training.sampling import Sampling
 
 
 def setup_of(config: Config, backend: str) -> dict[str, Any]:
-    """What `config_of` reads: the settings by which a backend loads a model."""
+    """Returns the settings that a backend needs to load a model; `config_of` reads them."""
     run = {"backend": backend, "seed": config.run.seed}
     return {"run": run, "model": asdict(config.model), "optimizer": asdict(config.optimizer)}
 
 
 def config_of(setup: Mapping[str, Any]) -> Config:
-    """The settings of a `setup_of` that was JSON."""
+    """Returns the settings in a `setup_of` that was sent as JSON."""
     values: dict[str, dict[str, Any]] = {
         section: {k: tuple(v) if isinstance(v, list) else v for k, v in setup[section].items()} for section in setup
     }
@@ -38,20 +38,20 @@ def config_of(setup: Mapping[str, Any]) -> Config:
 
 
 class Copy:
-    """The copy, in its process."""
+    """The copy of the policy, in its process."""
 
     def __init__(self, config: Config) -> None:
         self.policy: Any = load_policy(config, trained=False)
-        self.version = -1  # of its parameters; -1: those that it was loaded with
+        self.version = -1  # of its parameters; -1: the initial ones
 
     def facts(self) -> dict[str, Any]:
-        """What the run compares with its own policy."""
+        """Returns facts that the run compares with those of its own policy."""
         facts = self.policy.describe()
         names = ("architecture", "vocabulary", "parameters", "device", "dtype")
         return {name: getattr(facts, name) for name in names} | {"end": [*getattr(self.policy, "end_tokens", ())]}
 
     def take(self, folder: str, version: int) -> dict[str, Any]:
-        """Loads parameters."""
+        """Loads a version of the parameters."""
         self.policy.load_parameters(Path(folder))
         self.version = version
         return {}
@@ -59,15 +59,15 @@ class Copy:
     def draw(
         self, prompts: list[list[int]], seeds: list[list[int]], sampling: dict[str, Any], scored: bool
     ) -> dict[str, Any]:
-        """Responses by prompt, each with its tokens, whether it is finished, and where `scored` its log-probability."""
-        asked = [tuple(prompt) for prompt in prompts]
-        drawn = self.policy.generate(asked, seeds, Sampling(**{**sampling, "stop": tuple(sampling["stop"])}))
+        """Returns responses by prompt: tokens, whether they are finished and, if `scored`, log-probabilities."""
+        tokens = [tuple(prompt) for prompt in prompts]
+        drawn = self.policy.generate(tokens, seeds, Sampling(**{**sampling, "stop": tuple(sampling["stop"])}))
         rows = [(i, r) for i, many in enumerate(drawn) for r in many]
         logprobs = None
         if scored:
-            batch = Batch([asked[i] for i, _ in rows], [r.tokens for _, r in rows], [i for i, _ in rows])
+            batch = Batch([tokens[i] for i, _ in rows], [r.tokens for _, r in rows], [i for i, _ in rows])
             logprobs = [float(x) for x in self.policy.logprobs(batch)]
-        responses: list[list[dict[str, Any]]] = [[] for _ in asked]
+        responses: list[list[dict[str, Any]]] = [[] for _ in tokens]
         for n, (i, r) in enumerate(rows):
             logprob = {} if logprobs is None else {"logprob": logprobs[n]}
             responses[i].append({"tokens": [int(t) for t in r.tokens], "finished": bool(r.finished)} | logprob)
@@ -75,9 +75,9 @@ class Copy:
 
 
 def main() -> None:
-    """The whole life of the process, from the set-up to the end of the requests.
+    """Runs the process, from the set-up to the last request.
 
-    Its arguments are the folder of the parameters and the descriptors of requests and answers.
+    Its command-line arguments are the folder of the parameters, and the descriptors of requests and answers.
     """
     folder, requests, answers = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
     outlive_signals_of_the_job()

@@ -1,4 +1,4 @@
-"""Responses from a sampler instead of the policy: requested, tokenized where they are text, and checked."""
+"""Draws responses with a sampler instead of the policy: requests them, tokenizes text, and checks the result."""
 
 import math
 import time
@@ -34,25 +34,25 @@ def draw_elsewhere(
     *,
     all_lost: bool = False,
 ) -> tuple[list[list[Response]], dict[str, float]]:
-    """What the sampler gives to this rank's prompts; every rank calls.
+    """Draws responses to this rank's prompts with the sampler. Every rank calls this.
 
-    A sampler with `retry` (see `protocol.AGAIN`) is asked again until its `deadline` where nothing came that may come
-    later, or where it had other weights.
+    A sampler with `retry` (see `protocol.AGAIN`) is called again until its `deadline` if it returned nothing but may
+    later, or if it had other weights.
 
     Args:
       prompts, tokens: each prompt as the data has it, and its token ids.
-      all_lost: accept that no response comes.
+      all_lost: accept that no response arrives.
     Returns: responses of each prompt, and metrics.
-    Raises: SamplerError: on every rank, where it gives more than was asked for, nothing on all ranks, a response whose
-      end contradicts `finished`, or responses of other weights until the deadline. ConfigError: tokens that the
-      policy does not have.
+    Raises: SamplerError: on every rank, if the sampler returns more responses than requested, returns nothing on all
+      ranks, returns a response with an end that contradicts `finished`, or has other weights until the deadline.
+      ConfigError: tokens that the policy does not have.
     """
 
     def work() -> Sequence[Sequence[Response | Text]]:
         drawn = sampler.generate(asked_with(sampler, prompts, tokens), seeds, sampling) if tokens else []
-        got, wanted = [len(many) for many in drawn], [len(row) for row in seeds]
-        if len(got) != len(wanted) or any(g > w for g, w in zip(got, wanted, strict=True)):
-            raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {wanted}")
+        got, requested = [len(many) for many in drawn], [len(row) for row in seeds]
+        if len(got) != len(requested) or any(g > w for g, w in zip(got, requested, strict=True)):
+            raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {requested}")
         return drawn
 
     total = int(policy.gather(np.asarray([sum(map(len, seeds))])).sum())
@@ -79,15 +79,15 @@ def draw_elsewhere(
 
 
 class _Again:
-    """Whether a sampler is to draw once more; every rank calls."""
+    """Decides whether a sampler must draw again. Every rank calls its methods."""
 
     def __init__(self, policy: Policy, sampler: Sampler) -> None:
         self._policy, self._sampler = policy, sampler
         self._until, self._number = time.monotonic() + getattr(sampler, "deadline", 0.0), 0
-        self.other_weights = False  # the responses are not those that were asked for, and the time is over
+        self.other_weights = False  # the responses have other weights than requested, and the time is over
 
     def wanted(self, *, asked: bool, nothing: bool) -> bool:
-        """Also sends the weights again where the sampler has lost them, and waits where nothing came.
+        """Returns whether to draw again. First sends lost weights again, or waits if there was no response.
 
         Args:
           asked: whether this rank had prompts.
@@ -111,31 +111,31 @@ class _Again:
 
 
 class _Tokenizer:
-    """Makes responses of texts."""
+    """Converts texts to responses."""
 
     def __init__(self, policy: Policy, max_tokens: int) -> None:
         self.policy, self.max_tokens = policy, max_tokens
-        self.texts, self.others = 0, 0  # texts, and those whose tokens are not as many as were sampled
+        self.texts, self.others = 0, 0  # number of texts, and of texts with another token count than sampled
         self.failures: list[str] = []
 
-    def responses(self, prompt: Prompt, given: Sequence[Response | Text]) -> list[Response]:
-        """Those that can be responses of the policy."""
-        made = [self._response(prompt, one) if isinstance(one, Text) else one for one in given]
-        return [response for response in made if response is not None]
+    def responses(self, prompt: Prompt, drawn: Sequence[Response | Text]) -> list[Response]:
+        """Returns the responses that are valid for the policy."""
+        encoded = [self._response(prompt, item) if isinstance(item, Text) else item for item in drawn]
+        return [response for response in encoded if response is not None]
 
-    def _response(self, prompt: Prompt, one: Text) -> Response | None:
+    def _response(self, prompt: Prompt, text: Text) -> Response | None:
         try:
-            (response,) = self.policy.encode_responses(prompt, [one.text], [one.finished])
+            (response,) = self.policy.encode_responses(prompt, [text.text], [text.finished])
         except ResponseError as error:
             self.failures.append(f"a text cannot be a response: {error}")
             return None
         ids, count = response.tokens, len(response.tokens)
-        if count > self.max_tokens and one.finished:
+        if count > self.max_tokens and text.finished:
             self.failures.append(f"a text has {count} tokens here, and rollout.max_tokens is {self.max_tokens}")
             return None
         self.texts += 1
-        self.others += one.tokens is not None and one.tokens not in (count, count - one.finished)
-        return Drawn(ids[: self.max_tokens], one.finished, math.nan, one.version)
+        self.others += text.tokens is not None and text.tokens not in (count, count - text.finished)
+        return Drawn(ids[: self.max_tokens], text.finished, math.nan, text.version)
 
 
 def _check(policy: Policy, responses: Sequence[Response]) -> None:
@@ -149,8 +149,8 @@ def _check(policy: Policy, responses: Sequence[Response]) -> None:
     if hasattr(policy, "encode_responses"):
         try:
             masks = masks_of(responses)
-            given = {} if masks is None else {"masks": masks}
-            policy.encode_responses("", [r.tokens for r in responses], [r.finished for r in responses], **given)
+            options = {} if masks is None else {"masks": masks}
+            policy.encode_responses("", [r.tokens for r in responses], [r.finished for r in responses], **options)
         except ResponseError as error:
             ids = responses[error.number].tokens
             raise SamplerError(f"the sampler gave the tokens {_shown(ids)} as a response: {error}") from error

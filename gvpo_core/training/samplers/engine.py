@@ -25,32 +25,32 @@ from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
 
 _log = logging.getLogger("gvpo")
-_AT_THE_END = 10.0  # seconds for a server to wake up
+_AT_THE_END = 10.0  # seconds for a server to wake up in `close`
 
 
 @dataclass(eq=False)
 class _Asked:
-    """Requests of one step."""
+    """The requests of one step."""
 
-    served: str  # name to ask for
-    version: int | None  # of the weights under that name
+    served: str  # name of the model to request
+    version: int | None  # version of the weights with that name
     clock: Clock
     failures: list[str] = field(default_factory=list)
-    again: bool = False  # a failure may pass
-    other_weights: bool = False  # the server no longer has these
+    again: bool = False  # a failure may be transient
+    other_weights: bool = False  # the server no longer has these weights
     work: list[list["Future[list[Response | Text]]"]] = field(default_factory=list)  # requests of each prompt
 
 
 class Engine:
-    """Draws responses from POST {url}/v1/completions or /v1/chat/completions: a request a prompt; of text, a response.
-    From SGLang's own endpoint, {url}/generate: a request a response.
+    """Draws responses from a server, by POST to {url}/v1/completions, /v1/chat/completions or SGLang's {url}/generate.
 
-    A request that fails (too slow, 500, an answer that is not JSON or of another model) is repeated with growing
-    pauses. Responses that do not come are lost, and their groups are smaller. A server that is away (refused, reset,
-    429, 502 to 504) is waited for until the deadline, and so is one that gives nothing at all or does not load the
-    weights. Where it comes back without the weights they are sent again, and what it drew without them is drawn again.
+    There is one request per prompt; for text and for SGLang, one per response. A request that fails (too slow, 500, an
+    answer that is not JSON or is of another model) is repeated with growing pauses. Missing responses are lost, and
+    their groups are smaller. If the server is away (refused, reset, 429, 502 to 504), returns nothing at all or does
+    not load the weights, the engine waits for it until the deadline. If the server comes back without the weights, they
+    are sent again, and what it drew without them is drawn again.
 
-    Without `weights` the engine keeps those that it was started with.
+    Without `weights`, the server keeps the weights that it was started with.
     """
 
     def __init__(
@@ -79,32 +79,32 @@ class Engine:
         """
         Args:
           url: of the server, without /v1.
-          model: its name there.
-          kind: server: OpenAI's endpoints, as vLLM has them; sglang: SGLang's own, with token ids.
-          tokens: what the server takes and gives. text: any OpenAI-compatible server, chat: its chat endpoint, which
+          model: its name on the server.
+          kind: server: OpenAI's endpoints, as in vLLM; sglang: SGLang's own endpoint, with token ids.
+          tokens: format of prompts and responses. text: any OpenAI-compatible server; chat: its chat endpoint, which
             gets the prompts as messages; see `Text`.
-          weights: what `refresh` sends to vLLM's or SGLang's server before each step. adapters: the policy's LoRA
-            adapters; model: the whole model. Where its head is its embedding, vLLM must have been started from a folder
-            of `gvpo export --own-head`.
+          weights: what `refresh` sends to the vLLM or SGLang server before each step. adapters: the policy's LoRA
+            adapters; model: the whole model. If the model's head is tied to its embedding, vLLM must have been started
+            from a folder of `gvpo export --own-head`.
           transfer: how vLLM gets the whole model; see `Transfer`.
-          folder: for the weights; the server sees it under the same path. The versions in use and the one before stay.
-          listen: HOST or HOST:PORT at which the server reaches the main rank, for nccl and tcp. Empty: found.
-          sleep: whether vLLM's server sleeps from the end of `generate` to the next `refresh` or `generate`: its
-            weights are in the host's memory, and its cache of keys and values is freed. In a run of one process.
-          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `GapCheck`.
-          gap_every: steps between two comparisons. 0: 1; with rollout.ahead and no gap_tolerance 20.
-          dtype: what the server computes in, for that comparison. auto: as the policy.
-          concurrency: requests at a time.
-          deadline: seconds that the responses of one step may take; later ones are lost. Also the seconds for which a
-            server may be away.
-          tries: requests for a prompt, the first one included, while the server is there.
-          pause: seconds before the second try; twice as long before each further one.
-          api_key: "$NAME", the environment variable that holds the key of the server. The key is written nowhere.
-          omit: fields that the server rejects and requests leave out, as top_k. Its own default then applies.
-          fields: further fields of every request; of SGLang, of its `sampling_params`.
-        Raises: ConfigError: an argument out of range, or a variable that is not set.
+          folder: folder for the weights, under the same path on the server. Keeps the versions in use and one before.
+          listen: HOST or HOST:PORT at which the server reaches the main rank, for nccl and tcp. Empty: automatic.
+          sleep: whether the vLLM server sleeps from the end of `generate` to the next `refresh` or `generate`. Then its
+            weights are in the host's memory, and its cache of keys and values is freed. Only in a run of one process.
+          gap_tolerance: largest difference to the policy's log-probabilities, nats per token. None: see `GapCheck`.
+          gap_every: steps between two comparisons. 0: every step; 20 with rollout.ahead and no gap_tolerance.
+          dtype: dtype that the server computes in, for that comparison. auto: the policy's.
+          concurrency: number of requests at a time.
+          deadline: seconds that the responses of one step may take; later ones are lost. Also the seconds that a server
+            may be away.
+          tries: most requests for a prompt, including the first, while the server is reachable.
+          pause: seconds before the second try; doubled before each further one.
+          api_key: "$NAME", the environment variable with the server's key. The key is not written anywhere.
+          omit: fields that the server rejects, such as top_k. Requests leave them out; the server's default applies.
+          fields: further fields of every request; for SGLang, of its `sampling_params`.
+        Raises: ConfigError: an argument is out of range, or the variable is not set.
         """
-        given = EngineConfig(
+        settings = EngineConfig(
             url=url,
             model=model,
             kind=kind,
@@ -125,29 +125,29 @@ class Engine:
             omit=tuple(omit),
             fields=dict(fields or {}),
         )
-        if wrong := [message for _, message in wrong_engine(given)]:
+        if wrong := [message for _, message in wrong_engine(settings)]:
             raise ConfigError("\n".join(wrong))
         self.url, self.model, self.deadline, self.gap_tolerance = url.rstrip("/"), model, deadline, gap_tolerance
         self.kind, self.weights, self.gap_every, self.dtype = kind, weights, gap_every, dtype
         self.tokens = tokens
-        own = kind == "sglang"
+        sglang = kind == "sglang"
         self._interface: Interface = (
-            SGLang(self.url, weights, given.omit, given.fields)
-            if own
-            else OpenAI(self.url, tokens, given.omit, given.fields)
+            SGLang(self.url, weights, settings.omit, settings.fields)
+            if sglang
+            else OpenAI(self.url, tokens, settings.omit, settings.fields)
         )
         self.messages = tokens == "chat"  # see `Sampler`
         self._policy: Policy | None = None
-        self.served = "" if own else model  # name to ask for: each version of adapters has its own
-        self.version: int | None = None  # of the engine's weights: steps taken
-        self.failures: list[str] = []  # why responses of the newest `generate` were lost
+        self.served = "" if sglang else model  # name to request; each version of adapters has its own
+        self.version: int | None = None  # of the server's weights: steps taken
+        self.failures: list[str] = []  # why the newest `generate` lost responses
         self.retry = 0  # see `protocol.AGAIN`
         self._newest = 0  # version of the newest `refresh`
         self._server = Server(url, tries=tries, pause=pause, api_key=api_key)
         self._concurrency = concurrency
         self._workers: Workers[list[Response | Text]] | None = None
-        self._asked: list[_Asked] = []  # whose responses nobody has taken yet
-        commands = SGLANG if own else VLLM
+        self._asked: list[_Asked] = []  # requests with responses that were not taken yet
+        commands = SGLANG if sglang else VLLM
         self._weights: WeightFolder | None = None
         self._transfer: Transfer | None = None
         self._way = transfer
@@ -157,32 +157,32 @@ class Engine:
             )
         elif weights != "kept":
             self._weights = WeightFolder(Path(folder), adapters=weights == "adapters", commands=commands)
-        self._sleeps, self._awake = sleep, not sleep  # an earlier run may have left it asleep
+        self._sleeps, self._awake = sleep, not sleep  # an earlier run may have left the server asleep
 
     def describe(self) -> str:
-        """What draws, for the header."""
-        kept = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
-        kept += "" if self._transfer is None else f" by {self._way}"
-        kept += ", asleep in updates" if self._sleeps else ""
+        """Describes the sampler for the header."""
+        weights = "its own weights" if self.weights == "kept" else f"{self.weights} sent before each step"
+        weights += "" if self._transfer is None else f" by {self._way}"
+        weights += ", asleep in updates" if self._sleeps else ""
         how = "SGLang, " if self.kind == "sglang" else ""
-        return f"{self.model} at {self.url}, {how}{kept}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
+        return f"{self.model} at {self.url}, {how}{weights}{'' if self.tokens == 'ids' else f', {self.tokens}'}"
 
     def generate(
         self, prompts: Sequence[Tokens | Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response | Text]]:
         """Draws up to `len(seeds[i])` responses to prompt i.
 
-        A request for token ids has one seed, the first of its prompt; the engine derives those of the other responses.
-        One for text, and one to SGLang, has a seed and gives one response.
+        A request for token ids has one seed, the first of its prompt; the server derives those of the other responses.
+        A request for text, or to SGLang, has its own seed and returns one response.
 
-        Raises: SamplerError: an answer without token ids; SGLang's server has another model.
+        Raises: SamplerError: an answer has no token ids; or SGLang's server has another model.
         """
         return self.ask(prompts, seeds, sampling)()
 
     def probe(
         self, prompts: Sequence[Tokens | Prompt], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response | Text]]:
-        """Draws before everything that was asked for and has not begun."""
+        """Draws before all requests that have not begun."""
         return self.ask(prompts, seeds, sampling, first=True)()
 
     def ask(
@@ -193,23 +193,23 @@ class Engine:
         *,
         first: bool = False,
     ) -> Callable[[], list[list[Response | Text]]]:
-        """Asks for responses with the weights of now, without waiting for them. Returns: what waits, and gives them."""
-        if self.kind == "sglang" and self._workers is None and self.weights != "model":  # else its own was sent
-            told = self._server.told("/get_model_info", time.monotonic() + self.deadline)
-            refuse_other_model(told, self.model, self.url)
+        """Requests responses with the current weights. Returns: a function that waits for them and returns them."""
+        if self.kind == "sglang" and self._workers is None and self.weights != "model":  # else the policy was sent
+            facts = self._server.told("/get_model_info", time.monotonic() + self.deadline)
+            refuse_other_model(facts, self.model, self.url)
         self._wake()
         self._workers = self._workers or Workers(self._concurrency)
         asked = _Asked(self.served, self.version, Clock(self.deadline))
         for prompt, row in zip(prompts, seeds, strict=True):
-            sent = self._interface.requests(self.served, prompt, row, sampling, self._policy)
-            asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in sent])
+            bodies = self._interface.requests(self.served, prompt, row, sampling, self._policy)
+            asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in bodies])
         self._asked.append(asked)
         return partial(self._take, asked)
 
     def _take(self, asked: _Asked) -> list[list[Response | Text]]:
         """Waits for responses until the deadline."""
-        every = [future for of_prompt in asked.work for future in of_prompt]
-        late = wait(every, asked.clock.left(), FIRST_EXCEPTION).not_done if every else set()
+        futures = [future for row in asked.work for future in row]
+        late = wait(futures, asked.clock.left(), FIRST_EXCEPTION).not_done if futures else set()
         for future in late:
             future.cancel()
         if late:
@@ -230,39 +230,39 @@ class Engine:
         return drawn
 
     def _see_weights(self, *every: _Asked) -> None:
-        """Notes that what was asked for had other weights, where the server tells which it has.
+        """Marks requests that were answered with other weights, if the server tells which weights it has.
 
-        It loses them when it is started again.
+        A server loses its weights when it is restarted.
         """
-        kept = self._transfer or self._weights
-        if kept is None or not kept.named or not every:
+        sender = self._transfer or self._weights
+        if sender is None or not sender.named or not every:
             return
         version = self._server.told(NAMES, time.monotonic() + self.deadline).get("weight_version")
-        if version in (None, kept.named):
+        if version in (None, sender.named):
             return
         for asked in every:
             asked.other_weights = True
             asked.failures.append(
-                f"{self.url} has the weights {version!r}; sent were {kept.named!r}: it was started again, or another"
+                f"{self.url} has the weights {version!r}; sent were {sender.named!r}: it was started again, or another"
                 " run sends to it"
             )
 
     def send_again(self, policy: Policy) -> None:
-        """Sends the policy's weights to a server that has lost them; every rank calls. Raises as `refresh`."""
+        """Sends the policy's weights to a server that has lost them. Every rank calls this. Raises: see `refresh`."""
         _log.warning(
             "%s; the weights are sent again", next(reversed(self.failures), "another rank's server lacks them")
         )
         self.version = None
         if self._transfer is not None:
-            self._transfer.close()  # the connection of before
+            self._transfer.close()  # the old connection
         self.refresh(policy, self._newest)
 
     def refresh(self, policy: Policy, version: int) -> None:
-        """Sends the policy's weights, where `weights` says so and the engine lacks this version; every rank calls.
+        """Sends the policy's weights if `weights` asks for it and the server lacks this version. Every rank calls this.
 
         Responses requested earlier keep the earlier weights.
 
-        Raises: SamplerError: the server did not load them, after all tries.
+        Raises: SamplerError: the server did not load the weights, after all tries.
         """
         self._policy, self._newest = policy, version
         if self._sleeps and policy.world_size > 1:
@@ -280,7 +280,7 @@ class Engine:
                 attempt(policy, lambda: self._see_weights(*self._asked), kind=SamplerError)
         in_use = {asked.served for asked in self._asked}
         if self._transfer is not None:
-            self.version = None  # until all of it is there
+            self.version = None  # until all weights have arrived
             self._transfer.send(policy, version)
         elif self._weights is not None:
             self.served = self._weights.send(
@@ -305,11 +305,12 @@ class Engine:
     def _command(
         self, path: str, body: dict[str, Any], failed: str = "the weights were not loaded", *, patient: bool = True
     ) -> None:
-        """POST of a command, repeated until the deadline where it may help.
+        """Sends a command by POST, and repeats it until the deadline if that may help.
 
         Args:
-          patient: whether it may take longer than a few seconds.
-        Raises: SamplerError: its status, or the prefix cache was not emptied.
+          failed: beginning of the error message.
+          patient: whether the command may take longer than a few seconds.
+        Raises: SamplerError: the command failed, or the prefix cache was not emptied.
         """
         until = time.monotonic() + (self.deadline if patient else min(self.deadline, _AT_THE_END))
         try:
@@ -327,7 +328,7 @@ class Engine:
         self._awake = True
 
     def close(self) -> None:
-        """Drops the requests that have not begun, and wakes the server. A later run sends its weights again."""
+        """Drops requests that have not begun, and wakes the server. The next run sends its weights again."""
         with suppress(SamplerError):
             self._wake(patient=False)
         self._awake = not self._sleeps
@@ -338,7 +339,7 @@ class Engine:
         self._workers, self._asked, self.version, self.stopping = None, [], None, bool
 
     def _draw(self, asked: _Asked, body: dict[str, Any]) -> list[Response | Text]:
-        """The responses of one request; none where it fails for good."""
+        """Returns the responses of one request; empty if it fails permanently."""
         read = partial(self._interface.choices, served=asked.served)
         try:
             choices = self._server.asked(self._interface.path, body, asked.clock.start(), read)
@@ -356,5 +357,5 @@ class Engine:
         return drawn
 
     def _lacks_adapters(self, error: Failed, asked: _Asked) -> bool:
-        """Whether a refusal names the version that was asked for: a server that was started again has none."""
+        """Whether an error names the requested version: a restarted server has no adapters."""
         return self.weights == "adapters" and error.status in (400, 404) and asked.served in str(error)

@@ -1,7 +1,7 @@
 """Requests to a server: JSON by POST, repeated with growing pauses, with a key from the environment.
 
-A server that is away or has no time, which refuses or resets connections or answers 429, 502, 503 or 504, is waited for
-until the deadline. Other failures have a number of tries.
+If a server is away or busy (refuses or resets connections, or answers 429, 502, 503 or 504), the client waits for it
+until the deadline. Other failures have a limited number of tries.
 """
 
 import errno
@@ -22,9 +22,9 @@ Result = TypeVar("Result")
 _log = logging.getLogger("gvpo")
 _BUSY = (429, 502, 503, 504)
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
-_SHORTEST, _LONGEST = 0.05, 5.0  # seconds between two looks for a server that is away
+_SHORTEST, _LONGEST = 0.05, 5.0  # seconds between two attempts to reach a server that is away
 _LOOK_EVERY = 0.1  # seconds
-_SAID_AFTER = 0.5  # seconds for which a server is away: a single connection may be reset
+_SAID_AFTER = 0.5  # seconds away before this is logged: a single connection may be reset
 
 
 class Failed(Exception):
@@ -41,13 +41,13 @@ class Failed(Exception):
     ) -> None:
         super().__init__(message)
         self.again = again  # worth another try
-        self.away = away  # the server is not there or has no time: worth a wait
-        self.status = status  # of the answer
-        self.other_weights = other_weights  # the server no longer has those that were asked for
+        self.away = away  # the server cannot be reached or is busy: worth a wait
+        self.status = status  # HTTP status of the answer
+        self.other_weights = other_weights  # the server no longer has the requested weights
 
 
 def read_json(content: bytes, url: str) -> Any:
-    """The value of an answer. Raises: Failed: it is no JSON."""
+    """Parses an answer. Raises: Failed: it is not JSON."""
     try:
         return json.loads(content)
     except ValueError as e:
@@ -55,26 +55,26 @@ def read_json(content: bytes, url: str) -> Any:
 
 
 class Clock:
-    """The time that the requests of a step have, from when the first of them starts."""
+    """The time limit of a step's requests. It begins when the first request starts."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds, self._until, self._started = seconds, 0.0, threading.Event()
 
     def start(self) -> float:
-        """Starts, unless it runs. Returns: the moment of time.monotonic at which it ends."""
+        """Starts the clock, unless it runs. Returns: its end, as a time of time.monotonic."""
         if not self._started.is_set():
             self._until = time.monotonic() + self._seconds
             self._started.set()
         return self._until
 
     def left(self) -> float:
-        """Seconds until the end, at least 0; waits for the start."""
+        """Waits for the start. Returns: seconds until the end, at least 0."""
         self._started.wait()
         return max(self._until - time.monotonic(), 0.0)
 
 
 class Server:
-    """A server by its address."""
+    """Client of a server at a URL."""
 
     def __init__(
         self, url: str, *, tries: int, pause: float, api_key: str = "", section: str = "engine", waits: bool = True
@@ -82,17 +82,17 @@ class Server:
         """
         Args:
           url: without /v1.
-          tries: requests, the first one included.
-          pause: seconds before the second try; twice as long before each further one.
-          api_key: "$NAME", the environment variable that holds the key. It is read for each request and kept nowhere.
-          section: of the settings, for errors.
-          waits: whether a server that is away is waited for; else that is a failure as others.
+          tries: most requests, including the first.
+          pause: seconds before the second try; doubled before each further one.
+          api_key: "$NAME", the environment variable with the key. It is read for each request and not stored.
+          section: section of the settings, for errors.
+          waits: whether to wait for a server that is away. If False, that is an ordinary failure.
         Raises: ConfigError: the variable is not set.
         """
         self.url, self.tries, self.pause = url.rstrip("/"), tries, pause
-        self.stopping: Callable[[], bool] = bool  # asked while the server is away: whether to wait no longer
-        self._waits, self._away, self._saying = waits, 0.0, threading.Lock()  # away: since when; 0: it is there
-        self._said = False  # that it is away
+        self.stopping: Callable[[], bool] = bool  # called while the server is away: whether to stop waiting
+        self._waits, self._away, self._saying = waits, 0.0, threading.Lock()  # _away: since when; 0: not away
+        self._said = False  # whether the log says that it is away
         self._key, self._section = api_key, section
         self._read_key()
 
@@ -105,14 +105,14 @@ class Server:
         *,
         patient: bool = False,
     ) -> Result:
-        """What `read` makes of the answer, tried again where that may help.
+        """Sends a request and returns `read(answer)`. Retries if that may help.
 
         Args:
-          body: of a POST; None: a GET.
-          until: the moment of time.monotonic at which the tries end.
-          read: raises Failed where it cannot use the answer.
-          patient: whether every failure that may pass is waited for, whatever the number of tries.
-        Raises: Failed: of the last try. Stopped: the run was asked to stop while the server was away.
+          body: body of a POST; None: a GET.
+          until: the time of time.monotonic at which the tries end.
+          read: reads the answer; raises Failed if it cannot be used.
+          patient: whether to wait out every transient failure, regardless of the number of tries.
+        Raises: Failed: that of the last try. Stopped: the run was asked to stop while the server was away.
         """
         failed = waited = 0
         while True:
@@ -134,11 +134,11 @@ class Server:
                 return answer
 
     def wait(self, error: Failed, seconds: float, until: float) -> None:
-        """Waits for a server that is away, and says so once.
+        """Waits for a server that is away, and logs that once.
 
         Args:
-          error: of the request that failed.
-          until: the moment of time.monotonic at which it is given up.
+          error: error of the failed request.
+          until: the time of time.monotonic at which the wait ends.
         Raises: Stopped: the run was asked to stop.
         """
         with self._saying:
@@ -151,18 +151,18 @@ class Server:
         sleep(seconds, self.stopping)
 
     def there(self) -> None:
-        """The server has answered; says so where it was away."""
+        """Notes that the server has answered. Logs that if the server was away."""
         with self._saying:
-            since, said = self._away, self._said
+            since, logged = self._away, self._said
             self._away, self._said = 0.0, False
-        if said:
+        if logged:
             _log.warning("%s answers again, after %.0f s", self.url, time.monotonic() - since)
 
     def told(self, path: str, until: float) -> dict[str, Any]:
-        """The JSON object that a GET answers; empty where the server answers something else, or not.
+        """Returns the JSON object that a GET gives; empty if the server does not answer with one.
 
         Args:
-          until: the moment of time.monotonic at which the tries end.
+          until: the time of time.monotonic at which the tries end.
         """
         try:
             facts = self.asked(path, None, until, lambda content: read_json(content, self.url))
@@ -178,30 +178,30 @@ class Server:
         request.add_header("Content-Type", "application/json")
         key = self._read_key()
         if key:
-            request.add_unredirected_header("Authorization", f"Bearer {key}")  # another host never gets it
+            request.add_unredirected_header("Authorization", f"Bearer {key}")  # not sent to other hosts
         try:
             with urllib.request.urlopen(request, timeout=max(until - time.monotonic(), 0.01)) as file:
                 answer: bytes = file.read()
                 return answer
         except urllib.error.HTTPError as e:
-            with e:  # else its connection stays open until the error is collected
+            with e:  # otherwise its connection stays open until the error is collected
                 text = e.read(300).decode("utf-8", "replace")
             shown = text.replace(key, "***") if key else text
             again, away = e.code == 429 or e.code >= 500, e.code in _BUSY
             raise Failed(f"{self.url} answers {e.code}: {shown}", again=again, away=away, status=e.code) from e
-        except (OSError, http.client.HTTPException) as e:  # refused, reset, too slow, ended within the answer
+        except (OSError, http.client.HTTPException) as e:  # refused, reset, too slow, or ended inside the answer
             reason = e.reason if isinstance(e, urllib.error.URLError) else e
             away = isinstance(reason, ConnectionError) or getattr(reason, "errno", None) in _UNREACHABLE
             raise Failed(f"{self.url}: {type(e).__name__}: {e}", again=True, away=away) from e
 
 
 def between_looks(seconds: float) -> float:
-    """The seconds to wait before the next look for a server that is away: neither a busy loop nor a long sleep."""
+    """Seconds to wait before the next attempt to reach a server that is away: no busy loop, and no long sleep."""
     return min(max(seconds, _SHORTEST), _LONGEST)
 
 
 def sleep(seconds: float, stopping: Callable[[], bool]) -> None:
-    """Sleeps. Raises: Stopped: `stopping` says that the run was asked to stop."""
+    """Sleeps. Raises: Stopped: the run was asked to stop, as `stopping` tells."""
     until = time.monotonic() + seconds
     while True:
         if stopping():

@@ -1,4 +1,4 @@
-"""vLLM's `LLM` in this process as the sampler: no server and no requests."""
+"""vLLM's `LLM` in this process as the sampler, without a server."""
 
 import contextlib
 import importlib.util
@@ -22,17 +22,17 @@ _MISSING = 'engine.kind = "vllm" needs vLLM in this environment: pip install vll
 
 
 def check_installed() -> None:
-    """Raises ConfigError: vLLM is missing. It is not imported, which takes seconds."""
+    """Raises ConfigError if vLLM is missing. Does not import it, since that takes seconds."""
     if importlib.util.find_spec("vllm") is None:
         raise ConfigError(_MISSING)
 
 
 class VLLM:
-    """Draws with vLLM's `LLM` on the device of this process. Each response is a request with a seed of its own.
+    """Draws with vLLM's `LLM` on the device of this process. Each response is a request with its own seed.
 
-    `refresh` loads the policy's weights, adapters merged: from its tensors where it has `tensors`, else from a folder
-    that it exports. On a GPU the engine sleeps (`LLM.sleep`) from the end of `generate` to the next `refresh` or
-    `generate`: its weights are in the host's memory, and its cache of keys and values is freed.
+    `refresh` loads the policy's weights, with adapters merged: from its tensors if it has `tensors`, else from an
+    exported folder. On a GPU the engine sleeps (`LLM.sleep`) from the end of `generate` to the next `refresh` or
+    `generate`. Then its weights are in the host's memory, and its cache of keys and values is freed.
     """
 
     def __init__(
@@ -48,12 +48,12 @@ class VLLM:
         """
         Args:
           model: the folder that the policy was loaded from.
-          dtype: of the engine's weights and products.
-          folder: for weights of a policy without `tensors`. Empty: a temporary folder.
-          gap_tolerance: largest difference to the policy's log-probabilities, nats a token. None: see `GapCheck`.
-          gap_every: steps between two comparisons. 0: each step.
-          options: further arguments of `LLM`, as gpu_memory_utilization.
-        Raises: ConfigError: vLLM is missing, or it does not start with this model and these options.
+          dtype: dtype of the engine's weights and computations.
+          folder: folder for weights of a policy without `tensors`. Empty: a temporary folder.
+          gap_tolerance: largest difference to the policy's log-probabilities, nats per token. None: see `GapCheck`.
+          gap_every: steps between two comparisons. 0: every step.
+          options: further arguments of `LLM`, such as gpu_memory_utilization.
+        Raises: ConfigError: vLLM is missing, or does not start with this model and these options.
         """
         if wrong := [message for _, message in wrong_options(options or {})]:
             raise ConfigError("\n".join(wrong))
@@ -63,8 +63,8 @@ class VLLM:
         except ImportError as error:
             raise ConfigError(_MISSING) from error
         self.gap_tolerance, self.gap_every, self.failures = gap_tolerance, gap_every, list[str]()
-        chosen = str((options or {}).get("dtype", dtype))
-        self.dtype = "" if chosen == "auto" else chosen  # of vLLM's choice, not the policy's
+        engine_dtype = str((options or {}).get("dtype", dtype))
+        self.dtype = "" if engine_dtype == "auto" else engine_dtype  # auto: vLLM's choice, not the policy's dtype
         self.version: int | None = None  # of the engine's weights: steps taken
         self._platform, self._parameters, self._version = (
             current_platform,
@@ -73,24 +73,25 @@ class VLLM:
         )
         self._sleeps, self._asleep = bool(current_platform.is_sleep_mode_available()), False
         self._folder, self._end = Path(os.path.expanduser(folder)).absolute() if folder else None, tuple[int, ...]()
-        given: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True, "enable_sleep_mode": self._sleeps}
-        if current_platform.is_cpu():  # vLLM 0.32 ends there with an error where a request has a seed
-            given["enable_chunked_prefill"] = False
+        defaults: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True, "enable_sleep_mode": self._sleeps}
+        if current_platform.is_cpu():  # vLLM 0.32 fails on CPU if a request has a seed
+            defaults["enable_chunked_prefill"] = False
         fixed = {"generation_config": "vllm", "logprobs_mode": "raw_logprobs"}
         try:
             with _engine_in_this_process():
-                self._llm: Any = vllm.LLM(str(model), **(given | dict(options or {}) | fixed))
-        except Exception as error:  # of vLLM, torch or transformers
+                self._llm: Any = vllm.LLM(str(model), **(defaults | dict(options or {}) | fixed))
+        except Exception as error:  # errors of vLLM, torch or transformers
             raise ConfigError(f"vLLM does not start with {model}: {type(error).__name__}: {_line(error)}") from error
 
     def describe(self) -> str:
-        """What draws, for the header."""
+        """Describes the sampler for the header."""
         return f"{self._version} in this process, the policy's weights before each step"
 
     def refresh(self, policy: Policy, version: int) -> None:
-        """Loads the policy's weights, where the engine lacks this version, and empties the prefix cache.
+        """Loads the policy's weights if the engine lacks this version, and empties the prefix cache.
 
-        Raises: SamplerError: vLLM did not load them. ConfigError: several ranks, or a policy without end tokens.
+        Raises: SamplerError: vLLM did not load them. ConfigError: there are several ranks, or the policy has no end
+          tokens.
         """
         if policy.world_size > 1:
             raise ConfigError(
@@ -102,7 +103,7 @@ class VLLM:
             raise ConfigError(f"{type(policy).__name__} has no end_tokens, at which vLLM ends a response")
         if version == self.version:
             return
-        self.version = None  # until all of it is loaded
+        self.version = None  # until all weights are loaded
         self._wake()
         try:
             with self._source(policy, version) as source:
@@ -119,12 +120,12 @@ class VLLM:
 
     @contextlib.contextmanager
     def _source(self, policy: Policy, version: int) -> Iterator[dict[str, Any]]:
-        """Arguments of vLLM's reload_weights: the tensors themselves, or a folder that lasts until they are loaded."""
+        """Yields arguments of vLLM's reload_weights: the tensors, or a folder that is removed after loading."""
         if hasattr(policy, "tensors"):
             yield {"weights_iterator": policy.tensors()}
             return
         parent = self._folder or Path(tempfile.gettempdir())
-        folder = parent / f"gvpo-weights-{time.time_ns()}-{version}"  # a new one: files may stay mapped
+        folder = parent / f"gvpo-weights-{time.time_ns()}-{version}"  # a new folder: files may stay mapped
         try:
             policy.export(folder)
             yield {"weights_path": str(folder.resolve())}
@@ -136,35 +137,35 @@ class VLLM:
     def generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Drawn]]:
-        """Draws a response for each seed of each prompt; one that vLLM aborts is lost.
+        """Draws a response for each seed of each prompt. Responses that vLLM aborts are lost.
 
-        Raises: SamplerError: vLLM fails, as where a prompt is longer than options.max_model_len.
+        Raises: SamplerError: vLLM fails; for example, a prompt is longer than options.max_model_len.
         """
         if self.version is None:
             raise SamplerError("vLLM has no weights of the policy yet: refresh(policy, version) comes before generate")
         self._wake()
         asked = [(place, seed) for place, row in enumerate(seeds) for seed in row]
-        given = [{"prompt_token_ids": list(prompts[place])} for place, _ in asked]
+        inputs = [{"prompt_token_ids": list(prompts[place])} for place, _ in asked]
         try:
-            outputs = self._llm.generate(given, [self._request(seed, sampling) for _, seed in asked], use_tqdm=False)
+            outputs = self._llm.generate(inputs, [self._request(seed, sampling) for _, seed in asked], use_tqdm=False)
         except Exception as error:  # of vLLM or torch
             raise SamplerError(f"vLLM drew nothing: {type(error).__name__}: {_line(error)}") from error
         self.failures = []
         drawn: list[list[Drawn]] = [[] for _ in prompts]
         for (place, _), output in zip(asked, outputs, strict=True):
-            (one,) = output.outputs
-            ids, reason = tuple(one.token_ids), one.finish_reason
+            (completion,) = output.outputs
+            ids, reason = tuple(completion.token_ids), completion.finish_reason
             if reason not in ("stop", "length") or not ids:
                 self.failures.append(f"vLLM ended a response of {len(ids)} tokens with {reason!r}")
                 continue
-            drawn[place].append(Drawn(ids, reason == "stop", float(one.cumulative_logprob), self.version))
+            drawn[place].append(Drawn(ids, reason == "stop", float(completion.cumulative_logprob), self.version))
         if self._sleeps:
             self._llm.sleep(level=1)
             self._asleep = True
         return drawn
 
     def _request(self, seed: int, sampling: Sampling) -> Any:
-        """Every field, so that no default applies. The policy's end tokens, and no others, end a response."""
+        """Sets every field, so that no default applies. Only the policy's end tokens end a response."""
         return self._parameters(
             n=1,
             seed=seed % 2**63,
@@ -177,14 +178,14 @@ class VLLM:
             presence_penalty=0.0,
             frequency_penalty=0.0,
             stop_token_ids=list(self._end),
-            ignore_eos=True,  # the model's own setting; `stop_token_ids` counts
+            ignore_eos=True,  # ignores the model's setting; only `stop_token_ids` counts
             logprobs=0,
             detokenize=False,
         )
 
     def _wake(self) -> None:
         if self._asleep:
-            self._platform.empty_cache()  # torch keeps what the update has freed
+            self._platform.empty_cache()  # torch caches memory that the update has freed
             self._llm.wake_up()
             self._asleep = False
 
@@ -201,9 +202,9 @@ class VLLM:
 
 @contextlib.contextmanager
 def _engine_in_this_process() -> Iterator[None]:
-    """vLLM makes its engine in a process of its own unless the environment says otherwise when it starts.
+    """Makes vLLM start its engine in this process. By default it uses a separate process.
 
-    It also renders a chat when it starts; without a tokenizer that fails, which vLLM logs with its traceback.
+    Also hides a log record: at start vLLM renders a chat, which fails without a tokenizer and is logged with traceback.
     """
     name, logger = "VLLM_ENABLE_V1_MULTIPROCESSING", logging.getLogger("vllm.renderers.base")
     before = os.environ.get(name)
@@ -224,7 +225,7 @@ def _tells_something(record: logging.LogRecord) -> bool:
 
 
 def pack_heads(model: Any) -> None:
-    """On CPU vLLM multiplies with a packed copy of the head, and does not renew that of a tied head itself."""
+    """Packs heads again. On CPU vLLM uses a packed copy of the head, and does not update that of a tied head."""
     from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -234,5 +235,5 @@ def pack_heads(model: Any) -> None:
 
 
 def _line(error: Exception) -> str:
-    """The message in a line."""
+    """Returns the error message in one line."""
     return " ".join(str(error).split())[:300]

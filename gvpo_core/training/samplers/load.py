@@ -1,4 +1,4 @@
-"""The sampler that the settings name: checked with the other inputs, opened once a policy is there, then closed."""
+"""Checks, opens and closes the sampler that the settings name. It is opened after the policy is loaded."""
 
 import contextlib
 import dataclasses
@@ -17,27 +17,27 @@ from gvpo_core.training.samplers.engine import Engine
 from gvpo_core.training.samplers.in_process import VLLM, check_installed
 from gvpo_core.training.samplers.protocol import Sampler, close
 
-_TEACHER = "gvpo_core.training.teacher.sampler:TeacherSampler"  # by name: the teacher's room is above this one
+_TEACHER = "gvpo_core.training.teacher.sampler:TeacherSampler"  # by name: the teacher package imports this one
 
 
 def check_sampler(config: Config) -> None:
-    """Raises ConfigError where the sampler is not found, takes other arguments or lacks its key. It is not opened."""
+    """Raises ConfigError if the sampler is not found, takes other arguments or lacks its key. Does not open it."""
     if config.rollout.sampler == "engine":
         resolved({"api_key": config.engine.api_key}, "engine")
         if config.engine.kind == "vllm":
             check_installed()
-    if ":" in config.rollout.sampler:  # another name is wrong: `wrong_sampler` says so
-        _found(config)
+    if ":" in config.rollout.sampler:  # `wrong_sampler` rejects unknown names without it
+        _sampler_function(config)
 
 
-def _found(config: Config) -> Callable[..., Any]:
+def _sampler_function(config: Config) -> Callable[..., Any]:
     name = config.rollout.sampler
     try:
         function = find_function(_TEACHER if name == "teacher" else name)
     except LookupError as error:
         raise ConfigError(f"rollout.sampler = {name!r}: {error}") from error
     try:
-        inspect.signature(function).bind(**dict.fromkeys(_taken(function)))
+        inspect.signature(function).bind(**dict.fromkeys(_argument_names(function)))
     except (TypeError, ValueError) as error:
         raise ConfigError(
             f"rollout.sampler = {name!r} has other arguments ({error}); expected {name.rpartition(':')[2]}(), with any"
@@ -46,7 +46,7 @@ def _found(config: Config) -> Callable[..., Any]:
     return function
 
 
-def _taken(function: Callable[..., Any]) -> list[str]:
+def _argument_names(function: Callable[..., Any]) -> list[str]:
     parameters = inspect.signature(function).parameters.values()
     return [p.name for p in parameters if p.name in ("config", "policy") and p.kind is not p.POSITIONAL_ONLY]
 
@@ -55,13 +55,13 @@ def _taken(function: Callable[..., Any]) -> list[str]:
 def opened_sampler(
     config: Config, policy: Policy, given: Sampler | None = None, *, trained: bool = True
 ) -> Iterator[Sampler | None]:
-    """The sampler of rollout.sampler, closed at the end; or the one given in Python, which its giver closes.
+    """Opens the sampler of rollout.sampler and closes it at the end. A sampler given in Python is not closed.
 
-    None: the policy draws its responses itself. With rollout.ahead a copy of it does, where it is trained. Then a
-    sampler can be asked without being waited for.
+    Yields None if the policy draws its responses itself. With rollout.ahead, a copy of a trained policy draws them, and
+    every sampler can draw in the background.
 
-    Raises: ConfigError: both are given, a sampler that cannot be made, one without a `generate` method, or a policy
-      that cannot be copied.
+    Raises: ConfigError: both are given; the sampler cannot be created or has no `generate` method; or the policy cannot
+      be copied.
     """
     name = config.rollout.sampler
     if given is not None and name != "policy":
@@ -83,7 +83,7 @@ def opened_sampler(
     with contextlib.ExitStack() as stack:
         sampler: Any = given
         if given is None:
-            sampler = _made(config, policy)
+            sampler = _created(config, policy)
             stack.callback(close, sampler)
         _check(config, sampler, "the sampler" if given is not None else f"rollout.sampler = {name!r}")
         if config.rollout.ahead and not (hasattr(sampler, "ask") and hasattr(sampler, "probe")):
@@ -92,7 +92,7 @@ def opened_sampler(
         yield sampler
 
 
-def _made(config: Config, policy: Policy) -> Any:
+def _created(config: Config, policy: Policy) -> Any:
     name = config.rollout.sampler
     if name == "engine":
         if config.engine.weights == "adapters" and policy.describe().backend == "mlx":
@@ -111,28 +111,28 @@ def _made(config: Config, policy: Policy) -> Any:
             )
         names = (f.name for f in dataclasses.fields(config.engine) if f.name != "options")
         return Engine(**{name: getattr(config.engine, name) for name in names})
-    function, arguments = _found(config), {"config": config, "policy": policy}
+    function, arguments = _sampler_function(config), {"config": config, "policy": policy}
     try:
-        return function(**{name: arguments[name] for name in _taken(function)})
+        return function(**{name: arguments[name] for name in _argument_names(function)})
     except ConfigError:
         raise
-    except Exception as error:  # the user's own
+    except Exception as error:  # the user's code may raise anything
         raise ConfigError(f"rollout.sampler = {name!r} raised {type(error).__name__}: {error}") from error
 
 
 @contextlib.contextmanager
 def opened_for_evaluation(config: Config, policy: Policy) -> Iterator[Sampler | None]:
-    """The sampler that answers the held-out prompts; None: the policy does."""
+    """Opens the sampler that answers the held-out prompts; None if the policy answers them."""
     with contextlib.ExitStack() as stack:
-        asks = config.evaluation.sampler == "rollout"
-        yield stack.enter_context(opened_sampler(config, policy)) if asks else None
+        sampled = config.evaluation.sampler == "rollout"
+        yield stack.enter_context(opened_sampler(config, policy)) if sampled else None
 
 
-def _check(config: Config, sampler: Any, what: str) -> None:
+def _check(config: Config, sampler: Any, name: str) -> None:
     if not callable(getattr(sampler, "generate", None)):
-        raise ConfigError(f"{what} gave a {type(sampler).__name__} without a method generate(prompts, seeds, sampling)")
+        raise ConfigError(f"{name} gave a {type(sampler).__name__} without a method generate(prompts, seeds, sampling)")
     if config.evaluation.sampler == "rollout" and not hasattr(sampler, "refresh"):
         raise ConfigError(
-            f"evaluation.sampler = 'rollout', and {what} has no method refresh(policy, version), so it would not answer"
+            f"evaluation.sampler = 'rollout', and {name} has no method refresh(policy, version), so it would not answer"
             " with the policy's weights; add one, or leave evaluation.sampler out"
         )

@@ -1,4 +1,4 @@
-"""Requests and answers of SGLang's own endpoint: token ids in, token ids and log-probabilities out, one response each.
+"""Requests and answers of SGLang's own endpoint: token ids in; token ids and log-probabilities of one response out.
 
 Written from the sources of SGLang 0.5.23.
 """
@@ -14,12 +14,12 @@ from gvpo_core.training.sampling import Sampling
 
 
 def refuse_other_model(facts: Mapping[str, Any], model: str, url: str) -> None:
-    """Compares engine.model with what /get_model_info tells; nothing where it tells none.
+    """Compares engine.model with the model in /get_model_info, if it names one.
 
-    Raises: SamplerError: the server has another model, by its path, hub name or the last part of either.
+    Raises: SamplerError: the server has another model. Compares paths, hub names and the last part of each.
     """
     served = [str(facts[name]) for name in ("model_path", "served_model_name") if facts.get(name)]
-    names = {name for one in served for name in (one, one.rstrip("/").rpartition("/")[2])}
+    names = {name for path in served for name in (path, path.rstrip("/").rpartition("/")[2])}
     if served and model not in names and model.rstrip("/").rpartition("/")[2] not in names:
         raise SamplerError(
             f"engine.model = {model!r}, and the server at {url} has {served[0]!r}: set engine.model to that if it is"
@@ -28,7 +28,7 @@ def refuse_other_model(facts: Mapping[str, Any], model: str, url: str) -> None:
 
 
 class SGLang:
-    """See `completions.Interface`. An answer names the version of the weights that it was drawn with."""
+    """A `completions.Interface`. An answer names the version of the weights that drew it."""
 
     path = "/generate"
 
@@ -38,7 +38,7 @@ class SGLang:
     def requests(
         self, served: str, prompt: Tokens | Prompt, seeds: Sequence[int], sampling: Sampling, policy: Policy | None
     ) -> list[dict[str, Any]]:
-        """A request a response: those of one request would share its seed."""
+        """Returns one request per response: several responses of a request would share its seed."""
         ids = list(cast(Tokens, prompt))
         adapters = {"lora_path": served} if self.weights == "adapters" and served else {}
         return [
@@ -53,7 +53,7 @@ class SGLang:
         ]
 
     def _sampling(self, seed: int, sampling: Sampling) -> dict[str, Any]:
-        given = {
+        values = {
             "n": 1,
             "max_new_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,
@@ -63,12 +63,12 @@ class SGLang:
             "repetition_penalty": 1.0,
             "presence_penalty": 0.0,
             "frequency_penalty": 0.0,
-            "sampling_seed": seed % 2**31,  # followed by a server with --enable-deterministic-inference
+            "sampling_seed": seed % 2**31,  # used by a server with --enable-deterministic-inference
         }
-        return {name: value for name, value in given.items() if name not in self.omit} | dict(self.fields)
+        return {name: value for name, value in values.items() if name not in self.omit} | dict(self.fields)
 
     def choices(self, content: bytes, served: str) -> list[dict[str, Any]]:
-        """The response of an answer drawn with the weights that were sent. Raises: Failed."""
+        """Returns the response of an answer. Raises: Failed: it was not drawn with the weights that were sent."""
         answer = read_json(content, self.url)
         if not isinstance(answer, dict) or not isinstance(answer.get("meta_info"), dict):
             raise Failed(f"{self.url} answers without meta_info", again=True)
@@ -82,9 +82,9 @@ class SGLang:
         return [answer]
 
     def response(self, choice: dict[str, Any], body: dict[str, Any], version: int | None) -> Drawn:
-        """Raises: SamplerError: an answer without token ids. Failed: the response was aborted.
+        """Reads a response. Raises: SamplerError: it has no token ids. Failed: it was aborted.
 
-        SGLang gives log-probabilities at the temperature of sampling: those at another one than 1 are left out.
+        SGLang returns log-probabilities at the sampling temperature. They are left out if it is not 1.
         """
         ids, facts = choice.get("output_ids"), choice["meta_info"]
         finish = facts.get("finish_reason")
@@ -97,7 +97,7 @@ class SGLang:
             )
         if not ids:
             raise Failed(f"{self.url} gave a response without tokens", again=False)
-        each = [one[0] for one in facts.get("output_token_logprobs") or []]
-        known = len(each) == len(ids) and all(isinstance(x, int | float) for x in each)
+        logprobs = [entry[0] for entry in facts.get("output_token_logprobs") or []]
+        known = len(logprobs) == len(ids) and all(isinstance(x, int | float) for x in logprobs)
         at_one = body["sampling_params"]["temperature"] == 1
-        return Drawn(tuple(ids), reason == "stop", float(sum(each)) if known and at_one else float("nan"), version)
+        return Drawn(tuple(ids), reason == "stop", float(sum(logprobs)) if known and at_one else float("nan"), version)

@@ -1,6 +1,7 @@
-"""Weights into the memory of a running vLLM server, by its weight-transfer interface: no folder, no second copy.
+"""Sends weights to the memory of a running vLLM server, by its weight-transfer interface: no folder, no second copy.
 
-HTTP says what comes and when, a `Channel` of the policy's framework carries it. Written from the sources of vLLM 0.32.
+HTTP requests announce the tensors; a `Channel` of the policy's framework carries them. Written from the sources of vLLM
+0.32.
 """
 
 import json
@@ -24,40 +25,41 @@ from gvpo_core.training.samplers.workers import Workers
 Kind = Literal["nccl", "ipc", "tcp"]
 
 INCOMPLETE = "incomplete"
-"""The server's version of weights from the start of an update to its end."""
-_LOOK_EVERY = 0.01  # seconds
-_RESUME = 30.0  # seconds
-_LAST_WORDS = 5.0  # seconds in which a request whose part was not carried may still say why
+"""Version of the server's weights during an update."""
+_LOOK_EVERY = 0.01  # seconds between checks
+_RESUME = 30.0  # seconds to resume the server
+_LAST_WORDS = 5.0  # seconds to wait for the server's error after sending a part failed
 
 
 class Transfer:
-    """Sends a policy's weights to one server. Every rank makes one; the main rank alone talks to the server."""
+    """Sends a policy's weights to one server. Every rank has an instance; only the main rank talks to the server."""
 
     def __init__(
         self, kind: Kind, url: str, *, listen: str, api_key: str, tries: int, pause: float, deadline: float
     ) -> None:
         """
         Args:
-          kind: what carries the tensors.
+          kind: type of the channel.
           listen: address at which the server's workers reach the main rank; see `own_address`.
-          tries: updates that may fail before `send` raises, the first one included, while the server is there.
-          pause: seconds before the second try; twice as long before each further one.
+          tries: most tries of an update, including the first, while the server is reachable.
+          pause: seconds before the second try; doubled before each further one.
           deadline: seconds that one update may take, and that a server may be away.
         """
         self.kind, self._listen = kind, listen
         self._tries, self._pause, self._deadline = tries, pause, deadline
         self._server = Server(url, tries=1, pause=pause, api_key=api_key, waits=False)
-        self._run = 0  # in the names of versions, on all ranks
+        self._run = 0  # id of the run in version names, equal on all ranks
         self._channel: Channel | None = None
-        self._name = ""  # of the newest version that the server has whole
+        self._name = ""  # newest version that the server has completely
         self._until = 0.0
 
     def send(self, policy: Policy, version: int) -> None:
-        """Sends the server the policy's weights, and retries after a transient failure; every rank calls.
+        """Sends the policy's weights to the server, and retries after a transient failure. Every rank calls this.
 
-        Generation pauses meanwhile, once the requests in flight are answered, and the prefix cache is emptied.
+        The server first answers the requests in flight, then pauses during the update. Its prefix cache is emptied.
 
-        Raises: SamplerError: the server does not have them, after all tries. ConfigError: a policy that cannot send.
+        Raises: SamplerError: the server does not have the weights after all tries. ConfigError: the policy cannot send
+          weights.
         """
         if not hasattr(policy, "weight_channel"):
             backend = policy.describe().backend
@@ -74,12 +76,12 @@ class Transfer:
             away = failed is not None and failed.away and time.monotonic() < until
             number, waited = number + (not away), waited + away
             again = failed is not None and failed.again and (away or number < self._tries)
-            told = policy.gather(np.array([failed is not None, again] if policy.rank == 0 else [], dtype=np.int64))
-            if not told[0]:
+            outcome = policy.gather(np.array([failed is not None, again] if policy.rank == 0 else [], dtype=np.int64))
+            if not outcome[0]:
                 self._name = name
                 self._server.there()
                 return
-            if not told[1]:
+            if not outcome[1]:
                 tries = "" if number + waited == 1 else f", tried {number + waited} times"
                 error = SamplerError(f"the weights were not sent by {self.kind}{tries}: {failed}") if failed else None
                 agree(policy, error, SamplerError)
@@ -97,8 +99,8 @@ class Transfer:
         self._server.stopping = stopping
 
     def _try(self, policy: Any, name: str) -> Failed | None:
-        """One update. Returns: why it failed, on the main rank."""
-        fresh: Channel = policy.weight_channel(self.kind)  # on every rank: what cannot be is refused on all
+        """Tries one update. Returns: the failure, on the main rank; None if it succeeded."""
+        fresh: Channel = policy.weight_channel(self.kind)  # on every rank, so that all ranks raise its errors
         tensors, failed = iter(policy.tensors()), None
         try:
             if policy.rank == 0:
@@ -106,12 +108,12 @@ class Transfer:
                 self._update(fresh, tensors, name)
         except Failed as e:
             failed = e
-        except (OSError, RuntimeError, ValueError, ImportError) as e:  # of torch, NCCL or vLLM
+        except (OSError, RuntimeError, ValueError, ImportError) as e:  # errors of torch, NCCL or vLLM
             failed = Failed(f"{type(e).__name__}: {' '.join(str(e).split())[:300]}", again=False)
         if failed:
             self.close()
         if policy.world_size > 1:
-            for _ in tensors:  # ranks gather each tensor together, to the last one
+            for _ in tensors:  # ranks gather all tensors together
                 pass
         return failed
 
@@ -129,7 +131,7 @@ class Transfer:
                 channel.finished()
                 self._server.asked("/reset_prefix_cache", {}, self._until, cache_is_empty)
             finally:
-                with suppress(Failed):  # a server that is gone; one that stays paused answers nothing
+                with suppress(Failed):  # the server may be gone; if it stays paused, it answers nothing
                     self._server.asked("/resume", {}, time.monotonic() + _RESUME, lambda answer: None)
         finally:
             workers.close()
@@ -139,7 +141,7 @@ class Transfer:
         try:
             part.carry(lambda: self._watch(request))
         except Exception:
-            with suppress(TimeoutError):  # the server's own reason is the better one
+            with suppress(TimeoutError):  # the server's own error is more helpful
                 request.result(min(_LAST_WORDS, max(self._until - time.monotonic(), 0.0)))
             raise
         while not request.done():
@@ -148,7 +150,7 @@ class Transfer:
         request.result()
 
     def _watch(self, *running: "Future[Any]") -> None:
-        """Raises: Failed: one of these has failed, or the time is over."""
+        """Raises Failed if one of the requests has failed, or the time is over."""
         for future in running:
             if future.done():
                 future.result()
@@ -156,10 +158,10 @@ class Transfer:
             raise self._late()
 
     def _connected(self, channel: Channel, workers: Workers[Any]) -> Channel:
-        """The channel to all workers of the server, which forgets an earlier one and what it left half done."""
+        """Opens the channel to all workers of the server. Ends an earlier channel and an incomplete update first."""
         count = int(self._read("/get_world_size", "world_size"))
         if self._read("/weight_info", "weight_version") == INCOMPLETE:
-            with suppress(Failed):  # it may have been started
+            with suppress(Failed):  # the update may already have started
                 self._post("/start_weight_update")
             self._post("/finish_weight_update")
         with suppress(Failed):
@@ -184,7 +186,7 @@ class Transfer:
             raise self._explained(path, e) from e
 
     def _read(self, path: str, field: str) -> Any:
-        """A field of the answer to a GET."""
+        """Returns a field of the answer to a GET."""
 
         def read(content: bytes) -> Any:
             answer = json.loads(content)
@@ -214,18 +216,18 @@ class Transfer:
 
     @property
     def named(self) -> str:
-        """The version that the server should tell."""
+        """The version that the server should report."""
         return self._name
 
     def close(self) -> None:
-        """Ends the connection. A later `send` makes a new one."""
+        """Ends the connection. A later `send` opens a new one."""
         if self._channel is not None:
             self._channel.close()
         self._channel = None
 
 
 def cache_is_empty(content: bytes) -> None:
-    """Of the answer to /reset_prefix_cache. Raises: Failed: requests still hold what older weights computed."""
+    """Checks the answer to /reset_prefix_cache. Raises: Failed: the cache still has results of older weights."""
     with suppress(ValueError):
         answer = json.loads(content or b"{}")
         if isinstance(answer, dict) and answer.get("success") is False:

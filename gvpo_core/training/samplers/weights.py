@@ -1,6 +1,6 @@
-"""Sends a policy's weights to vLLM's or SGLang's server through a folder that both see: adapters, or the whole model.
+"""Sends a policy's weights to a vLLM or SGLang server through a shared folder: adapters, or the whole model.
 
-Each version gets a new folder: servers map files into memory, and one written again would change under it.
+Each version gets a new folder: servers map files into memory, so a file must not change after it was loaded.
 """
 
 import inspect
@@ -26,23 +26,23 @@ from gvpo_core.training.samplers.protocol import SamplerError
 _log = logging.getLogger("gvpo")
 Post = Callable[[str, dict[str, Any]], None]  # a path of the server, and the body; raises SamplerError
 Told = Callable[[str], dict[str, Any]]
-NAMES = "/weight_info"  # where vLLM tells the name of its weights, which it forgets when it is started again
+NAMES = "/weight_info"  # where vLLM reports the name of its weights; a restart clears the name
 
 
 class Unknown(SamplerError):
-    """A server that does not have the command."""
+    """The server does not have the command."""
 
 
 @dataclass(frozen=True)
 class Commands:
-    """The request that makes a server load weights."""
+    """The requests that make a server load weights."""
 
     load: str  # path of the command that loads adapters
-    unload: str
+    unload: str  # path of the command that unloads them
     model: Callable[[str, str], list[tuple[str, dict[str, Any]]]]  # (folder, version) -> the commands, in order
-    name: str = ""  # path of the command that names the weights of a server; empty: `model` does
-    by_version: bool = False  # whether it then answers with the version's name
-    ties_heads: bool = True  # whether a head that is the embedding is new too
+    name: str = ""  # path of the command that names the server's weights; empty: `model` names them
+    by_version: bool = False  # whether answers then name the version
+    ties_heads: bool = True  # whether a tied head is updated too
 
 
 def _reload(folder: str, version: str) -> list[tuple[str, dict[str, Any]]]:
@@ -60,17 +60,17 @@ SGLANG = Commands("/load_lora_adapter", "/unload_lora_adapter", _from_disk, by_v
 
 
 class WeightFolder:
-    """Where the versions of a policy's weights are written, and the request that makes the server load them."""
+    """Writes versions of a policy's weights to a folder, and makes the server load them."""
 
     def __init__(self, folder: Path, *, adapters: bool, commands: Commands = VLLM) -> None:
         """
         Args:
-          folder: seen under the same path by every rank and by the server.
+          folder: has the same path on every rank and on the server.
           adapters: whether the policy's LoRA adapters are sent, instead of the whole model.
         """
         self.folder, self.adapters, self.commands = Path(os.path.expanduser(folder)).absolute(), adapters, commands
         self._loaded: list[Path] = []  # newest last
-        self.named = ""  # the newest version, where the server tells it at NAMES
+        self.named = ""  # the newest version, if the server reports it at NAMES
 
     def send(
         self,
@@ -83,14 +83,14 @@ class WeightFolder:
         seconds: float,
         in_use: Collection[str] = (),
     ) -> str:
-        """Writes the weights and has the server load them; every rank calls.
+        """Writes the weights and makes the server load them. Every rank calls this.
 
         Args:
-          post, told: to the server, and what it answers to a GET.
-          seconds: in which a server that is started again meanwhile may take them.
+          post, told: send a POST to the server; return the answer to a GET.
+          seconds: time limit for a server that is restarted meanwhile to load the weights.
           in_use: names of older versions that responses are still drawn with.
-        Returns: the name under which the server then answers: of adapters, of SGLang's weights, or the model's.
-        Raises: SamplerError: the server did not load them. ConfigError: a model that cannot be sent so.
+        Returns: the name in later requests or answers: of the adapters, of SGLang's weights, or `model`.
+        Raises: SamplerError: the server did not load them. ConfigError: the model cannot be sent in this way.
         """
         start = policy.gather(np.array([time.time_ns() if policy.rank == 0 else 0], dtype=np.int64))
         target = self.folder / f"{model.replace('/', '-')}-{int(start[0])}-{version}"
@@ -113,7 +113,7 @@ class WeightFolder:
         return SamplerError(f"the weights cannot be written to {self.folder}: {error.strerror or error}")
 
     def _load(self, target: Path, post: Post, told: Told, seconds: float) -> bool:
-        """Returns: whether the server tells the name of these weights from now on."""
+        """Makes the server load the weights. Returns: whether it reports their name from now on."""
         if self.adapters:
             post(self.commands.load, {"lora_name": target.name, "lora_path": str(target.resolve())})
             return False
@@ -127,7 +127,7 @@ class WeightFolder:
         until = time.monotonic() + seconds
         while True:
             named = bool(self.commands.name)
-            try:  # first: a server that is started again while it loads forgets the name
+            try:  # before loading: if the server restarts while it loads, the name is gone
                 if named:
                     post(self.commands.name, {"new_version": target.name})
             except Unknown:
@@ -143,12 +143,12 @@ class WeightFolder:
             _log.warning("%s sends to it; they are sent again", lost)
 
     def _forget(self, post: Post, in_use: Collection[str]) -> None:
-        """Removes older versions."""
-        for old in self._loaded[:-1]:  # the one before stays for requests past their deadline
+        """Removes older versions that are not in use."""
+        for old in self._loaded[:-1]:  # the previous one stays, for requests past their deadline
             if old.name in in_use:
                 continue
             if self.adapters:
-                with suppress(SamplerError):  # a server that was started again has no older version
+                with suppress(SamplerError):  # a restarted server has no older version
                     post(self.commands.unload, {"lora_name": old.name})
             shutil.rmtree(old, ignore_errors=True)
             self._loaded.remove(old)

@@ -1,4 +1,4 @@
-"""Threads that take tasks in order. A task that hangs does not keep the process from ending."""
+"""Threads that run tasks in order. A task that hangs does not keep the process from ending."""
 
 import threading
 from collections import deque
@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Workers(Generic[T]):
-    """Up to `count` daemon threads, started as tasks come."""
+    """Up to `count` daemon threads, started when tasks arrive."""
 
     def __init__(self, count: int) -> None:
         self._count, self._threads, self._closed = count, 0, False
@@ -18,10 +18,10 @@ class Workers(Generic[T]):
         self._changed = threading.Condition()
 
     def submit(self, task: Callable[[], T], *, first: bool = False) -> "Future[T]":
-        """The result to come.
+        """Queues a task. Returns: the future of its result.
 
         Args:
-          first: before all tasks that no thread has begun.
+          first: put it before all tasks that have not begun.
         """
         future: Future[T] = Future()
         with self._changed:
@@ -34,7 +34,7 @@ class Workers(Generic[T]):
         return future
 
     def close(self) -> None:
-        """Drops the tasks that no thread has begun, and ends the threads."""
+        """Drops tasks that have not begun, and ends the threads."""
         with self._changed:
             self._closed = True
             dropped, self._tasks = self._tasks, deque()
