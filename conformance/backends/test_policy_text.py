@@ -207,8 +207,8 @@ def test_no_end_token_anywhere_is_reported(caplog):
     with caplog.at_level(logging.WARNING):
         assert text.end_tokens(None, tokenizer) == []
     assert "no end token" in caplog.text and "every response runs to rollout.max_tokens" in caplog.text
-    assert text.told_end_tokens(tokenizer, []).startswith("none")
-    assert text.told_end_tokens(tokenizer, [0, 4]) == "<|endoftext|>, <|assistant|>"
+    assert text.describe_end_tokens(tokenizer, []).startswith("none")
+    assert text.describe_end_tokens(tokenizer, [0, 4]) == "<|endoftext|>, <|assistant|>"
 
 
 @pytest.mark.parametrize("given", ["</s>", [1, "</s>"], True, 1.5])

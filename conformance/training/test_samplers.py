@@ -187,7 +187,7 @@ def test_a_refused_request_leaves_no_connection_open():
         asked = http.Server(server.url, tries=1, pause=0.01)
         body = {"prompt": [*range(200)], "echo": False}  # echoed: a long answer, whose end is not read
         with pytest.raises(http.Failed) as failed:
-            asked.asked("/v1/completions", body, time.monotonic() + 10, bytes)
+            asked.request("/v1/completions", body, time.monotonic() + 10, bytes)
     assert failed.value.__cause__.code == 500
     assert failed.value.__cause__.fp.isclosed(), "the connection waits for the garbage collector"
 

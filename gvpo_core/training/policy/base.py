@@ -381,7 +381,7 @@ class LanguageModelPolicy(abc.ABC):
             ranks=self.world_size,
             sharding=sharding,
             dtype=self.config.dtype,
-            end_tokens=text.told_end_tokens(self.tokenizer, self._end),
+            end_tokens=text.describe_end_tokens(self.tokenizer, self._end),
             context=hugging_face.context(model),
             parameters=parameters,
             trainable_parameters=trainable_parameters,

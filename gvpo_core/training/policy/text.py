@@ -301,6 +301,6 @@ def exported_eos(generation_eos: int | Sequence[int] | None, end: Sequence[int])
     return list(generation_eos) if {*end} <= {*generation_eos} else list(end)
 
 
-def told_end_tokens(tokenizer: Any, end: Sequence[int]) -> str:
+def describe_end_tokens(tokenizer: Any, end: Sequence[int]) -> str:
     """Names the end tokens, for `Policy.describe`."""
     return ", ".join(map(str, tokenizer.convert_ids_to_tokens(list(end)))) or "none: responses run to max_tokens"

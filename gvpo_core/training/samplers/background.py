@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from gvpo_core.training.policy import Policy
 from gvpo_core.training.policy.protocol import Tokens
-from gvpo_core.training.samplers.protocol import Given, Sampler, refresh
+from gvpo_core.training.samplers.protocol import Responses, Sampler, refresh
 from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
 
@@ -15,10 +15,12 @@ from gvpo_core.training.sampling import Sampling
 class Asks(Sampler, Protocol):
     """A sampler that rollout.ahead can use."""
 
-    def ask(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Callable[[], Given]:
+    def ask(
+        self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
+    ) -> Callable[[], Responses]:
         """Requests responses with the current weights. Returns: a function that waits for them and returns them."""
 
-    def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+    def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Responses:
         """Draws before all requests that have not begun."""
 
 
@@ -27,8 +29,8 @@ class InBackground:
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
-        self._workers: Workers[Given] = Workers(1)
-        self._asked: list[Future[Given]] = []
+        self._workers: Workers[Responses] = Workers(1)
+        self._pending: list[Future[Responses]] = []
 
     @property
     def stopping(self) -> Callable[[], bool]:
@@ -45,24 +47,24 @@ class InBackground:
 
     def ask(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling, *, first: bool = False
-    ) -> Callable[[], Given]:
+    ) -> Callable[[], Responses]:
         """See `Asks`."""
-        draw: Callable[[], Given] = partial(self.sampler.generate, prompts, seeds, sampling) if prompts else list
+        draw: Callable[[], Responses] = partial(self.sampler.generate, prompts, seeds, sampling) if prompts else list
         future = self._workers.submit(draw, first=first)
-        self._asked = [*(f for f in self._asked if not f.done()), future]
+        self._pending = [*(f for f in self._pending if not f.done()), future]
         return future.result
 
-    def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+    def probe(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Responses:
         """See `Asks`."""
         return self.ask(prompts, seeds, sampling, first=True)()
 
-    def generate(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+    def generate(self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Responses:
         """See `Sampler`."""
         return self.ask(prompts, seeds, sampling)()
 
     def refresh(self, policy: Policy, version: int) -> None:
         """See `Sampler`."""
-        wait(self._asked)
+        wait(self._pending)
         refresh(self.sampler, policy, version)
 
     def close(self) -> None:

@@ -76,7 +76,7 @@ class PolicyCopy:
         setup = setup_of(replace(config, model=model, optimizer=optimizer), facts.backend)
         self.version: int | None = None  # of the parameters that were sent last
         self._workers: Workers[Any] = Workers(1)
-        self._asked: list[Future[Any]] = []
+        self._pending: list[Future[Any]] = []
         self._failure, self._where = "", f" on {device}" if device else ""
         self._ahead, self._alone, self._main = config.rollout.ahead, policy.world_size == 1, policy.rank == 0
         size = 4 * facts.trainable_parameters * (config.rollout.ahead + 2)
@@ -159,7 +159,7 @@ class PolicyCopy:
         """Ends the process and drops all requests."""
         self._workers.close()
         self._process.end()
-        wait(self._asked, _END)
+        wait(self._pending, _END)
         self._process.kill()
         if self._main:
             shutil.rmtree(self._folder, ignore_errors=True)
@@ -173,7 +173,7 @@ class PolicyCopy:
 
     def _submit(self, work: Callable[[], Any]) -> "Future[Any]":
         future = self._workers.submit(work)
-        self._asked = [*(f for f in self._asked if not f.done()), future]
+        self._pending = [*(f for f in self._pending if not f.done()), future]
         return future
 
     def _take(self, folder: Path, version: int) -> None:

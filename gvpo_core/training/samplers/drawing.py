@@ -19,7 +19,7 @@ from gvpo_core.training.samplers.protocol import (
     Sampler,
     SamplerError,
     Text,
-    asked_with,
+    prompts_for,
 )
 from gvpo_core.training.sampling import Sampling
 
@@ -49,7 +49,7 @@ def draw_elsewhere(
     """
 
     def work() -> Sequence[Sequence[Response | Text]]:
-        drawn = sampler.generate(asked_with(sampler, prompts, tokens), seeds, sampling) if tokens else []
+        drawn = sampler.generate(prompts_for(sampler, prompts, tokens), seeds, sampling) if tokens else []
         got, requested = [len(many) for many in drawn], [len(row) for row in seeds]
         if len(got) != len(requested) or any(g > w for g, w in zip(got, requested, strict=True)):
             raise SamplerError(f"the sampler gave {got} responses to the prompts; expected at most {requested}")
@@ -58,13 +58,13 @@ def draw_elsewhere(
     total = int(policy.gather(np.asarray([sum(map(len, seeds))])).sum())
     again = _Again(policy, sampler)
     while True:
-        given = attempt(policy, work, kind=SamplerError)
-        assert given is not None  # every rank samples
+        sampled = attempt(policy, work, kind=SamplerError)
+        assert sampled is not None  # every rank samples
         tokenizer = _Tokenizer(policy, sampling.max_tokens)
-        drawn = [tokenizer.responses(prompt, many) for prompt, many in zip(prompts, given, strict=True)]
+        drawn = [tokenizer.responses(prompt, many) for prompt, many in zip(prompts, sampled, strict=True)]
         attempt(policy, lambda drawn=drawn: _check(policy, [r for many in drawn for r in many]), kind=ConfigError)  # type: ignore[misc]
         counts = policy.gather(np.asarray([[sum(map(len, drawn)), tokenizer.texts, tokenizer.others]])).sum(axis=0)
-        if not total or not again.wanted(asked=bool(tokens), nothing=not counts[0]):
+        if not total or not again.needed(asked=bool(tokens), nothing=not counts[0]):
             break
     if again.other_weights or (not counts[0] and not all_lost):
         reasons = dict.fromkeys([*getattr(sampler, "failures", ()), *tokenizer.failures])
@@ -86,7 +86,7 @@ class _Again:
         self._until, self._number = time.monotonic() + getattr(sampler, "deadline", 0.0), 0
         self.other_weights = False  # the responses have other weights than requested, and the time is over
 
-    def wanted(self, *, asked: bool, nothing: bool) -> bool:
+    def needed(self, *, asked: bool, nothing: bool) -> bool:
         """Returns whether to draw again. First sends lost weights again, or waits if there was no response.
 
         Args:

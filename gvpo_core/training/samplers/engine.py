@@ -29,7 +29,7 @@ _AT_THE_END = 10.0  # seconds for a server to wake up in `close`
 
 
 @dataclass(eq=False)
-class _Asked:
+class _Requests:
     """The requests of one step."""
 
     served: str  # name of the model to request
@@ -146,7 +146,7 @@ class Engine:
         self._server = Server(url, tries=tries, pause=pause, api_key=api_key)
         self._concurrency = concurrency
         self._workers: Workers[list[Response | Text]] | None = None
-        self._asked: list[_Asked] = []  # requests with responses that were not taken yet
+        self._pending: list[_Requests] = []  # requests with responses that were not taken yet
         commands = SGLANG if sglang else VLLM
         self._weights: WeightFolder | None = None
         self._transfer: Transfer | None = None
@@ -195,54 +195,56 @@ class Engine:
     ) -> Callable[[], list[list[Response | Text]]]:
         """Requests responses with the current weights. Returns: a function that waits for them and returns them."""
         if self.kind == "sglang" and self._workers is None and self.weights != "model":  # else the policy was sent
-            facts = self._server.told("/get_model_info", time.monotonic() + self.deadline)
+            facts = self._server.get_object("/get_model_info", time.monotonic() + self.deadline)
             refuse_other_model(facts, self.model, self.url)
         self._wake()
         self._workers = self._workers or Workers(self._concurrency)
-        asked = _Asked(self.served, self.version, Clock(self.deadline))
+        requests = _Requests(self.served, self.version, Clock(self.deadline))
         for prompt, row in zip(prompts, seeds, strict=True):
             bodies = self._interface.requests(self.served, prompt, row, sampling, self._policy)
-            asked.work.append([self._workers.submit(partial(self._draw, asked, body), first=first) for body in bodies])
-        self._asked.append(asked)
-        return partial(self._take, asked)
+            requests.work.append(
+                [self._workers.submit(partial(self._draw, requests, body), first=first) for body in bodies]
+            )
+        self._pending.append(requests)
+        return partial(self._take, requests)
 
-    def _take(self, asked: _Asked) -> list[list[Response | Text]]:
+    def _take(self, requests: _Requests) -> list[list[Response | Text]]:
         """Waits for responses until the deadline."""
-        futures = [future for row in asked.work for future in row]
-        late = wait(futures, asked.clock.left(), FIRST_EXCEPTION).not_done if futures else set()
+        futures = [future for row in requests.work for future in row]
+        late = wait(futures, requests.clock.left(), FIRST_EXCEPTION).not_done if futures else set()
         for future in late:
             future.cancel()
         if late:
-            asked.failures.append(f"no answer within {self.deadline:g} s")
-        self._asked.remove(asked)
-        self.failures = asked.failures
-        drawn = [[r for future in row if future not in late for r in future.result()] for row in asked.work]
-        if asked.version == self.version:
-            self._see_weights(asked)
-        if self._sleeps and not self._asked:
+            requests.failures.append(f"no answer within {self.deadline:g} s")
+        self._pending.remove(requests)
+        self.failures = requests.failures
+        drawn = [[r for future in row if future not in late for r in future.result()] for row in requests.work]
+        if requests.version == self.version:
+            self._mark_other_weights(requests)
+        if self._sleeps and not self._pending:
             self._command("/sleep?level=1", {}, "the server does not sleep")
             self._awake = False
-        self.retry = AGAIN if asked.again else 0
-        if asked.other_weights:
-            newest = asked.version == self.version and asked.served == self.served
+        self.retry = AGAIN if requests.again else 0
+        if requests.other_weights:
+            newest = requests.version == self.version and requests.served == self.served
             self.retry = LOST_WEIGHTS if newest else OTHER_WEIGHTS
-            return [[] for _ in asked.work]
+            return [[] for _ in requests.work]
         return drawn
 
-    def _see_weights(self, *every: _Asked) -> None:
+    def _mark_other_weights(self, *pending: _Requests) -> None:
         """Marks requests that were answered with other weights, if the server tells which weights it has.
 
         A server loses its weights when it is restarted.
         """
         sender = self._transfer or self._weights
-        if sender is None or not sender.named or not every:
+        if sender is None or not sender.named or not pending:
             return
-        version = self._server.told(NAMES, time.monotonic() + self.deadline).get("weight_version")
+        version = self._server.get_object(NAMES, time.monotonic() + self.deadline).get("weight_version")
         if version in (None, sender.named):
             return
-        for asked in every:
-            asked.other_weights = True
-            asked.failures.append(
+        for requests in pending:
+            requests.other_weights = True
+            requests.failures.append(
                 f"{self.url} has the weights {version!r}; sent were {sender.named!r}: it was started again, or another"
                 " run sends to it"
             )
@@ -274,17 +276,17 @@ class Engine:
             return
         self._wake()
         if self.weights == "model":  # the server has one copy
-            for asked in self._asked:
-                wait([f for row in asked.work for f in row], timeout=asked.clock.left() if asked.work else 0)
+            for requests in self._pending:
+                wait([f for row in requests.work for f in row], timeout=requests.clock.left() if requests.work else 0)
             if self.version is not None:  # as on the other ranks
-                attempt(policy, lambda: self._see_weights(*self._asked), kind=SamplerError)
-        in_use = {asked.served for asked in self._asked}
+                attempt(policy, lambda: self._mark_other_weights(*self._pending), kind=SamplerError)
+        in_use = {requests.served for requests in self._pending}
         if self._transfer is not None:
             self.version = None  # until all weights have arrived
             self._transfer.send(policy, version)
         elif self._weights is not None:
             self.served = self._weights.send(
-                policy, version, self.model, self._command, self._told, seconds=self.deadline, in_use=in_use
+                policy, version, self.model, self._command, self._get, seconds=self.deadline, in_use=in_use
             )
         self.version = version
 
@@ -299,8 +301,8 @@ class Engine:
         if self._transfer is not None:
             self._transfer.heed(stopping)
 
-    def _told(self, path: str) -> dict[str, Any]:
-        return self._server.told(path, time.monotonic() + self.deadline)
+    def _get(self, path: str) -> dict[str, Any]:
+        return self._server.get_object(path, time.monotonic() + self.deadline)
 
     def _command(
         self, path: str, body: dict[str, Any], failed: str = "the weights were not loaded", *, patient: bool = True
@@ -314,7 +316,7 @@ class Engine:
         """
         until = time.monotonic() + (self.deadline if patient else min(self.deadline, _AT_THE_END))
         try:
-            self._server.asked(path, body, until, cache_is_empty, patient=patient)
+            self._server.request(path, body, until, cache_is_empty, patient=patient)
         except Failed as e:
             kind = Unknown if e.status in (404, 405) else SamplerError
             raise kind(f"{failed} ({path}): {e}") from e
@@ -336,26 +338,26 @@ class Engine:
             self._transfer.close()
         if self._workers is not None:
             self._workers.close()
-        self._workers, self._asked, self.version, self.stopping = None, [], None, bool
+        self._workers, self._pending, self.version, self.stopping = None, [], None, bool
 
-    def _draw(self, asked: _Asked, body: dict[str, Any]) -> list[Response | Text]:
+    def _draw(self, requests: _Requests, body: dict[str, Any]) -> list[Response | Text]:
         """Returns the responses of one request; empty if it fails permanently."""
-        read = partial(self._interface.choices, served=asked.served)
+        read = partial(self._interface.choices, served=requests.served)
         try:
-            choices = self._server.asked(self._interface.path, body, asked.clock.start(), read)
+            choices = self._server.request(self._interface.path, body, requests.clock.start(), read)
         except Failed as e:
-            asked.failures.append(str(e))
-            asked.again |= e.again
-            asked.other_weights |= e.other_weights or self._lacks_adapters(e, asked)
+            requests.failures.append(str(e))
+            requests.again |= e.again
+            requests.other_weights |= e.other_weights or self._lacks_adapters(e, requests)
             return []
         drawn: list[Response | Text] = []
         for choice in choices[: body.get("n", 1)]:
             try:
-                drawn.append(self._interface.response(choice, body, asked.version))
+                drawn.append(self._interface.response(choice, body, requests.version))
             except Failed as e:
-                asked.failures.append(str(e))
+                requests.failures.append(str(e))
         return drawn
 
-    def _lacks_adapters(self, error: Failed, asked: _Asked) -> bool:
+    def _lacks_adapters(self, error: Failed, requests: _Requests) -> bool:
         """Whether an error names the requested version: a restarted server has no adapters."""
-        return self.weights == "adapters" and error.status in (400, 404) and asked.served in str(error)
+        return self.weights == "adapters" and error.status in (400, 404) and requests.served in str(error)

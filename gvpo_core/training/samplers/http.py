@@ -24,7 +24,7 @@ _BUSY = (429, 502, 503, 504)
 _UNREACHABLE = (errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH)
 _SHORTEST, _LONGEST = 0.05, 5.0  # seconds between two attempts to reach a server that is away
 _LOOK_EVERY = 0.1  # seconds
-_SAID_AFTER = 0.5  # seconds away before this is logged: a single connection may be reset
+_LOGGED_AFTER = 0.5  # seconds away before this is logged: a single connection may be reset
 
 
 class Failed(Exception):
@@ -91,12 +91,12 @@ class Server:
         """
         self.url, self.tries, self.pause = url.rstrip("/"), tries, pause
         self.stopping: Callable[[], bool] = bool  # called while the server is away: whether to stop waiting
-        self._waits, self._away, self._saying = waits, 0.0, threading.Lock()  # _away: since when; 0: not away
-        self._said = False  # whether the log says that it is away
+        self._waits, self._away, self._lock = waits, 0.0, threading.Lock()  # _away: since when; 0: not away
+        self._logged = False  # whether the log says that it is away
         self._key, self._section = api_key, section
         self._read_key()
 
-    def asked(
+    def request(
         self,
         path: str,
         body: dict[str, Any] | None,
@@ -117,7 +117,7 @@ class Server:
         failed = waited = 0
         while True:
             try:
-                answer = read(self._ask(path, body, until))
+                answer = read(self._send(path, body, until))
             except Failed as e:
                 waits = self._waits and (e.away or patient)
                 failed, waited = failed + (not waits), waited + waits
@@ -130,7 +130,7 @@ class Server:
                 else:
                     time.sleep(seconds)
             else:
-                self.there()
+                self.answered()
                 return answer
 
     def wait(self, error: Failed, seconds: float, until: float) -> None:
@@ -141,31 +141,31 @@ class Server:
           until: the time of time.monotonic at which the wait ends.
         Raises: Stopped: the run was asked to stop.
         """
-        with self._saying:
+        with self._lock:
             self._away = self._away or time.monotonic()
-            new = not self._said and time.monotonic() - self._away >= _SAID_AFTER
-            self._said |= new
+            new = not self._logged and time.monotonic() - self._away >= _LOGGED_AFTER
+            self._logged |= new
         if new:
             left = max(until - time.monotonic(), 0.0)
             _log.warning("%s; waiting for the server for up to %.0f s", error, left)
         sleep(seconds, self.stopping)
 
-    def there(self) -> None:
+    def answered(self) -> None:
         """Notes that the server has answered. Logs that if the server was away."""
-        with self._saying:
-            since, logged = self._away, self._said
-            self._away, self._said = 0.0, False
+        with self._lock:
+            since, logged = self._away, self._logged
+            self._away, self._logged = 0.0, False
         if logged:
             _log.warning("%s answers again, after %.0f s", self.url, time.monotonic() - since)
 
-    def told(self, path: str, until: float) -> dict[str, Any]:
+    def get_object(self, path: str, until: float) -> dict[str, Any]:
         """Returns the JSON object that a GET gives; empty if the server does not answer with one.
 
         Args:
           until: the time of time.monotonic at which the tries end.
         """
         try:
-            facts = self.asked(path, None, until, lambda content: read_json(content, self.url))
+            facts = self.request(path, None, until, lambda content: read_json(content, self.url))
         except Failed:
             return {}
         return facts if isinstance(facts, dict) else {}
@@ -173,7 +173,7 @@ class Server:
     def _read_key(self) -> str:
         return str(resolved({"api_key": self._key}, self._section)["api_key"])
 
-    def _ask(self, path: str, body: dict[str, Any] | None, until: float) -> bytes:
+    def _send(self, path: str, body: dict[str, Any] | None, until: float) -> bytes:
         request = urllib.request.Request(self.url + path, None if body is None else json.dumps(body).encode())
         request.add_header("Content-Type", "application/json")
         key = self._read_key()

@@ -53,7 +53,7 @@ class Text:
     tokens: int | None = None  # number of tokens, as counted by the sampler
 
 
-Given = Sequence[Sequence[Response | Text]]
+Responses = Sequence[Sequence[Response | Text]]
 """Responses by prompt."""
 
 
@@ -68,7 +68,7 @@ class Sampler(Protocol):
     server must then raise `Stopped`.
     """
 
-    def generate(self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Given:
+    def generate(self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Responses:
         """Draws a response for each seed of each prompt. It may return fewer; the missing ones count as lost.
 
         Args:
@@ -86,7 +86,7 @@ class Sampler(Protocol):
         """Releases the sampler's resources. Called when training ends, also after an error."""
 
 
-def asked_with(sampler: object, prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> Sequence[Any]:
+def prompts_for(sampler: object, prompts: Sequence[Prompt], tokens: Sequence[Tokens]) -> Sequence[Any]:
     """Returns the prompts for the sampler's `generate`: as token ids, or as the data has them."""
     return prompts if getattr(sampler, "messages", False) else tokens
 

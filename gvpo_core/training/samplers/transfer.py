@@ -79,7 +79,7 @@ class Transfer:
             outcome = policy.gather(np.array([failed is not None, again] if policy.rank == 0 else [], dtype=np.int64))
             if not outcome[0]:
                 self._name = name
-                self._server.there()
+                self._server.answered()
                 return
             if not outcome[1]:
                 tries = "" if number + waited == 1 else f", tried {number + waited} times"
@@ -129,10 +129,10 @@ class Transfer:
                     self._send(part, workers)
                 self._post("/finish_weight_update", {"weight_version": name})
                 channel.finished()
-                self._server.asked("/reset_prefix_cache", {}, self._until, cache_is_empty)
+                self._server.request("/reset_prefix_cache", {}, self._until, cache_is_empty)
             finally:
                 with suppress(Failed):  # the server may be gone; if it stays paused, it answers nothing
-                    self._server.asked("/resume", {}, time.monotonic() + _RESUME, lambda answer: None)
+                    self._server.request("/resume", {}, time.monotonic() + _RESUME, lambda answer: None)
         finally:
             workers.close()
 
@@ -181,7 +181,7 @@ class Transfer:
 
     def _post(self, path: str, body: dict[str, Any] | None = None) -> None:
         try:
-            self._server.asked(path, body or {}, self._until, lambda answer: None)
+            self._server.request(path, body or {}, self._until, lambda answer: None)
         except Failed as e:
             raise self._explained(path, e) from e
 
@@ -193,7 +193,7 @@ class Transfer:
             return answer[field]
 
         try:
-            return self._server.asked(path, None, self._until, read)
+            return self._server.request(path, None, self._until, read)
         except Failed as e:
             raise self._explained(path, e) from e
         except (ValueError, KeyError, TypeError) as e:

@@ -25,7 +25,7 @@ from gvpo_core.training.samplers.protocol import SamplerError
 
 _log = logging.getLogger("gvpo")
 Post = Callable[[str, dict[str, Any]], None]  # a path of the server, and the body; raises SamplerError
-Told = Callable[[str], dict[str, Any]]
+Get = Callable[[str], dict[str, Any]]
 NAMES = "/weight_info"  # where vLLM reports the name of its weights; a restart clears the name
 
 
@@ -78,7 +78,7 @@ class WeightFolder:
         version: int,
         model: str,
         post: Post,
-        told: Told,
+        get: Get,
         *,
         seconds: float,
         in_use: Collection[str] = (),
@@ -86,7 +86,7 @@ class WeightFolder:
         """Writes the weights and makes the server load them. Every rank calls this.
 
         Args:
-          post, told: send a POST to the server; return the answer to a GET.
+          post, get: send a POST to the server; return the answer to a GET.
           seconds: time limit for a server that is restarted meanwhile to load the weights.
           in_use: names of older versions that responses are still drawn with.
         Returns: the name in later requests or answers: of the adapters, of SGLang's weights, or `model`.
@@ -96,7 +96,7 @@ class WeightFolder:
         target = self.folder / f"{model.replace('/', '-')}-{int(start[0])}-{version}"
         export = policy.export_adapters if self.adapters else self._export_of(policy)
         attempt(policy, lambda: export(target), kind=SamplerError, explain=self._unwritten)
-        named = attempt(policy, lambda: self._load(target, post, told, seconds), main_only=True, kind=SamplerError)
+        named = attempt(policy, lambda: self._load(target, post, get, seconds), main_only=True, kind=SamplerError)
         self.named = target.name if highest(policy, int(bool(named))) else ""
         attempt(policy, lambda: self._forget(post, in_use), main_only=True, kind=SamplerError)
         self._loaded.append(target)
@@ -112,7 +112,7 @@ class WeightFolder:
             return error
         return SamplerError(f"the weights cannot be written to {self.folder}: {error.strerror or error}")
 
-    def _load(self, target: Path, post: Post, told: Told, seconds: float) -> bool:
+    def _load(self, target: Path, post: Post, get: Get, seconds: float) -> bool:
         """Makes the server load the weights. Returns: whether it reports their name from now on."""
         if self.adapters:
             post(self.commands.load, {"lora_name": target.name, "lora_path": str(target.resolve())})
@@ -134,7 +134,7 @@ class WeightFolder:
                 named = False
             for path, body in self.commands.model(str(target.resolve()), target.name):
                 post(path, body)
-            name = told(NAMES).get("weight_version") if named else None
+            name = get(NAMES).get("weight_version") if named else None
             if name in (None, target.name):
                 return name is not None
             lost = f"the weights were not loaded: the server then has {name!r}; it was started again, or another run"

@@ -19,7 +19,7 @@ from gvpo_core.training.rollout import Requests
 from gvpo_core.training.samplers import Drawn, Sampler, SamplerError, Text
 from gvpo_core.training.samplers.background import Asks
 from gvpo_core.training.samplers.gaps import GapCheck
-from gvpo_core.training.samplers.protocol import OTHER_WEIGHTS, Given, Stopped, asked_with
+from gvpo_core.training.samplers.protocol import OTHER_WEIGHTS, Responses, Stopped, prompts_for
 from gvpo_core.training.sampling import Sampling
 
 _KINDS: dict[str, Any] = {kind.__name__: kind for kind in (Text, Drawn, Response)}  # a subclass before its base
@@ -31,7 +31,7 @@ _PROBES = 8  # responses, if their mean is compared: in 16 bits, a single respon
 class _Ready:
     """A sampler that returns responses drawn before. The second call draws with the current weights."""
 
-    drawn: Callable[[], Given]
+    drawn: Callable[[], Responses]
     sampler: Sampler
     failures: Sequence[str] = ()
     taken: bool = False
@@ -60,7 +60,7 @@ class Ahead:
     sampler: Asks
     ahead: int
     steps: int  # of the run: no later step is requested
-    _waiting: dict[int, tuple[Requests, Callable[[], Given]]] = field(default_factory=dict)
+    _waiting: dict[int, tuple[Requests, Callable[[], Responses]]] = field(default_factory=dict)
     _restored: dict[int, dict[int, list[Response | Text]]] = field(default_factory=dict)  # step -> group -> responses
     _policy: Policy | None = None
 
@@ -90,15 +90,15 @@ class Ahead:
         def ask() -> None:
             for later in range(step, min(step + self.ahead, self.steps) + 1):
                 if later not in self._waiting:
-                    self._waiting[later] = self._asked(later, requests(later), sampling)
+                    self._waiting[later] = self._request(later, requests(later), sampling)
 
         attempt(policy, ask, kind=SamplerError)
         ready: Any = _Ready(self._waiting.pop(step)[1], self.sampler)
         return cast(Sampler, ready)
 
-    def _asked(self, step: int, requests: Requests, sampling: Sampling) -> tuple[Requests, Callable[[], Given]]:
+    def _request(self, step: int, requests: Requests, sampling: Sampling) -> tuple[Requests, Callable[[], Responses]]:
         if step not in self._restored:
-            prompts = asked_with(self.sampler, requests.prompts, requests.tokens)
+            prompts = prompts_for(self.sampler, requests.prompts, requests.tokens)
             return requests, self.sampler.ask(prompts, requests.seeds, sampling)
         groups = self._restored.pop(step)
         responses = [
@@ -115,7 +115,7 @@ class Ahead:
         short = Sampling(min(sampling.max_tokens, _PROBE_TOKENS), sampling.temperature)
         count = _PROBES if gaps.tolerance is None else 1
         tokens, seeds = requests.tokens[:1], [seeds[:count] for seeds in requests.seeds[:1]]
-        prompts = asked_with(self.sampler, requests.prompts[:1], tokens)
+        prompts = prompts_for(self.sampler, requests.prompts[:1], tokens)
         drawn = attempt(policy, lambda: self.sampler.probe(prompts, seeds, short), kind=SamplerError)
         rows = [(p, r) for p, many in zip(tokens, drawn or [], strict=True) for r in many if isinstance(r, Drawn)]
         batch = Batch([p for p, _ in rows], [r.tokens for _, r in rows], list(range(len(rows))))
@@ -132,7 +132,7 @@ class Ahead:
         """
         if self._policy is None or not self._waiting:
             return {}
-        drawn = {step: attempt(self._policy, partial(self._came, step), kind=SamplerError) for step in self._waiting}
+        drawn = {step: attempt(self._policy, partial(self._arrived, step), kind=SamplerError) for step in self._waiting}
         lost = [step for step, groups in drawn.items() if highest(self._policy, int(groups is None))]
         for step in lost:
             del self._waiting[step], drawn[step]
@@ -147,7 +147,7 @@ class Ahead:
             ]
         return {"ahead": gather_objects(self._policy, records)}
 
-    def _came(self, step: int) -> Given | None:
+    def _arrived(self, step: int) -> Responses | None:
         try:
             groups = self._waiting[step][1]()
         except Stopped:
@@ -162,7 +162,7 @@ class Ahead:
             groups.setdefault(int(record["group"]), []).extend(_response(r) for r in record["responses"])
 
 
-def _same(groups: Given) -> Given:
+def _same(groups: Responses) -> Responses:
     return groups
 
 

@@ -115,7 +115,7 @@ class ServedTeacher:
             "stream": False,
         }
         read = partial(read_scores, ids=ids, start=len(prompt), model=self.model, url=self.url)
-        return self._server.asked("/v1/completions", body, clock.start(), read)
+        return self._server.request("/v1/completions", body, clock.start(), read)
 
 
 def read_scores(content: bytes, ids: Sequence[int], start: int, model: str, url: str) -> float:
