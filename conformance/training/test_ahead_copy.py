@@ -178,7 +178,7 @@ def test_a_copy_that_dies_ends_the_run_by_name(tmp_path, capsys, monkeypatch):
 
 def test_what_cannot_be_copied_is_refused(tmp_path, capsys):
     config = read_config(early(tmp_path, ahead=1))
-    with pytest.raises(ConfigError, match="a TablePolicy that is given in Python cannot be copied"):
+    with pytest.raises(ConfigError, match="this TablePolicy cannot be copied"):
         PolicyCopy(config, TablePolicy(table(REFERENCE)))
 
     policy = load_policy(config)
@@ -262,7 +262,7 @@ def test_ranks_on_several_hosts_and_of_jax_are_refused(two_ranks, monkeypatch):
     def jax(config, policy):
         facts = replace(policy.describe(), backend="jax")
         policy.describe = lambda: facts
-        with pytest.raises(ConfigError, match="gvpo_jax makes in a run of one process, and this one has 2"):
+        with pytest.raises(ConfigError, match="gvpo_jax makes it only in a run of one process, and this one has 2"):
             PolicyCopy(config, policy)
 
     two_ranks(jax)

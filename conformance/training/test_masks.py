@@ -152,7 +152,7 @@ def test_a_sampler_may_give_masks(tmp_path, model) -> None:
 
 def test_a_table_has_no_context_tokens() -> None:
     table = TablePolicy({"a": {"x": 0.5, "y": 0.5}})
-    with pytest.raises(ValueError, match="a table's response is drawn at once"):
+    with pytest.raises(ValueError, match="a table draws a response at once"):
         table.logprobs(Batch([(0,)], [(1, 0)], [0], [(True, False)]))
 
 

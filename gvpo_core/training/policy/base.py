@@ -235,7 +235,7 @@ class LanguageModelPolicy(abc.ABC):
         """
         if self._keeps_nothing is None:
             self._keeps_nothing = why = self._why_no_prefixes()
-            how = f"are computed from the start ({why})" if why else "compute what is new in them alone"
+            how = f"are computed from the start ({why})" if why else "compute only their new tokens"
             logging.getLogger(f"gvpo.{self.backend}").info("%s: later turns of an episode %s", self.architecture, how)
         with self._weights_for_sampling():
             prefixes = None if self._keeps_nothing else Prefixes(self._cache_tokens() // 2)

@@ -32,7 +32,7 @@ from gvpo_core.training.policy.step import learning_rate
 from gvpo_core.training.policy.text import checked_response
 from gvpo_core.training.sampling import Sampling, uniforms
 
-_ONE_TURN = "a table's response is drawn at once: no token of it is context (a mask of own tokens with a False)"
+_ONE_TURN = "a table draws a response at once, so it has no context tokens: its mask must not contain False"
 
 
 class TablePolicy:

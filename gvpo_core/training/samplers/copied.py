@@ -57,18 +57,17 @@ class PolicyCopy:
           config: settings of the run; the copy is on rollout.ahead_device.
         Raises: ConfigError: the policy cannot be copied, or its copy does not load or is another model.
         """
-        reason = f"rollout.ahead = {config.rollout.ahead}, and the policy draws its responses itself: that takes a copy"
+        reason = f"rollout.ahead = {config.rollout.ahead} without a sampler needs a copy of the policy"
         facts = policy.describe()
         if policy.world_size > 1 and facts.backend == "jax":  # its mesh may span all processes
             raise ConfigError(
-                f"{reason}, which gvpo_jax makes in a run of one process, and this one has {policy.world_size}. Start a"
-                " server (rollout.sampler = 'engine'), or leave rollout.ahead out"
+                f"{reason}. gvpo_jax makes it only in a run of one process, and this one has {policy.world_size}. Start"
+                " a server (rollout.sampler = 'engine'), or leave rollout.ahead out"
             )
         if policy.settings.model is None or not hasattr(policy, "save_parameters"):
             raise ConfigError(
-                f"{reason}, and a {type(policy).__name__} that is given in Python cannot be copied: it was not loaded"
-                " from model.path, or has no save_parameters. Name a sampler (rollout.sampler), or leave rollout.ahead"
-                " out"
+                f"{reason}, but this {type(policy).__name__} cannot be copied: it was not loaded from model.path, or"
+                " has no save_parameters. Name a sampler (rollout.sampler), or leave rollout.ahead out"
             )
         device = config.rollout.ahead_device or (facts.device if policy.world_size > 1 else "")
         model = replace(config.model, device=device) if device else config.model

@@ -245,8 +245,8 @@ class Engine:
         for requests in pending:
             requests.other_weights = True
             requests.failures.append(
-                f"{self.url} has the weights {version!r}; sent were {sender.named!r}: it was started again, or another"
-                " run sends to it"
+                f"{self.url} has the weights {version!r}; sent were {sender.named!r}: it was restarted, or another run"
+                " sends to it"
             )
 
     def send_again(self, policy: Policy) -> None:

@@ -22,8 +22,8 @@ def refuse_other_model(facts: Mapping[str, Any], model: str, url: str) -> None:
     names = {name for path in served for name in (path, path.rstrip("/").rpartition("/")[2])}
     if served and model not in names and model.rstrip("/").rpartition("/")[2] not in names:
         raise SamplerError(
-            f"engine.model = {model!r}, and the server at {url} has {served[0]!r}: set engine.model to that if it is"
-            " the one meant, or start the server with the other (--model-path)"
+            f"engine.model = {model!r}, and the server at {url} has {served[0]!r}: set engine.model to the server's"
+            " model, or start the server with yours (--model-path)"
         )
 
 

@@ -137,7 +137,7 @@ class WeightFolder:
             name = get(NAMES).get("weight_version") if named else None
             if name in (None, target.name):
                 return name is not None
-            lost = f"the weights were not loaded: the server then has {name!r}; it was started again, or another run"
+            lost = f"the weights were not loaded: the server has {name!r}; it was restarted, or another run"
             if time.monotonic() > until:
                 raise SamplerError(f"{lost} sends to it")
             _log.warning("%s sends to it; they are sent again", lost)

@@ -29,8 +29,8 @@ class TeacherSampler:
         assert facts is not None  # teacher.url is rejected earlier
         if policy.world_size > 1 and facts.sharding != "data_parallel":
             raise ConfigError(
-                f"rollout.sampler = 'teacher', and the {policy.world_size} ranks hold the teacher together: each draws"
-                " for itself. Use torch with model.sharding = 'data_parallel', or one process"
+                f"rollout.sampler = 'teacher' needs a complete teacher on each rank, and the {policy.world_size} ranks"
+                " share one. Use torch with model.sharding = 'data_parallel', or one process"
             )
 
     def describe(self) -> str:
