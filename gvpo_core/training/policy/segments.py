@@ -1,4 +1,4 @@
-"""Episodes of several segments. The model scores one row per segment; all rows of an episode share one coefficient."""
+"""Episodes of several segments. The model scores a row per segment; rows of an episode share sum and coefficient."""
 
 import numpy as np
 

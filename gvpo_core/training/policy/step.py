@@ -114,7 +114,7 @@ def _deferred(
                 break
         else:
             rounds.append(rows)
-    # Sorts the passes of a round by size, and rounds by their number of passes and then by their smallest pass.
+    # Largest first: the passes of a round by tokens; rounds by their number of passes, then by their smallest pass.
     passes = [sorted(splitting.micro_batches(round_rows), key=_tokens, reverse=True) for round_rows in rounds]
     return sorted(passes, key=lambda micro: (len(micro), _tokens(micro[-1])), reverse=True), scored_rows, split_rows
 

@@ -27,7 +27,7 @@ class Usual:
     """Mean and variance over the responses of the first comparison: the gap between the two precisions."""
 
     count: int
-    means: tuple[float, float]  # of |sampler - policy|, over tokens and over the square root of tokens
+    means: tuple[float, float]  # of |sampler - policy| / tokens, and of |sampler - policy| / sqrt(tokens)
     variances: tuple[float, float]
 
 
