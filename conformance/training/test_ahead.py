@@ -330,7 +330,7 @@ def test_the_rollouts_sampler_evaluates_beside_the_queue(tmp_path, capsys):
 
 
 def test_a_policy_given_in_python_as_its_own_sampler_is_refused(tmp_path, capsys):
-    with pytest.raises(ConfigError, match=r"rollout\.ahead = 1, and the policy draws its responses itself"):
+    with pytest.raises(ConfigError, match=r"rollout\.ahead = 1 without a sampler needs a copy of the policy"):
         run(early(tmp_path / "run", 2, 1), None)
 
 
