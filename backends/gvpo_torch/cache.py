@@ -1,4 +1,4 @@
-"""The cache of keys, values and states that a decoder of transformers takes: its name, its class, its rows."""
+"""The cache of keys, values and states of a transformers decoder: the argument's name, the cache's class and rows."""
 
 import inspect
 import typing
@@ -14,10 +14,10 @@ NAMES = ("cache", "past_key_values", "cache_params")  # transformers 5.24 rename
 
 
 def cache_argument(decoder: nn.Module, config: Any) -> str:
-    """Name of the argument of `decoder.forward` that takes the cache.
+    """Returns the name of the argument of `decoder.forward` that takes the cache.
 
-    The signature says so. A decorator may hide it behind `**kwargs`: then one token is decoded under each name, and the
-    name that fills the cache is taken.
+    Reads it from the signature. If a decorator hides it behind `**kwargs`, decodes one token with each known name and
+    takes the name that fills the cache.
 
     Raises: ConfigError: a decoder that takes no cache.
     """
@@ -46,7 +46,7 @@ def _fills(decoder: nn.Module, config: Any, name: str) -> bool:
 
 
 def new_cache(decoder: nn.Module, config: Any) -> Any:
-    """An empty cache: transformers' DynamicCache, or the class of its own that the decoder's signature names."""
+    """Returns an empty cache: transformers' DynamicCache, or the subclass that the decoder's signature names."""
     from transformers import DynamicCache
 
     parameters = inspect.signature(decoder.forward).parameters
@@ -60,10 +60,10 @@ def new_cache(decoder: nn.Module, config: Any) -> Any:
 def keep_rows(cache: Any, rows: Tensor) -> None:
     """Keeps the given rows of a cache, (n,) int64, in the given order; a row may be taken more than once."""
     cache.reorder_cache(rows)
-    for name, states in vars(cache).items():  # MiniMax's class holds its states beside the layers, and leaves them
+    for name, states in vars(cache).items():  # MiniMax's class has states outside its layers, and does not reorder them
         if name != "layers" and isinstance(states, list):
-            kept = [state.index_select(0, rows) if isinstance(state, Tensor) else state for state in states]
-            setattr(cache, name, kept)
+            selected = [state.index_select(0, rows) if isinstance(state, Tensor) else state for state in states]
+            setattr(cache, name, selected)
 
 
 def is_plain(cache: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Attention of rows that are decoded in fixed buffers, and the layers of their cache, for transformers' models."""
+"""Attention and cache layers for rows of transformers models that are decoded in fixed buffers."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from gvpo_torch.decode_prompts import Prompts, attended, merged
 from gvpo_torch.model import Scorer
 
 ATTENTION = "gvpo_decode"
-_prompts: ContextVar[Prompts] = ContextVar("prompts")  # that the forward pass attends to
+_prompts: ContextVar[Prompts] = ContextVar("prompts")  # the prompts that a forward pass attends to
 
 
 def fits(scorer: Scorer) -> bool:
@@ -28,7 +28,7 @@ def fits(scorer: Scorer) -> bool:
 
 
 class Layer(CacheLayerMixin):
-    """Keys and values (L, heads, S, D) of what the lines drew in a layer, written at slot `at`."""
+    """A layer's keys and values (L, heads, S, D) of the tokens that the lines drew, written at slot `at`."""
 
     is_sliding = False
     keys: Tensor
@@ -40,7 +40,7 @@ class Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def lazy_initialization(self, *states: Tensor) -> None:
-        """Made with its buffers."""
+        """Does nothing: the layer is made with its buffers."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **options: Any) -> tuple[Tensor, Tensor]:
         self.keys.index_copy_(2, self.at, key_states.to(self.keys.dtype))
@@ -51,7 +51,7 @@ class Layer(CacheLayerMixin):
         return self.keys.shape[2], 0
 
     def get_seq_length(self) -> int:
-        return int(self.keys.shape[2]) - 1  # of no use here: positions and the mask are given
+        return int(self.keys.shape[2]) - 1  # not used here: positions and the mask are given
 
     def get_max_length(self) -> int:
         return int(self.keys.shape[2])
@@ -73,17 +73,17 @@ def _attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """One query a line, (L, H, 1, D), over the line's prompt and over keys and values (L, G, S, D) of its own.
+    """Attends with one query per line, (L, H, 1, D), to the line's prompt and to its own keys and values (L, G, S, D).
 
-    H / G heads share the keys of a group, which are read once.
+    The H / G heads of a group share its keys, which are read once.
     """
     if sliding_window is not None or softcap is not None or s_aux is not None or query.shape[2] != 1:
         raise NotImplementedError("attention with a window, a cap or sinks is not decoded in fixed buffers")
     lines, groups = key.shape[:2]
-    shared = query.reshape(lines, groups, -1, query.shape[-1])  # the heads of a group take the axis of queries
-    own = attended(shared, key, value, attention_mask, scaling)
-    of_prompt = _prompts.get().attended(module.layer_idx, shared, scaling)
-    return merged(own, of_prompt).to(value.dtype).reshape(lines, 1, -1, value.shape[-1]), None
+    shared = query.reshape(lines, groups, -1, query.shape[-1])  # the heads of a group go on the axis of queries
+    drawn_part = attended(shared, key, value, attention_mask, scaling)
+    prompt_part = _prompts.get().attended(module.layer_idx, shared, scaling)
+    return merged(drawn_part, prompt_part).to(value.dtype).reshape(lines, 1, -1, value.shape[-1]), None
 
 
 AttentionInterface.register(ATTENTION, _attention)
@@ -91,7 +91,7 @@ AttentionInterface.register(ATTENTION, _attention)
 
 @contextlib.contextmanager
 def attending(base: Any, by: str) -> Iterator[None]:
-    """Another implementation of attention in a transformers model."""
+    """Uses another attention implementation of a transformers model within the block."""
     before = base.config._attn_implementation
     base.set_attn_implementation(by)
     try:
@@ -102,7 +102,7 @@ def attending(base: Any, by: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def attending_to(prompts: Prompts) -> Iterator[None]:
-    """Forward passes in which each line attends to its prompt."""
+    """Sets the prompts to which lines attend in forward passes within the block."""
     token = _prompts.set(prompts)
     try:
         yield

@@ -1,8 +1,8 @@
-"""Prompts that decoding holds once for all their rows: which slot holds which, and what the rows attend to in them.
+"""Prompts whose keys and values decoding holds once for all their rows: the slots of prompts, and attention to them.
 
-A token's attention has two parts, to its row's prompt and to what the row itself drew. Each is a softmax over its own
-keys; the logarithms of the two normalisers say how much each counts. All rows of a prompt attend together, so its keys
-are read once. Shapes are fixed, and what changes between tokens is changed in place: a CUDA graph may hold it all.
+A token's attention has two parts: to its row's prompt, and to the tokens that the row drew. Each is a softmax over its
+own keys. The logarithms of the two normalisers give the weights of the parts. All rows of a prompt attend together, so
+its keys are read once. Shapes are fixed and updates are in place, so a CUDA graph can hold all of it.
 """
 
 from collections import Counter, deque
@@ -24,10 +24,10 @@ class Prefilled(NamedTuple):
 
 
 class Slots:
-    """Which slot holds which prompt, on the host: from the prompt's first row on until its last one has ended."""
+    """Assigns slots to prompts, on the host. A prompt holds its slot from its first row until its last row ends."""
 
     def __init__(self, prompts: Sequence[int], most: int) -> None:
-        """`prompts`: of each row, those of one prompt one after another; `most`: slots, at least one."""
+        """`prompts`: prompt of each row, rows of a prompt one after another; `most`: number of slots, at least one."""
         self.prompts, self.most = prompts, most
         self.count = 0  # slots in use so far
         self.of: dict[int, int] = {}  # prompt -> slot
@@ -35,7 +35,7 @@ class Slots:
         self._left = Counter(prompts)  # rows that have not ended
 
     def admit(self, waiting: deque[int], most: int) -> tuple[list[int], list[int]]:
-        """Takes up to `most` waiting rows, as far as there are slots; also those of them whose prompts are new."""
+        """Takes up to `most` waiting rows, if there are slots. Returns them, and the first row of each new prompt."""
         rows: list[int] = []
         fresh: list[int] = []
         while waiting and len(rows) < most:
@@ -56,14 +56,14 @@ class Slots:
         return self.of[self.prompts[row]]
 
     def end(self, row: int) -> None:
-        """A row has ended; the last one of its prompt leaves the slot to another prompt."""
+        """Marks a row as ended. The last row of a prompt frees the slot for another prompt."""
         prompt = self.prompts[row]
         self._left[prompt] -= 1
         if not self._left[prompt]:
             self._free.append(self.of.pop(prompt))
 
     def compact(self) -> list[int]:
-        """Numbers the slots in use anew, from 0 on; gives their old numbers."""
+        """Renumbers the slots in use from 0. Returns their old numbers."""
         old = [*self.of.values()]
         self.of = {prompt: slot for slot, prompt in enumerate(self.of)}
         self.count, self._free = len(old), []
@@ -71,10 +71,10 @@ class Slots:
 
 
 class Prompts:
-    """Keys and values (U, heads, W, D) of U prompts in each layer, padded on the left, which L lines attend to."""
+    """Keys and values (U, heads, W, D) of U prompts in each layer, padded on the left. L lines attend to them."""
 
     def __init__(self, first: Prefilled, lines: int, together: int, dtype: torch.dtype) -> None:
-        """Room for as many prompts as `first` has rows; `together`: most lines of one prompt."""
+        """Makes room for as many prompts as `first` has rows; `together`: largest number of lines of one prompt."""
         slots, device = len(first.owners), first.owners.device
         width = aligned(first.cache.layers[0].keys.shape[2])
         empty = lambda states: torch.zeros(
@@ -84,16 +84,17 @@ class Prompts:
         self.values = [empty(layer.values) for layer in first.cache.layers]
         # A slot without a prompt is not masked: a softmax over nothing would be NaN.
         self.bias = torch.zeros((slots, 1, 1, width), dtype=dtype, device=device)
-        self.lines = torch.zeros((slots, together), dtype=torch.int64, device=device)  # of each prompt; else any line
-        self.places = torch.zeros(lines, dtype=torch.int64, device=device)  # of each line in `lines`, flattened
+        # The lines of each prompt; unused entries are any line.
+        self.lines = torch.zeros((slots, together), dtype=torch.int64, device=device)
+        self.places = torch.zeros(lines, dtype=torch.int64, device=device)  # index of each line in flattened `lines`
 
     @property
     def slots(self) -> int:
-        """Prompts that there is room for."""
+        """Number of prompts for which there is room."""
         return int(self.bias.shape[0])
 
     def hold(self, slots: Tensor, prompts: Prefilled) -> None:
-        """Puts prompts into slots (n,) int64, no wider than the first ones."""
+        """Puts prompts into slots, (n,) int64. They must not be wider than the first prompts."""
         width = prompts.cache.layers[0].keys.shape[2]
         for buffers, name in ((self.keys, "keys"), (self.values, "values")):
             for buffer, layer in zip(buffers, prompts.cache.layers, strict=True):
@@ -105,51 +106,51 @@ class Prompts:
         self.bias[slots, 0, 0, -width:] = seen
 
     def assign(self, slots: np.ndarray) -> None:
-        """The slot of each line, (L,) int64; -1: a line without a row."""
+        """Sets the slot of each line, (L,) int64; -1: a line without a row."""
         used = np.flatnonzero(slots >= 0)
         used = used[np.argsort(slots[used], kind="stable")]
-        of = slots[used]
-        number = np.arange(len(used)) - np.searchsorted(of, of)  # among the lines of its prompt
+        used_slots = slots[used]
+        number = np.arange(len(used)) - np.searchsorted(used_slots, used_slots)  # index among the prompt's lines
         lines, places = np.zeros(self.lines.shape, dtype=np.int64), np.zeros(len(slots), dtype=np.int64)
-        lines[of, number] = used
-        places[used] = of * lines.shape[1] + number
+        lines[used_slots, number] = used
+        places[used] = used_slots * lines.shape[1] + number
         self.lines.copy_(torch.from_numpy(lines))
         self.places.copy_(torch.from_numpy(places))
 
     def grow(self, slots: int) -> None:
-        """Room for as many prompts; `assign` comes next."""
+        """Makes room for `slots` prompts. Call `assign` next."""
         for buffers in (self.keys, self.values):
-            for i, held in enumerate(buffers):
-                buffers[i] = held.new_zeros((slots, *held.shape[1:]))
-                buffers[i][: len(held)] = held
+            for i, buffer in enumerate(buffers):
+                buffers[i] = buffer.new_zeros((slots, *buffer.shape[1:]))
+                buffers[i][: len(buffer)] = buffer
         for name in ("bias", "lines"):
-            held = getattr(self, name)
-            setattr(self, name, torch.cat([held, held.new_zeros((slots - len(held), *held.shape[1:]))]))
+            buffer = getattr(self, name)
+            setattr(self, name, torch.cat([buffer, buffer.new_zeros((slots - len(buffer), *buffer.shape[1:]))]))
 
     def keep(self, slots: Tensor, lines: int, together: int) -> None:
-        """Keeps the prompts of the given slots, (n,) int64, for fewer lines; `assign` comes next."""
+        """Keeps only the prompts of the given slots, (n,) int64, for fewer lines. Call `assign` next."""
         for buffers in (self.keys, self.values):
-            for i, held in enumerate(buffers):
-                buffers[i] = held.index_select(0, slots)
+            for i, buffer in enumerate(buffers):
+                buffers[i] = buffer.index_select(0, slots)
         self.bias = self.bias.index_select(0, slots)
         self.lines = self.lines.new_zeros((len(slots), together))
         self.places = self.places.new_zeros(lines)
 
     def attended(self, layer: int, query: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-        """`attended` of one query a line, (L, heads, shared, D), over the keys and values of its prompt."""
-        asked = query[self.lines]  # on CUDA `index_select` takes three times as long for up to 16 lines
-        asked = asked.transpose(1, 2).flatten(2, 3)  # all lines of a prompt in the axis of queries
-        found = attended(asked, self.keys[layer], self.values[layer], self.bias, scaling)
-        out, normaliser = (x.unflatten(2, (self.lines.shape[1], -1)).transpose(1, 2).flatten(0, 1) for x in found)
+        """Calls `attended` with one query per line, (L, heads, shared, D), and the keys and values of its prompt."""
+        queries = query[self.lines]  # on CUDA `index_select` takes three times as long for up to 16 lines
+        queries = queries.transpose(1, 2).flatten(2, 3)  # all lines of a prompt on the axis of queries
+        results = attended(queries, self.keys[layer], self.values[layer], self.bias, scaling)
+        out, normaliser = (x.unflatten(2, (self.lines.shape[1], -1)).transpose(1, 2).flatten(0, 1) for x in results)
         return out[self.places], normaliser[self.places]
 
 
 def attended(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
-    """Attention, and the logarithm of its softmax's normaliser; on CUDA by a kernel that gives both.
+    """Returns attention and the logarithm of its softmax normaliser; on CUDA one kernel computes both.
 
     Args:
       query: (B, heads, M, D); keys, values: (B, heads, N, D) of the same dtype.
-      bias: (B, 1, 1, N) of that dtype, -inf on what is not seen; each row sees something.
+      bias: (B, 1, 1, N) of that dtype, -inf for keys that are not seen; each row sees at least one.
     Returns: (B, heads, M, D) in that dtype or in float32, and (B, heads, M) float32.
     """
     query = query.to(keys.dtype)
@@ -159,7 +160,7 @@ def attended(query: Tensor, keys: Tensor, values: Tensor, bias: Tensor, scaling:
 
 
 def _has_kernel(query: Tensor, values: Tensor) -> bool:
-    return query.device.type == "cuda" and query.shape[3] % 8 == values.shape[3] % 8 == 0  # sizes of heads
+    return query.device.type == "cuda" and query.shape[3] % 8 == values.shape[3] % 8 == 0  # head sizes
 
 
 def _on_cuda(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float | None) -> tuple[Tensor, Tensor]:
@@ -179,12 +180,12 @@ def _products(
         return (scores - normaliser.unsqueeze(3)).exp() @ values.float(), normaliser
 
 
-def merged(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention over two sets of keys, from that over each, as `attended` gives it; float32."""
-    weight = (one[1] - other[1]).sigmoid().unsqueeze(-1)
-    return torch.lerp(other[0].float(), one[0].float(), weight)
+def merged(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> Tensor:
+    """Returns attention over two sets of keys, float32, from the results of `attended` over each set."""
+    weight = (first[1] - second[1]).sigmoid().unsqueeze(-1)
+    return torch.lerp(second[0].float(), first[0].float(), weight)
 
 
 def aligned(slots: int) -> int:
-    """At least as many slots of keys: kernels with a mask want rows of 16 bytes."""
+    """Rounds a number of key slots up to a multiple of 8: kernels with a mask need rows of 16 bytes."""
     return slots + -slots % 8

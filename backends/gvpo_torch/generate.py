@@ -1,7 +1,7 @@
-"""Sampling: one prefill a prompt, for all the prompt's rows, then decoding step by step.
+"""Sampling: one prefill per prompt, shared by the prompt's rows, then decoding step by step.
 
-A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
-response does not depend on the batch it was drawn in, up to float rounding.
+Each row has its own stream of random numbers. Its t-th token is where the cumulative distribution first exceeds the
+t-th number, so a response does not depend on the batch in which it was drawn, up to float rounding.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from gvpo_torch.prefixes import States, copied, fill
 
 Forward = Callable[..., Tensor]
 Choose = Callable[[Tensor, Sequence[tuple[int, int]], int], np.ndarray]
-UNIFORMS_AHEAD = 64  # random numbers made at once for each row
+UNIFORMS_AHEAD = 64  # random numbers generated at once for each row
 
 
 def generate(
@@ -43,15 +43,15 @@ def generate(
     in_fixed_buffers: bool = False,
     prefixes: Prefixes | None = None,
 ) -> list[list[Response]]:
-    """len(seeds[i]) responses to prompts[i].
+    """Returns len(seeds[i]) responses to prompts[i].
 
     Args:
-      forward: `scorer`, or what must be called in its place.
+      forward: `scorer`, or the callable to use in its place.
       end: ids that end a response.
       cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
-      choose: (logits (R, V), R rows (prompt, response), t) -> (R,) int64, their t-th tokens, in place of drawing.
-      in_fixed_buffers: decode as `fixed` does, where `decode_attention.fits` the model.
-      prefixes: prompts start from what is kept there, and responses that have ended are kept; within `cache_tokens`.
+      choose: (logits (R, V), R rows (prompt, response), t) -> (R,) int64: gives their t-th tokens instead of drawing.
+      in_fixed_buffers: decode with `fixed`, for models that `decode_attention.fits`.
+      prefixes: kept keys and values from which prompts start; ended responses are added. Counts in `cache_tokens`.
     """
     if prefixes is not None:
         prefixes.plan(prompts, seeds)
@@ -60,14 +60,14 @@ def generate(
     skinny = device.type == "cpu" and not torch.is_autocast_enabled("cpu") and _wins_transposed()
     products = _skinny_products(scorer) if skinny else contextlib.nullcontext()
     ordered = _ordered(prompts, seeds)
-    if in_fixed_buffers:  # rows that have ended make room for others
+    if in_fixed_buffers:  # ended rows make room for waiting ones
         parts = [ordered] if ordered else []
     else:
         parts = _chunks(scorer, prompts, ordered, sampling, cache_tokens)
     with products:
         for rows in parts:
-            given = (scorer, forward, prompts, seeds, rows, sampling, end, device, choose, prefixes)
-            texts = _decode_fixed(*given, cache_tokens) if in_fixed_buffers else _decode(*given)
+            decode_args = (scorer, forward, prompts, seeds, rows, sampling, end, device, choose, prefixes)
+            texts = _decode_fixed(*decode_args, cache_tokens) if in_fixed_buffers else _decode(*decode_args)
             for (i, j), response in zip(rows, texts, strict=True):
                 responses[i][j] = response
     return responses  # type: ignore[return-value]
@@ -75,9 +75,9 @@ def generate(
 
 @functools.cache
 def _wins_transposed() -> bool:
-    """Whether this CPU gains by `_skinny_products`: Intel's do, an AMD EPYC with AVX-512 took 1.4 times as long.
+    """Whether `_skinny_products` is faster on this CPU: Intel's only. An AMD EPYC with AVX-512 took 1.4 times as long.
 
-    By the vendor, not by a clock: the two products round differently, and a resumed run draws the same samples.
+    Decides by vendor, not by timing: the two products round differently, and a resumed run must draw the same samples.
     """
     try:
         return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
@@ -87,7 +87,7 @@ def _wins_transposed() -> bool:
 
 @contextlib.contextmanager
 def _skinny_products(lm: nn.Module) -> Iterator[None]:
-    """Linear layers as (W x^T)^T where a step has 16 to 48 rows: up to twice as fast as x W^T on Intel CPUs."""
+    """Computes linear layers as (W x^T)^T for steps of 16 to 48 rows: up to twice as fast as x W^T on Intel CPUs."""
     layers = [m for m in lm.modules() if type(m) is nn.Linear and m.weight.dtype == torch.float32]
     for layer in layers:
         layer.forward = functools.partial(_linear, layer)  # type: ignore[method-assign]
@@ -109,7 +109,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
 
 
 def _ordered(prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
-    """All rows (prompt, response): longest prompts first, rows of equal prompts one after another."""
+    """Returns all rows (prompt, response): longest prompts first, rows of equal prompts one after another."""
     first: dict[Tokens, int] = {}
     for i, prompt in enumerate(prompts):
         first.setdefault(prompt, i)
@@ -124,9 +124,9 @@ def _chunks(
     sampling: Sampling,
     cache_tokens: int,
 ) -> list[list[tuple[int, int]]]:
-    """The ordered rows in parts to decode together: within the budget, prompts of like length."""
+    """Splits the ordered rows into parts to decode together: within the budget, prompts of similar length."""
     longest = max((len(prompt) for prompt in prompts), default=0) + sampling.max_tokens
-    # Beyond RoPE's original length its frequencies are those of the longest row: all rows must be as long.
+    # Beyond RoPE's original length the longest row sets the frequencies, so all rows must have one length.
     same_length = scorer.same_length or (scorer.rope is not None and longest > scorer.rope.original)
     chunks: list[list[tuple[int, int]]] = []
     width = 0
@@ -157,7 +157,7 @@ def _prefill(
 
 
 def _pass(scorer: Scorer, forward: Forward, part: Part, device: torch.device) -> tuple[Tensor, Any, Tensor | None]:
-    """Logits after the prompts, their cache, and its mask, see `Prefilled`; computes what is not kept."""
+    """Returns logits after the prompts, their cache and its mask, see `Prefilled`. Computes only what is not kept."""
     width = max(map(len, part.prompts))
     ids = np.zeros((len(part.prompts), width), dtype=np.int64)
     mask = np.zeros((len(part.prompts), width), dtype=bool)
@@ -168,13 +168,13 @@ def _pass(scorer: Scorer, forward: Forward, part: Part, device: torch.device) ->
     put = lambda values: torch.from_numpy(np.ascontiguousarray(values[:, width - part.fresh :])).to(device)
     cache = new_cache(scorer.decoder, scorer.config)
     fill(cache, part)
-    # No mask where no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
+    # No mask if no row is padded: recurrent layers would take the mask of the whole sequence for that of one token.
     mask_on = None if mask.all() else torch.from_numpy(mask).to(device)
     return forward(put(ids), put(positions), mask=mask_on, cache=cache), cache, mask_on
 
 
 def _together(scorer: Scorer, passes: Sequence[tuple[Tensor, Any, Tensor | None]]) -> tuple[Tensor, Any, Tensor | None]:
-    """The passes as one, the narrower cache padded on the left."""
+    """Joins the passes into one; pads the narrower caches on the left."""
     widths = [cache.get_seq_length() for _, cache, _ in passes]
     width, together = max(widths), new_cache(scorer.decoder, scorer.config)
     for number in range(len(passes[0][1].layers)):
@@ -186,8 +186,8 @@ def _together(scorer: Scorer, passes: Sequence[tuple[Tensor, Any, Tensor | None]
         together.update(keys, values, number)
     masks = []
     for (logits, _, mask), filled in zip(passes, widths, strict=True):
-        seen = logits.new_ones((len(logits), filled), dtype=torch.bool) if mask is None else mask
-        masks.append(nn.functional.pad(seen, (width - filled, 0), value=False))
+        full_mask = logits.new_ones((len(logits), filled), dtype=torch.bool) if mask is None else mask
+        masks.append(nn.functional.pad(full_mask, (width - filled, 0), value=False))
     mask_of_all = torch.cat(masks)
     return torch.cat([logits for logits, _, _ in passes]), together, mask_of_all
 
@@ -205,28 +205,29 @@ def _decode_fixed(
     prefixes: Prefixes | None,
     cache_tokens: int,
 ) -> list[Response]:
-    of = [prompts[i] for i, _ in rows]
-    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(of))}
-    numbers = [number[prompt] for prompt in of]
+    row_prompts = [prompts[i] for i, _ in rows]
+    number = {prompt: n for n, prompt in enumerate(dict.fromkeys(row_prompts))}
+    numbers = [number[prompt] for prompt in row_prompts]
 
     def prefill(chosen: Sequence[int]) -> Prefilled:
         prefilled = _prefill(scorer, forward, prompts, [rows[r] for r in chosen], device, prefixes)
         if prefixes is not None:
-            computed = {of[r] for r in chosen}
-            prefixes.started([prompt for prompt in of if prompt in computed])  # the prompts' other rows start from it
+            computed = {row_prompts[r] for r in chosen}
+            # Other rows of these prompts start from what was computed.
+            prefixes.started([prompt for prompt in row_prompts if prompt in computed])
         return prefilled
 
     def keep(r: int, sampled: list[int], states: Callable[[], States]) -> None:
-        tokens = (*of[r], *sampled)
+        tokens = (*row_prompts[r], *sampled)
         if prefixes is not None and prefixes.wants(tokens):
             prefixes.keep(tokens, states())
 
-    at_once = rows_at_once(numbers, len(of[0]), sampling.max_tokens, cache_tokens)
-    choice = None if choose is None else lambda given, held, t: choose(given, [rows[r] for r in held], t)
+    at_once = rows_at_once(numbers, len(row_prompts[0]), sampling.max_tokens, cache_tokens)
+    choice = None if choose is None else lambda logits, left, t: choose(logits, [rows[r] for r in left], t)
     texts = fixed.decode(
         scorer,
         numbers,
-        np.asarray([len(prompt) for prompt in of]),
+        np.asarray([len(prompt) for prompt in row_prompts]),
         at_once if choose is None else (len(rows), len(number)),
         prefill,
         [seeds[i][j] for i, j in rows],
@@ -268,16 +269,16 @@ def _decode(
     ends = set(end)
     drawn: list[list[int]] = [[] for _ in rows]
     finished = [False] * len(rows)
-    held = np.arange(len(rows))  # row of each line of the cache
-    ended = np.zeros(len(rows), dtype=bool)  # of the held
+    line_rows = np.arange(len(rows))  # row of each line of the cache
+    ended = np.zeros(len(rows), dtype=bool)  # whether the row of each line has ended
     numbers = np.empty((len(rows), 0))
 
     def keep_ended() -> None:
-        """Before rows that have ended are dropped. Their last tokens were drawn and not computed."""
+        """Keeps the states of ended rows before they are dropped. Their last tokens were drawn but not computed."""
         if prefixes is None:
             return
         for line in np.flatnonzero(ended).tolist():
-            row = int(held[line])
+            row = int(line_rows[line])
             sequence = (*prompts[rows[row][0]], *drawn[row][:-1])
             start = width - int(lengths[row])
             columns = slice(start, start + len(sequence))
@@ -288,49 +289,48 @@ def _decode(
     for t in range(sampling.max_tokens):
         if t % UNIFORMS_AHEAD == 0:
             stop = min(t + UNIFORMS_AHEAD, sampling.max_tokens)
-            numbers = uniforms([seeds[rows[r][0]][rows[r][1]] for r in held.tolist()], t, stop)
+            numbers = uniforms([seeds[rows[r][0]][rows[r][1]] for r in line_rows.tolist()], t, stop)
         if choose is None:
             tokens = pick(logits, numbers[:, t % UNIFORMS_AHEAD], sampling)
         else:
-            tokens = choose(logits, [rows[r] for r in held.tolist()], t)
+            tokens = choose(logits, [rows[r] for r in line_rows.tolist()], t)
         for line in np.flatnonzero(~ended).tolist():
-            row = int(held[line])
+            row = int(line_rows[line])
             drawn[row].append(int(tokens[line]))
             if int(tokens[line]) in ends:
                 finished[row] = ended[line] = True
         if ended.all() or t + 1 == sampling.max_tokens:
             break
         afresh = scorer.recomputes(width + t + 1)
-        if ended.mean() >= 0.5 or (
-            (afresh or t % 16 == 15) and ended.any()
-        ):  # dropping copies the cache: not each time
+        # Not at every step: dropping rows copies the cache.
+        if ended.mean() >= 0.5 or ((afresh or t % 16 == 15) and ended.any()):
             keep_ended()
             keep = np.flatnonzero(~ended)
             kept = put(keep)
             keep_rows(cache, kept)
             mask_on = None if mask_on is None else mask_on.index_select(0, kept)
-            held, tokens, numbers, ended = held[keep], tokens[keep], numbers[keep], ended[keep]
-        mask_on = None if mask_on is None else torch.cat([mask_on, mask_on.new_ones(len(held), 1)], dim=1)
-        if afresh:  # the cached keys were turned by other frequencies; here all rows are as long
+            line_rows, tokens, numbers, ended = line_rows[keep], tokens[keep], numbers[keep], ended[keep]
+        mask_on = None if mask_on is None else torch.cat([mask_on, mask_on.new_ones(len(line_rows), 1)], dim=1)
+        if afresh:  # the cached keys have other RoPE frequencies; all rows have one length here
             cache = new_cache(scorer.decoder, scorer.config)
-            ids = np.asarray([[*prompts[rows[r][0]], *drawn[r]] for r in held.tolist()], dtype=np.int64)
+            ids = np.asarray([[*prompts[rows[r][0]], *drawn[r]] for r in line_rows.tolist()], dtype=np.int64)
             positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
             logits = forward(put(ids), put(positions.copy()), mask=mask_on, cache=cache)
         else:
-            logits = forward(put(tokens[:, None]), put((lengths[held] + t)[:, None]), mask=mask_on, cache=cache)
+            logits = forward(put(tokens[:, None]), put((lengths[line_rows] + t)[:, None]), mask=mask_on, cache=cache)
     keep_ended()
     return [Response(tuple(text), done) for text, done in zip(drawn, finished, strict=True)]
 
 
 def pick(logits: Tensor, numbers: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """`draw` with numbers and tokens, (R,) float64 and int64, on the host."""
+    """Calls `draw` with numbers, (R,) float64, and tokens, (R,) int64, on the host."""
     if logits.device.type == "mps":  # has no float64
         logits = logits.cpu()
     return draw(logits, torch.from_numpy(np.ascontiguousarray(numbers)).to(logits.device), sampling).cpu().numpy()
 
 
 def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
-    """(R,) int64: one token a row, by the inverse of the cumulative distribution in vocabulary order, in float64.
+    """Draws one token per row, (R,) int64, by inverting the cumulative distribution in vocabulary order, in float64.
 
     Args:
       logits: (R, V) float.
@@ -344,7 +344,7 @@ def draw(logits: Tensor, numbers: Tensor, sampling: Sampling) -> Tensor:
     cumulative = truncate(z.exp_(), sampling).cumsum(1)
     total = cumulative[:, -1:].contiguous()
     chosen = torch.searchsorted(cumulative, numbers.unsqueeze(1) * total, right=True)
-    # Rounding of u * total may reach the total itself: then the last token with any mass.
+    # u * total may round to the total itself: then take the last token with any mass.
     last = torch.searchsorted(cumulative, total)
     return torch.minimum(chosen, last).squeeze(1)
 

@@ -1,4 +1,4 @@
-"""Keys and values of conversations between their turns, as tensors; `policy.prefixes` says which are kept."""
+"""Keys and values of conversations between turns, as tensors; `policy.prefixes` decides which are kept."""
 
 from typing import Any
 
@@ -13,28 +13,28 @@ States = list[tuple[Tensor, Tensor]]  # of each layer, keys and values (heads, t
 
 
 def copied(states: States) -> States:
-    """Copies, so that the cache that they are of can be freed."""
+    """Returns copies of the states, so that their cache can be freed."""
     return [(keys.clone(), values.clone()) for keys, values in states]
 
 
 def fill(cache: Any, part: Part) -> None:
-    """Fills an empty cache with what is kept of the prompts, padded on the left."""
+    """Fills an empty cache with the kept states of the prompts, padded on the left."""
     width = max(part.filled)
     if width <= 0:
         return
     rows = [(b, states, n) for b, (states, n) in enumerate(zip(part.states, part.filled, strict=True)) if n > 0]
     for number, of_layer in enumerate(rows[0][1]):
-        made = []
+        pair = []
         for which, like in enumerate(of_layer):
             filled = like.new_zeros((len(part.prompts), like.shape[0], width, like.shape[2]))
-            for b, kept, count in rows:
-                filled[b, :, width - count :] = kept[number][which][:, :count]
-            made.append(filled)
-        cache.update(*made, number)
+            for b, states, count in rows:
+                filled[b, :, width - count :] = states[number][which][:, :count]
+            pair.append(filled)
+        cache.update(*pair, number)
 
 
 def unfit(scorer: Scorer, cache: Any) -> str:
-    """Why a model's turns cannot start from what is kept, by its settings and a filled cache; empty: nothing found."""
+    """Returns why turns cannot start from kept states, by the model's settings and a filled cache; empty: no reason."""
     if scorer.rope is not None:
         return "RoPE depends on the length of the row"
     if is_plain(cache):
