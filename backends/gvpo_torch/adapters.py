@@ -1,4 +1,4 @@
-"""LoRA and DoRA adapters by peft: which layers take them."""
+"""LoRA and DoRA adapters by peft, and which layers can take them."""
 
 import collections
 import contextlib
@@ -21,9 +21,9 @@ from gvpo_torch.weights import decoder_of
 
 
 def with_adapters(lm: LanguageModel, config: ModelConfig, seed: int) -> LanguageModel:
-    """The model with new LoRA or DoRA adapters on its text layers, the rest frozen.
+    """Adds new LoRA or DoRA adapters to the text layers of the model, and freezes the rest.
 
-    Raises: ConfigError: `lora_targets` that are no layers, or layers on which an adapter would not always be used.
+    Raises: ConfigError: `lora_targets` that are not layers, or layers on which an adapter would not always be used.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -39,7 +39,7 @@ def with_adapters(lm: LanguageModel, config: ModelConfig, seed: int) -> Language
                 "tied and are used without adapters: leave it out"
             )
     everywhere = config.lora_targets == ("all-linear",)
-    for target in () if everywhere else config.lora_targets:  # peft passes over one of several that match nothing
+    for target in () if everywhere else config.lora_targets:  # of several, peft ignores those without a match
         called = {name: module for name, module in lm.named_modules() if _is_called(name, target)}
         matching = [name for name, module in called.items() if id(module) in text]
         if not matching:
@@ -83,11 +83,11 @@ _IN_PLACE = re.compile(r"\w\.[a-z]\w*_\(|\s[-+*/]=\s")
 
 
 def _changed_in_place(lm: nn.Module) -> set[int]:
-    """Ids of the layers within modules of a decoder layer that change results in place, as Llama 4's experts do.
+    """Returns the ids of layers in modules of a decoder layer that change results in place, like Llama 4's experts.
 
-    What such a layer returns is not what its backward pass would find: see `dora`.
+    Such a layer's backward pass would not find the result that the layer returned: see `dora`.
     """
-    found: set[int] = set()
+    layer_ids: set[int] = set()
     for module in lm.modules():
         parts = list(module.modules())
         if not type(module).__module__.startswith("transformers.") or any(isinstance(p, nn.ModuleList) for p in parts):
@@ -97,19 +97,19 @@ def _changed_in_place(lm: nn.Module) -> set[int]:
         except (OSError, TypeError):
             continue
         if _IN_PLACE.search(source):
-            found |= {id(part) for part in parts}
-    return found
+            layer_ids |= {id(part) for part in parts}
+    return layer_ids
 
 
 def lora_layers(lm: nn.Module) -> list[Any]:
-    """The layers to which peft added adapters."""
+    """Returns the layers to which peft added adapters."""
     from peft.tuners.lora import LoraLayer
 
     return [module for module in lm.modules() if isinstance(module, LoraLayer)]
 
 
 class _Down(nn.Linear):
-    """An adapter's first layer."""
+    """An adapter's first layer, with `_Product` as its product."""
 
     def forward(self, x: Tensor) -> Tensor:
         product: Tensor = _Product.apply(x, self.weight)
@@ -117,9 +117,9 @@ class _Down(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T in the dtype of W; what is held for the backward pass is x as it came.
+    """x W^T in the dtype of W; saves x for the backward pass in its own dtype.
 
-    peft casts a layer's 16-bit input to the adapter's float32 first, and autograd then holds a copy for each adapter.
+    peft casts a layer's 16-bit input to the adapter's float32 first, so autograd holds a copy for each adapter.
     """
 
     @staticmethod
@@ -140,7 +140,7 @@ class _Product(torch.autograd.Function):
 
 
 def mergeable(lm: nn.Module) -> int:
-    """Bytes of the sums that `merged` makes; 0: it must not be used.
+    """Returns the bytes of the weights that `merged` makes; 0: it must not be used.
 
     In 16 bits a sum is rounded: after one step of 1e-4 with rank 16, 86 % of the weights would be those of the base.
     """
@@ -155,19 +155,19 @@ def mergeable(lm: nn.Module) -> int:
 
 @contextlib.contextmanager
 def merged(lm: nn.Module) -> Iterator[None]:
-    """The adapters added to the weights of their layers, so that a layer is one product.
+    """Adds the adapters to the weights of their layers, so that a layer computes one product.
 
-    The base weights are kept and restored bit for bit.
+    Afterwards the base weights are restored bit for bit.
     """
-    held: list[tuple[Any, Tensor]] = []
+    base_weights: list[tuple[Any, Tensor]] = []
     try:
         with torch.no_grad():
             for layer in lora_layers(lm):
-                held.append((layer, layer.get_base_layer().weight.data))
+                base_weights.append((layer, layer.get_base_layer().weight.data))
                 layer.merge(safe_merge=True)  # into a copy of the weight
         yield
     finally:
-        for layer, weight in held:
+        for layer, weight in base_weights:
             layer.get_base_layer().weight.data = weight
             layer.merged_adapters.clear()
 
@@ -176,9 +176,9 @@ def merged(lm: nn.Module) -> Iterator[None]:
 def without_peft_warnings() -> Iterator[None]:
     """Silences warnings of peft that do not apply to adapters made here."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers by a name since deprecated
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # its own, for experts not adapted
-        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # it sets what GPT-2's layers need
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a deprecated name of transformers
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # peft's, for unadapted experts
+        warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets what GPT-2's layers need
         yield
 
 
@@ -187,7 +187,7 @@ def _is_called(name: str, target: str) -> bool:
 
 
 def unfit(lm: LanguageModel) -> dict[str, str]:
-    """Names of the text model's linear layers on which an adapter would not be used, or not always, and why."""
+    """Returns the text model's linear layers on which an adapter would not always be used: name -> reason."""
     modules = dict(lm.named_modules())
     text = {id(module) for module in decoder_of(lm).modules()}
     users = collections.Counter(id(p) for _, p in lm.named_parameters(remove_duplicate=False))
@@ -210,7 +210,7 @@ def unfit(lm: LanguageModel) -> dict[str, str]:
 def _is_linear(module: nn.Linear) -> bool:
     if type(module).forward is nn.Linear.forward or hasattr(module, "dense"):  # the latter: `quantized.Linear4bit`
         return True
-    if hasattr(module.weight, "deferred"):  # its values are not read yet: others do as well
+    if hasattr(module.weight, "deferred"):  # its values are not read yet: any values will do
         module = copy.deepcopy(module)
         module.weight = nn.Parameter(torch.cos(torch.arange(float(module.weight.numel())).view(module.weight.shape)))
     x = torch.linspace(-1, 1, 2 * module.in_features).view(2, -1).to(module.weight)

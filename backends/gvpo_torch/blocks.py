@@ -1,7 +1,7 @@
 """Attention of packed rows by blocks of 128 x 128 tokens, without a T x T mask: FlexAttention.
 
-A block without a visible pair is skipped, one in which all pairs are visible needs no mask. The host tells them apart
-by which tokens of a block are seen the farthest.
+A block without a visible pair is skipped. A block in which all pairs are visible needs no mask. The host finds the kind
+of each block from the segments of its queries and the last segments that see its keys.
 """
 
 import functools
@@ -18,8 +18,8 @@ from transformers.masking_utils import sdpa_mask
 
 ATTENTION = "gvpo_blocks"
 BLOCK = 128  # tokens
-WITHOUT_GRADIENT = ("cpu", "mps")  # types of devices on which FlexAttention has none
-NARROWEST = 2 * BLOCK  # tokens of a row: below there is little to skip, and single blocks are compiled separately
+WITHOUT_GRADIENT = ("cpu", "mps")  # types of devices on which FlexAttention has no gradient
+NARROWEST = 2 * BLOCK  # tokens of a row: shorter rows have little to skip, and single blocks are compiled separately
 
 
 def fits(base: Any) -> bool:
@@ -29,30 +29,30 @@ def fits(base: Any) -> bool:
 
 
 def kinds(segments: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """(B, n, n) int8 of blocks (query, key): 0 nothing is visible, 1 some pairs are, 2 all are.
+    """Returns (B, n, n) int8, the kind of each block (query, key): 0 no pair is visible, 1 some pairs are, 2 all are.
 
     Args:
-      segments, last: (B, T), as `layout.Arrays` has them.
+      segments, last: (B, T), as in `layout.Arrays`.
     """
     segments, last = _above(segments, last)
     rows, width = segments.shape
     n = -(-width // BLOCK)
     cut = lambda x: np.pad(x, ((0, 0), (0, n * BLOCK - width)), mode="edge").reshape(rows, n, BLOCK)
-    number, end = cut(segments), cut(last)  # segments only rise
+    number, end = cut(segments), cut(last)  # segments never fall along a row
     query, key = np.arange(n)[:, None], np.arange(n)
     visible = (key <= query) & (number[:, :, None, 0] <= end.max(-1)[:, None])
-    whole = (key < query) & (number[:, :, None, -1] <= end.min(-1)[:, None])
-    kinds_of_blocks: np.ndarray = visible.astype(np.int8) + whole
+    all_visible = (key < query) & (number[:, :, None, -1] <= end.min(-1)[:, None])
+    kinds_of_blocks: np.ndarray = visible.astype(np.int8) + all_visible
     return kinds_of_blocks
 
 
 def _above(segments: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The same with padding as the last segment, which sees itself alone."""
+    """Returns both arrays with padding as a last segment that sees only itself."""
     return np.where(segments < 0, segments.max() + 1, segments), np.where(segments < 0, segments.max() + 1, last)
 
 
 def mask(segments: np.ndarray, last: np.ndarray, device: torch.device) -> BlockMask:
-    """What each token of packed rows sees, of (B, T) as `layout.Arrays` has them; padding sees itself."""
+    """Returns the block mask of packed rows, from (B, T) arrays as in `layout.Arrays`; padding sees itself."""
     segments, last = _above(segments, last)
     kinds_of_blocks, width = kinds(segments, last), segments.shape[1]
 
@@ -72,7 +72,7 @@ def mask(segments: np.ndarray, last: np.ndarray, device: torch.device) -> BlockM
 
 @functools.cache
 def _compiled() -> Callable[..., Tensor]:
-    # Whole or an error: without being compiled it would hold all scores of all pairs.
+    # `fullgraph` raises if it cannot compile: uncompiled, it would hold the scores of all pairs.
     return torch.compile(flex_attention, dynamic=True, fullgraph=True)
 
 
@@ -89,15 +89,15 @@ def _attention(
     s_aux: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """By blocks where the mask is one of blocks, else as transformers does."""
+    """Attends by blocks if the mask is a `BlockMask`, else as transformers does."""
     if not isinstance(attention_mask, BlockMask):
-        more = {"softcap": softcap, "sliding_window": sliding_window, "s_aux": s_aux}
-        given = options | {name: value for name, value in more.items() if value is not None}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **given)
+        extras = {"softcap": softcap, "sliding_window": sliding_window, "s_aux": s_aux}
+        sdpa_options = options | {name: value for name, value in extras.items() if value is not None}
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **sdpa_options)
     if sliding_window is not None or s_aux is not None:
         raise NotImplementedError("attention with a window or sinks is not computed by blocks")
 
-    cap: Any = softcap  # a number where `capped` is called
+    cap: Any = softcap  # a number when `capped` is called
 
     def capped(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         result: Tensor = cap * torch.tanh(score / cap)
@@ -105,9 +105,8 @@ def _attention(
 
     device = query.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else value.dtype
-    attend = (
-        cast("Callable[..., Tensor]", flex_attention) if device == "cpu" else _compiled()
-    )  # nothing is compiled on CPU
+    # Nothing is compiled on CPU.
+    attend = cast("Callable[..., Tensor]", flex_attention) if device == "cpu" else _compiled()
     out = attend(
         query.to(dtype),
         key.to(dtype),

@@ -1,6 +1,6 @@
-"""Decoder layers compiled by torch.compile, one program for all layers of a kind, for scores and gradients.
+"""Compiles decoder layers with torch.compile for scores and gradients: one program for all layers of a kind.
 
-Sampling runs the layers as they are: it calls them with other arguments at each token.
+Sampling runs the layers uncompiled, because it calls them with other arguments at each token.
 """
 
 import contextlib
@@ -12,11 +12,11 @@ from torch import nn
 from gvpo_core.training.config import ConfigError
 
 BACKEND = "inductor"
-MOST_PROGRAMS = 64  # of a layer's code: for shapes, masks, gradients or none, adapters on or off
+MOST_PROGRAMS = 64  # of a kind of layer: for shapes, masks, with or without gradients, adapters on or off
 
 
 def compile_layers(lm: nn.Module, kinds: set[str]) -> list[nn.Module]:
-    """Has each layer compiled when it is first called, without a break to Python; returns the layers.
+    """Sets each layer to be compiled in full when it is first called. Returns the layers.
 
     Args:
       kinds: names of the layers' classes.
@@ -32,12 +32,12 @@ def compile_layers(lm: nn.Module, kinds: set[str]) -> list[nn.Module]:
 
 @contextlib.contextmanager
 def as_they_are(layers: list[Any]) -> Iterator[None]:
-    """The layers without their compiled programs."""
-    held = [layer._compiled_call_impl for layer in layers]
+    """Runs the layers without their compiled programs within the block."""
+    programs = [layer._compiled_call_impl for layer in layers]
     for layer in layers:
         layer._compiled_call_impl = None
     try:
         yield
     finally:
-        for layer, program in zip(layers, held, strict=True):
+        for layer, program in zip(layers, programs, strict=True):
             layer._compiled_call_impl = program

@@ -1,7 +1,7 @@
-"""A transformers model whose weights are not read yet: each rank then reads the rows of its own shards.
+"""Loads a transformers model without reading its weights, so that each rank later reads only the rows of its shards.
 
-transformers loads tensors that hold no numbers and record what is done to them, so its own renaming and merging of
-weights (experts into one tensor, say) is repeated later on the rows that are wanted.
+transformers gets tensors that hold no values and record the operations on them. Its renaming and merging of weights,
+for example of experts into one tensor, is repeated later on the rows that a rank needs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,13 +20,13 @@ _AS_THEY_ARE = (Tensor.to, Tensor.detach, Tensor.requires_grad_, Tensor.contiguo
 
 
 class NotDeferred(Exception):
-    """The weights of a model cannot be read in parts; says why."""
+    """The weights of a model cannot be read in parts; the message says why."""
 
 
 class Deferred(Tensor):
-    """A tensor without numbers that records how they are computed: `rows` computes them."""
+    """A tensor without values that records how they are computed; `rows` computes them."""
 
-    made: "Callable[[int | None, int | None], Tensor]"  # (first row, last row + 1) -> these rows; None: all
+    get_rows: "Callable[[int | None, int | None], Tensor]"  # (first row, last row + 1) -> these rows; None: all
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -45,27 +45,27 @@ class Deferred(Tensor):
         return result
 
     def rows(self, first: int | None = None, end: int | None = None) -> Tensor:
-        """Rows `first` to `end` - 1, all by default; no others are read from the files where they are not needed."""
+        """Returns rows `first` to `end` - 1, by default all. Reads other rows from the files only if it must."""
         with torch._C.DisableTorchFunctionSubclass():
-            return self.made(first, end)
+            return self.get_rows(first, end)
 
 
 def _dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
-    given = [*args, *kwargs.values()]
-    tensors = [value.dtype for value in given if isinstance(value, Tensor)]
-    return next((value for value in given if isinstance(value, torch.dtype)), tensors[0] if tensors else None)
+    values = [*args, *kwargs.values()]
+    tensors = [value.dtype for value in values if isinstance(value, Tensor)]
+    return next((value for value in values if isinstance(value, torch.dtype)), tensors[0] if tensors else None)
 
 
 def _record(result: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     if isinstance(result, Deferred):
-        result.made = _made(result, func, args, kwargs)
+        result.get_rows = _row_function(result, func, args, kwargs)
     elif isinstance(result, (tuple, list)):
         for number, part in enumerate(result):
             if isinstance(part, Deferred):
-                part.made = _part(number, func, args, kwargs)
+                part.get_rows = _part_function(number, func, args, kwargs)
 
 
-def _part(number: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
+def _part_function(number: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
     def computed(first: int | None, end: int | None) -> Tensor:
         value: Tensor = _computed(func, args, kwargs)[number]
         return value if first is None else value[first:end]
@@ -73,18 +73,18 @@ def _part(number: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
     return computed
 
 
-def _made(result: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
+def _row_function(result: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
     source = args[0] if args else None
     if isinstance(source, Deferred):
         if func is Tensor.to:
-            return lambda first, end: source.made(first, end).to(result.dtype)
+            return lambda first, end: source.get_rows(first, end).to(result.dtype)
         if func in _AS_THEY_ARE or (func is Tensor.__getitem__ and args[1] is Ellipsis):
-            return source.made
+            return source.get_rows
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     if func is torch.stack and dim == 0:
-        return lambda first, end: torch.stack([_whole(part) for part in list(source or kwargs["tensors"])[first:end]])
+        return lambda first, end: torch.stack([_loaded(part) for part in list(source or kwargs["tensors"])[first:end]])
     if func is torch.cat and dim % result.ndim:
-        return lambda first, end: torch.cat([part.made(first, end) for part in source or kwargs["tensors"]], dim)
+        return lambda first, end: torch.cat([part.get_rows(first, end) for part in source or kwargs["tensors"]], dim)
 
     def computed(first: int | None, end: int | None) -> Tensor:
         value = _computed(func, args, kwargs)
@@ -93,25 +93,26 @@ def _made(result: Tensor, func: Any, args: Sequence[Any], kwargs: Mapping[str, A
     return computed
 
 
-def _whole(value: Any) -> Any:
-    """`value` with the numbers of the deferred tensors in it."""
+def _loaded(value: Any) -> Any:
+    """Returns `value` with its deferred tensors replaced by their values."""
     if isinstance(value, Deferred):
-        return value.made(None, None)
+        return value.get_rows(None, None)
     if isinstance(value, (list, tuple)):
-        return type(value)(_whole(part) for part in value)
+        return type(value)(_loaded(part) for part in value)
     return value
 
 
 def _computed(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    return func(*_whole(tuple(args)), **{name: _whole(value) for name, value in kwargs.items()})
+    return func(*_loaded(tuple(args)), **{name: _loaded(value) for name, value in kwargs.items()})
 
 
 def from_files(kind: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]:
-    """`kind.from_pretrained(**options)` without reading weights: the model, and what transformers says of the names.
+    """Calls `kind.from_pretrained(**options)` without reading weights.
 
-    Its parameters have the attribute `deferred`, and zeros of one element's memory in place of their values; buffers
-    have their values. Replace the parameters with `to_meta`, shard them, then `fill` them.
+    The model's parameters have the attribute `deferred`, and as values zeros in the memory of one element. Buffers have
+    their values. Replace the parameters with `to_meta`, shard them, then `fill` them.
 
+    Returns: the model, and transformers' report on the names of weights.
     Raises: NotDeferred: transformers does something to the weights that cannot be recorded.
     """
     stored = weight_files.tensors(folder)
@@ -119,24 +120,24 @@ def from_files(kind: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]
     if unknown:
         raise NotDeferred(f"the files hold {unknown[0]}")
     opened = {path: safe_open(path, "pt") for path in {tensor.path for tensor in stored.values()}}
-    given = {name: _of_file(name, tensor, opened[tensor.path]) for name, tensor in stored.items()}
+    state_dict = {name: _of_file(name, tensor, opened[tensor.path]) for name, tensor in stored.items()}
     others = {name: value for name, value in options.items() if name != "pretrained_model_name_or_path"}
     try:
-        lm, info = kind.from_pretrained(None, state_dict=given, **others)
+        lm, info = kind.from_pretrained(None, state_dict=state_dict, **others)
     except NotDeferred:
         raise
     except RuntimeError as error:  # transformers collects the errors of its conversions into one
         raise NotDeferred(" ".join(str(error).split())[:200]) from error
     lm.name_or_path = lm.config.name_or_path = options["pretrained_model_name_or_path"]
     _read_generation_settings(lm, lm.name_or_path)
-    made: dict[int, tuple[Deferred, Tensor]] = {}  # with the key's tensor, so that no other gets its id
+    placeholders: dict[int, tuple[Deferred, Tensor]] = {}  # with the key's tensor, so that its id stays in use
     for module in lm.modules():
         for values in (module._parameters, module._buffers):
             for name, value in values.items():
                 if isinstance(value, Deferred):
-                    if id(value) not in made:
-                        made[id(value)] = (value, _placeholder(value, values is module._parameters))
-                    values[name] = made[id(value)][1]
+                    if id(value) not in placeholders:
+                        placeholders[id(value)] = (value, _placeholder(value, values is module._parameters))
+                    values[name] = placeholders[id(value)][1]
                 elif value is not None and value.is_meta:
                     raise NotDeferred(f"{name} of {type(module).__name__} is in no file")
     return lm, info
@@ -145,7 +146,7 @@ def from_files(kind: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]
 def _of_file(name: str, tensor: weight_files.Tensor, file: Any) -> Deferred:
     empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta").as_subclass(Deferred)
     read = lambda first, end: file.get_tensor(name) if first is None else file.get_slice(name)[first:end]
-    empty.made = read
+    empty.get_rows = read
     return empty
 
 
@@ -160,7 +161,7 @@ def _placeholder(value: Deferred, is_parameter: bool) -> Tensor:
 
 
 def _read_generation_settings(lm: Any, path: str) -> None:
-    """As from_pretrained does for a path."""
+    """Loads the generation settings as from_pretrained does for a path."""
     from transformers import GenerationConfig
 
     if lm.can_generate():
@@ -172,7 +173,7 @@ def _read_generation_settings(lm: Any, path: str) -> None:
 
 
 def to_meta(lm: nn.Module) -> None:
-    """Moves the parameters that are not read yet to the meta device, as `fully_shard` and `nn.Module.to` take them."""
+    """Moves parameters that are not read yet to the meta device, which `fully_shard` and `nn.Module.to` accept."""
     memo: dict[int, Any] = {}
     for module in lm.modules():
         for name, p in module._parameters.items():
@@ -184,15 +185,15 @@ def to_meta(lm: nn.Module) -> None:
 
 
 def unread(module: nn.Module) -> dict[str, Deferred]:
-    """The parameters that are not read yet, by name; to be asked before the module is sharded."""
+    """Returns the parameters that are not read yet, by name. Call it before the module is sharded."""
     return {name: p.deferred for name, p in module.named_parameters() if hasattr(p, "deferred")}
 
 
 @torch.no_grad()
 def fill(module: nn.Module, unread: Mapping[str, Deferred], device: torch.device) -> None:
-    """Reads into sharded parameters the rows that this rank holds, one parameter at a time."""
+    """Reads the rows that this rank holds into sharded parameters, one parameter at a time."""
     module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
-    named: dict[str, Any] = dict(module.named_parameters())  # of FSDP2: DTensors
+    named: dict[str, Any] = dict(module.named_parameters())  # with FSDP2: DTensors
     for name, values in unread.items():
         local = named[name].to_local()
         first, end = own_rows(named[name])
@@ -201,9 +202,9 @@ def fill(module: nn.Module, unread: Mapping[str, Deferred], device: torch.device
 
 
 def own_rows(p: Any) -> tuple[int, int]:
-    """The rows of a parameter that this rank holds: first, last + 1. Sharded over the first dimension alone."""
+    """Returns the rows of a parameter on this rank: first, last + 1. Only the first dimension may be sharded."""
     if not hasattr(p, "device_mesh"):
         return 0, p.shape[0] if p.ndim else 1
     size, rank = p.device_mesh.size(), p.device_mesh.get_local_rank()
-    most = -(-p.shape[0] // size)  # as torch.chunk cuts
-    return min(rank * most, p.shape[0]), min((rank + 1) * most, p.shape[0])
+    rows = -(-p.shape[0] // size)  # like torch.chunk
+    return min(rank * rows, p.shape[0]), min((rank + 1) * rows, p.shape[0])

@@ -1,6 +1,6 @@
-"""DoRA's product that holds only its result for the backward pass, in place of peft's.
+"""DoRA's product in place of peft's. It saves only its result for the backward pass.
 
-peft holds the base layer's product, the adapter's and their scaled sum for each layer.
+For each layer peft saves the base layer's product, the adapter's product and their scaled sum.
 """
 
 from typing import Any
@@ -10,18 +10,18 @@ from torch import Tensor, nn
 
 
 class Dora:
-    """peft's variant of LoRA for a layer, with another forward pass."""
+    """peft's LoRA variant of a layer, with another forward pass."""
 
-    def __init__(self, own: Any) -> None:
-        self.own = own  # peft's
+    def __init__(self, variant: Any) -> None:
+        self.variant = variant  # peft's
 
-    def __getattr__(self, name: str) -> Any:  # merging and all else
-        if name.startswith("__"):  # asked for by `copy` before there is an `own`
+    def __getattr__(self, name: str) -> Any:  # merging and everything else
+        if name.startswith("__"):  # `copy` asks for them before `variant` is set
             raise AttributeError(name)
-        return getattr(self.own, name)
+        return getattr(self.variant, name)
 
     def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
-        """m / |W + s B A| (W x + s B A x) + b, of `result` = W x + b; the norm is a constant (arXiv 2402.09353)."""
+        """Returns m / |W + s B A| (W x + s B A x) + b; `result` is W x + b, the norm a constant (arXiv 2402.09353)."""
         base, scaling = module.get_base_layer(), module.scaling[active_adapter]
         down, up = module.lora_A[active_adapter], module.lora_B[active_adapter]
         product = result if base.bias is None else result - base.bias
@@ -33,13 +33,13 @@ class Dora:
 
 @torch.no_grad()
 def _norm(weight: Tensor, down: Tensor, up: Tensor, scaling: float, transposed: bool) -> Tensor:
-    """(out,) float32."""
+    """Returns |W + s B A| of each output, (out,) float32."""
     wide = (weight.t() if transposed else weight).to(up.dtype)
     return torch.linalg.vector_norm(torch.addmm(wide, up, down, alpha=scaling), dim=1)
 
 
 class _Scaled(torch.autograd.Function):
-    """product * magnitude / norm; the magnitude's gradient is that of the result times the result, over it."""
+    """product * magnitude / norm. The magnitude's gradient is sum(gradient * result) / magnitude."""
 
     @staticmethod
     def forward(ctx: Any, product: Tensor, magnitude: Tensor, norm: Tensor, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class _Scaled(torch.autograd.Function):
 
 
 def hold_less(layer: Any) -> None:
-    """Replaces the forward pass of peft's DoRA where the layer is linear."""
+    """Replaces the forward pass of peft's DoRA if the layer is linear."""
     base: nn.Module = layer.get_base_layer()
     if hasattr(base, "bias"):
         layer.lora_variant = {name: Dora(variant) for name, variant in layer.lora_variant.items()}

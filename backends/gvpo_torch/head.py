@@ -1,4 +1,4 @@
-"""The head of a transformers model: what it does to the products of its linear layer, and that nothing else is done."""
+"""Finds how a transformers model scales and caps the products of its head, and checks that it does nothing else."""
 
 import contextlib
 from collections.abc import Iterator
@@ -14,24 +14,24 @@ FACTORS = ("logit_scale", "lm_head_multiplier")
 DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 TRIED = 40.0  # largest product that is tried: beyond the caps of released models
-WITHIN = 2e-3  # float32, of logits up to that size
+WITHIN = 2e-3  # tolerance in float32, for logits up to that size
 
 
 def logits_of(products: Tensor, *, softcap: float | None, scale: float) -> Tensor:
-    """softcap * tanh(scale * products / softcap), float32."""
+    """Returns softcap * tanh(scale * products / softcap), float32."""
     logits = products.float() * scale
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @torch.no_grad()
 def head_options(base: LanguageModel, decoder: nn.Module, config: Any) -> dict[str, Any]:
-    """`softcap` and `scale` of `token_logprobs` with which `logits_of` is what the model does after its decoder.
+    """Returns the `softcap` and `scale` of `token_logprobs` with which `logits_of` gives the model's own logits.
 
-    Taken from the text model's configuration and compared in float32, whatever the model's dtype: the decoder's result
-    is replaced by random hidden states, large enough that a cap shows in a model whose own logits are small. A cap
-    or scale that the configuration has and the class does not apply is left out.
+    They come from the text model's configuration. The check is in float32 for every dtype of the model. It replaces the
+    decoder's output by random hidden states that are large enough to show a cap even if the model's own logits are
+    small. A cap or scale that is configured but not applied by the model's class is left out.
 
-    Raises: ConfigError: the model does something else.
+    Raises: ConfigError: the model computes its logits in another way.
     """
     head, name = base.get_output_embeddings(), type(base).__name__
     draw = torch.Generator().manual_seed(0)
@@ -73,7 +73,7 @@ def _options(config: Any) -> dict[str, Any]:
 
 
 def _products(head: nn.Linear, hidden: Tensor) -> Tensor:
-    """hidden @ weight.T + bias in float32, a part of the vocabulary at a time."""
+    """Returns hidden @ weight.T + bias in float32, computed for a part of the vocabulary at a time."""
     parts = []
     with torch.autocast(hidden.device.type, enabled=False):
         for start in range(0, len(head.weight), 8192):
@@ -85,7 +85,7 @@ def _products(head: nn.Linear, hidden: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _replaced(decoder: nn.Module, hidden: Tensor) -> Iterator[None]:
-    def replace(module: nn.Module, given: Any, output: Any) -> Any:
+    def replace(module: nn.Module, inputs: Any, output: Any) -> Any:
         output.last_hidden_state = hidden
         return output
 

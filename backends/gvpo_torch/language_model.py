@@ -1,6 +1,6 @@
-"""The type of a transformers language model, plain or with peft around it: what the backend uses of it.
+"""The type of a transformers language model, plain or wrapped by peft, with the members that the backend uses.
 
-transformers types a model's parts as modules or tensors of any kind; here they have the types that they have.
+transformers declares a model's parts as modules or tensors of any kind; here they have their real types.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from torch import nn
 if TYPE_CHECKING:
 
     class LanguageModel(nn.Module):
-        """Read by the type checker alone: at run time a model is what transformers and peft make."""
+        """For the type checker only: at run time a model is an object of transformers or peft."""
 
         config: Any
         generation_config: Any
-        peft_config: dict[str, Any]  # with peft around it alone, as the methods of adapters
+        peft_config: dict[str, Any]  # only if wrapped by peft, like the methods of adapters
         _no_split_modules: Sequence[str] | None
         _keys_to_ignore_on_load_unexpected: Sequence[str] | None
 

@@ -9,7 +9,7 @@ from torch import Tensor
 CPU_TILE_BYTES = 32 * 2**20
 DEVICE_TILE_BYTES = 512 * 2**20
 LONGEST_TILE = 4096  # tokens
-WIDTH_WANTED = 512  # vocabulary entries of a tile at least, where its bytes allow: narrower products are slow
+WIDTH_WANTED = 512  # smallest width of a tile, vocabulary entries, if its bytes allow: narrower products are slow
 
 
 def token_logprobs(
@@ -22,21 +22,21 @@ def token_logprobs(
     scale: float = 1.0,
     tile_bytes: int | None = None,
 ) -> Tensor:
-    """Log-probability of each target under the head's softmax, in tiles of tokens by vocabulary.
+    """Returns the log-probability of each target under the head's softmax, computed in tiles of tokens by vocabulary.
 
     logits = softcap * tanh(scale * (hidden @ head_weight.T + bias) / softcap)
     result = logits[target] - logsumexp(logits)
 
-    The normaliser is summed over the tiles of a row as they come, with the highest logit so far taken out. The
-    backward pass computes each tile again; where the head is frozen the forward pass makes the gradient of `hidden` at
-    once instead, summed in the same way. The largest array beside the arguments and their gradients is one tile, and
-    each slice of the head's gradient is one product, written once.
+    The normaliser is summed tile by tile over a row, relative to the highest logit so far. The backward pass computes
+    each tile again. If the head is frozen, the forward pass computes the gradient of `hidden` instead, summed in the
+    same way. The largest array beside the arguments and their gradients is one tile. Each slice of the head's gradient
+    is one product, written once.
 
     Args:
       hidden: (T, H) float; differentiated.
-      head_weight: (V, H) float; differentiated where it requires a gradient.
+      head_weight: (V, H) float; differentiated if it requires a gradient.
       targets: (T,) integer ids in [0, V).
-      bias: (V,) float; differentiated where it requires a gradient.
+      bias: (V,) float; differentiated if it requires a gradient.
       softcap: caps the logits as Gemma 2 does. Default: off.
       scale: factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
       tile_bytes: size of one tile of logits. Default: 32 MiB on CPU, 512 MiB on an accelerator.
@@ -64,7 +64,7 @@ def token_logprobs(
 
 
 class _Head:
-    """The head's arithmetic on one tile: products in the narrower of the two dtypes, all else in float32 or wider."""
+    """The head's arithmetic on one tile: products in the narrower of the two dtypes, the rest in float32 or wider."""
 
     def __init__(
         self, weight: torch.dtype, hidden: torch.dtype, device: str, softcap: float | None, scale: float
@@ -77,20 +77,20 @@ class _Head:
         self.softcap, self.scale = softcap, scale
 
     def space(self, rows: int, columns: int, device: torch.device) -> Tensor | None:
-        """Room for one tile of logits, used again by every tile; None where products are narrower."""
+        """Returns memory for one tile of logits, reused by every tile; None if products have a narrower dtype."""
         if self.product != self.wide:
             return None
         return torch.empty(rows * columns, dtype=self.wide, device=device)
 
     def multiply(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-        """a @ b, accumulated and returned wide."""
+        """Returns a @ b, accumulated in the wide dtype."""
         a, b = a.to(self.product), b.to(self.product)
         if out is not None:
             return torch.mm(a, b, out=out[: len(a) * b.shape[1]].view(len(a), b.shape[1]))
         return torch.mm(a, b, out_dtype=self.wide) if self.mixed else torch.mm(a, b).to(self.wide)
 
     def logits(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, space: Tensor | None) -> Tensor:
-        """(t, v) wide; in `space` where it is given."""
+        """Returns (t, v) logits in the wide dtype; in `space` if it is given."""
         z = self.multiply(hidden, weight.t(), space)
         if bias is not None:
             z += bias.to(self.wide)
@@ -101,11 +101,14 @@ class _Head:
         return z
 
     def slope(self, logits: Tensor) -> Tensor | None:
-        """d logits / d(hidden @ weight.T + bias) over `scale`, before `logits` is overwritten; None where it is 1."""
+        """Returns d logits / d(hidden @ weight.T + bias) / `scale`, or None if it is 1.
+
+        Call it before `logits` is overwritten.
+        """
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
     def sloped(self, gradient: Tensor, slope: Tensor | None) -> Tensor:
-        """The gradient times slope and scale, in place."""
+        """Multiplies the gradient by slope and scale in place, and returns it."""
         if slope is not None:
             gradient *= slope
         return gradient if self.scale == 1.0 else gradient.mul_(self.scale)
@@ -116,7 +119,7 @@ def _tiles(count: int, size: int) -> Iterator[slice]:
 
 
 def _places(targets: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-    """(t, 1) each: where in a slice of the vocabulary a target is, and whether it is there. No wait for the device."""
+    """Returns where a target is in a slice of the vocabulary, and whether it is there, (t, 1) each. Does not wait."""
     places = targets.sub(part.start).unsqueeze(1)
     inside = (places >= 0) & (places < part.stop - part.start)
     return places.clamp_(0, part.stop - part.start - 1), inside
@@ -164,7 +167,7 @@ class _TokenLogprobs(torch.autograd.Function):
             return (ahead * factors.unsqueeze(1)).to(ahead.dtype), *(None,) * 6
         hidden, weight, bias, targets, normalisers = ctx.saved_tensors
         grad_hidden = torch.zeros_like(hidden, dtype=head.wide) if wants_hidden else None
-        make = torch.empty_like if len(targets) else torch.zeros_like  # the first tiles of tokens write all of it
+        make = torch.empty_like if len(targets) else torch.zeros_like  # the first tile of tokens writes all of it
         grad_weight = make(weight, dtype=head.wide) if wants_weight else None
         grad_bias = torch.zeros_like(bias, dtype=head.wide) if wants_bias else None
         with torch.autocast(hidden.device.type, enabled=False):
@@ -209,7 +212,7 @@ def _forward(
     space: Tensor | None,
     wants_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Of some tokens: (t,) the targets' logits, (t,) logsumexp of all logits, (t, H) d logprob / d hidden if wanted."""
+    """Returns for t tokens: (t,) their logits, (t,) logsumexp of all logits, (t, H) d logprob / d hidden if wanted."""
     highest = torch.full((len(targets), 1), -torch.inf, dtype=head.wide, device=hidden.device)
     total, chosen = torch.zeros_like(highest), torch.zeros_like(highest)
     others = hidden.new_zeros(hidden.shape, dtype=head.wide) if wants_gradient else None
@@ -224,7 +227,7 @@ def _forward(
         total = total * shrink + masses.sum(1, keepdim=True)
         highest = higher
         if others is not None:
-            # The target's own part is 1 - p, which a narrow p would spoil where p is near 1: left out, added below.
+            # The target's own part is 1 - p, which a narrow dtype would spoil for p near 1: left out here, added below.
             masses.scatter_(1, places, masses.gather(1, places).masked_fill_(inside, 0.0))
             others = others.mul_(shrink).add_(head.multiply(head.sloped(masses, slope), weight[words]))
         del logits, masses, slope  # not held while the next tile is made

@@ -1,4 +1,4 @@
-"""What a model takes of memory, for the core's estimate of a run, and what the device has."""
+"""The memory that a model needs, for the core's estimate of a run, and the memory that the device has."""
 
 from typing import Any
 
@@ -11,16 +11,16 @@ from gvpo_torch.logprobs import CPU_TILE_BYTES, DEVICE_TILE_BYTES
 from gvpo_torch.model import Scorer, cast_parameters
 from gvpo_torch.quantized import frozen_bytes, packed_layers
 
-CPU_CACHE_BYTES = 2**30  # of keys and values, twice where a layer's grow
+CPU_CACHE_BYTES = 2**30  # for keys and values; a layer's are held twice while they grow
 
 
 def facts(
     scorer: Scorer, device: torch.device, defers: bool = False, sampled: int = 0, moments: int | None = None
 ) -> MemoryFacts | None:
-    """What the core's estimate of memory needs; None for a model whose sizes have other names.
+    """Returns the sizes for the core's estimate of memory; None for a model whose sizes have other names.
 
     Args:
-      sampled: bytes of weights that are held while sampling alone.
+      sampled: bytes of weights that are held only while sampling.
       moments: bytes of the optimizer's state; None: two float32 moments.
     """
     sizes = shape(scorer)
@@ -31,14 +31,15 @@ def facts(
         total = torch.cuda.get_device_properties(device).total_memory
         sizes |= {"cache_share": 0.5, "shares_prompts": scorer.decodes_fixed}
         return MemoryFacts(**sizes, device=total, head=DEVICE_TILE_BYTES, defers=defers)
-    # malloc gives little of what a step frees back to the system: measured on SmolLM2 and on a smaller model
+    # malloc returns little of a step's freed memory to the system: measured on SmolLM2 and on a smaller model
     return MemoryFacts(**sizes, head=CPU_TILE_BYTES, cache=CPU_CACHE_BYTES // 2, allocator=1.7, defers=defers)
 
 
 def merged(scorer: Scorer, device: torch.device) -> int:
-    """Bytes of the layers' weights with their adapters, which sampling uses where a quarter of the memory holds them.
+    """Returns the bytes of the layers' merged weights, which sampling uses if they fit in a quarter of the memory.
 
-    0: it uses the adapters as they are. By all of the memory, not by what is free: a resumed run does the same.
+    0: sampling uses the unmerged adapters. Decides by total memory, not by free memory, so that a resumed run does the
+    same.
     """
     size = mergeable(scorer.lm)
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else machine_memory()
@@ -46,29 +47,29 @@ def merged(scorer: Scorer, device: torch.device) -> int:
 
 
 def narrowed(scorer: Scorer) -> int:
-    """Bytes of the layers' weights in the dtype of products, which sampling holds beside wider ones."""
+    """Returns the bytes of the layers' weights in the dtype of products, which sampling holds beside wider ones."""
     return sum(p.numel() for *_, p in cast_parameters(scorer)) * scorer.dtype.itemsize
 
 
 def gathered(scorer: Scorer) -> int:
-    """Bytes of all parameters of a sharded model as FSDP2 gathers them, which sampling holds beside the shards."""
+    """Returns the bytes of a sharded model's gathered parameters, which sampling holds beside the shards."""
     casts = sum(p.numel() * (p.dtype.itemsize - scorer.dtype.itemsize) for *_, p in cast_parameters(scorer))
     return sum(p.numel() * p.dtype.itemsize for p in scorer.parameters()) - casts
 
 
 def cache_tokens(scorer: Scorer, device: torch.device) -> int:
-    """Tokens of key-value cache that half of the free device memory holds (a gibibyte on CPU)."""
+    """Returns how many tokens of key-value cache fit in half of the free device memory (a gibibyte on CPU)."""
     sizes = shape(scorer) or {"layers": 32, "kv_heads": 1, "head_dim": 4096}
     token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * scorer.dtype.itemsize
     free = CPU_CACHE_BYTES
     if device.type == "cuda":  # what the caching allocator has reserved and does not use is free as well
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = (torch.cuda.mem_get_info(device)[0] + idle) // 2
-    return max(1, free // (2 * token))  # growing a cache holds a layer twice, dropping rows as well
+    return max(1, free // (2 * token))  # growing a cache or dropping rows holds a layer twice
 
 
 def count(scorer: Scorer) -> tuple[int, int]:
-    """Parameters, and those of them that are trained; before the model is sharded."""
+    """Returns the numbers of all parameters and of trained parameters."""
     counts = {True: 0, False: 0}
     packed = {id(layer.weight): layer.shape.numel() for layer in packed_layers(scorer).values()}
     for p in scorer.parameters():
@@ -77,7 +78,7 @@ def count(scorer: Scorer) -> tuple[int, int]:
 
 
 def peak(device: torch.device) -> int:
-    """Bytes held at most since the last call; on CPU by the process since its start."""
+    """Returns the peak memory in bytes since the last call; on CPU, of the process since its start."""
     if device.type == "cuda":
         most = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -86,9 +87,9 @@ def peak(device: torch.device) -> int:
 
 
 def shape(scorer: Scorer) -> dict[str, Any] | None:
-    """The model's sizes under the names of `MemoryFacts`; None where its configuration has other names.
+    """Returns the model's sizes under the names of `MemoryFacts`; None if its configuration has other names.
 
-    Of layers of different sizes the largest counts.
+    If layers have different sizes, the largest counts.
     """
     try:
         layers = [_layer_shape(layer) for layer in getattr(scorer.config, "per_layer_config", None) or [scorer.config]]

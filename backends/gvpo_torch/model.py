@@ -35,7 +35,7 @@ class Scorer(nn.Module):
     def __init__(self, lm: LanguageModel, dtype: torch.dtype) -> None:
         super().__init__()
         self.lm = lm
-        self.dtype = dtype  # of products; parameters may be wider
+        self.dtype = dtype  # of matrix products; parameters may be wider
         base = self.base
         self.config = base.config.get_text_config(decoder=True)
         self._no_split_modules = list(base._no_split_modules or ())
@@ -46,10 +46,11 @@ class Scorer(nn.Module):
         self.rope = rope.by_length(self.decoder, self.config)
         kinds = set(getattr(self.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
         self.decodes_fixed = False  # set by `check`: whether sampling may go through `fixed`
-        self.in_graphs = False  # whether that takes a CUDA graph a token
+        self.in_graphs = False  # whether `fixed` runs a CUDA graph for each token
         self.in_blocks = False  # set by `check`: whether the attention of packed rows goes through `blocks`
         self.masks_padding = False  # set by `check`: whether tokens before padding depend on it
-        self.same_length = bool(kinds)  # of prompts decoded together: a recurrent state would run through padding
+        # Whether only prompts of one length are decoded together: padding would change a recurrent state.
+        self.same_length = bool(kinds)
         self.head_options: dict[str, Any] = {}  # set by `inspect_head`
         self.compiled: list[nn.Module] = []  # layers with compiled programs; see `compiled`
 
@@ -75,21 +76,21 @@ class Scorer(nn.Module):
             self.base.set_attn_implementation(blocks.ATTENTION)
 
     def inspect_head(self) -> None:
-        """Finds what the model does to the products of its head, once the weights are there; see `head_options`."""
+        """Finds how the model scales and caps the products of its head; needs the weights. See `head_options`."""
         with self.autocast(), as_they_are(self.compiled):
             self.head_options = head_options(self.base, self.decoder, self.config)
 
     def own_logits(self, ids: Tensor) -> Tensor:
-        """(B, T, V) logits of the model's own forward pass, (B, T) int64 -> without anything of this class."""
+        """Returns (B, T, V) logits of (B, T) int64 ids by the model's own forward pass, without this class's code."""
         with as_they_are(self.compiled):
             return self.base(input_ids=ids, use_cache=False).logits
 
     def recomputes(self, tokens: int) -> bool:
-        """Whether a sequence of `tokens` tokens takes other RoPE frequencies than one of a token less."""
+        """Whether a sequence of `tokens` tokens has other RoPE frequencies than a sequence with one token less."""
         return self.rope is not None and self.rope.frequencies(tokens) != self.rope.frequencies(tokens - 1)
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in `dtype` over wider parameters, where the two differ."""
+        """Returns autocast to `dtype` if the parameters are wider, else a context that does nothing."""
         head = self.base.get_output_embeddings().weight
         mixed = head.dtype != self.dtype
         return torch.autocast(head.device.type, self.dtype) if mixed else contextlib.nullcontext()
@@ -106,13 +107,15 @@ class Scorer(nn.Module):
         mask: Tensor | None = None,
         cache: Any = None,
     ) -> Tensor:
-        """Scores where `targets` is given, else decodes one step.
+        """Scores if `targets` is given, else decodes one step.
 
         Args:
           ids, positions: (B, T) int64.
-          segments, last: (B, T) int64 on the host, as `layout.Arrays` has them: what a token sees is decided there,
-            without a wait for the device; with `predict` and `targets`, both (n,) int64.
-          mask: (B, S) bool over the cache and `ids`; with `cache`, transformers' cache, which is extended.
+          segments, last: (B, T) int64, as in `layout.Arrays`; to score. They say what each token sees. They are on the
+            host, so that building the mask does not wait for the device.
+          predict, targets: (n,) int64, as in `layout.Arrays`; to score.
+          mask: (B, S) bool over the cache and `ids`; to decode.
+          cache: transformers' cache, which is extended; to decode.
         Returns: (n,) float32 log-probability of each target, or (B, V) float32 logits after the last token.
         """
         if self.rope is not None:
@@ -129,7 +132,7 @@ class Scorer(nn.Module):
             return self._logits(hidden)
         assert segments is not None and last is not None and predict is not None
         width = ids.shape[1]
-        if self.rope is not None:  # a response's last token is no input, and counts in the length of its sequence
+        if self.rope is not None:  # the length counts a response's last token, which is not an input
             ids = F.pad(ids, (0, 1))
             segments, last = (np.pad(x, ((0, 0), (0, 1)), constant_values=-1) for x in (segments, last))
             positions = torch.cat([positions, positions[:, -1:] + 1], dim=1)
@@ -146,8 +149,8 @@ class Scorer(nn.Module):
         return token_logprobs(hidden, head.weight, targets, bias=head.bias, **self.head_options)
 
     def _sees(self, segments: np.ndarray, last: np.ndarray, device: torch.device) -> Any:
-        """What each token sees: None for plain rows, whose padding comes after all that counts; for packed rows blocks
-        or a dense mask."""
+        """Returns the attention mask: blocks or a dense mask for packed rows. Plain rows need none, as their padding
+        comes last, unless the model `masks_padding`."""
         if int(segments.max()) > 1:
             if self.in_blocks and segments.shape[1] > blocks.NARROWEST:
                 return blocks.mask(segments, last, device)
@@ -160,13 +163,13 @@ class Scorer(nn.Module):
 
 
 def _attention(segments: Tensor, last: Tensor) -> Tensor:
-    """(B, 1, T, T) bool, what each token of packed rows sees, of (B, T) int64."""
+    """Returns the (B, 1, T, T) bool mask of packed rows, from (B, T) int64 `segments` and `last`."""
     sees = segments[:, :, None] <= last[:, None, :]
     return sees.tril_()[:, None]  # padding sees itself: a row of the mask that is all False gives NaN
 
 
 def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Tensor:
-    """(n,) float32 log-probability of each response token of a micro-batch."""
+    """Returns the (n,) float32 log-probability of each response token of a micro-batch."""
     on = {
         name: torch.from_numpy(getattr(arrays, name)).to(device, non_blocking=True)
         for name in ("ids", "positions", "predict", "targets")
@@ -177,11 +180,11 @@ def score(scorer: nn.Module, arrays: layout.Arrays, device: torch.device) -> Ten
 def load_scorer(
     config: ModelConfig, device: torch.device, seed: int, *, deferred: bool = False, frozen: bool = False
 ) -> Scorer:
-    """The model of a folder or hub name, on the device, without dropout, in evaluation mode.
+    """Loads the model of a folder or hub name onto the device, without dropout, in evaluation mode.
 
     Args:
-      deferred: leave it to `sharding.shard` to read the weights and to inspect the head.
-      frozen: nothing will be trained: all parameters are in the compute dtype.
+      deferred: `sharding.shard` will read the weights and inspect the head.
+      frozen: nothing will be trained, so all parameters are in the compute dtype.
     Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, weights missing from
       the files, adapter targets that match nothing.
     """
@@ -210,7 +213,7 @@ def load_scorer(
 
 
 def load_reference(config: ModelConfig, device: torch.device, *, deferred: bool = False) -> Scorer:
-    """The initial model, frozen; its linear layers are kept in the compute dtype, in which they are used anyway."""
+    """Loads the initial model, frozen. Its linear layers are in the compute dtype, which their products use anyway."""
     compute = getattr(torch, config.compute_dtype)
     lm = pretrained(config, torch.float32, deferred=deferred)
     _exact(lm)
@@ -231,7 +234,7 @@ def _ready(scorer: Scorer, device: torch.device, deferred: bool) -> Scorer:
 
 
 def enable_checkpointing(base: LanguageModel) -> None:
-    """Lets the layers of a transformers model be computed again in the backward pass, within `checkpointing`."""
+    """Enables gradient checkpointing for the layers of a transformers model; it takes effect within `checkpointing`."""
     # Renamed in transformers 5.2x, where the old name warns.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
@@ -239,9 +242,10 @@ def enable_checkpointing(base: LanguageModel) -> None:
 
 @contextlib.contextmanager
 def checkpointing(scorer: Scorer) -> Iterator[list[nn.Module]]:
-    """Puts the layers that checkpoint into training mode, which transformers asks for, and nothing else; gives them.
+    """Puts only the checkpointed layers into training mode, as transformers requires, and yields them.
 
-    In training mode the parts of a layer do more: routers of PhiMoE, Mixtral, DBRX and MiniMax draw noise.
+    The modules inside a layer stay in evaluation mode: in training mode routers of PhiMoE, Mixtral, DBRX and MiniMax
+    draw noise.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -258,9 +262,9 @@ def checkpointing(scorer: Scorer) -> Iterator[list[nn.Module]]:
 
 
 def cast_parameters(scorer: Scorer) -> list[tuple[nn.Module, str, nn.Parameter]]:
-    """Parameters of linear layers that autocast casts for each product, with their layers and names in them.
+    """Returns the parameters of linear layers that autocast casts for each product, as (layer, name, parameter).
 
-    The head is left out: it may be the embedding. Without autocast there are none: adapters compute in float32.
+    Leaves out the head, which may be the embedding. Empty without autocast: adapters then compute in float32.
     """
     head = scorer.base.get_output_embeddings().weight
     if head.dtype == scorer.dtype:
@@ -273,10 +277,9 @@ def cast_parameters(scorer: Scorer) -> list[tuple[nn.Module, str, nn.Parameter]]
 
 @contextlib.contextmanager
 def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
-    """Holds `cast_parameters` in the dtype in which autocast computes, instead of a cast at every token.
+    """Replaces `cast_parameters` by copies in the compute dtype, so that autocast does not cast them at every token.
 
-    The master weights are put aside and back, and are not touched: another dtype in their place would take DDP's hooks
-    from them.
+    The master weights are set aside and put back unchanged: changing their own dtype would remove DDP's hooks.
     """
     masters = cast_parameters(scorer)
     try:
@@ -289,9 +292,9 @@ def products_in_compute_dtype(scorer: Scorer) -> Iterator[None]:
 
 
 def train_padding_row(lm: nn.Module) -> None:
-    """Gives the embedding of pad_token_id a gradient as an input, which transformers switches off by `padding_idx`.
+    """Lets the input embedding of pad_token_id have a gradient, which transformers switches off by `padding_idx`.
 
-    Lengths tell padding here, and that id is an input as any other: often it ends each message of a chat.
+    Padding is known from lengths here, and this id is a normal input: often it ends each message of a chat.
     """
     for module in lm.modules():
         if isinstance(module, nn.Embedding):
@@ -301,7 +304,7 @@ def train_padding_row(lm: nn.Module) -> None:
 def _exact(lm: LanguageModel) -> None:
     """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
 
-    Dropout counts although the model stays in evaluation mode: `checkpointing` puts single layers in training mode.
+    Dropout matters although the model stays in evaluation mode: `checkpointing` puts single layers into training mode.
     """
     train_padding_row(lm)
     for module in lm.modules():

@@ -1,4 +1,4 @@
-"""Settings of PyTorch's kernels that hold within a pass, and are restored after it."""
+"""Settings of PyTorch's kernels that apply within a pass and are restored after it."""
 
 import contextlib
 from collections.abc import Iterator
@@ -13,14 +13,14 @@ _HAVE_TENSOR_FLOAT = ("cuda",)  # types of devices
 
 @contextlib.contextmanager
 def tensor_float(config: ModelConfig, device: torch.device) -> Iterator[None]:
-    """With model.tf32, float32 products beside bfloat16 ones take TensorFloat-32, which has 10 bits of mantissa.
+    """With model.tf32, the float32 products of a bfloat16 model use TensorFloat-32, which has 10 bits of mantissa.
 
-    A choice that the process made by PyTorch's newer settings (`fp32_precision`) stands, and so does dtype float32.
+    Changes nothing for dtype float32, or if the process has used PyTorch's newer settings (`fp32_precision`).
     """
-    wanted = config.tf32 and config.dtype == "bfloat16" and device.type in _HAVE_TENSOR_FLOAT
+    enabled = config.tf32 and config.dtype == "bfloat16" and device.type in _HAVE_TENSOR_FLOAT
     try:
-        before = torch.get_float32_matmul_precision() if wanted else None
-    except RuntimeError:  # what it raises of a process that uses the newer ones
+        before = torch.get_float32_matmul_precision() if enabled else None
+    except RuntimeError:  # raised if the process uses the newer settings
         before = None
     if before is None:
         yield
@@ -33,12 +33,12 @@ def tensor_float(config: ModelConfig, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def deterministic(wanted: bool) -> Iterator[None]:
-    """Where it is wanted, PyTorch computes by kernels that repeat bit for bit.
+def deterministic(enabled: bool) -> Iterator[None]:
+    """If `enabled`, restricts PyTorch to kernels whose results repeat bit for bit.
 
-    Raises: ConfigError: an operation has none.
+    Raises: ConfigError: an operation has no such kernel.
     """
-    if not wanted:
+    if not enabled:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
@@ -46,7 +46,7 @@ def deterministic(wanted: bool) -> Iterator[None]:
     filling = memory.fill_uninitialized_memory
     try:
         torch.use_deterministic_algorithms(True)
-        memory.fill_uninitialized_memory = False  # nothing here reads what nothing wrote
+        memory.fill_uninitialized_memory = False  # no code here reads uninitialised memory
         yield
     except RuntimeError as error:
         if "deterministic" in str(error):

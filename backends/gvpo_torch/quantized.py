@@ -1,4 +1,4 @@
-"""Numbers in few bits, by bitsandbytes: AdamW's moments in 8, the frozen linear layers under adapters in 4 (QLoRA)."""
+"""Numbers in few bits, by bitsandbytes: AdamW's moments in 8 bits, frozen linear layers under adapters in 4 (QLoRA)."""
 
 import functools
 import logging
@@ -20,12 +20,12 @@ MOMENT_BLOCK = 256  # elements of a moment that share a scale
 SMALLEST = 4096  # elements; the moments of smaller tensors stay float32
 WEIGHT_BLOCK = 64  # elements of a weight that share a scale
 _KIND = "nf4"
-_FURTHEST = 0.16  # of a block's scale: half of NF4's widest gap, with room for rounding in 16 bits
+_FURTHEST = 0.16  # largest error, in units of a block's scale: half of NF4's widest gap, with room for 16-bit rounding
 
 
 def library() -> Any:
-    """The module bitsandbytes. Raises: ConfigError: it is not installed, or cannot be loaded."""
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of a kernel that is not used here
+    """Returns the module bitsandbytes. Raises: ConfigError: it is not installed, or cannot be loaded."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # warns of a kernel not used here
     try:
         import bitsandbytes
     except (ImportError, OSError, RuntimeError) as error:
@@ -40,10 +40,10 @@ def library() -> Any:
 
 
 def adamw_8bit(groups: list[dict[str, Any]], vocabulary: set[int], **options: Any) -> torch.optim.Optimizer:
-    """AdamW with moments in 8 bits, blocks of 256 (Dettmers et al., arXiv 2110.02861); decoupled weight decay.
+    """Returns AdamW with 8-bit moments in blocks of 256 (Dettmers et al., arXiv 2110.02861); decoupled weight decay.
 
-    Embedding and head keep float32 moments: a token that is rare in a batch has a gradient so much smaller than its
-    neighbours' that its second moment would be rounded to 0, and its next step divided by eps.
+    Embedding and head keep float32 moments. A token that is rare in a batch has a much smaller gradient than its
+    neighbours: in 8 bits its second moment would be rounded to 0, and its next step divided by eps.
 
     Args:
       vocabulary: ids of the weights of embedding and head.
@@ -60,7 +60,7 @@ def adamw_8bit(groups: list[dict[str, Any]], vocabulary: set[int], **options: An
 @functools.cache
 def _adamw_class(base: Any) -> Any:
     class AdamW8bit(base):  # type: ignore[misc]
-        """Groups marked `float32` have such moments, and take the step of PyTorch's AdamW."""
+        """Groups marked `float32` have float32 moments, and take the step of PyTorch's AdamW."""
 
         def get_config(self, g: int, i: int, group: dict[str, Any]) -> dict[str, Any]:
             return super().get_config(g, i, group) | {"optim_bits": 32 if group["float32"] else 8, "min_8bit_size": 0}
@@ -70,10 +70,10 @@ def _adamw_class(base: Any) -> Any:
                 super().update_step(group, p, g, i)
                 return
             state, (beta1, beta2) = self.state[p], group["betas"]
-            given = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"beta1": beta1, "beta2": beta2}
-            assert p.grad is not None  # bitsandbytes calls for those alone
+            settings = {name: group[name] for name in ("lr", "weight_decay", "eps")} | {"beta1": beta1, "beta2": beta2}
+            assert p.grad is not None  # bitsandbytes skips parameters without one
             moments, step = ([state["state1"]], [state["state2"]]), torch.tensor(float(state["step"]))
-            adamw([p], [p.grad], *moments, [], [step], foreach=False, amsgrad=False, maximize=False, **given)
+            adamw([p], [p.grad], *moments, [], [step], foreach=False, amsgrad=False, maximize=False, **settings)
             state["step"] += 1
 
     return AdamW8bit
@@ -89,7 +89,7 @@ def vocabulary(module: nn.Module) -> set[int]:
 
 
 def moment_shapes(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, tuple[int, ...]]:
-    """The tensors of an optimizer's state of a parameter, by name, apart from what is the same for all."""
+    """Returns name -> shape of a parameter's tensors in the optimizer's state; not those shared by all."""
     shape = tuple(p.shape)
     if not _in_8_bits(optimizer):
         return dict.fromkeys(MOMENTS, shape)
@@ -100,7 +100,9 @@ def moment_shapes(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def new_state(p: nn.Parameter, optimizer: torch.optim.Optimizer, step: float) -> dict[str, Any]:
-    """The optimizer's state of a parameter after `step` steps, whose tensors of `moment_shapes` are to be filled."""
+    """Makes a parameter's state in the optimizer after `step` steps. The caller fills the tensors of
+    `moment_shapes`.
+    """
     if not _in_8_bits(optimizer):
         counted = torch.tensor(step, dtype=torch.float32, device=p.device)
         optimizer.state[p] = {"step": counted, **{name: torch.empty_like(p, requires_grad=False) for name in MOMENTS}}
@@ -116,7 +118,7 @@ def new_state(p: nn.Parameter, optimizer: torch.optim.Optimizer, step: float) ->
 
 
 def moment_bytes(parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer) -> int | None:
-    """Bytes of the optimizer's state once it has taken a step; None: of float32 moments."""
+    """Returns the bytes of the optimizer's state after its first step; None: all moments are float32."""
     if not _in_8_bits(optimizer):
         return None
     trained = [p for p in parameters if p.requires_grad]
@@ -138,10 +140,10 @@ def _in_float32(p: nn.Parameter, optimizer: torch.optim.Optimizer) -> bool:
 
 
 class Linear4bit(nn.Linear):
-    """A frozen linear layer whose weight is held in 4 bits, two a byte, with a float32 scale for each 64.
+    """A frozen linear layer that holds its weight in 4 bits, two numbers per byte, with a float32 scale for each 64.
 
-    It computes with `dense`, which is made for each product and dropped, in scoring, sampling and both passes of
-    training alike; so all of them see one model.
+    Each product unpacks the weight as `dense`, and drops it afterwards. Scoring, sampling and both passes of training
+    all do so, so they use the same model.
     """
 
     absmax: Tensor
@@ -149,17 +151,17 @@ class Linear4bit(nn.Linear):
     dtype: torch.dtype  # of the weight that was packed, and of `dense`
 
     def pack(self, weight: Tensor) -> None:
-        """Takes the weight (out, in), float32 or in 16 bits, in place of the layer's own.
+        """Replaces the layer's weight by the given weight, (out, in), float32 or 16 bits.
 
-        Raises: ConfigError: bitsandbytes returns numbers further off than NF4's levels are apart.
+        Raises: ConfigError: bitsandbytes restores numbers with larger errors than NF4's levels allow.
         """
         flat = weight.detach().contiguous().view(-1)
         packed, state = library().functional.quantize_4bit(flat, blocksize=WEIGHT_BLOCK, quant_type=_KIND)
         self.shape, self.dtype = weight.shape, weight.dtype
         self.weight = nn.Parameter(packed, requires_grad=False)
         self.register_buffer("absmax", state.absmax, persistent=False)
-        most = state.absmax.repeat_interleave(WEIGHT_BLOCK)[: len(flat)] * _FURTHEST
-        if not bool(((self.dense.view(-1) - flat).abs() <= most).all()):
+        limit = state.absmax.repeat_interleave(WEIGHT_BLOCK)[: len(flat)] * _FURTHEST
+        if not bool(((self.dense.view(-1) - flat).abs() <= limit).all()):
             raise ConfigError(
                 f"bitsandbytes does not restore a weight of shape {tuple(weight.shape)} on {weight.device.type}: "
                 "leave model.quantization out"
@@ -167,7 +169,7 @@ class Linear4bit(nn.Linear):
 
     @property
     def dense(self) -> Tensor:
-        """(out, in): the weight that the layer computes with."""
+        """The unpacked weight, (out, in), with which the layer computes."""
         return _unpacked(self.weight, self.absmax, self.shape, self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -177,7 +179,7 @@ class Linear4bit(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """x W^T + b; the backward pass unpacks W again, and needs nothing else."""
+    """x W^T + b. The backward pass unpacks W again, and needs nothing else."""
 
     @staticmethod
     def forward(
@@ -204,9 +206,9 @@ def _unpacked(packed: Tensor, absmax: Tensor, shape: torch.Size, dtype: torch.dt
 
 @torch.no_grad()
 def quantize(lm: LanguageModel, device: torch.device) -> None:
-    """Packs the weights of the text model's linear layers on the device, one at a time; the rest goes there unpacked.
+    """Packs the weights of the text model's linear layers on the device, one at a time. The rest moves there unpacked.
 
-    The head, the embedding, layers that share their weight, routers and experts in one tensor stay as they are.
+    The head, the embedding, layers that share their weight, routers and experts in one tensor stay unpacked.
     Weights that are not read yet are read here.
 
     Raises: ConfigError: no layer can be packed.
@@ -241,18 +243,18 @@ def _read(p: nn.Parameter, device: torch.device) -> Tensor:
 
 
 def packed_layers(module: nn.Module) -> dict[str, Linear4bit]:
-    """The layers whose weight is packed, by name."""
+    """Returns the layers with packed weights, by name."""
     return {name: layer for name, layer in module.named_modules() if isinstance(layer, Linear4bit)}
 
 
 def dense_shapes(tensors: Mapping[str, Tensor], module: nn.Module) -> dict[str, torch.Size]:
-    """The shape of each tensor of the module's `state_dict`, of packed weights the one that they stand for."""
+    """Returns the shape of each tensor of the module's `state_dict`; for packed weights, the unpacked shape."""
     packed = {f"{name}.weight": layer.shape for name, layer in packed_layers(module).items()}
     return {name: packed.get(name, tensor.shape) for name, tensor in tensors.items()}
 
 
 def frozen_bytes(module: nn.Module) -> int | None:
-    """Bytes of what is not trained; None where nothing is packed."""
+    """Returns the bytes of weights that are not trained; None if nothing is packed."""
     layers = packed_layers(module)
     if not layers:
         return None

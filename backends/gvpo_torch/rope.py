@@ -1,7 +1,7 @@
-"""RoPE whose frequencies depend on the length of a row: found in the configuration, and made a function of the row.
+"""RoPE whose frequencies depend on the length of a row: finds it in the configuration, and resets it for each row.
 
-transformers keeps the frequencies of dynamic RoPE from the longest row so far. Here they are restored before each
-forward pass, so that a row is scored as in a fresh model.
+With dynamic RoPE, transformers keeps the frequencies of the longest row so far. Here they are reset before each forward
+pass, so that a row is scored as in a fresh model.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from gvpo_core.training.policy.layout import RopeByLength, rope_by_length
 def by_length(decoder: nn.Module, config: Any) -> RopeByLength | None:
     """See `layout.rope_by_length`.
 
-    Raises: ConfigError: dynamic RoPE of a module whose frequencies cannot be restored.
+    Raises: ConfigError: a module with dynamic RoPE whose frequencies cannot be reset.
     """
     rope = rope_by_length(config.to_dict())
     if rope is not None and rope.kind == "dynamic" and not any(_turning(decoder)):
@@ -28,11 +28,11 @@ def by_length(decoder: nn.Module, config: Any) -> RopeByLength | None:
 
 
 def reset(decoder: nn.Module) -> None:
-    """Puts the frequencies of every RoPE module back to those of short rows."""
+    """Resets the frequencies of every RoPE module to those of short rows."""
     for module in _turning(decoder):
         for name, frequencies in list(module.named_buffers(recurse=False)):
             if name.endswith("original_inv_freq"):
-                prefix = name.removesuffix("original_inv_freq")  # the kind of layer, where kinds differ
+                prefix = name.removesuffix("original_inv_freq")  # the type of layer, if types differ
                 # A copy: transformers writes the frequencies of LongRoPE in place.
                 setattr(module, f"{prefix}inv_freq", frequencies.clone())
                 setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)

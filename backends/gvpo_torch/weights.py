@@ -1,4 +1,4 @@
-"""A model of transformers from its files: the class that reads them, and what is refused as it would be misread."""
+"""Loads a transformers model from its files, and rejects files that would be misread."""
 
 import contextlib
 import functools
@@ -21,7 +21,8 @@ from gvpo_torch.language_model import LanguageModel
 log = logging.getLogger("gvpo.torch")
 
 DEQUANTIZED = ("fp8", "mxfp4")  # transformers unpacks these exactly into floats
-# Not part of the text model, or computed again from config.json: by the name of a part, never of a layer's own weight.
+# Names of unused weights: not part of the text model, or recomputed from config.json. The pattern matches names of
+# model parts, never a weight inside a layer.
 UNUSED = re.compile(
     r"^((?!layers\.\d).)*(vision|visual|image|audio|video|speech|projector|multi_modal|mtp|nextn)"
     r"|inv_freq$|masked_bias$"
@@ -30,7 +31,7 @@ UNUSED = re.compile(
 
 @contextlib.contextmanager
 def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Without transformers' progress bars for a local folder, which takes seconds; downloads keep theirs."""
+    """Hides transformers' progress bars for a local folder, which loads in seconds. Downloads keep them."""
     from transformers.utils import logging as bars
 
     hide = os.path.isdir(path) and bars.is_progress_bar_enabled()
@@ -44,18 +45,18 @@ def without_bars(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = False) -> LanguageModel:
-    """The model of a folder or hub name, in `dtype`; what text never reaches is frozen.
+    """Loads the model of a folder or hub name in `dtype`, and freezes the parameters that text does not reach.
 
-    A checkpoint of a model of images and text is read by its own class, and trained on text.
+    A model of images and text is loaded by its own class, and trained on text.
 
     Args:
-      deferred: leave the weights unread where that is possible, for `gvpo_torch.deferred` to read in parts.
+      deferred: if possible, leave the weights unread, for `gvpo_torch.deferred` to read in parts.
     Raises: ConfigError: weights that are missing, quantised or not those of the model; an adapter beside the model;
       an unknown architecture.
     """
     where, folder = located(config), local_folder(config)
     written = read_json(folder / "config.json")
-    weight_files.check_settings(written, folder)  # damaged files are named here
+    weight_files.check_settings(written, folder)  # names damaged files
     with explained("the model", config), without_bars(where["pretrained_model_name_or_path"]):
         from transformers import AutoConfig
 
@@ -80,7 +81,7 @@ def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = Fals
             lm, info = _attending(auto.from_pretrained, options)
     _check(lm, info, config, folder, bool(unpacked))
     _forget_quantization(lm.config)
-    _say_whether_tied(lm)
+    _correct_tie_setting(lm)
     text = {
         id(p) for part in (decoder_of(lm), lm.get_output_embeddings()) if part is not None for p in part.parameters()
     }
@@ -90,7 +91,7 @@ def pretrained(config: ModelConfig, dtype: torch.dtype, *, deferred: bool = Fals
 
 
 def _attending(make: Callable[..., Any], options: dict[str, Any]) -> Any:
-    """`make` with SDPA attention, or with eager attention where the model has no other."""
+    """Calls `make` with SDPA attention, or with eager attention if the model has no SDPA attention."""
     try:
         return make(**options, attn_implementation="sdpa")
     except ValueError as error:
@@ -101,7 +102,7 @@ def _attending(make: Callable[..., Any], options: dict[str, Any]) -> Any:
 
 
 def _own_class(auto: Any, settings: Any, unpacked: dict[str, Any]) -> Any:
-    """The model's class. Raises: NotDeferred: one of its own code, or weights that are unpacked when they are read."""
+    """Returns the model's class. Raises: NotDeferred: its code or weights are of a kind that `deferred` cannot load."""
     if unpacked:
         raise NotDeferred("its weights are unpacked when they are read")
     if type(settings) not in auto._model_mapping:
@@ -109,21 +110,21 @@ def _own_class(auto: Any, settings: Any, unpacked: dict[str, Any]) -> Any:
     if getattr(settings, "transformers_weights", None):
         raise NotDeferred("config.json names the file of its weights")
     kind = auto._model_mapping[type(settings)]
-    if not isinstance(kind, type):  # several, of which config.json names one
-        named = {one.__name__: one for one in kind}
+    if not isinstance(kind, type):  # several classes; config.json names one
+        named = {candidate.__name__: candidate for candidate in kind}
         kind = next((named[name] for name in settings.architectures or () if name in named), kind[0])
     return kind
 
 
 def decoder_of(base: LanguageModel) -> nn.Module:
-    """The part of a transformers model that turns tokens into the hidden states that its head takes.
+    """Returns the part of a transformers model that turns tokens into the hidden states for its head.
 
     Raises: ConfigError: no such part can be found.
     """
     part: Any = base
-    while getattr(part, "lm_head", None) is not None or part is base:  # some wrap another model with a head
+    while getattr(part, "lm_head", None) is not None or part is base:  # some models wrap another model with a head
         inner = part.get_decoder()
-        if inner is part or not hasattr(inner, "get_input_embeddings"):  # not found, or the head by the name "decoder"
+        if inner is part or not hasattr(inner, "get_input_embeddings"):  # not found, or the head is named "decoder"
             inner = getattr(part, "model", None)
         part = inner
         if part is None:
@@ -146,23 +147,23 @@ def _auto_class(settings: Any, config: ModelConfig) -> Any:
 
 
 def _dequantized(settings: Any, written: Mapping[str, Any]) -> dict[str, Any]:
-    """What unpacks quantised weights, where transformers does so exactly.
+    """Returns the load options that unpack quantised weights, if transformers does so exactly.
 
     Args:
-      written: config.json, of which transformers may drop a part.
+      written: the contents of config.json; `settings` may lack a part of them.
     Raises: ConfigError: quantised by another method, or in a part of the model that transformers does not unpack.
     """
     import transformers
 
     method = weight_files.quantization(written)
     parts = (getattr(part, "quantization_config", None) for part in (settings, settings.get_text_config()))
-    given = next((found for found in parts if found), None)
-    if method not in DEQUANTIZED or given is None:
+    quantization = next((part for part in parts if part), None)
+    if method not in DEQUANTIZED or quantization is None:
         weight_files.refuse_quantization(written, "gvpo_torch")
         return {}
-    given = given if isinstance(given, dict) else given.to_dict()
+    quantization = quantization if isinstance(quantization, dict) else quantization.to_dict()
     kind = {"fp8": "FineGrainedFP8Config", "mxfp4": "Mxfp4Config"}[method]
-    rest = {name: value for name, value in given.items() if name not in ("quant_method", "dequantize")}
+    rest = {name: value for name, value in quantization.items() if name not in ("quant_method", "dequantize")}
     return {"quantization_config": getattr(transformers, kind)(**rest, dequantize=True)}
 
 
@@ -172,8 +173,8 @@ def _forget_quantization(settings: Any) -> None:
             del part.quantization_config
 
 
-def _say_whether_tied(lm: LanguageModel) -> None:
-    """Sets `tie_word_embeddings` to what the model is: files with a head of its own are not tied, whatever they say."""
+def _correct_tie_setting(lm: LanguageModel) -> None:
+    """Sets `tie_word_embeddings` by the weights: files with a separate head are not tied, whatever config.json says."""
     head = lm.get_output_embeddings()
     if head is None or getattr(head, "weight", None) is None:
         return
@@ -205,13 +206,13 @@ def _check(lm: LanguageModel, info: dict[str, Any], config: ModelConfig, folder:
 
 
 def _refuse_integers(lm: LanguageModel, info: dict[str, Any], folder: Path, unpacked: bool) -> None:
-    """transformers reads integers as they are where floats are expected: quantised weights without scales."""
+    """Rejects integers in place of floats: transformers would read quantised weights without their scales."""
     tensors = weight_files.tensors(folder)
     tables = {name.rpartition(".")[2] for name, b in lm.named_buffers() if not b.is_floating_point()}
     tables |= {name.rpartition(".")[2] for name in info["unexpected_keys"]}
     ignored = [re.compile(pattern) for pattern in lm._keys_to_ignore_on_load_unexpected or ()]
     allowed = {n for n in tensors if n.rpartition(".")[2] in tables or any(p.search(n) for p in ignored)}
-    if unpacked:  # with the scales that transformers looks for
+    if unpacked:  # allow weights with the scales that transformers expects
         allowed |= {n for n in tensors if any(f"{n}{end}" in tensors for end in ("_scale_inv", "_scale"))}
         allowed |= {n for n in tensors if f"{n.removesuffix('weight')}scale" in tensors}
         packs = {n.removesuffix("_blocks") for n in tensors if n.endswith("_blocks")}
