@@ -1,6 +1,6 @@
-"""GVPO's PyTorch backend: a language model of transformers as a policy; docs/models.md lists the families.
+"""GVPO's PyTorch backend: trains causal language models of transformers; docs/models.md lists the model families.
 
-`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` works alone.
+`load` makes a policy for the loop of `gvpo_core.training`. `token_logprobs` also works on its own.
 """
 
 try:

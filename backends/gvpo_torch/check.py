@@ -1,4 +1,4 @@
-"""Checks at load: what the policy computes is what the model computes, scored, packed, checkpointed and decoded."""
+"""Checks at load: scoring, packing, checkpointing and decoding compute what the model itself computes."""
 
 import contextlib
 import logging
@@ -23,7 +23,7 @@ from gvpo_torch.sharding import gathered, gathered_no_more, is_sharded
 
 log = logging.getLogger("gvpo.torch")
 
-FAST = ("cuda",)  # types of devices on which blocks and fixed buffers are tried: elsewhere they are slower
+FAST = ("cuda",)  # types of devices on which blocks and fixed buffers are tried; they are slower elsewhere
 _FAILS = (
     ArithmeticError,
     AssertionError,
@@ -39,12 +39,12 @@ _FAILS = (
 def check(
     scorer: Scorer, config: ModelConfig, device: torch.device, agree: Callable[[bool], bool] = bool
 ) -> tuple[bool, str]:
-    """`check_whole`, in float32 where parameters are float32; a sharded model in the dtype of its products.
+    """Calls `check_whole`, in float32 if parameters are float32; for a sharded model in the dtype of its products.
 
-    Shards are gathered in that dtype. Every rank calls, and checks the same.
+    Shards are gathered in that dtype. Every rank must call it, and runs the same checks.
 
     Args:
-      agree: whether a verdict of this rank is that of every rank; what one rank rejects, none uses.
+      agree: whether the verdict of every rank is true; what one rank rejects, no rank uses.
     """
     with scorer.autocast() if is_sharded(scorer) else contextlib.nullcontext():
         packed, reason = check_whole(scorer, config, device)
@@ -61,20 +61,20 @@ def check(
 def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tuple[bool, str]:
     """Compares log-probs with the model's own, packed rows with plain ones, sampling with scoring; chooses the layout.
 
-    Sets `scorer.same_length` where prompts of different lengths cannot be decoded together.
+    Sets `scorer.same_length` if prompts of different lengths cannot be decoded together.
 
     Returns: whether rows are packed, and why.
-    Raises: ConfigError: log-probs or samples that disagree, a model that cannot be run, a layout that is not exact.
+    Raises: ConfigError: log-probs or samples disagree, the model cannot be run, or the layout is not exact.
     """
     name = type(scorer.base).__name__
     batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
     with torch.no_grad():
         with _explained(f"{name} cannot be scored{' with model.compile = true' if scorer.compiled else ''}"):
             plain = _by_response(scorer, batch, False, device)
-            direct = _own(scorer, batch, device)
+            direct = _own_logprobs(scorer, batch, device)
         refuse_not_finite(direct, name)
         difference = _differ(scorer, direct, plain)
-        if difference is not None:  # a model in which padding is seen by the tokens before it
+        if difference is not None:  # tokens may see the padding after them
             scorer.masks_padding = True
             plain = _by_response(scorer, batch, False, device)
             difference = _differ(scorer, direct, plain)
@@ -100,7 +100,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(failure: str) -> Iterator[None]:
     try:
         yield
     except (ConfigError, torch.OutOfMemoryError):
@@ -108,11 +108,11 @@ def _explained(what: str) -> Iterator[None]:
     except _FAILS as error:
         lines = str(error).strip().splitlines() or ["no message"]
         reason = " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-        raise ConfigError(f"{what}: {type(error).__name__}: {reason}") from error
+        raise ConfigError(f"{failure}: {type(error).__name__}: {reason}") from error
 
 
-def _own(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
-    """Log-probs of each response's tokens by the model's own forward pass, one row at a time."""
+def _own_logprobs(scorer: Scorer, batch: Batch, device: torch.device) -> list[np.ndarray]:
+    """Returns log-probs of each response's tokens by the model's own forward pass, one row at a time."""
     direct = []
     for prompt, response in zip(batch.prompts, batch.responses, strict=True):
         if scorer.rope is not None:
@@ -138,9 +138,9 @@ def _check_checkpointing(
 
 
 def defers(scorer: Scorer, device: torch.device) -> bool:
-    """Whether the micro-batches of a group may all go forward before the first goes back, their layers computed again.
+    """Whether all micro-batches of a group may run forward before the first runs backward, with recomputed layers.
 
-    Where that is not what scoring is, or where RoPE depends on the row, a group is scored first.
+    If recomputed layers give other log-probs than scoring, or if RoPE depends on the row, a group is scored first.
     """
     name, reason = type(scorer.base).__name__, "RoPE depends on the length of the row"
     if scorer.rope is None:
@@ -163,23 +163,23 @@ def defers(scorer: Scorer, device: torch.device) -> bool:
 
 
 def in_blocks(scorer: Scorer, device: torch.device) -> bool:
-    """Has the attention of packed rows computed by blocks where log-probs and gradients are those of the dense mask.
+    """Lets packed rows attend by blocks from now on, if log-probs and gradients match those of the dense mask.
 
-    Where FlexAttention has no gradient log-probs alone are compared. Gradients are those of the first parameters that
-    are trained, which come before all attention. Of a sharded model all parameters are gathered once.
+    Compares only log-probs if FlexAttention has no gradient. Compares the gradients of the first trained parameters,
+    which come before all attention. Gathers all parameters of a sharded model once. Returns: whether they match.
     """
     if not blocks.fits(scorer.base):
         return _take_dense_mask(scorer, "its attention cannot be replaced")
     draw = np.random.default_rng(1)
     vocabulary = scorer.base.get_output_embeddings().weight.shape[0]
     prompt, beginning, *others = (tuple(draw.integers(0, vocabulary, n).tolist()) for n in (150, 60, 140, 10, 140))
-    # Three responses, two with a beginning in common, after a prompt over more than one block of 128 tokens.
+    # Three responses, two with a common beginning, after a prompt of more than one block of 128 tokens.
     batch = Batch([prompt] * 3, [others[0], beginning + others[1], beginning + others[2]], [0] * 3)
     arrays = layout.arrays(batch, layout.plan_rows(batch, packed=True, tokens=1 << 30))
     reason = ""
 
     def computed() -> tuple[list[np.ndarray], Sequence[Tensor]]:
-        trained = [p for p in scorer.parameters() if p.requires_grad][:2]  # LoRA's first matrix alone has gradient 0
+        trained = [p for p in scorer.parameters() if p.requires_grad][:2]  # two: LoRA's first matrix has gradient 0
         graded = bool(trained) and device.type not in blocks.WITHOUT_GRADIENT
         with torch.set_grad_enabled(graded):
             values = score(scorer, arrays, device)
@@ -188,23 +188,23 @@ def in_blocks(scorer: Scorer, device: torch.device) -> bool:
 
     with gathered(scorer):
         try:
-            dense, wanted = computed()
+            dense, dense_gradients = computed()
             scorer.in_blocks = True
             scorer.base.set_attn_implementation(blocks.ATTENTION)
             logprobs, gradients = computed()
             if (apart := _differ(scorer, logprobs, dense)) is not None:
                 reason = f"by blocks log-probs differ by up to {apart:.3g} nat"
-            error = math.hypot(*(float((g - w).norm()) for g, w in zip(gradients, wanted, strict=True)))
-            size = math.hypot(*(float(w.norm()) for w in wanted))
+            error = math.hypot(*(float((g - w).norm()) for g, w in zip(gradients, dense_gradients, strict=True)))
+            size = math.hypot(*(float(w.norm()) for w in dense_gradients))
             if not error <= min(20 * _tolerance(scorer)[1], 0.2) * size:
                 reason = f"by blocks gradients differ by {error:.2g}, and have norm {size:.2g}"
-        except Exception as error:  # of a compiler too: any is a reason to keep the dense mask
+        except Exception as error:  # compilers' errors too: any is a reason to keep the dense mask
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
     return _take_dense_mask(scorer, reason) if reason else True
 
 
 def _take_dense_mask(scorer: Scorer, reason: str) -> bool:
-    """False: packed rows do not go by blocks."""
+    """Gives packed rows a dense mask instead of blocks. Returns: False."""
     if scorer.in_blocks:
         scorer.in_blocks = False
         scorer.base.set_attn_implementation("sdpa")
@@ -213,10 +213,9 @@ def _take_dense_mask(scorer: Scorer, reason: str) -> bool:
 
 
 def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndarray], device: torch.device) -> None:
-    """Compares decoding with a cache, prompts padded to one length or not, with scoring.
+    """Compares decoding with a cache to scoring, with prompts padded to one length if that works.
 
-    A response's last token is drawn only, so another one may replace it: a token that no response has inside,
-    which ends it.
+    A response's last token is drawn but not computed. So an end token may replace it, one that no response has earlier.
     """
     if scorer.rope is not None and max(map(len, batch.prompts)) + max(map(len, batch.responses)) > scorer.rope.original:
         log.info("%s: decoding is not checked, as RoPE of length %d depends on the row", name, scorer.rope.original)
@@ -244,9 +243,9 @@ def _check_decoding(scorer: Scorer, name: str, batch: Batch, plain: list[np.ndar
 
 
 def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device: torch.device) -> bool:
-    """Whether decoding in fixed buffers is what scoring is; where not, the other loop samples and the log says so.
+    """Whether decoding in fixed buffers agrees with scoring. If not, the other loop samples, and the log says so.
 
-    Models with other attention than to all tokens before take that loop by design, without a word.
+    Models that do not attend to all earlier tokens use that loop by design, without a line in the log.
     """
     if not decode_attention.fits(scorer):
         return False
@@ -266,7 +265,7 @@ def decodes_fixed(scorer: Scorer, batch: Batch, plain: list[np.ndarray], device:
 
 @torch.no_grad()
 def continues(scorer: Scorer, device: torch.device) -> str:
-    """Why turns cannot start from kept keys and values; empty: started so, log-probs are those of scoring."""
+    """Returns why turns cannot start from kept keys and values; empty: log-probs then agree with scoring."""
     batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
     rows = [i for i, response in enumerate(batch.responses) if len(response) > 2]
     batch, prefixes = batch.take(rows), Prefixes(1 << 30)
@@ -300,7 +299,7 @@ def _decoded(
     in_fixed_buffers: bool = False,
     prefixes: Prefixes | None = None,
 ) -> list[np.ndarray]:
-    """Log-probs of each response's tokens as the sampler sees them, where it is given these tokens."""
+    """Returns log-probs of each response's tokens as the sampler computes them when it is given these tokens."""
     prompts = sorted(set(batch.prompts), key=len)
     members = [[i for i, prompt in enumerate(batch.prompts) if prompt == of_prompt] for of_prompt in prompts]
     end = next(token for token in range(10**9) if not any(token in response[:-1] for response in batch.responses))
@@ -312,7 +311,7 @@ def _decoded(
         for line, (prompt, number) in enumerate(rows):
             i = members[prompt][number]
             response = batch.responses[i]
-            if t < len(response):  # else a row that has ended, and is decoded on beside the others
+            if t < len(response):  # else the row has ended, and is only decoded along with the others
                 logprobs_of[i].append(logprobs[line, response[t]])
             chosen.append(response[t] if t < len(response) - 1 else end)
         return np.asarray(chosen, dtype=np.int64)
@@ -334,13 +333,13 @@ def _decoded(
 
 
 def _differ(scorer: Scorer, values: list[np.ndarray], plain: list[np.ndarray]) -> float | None:
-    """The largest difference a token, nat, where it is more than rounding; else None."""
+    """Returns the largest difference per token, nat, if it is more than rounding; else None."""
     return layout.largest_difference(values, plain, _tolerance(scorer))
 
 
 def _tolerance(scorer: Scorer) -> tuple[float, float]:
-    # Largest and mean difference a token, nat. Without autocast, so full fine-tuning is checked in float32, if whole;
-    # in 16 bits a router may send a token elsewhere. The head is compared in float32 always: see head.py.
+    # Largest and mean difference per token, nat. Full fine-tuning without shards is checked in float32, as autocast is
+    # off. In 16 bits a router may send a token to another expert. The head is always compared in float32: see head.py.
     if scorer.base.get_output_embeddings().weight.dtype == torch.float32 and not _in_16_bits(scorer):
         strict = torch.get_float32_matmul_precision() == "highest"
         return (2e-3, 5e-4) if strict else (0.1, 0.02)

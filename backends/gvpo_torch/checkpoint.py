@@ -1,7 +1,7 @@
 """The policy's whole state on disk, from which training resumes: safetensors and JSON only.
 
-Each rank writes one file: its rows of every parameter and moment where they are sharded. The file's metadata has the
-first row of each tensor and the number of its rows on all ranks, so any number of ranks reads them.
+Each rank writes one file. If the state is sharded, the file has the rank's rows of every parameter and moment. Its
+metadata has the first row of each tensor and the number of its rows on all ranks, so any number of ranks can read it.
 """
 
 import json
@@ -33,16 +33,18 @@ def saving(
     reference: Mapping[str, Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Callable[[], dict[str, Digest]]:
-    """A function that writes this rank's part of the state and `header`, and may run in another thread.
+    """Returns a function that writes this rank's part of the state and `header`, and may run in another thread.
 
-    On CPU it reads parameters and moments where they are: nothing may change them until it returns. On other devices
-    they are copied to the host now. It waits for no other rank. It returns the files written with what they hold.
+    On CPU the function reads parameters and moments in place: nothing may change them until it returns. On other
+    devices they are copied to the host now. The function waits for no other rank. It returns the written files with
+    their digests.
 
     Args:
-      optimizer: None: the parameters alone are written, for `restore_parameters`.
-      rank, ranks: of those that write; a rank beyond them has the same state as another, and writes nothing.
-      reference: tensors of a renewed reference, by the names of `named`; None: it is the initial model.
-      dtype: of what is written. None: as it is held.
+      optimizer: None: only the parameters are written, for `restore_parameters`.
+      rank, ranks: this rank, and the number of ranks that write. A rank beyond them has the same state as another, and
+        writes nothing.
+      reference: tensors of a renewed reference, by the names of `named`. None: the reference is the initial model.
+      dtype: dtype of the written tensors. None: their own.
     """
     if rank >= ranks:
         return dict
@@ -107,7 +109,7 @@ def restore_parameters(directory: Path, named: Mapping[str, nn.Parameter], heade
     """Reads the parameters that `saving` wrote without an optimizer, cast to the dtype of `named`.
 
     Args:
-      named: of the model by name; one that needs no gradient may be missing, and keeps its values.
+      named: parameters by name; one that needs no gradient may be missing in the files, and keeps its values.
     Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
     """
     check_files(directory, header["files"])
@@ -124,7 +126,7 @@ class _Part(NamedTuple):
     """Rows of a tensor in one file."""
 
     first: int
-    rows: int | None  # of the tensor; None: the file has it whole
+    rows: int | None  # of the full tensor; None: the file has all of it
     shape: tuple[int, ...]
     read: Callable[[], Any]  # safetensors' slice
 
@@ -134,7 +136,7 @@ class _Part(NamedTuple):
 
 
 def _parts(directory: Path, files: list[str]) -> dict[str, list[_Part]]:
-    """Tensor -> its parts in the order of their rows."""
+    """Returns tensor name -> parts of the tensor, in the order of their rows."""
     by_name: dict[str, list[_Part]] = {}
     for file in files:
         opened = safe_open(directory / file, "pt")
@@ -147,7 +149,7 @@ def _parts(directory: Path, files: list[str]) -> dict[str, list[_Part]]:
 
 
 def _shape(directory: Path, name: str, parts: list[_Part]) -> tuple[int, ...]:
-    """Of the whole tensor. Raises: ConfigError: rows that no file has, or that two have."""
+    """Returns the shape of the full tensor. Raises: ConfigError: no file has a row, or two files have it."""
     first, end = parts[0], 0
     for part in parts:
         if part.first != end or (part.rows, part.shape[1:]) != (first.rows, first.shape[1:]):
@@ -186,6 +188,6 @@ def _local(tensor: Any) -> Tensor:
 
 
 def _entry(tensor: Tensor) -> tensor_file.Tensor:
-    held = tensor.detach() if tensor.device.type == "cpu" else tensor.detach().cpu()
-    content: Callable[[], Any] = lambda: held.contiguous().reshape(-1).view(torch.uint8).numpy()
-    return tensor_file.Tensor(_NAMES[held.dtype], tuple(held.shape), held.nbytes, content)
+    on_host = tensor.detach() if tensor.device.type == "cpu" else tensor.detach().cpu()
+    content: Callable[[], Any] = lambda: on_host.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor_file.Tensor(_NAMES[on_host.dtype], tuple(on_host.shape), on_host.nbytes, content)

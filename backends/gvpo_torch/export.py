@@ -1,4 +1,4 @@
-"""An export for others: a Hugging Face folder with adapters merged in, or the adapters alone."""
+"""Exports: a Hugging Face folder with adapters merged in, or the adapters alone."""
 
 import copy
 import json
@@ -23,10 +23,10 @@ from gvpo_torch.quantized import dense_shapes, packed_layers
 from gvpo_torch.update import full_tensor
 from gvpo_torch.weights import without_bars
 
-# What a model of images and text needs beside its tokenizer; copied as they are.
+# Files that a model of images and text needs beside its tokenizer; copied unchanged.
 PROCESSORS = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _HEAD = "lm_head.weight"
-_QUIETLY = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors", "gated_repo")}
+_QUIETLY = {f"_raise_exceptions_for_{case}": False for case in ("missing_entries", "connection_errors", "gated_repo")}
 
 
 def name_end_tokens(base: Any, folder: Path, end: Sequence[int]) -> None:
@@ -40,8 +40,8 @@ def export(
 ) -> None:
     """Writes a Hugging Face folder: weights with adapters merged in, config, tokenizer, generation settings.
 
-    Every rank calls; the main rank writes. It holds a layer and a file of weights at most, where transformers stores
-    each layer alone.
+    Every rank must call it; the main rank writes. It holds at most one layer and one file of weights, if transformers
+    stores each layer alone.
 
     Args:
       own_head: see `Policy.export`.
@@ -72,17 +72,17 @@ def export(
 
 
 def stored_tensors(lm: LanguageModel, dtype: torch.dtype, main: bool) -> Iterator[tuple[str, Tensor]]:
-    """What the files of an export have, on the device of the model; see `_stored`."""
+    """Yields the tensors that an export writes, on the device of the model; see `_stored`."""
     return _stored(lm.get_base_model() if hasattr(lm, "peft_config") else lm, dtype, main, None)
 
 
 def _stored(
     base: Any, dtype: torch.dtype, main: bool, device: str | None, own_head: bool = False
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that the files of the model have, on the main rank; every rank takes part in gathering them.
+    """Yields the tensors of the model's files, on the main rank. Every rank must take part in gathering them.
 
     Args:
-      device: target of the tensors. None: where they are.
+      device: target of the tensors. None: they stay where they are.
     """
     from transformers.core_model_loading import revert_weight_conversion
 
@@ -104,52 +104,52 @@ def _stored(
         key = block_name
         tensor = full_tensor(tensor.detach())
         if main and name not in left_out:
-            kept = tensor.to(device, dtype if tensor.is_floating_point() else None)
-            block[name] = kept.clone() if own_head and name == _HEAD else kept  # files share no memory
+            exported = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            block[name] = exported.clone() if own_head and name == _HEAD else exported  # files share no memory
     if block:
         yield from converted()
 
 
 def _each_layer_alone(base: Any, left_out: set[str]) -> bool:
-    """Whether transformers stores each layer under the same names and shapes without the other layers."""
+    """Whether transformers stores each layer under the same names and shapes if it gets the layer alone."""
     from transformers.core_model_loading import revert_weight_conversion
 
     blocks: dict[str, dict[str, Tensor]] = {}
     for name, shape in dense_shapes(base.state_dict(), base).items():
-        if ".lora_" not in name and _own(name) not in left_out:
-            blocks.setdefault(_block(_own(name)), {})[_own(name)] = torch.empty(shape, device="meta")
+        if ".lora_" not in name and _base_name(name) not in left_out:
+            blocks.setdefault(_block(_base_name(name)), {})[_base_name(name)] = torch.empty(shape, device="meta")
     together = {name: tensor for block in blocks.values() for name, tensor in block.items()}
     try:
         shapes = [{n: t.shape for n, t in revert_weight_conversion(base, block).items()} for block in blocks.values()]
         expected = {n: t.shape for n, t in revert_weight_conversion(base, together).items()}
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError):  # of operations that need numbers
+    except (RuntimeError, ValueError, TypeError, KeyError, IndexError):  # from operations that need values
         return False
     return sum(map(len, shapes)) == len(expected) and {n: s for shard in shapes for n, s in shard.items()} == expected
 
 
 def _block(name: str) -> str:
-    """The layer of a tensor, as model.layers.3; the tensor itself outside of layers."""
+    """Returns the name of a tensor's layer, such as model.layers.3, or of the tensor itself outside of layers."""
     match = re.match(r"(.*?\.\d+)\.", name)
     return match[1] if match else name
 
 
 def _merged(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The model's own tensors under their own names; the model itself stays as it is, to the bit."""
+    """Yields the base model's tensors under its own names, adapters merged. The model does not change by a bit."""
     adapted: dict[str, Any] = {}  # tensor -> the layer that adds to it; fused experts have two, nested
     for name, module in base.named_modules():
         if hasattr(module, "get_delta_weight"):
-            adapted[f"{_own(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
+            adapted[f"{_base_name(name)}.{getattr(module, 'parameter_name', 'weight')}"] = module
     packed = {f"{name}.weight": layer for name, layer in packed_layers(base).items()}
     for name, tensor in base.state_dict().items():
         if ".lora_" in name:
             continue
-        base_name = _own(name)
+        base_name = _base_name(name)
         tensor = packed[name].dense if name in packed else tensor
         delta = _delta(adapted[base_name]) if base_name in adapted else None
         yield base_name, tensor if delta is None else full_tensor(tensor).float() + delta
 
 
-def _own(name: str) -> str:
+def _base_name(name: str) -> str:
     return name.replace(".base_layer", "")
 
 
@@ -171,9 +171,9 @@ def _delta(layer: Any) -> Tensor | None:
 
 
 def export_adapters(directory: Path, lm: LanguageModel, path: str, main: bool) -> None:
-    """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors.
+    """Writes the adapters in peft's format: adapter_config.json and adapter_model.safetensors.
 
-    Every rank calls; the main rank writes, and reads the folder back with peft.
+    Every rank must call it; the main rank writes, and reads the folder back with peft.
 
     Args:
       path: model.path, the base model that the adapters belong to.
@@ -196,9 +196,9 @@ def export_adapters(directory: Path, lm: LanguageModel, path: str, main: bool) -
 
 
 def _read_back(directory: Path, lm: LanguageModel, named: dict[str, Tensor], name: str) -> None:
-    """Reads the file, and loads the folder onto the base model without its weights: the same layers must get adapters.
+    """Reads the file back, and loads the folder onto the base model without its weights: the adapters must be the same.
 
-    Raises: ConfigError: other layers get them, with another scale, or the file has other numbers.
+    Raises: ConfigError: other layers get adapters, their scale differs, or the file has other values.
     """
     from peft import PeftModel
 
@@ -208,8 +208,9 @@ def _read_back(directory: Path, lm: LanguageModel, named: dict[str, Tensor], nam
     with without_peft_warnings():
         loaded = PeftModel.from_pretrained(empty, directory, name, torch_device="cpu", low_cpu_mem_usage=True)
     ours, theirs = (
-        _scales(of, name) | {key: tuple(tensor.shape) for key, tensor in of.state_dict().items() if ".lora_" in key}
-        for of in (lm, loaded)
+        _scales(model, name)
+        | {key: tuple(tensor.shape) for key, tensor in model.state_dict().items() if ".lora_" in key}
+        for model in (lm, loaded)
     )
     stored = load_file(directory / "adapter_model.safetensors")
     wrong = sorted(key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key))
@@ -223,6 +224,6 @@ def _read_back(directory: Path, lm: LanguageModel, named: dict[str, Tensor], nam
 
 
 def _scales(lm: nn.Module, name: str) -> dict[str, float]:
-    """alpha / rank of each layer's adapter; the `scaling` of an attention layer is another thing."""
+    """Returns alpha / rank of each layer's adapter. The `scaling` of an attention layer is something else."""
     scalings = {key: getattr(module, "scaling", None) for key, module in lm.named_modules()}
     return {key: scaling[name] for key, scaling in scalings.items() if isinstance(scaling, dict)}

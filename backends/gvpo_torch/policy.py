@@ -1,4 +1,4 @@
-"""The PyTorch policy: what `gvpo_core.training` trains, on one device or several."""
+"""The PyTorch policy: the model that `gvpo_core.training` trains, on one or several devices."""
 
 import contextlib
 import os
@@ -28,13 +28,13 @@ from gvpo_torch.update import Backward, clip, in_step, make_optimizer, most_pass
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "TorchPolicy":
-    """A transformers causal language model as a policy.
+    """Loads a transformers causal language model as a policy.
 
     Args:
       updates: optimizer steps of the whole run, for the schedule.
-      reference: whether `logprobs(reference=True)` will be asked for; keeps a copy of the initial model without LoRA.
-      seed: of newly made adapters.
-    Raises: ConfigError: a folder, model, device or layout that cannot be used, and why.
+      reference: whether `logprobs(reference=True)` will be called. Without LoRA this keeps a copy of the initial model.
+      seed: of new adapters.
+    Raises: ConfigError: a folder, model, device or layout cannot be used; the message says why.
     """
     return TorchPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 
@@ -69,11 +69,12 @@ class TorchPolicy(LanguageModelPolicy):
         if sharded:
             shard(self.scorer, self.device)
         self.packed, self.layout_reason = check.check(self.scorer, config, self.device, self._ranks.agree)
-        # Ranks that meet at every pass wait longer by group: worth it where layers are computed again anyway.
+        # Sharded ranks wait for each other at every pass, and longer if backward passes are deferred by group. This is
+        # worth it only if layers are recomputed anyway.
         deferring = not self.frozen and (config.gradient_checkpointing or not sharded)
         self.defers = deferring and self._ranks.agree(check.defers(self.scorer, self.device))
         self.lockstep = sharded and config.gradient_checkpointing
-        # By blocks a longer row costs no more attention: rows share their prompt whatever their length.
+        # With attention by blocks a longer row costs no more attention, so rows of any length share their prompt.
         hidden = 0 if self.scorer.in_blocks else getattr(self.scorer.config, "hidden_size", 0) or 0
         self._splitting = self._split(hidden, self.scorer.rope)
         self.parameters, self.trainable = memory.count(self.scorer)
@@ -82,7 +83,7 @@ class TorchPolicy(LanguageModelPolicy):
             self._trained = copies(self.scorer, self.device)
         self._sharded = sharded
         self.sampled_bytes = memory.merged(self.scorer, self.device) if config.lora_rank else 0
-        self._samples = False  # its weights are as sampling takes them
+        self._samples = False  # whether the weights are prepared for sampling
         self._optimizer: Any = None
         self._moments: int | None = 0
         if not self.frozen:
@@ -94,7 +95,7 @@ class TorchPolicy(LanguageModelPolicy):
         export.name_end_tokens(self.scorer.base, self.folder, self._end)
 
     def _initial(self) -> model.Scorer:
-        """The initial model, which is the reference."""
+        """Loads the initial model, which is the reference."""
         sharded = self.world_size > 1 and self.config.sharding == "fsdp"
         initial = model.load_reference(self.config, self.device, deferred=sharded)
         if sharded:
@@ -126,16 +127,19 @@ class TorchPolicy(LanguageModelPolicy):
 
     @contextlib.contextmanager
     def _weights_for_sampling(self) -> Iterator[None]:
-        """Adapters merged, layers in the dtype of their products, shards gathered: once for all turns of a rollout."""
+        """Prepares the weights for sampling, once for all turns of a rollout.
+
+        Merges adapters, casts layers to the dtype of their products, and gathers shards.
+        """
         if self._samples:
             yield
             return
-        held = contextlib.nullcontext() if self._sharded else model.products_in_compute_dtype(self.scorer)
-        one_product = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
+        narrowed = contextlib.nullcontext() if self._sharded else model.products_in_compute_dtype(self.scorer)
+        merged_adapters = adapters.merged(self.scorer.lm) if self.sampled_bytes else contextlib.nullcontext()
         self._trained.eval()
         try:
             self._samples = True
-            with one_product, held, gathered(self._trained):
+            with merged_adapters, narrowed, gathered(self._trained):
                 yield
         finally:
             self._samples = False
@@ -170,7 +174,7 @@ class TorchPolicy(LanguageModelPolicy):
         return in_step(self._ranks, scorer, self.device) if self._sharded else contextlib.nullcontext(scorer)
 
     def _no_gradients(self) -> contextlib.AbstractContextManager[Any]:
-        """FSDP2 keeps the parameters that it gathers, and those of inference mode cannot be trained on."""
+        """Uses `no_grad` with shards: FSDP2 keeps gathered parameters, and inference tensors cannot be trained."""
         return torch.no_grad() if self._sharded else torch.inference_mode()
 
     def _tensor_float(self) -> contextlib.AbstractContextManager[None]:
@@ -178,7 +182,7 @@ class TorchPolicy(LanguageModelPolicy):
 
     @contextlib.contextmanager
     def _kernels(self) -> Iterator[None]:
-        """Of scores and updates."""
+        """Kernel settings for scores and updates."""
         with deterministic(self.config.deterministic), self._tensor_float():
             yield
 
@@ -212,28 +216,28 @@ class TorchPolicy(LanguageModelPolicy):
         return Update(logprobs, norm, rate, plan.tokens + backward.tokens, memory.peak(self.device))
 
     def _score_autocast(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
-        """(n,) log-probabilities; `reduces`: DDP sums the gradients of this pass, or of those before it, over ranks."""
+        """Returns (n,) log-probabilities; `reduces`: the pass goes through DDP, which sums gradients over ranks."""
         with self.scorer.autocast():
             return model.score(self._trained if reduces or self._sharded else self.scorer, arrays, self.device)
 
     # -- on disk
 
     def saving(self, directory: Path) -> Callable[[], dict[str, Digest]]:
-        """See `Policy.saving`. Each rank writes its shard; where the ranks hold copies, the main rank writes."""
+        """See `Policy.saving`. Each rank writes its shard. If the ranks hold copies, the main rank writes."""
         return self._saving(Path(directory), self._header())
 
     def _saving(self, directory: Path, header: dict[str, Any]) -> Callable[[], dict[str, Digest]]:
         writers = self.world_size if self._sharded else 1
-        of_reference = self._reference.tensors()
-        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers, of_reference)
+        reference_tensors = self._reference.tensors()
+        return checkpoint.saving(directory, self._named, self._optimizer, header, self.rank, writers, reference_tensors)
 
     def _save(self, directory: Path, header: dict[str, Any]) -> None:
         self._saving(directory, header)()
 
     def _restore(self, directory: Path, header: dict[str, Any]) -> None:
-        of_reference = self._reference.room() if header.get("renewed") else None
-        checkpoint.restore(directory, self._named, self._optimizer, header, of_reference)
-        self._reference.restored(of_reference)
+        reference_tensors = self._reference.room() if header.get("renewed") else None
+        checkpoint.restore(directory, self._named, self._optimizer, header, reference_tensors)
+        self._reference.restored(reference_tensors)
         gathered_no_more(self._trained)
 
     def save_parameters(self, directory: Path) -> None:
@@ -249,34 +253,35 @@ class TorchPolicy(LanguageModelPolicy):
         gathered_no_more(self._trained)
 
     def export(self, directory: Path, *, own_head: bool = False) -> None:
-        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
+        """Writes a Hugging Face folder in the compute dtype, adapters merged. Every rank must call it. See `Policy`."""
         dtype = getattr(torch, self.config.dtype)
         export.export(Path(directory), self.scorer.lm, self.tokenizer, dtype, self.rank == 0, own_head)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """What `export` writes, as (name, tensor) on the policy's device; every rank goes through it to the end.
+        """Yields the tensors that `export` writes, as (name, tensor) on the policy's device.
 
-        Ranks gather one tensor, or one layer, at a time. The main rank gets them, the others get none.
+        Ranks gather one tensor, or one layer, at a time, so every rank must exhaust the iterator. Only the main rank
+        gets tensors.
         """
         return export.stored_tensors(self.scorer.lm, getattr(torch, self.config.dtype), self.rank == 0)
 
     def weight_channel(self, kind: str) -> Channel:
-        """What carries `tensors` to a server: see `transfer.channel`."""
+        """Returns the channel that carries `tensors` to a server; see `transfer.channel`."""
         return transfer.channel(kind, self.device, self.world_size)
 
     def release_memory(self) -> None:
-        """Gives memory of the GPU that torch keeps for later back to other processes."""
+        """Frees GPU memory that torch caches, for use by other processes."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def export_adapters(self, directory: Path) -> None:
-        """Writes the adapters alone, as peft loads them; every rank calls."""
+        """Writes only the adapters, in peft's format. Every rank must call it."""
         export.export_adapters(Path(directory), self.scorer.lm, self.config.path, self.rank == 0)
 
     # -- facts
 
     def describe(self) -> PolicyFacts:
-        """Facts for the log and the run folder."""
+        """Returns facts for the log and the run folder."""
         on_cuda, settings = self.device.type == "cuda", self.scorer.config
         sampled = self.sampled_bytes + (memory.gathered if self._sharded else memory.narrowed)(self.scorer)
         return self._describe(
@@ -292,7 +297,7 @@ class TorchPolicy(LanguageModelPolicy):
         )
 
     def _packages(self) -> tuple[str, ...]:
-        """Distributions whose versions are logged."""
+        """Names of the distributions whose versions are logged."""
         few = in_few_bits(self.config, self.optimizer_config)
         adapted = ("peft",) if self.config.lora_rank else ()
         return "torch", "transformers", *adapted, *(("bitsandbytes",) if few else ())

@@ -1,4 +1,4 @@
-"""Processes and devices: which device, how many ranks, and what crosses between them."""
+"""Processes and devices: this process's device, the number of ranks, and exchange between ranks."""
 
 import atexit
 import datetime
@@ -12,11 +12,11 @@ import torch.distributed as dist
 
 from gvpo_core.training.config import ConfigError, ModelConfig
 
-_RELEASE_SECONDS = 5.0  # to wait at most, after a collective, for gloo's threads to release its tensors
+_RELEASE_SECONDS = 5.0  # longest wait, after a collective, for gloo's threads to release its tensors
 _YIELD_SECONDS = 1e-4
 _WAIT = datetime.timedelta(hours=4)
-"""For another rank at most: it may sample, score rewards or commit a checkpoint alone meanwhile, and take longer than
-the limits of torch's own groups: 30 minutes, and 10 for NCCL. A rank that has died ends the wait at once."""
+"""Longest wait for another rank. It may sample, score rewards or commit a checkpoint alone, and take longer than the
+limits of torch's own groups: 30 minutes, and 10 for NCCL. A rank that has died ends the wait at once."""
 _REST_SECONDS = 0.1  # before the process ends
 
 
@@ -24,9 +24,9 @@ class Ranks:
     """This process among the run's processes."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Joins the process group where torchrun or another launcher started several processes.
+        """Joins the process group if torchrun or another launcher started several processes.
 
-        Raises: ConfigError: a device that is not there, or one named by index beside several processes.
+        Raises: ConfigError: a device that does not exist, or one named by index with several processes.
         """
         world_size = _world_size()
         on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
@@ -48,7 +48,7 @@ class Ranks:
         """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ."""
         if self.world_size == 1:
             return values
-        values = np.array(values, order="C")  # a copy: torch warns of arrays that cannot be written
+        values = np.array(values, order="C")  # a copy: torch warns of read-only arrays
         lengths = self._all(torch.tensor([len(values)]))
         longest = max(int(n) for n in lengths)
         padded = torch.zeros((longest, *values.shape[1:]), dtype=torch.from_numpy(values).dtype)
@@ -57,7 +57,7 @@ class Ranks:
         return np.concatenate([part[: int(n)].numpy() for part, n in zip(parts, lengths, strict=True)], axis=0)
 
     def most(self, count: int) -> int:
-        """The largest of the ranks' counts."""
+        """Returns the largest of the ranks' counts."""
         if self.world_size == 1:
             return count
         return max(int(n) for n in self._all(torch.tensor([count])))
@@ -67,43 +67,47 @@ class Ranks:
         return self.most(int(not verdict)) == 0
 
     def _all(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        """Each rank's tensor, on the CPU by gloo: a rank that waits holds no device, and NCCL's time limit is not used.
+        """Returns each rank's tensor, exchanged on the CPU by gloo: a waiting rank occupies no device, and NCCL's time
+        limit does not apply.
 
-        Returns once no thread of gloo holds a tensor of the collective. Such a thread asks for Python's lock to release
+        Returns once no thread of gloo holds a tensor of the collective. Such a thread needs Python's lock to release
         the tensor. If Python ends meanwhile, the process aborts with "terminate called without an active exception"
-        (pytorch/pytorch#190489). If the process group is freed meanwhile, as with the last model under DDP after
-        `destroy_process_group`, its destructor holds that lock, joins the thread and never returns.
+        (pytorch/pytorch#190489). If the process group is freed meanwhile, for example with the last model under DDP
+        after `destroy_process_group`, its destructor holds that lock, joins the thread and never returns.
         """
-        given, parts = tensor.clone(), [torch.empty_like(tensor) for _ in range(self.world_size)]
-        dist.all_gather(parts, given, group=self._group)
+        sent, parts = tensor.clone(), [torch.empty_like(tensor) for _ in range(self.world_size)]
+        dist.all_gather(parts, sent, group=self._group)
         copies = [part.clone() for part in parts]
-        in_use = [weakref.ref(t) for t in (given, *parts)]
-        del given, parts
+        in_use = [weakref.ref(t) for t in (sent, *parts)]
+        del sent, parts
         until = time.monotonic() + _RELEASE_SECONDS
-        time.sleep(_YIELD_SECONDS)  # also to a thread that holds a tensor of an earlier collective of DDP or FSDP2
+        time.sleep(_YIELD_SECONDS)  # also for threads that hold tensors of earlier collectives of DDP or FSDP2
         while any(ref() is not None for ref in in_use) and time.monotonic() < until:
             time.sleep(_YIELD_SECONDS)
         return copies
 
 
 def _rest() -> None:
-    """At the end of the process: threads that hold tensors of DDP or FSDP2 get Python's lock and give them back."""
+    """Waits before the process ends, so that threads can get Python's lock and release tensors of DDP or FSDP2."""
     time.sleep(_REST_SECONDS)
 
 
 def _world_size() -> int:
-    """Processes that a launcher started. Raises: ConfigError: WORLD_SIZE without what a launcher sets beside it."""
-    given = os.environ.get("WORLD_SIZE", "1") or "1"
-    if not given.isdigit():
-        raise ConfigError(f"the environment has WORLD_SIZE = {given!r}; expected a number of processes: unset it")
+    """Returns the number of processes that a launcher started.
+
+    Raises: ConfigError: WORLD_SIZE is set without the variables that a launcher sets with it.
+    """
+    value = os.environ.get("WORLD_SIZE", "1") or "1"
+    if not value.isdigit():
+        raise ConfigError(f"the environment has WORLD_SIZE = {value!r}; expected a number of processes: unset it")
     needed = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     missing = [name for name in needed if not os.environ.get(name)]
-    if int(given) > 1 and missing:
+    if int(value) > 1 and missing:
         raise ConfigError(
-            f"the environment has WORLD_SIZE = {given} without {', '.join(missing)}: unset it to train in one process,"
+            f"the environment has WORLD_SIZE = {value} without {', '.join(missing)}: unset it to train in one process,"
             " or start the processes with torchrun or accelerate launch"
         )
-    return int(given)
+    return int(value)
 
 
 def _one_device(name: str) -> torch.device:
@@ -119,7 +123,7 @@ def _one_device(name: str) -> torch.device:
 
 
 def _device_of_rank(name: str, on_cpu: bool) -> torch.device:
-    """The device of this process among several, by its place on the machine."""
+    """Returns the device of this process among several, by its number on the machine."""
     if name not in ("auto", "cpu", "cuda", "xpu", "mps"):
         raise ConfigError(f"model.device is {name!r} with several processes: use auto, one device a process")
     if on_cpu:

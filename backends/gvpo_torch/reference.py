@@ -1,6 +1,7 @@
 """The reference: the initial model, or the policy as it was when the reference was last renewed.
 
-Without LoRA it is a model of its own. With LoRA it is the policy's model, with its adapters off or as they were then.
+Without LoRA it is a separate model. With LoRA it is the policy's model, with adapters off or with their values at the
+last renewal.
 """
 
 import contextlib
@@ -14,28 +15,28 @@ from gvpo_torch.sharding import gathered_no_more
 
 
 def named_parameters(scorer: Scorer) -> dict[str, nn.Parameter]:
-    """By the names of the language model."""
+    """Returns the scorer's parameters by their names in the language model."""
     return {name.removeprefix("lm."): p for name, p in scorer.named_parameters()}
 
 
 class Reference:
-    """Of a policy."""
+    """The reference of a policy."""
 
     def __init__(self, scorer: Scorer, trained: Mapping[str, nn.Parameter], load: Callable[[], Scorer] | None) -> None:
         """
         Args:
-          scorer: the policy's.
-          trained: parameters by name.
-          load: makes the initial model; None: with LoRA, or where no reference is asked for.
+          scorer: the policy's scorer.
+          trained: the trained parameters by name.
+          load: loads the initial model. None: with LoRA, or if no reference is needed.
         """
         self.scorer, self.trained, self.load = scorer, trained, load
         self.model = load() if load is not None else None
-        self.adapters: dict[str, Tensor] = {}  # values of a renewed reference; empty: off
+        self.adapters: dict[str, Tensor] = {}  # values of a renewed reference; empty: adapters off
         self.renewed = False
 
     @contextlib.contextmanager
     def scoring(self) -> Iterator[Scorer]:
-        """The scorer that computes the reference's log-probs, within the block."""
+        """Yields the scorer that computes the reference's log-probs within the block."""
         if self.model is not None:
             yield self.model
         elif not self.adapters:
@@ -50,7 +51,7 @@ class Reference:
                 _write(self.scorer, self.trained, before)
 
     def renew(self) -> None:
-        """The present policy is the reference from now on."""
+        """Makes the current policy the reference."""
         if self.model is None:
             self.adapters = _copies(self.trained)
         else:
@@ -58,21 +59,21 @@ class Reference:
         self.renewed = True
 
     def tensors(self) -> dict[str, Tensor] | None:
-        """What a checkpoint keeps, by the names of what is trained; None: it is the initial model."""
+        """Returns the tensors for a checkpoint, by the names of trained parameters; None: it is the initial model."""
         return self._tensors() if self.renewed else None
 
     def _tensors(self) -> dict[str, Tensor]:
         if self.model is None:
             return self.adapters
-        held = named_parameters(self.model)
-        return {name: held[name] for name in self.trained}
+        parameters = named_parameters(self.model)
+        return {name: parameters[name] for name in self.trained}
 
     def room(self) -> dict[str, Tensor]:
-        """Tensors that a checkpoint of a renewed reference is read into."""
+        """Returns tensors into which a checkpoint of a renewed reference can be read."""
         return self._tensors() or {name: torch.empty_like(p, requires_grad=False) for name, p in self.trained.items()}
 
     def restored(self, values: dict[str, Tensor] | None) -> None:
-        """After `room` was filled, or where the checkpoint has no renewed reference (None)."""
+        """Takes the filled tensors of `room`; None: the checkpoint has no renewed reference."""
         if values is None and self.renewed:
             self.adapters, self.model = {}, self.load() if self.load is not None else None
         elif values is not None and self.model is None:

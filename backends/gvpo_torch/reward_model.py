@@ -1,6 +1,6 @@
-"""Training of a reward model on preference pairs, by the Bradley-Terry loss (Eq. 4).
+"""Trains a reward model on preference pairs with the Bradley-Terry loss (Eq. 4).
 
-A reward model is a decoder with one output at the last token, as transformers' *ForSequenceClassification has it: the
+A reward model is a decoder with one output at the last token, like transformers' *ForSequenceClassification. The
 built-in reward `reward_model` and transformers load what `save` writes.
 """
 
@@ -29,21 +29,21 @@ from gvpo_torch.ranks import Ranks
 from gvpo_torch.update import clip, make_optimizer, step
 from gvpo_torch.weights import without_bars
 
-TOLERANCE = 1e-3  # of a padded row's score to its own in a pass alone, in float32
-_HEAD = "score"  # transformers' name of the output layer of decoders
+TOLERANCE = 1e-3  # largest relative difference between a row's score in a padded batch and alone, in float32
+_HEAD = "score"  # transformers' name for the output layer of decoders
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Prompt and response as tokens, preferred and not."""
+    """Two rows of prompt and response as tokens: the preferred one and the other."""
 
     chosen: Tokens
     rejected: Tokens
-    margin: float = 0.0  # by which the chosen one's score should be higher at least
+    margin: float = 0.0  # smallest amount by which the score of `chosen` should be higher
 
     @property
     def width(self) -> int:
-        """Tokens of the longer one."""
+        """Tokens of the longer row."""
         return max(len(self.chosen), len(self.rejected))
 
 
@@ -51,11 +51,11 @@ class RewardModel:
     """A decoder with one output at the last token of a row."""
 
     def __init__(self, config: ModelConfig, *, seed: int = 0) -> None:
-        """Loads the model in float32. A new output layer begins with zeros: all scores are 0 then, and the loss log 2.
+        """Loads the model in float32. A new output layer starts with zeros: all scores are then 0, the loss log 2.
 
         Args:
           config: path, revision, device, and the dtype of products.
-        Raises: ConfigError: a model or device that cannot be used; weights that are no safetensors, or quantised.
+        Raises: ConfigError: a model or device that cannot be used; weights that are quantised or not in safetensors.
         """
         ranks = Ranks(config)
         if ranks.world_size > 1:
@@ -90,41 +90,44 @@ class RewardModel:
         self.model: Any = model.to(self.device).eval()  # without dropout
         text = hugging_face.text_config(model.config.to_dict())
         self.context = hugging_face.context(text)
-        if (rope := rope_by_length(text)) is not None:  # beyond it a row's frequencies are those of the longest one
+        if (rope := rope_by_length(text)) is not None:  # beyond it the longest row sets all frequencies
             self.context = min(self.context or rope.original, rope.original)
 
     def ids(self, prompt: Any, response: str) -> Tokens:
-        """Tokens of a row, as the built-in reward `reward_model` reads it."""
+        """Returns the tokens of a row, as the built-in reward `reward_model` reads it."""
         completion = response if isinstance(prompt, str) else [{"role": "assistant", "content": response}]
         return tuple(row_ids(self.tokenizer, prompt, completion))
 
     def scores(self, rows: Sequence[Tokens]) -> Tensor:
-        """(n,) float32. Rows are padded behind their end; each score is read at the row's own last token."""
+        """Returns (n,) float32. Rows are padded on the right; each score is read at the row's own last token."""
         width = max(map(len, rows))
-        ids, seen = torch.zeros((2, len(rows), width), dtype=torch.long)
+        ids, attention_mask = torch.zeros((2, len(rows), width), dtype=torch.long)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
-            seen[number, : len(row)] = 1
+            attention_mask[number, : len(row)] = 1
         last = torch.tensor([len(row) - 1 for row in rows], device=self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.compute_dtype == "bfloat16"):
-            states = self.model.base_model(input_ids=ids.to(self.device), attention_mask=seen.to(self.device))
+            states = self.model.base_model(input_ids=ids.to(self.device), attention_mask=attention_mask.to(self.device))
             hidden = states.last_hidden_state[torch.arange(len(rows), device=self.device), last]
             scores: Tensor = self.model.get_submodule(_HEAD)(hidden)
         return scores.float()[:, 0]
 
     @torch.no_grad()
     def check(self, rows: Sequence[Tokens]) -> None:
-        """Raises: ConfigError: padded rows do not have the scores that transformers gives to each of them alone."""
+        """Compares scores of padded rows with those that transformers gives to each row alone.
+
+        Raises: ConfigError: they differ.
+        """
         head, text = self.model.get_submodule(_HEAD).weight, self.model.config.get_text_config()
-        kept, padding = head.clone(), text.pad_token_id
-        nn.init.normal_(head)  # one of zeros shows nothing
+        head_values, pad_token_id = head.clone(), text.pad_token_id
+        nn.init.normal_(head)  # a head of zeros would hide differences
         text.pad_token_id = -1  # a row alone has no padding, and its last token may be the padding token
         try:
             together = self.scores(rows)
             alone = [self.model(input_ids=torch.tensor([row], device=self.device)).logits[0, 0] for row in rows]
         finally:
-            head.copy_(kept)
-            text.pad_token_id = padding
+            head.copy_(head_values)
+            text.pad_token_id = pad_token_id
         worst = float((together - torch.stack(alone).float()).abs().max() / (1 + together.abs().max()))
         if self.config.compute_dtype == "float32" and not worst <= TOLERANCE:
             raise ConfigError(
@@ -134,7 +137,7 @@ class RewardModel:
 
     @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair], tokens: int) -> tuple[float, float]:
-        """Loss of Eq. 4, nats, and the share of pairs in the right order; a tie counts half."""
+        """Returns the loss of Eq. 4, nats, and the share of pairs in the right order; a tie counts half."""
         losses, right = 0.0, 0.0
         for part in micro_batches(pairs, tokens):
             margins = self._margins(part)
@@ -147,8 +150,8 @@ class RewardModel:
         total = 0.0
         for part in micro_batches(pairs, tokens):
             margins = self._margins(part)
-            wanted = torch.tensor([pair.margin for pair in part], device=self.device)
-            loss = bradley_terry_loss(margins - wanted, torch.zeros_like(margins)) * (len(part) / len(pairs))
+            target_margins = torch.tensor([pair.margin for pair in part], device=self.device)
+            loss = bradley_terry_loss(margins - target_margins, torch.zeros_like(margins)) * (len(part) / len(pairs))
             loss.backward()
             total += float(loss.detach())
         return total
@@ -158,9 +161,9 @@ class RewardModel:
         return scores[0::2] - scores[1::2]
 
     def save(self, folder: Path) -> None:
-        """Writes a folder that transformers loads; it is there whole or not at all."""
+        """Writes a folder that transformers loads. The folder appears only when it is complete."""
         partial = folder.with_name(f".partial-{folder.name}")
-        shutil.rmtree(partial, ignore_errors=True)  # of a save that a kill ended
+        shutil.rmtree(partial, ignore_errors=True)  # left by a save that was killed
         make_synced(folder.parent)
         try:
             with without_bars(self.folder):
@@ -168,7 +171,7 @@ class RewardModel:
             AutoTokenizer.from_pretrained(**hugging_face.located(self.config)).save_pretrained(partial)
             sync_tree(partial)
             partial.rename(folder)
-        except BaseException:  # Ctrl-C or a full disk: no gigabytes stay behind under a hidden name
+        except BaseException:  # Ctrl-C or a full disk: leave no gigabytes behind under a hidden name
             shutil.rmtree(partial, ignore_errors=True)
             raise
         sync_folder(folder.parent)
@@ -176,7 +179,7 @@ class RewardModel:
 
 @contextlib.contextmanager
 def _without_report() -> Iterator[None]:
-    """Without transformers' table of weights that are missing or not used: `RewardModel` names what matters."""
+    """Hides transformers' table of missing and unused weights: `RewardModel` names those that matter."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
@@ -186,7 +189,7 @@ def _without_report() -> Iterator[None]:
 
 
 def micro_batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[Pair]]:
-    """The pairs, longest first, in parts of at most `tokens` tokens with padding; a longer pair is alone."""
+    """Splits the pairs, longest first, into parts of at most `tokens` tokens with padding. A longer pair is alone."""
     part: list[Pair] = []
     for pair in sorted(pairs, key=lambda pair: pair.width, reverse=True):
         if part and 2 * part[0].width * (len(part) + 1) > tokens:
@@ -200,12 +203,12 @@ def micro_batches(pairs: Sequence[Pair], tokens: int) -> Iterator[list[Pair]]:
 def train(
     model: RewardModel, pairs: Sequence[Pair], optimizer: OptimizerConfig, *, batch: int, epochs: int, seed: int = 0
 ) -> Iterator[tuple[int, float, float]]:
-    """AdamW over the pairs in a random order each epoch.
+    """Trains with AdamW on the pairs, in a new random order each epoch.
 
     Args:
-      batch: pairs a step; the last step of an epoch has what is left.
-      optimizer: micro_batch_tokens are those of a forward pass.
-    Yields: after each step its number from 1, the loss before it, nats, and the norm of the gradient before clipping.
+      batch: pairs per step; the last step of an epoch has the rest.
+      optimizer: its `micro_batch_tokens` limits the tokens of a forward pass.
+    Yields: after each step its number, from 1, the loss before it, nats, and the gradient's norm before clipping.
     Raises: FloatingPointError: a gradient that is not finite.
     """
     updates, done = epochs * -(-len(pairs) // batch), 0

@@ -1,4 +1,4 @@
-"""Several ranks share one model: a copy each (DDP), or parameters, gradients and moments in shards (FSDP2)."""
+"""One model on several ranks: a copy on each (DDP), or parameters, gradients and moments in shards (FSDP2)."""
 
 import contextlib
 from collections import OrderedDict
@@ -16,28 +16,28 @@ from gvpo_torch.model import Scorer
 
 
 def copies(scorer: Scorer, device: torch.device) -> nn.Module:
-    """The module to call in training on every rank of the default process group, each with a copy of the model."""
+    """Returns the module to call in training on every rank of the default process group; each rank has a copy."""
     devices = None if device.type == "cpu" else [device.index]
     ddp = nn.parallel.DistributedDataParallel
-    # Newer PyTorch has another name for it.
+    # Newer PyTorch has another name for the option.
     synced = "forward_sync_buffers" if "forward_sync_buffers" in signature(ddp).parameters else "broadcast_buffers"
-    more: dict[str, Any] = {synced: False}
-    return ddp(scorer, device_ids=devices, gradient_as_bucket_view=True, **more)
+    options: dict[str, Any] = {synced: False}
+    return ddp(scorer, device_ids=devices, gradient_as_bucket_view=True, **options)
 
 
 def shard(scorer: Scorer, device: torch.device) -> None:
-    """`cut`, and the inspection of the head, which needs the weights; every rank calls."""
+    """Calls `cut`, then inspects the head, which needs the weights. Every rank must call it."""
     cut(scorer, device)
     scorer.inspect_head()
     gathered_no_more(scorer)
 
 
 def cut(scorer: Scorer, device: torch.device) -> None:
-    """Shards parameters over all ranks with `fully_shard`, a group a decoder layer and one for the rest.
+    """Shards parameters over all ranks with `fully_shard`: one group for each decoder layer, and one for the rest.
 
-    Linear layers that autocast computes in 16 bits are gathered in that dtype, the cast that autocast would make after
-    the gather; the other parameters keep theirs. Gradients are reduced in float32. So the step is that of one process.
-    Of weights that are not read yet, each rank reads the rows of its shards.
+    Linear layers that autocast computes in 16 bits are gathered in that dtype: autocast would make the same cast after
+    the gather. Other parameters keep their dtype. Gradients are reduced in float32. So the step is that of one process.
+    If weights are not read yet, each rank reads the rows of its shards.
 
     Raises: RuntimeError: the model, or one of its layers, is not an FSDPModule afterwards.
     """
@@ -51,13 +51,13 @@ def cut(scorer: Scorer, device: torch.device) -> None:
     for layer in layers:
         wide = (m for m in layer.modules() if type(m) is nn.Linear and m.weight.dtype != scorer.dtype)
         linear: list[nn.Module] = [*wide]
-        if linear and not scorer.adapted:  # adapters compute on weights outside their layers' forward
+        if linear and not scorer.adapted:  # adapters use weights outside the forward pass of their layers
             fully_shard(linear, mesh=mesh, mp_policy=half)
         fully_shard(layer, mesh=mesh, mp_policy=full)
     fully_shard(scorer, mesh=mesh, mp_policy=full)
-    if whole := [type(module).__name__ for module in (scorer, *layers) if not is_sharded(module)]:
+    if missed := [type(module).__name__ for module in (scorer, *layers) if not is_sharded(module)]:
         raise RuntimeError(
-            f"fully_shard left {whole[0]} whole ({len(whole)} of {1 + len(layers)} modules); expected FSDPModule"
+            f"fully_shard left {missed[0]} whole ({len(missed)} of {1 + len(layers)} modules); expected FSDPModule"
         )
     fill(scorer, values, device)
     for method in ("inspect_head", "own_logits"):
@@ -70,17 +70,17 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def gathered_no_more(module: nn.Module) -> None:
-    """Frees what an earlier pass without gradients left gathered: it is stale once shards are written."""
+    """Frees parameters that an earlier pass without gradients left gathered. They are stale once shards are written."""
     if isinstance(module, FSDPModule):
         module.reshard()
 
 
 @contextlib.contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """Gathers all parameters once, for passes as of a model that is not sharded; every rank enters and leaves.
+    """Gathers all parameters once, for passes like those of an unsharded model. Every rank must enter and leave.
 
     Inside there is no collective: a rank may call the model more often than others, fail alone, and capture graphs.
-    Gradients are taken with `torch.autograd.grad`, by the parameters that the modules have inside.
+    Take gradients with `torch.autograd.grad`, for the parameters that the modules have inside the block.
     """
     parts: list[Any] = [part for part in module.modules() if isinstance(part, FSDPModule)]
     for part in parts:
@@ -95,7 +95,10 @@ def gathered(module: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_hooks(parts: Sequence[nn.Module]) -> Iterator[None]:
-    """FSDP2's hooks gather and free parameters around each forward pass, and order streams, which no graph may hold."""
+    """Removes FSDP2's hooks, which no graph may hold.
+
+    They gather and free parameters around each forward pass, and order streams.
+    """
     before = [(part, name, getattr(part, name)) for part in parts for name in ("_forward_pre_hooks", "_forward_hooks")]
     try:
         for part, name, hooks in before:

@@ -1,6 +1,6 @@
 """Channels from the policy's device to the workers of a vLLM server: NCCL, CUDA IPC, and TCP.
 
-NCCL and IPC are the trainer's ends of vLLM's own engines of these names, written from the sources of vLLM 0.32.
+NCCL and IPC are the trainer's side of vLLM's engines of the same names, written from the sources of vLLM 0.32.
 """
 
 import base64
@@ -21,13 +21,13 @@ _LOOK_EVERY = 1e-3  # seconds
 
 
 def channel(kind: str, device: torch.device, world_size: int) -> Channel:
-    """A channel that is not open yet.
+    """Returns a channel that is not open yet.
 
     Args:
       kind: nccl, ipc or tcp.
-      device: of the policy.
+      device: device of the policy.
       world_size: ranks of the run.
-    Raises: ConfigError: a device or a number of ranks that the channel does not serve, or vLLM is missing.
+    Raises: ConfigError: the channel does not support the device or the number of ranks, or vLLM is missing.
     """
     if kind == "tcp":
         return TCP(as_bytes)
@@ -47,13 +47,13 @@ def channel(kind: str, device: torch.device, world_size: int) -> Channel:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor in row-major order, in the host's memory."""
+    """Returns the bytes of a tensor in row-major order, in the host's memory."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(cast(Any, flat.view(torch.uint8).numpy()))
 
 
 def _nccl_group() -> Any:
-    """vLLM's function that makes a communicator of processes which share no process group of torch."""
+    """Returns vLLM's function that makes a communicator of processes without a process group of torch."""
     try:
         from vllm.distributed.weight_transfer.nccl_common import stateless_init_process_group
     except ImportError as error:
@@ -109,7 +109,7 @@ class NCCL:
                 time.sleep(_LOOK_EVERY)
 
     def _enqueue(self, tensor: Tensor) -> Any:
-        """Starts a broadcast. Returns: what says whether it has ended."""
+        """Starts a broadcast. Returns: a function that says whether it has ended."""
         with torch.cuda.device(self._device):
             stream, event = torch.cuda.current_stream(), torch.cuda.Event()
             self._group.broadcast(tensor, src=0, stream=stream)  # type: ignore[attr-defined]
@@ -146,11 +146,11 @@ class IPC:
         """See `Channel`."""
 
     def parts(self, tensors: Iterator[tuple[str, Tensor]]) -> Iterator[Part]:
-        """See `Channel`. The server copies what it gets before the next part is written over it."""
+        """See `Channel`. The server copies a part before the next part is written over it."""
         self._allocate(PART_BYTES)
         part, used = list[tuple[str, Tensor]](), 0
         for name, tensor in tensors:
-            # A worker cuts the buffer without gaps: numbers of one size keep to their alignment.
+            # A worker cuts the buffer without gaps: a part has one dtype, so that its numbers stay aligned.
             if part and (used + tensor.nbytes > len(self._buffer) or tensor.dtype != part[0][1].dtype):
                 yield self._part(part)
                 part, used = [], 0
@@ -169,12 +169,12 @@ class IPC:
         return Part(described(part) | sizes, lambda watch: None)
 
     def _allocate(self, size: int) -> None:
-        """Another buffer and its handle, which a worker opens once."""
+        """Makes a new buffer and its handle, which a worker opens once."""
         self._buffer = torch.empty(size, dtype=torch.uint8, device=self._device)
         self._handle = base64.b64encode(pickle.dumps(self._shared(self._buffer))).decode()
 
     def _shared(self, buffer: Tensor) -> dict[str, Any]:
-        """The handle by the GPU's id."""
+        """Returns the handle under the GPU's UUID."""
         from torch.multiprocessing.reductions import reduce_tensor
 
         return {str(torch.cuda.get_device_properties(self._device).uuid): reduce_tensor(buffer)[1]}

@@ -19,11 +19,11 @@ from gvpo_torch.ranks import Ranks
 
 Score = Callable[[layout.Arrays, bool], Tensor]
 
-_PIECE = 1024  # elements of a gradient whose squares are summed in its own dtype, or in float32
+_PIECE = 1024  # elements of a gradient whose squares are summed together, in float32 or wider
 
 
 def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the parameters that need gradients; weight decay on matrices alone."""
+    """Returns AdamW over the parameters that need gradients. Weight decay applies to matrices only."""
     trained = [p for p in module.parameters() if p.requires_grad]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
@@ -39,7 +39,7 @@ def make_optimizer(module: nn.Module, config: OptimizerConfig) -> torch.optim.Op
 
 
 def step(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """AdamW's step at learning rate `rate`; afterwards there are no gradients."""
+    """Takes an optimizer step at learning rate `rate`, then clears the gradients."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     optimizer.step()
@@ -50,7 +50,7 @@ class Backward:
     """The backward passes of one step: sums gradients over micro-batches and ranks."""
 
     def __init__(self, score: Score, trained: nn.Module, world_size: int) -> None:
-        """`trained`: the module that DDP or FSDP2 prepared; it averages over ranks, so losses are scaled up."""
+        """`trained`: the module prepared by DDP or FSDP2. They average over ranks, so losses are scaled up."""
         self.score, self.trained, self.world_size = score, trained, world_size
         self.tokens = 0
 
@@ -62,21 +62,21 @@ class Backward:
         passes: int,
         recomputing: Callable[[], contextlib.AbstractContextManager[Any]],
     ) -> np.ndarray:
-        """All micro-batches of whole groups forward, coefficients, then all backward, the last one first.
+        """Runs all micro-batches of whole groups forward, makes coefficients, then runs them backward, last one first.
 
-        Of all but the last only the inputs of layers are held, and their layers are computed again.
+        All micro-batches but the last keep only the inputs of their layers, which are recomputed in the backward pass.
 
         Args:
-          passes: at least len(micro); empty ones keep step with other ranks.
-          recomputing: a context in which a forward pass holds the inputs of layers alone.
+          passes: at least len(micro). The passes beyond it are empty and match passes of other ranks.
+          recomputing: makes a context in which a forward pass keeps only the inputs of layers.
         Returns: (N,) float64 log-probs of the rows in `micro`, NaN elsewhere.
         """
-        held = []
+        pending = []
         for number in range(passes):
             arrays = layout.arrays(batch, micro[number]) if number < len(micro) else EMPTY
             with contextlib.nullcontext() if number == len(micro) - 1 else recomputing():
-                held.append((arrays, self.forward(arrays, False)))
-        current = held[: len(micro)]
+                pending.append((arrays, self.forward(arrays, False)))
+        current = pending[: len(micro)]
         logprobs, factors = np.full(len(batch), np.nan), np.zeros(max(1, len(batch)))
         if current:  # one wait for the device
             values = torch.cat([values.detach() for _, values in current]).cpu().numpy()
@@ -85,13 +85,13 @@ class Backward:
                 logprobs[arrays.responses] = arrays.sums(part)
             rows = np.concatenate([arrays.responses for arrays, _ in current])
             factors[rows] = factors_of(coefficients, logprobs[rows], rows)
-        while held:
-            arrays, sums = held.pop()
+        while pending:
+            arrays, sums = pending.pop()
             self.backward(sums, np.zeros(1) if arrays is EMPTY else factors[arrays.responses], arrays)
         return logprobs
 
     def known(self, batch: Batch, micro: Sequence[Sequence[Row]], weights: np.ndarray, passes: int) -> np.ndarray:
-        """Backward of -sum weights_i log pi_i in `passes` passes, the last ones empty where `micro` is shorter.
+        """Adds the gradient of -sum weights_i log pi_i, in `passes` passes; those beyond len(micro) are empty.
 
         Returns: (N,) float64 log-probs of the rows in `micro`, NaN elsewhere.
         """
@@ -109,18 +109,18 @@ class Backward:
         return logprobs
 
     def forward(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
-        """(n,) log-probabilities of a micro-batch's own tokens, differentiable; counts its tokens."""
+        """Returns (n,) differentiable log-probabilities of a micro-batch's response tokens, and counts its tokens."""
         self.tokens += arrays.ids.size
         return self.score(arrays, reduces)
 
     def backward(self, values: Tensor, factors: np.ndarray, arrays: layout.Arrays) -> None:
         """Adds the gradient of -sum_i c_i log pi_i, with c = `factors` of the micro-batch's responses."""
         per_token = torch.from_numpy(arrays.spread(factors) * -self.world_size)
-        # As the gradient of the output, not as a loss: no product is kept, and 0 factors give exact zeros.
+        # Passed as the gradient of the output, not in a loss: no product is kept, and factors of 0 give exact zeros.
         values.backward(per_token.to(values))
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager[None]:
-        # FSDP2 reduces at every pass: its gradients stay sharded, which is what it is used for.
+        # FSDP2 reduces at every pass, so that gradients stay sharded.
         if isinstance(self.trained, nn.parallel.DistributedDataParallel) and not last:
             return self.trained.no_sync()
         return contextlib.nullcontext()
@@ -128,7 +128,10 @@ class Backward:
 
 @contextlib.contextmanager
 def in_step(ranks: Ranks, scorer: Scorer, device: torch.device) -> Iterator[Any]:
-    """Of a sharded model: the scorer to call without gradients. Every rank must call it as often: some for nothing."""
+    """Yields the forward pass of a sharded scorer, for calls without gradients.
+
+    Every rank must make the same number of calls, so ranks that finish first make empty ones.
+    """
 
     def forward(*args: Any, **options: Any) -> Tensor:
         ranks.most(1)
@@ -141,7 +144,7 @@ def in_step(ranks: Ranks, scorer: Scorer, device: torch.device) -> Iterator[Any]
 
 
 def most_passes(ranks: Ranks, passes: Sequence[int]) -> list[int]:
-    """Of each round of passes the most that any rank has; FSDP2 gathers and reduces in each."""
+    """Returns the largest number of passes of any rank, for each round; FSDP2 gathers and reduces in every pass."""
     rounds = ranks.most(len(passes))
     padded = np.zeros(rounds, np.int64)
     padded[: len(passes)] = passes
@@ -149,13 +152,13 @@ def most_passes(ranks: Ranks, passes: Sequence[int]) -> list[int]:
     return most
 
 
-EMPTY = layout.arrays(Batch([(0,)], [(0,)], [0]), [Row((0,), (0,), 1)])  # a pass that only keeps step with other ranks
+EMPTY = layout.arrays(Batch([(0,)], [(0,)], [0]), [Row((0,), (0,), 1)])  # an empty pass, to match one of another rank
 
 
 def clip(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> float:
-    """Scales gradients down to norm `limit` (0: never) and returns the norm before, over all parameters and ranks.
+    """Scales gradients down to norm `limit` (0: never). Returns the norm before, over all parameters and ranks.
 
-    Raises: FloatingPointError: naming the parameters whose gradient is not finite.
+    Raises: FloatingPointError: a gradient is not finite; the message names the parameters.
     """
     gradients = [(name, p.grad) for name, p in named if p.grad is not None]
     squares = sums_of_squares([gradient for _, gradient in gradients])
@@ -173,17 +176,17 @@ def clip(named: Iterable[tuple[str, nn.Parameter]], limit: float) -> float:
 
 
 def sums_of_squares(gradients: Sequence[Tensor]) -> list[float]:
-    """Of each gradient, over all ranks that hold a part of it; where gradients are sharded every rank calls.
+    """Returns each gradient's sum of squares, over all ranks that hold a part of it. With shards every rank must call.
 
-    Pieces of 1,024 elements are summed in float32 or wider, their sums in float64: on CPU torch adds the squares of a
+    Sums pieces of 1,024 elements in float32 or wider, and their sums in float64: on CPU torch adds the squares of a
     float32 tensor one after the other, which is 1.5 % off at 28 million elements.
     """
-    alike: dict[Any, list[int]] = {}  # device, and how it is sharded -> gradients that are reduced together
+    by_layout: dict[Any, list[int]] = {}  # (device, mesh, placements) -> gradients that are reduced together
     for i, gradient in enumerate(gradients):
         mesh, placements = getattr(gradient, "device_mesh", None), getattr(gradient, "placements", ())
-        alike.setdefault((gradient.device, mesh, placements), []).append(i)
+        by_layout.setdefault((gradient.device, mesh, placements), []).append(i)
     result = [0.0] * len(gradients)
-    for (_, mesh, placements), members in alike.items():
+    for (_, mesh, placements), members in by_layout.items():
         local = [cast(Any, g).to_local() if mesh is not None else g for g in (gradients[i] for i in members)]
         sums = torch.stack([_sum_of_squares(part) for part in local])
         if mesh is not None:
@@ -197,16 +200,16 @@ def sums_of_squares(gradients: Sequence[Tensor]) -> list[float]:
 
 
 def _sum_of_squares(values: Tensor) -> Tensor:
-    """(), float64, by pieces."""
+    """Returns (), float64, summed in pieces."""
     flat = values.detach().reshape(-1)
     pieces = len(flat) - len(flat) % _PIECE
     wide = torch.promote_types(flat.dtype, torch.float32)
     norms = torch.linalg.vector_norm(flat[:pieces].view(-1, _PIECE), dim=1, dtype=wide)
     norms = torch.cat([norms, torch.linalg.vector_norm(flat[pieces:], dtype=wide).reshape(1)])
-    norms = norms.cpu() if norms.device.type == "mps" else norms  # which has no float64
+    norms = norms.cpu() if norms.device.type == "mps" else norms  # MPS has no float64
     return norms.double().square().sum()
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor in full, gathered from the ranks where it is sharded."""
+    """Returns the full tensor, gathered from all ranks if it is sharded."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
