@@ -177,7 +177,7 @@ def without_peft_warnings() -> Iterator[None]:
     """Silences warnings of peft that do not apply to adapters made here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 uses a deprecated name of transformers
-        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # peft's, for unadapted experts
+        warnings.filterwarnings("ignore", "The following (rank|alpha)_pattern keys")  # about unadapted experts
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False")  # peft sets what GPT-2's layers need
         yield
 

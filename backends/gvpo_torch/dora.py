@@ -13,7 +13,7 @@ class Dora:
     """peft's LoRA variant of a layer, with another forward pass."""
 
     def __init__(self, variant: Any) -> None:
-        self.variant = variant  # peft's
+        self.variant = variant  # peft's variant
 
     def __getattr__(self, name: str) -> Any:  # merging and everything else
         if name.startswith("__"):  # `copy` asks for them before `variant` is set

@@ -157,7 +157,7 @@ def _prefill(
 
 
 def _pass(scorer: Scorer, forward: Forward, part: Part, device: torch.device) -> tuple[Tensor, Any, Tensor | None]:
-    """Returns logits after the prompts, their cache and its mask, see `Prefilled`. Computes only what is not kept."""
+    """Returns logits after the prompts, their cache and mask, see `Prefilled`. Computes only tokens not kept yet."""
     width = max(map(len, part.prompts))
     ids = np.zeros((len(part.prompts), width), dtype=np.int64)
     mask = np.zeros((len(part.prompts), width), dtype=bool)

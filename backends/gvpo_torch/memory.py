@@ -62,7 +62,7 @@ def cache_tokens(scorer: Scorer, device: torch.device) -> int:
     sizes = shape(scorer) or {"layers": 32, "kv_heads": 1, "head_dim": 4096}
     token = 2 * sizes["layers"] * sizes["kv_heads"] * sizes["head_dim"] * scorer.dtype.itemsize
     free = CPU_CACHE_BYTES
-    if device.type == "cuda":  # what the caching allocator has reserved and does not use is free as well
+    if device.type == "cuda":  # memory that the caching allocator has reserved and does not use is free too
         idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = (torch.cuda.mem_get_info(device)[0] + idle) // 2
     return max(1, free // (2 * token))  # growing a cache or dropping rows holds a layer twice

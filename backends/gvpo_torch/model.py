@@ -302,7 +302,7 @@ def train_padding_row(lm: nn.Module) -> None:
 
 
 def _exact(lm: LanguageModel) -> None:
-    """Switches off what would make training differ from scoring: dropout, layer drop, embedding rows left untrained.
+    """Switches off all that makes training differ from scoring: dropout, layer drop, embedding rows left untrained.
 
     Dropout matters although the model stays in evaluation mode: `checkpointing` puts single layers into training mode.
     """
