@@ -26,7 +26,7 @@ class NotDeferred(Exception):
 class Deferred(Tensor):
     """A tensor without values that records how they are computed; `rows` computes them."""
 
-    get_rows: "Callable[[int | None, int | None], Tensor]"  # (first row, last row + 1) -> these rows; None: all
+    made: "Callable[[int | None, int | None], Tensor]"  # (first row, last row + 1) -> these rows; None: all
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -47,7 +47,7 @@ class Deferred(Tensor):
     def rows(self, first: int | None = None, end: int | None = None) -> Tensor:
         """Returns rows `first` to `end` - 1, by default all. Reads other rows from the files only if it must."""
         with torch._C.DisableTorchFunctionSubclass():
-            return self.get_rows(first, end)
+            return self.made(first, end)
 
 
 def _dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None:
@@ -58,11 +58,11 @@ def _dtype(args: Sequence[Any], kwargs: Mapping[str, Any]) -> torch.dtype | None
 
 def _record(result: Any, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     if isinstance(result, Deferred):
-        result.get_rows = _row_function(result, func, args, kwargs)
+        result.made = _row_function(result, func, args, kwargs)
     elif isinstance(result, (tuple, list)):
         for number, part in enumerate(result):
             if isinstance(part, Deferred):
-                part.get_rows = _part_function(number, func, args, kwargs)
+                part.made = _part_function(number, func, args, kwargs)
 
 
 def _part_function(number: int, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Callable[..., Tensor]:
@@ -77,14 +77,14 @@ def _row_function(result: Tensor, func: Any, args: Sequence[Any], kwargs: Mappin
     source = args[0] if args else None
     if isinstance(source, Deferred):
         if func is Tensor.to:
-            return lambda first, end: source.get_rows(first, end).to(result.dtype)
+            return lambda first, end: source.made(first, end).to(result.dtype)
         if func in _AS_THEY_ARE or (func is Tensor.__getitem__ and args[1] is Ellipsis):
-            return source.get_rows
+            return source.made
     dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
     if func is torch.stack and dim == 0:
         return lambda first, end: torch.stack([_loaded(part) for part in list(source or kwargs["tensors"])[first:end]])
     if func is torch.cat and dim % result.ndim:
-        return lambda first, end: torch.cat([part.get_rows(first, end) for part in source or kwargs["tensors"]], dim)
+        return lambda first, end: torch.cat([part.made(first, end) for part in source or kwargs["tensors"]], dim)
 
     def computed(first: int | None, end: int | None) -> Tensor:
         value = _computed(func, args, kwargs)
@@ -96,7 +96,7 @@ def _row_function(result: Tensor, func: Any, args: Sequence[Any], kwargs: Mappin
 def _loaded(value: Any) -> Any:
     """Returns `value` with its deferred tensors replaced by their values."""
     if isinstance(value, Deferred):
-        return value.get_rows(None, None)
+        return value.made(None, None)
     if isinstance(value, (list, tuple)):
         return type(value)(_loaded(part) for part in value)
     return value
@@ -146,7 +146,7 @@ def from_files(kind: Any, folder: Path, **options: Any) -> tuple[nn.Module, Any]
 def _of_file(name: str, tensor: weight_files.Tensor, file: Any) -> Deferred:
     empty = torch.empty(tensor.shape, dtype=DTYPES[tensor.dtype], device="meta").as_subclass(Deferred)
     read = lambda first, end: file.get_tensor(name) if first is None else file.get_slice(name)[first:end]
-    empty.get_rows = read
+    empty.made = read
     return empty
 
 
