@@ -12,13 +12,13 @@ from torch import Tensor, nn
 class Dora:
     """peft's LoRA variant of a layer, with another forward pass."""
 
-    def __init__(self, variant: Any) -> None:
-        self.variant = variant  # peft's variant
+    def __init__(self, own: Any) -> None:
+        self.own = own  # peft's variant
 
     def __getattr__(self, name: str) -> Any:  # merging and everything else
-        if name.startswith("__"):  # `copy` asks for them before `variant` is set
+        if name.startswith("__"):  # `copy` asks for them before `own` is set
             raise AttributeError(name)
-        return getattr(self.variant, name)
+        return getattr(self.own, name)
 
     def forward(self, module: Any, *, active_adapter: str, x: Tensor, result: Tensor, **options: Any) -> Tensor:
         """Returns m / |W + s B A| (W x + s B A x) + b; `result` is W x + b, the norm a constant (arXiv 2402.09353)."""
