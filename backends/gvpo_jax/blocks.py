@@ -1,8 +1,8 @@
-"""Attention of rows by a Pallas kernel for TPUs: no scores in memory, and no block of them without a visible pair.
+"""Attention within rows by a Pallas kernel for TPUs. It stores no scores and skips blocks without a visible pair.
 
-JAX's splash attention cannot express this mask: its segments must be equal, where here a token also sees those that
-its own continues, and its results of several masks cannot be differentiated together. In all kernels keys are along the
-first axis of a block and queries along the second, so that a query's maximum, sum and segment are rows of numbers.
+JAX's splash attention cannot express this mask. It needs equal segments; here a token also sees the segments that its
+own segment continues. Its results for several masks cannot be differentiated together either. In all kernels, a block
+has keys along the first axis and queries along the second, so a query's maximum, sum and segment are rows of numbers.
 """
 
 import math
@@ -21,31 +21,31 @@ from jax.sharding import Mesh, PartitionSpec
 from gvpo_jax.block_pairs import FIRST, LAST, PADDING, REAL, WHOLE, blocks_of, kinds, pairs
 from gvpo_jax.mesh import BATCH, fitting, is_tpu, parts, tensor_axes
 
-NARROWEST = 256  # tokens of a row: below there is little to skip
-MOST_PAIRS = 2**17  # of blocks, in all rows of a device: they are in its scalar memory
-_HIDDEN = -1e30  # a score that no query's maximum is
+NARROWEST = 256  # tokens of a row; shorter rows have little to skip
+MOST_PAIRS = 2**17  # of blocks, in all rows of a device; their codes are in its scalar memory
+_HIDDEN = -1e30  # lower than any query's maximum score
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the kernels are compiled for beside the shapes of their arguments."""
+    """What the kernels are compiled for, besides the shapes of their arguments."""
 
     mesh: Mesh
-    heads: Any  # axes of the mesh that heads are split over
+    heads: Any  # mesh axes over which heads are split
     block: int  # tokens
     scale: float
     cap: float | None
-    windowed: bool  # some layer does not see all tokens before
-    interpret: bool  # on a device that is no TPU, in tests
+    windowed: bool  # some layer has a sliding window
+    interpret: bool  # for tests on devices other than TPUs
 
 
 def block_size(length: int) -> int:
-    """Tokens of a block in rows of `length` tokens: small ones are skipped more often, large ones are faster."""
+    """Tokens per block, for rows of `length` tokens. Small blocks are skipped more often, large ones are faster."""
     return 128 if length <= 512 else 256 if length <= 2048 else 512
 
 
 def fits(mesh: Mesh, rows: int, length: int) -> bool:
-    """Whether rows of this shape go through the kernel."""
+    """Whether the kernel can process rows of this shape."""
     shards, n = parts(mesh, BATCH), -(-length // block_size(length))
     return length >= NARROWEST and rows % shards == 0 and rows // shards * (n * (n + 1) // 2) <= MOST_PAIRS
 
@@ -64,12 +64,12 @@ def attend(
     cap: float | None,
     windowed: bool,
 ) -> Array:
-    """Softmax-weighted values of the tokens that each token sees, as `model.attention` says.
+    """Returns the softmax-weighted values of the tokens that each token sees, as defined in `model.attention`.
 
     Args:
       q: (B, T, heads, width); k, v: (B, T, key heads, width).
-      positions, segments, last: (B, T) int32, see `model.attention`; segments rise along a row, but for -1 at its end.
-      window: () int32, tokens that a token sees back; read if `windowed`.
+      positions, segments, last: (B, T) int32, see `model.attention`. Segments rise along a row; padding is -1.
+      window: () int32, size of the sliding window in tokens; used only if `windowed`.
     Returns: (B, T, heads, width).
     """
     length, heads, key_heads = q.shape[1], q.shape[2], k.shape[2]
@@ -80,8 +80,8 @@ def attend(
     block = block_size(length)
     axes = fitting(mesh, over, math.gcd(heads, k.shape[2]))
     kernel = Kernel(mesh, axes, block, scale, cap, windowed, not is_tpu(mesh))
-    more = -length % block
-    pad = lambda x, value=0: jnp.pad(x, ((0, 0), (0, more), *((0, 0),) * (x.ndim - 2)), constant_values=value)
+    padding = -length % block
+    pad = lambda x, value=0: jnp.pad(x, ((0, 0), (0, padding), *((0, 0),) * (x.ndim - 2)), constant_values=value)
     ends = (pad(jnp.where(segments < 0, PADDING, x), PADDING) for x in (segments, last))
     out = _attend(kernel, pad(q), pad(k), pad(v), *ends, pad(positions), window)
     return out[:, :length]
@@ -102,7 +102,7 @@ def _scores(kernel: Kernel, q: Array, k: Array) -> Array:
 
 
 def _sees(kernel: Kernel, code: Array, window: Any, tokens: Any) -> Array:
-    """(keys, queries) bool of a pair of blocks."""
+    """Returns the (keys, queries) bool mask of a pair of blocks."""
     i, j = blocks_of(code)
     sees = tokens["query_segments"][...] <= tokens["key_last"][...]
     shape = (kernel.block, kernel.block)
@@ -114,14 +114,14 @@ def _sees(kernel: Kernel, code: Array, window: Any, tokens: Any) -> Array:
 
 
 def _each(code: Array, body: Callable[[bool], None]) -> None:
-    """Runs the body with a mask where the pair of blocks needs one."""
+    """Runs `body`, with a mask if some pairs of tokens in the blocks are hidden."""
     pl.when(code & (REAL | WHOLE) == REAL)(lambda: body(True))
     pl.when(code & WHOLE > 0)(lambda: body(False))
 
 
-def _forward_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any, out: Any, kept: Any) -> None:
-    code = codes[pl.program_id(0) * most + pl.program_id(2)]
-    highest, total, mixed = kept
+def _forward_kernel(kernel: Kernel, slots: int, codes: Any, window: Any, refs: Any, out: Any, scratch: Any) -> None:
+    code = codes[pl.program_id(0) * slots + pl.program_id(2)]
+    highest, total, mixed = scratch
 
     @pl.when(code & FIRST > 0)
     def _() -> None:
@@ -149,20 +149,20 @@ def _forward_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: An
 
 
 def _gradients(kernel: Kernel, code: Array, window: Any, refs: Any, masked: bool) -> tuple[Array, Array]:
-    """(keys, queries) shares of the softmax, and the gradient of the scores before their scale and cap."""
+    """Returns (keys, queries) softmax weights, and the gradient of the scores before scale and cap."""
     scores = _scores(kernel, refs["q"][...], refs["k"][...])
     shares = jnp.exp(scores - refs["normaliser"][...])
     if masked:
         shares = jnp.where(_sees(kernel, code, window, refs), shares, 0.0)
-    gradient = shares * (_product(refs["v"][...], refs["above"][...], 1, 1) - refs["mean"][...])
+    gradient = shares * (_product(refs["v"][...], refs["out_gradient"][...], 1, 1) - refs["mean"][...])
     if kernel.cap is not None:
         gradient = gradient * (1.0 - (scores / kernel.cap) ** 2)
     return shares, gradient * kernel.scale
 
 
-def _query_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any, out: Any, kept: Any) -> None:
-    code = codes[pl.program_id(0) * most + pl.program_id(2)]
-    (total,) = kept
+def _query_kernel(kernel: Kernel, slots: int, codes: Any, window: Any, refs: Any, out: Any, scratch: Any) -> None:
+    code = codes[pl.program_id(0) * slots + pl.program_id(2)]
+    (total,) = scratch
 
     @pl.when(code & FIRST > 0)
     def _() -> None:
@@ -180,29 +180,29 @@ def _query_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any,
         out[0][...] = total[...].T.astype(out[0].dtype)
 
 
-def _key_kernel(kernel: Kernel, most: int, codes: Any, window: Any, refs: Any, out: Any, kept: Any) -> None:
-    code, member = codes[pl.program_id(0) * most + pl.program_id(2)], pl.program_id(3)
+def _key_kernel(kernel: Kernel, slots: int, codes: Any, window: Any, refs: Any, out: Any, scratch: Any) -> None:
+    code, member = codes[pl.program_id(0) * slots + pl.program_id(2)], pl.program_id(3)
 
     @pl.when((code & FIRST > 0) & (member == 0))
     def _() -> None:
-        for total in kept:
+        for total in scratch:
             total[...] = jnp.zeros_like(total)
 
     def body(masked: bool) -> None:
-        q, above = refs["q"][...], refs["above"][...]
+        q, out_gradient = refs["q"][...], refs["out_gradient"][...]
         shares, gradient = _gradients(kernel, code, window, refs, masked)
-        kept[0][...] += _product(gradient.astype(q.dtype), q, 1, 0)
-        kept[1][...] += _product(shares.astype(above.dtype), above, 1, 0)
+        scratch[0][...] += _product(gradient.astype(q.dtype), q, 1, 0)
+        scratch[1][...] += _product(shares.astype(out_gradient.dtype), out_gradient, 1, 0)
 
     _each(code, body)
 
     @pl.when((code & LAST > 0) & (member == pl.num_programs(3) - 1))
     def _() -> None:
-        for one, total in zip(out, kept, strict=True):
-            one[...] = total[...].astype(one.dtype)
+        for result, total in zip(out, scratch, strict=True):
+            result[...] = total[...].astype(result.dtype)
 
 
-# -- calls, of what one device holds: q, k, v (B, heads, T, width)
+# -- calls on the arrays of one device: q, k, v (B, heads, T, width)
 
 
 def _call(
@@ -217,22 +217,23 @@ def _call(
     *,
     by_key: bool = False,
 ) -> list[Array]:
-    """Runs a kernel over the visible pairs of blocks of every row and head.
+    """Runs a kernel over the visible pairs of blocks in every row and head.
 
     Args:
-      out: shapes and dtypes of the results, whose names say as those of `arrays` which of their blocks is at hand.
+      arrays, out: inputs, and shapes and dtypes of the results. The name decides whether a block is read or written at
+        the query's or at the key's place.
     """
     block, rows, heads = kernel.block, of_blocks.shape[0], arrays["q"].shape[1]
     key_heads = arrays["k"].shape[1]
     group = heads // key_heads
-    codes, most_here = pairs(of_blocks, by_key=by_key)
-    most = codes.shape[0] // rows
+    codes, longest_list = pairs(of_blocks, by_key=by_key)
+    slots = codes.shape[0] // rows  # codes per row
 
     def spec(name: str, shape: tuple[int, ...]) -> pl.BlockSpec:
         of_key = name in ("k", "v") or name.startswith("key_")
 
         def at(b: Array, h: Array, p: Array, *others: Any) -> tuple[Any, ...]:
-            i, j = blocks_of(others[-2][b * most + p])
+            i, j = blocks_of(others[-2][b * slots + p])
             place = j if of_key else i
             if len(shape) == 3:
                 return (b, place, 0) if of_key else (b, 0, place)
@@ -247,9 +248,9 @@ def _call(
 
     def run(codes_ref: Any, window_ref: Any, *refs: Any) -> None:
         given, results = dict(zip(arrays, refs, strict=False)), refs[len(arrays) : len(arrays) + len(out)]
-        body(kernel, most, codes_ref, window_ref, given, results, refs[len(arrays) + len(out) :])
+        body(kernel, slots, codes_ref, window_ref, given, results, refs[len(arrays) + len(out) :])
 
-    grid: tuple[Any, ...] = (rows, key_heads, most_here, group) if by_key else (rows, heads, most_here)
+    grid: tuple[Any, ...] = (rows, key_heads, longest_list, group) if by_key else (rows, heads, longest_list)
     semantics: tuple[Any, ...] = ("parallel", "parallel", *("arbitrary",) * (len(grid) - 2))
     results: list[Array] = pl.pallas_call(
         run,
@@ -269,7 +270,7 @@ def _call(
 
 
 def _tokens(kernel: Kernel, segments: Array, last: Array, positions: Array) -> dict[str, Array]:
-    """What the mask is made of: of queries (B, 1, T), of keys (B, T, 1)."""
+    """Returns the inputs of the mask: (B, 1, T) for queries, (B, T, 1) for keys."""
     of = {"query_segments": segments[:, None], "key_last": last[:, :, None]}
     if kernel.windowed:
         of |= {"query_positions": positions[:, None], "key_positions": positions[:, :, None]}
@@ -309,26 +310,30 @@ def _local_backward(
     window: Array,
     mixed: Array,
     normaliser: Array,
-    above: Array,
+    out_gradient: Array,
 ) -> tuple[Array, Array, Array]:
-    mean = _heads_first((mixed.astype(jnp.float32) * above.astype(jnp.float32)).sum(-1))[:, :, None]
-    q, k, v, above = map(_heads_first, (q, k, v, above))
-    arrays = {"q": q, "k": k, "v": v, "above": above, "normaliser": normaliser, "mean": mean}
+    mean = _heads_first((mixed.astype(jnp.float32) * out_gradient.astype(jnp.float32)).sum(-1))[:, :, None]
+    q, k, v, out_gradient = map(_heads_first, (q, k, v, out_gradient))
+    arrays = {"q": q, "k": k, "v": v, "out_gradient": out_gradient, "normaliser": normaliser, "mean": mean}
     arrays |= _tokens(kernel, segments, last, positions)
     of_blocks, width = _blocks(kernel, segments, last, positions, window), q.shape[-1]
     like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
-    given = (kernel, of_blocks, window, arrays)
-    (to_q,) = _call(_query_kernel, "gvpo_flash_queries", *given, {"q": like(q)}, [(width, kernel.block)])
+    common = (kernel, of_blocks, window, arrays)
+    (to_q,) = _call(_query_kernel, "gvpo_flash_queries", *common, {"q": like(q)}, [(width, kernel.block)])
     scratch, out = [(kernel.block, width)] * 2, {"k": like(k), "v": like(v)}
-    to_k, to_v = _call(_key_kernel, "gvpo_flash_keys", *given, out, scratch, by_key=True)
+    to_k, to_v = _call(_key_kernel, "gvpo_flash_keys", *common, out, scratch, by_key=True)
     return _heads_first(to_q), _heads_first(to_k), _heads_first(to_v)
 
 
 # -- over the mesh
 
 
-def _sharded(kernel: Kernel, body: Any, given: str, results: str) -> Any:
-    """The body on each device's rows and heads; letters: r rows alone, h heads third, s heads second, 1 one number."""
+def _sharded(kernel: Kernel, body: Any, arguments: str, results: str) -> Any:
+    """Returns `body` as a function of sharded arrays, run on each device's rows and heads.
+
+    Letters, one per array: r = split by rows only; h = also by heads, third axis; s = also by heads, second axis;
+    1 = one number.
+    """
     specs = {
         "r": PartitionSpec(BATCH),
         "h": PartitionSpec(BATCH, None, kernel.heads),
@@ -337,22 +342,22 @@ def _sharded(kernel: Kernel, body: Any, given: str, results: str) -> Any:
     }
     of = lambda letters: tuple(specs[letter] for letter in letters)
     body = partial(body, kernel)
-    return jax.shard_map(body, mesh=kernel.mesh, in_specs=of(given), out_specs=of(results), check_vma=False)
+    return jax.shard_map(body, mesh=kernel.mesh, in_specs=of(arguments), out_specs=of(results), check_vma=False)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(kernel: Kernel, *given: Array) -> Array:
-    out: Array = _sharded(kernel, _local_forward, "hhhrrr1", "hs")(*given)[0]
+def _attend(kernel: Kernel, *arrays: Array) -> Array:
+    out: Array = _sharded(kernel, _local_forward, "hhhrrr1", "hs")(*arrays)[0]
     return out
 
 
-def _forward(kernel: Kernel, *given: Array) -> tuple[Array, tuple[Array, ...]]:
-    mixed, normaliser = _sharded(kernel, _local_forward, "hhhrrr1", "hs")(*given)
-    return mixed, (*given, mixed, normaliser)
+def _forward(kernel: Kernel, *arrays: Array) -> tuple[Array, tuple[Array, ...]]:
+    mixed, normaliser = _sharded(kernel, _local_forward, "hhhrrr1", "hs")(*arrays)
+    return mixed, (*arrays, mixed, normaliser)
 
 
-def _backward(kernel: Kernel, kept: tuple[Array, ...], above: Array) -> tuple[Array | None, ...]:
-    gradients = _sharded(kernel, _local_backward, "hhhrrr1hsh", "hhh")(*kept, above)
+def _backward(kernel: Kernel, saved: tuple[Array, ...], out_gradient: Array) -> tuple[Array | None, ...]:
+    gradients = _sharded(kernel, _local_backward, "hhhrrr1hsh", "hhh")(*saved, out_gradient)
     return (*gradients, None, None, None, None)
 
 
