@@ -1,4 +1,4 @@
-"""Checks at load: what the policy samples is what it scores, and packed rows are plain ones."""
+"""Checks at load: sampling and scoring must agree, and packed rows must score like plain rows."""
 
 import logging
 from collections.abc import Sequence
@@ -21,16 +21,16 @@ from gvpo_jax.spec import EMBEDDING
 
 log = logging.getLogger("gvpo.jax")
 
-ROWS, CHECKED = 5, 32  # responses of layout.check_batch, and tokens that hold a row of them, or of what is sampled
-BLOCKS_CHECKED = 768  # tokens of the row that compares attention by blocks
-SAMPLED_TOKENS = 8  # to compare the sampler with the forward pass
+ROWS, CHECKED = 5, 32  # responses in layout.check_batch; tokens that are enough for any row of these checks
+BLOCKS_CHECKED = 768  # tokens of the row for comparing attention by blocks
+SAMPLED_TOKENS = 8  # for comparing the sampler with the forward pass
 
 
 def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, config: ModelConfig) -> tuple[bool, str]:
-    """Compares packed rows with plain ones; chooses the layout.
+    """Compares packed rows with plain ones and chooses the layout.
 
-    Returns: whether rows are packed, and why.
-    Raises: ConfigError: a layout that is not exact.
+    Returns: whether rows are packed, and the reason.
+    Raises: ConfigError: the requested layout is not exact.
     """
     spec = scorer.setup.spec
     batch = layout.check_batch(spec.vocabulary)
@@ -45,7 +45,7 @@ def check_layout(scorer: Scorer, parameters: Parameters, adapters: Parameters, c
 def _scored(
     scorer: Scorer, parameters: Parameters, adapters: Parameters, batch: Batch, *, packed: bool
 ) -> list[np.ndarray]:
-    """Token log-probs of each of at most `ROWS` responses, all in one shape: one program is compiled for all checks."""
+    """Returns the token log-probs of at most `ROWS` responses. One shape, so one compiled program serves all checks."""
     planned = layout.plan_rows(batch, packed=packed, tokens=CHECKED)
     arrays = layout.arrays(batch, planned)
     shape = (rows_bucket(ROWS, mesh.batch_shards(scorer.mesh)), CHECKED, CHECKED)
@@ -54,25 +54,25 @@ def _scored(
 
 
 def _tolerance(dtype: str) -> tuple[float, float]:
-    """Nats that scores of one token may differ by, and of a token on average."""
+    """Returns the tolerated difference of token log-probs in nats: the largest, and the mean."""
     return (2e-3, 5e-4) if dtype == "float32" else (float("inf"), 0.1)
 
 
 def in_blocks(scorer: Scorer, parameters: Parameters, adapters: Parameters) -> bool:
-    """Whether log-probs and gradient with the kernels of `blocks` are those without; logs why not."""
+    """Checks that log-probs and gradient are the same with and without the kernels of `blocks`; logs why if not."""
     spec, over, programs = scorer.setup.spec, scorer.mesh, Programs()
     draw = np.random.default_rng(1)
 
     def drawn(n: int) -> Tokens:
         return tuple(draw.integers(0, spec.vocabulary, n).tolist())
 
-    prompts, lengths = (drawn(150), drawn(20)), ((140, 70, 200), (60, 5))  # over several blocks of one row
-    responses = [drawn(n) for own in lengths for n in own]
+    prompts, lengths = (drawn(150), drawn(20)), ((140, 70, 200), (60, 5))  # one row with several blocks
+    responses = [drawn(n) for response_lengths in lengths for n in response_lengths]
     responses[1] = responses[2][:40] + responses[1][40:]
     batch = Batch(
-        [prompt for prompt, own in zip(prompts, lengths, strict=True) for _ in own],
+        [prompt for prompt, response_lengths in zip(prompts, lengths, strict=True) for _ in response_lengths],
         responses,
-        [group for group, own in enumerate(lengths) for _ in own],
+        [group for group, response_lengths in enumerate(lengths) for _ in response_lengths],
     )
     planned = layout.plan_rows(batch, packed=True, tokens=BLOCKS_CHECKED)
     starts = np.cumsum([0, *(row.length for row in planned)]).tolist()
@@ -89,19 +89,19 @@ def in_blocks(scorer: Scorer, parameters: Parameters, adapters: Parameters) -> b
 
     reason = ""
     try:
-        (wanted, gradient), (logprobs, other) = computed(False), computed(True)
-        apart = layout.largest_difference(logprobs, wanted, _tolerance(scorer.setup.dtype))
-        error = float(programs.call(update.distance, (), gradient, other, out=mesh.replicated(over)))
-        if apart is not None:
-            reason = f"with it log-probs differ by up to {apart:.3g} nat"
+        (plain, gradient), (by_blocks, gradient_by_blocks) = computed(False), computed(True)
+        difference = layout.largest_difference(by_blocks, plain, _tolerance(scorer.setup.dtype))
+        error = float(programs.call(update.distance, (), gradient, gradient_by_blocks, out=mesh.replicated(over)))
+        if difference is not None:
+            reason = f"with the kernel log-probs differ by up to {difference:.3g} nat"
         elif not error < (0.01 if scorer.setup.dtype == "float32" else 0.1):
-            reason = f"with it a gradient differs by {error:.2g} of itself"
-    except Exception as problem:  # of a compiler too: any is a reason to do without
+            reason = f"with the kernel a gradient differs by {error:.2g} times its norm"
+    except Exception as problem:  # any error, a compiler's too, is a reason not to use the kernels
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
-    (anywhere,) = ranks.most(int(bool(reason)))  # processes run the same programs
-    if anywhere:
-        log.info("%s: attention takes no kernel (%s)", spec.family.architecture, reason or "another process says why")
-    return not anywhere
+    (failed,) = ranks.most(int(bool(reason)))  # all processes must run the same programs
+    if failed:
+        log.info("%s: attention does not use the kernel (%s)", spec.family.architecture, reason or "see other process")
+    return not failed
 
 
 def check_decoding(
@@ -113,11 +113,11 @@ def check_decoding(
     dtype: str,
     end: Sequence[int],
 ) -> None:
-    """Compares what the sampler says of a few responses with their log-probs by the forward pass.
+    """Compares the sampler's log-probs of a few responses with those of the forward pass.
 
-    Raises: ConfigError: they differ, so that the sampler is not the policy that is trained.
+    Raises: ConfigError: they differ, so the sampler is not the policy that is trained.
     """
-    scorer = Scorer(scorer.setup, Programs(), scorer.config)  # these shapes are not the run's
+    scorer = Scorer(scorer.setup, Programs(), scorer.config)  # the run does not use these shapes
     given = (scorer, parameters, adapters, _prompts(scorer))
     difference, _ = _sampled_differs(*given, packed=packed, dtype=dtype, end=end)
     if difference is not None:
@@ -128,7 +128,7 @@ def check_decoding(
 
 
 def continues(scorer: Scorer, parameters: Parameters, adapters: Parameters, *, packed: bool, dtype: str) -> str:
-    """Why turns cannot start from kept keys and values; empty: log-probs are then those of the forward pass."""
+    """Returns why turns cannot start from kept keys and values; empty: log-probs then agree with the forward pass."""
     scorer, prefixes = Scorer(scorer.setup, Programs(), scorer.config), Prefixes(1 << 20)
     prompts, others = _prompts(scorer), [(3, 5), (7,)]
     for _ in range(2):
@@ -141,7 +141,7 @@ def continues(scorer: Scorer, parameters: Parameters, adapters: Parameters, *, p
 
 
 def _prompts(scorer: Scorer) -> list[Tokens]:
-    """Two prompts, of different lengths."""
+    """Returns two prompts of different lengths."""
     return list(dict.fromkeys(layout.check_batch(scorer.setup.spec.vocabulary).prompts))[:2]
 
 
@@ -156,7 +156,10 @@ def _sampled_differs(
     end: Sequence[int],
     prefixes: Prefixes | None = None,
 ) -> tuple[float | None, list[Tokens]]:
-    """How far the sampler is from the forward pass, nats a token, if it is too far; and what it drew, with prompts."""
+    """Returns the difference of sampler and forward pass in nats per token, None if within tolerance; and the samples.
+
+    Each sample is the tokens of a prompt and a drawn response.
+    """
     seeds = [[2 * i, 2 * i + 1] for i in range(len(prompts))]
     given = (parameters, adapters, prompts, seeds, Sampling(SAMPLED_TOKENS))
     cache_tokens = lambda: memory.cache_tokens(scorer.sampling)
@@ -164,10 +167,10 @@ def _sampled_differs(
     drawn = [(p, r.tokens, i) for i, (p, row) in enumerate(zip(prompts, responses, strict=True)) for r in row]
     batch = Batch(*(list(column) for column in zip(*drawn, strict=True)))
     scored = [values.sum() for values in _scored(scorer, parameters, adapters, batch, packed=packed)]
-    apart = ranks.gather(
+    differences = ranks.gather(
         np.abs(np.asarray(scored, np.float64) - np.concatenate(sums)) / [len(tokens) for _, tokens, _ in drawn]
     )
-    refuse_not_finite([apart], scorer.setup.spec.family.architecture)
+    refuse_not_finite([differences], scorer.setup.spec.family.architecture)
     tolerance = (2e-3, 5e-4) if dtype == "float32" else (1.0, 0.1)
-    difference = layout.largest_difference([apart], [np.zeros_like(apart)], tolerance)
+    difference = layout.largest_difference([differences], [np.zeros_like(differences)], tolerance)
     return difference, [(*prompt, *tokens) for prompt, tokens, _ in drawn]

@@ -1,4 +1,4 @@
-"""Devices: the mesh with axes data, fsdp and tensor, and how arrays are placed on it."""
+"""The device mesh with axes data, fsdp and tensor, and the placement of arrays on it."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -11,15 +11,15 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from gvpo_core.training.config import ConfigError, ModelConfig
 
 AXES = ("data", "fsdp", "tensor")
-BATCH = ("data", "fsdp")  # rows are sharded over both
-SPLIT = "split"  # of a mesh to sample on: the part of fsdp that cuts layers, as tensor does
+BATCH = ("data", "fsdp")  # rows are split over both
+SPLIT = "split"  # axis of a sampling mesh: the part of fsdp that splits layers like tensor
 _PLATFORMS = {"cuda": "gpu", "rocm": "gpu"}
 
 
 def find_devices(name: str) -> list[Any]:
-    """The devices of `model.device`: auto, a platform (cpu, gpu, tpu), or one device of it (gpu:1).
+    """Returns the devices of `model.device`: auto, a platform (cpu, gpu, tpu), or one device of it (gpu:1).
 
-    Raises: ConfigError: a platform or number that is not there.
+    Raises: ConfigError: this machine does not have the platform or device number.
     """
     platform, _, number = name.partition(":")
     try:
@@ -30,9 +30,9 @@ def find_devices(name: str) -> list[Any]:
 
 
 def make_mesh(config: ModelConfig) -> Mesh:
-    """All devices of the platform as data x fsdp x tensor.
+    """Returns all devices of the platform as a mesh of data x fsdp x tensor.
 
-    Raises: ConfigError: no such device, axes that do not divide the devices, layers split over processes.
+    Raises: ConfigError: no such device; the axes do not divide the devices; layers would be split over processes.
     """
     devices = find_devices(config.device)
     count, fsdp, tensor = len(devices), config.mesh_fsdp, config.mesh_tensor
@@ -44,10 +44,10 @@ def make_mesh(config: ModelConfig) -> Mesh:
     local = len([d for d in devices if d.process_index == jax.process_index()])
     if local % tensor:
         raise ConfigError(
-            f"model.mesh_tensor is {tensor}, and each process has {local} devices: a layer is split inside a process"
+            f"model.mesh_tensor is {tensor}, and each process has {local} devices: it must divide that number"
         )
     shape = (count // (fsdp * tensor), fsdp, tensor)
-    if jax.process_count() > 1 or count == 1:  # rows of the mesh must be whole processes, in their order
+    if jax.process_count() > 1 or count == 1:  # the mesh must list whole processes, in their order
         grid = np.asarray(sorted(devices, key=lambda d: (d.process_index, d.id))).reshape(shape)
         return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * 3)
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
@@ -58,7 +58,7 @@ def _divisors(count: int) -> str:
 
 
 def batch_shards(mesh: Mesh) -> int:
-    """Parts that the rows of one process are cut into."""
+    """Number of parts into which the rows of one process are split."""
     return int(mesh.shape["data"] * mesh.shape["fsdp"]) // processes(mesh)
 
 
@@ -68,31 +68,31 @@ def processes(mesh: Mesh) -> int:
 
 
 def parameter_sharding(mesh: Mesh, name: str, shape: Sequence[int]) -> NamedSharding:
-    """Where a parameter, an adapter or a moment of it is placed: its matrix over fsdp and tensor, vectors everywhere.
+    """Placement of a parameter, an adapter or their moments: matrices over fsdp and tensor, vectors on every device.
 
-    Columns of the head and of q, k, v, gate and up are split over tensor, rows of o and down; what an axis does not
-    divide stays whole along it.
+    The tensor axis splits outputs of the head and of q, k, v, gate and up, and inputs of o and down. If an axis does
+    not divide a dimension, that dimension stays unsplit.
     """
     if len(shape) < 2 or ("*" in name and len(shape) < 3):
         return replicated(mesh)
-    inwards = any(part in name for part in ("o_proj", "down_proj"))
+    splits_inputs = any(part in name for part in ("o_proj", "down_proj"))
     tensor, fsdp = tensor_axes(mesh), () if SPLIT in mesh.shape else ("fsdp",)
-    wanted: list[tuple[str, ...]] = [fsdp, tensor] if inwards else [tensor, fsdp]
+    axes_of_matrix: list[tuple[str, ...]] = [fsdp, tensor] if splits_inputs else [tensor, fsdp]
     if name.endswith("lora_A"):
-        wanted[0] = ()
+        axes_of_matrix[0] = ()
     if name.endswith("lora_B"):
-        wanted[1] = ()
-    matrix = [fitting(mesh, axes, size) for axes, size in zip(wanted, shape[-2:], strict=True)]
+        axes_of_matrix[1] = ()
+    matrix = [fitting(mesh, axes, size) for axes, size in zip(axes_of_matrix, shape[-2:], strict=True)]
     return NamedSharding(mesh, PartitionSpec(*(None,) * (len(shape) - 2), *matrix))
 
 
 def tensor_axes(mesh: Mesh) -> tuple[str, ...]:
-    """Axes over which a layer is split."""
+    """The axes over which a layer is split."""
     return ("tensor", SPLIT) if SPLIT in mesh.shape else ("tensor",)
 
 
 def fitting(mesh: Mesh, axes: tuple[str, ...], size: int) -> str | tuple[str, ...] | None:
-    """`axes` where their parts divide `size`, else None."""
+    """`axes` if their number of parts divides `size`, else None."""
     if size % parts(mesh, axes):
         return None
     return axes[0] if len(axes) == 1 else axes or None
@@ -109,14 +109,15 @@ def parts(mesh: Mesh, axes: Sequence[str]) -> int:
 
 
 def sampling_mesh(mesh: Mesh, model_bytes: int, a_device: int, key_heads: Sequence[int]) -> Mesh:
-    """The same devices to sample on: parameters are whole along fsdp, of which a part `split` cuts layers instead.
+    """Returns a mesh of the same devices for sampling. A part of fsdp, the axis `split`, splits layers like tensor.
 
-    As few devices as can share a copy of the model, so that a token moves little.
+    Parameters are not split along the rest of fsdp. As few devices as possible share a copy of the model, so sampling a
+    token moves little data.
 
     Args:
-      model_bytes: of a copy.
-      a_device: bytes of parameters that a device should hold at most.
-      key_heads: of the layers; a cut that divides them is preferred.
+      model_bytes: size of a copy.
+      a_device: limit of parameter bytes on a device.
+      key_heads: of each layer; a split that divides them all is preferred.
     """
     data, fsdp, tensor = (mesh.shape[a] for a in AXES)
     local = mesh.size // processes(mesh)
@@ -129,7 +130,7 @@ def sampling_mesh(mesh: Mesh, model_bytes: int, a_device: int, key_heads: Sequen
 
 
 def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:
-    """Axes over which the head is split by its vocabulary where it meets hidden states: as many as divide it."""
+    """The axes that split the head by vocabulary for its product with hidden states: as many as divide it."""
     for axes in (("tensor", "fsdp"), ("fsdp",), ("tensor",)):
         if parts(mesh, axes) > 1 and vocabulary % parts(mesh, axes) == 0:
             return axes
@@ -137,7 +138,7 @@ def vocabulary_axes(mesh: Mesh, vocabulary: int) -> tuple[str, ...]:
 
 
 def parameter_shardings(mesh: Mesh, shapes: Mapping[str, Sequence[int]]) -> dict[str, NamedSharding]:
-    """Name -> `parameter_sharding`, of all parameters."""
+    """Name -> `parameter_sharding` for all parameters."""
     return {name: parameter_sharding(mesh, name, shape) for name, shape in shapes.items()}
 
 
@@ -147,12 +148,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Rows, along `axis`, over data and fsdp."""
+    """Rows along `axis`, split over data and fsdp."""
     return NamedSharding(mesh, PartitionSpec(*(None,) * axis, BATCH))
 
 
 def put(values: np.ndarray, mesh: Mesh, axis: int | None = 0) -> jax.Array:
-    """This process's rows as its part of one array over the mesh; `axis` None: the same everywhere."""
+    """Puts this process's rows into one array over the mesh. `axis` None: every device gets the same values."""
     sharding = replicated(mesh) if axis is None else batch_sharding(mesh, axis)
     if processes(mesh) == 1:
         return jax.device_put(values, sharding)
@@ -160,15 +161,15 @@ def put(values: np.ndarray, mesh: Mesh, axis: int | None = 0) -> jax.Array:
 
 
 def put_all(arrays: Mapping[str, np.ndarray], mesh: Mesh, axis: int = 0) -> dict[str, jax.Array]:
-    """`put` of each array."""
+    """Applies `put` to each array."""
     return {name: put(a, mesh, axis) for name, a in arrays.items()}
 
 
 def local(array: jax.Array, axis: int = 0) -> np.ndarray:
-    """This process's rows of an array that is sharded along `axis` over data and fsdp."""
+    """Returns this process's rows of an array that is sharded along `axis` over data and fsdp."""
     if array.is_fully_addressable:
         return np.asarray(array)
     parts: dict[int, Any] = {}
     for shard in array.addressable_shards:
-        parts.setdefault(shard.index[axis].start or 0, shard.data)  # the same rows are there once a tensor part
+        parts.setdefault(shard.index[axis].start or 0, shard.data)  # each tensor part has the same rows
     return np.concatenate([np.asarray(parts[start]) for start in sorted(parts)], axis)

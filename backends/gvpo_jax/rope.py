@@ -1,4 +1,4 @@
-"""Rotary position embedding: its frequencies from config.json, and turning queries and keys by them."""
+"""Rotary position embedding: frequencies from config.json, and the rotation of queries and keys."""
 
 import math
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ TYPES = ("default", "linear", "llama3", "yarn", "proportional", "longrope", "dyn
 
 
 def read_rope(config: Mapping[str, Any], kind: str, width: int, partial: bool) -> Rope:
-    """The rotary embedding of layers of this kind (full_attention, sliding_attention).
+    """Returns the rotary embedding of layers of type `kind` (full_attention, sliding_attention).
 
     Args:
-      width: numbers of a head.
-      partial: whether the family turns the first part of a head alone where partial_rotary_factor says so.
-    Raises: ConfigError: a type or a setting that is not known here, by name.
+      width: size of a head.
+      partial: whether the family applies partial_rotary_factor, that is, rotates only the first part of a head.
+    Raises: ConfigError: unsupported type or setting; the message names it.
     """
-    given = config.get("rope_parameters") or {}
-    nested = any(isinstance(value, Mapping) for value in given.values())
-    outer, config = given if nested else None, dict(config)
+    parameters = config.get("rope_parameters") or {}
+    nested = any(isinstance(value, Mapping) for value in parameters.values())
+    outer, config = parameters if nested else None, dict(config)
     if outer is not None:
         if not isinstance(outer.get(kind), Mapping):
             raise ConfigError(f"rope_parameters of {config.get('model_type')} has no settings for {kind} layers")
@@ -37,12 +37,12 @@ def read_rope(config: Mapping[str, Any], kind: str, width: int, partial: bool) -
     share = float(rope.get("partial_rotary_factor") or 1.0)
     if share != 1.0 and not partial and name != "proportional":
         raise ConfigError(
-            f"partial_rotary_factor is {share}; in models of type {config.get('model_type')} gvpo_jax turns whole heads"
+            f"partial_rotary_factor is {share}; gvpo_jax rotates whole heads in {config.get('model_type')} models"
         )
     try:
         return _rope(rope, config, width, share, rope if outer is None else outer)
     except (KeyError, TypeError) as error:
-        raise ConfigError(f"the settings of rope_type {name} lack or spoil {error}") from error
+        raise ConfigError(f"settings of rope_type {name} are missing or invalid: {error}") from error
 
 
 def _rope(
@@ -51,20 +51,20 @@ def _rope(
     name, turning = rope["rope_type"], int(width * share)
     positions = config.get("max_position_embeddings")
     plain = rope["rope_theta"] ** -(np.arange(0, turning, 2, dtype=np.float64) / turning)
-    if name == "proportional":  # as many angles as the head has, of which the last do not turn
+    if name == "proportional":  # angles for the whole head; the last ones are zero
         angles = int(share * width // 2)
         inverse = np.zeros(width // 2)
         inverse[:angles] = rope["rope_theta"] ** -(np.arange(0, 2 * angles, 2, dtype=np.float64) / width)
         return Rope(_floats(inverse / (rope.get("factor") or 1.0)))
     if name == "default":
         return Rope(_floats(plain))
-    if name == "dynamic":  # up to the length that the model was made for nothing is rescaled
+    if name == "dynamic":  # not rescaled up to the length that the model was trained for
         return Rope(_floats(plain), limit=int(positions))  # type: ignore[arg-type]
     if name == "linear":
         return Rope(_floats(plain / rope["factor"]))
     original: Any = rope.get("original_max_position_embeddings") or config.get("original_max_position_embeddings")
     original = original or positions
-    if name == "llama3":  # long waves are slowed down by `factor`, short ones kept, those between blended
+    if name == "llama3":  # low frequencies are divided by `factor`, high ones kept, those between blended
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         turns = original * plain / (2 * math.pi)
         kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
@@ -79,7 +79,7 @@ def _rope(
 
 
 def _yarn(rope: Mapping[str, Any], plain: np.ndarray, factor: float, original: int, truncate: bool) -> np.ndarray:
-    """Waves that turn often within the original length are kept, those that turn rarely slowed down by `factor`."""
+    """Keeps frequencies with many turns within the original length and divides those with few turns by `factor`."""
     turning, base = 2 * len(plain), rope["rope_theta"]
     place = lambda turns: turning * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(base))
     low, high = place(rope.get("beta_fast") or 32), place(rope.get("beta_slow") or 1)
@@ -94,8 +94,8 @@ def _yarn_scale(rope: Mapping[str, Any], factor: float) -> float:
     if rope.get("attention_factor") is not None:
         return float(rope["attention_factor"])
     size = lambda scale: 0.1 * scale * math.log(factor) + 1.0 if factor > 1 else 1.0
-    one, other = rope.get("mscale"), rope.get("mscale_all_dim")
-    return float(size(one) / size(other)) if one and other else float(size(1.0))
+    mscale, mscale_all = rope.get("mscale"), rope.get("mscale_all_dim")
+    return float(size(mscale) / size(mscale_all)) if mscale and mscale_all else float(size(1.0))
 
 
 def _floats(values: np.ndarray) -> tuple[float, ...]:
@@ -103,14 +103,14 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
 
 
 def rotation(rope: Rope, positions: Array) -> tuple[Array, Array]:
-    """cos and sin of the angles, (B, T, 1, turning numbers) float32."""
+    """cos and sin of the angles, (B, T, 1, rotated size of a head) float32."""
     angles = positions[..., None].astype(jnp.float32) * jnp.asarray(rope.frequencies, jnp.float32)
     angles = jnp.concatenate([angles, angles], -1)[..., None, :]
     return jnp.cos(angles) * rope.scale, jnp.sin(angles) * rope.scale
 
 
 def rotate(x: Array, turned: tuple[Array, Array], interleaved: bool) -> Array:
-    """Turns the first numbers of each head, as many as `turned` has."""
+    """Rotates the first part of each head; the size of `turned` says how much."""
     cos, sin = (t.astype(x.dtype) for t in turned)
     turning = cos.shape[-1]
     part, rest = x[..., :turning], x[..., turning:]

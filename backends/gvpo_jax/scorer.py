@@ -1,4 +1,4 @@
-"""A model that scores and samples with the parameters it is given, over the mesh."""
+"""Scores and samples with given parameters, over the mesh."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,9 +19,9 @@ from gvpo_jax.rows import Rows, ShardSplitting, plan
 
 
 def open_scorer(config: ModelConfig, folder: Path, over: Mesh) -> tuple["Scorer", weights.Files]:
-    """The model of a Hugging Face folder, and its files, of which nothing is read yet.
+    """Opens the model of a Hugging Face folder. Returns its scorer, and its files, not read yet.
 
-    Raises: ConfigError: a model that gvpo_jax does not have, or files that cannot be read.
+    Raises: ConfigError: gvpo_jax does not support the model, or its files cannot be read.
     """
     everything = hugging_face.read_config(folder, lambda _: SETTINGS)
     scale = (config.lora_alpha or 2 * config.lora_rank) / config.lora_rank if config.lora_rank else 0.0
@@ -32,7 +32,7 @@ def open_scorer(config: ModelConfig, folder: Path, over: Mesh) -> tuple["Scorer"
 
 
 class Scorer:
-    """The model's programs; parameters and adapters are arguments, as they change at every step."""
+    """The model's programs. Parameters and adapters are arguments, because they change at every step."""
 
     def __init__(self, setup: Setup, programs: Programs, config: Mapping[str, Any]) -> None:
         """`config`: config.json of the language model."""
@@ -40,7 +40,7 @@ class Scorer:
         self.sampling = placement.sampling_setup(setup)
 
     def check_lengths(self, batch: Batch) -> None:
-        """Raises ConfigError: a row past the length at which the rotary embedding changes."""
+        """Raises ConfigError if a row is longer than the rotary embedding's frequencies hold."""
         self._check_length(
             max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)), default=0)
         )
@@ -50,7 +50,7 @@ class Scorer:
         if longest and tokens > longest:
             raise ConfigError(
                 f"a row has {tokens} tokens; the rotary embedding of {self.setup.spec.family.architecture} changes in "
-                f"rows past {longest} tokens, which gvpo_jax does not compute: take shorter prompts or responses "
+                f"rows longer than {longest} tokens, which gvpo_jax does not support: use shorter prompts or responses "
                 "(rollout.max_tokens)"
             )
 
@@ -63,7 +63,7 @@ class Scorer:
     def logprobs(
         self, batch: Batch, splitting: ShardSplitting, parameters: Parameters, adapters: Parameters
     ) -> tuple[np.ndarray, int]:
-        """(N,) float64 sums of token log-probs, and the tokens computed.
+        """(N,) float64 sums of token log-probs, and the number of tokens computed.
 
         Raises: ConfigError: see `check_lengths`.
         """
@@ -88,11 +88,11 @@ class Scorer:
         cache_tokens: Callable[[], int],
         prefixes: Prefixes | None = None,
     ) -> tuple[list[list[Response]], list[list[float]]]:
-        """len(seeds[i]) responses to prompts[i], and each one's log-prob at temperature 1 as the sampler saw it.
+        """Returns len(seeds[i]) responses to prompts[i], and the sampler's log-prob of each at temperature 1.
 
         Args:
-          cache_tokens: gives the tokens of cache that fit beside the parameters, placed for sampling.
-          prefixes: what turns of episodes start from, see `generate.generate`.
+          cache_tokens: returns how many tokens of cache fit beside the parameters; called when those are placed.
+          prefixes: kept states from which turns of episodes start, see `generate.generate`.
         """
         self._check_length(max(map(len, prompts), default=0) + sampling.max_tokens)
         placed = placement.place(self.sampling, self.programs, parameters, adapters)

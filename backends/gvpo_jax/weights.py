@@ -1,4 +1,4 @@
-"""Safetensors files straight onto the mesh: no device's part is read that it does not hold."""
+"""Reads safetensors files straight onto the mesh. Only the parts that a device holds are read for it."""
 
 import itertools
 from collections.abc import Mapping
@@ -16,19 +16,20 @@ from gvpo_jax import mesh as meshes
 from gvpo_jax.families import OTHER_MODALITIES
 from gvpo_jax.spec import EMBEDDING, HEAD, LAYERS, Spec, file_names, fill, leading
 
-ROWS = 4096  # compared at once
+ROWS = 4096  # rows of a matrix that are compared at once
 _DTYPES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F64": np.float64}
 
 
 class Files:
-    """The tensors of a folder's safetensors files, mapped into memory and read where they are asked for."""
+    """The tensors of a folder's safetensors files, memory-mapped and read on access."""
 
     def __init__(self, folder: Path, *, text_of_more: bool = False) -> None:
         """Maps the files.
 
         Args:
-          text_of_more: the model has other modalities too: their weights are left out, the text's renamed.
-        Raises: ConfigError: no safetensors there, a file that cannot be read, a dtype that is not a float's.
+          text_of_more: whether the model is multimodal. Weights of other modalities are then left out, those of the
+            language model renamed.
+        Raises: ConfigError: no safetensors files, a file that cannot be read, a dtype that is not floating-point.
         """
         self.folder, self.text_of_more = folder, text_of_more
         self._found = weight_files.tensors(folder)
@@ -55,7 +56,7 @@ class Files:
 
 
 def _text_name(name: str) -> str:
-    """The name that the model for text alone has for a weight; empty for those of other modalities."""
+    """Returns a weight's name in the language model alone; empty for weights of other modalities."""
     inner = name.removeprefix("model.")
     if inner.startswith(OTHER_MODALITIES):
         return ""
@@ -66,41 +67,41 @@ def _text_name(name: str) -> str:
 
 
 def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
-    """The model's parameters on the mesh, in `dtype`.
+    """Loads the model's parameters onto the mesh, in `dtype`.
 
-    Raises: ConfigError: weights that are missing, have another shape, or are unknown to this model.
+    Raises: ConfigError: weights are missing, have another shape, or are unknown to this model.
     """
     shapes = spec.shapes()
-    wanted = {
+    expected = {
         file_name: shape[leading(name) :] for name, shape in shapes.items() for file_name in file_names(name, shape)
     }
-    missing = sorted(wanted.keys() - files.names())
-    known = wanted.keys() | ({HEAD} if spec.tied else set()) | _unread(spec)
-    foreign = sorted(n for n in files.names() - known if not n.endswith(("rotary_emb.inv_freq", ".masked_bias")))
-    unlike = sorted(n for n in wanted if n in files and files.shape(n) != wanted[n])
-    for what, names in (("lacks", missing), ("has, unknown to this architecture,", foreign)):
+    missing = sorted(expected.keys() - files.names())
+    known_names = expected.keys() | ({HEAD} if spec.tied else set()) | _unread(spec)
+    unknown = sorted(n for n in files.names() - known_names if not n.endswith(("rotary_emb.inv_freq", ".masked_bias")))
+    misshapen = sorted(n for n in expected if n in files and files.shape(n) != expected[n])
+    for problem, names in (("lacks {} weights", missing), ("has {} weights unknown to this architecture", unknown)):
         if names:
-            raise ConfigError(f"{files.folder} {what} {len(names)} weights, the first {names[0]}")
-    if unlike:
-        name = unlike[0]
-        raise ConfigError(f"{name} in {files.folder} has shape {files.shape(name)}; config.json says {wanted[name]}")
+            raise ConfigError(f"{files.folder} {problem.format(len(names))}, the first {names[0]}")
+    if misshapen:
+        name = misshapen[0]
+        raise ConfigError(f"{name} in {files.folder} has shape {files.shape(name)}; config.json says {expected[name]}")
     if spec.tied and HEAD in files and not _same(files[EMBEDDING], files[HEAD]):
         raise ConfigError(
-            f"config.json in {files.folder} has tie_word_embeddings = true, and {HEAD} is another matrix than "
-            f"{EMBEDDING}: set tie_word_embeddings = false where the head is the model's own, or take it out"
+            f"config.json in {files.folder} has tie_word_embeddings = true, but {HEAD} differs from "
+            f"{EMBEDDING}: set tie_word_embeddings = false if the model has its own head, or remove {HEAD}"
         )
     return {name: _read(files, name, shape, mesh, dtype) for name, shape in shapes.items()}
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    cuts = [slice(start, start + ROWS) for start in range(0, len(one), ROWS)]
-    return one.shape == other.shape and all(
-        np.array_equal(one[cut].astype(np.float32), other[cut].astype(np.float32)) for cut in cuts
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    cuts = [slice(start, start + ROWS) for start in range(0, len(a), ROWS)]
+    return a.shape == b.shape and all(
+        np.array_equal(a[cut].astype(np.float32), b[cut].astype(np.float32)) for cut in cuts
     )
 
 
 def _unread(spec: Spec) -> set[str]:
-    """Weights that a file may hold and the model does not use: of layers that read another's keys and values."""
+    """Weights that files may hold but the model does not use: those of layers that read another's keys and values."""
     shared = [i for i, layer in enumerate(spec.each) if layer.source is not None]
     unused = ("k_proj", "v_proj", "k_norm", "v_norm")
     return {f"{LAYERS}{i}.self_attn.{name}.weight" for i in shared for name in unused}
@@ -110,7 +111,7 @@ def _read(files: Files, name: str, shape: tuple[int, ...], mesh: Mesh, dtype: An
     axes = leading(name)
 
     def part(index: tuple[slice, ...] | None) -> np.ndarray:
-        assert index is not None  # a shape with axes has slices
+        assert index is not None  # JAX passes slices for a shape with axes
         if not axes:
             return np.asarray(files[name][index]).astype(dtype)
         places = [range(*cut.indices(size)) for cut, size in zip(index, shape, strict=True)]

@@ -257,7 +257,7 @@ def test_what_the_kernel_gets_wrong_is_not_used_by_name(fault: str, tmp_path, mo
         given = (of_policy.scorer, of_policy.learner.parameters, of_policy.learner.adapters)
         assert not check.in_blocks(*given)
     said = {"wrong": "log-probs differ by up to", "gradient": "a gradient differs by", "fails": "Mosaic cannot lower"}
-    assert "attention takes no kernel" in caplog.text and said[fault] in caplog.text
+    assert "attention does not use the kernel" in caplog.text and said[fault] in caplog.text
 
 
 def test_a_tpu_uses_the_kernel_where_the_check_passes(tmp_path, monkeypatch) -> None:

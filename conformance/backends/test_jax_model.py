@@ -48,7 +48,10 @@ def test_rope_theta_is_read_from_both_places() -> None:
             {"rope_scaling": {"rope_type": "odd", "factor": 4.0}},
             "rope_type 'odd'; it knows default, linear, llama3, yarn",
         ),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 4.0}}, "rope_type llama3 lack or spoil 'low_freq_factor'"),
+        (
+            {"rope_scaling": {"rope_type": "llama3", "factor": 4.0}},
+            "rope_type llama3 are missing or invalid: 'low_freq_factor'",
+        ),
         ({"layer_types": ["linear_attention", "full_attention"]}, "has layers of type linear_attention"),
         ({"attn_logit_softcapping": 50.0}, "has attn_logit_softcapping, which transformers ignores"),
         ({"rope_theta": None}, "has no rope_theta"),

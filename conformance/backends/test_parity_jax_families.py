@@ -126,7 +126,7 @@ def test_rows_past_the_length_at_which_rope_changes_are_refused(rope: str, folde
         lambda: of_jax.update(long, coefficients_of(long)),
         lambda: of_jax.generate([(1, 2)], [[0]], Sampling(63)),
     ):
-        with pytest.raises(ConfigError, match=r"a row has 65 tokens; the rotary embedding of .* past 64 tokens"):
+        with pytest.raises(ConfigError, match=r"a row has 65 tokens; the rotary embedding of .* longer than 64 tokens"):
             refused()
 
 
