@@ -1,8 +1,8 @@
-"""The sampler's programs: prefill, prompts that start from kept keys and values, and decoding until all have ended.
+"""The sampler's programs: prefill, prefill that starts from kept keys and values, and decoding until all rows ended.
 
 The first arguments of each program are compiled in. A row's t-th token is where the cumulative distribution first
-exceeds the t-th number of the row's own stream. The cumulative sums are float32, within blocks of the vocabulary and
-over them: a token's probability is met to about 1e-6.
+exceeds the t-th number of the row's own stream. Cumulative sums are float32, first within blocks of the vocabulary,
+then over the blocks. The probability of a token is exact to about 1e-6.
 """
 
 from collections.abc import Mapping
@@ -34,18 +34,18 @@ from gvpo_jax.model import (
 from gvpo_jax.spec import NORM, Spec
 
 BLOCK = 256  # tokens of the vocabulary summed at once
-FEWEST, LOOPS = 128, 4  # tokens by which what is read of the rows' own cache grows at least; its sizes at most
+FEWEST, LOOPS = 128, 4  # steps in which the part of the rows' cache that is read grows: tokens at least; number at most
 
 
 def prefill(
     setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, lengths: Array
 ) -> tuple[Caches, Array]:
-    """The prompts' caches and what comes after them.
+    """Computes the prompts' caches and the logits after them.
 
     Args:
       ids: (G, S) int32, right-padded; lengths: (G,).
-    Returns: keys and values of each stack of layers, (members, G, S, key heads, width), None where it reads another's;
-      logits (G, V) float32 after each prompt's last token.
+    Returns: keys and values of each stack of layers, (members, G, S, key heads, width), or None if it reads another
+      stack's; logits (G, V) float32 after each prompt's last token.
     """
     positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32), ids.shape)
     one_segment = jnp.zeros_like(positions)
@@ -56,7 +56,7 @@ def prefill(
 def extend(
     setup: Setup, parameters: Parameters, adapters: Parameters, kept: Caches, filled: Array, ids: Array, lengths: Array
 ) -> tuple[Caches, Array]:
-    """As `generate.prefill`, of prompts whose first tokens have their keys and values.
+    """Like `prefill`, for prompts whose first tokens already have keys and values.
 
     Args:
       kept: keys and values (members, G, S, key heads, width) of each stack, of the first `filled` (G,) tokens.
@@ -95,9 +95,9 @@ def extend(
     return caches, after_last(setup, parameters, x, lengths - filled)
 
 
-def decode(*given: Any) -> tuple[Array, Array]:
-    """`decode_and_keep` without the caches."""
-    return decode_and_keep(*given)[:2]
+def decode(*arguments: Any) -> tuple[Array, Array]:
+    """Like `decode_and_keep`, without returning the caches."""
+    return decode_and_keep(*arguments)[:2]
 
 
 def decode_and_keep(
@@ -118,9 +118,9 @@ def decode_and_keep(
 
     Args:
       prompt, after: keys, values and logits of `prefill`, G prompts.
-      lengths: (G,) of the prompts; wanted: (G, K) bool; numbers: (G, K, R) float32 in [0, 1).
+      lengths: (G,) of the prompts; wanted: (G, K) bool, False = padding; numbers: (G, K, R) float32 in [0, 1).
     Returns: tokens (G, K, R) int32, (G, K) float32 sums of their log-probs at temperature 1, and keys and values
-      (members, G, K, R, key heads, width) of each stack, of all tokens but the last.
+      (members, G, K, R, key heads, width) of each stack, for all tokens but the last.
     """
     spec = setup.spec
     groups, k, room = numbers.shape
@@ -129,14 +129,14 @@ def decode_and_keep(
     ends = jnp.asarray(end, jnp.int32)
 
     def forward(size: int, tokens: Array, t: Array, caches: Caches) -> tuple[Array, Caches]:
-        """One token of every row, at place t < size of its response, whose keys and values go into the caches."""
+        """Processes token t < size of every row's response and writes its keys and values into the caches."""
         positions = lengths[:, None] + t
         x = embed(setup, parameters, tokens)
         tables = tables_of(setup, parameters, adapters, tokens, x, positions)
         caches = list(caches)
 
         def over(q: Array, prompt_keys: Array, prompt_values: Array, mine: list[Array], window: Array) -> Array:
-            # One query a row: of its prompt, all rows of which are together, and of its own tokens so far.
+            # One query per row. It sees the prompt, which the rows of a group share, and the row's own tokens so far.
             order, own_order = jnp.arange(prompt_keys.shape[1]), jnp.arange(size)
             past = (order < lengths[:, None]) & (positions - order < window)
             since = (own_order <= t) & (t - own_order < window)
@@ -158,7 +158,7 @@ def decode_and_keep(
                             start = (place, 0, 0, t, 0, 0)
                             new = new[None, :, :, None].astype(held[n].dtype)  # type: ignore[index]
                             held[n] = lax.dynamic_update_slice(held[n], new, start)
-                    filled = (1, groups, k, size)  # tokens past it are in no row
+                    filled = (1, groups, k, size)  # no row has tokens past `size` yet
                     mine = [lax.dynamic_slice(c, (place, *(0,) * 5), filled + c.shape[4:])[0] for c in held]
                     return over(q, prompt_keys, prompt_values, mine, facts["window"])
 
@@ -173,7 +173,7 @@ def decode_and_keep(
 
     def draw(z: Array, t: Array, ended: Array, drawn: Array, sums: Array) -> tuple[Array, Array, Array, Array]:
         number = lax.dynamic_index_in_dim(numbers, t, 2, keepdims=False)
-        z = _over_rows(setup, z)  # a device has all of the vocabulary, of a part of the rows
+        z = _over_rows(setup, z)  # each device then has the whole vocabulary for a part of the rows
         flat = pick(z, number.reshape(-1), settings, greedy, filters)
         value = jnp.take_along_axis(z, flat[:, None], -1)[:, 0] - jax.nn.logsumexp(z, -1)
         picked, value = (over_batch(setup, x.reshape(groups, k)) for x in (flat, value))
@@ -200,7 +200,7 @@ def decode_and_keep(
 
 
 def filled_sizes(room: int) -> list[int]:
-    """How much of a cache of `room` tokens is read, one loop each: a loop ends when so many are filled."""
+    """How many tokens of a cache of `room` tokens each decoding loop reads. A loop ends when that many are filled."""
     step = max(FEWEST, -(-room // LOOPS))
     return [*range(step, room, step), room]
 
@@ -208,7 +208,7 @@ def filled_sizes(room: int) -> list[int]:
 def _empty_cache(
     setup: Setup, kept: tuple[Array, Array] | None, groups: int, k: int, room: int
 ) -> tuple[Array, Array] | None:
-    """Room for a stack's keys and values of the responses, shaped after those of the prompts."""
+    """Returns an empty cache for the responses' keys and values of a stack, shaped like the prompts' cache."""
     if kept is None:
         return None
     members, _, _, heads, width = kept[0].shape
@@ -229,7 +229,7 @@ def _attend(
     values: Array,
     since: Array,
 ) -> Array:
-    """q (G, K, heads, width) over the prompt's (G, S, ...) and the rows' own (G, K, R, ...) -> like q."""
+    """Attention of q (G, K, heads, width) over the prompt's keys (G, S, ...) and the rows' own (G, K, R, ...)."""
     groups, k, heads, width = q.shape
     grouped = q.reshape(groups, k, keys.shape[-2], -1, width)
     scored = lambda products: capped(products * spec.attention_scale, spec.attention_cap)
@@ -245,8 +245,10 @@ def _attend(
 
 
 def _over_rows(setup: Setup, z: Array) -> Array:
-    """(rows, V) logits with rows over all devices where these divide them, else over the batch's; each device computes
-    those of its part of the head."""
+    """Reshards (rows, V) logits from vocabulary to rows: each device computes the logits of its part of the head.
+
+    Rows are split over all devices if their number allows it, else over the batch axes only.
+    """
     mesh, tensor = setup.mesh, tensor_axes(setup.mesh)
     every = (*BATCH, *tensor)
     rows = every if z.shape[0] % parts(mesh, every) == 0 else BATCH
@@ -260,11 +262,11 @@ def _logits(setup: Setup, parameters: Parameters, x: Array) -> Array:
 
 
 def pick(z: Array, numbers: Array, settings: Mapping[str, Array], greedy: bool, filters: tuple[str, ...]) -> Array:
-    """(R,) int32: one token a row, by the inverse of the cumulative distribution in vocabulary order.
+    """(R,) int32: one token per row, by the inverse of the cumulative distribution in vocabulary order.
 
     Args:
       z: (R, V) float32 logits; numbers: (R,) float32 in [0, 1).
-      settings: temperature and what `filters` need, as scalars.
+      settings: temperature and the values that `filters` need, as scalars.
     """
     if greedy:
         return jnp.argmax(z, -1).astype(jnp.int32)
@@ -275,7 +277,7 @@ def pick(z: Array, numbers: Array, settings: Mapping[str, Array], greedy: bool, 
     within = jnp.cumsum(blocks, -1)
     over = jnp.cumsum(within[..., -1], -1)
     wanted = numbers * over[:, -1]
-    # Rounding of u * total may reach the total itself: then the last block, and in it the last token, with any mass.
+    # Rounding can make u * total equal to the total. Then take the last block with mass, and its last token with mass.
     block_ = jnp.minimum(jnp.sum(over <= wanted[:, None], -1), jnp.argmax(over, -1))
     before = jnp.where(block_ > 0, jnp.take_along_axis(over, jnp.maximum(block_ - 1, 0)[:, None], 1)[:, 0], 0.0)
     inner = jnp.take_along_axis(within, block_[:, None, None], 1)[:, 0]
@@ -284,7 +286,7 @@ def pick(z: Array, numbers: Array, settings: Mapping[str, Array], greedy: bool, 
 
 
 def truncate(masses: Array, settings: Mapping[str, Array], filters: tuple[str, ...]) -> Array:
-    """Zeroes the (R, V) masses that top-k, min-p and top-p cut, in this order; ties at the border stay."""
+    """Zeroes the (R, V) masses that top-k, min-p and top-p cut, in this order. Ties at the border stay."""
     if "top_k" in filters:
         ordered = -jnp.sort(-masses, -1)
         last = jnp.clip(settings["top_k"] - 1, 0, masses.shape[1] - 1)

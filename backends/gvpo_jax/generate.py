@@ -1,7 +1,7 @@
-"""Sampling: one prefill a prompt, whose cache its k responses share unchanged, then decoding until all have ended.
+"""Sampling: one prefill per prompt, whose cache its k responses share, then decoding until all responses have ended.
 
-Here is what the host does; `decoding` has the programs. A response does not depend on the batch that it was drawn in,
-up to float rounding.
+This file has the host's part; `decoding` has the programs. A response does not depend on the batch in which it was
+drawn, up to float rounding.
 """
 
 from collections.abc import Sequence
@@ -23,9 +23,9 @@ from gvpo_jax.programs import Programs
 from gvpo_jax.rows import SMALLEST, bucket, rows_bucket
 
 _ADVICE = "lower rollout.responses or rollout.max_tokens, or raise model.mesh_fsdp"
-PADDED = 32  # a prompt is padded by at most this part of the room for its responses, or by what `bucket` adds
+PADDED = 32  # padding of a prompt is at most 1/32 of the room for its responses, or what `bucket` adds
 _FILTERS = ("top_k", "min_p", "top_p")
-Unit = tuple[int, list[int]]  # a prompt's place, and places of its seeds
+Unit = tuple[int, list[int]]  # index of a prompt, and indices of its seeds
 
 
 def generate(
@@ -41,27 +41,27 @@ def generate(
     cache_tokens: int,
     prefixes: Prefixes | None = None,
 ) -> tuple[list[list[Response]], list[list[float]]]:
-    """len(seeds[i]) responses to prompts[i], and the log-prob at temperature 1 of each as the sampler saw it.
+    """Returns len(seeds[i]) responses to prompts[i], and the sampler's log-prob of each at temperature 1.
 
     Args:
       end: ids that end a response.
-      cache_tokens: tokens of cache held at once on this process's devices; sets how many rows are decoded together.
-      prefixes: prompts start from what is kept there, and responses are kept. On one device.
+      cache_tokens: cache capacity of this process's devices in tokens; sets how many rows are decoded together.
+      prefixes: kept keys and values from which prompts start; responses are added. One process only.
     """
     responses: list[list[Any]] = [[None] * len(row) for row in seeds]
     logprobs = [[0.0] * len(row) for row in seeds]
     room = bucket(sampling.max_tokens)
     shards = meshes.batch_shards(setup.mesh)
     chunks = chunks_of(prompts, seeds, room, cache_tokens, shards)
-    if prefixes is not None:  # those that start from what is kept, and the others, take other programs
+    if prefixes is not None:  # prompts with and without kept states need different programs
         prefixes.plan(prompts, seeds)
-        begun = [bool(prefixes.start(prompt).length) for prompt in prompts]
-        chunks = [part for chunk in chunks for part in _parted(chunk, begun)]
+        has_prefix = [bool(prefixes.start(prompt).length) for prompt in prompts]
+        chunks = [part for chunk in chunks for part in _parted(chunk, has_prefix)]
     for number in range(ranks.most(len(chunks))[0]):
         units = chunks[number] if number < len(chunks) else []
         shape = ranks.most(*shape_of(units, prompts, room, shards))
-        given = (setup, programs, parameters, adapters, prompts, seeds, units, shape, sampling, end)
-        texts, scores = _decode(*given, prefixes)
+        arguments = (setup, programs, parameters, adapters, prompts, seeds, units, shape, sampling, end)
+        texts, scores = _decode(*arguments, prefixes)
         for (i, places), text, score in zip(units, texts, scores, strict=True):
             for j, response, value in zip(places, text, score, strict=True):
                 responses[i][j], logprobs[i][j] = response, value
@@ -71,7 +71,7 @@ def generate(
 def chunks_of(
     prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], room: int, cache_tokens: int, shards: int
 ) -> list[list[Unit]]:
-    """Units to decode together: within the budget as padded, of like prompt lengths and numbers of responses."""
+    """Groups units to decode together: within the padded budget, with similar prompt lengths and response counts."""
     units: list[Unit] = []
     for i in range(len(prompts)):
         most = rows_bucket(len(seeds[i]), 1)
@@ -91,20 +91,20 @@ def chunks_of(
 
 
 def shape_of(units: Sequence[Unit], prompts: Sequence[Tokens], room: int, shards: int) -> tuple[int, int, int]:
-    """Prompts, responses of each and tokens of a prompt, as units that are decoded together are padded."""
+    """Returns the padded shape of units that are decoded together: prompts, responses per prompt, tokens per prompt."""
     k = rows_bucket(max((len(places) for _, places in units), default=1), 1)
     longest = max((len(prompts[i]) for i, _ in units), default=1)
     return rows_bucket(len(units), shards), k, prompt_width(longest, k, room)
 
 
 def prompt_width(longest: int, responses: int, room: int) -> int:
-    """Tokens that prompts are padded to: in steps that are small beside the room of their responses, so few."""
+    """Returns the padded prompt length. Its steps are small compared with the room for responses, so shapes are few."""
     step = max(SMALLEST, 1 << (responses * room // PADDED).bit_length() - 1)
     return -(-bucket(longest) // step) * step
 
 
-def _parted(chunk: list[Unit], begun: Sequence[bool]) -> list[list[Unit]]:
-    parts = [[unit for unit in chunk if begun[unit[0]] is kind] for kind in (True, False)]
+def _parted(chunk: list[Unit], has_prefix: Sequence[bool]) -> list[list[Unit]]:
+    parts = [[unit for unit in chunk if has_prefix[unit[0]] is kind] for kind in (True, False)]
     return [part for part in parts if part]
 
 
@@ -144,11 +144,11 @@ def _decode(
         name: meshes.put(np.asarray(value, np.int32 if name in ("limit", "top_k") else np.float32), setup.mesh, None)
         for name, value in settings.items()
     }
-    call = lambda function, static, *given: programs.call(function, static, *given, advice=_ADVICE)
+    call = lambda function, static, *arrays: programs.call(function, static, *arrays, advice=_ADVICE)
     if begun := _begun([prompts[i] for i, _ in units], prefixes, groups, width):
         kept, filled, fresh = begun
-        given = (jax.tree.map(partial(meshes.put, mesh=setup.mesh, axis=1), kept), put(filled), put(fresh))
-        start = call(extend, (setup,), parameters, adapters, *given, put(lengths))
+        kept_arrays = (jax.tree.map(partial(meshes.put, mesh=setup.mesh, axis=1), kept), put(filled), put(fresh))
+        start = call(extend, (setup,), parameters, adapters, *kept_arrays, put(lengths))
     else:
         start = call(prefill, (setup,), parameters, adapters, put(ids), put(lengths))
     static = (setup, sampling.temperature == 0, filters, tuple(end))
@@ -168,7 +168,7 @@ def _decode(
 def _begun(
     prompts: Sequence[Tokens], prefixes: Prefixes | None, groups: int, width: int
 ) -> tuple[Any, np.ndarray, np.ndarray] | None:
-    """Arguments of `extend` for prompts that all start from what is kept; None: none of them does."""
+    """Returns the arguments of `extend` if the prompts start from kept states, else None. A chunk never mixes both."""
     if prefixes is None or not prompts:
         return None
     part = part_of(list(prompts), prefixes)

@@ -1,4 +1,4 @@
-"""The parameters as sampling reads them: placed once a rollout, in the compute dtype, so that no token gathers them."""
+"""Places parameters for sampling, once per rollout and in the compute dtype, so that no token has to gather them."""
 
 import math
 from dataclasses import replace
@@ -16,10 +16,10 @@ _ADVICE = "raise model.mesh_fsdp or model.mesh_tensor, or lower rollout.max_toke
 
 
 def sampling_setup(setup: Setup, a_device: int | None = None) -> Setup:
-    """The setup of prefill and decode.
+    """Returns the setup of prefill and decode.
 
     Args:
-      a_device: bytes of parameters that a device should hold at most. Default: a quarter of its memory.
+      a_device: limit of parameter bytes on a device. Default: a quarter of its memory.
     """
     spec = setup.spec
     size = sum(math.prod(shape) for shape in spec.shapes().values()) * setup.compute.itemsize
@@ -32,7 +32,7 @@ def sampling_setup(setup: Setup, a_device: int | None = None) -> Setup:
 def place(
     setup: Setup, programs: Programs, parameters: Parameters, adapters: Parameters
 ) -> tuple[Parameters, Parameters]:
-    """Parameters and adapters on the mesh of a `sampling_setup`, in its compute dtype; unchanged if already there."""
+    """Moves parameters and adapters to the mesh and dtype of a `sampling_setup`; unchanged if already there."""
     if setup.mesh.size == 1 and all(a.dtype == setup.compute for a in parameters.values()):
         return parameters, adapters
     out = tuple(
@@ -45,8 +45,11 @@ def place(
 
 
 def placed(setup: Setup, parameters: Parameters, adapters: Parameters) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The arguments in the compute dtype, each first cut along the axis that it is cut along to sample, then gathered
-    along the other; a layer at a time, so that a device holds little more than its part of the result."""
+    """Casts the arguments to the compute dtype and reshards them for sampling.
+
+    Each matrix is first split along the axis that stays split, then gathered along the other. This goes layer by layer,
+    so a device holds little more than its part of the result.
+    """
     return _placed(setup, parameters), _placed(setup, adapters)
 
 

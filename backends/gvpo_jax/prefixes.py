@@ -1,4 +1,4 @@
-"""Keys and values of conversations between their turns, on the host; `policy.prefixes` says which are kept."""
+"""Keys and values of conversations between turns, on the host; `policy.prefixes` decides which are kept."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,12 +9,12 @@ from gvpo_core.training.policy import Response, Tokens
 from gvpo_core.training.policy.prefixes import Part, Prefixes
 from gvpo_jax.model import Caches
 
-# Of each stack of layers, keys and values (members, tokens, key heads, width); None where it reads another's.
+# Keys and values of each stack of layers, (members, tokens, key heads, width); None if it reads another's.
 States = list[tuple[np.ndarray, np.ndarray] | None]
 
 
 def filled_caches(part: Part, groups: int, width: int) -> tuple[list[Any], np.ndarray]:
-    """Caches (members, `groups`, `width`, ...) with what is kept of the prompts, and how many tokens that is."""
+    """Returns caches (members, `groups`, `width`, ...) with the kept states of the prompts, and their token counts."""
     filled = np.maximum(part.filled, 0).astype(np.int32)
     caches: list[Any] = []
     for number, stack in enumerate(part.states[0]):
@@ -32,26 +32,30 @@ def filled_caches(part: Part, groups: int, width: int) -> tuple[list[Any], np.nd
 
 
 def keep(
-    prefixes: Prefixes, prompts: Sequence[Tokens], responses: Sequence[Sequence[Response]], before: Caches, own: Caches
+    prefixes: Prefixes,
+    prompts: Sequence[Tokens],
+    responses: Sequence[Sequence[Response]],
+    of_prompts: Caches,
+    of_responses: Caches,
 ) -> None:
-    """Keeps what is wanted of prompts and their responses.
+    """Keeps the states of prompts and responses that `prefixes` wants.
 
     Args:
-      before: the prompts' caches (members, G, S, ...); own: the responses' (members, G, K, R, ...), without those of
-        the last token that was drawn.
+      of_prompts: caches (members, G, S, ...).
+      of_responses: caches (members, G, K, R, ...), without the last drawn token.
     """
-    wanted = [
+    candidates = [
         (g, j, (*prompt, *response.tokens[:-1]), len(prompt), len(response.tokens) - 1)
         for g, (prompt, row) in enumerate(zip(prompts, responses, strict=True))
         for j, response in enumerate(row)
     ]
     on_host = lambda caches: [None if pair is None else tuple(map(np.asarray, pair)) for pair in caches]
-    before_all, own_all = on_host(before), on_host(own)
-    for g, j, tokens, first, later in wanted:
+    prompt_caches, response_caches = on_host(of_prompts), on_host(of_responses)
+    for g, j, tokens, first, later in candidates:
         if prefixes.wants(tokens):
             states: States = [
-                None if pair is None else _joined(pair, mine, (g, j), first, later)
-                for pair, mine in zip(before_all, own_all, strict=True)
+                None if prompt is None else _joined(prompt, response, (g, j), first, later)
+                for prompt, response in zip(prompt_caches, response_caches, strict=True)
             ]
             prefixes.keep(tokens, states)
 

@@ -1,4 +1,4 @@
-"""Compiled programs: each is compiled once for its arguments' shapes, kept, counted, and called without tracing."""
+"""Compiled programs. Each is compiled once per argument shapes, kept, counted, and called without tracing."""
 
 import contextlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
@@ -8,19 +8,19 @@ import jax
 
 _ADVICE = "lower optimizer.micro_batch_tokens, set model.gradient_checkpointing, or raise model.mesh_fsdp"
 _HOLDING = "raise model.mesh_fsdp or model.mesh_tensor, or train adapters with model.lora_rank"
-_kept: dict[Hashable, Any] = {}  # shared by the policies of this process: equal programs are compiled once
+_kept: dict[Hashable, Any] = {}  # shared by all policies of this process, so that equal programs are compiled once
 
 
 class OutOfMemoryError(RuntimeError):
-    """The device's memory does not hold a program; the message says what to lower."""
+    """A program does not fit into the device's memory; the message says which setting to lower."""
 
 
 @contextlib.contextmanager
 def out_of_memory(what: str, advice: str = _HOLDING) -> Iterator[None]:
-    """Turns the device's error into one line that names `what` did not fit, and what to do.
+    """Turns the device's out-of-memory error into one line: what did not fit, and what to do.
 
     Args:
-      advice: default: that for arrays a run holds from its start to its end.
+      advice: what to do. Default: advice for arrays that a run holds from start to end.
     """
     try:
         yield
@@ -52,10 +52,10 @@ class Programs:
         """function(*static, *arguments), compiled.
 
         Args:
-          function: a module's function, so that it is the same object at every call.
-          donate: places among `arguments` whose buffers the result may take.
-          out: shardings of the result, as jax.jit takes them. Default: the compiler's choice.
-          advice: what to lower where memory runs out.
+          function: must be the same object at every call, so a function of a module.
+          donate: positions in `arguments` whose buffers the result may reuse.
+          out: shardings of the result, in the form that jax.jit takes. Default: the compiler chooses.
+          advice: what to lower if memory runs out.
         """
         leaves, tree = jax.tree.flatten(arguments)
         key = (function, static, tree, tuple((x.shape, x.dtype, x.weak_type, x.sharding) for x in leaves))
@@ -74,7 +74,7 @@ def compile_program(
     donate: Sequence[int] = (),
     out: Any = None,
 ) -> Any:
-    """function(*static, *arguments) ahead of time, for arrays or their `jax.ShapeDtypeStruct`."""
+    """Compiles function(*static, *arguments) ahead of time, for arrays or their `jax.ShapeDtypeStruct`."""
 
     def program(*given: Any) -> Any:
         return function(*static, *given)
