@@ -1,6 +1,6 @@
-"""GVPO's JAX backend: decoders of the families in `families.py` as policies on TPU, GPU or CPU, over a mesh.
+"""GVPO's JAX backend: trains the decoder families listed in `families.py` on TPU, GPU or CPU, over a device mesh.
 
-`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` works alone.
+`load` returns a policy for the training loop in `gvpo_core.training`. `token_logprobs` works on its own.
 """
 
 try:

@@ -1,4 +1,4 @@
-"""The policy's whole state on disk, through orbax: each process writes its part; all is there when `save` returns."""
+"""The policy's whole state on disk, through orbax. Each process writes its part; `save` returns when all is written."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +15,7 @@ _ARRAYS = "arrays"
 
 
 def save(directory: Path, state: Any, header: Mapping[str, Any], main: bool) -> None:
-    """Writes the arrays of `state` and `header` into a folder; every process calls."""
+    """Writes the arrays of `state` and `header` into a folder. Every process must call it."""
     with ocp.PyTreeCheckpointer() as writer:
         writer.save(directory.resolve() / _ARRAYS, state)
     if main:
@@ -25,23 +25,23 @@ def save(directory: Path, state: Any, header: Mapping[str, Any], main: bool) -> 
 def restore(directory: Path, state: Any) -> Any:
     """Reads what `save` wrote, onto the shardings of `state`.
 
-    Returns: a state like `state`.
-    Raises: ConfigError: files or tensors that do not fit the model.
+    Returns: a state with the structure of `state`.
+    Raises: ConfigError: files or tensors do not fit the model.
     """
     check_files(directory, [_ARRAYS])
-    wanted = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    expected = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
     with library_reads(directory, Exception), ocp.PyTreeCheckpointer() as reader:
-        held = reader.metadata(directory.resolve() / _ARRAYS).item_metadata.tree
-        check_tensors(directory, _shapes(wanted), _shapes(held))
+        stored = reader.metadata(directory.resolve() / _ARRAYS).item_metadata.tree
+        check_tensors(directory, _shapes(expected), _shapes(stored))
         try:
-            arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
-            return reader.restore(directory.resolve() / _ARRAYS, item=wanted, restore_args=arguments)
+            arguments = ocp.checkpoint_utils.construct_restore_args(expected)
+            return reader.restore(directory.resolve() / _ARRAYS, item=expected, restore_args=arguments)
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"the checkpoint {directory} does not fit the model: {error}") from error
 
 
 def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Of the parameters, each layer's for itself."""
+    """Returns the shapes of the parameters; stacked layers are listed one by one."""
     shapes: dict[str, tuple[int, ...]] = {}
     for name, array in state["parameter"].items():
         shape = tuple(array.shape)
@@ -51,7 +51,7 @@ def _shapes(state: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def read_arrays(directory: Path) -> dict[str, Any]:
-    """Name -> NumPy array of everything that `save` wrote, without a model."""
+    """Reads everything that `save` wrote, without a model. Returns: name -> NumPy array."""
     with ocp.PyTreeCheckpointer() as reader:
         path = directory.resolve() / _ARRAYS
         tree = reader.metadata(path).item_metadata.tree

@@ -1,4 +1,4 @@
-"""A mixture of experts: each token goes through the few experts that its router likes best, none is dropped."""
+"""Mixture of experts: each token goes through the experts with the highest router scores; no token is dropped."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -21,12 +21,12 @@ def mixture(
 ) -> Array:
     """sum over a token's experts e of share_e * down_e(activate(gate_e(h)) * up_e(h)).
 
-    Tokens are sorted by expert, so that each expert's are one block of a ragged product.
+    Tokens are sorted by expert, so the tokens of an expert are one block of a ragged product.
 
     Args:
       layer: mlp.gate.weight (E, H); mlp.experts.#.gate_proj, up_proj (E, M, H), down_proj (E, H, M).
       h: (B, T, H).
-      count: experts a token.
+      count: experts per token.
       normalised: whether the shares of a token's experts sum to one.
     Returns: (B, T, H) in the dtype of `h`.
     """
@@ -48,6 +48,6 @@ def mixture(
 
 
 def _ragged(x: Array, weights: Array, sizes: Array) -> Array:
-    """Rows of x (n, I), the first sizes[0] times weights[0].T (O, I), the next sizes[1] times weights[1].T, ..."""
+    """Multiplies the first sizes[0] rows of x (n, I) by weights[0].T (O, I), the next sizes[1] by weights[1].T, ..."""
     precision = lax.Precision.HIGHEST if x.dtype.itemsize >= 4 else lax.Precision.DEFAULT
     return lax.ragged_dot(x, jnp.swapaxes(weights, 1, 2), sizes, precision=precision)

@@ -1,4 +1,4 @@
-"""An export for others: a Hugging Face folder, a layer and a file at a time, or the adapters alone."""
+"""Exports: a Hugging Face folder, written one layer and one file at a time, or the adapters alone."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,12 +30,12 @@ def export(
     main: bool,
     own_head: bool = False,
 ) -> None:
-    """Writes the folder; every process calls, the main one writes.
+    """Writes a Hugging Face folder. Every process must call it; the main one writes.
 
     Args:
       config: config.json of the model.
-      source: the folder that was trained from.
-      end: the tokens that ended responses; all of them are in generation_config.json.
+      source: the folder that training started from.
+      end: tokens that end a response; all of them go into generation_config.json.
       own_head: see `Policy.export`.
     """
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def _save(tensors: dict[str, np.ndarray], path: str) -> None:
 
 
 def _tensors(setup: Setup, learner: Learner, dtype: str, main: bool) -> Iterator[tuple[str, np.ndarray]]:
-    """The model's tensors, adapters merged, layer by layer, gathered by all processes; nothing but on the main one."""
+    """Yields the model's tensors, adapters merged, layer by layer. All processes gather; only the main one yields."""
     target = ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float32
     gathered, adapters = _gathering(setup), learner.adapters
     for name, array in learner.parameters.items():
@@ -81,7 +81,10 @@ def _tensors(setup: Setup, learner: Learner, dtype: str, main: bool) -> Iterator
 
 
 def _gathering(setup: Setup) -> Callable[[jax.Array, int | None], np.ndarray]:
-    """A function of an array and a layer of it (None: it has none), which all processes call and get in full."""
+    """Returns a function of an array and a layer number (None: no layer axis) that gives every process the full values.
+
+    All processes must call it.
+    """
     everywhere = meshes.replicated(setup.mesh)
 
     def gathered(a: jax.Array, layer: int | None) -> np.ndarray:
@@ -92,11 +95,11 @@ def _gathering(setup: Setup) -> Callable[[jax.Array, int | None], np.ndarray]:
 
 
 def export_adapters(directory: Path, setup: Setup, learner: Learner, config: ModelConfig, main: bool) -> None:
-    """Writes the adapters as peft does: adapter_config.json and adapter_model.safetensors.
+    """Writes the adapters in peft's format: adapter_config.json and adapter_model.safetensors.
 
-    Every process calls; the main one writes, and reads the file back.
+    Every process must call it. The main one writes the file and reads it back.
 
-    Raises: ConfigError: adapters of experts, which peft keeps in another form; a file that reads otherwise.
+    Raises: ConfigError: adapters of experts, which peft stores in another form; the file read back differs.
     """
     experts = sorted(name for name in learner.adapters if "#" in name)
     if experts:
@@ -125,7 +128,7 @@ def export_adapters(directory: Path, setup: Setup, learner: Learner, config: Mod
         "inference_mode": True,
         "target_modules": sorted(modules),
     }
-    directory.mkdir(parents=True, exist_ok=True)  # an engine's folder of this version is a new one
+    directory.mkdir(parents=True, exist_ok=True)  # an engine gets a new folder for each version
     path = directory / "adapter_model.safetensors"
     _save(tensors, str(path))
     write_json(directory / "adapter_config.json", settings)

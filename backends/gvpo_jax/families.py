@@ -1,4 +1,4 @@
-"""The models that gvpo_jax knows, as a table, and config.json read by it: every setting is honoured or refused."""
+"""The table of models that gvpo_jax supports, and config.json read with it. Every setting is applied or rejected."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -36,7 +36,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", qk_norms="head", biases="qkvo", windows="switched"),
     "qwen3_moe": Family(
         "Qwen3MoeForCausalLM", qk_norms="head", biases="qkvo", windows="all", sparse=True
-    ),  # whose sliding_window is None unless use_sliding_window
+    ),  # its sliding_window is None unless use_sliding_window is set
     "gemma2": Family(
         "Gemma2ForCausalLM", offset=True, attention_scale="query_pre_attn_scalar", attention_cap=True, **_GEMMA
     ),
@@ -65,7 +65,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 TEXT_OF = {"gemma3": "Gemma3ForConditionalGeneration", "gemma4": "Gemma4ForConditionalGeneration"}
-"""Models of text and images, of which gvpo_jax takes the part for text."""
+"""Multimodal models; gvpo_jax uses their language model only."""
 OTHER_MODALITIES = ("vision_tower.", "multi_modal_projector.", "embed_vision.", "audio_tower.", "embed_audio.")
 ACTIVATIONS = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "gelu_new")
 SETTINGS = (
@@ -108,11 +108,11 @@ SETTINGS = (
     "hidden_size_per_layer_input",
     "vocab_size_per_layer_input",
 )
-"""What `read_spec` reads, RoPE and the layers' kinds apart."""
+"""The settings that `read_spec` reads, except RoPE and layer types."""
 
 
 def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of the part for text, where the model has others beside it; else as given."""
+    """Returns config.json of the language model of a multimodal model; any other config.json unchanged."""
     if config.get("model_type") not in TEXT_OF or not isinstance(config.get("text_config"), Mapping):
         return dict(config)
     from transformers import AutoConfig
@@ -130,9 +130,9 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_spec(config: Mapping[str, Any]) -> Spec:
-    """The model that config.json describes, completed as `hugging_face.read_config` does.
+    """Returns the model that config.json describes. `hugging_face.read_config` must have completed it.
 
-    Raises: ConfigError: an architecture, RoPE type, activation or quantisation that is not known here, by name.
+    Raises: ConfigError: unsupported architecture, RoPE type, activation or quantisation; the message names it.
     """
     config = text_config(config)
     kind = config.get("model_type")
@@ -230,7 +230,7 @@ def _layers(config: Mapping[str, Any], family: Family) -> tuple[tuple[Layer, ...
     for i in range(count):
         rope = read_rope(config, types[i], by_layer[i][0], family.partial)
         if no_rope and not no_rope[i]:
-            rope = Rope((0.0,) * len(rope.frequencies))  # angles of zero: nothing turns
+            rope = Rope((0.0,) * len(rope.frequencies))  # angles of zero: no rotation
         if rope not in ropes:
             ropes.append(rope)
         layer = Layer(
@@ -246,7 +246,7 @@ def _layers(config: Mapping[str, Any], family: Family) -> tuple[tuple[Layer, ...
 
 
 def _windows(config: Mapping[str, Any], family: Family) -> tuple[int, ...]:
-    """Tokens that each layer sees back."""
+    """Returns the window of each layer: how many tokens back it sees."""
     count, window, how = config["num_hidden_layers"], config.get("sliding_window"), family.windows
     switched_off = how == "switched" or config["model_type"] == "qwen3_moe"
     if not how or window is None or (switched_off and not config.get("use_sliding_window", False)):
@@ -265,7 +265,7 @@ def _is_sparse(config: Mapping[str, Any], i: int) -> bool:
 
 
 def _gemma4_heads(config: Mapping[str, Any], i: int, kind: str, usual: tuple[int, int]) -> tuple[int, int]:
-    """Width of a head and number of key heads: layers of full attention have their own."""
+    """Returns head width and number of key heads. Full-attention layers have their own values."""
     if "per_layer_config" in config:
         of_layer = (config["per_layer_config"] or {}).get(str(i)) or (config["per_layer_config"] or {}).get(i) or {}
         return int(of_layer.get("head_dim", usual[0])), int(of_layer.get("num_key_value_heads", usual[1]))
@@ -276,7 +276,7 @@ def _gemma4_heads(config: Mapping[str, Any], i: int, kind: str, usual: tuple[int
 
 
 def _shared(config: Mapping[str, Any], i: int, layer: Layer, types: list[str]) -> Layer:
-    """Gemma 4's layers: the last ones read keys and values of the last layer of their type that has its own."""
+    """Completes a layer of Gemma 4. Its last layers read keys and values of an earlier layer of the same type."""
     first = config["num_hidden_layers"] - int(config.get("num_kv_shared_layers") or 0)
     full = types[i] == "full_attention"
     settings: dict[str, Any] = {"values": not (config.get("attention_k_eq_v") and full)}

@@ -28,29 +28,29 @@ def token_logprobs(
     softcap: float | None = None,
     mesh: Mesh | None = None,
 ) -> Array:
-    """Log-probability of each target under the head's softmax, in chunks of tokens.
+    """Returns the log-probability of each target under the head's softmax, computed in chunks of tokens.
 
-    logits = hidden @ head_weight.T * scale, then softcap * tanh(logits / softcap) where there is one
+    logits = hidden @ head_weight.T * scale, then softcap * tanh(logits / softcap) if a softcap is given
     result = logits[target] - logsumexp(logits)
 
-    The backward pass computes each chunk's logits again; where the head is frozen the forward pass makes the gradient
-    of `hidden` at once instead. Works under jit, grad and shardings of either argument.
+    The backward pass recomputes each chunk's logits. If the head is frozen, the forward pass computes the gradient of
+    `hidden` instead. Works under jit and grad, with either argument sharded.
 
-    Over a mesh each device has the logits of its part of the vocabulary: the head moves once and its gradient is summed
-    once, before and after all chunks; a chunk moves hidden states alone.
+    On a mesh, each device computes the logits of its part of the vocabulary. The head moves once, before all chunks,
+    and its gradient is summed once, after them. A chunk moves only hidden states.
 
     Args:
       hidden: (..., T, H) float; differentiated. Chunks are cut along T.
       head_weight: (V, H) float; differentiated unless `frozen`.
       targets: (..., T) integer ids in [0, V).
-      chunk_bytes: size of one chunk of logits over all leading axes. Default: 48 MiB where CPU is JAX's default
+      chunk_bytes: size of one chunk of logits over all leading axes. Default: 48 MiB if CPU is JAX's default
         backend, else 256 MiB.
-      frozen: head_weight needs no gradient, and gets none.
-      scale, softcap: of the logits; None: no cap.
-      mesh: with the axes of `gvpo_jax.mesh`; `hidden` is (B, T, H), its rows over data and fsdp. Default: shardings are
-        the compiler's choice.
+      frozen: whether head_weight gets no gradient.
+      scale, softcap: of the logits; softcap None: no cap.
+      mesh: with the axes of `gvpo_jax.mesh`; `hidden` is then (B, T, H), rows sharded over data and fsdp. Default:
+        the compiler chooses shardings.
     Returns: (..., T) float32, nats; float64 for float64 arguments.
-    Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
+    Raises: ValueError: shapes do not fit, or chunk_bytes < 1.
     """
     if hidden.ndim < 2 or head_weight.ndim != 2 or hidden.shape[-1] != head_weight.shape[1]:
         raise ValueError(
@@ -87,36 +87,36 @@ class _Head:
     frozen: bool
     scale: float
     softcap: float | None
-    mesh: Mesh | None  # None: shardings are the compiler's choice
+    mesh: Mesh | None  # None: the compiler chooses shardings
     axes: tuple[str, ...]  # of the mesh, over which the vocabulary is split
 
     def place(self, x: Array, *axes: Any) -> Array:
-        """x with its axes split over those of the mesh."""
+        """Splits the axes of x over these axes of the mesh."""
         if self.mesh is None:
             return x
         return lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec(*axes)))
 
     def narrow(self, x: Array) -> Array:
-        """(B, t, V): the vocabulary over its axes."""
+        """Splits the last axis of x (B, t, V) over the vocabulary's axes of the mesh."""
         if self.mesh is None:
             return x
         return self.place(x, self.batch, *(None,) * (x.ndim - 2), self.axes)
 
     @property
     def batch(self) -> tuple[str, ...]:
-        """Axes of the batch that do not split the vocabulary."""
+        """The batch axes of the mesh that do not split the vocabulary."""
         return tuple(a for a in BATCH if a not in self.axes)
 
     def gathered(self, x: Array) -> Array:
-        """(B, t, ...): rows that meet a part of the vocabulary, over what axes of the batch do not split it."""
+        """Gathers the rows of x (B, t, ...) for a part of the vocabulary: split over the axes of `batch` only."""
         return self.place(x, self.batch)
 
     def spread(self, x: Array) -> Array:
-        """(B, t, ...): rows over all axes of the batch."""
+        """Splits the rows of x (B, t, ...) over all batch axes."""
         return self.place(x, BATCH)
 
     def parts(self) -> int:
-        """Parts of the batch that sum a gradient of the head each for itself, until all chunks are done."""
+        """Number of parts of the batch. Each sums its own gradient of the head until all chunks are done."""
         return 1 if self.mesh is None else math.prod(self.mesh.shape[a] for a in self.batch)
 
     def product(self, spec: str, a: Array, b: Array) -> Array:
@@ -127,7 +127,7 @@ class _Head:
         return capped(products if self.scale == 1.0 else products * self.scale, self.softcap)
 
     def chosen(self, logits: Array, targets: Array) -> Array:
-        # A comparison instead of a gather: it fuses, and it stays local where the vocabulary is sharded.
+        # A comparison instead of a gather: it fuses, and it stays local if the vocabulary is sharded.
         return jnp.sum(jnp.where(self._is(logits, targets), logits, 0.0), -1)
 
     def gradient(self, logits: Array, normaliser: Array, targets: Array) -> Array:
@@ -143,12 +143,12 @@ class _Head:
 
 
 def capped(logits: Array, cap: float | None) -> Array:
-    """cap * tanh(logits / cap); None: as they are."""
+    """cap * tanh(logits / cap); unchanged if cap is None."""
     return logits if cap is None else cap * jnp.tanh(logits / cap)
 
 
 def product(spec: str, a: Array, b: Array, *, wide: Any = None) -> Array:
-    """einsum in the narrower of the two dtypes; float32 products are float32 on every platform."""
+    """einsum in the narrower of the two dtypes. float32 products keep float32 precision on every platform."""
     narrow = min(a.dtype, b.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize)
     precision = lax.Precision.HIGHEST if jnp.dtype(narrow).itemsize >= 4 else lax.Precision.DEFAULT
     return jnp.einsum(spec, a.astype(narrow), b.astype(narrow), precision=precision, preferred_element_type=wide)
@@ -160,9 +160,9 @@ def _chunks(head: _Head, hidden: Array, weight: Array, targets: Array) -> Array:
     weight = head.place(weight, head.axes)
 
     def one(carry: None, x: tuple[Array, Array]) -> tuple[None, Array]:
-        states, wanted = map(head.gathered, x)
+        states, chunk_targets = map(head.gathered, x)
         logits = head.logits(states, weight)
-        return carry, head.spread(head.chosen(logits, wanted) - jax.nn.logsumexp(logits, -1))
+        return carry, head.spread(head.chosen(logits, chunk_targets) - jax.nn.logsumexp(logits, -1))
 
     return lax.scan(one, None, (hidden, targets))[1]
 
@@ -171,14 +171,14 @@ def _forward(head: _Head, hidden: Array, weight: Array, targets: Array) -> tuple
     placed = head.place(weight, head.axes)
 
     def one(carry: None, x: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
-        states, wanted = map(head.gathered, x)
+        states, chunk_targets = map(head.gathered, x)
         logits = head.logits(states, placed)
         normaliser = jax.nn.logsumexp(logits, -1)
         kept = normaliser
         if head.frozen:
-            g = head.narrow(head.gradient(logits, normaliser, wanted).astype(weight.dtype))
+            g = head.narrow(head.gradient(logits, normaliser, chunk_targets).astype(weight.dtype))
             kept = head.product("...v,vh->...h", g, placed).astype(hidden.dtype)
-        return carry, (head.spread(head.chosen(logits, wanted) - normaliser), head.spread(kept))
+        return carry, (head.spread(head.chosen(logits, chunk_targets) - normaliser), head.spread(kept))
 
     logprobs, kept = lax.scan(one, None, (hidden, targets))[1]
     return logprobs, (kept, weight, None, None) if head.frozen else (hidden, weight, targets, kept)
@@ -192,8 +192,8 @@ def _backward(head: _Head, saved: Any, factors: Array) -> tuple[Array, Array, No
     each = head.parts()
 
     def one(total: Array, x: tuple[Array, Array, Array, Array]) -> tuple[Array, Array]:
-        states, wanted, normaliser, factor = map(head.gathered, x)
-        g = head.gradient(head.logits(states, placed), normaliser, wanted) * factor[..., None]
+        states, chunk_targets, normaliser, factor = map(head.gathered, x)
+        g = head.gradient(head.logits(states, placed), normaliser, chunk_targets) * factor[..., None]
         g = g.astype(min(states.dtype, weight.dtype, key=lambda dtype: jnp.dtype(dtype).itemsize))
         g = head.narrow(g)
         split = lambda x, *last: head.place(x.reshape(each, -1, x.shape[-1]), head.batch, None, *last)

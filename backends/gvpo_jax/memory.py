@@ -1,4 +1,4 @@
-"""What a model takes of memory, for the core's estimate of a run, and what the devices have."""
+"""The memory that a model needs, for the core's estimate of a run, and the memory that the devices have."""
 
 import math
 
@@ -17,13 +17,13 @@ CPU_CACHE_BYTES = 2**30  # of keys and values
 def facts(
     spec: Spec, mesh: Mesh, sampling: Setup, held: int, in_blocks: bool = False, defers: bool = False
 ) -> MemoryFacts:
-    """What the core's estimate of memory needs; of layers of different sizes the largest counts.
+    """Returns the sizes for the core's estimate of memory. If layers differ in size, the largest counts.
 
     Args:
       sampling: the setup of prefill and decode.
-      held: bytes of a parameter as it is trained or frozen; a copy of another size is made to sample from.
-      in_blocks: whether attention of an update goes through `blocks`.
-      defers: whether groups in several micro-batches go forward once.
+      held: bytes of a parameter as it is stored; sampling copies the parameters if its dtype has another size.
+      in_blocks: whether the attention of updates uses `blocks`.
+      defers: whether a group in several micro-batches has one forward pass only.
     """
     first = mesh.local_devices[0]
     limit = (first.memory_stats() or {}).get("bytes_limit")
@@ -51,7 +51,7 @@ def facts(
 
 
 def cache_tokens(setup: Setup) -> int:
-    """Tokens of key-value cache that half of this process's free device memory holds (a gibibyte on CPU)."""
+    """Returns how many tokens of key-value cache fit in half of the free device memory (a gibibyte on CPU)."""
     mesh, spec = setup.mesh, setup.spec
     free = 0
     for device in mesh.local_devices:
@@ -63,12 +63,12 @@ def cache_tokens(setup: Setup) -> int:
 
 
 def sampling_bytes(mesh: Mesh) -> int:
-    """Bytes of parameters that a device should hold at most while it samples: a quarter of its memory."""
+    """Limit of parameter bytes on a device during sampling: a quarter of its memory."""
     limit = (mesh.local_devices[0].memory_stats() or {}).get("bytes_limit")
     return limit // 4 if limit else CPU_CACHE_BYTES
 
 
 def peak(mesh: Mesh) -> int:
-    """Bytes held at most on a device since the start; on CPU by the process."""
+    """Returns the peak memory in bytes of a device since the start; on CPU, of the process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in mesh.local_devices]
     return int(max(peaks)) if any(peaks) else peak_memory()

@@ -1,7 +1,7 @@
 """The decoder that a `Spec` describes, as functions of its parameters.
 
-Parameters are a flat mapping from transformers' names to arrays. Where all layers are alike, theirs are stacked, with
-`*` instead of the layer's number, and run through `lax.scan`: one layer is compiled, however many there are.
+Parameters are a flat mapping from transformers' names to arrays. If all layers have the same shapes, their parameters
+are stacked under a name with `*` instead of the layer's number, and `lax.scan` runs them: only one layer is compiled.
 """
 
 import math
@@ -22,21 +22,21 @@ from gvpo_jax.rope import rotate, rotation
 from gvpo_jax.spec import EMBEDDING, HEAD, LAYER, LAYERS, NORM, Layer, Spec
 
 Parameters = Mapping[str, Array]
-Turned = tuple[Array, Array]  # cos and sin
-Caches = Sequence[tuple[Array, Array] | None]  # keys and values of each stack; None where it reads another's
+Turned = tuple[Array, Array]  # cos and sin of RoPE's angles
+Caches = Sequence[tuple[Array, Array] | None]  # keys and values of each stack; None if it reads another's
 ATTENTION_BYTES = 128 * 2**20  # of scores computed at once
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a program is compiled for beside the shapes of its arguments."""
+    """What a program is compiled for, besides the shapes of its arguments."""
 
     spec: Spec
     mesh: Mesh
     dtype: str  # of products
     remat: bool = False
     scale: float = 0.0  # of adapters; 0: none
-    in_blocks: bool = False  # whether attention goes through `blocks`, where rows fit; `check` compares them
+    in_blocks: bool = False  # attention uses `blocks` for rows that fit; `check` decides
 
     @property
     def compute(self) -> Any:
@@ -46,22 +46,22 @@ class Setup:
 
 @dataclass(frozen=True)
 class Stack:
-    """Layers that `lax.scan` goes through: all of a model whose layers are alike, else one."""
+    """Layers that one `lax.scan` runs: all layers if they have the same shapes, else one layer."""
 
-    layer: Layer  # what has no array in it; its window and rope are of the first
+    layer: Layer  # settings without arrays; window and rope are those of the first layer
     members: range
-    arrays: dict[str, Array]  # with a leading axis of the members
+    arrays: dict[str, Array]  # with a leading axis over the members
 
 
 @dataclass(frozen=True)
 class Tables:
-    """What the layers take besides their parameters, for the current tokens."""
+    """Inputs of the layers besides their parameters, for the current tokens."""
 
-    turned: tuple[Turned, ...]  # by Layer.rope
+    turned: tuple[Turned, ...]  # index: Layer.rope
     inputs: Array | None  # (B, T, layers, size): Gemma 4's own embedding of each token in each layer
 
     def scanned(self, spec: Spec, members: range) -> dict[str, Any]:
-        """Arrays of a stack that `lax.scan` cuts into layers."""
+        """Returns the arrays of a stack that `lax.scan` cuts into layers."""
         layers = [spec.each[i] for i in members]
         facts: dict[str, Any] = {"window": jnp.asarray([layer.window for layer in layers], jnp.int32)}
         if len(members) > 1 and len(self.turned) > 1:
@@ -71,13 +71,13 @@ class Tables:
         return facts
 
     def of(self, layer: Layer, scanned: Mapping[str, Any]) -> Turned:
-        """Sine and cosine of the layer's RoPE: those of the scanned layer, where layers differ."""
+        """Cosine and sine of the layer's RoPE. If layers differ, they come from the scanned layer."""
         turned: Turned = scanned.get("turned") or self.turned[layer.rope]
         return turned
 
 
 def score(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]) -> Array:
-    """(B, P) float32 log-probability of each row's predicted tokens.
+    """(B, P) float32 log-probabilities of the tokens that each row predicts.
 
     Args:
       rows: ids, positions, segments, last (B, T), predict, targets (B, P), int32; see `rows.Rows`.
@@ -104,7 +104,7 @@ def _head_weight(setup: Setup, parameters: Parameters) -> Array:
 
 
 def logits(setup: Setup, parameters: Parameters, states: Array) -> Array:
-    """(..., V) float32 of states after the last norm."""
+    """(..., V) float32 logits of states after the last norm."""
     products = product("...h,vh->...v", states, _head_weight(setup, parameters), wide=jnp.float32)
     return capped(products * setup.spec.logit_scale, setup.spec.logit_cap)
 
@@ -143,25 +143,25 @@ def through_layers(
     """(B, T, H) before the last norm, and keys and values of each stack: (members, B, T, key heads, width) each.
 
     Args:
-      keep: whether all keys and values are wanted; else those that other layers read are kept alone.
+      keep: whether to return all keys and values. False: only those that other layers read.
     """
     spec = setup.spec
-    wanted = {layer.source for layer in spec.each}
+    read_layers = {layer.source for layer in spec.each}
     x = embed(setup, parameters, ids)
     tables = tables_of(setup, parameters, adapters, ids, x, positions)
-    kept: list[tuple[Array, Array] | None] = []
+    caches: list[tuple[Array, Array] | None] = []
     for stack in stacks(spec, parameters, adapters):
         source = stack.layer.source
-        lent = None if source is None else kept[source]
-        kept_here = source is None and (keep or stack.members.start in wanted)
+        shared = None if source is None else caches[source]
+        kept_here = source is None and (keep or stack.members.start in read_layers)
 
         def layer(
-            x: Array, inputs: Any, stack: Stack = stack, lent: Any = lent, kept_here: bool = kept_here
+            x: Array, inputs: Any, stack: Stack = stack, shared: Any = shared, kept_here: bool = kept_here
         ) -> tuple[Array, Any]:
             weights, scanned = inputs
 
             def attend(q: Array, k: Array | None, v: Array | None) -> Array:
-                keys, values = cast("tuple[Array, Array]", (k, v)) if lent is None else (lent[0][0], lent[1][0])
+                keys, values = cast("tuple[Array, Array]", (k, v)) if shared is None else (shared[0][0], shared[1][0])
                 return attention(setup, q, keys, values, positions, segments, last, scanned["window"])
 
             x, k, v = block(
@@ -170,13 +170,13 @@ def through_layers(
             return x, (over_heads(setup, k), over_heads(setup, v)) if kept_here else None
 
         body = jax.checkpoint(layer) if setup.remat else layer
-        x, made = lax.scan(body, x, (stack.arrays, tables.scanned(spec, stack.members)))
-        kept.append(made)
-    return x, kept
+        x, cache = lax.scan(body, x, (stack.arrays, tables.scanned(spec, stack.members)))
+        caches.append(cache)
+    return x, caches
 
 
 def stacks(spec: Spec, parameters: Parameters, adapters: Parameters) -> list[Stack]:
-    """The layers, as `lax.scan` goes through them."""
+    """Returns the layers as stacks that `lax.scan` runs one after another."""
     named = {**parameters, **adapters}
     if spec.uniform:
         arrays = {name.removeprefix(LAYER): a for name, a in named.items() if name.startswith(LAYER)}
@@ -190,7 +190,7 @@ def stacks(spec: Spec, parameters: Parameters, adapters: Parameters) -> list[Sta
 
 
 def embed(setup: Setup, parameters: Parameters, ids: Array) -> Array:
-    """(B, T, H) embeddings of token ids (B, T), scaled as the family does."""
+    """(B, T, H) embeddings of token ids (B, T), with the model's scale."""
     embedded = parameters[EMBEDDING][ids].astype(setup.compute)
     if setup.spec.embedding_scale != 1.0:
         embedded = embedded * jnp.asarray(setup.spec.embedding_scale, setup.compute)
@@ -200,7 +200,7 @@ def embed(setup: Setup, parameters: Parameters, ids: Array) -> Array:
 def tables_of(
     setup: Setup, parameters: Parameters, adapters: Parameters, ids: Array, embedded: Array, positions: Array
 ) -> Tables:
-    """What the layers need of these tokens."""
+    """Computes the layers' `Tables` for these tokens."""
     spec = setup.spec
     turned = tuple(rotation(rope, positions) for rope in spec.ropes)
     if not spec.inputs:
@@ -215,13 +215,13 @@ def tables_of(
 
 
 def over_batch(setup: Setup, x: Array) -> Array:
-    """Sharded along its first axis over `data` and `fsdp`, so that parameters move to the batch and not it to them."""
+    """Shards the first axis over `data` and `fsdp`, so that parameters move to the batch and not the batch to them."""
     spec = PartitionSpec(BATCH, *(None,) * (x.ndim - 1))
     return lax.with_sharding_constraint(x, NamedSharding(setup.mesh, spec))
 
 
 def over_heads(setup: Setup, x: Array) -> Array:
-    """Keys or values (..., heads, width), of which all but the rows' first axis is whole: rows and heads sharded."""
+    """Shards keys or values (B, ..., heads, width) by rows and heads; all other axes stay unsplit."""
     heads = fitting(setup.mesh, tensor_axes(setup.mesh), x.shape[-2])
     spec = PartitionSpec(BATCH, *(None,) * (x.ndim - 3), heads, None)
     return lax.with_sharding_constraint(x, NamedSharding(setup.mesh, spec))
@@ -239,9 +239,9 @@ def block(
     """One layer on (B, T, H).
 
     Args:
-      attend: (q (B, T, heads, width), k, v (B, T, key heads, width)) -> (B, T, heads, width); k and v are None where
+      attend: (q (B, T, heads, width), k, v (B, T, key heads, width)) -> (B, T, heads, width); k and v are None if
         the layer reads another's.
-      inputs: (B, T, size) this layer's own embedding of each token.
+      inputs: (B, T, size), this layer's own embedding of each token.
     Returns: (B, T, H), and the layer's k and v.
     """
     family = setup.spec.family
@@ -259,7 +259,7 @@ def block(
     if inputs is not None:
         h = _activate(setup, linear(setup, layer, "per_layer_input_gate", x)) * inputs
         x = x + norm(setup, linear(setup, layer, "per_layer_projection", h), layer["post_per_layer_input_norm.weight"])
-    if family.layer_scalar:  # a constant of the model: not trained
+    if family.layer_scalar:  # constant, not trained
         x = x * lax.stop_gradient(layer["layer_scalar"]).astype(setup.compute)
     return over_batch(setup, x), k, v
 
@@ -270,7 +270,7 @@ def _added(setup: Setup, x: Array, part: Array) -> Array:
 
 
 def queries_keys_values(setup: Setup, kind: Layer, layer: Parameters, h: Array) -> tuple[Array, Any, Any]:
-    """q, k, v (B, T, heads, width) before RoPE; k and v are None where the layer reads another's."""
+    """q, k, v (B, T, heads, width) before RoPE. k and v are None if the layer reads another's."""
     family = setup.spec.family
     heads = lambda y: y.reshape(*y.shape[:-1], -1, kind.width)
     parts: dict[str, Array]
@@ -318,7 +318,7 @@ def _activate(setup: Setup, x: Array) -> Array:
 
 
 def linear(setup: Setup, layer: Parameters, name: str, x: Array) -> Array:
-    """x @ weight.T + bias, with the adapter's part."""
+    """x @ weight.T + bias, plus the adapter's product if there is one."""
     y = product("...i,oi->...o", x, layer[f"{name}.weight"].astype(setup.compute))
     if f"{name}.bias" in layer:
         y = (_wide(y) + _wide(layer[f"{name}.bias"].astype(y.dtype))).astype(y.dtype)
@@ -329,7 +329,7 @@ def linear(setup: Setup, layer: Parameters, name: str, x: Array) -> Array:
 
 
 def norm(setup: Setup, x: Array, weight: Array | None) -> Array:
-    """RMSNorm over the last axis, in float32; without a weight, its scale alone."""
+    """RMSNorm over the last axis, in float32. Without a weight it only normalises."""
     family = setup.spec.family
     wide = x.astype(jnp.float32)
     wide = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + setup.spec.eps)
@@ -340,15 +340,15 @@ def norm(setup: Setup, x: Array, weight: Array | None) -> Array:
 
 
 def _wide(x: Array) -> Array:
-    """float32: the gradient of a vector that meets every token is summed over them in the dtype they meet in."""
+    """Casts to float32, so that the gradient of a vector is summed over all tokens in float32."""
     return x.astype(jnp.float32)
 
 
 def attention(
     setup: Setup, q: Array, k: Array, v: Array, positions: Array, segments: Array, last: Array, window: Array
 ) -> Array:
-    """Attention by the kernels of `blocks`, or in blocks of queries whose scores are computed again in the backward
-    pass. A token is seen from itself on, in segments up to its `last` one, from less than `window` positions away."""
+    """Attention by the kernels of `blocks`, or by blocks of queries; the backward pass recomputes scores. A query sees
+    tokens up to its own place, less than `window` positions back, whose `last` segment is at least its own."""
     rows, length = segments.shape
     if setup.in_blocks and blocks.fits(setup.mesh, rows, length):
         spec = setup.spec
@@ -376,7 +376,7 @@ def attention(
 
 
 def weighted(spec: Spec, q: Array, sources: list[tuple[Array, Array, Array]]) -> Array:
-    """Softmax-weighted values over several sources of keys, whose softmax is one.
+    """Softmax-weighted values, with one softmax over several sources of keys and values.
 
     Args:
       q: (B, Q, heads, width).

@@ -1,4 +1,4 @@
-"""The JAX policy: what `gvpo_core.training` trains, on one device or over a mesh of many."""
+"""The JAX policy: the model that `gvpo_core.training` trains, on one device or over a mesh of devices."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -26,13 +26,13 @@ from gvpo_jax.scorer import open_scorer
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "JaxPolicy":
-    """A Hugging Face folder of a known decoder as a policy.
+    """Loads a Hugging Face folder of a supported decoder as a policy.
 
     Args:
       updates: optimizer steps of the whole run, for the schedule.
-      reference: whether `logprobs(reference=True)` will be asked for; keeps a copy of the initial model without LoRA.
-      seed: of newly made adapters.
-    Raises: ConfigError: a folder, model, device or layout that cannot be used, and why.
+      reference: whether `logprobs(reference=True)` will be called. Without LoRA this keeps a copy of the initial model.
+      seed: seed of new adapters.
+    Raises: ConfigError: the folder, model, device or layout cannot be used; the message says why.
     """
     return JaxPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 
@@ -52,12 +52,12 @@ class JaxPolicy(LanguageModelPolicy):
         self.scorer, self._files = open_scorer(config, self.folder, self.mesh)
         self.setup, self.programs = self.scorer.setup, self.scorer.programs
         self._load()
-        given = (self.scorer, self.learner.parameters, self.learner.adapters)
-        if is_tpu(self.mesh) and in_blocks(*given):
+        model_arguments = (self.scorer, self.learner.parameters, self.learner.adapters)
+        if is_tpu(self.mesh) and in_blocks(*model_arguments):
             self.attend_in_blocks()
-        self.packed, self.layout_reason = check_layout(*given, config)
+        self.packed, self.layout_reason = check_layout(*model_arguments, config)
         self._splitting = self._split(0 if self.setup.in_blocks else self.setup.spec.hidden)
-        check_decoding(*given, packed=self.packed, dtype=config.dtype, end=self._end)
+        check_decoding(*model_arguments, packed=self.packed, dtype=config.dtype, end=self._end)
 
     @property
     def architecture(self) -> str:
@@ -65,25 +65,25 @@ class JaxPolicy(LanguageModelPolicy):
         return self.setup.spec.family.architecture
 
     def attend_in_blocks(self) -> None:
-        """Has attention go through the kernels of `blocks`."""
+        """Makes attention use the kernels of `blocks`."""
         self.setup = self.scorer.setup = self.learner.setup = replace(self.setup, in_blocks=True)
         self.scorer.sampling = placement.sampling_setup(self.setup)
 
     def _load(self) -> None:
         config, settings, spec, files = self.config, self.settings, self.setup.spec, self._files
         # Full fine-tuning steps float32 parameters: a step of 1e-6 of a bfloat16 number is lost to rounding.
-        held = self.setup.compute if config.lora_rank or self.frozen else np.float32
-        self._width = np.dtype(held).itemsize
+        stored_dtype = self.setup.compute if config.lora_rank or self.frozen else np.float32
+        self._width = np.dtype(stored_dtype).itemsize
         with out_of_memory("the model's parameters"):
-            parameters = weights.load(spec, files, self.mesh, held)
+            parameters = weights.load(spec, files, self.mesh, stored_dtype)
         adapters = make_adapters(config, spec, self.mesh, settings.seed) if config.lora_rank else {}
         optimizer = None if self.frozen else settings.optimizer
-        self.defers = config.gradient_checkpointing and not self.frozen  # else activations would be held
+        self.defers = config.gradient_checkpointing and not self.frozen  # else activations would be stored
         self.learner = Learner(self.setup, self.programs, optimizer, parameters, adapters)
         self._load_reference()
 
     def _load_reference(self) -> None:
-        self._reference: Parameters = {}  # all parameters, or under LoRA adapters
+        self._reference: Parameters = {}  # all parameters; under LoRA the adapters
         if self.settings.reference and not self.config.lora_rank:
             with out_of_memory("the reference model"):
                 self._reference = weights.load(self.setup.spec, self._files, self.mesh, self.setup.compute)
@@ -107,7 +107,7 @@ class JaxPolicy(LanguageModelPolicy):
     def sample(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> tuple[list[list[Response]], list[list[float]]]:
-        """As `generate`, with each response's log-prob at temperature 1 as the sampler saw it."""
+        """Like `generate`, and also returns the sampler's log-prob of each response at temperature 1."""
         return self.scorer.sample(
             self.learner.parameters,
             self.learner.adapters,
@@ -144,15 +144,17 @@ class JaxPolicy(LanguageModelPolicy):
     # -- training
 
     def _update(self, batch: Batch, plan: StepPlan, coefficients: Coefficients, rate: float) -> Update:
-        """Whole groups on one process go through one forward and one backward pass, whose activations stay on the
-        device while the coefficients are made on the host; of groups in several micro-batches the layers' inputs stay.
-        All else is queued without a wait."""
+        """Runs one forward and one backward pass for groups that are complete on one process.
+
+        Their activations stay on the device while the host computes the coefficients; for groups in several
+        micro-batches only the layers' inputs stay. All other passes are queued without waiting.
+        """
         self.scorer.check_lengths(batch)
         logprobs, tokens = plan.logprobs, plan.tokens
         total = self.learner.no_gradient()
-        whole = [[rows] for rows in planning.plan(batch, plan.grouped, self._splitting, self.mesh)]
-        units = ([[row] for rows in micro for row in rows] for micro in plan.deferred)
-        for micro in (*whole, *(planning.plan(batch, of_round, self._splitting, self.mesh) for of_round in units)):
+        grouped = [[rows] for rows in planning.plan(batch, plan.grouped, self._splitting, self.mesh)]
+        deferred = ([[row] for rows in micro for row in rows] for micro in plan.deferred)
+        for micro in (*grouped, *(planning.plan(batch, of_round, self._splitting, self.mesh) for of_round in deferred)):
             total, sums, responses = self.learner.grouped(total, micro, coefficients)
             logprobs[responses] = sums
             tokens += sum(rows.arrays["ids"].size for rows in micro)
@@ -186,10 +188,10 @@ class JaxPolicy(LanguageModelPolicy):
 
     def save_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""
-        held, compute = self.learner.parameters_alone(), self.setup.compute
+        arrays, compute = self.learner.parameters_alone(), self.setup.compute
         if not self.config.lora_rank and compute != np.float32:
-            held = {"parameter": self.learner.copied(compute)}
-        checkpoint.save(Path(directory), held, self._header(), self.rank == 0)
+            arrays = {"parameter": self.learner.copied(compute)}
+        checkpoint.save(Path(directory), arrays, self._header(), self.rank == 0)
 
     def load_parameters(self, directory: Path) -> None:
         """See `Policy.save`."""
@@ -197,12 +199,12 @@ class JaxPolicy(LanguageModelPolicy):
         self.learner.take_parameters(checkpoint.restore(Path(directory), self.learner.parameters_alone()))
 
     def export(self, directory: Path, *, own_head: bool = False) -> None:
-        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
+        """Writes a Hugging Face folder in the compute dtype, adapters merged. Every rank must call it. See `Policy`."""
         given = (self.config.dtype, self.scorer.config, self.folder, self._end, self.tokenizer)
         export.export(Path(directory), self.setup, self.learner, *given, self.rank == 0, own_head)
 
     def export_adapters(self, directory: Path) -> None:
-        """Writes the adapters alone, as peft loads them; every rank calls."""
+        """Writes only the adapters, in peft's format. Every rank must call it."""
         if self._files.text_of_more:
             raise ConfigError(
                 f"gvpo_jax trains the part for text of {self.config.path!r}, whose layers have other names in the "
@@ -213,7 +215,7 @@ class JaxPolicy(LanguageModelPolicy):
     # -- facts
 
     def describe(self) -> PolicyFacts:
-        """Facts for the log and the run folder."""
+        """Returns facts for the log and the run folder."""
         spec, first = self.setup.spec, self.mesh.devices.flat[0]
         trainable = 0 if self.frozen else weights.count(self.learner.shapes)
         return self._describe(

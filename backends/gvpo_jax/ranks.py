@@ -1,4 +1,4 @@
-"""Processes, through jax.distributed: which one this is, and what crosses between them."""
+"""Processes, through jax.distributed: this process's rank, and exchange between processes."""
 
 import os
 
@@ -13,9 +13,9 @@ class Ranks:
     """This process among the run's processes, and the mesh of all their devices."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Joins the other processes where the environment names them; see `join_processes`.
+        """Joins the other processes if the environment names them; see `join_processes`.
 
-        Raises: ConfigError: a device that is not there, or axes that do not fit the devices.
+        Raises: ConfigError: a device that does not exist, or axes that do not fit the devices.
         """
         join_processes()
         self.mesh = meshes.make_mesh(config)
@@ -28,10 +28,10 @@ class Ranks:
 
 
 def join_processes() -> None:
-    """Joins the other processes where the environment names them; once, before any device is used.
+    """Joins the other processes if the environment names them. Call it once, before any device is used.
 
-    JAX_COORDINATOR_ADDRESS (host:port) with JAX_NUM_PROCESSES and JAX_PROCESS_ID, as they are set for each process;
-    with the address alone the cluster that jax.distributed finds. A TPU slice of several hosts needs none of them.
+    Reads JAX_COORDINATOR_ADDRESS (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID. If only the address is set,
+    jax.distributed detects the cluster. A TPU slice of several hosts needs none of them.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     pod = "," in os.environ.get("TPU_WORKER_HOSTNAMES", "") and not os.environ.get("TPU_SKIP_MDS_QUERY")
@@ -42,8 +42,8 @@ def join_processes() -> None:
 
 
 def gather(values: np.ndarray) -> np.ndarray:
-    """Concatenates the processes' arrays in their order along axis 0; lengths may differ. Bytes cross, not numbers:
-    JAX would round float64."""
+    """Concatenates the processes' arrays in their order along axis 0; lengths may differ. They are sent as bytes,
+    because JAX would round float64."""
     if jax.process_count() == 1:
         return values
     values = np.ascontiguousarray(values)
@@ -62,7 +62,7 @@ def gather(values: np.ndarray) -> np.ndarray:
 
 
 def most(*counts: int) -> tuple[int, ...]:
-    """The largest of the processes' counts, each."""
+    """Returns each count's largest value over all processes."""
     if jax.process_count() == 1:
         return counts
     gathered = gather(np.asarray([counts], np.int64))

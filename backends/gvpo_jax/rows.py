@@ -1,5 +1,5 @@
-"""Rows of few shapes. A row of the device holds the rows of several prompts, one after another, none of which sees
-another: all rows of a batch have one length, whatever the lengths of its responses are."""
+"""Plans rows of few shapes. A row on the device holds the rows of several prompts, one after another; they do not see
+each other. So all rows of a batch have one length, whatever the lengths of its responses."""
 
 import math
 from collections import Counter
@@ -13,37 +13,37 @@ from gvpo_core.training.policy import Batch, layout
 from gvpo_jax import mesh as meshes
 from gvpo_jax import ranks
 
-SMALLEST = 32  # tokens of a row at least
-SPREAD = 8  # predicted tokens of a row are padded to a multiple of this part of it
-CALL = 1 / 8  # of the budget: tokens that cost as much as a micro-batch costs beside its own
-SPARED = 1.25  # a shape of an earlier plan is taken again where it costs at most so much more than the best one
-ALIKE = 1.1  # costs that differ by less are alike
+SMALLEST = 32  # shortest row, tokens
+SPREAD = 8  # predicted tokens of a row are padded to a multiple of 1/8 of its tokens
+CALL = 1 / 8  # fixed cost of a micro-batch, as this share of the budget's tokens
+SPARED = 1.25  # a shape of an earlier plan is used again if it costs at most 1.25 times as much as the best one
+ALIKE = 1.1  # costs within this factor count as equal
 FEW = 4  # micro-batches
 IMPOSSIBLE = 1 << 30  # micro-batches
-Unit = list[layout.Row]  # what is kept in one micro-batch
-Shape = tuple[int, int, int]  # rows, their tokens, and those predicted
-Place = tuple[int, int]  # a row of the device, and where in it one starts
+Unit = list[layout.Row]  # rows that must be in one micro-batch
+Shape = tuple[int, int, int]  # rows, tokens of a row, predicted tokens of a row
+Place = tuple[int, int]  # a row on the device, and the start of a planned row in it
 
 
 @dataclass(frozen=True)
 class ShardSplitting(layout.Splitting):
-    """A batch as units: rows, or whole groups. `plan` fills micro-batches with them. Budgets are those of a shard."""
+    """Splits a batch into units, rows or whole groups; `plan` fills micro-batches with them. Budgets are per shard."""
 
-    head: float = 0.0  # operations of the head for a token, of those of the layers without attention
-    # Of a shard, in the order of the plans that chose them. A run that resumes pads, and so rounds, as before.
+    head: float = 0.0  # operations of the head per token, as a share of those of the layers without attention
+    # Shapes per shard, in the order in which plans chose them. A resumed run thus pads, and so rounds, as before.
     shapes: list[Shape] = field(default_factory=list)
 
     def cost(self, shape: Shape) -> float:
-        """What a micro-batch costs, in tokens of a short row."""
+        """Cost of a micro-batch, in tokens of a short row."""
         rows, tokens, predicted = shape
         attention = tokens / (6 * self.hidden_size) if self.hidden_size else 0.0
         return rows * (tokens * (1 + attention) + predicted * self.head) + CALL * self.tokens
 
     def settled(self, best: Shape, counts: Mapping[Shape, int]) -> Shape:
-        """The first known shape that costs little more than the best one, which else is known from now on.
+        """Returns the first earlier shape that costs little more than the best one, else records and returns the best.
 
         Args:
-          counts: shapes that could be taken, and how many micro-batches each of them needs.
+          counts: candidate shapes, and how many micro-batches each needs.
         """
         limit = SPARED * counts[best] * self.cost(best)
         for shape in self.shapes:
@@ -53,16 +53,16 @@ class ShardSplitting(layout.Splitting):
         return best
 
     def padded(self, tokens: int, predicted: int) -> int:
-        """Places for what a row predicts: as many as it has tokens where that costs little."""
+        """Pads a row's number of predicted tokens: up to the number of its tokens if that costs little more."""
         part = max(SMALLEST, -(-tokens // SPREAD))
         least = -(-predicted // part) * part
         alike = self.cost((1, tokens, tokens)) <= ALIKE * self.cost((1, tokens, least))
         return max(least, tokens) if alike else least
 
     def sizes(self, longest: int, tokens: int) -> Iterator[tuple[int, int]]:
-        """Rows and their length to try, for `tokens` of a shard: the shortest lengths that hold the longest row.
+        """Yields (rows, length) to try for `tokens` of a shard: the shortest lengths that hold the longest row.
 
-        The last one holds every unit that a micro-batch holds.
+        The last one holds every unit that fits into a micro-batch.
         """
         most = 0
         while _length(self.tokens, most + 1) >= longest and _length(self.tokens, most) > SMALLEST:
@@ -79,11 +79,11 @@ class ShardSplitting(layout.Splitting):
         yield 1, _length(self.tokens, 0)
 
     def rows(self, batch: Batch, chosen: Sequence[int] | None = None) -> list[Unit]:
-        """Each row of the chosen responses (default all) by itself."""
+        """Returns each row of the chosen responses as a unit. Default: all responses."""
         return [[row] for row in self._rows(batch, self.responses, chosen)]
 
     def groups(self, batch: Batch) -> tuple[list[Unit], list[int]]:
-        """Each group that one micro-batch holds, and the responses of all others."""
+        """Returns the groups that fit into one micro-batch as units, and the responses of all other groups."""
         members: dict[int, list[int]] = {}
         for i, label in enumerate(batch.groups):
             members.setdefault(label, []).append(i)
@@ -111,11 +111,11 @@ class ShardSplitting(layout.Splitting):
 
 @dataclass(frozen=True)
 class Rows:
-    """One micro-batch as padded arrays: few different shapes, so that a run compiles few programs."""
+    """One micro-batch as padded arrays. Shapes are few, so a run compiles few programs."""
 
     arrays: dict[str, np.ndarray]  # ids, positions, segments, last (B, T), predict, targets (B, P), int32
-    source: layout.Arrays | None  # None: rows that only keep step with other processes
-    places: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.int64),) * 2)  # (n,) row and slot of targets
+    source: layout.Arrays | None  # None: empty rows that only keep this process in step with the others
+    places: tuple[np.ndarray, np.ndarray] = field(default=(np.zeros(0, np.int64),) * 2)  # (n,) row, slot of targets
 
     @property
     def shape(self) -> Shape:
@@ -128,7 +128,7 @@ class Rows:
         return self.source.sums(values[self.places])
 
     def spread(self, factors: np.ndarray) -> np.ndarray:
-        """(B, P) float32: at each target the sum of the factors of its responses, 0 elsewhere."""
+        """(B, P) float32: for each target the sum of its responses' factors, 0 elsewhere."""
         spread = np.zeros(self.arrays["targets"].shape, np.float32)
         if self.source is not None:
             spread[self.places] = self.source.spread(factors)
@@ -137,15 +137,15 @@ class Rows:
 
 @dataclass
 class Filling:
-    """A micro-batch while it is filled."""
+    """A micro-batch that is being filled."""
 
-    free: list[int]  # tokens of each of its rows
+    free: list[int]  # free tokens in each row
     rows: Unit
     places: list[Place]
     responses: int = 0
 
     def predicted(self, counts: Mapping[tuple[int, ...], int]) -> int:
-        """Tokens that one of its rows predicts at most, at least 1; `counts`: by the responses of a layout's row."""
+        """Returns the most tokens that a row predicts, at least 1. `counts`: of a planned row, by its responses."""
         totals = Counter[int]()
         for row, (at, _) in zip(self.rows, self.places, strict=True):
             totals[at] += counts[row.responses]
@@ -168,45 +168,45 @@ class Filling:
 
 
 def bucket(n: int) -> int:
-    """The next of 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...: past 128 at most a fifth is padding."""
+    """Rounds up to 32, 64, 96, 128, 160, 192, 224, 256, 320, 384, ...; above 128 at most a fifth is padding."""
     step = max(SMALLEST, (1 << max(0, n - 1).bit_length()) // 8)
     return max(SMALLEST, -(-n // step) * step)
 
 
 def rows_bucket(n: int, shards: int) -> int:
-    """The next power of two of rows for each of the shards."""
+    """Rounds up to the next power of two of rows per shard; returns the rows of all shards."""
     return shards * (1 << max(0, math.ceil(math.log2(max(1, -(-n // shards))))))
 
 
 def fits(unit: Unit, length: int, rows: int) -> bool:
-    """Whether a micro-batch of so many rows of `length` tokens holds the unit."""
+    """Whether the unit fits into a micro-batch of `rows` rows of `length` tokens."""
     return Filling([length] * rows, [], []).take(unit, length)
 
 
 def fill(units: Sequence[Unit], length: int, rows: int, responses: int) -> list[Filling]:
-    """Micro-batches of at most `rows` rows of `length` tokens that hold the units, the largest first; each unit `fits`.
+    """Fills micro-batches of `rows` rows of `length` tokens with the units, largest units first. Each unit must fit.
 
     Args:
-      responses: of a micro-batch at most, unless a single unit has more; 0: no limit.
+      responses: limit per micro-batch, unless a single unit has more; 0: no limit.
     """
-    made: list[Filling] = []
+    fillings: list[Filling] = []
     for unit in sorted(units, key=lambda unit: sum(row.length for row in unit), reverse=True):
         longest, added = unit[0].length, sum(len(row.responses) for row in unit)
-        for filling in made:
+        for filling in fillings:
             few = not responses or filling.responses + added <= responses
             if few and max(filling.free) >= longest and filling.take(unit, length):
                 break
         else:
-            made.append(Filling([length] * rows, [], []))
-            made[-1].take(unit, length)
-    return made
+            fillings.append(Filling([length] * rows, [], []))
+            fillings[-1].take(unit, length)
+    return fillings
 
 
 def plan(batch: Batch, units: Sequence[Unit], splitting: ShardSplitting, mesh: Mesh) -> list[Rows]:
-    """Micro-batches that hold the units, of the same shapes in the same order on every process.
+    """Plans micro-batches that hold the units, with the same shapes in the same order on every process.
 
-    All have one shape: that of an earlier plan if one costs little more than the best, see `ShardSplitting.settled`.
-    A row that is longer than the budget is alone in its shard.
+    All have one shape. It comes from an earlier plan if that costs little more than the best shape, see
+    `ShardSplitting.settled`. A row longer than the budget is alone in its shard.
     """
     shards = meshes.batch_shards(mesh)
     budget = _length(splitting.tokens, 0)
@@ -227,19 +227,19 @@ def plan(batch: Batch, units: Sequence[Unit], splitting: ShardSplitting, mesh: M
 def _apart(
     parts: Sequence[Sequence[Unit]], predicted: Mapping[tuple[int, ...], int], splitting: ShardSplitting
 ) -> list[tuple[Filling, Shape]]:
-    """Micro-batches of rows that are longer than the budget, one in each shard, and their shapes."""
-    made = [
+    """Returns micro-batches of rows longer than the budget, one row per shard, and their shapes."""
+    fillings = [
         Filling([], [row for unit in part for row in unit], [(at, 0) for at, unit in enumerate(part) for _ in unit])
         for part in parts
     ]
-    facts = [n for f in made for n in (max((row.length for row in f.rows), default=1), f.predicted(predicted))]
+    facts = [n for f in fillings for n in (max((row.length for row in f.rows), default=1), f.predicted(predicted))]
     agreed = ranks.most(*facts) if facts else ()
     shapes = []
     for longest, predicts in zip(agreed[::2], agreed[1::2], strict=True):
         best = (1, bucket(longest), splitting.padded(bucket(longest), predicts))
         fitting = [s for s in splitting.shapes if s[0] == 1 and s[1] >= longest and s[2] >= predicts]
         shapes.append(splitting.settled(best, dict.fromkeys([best, *fitting], 1)))
-    return list(zip(made, shapes, strict=True))
+    return list(zip(fillings, shapes, strict=True))
 
 
 def _together(
@@ -250,34 +250,34 @@ def _together(
     splitting: ShardSplitting,
     shards: int,
 ) -> list[tuple[Filling, Shape]]:
-    """Micro-batches of all other units, of one shape; `longest`, `tokens`: of the process that has most."""
+    """Returns micro-batches of all other units, in one shape. `longest`, `tokens`: largest of all processes."""
     if not longest:
         return []
     budget = _length(splitting.tokens, 0)
-    known = [shape for shape in splitting.shapes if shape[0] * shape[1] <= budget]
-    made: dict[tuple[int, int], list[Filling] | None] = {}
-    for rows, length in [*splitting.sizes(longest, tokens), *(shape[:2] for shape in known)]:
-        held = length >= longest and all(fits(unit, length, rows * shards) for unit in units)
-        made[rows, length] = fill(units, length, rows * shards, splitting.responses * shards) if held else None
+    earlier = [shape for shape in splitting.shapes if shape[0] * shape[1] <= budget]
+    filled: dict[tuple[int, int], list[Filling] | None] = {}
+    for rows, length in [*splitting.sizes(longest, tokens), *(shape[:2] for shape in earlier)]:
+        all_fit = length >= longest and all(fits(unit, length, rows * shards) for unit in units)
+        filled[rows, length] = fill(units, length, rows * shards, splitting.responses * shards) if all_fit else None
     facts: list[int] = []
-    for fillings in made.values():
+    for fillings in filled.values():
         most = max((filling.predicted(predicted) for filling in fillings or ()), default=1)
         facts += (IMPOSSIBLE if fillings is None else len(fillings), most)
     agreed = ranks.most(*facts)
     needed = {
-        size: facts for size, *facts in zip(made, agreed[::2], agreed[1::2], strict=True) if facts[0] < IMPOSSIBLE
+        size: facts for size, *facts in zip(filled, agreed[::2], agreed[1::2], strict=True) if facts[0] < IMPOSSIBLE
     }
     counts = {(*size, splitting.padded(size[1], predicts)): count for size, (count, predicts) in needed.items()}
     costs = {shape: count * splitting.cost(shape) for shape, count in counts.items()}
     best = min(costs, key=lambda shape: costs[shape])
-    if counts[best] < FEW:  # more of a smaller shape: batches to come will fill it better
+    if counts[best] < FEW:  # prefer more micro-batches of a smaller shape: later batches fill it better
         best = min((s for s in costs if costs[s] <= ALIKE * costs[best]), key=lambda shape: shape[0] * shape[1])
-    for shape in known:
+    for shape in earlier:
         count, predicts = needed.get(shape[:2], (0, 0))
         if count and shape[2] >= predicts:
             counts[shape] = count
     shape = splitting.settled(best, counts)
-    fillings = made[shape[:2]]
+    fillings = filled[shape[:2]]
     assert fillings is not None
     return [(filling, shape) for filling in [*fillings, *(Filling([], [], []),) * (counts[shape] - len(fillings))]]
 
@@ -291,7 +291,7 @@ def _length(tokens: int, halvings: int) -> int:
 
 
 def lay(arrays: layout.Arrays | None, rows: Sequence[layout.Row], places: Sequence[Place], shape: Shape) -> Rows:
-    """The rows at their places in arrays of a shape; what pads them predicts nothing and is seen by itself alone."""
+    """Lays the rows at their places in padded arrays of a shape. Padding predicts nothing and sees only itself."""
     b, t, p = shape
     laid = {name: np.zeros((b, t), np.int32) for name in ("ids", "positions")}
     laid |= {name: np.full((b, t), -1, np.int32) for name in ("segments", "last")}
@@ -299,7 +299,7 @@ def lay(arrays: layout.Arrays | None, rows: Sequence[layout.Row], places: Sequen
     laid["positions"][:] = np.arange(t)
     if arrays is None:
         return Rows(laid, None)
-    before = np.zeros(b, np.int64)  # segments in each of the device's rows so far
+    before = np.zeros(b, np.int64)  # segments already laid into each row
     for number, (row, (at, start)) in enumerate(zip(rows, places, strict=True)):
         here = (at, slice(start, start + row.length))
         laid["ids"][here] = arrays.ids[number, : row.length]

@@ -1,4 +1,4 @@
-"""A decoder's shape and settings as plain data: what a program is compiled for, and the names of its parameters."""
+"""A decoder's shape and settings as plain data, for which programs are compiled, and its parameters' names."""
 
 import itertools
 from collections.abc import Iterator
@@ -13,28 +13,28 @@ _LAYER, _EXPERT = "*", "#"
 
 @dataclass(frozen=True)
 class Family:
-    """How the models of one type of transformers are built, where that is not a setting of config.json."""
+    """How the models of one transformers model type are built, apart from the settings in config.json."""
 
     architecture: str
     norms: tuple[str | None, ...] = ("input_layernorm", None, "post_attention_layernorm", None)
-    """Before attention, after it, before the MLP, after it."""
+    """Norms before attention, after it, before the MLP, and after it."""
     offset: bool = False  # norms multiply by 1 + weight
-    wide_norms: bool = False  # norms multiply in float32, before they round
-    qk_norms: str = ""  # of queries and keys: "head" one head at a time, "row" all heads together
+    wide_norms: bool = False  # norms multiply by the weight in float32, then round
+    qk_norms: str = ""  # norms of queries and keys: "head" per head, "row" over all heads together
     value_norm: bool = False  # values have a norm without a weight
-    biases: str = ""  # of q, k, v, o, where `attention_bias` is set
-    fixed_biases: str = ""  # the same, always
+    biases: str = ""  # which of q, k, v, o have a bias if `attention_bias` is set
+    fixed_biases: str = ""  # which of them always have a bias
     mlp_bias: bool = False  # `mlp_bias` is read
     fused: bool = False  # q, k, v are one projection
     fused_mlp: bool = False  # gate and up are one projection
     windows: str = ""  # which layers have a window: "" none, "all", "switched" by use_sliding_window, "types" by type
-    activation: str = "hidden_act"  # the setting's name
-    attention_scale: str = "width"  # or "one", or a setting: query_pre_attn_scalar, attention_multiplier
-    embedding_scale: str = ""  # "root" of the hidden size, or a setting
+    activation: str = "hidden_act"  # name of the setting
+    attention_scale: str = "width"  # or "one", or the name of a setting: query_pre_attn_scalar, attention_multiplier
+    embedding_scale: str = ""  # "root" of the hidden size, or the name of a setting
     attention_cap: bool = False  # `attn_logit_softcapping` is read
     logit_cap: bool = False  # `final_logit_softcapping` is read
     partial: bool = False  # `partial_rotary_factor` is read
-    interleaved: bool = False  # RoPE turns neighbouring numbers of a head, not its two halves
+    interleaved: bool = False  # RoPE rotates neighbouring numbers of a head, not its two halves
     sparse: bool = False  # layers with experts
     layer_scalar: bool = False  # each layer ends with a constant factor
 
@@ -43,28 +43,28 @@ class Family:
 class Rope:
     """Rotary embedding of some of the layers."""
 
-    frequencies: tuple[float, ...]  # radians a position; half of the numbers of a head that turn
+    frequencies: tuple[float, ...]  # radians per position; one for two rotated numbers of a head
     scale: float = 1.0  # of cos and sin
-    limit: int = 0  # tokens of a row up to which these frequencies hold; 0: any
+    limit: int = 0  # longest row for which these frequencies hold, tokens; 0: no limit
 
 
 @dataclass(frozen=True)
 class Layer:
-    """What may differ from layer to layer."""
+    """Settings that may differ from layer to layer."""
 
     width: int  # of a head
     key_heads: int
     intermediate: int
-    window: int = NO_WINDOW  # tokens that it sees back
-    rope: int = 0  # place in Spec.ropes
+    window: int = NO_WINDOW  # how many tokens back it sees
+    rope: int = 0  # index in Spec.ropes
     sparse: bool = False  # a mixture of experts
-    values: bool = True  # False: the values are the keys, before norm and RoPE
-    source: int | None = None  # the layer whose keys and values it reads, in place of its own
+    values: bool = True  # False: the values are the keys before norm and RoPE
+    source: int | None = None  # layer from which it reads keys and values; None: it has its own
 
 
 @dataclass(frozen=True)
 class Spec:
-    """A model's shape and settings; hashable, so that programs are compiled for it once."""
+    """A model's shape and settings. Hashable, so that programs are compiled once per spec."""
 
     family: Family
     vocabulary: int
@@ -74,7 +74,7 @@ class Spec:
     tied: bool
     each: tuple[Layer, ...]
     ropes: tuple[Rope, ...]
-    biases: str = ""  # of q, k, v, o
+    biases: str = ""  # which of q, k, v, o have a bias
     mlp_bias: bool = False
     activation: str = "silu"
     attention_scale: float = 1.0
@@ -87,7 +87,7 @@ class Spec:
     experts_a_token: int = 0
     expert_width: int = 0
     experts_normalised: bool = False
-    inputs: int = 0  # numbers of a layer's own embedding of each token (Gemma 4); 0: none
+    inputs: int = 0  # size of a layer's own embedding of each token (Gemma 4); 0: none
     inputs_vocabulary: int = 0
 
     @property
@@ -97,33 +97,33 @@ class Spec:
 
     @property
     def head_share(self) -> float:
-        """Operations of the head for a token, of about those of the layers without attention."""
+        """Operations of the head per token, as a share of those of the layers without attention; approximate."""
         return self.vocabulary / (12 * self.hidden * self.layers)
 
     @property
     def uniform(self) -> bool:
-        """All layers have the same parameters: they are stacked, and one is compiled however many there are."""
+        """Whether all layers have the same parameter shapes. They are then stacked, and only one layer is compiled."""
         alike = {replace(layer, window=0, rope=0) for layer in self.each}
         turning = {len(rope.frequencies) for rope in self.ropes}
         return len(alike) == 1 and len(turning) == 1 and self.each[0].source is None
 
     @property
     def windows(self) -> tuple[int, ...]:
-        """Sliding window of each layer, tokens; 0: none."""
+        """Sliding window of each layer, tokens; NO_WINDOW: none."""
         return tuple(layer.window for layer in self.each)
 
     @property
     def cache_numbers(self) -> int:
-        """Keys and values of one token, in all layers that have their own."""
+        """How many numbers the keys and values of one token have, over all layers with keys and values of their own."""
         return sum(2 * layer.key_heads * layer.width for layer in self.each if layer.source is None)
 
     @property
     def longest(self) -> int:
-        """Tokens of a row at most, where RoPE changes past them; 0: any."""
+        """Longest row in tokens for which RoPE's frequencies hold; 0: no limit."""
         return min((rope.limit for rope in self.ropes if rope.limit), default=0)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Parameter name -> shape; `*` stands for a layer's number and `#` for an expert's, each a leading axis."""
+        """Parameter name -> shape. `*` stands for the layer's number, `#` for the expert's; each is a leading axis."""
         shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (self.vocabulary, self.hidden), NORM: (self.hidden,)}
         if not self.tied:
             shapes[HEAD] = (self.vocabulary, self.hidden)
@@ -140,7 +140,7 @@ class Spec:
         return shapes
 
     def layer_shapes(self, layer: Layer) -> dict[str, tuple[int, ...]]:
-        """Of one layer."""
+        """Parameter name -> shape for one layer."""
         h, family = self.hidden, self.family
         queries, keys = self.heads * layer.width, layer.key_heads * layer.width
         shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (h,) for name in family.norms if name}
@@ -185,25 +185,25 @@ class Spec:
 
 
 def leading(name: str) -> int:
-    """Leading axes of a parameter that stand for layers and experts."""
+    """Number of leading axes of a parameter for layers and experts."""
     return (_LAYER in name) + (_EXPERT in name)
 
 
 def fill(name: str, place: tuple[int, ...]) -> str:
-    """The name in the files of one matrix or vector of a parameter, at a place of its leading axes."""
+    """Returns the name in the files of the matrix or vector at index `place` of a parameter's leading axes."""
     for mark, number in zip([m for m in (_LAYER, _EXPERT) if m in name], place, strict=True):
         name = name.replace(mark, str(number))
     return name
 
 
 def file_names(name: str, shape: tuple[int, ...]) -> Iterator[str]:
-    """All names in the files that a parameter is made of."""
+    """Yields all names in the files that make up a parameter."""
     for place in itertools.product(*(range(size) for size in shape[: leading(name)])):
         yield fill(name, place)
 
 
 def is_linear(name: str) -> bool:
-    """Whether a parameter is the matrix of a linear layer, as LoRA means it: no embedding, head, router or expert."""
+    """Whether a parameter is the matrix of a linear layer for LoRA: not an embedding, head, router or expert."""
     if not name.endswith(".weight") or "norm" in name or "embed_tokens" in name or name == HEAD:
         return False
     return "experts" not in name and not name.endswith("mlp.gate.weight")

@@ -1,4 +1,4 @@
-"""One optimizer step along -sum_i c_i grad log pi_i: the programs that score rows, sum their gradients and step."""
+"""Programs of one optimizer step along -sum_i c_i grad log pi_i: score rows, sum their gradients, step."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from gvpo_jax.model import Parameters, Setup, score
 from gvpo_jax.spec import EMBEDDING
 
-# -- programs; the first argument is compiled in
+# -- programs; the first argument is a compile-time constant
 
 
 def score_rows(setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]) -> Array:
@@ -27,7 +27,7 @@ def score_rows(setup: Setup, parameters: Parameters, adapters: Parameters, rows:
 def score_with_gradient(
     setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]
 ) -> tuple[Array, Array]:
-    """(B, P) log-probs, and the gradient of their sum by the embedding, which goes through every layer."""
+    """(B, P) log-probs, and the gradient of their sum with respect to the embedding, which passes every layer."""
 
     def scored(embedding: Array) -> tuple[Array, Array]:
         values = score(setup, {**parameters, EMBEDDING: embedding}, adapters, rows)
@@ -38,28 +38,28 @@ def score_with_gradient(
 
 
 def distance(a: Array, b: Array) -> Array:
-    """The norm of a - b over that of a, float32."""
+    """norm(a - b) / norm(a), float32."""
     a, b = (x.astype(jnp.float32) for x in (a, b))
     return jnp.sqrt(jnp.sum((a - b) ** 2) / jnp.sum(a**2))
 
 
 def no_gradient(mesh: Mesh, shapes: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Array]:
-    """Zeros to add to; the mesh only tells the program from another's."""
+    """Zeros, to which gradients are added. `mesh` only makes programs of different meshes distinct."""
     return {name: jnp.zeros(shape, jnp.float32) for name, shape in shapes}
 
 
 @partial(jax.tree_util.register_dataclass, data_fields=["arrays"], meta_fields=["tree", "given"])
 @dataclass(frozen=True)
 class Saved:
-    """What a backward pass needs beside the arguments of its forward pass, which would else be copied."""
+    """Arrays that a backward pass needs besides the arguments of its forward pass. Returning those would copy them."""
 
     arrays: list[Array]
-    tree: Any  # of the backward pass
-    given: tuple[int | None, ...]  # of each of its leaves, which argument it is; None: it is of `arrays`
+    tree: Any  # structure of the backward function
+    given: tuple[int | None, ...]  # for each leaf of the tree, its argument's number; None: it is in `arrays`
 
 
 def forward(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array]) -> tuple[Array, Saved]:
-    """(B, P) token log-probs, and what the backward pass of `backward` needs."""
+    """(B, P) token log-probs, and the arrays that `backward` needs."""
     values, pull = jax.vjp(lambda t: _score(setup, t, frozen, rows), trained)
     places = {id(a): i for i, a in enumerate(jax.tree.leaves((trained, frozen, rows)))}
     leaves, tree = jax.tree.flatten(pull)
@@ -70,7 +70,7 @@ def forward(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping
 def backward(
     total: Parameters, saved: Saved, trained: Parameters, frozen: Parameters, rows: Mapping[str, Array], factors: Array
 ) -> dict[str, Array]:
-    """total - the gradient of sum factors * log pi, at the arguments of the `forward` that gave `saved`."""
+    """total - the gradient of sum factors * log pi. The other arguments must be those of the `forward` of `saved`."""
     arguments, stored = jax.tree.leaves((trained, frozen, rows)), iter(saved.arrays)
     leaves = [next(stored) if at is None else arguments[at] for at in saved.given]
     (gradient,) = jax.tree.unflatten(saved.tree, leaves)(-factors)
@@ -96,10 +96,10 @@ def _score(setup: Setup, trained: Parameters, frozen: Parameters, rows: Mapping[
 
 
 def norms(total: Parameters) -> tuple[Array, dict[str, Array]]:
-    """The gradient's norm, and each parameter's own, (L,) for the layers' stacked ones."""
+    """Returns the gradient's norm, and each parameter's norm: (1,), or (L,) for stacked layers."""
     squares = {}
     for name, g in total.items():
-        by_row = jnp.sum(g * g, -1)  # in steps: one long float32 sum would lose digits
+        by_row = jnp.sum(g * g, -1)  # in two steps: one long float32 sum would lose digits
         squares[name] = jnp.sum(by_row.reshape(g.shape[0] if "*" in name else 1, -1), -1)
     all_squares = sum(jnp.sum(s) for s in squares.values())
     return jnp.sqrt(all_squares), {name: jnp.sqrt(s) for name, s in squares.items()}
@@ -114,10 +114,10 @@ def step(
     total: Parameters,
     numbers: Mapping[str, Array],
 ) -> tuple[dict[str, Array], optax.ScaleByAdamState]:
-    """AdamW as PyTorch has it, weight decay on matrices alone.
+    """AdamW as in PyTorch, with weight decay on matrices only.
 
     Args:
-      numbers: of `adamw_numbers`; the gradient is `total` times its clip.
+      numbers: from `adamw_numbers`; the gradient is `total` times its clip.
     """
     scaled = {name: g * numbers["clip"] for name, g in total.items()}
     mu = {name: b1 * state.mu[name] + (1 - b1) * g for name, g in scaled.items()}
@@ -134,7 +134,7 @@ def step(
 def adamw_numbers(
     b1: float, b2: float, decay: float, rate: float, clip: float, steps_taken: int
 ) -> dict[str, np.ndarray]:
-    """What `step` takes beside arrays, from float64: in float32 1 - 0.9999 is off by 1e-4 of itself."""
+    """Returns the scalars of `step`, computed in float64: in float32, 1 - 0.9999 has a relative error of 1e-4."""
     t = steps_taken + 1
     numbers = {
         "clip": clip,
@@ -146,7 +146,7 @@ def adamw_numbers(
 
 
 def copied(dtype: np.dtype[Any], trained: Parameters) -> Parameters:
-    """The parameters in `dtype`, never in the memory of `trained`."""
+    """Copies the parameters to `dtype`; the result never shares memory with `trained`."""
     return {name: jnp.copy(value).astype(dtype) for name, value in trained.items()}
 
 
@@ -157,11 +157,11 @@ def no_moments(trained: Parameters) -> optax.ScaleByAdamState:
 
 
 def clip_scale(total_norm: float, norms: Mapping[str, np.ndarray], limit: float) -> float:
-    """The factor that brings a gradient down to norm `limit` (0: never).
+    """Returns the factor that scales a gradient down to norm `limit` (0: never).
 
     Args:
-      norms: each parameter's norm, as `norms` gives them.
-    Raises: FloatingPointError: naming the parameters whose gradient is not finite.
+      norms: each parameter's norm, from `norms`.
+    Raises: FloatingPointError: the gradient is not finite; the message names the parameters.
     """
     if not math.isfinite(total_norm):
         each = {
