@@ -1,4 +1,4 @@
-"""Checks at load and after an export: what the policy computes is what the model computes, scored and packed."""
+"""Checks at load and after an export: the policy computes what the model computes, with plain and packed rows."""
 
 import dataclasses
 import logging
@@ -24,10 +24,10 @@ _FAILS = (AttributeError, IndexError, TypeError, ValueError, RuntimeError)
 
 
 def check(scorer: Scorer, config: ModelConfig) -> tuple[bool, str]:
-    """Compares our log-probs with the model's own, and packed rows with plain ones; chooses the layout.
+    """Compares our log-probs with the model's own, and packed rows with plain ones, and chooses the layout.
 
-    Returns: whether rows are packed, and why.
-    Raises: ConfigError: the log-probs disagree, or the layout asked for is not exact.
+    Returns: whether rows are packed, and the reason.
+    Raises: ConfigError: the log-probs differ, or the requested layout is not exact.
     """
     batch = _check_batch(scorer)
     try:
@@ -67,9 +67,9 @@ def _tolerance(scorer: Scorer) -> tuple[float, float]:
 
 
 def read_back(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
-    """Loads an exported folder and compares its log-probs with those of the model that was exported.
+    """Loads an exported folder and compares its log-probs with those of the exported model.
 
-    Raises: ConfigError: it cannot be loaded, or scores otherwise.
+    Raises: ConfigError: it cannot be loaded, or its log-probs differ.
     """
     other = load_reference(dataclasses.replace(config, path=str(directory), revision=None))
     batch = _check_batch(scorer)
@@ -78,14 +78,14 @@ def read_back(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
     if difference is not None:
         raise ConfigError(
             f"the export in {directory}, read back, differs from the trained {scorer.name} by up to "
-            f"{difference:.3g} nat a token: mlx-lm cannot write this model; the checkpoint is as it was"
+            f"{difference:.3g} nat a token: mlx-lm cannot write this model; the checkpoint is unchanged"
         )
 
 
 def read_back_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
-    """Loads exported adapters with mlx-lm onto the base model, whose weights stay on disk, and compares them.
+    """Loads exported adapters with mlx-lm onto the base model and compares them. The base weights stay on disk.
 
-    Raises: ConfigError: other layers got adapters, or they have other numbers.
+    Raises: ConfigError: other layers got adapters, or their numbers differ.
     """
     from mlx_lm.tuner.utils import load_adapters
 
@@ -111,9 +111,9 @@ def _check_batch(scorer: Scorer) -> Batch:
 
 
 def _check_head(scorer: Scorer) -> None:
-    """Compares the head's logits with the model's own on the same hidden states, scaled until a cap would show.
+    """Compares the head's logits with the model's own on the same hidden states, scaled so that a cap would show.
 
-    In 16 bits too, where log-probs of two forward passes differ by more than a cap changes them.
+    This works in 16 bits too. There, the log-probs of two forward passes differ by more than a cap changes them.
 
     Raises: ConfigError: they differ.
     """
@@ -141,7 +141,7 @@ def _check_head(scorer: Scorer) -> None:
 
 
 class _Given:
-    """In the place of a decoder: gives hidden states that were made elsewhere."""
+    """Replaces a decoder and returns given hidden states."""
 
     def __init__(self, decoder: nn.Module, hidden: mx.array) -> None:
         self.decoder, self.hidden, self.called = decoder, hidden, False

@@ -1,4 +1,4 @@
-"""An export for others: a Hugging Face folder with adapters merged in, and the adapters alone. Read back and scored."""
+"""Exports: a Hugging Face folder with adapters merged in, and the adapters alone. Both are read back and checked."""
 
 import logging
 import re
@@ -26,15 +26,16 @@ _HEAD = "lm_head.weight"
 def export(
     directory: Path, scorer: Scorer, config: ModelConfig, tokenizer: Any, end: Sequence[int], own_head: bool = False
 ) -> None:
-    """Writes a Hugging Face folder: weights with adapters merged in and unpacked, by the names and shapes of the folder
-    that was trained; config, tokenizer; under `adapters`, where there are any, the adapters alone as mlx-lm loads them
-    onto the model that they were trained on. The folder is then read back and scored.
+    """Writes a Hugging Face folder, then reads it back and compares its log-probs.
+
+    It holds the weights, adapters merged in and unpacked, under the names and shapes of the original folder, and config
+    and tokenizer. The subfolder `adapters` holds the adapters alone, if there are any, in mlx-lm's format.
 
     Args:
-      end: the tokens that ended responses; all of them are in generation_config.json.
+      end: tokens that end a response; all of them go into generation_config.json.
       own_head: see `Policy.export`.
-    Raises: ConfigError: the folder does not score as the model that was trained; its weights are removed. mlx-lm has no
-      head of its own for this model.
+    Raises: ConfigError: the folder scores differently from the trained model; its weights are then removed. Or
+      `own_head` is not possible for this model.
     """
     directory.mkdir(parents=True, exist_ok=True)
     loaded, dtype = scorer.loaded, scorer.dtype
@@ -42,7 +43,7 @@ def export(
     tensors = {}
     for name, value in loaded.origin.tensors(dict(merged(scorer.lm))).items():
         if name.rpartition(".")[2] in constant and not loaded.origin.mlx_format:
-            value = loaded.origin.stored(name)  # never trained: some are float32 in a folder of 16 bits
+            value = loaded.origin.stored(name)  # never trained; some are float32 in a 16-bit folder
         elif mx.issubdtype(value.dtype, mx.floating):
             value = value.astype(dtype)
         tensors[name] = value
@@ -61,7 +62,7 @@ def export(
         mx.save_safetensors(path, part, {"format": "pt"})
 
     written = write_weights(directory, tensors.items(), write)
-    # The completed settings: mlx-lm asks for some by names that transformers 5 no longer writes.
+    # The completed settings, because mlx-lm reads some under names that transformers 5 no longer writes.
     write_settings(directory, written_config, config.dtype, local_folder(config), end, tokenizer)
     try:
         read_back(directory, scorer, config)
@@ -75,19 +76,19 @@ def export(
 
 
 def _embedding(scorer: Scorer, tensors: Mapping[str, mx.array]) -> str:
-    """The name of the embedding that is the head. Raises: ConfigError: the export has it under another name."""
+    """Returns the name of the embedding that is the head. Raises: ConfigError: the export has another name for it."""
     name = next((n for n, m in scorer.lm.named_modules() if m is scorer.head), "") + ".weight"
     if name not in tensors:
         raise ConfigError(
-            f"{scorer.name} has its embedding under another name than {name}: no head of its own is written"
+            f"the export of {scorer.name} has no {name}: gvpo_mlx cannot write its head as a tensor of its own"
         )
     return name
 
 
 def export_adapters(directory: Path, scorer: Scorer, config: ModelConfig) -> None:
-    """Writes the adapters as mlx-lm loads them, and reads them back with it onto the base model.
+    """Writes the adapters in mlx-lm's format, and loads them back onto the base model with mlx-lm.
 
-    Raises: ConfigError: other layers got adapters, or they have other numbers.
+    Raises: ConfigError: other layers got adapters, or their numbers differ.
     """
     directory.mkdir(exist_ok=True)
     layers = adapted(scorer.lm)

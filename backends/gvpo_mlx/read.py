@@ -1,4 +1,4 @@
-"""A model of mlx-lm from a Hugging Face folder: completed settings, the right files, and what both must agree on."""
+"""Loads a model of mlx-lm from a Hugging Face folder: completes its settings, selects its files, checks both."""
 
 import contextlib
 import functools
@@ -24,21 +24,21 @@ from gvpo_mlx import corrections, rope, settings, weights
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model, lazy: nothing of its weights is in memory yet."""
+    """A lazily loaded model: its weights are not in memory yet."""
 
     lm: nn.Module
-    config: Mapping[str, Any]  # of the language model, completed; a multimodal model's is its `text_config`
-    written: Mapping[str, Any]  # config.json as an export writes it, quantization apart
+    config: Mapping[str, Any]  # of the language model, completed; the `text_config` of a multimodal model
+    written: Mapping[str, Any]  # config.json for an export, without quantization
     origin: weights.Origin
-    window: int | None  # a sliding window that is not applied
-    settings: Mapping[str, Any]  # config.json of the language model, as it stands in the folder
-    compared: str = "not compared with transformers"  # what was, or why nothing was; see twin.py
+    window: int | None  # sliding window that is not applied
+    settings: Mapping[str, Any]  # config.json of the language model, as in the folder
+    compared: str = "not compared with transformers"  # result, or why there is none; see twin.py
 
 
 def pretrained(config: ModelConfig, folder: Path) -> Loaded:
-    """Builds the model and checks that its settings, files and tensors are read as they stand.
+    """Builds the model and checks that mlx-lm reads its settings, files and tensors correctly.
 
-    Raises: ConfigError: an unknown architecture; settings, files or tensors that mlx-lm reads otherwise.
+    Raises: ConfigError: unknown architecture; mlx-lm reads settings, files or tensors differently.
     """
     with explained("the model", config):
         return _pretrained(config, folder)
@@ -73,7 +73,7 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     with weights.alone(folder) as files:
         try:
             lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
-        except ValueError as error:  # a list of tensors, one a line
+        except ValueError as error:  # lists tensors, one per line
             raise _explained(" ".join(str(error).split())[:300], completed["model_type"], config.path) from error
     weight_files.refuse_integers(tensors, settings.packed_names(lm, tensors))
     origin = weights.Origin(lm, folder)
@@ -98,23 +98,23 @@ _NAMES_OF_TENSORS = {
 
 
 def _explained(message: str, kind: str, path: str) -> Exception:
-    """mlx-lm's error about tensors that its model lacks, or has no place for, with what to do."""
-    for beginning, what in _NAMES_OF_TENSORS.items():
-        if found := re.match(beginning, message):
-            first = message[found.end() :].partition(",")[0].rstrip(".")
-            said = f"model.path {path!r} {what.format(found[1], kind)}, the first {first}"
-            return ConfigError(f"{said}; gvpo_torch may take the model")
+    """Rewords mlx-lm's error about missing or unused tensors so that it says what to do."""
+    for beginning, problem in _NAMES_OF_TENSORS.items():
+        if match := re.match(beginning, message):
+            first = message[match.end() :].partition(",")[0].rstrip(".")
+            description = f"model.path {path!r} {problem.format(match[1], kind)}, the first {first}"
+            return ConfigError(f"{description}; gvpo_torch may take the model")
     return ValueError(message)
 
 
 def language_model(lm: nn.Module) -> nn.Module:
-    """The part of a multimodal model that reads and writes text; any other model itself."""
+    """Returns the language model of a multimodal model; any other model itself."""
     inner = lm.get("language_model") if isinstance(lm, dict) else None
     return inner if isinstance(inner, nn.Module) else lm
 
 
 def arguments(kind: str, *, path: str) -> Mapping[str, Any]:
-    """The settings that mlx-lm's model of this type reads, by name."""
+    """Returns the settings that mlx-lm's model of this type reads, by name."""
     module = _module(kind, path)
     if _mlx_kind(kind) != kind:
         return _text_arguments(kind, kind, path)
@@ -132,16 +132,16 @@ def _module(kind: str, path: str) -> Any:
         module.ModelArgs  # noqa: B018 - other modules of mlx-lm have none
     except (ImportError, AttributeError, TypeError) as error:
         raise ConfigError(f"model.path {path!r} is of type {kind!r}, which mlx-lm does not have") from error
-    except SystemExit as error:  # as its olmo does where a package is missing
+    except SystemExit as error:  # mlx-lm's olmo exits if a package is missing
         raise ConfigError(
             f"model.path {path!r} is of type {kind!r}, which mlx-lm cannot load here: "
-            f"{printed.getvalue().strip() or 'it exits without a word'}"
+            f"{printed.getvalue().strip() or 'it exits without a message'}"
         ) from error
     return module
 
 
 def _mlx_kind(kind: str) -> str:
-    """mlx-lm's name of a model type: the language model alone of Qwen3.5 is read by the multimodal one's class."""
+    """Returns mlx-lm's name of a model type. The multimodal class also reads the language model of Qwen3.5 alone."""
     short = kind.removesuffix("_text")
     lacks = importlib.util.find_spec(f"mlx_lm.models.{kind}") is None
     return short if lacks and importlib.util.find_spec(f"mlx_lm.models.{short}") is not None else kind
@@ -157,7 +157,7 @@ def _text_arguments(kind: str, text_kind: str, path: str) -> Mapping[str, Any]:
 
 
 def _text_config(folder: Path, completed: Mapping[str, Any]) -> dict[str, Any]:
-    """`text_config` with every default of transformers filled in: a file of Gemma 3 names five of its thirty."""
+    """Returns `text_config` with all defaults of transformers: Gemma 3's file has five of its thirty settings."""
     from transformers import AutoConfig
 
     config = dict(completed["text_config"])
@@ -168,7 +168,7 @@ def _text_config(folder: Path, completed: Mapping[str, Any]) -> dict[str, Any]:
         return {"model_type": completed["model_type"]} | config
     simple = {k: v for k, v in known.items() if isinstance(v, (bool, int, float, str, list))}
     text = simple | {k: v for k, v in config.items() if v is not None}
-    # The whole model's setting ties its head, whatever its language model's says.
+    # The multimodal model's setting decides whether the head is tied, not its language model's.
     text |= {"model_type": known["model_type"], "tie_word_embeddings": bool(multimodal.tie_word_embeddings)}
     if known.get("rope_parameters"):
         text = {k: v for k, v in text.items() if k not in ("rope_theta", "rope_scaling")}

@@ -1,7 +1,7 @@
-"""RoPE's settings, handed to mlx-lm where it looks for them, and checked in the model that it builds.
+"""Puts RoPE's settings where mlx-lm reads them, and checks the model that it builds.
 
-transformers 5 keeps them in `rope_parameters`; many models of mlx-lm read only a top-level `rope_theta` and
-`rope_scaling`, and take a default in silence otherwise: log-probs are then off by a nat or more.
+transformers 5 stores them in `rope_parameters`. Many models of mlx-lm read only a top-level `rope_theta` and
+`rope_scaling`; without these they silently use a default, and log-probs are off by a nat or more.
 """
 
 from collections.abc import Mapping
@@ -23,19 +23,19 @@ _MODULES = {
     "proportional": "ProportionalRoPE",
     "mrope": "RoPE",
 }
-"""rope_type -> the class of mlx-lm that computes it as transformers does.
+"""rope_type -> the class of mlx-lm that computes it like transformers.
 
-Not longrope: mlx-lm takes the long factors at every length, transformers only beyond the original one. Not dynamic: it
-depends on the length of the row, so that a cached key and a new one disagree."""
+longrope is missing because mlx-lm uses the long factors at every length, transformers only beyond the original length.
+dynamic is missing because it depends on the length of the row, so cached keys and new ones would not match."""
 
 
 def settings_for(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """What must stand in config.json so that mlx-lm's model arguments get RoPE's settings.
+    """Returns the settings for config.json that give mlx-lm's model arguments the right RoPE.
 
     Args:
-      known: the names of what the architecture's `ModelArgs` takes.
-      config: config.json, with transformers' defaults filled in where it knows the model.
-    Raises: ConfigError: settings that mlx-lm computes otherwise or that this architecture cannot be given.
+      known: names of the settings that the architecture's `ModelArgs` takes.
+      config: config.json, with transformers' defaults filled in if it knows the model.
+    Raises: ConfigError: mlx-lm computes the settings differently, or this architecture cannot take them.
     """
     nested: Any = config.get("rope_parameters")
     by_layer = isinstance(nested, Mapping) and nested and all(isinstance(v, Mapping) for v in nested.values())
@@ -58,7 +58,7 @@ def settings_for(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
             "rope_local_base_freq": local["rope_theta"]
         }
     if nested is None and config.get("rope_theta") is None and config.get("rope_scaling") is None:
-        return {}  # a model without RoPE, or one whose settings only mlx-lm knows: `check` asks for the first
+        return {}  # no RoPE, or settings that only mlx-lm knows; `check` then checks nothing
     return _given(known, name, _one(name, config), config)
 
 
@@ -82,55 +82,55 @@ def _one(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
 def _given(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in known and "rope_parameters" not in known:
         raise ConfigError(
-            f"mlx-lm's {name} takes no rope_theta, and the model asks for {rope['rope_theta']:g}: what it would use "
-            "instead cannot be known"
+            f"mlx-lm's {name} takes no rope_theta, and the model asks for {rope['rope_theta']:g}: "
+            "its own value is unknown"
         )
-    given: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    settings: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     partial, at_top = rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")
-    if partial is not None and partial != (1.0 if at_top is None else at_top):  # transformers takes that of RoPE
+    if partial is not None and partial != (1.0 if at_top is None else at_top):  # transformers uses RoPE's setting
         if "partial_rotary_factor" not in known and "rope_parameters" not in known:
             raise ConfigError(f"mlx-lm's {name} takes no partial_rotary_factor, and the model asks for {partial:g}")
-        given["partial_rotary_factor"] = partial
+        settings["partial_rotary_factor"] = partial
     if rope["rope_type"] == "default":
-        return given | {"rope_scaling": None}
+        return settings | {"rope_scaling": None}
     if "rope_scaling" not in known and "rope_parameters" not in known:
         raise ConfigError(f"mlx-lm's {name} takes no rope_scaling, and the model asks for {rope['rope_type']}")
     scaling = {k: v for k, v in rope.items() if k != "rope_theta" and v is not None} | {"type": rope["rope_type"]}
     if rope["rope_type"] == "yarn":
         scaling.setdefault("original_max_position_embeddings", config.get("max_position_embeddings"))
-        # transformers takes its defaults for zeros, and for both of mscale where one is missing or zero.
+        # transformers uses defaults for zeros, and for both mscale settings if one of them is missing or zero.
         together = scaling.get("mscale") and scaling.get("mscale_all_dim")
         unset = [k for k in _YARN[2:] if not scaling.get(k) or ("mscale" in k and not together)]
         scaling = {k: v for k, v in scaling.items() if k not in unset}
-    return given | {"rope_scaling": scaling}
+    return settings | {"rope_scaling": scaling}
 
 
-def check(lm: nn.Module, given: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-    """Looks at the RoPE modules of a loaded model.
+def check(lm: nn.Module, settings: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+    """Checks the RoPE modules of a loaded model.
 
-    Raises: ConfigError: one of another kind or base than was asked for.
+    Raises: ConfigError: a module has another type or base than the settings.
     """
-    if not given:
+    if not settings:
         return
-    scaling = given.get("rope_scaling") or {}
+    scaling = settings.get("rope_scaling") or {}
     kind, factor = scaling.get("rope_type", "default"), scaling.get("factor", 1.0)
-    local = given.get("rope_local_base_freq")
+    local = settings.get("rope_local_base_freq")
     if local is None:
-        _check(lm, config, kind, given.get("rope_theta"), factor)
+        _check(lm, config, kind, settings.get("rope_theta"), factor)
         return
-    for layer, which in zip(lm.layers, config["layer_types"], strict=True):
-        if which == "sliding_attention":
+    for layer, layer_type in zip(lm.layers, config["layer_types"], strict=True):
+        if layer_type == "sliding_attention":
             _check(layer, config, "default", local, 1.0)
         else:
-            _check(layer, config, kind, given["rope_theta"], factor)
+            _check(layer, config, kind, settings["rope_theta"], factor)
 
 
-def correct_yarn(lm: nn.Module, given: Mapping[str, Any]) -> None:
-    """Gives the model's yarn RoPE what mlx-lm does not read: `truncate = false` and `attention_factor`.
+def correct_yarn(lm: nn.Module, settings: Mapping[str, Any]) -> None:
+    """Applies the settings of yarn RoPE that mlx-lm does not read: `truncate = false` and `attention_factor`.
 
-    With it the bounds of the ramp between the two kinds of frequencies are not rounded to whole dimensions.
+    With `truncate = false`, the bounds of the ramp between the two kinds of frequencies are not rounded to integers.
     """
-    scaling = given.get("rope_scaling") or {}
+    scaling = settings.get("rope_scaling") or {}
     if scaling.get("rope_type") != "yarn":
         return
     for module in lm.modules():
@@ -140,7 +140,7 @@ def correct_yarn(lm: nn.Module, given: Mapping[str, Any]) -> None:
             module.mscale = float(scaling["attention_factor"])
         if scaling.get("truncate", True):
             continue
-        base, dims = float(given["rope_theta"]), module.dims
+        base, dims = float(settings["rope_theta"]), module.dims
         turns = np.asarray([scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1], dtype=np.float64)
         bounds = dims * np.log(scaling["original_max_position_embeddings"] / (turns * 2 * np.pi)) / (2 * np.log(base))
         low, high = max(bounds[0], 0), min(bounds[1], dims - 1)
@@ -154,13 +154,13 @@ def _check(part: nn.Module, config: Mapping[str, Any], kind: str, theta: Any, fa
     for module in part.modules():
         built = type(module).__name__
         if built == "RoPE":
-            right = float(module.base) == float(theta) and _MODULES[kind] == "RoPE"
-            right = right and (kind != "linear" or abs(module.scale * factor - 1.0) < 1e-6)
+            correct = float(module.base) == float(theta) and _MODULES[kind] == "RoPE"
+            correct = correct and (kind != "linear" or abs(module.scale * factor - 1.0) < 1e-6)
         elif built.endswith("RoPE"):
-            right = built == _MODULES[kind]
+            correct = built == _MODULES[kind]
         else:
             continue
-        if not right:
+        if not correct:
             raise ConfigError(
                 f"mlx-lm built {built} with base {getattr(module, 'base', 'unknown')} for {config.get('model_type')}; "
                 f"the model asks for {kind} RoPE with theta {theta:g}"

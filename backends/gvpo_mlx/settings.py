@@ -1,8 +1,8 @@
-"""What config.json asks of a model, held against what mlx-lm's model of that name computes.
+"""Compares the settings in config.json with what mlx-lm's model computes.
 
-mlx-lm takes from config.json what its `ModelArgs` names and drops the rest in silence: an activation, a pattern of
-layers, a separate head. What it drops is refused here by name, unless it changes no log-prob or is what the model
-computes anyway.
+mlx-lm reads only the settings that its `ModelArgs` names. It silently ignores all others, such as an activation, a
+pattern of layers or a separate head. This module rejects an ignored setting by name, unless it changes no log-prob or
+the model computes it anyway.
 """
 
 import inspect
@@ -28,7 +28,7 @@ _ELSEWHERE = frozenset(
         *("hidden_act", "hidden_activation", "activation_function"),
     )
 )
-"""Settings that rope.py and the other functions here look at."""
+"""Settings that rope.py or other functions of this file check."""
 
 _HARMLESS = re.compile(
     r"dropout|pdrop|initializer|time_step_(min|max|floor|init_scheme)|rescale_prenorm|_jitter_|aux_loss|router_logits"
@@ -36,18 +36,18 @@ _HARMLESS = re.compile(
     r"|upcast_attn|_dtype$|^summary_|num_nextn|^mtp_|num_logits_to_keep|classifier|is_decoder|add_cross_attention"
     r"|_config$|num_(local_)?experts$|num_key_value_heads$|head_dim$|n_inner$|intermediate_size$"
 )
-"""Settings of training, initialisation and precision, of parts that the log-probs do not pass, and sizes, which mlx-lm
-holds against those of the weights."""
+"""Settings of training, initialisation and precision, of parts that do not affect log-probs, and sizes, which mlx-lm
+checks against the weights."""
 
 
 QUANTIZATION = ("quantization", "quantization_config", "compression_config", "torch_dtype")
-"""What an export's config.json has no more, since its weights are unpacked."""
+"""Settings that an export's config.json omits, because its weights are unpacked."""
 
 
 def check_quantization(written: Mapping[str, Any], folder: Path) -> None:
-    """Refuses weights that are packed in another way than MLX's own; gpt-oss's mxfp4 is read as it is.
+    """Rejects weights that are not packed in MLX's own format. gpt-oss's mxfp4 is allowed.
 
-    Raises: ConfigError: naming the method.
+    Raises: ConfigError: another quantisation; the message names the method.
     """
     method = weight_files.quantization(written)
     packing = written.get("quantization")
@@ -64,7 +64,7 @@ def check_quantization(written: Mapping[str, Any], folder: Path) -> None:
 
 
 def packed_names(lm: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
-    """The tensors of the files that may be integers: all where each integer weight of the model has its scales."""
+    """Returns the tensors of the files that may be integers: all if each integer weight of the model has scales."""
     bare = quantized = False
     for module in lm.modules():
         quantized |= "scales" in module
@@ -74,7 +74,7 @@ def packed_names(lm: nn.Module, tensors: Mapping[str, Any]) -> list[str]:
 
 
 def other_words(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of GraniteMoeHybrid by mlx-lm's names of them: kinds of layers, and RoPE for "rope" alone."""
+    """Returns GraniteMoeHybrid's settings in mlx-lm's words: types of layers, and RoPE only if it is "rope"."""
     if config["model_type"] != "granitemoehybrid":
         return {}
     words = {"full_attention": "attention", "linear_attention": "mamba"}
@@ -86,14 +86,14 @@ def other_words(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
-    """The pattern of sliding layers in the words of an architecture of mlx-lm that asks for one.
+    """Returns the pattern of sliding layers in the setting that mlx-lm's architecture reads; empty if it reads none.
 
-    transformers 5 saves `layer_types` alone, and mlx-lm would take the pattern of the first model of that name: another
-    RoPE then falls to a layer, log-probs off by a nat.
+    transformers 5 saves only `layer_types`. mlx-lm would use the pattern of the first model of that architecture, so
+    some layers would get the wrong RoPE, and log-probs would be off by a nat.
 
     Args:
-      known: the names of what the architecture's `ModelArgs` takes.
-    Raises: ConfigError: a pattern that cannot be said so.
+      known: names of the settings that the architecture's `ModelArgs` takes.
+    Raises: ConfigError: the setting cannot express the pattern.
     """
     kinds = config.get("layer_types")
     name = next((n for n in ("sliding_window_pattern", "full_attention_interval") if n in known), None)
@@ -112,9 +112,9 @@ def pattern_of_layers(known: Mapping[str, Any], config: Mapping[str, Any]) -> di
 
 
 def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int | None:
-    """The sliding window of the configuration, where mlx-lm's model applies it to no layer.
+    """Returns the sliding window of config.json if mlx-lm's model applies it to no layer, else None.
 
-    Raises: ConfigError: the model applies it to other layers than the configuration says.
+    Raises: ConfigError: the model applies it to other layers than config.json says.
     """
     from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
@@ -123,13 +123,13 @@ def ignored_window(lm: nn.Module, config: Mapping[str, Any], name: str) -> int |
         return None
     windowed = [isinstance(cache, RotatingKVCache) for cache in make_prompt_cache(lm)]
     kinds = config.get("layer_types") or ["sliding_attention"] * len(windowed)
-    wanted = [kind == "sliding_attention" for kind in kinds]
-    if not any(wanted) or windowed == wanted:
+    expected = [kind == "sliding_attention" for kind in kinds]
+    if not any(expected) or windowed == expected:
         return None
     if any(windowed):
         raise ConfigError(
             f"{name} of mlx-lm has its window in layers {_numbers(windowed)}, and layer_types has it in"
-            f" {_numbers(wanted)}"
+            f" {_numbers(expected)}"
         )
     return int(window)
 
@@ -139,9 +139,9 @@ def _numbers(chosen: list[bool]) -> str:
 
 
 def check_experts(lm: nn.Module, config: Mapping[str, Any]) -> None:
-    """Refuses models with one expert a token whose weight is normalised: mlx-lm normalises only those of several.
+    """Rejects models that normalise the weight of a single expert: mlx-lm normalises only several weights.
 
-    Raises: ConfigError: such a model.
+    Raises: ConfigError: the model is of this kind.
     """
     if config.get("num_experts_per_tok") != 1 or not config.get("norm_topk_prob"):
         return
@@ -153,23 +153,23 @@ def check_experts(lm: nn.Module, config: Mapping[str, Any]) -> None:
 
 
 def special_floats(entry: dict[str, Any]) -> Any:
-    """`object_hook` for a config.json of transformers, which writes an infinite number as {"__float__": "Infinity"}."""
+    """`object_hook` for a config.json of transformers, which writes infinity as {"__float__": "Infinity"}."""
     return float(entry["__float__"]) if entry.keys() == {"__float__"} else entry
 
 
-def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+def check_dropped(written: Mapping[str, Any], known: Mapping[str, Any]) -> None:
     """Looks for settings that transformers' model reads and mlx-lm's does not.
 
     Args:
-      given: config.json as it stands in the folder.
-      known: the names of what the architecture's `ModelArgs` takes.
-    Raises: ConfigError: one that is not what transformers takes where the file leaves it out.
+      written: config.json as in the folder.
+      known: names of the settings that the architecture's `ModelArgs` takes.
+    Raises: ConfigError: such a setting differs from transformers' default.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig, PretrainedConfig
 
     anywhere = PretrainedConfig().to_dict().keys()
-    relevant = {k: v for k, v in given.items() if k not in anywhere or k in ("model_type", "tie_word_embeddings")}
+    relevant = {k: v for k, v in written.items() if k not in anywhere or k in ("model_type", "tie_word_embeddings")}
     for name in sorted(relevant.keys() - known.keys() - _ELSEWHERE):
         if _HARMLESS.search(name):
             continue
@@ -177,10 +177,10 @@ def check_dropped(given: Mapping[str, Any], known: Mapping[str, Any]) -> None:
             default = getattr(AutoConfig.for_model(**{k: v for k, v in relevant.items() if k != name}), name)
             value = getattr(AutoConfig.for_model(**relevant), name)
         except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError):
-            continue  # not known to transformers, so read by no model of its
+            continue  # not known to transformers, so none of its models reads it
         if default != value:
             raise ConfigError(
-                f"config.json has {name} = {_short(value)}, which mlx-lm's {given['model_type']} does not read: it "
+                f"config.json has {name} = {_short(value)}, which mlx-lm's {written['model_type']} does not read: it "
                 f"computes as with {_short(default)}. gvpo_torch takes it"
             )
 
@@ -218,48 +218,48 @@ _LAYERS = (
     *(("fc1", "fc2"), ("fc_in", "fc_out"), ("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h")),
     ("up_proj", "down_proj"),
 )
-"""The linear layers of a feed-forward module, by name: with the gate first, with both in one, or without a gate."""
+"""Names of the linear layers of a feed-forward module: gate first, gate and up in one, or no gate."""
 
 
-def check_activation(lm: nn.Module, given: Mapping[str, Any]) -> None:
-    """Holds the activation that config.json names against what the feed-forward modules of a loaded model compute.
+def check_activation(lm: nn.Module, written: Mapping[str, Any]) -> None:
+    """Compares the activation in config.json with what the feed-forward modules of a loaded model compute.
 
-    They are called with stand-ins for their linear layers, so that what comes out is the activation itself.
+    Stand-ins replace the linear layers of a module, so that its output is the activation itself.
 
     Args:
-      given: config.json as it stands in the folder.
-    Raises: ConfigError: a module computes another one.
+      written: config.json as in the folder.
+    Raises: ConfigError: a module computes another activation.
     """
-    kind = given["model_type"]
-    wanted, usual = _activation(given)
-    if wanted is None or kind == "gpt_oss":  # whose experts have an activation of their own, in transformers too
+    kind = written["model_type"]
+    expected, usual = _activation(written)
+    if expected is None or kind == "gpt_oss":  # its experts use a special activation
         return
-    one_of_each = {type(module): module for module in lm.modules()}  # a class applies one
-    computed = {name for name in map(_computed, one_of_each.values()) if name is not None}
-    if computed - {_NAMES.get(wanted)} or (not computed and usual is not None and wanted != usual):
+    one_of_class = {type(module): module for module in lm.modules()}  # all modules of a class use the same activation
+    computed = {name for name in map(_computed, one_of_class.values()) if name is not None}
+    if computed - {_NAMES.get(expected)} or (not computed and usual is not None and expected != usual):
         raise ConfigError(
-            f"the activation of {kind} is {wanted!r} by config.json; mlx-lm's model does not read that and computes "
+            f"the activation of {kind} is {expected!r} by config.json; mlx-lm's model does not read that and computes "
             f"{' and '.join(sorted(computed)) or usual}: its log-probs would be wrong. gvpo_torch takes it"
         )
 
 
-def _activation(given: Mapping[str, Any]) -> tuple[str | None, str | None]:
-    """What transformers applies, and what it applies where the file says nothing; None: not known."""
+def _activation(written: Mapping[str, Any]) -> tuple[str | None, str | None]:
+    """Returns the activation that transformers uses, and its default if the file has none. None: not known."""
     from transformers import AutoConfig
 
     try:
-        usual = AutoConfig.for_model(given["model_type"])
+        usual = AutoConfig.for_model(written["model_type"])
     except (ValueError, KeyError, TypeError, AttributeError):
-        return given.get("hidden_act"), None
+        return written.get("hidden_act"), None
     for name in ("hidden_activation", "hidden_act", "activation_function"):
         default = getattr(usual, name, None)
         if isinstance(default, str):
-            return given.get(name) or default, default
+            return written.get(name) or default, default
     return None, None
 
 
 def _computed(module: nn.Module) -> str | None:
-    """The activation that a feed-forward module applies; None: it is none, or it does more than that."""
+    """Returns the activation of a feed-forward module; None if the module is of another kind or computes more."""
     from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 
     x = np.linspace(-5, 5, 64)
@@ -284,7 +284,7 @@ def _computed(module: nn.Module) -> str | None:
         return None
     gated = linear == _GATED or linear[0] == "gate_up_proj"
     expected = {name: _values(name, x) * (factor if gated else 1.0) for name in _SAME}
-    return next((name for name, right in expected.items() if np.abs(values - right).max() < 5e-5), None)
+    return next((name for name, reference in expected.items() if np.abs(values - reference).max() < 5e-5), None)
 
 
 def _called_with(module: nn.Module, parts: Mapping[str, Callable[[mx.array], mx.array]], x: mx.array) -> mx.array:
@@ -300,19 +300,19 @@ def _called_with(module: nn.Module, parts: Mapping[str, Callable[[mx.array], mx.
             dict.__setitem__(module, name, part)
 
 
-def check_head(lm: nn.Module, folder: Path, given: Mapping[str, Any]) -> None:
-    """Looks for a head in the files that mlx-lm leaves out because it ties the head to the embedding.
+def check_head(lm: nn.Module, folder: Path, config: Mapping[str, Any]) -> None:
+    """Looks for a head in the files that mlx-lm ignores because it ties the head to the embedding.
 
     Args:
-      given: config.json of the language model, completed.
-    Raises: ConfigError: one that is not the embedding: transformers takes it; or a configuration that does not tie the
-      two.
+      config: config.json of the language model, completed.
+    Raises: ConfigError: the files have a head that differs from the embedding, which transformers uses; or config.json
+      does not tie the two.
     """
     if "lm_head" in lm:
         return
-    if given.get("tie_word_embeddings") is False:
+    if config.get("tie_word_embeddings") is False:
         raise ConfigError(
-            f"config.json has tie_word_embeddings = false, and mlx-lm's {given.get('model_type')} always ties its head"
+            f"config.json has tie_word_embeddings = false, and mlx-lm's {config.get('model_type')} always ties its head"
             " to the embedding. gvpo_torch takes this model"
         )
     tensors = {name: value for path in weight_files.weight_files(folder) for name, value in _lazy(path)}
@@ -326,8 +326,8 @@ def check_head(lm: nn.Module, folder: Path, given: Mapping[str, Any]) -> None:
         same = embedding is not None and head.shape == embedding.shape and bool(mx.array_equal(head, embedding))
         if not same:
             raise ConfigError(
-                f"{folder} ties its head to the embedding (tie_word_embeddings) and has {name} besides, which differs: "
-                "transformers takes that head and mlx-lm drops it. Set tie_word_embeddings = false in config.json to "
+                f"{folder} ties its head to the embedding (tie_word_embeddings), but also has a different {name}: "
+                "transformers uses that head, mlx-lm drops it. Set tie_word_embeddings = false in config.json to "
                 "train with it, or remove it from the file"
             )
 
