@@ -1,6 +1,6 @@
-"""GVPO's MLX backend: any language model of mlx-lm as a policy, quantized ones with adapters.
+"""GVPO's MLX backend: trains any language model of mlx-lm, and adapters on quantized models.
 
-`load` makes a policy for the loop of `gvpo_core.training`; `token_logprobs` works alone.
+`load` returns a policy for the training loop in `gvpo_core.training`. `token_logprobs` works on its own.
 """
 
 try:

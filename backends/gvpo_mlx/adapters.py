@@ -1,4 +1,4 @@
-"""LoRA and DoRA on mlx-lm's layers: made from a seed, switched off for the reference, merged for an export."""
+"""LoRA and DoRA on mlx-lm's layers: adds them with a seed, disables them for the reference, merges them for exports."""
 
 import contextlib
 import math
@@ -13,11 +13,11 @@ from gvpo_core.training.config import ConfigError, ModelConfig
 
 
 def add_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> None:
-    """Freezes the model and puts adapters around the linear layers that `model.lora_targets` names.
+    """Freezes the model and adds adapters to the linear layers that `model.lora_targets` names.
 
-    lora_a is uniform in +-1/sqrt(inputs) from the seed, lora_b zero, as peft and mlx-lm have them.
+    As in peft and mlx-lm, lora_a is uniform in +-1/sqrt(inputs), drawn from the seed, and lora_b is zero.
 
-    Raises: ConfigError: targets that match nothing, or a kind of layer that takes no such adapter.
+    Raises: ConfigError: a target matches nothing, or a layer does not support this kind of adapter.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
     from mlx_lm.tuner.utils import linear_to_lora_layers
@@ -49,13 +49,13 @@ def add_adapters(lm: nn.Module, config: ModelConfig, seed: int) -> None:
 
 
 def adapted(lm: nn.Module) -> list[tuple[str, Any]]:
-    """The layers with an adapter, by name, in a fixed order."""
+    """Returns the layers with adapters as (name, layer), in a fixed order."""
     return sorted((name, module) for name, module in lm.named_modules() if "lora_a" in module)
 
 
 @contextlib.contextmanager
 def switched_off(lm: nn.Module) -> Iterator[None]:
-    """The model without its adapters."""
+    """Removes the adapters while the context is open."""
     layers = adapted(lm)
     lm.update_modules(tree_unflatten([(name, module.linear) for name, module in layers]))
     try:
@@ -65,7 +65,7 @@ def switched_off(lm: nn.Module) -> Iterator[None]:
 
 
 def merged(lm: nn.Module) -> Iterator[tuple[str, mx.array]]:
-    """The model's own tensors by their own names, adapters merged in, quantized ones unpacked; it stays as it is."""
+    """Yields the model's tensors under its own names, adapters merged, quantized ones unpacked. Changes nothing."""
     for name, module in lm.named_modules():
         base_name = name.removesuffix(".linear")
         if base_name != name and "lora_a" in _at(lm, base_name):
@@ -86,9 +86,9 @@ def merged(lm: nn.Module) -> Iterator[tuple[str, mx.array]]:
 
 
 def _fused(module: Any) -> Any:
-    """The layer with its adapter merged in, unpacked; the sum of packed weights and an adapter in float32.
+    """Returns the layer with its adapter merged in, unpacked. Quantized weights and the adapter are summed in float32.
 
-    `fuse` adds the adapter in the dtype of the scales, in which a change of a thousandth of a weight is lost.
+    mlx-lm's `fuse` sums in the dtype of the scales, which loses a change of a thousandth of a weight.
     """
     from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -107,7 +107,7 @@ def _fused(module: Any) -> Any:
 
 
 def _dense(packed: Any) -> mx.array:
-    """The weight that a quantized layer stands for, float32: each number is exact."""
+    """Returns the weight that a quantized layer represents, exactly, in float32."""
     options = (packed.group_size, packed.bits, packed.mode)
     return mx.dequantize(packed.weight, packed.scales, packed.get("biases"), *options).astype(mx.float32)
 

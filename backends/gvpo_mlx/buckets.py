@@ -1,4 +1,4 @@
-"""Shapes of micro-batches rounded up, so that few programs are compiled."""
+"""Rounds up the shapes of micro-batches, so that few programs are compiled."""
 
 import numpy as np
 
@@ -6,15 +6,16 @@ from gvpo_core.training.policy.layout import Arrays
 
 
 def bucket(size: int) -> int:
-    """The next of 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160 ...: four an octave."""
+    """Rounds up to 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, ...: four sizes per octave."""
     step = max(8, 1 << max(0, (size - 1).bit_length() - 3))
     return -(-size // step) * step
 
 
 def padded(arrays: Arrays, budget: int) -> Arrays:
-    """The same micro-batch with its tokens and targets padded to bucket sizes; tokens within the budget, where it fits.
+    """Returns the micro-batch with tokens and targets padded to bucket sizes; tokens up to the budget if it fits.
 
-    What is added is padding to the layout, and predicts token 0 from the first hidden state: to be given factor 0.
+    Added tokens are padding for the layout. Added targets predict token 0 from the first hidden state; their factor
+    must be 0.
     """
     b, t = arrays.ids.shape
     width = max(t, min(bucket(t), budget // b))

@@ -26,21 +26,22 @@ def saving(
     reference: Sequence[mx.array],
     dtype: mx.Dtype | None = None,
 ) -> Callable[[], dict[str, Digest]]:
-    """A function that writes parameters, moments and `header`, and may run in another thread.
+    """Returns a function that writes parameters, moments and `header`. It may run in another thread.
 
-    A step replaces arrays and changes none, so the state is that of this call. It returns the file with what it holds.
+    It writes the state at the time of this call, because a step replaces arrays and changes none. It returns file name
+    -> digest.
 
     Args:
-      optimizer: None: the parameters alone are written, for `restore_parameters`.
+      optimizer: None: only the parameters are written, for `restore_parameters`.
       reference: parameters of a renewed reference; empty: the reference is the initial model.
-      dtype: of the parameters that are written. None: as they are held.
+      dtype: dtype of the written parameters. None: their own.
     """
     tensors: dict[str, tensor_file.Tensor] = {}
     all_moments = optimizer.moments if optimizer is not None else []
     for i, (name, value) in enumerate(zip(scorer.names, scorer.parameters, strict=True)):
         tensors[f"parameter.{name}"] = _entry(value if dtype is None else value.astype(dtype))
-        for moment, held in zip(MOMENTS, all_moments[i] if all_moments else (), strict=False):
-            tensors[f"{moment}.{name}"] = _entry(held)
+        for moment, tensor in zip(MOMENTS, all_moments[i] if all_moments else (), strict=False):
+            tensors[f"{moment}.{name}"] = _entry(tensor)
     for name, value in zip(scorer.names, reference, strict=False):
         tensors[f"reference.{name}"] = _entry(value)
     facts = {**header, "optimizer_steps": optimizer.steps if optimizer is not None else 0, "files": [FILE]}
@@ -55,7 +56,7 @@ def saving(
 
 
 def _entry(value: mx.array) -> tensor_file.Tensor:
-    """`value` evaluated, so that the thread that writes it computes nothing."""
+    """Returns the file entry of `value`, evaluated here so that the thread that writes it computes nothing."""
     bits = value if value.dtype == mx.float32 else value.view(mx.uint16)
     mx.eval(bits)
     content = lambda: np.ascontiguousarray(np.array(bits, copy=False))
@@ -65,17 +66,17 @@ def _entry(value: mx.array) -> tensor_file.Tensor:
 def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[str, Any]) -> list[mx.array]:
     """Reads what `saving` wrote into model and optimizer.
 
-    Returns: the parameters of a renewed reference, if it has one.
-    Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
+    Returns: the parameters of a renewed reference; empty if the checkpoint has none.
+    Raises: ConfigError: files or tensors do not fit the model; nothing was changed.
     """
     stored = _stored(directory, header)
-    moved, renewed = bool(header["optimizer_steps"]), bool(header.get("renewed"))
-    kinds = ("parameter", *(MOMENTS if moved else ()), *(("reference",) if renewed else ()))
+    has_moments, renewed = bool(header["optimizer_steps"]), bool(header.get("renewed"))
+    kinds = ("parameter", *(MOMENTS if has_moments else ()), *(("reference",) if renewed else ()))
     parameters = dict(zip(scorer.names, scorer.parameters, strict=True))
-    wanted = {f"{kind}.{name}": value.shape for kind in kinds for name, value in parameters.items()}
-    check_tensors(directory, wanted, {name: value.shape for name, value in stored.items()})
+    expected = {f"{kind}.{name}": value.shape for kind in kinds for name, value in parameters.items()}
+    check_tensors(directory, expected, {name: value.shape for name, value in stored.items()})
     values = [stored[f"parameter.{name}"].astype(value.dtype) for name, value in parameters.items()]
-    moments = [tuple(stored[f"{m}.{name}"] for m in MOMENTS) for name in parameters] if moved else []
+    moments = [tuple(stored[f"{m}.{name}"] for m in MOMENTS) for name in parameters] if has_moments else []
     with library_reads(directory, RuntimeError):
         mx.eval(values, moments)
     scorer.parameters = values
@@ -85,15 +86,15 @@ def restore(directory: Path, scorer: Scorer, optimizer: AdamW, header: Mapping[s
 
 
 def restore_parameters(directory: Path, scorer: Scorer, header: Mapping[str, Any]) -> None:
-    """Reads the parameters that `saving` wrote without an optimizer, cast to the dtype in which the model holds them.
+    """Reads the parameters that `saving` wrote without an optimizer, cast to the model's dtypes.
 
-    Raises: ConfigError: files or tensors that do not fit the model; nothing was changed.
+    Raises: ConfigError: files or tensors do not fit the model; nothing was changed.
     """
     stored = {name.removeprefix("parameter."): value for name, value in _stored(directory, header).items()}
-    held = dict(cast("list[tuple[str, mx.array]]", tree_flatten(scorer.lm.parameters())))
-    wanted = {name: held[name].shape for name in scorer.names or stored if name in held}
-    check_tensors(directory, wanted, {name: value.shape for name, value in stored.items()})
-    values = [(name, value.astype(held[name].dtype)) for name, value in stored.items()]
+    model_tensors = dict(cast("list[tuple[str, mx.array]]", tree_flatten(scorer.lm.parameters())))
+    expected = {name: model_tensors[name].shape for name in scorer.names or stored if name in model_tensors}
+    check_tensors(directory, expected, {name: value.shape for name, value in stored.items()})
+    values = [(name, value.astype(model_tensors[name].dtype)) for name, value in stored.items()]
     with library_reads(directory, RuntimeError):
         mx.eval([value for _, value in values])
     scorer.lm.update(tree_unflatten(values))

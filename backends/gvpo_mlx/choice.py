@@ -1,6 +1,6 @@
-"""The choice of a token: the inverse of the cumulative distribution in vocabulary order, at a number in [0, 1).
+"""Chooses tokens: the inverse of the cumulative distribution in vocabulary order, at a number in [0, 1).
 
-The device offers a token that it finds in float32, with which the next step can begin; the host decides in float64.
+The device computes an offer in float32, so that the next step can start. The host decides in float64.
 """
 
 from typing import NamedTuple
@@ -14,17 +14,17 @@ BLOCK = 256  # tokens of the vocabulary whose mass is summed on the device
 
 
 class Offer(NamedTuple):
-    """What the device computes for the choice of R tokens, queued and not waited for."""
+    """What the device computes for the choice of R tokens; queued, not awaited."""
 
-    tokens: mx.array  # (R,) that it would choose, in float32
+    tokens: mx.array  # (R,) tokens that the device chooses in float32
     masses: mx.array | None = None  # (R, blocks, BLOCK) float32; None at temperature 0
     sums: mx.array | None = None  # (R, blocks) of the masses
-    blocks: mx.array | None = None  # (R,) in which the tokens are
-    inside: mx.array | None = None  # (R, BLOCK), the masses of these blocks
+    blocks: mx.array | None = None  # (R,) blocks of these tokens
+    inside: mx.array | None = None  # (R, BLOCK) masses of these blocks
 
 
 def offer(logits: mx.array, numbers: np.ndarray, sampling: Sampling) -> Offer | None:
-    """Queues what `pick` needs; None with settings that cut the support, where the host takes all masses.
+    """Queues what `pick` needs. Returns None if settings cut the support; the host then reads all masses.
 
     Args:
       logits: (R, V) float32. numbers: (R,) float64 in [0, 1).
@@ -52,16 +52,16 @@ def offer(logits: mx.array, numbers: np.ndarray, sampling: Sampling) -> Offer | 
 
 
 def pick(logits: mx.array, numbers: np.ndarray, sampling: Sampling, offered: Offer | None = None) -> np.ndarray:
-    """(R,) int64: one token a row.
+    """(R,) int64: one token per row.
 
-    Masses are float32, as are their sums over blocks of 256 tokens; what is cumulative is float64, on the host: first
-    over the blocks, then within the one that the number falls in. The device finds that block too, in float32, so that
-    one wait brings both; where rounding makes it another block, the host asks once more. Settings that cut the support
-    take all masses there.
+    Masses and their sums over blocks of 256 tokens are float32. Cumulative sums are float64, on the host: first over
+    the blocks, then within the block in which the number falls. The device finds this block too, in float32, so one
+    wait brings both. If rounding gives another block, the host reads again. If settings cut the support, the host reads
+    all masses.
 
     Args:
       logits: (R, V) float32. numbers: (R,) float64 in [0, 1).
-      offered: `offer` of the same arguments, where it was queued before.
+      offered: the result of `offer` with the same arguments, if it was queued before.
     """
     offered = offered or offer(logits, numbers, sampling)
     if offered is None:
@@ -82,24 +82,24 @@ def pick(logits: mx.array, numbers: np.ndarray, sampling: Sampling, offered: Off
 
 
 def _masses(logits: mx.array, sampling: Sampling) -> mx.array:
-    """(R, V) float32, of which the largest is 1."""
+    """(R, V) float32 masses; the largest of each row is 1."""
     return mx.exp((logits - logits.max(1, keepdims=True)) / sampling.temperature)
 
 
 def to_host(*arrays: mx.array | None) -> list[np.ndarray]:
-    """Waits once for the device: nothing else in sampling does."""
+    """Evaluates the arrays and copies them. This is the only place in sampling that waits for the device."""
     mx.eval(*arrays)
     return [np.array(a) for a in arrays]
 
 
 def _first(cumulative: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Where each row first exceeds what is wanted; where rounding keeps it from that, the last place with mass."""
+    """Index at which each row first exceeds `wanted`; the last index with mass if rounding prevents that."""
     chosen = (cumulative <= wanted[:, None]).sum(1)
     return np.minimum(chosen, cumulative.argmax(1))
 
 
 def truncate(masses: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """The (R, V) masses with those zero that top-k, min-p and top-p cut, in this order; ties at the border stay."""
+    """Zeroes the (R, V) masses that top-k, min-p and top-p cut, in this order. Ties at the border stay."""
     if sampling.top_k and sampling.top_k < masses.shape[1]:
         border = np.partition(masses, -sampling.top_k, 1)[:, -sampling.top_k, None]
         masses = np.where(masses < border, 0.0, masses)

@@ -1,6 +1,6 @@
-"""What mlx-lm's models leave out or round, put right in the loaded model: sliding windows, Gemma 3's embedding factor.
+"""Corrects loaded models where mlx-lm ignores or rounds a setting: sliding windows, Gemma 3's embedding factor.
 
-A module gets a subclass of its own class, so that its parameters keep their names.
+A corrected module gets a subclass of its own class, so its parameters keep their names.
 """
 
 import inspect
@@ -14,10 +14,10 @@ from gvpo_mlx import settings
 
 
 def apply_window(lm: nn.Module, config: Mapping[str, Any]) -> int | None:
-    """Gives every layer its own mask, where config.json has a sliding window that mlx-lm's model leaves out.
+    """Gives every layer its own mask if config.json has a sliding window that mlx-lm's model ignores.
 
-    Returns: the window, where the layers take no mask from outside: rows must then be no longer than that.
-    Raises: ConfigError: the model has a window in other layers than the configuration says.
+    Returns: the window if the layers accept no mask; rows must then not be longer. Else None.
+    Raises: ConfigError: mlx-lm's model has a window in other layers than config.json.
     """
     window = settings.ignored_window(lm, config, str(config.get("model_type")))
     if window is None:
@@ -33,7 +33,7 @@ def apply_window(lm: nn.Module, config: Mapping[str, Any]) -> int | None:
 
 
 def window_of(layer: nn.Module) -> int | None:
-    """The window that `apply_window` gave the layer."""
+    """Returns the window that `apply_window` gave the layer, if any."""
     window: int | None = getattr(layer, "applied_window", None)
     return window
 
@@ -48,27 +48,28 @@ def _give_mask(layer: nn.Module, window: int | None) -> None:
     layer.__class__ = type(plain.__name__, (plain,), {"__call__": call, "applied_window": window})
 
 
-def _mask(tokens: int, given: Any, cache: Any, window: int | None) -> Any:
+def _mask(tokens: int, mask: Any, cache: Any, window: int | None) -> Any:
     from mlx_lm.models.base import create_causal_mask
 
     if cache is not None:
         return cache.make_mask(tokens, window_size=window, return_array=True)
     if window is None or tokens <= window:
-        return create_causal_mask(tokens) if given is None and tokens > 1 else given
+        return create_causal_mask(tokens) if mask is None and tokens > 1 else mask
     return create_causal_mask(tokens, window_size=window)
 
 
 def scale_embedding_exactly(lm: nn.Module) -> None:
-    """Gemma 3 and 4: mlx-lm rounds sqrt(hidden_size) to bfloat16 in every dtype, transformers only in 16 bits.
+    """Corrects the embedding factor sqrt(hidden_size) of Gemma 3 and 4.
 
-    The embedding is multiplied by right / rounded before mlx-lm multiplies it by the rounded one.
+    mlx-lm rounds it to bfloat16 in every dtype, transformers only in 16 bits. The embedding is multiplied by
+    exact / rounded before mlx-lm multiplies it by the rounded factor.
     """
     decoder = lm.get("model")
     if decoder is None or not _rounds(type(decoder)):
         return
     embedding = decoder.embed_tokens
-    right = float(lm.args.hidden_size) ** 0.5
-    factor = right / float(mx.array(right, mx.bfloat16).astype(mx.float32))
+    exact = float(lm.args.hidden_size) ** 0.5
+    factor = exact / float(mx.array(exact, mx.bfloat16).astype(mx.float32))
     plain = type(embedding)
 
     def call(self: Any, ids: mx.array) -> mx.array:

@@ -1,10 +1,10 @@
-"""Sampling: one prefill a prompt, its cache shared out to the prompt's rows, then decoding step by step.
+"""Sampling: one prefill per prompt, shared by the prompt's rows, then decoding step by step.
 
-A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream, so a
-response does not depend on the batch it was drawn in, up to float rounding. Rows that ended make room for waiting ones.
-The host waits for the device once a token. The next step is queued before, with the tokens that the device offers in
-float32; where the host chooses another, that step is taken back. docs/mlx.md has figures beside mlx-lm's
-BatchGenerator.
+A row's t-th token is where the cumulative distribution first exceeds the t-th number of the row's own stream. So a
+response does not depend on the batch in which it was drawn, up to float rounding. Rows that have ended make room for
+waiting rows. The host waits for the device once per token. Before that it queues the next step with the tokens that the
+device offers in float32. If the host chooses another token, it undoes that step. docs/mlx.md compares the speed with
+mlx-lm's BatchGenerator.
 """
 
 from collections import deque
@@ -24,12 +24,12 @@ from gvpo_mlx.corrections import window_of
 from gvpo_mlx.model import Scorer
 from gvpo_mlx.prefixes import copied, fill, unfit
 
-UNIFORMS_AHEAD = 64  # random numbers made at once for each row
+UNIFORMS_AHEAD = 64  # random numbers generated at once for each row
 
 
 @dataclass
 class _Line:
-    """One row being decoded."""
+    """A row that is being decoded."""
 
     prompt: int
     place: int
@@ -48,8 +48,8 @@ class _Line:
 def check(scorer: Scorer) -> bool:
     """Decodes two prompts of different lengths together and compares with the model's own forward pass.
 
-    Returns: whether such prompts may be decoded together; where not, only prompts of one length are.
-    Raises: ConfigError: a cache that holds no batch of rows, or logits that differ for prompts of one length too.
+    Returns: whether prompts of different lengths may be decoded together.
+    Raises: ConfigError: the cache does not support batches, or logits differ even for prompts of one length.
     """
     if _padded_differs(scorer, ((1, 2, 3), (5, 6, 7))):
         raise ConfigError(
@@ -59,7 +59,7 @@ def check(scorer: Scorer) -> bool:
 
 
 def continues(scorer: Scorer) -> str:
-    """Why turns cannot start from kept keys and values; empty: logits are then those of the model's own pass."""
+    """Returns why turns cannot start from kept keys and values; empty: logits then agree with the model's own pass."""
     if reason := unfit(scorer, _cache(scorer, [0])):
         return reason
     worst = 2e-3 if scorer.dtype == mx.float32 else 1.0
@@ -113,13 +113,13 @@ def generate(
     same_length: bool,
     prefixes: Prefixes | None = None,
 ) -> list[list[Response]]:
-    """len(seeds[i]) responses to prompts[i].
+    """Returns len(seeds[i]) responses to prompts[i].
 
     Args:
       end: ids that end a response.
-      cache_tokens: tokens of cache held at once; sets how many rows are decoded together.
+      cache_tokens: cache capacity in tokens; sets how many rows are decoded together.
       same_length: decode only prompts of one length together.
-      prefixes: prompts start from what is kept there, and responses that have ended are kept; within `cache_tokens`.
+      prefixes: kept keys and values from which prompts start; ended responses are added. Counts in `cache_tokens`.
     """
     if prefixes is not None:
         prefixes.plan(prompts, seeds)
@@ -146,13 +146,13 @@ def generate(
         ahead = decoding.step(offered.tokens) if offered is not None and more and decoding.takes_back else None
         chosen = pick(logits, numbers, sampling, offered)
         if ahead is not None and offered is not None:
-            guessed = offered.tokens.tolist()  # `pick` has waited for them
+            guessed = offered.tokens.tolist()  # no wait: `pick` has evaluated them
             if any(guessed[n] != chosen[n] for n in live):
                 decoding.take_back()
                 ahead = None
         for line, token in zip(lines, chosen, strict=True):
             if line.ended:
-                line.tokens.append(-1)  # keeps its place in the stream of numbers until it is dropped
+                line.tokens.append(-1)  # placeholder: keeps the stream of numbers aligned until the row is dropped
                 continue
             line.tokens.append(int(token))
             finished = int(token) in end
@@ -171,7 +171,7 @@ def generate(
 
 
 class _Decoding:
-    """The cache of the rows that are being decoded, and the forward passes through it."""
+    """The cache of the rows that are being decoded, and forward passes through it."""
 
     def __init__(
         self,
@@ -190,7 +190,7 @@ class _Decoding:
         self.same_length = same_length
 
     def admit(self, waiting: deque[_Line]) -> list[_Line]:
-        """Waiting rows for which there is room, at least one where nothing is being decoded."""
+        """Takes waiting rows for which there is room; at least one if no row is being decoded."""
         fresh: list[_Line] = []
         if self.same_length and self.rows:
             return fresh
@@ -206,7 +206,7 @@ class _Decoding:
         return fresh
 
     def prefill(self, lines: Sequence[_Line]) -> mx.array:
-        """(R, V) logits after the prompts of new rows, which join the cache."""
+        """Adds the prompts of new rows to the cache. Returns (R, V) logits after these prompts."""
         parts = parts_of([self.prompts[i] for i in sorted({line.prompt for line in lines})], self.prefixes)
         cache, logits = self._pass(parts[0])
         for part in parts[1:]:
@@ -232,7 +232,7 @@ class _Decoding:
         return logits
 
     def _pass(self, part: Part) -> tuple[list[Any], mx.array]:
-        """The caches of prompts, and (U, V) logits after them; computes what is not kept."""
+        """Returns the caches of U prompts and (U, V) logits after them. Computes only tokens without kept states."""
         width = max(map(len, part.prompts))
         padding = [width - len(prompt) for prompt in part.prompts]
         ids = np.zeros((len(part.prompts), width), dtype=np.int32)
@@ -245,15 +245,15 @@ class _Decoding:
         )
 
     def keep_prefixes(self, lines: Sequence[_Line], end: Sequence[int]) -> None:
-        """Keeps what rows that have ended computed, before they are dropped."""
+        """Keeps the states of rows that have ended, before those are dropped."""
         for row, line in enumerate(lines) if self.prefixes is not None else ():
-            ids = [token for token in line.tokens if token >= 0]  # without those after its end
+            ids = [token for token in line.tokens if token >= 0]  # without placeholders after the end
             sequence = (*self.prompts[line.prompt], *ids[:-1])
             if line.ended and ids[-1] in end and self.prefixes is not None and self.prefixes.wants(sequence):
                 self.prefixes.keep(sequence, copied(self.cache or [], row, len(sequence)))
 
     def keep(self, rows: Sequence[int]) -> None:
-        """Drops the other rows."""
+        """Drops all other rows."""
         self.rows = len(rows)
         if not rows:
             self.cache, self.width = None, 0
@@ -264,7 +264,7 @@ class _Decoding:
 
     @property
     def takes_back(self) -> bool:
-        """Whether the last step can be taken back: not where a layer's state or a window's oldest token is lost."""
+        """Whether the last step can be undone: not if it overwrote a recurrent state or a window's oldest token."""
         return all(type(c).__name__ == "BatchKVCache" for c in self.cache or [])
 
     def take_back(self) -> None:
@@ -274,16 +274,16 @@ class _Decoding:
             c.trim(1)
 
     def step(self, tokens: mx.array) -> mx.array:
-        """(R, V) logits after one more token a row, (R,)."""
+        """Appends one token per row, (R,). Returns (R, V) logits after it."""
         hidden = self.scorer.decoder(tokens.astype(mx.int32)[:, None], cache=self.cache)
         self.width += 1
         logits = self.scorer.logits(hidden[:, -1])
-        mx.async_eval(logits, [c.state for c in self.cache or []])  # `pick` waits
+        mx.async_eval(logits, [c.state for c in self.cache or []])  # `pick` waits for them
         return logits
 
 
 def _cache(scorer: Scorer, padding: Sequence[int]) -> list[Any]:
-    """mlx-lm's caches for a batch of rows, padded on the left."""
+    """Returns mlx-lm's caches for a batch of rows, padded on the left."""
     from mlx_lm.models.cache import (
         ArraysCache,
         BatchKVCache,
@@ -293,24 +293,24 @@ def _cache(scorer: Scorer, padding: Sequence[int]) -> list[Any]:
         make_prompt_cache,
     )
 
-    made: list[Any] = []
+    caches: list[Any] = []
     for layer, c in zip(scorer.lm.layers, make_prompt_cache(scorer.lm), strict=False):
         window = window_of(layer)
         if window is not None:
-            made.append(BatchRotatingKVCache(window, list(padding)))
+            caches.append(BatchRotatingKVCache(window, list(padding)))
         elif type(c) is KVCache:
-            made.append(BatchKVCache(list(padding)))
+            caches.append(BatchKVCache(list(padding)))
         elif type(c) is RotatingKVCache and not c.keep:
-            made.append(BatchRotatingKVCache(c.max_size, list(padding)))
+            caches.append(BatchRotatingKVCache(c.max_size, list(padding)))
         elif isinstance(c, ArraysCache):
-            made.append(ArraysCache(len(c.cache)))
+            caches.append(ArraysCache(len(c.cache)))
         else:
             raise ValueError(f"{scorer.name} decodes with a {type(c).__name__}, which takes no batch of rows")
-    return made
+    return caches
 
 
 def _takes_padding(scorer: Scorer) -> bool:
-    """Whether prompts of different lengths decode together: a recurrent state would run through the padding."""
+    """Whether prompts of different lengths can be decoded together: a recurrent state would include the padding."""
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
     return all(type(c) in (KVCache, RotatingKVCache) for c in make_prompt_cache(scorer.lm))

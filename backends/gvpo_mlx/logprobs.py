@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import mlx.core as mx
 
 CPU_CHUNK_BYTES = 4 * 2**20
-DEVICE_CHUNK_BYTES = 64 * 2**20  # MLX keeps the buffers of about ten operations in flight: some ten chunks live at once
+DEVICE_CHUNK_BYTES = 64 * 2**20  # about ten chunks are live at once: MLX keeps that many operations' buffers
 
 
 class Quantized(NamedTuple):
-    """What a quantized (V, H) matrix has beside its packed weight; see `mx.quantize`."""
+    """What a quantized (V, H) matrix has besides its packed weight; see `mx.quantize`."""
 
     scales: mx.array
     biases: mx.array | None
@@ -30,27 +30,27 @@ def token_logprobs(
     trained: bool = True,
     chunk_bytes: int | None = None,
 ) -> mx.array:
-    """Log-probability of each target under the head's softmax, in chunks of tokens.
+    """Returns the log-probability of each target under the head's softmax, computed in chunks of tokens.
 
     logits = softcap * tanh(scale * (hidden @ head_weight.T + bias) / softcap)
     result = logits[target] - logsumexp(logits)
 
-    The backward pass computes each chunk's logits again. MLX would evaluate chunks side by side, and hold them all:
-    each one depends on what the one before gave. Products are in the wider dtype of `hidden` and `head_weight`, all
-    else is in float32.
+    The backward pass recomputes each chunk's logits. Each chunk depends on the result of the one before, because MLX
+    would otherwise evaluate the chunks side by side and store them all. Products use the wider dtype of `hidden` and
+    `head_weight`, everything else float32.
 
     Args:
       hidden: (T, H) float; differentiated.
-      head_weight: (V, H) float, or packed where `quantized` is given; differentiated where `trained`.
+      head_weight: (V, H) float, or packed if `quantized` is given; differentiated if `trained`.
       targets: (T,) integer ids in [0, V).
-      bias: (V,) float; differentiated where `trained`.
-      quantized: how `head_weight` is packed; never trained. Default: it is not.
+      bias: (V,) float; differentiated if `trained`.
+      quantized: how `head_weight` is packed; never trained. Default: not packed.
       softcap: caps the logits as Gemma 2 does. Default: off.
       scale: factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling).
-      trained: False: the head's own gradient is zero and costs nothing.
+      trained: whether the head gets a gradient. False: its gradient is zero and costs nothing.
       chunk_bytes: size of one chunk of logits. Default: 4 MiB on CPU, 64 MiB on a GPU.
     Returns: (T,) float32, nats.
-    Raises: ValueError: shapes that do not fit, or chunk_bytes < 1.
+    Raises: ValueError: shapes do not fit, or chunk_bytes < 1.
     """
     if chunk_bytes is None:
         chunk_bytes = CPU_CHUNK_BYTES if mx.default_device() == mx.cpu else DEVICE_CHUNK_BYTES
@@ -77,7 +77,7 @@ def token_logprobs(
 def logsumexp(logits: mx.array) -> mx.array:
     """(..., V) float32 -> (...): log sum exp over the last axis, in pieces of at most 512.
 
-    MLX's own adds float32 one after another on CPU: 2.6e-4 too low for 152,000 logits.
+    On CPU, `mx.logsumexp` adds float32 numbers one after another, and is 2.6e-4 too low for 152,000 logits.
     """
     vocabulary = logits.shape[-1]
     size = next((n for n in range(512, 31, -1) if vocabulary % n == 0), 0)
@@ -103,7 +103,7 @@ class _Head:
         return mx.quantized_matmul(x, weight, q.scales, q.biases, transpose=transpose, **options)
 
     def logits(self, hidden: mx.array, weight: mx.array, bias: mx.array | None) -> mx.array:
-        """(t, V) float32."""
+        """(t, V) float32 logits."""
         z = self.multiply(hidden, weight, transpose=True).astype(mx.float32)
         if bias is not None:
             z = z + bias.astype(mx.float32)
@@ -143,7 +143,7 @@ def _trained(head: _Head, targets: mx.array, rows: int) -> Any:
     @logprobs.vjp
     def backward(primals: Any, factors: mx.array, outputs: mx.array) -> tuple[mx.array, ...]:
         hidden, weight, *bias = primals
-        # Depending on the factors keeps compilation from merging these logits with the forward pass's.
+        # This dependency on the factors keeps the compiler from merging these logits with those of the forward pass.
         hidden = mx.depends(hidden, factors)
         grad_hidden: list[mx.array] = []
         grad_weight = mx.zeros(weight.shape)

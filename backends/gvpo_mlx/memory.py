@@ -1,4 +1,4 @@
-"""What a model takes of memory, for the core's estimate of a run, and what the device has."""
+"""The memory that a model needs, for the core's estimate of a run, and the memory that the device has."""
 
 import os
 from typing import TYPE_CHECKING
@@ -13,15 +13,16 @@ if TYPE_CHECKING:
     from gvpo_mlx.model import Scorer
 
 GIB = 2**30
-FRAMEWORK = 150 * 2**20  # a process that has imported MLX, mlx-lm and transformers, measured at 100 on CPU
+FRAMEWORK = 150 * 2**20  # process with MLX, mlx-lm and transformers imported; measured: 100 MiB on CPU
 KEPT, RECOMPUTED = (20, 6), (48, 10)
-"""Numbers that a layer holds for each token, in its width and its inner width: kept from the forward to the backward
-pass, and at most while a layer is recomputed. Measured on tiny Llamas (conformance/backends/test_mlx_memory.py)."""
+"""Numbers that a layer stores per token, as multiples of its width and its inner width. KEPT: from the forward to the
+backward pass. RECOMPUTED: at most while a layer is recomputed. Measured on tiny Llamas
+(conformance/backends/test_mlx_memory.py)."""
 CACHE_STEP = 256  # tokens by which mlx-lm's caches grow
 
 
 def count(lm: nn.Module) -> int:
-    """Parameters of the model, quantized ones as many as they stand for."""
+    """Number of parameters of the model; a quantized weight counts as the parameters that it represents."""
     total = 0
     for module in lm.modules():
         for key, value in module.items():
@@ -37,7 +38,7 @@ def held(lm: nn.Module) -> int:
 
 
 def available(device: mx.Device) -> int:
-    """Bytes that the device may hold: Metal's recommended working set, the machine's memory on CPU."""
+    """Memory limit of the device in bytes: Metal's recommended working set, or the machine's memory on CPU."""
     if device.type == mx.gpu:
         info = mx.device_info(device)
         return int(info.get("max_recommended_working_set_size") or info.get("memory_size") or 0)
@@ -45,38 +46,38 @@ def available(device: mx.Device) -> int:
 
 
 def for_cache(device: mx.Device) -> int:
-    """Bytes for the key-value cache of generation: half of what is free, on CPU at most a gibibyte."""
+    """Bytes for the key-value cache of sampling: half of the free memory, on CPU at most 1 GiB."""
     free = (available(device) - mx.get_active_memory()) // 2
     return max(0, free) if device.type == mx.gpu else max(0, min(GIB, free))
 
 
 def cache_tokens(scorer: "Scorer", device: mx.Device) -> int:
-    """Tokens of key-value cache that a quarter of the free memory holds, at most a gibibyte on CPU."""
+    """Returns how many tokens of key-value cache fit in a quarter of the free memory, on CPU at most 512 MiB."""
     c = scorer.config
     heads = c.get("num_key_value_heads") or c.get("num_attention_heads") or 1
     width = c.get("head_dim") or (c.get("hidden_size") or 1) // (c.get("num_attention_heads") or 1)
     token = 2 * len(scorer.lm.layers) * heads * width * scorer.dtype.size
-    return max(1, for_cache(device) // (2 * token))  # growing a cache holds a layer twice
+    return max(1, for_cache(device) // (2 * token))  # a layer's cache exists twice while it grows
 
 
 def peak() -> int:
-    """Bytes held at most since the last call."""
+    """Returns the peak memory in bytes since the last call."""
     most = mx.get_peak_memory()
     mx.reset_peak_memory()
     return most
 
 
 def allow_wired(device: mx.Device) -> None:
-    """On Metal, lets the model stay resident up to the recommended working set; elsewhere there is no such limit."""
+    """Raises Metal's limit for resident memory to the recommended working set. Other devices have no such limit."""
     if device.type == mx.gpu and mx.metal.is_available():
         mx.set_wired_limit(int(mx.device_info(device)["max_recommended_working_set_size"]))
 
 
 def facts(scorer: "Scorer", config: ModelConfig, tokens: int, device: mx.Device) -> MemoryFacts | None:
-    """What the core's estimate of memory needs; None for a model whose sizes have other names.
+    """Returns the sizes for the core's estimate of memory; None for a model whose sizes have other names.
 
     Args:
-      tokens: of a micro-batch.
+      tokens: tokens of a micro-batch.
     """
     from gvpo_mlx.logprobs import CPU_CHUNK_BYTES, DEVICE_CHUNK_BYTES
 
@@ -96,7 +97,7 @@ def facts(scorer: "Scorer", config: ModelConfig, tokens: int, device: mx.Device)
         head_dim=c.get("head_dim") or hidden // heads,
         device=available(device) if on_gpu else None,
         framework=FRAMEWORK,
-        # Some ten chunks are in flight, or all that one of a few tokens takes; logprobs.py says why.
+        # About ten chunks are live at once, or fewer if the micro-batch has few tokens; see logprobs.py.
         head=min(10 * (DEVICE_CHUNK_BYTES if on_gpu else CPU_CHUNK_BYTES), 3 * tokens * vocabulary * 4),
         cache=for_cache(device) // 2,
         cache_step=CACHE_STEP,

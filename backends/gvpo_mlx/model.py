@@ -1,4 +1,4 @@
-"""A model of mlx-lm as one function that scores response tokens, checked when it is loaded."""
+"""A model of mlx-lm as a function that scores response tokens; checked when it is loaded."""
 
 import contextlib
 import copy
@@ -25,7 +25,7 @@ log = logging.getLogger("gvpo.mlx")
 
 
 class Scorer:
-    """The language model; its trainable parameters go in as a list, so that gradients and compilation see them."""
+    """The language model. Its trainable parameters are arguments, so that gradients and compilation see them."""
 
     def __init__(self, loaded: Loaded, dtype: mx.Dtype) -> None:
         lm, config = loaded.lm, loaded.config
@@ -63,9 +63,9 @@ class Scorer:
 
     @contextlib.contextmanager
     def using(self, values: Sequence[mx.array]) -> Iterator[None]:
-        """The model with other parameters, in the compute dtype; afterwards it has its own parameters again."""
+        """Gives the model other parameters, in the compute dtype, while the context is open."""
         before = self.parameters
-        # Adapters stay float32: their products are added in the dtype of the layer.
+        # Adapters stay float32; their products are added in the layer's dtype.
         self.parameters = list(values) if self.adapted else [v.astype(self.dtype) for v in values]
         try:
             yield
@@ -73,7 +73,7 @@ class Scorer:
             self.parameters = before
 
     def in_compute_dtype(self, values: Sequence[mx.array]) -> list[mx.array]:
-        """Parameters to score with and never to train, as `load_reference` has them; adapters and head stay float32."""
+        """Casts parameters for scoring without training, as in `load_reference`. Adapters and head stay float32."""
         if self.adapted:
             return list(values)
         head = self._head_name()
@@ -90,7 +90,7 @@ class Scorer:
         targets: mx.array,
         packed: bool,
     ) -> mx.array:
-        """(n,) float32 log-probability of each target under parameters `values`; arrays as in `layout.Arrays`."""
+        """(n,) float32 log-probability of each target under parameters `values`. For the arrays see `layout.Arrays`."""
         wide = values[self.names.index(name)] if (name := self._head_name()) in self.names else None
         with self.using(values):
             cache = [Packed(positions, segments, last)] * len(self.lm.layers) if packed else None
@@ -106,7 +106,7 @@ class Scorer:
         packed = None
         if "scales" in head:
             packed = Quantized(head.scales, head.get("biases"), head.group_size, head.bits, head.mode)
-        # The float32 parameter itself, where it is trained in bfloat16: logits rounded to 16 bits are off by 0.05 nat.
+        # Under bfloat16 training, use the float32 parameter itself: logits rounded to 16 bits are off by 0.05 nat.
         weight = head.weight if wide is None else wide
         if wide is not None:
             hidden = hidden.astype(wide.dtype)
@@ -121,14 +121,14 @@ class Scorer:
         )
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """(..., V) float32."""
+        """(..., V) float32 logits."""
         z = self.head.as_linear(hidden) if hasattr(self.head, "as_linear") else self.head(hidden)
         z = z.astype(mx.float32) * self.head_options["scale"]
         cap = self.head_options["softcap"]
         return z if cap is None else mx.tanh(z / cap) * cap
 
     def check_length(self, length: int) -> None:
-        """Raises ConfigError: a row longer than a window that mlx-lm's model leaves out."""
+        """Raises ConfigError if a row is longer than a sliding window that mlx-lm's model ignores."""
         if self.window is not None and length > self.window:
             raise ConfigError(
                 f"a row has {length} tokens; {self.name} has a sliding window of {self.window}, which mlx-lm leaves "
@@ -137,7 +137,7 @@ class Scorer:
 
 
 def _flat(tree: Any) -> list[tuple[str, Any]]:
-    """`tree_flatten`, as it is without a destination."""
+    """`tree_flatten`, typed for calls without a destination."""
     return cast("list[tuple[str, Any]]", tree_flatten(tree))
 
 
@@ -155,10 +155,10 @@ def _head_of(lm: nn.Module, decoder: nn.Module, name: str) -> nn.Module:
 
 @contextlib.contextmanager
 def global_state_kept() -> Iterator[None]:
-    """Keeps the limit of open files and MLX's random state as they are while mlx-lm loads a model."""
-    # mlx-lm lowers the limit of open files when it is imported, and new layers draw from MLX's global stream.
+    """Protects the limit of open files and MLX's random state while mlx-lm loads a model."""
+    # mlx-lm lowers the limit of open files at import, and new layers draw from MLX's global random stream.
     limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    random: Any = mx.random  # whose `state` is a list of arrays
+    random: Any = mx.random  # its `state` is a list of arrays
     key = np.array(random.state[0])
     set_limit = resource.setrlimit
     resource.setrlimit = lambda *_: None
@@ -177,12 +177,12 @@ def global_state_kept() -> Iterator[None]:
 
 
 def load_scorer(config: ModelConfig, seed: int, *, frozen: bool = False) -> Scorer:
-    """The model of a folder or hub name, compared with transformers where PyTorch is installed.
+    """Loads the model of a folder or hub name, and compares it with transformers if PyTorch is installed.
 
     Args:
-      frozen: nothing will be trained: all parameters are in the compute dtype, or quantized as in the folder.
+      frozen: whether nothing will be trained. All parameters are then in the compute dtype, or quantized as stored.
     Raises: ConfigError: no such folder, no config.json, no safetensors, an unknown architecture, RoPE or another
-      setting that mlx-lm computes otherwise, weights missing from the files, a quantized model to be trained in full,
+      setting that mlx-lm computes differently, weights missing from the files, full training of a quantized model,
       adapter targets that match nothing.
     """
     folder = local_folder(config)
@@ -210,7 +210,7 @@ def load_scorer(config: ModelConfig, seed: int, *, frozen: bool = False) -> Scor
 
 
 def load_reference(config: ModelConfig) -> Scorer:
-    """The initial model, frozen, in the compute dtype; its head stays float32, as the trained one's."""
+    """Loads the initial model, frozen, in the compute dtype. Its head stays float32, like the trained model's."""
     with global_state_kept():
         loaded = pretrained(config, local_folder(config))
     lm = loaded.lm
@@ -218,7 +218,7 @@ def load_reference(config: ModelConfig) -> Scorer:
     lm.freeze()
     scorer = Scorer(loaded, getattr(mx, config.compute_dtype))
     if scorer.dtype != mx.float32:
-        wide = copy.copy(scorer.head)  # its weight, before the model's is cast
+        wide = copy.copy(scorer.head)  # keeps the float32 weight when the model is cast
         lm.set_dtype(scorer.dtype)
         scorer.head = wide
     take_positions(lm)
@@ -227,12 +227,12 @@ def load_reference(config: ModelConfig) -> Scorer:
 
 
 def _evaluate(lm: nn.Module) -> None:
-    """Everything lazy in the model, tables of RoPE included, which `parameters()` leaves out."""
+    """Evaluates all lazy arrays of the model, RoPE tables included; `parameters()` leaves those out."""
     mx.eval([v for module in lm.modules() for v in module.values() if isinstance(v, mx.array)])
 
 
 def _recompute(layer: nn.Module) -> None:
-    """This layer's activations are computed again in the backward pass; mlx-lm's own way changes its whole class."""
+    """Makes the backward pass recompute this layer's activations. mlx-lm's own function changes the whole class."""
     plain = type(layer)
 
     def call(self: Any, x: mx.array, mask: Any = None, cache: Any = None, **options: Any) -> mx.array:
@@ -250,6 +250,6 @@ def _recompute(layer: nn.Module) -> None:
 
 
 def inputs(arrays: layout.Arrays) -> dict[str, mx.array]:
-    """The arrays of a micro-batch on MLX's device."""
+    """Returns the arrays of a micro-batch on MLX's device."""
     names = ("ids", "positions", "segments", "last", "predict", "targets")
     return {name: mx.array(getattr(arrays, name).astype(np.int32)) for name in names}

@@ -1,7 +1,7 @@
-"""Packed rows through mlx-lm's models, which know neither masks nor positions from outside: by way of their cache.
+"""Runs packed rows through mlx-lm's models, which accept neither masks nor positions, by replacing their cache.
 
-Their attention asks the cache for the mask, for RoPE's offset, and to add keys and values to it. `Packed` answers with
-the mask of the rows, with a position for every token, and with the keys and values themselves.
+Attention in mlx-lm asks the cache for the mask and for RoPE's offset, and adds keys and values to it. `Packed` returns
+the mask of the rows, a position for every token, and the keys and values unchanged.
 """
 
 from typing import Any
@@ -11,14 +11,14 @@ import mlx.nn as nn
 
 
 class Packed:
-    """In the place of a layer's cache: rows of a prompt and its responses, each token blind to other responses'."""
+    """Replaces a layer's cache for rows of a prompt and its responses. A token does not see other responses."""
 
     def __init__(self, positions: mx.array, segments: mx.array, last: mx.array) -> None:
-        """positions, segments, last: (B, T) integers, as `layout.Arrays` has them."""
+        """positions, segments, last: (B, T) integers, see `layout.Arrays`."""
         self.offset = positions
         visible = segments[:, :, None] <= last[:, None, :]
         place = mx.arange(segments.shape[1])
-        # Padding sees itself: a row of the mask that is all False gives NaN.
+        # Padding sees itself, because a mask row that is all False gives NaN.
         self.mask = (visible & (place[:, None] >= place[None]))[:, None]
 
     def make_mask(self, length: int, *, window_size: int | None = None, **_: Any) -> mx.array:
@@ -28,12 +28,12 @@ class Packed:
         return self.mask
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Nothing was before."""
+        """Returns the arguments: there are no earlier tokens."""
         return keys, values
 
 
 class _Positions(nn.Module):
-    """A RoPE module that takes a position for every token, where mlx-lm's take one for every row."""
+    """A RoPE module that takes a position for every token; mlx-lm's modules take one for every row."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class _Positions(nn.Module):
 
 
 def take_positions(lm: nn.Module) -> None:
-    """Wraps the `rope` of every attention layer; other models are packed nowhere."""
+    """Wraps the module `rope` of every attention layer. Models without such modules are not packed."""
     for module in lm.modules():
         inner = module.get("rope") if isinstance(module, dict) else None
         if isinstance(inner, nn.Module) and not isinstance(inner, _Positions):

@@ -1,4 +1,4 @@
-"""The MLX policy: what `gvpo_core.training` trains, on Apple silicon or a CPU, in one process or several."""
+"""The MLX policy: the model that `gvpo_core.training` trains, on Apple silicon or CPU, in one or several processes."""
 
 import contextlib
 import logging
@@ -23,13 +23,13 @@ log = logging.getLogger("gvpo.mlx")
 
 
 def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, reference: bool, seed: int) -> "MLXPolicy":
-    """A language model of mlx-lm as a policy.
+    """Loads a language model of mlx-lm as a policy.
 
     Args:
       updates: optimizer steps of the whole run, for the schedule.
-      reference: whether `logprobs(reference=True)` will be asked for; keeps a copy of the initial model without LoRA.
-      seed: of newly made adapters.
-    Raises: ConfigError: a folder, model, device or layout that cannot be used, and why.
+      reference: whether `logprobs(reference=True)` will be called. Without LoRA this keeps a copy of the initial model.
+      seed: seed of new adapters.
+    Raises: ConfigError: the folder, model, device or layout cannot be used; the message says why.
     """
     return MLXPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 
@@ -50,7 +50,7 @@ class MLXPolicy(LanguageModelPolicy):
         seed: int,
         compiled: bool | None = None,
     ) -> None:
-        """`compiled`: whether passes are compiled. Default: on a GPU; on CPU each program costs seconds of g++."""
+        """`compiled`: whether passes are compiled. Default: only on a GPU; on CPU, g++ takes seconds per program."""
         super().__init__(config, optimizer, Ranks, updates=updates, reference=reference, seed=seed)
         self.device = self._ranks.device
         self.compiled = self.device.type == mx.gpu if compiled is None else compiled
@@ -76,7 +76,7 @@ class MLXPolicy(LanguageModelPolicy):
         self._load_reference()
 
     def _load_reference(self) -> None:
-        self._reference_parameters: list[mx.array] | None = None  # of a renewed one, as `scorer.parameters`
+        self._reference_parameters: list[mx.array] | None = None  # of a renewed reference, like `scorer.parameters`
         self._reference_passes = self._passes
         if self.settings.reference and not self.config.lora_rank:
             with mx.stream(self.device):
@@ -130,7 +130,7 @@ class MLXPolicy(LanguageModelPolicy):
 
     def _take_reference(self, values: list[mx.array]) -> None:
         mx.eval(values)
-        self._reference_parameters, self._reference_passes = values, self._passes  # the initial model is freed
+        self._reference_parameters, self._reference_passes = values, self._passes  # frees the initial model
 
     @contextlib.contextmanager
     def _without_adapters(self) -> Iterator[None]:
@@ -200,13 +200,13 @@ class MLXPolicy(LanguageModelPolicy):
             checkpoint.restore_parameters(Path(directory), self.scorer, self._header_in(directory))
 
     def export(self, directory: Path, *, own_head: bool = False) -> None:
-        """Writes a Hugging Face folder, adapters merged, in the compute dtype; every rank calls. See `Policy`."""
+        """Writes a Hugging Face folder in the compute dtype, adapters merged. Every rank must call it. See `Policy`."""
         if self.rank == 0:
             with mx.stream(self.device):
                 export.export(Path(directory), self.scorer, self.config, self.tokenizer, self._end, own_head)
 
     def export_adapters(self, directory: Path) -> None:
-        """Writes the adapters alone, as mlx-lm loads them; every rank calls."""
+        """Writes only the adapters, in mlx-lm's format. Every rank must call it."""
         if self.rank == 0:
             with mx.stream(self.device):
                 export.export_adapters(Path(directory), self.scorer, self.config)
@@ -214,7 +214,7 @@ class MLXPolicy(LanguageModelPolicy):
     # -- facts
 
     def describe(self) -> PolicyFacts:
-        """Facts for the log and the run folder."""
+        """Returns facts for the log and the run folder."""
         return self._describe(
             device="gpu" if self.device.type == mx.gpu else "cpu",
             device_name=str(mx.device_info(self.device).get("device_name", "unknown")),

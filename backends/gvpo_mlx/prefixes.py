@@ -1,4 +1,4 @@
-"""Keys and values of conversations between their turns, as arrays; `policy.prefixes` says which are kept."""
+"""Keys and values of conversations between turns, as arrays; `policy.prefixes` decides which are kept."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,20 +9,20 @@ from gvpo_core.training.policy.layout import rope_by_length
 from gvpo_core.training.policy.prefixes import Part
 from gvpo_mlx.model import Scorer
 
-States = list[tuple[mx.array, mx.array]]  # of each layer, keys and values (heads, tokens, width)
+States = list[tuple[mx.array, mx.array]]  # keys and values of each layer, (heads, tokens, width)
 
 
 def copied(cache: Sequence[Any], row: int, count: int) -> States:
-    """Copies of a row's keys and values, of its first `count` tokens."""
+    """Copies the keys and values of a row's first `count` tokens."""
     start = cache[0].left_padding.tolist()[row]
     columns = slice(start, start + count)
     states = [(mx.contiguous(c.keys[row, :, columns]), mx.contiguous(c.values[row, :, columns])) for c in cache]
-    mx.eval(states)  # else they would hold the whole cache
+    mx.eval(states)  # else they would keep the whole cache alive
     return states
 
 
 def fill(cache: Sequence[Any], part: Part) -> None:
-    """Fills empty caches, one a layer, with what is kept of the prompts, padded on the left."""
+    """Fills empty caches, one per layer, with the kept states of the prompts, padded on the left."""
     width = max(part.filled)
     if width <= 0:
         return
@@ -40,7 +40,7 @@ def _padded(states: mx.array, count: int, width: int) -> mx.array:
 
 
 def unfit(scorer: Scorer, cache: Sequence[Any]) -> str:
-    """Why a model's turns cannot start from what is kept, by its settings and caches; empty: nothing found."""
+    """Returns why turns cannot start from kept states, by the model's settings and caches; empty: no reason."""
     from mlx_lm.models.cache import BatchKVCache
 
     if rope_by_length(scorer.config) is not None:

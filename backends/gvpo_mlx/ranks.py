@@ -1,4 +1,4 @@
-"""Processes, through mx.distributed (`mlx.launch` and its ring): which one this is, and what crosses between them."""
+"""Processes, through mx.distributed (`mlx.launch` and its ring): this process's rank, and exchange between ranks."""
 
 import os
 from typing import Any
@@ -17,9 +17,9 @@ class Ranks:
     """This process among the run's processes."""
 
     def __init__(self, config: ModelConfig) -> None:
-        """Joins the group where `mlx.launch` or mpirun started several processes.
+        """Joins the group if `mlx.launch` or mpirun started several processes.
 
-        Raises: ConfigError: a device that is not there, or a group that cannot be joined.
+        Raises: ConfigError: a device that does not exist, or a group that cannot be joined.
         """
         self.device, self.auto_dtype = _device(config.device), "float32"
         self.rank, self.world_size, self._group = 0, 1, None
@@ -31,7 +31,7 @@ class Ranks:
             self.rank, self.world_size = self._group.rank(), self._group.size()
 
     def gather(self, values: np.ndarray) -> np.ndarray:
-        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ. Bytes cross as they are."""
+        """Concatenates the ranks' arrays in rank order along axis 0; lengths may differ. They are sent as bytes."""
         if self.world_size == 1:
             return values
         values = np.ascontiguousarray(values)
@@ -51,7 +51,7 @@ class Ranks:
         )
 
     def sum(self, gradients: list[mx.array]) -> list[mx.array]:
-        """The sum over ranks of each array."""
+        """Sums each array over ranks."""
         if self.world_size == 1:
             return gradients
         named: Any = tree_unflatten([(str(i), g) for i, g in enumerate(gradients)])

@@ -1,8 +1,8 @@
-"""A tiny twin of a model, made by transformers and read by mlx-lm: what both compute must agree.
+"""Compares mlx-lm with transformers on a tiny twin of the model.
 
-Log-probs cannot be compared on the model itself without holding it twice. The twin has every setting of its config.json
-and few, small layers with random weights: a setting that mlx-lm reads otherwise shows. It is made where PyTorch is
-installed, in about a second, once for each configuration.
+A comparison on the model itself would hold it in memory twice. The twin has all settings of the model's config.json and
+a few small layers with random weights, so a setting that mlx-lm reads differently shows. It is made only if PyTorch is
+installed, in about a second, once per configuration.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ TOKENS = 24
 VOCABULARY = 96
 WINDOW = 8
 WORST = 2e-3
-"""Nats; float32 rounding gives 1e-5, a setting that is read otherwise at least 1e-2."""
+"""Nats. float32 rounding gives 1e-5; a setting that is read differently gives at least 1e-2."""
 
 _INNER = re.compile(r"(intermediate|ffn|n_inner|inner)\w*(size|dim)$|^n_inner$|^ffn_hidden_size$|^block_ff_dim$")
 _EXPERTS = re.compile(r"^(num_(local_)?experts|n_routed_experts|moe_num_experts)$")
@@ -39,21 +39,21 @@ _CHOSEN = re.compile(r"^(num_experts_per_tok|moe_k|top_k_experts)$")
 
 
 def pretrained(config: ModelConfig, folder: Path) -> Loaded:
-    """`read.pretrained`, compared with transformers where PyTorch is installed.
+    """Calls `read.pretrained`, and compares the model with transformers if PyTorch is installed.
 
-    Raises: ConfigError: as `read.pretrained`, and `compare`.
+    Raises: ConfigError: see `read.pretrained` and `compare`.
     """
     loaded = read.pretrained(config, folder)
     return dataclasses.replace(loaded, compared=compare(loaded.settings, config.path))
 
 
 def compare(written: Mapping[str, Any], path: str) -> str:
-    """Compares log-probs of the twin by mlx-lm with those by transformers.
+    """Compares mlx-lm's log-probs of the twin with transformers'.
 
     Args:
-      written: config.json of the language model, as it stands in the folder.
-      path: the model's, for messages.
-    Returns: what was compared, or why nothing was.
+      written: config.json of the language model, as in the folder.
+      path: of the model, for messages.
+    Returns: the result, or why nothing was compared.
     Raises: ConfigError: they differ.
     """
     if importlib.util.find_spec("torch") is None:
@@ -73,11 +73,11 @@ def compare(written: Mapping[str, Any], path: str) -> str:
 
 @functools.lru_cache(maxsize=256)
 def _difference(text: str) -> tuple[float | None, str]:
-    """Nats a token at most, or None and why there is no number."""
+    """Returns the largest difference in nats per token, or None and the reason."""
     with tempfile.TemporaryDirectory(prefix="gvpo-twin-") as folder:
         try:
-            ids, right = _made(json.loads(text), Path(folder))
-        except Exception as error:  # whatever transformers says of sizes that are not its own
+            ids, theirs = _made(json.loads(text), Path(folder))
+        except Exception as error:  # transformers may reject the small sizes with any error
             log.debug("no twin", exc_info=True)
             return None, f"no tiny twin ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         try:
@@ -92,12 +92,12 @@ def _difference(text: str) -> tuple[float | None, str]:
             )
     ours -= ours.max(1, keepdims=True)
     ours -= np.log(np.exp(ours).sum(1, keepdims=True))
-    compared = min(TOKENS, loaded.window or TOKENS) - 1  # beyond a window that is not applied rows are refused
-    return float(np.abs(ours - right)[np.arange(compared), ids[1 : compared + 1]].max()), ""
+    compared = min(TOKENS, loaded.window or TOKENS) - 1  # longer rows are rejected if a window is not applied
+    return float(np.abs(ours - theirs)[np.arange(compared), ids[1 : compared + 1]].max()), ""
 
 
 def _made(written: dict[str, Any], folder: Path) -> tuple[list[int], np.ndarray]:
-    """Saves the twin; token ids and (T, V) float64 log-probs by transformers."""
+    """Saves the twin. Returns token ids and transformers' (T, V) float64 log-probs."""
     torch: Any = importlib.import_module("torch")
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -108,7 +108,7 @@ def _made(written: dict[str, Any], folder: Path) -> tuple[list[int], np.ndarray]
         with torch.no_grad():
             for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
                 if tensor.is_floating_point() and tensor.ndim == 1 and "freq" not in name:
-                    tensor.add_(0.1 * torch.randn_like(tensor))  # norms and biases away from one and zero
+                    tensor.add_(0.1 * torch.randn_like(tensor))  # moves norms and biases away from one and zero
             ids = torch.randint(1, VOCABULARY, (TOKENS,)).tolist()
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
     model.save_pretrained(folder)
@@ -119,15 +119,15 @@ def _made(written: dict[str, Any], folder: Path) -> tuple[list[int], np.ndarray]
 
 
 def shrunk(config: Any) -> Any:
-    """A transformers configuration with small sizes and every other setting as it was."""
+    """Returns the transformers configuration with small sizes and all other settings unchanged."""
     c = config.to_dict()
     heads, kv = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     own_width = c.get("head_dim")
     width = own_width or config.hidden_size // heads
-    few = 2 if kv in (None, heads) else 4
+    small_heads = 2 if kv in (None, heads) else 4
     small: dict[str, Any] = {
-        "num_attention_heads": few,
-        "hidden_size": 64 if own_width and own_width * heads != config.hidden_size else few * width,
+        "num_attention_heads": small_heads,
+        "hidden_size": 64 if own_width and own_width * heads != config.hidden_size else small_heads * width,
         "vocab_size": VOCABULARY,
         "initializer_range": 0.2,
     }
@@ -162,7 +162,7 @@ def shrunk(config: Any) -> Any:
         small |= {"n_group": 2, "topk_group": 1}
     if "mamba_n_heads" in c:
         small |= {"mamba_n_heads": 4, "mamba_d_head": c.get("mamba_expand", 2) * small["hidden_size"] // 4}
-    made = config.__class__(**{k: v for k, v in c.items() if k not in small})
+    result = config.__class__(**{k: v for k, v in c.items() if k not in small})
     for name, value in small.items():
-        setattr(made, name, value)
-    return made.__class__(**made.to_dict())
+        setattr(result, name, value)
+    return result.__class__(**result.to_dict())

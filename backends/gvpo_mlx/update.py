@@ -15,16 +15,16 @@ from gvpo_core.training.policy.step import factors_of
 from gvpo_mlx import buckets
 from gvpo_mlx.model import Scorer, inputs
 
-PIECE = 256  # numbers that are summed one after another in float32
+PIECE = 256  # numbers that are summed in float32
 
 
 class Passes:
-    """Forward and backward passes over micro-batches; compiled ones where `compiled`, one program a shape."""
+    """Forward and backward passes over micro-batches; if `compiled`, one program per shape."""
 
     def __init__(self, scorer: Scorer, packed: bool, tokens: int, compiled: bool) -> None:
         self.scorer, self.packed, self.budget, self.compiled = scorer, packed, tokens, compiled
-        self.shapes: set[tuple[Any, ...]] = set()  # a program was compiled for each
-        self.separable: dict[tuple[Any, ...], bool] = {}  # of each, whether its forward pass needs no factors
+        self.shapes: set[tuple[Any, ...]] = set()  # shapes with a compiled program
+        self.separable: dict[tuple[Any, ...], bool] = {}  # by shape: whether its forward pass needs no factors
         self._score = self._compile(self._plain_score)
         self._backward = self._compile(self._plain_backward)
 
@@ -41,7 +41,7 @@ class Passes:
         return scores[0], gradients
 
     def prepare(self, batch: Batch, rows: Sequence[Row], name: str) -> tuple[layout.Arrays, dict[str, mx.array]]:
-        """The micro-batch, padded to a shape that few programs serve; `arrays.targets` are its first ones."""
+        """Returns the micro-batch, and its inputs padded to one of few shapes; their first targets are the batch's."""
         arrays = layout.arrays(batch, rows)
         self.scorer.check_length(int(arrays.positions[arrays.segments >= 0].max()) + 1)
         padded = buckets.padded(arrays, self.budget) if self.compiled else arrays
@@ -52,10 +52,10 @@ class Passes:
     def score(
         self, batch: Batch, rows: Sequence[Row], parameters: list[mx.array] | None = None
     ) -> tuple[layout.Arrays, np.ndarray, int]:
-        """The micro-batch, the log-probability of each of its response tokens, and the tokens computed.
+        """Returns the micro-batch, the log-probability of each response token, and the number of tokens computed.
 
         Args:
-          parameters: instead of the scorer's own.
+          parameters: to score with. Default: the scorer's own.
         """
         arrays, on = self.prepare(batch, rows, "score")
         values = self._score(self.scorer.parameters if parameters is None else parameters, on)
@@ -64,7 +64,7 @@ class Passes:
     def known(
         self, batch: Batch, rows: Sequence[Row], factors: np.ndarray
     ) -> tuple[layout.Arrays, np.ndarray, list[mx.array], int]:
-        """As `score`, with the gradients of sum factors_i log pi_i; `factors` of every row of the batch."""
+        """Like `score`, plus the gradients of sum factors_i log pi_i. `factors`: one for each response of the batch."""
         arrays, on = self.prepare(batch, rows, "backward")
         per_token = np.zeros(on["targets"].shape, dtype=np.float32)
         per_token[: len(arrays.targets)] = arrays.spread(factors[arrays.responses])
@@ -75,15 +75,15 @@ class Passes:
     def grouped(
         self, batch: Batch, rows: Sequence[Row], coefficients: Coefficients
     ) -> tuple[layout.Arrays, np.ndarray, list[mx.array], int]:
-        """As `known`, with factors that need the log-probs of this very pass, for micro-batches of whole groups.
+        """Like `known`, with factors that depend on the log-probs of this pass, for micro-batches of whole groups.
 
-        The backward pass is laid out with factors whose memory is written after the forward pass was evaluated and
-        before anything of the backward pass is: an array shares its memory with a NumPy view of it. Compilation may
-        compute parts of both passes in one kernel; such a program is found by its graph, and its shape is not compiled.
-        A custom function whose backward pass evaluates the forward one would need no such writing, but MLX then keeps
-        every array of it: 1.4 times the memory, 2.3 times where layers are recomputed.
+        The graph of the backward pass is built with an array of factors. Its memory is written through a NumPy view,
+        after the forward pass is evaluated and before the backward pass is. A compiled program may compute parts of
+        both passes in one kernel; its graph shows this, and its shape is then not compiled. A custom function whose
+        backward pass evaluates the forward pass would not need this write, but MLX would keep all its arrays: 1.4 times
+        the memory, 2.3 times if layers are recomputed.
 
-        Raises: RuntimeError: the view shares nothing.
+        Raises: RuntimeError: the view does not share the array's memory.
         """
         arrays, on = self.prepare(batch, rows, "backward")
         factors = mx.zeros(on["targets"].shape)
@@ -91,9 +91,9 @@ class Passes:
         values, gradients = self._forward_first(on, factors)
         mx.eval(values)
         logprobs = np.array(values)[: len(arrays.targets)]
-        coefficients_now = factors_of(coefficients, arrays.sums(logprobs), arrays.responses)
+        response_factors = factors_of(coefficients, arrays.sums(logprobs), arrays.responses)
         view = np.array(factors, copy=False)
-        view[: len(arrays.targets)] = arrays.spread(-coefficients_now)
+        view[: len(arrays.targets)] = arrays.spread(-response_factors)
         if not np.array_equal(np.array(factors), view):
             raise RuntimeError(
                 'MLX does not share an array\'s memory with NumPy on this device: set optimizer.strategy = "score"'
@@ -102,7 +102,7 @@ class Passes:
         return arrays, logprobs, gradients, on["ids"].size
 
     def _forward_first(self, on: dict[str, mx.array], factors: mx.array) -> tuple[mx.array, list[mx.array]]:
-        """The pass laid out so that its values can be evaluated before the factors are known."""
+        """Builds the pass so that its values can be evaluated before the factors are known."""
         shape = (on["ids"].shape, on["targets"].shape)
         if self.separable.get(shape, True):
             values, gradients = self._backward(self.scorer.parameters, on, factors)
@@ -114,22 +114,22 @@ class Passes:
 
 
 def depends_on(result: mx.array, given: mx.array) -> bool:
-    """Whether an array that is not evaluated yet is computed from `given`."""
+    """Whether an array that is not evaluated yet depends on `given`."""
     text = io.StringIO()
     mx.export_to_dot(text, result, given=given)  # type: ignore[arg-type]
     return '"given" ->' in text.getvalue()
 
 
 class Gradients:
-    """Gradients summed over micro-batches and ranks, in float32."""
+    """Gradients, summed over micro-batches and ranks in float32."""
 
     def __init__(self, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> None:
         self.names = names
-        self.sums = [mx.zeros(shape) for shape in shapes]  # lazy: they take nothing until they are asked for
+        self.sums = [mx.zeros(shape) for shape in shapes]  # lazy: no memory until they are evaluated
         self._empty = True
 
     def add(self, gradients: list[mx.array]) -> None:
-        """Takes the gradients out of the list, so that none is held twice."""
+        """Adds gradients. Removes them from the list, so that none is in memory twice."""
         for i in reversed(range(len(self.sums))):
             gradient = gradients.pop().astype(mx.float32)
             self.sums[i] = gradient if self._empty else self.sums[i] + gradient
@@ -137,9 +137,9 @@ class Gradients:
         self._empty = False
 
     def clipped(self, limit: float) -> tuple[list[mx.array], float]:
-        """The gradients scaled down to norm `limit` (0: never), and their norm before.
+        """Returns the gradients scaled down to norm `limit` (0: never), and their norm before.
 
-        Raises: FloatingPointError: naming the parameters whose gradient is not finite.
+        Raises: FloatingPointError: a gradient is not finite; the message names the parameters.
         """
         squares = [square_sum(g) for g in self.sums]
         norm = math.sqrt(sum(squares))
@@ -156,9 +156,9 @@ class Gradients:
 
 
 def square_sum(x: mx.array) -> float:
-    """Sum of squares: pieces of 256 in float32, their sum in float64 on the host.
+    """Sum of squares: pieces of 256 numbers in float32, the pieces in float64 on the host.
 
-    MLX adds float32 one after another on CPU: 20 % too low for 136 million numbers.
+    On CPU, MLX adds float32 numbers one after another, and is 20 % too low for 136 million numbers.
     """
     flat = mx.square(x.astype(mx.float32)).reshape(-1)
     even = flat.size // PIECE * PIECE
@@ -167,10 +167,10 @@ def square_sum(x: mx.array) -> float:
 
 
 class AdamW:
-    """AdamW as PyTorch has it, weight decay on matrices alone.
+    """AdamW as in PyTorch, with weight decay on matrices only.
 
-    mlx.optimizers.AdamW computes the bias corrections in float32, where 1 - 0.999 is off by 1e-5 of itself and more;
-    here they come from the host in float64.
+    mlx.optimizers.AdamW computes the bias corrections in float32, where 1 - 0.999 has a relative error of 1e-5 or more.
+    Here the host computes them in float64.
     """
 
     def __init__(self, config: OptimizerConfig, compiled: bool) -> None:
@@ -180,7 +180,7 @@ class AdamW:
         self._one = mx.compile(self._plain) if compiled else self._plain
 
     def step(self, values: Sequence[mx.array], gradients: Sequence[mx.array], rate: float) -> list[mx.array]:
-        """The new parameters, not yet evaluated; `moments` with them."""
+        """Returns the new parameters and updates `moments`; neither is evaluated yet."""
         if not self.moments:
             self.moments = [(mx.zeros(v.shape), mx.zeros(v.shape)) for v in values]
         self.steps += 1

@@ -1,7 +1,7 @@
-"""The tensors of a model's folder: which files hold them, what mlx-lm makes of them, and the way back for an export.
+"""The tensors of a model's folder: their files, how mlx-lm converts them, and the inverse conversion for exports.
 
-mlx-lm renames, stacks, splits and shifts tensors when it loads them (`sanitize`). `Origin` follows that map with
-`mx.vjp`: it finds the tensors that mlx-lm drops, and turns trained weights back into the names and shapes of the files.
+mlx-lm renames, stacks, splits and shifts tensors when it loads them (`sanitize`). `Origin` inverts this map with
+`mx.vjp`. It finds the tensors that mlx-lm drops, and converts trained weights back to the files' names and shapes.
 """
 
 import ast
@@ -24,12 +24,15 @@ _UNUSED = re.compile(
     r"rotary_emb\.|inv_freq$|\.(attn|attention)\.(masked_)?bias$|position_ids$|(^|[._])mtp([._]|$)|mtp_|eh_proj|\.enorm|\.hnorm"
     r"|(^|\.)(vision|visual|audio|multi_modal|embed_vision|embed_audio|image_newline|vpm|sound)"
 )
-"""Tensors that no text model of transformers reads: tables, masks, heads that predict further tokens, other senses."""
+"""Tensors that no text model of transformers reads: tables, masks, heads for further tokens, other modalities."""
 
 
 @contextlib.contextmanager
 def alone(folder: Path) -> Iterator[Path]:
-    """A temporary folder with config.json, code and the weights that transformers reads; mlx-lm reads every model*."""
+    """Yields a temporary folder with config.json, code and the weights that transformers reads.
+
+    mlx-lm would read every file model*.safetensors of the original folder.
+    """
     with tempfile.TemporaryDirectory(prefix="gvpo-mlx-") as temporary:
         links = {path.name: path for path in (folder / "config.json", *folder.glob("*.py"))} | {
             f"model-{i:05d}.safetensors": path for i, path in enumerate(weight_files.weight_files(folder))
@@ -40,10 +43,10 @@ def alone(folder: Path) -> Iterator[Path]:
 
 
 class Origin:
-    """How the weights of mlx-lm's model come from the tensors of the files."""
+    """The map from the tensors of the files to the weights of mlx-lm's model."""
 
     def __init__(self, lm: nn.Module, folder: Path) -> None:
-        """lm: as `load_model` made it, before anything else changed it."""
+        """`lm`: unchanged since `load_model` returned it."""
         make: Any = type(lm)
         self._fresh = functools.partial(make, lm.args)
         self._files = weight_files.tensors(folder)
@@ -52,16 +55,16 @@ class Origin:
         formats = {facts.get("format") for _, facts in loaded}
         self.quantized = any("scales" in module for module in lm.modules())
         self.mlx_format = self.quantized or formats == {"mlx"}
-        # Shapes of what is differentiated; masks and position ids stay out.
+        # Shapes of the tensors to differentiate; masks and position ids are excluded.
         self._template = {n: t.shape for n, t in self._files.items() if t.dtype in ("F64", "F32", "F16", "BF16")}
 
     def _map(self, template: Mapping[str, tuple[int, ...]], values: Sequence[mx.array]) -> dict[str, mx.array]:
         model, tensors = self._fresh(), dict(zip(template, values, strict=True))
-        made: dict[str, mx.array] = model.sanitize(tensors) if hasattr(model, "sanitize") else tensors
-        return made
+        weights: dict[str, mx.array] = model.sanitize(tensors) if hasattr(model, "sanitize") else tensors
+        return weights
 
     def used(self) -> dict[str, tuple[float, float]]:
-        """How often an element of each tensor of the files is read, lowest and highest; 1 and 1 where all are once."""
+        """Returns for each tensor how often its elements are read: lowest and highest; (1, 1) if each is read once."""
         zeros = [mx.zeros(shape) for shape in self._template.values()]
         names = list(self._map(self._template, zeros))
 
@@ -78,12 +81,12 @@ class Origin:
         }
 
     def check(self, config: Mapping[str, Any]) -> None:
-        """Refuses a folder of which mlx-lm's model reads less, or reads otherwise, than transformers does.
+        """Rejects a folder if mlx-lm's model drops or changes tensors that transformers reads.
 
-        Raises: ConfigError: naming the first tensor that is dropped, multiplied or read twice.
+        Raises: ConfigError: a tensor is dropped, multiplied or read twice; the message names the first one.
         """
         if self.quantized:
-            return  # MLX's own format, which only mlx-lm reads: there is nothing to compare with
+            return  # only mlx-lm reads its own format: there is nothing to compare with
         layers = int(config.get("num_hidden_layers") or config.get("n_layer") or 1 << 30)
         tied = bool(config.get("tie_word_embeddings"))
         for name, (least, most) in self.used().items():
@@ -92,7 +95,7 @@ class Origin:
             if (least, most) == (1.0, 1.0):
                 continue
             if most == 0.0 and (_UNUSED.search(name) or beyond or (tied and "lm_head" in name)):
-                continue  # `settings.check_head` compares a head beside a tied one
+                continue  # for a tied model, `settings.check_head` compares the head
             kind = config.get("model_type")
             if most == 0.0:
                 raise ConfigError(
@@ -105,13 +108,14 @@ class Origin:
             )
 
     def tensors(self, weights: Mapping[str, mx.array]) -> dict[str, mx.array]:
-        """The weights by the names and shapes of the files, lazy; tensors that mlx-lm does not read are the file's own.
+        """Returns the weights under the names and shapes of the files, lazy. Unread tensors come from the files.
 
-        mlx-lm's map is y = A x + b, where A picks elements: x = A^T (y - b) is its inverse where each is read once.
+        mlx-lm's map is y = A x + b, where A selects elements. Its inverse is x = A^T (y - b) if each element is read
+        once.
 
         Args:
-          weights: by mlx-lm's names, unpacked; of those of the model, others are left out.
-        Raises: ConfigError: weights that these names cannot hold.
+          weights: unpacked, by mlx-lm's names; names that the model does not have are ignored.
+        Raises: ConfigError: a weight that mlx-lm reads is missing.
         """
         if self.mlx_format:
             return self._split_experts(dict(weights))
@@ -136,7 +140,7 @@ class Origin:
         return tensors
 
     def _split_experts(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        """From MLX's own format: experts one by one, where mlx-lm reads those back to the same weights."""
+        """Splits stacked experts of MLX's own format into one tensor each, if mlx-lm reads them back unchanged."""
         split: dict[str, mx.array] = {}
         for name, value in weights.items():
             stacked = re.fullmatch(r"(.*)\.switch_mlp\.(\w+)\.weight", name)
@@ -148,22 +152,22 @@ class Origin:
             return weights
         shapes = {name: value.shape for name, value in split.items()}
         try:
-            made = self._map(shapes, list(split.values()))
-            same = made.keys() == weights.keys() and all(
+            read_back = self._map(shapes, list(split.values()))
+            same = read_back.keys() == weights.keys() and all(
                 value.shape == weights[name].shape and bool(mx.array_equal(value, weights[name]))
-                for name, value in made.items()
+                for name, value in read_back.items()
             )
         except (KeyError, ValueError, TypeError):
             same = False
         return split if same else weights
 
     def stored(self, name: str) -> mx.array:
-        """A tensor of the files as it stands there."""
+        """Returns a tensor as it is in the files."""
         return cast("dict[str, mx.array]", mx.load(str(self._files[name].path)))[name]
 
 
 def freeze_constants(lm: nn.Module, kind: str) -> None:
-    """Freezes what transformers has as a buffer or a parameter without gradient, and mlx-lm as one with it."""
+    """Freezes arrays that are buffers or parameters without gradient in transformers but trainable in mlx-lm."""
     names = constants(kind)
     for module in lm.modules():
         if not type(module).__module__.startswith("mlx_lm"):
@@ -175,9 +179,9 @@ def freeze_constants(lm: nn.Module, kind: str) -> None:
 
 @functools.cache
 def constants(kind: str) -> frozenset[str]:
-    """Names of the buffers and of the parameters without gradient in transformers' source of this model type.
+    """Returns the names of buffers and of parameters without gradient in transformers' source of this model type.
 
-    The source is read as text, since PyTorch may be missing; `weight` and `bias` are left out.
+    The source is read as text, because PyTorch may be missing. `weight` and `bias` are excluded.
     """
     package = importlib.util.find_spec("transformers")
     assert package is not None and package.origin is not None
@@ -188,12 +192,12 @@ def constants(kind: str) -> frozenset[str]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
                 function = node.value.func
-                made = function.attr if isinstance(function, ast.Attribute) else ""
+                constructor = function.attr if isinstance(function, ast.Attribute) else ""
                 untrained = any(
                     k.arg == "requires_grad" and isinstance(k.value, ast.Constant) and k.value.value is False
                     for k in node.value.keywords
                 )
-                if made == "Buffer" or (made == "Parameter" and untrained):
+                if constructor == "Buffer" or (constructor == "Parameter" and untrained):
                     names |= {t.attr for t in node.targets if isinstance(t, ast.Attribute)}
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
                 first = node.args[0] if node.args else None
