@@ -74,24 +74,24 @@ def extend(
 
         def layer(x: Array, inputs: Any, kind: Any = kind) -> tuple[Array, Any]:
             weights, keys, values, facts = inputs
-            held = [keys, values]
+            pair = [keys, values]
 
             def attend(q: Array, k: Array | None, v: Array | None) -> Array:
                 for n, new in enumerate((k, v) if kind.source is None else ()):
                     assert new is not None
-                    held[n] = held[n].at[rows, positions].set(new.astype(held[n].dtype), mode="drop")
-                order = jnp.arange(held[0].shape[1])
+                    pair[n] = pair[n].at[rows, positions].set(new.astype(pair[n].dtype), mode="drop")
+                order = jnp.arange(pair[0].shape[1])
                 sees = (order <= at) & (at - order < facts["window"])
-                return weighted(setup.spec, q, [(held[0], held[1], sees)])
+                return weighted(setup.spec, q, [(pair[0], pair[1], sees)])
 
             x, _, _ = block(setup, kind, weights, x, tables.of(kind, facts), attend, facts.get("inputs"))
-            return x, tuple(held)
+            return x, tuple(pair)
 
-        given = caches[source]
-        assert given is not None
-        x, made = lax.scan(layer, x, (stack.arrays, *given, tables.scanned(setup.spec, stack.members)))
+        source_cache = caches[source]
+        assert source_cache is not None
+        x, cache = lax.scan(layer, x, (stack.arrays, *source_cache, tables.scanned(setup.spec, stack.members)))
         if kind.source is None:
-            caches[number] = made
+            caches[number] = cache
     return caches, after_last(setup, parameters, x, lengths - filled)
 
 
@@ -135,12 +135,12 @@ def decode_and_keep(
         tables = tables_of(setup, parameters, adapters, tokens, x, positions)
         caches = list(caches)
 
-        def over(q: Array, prompt_keys: Array, prompt_values: Array, mine: list[Array], window: Array) -> Array:
+        def over(q: Array, prompt_keys: Array, prompt_values: Array, own_filled: list[Array], window: Array) -> Array:
             # One query per row. It sees the prompt, which the rows of a group share, and the row's own tokens so far.
             order, own_order = jnp.arange(prompt_keys.shape[1]), jnp.arange(size)
             past = (order < lengths[:, None]) & (positions - order < window)
             since = (own_order <= t) & (t - own_order < window)
-            return _attend(spec, q, prompt_keys, prompt_values, past, mine[0], mine[1], since)
+            return _attend(spec, q, prompt_keys, prompt_values, past, own_filled[0], own_filled[1], since)
 
         for number, stack in enumerate(layers):
             kind = stack.layer
@@ -150,25 +150,25 @@ def decode_and_keep(
             def layer(carry: Any, inputs: Any, kind: Any = kind) -> tuple[Any, None]:
                 x, own_keys, own_values = carry
                 place, weights, prompt_keys, prompt_values, facts = inputs
-                held = [own_keys, own_values]
+                own_cache = [own_keys, own_values]
 
                 def attend(q: Array, k_new: Array | None, v_new: Array | None) -> Array:
                     if kind.source is None:
                         for n, new in enumerate((k_new, v_new)):
                             start = (place, 0, 0, t, 0, 0)
-                            new = new[None, :, :, None].astype(held[n].dtype)  # type: ignore[index]
-                            held[n] = lax.dynamic_update_slice(held[n], new, start)
+                            new = new[None, :, :, None].astype(own_cache[n].dtype)  # type: ignore[index]
+                            own_cache[n] = lax.dynamic_update_slice(own_cache[n], new, start)
                     filled = (1, groups, k, size)  # no row has tokens past `size` yet
-                    mine = [lax.dynamic_slice(c, (place, *(0,) * 5), filled + c.shape[4:])[0] for c in held]
-                    return over(q, prompt_keys, prompt_values, mine, facts["window"])
+                    own_filled = [lax.dynamic_slice(c, (place, *(0,) * 5), filled + c.shape[4:])[0] for c in own_cache]
+                    return over(q, prompt_keys, prompt_values, own_filled, facts["window"])
 
                 x, _, _ = block(setup, kind, weights, x, tables.of(kind, facts), attend, facts.get("inputs"))
-                return (x, *held), None
+                return (x, *own_cache), None
 
             members = jnp.arange(len(stack.members))
             inputs = (members, stack.arrays, *prompt[at], scanned)  # type: ignore[misc]
-            (x, *made), _ = lax.scan(layer, (x, *caches[at]), inputs)  # type: ignore[misc]
-            caches[at] = (made[0], made[1])
+            (x, *new_cache), _ = lax.scan(layer, (x, *caches[at]), inputs)  # type: ignore[misc]
+            caches[at] = (new_cache[0], new_cache[1])
         return _logits(setup, parameters, x.reshape(groups * k, -1)), caches
 
     def draw(z: Array, t: Array, ended: Array, drawn: Array, sums: Array) -> tuple[Array, Array, Array, Array]:
