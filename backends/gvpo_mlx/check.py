@@ -122,7 +122,7 @@ def _check_head(scorer: Scorer) -> None:
         hidden = decoder(mx.array([[1, 2, 3]]), cache=None)
         size = float(mx.abs(scorer.logits(hidden)).max())
         for factor in (1.0, 100.0 / max(size, 1e-3)):
-            stub = _Given(decoder, hidden * factor)
+            stub = _FixedStates(decoder, hidden * factor)
             try:
                 dict.__setitem__(language, "model", stub)
                 direct = scorer.lm(mx.array([[1, 2, 3]])).astype(mx.float32)
@@ -140,7 +140,7 @@ def _check_head(scorer: Scorer) -> None:
                 )
 
 
-class _Given:
+class _FixedStates:
     """Replaces a decoder and returns given hidden states."""
 
     def __init__(self, decoder: nn.Module, hidden: mx.array) -> None:

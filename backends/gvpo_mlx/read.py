@@ -54,22 +54,22 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
     written = json.loads(text, object_hook=settings.special_floats)
     settings.check_quantization(written, folder)
     known = arguments_of(completed["model_type"])
-    part, as_written = completed, written
+    lm_config, lm_written = completed, written
     nested = "text_config" in known and isinstance(completed.get("text_config"), Mapping)
     if nested:
-        part, as_written = _text_config(folder, completed), written["text_config"]
-        as_written = {"model_type": part["model_type"]} | as_written
-        known = _text_arguments(completed["model_type"], part["model_type"], config.path)
-    check_window(part)
-    settings.check_dropped(as_written, known)
-    given = rope.settings_for(known, part)
-    override = {k: v for k, v in part.items() if k != "rope_parameters" or (nested and k in known)}
-    override |= given | settings.pattern_of_layers(known, part)
+        lm_config, lm_written = _text_config(folder, completed), written["text_config"]
+        lm_written = {"model_type": lm_config["model_type"]} | lm_written
+        known = _text_arguments(completed["model_type"], lm_config["model_type"], config.path)
+    check_window(lm_config)
+    settings.check_dropped(lm_written, known)
+    rope_override = rope.settings_for(known, lm_config)
+    override = {k: v for k, v in lm_config.items() if k != "rope_parameters" or (nested and k in known)}
+    override |= rope_override | settings.pattern_of_layers(known, lm_config)
     if nested:
         outer = {k: v for k, v in completed.items() if k != "rope_parameters"}
-        override = outer | {"text_config": override, "vocab_size": part["vocab_size"]}
+        override = outer | {"text_config": override, "vocab_size": lm_config["vocab_size"]}
     override["model_type"] = _mlx_kind(completed["model_type"])
-    override |= settings.other_words(part)
+    override |= settings.other_words(lm_config)
     with weights.alone(folder) as files:
         try:
             lm, _ = load_model(files, lazy=True, model_config=override, trust_remote_code=config.trust_remote_code)
@@ -77,18 +77,18 @@ def _pretrained(config: ModelConfig, folder: Path) -> Loaded:
             raise _explained(" ".join(str(error).split())[:300], completed["model_type"], config.path) from error
     weight_files.refuse_integers(tensors, settings.packed_names(lm, tensors))
     origin = weights.Origin(lm, folder)
-    origin.check(part)
+    origin.check(lm_config)
     language = language_model(lm)
-    settings.check_activation(language, as_written)
-    settings.check_head(language, folder, part)
-    settings.check_experts(language, part)
-    rope.check(language, given, part)
-    rope.correct_yarn(language, given)
-    weights.freeze_constants(lm, part["model_type"])
-    window = corrections.apply_window(language, part)
+    settings.check_activation(language, lm_written)
+    settings.check_head(language, folder, lm_config)
+    settings.check_experts(language, lm_config)
+    rope.check(language, rope_override, lm_config)
+    rope.correct_yarn(language, rope_override)
+    weights.freeze_constants(lm, lm_config["model_type"])
+    window = corrections.apply_window(language, lm_config)
     corrections.scale_embedding_exactly(language)
     export = {k: v for k, v in (written if nested else completed).items() if k not in settings.QUANTIZATION}
-    return Loaded(lm, part, export, origin, window, as_written)
+    return Loaded(lm, lm_config, export, origin, window, lm_written)
 
 
 _NAMES_OF_TENSORS = {

@@ -51,18 +51,18 @@ def settings_for(known: Mapping[str, Any], config: Mapping[str, Any]) -> dict[st
                 f"RoPE of {name} has settings by kind of layer ({', '.join(nested)}), and mlx-lm's {name} reads only "
                 "one: its log-probs would be wrong"
             )
-        local = _one(name, {"rope_parameters": nested["sliding_attention"]})
+        local = _supported(name, {"rope_parameters": nested["sliding_attention"]})
         if local["rope_type"] != "default":
             raise ConfigError(f"rope_type {local['rope_type']} of sliding layers is not read by mlx-lm's {name}")
-        return _given(known, name, _one(name, {"rope_parameters": nested["full_attention"]}), config) | {
+        return _arguments(known, name, _supported(name, {"rope_parameters": nested["full_attention"]}), config) | {
             "rope_local_base_freq": local["rope_theta"]
         }
     if nested is None and config.get("rope_theta") is None and config.get("rope_scaling") is None:
         return {}  # no RoPE, or settings that only mlx-lm knows; `check` then checks nothing
-    return _given(known, name, _one(name, config), config)
+    return _arguments(known, name, _supported(name, config), config)
 
 
-def _one(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+def _supported(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rope_settings(dict(config) | {"model_type": name})
     if rope["rope_type"] not in _MODULES:
         raise ConfigError(
@@ -79,7 +79,7 @@ def _one(name: Any, config: Mapping[str, Any]) -> dict[str, Any]:
     return rope
 
 
-def _given(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
     if "rope_theta" not in known and "rope_parameters" not in known:
         raise ConfigError(
             f"mlx-lm's {name} takes no rope_theta, and the model asks for {rope['rope_theta']:g}: "

@@ -76,7 +76,7 @@ def _difference(text: str) -> tuple[float | None, str]:
     """Returns the largest difference in nats per token, or None and the reason."""
     with tempfile.TemporaryDirectory(prefix="gvpo-twin-") as folder:
         try:
-            ids, theirs = _made(json.loads(text), Path(folder))
+            ids, theirs = _save_twin(json.loads(text), Path(folder))
         except Exception as error:  # transformers may reject the small sizes with any error
             log.debug("no twin", exc_info=True)
             return None, f"no tiny twin ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
@@ -96,7 +96,7 @@ def _difference(text: str) -> tuple[float | None, str]:
     return float(np.abs(ours - theirs)[np.arange(compared), ids[1 : compared + 1]].max()), ""
 
 
-def _made(written: dict[str, Any], folder: Path) -> tuple[list[int], np.ndarray]:
+def _save_twin(written: dict[str, Any], folder: Path) -> tuple[list[int], np.ndarray]:
     """Saves the twin. Returns token ids and transformers' (T, V) float64 log-probs."""
     torch: Any = importlib.import_module("torch")
     from transformers import AutoConfig, AutoModelForCausalLM

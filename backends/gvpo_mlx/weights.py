@@ -68,12 +68,12 @@ class Origin:
         zeros = [mx.zeros(shape) for shape in self._template.values()]
         names = list(self._map(self._template, zeros))
 
-        def made(*values: mx.array) -> list[mx.array]:
+        def converted(*values: mx.array) -> list[mx.array]:
             mapped = self._map(self._template, values)
             return [mapped[name] for name in names]
 
-        ones = [mx.broadcast_to(mx.array(1.0), value.shape) for value in made(*zeros)]
-        _, counts = mx.vjp(made, zeros, ones)
+        ones = [mx.broadcast_to(mx.array(1.0), value.shape) for value in converted(*zeros)]
+        _, counts = mx.vjp(converted, zeros, ones)
         return {
             name: (float(count.min()), float(count.max()))
             for name, count in zip(self._template, counts, strict=True)
@@ -126,12 +126,12 @@ class Origin:
         if lacking:
             raise ConfigError(f"the export has no {lacking[0]}, which mlx-lm reads")
 
-        def made(*values: mx.array) -> list[mx.array]:
+        def converted(*values: mx.array) -> list[mx.array]:
             mapped = self._map(self._template, values)
             return [mapped[name] for name in names]
 
         differences = [weights[name].astype(mx.float32) - shift[name] for name in names]
-        _, back = mx.vjp(made, zeros, differences)
+        _, back = mx.vjp(converted, zeros, differences)
         tensors = dict(zip(self._template, back, strict=True))
         counts = self.used()
         for name in self._files:
