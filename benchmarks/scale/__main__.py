@@ -1,4 +1,4 @@
-"""Counts what a backend costs at scale, prints the table of all backends, and fails beyond a bound.
+"""Counts what a backend costs at scale, prints the table of all backends, and fails if a count exceeds its bound.
 
 python -m benchmarks.scale torch            all modules of a backend
 python -m benchmarks.scale torch_sampling   one of them
@@ -17,7 +17,7 @@ ROOT = FOLDER.parents[1]
 
 
 def count(module: str) -> list[Count] | None:
-    """Counts in a process of its own, so that no module sees another's settings or memory; None if it failed."""
+    """Returns a module's counts from a separate process, which has its own settings and memory; None if it failed."""
     command = [sys.executable, "-m", "benchmarks.scale", "--in-this-process", module]
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
     lines = done.stdout.splitlines()
@@ -34,8 +34,8 @@ def main(arguments: list[str]) -> int:
             print(json.dumps(asdict(counted)), flush=True)
         return 0
     known = sorted({path.stem for path in FOLDER.glob("*_*.py")} - {"__init__", "__main__"})
-    chosen = [name for given in arguments for name in ([given] if given in known else modules(given))]
-    if unknown := [given for given in arguments if given not in known and not modules(given)]:
+    chosen = [name for word in arguments for name in ([word] if word in known else modules(word))]
+    if unknown := [word for word in arguments if word not in known and not modules(word)]:
         print(f"nothing to count for {', '.join(unknown)}; expected a backend or one of {known}", file=sys.stderr)
         return 2
     results, failed = read_results(), []

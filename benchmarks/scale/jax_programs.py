@@ -1,7 +1,8 @@
-"""Programs that JAX compiles in a run: 15 steps of the loop with ragged prompts and responses, by its own metric.
+"""Programs that JAX compiles in a run of 15 steps with ragged prompts and responses, from the run's own metric.
 
-All programs of samples, scores and updates, and the score that checks the layout at load. With hidden size 256 a group
-is one row, as in J3; with 32 attention costs so much that groups are cut into rows of different lengths.
+The metric counts all programs for sampling, scoring and updates, and the score that checks the layout at load. With
+hidden size 256 a group is one row, as in J3. With hidden size 32 attention dominates the cost, so groups are cut into
+rows of different lengths.
 """
 
 import io
@@ -30,7 +31,7 @@ METRIC = "policy/compiled_programs"
 
 
 def prompts() -> list[dict[str, str]]:
-    """Ragged: log-normal, at most `LONGEST` letters."""
+    """Returns prompts of log-normal lengths, at most `LONGEST` letters."""
     draw = np.random.default_rng(0)
     lengths = np.minimum(LONGEST, np.exp(draw.normal(np.log(LONGEST / 3), 0.6, STEPS * PROMPTS)).astype(int) + 1)
     return [{"prompt": "".join(draw.choice(list("abcdefgh"), int(n)))} for n in lengths]
@@ -38,12 +39,12 @@ def prompts() -> list[dict[str, str]]:
 
 def counts() -> Iterator[Count]:
     for hidden, before, bound in ((256, 23, 12), (32, 30, 18)):
-        on = f"tiny llama of hidden size {hidden}, ragged"
-        yield Count("programs compiled in a run of 15 steps", on, "", before, compiled(hidden), bound)
+        on = f"tiny llama, hidden size {hidden}, ragged lengths"
+        yield Count("programs compiled in 15 steps", on, "", before, compiled(hidden), bound)
 
 
 def compiled(hidden: int) -> float:
-    """The metric after the last step."""
+    """Returns the number of compiled programs after the last step."""
     with tempfile.TemporaryDirectory() as name:
         sizes = {"max_position_embeddings": 256, "num_hidden_layers": 1, "hidden_size": hidden}
         folder = tiny_models.make_model("llama", Path(name) / "model", **sizes)
@@ -63,7 +64,7 @@ def compiled(hidden: int) -> float:
             console=Console(STEPS, stream=io.StringIO()),
         )
         records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    found = [record[METRIC] for record in records if METRIC in record]
-    if len(found) != STEPS:
-        raise RuntimeError(f"{len(found)} of {STEPS} steps have {METRIC}")
-    return float(found[-1])
+    values = [record[METRIC] for record in records if METRIC in record]
+    if len(values) != STEPS:
+        raise RuntimeError(f"{len(values)} of {STEPS} steps have {METRIC}")
+    return float(values[-1])

@@ -1,7 +1,7 @@
-"""FLOPs of a step in JAX whose groups take several micro-batches, with gradient checkpointing.
+"""FLOPs of a JAX step whose groups take several micro-batches, with gradient checkpointing.
 
-XLA's own count of each program, times its calls. The layers' inputs of a group are held until its coefficients are
-known; before, all of it was scored first.
+FLOPs are XLA's own count for each program times its calls. A group's layer inputs are held until its coefficients are
+known. Before, the whole group was scored first.
 """
 
 import os
@@ -35,7 +35,7 @@ def groups() -> Batch:
 
 
 def work(folder: Path, strategy: str) -> float:
-    """FLOPs of a step."""
+    """Returns the FLOPs of a step."""
     of_policy: Any = load(
         ModelConfig(path=str(folder), device="cpu:0", gradient_checkpointing=True),
         OptimizerConfig(micro_batch_tokens=BUDGET, strategy=strategy),
@@ -45,10 +45,10 @@ def work(folder: Path, strategy: str) -> float:
     )
     total, plain = 0.0, Programs.call
 
-    def counted(self: Programs, function: Any, *given: Any, **options: Any) -> Any:
+    def counted(self: Programs, function: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal total
         before = set(self.used)
-        result = plain(self, function, *given, **options)
+        result = plain(self, function, *arguments, **options)
         (used,) = set(self.used) - before or {key for key in before if key[0] is function}  # type: ignore[index]
         total += self.used[used].cost_analysis().get("flops", 0.0)
         return result
@@ -67,6 +67,6 @@ def counts() -> Iterator[Count]:
     with tempfile.TemporaryDirectory() as made:
         sizes = {"max_position_embeddings": 256, "num_hidden_layers": 1, "hidden_size": 256, "intermediate_size": 768}
         folder = tiny_models.make_model("llama", Path(made), **sizes)
-        name = "FLOPs of a step, gradient checkpointing, of one that scores first"
+        name = "FLOPs of a step / FLOPs of a step that scores first, gradient checkpointing"
         now = work(folder, "group") / work(folder, "score")
         yield Count(name, "tiny llama, groups in four micro-batches", "", 1.0, now, 0.82)

@@ -1,8 +1,8 @@
-"""Four jobs to think with, and what a step of each costs at least: memory, FLOPs, bytes, and the time that these take.
+"""Four example jobs, and the least that a step of each costs: memory, FLOPs, bytes and time.
 
-The bounds follow from shapes and from the chips' data sheets alone. All responses have their full length R, so they are
-upper bounds of the work and lower bounds of the time that this work takes. The expected times take the shares of its
-peak that one H200 reached (docs/benchmarks.md).
+The bounds follow from shapes and the chips' data sheets alone. All responses have their full length R. So the work is
+an upper bound, and the time is a lower bound for this work. Expected times use the shares of peak that one H200
+reached (docs/benchmarks.md).
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ class Model:
 
     @property
     def linear(self) -> int:
-        """Parameters in the layers' linear maps: 2 FLOPs each a token forward, 4 backward."""
+        """Parameters in the layers' linear maps. Each takes 2 FLOPs per token forward and 4 backward."""
         attention = self.hidden * self.head_size * (2 * self.heads + 2 * self.kv_heads)
         return self.layers * (attention + 3 * self.hidden * self.inner)
 
@@ -46,7 +46,7 @@ class Model:
 
     @property
     def cache_bytes(self) -> int:
-        """Keys and values of a token in 16 bits."""
+        """Bytes of a token's keys and values in 16 bits."""
         return 2 * 2 * self.layers * self.kv_heads * self.head_size
 
 
@@ -73,17 +73,17 @@ H200 = Chip("H200 SXM", 989e12, 141e9, 4.8e12)
 
 @dataclass(frozen=True)
 class Measured:
-    """What one H200 reached with Qwen2.5-1.5B's shape; see docs/benchmarks.md.
+    """Rates that one H200 reached with Qwen2.5-1.5B's shape; see docs/benchmarks.md.
 
-    FLOP/s count 2 (scoring), 6 (update) and 4 (update of LoRA) a parameter and token, without attention and what is
-    computed again. Sampling is of 64 prompts of 512 tokens, 8 rows each.
+    FLOP/s count 2 (scoring), 6 (update) and 4 (LoRA update) FLOPs per parameter and token, without attention and
+    recomputation. Sampling is of 64 prompts of 512 tokens, 8 rows each.
     """
 
     scoring: float
     update: float
     decoded: float  # tokens a second
     response: int  # tokens of each row
-    shares: bool  # whether rows shared their prompts' keys and values
+    shares: bool  # whether rows share their prompt's keys and values
 
 
 FULL = Measured(127e12, 170e12, 24_870, 2035, True)  # a step of J1
@@ -92,7 +92,7 @@ LORA = Measured(132e12, 76e12, 30_529, 128, False)  # short responses, without g
 
 @dataclass(frozen=True)
 class Job:
-    """One step: `prompts` groups of `responses`, prompts of `prompt` tokens, responses of `response` tokens."""
+    """One step: `prompts` groups of `responses` responses, with `prompt` tokens per prompt, `response` per response."""
 
     name: str
     model: Model
@@ -104,17 +104,17 @@ class Job:
     response: int
     lora_rank: int = 0
     sharded: bool = False
-    tensor: int = 1  # chips that hold the copy to sample from together
-    shares: bool = False  # a prompt's keys and values are held once for its responses, not in each row
+    tensor: int = 1  # chips that share one sampling copy
+    shares: bool = False  # a prompt's keys and values are held once for all its responses, not in each row
 
     @property
     def rows(self) -> int:
-        """Responses a chip."""
+        """Responses per chip."""
         return -(-self.prompts * self.responses // self.chips)
 
     @property
     def trained(self) -> int:
-        """Parameters that the optimizer holds; LoRA is on every linear map of the layers."""
+        """Parameters that the optimizer updates. LoRA adapts every linear map of the layers."""
         if not self.lora_rank:
             return self.model.parameters
         m = self.model
@@ -124,43 +124,43 @@ class Job:
 
     @property
     def held(self) -> float:
-        """Bytes a chip of weights, gradients, moments and the reference: what a step holds whatever its rows are.
+        """Bytes per chip of weights, gradients, moments and the reference, which do not depend on the rows.
 
-        Full: float32 masters, gradients and two moments, a reference in 16 bits. LoRA: a base in 16 bits, which is the
-        reference with the adapters off, and float32 adapters with gradients and moments.
+        Full: float32 masters, gradients and two moments, and a reference in 16 bits. LoRA: a base in 16 bits, which is
+        also the reference (adapters off), and float32 adapters with gradients and moments.
         """
         total = 2 * self.model.parameters + 16 * self.trained
         return total / (self.chips if self.sharded else 1)
 
     @property
     def sampling_weights(self) -> float:
-        """Bytes of the copy in 16 bits that a chip samples from, beside `held`; LoRA samples from its base."""
+        """Bytes per chip of the 16-bit sampling copy, in addition to `held`. LoRA samples from its base."""
         return 0 if self.lora_rank else 2 * self.model.parameters / self.tensor
 
     @property
     def cache(self) -> float:
-        """Bytes a chip of keys and values, if all its rows are decoded at once."""
+        """Bytes per chip of keys and values, if all its rows are decoded at once."""
         holders = self.rows / self.responses if self.shares else self.rows
         return (holders * self.prompt + self.rows * self.response) * self.model.cache_bytes
 
     @property
     def copied(self) -> float:
-        """Bytes of `cache` that hold a prompt's keys and values again, beside the first time."""
+        """Bytes of `cache` with further copies of a prompt's keys and values."""
         return self.cache - replace(self, shares=True).cache
 
     @property
     def tokens(self) -> int:
-        """Tokens of a step in packed rows: a prompt once, then all its responses."""
+        """Tokens of a step in packed rows: each prompt once, then all its responses."""
         return self.prompts * (self.prompt + self.responses * self.response)
 
     def _attended(self) -> float:
-        """Pairs of a token and one that it sees."""
+        """Number of pairs of a token and a token that it attends to."""
         of_response = self.response * (self.response + 1) / 2 + self.response * self.prompt
         return self.prompts * (self.prompt * (self.prompt + 1) / 2 + self.responses * of_response)
 
     @property
     def forward_flops(self) -> float:
-        """Of one pass over the packed rows, with the head on what is predicted."""
+        """FLOPs of one pass over the packed rows, with the head on predicted tokens only."""
         m = self.model
         predicted = self.prompts * self.responses * self.response
         attention = 4 * m.layers * m.heads * m.head_size * self._attended()
@@ -168,24 +168,25 @@ class Job:
 
     @property
     def step_flops(self) -> float:
-        """Reference forward, policy forward, backward; LoRA's backward is that of activations alone."""
+        """FLOPs of reference forward, policy forward and backward. LoRA's backward pass is for activations only."""
         return self.forward_flops * (3 if self.lora_rank else 4)
 
     @property
     def sampling_bytes(self) -> float:
-        """Bytes a chip reads: the weights once a token, the cache of each row once a token, a shared prompt once."""
+        """Bytes that a chip reads: for each token, the weights, the cache of each row, and each shared prompt once."""
         return self._read(self.rows / self.responses)
 
     def _read(self, prompts: float) -> float:
-        """Bytes that sampling reads, with `prompts` prompts' keys and values a token."""
+        """Bytes that sampling reads if each token reads the keys and values of `prompts` prompts."""
         lengths = self.response * (self.response - 1) / 2
         cached = self.rows * lengths + prompts * self.prompt * self.response
         return self.response * 2 * self.model.parameters / self.tensor + cached * self.model.cache_bytes
 
     @property
     def gathered(self) -> float:
-        """Bytes a chip sends in an update of one micro-batch: parameters gathered in 16 bits twice, gradients reduced
-        in float32 once.
+        """Bytes that a chip sends in an update of one micro-batch.
+
+        Parameters are gathered twice in 16 bits, gradients reduced once in float32.
         """
         if not self.sharded:
             return 0 if self.chips == 1 else 2 * 4 * self.trained
@@ -193,12 +194,12 @@ class Job:
 
     @property
     def sampling_seconds(self) -> float:
-        """What the bytes take at peak, or the FLOPs where they take longer."""
+        """Time for the bytes or for the FLOPs at peak, whichever is longer."""
         return max(self.sampling_bytes / self.chip.bandwidth, self.forward_flops / self.chips / self.chip.flops)
 
     @property
     def step_seconds(self) -> float:
-        """What the FLOPs take at peak."""
+        """Time for the FLOPs at peak."""
         return self.step_flops / self.chips / self.chip.flops
 
     @property
@@ -207,20 +208,25 @@ class Job:
 
     @property
     def expected_sampling_seconds(self) -> float:
-        """A token of all rows takes what it took on the H200 beyond reading its bytes, and its own bytes at peak."""
-        of = self.measured
-        there = Job("", QWEN_1_5B, H200, 1, 64, 8, 512, of.response, shares=of.shares)
-        beyond = there.rows / of.decoded - there._decoding_bytes / there.response / H200.bandwidth
-        return self.response * beyond + self._decoding_bytes / self.chip.bandwidth
+        """Time to sample, from the H200's measured time.
+
+        For each token of all rows: the measured time minus the H200's time to read its bytes, plus the time to read
+        this job's bytes at peak.
+        """
+        rates = self.measured
+        measured_job = Job("", QWEN_1_5B, H200, 1, 64, 8, 512, rates.response, shares=rates.shares)
+        reading = measured_job._decoding_bytes / measured_job.response / H200.bandwidth
+        beyond_reading = measured_job.rows / rates.decoded - reading
+        return self.response * beyond_reading + self._decoding_bytes / self.chip.bandwidth
 
     @property
     def _decoding_bytes(self) -> float:
-        """Bytes that sampling reads, of prompts in each row or once."""
+        """Bytes that sampling reads, with prompts in each row or shared."""
         return self._read(self.rows / self.responses if self.shares else self.rows)
 
     @property
     def expected_step_seconds(self) -> float:
-        """Reference scored, update, at the shares of peak FLOP/s that were measured."""
+        """Time to score the reference and update, at the measured shares of peak FLOP/s."""
         work = self.model.parameters * self.tokens / self.chips
         update = (4 if self.lora_rank else 6) * work / self.measured.update
         return (2 * work / self.measured.scoring + update) * H200.flops / self.chip.flops
@@ -236,7 +242,7 @@ JOBS = (
 
 
 def table() -> str:
-    """The jobs and their bounds in Markdown."""
+    """Returns the jobs and their bounds as a Markdown table."""
     return "\n".join(_rows())
 
 

@@ -1,4 +1,4 @@
-"""Tokens of prompts that the turns of episodes compute with MLX: from the start, and from kept keys and values."""
+"""Prompt tokens that turns of episodes compute with MLX: from the start, and from kept keys and values."""
 
 import sys
 import tempfile
@@ -18,7 +18,7 @@ import tiny_models
 from conversations import play
 
 PROMPTS, K, PROMPT, HEARD, TURNS = 2, 4, 48, 12, 4
-ENDS = [0, *range(60, 96)]  # so many ids end a turn that a random model ends its turns
+ENDS = [0, *range(60, 96)]  # many ids end a turn, so that a random model ends its turns
 
 
 def counts() -> Iterator[Count]:
@@ -34,11 +34,11 @@ def counts() -> Iterator[Count]:
         assert sampled == same, "the samples differ"
         on = f"tiny llama, {PROMPTS} prompts x {K} episodes of {TURNS} turns"
         episodes = PROMPTS * K
-        yield Count("tokens of prompts computed an episode", on, "", again / episodes, kept / episodes, 60)
+        yield Count("prompt tokens computed per episode", on, "", again / episodes, kept / episodes, 60)
 
 
 def computed(policy: Any) -> tuple[int, list[Any]]:
-    """Tokens in forward passes over prompts, padding included, and what was drawn."""
+    """Returns the tokens in forward passes over prompts, padding included, and the samples."""
     draw, columns, plain = np.random.default_rng(0), [], generate._Decoding._pass
 
     def counted(self: Any, part: Any) -> Any:

@@ -1,7 +1,7 @@
-"""What sampling and a step in MLX wait for, dispatch, compile and hold.
+"""Host waits, operations, programs and memory of sampling and a step in MLX.
 
-Waits and prefilled tokens are counted while a tiny model samples. Operations are nodes of the graph of a pass before it
-is evaluated: on a GPU each is a kernel that is launched. Programs are planned from J4's ragged rows; none is compiled.
+Waits and prefilled tokens are counted while a tiny model samples. Operations are the nodes of a pass's graph before it
+is evaluated; on a GPU each launches a kernel. Programs are planned from J4's ragged rows; none is compiled.
 """
 
 import io
@@ -31,29 +31,33 @@ TINY, K, TOKENS = "tiny llama", 8, 24
 
 
 def counts() -> Iterator[Count]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = tiny_models.write_model("llama", Path(name), spread=0.15)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tiny_models.write_model("llama", Path(scratch), spread=0.15)
         of_policy = load(
             ModelConfig(path=str(folder), device="cpu"), OptimizerConfig(), updates=1, reference=False, seed=0
         )
-        waits, prefilled, before = sampled(of_policy)
-        yield Count("host waits a sampled token", TINY, "", 3, waits, 1)
-        yield Count("forward passes queued after the host has chosen, of all", TINY, "", 1, 1 - before, 0.05)
-        # mlx-lm's BatchGenerator prefills the prompt of every row
-        yield Count("prompt tokens prefilled, of the distinct prompts'", f"{TINY}, {K} responses", "", K, prefilled, 1)
+        waits, prefilled, queued = sampled(of_policy)
+        yield Count("host waits per sampled token", TINY, "", 3, waits, 1)
+        name = "forward passes queued after the host chose the token / all forward passes"
+        yield Count(name, TINY, "", 1, 1 - queued, 0.05)
+        # Before: mlx-lm's BatchGenerator prefills the prompt of every row.
+        name = "prompt tokens prefilled / tokens of the distinct prompts"
+        yield Count(name, f"{TINY}, {K} responses", "", K, prefilled, 1)
         plain, compiled = passes(of_policy, False), passes(of_policy, True)
         ratio = compiled["operations"] / plain["operations"]
-        yield Count("operations of a group pass, of one that is not compiled", TINY, "", 1, ratio, 0.8)
+        yield Count("operations of a compiled group pass / of an uncompiled one", TINY, "", 1, ratio, 0.8)
         ratio = compiled["bytes"] / plain["bytes"]
-        yield Count("peak bytes of a group pass, of one that is not compiled", TINY, "", 1, ratio, 1.1)
+        yield Count("peak bytes of a compiled group pass / of an uncompiled one", TINY, "", 1, ratio, 1.1)
         computed, programs = planned()
-        yield Count("computed tokens over real ones in an update", "J4, ragged", "", None, computed, 1.3)
-        yield Count(f"programs of a backward pass after {STEPS} steps", "J4, ragged", "", None, programs, 32)
+        yield Count("tokens computed in an update / real tokens", "J4, ragged lengths", "", None, computed, 1.3)
+        yield Count(f"backward programs in {STEPS} steps", "J4, ragged lengths", "", None, programs, 32)
 
 
 def sampled(of_policy: Any) -> tuple[float, float, float]:
-    """Waits a token of the longest response, prompt tokens computed over those of the distinct prompts, and the share
-    of forward passes for a token that are queued before the host waits for that token.
+    """Samples once and counts.
+
+    Returns: host waits per token of the longest response; prompt tokens computed / tokens of the distinct prompts; the
+      share of a token's forward passes that are queued before the host waits for that token.
     """
     draw = np.random.default_rng(0)
     prompts = [tuple(draw.integers(1, 96, 12).tolist()) for _ in range(3)]
@@ -71,7 +75,7 @@ def sampled(of_policy: Any) -> tuple[float, float, float]:
         return array(value, *args, **options)
 
     def fetched(*arrays: Any) -> Any:
-        at_once.append(True)  # copies of what was evaluated just now wait for nothing
+        at_once.append(True)  # copies of arrays that were just evaluated do not wait
         try:
             return to_host(*arrays)
         finally:
@@ -93,7 +97,7 @@ def sampled(of_policy: Any) -> tuple[float, float, float]:
 
 
 def passes(of_policy: Any, compiled: bool) -> dict[str, int]:
-    """Operations of a group's forward and backward pass, and the bytes that it holds at most."""
+    """Returns the operations and the peak bytes of a group's forward and backward pass."""
     draw = np.random.default_rng(1)
     prompt = tuple(draw.integers(1, 96, 32).tolist())
     batch = Batch([prompt] * K, [tuple(draw.integers(1, 96, 40).tolist()) for _ in range(K)], [0] * K)
@@ -116,12 +120,12 @@ def passes(of_policy: Any, compiled: bool) -> dict[str, int]:
             mx.eval(gradients)
             peaks.append(mx.get_peak_memory() - held)
             del values, gradients
-        # MLX evaluates in threads of its own: how many buffers are in flight differs from run to run.
+        # MLX evaluates in its own threads, so the number of buffers in flight differs from run to run.
         return {"operations": text.getvalue().count("shape=rectangle"), "bytes": min(peaks)}
 
 
 def planned() -> tuple[float, int]:
-    """Computed over real tokens in the worst step, and the shapes of backward passes in all."""
+    """Returns computed tokens / real tokens in the worst step, and the number of shapes of backward passes."""
     worst, shapes = 0.0, set()
     for step in range(STEPS):
         draw = np.random.default_rng(step)

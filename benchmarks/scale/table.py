@@ -1,4 +1,4 @@
-"""A count with its bound, the modules that count, and the one table of all of them."""
+"""A count with its bound, the modules that count, and the table of all counts."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,12 @@ class Count:
     """One count.
 
     Attributes:
-      name: what is counted, for example "all-gathers of parameters a sampled token".
-      job: J1 to J4 of docs/scaling.md, or what it was counted on, for example "tiny Qwen2, 4 ranks".
-      unit: for example "GiB a chip", or "" for a ratio or a plain number.
-      before: the value without the method that the count guards; None where there is no such value.
+      name: what is counted, for example "parameter gathers per sampled token". A ratio reads "a / b".
+      job: J1 to J4 of docs/scaling.md, or the model and ranks used, for example "tiny llama, 4 ranks".
+      unit: for example "GiB", or "" for a ratio or a plain number.
+      before: the value without the optimization that the count protects; None if there is none.
       now: the value of this run.
-      bound: `now` may not exceed it.
+      bound: the largest allowed value of `now`.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Count:
 
 
 def modules(backend: str) -> list[str]:
-    """Names of the modules that count for a backend."""
+    """Returns the names of a backend's counting modules."""
     return sorted(path.stem for path in FOLDER.glob(f"{backend}_*.py"))
 
 
 def read_results() -> dict[str, list[Count]]:
-    """Module -> the counts of its last run."""
+    """Returns module -> the counts of its last run."""
     saved = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.exists() else {}
     return {module: [Count(**count) for count in counts] for module, counts in saved.items()}
 
 
 def write_results(results: dict[str, list[Count]]) -> None:
-    """Keeps the counts of modules that exist, one count a line, and writes docs/scaling.md's tables."""
+    """Saves the counts of existing modules, one count per line, and writes the tables of docs/scaling.md."""
     kept = {module: results[module] for module in sorted(results) if (FOLDER / f"{module}.py").exists()}
     parts = []
     for module, counts in kept.items():
@@ -60,7 +60,7 @@ def write_results(results: dict[str, list[Count]]) -> None:
 
 
 def page(text: str, results: dict[str, list[Count]]) -> str:
-    """The page with new tables of jobs and counts; the rest is unchanged."""
+    """Returns the page with new tables of jobs and counts. The rest is unchanged."""
     counts = [(module.partition("_")[0], count) for module in sorted(results) for count in results[module]]
     for name, table in (("jobs", jobs.table()), ("counts", markdown(counts))):
         begin, end = f"<!-- {name}: written by nox -s scale -->", f"<!-- end of {name} -->"
@@ -70,7 +70,7 @@ def page(text: str, results: dict[str, list[Count]]) -> str:
 
 
 def markdown(counts: Iterable[tuple[str, Count]]) -> str:
-    """A table of (backend, count)."""
+    """Returns a Markdown table of (backend, count)."""
     return "\n".join(_rows(counts))
 
 

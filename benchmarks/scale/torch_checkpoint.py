@@ -1,6 +1,6 @@
-"""What a checkpoint of a sharded run costs a rank: bytes written and read to hash, and host bytes.
+"""What a checkpoint of a sharded run costs a rank: bytes written, bytes read to hash, and host memory.
 
-The ranks' parts are saved and restored one after the other, in one process; no collective is needed for it.
+The ranks' parts are saved and restored one after another in one process, since no collective is needed.
 """
 
 import json
@@ -51,11 +51,11 @@ def counts() -> Iterator[Count]:
         final = run_checkpoint.commit_checkpoint(folder, 1, 1, written=known)
         run_checkpoint._sha256 = sha256
         on = f"tiny llama, {SAVED} ranks"
-        yield Count(
-            "bytes that the busiest rank writes, of a checkpoint's", on, "", 1.0, max(tensors) / sum(tensors), 0.26
-        )
-        yield Count("bytes read to hash a checkpoint, of its own", on, "", 2.0, sum(read) / sum(tensors), 1.01)
-        yield Count("host bytes that writing touches, of the rank's shard", on, "", None, max(held), 1.05)
+        busiest = max(tensors) / sum(tensors)
+        yield Count("bytes written by the busiest rank / bytes of the checkpoint", on, "", 1.0, busiest, 0.26)
+        hashed = sum(read) / sum(tensors)
+        yield Count("bytes read to hash a checkpoint / bytes of the checkpoint", on, "", 2.0, hashed, 1.01)
+        yield Count("peak host bytes to write a shard / bytes of the shard", on, "", None, max(held), 1.05)
         header, peaks = json.loads((final.policy / "state.json").read_text()), []
         for rank in range(RESTORED):
             with fake_ranks(RESTORED, rank):
@@ -64,14 +64,12 @@ def counts() -> Iterator[Count]:
                     checkpoint.restore(final.policy, named, optimizer, header)
                 assert len(optimizer.state) == len(named)
                 peaks.append(live.most / _bytes(named, optimizer))
-        yield Count(
-            "host bytes of restoring, of the rank's shard", f"tiny llama, {SAVED} ranks' on {RESTORED}", "", None,
-            max(peaks), 1.2,
-        )  # fmt: skip
+        on = f"tiny llama, saved by {SAVED} ranks, restored by {RESTORED}"
+        yield Count("peak host bytes to restore a shard / bytes of the shard", on, "", None, max(peaks), 1.2)
 
 
 def _rank(folder: Path, step: bool = False) -> tuple[object, dict[str, torch.nn.Parameter], torch.optim.Optimizer]:
-    """The model of a rank, its parameters, and its optimizer after a step."""
+    """Returns a rank's model, its parameters, and its optimizer after a step."""
     scorer = model.load_scorer(ModelConfig(path=str(folder), device="cpu"), CPU, 0, deferred=True)
     sharding.cut(scorer, CPU)
     assert sharding.is_sharded(scorer)

@@ -1,4 +1,4 @@
-"""Tokens that episodes compute: in an update, and of prompts between turns, from the start and from what is kept."""
+"""Tokens that episodes compute: in an update, and in prompts of later turns, from the start or from a kept prefix."""
 
 import sys
 import tempfile
@@ -22,34 +22,34 @@ import tiny_models
 from conversations import play
 
 PROMPTS, K, PROMPT, HEARD, TURNS = 4, 8, 48, 12, 6
-ENDS = [0, *range(80, 96)]  # so many ids end a turn that a random model ends its turns
+ENDS = [0, *range(80, 96)]  # many ids end a turn, so that a random model ends its turns
 
 
 def counts() -> Iterator[Count]:
-    what = "tokens of an update an episode whose thoughts are dropped"
+    name = "tokens computed in an update per episode, thoughts dropped"
     for turns in (4, 20):
         alone, shared = (
             sum(row.length for row in layout.plan_rows(rows, packed=True, tokens=1 << 30)) / episodes.K
             for rows in episodes.segments(turns)
         )
         least = episodes.needed(episodes.segments(turns)[0]) / episodes.K
-        yield Count(what, episodes.ON % turns, "", alone, shared, float(np.ceil(least)))
-    with tempfile.TemporaryDirectory() as name:
-        folder = tiny_models.make_model("llama", Path(name) / "model", max_position_embeddings=2048)
+        yield Count(name, episodes.ON % (turns, episodes.THOUGHT), "", alone, shared, float(np.ceil(least)))
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = tiny_models.make_model("llama", Path(scratch) / "model", max_position_embeddings=2048)
         policy = load(
             ModelConfig(path=str(folder), device="cpu"), OptimizerConfig(), updates=1, reference=False, seed=0
         )
         on = f"tiny llama, {PROMPTS} prompts x {K} episodes of {TURNS} turns"
-        for fixed, where in ((False, ""), (True, " in fixed buffers")):
+        for fixed, where in ((False, ""), (True, ", fixed buffers")):
             again, drawn = computed(policy, None, fixed)
             kept, same = computed(policy, Prefixes(1 << 30), fixed)
             assert drawn == same, "the samples differ"
             played = PROMPTS * K
-            yield Count(f"tokens of prompts computed an episode{where}", on, "", again / played, kept / played, 90)
+            yield Count(f"prompt tokens computed per episode{where}", on, "", again / played, kept / played, 90)
 
 
 def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, list[Any]]:
-    """Tokens in forward passes over prompts, padding included, and what was drawn."""
+    """Returns the tokens in forward passes over prompts, padding included, and the samples."""
     draw, passes = np.random.default_rng(0), []
 
     def forward(ids: torch.Tensor, positions: torch.Tensor, *, mask: Any = None, cache: Any) -> torch.Tensor:
@@ -74,7 +74,7 @@ def computed(policy: Any, prefixes: Prefixes | None, fixed: bool) -> tuple[int, 
                 in_fixed_buffers=fixed,
                 prefixes=prefixes,
             )
-        totals.append(passes[0])  # the passes after it decode
+        totals.append(passes[0])  # later passes decode
         return responses
 
     policy.scorer.eval()

@@ -1,4 +1,4 @@
-"""Collectives of a sharded run on 2 gloo ranks: a token that is sampled, and the bytes that an update gathers.
+"""Collectives of a sharded run on 2 gloo ranks: how many a sampled token takes, and the bytes an update gathers.
 
 python benchmarks/scale/torch_gathers.py FOLDER OUT     one rank, with torchrun's variables
 """
@@ -29,14 +29,15 @@ def counts() -> Iterator[Any]:
         {kind: (counted[f"{how} {many}"][kind] - counted[f"{how} {few}"][kind]) / (many - few) for kind in KINDS}
         for how in ("sampled", "ungathered")
     )
-    yield Count("parameter gathers a sampled token", on, "", before["gathers"], more["gathers"], 0)
-    yield Count("control collectives a sampled token", on, "", None, more["control"], 1 / 64)
+    yield Count("parameter gathers per sampled token", on, "", before["gathers"], more["gathers"], 0)
+    yield Count("control collectives per sampled token", on, "", None, more["control"], 1 / 64)
     yield Count(
-        "parameter gathers a rollout, a layer", on, "", None, counted[f"sampled {many}"]["gathers"] / LAYERS, 2.25
+        "parameter gathers per rollout and layer", on, "", None, counted[f"sampled {many}"]["gathers"] / LAYERS, 2.25
     )
-    in_16_bits = 2 * 2 * counted["parameters"]  # twice, forward and backward
-    gathered = counted["update"]["bytes"] / in_16_bits
-    yield Count("bytes gathered a micro-batch, of all parameters in 16 bits twice", on, "", None, gathered, 1.05)
+    twice_in_16_bits = 2 * 2 * counted["parameters"]  # for the forward and the backward pass
+    gathered = counted["update"]["bytes"] / twice_in_16_bits
+    name = "bytes gathered per micro-batch / 2 x bytes of the parameters in 16 bits"
+    yield Count(name, on, "", None, gathered, 1.05)
 
 
 KINDS = ("gathers", "control", "bytes")
@@ -66,7 +67,7 @@ def _run() -> dict[str, Any]:
 
 
 def _counted(call: Callable[[], object]) -> dict[str, int]:
-    """How often parameters are gathered in `call`, their bytes, and how often something else crosses ranks."""
+    """Runs `call`. Returns how often it gathers parameters, their bytes, and the number of other collectives."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     counted = dict.fromkeys(KINDS, 0)

@@ -1,6 +1,6 @@
-"""Host bytes of a rank while it loads a sharded model, and what the ranks read of its files.
+"""Peak host bytes of a rank while it loads a sharded model.
 
-A model of a few megabytes is loaded as each rank of 4 loads it; the collectives, which loading does not need, are fake.
+Loads a model of a few megabytes as each of 4 ranks does. Loading needs no collectives, so they are fake.
 """
 
 import sys
@@ -22,7 +22,7 @@ from live_bytes import LiveBytes
 RANKS = 4
 SIZES = {"num_hidden_layers": 12, "hidden_size": 128, "intermediate_size": 512}
 CPU = torch.device("cpu")
-BEFORE = {"llama": 1.496, "qwen3_moe": 1.173, "reference": 1.007}  # of the model in float32, at 8a31fac
+BEFORE = {"llama": 1.496, "qwen3_moe": 1.173, "reference": 1.007}  # the same ratios at commit 8a31fac
 
 
 def counts() -> Iterator[Count]:
@@ -32,20 +32,18 @@ def counts() -> Iterator[Count]:
             config = ModelConfig(path=str(made), device="cpu", dtype="bfloat16")
             peaks = [_load(config, rank, model.load_scorer, 0) for rank in range(RANKS)]
             on = f"tiny {name}, {RANKS} ranks"
-            yield Count(
-                "peak host bytes of a rank that loads, of the model's", on, "", BEFORE[name], max(peaks), 1.2 / RANKS
-            )
+            ratio = "peak host bytes of a rank loading the model / bytes of the model in float32"
+            yield Count(ratio, on, "", BEFORE[name], max(peaks), 1.2 / RANKS)
         peaks = [_load(config, rank, model.load_reference) for rank in range(RANKS)]
-        yield Count(
-            "the same for the reference, of the masters' bytes", on, "", BEFORE["reference"], max(peaks), 1.2 / RANKS
-        )
+        ratio = "peak host bytes of a rank loading the reference / bytes of the model in float32"
+        yield Count(ratio, on, "", BEFORE["reference"], max(peaks), 1.2 / RANKS)
 
 
-def _load(config: ModelConfig, rank: int, load: object, *more: int) -> float:
-    """Peak bytes over those of the model in float32."""
+def _load(config: ModelConfig, rank: int, load: object, *arguments: int) -> float:
+    """Returns peak bytes / bytes of the model in float32."""
     with fake_ranks(RANKS, rank), LiveBytes() as live:
-        scorer = load(config, CPU, *more, deferred=True)  # type: ignore[operator]
-        assert deferred.unread(scorer), "the model was read whole"
+        scorer = load(config, CPU, *arguments, deferred=True)  # type: ignore[operator]
+        assert deferred.unread(scorer), "the whole model was read"
         sharding.cut(scorer, CPU)
         assert sharding.is_sharded(scorer)
     return live.most / sum(4 * p.numel() for p in scorer.parameters())

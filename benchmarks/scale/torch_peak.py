@@ -1,8 +1,8 @@
-"""Peak bytes of the backward pass of one of J1's groups, at J1's real size, by fake tensors: nothing is computed.
+"""Peak memory of the backward pass of one of J1's groups, at J1's real size. Fake tensors: nothing is computed.
 
-The group goes forward once, in three micro-batches, before any goes back (`update.Backward.deferred`), with gradient
-checkpointing. In bfloat16 over float32 masters as on CUDA, without masks, as with attention by blocks. What the step
-allocates is counted, gradients and casts included; parameters and moments are not.
+All three micro-batches of the group go forward once before any goes backward (`update.Backward.deferred`), with
+gradient checkpointing. As on CUDA, the pass runs in bfloat16 over float32 masters, without masks (attention by blocks).
+The count includes everything that the step allocates, with gradients and casts, but not parameters and moments.
 """
 
 import sys
@@ -33,7 +33,7 @@ BUDGET = 8192
 
 
 def scorer() -> Any:
-    """J1's model, of fake tensors."""
+    """Returns J1's model, made of fake tensors."""
     config = Qwen2Config(
         vocab_size=M.vocabulary,
         hidden_size=M.hidden,
@@ -48,7 +48,7 @@ def scorer() -> Any:
     made = model.Scorer(AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval(), torch.bfloat16)
     model.enable_checkpointing(made.base)
     if sum(p.numel() for p in made.parameters()) != M.parameters:
-        raise RuntimeError("the model has not J1's parameters")
+        raise RuntimeError("the number of parameters is not J1's")
     return made
 
 
@@ -59,14 +59,14 @@ def group(responses: int) -> Batch:
 
 
 def peak() -> tuple[float, int]:
-    """GiB that the step of a group allocates at most, and its micro-batches."""
+    """Returns the peak GiB that a group's step allocates, and its number of micro-batches."""
     batch = group(JOB.responses)
     micro = Splitting(True, BUDGET, 0, 0).rows(batch)
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     with fake, mock.patch.object(torch.Tensor, "numpy", lambda self: np.zeros(self.shape, np.float32)):
         of = scorer()
         held = sum(p.nbytes for p in of.parameters())
-        of._sees = lambda *given: None
+        of._sees = lambda *arguments: None
 
         def score(arrays: Any, reduces: bool) -> torch.Tensor:
             with torch.autocast("cpu", torch.bfloat16):
@@ -81,7 +81,7 @@ def peak() -> tuple[float, int]:
 
 
 def counts() -> Iterator[Count]:
-    logprobs.CPU_TILE_BYTES = logprobs.DEVICE_TILE_BYTES  # a tile of the head's logits, as on CUDA
+    logprobs.CPU_TILE_BYTES = logprobs.DEVICE_TILE_BYTES  # tiles of the head's logits have the same size as on CUDA
     most, micro = peak()
     on = f"J1, {JOB.prompt} + {JOB.responses} x {JOB.response} tokens in {micro} micro-batches"
-    yield Count("peak of a group's step, gradient checkpointing", on, "GiB", None, most, 10.5)
+    yield Count("peak memory of one group's step, gradient checkpointing", on, "GiB", None, most, 10.5)

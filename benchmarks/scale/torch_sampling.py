@@ -1,7 +1,7 @@
-"""What sampling in fixed buffers waits for and computes, and what LoRA adds to it and to an update.
+"""Host waits and computed rows of sampling in fixed buffers, and what LoRA adds to sampling and to an update.
 
-On CUDA rows are decoded in fixed buffers; here the same code runs on CPU, without graphs. Products are counted by
-dispatched matrix products, waits by the calls that bring a tensor's values to the host.
+On CUDA rows are decoded in fixed buffers. Here the same code runs on CPU, without graphs. Products are the dispatched
+matrix products. Waits are the calls that copy a tensor's values to the host.
 """
 
 import sys
@@ -40,32 +40,33 @@ def counts() -> Iterator[Count]:
         alike = [[row_seed(1, i, j) for j in range(K)] for i in range(2)]
         prompts = [tuple(np.random.default_rng(i).integers(1, 96, 12).tolist()) for i in range(PROMPTS)]
         plain, in_buffers = (waits(full, prompts[:2], alike, fixed_too) for fixed_too in (False, True))
-        yield Count("host waits a sampled token", TINY, "", plain, in_buffers, 1 / 16)
+        yield Count("host waits per sampled token", TINY, "", plain, in_buffers, 1 / 16)
         for job in (JOBS[0], JOBS[2]):
             copies = replace(job, shares=False).cache / job.cache
             yield Count(
-                "bytes of the sampling cache, of those needed", job.name, "", copies, cache(job) / job.cache, 1.01
+                "bytes of the sampling cache / bytes needed", job.name, "", copies, cache(job) / job.cache, 1.01
             )
         chunks, refilled = computed(full, prompts)
         on = f"{TINY}, {PROMPTS * K} ragged rows, {ROWS} at once"
-        yield Count("rows computed over tokens drawn", on, "", chunks, refilled, 1.1)
+        yield Count("rows computed / tokens sampled", on, "", chunks, refilled, 1.1)
         lora = policy(folder, lora_rank=4)
         merged, apart = (products(lora, prompts[:2], alike, together) for together in (True, False))
         base = products(full, prompts[:2], alike, False)
-        yield Count("products to sample with LoRA, of the base's", TINY, "", apart / base, merged / base, 1.05)
+        ratio = "matrix products to sample with LoRA / without LoRA"
+        yield Count(ratio, TINY, "", apart / base, merged / base, 1.05)
         for kind, dtype, bound in (("lora", "bfloat16", 0.8), ("dora", "bfloat16", 0.9), ("dora", "float32", 1.15)):
             trained_in_full, by_peft, ours = (
-                held(policy(folder, dtype=dtype, **given), peft) for given, peft in of_kind(kind)
+                held(policy(folder, dtype=dtype, **settings), peft) for settings, peft in of_kind(kind)
             )
-            name = f"bytes that {NAMES[kind]} holds for the backward pass, of full training's"
-            yield Count(name, f"{TINY}, {dtype}", "", by_peft / trained_in_full, ours / trained_in_full, bound)
+            ratio = f"bytes held for the backward pass, {NAMES[kind]} / full training"
+            yield Count(ratio, f"{TINY}, {dtype}", "", by_peft / trained_in_full, ours / trained_in_full, bound)
 
 
 NAMES = {"lora": "LoRA", "dora": "DoRA"}
 
 
 def of_kind(kind: str) -> list[tuple[dict[str, Any], bool]]:
-    """Settings of full training, and of adapters by peft's own layers and by gvpo_torch's."""
+    """Returns (settings, whether peft's own layers are used) for full training, peft's and gvpo_torch's adapters."""
     adapted = {"lora_rank": 4, "lora_kind": kind}
     return [({}, False), (adapted, True), (adapted, False)]
 
@@ -86,20 +87,20 @@ def sample(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool, row
             Sampling(TOKENS),
             end=of_policy._end,
             device=of_policy.device,
-            cache_tokens=rows * TOKENS + 3 * (rows // K + 1) * max(map(len, prompts)),  # with places for prompts
+            cache_tokens=rows * TOKENS + 3 * (rows // K + 1) * max(map(len, prompts)),  # including space for prompts
             in_fixed_buffers=in_fixed_buffers,
         )
 
 
 def waits(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool) -> float:
-    """Calls that wait for the device, a token of the longest response."""
+    """Returns calls that wait for the device / tokens of the longest response."""
     count: list[int] = []
     original = {name: getattr(torch.Tensor, name) for name in ("cpu", "item", "tolist", "__int__", "__bool__")}
 
     def watched(call: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(self: Any, *given: Any) -> Any:
+        def counted(self: Any, *arguments: Any) -> Any:
             count.append(1)
-            return call(self, *given)
+            return call(self, *arguments)
 
         return counted
 
@@ -114,7 +115,7 @@ def waits(of_policy: Any, prompts: Any, seeds: Any, in_fixed_buffers: bool) -> f
 
 
 def computed(of_policy: Any, prompts: Sequence[Any]) -> tuple[float, float]:
-    """Rows of all decoding steps over the tokens drawn: in chunks, each of which waits for its longest; refilled."""
+    """Returns rows of all decoding steps / tokens sampled: in chunks that wait for the longest row, and with refill."""
     sizes: list[int] = []
     logits = fixed.FixedRows.logits
 
@@ -139,7 +140,7 @@ def computed(of_policy: Any, prompts: Sequence[Any]) -> tuple[float, float]:
 
 
 def cache(job: Job) -> int:
-    """Bytes of the buffers of a chip's rows, with room for the whole responses; of fake tensors."""
+    """Returns the bytes of the buffers of a chip's rows, with space for complete responses. Uses fake tensors."""
     m, prompts = job.model, job.rows // job.responses
     with FakeTensorMode():
         held = DynamicCache()
@@ -167,7 +168,7 @@ class Products(TorchDispatchMode):
 
 
 def products(of_policy: Any, prompts: Any, seeds: Any, merged: bool) -> int:
-    """Matrix products of a rollout, those that merge the adapters included."""
+    """Returns the matrix products of a rollout, including those that merge the adapters."""
     with Products() as counted:
         if merged:
             with adapters.merged(of_policy.scorer.lm):
@@ -178,7 +179,11 @@ def products(of_policy: Any, prompts: Any, seeds: Any, merged: bool) -> int:
 
 
 def held(of_policy: Any, as_peft: bool) -> int:
-    """Bytes that a forward pass holds for the backward pass, beside parameters; `as_peft`: with peft's own layers."""
+    """Returns the bytes that a forward pass holds for the backward pass, without parameters.
+
+    Args:
+      as_peft: use peft's own layers.
+    """
     for layer in adapters.lora_layers(of_policy.scorer.lm) if as_peft else ():
         layer.cast_input_dtype_enabled = True
         layer.lora_variant = {name: getattr(variant, "own", variant) for name, variant in layer.lora_variant.items()}

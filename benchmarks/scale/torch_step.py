@@ -1,10 +1,10 @@
-"""FLOPs of a step over the bound, and the blocks of attention that packed rows visit.
+"""FLOPs of a step / lower bound, and the attention blocks that packed rows visit.
 
-The bound: each prompt once, 6 a parameter of the layers and a token, 3 products of the head and a response token, and
-visible pairs of tokens alone in the attention. J1's model with all widths and lengths divided by 16, which keeps the
-ratios of layers, head and attention, takes real steps. Products are counted by FlopCounterMode; those of attention from
-the rows, 2 forward and 5 backward a pair: of the dense mask all pairs of a row, of blocks those in visited blocks of
-128 / 16 tokens, as on CUDA. On two gloo ranks each holds one of the groups, and their FLOPs are added.
+The bound computes each prompt once. It has 6 FLOPs per layer parameter and token, 3 products of the head per response
+token, and attention over visible pairs of tokens only. The step is real: J1's model with all widths and lengths divided
+by 16, which keeps the ratios of layers, head and attention. FlopCounterMode counts the products. Attention's products
+are counted from the rows, 2 forward and 5 backward per pair: all pairs of a row with a dense mask, or the pairs in
+visited blocks of 128 / 16 tokens, as on CUDA. On two gloo ranks each rank holds one group, and their FLOPs are added.
 
 python benchmarks/scale/torch_step.py FOLDER OUT     one rank, with torchrun's variables
 """
@@ -47,13 +47,14 @@ SIZES = {
 }
 PROMPT, LONGEST, K = 512 // SCALE, 2048 // SCALE, 8
 ON = "J1 / 16, ragged lengths"
+RATIO, ONCE = "FLOPs of a step / lower bound", "recomputation not counted"
 FITS, SPLIT = 16896 // SCALE, {"micro_batch_tokens": 8192 // SCALE}  # a group in one micro-batch, in three
 LINEAR = M.linear // SCALE**2
-PAIR = 2 * SIZES["hidden_size"] * M.layers  # of one product of queries and keys, or of weights and values
-THREE, MORE = "groups in three micro-batches", "groups beyond 4 micro-batches"
+PAIR = 2 * SIZES["hidden_size"] * M.layers  # FLOPs per pair: queries x keys, or weights x values
+THREE, MORE = "groups in three micro-batches", "groups of more than 4 micro-batches"
 BEYOND = {"micro_batch_tokens": 4096 // SCALE}
-# What a step takes where groups do not fit: settings, and bounds with and without what is computed again. What a group
-# has beyond 4 x the budget is scored before, and with strategy "score" all is: one more forward pass, for less memory.
+# Cases in which groups do not fit: settings, and bounds with and without recomputation. The part of a group beyond 4 x
+# the budget is scored first; with strategy "score" the whole group is. This adds a forward pass and saves memory.
 SEVERAL: dict[str, tuple[dict[str, Any], float, float]] = {
     THREE: (SPLIT, 1.30, 1.10),
     f"{THREE}, gradient checkpointing": (SPLIT | {"gradient_checkpointing": True}, 1.36, 1.10),
@@ -61,13 +62,13 @@ SEVERAL: dict[str, tuple[dict[str, Any], float, float]] = {
     MORE: (BEYOND, 1.51, 1.30),
     f"{MORE}, gradient checkpointing": (BEYOND | {"gradient_checkpointing": True}, 1.60, 1.30),
 }
-# All that was computed at 8a31fac, over the same bound, with the dense mask; of `MORE` where all was scored first.
+# All FLOPs at commit 8a31fac / the same bound, with the dense mask. For `MORE`: when the whole group was scored first.
 BEFORE = {"fits": 1.890, "ranks": 2.012, THREE: 1.739, f"{THREE}, gradient checkpointing": 2.016}
 BEFORE |= {MORE: 1.627, f"{MORE}, gradient checkpointing": 1.880}
 
 
 class Passes:
-    """What attention computes and computes again in the passes of a step, in pairs of tokens a layer."""
+    """Counts what attention computes and recomputes in the passes of a step, in pairs of tokens per layer."""
 
     def __init__(self, of_policy: Any) -> None:
         self.policy = of_policy
@@ -89,7 +90,7 @@ class Passes:
 
 
 class _NoModules:
-    """In place of what tells modules apart."""
+    """Replaces FlopCounterMode's module tracker and attributes everything to one module."""
 
     parents = ("Global",)
 
@@ -98,8 +99,8 @@ class _NoModules:
     def __exit__(self, *error: object) -> None: ...
 
 
-def _addmm(out: Any, a: Any, b: Any, *given: Any, **options: Any) -> int:
-    """FLOPs of a product added in place, from shapes: FlopCounterMode leaves it out."""
+def _addmm(out: Any, a: Any, b: Any, *arguments: Any, **options: Any) -> int:
+    """Returns the FLOPs of an in-place addmm, from shapes. FlopCounterMode does not count it."""
     return int(2 * a[0] * a[1] * b[1])
 
 
@@ -113,7 +114,7 @@ def groups(full: bool = False) -> Batch:
 
 
 def work(folder: Path, batch: Batch, **settings: Any) -> tuple[float, float]:
-    """FLOPs of a step on this rank's part of a batch: without what is computed again in the backward pass, and that."""
+    """Returns the FLOPs of a step on this rank's part of a batch: without recomputation, and those of recomputation."""
     always = settings.pop("gradient_checkpointing", False)
     policy = load(
         ModelConfig(path=str(folder), device="cpu", gradient_checkpointing=always),
@@ -122,27 +123,27 @@ def work(folder: Path, batch: Batch, **settings: Any) -> tuple[float, float]:
         reference=False,
         seed=0,
     )
-    policy._splitting = policy._split(0)  # as on CUDA, where rows share their prompt whatever their length
+    policy._splitting = policy._split(0)  # as on CUDA, where rows of any length share their prompt
     passes = Passes(policy)
     factors = np.linspace(-1, 1, len(batch))
     try:
         model.score = passes
         counter = FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _addmm})
-        counter.mod_tracker = _NoModules()  # its hooks fail where layers are computed again
+        counter.mod_tracker = _NoModules()  # its hooks fail if layers are recomputed
         with counter:
             policy.update(batch, lambda logprobs, rows: factors[rows])
     finally:
         model.score = passes.plain
     counted = {op: n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op)}
     h, v = SIZES["hidden_size"], SIZES["vocab_size"]
-    again = 2 * v * h * passes.predicted  # logits, in tiles, once more in the backward pass
-    # A layer's last product is not computed again: nothing after it needs its result.
+    again = 2 * v * h * passes.predicted  # the backward pass recomputes logits in tiles
+    # A layer's last product is not recomputed: nothing after it needs its result.
     again += 2 * (LINEAR - M.layers * h * SIZES["intermediate_size"]) * passes.again_tokens + PAIR * passes.again
     return sum(counted.values()) + PAIR * (passes.pairs + passes.again) - again, again
 
 
 def bound(batch: Batch) -> float:
-    """FLOPs that a step takes at least; see the top of the file."""
+    """Returns the fewest FLOPs that a step can take; see the top of the file."""
     h, v, total = SIZES["hidden_size"], SIZES["vocab_size"], 0.0
     for label in set(batch.groups):
         n = np.asarray([len(r) for r, g in zip(batch.responses, batch.groups, strict=True) if g == label])
@@ -152,13 +153,13 @@ def bound(batch: Batch) -> float:
 
 
 def flops(folder: Path, batch: Batch, **settings: Any) -> tuple[float, float]:
-    """`work` over the bound."""
+    """Returns `work` / the bound."""
     counted, again = work(folder, batch, **settings)
     return counted / bound(batch), again / bound(batch)
 
 
 def of_two_ranks(folder: Path, batch: Batch) -> tuple[float, float]:
-    """`flops` of two processes that hold a group each and average their gradients."""
+    """Returns `flops` of two processes that each hold a group and average their gradients."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -177,7 +178,7 @@ def of_two_ranks(folder: Path, batch: Batch) -> tuple[float, float]:
 
 
 def main() -> None:
-    """One of two ranks."""
+    """Runs one of two ranks."""
     rank, batch = int(os.environ["RANK"]), groups()
     mine = replace(batch.take([i for i, label in enumerate(batch.groups) if label == rank]), complete=True)
     counted = work(Path(sys.argv[1]), mine, micro_batch_tokens=FITS)
@@ -191,26 +192,26 @@ def counts() -> Iterator[Count]:
         folder = tiny_models.make_model("qwen2", Path(made), spread=0.02, **SIZES)
         ragged, full = groups(), groups(full=True)
         fits, again = flops(folder, ragged, micro_batch_tokens=FITS)
-        what = "FLOPs of a step over the bound, groups that fit a micro-batch"
-        yield Count(what, ON, "", BEFORE["fits"], float(fits + again), 1.08)
-        yield Count(f"{what}, without recomputation", ON, "", None, float(fits), 1.06)
+        name = f"{RATIO}, groups that fit a micro-batch"
+        yield Count(name, ON, "", BEFORE["fits"], float(fits + again), 1.08)
+        yield Count(f"{name}, {ONCE}", ON, "", None, float(fits), 1.06)
         ranks, again = of_two_ranks(folder, ragged)
-        yield Count(f"{what}, on two ranks", ON, "", BEFORE["ranks"], ranks + again, 1.08)
-        yield Count(f"{what}, on two ranks, without recomputation", ON, "", None, ranks, 1.06)
+        yield Count(f"{name}, on two ranks", ON, "", BEFORE["ranks"], ranks + again, 1.08)
+        yield Count(f"{name}, on two ranks, {ONCE}", ON, "", None, ranks, 1.06)
         for kind, (settings, most, without) in SEVERAL.items():
             several, again = flops(folder, full, **settings)
-            what = f"FLOPs of a step over the bound, {kind}"
-            yield Count(what, "J1 / 16, full lengths", "", BEFORE.get(kind), several + again, most)
-            yield Count(f"{what}, without recomputation", "J1 / 16, full lengths", "", None, several, without)
+            name = f"{RATIO}, {kind}"
+            yield Count(name, "J1 / 16, full lengths", "", BEFORE.get(kind), several + again, most)
+            yield Count(f"{name}, {ONCE}", "J1 / 16, full lengths", "", None, several, without)
         scored, again = flops(folder, ragged, micro_batch_tokens=FITS, strategy="score")
-        what = "FLOPs of a step over the bound, groups that fit a micro-batch, scored first"
-        yield Count(what, ON, "", None, scored + again, 1.42)
-        yield Count(f"{what}, without recomputation", ON, "", None, scored, 1.38)
-    for name, (prompt, response, k), most in (("J1", (512, 2048, 8), 0.105), ("J2", (1024, 4096, 16), 0.05)):
+        name = f"{RATIO}, groups that fit a micro-batch, scored first"
+        yield Count(name, ON, "", None, scored + again, 1.42)
+        yield Count(f"{name}, {ONCE}", ON, "", None, scored, 1.38)
+    for job, (prompt, response, k), most in (("J1", (512, 2048, 8), 0.105), ("J2", (1024, 4096, 16), 0.05)):
         of = Batch([(0,) * prompt] * k, [(i, *(0,) * (response - 1)) for i in range(k)], [0] * k)
         arrays = layout.arrays(of, layout.plan_rows(of, packed=True, tokens=1 << 30))
         visited = float((blocks.kinds(arrays.segments, arrays.last) > 0).mean())
-        yield Count("blocks of attention visited by a packed row, of all", name, "", 1.0, visited, most)
+        yield Count("attention blocks visited by a packed row / all blocks", job, "", 1.0, visited, most)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def test_jobs_have_the_models_parameters_and_a_steps_flops(monkeypatch) -> None:
     assert JOBS[2].held == pytest.approx(18 * QWEN_7B.parameters / 8)
 
 
-HELD, OVER = "bytes that {} holds for the backward pass, of full training's", "FLOPs of a step over the bound, {}"
+HELD, OVER = "bytes held for the backward pass, {} / full training", "FLOPs of a step / lower bound, {}"
 PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts that its numbers are
     r"in bfloat16 (\S+) \(tiny Llama\), where peft's .* made it (\S+?)\. DoRA": [
         (HELD.format("LoRA"), "tiny llama, bfloat16", "now"),
@@ -100,12 +100,12 @@ PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts 
         (HELD.format("DoRA"), "tiny llama, float32", "before"),
     ],
     r"(\S+) of the operations, at most (\S+) of the peak memory": [
-        ("operations of a group pass, of one that is not compiled", "tiny llama", "now"),
-        ("peak bytes of a group pass, of one that is not compiled", "tiny llama", "bound"),
+        ("operations of a compiled group pass / of an uncompiled one", "tiny llama", "now"),
+        ("peak bytes of a compiled group pass / of an uncompiled one", "tiny llama", "bound"),
     ],
     r"16 at once, (\S+) rows are computed a token instead of (\S+) in chunks": [
-        ("rows computed over tokens drawn", "tiny llama, 96 ragged rows, 16 at once", "now"),
-        ("rows computed over tokens drawn", "tiny llama, 96 ragged rows, 16 at once", "before"),
+        ("rows computed / tokens sampled", "tiny llama, 96 ragged rows, 16 at once", "now"),
+        ("rows computed / tokens sampled", "tiny llama, 96 ragged rows, 16 at once", "before"),
     ],
     r"costs (\S+) of the bound in FLOPs where a group fits a micro-batch": [
         (OVER.format("groups that fit a micro-batch"), "J1 / 16, ragged lengths", "now"),
@@ -113,17 +113,17 @@ PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts 
     r"A group in three micro-batches costs (\S+), or (\S+) with gradient checkpointing, of which (\S+) is left": [
         (OVER.format("groups in three micro-batches"), "J1 / 16, full lengths", "now"),
         (OVER.format("groups in three micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
-        (OVER.format("groups in three micro-batches, without recomputation"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups in three micro-batches, recomputation not counted"), "J1 / 16, full lengths", "now"),
     ],
     r"scored first cost (\S+) where they fit a micro-batch and (\S+) in three": [
         (OVER.format("groups that fit a micro-batch, scored first"), "J1 / 16, ragged lengths", "now"),
         (OVER.format("groups in three micro-batches, scored first"), "J1 / 16, full lengths", "now"),
     ],
     r"others are scored first: (\S+), or (\S+) with gradient checkpointing \((\S+) and (\S+) when all were\)": [
-        (OVER.format("groups beyond 4 micro-batches"), "J1 / 16, full lengths", "now"),
-        (OVER.format("groups beyond 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
-        (OVER.format("groups beyond 4 micro-batches"), "J1 / 16, full lengths", "before"),
-        (OVER.format("groups beyond 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "before"),
+        (OVER.format("groups of more than 4 micro-batches"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups of more than 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
+        (OVER.format("groups of more than 4 micro-batches"), "J1 / 16, full lengths", "before"),
+        (OVER.format("groups of more than 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "before"),
     ],
 }
 
