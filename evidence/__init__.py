@@ -1,1 +1,1 @@
-"""The paper's claims as experiments that anyone can run again: `nox -s paper` writes docs/evidence.md."""
+"""The paper's claims as experiments that anyone can repeat: `nox -s paper` writes docs/evidence.md."""

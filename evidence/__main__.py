@@ -1,8 +1,8 @@
 """Runs the claims; writes docs/evidence.md, docs/evidence_training.md, pictures, and docs/evidence/results.json.
 
-python -m evidence               all of them, minutes on 2 cores
-python -m evidence 2 7           these; the others keep their results
-python -m evidence page          the page and the pictures from the kept results
+python -m evidence               all claims, minutes on 2 cores
+python -m evidence 2 7           claims 2 and 7; the others keep their results
+python -m evidence page          the pages and the pictures from the saved results
 """
 
 import importlib
@@ -22,26 +22,26 @@ PAGES = {"evidence.md": CLAIMS[:4], "evidence_training.md": CLAIMS[4:]}
 INTRODUCTION = """# Evidence
 
 Each claim of the paper as an experiment. `nox -s paper` runs claims 1 to 8 in two minutes on two CPU cores and writes
-this page, [Evidence: training](evidence_training.md), their pictures and [results.json](evidence/results.json);
-`python -m evidence 2 7` runs claims 2 and 7 again. The code is in [evidence](../evidence/__main__.py), one file a
-claim. Every number is from the run, and the run fails if a sentence under "Shows" is no longer true. A claim that does
-not show, or a baseline that wins, is written down like the rest.
+this page, [Evidence: training](evidence_training.md), their pictures and [results.json](evidence/results.json).
+`python -m evidence 2 7` repeats only claims 2 and 7. The code is in [evidence](../evidence/__main__.py), one file per
+claim. Every number comes from the run, and the run fails if a sentence under "Shows" is no longer true. Claims that the
+experiments do not confirm and baselines that win are reported too.
 
-The policies are softmax tables over few responses, so pi\\*, KL and expectations are exact sums. An "exact step" is
-the expectation of an objective's step over all groups that a sampler can draw. The steps are those of
-`objective_coefficients`, which `gvpo train` takes. J, pi\\*, equation and section numbers are the paper's ([The
-paper](paper.md)); [Objectives](objectives.md) describes the methods.
+The policies are softmax tables over a few responses, so pi\\*, KL and expectations are exact sums. An "exact step" is
+the expectation of an objective's step over all groups that a sampler can draw. The steps come from
+`objective_coefficients`, as in `gvpo train`. J, pi\\* and the equation and section numbers are the paper's ([The
+paper](paper.md)). [Objectives](objectives.md) describes the methods.
 """
 TRAINING = """# Evidence: training
 
-Claims 5 to 9; [Evidence](evidence.md) has the first four and says how they are run.
+Claims 5 to 9. [Evidence](evidence.md) has claims 1 to 4 and explains how to run them.
 """
 REAL = """## 9. A real model
 
 `nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks with GVPO, GRPO, RLOO and reject
-sampling at equal samples, on-policy and with responses of a policy 4 steps old, three seeds each, at a learning rate
-tuned for each method. It takes hours on two cores, keeps each finished run and resumes a stopped one. [Evidence: a real
-model](evidence_real.md) has the figures.
+sampling. Every method gets the same number of samples, on-policy and from a policy 4 steps old, with three seeds each
+and its own tuned learning rate. This takes hours on two cores. Each finished run is saved, so the same command resumes.
+[Evidence: a real model](evidence_real.md) has the results.
 """
 
 
@@ -50,7 +50,7 @@ def claim(name: str) -> ModuleType:
 
 
 def pages(results: dict[str, Any]) -> dict[str, str]:
-    """File in docs/ -> its text, of the results."""
+    """Returns file in docs/ -> its text, made from the results."""
     out = {}
     for file, names in PAGES.items():
         parts = [INTRODUCTION if names[0] == CLAIMS[0] else TRAINING]
@@ -64,7 +64,7 @@ def pages(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _filled(text: str) -> str:
-    """The text with its paragraphs filled to the width of the docs; tables are left alone, "Shows" starts a line."""
+    """Returns the text with paragraphs wrapped to the width of the docs. Tables stay as they are."""
     paragraphs = []
     for paragraph in text.strip().split("\n\n"):
         if paragraph.startswith("|"):
@@ -76,7 +76,7 @@ def _filled(text: str) -> str:
 
 
 def broken(results: dict[str, Any]) -> list[str]:
-    """The sentences of the page that the results do not bear out."""
+    """Returns the sentences of the pages that the results do not support."""
     return [
         f"claim {name[0]}: {statement}"
         for name in CLAIMS
@@ -118,7 +118,7 @@ def main(arguments: list[str]) -> int:
         print(f"no results of claim {', '.join(missing)} yet; run python -m evidence", file=sys.stderr)
         return 2
     RESULTS.parent.mkdir(exist_ok=True)
-    # One claim a line; the order inside a claim is that of its table and legend.
+    # One claim per line. The order inside a claim is the order of its table and legend.
     lines = ",\n".join(f" {json.dumps(name)}: {json.dumps(results[name])}" for name in CLAIMS)
     RESULTS.write_text(f"{{\n{lines}\n}}\n", encoding="utf-8")
     for name in chosen or CLAIMS:

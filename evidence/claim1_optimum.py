@@ -1,4 +1,4 @@
-"""Theorem 3.1 and Corollary 3.2: one optimum, for any sampler."""
+"""Theorem 3.1 and Corollary 3.2: one optimum for any sampler."""
 
 import tempfile
 from pathlib import Path
@@ -24,9 +24,9 @@ from gvpo_core import dpo_loss, gvpo_loss
 CHEAP = False
 TITLE = "1. One optimum from any sampler (Theorem 3.1, Corollary 3.2)"
 STEPS, RATE, STALE = 600, 10.0, 16
-CUT = 3  # the response that the sampler with a cut support never draws
+CUT = 3  # the response that the sampler "cut" never draws
 SAMPLERS = ("own", "pi_ref", "uniform", "stale", "mixture", "cut")
-# name in the table -> objective, whether its ratio gets the sampler's log-probabilities, learning rate
+# name in the table -> objective, whether its ratio uses the sampler's log-probabilities, learning rate
 METHODS: dict[str, tuple[str, bool, float]] = {
     "GVPO": ("gvpo", False, RATE),
     "TBA": ("trajectory_balance", False, RATE),
@@ -43,7 +43,7 @@ METHODS: dict[str, tuple[str, bool, float]] = {
 
 
 def descend(name: str, sampler: str, ratio: bool, rate: float, steps: int = STEPS) -> tuple[np.ndarray, list[float]]:
-    """(P, Y) logits after exact expected steps in groups of 4 from pi_ref, and KL(pi || pi*) before each step."""
+    """Returns (P, Y) logits after exact steps in groups of 4 from pi_ref, and KL(pi || pi*) before each step."""
     logits, history, path = LOG_REF, [LOG_REF], []
     cut = np.where(np.arange(RESPONSES) == CUT, 0.0, REFERENCE)
     for _ in range(steps):
@@ -57,16 +57,17 @@ def descend(name: str, sampler: str, ratio: bool, rate: float, steps: int = STEP
             "mixture": (pi + REFERENCE) / 2,
             "cut": cut / cut.sum(axis=1, keepdims=True),
         }[sampler]
-        log_old = np.log(np.where(draws > 0, draws, pi)) if ratio else None  # what is never drawn has weight 0
+        log_old = np.log(np.where(draws > 0, draws, pi)) if ratio else None  # never drawn: weight 0
         logits = logits + rate * expected_step(name, logits, draws, log_old=log_old)
         history = [*history[-STALE:], logits]
     return logits, [*path, distance(logits)]
 
 
 def two_minimisers_of_dpo() -> dict[str, float]:
-    """Pairs a-b and c-d alone, each labelled 3 to 1: DPO's loss at two policies, and both policies' KL to pi*.
+    """Returns DPO's and GVPO's loss at two policies, and the policies' KL to pi*.
 
-    The policies share the log-ratios within {a, b} and {c, d}; they differ in the mass of the two.
+    DPO's data are the pairs a-b and c-d only, each labelled 3 to 1. The policies have the same log-ratios within {a, b}
+    and within {c, d}. They differ in the probability of the two pairs.
     """
     margin = np.log(3) / BETA
     s = np.array([margin, 0.0, margin, 0.0])
@@ -74,7 +75,7 @@ def two_minimisers_of_dpo() -> dict[str, float]:
     log_pi = [softmax_log(np.log(reference) + s + shift * np.array([1, 1, 0, 0])) for shift in (0.0, 3.0)]
     rows, ids = np.array([0, 1] * 4 + [2, 3] * 4), np.repeat(np.arange(8), 2)
     rewards = np.array([1.0, 0.0] * 3 + [0.0, 1.0] + [1.0, 0.0] * 3 + [0.0, 1.0])
-    reward_of = BETA * s  # the reward under which the first is pi*
+    reward_of = BETA * s  # the reward for which the first policy is pi*
     everyone = np.arange(4)
     values: dict[str, float] = {}
     for name, now in zip(("first", "second"), log_pi, strict=True):
@@ -86,7 +87,7 @@ def two_minimisers_of_dpo() -> dict[str, float]:
 
 
 def own_loop(steps: int = 250) -> float:
-    """KL to pi* of a run of `gvpo.train` itself: sampled groups of 16 of the policy's own responses."""
+    """Returns KL to pi* after a run of `gvpo.train` itself, on-policy with sampled groups of 16."""
     import contextlib
     import io
 
@@ -158,30 +159,32 @@ def text(result: dict[str, Any]) -> str:
     dpo = result["dpo"]
     return f"""GVPO's loss has one minimum, pi\\* = pi_ref exp(R / beta) / Z, for every sampler that covers pi_ref.
 
-Run: {STEPS} exact expected steps in groups of 4, from pi_ref, beta = {BETA}; KL(pi_ref || pi\\*) =
-{number(result["start"])} nats. The samplers: the policy, pi_ref, uniform, the policy of {STALE} steps
-ago, half policy and half pi_ref, and pi_ref without one response. KL(pi || pi\\*) at the end; the
-regret in J is beta times it, and below 1e-12 is rounding:
+Run: {STEPS} exact expected steps in groups of 4, from pi_ref, with beta = {BETA}. KL(pi_ref || pi\\*) is
+{number(result["start"])} nats. The samplers are the policy itself (own), pi_ref, uniform, the policy of
+{STALE} steps ago (stale), half policy and half pi_ref (mixture), and pi_ref without one response (cut).
+The table has KL(pi || pi\\*) at the end. The regret in J is beta times this KL. Values below 1e-12 are
+rounding errors, shown as 0:
 
 {table(["", *SAMPLERS], rows)}
 
-Shows: GVPO and TBA reach pi\\* from every sampler that covers it. With a cut support they end
-elsewhere, as the corollary's condition says. Sampled groups of 16 in `gvpo.train` also end there: KL
-{number(result["own_loop"])} after 250 steps. RLOO with the KL penalty in the reward and no ratio takes
-GVPO's steps exactly (Eq. 20 and 21). With PPO's clipped ratio it reaches pi\\* on-policy only:
-off-policy its penalty is taken where the responses were drawn. GRPO ends near pi\\* on-policy, not at
-it: the expectation of a quotient by the group's spread is not zero there. Mirror descent on-policy
-ends at pi_ref exp((k-1)/k R / beta): its mean reward includes the response itself. A*-PO reaches pi\\*
-from responses of the policy, new or old; from the other samplers its estimate of V is off in groups of 4.
-MaxRL, reject sampling on-policy and DPO go to the best response, whose KL is
-{number(result["best_response"], 3)}, to the best of the others where the support is cut.
+Shows: GVPO and TBA reach pi\\* from every sampler that covers pi_ref. With the cut support they end
+elsewhere, as the corollary's condition predicts. Sampled groups of 16 in `gvpo.train` also end at
+pi\\*: KL {number(result["own_loop"])} after 250 steps. RLOO with the KL penalty in the reward and
+without a ratio takes exactly GVPO's steps (Eq. 20 and 21). With PPO's clipped ratio it reaches pi\\* only
+on-policy: off-policy, its KL penalty is computed with the sampler's log-probabilities. On-policy, GRPO
+ends near pi\\* but not at it: it divides by the group's spread, so its expected step at pi\\* is not
+zero. On-policy, mirror descent ends at pi_ref exp((k-1)/k R / beta), because its mean reward includes the
+response itself. A*-PO reaches pi\\* from responses of the policy, new or old. From the other samplers its
+estimate of V is wrong in groups of 4. MaxRL, DPO and on-policy reject sampling go to the best response,
+whose KL is {number(result["best_response"], 3)}. With the cut support MaxRL and DPO go to the best of
+the other responses.
 
-DPO has several minimisers. On pairs a-b and c-d, labelled 3 to 1, two policies have the loss
-{dpo["dpo_first"]:.6f} and {dpo["dpo_second"]:.6f}; their KL to pi\\* is {number(dpo["kl_first"])} and
-{number(dpo["kl_second"])}. It is the lowest loss there is, the entropy of 3 to 1. GVPO's loss on a
-group of all four responses separates them:
-{number(dpo["gvpo_first"])} and {number(dpo["gvpo_second"])}. Groups of a-b and c-d alone would leave
-GVPO the same freedom: what fixes it is that a group can hold any responses of the sampler.
+DPO has several minimisers. On the pairs a-b and c-d, labelled 3 to 1, two policies have the losses
+{dpo["dpo_first"]:.6f} and {dpo["dpo_second"]:.6f}. Their KL to pi\\* is {number(dpo["kl_first"])} and
+{number(dpo["kl_second"])}. Both losses are the lowest possible one, the entropy of the 3 to 1 labels.
+GVPO's loss on a group of all four responses separates the two policies:
+{number(dpo["gvpo_first"])} and {number(dpo["gvpo_second"])}. With groups of a-b and c-d only, GVPO would
+have several minimisers too. Its minimum is unique because a group can hold any responses of the sampler.
 """
 
 

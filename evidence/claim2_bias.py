@@ -18,16 +18,16 @@ REF, REWARD = softmax_log(LOG_REF[0, :4]), REWARDS[0, :4] * 4
 
 
 def exact() -> float:
-    """Eq. 14: the variance under the sampler of implicit minus actual reward."""
+    """Returns Eq. 14: the variance of implicit minus actual reward under the sampler."""
     d = BETA * (THETA - REF) - REWARD
     return float((SAMPLER * (d - (SAMPLER * d).sum()) ** 2).sum())
 
 
 def estimates(*sizes: int) -> tuple[float, float, float]:
-    """Mean over the sizes of what a prompt with that many responses contributes, one call for all of their groups.
+    """Computes the contribution of one prompt of each group size, averaged over the sizes, in one call.
 
-    Returns: expectation of Eq. 16 over all groups that the sampler can draw, its standard deviation (of one size), and
-      the expectation of the same sum over 1/k.
+    Returns: the expectation of Eq. 16 over all groups that the sampler can draw; its standard deviation (if all groups
+      have one size); the expectation of the same sum divided by k.
     """
     groups = [row for k in sizes for row in multisets(4, k)[0]]
     p = np.concatenate([group_probabilities(SAMPLER[None], k)[0] for k in sizes])
@@ -61,22 +61,22 @@ def text(result: dict[str, Any]) -> str:
     rows = [
         ["1/(k-1), Eq. 15: bias", *(number(x / exact_loss - 1) for x in at("mean"))],
         ["1/k: bias", *(f"{100 * (x / exact_loss - 1):.0f} %" for x in at("mean_over_k"))],
-        ["standard deviation of one group, of Eq. 14", *(number(x / exact_loss) for x in at("deviation"))],
+        ["standard deviation of one group / Eq. 14", *(number(x / exact_loss) for x in at("deviation"))],
     ]
     unbiased, biased = result["mixed"]
-    return f"""The estimate with 1/(k-1) has Eq. 14 as its expectation for every k; with 1/k it is (k-1)/k of it.
+    return f"""The expectation of the estimate with 1/(k-1) is Eq. 14 for every k. With 1/k it is (k-1)/k of Eq. 14.
 
-Run: `gvpo_loss` over every group of k = 2..16 of four responses, weighted by its probability.
+Run: `gvpo_loss` over every group of k = 2..16 from four responses, weighted by its probability.
 
 {table(["k", *map(str, shown)], rows)}
 
-Shows: the bias of 1/k is exactly -1/k, half of the loss at k = 2. With prompts of 2, 4 and 16
-responses in one call Eq. 16 has a bias of {number(unbiased / exact_loss - 1)}, and 1/k(x) is
-{100 * (1 - biased / exact_loss):.0f} % low, most of it from the smallest group. For groups of one size
-the bias is a learning rate; for mixed sizes it is another weight for each prompt. It does not move the
-optimum, where every group's loss is 0.
-Does not show: that 1/(k-1) has less noise; at k = 2 a group's estimate has a standard deviation above
-its mean.
+Shows: the relative bias of 1/k is exactly -1/k, half of the loss at k = 2. With prompts of 2, 4 and 16
+responses in one call, Eq. 16 has a bias of {number(unbiased / exact_loss - 1)}, and 1/k(x) is
+{100 * (1 - biased / exact_loss):.0f} % too low, mostly because of the smallest group. If all groups have
+one size, the bias only changes the learning rate. With mixed sizes it changes the weight of each prompt.
+It does not move the optimum, where every group's loss is 0.
+Does not show: that 1/(k-1) has less noise. At k = 2 the standard deviation of a group's estimate is larger
+than its mean.
 """
 
 

@@ -1,4 +1,4 @@
-"""Section 3.4: a loss that leaves log Z out ends at a wrong optimum."""
+"""Section 3.4: a loss without log Z has a wrong optimum."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ STEPS, RATE = 4000, 0.5
 
 
 def misaligned(logits: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """(P, Y) descent of E (beta s - R)^2 / (2 beta) over responses of pi_ref, exact."""
+    """Returns the (P, Y) exact descent step of E (beta s - R)^2 / (2 beta) over responses of pi_ref."""
     log_pi = softmax_log(logits)
     c = REFERENCE * (rewards - BETA * (log_pi - LOG_REF))
     return c - np.exp(log_pi) * c.sum(axis=1, keepdims=True)
 
 
 def multiplier(logits: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """(P, Y) pi_ref (R - beta s) / pi, which is one number a prompt at a stationary point of that loss."""
+    """Returns (P, Y) pi_ref (R - beta s) / pi, which is constant within a prompt at a stationary point of that loss."""
     log_pi = softmax_log(logits)
     return REFERENCE * (rewards - BETA * (log_pi - LOG_REF)) / np.exp(log_pi)
 
@@ -57,16 +57,16 @@ def text(result: dict[str, Any]) -> str:
     return f"""Minimising E(beta log(pi / pi_ref) - R)^2 over normalised policies ends where pi_ref (R - beta s) =
 lambda pi, not at pi\\*.
 
-Run: {STEPS} exact steps over responses of pi_ref, with a constant added to every reward, which pi\\*
-does not depend on. KL(pi || pi\\*), nats; pi_ref has {number(result["start"])}:
+Run: {STEPS} exact steps over responses of pi_ref, with a constant added to every reward. pi\\* does not
+depend on this constant. KL(pi || pi\\*) in nats; for pi_ref it is {number(result["start"])}:
 
 {table(["constant", *(f"{s:+g}" for s in SHIFTS)], rows)}
 
-Shows: the loss without log Z ends at its own optimum, where pi_ref (R - beta s) / pi is one number a
-prompt (spread at most {number(max(ends["spread"]))}). That optimum moves with a constant in the
-reward. GVPO ends at pi\\* each time.
-Does not show: that it is always bad. Where beta log Z happens to be near 0 the error is small:
-{number(min(ends["misaligned"]))} here at {SHIFTS[int(np.argmin(ends["misaligned"]))]:+g}.
+Shows: the loss without log Z ends at its own optimum, where pi_ref (R - beta s) / pi is the same for all
+responses of a prompt (spread at most {number(max(ends["spread"]))}). This optimum moves with the
+constant. GVPO always ends at pi\\*.
+Does not show: that the error is always large. If beta log Z happens to be near 0 the error is small:
+{number(min(ends["misaligned"]))} at {SHIFTS[int(np.argmin(ends["misaligned"]))]:+g}.
 """
 
 

@@ -1,4 +1,4 @@
-"""Section 3.5: the three parts of GVPO's loss over training, and what keeps the entropy."""
+"""Section 3.5: the three parts of GVPO's loss during training, and which part keeps the entropy."""
 
 from typing import Any
 
@@ -32,12 +32,12 @@ PANELS = 2
 def without_variance(
     logprobs: np.ndarray, ref_logprobs: np.ndarray, old: Any, rewards: np.ndarray, ids: Any, **options: Any
 ) -> np.ndarray:
-    """GVPO's step without Var(log pi_theta) of Eq. 17: D(R) + beta D(log pi_ref) is what is left."""
+    """Returns GVPO's step without Var(log pi_theta) of Eq. 17, which leaves D(R) + beta D(log pi_ref)."""
     return np.asarray(gvpo_coefficients(0 * logprobs, ref_logprobs, rewards, ids, **options))
 
 
 def parts(logits: np.ndarray) -> list[float]:
-    """Expected Var(beta s), Var(R), Cov(beta s, R) and loss over all groups of K of the policy's own."""
+    """Returns expected Var(beta s), Var(R), Cov(beta s, R) and loss over all on-policy groups of K."""
     rows, _ = multisets(REFERENCE.shape[1], K)
     log_pi, p = softmax_log(logits), group_probabilities(np.exp(softmax_log(logits)), K).reshape(-1)
     x, y = np.repeat(np.arange(len(logits)), rows.size), np.tile(rows.reshape(-1), len(logits))
@@ -48,14 +48,14 @@ def parts(logits: np.ndarray) -> list[float]:
 
 
 def entropy_bonus(logits: np.ndarray) -> np.ndarray:
-    """(P, Y) gradient of the mean entropy in the logits."""
+    """Returns the (P, Y) gradient of the mean entropy with respect to the logits."""
     log_pi = softmax_log(logits)
     p = np.exp(log_pi)
     return -p * (log_pi + entropy(logits)[:, None]) / len(logits)
 
 
 def descend(method: str, bonus: float = 0.0) -> tuple[np.ndarray, list[list[float]], list[float]]:
-    """Logits, the loss's parts and the mean entropy at each step; on-policy, exact expectations."""
+    """Returns the final logits, and the loss's parts and mean entropy at each step; on-policy, exact expectations."""
     logits, of_step, path = LOG_REF, [], []
     for _ in range(STEPS):
         if method == "gvpo" and not bonus:
@@ -77,7 +77,7 @@ def run() -> dict[str, Any]:
     ends, curves, predicted, of_step = {}, {}, {}, []
     for label, (method, bonus) in runs.items():
         logits, metrics, path = descend(method, bonus)
-        if method == "gvpo":  # Eq. 20 and 21 with the bonus: R - beta log pi / pi_ref - bonus log pi is one number
+        if method == "gvpo":  # Eq. 20 and 21 with the bonus: R - beta log pi / pi_ref - bonus log pi is constant
             goal = softmax_log((REWARDS + BETA * LOG_REF) / (BETA + bonus))
             predicted[label] = max(float(kl(softmax_log(logits), goal).mean()), 0.0)
         of_step = metrics or of_step
@@ -111,25 +111,26 @@ def text(result: dict[str, Any]) -> str:
     shown = [0, 5, 10, 20, 39]
     of_step = [[name, *(number(result["parts"][i][j]) for i in shown)] for j, name in enumerate(PARTS)]
     start, end = result["entropies"]
-    return f"""loss = Var(beta s) + Var(R) - 2 Cov(beta s, R) (Eq. 17): the covariance pulls to the reward, the
-variance holds.
+    return f"""loss = Var(beta s) + Var(R) - 2 Cov(beta s, R) (Eq. 17): the covariance pulls the policy towards the
+reward, and Var(beta s) holds it back.
 
-Run: {STEPS} exact on-policy steps in groups of {K}. The parts of GVPO's loss, reward^2, by step:
+Run: {STEPS} exact on-policy steps in groups of {K}. The parts of GVPO's loss by step, in reward^2:
 
 {table(["step", *map(str, shown)], of_step)}
 
-Where each method ends; pi_ref has {start:.2f} nats of entropy, pi\\* {end:.2f}:
+Policies at the end. The entropy of pi_ref is {start:.2f} nats, that of pi\\* {end:.2f}:
 
 {table(["", "entropy", "largest pi(y)", "reward", "KL to pi*"], rows)}
 
 Shows: at pi\\* the covariance equals both variances, so the loss is 0. Without the variance term
-nothing stops the covariance, and GVPO collapses on the response with the largest R + beta log pi_ref, here
-the best one. GRPO without KL collapses, with a bonus of 0.2 too; one of 4 gives more entropy than pi\\*
-has: the coefficient decides. GRPO with the KL penalty does not collapse. GVPO needs no bonus: with one of b
-it ends at pi_ref^(beta / (beta + b)) exp(R / (beta + b)), normalised, which is not pi\\*.
-Does not show: that an entropy bonus cannot work: between 1 and 4 one gives pi\\*'s entropy. Nor that a collapse
-costs reward: without KL the best response alone has the highest reward, and it is what beta = 0 asks
-for. GVPO's beta has to be chosen, too.
+nothing stops the covariance, and GVPO collapses to the response with the largest R + beta log pi_ref, here
+the best one. GRPO without KL collapses, even with an entropy bonus of 0.2. With a bonus of 4 its entropy is
+higher than that of pi\\*, so the coefficient decides. GRPO with the KL penalty does not collapse. GVPO needs
+no bonus: with a bonus b it ends at pi_ref^(beta / (beta + b)) exp(R / (beta + b)), normalised, which is not
+pi\\*.
+Does not show: that an entropy bonus cannot work. Some bonus between 1 and 4 gives the entropy of pi\\*. It also
+does not show that a collapse costs reward: without KL, always giving the best response has the highest
+reward, and beta = 0 asks for that. GVPO's beta must be chosen too.
 """
 
 

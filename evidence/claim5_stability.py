@@ -1,4 +1,4 @@
-"""Stability: learning rate x beta, many seeds."""
+"""Stability over learning rate and beta, with many seeds."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ METHODS = {"GVPO": "gvpo", "Dr. GRPO": "dr_grpo", "GRPO": "grpo", "MaxRL": "maxr
 RATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 BETAS = (0.1, 0.5, 2.0)
 SEEDS, STEPS, K = 40, 300, 8
-FIRST_SEED = 998  # of the lowest rate; the next rate has the next
+FIRST_SEED = 998  # of the lowest rate; each higher rate uses the next seed
 
 
 def outcome(logits: np.ndarray, beta: float) -> tuple[int, int]:
-    """Of (S, P, Y) runs: how many failed (numbers overflow, or KL to pi* above pi_ref's), and how many reached pi*.
+    """Returns how many of the (S, P, Y) runs failed, and how many reached pi*.
 
-    Reached: a tenth of pi_ref's KL to pi* or less. The rest are in between.
+    Failed: numbers overflow, or KL to pi* is above pi_ref's. Reached: at most a tenth of pi_ref's KL to pi*.
     """
     start, failed, reached = distance(LOG_REF, beta), 0, 0
     for run in logits:
@@ -35,19 +35,19 @@ def run() -> dict[str, Any]:
     cells, collapsed = {}, {}
     for label, name in METHODS.items():
         for beta in BETAS:
-            entropy_wanted = entropy(np.log(optimum(beta))).mean()
+            optimum_entropy = entropy(np.log(optimum(beta))).mean()
             for i, rate in enumerate(RATES):
                 logits = sampled_steps(name, SEEDS, STEPS, rate, beta=beta, k=K, seed=FIRST_SEED + i)
                 cells[f"{label}|{beta:g}|{rate:g}"] = outcome(logits, beta)
                 entropies = np.where(
                     np.isfinite(logits).all(axis=(1, 2)), entropy(np.nan_to_num(logits)).mean(axis=1), 0.0
                 )
-                collapsed[f"{label}|{beta:g}|{rate:g}"] = int((entropies < entropy_wanted / 4).sum())
+                collapsed[f"{label}|{beta:g}|{rate:g}"] = int((entropies < optimum_entropy / 4).sum())
     return {"cells": cells, "collapsed": collapsed}
 
 
 def shares(result: dict[str, Any], label: str, which: str) -> list[tuple[float, float, float]]:
-    """By learning rate: the share of all runs over the betas, and its 95 % interval (Wilson).
+    """Returns, for each learning rate, the share of all runs over the betas and its 95 % interval (Wilson).
 
     Args:
       which: failed, reached or collapsed.
@@ -87,17 +87,17 @@ def text(result: dict[str, Any]) -> str:
     return f"""Paper: GRPO is sensitive to the learning rate and the KL coefficient; GVPO is not.
 
 Run: {SEEDS} seeds x beta in {", ".join(f"{b:g}" for b in BETAS)} at each rate, {STEPS} on-policy steps
-of groups of {K}, plain gradient descent without clipping. Failed: overflow, or farther from that
-beta's pi\\* than pi_ref is. Share of
-failed runs of the three betas, 95 % Wilson intervals; below a rate of 1 none but MaxRL's fail:
+of groups of {K}, plain gradient descent without clipping. A run fails if it overflows, or ends farther from
+that beta's pi\\* than pi_ref is. The table has the share of failed runs over the three betas with 95 % Wilson
+intervals. Below a rate of 1 only runs of MaxRL fail:
 
 {table(["learning rate", *(f"{r:g}" for r in high)], failed)}
 
-Share of collapsed runs (an entropy below a quarter of pi\\*'s, or overflow); below a rate of 1 there are none:
+Share of collapsed runs (entropy below a quarter of that of pi\\*, or overflow). Below a rate of 1 no run collapses:
 
 {table(["learning rate", *(f"{r:g}" for r in high)], collapsed)}
 
-Share within a tenth of pi_ref's KL to pi\\*:
+Share of runs that reach pi\\*, with at most a tenth of pi_ref's KL to it:
 
 {table(["learning rate", *(f"{r:g}" for r in RATES)], reached)}
 
@@ -106,25 +106,25 @@ Rates at which at least 90 % of the seeds reach pi\\*, by beta:
 {table(["beta", *(f"{b:g}" for b in BETAS)], by_beta)}
 
 Shows: GRPO's highest working rate is about 30 times below GVPO's at each beta, because it divides by the
-group's spread. Both fall as beta grows. Dr. GRPO, on-policy and with beta in the reward, takes GVPO's steps times
-(k-1)/k, so it is as stable at the limit: what lowers GRPO's limit is the standardisation.
-MaxRL has no beta and goes to the best response, which is nearer to pi\\* than pi_ref for beta = 0.1
-alone; at the rate 0.3 its runs are near that pi\\* on the way.
-Does not show: that GVPO needs no tuning. Its working rates span {_spans(result, "GVPO")} decades, GRPO's
-{_spans(result, "GRPO")}, at lower rates. Slow rates end before pi\\*; above the range every run of GVPO
-fails or collapses, as for any gradient descent. With a rate low enough GRPO is near pi\\* too, at the noise
-floor of claim 6.
+group's spread. Both limits fall as beta grows. On-policy and with beta in the reward, Dr. GRPO takes GVPO's
+steps times (k-1)/k, so it is as stable as GVPO: dividing by the spread is what lowers GRPO's limit.
+MaxRL has no beta and goes to the best response, which is nearer to pi\\* than pi_ref only for beta = 0.1.
+At the rate 0.3 its runs are still on the way there and near that pi\\*.
+Does not show: that GVPO needs no tuning. Its working rates span {_spans(result, "GVPO")} decades, and
+GRPO's, which are lower, span {_spans(result, "GRPO")}. At low rates runs end before they reach pi\\*. Above
+its range every run of GVPO fails or collapses, as with any gradient descent. At a low enough rate GRPO gets
+near pi\\* too, down to the noise floor of claim 6.
 """
 
 
 def _working(result: dict[str, Any], label: str, beta: float) -> list[float]:
-    """The rates at which at least 90 % of the seeds reach pi*."""
+    """Returns the rates at which at least 90 % of the seeds reach pi*."""
     return [r for r in RATES if result["cells"][f"{label}|{beta:g}|{r:g}"][1] >= 0.9 * SEEDS]
 
 
 def _decades(result: dict[str, Any], label: str, beta: float) -> float:
-    good = _working(result, label, beta)
-    return float(np.log10(good[-1] / good[0])) if good else 0.0
+    rates = _working(result, label, beta)
+    return float(np.log10(rates[-1] / rates[0])) if rates else 0.0
 
 
 def _spans(result: dict[str, Any], label: str) -> str:
@@ -134,8 +134,8 @@ def _spans(result: dict[str, Any], label: str) -> str:
 
 
 def _range(result: dict[str, Any], label: str, beta: float) -> str:
-    good = _working(result, label, beta)
-    return f"{good[0]:g} to {good[-1]:g}" if good else "none"
+    rates = _working(result, label, beta)
+    return f"{rates[0]:g} to {rates[-1]:g}" if rates else "none"
 
 
 def holds(result: dict[str, Any]) -> dict[str, bool]:

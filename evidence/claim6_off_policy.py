@@ -14,7 +14,7 @@ TITLE = "6. Stale and replayed responses need no ratio (Corollary 3.2)"
 STALENESS = (0, 1, 4, 16)
 REPLAY = 16
 SEEDS, STEPS, K = 40, 400, 8
-RATES = {"gvpo": 3.0, "rloo": 3.0, "grpo": 0.3}  # each where its on-policy runs are stable in claim 5
+RATES = {"gvpo": 3.0, "rloo": 3.0, "grpo": 0.3}  # rates at which on-policy runs are stable in claim 5
 METHODS = {
     "GVPO": ("gvpo", False),
     "RLOO, clipped ratio": ("rloo", True),
@@ -24,7 +24,7 @@ METHODS = {
 
 
 def regrets(name: str, ratio: bool, staleness: int, replay: int, rate: float) -> np.ndarray:
-    """(S,) regret of Eq. 5 at the end, reward units; infinite where numbers overflow."""
+    """Returns the (S,) regret of Eq. 5 at the end, in reward units; infinite for runs that overflow."""
     runs = sampled_steps(name, SEEDS, STEPS, rate, k=K, staleness=staleness, replay=replay, ratio=ratio, seed=7)
     return np.array([BETA * distance(r) if np.isfinite(r).all() else math.inf for r in runs])
 
@@ -36,7 +36,7 @@ def run() -> dict[str, Any]:
         for column, staleness, replay in columns:
             values = regrets(name, ratio, staleness, replay, RATES[name])
             cells[f"{label}|{column}"] = [float(max(values.mean(), 0.0)), mean_half_width(values)]
-    fast = {}  # the same with ten times the rate
+    fast = {}  # at ten times the rate
     for label, (name, ratio) in METHODS.items():
         for column, staleness, replay in columns:
             values = regrets(name, ratio, staleness, replay, 10 * RATES[name])
@@ -45,7 +45,7 @@ def run() -> dict[str, Any]:
 
 
 def draw(result: dict[str, Any], axes: Any) -> None:
-    floor = 1e-6  # what is rounding is drawn here, as 0
+    floor = 1e-6  # values that are rounding errors are drawn here and labelled 0
     for i, label in enumerate(METHODS):
         points = np.array([result["cells"][f"{label}|{c}"] for c in result["columns"]])
         zero = points[:, 0] < 1e-12
@@ -66,26 +66,28 @@ def text(result: dict[str, Any]) -> str:
     show = lambda x: number(x[0]) + (f" +- {number(x[1])}" if x[0] > 1e-12 else "")
     rows = [[label, *(show(result["cells"][f"{label}|{c}"]) for c in columns)] for label in METHODS]
     fast = [[label, *(number(result["fast"][f"{label}|{c}"]) for c in columns)] for label in METHODS]
-    return f"""GVPO's optimum does not depend on who drew the responses, so old ones serve without importance weights.
+    return f"""GVPO's optimum does not depend on the sampler, so old responses need no importance weights.
 
-Run: {SEEDS} seeds, {STEPS} steps of sampled groups of {K}, drawn by the policy of 0, 1, 4 or 16 steps
-ago, or half of them from the last {REPLAY} steps (replay); beta = {BETA}, clip 0.2, rates
-{", ".join(f"{k} {v:g}" for k, v in RATES.items())}. Regret of Eq. 5 at the end, mean and 95 %
-interval; pi_ref has {number(result["start"])}:
+Run: {SEEDS} seeds, {STEPS} steps of sampled groups of {K}. The groups are drawn by the policy of 0, 1, 4 or
+16 steps ago, or half of them come from the last {REPLAY} steps (replay). beta = {BETA}, clip 0.2, rates
+{", ".join(f"{k} {v:g}" for k, v in RATES.items())}. The table has the regret (Eq. 5) at the end, mean and
+95 % interval. For pi_ref it is {number(result["start"])}:
 
 {table(["", *columns], rows)}
 
-The same at ten times the rates, median of the seeds:
+At ten times the rates, median over the seeds:
 
 {table(["", *columns], fast)}
 
-Shows: GVPO ends at pi\\* at every staleness and with replay, at both rates: the weight of an old
-response is computed from the policy now, so only which responses are seen is old. The ratio methods
-take the KL penalty where the responses were drawn, and clip. GRPO with the ratio ends farther off pi\\*
-the staler the responses are. RLOO with the ratio is off pi\\* at 16 steps alone at the lower rate, and with
-all old responses at ten times the rate. GRPO without the ratio ends at its noise floor, which its rate sets.
-Does not show: that RLOO's ratio harms at a low rate and a small age: it ends at pi\\* there. Nor a neural
-network, where one response's step moves others, nor cold starts: all policies here cover all responses.
+Shows: GVPO ends at pi\\* at every staleness and with replay, at both rates. It computes the weight of an
+old response from the current policy, so only the choice of responses is old. The methods with a ratio clip it,
+and compute the KL penalty with the sampler's log-probabilities. The older the responses are, the farther
+GRPO with the ratio ends from pi\\*. RLOO with the ratio misses pi\\* only at 16 steps at the lower rate,
+and with all old responses at ten times the rate. GRPO without the ratio ends at its noise floor, which depends
+on its rate.
+Does not show: that RLOO's ratio does harm at a low rate and a small age: there it ends at pi\\*. The runs
+also have no neural network, in which a step on one response changes others, and no cold starts: all policies
+here cover all responses.
 """
 
 

@@ -1,4 +1,4 @@
-"""The regret gauge: what `gvpo_regret` reports, beside the true regret."""
+"""The regret gauge: `gvpo_regret` compared with the true regret."""
 
 from typing import Any
 
@@ -12,15 +12,15 @@ CHEAP = True
 PANELS = 2
 TITLE = "7. The regret gauge and the true regret"
 SIZES = (2, 4, 8, 16)
-BETAS = (2.0, 0.5, 0.2, 0.1, 0.05, 0.02)  # the smaller, the farther pi_ref is from pi*
-PROBLEMS = {  # pi_ref and R: the best response is drawn often, or hardly ever
+BETAS = (2.0, 0.5, 0.2, 0.1, 0.05, 0.02)  # a smaller beta means a larger distance from pi_ref to pi*
+PROBLEMS = {  # pi_ref and R: the best response is common or rare
     "common": (np.array([0.3, 0.25, 0.2, 0.15, 0.1]), np.array([0.0, 0.3, 0.6, 0.1, 0.5])),
     "rare": (np.array([0.5, 0.3, 0.15, 0.04, 0.01]), np.array([0.0, 0.2, 0.1, 0.5, 1.0])),
 }
 
 
 def gauge(problem: str, log_pi: np.ndarray, sampler: np.ndarray, beta: float, k: int) -> tuple[float, float]:
-    """Expected second order and series over all groups of k of the sampler."""
+    """Returns the expected second order and series over all groups of k from the sampler."""
     reference, rewards = PROBLEMS[problem]
     rows, _ = multisets(len(log_pi), k)
     p = group_probabilities(sampler[None], k)[0]
@@ -90,26 +90,26 @@ def text(result: dict[str, Any]) -> str:
         for problem in PROBLEMS
         for i, name in enumerate(("second order", "series, k = 8"))
     ]
-    return f"""`gvpo_regret` estimates beta KL(pi || pi\\*) = J(pi\\*) - J(pi): Var(w) / (2 beta) to second order,
-beta log mean exp(w / beta) in full.
+    return f"""`gvpo_regret` estimates beta KL(pi || pi\\*) = J(pi\\*) - J(pi): to second order as Var(w) / (2 beta),
+and as the full series beta log mean exp(w / beta).
 
-Run: pi = pi_ref over five responses, exact expectations over all groups; the response with the highest
-reward has probability 0.2 (common) or 0.01 (rare); beta is varied, so that pi\\* moves away. Gauge /
-true regret:
+Run: pi = pi_ref over five responses, with exact expectations over all groups. The response with the highest
+reward has probability 0.2 (common) or 0.01 (rare). A smaller beta moves pi\\* away from pi_ref. The table
+has gauge / true regret:
 
 {table(["beta", *(f"{b:g}" for b in BETAS)], rows)}
 
-On the way from pi_ref to pi\\* at beta = 0.1, where pi's logits have gone this share:
+On the way from pi_ref to pi\\* at beta = 0.1, after pi's logits have covered this share of the way:
 
 {table(["share", "0", "0.5", "0.8", "0.95"], way)}
 
-Shows: the second order does not depend on k. With good responses common it is within a tenth of the
-truth up to a KL of 0.6 nats and too high beyond. The series is low by about 1/k near pi\\*. Where the
-best response is rare both report a fraction of the truth: what no group holds cannot be seen, and the
-regret rises as the policy finds it. A falling gauge is trustworthy near pi\\* (share 0.95: within a
-fifth); a low gauge at the start is not a sign that little is to be gained.
-Does not show: a regret off-policy. Where the best response is rare, the ratio with a uniform sampler is up to
-{max(result["rare"]["off_second"]):.1f} in second order and {max(result["rare"]["off_series"]):.1f} in the series here.
+Shows: the second order does not depend on k. If good responses are common, it is within a tenth of the
+true regret up to a KL of 0.6 nats, and too high beyond. The series is too low by about 1/k near pi\\*. If
+the best response is rare, both report only a fraction of the true regret: a response that is in no group
+cannot be seen, and the reported regret rises when the policy finds it. A falling gauge can be trusted near
+pi\\* (share 0.95: within a fifth). A low gauge at the start does not mean that there is little to gain.
+Does not show: a regret off-policy. If the best response is rare, gauge / true regret with a uniform sampler is at most
+{max(result["rare"]["off_second"]):.1f} in second order and {max(result["rare"]["off_series"]):.1f} in the series.
 """
 
 

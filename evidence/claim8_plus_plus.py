@@ -17,7 +17,7 @@ STEPS, RATE = 400, 8.0
 
 
 def weighted_optimum(alpha: float) -> np.ndarray:
-    """(P, Y) log pi_ref exp((R + c) / (beta f)), c by bisection so that it sums to 1."""
+    """Returns (P, Y) log pi_ref exp((R + c) / (beta f)). Bisection finds the c for which it sums to 1."""
     f = LENGTHS**-alpha
     out = []
     for log_ref, rewards in zip(LOG_REF, REWARDS, strict=True):
@@ -32,7 +32,10 @@ def weighted_optimum(alpha: float) -> np.ndarray:
 def descend(
     sampler: str, alpha: float, reference: np.ndarray, rewards: np.ndarray, goal: np.ndarray, beta: float
 ) -> list[float]:
-    """KL(pi || goal) before each exact step and at the end; groups of 4, from pi_ref. The rate is scaled by 1 / f^2."""
+    """Returns KL(pi || goal) before each exact step and at the end.
+
+    Groups of 4, from pi_ref. The learning rate is scaled by 1 / f^2.
+    """
     f = LENGTHS**-alpha
     logits, path = LOG_REF, []
     for _ in range(STEPS * (1 if alpha == 0 else 10)):
@@ -78,25 +81,25 @@ def text(result: dict[str, Any]) -> str:
     rows = [[s, *(number(result["distilled"][f"{s}|{a:g}"]) for a in ALPHAS)] for s in SAMPLERS]
     reward_rows = [[f"{a:g}", *(number(x) for x in result["rewarded"][f"{a:g}"])] for a in ALPHAS]
     header = ["alpha", "KL(pi \\|\\| its optimum)", "KL(its optimum \\|\\| pi\\*)", "tokens"]
-    return f"""With a teacher as reference and R = 0 the only minimum is the teacher, from any sampler and with any
-weights f > 0 (arXiv 2609.21432).
+    return f"""With a teacher as reference and R = 0, the teacher is the only minimum, for any sampler and any weights
+f > 0 (arXiv 2609.21432).
 
-Run: exact steps in groups of 4 from pi_ref, KL(pi_ref || teacher) = {number(result["start"])} nats;
-{STEPS} steps with alpha = 0, {10 * STEPS} with others. f = n^-alpha for responses of
+Run: exact steps in groups of 4 from pi_ref; KL(pi_ref || teacher) is {number(result["start"])} nats. There
+are {STEPS} steps with alpha = 0 and {10 * STEPS} otherwise. f = n^-alpha for responses of n =
 {", ".join(f"{n:g}" for n in LENGTHS)} tokens. KL(pi || teacher) at the end:
 
 {table(["sampler", *(f"alpha = {a:g}" for a in ALPHAS)], rows)}
 
-With rewards, beta = {BETA}, responses of pi_ref: distance to pi_ref exp((R + c) / (beta f)), how far
-that is from pi\\*, its mean length:
+With rewards, beta = {BETA} and responses of pi_ref, the optimum is pi_ref exp((R + c) / (beta f)). The table
+has the KL of pi to this optimum, the KL of the optimum to pi\\*, and the optimum's mean length in tokens:
 
 {table(header, reward_rows)}
 
-Shows: the student becomes the teacher with every sampler, and f does not move that optimum.
-With rewards f moves it: where f is small the implicit reward is cheap, so long responses may go
-farther from pi_ref, up where R + c > 0 and down where it is not.
-Does not show: speed. With alpha = 1 the smallest f is 1/{LENGTHS.max():g} and the descent is that much
-slower in its direction.
+Shows: the student becomes the teacher with every sampler, and f does not move this optimum. With rewards
+f moves the optimum: a small f makes implicit reward cheap, so long responses can move farther from pi_ref, up
+if R + c > 0 and down otherwise.
+Does not show: speed. With alpha = 1 the smallest f is 1/{LENGTHS.max():g}, and the descent in its direction
+is that much slower.
 """
 
 

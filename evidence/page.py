@@ -1,8 +1,8 @@
-"""Numbers and tables as the page shows them."""
+"""Numbers and tables in the format of the pages."""
 
 
 def number(x: float, digits: int = 2) -> str:
-    """Two significant digits; what is below 1e-12 is rounding and reads 0."""
+    """Returns the number with two significant digits. Values below 1e-12 are rounding errors and become 0."""
     if x != x:
         return "NaN"
     if abs(x) < 1e-12:
@@ -13,6 +13,6 @@ def number(x: float, digits: int = 2) -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """A markdown table; the first column is text."""
+    """Returns a Markdown table. The first column is text."""
     lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])

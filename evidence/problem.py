@@ -1,8 +1,8 @@
-"""The policies of the experiments: softmax tables whose optimum, KL and regret are exact sums.
+"""The policies of the experiments: softmax tables, for which optimum, KL and regret are exact sums.
 
-`expected_step` is the exact expectation of an objective's step over all groups of k responses that a sampler can draw:
-each multiset of k responses is one group of one call of `objective_coefficients`, weighted by its probability.
-`sampled_steps` draws the groups instead, for many seeds at once.
+`expected_step` is the exact expectation of an objective's step over all groups of k responses that a sampler can draw.
+One call of `objective_coefficients` gets each multiset of k responses as a group, weighted by its probability.
+`sampled_steps` samples the groups instead, for many seeds at once.
 """
 
 import math
@@ -23,31 +23,31 @@ LOG_REF = np.log(REFERENCE)
 
 
 def softmax_log(logits: np.ndarray) -> np.ndarray:
-    """(..., Y) logits -> log-probabilities."""
+    """Returns the log-probabilities of (..., Y) logits."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     result: np.ndarray = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return result
 
 
 def optimum(beta: float = BETA, rewards: np.ndarray = REWARDS) -> np.ndarray:
-    """(P, Y) pi* of Eq. 6."""
+    """Returns (P, Y) pi* of Eq. 6."""
     return np.exp(softmax_log(LOG_REF + rewards / beta))
 
 
 def kl(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-    """(..., Y) -> (...) KL(p || q), nats."""
+    """Returns KL(p || q) in nats, (..., Y) -> (...)."""
     p = np.exp(log_p)
     result: np.ndarray = np.where(p > 0, p * (log_p - log_q), 0.0).sum(axis=-1)
     return result
 
 
 def distance(logits: np.ndarray, beta: float = BETA) -> float:
-    """Mean over the prompts of KL(pi || pi*): the regret of Eq. 5 is beta times it."""
+    """Returns the mean of KL(pi || pi*) over the prompts. The regret of Eq. 5 is beta times this."""
     return float(kl(softmax_log(logits), np.log(optimum(beta))).mean())
 
 
 def entropy(logits: np.ndarray) -> np.ndarray:
-    """(..., Y) -> (...) nats."""
+    """Returns the entropy in nats, (..., Y) -> (...)."""
     log_pi = softmax_log(logits)
     result: np.ndarray = -(np.exp(log_pi) * log_pi).sum(axis=-1)
     return result
@@ -55,7 +55,7 @@ def entropy(logits: np.ndarray) -> np.ndarray:
 
 @cache
 def multisets(responses: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """(M, k) all multisets of k of the responses, and (M,) in how many orders each can be drawn."""
+    """Returns (M, k) all multisets of k responses, and (M,) the number of orders in which each can be drawn."""
     rows = np.array(list(combinations_with_replacement(range(responses), k)))
     counts = np.stack([(rows == y).sum(axis=1) for y in range(responses)], axis=1)
     orders = [math.factorial(k) // math.prod(math.factorial(int(c)) for c in row) for row in counts]
@@ -63,7 +63,7 @@ def multisets(responses: int, k: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def group_probabilities(sampler: np.ndarray, k: int) -> np.ndarray:
-    """(P, Y) probabilities -> (P, M) of each multiset of k."""
+    """Returns the (P, M) probability of each multiset of k, from (P, Y) probabilities of the responses."""
     rows, orders = multisets(sampler.shape[1], k)
     return orders * np.prod(sampler[:, rows], axis=2)
 
@@ -83,13 +83,13 @@ def expected_step(
     coefficients: Callable[..., np.ndarray] | None = None,
     **options: Any,
 ) -> np.ndarray:
-    """(P, Y) the expected step in the logits, an ascent direction, mean over the prompts.
+    """Returns the (P, Y) expected step in the logits, an ascent direction, averaged over the prompts.
 
     Args:
       sampler: (P, Y) probabilities of the responses.
-      log_old: (P, Y) for the ratio; default: the policy itself, a ratio of 1.
-      lengths, weights: (Y,) tokens, and f of GVPO++.
-      coefficients: replaces the table's; a function of the same arguments.
+      log_old: (P, Y) log-probabilities for the ratio; default: the policy itself (ratio 1).
+      lengths, weights: (Y,) tokens of each response, and f of GVPO++.
+      coefficients: replaces `objective_coefficients`; takes the same arguments.
     """
     prompts, responses = logits.shape
     rows, _ = multisets(responses, k)
@@ -103,9 +103,9 @@ def expected_step(
         options["lengths"] = lengths[y]
     if weights is not None:
         options["response_weights"] = weights[y]
-    of = coefficients or (lambda *arrays, **kw: objective_coefficients(name, *arrays, **kw))
-    c = of(*cells, ids, beta=beta, num_groups=prompts * len(rows), **options)
-    if name == "dpo":  # it averages over the groups that have a pair
+    compute = coefficients or (lambda *arrays, **kw: objective_coefficients(name, *arrays, **kw))
+    c = compute(*cells, ids, beta=beta, num_groups=prompts * len(rows), **options)
+    if name == "dpo":  # DPO averages over the groups that have a pair
         by_group = cells[3].reshape(-1, k)
         counted = int((by_group.max(axis=1) > by_group.min(axis=1)).sum())
     else:
@@ -115,7 +115,7 @@ def expected_step(
 
 
 def _in_logits(c: np.ndarray, x: np.ndarray, y: np.ndarray, pi: np.ndarray) -> np.ndarray:
-    """sum_i c_i grad log pi(y_i|x_i) in the logits of a softmax table."""
+    """Returns sum_i c_i grad log pi(y_i|x_i) with respect to the logits of a softmax table."""
     ascent = np.zeros_like(pi)
     np.add.at(ascent, (x, y), c)
     result: np.ndarray = ascent - pi * np.bincount(x, weights=c, minlength=len(pi))[:, None]
@@ -136,12 +136,12 @@ def sampled_steps(
     clip_norm: float = 0.0,
     seed: int = 0,
 ) -> np.ndarray:
-    """(S, P, Y) logits after `steps` sampled steps of `seeds` independent runs from the reference.
+    """Returns (S, P, Y) logits after `steps` sampled steps of `seeds` independent runs from the reference.
 
     Args:
       staleness: the groups are drawn by the policy of this many steps ago.
-      replay: half of the prompts' groups are drawn from those of this many last steps.
-      ratio: give the objective the log-probabilities at sampling; else its ratio is 1.
+      replay: half of the prompts' groups are taken from this many last steps.
+      ratio: the objective gets the log-probabilities at sampling; otherwise its ratio is 1.
     """
     rng = np.random.default_rng(seed)
     tables = np.tile(LOG_REF, (seeds, 1)).reshape(seeds * PROMPTS, RESPONSES)

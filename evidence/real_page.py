@@ -1,4 +1,4 @@
-"""Claim 9, what came out: docs/evidence_real.md and its picture from the results that are kept."""
+"""Results of claim 9: writes docs/evidence_real.md and its picture from the saved results."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,16 +31,16 @@ Cell = tuple[str, int, str]  # task, staleness, objective
 
 
 def accuracies(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[Cell, list[float]]:
-    """After training, of each seed that is finished."""
-    found: dict[Cell, list[float]] = {}
+    """Returns the accuracies after training of the finished seeds."""
+    by_cell: dict[Cell, list[float]] = {}
     for run in runs:
         if run.name in results:
-            found.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
-    return found
+            by_cell.setdefault((run.task, run.staleness, run.method), []).append(results[run.name]["after"])
+    return by_cell
 
 
 def means(of: dict[Cell, list[float]]) -> str:
-    """A table of means over the seeds with 95 % intervals (Student's t)."""
+    """Returns a table of means over the seeds with 95 % intervals (Student's t)."""
 
     def cell(values: list[float]) -> str:
         if not values:
@@ -58,7 +58,7 @@ def means(of: dict[Cell, list[float]]) -> str:
 
 
 def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]]) -> str:
-    """docs/evidence_real.md of the finished runs.
+    """Returns the text of docs/evidence_real.md for the finished runs.
 
     Args:
       elsewhere: results of the same runs on another machine.
@@ -91,57 +91,57 @@ def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
     return f"""# Evidence: a real model
 
 `nox -s paper -- real` trains SmolLM2-135M-Instruct on two reasoning-gym tasks: {STEPS} steps of {PROMPTS} prompts x
-{RESPONSES} responses, beta {BETA}, products in bfloat16, seeds {seeds}. It keeps each finished run in
-[real.jsonl](evidence/real.jsonl) and resumes where it was stopped. **{tuning} of {len(tuning_runs())} tuning runs
+{RESPONSES} responses, beta {BETA}, products in bfloat16, seeds {seeds}. It saves each finished run in
+[real.jsonl](evidence/real.jsonl) and resumes if it was stopped. **{tuning} of {len(tuning_runs())} tuning runs
 and {done} of {total} reported runs are
-finished**: {hours:.1f} hours of runs on a CPU, several beside each other. `python -m evidence real --list` names them.
+finished**: {hours:.1f} hours of runs on a CPU, several at the same time. `python -m evidence real --list` lists them.
 
-The learning rate of each task and objective is the best of {rates} on {VALIDATION} validation problems after
-{TUNING_STEPS} steps, on-policy, with seed {TUNING_SEED}:
+The learning rate of each task and objective is the best of {rates} by accuracy on {VALIDATION} validation
+problems after {TUNING_STEPS} steps, on-policy, with seed {TUNING_SEED}:
 
 {tuned}
 
-Accuracy on {HELD_OUT} held-out problems, most likely answer, mean over the seeds and 95 % interval (Student's t over
-seeds). Before training: {before}.
+Accuracy of the most likely answer on {HELD_OUT} held-out problems, mean over the seeds with 95 % interval (Student's t
+over seeds). Before training: {before}.
 
 {means(here)}
 
 ![Held-out accuracy of each seed](evidence/real.png)
 
-Difference by seed, 95 % interval over {len(SEEDS)} seeds, not corrected for the number of comparisons:
+Difference by seed with 95 % interval over {len(SEEDS)} seeds, not corrected for multiple comparisons:
 
 {table(["", "difference", ""], differences)}
 
-"4 steps old": the responses are drawn by the policy of four steps ago, at the rate tuned on-policy. The ratio of grpo
-and rloo is to the policy at the start of the step, so it is 1 here; neither gets the log-probabilities at sampling.
-With that ratio, and the KL penalty in the reward, rloo has the coefficients of gvpo ([Objectives](objectives.md)): at
-one learning rate their runs are the same run.
+"4 steps old": the policy of four steps ago draws the responses, at the rate tuned on-policy. The ratio of grpo and rloo
+is relative to the policy at the start of the step, so it is 1 here. Neither gets the log-probabilities at sampling.
+With this ratio and the KL penalty in the reward, rloo has the coefficients of gvpo ([Objectives](objectives.md)), so
+at the same learning rate their runs are identical.
 {SHOWS if done == total else ""}
 ## The same runs on a GPU
 
-One H200 (PyTorch 2.11.0) carried out the same runs by the same command, at the same rates and seeds, ten at a time in
-three minutes. It adds in another order: samples differ from the first steps on. {sum(len(v) for v in there.values())}
-of {total} results are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs; those of the
-others were lost. Before training: {before_there}.
+One H200 (PyTorch 2.11.0) did the same runs with the same command, rates and seeds, ten at a time in three minutes. A
+GPU adds numbers in another order, so samples differ from the first steps on. {sum(len(v) for v in there.values())}
+of {total} results are in [real_h200.jsonl](evidence/real_h200.jsonl), read from the logs of the runs. The other
+results were lost. Before training: {before_there}.
 
 {means(there)}
 """
 
 
 SHOWS = """
-Shows: every method learns basic_arithmetic, and no difference there is beyond its interval. On gcd with old responses
-gvpo ends above grpo with every seed, each at its own tuned rate; that is the one difference beyond its interval. One
-seed of gvpo on gcd with fresh responses gains nothing at that rate: tuning with one seed and 12 steps chose the highest
-of the three.
+Shows: every method learns basic_arithmetic, and no difference there exceeds its interval. On gcd with old responses
+gvpo ends above grpo with every seed, each at its own tuned rate. This is the only difference that exceeds its interval.
+One seed of gvpo on gcd with fresh responses gains nothing at its rate: tuning with one seed and 12 steps chose the
+highest of the three rates.
 
-Does not show: that gvpo is better than reject sampling, nor that the difference on gcd holds elsewhere: on the GPU,
-below, one seed of gvpo with old responses ends under its start. Three seeds of 24 steps leave intervals wider than
-most differences.
+Does not show: that gvpo is better than reject sampling, or that the difference on gcd holds elsewhere: on the GPU
+(below) one seed of gvpo with old responses ends below its start. With three seeds of 24 steps, most intervals are wider
+than the differences.
 """
 
 
 def holds(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]]) -> dict[str, bool]:
-    """Each sentence of SHOWS, and whether these results bear it out."""
+    """Returns each statement of SHOWS -> whether these results support it."""
     runs = final_runs(results)
     before, before_there = _before(runs, results), _before(runs, elsewhere)
     here, there = accuracies(runs, results), accuracies(runs, elsewhere)
@@ -168,7 +168,7 @@ def holds(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any
 
 
 def draw(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]], path: Path) -> None:
-    """A panel a task: the accuracy of each seed, the means, and the accuracy before training."""
+    """Draws one panel per task: the accuracy of each seed, the means, and the accuracy before training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -201,5 +201,5 @@ def draw(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
 
 
 def _before(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """Task -> held-out accuracy before training, of the tasks with a reported run."""
+    """Returns task -> held-out accuracy before training, for tasks with a reported run."""
     return {run.task: results[run.name]["before"] for run in runs if run.name in results}

@@ -1,4 +1,4 @@
-"""Claim 9, what is run: the runs, at which learning rate, and the results that are kept."""
+"""Plan of claim 9: the runs, their learning rates, and the saved results."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ SEEDS, TUNING_SEED = (1, 2, 3), 100
 STALENESS = (0, 4)
 STEPS, TUNING_STEPS = 24, 12
 PROMPTS, RESPONSES, MAX_TOKENS, BETA = 4, 8, 16, 0.05
-HELD_OUT, VALIDATION, LARGEST = 240, 120, 40  # LARGEST: number in a question
+HELD_OUT, VALIDATION, LARGEST = 240, 120, 40  # LARGEST: largest number in a question
 TASKS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {
         "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2, "operators": ["+"],
@@ -23,7 +23,7 @@ TASKS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its settings, and the name of its result."""
+    """The settings of one run, and the name of its result."""
 
     task: str
     method: str
@@ -39,7 +39,7 @@ class Run:
 
 
 def read_results(path: Path) -> dict[str, dict[str, Any]]:
-    """Name of a run -> its result."""
+    """Returns name of a run -> its result."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return {result["run"]: result for result in map(json.loads, lines)}
 
@@ -51,7 +51,7 @@ def tuning_runs() -> list[Run]:
 
 
 def final_runs(results: dict[str, dict[str, Any]]) -> list[Run]:
-    """The reported runs of what is tuned, at the rate with the highest validation accuracy, on-policy first."""
+    """Returns the reported runs of tuned cells, at the rate with the highest validation accuracy, on-policy first."""
     tried_rates: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for run in tuning_runs():
         if run.name in results:
