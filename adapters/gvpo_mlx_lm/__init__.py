@@ -1,7 +1,7 @@
 """GVPO on offline groups through mlx-lm's own trainer: `mlx_lm.lora` for scored responses.
 
-`python -m gvpo_mlx_lm --config lora.yaml --beta 0.1` takes mlx-lm's settings; in Python there are `load`, `load_groups`
-and `train`.
+`python -m gvpo_mlx_lm --config lora.yaml --beta 0.1` takes mlx-lm's settings. In Python, use `load`, `load_groups` and
+`train`.
 """
 
 from gvpo_core.hosts import Host, SettingsError

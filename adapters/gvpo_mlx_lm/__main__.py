@@ -1,7 +1,7 @@
 """`python -m gvpo_mlx_lm`: mlx_lm.lora for scored responses, with the same flags and YAML file.
 
-Its own settings are `beta` (0.1) and `groups_per_step`; `data` is a folder with train.jsonl and, where there is one,
-valid.jsonl. mlx-lm's `train_model` runs as it is: with our `train` instead of its trainer's.
+It adds the settings `beta` (0.1) and `groups_per_step`. `data` is a folder with train.jsonl and optionally valid.jsonl.
+mlx-lm's `train_model` runs unchanged, except that it calls our `train` instead of its trainer's.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from gvpo_mlx_lm import ModelError, load, load_groups, train
 from gvpo_mlx_lm.models import quantized
 
 _OURS = {"beta": 0.1, "groups_per_step": None}
-_COUNTS = {  # name -> the least it may be
+_COUNTS = {  # name -> smallest allowed value
     **dict.fromkeys(("batch_size", "iters", "grad_accumulation_steps", "steps_per_report", "steps_per_eval"), 1),
     **dict.fromkeys(("save_every", "max_seq_length", "groups_per_step"), 1),
     "val_batches": -1,
@@ -43,7 +43,7 @@ _LORA = ("rank", "scale", "dropout", "keys")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Trains. Returns 0, or 2 after one line about a setting, data or model that cannot be used."""
+    """Trains. Returns 0, or 2 after an error line about a setting, data or model that cannot be used."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
         run(settings(arguments))
@@ -54,25 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The command line over the YAML file over mlx-lm's defaults, as mlx_lm.lora resolves them.
+    """Returns the settings as mlx_lm.lora resolves them: command line, then YAML file, then mlx-lm's defaults.
 
-    Raises: SettingsError: a setting that GVPO does not support, or an unknown name in the file.
+    Raises: SettingsError: GVPO does not support a setting, or the file has an unknown name.
     """
     parser = lora.build_parser()
     parser.prog, parser.description = "gvpo_mlx_lm", "GVPO on scored responses, through mlx-lm's LoRA trainer."
     parser.add_argument("--beta", type=float, help="KL coefficient, reward units per nat. Default 0.1.")
-    parser.add_argument("--groups-per-step", type=int, help="Prompts of an optimizer step; default: what fits.")
+    parser.add_argument("--groups-per-step", type=int, help="Prompts per optimizer step. Default: as many as fit.")
     options = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    known = lora.CONFIG_DEFAULTS | _OURS
+    defaults = lora.CONFIG_DEFAULTS | _OURS
     if options.get("config"):
         from_file = _read(options["config"])
-        if unknown := sorted(map(str, from_file.keys() - known.keys())):
+        if unknown := sorted(map(str, from_file.keys() - defaults.keys())):
             raise SettingsError(
                 f"{options['config']} has {', '.join(unknown)}; expected settings of mlx_lm.lora, or beta"
             )
         options = from_file | options
-    args = argparse.Namespace(**(known | options))
-    if not options.get("model"):  # mlx-lm's default would be downloaded
+    args = argparse.Namespace(**(defaults | options))
+    if not options.get("model"):  # else mlx-lm would download its default model
         raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
     if args.train is False:
         raise SettingsError("train is not set; add --train, without which mlx_lm.lora does not train either")
@@ -101,14 +101,14 @@ def _read(file: str) -> dict[str, Any]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Checks before the model loads what would otherwise end in a traceback."""
+    """Checks settings that would otherwise end in a traceback, before the model loads."""
     check_beta(args.beta)
-    for name, least in _COUNTS.items():
+    for name, minimum in _COUNTS.items():
         value = getattr(args, name)
         if value is None and name == "groups_per_step":
             continue
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise SettingsError(f"{name} = {value!r}; expected an integer of at least {least}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise SettingsError(f"{name} = {value!r}; expected an integer of at least {minimum}")
     if args.num_layers == 0:
         raise SettingsError("num_layers = 0, for which mlx-lm takes all; expected -1 for all, or at least 1")
     if args.val_batches == 0:
@@ -124,8 +124,8 @@ def _check(args: argparse.Namespace) -> None:
     if Path(args.adapter_path).exists() and not Path(args.adapter_path).is_dir():
         raise SettingsError(f"adapter_path = {args.adapter_path!r} is a file; expected a folder")
     defaults: dict[str, Any] = lora.CONFIG_DEFAULTS
-    names = tuple(defaults["optimizer_config"])
-    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", names)):
+    optimizer_names = tuple(defaults["optimizer_config"])
+    for name, choices in (("fine_tune_type", ("lora", "dora", "full")), ("optimizer", optimizer_names)):
         if getattr(args, name) not in choices:
             raise SettingsError(f"{name} = {getattr(args, name)!r}; expected one of {', '.join(choices)}")
     if not is_number(args.learning_rate) or not 0 < args.learning_rate < math.inf:
@@ -134,9 +134,9 @@ def _check(args: argparse.Namespace) -> None:
     if args.lr_schedule:
         try:
             build_schedule(args.lr_schedule)
-        except Exception as error:  # whatever the schedule's function raises at these arguments
-            what = " ".join(f"{type(error).__name__}: {error}".split())
-            raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is not in mlx.optimizers: {what}") from error
+        except Exception as error:  # the schedule's function may raise anything
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            raise SettingsError(f"lr_schedule = {args.lr_schedule!r} is not in mlx.optimizers: {text}") from error
     if args.fine_tune_type != "full":
         _check_lora(args.lora_parameters)
     if args.resume_adapter_file is not None and not Path(args.resume_adapter_file).is_file():
@@ -154,10 +154,10 @@ def _check_optimizer(args: argparse.Namespace) -> None:
         raise SettingsError(f"optimizer_config.{args.optimizer} has {', '.join(unknown)}; expected {', '.join(known)}")
 
 
-def _check_lora(given: Any) -> None:
-    parameters = given if isinstance(given, dict) else {}
+def _check_lora(value: Any) -> None:
+    parameters = value if isinstance(value, dict) else {}
     if missing := {"rank", "dropout", "scale"} - parameters.keys():
-        raise SettingsError(f"lora_parameters = {given!r} has no {', '.join(sorted(missing))}")
+        raise SettingsError(f"lora_parameters = {value!r} has no {', '.join(sorted(missing))}")
     if unknown := sorted(map(str, parameters.keys() - {*_LORA})):
         raise SettingsError(f"lora_parameters has {', '.join(unknown)}; expected {', '.join(_LORA)}")
     rank, scale, keys = parameters["rank"], parameters["scale"], parameters.get("keys")
@@ -175,22 +175,22 @@ def _check_lora(given: Any) -> None:
 
 
 def _add_adapters(model: Any, *args: Any, file: str | None, **named: Any) -> None:
-    """mlx-lm's `linear_to_lora_layers`, then a look at the file of adapters that it will load without one.
+    """Runs mlx-lm's `linear_to_lora_layers`, then checks the adapter file, which mlx-lm loads without a check.
 
-    Raises: SettingsError: the file holds other tensors than these adapters have.
+    Raises: SettingsError: the tensors in the file are not those of these adapters.
     """
     lora.linear_to_lora_layers(model, *args, **named)
     if file is None:
         return
-    wanted = {name: tuple(p.shape) for name, p in tree_flatten(model.trainable_parameters())}
+    expected = {name: tuple(p.shape) for name, p in tree_flatten(model.trainable_parameters())}
     try:
-        found = {name: tuple(tensor.shape) for name, tensor in cast("dict[str, Any]", mx.load(file)).items()}
+        saved = {name: tuple(tensor.shape) for name, tensor in cast("dict[str, Any]", mx.load(file)).items()}
     except (RuntimeError, ValueError) as error:
         raise SettingsError(f"resume_adapter_file = {file!r} cannot be read: {error}") from error
-    different = (name for name in sorted(wanted.keys() | found.keys()) if wanted.get(name) != found.get(name))
+    different = (name for name in sorted(expected.keys() | saved.keys()) if expected.get(name) != saved.get(name))
     if (name := next(different, None)) is not None:
-        has = f"has {name} of shape {found[name]}" if name in found else f"has no {name}"
-        asked = f"shape {wanted[name]}" if name in wanted else "no such tensor"
+        has = f"has {name} of shape {saved[name]}" if name in saved else f"has no {name}"
+        asked = f"shape {expected[name]}" if name in expected else "no such tensor"
         raise SettingsError(
             f"resume_adapter_file = {file!r} {has}, and fine_tune_type, num_layers and lora_parameters ask for {asked}:"
             " mlx-lm would not load it; set them as in the adapter_config.json beside the file"
@@ -223,7 +223,7 @@ def run(args: argparse.Namespace) -> None:
     train_model = types.FunctionType(
         lora.train_model.__code__,
         vars(lora)
-        | {"train": partial(_train, of=args), "CacheDataset": lambda groups: groups}
+        | {"train": partial(_train, settings=args), "CacheDataset": lambda groups: groups}
         | {"linear_to_lora_layers": partial(_add_adapters, file=args.resume_adapter_file)},
         argdefs=lora.train_model.__defaults__,
     )
@@ -231,17 +231,17 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _train(
-    *, of: argparse.Namespace, model: Any, optimizer: Any, train_dataset: Any, val_dataset: Any, **rest: Any
+    *, settings: argparse.Namespace, model: Any, optimizer: Any, train_dataset: Any, val_dataset: Any, **rest: Any
 ) -> None:
     train(
         model,
         optimizer,
         train_dataset,
         val_dataset,
-        model_path=of.model,
-        beta=of.beta,
-        groups_per_step=of.groups_per_step,
-        seed=of.seed,
+        model_path=settings.model,
+        beta=settings.beta,
+        groups_per_step=settings.groups_per_step,
+        seed=settings.seed,
         **rest,
     )
 

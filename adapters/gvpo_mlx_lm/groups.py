@@ -25,15 +25,15 @@ class Group:
     """One prompt and its k >= 2 scored responses."""
 
     prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]  # k, each with its end token, where it has one
+    responses: tuple[tuple[int, ...], ...]  # k, each with its end token if it has one
     rewards: tuple[float, ...]  # k, finite
-    ref_logprobs: tuple[float, ...] | None = None  # k, nats, of whole responses
+    ref_logprobs: tuple[float, ...] | None = None  # k, nats, sums over each response
 
     def __len__(self) -> int:
         return len(self.responses)
 
     def reference(self, response: int) -> float:
-        """The reference's log-prob of a response; `iterate_batches` refuses groups without it."""
+        """Returns the reference's log-prob of a response. `iterate_batches` rejects groups without it."""
         assert self.ref_logprobs is not None
         return self.ref_logprobs[response]
 
@@ -41,34 +41,34 @@ class Group:
 def load_groups(
     source: str | Path | Iterable[Row], tokenizer: Any, *, max_seq_length: int = 2048, name: str = "train"
 ) -> list[Group]:
-    """Groups of a .jsonl or .parquet file, a folder saved by `datasets`, or rows given in Python.
+    """Returns the groups of a .jsonl or .parquet file, a folder saved by `datasets`, or rows given in Python.
 
-    A row has `prompt`, text or chat messages; `responses`, each text, messages or token ids; `rewards`, a number each,
-    or None where there is no score; and may have `finished`, a bool each, `prompt_ids` and `response_ids`, which are
-    read as `gvpo train` reads recorded groups. A finished text gets an end token, for the policy's log-probability of a
-    response is that of ending there too: after chat messages the one with which the chat template closes an
-    assistant's turn, else the tokenizer's. Token ids are taken as they are. A response without a score leaves its group
-    (Cor. 3.4), a group with fewer than two is left out.
+    A row has `prompt` (text or chat messages), `responses` (each text, messages or token ids) and `rewards` (each a
+    number, or None for no score). It may have `finished` (each a bool), `prompt_ids` and `response_ids`. All are read
+    as `gvpo train` reads recorded groups. A finished text gets an end token, because the log-probability of a response
+    includes that of its end: after chat messages the token that closes an assistant's turn in the chat template, else
+    the tokenizer's. Token ids are used unchanged. A response without a score is dropped from its group (Cor. 3.4), and
+    so is a group with fewer than two scored responses.
 
     Args:
-      tokenizer: mlx-lm's, or any of transformers.
-      max_seq_length: tokens of prompt and response; mlx-lm would cut longer ones, which would be another response.
-      name: of the data, for messages.
-    Raises: DataError: a row that cannot be used, and why, or no group left.
+      tokenizer: one of mlx-lm or transformers.
+      max_seq_length: most tokens of prompt and response. mlx-lm would cut longer ones and so change the response.
+      name: name of the data in messages.
+    Raises: DataError: a row cannot be used, or no group is left.
     """
     rows = load_rows(source, name)
     for i, row in enumerate(rows):
         for column in ("prompt", *GROUPS.needs):
             if row.get(column) is None:
-                found = ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
-                raise DataError(f"{name} row {i} has no column {column!r}; it has {found}")
-    known = getattr(tokenizer, "eos_token_ids", None)  # a set, of mlx-lm's tokenizers
-    end = end_tokens(sorted(known) if isinstance(known, set | list | tuple) else known, tokenizer)
+                columns = ", ".join(str(key) for key, value in row.items() if value is not None) or "none"
+                raise DataError(f"{name} row {i} has no column {column!r}; it has {columns}")
+    eos_ids = getattr(tokenizer, "eos_token_ids", None)  # mlx-lm's tokenizers have a set
+    end = end_tokens(sorted(eos_ids) if isinstance(eos_ids, set | list | tuple) else eos_ids, tokenizer)
     groups = [_group(row, tokenizer, end, max_seq_length) for row in recorded_rows(rows, GROUPS, name).rows]
-    kept = [group for group in groups if len(group) >= 2]
-    if not kept:
+    usable_groups = [group for group in groups if len(group) >= 2]
+    if not usable_groups:
         raise DataError(f"{name}: none of {len(rows)} groups has two scored responses; GVPO compares them")
-    return kept
+    return usable_groups
 
 
 def _group(row: RecordedRow, tokenizer: Any, end: Sequence[int], longest: int) -> Group:
@@ -84,7 +84,7 @@ def _group(row: RecordedRow, tokenizer: Any, end: Sequence[int], longest: int) -
             " Train on it with gvpo_mlx (docs/recorded.md)"
         )
     prompt = checked_prompt(row.prompt, f"{where}, column 'prompt'")
-    asked = _prompt(prompt, row.prompt_ids, tokenizer, where)
+    prompt_ids = _prompt(prompt, row.prompt_ids, tokenizer, where)
     _check_end(prompt, tokenizer, where)
     tokens, scores = [], []
     for j, (response, reward, ended) in enumerate(zip(row.responses, row.rewards, row.finished, strict=True)):
@@ -96,19 +96,19 @@ def _group(row: RecordedRow, tokenizer: Any, end: Sequence[int], longest: int) -
             ids = encode_responses(tokenizer, prompt, [response], [ended], end)[0].tokens
         except ResponseError as error:
             raise DataError(f"{where}, response {j} cannot be used: {error}") from error
-        if len(asked) + len(ids) > longest:
+        if len(prompt_ids) + len(ids) > longest:
             raise DataError(
-                f"{where}, response {j}: prompt and response have {len(asked)} + {len(ids)} tokens, more than"
+                f"{where}, response {j}: prompt and response have {len(prompt_ids)} + {len(ids)} tokens, more than"
                 f" max_seq_length = {longest}; raise it, or leave the response out"
             )
         tokens.append(tuple(ids))
         scores.append(reward)
-    return Group(asked, tuple(tokens), tuple(scores))
+    return Group(prompt_ids, tuple(tokens), tuple(scores))
 
 
-def _prompt(prompt: Prompt, known: Sequence[int] | None, tokenizer: Any, where: str) -> tuple[int, ...]:
-    if known is not None:
-        ids = tuple(known)
+def _prompt(prompt: Prompt, recorded_ids: Sequence[int] | None, tokenizer: Any, where: str) -> tuple[int, ...]:
+    if recorded_ids is not None:
+        ids = tuple(recorded_ids)
     elif isinstance(prompt, str):
         ids = text_tokens(tokenizer, prompt)
     elif getattr(tokenizer, "chat_template", None) is None:
@@ -116,7 +116,7 @@ def _prompt(prompt: Prompt, known: Sequence[int] | None, tokenizer: Any, where: 
     else:
         try:
             ids = chat_tokens(tokenizer, prompt)
-        except Exception as error:  # what a template raises is its own
+        except Exception as error:  # a template may raise anything
             raise DataError(f"{where}, column 'prompt' cannot be encoded: {type(error).__name__}: {error}") from error
     if not ids:
         raise DataError(f"{where}, column 'prompt': the prompt is empty once tokenized")
@@ -124,13 +124,13 @@ def _prompt(prompt: Prompt, known: Sequence[int] | None, tokenizer: Any, where: 
 
 
 def _check_end(prompt: Prompt, tokenizer: Any, where: str) -> None:
-    """Raises: DataError: the chat template does not say with which token an answer ends, often another than eos."""
+    """Raises: DataError: the chat template does not show which token ends an answer; often this is not eos."""
     if isinstance(prompt, str) or getattr(tokenizer, "chat_template", None) is None:
         return
-    before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # a last answer is being continued
+    before = prompt[:-1] if prompt[-1].get("role") in ASSISTANT else prompt  # the response continues a last answer
     try:
         turn_end(tokenizer, before)
-    except Exception as error:  # what a template raises is its own
+    except Exception as error:  # a template may raise anything
         raise DataError(
             f"{where}: the chat template does not take an answer after the prompt ({error}), so it does not say"
             " with which token one ends; give the prompt as text"

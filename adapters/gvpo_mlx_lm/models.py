@@ -1,8 +1,8 @@
-"""Models as mlx-lm has them, checked against their folder: loaded exactly or rejected, adapters off, without dropout.
+"""Loads mlx-lm's models and checks them against their folder. A model that would be computed differently is rejected.
 
-mlx-lm takes from config.json what its class for the model type names, and drops the rest in silence: RoPE that
-transformers 5 writes into `rope_parameters`, an activation, a window. Log-probs are then off by more than a nat. The
-checks and corrections are gvpo_mlx's.
+mlx-lm reads from config.json only the names that its class for the model type has, and silently drops the rest: RoPE
+that transformers 5 writes into `rope_parameters`, an activation, a window. Log-probs are then off by more than a nat.
+The checks and corrections are gvpo_mlx's.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ _OF_TRAINING = ("_no_grad", "_training")
 
 
 class ModelError(ValueError):
-    """A model that mlx-lm would compute differently from its folder; the message says what to do."""
+    """mlx-lm would compute the model differently from its folder. The message says what to do."""
 
 
 def load(
@@ -40,14 +40,14 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
 ) -> Any:
-    """`mlx_lm.load`, of a model that computes what its folder says.
+    """Loads as `mlx_lm.load` does, and checks that the model computes what its folder says.
 
     Args:
       path: a folder or hub name.
       tokenizer_config, adapter_path, lazy, return_config, revision, trust_remote_code: as mlx_lm.load's.
     Returns: as mlx_lm.load: (model, tokenizer), and the config with `return_config`.
-    Raises: ModelError: no such model, one that mlx-lm cannot load, or one that it computes otherwise than transformers;
-      adapters of another model.
+    Raises: ModelError: there is no such model, mlx-lm cannot load it or computes it differently from transformers, or
+      the adapters belong to another model.
     """
     folder = _folder(path, revision)
     loaded = _pretrained(path, folder, trust_remote_code)
@@ -57,7 +57,7 @@ def load(
     if adapter_path is not None:
         try:
             model = utils.load_adapters(model, adapter_path)
-        except (OSError, ValueError, KeyError, AttributeError) as error:  # no such files, other tensors, no rank
+        except (OSError, ValueError, KeyError, AttributeError) as error:  # missing files, other tensors, no rank
             text = " ".join(f"{type(error).__name__}: {error}".split())
             raise ModelError(f"adapter_path = {adapter_path!r} does not fit {str(path)!r}: {text}") from error
     model.eval()
@@ -73,7 +73,7 @@ def _pretrained(path: str | Path, folder: Path, trust_remote_code: bool, *, comp
     config = ModelConfig(path=str(folder), trust_remote_code=trust_remote_code)
     try:
         return (twin if compare else read).pretrained(config, local_folder(config))
-    except (ConfigError, OSError, ValueError) as error:  # no weights, a file that is not JSON, an unknown model type
+    except (ConfigError, OSError, ValueError) as error:  # no weights, invalid JSON, unknown model type
         text = " ".join(str(error).replace("model.path ", "").split())
         raise ModelError(f"mlx-lm cannot load {str(path)!r}: {text}") from error
 
@@ -89,20 +89,20 @@ def _folder(path: str | Path, revision: str | None = None) -> Path:
 
 
 def check_model(model: nn.Module, path: str | Path) -> int | None:
-    """Compares what the model's modules compute with what its folder asks for; leaves constants out of training.
+    """Compares the model's modules with those that its folder asks for, and freezes constants.
 
-    Returns: the longest row in tokens that the model scores as transformers does; None: any.
+    Returns: the longest row, in tokens, that the model scores as transformers does; None: no limit.
     Raises: ModelError: the model computes something else.
     """
     expected = _pretrained(path, _folder(path), False, compare=False)
     with adapters_off(model):
         modules = _computed(model)
-    for name, wanted in _computed(expected.lm).items():
+    for name, target in _computed(expected.lm).items():
         actual = modules.get(name)
-        if actual is None or not _same(actual, wanted):
-            asked = _shown(wanted, actual or {}).removeprefix("has ")
+        if actual is None or not _same(actual, target):
+            asked = _shown(target, actual or {}).removeprefix("has ")
             raise ModelError(
-                f"{name or 'the model'} {_shown(actual, wanted)}, and {path}/config.json asks for {asked}: mlx_lm.load"
+                f"{name or 'the model'} {_shown(actual, target)}, and {path}/config.json asks for {asked}: mlx_lm.load"
                 " does not read all that the file says for this model type; load it with gvpo_mlx_lm.load"
             )
     weights.freeze_constants(model, str(expected.config["model_type"]))
@@ -113,14 +113,14 @@ check_rope = check_model
 
 
 def _computed(model: nn.Module) -> dict[str, dict[str, Any]]:
-    """What each module computes with, by its name: its classes, its numbers, and the tables of rotary embeddings."""
+    """Returns module name -> what it computes with: its classes, its numbers, and the tables of rotary embeddings."""
     modules = {}
     for name, module in model.named_modules():
         plain = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str, tuple, type(None)))}
         facts = {k: v for k, v in plain.items() if k not in _OF_TRAINING}
         if type(module).__name__.lower().endswith(("rope", "rotaryembedding")):
             facts |= {k: v for k, v in {**vars(module), **module}.items() if isinstance(v, mx.array)}
-        # gvpo_mlx corrects a module by a subclass of the same name
+        # gvpo_mlx corrects a module with a subclass of the same name
         modules[name] = facts | {"class": " of ".join(c.__name__ for c in type(module).__mro__[:2])}
         modules[name] |= {"window": getattr(module, "applied_window", None)}
     return modules
@@ -137,7 +137,7 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _shown(values: dict[str, Any] | None, other: dict[str, Any]) -> str:
-    """The entries in which two modules differ."""
+    """Describes the entries in which two modules differ."""
     if values is None:
         return "is not there"
     different = {k: v for k, v in values.items() if k not in other or not _equal(v, other[k])}
@@ -149,7 +149,7 @@ def _shown(values: dict[str, Any] | None, other: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """The base model: each LoRA or DoRA layer replaced by the layer that it adapts."""
+    """Turns the model into its base model: replaces each LoRA or DoRA layer with the layer that it adapts."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTERS)]
     base = [(name, module["embedding" if "embedding" in module else "linear"]) for name, module in layers]
     if not layers:
@@ -163,11 +163,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def dropouts(model: nn.Module) -> list[tuple[str, float]]:
-    """(name, probability) of each dropout layer that drops anything."""
+    """Returns (name, probability) of each dropout layer with a probability above 0."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, nn.Dropout))
     return [(name, 1 - layer._p_1) for name, layer in layers if layer._p_1 < 1]
 
 
 def quantized(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """(name, layer) of each layer of quantized weights."""
+    """Returns (name, layer) of each layer with quantized weights."""
     return [(name, module) for name, module in model.named_modules() if "scales" in module]

@@ -1,10 +1,10 @@
-"""GVPO in mlx-lm's trainer: the `loss` and `iterate_batches` that its `train` takes, and the checks before it starts.
+"""GVPO in mlx-lm's trainer: the `loss` and `iterate_batches` that its `train` takes, and checks before it starts.
 
-mlx-lm adds up the gradients of `grad_accumulation_steps` micro-batches on each of its processes and divides by their
-number M, whatever is in them. The loss of each micro-batch is therefore M times its share of the step's, so that the
-step is exact: along -sum_i c_i grad log pi_i over all responses of the step, with `gvpo_coefficients` c. Where every
-group fits a micro-batch, c is computed inside the loss; else all responses of the step are scored first, without
-gradient, and c is constant in the micro-batches.
+mlx-lm adds up the gradients of `grad_accumulation_steps` micro-batches on each process and divides by their number M,
+whatever they contain. So the loss of each micro-batch is M times its share of the step's loss. This makes the step
+exact: along -sum_i c_i grad log pi_i over all responses of the step, with `gvpo_coefficients` c. If every group fits a
+micro-batch, c is computed inside the loss. Otherwise all responses of the step are scored first, without gradient, and
+c is constant in the micro-batches.
 """
 
 from collections.abc import Iterator, Sequence
@@ -29,7 +29,7 @@ from gvpo_mlx_lm.batches import StepResponse
 from gvpo_mlx_lm.groups import Group
 from gvpo_mlx_lm.models import adapters_off, check_model, dropouts, quantized
 
-_BLOCK = 32  # lengths are padded to multiples of it, so that few shapes are compiled
+_BLOCK = 32  # lengths are padded to multiples of this, so that few shapes are compiled
 
 
 def train(
@@ -47,16 +47,16 @@ def train(
 ) -> "GVPO":
     """Runs mlx-lm's own trainer on scored responses.
 
-    The reference is the model with its adapters off, or, in full fine-tuning, as it is handed over.
+    The reference is the model with its adapters off, or in full fine-tuning the model at the start.
 
     Args:
-      model: as mlx-lm loads it, frozen and with its LoRA or DoRA layers, as `mlx_lm.lora` makes them.
-      args: mlx-lm's. `batch_size` is the most responses that go through the model together, over all processes;
-        `iters` counts micro-batches, `grad_accumulation_steps` of which make an optimizer step.
-      model_path: the folder or hub name that `model` was loaded from, to check what it computes against its files.
+      model: frozen, with LoRA or DoRA layers, as `mlx_lm.lora` makes it.
+      args: mlx-lm's. `batch_size` is the most responses in one pass of the model, over all processes. `iters` counts
+        micro-batches; `grad_accumulation_steps` of them make an optimizer step.
+      model_path: the folder or hub name that `model` was loaded from, to check the model against its files.
       beta: KL coefficient, reward units per nat.
-      groups_per_step: prompts of an optimizer step; default: as many as surely fit.
-    Raises: SettingsError: a setting that would break exactness. DataError: groups that do not fit.
+      groups_per_step: prompts per optimizer step; default: as many as fit in any case.
+    Raises: SettingsError: a setting would make steps inexact. DataError: groups do not fit.
     """
     gvpo = GVPO(model, args, model_path, beta=beta, groups_per_step=groups_per_step, seed=seed)
     scored = gvpo.with_reference(train_groups)
@@ -74,7 +74,7 @@ def train(
 
 
 class GVPO:
-    """What mlx-lm's `train` needs for GVPO: a dataset by `with_reference`, `loss` and `iterate_batches`."""
+    """The arguments of mlx-lm's `train` for GVPO: datasets from `with_reference`, `loss` and `iterate_batches`."""
 
     def __init__(
         self,
@@ -124,9 +124,10 @@ class GVPO:
     # -- data
 
     def with_reference(self, groups: Sequence[Group]) -> list[Group]:
-        """The groups with the log-probs of the reference, computed once.
+        """Returns the groups with the reference's log-probs, computed once.
 
-        Raises: SettingsError: rows beyond a window that mlx-lm omits. DataError: ids that are not the model's tokens.
+        Raises: SettingsError: rows are longer than a window that mlx-lm omits. DataError: ids are not tokens of the
+          model.
         """
         self._check_ids(groups)
         rows = [(group.prompt, response) for group in groups for response in group.responses]
@@ -141,7 +142,7 @@ class GVPO:
         return [replace(group, ref_logprobs=tuple(islice(scores, len(group)))) for group in groups]
 
     def _check_ids(self, groups: Sequence[Group]) -> None:
-        vocabulary = self.model(mx.array([[0]])).shape[-1]  # not evaluated: a shape
+        vocabulary = self.model(mx.array([[0]])).shape[-1]  # only the shape; nothing is evaluated
         for number, group in enumerate(groups):
             ids = [*group.prompt, *(i for response in group.responses for i in response)]
             if wrong := [i for i in ids if not 0 <= i < vocabulary]:
@@ -152,9 +153,10 @@ class GVPO:
     def iterate_batches(
         self, dataset: Sequence[Group], batch_size: int, max_seq_length: int, loop: bool = False, comm_group: Any = None
     ) -> Iterator[tuple[Any, ...]]:
-        """The micro-batches of this process, instead of mlx-lm's `iterate_batches`: whole steps, endlessly, with
-        `loop`; else the dataset once.
+        """Replaces mlx-lm's `iterate_batches`. Yields the micro-batches of this process.
 
+        Args:
+          loop: yield complete steps without end; else the dataset once.
         Raises: SettingsError, DataError: see `train`.
         """
         world = comm_group or self.world
@@ -178,52 +180,52 @@ class GVPO:
             value, coefficients = self._scored(groups, parts, world)
             for part in parts[world.rank() :: world.size()]:
                 c = [micro_batches * coefficients[row] for row in part]
-                yield self._arrays(groups, part, share=1.0, known=(value, c))
+                yield self._arrays(groups, part, share=1.0, scored=(value, c))
 
     def _groups_per_step(self, dataset: Sequence[Group], capacity: int) -> int:
         largest = max(map(len, dataset))
-        wanted = self.groups_per_step or max(1, min(capacity // largest, len(dataset)))
-        most = sum(sorted(map(len, dataset), reverse=True)[:wanted])
-        if not 1 <= wanted <= len(dataset):
-            raise SettingsError(f"groups_per_step = {wanted}; expected 1 to {len(dataset)}, the groups there are")
+        per_step = self.groups_per_step or max(1, min(capacity // largest, len(dataset)))
+        most = sum(sorted(map(len, dataset), reverse=True)[:per_step])
+        if not 1 <= per_step <= len(dataset):
+            raise SettingsError(f"groups_per_step = {per_step}; expected 1 to {len(dataset)}, the groups there are")
         if most > capacity:
             raise SettingsError(
-                f"{wanted} groups of up to {largest} responses may be {most} responses, and batch_size ="
+                f"{per_step} groups of up to {largest} responses may be {most} responses, and batch_size ="
                 f" {self.args.batch_size} times grad_accumulation_steps = {self.args.grad_accumulation_steps} holds"
                 f" {capacity}: raise grad_accumulation_steps, which costs no memory, or batch_size"
             )
-        return wanted
+        return per_step
 
     def _evaluation(self, dataset: Sequence[Group], rows: int, world: Any) -> Iterator[tuple[Any, ...]]:
-        """Weighted by mlx-lm with what the loss counts: groups, so that its mean is `gvpo_loss` over the dataset."""
+        """Yields a group at a time. Its count is 1, so that mlx-lm's mean is `gvpo_loss` over the dataset."""
         for group in dataset[world.rank() :: world.size()]:
             responses = [StepResponse(0, i) for i in range(len(group))]
-            known = None
+            scored = None
             if len(group) > rows:
                 logprobs = self._score([(group.prompt, response) for response in group.responses])
-                known, responses = (self._value([group], logprobs), [0.0] * rows), responses[:rows]
-            ids, lengths, *rest, _ = self._arrays([group], responses, share=1.0, known=known)
+                scored, responses = (self._value([group], logprobs), [0.0] * rows), responses[:rows]
+            ids, lengths, *rest, _ = self._arrays([group], responses, share=1.0, scored=scored)
             yield ids, lengths, *rest, mx.array(1)
 
     def _scored(
         self, groups: Sequence[Group], parts: list[list[StepResponse]], world: Any
     ) -> tuple[float, dict[StepResponse, float]]:
-        """The step's loss and the coefficient of each response; each process scores its own rows."""
-        everything = [row for part in parts for row in part]
-        places = {row: i for i, row in enumerate(everything)}
-        mine = [row for part in parts[world.rank() :: world.size()] for row in part]
-        logprobs = np.zeros(len(everything), dtype=np.float32)
+        """Returns the step's loss and the coefficient of each response. Each process scores its own rows."""
+        all_rows = [row for part in parts for row in part]
+        places = {row: i for i, row in enumerate(all_rows)}
+        local_rows = [row for part in parts[world.rank() :: world.size()] for row in part]
+        logprobs = np.zeros(len(all_rows), dtype=np.float32)
         local_logprobs = self._score(
-            [(groups[row.group].prompt, groups[row.group].responses[row.response]) for row in mine]
+            [(groups[row.group].prompt, groups[row.group].responses[row.response]) for row in local_rows]
         )
-        logprobs[[places[row] for row in mine]] = local_logprobs
+        logprobs[[places[row] for row in local_rows]] = local_logprobs
         logprobs = np.array(mx.distributed.all_sum(mx.array(logprobs), group=world), dtype=np.float64)
-        ref = np.array([groups[row.group].reference(row.response) for row in everything])
-        rewards = np.array([groups[row.group].rewards[row.response] for row in everything])
-        ids = np.array([row.group for row in everything])
+        ref = np.array([groups[row.group].reference(row.response) for row in all_rows])
+        rewards = np.array([groups[row.group].rewards[row.response] for row in all_rows])
+        ids = np.array([row.group for row in all_rows])
         c = gvpo_coefficients(logprobs, ref, rewards, ids, beta=self.beta)
         loss = gvpo_loss(logprobs, ref, rewards, ids, beta=self.beta).loss
-        return float(loss), dict(zip(everything, c.tolist(), strict=True))
+        return float(loss), dict(zip(all_rows, c.tolist(), strict=True))
 
     def _value(self, groups: Sequence[Group], logprobs: np.ndarray) -> float:
         ids = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
@@ -231,7 +233,7 @@ class GVPO:
         return float(gvpo_loss(logprobs.astype(np.float64), ref, rewards, ids, beta=self.beta).loss)
 
     def _score(self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
-        """(N,) float32 log-probs of the responses, nats, without gradient, at most `batch_size` rows at once."""
+        """Returns (N,) float32 log-probs of the responses, nats, without gradient, `batch_size` rows at a time."""
         size = max(1, self.args.batch_size // self.world.size())
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         logprobs = np.zeros(len(rows), dtype=np.float32)
@@ -258,7 +260,7 @@ class GVPO:
         coefficients: mx.array | None,
         count: mx.array,
     ) -> tuple[mx.array, mx.array]:
-        """(loss, count) of one micro-batch: GVPO's loss in value, the step at policy-gradient scale in gradient."""
+        """Returns (loss, count) of a micro-batch: value, GVPO's loss; gradient, the step at policy-gradient scale."""
         logprobs = response_logprobs(model, ids, lengths)
         if coefficients is None:
             rows = (logprobs, ref_logprobs, rewards, group_ids)
@@ -274,22 +276,26 @@ class GVPO:
         part: list[StepResponse],
         *,
         share: float,
-        known: tuple[float, list[float]] | None = None,
+        scored: tuple[float, list[float]] | None = None,
     ) -> tuple[Any, ...]:
-        """The arguments of `loss` after the model. An empty micro-batch gets one row that does not count."""
-        nothing = not part
+        """Returns the arguments of `loss` after the model. An empty micro-batch gets one row that does not count.
+
+        Args:
+          scored: loss and coefficients of rows that were scored before; None: `loss` computes them.
+        """
+        empty = not part
         part = part or [StepResponse(0, 0)]
-        of = [(groups[row.group], row.response) for row in part]
-        ids, lengths = _padded([(group.prompt, group.responses[i]) for group, i in of])
-        rewards = [float("nan") if nothing else group.rewards[i] for group, i in of]
-        count = 0 if nothing else sum(len(group.responses[i]) for group, i in of)
+        rows = [(groups[row.group], row.response) for row in part]
+        ids, lengths = _padded([(group.prompt, group.responses[i]) for group, i in rows])
+        rewards = [float("nan") if empty else group.rewards[i] for group, i in rows]
+        count = 0 if empty else sum(len(group.responses[i]) for group, i in rows)
         value = coefficients = None
-        if known is not None:
-            value, coefficients = mx.array(known[0]), mx.array([0.0] if nothing else known[1])
+        if scored is not None:
+            value, coefficients = mx.array(scored[0]), mx.array([0.0] if empty else scored[1])
         return (
             ids,
             lengths,
-            mx.array([group.reference(i) for group, i in of]),
+            mx.array([group.reference(i) for group, i in rows]),
             mx.array(rewards),
             mx.array(np.unique([row.group for row in part], return_inverse=True)[1].astype(np.int32)),
             mx.array(share),
@@ -300,11 +306,11 @@ class GVPO:
 
 
 def response_logprobs(model: nn.Module, ids: mx.array, lengths: mx.array) -> mx.array:
-    """(N,) float32, nats, at temperature 1: sums over each row's response tokens, its end token included.
+    """Returns (N,) float32, nats, at temperature 1: sums over each row's response tokens, including its end token.
 
     Args:
-      ids: (N, T) prompt and response, padded behind.
-      lengths: (N, 2) tokens of the prompt, and of both.
+      ids: (N, T) prompt and response, padded on the right.
+      lengths: (N, 2) tokens of the prompt, and of prompt and response.
     """
     logits = model(ids[:, :-1]).astype(mx.float32)
     targets = ids[:, 1:]

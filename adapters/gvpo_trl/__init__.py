@@ -1,4 +1,4 @@
-"""Exact GVPO in TRL: `GVPOTrainer` for `GRPOTrainer`, `GVPOConfig` for `GRPOConfig`, with no other change."""
+"""Exact GVPO in TRL: `GVPOTrainer` replaces `GRPOTrainer`, and `GVPOConfig` replaces `GRPOConfig`."""
 
 from gvpo_core.hosts import Host
 

@@ -1,4 +1,4 @@
-"""TRL's settings with GVPO's defaults, and checks for settings that would change the GVPO update."""
+"""TRL's settings with GVPO's defaults, and checks that reject settings that would change the GVPO update."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -12,9 +12,9 @@ from gvpo_core.hosts import Rule, SettingsError, equals, is_beta, is_number, ref
 
 @dataclass
 class GVPOConfig(GRPOConfig):
-    """`GRPOConfig` for `GVPOTrainer`. It has other defaults and rejects some settings (`check`).
+    """`GRPOConfig` for `GVPOTrainer`. Some defaults differ, and `check` rejects some settings.
 
-    `temperature` is that of sampling alone: log-probabilities are scored at temperature 1. `epsilon` has no effect.
+    `temperature` applies to sampling only: log-probabilities are scored at temperature 1. `epsilon` has no effect.
     """
 
     beta: float = field(
@@ -41,7 +41,7 @@ class GVPOConfig(GRPOConfig):
         self.check()
 
     def check(self) -> None:
-        """Raises: SettingsError: names every setting that would change the GVPO update, and what to set."""
+        """Raises: SettingsError: names every setting that would change the GVPO update, and what to set instead."""
         wrong = refused(RULES, lambda name: getattr(self, name))
         assert self.steps_per_generation is not None and self.num_generations is not None  # set by the host
         if self.steps_per_generation % self.gradient_accumulation_steps:
@@ -58,16 +58,16 @@ class GVPOConfig(GRPOConfig):
                 " divides it, or steps_per_generation to gradient_accumulation_steps: groups would be cut between"
                 " the optimizer steps of a generation"
             )
-        own = cast("dict[str, Any]", self.generation_kwargs or {})
-        wrong += cannot_sample(own)
-        if own.get("eos_token_id") is not None:
+        kwargs = cast("dict[str, Any]", self.generation_kwargs or {})
+        wrong += cannot_sample(kwargs)
+        if kwargs.get("eos_token_id") is not None:
             wrong.append(
-                f"eos_token_id is {own['eos_token_id']!r}; set it in the model's generation_config: TRL cuts a response"
+                f"eos_token_id is {kwargs['eos_token_id']!r}; set it in the model's generation_config: TRL cuts a response"
                 " at the end tokens of the model and tokenizer, and would count padding after another one as sampled"
             )
         if not self.allow_truncated_support:
             sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}
-            wrong += cuts_support(sampling | own)
+            wrong += cuts_support(sampling | kwargs)
             if self.vllm_structured_outputs_regex is not None:
                 wrong.append(f"vllm_structured_outputs_regex is {self.vllm_structured_outputs_regex!r}; {_CUT}")
         if wrong:
@@ -143,7 +143,7 @@ _CUT = (
     " to give up the corollary's guarantee"
 )
 
-# Settings of generation_kwargs or a model's generation_config that cut the support, and the values that cut nothing.
+# Settings of generation_kwargs or generation_config that cut the support -> whether a value is harmless.
 _SUPPORT: dict[str, Callable[[Any], bool]] = {
     "top_p": lambda x: x is None or x >= 1,
     "top_k": lambda x: x is None or x <= 0,
@@ -179,13 +179,13 @@ _SUPPORT: dict[str, Callable[[Any], bool]] = {
 }
 
 
-def _biases(given: Any) -> list[float]:
-    """The numbers of transformers' `sequence_bias`: {tokens: bias}, or pairs [tokens, bias]."""
-    return [float(bias) for bias in (given.values() if isinstance(given, Mapping) else (pair[1] for pair in given))]
+def _biases(value: Any) -> list[float]:
+    """Returns the numbers of transformers' `sequence_bias`: {tokens: bias}, or pairs [tokens, bias]."""
+    return [float(bias) for bias in (value.values() if isinstance(value, Mapping) else (pair[1] for pair in value))]
 
 
 def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
-    """Mistakes in sampling settings: greedy sampling, a wrong number of samples, or ends that TRL does not see."""
+    """Returns error lines for greedy sampling, a wrong number of samples, and ends of responses that TRL misses."""
     wrong = []
     temperature, sequences = sampling.get("temperature"), sampling.get("num_return_sequences")
     if temperature is not None and not (is_number(temperature) and temperature > 0):
@@ -198,7 +198,7 @@ def cannot_sample(sampling: Mapping[str, Any]) -> list[str]:
 
 
 def cuts_support(sampling: Mapping[str, Any]) -> list[str]:
-    """Mistakes in sampling settings: those that give some response probability 0."""
+    """Returns error lines for settings that give some response probability 0."""
     return [
         f"{name} is {sampling[name]!r}; {_CUT}"
         for name, harmless in _SUPPORT.items()

@@ -1,7 +1,7 @@
-"""Checks that TRL's reference is the model as it was before training, and that something is trained.
+"""Checks that TRL's reference is the model before training, and that at least one parameter is trained.
 
-TRL's reference is a second model from the path in the config; with a new PEFT adapter, the model without it; for a
-model that comes with an adapter, a copy of the adapter that is named "default".
+TRL's reference is one of three: a second model from the path in the config; with a new PEFT adapter, the model without
+it; for a model that already has an adapter, a copy of the adapter named "default".
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from trl.trainer.utils import use_adapter
 
 from gvpo_trl.scoring import differ, padded_scores
 
-_COPY = "ref"  # TRL's name of the copied adapter
+_COPY = "ref"  # TRL's name for the copied adapter
 _SUBTRACTED = ("pissa", "corda", "olora", "loftq", "lora_ga")  # PEFT subtracts such an adapter from the base weights
 
 
 def check_adapters(model: Any) -> None:
-    """Checks the adapters of a model, before TRL copies one of them.
+    """Checks the adapters of a model before TRL copies one of them.
 
     Raises: ValueError: the active adapter is not the one that becomes the reference.
     """
@@ -44,10 +44,10 @@ def check_trainable(model: Any) -> None:
 
 
 def check_reference(trainer: Any) -> None:
-    """Compares the reference with the model, which has not been trained yet.
+    """Compares the reference with the model before training.
 
-    Raises: ValueError: the reference is not the initial model, or moves with the trained one.
-    Warns: the model starts away from its reference.
+    Raises: ValueError: the reference is not the initial model, or training would change it.
+    Warns: the model differs from its reference at the start.
     """
     checkpointing = trainer.args.gradient_checkpointing_kwargs
     with disable_gradient_checkpointing(trainer.model, checkpointing), trainer.accelerator.autocast():
@@ -67,7 +67,7 @@ def check_reference(trainer: Any) -> None:
 
 @contextlib.contextmanager
 def _reference(trainer: Any) -> Any:
-    """The model that TRL scores as the reference."""
+    """Yields the model that TRL scores as the reference."""
     if trainer.ref_model is not None:
         with torch.no_grad():
             yield trainer.ref_model
@@ -78,7 +78,7 @@ def _reference(trainer: Any) -> Any:
 
 
 def _check_constant(ref_scores: list[Tensor], trained: list[tuple[str, Any]]) -> None:
-    inputs = [(name, p) for name, p in trained if p.requires_grad]  # adapters that are off do not
+    inputs = [(name, p) for name, p in trained if p.requires_grad]  # adapters that are off do not require gradients
     total = torch.cat(ref_scores).sum()
     if not inputs or not total.requires_grad:
         return
@@ -92,16 +92,16 @@ def _check_constant(ref_scores: list[Tensor], trained: list[tuple[str, Any]]) ->
 
 
 def _warn_of_another_model(trainer: Any, apart: float | None) -> None:
-    """The reference is read from the config's path: it misses what was changed in memory."""
+    """Warns that the reference, read from the config's path, lacks changes made in memory."""
     reference = dict(trainer.accelerator.unwrap_model(trainer.ref_model).named_parameters())
     different = [
         name for name, p in trainer.model.named_parameters() if name in reference and not _same(p, reference[name])
     ]
     if different or apart is not None:
-        what = f"{different[0]} differs" if different else f"a token's log-prob differs by up to {apart:.2g} nat"
+        difference = f"{different[0]} differs" if different else f"a token's log-prob differs by up to {apart:.2g} nat"
         warnings.warn(
             f"the model is not the one in {trainer.model.config._name_or_path!r}, from which TRL has loaded the"
-            f" reference ({what}): KL starts away from 0. To use the current model as the"
+            f" reference ({difference}): KL starts away from 0. To use the current model as the"
             " reference, save it and pass its folder",
             stacklevel=4,
         )

@@ -1,7 +1,7 @@
-"""Checks that TRL's padded batches score responses as the model does for one sequence alone.
+"""Checks that TRL's padded batches score responses as the model scores one sequence alone.
 
-TRL pads prompts on the left and passes no positions, projects hidden states to log-probabilities by a head of its
-own, and scores in training mode. Each can change a response's log-probability, and with it the step.
+TRL pads prompts on the left and passes no positions, computes log-probabilities with its own head, and scores in
+training mode. Each of these can change a response's log-probability, and with it the step.
 """
 
 import contextlib
@@ -15,21 +15,21 @@ from trl.models.utils import disable_gradient_checkpointing
 
 from gvpo_core.training.policy.layout import RopeByLength, rope_by_length
 
-_SAME = 1e-5  # nats; float32 rounding where experts get other batches
-_PROMPTS, _COMPLETIONS = ([5], [17, 3, 11]), ([7, 2, 13], [19, 23])  # of different lengths; ids modulo the vocabulary
+_SAME = 1e-5  # nats; float32 rounding when experts get other batches
+_PROMPTS, _COMPLETIONS = ([5], [17, 3, 11]), ([7, 2, 13], [19, 23])  # different lengths; ids modulo the vocabulary
 
 
 def rope_of(model: Any) -> RopeByLength | None:
-    """The RoPE of a transformers model where it depends on the length of a row, else None."""
+    """Returns the RoPE of a transformers model if it depends on the length of a row, else None."""
     return rope_by_length(model.config.get_text_config().to_dict())
 
 
 def check_lengths(rope: RopeByLength, attention_mask: Tensor) -> None:
-    """Looks for a row whose RoPE depends on another row of the batch, or on an earlier batch.
+    """Checks that no row's RoPE depends on another row of the batch, or on an earlier batch.
 
     Args:
-      attention_mask: (B, T); T is the padded length, which TRL's positions count.
-    Raises: RuntimeError: there is one.
+      attention_mask: (B, T); T is the padded length, over which TRL's positions count.
+    Raises: RuntimeError: a row's RoPE does.
     """
     width, lengths = attention_mask.shape[1], attention_mask.sum(dim=1)
     if width <= rope.original or (rope.kind == "longrope" and bool((lengths > rope.original).all())):
@@ -42,10 +42,10 @@ def check_lengths(rope: RopeByLength, attention_mask: Tensor) -> None:
 
 
 def count_positions_from_the_mask(model: Any) -> None:
-    """Makes forward passes without a cache take positions that count a row's own tokens, as `generate` does.
+    """Makes forward passes without a cache use positions that count only a row's own tokens, as `generate` does.
 
-    Without them a model with learned positions gives a prompt that is padded on the left the positions of a later one.
-    A model that takes no positions is left as it is.
+    Otherwise a model with learned positions shifts the positions of a left-padded prompt. A model that takes no
+    positions is not changed.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if "position_ids" not in inspect.signature(type(base).forward).parameters:
@@ -61,11 +61,11 @@ def count_positions_from_the_mask(model: Any) -> None:
 
 
 def check_scores(trainer: Any) -> None:
-    """Scores two short rows as TRL does, in training mode and padded, and alone as the model itself does.
+    """Scores two short rows padded and in training mode, as TRL does, and each alone, as the model does.
 
-    Raises: ValueError: TRL cannot score the model, the model draws random numbers while it trains, padding changes a
-      row's log-probabilities (not reported for experts in 16 bits, whose rounding depends on the batch), or they
-      differ from the row's own.
+    Raises: ValueError: TRL cannot score the model; the model draws random numbers in training mode; padding changes a
+      row's log-probabilities (not checked for experts in 16 bits, since their rounding depends on the batch); or they
+      differ from those of the row alone.
     """
     name = name_of(trainer)
     modes = {module: module.training for module in trainer.model.modules()}
@@ -93,16 +93,16 @@ def check_scores(trainer: Any) -> None:
 
 
 def name_of(trainer: Any) -> str:
-    """The class of the trained model, without what wraps it."""
+    """Returns the class name of the trained model, without wrappers."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
 
 
 @contextlib.contextmanager
 def scoring_by_trl(trainer: Any) -> Iterator[None]:
-    """Around TRL's own scoring, which expects the usual layout of a model.
+    """Wraps TRL's own scoring, which expects the usual layout of a model.
 
-    Raises: ValueError: TRL cannot score the model, naming it.
+    Raises: ValueError: TRL cannot score the model; the message names it.
     """
     try:
         yield
@@ -127,10 +127,10 @@ def _rows(trainer: Any) -> list[tuple[list[int], list[int]]]:
 
 
 def padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
-    """The log-probabilities of the rows' completions, padded: once as a batch, and once each row in a batch of one.
+    """Returns the log-probabilities of the rows' completions: first from one padded batch, then from each row alone.
 
     Args:
-      padding: the id in the padded places.
+      padding: the id at padded positions.
     """
     rows = _rows(trainer)
     device = next(model.parameters()).device
@@ -149,21 +149,23 @@ def padded_scores(trainer: Any, model: Any, padding: int = 0) -> list[Tensor]:
 
 
 def _rounds(trainer: Any, model: Any) -> bool:
-    """Whether scores are rounded to 16 bits or fewer on the way, as by quantized weights."""
+    """Returns whether scores are rounded to 16 bits or fewer, for example by quantized weights."""
     return bool(trainer.args.bf16 or trainer.args.fp16 or any(p.dtype.itemsize < 4 for p in model.parameters()))
 
 
 def _has_experts(model: Any) -> bool:
-    """Whether a token's numbers may round by which other tokens its expert gets."""
+    """Returns whether the model has experts, so that a token's rounding may depend on other tokens of the batch."""
     names = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
     config = model.config.get_text_config()
     return any((getattr(config, name, None) or 0) > 0 for name in names)
 
 
 def _compare_paddings(name: str, scores: list[Tensor], others: list[Tensor]) -> None:
-    """Raises ValueError where another id in the padded places gives other scores: a masked place counts as nothing.
+    """Checks that the id at masked positions does not change the scores.
 
-    Also in 16 bits: a masked place has weight 0 there too, and the same numbers round the same.
+    This holds in 16 bits too: a masked position has weight 0, and equal numbers round equally.
+
+    Raises: ValueError: the scores differ.
     """
     apart = float((torch.cat(scores) - torch.cat(others)).abs().max())
     if apart > _SAME:
@@ -174,9 +176,9 @@ def _compare_paddings(name: str, scores: list[Tensor], others: list[Tensor]) -> 
 
 
 def differ(trainer: Any, scores: list[Tensor], others: list[Tensor]) -> float | None:
-    """The largest difference between two models' scores of the same tokens, nats; None: they differ by rounding."""
+    """Returns the largest difference between two models' scores of the same tokens, nats; None if only rounding."""
     apart = (torch.cat(scores) - torch.cat(others)).abs()
-    same = apart.mean() <= 0.1 if _rounds(trainer, trainer.model) else apart.max() <= 2e-3  # in 16 bits a mean decides
+    same = apart.mean() <= 0.1 if _rounds(trainer, trainer.model) else apart.max() <= 2e-3  # 16 bits: compare means
     return None if same else float(apart.max())
 
 
@@ -184,7 +186,7 @@ def _compare(name: str, padded: list[Tensor], trainer: Any, model: Any) -> None:
     alone = []
     for prompt, completion in _rows(trainer):
         ids = torch.tensor([prompt + completion], device=padded[0].device)
-        logits = model(input_ids=ids).logits[0, -len(completion) - 1 : -1].float()  # prompt tuning puts tokens before
+        logits = model(input_ids=ids).logits[0, -len(completion) - 1 : -1].float()  # prompt tuning prepends tokens
         alone.append(logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0])
     apart = differ(trainer, padded, alone + alone)
     if apart is not None:

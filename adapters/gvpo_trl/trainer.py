@@ -1,8 +1,8 @@
 """GVPO in TRL's GRPOTrainer: TRL samples, rewards, shuffles and steps; this module computes the weights.
 
-Before each optimizer step all its responses are scored without gradient, gathered over the processes and weighed by
-`gvpo_core.gvpo_coefficients`; the coefficients take the place of TRL's advantages, times what its loss divides by. With
-the old log-probabilities left out TRL's ratio is 1, so that its loss has the gradient -sum_i c_i grad log pi_i.
+Before each optimizer step all its responses are scored without gradient and gathered over the processes, and
+`gvpo_core.gvpo_coefficients` computes their coefficients. They replace TRL's advantages, multiplied by the divisors of
+its loss. Without old log-probabilities TRL's ratio is 1, so its loss has the gradient -sum_i c_i grad log pi_i.
 """
 
 import copy
@@ -29,18 +29,18 @@ _WHOLE = (
     DistributedType.NO,
     DistributedType.MULTI_CPU,
     DistributedType.MULTI_GPU,
-)  # no process has parts of parameters
+)  # every process has complete parameters
 
 
 class GVPOTrainer(GRPOTrainer):
-    """`trl.GRPOTrainer` with GVPO's objective; the same arguments, with a `GVPOConfig`.
+    """`trl.GRPOTrainer` with GVPO's objective. Takes the same arguments, with a `GVPOConfig`.
 
-    The column `loss` of the log is GVPO's loss (Eq. 16), reward^2; `gvpo/...` has its parts.
+    `loss` in the log is GVPO's loss (Eq. 16) in reward^2. `gvpo/...` are its parts.
 
-    Raises: TypeError, ValueError, RuntimeError: a configuration or model that it cannot be exact with.
+    Raises: TypeError, ValueError, RuntimeError: GVPO cannot be exact with this configuration or model.
     """
 
-    beta: float  # the host's, as the next seven
+    beta: float  # this and the next seven are set by TRL
     num_generations: Any
     num_generations_eval: Any
     max_completion_length: Any
@@ -50,7 +50,7 @@ class GVPOTrainer(GRPOTrainer):
     args: Any
     _buffered_inputs: Any
 
-    _tag_names = ["trl", "gvpo"]  # noqa: RUF012 - as in the host
+    _tag_names = ["trl", "gvpo"]  # noqa: RUF012 - as in TRL
     _name = "GVPO"
     _paper = {  # noqa: RUF012
         "title": "GVPO: Group Variance Policy Optimization for Large Language Model Post-Training",
@@ -78,7 +78,7 @@ class GVPOTrainer(GRPOTrainer):
         self._check_model()
         for module in self.model.modules():
             if isinstance(module, nn.Embedding):
-                # transformers sets it to pad_token_id, whose row then gets no gradient; often it ends each message.
+                # transformers sets it to pad_token_id. That row then gets no gradient, and often it ends each message.
                 module.padding_idx = None
         for model in (self.model, self.ref_model):
             if model is not None:
@@ -133,10 +133,10 @@ class GVPOTrainer(GRPOTrainer):
         self._check_groups([repr(row.get("prompt")) for row in inputs], size)
         output = super()._generate_and_score_completions(inputs)
         rewards, start = self._gvpo_rewards, self.accelerator.process_index * len(inputs)
-        ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own grouping, of the gathered rows
+        ids = torch.arange(len(rewards), device=rewards.device) // size  # TRL's own groups of the gathered rows
         self._gvpo_groups = len(rewards) // size
         local_rows = slice(start, start + len(inputs))
-        # A completion that is masked whole (mask_truncated_completions, env_mask) leaves its group (Cor. 3.4).
+        # A completely masked completion (mask_truncated_completions, env_mask) leaves its group (Cor. 3.4).
         output["rewards"] = rewards[local_rows].masked_fill(~mask_of(output).any(dim=1), float("nan"))
         output["group_ids"] = ids[local_rows]
         scored = ~self.accelerator.gather(output["rewards"]).isnan()
@@ -148,13 +148,13 @@ class GVPOTrainer(GRPOTrainer):
         return output
 
     def _check_groups(self, prompts: list[str], size: int) -> None:
-        """Compares the prompts of each group's rows, which TRL counts off over the processes.
+        """Checks that all rows of a group have one prompt. TRL forms groups by position over the processes.
 
-        Raises: RuntimeError: a group has several, as where each process reads other shards of a stream.
+        Raises: RuntimeError: a group has several prompts, for example if processes read different shards of a stream.
         """
-        marks = torch.tensor([zlib.crc32(prompt.encode()) for prompt in prompts], device=self.accelerator.device)
-        marks = self.accelerator.gather(marks)
-        if len(marks) % size or bool((marks.view(-1, size) != marks.view(-1, size)[:, :1]).any()):
+        hashes = torch.tensor([zlib.crc32(prompt.encode()) for prompt in prompts], device=self.accelerator.device)
+        hashes = self.accelerator.gather(hashes)
+        if len(hashes) % size or bool((hashes.view(-1, size) != hashes.view(-1, size)[:, :1]).any()):
             raise RuntimeError(
                 f"the rows of a group of {size} have different prompts, so their rewards cannot be compared: the"
                 " processes read different parts of the data. Give a Dataset, or an IterableDataset of one shard"
@@ -167,11 +167,11 @@ class GVPOTrainer(GRPOTrainer):
             self._weigh([inputs])
             return inputs
         if self._buffered_inputs is not before:
-            draw = torch.Generator().manual_seed(self.args.seed + self._step)  # the same in all processes
+            draw = torch.Generator().manual_seed(self.args.seed + self._step)  # equal in all processes
             order = torch.randperm(self._gvpo_groups, generator=draw)
             self._buffered_inputs = in_group_order(self._buffered_inputs, order)
             for batch in self._buffered_inputs[self.args.gradient_accumulation_steps :]:
-                batch.pop("old_per_token_logps", None)  # the policy will have moved
+                batch.pop("old_per_token_logps", None)  # the policy will have changed by then
         window, place = self.args.gradient_accumulation_steps, self._step % self.args.steps_per_generation
         if place % window == 0:
             if self.current_gradient_accumulation_steps != window:
@@ -192,8 +192,8 @@ class GVPOTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _weigh(self, batches: list[dict[str, Any]]) -> None:
-        """Puts the coefficients of one optimizer step where TRL's loss reads advantages."""
-        if not self._scores_checked:  # parameters in parts: only a model that is prepared computes
+        """Stores the coefficients of one optimizer step as the advantages that TRL's loss reads."""
+        if not self._scores_checked:  # with sharded parameters only the prepared model can compute
             self._scores_checked = True
             check_scores(self)
         with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
@@ -203,7 +203,7 @@ class GVPOTrainer(GRPOTrainer):
         else:
             ref = logprobs
         rewards, ids = (torch.cat([batch[name] for batch in batches]) for name in ("rewards", "group_ids"))
-        # The processes hold equally many rows, in rank order.
+        # Every process holds equally many rows; gathered rows are in rank order.
         logprobs, ref, rewards = self.accelerator.gather(torch.stack([logprobs, ref, rewards.to(ref)], dim=1)).unbind(1)
         rows = (logprobs, ref, rewards, self.accelerator.gather(ids))
         coefficients = gvpo_coefficients(*rows, beta=self.beta)
@@ -214,24 +214,24 @@ class GVPOTrainer(GRPOTrainer):
         start = 0
         for batch in batches:
             size = len(batch["rewards"])
-            # TRL's dr_grpo divides by these; data-parallel gradients are means over processes.
+            # TRL's dr_grpo divides by these. Data-parallel gradients are means over processes.
             scale = size * self.max_completion_length * len(batches) * self.accelerator.num_processes
             batch["advantages"] = local_coefficients[start : start + size] * scale
             batch["gvpo_loss"] = loss / len(batches)
             start += size
 
     def _gvpo_logprobs(self, batch: dict[str, Any]) -> Tensor:
-        """(B,) log pi of complete responses; scores that TRL computed after generation are reused once."""
+        """Returns (B,) log pi of complete responses. Reuses scores that TRL computed after generation once."""
         mask = mask_of(batch)
-        known = batch.pop("old_per_token_logps", None)
-        if known is None:
+        per_token = batch.pop("old_per_token_logps", None)
+        if per_token is None:
             ids, length = torch.cat([batch["prompt_ids"], batch["completion_ids"]], dim=1), mask.shape[1]
             attention = torch.cat([batch["prompt_mask"], batch["completion_mask"]], dim=1)
-            known, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, attention, length)
-        return sequence_logprobs(known, mask)
+            per_token, _, _ = self._get_per_token_logps_and_entropies(self.model, ids, attention, length)
+        return sequence_logprobs(per_token, mask)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
-        beta, self.beta = self.beta, 0.0  # GVPO's KL is in its weights: TRL adds none
+        beta, self.beta = self.beta, 0.0  # GVPO's weights contain the KL: TRL must add none
         try:
             loss = super()._compute_loss(model, inputs)
         finally:
@@ -239,7 +239,7 @@ class GVPOTrainer(GRPOTrainer):
         return loss - loss.detach() + inputs["gvpo_loss"]
 
     def _log_gvpo(self, logprobs: Tensor, ref: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        """Writes GVPO's numbers of one optimizer step into TRL's log; returns the loss, ()."""
+        """Writes GVPO's metrics of one optimizer step to TRL's log. Returns the loss, ()."""
         parts = gvpo_loss(logprobs, ref, rewards, ids, beta=self.beta)
         counted = ~rewards.isnan()
         present = int(torch.bincount(ids).gt(0).sum())
@@ -262,13 +262,13 @@ class GVPOTrainer(GRPOTrainer):
 
 
 def total_rewards(rewards: Tensor, weights: Tensor, size: int) -> Tensor:
-    """(N,) weighted sums over the reward functions; NaN: no score.
+    """Returns (N,) weighted sums over the reward functions; NaN: no score.
 
-    The rule is gvpo_core's: a response that a function has left without a score has none, and a function that scored
-    nothing of a group does not count in its reward, so that one run can have several tasks.
+    The rule is gvpo_core's. A response that lacks a score of one function has no score. A function that scored no
+    response of a group does not count for that group, so that one run can have several tasks.
 
     Args:
-      rewards: (N, F), in groups of `size` contiguous rows; NaN where a function gave none.
+      rewards: (N, F), in groups of `size` contiguous rows; NaN: the function gave no score.
       weights: (F,).
     """
     parts = rewards.T.double().cpu().numpy()
@@ -278,19 +278,19 @@ def total_rewards(rewards: Tensor, weights: Tensor, size: int) -> Tensor:
 
 
 def mask_of(batch: dict[str, Any]) -> Tensor:
-    """(B, T) bool: the tokens that the model itself sampled."""
+    """Returns (B, T) bool: the tokens that the model sampled."""
     mask = batch["completion_mask"] * batch["tool_mask"] if "tool_mask" in batch else batch["completion_mask"]
     return mask.bool()
 
 
 def in_group_order(batches: list[dict[str, Any]], order: Tensor) -> list[dict[str, Any]]:
-    """The rows of one generation, split into its micro-batches again, group by group.
+    """Returns the rows of one generation in group order, split into as many micro-batches again.
 
-    TRL shuffles rows before it distributes them, which spreads a group over the optimizer steps of a generation.
+    TRL shuffles rows before it distributes them, which would spread a group over several optimizer steps.
 
     Args:
-      batches: of one process, equally many rows in each.
-      order: (num_groups,) place of each group, the same in all processes.
+      batches: those of one process, each with equally many rows.
+      order: (num_groups,) position of each group, equal in all processes.
     """
     rows = {
         name: torch.cat([batch[name] for batch in batches]) if value.ndim else value
