@@ -62,8 +62,9 @@ class GVPOConfig(GRPOConfig):
         wrong += cannot_sample(kwargs)
         if kwargs.get("eos_token_id") is not None:
             wrong.append(
-                f"eos_token_id is {kwargs['eos_token_id']!r}; set it in the model's generation_config: TRL cuts a response"
-                " at the end tokens of the model and tokenizer, and would count padding after another one as sampled"
+                f"eos_token_id is {kwargs['eos_token_id']!r}; set it in the model's generation_config: TRL cuts a"
+                " response at the end tokens of the model and tokenizer, and would count padding after another one as"
+                " sampled"
             )
         if not self.allow_truncated_support:
             sampling = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p")}

@@ -1,4 +1,4 @@
-"""Exact GVPO in Tunix: `GVPOConfig` and `GVPOLearner` instead of GRPOConfig and GRPOLearner."""
+"""Exact GVPO in Tunix: `GVPOConfig` and `GVPOLearner` replace GRPOConfig and GRPOLearner."""
 
 from gvpo_core.hosts import Host, SettingsError
 

@@ -1,4 +1,4 @@
-"""GVPO's settings in Tunix, and the checks of a cluster's settings before a run."""
+"""GVPO's settings in Tunix, and checks of a cluster's settings before a run."""
 
 import dataclasses
 import logging
@@ -10,7 +10,7 @@ from tunix.rl.grpo.grpo_learner import GRPOConfig
 from gvpo_core.hosts import SettingsError, check_beta
 
 _log = logging.getLogger("gvpo")
-_UNUSED = ("epsilon", "loss_agg_mode", "loss_algo", "kl_loss_mode", "kl_clamp_value")  # GRPO's own
+_UNUSED = ("epsilon", "loss_agg_mode", "loss_algo", "kl_loss_mode", "kl_clamp_value")  # only GRPO uses these
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -18,11 +18,11 @@ class GVPOConfig(GRPOConfig):
     """Replaces GRPOConfig.
 
     Attributes:
-      num_generations: k, responses a prompt.
-      num_iterations: optimizer steps on each mini-batch; GVPO needs no importance weights for it (Cor. 3.2).
+      num_generations: k, responses per prompt.
+      num_iterations: optimizer steps on each mini-batch; GVPO needs no importance weights for this (Cor. 3.2).
       beta: KL coefficient, reward units per nat.
-      allow_truncated_support: take top_p and top_k, which exclude responses that Cor. 3.2 needs.
-    Raises: SettingsError: a setting of GRPO's that GVPO has no use for, changed.
+      allow_truncated_support: accept top_p and top_k, which exclude responses that Cor. 3.2 needs.
+    Raises: SettingsError: a GRPO setting that GVPO does not use was changed.
     """
 
     algo_variant: str = "gvpo"
@@ -54,7 +54,7 @@ class GVPOConfig(GRPOConfig):
 
 
 def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None:
-    """Raises: SettingsError: settings that would make steps inexact."""
+    """Raises: SettingsError: a setting would make steps inexact."""
     if not isinstance(config, GVPOConfig):
         raise SettingsError(f"algo_config is a {type(config).__name__}; GVPOLearner takes a GVPOConfig")
     training, rollout = cluster.cluster_config.training_config, cluster.cluster_config.rollout_config
@@ -64,10 +64,10 @@ def check_cluster(cluster: rl_cluster_lib.RLCluster, config: GVPOConfig) -> None
             " rows; set it to None"
         )
     by_mode = rollout if isinstance(rollout, dict) else {rl_cluster_lib.Mode.TRAIN: rollout}
-    for of_mode in by_mode.values():
-        if len(set(of_mode.eos_tokens or [])) > 1:
+    for options in by_mode.values():
+        if len(set(options.eos_tokens or [])) > 1:
             raise SettingsError(
-                f"eos_tokens = {list(of_mode.eos_tokens)}: Tunix cuts the end token off its samples, so which one was"
+                f"eos_tokens = {list(options.eos_tokens)}: Tunix cuts the end token off its samples, so which one was"
                 " sampled is lost; give the one that the model ends with"
             )
     _check_sampling(by_mode[rl_cluster_lib.Mode.TRAIN], config)

@@ -1,4 +1,4 @@
-"""A model against its folder: Tunix reads more weight files than transformers, and nothing of config.json."""
+"""Checks a model against its folder: Tunix reads more weight files than transformers, and does not read config.json."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Any
 
 from gvpo_core.hosts import SettingsError
 
-_SAME = {  # names in Tunix's configurations, and in config.json
+_SAME = {  # name in Tunix's configurations -> name in config.json
     "num_layers": "num_hidden_layers",
     "num_heads": "num_attention_heads",
     "num_kv_heads": "num_key_value_heads",
@@ -15,14 +15,14 @@ _SAME = {  # names in Tunix's configurations, and in config.json
     "weight_tying": "tie_word_embeddings",
     "use_tied_embedding": "tie_word_embeddings",
 }
-_SILU = ("Llama3", "Qwen2", "Qwen3")  # of Tunix
+_SILU = ("Llama3", "Qwen2", "Qwen3")  # Tunix's models that always compute silu
 _WHOLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 def check_files(model_path: str | Path) -> None:
-    """Compares the *.safetensors of the folder, all of which Tunix takes weights from, with those of the model.
+    """Checks that every *.safetensors file of the folder belongs to the model, since Tunix loads them all.
 
-    Raises: SettingsError: there are others, whose tensors would go into the model where their names fit.
+    Raises: SettingsError: there are other files. Their tensors would go into the model if their names fit.
     """
     folder = Path(model_path)
     files = {path.name for path in folder.glob("*.safetensors")}
@@ -31,7 +31,7 @@ def check_files(model_path: str | Path) -> None:
     elif (folder / _INDEX).is_file():
         index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
         source, named = f"what {_INDEX} names", set(index["weight_map"].values())
-    else:  # nothing says which are the model's
+    else:  # the model's files are unknown
         return
     if stray := sorted(files - named):
         raise SettingsError(
@@ -41,39 +41,39 @@ def check_files(model_path: str | Path) -> None:
 
 
 def check_config(model: Any, model_path: str | Path) -> None:
-    """Compares what the model computes with config.json; RoPE aside, see `check_rope`.
+    """Compares the model with config.json, except RoPE (see `check_rope`).
 
-    Raises: SettingsError: they differ, as in a number of heads that fits the weights' shapes too, or config.json asks
-      for what Tunix's models do not have.
+    Raises: SettingsError: they differ, for example in a number of heads that also fits the weights' shapes, or
+      config.json asks for something that Tunix's models do not have.
     """
     path, name = Path(model_path) / "config.json", type(model).__name__
-    given = json.loads(path.read_text(encoding="utf-8"))
-    if heads := given.get("num_attention_heads"):
-        given = {"head_dim": given["hidden_size"] // heads, "num_key_value_heads": heads} | {
-            key: value for key, value in given.items() if value is not None
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if heads := config.get("num_attention_heads"):
+        config = {"head_dim": config["hidden_size"] // heads, "num_key_value_heads": heads} | {
+            key: value for key, value in config.items() if value is not None
         }
     for ours, theirs in _SAME.items():
         value = getattr(model.config, ours, None)
-        if value is not None and theirs in given and value != given[theirs]:
+        if value is not None and theirs in config and value != config[theirs]:
             raise SettingsError(
-                f"the model's config.{ours} is {value}, and {path} has {theirs} = {given[theirs]}: make the model with"
-                f" dataclasses.replace(config, {ours}={given[theirs]})"
+                f"the model's config.{ours} is {value}, and {path} has {theirs} = {config[theirs]}: make the model with"
+                f" dataclasses.replace(config, {ours}={config[theirs]})"
             )
-    activation = given.get("hidden_act", "silu")
+    activation = config.get("hidden_act", "silu")
     if name in _SILU and activation != "silu":
         raise SettingsError(f"{path} has hidden_act = {activation!r}, and Tunix's {name} computes silu: another model")
     for key in ("attention_bias", "mlp_bias"):
-        if given.get(key):
+        if config.get(key):
             raise SettingsError(f"{path} has {key} = true, and Tunix's {name} leaves these biases out: another model")
-    window = given.get("sliding_window") if given.get("use_sliding_window", True) else None
+    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
     if window and not hasattr(model.config, "sliding_window_size"):
         raise SettingsError(f"{path} has sliding_window = {window}, and Tunix's {name} has no window: another model")
 
 
 def check_reference(actor: Any, reference: Any) -> None:
-    """Compares the settings of two models of one class.
+    """Compares the settings of actor and reference, if they have one class.
 
-    Raises: SettingsError: the reference computes another function than the actor, of the same weights too.
+    Raises: SettingsError: with equal weights, the reference would compute another function than the actor.
     """
     if type(actor) is not type(reference):
         return

@@ -1,7 +1,7 @@
 """GVPOLearner: Tunix's GRPOLearner with GVPO's samples, scores and steps.
 
-prompts -> k samples each, with their end tokens, a seed of its own each call
-        -> reference log-probs at temperature 1, rewards -> whole groups in micro-batches
+prompts -> k samples each, with end tokens and a new seed for each call
+        -> reference log-probs at temperature 1, rewards -> complete groups in micro-batches
         -> an optimizer step over all micro-batches of a mini-batch, each with its exact share
 """
 
@@ -32,21 +32,21 @@ _TRAIN = rl_cluster_lib.Mode.TRAIN
 
 class _Samples(NamedTuple):
     texts: list[str]
-    prompt_ids: np.ndarray  # (N, P) padded before
+    prompt_ids: np.ndarray  # (N, P) padded on the left
     prompt_mask: np.ndarray  # (N, P) bool
-    ids: np.ndarray  # (N, T) padded behind
-    mask: np.ndarray  # (N, T) bool, the end token included
+    ids: np.ndarray  # (N, T) padded on the right
+    mask: np.ndarray  # (N, T) bool, including the end token
     finished: np.ndarray  # (N,) bool
     usable: np.ndarray  # (N,) bool
 
 
 class GVPOLearner(GRPOLearner[GVPOConfig]):
-    """Replaces GRPOLearner. Same arguments and `train`, and:
+    """Replaces GRPOLearner. Has the same arguments and `train`, and:
 
     Args:
-      model_path: the Hugging Face folder that the actor was loaded from, whose config.json it is compared with
-        and which must hold no other safetensors; None: there is none.
-    Raises: SettingsError: a setting under which steps would not be exact.
+      model_path: the Hugging Face folder that the actor was loaded from; None: there is none. The actor is compared
+        with its config.json. The folder must have no safetensors of other models.
+    Raises: SettingsError: a setting would make steps inexact.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
     # -- samples
 
     def _generate_and_compute_advantage(self, training_input: Any, mode: rl_cluster_lib.Mode = _TRAIN) -> TrainExample:
-        """Complete scored groups from prompts that are repeated k times; Tunix's learners implement this."""
+        """Returns complete scored groups for prompts that are repeated k times. Tunix calls this method."""
         columns = {name: values for name, values in training_input.items() if name != "prompts"}
         prompts = list(training_input["prompts"])
         if not all(isinstance(prompt, str) for prompt in prompts):
@@ -127,7 +127,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
             texts += output.text
             tokens += [np.asarray(row).tolist() for row in output.tokens]
             padded += list(np.asarray(output.left_padded_prompt_tokens))
-        # Tunix cuts samples before their end token: shorter than the limit, they had one.
+        # Tunix removes the end token of samples. A sample shorter than the limit had one.
         responses = [row + ends[:1] if len(row) < limit and row[-1:] != ends[:1] else row for row in tokens]
         finished = np.array([bool(row) and row[-1] in ends for row in responses])
         usable = np.array([pad not in row[:-1] and (pad in ends or row[-1] != pad) for row in responses])
@@ -137,9 +137,9 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
             ids[i, : len(row)], mask[i, : len(row)] = row, True
         return _Samples(texts, *_prompts(padded, prompts, pad), ids, mask, finished, usable)
 
-    def _seed(self, given: Any) -> int:
-        """A new seed for each call, reproducible; Tunix would use `given` each time."""
-        base = 0 if given is None else given
+    def _seed(self, configured: Any) -> int:
+        """Returns a new reproducible seed for each call. Tunix would use `configured` every time."""
+        base = 0 if configured is None else configured
         if isinstance(base, jax.Array):
             base = jax.random.key_data(base) if jnp.issubdtype(base.dtype, jax.dtypes.prng_key) else base
         entropy = (
@@ -151,7 +151,7 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
         return int(np.random.SeedSequence(entropy).generate_state(1)[0] >> 1)
 
     def _reference(self, samples: _Samples) -> jax.Array:
-        """(N, T) at temperature 1; Tunix scores at the sampling temperature."""
+        """Returns (N, T) log-probs at temperature 1. Tunix would score at the sampling temperature."""
         cluster = self.rl_cluster
         rows = self._compute_logps_micro_batch_size
         with _changed(cluster.get_rollout_config(_TRAIN), temperature=1.0):
@@ -177,10 +177,10 @@ class GVPOLearner(GRPOLearner[GVPOConfig]):
 
 
 class _WholeSteps:
-    """Tunix's queue of micro-batches, held until a mini-batch is complete, so that each gets its share of the step.
+    """Wraps Tunix's queue and holds micro-batches until a mini-batch is complete, to set each one's share of the step.
 
-    optax averages the gradients of a step's M micro-batches whatever groups count in them (those with two scored
-    responses); with share M G_j / G of micro-batch j the average is that over the G groups that count.
+    optax averages the gradients of a step's M micro-batches, however many groups count in each. A group counts if it
+    has two scored responses. With the share M G_j / G for micro-batch j, the average is over the G groups that count.
     """
 
     def __init__(self, queue: Any, micro_batches: int, repeats: int, k: int) -> None:
@@ -188,7 +188,7 @@ class _WholeSteps:
         self._held: list[TrainExample] = []
 
     def put(self, item: list[TrainExample] | None) -> None:
-        """Takes a micro-batch; None ends the mini-batch."""
+        """Adds a micro-batch. None ends the mini-batch."""
         if item is not None:
             self._held += item
             return
@@ -207,7 +207,7 @@ class _WholeSteps:
         if not groups:
             raise NoSignalError("no group of the mini-batch has two scored responses; check the reward functions")
         for example, counted in zip(self._held, counts, strict=True):
-            assert example.share is not None  # `_held` takes those alone that have one
+            assert example.share is not None  # all in `_held` have one
             share = jnp.full_like(example.share, self._micro_batches * counted / groups)
             self._queue.put([dataclasses.replace(example, share=share)])
 
@@ -217,9 +217,9 @@ class _WholeSteps:
 
 
 def _prompts(padded: list[np.ndarray], texts: list[str], pad: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, P) ids and mask, of one width.
+    """Returns (N, P) ids and mask of one width.
 
-    Raises: SettingsError: a prompt with the padding token inside, which Tunix's masks would hide from the model.
+    Raises: SettingsError: a prompt contains the padding token, which Tunix's masks would hide from the model.
     """
     width = max(len(row) for row in padded)
     ids = np.full((len(padded), width), pad, dtype=np.int32)

@@ -1,4 +1,4 @@
-"""Entries of Tunix's registry: GVPO's loss, its advantages, and a reward manager with missing scores."""
+"""GVPO in Tunix's registry: the loss, the advantages, and a reward manager that allows missing scores."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -18,19 +18,19 @@ from gvpo_core.training.rewards.total import total_rewards
 
 @flax.struct.dataclass(frozen=True)
 class TrainExample(common.TrainExample):
-    """Tunix's, of whole groups in contiguous rows; `advantages` are D(R), NaN where a response has no score."""
+    """Tunix's class, with complete groups in contiguous rows. `advantages` are D(R); NaN: the response has no score."""
 
-    share: jax.Array | None = None  # (B,) the same number: of this micro-batch in its step, times their number
+    share: jax.Array | None = None  # (B,) equal numbers: this micro-batch's share of the step x number of micro-batches
 
 
 @function_registry.register_policy_loss_fn("gvpo")
 def gvpo_policy_loss(
     model: nnx.Module, train_example: TrainExample, algo_config: Any, pad_id: int, eos_id: int, **_: Any
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """GVPO's loss of a micro-batch in value, the step at policy-gradient scale in gradient; and its parts.
+    """Returns a micro-batch's loss and its parts. Value: GVPO's loss. Gradient: the step at policy-gradient scale.
 
-    Log-probs are of the present parameters at temperature 1, token sums over each response with its end token. There is
-    no ratio to older ones.
+    Log-probs use the current parameters at temperature 1, and are sums over each response's tokens including the end
+    token. There is no ratio to older log-probs.
     """
     graphdef, state = nnx.split(model)
     per_token = common.compute_per_token_logps(
@@ -77,7 +77,7 @@ METRICS = ("kl", "gvpo/implicit_variance", "gvpo/reward_variance", "gvpo/covaria
 
 @function_registry.register_advantage_estimator("gvpo")
 def centred_rewards(rewards: np.ndarray, num_generations: int, **_: Any) -> np.ndarray:
-    """(N,) D(R), reward units; NaN where a response has no score. Rows of a group are contiguous."""
+    """Returns (N,) D(R), reward units; NaN: the response has no score. Rows of a group are contiguous."""
     rewards = np.asarray(rewards, dtype=np.float64)
     zeros, ids = np.zeros(len(rewards)), np.arange(len(rewards)) // num_generations
     return np.where(np.isnan(rewards), np.nan, gvpo_weights(zeros, zeros, rewards, ids, beta=0.0))
@@ -85,20 +85,20 @@ def centred_rewards(rewards: np.ndarray, num_generations: int, **_: Any) -> np.n
 
 @function_registry.register_reward_manager("gvpo")
 class GVPORewardManager(SequenceRewardManager):
-    """Tunix's sum of rewards, where None and NaN are missing scores instead of 0.
+    """Tunix's sum of rewards, except that None and NaN are missing scores instead of 0.
 
-    A response without a score from one function has no reward. A function that scored nothing of a group does not
-    count in its reward, so that one run can have several tasks, each with its function.
+    A response that lacks a score of one function has no reward. A function that scored no response of a group does not
+    count for that group, so that one run can have several tasks with a function each.
     """
 
     def __init__(self, reward_fns: Any, algo_config: Any, **options: Any) -> None:
         functions = list(reward_fns) if isinstance(reward_fns, Sequence) else [reward_fns]
-        self._scores: list[np.ndarray] = []  # of each function, NaN: none
-        super().__init__([self._noting(function) for function in functions], algo_config, **options)
+        self._scores: list[np.ndarray] = []  # one per function; NaN: no score
+        super().__init__([self._recording(function) for function in functions], algo_config, **options)
 
-    def _noting(self, function: Callable[..., Any]) -> Callable[..., list[float]]:
+    def _recording(self, function: Callable[..., Any]) -> Callable[..., list[float]]:
         @functools.wraps(function)
-        def noting(*, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
+        def recording(*, prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
             rewards = function(prompts=prompts, completions=completions, **columns)
             scores = np.array([np.nan if score is None else float(score) for score in rewards])
             name = getattr(function, "__name__", repr(function))
@@ -111,13 +111,13 @@ class GVPORewardManager(SequenceRewardManager):
                 )
             missing = np.isnan(scores)
             self._scores.append(scores)
-            stand_in = scores[~missing].mean() if not missing.all() else 0.0  # Tunix's log keeps the mean of the scored
+            stand_in = scores[~missing].mean() if not missing.all() else 0.0  # keeps the mean in Tunix's log
             return np.where(missing, stand_in, scores).tolist()
 
-        return noting
+        return recording
 
     def __call__(self, prompts: list[str], completions: list[str], **columns: Any) -> dict[str, Any]:
-        """Tunix's {"rewards": (N,), "log_metrics": ...}."""
+        """Returns Tunix's {"rewards": (N,), "log_metrics": ...}."""
         self._scores = []
         summed = super().__call__(prompts, completions, **columns)
         parts = np.stack(self._scores)

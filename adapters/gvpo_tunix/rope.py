@@ -1,6 +1,6 @@
-"""RoPE of Tunix's models against the folder they were loaded from.
+"""Compares the RoPE of Tunix's models with the folder they were loaded from.
 
-Tunix 0.1.7's Llama never passes its `rope_theta` on: every Llama turns with the default of `apply_rope`, 1e6.
+Llama in Tunix 0.1.7 ignores its `rope_theta`: every Llama uses the default of `apply_rope`, 1e6.
 """
 
 import functools
@@ -21,9 +21,9 @@ _mending = threading.Lock()
 
 
 def mend_llama() -> bool:
-    """Makes Tunix's Llama use its `config.rope_theta` in this process; returns whether it did not before.
+    """Makes Tunix's Llama use its `config.rope_theta` in this process. Returns False if it was already done.
 
-    Tunix's block runs as it is, over an `apply_rope` that has the theta of its layer's configuration.
+    Tunix's block runs unchanged, with an `apply_rope` that has the theta of the layer's configuration.
     """
     with _mending:
         if llama.Attention.block is not _block:
@@ -44,7 +44,7 @@ def _block_with_theta(self: Any, *arguments: Any, **options: Any) -> Any:
 
 
 def mend_and_check(model: Any, model_path: str | Path | None) -> None:
-    """Corrects a Llama, and compares any model with its folder; `model_path` None: no folder."""
+    """Corrects a Llama, and compares any model with its folder. `model_path` None: there is no folder."""
     if isinstance(model, llama.Llama3) and model.config.rope_theta != 1_000_000:
         mend_llama()
     if model_path is not None:
@@ -54,7 +54,7 @@ def mend_and_check(model: Any, model_path: str | Path | None) -> None:
 def check_rope(model: Any, model_path: str | Path) -> None:
     """Compares the model's rope_theta with config.json's.
 
-    Raises: SettingsError: they differ, or config.json asks for a scaling that Tunix's models do not have.
+    Raises: SettingsError: they differ, or config.json asks for a RoPE scaling that Tunix's models do not have.
     """
     path = Path(model_path) / "config.json"
     if not path.is_file():
@@ -67,14 +67,14 @@ def check_rope(model: Any, model_path: str | Path) -> None:
             f"{type(model).__name__} has no rope_theta to compare with {path}; check its RoPE by hand and give"
             " model_path = None"
         )
-    wanted = rope_settings(json.loads(path.read_text(encoding="utf-8")))
-    if wanted["rope_type"] != "default":
+    expected = rope_settings(json.loads(path.read_text(encoding="utf-8")))
+    if expected["rope_type"] != "default":
         raise SettingsError(
-            f"{path} asks for rope_type {wanted['rope_type']!r}, and Tunix's {type(model).__name__} has no RoPE"
+            f"{path} asks for rope_type {expected['rope_type']!r}, and Tunix's {type(model).__name__} has no RoPE"
             " scaling: its log-probs belong to another model. To train that model anyway, give model_path = None"
         )
-    if float(theta) != wanted["rope_theta"]:
+    if float(theta) != expected["rope_theta"]:
         raise SettingsError(
-            f"the model's config.rope_theta is {theta}, and {path} asks for {wanted['rope_theta']:g}: make the model"
-            f" with dataclasses.replace(config, rope_theta={wanted['rope_theta']:g})"
+            f"the model's config.rope_theta is {theta}, and {path} asks for {expected['rope_theta']:g}: make the model"
+            f" with dataclasses.replace(config, rope_theta={expected['rope_theta']:g})"
         )

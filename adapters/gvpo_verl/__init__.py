@@ -1,9 +1,9 @@
-"""Exact GVPO in verl, off-policy and over many mini-batches too, as an external module: nothing of verl is changed.
+"""Exact GVPO in verl as an external module, also off-policy and over many mini-batches. verl is not modified.
 
 VERL_USE_EXTERNAL_MODULES=gvpo_verl python -m verl.trainer.main_ppo trainer.v1.trainer_mode=gvpo ...
 
-Importing it registers the trainer `gvpo` and sets the class of the actor's training worker, which acts on that
-trainer's batches alone. Where every step is on-policy, verl's own settings are enough: docs/verl.md.
+Importing it registers the trainer `gvpo` and sets the class of the actor's training worker, which changes only that
+trainer's batches. If every step is on-policy, verl's own settings are enough: docs/verl.md.
 """
 
 from gvpo_core.hosts import Host

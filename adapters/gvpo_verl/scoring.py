@@ -1,7 +1,7 @@
-"""Whether verl's micro-batches score a response as the model does for it alone, in the mode that the step runs in.
+"""Checks that verl's micro-batches score a response as the model scores it alone, in the mode of the step.
 
-verl scores in evaluation mode and steps in training mode, and pads or packs the rows of a micro-batch. Each can change
-a response's log-probability, and with it the step.
+verl scores in evaluation mode, steps in training mode, and pads or packs the rows of a micro-batch. Each of these can
+change a response's log-probability, and with it the step.
 """
 
 import warnings
@@ -16,12 +16,12 @@ from gvpo_core.training.policy.layout import rope_by_length
 
 
 def check_lengths(config: Any, lengths: Tensor) -> None:
-    """Looks for rows whose RoPE depends on another row of their micro-batch, or on an earlier one.
+    """Checks that no row's RoPE depends on another row of its micro-batch, or on an earlier micro-batch.
 
     Args:
-      config: of the model, as transformers has it.
+      config: the model's configuration in transformers.
       lengths: (B,) tokens of each row, prompt and response.
-    Raises: SettingsError: there are some.
+    Raises: SettingsError: a row's RoPE does.
     """
     rope = rope_by_length(config.get_text_config().to_dict())
     if rope is None or not len(lengths) or int(lengths.max()) <= rope.original:
@@ -36,12 +36,12 @@ def check_lengths(config: Any, lengths: Tensor) -> None:
 
 
 def random_states() -> list[Tensor]:
-    """States of torch's random number generators on this process's devices."""
+    """Returns the states of torch's random number generators on this process's devices."""
     return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_available() else [])]
 
 
 def check_training_mode(name: str, modules: Iterable[Any], before: list[Tensor]) -> None:
-    """Raises SettingsError where a pass in training mode has drawn random numbers since the states `before`."""
+    """Raises: SettingsError: a pass in training mode has drawn random numbers since the states `before`."""
     if all(torch.equal(a, b) for a, b in zip(before, random_states(), strict=True)):
         return
     raise SettingsError(
@@ -52,10 +52,10 @@ def check_training_mode(name: str, modules: Iterable[Any], before: list[Tensor])
 
 
 def check_same(name: str, together: Tensor, alone: Tensor, what: str, *, rounded: bool) -> None:
-    """Compares (N,) log-probabilities of tokens, nats, with those of rows alone.
+    """Compares (N,) log-probabilities of tokens, nats, with those of each row alone.
 
     Args:
-      rounded: 16-bit numbers, of which the mean decides.
+      rounded: the numbers have 16 bits, so their mean difference is compared.
     Raises: SettingsError: they differ.
     """
     apart = (together - alone).abs()
@@ -68,9 +68,9 @@ def check_same(name: str, together: Tensor, alone: Tensor, what: str, *, rounded
 
 
 def warn_if_rounded(name: str, logprobs: Tensor) -> bool:
-    """Warns where all (N,) log-probabilities of tokens, nats, are numbers of bfloat16, and says whether they are.
+    """Warns if all (N,) log-probabilities of tokens, nats, are bfloat16 numbers. Returns whether they are.
 
-    verl rounds them in mixed precision where flash-attn's cross entropy is not installed.
+    verl rounds them in mixed precision if flash-attn's cross entropy is not installed.
     """
     counted = logprobs[logprobs != 0]
     if len(counted) < 8 or not torch.equal(counted.float(), counted.bfloat16().float()):

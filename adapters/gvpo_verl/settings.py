@@ -50,9 +50,9 @@ RULES = (
 
 
 def check_settings(config: Mapping[str, Any]) -> float:
-    """GVPO's beta, from verl's full configuration.
+    """Returns GVPO's beta from verl's full configuration.
 
-    Raises: SettingsError: names every setting that would change the GVPO update, and what to set.
+    Raises: SettingsError: names every setting that would change the GVPO update, and what to set instead.
     """
     wrong = refused(RULES, lambda path: _at(config, path))
     beta = _at(config, "algorithm.kl_ctrl.kl_coef")

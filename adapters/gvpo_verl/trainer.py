@@ -1,4 +1,4 @@
-"""verl's synchronous trainer with GVPO's settings checked, and mini-batches of complete groups."""
+"""verl's synchronous trainer with checked settings and mini-batches of complete groups."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +12,15 @@ from gvpo_verl.worker import BETA
 
 @register_trainer("gvpo")
 class GVPOTrainer(PPOTrainerSync):
-    """`trainer.v1.trainer_mode=gvpo`: verl's `sync` trainer, its batches weighed by `GVPOWorker`.
+    """`trainer.v1.trainer_mode=gvpo`: verl's `sync` trainer. `GVPOWorker` computes the weights of its batches.
 
-    Raises: ValueError: settings under which a step would not be GVPO's. RuntimeError: workers without GVPO.
+    Raises: ValueError: with these settings a step would not be GVPO's. RuntimeError: the workers have no GVPO.
     """
 
     def __init__(self, config: Any) -> None:
         self.gvpo_beta = check_settings(config)
         with open_dict(config):
-            config.trainer.v1.trainer_mode = "sync"  # what verl's sampler and agents ask for
+            config.trainer.v1.trainer_mode = "sync"  # verl's sampler and agents check this
         super().__init__(config)
 
     def _balance_batch(self, batch: Any, metrics: dict[str, Any], **named: Any) -> Any:
@@ -47,16 +47,16 @@ class GVPOTrainer(PPOTrainerSync):
 
 
 def group_order(uids: Sequence[str], lengths: Sequence[int], mini_batch: int, ranks: int) -> list[int]:
-    """An order of rows in which each mini-batch holds complete groups, as far as their sizes allow.
+    """Orders rows so that each mini-batch has complete groups, as far as their sizes allow.
 
-    verl gives each rank an equal run of rows and cuts that into mini-batches. Where groups of unequal size do not fill
-    a mini-batch, one is cut, and its parts count as groups of their own (Cor. 3.4).
+    verl gives each rank an equal number of consecutive rows and cuts them into mini-batches. If groups of unequal size
+    do not fill a mini-batch, one group is cut, and its parts count as separate groups (Cor. 3.4).
 
     Args:
       uids: group of each row.
-      lengths: tokens of each row; a mini-batch's rows are dealt to the ranks longest first.
-      mini_batch: rows of a mini-batch over all ranks; divides the number of rows, and `ranks` divides it.
-    Returns: row numbers, rank after rank.
+      lengths: tokens of each row. A mini-batch's rows are dealt to the ranks longest first.
+      mini_batch: rows of a mini-batch over all ranks. It divides the number of rows, and `ranks` divides it.
+    Returns: row numbers, rank by rank.
     """
     members: dict[str, list[int]] = {}
     for row, uid in enumerate(uids):
@@ -78,7 +78,7 @@ def group_order(uids: Sequence[str], lengths: Sequence[int], mini_batch: int, ra
             else:
                 groups[-1] = rest
         chosen.sort(key=lambda row: -lengths[row])
-        for place, row in enumerate(chosen):  # there and back again, so that sums of lengths are near
+        for place, row in enumerate(chosen):  # back and forth over the ranks, which balances their total lengths
             turn, at = divmod(place, ranks)
             of_rank[at if turn % 2 == 0 else ranks - 1 - at].append(row)
     return [row for rows in of_rank for row in rows]

@@ -1,8 +1,8 @@
 """The actor's training worker: computes the weights of each mini-batch before verl takes its step.
 
-Every mini-batch is scored without gradient, its scalars are gathered over the data-parallel ranks, and
-`gvpo_core.gvpo_coefficients` are put where verl's loss reads advantages, times the number of rows that it divides by.
-Rows of a group may be on any rank and in any micro-batch, fixed or dynamic; groups may differ in size.
+Every mini-batch is scored without gradient, and its scalars are gathered over the data-parallel ranks. The results of
+`gvpo_core.gvpo_coefficients` replace the advantages in verl's loss, multiplied by the number of rows that the loss
+divides by. Rows of a group may be on any rank and in any micro-batch, fixed or dynamic. Groups may differ in size.
 """
 
 from typing import Any
@@ -18,20 +18,20 @@ from verl.workers.utils.padding import response_from_nested
 from gvpo_core import dense_group_ids, gvpo_coefficients, gvpo_loss, gvpo_regret
 from gvpo_verl.scoring import check_lengths, check_same, check_training_mode, random_states, warn_if_rounded
 
-BETA = "gvpo_beta"  # the key under which the trainer sends beta along with a batch
+BETA = "gvpo_beta"  # key of beta in a batch
 
 
 class GVPOWorker(TrainingWorker):
-    """verl's `TrainingWorker`; batches with a beta get GVPO's weights, others are unchanged."""
+    """verl's `TrainingWorker`. Batches with a beta get GVPO's weights; others are unchanged."""
 
-    _as_scored = False  # whether the policy is still the one that made old_log_probs
-    _checked = False  # whether scores were compared with those of rows alone
+    _as_scored = False  # whether old_log_probs are from the current policy
+    _checked = False  # whether scores were compared with those of each row alone
 
     @register(dispatch_mode=Dispatch.ONE_TO_ALL)
     def reset(self) -> None:
-        """As the host's; then the embedding of `config.pad_token_id` is trained like any other.
+        """Resets as verl does, then makes the embedding of `config.pad_token_id` trainable.
 
-        transformers sets `padding_idx`, and torch then gives that row no gradient as an input. Masks tell padding here.
+        transformers sets `padding_idx`, so torch gives that row no gradient as an input. Here masks mark padding.
         """
         super().reset()
         for module in self.engine.module.modules():
@@ -39,12 +39,12 @@ class GVPOWorker(TrainingWorker):
                 module.padding_idx = None
 
     def train_mini_batch(self, data: TensorDict) -> Any:
-        """As the host's; `old_log_probs` were made by this policy and serve for the first mini-batch."""
+        """Trains as verl does. The first mini-batch uses `old_log_probs`, which are from this policy."""
         self._as_scored = True
         return super().train_mini_batch(data)
 
     def train_batch(self, data: TensorDict) -> Any:
-        """One optimizer step. Raises: KeyError, FloatingPointError, SettingsError: nothing was changed."""
+        """Takes one optimizer step. Raises: KeyError, FloatingPointError, SettingsError: no step was taken."""
         beta = tu.get(data, BETA)
         if beta is None:
             return super().train_batch(data)
@@ -69,7 +69,7 @@ class GVPOWorker(TrainingWorker):
         logprobs = _sums(data["old_log_probs"] if self._as_scored else self._score(data), mask)
         ref = _sums(data["ref_log_prob"], mask) if beta else logprobs
         rewards = _sums(data["rm_scores"], torch.ones_like(mask))
-        rewards[_sums(mask, mask) == 0] = np.nan  # padding, and responses that verl masks whole, leave their group
+        rewards[_sums(mask, mask) == 0] = np.nan  # padding and completely masked responses leave their group
         uids = [str(uid) for uid in tu.get(data, "uid")]
         group = self.engine.get_data_parallel_group()
         rank = self.engine.get_data_parallel_rank()
@@ -82,16 +82,16 @@ class GVPOWorker(TrainingWorker):
             raise FloatingPointError("log-probabilities or scores of this mini-batch are not finite: no step was taken")
         start = sum(len(part[0]) for part in parts[:rank])
         local_coefficients = torch.from_numpy(coefficients[start : start + len(uids)]).float()
-        # seq-mean-token-sum divides by global_batch_size; the ranks' gradients are then means of dp_size times theirs.
+        # seq-mean-token-sum divides by global_batch_size. The step averages the ranks' gradients, each times dp_size.
         per_row = (local_coefficients * tu.get(data, "global_batch_size")).to(mask.values().device)
         per_token = per_row.repeat_interleave(mask.offsets().diff())
         data["advantages"] = torch.nested.nested_tensor_from_jagged(per_token, mask.offsets())
         return _metrics(logprobs, ref, rewards, ids, num_groups, beta)
 
     def _check_scores(self, data: TensorDict) -> None:
-        """Compares this rank's longest and shortest row, scored together and in training mode, with each alone.
+        """Scores this rank's longest and shortest row together, and in training mode, and compares with each alone.
 
-        Every rank makes the same passes.
+        Every rank runs the same passes.
         """
         lengths = data["input_ids"].offsets().diff()
         rows = [int(lengths.argmax()), int(lengths.argmin())]
@@ -108,11 +108,11 @@ class GVPOWorker(TrainingWorker):
         check_same(name, trained, alone, "in training mode", rounded=rounded)
 
     def _score(self, data: TensorDict, *, one_batch: bool = False, training: bool = False) -> torch.Tensor:
-        """(B, T) nested token log-probabilities of the responses, by the same passes as the step's.
+        """Returns (B, T) nested token log-probabilities of the responses, from the same passes as in the step.
 
         Args:
-          one_batch: all rows in one micro-batch.
-          training: in training mode, as in the step.
+          one_batch: put all rows in one micro-batch.
+          training: use training mode, as in the step.
         """
         batch = data.copy()
         if one_batch:
@@ -133,10 +133,10 @@ class GVPOWorker(TrainingWorker):
 
 
 def _sums(values: torch.Tensor, mask: Any) -> np.ndarray:
-    """(B,) float64 sums of (B, T) nested values where the mask, of the same rows, counts."""
-    kept = values.values().double().cpu() * mask.values().cpu().bool()
+    """Returns (B,) float64 sums of (B, T) nested values where the mask of the same rows is True."""
+    masked = values.values().double().cpu() * mask.values().cpu().bool()
     rows = torch.arange(values.size(0)).repeat_interleave(mask.offsets().diff().cpu())
-    return torch.zeros(values.size(0), dtype=torch.float64).index_add(0, rows, kept).numpy()
+    return torch.zeros(values.size(0), dtype=torch.float64).index_add(0, rows, masked).numpy()
 
 
 def _metrics(

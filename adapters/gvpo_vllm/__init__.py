@@ -1,5 +1,8 @@
-"""Weights of a trainer by TCP in vLLM's workers: `vllm serve MODEL --worker-extension-cls gvpo_vllm.Worker
---weight-transfer-config '{"backend": "tcp"}'`, and engine.transfer = "tcp" in the run."""
+"""Receives a trainer's weights over TCP in vLLM's workers.
+
+Start the server with `vllm serve MODEL --worker-extension-cls gvpo_vllm.Worker --weight-transfer-config
+'{"backend": "tcp"}'`, and set engine.transfer = "tcp" in the run.
+"""
 
 try:
     import vllm  # noqa: F401

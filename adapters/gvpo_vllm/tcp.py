@@ -1,6 +1,6 @@
-"""The worker's end of engine.transfer = "tcp": an engine of vLLM's weight-transfer interface. On GPUs and on CPU.
+"""The worker's side of engine.transfer = "tcp": an engine for vLLM's weight-transfer interface, on GPUs and CPU.
 
-Tried with vLLM 0.32.
+Tested with vLLM 0.32.
 """
 
 import math
@@ -19,22 +19,22 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 
 from gvpo_core.training.samplers.in_process import pack_heads
 
-_WAIT = 60.0  # seconds for the trainer's machine to take the connection
-_IDLE = 600.0  # seconds without a byte of a part that was announced
+_WAIT = 60.0  # seconds for the trainer's machine to accept the connection
+_IDLE = 600.0  # seconds without a byte of an announced part
 
 
 @dataclass
 class Init(WeightTransferInitInfo):  # type: ignore[misc]
-    """Where the trainer listens."""
+    """The trainer's address."""
 
     address: str
     port: int
-    token: str  # which it expects first
+    token: str  # the trainer expects it first
 
 
 @dataclass
 class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
-    """What comes over the connection, in this order."""
+    """The tensors that the trainer sends, in this order."""
 
     names: list[str]
     dtype_names: list[str]
@@ -42,7 +42,7 @@ class Update(WeightTransferUpdateInfo):  # type: ignore[misc]
 
 
 class TCPEngine(WeightTransferEngine):  # type: ignore[misc]
-    """Reads tensors from the trainer's connection and loads them as those of a checkpoint."""
+    """Reads tensors from the trainer's connection and loads them like those of a checkpoint."""
 
     init_info_cls, update_info_cls = Init, Update
 
@@ -51,7 +51,7 @@ class TCPEngine(WeightTransferEngine):  # type: ignore[misc]
         self._connection: socket.socket | None = None
 
     def init_transfer_engine(self, init_info: Init) -> None:
-        """Connects to the trainer, with the token and this worker's rank among all of the server."""
+        """Connects to the trainer. Sends the token and this worker's rank in the server."""
         self.shutdown()
         place = self.parallel_config
         rank = place.data_parallel_index * place.world_size + place.rank
@@ -64,13 +64,13 @@ class TCPEngine(WeightTransferEngine):  # type: ignore[misc]
         initialize_layerwise_reload(self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        """Loads a part. The method of the base class needs an accelerator."""
+        """Loads a part. Replaces the base class's method, which needs an accelerator."""
         self.receive_weights(self.parse_update_info(update_info))
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: Update) -> None:
-        """Raises: RuntimeError: there is no connection, or it ends within the part."""
+        """Reads and loads a part. Raises: RuntimeError: there is no connection, or it ends within the part."""
         if self._connection is None:
             raise RuntimeError("no connection to the trainer: /init_weight_transfer_engine comes first")
         try:
@@ -92,13 +92,13 @@ class TCPEngine(WeightTransferEngine):  # type: ignore[misc]
         return content.view(dtype).reshape(shape)
 
     def finish_weight_update(self) -> None:
-        """Puts the layers in use."""
+        """Makes the new weights ready for use."""
         finalize_layerwise_reload(self.model, self.model_config)
         if self.device.type == "cpu":
             pack_heads(self.model)
 
     def shutdown(self) -> None:
-        """Ends the connection."""
+        """Closes the connection."""
         if self._connection is not None:
             self._connection.close()
         self._connection = None
@@ -108,4 +108,4 @@ WeightTransferEngineFactory.register_engine("tcp", TCPEngine)
 
 
 class Worker:
-    """For --worker-extension-cls. Its module registers the engine in each worker."""
+    """The class for --worker-extension-cls. Importing its module registers the engine in each worker."""
