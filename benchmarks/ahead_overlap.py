@@ -1,11 +1,11 @@
-"""How much of drawing and updating `rollout.ahead` does at the same time, with simulated times.
+"""How much `rollout.ahead` overlaps sampling with updates, with simulated times.
 
     python benchmarks/ahead_overlap.py [--steps 40] [--ahead 4] [--bound 0.9]
 
-A step has 32 requests. The sampler takes 8 at a time and answers each after a log-normal time: mean 30 ms, sigma 0.8 of
-the logarithm. An update takes 120 ms, as long as drawing a step does in the mean. Ideal is the longer of two sums, as
-if nothing ever waited: all drawing over 8, and everything else that the steps did. Both sums are of the run itself, so
-the ratio depends little on the machine. Exits with an error where the run takes longer than ideal / bound.
+A step has 32 requests. The sampler takes 8 at a time and answers each after a log-normal time: mean 30 ms, sigma of the
+logarithm 0.8. An update takes 120 ms, the mean time to sample a step. The ideal time, without any waiting, is the
+longer of two sums: all sampling divided by 8, and everything else in the steps. Both sums are measured in the run, so
+the ratio depends little on the machine. Exits with an error if the run takes longer than ideal / bound.
 """
 
 import argparse
@@ -33,16 +33,16 @@ from gvpo_core.training.samplers.workers import Workers
 from gvpo_core.training.sampling import Sampling
 from gvpo_core.training.watch.console import Console
 
-REQUESTS, AT_ONCE, MEAN, SIGMA = 32, 8, 0.03, 0.8  # of a step, at a time, seconds, of the logarithm
+REQUESTS, AT_ONCE, MEAN, SIGMA = 32, 8, 0.03, 0.8  # per step, at a time, seconds, of the logarithm
 Drawn = list[list[Response]]
 
 
 class Simulated:
-    """Draws as the reference does, after a log-normal time that depends on the seed alone."""
+    """Samples from the reference after a log-normal time that depends only on the seed."""
 
     def __init__(self) -> None:
         self.policy, self.workers = TablePolicy(table(REFERENCE)), Workers[list[Response]](AT_ONCE)
-        self.seconds = 0.0  # of all requests
+        self.seconds = 0.0  # sum over all requests
 
     def generate(self, prompts: Sequence[Any], seeds: Sequence[Sequence[int]], sampling: Sampling) -> Drawn:
         return self.ask(prompts, seeds, sampling)()
@@ -53,8 +53,8 @@ class Simulated:
 
     def _draw(self, prompt: Any, seeds: Sequence[int], sampling: Sampling) -> list[Response]:
         start = time.perf_counter()
-        bell = np.random.default_rng(seeds[0]).standard_normal()
-        time.sleep(MEAN * math.exp(SIGMA * bell - SIGMA**2 / 2))
+        normal = np.random.default_rng(seeds[0]).standard_normal()
+        time.sleep(MEAN * math.exp(SIGMA * normal - SIGMA**2 / 2))
         self.seconds += time.perf_counter() - start
         return self.policy.generate([prompt], [seeds], sampling)[0]
 
@@ -64,7 +64,7 @@ def _results(work: Sequence["Future[list[Response]]"]) -> Drawn:
 
 
 class Slow(TablePolicy):
-    """Updates take as long as the mean of drawing a step."""
+    """A policy whose updates take the mean time to sample a step."""
 
     def update(self, batch: Batch, coefficients: Coefficients, *, scored: np.ndarray | None = None) -> Update:
         time.sleep(MEAN * REQUESTS / AT_ONCE)
@@ -72,7 +72,7 @@ class Slow(TablePolicy):
 
 
 def measured(folder: Path, steps: int, ahead: int) -> tuple[float, float, float]:
-    """Seconds of the run's steps, of all drawing over AT_ONCE, and of everything else."""
+    """Returns the seconds of the run's steps, of all sampling / AT_ONCE, and of everything else."""
     config = settings(folder)
     rollout = replace(config.rollout, prompts=REQUESTS, responses=4, ahead=ahead)
     config = replace(config, run=replace(config.run, steps=steps), rollout=rollout)

@@ -37,15 +37,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--small", action="store_true", help="a tiny shape on any device, to try the script")
     parser.add_argument("--steps", type=int, default=1)
-    parser.add_argument("--prompts", type=int, default=64, help="prompts of a step, with 8 responses each")
-    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="of the adapters; default: full training")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts per step, with 8 responses each")
+    parser.add_argument("--lora", type=int, default=0, metavar="RANK", help="adapter rank; default: full training")
     options = parser.parse_args()
     prompt, response = (16, 32) if options.small else (PROMPT, RESPONSE)
-    made = random.Random(0)
+    draw = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_folder(folder / "model", SMALL if options.small else QWEN, "cpu" if options.small else "cuda")
-        rows = [{"prompt": "".join(made.choices(string.ascii_letters, k=prompt))} for _ in range(options.prompts)]
+        rows = [{"prompt": "".join(draw.choices(string.ascii_letters, k=prompt))} for _ in range(options.prompts)]
         (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "reward.py").write_text(REWARD)
         settings = {"steps": options.steps, "lora": options.lora, "prompts": options.prompts, "response": response}

@@ -30,8 +30,8 @@ QWEN = {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
 QWEN |= {"num_key_value_heads": 2, "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1e6}
 SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL |= {"num_key_value_heads": 2, "vocab_size": 512, "tie_word_embeddings": True}
-GROUP, PROMPT, RESPONSE = 8, 512, 2048  # responses a prompt; tokens, of responses at most
-TOKENS = 128  # drawn for each row where sampling is measured
+GROUP, PROMPT, RESPONSE = 8, 512, 2048  # responses per prompt, tokens, most tokens
+TOKENS = 128  # sampled per row when sampling is measured
 KINDS: dict[str, dict[str, object]] = {
     "full": {},
     "checkpointing": {"gradient_checkpointing": True},
@@ -42,12 +42,12 @@ KINDS: dict[str, dict[str, object]] = {
     "dora": {"lora_rank": 16, "lora_kind": "dora"},
     "deterministic": {"deterministic": True},
 }
-SAMPLED = ("full", "lora", "nf4")  # kinds of which sampling is measured
+SAMPLED = ("full", "lora", "nf4")  # kinds whose sampling is measured
 
 
 @contextmanager
 def measured(what: str, **facts: float) -> Iterator[dict[str, float]]:
-    """Prints seconds and peak GiB of a block, with what the block adds."""
+    """Measures a block. Prints its seconds and peak GiB, and the facts that the block adds."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
@@ -65,7 +65,7 @@ def measured(what: str, **facts: float) -> Iterator[dict[str, float]]:
 
 
 def make_folder(folder: Path, settings: dict[str, object], device: str = "cuda") -> Path:
-    """Random weights of a shape, and a tokenizer that only marks the end."""
+    """Writes a model of random weights, and a tokenizer that has only an end token."""
     config = Qwen2Config(**settings, max_position_embeddings=32768, dtype="bfloat16", eos_token_id=0)
     with torch.device(device):
         model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
@@ -76,7 +76,7 @@ def make_folder(folder: Path, settings: dict[str, object], device: str = "cuda")
 
 
 def draw(prompts: int, vocabulary: int, prompt: int, response: int) -> Batch:
-    """Groups with prompts of one length and log-normal lengths of responses, a quarter of the limit in the median."""
+    """Returns groups with prompts of one length. Response lengths are log-normal; median: a quarter of the limit."""
     generator = np.random.default_rng(0)
     texts, responses, groups = [], [], []
     for group in range(prompts):
@@ -92,7 +92,7 @@ def draw(prompts: int, vocabulary: int, prompt: int, response: int) -> Batch:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--small", action="store_true", help="a tiny shape, to try the script")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of training; default: all")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="training kinds; default: all")
     options = parser.parse_args()
     small = options.small
     shape = SMALL if small else QWEN
@@ -125,7 +125,7 @@ def main() -> None:
                             figures["tokens"] = sum(len(r.tokens) for row in drawn for r in row)
                             figures["longest"] = longest = max(len(r.tokens) for row in drawn for r in row)
                         torch.cuda.synchronize()
-                        print(f"  {1000 * figures['seconds'] / longest:.1f} ms a token of a row")
+                        print(f"  {1000 * figures['seconds'] / longest:.1f} ms per token of a row")
             policy.logprobs(batch.take(list(range(GROUP))))
             with measured(f"{kind}: score", tokens=packed, flops=2 * parameters * packed):
                 policy.logprobs(batch)

@@ -1,9 +1,9 @@
-"""A step of the demo drawn by vLLM in the process beside one drawn by the policy itself, in turns in one run.
+"""Compares a step of the demo sampled by vLLM in the same process with one sampled by the policy, in turns in one run.
 
     python benchmarks/engine_step.py MODEL_FOLDER [ROUNDS]
 
 Needs vLLM and gvpo in one environment (docs/engines.md). 4 prompts x 16 responses of at most 12 tokens, float32, as in
-examples/smollm2_arithmetic. Prints seconds of a weight refresh, of drawing, of an update, and tokens a second.
+examples/smollm2_arithmetic. Prints seconds of a weight refresh, of sampling and of an update, and tokens per second.
 """
 
 import sys
@@ -50,7 +50,7 @@ def main() -> None:
         seeds = [[1000 * step + 100 * p + r for r in range(RESPONSES)] for p in range(len(PROMPTS))]
         timed("refresh", lambda step=step: engine.refresh(policy, step))
         for name, sampler in (("vLLM", engine), ("policy", policy)):
-            drawn = timed(name, lambda of=sampler, s=seeds: of.generate(prompts, s, Sampling(12, 1.0)))
+            drawn = timed(name, lambda source=sampler, s=seeds: source.generate(prompts, s, Sampling(12, 1.0)))
             speed[name].append(sum(len(r.tokens) for many in drawn for r in many) / seconds[name][-1])
         rows = [
             (prompt, r.tokens, p) for p, (prompt, many) in enumerate(zip(prompts, drawn, strict=True)) for r in many
@@ -61,9 +61,9 @@ def main() -> None:
             seconds.clear(), speed.clear()
     for name, values in seconds.items():
         tokens = f", {median(speed[name]):.0f} tokens/s" if name in speed else ""
-        print(f"{name}: {median(values):.2f} s (least {min(values):.2f}, most {max(values):.2f}){tokens}")
+        print(f"{name}: {median(values):.2f} s (min {min(values):.2f}, max {max(values):.2f}){tokens}")
     ratios = [a / b for a, b in zip(seconds["vLLM"], seconds["policy"], strict=True)]
-    print(f"drawing with vLLM takes {median(ratios):.2f} of the policy's own time")
+    print(f"sampling with vLLM takes {median(ratios):.2f} of the time of sampling with the policy")
     engine.close()
 
 

@@ -1,9 +1,9 @@
-"""Peak memory of response log-probs, forward and backward: the tiled head beside log_softmax over full logits.
+"""Peak memory of response log-probs, forward and backward: the tiled head compared with log_softmax over full logits.
 
     python benchmarks/logprob_memory.py [--tokens 4096 --vocabulary 151936 --hidden 1024]
 
-Each variant runs in a process of its own. Memory is the process's peak resident size on CPU, interpreter and PyTorch
-included, and the allocator's peak on CUDA. Exits with an error where the tiled head takes more than --bound of the
+Each variant runs in a separate process. On CPU, memory is the process's peak resident size, including the interpreter
+and PyTorch; on CUDA it is the allocator's peak. Exits with an error if the tiled head takes more than --bound of the
 memory of the full logits.
 """
 
@@ -15,7 +15,7 @@ import time
 
 
 def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int, device: str) -> dict[str, float]:
-    """One forward and backward; peak bytes, seconds, and two numbers to compare results by."""
+    """Runs one forward and backward pass. Returns peak bytes, seconds, and two numbers that compare results."""
     import torch
     from gvpo_torch import token_logprobs
 
@@ -74,7 +74,7 @@ def main() -> None:
         worst = max(worst, ratio)
         print(f"  {device:5} ratio {ratio:.3f} (bound {options.bound})")
     if worst > options.bound:
-        sys.exit(f"the tiled head takes {worst:.3f} of the memory of full logits; at most {options.bound} is wanted")
+        sys.exit(f"the tiled head takes {worst:.3f} of the memory of full logits; expected at most {options.bound}")
 
 
 if __name__ == "__main__":

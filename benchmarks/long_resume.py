@@ -1,9 +1,9 @@
-"""Resuming a run of 100,000 steps with 2,000,000 recorded responses, in a process of its own.
+"""Cost of resuming a run of 100,000 steps with 2,000,000 recorded responses, in a separate process.
 
     python benchmarks/long_resume.py [--steps 100000] [--responses 20]
 
-Exits with an error beyond --memory GB (0.5) or --cpu seconds (30). CPU seconds, not wall seconds: other programs on the
-machine disturb them less.
+Exits with an error above --memory GB (0.5) or --cpu seconds (30). The bound is in CPU seconds because other programs on
+the machine change wall seconds more.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main() -> None:
     print(f"{arguments.steps:,} steps x {arguments.responses} responses: {cost.memory / 1e9:.2f} GB, ", end="")
     print(f"{cost.cpu:.1f} s of CPU, {cost.read / 1e9:.2f} GB read")
     if cost.memory / 1e9 > arguments.memory or cost.cpu > arguments.cpu:
-        sys.exit("beyond the bound")
+        sys.exit("above the bound")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""gvpo_mlx's sampling beside mlx-lm's BatchGenerator, with the same seeds: samples, prefilled tokens, time.
+"""Compares gvpo_mlx's sampling with mlx-lm's BatchGenerator, for the same seeds: samples and time.
 
     python benchmarks/mlx_batch_generator.py [--prompts 4 --responses 8 --prompt 64 --tokens 48]
 
-BatchGenerator takes a sampler for each row, which inverts the cumulative distribution on the device, in float32: a
-sampler of the whole batch does not know which rows it holds. Both run in this process on one tiny model, in turns, and
-ours a second time with each step queued after the host has chosen. The figures are medians of the ratios in a round.
-Samples that this changes are an error; nothing else is: docs/mlx.md states what follows.
+BatchGenerator gets one sampler per row, because a sampler of the whole batch does not know which rows it has. Each
+inverts the cumulative distribution on the device in float32. Both generators run in this process on one tiny model, in
+turns. Ours runs a second time with each step queued after the host has chosen the tokens. The figures are medians of
+the ratios per round. Only samples that differ between the two runs of ours are an error. docs/mlx.md has the results.
 """
 
 import argparse
@@ -32,14 +32,14 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "
 
 
 class RowSampler:
-    """A row's t-th token, where its cumulative distribution first exceeds the t-th number of the row's stream."""
+    """Chooses a row's t-th token, the first whose cumulative probability exceeds the row's t-th random number."""
 
     def __init__(self, seed: int, most: int) -> None:
         self.numbers = iter(uniforms([seed], 0, most)[0].tolist())
 
     def __call__(self, logprobs: mx.array) -> mx.array:
         cumulative = mx.cumsum(mx.exp(logprobs), 1)
-        # One token more is asked for than is used: BatchGenerator computes one ahead.
+        # BatchGenerator computes one token ahead, so it asks for one more than it uses.
         return (cumulative <= next(self.numbers, 0.0) * cumulative[:, -1:]).sum(1)
 
 
@@ -94,7 +94,7 @@ def main() -> None:
                 start = time.perf_counter()
                 waited = of_policy.generate(prompts, seeds, Sampling(options.tokens))
                 seconds["waiting"].append(time.perf_counter() - start)
-            assert waited == drawn, "steps before the choice changed the samples"
+            assert waited == drawn, "queuing steps before the choice changed the samples"
             start = time.perf_counter()
             samples["theirs"] = theirs(of_policy, prompts, seeds, options.tokens)
             seconds["theirs"].append(time.perf_counter() - start)

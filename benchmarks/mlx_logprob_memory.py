@@ -1,10 +1,10 @@
-"""Peak memory of response log-probs in MLX, forward and backward: the chunked head beside log_softmax over full logits.
+"""Peak memory of response log-probs in MLX, forward and backward: the chunked head or log_softmax over full logits.
 
     python benchmarks/mlx_logprob_memory.py [--tokens 4096 --vocabulary 16384 --hidden 16]
 
-Both run in this process; memory is MLX's own count of what its arrays held at most (mx.get_peak_memory), parameters and
-gradients included. The hidden size is small because MLX's products are slow on CPU; it hardly counts in the memory.
-Exits with an error where the chunked head takes more than --bound of the memory of the full logits.
+Both run in this process. Memory is MLX's own peak (mx.get_peak_memory), including parameters and gradients. The hidden
+size is small because MLX's products are slow on CPU; it hardly changes the memory. Exits with an error if the chunked
+head takes more than --bound of the memory of the full logits.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from gvpo_mlx import token_logprobs
 
 
 def full_logits(hidden: mx.array, weight: mx.array, targets: mx.array) -> mx.array:
-    """As it is usually written."""
+    """Returns log-probs from full logits, the usual way."""
     logits = hidden @ weight.T
     return mx.take_along_axis(logits, targets[:, None], 1).squeeze(1) - mx.logsumexp(logits, 1)
 
 
 def measure(variant: str, tokens: int, vocabulary: int, hidden_size: int) -> dict[str, float]:
-    """One forward and backward; peak bytes, seconds, and two numbers to compare results by."""
+    """Runs one forward and backward pass. Returns peak bytes, seconds, and two numbers that compare results."""
     keys = mx.random.split(mx.random.key(0), 3)
     hidden = mx.random.normal((tokens, hidden_size), key=keys[0])
     weight = 0.05 * mx.random.normal((vocabulary, hidden_size), key=keys[1])
@@ -60,7 +60,7 @@ def main() -> None:
     ratio = chunked["peak"] / full["peak"]
     print(f"  ratio {ratio:.3f} (bound {options.bound})")
     if ratio > options.bound:
-        sys.exit(f"the chunked head takes {ratio:.3f} of the memory of full logits; at most {options.bound} is wanted")
+        sys.exit(f"the chunked head takes {ratio:.3f} of the memory of full logits; expected at most {options.bound}")
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
-"""Forward and backward of the demo's batch in packed and in padded rows, interleaved in one run.
+"""Time of forward and backward of the demo's batch in packed and in padded rows, interleaved in one run.
 
     python benchmarks/packed_speed.py [--model FOLDER] [--rounds 3]
 
 4 prompts of 45 tokens with 16 responses of 6 to 12 tokens each, float32, three ways:
 
-    packed  a prompt once with its responses after it; the head on response positions alone
-    plain   one padded row a response; the head on response positions alone
-    padded  one padded row a response through transformers' own forward, log_softmax over its logits
+    packed  a prompt once with its responses after it; the head on response positions only
+    plain   one padded row per response; the head on response positions only
+    padded  one padded row per response through transformers' own forward, log_softmax over its logits
 
-Exits with an error where packed rows are not at least --bound times as fast as padded ones. CPU seconds are printed
-too: other programs on the machine disturb them less.
+Exits with an error if packed rows are not at least --bound times as fast as padded ones. CPU seconds are printed too,
+because other programs on the machine change them less.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from gvpo_core.training.policy import Batch, layout
 
 
 def demo_model() -> Path:
-    """The demo's SmolLM2, made where it is not there yet."""
+    """Returns the folder of the demo's SmolLM2. Makes it if it is missing."""
     demo = Path(__file__).parent.parent / "examples" / "smollm2_arithmetic"
     sys.path.insert(0, str(demo))
     import prepare
@@ -39,12 +39,12 @@ def demo_model() -> Path:
     return prepare.MODEL
 
 
-def padded(scorer: model.Scorer, of: layout.Arrays, device: torch.device) -> torch.Tensor:
-    """Log-probs the usual way: all logits of the padded rows, then log_softmax, then the response tokens."""
-    ids, mask = (torch.from_numpy(x).to(device) for x in (of.ids, of.segments >= 0))
+def padded(scorer: model.Scorer, arrays: layout.Arrays, device: torch.device) -> torch.Tensor:
+    """Returns log-probs the usual way: all logits of the padded rows, then log_softmax, then the response tokens."""
+    ids, mask = (torch.from_numpy(x).to(device) for x in (arrays.ids, arrays.segments >= 0))
     logits = scorer.base(input_ids=ids, attention_mask=mask, use_cache=False).logits
     logprobs = logits.log_softmax(-1).flatten(0, 1)
-    predict, targets = (torch.from_numpy(x).to(device) for x in (of.predict, of.targets))
+    predict, targets = (torch.from_numpy(x).to(device) for x in (arrays.predict, arrays.targets))
     return logprobs[predict, targets]
 
 
@@ -94,7 +94,7 @@ def main() -> None:
     for name, of in arrays.items():
         wall, cpu = statistics.median(seconds[name]), statistics.median(cpu_seconds[name])
         shape = f"{of.ids.shape[0]:3} rows of {of.ids.shape[1]:4}"
-        print(f"{name:7} {shape}: {wall:7.3f} s a forward + backward ({cpu:.3f} CPU seconds)")
+        print(f"{name:7} {shape}: {wall:7.3f} s per forward + backward ({cpu:.3f} CPU seconds)")
     of_plain, ratio = (
         statistics.median(seconds[name]) / statistics.median(seconds["packed"]) for name in ("plain", "padded")
     )
@@ -103,7 +103,7 @@ def main() -> None:
         f"on {device} ({torch.get_num_threads()} threads)"
     )
     if ratio < options.bound:
-        sys.exit(f"wanted at least {options.bound}")
+        sys.exit(f"expected at least {options.bound}")
 
 
 if __name__ == "__main__":

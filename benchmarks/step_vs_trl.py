@@ -1,21 +1,21 @@
-"""A whole training step of the demo beside TRL's GRPOTrainer: generation, reference scoring, update.
+"""Compares a complete training step of the demo with TRL's GRPOTrainer: generation, reference scoring, update.
 
     nox -s bench -- step_vs_trl
     python benchmarks/step_vs_trl.py [--steps 5]
 
 Both train SmolLM2-135M-Instruct in float32 on the same prompts of the demo in the same order: 4 prompts x 16 responses
 of exactly 12 tokens (TRL: min_new_tokens suppresses the end token; gvpo: no token ends a response), one AdamW step at
-1e-5 with gradients clipped to 1, a reference model (beta 0.05) and the demo's reward, with as many threads as PyTorch
-takes by itself. Each lives in a process of its own, which waits while the other steps; steps alternate.
+1e-5 with gradients clipped to 1, a reference model (beta 0.05), the demo's reward, and PyTorch's default number of
+threads. Each runs in a separate process that waits while the other steps; steps alternate.
 
-The bound is of CPU seconds, of all threads of a process: other programs on the machine change them less than the clock,
-and threads that wait for others do not count (OMP_WAIT_POLICY=passive). Clock seconds are printed beside them.
+The bound applies to CPU seconds over all threads of a process: other programs on the machine change them less than
+clock seconds, and waiting threads do not count (OMP_WAIT_POLICY=passive). Clock seconds are printed too.
 
-TRL has the whole batch in one pass (per_device_train_batch_size = 64), and not bfloat16, its default, since the
-comparison is of float32. Gradient checkpointing is on, its default; afterwards it is measured without, and the bounds
-are of the cheaper and of the smaller of the two. Peak memory is of the whole process.
+TRL takes the whole batch in one pass (per_device_train_batch_size = 64), in float32 instead of its default bfloat16.
+Its default gradient checkpointing is on. A second measurement has it off. The bounds apply to the smaller time and the
+smaller memory of the two. Peak memory is that of the whole process.
 
-Exit status: 0 within the bounds, 1 beyond.
+Exit status: 0 within the bounds, else 1.
 """
 
 import argparse
@@ -37,36 +37,36 @@ from reward import reward  # noqa: E402
 
 from gvpo_core.training.policy.memory import peak_memory  # noqa: E402
 
-TIME_BOUND, MEMORY_BOUND = 0.22, 1.0  # of TRL's
+TIME_BOUND, MEMORY_BOUND = 0.22, 1.0  # relative to TRL
 PROMPTS, RESPONSES, TOKENS = 4, 16, 12
 BETA, LEARNING_RATE = 0.05, 1e-5
 WARM_UP, STEPS = 1, 5
 
 
 class Worker:
-    """The side of a process that is timed: waits for its turn, then says how long its step took."""
+    """Runs in a timed process: waits for its turn, then reports how long its step took."""
 
     def __init__(self) -> None:
-        # What libraries print must not be taken for an answer.
+        # Output of libraries must not be read as an answer.
         self.answers = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
         self.start = self.cpu = 0.0
 
     def wait(self) -> None:
-        """Returns when it is this process's turn; leaves at the end of the input."""
+        """Returns when it is this process's turn. Exits at the end of the input."""
         if not sys.stdin.readline():
             os._exit(0)  # no checkpoint, no report: only steps are measured
         self.start, self.cpu = time.perf_counter(), time.process_time()
 
     def done(self, length: float) -> None:
-        """Answers with this step's seconds (clock and CPUs), mean response length, and peak memory so far."""
+        """Reports this step's seconds (clock and CPU), mean response length, and peak memory so far."""
         seconds, cpu = time.perf_counter() - self.start, time.process_time() - self.cpu
         answer = {"seconds": seconds, "cpu": cpu, "length": length, "memory": peak_memory()}
         print(json.dumps(answer), file=self.answers, flush=True)
 
 
 def work_gvpo() -> None:
-    """The real loop, its records and all; the console's calls are the clock."""
+    """Runs the real loop, including its records. The console's calls start and stop the clock."""
     from gvpo_core.training.config import Config
     from gvpo_core.training.config.file import read_config
     from gvpo_core.training.loop import train
@@ -103,7 +103,7 @@ def work_gvpo() -> None:
 
 
 def work_trl(checkpointing: bool) -> None:
-    """GRPOTrainer.train, with a callback as the clock."""
+    """Runs GRPOTrainer.train. A callback starts and stops the clock."""
     import torch
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -149,7 +149,7 @@ def work_trl(checkpointing: bool) -> None:
 
 
 class Side:
-    """A process that steps on demand."""
+    """A process that runs a step on demand."""
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, __file__, "--worker", name]
@@ -166,7 +166,7 @@ class Side:
         )
 
     def step(self) -> float:
-        """Runs one step; returns its seconds."""
+        """Runs one step. Returns its seconds."""
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write("step\n")
         self.process.stdin.flush()
@@ -176,7 +176,7 @@ class Side:
             sys.exit(f"{self.name} ended before its step did:\n{self.log.read()[-4000:]}")
         self.steps.append(json.loads(answer))
         if self.steps[-1]["length"] != TOKENS:
-            sys.exit(f"{self.name} sampled {self.steps[-1]['length']} tokens a response; expected {TOKENS}")
+            sys.exit(f"{self.name} sampled {self.steps[-1]['length']} tokens per response; expected {TOKENS}")
         return self.steps[-1]["seconds"]
 
     def close(self) -> None:
@@ -190,7 +190,7 @@ class Side:
 
     @property
     def cpu(self) -> float:
-        """Median of the CPU seconds a step."""
+        """Median of the CPU seconds per step."""
         return statistics.median(s["cpu"] for s in self.steps[WARM_UP:])
 
     @property

@@ -1,13 +1,13 @@
-"""Compiles the JAX trainer's programs for TPUs, ahead of time and without one, and prints what they take of the memory.
+"""Compiles the JAX trainer's programs for TPUs ahead of time, without a TPU, and prints the memory that they need.
 
     python benchmarks/tpu_compile.py [CASE ...]
 
-Proves that the programs compile for the chip and fit its memory beside their arguments. Says nothing of speed or of
-numbers. `moved` is what crosses between the chips, from the program's HLO. The programs are those of a training step
-(scores; forward and backward of whole groups; both in one program where the scores are known; AdamW) and of generation.
-What a run holds beside a program's arguments counts as well: AdamW's moments, the gradient's sum during `forward`, the
-reference, and what `forward` keeps for `backward`.
-Exit status 1 where a program is beyond its bound.
+Proves that the programs compile for the chip and fit its memory together with their arguments. Says nothing about speed
+or numerical results. `moved` is the traffic between the chips, from the program's HLO. The programs are those of a
+training step (scores; forward and backward of complete groups; both in one program if the scores are known; AdamW) and
+of generation. `beside` is what a run holds in addition to a program's arguments: AdamW's moments, the gradient's sum
+during `forward`, the reference, and what `forward` keeps for `backward`.
+Exit status 1 if a program exceeds its bound.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ |= {
-    "JAX_PLATFORMS": "cpu",  # the compiler alone is asked for TPUs
+    "JAX_PLATFORMS": "cpu",  # only the compiler knows about TPUs
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -41,7 +41,7 @@ from gvpo_jax.spec import Spec, is_linear
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-MEMORY = {"v5e": 16 * 2**30}  # bytes a chip, from Google's page of the v5e
+MEMORY = {"v5e": 16 * 2**30}  # bytes per chip, from Google's page about the v5e
 SMOLLM2: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 49152,
@@ -66,33 +66,33 @@ QWEN_7B: dict[str, Any] = {
 }
 
 
-# GiB that the collectives of a program move; of `decode` a token's.
+# GiB that the collectives of a program move; for `decode`, per token.
 SMOLLM2_MOVED = {"score_rows": 0.265, "forward": 0.265, "backward": 0.705, "accumulate": 0.97, "placed": 0.29}
 QWEN_7B_MOVED = {"score_rows": 4.6, "forward": 4.6, "backward": 15.9, "accumulate": 20.5, "placed": 5.1}
 QWEN_7B_MOVED |= {"prefill": 0.45, "decode": 0.0195}
-SCALARS = 0.001  # of a program that moves no array to speak of
+SCALARS = 0.001  # bound for a program that moves only scalars
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model on a slice, with the sizes of one micro-batch and one generation; bounds in bytes a chip."""
+    """A model on a slice, with the sizes of one micro-batch and one generation, and bounds per chip."""
 
     model: dict[str, Any]
     chip: str
     topology: str
     fsdp: int
     tensor: int
-    rows: int  # of a micro-batch
-    length: int  # tokens a row
-    predicted: int  # tokens a row whose log-probs are wanted
-    groups: int  # prompts generated for at once
-    responses: int  # a prompt
+    rows: int  # per micro-batch
+    length: int  # tokens per row
+    predicted: int  # tokens per row that need log-probs
+    groups: int  # prompts per generation
+    responses: int  # per prompt
     prompt: int  # tokens
     new: int  # tokens
-    bound: float  # GiB a chip: of the largest program, with all that is held beside it
-    moved: Mapping[str, float] = field(default_factory=dict)  # of programs that move more than SCALARS, GiB
+    bound: float  # GiB per chip: the largest program with everything held beside it
+    moved: Mapping[str, float] = field(default_factory=dict)  # GiB, for programs that move more than SCALARS
     lora_rank: int = 0
-    attention: float = 1.1  # of the temporaries of `accumulate` without the attention kernels, those with them at most
+    attention: float = 1.1  # bound: temporaries of `accumulate` with attention kernels / without
 
 
 # Bounds: 1.15 times what was measured.
@@ -102,7 +102,7 @@ CASES = {
     "smollm2-v5e-2x2": Case(SMOLLM2, "v5e", "v5e:2x2", 2, 1, 16, 512, 384, 8, 8, 128, 256, 1.95, SMOLLM2_MOVED),
     "qwen2.5-7b-v5e-4x4": Case(QWEN_7B, "v5e", "v5e:4x4", 16, 1, 16, 1024, 768, 16, 8, 256, 512, 13.1, QWEN_7B_MOVED),
 }
-WITHOUT = "no kernels"  # `accumulate` as it is without the attention kernels
+WITHOUT = "no kernels"  # `accumulate` without the attention kernels
 _KERNELS = {"gvpo_flash", "gvpo_flash_queries", "gvpo_flash_keys"}
 ATTENTION = {"score_rows": {"gvpo_flash"}, "forward": {"gvpo_flash"}, "backward": _KERNELS, "accumulate": _KERNELS}
 ADAM = (0.9, 0.999, 1e-8)
@@ -124,7 +124,7 @@ def abstract(shapes: Mapping[str, tuple[int, ...]], on: Mesh, dtype: Any) -> dic
 
 
 def adapter_shapes(spec: Spec, rank: int) -> dict[str, tuple[int, ...]]:
-    """LoRA on every linear layer; see `adapters.make_adapters`."""
+    """Returns the shapes of LoRA on every linear layer; see `adapters.make_adapters`."""
     shapes = {}
     for name, (layers, outputs, inputs) in ((n, s) for n, s in spec.shapes().items() if is_linear(n)):
         module = name.removesuffix(".weight")
@@ -133,7 +133,7 @@ def adapter_shapes(spec: Spec, rank: int) -> dict[str, tuple[int, ...]]:
 
 
 def held(*trees: Any) -> int:
-    """Bytes a chip."""
+    """Returns the bytes of arrays per chip."""
     return sum(math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize for a in jax.tree.leaves(trees))
 
 
@@ -142,9 +142,9 @@ def of_batch(on: Mesh, shape: tuple[int, ...], dtype: Any = jnp.int32, axis: int
 
 
 def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
-    """Every program of a training step and of generation: its name, compiled, and the bytes a chip held beside it.
+    """Yields each program of a training step and of generation: name, compiled program, bytes per chip held beside it.
 
-    `accumulate` comes a second time, without the attention kernels, for comparison.
+    `accumulate` comes a second time without the attention kernels, for comparison.
     """
     on, spec = make_mesh(case), read_spec(case.model)
     setup = Setup(spec, on, "bfloat16", remat=True, scale=LORA_SCALE if case.lora_rank else 0.0, in_blocks=True)
@@ -174,11 +174,11 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
     )
     arguments = (trained, saved, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
     yield "backward", compile_program(update.backward, (), *arguments, donate=(0,), out=shardings), beside
-    given = (trained, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
-    accumulate = compile_program(update.accumulate, (setup,), *given, donate=(0,), out=shardings)
+    operands = (trained, trained, frozen, rows, of_batch(on, (b, p), jnp.float32))
+    accumulate = compile_program(update.accumulate, (setup,), *operands, donate=(0,), out=shardings)
     yield "accumulate", accumulate, beside
     plain = (replace(setup, in_blocks=False),)
-    yield WITHOUT, compile_program(update.accumulate, plain, *given, donate=(0,), out=shardings), beside
+    yield WITHOUT, compile_program(update.accumulate, plain, *operands, donate=(0,), out=shardings), beside
     numbers = dict.fromkeys(update.adamw_numbers(0.9, 0.9, 0.0, 1.0, 1.0, 0), single(jnp.float32))
     step = compile_program(
         update.step, ADAM, trained, state, trained, numbers, donate=(0, 1), out=(shardings, state_out)
@@ -193,7 +193,7 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
         {n: jax.ShapeDtypeStruct(a.shape, jnp.bfloat16, sharding=shardings[n]) for n, a in tree.items()}
         for tree, shardings in zip((parameters, adapters), out, strict=True)
     )
-    beside += 0 if case.lora_rank else held(trained)  # what is trained stays where it is
+    beside += 0 if case.lora_rank else held(trained)  # the trained parameters stay in place
     prompts = (of_batch(on, (g, s)), of_batch(on, (g,)))
     prefill = compile_program(decoding.prefill, (sampling,), parameters, adapters, *prompts)
     yield "prefill", prefill, beside
@@ -223,29 +223,29 @@ def programs(case: Case) -> Iterator[tuple[str, Any, int]]:
 
 
 def moved(program: str, of: Any, case: Case) -> float:
-    """GiB of the arrays that cross between chips in one run of a program; of `decode` for one token of every row."""
+    """Returns the GiB that one run of a program moves between chips; for `decode`, per token of all rows."""
     token = program == "decode"
     moved_bytes = sum(total(collectives(of.as_text(), turn=token)).values()) / 2**30
     return moved_bytes / len(decoding.filled_sizes(case.new)) if token else moved_bytes
 
 
 def kernels(of: Any) -> set[str]:
-    """Names of the Pallas kernels in a compiled program."""
+    """Returns the names of the Pallas kernels in a compiled program."""
     return set(re.findall(r"gvpo_flash\w*", of.as_text()))
 
 
 def examine(name: str, case: Case) -> bool:
-    """Prints the case's table; whether every program is within its bound."""
+    """Prints the case's table. Returns whether every program is within its bound."""
     start = time.monotonic()
     chips = make_mesh(case).size
-    what = f"LoRA of rank {case.lora_rank}" if case.lora_rank else "full fine-tuning"
-    print(f"\n{name}: {chips} x {case.chip}, {what}, {case.rows} rows of {case.length} tokens, bfloat16, remat")
+    training = f"LoRA of rank {case.lora_rank}" if case.lora_rank else "full fine-tuning"
+    print(f"\n{name}: {chips} x {case.chip}, {training}, {case.rows} rows of {case.length} tokens, bfloat16, remat")
     columns = ("arguments", "output", "temporary", "beside", "together", "of a chip", "moved")
-    print(f"{'program':<12} {' '.join(f'{column:>10}' for column in columns)}  GiB a chip", flush=True)
+    print(f"{'program':<12} {' '.join(f'{column:>10}' for column in columns)}  GiB per chip", flush=True)
     good, temporary = True, {}
     for program, of, beside in programs(case):
         m = of.memory_analysis()
-        output = m.output_size_in_bytes - m.alias_size_in_bytes  # what is donated becomes output in place
+        output = m.output_size_in_bytes - m.alias_size_in_bytes  # donated arguments become output in place
         numbers = [m.argument_size_in_bytes, output, m.temp_size_in_bytes, beside]
         temporary[program] = m.temp_size_in_bytes
         together = sum(numbers)
@@ -259,7 +259,7 @@ def examine(name: str, case: Case) -> bool:
         end = "" if fits else "  BEYOND ITS BOUND"
         print(f"{program:<12} {shown} {together / MEMORY[case.chip]:>10.0%} {crossing:>10.4f}{end}", flush=True)
     full = case.rows * case.predicted * case.model["vocab_size"] * 4 / chips
-    print(f"full logits of the micro-batch would be {full / 2**30:.2f} GiB a chip, and their gradient as much again;")
+    print(f"full logits of the micro-batch would be {full / 2**30:.2f} GiB per chip, and their gradient as much again;")
     print(f"all temporaries of forward and backward in one loop are {temporary['accumulate'] / 2**30:.2f}")
     share = temporary["accumulate"] / temporary[WITHOUT]
     end = "" if share <= case.attention else "  BEYOND ITS BOUND"
@@ -275,7 +275,7 @@ def main() -> int:
     names = parser.parse_args().cases or list(CASES)
     if unknown := set(names) - set(CASES):
         parser.error(f"there is no case {', '.join(sorted(unknown))}; there are {', '.join(CASES)}")
-    results = [examine(name, CASES[name]) for name in names]  # every case, also after one that failed
+    results = [examine(name, CASES[name]) for name in names]  # all cases, even after a failure
     return 0 if all(results) else 1
 
 
