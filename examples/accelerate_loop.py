@@ -1,6 +1,6 @@
 """GVPO in your own loop with accelerate: the rows of a group may be in any micro-batch and on any process.
 
-accelerate launch --num_processes 2 examples/accelerate_loop.py     or python, for one process
+accelerate launch --num_processes 2 examples/accelerate_loop.py     (or python for one process)
 """
 
 import contextlib
@@ -22,7 +22,7 @@ for step in range(101):
     shuffled = torch.arange(8).repeat_interleave(16)[torch.randperm(128)]  # the same everywhere
     prompts = shuffled[rank::processes].to(device)
 
-    # Weigh the whole batch: score it without gradient, and gather one number a response.
+    # Weigh the whole batch: score it without gradient, and gather a few numbers per response.
     with torch.no_grad():
         logprobs = model(prompts).log_softmax(1)
         responses = torch.multinomial(logprobs.exp(), 1, generator=draw)
@@ -33,7 +33,7 @@ for step in range(101):
     coefficients = gvpo_coefficients(*everywhere.unbind(1), group_ids, beta=0.1, num_groups=8)
     local = coefficients.chunk(processes)[rank] * processes  # the processes' gradients are averaged
 
-    # Step along -sum_i c_i grad log pi_i, a micro-batch at a time: sums, so that nothing depends on their number.
+    # Step along -sum_i c_i grad log pi_i in micro-batches. Sums, so that the step does not depend on their number.
     micro_batches = torch.arange(len(prompts), device=device).split(16)
     for i, rows in enumerate(micro_batches):
         last = i == len(micro_batches) - 1

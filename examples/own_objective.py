@@ -1,6 +1,6 @@
 """A custom objective for `gvpo train`: name = "examples/own_objective.py:leave_one_out" under [objective].
 
-It is RLOO without a ratio: each response is pushed by its reward less the mean reward of the others in its group.
+It is RLOO without a ratio: a response's advantage is its reward minus the mean reward of the others in its group.
 """
 
 import numpy as np

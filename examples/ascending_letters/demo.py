@@ -2,7 +2,7 @@
 
     python examples/ascending_letters/demo.py [--backend torch|jax|mlx] [--steps N]
 
-Run it from the root of the repository; other options are those of `gvpo train`.
+Run it from the root of the repository. Other options are passed to `gvpo train`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ CONFIG = Path(__file__).parent / "config.toml"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="GVPO teaches a tiny random model the order of letters.")
-    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
-    parser.add_argument("--steps", type=int, default=0, help="training steps; default those of config.toml")
+    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default: torch")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; default: config.toml")
     parser.add_argument(
-        "--run", type=Path, default=None, help="run folder, replaced if it exists; default runs/letters-BACKEND"
+        "--run", type=Path, default=None, help="run folder, replaced if it exists; default: runs/letters-BACKEND"
     )
     options, others = parser.parse_known_args()
     run = options.run or Path(f"runs/letters-{options.backend}")
@@ -40,13 +40,13 @@ def main() -> int:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [record for record in records if record["kind"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
-    print(f"reward on {after['eval/prompts']} held-out prompts: {said(before)} before, {said(after)} after training")
+    print(f"reward on {after['eval/prompts']} held-out prompts: {shown(before)} before, {shown(after)} after training")
     print(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
     return 0
 
 
-def said(record: dict[str, float]) -> str:
-    """Mean reward with the half-width of its 95 % interval."""
+def shown(record: dict[str, float]) -> str:
+    """Returns the mean reward with the half-width of its 95 % interval."""
     half = record["eval/half_width"]
     return f"{record['eval/reward']:.3f} +- {half:.3f}"
 

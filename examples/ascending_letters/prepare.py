@@ -1,4 +1,4 @@
-"""Makes what the demo needs: a tiny random Llama with a letter a token, and prompts. No download, no framework."""
+"""Makes a tiny random Llama with one token per letter, and prompts. Needs no download and no framework."""
 
 import json
 import random
@@ -16,7 +16,7 @@ END = "<|end|>"
 
 
 def prepare() -> None:
-    """Writes the model and the prompts, where they are not there yet."""
+    """Writes the model, if it is missing, and the prompts."""
     if not (MODEL / "config.json").exists():
         save_model(MODEL)
     draw = random.Random(0)
@@ -27,7 +27,7 @@ def prepare() -> None:
 
 
 def save_model(folder: Path) -> None:
-    """A Hugging Face folder: 2 layers of 64, 26 letters, a colon and an end token; weights from a fixed seed."""
+    """Writes a Hugging Face folder: 2 layers of width 64; 26 letters, a colon and an end token; a fixed seed."""
     tokens = [END, ":", *LETTERS]
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],

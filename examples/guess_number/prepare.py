@@ -1,4 +1,4 @@
-"""Makes what the demo needs: a tiny random Llama with a sign a token and a chat template, and nine games."""
+"""Makes a tiny random Llama with one token per character and a chat template, and nine games."""
 
 import json
 from pathlib import Path
@@ -19,14 +19,14 @@ TEMPLATE = (
 
 
 def prepare() -> None:
-    """Writes the model and the games, where they are not there yet."""
+    """Writes the model, if it is missing, and the games."""
     if not (MODEL / "config.json").exists():
         save_model(MODEL)
     GAMES.write_text("".join(json.dumps({"secret": secret}) + "\n" for secret in range(1, 10)))
 
 
 def save_model(folder: Path, hidden: int = 64) -> None:
-    """A Hugging Face folder: 2 layers, weights from a fixed seed."""
+    """Writes a Hugging Face folder: 2 layers, weights from a fixed seed."""
     config = LlamaConfig(
         architectures=["LlamaForCausalLM"],
         vocab_size=len(TOKENS),

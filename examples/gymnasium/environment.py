@@ -1,4 +1,4 @@
-"""A Gymnasium environment as an environment of episodes: its observations are messages, the policy's words are actions.
+"""Uses a Gymnasium environment for episodes: observations become messages, and the policy's words become actions.
 
     [environment]
     path = "examples/gymnasium/environment.py:Gymnasium"
@@ -9,8 +9,8 @@
     actions = { left = 0, down = 1, right = 2, up = 3 }
     rules = "Walk from S to G and avoid the holes H. Answer with left, down, right or up."
 
-Needs `pip install gymnasium`, and `gymnasium[toy-text]` for FrozenLake. What the policy reads is the rendered text with
-render_mode "ansi", else str() of the observation. A row's columns `seed` and `reset` start its episodes.
+Needs `pip install gymnasium`, and `gymnasium[toy-text]` for FrozenLake. With render_mode "ansi" the policy reads the
+rendered text, else str() of the observation. A row's columns `seed` and `reset` are the arguments of the reset.
 """
 
 import re
@@ -21,7 +21,7 @@ _COLOUR = re.compile(r"\x1b\[(\d+)m(.)\x1b\[0m")
 
 
 class Gymnasium:
-    """One environment of its own for each episode."""
+    """One Gymnasium environment, for one episode at a time."""
 
     def __init__(
         self,
@@ -33,11 +33,11 @@ class Gymnasium:
     ) -> None:
         """
         Args:
-          id: as gymnasium.make takes it, "module:id" too.
-          actions: word -> action. None: what the policy says is the action, for a space of texts.
-          arguments: of gymnasium.make.
+          id: id for gymnasium.make, or "module:id".
+          actions: word -> action. None: the policy's text is the action, for a space of texts.
+          arguments: further arguments of gymnasium.make.
           rules: first lines of the first message.
-          unknown_reward: of a turn without a known word; the environment takes no step then.
+          unknown_reward: reward of a turn without a known word; the environment then takes no step.
         """
         import gymnasium
 
@@ -50,13 +50,13 @@ class Gymnasium:
                 raise ValueError(f"actions.{word} = {action!r}; {id} takes {self.env.action_space}")
 
     def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        """The first message: rules and first observation. The row's seed is 0 where it has none."""
+        """Returns the first message: rules and first observation. A row without a seed has seed 0."""
         observation, _ = self.env.reset(seed=row.get("seed", 0), options=row.get("reset"))
         first = [part for part in (self.rules, self._text(observation)) if part]
         return [{"role": "user", "content": "\n".join(first)}]
 
     def step(self, message: Mapping[str, Any]) -> tuple[list[dict[str, str]], float | None, bool]:
-        """Takes the action of the last known word that the policy says."""
+        """Takes the action of the last known word in the policy's message."""
         action: Any = message["content"]
         if self.actions is not None:
             words = [word for word in re.findall(r"\w+", message["content"].lower()) if word in self.actions]
@@ -70,11 +70,11 @@ class Gymnasium:
         return [] if done else messages, float(reward), done
 
     def close(self) -> None:
-        """Ends the environment."""
+        """Closes the environment."""
         self.env.close()
 
     def _text(self, observation: Any) -> str:
-        """The rendered text, with marks instead of colours; else the observation."""
+        """Returns the rendered text with brackets instead of colours, or the observation."""
         if self.env.render_mode == "ansi":
             return _COLOUR.sub(r"[\2]", str(self.env.render())).strip()
         return str(observation)

@@ -1,8 +1,7 @@
-"""A run on a Ray cluster by Ray Train: python examples/launch/ray_train.py config.toml --workers 8 [--cpu]
+"""A run on a Ray cluster with Ray Train: python examples/launch/ray_train.py config.toml --workers 8 [--cpu]
 
-Ray Train starts the workers, gives each its device and joins them; gvpo finds the process group that is there. The run
-folder must lie where all nodes see it. A worker that dies ends the attempt, and the next one resumes from the newest
-checkpoint.
+Ray Train starts the workers, gives each its device and connects them. gvpo uses their process group. All nodes must see
+the run folder. If a worker dies, the attempt ends, and the next one resumes from the newest checkpoint.
 """
 
 import argparse
@@ -12,13 +11,13 @@ from typing import Any
 
 
 def work(settings: dict[str, Any]) -> None:
-    """One worker."""
+    """Runs in each worker."""
     import ray.train
 
     import gvpo
     from gvpo_core.training.config.file import read_config
 
-    os.chdir(settings["folder"])  # Ray starts a worker in a folder of its own
+    os.chdir(settings["folder"])  # Ray starts each worker in another folder
     config = read_config(Path(settings["config"]))
     result = gvpo.train(config, gvpo.load_policy(config))
     if result.exit_status:
@@ -31,10 +30,10 @@ def main() -> None:
     import ray.train.torch
 
     parser = argparse.ArgumentParser(description="Trains on a Ray cluster.")
-    parser.add_argument("config", help="settings of the run")
-    parser.add_argument("--workers", type=int, default=1, help="processes, one a GPU")
-    parser.add_argument("--cpu", action="store_true", help="without GPUs")
-    parser.add_argument("--tries", type=int, default=3, help="attempts in all")
+    parser.add_argument("config", help="settings file of the run")
+    parser.add_argument("--workers", type=int, default=1, help="processes, one per GPU")
+    parser.add_argument("--cpu", action="store_true", help="use no GPUs")
+    parser.add_argument("--tries", type=int, default=3, help="most attempts")
     options = parser.parse_args()
     trainer = ray.train.torch.TorchTrainer(
         work,

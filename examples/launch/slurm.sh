@@ -1,10 +1,10 @@
 #!/bin/bash
-# A run on several nodes of a SLURM cluster, one task a GPU.
+# A run on several nodes of a SLURM cluster, one task per GPU.
 #
 #     sbatch examples/launch/slurm.sh config.toml [further options of gvpo train]
 #
-# The run folder must lie where all nodes see it. Two minutes before the time limit SLURM sends USR1 to the tasks: the
-# run saves and ends with status 138, and the job goes back into the queue, where it resumes from that checkpoint.
+# All nodes must see the run folder. Two minutes before the time limit SLURM sends USR1 to the tasks. The run then saves
+# and ends with status 138, and the job is queued again and resumes from that checkpoint.
 #SBATCH --job-name=gvpo
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
@@ -15,7 +15,7 @@
 #SBATCH --open-mode=append
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node do not meet
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000)) # different ports for two jobs on one node
 export MASTER_ADDR MASTER_PORT
 
 # shellcheck disable=SC2016  # each task expands its own variables

@@ -1,10 +1,10 @@
-"""An OpenEnv server as an environment of episodes: the policy's text goes into an action, the observation's comes back.
+"""Uses an OpenEnv server for episodes: the policy's text becomes an action, and the observation's text a message.
 
     [environment]
     path = "examples/openenv/environment.py:OpenEnv"
     options = { url = "http://localhost:8000", action = "message", observation = "text" }
 
-Needs `pip install openenv`. Each episode has a session of its own on the server.
+Needs `pip install openenv`. Each episode has its own session on the server.
 """
 
 from collections.abc import Mapping
@@ -17,8 +17,8 @@ class OpenEnv:
     def __init__(self, url: str, action: str = "message", observation: str = "text") -> None:
         """
         Args:
-          url: of the server.
-          action: field of an action that takes what the policy says.
+          url: address of the server.
+          action: field of an action that takes the policy's text.
           observation: field of an observation that the policy reads.
         """
         from openenv.core.generic_client import GenericEnvClient
@@ -27,7 +27,7 @@ class OpenEnv:
         self.action, self.observation = action, observation
 
     def reset(self, row: Mapping[str, Any]) -> list[dict[str, str]]:
-        """Starts with the row's `reset` as arguments, where it has one; the observation is the first message."""
+        """Resets with the row's `reset` as arguments, if it has one. The observation is the first message."""
         result = self.client.reset(**(row.get("reset") or {}))
         return [{"role": "user", "content": str(result.observation[self.observation])}]
 
@@ -38,5 +38,5 @@ class OpenEnv:
         return [] if result.done else messages, result.reward, bool(result.done)
 
     def close(self) -> None:
-        """Ends the session."""
+        """Closes the session."""
         self.client.close()

@@ -2,8 +2,7 @@
 
     python examples/smollm2_arithmetic/demo.py [--backend torch|jax|mlx] [--steps N] [--held-out N]
 
-Other options are those of `gvpo train`. A stopped demo resumes; a finished one is replaced by a
-new one.
+Other options are passed to `gvpo train`. A stopped demo resumes. A finished one is replaced.
 """
 
 import argparse
@@ -27,13 +26,13 @@ CONFIG = Path(__file__).parent / "config.toml"
 def main() -> int:
     steps = read_config(CONFIG).run.steps
     parser = argparse.ArgumentParser(description="GVPO teaches SmolLM2-135M-Instruct sums.")
-    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
-    parser.add_argument("--steps", type=int, default=steps, help=f"training steps; default {steps}")
-    parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default all")
+    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default: torch")
+    parser.add_argument("--steps", type=int, default=steps, help=f"training steps; default: {steps}")
+    parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default: all")
     options, others = parser.parse_known_args()
     if options.steps < 1 or options.held_out < 0:
         parser.error(f"--steps {options.steps} --held-out {options.held_out}; expected at least 1 and at least 0")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries while the model loads; the run has its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries; the run has its own
     start = time.monotonic()
     name = "demo" if options.backend == "torch" else f"demo-{options.backend}"
     run = Path(f"runs/{name}" if options.steps == steps else f"runs/{name}-{options.steps}-steps")
@@ -55,7 +54,7 @@ def main() -> int:
 
 
 def evaluations(run: Path) -> list[dict[str, Any]]:
-    """The evaluation records of a run; none where there is no run."""
+    """Returns the evaluation records of a run, or none if there is no run."""
     metrics = run / "metrics.jsonl"
     if not metrics.exists():
         return []
@@ -64,8 +63,8 @@ def evaluations(run: Path) -> list[dict[str, Any]]:
 
 
 def accuracy(record: dict[str, Any]) -> str:
-    """The share of right answers with the half-width of its 95 % interval: Wilson's, which 0 right of 240 has too."""
-    half = f" +- {record['eval/half_width']:.3f}" if "eval/half_width" in record else ""  # one problem has none
+    """Returns the share of right answers with the half-width of its 95 % Wilson interval."""
+    half = f" +- {record['eval/half_width']:.3f}" if "eval/half_width" in record else ""  # one problem has no interval
     return f"{record['eval/reward']:.3f}{half}"
 
 

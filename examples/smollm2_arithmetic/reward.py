@@ -1,4 +1,4 @@
-"""The demo's reward: reasoning-gym's own verifier of `basic_arithmetic`, on the last number of a response."""
+"""The demo's reward: reasoning-gym's verifier for `basic_arithmetic`, applied to the last number of a response."""
 
 import importlib.util
 import re
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def load_reasoning_gym() -> Any:
-    """The module `reasoning_gym`, without its one dependency that needs a C compiler, which arithmetic never calls."""
+    """Returns the module `reasoning_gym`. Replaces pycosat, which needs a C compiler; arithmetic never calls it."""
     if "pycosat" not in sys.modules and importlib.util.find_spec("pycosat") is None:
         sys.modules["pycosat"] = types.ModuleType("pycosat")
     import reasoning_gym
@@ -24,9 +24,9 @@ def _verifier() -> Any:
 
 
 def reward(prompts: Sequence[Any], completions: Sequence[Any], answer: Sequence[str], **_: Any) -> list[float]:
-    """1 where the last number of a completion is the answer, else 0.
+    """Returns 1 for a completion whose last number is the answer, else 0.
 
-    The verifier gives part marks to a number that only contains the answer (12 for 2): those count as 0 here.
+    The verifier gives a partial score to a number that contains the answer (12 for 2). This counts as 0 here.
 
     Args:
       prompts: N prompts; not used.

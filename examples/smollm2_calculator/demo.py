@@ -1,8 +1,8 @@
-"""The demo of a tool from end to end: makes the model and the problems, trains, and prints the result.
+"""Demo of a tool from end to end: makes the model and the problems, trains, and prints the result.
 
     python examples/smollm2_calculator/demo.py [--backend torch|jax|mlx] [--steps N] [--held-out N]
 
-Run it from the root of the repository; other options are those of `gvpo train`.
+Run it from the root of the repository. Other options are passed to `gvpo train`.
 """
 
 import argparse
@@ -22,14 +22,14 @@ CONFIG = Path(__file__).parent / "config.toml"
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="GVPO teaches SmolLM2-135M-Instruct to use a calculator.")
-    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default torch")
-    parser.add_argument("--steps", type=int, default=0, help="training steps; default those of config.toml")
-    parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default those of config.toml")
+    parser.add_argument("--backend", choices=("torch", "jax", "mlx"), default="torch", help="default: torch")
+    parser.add_argument("--steps", type=int, default=0, help="training steps; default: config.toml")
+    parser.add_argument("--held-out", type=int, default=0, help="held-out problems used; default: config.toml")
     parser.add_argument(
-        "--run", type=Path, default=None, help="run folder, replaced if it exists; default runs/calculator-BACKEND"
+        "--run", type=Path, default=None, help="run folder, replaced if it exists; default: runs/calculator-BACKEND"
     )
     options, others = parser.parse_known_args()
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries while the model loads; the run has its own
+    os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bars of libraries; the run has its own
     run = options.run or Path(f"runs/calculator-{options.backend}")
     start = time.monotonic()
     if (run / "metrics.jsonl").exists():

@@ -1,6 +1,6 @@
-"""Makes what the demo trains on: SmolLM2-135M-Instruct as a Hugging Face folder, and products of two numbers as JSONL.
+"""Makes the demo's model and data: SmolLM2-135M-Instruct as a Hugging Face folder, and products as JSONL.
 
-The model is that of examples/smollm2_arithmetic, whose prepare.py makes it where it is missing.
+The model is that of examples/smollm2_arithmetic. Its prepare.py makes the model if it is missing.
 """
 
 import json
@@ -14,7 +14,7 @@ MODEL, CACHE = Path(".cache/smollm2"), Path(".cache/smollm2_calculator")
 TRAIN, HELD_OUT = CACHE / "train.jsonl", CACHE / "held_out.jsonl"
 PROBLEMS, HELD_OUT_PROBLEMS = 800, 120
 ASK = "What is {} * {}?"
-EXAMPLE = [  # one conversation: without it the model never asks the calculator, and nothing can be learned
+EXAMPLE = [  # without this conversation the model never calls the calculator and cannot learn
     {"role": "system", "content": "Use the calculator."},
     {"role": "user", "content": ASK.format(12, 34)},
     {"role": "assistant", "content": "calc(12*34)"},
@@ -24,7 +24,7 @@ EXAMPLE = [  # one conversation: without it the model never asks the calculator,
 
 
 def prepare() -> None:
-    """Writes the model and the problems, whichever is missing."""
+    """Writes the model, if it is missing, and the problems."""
     if not (MODEL / "config.json").exists():
         script = Path(__file__).parent.parent / "smollm2_arithmetic" / "prepare.py"
         subprocess.run([sys.executable, script], check=True)
