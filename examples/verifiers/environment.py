@@ -1,4 +1,4 @@
-"""Environments of `verifiers` 0.4 as environments of episodes: the policy that is trained draws their model's turns.
+"""Uses environments of `verifiers` 0.4 for episodes: the trained policy samples the turns of their model.
 
     [environment]
     path = "examples/verifiers/environment.py:Verifiers"
@@ -7,12 +7,12 @@
     [environment.options.env]
     taskset = { id = "my-taskset" }
 
-`environment.options.env` is what verifiers calls the block [env]. Rows name tasks by their number, {"task": 0}:
+`environment.options.env` is the block [env] of verifiers. Rows name tasks by number, {"task": 0}:
 
     python examples/verifiers/environment.py my-taskset train.jsonl --limit 1000
 
 Needs `pip install verifiers==0.4.0`. An episode is one run of verifiers' own environment. Its calls of the model wait
-until all episodes wait, and get what the policy drew. Rewards are those of the trace, tools those of the tool servers.
+until all episodes wait, and then get the policy's turns. Rewards come from the trace, tools from the tool servers.
 """
 
 import argparse
@@ -39,19 +39,19 @@ from verifiers.v1.runtimes import ProgramResult, SubprocessConfig
 from verifiers.v1.types import AssistantMessage, Response, ToolCall
 from verifiers.v1.utils.loaders import default_harness_id, load_environment, resolve_env_config
 
-__all__ = ["ChatLoop", "Verifiers"]  # verifiers finds the harness here
+__all__ = ["ChatLoop", "Verifiers"]  # verifiers looks up the harness here
 
 MODEL = "policy"
-NOWHERE = TrainClientConfig(base_url="http://localhost", api_key_var="")  # stands for the policy; nothing is sent there
+NOWHERE = TrainClientConfig(base_url="http://localhost", api_key_var="")  # stands for the policy; gets no requests
 Message = dict[str, Any]
 
 
 class RolloutError(RuntimeError):
-    """A rollout that verifiers reports as failed, or that cannot be trained on exactly."""
+    """A rollout failed in verifiers, or cannot be trained on exactly."""
 
 
 class ChatLoop(vf.Harness[vf.HarnessConfig]):
-    """Verifiers' null harness without a process of its own: answers and tool results, until an answer calls no tool."""
+    """Verifiers' null harness in this process: answers and tool results, until an answer calls no tool."""
 
     APPENDS_SYSTEM_PROMPT = True
     SUPPORTS_MCP = True
@@ -69,7 +69,7 @@ class ChatLoop(vf.Harness[vf.HarnessConfig]):
             while True:
                 body = {"model": ctx.model, "messages": messages} | ({"tools": tools} if tools else {})
                 answer = await client.post(f"{endpoint}/chat/completions", json=body)
-                if answer.is_error:  # a limit or a @stop of the task, or an error that verifiers has kept
+                if answer.is_error:  # a limit or @stop of the task, or an error that verifiers recorded
                     return ProgramResult(exit_code=1, stdout="", stderr=answer.text)
                 message = answer.json()["choices"][0]["message"]
                 messages.append(message)
@@ -84,7 +84,7 @@ class ChatLoop(vf.Harness[vf.HarnessConfig]):
 
 
 def _prompt(data: vf.TaskData) -> list[Message]:
-    """The messages that a task begins with, as the chat loop sends them."""
+    """Returns the first messages of a task, as the chat loop sends them."""
     system = [{"role": "system", "content": data.system_prompt}] if data.system_prompt else []
     if data.prompt is None or isinstance(data.prompt, str):
         return system + ([{"role": "user", "content": data.prompt}] if data.prompt else [])
@@ -92,13 +92,13 @@ def _prompt(data: vf.TaskData) -> list[Message]:
 
 
 class Policy(Client):
-    """The model of verifiers' calls: hands each to the episode of its trace, and waits for the policy's turn."""
+    """The model that verifiers calls. Passes each call to the episode of its trace, and waits for the policy's turn."""
 
     def __init__(self) -> None:
-        self.episodes: dict[str, Verifiers] = {}  # by trace
+        self.episodes: dict[str, Verifiers] = {}  # trace id -> episode
 
     async def get_response(self, dialect, body, sampling, session_id=None, turn=None, headers=None) -> Response:
-        """See Client.get_response. The sampling that verifiers asks for does not count."""
+        """See Client.get_response. Ignores verifiers' sampling settings."""
         if not isinstance(dialect, ChatDialect):
             raise NotImplementedError(f"the harness uses {type(dialect).__name__}; expected chat completions")
         answer, finish_reason = await self.episodes[session_id].call(turn.prompt, turn.tools)
@@ -108,14 +108,14 @@ class Policy(Client):
 
 
 class Served:
-    """An environment of verifiers that runs in this process, for all of its episodes."""
+    """An environment of verifiers that runs in this process for all its episodes."""
 
     def __init__(self, settings: Mapping[str, Any], seat: str) -> None:
-        """Raises: ValueError: settings that leave open who plays which agent."""
+        """Raises: ValueError: the settings do not say which agent is trained, or what plays the others."""
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())
         added = [path for path in sys.path if path and not path.startswith((sys.prefix, sys.base_prefix))]
-        os.environ["PYTHONPATH"] = os.pathsep.join(added)  # where tool servers find the taskset
+        os.environ["PYTHONPATH"] = os.pathsep.join(added)  # tool servers find the taskset here
         config = resolve_env_config(dict(settings) | {"interception": {"type": "server"}})
         agents = agent_config_fields(config)
         self.seat = seat or (next(iter(agents)) if len(agents) == 1 else "")
@@ -128,7 +128,7 @@ class Served:
         for name in ("client", "model", "sampling", "max_input_tokens", "max_output_tokens", "max_total_tokens"):
             if getattr(policy, name) is not None:
                 raise ValueError(f"env.{self.seat}.{name} is set; the policy draws its turns, as [rollout] says")
-        if policy.harness is None and default_harness_id(config.taskset.id) == "bash":  # no one has chosen it
+        if policy.harness is None and default_harness_id(config.taskset.id) == "bash":  # nobody chose it
             changes: dict[str, Any] = {"harness": vf.HarnessConfig(id=__name__)}
             if "runtime" not in policy.model_fields_set:
                 changes["runtime"] = SubprocessConfig()
@@ -140,7 +140,7 @@ class Served:
         self._more: Iterator[vf.Task] = iter(self.env.taskset)
 
     async def run(self, ready: "asyncio.Future[Served]") -> None:
-        """Runs the servers until it is cancelled; `ready` when they run and the first task has shown its tools."""
+        """Runs the servers until cancelled. Sets `ready` when they run and the tools of the first task are known."""
         try:
             async with self.env.serving():
                 self.env._interception.clients[NOWHERE.model_dump_json()] = self.policy
@@ -157,7 +157,7 @@ class Served:
             ready.set_exception(e)
 
     def task(self, number: int) -> vf.Task:
-        """Raises: IndexError: the taskset has no such task."""
+        """Returns a task. Raises: IndexError: the taskset has no such task."""
         if number >= len(self._tasks):
             self._tasks += itertools.islice(self._more, number + 1 - len(self._tasks))
         if not 0 <= number < len(self._tasks):
@@ -165,7 +165,7 @@ class Served:
         return self._tasks[number]
 
 
-_served: dict[str, tuple["asyncio.Future[Served]", "asyncio.Task[None]"]] = {}  # by their options, of this process
+_served: dict[str, tuple["asyncio.Future[Served]", "asyncio.Task[None]"]] = {}  # options -> what runs in this process
 
 
 async def _serve(env: Mapping[str, Any], policy: str) -> Served:
@@ -177,24 +177,24 @@ async def _serve(env: Mapping[str, Any], policy: str) -> Served:
 
 
 class Verifiers:
-    """One rollout of verifiers. The caller of `step` acts as its model."""
+    """One rollout of verifiers. The caller of `step` is its model."""
 
     def __init__(self, env: Mapping[str, Any], policy: str = "") -> None:
         """
         Args:
-          env: verifiers' block [env]: taskset, and the agents by their names.
-          policy: name of the agent that is trained, where there are several.
+          env: verifiers' block [env]: the taskset, and the agents by name.
+          policy: name of the trained agent, if there are several.
         """
         self.options = (env, policy)
         self.run: asyncio.Task[Any] | None = None
 
     @staticmethod
     async def tool_schemas(env: Mapping[str, Any], policy: str = "") -> list[dict[str, Any]]:
-        """The tools that the tasks show to the model."""
+        """Returns the tools that the tasks show to the model."""
         return (await _serve(env, policy)).tools
 
     async def reset(self, row: Mapping[str, Any]) -> list[Message]:
-        """Starts the task of the row; the messages of its first call of the model."""
+        """Starts the task of the row. Returns the messages of its first call of the model."""
         served = await _serve(*self.options)
         self.begin(served, served.task(int(row["task"])))
         messages, _, done = await self.answered()
@@ -205,25 +205,25 @@ class Verifiers:
         return messages
 
     async def step(self, message: Mapping[str, Any]) -> tuple[list[Message], float | None, bool]:
-        """Answers the call with the policy's turn; the messages that the next call adds, or the reward at the end."""
+        """Answers the call with the policy's turn. Returns the next call's new messages, or the reward at the end."""
         self.answer(message, "tool_calls" if message.get("tool_calls") else "stop")
         return await self.answered()
 
     async def at_limit(self, message: Mapping[str, Any] | None) -> float | None:
-        """Ends the rollout as verifiers' own limits do, and gives the reward of what there is."""
+        """Ends the rollout as verifiers' own limits do. Returns the reward of the incomplete rollout."""
         if message is not None:
             self.answer(message, "length")
             _, reward, done = await self.answered()
             if done:
                 return reward
         self.trace.stop("max_turns" if message is None else "max_output_tokens")
-        self.answer({"content": ""}, "length")  # which verifiers drops, as the trace has stopped
+        self.answer({"content": ""}, "length")  # verifiers drops it because the trace has stopped
         while not (result := await self.answered())[2]:
             self.answer({"content": ""}, "length")
         return result[1]
 
     async def close(self) -> None:
-        """Ends the rollout, wherever it is."""
+        """Ends the rollout at any point."""
         if self.run is not None:
             self.run.cancel()
             await asyncio.gather(self.run, return_exceptions=True)
@@ -250,7 +250,7 @@ class Verifiers:
             self.served.policy.episodes[trace.id] = self
 
     async def call(self, messages: list[Any], tools: list[Any] | None) -> tuple[AssistantMessage, str]:
-        """A call of the model: what the policy says then, and why it ended."""
+        """Waits for the policy's turn after a call of the model. Returns its message and finish reason."""
         hashes = [message_hash(message) for message in messages]
         self.tools = [tool_to_wire(tool) for tool in tools or []]
         try:
@@ -267,23 +267,23 @@ class Verifiers:
         return await self.waiting
 
     def answer(self, message: Mapping[str, Any], finish_reason: str) -> None:
-        """Hands what the policy said to the call that waits for it."""
+        """Passes the policy's message to the waiting call."""
         assert self.waiting is not None
         thoughts, content = _split(message["content"])
         calls = [
             ToolCall(id=f"call_{self.turns}_{i}", name=call["name"], arguments=json.dumps(call["arguments"]))
             for i, call in enumerate(message.get("tool_calls", ()))
         ]
-        if calls:  # they are no text to verifiers
+        if calls:  # verifiers does not count them as text
             content = content.split("<tool_call>")[0].strip() if "<tool_call>" in content else ""
-        said = AssistantMessage(content=content, reasoning_content=thoughts, tool_calls=calls or None)
+        reply = AssistantMessage(content=content, reasoning_content=thoughts, tool_calls=calls or None)
         self.turns += 1
-        self.known.append(message_hash(said))
+        self.known.append(message_hash(reply))
         waiting, self.waiting = self.waiting, None
-        waiting.set_result((said, finish_reason))
+        waiting.set_result((reply, finish_reason))
 
     async def answered(self) -> tuple[list[Message], float | None, bool]:
-        """The messages of the next call of the model, or the reward where there is none.
+        """Returns the messages of the next call of the model, or the reward if there is no further call.
 
         Raises: RolloutError: verifiers reports a failure.
         """
@@ -310,7 +310,7 @@ class Verifiers:
 
 
 def _split(text: str) -> tuple[str | None, str]:
-    """Thoughts and answer, as engines with a reasoning parser tell them apart."""
+    """Splits thoughts and answer, as engines with a reasoning parser do."""
     thoughts, closed, answer = text.partition("</think>")
     if closed:
         return thoughts.strip().removeprefix("<think>").strip(), answer.strip()
@@ -320,7 +320,7 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def _plain(message: Any) -> Message:
-    """A message as the chat template reads it. Raises: RolloutError: it has more than text."""
+    """Returns a message as the chat template reads it. Raises: RolloutError: it has more than text."""
     wire = message_to_wire(message)
     content = wire.get("content") or ""
     if not isinstance(content, str):
@@ -334,12 +334,12 @@ def _plain(message: Any) -> Message:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Rows for gvpo train, one for each task of a taskset of verifiers.")
+    parser = argparse.ArgumentParser(description="Writes rows for gvpo train, one per task of a verifiers taskset.")
     parser.add_argument("taskset", help="id of the taskset")
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--limit", type=int, help="tasks at most")
+    parser.add_argument("--limit", type=int, help="most tasks")
     parser.add_argument(
-        "--prompts", action="store_true", help="write the tasks' prompts too, so that a run starts no task to see them"
+        "--prompts", action="store_true", help="also write the tasks' prompts; else a run starts each task to see them"
     )
     options = parser.parse_args()
     sys.path.append(os.getcwd())

@@ -1,11 +1,11 @@
-"""Makes groups that `gvpo train` reads of the traces that `verifiers` 0.4 wrote: token by token, or refused.
+"""Turns traces of `verifiers` 0.4 into groups for `gvpo train`, token by token. Rejects a trace that is not exact.
 
     python examples/verifiers/groups.py outputs/RUN/traces.jsonl groups.jsonl [--agent NAME]
     gvpo train config.toml --data.train groups.jsonl
 
-The traces must hold token ids, which its train client gives: `verifiers` then draws from an engine with the tokenizer
-of the model that is trained. Rollouts of one task are a group. A trace is a tree of messages: each path to a leaf is a
-context that the policy saw, and gives a segment; a message that several paths share is scored in the first one alone.
+The traces must contain token ids. The train client of `verifiers` writes them; it samples from an engine with the
+tokenizer of the trained model. Rollouts of one task are a group. A trace is a tree of messages. Each path to a leaf is
+a context that the policy saw, and becomes a segment. A message on several paths is scored only in the first one.
 """
 
 import argparse
@@ -21,16 +21,16 @@ Segment = dict[str, list[int]]  # prompt_ids, response_ids, response_mask
 
 
 class TraceError(ValueError):
-    """A trace of which no exact response can be made."""
+    """A trace cannot be turned into an exact response."""
 
 
 def groups_of(lines: Iterable[Mapping[str, Any]], agent: str = "") -> list[dict[str, Any]]:
-    """The groups of a run's episodes, as rows of recorded data.
+    """Returns the groups of a run's episodes, as rows of recorded data.
 
     Args:
-      lines: of traces.jsonl.
-      agent: whose traces are trained on; "": there is only one.
-    Raises: TraceError: a trace that cannot be used, and why.
+      lines: the lines of traces.jsonl.
+      agent: name of the agent to train; "": there is only one.
+    Raises: TraceError: a trace cannot be used.
     """
     groups: dict[str, dict[str, Any]] = {}
     names = set()
@@ -59,9 +59,9 @@ def groups_of(lines: Iterable[Mapping[str, Any]], agent: str = "") -> list[dict[
 
 
 def segments_of(trace: Mapping[str, Any], where: str) -> list[Segment]:
-    """The contexts in which the policy drew tokens, the one of the first drawn message first.
+    """Returns the contexts in which the policy sampled tokens, starting with that of its first message.
 
-    Raises: TraceError: tokens that are missing, changed after they were drawn, or of images.
+    Raises: TraceError: tokens are missing, were changed after sampling, or are of images.
     """
     nodes = trace["nodes"]
     if trace.get("response_rewrites"):
@@ -88,7 +88,7 @@ def segments_of(trace: Mapping[str, Any], where: str) -> list[Segment]:
 
 
 def _paths(nodes: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
-    """The messages from the root to each leaf."""
+    """Yields the messages from the root to each leaf."""
     parents = {node.get("parent") for node in nodes}
     for leaf in range(len(nodes)):
         if leaf not in parents:
@@ -99,7 +99,7 @@ def _paths(nodes: Sequence[Mapping[str, Any]]) -> Iterator[list[int]]:
 
 
 def _opening(trace: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The messages before the first one that the policy drew, for people; the tokens are in prompt_ids."""
+    """Returns the messages before the policy's first one, for readers. The tokens are in prompt_ids."""
     messages = []
     for node in (trace["nodes"][n] for n in next(_paths(trace["nodes"]))):
         if node.get("sampled"):
@@ -111,7 +111,7 @@ def _opening(trace: Mapping[str, Any]) -> list[dict[str, str]]:
 
 
 def _reward(trace: Mapping[str, Any]) -> float | None:
-    """The weighted sum, as verifiers adds it up; None: the rollout failed, and leaves its group."""
+    """Returns the weighted sum of rewards, as in verifiers; None: the rollout failed and leaves its group."""
     rewards = [reward for reward in trace.get("rewards", {}).values() if reward is not None]
     if not trace.get("ok") or not rewards:
         return None
@@ -124,10 +124,10 @@ def _cut(trace: Mapping[str, Any]) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Groups for gvpo train, of the traces of verifiers 0.4.")
+    parser = argparse.ArgumentParser(description="Writes groups for gvpo train from traces of verifiers 0.4.")
     parser.add_argument("traces", type=Path)
     parser.add_argument("groups", type=Path)
-    parser.add_argument("--agent", default="", help="whose traces; needed where there are several agents")
+    parser.add_argument("--agent", default="", help="agent to train; required if there are several")
     options = parser.parse_args()
     try:
         lines = [json.loads(line) for line in options.traces.read_text(encoding="utf-8").splitlines() if line.strip()]

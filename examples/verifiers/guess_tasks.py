@@ -1,4 +1,4 @@
-"""An environment of verifiers with several turns: its user says higher or lower until the secret is guessed."""
+"""A verifiers environment with several turns: its user says higher or lower until the secret is guessed."""
 
 import verifiers.v1 as vf
 
@@ -6,22 +6,22 @@ __all__ = ["Guess", "Secrets"]
 
 
 class SecretData(vf.TaskData):
-    """The number to find."""
+    """The data of a task: the number to find."""
 
     secret: int
 
 
 class Secret(vf.Task[SecretData]):
-    """Found, in few turns."""
+    """Find the secret in few turns."""
 
     @vf.reward
     async def found(self, task: SecretData, trace: vf.Trace) -> float:
-        """1 for the secret as the last guess, a tenth less for each turn."""
+        """1 if the last guess is the secret, minus 0.1 for each turn."""
         return float((trace.last_reply or "").strip() == str(task.secret)) - 0.1 * trace.num_turns
 
 
 class Secrets(vf.Taskset[Secret, vf.TasksetConfig]):
-    """Numbers from 1 to 9."""
+    """One task for each number from 1 to 9."""
 
     def load(self):
         """The tasks."""
@@ -30,7 +30,7 @@ class Secrets(vf.Taskset[Secret, vf.TasksetConfig]):
 
 
 class GuessConfig(vf.EnvConfig):
-    """One agent."""
+    """The only agent."""
 
     agent: vf.AgentConfig = vf.AgentConfig()
 

@@ -1,4 +1,4 @@
-"""A taskset of verifiers with one answer: the sum of two numbers."""
+"""A verifiers taskset with single answers: sums of two numbers."""
 
 import verifiers.v1 as vf
 
@@ -12,16 +12,16 @@ class SumData(vf.TaskData):
 
 
 class Sum(vf.Task[SumData]):
-    """The last reply is the sum."""
+    """Answer with the sum."""
 
     @vf.reward
     async def right(self, task: SumData, trace: vf.Trace) -> float:
-        """1 for the sum alone."""
+        """1 if the reply is exactly the sum."""
         return float((trace.last_reply or "").strip() == task.answer)
 
     @vf.reward(weight=-0.01)
     async def length(self, trace: vf.Trace) -> float:
-        """A hundredth off for each character."""
+        """Minus 0.01 for each character."""
         return float(len(trace.last_reply or ""))
 
 

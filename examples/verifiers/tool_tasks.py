@@ -1,4 +1,4 @@
-"""A taskset of verifiers with a tool: products, and a calculator in a tool server that all rollouts share."""
+"""A verifiers taskset with a tool: products, and a calculator in a tool server that all rollouts share."""
 
 import verifiers.v1 as vf
 
@@ -6,7 +6,7 @@ __all__ = ["Products"]
 
 
 class Calculator(vf.Toolset[vf.SharedToolsetConfig]):
-    """A server of one tool."""
+    """A tool server with one tool."""
 
     TOOL_PREFIX = None
 
@@ -23,16 +23,16 @@ class ProductData(vf.TaskData):
 
 
 class Product(vf.Task[ProductData]):
-    """The last reply is the product."""
+    """Answer with the product."""
 
     @vf.reward
     async def right(self, task: ProductData, trace: vf.Trace) -> float:
-        """1 for the product."""
+        """1 if the reply is exactly the product."""
         return float((trace.last_reply or "").strip() == task.answer)
 
     @vf.reward(weight=0.25)
     async def called(self, trace: vf.Trace) -> float:
-        """A quarter for a call of the tool."""
+        """0.25 for a call of the tool."""
         return float(any(message.role == "tool" for message in trace.messages))
 
 
@@ -46,9 +46,9 @@ class Products(vf.Taskset[Product, vf.TasksetConfig]):
 
     @classmethod
     def toolsets(cls, config: vf.TasksetConfig) -> list[vf.Toolset]:
-        """Served once for all rollouts of a process."""
+        """The tool server, shared by all rollouts of a process."""
         return [Calculator(vf.SharedToolsetConfig())]
 
 
 if __name__ == "__main__":
-    Calculator.run()  # how verifiers starts the server
+    Calculator.run()  # verifiers starts the server this way
