@@ -75,7 +75,7 @@ def settings(arguments: Sequence[str] | None) -> argparse.Namespace:
     if not options.get("model"):  # else mlx-lm would download its default model
         raise SettingsError("model is not given; name the folder to train, as --model FOLDER or in the configuration")
     if args.train is False:
-        raise SettingsError("train is not set; add --train, without which mlx_lm.lora does not train either")
+        raise SettingsError("train is not set; add --train, which mlx_lm.lora needs too")
     if args.test:
         raise SettingsError("test is not supported here; remove it, and give valid.jsonl for a held-out loss")
     if args.resume_adapter_file is not None and args.fine_tune_type == "full":
@@ -110,9 +110,9 @@ def _check(args: argparse.Namespace) -> None:
         if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
             raise SettingsError(f"{name} = {value!r}; expected an integer of at least {minimum}")
     if args.num_layers == 0:
-        raise SettingsError("num_layers = 0, for which mlx-lm takes all; expected -1 for all, or at least 1")
+        raise SettingsError("num_layers = 0 means all layers to mlx-lm; expected -1 for all, or at least 1")
     if args.val_batches == 0:
-        raise SettingsError("val_batches = 0, a mean over nothing; expected -1 for all, or at least 1")
+        raise SettingsError("val_batches = 0 is a mean over nothing; expected -1 for all, or at least 1")
     if args.seed >= 2**64:
         raise SettingsError(f"seed = {args.seed}; expected an integer below 2**64")
     for name in _SWITCHES:
@@ -167,8 +167,8 @@ def _check_lora(value: Any) -> None:
         raise SettingsError(f"lora_parameters: scale = {scale!r}; expected a finite number that is not 0")
     if not is_number(parameters["dropout"]) or parameters["dropout"]:
         raise SettingsError(
-            f"lora_parameters: dropout = {parameters['dropout']!r}; expected 0: GVPO's weights hold for the"
-            " log-probabilities of the model itself"
+            f"lora_parameters: dropout = {parameters['dropout']!r}; expected 0: GVPO's weights need the"
+            " log-probabilities of the model without dropout"
         )
     if keys is not None and not (isinstance(keys, list) and all(isinstance(key, str) for key in keys)):
         raise SettingsError(f"lora_parameters: keys = {keys!r}; expected a list of names of layers")
@@ -202,11 +202,11 @@ def run(args: argparse.Namespace) -> None:
     trust = args.trust_remote_code
     model, tokenizer = load(args.model, tokenizer_config={"trust_remote_code": trust}, trust_remote_code=trust)
     if args.num_layers > len(model.layers):
-        raise SettingsError(f"num_layers = {args.num_layers}, and the model has {len(model.layers)}; -1 takes all")
+        raise SettingsError(f"num_layers = {args.num_layers}, but the model has {len(model.layers)}; -1 takes all")
     if args.fine_tune_type == "full" and quantized(model):
         raise SettingsError(
-            f"fine_tune_type full, and {args.model!r} has quantized weights, which take no gradient: use lora or dora,"
-            " or a model in 16 or 32 bits"
+            f"fine_tune_type is full, but {args.model!r} has quantized weights, which take no gradient: use lora or"
+            " dora, or a model in 16 or 32 bits"
         )
     files = {name: Path(args.data) / f"{name}.jsonl" for name in ("train", "valid")}
     sets = {

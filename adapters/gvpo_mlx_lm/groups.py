@@ -75,12 +75,12 @@ def _group(row: RecordedRow, tokenizer: Any, end: Sequence[int], longest: int) -
     where = row.where
     if any(mask is not None and not all(mask) for mask in row.masks):
         raise DataError(
-            f"{where} has a response_mask, tokens that the policy did not draw; mlx-lm's trainer scores every token."
-            " Train on it with gvpo_mlx (docs/recorded.md)"
+            f"{where} has a response_mask for tokens that the policy did not sample; mlx-lm's trainer scores every"
+            " token. Train on it with gvpo_mlx (docs/recorded.md)"
         )
     if any(row.later):
         raise DataError(
-            f"{where} has response_segments, episodes of several prompts, which mlx-lm's trainer does not add up."
+            f"{where} has response_segments, parts of an episode that mlx-lm's trainer does not add up."
             " Train on it with gvpo_mlx (docs/recorded.md)"
         )
     prompt = checked_prompt(row.prompt, f"{where}, column 'prompt'")
@@ -132,6 +132,6 @@ def _check_end(prompt: Prompt, tokenizer: Any, where: str) -> None:
         turn_end(tokenizer, before)
     except Exception as error:  # a template may raise anything
         raise DataError(
-            f"{where}: the chat template does not take an answer after the prompt ({error}), so it does not say"
-            " with which token one ends; give the prompt as text"
+            f"{where}: the chat template does not take an answer after the prompt ({error}), so the token that"
+            " ends an answer is unknown; give the prompt as text"
         ) from error

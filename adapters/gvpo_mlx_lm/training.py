@@ -117,8 +117,8 @@ class GVPO:
             )
         if active := dropouts(self.model):
             raise SettingsError(
-                f"dropout of {active[0][1]:g} in {active[0][0]}: GVPO's weights hold for the log-probabilities of the"
-                " model itself; set lora_parameters: {dropout: 0.0}"
+                f"dropout of {active[0][1]:g} in {active[0][0]}: GVPO's weights need the log-probabilities of the"
+                " model without dropout; set lora_parameters: {dropout: 0.0}"
             )
 
     # -- data

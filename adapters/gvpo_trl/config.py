@@ -48,7 +48,7 @@ class GVPOConfig(GRPOConfig):
             wrong.append(
                 f"steps_per_generation is {self.steps_per_generation}; set it to a multiple of"
                 f" gradient_accumulation_steps ({self.gradient_accumulation_steps}): an optimizer step would hold"
-                " responses of two generations, the second not yet drawn when it is weighed"
+                " responses of two generations, and the second is not sampled yet when weights are computed"
             )
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.steps_per_generation > self.gradient_accumulation_steps and rows % self.num_generations:

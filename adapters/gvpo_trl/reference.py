@@ -101,7 +101,7 @@ def _warn_of_another_model(trainer: Any, apart: float | None) -> None:
         difference = f"{different[0]} differs" if different else f"a token's log-prob differs by up to {apart:.2g} nat"
         warnings.warn(
             f"the model is not the one in {trainer.model.config._name_or_path!r}, from which TRL has loaded the"
-            f" reference ({difference}): KL starts away from 0. To use the current model as the"
+            f" reference ({difference}): KL does not start at 0. To use the current model as the"
             " reference, save it and pass its folder",
             stacklevel=4,
         )
@@ -124,6 +124,6 @@ def _check_initial_adapter(trainer: Any, apart: float | None) -> None:
     if by:
         warnings.warn(
             f"the new {type(config).__name__} adapter changes the model before it is trained{by}: KL to the reference,"
-            " the model without it, starts away from 0",
+            " the model without it, does not start at 0",
             stacklevel=4,
         )

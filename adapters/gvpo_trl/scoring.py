@@ -77,8 +77,8 @@ def check_scores(trainer: Any) -> None:
             scores = padded_scores(trainer, trainer.model)
             if not all(torch.equal(a, b) for a, b in zip(before, _random_states(trainer.model), strict=True)):
                 raise ValueError(
-                    f"{name} draws random numbers in training mode: its weights and gradient would be of two different"
-                    " sub-networks. Load it with router noise, stochastic depth and the like set to 0"
+                    f"{name} draws random numbers in training mode: its weights and gradient would belong to two"
+                    " different sub-networks. Load it with router noise, stochastic depth and the like set to 0"
                 )
             if not (_rounds(trainer, trainer.model) and _has_experts(trainer.model)):
                 _compare_paddings(name, scores, padded_scores(trainer, trainer.model, padding=1))

@@ -92,7 +92,7 @@ class GVPOTrainer(GRPOTrainer):
 
     def _check_model(self) -> None:
         if None in self.eos_token_ids:
-            raise ValueError("the tokenizer has no eos_token, with which TRL ends responses; set it")
+            raise ValueError("the tokenizer has no eos_token, which TRL needs to end responses; set it")
         if isinstance(self.processing_class, ProcessorMixin):
             raise ValueError(
                 f"the processing class is a {type(self.processing_class).__name__}; GVPOTrainer takes text only: pass"
@@ -102,8 +102,8 @@ class GVPOTrainer(GRPOTrainer):
         if active:
             raise ValueError(
                 f"the model changes activations at random while it trains, and disable_dropout leaves"
-                f" {', '.join(active)}: load it with these set to 0, or weights and gradient are of two"
-                " different sub-networks"
+                f" {', '.join(active)}: load it with these set to 0; otherwise weights and gradient belong"
+                " to two different sub-networks"
             )
         sampling = self.model.generation_config.to_diff_dict() | (self.args.generation_kwargs or {})
         wrong = [] if self.args.allow_truncated_support else cuts_support(sampling)

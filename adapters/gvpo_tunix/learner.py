@@ -232,7 +232,7 @@ def _prompts(padded: list[np.ndarray], texts: list[str], pad: int) -> tuple[np.n
         if (ids[i, first:] == pad).any():
             raise SettingsError(
                 f"the prompt {texts[i][:60]!r} holds the padding token, id {pad}, which Tunix hides from the model"
-                " at every position; give the tokenizer a padding token of its own, as tokenizer.pad_token = ..."
+                " at every position; give the tokenizer a separate padding token: tokenizer.pad_token = ..."
             )
     return ids, mask
 

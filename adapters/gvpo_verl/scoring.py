@@ -46,7 +46,7 @@ def check_training_mode(name: str, modules: Iterable[Any], before: list[Tensor])
         return
     raise SettingsError(
         f"{name} draws random numbers in training mode ({', '.join(at_random(modules)) or 'no setting of that name'}):"
-        " its weights and gradient would be of two different sub-networks; set dropout, router noise and stochastic"
+        " its weights and gradient would belong to two different sub-networks; set dropout, router noise and stochastic"
         " depth to 0, as in +actor_rollout_ref.model.override_config.attention_dropout=0.0"
     )
 

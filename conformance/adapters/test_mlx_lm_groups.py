@@ -86,7 +86,7 @@ def test_unscored_responses_leave_their_group(tokenizer):
         ({"responses": ["a", []]}, "response 1 cannot be used: it has no tokens"),
         ({"responses": ["a<|end|>b", "c"]}, "response 0 cannot be used: it has the end token 0 before its end"),
         ({"responses": [[7, 8], [9]], "finished": [True, None]}, "finished is true, and its last token 8 is no end"),
-        ({"response_mask": [[0], [1, 1]]}, "response_mask, tokens that the policy did not draw"),
+        ({"response_mask": [[0], [1, 1]]}, "response_mask for tokens that the policy did not sample"),
         ({"response_mask": 5}, "column 'response_mask' is a int"),
         ({"response_ids": [[7]]}, "2 responses and 1 response_ids"),
         ({"rewards": [1.0, "high"]}, r"column 'rewards', entry 1 is a str \('high'\); expected a number"),
