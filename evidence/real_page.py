@@ -39,7 +39,7 @@ def accuracies(runs: Sequence[Run], results: dict[str, dict[str, Any]]) -> dict[
     return by_cell
 
 
-def means(of: dict[Cell, list[float]]) -> str:
+def means(by_cell: dict[Cell, list[float]]) -> str:
     """Returns a table of means over the seeds with 95 % intervals (Student's t)."""
 
     def cell(values: list[float]) -> str:
@@ -50,7 +50,7 @@ def means(of: dict[Cell, list[float]]) -> str:
         return f"{np.mean(values):.3f}{half}{seeds}"
 
     rows = [
-        [f"{task}, {age} steps old", *(cell(of.get((task, age, m), [])) for m in METHODS)]
+        [f"{task}, {age} steps old", *(cell(by_cell.get((task, age, m), [])) for m in METHODS)]
         for task in TASKS
         for age in STALENESS
     ]
@@ -68,10 +68,10 @@ def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
     differences = []
     for task in TASKS:
         for age in STALENESS:
-            of = {method: here.get((task, age, method), []) for method in METHODS}
+            by_method = {method: here.get((task, age, method), []) for method in METHODS}
             for method in METHODS[1:]:
-                if len(of["gvpo"]) == len(of[method]) == len(SEEDS):
-                    by_seed = np.array(of["gvpo"]) - np.array(of[method])
+                if len(by_method["gvpo"]) == len(by_method[method]) == len(SEEDS):
+                    by_seed = np.array(by_method["gvpo"]) - np.array(by_method[method])
                     half = mean_half_width(by_seed)
                     verdict = "significant" if abs(by_seed.mean()) > half else "not significant"
                     verdict = verdict if by_seed.any() else "the same runs"
@@ -84,8 +84,8 @@ def page(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any]
     chosen = {(run.task, run.method): f"{run.rate:g}" for run in final_runs(results)}
     tuned = table(["", *METHODS], [[task, *(chosen.get((task, m), "") for m in METHODS)] for task in TASKS])
     before, before_there = (
-        ", ".join(f"{task} {accuracy:.3f}" for task, accuracy in _before(runs, of).items()) or "not measured yet"
-        for of in (results, elsewhere)
+        ", ".join(f"{task} {accuracy:.3f}" for task, accuracy in _before(runs, source).items()) or "not measured yet"
+        for source in (results, elsewhere)
     )
     hours = sum(result["seconds"] for result in results.values()) / 3600
     return f"""# Evidence: a real model

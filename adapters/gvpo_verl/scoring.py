@@ -51,10 +51,11 @@ def check_training_mode(name: str, modules: Iterable[Any], before: list[Tensor])
     )
 
 
-def check_same(name: str, together: Tensor, alone: Tensor, what: str, *, rounded: bool) -> None:
+def check_same(name: str, together: Tensor, alone: Tensor, how: str, *, rounded: bool) -> None:
     """Compares (N,) log-probabilities of tokens, nats, with those of each row alone.
 
     Args:
+      how: how `together` was scored, for the message.
       rounded: the numbers have 16 bits, so their mean difference is compared.
     Raises: SettingsError: they differ.
     """
@@ -62,7 +63,7 @@ def check_same(name: str, together: Tensor, alone: Tensor, what: str, *, rounded
     if not len(apart) or (apart.mean() <= 0.1 if rounded else apart.max() <= 2e-3):
         return
     raise SettingsError(
-        f"{name} scores tokens differently {what}, by up to {float(apart.max()):.2g} nat each: GVPO cannot be exact"
+        f"{name} scores tokens differently {how}, by up to {float(apart.max()):.2g} nat each: GVPO cannot be exact"
         " with it in verl"
     )
 

@@ -208,8 +208,8 @@ def counts() -> Iterator[Count]:
         yield Count(name, ON, "", None, scored + again, 1.42)
         yield Count(f"{name}, {ONCE}", ON, "", None, scored, 1.38)
     for job, (prompt, response, k), most in (("J1", (512, 2048, 8), 0.105), ("J2", (1024, 4096, 16), 0.05)):
-        of = Batch([(0,) * prompt] * k, [(i, *(0,) * (response - 1)) for i in range(k)], [0] * k)
-        arrays = layout.arrays(of, layout.plan_rows(of, packed=True, tokens=1 << 30))
+        batch = Batch([(0,) * prompt] * k, [(i, *(0,) * (response - 1)) for i in range(k)], [0] * k)
+        arrays = layout.arrays(batch, layout.plan_rows(batch, packed=True, tokens=1 << 30))
         visited = float((blocks.kinds(arrays.segments, arrays.last) > 0).mean())
         yield Count("attention blocks visited by a packed row / all blocks", job, "", 1.0, visited, most)
 
