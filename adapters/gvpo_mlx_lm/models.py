@@ -149,7 +149,7 @@ def _shown(values: dict[str, Any] | None, other: dict[str, Any]) -> str:
 
 @contextlib.contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Turns the model into its base model: replaces each LoRA or DoRA layer with the layer that it adapts."""
+    """Replaces each LoRA or DoRA layer with the layer that it adapts, within the block: the base model."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, _ADAPTERS)]
     base = [(name, module["embedding" if "embedding" in module else "linear"]) for name, module in layers]
     if not layers:
