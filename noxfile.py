@@ -28,7 +28,7 @@ nox.options.reuse_existing_virtualenvs = True
 nox.options.error_on_missing_interpreters = True
 
 # Three test files at a time on two cores, because tests also wait for processes, disks and time limits.
-AT_A_TIME = ("-n", "3", "--dist", "loadfile")
+AT_A_TIME = ("-n", "3", "--dist", "loadfile", "--no-loadscope-reorder")
 # pip spends half of its time compiling every module to bytecode. Python compiles only the imported ones, once.
 NO_BYTECODE = ("--no-compile",)
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

@@ -55,6 +55,25 @@ ELSEWHERE = (
     "ray",
     "verifiers",
 )
+# Files with a test of many seconds, in some environment. They start first: started last, they would keep one process
+# busy while the others wait.
+LONG_FILES = (
+    "test_wheel",
+    "test_objective_frameworks",
+    "test_mutations",
+    "test_torch_sharded",
+    "test_torch_ranks_killed",
+    "test_torch_ranks",
+    "test_jax_prefixes",
+    "test_explicit_mesh",
+    "test_mlx_ranks",
+    "test_mlx_update",
+    "test_trainer",
+    "test_generated_inputs",
+    "test_ahead_copy",
+    "test_reward_processes",
+    "test_parity_jax",
+)
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test needs the hub: a name that is nowhere fails at once
 _required = tuple(x for x in os.environ.get("GVPO_SUBJECTS", "").split(",") if x and x not in ELSEWHERE)
 _results: dict[str, dict[str, Counter[str]]] = {}
@@ -88,16 +107,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("setting", wanted, ids=["-".join(x) for x in wanted], indirect=True)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # marks before pytest selects by them, the order after
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     for item in items:
         if _is_slow(item):
             item.add_marker("slow")
-    if not _required or "numpy" in _required:
-        return
-    left_out = [item for item in items if item.get_closest_marker("core")]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if item not in left_out]
+    if _required and "numpy" not in _required:
+        left_out = [item for item in items if item.get_closest_marker("core")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+    yield
+    if hasattr(config, "workerinput"):  # a process of pytest-xdist
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: (item.path.stem not in LONG_FILES, -tests[item.path]))
 
 
 def _is_slow(item: pytest.Item) -> bool:

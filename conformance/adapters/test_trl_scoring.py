@@ -158,6 +158,7 @@ def test_the_check_leaves_modes_and_random_numbers_alone(tmp_path: Path) -> None
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow_on("8")
 @pytest.mark.parametrize("bits", [4, 8])
 def test_adapters_on_quantized_weights_train(bits: int, tmp_path: Path) -> None:
     """Quantized layers round by what is in a batch: their scores alone and padded are compared as 16-bit ones."""

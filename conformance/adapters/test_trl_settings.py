@@ -237,6 +237,7 @@ def test_a_run_continues_from_a_checkpoint_amid_a_generation(folder, tmp_path) -
     assert "GVPO" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_reward_rises(folder, tmp_path) -> None:
     wanted = set(range(20, 58))
     share = lambda completion_ids, **_: [sum(t in wanted for t in ids) / len(ids) for ids in completion_ids]

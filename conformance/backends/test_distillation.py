@@ -172,6 +172,7 @@ def test_two_processes_with_a_teacher_that_draws_take_the_steps_of_one(tmp_path,
     np.testing.assert_allclose(norms[0], norms[1], rtol=1e-4)
 
 
+@pytest.mark.slow_on("jax")
 def test_the_student_comes_closer_to_its_teacher(tmp_path, backend, student, teacher, capsys):
     """On recorded responses, without a reward."""
     config = config_of(tmp_path, backend, student, teacher)
@@ -233,6 +234,7 @@ def scoring(backend, teacher):
     )
 
 
+@pytest.mark.slow_on("jax")
 def test_a_teacher_behind_a_url_takes_the_steps_of_a_local_one(
     tmp_path, backend, student, teacher, scoring, capsys, monkeypatch
 ):

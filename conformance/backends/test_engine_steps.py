@@ -80,6 +80,7 @@ def assert_weights_of_each_step(folder: Path, ages: list[int]) -> None:
         assert 0 <= max(record["sampler/gap/max"] for record in records) < GAP
 
 
+@pytest.mark.slow_on("torch", "jax")
 def test_the_engine_draws_with_the_model_of_each_step(backend, served, tmp_path, capsys):
     """Exported with a head of its own; the run begins before its server is there."""
     port = free_port()

@@ -117,7 +117,7 @@ def test_a_model_plays_trains_resumes_and_trains_on_its_record(backend, model, t
             assert b[key] == pytest.approx(a[key], rel=2e-4), key
 
 
-@pytest.mark.slow_on("jax")
+@pytest.mark.slow_on("jax", "mlx")
 def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, rewriting, tmp_path) -> None:
     _, batches, whole = run(tmp_path / "whole", backend, rewriting)
     counts = [1 + len(segments) for segments in batches[0].later]
@@ -133,7 +133,7 @@ def test_segments_of_a_model_s_episodes_are_trained_on_and_read_back(backend, re
 REUSING = [backend for backend in PRESENT if backend.name in ("torch", "jax", "mlx")]
 
 
-@pytest.mark.slow_on("model-jax")
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("backend", REUSING, ids=lambda backend: backend.name)
 @pytest.mark.parametrize("kind", ["model", "rewriting"])
 def test_later_turns_compute_what_is_new_and_say_the_same(backend, kind, request, tmp_path, monkeypatch) -> None:

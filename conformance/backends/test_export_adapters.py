@@ -155,6 +155,7 @@ def spoil_the_writer(backend, monkeypatch):
     monkeypatch.setattr(module, "save_file", changed)
 
 
+@pytest.mark.slow
 def test_the_command_writes_adapters_and_refuses_full_fine_tuning(tmp_path, capfd):
     backend = PRESENT[0]  # the command knows nothing of backends
     base = made(tmp_path / "base")

@@ -26,7 +26,7 @@ def config(folder):
     return json.loads((folder / "config.json").read_text())
 
 
-@pytest.mark.slow_on("jax-3")
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("lora_rank", [0, 3])
 def test_the_head_is_the_trained_embedding_and_the_scores_are_equal(backend, lora_rank, tmp_path):
     model = tiny_models.write_model("llama", tmp_path / "model", tie_word_embeddings=True)

@@ -97,6 +97,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow_on("bfloat16", "one head of keys")
 @pytest.mark.parametrize("name", CASES)
 def test_attention_and_its_gradients(name: str) -> None:
     dtype, key_heads, cap, window = CASES[name]
@@ -237,6 +238,7 @@ def test_short_rows_take_the_other_path(tmp_path, monkeypatch) -> None:
     np.testing.assert_array_equal(of_policy.logprobs(of), wanted)
 
 
+@pytest.mark.slow_on("gradient")
 @pytest.mark.parametrize("fault", ["wrong", "gradient", "fails"])
 def test_what_the_kernel_gets_wrong_is_not_used_by_name(fault: str, tmp_path, monkeypatch, caplog) -> None:
     of_policy = policy(tiny_models.write_model("llama", tmp_path, max_position_embeddings=512))

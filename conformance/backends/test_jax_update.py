@@ -61,6 +61,7 @@ def test_packed_rows_cost_less(folder) -> None:
     assert flops["packed"] < 0.5 * flops["plain"]
 
 
+@pytest.mark.slow
 def test_few_programs_are_compiled_however_lengths_vary(folder) -> None:
     of_policy = policy(folder, micro_batch_responses=4)
     counts = []

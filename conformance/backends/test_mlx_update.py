@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return tiny_models.write_model("llama-tied", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.slow_on("dora")
+@pytest.mark.slow_on("dora", "lora")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_compiled_step_is_the_same(kind: str, folder) -> None:
     (step, update), (found, other) = (

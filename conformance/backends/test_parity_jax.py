@@ -42,6 +42,7 @@ def own_logprobs(folder, of: Batch) -> np.ndarray:
     return np.asarray(found)
 
 
+@pytest.mark.slow_on("llama-tied", "llama-biases", "qwen2")
 @pytest.mark.parametrize("name", [*tiny_models.DECODERS, *CHANGED])
 def test_logprobs_are_transformers_own(name: str, tmp_path) -> None:
     family, changes = CHANGED.get(name, (name, {}))
@@ -73,7 +74,7 @@ def adapters_of_torch(of_torch) -> dict[str, np.ndarray]:
     return {name: np.stack(values) for name, values in stacked.items()}
 
 
-@pytest.mark.slow_on("lora")
+@pytest.mark.slow_on("lora", "llama3-full")
 @pytest.mark.parametrize("kind", ["full", "lora", "adamw"])
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_one_update_is_that_of_gvpo_torch(family: str, kind: str, tmp_path) -> None:
@@ -101,7 +102,7 @@ def test_one_update_is_that_of_gvpo_torch(family: str, kind: str, tmp_path) -> N
         assert step_difference(*moved) < 1e-5
 
 
-@pytest.mark.slow_on("bfloat16")
+@pytest.mark.slow_on("bfloat16", "lora")
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 3}, {"dtype": "bfloat16"}], ids=["full", "lora", "bfloat16"])
 def test_exports_are_read_by_transformers(settings, tmp_path) -> None:
     folder = tiny_models.write_model("llama3", tmp_path / "model")

@@ -65,6 +65,7 @@ QUICK = ("gemma3", "glm4", "olmo3")  # these have most structural options among 
 quick = pytest.mark.slow_on(*(name for name in FAMILIES if name not in QUICK))
 
 
+@pytest.mark.slow_on("glm4")
 @quick
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logprobs_are_transformers_own(name: str, folders) -> None:
@@ -74,6 +75,7 @@ def test_logprobs_are_transformers_own(name: str, folders) -> None:
         np.testing.assert_allclose(of_jax.logprobs(OF), logprobs(model, OF).numpy(), rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_on("glm4", "olmo3")
 @quick
 @pytest.mark.parametrize("name", FAMILIES)
 def test_sampling_a_step_and_an_export_are_transformers_own(name: str, folders, tmp_path) -> None:
@@ -130,6 +132,7 @@ def test_rows_past_the_length_at_which_rope_changes_are_refused(rope: str, folde
             refused()
 
 
+@pytest.mark.slow_on("gemma3")
 @pytest.mark.parametrize("name", ["gemma3", "gemma4"])
 def test_the_text_part_of_a_model_of_images_is_trained(name: str, tmp_path) -> None:
     folder = decoder_families.make_with_images(name, tmp_path / "model")

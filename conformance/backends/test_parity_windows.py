@@ -43,6 +43,7 @@ def transformers_own(folder) -> np.ndarray:
     return np.asarray(found)
 
 
+@pytest.mark.slow_on("smollm3-null-jax")
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", READINGS)
 def test_the_layers_that_transformers_gives_a_window_have_it(name, backend, tmp_path):

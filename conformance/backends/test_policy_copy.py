@@ -77,7 +77,7 @@ def tokens(drawn):
     return [[(r.tokens, r.finished) for r in many] for many in drawn]
 
 
-@pytest.mark.slow_on("jax")
+@pytest.mark.slow_on("jax", "torch")
 def test_the_copy_draws_the_policys_own_responses_of_each_version(backend, model):
     """Asked for before the parameters are renewed, and waited for afterwards; then the process dies."""
     policy, copy = copied(backend, model)

@@ -83,6 +83,7 @@ def test_two_and_two_steps_are_four(kind: str, backend, load, parameters, folder
     assert whole.generate(prompts, seeds, Sampling(8)) == second.generate(prompts, seeds, Sampling(8))
 
 
+@pytest.mark.slow_on("jax")
 def test_a_fresh_policy_can_be_saved_and_restored(load, parameters, folder, state) -> None:
     fresh = load(folder, lora_rank=2, seed=1)
     fresh.save(state)
@@ -94,6 +95,7 @@ def test_a_fresh_policy_can_be_saved_and_restored(load, parameters, folder, stat
     assert step_difference(parameters(fresh), parameters(other)) == 0.0
 
 
+@pytest.mark.slow_on("jax")
 def test_checkpoints_that_do_not_fit_are_named(load, folder, tmp_path) -> None:
     full, lora = tmp_path / "full", tmp_path / "lora"
     for path in (full, lora):

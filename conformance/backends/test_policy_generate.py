@@ -50,6 +50,7 @@ def each(request, policies):
     return backend, policies(backend, name)
 
 
+@pytest.mark.slow_on("jax-mistral-window")
 def test_a_response_does_not_depend_on_its_batch(each) -> None:
     _, of_policy = each
     sampling = Sampling(max_tokens=12)
@@ -104,6 +105,7 @@ def test_the_end_token_is_kept_and_ends(of_policy) -> None:
         assert r.finished or len(r.tokens) == 60
 
 
+@pytest.mark.slow_on("mlx", "jax")
 def test_a_small_cache_changes_nothing(of_policy, monkeypatch) -> None:
     """Rows that wait for room continue in the stream of numbers that is their own."""
     seeds = [[row_seed(4, i, j) for j in range(5)] for i in range(4)]

@@ -140,7 +140,7 @@ def test_context_counts_in_the_token_budget(take, step) -> None:
     assert step[1].tokens == take(WHOLE)[1].tokens
 
 
-@pytest.mark.slow_on("jax-lora")
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("split", [s if s == "one" else pytest.param(s, marks=pytest.mark.slow) for s in SPLITS])
 def test_the_step_does_not_depend_on_the_split(split: str, take, step) -> None:
     found, other = take(OF, **SPLITS[split])

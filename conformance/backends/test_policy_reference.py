@@ -25,7 +25,7 @@ def load(backend, folder):
     return lambda **settings: backend.policies.policy(folder, **({"reference": True, "learning_rate": 1e-2} | settings))
 
 
-@pytest.mark.slow_on("jax-lora")
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("kind", ["full", "lora", SLOW])
 def test_a_renewed_reference_is_the_policy_of_that_moment(kind: str, load, backend) -> None:
     of_policy = load(**KINDS[kind])

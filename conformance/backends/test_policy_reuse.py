@@ -57,6 +57,7 @@ def arrays(backend: Backend, folder: Path) -> dict[str, np.ndarray]:
     return found
 
 
+@pytest.mark.slow_on("jax-lora")
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 def test_a_used_policy_is_reset(settings, backend, model, tmp_path, capsys):
     """It took 2 steps at its second run's learning rate 0, against the reference of its first."""

@@ -72,7 +72,7 @@ SPLITS = {
 }
 
 
-@pytest.mark.slow_on("jax-lora", "jax-one")
+@pytest.mark.slow_on("jax-lora", "jax-one", "jax-three")
 @pytest.mark.parametrize("split", SPLITS)
 def test_the_step_does_not_depend_on_the_split(split: str, whole_step) -> None:
     take, step, update = whole_step
@@ -93,6 +93,7 @@ def test_nor_on_the_order_of_rows(whole_step) -> None:
     np.testing.assert_allclose(other.logprobs, update.logprobs[order], rtol=0, atol=1e-4)
 
 
+@pytest.mark.slow_on("jax-lora")
 def test_nor_on_scores_that_are_known(whole_step) -> None:
     take, step, update = whole_step
     found, other = take(scored=update.logprobs)
@@ -154,6 +155,7 @@ def test_a_reference_not_asked_for_is_an_error(make) -> None:
         make().logprobs(OF, reference=True)
 
 
+@pytest.mark.slow_on("jax-lora")
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 3}], ids=["full", "lora"])
 def test_bfloat16_runs_and_is_close(moved, settings) -> None:
     step, update = moved(**settings)

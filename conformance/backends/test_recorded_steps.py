@@ -88,6 +88,7 @@ def test_the_step_equals_the_float64_reference(tmp_path, backend, model, capsys)
     assert "1 groups skipped" in " ".join(capsys.readouterr().out.split())
 
 
+@pytest.mark.slow_on("jax")
 def test_a_run_fed_from_its_own_completions_takes_the_same_steps(tmp_path, backend, model, capsys):
     config = write_run(tmp_path / "a", backend, model, steps=4, extra="", model_extra="")
     chats = [{"prompt": [{"role": "user", "content": f"say {w}"}]} for w in ("a", "bee", "code")]

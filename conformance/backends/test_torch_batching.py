@@ -47,6 +47,7 @@ def test_the_class_of_the_docs_draws_from_the_module_that_is_trained(tmp_path, c
     assert records[0]["gradient_norm"] > 0
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_module_from_before_the_first_step_is_found(tmp_path, capsys):
     import copy
 

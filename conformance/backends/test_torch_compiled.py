@@ -75,6 +75,7 @@ def test_compiled_layers_take_the_step_of_plain_ones(kind, folder, runs) -> None
     assert step_difference(steps[1][1], steps[0][1]) < 1e-5
 
 
+@pytest.mark.slow
 def test_scores_run_a_compiled_program_and_sampling_runs_none(folder, runs) -> None:
     """On a policy whose layers are compiled after its checks at load, which compile several programs."""
     of_policy = policy(folder)

@@ -117,6 +117,7 @@ def of_three(folders, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sharding", worker.SHARDING)
 @pytest.mark.parametrize("kind", worker.KINDS)
 def test_ranks_with_whole_groups_take_the_step_of_one(kind, sharding, folders, of_three) -> None:

@@ -52,6 +52,7 @@ def test_values_and_gradients(head: str, bias: bool, tile: tuple[int, int], trai
         torch.testing.assert_close(b, a, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow_on("softcap", "scale")
 @pytest.mark.parametrize("head", HEADS)
 def test_gradcheck(head: str, monkeypatch) -> None:
     monkeypatch.setattr(logprobs, "WIDTH_WANTED", 20)

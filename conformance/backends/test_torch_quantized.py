@@ -256,6 +256,7 @@ def test_two_processes_take_the_step_of_one(kind, folder, tmp_path) -> None:
     assert step_difference(*found) < 1e-5
 
 
+@pytest.mark.slow
 def test_loading_holds_no_unpacked_model(tmp_path) -> None:
     """Host bytes while reading, packing and checking: a layer's temporaries beside what stays."""
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 24}

@@ -15,7 +15,7 @@ require(subject="torch")
 
 import torch_sharded_worker as worker
 
-QUICK = ["full", "lora"]
+QUICK = ["lora"]
 COMPARED = {(2, "fast"): (1, "fast"), (1, "fast"): (1, "dense"), (2, "dense"): (1, "dense")}
 
 

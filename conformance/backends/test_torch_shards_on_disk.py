@@ -73,6 +73,7 @@ def save(folder, kind: str, size: int, out) -> dict[str, torch.Tensor]:
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
+@pytest.mark.slow_on("2-5-lora")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("saved", "restored"), [(2, 1), (1, 4), (4, 2), (2, 5)])
 def test_any_number_of_ranks_restores_what_another_saved(kind, saved, restored, folder, tmp_path) -> None:

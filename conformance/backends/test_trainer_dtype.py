@@ -70,6 +70,7 @@ def goes_on(config: Path, *options: str) -> bool:
     return status == 0
 
 
+@pytest.mark.slow_on("jax")
 def test_another_dtype_is_refused_with_the_setting_that_continues(copied, accelerator, capfd):
     assert not goes_on(copied)
     said = capfd.readouterr().err

@@ -65,7 +65,7 @@ def same(backend, whole):
     return same
 
 
-@pytest.mark.slow_on("jax", "mlx", "generate", "reward", "evaluate", "save")
+@pytest.mark.slow
 @pytest.mark.parametrize("phase", ["update", "generate", "reward", "evaluate", "save"])
 def test_a_kill_at_the_starts_of_a_phase(phase, backend, run, same, tmp_path):
     """At the first and the last one where a start of a run takes seconds: JAX traces its programs."""
@@ -79,7 +79,7 @@ def test_a_kill_at_the_starts_of_a_phase(phase, backend, run, same, tmp_path):
         same(folder / "run")
 
 
-@pytest.mark.slow_on("generate", "reward", "evaluate", "save")
+@pytest.mark.slow_on("generate", "reward", "evaluate", "save", "jax")
 @pytest.mark.parametrize(
     ("phase", "at", "number", "status"),
     [

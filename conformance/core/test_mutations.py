@@ -201,6 +201,7 @@ WHOLE = [
 ]
 
 
+@pytest.mark.slow_on("torch")
 @pytest.mark.parametrize("tests", WHOLE)
 def test_green_without_a_mutant(copy: Path, tests: list[str]) -> None:
     _need_torch(tests)

@@ -67,6 +67,7 @@ def check(setting: Setting, name: str, got: np.ndarray, expected: np.ndarray) ->
     assert_close(got, expected, where=where, tolerance=tolerance)
 
 
+@pytest.mark.slow_on("jax")
 @bounded
 @given(case=batches())
 def test_weights_sum_to_zero_in_each_group(setting: Setting, case: Case) -> None:

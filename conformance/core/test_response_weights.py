@@ -53,6 +53,7 @@ def descend(
     return np.exp(log_policy(theta))
 
 
+@pytest.mark.slow_on("skewed")
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("exponent", [0.5, 1.0])
 def test_the_minimiser_is_the_weighted_optimum(sampler: str, exponent: float) -> None:

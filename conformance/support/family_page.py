@@ -49,7 +49,7 @@ INTRODUCTION = """# Models
 
 This page lists which transformers model families each backend trains exactly. `nox -s models` tested them and wrote the
 page. For each family it creates a two-layer model with random weights from the configuration class of transformers, and
-turns on every setting that an implementation can easily miss: attention windows, caps, multipliers, norms other than one.
+turns on every setting that an implementation can easily miss: windows, caps, multipliers, norms other than one.
 No released checkpoint was used.
 
 **exact** means that all of these hold, for full fine-tuning and for LoRA:
@@ -61,7 +61,8 @@ No released checkpoint was used.
 
 **refused**: loading ends with a one-line error. The number refers to the reasons below.
 **window**: exact while rows are no longer than the model's sliding window; longer rows are rejected.
-**full**: exact for full fine-tuning only, not for LoRA. An empty cell was not tried. The name is `model_type` in config.json.
+**full**: exact for full fine-tuning only, not for LoRA. An empty cell was not tried.
+The name of a family is its `model_type` in config.json.
 """
 
 

@@ -86,6 +86,7 @@ def test_without_ahead_no_process_starts(tmp_path, capsys, monkeypatch):
     assert main(["train", str(config)]) == 0
 
 
+@pytest.mark.slow
 def test_the_copy_is_compared_with_the_policy(tmp_path, capsys, monkeypatch):
     """In float64 they agree to rounding; a copy that misses the parameters of a step stops the run."""
     monkeypatch.setattr(gaps, "PROBE_EVERY", 1)
@@ -144,6 +145,7 @@ def gone(condition) -> bool:
     return condition()
 
 
+@pytest.mark.slow_on("SIGINT")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_a_run_that_ends_in_the_middle_repeats_its_steps_and_leaves_no_process(name, tmp_path, capsys):
     """With two steps drawn ahead, a checkpoint every two steps."""
@@ -303,6 +305,7 @@ def test_a_dry_run_draws_with_the_copy_and_collecting_does_not(tmp_path, capsys,
     assert main(["collect", str(config), str(tmp_path / "groups.jsonl")]) == 0
 
 
+@pytest.mark.slow
 def test_a_resumed_run_may_move_the_copy(tmp_path, capsys):
     first = read_config(early(tmp_path, ahead=1, steps=4))
     assert train(first, load_policy(first)).exit_status == 0

@@ -180,6 +180,7 @@ def test_dead_groups_in_the_real_loop(value, advice, tmp_path):
     assert alert["seen"].startswith("dead groups 100% for 5 steps") and advice in alert["advice"]
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_gives_the_verdicts_of_an_unbroken_one(tmp_path):
     config = table_config(tmp_path / "whole", steps=32)
     whole = run_table(config, Watched(config, moved_away, at=20))

@@ -45,6 +45,7 @@ print("done")
 """
 
 
+@pytest.mark.slow_on("math_verify")
 @pytest.mark.parametrize("name", ["exact_match", "regex_match", "math_verify"])
 def test_reading_takes_time_in_proportion_to_the_length(name):
     script = SCRIPT.format(seconds=SECONDS, parts=PARTS, length=LENGTH, name=name)

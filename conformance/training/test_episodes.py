@@ -321,6 +321,7 @@ class Served(Server):
         return answer
 
 
+@pytest.mark.slow
 def test_an_engine_gets_token_ids_that_begin_with_all_of_the_turn_before(tmp_path) -> None:
     """So that a server's cache of prefixes holds all but what is new."""
     with Served(ScriptedPolicy(search)) as server:

@@ -91,6 +91,7 @@ def test_an_unknown_claim_is_answered(evidence, capsys) -> None:
     assert "there is no claim 12; expected 1 to 8, page or real" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_real_runs_resume_and_say_what_is_significant(evidence, tmp_path, monkeypatch, capsys) -> None:
     """A finished run is not run again; the rate is the best on validation; intervals are over the seeds."""
     monkeypatch.syspath_prepend(str(ROOT))

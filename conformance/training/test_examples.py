@@ -131,6 +131,7 @@ print(reward(None, [[{"role": "assistant", "content": text}] for text in said], 
     assert in_demo(demo, code) == "[1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]\n"
 
 
+@pytest.mark.slow
 def test_the_demo_holds_problems_out(demo):
     code = """
 import json, re

@@ -160,6 +160,7 @@ def test_grade(said, want):
     assert got == (want if want is None else pytest.approx(want))
 
 
+@pytest.mark.slow
 def test_a_judge_in_its_process_takes_no_setting_from_a_column(endpoint, monkeypatch):
     """The key comes from the environment; columns named as settings stay columns."""
     monkeypatch.setenv("JUDGE_TOKEN", "from-the-environment")

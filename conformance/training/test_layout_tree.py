@@ -66,6 +66,7 @@ def unlike(of: Batch) -> Batch:
     return Batch(of.prompts, texts, of.groups, of.masks)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(batches().map(unlike), st.integers(1, 40), st.integers(0, 5), st.sampled_from([0, 1, 64]), st.booleans())
 def test_responses_without_a_common_beginning_are_packed_as_before(of, budget, limit, hidden, packed) -> None:

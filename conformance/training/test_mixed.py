@@ -197,6 +197,7 @@ def test_a_run_fed_from_its_own_completions_takes_the_same_steps(kind, recorded_
     np.testing.assert_allclose(second.logits, first.logits, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_replay_reaches_the_optimum(tmp_path):
     """Cor. 3.2: half of each step are old samples, and there is no ratio; KL(pi || pi*) < 1e-6."""
     config = sampled_config(

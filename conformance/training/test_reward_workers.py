@@ -310,6 +310,7 @@ def test_the_clock_of_deadlines_stops_in_a_pause(monkeypatch):
     assert clock() - begin == pytest.approx(0.15)
 
 
+@pytest.mark.slow
 def test_a_pause_of_the_whole_machine_costs_no_score(tmp_path):
     """Run and worker are stopped for longer than the limit, then go on."""
     file, ready = tmp_path / "mine.py", tmp_path / "ready"

@@ -57,7 +57,7 @@ def test_on_policy_the_regularised_objectives_end_near_the_same_optimum(name, tm
     assert distance(trained(tmp_path, name, steps=200)) < start / 10
 
 
-@pytest.mark.slow_on("gspo", "dr_grpo", "maxrl")
+@pytest.mark.slow_on("gspo", "dr_grpo", "maxrl", "grpo")
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "maxrl", "gspo"])
 def test_without_beta_the_ratio_objectives_leave_the_regularised_optimum_behind(name, tmp_path, capsys) -> None:
     policy = trained(tmp_path, name, steps=200, beta=0.0)
@@ -65,6 +65,7 @@ def test_without_beta_the_ratio_objectives_leave_the_regularised_optimum_behind(
     assert (value > (OPTIMUM * REWARDS).sum(axis=1) + 0.02).all()
 
 
+@pytest.mark.slow
 def test_mirror_descent_with_a_moving_reference_continues_to_the_best_response(tmp_path, capsys) -> None:
     policy = trained(tmp_path, "mirror_descent", steps=200, reference="rollout", epochs=2)
     assert (np.exp(policy.log_table()).argmax(axis=1) == REWARDS.argmax(axis=1)).all()

@@ -69,6 +69,7 @@ class Way:
         return [m["responses/lost"] for m in lines(self.config, "metrics") if m["kind"] == "train"]
 
 
+@pytest.mark.slow_on("sglang adapters", "sglang model")
 @pytest.mark.parametrize("way", WAYS)
 def test_a_server_that_is_away_for_a_while_is_waited_for(way, tmp_path, capsys, caplog):
     expected = Way(way, tmp_path / "whole").trained()
@@ -163,6 +164,7 @@ def test_a_server_that_answers_with_errors_alone_is_asked_again_until_the_deadli
     assert np.array_equal(policy.log_table(), expected) and parts.lost() == [0] * 4
 
 
+@pytest.mark.slow_on("kept")
 @pytest.mark.parametrize("way", ["kept", "adapters", "model", "tcp"])
 def test_after_the_deadline_the_run_ends_by_name(way, tmp_path, capsys):
     wanted = {"kept": r"the sampler gave none of \d+ responses; .*refused", "tcp": "not sent by tcp.*refused"}

@@ -156,6 +156,7 @@ def test_the_limit_is_on_what_the_policy_sees(tmp_path) -> None:
     assert more > fewer, "thoughts that are dropped leave room"
 
 
+@pytest.mark.slow
 def test_turns_are_kept_as_seen_or_the_run_stops_where_asked(tmp_path) -> None:
     kept = run(config_of(tmp_path / "kept", history="keep", max_tokens=100))
     assert kept.batches[0].later is None and records(tmp_path / "kept")[0]["episodes/segments"] == 1

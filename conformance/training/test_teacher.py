@@ -103,6 +103,7 @@ def test_a_reward_of_weight_0_only_measures(teacher, tmp_path):
     assert "dead_groups" not in alerts
 
 
+@pytest.mark.slow
 def test_with_rewards_the_optimum_is_the_tilted_teacher(teacher, tmp_path):
     config = config_of(tmp_path / "run", teacher, rewards=True)
     policy = policy_of(config)
