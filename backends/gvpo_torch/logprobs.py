@@ -29,8 +29,8 @@ def token_logprobs(
 
     The normaliser is summed tile by tile over a row, relative to the highest logit so far. The backward pass computes
     each tile again. If the head is frozen, the forward pass computes the gradient of `hidden` instead, summed in the
-    same way. The largest array beside the arguments and their gradients is one tile. Each slice of the head's gradient
-    is one product, written once.
+    same way. The largest array beside the arguments and their gradients is one tile. A slice of the head's gradient is
+    the sum of one product for each tile of tokens.
 
     Args:
       hidden: (T, H) float; differentiated.

@@ -142,7 +142,7 @@ def test_a_checkpoint_of_another_size_is_named(load, parameters, folder, state, 
     with pytest.raises(ConfigError, match=r"lacks 13 tensors, the first parameter\.model\.layers\.2\.input_layernorm"):
         load(deeper).restore(state)
     shallower = tiny_models.write_model("llama-tied", tmp_path / "shallower", attention_bias=True, num_hidden_layers=1)
-    with pytest.raises(ConfigError, match=r"has in addition 13 tensors, the first parameter\.model\.layers\.1\.input"):
+    with pytest.raises(ConfigError, match=r"also has 13 tensors, the first parameter\.model\.layers\.1\.input"):
         load(shallower).restore(state)
 
 

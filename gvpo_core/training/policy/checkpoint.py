@@ -96,7 +96,7 @@ def check_tensors(
     """
     lacking, foreign = sorted(wanted.keys() - stored.keys()), sorted(stored.keys() - wanted.keys())
     unlike = sorted(name for name in wanted.keys() & stored.keys() if tuple(wanted[name]) != tuple(stored[name]))
-    for what, names in (("lacks", lacking), ("has in addition", foreign), ("has another shape of", unlike)):
+    for what, names in (("lacks", lacking), ("also has", foreign), ("has another shape of", unlike)):
         if names:
             raise ConfigError(
                 f"the checkpoint {directory} does not fit the model: "

@@ -143,6 +143,7 @@ class Output:
             if self._stop and not ready:
                 break
             for descriptor in ready:
+                data = b""  # as at its end, if it cannot be read
                 with contextlib.suppress(OSError):
                     data = os.read(descriptor, 1 << 16)
                 lines = (partial_lines[descriptor] + data).split(b"\n")
