@@ -33,8 +33,8 @@ def load(model: ModelConfig, optimizer: OptimizerConfig, *, updates: int, refere
     Args:
       updates: optimizer steps of the whole run, for the schedule.
       reference: whether `logprobs(reference=True)` will be called. Without LoRA this keeps a copy of the initial model.
-      seed: of new adapters.
-    Raises: ConfigError: a folder, model, device or layout cannot be used; the message says why.
+      seed: seed of new adapters.
+    Raises: ConfigError: the folder, model, device or layout cannot be used; the message says why.
     """
     return TorchPolicy(model, optimizer, updates=updates, reference=reference, seed=seed)
 

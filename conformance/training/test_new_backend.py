@@ -68,7 +68,7 @@ def test_every_method_that_a_backend_writes_is_on_the_page() -> None:
 
 SPELLED = {"torch": "Torch", "jax": "Jax", "mlx": "MLX"}
 SOURCES = {name: (ROOT / f"backends/gvpo_{name}/policy.py").read_text(encoding="utf-8") for name in SPELLED}
-FIGURES = r"(\d+) lines for torch and JAX, (\d+) for torch and MLX and (\d+) for JAX and MLX"
+FIGURES = r"(\d+) added and removed lines for PyTorch and JAX, (\d+) for PyTorch and MLX, and (\d+) for JAX and MLX"
 
 
 def test_the_diffs_of_policies_are_as_long_as_the_page_says() -> None:
