@@ -261,6 +261,7 @@ def test_a_teacher_behind_a_url_takes_the_steps_of_a_local_one(
     assert [(r["teacher/lost"], r["teacher/unread"]) for r in records if r["kind"] == "train"] == [(0, 0)] * 2
 
 
+@pytest.mark.slow_on("jax")
 def test_responses_whose_score_does_not_come_leave_their_group(tmp_path, backend, student, teacher, scoring):
     with EchoServer(scoring, "big", faults=[None, "nan"]) as server:
         config = served_config(config_of(tmp_path, backend, student, teacher), server)

@@ -52,7 +52,7 @@ def test_a_renewed_reference_is_the_policy_of_that_moment(kind: str, load, backe
     )
 
 
-@pytest.mark.slow_on("jax-lora")
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("kind", ["full", "lora"])
 def test_a_checkpoint_keeps_a_renewed_reference(kind: str, load, tmp_path) -> None:
     first = load(**KINDS[kind])

@@ -101,6 +101,7 @@ def test_nor_on_scores_that_are_known(whole_step) -> None:
     assert other.tokens == update.tokens  # no scoring pass
 
 
+@pytest.mark.slow_on("jax-lora")
 def test_weights_are_constants(whole_step) -> None:
     # The gradient for coefficients that depend on the log-probs is the one for the same numbers given as constants.
     take, step, update = whole_step
@@ -155,7 +156,7 @@ def test_a_reference_not_asked_for_is_an_error(make) -> None:
         make().logprobs(OF, reference=True)
 
 
-@pytest.mark.slow_on("jax-lora")
+@pytest.mark.slow_on("jax")
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 3}], ids=["full", "lora"])
 def test_bfloat16_runs_and_is_close(moved, settings) -> None:
     step, update = moved(**settings)

@@ -69,6 +69,7 @@ def test_the_reward_rises(extra, model_extra, tmp_path, make, capfd):
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow_on("jax")
 def test_the_same_run_twice_is_the_same_bit_for_bit(tmp_path, make, final_state, capfd):
     for name in ("one", "two"):
         assert cli.main(["train", str(make(tmp_path / name, steps=4))]) == 0

@@ -79,6 +79,7 @@ def test_another_dtype_is_refused_with_the_setting_that_continues(copied, accele
     assert known(copied.parent)["dtype"] == {"model": "float32"}
 
 
+@pytest.mark.slow_on("jax", "torch")
 def test_a_written_dtype_is_compared_as_well(copied, capfd):
     assert not goes_on(copied, "--model.dtype", "bfloat16")
     assert "model.dtype: float32 -> bfloat16" in capfd.readouterr().err

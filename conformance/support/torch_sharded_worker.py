@@ -1,6 +1,6 @@
 """One of several processes that train and sample by blocks and in fixed buffers, as on CUDA; see test_torch_sharded.py.
 
-python torch_sharded_worker.py FOLDER OUT KINDS_AS_JSON       the kinds of KINDS to run
+python torch_sharded_worker.py FOLDER OUT RUNS       runs: a list of [name of KINDS, "fast" or "dense"], as JSON
 """
 
 import dataclasses
@@ -145,10 +145,9 @@ def refused_by_one(folder: Path) -> None:
             step(of_policy, [[0, 2], [1]], of_policy.scorer.in_blocks)
 
 
-def main(folder: Path, out: Path, kinds: list[str]) -> None:
-    for kind in kinds:
-        for how in ("fast", "dense"):
-            run(folder, out, kind, how)
+def main(folder: Path, out: Path, runs: list[list[str]]) -> None:
+    for kind, how in runs:
+        run(folder, out, kind, how)
     if torch.distributed.is_initialized():
         refused_by_one(folder)
         torch.distributed.barrier()

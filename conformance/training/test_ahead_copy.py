@@ -64,6 +64,7 @@ class Snapshots:
         return [[Drawn(r.tokens, r.finished, version=old) for r in many] for many in given]
 
 
+@pytest.mark.slow_on("3")
 @pytest.mark.parametrize("ahead", [1, 3])
 def test_the_run_is_that_of_the_policy_drawing_with_its_parameters_of_n_steps_before(ahead, tmp_path, capsys):
     assert main(["train", str(early(tmp_path / "copy", ahead=ahead))]) == 0
@@ -145,7 +146,7 @@ def gone(condition) -> bool:
     return condition()
 
 
-@pytest.mark.slow_on("SIGINT")
+@pytest.mark.slow_on("SIGINT", "SIGKILL")
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_a_run_that_ends_in_the_middle_repeats_its_steps_and_leaves_no_process(name, tmp_path, capsys):
     """With two steps drawn ahead, a checkpoint every two steps."""

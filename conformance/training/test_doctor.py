@@ -108,6 +108,7 @@ def test_a_broken_framework_is_named_with_its_mend(tmp_path, code, said):
     assert said in torch["detail"] and torch["fix"].startswith("pip install --force-reinstall")
 
 
+@pytest.mark.slow
 def test_a_hanging_framework_does_not_hold_the_doctor_and_leaves_no_process(tmp_path):
     mark = tmp_path / "child"
     code = "import os, subprocess, sys, time\n"

@@ -216,6 +216,7 @@ def test_an_environment_scores_what_a_limit_cuts(tmp_path) -> None:
         assert c["reward"] == right and not c["finished"], c
 
 
+@pytest.mark.slow_on("hang")
 @pytest.mark.parametrize("fault", ["raise", "crash", "hang"])
 def test_a_fault_costs_its_episode_alone(fault: str, tmp_path) -> None:
     def script(text: str, u: float) -> str:

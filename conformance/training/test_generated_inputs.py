@@ -31,7 +31,7 @@ from gvpo_core.training.rewards import RewardError, close_rewards, load_rewards,
 
 pytestmark = pytest.mark.core
 
-CONFIGS, DATASETS, REWARDS = 250, 150, 600
+CONFIGS, DATASETS, REWARDS = 150, 150, 700
 # Generated inputs: 1,000, or 10,000 in the full run.
 more = pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.slow)])
 

@@ -80,6 +80,7 @@ def test_responses_without_a_common_beginning_are_packed_as_before(of, budget, l
         assert getattr(found, field.name).dtype == np.int64
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=200)
 @given(batches(), st.integers(1, 40))
 def test_plain_rows_share_nothing(of, budget) -> None:

@@ -175,7 +175,9 @@ def reward(prompts, completions, **_):
 """
 
 
-@pytest.mark.parametrize("names", [["SIGTERM"], ["SIGINT", "SIGINT"], ["SIGTERM", "SIGQUIT"]])
+@pytest.mark.parametrize(
+    "names", [pytest.param(["SIGTERM"], marks=pytest.mark.slow), ["SIGINT", "SIGINT"], ["SIGTERM", "SIGQUIT"]]
+)
 def test_a_signal_while_a_reward_hangs_ends_the_run_and_its_processes(names, tmp_path):
     pytest.importorskip("tyro", reason="the command line's extra is not installed")
     called = tmp_path / "called"
