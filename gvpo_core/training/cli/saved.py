@@ -25,7 +25,7 @@ from gvpo_core.training.terminal.output import say
 from gvpo_core.training.terminal.text import fit, interval, percent
 from gvpo_core.training.watch.metric_names import LOSSES
 
-_CHECKPOINT = "a step, newest, best (highest held-out reward) or initial (the untrained model)"
+_CHECKPOINT = "a step, newest, best (best held-out result) or initial (the untrained model)"
 
 
 def evaluate_run(arguments: list[str]) -> int:

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
         "--held-out-share",
         type=float,
         default=0.1,
-        help="share of the rows held out if --held-out is not given. Default: 0.1",
+        help="share of the prompts held out if --held-out is not given. Default: 0.1",
     )
     add("--split", default="", help="split of the data, if it has several")
     add("--held-out-split", default="", metavar="SPLIT", help="split of --held-out, if it has several")

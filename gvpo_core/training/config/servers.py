@@ -35,7 +35,7 @@ class EngineConfig:
     gap_every: int = 0
     """Steps between two comparisons of the log-probabilities. 0: 1, or 20 with rollout.ahead and no gap_tolerance."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Compute dtype of the server, for that comparison. auto: the policy's."""
+    """Compute dtype of the server, for the comparison of log-probabilities. auto: the policy's."""
     concurrency: int = 16
     """Requests at a time."""
     deadline: float = 600.0

@@ -20,7 +20,7 @@ class RunConfig:
     backend: Literal["auto", "torch", "jax", "mlx", "table"] = "auto"
     """Backend. auto: the first one installed of torch, jax, mlx; table: the NumPy reference (model.path/table.json)."""
     steps: int = 100
-    """Rollouts in the run."""
+    """Steps of the run. A step trains on one rollout: rollout.prompts groups."""
     seed: int = 0
     """Seed of the data order, the samples and new parameters."""
     checkpoint_every: int = 50
@@ -93,8 +93,8 @@ class DataConfig:
     """Training and held-out data."""
 
     train: str = ""
-    """Training rows: a .jsonl or .parquet file, a `datasets` folder saved to disk, or a dataset of the hub. Prompts,
-    or prompts with recorded responses (docs/data.md)."""
+    """Training rows: a .jsonl, .json or .parquet file, a `datasets` folder saved to disk, a dataset of the hub, or
+    reasoning_gym:NAME. Prompts, or prompts with recorded responses (docs/data.md)."""
     evaluation: str = ""
     """Held-out rows in the same forms. Empty: no evaluation."""
     subset: str = ""
@@ -124,7 +124,7 @@ class DataConfig:
     reference_cache: str = ""
     """Folder for the reference's scores of recorded responses, which runs can share. Empty: the run folder."""
     reference_cache_size: int = 256
-    """Largest size of that file, MiB; beyond it the oldest scores are removed. 0: no limit."""
+    """Largest size of the file of reference scores, MiB; beyond it the oldest scores are removed. 0: no limit."""
 
 
 @dataclass(frozen=True)
@@ -135,16 +135,16 @@ class RolloutConfig:
     """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
     mixed: both in one group; auto: recorded if the data's columns hold them."""
     sampler: str = "policy"
-    """What draws them. policy: the trained policy; engine: the server of [engine]; teacher: the model of [teacher]; or
-    your own class or function that returns a sampler, as file.py:Sampler or package.module:Sampler
+    """What draws the responses. policy: the trained policy; engine: the server of [engine]; teacher: the model of
+    [teacher]; or your own class or function that returns a sampler, as file.py:Sampler or package.module:Sampler
     (docs/samplers.md)."""
     ahead: int = 0
     """Steps by which responses may be drawn ahead of their use, during updates. With sampler = policy, a copy in
     another process draws them. 0: none."""
     ahead_device: str = ""
-    """Device of that copy, in the form of model.device. Empty: the policy's."""
+    """Device of the copy that draws ahead, in the form of model.device. Empty: the policy's."""
     own_responses: int = 0
-    """Responses to each prompt that the policy draws itself, in addition to those of the sampler. 0: none."""
+    """Number of the `responses` to a prompt that the policy draws itself. The sampler draws the others. 0: none."""
     prompts: int = 8
     """Prompts per step (G)."""
     responses: int = 8
@@ -268,7 +268,7 @@ class OptimizerConfig:
     micro_batch_tokens: int = 8192
     """Tokens in a forward-backward pass, padding included; in jax per device. Determines peak memory."""
     micro_batch_responses: int = 0
-    """Responses in such a pass. 0: as many as micro_batch_tokens allows."""
+    """Responses in a forward-backward pass. 0: as many as micro_batch_tokens allows."""
     strategy: Literal["group", "score"] = "group"
     """group: one pass gives weights and gradient if complete groups fit; score: a pass without gradient comes first."""
     name: Literal["adamw", "adamw_8bit"] = "adamw"
@@ -277,7 +277,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Held-out accuracy: the rewards of fresh responses to data.evaluation."""
+    """Evaluation on the held-out rows of data.evaluation."""
 
     every: int = 0
     """Steps between evaluations. The start and the last step always have one. 0: only those."""
@@ -290,7 +290,8 @@ class EvaluationConfig:
     sampler: Literal["policy", "rollout"] = "policy"
     """What draws the responses. rollout: the sampler of rollout.sampler, with the policy's weights."""
     patience: int = 0
-    """Stop early after this many evaluations in a row without a higher reward. 0: never."""
+    """Stop early after this many evaluations in a row without a better result: a higher held-out reward, or without
+    rewards a lower loss or KL. 0: never."""
 
 
 @dataclass(frozen=True)

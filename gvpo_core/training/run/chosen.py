@@ -18,7 +18,7 @@ def chosen(run: Path, name: str) -> Iterator[Checkpoint | None]:
     """Yields a checkpoint of a run folder. Inside `with`, a run in progress does not remove it.
 
     Args:
-      name: a step, "newest", "best" (the saved step with the highest held-out reward), or "initial".
+      name: a step, "newest", "best" (the saved step with the best held-out result), or "initial".
     Yields: the checkpoint; None for "initial", the model that the run began with.
     Raises: ConfigError: there is no such checkpoint, or it is damaged. CheckpointError: it cannot be read now.
     """
