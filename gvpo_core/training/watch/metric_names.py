@@ -30,14 +30,16 @@ METRICS: dict[str, Metric] = {
     ),
     "message": Metric("text", "The event in words."),
     "reward/mean": Metric(
-        "reward", "Mean total reward of the step's scored responses. In a mixture: of those drawn for this step."
+        "reward",
+        "Mean total reward of the step's scored responses. In a mixture: of those drawn for this step; with "
+        "rollout.own_responses, of those that the policy drew.",
     ),
     "reward/half_width": Metric(
         "reward",
         "Half the width of the 95 % interval of reward/mean: Student's t over the group means. Absent with one group.",
     ),
     "reward/trend": Metric(
-        "reward", "reward/mean minus its mean over the up to 10 steps before. Absent in the first step."
+        "reward", "reward/mean minus its mean over the 10 steps before, or fewer at the start. Absent in the first step."
     ),
     "reward/spread": Metric(
         "reward", "Standard deviation of the rewards within a group (k - 1 in the divisor), mean over counted groups."
@@ -75,10 +77,11 @@ METRICS: dict[str, Metric] = {
         "Minus the mean log-probability of a sampled token, over the responses that the policy scored. It estimates "
         "the entropy under the same condition as kl.",
     ),
-    "log_ratio": Metric("nats/response", "As kl, but over recorded and replayed responses."),
-    "nll": Metric(
-        "nats/token", "As entropy, but over recorded and replayed responses: minus the mean log-probability of a token."
+    "log_ratio": Metric(
+        "nats/response",
+        "As kl, but over the other responses: recorded, replayed, and with rollout.own_responses those of the sampler.",
     ),
+    "nll": Metric("nats/token", "Minus the mean log-probability of a token, over the responses of log_ratio."),
     "gradient_norm": Metric("", "Norm of the gradient before clipping, mean over the step's updates."),
     "gradient_norm/max": Metric("", "Largest gradient norm of the step's updates."),
     "learning_rate": Metric("", "Learning rate of the step's last update."),
