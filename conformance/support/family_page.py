@@ -59,7 +59,7 @@ No released checkpoint was used.
 - The gradient norm is within {norm} of transformers', and a step changes the parameters.
 - After the step, `gvpo export` writes a folder that transformers loads and scores the same.
 
-**refused**: loading ends with a one-line error. The number refers to the reasons below.
+**refused**: loading ends with a one-line error. The number refers to the reasons below, each quoted for one family.
 **window**: exact while rows are no longer than the model's sliding window; longer rows are rejected.
 **full**: exact for full fine-tuning only, not for LoRA. An empty cell was not tried.
 The name of a family is its `model_type` in config.json.
