@@ -39,7 +39,8 @@ METRICS: dict[str, Metric] = {
         "Half the width of the 95 % interval of reward/mean: Student's t over the group means. Absent with one group.",
     ),
     "reward/trend": Metric(
-        "reward", "reward/mean minus its mean over the 10 steps before, or fewer at the start. Absent in the first step."
+        "reward",
+        "reward/mean minus its mean over the 10 steps before, or fewer at the start. Absent in the first step.",
     ),
     "reward/spread": Metric(
         "reward", "Standard deviation of the rewards within a group (k - 1 in the divisor), mean over counted groups."
@@ -287,9 +288,10 @@ def metrics_page() -> str:
     lines = [
         "# What metrics.jsonl holds",
         "",
-        "Each line is one JSON object. Its `kind` is `train` (the keys below, except `eval/`), `eval` (the keys of",
-        "`eval/` and `seconds/evaluate`) or `event` (the keys `event` and `message`). A number that is not finite is",
-        "written as `null`. Rewards are in the units of your reward functions. The source of this page is",
+        "The file metrics.jsonl in a run folder holds the numbers of the run. Each line is one JSON object. Its",
+        "`kind` is `train` (the keys below, except `eval/`), `eval` (the keys of `eval/` and `seconds/evaluate`)",
+        "or `event` (the keys `event` and `message`). A number that is not finite is written as `null`. Rewards",
+        "are in the units of your reward functions. The source of this page is",
         "`gvpo_core.training.watch.metric_names.METRICS`.",
         "",
         "| key | unit | meaning |",
@@ -299,12 +301,12 @@ def metrics_page() -> str:
         lines.append(f"| `{key}` | {metric.unit} | {metric.meaning.replace('|', chr(92) + '|')} |")
     lines += [
         "",
-        "# What the alerts mean",
+        "## What the alerts mean",
         "",
-        "An alert compares a step with the run's own first steps and with its usual numbers. The usual number is the",
-        "median of up to 20 earlier steps, without outliers. An outlier of KL or gradient norm raises WATCH. Three in",
-        "five steps raise BAD. Ten in a row become the usual. `throughput` and `memory` are in `machine/alerts`, the",
-        "others in `alerts`.",
+        "An alert compares a step with the run's own first steps and with its usual numbers. The usual number is",
+        "the median of up to 20 earlier steps, without outliers. An outlier of KL or gradient norm raises WATCH,",
+        "three in five steps raise BAD, and ten in a row become the usual numbers. `throughput` and `memory` are",
+        "in `machine/alerts`, the others in `alerts`.",
         "",
         "| key | is raised when |",
         "|---|---|",
