@@ -51,7 +51,8 @@ class ModelConfig:
     """Compute dtype. auto: bfloat16 on CUDA and TPU, float32 elsewhere. bfloat16 keeps float32 master parameters in
     full fine-tuning, and a bfloat16 base under LoRA."""
     device: str = "auto"
-    """Device. auto: the accelerator if there is one, else CPU."""
+    """Device: cpu, cuda, cuda:1, mps or xpu (torch); cpu, gpu, gpu:1 or tpu (jax); cpu or gpu (mlx). auto: the
+    accelerator if there is one, else CPU."""
     lora_rank: int = 0
     """Rank of LoRA adapters. 0: full fine-tuning."""
     lora_alpha: float = 0.0
