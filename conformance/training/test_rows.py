@@ -47,7 +47,7 @@ def test_rows_from_jsonl_and_iterables(tmp_path):
         ),
         ("inner.jsonl", '{"prompt": [{"role": "user", "role": "x"}]}\n', r":1: .*the key 'role' is there twice"),
         ("list.jsonl", "[1]\n", r"list.jsonl:1: a list; expected a JSON object"),
-        ("data.csv", "prompt\n", "expected .jsonl, .parquet or a folder"),
+        ("data.csv", "prompt\n", "expected .jsonl, .json, .parquet or a folder"),
         ("data.jsonl", POINTER, "data.jsonl is a Git LFS pointer, not the file itself: run `git lfs pull` in "),
         ("data.parquet", POINTER, "data.parquet is a Git LFS pointer"),
         ("data.parquet", "PAR1", "is not a Parquet file"),
@@ -295,4 +295,4 @@ def test_a_hub_name_that_cannot_be_reached_is_one_line(monkeypatch, tmp_path):
     (tmp_path / "owner").mkdir()
     (tmp_path / "owner" / "name").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert "expected .jsonl, .parquet" in refused("owner/name"), "what is here comes first"
+    assert "expected .jsonl, .json, .parquet" in refused("owner/name"), "what is here comes first"

@@ -182,7 +182,7 @@ def _from_file(path: Path, name: str, split: str, subset: str) -> list[Any]:
         return _from_parquet(path, where)
     if suffix in (".jsonl", ".json"):
         return _from_jsonl(path)
-    raise DataError(f"{where}: expected .jsonl, .parquet or a folder saved by datasets")
+    raise DataError(f"{where}: expected .jsonl, .json, .parquet or a folder saved by datasets")
 
 
 def _meant_name(named: str) -> str:
