@@ -59,7 +59,7 @@ def _tolerance(dtype: str) -> tuple[float, float]:
 
 
 def in_blocks(scorer: Scorer, parameters: Parameters, adapters: Parameters) -> bool:
-    """Checks that log-probs and gradient are the same with and without the kernels of `blocks`; logs why if not."""
+    """Whether log-probs and gradient with the kernels of `blocks` agree with those without; logs why not."""
     spec, over, programs = scorer.setup.spec, scorer.mesh, Programs()
     draw = np.random.default_rng(1)
 
@@ -100,7 +100,8 @@ def in_blocks(scorer: Scorer, parameters: Parameters, adapters: Parameters) -> b
         reason = f"{type(problem).__name__}: {problem}".splitlines()[0]
     (failed,) = ranks.most(int(bool(reason)))  # all processes must run the same programs
     if failed:
-        log.info("%s: attention does not use the kernel (%s)", spec.family.architecture, reason or "see other process")
+        reason = reason or "the check failed in another process"
+        log.info("%s: attention does not use the kernel (%s)", spec.family.architecture, reason)
     return not failed
 
 

@@ -34,7 +34,7 @@ from gvpo_jax.model import (
 from gvpo_jax.spec import NORM, Spec
 
 BLOCK = 256  # tokens of the vocabulary summed at once
-FEWEST, LOOPS = 128, 4  # steps in which the part of the rows' cache that is read grows: tokens at least; number at most
+FEWEST, LOOPS = 128, 4  # the part of the cache that is read grows by at least 128 tokens, in at most 4 steps
 
 
 def prefill(

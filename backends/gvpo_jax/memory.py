@@ -51,7 +51,7 @@ def facts(
 
 
 def cache_tokens(setup: Setup) -> int:
-    """Returns how many tokens of key-value cache fit in half of the free device memory (a gibibyte on CPU)."""
+    """Returns how many tokens of cache fit in half of this process's free device memory (a gibibyte on CPU)."""
     mesh, spec = setup.mesh, setup.spec
     free = 0
     for device in mesh.local_devices:

@@ -207,7 +207,7 @@ class JaxPolicy(LanguageModelPolicy):
         """Writes only the adapters, in peft's format. Every rank must call it."""
         if self._files.text_of_more:
             raise ConfigError(
-                f"gvpo_jax trains the part for text of {self.config.path!r}, whose layers have other names in the "
+                f"gvpo_jax trains the language model of {self.config.path!r}, whose layers have other names in the "
                 "whole model: export the merged model instead (without --adapters)"
             )
         export.export_adapters(Path(directory), self.setup, self.learner, self.config, self.rank == 0)

@@ -40,7 +40,7 @@ class Scorer:
         self.sampling = placement.sampling_setup(setup)
 
     def check_lengths(self, batch: Batch) -> None:
-        """Raises ConfigError if a row is longer than the rotary embedding's frequencies hold."""
+        """Raises ConfigError if a row is longer than `Spec.longest`."""
         self._check_length(
             max((len(p) + len(r) for p, r in zip(batch.prompts, batch.responses, strict=True)), default=0)
         )

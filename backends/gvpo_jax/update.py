@@ -27,7 +27,7 @@ def score_rows(setup: Setup, parameters: Parameters, adapters: Parameters, rows:
 def score_with_gradient(
     setup: Setup, parameters: Parameters, adapters: Parameters, rows: Mapping[str, Array]
 ) -> tuple[Array, Array]:
-    """(B, P) log-probs, and the gradient of their sum with respect to the embedding, which passes every layer."""
+    """(B, P) log-probs, and the gradient of their sum with respect to the embedding, through every layer."""
 
     def scored(embedding: Array) -> tuple[Array, Array]:
         values = score(setup, {**parameters, EMBEDDING: embedding}, adapters, rows)

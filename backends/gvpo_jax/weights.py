@@ -69,7 +69,8 @@ def _text_name(name: str) -> str:
 def load(spec: Spec, files: Files, mesh: Mesh, dtype: Any) -> dict[str, jax.Array]:
     """Loads the model's parameters onto the mesh, in `dtype`.
 
-    Raises: ConfigError: weights are missing, have another shape, or are unknown to this model.
+    Raises: ConfigError: weights are missing, have another shape or are unknown to this model, or a tied head differs
+      from the embedding.
     """
     shapes = spec.shapes()
     expected = {

@@ -83,7 +83,7 @@ def _arguments(known: Mapping[str, Any], name: Any, rope: dict[str, Any], config
     if "rope_theta" not in known and "rope_parameters" not in known:
         raise ConfigError(
             f"mlx-lm's {name} takes no rope_theta, and the model asks for {rope['rope_theta']:g}: "
-            "its own value is unknown"
+            "the value that mlx-lm uses is unknown"
         )
     settings: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
     partial, at_top = rope.get("partial_rotary_factor"), config.get("partial_rotary_factor")

@@ -41,7 +41,7 @@ class Passes:
         return scores[0], gradients
 
     def prepare(self, batch: Batch, rows: Sequence[Row], name: str) -> tuple[layout.Arrays, dict[str, mx.array]]:
-        """Returns the micro-batch, and its inputs padded to one of few shapes; their first targets are the batch's."""
+        """Returns the micro-batch, and its inputs padded to one of few shapes. The first targets are its own."""
         arrays = layout.arrays(batch, rows)
         self.scorer.check_length(int(arrays.positions[arrays.segments >= 0].max()) + 1)
         padded = buckets.padded(arrays, self.budget) if self.compiled else arrays

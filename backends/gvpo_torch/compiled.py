@@ -24,7 +24,7 @@ def compile_layers(lm: nn.Module, kinds: set[str]) -> list[nn.Module]:
     """
     layers = [module for module in lm.modules() if type(module).__name__ in kinds]
     if not layers:
-        raise ConfigError(f"model.compile = true: {type(lm).__name__} does not name its layers; leave it out")
+        raise ConfigError(f"model.compile = true: {type(lm).__name__} does not name its layers; remove it")
     for layer in layers:
         layer.compile(backend=BACKEND, dynamic=True, fullgraph=True, recompile_limit=MOST_PROGRAMS)
     return layers

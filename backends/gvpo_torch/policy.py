@@ -63,7 +63,7 @@ class TorchPolicy(LanguageModelPolicy):
     def _load(self) -> None:
         config = self.config
         if config.compile and self.world_size > 1:
-            raise ConfigError(f"model.compile = true and {self.world_size} processes exclude each other: leave it out")
+            raise ConfigError(f"model.compile = true needs a single process; this run has {self.world_size}: remove it")
         sharded = self.world_size > 1 and config.sharding == "fsdp"
         self.scorer = model.load_scorer(config, self.device, self.settings.seed, deferred=sharded, frozen=self.frozen)
         if sharded:
@@ -216,7 +216,7 @@ class TorchPolicy(LanguageModelPolicy):
         return Update(logprobs, norm, rate, plan.tokens + backward.tokens, memory.peak(self.device))
 
     def _score_autocast(self, arrays: layout.Arrays, reduces: bool = True) -> Tensor:
-        """Returns (n,) log-probabilities; `reduces`: the pass goes through DDP, which sums gradients over ranks."""
+        """Returns (n,) log-probabilities; `reduces`: through DDP, which sums all gradients so far over ranks."""
         with self.scorer.autocast():
             return model.score(self._trained if reduces or self._sharded else self.scorer, arrays, self.device)
 
