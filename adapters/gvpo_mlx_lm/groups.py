@@ -47,8 +47,8 @@ def load_groups(
     number, or None for no score). It may have `finished` (each a bool), `prompt_ids` and `response_ids`. All are read
     as `gvpo train` reads recorded groups. A finished text gets an end token, because the log-probability of a response
     includes that of its end: after chat messages the token that closes an assistant's turn in the chat template, else
-    the tokenizer's. Token ids are used unchanged. A response without a score is dropped from its group (Cor. 3.4), and
-    so is a group with fewer than two scored responses.
+    the tokenizer's. Token ids are used unchanged. Drops responses without a score (Cor. 3.4), then groups with fewer
+    than two scored responses.
 
     Args:
       tokenizer: one of mlx-lm or transformers.

@@ -187,7 +187,7 @@ class GVPO:
         per_step = self.groups_per_step or max(1, min(capacity // largest, len(dataset)))
         most = sum(sorted(map(len, dataset), reverse=True)[:per_step])
         if not 1 <= per_step <= len(dataset):
-            raise SettingsError(f"groups_per_step = {per_step}; expected 1 to {len(dataset)}, the groups there are")
+            raise SettingsError(f"groups_per_step = {per_step}; expected 1 to {len(dataset)}, the number of groups")
         if most > capacity:
             raise SettingsError(
                 f"{per_step} groups of up to {largest} responses may be {most} responses, and batch_size ="
@@ -233,7 +233,7 @@ class GVPO:
         return float(gvpo_loss(logprobs.astype(np.float64), ref, rewards, ids, beta=self.beta).loss)
 
     def _score(self, rows: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> np.ndarray:
-        """Returns (N,) float32 log-probs of the responses, nats, without gradient, `batch_size` rows at a time."""
+        """Returns (N,) float32 log-probs of the responses, nats; no gradient, up to `batch_size` rows at a time."""
         size = max(1, self.args.batch_size // self.world.size())
         order = sorted(range(len(rows)), key=lambda i: sum(map(len, rows[i])))
         logprobs = np.zeros(len(rows), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Exact GVPO in TRL: `GVPOTrainer` replaces `GRPOTrainer`, and `GVPOConfig` replaces `GRPOConfig`."""
+"""Exact GVPO in TRL: `GVPOTrainer` replaces `GRPOTrainer`, `GVPOConfig` replaces `GRPOConfig`; nothing else changes."""
 
 from gvpo_core.hosts import Host
 

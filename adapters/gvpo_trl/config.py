@@ -53,10 +53,10 @@ class GVPOConfig(GRPOConfig):
         rows = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if self.steps_per_generation > self.gradient_accumulation_steps and rows % self.num_generations:
             wrong.append(
-                f"num_generations is {self.num_generations} and a process holds {rows} responses an optimizer step"
+                f"num_generations is {self.num_generations} and a process has {rows} responses per optimizer step"
                 " (per_device_train_batch_size x gradient_accumulation_steps); set them so that num_generations"
-                " divides it, or steps_per_generation to gradient_accumulation_steps: groups would be cut between"
-                " the optimizer steps of a generation"
+                " divides it, or steps_per_generation to gradient_accumulation_steps: otherwise groups would be cut"
+                " between the optimizer steps of a generation"
             )
         kwargs = cast("dict[str, Any]", self.generation_kwargs or {})
         wrong += cannot_sample(kwargs)
@@ -127,14 +127,14 @@ RULES = (
         "accelerator_config",
         lambda c: not getattr(c, "split_batches", False) and getattr(c, "even_batches", True),
         "one with split_batches=False and even_batches=True",
-        "the processes would get other numbers of rows than TRL counts on, and parts of groups",
+        "the processes would get numbers of rows that TRL does not expect, and parts of groups",
     ),
     Rule("disable_dropout", equals(True), "True", "weights and gradient would belong to two different sub-networks"),
     Rule("neftune_noise_alpha", equals(None), "None", "weights and gradient would belong to two different models"),
     Rule(
         "optim",
         lambda name: not any(x in str(getattr(name, "value", name)) for x in ("lomo", "layerwise")),
-        "an optimizer that steps once a batch",
+        "an optimizer that steps once per batch",
         "parameters would move between the micro-batches of a step",
     ),
 )

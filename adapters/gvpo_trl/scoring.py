@@ -36,8 +36,8 @@ def check_lengths(rope: RopeByLength, attention_mask: Tensor) -> None:
         return
     raise RuntimeError(
         f"rope_type is {rope.kind!r} and a batch is padded to {width} tokens: beyond {rope.original} tokens its"
-        " frequencies depend on the longest row, so the others' log-probabilities would not be their own. Leave out"
-        f" prompts so long that prompt and max_completion_length exceed {rope.original} tokens"
+        " frequencies depend on the longest row, so the others' log-probabilities would not be their own. Remove"
+        f" prompts for which prompt and max_completion_length together exceed {rope.original} tokens"
     )
 
 
@@ -171,7 +171,7 @@ def _compare_paddings(name: str, scores: list[Tensor], others: list[Tensor]) -> 
     if apart > _SAME:
         raise ValueError(
             f"{name} lets padding change the scores of a row, by up to {apart:.2g} nat a token between two padding ids,"
-            " as a recurrence does that takes no mask. GVPO cannot be exact with it in TRL"
+            " as a recurrent layer without a mask does. GVPO cannot be exact with it in TRL"
         )
 
 

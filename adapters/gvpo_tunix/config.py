@@ -46,7 +46,7 @@ class GVPOConfig(GRPOConfig):
                 )
         if self.num_generations < 2:
             raise SettingsError(
-                f"num_generations = {self.num_generations}; GVPO compares at least 2 responses a prompt"
+                f"num_generations = {self.num_generations}; GVPO compares at least 2 responses per prompt"
             )
         if self.num_iterations < 1:
             raise SettingsError(f"num_iterations = {self.num_iterations}; expected at least 1")

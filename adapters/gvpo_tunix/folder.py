@@ -36,7 +36,7 @@ def check_files(model_path: str | Path) -> None:
     if stray := sorted(files - named):
         raise SettingsError(
             f"{folder} has {', '.join(stray)} beside {source}: Tunix reads all *.safetensors of a folder, so the actor"
-            " may have weights of something else; move what is not the model elsewhere and load it again"
+            " may have weights of another model; move the other files elsewhere and load it again"
         )
 
 

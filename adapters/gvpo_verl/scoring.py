@@ -79,7 +79,7 @@ def warn_if_rounded(name: str, logprobs: Tensor) -> bool:
     off = float(counted.abs().max()) / 256
     warnings.warn(
         f"{name} are rounded to bfloat16, each by up to {off:.2g} nat: the sums over a response, and with them GVPO's"
-        " weights, are off by more where it is long. Install flash-attn, or set"
+        " weights, are off by more for long responses. Install flash-attn, or set"
         " +actor_rollout_ref.{actor,ref}.fsdp_config.mixed_precision.param_dtype=fp32",
         stacklevel=2,
     )

@@ -145,7 +145,7 @@ def test_a_run_counts_the_responses_without_one_of_two_scores(folder, tmp_path) 
 
 def test_groups_cut_between_the_steps_of_a_generation_are_refused(tmp_path) -> None:
     cut = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "num_generations": 4}
-    with pytest.raises(ValueError, match=r"holds 2 responses an optimizer step .* set them so that num_generations"):
+    with pytest.raises(ValueError, match=r"has 2 responses per optimizer step .* set them so that num_generations"):
         GVPOConfig(str(tmp_path), **(ON_CPU | cut | {"steps_per_generation": 4}))
 
 
