@@ -64,7 +64,7 @@ def pages(results: dict[str, Any]) -> dict[str, str]:
 
 
 def _filled(text: str) -> str:
-    """Returns the text with paragraphs wrapped to the width of the docs. Tables stay as they are."""
+    """Returns the text with wrapped paragraphs and unchanged tables. "Does not show:" starts a paragraph."""
     paragraphs = []
     for paragraph in text.strip().split("\n\n"):
         if paragraph.startswith("|"):

@@ -201,7 +201,7 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
         "RLOO with the ratio: on-policy only": end("RLOO, PPO's ratio", "own") < 1e-12
         and all(end("RLOO, PPO's ratio", s) > 1e-4 for s in covered[1:]),
         "GRPO is near pi* on-policy, not at it": 1e-4 < end("GRPO, no ratio", "own") < start,
-        "A*-PO reaches pi* from responses of the policy alone": max(end("A*-PO", s) for s in ("own", "stale")) < 1e-12
+        "A*-PO reaches pi* only from responses of the policy": max(end("A*-PO", s) for s in ("own", "stale")) < 1e-12
         and min(end("A*-PO", s) for s in ("pi_ref", "uniform", "mixture")) > 1e-4,
         "MaxRL, reject sampling, DPO go to the best response": all(
             0.95 < end(m, "own") / result["best_response"] < 1.001 for m in ("MaxRL", "reject sampling", "DPO")

@@ -96,7 +96,7 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
     stale = [cell("GRPO, clipped ratio", f"stale {s}") for s in STALENESS]
     return {
         "GVPO ends at pi* at every staleness and with replay": all(cell("GVPO", c) < 1e-6 for c in result["columns"]),
-        "RLOO with the ratio: off pi* at 16 steps alone": [
+        "RLOO with the ratio misses pi* only at 16 steps": [
             c for c in result["columns"] if cell("RLOO, clipped ratio", c) > 1e-6
         ]
         == ["stale 16"],
@@ -104,7 +104,7 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
             c for c in result["columns"] if result["fast"][f"RLOO, clipped ratio|{c}"] > 1e-6
         ]
         == result["columns"][1:],
-        "GRPO with the ratio ends farther off the staler": stale == sorted(stale),
+        "GRPO with the ratio ends farther from pi* the older the responses are": stale == sorted(stale),
         "GRPO ends at a noise floor": min(cell("GRPO, no ratio", c) for c in result["columns"]) > 1e-6,
         "at ten times the rate, too": max(result["fast"][f"GVPO|{c}"] for c in result["columns"]) < 1e-6,
         "the ratio with old responses is worse than none": cell("GRPO, clipped ratio", "stale 16")

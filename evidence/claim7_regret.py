@@ -120,7 +120,7 @@ def holds(result: dict[str, Any]) -> dict[str, bool]:
         "common: within a tenth up to 0.65 nats, then too high": bool(
             (np.abs(second - 1)[far < 0.65] < 0.1).all() and second[-1] > 1.5
         ),
-        "the series is low by about 1/k near pi*": all(
+        "the series is too low by about 1/k near pi*": all(
             abs(common[f"series {k}"][0] - (1 - 1 / k)) < 0.02 for k in SIZES
         ),
         "rare: a fraction": max(rare["second"][3], rare["series 16"][3]) < 0.5,

@@ -158,11 +158,11 @@ def holds(results: dict[str, dict[str, Any]], elsewhere: dict[str, dict[str, Any
         "every method learns basic_arithmetic": all(
             min(here[sums, age, method]) > before[sums] for age in STALENESS for method in METHODS
         ),
-        "one difference is beyond its interval": beyond == [(gcd, 4, "grpo")],
+        "only one difference exceeds its interval": beyond == [(gcd, 4, "grpo")],
         "gvpo ends above grpo on gcd with old responses": min(here[gcd, 4, "gvpo"]) > max(here[gcd, 4, "grpo"]),
         "one seed of gvpo gains nothing on gcd": sum(y < before[gcd] + 0.01 for y in here[gcd, 0, "gvpo"]) == 1,
         "tuning chose the highest rate": rates[gcd, "gvpo"] == max(RATES),
-        "on the GPU one seed of gvpo ends under its start": sum(y < before_there[gcd] for y in there[gcd, 4, "gvpo"])
+        "on the GPU one seed of gvpo ends below its start": sum(y < before_there[gcd] for y in there[gcd, 4, "gvpo"])
         == 1,
     }
 

@@ -81,7 +81,7 @@ def step(of_policy, groups: list[list[int]], in_blocks: bool) -> dict[str, np.nd
 
 
 def sample(of_policy, patch) -> tuple[list[list[list[int]]], dict[str, int], int, float]:
-    """Of this rank's prompts: tokens; collectives; how often rows were placed; rows computed over tokens drawn."""
+    """Returns tokens, collectives, how often rows were placed, and rows computed / tokens sampled, on this rank."""
     rank, size = of_policy.rank, of_policy.world_size
     prompts, seeds = PROMPTS[rank::size], SEEDS[rank::size]
     placed, computed = [], []
