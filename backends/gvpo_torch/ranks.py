@@ -125,12 +125,12 @@ def _one_device(name: str) -> torch.device:
 def _device_of_rank(name: str, on_cpu: bool) -> torch.device:
     """Returns the device of this process among several, by its number on the machine."""
     if name not in ("auto", "cpu", "cuda", "xpu", "mps"):
-        raise ConfigError(f"model.device is {name!r} with several processes: use auto, one device a process")
+        raise ConfigError(f"model.device is {name!r} with several processes: use auto, one device per process")
     if on_cpu:
         return torch.device("cpu")
     kind = _one_device(name).type
     here, count = int(os.environ["LOCAL_RANK"]), torch.accelerator.device_count()
     if here >= count:
-        raise ConfigError(f"process {here} of this machine has no device: start at most {count}, one a {kind} device")
+        raise ConfigError(f"process {here} of this machine has no device: start at most {count}, one per {kind} device")
     torch.accelerator.set_device_index(here)
     return torch.device(kind, here)
