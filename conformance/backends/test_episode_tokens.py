@@ -160,7 +160,7 @@ def test_history_error_and_keep_with_a_template_that_drops_thoughts(name: str) -
         hear(transcript, HEARD["tool"])  # thoughts since the last question stay
         say(transcript, transcript.chat.ids("ab"), end)
     with pytest.raises(
-        RewrittenError, match=r"renders earlier turns in another way .* environment\.history = 'segments'"
+        RewrittenError, match=r"renders earlier turns differently .* environment\.history = 'segments'"
     ):
         transcript.heard(HEARD["user"])
     kept, end = opened(name, "keep")

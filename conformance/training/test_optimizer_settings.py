@@ -29,7 +29,7 @@ def settings(**optimizer):
         ({"learning_rate": 1e39}, "optimizer.learning_rate = 1e[+]39; expected at most 1,000"),
         ({"warmup": 10**9}, "optimizer.warmup = 1000000000; expected fewer"),
         ({"max_gradient_norm": 1e-30}, "optimizer.max_gradient_norm = 1e-30; expected 0 for no clipping"),
-        ({"eps": 1e30}, "optimizer.max_gradient_norm = 1.0; .*beside optimizer.eps = 1e[+]30 no step would change"),
+        ({"eps": 1e30}, "optimizer.max_gradient_norm = 1.0; .*with optimizer.eps = 1e[+]30 no step would change"),
         ({"learning_rate": 1.0, "weight_decay": 2.0}, "optimizer.weight_decay = 2.0; expected less than .* = 1:"),
     ],
 )

@@ -191,7 +191,7 @@ def test_a_row_that_cannot_be_used_is_named(row, said):
         ({"prompt": "q", "completion": "a", "label": 1, "finished": [True, True]}, "has 1 responses and 2 finished"),
         ({"prompt": "q", "completion": [5], "label": 1, "response_mask": 1}, "column 'response_mask' is a int"),
         ({"prompt": "q", "completion": [5], "label": 1, "response_mask": [2]}, "'response_mask', entry 0 is .*; expec"),
-        ({**PAIR, "response_ids": [[1], [2]]}, "column 'response_ids': token ids beside text are read of rows with"),
+        ({**PAIR, "response_ids": [[1], [2]]}, "column 'response_ids': token ids beside text are used only in rows"),
         ({"prompt": "q", "completion": "a", "label": 1, "prompt_ids": [3]}, "column 'prompt_ids': token ids beside"),
         ({"prompt": "q", "responses": ["a"], "response_ids": [[1]]}, "column 'response_ids': token ids beside"),
     ],

@@ -168,7 +168,7 @@ def test_each_file_of_a_checkpoint_is_read_once(tmp_path, monkeypatch) -> None:
         final / "policy/a"
     )
     begin_checkpoint(tmp_path, 2)
-    with pytest.raises(CheckpointError, match="gone was written and is not there"):
+    with pytest.raises(CheckpointError, match="gone was written and is missing now"):
         commit_checkpoint(tmp_path, 2, 1, written={"policy/gone": written["a"]})
 
 

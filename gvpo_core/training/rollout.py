@@ -50,9 +50,9 @@ class Rollout:
     episodes: np.ndarray | None = None  # (N, NUMBERS) of `episode_rows`; NaN = no episode of this step
     columns: Sequence[Mapping[str, Any]] = ()  # by group, of its prompt's data row
     prompts: Sequence[Prompt] = ()  # by group, as in the data
-    left_out: np.ndarray | None = None  # (N,) bool: no part of the update, whatever the reward; None: none
+    left_out: np.ndarray | None = None  # (N,) bool: not in the update, regardless of the reward; None: none
     stopped: np.ndarray | None = None  # (N,) bool: ended by a stop text; None: none
-    taught: bool = False  # the reference is a teacher, and a group learns from it whatever its rewards
+    taught: bool = False  # the reference is a teacher, from which a group learns with any rewards
 
     @property
     def drawn(self) -> np.ndarray:

@@ -273,7 +273,7 @@ class _Stderr(logging.StreamHandler):  # type: ignore[type-arg]
     """Writes lines that fit the terminal to the current sys.stderr, which a live progress bar replaces."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """See logging.Handler. Does not wrap tracebacks, or records that go to a file: one line each is searchable."""
+        """See logging.Handler. Wraps text in a terminal, but no tracebacks. Records in a file stay easy to search."""
         text = super().format(record)
         if record.exc_info or record.stack_info or not sys.stderr.isatty():
             return text

@@ -205,12 +205,12 @@ def _wrong_step(c: Config) -> list[tuple[str, str]]:
         norm = o.max_gradient_norm
         if norm > 0 and o.eps >= SMALLEST_EPS and o.learning_rate * norm / (norm + o.eps) < SMALLEST_MOVE:
             wanted = (
-                f"0 for no clipping, or a larger norm: beside optimizer.eps = {o.eps:g} no step would change a weight"
+                f"0 for no clipping, or a larger norm: with optimizer.eps = {o.eps:g} no step would change a weight"
             )
             wrong.append(("optimizer.max_gradient_norm", f"optimizer.max_gradient_norm = {norm!r}; expected {wanted}"))
     if o.learning_rate * o.weight_decay >= 1:
         wanted = (
-            f"less than 1 / optimizer.learning_rate = {1 / o.learning_rate:g}: a step would turn the weights' signs"
+            f"less than 1 / optimizer.learning_rate = {1 / o.learning_rate:g}: a step would flip the weights' signs"
         )
         wrong.append(("optimizer.weight_decay", f"optimizer.weight_decay = {o.weight_decay!r}; expected {wanted}"))
     return wrong

@@ -109,7 +109,10 @@ class _Seat:
         self._lost: set[int] = set()  # open episodes that the process does not have
 
     def describe(self) -> dict[str, Any]:
-        """Returns facts about the environment. Raises: LookupError, CallFailed, TimeoutError, OSError."""
+        """Returns the tools' schemas, and what the environment supports: see `Environments.__init__`.
+
+        Raises: LookupError, CallFailed, TimeoutError, OSError.
+        """
         described: dict[str, Any] = self._answer({"describe": True}, self._limit)
         return described
 

@@ -141,9 +141,9 @@ class Transcript:
                     return Heard(self._after_end(end, rendered[len(before) :]), rendered, False)
         if self.chat.history != "keep":
             raise RewrittenError(
-                "the chat template renders earlier turns in another way than the policy saw them (it drops thoughts, or"
-                " its generation prompt holds text that it leaves out later); set environment.history = 'segments' to"
-                " give such a turn a prompt of its own, or 'keep' to train on turns as they were seen"
+                "the chat template renders earlier turns differently from how the policy saw them (it drops thoughts,"
+                " or its generation prompt holds text that it leaves out later); set environment.history = 'segments'"
+                " to give such a turn its own prompt, or 'keep' to train on turns as they were seen"
             )
         probed = [*self.messages[:-1], self.messages[-1] | {"content": _PROBE}]
         _, probe, after = self.chat.text([*self.prompt, *probed, *messages]).rpartition(_PROBE)

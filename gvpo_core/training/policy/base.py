@@ -321,7 +321,7 @@ class LanguageModelPolicy(abc.ABC):
     def _need_own_weights(self, call: str) -> None:
         if self._in_rollout:
             raise RuntimeError(
-                f"{call} within reusing_prefixes, where the weights are those of sampling: call it later"
+                f"{call} within reusing_prefixes, while the weights are prepared for sampling: call it later"
             )
 
     def _header(self) -> dict[str, Any]:

@@ -173,7 +173,7 @@ def _group(
             if limit < config.rollout.max_tokens:
                 of = f"the {limit} that the prompt leaves of the model's {context:.0f} positions"
             raise DataError(
-                f"{row.where}, response {j} has {count} tokens, more than {of}; raise rollout.max_tokens where the"
+                f"{row.where}, response {j} has {count} tokens, more than {of}; raise rollout.max_tokens if the"
                 " model has room, or leave such responses out with data.too_long = 'drop'"
             )
     rewards = np.asarray([row.rewards[j] for j in kept], np.float64)

@@ -14,7 +14,7 @@ def loss_metrics(rollout: Rollout, logprobs: np.ndarray, objective: ObjectiveCon
 
     Args:
       rollout: N recorded responses.
-      logprobs: (N,) float64, nats; NaN where a response has no reward.
+      logprobs: (N,) float64, nats; NaN if a response has no reward.
     """
     rewards, groups = rollout.rewards, rollout.group_ids
     scored = ~np.isnan(rewards)

@@ -146,8 +146,8 @@ def _refuse_ids(row: Row, where: str) -> None:
     for column in ("prompt_ids", "response_ids"):
         if row.get(column) is not None:
             raise DataError(
-                f"{where}, column {column!r}: token ids beside text are read of rows with 'responses' and 'rewards';"
-                " give these, or leave the column out"
+                f"{where}, column {column!r}: token ids beside text are used only in rows with 'responses' and"
+                " 'rewards'; give these columns, or leave this one out"
             )
 
 

@@ -87,8 +87,8 @@ def signs_tell(differences: np.ndarray) -> bool | None:
     Without a real change each difference is as likely negative as positive, so their sum has variance sum d^2. Unlike
     Student's t, this is also right if all prompts change by the same amount.
 
-    Returns: None if fewer than six prompts changed, because no outcome could reach 5 %; but False if none of at least
-      six prompts changed.
+    Returns: None if one to five prompts changed, or none of fewer than six: no outcome could reach 5 %. False if none
+      of six or more changed.
     """
     changed = differences[differences != 0]
     if len(changed) < 6:

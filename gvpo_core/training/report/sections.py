@@ -200,7 +200,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                 chart(
                     "Tokens",
                     "an episode",
-                    "The policy's own, and all with those of tools and environments: the context that must fit.",
+                    "The policy's own tokens, and all tokens of an episode: the context that must fit.",
                     line("own", "length/mean", 1),
                     line("with the environment's", "length/context", 5),
                     floor=0.0,
@@ -216,7 +216,7 @@ def sections(run: Run) -> list[tuple[str, list[Chart]]]:
                     "Length",
                     "tokens",
                     "Right and wrong: finished responses with the step's highest and lowest reward. Cut responses "
-                    "are apart: they would raise the mean length of the wrong ones.",
+                    "are not among the wrong ones, whose mean length they would raise.",
                     line("all", "length/mean", 1),
                     line("right", "length/best", 3),
                     line("wrong", "length/worst", 2),

@@ -115,7 +115,7 @@ def commit_checkpoint(
         entries[name] = {"bytes": size, "sha256": hashed[name].sha256 if name in hashed else _sha256(path)}
     missing = sorted(hashed.keys() - entries.keys())
     if missing:
-        raise CheckpointError(f"{partial / missing[0]} was written and is not there")
+        raise CheckpointError(f"{partial / missing[0]} was written and is missing now")
     write_synced(partial / _MANIFEST, _manifest({"step": step, "files": entries}))
     for directory in directories:
         sync_folder(directory)

@@ -47,7 +47,7 @@ class PolicyCopy:
     parameters wait in a file, so the policy does not wait for earlier responses. The process ends with the run, however
     the run ends.
 
-    Each rank has its own copy, on the same host. All copies read the parameters from one folder.
+    Each rank has its own copy. All ranks must be on one host, as all copies read the parameters from one folder.
     """
 
     def __init__(self, config: Config, policy: Policy) -> None:
@@ -218,7 +218,7 @@ def _shared_folder(policy: Policy, size: int) -> Path:
         if not folder.is_dir():
             raise ConfigError(
                 "rollout.ahead with the policy as its own sampler: the ranks are on several hosts, and the copies read"
-                f" {folder} of one. Start a server (rollout.sampler = 'engine'), or leave rollout.ahead out"
+                f" {folder} on one of them. Start a server (rollout.sampler = 'engine'), or leave rollout.ahead out"
             )
 
     try:

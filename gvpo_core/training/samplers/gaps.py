@@ -15,7 +15,7 @@ MOST = 0.25
 SMALL, SMALL_IN_16_BITS = 1e-3, 1e-2
 """Mean gap of a step, nats a token, that is no sign of other weights: for float32, and for fewer bits."""
 TIMES, ERRORS = 4.0, 5.0
-"""A later step differs if its mean is above TIMES that of the first one, by more than ERRORS standard errors."""
+"""A later step differs if its mean is above TIMES the first one's, and more than ERRORS standard errors above it."""
 FEWEST = 4  # responses needed to compare two means
 PROBE_EVERY = 20
 """Steps between comparisons that draw responses, unless `gap_tolerance` or `gap_every` is set."""
@@ -140,7 +140,7 @@ class GapCheck:
         return (
             f"the sampler says that it has the policy's weights, and their log-probabilities differ by {mean:.3g} nats"
             f" a token on average; at most {limit:.3g} is expected ({why}): {_CAUSES}, or it serves another model."
-            " Where one of the two computes in few bits, set gap_tolerance, which replaces this check"
+            " If one of the two computes in few bits, set gap_tolerance, which replaces this check"
         )
 
     def state(self) -> dict[str, Any]:

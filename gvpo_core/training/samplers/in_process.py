@@ -74,7 +74,7 @@ class VLLM:
         self._sleeps, self._asleep = bool(current_platform.is_sleep_mode_available()), False
         self._folder, self._end = Path(os.path.expanduser(folder)).absolute() if folder else None, tuple[int, ...]()
         defaults: dict[str, Any] = {"dtype": dtype, "skip_tokenizer_init": True, "enable_sleep_mode": self._sleeps}
-        if current_platform.is_cpu():  # vLLM 0.32 fails on CPU if a request has a seed
+        if current_platform.is_cpu():  # there vLLM 0.32 with chunked prefill fails if a request has a seed
             defaults["enable_chunked_prefill"] = False
         fixed = {"generation_config": "vllm", "logprobs_mode": "raw_logprobs"}
         try:

@@ -20,7 +20,7 @@ def schema_of(function: Callable[..., Any], *, method: bool = False) -> dict[str
     name = getattr(function, "__name__", type(function).__name__)
     text = inspect.getdoc(function)
     if not text:
-        raise ValueError(f"the tool {name} has no docstring; the model reads there what it does")
+        raise ValueError(f"the tool {name} has no docstring, from which the model learns what it does")
     try:
         hints = typing.get_type_hints(function)
     except Exception as e:

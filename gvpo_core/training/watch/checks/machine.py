@@ -33,9 +33,8 @@ class MachineChecks:
         (speed, step_seconds), (usual_speed, usual_seconds) = (
             (median([s for s, _ in part]), median([t for _, t in part])) for part in (rows[-WINDOW:], rows[:-WINDOW])
         )
-        if (
-            speed >= 0.5 * usual_speed or step_seconds < 1.5 * usual_seconds + 0.5
-        ):  # 0.5: the time of very short steps varies
+        # 0.5 s: the time of very short steps varies.
+        if speed >= 0.5 * usual_speed or step_seconds < 1.5 * usual_seconds + 0.5:
             return None
         seen = (
             f"{speed:.3g} tokens/s, usually {usual_speed:.3g}; {step_seconds:.3g} s a step, usually {usual_seconds:.3g}"

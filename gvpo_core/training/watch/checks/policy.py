@@ -59,10 +59,8 @@ class PolicyChecks:
             return None
         kl_growth = mean(list(self._kls)) - mean(recent.start["kl"])
         gain = mean(list(recent.rewards)[-START:]) - mean(recent.start["reward/mean"])
-        cost, noise = (
-            self._beta * kl_growth,
-            recent.noise() * math.sqrt(2 / START),
-        )  # noise of a difference of two means
+        cost = self._beta * kl_growth
+        noise = recent.noise() * math.sqrt(2 / START)  # of a difference of two means
         if not cost - max(gain, 0) > max(2.5 * noise, 0.05 * (recent.range[1] - recent.range[0])):
             return None
         seen = f"beta x KL grew by {cost:.3g} since the start, the reward by {gain:.3g}"
