@@ -13,11 +13,11 @@ class EngineConfig:
     model: str = ""
     """Name of the model on the server."""
     tokens: Literal["ids", "text", "chat"] = "ids"
-    """What the server takes and returns. ids: token ids, as vLLM does (return_token_ids); text: text, with any
+    """Format that the server takes and returns. ids: token ids, as vLLM does (return_token_ids); text: text, with any
     OpenAI-compatible server, one request per response, tokenized here; chat: the same by the chat endpoint."""
     weights: Literal["kept", "adapters", "model"] = "kept"
-    """What a vLLM or SGLang server gets before each step. kept: nothing; adapters: the LoRA adapters; model:
-    the whole model."""
+    """Weights that a vLLM or SGLang server gets before each step. kept: none; adapters: the LoRA adapters; model: the
+    whole model."""
     transfer: Literal["folder", "nccl", "ipc", "tcp"] = "folder"
     """How weights = "model" reach vLLM's server. folder: through files; nccl: from GPU to other GPUs; ipc: to a server
     on the same GPU; tcp: over a connection, to a server with gvpo_vllm. All but folder need gvpo_torch."""

@@ -115,7 +115,7 @@ class DataConfig:
     max_prompt_tokens: int = 1024
     """Longest prompt, tokens."""
     too_long: Literal["error", "drop"] = "error"
-    """What to do with a longer prompt, or with a recorded response beyond rollout.max_tokens."""
+    """Action for longer prompts, and for recorded responses longer than rollout.max_tokens."""
     shuffle: bool = True
     """Use a new order of the prompts in every epoch, from run.seed."""
     curriculum: float = 0.0
@@ -133,10 +133,10 @@ class RolloutConfig:
     """One step's groups."""
 
     source: Literal["auto", "sampled", "recorded", "mixed"] = "auto"
-    """Where responses come from. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
+    """Source of the responses. sampled: drawn and scored each step; recorded: the data's own, with their rewards;
     mixed: both in one group; auto: recorded if the data's columns hold them."""
     sampler: str = "policy"
-    """What draws the responses. policy: the trained policy; engine: the server of [engine]; teacher: the model of
+    """Sampler of the responses. policy: the trained policy; engine: the server of [engine]; teacher: the model of
     [teacher]; or your own class or function that returns a sampler, as file.py:Sampler or package.module:Sampler
     (docs/samplers.md)."""
     ahead: int = 0
@@ -206,7 +206,7 @@ class EnvironmentConfig:
     weight: float = 1.0
     """Factor of the environment's reward in the total."""
     history: Literal["segments", "keep", "error"] = "segments"
-    """What to do if the chat template rewrites earlier turns (drops thoughts). segments: the next turn has its own
+    """Action if the chat template rewrites earlier turns (drops thoughts). segments: the next turn has its own
     prompt, as the template renders it; keep: the policy sees its earlier turns as it drew them; error: stop."""
     timeout: float = 30.0
     """Seconds that reset, a step or a message's tools may take. After that the process is ended."""
@@ -265,7 +265,7 @@ class OptimizerConfig:
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Learning rate after warm-up; linear and cosine end at 0."""
     max_gradient_norm: float = 1.0
-    """Gradients are scaled down to this norm. 0: off."""
+    """Largest norm of the gradient; a larger gradient is scaled down to it. 0: off."""
     micro_batch_tokens: int = 8192
     """Tokens in a forward-backward pass, padding included; in jax per device. Determines peak memory."""
     micro_batch_responses: int = 0
@@ -289,7 +289,7 @@ class EvaluationConfig:
     temperature: float = 0.0
     """Sampling temperature. 0: the most likely token."""
     sampler: Literal["policy", "rollout"] = "policy"
-    """What draws the responses. rollout: the sampler of rollout.sampler, with the policy's weights."""
+    """Sampler of the responses. policy: the policy; rollout: that of rollout.sampler, with the policy's weights."""
     patience: int = 0
     """Stop early after this many evaluations in a row without a better result: a higher held-out reward, or without
     rewards a lower loss or KL. 0: never."""
@@ -317,7 +317,7 @@ class RewardConfig:
     failure_value: float | None = None
     """Score for failed responses. Default: drop them from their group."""
     sandbox: str = ""
-    """What contains the code that a reward with runs_code = True executes: a container, a virtual machine."""
+    """Name of the sandbox, such as a container, in which a reward with runs_code = True executes code."""
     options: dict[str, Any] = field(default_factory=dict)
     """Keyword arguments of every call, of any TOML type."""
 
