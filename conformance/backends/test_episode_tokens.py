@@ -159,9 +159,7 @@ def test_history_error_and_keep_with_a_template_that_drops_thoughts(name: str) -
     if name == "qwen3":
         hear(transcript, HEARD["tool"])  # thoughts since the last question stay
         say(transcript, transcript.chat.ids("ab"), end)
-    with pytest.raises(
-        RewrittenError, match=r"renders earlier turns differently .* environment\.history = 'segments'"
-    ):
+    with pytest.raises(RewrittenError, match=r"renders earlier turns differently .* environment\.history = 'segments'"):
         transcript.heard(HEARD["user"])
     kept, end = opened(name, "keep")
     plain, _ = opened(name)
