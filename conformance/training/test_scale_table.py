@@ -103,7 +103,7 @@ PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts 
         ("operations of a compiled group pass / of an uncompiled one", "tiny llama", "now"),
         ("peak bytes of a compiled group pass / of an uncompiled one", "tiny llama", "bound"),
     ],
-    r"16 at once, (\S+) rows are computed a token instead of (\S+) in chunks": [
+    r"16 at once, (\S+) rows are computed per token instead of (\S+) in chunks": [
         ("rows computed / tokens sampled", "tiny llama, 96 ragged rows, 16 at once", "now"),
         ("rows computed / tokens sampled", "tiny llama, 96 ragged rows, 16 at once", "before"),
     ],
@@ -119,7 +119,7 @@ PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts 
         (OVER.format("groups that fit a micro-batch, scored first"), "J1 / 16, ragged lengths", "now"),
         (OVER.format("groups in three micro-batches, scored first"), "J1 / 16, full lengths", "now"),
     ],
-    r"others are scored first: (\S+), or (\S+) with gradient checkpointing \((\S+) and (\S+) when all were\)": [
+    r"others are scored first: (\S+), or (\S+) with gradient checkpointing \((\S+) and (\S+) if all of the group is scored first\)": [
         (OVER.format("groups of more than 4 micro-batches"), "J1 / 16, full lengths", "now"),
         (OVER.format("groups of more than 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
         (OVER.format("groups of more than 4 micro-batches"), "J1 / 16, full lengths", "before"),
