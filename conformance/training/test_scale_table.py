@@ -119,7 +119,7 @@ PROSE = {  # what docs/scaling.md says beside its table: a text, and the counts 
         (OVER.format("groups that fit a micro-batch, scored first"), "J1 / 16, ragged lengths", "now"),
         (OVER.format("groups in three micro-batches, scored first"), "J1 / 16, full lengths", "now"),
     ],
-    r"others are scored first: (\S+), or (\S+) with gradient checkpointing \((\S+) and (\S+) if all of the group is scored first\)": [
+    r"others are scored first: (\S+), or (\S+) with gradient checkpointing \((\S+) and (\S+) if all are\)": [
         (OVER.format("groups of more than 4 micro-batches"), "J1 / 16, full lengths", "now"),
         (OVER.format("groups of more than 4 micro-batches, gradient checkpointing"), "J1 / 16, full lengths", "now"),
         (OVER.format("groups of more than 4 micro-batches"), "J1 / 16, full lengths", "before"),
