@@ -50,6 +50,7 @@ def played(of_policy, monkeypatch):
     return drawn, sum(computed)
 
 
+@pytest.mark.slow_on("240")
 @pytest.mark.parametrize(
     ("family", "cache_tokens"),
     [

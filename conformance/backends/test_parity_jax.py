@@ -42,7 +42,7 @@ def own_logprobs(folder, of: Batch) -> np.ndarray:
     return np.asarray(found)
 
 
-@pytest.mark.slow_on("llama-tied", "llama-biases", "qwen2")
+@pytest.mark.slow_on("llama-tied", "llama-biases", "qwen2", "llama-bfloat16-file")
 @pytest.mark.parametrize("name", [*tiny_models.DECODERS, *CHANGED])
 def test_logprobs_are_transformers_own(name: str, tmp_path) -> None:
     family, changes = CHANGED.get(name, (name, {}))
@@ -74,7 +74,7 @@ def adapters_of_torch(of_torch) -> dict[str, np.ndarray]:
     return {name: np.stack(values) for name, values in stacked.items()}
 
 
-@pytest.mark.slow_on("lora", "llama3-full")
+@pytest.mark.slow_on("lora", "llama3-full", "llama3-adamw")
 @pytest.mark.parametrize("kind", ["full", "lora", "adamw"])
 @pytest.mark.parametrize("family", ["llama3", "qwen3"])
 def test_one_update_is_that_of_gvpo_torch(family: str, kind: str, tmp_path) -> None:

@@ -49,7 +49,7 @@ def records(folder: Path, kind: str = "train") -> list[dict]:
     return [r for line in lines if (r := json.loads(line))["kind"] == kind]
 
 
-@pytest.mark.slow_on("jax")
+@pytest.mark.slow_on("jax", "mlx")
 @pytest.mark.parametrize(
     ("extra", "model_extra"),
     [
@@ -129,6 +129,7 @@ def test_two_processes_end_where_one_does(sharding, tmp_path, make, final_state,
         assert second[key] == pytest.approx(first[key], rel=1e-5, abs=1e-5), key  # kl is 0 but for rounding
 
 
+@pytest.mark.slow_on("jax")
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_used(tmp_path, make, final_state, capfd, caplog):
     config = make(tmp_path, steps=4)
     assert cli.main(["train", str(config)]) == 0
