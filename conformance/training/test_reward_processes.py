@@ -92,7 +92,6 @@ def children() -> set[int]:
     }
 
 
-@pytest.mark.slow_on("forked children", "c loop", "swallowed", "regex")
 @pytest.mark.parametrize("name", HARM)
 def test_harm_costs_its_response_alone_within_one_budget(name, rewards):
     kind, harm = HARM[name]
