@@ -254,7 +254,7 @@ def try_wheel(session: nox.Session, backend: str, *versions: str, families: int 
     session.run("python", "-m", "pip", "check")
     script = Path("conformance/support/unconstrained.py").resolve()
     session.chdir(session.create_tmp())  # so that nothing of the checkout can be imported
-    quick = UNOPTIMIZED if sys.version_info >= (3, 12) else QUICKLY_COMPILED  # JAX 0.12 lacks one of the flags
+    quick = UNOPTIMIZED if sys.version_info >= (3, 12) else QUICKLY_COMPILED  # there JAX 0.12, without one flag
     env = {"PYTHONPATH": None, "OMP_NUM_THREADS": "2"}
     session.run("python", str(script), backend, str(families), env=env | quick)
 
@@ -370,7 +370,7 @@ ON_A_GPU["jax"] = "policy_update policy_generate jax_prefixes"
 @nox.session
 @nox.parametrize("backend", list(ON_A_GPU), ids=list(ON_A_GPU))
 def gpu(session: nox.Session, backend: str) -> None:
-    """Tests on a CUDA device, and with torch the benchmark of a step. Fails without one. Not in the default run."""
+    """Tests on a CUDA device, and with torch the benchmark of a step. Fails without one. `-- --full` adds slow tests."""
     install(session, "-e", f".[{backend},dev]", "jax[cuda13]" if backend == "jax" else "bitsandbytes")
     names = [f"test_{name}.py" for name in ON_A_GPU[backend].split()]
     files = sorted(str(path) for name in names for path in Path("conformance/backends").glob(name))

@@ -50,14 +50,8 @@ def played(of_policy, monkeypatch):
     return drawn, sum(computed)
 
 
-@pytest.mark.slow_on("240")
-@pytest.mark.parametrize(
-    ("family", "cache_tokens"),
-    [
-        ("llama", 240),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("llama", 1 << 20), ("mistral", 1 << 20))),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "cache_tokens"), [("llama", 240), ("llama", 1 << 20), ("mistral", 1 << 20)])
 def test_the_same_tokens_are_drawn_and_what_was_computed_is_not_computed_again(
     family, cache_tokens, policies, monkeypatch
 ) -> None:

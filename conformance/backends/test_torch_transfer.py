@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     return tiny_models.make_model("llama-tied-bias", tmp_path_factory.mktemp("llama"))
 
 
-@pytest.mark.slow_on("fsdp", "data_parallel")
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"lora_rank": 2}], ids=["full", "lora"])
 @pytest.mark.parametrize("sharding", ["fsdp", "data_parallel"])
 def test_ranks_gather_what_one_process_exports(settings, sharding, folder, tmp_path):

@@ -24,8 +24,6 @@ if not PRESENT:
 STEPS = 3
 EVENTS = {"generate": 5, "reward": 5, "update": STEPS, "evaluate": 2, "save": STEPS}
 """Of an unbroken run with an evaluation at either end."""
-STATEFUL = ("update", "save")
-"""Phases that change a policy or write it. The other phases are the loop's, and the same for every backend."""
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +52,6 @@ def whole(run, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def phase(request, backend) -> str:
-    if backend.name == "jax" and request.param not in STATEFUL:
-        pytest.skip("a start of JAX takes seconds: stopped only where its policy changes or is saved")
-    return request.param
-
-
-@pytest.fixture
 def same(backend, whole):
     def same(folder: Path) -> None:
         name = f"checkpoints/step-{STEPS:08d}/policy"
@@ -75,7 +66,7 @@ def same(backend, whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("phase", ["update", "generate", "reward", "evaluate", "save"], indirect=True)
+@pytest.mark.parametrize("phase", ["update", "generate", "reward", "evaluate", "save"])
 def test_a_kill_at_the_starts_of_a_phase(phase, backend, run, same, tmp_path):
     """At the first and the last one where a start of a run takes seconds: JAX traces its programs."""
     starts = range(1, EVENTS[phase] + 1)
@@ -98,7 +89,6 @@ def test_a_kill_at_the_starts_of_a_phase(phase, backend, run, same, tmp_path):
         ("evaluate", 2, signal.SIGTERM, 143),
         ("save", 2, signal.SIGTERM, 143),
     ],
-    indirect=["phase"],
 )
 def test_a_signal_in_each_phase_saves_and_leaves(phase, at, number, status, run, same, tmp_path):
     folder = tmp_path / "one"

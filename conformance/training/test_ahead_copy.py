@@ -146,7 +146,7 @@ def gone(condition) -> bool:
     return condition()
 
 
-@pytest.mark.slow_on("SIGINT", "SIGKILL")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["SIGKILL", "SIGINT"])
 def test_a_run_that_ends_in_the_middle_repeats_its_steps_and_leaves_no_process(name, tmp_path, capsys):
     """With two steps drawn ahead, a checkpoint every two steps."""

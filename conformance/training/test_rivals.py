@@ -57,7 +57,7 @@ def test_on_policy_the_regularised_objectives_end_near_the_same_optimum(name, tm
     assert distance(trained(tmp_path, name, steps=200)) < start / 10
 
 
-@pytest.mark.slow_on("gspo", "dr_grpo", "maxrl", "grpo")
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "maxrl", "gspo"])
 def test_without_beta_the_ratio_objectives_leave_the_regularised_optimum_behind(name, tmp_path, capsys) -> None:
     policy = trained(tmp_path, name, steps=200, beta=0.0)
