@@ -370,7 +370,7 @@ ON_A_GPU["jax"] = "policy_update policy_generate jax_prefixes"
 @nox.session
 @nox.parametrize("backend", list(ON_A_GPU), ids=list(ON_A_GPU))
 def gpu(session: nox.Session, backend: str) -> None:
-    """Tests on a CUDA device, and with torch the benchmark of a step. Fails without one. `-- --full` adds slow tests."""
+    """Tests on a CUDA device, and with torch a step's benchmark. Fails without one. `-- --full` adds slow tests."""
     install(session, "-e", f".[{backend},dev]", "jax[cuda13]" if backend == "jax" else "bitsandbytes")
     names = [f"test_{name}.py" for name in ON_A_GPU[backend].split()]
     files = sorted(str(path) for name in names for path in Path("conformance/backends").glob(name))
