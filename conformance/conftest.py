@@ -8,7 +8,7 @@ import importlib.util
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -107,6 +107,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("setting", wanted, ids=["-".join(x) for x in wanted], indirect=True)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """Starts at another file in each process of pytest-xdist, so that most files are compiled once, not by each."""
+    report = yield
+    of_process = getattr(collector.config, "workerinput", None)
+    if of_process and isinstance(collector, pytest.Directory) and report.passed:
+        start = int(of_process["workerid"].removeprefix("gw")) * len(report.result) // of_process["workercount"]
+        report.result[:] = [*report.result[start:], *report.result[:start]]
+    return report
+
+
 @pytest.hookimpl(wrapper=True, tryfirst=True)  # marks before pytest selects by them, the order after
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> Iterator[None]:
     for item in items:
@@ -116,6 +129,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("core")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    items.sort(key=lambda item: item.path)  # as without pytest-xdist
     yield
     if hasattr(config, "workerinput"):  # a process of pytest-xdist
         tests = Counter(item.path for item in items)

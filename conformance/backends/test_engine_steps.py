@@ -6,7 +6,6 @@ what the engine draws is what the exported folder says, and the step compares it
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import policy_server
 import pytest
 import tiny_models
 import trainer_backends
-from killing import Forked, events, lasting
+from killing import Forked, events, lasting, trained
 from ports import free_port
 from trainer_backends import Backend
 from trainer_runs import write_run
@@ -67,13 +66,8 @@ def made(folder: Path, backend: Backend, *, port: int, weights: str, steps: int,
     return config
 
 
-def trained(folder: Path) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"]
-
-
 def assert_weights_of_each_step(folder: Path, ages: list[int]) -> None:
-    records = trained(folder)
+    records = trained(folder / "run")
     assert [record["sampler/staleness"] for record in records] == ages
     assert [record["responses/lost"] for record in records] == [0] * len(ages)
     if not any(ages):  # else the updates between are part of the gap
@@ -88,7 +82,7 @@ def test_the_engine_draws_with_the_model_of_each_step(backend, served, tmp_path,
     log = served(config, port)
     assert cli.main(["train", str(config)]) == 0, log.read_text()
     assert_weights_of_each_step(tmp_path / "a", [0, 0])
-    moved = [record["gradient_norm"] for record in trained(tmp_path / "a")]
+    moved = [record["gradient_norm"] for record in trained(tmp_path / "a" / "run")]
     assert min(moved) > 0, "the second step's weights would be the first one's"
     kept = sorted((tmp_path / "a" / "weights").iterdir())
     assert len(kept) == 2 and json.loads((kept[1] / "config.json").read_text())["tie_word_embeddings"] is False
@@ -121,11 +115,7 @@ def test_a_killed_run_with_an_engine_repeats_its_steps(backend, ahead, served, t
     launch = Forked.of(backend.preload)
     launch(whole, tmp_path / "whole.txt").finish()
     process = launch(killed, tmp_path / "killed.txt")
-    metrics = tmp_path / "killed" / "run" / "metrics.jsonl"
-    until = time.monotonic() + 300
-    while time.monotonic() < until and not (metrics.exists() and len(trained(tmp_path / "killed")) >= 3):
-        assert process.exit_status() is None, process.log.read_text()
-        time.sleep(0.01)
+    process.wait_for_steps(tmp_path / "killed" / "run", 3)
     process.kill()
     launch(killed, tmp_path / "killed.txt").finish()
     assert "resume" in events(tmp_path / "killed" / "run")
@@ -172,6 +162,6 @@ def test_a_second_policy_from_the_exported_folder_takes_the_steps_of_the_policy_
         for name in ("own", "twin")
     ]
     assert drawn[0] == drawn[1] and len(drawn[0]) == 36
-    norms = [[record["gradient_norm"] for record in trained(tmp_path / name)] for name in ("own", "twin")]
+    norms = [[record["gradient_norm"] for record in trained(tmp_path / name / "run")] for name in ("own", "twin")]
     np.testing.assert_allclose(norms[1], norms[0], rtol=1e-5)
     shutil.rmtree(tmp_path / "model")

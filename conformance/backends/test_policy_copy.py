@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 import tiny_models
 import trainer_backends
 from batches import batch, train
-from killing import Forked, events, lasting
+from killing import Forked, events, lasting, trained
 from places import DEVICE
 from trainer_backends import Backend
 from trainer_runs import write_run
@@ -116,27 +115,19 @@ def started(config: Path, backend: Backend) -> Forked:
     return Forked.of(backend.preload)(config, config.with_suffix(".log"))
 
 
-def trained(folder: Path) -> list[dict]:
-    records = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    return [record for record in records if record["kind"] == "train"]
-
-
 @pytest.mark.slow
 def test_a_killed_run_repeats_its_steps(backend, model, tmp_path):
     """SIGKILL after three of five steps, with a checkpoint after each second one, and two steps drawn ahead."""
     whole, killed = (made(tmp_path / name, backend, model) for name in ("whole", "killed"))
     started(whole, backend).finish()
     process = started(killed, backend)
-    metrics, until = tmp_path / "killed" / "run" / "metrics.jsonl", time.monotonic() + 300
-    while time.monotonic() < until and not (metrics.exists() and len(trained(tmp_path / "killed")) >= 3):
-        assert process.exit_status() is None, process.log.read_text()
-        time.sleep(0.01)
+    process.wait_for_steps(tmp_path / "killed" / "run", 3)
     process.kill()
     started(killed, backend).finish()
     assert "resume" in events(tmp_path / "killed" / "run")
     assert lasting(tmp_path / "killed" / "run") == lasting(tmp_path / "whole" / "run")
-    assert [record["sampler/staleness"] for record in trained(tmp_path / "killed")] == [0, 1, 2, 2, 2]
-    assert min(record["gradient_norm"] for record in trained(tmp_path / "killed")) > 0
+    assert [record["sampler/staleness"] for record in trained(tmp_path / "killed" / "run")] == [0, 1, 2, 2, 2]
+    assert min(record["gradient_norm"] for record in trained(tmp_path / "killed" / "run")) > 0
 
 
 @pytest.mark.slow
@@ -154,8 +145,8 @@ def test_two_processes_with_a_copy_each_draw_what_one_does(backend, model, tmp_p
         assert status == 0, output
         responses = [[c["response"] for c in completions(tmp_path / name)] for name in ("one", sharding)]
         assert responses[0] == responses[1] and len(responses[0]) == 5 * 12
-        assert [record["sampler/staleness"] for record in trained(tmp_path / sharding)] == [0, 1, 2, 2, 2]
-        norms = [[record["gradient_norm"] for record in trained(tmp_path / name)] for name in ("one", sharding)]
+        assert [record["sampler/staleness"] for record in trained(tmp_path / sharding / "run")] == [0, 1, 2, 2, 2]
+        norms = [[record["gradient_norm"] for record in trained(tmp_path / name / "run")] for name in ("one", sharding)]
         np.testing.assert_allclose(norms[1], norms[0], rtol=1e-4)
 
 

@@ -58,6 +58,16 @@ class Forked:
     def exit_status(self) -> int | None:
         return self.process.exitcode
 
+    def wait_for_steps(self, run: Path, steps: int) -> None:
+        """Returns once metrics.jsonl has as many steps.
+
+        Raises: AssertionError: the process ends first, or five minutes pass.
+        """
+        end = time.monotonic() + 300
+        while len(trained(run)) < steps:
+            assert self.exit_status() is None and time.monotonic() < end, self.log.read_text()
+            time.sleep(0.01)
+
     def finish(self) -> None:
         """Waits for its end, which must be a good one."""
         self.process.join(600)
@@ -139,6 +149,14 @@ def kill_and_resume(
         time.sleep(0.01)
     assert process.exit_status() == 0, log.read_text()
     return hit
+
+
+def trained(folder: Path) -> list[dict[str, Any]]:
+    """The steps in metrics.jsonl of a run that may go on: a line that is not written to its end does not count."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [record for record in records if record["kind"] == "train"]
 
 
 def lasting(folder: Path) -> list[dict[str, Any]]:

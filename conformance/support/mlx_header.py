@@ -20,6 +20,8 @@ def main() -> None:
     included = Path(next(iter(mlx.submodule_search_locations or ()))) / "include"
     header = included / "mlx" / "backend" / "cpu" / "compiled_preamble.h"
     made = header.with_name(f"{header.name}.gch")
+    if made.exists() and made.stat().st_mtime > header.stat().st_ctime:  # ctime: when it was installed
+        return
     command = ["g++", *OPTIONS, "-w", "-x", "c++-header", "-I", str(included), str(header), "-o", str(made)]
     run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode:
