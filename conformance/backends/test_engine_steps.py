@@ -37,19 +37,19 @@ pause = 0.05
 
 
 @pytest.fixture
-def served(tmp_path):
+def served(tmp_path, backend):
     """Starts servers, and ends them."""
     processes = []
 
     def serve(config: Path, port: int) -> Path:
         log = config.with_name("server.txt")
-        processes.append(policy_server.start(config, port, log))
+        processes.append(policy_server.start(config, port, log, backend.preload))
         return log
 
     yield serve
     for process in processes:
-        process.stdin.close()
-        process.wait(60)
+        process.kill()
+        process.join(60)
 
 
 def made(folder: Path, backend: Backend, *, port: int, weights: str, steps: int, ahead: int = 0, lora: int = 0) -> Path:

@@ -2,10 +2,10 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
+import forks
+import jax_processes
 import numpy as np
 import pytest
 import tiny_models
@@ -27,9 +27,21 @@ MESHES = {
 }
 
 
-def arguments(folder: Path, out: Path, runs: dict[str, dict[str, object]]) -> list[str]:
+def run(folder: Path, out: Path, runs: dict[str, dict[str, object]], *, processes: int, devices: int) -> None:
+    """Takes the steps of each settings over simulated devices of one or several processes; they write into `out`."""
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
+    environments = jax_processes.environments(processes) if processes > 1 else [{}]
     made = [json.dumps({"name": name, **SMOOTH, **settings}) for name, settings in runs.items()]
-    return [sys.executable, str(SUPPORT / "jax_mesh_worker.py"), str(folder), str(out), *made]
+    logs = [out / f"rank{rank}.log" for rank in range(processes)]
+    statuses = forks.run_together(
+        forks.run_script,
+        (str(SUPPORT / "jax_mesh_worker.py"), str(folder), str(out), *made),
+        logs,
+        [environment | {"XLA_FLAGS": flags, "OMP_NUM_THREADS": "1"} for environment in environments],
+        preload=jax_processes.PRELOAD,
+        seconds=1800,
+    )
+    assert statuses == [0] * processes, "\n".join(log.read_text()[-5000:] for log in logs)
 
 
 @pytest.fixture(scope="module")
@@ -38,25 +50,12 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def environment():
-    path = os.pathsep.join([str(SUPPORT), *(p for p in sys.path if p)])
-    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def of_devices(environment: dict[str, str], count: int) -> dict[str, str]:
-    flags = [environment.get("XLA_FLAGS", ""), f"--xla_force_host_platform_device_count={count}"]
-    return environment | {"XLA_FLAGS": " ".join(flags).strip()}
-
-
-@pytest.fixture(scope="module")
-def out(folder, environment, tmp_path_factory) -> Path:
+def out(folder, tmp_path_factory) -> Path:
     """Every mesh over 8 simulated devices, and one of them alone."""
     out = tmp_path_factory.mktemp("out")
     runs = {"one": {"device": "cpu:0"}, "one-lora": {"device": "cpu:0", **LORA}}
     runs |= {name: {"device": "cpu", **settings} for name, settings in MESHES.items()}
-    environment = of_devices(environment, 8)
-    done = subprocess.run(arguments(folder, out, runs), env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-5000:]
+    run(folder, out, runs, processes=1, devices=8)
     return out
 
 
@@ -107,12 +106,8 @@ def test_the_export_of_a_mesh_is_whole(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_step_of_one(folder, environment, out, tmp_path) -> None:
-    environment = of_devices(environment, 2)
-    runs = {"two": {"device": "cpu", "mesh_fsdp": 2}}
-    command = [sys.executable, str(SUPPORT / "jax_processes.py"), "2", *arguments(folder, tmp_path, runs)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr[-5000:]
+def test_two_processes_take_the_step_of_one(folder, out, tmp_path) -> None:
+    run(folder, tmp_path, {"two": {"device": "cpu", "mesh_fsdp": 2}}, processes=2, devices=2)
     compare(out / "one.npz", tmp_path / "two.npz")
     facts = json.loads((tmp_path / "two.json").read_text())
     assert facts["ranks"] == 2 and facts["devices"] == 4

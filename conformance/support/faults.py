@@ -18,7 +18,6 @@ _FUNCTIONS = {
     "reward": ("gvpo_core.training.rollout", "call_rewards"),
     "evaluate": ("gvpo_core.training.loop", "evaluated"),
 }  # the other phases are methods of the policy, whatever backend it is of
-PRELOAD = ("gvpo_core.training.cli", "gvpo_core.training.loop", "tyro", "tomli_w", "array_api_compat.numpy")
 
 
 def run(
@@ -28,10 +27,10 @@ def run(
 
     Args:
       fault: "" for none, "call" (sync, rename, make, remove), "write" (which is left half done), or one of PHASES.
-      preload: modules imported once before runs are forked, beside the command line's own.
+      preload: modules imported once before runs are forked, beside the trainer's.
     """
     log = config.parent / "output.txt"
-    process = forks.start(_run, (str(config), fault, at, int(number)), log, preload=(*PRELOAD, *preload))
+    process = forks.start(_run, (str(config), fault, at, int(number)), log, preload=preload)
     process.join(120)
     assert process.exitcode is not None, "the run hangs"
     return process.exitcode

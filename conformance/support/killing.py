@@ -43,7 +43,7 @@ class Forked:
     """`gvpo train` forked from a server that has imported the framework already: a start in milliseconds."""
 
     @classmethod
-    def of(cls, preload: Sequence[str]) -> "Callable[[Path, Path], Forked]":
+    def of(cls, preload: Sequence[str] = ()) -> "Callable[[Path, Path], Forked]":
         """What starts runs from a server that has imported these modules."""
         return partial(cls, preload=preload)
 

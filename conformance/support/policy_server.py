@@ -1,27 +1,22 @@
 """A fake of vLLM's server in a process of its own, which draws with a policy of a backend from the folders it gets.
 
-python conformance/support/policy_server.py CONFIG PORT
-
-CONFIG is the settings file of the run: its backend and model. The server ends with its standard input.
+Its backend and model are those of the run's settings.
 """
 
 import json
-import os
 import queue
 import shutil
-import subprocess
-import sys
 import tempfile
-import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 from engine_server import Server
-from places import SUPPORT
 
 
 class PolicyServer(Server):
@@ -81,26 +76,12 @@ def merge(folder: Path, adapters: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def start(config: Path, port: int, log: Path) -> "subprocess.Popen[bytes]":
+def start(config: Path, port: int, log: Path, preload: Sequence[str]) -> ForkServerProcess:
     """The server in a process of its own, which answers once it is there."""
-    command = [sys.executable, str(SUPPORT / "policy_server.py"), str(config), str(port)]
-    with log.open("wb") as file:
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=file, stderr=file)
+    return forks.start(_serve, (str(config), port), log, preload=preload)
 
 
-def main() -> None:
+def _serve(config: str, port: int) -> None:
     from gvpo_core.training.config.file import read_config
 
-    config, port = read_config(Path(sys.argv[1])), int(sys.argv[2])
-    server = PolicyServer(config, port)
-
-    def ends() -> None:
-        sys.stdin.buffer.read()
-        os._exit(0)
-
-    threading.Thread(target=ends, daemon=True).start()
-    server.serve()
-
-
-if __name__ == "__main__":
-    main()
+    PolicyServer(read_config(Path(config)), port).serve()

@@ -2,16 +2,21 @@
 
 import importlib
 import importlib.util
+import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
+import forks
+import jax_processes
+import killing
 import numpy as np
-from places import SUPPORT
+import torch_processes
+from ports import free_ports
+
+from gvpo_core.training.config.file import read_config
 
 
 def _safetensors(folder: Path) -> dict[str, np.ndarray]:
@@ -32,7 +37,7 @@ class Backend:
     name: str
     modules: tuple[str, ...]  # what must be installed
     preload: tuple[str, ...]  # imported once before processes are forked to be killed
-    two_processes: Callable[[Path], tuple[int, str]] | None  # trains by a config; exit status and output
+    ranks: Callable[[Path], list[dict[str, str]]]  # environments of two processes; a folder for files that they name
     shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
     state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
     suffixes: frozenset[str] = frozenset((".safetensors", ".json"))  # of the files of a checkpoint
@@ -49,29 +54,35 @@ class Backend:
         """
         return importlib.import_module(f"{self.name}_policies")
 
+    def two_processes(self, config: Path) -> tuple[int, str]:
+        """`gvpo train config` in two processes: the worse exit status, and what both printed.
 
-def _torch_processes(config: Path) -> tuple[int, str]:
-    """Forked, with torchrun's variables; torchrun itself is in `test_launch`."""
-    import torch_processes
-
-    return torch_processes.train(2, config)
-
-
-def _jax_processes(config: Path) -> tuple[int, str]:
-    return _ended([sys.executable, str(SUPPORT / "jax_processes.py"), "2", sys.executable], config)
-
-
-def _mlx_launch(config: Path) -> tuple[int, str]:
-    path = os.pathsep.join(path for path in sys.path if path)
-    launch = [str(Path(sys.executable).parent / "mlx.launch"), "-n", "2", "--backend", "ring"]
-    return _ended([*launch, "--env", f"PYTHONPATH={path}", "--", sys.executable], config)
+        Raises: AssertionError: the run ended well, but the processes did not train together.
+        """
+        logs = [config.with_name(f"rank{rank}.log") for rank in range(2)]
+        statuses = forks.run_together(
+            killing.train, (str(config),), logs, self.ranks(config.parent), preload=self.preload, seconds=600
+        )
+        status, output = max(abs(-1 if s is None else s) for s in statuses), "\n".join(log.read_text() for log in logs)
+        if status == 0:
+            described = json.loads((Path(read_config(config).run.folder) / "environment.json").read_text())
+            assert described["policy"]["ranks"] == 2, f"the processes trained alone:\n{output}"
+        return status, output
 
 
-def _ended(launch: list[str], config: Path) -> tuple[int, str]:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path), "OMP_NUM_THREADS": "1"}
-    command = [*launch, "-m", "gvpo_core.training.cli", "train", str(config)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=1200)
-    return done.returncode, done.stdout + done.stderr
+def _torch_ranks(folder: Path) -> list[dict[str, str]]:
+    return torch_processes.environments(2)
+
+
+def _jax_ranks(folder: Path) -> list[dict[str, str]]:
+    return jax_processes.environments(2)
+
+
+def _mlx_ranks(folder: Path) -> list[dict[str, str]]:
+    """As mlx.launch starts them over its ring; `test_mlx_ranks` starts mlx.launch itself."""
+    hosts, first = folder / "hosts.json", free_ports()
+    hosts.write_text(json.dumps([[f"127.0.0.1:{first + rank}"] for rank in range(2)]))
+    return [{"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts), "OMP_NUM_THREADS": "1"} for rank in range(2)]
 
 
 def _orbax(folder: Path) -> dict[str, np.ndarray]:
@@ -86,16 +97,16 @@ BACKENDS = {
         Backend(
             "torch",
             ("torch", "transformers", "peft", "tyro"),
-            ("gvpo_torch.policy", "peft", "transformers.models.llama.modeling_llama"),
-            _torch_processes,
+            torch_processes.PRELOAD,
+            _torch_ranks,
             ("data_parallel", "fsdp"),
             decoders=("llama", "mistral-window", "gemma3_text", "gpt_oss", "qwen3_next", "qwen3_moe", "gpt2"),
         ),
         Backend(
             "jax",
             ("jax", "optax", "orbax", "transformers", "tyro"),
-            ("gvpo_jax.policy", "gvpo_jax.checkpoint", "transformers.models.auto.tokenization_auto"),
-            _jax_processes,
+            jax_processes.PRELOAD,
+            _jax_ranks,
             state=_orbax,
             suffixes=frozenset(("", ".json", ".ocdbt", ".txt")),
             lora_kinds=("lora",),
@@ -106,8 +117,8 @@ BACKENDS = {
         Backend(
             "mlx",
             ("mlx", "mlx_lm", "transformers", "tyro"),
-            ("mlx.core", "transformers.models.auto.tokenization_auto", "gvpo_core.training.loop"),
-            _mlx_launch,
+            ("mlx.core", "transformers.models.auto.tokenization_auto"),
+            _mlx_ranks,
             kills=10,
         ),
     )

@@ -223,7 +223,7 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize("kill", [1, 3, 4, 6])
 def test_a_run_that_is_killed_repeats_the_steps_with_what_it_had_drawn(kill, whole, tmp_path):
     """A checkpoint every two steps. At the kill the next two steps are drawn, or under way."""
-    launch = Forked.of(["gvpo_core.training.cli", "gvpo_core.training.loop"])
+    launch = Forked.of()
     config, log = on_disk(tmp_path, kill), tmp_path / "log.txt"
     for wanted in (-signal.SIGKILL, 0):
         process = launch(config, log)

@@ -28,7 +28,7 @@ def test_kills_change_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     assert cli.main(["train", str(make(tmp_path / "whole", 160))]) == 0
     config, run = make(tmp_path / "cut", 160), tmp_path / "cut" / "run"
-    launch = killing.Forked.of(("gvpo_core.training.loop", "gvpo_core.training.policy.table"))
+    launch = killing.Forked.of()
     hit = killing.kill_and_resume(config, run, launch, kills=6, seed=3, longest=0.3)
     assert sum(hit.values()) >= 2, hit
     whole = tmp_path / "whole" / "run"
@@ -55,7 +55,7 @@ def test_kills_of_a_mixture_change_nothing(tmp_path, monkeypatch, capsys):
 
     assert cli.main(["train", str(made("whole"))]) == 0
     config, run = made("cut"), tmp_path / "cut" / "run"
-    launch = killing.Forked.of(("gvpo_core.training.loop", "gvpo_core.training.policy.table"))
+    launch = killing.Forked.of()
     hit = killing.kill_and_resume(config, run, launch, kills=6, seed=4, longest=0.3)
     assert sum(hit.values()) >= 2, hit
     whole = tmp_path / "whole" / "run"

@@ -80,7 +80,7 @@ def on_disk(folder: Path, server: Server) -> Path:
 @pytest.mark.parametrize("request_number", [1, 6, 9, 15])
 def test_a_run_that_is_killed_with_requests_in_flight_resumes_bit_for_bit(request_number, tmp_path):
     """Two requests a step, of which the named one is under way at the SIGKILL; a checkpoint every two steps."""
-    launch = Forked.of(["gvpo_core.training.cli", "gvpo_core.training.loop"])
+    launch = Forked.of()
     with Server() as server:
         whole = launch(on_disk(tmp_path / "whole", server), tmp_path / "whole.txt")
         whole.process.join(120)
