@@ -19,7 +19,7 @@ from gvpo_torch.cache import new_cache
 from gvpo_torch.generate import generate
 from gvpo_torch.model import Scorer, checkpointing, enable_checkpointing, score
 from gvpo_torch.prefixes import unfit
-from gvpo_torch.sharding import gathered, gathered_no_more, is_sharded
+from gvpo_torch.sharding import gathered, gathered_no_more, is_sharded, no_gradients
 
 log = logging.getLogger("gvpo.torch")
 
@@ -68,7 +68,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
     """
     name = type(scorer.base).__name__
     batch = layout.check_batch(scorer.base.get_output_embeddings().weight.shape[0])
-    with torch.no_grad():
+    with no_gradients(scorer):  # as scoring does: a compiled program is made for one kind of tensor
         with _explained(f"{name} cannot be scored{' with model.compile = true' if scorer.compiled else ''}"):
             plain = _by_response(scorer, batch, False, device)
             direct = _own_logprobs(scorer, batch, device)
@@ -90,7 +90,7 @@ def check_whole(scorer: Scorer, config: ModelConfig, device: torch.device) -> tu
         _check_checkpointing(scorer, name, batch, plain, device)
 
     def packed_difference() -> float | None:
-        with torch.no_grad():
+        with no_gradients(scorer):
             apart = _differ(scorer, _by_response(scorer, batch, True, device), plain)
         if apart is None and device.type in FAST:
             in_blocks(scorer, device)
@@ -148,7 +148,7 @@ def defers(scorer: Scorer, device: torch.device) -> bool:
         try:
             enable_checkpointing(scorer.base)
             with scorer.autocast() if is_sharded(scorer) else contextlib.nullcontext():
-                with torch.no_grad():
+                with no_gradients(scorer):
                     plain = _by_response(scorer, batch, False, device)
                 with checkpointing(scorer) as layers:
                     apart = _differ(scorer, _by_response(scorer, batch, False, device), plain)

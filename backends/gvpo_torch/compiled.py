@@ -7,7 +7,8 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from gvpo_core.training.config import ConfigError
 
@@ -25,9 +26,15 @@ def compile_layers(lm: nn.Module, kinds: set[str]) -> list[nn.Module]:
     layers = [module for module in lm.modules() if type(module).__name__ in kinds]
     if not layers:
         raise ConfigError(f"model.compile = true: {type(lm).__name__} does not name its layers; remove it")
+    lm.get_input_embeddings().register_forward_hook(_with_gradient)
     for layer in layers:
         layer.compile(backend=BACKEND, dynamic=True, fullgraph=True, recompile_limit=MOST_PROGRAMS)
     return layers
+
+
+def _with_gradient(embeddings: nn.Module, args: Any, states: Tensor) -> Tensor:
+    """Gives the first layer's input a gradient too, which adapters give to the others': one program fits all layers."""
+    return states.requires_grad_() if torch.is_grad_enabled() else states
 
 
 @contextlib.contextmanager

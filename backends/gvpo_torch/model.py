@@ -208,6 +208,9 @@ def load_scorer(
             enable_checkpointing(lm.get_base_model() if config.lora_rank else lm)
     scorer = _ready(Scorer(lm, compute), device, deferred)
     if config.compile:
+        # Now, not in `check.defers`: it marks the layers, and programs made before would be made again.
+        with contextlib.suppress(AttributeError, ValueError):  # a model that has no checkpointing
+            enable_checkpointing(scorer.base)
         scorer.compiled = compile_layers(scorer.decoder, set(scorer._no_split_modules))
     return scorer
 
@@ -238,6 +241,9 @@ def enable_checkpointing(base: LanguageModel) -> None:
     # Renamed in transformers 5.2x, where the old name warns.
     enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    # Only reentrant checkpoints need it. Even without gradients it marks the input of the first layer, unlike those of
+    # the other layers, so that torch.compile would make two programs of one.
+    base.disable_input_require_grads()
 
 
 @contextlib.contextmanager

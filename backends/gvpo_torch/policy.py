@@ -23,7 +23,7 @@ from gvpo_torch.precision import deterministic, tensor_float
 from gvpo_torch.quantized import moment_bytes
 from gvpo_torch.ranks import Ranks
 from gvpo_torch.reference import Reference, named_parameters
-from gvpo_torch.sharding import copies, gathered, gathered_no_more, shard
+from gvpo_torch.sharding import copies, gathered, gathered_no_more, no_gradients, shard
 from gvpo_torch.update import Backward, clip, in_step, make_optimizer, most_passes, step
 
 
@@ -111,7 +111,7 @@ class TorchPolicy(LanguageModelPolicy):
     def _generate(
         self, prompts: Sequence[Tokens], seeds: Sequence[Sequence[int]], sampling: Sampling
     ) -> list[list[Response]]:
-        with self._weights_for_sampling(), self._no_gradients(), self.scorer.autocast(), self._tensor_float():
+        with self._weights_for_sampling(), no_gradients(self.scorer), self.scorer.autocast(), self._tensor_float():
             return generate.generate(
                 self.scorer,
                 self.scorer,
@@ -146,7 +146,7 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _why_no_prefixes(self) -> str:
         self._trained.eval()
-        with self._no_gradients(), gathered(self._trained):
+        with no_gradients(self.scorer), gathered(self._trained):
             return check.continues(self.scorer, self.device)
 
     def _logprobs(self, batch: Batch, reference: bool = False) -> tuple[np.ndarray, int]:
@@ -155,7 +155,7 @@ class TorchPolicy(LanguageModelPolicy):
         self._trained.eval()
         with (
             self._kernels(),
-            self._no_gradients(),
+            no_gradients(self.scorer),
             scoring as scorer,
             scorer.autocast(),
             self._in_step(scorer) as forward,
@@ -172,10 +172,6 @@ class TorchPolicy(LanguageModelPolicy):
 
     def _in_step(self, scorer: model.Scorer) -> contextlib.AbstractContextManager[Any]:
         return in_step(self._ranks, scorer, self.device) if self._sharded else contextlib.nullcontext(scorer)
-
-    def _no_gradients(self) -> contextlib.AbstractContextManager[Any]:
-        """Uses `no_grad` with shards: FSDP2 keeps gathered parameters, and inference tensors cannot be trained."""
-        return torch.no_grad() if self._sharded else torch.inference_mode()
 
     def _tensor_float(self) -> contextlib.AbstractContextManager[None]:
         return tensor_float(self.config, self.device)

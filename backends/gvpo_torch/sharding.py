@@ -69,6 +69,11 @@ def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
+def no_gradients(module: nn.Module) -> contextlib.AbstractContextManager[Any]:
+    """Uses `no_grad` with shards: FSDP2 keeps gathered parameters, and inference tensors cannot be trained."""
+    return torch.no_grad() if is_sharded(module) else torch.inference_mode()
+
+
 def gathered_no_more(module: nn.Module) -> None:
     """Frees parameters that an earlier pass without gradients left gathered. They are stale once shards are written."""
     if isinstance(module, FSDPModule):

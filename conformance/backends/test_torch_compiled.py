@@ -19,10 +19,12 @@ from gvpo_core.training.sampling import Sampling
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated")  # dynamo's own
 OF = batch((4, 3))
+# Settings, and programs of a run: each for rows with a mask or without, for one row or several, with gradients or not,
+# with adapters or without.
 KINDS = {
-    "packed": {},
-    "plain, checkpointing": {"layout": "plain", "gradient_checkpointing": True},
-    "lora, several micro-batches": {"lora_rank": 2, "micro_batch_tokens": 30},
+    "packed": ({}, 4),
+    "plain, checkpointing": ({"layout": "plain", "gradient_checkpointing": True}, 2),
+    "lora, several micro-batches": ({"lora_rank": 2, "micro_batch_tokens": 30}, 9),
 }
 
 
@@ -49,16 +51,23 @@ def runs(monkeypatch):
         return make_boxed_func(run)
 
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     monkeypatch.setattr(logging.getLogger("torch.__trace"), "disabled", True)  # else pytest keeps each graph as text
     monkeypatch.setattr(compiled, "BACKEND", aot_autograd(fw_compiler=counted, bw_compiler=counted))
     yield seen
     torch._dynamo.reset()
 
 
+def compiled_programs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_layers_take_the_step_of_plain_ones(kind, folder, runs) -> None:
-    of_policy, plain = (policy(folder, **batches.SMOOTH, **KINDS[kind], compile=c) for c in (True, False))
+    """What is compiled for the checks at load is used again in the steps."""
+    settings, programs = KINDS[kind]
+    of_policy, plain = (policy(folder, **batches.SMOOTH, **settings, compile=c) for c in (True, False))
     assert len(of_policy.scorer.compiled) == 2 and not plain.scorer.compiled
     steps = []
     for one in (of_policy, plain):
@@ -73,6 +82,7 @@ def test_compiled_layers_take_the_step_of_plain_ones(kind, folder, runs) -> None
         steps.append((scores, {name: after[name] - before[name] for name in after}))
     np.testing.assert_allclose(steps[0][0], steps[1][0], rtol=0, atol=1e-4)
     assert step_difference(steps[1][1], steps[0][1]) < 1e-5
+    assert compiled_programs() <= programs
 
 
 @pytest.mark.slow
@@ -94,14 +104,13 @@ def test_scores_run_a_compiled_program_and_sampling_runs_none(folder, runs) -> N
 def test_other_lengths_need_few_programs(folder, runs) -> None:
     """Shapes are symbols: ten batches of other lengths compile at most as much again as the first."""
     of_policy = policy(folder, compile=True, **batches.SMOOTH)
-    graphs = lambda: torch._dynamo.utils.counters["stats"]["unique_graphs"]
     for seed in range(2):
         of_policy.update(batch((4, 3), seed=seed), coefficients_of(batch((4, 3), seed=seed)))
-    first = graphs()
+    first = compiled_programs()
     for seed in range(2, 10):
         of = batch((4, 3), seed=seed, longest=5 + 2 * seed)
         of_policy.update(of, coefficients_of(of))
-    assert first > 0 and graphs() <= first + 1
+    assert first > 0 and compiled_programs() <= first + 1
 
 
 def test_layers_that_cannot_be_compiled_whole_are_refused(folder, runs, monkeypatch) -> None:
