@@ -67,8 +67,8 @@ def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None
     RESULTS.mkdir(parents=True, exist_ok=True)
     selection = next((SELECTIONS[a] for a in session.posargs if a in SELECTIONS), ())
     options = [a for a in session.posargs if a not in SELECTIONS]
-    if "--slow" in session.posargs:  # long tests, few per file
-        arguments = tuple(a.replace("loadfile", "worksteal") for a in arguments)
+    if "--slow" in session.posargs:  # long tests, few per file, which do not wait
+        arguments = tuple({"loadfile": "worksteal", "3": "2"}.get(a, a) for a in arguments)
     if any(Path(a.partition("::")[0]).exists() for a in options):
         arguments = tuple(a for a in arguments if not Path(a).exists())
     if "-n" in arguments:  # one core per process
@@ -91,7 +91,7 @@ def checks(session: nox.Session) -> None:
     if "--slow" not in session.posargs:
         session.run("ruff", "format", "--check", ".")
         session.run("ruff", "check", ".")
-        session.run("mypy")
+        session.run("mypy", "--num-workers", "2")
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
     session.run("python", "-m", "build", "--no-isolation", "--outdir", str(dist))
@@ -170,12 +170,12 @@ def jax_next(session: nox.Session) -> None:
     if JAX_NEXT_PYTHON is None:
         reason = "no python3.13 on PATH or in ~/.pyenv/versions"
         session.error(reason) if "jax_next" in sys.argv else session.skip(reason)
-    session.install("--constraint", "constraints-jax-next.txt", "-e", ".[jax]", "pytest", "pytest-xdist", "hypothesis")
+    session.install("--constraint", "constraints-jax-next.txt", "-e", ".[jax]", "pytest", "hypothesis")
     names = ("logprobs", "model", "generate", "numbers", "rows", "collectives")
     files = [f"conformance/backends/test_jax_{name}.py" for name in names]
     env = {"GVPO_SUBJECTS": "jax", "JAX_COMPILATION_CACHE_DIR": str(Path(session.create_tmp()).resolve() / "compiled")}
     chosen = ("conformance/core", *files, "-k", "not jax-float64 and not jax-float16 and not jax-bfloat16")
-    pytest(session, "jax-next", *AT_A_TIME, *chosen, **env | QUICKLY_COMPILED | UNOPTIMIZED)
+    pytest(session, "jax-next", *chosen, **env | QUICKLY_COMPILED | UNOPTIMIZED)
 
 
 @nox.session
@@ -246,12 +246,12 @@ def try_wheel(session: nox.Session, backend: str, *versions: str, families: int 
     """Builds the wheel, installs it with `versions` (arguments of pip) and runs unconstrained.py in another folder."""
     dist = Path(session.create_tmp()).resolve() / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    session.run("python", "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(dist), ".")
+    session.run(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(dist), ".", external=True)
     (wheel,) = dist.glob("gvpo-*.whl")
     if backend == "torch":  # the CPU build of torch; plain `torch` may download gigabytes for GPUs
         session.install(*NO_BYTECODE, "torch==2.13.0")
     session.install(*NO_BYTECODE, *versions, f"gvpo[{backend}] @ {wheel.as_uri()}")
-    session.run("python", "-m", "pip", "check")
+    session.run(*(("uv",) if session.venv_backend == "uv" else ("python", "-m")), "pip", "check")
     script = Path("conformance/support/unconstrained.py").resolve()
     session.chdir(session.create_tmp())  # so that nothing of the checkout can be imported
     quick = UNOPTIMIZED if sys.version_info >= (3, 12) else QUICKLY_COMPILED  # there JAX 0.12, without one flag
@@ -266,7 +266,7 @@ def unconstrained(session: nox.Session, backend: str) -> None:
     try_wheel(session, backend)
 
 
-@nox.session(reuse_venv=False, venv_backend="virtualenv")
+@nox.session(reuse_venv=False)
 @nox.parametrize("backend", BACKENDS, ids=BACKENDS)
 def lowest(session: nox.Session, backend: str) -> None:
     """The same for two families with the oldest releases that pyproject.toml allows, on the Python that runs nox."""
