@@ -10,9 +10,13 @@ import numpy as np
 import pytest
 import tiny_models
 from batches import step_difference
+from killing import trained
 from mlx_policies import parameters, policy
-from places import SUPPORT
+from places import ROOT, SUPPORT
+from ports import free_ports
 from required import require
+from trainer_backends import BACKENDS
+from trainer_runs import write_run
 
 require(subject="mlx")
 
@@ -47,6 +51,21 @@ def test_the_step_is_that_of_one_process(kind: str, cut: str, ran) -> None:
         told = json.loads((out / f"{kind}, {cut}, {rank}.json").read_text())
         assert told["ranks"] == 2
         assert told["gradient_norm"] == pytest.approx(facts["gradient_norm"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_command_of_the_docs_trains_in_two_processes(tmp_path) -> None:
+    """Other tests start the ranks themselves, in less time."""
+    model = tiny_models.write_model("llama", tmp_path / "model")
+    config = write_run(tmp_path, BACKENDS["mlx"], model, steps=2, extra="", model_extra="")
+    (line,) = [x for x in (ROOT / "docs" / "launch.md").read_text().splitlines() if x.startswith("mlx.launch -n 2")]
+    launch, *options = line.split()
+    command = [str(Path(sys.executable).with_name(launch)), "--starting-port", str(free_ports()), *options]
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, cwd=config.parent, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["policy"]["ranks"] == 2
+    assert len(trained(tmp_path / "run")) == 2
 
 
 def test_processes_that_cannot_meet_are_reported(tmp_path, monkeypatch) -> None:
