@@ -67,7 +67,7 @@ def pytest(session: nox.Session, name: str, *arguments: str, **env: str) -> None
     RESULTS.mkdir(parents=True, exist_ok=True)
     selection = next((SELECTIONS[a] for a in session.posargs if a in SELECTIONS), ())
     options = [a for a in session.posargs if a not in SELECTIONS]
-    if "--slow" in session.posargs:  # long tests, few per file, which do not wait
+    if "--slow" in session.posargs:  # long tests, few per file: two processes keep two cores busy
         arguments = tuple({"loadfile": "worksteal", "3": "2"}.get(a, a) for a in arguments)
     if any(Path(a.partition("::")[0]).exists() for a in options):
         arguments = tuple(a for a in arguments if not Path(a).exists())

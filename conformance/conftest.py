@@ -111,7 +111,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_make_collect_report(
     collector: pytest.Collector,
 ) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
-    """Starts at another file in each process of pytest-xdist, so that most files are compiled once, not by each."""
+    """Starts at a different file in each process of pytest-xdist, so that one process compiles a file for all."""
     report = yield
     of_process = getattr(collector.config, "workerinput", None)
     if of_process and isinstance(collector, pytest.Directory) and report.passed:
@@ -129,7 +129,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         left_out = [item for item in items if item.get_closest_marker("core")]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: item.path)  # as without pytest-xdist
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: item.path)  # pytest_make_collect_report has changed the order
     yield
     if hasattr(config, "workerinput"):  # a process of pytest-xdist
         tests = Counter(item.path for item in items)

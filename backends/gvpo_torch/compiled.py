@@ -16,17 +16,18 @@ BACKEND = "inductor"
 MOST_PROGRAMS = 64  # of a kind of layer: for shapes, masks, with or without gradients, adapters on or off
 
 
-def compile_layers(lm: nn.Module, kinds: set[str]) -> list[nn.Module]:
+def compile_layers(lm: nn.Module, embeddings: nn.Module, kinds: set[str]) -> list[nn.Module]:
     """Sets each layer to be compiled in full when it is first called. Returns the layers.
 
     Args:
+      embeddings: computes the first layer's input.
       kinds: names of the layers' classes.
     Raises: ConfigError: the model has no such layers.
     """
     layers = [module for module in lm.modules() if type(module).__name__ in kinds]
     if not layers:
         raise ConfigError(f"model.compile = true: {type(lm).__name__} does not name its layers; remove it")
-    lm.get_input_embeddings().register_forward_hook(_with_gradient)
+    embeddings.register_forward_hook(_with_gradient)
     for layer in layers:
         layer.compile(backend=BACKEND, dynamic=True, fullgraph=True, recompile_limit=MOST_PROGRAMS)
     return layers

@@ -211,7 +211,8 @@ def load_scorer(
         # Now, not in `check.defers`: it marks the layers, and programs made before would be made again.
         with contextlib.suppress(AttributeError, ValueError):  # a model that has no checkpointing
             enable_checkpointing(scorer.base)
-        scorer.compiled = compile_layers(scorer.decoder, set(scorer._no_split_modules))
+        embeddings = scorer.base.get_input_embeddings()
+        scorer.compiled = compile_layers(scorer.decoder, embeddings, set(scorer._no_split_modules))
     return scorer
 
 

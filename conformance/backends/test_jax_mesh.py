@@ -28,7 +28,7 @@ MESHES = {
 
 
 def run(folder: Path, out: Path, runs: dict[str, dict[str, object]], *, processes: int, devices: int) -> None:
-    """Takes the steps of each settings over simulated devices of one or several processes; they write into `out`."""
+    """Trains with each of the settings over simulated devices of one or several processes, which write into `out`."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={devices}".strip()
     environments = jax_processes.environments(processes) if processes > 1 else [{}]
     made = [json.dumps({"name": name, **SMOOTH, **settings}) for name, settings in runs.items()]

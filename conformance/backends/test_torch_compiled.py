@@ -92,7 +92,8 @@ def test_scores_run_a_compiled_program_and_sampling_runs_none(folder, runs) -> N
     asked = ([(5, 6, 7), (9,)], [[1, 2], [3, 4]], Sampling(12))
     scored, drawn = of_policy.logprobs(OF), of_policy.generate(*asked)
     scorer = of_policy.scorer
-    scorer.compiled = compiled.compile_layers(scorer.decoder, set(scorer._no_split_modules))
+    embeddings = scorer.base.get_input_embeddings()
+    scorer.compiled = compiled.compile_layers(scorer.decoder, embeddings, set(scorer._no_split_modules))
     np.testing.assert_allclose(of_policy.logprobs(OF), scored, rtol=0, atol=1e-4)
     assert len(runs) == len(scorer.compiled) == 2 and min(runs) > 20
     assert of_policy.generate(*asked) == drawn

@@ -59,7 +59,7 @@ class Forked:
         return self.process.exitcode
 
     def wait_for_steps(self, run: Path, steps: int) -> None:
-        """Returns once metrics.jsonl has as many steps.
+        """Returns once metrics.jsonl has this many steps.
 
         Raises: AssertionError: the process ends first, or five minutes pass.
         """

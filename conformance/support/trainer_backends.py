@@ -36,7 +36,7 @@ class Backend:
 
     name: str
     modules: tuple[str, ...]  # what must be installed
-    preload: tuple[str, ...]  # imported once before processes are forked to be killed
+    preload: tuple[str, ...]  # imported once before processes are forked
     ranks: Callable[[Path], list[dict[str, str]]]  # environments of two processes; a folder for files that they name
     shardings: tuple[str, ...] = ("data_parallel",)  # model.sharding settings of two processes
     state: Callable[[Path], dict[str, np.ndarray]] = _safetensors  # checkpoint's policy folder -> its arrays
@@ -71,6 +71,7 @@ class Backend:
 
 
 def _torch_ranks(folder: Path) -> list[dict[str, str]]:
+    """As torchrun starts them; `test_launch` starts torchrun itself."""
     return torch_processes.environments(2)
 
 
